@@ -1,0 +1,153 @@
+"""Files <-> arrays: checkpoints of language models as Flax params, one part at a time.
+
+A checkpoint is a flat mapping from Flax paths to arrays: the checkpoint's own names without the leading
+`model.`, with Flax's leaf names, so `model.layers.3.mlp.up_proj.weight` is `layers.3.mlp.up_proj.kernel`.
+Kernels are [in, out]. `flax.traverse_util.unflatten_dict(params, sep=".")` nests them.
+
+A format is a file of this package that exposes a `Reader`, a `Writer`, or both:
+
+- `Reader(path)` looks at headers only; `Reader.accepts(path)` says whether the format knows the path.
+- `Writer(folder, spec)` writes into an empty folder that it may fill as it likes.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import jax
+import numpy as np
+
+Params = dict[str, np.ndarray]
+Spec = dict[str, jax.ShapeDtypeStruct]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be found, read or written; the message says what to do."""
+
+
+class Reader(Protocol):
+    """A checkpoint that is read lazily.
+
+    Attributes:
+        spec: shape and stored dtype of every parameter, from headers alone.
+        assets: a folder with all that is not weights: config.json, the tokenizer's files, ...
+    """
+
+    spec: Spec
+
+    def __init__(self, path: Path) -> None: ...
+
+    @property
+    def assets(self) -> Path: ...
+
+    @staticmethod
+    def accepts(path: Path) -> bool: ...
+
+    def read(self, paths: Iterable[str]) -> Params:
+        """The named parameters, in memory.
+
+        Raises:
+            CheckpointError: the files are damaged.
+        """
+        ...
+
+
+class Writer(Protocol):
+    """A checkpoint that is written part by part, in any order; nothing but the last part is held in memory.
+
+    Attributes:
+        FORMAT: what `--to` calls it.
+    """
+
+    FORMAT: ClassVar[str]
+
+    def __init__(self, folder: Path, spec: Spec) -> None: ...
+
+    def write(self, params: Mapping[str, np.ndarray]) -> None:
+        """Writes whole parts (a part is the embedding, a decoder layer, the final norm or the head)."""
+        ...
+
+    def finish(self) -> None:
+        """Raises CheckpointError if a parameter of the spec was never written."""
+        ...
+
+
+def formats() -> dict[str, type]:
+    """Format name -> module of this package that reads or writes it."""
+    modules = (importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__) if m.name != "__main__")
+    return {m.__name__.rpartition(".")[2]: m for m in modules if hasattr(m, "Reader") or hasattr(m, "Writer")}
+
+
+def open_checkpoint(name: str | Path) -> Reader:
+    """Opens a local checkpoint, a known name such as `llama-7b`, or a hub repository `owner/name`.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, it is in no known format, or it is incomplete.
+    """
+    from convert.hub import resolve
+
+    path = resolve(name)
+    for module in formats().values():
+        if hasattr(module, "Reader") and module.Reader.accepts(path):
+            return module.Reader(path)
+    raise CheckpointError(
+        f"{path} is no checkpoint: expected a folder with config.json and *.safetensors, a .gguf file, "
+        "or a folder that `python -m convert --to orbax` wrote"
+    )
+
+
+@contextmanager
+def create_checkpoint(
+    path: str | Path, spec: Spec, assets: Path, *, to: str = "hf", overwrite: bool = False
+) -> Iterator[Writer]:
+    """Writes a checkpoint that appears at `path` only when it is complete.
+
+    Args:
+        path: a folder that does not exist, or is replaced at the end where `overwrite` is set.
+        spec: what will be written.
+        assets: the folder whose other files (configuration, tokenizer) go with the weights.
+        to: the format.
+        overwrite: replace what is at `path`.
+
+    Raises:
+        CheckpointError: `path` exists, cannot be written, or the disk is too small.
+    """
+    from convert.assets import copy_assets
+    from convert.staging import staged_folder
+
+    with staged_folder(path, overwrite=overwrite) as folder:
+        writer = writer_class(to)(folder, spec)
+        copy_assets(assets, folder)
+        yield writer
+        writer.finish()
+
+
+def writer_class(to: str) -> type[Writer]:
+    """Raises CheckpointError for a format that cannot be written."""
+    writers = {name: m.Writer for name, m in formats().items() if hasattr(m, "Writer")}
+    if to not in writers:
+        raise CheckpointError(f"cannot write {to!r}: {', '.join(writers)} can be written")
+    return writers[to]
+
+
+def part_of(path: str) -> str:
+    """The part that a parameter belongs to: `layers.3`, or a module outside the layers such as `embed_tokens`."""
+    first, _, rest = path.partition(".")
+    return f"{first}.{rest.partition('.')[0]}" if first == "layers" else first
+
+
+def parts(spec: Spec) -> dict[str, list[str]]:
+    """Part -> its parameters' paths, in reading order: embedding, layers by number, final norm, head."""
+    grouped: dict[str, list[str]] = {}
+    for path in spec:
+        grouped.setdefault(part_of(path), []).append(path)
+
+    def order(part: str) -> tuple[int, int, str]:
+        first, _, number = part.partition(".")
+        rank = {"embed_tokens": 0, "layers": 1, "norm": 2}.get(first, 3)
+        return rank, int(number) if number.isdigit() else 0, part
+
+    return {part: grouped[part] for part in sorted(grouped, key=order)}

@@ -1,0 +1,39 @@
+"""python -m convert SRC DST: any readable checkpoint into any writable format, one part at a time."""
+
+import argparse
+import sys
+
+from convert import CheckpointError, create_checkpoint, formats, open_checkpoint, parts
+from convert.assets import read_config
+from convert.consistency import check
+
+
+def main(argv: list[str] | None = None) -> int:
+    writable = [name for name, module in formats().items() if hasattr(module, "Writer")]
+    parser = argparse.ArgumentParser(
+        prog="python -m convert",
+        description="Convert a checkpoint between formats, one decoder layer at a time.",
+    )
+    parser.add_argument("source", help="a folder, a .gguf file, a known name such as llama-7b, or owner/name of a hub")
+    parser.add_argument("target", help="the folder to make")
+    parser.add_argument("--to", default="hf", choices=writable, help="format of the target (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
+    args = parser.parse_args(argv)
+    try:
+        reader = open_checkpoint(args.source)
+        check(reader.spec, read_config(reader.assets))
+        with create_checkpoint(
+            args.target, reader.spec, reader.assets, to=args.to, overwrite=args.overwrite
+        ) as writer:
+            for paths in parts(reader.spec).values():
+                writer.write(reader.read(paths))
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    size = sum(t.size * t.dtype.itemsize for t in reader.spec.values())
+    print(f"{args.target}: {len(reader.spec)} tensors, {size / 1e9:.2f} GB, format {args.to}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

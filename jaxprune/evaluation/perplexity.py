@@ -1,0 +1,35 @@
+"""Perplexity by streaming: the model need not fit the device, nor the host."""
+
+import math
+
+import numpy as np
+from jaxtyping import DTypeLike, Int
+
+from convert import Reader
+from jaxprune.models import model_for
+from jaxprune.stream import embed, forward, read_layers, token_losses
+
+
+def perplexity(
+    reader: Reader, tokens: Int[np.ndarray, "w t"], *, dtype: DTypeLike | None = None
+) -> float:
+    """exp of the mean loss over all tokens but each window's first.
+
+    Windows are scored on their own, so windows of another length give another number.
+
+    Args:
+        reader: the checkpoint.
+        tokens: [windows, length] token ids.
+        dtype: of the computation; see `models.model_for`.
+
+    Raises:
+        InputError: the checkpoint or the tokens cannot be used.
+    """
+    model = model_for(reader, dtype)
+    hidden = embed(model, reader, tokens)
+    for params in read_layers(model, reader):
+        forward(model, params, hidden)
+    count = tokens.shape[0] * (tokens.shape[1] - 1)
+    mean = token_losses(model, reader, hidden, tokens) / count
+    # A model pruned to rubble may have a mean loss whose exponential overflows.
+    return math.exp(mean) if mean < 700 else math.inf

@@ -1,0 +1,108 @@
+"""Pruning methods, one a file. A method knows one kernel and the Gram matrix of its inputs, nothing else."""
+
+import dataclasses
+import sys
+from typing import Any, NamedTuple, Protocol
+
+from jaxtyping import Array, Bool, Float
+
+from jaxprune import plugins
+from jaxprune.patterns import Pattern
+
+Gram = Float[Array, "n n"]
+Kernel = Float[Array, "n m"]
+Mask = Bool[Array, "n m"]
+
+
+class Solution(NamedTuple):
+    """A pruned kernel.
+
+    Attributes:
+        weight: [n, m], zero where the mask is False.
+        mask: [n, m], True = kept.
+        stats: scalars that the method wants reported.
+    """
+
+    weight: Kernel
+    mask: Mask
+    stats: dict[str, Float[Array, ""]]
+
+
+class Method(Protocol):
+    """A frozen dataclass (so hashable); its fields become flags.
+
+    `solve` runs under no jit of its own: it may look at the pattern with plain Python and calls jitted functions.
+    """
+
+    @property
+    def per_output(self) -> bool:
+        """Whether the published method compares scores within each output; used where the user does not say."""
+        ...
+
+    def prepare(self, gram: Gram) -> Any:
+        """Work that depends on the inputs alone, done once for all kernels that share them.
+
+        Args:
+            gram: XᵀX, float32.
+        """
+        ...
+
+    def solve(self, prepared: Any, weight: Kernel, pattern: Pattern, mask: Mask | None = None) -> Solution:
+        """Prunes one kernel.
+
+        Args:
+            prepared: what `prepare` gave.
+            weight: the dense kernel, in the Gram matrix's dtype.
+            pattern: which weights may be kept.
+            mask: None: the method selects it. Given: only the kept weights are updated.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Crossed:
+    """One method's mask with another's weight update.
+
+    Attributes:
+        selector: the method that selects the mask.
+        updater: the method that updates the dense weights under that mask.
+    """
+
+    selector: Method
+    updater: Method
+
+    @property
+    def per_output(self) -> bool:
+        return self.selector.per_output
+
+    def prepare(self, gram: Gram) -> tuple[Any, Any]:
+        return self.selector.prepare(gram), self.updater.prepare(gram)
+
+    def solve(
+        self, prepared: tuple[Any, Any], weight: Kernel, pattern: Pattern, mask: Mask | None = None
+    ) -> Solution:
+        if mask is None:
+            mask = self.selector.solve(prepared[0], weight, pattern).mask
+        return self.updater.solve(prepared[1], weight, pattern, mask)
+
+
+def names() -> list[str]:
+    return plugins.names(sys.modules[__name__])
+
+
+def load(name: str) -> type:
+    """The method class of a file of this package.
+
+    Raises:
+        InputError: there is no such method.
+    """
+    module = plugins.load(sys.modules[__name__], name)
+    (method,) = (
+        value
+        for value in vars(module).values()
+        if dataclasses.is_dataclass(value)
+        and isinstance(value, type)
+        and hasattr(value, "solve")
+        and value.__module__ == module.__name__
+    )
+    return method

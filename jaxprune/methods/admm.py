@@ -1,0 +1,163 @@
+r"""ADMM: masked least squares by the alternating direction method of multipliers.
+
+Minimises ‖XW₀ − XW‖²_F over W that are zero outside a mask. With H = XᵀX and D = diag(√H_jj) the problem is
+first scaled to unit diagonal, G = D⁻¹HD⁻¹ and W ← DW, and damped, G ← G + λ·mean(diag G)·I. B = G·W₀ is taken
+after damping, so λ acts as a ridge towards the dense weights. From W = W₀, U = 0 each iteration is
+
+    M = mask of the largest |W + U|            (the first iterations only)
+    Z = M ∘ (W + U)
+    U = U + W − Z
+    W = (G + ρI)⁻¹ (B + ρ(Z − U))
+
+and the result is D⁻¹(M ∘ (W + U)). G + ρI does not change, so it is factorized once for all kernels that
+share their inputs, and an iteration costs one product of n·n by n·m.
+
+References:
+    Boža, "Fast and Effective Weight Update for Pruned Large Language Models", TMLR 2024 (arXiv 2401.02938),
+    Algorithm 1.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.scipy.linalg import cho_solve
+from jaxtyping import Array, Float
+
+from jaxprune.errors import InputError
+from jaxprune.linalg import matmul
+from jaxprune.methods import Gram, Kernel, Mask, Solution
+from jaxprune.patterns import Pattern, Selector
+
+LinearSolve = Literal["inverse", "cholesky"]
+
+
+class Prepared(NamedTuple):
+    """What all kernels with the same inputs share.
+
+    Attributes:
+        scale: d_j = √H_jj + 1e-8, the diagonal of D.
+        gram: G, scaled and damped.
+        operator: (G + ρI)⁻¹, or the lower Cholesky factor of G + ρI.
+    """
+
+    scale: Float[Array, "n"]
+    gram: Gram
+    operator: Float[Array, "n n"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ADMM:
+    """Selects the mask gradually while it re-solves the kept weights; with a given mask it only re-solves."""
+
+    schedule: Literal["cubic", "constant"] = "cubic"
+    """How the sparsity of a gradually selected mask grows: cubic, as the paper writes it, or constant (the final
+    sparsity at every selection), as its published code runs for unstructured patterns."""
+    iterations: int = 20
+    """ADMM iterations (k in the paper)."""
+    selections: int = 15
+    """Iterations that select the mask anew (k_s in the paper); the rest keep the last one. 0 selects it once, from
+    the dense weights."""
+    damping: float = 0.1
+    """Ridge towards the dense weights, in units of the mean diagonal of the scaled Gram matrix (lambda)."""
+    rho: float = 1.0
+    """ADMM penalty factor."""
+    linear_solve: LinearSolve = "inverse"
+    """How an iteration applies (G + rho I)^-1: an explicit inverse, or two triangular solves with its Cholesky
+    factor."""
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise InputError(f"iterations must be at least 1, not {self.iterations}")
+        if not 0 <= self.selections <= self.iterations:
+            raise InputError(f"selections must be from 0 to iterations ({self.iterations}), not {self.selections}")
+        if self.damping < 0 or self.rho <= 0:
+            raise InputError(
+                f"damping must not be negative and rho must be positive, not {self.damping} and {self.rho}"
+            )
+        for value, choices in ((self.schedule, ("cubic", "constant")), (self.linear_solve, LinearSolve.__args__)):
+            if value not in choices:
+                raise InputError(f"{value!r} is not one of {', '.join(choices)}")
+
+    @property
+    def per_output(self) -> bool:
+        return False
+
+    def progress(self) -> list[float]:
+        """The fractions of the final sparsity at the selections: 1 − (1 − (i+1)/k_s)³, or 1 throughout."""
+        steps = range(max(self.selections, 1))
+        if self.schedule == "constant":
+            return [1.0 for _ in steps]
+        return [1 - (1 - (i + 1) / len(steps)) ** 3 for i in steps]
+
+    def prepare(self, gram: Gram) -> Prepared:
+        return _prepare(gram, self.damping, self.rho, self.linear_solve)
+
+    def solve(
+        self, prepared: Prepared, weight: Kernel, pattern: Pattern, mask: Mask | None = None
+    ) -> Solution:
+        if mask is not None:
+            return _solve(prepared, weight, mask, None, self.rho, self.iterations, 0, self.linear_solve)
+        selector = pattern.selector(weight.shape, self.progress())
+        return _solve(
+            prepared, weight, None, selector, self.rho, self.iterations, self.selections, self.linear_solve
+        )
+
+
+@partial(jax.jit, static_argnames="linear_solve")
+def _prepare(gram: Gram, damping: float, rho: float, linear_solve: LinearSolve) -> Prepared:
+    scale = jnp.sqrt(jnp.diagonal(gram)) + jnp.asarray(1e-8, gram.dtype)
+    gram = gram / (scale[:, None] * scale[None, :])
+    damping, rho = (jnp.asarray(x, gram.dtype) for x in (damping, rho))
+    eye = jnp.eye(len(gram), dtype=gram.dtype)
+    gram = gram + damping * jnp.mean(jnp.diagonal(gram)) * eye
+    factor = jnp.linalg.cholesky(gram + rho * eye)
+    operator = cho_solve((factor, True), eye) if linear_solve == "inverse" else factor
+    return Prepared(scale, gram, operator)
+
+
+@partial(jax.jit, static_argnames=("iterations", "selections", "linear_solve"))
+def _solve(
+    prepared: Prepared,
+    weight: Kernel,
+    mask: Mask | None,
+    selector: Selector | None,
+    rho: float,
+    iterations: int,
+    selections: int,
+    linear_solve: LinearSolve,
+) -> Solution:
+    scale = prepared.scale[:, None]
+    rho = jnp.asarray(rho, weight.dtype)
+    dense = scale * weight
+    target = matmul(prepared.gram, dense)
+
+    def apply_inverse(rhs: Kernel) -> Kernel:
+        if linear_solve == "inverse":
+            return matmul(prepared.operator, rhs)
+        return cho_solve((prepared.operator, True), rhs)
+
+    def iterate(w: Kernel, u: Kernel, mask: Mask) -> tuple[Kernel, Kernel, Mask]:
+        v = w + u
+        z = jnp.where(mask, v, jnp.zeros_like(v))
+        u = v - z
+        return apply_inverse(target + rho * (z - u)), u, mask
+
+    def select_and_iterate(i: Array, state: tuple[Kernel, Kernel, Mask]) -> tuple[Kernel, Kernel, Mask]:
+        w, u, _ = state
+        assert selector is not None
+        return iterate(w, u, selector(jnp.abs(w + u), i))
+
+    if mask is None:
+        assert selector is not None
+        mask = selector(jnp.abs(dense)) if selections == 0 else jnp.ones(dense.shape, bool)
+    state = dense, jnp.zeros_like(dense), mask
+    state = lax.fori_loop(0, selections, select_and_iterate, state)
+    w, u, mask = lax.fori_loop(selections, iterations, lambda _, state: iterate(*state), state)
+
+    z = jnp.where(mask, w + u, jnp.zeros_like(w))
+    residual = jnp.linalg.norm(w - z) / jnp.maximum(jnp.linalg.norm(w), jnp.finfo(w.dtype).tiny)
+    return Solution(z / scale, mask, {"primal_residual": residual})

@@ -1,0 +1,34 @@
+"""Magnitude pruning: the smallest |W_ij| go, the rest stay as they are."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.methods import Gram, Kernel, Mask, Solution
+from jaxprune.patterns import Pattern, Selector
+
+
+@dataclasses.dataclass(frozen=True)
+class Magnitude:
+    """Keeps the largest weights; looks at no activations and updates nothing."""
+
+    @property
+    def per_output(self) -> bool:
+        return False
+
+    def prepare(self, gram: Gram) -> None:
+        del gram  # unused
+
+    def solve(
+        self, prepared: None, weight: Kernel, pattern: Pattern, mask: Mask | None = None
+    ) -> Solution:
+        del prepared  # unused
+        if mask is None:
+            mask = _select(weight, pattern.selector(weight.shape))
+        return Solution(jnp.where(mask, weight, jnp.zeros_like(weight)), mask, {})
+
+
+@jax.jit
+def _select(weight: Kernel, selector: Selector) -> Mask:
+    return selector(jnp.abs(weight))

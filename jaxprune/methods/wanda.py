@@ -1,0 +1,43 @@
+"""Wanda: the smallest |W_ij|·‖X_i‖₂ of each output go, the rest stay as they are.
+
+References:
+    Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024 (arXiv 2306.11695).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxprune.methods import Gram, Kernel, Mask, Solution
+from jaxprune.patterns import Pattern, Selector
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanda:
+    """Scores weights by magnitude times the norm of their input; updates nothing."""
+
+    @property
+    def per_output(self) -> bool:
+        return True
+
+    def prepare(self, gram: Gram) -> Float[Array, "n"]:
+        """The norms ‖X_i‖₂ of the inputs."""
+        return jnp.sqrt(jnp.diagonal(gram))
+
+    def solve(
+        self,
+        prepared: Float[Array, "n"],
+        weight: Kernel,
+        pattern: Pattern,
+        mask: Mask | None = None,
+    ) -> Solution:
+        if mask is None:
+            mask = _select(prepared, weight, pattern.selector(weight.shape))
+        return Solution(jnp.where(mask, weight, jnp.zeros_like(weight)), mask, {})
+
+
+@jax.jit
+def _select(norms: Float[Array, "n"], weight: Kernel, selector: Selector) -> Mask:
+    return selector(jnp.abs(weight) * norms[:, None])

@@ -1,0 +1,129 @@
+"""Model families, one a file, named as Hugging Face's `model_type`. A family knows names and shapes.
+
+A family file exposes
+
+- `Config` with `from_hf(hf_config, dtype)`, a frozen dataclass with at least `num_layers`, `vocab_size`,
+  `max_positions` and `dtype`;
+- the flax.nnx modules `Embed`, `DecoderLayer` (returns its output and its taps) and `Head`, each made from
+  `(config, rngs)`, with attributes named as in the checkpoint;
+- `INPUTS`, the linears to prune: the name of a tap -> the linears whose input it is.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx, traverse_util
+from jaxtyping import DTypeLike
+
+from convert import Reader, Spec
+from convert.assets import read_config
+from jaxprune import plugins
+from jaxprune.errors import InputError
+
+
+class Part:
+    """A module whose params come from outside, layer by layer: one compilation serves all of them.
+
+    Attributes:
+        spec: path inside the module -> shape and dtype of the param.
+    """
+
+    def __init__(self, make: Callable[[], nnx.Module], precision: str | None) -> None:
+        self._graph, state = nnx.split(nnx.eval_shape(make))
+        self._precision = precision
+        self.spec: Spec = traverse_util.flatten_dict(nnx.to_pure_dict(state), sep=".")
+
+    def __call__(self, params: Mapping[str, jax.Array], *args: Any) -> Any:
+        """Calls the module with these params; to be traced under jit."""
+        module = nnx.merge(self._graph, traverse_util.unflatten_dict(params, sep="."))
+        with jax.default_matmul_precision(self._precision):
+            return module(*args)
+
+
+class Model:
+    """A model family at one configuration.
+
+    Attributes:
+        config: the family's.
+        inputs: tap -> linears that read it.
+        embed, layer, head: the parts.
+        spec: path in a checkpoint -> shape and dtype, for the whole model.
+    """
+
+    def __init__(self, family: Any, config: Any) -> None:
+        # float32 means float32: the default precision would be TF32 on a GPU and bfloat16 on a TPU.
+        precision = "highest" if jax.numpy.dtype(config.dtype) == jax.numpy.float32 else None
+
+        def part(module: type) -> Part:
+            return Part(lambda: module(config, nnx.Rngs(0)), precision)
+
+        self.config = config
+        self.inputs: Mapping[str, tuple[str, ...]] = family.INPUTS
+        self.embed, self.layer, self.head = part(family.Embed), part(family.DecoderLayer), part(family.Head)
+        self.spec: Spec = dict(self.embed.spec)
+        for index in range(config.num_layers):
+            self.spec |= {f"layers.{index}.{path}": shape for path, shape in self.layer.spec.items()}
+        self.spec |= self.head.spec
+
+
+@functools.cache
+def build(family: str, config: Any) -> Model:
+    """The model of a family; built once a configuration, so that its compiled functions are found again."""
+    return Model(plugins.load(sys.modules[__name__], family), config)
+
+
+def model_for(reader: Reader, dtype: DTypeLike | None = None) -> Model:
+    """The model of a checkpoint, once its tensors are known to fit.
+
+    Args:
+        reader: the checkpoint.
+        dtype: of the computation. None: float32 on CPU, the kernels' stored dtype elsewhere.
+
+    Raises:
+        InputError: an unknown architecture, something in it that is not implemented, or tensors that do not
+            fit; all of them in one message.
+    """
+    model_type = read_config(reader.assets).get("model_type")
+    known = plugins.names(sys.modules[__name__])
+    if model_type not in known:
+        raise InputError(f"model type {model_type!r} is not supported; supported: {', '.join(known)}")
+    family = plugins.load(sys.modules[__name__], model_type)
+    if dtype is None:
+        dtype = jax.numpy.float32 if jax.default_backend() == "cpu" else stored_dtype(reader.spec)
+    config = family.Config.from_hf(_hf_config(reader.assets), jax.numpy.dtype(dtype))
+    model = build(model_type, config)
+    _check(reader.spec, model.spec)
+    return model
+
+
+def stored_dtype(spec: Spec) -> Any:
+    """The dtype of a checkpoint's kernels."""
+    return next(t.dtype for path, t in spec.items() if path.endswith(".kernel"))
+
+
+def _hf_config(assets: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(assets, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers validates with errors of many kinds
+        raise InputError(f"{assets / 'config.json'} cannot be used: {error}") from error
+
+
+def _check(found: Spec, wanted: Spec) -> None:
+    problems = [f"missing: {p} {list(t.shape)}" for p, t in wanted.items() if p not in found]
+    problems += [f"surplus: {p} {list(t.shape)}" for p, t in found.items() if p not in wanted]
+    problems += [
+        f"misshapen: {p} is {list(found[p].shape)}, must be {list(t.shape)}"
+        for p, t in wanted.items()
+        if p in found and found[p].shape != t.shape
+    ]
+    if problems:
+        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise InputError(
+            "the checkpoint does not fit its config.json (kernels shown as [in, out]):\n  " + "\n  ".join(shown)
+        )

@@ -1,0 +1,118 @@
+"""Rotary position embedding in the kinds that Hugging Face configurations name.
+
+References:
+    Su et al., "RoFormer" (arXiv 2104.09864); dynamic and yarn: Peng et al., "YaRN" (arXiv 2309.00071); llama3:
+    "The Llama 3 Herd of Models" (arXiv 2407.21783), as released.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxprune.errors import InputError
+
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """The rotation of one model.
+
+    Attributes:
+        kind: one of KINDS.
+        head_dim: features of a head, all of them rotated.
+        max_positions: the longest context that the model was made for.
+        parameters: what the configuration says of the kind, as sorted items so that the object is hashable.
+    """
+
+    kind: str
+    head_dim: int
+    max_positions: int
+    parameters: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def from_hf(cls, parameters: Mapping[str, Any], head_dim: int, max_positions: int) -> "Rope":
+        """Reads a configuration's `rope_parameters`.
+
+        Raises:
+            InputError: a kind or an option that is not implemented, or a parameter that is missing.
+        """
+        kind = parameters.get("rope_type", "default")
+        if kind not in KINDS:
+            raise InputError(f"rope type {kind!r} is not implemented; {', '.join(KINDS)} are")
+        if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise InputError("partial_rotary_factor is not implemented for this model family")
+        needed = {
+            "default": (),
+            "linear": ("factor",),
+            "dynamic": ("factor",),
+            "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+            "yarn": ("factor", "original_max_position_embeddings"),
+        }[kind]
+        if missing := [name for name in ("rope_theta", *needed) if parameters.get(name) is None]:
+            raise InputError(f"rope type {kind!r} needs {', '.join(missing)} in the model's configuration")
+        return cls(kind, head_dim, max_positions, tuple(sorted(parameters.items(), key=lambda item: item[0])))
+
+    def inverse_frequencies(self, length: int) -> tuple[np.ndarray, float]:
+        """Radians per position, float32 [head_dim / 2], and the factor of cosine and sine, for windows of a length."""
+        p = dict(self.parameters)
+        base, d = p["rope_theta"], self.head_dim
+        if self.kind == "dynamic" and length > self.max_positions:
+            stretch = p["factor"] * length / self.max_positions - (p["factor"] - 1)
+            base *= stretch ** (d / (d - 2))
+        exponent = np.arange(0, d, 2, dtype=np.float32) / np.float32(d)
+        inverse = np.float32(1) / np.float32(base) ** exponent
+        if self.kind == "linear":
+            inverse = inverse / np.float32(p["factor"])
+        elif self.kind == "llama3":
+            inverse = _llama3(inverse, p)
+        elif self.kind == "yarn":
+            return _yarn(inverse, base, p)
+        return inverse, 1.0
+
+    def rotate(self, x: Float[Array, "b t h d"]) -> Float[Array, "b t h d"]:
+        """Rotates feature pairs (i, i + d/2) of position t by t times the i-th frequency, in float32."""
+        length = x.shape[1]
+        inverse, factor = self.inverse_frequencies(length)
+        angles = np.arange(length, dtype=np.float32)[:, None] * inverse
+        cos, sin = (jnp.asarray(f(angles) * np.float32(factor))[None, :, None, :] for f in (np.cos, np.sin))
+        x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def _llama3(inverse: np.ndarray, p: Mapping[str, Any]) -> np.ndarray:
+    """Long wavelengths are interpolated, short ones kept, those between blended."""
+    low, high, context = p["low_freq_factor"], p["high_freq_factor"], p["original_max_position_embeddings"]
+    rotations = context * inverse / (2 * math.pi)
+    keep = np.clip((rotations - low) / (high - low), 0, 1)
+    return (keep * inverse + (1 - keep) * inverse / p["factor"]).astype(np.float32)
+
+
+def _yarn(inverse: np.ndarray, base: float, p: Mapping[str, Any]) -> tuple[np.ndarray, float]:
+    """Features that turn often in the original context are kept, slow ones interpolated, with a ramp between."""
+    factor, context = p["factor"], p["original_max_position_embeddings"]
+    dim = 2 * len(inverse)
+
+    def feature_turning(times: float) -> float:
+        return dim * math.log(context / (times * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = feature_turning(p.get("beta_fast") or 32), feature_turning(p.get("beta_slow") or 1)
+    if p.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = np.clip((np.arange(len(inverse), dtype=np.float32) - low) / max(high - low, 0.001), 0, 1)
+    blended = ((1 - ramp) * inverse + ramp * inverse / factor).astype(np.float32)
+
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+    attention = p.get("attention_factor")
+    if attention is None:
+        weights = p.get("mscale"), p.get("mscale_all_dim")
+        attention = mscale(weights[0]) / mscale(weights[1]) if all(weights) else mscale(1.0)
+    return blended, float(attention)

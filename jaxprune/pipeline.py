@@ -1,0 +1,232 @@
+"""The loop over layers: the only file that knows the order of the steps.
+
+tokens -> embed -> hidden states (host)
+  layer i:  read -> taps -> Gram matrices -> solve -> put back -> forward -> yield
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from convert import Params, Reader, Spec, parts
+from jaxprune import stats
+from jaxprune.errors import InputError
+from jaxprune.hidden import HiddenStates
+from jaxprune.methods import Method
+from jaxprune.models import Model, Part, model_for
+from jaxprune.patterns import Pattern
+from jaxprune.stream import embed, forward, read_layers
+
+
+class LinearResult(NamedTuple):
+    """One pruned linear.
+
+    Attributes:
+        error: ‖XW − XŴ‖² / ‖XW‖² of the weights as stored, on the calibration tokens.
+        zeros: exact zeros of the stored kernel.
+        size: weights of the kernel.
+        stats: what the method reports.
+    """
+
+    error: float
+    zeros: int
+    size: int
+    stats: dict[str, float]
+
+
+class LayerResult(NamedTuple):
+    """One pruned layer.
+
+    Attributes:
+        index: of the layer, from 0.
+        params: all params of the layer, on the host, as they are to be stored; paths as in the checkpoint.
+        linears: path of the linear inside the layer -> its outcome.
+        seconds: by stage; `read` is the time spent waiting for the reader.
+    """
+
+    index: int
+    params: Params
+    linears: dict[str, LinearResult]
+    seconds: dict[str, float]
+
+
+class Run(NamedTuple):
+    """What does not change from layer to layer, but for the hidden states' content."""
+
+    model: Model
+    hidden: HiddenStates
+    method: Method
+    pattern_of: Callable[[int, str], Pattern]
+
+
+class Layer(NamedTuple):
+    """What the stages hand on.
+
+    Attributes:
+        index: of the layer.
+        params: on the device, in the stored dtype; paths inside the layer.
+        grams: tap -> Gram matrix of what it taps; consumed by `solve`.
+        linears: outcomes so far.
+    """
+
+    index: int
+    params: dict[str, Array]
+    grams: dict[str, Float[Array, "n n"]]
+    linears: dict[str, LinearResult]
+
+
+Stage = Callable[[Run, Layer], Layer]
+
+
+def measure(run: Run, layer: Layer) -> Layer:
+    """One pass of the dense layer: the Gram matrices of its linears' inputs.
+
+    Raises:
+        InputError: NaN or infinity in the layer's weights or activations.
+    """
+    _require_finite(layer.params, f"the weights of layer {layer.index}", "the checkpoint is damaged")
+    shapes = {
+        tap: run.model.layer.spec[f"{linears[0]}.kernel"].shape[0] for tap, linears in run.model.inputs.items()
+    }
+    grams = {tap: jnp.zeros((n, n), jnp.float32) for tap, n in shapes.items()}
+    for x in run.hidden.batches():
+        grams = _accumulate(run.model.layer, layer.params, x, grams)
+    _require_finite(
+        grams, f"the activations of layer {layer.index}", "try --dtype float32, or check the calibration text"
+    )
+    return layer._replace(grams=grams)
+
+
+def solve(run: Run, layer: Layer) -> Layer:
+    """Prunes every linear and rounds it to the stored dtype."""
+    params, linears = dict(layer.params), dict(layer.linears)
+    for tap, paths in run.model.inputs.items():
+        gram = layer.grams.pop(tap)
+        prepared = run.method.prepare(gram)
+        for path in paths:
+            kernel = params[f"{path}.kernel"]
+            pattern = run.pattern_of(layer.index, path)
+            solution = run.method.solve(prepared, kernel.astype(gram.dtype), pattern)
+            stored, figures = _store(gram, kernel, solution.weight)
+            params[f"{path}.kernel"] = stored
+            values = jax.device_get(figures | solution.stats)
+            linears[path] = LinearResult(
+                error=float(values.pop("error")),
+                zeros=int(values.pop("zeros")),
+                size=kernel.size,
+                stats={name: float(value) for name, value in values.items()},
+            )
+    kernels = {f"{path}.kernel": params[f"{path}.kernel"] for path in linears}
+    _require_finite(
+        kernels, f"the pruned weights of layer {layer.index}", "the solve overflowed; try more damping, or more tokens"
+    )
+    return layer._replace(params=params, linears=linears)
+
+
+def advance(run: Run, layer: Layer) -> Layer:
+    """The second pass: the next layer's input, made with the pruned weights as stored."""
+    forward(run.model, layer.params, run.hidden)
+    return layer
+
+
+STAGES: Mapping[str, Stage] = {"gram": measure, "solve": solve, "forward": advance}
+
+
+def prune(
+    reader: Reader,
+    tokens: Int[np.ndarray, "w t"],
+    method: Method,
+    pattern: Pattern | Callable[[int, str], Pattern],
+    *,
+    dtype: DTypeLike | None = None,
+    stages: Mapping[str, Stage] = STAGES,
+) -> Iterator[LayerResult]:
+    """Prunes a checkpoint, layer by layer; nothing is written.
+
+    Args:
+        reader: the dense checkpoint.
+        tokens: calibration windows, [windows, length] token ids.
+        method: the pruning method.
+        pattern: for all linears, or (layer index, path of the linear) -> its own.
+        dtype: of the model's computation; see `models.model_for`.
+        stages: name -> step of a layer's visit, in order.
+
+    Returns:
+        An iterator over the layers' results. A layer is pruned when its result is asked for.
+
+    Raises:
+        InputError: checkpoint, tokens and pattern do not fit together; raised here, before the first layer.
+    """
+    model = model_for(reader, dtype)
+    pattern_of = pattern if callable(pattern) else lambda index, path: pattern
+    for index in range(model.config.num_layers):
+        for path in (path for paths in model.inputs.values() for path in paths):
+            pattern_of(index, path).selector(model.layer.spec[f"{path}.kernel"].shape)
+    hidden = embed(model, reader, tokens)
+    return _visit(reader, Run(model, hidden, method, pattern_of), stages)
+
+
+def _visit(reader: Reader, run: Run, stages: Mapping[str, Stage]) -> Iterator[LayerResult]:
+    start = time.perf_counter()
+    for index, params in enumerate(read_layers(run.model, reader)):
+        layer = Layer(index, jax.block_until_ready(jax.device_put(params)), {}, {})
+        seconds = {"read": time.perf_counter() - start}
+        for name, stage in stages.items():
+            start = time.perf_counter()
+            layer = jax.block_until_ready(stage(run, layer))
+            seconds[name] = time.perf_counter() - start
+        changed = {f"{path}.kernel" for path in layer.linears}
+        # Only kernels changed; the rest goes out exactly as it came in.
+        out = {p: np.asarray(layer.params[p]) if p in changed else array for p, array in params.items()}
+        del params
+        yield LayerResult(index, {f"layers.{index}.{p}": a for p, a in out.items()}, layer.linears, seconds)
+        del layer, out
+        start = time.perf_counter()
+
+
+def other_params(spec: Spec) -> Iterator[list[str]]:
+    """The paths of each part that pruning leaves alone: embedding, final norm, head."""
+    return (paths for part, paths in parts(spec).items() if not part.startswith("layers."))
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _accumulate(
+    layer: Part, params: Mapping[str, Array], x: Float[Array, "b t d"], grams: dict[str, Array]
+) -> dict[str, Array]:
+    _, taps = layer(params, x)
+    return {tap: total + stats.gram(taps[tap]) for tap, total in grams.items()}
+
+
+@jax.jit
+def _store(gram: Array, dense: Array, weight: Array) -> tuple[Array, dict[str, Array]]:
+    """The kernel in its stored dtype, and what the layer's output lost by it."""
+    stored = weight.astype(dense.dtype)
+    # A kept weight must not round to zero: the pattern's count is exact after the cast as well.
+    least = jnp.asarray(_least(dense.dtype), dense.dtype)
+    underflow = (weight != 0) & (stored == 0)
+    stored = jnp.where(underflow, jnp.where(weight < 0, -least, least), stored)
+    zeros = jnp.sum(stored == 0, dtype=jnp.int32)
+    return stored, {"error": stats.relative_error(gram, dense, stored), "zeros": zeros}
+
+
+def _least(dtype: np.dtype) -> float:
+    """The smallest positive number that no backend flushes to zero."""
+    info = ml_dtypes.finfo(dtype)
+    return float(info.smallest_subnormal if dtype == jnp.float16 else info.tiny)
+
+
+def _require_finite(arrays: Mapping[str, Array], where: str, hint: str) -> None:
+    if bad := [name for name, good in jax.device_get(_finite(dict(arrays))).items() if not good]:
+        raise InputError(f"{where} hold NaN or infinity in {', '.join(sorted(bad))}: {hint}")
+
+
+@jax.jit
+def _finite(arrays: dict[str, Array]) -> dict[str, Array]:
+    return {name: jnp.all(jnp.isfinite(array)) for name, array in arrays.items()}

@@ -1,0 +1,45 @@
+"""What the pruner measures of a linear: the Gram matrix of its inputs, and its relative error."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxprune.linalg import quadratic
+
+
+def gram(
+    x: Float[Array, "*tokens n"], weights: Float[Array, "*tokens"] | None = None
+) -> Float[Array, "n n"]:
+    """XᵀX, or Xᵀ diag(w) X, in float32 (float64 for float64 inputs).
+
+    Products of two 16-bit floats are exact in float32, so 16-bit inputs are multiplied as they are, on the
+    matrix units, and only the accumulation is float32. float32 inputs are multiplied at highest precision.
+
+    Args:
+        x: activations, any floating dtype; all leading axes are tokens.
+        weights: one non-negative weight a token; the product then runs in float32.
+    """
+    x = x.reshape(-1, x.shape[-1])
+    accumulate = jnp.promote_types(x.dtype, jnp.float32)
+    left = x
+    if weights is not None:
+        x = x.astype(accumulate)
+        left = x * weights.reshape(-1, 1).astype(accumulate)
+    return jax.lax.dot_general(
+        left,
+        x,
+        (((0,), (0,)), ((), ())),
+        precision="highest" if x.dtype == accumulate else None,
+        preferred_element_type=accumulate,
+    )
+
+
+def relative_error(
+    gram: Float[Array, "n n"], dense: Float[Array, "n m"], pruned: Float[Array, "n m"]
+) -> Float[Array, ""]:
+    """‖XW − XŴ‖²_F / ‖XW‖²_F from H = XᵀX; 0 where the dense output is zero and so is the pruned one."""
+    dense, pruned = dense.astype(gram.dtype), pruned.astype(gram.dtype)
+    loss, scale = quadratic(gram, dense - pruned), quadratic(gram, dense)
+    # Rounding can leave a loss that is truly zero slightly negative.
+    loss = jnp.maximum(loss, jnp.zeros_like(loss))
+    return jnp.where(loss == 0, loss, loss / scale)
