@@ -15,7 +15,8 @@ import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar, Protocol
+from types import ModuleType
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -59,10 +60,10 @@ class Writer(Protocol):
     """A checkpoint that is written part by part, in any order; nothing but the last part is held in memory.
 
     Attributes:
-        FORMAT: what `--to` calls it.
+        folder: being written; it becomes the checkpoint's folder.
     """
 
-    FORMAT: ClassVar[str]
+    folder: Path
 
     def __init__(self, folder: Path, spec: Spec) -> None: ...
 
@@ -75,7 +76,7 @@ class Writer(Protocol):
         ...
 
 
-def formats() -> dict[str, type]:
+def formats() -> dict[str, ModuleType]:
     """Format name -> module of this package that reads or writes it."""
     modules = (importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__) if m.name != "__main__")
     return {m.__name__.rpartition(".")[2]: m for m in modules if hasattr(m, "Reader") or hasattr(m, "Writer")}

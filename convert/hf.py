@@ -4,7 +4,6 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import ClassVar
 
 import jax
 import ml_dtypes  # noqa: F401  teaches numpy, and with it safetensors, bfloat16
@@ -79,9 +78,8 @@ class Reader:
 class Writer:
     """Writes safetensors with Hugging Face's names, one file up to 5 GB and shards with an index above."""
 
-    FORMAT: ClassVar[str] = "hf"
-
     def __init__(self, folder: Path, spec: Spec) -> None:
+        self.folder = folder
         self._shards = ShardWriter(
             folder,
             {

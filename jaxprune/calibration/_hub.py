@@ -11,9 +11,12 @@ def fetch(repository: str, filename: str) -> Path:
     Raises:
         InputError: it is not cached and the hub cannot be reached.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    cached = try_to_load_from_cache(repository, filename, repo_type="dataset")
+    if isinstance(cached, str):
+        return Path(cached)
     try:
         return Path(hf_hub_download(repository, filename, repo_type="dataset"))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

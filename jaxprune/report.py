@@ -1,0 +1,165 @@
+"""What a run leaves behind for people and programs: jaxprune.json, a model card, the table at the end."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxprune.config import Config
+from jaxprune.methods import Crossed, Method
+from jaxprune.pipeline import LayerResult
+
+PACKAGES = ("jaxprune", "jax", "jaxlib", "flax", "numpy", "safetensors", "transformers", "tokenizers", "gguf")
+RECORD = "jaxprune.json"
+
+
+@dataclasses.dataclass
+class Record:
+    """The account of a run; `as_json` is what jaxprune.json holds.
+
+    Attributes:
+        config: all options, resolved.
+        method: with its options.
+        tokens: calibration windows.
+        layers: figures of the layers so far.
+        seconds: by phase.
+        perplexity: "dense" and "pruned", on `config.eval_text`; empty without evaluation.
+    """
+
+    config: Config
+    method: Method
+    tokens: np.ndarray
+    layers: list[LayerResult] = dataclasses.field(default_factory=list)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    perplexity: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def add(self, layer: LayerResult) -> None:
+        """Keeps a layer's figures, not its params."""
+        self.layers.append(layer._replace(params={}))
+        for phase, seconds in layer.seconds.items():
+            self.spend(phase, seconds)
+
+    def spend(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    @property
+    def sparsity(self) -> float:
+        """Zeros of all pruned linears over their weights."""
+        linears = [linear for layer in self.layers for linear in layer.linears.values()]
+        return sum(linear.zeros for linear in linears) / max(1, sum(linear.size for linear in linears))
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "config": dataclasses.asdict(self.config),
+            "method": describe(self.method),
+            "calibration": {
+                "windows": list(self.tokens.shape),
+                "sha256": hashlib.sha256(np.ascontiguousarray(self.tokens, np.int32).tobytes()).hexdigest(),
+            },
+            "sparsity": self.sparsity,
+            "perplexity": self.perplexity,
+            "seconds": self.seconds,
+            "peak_bytes": peak_bytes(),
+            "layers": [
+                {
+                    "index": layer.index,
+                    "seconds": layer.seconds,
+                    "linears": {path: linear._asdict() for path, linear in layer.linears.items()},
+                }
+                for layer in self.layers
+            ],
+            "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+            "platform": {"machine": platform.machine(), "devices": sorted({d.device_kind for d in jax.local_devices()})},
+        }
+
+    def save(self, folder: Path) -> None:
+        """Writes jaxprune.json and the model card."""
+        for name, text in ((RECORD, json.dumps(self.as_json(), indent=1) + "\n"), ("README.md", self.card())):
+            staged = folder / f".{name}.partial"
+            staged.write_text(text, encoding="utf-8")
+            staged.replace(folder / name)
+
+    def card(self) -> str:
+        """The model card: what was done to which model, and how good it is."""
+        config, rows = self.config, "\n".join(f"| {name} | {value} |" for name, value in self.summary())
+        base = f"base_model: {config.ckpt}\n" if "/" in config.ckpt and not Path(config.ckpt).exists() else ""
+        return f"""---
+{base}tags:
+- pruned
+- sparse
+- jaxprune
+---
+
+# {Path(config.ckpt).name}, {config.pattern_object()} pruned
+
+Pruned in one shot by jaxprune with {describe(self.method)["name"]} after Boža, "Fast and Effective Weight Update for
+Pruned Large Language Models" (arXiv 2401.02938). The weights are ordinary dense tensors with exact zeros. Embeddings,
+norms and head are those of the dense checkpoint. Everything needed to repeat the run is in {RECORD}.
+
+| | |
+|---|---|
+{rows}
+"""
+
+    def summary(self) -> Sequence[tuple[str, str]]:
+        """The rows of the table at the end of a run."""
+        config = self.config
+        rows = [
+            ("checkpoint", config.ckpt),
+            ("method", describe(self.method)["name"]),
+            ("pattern", str(config.pattern_object())),
+            ("calibration", f"{self.tokens.shape[0]} windows of {self.tokens.shape[1]} tokens, {config.calib}"),
+            ("sparsity of the linears", f"{100 * self.sparsity:.4f} %"),
+        ]
+        where = f"{config.eval_text}, windows of {config.eval_seqlen}"
+        for which, value in self.perplexity.items():
+            rows.append((f"perplexity, {which} ({where})", f"{value:.3f}"))
+        rows += [(f"time, {phase}", f"{seconds:.1f} s") for phase, seconds in self.seconds.items()]
+        rows += [(f"peak memory, {where}", f"{size / 1e9:.2f} GB") for where, size in peak_bytes().items()]
+        return rows
+
+
+def describe(method: Method) -> dict[str, Any]:
+    """A method's name and options, nested where methods are crossed."""
+    if isinstance(method, Crossed):
+        selector, updater = describe(method.selector), describe(method.updater)
+        return {"name": f"{selector['name']} mask, {updater['name']} update", "mask": selector, "update": updater}
+    name = type(method).__module__.rpartition(".")[2]
+    return {"name": name, "options": dataclasses.asdict(method)}  # type: ignore[call-overload]
+
+
+def layer_line(layer: LayerResult, count: int) -> str:
+    """One line on a finished layer: relative errors in percent, sparsity, seconds."""
+    errors = "  ".join(
+        f"{path.rpartition('.')[2].removesuffix('_proj')} {100 * linear.error:.3g}"
+        for path, linear in layer.linears.items()
+    )
+    zeros, size = (sum(getattr(linear, name) for linear in layer.linears.values()) for name in ("zeros", "size"))
+    seconds = "  ".join(f"{phase} {value:.1f}" for phase, value in layer.seconds.items())
+    return f"layer {layer.index + 1}/{count}  error %: {errors}  sparsity {100 * zeros / size:.2f} %  s: {seconds}"
+
+
+def peak_bytes() -> dict[str, int]:
+    """Peak memory of this process, and of each kind of device that keeps count."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    for device in jax.local_devices():
+        if used := (device.memory_stats() or {}).get("peak_bytes_in_use"):
+            peaks[device.platform] = max(used, peaks.get(device.platform, 0))
+    return peaks
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,156 @@
+"""The command line: flags -> config -> prune -> export -> evaluate."""
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from convert import CheckpointError, Reader, create_checkpoint, open_checkpoint
+from convert.assets import load_tokenizer
+from convert.staging import check_free
+from jaxprune import calibration
+from jaxprune.config import Config, parse
+from jaxprune.errors import InputError
+from jaxprune.evaluation.perplexity import perplexity
+from jaxprune.methods import Method
+from jaxprune.models import model_for
+from jaxprune.pipeline import other_params, prune
+from jaxprune.report import Record, layer_line
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit status."""
+    _quiet_libraries()
+    try:
+        config, method = parse(sys.argv[1:] if argv is None else argv)
+        if config.device != "auto":
+            jax.config.update("jax_platforms", {"gpu": "cuda"}.get(config.device, config.device))
+        run(config, method)
+    except (InputError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(config: Config, method: Method) -> Record:
+    """Prunes, exports and evaluates; everything that can be checked is checked before the work starts.
+
+    Raises:
+        InputError, CheckpointError: something cannot be used.
+    """
+    begin = time.perf_counter()
+    assert config.out and config.calib and config.eval_text
+    out = check_free(config.out, overwrite=config.overwrite)
+    pattern = config.pattern_object()
+    _require_device(config)
+    with console.status("reading the checkpoint's headers"):
+        reader = open_checkpoint(config.ckpt)
+        dtype = None if config.dtype == "auto" else np.dtype(config.dtype)
+        model = model_for(reader, dtype)
+    with console.status("preparing text"):
+        tokens, evaluation = _texts(config, reader)
+    record = Record(config, method, tokens)
+    layers = prune(reader, tokens, method, pattern, dtype=dtype)
+    record.spend("setup", time.perf_counter() - begin)
+
+    with create_checkpoint(out, reader.spec, reader.assets, overwrite=config.overwrite) as writer:
+        if evaluation is not None:
+            _evaluate(record, "dense", reader, evaluation, dtype)
+        with _progress() as progress:
+            count = model.config.num_layers
+            task = progress.add_task("pruning layers", total=count)
+            for layer in layers:
+                with _timed(record, "write"):
+                    writer.write(layer.params)
+                record.add(layer)
+                progress.console.print(layer_line(layer, count))
+                progress.advance(task)
+        with _timed(record, "write"):
+            for paths in other_params(reader.spec):
+                writer.write(reader.read(paths))
+        record.save(writer.folder)
+    if evaluation is not None:
+        _evaluate(record, "pruned", open_checkpoint(out), evaluation, dtype)
+    record.seconds["total"] = time.perf_counter() - begin
+    record.save(out)
+    _print_table(record, out)
+    return record
+
+
+def _texts(config: Config, reader: Reader) -> tuple[np.ndarray, np.ndarray | None]:
+    """Calibration and evaluation windows."""
+    assert config.calib and config.eval_text and config.eval_seqlen
+    needs_tokenizer = any(not t.endswith(".npy") and t != "none" for t in (config.calib, config.eval_text))
+    tokenizer = load_tokenizer(reader.assets) if needs_tokenizer else None
+    tokens = calibration.sample(
+        config.calib, tokenizer, config.nsamples, config.seqlen, config.seed, pack=config.pack
+    )
+    if config.eval_text == "none":
+        return tokens, None
+    return tokens, calibration.evaluation_windows(
+        config.eval_text, tokenizer, config.eval_seqlen, config.eval_windows
+    )
+
+
+def _evaluate(
+    record: Record, which: str, reader: Reader, tokens: np.ndarray, dtype: np.dtype | None
+) -> None:
+    with console.status(f"perplexity, {which}"), _timed(record, f"evaluate {which}"):
+        record.perplexity[which] = perplexity(reader, tokens, dtype=dtype)
+    console.print(f"perplexity, {which}: {record.perplexity[which]:.3f}")
+
+
+def _require_device(config: Config) -> None:
+    """Raises InputError where JAX has no device of the wanted kind."""
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise InputError(
+            f"JAX finds no {config.device} ({str(error).splitlines()[0]}): install jaxprune[cuda] or jaxprune[tpu], or "
+            "pass --device cpu"
+        ) from error
+
+
+@contextlib.contextmanager
+def _timed(record: Record, phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    record.spend(phase, time.perf_counter() - start)
+
+
+def _progress() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
+
+
+def _print_table(record: Record, out: Path) -> None:
+    table = Table(show_header=False)
+    for row in record.summary():
+        table.add_row(*row)
+    table.add_row("result", os.path.relpath(out))
+    console.print(table)
+
+
+def _quiet_libraries() -> None:
+    """Keeps other libraries' advice and progress bars out of the run's own output."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
