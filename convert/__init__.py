@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be found, read or written; the message says what to do."""
 
 
+@runtime_checkable
 class Reader(Protocol):
     """A checkpoint that is read lazily.
 
@@ -56,6 +57,7 @@ class Reader(Protocol):
         ...
 
 
+@runtime_checkable
 class Writer(Protocol):
     """A checkpoint that is written part by part, in any order; nothing but the last part is held in memory.
 

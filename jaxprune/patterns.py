@@ -11,7 +11,7 @@ the threshold is found bit by bit, from the highest, each by counting how many s
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ class Selector:
         return self.rule(scores, self.zeros[step])
 
 
+@runtime_checkable
 class Pattern(Protocol):
     """Which weights of a kernel may be kept."""
 
@@ -133,8 +134,8 @@ def parse(text: str, sparsity: float) -> Pattern:
     raise InputError(f"unknown pattern {text!r}: use unstructured, per-output, or N:M such as 2:4")
 
 
-def _counts(size: int, fraction: float, progress: Sequence[float]) -> np.ndarray:
-    return np.array([round(fraction * p * size) for p in progress], np.int32)
+def _counts(size: int, fraction: float, progress: Sequence[float]) -> Int[Array, "steps"]:
+    return jnp.asarray(np.array([round(fraction * p * size) for p in progress], np.int32))
 
 
 def _keep_largest(scores: Scores, zeros: Int[Array, ""]) -> Mask:
@@ -151,7 +152,7 @@ class _KeepInGroups:
     m: int
 
     def __call__(self, scores: Scores, zeros: Int[Array, ""]) -> Mask:
-        groups = scores.reshape(-1, self.m, scores.shape[1])
+        groups = _order(scores).reshape(-1, self.m, scores.shape[1])
         index = jnp.arange(self.m, dtype=jnp.int32)
         # rank[j] = how many k of the group come before j: larger, or as large and earlier.
         mine, other = groups[:, :, None, :], groups[:, None, :, :]
@@ -161,16 +162,20 @@ class _KeepInGroups:
         return _keep_largest(jnp.where(protected, jnp.full_like(scores, jnp.inf), scores), zeros)
 
 
+def _order(scores: Scores) -> Int[Array, "n m"]:
+    """Integers in the order of the scores; backends that flush subnormal floats to zero still tell them apart."""
+    return lax.bitcast_convert_type(scores, jnp.int64 if scores.dtype == jnp.float64 else jnp.int32)
+
+
 def _keep(scores: Scores, zeros: Int[Array, ""], axis: tuple[int, ...]) -> Mask:
     """All but the `zeros` smallest scores along the axes."""
-    bits_dtype = jnp.int64 if scores.dtype == jnp.float64 else jnp.int32
-    bits = lax.bitcast_convert_type(scores, bits_dtype)
+    bits = _order(scores)
     zeros = zeros.astype(jnp.int32)
 
     def count(predicate: Bool[Array, "n m"]) -> Int[Array, "1 _"]:
         return jnp.sum(predicate, axis=axis, keepdims=True, dtype=jnp.int32)
 
-    threshold = _largest(lambda t: count(bits < t) <= zeros, jnp.iinfo(bits_dtype).bits - 1, bits[:1, :1])
+    threshold = _largest(lambda t: count(bits < t) <= zeros, jnp.iinfo(bits.dtype).bits - 1, bits[:1, :1])
     keep = bits >= threshold
     short = zeros - count(~keep)
 

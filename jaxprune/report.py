@@ -32,7 +32,8 @@ class Record:
         tokens: calibration windows.
         layers: figures of the layers so far.
         seconds: by phase.
-        perplexity: "dense" and "pruned", on `config.eval_text`; empty without evaluation.
+        evaluation: windows and tokens a window of the evaluation text.
+        perplexity: "dense" and "pruned", on the evaluation text; empty without evaluation.
     """
 
     config: Config
@@ -40,6 +41,7 @@ class Record:
     tokens: np.ndarray
     layers: list[LayerResult] = dataclasses.field(default_factory=list)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    evaluation: tuple[int, int] = (0, 0)
     perplexity: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def add(self, layer: LayerResult) -> None:
@@ -66,6 +68,7 @@ class Record:
                 "sha256": hashlib.sha256(np.ascontiguousarray(self.tokens, np.int32).tobytes()).hexdigest(),
             },
             "sparsity": self.sparsity,
+            "evaluation": {"windows": list(self.evaluation)},
             "perplexity": self.perplexity,
             "seconds": self.seconds,
             "peak_bytes": peak_bytes(),
@@ -120,9 +123,9 @@ norms and head are those of the dense checkpoint. Everything needed to repeat th
             ("calibration", f"{self.tokens.shape[0]} windows of {self.tokens.shape[1]} tokens, {config.calib}"),
             ("sparsity of the linears", f"{100 * self.sparsity:.4f} %"),
         ]
-        where = f"{config.eval_text}, windows of {config.eval_seqlen}"
-        for which, value in self.perplexity.items():
-            rows.append((f"perplexity, {which} ({where})", f"{value:.3f}"))
+        if self.perplexity:
+            rows.append(("evaluation", f"{self.evaluation[0]} windows of {self.evaluation[1]} tokens, {config.eval_text}"))
+        rows += [(f"perplexity, {which}", f"{value:.3f}") for which, value in self.perplexity.items()]
         rows += [(f"time, {phase}", f"{seconds:.1f} s") for phase, seconds in self.seconds.items()]
         rows += [(f"peak memory, {where}", f"{size / 1e9:.2f} GB") for where, size in peak_bytes().items()]
         return rows

@@ -63,7 +63,7 @@ def run(config: Config, method: Method) -> Record:
         model = model_for(reader, dtype)
     with console.status("preparing text"):
         tokens, evaluation = _texts(config, reader)
-    record = Record(config, method, tokens)
+    record = Record(config, method, tokens, evaluation=(0, 0) if evaluation is None else evaluation.shape)
     layers = prune(reader, tokens, method, pattern, dtype=dtype)
     record.spend("setup", time.perf_counter() - begin)
 

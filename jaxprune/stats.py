@@ -20,7 +20,7 @@ def gram(
         weights: one non-negative weight a token; the product then runs in float32.
     """
     x = x.reshape(-1, x.shape[-1])
-    accumulate = jnp.promote_types(x.dtype, jnp.float32)
+    accumulate = x.dtype if x.dtype == jnp.float64 else jnp.dtype(jnp.float32)
     left = x
     if weights is not None:
         x = x.astype(accumulate)

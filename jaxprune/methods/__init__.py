@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float
 
@@ -28,6 +28,7 @@ class Solution(NamedTuple):
     stats: dict[str, Float[Array, ""]]
 
 
+@runtime_checkable
 class Method(Protocol):
     """A frozen dataclass (so hashable); its fields become flags.
 

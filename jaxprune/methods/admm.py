@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import cho_solve
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxprune.errors import InputError
 from jaxprune.linalg import matmul
@@ -33,6 +33,7 @@ from jaxprune.methods import Gram, Kernel, Mask, Solution
 from jaxprune.patterns import Pattern, Selector
 
 LinearSolve = Literal["inverse", "cholesky"]
+Scalar = float | Float[Array, ""]
 
 
 class Prepared(NamedTuple):
@@ -73,7 +74,7 @@ class ADMM:
         if self.iterations < 1:
             raise InputError(f"iterations must be at least 1, not {self.iterations}")
         if not 0 <= self.selections <= self.iterations:
-            raise InputError(f"selections must be from 0 to iterations ({self.iterations}), not {self.selections}")
+            raise InputError(f"selections must be from 0 to iterations, not {self.selections} of {self.iterations}")
         if self.damping < 0 or self.rho <= 0:
             raise InputError(
                 f"damping must not be negative and rho must be positive, not {self.damping} and {self.rho}"
@@ -100,15 +101,13 @@ class ADMM:
         self, prepared: Prepared, weight: Kernel, pattern: Pattern, mask: Mask | None = None
     ) -> Solution:
         if mask is not None:
-            return _solve(prepared, weight, mask, None, self.rho, self.iterations, 0, self.linear_solve)
+            return _solve(prepared, weight, mask, self.rho, self.iterations, 0, self.linear_solve)
         selector = pattern.selector(weight.shape, self.progress())
-        return _solve(
-            prepared, weight, None, selector, self.rho, self.iterations, self.selections, self.linear_solve
-        )
+        return _solve(prepared, weight, selector, self.rho, self.iterations, self.selections, self.linear_solve)
 
 
 @partial(jax.jit, static_argnames="linear_solve")
-def _prepare(gram: Gram, damping: float, rho: float, linear_solve: LinearSolve) -> Prepared:
+def _prepare(gram: Gram, damping: Scalar, rho: Scalar, linear_solve: LinearSolve) -> Prepared:
     scale = jnp.sqrt(jnp.diagonal(gram)) + jnp.asarray(1e-8, gram.dtype)
     gram = gram / (scale[:, None] * scale[None, :])
     damping, rho = (jnp.asarray(x, gram.dtype) for x in (damping, rho))
@@ -119,17 +118,17 @@ def _prepare(gram: Gram, damping: float, rho: float, linear_solve: LinearSolve) 
     return Prepared(scale, gram, operator)
 
 
-@partial(jax.jit, static_argnames=("iterations", "selections", "linear_solve"))
+@partial(jax.jit, static_argnames=("selections", "linear_solve"))
 def _solve(
     prepared: Prepared,
     weight: Kernel,
-    mask: Mask | None,
-    selector: Selector | None,
-    rho: float,
-    iterations: int,
+    select: Selector | Mask,
+    rho: Scalar,
+    iterations: int | Int[Array, ""],
     selections: int,
     linear_solve: LinearSolve,
 ) -> Solution:
+    """Iterates under a given mask, or under one that a selector selects anew in the first `selections` iterations."""
     scale = prepared.scale[:, None]
     rho = jnp.asarray(rho, weight.dtype)
     dense = scale * weight
@@ -146,16 +145,16 @@ def _solve(
         u = v - z
         return apply_inverse(target + rho * (z - u)), u, mask
 
-    def select_and_iterate(i: Array, state: tuple[Kernel, Kernel, Mask]) -> tuple[Kernel, Kernel, Mask]:
-        w, u, _ = state
-        assert selector is not None
-        return iterate(w, u, selector(jnp.abs(w + u), i))
+    state = dense, jnp.zeros_like(dense), jnp.ones(dense.shape, bool)
+    if isinstance(select, Selector) and selections:
 
-    if mask is None:
-        assert selector is not None
-        mask = selector(jnp.abs(dense)) if selections == 0 else jnp.ones(dense.shape, bool)
-    state = dense, jnp.zeros_like(dense), mask
-    state = lax.fori_loop(0, selections, select_and_iterate, state)
+        def select_and_iterate(i: Array, state: tuple[Kernel, Kernel, Mask]) -> tuple[Kernel, Kernel, Mask]:
+            w, u, _ = state
+            return iterate(w, u, select(jnp.abs(w + u), i))
+
+        state = lax.fori_loop(0, selections, select_and_iterate, state)
+    else:
+        state = *state[:2], select(jnp.abs(dense)) if isinstance(select, Selector) else select
     w, u, mask = lax.fori_loop(selections, iterations, lambda _, state: iterate(*state), state)
 
     z = jnp.where(mask, w + u, jnp.zeros_like(w))

@@ -1,0 +1,41 @@
+"""Fixtures: small random checkpoints of transformers' own making, and the project's data folder."""
+
+import os
+from pathlib import Path
+
+import jaxtyping
+import pytest
+
+# Shapes and dtypes in signatures are checked at every call.
+jaxtyping.install_import_hook(["jaxprune", "convert"], "beartype.beartype")
+
+import jax  # noqa: E402
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from tests import tiny  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 LLaMA of 3 layers with a tokenizer, as a Hugging Face folder."""
+    return tiny.save(tmp_path_factory.mktemp("checkpoint"), tiny.config())
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Real text and a small trained model, where they are."""
+    folder = os.environ.get("JAXPRUNE_DATA")
+    if not folder:
+        pytest.skip("JAXPRUNE_DATA names no data folder")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of 200 documents."""
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    tiny.write_text(path, documents=200)
+    return path

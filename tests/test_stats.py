@@ -1,0 +1,35 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprune import stats
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_gram_is_float32_accurate(dtype: jnp.dtype) -> None:
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 50, 12)), dtype)
+    exact = np.asarray(x, np.float64).reshape(-1, 12)
+    gram = stats.gram(x)
+    assert gram.dtype == jnp.float32
+    np.testing.assert_allclose(gram, exact.T @ exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_gram_weights_tokens(dtype: jnp.dtype) -> None:
+    generator = np.random.default_rng(1)
+    x = jnp.asarray(generator.normal(size=(3, 7, 5)), dtype)
+    weights = generator.random((3, 7)).astype(np.float32)
+    exact = np.asarray(x, np.float64).reshape(-1, 5)
+    expected = exact.T @ (exact * weights.reshape(-1, 1))
+    np.testing.assert_allclose(stats.gram(x, jnp.asarray(weights)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_relative_error_is_that_of_the_outputs() -> None:
+    generator = np.random.default_rng(2)
+    x, w = generator.normal(size=(40, 6)), generator.normal(size=(6, 4))
+    pruned = w * (generator.random(w.shape) < 0.5)
+    expected = np.sum((x @ w - x @ pruned) ** 2) / np.sum((x @ w) ** 2)
+    gram = jnp.asarray(x.T @ x)
+    np.testing.assert_allclose(stats.relative_error(gram, jnp.asarray(w), jnp.asarray(pruned)), expected)
+    assert stats.relative_error(gram, jnp.asarray(w), jnp.asarray(w)) == 0
+    assert stats.relative_error(jnp.zeros_like(gram), jnp.asarray(w), jnp.asarray(pruned)) == 0
