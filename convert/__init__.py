@@ -12,7 +12,7 @@ A format is a file of this package that exposes a `Reader`, a `Writer`, or both:
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -122,13 +122,13 @@ def create_checkpoint(
     from convert.staging import staged_folder
 
     with staged_folder(path, overwrite=overwrite) as folder:
-        writer = writer_class(to)(folder, spec)
+        writer = writer_for(to)(folder, spec)
         copy_assets(assets, folder)
         yield writer
         writer.finish()
 
 
-def writer_class(to: str) -> type[Writer]:
+def writer_for(to: str) -> Callable[[Path, Spec], Writer]:
     """Raises CheckpointError for a format that cannot be written."""
     writers = {name: m.Writer for name, m in formats().items() if hasattr(m, "Writer")}
     if to not in writers:

@@ -8,7 +8,9 @@ References:
 
 import json
 import re
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -72,6 +74,7 @@ class Reader:
         if unknown:
             raise CheckpointError(f"{path} has tensors that no llama model has: {', '.join(unknown[:8])}")
         self.spec = {p: self.spec[p] for paths in parts(self.spec).values() for p in paths}
+        self._hf_config = self._config()
 
     @staticmethod
     def accepts(path: Path) -> bool:
@@ -91,9 +94,9 @@ class Reader:
     @cached_property
     def assets(self) -> Path:
         """A temporary folder with the configuration and the tokenizer that the file holds."""
-        self._folder = tempfile.TemporaryDirectory(prefix="jaxprune-gguf-")  # removed with this object
-        folder = Path(self._folder.name)
-        (folder / "config.json").write_text(json.dumps(self._config(), indent=2) + "\n")
+        folder = Path(tempfile.mkdtemp(prefix="jaxprune-gguf-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        (folder / "config.json").write_text(json.dumps(self._hf_config, indent=2) + "\n")
         if "tokenizer.ggml.model" in self._fields:
             self._save_tokenizer(folder)
         return folder

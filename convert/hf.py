@@ -55,8 +55,8 @@ class Reader:
 
     @staticmethod
     def accepts(path: Path) -> bool:
-        weights = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*")
-        return path.is_dir() and any(any(path.glob(w)) for w in (*weights, "config.json"))
+        weights = "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"
+        return path.is_dir() and any(any(path.glob(kind)) for kind in weights)
 
     def read(self, paths: Iterable[str]) -> Params:
         by_file = defaultdict(list)
@@ -126,15 +126,13 @@ def _headers(folder: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
-        if any(folder.glob("pytorch_model*.bin")):
-            raise CheckpointError(
-                f"{folder} has only pickled weights, which can run code when loaded. Turn them into safetensors "
-                "(torch loads them with weights_only):\n"
-                "  pip install torch transformers && python -c \"from transformers import AutoModelForCausalLM as M; "
-                f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors')\"\n"
-                "then copy the tokenizer files beside them"
-            )
-        raise CheckpointError(f"{folder} has no *.safetensors: point at a complete checkpoint")
+        raise CheckpointError(
+            f"{folder} has only pickled weights, which can run code when loaded. Turn them into safetensors "
+            "(torch loads them with weights_only):\n"
+            "  pip install torch transformers && python -c \"from transformers import AutoModelForCausalLM as M; "
+            f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors')\"\n"
+            "then copy the tokenizer files beside them"
+        )
 
     tensors: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
     for file in files:

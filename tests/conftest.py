@@ -6,8 +6,10 @@ from pathlib import Path
 import jaxtyping
 import pytest
 
+import tests.typecheck  # noqa: F401  found by its name below
+
 # Shapes and dtypes in signatures are checked at every call.
-jaxtyping.install_import_hook(["jaxprune", "convert"], "beartype.beartype")
+jaxtyping.install_import_hook(["jaxprune", "convert"], "tests.typecheck.check")
 
 import jax  # noqa: E402
 

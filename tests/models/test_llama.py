@@ -1,0 +1,151 @@
+"""The Flax model against transformers' LlamaForCausalLM, whole and by submodule, in float32."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from convert import open_checkpoint
+from jaxprune.errors import InputError
+from jaxprune.models import Model, model_for
+from jaxprune.models._attention import causal_attention
+from jaxprune.models._rope import Rope
+from jaxprune.stream import read_layers
+from tests import tiny
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "multi-head": {"num_key_value_heads": 4},
+    "multi-query": {"num_key_value_heads": 1},
+    "head_dim": {"head_dim": 16},
+    "attention bias": {"attention_bias": True},
+    "mlp bias": {"mlp_bias": True},
+    "tied": {"tie_word_embeddings": True},
+    "gelu": {"hidden_act": "gelu"},
+    "gelu tanh": {"hidden_act": "gelu_pytorch_tanh"},
+    "relu": {"hidden_act": "relu"},
+    "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+    "dynamic short": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+    "llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "yarn": {"rope_parameters": YARN},
+    "yarn options": {"rope_parameters": YARN | {"beta_fast": 16, "beta_slow": 2, "attention_factor": 0.8}},
+    "yarn mscale": {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.5, "truncate": False}},
+}
+
+
+def logits(model: Model, path: Path, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The logits, and the hidden states before each layer and after the last."""
+    reader = open_checkpoint(path)
+    layer = jax.jit(model.layer)
+    x = model.embed(jax.device_put(reader.read(model.embed.spec)), jnp.asarray(tokens))
+    states = [np.asarray(x)]
+    for params in read_layers(model, reader):
+        x, _ = layer(jax.device_put(params), x)
+        states.append(np.asarray(x))
+    return np.asarray(model.head(jax.device_put(reader.read(model.head.spec)), x)), states
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
+    config = tiny.config(**VARIANTS[variant])
+    reference = tiny.model(config)
+    reference.save_pretrained(tmp_path)
+    tokens = np.random.default_rng(0).integers(0, 300, (2, 100))
+    with torch.no_grad():
+        expected = reference(torch.tensor(tokens), output_hidden_states=True)
+    model = model_for(open_checkpoint(tmp_path))
+    found, states = logits(model, tmp_path, tokens)
+    for mine, theirs in zip(states[:-1], expected.hidden_states[:-1], strict=True):
+        np.testing.assert_allclose(mine, theirs.numpy(), atol=1e-4)
+    assert np.abs(found - expected.logits.numpy()).max() < 1e-4
+
+
+def test_dynamic_rope_beyond_the_trained_context(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    config = tiny.config(max_position_embeddings=64, rope_parameters=rope)
+    reference = tiny.model(config)
+    reference.save_pretrained(tmp_path)
+    tokens = np.random.default_rng(0).integers(0, 300, (1, 100))
+    with torch.no_grad():
+        expected = reference(torch.tensor(tokens)).logits.numpy()
+    found, _ = logits(model_for(open_checkpoint(tmp_path)), tmp_path, tokens)
+    assert np.abs(found - expected).max() < 1e-4
+
+
+def test_submodules_and_taps_are_those_of_transformers(checkpoint: Path) -> None:
+    reader = open_checkpoint(checkpoint)
+    model = model_for(reader)
+    reference = tiny.model(tiny.config())
+    layer = reference.model.layers[1]
+    inputs: dict[str, np.ndarray] = {}
+    outputs: dict[str, np.ndarray] = {}
+    for name, module in layer.named_modules():
+        def hook(module: Any, args: tuple, kwargs: dict, result: Any, name: str = name) -> None:
+            value = args[0] if args else kwargs["hidden_states"]
+            inputs[name] = value.detach().numpy()
+            outputs[name] = (result[0] if isinstance(result, tuple) else result).detach().numpy()
+
+        module.register_forward_hook(hook, with_kwargs=True)
+    tokens = np.random.default_rng(1).integers(0, 300, (2, 50))
+    with torch.no_grad():
+        reference(torch.tensor(tokens))
+    params = {p: reader.read([f"layers.1.{p}"])[f"layers.1.{p}"] for p in model.layer.spec}
+    _, taps = model.layer(jax.device_put(params), jnp.asarray(inputs["input_layernorm"]))
+    for tap, linears in model.inputs.items():
+        for linear in linears:
+            np.testing.assert_allclose(taps[tap], inputs[linear], atol=2e-5)
+            np.testing.assert_allclose(taps[tap] @ params[f"{linear}.kernel"], outputs[linear], atol=1e-4)
+    np.testing.assert_allclose(taps["attention_input"], outputs["input_layernorm"], atol=1e-5)
+    np.testing.assert_allclose(taps["mlp_input"], outputs["post_attention_layernorm"], atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [256, 257, 300, 512, 700])
+def test_attention_in_blocks_is_attention(length: int) -> None:
+    generator = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(generator.normal(size=(2, length, h, 8)), jnp.float32) for h in (4, 2, 2))
+    expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    np.testing.assert_allclose(causal_attention(q, k, v), expected, atol=1e-5)
+
+
+def test_attention_memory_grows_with_the_window_not_its_square() -> None:
+    def bytes_at(length: int) -> int:
+        x = jax.ShapeDtypeStruct((1, length, 8, 16), jnp.float32)
+        return jax.jit(causal_attention).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert bytes_at(8192) < 8 * 8192 * 8192 * 4 / 10
+    assert bytes_at(8192) < 2.5 * bytes_at(4096)
+
+
+def test_norms_are_float32_inside_a_16_bit_model(checkpoint: Path) -> None:
+    model = model_for(open_checkpoint(checkpoint), jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own attention promotes implicitly
+        text = str(jax.make_jaxpr(model.layer)(model.layer.spec, jax.ShapeDtypeStruct((1, 8, 32), jnp.bfloat16)))
+    assert text.count("rsqrt") == 2
+    assert all(":f32[" in line for line in text.splitlines() if "rsqrt" in line)
+
+
+def test_what_is_not_implemented_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'longrope' is not implemented"):
+        Rope.from_hf({"rope_type": "longrope"}, 8, 64)
+    with pytest.raises(InputError, match="needs factor"):
+        Rope.from_hf({"rope_type": "linear", "rope_theta": 1e4}, 8, 64)
+    with pytest.raises(InputError, match="partial_rotary_factor"):
+        Rope.from_hf({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}, 8, 64)
+    tiny.model(tiny.config(hidden_act="tanh")).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="activation 'tanh'"):
+        model_for(open_checkpoint(tmp_path))
