@@ -7,7 +7,7 @@ import inspect
 import textwrap
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,7 +131,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, Method]:
 
 
 def _add_fields(
-    group: Any, cls: Any, choices: dict[str, list[str]], skip: typing.Collection[str] = ()
+    group: Any, cls: Any, choices: dict[str, list[str]], skip: Collection[str] = ()
 ) -> None:
     """One flag a field. Flags left out are absent from the result, so that defaults stand in one place only."""
     docs, hints = field_docs(cls), typing.get_type_hints(cls)

@@ -35,9 +35,11 @@ def documents(path: Path, split: str) -> Sequence[str]:
         else:
             options = {"sample_by": "document"} if kind == "text" else {}
             rows = load_dataset(kind, data_files=str(path), split="train", **options)
+    except InputError:
+        raise
+    except StopIteration:  # an empty file
+        raise InputError(f"{path} holds no text") from None
     except (DatasetGenerationError, OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"cannot read {path}: {error.__cause__ or error}") from error
     if "text" not in rows.column_names:
         raise InputError(f"{path} has no column 'text': its columns are {', '.join(rows.column_names)}")

@@ -1,4 +1,4 @@
-"""100 English Wikipedia articles out of a wheel, so that no hub is needed: half calibrate, the others evaluate.
+"""106 English Wikipedia articles out of a wheel, so that no hub is needed: half calibrate, the others evaluate.
 
 The text is Wikipedia's, CC BY-SA; the wheel is gensim's, which ships the articles as test data.
 """

@@ -2,11 +2,13 @@
 
 import math
 
+import jax
 import numpy as np
 from jaxtyping import DTypeLike, Int
 
 from convert import Reader
-from jaxprune.models import model_for
+from jaxprune.hidden import HiddenStates
+from jaxprune.models import Model, model_for
 from jaxprune.stream import embed, forward, read_layers, token_losses
 
 
@@ -28,7 +30,14 @@ def perplexity(
     model = model_for(reader, dtype)
     hidden = embed(model, reader, tokens)
     for params in read_layers(model, reader):
-        forward(model, params, hidden)
+        forward(model, jax.device_put(params), hidden)
+    return mean_loss_perplexity(model, reader, hidden, tokens)
+
+
+def mean_loss_perplexity(
+    model: Model, reader: Reader, hidden: HiddenStates, tokens: Int[np.ndarray, "w t"]
+) -> float:
+    """Perplexity from the last layer's output."""
     count = tokens.shape[0] * (tokens.shape[1] - 1)
     mean = token_losses(model, reader, hidden, tokens) / count
     # A model pruned to rubble may have a mean loss whose exponential overflows.

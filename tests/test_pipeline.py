@@ -1,0 +1,246 @@
+"""The streamed run against a plain one: transformers' forward, NumPy's solver, one linear after another."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from convert import create_checkpoint, open_checkpoint, part_of
+from jaxprune import InputError, Unstructured, other_params, prune
+from jaxprune.hidden import HiddenStates, batch_size
+from jaxprune.methods.admm import ADMM
+from jaxprune.methods.magnitude import Magnitude
+from jaxprune.methods.wanda import Wanda
+from jaxprune.patterns import NM
+from jaxprune.pipeline import STAGES, LayerResult, Run, _accumulate, _store, solve
+from jaxprune.stream import _apply_layer
+from tests import oracles, tiny
+
+LINEARS = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+
+
+def windows(count: int = 12, length: int = 64, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 300, (count, length)).astype(np.int32)
+
+
+def reference(tokens: np.ndarray, sparsity: float) -> list[dict[str, np.ndarray]]:
+    """Prunes the random model of the `checkpoint` fixture in torch and NumPy; kernels [in, out] by layer."""
+    model = tiny.model(tiny.config())
+    pruned = []
+    for layer in model.model.layers:
+        inputs: dict[str, np.ndarray] = {}
+        hooks = [
+            layer.get_submodule(name).register_forward_hook(
+                lambda _, args, __, name=name: inputs.__setitem__(name, args[0].numpy().reshape(-1, args[0].shape[-1]))
+            )
+            for name in LINEARS
+        ]
+        with torch.no_grad():
+            model(torch.tensor(tokens, dtype=torch.long))
+        for hook in hooks:
+            hook.remove()
+        kernels = {}
+        for name in LINEARS:
+            x, weight = inputs[name].astype(np.float64), layer.get_submodule(name).weight
+            solution, _ = oracles.admm(
+                x.T @ x, weight.detach().numpy().T.astype(np.float64), "unstructured", sparsity,
+                schedule="cubic", iterations=20, selections=15,
+            )
+            kernels[name] = solution
+        with torch.no_grad():
+            for name, kernel in kernels.items():
+                layer.get_submodule(name).weight.copy_(torch.tensor(kernel.T))
+        pruned.append(kernels)
+    return pruned
+
+
+def test_streamed_pruning_is_plain_pruning(checkpoint: Path) -> None:
+    tokens = windows()
+    expected = reference(tokens, 0.6)
+    for layer in prune(open_checkpoint(checkpoint), tokens, ADMM(), Unstructured(0.6)):
+        for name, kernel in expected[layer.index].items():
+            mine = layer.params[f"layers.{layer.index}.{name}.kernel"]
+            agree = (mine != 0) == (kernel != 0)
+            # float32 and float64 may disagree on a weight or two at the threshold.
+            assert agree.mean() > 0.995, (layer.index, name)
+            assert np.linalg.norm((mine - kernel)[agree]) < 0.02 * np.linalg.norm(kernel)
+
+
+def test_errors_are_those_of_the_stored_weights(checkpoint: Path) -> None:
+    tokens = windows()
+    reader = open_checkpoint(checkpoint)
+    (first, *_) = prune(reader, tokens, Wanda(), Unstructured(0.5, per_output=True))
+    model = tiny.model(tiny.config())
+    captured: dict[str, np.ndarray] = {}
+    layer = model.model.layers[0]
+    for name in LINEARS:
+        layer.get_submodule(name).register_forward_hook(
+            lambda _, args, __, name=name: captured.__setitem__(name, args[0].numpy().reshape(-1, args[0].shape[-1]))
+        )
+    with torch.no_grad():
+        model(torch.tensor(tokens, dtype=torch.long))
+    for name, linear in first.linears.items():
+        x, dense = captured[name], layer.get_submodule(name).weight.detach().numpy().T
+        pruned = first.params[f"layers.0.{name}.kernel"]
+        expected = np.sum((x @ (dense - pruned)) ** 2) / np.sum((x @ dense) ** 2)
+        np.testing.assert_allclose(linear.error, expected, rtol=1e-3)
+        assert linear.zeros == np.sum(pruned == 0) == pruned.size // 2
+
+
+def run(reader_path: Path, **changes: object) -> list[LayerResult]:
+    options: dict = {"tokens": windows(), "method": ADMM(), "pattern": Unstructured(0.5)} | changes
+    return list(prune(open_checkpoint(reader_path), **options))
+
+
+def test_a_run_is_deterministic(checkpoint: Path) -> None:
+    for a, b in zip(run(checkpoint), run(checkpoint), strict=True):
+        assert a.linears == b.linears
+        for path in a.params:
+            np.testing.assert_array_equal(a.params[path], b.params[path])
+
+
+def test_only_the_pruned_kernels_change(checkpoint: Path) -> None:
+    reader = open_checkpoint(checkpoint)
+    for layer in run(checkpoint):
+        dense = reader.read(layer.params)
+        assert layer.params.keys() == {p for p in reader.spec if part_of(p) == f"layers.{layer.index}"}
+        for path, array in layer.params.items():
+            assert array.dtype == dense[path].dtype
+            assert np.array_equal(array, dense[path]) != path.endswith(".kernel"), path
+
+
+def test_one_compilation_serves_all_layers(tmp_path: Path) -> None:
+    path = tiny.save(tmp_path, tiny.config(num_hidden_layers=6, hidden_size=40, intermediate_size=72))
+    counts = [f._cache_size() for f in (_accumulate, _apply_layer)]
+    run(path)
+    assert [f._cache_size() for f in (_accumulate, _apply_layer)] == [count + 1 for count in counts]
+    stored = _store._cache_size()
+    run(path, pattern=lambda index, linear: Unstructured(0.3 + 0.05 * index))
+    assert _store._cache_size() == stored
+    assert _accumulate._cache_size() == counts[0] + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)])
+def test_counts_are_exact_in_the_stored_dtype(dtype: torch.dtype, pattern: object, tmp_path: Path) -> None:
+    path = tiny.save(tmp_path, tiny.config(), dtype=dtype)
+    for layer in run(path, pattern=pattern):
+        for name in LINEARS:
+            kernel = layer.params[f"layers.{layer.index}.{name}.kernel"]
+            assert kernel.dtype.name == str(dtype).removeprefix("torch.")
+            zeros = kernel.astype(np.float32) == 0
+            assert zeros.sum() == kernel.size // 2
+            if isinstance(pattern, NM):
+                assert (zeros.reshape(-1, 4, kernel.shape[1]).sum(axis=1) == 2).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_kept_weights_do_not_round_to_zero(dtype: jnp.dtype) -> None:
+    weight = jnp.asarray([[1e-12, -1e-12, 0.0, 1.0]], jnp.float32)
+    stored, figures = _store(jnp.ones((1, 1), jnp.float32), jnp.ones((1, 4), dtype), weight)
+    values = np.asarray(stored, np.float64)[0]
+    assert values[0] > 0 and values[1] < 0 and values[2] == 0 and values[3] == 1
+    assert abs(values[:2]).max() < 1e-7
+    assert figures["zeros"] == 1
+
+
+def test_16_bit_computation_runs_and_is_close(checkpoint: Path) -> None:
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own attention promotes implicitly
+        for half, full in zip(run(checkpoint, dtype=jnp.bfloat16), run(checkpoint), strict=True):
+            for name in LINEARS:
+                assert half.linears[name].error < full.linears[name].error * 1.5 + 0.01
+
+
+def test_every_linear_may_have_its_own_pattern(checkpoint: Path) -> None:
+    def pattern(index: int, linear: str) -> Unstructured | NM:
+        return NM(1, 4) if linear == "mlp.down_proj" else Unstructured(0.1 * (index + 1))
+
+    for layer in run(checkpoint, pattern=pattern, method=Magnitude()):
+        for name, linear in layer.linears.items():
+            share = 0.75 if name == "mlp.down_proj" else 0.1 * (layer.index + 1)
+            assert linear.zeros == round(share * linear.size)
+
+
+def test_the_loop_is_a_list_of_stages(checkpoint: Path) -> None:
+    visited = []
+
+    def tune(run: Run, layer: object) -> object:
+        visited.append(layer.index)
+        return layer
+
+    stages = {"gram": STAGES["gram"], "solve": solve, "tune": tune, "forward": STAGES["forward"]}
+    results = list(prune(open_checkpoint(checkpoint), windows(), Magnitude(), Unstructured(0.5), stages=stages))
+    assert visited == [0, 1, 2]
+    assert list(results[0].seconds) == ["read", "gram", "solve", "tune", "forward"]
+
+
+def test_layers_are_pruned_when_asked_for(checkpoint: Path) -> None:
+    layers = prune(open_checkpoint(checkpoint), windows(), Magnitude(), Unstructured(0.5))
+    assert next(layers).index == 0
+    layers.close()
+
+
+def test_the_exported_checkpoint_is_the_pruned_model(checkpoint: Path, tmp_path: Path) -> None:
+    reader = open_checkpoint(checkpoint)
+    with create_checkpoint(tmp_path / "out", reader.spec, reader.assets) as writer:
+        for layer in prune(reader, windows(), ADMM(), Unstructured(0.5)):
+            writer.write(layer.params)
+        for paths in other_params(reader.spec):
+            writer.write(reader.read(paths))
+    dense, pruned = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert dense.keys() == pruned.keys()
+    for name, tensor in pruned.items():
+        if "_proj" in name:
+            assert int((tensor == 0).sum()) == tensor.numel() // 2
+        else:
+            assert torch.equal(tensor, dense[name])
+
+
+def test_bad_input_is_known_before_the_first_layer(checkpoint: Path) -> None:
+    reader = open_checkpoint(checkpoint)
+    for tokens, pattern, message in (
+        (windows() + 300, Unstructured(0.5), "vocabulary has 300"),
+        (windows() - 200, Unstructured(0.5), "vocabulary has 300"),
+        (windows(1, 2000), Unstructured(0.5), "longer than the model's 1024"),
+        (windows(), NM(5, 7), "divisible by 7"),
+    ):
+        with pytest.raises(InputError, match=message):
+            prune(reader, tokens, Magnitude(), pattern)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_in_the_weights_names_layer_and_tensor(value: float, tmp_path: Path) -> None:
+    path = tiny.save(tmp_path, tiny.config())
+    stored = load_file(path / "model.safetensors")
+    stored["model.layers.1.mlp.up_proj.weight"][0, 0] = value
+    save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="weights of layer 1 hold NaN or infinity in mlp.up_proj.kernel"):
+        run(path)
+
+
+def test_overflowing_activations_are_named(tmp_path: Path) -> None:
+    path = tiny.save(tmp_path, tiny.config())
+    stored = load_file(path / "model.safetensors")
+    stored["model.layers.1.mlp.up_proj.weight"] *= 1e30
+    stored["model.layers.1.mlp.gate_proj.weight"] *= 1e30
+    save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="activations of layer 1 hold NaN or infinity in mlp_hidden"):
+        run(path)
+
+
+def test_hidden_states_are_updated_in_place_batch_by_batch() -> None:
+    hidden = HiddenStates((6, 3, 2), np.dtype(np.float32), batch=2)
+    hidden.replace(lambda rows: jnp.full((2, 3, 2), rows.start, jnp.float32))
+    hidden.update(lambda x: x + 1)
+    np.testing.assert_array_equal(np.concatenate(list(hidden.batches()))[:, 0, 0], [1, 1, 3, 3, 5, 5])
+    with pytest.raises(ValueError, match="does not divide"):
+        HiddenStates((6, 3, 2), np.dtype(np.float32), batch=4)
+
+
+@pytest.mark.parametrize(("count", "length", "expected"), [(128, 2048, 2), (32, 512, 8), (7, 512, 7), (1, 9999, 1), (11, 512, 1)])
+def test_batches_divide_the_windows(count: int, length: int, expected: int) -> None:
+    assert batch_size(count, length) == expected

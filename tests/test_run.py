@@ -1,0 +1,168 @@
+"""The command line from end to end, in processes of its own, as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from convert import open_checkpoint
+from jaxprune.evaluation.perplexity import perplexity
+from tests import tiny
+
+
+def jaxprune(*args: object, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "jaxprune.run", *map(str, args)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished run's folder and what it printed."""
+    cwd = tmp_path_factory.mktemp("run")
+    options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 6, "--seqlen", 64, "--eval-text", text]
+    done = jaxprune(*options, "--eval-windows", 5, "--out", "out", "--seed", 3, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return cwd / "out", done.stdout
+
+
+def test_it_prints_a_line_a_layer_and_a_table(finished: tuple[Path, str]) -> None:
+    _, printed = finished
+    for number in (1, 2, 3):
+        (line,) = (line for line in printed.splitlines() if line.startswith(f"layer {number}/3"))
+        assert all(word in line for word in ("error %", "gate", "down", "sparsity 50.00 %", "gram", "solve"))
+    for row in ("perplexity, dense", "perplexity, pruned", "sparsity of the linears", "time, total", "peak memory, host", "result"):
+        assert row in printed, row
+
+
+def test_the_result_is_a_hugging_face_checkpoint(finished: tuple[Path, str], checkpoint: Path) -> None:
+    out, _ = finished
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert model.dtype == torch.float32
+    dense = load_file(checkpoint / "model.safetensors")
+    for name, tensor in model.state_dict().items():
+        if "_proj" in name:
+            assert int((tensor == 0).sum()) == tensor.numel() // 2, name
+        else:
+            assert torch.equal(tensor, dense[name]), name
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = tokenizer("The cat sat on", return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=5, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+
+
+def test_the_record_repeats_what_happened(finished: tuple[Path, str]) -> None:
+    out, printed = finished
+    record = json.loads((out / "jaxprune.json").read_text())
+    assert record["config"]["seed"] == 3
+    assert record["config"]["pattern"] == "unstructured"
+    assert record["method"] == {
+        "name": "admm",
+        "options": {
+            "schedule": "cubic", "iterations": 20, "selections": 15, "damping": 0.1, "rho": 1.0, "linear_solve": "inverse",
+        },
+    }  # fmt: skip
+    assert record["sparsity"] == 0.5
+    assert len(record["layers"]) == 3
+    assert record["calibration"]["windows"] == [6, 64]
+    assert len(record["calibration"]["sha256"]) == 64
+    assert {"jax", "flax", "python", "jaxprune"} <= record["versions"].keys()
+    assert f"{record['perplexity']['pruned']:.3f}" in printed
+    assert record["seconds"]["total"] > record["seconds"]["solve"] > 0
+    tokens = np.zeros((1, 8), np.int32)
+    assert perplexity(open_checkpoint(out), tokens) != perplexity(open_checkpoint(record["config"]["ckpt"]), tokens)
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\n") and "admm" in card and "perplexity, pruned" in card
+
+
+def test_the_same_seed_gives_the_same_bytes(
+    finished: tuple[Path, str], checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    out, _ = finished
+    options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 6, "--seqlen", 64, "--eval-text", "none"]
+    assert jaxprune(*options, "--out", "again", "--seed", 3, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert "perplexity" not in (tmp_path / "again/README.md").read_text()
+
+
+def test_two_of_four_with_another_methods_mask(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 4, "--seqlen", 32, "--eval-text", "none"]
+    done = jaxprune(*options, "--mask", "wanda", "--pattern", "2:4", "--out", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name, tensor in load_file(tmp_path / "out/model.safetensors").items():
+        if "_proj" in name:
+            groups = (tensor != 0).reshape(tensor.shape[0], -1, 4).sum(dim=2)
+            assert (groups == 2).all(), name
+    assert json.loads((tmp_path / "out/jaxprune.json").read_text())["method"]["name"] == "wanda mask, admm update"
+
+
+def bad_input(name: str, checkpoint: Path, text: Path, folder: Path) -> list[object]:
+    """A command line with one thing wrong."""
+    options: dict[str, object] = {
+        "--ckpt": checkpoint, "--calib": text, "--nsamples": 4, "--seqlen": 32, "--eval-text": "none", "--out": folder / "out",
+    }  # fmt: skip
+    if name == "existing output":
+        (folder / "out").mkdir()
+        (folder / "out" / "precious").write_text("kept")
+    elif name == "unknown checkpoint":
+        options["--ckpt"] = "lama-7b"
+    elif name == "unreachable hub":
+        options["--ckpt"] = "nobody/nothing"
+    elif name == "impossible pattern":
+        options["--pattern"] = "3:7"
+    elif name == "too little text":
+        options["--nsamples"] = 5000
+    elif name == "window too long":
+        np.save(folder / "ids.npy", np.zeros((4, 2000), np.int32))
+        options |= {"--seqlen": 2000, "--calib": folder / "ids.npy"}
+    elif name == "nan":
+        stored = load_file(checkpoint / "model.safetensors")
+        stored["model.layers.2.self_attn.o_proj.weight"][3, 3] = float("nan")
+        tiny.save(folder / "nan", tiny.config())
+        save_file(stored, folder / "nan" / "model.safetensors", metadata={"format": "pt"})
+        options["--ckpt"] = folder / "nan"
+    elif name == "truncated":
+        tiny.save(folder / "cut", tiny.config())
+        file = folder / "cut" / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1000])
+        options["--ckpt"] = folder / "cut"
+    elif name == "no tokenizer":
+        tiny.model(tiny.config()).save_pretrained(folder / "bare")
+        options["--ckpt"] = folder / "bare"
+    elif name == "no gpu":
+        options["--device"] = "tpu"
+    return [part for option in options.items() for part in option]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("existing output", "already exists: choose another path, or pass --overwrite"),
+        ("unknown checkpoint", "Did you mean llama-7b?"),
+        ("unreachable hub", "the hub cannot be reached"),
+        ("impossible pattern", "divisible by 7"),
+        ("too little text", "documents longer than 32 tokens, but 5000 windows are wanted"),
+        ("window too long", "longer than the model's 1024 positions"),
+        ("nan", "weights of layer 2 hold NaN or infinity in self_attn.o_proj.kernel"),
+        ("truncated", "model.safetensors is damaged or truncated"),
+        ("no tokenizer", "has no tokenizer"),
+        ("no gpu", "JAX finds no tpu"),
+    ],
+)
+def test_bad_input_is_one_error_and_harms_nothing(
+    name: str, message: str, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    args = bad_input(name, checkpoint, text, tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    done = jaxprune(*args, cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
