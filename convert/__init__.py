@@ -80,8 +80,9 @@ class Writer(Protocol):
 
 def formats() -> dict[str, ModuleType]:
     """Format name -> module of this package that reads or writes it."""
-    modules = (importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__) if m.name != "__main__")
-    return {m.__name__.rpartition(".")[2]: m for m in modules if hasattr(m, "Reader") or hasattr(m, "Writer")}
+    names = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "__main__"]
+    modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
+    return {name: m for name, m in modules.items() if hasattr(m, "Reader") or hasattr(m, "Writer")}
 
 
 def open_checkpoint(name: str | Path) -> Reader:

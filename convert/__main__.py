@@ -22,9 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         reader = open_checkpoint(args.source)
         check(reader.spec, read_config(reader.assets))
-        with create_checkpoint(
-            args.target, reader.spec, reader.assets, to=args.to, overwrite=args.overwrite
-        ) as writer:
+        with create_checkpoint(args.target, reader.spec, reader.assets, to=args.to, overwrite=args.overwrite) as writer:
             for paths in parts(reader.spec).values():
                 writer.write(reader.read(paths))
     except CheckpointError as error:

@@ -29,7 +29,7 @@ def check(spec: Spec, config: dict[str, Any]) -> None:
                 if found == shape:
                     continue
                 if found is None:
-                    problems.append(f"missing: {part}.{leaf} {list(shape)}")
+                    problems.append(f"missing: {part}.{leaf} {list(shape or ())}")
                 elif shape is None:
                     problems.append(f"surplus: {part}.{leaf} {list(found)}, which the other layers lack")
                 else:

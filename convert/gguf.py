@@ -33,7 +33,11 @@ MODULES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-TOP = {"token_embd.weight": "embed_tokens.embedding", "output_norm.weight": "norm.scale", "output.weight": "lm_head.kernel"}
+TOP = {
+    "token_embd.weight": "embed_tokens.embedding",
+    "output_norm.weight": "norm.scale",
+    "output.weight": "lm_head.kernel",
+}
 # llama.cpp stores the frequency factors of Llama 3's rope, which the configuration of the model describes.
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -162,7 +166,9 @@ class Reader:
             rope |= {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0}
             rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
             if not np.allclose(factors, _llama3_factors(len(factors), rope), rtol=1e-3):
-                raise CheckpointError(f"{self._path} has rope factors that are not Llama 3's; use the original checkpoint")
+                raise CheckpointError(
+                    f"{self._path} has rope factors that are not Llama 3's; use the original checkpoint"
+                )
         elif kind in ("linear", "yarn"):
             rope |= {"rope_type": kind, "factor": self._field("llama.rope.scaling.factor", 1.0)}
             if kind == "yarn":

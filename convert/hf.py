@@ -129,7 +129,7 @@ def _headers(folder: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
         raise CheckpointError(
             f"{folder} has only pickled weights, which can run code when loaded. Turn them into safetensors "
             "(torch loads them with weights_only):\n"
-            "  pip install torch transformers && python -c \"from transformers import AutoModelForCausalLM as M; "
+            '  pip install torch transformers && python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors')\"\n"
             "then copy the tokenizer files beside them"
         )

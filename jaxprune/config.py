@@ -130,9 +130,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, Method]:
     return config.resolved(), method if config.mask in (None, config.method) else Crossed(made[config.mask], method)
 
 
-def _add_fields(
-    group: Any, cls: Any, choices: dict[str, list[str]], skip: Collection[str] = ()
-) -> None:
+def _add_fields(group: Any, cls: Any, choices: dict[str, list[str]], skip: Collection[str] = ()) -> None:
     """One flag a field. Flags left out are absent from the result, so that defaults stand in one place only."""
     docs, hints = field_docs(cls), typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):

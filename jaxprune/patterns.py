@@ -49,7 +49,7 @@ class Selector:
 class Pattern(Protocol):
     """Which weights of a kernel may be kept."""
 
-    def selector(self, shape: tuple[int, int], progress: Sequence[float] = (1.0,)) -> Selector:
+    def selector(self, shape: tuple[int, ...], progress: Sequence[float] = (1.0,)) -> Selector:
         """A selector for kernels of this [n_in, n_out] shape.
 
         Args:
@@ -78,7 +78,7 @@ class Unstructured:
         if not 0 <= self.sparsity < 1:
             raise InputError(f"sparsity must be at least 0 and below 1, not {self.sparsity}")
 
-    def selector(self, shape: tuple[int, int], progress: Sequence[float] = (1.0,)) -> Selector:
+    def selector(self, shape: tuple[int, ...], progress: Sequence[float] = (1.0,)) -> Selector:
         size = shape[0] if self.per_output else shape[0] * shape[1]
         rule = _keep_largest_per_output if self.per_output else _keep_largest
         return Selector(_counts(size, self.sparsity, progress), rule)
@@ -100,15 +100,13 @@ class NM:
 
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m:
-            raise InputError(
-                f"an N:M pattern keeps N of every M weights, 0 < N < M; {self.n}:{self.m} is not one"
-            )
+            raise InputError(f"an N:M pattern keeps N of every M weights, 0 < N < M; {self.n}:{self.m} is not one")
 
     @property
     def sparsity(self) -> float:
         return 1 - self.n / self.m
 
-    def selector(self, shape: tuple[int, int], progress: Sequence[float] = (1.0,)) -> Selector:
+    def selector(self, shape: tuple[int, ...], progress: Sequence[float] = (1.0,)) -> Selector:
         if shape[0] % self.m:
             raise InputError(
                 f"pattern {self} needs a number of inputs divisible by {self.m}, but a kernel has "

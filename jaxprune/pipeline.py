@@ -4,6 +4,7 @@ tokens -> embed -> hidden states (host)
   layer i:  read -> taps -> Gram matrices -> solve -> put back -> forward -> yield
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -41,7 +42,8 @@ class LinearResult(NamedTuple):
     stats: dict[str, float]
 
 
-class LayerResult(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class LayerResult:
     """One pruned layer.
 
     Attributes:
@@ -66,7 +68,8 @@ class Run(NamedTuple):
     pattern_of: Callable[[int, str], Pattern]
 
 
-class Layer(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Layer:
     """What the stages hand on.
 
     Attributes:
@@ -92,23 +95,21 @@ def measure(run: Run, layer: Layer) -> Layer:
         InputError: NaN or infinity in the layer's weights or activations.
     """
     _require_finite(layer.params, f"the weights of layer {layer.index}", "the checkpoint is damaged")
-    shapes = {
-        tap: run.model.layer.spec[f"{linears[0]}.kernel"].shape[0] for tap, linears in run.model.inputs.items()
-    }
+    shapes = {tap: run.model.layer.spec[f"{linears[0]}.kernel"].shape[0] for tap, linears in run.model.inputs.items()}
     grams = {tap: jnp.zeros((n, n), jnp.float32) for tap, n in shapes.items()}
     for x in run.hidden.batches():
         grams = _accumulate(run.model.layer, layer.params, x, grams)
     _require_finite(
         grams, f"the activations of layer {layer.index}", "try --dtype float32, or check the calibration text"
     )
-    return layer._replace(grams=grams)
+    return dataclasses.replace(layer, grams=grams)
 
 
 def solve(run: Run, layer: Layer) -> Layer:
     """Prunes every linear and rounds it to the stored dtype."""
     params, linears = dict(layer.params), dict(layer.linears)
     for tap, paths in run.model.inputs.items():
-        gram = layer.grams.pop(tap)
+        gram = layer.grams[tap]
         prepared = run.method.prepare(gram)
         for path in paths:
             kernel = params[f"{path}.kernel"]
@@ -127,7 +128,7 @@ def solve(run: Run, layer: Layer) -> Layer:
     _require_finite(
         kernels, f"the pruned weights of layer {layer.index}", "the solve overflowed; try more damping, or more tokens"
     )
-    return layer._replace(params=params, linears=linears)
+    return dataclasses.replace(layer, params=params, grams={}, linears=linears)
 
 
 def advance(run: Run, layer: Layer) -> Layer:
@@ -180,7 +181,8 @@ def _visit(reader: Reader, run: Run, stages: Mapping[str, Stage]) -> Iterator[La
         seconds = {"read": time.perf_counter() - start}
         for name, stage in stages.items():
             start = time.perf_counter()
-            layer = jax.block_until_ready(stage(run, layer))
+            layer = stage(run, layer)
+            jax.block_until_ready((layer.params, layer.grams))
             seconds[name] = time.perf_counter() - start
         changed = {f"{path}.kernel" for path in layer.linears}
         # Only kernels changed; the rest goes out exactly as it came in.

@@ -46,7 +46,7 @@ class Record:
 
     def add(self, layer: LayerResult) -> None:
         """Keeps a layer's figures, not its params."""
-        self.layers.append(layer._replace(params={}))
+        self.layers.append(dataclasses.replace(layer, params={}))
         for phase, seconds in layer.seconds.items():
             self.spend(phase, seconds)
 
@@ -81,7 +81,8 @@ class Record:
                 for layer in self.layers
             ],
             "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
-            "platform": {"machine": platform.machine(), "devices": sorted({d.device_kind for d in jax.local_devices()})},
+            "machine": platform.machine(),
+            "devices": sorted({d.device_kind for d in jax.local_devices()}),
         }
 
     def save(self, folder: Path) -> None:
@@ -124,7 +125,8 @@ norms and head are those of the dense checkpoint. Everything needed to repeat th
             ("sparsity of the linears", f"{100 * self.sparsity:.4f} %"),
         ]
         if self.perplexity:
-            rows.append(("evaluation", f"{self.evaluation[0]} windows of {self.evaluation[1]} tokens, {config.eval_text}"))
+            windows, length = self.evaluation
+            rows.append(("evaluation", f"{windows} windows of {length} tokens, {config.eval_text}"))
         rows += [(f"perplexity, {which}", f"{value:.3f}") for which, value in self.perplexity.items()]
         rows += [(f"time, {phase}", f"{seconds:.1f} s") for phase, seconds in self.seconds.items()]
         rows += [(f"peak memory, {where}", f"{size / 1e9:.2f} GB") for where, size in peak_bytes().items()]

@@ -96,19 +96,13 @@ def _texts(config: Config, reader: Reader) -> tuple[np.ndarray, np.ndarray | Non
     assert config.calib and config.eval_text and config.eval_seqlen
     needs_tokenizer = any(not t.endswith(".npy") and t != "none" for t in (config.calib, config.eval_text))
     tokenizer = load_tokenizer(reader.assets) if needs_tokenizer else None
-    tokens = calibration.sample(
-        config.calib, tokenizer, config.nsamples, config.seqlen, config.seed, pack=config.pack
-    )
+    tokens = calibration.sample(config.calib, tokenizer, config.nsamples, config.seqlen, config.seed, pack=config.pack)
     if config.eval_text == "none":
         return tokens, None
-    return tokens, calibration.evaluation_windows(
-        config.eval_text, tokenizer, config.eval_seqlen, config.eval_windows
-    )
+    return tokens, calibration.evaluation_windows(config.eval_text, tokenizer, config.eval_seqlen, config.eval_windows)
 
 
-def _evaluate(
-    record: Record, which: str, reader: Reader, tokens: np.ndarray, dtype: np.dtype | None
-) -> None:
+def _evaluate(record: Record, which: str, reader: Reader, tokens: np.ndarray, dtype: np.dtype | None) -> None:
     with console.status(f"perplexity, {which}"), _timed(record, f"evaluate {which}"):
         record.perplexity[which] = perplexity(reader, tokens, dtype=dtype)
     console.print(f"perplexity, {which}: {record.perplexity[which]:.3f}")

@@ -7,9 +7,7 @@ from jaxtyping import Array, Float
 from jaxprune.linalg import quadratic
 
 
-def gram(
-    x: Float[Array, "*tokens n"], weights: Float[Array, "*tokens"] | None = None
-) -> Float[Array, "n n"]:
+def gram(x: Float[Array, "*tokens n"], weights: Float[Array, "*tokens"] | None = None) -> Float[Array, "n n"]:
     """XᵀX, or Xᵀ diag(w) X, in float32 (float64 for float64 inputs).
 
     Products of two 16-bit floats are exact in float32, so 16-bit inputs are multiplied as they are, on the

@@ -61,9 +61,7 @@ def forward(model: Model, params: Mapping[str, Array], hidden: HiddenStates) -> 
     hidden.update(lambda x: _apply_layer(model.layer, params, x))
 
 
-def token_losses(
-    model: Model, reader: Reader, hidden: HiddenStates, tokens: Int[np.ndarray, "w t"]
-) -> float:
+def token_losses(model: Model, reader: Reader, hidden: HiddenStates, tokens: Int[np.ndarray, "w t"]) -> float:
     """The sum over all windows of −log p of every token but a window's first, from the last layer's output."""
     params = jax.device_put(reader.read(model.head.spec))
     total = 0.0

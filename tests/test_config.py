@@ -80,7 +80,8 @@ def test_impossible_values_are_one_error(line: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["", "--ckpt x --no-such-flag", "--ckpt x --dtype int8", "--ckpt x --method wanda --rho 1", "--ckpt x --seed a"]
+    "line",
+    ["", "--ckpt x --no-such-flag", "--ckpt x --dtype int8", "--ckpt x --method wanda --rho 1", "--ckpt x --seed a"],
 )
 def test_unknown_flags_and_values_end_the_program(line: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:

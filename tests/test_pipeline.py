@@ -27,30 +27,33 @@ def windows(count: int = 12, length: int = 64, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 300, (count, length)).astype(np.int32)
 
 
+def watch(layer: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Fills in the inputs of the layer's linears, [tokens, n], at each forward pass."""
+    inputs: dict[str, np.ndarray] = {}
+    for name in LINEARS:
+
+        def hook(_: object, args: tuple, __: object, name: str = name) -> None:
+            inputs[name] = args[0].detach().numpy().reshape(-1, args[0].shape[-1])
+
+        layer.get_submodule(name).register_forward_hook(hook)
+    return inputs
+
+
 def reference(tokens: np.ndarray, sparsity: float) -> list[dict[str, np.ndarray]]:
     """Prunes the random model of the `checkpoint` fixture in torch and NumPy; kernels [in, out] by layer."""
     model = tiny.model(tiny.config())
     pruned = []
     for layer in model.model.layers:
-        inputs: dict[str, np.ndarray] = {}
-        hooks = [
-            layer.get_submodule(name).register_forward_hook(
-                lambda _, args, __, name=name: inputs.__setitem__(name, args[0].numpy().reshape(-1, args[0].shape[-1]))
-            )
-            for name in LINEARS
-        ]
+        inputs = watch(layer)
         with torch.no_grad():
             model(torch.tensor(tokens, dtype=torch.long))
-        for hook in hooks:
-            hook.remove()
         kernels = {}
         for name in LINEARS:
-            x, weight = inputs[name].astype(np.float64), layer.get_submodule(name).weight
-            solution, _ = oracles.admm(
-                x.T @ x, weight.detach().numpy().T.astype(np.float64), "unstructured", sparsity,
-                schedule="cubic", iterations=20, selections=15,
+            x = inputs[name].astype(np.float64)
+            weight = layer.get_submodule(name).weight.detach().numpy().T.astype(np.float64)
+            kernels[name], _ = oracles.admm(
+                x.T @ x, weight, "unstructured", sparsity, schedule="cubic", iterations=20, selections=15
             )
-            kernels[name] = solution
         with torch.no_grad():
             for name, kernel in kernels.items():
                 layer.get_submodule(name).weight.copy_(torch.tensor(kernel.T))
@@ -75,12 +78,8 @@ def test_errors_are_those_of_the_stored_weights(checkpoint: Path) -> None:
     reader = open_checkpoint(checkpoint)
     (first, *_) = prune(reader, tokens, Wanda(), Unstructured(0.5, per_output=True))
     model = tiny.model(tiny.config())
-    captured: dict[str, np.ndarray] = {}
     layer = model.model.layers[0]
-    for name in LINEARS:
-        layer.get_submodule(name).register_forward_hook(
-            lambda _, args, __, name=name: captured.__setitem__(name, args[0].numpy().reshape(-1, args[0].shape[-1]))
-        )
+    captured = watch(layer)
     with torch.no_grad():
         model(torch.tensor(tokens, dtype=torch.long))
     for name, linear in first.linears.items():
@@ -241,6 +240,8 @@ def test_hidden_states_are_updated_in_place_batch_by_batch() -> None:
         HiddenStates((6, 3, 2), np.dtype(np.float32), batch=4)
 
 
-@pytest.mark.parametrize(("count", "length", "expected"), [(128, 2048, 2), (32, 512, 8), (7, 512, 7), (1, 9999, 1), (11, 512, 1)])
+@pytest.mark.parametrize(
+    ("count", "length", "expected"), [(128, 2048, 2), (32, 512, 8), (7, 512, 7), (1, 9999, 1), (11, 512, 1)]
+)
 def test_batches_divide_the_windows(count: int, length: int, expected: int) -> None:
     assert batch_size(count, length) == expected

@@ -39,7 +39,15 @@ def test_it_prints_a_line_a_layer_and_a_table(finished: tuple[Path, str]) -> Non
     for number in (1, 2, 3):
         (line,) = (line for line in printed.splitlines() if line.startswith(f"layer {number}/3"))
         assert all(word in line for word in ("error %", "gate", "down", "sparsity 50.00 %", "gram", "solve"))
-    for row in ("perplexity, dense", "perplexity, pruned", "sparsity of the linears", "time, total", "peak memory, host", "result"):
+    rows = (
+        "perplexity, dense",
+        "perplexity, pruned",
+        "sparsity of the linears",
+        "time, total",
+        "peak memory, host",
+        "result",
+    )
+    for row in rows:
         assert row in printed, row
 
 
@@ -66,9 +74,14 @@ def test_the_record_repeats_what_happened(finished: tuple[Path, str]) -> None:
     assert record["method"] == {
         "name": "admm",
         "options": {
-            "schedule": "cubic", "iterations": 20, "selections": 15, "damping": 0.1, "rho": 1.0, "linear_solve": "inverse",
+            "schedule": "cubic",
+            "iterations": 20,
+            "selections": 15,
+            "damping": 0.1,
+            "rho": 1.0,
+            "linear_solve": "inverse",
         },
-    }  # fmt: skip
+    }
     assert record["sparsity"] == 0.5
     assert len(record["layers"]) == 3
     assert record["calibration"]["windows"] == [6, 64]
@@ -106,8 +119,13 @@ def test_two_of_four_with_another_methods_mask(checkpoint: Path, text: Path, tmp
 def bad_input(name: str, checkpoint: Path, text: Path, folder: Path) -> list[object]:
     """A command line with one thing wrong."""
     options: dict[str, object] = {
-        "--ckpt": checkpoint, "--calib": text, "--nsamples": 4, "--seqlen": 32, "--eval-text": "none", "--out": folder / "out",
-    }  # fmt: skip
+        "--ckpt": checkpoint,
+        "--calib": text,
+        "--nsamples": 4,
+        "--seqlen": 32,
+        "--eval-text": "none",
+        "--out": folder / "out",
+    }
     if name == "existing output":
         (folder / "out").mkdir()
         (folder / "out" / "precious").write_text("kept")

@@ -12,9 +12,7 @@ from jaxprune.models import Model, model_for
 from jaxprune.stream import embed, forward, read_layers, token_losses
 
 
-def perplexity(
-    reader: Reader, tokens: Int[np.ndarray, "w t"], *, dtype: DTypeLike | None = None
-) -> float:
+def perplexity(reader: Reader, tokens: Int[np.ndarray, "w t"], *, dtype: DTypeLike | None = None) -> float:
     """exp of the mean loss over all tokens but each window's first.
 
     Windows are scored on their own, so windows of another length give another number.
@@ -34,9 +32,7 @@ def perplexity(
     return mean_loss_perplexity(model, reader, hidden, tokens)
 
 
-def mean_loss_perplexity(
-    model: Model, reader: Reader, hidden: HiddenStates, tokens: Int[np.ndarray, "w t"]
-) -> float:
+def mean_loss_perplexity(model: Model, reader: Reader, hidden: HiddenStates, tokens: Int[np.ndarray, "w t"]) -> float:
     """Perplexity from the last layer's output."""
     count = tokens.shape[0] * (tokens.shape[1] - 1)
     mean = token_losses(model, reader, hidden, tokens) / count

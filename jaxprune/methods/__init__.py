@@ -79,9 +79,7 @@ class Crossed:
     def prepare(self, gram: Gram) -> tuple[Any, Any]:
         return self.selector.prepare(gram), self.updater.prepare(gram)
 
-    def solve(
-        self, prepared: tuple[Any, Any], weight: Kernel, pattern: Pattern, mask: Mask | None = None
-    ) -> Solution:
+    def solve(self, prepared: tuple[Any, Any], weight: Kernel, pattern: Pattern, mask: Mask | None = None) -> Solution:
         if mask is None:
             mask = self.selector.solve(prepared[0], weight, pattern).mask
         return self.updater.solve(prepared[1], weight, pattern, mask)

@@ -19,7 +19,7 @@ References:
 
 import dataclasses
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ class ADMM:
             raise InputError(
                 f"damping must not be negative and rho must be positive, not {self.damping} and {self.rho}"
             )
-        for value, choices in ((self.schedule, ("cubic", "constant")), (self.linear_solve, LinearSolve.__args__)):
+        for value, choices in ((self.schedule, ("cubic", "constant")), (self.linear_solve, get_args(LinearSolve))):
             if value not in choices:
                 raise InputError(f"{value!r} is not one of {', '.join(choices)}")
 
@@ -97,9 +97,7 @@ class ADMM:
     def prepare(self, gram: Gram) -> Prepared:
         return _prepare(gram, self.damping, self.rho, self.linear_solve)
 
-    def solve(
-        self, prepared: Prepared, weight: Kernel, pattern: Pattern, mask: Mask | None = None
-    ) -> Solution:
+    def solve(self, prepared: Prepared, weight: Kernel, pattern: Pattern, mask: Mask | None = None) -> Solution:
         if mask is not None:
             return _solve(prepared, weight, mask, self.rho, self.iterations, 0, self.linear_solve)
         selector = pattern.selector(weight.shape, self.progress())

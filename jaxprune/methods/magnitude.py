@@ -20,9 +20,7 @@ class Magnitude:
     def prepare(self, gram: Gram) -> None:
         del gram  # unused
 
-    def solve(
-        self, prepared: None, weight: Kernel, pattern: Pattern, mask: Mask | None = None
-    ) -> Solution:
+    def solve(self, prepared: None, weight: Kernel, pattern: Pattern, mask: Mask | None = None) -> Solution:
         del prepared  # unused
         if mask is None:
             mask = _select(weight, pattern.selector(weight.shape))

@@ -113,6 +113,6 @@ def _yarn(inverse: np.ndarray, base: float, p: Mapping[str, Any]) -> tuple[np.nd
 
     attention = p.get("attention_factor")
     if attention is None:
-        weights = p.get("mscale"), p.get("mscale_all_dim")
-        attention = mscale(weights[0]) / mscale(weights[1]) if all(weights) else mscale(1.0)
+        some, every = p.get("mscale"), p.get("mscale_all_dim")
+        attention = mscale(some) / mscale(every) if some and every else mscale(1.0)
     return blended, float(attention)

@@ -66,9 +66,7 @@ class Config:
             InputError: something in it is not implemented.
         """
         if hf.hidden_act not in ACTIVATIONS:
-            raise InputError(
-                f"activation {hf.hidden_act!r} is not implemented; {', '.join(ACTIVATIONS)} are"
-            )
+            raise InputError(f"activation {hf.hidden_act!r} is not implemented; {', '.join(ACTIVATIONS)} are")
         if hf.num_attention_heads % hf.num_key_value_heads:
             raise InputError(
                 f"{hf.num_attention_heads} attention heads cannot share {hf.num_key_value_heads} key-value heads"
@@ -96,9 +94,7 @@ class Embed(nnx.Module):
     """Token ids [b, t] -> hidden states [b, t, hidden]."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        self.embed_tokens = nnx.Embed(
-            config.vocab_size, config.hidden_size, dtype=config.dtype, rngs=rngs
-        )
+        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, dtype=config.dtype, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         return self.embed_tokens(tokens)

@@ -189,7 +189,5 @@ def test_wikipedia_splits_share_no_article() -> None:
 
 
 def test_real_c4_and_wikitext(data: Path) -> None:
-    assert calibration.sample(
-        str(data / "c4/c4-train-sample.jsonl"), TOKENIZER, 32, 512, seed=0
-    ).shape == (32, 512)
+    assert calibration.sample(str(data / "c4/c4-train-sample.jsonl"), TOKENIZER, 32, 512, seed=0).shape == (32, 512)
     assert len(calibration.evaluation_windows(str(data / "wikitext2/validation.jsonl"), TOKENIZER, 1024)) > 100

@@ -27,10 +27,13 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 Q = gguf.GGMLQuantizationType
 
 
-def write(path: Path, config: LlamaConfig, kind: gguf.GGMLQuantizationType, *, factors: np.ndarray | None = None) -> Path:
+def write(
+    path: Path, config: LlamaConfig, kind: gguf.GGMLQuantizationType, *, factors: np.ndarray | None = None
+) -> Path:
     """A random model as llama.cpp's converter would write it."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -62,7 +65,7 @@ def write(path: Path, config: LlamaConfig, kind: gguf.GGMLQuantizationType, *, f
                 array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
             target = f"blk.{parts[2]}.{NAMES[module]}.weight"
         else:
-            target = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}[".".join(parts[:-1])] + ".weight"
+            target = TOP[".".join(parts[:-1])] + ".weight"
         use = kind if array.ndim == 2 else Q.F32
         writer.add_tensor(target, gguf.quantize(np.ascontiguousarray(array), use), raw_dtype=use)
     if factors is not None:

@@ -39,7 +39,7 @@ def link_blobs(snapshot: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-7b", "huggyllama/llama-7b"])
-def test_known_names_and_repositories_are_found_in_the_cache(name: str, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_names_and_repositories_are_found_in_the_cache(name: str, hub: Path) -> None:
     snapshot = cache(hub, "huggyllama/llama-7b")
     tiny.save(snapshot, tiny.config(), max_shard_size="20KB")
     link_blobs(snapshot)

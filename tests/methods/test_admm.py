@@ -73,9 +73,7 @@ def test_float32_is_close_to_float64() -> None:
     solution = method.solve(
         method.prepare(jnp.asarray(gram, jnp.float32)), jnp.asarray(weight, jnp.float32), Unstructured(0.5)
     )
-    expected, mask = oracles.admm(
-        gram, weight, "unstructured", 0.5, schedule="cubic", iterations=20, selections=15
-    )
+    expected, mask = oracles.admm(gram, weight, "unstructured", 0.5, schedule="cubic", iterations=20, selections=15)
     assert solution.weight.dtype == jnp.float32
     assert np.mean(np.asarray(solution.mask) != mask) < 0.01
     same = np.asarray(solution.mask) == mask

@@ -95,6 +95,7 @@ def test_submodules_and_taps_are_those_of_transformers(checkpoint: Path) -> None
     inputs: dict[str, np.ndarray] = {}
     outputs: dict[str, np.ndarray] = {}
     for name, module in layer.named_modules():
+
         def hook(module: Any, args: tuple, kwargs: dict, result: Any, name: str = name) -> None:
             value = args[0] if args else kwargs["hidden_states"]
             inputs[name] = value.detach().numpy()
