@@ -88,7 +88,14 @@ class Reader:
         params = {}
         for path in paths:
             tensor = self._tensors[path]
-            array = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+            try:
+                array = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+            except NotImplementedError as error:
+                kind = tensor.tensor_type.name
+                raise CheckpointError(
+                    f"{self._path} stores {tensor.name} as {kind}, which the gguf package cannot dequantize: take a "
+                    "file of another quantization"
+                ) from error
             array = array.reshape([int(size) for size in tensor.shape[::-1]])
             if re.search(r"\.(q|k)_proj\.", path):
                 array = _unpermute(array, self._heads(path))

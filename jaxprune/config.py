@@ -31,8 +31,8 @@ class Config:
     """How to prune; selects the mask and updates the weights."""
     mask: str | None = None
     """Select the mask with another method than --method."""
-    sparsity: float = 0.5
-    """Fraction of weights to set to zero in every linear; N:M patterns have their own."""
+    sparsity: float | None = None
+    """Fraction of weights to set to zero in every linear (default: 0.5; N:M patterns have their own)."""
     pattern: str | None = None
     """unstructured (the smallest of a whole matrix go), per-output (of each output), or N:M, such as 2:4 (N of
     every M consecutive inputs stay). Default: as the mask's method was published."""
@@ -83,8 +83,8 @@ class Config:
 
     def _default_out(self) -> str:
         how = self.method if self.mask in (None, self.method) else f"{self.mask}-{self.method}"
-        pattern = patterns.parse(str(self.pattern), self.sparsity)
-        what = f"{pattern.n}of{pattern.m}" if isinstance(pattern, patterns.NM) else f"{100 * self.sparsity:g}"
+        pattern = self.pattern_object()
+        what = f"{pattern.n}of{pattern.m}" if isinstance(pattern, patterns.NM) else f"{100 * pattern.sparsity:g}"
         return f"{Path(self.ckpt).name.removesuffix('.gguf')}-{how}-{what}"
 
     def pattern_object(self) -> patterns.Pattern:
@@ -117,7 +117,9 @@ def parse(argv: Sequence[str]) -> tuple[Config, Method]:
     seen: set[str] = set()
     for name, cls in classes.items():
         group = parser.add_argument_group(f"method {name}", inspect.getdoc(cls))
-        _add_fields(group, cls, {}, skip=seen)
+        only_updates = known.mask not in (None, name)
+        unused = {f.name for f in dataclasses.fields(cls) if only_updates and f.metadata.get("selects")}
+        _add_fields(group, cls, {}, skip=seen | unused)
         seen |= {f.name for f in dataclasses.fields(cls)}
     given = vars(parser.parse_args(argv))
 

@@ -49,6 +49,11 @@ class Selector:
 class Pattern(Protocol):
     """Which weights of a kernel may be kept."""
 
+    @property
+    def sparsity(self) -> float:
+        """The final fraction of zeros."""
+        ...
+
     def selector(self, shape: tuple[int, ...], progress: Sequence[float] = (1.0,)) -> Selector:
         """A selector for kernels of this [n_in, n_out] shape.
 
@@ -119,16 +124,23 @@ class NM:
         return f"{self.n}:{self.m}"
 
 
-def parse(text: str, sparsity: float) -> Pattern:
+def parse(text: str, sparsity: float | None = None) -> Pattern:
     """The pattern a command line names: `unstructured`, `per-output` or `N:M`.
+
+    Args:
+        text: the name.
+        sparsity: None: 0.5, or what N:M has.
 
     Raises:
         InputError: `text` is none of them, or the pattern is impossible.
     """
     if text in ("unstructured", "per-output"):
-        return Unstructured(sparsity, per_output=text == "per-output")
+        return Unstructured(0.5 if sparsity is None else sparsity, per_output=text == "per-output")
     if match := re.fullmatch(r"(\d+):(\d+)", text):
-        return NM(int(match[1]), int(match[2]))
+        pattern = NM(int(match[1]), int(match[2]))
+        if sparsity is not None and abs(sparsity - pattern.sparsity) > 1e-6:
+            raise InputError(f"{text} has a sparsity of {pattern.sparsity:g}, not {sparsity:g}: leave --sparsity out")
+        return pattern
     raise InputError(f"unknown pattern {text!r}: use unstructured, per-output, or N:M such as 2:4")
 
 

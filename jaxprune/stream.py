@@ -47,7 +47,7 @@ def embed(model: Model, reader: Reader, tokens: Int[np.ndarray, "w t"]) -> Hidde
             "the text was tokenized with another model's tokenizer"
         )
     windows, length = tokens.shape
-    if length > config.max_positions:
+    if config.max_positions is not None and length > config.max_positions:
         raise InputError(f"windows of {length} tokens are longer than the model's {config.max_positions} positions")
     params = jax.device_put(reader.read(model.embed.spec))
     width = next(iter(model.embed.spec.values())).shape[-1]

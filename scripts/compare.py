@@ -64,7 +64,7 @@ def main() -> None:
 
 def _pruned_perplexity(reader, tokens: np.ndarray, evaluation: np.ndarray, method: Method, text: str) -> float:
     scope = "per-output" if method.per_output else "unstructured"
-    pattern = parse(text, 0) if ":" in text else parse(scope, float(text))
+    pattern = parse(text) if ":" in text else parse(scope, float(text))
     model = model_for(reader)
     hidden = embed(model, reader, evaluation)
     for layer in prune(reader, tokens, method, pattern):

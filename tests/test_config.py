@@ -18,7 +18,7 @@ from jaxprune.patterns import NM, Unstructured
 def test_defaults_are_the_papers() -> None:
     config, method = parse(["--ckpt", "llama-7b"])
     assert method == ADMM()
-    assert (config.nsamples, config.seqlen, config.sparsity, config.seed) == (128, 2048, 0.5, 0)
+    assert (config.nsamples, config.seqlen, config.seed) == (128, 2048, 0)
     assert (config.calib, config.eval_text, config.eval_seqlen) == ("c4", "wikitext2", 2048)
     assert config.pattern_object() == Unstructured(0.5)
     assert config.out == "llama-7b-admm-50"
@@ -52,7 +52,7 @@ def test_a_method_compares_scores_as_it_was_published() -> None:
     assert parse("--ckpt x --method wanda".split())[0].pattern_object() == Unstructured(0.5, per_output=True)
     assert parse("--ckpt x --mask wanda".split())[0].pattern_object() == Unstructured(0.5, per_output=True)
     assert parse("--ckpt x --method wanda --pattern unstructured".split())[0].pattern_object() == Unstructured(0.5)
-    config, _ = parse("--ckpt a/b.gguf --pattern 2:4".split())
+    config, _ = parse("--ckpt a/b.gguf --pattern 2:4 --sparsity 0.5".split())
     assert config.pattern_object() == NM(2, 4)
     assert config.out == "b-admm-2of4"
 
@@ -70,7 +70,8 @@ def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
         ("--ckpt x --method wnda", "did you mean wanda"),
         ("--ckpt x --nsamples 0", "--nsamples must be at least 1"),
         ("--ckpt x --eval-windows -3", "--eval-windows must be at least 1"),
-        ("--ckpt x --iterations 5", "selections must be from 0 to iterations"),
+        ("--ckpt x --iterations 0", "iterations must be at least 1"),
+        ("--ckpt x --pattern 2:4 --sparsity 0.7", "2:4 has a sparsity of 0.5, not 0.7"),
         ("--ckpt x --rho 0", "rho must be positive"),
     ],
 )
@@ -81,7 +82,14 @@ def test_impossible_values_are_one_error(line: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["", "--ckpt x --no-such-flag", "--ckpt x --dtype int8", "--ckpt x --method wanda --rho 1", "--ckpt x --seed a"],
+    [
+        "",
+        "--ckpt x --mask wanda --schedule cubic",
+        "--ckpt x --no-such-flag",
+        "--ckpt x --dtype int8",
+        "--ckpt x --method wanda --rho 1",
+        "--ckpt x --seed a",
+    ],
 )
 def test_unknown_flags_and_values_end_the_program(line: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -38,7 +38,7 @@ def test_mask_equals_that_of_a_sort(kind: str, pattern: str, shape: tuple[int, i
         scores = np.minimum(scores_of(kind, shape).astype(dtype), np.finfo(dtype).max)
     for sparsity in (0.0, 0.3, 0.5, 0.99) if ":" not in pattern else (0.5,):
         progress = (0.1, 0.6, 1.0)
-        selector = parse(pattern, sparsity).selector(shape, progress)
+        selector = parse(pattern, None if ":" in pattern else sparsity).selector(shape, progress)
         for step, fraction in enumerate(progress):
             mask = select(selector, jnp.asarray(scores), jnp.asarray(step))
             np.testing.assert_array_equal(mask, oracles.select(scores, pattern, fraction, sparsity))

@@ -9,6 +9,10 @@ from jaxtyping import Array, Bool, Float
 from jaxprune import plugins
 from jaxprune.patterns import Pattern
 
+SELECTS = {"selects": True}
+"""Metadata of a method's option that matters only where the method selects the mask itself; with another method's mask
+the command line does not offer it."""
+
 Gram = Float[Array, "n n"]
 Kernel = Float[Array, "n m"]
 Mask = Bool[Array, "n m"]

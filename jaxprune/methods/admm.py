@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune.errors import InputError
 from jaxprune.linalg import matmul
-from jaxprune.methods import Gram, Kernel, Mask, Solution
+from jaxprune.methods import SELECTS, Gram, Kernel, Mask, Solution
 from jaxprune.patterns import Pattern, Selector
 
 LinearSolve = Literal["inverse", "cholesky"]
@@ -54,14 +54,14 @@ class Prepared(NamedTuple):
 class ADMM:
     """Selects the mask gradually while it re-solves the kept weights; with a given mask it only re-solves."""
 
-    schedule: Literal["cubic", "constant"] = "cubic"
+    schedule: Literal["cubic", "constant"] = dataclasses.field(default="cubic", metadata=SELECTS)
     """How the sparsity of a gradually selected mask grows: cubic, as the paper writes it, or constant (the final
     sparsity at every selection), as its published code runs for unstructured patterns."""
     iterations: int = 20
     """ADMM iterations (k in the paper)."""
-    selections: int = 15
-    """Iterations that select the mask anew (k_s in the paper); the rest keep the last one. 0 selects it once, from
-    the dense weights."""
+    selections: int = dataclasses.field(default=15, metadata=SELECTS)
+    """Iterations that select the mask anew, from the first (k_s in the paper); at most all, and the rest keep the last
+    mask. 0 selects it once, from the dense weights."""
     damping: float = 0.1
     """Ridge towards the dense weights, in units of the mean diagonal of the scaled Gram matrix (lambda)."""
     rho: float = 1.0
@@ -73,8 +73,8 @@ class ADMM:
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise InputError(f"iterations must be at least 1, not {self.iterations}")
-        if not 0 <= self.selections <= self.iterations:
-            raise InputError(f"selections must be from 0 to iterations, not {self.selections} of {self.iterations}")
+        if self.selections < 0:
+            raise InputError(f"selections must not be negative, not {self.selections}")
         if self.damping < 0 or self.rho <= 0:
             raise InputError(
                 f"damping must not be negative and rho must be positive, not {self.damping} and {self.rho}"
@@ -89,7 +89,7 @@ class ADMM:
 
     def progress(self) -> list[float]:
         """The fractions of the final sparsity at the selections: 1 − (1 − (i+1)/k_s)³, or 1 throughout."""
-        steps = range(max(self.selections, 1))
+        steps = range(max(min(self.selections, self.iterations), 1))
         if self.schedule == "constant":
             return [1.0 for _ in steps]
         return [1 - (1 - (i + 1) / len(steps)) ** 3 for i in steps]
@@ -101,7 +101,8 @@ class ADMM:
         if mask is not None:
             return _solve(prepared, weight, mask, self.rho, self.iterations, 0, self.linear_solve)
         selector = pattern.selector(weight.shape, self.progress())
-        return _solve(prepared, weight, selector, self.rho, self.iterations, self.selections, self.linear_solve)
+        selections = min(self.selections, self.iterations)
+        return _solve(prepared, weight, selector, self.rho, self.iterations, selections, self.linear_solve)
 
 
 @partial(jax.jit, static_argnames="linear_solve")

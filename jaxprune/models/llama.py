@@ -39,6 +39,7 @@ class Config:
     """What the modules need of a checkpoint's configuration.
 
     Attributes:
+        max_positions: the longest window; None where there is no limit.
         dtype: of the computation; parameters may be stored in another.
     """
 
@@ -49,7 +50,7 @@ class Config:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    max_positions: int
+    max_positions: int | None
     rms_norm_eps: float
     activation: str
     attention_bias: bool
@@ -71,6 +72,7 @@ class Config:
             raise InputError(
                 f"{hf.num_attention_heads} attention heads cannot share {hf.num_key_value_heads} key-value heads"
             )
+        rope = Rope.from_hf(hf.rope_parameters, hf.head_dim, hf.max_position_embeddings)
         return cls(
             vocab_size=hf.vocab_size,
             hidden_size=hf.hidden_size,
@@ -79,13 +81,14 @@ class Config:
             num_heads=hf.num_attention_heads,
             num_kv_heads=hf.num_key_value_heads,
             head_dim=hf.head_dim,
-            max_positions=hf.max_position_embeddings,
+            # Dynamic rope stretches to any length.
+            max_positions=None if rope.kind == "dynamic" else hf.max_position_embeddings,
             rms_norm_eps=hf.rms_norm_eps,
             activation=hf.hidden_act,
             attention_bias=bool(hf.attention_bias),
             mlp_bias=bool(hf.mlp_bias),
             tied=bool(hf.tie_word_embeddings),
-            rope=Rope.from_hf(hf.rope_parameters, hf.head_dim, hf.max_position_embeddings),
+            rope=rope,
             dtype=dtype,
         )
 

@@ -1,5 +1,6 @@
 """The Flax model against transformers' LlamaForCausalLM, whole and by submodule, in float32."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,19 @@ def test_dynamic_rope_beyond_the_trained_context(tmp_path: Path) -> None:
         expected = reference(torch.tensor(tokens)).logits.numpy()
     found, _ = logits(model_for(open_checkpoint(tmp_path)), tmp_path, tokens)
     assert np.abs(found - expected).max() < 1e-4
+
+
+def test_configurations_of_transformers_4_are_understood(tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "rope_theta": 20000.0, "factor": 2.0}
+    tiny.model(tiny.config(rope_parameters=rope)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"], config["dtype"]
+    old = {"rope_theta": 20000.0, "rope_scaling": {"type": "linear", "factor": 2.0}, "torch_dtype": "float32"}
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config | old))
+    new, read = (model_for(open_checkpoint(p)).config for p in (tmp_path, tmp_path / "old"))
+    np.testing.assert_array_equal(new.rope.inverse_frequencies(8)[0], read.rope.inverse_frequencies(8)[0])
 
 
 def test_submodules_and_taps_are_those_of_transformers(checkpoint: Path) -> None:

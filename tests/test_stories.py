@@ -1,0 +1,49 @@
+"""A small trained model: pruning it costs what the methods promise."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from convert import create_checkpoint, open_checkpoint
+from jaxprune import NM, Unstructured, other_params, prune
+from jaxprune.evaluation.perplexity import perplexity
+from jaxprune.methods import Crossed, Method
+from jaxprune.methods.admm import ADMM
+from jaxprune.methods.magnitude import Magnitude
+from jaxprune.methods.wanda import Wanda
+from jaxprune.patterns import Pattern
+
+
+@pytest.fixture(scope="module")
+def stories(data: Path) -> tuple[Path, np.ndarray]:
+    """The model's folder, and 48 windows of 128 tokens that it told itself."""
+    folder = data / "models/stories260K"
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    torch.manual_seed(0)
+    start = torch.full((48, 1), 1)
+    told = model.generate(start, max_new_tokens=127, min_new_tokens=127, do_sample=True, top_k=0, pad_token_id=0)
+    return folder, told.numpy().astype(np.int32)
+
+
+def test_better_methods_give_better_models(stories: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+    folder, tokens = stories
+    calibration, held_out = tokens[:32], tokens[32:]
+    reader = open_checkpoint(folder)
+
+    def pruned(method: Method, pattern: Pattern) -> float:
+        target = tmp_path / "pruned"
+        with create_checkpoint(target, reader.spec, reader.assets, overwrite=True) as out:
+            for layer in prune(reader, calibration, method, pattern):
+                out.write(layer.params)
+            for paths in other_params(reader.spec):
+                out.write(reader.read(paths))
+        return perplexity(open_checkpoint(target), held_out)
+
+    dense = perplexity(reader, held_out)
+    for pattern, per_output in ((Unstructured(0.6), Unstructured(0.6, per_output=True)), (NM(2, 4), NM(2, 4))):
+        magnitude, wanda = pruned(Magnitude(), pattern), pruned(Wanda(), per_output)
+        admm1, admm = pruned(Crossed(Wanda(), ADMM()), per_output), pruned(ADMM(), pattern)
+        assert dense < admm < admm1 < wanda < magnitude, (dense, admm, admm1, wanda, magnitude)
