@@ -58,7 +58,7 @@ class Config:
     """Of the model's computation; auto is float32 on a CPU and the checkpoint's dtype elsewhere. The result is
     stored in the checkpoint's dtype in any case."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
-    """The kind of device to run on; auto takes the best there is."""
+    """The kind of device to run on; auto takes the best there is, gpu is CUDA's."""
 
     def resolved(self) -> "Config":
         """The same run with the defaults that depend on other options filled in.
@@ -85,7 +85,7 @@ class Config:
         how = self.method if self.mask in (None, self.method) else f"{self.mask}-{self.method}"
         pattern = self.pattern_object()
         what = f"{pattern.n}of{pattern.m}" if isinstance(pattern, patterns.NM) else f"{100 * pattern.sparsity:g}"
-        return f"{Path(self.ckpt).name.removesuffix('.gguf')}-{how}-{what}"
+        return f"{Path(self.ckpt).absolute().name.removesuffix('.gguf')}-{how}-{what}"
 
     def pattern_object(self) -> patterns.Pattern:
         """Raises InputError for an impossible pattern."""

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from convert import CheckpointError, Reader, create_checkpoint, open_checkpoint
+from convert import CheckpointError, Params, Reader, create_checkpoint, open_checkpoint
 from convert.assets import load_tokenizer
 from convert.staging import check_free
 from jaxprune import calibration
@@ -57,12 +57,12 @@ def run(config: Config, method: Method) -> Record:
     out = check_free(config.out, overwrite=config.overwrite)
     pattern = config.pattern_object()
     _require_device(config)
-    with console.status("reading the checkpoint's headers"):
-        reader = open_checkpoint(config.ckpt)
-        dtype = None if config.dtype == "auto" else np.dtype(config.dtype)
-        model = model_for(reader, dtype)
-    with console.status("preparing text"):
-        tokens, evaluation = _texts(config, reader)
+    console.print(f"opening {config.ckpt}")
+    reader = open_checkpoint(config.ckpt)
+    dtype = None if config.dtype == "auto" else np.dtype(config.dtype)
+    model = model_for(reader, dtype)
+    console.print(f"preparing text: {config.calib} to calibrate, {config.eval_text} to evaluate")
+    tokens, evaluation = _texts(config, reader)
     record = Record(config, method, tokens, evaluation=(0, 0) if evaluation is None else evaluation.shape)
     layers = prune(reader, tokens, method, pattern, dtype=dtype)
     record.spend("setup", time.perf_counter() - begin)
@@ -72,7 +72,7 @@ def run(config: Config, method: Method) -> Record:
             _evaluate(record, "dense", reader, evaluation, dtype)
         with _progress() as progress:
             count = model.config.num_layers
-            task = progress.add_task("pruning layers", total=count)
+            task = progress.add_task("pruning", total=count)
             for layer in layers:
                 with _timed(record, "write"):
                     writer.write(layer.params)
@@ -103,8 +103,12 @@ def _texts(config: Config, reader: Reader) -> tuple[np.ndarray, np.ndarray | Non
 
 
 def _evaluate(record: Record, which: str, reader: Reader, tokens: np.ndarray, dtype: np.dtype | None) -> None:
-    with console.status(f"perplexity, {which}"), _timed(record, f"evaluate {which}"):
-        record.perplexity[which] = perplexity(reader, tokens, dtype=dtype)
+    with _progress() as progress, _timed(record, f"evaluate {which}"):
+
+        def track(layers: Iterator[Params], count: int) -> Iterable[Params]:
+            return progress.track(layers, total=count, description=f"perplexity, {which}")
+
+        record.perplexity[which] = perplexity(reader, tokens, dtype=dtype, track=track)
     console.print(f"perplexity, {which}: {record.perplexity[which]:.3f}")
 
 
@@ -127,8 +131,8 @@ def _timed(record: Record, phase: str) -> Iterator[None]:
 
 
 def _progress() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("layers")
+    return Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console)
 
 
 def _print_table(record: Record, out: Path) -> None:
@@ -143,7 +147,8 @@ def _quiet_libraries() -> None:
     """Keeps other libraries' advice and progress bars out of the run's own output."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    for name in ("absl", "huggingface_hub"):  # the hub's retries end in an error of ours
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,25 @@
 """Perplexity by streaming: the model need not fit the device, nor the host."""
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
 from jaxtyping import DTypeLike, Int
 
-from convert import Reader
+from convert import Params, Reader
 from jaxprune.hidden import HiddenStates
 from jaxprune.models import Model, model_for
 from jaxprune.stream import embed, forward, read_layers, token_losses
 
 
-def perplexity(reader: Reader, tokens: Int[np.ndarray, "w t"], *, dtype: DTypeLike | None = None) -> float:
+def perplexity(
+    reader: Reader,
+    tokens: Int[np.ndarray, "w t"],
+    *,
+    dtype: DTypeLike | None = None,
+    track: Callable[[Iterator[Params], int], Iterable[Params]] = lambda layers, count: layers,
+) -> float:
     """exp of the mean loss over all tokens but each window's first.
 
     Windows are scored on their own, so windows of another length give another number.
@@ -21,13 +28,14 @@ def perplexity(reader: Reader, tokens: Int[np.ndarray, "w t"], *, dtype: DTypeLi
         reader: the checkpoint.
         tokens: [windows, length] token ids.
         dtype: of the computation; see `models.model_for`.
+        track: (layers, their number) -> the same layers; a place for a progress bar.
 
     Raises:
         InputError: the checkpoint or the tokens cannot be used.
     """
     model = model_for(reader, dtype)
     hidden = embed(model, reader, tokens)
-    for params in read_layers(model, reader):
+    for params in track(read_layers(model, reader), model.config.num_layers):
         forward(model, jax.device_put(params), hidden)
     return mean_loss_perplexity(model, reader, hidden, tokens)
 
