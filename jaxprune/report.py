@@ -127,7 +127,7 @@ norms and head are those of the dense checkpoint. Everything needed to repeat th
         if self.perplexity:
             windows, length = self.evaluation
             rows.append(("evaluation", f"{windows} windows of {length} tokens, {config.eval_text}"))
-        rows += [(f"perplexity, {which}", f"{value:.3f}") for which, value in self.perplexity.items()]
+        rows += [(f"perplexity, {which}", f"{value:.7g}") for which, value in self.perplexity.items()]
         rows += [(f"time, {phase}", f"{seconds:.1f} s") for phase, seconds in self.seconds.items()]
         rows += [(f"peak memory, {where}", f"{size / 1e9:.2f} GB") for where, size in peak_bytes().items()]
         return rows

@@ -109,7 +109,7 @@ def _evaluate(record: Record, which: str, reader: Reader, tokens: np.ndarray, dt
             return progress.track(layers, total=count, description=f"perplexity, {which}")
 
         record.perplexity[which] = perplexity(reader, tokens, dtype=dtype, track=track)
-    console.print(f"perplexity, {which}: {record.perplexity[which]:.3f}")
+    console.print(f"perplexity, {which}: {record.perplexity[which]:.7g}")
 
 
 def _require_device(config: Config) -> None:
