@@ -1,6 +1,7 @@
 """python -m convert SRC DST: any readable checkpoint into any writable format, one part at a time."""
 
 import argparse
+import os
 import sys
 
 from convert import CheckpointError, create_checkpoint, formats, open_checkpoint, parts
@@ -19,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--to", default="hf", choices=writable, help="format of the target (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
     args = parser.parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises to install torch, which is not needed
     try:
         reader = open_checkpoint(args.source)
         check(reader.spec, read_config(reader.assets))

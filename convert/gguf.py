@@ -38,6 +38,19 @@ TOP = {
     "output_norm.weight": "norm.scale",
     "output.weight": "lm_head.kernel",
 }
+TOKENIZER_FIELDS = {
+    "tokenizer_type": "model",
+    "pre_tokenizer_type": "pre",
+    "tokens": "tokens",
+    "scores": "scores",
+    "token_type": "token_type",
+    "merges": "merges",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "unk_token_id": "unknown_token_id",
+    "pad_token_id": "padding_token_id",
+    "add_prefix_space": "add_space_prefix",
+}
 # llama.cpp stores the frequency factors of Llama 3's rope, which the configuration of the model describes.
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -113,15 +126,33 @@ class Reader:
         return folder
 
     def _save_tokenizer(self, folder: Path) -> None:
+        """Builds the tokenizer as transformers does, but from fields read here: its own reader of GGUF needs torch."""
         from transformers import PreTrainedTokenizerFast
+        from transformers.integrations.gguf import convert_gguf_tokenizer
 
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(self._path.parent, gguf_file=self._path.name)
+        found = {name: self._field(f"tokenizer.ggml.{field}") for name, field in TOKENIZER_FIELDS.items()}
+        fields = {name: value for name, value in found.items() if value is not None}
+        special = {
+            f"{name}_token": fields["tokens"][fields[f"{name}_token_id"]]
+            for name in ("bos", "eos", "unk", "pad")
+            if f"{name}_token_id" in fields
+        }
+        try:
+            backend, _ = convert_gguf_tokenizer("llama", fields)
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{self._path}: {error}") from error
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            chat_template=self._field("tokenizer.chat_template"),
+            # llama.cpp adds BOS to a sentencepiece vocabulary that does not say otherwise.
+            add_bos_token=self._field("tokenizer.ggml.add_bos_token", fields["tokenizer_type"] == "llama"),
+            add_eos_token=self._field("tokenizer.ggml.add_eos_token", False),
+            **special,
+        )
         tokenizer.save_pretrained(folder)
         # transformers 4 does not know the class name that transformers 5 writes; both know this one.
         file = folder / "tokenizer_config.json"
         settings = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-        for local in ("is_local", "local_files_only"):
-            settings.pop(local, None)
         file.write_text(json.dumps(settings, indent=2) + "\n")
 
     def _field(self, name: str, default: Any = None) -> Any:

@@ -46,6 +46,28 @@ def test_python_examples_run(number: int, workplace: Path) -> None:
     assert len(done.stdout.splitlines()) == (30 if "for layer in" in code else 1)
 
 
+WITHOUT_TORCH = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] == "torch" else find(name, *rest)
+sys.modules["torch"] = None
+from convert.__main__ import main
+from convert.assets import load_tokenizer
+assert main(["smollm2-135m", "dense-without-torch"]) == 0
+from pathlib import Path
+print(load_tokenizer(Path("dense-without-torch"))("Hello world, 1234")["input_ids"])
+import jaxprune.run
+"""
+
+
+def test_nothing_of_the_core_needs_torch(workplace: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], cwd=workplace, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    path = fetch(SMOLLM2_135M)
+    expected = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)("Hello world, 1234")["input_ids"]
+    assert done.stdout.splitlines()[-1] == str(expected)
+
+
 def test_every_jaxprune_command_parses() -> None:
     commands = [line.partition("#")[0] for block in blocks("bash") for line in block.splitlines()]
     lines = [re.split(r"jaxprune\.run|^jaxprune", c)[1] for c in commands if re.search(r"jaxprune\.run|^jaxprune", c)]
