@@ -105,8 +105,8 @@ class Record:
 
 # {Path(config.ckpt).name}, {config.pattern_object()} pruned
 
-Pruned in one shot by jaxprune with {describe(self.method)["name"]} after Boža, "Fast and Effective Weight Update for
-Pruned Large Language Models" (arXiv 2401.02938). The weights are ordinary dense tensors with exact zeros. Embeddings,
+Pruned in one shot by jaxprune, which implements Boža, "Fast and Effective Weight Update for Pruned Large Language
+Models" (arXiv 2401.02938). The weights are ordinary dense tensors with exact zeros. Embeddings,
 norms and head are those of the dense checkpoint. Everything needed to repeat the run is in {RECORD}.
 
 | | |
