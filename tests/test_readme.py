@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -19,9 +18,9 @@ from jaxprune.calibration import evaluation_windows
 from jaxprune.config import parse
 from jaxprune.evaluation.perplexity import perplexity
 from jaxprune.models import model_for
-from jaxprune.stream import read_layers
 from tests.convert.test_hf import same, tensors
 from tests.evaluation.test_perplexity import plain
+from tests.models.test_llama import logits
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -98,7 +97,8 @@ def test_the_pruned_smollm2_is_two_of_four_in_transformers(workplace: Path) -> N
         text = tokenizer.decode(model.generate(**ids, max_new_tokens=5, do_sample=False)[0])
         expected = model(**ids).logits.numpy()
     assert text.startswith("The capital of France is")
-    assert np.abs(_flax_logits(folder, ids["input_ids"].numpy()) - expected).max() < 1e-3
+    found, _ = logits(model_for(open_checkpoint(folder)), folder, ids["input_ids"].numpy())
+    assert np.abs(found - expected).max() < 1e-3
 
 
 def test_perplexity_of_smollm2_is_that_of_a_plain_loop(workplace: Path) -> None:
@@ -107,16 +107,6 @@ def test_perplexity_of_smollm2_is_that_of_a_plain_loop(workplace: Path) -> None:
     found, expected = perplexity(open_checkpoint(folder), tokens), plain(folder, tokens)
     assert 10 < expected < 1000
     assert found == pytest.approx(expected, rel=1e-3)
-
-
-def _flax_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
-    reader = open_checkpoint(folder)
-    model = model_for(reader)
-    layer = jax.jit(model.layer)
-    x = model.embed(jax.device_put(reader.read(model.embed.spec)), jax.numpy.asarray(ids))
-    for params in read_layers(model, reader):
-        x, _ = layer(jax.device_put(params), x)
-    return np.asarray(model.head(jax.device_put(reader.read(model.head.spec)), x))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The given NumPy array is not writable")
