@@ -71,7 +71,7 @@ class Reader:
             reader = gguf.GGUFReader(path)
         except (OSError, ValueError, IndexError, KeyError, OverflowError) as error:
             raise CheckpointError(f"{path} is damaged or no GGUF file ({error}): fetch it again") from error
-        self._fields = {name: field for name, field in reader.fields.items()}
+        self._fields = reader.fields
         self._tensors: dict[str, Any] = {}
         self.spec: Spec = {}
         if (architecture := self._field("general.architecture")) != "llama":

@@ -24,10 +24,6 @@ class HiddenStates:
         self._states = np.empty(shape, dtype)
         self._batch = batch
 
-    @property
-    def nbytes(self) -> int:
-        return self._states.nbytes
-
     def slices(self) -> list[slice]:
         starts = range(0, len(self._states), self._batch)
         return [slice(start, start + self._batch) for start in starts]
