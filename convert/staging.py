@@ -10,8 +10,8 @@ from pathlib import Path
 from convert import CheckpointError
 
 
-def check_free(path: str | Path, *, overwrite: bool = False) -> Path:
-    """The absolute path, once it is sure that a folder may be made there.
+def check_free(path: str | Path, *, overwrite: bool = False, folder: bool = True) -> Path:
+    """The absolute path, once it is sure that a folder (or a file) may be made there.
 
     Raises:
         CheckpointError: something is there already, or the parent folder cannot be written.
@@ -19,8 +19,10 @@ def check_free(path: str | Path, *, overwrite: bool = False) -> Path:
     path = Path(path).expanduser().absolute()
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} already exists: choose another path, or pass --overwrite to replace it")
-    if path.exists() and not path.is_dir():
-        raise CheckpointError(f"{path} is a file: choose a path for a folder")
+    if path.exists() and path.is_dir() != folder:
+        raise CheckpointError(
+            f"{path} is a file: choose a path for a folder" if folder else f"{path} is a folder: choose a file's path"
+        )
     parent = next(p for p in path.parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise CheckpointError(f"cannot write into {parent}: choose another path")

@@ -44,6 +44,10 @@ class Selector:
         """The mask (True = kept) that zeroes the smallest non-negative scores; of equal ones the last by index."""
         return self.rule(scores, self.zeros[step])
 
+    def increments(self) -> "Selector":
+        """The selector whose steps have the zeros that each step of this one adds to those before it."""
+        return dataclasses.replace(self, zeros=jnp.diff(self.zeros, prepend=jnp.zeros_like(self.zeros[:1])))
+
 
 @runtime_checkable
 class Pattern(Protocol):
@@ -52,6 +56,11 @@ class Pattern(Protocol):
     @property
     def sparsity(self) -> float:
         """The final fraction of zeros."""
+        ...
+
+    @property
+    def group(self) -> int | None:
+        """So many consecutive inputs compete with each other only; None: all do."""
         ...
 
     def selector(self, shape: tuple[int, ...], progress: Sequence[float] = (1.0,)) -> Selector:
@@ -83,6 +92,10 @@ class Unstructured:
         if not 0 <= self.sparsity < 1:
             raise InputError(f"sparsity must be at least 0 and below 1, not {self.sparsity}")
 
+    @property
+    def group(self) -> None:
+        return None
+
     def selector(self, shape: tuple[int, ...], progress: Sequence[float] = (1.0,)) -> Selector:
         size = shape[0] if self.per_output else shape[0] * shape[1]
         rule = _keep_largest_per_output if self.per_output else _keep_largest
@@ -110,6 +123,10 @@ class NM:
     @property
     def sparsity(self) -> float:
         return 1 - self.n / self.m
+
+    @property
+    def group(self) -> int:
+        return self.m
 
     def selector(self, shape: tuple[int, ...], progress: Sequence[float] = (1.0,)) -> Selector:
         if shape[0] % self.m:

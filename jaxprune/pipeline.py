@@ -8,19 +8,20 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int, UInt8
 
 from convert import Params, Reader, Spec, parts
 from jaxprune import stats
 from jaxprune.errors import InputError
 from jaxprune.hidden import HiddenStates
-from jaxprune.methods import Method
+from jaxprune.masks import StoredMask, pack
+from jaxprune.methods import Mask, Method
 from jaxprune.models import Model, Part, model_for
 from jaxprune.patterns import Pattern
 from jaxprune.stream import embed, forward, read_layers
@@ -50,12 +51,14 @@ class LayerResult:
         index: of the layer, from 0.
         params: all params of the layer, on the host, as they are to be stored; paths as in the checkpoint.
         linears: path of the linear inside the layer -> its outcome.
+        masks: path of the linear -> its mask, packed as in a mask file; see `masks`.
         seconds: by stage; `read` is the time spent waiting for the reader.
     """
 
     index: int
     params: Params
     linears: dict[str, LinearResult]
+    masks: dict[str, UInt8[np.ndarray, "m _"]]
     seconds: dict[str, float]
 
 
@@ -65,7 +68,7 @@ class Run(NamedTuple):
     model: Model
     hidden: HiddenStates
     method: Method
-    pattern_of: Callable[[int, str], Pattern]
+    pattern_of: Callable[[int, str], Pattern | StoredMask]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +80,14 @@ class Layer:
         params: on the device, in the stored dtype; paths inside the layer.
         grams: tap -> Gram matrix of what it taps; consumed by `solve`.
         linears: outcomes so far.
+        masks: packed, of the linears pruned so far.
     """
 
     index: int
     params: dict[str, Array]
     grams: dict[str, Float[Array, "n n"]]
     linears: dict[str, LinearResult]
+    masks: dict[str, UInt8[Array, "m _"]]
 
 
 Stage = Callable[[Run, Layer], Layer]
@@ -107,28 +112,48 @@ def measure(run: Run, layer: Layer) -> Layer:
 
 def solve(run: Run, layer: Layer) -> Layer:
     """Prunes every linear and rounds it to the stored dtype."""
-    params, linears = dict(layer.params), dict(layer.linears)
+    params, linears, masks = dict(layer.params), dict(layer.linears), dict(layer.masks)
     for tap, paths in run.model.inputs.items():
         gram = layer.grams[tap]
         prepared = run.method.prepare(gram)
         for path in paths:
-            kernel = params[f"{path}.kernel"]
-            pattern = run.pattern_of(layer.index, path)
-            solution = run.method.solve(prepared, kernel.astype(gram.dtype), pattern)
-            stored, figures = _store(gram, kernel, solution.weight)
-            params[f"{path}.kernel"] = stored
-            values = jax.device_get(figures | solution.stats)
-            linears[path] = LinearResult(
-                error=float(values.pop("error")),
-                zeros=int(values.pop("zeros")),
-                size=kernel.size,
-                stats={name: float(value) for name, value in values.items()},
-            )
+            pattern, name = run.pattern_of(layer.index, path), f"{path}.kernel"
+            params[name], mask, linears[path] = solve_linear(run.method, prepared, gram, params[name], pattern)
+            masks[path] = pack(mask)
     kernels = {f"{path}.kernel": params[f"{path}.kernel"] for path in linears}
     _require_finite(
         kernels, f"the pruned weights of layer {layer.index}", "the solve overflowed; try more damping, or more tokens"
     )
-    return dataclasses.replace(layer, params=params, grams={}, linears=linears)
+    return dataclasses.replace(layer, params=params, grams={}, linears=linears, masks=masks)
+
+
+def solve_linear(
+    method: Method,
+    prepared: Any,
+    gram: Float[Array, "n n"],
+    kernel: Float[Array, "n m"],
+    pattern: Pattern | StoredMask,
+) -> tuple[Float[Array, "n m"], Mask, LinearResult]:
+    """Prunes one kernel: what is stored, in the kernel's dtype, its mask, and its figures.
+
+    Args:
+        method: the pruning method.
+        prepared: what it made of the Gram matrix.
+        gram: of the linear's inputs.
+        kernel: dense, in the dtype it is to be stored in.
+        pattern: or a mask made elsewhere.
+    """
+    choice = jnp.asarray(pattern.read()) if isinstance(pattern, StoredMask) else pattern
+    solution = method.solve(prepared, kernel.astype(gram.dtype), choice)
+    stored, figures = _store(gram, kernel, solution.weight)
+    values = jax.device_get(figures | solution.stats)
+    result = LinearResult(
+        error=float(values.pop("error")),
+        zeros=int(values.pop("zeros")),
+        size=kernel.size,
+        stats={name: float(value) for name, value in values.items()},
+    )
+    return stored, solution.mask, result
 
 
 def advance(run: Run, layer: Layer) -> Layer:
@@ -144,7 +169,7 @@ def prune(
     reader: Reader,
     tokens: Int[np.ndarray, "w t"],
     method: Method,
-    pattern: Pattern | Callable[[int, str], Pattern],
+    pattern: Pattern | Callable[[int, str], Pattern | StoredMask],
     *,
     dtype: DTypeLike | None = None,
     stages: Mapping[str, Stage] = STAGES,
@@ -155,7 +180,7 @@ def prune(
         reader: the dense checkpoint.
         tokens: calibration windows, [windows, length] token ids.
         method: the pruning method.
-        pattern: for all linears, or (layer index, path of the linear) -> its own.
+        pattern: for all linears, or (layer index, path of the linear) -> its own, which may be a mask made elsewhere.
         dtype: of the model's computation; see `models.model_for`.
         stages: name -> step of a layer's visit, in order.
 
@@ -167,9 +192,15 @@ def prune(
     """
     model = model_for(reader, dtype)
     pattern_of = pattern if callable(pattern) else lambda index, path: pattern
-    for index in range(model.config.num_layers):
-        for path in (path for paths in model.inputs.values() for path in paths):
-            pattern_of(index, path).selector(model.layer.spec[f"{path}.kernel"].shape)
+    for (index, path), shape in linear_shapes(model).items():
+        wanted = pattern_of(index, path)
+        if isinstance(wanted, Pattern):
+            wanted.selector(shape)
+        elif wanted.shape != shape:
+            raise InputError(
+                f"the mask of layers.{index}.{path} is {list(wanted.shape)}, but its kernel [in, out] is "
+                f"{list(shape)}: the mask was made for another model"
+            )
     hidden = embed(model, reader, tokens)
     return _visit(reader, Run(model, hidden, method, pattern_of), stages)
 
@@ -177,7 +208,7 @@ def prune(
 def _visit(reader: Reader, run: Run, stages: Mapping[str, Stage]) -> Iterator[LayerResult]:
     start = time.perf_counter()
     for index, params in enumerate(read_layers(run.model, reader)):
-        layer = Layer(index, jax.block_until_ready(jax.device_put(params)), {}, {})
+        layer = Layer(index, jax.block_until_ready(jax.device_put(params)), {}, {}, {})
         seconds = {"read": time.perf_counter() - start}
         for name, stage in stages.items():
             start = time.perf_counter()
@@ -188,9 +219,17 @@ def _visit(reader: Reader, run: Run, stages: Mapping[str, Stage]) -> Iterator[La
         # Only kernels changed; the rest goes out exactly as it came in.
         out = {p: np.asarray(layer.params[p]) if p in changed else array for p, array in params.items()}
         del params
-        yield LayerResult(index, {f"layers.{index}.{p}": a for p, a in out.items()}, layer.linears, seconds)
-        del layer, out
+        named = {f"layers.{index}.{p}": a for p, a in out.items()}
+        yield LayerResult(index, named, layer.linears, jax.device_get(layer.masks), seconds)
+        del layer, out, named
         start = time.perf_counter()
+
+
+def linear_shapes(model: Model) -> dict[tuple[int, str], tuple[int, ...]]:
+    """(layer index, path of the linear) -> shape [n_in, n_out] of its kernel, for all linears that are pruned."""
+    paths = [path for paths in model.inputs.values() for path in paths]
+    shapes = {path: model.layer.spec[f"{path}.kernel"].shape for path in paths}
+    return {(i, path): shape for i in range(model.config.num_layers) for path, shape in shapes.items()}
 
 
 def other_params(spec: Spec) -> Iterator[list[str]]:

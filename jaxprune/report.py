@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from jaxprune.config import Config
-from jaxprune.methods import Crossed, Method
 from jaxprune.pipeline import LayerResult
+from jaxprune.recipe import Recipe, describe
 
 PACKAGES = ("jaxprune", "jax", "jaxlib", "flax", "numpy", "safetensors", "transformers", "tokenizers", "gguf")
 RECORD = "jaxprune.json"
@@ -28,7 +28,7 @@ class Record:
 
     Attributes:
         config: all options, resolved.
-        method: with its options.
+        recipe: method and pattern.
         tokens: calibration windows.
         layers: figures of the layers so far.
         seconds: by phase.
@@ -37,7 +37,7 @@ class Record:
     """
 
     config: Config
-    method: Method
+    recipe: Recipe
     tokens: np.ndarray
     layers: list[LayerResult] = dataclasses.field(default_factory=list)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -46,7 +46,7 @@ class Record:
 
     def add(self, layer: LayerResult) -> None:
         """Keeps a layer's figures, not its params."""
-        self.layers.append(dataclasses.replace(layer, params={}))
+        self.layers.append(dataclasses.replace(layer, params={}, masks={}))
         for phase, seconds in layer.seconds.items():
             self.spend(phase, seconds)
 
@@ -62,7 +62,8 @@ class Record:
     def as_json(self) -> dict[str, Any]:
         return {
             "config": dataclasses.asdict(self.config),
-            "method": describe(self.method),
+            "method": describe(self.recipe.method),
+            "pattern": self.recipe.target,
             "calibration": {
                 "windows": list(self.tokens.shape),
                 "sha256": hashlib.sha256(np.ascontiguousarray(self.tokens, np.int32).tobytes()).hexdigest(),
@@ -103,7 +104,7 @@ class Record:
 - jaxprune
 ---
 
-# {Path(config.ckpt).name}, {config.pattern_object()} pruned
+# {Path(config.ckpt).name}, pruned to {self.recipe.target}
 
 Pruned in one shot by jaxprune, which implements Boža, "Fast and Effective Weight Update for Pruned Large Language
 Models" (arXiv 2401.02938). The weights are ordinary dense tensors with exact zeros. Embeddings,
@@ -119,8 +120,8 @@ norms and head are those of the dense checkpoint. Everything needed to repeat th
         config = self.config
         rows = [
             ("checkpoint", config.ckpt),
-            ("method", describe(self.method)["name"]),
-            ("pattern", str(config.pattern_object())),
+            ("method", describe(self.recipe.method)["name"]),
+            ("pattern", self.recipe.target),
             ("calibration", f"{self.tokens.shape[0]} windows of {self.tokens.shape[1]} tokens, {config.calib}"),
             ("sparsity of the linears", f"{100 * self.sparsity:.4f} %"),
         ]
@@ -131,15 +132,6 @@ norms and head are those of the dense checkpoint. Everything needed to repeat th
         rows += [(f"time, {phase}", f"{seconds:.1f} s") for phase, seconds in self.seconds.items()]
         rows += [(f"peak memory, {where}", f"{size / 1e9:.2f} GB") for where, size in peak_bytes().items()]
         return rows
-
-
-def describe(method: Method) -> dict[str, Any]:
-    """A method's name and options, nested where methods are crossed."""
-    if isinstance(method, Crossed):
-        selector, updater = describe(method.selector), describe(method.updater)
-        return {"name": f"{selector['name']} mask, {updater['name']} update", "mask": selector, "update": updater}
-    name = type(method).__module__.rpartition(".")[2]
-    return {"name": name, "options": dataclasses.asdict(method)}  # type: ignore[call-overload]
 
 
 def layer_line(layer: LayerResult, count: int) -> str:

@@ -21,9 +21,10 @@ from jaxprune import calibration
 from jaxprune.config import Config, parse
 from jaxprune.errors import InputError
 from jaxprune.evaluation.perplexity import perplexity
-from jaxprune.methods import Method
+from jaxprune.masks import MaskWriter, create_masks
 from jaxprune.models import model_for
-from jaxprune.pipeline import other_params, prune
+from jaxprune.pipeline import linear_shapes, other_params, prune
+from jaxprune.recipe import Recipe
 from jaxprune.report import Record, layer_line
 
 console = Console(highlight=False, soft_wrap=True)
@@ -33,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit status."""
     _quiet_libraries()
     try:
-        config, method = parse(sys.argv[1:] if argv is None else argv)
+        config, recipe = parse(sys.argv[1:] if argv is None else argv)
         if config.device != "auto":
             jax.config.update("jax_platforms", {"gpu": "cuda"}.get(config.device, config.device))
-        run(config, method)
+        run(config, recipe)
     except (InputError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(config: Config, method: Method) -> Record:
+def run(config: Config, recipe: Recipe) -> Record:
     """Prunes, exports and evaluates; everything that can be checked is checked before the work starts.
 
     Raises:
@@ -55,19 +56,24 @@ def run(config: Config, method: Method) -> Record:
     begin = time.perf_counter()
     assert config.out and config.calib and config.eval_text
     out = check_free(config.out, overwrite=config.overwrite)
-    pattern = config.pattern_object()
+    masks_out = check_free(config.save_masks, overwrite=config.overwrite, folder=False) if config.save_masks else None
     _require_device(config)
     console.print(f"opening {config.ckpt}")
     reader = open_checkpoint(config.ckpt)
     dtype = None if config.dtype == "auto" else np.dtype(config.dtype)
     model = model_for(reader, dtype)
+    pattern = recipe.patterns()
     console.print(f"preparing text: {config.calib} to calibrate, {config.eval_text} to evaluate")
     tokens, evaluation = _texts(config, reader)
-    record = Record(config, method, tokens, evaluation=(0, 0) if evaluation is None else evaluation.shape)
-    layers = prune(reader, tokens, method, pattern, dtype=dtype)
+    record = Record(config, recipe, tokens, evaluation=(0, 0) if evaluation is None else evaluation.shape)
+    layers = prune(reader, tokens, recipe.method, pattern, dtype=dtype)
     record.spend("setup", time.perf_counter() - begin)
 
-    with create_checkpoint(out, reader.spec, reader.assets, overwrite=config.overwrite) as writer:
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(create_checkpoint(out, reader.spec, reader.assets, overwrite=config.overwrite))
+        masks: MaskWriter | None = None
+        if masks_out:
+            masks = stack.enter_context(create_masks(masks_out, linear_shapes(model), overwrite=config.overwrite))
         if evaluation is not None:
             _evaluate(record, "dense", reader, evaluation, dtype)
         with _progress() as progress:
@@ -76,6 +82,8 @@ def run(config: Config, method: Method) -> Record:
             for layer in layers:
                 with _timed(record, "write"):
                     writer.write(layer.params)
+                    if masks:
+                        masks.write(layer.index, layer.masks)
                 record.add(layer)
                 progress.console.print(layer_line(layer, count))
                 progress.advance(task)

@@ -16,7 +16,8 @@ from convert import CheckpointError, open_checkpoint
 from convert.assets import load_tokenizer
 from jaxprune import InputError, calibration, prune
 from jaxprune.evaluation.perplexity import mean_loss_perplexity, perplexity
-from jaxprune.methods import Crossed, Method
+from jaxprune.methods import Method
+from jaxprune.methods._combine import Crossed
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.wanda import Wanda

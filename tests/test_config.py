@@ -6,55 +6,95 @@ import re
 import pytest
 
 from jaxprune import methods
-from jaxprune.config import Config, field_docs, parse
+from jaxprune.config import Config, parse
 from jaxprune.errors import InputError
-from jaxprune.methods import Crossed
+from jaxprune.flags import field_docs
+from jaxprune.methods import Method
+from jaxprune.methods._combine import Crossed, Finished
 from jaxprune.methods.admm import ADMM
+from jaxprune.methods.alps import ALPS
+from jaxprune.methods.exact import Exact
+from jaxprune.methods.gradient import Gradient
 from jaxprune.methods.magnitude import Magnitude
+from jaxprune.methods.sparsegpt import SparseGPT
 from jaxprune.methods.wanda import Wanda
 from jaxprune.patterns import NM, Unstructured
+from jaxprune.recipe import Flags
 
 
 def test_defaults_are_the_papers() -> None:
-    config, method = parse(["--ckpt", "llama-7b"])
-    assert method == ADMM()
+    config, recipe = parse(["--ckpt", "llama-7b"])
+    assert recipe.method == ADMM()
+    assert recipe.pattern == Unstructured(0.5)
+    assert recipe.mask is None
     assert (config.nsamples, config.seqlen, config.seed) == (128, 2048, 0)
     assert (config.calib, config.eval_text, config.eval_seqlen) == ("c4", "wikitext2", 2048)
-    assert config.pattern_object() == Unstructured(0.5)
     assert config.out == "llama-7b-admm-50"
 
 
 def test_every_flag_arrives() -> None:
-    config, method = parse(
-        "--ckpt x/y --out o --overwrite --method admm --sparsity 0.7 --pattern per-output --calib wikitext2 "
-        "--nsamples 3 --seqlen 9 --pack --eval-text none --eval-seqlen 8 --eval-windows 2 --seed 5 --dtype bfloat16 "
-        "--device cpu --schedule constant --iterations 30 --selections 4 --damping 0.2 --rho 2.5 "
-        "--linear-solve cholesky".split()
+    config, recipe = parse(
+        "--ckpt x/y --out o --overwrite --save-masks m --method admm --sparsity 0.7 --pattern per-output "
+        "--calib wikitext2 --nsamples 3 --seqlen 9 --pack --eval-text none --eval-seqlen 8 --eval-windows 2 --seed 5 "
+        "--dtype bfloat16 --device cpu --schedule constant --iterations 30 --selections 4 --damping 0.2 --rho 2.5 "
+        "--linear-solve cholesky --finish-steps 7".split()
     )
-    assert method == ADMM("constant", 30, 4, 0.2, 2.5, "cholesky")
+    assert recipe.method == Finished(ADMM("constant", 30, 4, 0.2, 2.5, "cholesky"), Exact(steps=7))
+    assert recipe.pattern == Unstructured(0.7, per_output=True)
     assert config == Config(
-        ckpt="x/y", out="o", overwrite=True, method="admm", mask=None, sparsity=0.7, pattern="per-output",
-        calib="wikitext2", nsamples=3, seqlen=9, pack=True, eval_text="none", eval_seqlen=8, eval_windows=2, seed=5,
-        dtype="bfloat16", device="cpu",
+        ckpt="x/y", out="o", overwrite=True, save_masks="m", calib="wikitext2", nsamples=3, seqlen=9, pack=True,
+        eval_text="none", eval_seqlen=8, eval_windows=2, seed=5, dtype="bfloat16", device="cpu",
     )  # fmt: skip
 
 
+def method(line: str) -> Method:
+    return parse(f"--ckpt x {line}".split())[1].method
+
+
 def test_methods_are_chosen_and_crossed() -> None:
-    assert parse("--ckpt x --method wanda".split())[1] == Wanda()
-    assert parse("--ckpt x --method wanda --mask wanda".split())[1] == Wanda()
-    config, method = parse("--ckpt x --mask wanda --iterations 25".split())
-    assert method == Crossed(Wanda(), ADMM(iterations=25))
-    assert config.out == "x-wanda-admm-50"
-    assert parse("--ckpt x --method magnitude".split())[1] == Magnitude()
+    assert method("--method wanda") == Wanda()
+    assert method("--method wanda --mask wanda") == Wanda()
+    assert method("--mask wanda --update wanda") == Wanda()
+    assert method("--method magnitude") == Magnitude()
+    assert method("--mask wanda --iterations 25") == Crossed(Wanda(), ADMM(iterations=25))
+    assert method("--mask wanda --update admm") == method("--method wanda --update admm") == Crossed(Wanda(), ADMM())
+    assert method("--mask sparsegpt --update exact") == Crossed(SparseGPT(), Exact())
+    assert method("--update exact") == Crossed(ADMM(), Exact())
+    assert method("--method exact --steps 3") == Exact(steps=3)
+    assert method("--mask wanda --update gradient --optimizer sgd --learning-rate 0.2") == Crossed(
+        Wanda(), Gradient(optimizer="sgd", learning_rate=0.2)
+    )
+    assert parse("--ckpt x --mask wanda".split())[0].out == "x-wanda-admm-50"
+
+
+def test_options_that_both_methods_have_are_told_apart() -> None:
+    crossed = method("--mask sparsegpt --update admm --mask-damping 0.3 --update-damping 0.4")
+    assert crossed == Crossed(SparseGPT(damping=0.3), ADMM(damping=0.4))
+    # Wanda's selection, which the gradient method takes, knows no damping: there is one only.
+    assert method("--mask gradient --update admm --damping 0.4") == Crossed(Gradient(), ADMM(damping=0.4))
+    assert method("--mask alps --update sparsegpt --iterations 9 --block 64 --mask-damping 0.02") == Crossed(
+        ALPS(iterations=9, damping=0.02), SparseGPT(block=64)
+    )
+
+
+@pytest.mark.parametrize("name", ["from-checkpoint:pruned", "from-file:masks.safetensors"])
+def test_masks_made_elsewhere_leave_the_update_to_choose(name: str) -> None:
+    config, recipe = parse(["--ckpt", "x", "--mask", name, "--iterations", "30"])
+    assert (recipe.method, recipe.pattern, recipe.mask) == (ADMM(iterations=30), None, name)
+    assert config.out == "x-admm-given-mask"
+    assert name in recipe.target
+    assert parse(["--ckpt", "x", "--mask", name, "--update", "exact"])[1].method == Exact()
 
 
 def test_a_method_compares_scores_as_it_was_published() -> None:
-    assert parse("--ckpt x --method wanda".split())[0].pattern_object() == Unstructured(0.5, per_output=True)
-    assert parse("--ckpt x --mask wanda".split())[0].pattern_object() == Unstructured(0.5, per_output=True)
-    assert parse("--ckpt x --method wanda --pattern unstructured".split())[0].pattern_object() == Unstructured(0.5)
-    config, _ = parse("--ckpt a/b.gguf --pattern 2:4 --sparsity 0.5".split())
-    assert config.pattern_object() == NM(2, 4)
-    assert config.out == "b-admm-2of4"
+    def pattern(line: str) -> object:
+        return parse(f"--ckpt x {line}".split())[1].pattern
+
+    assert pattern("--method wanda") == pattern("--mask wanda") == Unstructured(0.5, per_output=True)
+    assert pattern("--method wanda --pattern unstructured") == Unstructured(0.5)
+    assert pattern("--method sparsegpt") == pattern("--method alps") == Unstructured(0.5)
+    assert pattern("--pattern 2:4 --sparsity 0.5") == NM(2, 4)
+    assert parse("--ckpt a/b.gguf --pattern 2:4".split())[0].out == "b-admm-2of4"
 
 
 def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
@@ -73,6 +113,17 @@ def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
         ("--ckpt x --iterations 0", "iterations must be at least 1"),
         ("--ckpt x --pattern 2:4 --sparsity 0.7", "2:4 has a sparsity of 0.5, not 0.7"),
         ("--ckpt x --rho 0", "rho must be positive"),
+        ("--ckpt x --method admm --mask wanda --update exact", "leave one of the three out"),
+        ("--ckpt x --mask from-file:m --sparsity 0.5", "decides which weights stay"),
+        ("--ckpt x --mask from-checkpoint:m --pattern 2:4", "decides which weights stay"),
+        ("--ckpt x --finish-steps -1", "--finish-steps must not be negative"),
+        ("--ckpt x --mask nobody", "no 'nobody' in methods"),
+        ("--ckpt x --update nobody", "no 'nobody' in methods"),
+        ("--ckpt x --method sparsegpt --block 0", "block must be at least 1"),
+        ("--ckpt x --method sparsegpt --damping 0", "damping must be positive"),
+        ("--ckpt x --method alps --rho 0", "rho and damping must be positive"),
+        ("--ckpt x --method gradient --learning-rate 0", "learning_rate must be positive"),
+        ("--ckpt x --method exact --steps 0", "steps must be at least 1"),
     ],
 )
 def test_impossible_values_are_one_error(line: str, message: str) -> None:
@@ -85,6 +136,10 @@ def test_impossible_values_are_one_error(line: str, message: str) -> None:
     [
         "",
         "--ckpt x --mask wanda --schedule cubic",
+        "--ckpt x --mask from-file:m --schedule cubic",
+        "--ckpt x --mask alps --update admm --cg-steps 3",
+        "--ckpt x --mask sparsegpt --update admm --damping 0.1",
+        "--ckpt x --method gradient --optimizer lbfgs",
         "--ckpt x --no-such-flag",
         "--ckpt x --dtype int8",
         "--ckpt x --method wanda --rho 1",
@@ -104,7 +159,7 @@ def test_help_explains_every_flag(name: str, capsys: pytest.CaptureFixture) -> N
         parse(["--method", name, "--help"])
     assert ended.value.code == 0
     text = re.sub(r"\s", "", capsys.readouterr().out)  # argparse breaks lines within hyphened words
-    for cls in (Config, methods.load(name)):
+    for cls in (Config, Flags, methods.load(name)):
         docs = field_docs(cls)
         for field in dataclasses.fields(cls):
             assert f"--{field.name.replace('_', '-')}" in text

@@ -70,7 +70,7 @@ def test_the_record_repeats_what_happened(finished: tuple[Path, str]) -> None:
     out, printed = finished
     record = json.loads((out / "jaxprune.json").read_text())
     assert record["config"]["seed"] == 3
-    assert record["config"]["pattern"] == "unstructured"
+    assert record["pattern"] == "50 %"
     assert record["method"] == {
         "name": "admm",
         "options": {

@@ -1,4 +1,7 @@
-"""Pruning methods, one a file. A method knows one kernel and the Gram matrix of its inputs, nothing else."""
+"""Pruning methods, one a file. A method knows one kernel and the Gram matrix of its inputs, nothing else.
+
+`combine` makes methods of methods: one's mask with another's update, or any method with a finish.
+"""
 
 import dataclasses
 import sys
@@ -9,9 +12,12 @@ from jaxtyping import Array, Bool, Float
 from jaxprune import plugins
 from jaxprune.patterns import Pattern
 
-SELECTS = {"selects": True}
-"""Metadata of a method's option that matters only where the method selects the mask itself; with another method's mask
-the command line does not offer it."""
+SELECTS = {"only": "mask"}
+"""Metadata of a method's option that matters only where the method selects the mask; the command line does not offer it
+where it only updates."""
+
+UPDATES = {"only": "update"}
+"""Metadata of a method's option that matters only where the method updates the weights."""
 
 Gram = Float[Array, "n n"]
 Kernel = Float[Array, "n m"]
@@ -52,41 +58,15 @@ class Method(Protocol):
         """
         ...
 
-    def solve(self, prepared: Any, weight: Kernel, pattern: Pattern, mask: Mask | None = None) -> Solution:
+    def solve(self, prepared: Any, weight: Kernel, pattern: Pattern | Mask) -> Solution:
         """Prunes one kernel.
 
         Args:
             prepared: what `prepare` gave.
             weight: the dense kernel, in the Gram matrix's dtype.
-            pattern: which weights may be kept.
-            mask: None: the method selects it. Given: only the kept weights are updated.
+            pattern: a pattern that the method selects a mask of, or the mask itself, under which it only updates.
         """
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Crossed:
-    """One method's mask with another's weight update.
-
-    Attributes:
-        selector: the method that selects the mask.
-        updater: the method that updates the dense weights under that mask.
-    """
-
-    selector: Method
-    updater: Method
-
-    @property
-    def per_output(self) -> bool:
-        return self.selector.per_output
-
-    def prepare(self, gram: Gram) -> tuple[Any, Any]:
-        return self.selector.prepare(gram), self.updater.prepare(gram)
-
-    def solve(self, prepared: tuple[Any, Any], weight: Kernel, pattern: Pattern, mask: Mask | None = None) -> Solution:
-        if mask is None:
-            mask = self.selector.solve(prepared[0], weight, pattern).mask
-        return self.updater.solve(prepared[1], weight, pattern, mask)
 
 
 def names() -> list[str]:

@@ -28,12 +28,11 @@ from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, Float, Int
 
 from jaxprune.errors import InputError
-from jaxprune.linalg import matmul
+from jaxprune.linalg import Scalar, masked, matmul, precondition
 from jaxprune.methods import SELECTS, Gram, Kernel, Mask, Solution
 from jaxprune.patterns import Pattern, Selector
 
 LinearSolve = Literal["inverse", "cholesky"]
-Scalar = float | Float[Array, ""]
 
 
 class Prepared(NamedTuple):
@@ -97,9 +96,9 @@ class ADMM:
     def prepare(self, gram: Gram) -> Prepared:
         return _prepare(gram, self.damping, self.rho, self.linear_solve)
 
-    def solve(self, prepared: Prepared, weight: Kernel, pattern: Pattern, mask: Mask | None = None) -> Solution:
-        if mask is not None:
-            return _solve(prepared, weight, mask, self.rho, self.iterations, 0, self.linear_solve)
+    def solve(self, prepared: Prepared, weight: Kernel, pattern: Pattern | Mask) -> Solution:
+        if not isinstance(pattern, Pattern):
+            return _solve(prepared, weight, pattern, self.rho, self.iterations, 0, self.linear_solve)
         selector = pattern.selector(weight.shape, self.progress())
         selections = min(self.selections, self.iterations)
         return _solve(prepared, weight, selector, self.rho, self.iterations, selections, self.linear_solve)
@@ -107,12 +106,9 @@ class ADMM:
 
 @partial(jax.jit, static_argnames="linear_solve")
 def _prepare(gram: Gram, damping: Scalar, rho: Scalar, linear_solve: LinearSolve) -> Prepared:
-    scale = jnp.sqrt(jnp.diagonal(gram)) + jnp.asarray(1e-8, gram.dtype)
-    gram = gram / (scale[:, None] * scale[None, :])
-    damping, rho = (jnp.asarray(x, gram.dtype) for x in (damping, rho))
+    scale, gram = precondition(gram, damping)
     eye = jnp.eye(len(gram), dtype=gram.dtype)
-    gram = gram + damping * jnp.mean(jnp.diagonal(gram)) * eye
-    factor = jnp.linalg.cholesky(gram + rho * eye)
+    factor = jnp.linalg.cholesky(gram + jnp.asarray(rho, gram.dtype) * eye)
     operator = cho_solve((factor, True), eye) if linear_solve == "inverse" else factor
     return Prepared(scale, gram, operator)
 
@@ -140,7 +136,7 @@ def _solve(
 
     def iterate(w: Kernel, u: Kernel, mask: Mask) -> tuple[Kernel, Kernel, Mask]:
         v = w + u
-        z = jnp.where(mask, v, jnp.zeros_like(v))
+        z = masked(mask, v)
         u = v - z
         return apply_inverse(target + rho * (z - u)), u, mask
 
@@ -156,6 +152,6 @@ def _solve(
         state = *state[:2], select(jnp.abs(dense)) if isinstance(select, Selector) else select
     w, u, mask = lax.fori_loop(selections, iterations, lambda _, state: iterate(*state), state)
 
-    z = jnp.where(mask, w + u, jnp.zeros_like(w))
+    z = masked(mask, w + u)
     residual = jnp.linalg.norm(w - z) / jnp.maximum(jnp.linalg.norm(w), jnp.finfo(w.dtype).tiny)
     return Solution(z / scale, mask, {"primal_residual": residual})

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxprune.linalg import masked
 from jaxprune.methods import Gram, Kernel, Mask, Solution
 from jaxprune.patterns import Pattern, Selector
 
@@ -20,11 +21,10 @@ class Magnitude:
     def prepare(self, gram: Gram) -> None:
         del gram  # unused
 
-    def solve(self, prepared: None, weight: Kernel, pattern: Pattern, mask: Mask | None = None) -> Solution:
+    def solve(self, prepared: None, weight: Kernel, pattern: Pattern | Mask) -> Solution:
         del prepared  # unused
-        if mask is None:
-            mask = _select(weight, pattern.selector(weight.shape))
-        return Solution(jnp.where(mask, weight, jnp.zeros_like(weight)), mask, {})
+        mask = _select(weight, pattern.selector(weight.shape)) if isinstance(pattern, Pattern) else pattern
+        return Solution(masked(mask, weight), mask, {})
 
 
 @jax.jit

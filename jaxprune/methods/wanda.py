@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxprune.linalg import masked
 from jaxprune.methods import Gram, Kernel, Mask, Solution
 from jaxprune.patterns import Pattern, Selector
 
@@ -26,16 +27,14 @@ class Wanda:
         """The norms ‖X_i‖₂ of the inputs."""
         return jnp.sqrt(jnp.diagonal(gram))
 
-    def solve(
-        self,
-        prepared: Float[Array, "n"],
-        weight: Kernel,
-        pattern: Pattern,
-        mask: Mask | None = None,
-    ) -> Solution:
-        if mask is None:
-            mask = _select(prepared, weight, pattern.selector(weight.shape))
-        return Solution(jnp.where(mask, weight, jnp.zeros_like(weight)), mask, {})
+    def solve(self, prepared: Float[Array, "n"], weight: Kernel, pattern: Pattern | Mask) -> Solution:
+        mask = select(prepared, weight, pattern) if isinstance(pattern, Pattern) else pattern
+        return Solution(masked(mask, weight), mask, {})
+
+
+def select(norms: Float[Array, "n"], weight: Kernel, pattern: Pattern) -> Mask:
+    """Wanda's mask of one kernel; methods that only update select so where no mask is given."""
+    return _select(norms, weight, pattern.selector(weight.shape))
 
 
 @jax.jit

@@ -44,9 +44,7 @@ def test_other_parameters_and_fixed_masks(damping: float, rho: float) -> None:
     gram, weight = problem(1)
     mask = np.random.default_rng(2).random(weight.shape) < 0.4
     method = ADMM(damping=damping, rho=rho, iterations=7, selections=0)
-    solution = method.solve(
-        method.prepare(jnp.asarray(gram)), jnp.asarray(weight), Unstructured(0.5), jnp.asarray(mask)
-    )
+    solution = method.solve(method.prepare(jnp.asarray(gram)), jnp.asarray(weight), jnp.asarray(mask))
     expected, _ = oracles.admm(
         gram, weight, "", 0, schedule="", iterations=7, selections=0, damping=damping, rho=rho, mask=mask
     )
@@ -59,9 +57,7 @@ def test_a_fixed_mask_converges_to_the_exact_optimum(linear_solve: str) -> None:
     gram, weight = problem(3)
     mask = np.random.default_rng(4).random(weight.shape) < 0.5
     method = ADMM(iterations=5000, linear_solve=linear_solve)
-    solution = method.solve(
-        method.prepare(jnp.asarray(gram)), jnp.asarray(weight), Unstructured(0.5), jnp.asarray(mask)
-    )
+    solution = method.solve(method.prepare(jnp.asarray(gram)), jnp.asarray(weight), jnp.asarray(mask))
     exact = oracles.masked_least_squares(gram, weight, mask, damping=0.1)
     np.testing.assert_allclose(solution.weight, exact, rtol=1e-6, atol=1e-9)
     assert solution.stats["primal_residual"] < 1e-7

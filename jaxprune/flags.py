@@ -1,0 +1,62 @@
+"""Command lines from dataclasses: one field = one flag, and the docstring under a field is the flag's help text."""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+
+def add_fields(group: Any, cls: Any, flag_of: Callable[[str], str | None] | None = None) -> None:
+    """Adds one flag a field. Flags left out are absent from the result, so that defaults stand in one place only.
+
+    Args:
+        group: of an argparse parser.
+        cls: a dataclass.
+        flag_of: field name -> the flag's name without dashes, or None: no flag. Default: the field's own name.
+    """
+    docs, hints = field_docs(cls), typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        name = flag_of(field.name) if flag_of else field.name
+        if name is None:
+            continue
+        kind, text = hints[field.name], docs[field.name]
+        if typing.get_origin(kind) is types.UnionType:
+            kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        elif field.default is not dataclasses.MISSING and kind is not bool:
+            text += f" (default: {field.default})"
+        options: dict[str, Any] = {
+            "dest": name,
+            "help": text.replace("%", "%%"),
+            "default": argparse.SUPPRESS,
+            "required": field.default is dataclasses.MISSING,
+        }
+        if kind is bool:
+            options["action"] = "store_true"
+        elif typing.get_origin(kind) is Literal:
+            options["choices"] = typing.get_args(kind)
+        else:
+            options |= {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "NAME")}
+        group.add_argument(f"--{name.replace('_', '-')}", **options)
+
+
+def make(cls: Any, given: Mapping[str, Any], flag_of: Callable[[str], str | None] | None = None) -> Any:
+    """The dataclass from a parsed command line."""
+    flags = {f.name: flag_of(f.name) if flag_of else f.name for f in dataclasses.fields(cls)}
+    return cls(**{field: given[flag] for field, flag in flags.items() if flag is not None and flag in given})
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Field name -> the docstring under it."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(body, ast.ClassDef)
+    docs = {}
+    for field, after in zip(body.body, body.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant), field.target.id
+            docs[field.target.id] = " ".join(str(after.value.value).split())
+    return docs

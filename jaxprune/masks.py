@@ -1,0 +1,181 @@
+"""Masks that come from elsewhere, and masks that outlive a run.
+
+A mask file is one safetensors file: for every pruned linear, under its weight's name in a Hugging Face checkpoint, the
+bits of its mask [out, in] (1 = kept), packed along the inputs, eight a byte, the first in the lowest bit:
+
+    numpy.unpackbits(tensor, axis=1, count=n_in, bitorder="little")
+
+The header's metadata holds the shapes [out, in] as JSON.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, UInt8
+from safetensors import SafetensorError, safe_open
+
+from convert import Reader, open_checkpoint
+from convert.hf import hf_name
+from convert.shards import TensorFile
+from convert.staging import check_free
+from jaxprune.errors import InputError
+
+FORMAT = "jaxprune masks 1"
+FROM_CHECKPOINT, FROM_FILE = "from-checkpoint:", "from-file:"
+
+
+class StoredMask:
+    """The mask of one kernel, read when it is needed.
+
+    Args:
+        shape: [n_in, n_out].
+        read: gives the mask, bool [n_in, n_out], True = kept.
+    """
+
+    def __init__(self, shape: tuple[int, ...], read: Callable[[], Bool[np.ndarray, "n m"]]) -> None:
+        self.shape = shape
+        self.read = read
+
+
+Masks = Callable[[int, str], StoredMask]
+"""(layer index, path of the linear) -> its mask; what `pipeline.prune` takes as a pattern."""
+
+
+def is_stored(name: str) -> bool:
+    """Whether a mask's name on the command line means one made elsewhere, not a method."""
+    return name.startswith((FROM_CHECKPOINT, FROM_FILE))
+
+
+def stored(name: str) -> Masks:
+    """The masks that `from-checkpoint:DIR` or `from-file:FILE` names.
+
+    Raises:
+        InputError, CheckpointError: there are none, or they cannot be read.
+    """
+    if name.startswith(FROM_CHECKPOINT):
+        return from_checkpoint(open_checkpoint(name.removeprefix(FROM_CHECKPOINT)))
+    return from_file(Path(name.removeprefix(FROM_FILE)).expanduser())
+
+
+def from_checkpoint(reader: Reader) -> Masks:
+    """The zeros of a pruned checkpoint, as masks.
+
+    Raises:
+        InputError: the first layer has no zeros, so the checkpoint is not pruned.
+    """
+    first = [path for path in reader.spec if path.startswith("layers.0.") and path.endswith(".kernel")]
+    if not any((array == 0).any() for array in reader.read(first).values()):
+        raise InputError(
+            f"the checkpoint in {reader.assets} has no zeros in its first layer: it is not pruned. "
+            "--mask from-checkpoint wants a pruned one; the dense one goes to --ckpt"
+        )
+
+    def mask(index: int, linear: str) -> StoredMask:
+        path = f"layers.{index}.{linear}.kernel"
+        if path not in reader.spec:
+            raise InputError(f"the checkpoint in {reader.assets}, which gives the mask, has no {path}")
+        return StoredMask(reader.spec[path].shape, lambda: np.asarray(reader.read([path])[path] != 0))
+
+    return mask
+
+
+def from_file(file: Path) -> Masks:
+    """The masks of a file that `MaskWriter` wrote.
+
+    Raises:
+        InputError: it is no such file.
+    """
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            metadata, names = opened.metadata() or {}, set(opened.keys())
+            if metadata.get("format") != FORMAT:
+                raise InputError(f"{file} holds no masks: give a file that --save-masks made")
+            shapes = json.loads(metadata["shapes"])
+            packed = {name: opened.get_slice(name).get_shape() for name in names}
+    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise InputError(f"cannot read masks from {file}: {error}; make it anew with --save-masks") from error
+    if bad := [n for n in names | shapes.keys() if packed.get(n) != _packed_shape(shapes.get(n, (0, 0)))]:
+        raise InputError(f"{file} is damaged, its masks and their shapes disagree: {', '.join(sorted(bad)[:5])}")
+
+    def mask(index: int, linear: str) -> StoredMask:
+        name = _name(index, linear)
+        if name not in shapes:
+            raise InputError(f"{file} has no mask for {name}: it was made for another model")
+        out, n = shapes[name]
+
+        def read() -> Bool[np.ndarray, "n m"]:
+            with safe_open(file, framework="numpy") as opened:
+                return unpack(opened.get_tensor(name), n)
+
+        return StoredMask((n, out), read)
+
+    return mask
+
+
+class MaskWriter:
+    """Writes the masks of a run's linears, layer by layer.
+
+    Args:
+        path: of the file to be.
+        shapes: [n_in, n_out] of each linear's kernel, by (layer index, path of the linear).
+
+    Raises:
+        CheckpointError: no room.
+    """
+
+    def __init__(self, path: Path, shapes: Mapping[tuple[int, str], tuple[int, ...]]) -> None:
+        stored = {_name(*which): (shape[1], shape[0]) for which, shape in shapes.items()}
+        spec = {n: jax.ShapeDtypeStruct(tuple(_packed_shape(s)), np.dtype(np.uint8)) for n, s in stored.items()}
+        self._file = TensorFile(path, spec, {"format": FORMAT, "shapes": json.dumps(stored)})
+        self.finish = self._file.finish
+
+    def write(self, index: int, masks: Mapping[str, UInt8[np.ndarray, "m _"]]) -> None:
+        """Writes the packed masks of one layer, as its `LayerResult` has them."""
+        for linear, packed in masks.items():
+            self._file.write(_name(index, linear), packed)
+
+
+@contextlib.contextmanager
+def create_masks(
+    path: Path, shapes: Mapping[tuple[int, str], tuple[int, ...]], *, overwrite: bool = False
+) -> Iterator[MaskWriter]:
+    """A mask file that appears at `path` only when it is complete.
+
+    Raises:
+        CheckpointError: `path` exists and `overwrite` is not set, or cannot be written.
+    """
+    path = check_free(path, overwrite=overwrite, folder=False)
+    staged = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer = MaskWriter(staged, shapes)
+        yield writer
+        writer.finish()
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+@jax.jit
+def pack(mask: Bool[Array, "n m"]) -> UInt8[Array, "m _"]:
+    """The bits of a mask [n_in, n_out] as a mask file holds them: [n_out, ceil(n_in / 8)]."""
+    return jnp.packbits(mask.T, axis=1, bitorder="little")
+
+
+def unpack(packed: UInt8[np.ndarray, "m _"], n: int) -> Bool[np.ndarray, "n m"]:
+    """The mask [n_in, n_out] of packed bits."""
+    return np.unpackbits(packed, axis=1, count=n, bitorder="little").T.astype(bool)
+
+
+def _name(index: int, linear: str) -> str:
+    return hf_name(f"layers.{index}.{linear}.kernel")
+
+
+def _packed_shape(shape: tuple[int, int]) -> list[int]:
+    """Of the packed bits of a mask [out, in]."""
+    return [shape[0], -(-shape[1] // 8)]

@@ -1,0 +1,96 @@
+r"""Gradient descent on the kept weights, by Adam or SGD: the baselines that ADMM is compared with.
+
+Minimises tr((W − W₀)ᵀ G (W − W₀)) over W that are zero outside a mask, in ADMM's coordinates (scaled and damped, see
+`admm`), by steps along 2·M ∘ (GW − B), B = GW₀. Weights are counted in units of their root mean square, so a learning
+rate means the same for every kernel and any number of tokens.
+
+References:
+    Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015 (arXiv 1412.6980).
+    Boža, "Fast and Effective Weight Update for Pruned Large Language Models", TMLR 2024 (arXiv 2401.02938),
+    section 4.1.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Int
+
+from jaxprune.errors import InputError
+from jaxprune.linalg import Scalar, Scaled, masked, matmul, precondition
+from jaxprune.methods import UPDATES, Gram, Kernel, Mask, Solution
+from jaxprune.methods.wanda import select
+from jaxprune.patterns import Pattern
+
+Optimizer = Literal["adam", "sgd"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradient:
+    """Descends from the masked dense weights; where no mask is given, it selects Wanda's."""
+
+    optimizer: Optimizer = dataclasses.field(default="adam", metadata=UPDATES)
+    """Adam with optax's defaults, or plain gradient descent."""
+    steps: int = dataclasses.field(default=100, metadata=UPDATES)
+    """Steps along the full gradient."""
+    learning_rate: float = dataclasses.field(default=0.01, metadata=UPDATES)
+    """Of the weights in units of their root mean square. SGD diverges above 1 over the largest eigenvalue of the scaled
+    Gram matrix."""
+    damping: float = dataclasses.field(default=0.1, metadata=UPDATES)
+    """Ridge towards the dense weights, in units of the mean diagonal of the scaled Gram matrix."""
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in ("adam", "sgd"):
+            raise InputError(f"{self.optimizer!r} is not one of adam, sgd")
+        if self.steps < 1:
+            raise InputError(f"steps must be at least 1, not {self.steps}")
+        if self.learning_rate <= 0 or self.damping < 0:
+            raise InputError(
+                f"learning_rate must be positive and damping must not be negative, not {self.learning_rate} and "
+                f"{self.damping}"
+            )
+
+    @property
+    def per_output(self) -> bool:
+        return True
+
+    def prepare(self, gram: Gram) -> Scaled:
+        return precondition(gram, self.damping)
+
+    def solve(self, prepared: Scaled, weight: Kernel, pattern: Pattern | Mask) -> Solution:
+        mask = select(prepared.scale, weight, pattern) if isinstance(pattern, Pattern) else pattern
+        return _descend(prepared, weight, mask, self.steps, self.learning_rate, self.optimizer)
+
+
+@partial(jax.jit, static_argnames="optimizer")
+def _descend(
+    prepared: Scaled,
+    weight: Kernel,
+    mask: Mask,
+    steps: int | Int[Array, ""],
+    learning_rate: Scalar,
+    optimizer: Optimizer,
+) -> Solution:
+    scale = prepared.scale[:, None]
+    dense = scale * weight
+    unit = jnp.maximum(jnp.sqrt(jnp.mean(jnp.square(dense))), jnp.finfo(dense.dtype).tiny)
+    dense = dense / unit
+    target = matmul(prepared.gram, dense)
+    descent = getattr(optax, optimizer)(jnp.asarray(learning_rate, dense.dtype))
+
+    def step(_: Array, state: tuple[Kernel, optax.OptState]) -> tuple[Kernel, optax.OptState]:
+        kept, memory = state
+        gradient = 2 * masked(mask, matmul(prepared.gram, kept) - target)
+        with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction mixes integers and floats
+            change, memory = descent.update(gradient, memory)
+        return kept + change, memory
+
+    kept = masked(mask, dense)
+    kept, _ = lax.fori_loop(0, steps, step, (kept, descent.init(kept)))
+    slope = jnp.linalg.norm(masked(mask, matmul(prepared.gram, kept) - target))
+    gradient = slope / jnp.maximum(jnp.linalg.norm(target), jnp.finfo(dense.dtype).tiny)
+    return Solution(kept * unit / scale, mask, {"gradient": gradient})

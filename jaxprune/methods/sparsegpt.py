@@ -1,0 +1,145 @@
+r"""SparseGPT: inputs are pruned one after another, and each error is spread over the inputs still to come.
+
+With H = XᵀX, damped, and R the upper Cholesky factor of H⁻¹ = RᵀR, inputs are visited in order. Pruning input j of
+an output leaves the error e = (w_j − m_j·w_j)/R_jj, which the later inputs make good: w_k −= R_jk·e. Inputs come in
+blocks: within one the later inputs are updated at once, behind it in one product. A block's mask is selected as it
+is entered, by w_j²/R²_jj (the loss of removing a weight on its own), over all outputs together; N:M patterns select
+each group as it is entered. Weights of inputs already visited are final.
+
+The factor 2/N of the published H cancels in R_jk/R_jj and in the order of scores, and is left out; the diagonal that a
+dead input (H_jj = 0) gets is the mean one instead of 1, so that nothing depends on the unit of the activations.
+
+References:
+    Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", ICML 2023 (arXiv
+    2301.00774), Algorithm 1.
+"""
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.scipy.linalg import solve_triangular
+from jaxtyping import Array, Bool, Float
+
+from jaxprune.errors import InputError
+from jaxprune.linalg import Scalar, add_ridge, masked, matmul
+from jaxprune.methods import Gram, Kernel, Mask, Solution
+from jaxprune.patterns import Pattern, Selector
+
+
+class Prepared(NamedTuple):
+    """What all kernels with the same inputs share.
+
+    Attributes:
+        factor: R, upper triangular.
+        alive: inputs that are ever non-zero.
+    """
+
+    factor: Float[Array, "n n"]
+    alive: Bool[Array, "n"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseGPT:
+    """Prunes input by input and lets later inputs make good the error; with a given mask it only updates."""
+
+    block: int = 128
+    """Inputs whose mask is selected at once (N:M patterns: the nearest multiple of M below)."""
+    damping: float = 0.01
+    """Ridge, in units of the mean diagonal of the Gram matrix."""
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise InputError(f"block must be at least 1, not {self.block}")
+        if self.damping <= 0:
+            raise InputError(f"damping must be positive, not {self.damping}")
+
+    @property
+    def per_output(self) -> bool:
+        return False
+
+    def prepare(self, gram: Gram) -> Prepared:
+        return _prepare(gram, self.damping)
+
+    def solve(self, prepared: Prepared, weight: Kernel, pattern: Pattern | Mask) -> Solution:
+        n = len(weight)
+        if not isinstance(pattern, Pattern):
+            return _solve(prepared, weight, pattern, min(self.block, n), min(self.block, n))
+        group = pattern.group or min(self.block, n)
+        block = max(min(self.block, n) // group, 1) * group
+        # A group's zeros are its share of the kernel's, rounded so that they add up.
+        ends = [min(start + group, n) for start in range(0, -(-n // block) * block, group)]
+        selector = pattern.selector(weight.shape, [end / n for end in ends]).increments()
+        return _solve(prepared, weight, selector, block, group)
+
+
+@jax.jit
+def _prepare(gram: Gram, damping: Scalar) -> Prepared:
+    alive = jnp.diagonal(gram) > 0
+    mean = jnp.mean(jnp.diagonal(gram))
+    mean = jnp.where(mean > 0, mean, jnp.ones_like(mean))
+    damped = add_ridge(gram, damping) + jnp.diag(jnp.where(alive, jnp.zeros_like(mean), mean))
+    # H = UUᵀ with U upper triangular is the Cholesky factorization of H turned end for end; then R = U⁻¹.
+    upper = jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+    return Prepared(solve_triangular(upper, jnp.eye(len(gram), dtype=gram.dtype)), alive)
+
+
+@partial(jax.jit, static_argnames=("block", "group"))
+def _solve(prepared: Prepared, weight: Kernel, select: Selector | Mask, block: int, group: int) -> Solution:
+    """Visits the inputs block by block, under a given mask or under one selected group by group."""
+    n, m = weight.shape
+    padding = -n % block
+    weight = masked(jnp.broadcast_to(prepared.alive[:, None], weight.shape), weight)
+    weight = jnp.pad(weight, ((0, padding), (0, 0)))
+    # Padded inputs have R_jj = 1 and nothing else: they neither receive errors nor cause any.
+    factor = jnp.pad(prepared.factor, (0, padding)) + jnp.diag((jnp.arange(n + padding) >= n).astype(weight.dtype))
+    mask = jnp.zeros(weight.shape, bool) if isinstance(select, Selector) else jnp.pad(select, ((0, padding), (0, 0)))
+    within = jnp.arange(block, dtype=jnp.int32)
+
+    def visit_block(number: Array, state: tuple[Kernel, Mask]) -> tuple[Kernel, Mask]:
+        weight, mask = state
+        start = number * block
+        rows = lax.dynamic_slice_in_dim(factor, start, block)
+        square = lax.dynamic_slice_in_dim(rows, start, block, axis=1)
+
+        def visit_group(index: Array, state: tuple[Kernel, Mask, Kernel]) -> tuple[Kernel, Mask, Kernel]:
+            values, mask, errors = state
+            if isinstance(select, Selector):
+                chosen = lax.dynamic_slice_in_dim(values, index * group, group)
+                roots = lax.dynamic_slice_in_dim(jnp.diagonal(square), index * group, group)
+                real = start + index * group + jnp.arange(group, dtype=jnp.int32) < n
+                scores = jnp.where(real[:, None], jnp.abs(chosen / roots[:, None]), jnp.full_like(chosen, jnp.inf))
+                mask = lax.dynamic_update_slice_in_dim(
+                    mask, select(scores, start // group + index), index * group, axis=0
+                )
+
+            def visit_input(offset: Array, state: tuple[Kernel, Kernel]) -> tuple[Kernel, Kernel]:
+                values, errors = state
+                j = index * group + offset
+                row = lax.dynamic_index_in_dim(square, j, keepdims=False)
+                value = lax.dynamic_index_in_dim(values, j, keepdims=False)
+                kept = lax.dynamic_index_in_dim(mask, j, keepdims=False)
+                error = masked(~kept, value) / row[j]
+                later = masked(within > j, row)
+                values = values - later[:, None] * error[None, :]
+                return values, lax.dynamic_update_index_in_dim(errors, error, j, axis=0)
+
+            values, errors = lax.fori_loop(0, group, visit_input, (values, errors))
+            return values, mask, errors
+
+        values = lax.dynamic_slice_in_dim(weight, start, block)
+        block_mask = lax.dynamic_slice_in_dim(mask, start, block)
+        values, block_mask, errors = lax.fori_loop(
+            0, block // group, visit_group, (values, block_mask, jnp.zeros_like(values))
+        )
+        behind = jnp.arange(n + padding, dtype=jnp.int32) >= start + block
+        later = masked(jnp.broadcast_to(behind[None, :], rows.shape), rows)
+        weight = weight - matmul(later.T, errors)
+        weight = lax.dynamic_update_slice_in_dim(weight, masked(block_mask, values), start, axis=0)
+        return weight, lax.dynamic_update_slice_in_dim(mask, block_mask, start, axis=0)
+
+    weight, mask = lax.fori_loop(0, (n + padding) // block, visit_block, (weight, mask))
+    return Solution(weight[:n], mask[:n], {})

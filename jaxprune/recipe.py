@@ -1,0 +1,170 @@
+"""How each linear is pruned: a mask's source, a weight update, a pattern; what all command lines have in common."""
+
+import argparse
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jaxprune import masks, methods, patterns
+from jaxprune.errors import InputError
+from jaxprune.flags import add_fields, make
+from jaxprune.methods import Method
+from jaxprune.methods._combine import Crossed, Finished
+from jaxprune.methods.exact import Exact
+from jaxprune.patterns import NM, Pattern
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """The flags that all methods share."""
+
+    method: str | None = None
+    """How to prune: selects the mask and updates the weights (default: admm)."""
+    mask: str | None = None
+    """Select the mask with another method; or take one made elsewhere, from-checkpoint:DIR (the zeros of a pruned
+    checkpoint) or from-file:FILE (made by --save-masks)."""
+    update: str | None = None
+    """Update the dense weights under the mask with another method; exact solves for the optimum."""
+    sparsity: float | None = None
+    """Fraction of weights to set to zero in every linear (default: 0.5; N:M patterns have their own)."""
+    pattern: str | None = None
+    """unstructured (the smallest of a whole matrix go), per-output (of each output), or N:M, such as 2:4 (N of
+    every M consecutive inputs stay). Default: as the mask's method was published."""
+    finish_steps: int = 0
+    """Bring the weights nearer to the optimum under the mask by so many conjugate-gradient steps at the end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What is done to each linear.
+
+    Attributes:
+        method: selects and updates, or only updates where the mask is given.
+        pattern: None: the mask is given.
+        mask: name of the given mask, as --mask has it, or None.
+        slug: a short name for files, such as wanda-admm-50.
+    """
+
+    method: Method
+    pattern: Pattern | None
+    mask: str | None
+    slug: str
+
+    def patterns(self) -> "Pattern | masks.Masks":
+        """What `pipeline.prune` takes as its pattern.
+
+        Raises:
+            InputError, CheckpointError: the given mask cannot be read.
+        """
+        if self.pattern is not None:
+            return self.pattern
+        assert self.mask is not None
+        return masks.stored(self.mask)
+
+    @property
+    def target(self) -> str:
+        """The pattern or the mask's source, in words."""
+        return str(self.pattern) if self.pattern is not None else f"the mask {self.mask}"
+
+
+class Parser:
+    """Reads the recipe of a command line, and other options with it.
+
+    The methods that it names decide which flags there are, so it is read twice: first for their names.
+
+    Args:
+        argv: the command line.
+        given: options of argparse.ArgumentParser.
+
+    Raises:
+        InputError: there is no such method, or methods that contradict each other.
+    """
+
+    def __init__(self, argv: Sequence[str], **given: Any) -> None:
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for flag in ("--method", "--mask", "--update"):
+            first.add_argument(flag)
+        known, _ = first.parse_known_args(argv)
+        if known.method and known.mask and known.update:
+            raise InputError("--mask and --update together say all that --method does: leave one of the three out")
+        self._argv = argv
+        self._mask = known.mask or known.method or "admm"
+        self._update = known.update or known.method or "admm"
+        self._given_mask = masks.is_stored(self._mask)
+        self._classes = {"update": methods.load(self._update)}
+        if not self._given_mask and self._mask != self._update:
+            self._classes = {"mask": methods.load(self._mask)} | self._classes
+        self.parser = argparse.ArgumentParser(allow_abbrev=False, **given)
+        self.parser.epilog = (
+            f"{self.parser.epilog or ''} Methods: {', '.join(methods.names())}; --method NAME --help shows a method's "
+            "own options."
+        ).strip()
+
+    def parse(self) -> tuple[Mapping[str, Any], Recipe]:
+        """The values of all flags, and the recipe they make.
+
+        Raises:
+            InputError: a value that cannot be used. Unknown flags end the program with argparse's message.
+        """
+        add_fields(self.parser.add_argument_group("recipe"), Flags)
+        for role, cls in self._classes.items():
+            group = self.parser.add_argument_group(f"method {self._name(role)}", inspect.getdoc(cls))
+            add_fields(group, cls, self._flag_of(role))
+        given = vars(self.parser.parse_args(self._argv))
+        return given, self._recipe(make(Flags, given), given)
+
+    def _name(self, role: str) -> str:
+        return self._mask if role == "mask" else self._update
+
+    def _fields(self, role: str) -> set[str]:
+        """A method's options that matter in its role."""
+        does = {role} if self._given_mask or len(self._classes) > 1 else {"mask", "update"}
+        return {f.name for f in dataclasses.fields(self._classes[role]) if {f.metadata.get("only", role)} & does}
+
+    def _flag_of(self, role: str) -> Callable[[str], str | None]:
+        """Options that both methods have are told apart by their role."""
+        fields = self._fields(role)
+        shared = set().union(*(self._fields(other) for other in self._classes if other != role))
+        return lambda field: (f"{role}_{field}" if field in shared else field) if field in fields else None
+
+    def _recipe(self, flags: Flags, given: Mapping[str, Any]) -> Recipe:
+        made = {role: make(cls, given, self._flag_of(role)) for role, cls in self._classes.items()}
+        method: Method = made["update"]
+        if "mask" in made:
+            method = Crossed(made["mask"], method)
+        if flags.finish_steps < 0:
+            raise InputError(f"--finish-steps must not be negative, not {flags.finish_steps}")
+        if flags.finish_steps:
+            method = Finished(method, Exact(steps=flags.finish_steps))
+        if self._given_mask:
+            if flags.pattern is not None or flags.sparsity is not None:
+                raise InputError(f"--mask {self._mask} decides which weights stay: leave --pattern and --sparsity out")
+            return Recipe(method, None, self._mask, f"{self._update}-given-mask")
+        pattern = patterns.parse(
+            flags.pattern or ("per-output" if method.per_output else "unstructured"), flags.sparsity
+        )
+        how = self._update if self._mask == self._update else f"{self._mask}-{self._update}"
+        what = f"{pattern.n}of{pattern.m}" if isinstance(pattern, NM) else f"{100 * pattern.sparsity:g}"
+        return Recipe(method, pattern, None, f"{how}-{what}")
+
+
+def parse(argv: Sequence[str]) -> Recipe:
+    """The recipe of a command line that has no other flags.
+
+    Raises:
+        InputError: a value that cannot be used. Unknown flags end the program with argparse's message.
+    """
+    return Parser(argv).parse()[1]
+
+
+def describe(method: Method) -> dict[str, Any]:
+    """A method's name and options, nested where methods are combined."""
+    if isinstance(method, Crossed):
+        selector, updater = describe(method.selector), describe(method.updater)
+        return {"name": f"{selector['name']} mask, {updater['name']} update", "mask": selector, "update": updater}
+    if isinstance(method, Finished):
+        inner, finish = describe(method.method), dataclasses.asdict(method.finish)
+        return {"name": f"{inner['name']}, {finish['steps']} steps to finish", "method": inner, "finish": finish}
+    name = type(method).__module__.rpartition(".")[2]
+    return {"name": name, "options": dataclasses.asdict(method)}  # type: ignore[call-overload]

@@ -1,0 +1,100 @@
+"""Prunes one layer from a file of its Gram matrices and kernels, without the model: `python -m jaxprune.solve FILE`."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert import CheckpointError
+from convert.staging import check_free
+from jaxprune import problems
+from jaxprune.errors import InputError
+from jaxprune.flags import add_fields, make
+from jaxprune.pipeline import LinearResult, solve_linear
+from jaxprune.problems import Problem
+from jaxprune.recipe import Parser, Recipe, describe
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to solve."""
+
+    linear: str | None = None
+    """Only this linear, such as mlp.down_proj (default: all of the layer)."""
+    out: str | None = None
+    """A file for the pruned layer, in the same format: its kernels are the pruned ones."""
+    overwrite: bool = False
+    """Replace --out if it exists."""
+
+
+def solve(problem: Problem, recipe: Recipe) -> Iterator[tuple[str, LinearResult, float, jax.Array]]:
+    """Prunes the problem's linears: each one's path, outcome, seconds and pruned kernel.
+
+    The time of preparation (once per input) is counted to the first linear that reads the input.
+    """
+    pattern_of = recipe.patterns()
+    for tap, linears in problem.inputs.items():
+        start = time.perf_counter()
+        gram = jnp.asarray(problem.grams[tap])
+        prepared = recipe.method.prepare(gram)
+        for linear in linears:
+            target = pattern_of(problem.layer, linear) if callable(pattern_of) else pattern_of
+            kernel = jnp.asarray(problem.kernels[linear])
+            stored, _, result = solve_linear(recipe.method, prepared, gram, kernel, target)
+            yield linear, result, time.perf_counter() - start, stored
+            start = time.perf_counter()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit status."""
+    try:
+        _run(sys.argv[1:] if argv is None else argv)
+    except (InputError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(argv: Sequence[str]) -> None:
+    reader = Parser(
+        argv,
+        prog="python -m jaxprune.solve",
+        description="Prune one layer from a file of its Gram matrices and kernels, which scripts/save_layer.py makes.",
+    )
+    reader.parser.add_argument("file", help="the layer's file", type=Path)
+    add_fields(reader.parser.add_argument_group("problem"), Options)
+    given, recipe = reader.parse()
+    options = make(Options, given)
+    out = options.out and check_free(options.out, overwrite=options.overwrite, folder=False)
+    problem = _only(problems.load(given["file"]), options.linear)
+    kernels = dict(problem.kernels)
+    print(f"layer {problem.layer}, {describe(recipe.method)['name']}, {recipe.target}")
+    columns = "{:<20} {:>14} {:>14} {:>10} {:>8}  {}"
+    print(columns.format("linear", "n × m", "relative error", "sparsity", "seconds", "figures"))
+    for linear, result, seconds, kernel in solve(problem, recipe):
+        kernels[linear] = np.asarray(kernel)
+        shape = " × ".join(map(str, kernel.shape))
+        sparsity = f"{100 * result.zeros / result.size:.2f} %"
+        figures = ", ".join(f"{name} {value:.3g}" for name, value in result.stats.items())
+        print(columns.format(linear, shape, f"{result.error:.6f}", sparsity, f"{seconds:.2f}", figures), flush=True)
+    if out:
+        problems.save(out, problem._replace(kernels=kernels), overwrite=options.overwrite)
+
+
+def _only(problem: Problem, linear: str | None) -> Problem:
+    """The problem of one linear."""
+    if linear is None:
+        return problem
+    if linear not in problem.kernels:
+        raise InputError(f"there is no linear {linear!r}: the file has {', '.join(problem.kernels)}")
+    (tap,) = (tap for tap, linears in problem.inputs.items() if linear in linears)
+    return Problem(problem.layer, {tap: (linear,)}, {tap: problem.grams[tap]}, {linear: problem.kernels[linear]})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Saves what pruning one layer starts from, its Gram matrices and kernels, for `python -m jaxprune.solve`.
+
+    python scripts/save_layer.py --layer 5 --file layer5.safetensors --ckpt smollm2-135m --nsamples 32 --seqlen 512
+
+All flags of a run are taken. The layers before are pruned as the run would prune them, so that the file is the problem
+that the run meets; --dense-before leaves them dense.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from convert import CheckpointError, open_checkpoint
+from convert.assets import load_tokenizer
+from jaxprune import InputError, calibration, problems
+from jaxprune.config import parse
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--layer", type=int, required=True, help="from 0")
+    parser.add_argument("--file", type=Path, required=True, help="the file to make")
+    parser.add_argument("--dense-before", action="store_true", help="leave the layers before dense")
+    args, rest = parser.parse_known_args()
+    if args.layer < 0:
+        raise InputError(f"--layer counts from 0, so it cannot be {args.layer}")
+    config, recipe = parse(rest)
+    reader = open_checkpoint(config.ckpt)
+    tokenizer = None if config.calib.endswith(".npy") else load_tokenizer(reader.assets)
+    tokens = calibration.sample(config.calib, tokenizer, config.nsamples, config.seqlen, config.seed, pack=config.pack)
+    dtype = None if config.dtype == "auto" else np.dtype(config.dtype)
+    (problem,) = problems.capture(
+        reader,
+        tokens,
+        [args.layer],
+        recipe.method,
+        recipe.patterns(),
+        prune_before=not args.dense_before,
+        dtype=dtype,
+    )
+    problems.save(args.file, problem, overwrite=config.overwrite)
+    print(f"{args.file}: {', '.join(problem.kernels)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, CheckpointError) as error:
+        sys.exit(f"error: {error}")
