@@ -71,7 +71,9 @@ def _run(argv: Sequence[str]) -> None:
     given, recipe = reader.parse()
     options = make(Options, given)
     out = options.out and check_free(options.out, overwrite=options.overwrite, folder=False)
-    problem = _only(problems.load(given["file"]), options.linear)
+    problem = problems.load(given["file"])
+    if options.linear:
+        problem = only(problem, options.linear)
     kernels = dict(problem.kernels)
     print(f"layer {problem.layer}, {describe(recipe.method)['name']}, {recipe.target}")
     columns = "{:<20} {:>14} {:>14} {:>10} {:>8}  {}"
@@ -86,10 +88,12 @@ def _run(argv: Sequence[str]) -> None:
         problems.save(out, problem._replace(kernels=kernels), overwrite=options.overwrite)
 
 
-def _only(problem: Problem, linear: str | None) -> Problem:
-    """The problem of one linear."""
-    if linear is None:
-        return problem
+def only(problem: Problem, linear: str) -> Problem:
+    """The problem of one linear.
+
+    Raises:
+        InputError: there is no such linear.
+    """
     if linear not in problem.kernels:
         raise InputError(f"there is no linear {linear!r}: the file has {', '.join(problem.kernels)}")
     (tap,) = (tap for tap, linears in problem.inputs.items() if linear in linears)

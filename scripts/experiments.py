@@ -1,0 +1,188 @@
+"""The experiments of Boža, "Fast and Effective Weight Update for Pruned Large Language Models" (TMLR 2024), as data.
+
+A row is a recipe, written as its flags; {k} in it stands for a number of steps. An experiment crosses its rows with its
+patterns. Numbers of the paper are WikiText-2 perplexities, by checkpoint, row and pattern.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+Measure = Literal["perplexity", "seconds", "error"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Rows x patterns, measured in one way.
+
+    Attributes:
+        title: heads the table and the picture.
+        measure: perplexity (a whole checkpoint is pruned), seconds (the same, without evaluation), or error (single
+            layers are pruned, with the dense layers before them, so that all rows see the same inputs).
+        rows: label -> flags of the recipe.
+        patterns: fractions of zeros, or N:M.
+        picture: which of the pictures shows it.
+        steps: what {k} stands for in the rows that have it.
+        linears: share of the layers that come before -> linears of that layer; for `error`. Empty: all linears.
+        seqlen: tokens of a window, where the paper's are not the usual 2048.
+        paper: checkpoint -> (row, pattern) -> the paper's perplexity.
+    """
+
+    title: str
+    measure: Measure
+    rows: Mapping[str, str]
+    patterns: tuple[str, ...]
+    picture: str
+    steps: tuple[int, ...] = ()
+    linears: Mapping[float, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    seqlen: int = 2048
+    paper: Mapping[str, Mapping[tuple[str, str], float]] = dataclasses.field(default_factory=dict)
+
+
+WANDA, SPARSEGPT = "--method wanda", "--method sparsegpt"
+ADMM1 = "--mask wanda --update admm"
+# The published code selects with the final sparsity from the start; the paper describes a cubic schedule.
+CONSTANT, CUBIC = "--method admm --schedule constant", "--method admm --schedule cubic"
+GRADIENT = "--mask wanda --update gradient --steps {k}"
+
+ALL_METHODS = {
+    "magnitude": "--method magnitude",
+    "Wanda": WANDA,
+    "Wanda mask, Adam (100 steps)": "--mask wanda --update gradient --steps 100",
+    "Wanda mask, ADMM (ADMM1)": ADMM1,
+    "Wanda mask, exact": "--mask wanda --update exact",
+    "SparseGPT": SPARSEGPT,
+    "ADMM-Grad, constant": CONSTANT,
+    "ADMM-Grad, cubic": CUBIC,
+    "ALPS": "--method alps",
+}
+
+
+def _table5(dense: float, **rows: tuple[float, float, float, float]) -> dict[tuple[str, str], float]:
+    names = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "admm": "ADMM-Grad, constant"}
+    patterns = ("0.5", "0.6", "0.8", "2:4")
+    paper = {(names[row], p): value for row, values in rows.items() for p, value in zip(patterns, values, strict=True)}
+    return paper | {("dense", ""): dense}
+
+
+EXPERIMENTS = {
+    "fig1": Experiment(
+        title="Error of a layer by update steps, Wanda's mask",
+        measure="error",
+        rows={
+            "ADMM": f"{ADMM1} --iterations {{k}}",
+            **{f"Adam, rate {rate}": f"{GRADIENT} --learning-rate {rate}" for rate in (0.1, 0.03, 0.01, 0.003)},
+            **{
+                f"SGD, rate {rate}": f"{GRADIENT} --optimizer sgd --learning-rate {rate}"
+                for rate in (0.03, 0.01, 0.003, 0.001)
+            },
+            "SparseGPT's update": "--mask wanda --update sparsegpt",
+            "exact optimum, no ridge": "--mask wanda --update exact",
+        },
+        patterns=("0.5",),
+        picture="convergence",
+        steps=(1, 2, 3, 5, 7, 10, 14, 20, 30, 50, 70, 100, 140, 200),
+        linears={
+            0.1: ("self_attn.q_proj",),
+            0.35: ("self_attn.o_proj",),
+            0.65: ("mlp.gate_proj",),
+            0.9: ("mlp.down_proj",),
+        },
+    ),
+    "fig2": Experiment(
+        title="Perplexity by time in the solver, Wanda's mask",
+        measure="perplexity",
+        rows={
+            "ADMM": f"{ADMM1} --iterations {{k}}",
+            "Adam": GRADIENT,
+            "SparseGPT's update": "--mask wanda --update sparsegpt",
+            "SparseGPT with its own mask": SPARSEGPT,
+        },
+        patterns=("0.6", "0.8"),
+        picture="quality_by_time",
+        steps=(1, 10, 20, 50, 100),
+    ),
+    "table1": Experiment(
+        title="Perplexity by sparsity",
+        measure="perplexity",
+        rows={
+            "Wanda": WANDA,
+            "SparseGPT": SPARSEGPT,
+            "ADMM1": ADMM1,
+            "ADMM-Grad, constant": CONSTANT,
+            "ADMM-Grad, cubic": CUBIC,
+        },
+        patterns=("0.5", "0.6", "0.7", "0.8", "2:4"),
+        picture="quality_by_sparsity",
+    ),
+    "table2": Experiment(
+        title="Masks crossed with updates",
+        measure="perplexity",
+        rows={
+            "Wanda mask, SparseGPT update": "--mask wanda --update sparsegpt",
+            "Wanda mask, ADMM update": ADMM1,
+            "SparseGPT mask, SparseGPT update": SPARSEGPT,
+            "SparseGPT mask, ADMM update": "--mask sparsegpt --update admm",
+            "ADMM-Grad mask, SparseGPT update": "--mask admm --schedule constant --update sparsegpt",
+            "ADMM-Grad mask, ADMM update": CONSTANT,
+        },
+        patterns=("0.6",),
+        picture="crossed",
+        paper={
+            "llama-7b": {
+                ("SparseGPT mask, ADMM update", "0.6"): 9.92,
+                ("ADMM-Grad mask, ADMM update", "0.6"): 9.22,
+            }
+        },
+    ),
+    "table3": Experiment(
+        title="Time to prune",
+        measure="seconds",
+        rows={"Wanda": WANDA, "SparseGPT": SPARSEGPT, "ADMM1": ADMM1, "ADMM-Grad, constant": CONSTANT},
+        patterns=("0.5",),
+        picture="durations",
+    ),
+    "table5": Experiment(
+        title="Perplexity of LLaMA-2",
+        measure="perplexity",
+        rows={"Wanda": WANDA, "SparseGPT": SPARSEGPT, "ADMM-Grad, constant": CONSTANT, "ADMM-Grad, cubic": CUBIC},
+        patterns=("0.5", "0.6", "0.8", "2:4"),
+        picture="quality_by_sparsity",
+        seqlen=4096,
+        paper={
+            "llama2-7b": _table5(
+                5.12,
+                wanda=(6.42, 9.71, 5e3, 11.02),
+                sparsegpt=(6.51, 9.58, 108.87, 10.17),
+                admm=(6.33, 8.70, 55.93, 9.74),
+            ),
+            "llama2-13b": _table5(
+                4.57,
+                wanda=(5.56, 7.75, 2e3, 8.27),
+                sparsegpt=(5.63, 7.80, 94.23, 8.32),
+                admm=(5.52, 7.09, 43.58, 7.78),
+            ),
+            "llama2-70b": _table5(
+                3.12,
+                wanda=(3.98, 4.98, 1e2, 5.16),
+                sparsegpt=(3.98, 4.98, 25.86, 5.40),
+                admm=(3.95, 4.81, 18.84, 5.19),
+            ),
+        },
+    ),
+    "methods": Experiment(
+        title="Perplexity by sparsity, all methods",
+        measure="perplexity",
+        rows=ALL_METHODS,
+        patterns=("0.5", "0.6", "0.7", "0.8", "2:4"),
+        picture="quality_by_sparsity",
+    ),
+    "layers": Experiment(
+        title="Error of layers on the same inputs, all methods",
+        measure="error",
+        rows=ALL_METHODS,
+        patterns=("0.5", "0.6", "0.7", "0.8", "2:4"),
+        picture="errors_by_sparsity",
+        linears={0.1: (), 0.5: (), 0.9: ()},
+    ),
+}

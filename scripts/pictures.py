@@ -1,0 +1,229 @@
+"""Pictures of experiments, made to be understood without the text."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from experiments import Experiment
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "figure.dpi": 130,
+    "svg.hashsalt": "jaxprune",
+}
+COLORS = ["#777777", "#c08a00", "#2a9d4e", "#00796b", "#26418f", "#8e44ad", "#d1495b", "#e07a1f", "#111111"]
+MARKERS = "osD^vP*Xh"
+PHASES = {"gram": "forward pass and Gram matrices", "solve": "solver", "forward": "second forward pass"}
+Results = Sequence[tuple[Any, dict[str, Any]]]
+
+
+def draw(experiment: Experiment, ckpt: str, results: Results, setting: str, stem: Path) -> list[Path]:
+    """Draws an experiment's picture as PNG and SVG; returns their paths."""
+    draw_it: Callable[[Experiment, Results], tuple[Figure, str]] = globals()[f"_{experiment.picture}"]
+    with plt.rc_context(STYLE):
+        figure, title = draw_it(experiment, results)
+        figure.suptitle(f"{title}: {ckpt}", fontsize=12, fontweight="bold")
+        figure.text(0.5, 0.005, setting.replace("; ", "\n"), ha="center", va="bottom", fontsize=7.5, color="#555555")
+        paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
+        for path in paths:
+            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
+        plt.close(figure)
+    return paths
+
+
+def _name(pattern: str) -> str:
+    return pattern if ":" in pattern else f"{100 * float(pattern):g} %"
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with room for the title above and the setting below."""
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0.45 / height, 1, 1 - 0.5 / height))
+    return figure, axes.ravel()
+
+
+def _plain(axis: Any) -> None:
+    """Plain numbers on a logarithmic axis."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _shades(rows: Sequence[str]) -> dict[str, Any]:
+    """ADMM in red, Adam in greens, SGD in blues."""
+    families = {"Adam": plt.cm.Greens, "SGD": plt.cm.Blues}
+    colors: dict[str, Any] = {"ADMM": "#d1495b"}
+    for family, shades in families.items():
+        members = [row for row in rows if row.startswith(family)]
+        for number, row in enumerate(members):
+            colors[row] = shades(0.95 - 0.6 * number / max(1, len(members) - 1) if len(members) > 1 else 0.7)
+    return colors
+
+
+def _convergence(experiment: Experiment, results: Results) -> tuple[Figure, str]:
+    linears = list(dict.fromkeys(cell.linear for cell, _ in results))
+    figure, axes = _figure(11, 8.4, -(-len(linears) // 2), 2)
+    colors = _shades(list(experiment.rows))
+    for axis, linear in zip(axes, linears, strict=True):
+        found = {(cell.row, cell.step): 100 * r["error"] for cell, r in results if cell.linear == linear}
+        lines = [value for (row, step), value in found.items() if row == "ADMM"]
+        for row, flags in experiment.rows.items():
+            if "{k}" in flags:
+                values = [found[row, step] for step in experiment.steps]
+                width = 2.6 if row == "ADMM" else 1.3
+                axis.plot(experiment.steps, values, color=colors[row], lw=width, marker=".", label=row, zorder=width)
+            else:
+                style = {"ls": "--", "color": "black"} if "SparseGPT" in row else {"ls": ":", "color": "#999999"}
+                axis.axhline(found[row, None], lw=1.5, label=row, **style)
+        low, high = found["exact optimum, no ridge", None], max(found["SparseGPT's update", None], max(lines))
+        axis.set_ylim(low - 0.05 * (high - low), low + 1.6 * (high - low))
+        axis.set_xscale("log")
+        _plain(axis.xaxis)
+        axis.set_title(f"layer {linear[0]}, {linear[1]}", fontsize=10)
+        axis.set_xlabel("update steps")
+        axis.set_ylabel("relative error of the output, %")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8.5, frameon=False)
+    return figure, f"How fast updates converge under Wanda's {_name(experiment.patterns[0])} mask"
+
+
+def _quality_by_time(experiment: Experiment, results: Results) -> tuple[Figure, str]:
+    figure, axes = _figure(11, 5.2, 1, len(experiment.patterns))
+    colors = {
+        "ADMM": "#d1495b",
+        "Adam": "#2a9d4e",
+        "SparseGPT's update": "black",
+        "SparseGPT with its own mask": "#26418f",
+    }
+    for axis, pattern in zip(axes, experiment.patterns, strict=True):
+        for row, flags in experiment.rows.items():
+            cells = [(c.step, r) for c, r in results if (c.row, c.pattern) == (row, pattern)]
+            x, y = [r["seconds"]["solve"] for _, r in cells], [r["perplexity"] for _, r in cells]
+            if "{k}" not in flags:
+                axis.plot(x, y, "s" if "own" not in row else "*", ms=9, color=colors[row], label=row, ls="")
+                continue
+            axis.plot(x, y, "o-", color=colors[row], label=f"{row} (steps beside the points)")
+            for step, px, py in zip((step for step, _ in cells), x, y, strict=True):
+                axis.annotate(
+                    str(step),
+                    (px, py),
+                    textcoords="offset points",
+                    xytext=(5, 6) if row == "Adam" else (-5, -13),
+                    fontsize=8.5,
+                    color=colors[row],
+                )
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        for which in (axis.xaxis, axis.yaxis):
+            _plain(which)
+            which.set_minor_formatter(NullFormatter())
+        values = [r["perplexity"] for c, r in results if c.pattern == pattern]
+        _few_ticks(axis, min(values), max(values))
+        axis.set_title(f"{_name(pattern)} sparsity", fontsize=10)
+        axis.set_xlabel("time in the solver, all layers, seconds (log)")
+        axis.set_ylabel("perplexity (log)")
+    axes[0].legend(fontsize=8.5, frameon=False)
+    return figure, "Perplexity by time spent on the update, Wanda's masks"
+
+
+def _few_ticks(axis: Axes, low: float, high: float) -> None:
+    """Round ticks on a logarithmic y axis that spans little."""
+    steps = [m * 10.0**e for e in range(-1, 7) for m in (1, 1.5, 2, 3, 4, 5, 6, 7, 8)]
+    ticks = [t for t in steps if 0.8 * low <= t <= 1.25 * high]
+    axis.set_yticks(ticks if len(ticks) < 12 else [t for t in ticks if f"{t:e}"[0] in "125"])
+    axis.set_ylim(0.9 * low, 1.12 * high)
+
+
+def _quality_by_sparsity(experiment: Experiment, results: Results) -> tuple[Figure, str]:
+    figure, axis = _rows_by_pattern(experiment, {(c.row, c.pattern): r["perplexity"] for c, r in results})
+    (dense,) = (r["perplexity"] for c, r in results if c.row == "dense")
+    axis.axhline(dense, color="#999999", ls=":", lw=1.5, label=f"dense, {dense:.1f}")
+    axis.set_yscale("log")
+    _plain(axis.yaxis)
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_ylabel("perplexity (log; lower is better)")
+    axis.legend(fontsize=8.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure, experiment.title
+
+
+def _errors_by_sparsity(experiment: Experiment, results: Results) -> tuple[Figure, str]:
+    means = {}
+    for row in experiment.rows:
+        for pattern in experiment.patterns:
+            values = [r["error"] for c, r in results if (c.row, c.pattern) == (row, pattern)]
+            means[row, pattern] = 100 * statistics.mean(values)
+    figure, axis = _rows_by_pattern(experiment, means)
+    axis.set_yscale("log")
+    _plain(axis.yaxis)
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_ylabel("mean relative error of the outputs, % (log; lower is better)")
+    axis.legend(fontsize=8.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure, experiment.title
+
+
+def _rows_by_pattern(experiment: Experiment, values: dict[tuple[str, str], float]) -> tuple[Figure, Axes]:
+    """Lines over the sparsities, and points at N:M patterns in a column of their own."""
+    figure, (axis,) = _figure(9.5, 5.6)
+    plain = [p for p in experiment.patterns if ":" not in p]
+    grouped = [p for p in experiment.patterns if ":" in p]
+    places = {p: float(number) for number, p in enumerate(plain)}
+    places |= {p: len(plain) + 0.3 + number for number, p in enumerate(grouped)}
+    for number, row in enumerate(experiment.rows):
+        style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+        axis.plot([places[p] for p in plain], [values[row, p] for p in plain], label=row, lw=1.6, **style)
+        shift = 0.05 * (number - (len(experiment.rows) - 1) / 2)
+        axis.plot([places[p] + shift for p in grouped], [values[row, p] for p in grouped], ls="", **style)
+    axis.set_xticks(list(places.values()), [_name(p) for p in places])
+    if plain and grouped:
+        axis.axvline(len(plain) - 0.35, color="#cccccc", lw=1)
+    axis.set_xlabel("zeros in every linear")
+    return figure, axis
+
+
+def _crossed(experiment: Experiment, results: Results) -> tuple[Figure, str]:
+    figure, (axis,) = _figure(8.5, 4.8)
+    found = {c.row: r["perplexity"] for c, r in results if c.row != "dense"}
+    split = {row: [part.rsplit(" ", 1)[0] for part in row.split(", ")] for row in found}
+    updates = list(dict.fromkeys(update for _, update in split.values()))
+    chosen = list(dict.fromkeys(mask for mask, _ in split.values()))
+    for row, value in found.items():
+        mask, update = split[row]
+        x = chosen.index(mask) + 0.38 * (updates.index(update) - (len(updates) - 1) / 2)
+        color = {"SparseGPT": "#26418f", "ADMM": "#d1495b"}[update]
+        first = mask == chosen[0]
+        (bar,) = axis.bar(x, value, 0.34, color=color, label=f"{update} update" if first else None)
+        axis.annotate(f"{value:.1f}", (x, value), ha="center", va="bottom", fontsize=10)
+        del bar
+    axis.set_xticks(range(len(chosen)), [f"{mask} mask" for mask in chosen])
+    axis.set_ylabel("perplexity (lower is better)")
+    axis.grid(axis="x", visible=False)
+    axis.set_ylim(0, 1.18 * max(found.values()))
+    axis.legend(frameon=False, fontsize=9, ncols=2)
+    return figure, f"Masks crossed with weight updates, {_name(experiment.patterns[0])}"
+
+
+def _durations(experiment: Experiment, results: Results) -> tuple[Figure, str]:
+    figure, (axis,) = _figure(9, 3.8)
+    names = [c.row for c, _ in results][::-1]
+    start = [0.0] * len(names)
+    for (phase, label), color in zip(PHASES.items(), ("#b8c4d6", "#d1495b", "#dde3ec"), strict=True):
+        values = [r["seconds"][phase] for _, r in results][::-1]
+        axis.barh(names, values, left=start, color=color, label=label)
+        start = [s + v for s, v in zip(start, values, strict=True)]
+    for name, total, (_, result) in zip(names, start, list(results)[::-1], strict=True):
+        axis.text(total, name, f"  {total:.0f} s, solver {result['seconds']['solve']:.0f} s", va="center", fontsize=9)
+    axis.set_xlim(0, 1.25 * max(start))
+    axis.grid(axis="y", visible=False)
+    axis.set_xlabel("seconds, all layers")
+    axis.legend(frameon=False, fontsize=8.5, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0))
+    return figure, f"Time to prune to {_name(experiment.patterns[0])}"

@@ -1,0 +1,260 @@
+"""Runs an experiment of the paper on a checkpoint: a CSV, a Markdown table, and a picture (PNG, SVG).
+
+    python scripts/reproduce.py table1 --ckpt llama-7b --out results
+    python scripts/reproduce.py fig1 table3 --ckpt smollm2-135m --small --out results
+
+Experiments: fig1, fig2, table1, table2, table3, table5 of the paper, and two of ours over all methods: methods
+(perplexity) and layers (error on the same inputs). Every cell is kept in OUT/cells as soon as it is measured, and
+measured once: the same command goes on where it stopped, and experiments share their cells.
+"""
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from experiments import EXPERIMENTS, Experiment
+from tables import write
+
+from convert import CheckpointError, Reader, open_checkpoint
+from convert.assets import load_tokenizer
+from jaxprune import InputError, calibration, problems, prune
+from jaxprune.evaluation.perplexity import mean_loss_perplexity, perplexity
+from jaxprune.methods.magnitude import Magnitude
+from jaxprune.models import model_for
+from jaxprune.patterns import Unstructured
+from jaxprune.pipeline import LayerResult
+from jaxprune.recipe import Recipe, describe, parse
+from jaxprune.solve import only, solve
+from jaxprune.stream import embed, forward
+
+SMALL = {"nsamples": 16, "seqlen": 512, "eval_seqlen": 512, "eval_windows": 16, "pack": True}
+"""What --small changes: minutes on two cores with a model of 135M weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One measurement: a recipe on a checkpoint, or (recipe None) the dense checkpoint."""
+
+    row: str
+    pattern: str
+    step: int | None
+    recipe: Recipe | None
+    linear: tuple[int, str] | None = None
+
+
+class Bench:
+    """A checkpoint with its texts, on which cells are measured.
+
+    Args:
+        args: of the command line.
+        experiment: gives the tokens of a window, where the command line does not say, and the layers to look at.
+    """
+
+    def __init__(self, args: argparse.Namespace, experiment: Experiment) -> None:
+        small = SMALL if args.small else {}
+
+        def setting(name: str, default: Any) -> Any:
+            given = getattr(args, name)
+            return small.get(name, default) if given is None else given
+
+        self.ckpt, self.out, self.args = args.ckpt, Path(args.out), args
+        self.reader: Reader = open_checkpoint(args.ckpt)
+        self.dtype = None if args.dtype == "auto" else np.dtype(args.dtype)
+        self.depth = model_for(self.reader, self.dtype).config.num_layers
+        self.layers = sorted({int(share * self.depth) for share in experiment.linears})
+        seqlen = setting("seqlen", experiment.seqlen)
+        tokenizer = functools.cache(lambda: load_tokenizer(self.reader.assets))
+        self.calibration = calibration.sample(
+            args.calib,
+            None if args.calib.endswith(".npy") else tokenizer(),
+            setting("nsamples", 128),
+            seqlen,
+            args.seed,
+            pack=args.pack or small.get("pack", False),
+        )
+        self._evaluation_of = functools.cache(
+            lambda: calibration.evaluation_windows(
+                args.eval_text,
+                None if args.eval_text.endswith(".npy") else tokenizer(),
+                setting("eval_seqlen", seqlen),
+                setting("eval_windows", None),
+            )
+        )
+
+    @property
+    def evaluation(self) -> np.ndarray:
+        return self._evaluation_of()
+
+    def setup(self, measure: str) -> dict[str, Any]:
+        """What decides a cell's outcome beside its recipe."""
+        texts = {"calibration": self.calibration} | ({"evaluation": self.evaluation} if measure == "perplexity" else {})
+        return {
+            "checkpoint": self.ckpt,
+            "dtype": str(model_for(self.reader, self.dtype).config.dtype),
+            "measure": measure,
+        } | {name: [*tokens.shape, _digest(tokens)] for name, tokens in texts.items()}
+
+    def measure(self, measure: str, cell: Cell) -> dict[str, Any]:
+        """A cell's results, from its file or measured now."""
+        identity = self.setup(measure)
+        if cell.recipe is None:
+            identity["recipe"] = "dense"
+        else:
+            identity |= {"method": describe(cell.recipe.method), "pattern": cell.recipe.target}
+        if cell.linear:
+            identity["linear"] = list(cell.linear)
+        name = "dense" if cell.recipe is None else cell.recipe.slug
+        file = self.out / "cells" / f"{measure}-{name}-{_digest(json.dumps(identity, sort_keys=True))}.json"
+        if not file.exists():
+            start = time.perf_counter()
+            result = getattr(self, f"_{measure}")(cell)
+            result |= {"wall_seconds": time.perf_counter() - start, "hardware": hardware()}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            staged = file.with_suffix(".partial")
+            staged.write_text(json.dumps({"cell": identity, "result": result}, indent=1) + "\n")
+            staged.replace(file)
+        return json.loads(file.read_text())["result"]
+
+    def _perplexity(self, cell: Cell) -> dict[str, Any]:
+        if cell.recipe is None:
+            return {"perplexity": perplexity(self.reader, self.evaluation, dtype=self.dtype)}
+        model = model_for(self.reader, self.dtype)
+        hidden = embed(model, self.reader, self.evaluation)
+
+        def watch(layer: LayerResult) -> None:
+            prefix = f"layers.{layer.index}."
+            params = {path.removeprefix(prefix): jax.device_put(array) for path, array in layer.params.items()}
+            forward(model, params, hidden)
+
+        figures = self._prune(cell.recipe, watch)
+        return {"perplexity": mean_loss_perplexity(model, self.reader, hidden, self.evaluation)} | figures
+
+    def _seconds(self, cell: Cell) -> dict[str, Any]:
+        assert cell.recipe is not None
+        return self._prune(cell.recipe, lambda layer: None)
+
+    def _prune(self, recipe: Recipe, watch: Any) -> dict[str, Any]:
+        layers = []
+        for layer in prune(self.reader, self.calibration, recipe.method, recipe.patterns(), dtype=self.dtype):
+            watch(layer)
+            layers.append(dataclasses.replace(layer, params={}, masks={}))
+        errors = {f"{layer.index}.{path}": linear.error for layer in layers for path, linear in layer.linears.items()}
+        # Medians leave out the first layer's compilation and the machine's hiccups.
+        seconds = {
+            phase: statistics.median(layer.seconds[phase] for layer in layers) * len(layers)
+            for phase in layers[0].seconds
+        }
+        return {"error": statistics.mean(errors.values()), "errors": errors, "seconds": seconds}
+
+    def _error(self, cell: Cell) -> dict[str, Any]:
+        assert cell.recipe is not None and cell.linear is not None
+        layer, linear = cell.linear
+        ((_, result, _, _),) = solve(only(self._problems[layer], linear), cell.recipe)
+        return {"error": result.error}
+
+    @functools.cached_property
+    def _problems(self) -> dict[int, problems.Problem]:
+        """The wanted layers' problems, behind dense layers."""
+        captured = problems.capture(
+            self.reader, self.calibration, self.layers, Magnitude(), Unstructured(0.0), prune_before=False,
+            dtype=self.dtype,
+        )  # fmt: skip
+        return {problem.layer: problem for problem in captured}
+
+
+def cells(experiment: Experiment, layers: int) -> Iterator[Cell]:
+    """All cells of an experiment, the dense checkpoint first where perplexity is measured."""
+    if experiment.measure == "perplexity":
+        yield Cell("dense", "", None, None)
+    linears: list[tuple[int, str] | None] = [None]
+    if experiment.measure == "error":
+        every = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+        names = [f"self_attn.{n}" for n in every[0]] + [f"mlp.{n}" for n in every[1]]
+        linears = [
+            (int(share * layers), name) for share, wanted in experiment.linears.items() for name in wanted or names
+        ]
+    for pattern in experiment.patterns:
+        for row, flags in experiment.rows.items():
+            for step in experiment.steps if "{k}" in flags else (None,):
+                recipe = parse(_flags(flags.format(k=step), pattern))
+                for linear in linears:
+                    yield Cell(row, pattern, step, recipe, linear)
+
+
+def _flags(flags: str, pattern: str) -> list[str]:
+    return [*flags.split(), *(("--pattern", pattern) if ":" in pattern else ("--sparsity", pattern))]
+
+
+def hardware() -> str:
+    """The devices, in words."""
+    devices = jax.local_devices()
+    if devices[0].platform != "cpu":
+        return f"{len(devices)} x {devices[0].device_kind}"
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} {'core' if cores == 1 else 'cores'} of {models[0] if models else platform.machine()}"
+
+
+def _digest(content: np.ndarray | str) -> str:
+    data = content.encode() if isinstance(content, str) else np.ascontiguousarray(content, np.int32).tobytes()
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=EXPERIMENTS, metavar="NAME", help=", ".join(EXPERIMENTS))
+    parser.add_argument("--ckpt", required=True, help="the dense checkpoint, as jaxprune --ckpt")
+    parser.add_argument("--out", required=True, help="folder for cells, tables and pictures")
+    parser.add_argument("--small", action="store_true", help=f"smaller settings: {SMALL}")
+    parser.add_argument("--calib", help="calibration text (default: c4; wikipedia for smollm2-135m)")
+    parser.add_argument("--eval-text", help="evaluation text (default: wikitext2; wikipedia for smollm2-135m)")
+    parser.add_argument("--nsamples", type=int, help="calibration windows (default: 128)")
+    parser.add_argument("--seqlen", type=int, help="tokens of a calibration window (default: as in the paper)")
+    parser.add_argument("--pack", action="store_true", help="join documents to fill calibration windows")
+    parser.add_argument("--eval-seqlen", type=int, help="tokens of an evaluation window (default: --seqlen)")
+    parser.add_argument("--eval-windows", type=int, help="evaluate on the first so many windows (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    args = parser.parse_args()
+    hubless = args.ckpt == "smollm2-135m"
+    args.calib = args.calib or ("wikipedia" if hubless else "c4")
+    args.eval_text = args.eval_text or ("wikipedia" if hubless else "wikitext2")
+    for name in args.names:
+        run(name, Bench(args, EXPERIMENTS[name]))
+
+
+def run(name: str, bench: Bench) -> None:
+    """Measures what is missing of an experiment, and writes its files."""
+    experiment = EXPERIMENTS[name]
+    wanted = list(cells(experiment, bench.depth))
+    results = []
+    for number, cell in enumerate(wanted, 1):
+        result = bench.measure(experiment.measure, cell)
+        results.append((cell, result))
+        where = "" if cell.linear is None else f", {'.'.join(map(str, cell.linear))}"
+        steps = "" if cell.step is None else f", {cell.step} steps"
+        value = result.get("perplexity", result.get("error"))
+        print(f"{name} {number}/{len(wanted)}: {cell.row}{steps} {cell.pattern}{where}: {value:.6g}", flush=True)
+    for file in write(name, experiment, bench, results):
+        print(file)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, CheckpointError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,186 @@
+"""An experiment's cells as a CSV, a Markdown table and a picture."""
+
+import csv
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pictures
+from experiments import Experiment
+
+Results = Sequence[tuple[Any, dict[str, Any]]]
+"""Cells and what was measured of them."""
+REACHED = 10
+"""ADMM iterations whose error the other updates are to reach, in the table of steps."""
+
+
+def write(name: str, experiment: Experiment, bench: Any, results: Results) -> list[Path]:
+    """Writes NAME.csv, NAME.md, NAME.png and NAME.svg; returns their paths."""
+    stem = bench.out / name
+    rows = [_record(cell, result, _paper(experiment, bench.ckpt, cell)) for cell, result in results]
+    with stem.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    setting = _setting(experiment, bench, results)
+    lines = [f"# {experiment.title}", "", f"{setting}.", "", *_tables(experiment, bench.ckpt, results), ""]
+    stem.with_suffix(".md").write_text("\n".join(lines))
+    drawn = pictures.draw(experiment, bench.ckpt, results, setting, stem)
+    return [stem.with_suffix(".csv"), stem.with_suffix(".md"), *drawn]
+
+
+def _record(cell: Any, result: dict[str, Any], paper: float | None) -> dict[str, Any]:
+    seconds = result.get("seconds", {})
+    return {
+        "row": cell.row,
+        "pattern": cell.pattern,
+        "steps": cell.step,
+        "layer": cell.linear and cell.linear[0],
+        "linear": cell.linear and cell.linear[1],
+        "perplexity": _digits(result.get("perplexity")),
+        "paper": paper,
+        "relative_error": _digits(result.get("error")),
+        **{f"seconds_{phase}": _digits(seconds.get(phase), 4) for phase in ("gram", "solve", "forward")},
+    }
+
+
+def _digits(value: float | None, digits: int = 6) -> str | None:
+    return None if value is None else f"{value:.{digits}g}"
+
+
+def _paper(experiment: Experiment, ckpt: str, cell: Any) -> float | None:
+    return experiment.paper.get(ckpt, {}).get((cell.row, cell.pattern))
+
+
+def _setting(experiment: Experiment, bench: Any, results: Results) -> str:
+    """What was run on what, in a sentence without its full stop."""
+    windows, length = bench.calibration.shape
+    text = f"{bench.ckpt}, calibrated on {windows} windows of {length} tokens of {Path(bench.args.calib).stem}"
+    if experiment.measure == "perplexity":
+        windows, length = bench.evaluation.shape
+        text += f"; perplexity of {Path(bench.args.eval_text).stem} text, {windows} windows of {length} tokens"
+    return f"{text}; {', '.join(sorted({result['hardware'] for _, result in results}))}"
+
+
+def _tables(experiment: Experiment, ckpt: str, results: Results) -> list[str]:
+    if experiment.measure == "seconds":
+        return _durations(results)
+    if experiment.measure == "error":
+        return _convergence(experiment, results) if experiment.steps else _errors(experiment, results)
+    return _by_steps(experiment, results) if experiment.steps else _by_pattern(experiment, ckpt, results)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
+
+
+def pattern_name(pattern: str) -> str:
+    """A pattern as tables and pictures write it."""
+    return pattern if ":" in pattern else f"{100 * float(pattern):g} %"
+
+
+def _by_pattern(experiment: Experiment, ckpt: str, results: Results) -> list[str]:
+    """Perplexities and mean errors, rows by patterns."""
+    found = {(cell.row, cell.pattern): result for cell, result in results}
+    paper = experiment.paper.get(ckpt, {})
+
+    def perplexity(row: str, pattern: str) -> str:
+        beside = f" (paper {paper[row, pattern]:g})" if (row, pattern) in paper else ""
+        return f"{found[row, pattern]['perplexity']:.2f}{beside}"
+
+    header = ["perplexity", *map(pattern_name, experiment.patterns)]
+    rows = [["dense", perplexity("dense", "")] + [""] * (len(experiment.patterns) - 1)]
+    rows += [[row, *(perplexity(row, pattern) for pattern in experiment.patterns)] for row in experiment.rows]
+    lines = markdown(header, rows)
+    errors = [
+        [row, *(f"{100 * found[row, pattern]['error']:.3f}" for pattern in experiment.patterns)]
+        for row in experiment.rows
+    ]
+    return [
+        *lines,
+        "",
+        "Mean over all linears of the error relative to the linear's own input in that run:",
+        "",
+        *markdown(["relative error, %", *header[1:]], errors),
+    ]
+
+
+def _by_steps(experiment: Experiment, results: Results) -> list[str]:
+    """Perplexity and time in the solver, by row and steps."""
+    found = {(cell.row, cell.step, cell.pattern): result for cell, result in results}
+    header = ["update", "steps"]
+    header += [f"{pattern_name(p)}: {what}" for p in experiment.patterns for what in ("perplexity", "solver, s")]
+    rows = []
+    for row, step in dict.fromkeys((row, step) for row, step, pattern in found if pattern):
+        line = [row, "" if step is None else str(step)]
+        for pattern in experiment.patterns:
+            result = found[row, step, pattern]
+            line += [f"{result['perplexity']:.2f}", f"{result['seconds']['solve']:.1f}"]
+        rows.append(line)
+    return [f"Dense: {found['dense', None, '']['perplexity']:.2f}", "", *markdown(header, rows)]
+
+
+def _durations(results: Results) -> list[str]:
+    """Seconds by phase."""
+    phases = ("gram", "solve", "forward")
+    rows = []
+    for cell, result in results:
+        seconds = [result["seconds"][phase] for phase in phases]
+        rows.append([cell.row, *(f"{value:.1f}" for value in (*seconds, sum(seconds)))])
+    return [
+        "Layers' medians times their number, so without compilation, reading and writing.",
+        "",
+        *markdown(["method", "Gram matrices, s", "solver, s", "forward, s", "sum, s"], rows),
+    ]
+
+
+def _errors(experiment: Experiment, results: Results) -> list[str]:
+    """Relative errors in percent, rows by patterns: the mean over all linears, then layer by layer."""
+    lines = []
+    layers = sorted({cell.linear[0] for cell, _ in results})
+    for layer in (None, *layers):
+        rows = []
+        for row in experiment.rows:
+            line = [row]
+            for pattern in experiment.patterns:
+                values = [
+                    result["error"]
+                    for cell, result in results
+                    if (cell.row, cell.pattern) == (row, pattern) and layer in (None, cell.linear[0])
+                ]
+                line.append(f"{100 * statistics.mean(values):.3f}")
+            rows.append(line)
+        title = f"mean error, %, layers {', '.join(map(str, layers))}" if layer is None else f"layer {layer}"
+        lines += [*markdown([title, *map(pattern_name, experiment.patterns)], rows), ""]
+    return lines
+
+
+def _percent(error: float) -> str:
+    return f"{100 * error:.4f}" if error < 10 else "diverged"
+
+
+def _convergence(experiment: Experiment, results: Results) -> list[str]:
+    """Errors in percent by steps, for each linear; and the steps that each update needs for ADMM's error at ten."""
+    shown = [step for step in experiment.steps if step in (1, 2, 5, 10, 20, 50, 100, 200)]
+    lines, needed = [], []
+    for linear in dict.fromkeys(cell.linear for cell, _ in results):
+        found = {(cell.row, cell.step): result["error"] for cell, result in results if cell.linear == linear}
+        rows = []
+        for row in experiment.rows:
+            if (row, None) in found:
+                rows.append([row, *[_percent(found[row, None])] * len(shown)])
+            else:
+                rows.append([row, *(_percent(found[row, step]) for step in shown)])
+        name = f"layer {linear[0]}, {linear[1]}"
+        lines += [*markdown([f"error %, {name}", *map(str, shown)], rows), ""]
+        goal = found["ADMM", REACHED]
+        counts = [name]
+        for row in (row for row, flags in experiment.rows.items() if "{k}" in flags):
+            enough = [step for step in experiment.steps if found[row, step] <= goal * (1 + 1e-3)]
+            counts.append(str(min(enough)) if enough else f"> {max(experiment.steps)}")
+        needed.append(counts)
+    header = [f"steps to within 0.1 % of ADMM's error at {REACHED}"]
+    header += [row for row, flags in experiment.rows.items() if "{k}" in flags]
+    return [*markdown(header, needed), "", *lines[:-1]]
