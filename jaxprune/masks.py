@@ -90,15 +90,19 @@ def from_file(file: Path) -> Masks:
     Raises:
         InputError: it is no such file.
     """
+    unreadable = f"cannot read masks from {file}: {{}}; make it anew with --save-masks"
     try:
         with safe_open(file, framework="numpy") as opened:
             metadata, names = opened.metadata() or {}, set(opened.keys())
-            if metadata.get("format") != FORMAT:
-                raise InputError(f"{file} holds no masks: give a file that --save-masks made")
-            shapes = json.loads(metadata["shapes"])
             packed = {name: opened.get_slice(name).get_shape() for name in names}
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
-        raise InputError(f"cannot read masks from {file}: {error}; make it anew with --save-masks") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(unreadable.format(error)) from error
+    if metadata.get("format") != FORMAT:
+        raise InputError(f"{file} holds no masks: give a file that --save-masks made")
+    try:
+        shapes = {name: (int(out), int(n)) for name, (out, n) in json.loads(metadata["shapes"]).items()}
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(unreadable.format(f"its header is damaged ({error})")) from error
     if bad := [n for n in names | shapes.keys() if packed.get(n) != _packed_shape(shapes.get(n, (0, 0)))]:
         raise InputError(f"{file} is damaged, its masks and their shapes disagree: {', '.join(sorted(bad)[:5])}")
 

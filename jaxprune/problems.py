@@ -121,16 +121,22 @@ def load(path: Path) -> Problem:
     Raises:
         InputError: it is no such file, or damaged.
     """
+    unreadable = f"cannot read a layer's problem from {path}: {{}}"
     try:
         with safe_open(path, framework="numpy") as opened:
             metadata = opened.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise InputError(f"{path} holds no layer's problem: make one with scripts/save_layer.py")
-            inputs = {tap: tuple(linears) for tap, linears in json.loads(metadata["inputs"]).items()}
-            grams = {tap: opened.get_tensor(f"gram.{tap}") for tap in inputs}
-            kernels = {p: opened.get_tensor(f"{p}.kernel") for paths in inputs.values() for p in paths}
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, AttributeError) as error:
-        raise InputError(f"cannot read a layer's problem from {path}: {error}") from error
+            arrays = {name: opened.get_tensor(name) for name in opened.keys()}
+    except (OSError, SafetensorError) as error:
+        raise InputError(unreadable.format(error)) from error
+    if metadata.get("format") != FORMAT:
+        raise InputError(f"{path} holds no layer's problem: make one with scripts/save_layer.py")
+    try:
+        layer = int(metadata["layer"])
+        inputs = {tap: tuple(linears) for tap, linears in json.loads(metadata["inputs"]).items()}
+        grams = {tap: arrays[f"gram.{tap}"] for tap in inputs}
+        kernels = {p: arrays[f"{p}.kernel"] for paths in inputs.values() for p in paths}
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(unreadable.format(f"its header is damaged ({error})")) from error
     for tap, linears in inputs.items():
         n = grams[tap].shape[0]
         for linear in linears:
@@ -142,4 +148,4 @@ def load(path: Path) -> Problem:
     for name, array in (grams | kernels).items():
         if not np.isfinite(np.asarray(array, np.float32)).all():
             raise InputError(f"{path} holds NaN or infinity in {name}")
-    return Problem(int(metadata["layer"]), inputs, grams, kernels)
+    return Problem(layer, inputs, grams, kernels)

@@ -234,12 +234,14 @@ def main() -> None:
     args.calib = args.calib or ("wikipedia" if hubless else "c4")
     args.eval_text = args.eval_text or ("wikipedia" if hubless else "wikitext2")
     for name in args.names:
-        run(name, Bench(args, EXPERIMENTS[name]))
+        experiment = EXPERIMENTS[name]
+        if args.small and experiment.small_steps:
+            experiment = dataclasses.replace(experiment, steps=experiment.small_steps)
+        run(name, experiment, Bench(args, experiment))
 
 
-def run(name: str, bench: Bench) -> None:
+def run(name: str, experiment: Experiment, bench: Bench) -> None:
     """Measures what is missing of an experiment, and writes its files."""
-    experiment = EXPERIMENTS[name]
     wanted = list(cells(experiment, bench.depth))
     results = []
     for number, cell in enumerate(wanted, 1):

@@ -1,0 +1,151 @@
+"""Masks in files and from checkpoints: bits, names, and what is refused."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from convert import CheckpointError, create_checkpoint, open_checkpoint
+from jaxprune import InputError, Unstructured, other_params, prune
+from jaxprune.masks import create_masks, from_checkpoint, from_file, is_stored, pack, stored, unpack
+from jaxprune.methods.exact import Exact
+from jaxprune.methods.magnitude import Magnitude
+from jaxprune.methods.wanda import Wanda
+from jaxprune.models import model_for
+from jaxprune.pipeline import linear_shapes
+from tests import tiny
+
+
+@pytest.mark.parametrize("shape", [(8, 3), (48, 32), (13, 5), (1, 1)])
+def test_bits_are_those_of_the_format(shape: tuple[int, int]) -> None:
+    mask = np.random.default_rng(0).random(shape) < 0.5
+    packed = np.asarray(pack(jnp.asarray(mask)))
+    assert packed.shape == (shape[1], -(-shape[0] // 8))
+    np.testing.assert_array_equal(np.unpackbits(packed, axis=1, count=shape[0], bitorder="little"), mask.T)
+    np.testing.assert_array_equal(unpack(packed, shape[0]), mask)
+
+
+def tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 300, (4, 32), dtype=np.int32)
+
+
+@pytest.fixture(scope="module")
+def pruned(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pruned checkpoint, and its masks in a file."""
+    folder = tmp_path_factory.mktemp("masks")
+    reader = open_checkpoint(checkpoint)
+    with (
+        create_masks(folder / "masks.safetensors", linear_shapes(model_for(reader))) as masks,
+        create_checkpoint(folder / "pruned", reader.spec, reader.assets) as out,
+    ):
+        for layer in prune(reader, tokens(), Wanda(), Unstructured(0.6, per_output=True)):
+            out.write(layer.params)
+            masks.write(layer.index, layer.masks)
+        for paths in other_params(reader.spec):
+            out.write(reader.read(paths))
+    return folder / "pruned", folder / "masks.safetensors"
+
+
+def test_a_mask_file_is_readable_without_jaxprune(pruned: tuple[Path, Path]) -> None:
+    checkpoint, file = pruned
+    weights = load_file(checkpoint / "model.safetensors")
+    masks = load_file(file)
+    assert masks.keys() == {name for name in weights if "_proj" in name}
+    with safe_open(file, framework="numpy") as opened:
+        shapes = json.loads(opened.metadata()["shapes"])
+    for name, packed in masks.items():
+        assert tuple(shapes[name]) == weights[name].shape
+        bits = np.unpackbits(packed, axis=1, count=shapes[name][1], bitorder="little")
+        np.testing.assert_array_equal(bits == 1, weights[name] != 0)
+
+
+def test_masks_from_a_file_and_from_the_checkpoint_agree(pruned: tuple[Path, Path]) -> None:
+    checkpoint, file = pruned
+    by_checkpoint, by_file = stored(f"from-checkpoint:{checkpoint}"), stored(f"from-file:{file}")
+    for (index, linear), shape in linear_shapes(model_for(open_checkpoint(checkpoint))).items():
+        one, other = by_checkpoint(index, linear), by_file(index, linear)
+        assert one.shape == other.shape == shape
+        np.testing.assert_array_equal(one.read(), other.read())
+    assert is_stored("from-file:x") and is_stored("from-checkpoint:x") and not is_stored("wanda")
+
+
+def test_weights_rewound_under_a_checkpoints_mask(checkpoint: Path, pruned: tuple[Path, Path]) -> None:
+    reader, path = open_checkpoint(checkpoint), pruned[0]
+    original = list(prune(reader, tokens(), Wanda(), Unstructured(0.6, per_output=True)))
+    rewound = list(prune(reader, tokens(), Exact(), from_checkpoint(open_checkpoint(path))))
+    for before, after in zip(original, rewound, strict=True):
+        for linear, packed in before.masks.items():
+            np.testing.assert_array_equal(after.masks[linear], packed)
+            zeros = after.params[f"layers.{after.index}.{linear}.kernel"] == 0
+            np.testing.assert_array_equal(~zeros, unpack(packed, len(zeros)))
+            assert after.linears[linear].error <= before.linears[linear].error
+
+
+def test_a_dense_checkpoint_gives_no_mask(checkpoint: Path) -> None:
+    with pytest.raises(InputError, match="it is not pruned"):
+        stored(f"from-checkpoint:{checkpoint}")
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        stored("from-checkpoint:nowhere-at-all")
+
+
+def test_masks_of_another_model_are_refused(checkpoint: Path, pruned: tuple[Path, Path], tmp_path: Path) -> None:
+    other = open_checkpoint(tiny.save(tmp_path / "wide", tiny.config(intermediate_size=64)))
+    deep = open_checkpoint(tiny.save(tmp_path / "deep", tiny.config(num_hidden_layers=4)))
+    for masks in (from_checkpoint(open_checkpoint(pruned[0])), from_file(pruned[1])):
+        with pytest.raises(InputError, match=r"mask of layers.0.mlp.gate_proj is \[32, 48\], but its kernel"):
+            prune(other, tokens(), Magnitude(), masks)
+        with pytest.raises(InputError, match="layers.3.self_attn.q_proj"):
+            prune(deep, tokens(), Magnitude(), masks)
+
+
+def test_files_that_are_no_mask_files_are_refused(checkpoint: Path, pruned: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot read masks from"):
+        from_file(tmp_path / "missing.safetensors")
+    (tmp_path / "text.safetensors").write_text("no masks here")
+    with pytest.raises(InputError, match="cannot read masks from"):
+        from_file(tmp_path / "text.safetensors")
+    with pytest.raises(InputError, match="holds no masks"):
+        from_file(checkpoint / "model.safetensors")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(pruned[1].read_bytes()[:-100])
+    with pytest.raises(InputError, match="cannot read masks from"):
+        from_file(cut)
+    arrays = load_file(pruned[1])
+    with safe_open(pruned[1], framework="numpy") as opened:
+        metadata = opened.metadata()
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(arrays | {name: arrays[name][:, :-1].copy()}, cut, metadata=metadata)
+    with pytest.raises(InputError, match="damaged, its masks and their shapes disagree: model.layers.1.mlp.up_proj"):
+        from_file(cut)
+    del arrays[name]
+    save_file(arrays, cut, metadata=metadata)
+    with pytest.raises(InputError, match="damaged"):
+        from_file(cut)
+
+
+def test_a_mask_file_appears_whole_or_not_at_all(checkpoint: Path, tmp_path: Path) -> None:
+    shapes = linear_shapes(model_for(open_checkpoint(checkpoint)))
+    file = tmp_path / "masks.safetensors"
+    with pytest.raises(CheckpointError, match="never written"), create_masks(file, shapes):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    file.write_text("precious")
+    with pytest.raises(CheckpointError, match="already exists"), create_masks(file, shapes):
+        pass
+    assert file.read_text() == "precious"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_kept_weight_that_is_zero_in_the_dense_model_is_still_kept_in_the_file(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    path = tiny.save(tmp_path, tiny.config(num_hidden_layers=1), dtype=dtype)
+    mask = np.ones((32, 32), bool)
+    reader = open_checkpoint(path)
+    (layer,) = prune(reader, tokens(), Magnitude(), Unstructured(0.0))
+    np.testing.assert_array_equal(unpack(layer.masks["self_attn.q_proj"], 32), mask)

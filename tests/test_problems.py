@@ -1,0 +1,148 @@
+"""A layer's problem in a file: it is the one that a run meets, and solving it is what the run does."""
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from convert import CheckpointError, open_checkpoint
+from jaxprune import InputError, Unstructured, problems, prune
+from jaxprune.methods.admm import ADMM
+from jaxprune.methods.magnitude import Magnitude
+from jaxprune.recipe import parse
+from jaxprune.solve import main, only, solve
+from tests import tiny
+
+
+def tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 300, (4, 32), dtype=np.int32)
+
+
+@pytest.fixture(scope="module")
+def problem(checkpoint: Path) -> problems.Problem:
+    """The last layer's, behind layers pruned by ADMM."""
+    (found,) = problems.capture(
+        open_checkpoint(checkpoint), tokens(), [2], ADMM(), Unstructured(0.6), prune_before=True
+    )
+    return found
+
+
+@pytest.fixture
+def file(problem: problems.Problem, tmp_path: Path) -> Path:
+    problems.save(tmp_path / "layer.safetensors", problem)
+    return tmp_path / "layer.safetensors"
+
+
+def test_solving_the_problem_is_what_the_run_does(checkpoint: Path, file: Path) -> None:
+    *_, last = prune(open_checkpoint(checkpoint), tokens(), ADMM(), Unstructured(0.6))
+    solved = {p: (result, kernel) for p, result, _, kernel in solve(problems.load(file), parse(["--sparsity", "0.6"]))}
+    assert solved.keys() == last.linears.keys()
+    for linear, (result, kernel) in solved.items():
+        assert result.error == pytest.approx(last.linears[linear].error, rel=1e-5)
+        np.testing.assert_allclose(kernel, last.params[f"layers.2.{linear}.kernel"], rtol=1e-4, atol=1e-5)
+
+
+def test_the_layers_before_may_stay_dense(checkpoint: Path, problem: problems.Problem) -> None:
+    reader = open_checkpoint(checkpoint)
+    dense = list(problems.capture(reader, tokens(), [0, 2], Magnitude(), Unstructured(0.5), prune_before=False))
+    assert [p.layer for p in dense] == [0, 2]
+    assert not np.allclose(dense[1].grams["mlp_input"], problem.grams["mlp_input"], rtol=1e-2)
+    (first, *_) = prune(reader, tokens(), Magnitude(), Unstructured(0.5))
+    for linear, result, _, _ in solve(dense[0], parse("--method magnitude".split())):
+        assert result.error == pytest.approx(first.linears[linear].error, rel=1e-5)
+    with pytest.raises(InputError, match="there is no layer 7: the checkpoint has 3 layers, from 0"):
+        list(problems.capture(reader, tokens(), [7], Magnitude(), Unstructured(0.5), prune_before=False))
+
+
+def test_a_problem_comes_back_as_it_was_saved(problem: problems.Problem, tmp_path: Path) -> None:
+    half = {linear: kernel.astype(ml_dtypes.bfloat16) for linear, kernel in problem.kernels.items()}
+    saved = problem._replace(kernels=half)
+    problems.save(tmp_path / "x.safetensors", saved)
+    loaded = problems.load(tmp_path / "x.safetensors")
+    assert (loaded.layer, loaded.inputs) == (saved.layer, saved.inputs)
+    for mine, other in ((loaded.grams, saved.grams), (loaded.kernels, saved.kernels)):
+        assert mine.keys() == other.keys()
+        for name in mine:
+            assert mine[name].dtype == other[name].dtype
+            np.testing.assert_array_equal(mine[name], other[name])
+
+
+def test_one_linear_of_a_problem(problem: problems.Problem) -> None:
+    one = only(problem, "mlp.up_proj")
+    assert one.inputs == {"mlp_input": ("mlp.up_proj",)}
+    assert list(one.grams) == ["mlp_input"] and list(one.kernels) == ["mlp.up_proj"]
+    with pytest.raises(InputError, match="no linear 'up': the file has self_attn.q_proj"):
+        only(problem, "up")
+
+
+def test_the_command_line(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "pruned.safetensors"
+    line = f"{file} --mask wanda --update exact --pattern 2:4 --out {out}"
+    assert main(line.split()) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "layer 2, wanda mask, exact update, 2:4"
+    assert len(printed) == 2 + 7
+    assert all("50.00 %" in row and "cg_residual" in row for row in printed[2:])
+    for kernel in problems.load(out).kernels.values():
+        assert ((kernel != 0).reshape(-1, 4, kernel.shape[1]).sum(axis=1) == 2).all()
+    assert main([str(file), "--linear", "mlp.down_proj", "--method", "alps"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{file} --out {file}", "already exists"),
+        ("{file} --linear mlp.side_proj", "no linear 'mlp.side_proj'"),
+        ("{folder}/missing.safetensors", "cannot read a layer's problem"),
+        ("{cut}", "cannot read a layer's problem"),
+        ("{model}", "holds no layer's problem"),
+        ("{nan}", "NaN or infinity in mlp.down_proj"),
+        ("{misshapen}", "is damaged: mlp.down_proj is"),
+        ("{file} --pattern 3:7", "divisible by 7"),
+        ("{file} --mask from-file:{model}", "holds no masks"),
+    ],
+)
+def test_bad_input_is_one_error(
+    line: str, message: str, file: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    problem = problems.load(file)
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(file.read_bytes()[:-1000])
+    bad = {"nan": problem.kernels["mlp.down_proj"].copy(), "misshapen": problem.kernels["mlp.down_proj"][:-4]}
+    bad["nan"][3, 3] = np.nan
+    for name, kernel in bad.items():
+        problems.save(
+            tmp_path / f"{name}.safetensors", problem._replace(kernels=problem.kernels | {"mlp.down_proj": kernel})
+        )
+    names = {name: tmp_path / f"{name}.safetensors" for name in bad}
+    before = file.read_bytes()
+    places = names | {"file": file, "folder": tmp_path, "cut": cut, "model": checkpoint / "model.safetensors"}
+    assert main(line.format(**places).split()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and len(error.splitlines()) <= 3
+    assert file.read_bytes() == before
+
+
+def test_a_damaged_header_is_an_error(file: Path, tmp_path: Path) -> None:
+    arrays = load_file(file)
+    inputs = '{"mlp_input": ["mlp.up_proj"]}'
+    good = {"format": problems.FORMAT, "layer": "0", "inputs": inputs}
+    for change in ({"layer": "x"}, {"inputs": "[1"}, {"inputs": "[1]"}, {"inputs": '{"mlp_input": ["mlp.upper"]}'}):
+        save_file(arrays, tmp_path / "x.safetensors", metadata=good | change)
+        with pytest.raises(InputError, match="its header is damaged"):
+            problems.load(tmp_path / "x.safetensors")
+    save_file(arrays, tmp_path / "x.safetensors", metadata=good)
+    assert list(problems.load(tmp_path / "x.safetensors").kernels) == ["mlp.up_proj"]
+    with pytest.raises(CheckpointError, match="already exists"):
+        problems.save(file, problems.load(file))
+
+
+def test_other_sizes(tmp_path: Path) -> None:
+    path = tiny.save(tmp_path, tiny.config(num_hidden_layers=1, hidden_size=40, intermediate_size=56))
+    (found,) = problems.capture(
+        open_checkpoint(path), tokens(), [0], Magnitude(), Unstructured(0.5), prune_before=False
+    )
+    assert found.kernels["mlp.down_proj"].shape == (56, 40)
