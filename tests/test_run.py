@@ -116,6 +116,38 @@ def test_two_of_four_with_another_methods_mask(checkpoint: Path, text: Path, tmp
     assert json.loads((tmp_path / "out/jaxprune.json").read_text())["method"]["name"] == "wanda mask, admm update"
 
 
+def test_masks_are_saved_and_taken_up_again(
+    finished: tuple[Path, str], checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    """Another method's masks, by file and by checkpoint: the same zeros, and an error at or below the original's."""
+    options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 6, "--seqlen", 64, "--eval-text", "none"]
+    options += ["--seed", 3]
+    done = jaxprune(*options, "--out", "first", "--method", "sparsegpt", "--save-masks", "m.safetensors", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    sources = {"by-file": "from-file:m.safetensors", "by-checkpoint": "from-checkpoint:first"}
+    first = load_file(tmp_path / "first/model.safetensors")
+    errors = {}
+    for out, mask in sources.items():
+        done = jaxprune(*options, "--out", out, "--mask", mask, "--update", "exact", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        for name, tensor in load_file(tmp_path / out / "model.safetensors").items():
+            if "_proj" in name:
+                assert torch.equal(tensor == 0, first[name] == 0), name
+        record = json.loads((tmp_path / out / "jaxprune.json").read_text())
+        assert record["pattern"] == f"the mask {mask}"
+        assert mask in (tmp_path / out / "README.md").read_text()
+        errors[out] = [x["error"] for layer in record["layers"] for x in layer["linears"].values()]
+    assert errors["by-file"] == errors["by-checkpoint"]
+    record = json.loads((tmp_path / "first/jaxprune.json").read_text())
+    before = [x["error"] for layer in record["layers"] for x in layer["linears"].values()]
+    # The first layer's inputs are the same in both runs; behind it each run has its own.
+    assert all(after <= x for after, x in zip(errors["by-file"][:7], before[:7], strict=True))
+    assert sum(errors["by-file"]) <= sum(before)
+    again = jaxprune(*options, "--out", "second", "--save-masks", "m.safetensors", cwd=tmp_path)
+    assert again.returncode == 1 and "m.safetensors already exists" in again.stderr
+    assert not (tmp_path / "second").exists()
+
+
 def bad_input(name: str, checkpoint: Path, text: Path, folder: Path) -> list[object]:
     """A command line with one thing wrong."""
     options: dict[str, object] = {
@@ -154,6 +186,16 @@ def bad_input(name: str, checkpoint: Path, text: Path, folder: Path) -> list[obj
     elif name == "no tokenizer":
         tiny.model(tiny.config()).save_pretrained(folder / "bare")
         options["--ckpt"] = folder / "bare"
+    elif name == "dense mask":
+        options["--mask"] = f"from-checkpoint:{checkpoint}"
+    elif name == "mask of another model":
+        tiny.save(folder / "other", tiny.config(intermediate_size=64))
+        stored = load_file(folder / "other/model.safetensors")
+        stored = {name: tensor * (tensor > 0) for name, tensor in stored.items()}
+        save_file(stored, folder / "other/model.safetensors", metadata={"format": "pt"})
+        options["--mask"] = f"from-checkpoint:{folder / 'other'}"
+    elif name == "no mask file":
+        options["--mask"] = "from-file:nowhere.safetensors"
     elif name == "no gpu":
         options["--device"] = "tpu"
     return [part for option in options.items() for part in option]
@@ -171,6 +213,9 @@ def bad_input(name: str, checkpoint: Path, text: Path, folder: Path) -> list[obj
         ("nan", "weights of layer 2 hold NaN or infinity in self_attn.o_proj.kernel"),
         ("truncated", "model.safetensors is damaged or truncated"),
         ("no tokenizer", "has no tokenizer"),
+        ("dense mask", "has no zeros in its first layer: it is not pruned"),
+        ("mask of another model", "the mask was made for another model"),
+        ("no mask file", "cannot read masks from nowhere.safetensors"),
         ("no gpu", "JAX finds no tpu"),
     ],
 )
