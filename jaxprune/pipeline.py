@@ -26,6 +26,9 @@ from jaxprune.models import Model, Part, model_for
 from jaxprune.patterns import Pattern
 from jaxprune.stream import embed, forward, read_layers
 
+PatternOf = Callable[[int, str], Pattern | StoredMask]
+"""(layer index, path of the linear) -> its pattern, or its mask where that was made elsewhere."""
+
 
 class LinearResult(NamedTuple):
     """One pruned linear.
@@ -68,7 +71,7 @@ class Run(NamedTuple):
     model: Model
     hidden: HiddenStates
     method: Method
-    pattern_of: Callable[[int, str], Pattern | StoredMask]
+    pattern_of: PatternOf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +172,7 @@ def prune(
     reader: Reader,
     tokens: Int[np.ndarray, "w t"],
     method: Method,
-    pattern: Pattern | Callable[[int, str], Pattern | StoredMask],
+    pattern: Pattern | PatternOf,
     *,
     dtype: DTypeLike | None = None,
     stages: Mapping[str, Stage] = STAGES,

@@ -22,7 +22,7 @@ from convert.staging import check_free
 from jaxprune.errors import InputError
 from jaxprune.methods import Method
 from jaxprune.patterns import Pattern
-from jaxprune.pipeline import Layer, Run, advance, measure, prune, solve
+from jaxprune.pipeline import Layer, PatternOf, Run, advance, measure, prune, solve
 
 FORMAT = "jaxprune layer 1"
 
@@ -48,7 +48,7 @@ def capture(
     tokens: Int[np.ndarray, "w t"],
     layers: Collection[int],
     method: Method,
-    pattern: Pattern,
+    pattern: Pattern | PatternOf,
     *,
     prune_before: bool,
     dtype: DTypeLike | None = None,

@@ -51,7 +51,7 @@ class Recipe:
     mask: str | None
     slug: str
 
-    def patterns(self) -> "Pattern | masks.Masks":
+    def patterns(self) -> Pattern | masks.Masks:
         """What `pipeline.prune` takes as its pattern.
 
         Raises:

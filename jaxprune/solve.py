@@ -60,7 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(argv: Sequence[str]) -> None:
+def parse(argv: Sequence[str]) -> tuple[Path, Options, Recipe]:
+    """Reads a command line: the file, what to solve of it, and how.
+
+    Raises:
+        InputError: a value that cannot be used. Unknown flags end the program with argparse's message.
+    """
     reader = Parser(
         argv,
         prog="python -m jaxprune.solve",
@@ -69,9 +74,13 @@ def _run(argv: Sequence[str]) -> None:
     reader.parser.add_argument("file", help="the layer's file", type=Path)
     add_fields(reader.parser.add_argument_group("problem"), Options)
     given, recipe = reader.parse()
-    options = make(Options, given)
+    return given["file"], make(Options, given), recipe
+
+
+def _run(argv: Sequence[str]) -> None:
+    file, options, recipe = parse(argv)
     out = options.out and check_free(options.out, overwrite=options.overwrite, folder=False)
-    problem = problems.load(given["file"])
+    problem = problems.load(file)
     if options.linear:
         problem = only(problem, options.linear)
     kernels = dict(problem.kernels)

@@ -19,6 +19,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.25,
     "figure.dpi": 130,
     "svg.hashsalt": "jaxprune",
@@ -201,9 +202,8 @@ def _crossed(experiment: Experiment, results: Results) -> tuple[Figure, str]:
         x = chosen.index(mask) + 0.38 * (updates.index(update) - (len(updates) - 1) / 2)
         color = {"SparseGPT": "#26418f", "ADMM": "#d1495b"}[update]
         first = mask == chosen[0]
-        (bar,) = axis.bar(x, value, 0.34, color=color, label=f"{update} update" if first else None)
+        axis.bar(x, value, 0.34, color=color, label=f"{update} update" if first else None)
         axis.annotate(f"{value:.1f}", (x, value), ha="center", va="bottom", fontsize=10)
-        del bar
     axis.set_xticks(range(len(chosen)), [f"{mask} mask" for mask in chosen])
     axis.set_ylabel("perplexity (lower is better)")
     axis.grid(axis="x", visible=False)

@@ -19,7 +19,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,13 @@ from tables import write
 from convert import CheckpointError, Reader, open_checkpoint
 from convert.assets import load_tokenizer
 from jaxprune import InputError, calibration, problems, prune
+from jaxprune import recipe as recipes
 from jaxprune.evaluation.perplexity import mean_loss_perplexity, perplexity
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.models import model_for
 from jaxprune.patterns import Unstructured
 from jaxprune.pipeline import LayerResult
-from jaxprune.recipe import Recipe, describe, parse
+from jaxprune.recipe import Recipe, describe
 from jaxprune.solve import only, solve
 from jaxprune.stream import embed, forward
 
@@ -189,7 +190,8 @@ def cells(experiment: Experiment, layers: int) -> Iterator[Cell]:
     for pattern in experiment.patterns:
         for row, flags in experiment.rows.items():
             for step in experiment.steps if "{k}" in flags else (None,):
-                recipe = parse(_flags(flags.format(k=step), pattern))
+                schedule = "cubic" if ":" in pattern else "constant"
+                recipe = recipes.parse(_flags(flags.format(k=step, schedule=schedule), pattern))
                 for linear in linears:
                     yield Cell(row, pattern, step, recipe, linear)
 
@@ -214,7 +216,8 @@ def _digest(content: np.ndarray | str) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
 
 
-def main() -> None:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line's options, with the defaults that depend on the checkpoint filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=EXPERIMENTS, metavar="NAME", help=", ".join(EXPERIMENTS))
     parser.add_argument("--ckpt", required=True, help="the dense checkpoint, as jaxprune --ckpt")
@@ -229,10 +232,15 @@ def main() -> None:
     parser.add_argument("--eval-windows", type=int, help="evaluate on the first so many windows (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     hubless = args.ckpt == "smollm2-135m"
     args.calib = args.calib or ("wikipedia" if hubless else "c4")
     args.eval_text = args.eval_text or ("wikipedia" if hubless else "wikitext2")
+    return args
+
+
+def main() -> None:
+    args = parse()
     for name in args.names:
         experiment = EXPERIMENTS[name]
         if args.small and experiment.small_steps:

@@ -56,11 +56,16 @@ def _paper(experiment: Experiment, ckpt: str, cell: Any) -> float | None:
 def _setting(experiment: Experiment, bench: Any, results: Results) -> str:
     """What was run on what, in a sentence without its full stop."""
     windows, length = bench.calibration.shape
-    text = f"{bench.ckpt}, calibrated on {windows} windows of {length} tokens of {Path(bench.args.calib).stem}"
+    text = f"{bench.ckpt}, calibrated on {windows} windows of {length} tokens of {_source(bench.args.calib)}"
     if experiment.measure == "perplexity":
         windows, length = bench.evaluation.shape
-        text += f"; perplexity of {Path(bench.args.eval_text).stem} text, {windows} windows of {length} tokens"
+        text += f"; perplexity of {_source(bench.args.eval_text)}, {windows} windows of {length} tokens"
     return f"{text}; {', '.join(sorted({result['hardware'] for _, result in results}))}"
+
+
+def _source(text: str) -> str:
+    """A text's name: of a file the last two parts of its path."""
+    return "/".join(Path(text).with_suffix("").parts[-2:])
 
 
 def _tables(experiment: Experiment, ckpt: str, results: Results) -> list[str]:

