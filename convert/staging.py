@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""Folders and files that appear whole or not at all."""
 
 import os
 import shutil
@@ -50,6 +50,26 @@ def staged_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
         replace(staged, check_free(path, overwrite=overwrite))
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+@contextmanager
+def staged_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields the path of a file to write beside `path`; renames it to `path` at the end, or removes it after an error.
+
+    Raises:
+        CheckpointError: see `check_free`.
+    """
+    path = check_free(path, overwrite=overwrite, folder=False)
+    staged = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write into {path.parent}: {error.strerror}; choose another path") from error
+    try:
+        yield staged
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def replace(staged: Path, path: Path) -> None:

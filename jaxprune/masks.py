@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from convert import Reader, open_checkpoint
 from convert.hf import hf_name
 from convert.shards import TensorFile
-from convert.staging import check_free
+from convert.staging import staged_file
 from jaxprune.errors import InputError
 
 FORMAT = "jaxprune masks 1"
@@ -153,16 +153,10 @@ def create_masks(
     Raises:
         CheckpointError: `path` exists and `overwrite` is not set, or cannot be written.
     """
-    path = check_free(path, overwrite=overwrite, folder=False)
-    staged = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with staged_file(path, overwrite=overwrite) as staged:
         writer = MaskWriter(staged, shapes)
         yield writer
         writer.finish()
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 @jax.jit

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from convert import Reader
 from convert.shards import TensorFile
-from convert.staging import check_free
+from convert.staging import staged_file
 from jaxprune.errors import InputError
 from jaxprune.methods import Method
 from jaxprune.patterns import Pattern
@@ -96,12 +96,9 @@ def save(path: Path, problem: Problem, *, overwrite: bool = False) -> None:
     Raises:
         CheckpointError: `path` exists and `overwrite` is not set, or cannot be written.
     """
-    path = check_free(path, overwrite=overwrite, folder=False)
     arrays = {f"gram.{tap}": gram for tap, gram in problem.grams.items()}
     arrays |= {f"{linear}.kernel": kernel for linear, kernel in problem.kernels.items()}
-    staged = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with staged_file(path, overwrite=overwrite) as staged:
         file = TensorFile(
             staged,
             {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()},
@@ -110,9 +107,6 @@ def save(path: Path, problem: Problem, *, overwrite: bool = False) -> None:
         for name, array in arrays.items():
             file.write(name, array)
         file.finish()
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 def load(path: Path) -> Problem:

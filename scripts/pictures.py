@@ -129,7 +129,7 @@ def _quality_by_time(experiment: Experiment, results: Results) -> tuple[Figure, 
             _plain(which)
             which.set_minor_formatter(NullFormatter())
         values = [r["perplexity"] for c, r in results if c.pattern == pattern]
-        _few_ticks(axis, min(values), max(values))
+        _few_ticks(axis, 0.9 * min(values), 1.12 * max(values))
         axis.set_title(f"{_name(pattern)} sparsity", fontsize=10)
         axis.set_xlabel("time in the solver, all layers, seconds (log)")
         axis.set_ylabel("perplexity (log)")
@@ -138,22 +138,20 @@ def _quality_by_time(experiment: Experiment, results: Results) -> tuple[Figure, 
 
 
 def _few_ticks(axis: Axes, low: float, high: float) -> None:
-    """Round ticks on a logarithmic y axis that spans little."""
-    steps = [m * 10.0**e for e in range(-1, 7) for m in (1, 1.5, 2, 3, 4, 5, 6, 7, 8)]
-    ticks = [t for t in steps if 0.8 * low <= t <= 1.25 * high]
-    axis.set_yticks(ticks if len(ticks) < 12 else [t for t in ticks if f"{t:e}"[0] in "125"])
-    axis.set_ylim(0.9 * low, 1.12 * high)
+    """Round ticks on a logarithmic y axis, not too many."""
+    for multiples in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8), (1, 2, 5), (1,)):
+        ticks = [m * 10.0**e for e in range(-3, 7) for m in multiples if low <= m * 10.0**e <= high]
+        if len(ticks) < 12:
+            break
+    axis.set_yticks(ticks)
+    axis.set_ylim(low, high)
 
 
 def _quality_by_sparsity(experiment: Experiment, results: Results) -> tuple[Figure, str]:
     figure, axis = _rows_by_pattern(experiment, {(c.row, c.pattern): r["perplexity"] for c, r in results})
     (dense,) = (r["perplexity"] for c, r in results if c.row == "dense")
     axis.axhline(dense, color="#999999", ls=":", lw=1.5, label=f"dense, {dense:.1f}")
-    axis.set_yscale("log")
-    _plain(axis.yaxis)
-    axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.set_ylabel("perplexity (log; lower is better)")
-    axis.legend(fontsize=8.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _logarithmic(axis, "perplexity")
     return figure, experiment.title
 
 
@@ -164,12 +162,19 @@ def _errors_by_sparsity(experiment: Experiment, results: Results) -> tuple[Figur
             values = [r["error"] for c, r in results if (c.row, c.pattern) == (row, pattern)]
             means[row, pattern] = 100 * statistics.mean(values)
     figure, axis = _rows_by_pattern(experiment, means)
+    _logarithmic(axis, "mean relative error of the outputs, %")
+    return figure, experiment.title
+
+
+def _logarithmic(axis: Axes, label: str) -> None:
+    """A logarithmic y axis, and the legend beside it."""
     axis.set_yscale("log")
     _plain(axis.yaxis)
     axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.set_ylabel("mean relative error of the outputs, % (log; lower is better)")
+    low, high = axis.get_ylim()
+    _few_ticks(axis, low, high)
+    axis.set_ylabel(f"{label} (log; lower is better)")
     axis.legend(fontsize=8.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return figure, experiment.title
 
 
 def _rows_by_pattern(experiment: Experiment, values: dict[tuple[str, str], float]) -> tuple[Figure, Axes]:

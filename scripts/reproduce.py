@@ -30,6 +30,7 @@ from tables import write
 
 from convert import CheckpointError, Reader, open_checkpoint
 from convert.assets import load_tokenizer
+from convert.staging import staged_file
 from jaxprune import InputError, calibration, problems, prune
 from jaxprune import recipe as recipes
 from jaxprune.evaluation.perplexity import mean_loss_perplexity, perplexity
@@ -123,10 +124,8 @@ class Bench:
             start = time.perf_counter()
             result = getattr(self, f"_{measure}")(cell)
             result |= {"wall_seconds": time.perf_counter() - start, "hardware": hardware()}
-            file.parent.mkdir(parents=True, exist_ok=True)
-            staged = file.with_suffix(".partial")
-            staged.write_text(json.dumps({"cell": identity, "result": result}, indent=1) + "\n")
-            staged.replace(file)
+            with staged_file(file, overwrite=True) as staged:
+                staged.write_text(json.dumps({"cell": identity, "result": result}, indent=1) + "\n")
         return json.loads(file.read_text())["result"]
 
     def _perplexity(self, cell: Cell) -> dict[str, Any]:
