@@ -196,16 +196,20 @@ def prune(
     model = model_for(reader, dtype)
     pattern_of = pattern if callable(pattern) else lambda index, path: pattern
     for (index, path), shape in linear_shapes(model).items():
-        wanted = pattern_of(index, path)
-        if isinstance(wanted, Pattern):
-            wanted.selector(shape)
-        elif wanted.shape != shape:
-            raise InputError(
-                f"the mask of layers.{index}.{path} is {list(wanted.shape)}, but its kernel [in, out] is "
-                f"{list(shape)}: the mask was made for another model"
-            )
+        require_fit(pattern_of(index, path), index, path, shape)
     hidden = embed(model, reader, tokens)
     return _visit(reader, Run(model, hidden, method, pattern_of), stages)
+
+
+def require_fit(pattern: Pattern | StoredMask, index: int, path: str, shape: tuple[int, ...]) -> None:
+    """Raises InputError where a pattern is impossible for a kernel's shape, or a mask has another."""
+    if isinstance(pattern, Pattern):
+        pattern.selector(shape)
+    elif pattern.shape != shape:
+        raise InputError(
+            f"the mask of layers.{index}.{path} is {list(pattern.shape)}, but its kernel [in, out] is {list(shape)}: "
+            "the mask was made for another model"
+        )
 
 
 def _visit(reader: Reader, run: Run, stages: Mapping[str, Stage]) -> Iterator[LayerResult]:

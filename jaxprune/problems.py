@@ -21,6 +21,7 @@ from convert.shards import TensorFile
 from convert.staging import staged_file
 from jaxprune.errors import InputError
 from jaxprune.methods import Method
+from jaxprune.models import model_for
 from jaxprune.patterns import Pattern
 from jaxprune.pipeline import Layer, PatternOf, Run, advance, measure, prune, solve
 
@@ -63,7 +64,13 @@ def capture(
         pattern: as `method`.
         prune_before: False: the layers before stay dense.
         dtype: of the model's computation.
+
+    Raises:
+        InputError: there is no such layer, or checkpoint, tokens and pattern do not fit together.
     """
+    last, depth = max(layers), model_for(reader, dtype).config.num_layers
+    if last >= depth:
+        raise InputError(f"there is no layer {last}: the checkpoint has {depth} layers, from 0")
     found: list[Problem] = []
 
     def keep(run: Run, layer: Layer) -> Layer:
@@ -81,13 +88,11 @@ def capture(
             return layer
         return advance(run, solve(run, layer) if prune_before else layer)
 
-    last = max(layers)
     for result in prune(reader, tokens, method, pattern, dtype=dtype, stages={"capture": visit}):
         yield from found
         found.clear()
         if result.index == last:
             return
-    raise InputError(f"there is no layer {last}: the checkpoint has {result.index + 1} layers, from 0")
 
 
 def save(path: Path, problem: Problem, *, overwrite: bool = False) -> None:

@@ -15,7 +15,7 @@ from convert.staging import check_free
 from jaxprune import problems
 from jaxprune.errors import InputError
 from jaxprune.flags import add_fields, make
-from jaxprune.pipeline import LinearResult, solve_linear
+from jaxprune.pipeline import LinearResult, require_fit, solve_linear
 from jaxprune.problems import Problem
 from jaxprune.recipe import Parser, Recipe, describe
 
@@ -36,16 +36,21 @@ def solve(problem: Problem, recipe: Recipe) -> Iterator[tuple[str, LinearResult,
     """Prunes the problem's linears: each one's path, outcome, seconds and pruned kernel.
 
     The time of preparation (once per input) is counted to the first linear that reads the input.
+
+    Raises:
+        InputError: the recipe's pattern or mask does not fit the problem.
     """
-    pattern_of = recipe.patterns()
+    given = recipe.patterns()
+    patterns = {p: given(problem.layer, p) if callable(given) else given for p in problem.kernels}
+    for path, pattern in patterns.items():
+        require_fit(pattern, problem.layer, path, problem.kernels[path].shape)
     for tap, linears in problem.inputs.items():
         start = time.perf_counter()
         gram = jnp.asarray(problem.grams[tap])
         prepared = recipe.method.prepare(gram)
         for linear in linears:
-            target = pattern_of(problem.layer, linear) if callable(pattern_of) else pattern_of
             kernel = jnp.asarray(problem.kernels[linear])
-            stored, _, result = solve_linear(recipe.method, prepared, gram, kernel, target)
+            stored, _, result = solve_linear(recipe.method, prepared, gram, kernel, patterns[linear])
             yield linear, result, time.perf_counter() - start, stored
             start = time.perf_counter()
 

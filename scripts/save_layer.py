@@ -14,6 +14,7 @@ import numpy as np
 
 from convert import CheckpointError, open_checkpoint
 from convert.assets import load_tokenizer
+from convert.staging import check_free
 from jaxprune import InputError, calibration, problems
 from jaxprune.config import parse
 
@@ -27,6 +28,7 @@ def main() -> None:
     if args.layer < 0:
         raise InputError(f"--layer counts from 0, so it cannot be {args.layer}")
     config, recipe = parse(rest)
+    check_free(args.file, overwrite=config.overwrite, folder=False)
     reader = open_checkpoint(config.ckpt)
     tokenizer = None if config.calib.endswith(".npy") else load_tokenizer(reader.assets)
     tokens = calibration.sample(config.calib, tokenizer, config.nsamples, config.seqlen, config.seed, pack=config.pack)

@@ -103,6 +103,7 @@ def test_the_command_line(file: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         ("{misshapen}", "is damaged: mlp.down_proj is"),
         ("{file} --pattern 3:7", "divisible by 7"),
         ("{file} --mask from-file:{model}", "holds no masks"),
+        ("{file} --mask from-checkpoint:{folder}/other", "the mask was made for another model"),
     ],
 )
 def test_bad_input_is_one_error(
@@ -117,6 +118,9 @@ def test_bad_input_is_one_error(
         problems.save(
             tmp_path / f"{name}.safetensors", problem._replace(kernels=problem.kernels | {"mlp.down_proj": kernel})
         )
+    tiny.save(tmp_path / "other", tiny.config(hidden_size=40))
+    stored = {n: t * (t > 0) for n, t in load_file(tmp_path / "other/model.safetensors").items()}
+    save_file(stored, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
     names = {name: tmp_path / f"{name}.safetensors" for name in bad}
     before = file.read_bytes()
     places = names | {"file": file, "folder": tmp_path, "cut": cut, "model": checkpoint / "model.safetensors"}
