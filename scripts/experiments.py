@@ -24,7 +24,7 @@ class Experiment:
         patterns: fractions of zeros, or N:M.
         picture: which of the pictures shows it.
         steps: what {k} stands for in the rows that have it.
-        small_steps: the same under --small, where that is less.
+        small_steps: row -> the same under --small, where that is less.
         linears: share of the layers that come before -> linears of that layer; for `error`. Empty: all linears.
         seqlen: tokens of a window, where the paper's are not the usual 2048.
         paper: checkpoint -> (row, pattern) -> the paper's perplexity.
@@ -36,7 +36,7 @@ class Experiment:
     patterns: tuple[str, ...]
     picture: str
     steps: tuple[int, ...] = ()
-    small_steps: tuple[int, ...] = ()
+    small_steps: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     linears: Mapping[float, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     seqlen: int = 2048
     paper: Mapping[str, Mapping[tuple[str, str], float]] = dataclasses.field(default_factory=dict)
@@ -102,7 +102,7 @@ EXPERIMENTS = {
         patterns=("0.6", "0.8"),
         picture="quality_by_time",
         steps=(1, 10, 20, 50, 100),
-        small_steps=(1, 10, 20, 100),
+        small_steps={"ADMM": (1, 10, 20), "Adam": (1, 10, 20, 100)},
     ),
     "table1": Experiment(
         title="Perplexity by sparsity",

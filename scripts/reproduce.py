@@ -175,7 +175,7 @@ class Bench:
         return {problem.layer: problem for problem in captured}
 
 
-def cells(experiment: Experiment, layers: int) -> Iterator[Cell]:
+def cells(experiment: Experiment, layers: int, *, small: bool = False) -> Iterator[Cell]:
     """All cells of an experiment, the dense checkpoint first where perplexity is measured."""
     if experiment.measure == "perplexity":
         yield Cell("dense", "", None, None)
@@ -188,7 +188,8 @@ def cells(experiment: Experiment, layers: int) -> Iterator[Cell]:
         ]
     for pattern in experiment.patterns:
         for row, flags in experiment.rows.items():
-            for step in experiment.steps if "{k}" in flags else (None,):
+            steps = experiment.small_steps.get(row, experiment.steps) if small else experiment.steps
+            for step in steps if "{k}" in flags else (None,):
                 schedule = "cubic" if ":" in pattern else "constant"
                 recipe = recipes.parse(_flags(flags.format(k=step, schedule=schedule), pattern))
                 for linear in linears:
@@ -241,15 +242,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     for name in args.names:
-        experiment = EXPERIMENTS[name]
-        if args.small and experiment.small_steps:
-            experiment = dataclasses.replace(experiment, steps=experiment.small_steps)
-        run(name, experiment, Bench(args, experiment))
+        run(name, EXPERIMENTS[name], Bench(args, EXPERIMENTS[name]))
 
 
 def run(name: str, experiment: Experiment, bench: Bench) -> None:
     """Measures what is missing of an experiment, and writes its files."""
-    wanted = list(cells(experiment, bench.depth))
+    wanted = list(cells(experiment, bench.depth, small=bench.args.small))
     results = []
     for number, cell in enumerate(wanted, 1):
         result = bench.measure(experiment.measure, cell)

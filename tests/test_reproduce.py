@@ -37,7 +37,7 @@ def driver(
         steps = experiment.steps and (1, 10)
         linears = {0.7: ("mlp.up_proj", "mlp.down_proj")} if experiment.linears else {}
         short = dataclasses.replace(
-            experiment, rows=rows, patterns=patterns, steps=steps, small_steps=(), linears=linears
+            experiment, rows=rows, patterns=patterns, steps=steps, small_steps={}, linears=linears
         )
         monkeypatch.setitem(reproduce.EXPERIMENTS, name, short)
     texts = ["--calib", str(text), "--eval-text", str(text)]
@@ -121,7 +121,8 @@ def test_every_row_of_every_experiment_is_a_recipe(modules: dict[str, ModuleType
             assert any(c.pattern == pattern for c in made)
         for key in {key for numbers in experiment.paper.values() for key in numbers} - {("dense", "")}:
             assert key[0] in experiment.rows and key[1] in experiment.patterns
-        assert set(experiment.small_steps) <= set(experiment.steps)
+        small = {(c.row, c.pattern, c.step, c.linear) for c in modules["reproduce"].cells(experiment, 30, small=True)}
+        assert small <= {(c.row, c.pattern, c.step, c.linear) for c in made}
 
 
 def command(script: str, *args: object, cwd: Path) -> subprocess.CompletedProcess:

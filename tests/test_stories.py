@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from convert import create_checkpoint, open_checkpoint
 from jaxprune import NM, Unstructured, other_params, prune
 from jaxprune.evaluation.perplexity import perplexity
-from jaxprune.methods import Crossed, Method
+from jaxprune.methods import Method
+from jaxprune.methods._combine import Crossed
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.wanda import Wanda
