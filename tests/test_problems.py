@@ -124,6 +124,7 @@ def test_bad_input_is_one_error(
     names = {name: tmp_path / f"{name}.safetensors" for name in bad}
     before = file.read_bytes()
     places = names | {"file": file, "folder": tmp_path, "cut": cut, "model": checkpoint / "model.safetensors"}
+    capsys.readouterr()  # transformers' progress bar
     assert main(line.format(**places).split()) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and len(error.splitlines()) <= 3
