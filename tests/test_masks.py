@@ -86,9 +86,15 @@ def test_weights_rewound_under_a_checkpoints_mask(checkpoint: Path, pruned: tupl
             assert after.linears[linear].error <= before.linears[linear].error
 
 
-def test_a_dense_checkpoint_gives_no_mask(checkpoint: Path) -> None:
-    with pytest.raises(InputError, match="it is not pruned"):
+def test_a_dense_checkpoint_gives_no_mask(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has 0 % zeros in its first layer: it is not pruned"):
         stored(f"from-checkpoint:{checkpoint}")
+    rounded = tiny.save(tmp_path, tiny.config())
+    stored_weights = load_file(rounded / "model.safetensors")
+    stored_weights["model.layers.0.mlp.up_proj.weight"][3, :5] = 0
+    save_file(stored_weights, rounded / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="it is not pruned"):
+        stored(f"from-checkpoint:{rounded}")
     with pytest.raises(CheckpointError, match="no checkpoint"):
         stored("from-checkpoint:nowhere-at-all")
 

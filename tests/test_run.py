@@ -213,7 +213,7 @@ def bad_input(name: str, checkpoint: Path, text: Path, folder: Path) -> list[obj
         ("nan", "weights of layer 2 hold NaN or infinity in self_attn.o_proj.kernel"),
         ("truncated", "model.safetensors is damaged or truncated"),
         ("no tokenizer", "has no tokenizer"),
-        ("dense mask", "has no zeros in its first layer: it is not pruned"),
+        ("dense mask", "has 0 % zeros in its first layer: it is not pruned"),
         ("mask of another model", "the mask was made for another model"),
         ("no mask file", "cannot read masks from nowhere.safetensors"),
         ("no gpu", "JAX finds no tpu"),
