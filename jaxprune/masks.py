@@ -58,12 +58,17 @@ def stored(name: str) -> Masks:
         InputError, CheckpointError: there are none, or they cannot be read.
     """
     if name.startswith(FROM_CHECKPOINT):
-        return from_checkpoint(open_checkpoint(name.removeprefix(FROM_CHECKPOINT)))
+        path = name.removeprefix(FROM_CHECKPOINT)
+        return from_checkpoint(open_checkpoint(path), path)
     return from_file(Path(name.removeprefix(FROM_FILE)).expanduser())
 
 
-def from_checkpoint(reader: Reader) -> Masks:
+def from_checkpoint(reader: Reader, name: str = "the checkpoint") -> Masks:
     """The zeros of a pruned checkpoint, as masks.
+
+    Args:
+        reader: of the pruned checkpoint.
+        name: for errors.
 
     Raises:
         InputError: the first layer has next to no zeros, so the checkpoint is not pruned.
@@ -73,14 +78,14 @@ def from_checkpoint(reader: Reader) -> Masks:
     # A dense model has some by chance; one that was rounded to four bits, 0.04 %.
     if share < 0.01:
         raise InputError(
-            f"the checkpoint in {reader.assets} has {100 * share:.2g} % zeros in its first layer: it is not pruned. "
+            f"{name} has {100 * share:.2g} % zeros in its first layer: it is not pruned. "
             "--mask from-checkpoint wants a pruned one; the dense one goes to --ckpt"
         )
 
     def mask(index: int, linear: str) -> StoredMask:
         path = f"layers.{index}.{linear}.kernel"
         if path not in reader.spec:
-            raise InputError(f"the checkpoint in {reader.assets}, which gives the mask, has no {path}")
+            raise InputError(f"{name}, which gives the mask, has no {path}")
         return StoredMask(reader.spec[path].shape, lambda: np.asarray(reader.read([path])[path] != 0))
 
     return mask
