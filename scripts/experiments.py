@@ -184,8 +184,8 @@ EXPERIMENTS = {
         rows={
             **{row: flags for row, flags in ALL_METHODS.items() if row != "ADMM-Grad"},
             "ADMM-Grad, constant": "--method admm --schedule constant",
-            "ADMM-Grad, cubic": "--method admm --schedule cubic",
             "ADMM-Grad, cubic, 10 steps to finish": "--method admm --schedule cubic --finish-steps 10",
+            "ADMM-Grad, cubic": "--method admm --schedule cubic",
         },
         patterns=("0.5", "0.6", "0.7", "0.8", "2:4"),
         picture="errors_by_sparsity",

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from experiments import Experiment
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 STYLE = {
     "font.size": 10,
@@ -24,8 +24,8 @@ STYLE = {
     "figure.dpi": 130,
     "svg.hashsalt": "jaxprune",
 }
-COLORS = ["#777777", "#c08a00", "#2a9d4e", "#00796b", "#26418f", "#8e44ad", "#d1495b", "#e07a1f", "#111111"]
-MARKERS = "osD^vP*Xh"
+COLORS = ["#888888", "#c08a00", "#7cb342", "#00796b", "#26418f", "#8e44ad", "#d1495b", "#e07a1f", "#111111", "#17a2c9"]
+MARKERS = "osD^vP*XhH"
 PHASES = {"gram": "forward pass and Gram matrices", "solve": "solver", "forward": "second forward pass"}
 Results = Sequence[tuple[Any, dict[str, Any]]]
 
@@ -139,10 +139,13 @@ def _quality_by_time(experiment: Experiment, results: Results) -> tuple[Figure, 
 
 def _few_ticks(axis: Axes, low: float, high: float) -> None:
     """Round ticks on a logarithmic y axis, not too many."""
-    for multiples in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8), (1, 2, 5), (1,)):
-        ticks = [m * 10.0**e for e in range(-3, 7) for m in multiples if low <= m * 10.0**e <= high]
-        if len(ticks) < 12:
-            break
+    if high / low < 4:
+        ticks = [t for t in MaxNLocator(6).tick_values(low, high) if low <= t <= high]
+    else:
+        for multiples in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8), (1, 2, 5), (1,)):
+            ticks = [m * 10.0**e for e in range(-3, 7) for m in multiples if low <= m * 10.0**e <= high]
+            if len(ticks) < 12:
+                break
     axis.set_yticks(ticks)
     axis.set_ylim(low, high)
 
@@ -160,10 +163,12 @@ def _errors_by_sparsity(experiment: Experiment, results: Results) -> tuple[Figur
     for row in experiment.rows:
         for pattern in experiment.patterns:
             values = [r["error"] for c, r in results if (c.row, c.pattern) == (row, pattern)]
-            means[row, pattern] = 100 * statistics.mean(values)
-    figure, axis = _rows_by_pattern(experiment, means)
-    _logarithmic(axis, "mean relative error of the outputs, %")
-    return figure, experiment.title
+            means[row, pattern] = statistics.mean(values)
+    unit = list(experiment.rows)[-1]
+    ratios = {(row, pattern): value / means[unit, pattern] for (row, pattern), value in means.items()}
+    figure, axis = _rows_by_pattern(experiment, ratios)
+    _logarithmic(axis, f"mean error over that of {unit}")
+    return figure, "Error of layers on the same inputs"
 
 
 def _logarithmic(axis: Axes, label: str) -> None:
