@@ -191,9 +191,13 @@ def _rows_by_pattern(experiment: Experiment, values: dict[tuple[str, str], float
     places |= {p: len(plain) + 0.3 + number for number, p in enumerate(grouped)}
     for number, row in enumerate(experiment.rows):
         style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
-        axis.plot([places[p] for p in plain], [values[row, p] for p in plain], label=row, lw=1.6, **style)
+        if not any((row, p) in values for p in experiment.patterns):
+            continue
+        there = [p for p in plain if (row, p) in values]
+        axis.plot([places[p] for p in there], [values[row, p] for p in there], label=row, lw=1.6, **style)
         shift = 0.05 * (number - (len(experiment.rows) - 1) / 2)
-        axis.plot([places[p] + shift for p in grouped], [values[row, p] for p in grouped], ls="", **style)
+        there = [p for p in grouped if (row, p) in values]
+        axis.plot([places[p] + shift for p in there], [values[row, p] for p in there], ls="", **style)
     axis.set_xticks(list(places.values()), [_name(p) for p in places])
     if plain and grouped:
         axis.axvline(len(plain) - 0.35, color="#cccccc", lw=1)

@@ -5,7 +5,8 @@
 
 Experiments: fig1, fig2, table1, table2, table3, table5 of the paper, and two of ours over all methods: methods
 (perplexity) and layers (error on the same inputs). Every cell is kept in OUT/cells as soon as it is measured, and
-measured once: the same command goes on where it stopped, and experiments share their cells.
+measured once: the same command goes on where it stopped, and experiments share their cells. --only-measured looks at
+what there is by now.
 """
 
 import argparse
@@ -109,8 +110,8 @@ class Bench:
             "measure": measure,
         } | {name: [*tokens.shape, _digest(tokens)] for name, tokens in texts.items()}
 
-    def measure(self, measure: str, cell: Cell) -> dict[str, Any]:
-        """A cell's results, from its file or measured now."""
+    def measure(self, measure: str, cell: Cell) -> dict[str, Any] | None:
+        """A cell's results, from its file or measured now; None where it is not to be measured."""
         identity = self.setup(measure)
         if cell.recipe is None:
             identity["recipe"] = "dense"
@@ -120,6 +121,8 @@ class Bench:
             identity["linear"] = list(cell.linear)
         name = "dense" if cell.recipe is None else cell.recipe.slug
         file = self.out / "cells" / f"{measure}-{name}-{_digest(json.dumps(identity, sort_keys=True))}.json"
+        if not file.exists() and self.args.only_measured:
+            return None
         if not file.exists():
             start = time.perf_counter()
             result = getattr(self, f"_{measure}")(cell)
@@ -223,6 +226,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ckpt", required=True, help="the dense checkpoint, as jaxprune --ckpt")
     parser.add_argument("--out", required=True, help="folder for cells, tables and pictures")
     parser.add_argument("--small", action="store_true", help=f"smaller settings: {SMALL}")
+    parser.add_argument(
+        "--only-measured", action="store_true", help="tables and pictures of the cells there are by now"
+    )
     parser.add_argument("--calib", help="calibration text (default: c4; wikipedia for smollm2-135m)")
     parser.add_argument("--eval-text", help="evaluation text (default: wikitext2; wikipedia for smollm2-135m)")
     parser.add_argument("--nsamples", type=int, help="calibration windows (default: 128)")
@@ -251,11 +257,15 @@ def run(name: str, experiment: Experiment, bench: Bench) -> None:
     results = []
     for number, cell in enumerate(wanted, 1):
         result = bench.measure(experiment.measure, cell)
+        if result is None:
+            continue
         results.append((cell, result))
         where = "" if cell.linear is None else f", {'.'.join(map(str, cell.linear))}"
         steps = "" if cell.step is None else f", {cell.step} steps"
         value = result.get("perplexity", result.get("error"))
         print(f"{name} {number}/{len(wanted)}: {cell.row}{steps} {cell.pattern}{where}: {value:.6g}", flush=True)
+    if not results or (len(results) < len(wanted) and experiment.picture != "quality_by_sparsity"):
+        raise InputError(f"{len(results)} of {name}'s {len(wanted)} cells are measured: leave --only-measured out")
     for file in write(name, experiment, bench, results):
         print(file)
 

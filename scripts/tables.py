@@ -90,19 +90,20 @@ def _by_pattern(experiment: Experiment, ckpt: str, results: Results) -> list[str
     """Perplexities and mean errors, rows by patterns."""
     found = {(cell.row, cell.pattern): result for cell, result in results}
     paper = experiment.paper.get(ckpt, {})
+    measured = [row for row in experiment.rows if any((row, pattern) in found for pattern in experiment.patterns)]
 
     def perplexity(row: str, pattern: str) -> str:
         beside = f" (paper {paper[row, pattern]:g})" if (row, pattern) in paper else ""
-        return f"{found[row, pattern]['perplexity']:.2f}{beside}"
+        return f"{found[row, pattern]['perplexity']:.2f}{beside}" if (row, pattern) in found else "not run"
+
+    def error(row: str, pattern: str) -> str:
+        return f"{100 * found[row, pattern]['error']:.3f}" if (row, pattern) in found else "not run"
 
     header = ["perplexity", *map(pattern_name, experiment.patterns)]
     rows = [["dense", perplexity("dense", "")] + [""] * (len(experiment.patterns) - 1)]
-    rows += [[row, *(perplexity(row, pattern) for pattern in experiment.patterns)] for row in experiment.rows]
+    rows += [[row, *(perplexity(row, pattern) for pattern in experiment.patterns)] for row in measured]
     lines = markdown(header, rows)
-    errors = [
-        [row, *(f"{100 * found[row, pattern]['error']:.3f}" for pattern in experiment.patterns)]
-        for row in experiment.rows
-    ]
+    errors = [[row, *(error(row, pattern) for pattern in experiment.patterns)] for row in measured]
     return [
         *lines,
         "",

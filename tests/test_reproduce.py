@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+from jaxprune import InputError
 from jaxprune.recipe import parse
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -98,6 +99,22 @@ def test_it_goes_on_where_it_stopped(
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").iterdir()} == finished
     with pytest.raises(TypeError):
         run(reproduce, monkeypatch, "table2", *flags, "--seed", "1")
+
+
+def test_what_there_is_by_now_is_shown(
+    driver: tuple[ModuleType, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reproduce, flags = driver
+    run(reproduce, monkeypatch, "table2", *flags)  # table1's cells of Wanda's mask, SparseGPT and ADMM-Grad at 60 %
+    monkeypatch.setattr(reproduce.Bench, "_perplexity", None)
+    run(reproduce, monkeypatch, "table1", *flags, "--only-measured")
+    rows = {line.split(" | ")[0]: line for line in (tmp_path / "table1.md").read_text().splitlines()}
+    assert rows["| ADMM1"].count("not run") == 2
+    assert "| Wanda" not in rows
+    assert len((tmp_path / "table1.csv").read_text().splitlines()) == 1 + 4
+    assert (tmp_path / "table1.png").exists()
+    with pytest.raises(InputError, match=r"3 of fig2's 7 cells are measured"):
+        run(reproduce, monkeypatch, "fig2", *flags, "--only-measured", "--seed", "0")
 
 
 def test_the_papers_numbers_stand_beside_ours_where_the_model_is_the_papers(modules: dict[str, ModuleType]) -> None:
