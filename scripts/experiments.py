@@ -42,6 +42,11 @@ class Experiment:
     paper: Mapping[str, Mapping[tuple[str, str], float]] = dataclasses.field(default_factory=dict)
 
 
+def pattern_name(pattern: str) -> str:
+    """A pattern as tables and pictures write it."""
+    return pattern if ":" in pattern else f"{100 * float(pattern):g} %"
+
+
 WANDA, SPARSEGPT = "--method wanda", "--method sparsegpt"
 ADMM1 = "--mask wanda --update admm"
 ADMM_GRAD = "--method admm --schedule {schedule}"

@@ -9,7 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from experiments import Experiment
+from experiments import Experiment, pattern_name
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
@@ -42,10 +42,6 @@ def draw(experiment: Experiment, ckpt: str, results: Results, setting: str, stem
             figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
         plt.close(figure)
     return paths
-
-
-def _name(pattern: str) -> str:
-    return pattern if ":" in pattern else f"{100 * float(pattern):g} %"
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Sequence[Axes]]:
@@ -95,7 +91,7 @@ def _convergence(experiment: Experiment, results: Results) -> tuple[Figure, str]
         axis.set_ylabel("relative error of the output, %")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=8.5, frameon=False)
-    return figure, f"How fast updates converge under Wanda's {_name(experiment.patterns[0])} mask"
+    return figure, f"How fast updates converge under Wanda's {pattern_name(experiment.patterns[0])} mask"
 
 
 def _quality_by_time(experiment: Experiment, results: Results) -> tuple[Figure, str]:
@@ -130,7 +126,7 @@ def _quality_by_time(experiment: Experiment, results: Results) -> tuple[Figure, 
             which.set_minor_formatter(NullFormatter())
         values = [r["perplexity"] for c, r in results if c.pattern == pattern]
         _few_ticks(axis, 0.9 * min(values), 1.12 * max(values))
-        axis.set_title(f"{_name(pattern)} sparsity", fontsize=10)
+        axis.set_title(f"{pattern_name(pattern)} sparsity", fontsize=10)
         axis.set_xlabel("time in the solver, all layers, seconds (log)")
         axis.set_ylabel("perplexity (log)")
     axes[0].legend(fontsize=8.5, frameon=False)
@@ -198,7 +194,7 @@ def _rows_by_pattern(experiment: Experiment, values: dict[tuple[str, str], float
         shift = 0.05 * (number - (len(experiment.rows) - 1) / 2)
         there = [p for p in grouped if (row, p) in values]
         axis.plot([places[p] + shift for p in there], [values[row, p] for p in there], ls="", **style)
-    axis.set_xticks(list(places.values()), [_name(p) for p in places])
+    axis.set_xticks(list(places.values()), [pattern_name(p) for p in places])
     if plain and grouped:
         axis.axvline(len(plain) - 0.35, color="#cccccc", lw=1)
     axis.set_xlabel("zeros in every linear")
@@ -223,7 +219,7 @@ def _crossed(experiment: Experiment, results: Results) -> tuple[Figure, str]:
     axis.grid(axis="x", visible=False)
     axis.set_ylim(0, 1.18 * max(found.values()))
     axis.legend(frameon=False, fontsize=9, ncols=2)
-    return figure, f"Masks crossed with weight updates, {_name(experiment.patterns[0])}"
+    return figure, f"Masks crossed with weight updates, {pattern_name(experiment.patterns[0])}"
 
 
 def _durations(experiment: Experiment, results: Results) -> tuple[Figure, str]:
@@ -240,4 +236,4 @@ def _durations(experiment: Experiment, results: Results) -> tuple[Figure, str]:
     axis.grid(axis="y", visible=False)
     axis.set_xlabel("seconds, all layers")
     axis.legend(frameon=False, fontsize=8.5, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0))
-    return figure, f"Time to prune to {_name(experiment.patterns[0])}"
+    return figure, f"Time to prune to {pattern_name(experiment.patterns[0])}"

@@ -76,7 +76,8 @@ class Bench:
         self.ckpt, self.out, self.args = args.ckpt, Path(args.out), args
         self.reader: Reader = open_checkpoint(args.ckpt)
         self.dtype = None if args.dtype == "auto" else np.dtype(args.dtype)
-        self.depth = model_for(self.reader, self.dtype).config.num_layers
+        self.model = model_for(self.reader, self.dtype)
+        self.depth = self.model.config.num_layers
         self.layers = sorted({int(share * self.depth) for share in experiment.linears})
         seqlen = setting("seqlen", experiment.seqlen)
         tokenizer = functools.cache(lambda: load_tokenizer(self.reader.assets))
@@ -106,7 +107,7 @@ class Bench:
         texts = {"calibration": self.calibration} | ({"evaluation": self.evaluation} if measure == "perplexity" else {})
         return {
             "checkpoint": self.ckpt,
-            "dtype": str(model_for(self.reader, self.dtype).config.dtype),
+            "dtype": str(self.model.config.dtype),
             "measure": measure,
         } | {name: [*tokens.shape, _digest(tokens)] for name, tokens in texts.items()}
 
@@ -134,16 +135,15 @@ class Bench:
     def _perplexity(self, cell: Cell) -> dict[str, Any]:
         if cell.recipe is None:
             return {"perplexity": perplexity(self.reader, self.evaluation, dtype=self.dtype)}
-        model = model_for(self.reader, self.dtype)
-        hidden = embed(model, self.reader, self.evaluation)
+        hidden = embed(self.model, self.reader, self.evaluation)
 
         def watch(layer: LayerResult) -> None:
             prefix = f"layers.{layer.index}."
             params = {path.removeprefix(prefix): jax.device_put(array) for path, array in layer.params.items()}
-            forward(model, params, hidden)
+            forward(self.model, params, hidden)
 
         figures = self._prune(cell.recipe, watch)
-        return {"perplexity": mean_loss_perplexity(model, self.reader, hidden, self.evaluation)} | figures
+        return {"perplexity": mean_loss_perplexity(self.model, self.reader, hidden, self.evaluation)} | figures
 
     def _seconds(self, cell: Cell) -> dict[str, Any]:
         assert cell.recipe is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pictures
-from experiments import Experiment
+from experiments import Experiment, pattern_name
 
 Results = Sequence[tuple[Any, dict[str, Any]]]
 """Cells and what was measured of them."""
@@ -79,11 +79,6 @@ def _tables(experiment: Experiment, ckpt: str, results: Results) -> list[str]:
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """The lines of a table."""
     return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
-
-
-def pattern_name(pattern: str) -> str:
-    """A pattern as tables and pictures write it."""
-    return pattern if ":" in pattern else f"{100 * float(pattern):g} %"
 
 
 def _by_pattern(experiment: Experiment, ckpt: str, results: Results) -> list[str]:
