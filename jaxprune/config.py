@@ -3,16 +3,16 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from convert.hub import known_names
-from jaxprune.errors import InputError
-from jaxprune.flags import add_fields, make
+from jaxprune import calibration
+from jaxprune.evaluation.options import EvalOptions
+from jaxprune.flags import add_fields, make, require_positive
 from jaxprune.recipe import Parser, Recipe
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(EvalOptions):
     """Everything that decides a run's outcome, but for the recipe."""
 
     ckpt: str
@@ -32,20 +32,8 @@ class Config:
     """Tokens of a calibration window."""
     pack: bool = False
     """Join documents to fill calibration windows, instead of skipping those shorter than one."""
-    eval_text: str | None = None
-    """Text to measure perplexity on, as --calib, or none (default: wikitext2; wikipedia for smollm2-135m, other
-    articles than calibration's)."""
-    eval_seqlen: int | None = None
-    """Tokens of an evaluation window (default: --seqlen)."""
-    eval_windows: int | None = None
-    """Evaluate on the first so many windows only (default: all)."""
     seed: int = 0
     """Of the choice of calibration windows; a run is deterministic in it."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the model's computation; auto is float32 on a CPU and the checkpoint's dtype elsewhere. The result is
-    stored in the checkpoint's dtype in any case."""
-    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
-    """The kind of device to run on; auto takes the best there is, gpu is CUDA's."""
 
     def resolved(self, recipe: Recipe) -> "Config":
         """The same run with the defaults that depend on other options filled in.
@@ -53,17 +41,13 @@ class Config:
         Raises:
             InputError: options that no run can have.
         """
-        for name in ("nsamples", "seqlen", "eval_seqlen", "eval_windows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-        hubless = self.ckpt == "smollm2-135m"
+        require_positive(self, "nsamples", "seqlen")
+        default_text = calibration.default_text(self.ckpt)
+        with_defaults = self.with_defaults(eval="ppl", eval_text=default_text or "wikitext2", eval_seqlen=self.seqlen)
         return dataclasses.replace(
-            self,
+            with_defaults,
             out=self.out or f"{Path(self.ckpt).absolute().name.removesuffix('.gguf')}-{recipe.slug}",
-            calib=self.calib or ("wikipedia" if hubless else "c4"),
-            eval_text=self.eval_text or ("wikipedia" if hubless else "wikitext2"),
-            eval_seqlen=self.eval_seqlen or self.seqlen,
+            calib=self.calib or default_text or "c4",
         )
 
 

@@ -10,6 +10,8 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from jaxprune.errors import InputError
+
 
 def add_fields(group: Any, cls: Any, flag_of: Callable[[str], str | None] | None = None) -> None:
     """Adds one flag a field. Flags left out are absent from the result, so that defaults stand in one place only.
@@ -50,13 +52,22 @@ def make(cls: Any, given: Mapping[str, Any], flag_of: Callable[[str], str | None
     return cls(**{field: given[flag] for field, flag in flags.items() if flag is not None and flag in given})
 
 
+def require_positive(options: Any, *names: str) -> None:
+    """Raises InputError where an option that counts something is below one; None is none given."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+
 def field_docs(cls: type) -> dict[str, str]:
-    """Field name -> the docstring under it."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(body, ast.ClassDef)
+    """Field name -> the docstring under it, inherited fields included."""
     docs = {}
-    for field, after in zip(body.body, body.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant), field.target.id
-            docs[field.target.id] = " ".join(str(after.value.value).split())
+    for own in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(own))).body
+        assert isinstance(body, ast.ClassDef)
+        for field, after in zip(body.body, body.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant), field.target.id
+                docs[field.target.id] = " ".join(str(after.value.value).split())
     return docs

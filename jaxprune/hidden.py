@@ -16,22 +16,25 @@ class HiddenStates:
         dtype: of the states.
         batch: windows on the device at a time; must divide the number of windows, so that every step has one
             shape and compiles once.
+
+    Attributes:
+        array: the states; to be read only.
     """
 
     def __init__(self, shape: tuple[int, int, int], dtype: np.dtype, batch: int) -> None:
         if shape[0] % batch:
             raise ValueError(f"{batch} does not divide {shape[0]} windows")
-        self._states = np.empty(shape, dtype)
+        self.array = np.empty(shape, dtype)
         self._batch = batch
 
     def slices(self) -> list[slice]:
-        starts = range(0, len(self._states), self._batch)
+        starts = range(0, len(self.array), self._batch)
         return [slice(start, start + self._batch) for start in starts]
 
     def batches(self) -> Iterator[jax.Array]:
         """The states of all windows in order, batch by batch, on the device."""
         for rows in self.slices():
-            yield jax.device_put(self._states[rows])
+            yield jax.device_put(self.array[rows])
 
     def replace(self, step: Callable[[slice], jax.Array]) -> None:
         """Sets each batch of rows to what `step` computes for it.
@@ -43,17 +46,22 @@ class HiddenStates:
             result = step(rows)
             result.copy_to_host_async()
             if pending:
-                self._states[pending[0]] = np.asarray(pending[1])
+                self.array[pending[0]] = np.asarray(pending[1])
             pending = rows, result
         if pending:
-            self._states[pending[0]] = np.asarray(pending[1])
+            self.array[pending[0]] = np.asarray(pending[1])
 
-    def update(self, step: Callable[[jax.Array], jax.Array]) -> None:
-        """Replaces each batch x by step(x)."""
-        self.replace(lambda rows: step(jax.device_put(self._states[rows])))
+    def update(self, step: Callable[[jax.Array, slice], jax.Array]) -> None:
+        """Replaces each batch x of rows by step(x, rows)."""
+        self.replace(lambda rows: step(jax.device_put(self.array[rows]), rows))
+
+
+def tokens_per_batch() -> int:
+    """Tokens on the device at a time."""
+    return TOKENS_PER_BATCH.get(jax.default_backend(), 4096)
 
 
 def batch_size(windows: int, length: int) -> int:
     """The most windows at a time that divide all of them and keep a batch near the backend's usual token count."""
-    most = max(1, TOKENS_PER_BATCH.get(jax.default_backend(), 4096) // length)
+    most = max(1, tokens_per_batch() // length)
     return max(size for size in range(1, min(most, windows) + 1) if windows % size == 0)

@@ -1,162 +1,262 @@
-"""What a run leaves behind for people and programs: jaxprune.json, a model card, the table at the end."""
+"""One self-contained page about runs and evaluations: `python -m jaxprune.report DIR... --out FILE`.
 
+Everything in it comes from the jaxprune.json of each folder.
+"""
+
+import argparse
 import dataclasses
-import hashlib
-import importlib.metadata
 import json
-import platform
-import resource
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
+import jinja2
 
-from jaxprune.config import Config
-from jaxprune.pipeline import LayerResult
-from jaxprune.recipe import Recipe, describe
+from convert.staging import check_free
+from jaxprune import figures
+from jaxprune.console import console, run_main
+from jaxprune.errors import InputError
 
-PACKAGES = ("jaxprune", "jax", "jaxlib", "flax", "numpy", "safetensors", "transformers", "tokenizers", "gguf")
-RECORD = "jaxprune.json"
+RECORD, REPORT = "jaxprune.json", "report.html"
 
 
-@dataclasses.dataclass
-class Record:
-    """The account of a run; `as_json` is what jaxprune.json holds.
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One checkpoint of a report.
 
     Attributes:
-        config: all options, resolved.
-        recipe: method and pattern.
-        tokens: calibration windows.
-        layers: figures of the layers so far.
-        seconds: by phase.
-        evaluation: windows and tokens a window of the evaluation text.
-        perplexity: "dense" and "pruned", on the evaluation text; empty without evaluation.
+        name: of the checkpoint, unique in the report.
+        label: a short name.
+        dense: whether it is the one that others were made from or are compared with.
+        method, pattern: how it was pruned, in words; "" where that is not known.
+        sparsity: zeros of the linears over their weights; None where nobody counted.
+        layers: figures of the run's layers, as jaxprune.json has them; empty without a run.
+        seconds: of the run, by phase.
+        quality: what was measured, as `Quality.as_json` gives it.
+        run: the run's record; empty without one.
+        number: of the checkpoint among those that are not dense; decides its colour.
     """
 
-    config: Config
-    recipe: Recipe
-    tokens: np.ndarray
-    layers: list[LayerResult] = dataclasses.field(default_factory=list)
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    evaluation: tuple[int, int] = (0, 0)
-    perplexity: dict[str, float] = dataclasses.field(default_factory=dict)
+    name: str
+    label: str
+    dense: bool
+    method: str
+    pattern: str
+    sparsity: float | None
+    layers: Sequence[Mapping[str, Any]]
+    seconds: Mapping[str, float]
+    quality: Mapping[str, Any]
+    run: Mapping[str, Any]
+    number: int = 0
 
-    def add(self, layer: LayerResult) -> None:
-        """Keeps a layer's figures, not its params."""
-        self.layers.append(dataclasses.replace(layer, params={}, masks={}))
-        for phase, seconds in layer.seconds.items():
-            self.spend(phase, seconds)
-
-    def spend(self, phase: str, seconds: float) -> None:
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+    def text(self, name: str) -> Mapping[str, Any]:
+        """What was measured on a text; empty where it was not."""
+        return self.quality.get("texts", {}).get(name, {})
 
     @property
-    def sparsity(self) -> float:
-        """Zeros of all pruned linears over their weights."""
-        linears = [linear for layer in self.layers for linear in layer.linears.values()]
-        return sum(linear.zeros for linear in linears) / max(1, sum(linear.size for linear in linears))
+    def accuracy(self) -> float | None:
+        """The mean over the tasks, as a fraction."""
+        return self.quality.get("mean_accuracy", {}).get("acc")
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "config": dataclasses.asdict(self.config),
-            "method": describe(self.recipe.method),
-            "pattern": self.recipe.target,
-            "calibration": {
-                "windows": list(self.tokens.shape),
-                "sha256": hashlib.sha256(np.ascontiguousarray(self.tokens, np.int32).tobytes()).hexdigest(),
-            },
-            "sparsity": self.sparsity,
-            "evaluation": {"windows": list(self.evaluation)},
-            "perplexity": self.perplexity,
-            "seconds": self.seconds,
-            "peak_bytes": peak_bytes(),
-            "layers": [
-                {
-                    "index": layer.index,
-                    "seconds": layer.seconds,
-                    "linears": {path: linear._asdict() for path, linear in layer.linears.items()},
-                }
-                for layer in self.layers
-            ],
-            "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
-            "machine": platform.machine(),
-            "devices": sorted({d.device_kind for d in jax.local_devices()}),
-        }
-
-    def save(self, folder: Path) -> None:
-        """Writes jaxprune.json and the model card."""
-        for name, text in ((RECORD, json.dumps(self.as_json(), indent=1) + "\n"), ("README.md", self.card())):
-            staged = folder / f".{name}.partial"
-            staged.write_text(text, encoding="utf-8")
-            staged.replace(folder / name)
-
-    def card(self) -> str:
-        """The model card: what was done to which model, and how good it is."""
-        config, rows = self.config, "\n".join(f"| {name} | {value} |" for name, value in self.summary())
-        base = f"base_model: {config.ckpt}\n" if "/" in config.ckpt and not Path(config.ckpt).exists() else ""
-        return f"""---
-{base}tags:
-- pruned
-- sparse
-- jaxprune
----
-
-# {Path(config.ckpt).name}, pruned to {self.recipe.target}
-
-Pruned in one shot by jaxprune, which implements Boža, "Fast and Effective Weight Update for Pruned Large Language
-Models" (arXiv 2401.02938). The weights are ordinary dense tensors with exact zeros. Embeddings,
-norms and head are those of the dense checkpoint. Everything needed to repeat the run is in {RECORD}.
-
-| | |
-|---|---|
-{rows}
-"""
-
-    def summary(self) -> Sequence[tuple[str, str]]:
-        """The rows of the table at the end of a run."""
-        config = self.config
-        rows = [
-            ("checkpoint", config.ckpt),
-            ("method", describe(self.recipe.method)["name"]),
-            ("pattern", self.recipe.target),
-            ("calibration", f"{self.tokens.shape[0]} windows of {self.tokens.shape[1]} tokens, {config.calib}"),
-            ("sparsity of the linears", f"{100 * self.sparsity:.4f} %"),
-        ]
-        if self.perplexity:
-            windows, length = self.evaluation
-            rows.append(("evaluation", f"{windows} windows of {length} tokens, {config.eval_text}"))
-        rows += [(f"perplexity, {which}", f"{value:.7g}") for which, value in self.perplexity.items()]
-        rows += [(f"time, {phase}", f"{seconds:.1f} s") for phase, seconds in self.seconds.items()]
-        rows += [(f"peak memory, {where}", f"{size / 1e9:.2f} GB") for where, size in peak_bytes().items()]
-        return rows
+    @property
+    def tasks(self) -> Mapping[str, Mapping[str, float]]:
+        return self.quality.get("tasks", {})
 
 
-def layer_line(layer: LayerResult, count: int) -> str:
-    """One line on a finished layer: relative errors in percent, sparsity, seconds."""
-    errors = "  ".join(
-        f"{path.rpartition('.')[2].removesuffix('_proj')} {100 * linear.error:.3g}"
-        for path, linear in layer.linears.items()
+def entries(records: Sequence[Mapping[str, Any]]) -> list[Entry]:
+    """The checkpoints of records, dense ones first; a checkpoint in several records is one entry.
+
+    Args:
+        records: contents of jaxprune.json files, of runs and of evaluations.
+    """
+    found: dict[str, Entry] = {}
+    for record in records:
+        for entry in _entries(record):
+            before = found.get(entry.name)
+            if before is None:
+                found[entry.name] = entry
+            else:
+                quality = {**before.quality, **entry.quality}
+                for part in ("texts", "tasks"):
+                    quality[part] = {**before.quality.get(part, {}), **entry.quality.get(part, {})}
+                main = before if before.run or not entry.run else entry
+                found[entry.name] = dataclasses.replace(main, quality=quality, dense=before.dense or entry.dense)
+    ordered = sorted(found.values(), key=lambda entry: not entry.dense)
+    labels = [entry.label for entry in ordered]
+    first = sum(entry.dense for entry in ordered)
+    return [
+        dataclasses.replace(
+            entry,
+            label=entry.label if labels.count(entry.label) == 1 else _shortened(entry.name),
+            number=max(0, place - first),
+        )
+        for place, entry in enumerate(ordered)
+    ]
+
+
+def page(records: Sequence[Mapping[str, Any]]) -> str:
+    """The report's HTML.
+
+    Args:
+        records: contents of jaxprune.json files, of runs and of evaluations.
+    """
+    everything = entries(records)
+    texts = list(dict.fromkeys(text for entry in everything for text in entry.quality.get("texts", {})))
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("jaxprune", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    zeros, size = (sum(getattr(linear, name) for linear in layer.linears.values()) for name in ("zeros", "size"))
-    seconds = "  ".join(f"{phase} {value:.1f}" for phase, value in layer.seconds.items())
-    return f"layer {layer.index + 1}/{count}  error %: {errors}  sparsity {100 * zeros / size:.2f} %  s: {seconds}"
+    return environment.get_template("report.html.jinja").render(
+        title=_title(everything),
+        entries=everything,
+        runs=[entry for entry in everything if entry.run],
+        texts=texts,
+        tasks=list(dict.fromkeys(task for entry in everything for task in entry.tasks)),
+        figures=_figures(everything, texts),
+        number=figures.number,
+        details=[(_source(record), json.dumps(_without_layers(record), indent=1)) for record in records],
+        hardware=sorted({record["hardware"] for record in records}),
+    )
 
 
-def peak_bytes() -> dict[str, int]:
-    """Peak memory of this process, and of each kind of device that keeps count."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    for device in jax.local_devices():
-        if used := (device.memory_stats() or {}).get("peak_bytes_in_use"):
-            peaks[device.platform] = max(used, peaks.get(device.platform, 0))
-    return peaks
+def _figures(everything: Sequence[Entry], texts: Sequence[str]) -> list[tuple[str, list[figures.Figure]]]:
+    """Headings and the plots below them."""
+    quality: list[figures.Figure] = []
+    trade: list[figures.Figure | None] = []
+
+    def by_sparsity(title: str, label: str, value_of: Callable[[Entry], float | None], log: bool = True) -> None:
+        trade.append(figures.quality_by_sparsity(everything, f"{title} by sparsity", label, value_of, log=log))
+
+    for text in texts:
+        measured = [entry for entry in everything if entry.text(text)]
+        quality.append(figures.perplexities(measured, text))
+        by_sparsity(f"Perplexity of {text}", "perplexity", _value_of(text, "perplexity"))
+        if compared := [entry for entry in measured if entry.text(text).get("kl") is not None]:
+            quality.append(figures.divergences(compared, text))
+            by_sparsity(f"KL divergence on {text}", "nats a token", _value_of(text, "kl"))
+    if tested := [entry for entry in everything if entry.accuracy is not None]:
+        quality.append(figures.accuracies(tested))
+        by_sparsity("Mean accuracy", "mean accuracy (acc)", lambda entry: entry.accuracy, log=False)
+    runs = [entry for entry in everything if entry.layers]
+    pruning = []
+    if runs:
+        plots = figures.error_by_layer, figures.error_by_linear, figures.sparsity_by_layer, figures.time_by_phase
+        pruning = [plot(runs) for plot in plots]
+    sections: dict[str, Sequence[figures.Figure | None]]
+    sections = {"Quality": quality, "Sparsity against quality": trade, "Pruning": pruning}
+    kept = {heading: [plot for plot in plots if plot] for heading, plots in sections.items()}
+    return [(heading, plots) for heading, plots in kept.items() if plots]
 
 
-def _version(package: str) -> str | None:
+def _value_of(text: str, name: str) -> Callable[[Entry], float | None]:
+    return lambda entry: entry.text(text).get(name)
+
+
+def _entries(record: Mapping[str, Any]) -> list[Entry]:
+    if record["kind"] == "run":
+        config, measured = record["config"], record["evaluation"]
+        dense = [_bare(config["ckpt"], True, 0.0, measured["dense"])] if "dense" in measured else []
+        return [*dense, _pruned(config["out"], record, measured.get("pruned", {}))]
+    found = []
+    for name, one in record["checkpoints"].items():
+        is_dense = name == record["against"] or (not one["run"] and one["sparsity"] < 0.01)
+        if one["run"] and not is_dense:
+            found.append(_pruned(name, one["run"], one["quality"]))
+        else:
+            found.append(_bare(name, is_dense, one["sparsity"], one["quality"]))
+    return found
+
+
+def _bare(name: str, dense: bool, sparsity: float, quality: Mapping[str, Any]) -> Entry:
+    """A checkpoint of whose making nothing is known."""
+    pattern = "" if dense else f"{100 * sparsity:.1f} %"
+    label = Path(name).name + (" (dense)" if dense else "")
+    return Entry(name, label, dense, "", pattern, sparsity, [], {}, quality, {})
+
+
+def _pruned(name: str, run: Mapping[str, Any], quality: Mapping[str, Any]) -> Entry:
+    method = run["method"]["name"]
+    return Entry(
+        name=name,
+        label=Path(name).name,
+        dense=False,
+        method=method,
+        pattern=run["pattern"],
+        sparsity=run["sparsity"],
+        layers=run["layers"],
+        seconds=run["seconds"],
+        quality=quality,
+        run=run,
+    )
+
+
+def _title(everything: Sequence[Entry]) -> str:
+    pruned = [entry for entry in everything if not entry.dense]
+    if len(pruned) == 1:
+        (one,) = pruned
+        return f"{one.label}: {one.method}, {one.pattern}" if one.method else one.label
+    return f"{len(everything)} checkpoints"
+
+
+def _shortened(name: str) -> str:
+    return "/".join(Path(name).parts[-2:])
+
+
+def _source(record: Mapping[str, Any]) -> str:
+    config = record["config"]
+    return (
+        f"run that made {config['out']}" if record["kind"] == "run" else f"evaluation of {len(record['checkpoints'])}"
+    )
+
+
+def _without_layers(record: Any) -> Any:
+    """A record without the figures of single layers, which the plots show."""
+    if isinstance(record, Mapping):
+        return {key: _without_layers(value) for key, value in record.items() if key != "layers"}
+    return record
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """The record in a folder.
+
+    Raises:
+        InputError: there is none, or it is not jaxprune's.
+    """
+    path = folder / RECORD if folder.is_dir() else folder
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder} has no {RECORD}: give the folder of a run or of an evaluation") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    kinds = {"run": {"config", "method", "layers", "evaluation"}, "evaluation": {"config", "checkpoints", "against"}}
+    if not isinstance(record, dict) or not kinds.get(record.get("kind", ""), {"kind"}) <= record.keys():
+        raise InputError(f"{path} is no record of this version of jaxprune: run or evaluate again")
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit status."""
+    return run_main(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxprune.report",
+        description="One HTML page about several runs and evaluations.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="of a run, or of an evaluation")
+    parser.add_argument("--out", required=True, help="the page to make")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    args = parser.parse_args(argv)
+    out = check_free(args.out, overwrite=args.overwrite, folder=False)
+    html = page([load(folder) for folder in args.folders])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(html, encoding="utf-8")
+    console.print(os.path.relpath(out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

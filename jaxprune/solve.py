@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert import CheckpointError
 from convert.staging import check_free
 from jaxprune import problems
+from jaxprune.console import run_main
 from jaxprune.errors import InputError
 from jaxprune.flags import add_fields, make
 from jaxprune.pipeline import LinearResult, require_fit, solve_linear
@@ -57,12 +57,7 @@ def solve(problem: Problem, recipe: Recipe) -> Iterator[tuple[str, LinearResult,
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit status."""
-    try:
-        _run(sys.argv[1:] if argv is None else argv)
-    except (InputError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_main(_run, argv)
 
 
 def parse(argv: Sequence[str]) -> tuple[Path, Options, Recipe]:

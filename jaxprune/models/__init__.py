@@ -4,8 +4,8 @@ A family file exposes
 
 - `Config` with `from_hf(hf_config, dtype)`, a frozen dataclass with at least `num_layers`, `vocab_size`,
   `max_positions` and `dtype`;
-- the flax.nnx modules `Embed`, `DecoderLayer` (returns its output and its taps) and `Head`, each made from
-  `(config, rngs)`, with attributes named as in the checkpoint;
+- the flax.nnx modules `Embed`, `DecoderLayer` and `Head`, each made from `(config, rngs)`, with attributes named as in
+  the checkpoint. The layer takes hidden states and a `Layout` or None, and returns its output and its taps;
 - `INPUTS`, the linears to prune: the name of a tap -> the linears whose input it is.
 """
 
@@ -23,6 +23,9 @@ from convert import Reader, Spec
 from convert.assets import read_config
 from jaxprune import plugins
 from jaxprune.errors import InputError
+from jaxprune.models._attention import Layout
+
+__all__ = ["Layout", "Model", "Part", "build", "model_for", "stored_dtype"]
 
 
 class Part:

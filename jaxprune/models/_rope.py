@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxprune.errors import InputError
 
@@ -75,12 +75,20 @@ class Rope:
             return _yarn(inverse, base, p)
         return inverse, 1.0
 
-    def rotate(self, x: Float[Array, "b t h d"]) -> Float[Array, "b t h d"]:
-        """Rotates feature pairs (i, i + d/2) of position t by t times the i-th frequency, in float32."""
+    def rotate(
+        self, x: Float[Array, "b t h d"], positions: Int[Array | np.ndarray, "b t"] | None = None
+    ) -> Float[Array, "b t h d"]:
+        """Rotates feature pairs (i, i + d/2) of position t by t times the i-th frequency, in float32.
+
+        Args:
+            x: queries or keys.
+            positions: of the tokens, below the window's length; None: 0, 1, 2, ...
+        """
         length = x.shape[1]
         inverse, factor = self.inverse_frequencies(length)
         angles = np.arange(length, dtype=np.float32)[:, None] * inverse
-        cos, sin = (jnp.asarray(f(angles) * np.float32(factor))[None, :, None, :] for f in (np.cos, np.sin))
+        tables = (jnp.asarray(f(angles) * np.float32(factor)) for f in (np.cos, np.sin))
+        cos, sin = ((t[None] if positions is None else t[positions])[:, :, None, :] for t in tables)
         x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from jaxprune.errors import InputError
-from jaxprune.models._attention import causal_attention
+from jaxprune.models._attention import Layout, causal_attention
 from jaxprune.models._rope import Rope
 
 ACTIVATIONS = {
@@ -133,13 +133,16 @@ class Attention(nnx.Module):
         self.head_dim = config.head_dim
         self.rope = config.rope
 
-    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Float[Array, "b t h"]]:
+    def __call__(
+        self, x: Float[Array, "b t d"], layout: Layout | None
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t h"]]:
         def heads(y: Array) -> Array:
             return y.reshape(*y.shape[:2], -1, self.head_dim)
 
-        query = self.rope.rotate(heads(self.q_proj(x)))
-        key = self.rope.rotate(heads(self.k_proj(x)))
-        y = causal_attention(query, key, heads(self.v_proj(x)))
+        positions = layout.positions if layout else None
+        query = self.rope.rotate(heads(self.q_proj(x)), positions)
+        key = self.rope.rotate(heads(self.k_proj(x)), positions)
+        y = causal_attention(query, key, heads(self.v_proj(x)), layout)
         y = y.reshape(*x.shape[:2], -1)
         return self.o_proj(y), y
 
@@ -170,9 +173,11 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config, rngs)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
+    def __call__(
+        self, x: Float[Array, "b t d"], layout: Layout | None = None
+    ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
         attention_input = self.input_layernorm(x)
-        y, attention_output = self.self_attn(attention_input)
+        y, attention_output = self.self_attn(attention_input, layout)
         x = x + y
         mlp_input = self.post_attention_layernorm(x)
         y, mlp_hidden = self.mlp(mlp_input)

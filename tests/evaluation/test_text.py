@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from convert import open_checkpoint
 from jaxprune import stream
-from jaxprune.evaluation.perplexity import perplexity
+from jaxprune.evaluation.text import perplexity
 
 
 def plain(folder: Path, tokens: np.ndarray) -> float:
@@ -27,7 +27,7 @@ def plain(folder: Path, tokens: np.ndarray) -> float:
 def test_it_is_the_plain_one(
     count: int, length: int, chunk: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "LOSS_TOKENS", chunk)
+    monkeypatch.setattr(stream, "CHUNK", chunk)
     tokens = np.random.default_rng(0).integers(0, 300, (count, length)).astype(np.int32)
     assert perplexity(open_checkpoint(checkpoint), tokens) == pytest.approx(plain(checkpoint, tokens), rel=1e-5)
 

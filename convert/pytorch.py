@@ -1,0 +1,44 @@
+"""Flax params -> a PyTorch module of transformers, in memory."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import CheckpointError
+from convert.hf import hf_name
+
+
+def to_torch(params: Mapping[str, np.ndarray], assets: Path, dtype: str) -> Any:
+    """The transformers model that a checkpoint's configuration names, with these params.
+
+    Args:
+        params: all params of the checkpoint; paths as in the checkpoint.
+        assets: the folder of its config.json.
+        dtype: that the module is to have, such as bfloat16.
+
+    Raises:
+        CheckpointError: torch is not installed, or the params are not those that the model needs.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise CheckpointError(f"PyTorch models need torch ({error}): pip install 'jaxprune[torch]'") from error
+    import transformers
+
+    state = {}
+    for path, array in params.items():
+        array = np.ascontiguousarray(array.T if path.endswith(".kernel") else array)
+        if array.dtype.name == "bfloat16":
+            state[hf_name(path)] = torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
+        else:
+            state[hf_name(path)] = torch.from_numpy(array.copy())
+    config = transformers.AutoConfig.from_pretrained(assets, local_files_only=True, trust_remote_code=False)
+    (architecture,) = config.architectures or ["AutoModelForCausalLM"]
+    model, info = getattr(transformers, architecture).from_pretrained(
+        None, config=config, state_dict=state, dtype=getattr(torch, dtype), output_loading_info=True
+    )
+    if problems := {name: sorted(keys)[:5] for name, keys in info.items() if keys}:
+        raise CheckpointError(f"the params are not those that {architecture} needs: {problems}")
+    return model.eval()

@@ -1,0 +1,79 @@
+"""What all command lines share: output, progress bars, exit status."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from convert import CheckpointError
+from jaxprune.errors import InputError
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def run_main(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> int:
+    """Runs a command line; returns the exit status: what the command returns, 1 after an error of the user's."""
+    _quiet_libraries()
+    try:
+        return command(sys.argv[1:] if argv is None else argv) or 0
+    except (InputError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def choose_device(device: str) -> None:
+    """Makes JAX use one kind of device: auto, cpu, gpu or tpu.
+
+    Raises:
+        InputError: there is none.
+    """
+    if device != "auto":
+        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise InputError(
+            f"JAX finds no {device} ({str(error).splitlines()[0]}): install jaxprune[cuda] or jaxprune[tpu], or "
+            "pass --device cpu"
+        ) from error
+
+
+def progress() -> Progress:
+    """A progress bar that counts layers."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("layers")
+    return Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console)
+
+
+def track(description: str) -> Callable[[Iterator[Any], int], Iterable[Any]]:
+    """(layers, their number) -> the same layers, with a progress bar."""
+
+    def tracked(layers: Iterator[Any], count: int) -> Iterable[Any]:
+        with progress() as bar:
+            yield from bar.track(layers, total=count, description=description)
+
+    return tracked
+
+
+def print_table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
+    """A table; without a header the first column names the rows."""
+    table = Table(*header, show_header=bool(header))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _quiet_libraries() -> None:
+    """Keeps other libraries' advice and progress bars out of our own output."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for name in ("absl", "huggingface_hub", "lm_eval"):  # what goes wrong in them ends in an error of ours
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,126 @@
+"""Measures checkpoints: `python -m jaxprune.evaluate DIR...`."""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from convert import open_checkpoint
+from convert.staging import check_free
+from jaxprune import calibration, report
+from jaxprune.console import choose_device, console, print_table, run_main
+from jaxprune.errors import InputError
+from jaxprune.evaluation.options import EvalOptions
+from jaxprune.evaluation.quality import Evaluator, Quality, table
+from jaxprune.flags import add_fields, make
+from jaxprune.models import model_for
+from jaxprune.record import RECORD, environment, write_record
+from jaxprune.verify import zeros
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(EvalOptions):
+    """Options of an evaluation."""
+
+    against: str | None = None
+    """The dense checkpoint, for KL divergence and its own figures (default: the others are not compared)."""
+    out: str = "evaluation"
+    """The folder for jaxprune.json, report.html and lm-eval's results."""
+    overwrite: bool = False
+    """Replace the files of an evaluation that is there already."""
+
+
+def evaluate(config: Config, names: Sequence[str]) -> dict[str, Quality]:
+    """Measures checkpoints and writes what was found, checkpoint by checkpoint.
+
+    Args:
+        config: defaults filled in.
+        names: of the checkpoints, as for `convert.open_checkpoint`.
+
+    Returns:
+        Name -> its quality.
+
+    Raises:
+        InputError, CheckpointError: something cannot be used.
+    """
+    out = check_free(config.out, overwrite=config.overwrite)
+    names = list(dict.fromkeys([*([config.against] if config.against else []), *names]))
+    if len(short := {_file_name(name) for name in names}) < len(names):
+        raise InputError(f"checkpoints of the same name cannot be told apart: {', '.join(sorted(short))}")
+    choose_device(config.device)
+    readers = {name: open_checkpoint(name) for name in names}
+    for name, reader in readers.items():
+        console.print(f"opening {name}")
+        model_for(reader)
+    evaluator = Evaluator(config, readers[names[0]])
+    out.mkdir(parents=True, exist_ok=True)
+    sparsity = {name: _share(zeros(reader).values()) for name, reader in readers.items()}
+    record: dict[str, Any] = {
+        "kind": "evaluation",
+        "config": dataclasses.asdict(config),
+        "against": config.against,
+        "checkpoints": {},
+        **environment(),
+    }
+    qualities = {}
+    for name, quality in evaluator.measure(readers, config.against):
+        qualities[name] = quality
+        run = Path(name) / RECORD
+        record["checkpoints"][name] = {
+            "sparsity": sparsity[name],
+            "run": report.load(run) if run.exists() else None,
+            "quality": quality.as_json(),
+        }
+        write_record(out, record, {_file_name(name): quality})
+        console.print(f"measured {name}")
+    header, rows = table({_file_name(name): quality for name, quality in qualities.items()})
+    print_table([["zeros of the linears", *(f"{100 * share:.4f} %" for share in sparsity.values())], *rows], header)
+    console.print(f"{os.path.relpath(out)}: {RECORD}, {report.REPORT}")
+    return qualities
+
+
+def _share(counts: Iterable[tuple[int, int]]) -> float:
+    zeros, sizes = zip(*counts, strict=True)
+    return sum(zeros) / sum(sizes)
+
+
+def _file_name(name: str) -> str:
+    return Path(name).absolute().name
+
+
+def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
+    """Reads a command line: options, and the checkpoints' names.
+
+    Raises:
+        InputError: a value that cannot be used. Unknown flags end the program with argparse's message.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxprune.evaluate",
+        description="Measure perplexity, KL divergence and zero-shot accuracy of checkpoints, dense or pruned.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "checkpoints", nargs="+", metavar="DIR", help="a folder, a .gguf file, a known name, or owner/name"
+    )
+    add_fields(parser, Config)
+    given = vars(parser.parse_args(argv))
+    names = given["checkpoints"]
+    text = calibration.default_text(names[0]) or calibration.default_text(given.get("against", "")) or "wikitext2"
+    config = make(Config, given).with_defaults(eval="ppl,zero-shot", eval_text=text, eval_seqlen=2048)
+    return config, names
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit status."""
+    return run_main(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> None:
+    evaluate(*parse(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

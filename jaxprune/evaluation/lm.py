@@ -1,0 +1,202 @@
+"""A checkpoint as lm-eval's model, in JAX: no torch, and one layer on the device at a time.
+
+All requests go through the model together, layer by layer, their hidden states on the host, so that a model is read
+once however many requests there are.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import has_bos_prefix
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from convert import Reader, open_checkpoint
+from convert.assets import load_tokenizer
+from jaxprune.errors import InputError
+from jaxprune.evaluation.packing import Packed, Request, group, loads, pack
+from jaxprune.evaluation.text import Track
+from jaxprune.hidden import tokens_per_batch
+from jaxprune.models import model_for
+from jaxprune.stream import embed, forward, next_tokens, read_layers, score_tokens
+
+MAX_LENGTH = 2048
+"""Of models that have no limit of their own, as in lm-eval."""
+
+
+@register_model("jaxprune")
+class StreamedLM(TemplateLM):
+    """lm-eval's interface to a streamed model.
+
+    Args:
+        pretrained: a checkpoint, open or named as for `convert.open_checkpoint`.
+        dtype: of the computation; "auto" as in `models.model_for`.
+        max_length: the longest text; of longer ones the beginning is dropped. None: the model's own limit.
+        add_bos_token: before every text; None: as the tokenizer does.
+        host_gb: the most memory for hidden states, in 10^9 bytes; more requests read the model more than once.
+        track: a place for a progress bar.
+        batch_size, max_batch_size, device: lm-eval's command line passes them; batches are chosen here, and devices by
+            JAX, so that only their defaults are taken.
+
+    Raises:
+        InputError, CheckpointError: the checkpoint cannot be used.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | Path | Reader,
+        *,
+        dtype: str | np.dtype = "auto",
+        max_length: int | None = None,
+        add_bos_token: bool | None = None,
+        host_gb: float = 8.0,
+        track: Track = lambda layers, count: layers,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        super().__init__()
+        if str(batch_size) not in ("None", "1", "auto") or max_batch_size is not None:
+            raise InputError("jaxprune chooses the batch by the number of tokens: leave the batch size out")
+        if device is not None:
+            raise InputError(f"JAX chooses the device: leave {device!r} out, or set JAX_PLATFORMS to cpu, cuda or tpu")
+        self._reader = open_checkpoint(pretrained) if isinstance(pretrained, str | Path) else pretrained
+        self._model = model_for(self._reader, None if dtype == "auto" else np.dtype(dtype))
+        self.tokenizer = load_tokenizer(self._reader.assets)
+        self.max_length = max_length or self._model.config.max_positions or MAX_LENGTH
+        self.add_bos_token = add_bos_token
+        width = next(iter(self._model.embed.spec.values())).shape[-1]
+        self._most_tokens = max(1, int(host_gb * 1e9) // (width * np.dtype(self._model.config.dtype).itemsize))
+        self._track = track
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids; a text that begins with BOS gets no second one."""
+        special = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
+            special = False
+        options = {} if special is None else {"add_special_tokens": special}
+        # verbose=False: texts are cut to the model's context later, so that a longer one is no reason to warn.
+        return self.tokenizer(string, verbose=False, **options)["input_ids"]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        scores = self._score([Request(context, continuation) for _, context, continuation in requests])
+        for (asked, _, _), score in zip(requests, scores, strict=True):
+            if asked is not None:
+                self.cache_hook.add_partial("loglikelihood", asked, score)
+        return scores
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
+        windows, owners = [], []
+        for number, (text,) in enumerate(request.args for request in requests):
+            rolling = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for window in map(make_disjoint_window, rolling):
+                windows.append(Request(*window))
+                owners.append(number)
+        totals = np.zeros(len(requests))
+        np.add.at(totals, owners, [log_prob for log_prob, _ in self._score(windows)])
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, float(total))
+        return totals.tolist()
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
+        """Greedy generation: every token is one pass of all texts through the model; no keys and values are kept.
+
+        Raises:
+            InputError: a request wants sampling.
+        """
+        texts: dict[int, list[int]] = {}
+        stops, ends, starts = [], [], []
+        for number, (context, options) in enumerate(request.args for request in requests):
+            if options.get("do_sample") and options.get("temperature", 1.0) > 0:
+                raise InputError("the JAX backend generates greedily: use --backend torch for tasks that sample")
+            most = int(options.get("max_gen_toks", 256))
+            until = options.get("until") or []
+            stops.append([until] if isinstance(until, str) else list(until))
+            texts[number] = self.tok_encode(context)[-max(1, self.max_length - most) :] or [self.prefix_token_id]
+            starts.append(len(texts[number]))
+            ends.append(min(starts[-1] + most, self.max_length))
+        done = [""] * len(requests)
+        while texts:
+            numbers = list(texts)
+            for number, token in zip(numbers, self._continue([texts[n] for n in numbers]), strict=True):
+                text = texts[number]
+                if token != self.eot_token_id:
+                    text.append(token)
+                made = self.tokenizer.decode(text[starts[number] :], skip_special_tokens=True)
+                cuts = [made.find(stop) for stop in stops[number] if stop and stop in made]
+                if token == self.eot_token_id or cuts or len(text) >= ends[number]:
+                    done[number] = made[: min(cuts)] if cuts else made
+                    del texts[number]
+        for request, made in zip(requests, done, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, made)
+        return done
+
+    def _score(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation, and whether it is what greedy generation gives."""
+        totals, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
+        for load in loads(group(requests, self.max_length), self._most_tokens):
+            packed = pack(requests, load, self.max_length, tokens_per_batch())
+            head, states = self._stream(packed)
+            for windows, last in zip(packed, states, strict=True):
+                scores = score_tokens(self._model, head, last, windows.targets)
+                np.add.at(totals, windows.request, scores.log_prob.astype(np.float64))
+                np.logical_and.at(greedy, windows.request, scores.greedy)
+        return list(zip(totals.tolist(), greedy.tolist(), strict=True))
+
+    def _continue(self, texts: Sequence[Sequence[int]]) -> list[int]:
+        """The most probable next token of each text."""
+        requests = [Request(text, [0]) for text in texts]
+        found = np.zeros(len(texts), np.int64)
+        for load in loads(group(requests, self.max_length), self._most_tokens):
+            packed = pack(requests, load, self.max_length, tokens_per_batch())
+            head, states = self._stream(packed)
+            for windows, last in zip(packed, states, strict=True):
+                found[windows.request] = next_tokens(self._model, head, last)
+        return found.tolist()
+
+    def _stream(self, packed: Sequence[Packed]) -> tuple[Mapping[str, Array], list[Float[np.ndarray, "_ d"]]]:
+        """The head's params on the device, and the last layer's output where tokens are predicted."""
+        model, reader = self._model, self._reader
+        states = [embed(model, reader, windows.tokens) for windows in packed]
+        layers = self._track(((params,) for params in read_layers(model, reader)), model.config.num_layers)
+        for (params,) in layers:
+            own = jax.device_put(params)
+            for windows, hidden in zip(packed, states, strict=True):
+                forward(model, own, hidden, windows.layout)
+        head = jax.device_put(reader.read(model.head.spec))
+        return head, [h.array[w.rows, w.columns] for w, h in zip(packed, states, strict=True)]

@@ -1,0 +1,79 @@
+"""What to measure of checkpoints, as the user says it."""
+
+import dataclasses
+from typing import Literal, Self
+
+from jaxprune.errors import InputError
+from jaxprune.evaluation.tasks import ZERO_SHOT
+from jaxprune.flags import require_positive
+
+MEASURES = ("ppl", "zero-shot")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Options of every command that evaluates."""
+
+    eval: str | None = None
+    """What to measure: ppl (perplexity of a text; against a dense model also the KL divergence and how often both find
+    the same next token the most probable), zero-shot (tasks of lm-eval), both as ppl,zero-shot, or none."""
+    eval_text: str | None = None
+    """Texts for ppl, separated by commas: wikitext2, c4, wikipedia, or a file as for --calib (default: wikitext2;
+    wikipedia for smollm2-135m, other articles than calibration's)."""
+    eval_seqlen: int | None = None
+    """Tokens of an evaluation window (default: --seqlen, else 2048)."""
+    eval_windows: int | None = None
+    """Evaluate on the first so many windows of a text only (default: all)."""
+    tasks: str | None = None
+    """Tasks for zero-shot, separated by commas: any of lm-eval's (default: the paper's seven, boolq, rte, hellaswag,
+    winogrande, arc_easy, arc_challenge and openbookqa)."""
+    limit: int | None = None
+    """Only the first so many rows of each task (default: all)."""
+    tasks_data: str | None = None
+    """A folder with the tasks' rows, TASK.jsonl or TASK.parquet, for a machine without the hub."""
+    backend: Literal["jax", "torch"] = "jax"
+    """What runs the tasks: jax streams the model layer by layer; torch holds all of it, in lm-eval's HFLM."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the model's computation; auto is float32 on a CPU and the checkpoint's dtype elsewhere. The result is
+    stored in the checkpoint's dtype in any case."""
+    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    """The kind of device to run on; auto takes the best there is, gpu is CUDA's."""
+
+    @property
+    def measures(self) -> list[str]:
+        return [] if self.eval == "none" else split(self.eval)
+
+    def check(self) -> None:
+        """Raises InputError for options that contradict each other or mean nothing."""
+        require_positive(self, "eval_seqlen", "eval_windows", "limit")
+        if unknown := [name for name in self.measures if name not in MEASURES]:
+            raise InputError(f"--eval takes {', '.join(MEASURES)} or none, not {unknown[0]!r}; tasks go to --tasks")
+        needs = {"eval_text": "ppl", "eval_windows": "ppl"}
+        needs |= {"tasks": "zero-shot", "limit": "zero-shot", "tasks_data": "zero-shot"}
+        for name, measure in needs.items():
+            if getattr(self, name) is not None and measure not in self.measures:
+                raise InputError(
+                    f"--{name.replace('_', '-')} is for --eval {measure}, but --eval is {self.eval}: "
+                    f"pass --eval {','.join([*self.measures, measure])}"
+                )
+
+    def with_defaults(self, *, eval: str, eval_text: str, eval_seqlen: int) -> Self:
+        """The same options, those left out filled in.
+
+        Raises:
+            InputError: see `check`.
+        """
+        filled = dataclasses.replace(self, eval=self.eval or eval)
+        filled.check()
+        if "ppl" in filled.measures:
+            filled = dataclasses.replace(
+                filled, eval_text=self.eval_text or eval_text, eval_seqlen=self.eval_seqlen or eval_seqlen
+            )
+        if "zero-shot" in filled.measures:
+            filled = dataclasses.replace(filled, tasks=self.tasks or ",".join(ZERO_SHOT))
+        return filled
+
+
+def split(text: str | None) -> list[str]:
+    """The parts between commas."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]

@@ -1,0 +1,145 @@
+"""Perplexity of a text, and how far a pruned model's predictions are from the dense model's, by streaming.
+
+Models go through the text side by side, layer by layer; none need fit the device, nor the host.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from convert import Params, Reader
+from jaxprune.errors import InputError
+from jaxprune.hidden import HiddenStates
+from jaxprune.models import Model, Part, model_for
+from jaxprune.stream import embed, forward, in_chunks, logits, read_layers, score_tokens
+
+Layers = Iterator[tuple[Params, ...]]
+Track = Callable[[Layers, int], Iterable[tuple[Params, ...]]]
+"""(the layers of all models, their number) -> the same; a place for a progress bar."""
+
+
+class TextQuality(NamedTuple):
+    """How well a model predicts a text.
+
+    Attributes:
+        perplexity: exp of the mean loss over all tokens but each window's first; inf where it overflows.
+        ratio: perplexity over the dense model's.
+        kl: mean over the same tokens of KL(p‖q) = Σ p (log p − log q) in nats, p the dense model's distribution of the
+            next token, q this model's.
+        top1: share of the tokens at which both models find the same next token the most probable.
+    """
+
+    perplexity: float
+    ratio: float | None = None
+    kl: float | None = None
+    top1: float | None = None
+
+
+def text_quality(
+    readers: Sequence[Reader],
+    tokens: Int[np.ndarray, "w t"],
+    *,
+    dtype: DTypeLike | None = None,
+    track: Track = lambda layers, count: layers,
+) -> list[TextQuality]:
+    """Sends a text through several models at once and compares the others with the first.
+
+    Windows are scored on their own, so windows of another length give another number. The hidden states of all models
+    are in host memory together; of each model the device holds one layer at a time.
+
+    Args:
+        readers: the dense checkpoint, then pruned ones.
+        tokens: [windows, length] token ids.
+        dtype: of the computation; see `models.model_for`.
+        track: a place for a progress bar.
+
+    Raises:
+        InputError: a checkpoint or the tokens cannot be used, or the models differ in depth or vocabulary.
+    """
+    models = [model_for(reader, dtype) for reader in readers]
+    for model in models[1:]:
+        if (first := _size(models[0])) != (other := _size(model)):
+            raise InputError(
+                f"models of {first[0]} layers and {first[1]} tokens, and of {other[0]} layers and {other[1]} tokens "
+                "cannot be compared: give the dense checkpoint that the pruned one was made from"
+            )
+    states = [embed(model, reader, tokens) for model, reader in zip(models, readers, strict=True)]
+    layers = zip(*(read_layers(m, r) for m, r in zip(models, readers, strict=True)), strict=True)
+    for params in track(layers, models[0].config.num_layers):
+        for model, own, hidden in zip(models, params, states, strict=True):
+            forward(model, jax.device_put(own), hidden)
+    heads = tuple(jax.device_put(r.read(m.head.spec)) for m, r in zip(models, readers, strict=True))
+    return _compare(models, heads, states, tokens)
+
+
+def perplexity(
+    reader: Reader,
+    tokens: Int[np.ndarray, "w t"],
+    *,
+    dtype: DTypeLike | None = None,
+    track: Track = lambda layers, count: layers,
+) -> float:
+    """A single model's perplexity; see `text_quality`."""
+    return text_quality([reader], tokens, dtype=dtype, track=track)[0].perplexity
+
+
+def mean_loss_perplexity(model: Model, reader: Reader, hidden: HiddenStates, tokens: Int[np.ndarray, "w t"]) -> float:
+    """Perplexity from the last layer's output."""
+    params = jax.device_put(reader.read(model.head.spec))
+    return _compare([model], (params,), [hidden], tokens)[0].perplexity
+
+
+def _size(model: Model) -> tuple[int, int]:
+    return model.config.num_layers, model.config.vocab_size
+
+
+def _compare(
+    models: Sequence[Model],
+    heads: tuple[Mapping[str, Array], ...],
+    states: Sequence[HiddenStates],
+    tokens: Int[np.ndarray, "w t"],
+) -> list[TextQuality]:
+    parts = tuple(model.head for model in models)
+    losses, divergences, agreements = np.zeros((3, len(models)))
+    for rows in states[0].slices():
+        targets = tokens[rows, 1:].reshape(-1).astype(np.int32)
+        last = [hidden.array[rows, :-1].reshape(len(targets), -1) for hidden in states]
+        if len(models) == 1:
+            losses -= score_tokens(models[0], heads[0], last[0], targets).log_prob.sum(dtype=np.float64)
+            continue
+        found = in_chunks(lambda t, *chunk: _divergence(parts, heads, chunk, t), targets, *last)
+        for total, values in zip((losses, divergences, agreements), found, strict=True):
+            total += values.sum(axis=0, dtype=np.float64)
+    count = tokens.shape[0] * (tokens.shape[1] - 1)
+    # A model pruned to rubble may have a mean loss whose exponential overflows.
+    perplexities = [math.exp(mean) if mean < 700 else math.inf for mean in losses / count]
+    first, *others = [TextQuality(value) for value in perplexities]
+    return [
+        first,
+        *(
+            TextQuality(own.perplexity, own.perplexity / first.perplexity, kl / count, agreed / count)
+            for own, kl, agreed in zip(others, divergences[1:], agreements[1:], strict=True)
+        ),
+    ]
+
+
+@partial(jax.jit, static_argnums=0)
+def _divergence(
+    heads: tuple[Part, ...],
+    params: tuple[Mapping[str, Array], ...],
+    states: tuple[Float[Array, "n _"], ...],
+    targets: Int[Array, "n"],
+) -> tuple[Float[Array, "n models"], Float[Array, "n models"], Float[Array, "n models"]]:
+    """Losses, KL divergences from the first model, and whether the most probable token is the first model's."""
+    logs = [jax.nn.log_softmax(logits(*one), axis=1) for one in zip(heads, params, states, strict=True)]
+    dense = logs[0]
+    losses = [-jnp.take_along_axis(log, targets[:, None], axis=1)[:, 0] for log in logs]
+    divergences = [jnp.sum(jnp.exp(dense) * (dense - log), axis=1) for log in logs]
+    agreements = [(jnp.argmax(log, axis=1) == jnp.argmax(dense, axis=1)).astype(dense.dtype) for log in logs]
+    return jnp.stack(losses, axis=1), jnp.stack(divergences, axis=1), jnp.stack(agreements, axis=1)

@@ -1,0 +1,304 @@
+"""A report's plots, as SVG that takes its colours from the page, so that they follow its light or dark look."""
+
+import io
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import matplotlib
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+
+if TYPE_CHECKING:
+    from jaxprune.report import Entry
+
+# Colours that stand for variables of the page's style sheet.
+TEXT, AXIS, GRID, DENSE = "#010101", "#020202", "#030303", "#040404"
+SERIES = [f"#0505{number:02x}" for number in range(8)]
+VARIABLES = {TEXT: "--text", AXIS: "--axis", GRID: "--grid", DENSE: "--dense"}
+VARIABLES |= {color: f"--series-{number}" for number, color in enumerate(SERIES)}
+MARKERS = "osD^vP*X"
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "text.color": TEXT,
+    "axes.labelcolor": TEXT,
+    "axes.edgecolor": AXIS,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 9,
+    "grid.color": GRID,
+    "xtick.color": AXIS,
+    "ytick.color": AXIS,
+    "xtick.labelcolor": TEXT,
+    "ytick.labelcolor": TEXT,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "legend.labelcolor": TEXT,
+    "lines.markersize": 3.5,
+    "lines.linewidth": 1.2,
+}
+WIDTH = 5.0
+"""Inches; a phone is about as wide, so that the text of a plot stays readable there."""
+
+
+class Figure(NamedTuple):
+    """A plot with its heading.
+
+    Attributes:
+        title: of the plot.
+        svg: the plot.
+    """
+
+    title: str
+    svg: Markup
+
+
+def draw(title: str, height: float, plot: Callable[[Axes], None]) -> Figure:
+    """Draws on one pair of axes; the legend, where there is one, goes below them."""
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}):
+        figure = Canvas(figsize=(WIDTH, height), layout="constrained")
+        axis = figure.add_subplot()
+        plot(axis)
+        handles, labels = axis.get_legend_handles_labels()
+        if len(labels) > 1:
+            columns = max(1, min(4, 64 // (8 + max(map(len, labels)))))
+            figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        file = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})
+    return Figure(title, _inline(file.getvalue(), title))
+
+
+def _inline(svg: str, title: str) -> Markup:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+    # Several plots are in one page: no two elements may have one id.
+    prefix = re.sub(r"\W+", "-", title)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}-", svg)
+    for color, variable in VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
+    return Markup(svg)
+
+
+def error_by_layer(entries: Sequence["Entry"]) -> Figure:
+    """Of one run: every linear's error; of several: the mean over linears."""
+
+    def plot(axis: Axes) -> None:
+        if len(entries) == 1:
+            layers = entries[0].layers
+            for number, name in enumerate(layers[0]["linears"]):
+                errors = [100 * layer["linears"][name]["error"] for layer in layers]
+                axis.plot(_layer_numbers(layers), errors, label=_short(name), **_style(number))
+        else:
+            for entry in entries:
+                errors = [100 * statistics.mean(x["error"] for x in la["linears"].values()) for la in entry.layers]
+                axis.plot(_layer_numbers(entry.layers), errors, label=entry.label, **_style_of(entry))
+        _logarithmic(axis.yaxis)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_xlabel("layer")
+        axis.set_ylabel("relative error of the output, %")
+
+    return draw("Relative error by layer", 3.6, plot)
+
+
+def error_by_linear(entries: Sequence["Entry"]) -> Figure:
+    """Mean over the layers, and the range from the least to the largest."""
+    names = list(entries[0].layers[0]["linears"])
+
+    def plot(axis: Axes) -> None:
+        for number, entry in enumerate(entries):
+            shift = 0.7 * ((number + 0.5) / len(entries) - 0.5)
+            for place, name in enumerate(names):
+                errors = [100 * layer["linears"][name]["error"] for layer in entry.layers if name in layer["linears"]]
+                if not errors:
+                    continue
+                style = _style_of(entry)
+                axis.hlines(place + shift, min(errors), max(errors), color=style["color"], lw=1.2)
+                label = entry.label if place == 0 else None
+                axis.plot(statistics.mean(errors), place + shift, **style, ls="", label=label)
+        axis.set_yticks(range(len(names)), [_short(name) for name in names])
+        axis.invert_yaxis()
+        _logarithmic(axis.xaxis)
+        axis.set_xlabel("relative error of the output, %: mean and range over the layers")
+
+    return draw("Relative error by linear", max(2.8, 1.2 + 0.16 * len(names) * len(entries)), plot)
+
+
+def sparsity_by_layer(entries: Sequence["Entry"]) -> Figure:
+    def plot(axis: Axes) -> None:
+        shares = []
+        for entry in entries:
+            for layer in entry.layers:
+                linears = layer["linears"].values()
+                shares += [100 * x["zeros"] / x["size"] for x in linears]
+                if len(entries) == 1:
+                    axis.plot([layer["index"] + 1] * len(linears), shares[-len(linears) :], ".", color=DENSE, ms=3)
+            means = [
+                100 * sum(x["zeros"] for x in la["linears"].values()) / sum(x["size"] for x in la["linears"].values())
+                for la in entry.layers
+            ]
+            axis.plot(_layer_numbers(entry.layers), means, label=entry.label, **_style_of(entry))
+        axis.set_ylim(max(0, min(shares) - 5), min(100, max(shares) + 5))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_xlabel("layer")
+        axis.set_ylabel("zeros, % (dots: single linears)" if len(entries) == 1 else "zeros, %")
+
+    return draw("Sparsity by layer", 3.0, plot)
+
+
+def time_by_phase(entries: Sequence["Entry"]) -> Figure:
+    phases = list(dict.fromkeys(phase for entry in entries for phase in entry.seconds if phase != "total"))
+
+    def plot(axis: Axes) -> None:
+        start = [0.0] * len(entries)
+        for number, phase in enumerate(phases):
+            values = [entry.seconds.get(phase, 0.0) for entry in entries]
+            axis.barh(range(len(entries)), values, left=start, label=phase, color=SERIES[number % len(SERIES)])
+            start = [a + b for a, b in zip(start, values, strict=True)]
+        for place, total in enumerate(start):
+            axis.text(total, place, f"  {total:.0f} s", va="center", fontsize=8)
+        _rows(axis, entries)
+        axis.set_xlim(right=1.2 * max(start))
+        axis.set_xlabel("seconds")
+
+    return draw("Time by phase", 1.6 + 0.35 * len(entries), plot)
+
+
+def perplexities(entries: Sequence["Entry"], text: str) -> Figure:
+    values = [entry.text(text).get("perplexity") for entry in entries]
+    return _measured(entries, values, f"Perplexity of {text}", "perplexity (lower is better)", log=True)
+
+
+def divergences(entries: Sequence["Entry"], text: str) -> Figure:
+    values = [entry.text(text).get("kl") for entry in entries]
+    return _measured(entries, values, f"KL divergence from the dense model, {text}", "nats a token (lower is better)")
+
+
+def _measured(
+    entries: Sequence["Entry"], values: Sequence[float | None], title: str, label: str, *, log: bool = False
+) -> Figure:
+    """A point and its value for each checkpoint; None stands for infinity."""
+
+    def plot(axis: Axes) -> None:
+        known = [value for value in values if value is not None]
+        low, high = (min(known) / 1.25, max(known)) if log and known else (0.0, max(known, default=1.0))
+        for place, (entry, value) in enumerate(zip(entries, values, strict=True)):
+            style = _style_of(entry) | {"marker": "o", "ms": 7}
+            if value is not None:
+                axis.plot([low, value], [place, place], color=style["color"], lw=1.2)
+                axis.plot(value, place, **style)
+            axis.text(high if value is None else value, place, f"   {number(value)}", va="center", fontsize=8)
+        axis.set_xlim(low, high * (high / low) ** 0.25 if log else 1.2 * high)
+        if log:
+            _logarithmic(axis.xaxis)
+        _rows(axis, entries)
+        axis.set_xlabel(label)
+
+    return draw(title, 1.0 + 0.3 * len(entries), plot)
+
+
+def accuracies(entries: Sequence["Entry"]) -> Figure:
+    """Accuracy by task, with standard errors, and the mean."""
+    tasks = list(dict.fromkeys(task for entry in entries for task, m in entry.quality["tasks"].items() if "acc" in m))
+
+    def plot(axis: Axes) -> None:
+        for number, entry in enumerate(entries):
+            shift = 0.7 * ((number + 0.5) / len(entries) - 0.5)
+            found = [entry.quality["tasks"].get(task, {}) for task in tasks]
+            found.append(entry.quality.get("mean_accuracy", {}))
+            places = [place + shift for place, metrics in enumerate(found) if "acc" in metrics]
+            values = [100 * metrics["acc"] for metrics in found if "acc" in metrics]
+            errors = [100 * metrics.get("acc_stderr", 0.0) for metrics in found if "acc" in metrics]
+            axis.errorbar(values, places, xerr=errors, label=entry.label, **_style_of(entry) | {"ls": ""})
+        axis.set_yticks(range(len(tasks) + 1), [*tasks, "mean"])
+        axis.axhline(len(tasks) - 0.5, color=AXIS, lw=0.6)
+        axis.invert_yaxis()
+        axis.set_xlabel("accuracy (acc), %, with standard errors")
+
+    return draw("Zero-shot accuracy", 1.4 + (0.12 + 0.13 * len(entries)) * (len(tasks) + 1), plot)
+
+
+def quality_by_sparsity(
+    entries: Sequence["Entry"], title: str, label: str, value_of: Callable[["Entry"], float | None], *, log: bool
+) -> Figure | None:
+    """A line a method over the sparsities; None where fewer than two pruned checkpoints were measured."""
+    pruned = [(entry, value) for entry in entries if not entry.dense and (value := value_of(entry)) is not None]
+    if len([entry for entry, _ in pruned if entry.sparsity is not None]) < 2:
+        return None
+
+    def plot(axis: Axes) -> None:
+        for number, method in enumerate(dict.fromkeys(entry.method for entry, _ in pruned)):
+            own = [(e.sparsity, value, e) for e, value in pruned if e.method == method and e.sparsity is not None]
+            points = sorted((100 * sparsity, value) for sparsity, value, e in own if ":" not in e.pattern)
+            grouped = sorted((100 * sparsity, value) for sparsity, value, e in own if ":" in e.pattern)
+            axis.plot(*zip(*points, strict=True) if points else ([], []), label=method, **_style(number))
+            if grouped:
+                style = _style(number) | {"ls": "", "mfc": "none", "ms": 6}
+                axis.plot(*zip(*grouped, strict=True), label=f"{method}, N:M", **style)
+        for entry in entries:
+            if entry.dense and (value := value_of(entry)) is not None:
+                axis.axhline(value, color=DENSE, ls="--", lw=1, label="dense")
+        if log:
+            axis.set_yscale("log")
+            _logarithmic(axis.yaxis)
+        axis.set_xlabel("zeros in the linears, %")
+        axis.set_ylabel(label)
+
+    return draw(title, 3.4, plot)
+
+
+def _rows(axis: Axes, entries: Sequence["Entry"]) -> None:
+    """One row a checkpoint, from the top."""
+    axis.set_yticks(range(len(entries)), [entry.label for entry in entries])
+    axis.set_ylim(len(entries) - 0.4, -0.6)
+    axis.grid(axis="y", visible=False)
+
+
+def _logarithmic(axis: Any) -> None:
+    """A logarithmic axis with plain numbers, at 1, 2 and 5 where it spans little."""
+    (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")
+    low, high = sorted(axis.get_view_interval())
+    for multiples in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 5), (1,)):
+        ticks = [m * 10.0**e for e in range(-9, 10) for m in multiples if low <= m * 10.0**e <= high]
+        if len(ticks) <= 7:
+            break
+    if len(ticks) < 2:
+        ticks = [t for t in MaxNLocator(4).tick_values(low, high) if low <= t <= high]
+    axis.set_ticks(ticks)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
+
+
+def _style(number: int) -> dict[str, Any]:
+    return {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def _style_of(entry: "Entry") -> dict[str, Any]:
+    """A checkpoint looks the same in all plots."""
+    return {"color": DENSE, "marker": "o"} if entry.dense else _style(entry.number)
+
+
+def _layer_numbers(layers: Sequence[Mapping[str, Any]]) -> list[int]:
+    return [layer["index"] + 1 for layer in layers]
+
+
+def _short(linear: str) -> str:
+    return linear.rpartition(".")[2].removesuffix("_proj")
+
+
+def number(value: float | None) -> str:
+    """Three or four digits; None stands for infinity."""
+    if value is None:
+        return "∞"
+    return f"{value:.2f}" if value < 100 else f"{value:.4g}" if value < 1e4 else f"{value:.2e}"

@@ -1,0 +1,210 @@
+"""What a run leaves behind for people and programs: jaxprune.json, a report, a model card, the table at the end."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxprune import report
+from jaxprune.config import Config
+from jaxprune.evaluation.quality import Quality, table
+from jaxprune.evaluation.tasks import without_samples
+from jaxprune.pipeline import LayerResult
+from jaxprune.recipe import Recipe, describe
+from jaxprune.report import RECORD, REPORT
+
+PACKAGES = (
+    "jaxprune",
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "safetensors",
+    "transformers",
+    "tokenizers",
+    "gguf",
+    "lm_eval",
+)
+
+
+@dataclasses.dataclass
+class Record:
+    """The account of a run; `as_json` is what jaxprune.json holds.
+
+    Attributes:
+        config: all options, resolved.
+        recipe: method and pattern.
+        tokens: calibration windows.
+        layers: figures of the layers so far.
+        seconds: by phase.
+        evaluation: "dense" and "pruned" -> what was measured; empty without evaluation.
+    """
+
+    config: Config
+    recipe: Recipe
+    tokens: np.ndarray
+    layers: list[LayerResult] = dataclasses.field(default_factory=list)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    evaluation: dict[str, Quality] = dataclasses.field(default_factory=dict)
+
+    def add(self, layer: LayerResult) -> None:
+        """Keeps a layer's figures, not its params."""
+        self.layers.append(dataclasses.replace(layer, params={}, masks={}))
+        for phase, seconds in layer.seconds.items():
+            self.spend(phase, seconds)
+
+    def spend(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    @property
+    def sparsity(self) -> float:
+        """Zeros of all pruned linears over their weights."""
+        linears = [linear for layer in self.layers for linear in layer.linears.values()]
+        return sum(linear.zeros for linear in linears) / max(1, sum(linear.size for linear in linears))
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "kind": "run",
+            "config": dataclasses.asdict(self.config),
+            "method": describe(self.recipe.method),
+            "pattern": self.recipe.target,
+            "calibration": {
+                "windows": list(self.tokens.shape),
+                "sha256": hashlib.sha256(np.ascontiguousarray(self.tokens, np.int32).tobytes()).hexdigest(),
+            },
+            "sparsity": self.sparsity,
+            "evaluation": {which: quality.as_json() for which, quality in self.evaluation.items()},
+            "seconds": self.seconds,
+            "peak_bytes": peak_bytes(),
+            "layers": [
+                {
+                    "index": layer.index,
+                    "seconds": layer.seconds,
+                    "linears": {path: linear._asdict() for path, linear in layer.linears.items()},
+                }
+                for layer in self.layers
+            ],
+            **environment(),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Writes jaxprune.json, report.html, the model card, and lm-eval's results."""
+        write_record(folder, self.as_json(), self.evaluation)
+        write_text(folder / "README.md", self.card())
+
+    def card(self) -> str:
+        """The model card: what was done to which model, and how good it is."""
+        config, rows = self.config, "\n".join(f"| {name} | {value} |" for name, value in self.summary())
+        measured = ""
+        if self.evaluation:
+            header, cells = table(self.evaluation)
+            lines = [header, ["---"] * len(header), *cells]
+            measured = "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        base = f"base_model: {config.ckpt}\n" if "/" in config.ckpt and not Path(config.ckpt).exists() else ""
+        return f"""---
+{base}tags:
+- pruned
+- sparse
+- jaxprune
+---
+
+# {Path(config.ckpt).name}, pruned to {self.recipe.target}
+
+Pruned in one shot by jaxprune, which implements Boža, "Fast and Effective Weight Update for Pruned Large Language
+Models" (arXiv 2401.02938). The weights are ordinary dense tensors with exact zeros. Embeddings,
+norms and head are those of the dense checkpoint. Everything needed to repeat the run is in {RECORD}.
+
+| | |
+|---|---|
+{rows}
+{measured}"""
+
+    def summary(self) -> Sequence[tuple[str, str]]:
+        """The rows of the table at the end of a run."""
+        config = self.config
+        rows = [
+            ("checkpoint", config.ckpt),
+            ("method", describe(self.recipe.method)["name"]),
+            ("pattern", self.recipe.target),
+            ("calibration", f"{self.tokens.shape[0]} windows of {self.tokens.shape[1]} tokens, {config.calib}"),
+            ("sparsity of the linears", f"{100 * self.sparsity:.4f} %"),
+        ]
+        rows += [(f"time, {phase}", f"{seconds:.1f} s") for phase, seconds in self.seconds.items()]
+        rows += [(f"peak memory, {where}", f"{size / 1e9:.2f} GB") for where, size in peak_bytes().items()]
+        return rows
+
+
+def layer_line(layer: LayerResult, count: int) -> str:
+    """One line on a finished layer: relative errors in percent, sparsity, seconds."""
+    errors = "  ".join(
+        f"{path.rpartition('.')[2].removesuffix('_proj')} {100 * linear.error:.3g}"
+        for path, linear in layer.linears.items()
+    )
+    zeros, size = (sum(getattr(linear, name) for linear in layer.linears.values()) for name in ("zeros", "size"))
+    seconds = "  ".join(f"{phase} {value:.1f}" for phase, value in layer.seconds.items())
+    return f"layer {layer.index + 1}/{count}  error %: {errors}  sparsity {100 * zeros / size:.2f} %  s: {seconds}"
+
+
+def peak_bytes() -> dict[str, int]:
+    """Peak memory of this process, and of each kind of device that keeps count."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    for device in jax.local_devices():
+        if used := (device.memory_stats() or {}).get("peak_bytes_in_use"):
+            peaks[device.platform] = max(used, peaks.get(device.platform, 0))
+    return peaks
+
+
+def write_record(folder: Path, record: Mapping[str, Any], qualities: Mapping[str, Quality]) -> None:
+    """Writes jaxprune.json, report.html, and lm-eval's results where there are any."""
+    write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+    for name, quality in qualities.items():
+        if quality.lm_eval:
+            write_text(folder / f"lm-eval-{name.replace('/', '-')}.json", without_samples(quality.lm_eval))
+    write_text(folder / REPORT, report.page([record]))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file at once."""
+    staged = path.with_name(f".{path.name}.partial")
+    staged.write_text(text, encoding="utf-8")
+    staged.replace(path)
+
+
+def environment() -> dict[str, Any]:
+    """What software and hardware this process runs on."""
+    return {
+        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "machine": platform.machine(),
+        "devices": sorted({d.device_kind for d in jax.local_devices()}),
+        "hardware": hardware(),
+    }
+
+
+def hardware() -> str:
+    """The devices, in words."""
+    devices = jax.local_devices()
+    if devices[0].platform != "cpu":
+        return f"{len(devices)} x {devices[0].device_kind}"
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} {'core' if cores == 1 else 'cores'} of {models[0] if models else platform.machine()}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

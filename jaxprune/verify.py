@@ -1,0 +1,278 @@
+"""Proves from the stored tensors what a pruned checkpoint claims: `python -m jaxprune.verify DIR [--against DENSE]`."""
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Shaped
+
+from convert import Reader, open_checkpoint
+from convert.assets import load_tokenizer
+from jaxprune import patterns, report
+from jaxprune.console import console, print_table, run_main
+from jaxprune.flags import add_fields, make
+from jaxprune.models import model_for
+from jaxprune.patterns import NM, Pattern, Unstructured
+from jaxprune.pipeline import linear_shapes
+from jaxprune.record import RECORD
+
+GROUPS = (2, 4, 8)
+"""Sizes of groups in which N:M is looked for."""
+AXES = ("inputs", "outputs")
+"""Of a kernel [in, out]; the stored tensor of a Hugging Face checkpoint is [out, in]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the checkpoint has to be."""
+
+    against: str | None = None
+    """The dense checkpoint that it was made from: all but the linears must be the same, bit for bit."""
+    pattern: str | None = None
+    """The pattern that every linear must have: unstructured, per-output, or N:M (default: what jaxprune.json says; else
+    an N:M that nearly all linears have)."""
+    sparsity: float | None = None
+    """The fraction of zeros that every linear must have at least (default: as --pattern)."""
+    all: bool = False
+    """List every linear."""
+
+
+class Linear(NamedTuple):
+    """What one stored kernel is.
+
+    Attributes:
+        zeros: exact zeros.
+        size: weights.
+        found: (N, M, axis) of each N:M that it has, with N at most half of M: for each axis that of the smallest M.
+    """
+
+    zeros: int
+    size: int
+    found: tuple[tuple[int, int, str], ...]
+
+
+class Verdict(NamedTuple):
+    """The outcome.
+
+    Attributes:
+        linears: (layer index, path of the linear) -> what it is.
+        problems: one line each; none if the checkpoint is what it should be.
+    """
+
+    linears: dict[tuple[int, str], Linear]
+    problems: list[str]
+
+
+def verify(
+    reader: Reader,
+    *,
+    against: Reader | None = None,
+    pattern: Pattern | None = None,
+    counts: Mapping[tuple[int, str], int] | None = None,
+) -> Verdict:
+    """Reads every tensor, one at a time.
+
+    Args:
+        reader: the pruned checkpoint.
+        against: the dense one.
+        pattern: that every linear must have. None: an N:M, if nine in ten linears have it.
+        counts: zeros that single linears must have.
+
+    Raises:
+        InputError, CheckpointError: the checkpoint cannot be read, or is no model.
+    """
+    shapes = linear_shapes(model_for(reader))
+    load_tokenizer(reader.assets)
+    names = {f"layers.{index}.{path}.kernel": (index, path) for index, path in shapes}
+    problems = _differences(reader, against) if against else []
+    linears: dict[tuple[int, str], Linear] = {}
+    for name in reader.spec:
+        array = reader.read([name])[name]
+        if bad := int(np.size(array) - np.count_nonzero(np.isfinite(array))):
+            problems.append(f"{name} holds {bad} values that are NaN or infinite")
+        if name in names:
+            linears[names[name]] = _examine(array)
+            problems += [f"{name} {problem}" for problem in _violations(array, pattern)]
+        elif against and name in against.spec and not _same(array, against.read([name])[name]):
+            problems.append(f"{name} is not the dense checkpoint's, bit for bit")
+    for which, count in (counts or {}).items():
+        if which in linears and linears[which].zeros != count:
+            problems.append(f"{_name(which)} has {linears[which].zeros} zeros, not {count} as {RECORD} says")
+    if pattern is None:
+        problems += _outliers(linears)
+    return Verdict(linears, problems)
+
+
+def zeros(reader: Reader) -> dict[tuple[int, str], tuple[int, int]]:
+    """(layer index, path of the linear) -> its zeros, its weights."""
+    counts = {}
+    for index, path in linear_shapes(model_for(reader)):
+        name = f"layers.{index}.{path}.kernel"
+        kernel = reader.read([name])[name]
+        counts[index, path] = (int(np.count_nonzero(kernel == 0)), kernel.size)
+    return counts
+
+
+def expected(record: Mapping[str, Any]) -> tuple[Pattern | None, dict[tuple[int, str], int]]:
+    """The pattern of a run's record, and the zeros of its linears."""
+    counts = {
+        (layer["index"], path): linear["zeros"]
+        for layer in record["layers"]
+        for path, linear in layer["linears"].items()
+    }
+    if match := re.fullmatch(r"(\d+):(\d+)", record["pattern"]):
+        return NM(int(match[1]), int(match[2])), counts
+    if match := re.fullmatch(r"([\d.]+) %( per output)?", record["pattern"]):
+        return Unstructured(float(match[1]) / 100, per_output=bool(match[2])), counts
+    return None, counts
+
+
+def _name(which: tuple[int, str]) -> str:
+    return f"layers.{which[0]}.{which[1]}.kernel"
+
+
+def _differences(reader: Reader, dense: Reader) -> list[str]:
+    """Tensors that one of the checkpoints lacks, or that have another shape or dtype."""
+    problems = [f"{name} is missing: the dense checkpoint has it" for name in dense.spec if name not in reader.spec]
+    for name, tensor in reader.spec.items():
+        if name not in dense.spec:
+            problems.append(f"{name} is surplus: the dense checkpoint lacks it")
+        elif (tensor.shape, tensor.dtype) != (dense.spec[name].shape, dense.spec[name].dtype):
+            wanted = dense.spec[name]
+            problems.append(
+                f"{name} is {tensor.dtype.name}{list(tensor.shape)}, the dense checkpoint's "
+                f"{wanted.dtype.name}{list(wanted.shape)}"
+            )
+    return problems
+
+
+def _same(a: Shaped[np.ndarray, "..."], b: Shaped[np.ndarray, "..."]) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def _examine(kernel: Shaped[np.ndarray, "n m"]) -> Linear:
+    kept = kernel != 0
+    found = []
+    for axis, name in enumerate(AXES):
+        for size in GROUPS:
+            most = _most(kept, size, axis)
+            if most is not None and 2 * most <= size:
+                found.append((most, size, name))
+                break
+    return Linear(int(kept.size - np.count_nonzero(kept)), kept.size, tuple(found))
+
+
+def _most(kept: Shaped[np.ndarray, "n m"], size: int, axis: int) -> int | None:
+    """The most weights kept in a group; None where groups do not come out even."""
+    return None if kept.shape[axis] % size else int(_groups(kept, size, axis).max())
+
+
+def _groups(kept: Shaped[np.ndarray, "n m"], size: int, axis: int) -> np.ndarray:
+    """How many of every `size` consecutive weights along an axis are kept: [groups, others]."""
+    along = kept if axis == 0 else kept.T
+    return along.reshape(-1, size, along.shape[1]).sum(axis=1)
+
+
+def _violations(kernel: Shaped[np.ndarray, "n m"], pattern: Pattern | None) -> Iterator[str]:
+    kept = kernel != 0
+    if isinstance(pattern, NM):
+        if kept.shape[0] % pattern.m:
+            yield f"has {kept.shape[0]} inputs, which groups of {pattern.m} do not divide"
+            return
+        bad = np.argwhere(_groups(kept, pattern.m, 0) > pattern.n)
+        if len(bad):
+            hint = ""
+            if (most := _most(kept, pattern.m, 1)) is not None and most <= pattern.n:
+                hint = f"; it is {pattern} along the outputs instead, as if transposed"
+            group, output = bad[0]
+            yield (
+                f"is not {pattern} along its inputs: {len(bad)} groups keep more than {pattern.n}, the first at inputs "
+                f"{group * pattern.m} to {(group + 1) * pattern.m - 1} of output {output}{hint}"
+            )
+    elif isinstance(pattern, Unstructured):
+        least = int(pattern.selector(kept.shape).zeros[-1])
+        if pattern.per_output:
+            short = np.flatnonzero((~kept).sum(axis=0) < least)
+            if len(short):
+                yield f"has fewer than {least} zeros in {len(short)} outputs, the first of them {short[0]}"
+        elif (found := int((~kept).sum())) < least:
+            yield f"has {found} zeros, {least - found} fewer than {pattern} of {kept.size} weights"
+
+
+def _outliers(linears: Mapping[tuple[int, str], Linear]) -> list[str]:
+    """Linears without an N:M that nearly all the others have."""
+    common = Counter(pattern for linear in linears.values() for pattern in linear.found)
+    problems = []
+    for (n, m, axis), count in common.items():
+        if 0.9 * len(linears) <= count < len(linears):
+            without = [which for which, linear in linears.items() if (n, m, axis) not in linear.found]
+            problems += [f"{_name(which)} is not {n}:{m} along its {axis}, as {count} others are" for which in without]
+    return problems
+
+
+def _rows(linears: Mapping[tuple[int, str], Linear], every: bool) -> Iterator[tuple[str, str, str, str]]:
+    """Of each linear, or of all layers' linears of one name."""
+    grouped: dict[str, list[Linear]] = {}
+    for which, linear in linears.items():
+        grouped.setdefault(_name(which) if every else which[1], []).append(linear)
+    for name, members in grouped.items():
+        shares = [100 * linear.zeros / linear.size for linear in members]
+        found = Counter(pattern for linear in members for pattern in linear.found)
+        words = [
+            f"{n}:{m} along {axis}" + ("" if count == len(members) else f" in {count}")
+            for (n, m, axis), count in found.items()
+        ]
+        low, high = f"{min(shares):.4f} %", f"{max(shares):.4f} %"
+        yield name, str(len(members)), low if low == high else f"{low} to {high}", ", ".join(words) or "unstructured"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit status: 0 if the checkpoint is what it should be, else 1."""
+    return run_main(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxprune.verify",
+        description="Prove from the stored tensors what a pruned checkpoint claims. Exit status: 0 verified, 1 not.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", metavar="DIR", help="a folder, a .gguf file, a known name, or owner/name")
+    add_fields(parser, Options)
+    given = vars(parser.parse_args(argv))
+    options, folder = make(Options, given), Path(given["checkpoint"])
+    pattern: Pattern | None = None
+    counts: dict[tuple[int, str], int] = {}
+    if (folder / RECORD).exists():
+        pattern, counts = expected(report.load(folder / RECORD))
+    if options.pattern is not None or options.sparsity is not None:
+        pattern = patterns.parse(options.pattern or "unstructured", options.sparsity)
+    reader = open_checkpoint(given["checkpoint"])
+    against = open_checkpoint(options.against) if options.against else None
+    verdict = verify(reader, against=against, pattern=pattern, counts=counts)
+    print_table(_rows(verdict.linears, options.all), ("linear", "tensors", "zeros", "pattern"))
+    for problem in verdict.problems:
+        console.print(f"problem: {problem}")
+    total = [sum(getattr(linear, name) for linear in verdict.linears.values()) for name in ("zeros", "size")]
+    facts = f"{len(verdict.linears)} linears, {100 * total[0] / total[1]:.4f} % zeros"
+    if pattern:
+        facts += f", {pattern}" + (
+            " along the inputs (columns of the stored [out, in])" if isinstance(pattern, NM) else ""
+        )
+    if against:
+        facts += f", {len(reader.spec) - len(verdict.linears)} other tensors compared with {options.against}"
+    if verdict.problems:
+        console.print(f"not verified, {len(verdict.problems)} problems: {given['checkpoint']}: {facts}")
+        return 1
+    console.print(f"verified: {given['checkpoint']}: {facts}; every value is finite, configuration and tokenizer load")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
