@@ -56,6 +56,14 @@ class Entry:
         return self.quality.get("texts", {}).get(name, {})
 
     @property
+    def key(self) -> str:
+        """What says that two records speak of one checkpoint: how it was made, or its name."""
+        if not self.run:
+            return self.name
+        made = [self.run["config"]["ckpt"], self.run["method"], self.run["pattern"], self.run["calibration"]]
+        return json.dumps([self.label, *made], sort_keys=True)
+
+    @property
     def accuracy(self) -> float | None:
         """The mean over the tasks, as a fraction."""
         return self.quality.get("mean_accuracy", {}).get("acc")
@@ -74,15 +82,15 @@ def entries(records: Sequence[Mapping[str, Any]]) -> list[Entry]:
     found: dict[str, Entry] = {}
     for record in records:
         for entry in _entries(record):
-            before = found.get(entry.name)
+            before = found.get(entry.key)
             if before is None:
-                found[entry.name] = entry
+                found[entry.key] = entry
             else:
                 quality = {**before.quality, **entry.quality}
                 for part in ("texts", "tasks"):
                     quality[part] = {**before.quality.get(part, {}), **entry.quality.get(part, {})}
                 main = before if before.run or not entry.run else entry
-                found[entry.name] = dataclasses.replace(main, quality=quality, dense=before.dense or entry.dense)
+                found[entry.key] = dataclasses.replace(main, quality=quality, dense=before.dense or entry.dense)
     ordered = sorted(found.values(), key=lambda entry: not entry.dense)
     labels = [entry.label for entry in ordered]
     first = sum(entry.dense for entry in ordered)

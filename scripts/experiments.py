@@ -2,14 +2,14 @@
 
 A row is a recipe, written as its flags; {k} in it stands for a number of steps, {schedule} for the one that the paper's
 published code follows: constant for unstructured patterns, cubic for N:M. An experiment crosses its rows with its
-patterns. Numbers of the paper are WikiText-2 perplexities, by checkpoint, row and pattern.
+patterns. Numbers of the paper, by checkpoint, row and pattern, are WikiText-2 perplexities, or accuracies in percent.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
-Measure = Literal["perplexity", "seconds", "error"]
+Measure = Literal["perplexity", "seconds", "error", "accuracy"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +18,9 @@ class Experiment:
 
     Attributes:
         title: heads the table and the picture.
-        measure: perplexity (a whole checkpoint is pruned), seconds (the same, without evaluation), or error (single
-            layers are pruned, with the dense layers before them, so that all rows see the same inputs).
+        measure: perplexity (a whole checkpoint is pruned), seconds (the same, without evaluation), accuracy (the same,
+            with lm-eval's tasks), or error (single layers are pruned, with the dense layers before them, so that all
+            rows see the same inputs).
         rows: label -> flags of the recipe.
         patterns: fractions of zeros, or N:M.
         picture: which of the pictures shows it.
@@ -27,7 +28,8 @@ class Experiment:
         small_steps: row -> the same under --small, where that is less.
         linears: share of the layers that come before -> linears of that layer; for `error`. Empty: all linears.
         seqlen: tokens of a window, where the paper's are not the usual 2048.
-        paper: checkpoint -> (row, pattern) -> the paper's perplexity.
+        small_patterns: the patterns under --small, where they are fewer.
+        paper: checkpoint -> (row, pattern) -> the paper's perplexity, or its accuracies by task and their mean.
     """
 
     title: str
@@ -39,7 +41,8 @@ class Experiment:
     small_steps: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     linears: Mapping[float, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     seqlen: int = 2048
-    paper: Mapping[str, Mapping[tuple[str, str], float]] = dataclasses.field(default_factory=dict)
+    small_patterns: tuple[str, ...] = ()
+    paper: Mapping[str, Mapping[tuple[str, str], Any]] = dataclasses.field(default_factory=dict)
 
 
 def pattern_name(pattern: str) -> str:
@@ -69,6 +72,37 @@ def _table5(dense: float, **rows: tuple[float, float, float, float]) -> dict[tup
     patterns = ("0.5", "0.6", "0.8", "2:4")
     paper = {(names[row], p): value for row, values in rows.items() for p, value in zip(patterns, values, strict=True)}
     return paper | {("dense", ""): dense}
+
+
+# Accuracy on boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge and openbookqa, and their mean.
+TABLE4_DENSE = (75.05, 66.43, 56.92, 69.93, 75.34, 41.89, 34.40, 59.99)
+TABLE4 = {
+    "0.5": {
+        "Wanda": (71.22, 55.60, 51.85, 66.06, 69.11, 36.86, 28.80, 54.21),
+        "SparseGPT": (73.05, 52.34, 51.21, 68.42, 70.70, 36.43, 28.60, 54.39),
+        "ADMM-Grad": (73.63, 52.34, 52.33, 69.13, 70.74, 37.88, 30.20, 55.18),
+    },
+    "0.6": {
+        "Wanda": (69.26, 59.56, 43.76, 62.35, 62.58, 30.29, 25.20, 50.43),
+        "SparseGPT": (70.7, 62.09, 44.84, 65.58, 64.14, 30.97, 25.20, 51.93),
+        "ADMM-Grad": (72.41, 58.84, 46.61, 66.77, 64.52, 31.65, 26.20, 52.43),
+    },
+    "0.7": {
+        "Wanda": (59.78, 58.12, 28.81, 50.82, 32.40, 18.85, 14.20, 37.57),
+        "SparseGPT": (62.35, 55.95, 33.77, 59.35, 45.70, 23.97, 17.20, 42.61),
+        "ADMM-Grad": (66.05, 53.79, 36.29, 59.74, 50.84, 25.50, 18.60, 44.40),
+    },
+    "0.8": {
+        "Wanda": (37.82, 48.37, 26.29, 48.77, 27.23, 20.56, 13.00, 31.72),
+        "SparseGPT": (41.89, 52.70, 27.83, 48.38, 30.30, 18.77, 13.40, 33.32),
+        "ADMM-Grad": (56.14, 52.70, 28.75, 50.74, 31.56, 18.94, 12.40, 35.89),
+    },
+    "2:4": {
+        "Wanda": (69.3, 51.99, 42.06, 62.75, 60.94, 28.07, 24.60, 48.53),
+        "SparseGPT": (70.46, 60.65, 42.99, 64.88, 61.49, 30.12, 23.60, 50.60),
+        "ADMM-Grad": (70.27, 55.59, 44.88, 66.14, 64.18, 30.97, 25.20, 51.03),
+    },
+}
 
 
 EXPERIMENTS = {
@@ -147,6 +181,18 @@ EXPERIMENTS = {
         rows={"Wanda": WANDA, "SparseGPT": SPARSEGPT, "ADMM1": ADMM1, "ADMM-Grad": ADMM_GRAD},
         patterns=("0.5",),
         picture="durations",
+    ),
+    "table4": Experiment(
+        title="Zero-shot accuracy",
+        measure="accuracy",
+        rows={"Wanda": WANDA, "SparseGPT": SPARSEGPT, "ADMM-Grad": ADMM_GRAD},
+        patterns=("0.5", "0.6", "0.7", "0.8", "2:4"),
+        picture="accuracies",
+        small_patterns=("0.5",),
+        paper={
+            "llama-7b": {("dense", ""): TABLE4_DENSE}
+            | {(row, pattern): values for pattern, rows in TABLE4.items() for row, values in rows.items()}
+        },
     ),
     "table5": Experiment(
         title="Perplexity of LLaMA-2",

@@ -222,6 +222,28 @@ def _crossed(experiment: Experiment, results: Results) -> tuple[Figure, str]:
     return figure, f"Masks crossed with weight updates, {pattern_name(experiment.patterns[0])}"
 
 
+def _accuracies(experiment: Experiment, results: Results) -> tuple[Figure, str]:
+    """Accuracies by task with standard errors; one panel a pattern."""
+    tasks = [*results[0][1]["quality"]["tasks"], "mean"]
+    patterns = list(dict.fromkeys(cell.pattern for cell, _ in results if cell.pattern))
+    figure, axes = _figure(max(9.5, 4.2 * len(patterns)), 5.4, 1, len(patterns))
+    colors = {"dense": "#888888", "Wanda": "#c08a00", "SparseGPT": "#26418f", "ADMM-Grad": "#d1495b"}
+    for axis, pattern in zip(axes, patterns, strict=True):
+        shown = [(cell.row, result) for cell, result in results if cell.pattern in ("", pattern)]
+        for number, (row, result) in enumerate(shown):
+            found = [result["quality"]["tasks"].get(task, result["quality"]["mean_accuracy"]) for task in tasks]
+            places = [place + 0.18 * (number - (len(shown) - 1) / 2) for place in range(len(tasks))]
+            values, errors = ([100 * metrics[name] for metrics in found] for name in ("acc", "acc_stderr"))
+            axis.errorbar(values, places, xerr=errors, fmt=MARKERS[number], color=colors[row], label=row, lw=1.3)
+        axis.set_yticks(range(len(tasks)), tasks)
+        axis.axhline(len(tasks) - 1.5, color="#cccccc", lw=1)
+        axis.invert_yaxis()
+        axis.set_title(f"{pattern_name(pattern)} zeros", fontsize=10)
+        axis.set_xlabel("accuracy, %, with standard errors")
+    axes[-1].legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure, "Zero-shot accuracy"
+
+
 def _durations(experiment: Experiment, results: Results) -> tuple[Figure, str]:
     figure, (axis,) = _figure(9, 3.8)
     names = [c.row for c, _ in results][::-1]

@@ -3,7 +3,7 @@
     python scripts/reproduce.py table1 --ckpt llama-7b --out results
     python scripts/reproduce.py fig1 table3 --ckpt smollm2-135m --small --out results
 
-Experiments: fig1, fig2, table1, table2, table3, table5 of the paper, and two of ours over all methods: methods
+Experiments: fig1, fig2, table1, table2, table3, table4, table5 of the paper, and two of ours over all methods: methods
 (perplexity) and layers (error on the same inputs). Every cell is kept in OUT/cells as soon as it is measured, and
 measured once: the same command goes on where it stopped, and experiments share their cells. --only-measured looks at
 what there is by now.
@@ -14,11 +14,9 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
-import platform
-import re
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,21 +27,25 @@ import numpy as np
 from experiments import EXPERIMENTS, Experiment
 from tables import write
 
-from convert import CheckpointError, Reader, open_checkpoint
+from convert import CheckpointError, Reader, create_checkpoint, open_checkpoint
 from convert.assets import load_tokenizer
 from convert.staging import staged_file
-from jaxprune import InputError, calibration, problems, prune
+from jaxprune import InputError, calibration, problems, prune, report
 from jaxprune import recipe as recipes
+from jaxprune.config import Config
+from jaxprune.evaluation.quality import Evaluator
+from jaxprune.evaluation.tasks import ZERO_SHOT
 from jaxprune.evaluation.text import mean_loss_perplexity, perplexity
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.models import model_for
 from jaxprune.patterns import Unstructured
-from jaxprune.pipeline import LayerResult
+from jaxprune.pipeline import LayerResult, other_params
 from jaxprune.recipe import Recipe, describe
+from jaxprune.record import Record, environment, hardware
 from jaxprune.solve import only, solve
 from jaxprune.stream import embed, forward
 
-SMALL = {"nsamples": 16, "seqlen": 512, "eval_seqlen": 512, "eval_windows": 16, "pack": True}
+SMALL = {"nsamples": 16, "seqlen": 512, "eval_seqlen": 512, "eval_windows": 16, "pack": True, "limit": 500}
 """What --small changes: minutes on two cores with a model of 135M weights."""
 
 
@@ -80,21 +82,39 @@ class Bench:
         self.depth = self.model.config.num_layers
         self.layers = sorted({int(share * self.depth) for share in experiment.linears})
         seqlen = setting("seqlen", experiment.seqlen)
+        # The same options as the command line's, for the records of runs.
+        self.options = Config(
+            ckpt=args.ckpt,
+            calib=args.calib,
+            nsamples=setting("nsamples", 128),
+            seqlen=seqlen,
+            pack=args.pack or small.get("pack", False),
+            seed=args.seed,
+            dtype=args.dtype,
+            eval="ppl,zero-shot",
+            eval_text=args.eval_text,
+            eval_seqlen=setting("eval_seqlen", seqlen),
+            eval_windows=setting("eval_windows", None),
+            tasks=",".join(ZERO_SHOT),
+            limit=setting("limit", None),
+            tasks_data=args.tasks_data,
+            backend=args.backend,
+        )
         tokenizer = functools.cache(lambda: load_tokenizer(self.reader.assets))
         self.calibration = calibration.sample(
             args.calib,
             None if args.calib.endswith(".npy") else tokenizer(),
-            setting("nsamples", 128),
+            self.options.nsamples,
             seqlen,
             args.seed,
-            pack=args.pack or small.get("pack", False),
+            pack=self.options.pack,
         )
         self._evaluation_of = functools.cache(
             lambda: calibration.evaluation_windows(
                 args.eval_text,
                 None if args.eval_text.endswith(".npy") else tokenizer(),
-                setting("eval_seqlen", seqlen),
-                setting("eval_windows", None),
+                self.options.eval_seqlen,
+                self.options.eval_windows,
             )
         )
 
@@ -104,12 +124,14 @@ class Bench:
 
     def setup(self, measure: str) -> dict[str, Any]:
         """What decides a cell's outcome beside its recipe."""
-        texts = {"calibration": self.calibration} | ({"evaluation": self.evaluation} if measure == "perplexity" else {})
-        return {
-            "checkpoint": self.ckpt,
-            "dtype": str(self.model.config.dtype),
-            "measure": measure,
-        } | {name: [*tokens.shape, _digest(tokens)] for name, tokens in texts.items()}
+        texts = {"calibration": self.calibration}
+        if measure in ("perplexity", "accuracy"):
+            texts["evaluation"] = self.evaluation
+        setup = {"checkpoint": self.ckpt, "dtype": str(self.model.config.dtype), "measure": measure}
+        setup |= {name: [*tokens.shape, _digest(tokens)] for name, tokens in texts.items()}
+        if measure == "accuracy":
+            setup |= {name: getattr(self.options, name) for name in ("tasks", "limit", "backend")}
+        return setup
 
     def measure(self, measure: str, cell: Cell) -> dict[str, Any] | None:
         """A cell's results, from its file or measured now; None where it is not to be measured."""
@@ -149,6 +171,34 @@ class Bench:
         assert cell.recipe is not None
         return self._prune(cell.recipe, lambda layer: None)
 
+    def _accuracy(self, cell: Cell) -> dict[str, Any]:
+        """Accuracies and perplexity; and for the report a record as a run or an evaluation leaves it."""
+        if cell.recipe is None:
+            ((_, quality),) = self._evaluator.measure({self.ckpt: self.reader})
+            one = {"sparsity": 0.0, "run": None, "quality": quality.as_json()}
+            record = {"kind": "evaluation", "config": dataclasses.asdict(self.options), "against": self.ckpt}
+            return {"quality": one["quality"], "record": record | {"checkpoints": {self.ckpt: one}, **environment()}}
+        config = dataclasses.replace(self.options, out=cell.recipe.slug)
+        account = Record(config, cell.recipe, self.calibration)
+        with tempfile.TemporaryDirectory(dir=self.out) as folder:
+            with create_checkpoint(Path(folder) / "pruned", self.reader.spec, self.reader.assets) as writer:
+
+                def watch(layer: LayerResult) -> None:
+                    writer.write(layer.params)
+                    account.add(layer)
+
+                figures = self._prune(cell.recipe, watch)
+                for paths in other_params(self.reader.spec):
+                    writer.write(self.reader.read(paths))
+            pruned = open_checkpoint(Path(folder) / "pruned")
+            account.evaluation = self._evaluator.measure_texts({"dense": self.reader, "pruned": pruned}, "dense")
+            self._evaluator.measure_tasks(cell.recipe.slug, pruned, account.evaluation["pruned"])
+        return {"quality": account.evaluation["pruned"].as_json(), "record": account.as_json()} | figures
+
+    @functools.cached_property
+    def _evaluator(self) -> Evaluator:
+        return Evaluator(self.options, self.reader)
+
     def _prune(self, recipe: Recipe, watch: Any) -> dict[str, Any]:
         layers = []
         for layer in prune(self.reader, self.calibration, recipe.method, recipe.patterns(), dtype=self.dtype):
@@ -180,7 +230,7 @@ class Bench:
 
 def cells(experiment: Experiment, layers: int, *, small: bool = False) -> Iterator[Cell]:
     """All cells of an experiment, the dense checkpoint first where perplexity is measured."""
-    if experiment.measure == "perplexity":
+    if experiment.measure in ("perplexity", "accuracy"):
         yield Cell("dense", "", None, None)
     linears: list[tuple[int, str] | None] = [None]
     if experiment.measure == "error":
@@ -189,7 +239,7 @@ def cells(experiment: Experiment, layers: int, *, small: bool = False) -> Iterat
         linears = [
             (int(share * layers), name) for share, wanted in experiment.linears.items() for name in wanted or names
         ]
-    for pattern in experiment.patterns:
+    for pattern in (small and experiment.small_patterns) or experiment.patterns:
         for row, flags in experiment.rows.items():
             steps = experiment.small_steps.get(row, experiment.steps) if small else experiment.steps
             for step in steps if "{k}" in flags else (None,):
@@ -201,17 +251,6 @@ def cells(experiment: Experiment, layers: int, *, small: bool = False) -> Iterat
 
 def _flags(flags: str, pattern: str) -> list[str]:
     return [*flags.split(), *(("--pattern", pattern) if ":" in pattern else ("--sparsity", pattern))]
-
-
-def hardware() -> str:
-    """The devices, in words."""
-    devices = jax.local_devices()
-    if devices[0].platform != "cpu":
-        return f"{len(devices)} x {devices[0].device_kind}"
-    info = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} {'core' if cores == 1 else 'cores'} of {models[0] if models else platform.machine()}"
 
 
 def _digest(content: np.ndarray | str) -> str:
@@ -236,6 +275,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pack", action="store_true", help="join documents to fill calibration windows")
     parser.add_argument("--eval-seqlen", type=int, help="tokens of an evaluation window (default: --seqlen)")
     parser.add_argument("--eval-windows", type=int, help="evaluate on the first so many windows (default: all)")
+    parser.add_argument("--limit", type=int, help="rows of each task (default: all)")
+    parser.add_argument("--tasks-data", help="folder with the tasks' rows (default: the hub's)")
+    parser.add_argument("--backend", choices=["jax", "torch"], default="jax", help="what runs the tasks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     args = parser.parse_args(argv)
@@ -263,11 +305,17 @@ def run(name: str, experiment: Experiment, bench: Bench) -> None:
         where = "" if cell.linear is None else f", {'.'.join(map(str, cell.linear))}"
         steps = "" if cell.step is None else f", {cell.step} steps"
         value = result.get("perplexity", result.get("error"))
+        if "quality" in result:
+            value = result["quality"]["mean_accuracy"]["acc"]
         print(f"{name} {number}/{len(wanted)}: {cell.row}{steps} {cell.pattern}{where}: {value:.6g}", flush=True)
     if not results or (len(results) < len(wanted) and experiment.picture != "quality_by_sparsity"):
         raise InputError(f"{len(results)} of {name}'s {len(wanted)} cells are measured: leave --only-measured out")
     for file in write(name, experiment, bench, results):
         print(file)
+    if records := [result["record"] for _, result in results if "record" in result]:
+        page = bench.out / f"{name}.html"
+        page.write_text(report.page(records), encoding="utf-8")
+        print(page)
 
 
 if __name__ == "__main__":

@@ -40,9 +40,19 @@ def _record(cell: Any, result: dict[str, Any], paper: float | None) -> dict[str,
         "linear": cell.linear and cell.linear[1],
         "perplexity": _digits(result.get("perplexity")),
         "paper": paper,
+        **_accuracies(result),
         "relative_error": _digits(result.get("error")),
         **{f"seconds_{phase}": _digits(seconds.get(phase), 4) for phase in ("gram", "solve", "forward")},
     }
+
+
+def _accuracies(result: dict[str, Any]) -> dict[str, str | None]:
+    """Accuracies by task and their mean, in percent."""
+    if "quality" not in result:
+        return {}
+    found = {task: metrics for task, metrics in result["quality"]["tasks"].items() if "acc" in metrics}
+    found["mean"] = result["quality"]["mean_accuracy"]
+    return {f"{name} {task}": _digits(100 * m[name]) for task, m in found.items() for name in ("acc", "acc_stderr")}
 
 
 def _digits(value: float | None, digits: int = 6) -> str | None:
@@ -50,16 +60,21 @@ def _digits(value: float | None, digits: int = 6) -> str | None:
 
 
 def _paper(experiment: Experiment, ckpt: str, cell: Any) -> float | None:
-    return experiment.paper.get(ckpt, {}).get((cell.row, cell.pattern))
+    """The paper's perplexity, or mean accuracy in percent."""
+    value = experiment.paper.get(ckpt, {}).get((cell.row, cell.pattern))
+    return value[-1] if isinstance(value, tuple) else value
 
 
 def _setting(experiment: Experiment, bench: Any, results: Results) -> str:
     """What was run on what, in a sentence without its full stop."""
     windows, length = bench.calibration.shape
     text = f"{bench.ckpt}, calibrated on {windows} windows of {length} tokens of {_source(bench.args.calib)}"
-    if experiment.measure == "perplexity":
+    if experiment.measure in ("perplexity", "accuracy"):
         windows, length = bench.evaluation.shape
         text += f"; perplexity of {_source(bench.args.eval_text)}, {windows} windows of {length} tokens"
+    if experiment.measure == "accuracy":
+        rows = f"the first {bench.options.limit} rows" if bench.options.limit else "all rows"
+        text += f"; tasks of lm-eval, {rows} of each, {bench.options.backend} backend"
     return f"{text}; {', '.join(sorted({result['hardware'] for _, result in results}))}"
 
 
@@ -71,6 +86,8 @@ def _source(text: str) -> str:
 def _tables(experiment: Experiment, ckpt: str, results: Results) -> list[str]:
     if experiment.measure == "seconds":
         return _durations(results)
+    if experiment.measure == "accuracy":
+        return _zero_shot(experiment, ckpt, results)
     if experiment.measure == "error":
         return _convergence(experiment, results) if experiment.steps else _errors(experiment, results)
     return _by_steps(experiment, results) if experiment.steps else _by_pattern(experiment, ckpt, results)
@@ -105,6 +122,34 @@ def _by_pattern(experiment: Experiment, ckpt: str, results: Results) -> list[str
         "Mean over all linears of the error relative to the linear's own input in that run:",
         "",
         *markdown(["relative error, %", *header[1:]], errors),
+    ]
+
+
+def _zero_shot(experiment: Experiment, ckpt: str, results: Results) -> list[str]:
+    """Accuracies in percent, with standard errors, and the paper's beside them; then what a text says."""
+    tasks = list(results[0][1]["quality"]["tasks"])
+    paper = experiment.paper.get(ckpt, {})
+    rows, texts = [], []
+    for cell, result in results:
+        quality = result["quality"]
+        found = [quality["tasks"][task] for task in tasks] + [quality["mean_accuracy"]]
+        beside = paper.get((cell.row, cell.pattern), [None] * len(found))
+        values = [
+            f"{100 * m['acc']:.2f} ± {100 * m['acc_stderr']:.2f}" + (f" (paper {p:g})" if p else "")
+            for m, p in zip(found, beside, strict=True)
+        ]
+        rows.append([pattern_name(cell.pattern) if cell.pattern else "", cell.row, *values])
+        for text in quality["texts"].values():
+            compared = [f"{text['kl']:.4f}", f"{100 * text['top1']:.2f} %"] if "kl" in text else ["", ""]
+            texts.append([*rows[-1][:2], f"{text['perplexity']:.2f}", *compared])
+    return [
+        "Accuracy (acc) in percent, zero-shot, with its standard error:",
+        "",
+        *markdown(["zeros", "method", *tasks, "mean"], rows),
+        "",
+        *markdown(
+            ["zeros", "method", "perplexity", "KL divergence from dense, nats", "same most probable token"], texts
+        ),
     ]
 
 

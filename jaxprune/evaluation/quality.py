@@ -123,34 +123,43 @@ class Evaluator:
         Raises:
             InputError, CheckpointError: a checkpoint cannot be used, or not compared with the dense one.
         """
+        qualities = self.measure_texts(readers, against)
+        for name, reader in readers.items():
+            self.measure_tasks(name, reader, qualities[name])
+            yield name, qualities[name]
+
+    def measure_texts(self, readers: Mapping[str, Reader], against: str | None = None) -> dict[str, Quality]:
+        """Name -> what the checkpoint makes of the texts; arguments and errors as for `measure`."""
         qualities = {name: Quality() for name in readers}
-        texts = {name: self._windows(reader) for name, reader in readers.items()} if self.windows else {}
+        windows = {name: self._windows(reader) for name, reader in readers.items()} if self.windows else {}
+        groups = [[name] for name in readers]
+        if against is not None:
+            groups = [[against, *(name for name in readers if name != against)]]
         for text in self.windows:
-            for group in [list(readers)] if against else [[name] for name in readers]:
-                group.sort(key=lambda name: name != against)
-                for name in group[1:]:
-                    if not np.array_equal(texts[name][text], texts[group[0]][text]):
-                        raise InputError(
-                            f"{name} splits {text} into other tokens than {against}: they have different tokenizers, "
-                            "so that their predictions cannot be compared; leave --against out"
-                        )
+            for first, *others in groups:
+                tokens = windows[first][text]
+                if different := [name for name in others if not np.array_equal(windows[name][text], tokens)]:
+                    raise InputError(
+                        f"{different[0]} splits {text} into other tokens than {first}: they have different tokenizers, "
+                        "so that their predictions cannot be compared; leave --against out"
+                    )
                 start = time.perf_counter()
-                tokens = texts[group[0]][text]
-                found = text_quality(
-                    [readers[name] for name in group], tokens, dtype=self._dtype, track=track(f"perplexity, {text}")
-                )
-                for name, quality in zip(group, found, strict=True):
+                group = [readers[name] for name in (first, *others)]
+                found = text_quality(group, tokens, dtype=self._dtype, track=track(f"perplexity, {text}"))
+                for name, quality in zip((first, *others), found, strict=True):
                     qualities[name].texts[text] = quality
                     qualities[name].windows[text] = tokens.shape
                     qualities[name].seconds[f"perplexity, {text}"] = time.perf_counter() - start
-        for name, reader in readers.items():
-            if self._tasks:
-                start = time.perf_counter()
-                dtype = np.dtype(model_for(reader, self._dtype).config.dtype)
-                qualities[name].lm_eval = results = self._tasks.run(self._lm_of(name, reader, dtype))
-                qualities[name].tasks = summarize(results)
-                qualities[name].seconds[f"zero-shot, {self._options.backend}"] = time.perf_counter() - start
-            yield name, qualities[name]
+        return qualities
+
+    def measure_tasks(self, name: str, reader: Reader, quality: Quality) -> None:
+        """Adds what a checkpoint makes of the tasks."""
+        if self._tasks:
+            start = time.perf_counter()
+            dtype = np.dtype(model_for(reader, self._dtype).config.dtype)
+            quality.lm_eval = self._tasks.run(self._lm_of(name, reader, dtype))
+            quality.tasks = summarize(quality.lm_eval)
+            quality.seconds[f"zero-shot, {self._options.backend}"] = time.perf_counter() - start
 
     def _windows(self, reader: Reader) -> dict[str, np.ndarray]:
         options = self._options

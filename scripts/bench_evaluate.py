@@ -1,0 +1,74 @@
+"""The two backends on the same tasks, task by task in turn: seconds, and whether they agree item by item.
+
+python scripts/bench_evaluate.py --ckpt smollm2-135m --limit 100
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import CheckpointError, open_checkpoint
+from jaxprune import InputError
+from jaxprune.evaluation.lm import StreamedLM
+from jaxprune.evaluation.tasks import ZERO_SHOT, Tasks, summarize
+from jaxprune.evaluation.torch_lm import hflm
+from jaxprune.models import model_for
+from jaxprune.record import hardware
+
+
+def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[int, int, float]:
+    """Items, items whose accuracy differs, and the largest difference of a log-likelihood in nats."""
+    items, different, largest = 0, 0, 0.0
+    for task, samples in ours["samples"].items():
+        for a, b in zip(samples, theirs["samples"][task], strict=True):
+            assert a["doc_hash"] == b["doc_hash"]
+            items += 1
+            different += any(a[metric] != b[metric] for metric in ("acc", "acc_norm") if metric in a)
+            pairs = zip(a["filtered_resps"], b["filtered_resps"], strict=True)
+            largest = max(largest, *(abs(x[0] - y[0]) for x, y in pairs))
+    return items, different, largest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", default="smollm2-135m")
+    parser.add_argument("--tasks", default=",".join(ZERO_SHOT))
+    parser.add_argument("--tasks-data", type=Path, help="folder with the tasks' rows (default: the hub's)")
+    parser.add_argument("--limit", type=int, default=100, help="rows of each task")
+    args = parser.parse_args()
+    reader = open_checkpoint(args.ckpt)
+    models = {
+        "jax": StreamedLM(reader),
+        "torch": hflm(reader, np.dtype(model_for(reader).config.dtype)),
+    }
+    print(f"{args.ckpt}, the first {args.limit} rows of each task, {hardware()}\n")
+    print("| task | items | acc, jax | acc, torch | items that differ | largest difference, nats | jax, s | torch, s "
+          "| torch / jax |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|")
+    totals = np.zeros(4)
+    for name in args.tasks.split(","):
+        tasks = Tasks([name], args.tasks_data, args.limit)
+        results, seconds = {}, {}
+        for backend, model in models.items():
+            start = time.perf_counter()
+            results[backend] = tasks.run(model)
+            seconds[backend] = time.perf_counter() - start
+        items, different, largest = compare(results["jax"], results["torch"])
+        accuracies = [f"{summarize(results[backend])[name]['acc']:.4f}" for backend in models]
+        totals += items, different, seconds["jax"], seconds["torch"]
+        print(f"| {name} | {items} | {' | '.join(accuracies)} | {different} | {largest:.1e} | {seconds['jax']:.1f} | "
+              f"{seconds['torch']:.1f} | {seconds['torch'] / seconds['jax']:.2f} |", flush=True)  # fmt: skip
+    items, different, jax_seconds, torch_seconds = totals
+    print(f"| all | {items:.0f} | | | {different:.0f} | | {jax_seconds:.1f} | {torch_seconds:.1f} | "
+          f"{torch_seconds / jax_seconds:.2f} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, CheckpointError) as error:
+        sys.exit(f"error: {error}")
