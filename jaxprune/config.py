@@ -6,7 +6,7 @@ from pathlib import Path
 
 from convert.hub import known_names
 from jaxprune import calibration
-from jaxprune.evaluation.options import EvalOptions
+from jaxprune.evaluation.options import EvalOptions, with_defaults
 from jaxprune.flags import add_fields, make, require_positive
 from jaxprune.recipe import Parser, Recipe
 
@@ -43,9 +43,9 @@ class Config(EvalOptions):
         """
         require_positive(self, "nsamples", "seqlen")
         default_text = calibration.default_text(self.ckpt)
-        with_defaults = self.with_defaults(eval="ppl", eval_text=default_text or "wikitext2", eval_seqlen=self.seqlen)
+        filled = with_defaults(self, eval="ppl", eval_text=default_text or "wikitext2", eval_seqlen=self.seqlen)
         return dataclasses.replace(
-            with_defaults,
+            filled,
             out=self.out or f"{Path(self.ckpt).absolute().name.removesuffix('.gguf')}-{recipe.slug}",
             calib=self.calib or default_text or "c4",
         )

@@ -14,7 +14,7 @@ from rich.table import Table
 from convert import CheckpointError
 from jaxprune.errors import InputError
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)
 
 
 def run_main(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> int:
@@ -49,7 +49,7 @@ def choose_device(device: str) -> None:
 
 def progress() -> Progress:
     """A progress bar that counts layers."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("layers")
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("layers")
     return Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console)
 
 

@@ -13,7 +13,7 @@ from convert.staging import check_free
 from jaxprune import calibration, report
 from jaxprune.console import choose_device, console, print_table, run_main
 from jaxprune.errors import InputError
-from jaxprune.evaluation.options import EvalOptions
+from jaxprune.evaluation.options import EvalOptions, with_defaults
 from jaxprune.evaluation.quality import Evaluator, Quality, table
 from jaxprune.flags import add_fields, make
 from jaxprune.models import model_for
@@ -109,7 +109,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
     given = vars(parser.parse_args(argv))
     names = given["checkpoints"]
     text = calibration.default_text(names[0]) or calibration.default_text(given.get("against", "")) or "wikitext2"
-    config = make(Config, given).with_defaults(eval="ppl,zero-shot", eval_text=text, eval_seqlen=2048)
+    config = with_defaults(make(Config, given), eval="ppl,zero-shot", eval_text=text, eval_seqlen=2048)
     return config, names
 
 

@@ -45,7 +45,7 @@ STYLE: dict[Any, Any] = {
     "lines.markersize": 3.5,
     "lines.linewidth": 1.2,
 }
-WIDTH = 5.0
+WIDTH = 4.4
 """Inches; a phone is about as wide, so that the text of a plot stays readable there."""
 
 
@@ -69,7 +69,7 @@ def draw(title: str, height: float, plot: Callable[[Axes], None]) -> Figure:
         plot(axis)
         handles, labels = axis.get_legend_handles_labels()
         if len(labels) > 1:
-            columns = max(1, min(4, 64 // (8 + max(map(len, labels)))))
+            columns = max(1, min(4, 56 // (8 + max(map(len, labels)))))
             figure.legend(handles, labels, loc="outside lower center", ncols=columns)
         file = io.StringIO()
         FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})
@@ -102,7 +102,7 @@ def error_by_layer(entries: Sequence["Entry"]) -> Figure:
         else:
             for entry in entries:
                 errors = [100 * statistics.mean(x["error"] for x in la["linears"].values()) for la in entry.layers]
-                axis.plot(_layer_numbers(entry.layers), errors, label=entry.label, **_style_of(entry))
+                axis.plot(_layer_numbers(entry.layers), errors, label=_label(entry), **_style_of(entry))
         _logarithmic(axis.yaxis)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel("layer")
@@ -124,7 +124,7 @@ def error_by_linear(entries: Sequence["Entry"]) -> Figure:
                     continue
                 style = _style_of(entry)
                 axis.hlines(place + shift, min(errors), max(errors), color=style["color"], lw=1.2)
-                label = entry.label if place == 0 else None
+                label = _label(entry) if place == 0 else None
                 axis.plot(statistics.mean(errors), place + shift, **style, ls="", label=label)
         axis.set_yticks(range(len(names)), [_short(name) for name in names])
         axis.invert_yaxis()
@@ -147,7 +147,7 @@ def sparsity_by_layer(entries: Sequence["Entry"]) -> Figure:
                 100 * sum(x["zeros"] for x in la["linears"].values()) / sum(x["size"] for x in la["linears"].values())
                 for la in entry.layers
             ]
-            axis.plot(_layer_numbers(entry.layers), means, label=entry.label, **_style_of(entry))
+            axis.plot(_layer_numbers(entry.layers), means, label=_label(entry), **_style_of(entry))
         axis.set_ylim(max(0, min(shares) - 5), min(100, max(shares) + 5))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel("layer")
@@ -204,7 +204,7 @@ def _measured(
         _rows(axis, entries)
         axis.set_xlabel(label)
 
-    return draw(title, 1.0 + 0.3 * len(entries), plot)
+    return draw(title, 1.3 + 0.3 * len(entries), plot)
 
 
 def accuracies(entries: Sequence["Entry"]) -> Figure:
@@ -219,7 +219,7 @@ def accuracies(entries: Sequence["Entry"]) -> Figure:
             places = [place + shift for place, metrics in enumerate(found) if "acc" in metrics]
             values = [100 * metrics["acc"] for metrics in found if "acc" in metrics]
             errors = [100 * metrics.get("acc_stderr", 0.0) for metrics in found if "acc" in metrics]
-            axis.errorbar(values, places, xerr=errors, label=entry.label, **_style_of(entry) | {"ls": ""})
+            axis.errorbar(values, places, xerr=errors, label=_label(entry), **_style_of(entry) | {"ls": ""})
         axis.set_yticks(range(len(tasks) + 1), [*tasks, "mean"])
         axis.axhline(len(tasks) - 0.5, color=AXIS, lw=0.6)
         axis.invert_yaxis()
@@ -259,7 +259,7 @@ def quality_by_sparsity(
 
 def _rows(axis: Axes, entries: Sequence["Entry"]) -> None:
     """One row a checkpoint, from the top."""
-    axis.set_yticks(range(len(entries)), [entry.label for entry in entries])
+    axis.set_yticks(range(len(entries)), [_label(entry) for entry in entries])
     axis.set_ylim(len(entries) - 0.4, -0.6)
     axis.grid(axis="y", visible=False)
 
@@ -287,6 +287,12 @@ def _style(number: int) -> dict[str, Any]:
 def _style_of(entry: "Entry") -> dict[str, Any]:
     """A checkpoint looks the same in all plots."""
     return {"color": DENSE, "marker": "o"} if entry.dense else _style(entry.number)
+
+
+def _label(entry: "Entry") -> str:
+    """The checkpoint's label, without its middle where it is long, so that it leaves room for the plot."""
+    label = entry.label
+    return label if len(label) <= 26 else f"{label[:12]}…{label[-13:]}"
 
 
 def _layer_numbers(layers: Sequence[Mapping[str, Any]]) -> list[int]:

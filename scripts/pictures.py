@@ -233,7 +233,8 @@ def _accuracies(experiment: Experiment, results: Results) -> tuple[Figure, str]:
         for number, (row, result) in enumerate(shown):
             found = [result["quality"]["tasks"].get(task, result["quality"]["mean_accuracy"]) for task in tasks]
             places = [place + 0.18 * (number - (len(shown) - 1) / 2) for place in range(len(tasks))]
-            values, errors = ([100 * metrics[name] for metrics in found] for name in ("acc", "acc_stderr"))
+            values = [100 * metrics["acc"] for metrics in found]
+            errors = [100 * metrics.get("acc_stderr", 0.0) for metrics in found]
             axis.errorbar(values, places, xerr=errors, fmt=MARKERS[number], color=colors[row], label=row, lw=1.3)
         axis.set_yticks(range(len(tasks)), tasks)
         axis.axhline(len(tasks) - 1.5, color="#cccccc", lw=1)

@@ -52,7 +52,11 @@ def _accuracies(result: dict[str, Any]) -> dict[str, str | None]:
         return {}
     found = {task: metrics for task, metrics in result["quality"]["tasks"].items() if "acc" in metrics}
     found["mean"] = result["quality"]["mean_accuracy"]
-    return {f"{name} {task}": _digits(100 * m[name]) for task, m in found.items() for name in ("acc", "acc_stderr")}
+    return {
+        f"{name} {task}": _digits(100 * metrics[name]) if name in metrics else None
+        for task, metrics in found.items()
+        for name in ("acc", "acc_stderr")
+    }
 
 
 def _digits(value: float | None, digits: int = 6) -> str | None:
@@ -134,10 +138,7 @@ def _zero_shot(experiment: Experiment, ckpt: str, results: Results) -> list[str]
         quality = result["quality"]
         found = [quality["tasks"][task] for task in tasks] + [quality["mean_accuracy"]]
         beside = paper.get((cell.row, cell.pattern), [None] * len(found))
-        values = [
-            f"{100 * m['acc']:.2f} ± {100 * m['acc_stderr']:.2f}" + (f" (paper {p:g})" if p else "")
-            for m, p in zip(found, beside, strict=True)
-        ]
+        values = [_with_error(m) + (f" (paper {p:g})" if p else "") for m, p in zip(found, beside, strict=True)]
         rows.append([pattern_name(cell.pattern) if cell.pattern else "", cell.row, *values])
         for text in quality["texts"].values():
             compared = [f"{text['kl']:.4f}", f"{100 * text['top1']:.2f} %"] if "kl" in text else ["", ""]
@@ -151,6 +152,11 @@ def _zero_shot(experiment: Experiment, ckpt: str, results: Results) -> list[str]
             ["zeros", "method", "perplexity", "KL divergence from dense, nats", "same most probable token"], texts
         ),
     ]
+
+
+def _with_error(metrics: dict[str, float]) -> str:
+    error = f" ± {100 * metrics['acc_stderr']:.2f}" if "acc_stderr" in metrics else ""
+    return f"{100 * metrics['acc']:.2f}{error}"
 
 
 def _by_steps(experiment: Experiment, results: Results) -> list[str]:

@@ -35,15 +35,17 @@ def test_defaults_are_the_papers() -> None:
 def test_every_flag_arrives() -> None:
     config, recipe = parse(
         "--ckpt x/y --out o --overwrite --save-masks m --method admm --sparsity 0.7 --pattern per-output "
-        "--calib wikitext2 --nsamples 3 --seqlen 9 --pack --eval none --eval-seqlen 8 --eval-windows 2 --seed 5 "
+        "--calib wikitext2 --nsamples 3 --seqlen 9 --pack --seed 5 --eval ppl,zero-shot --eval-text c4,t "
+        "--eval-seqlen 8 --eval-windows 2 --tasks boolq,rte --limit 4 --tasks-data d --backend torch "
         "--dtype bfloat16 --device cpu --schedule constant --iterations 30 --selections 4 --damping 0.2 --rho 2.5 "
         "--linear-solve cholesky --finish-steps 7".split()
     )
     assert recipe.method == Finished(ADMM("constant", 30, 4, 0.2, 2.5, "cholesky"), Exact(steps=7))
     assert recipe.pattern == Unstructured(0.7, per_output=True)
     assert config == Config(
-        ckpt="x/y", out="o", overwrite=True, save_masks="m", calib="wikitext2", nsamples=3, seqlen=9, pack=True,
-        eval_text="none", eval_seqlen=8, eval_windows=2, seed=5, dtype="bfloat16", device="cpu",
+        ckpt="x/y", out="o", overwrite=True, save_masks="m", calib="wikitext2", nsamples=3, seqlen=9, pack=True, seed=5,
+        eval="ppl,zero-shot", eval_text="c4,t", eval_seqlen=8, eval_windows=2, tasks="boolq,rte", limit=4,
+        tasks_data="d", backend="torch", dtype="bfloat16", device="cpu",
     )  # fmt: skip
 
 
@@ -110,6 +112,10 @@ def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
         ("--ckpt x --method wnda", "did you mean wanda"),
         ("--ckpt x --nsamples 0", "--nsamples must be at least 1"),
         ("--ckpt x --eval-windows -3", "--eval-windows must be at least 1"),
+        ("--ckpt x --eval zero-shot --limit 0", "--limit must be at least 1"),
+        ("--ckpt x --eval boolq", "--eval takes ppl, zero-shot or none, not 'boolq'; tasks go to --tasks"),
+        ("--ckpt x --tasks boolq", "--tasks is for --eval zero-shot, but --eval is ppl: pass --eval ppl,zero-shot"),
+        ("--ckpt x --eval none --eval-text c4", "--eval-text is for --eval ppl"),
         ("--ckpt x --iterations 0", "iterations must be at least 1"),
         ("--ckpt x --pattern 2:4 --sparsity 0.7", "2:4 has a sparsity of 0.5, not 0.7"),
         ("--ckpt x --rho 0", "rho must be positive"),

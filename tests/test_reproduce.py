@@ -12,6 +12,7 @@ import pytest
 
 from jaxprune import InputError
 from jaxprune.recipe import parse
+from tests import rows as task_rows
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SIZES = ["--nsamples", "4", "--seqlen", "32", "--eval-seqlen", "32", "--eval-windows", "4", "--pack"]
@@ -42,7 +43,8 @@ def driver(
         )
         monkeypatch.setitem(reproduce.EXPERIMENTS, name, short)
     texts = ["--calib", str(text), "--eval-text", str(text)]
-    return reproduce, ["--ckpt", str(checkpoint), "--out", str(tmp_path), *texts, *SIZES]
+    tasks = ["--tasks-data", str(task_rows.write(tmp_path / "rows"))]
+    return reproduce, ["--ckpt", str(checkpoint), "--out", str(tmp_path), *texts, *tasks, *SIZES]
 
 
 def run(reproduce: ModuleType, monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
@@ -50,7 +52,7 @@ def run(reproduce: ModuleType, monkeypatch: pytest.MonkeyPatch, *args: str) -> N
     reproduce.main()
 
 
-@pytest.mark.parametrize("name", ["fig1", "fig2", "table1", "table2", "table3", "layers"])
+@pytest.mark.parametrize("name", ["fig1", "fig2", "table1", "table2", "table3", "table4", "layers"])
 def test_an_experiment_leaves_a_table_and_a_picture(
     name: str, driver: tuple[ModuleType, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,9 +62,9 @@ def test_an_experiment_leaves_a_table_and_a_picture(
     rows = list(csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines()))
     expected = sum(len(experiment.steps) if "{k}" in f else 1 for f in experiment.rows.values())
     expected *= len(experiment.patterns) * (2 if experiment.linears else 1)
-    assert len(rows) == expected + (experiment.measure == "perplexity")
-    figure = {"perplexity": "perplexity", "error": "relative_error", "seconds": "seconds_solve"}[experiment.measure]
-    assert all(float(row[figure]) > 0 for row in rows)
+    assert len(rows) == expected + (experiment.measure in ("perplexity", "accuracy"))
+    figure = {"perplexity": "perplexity", "error": "relative_error", "seconds": "seconds_solve", "accuracy": "acc mean"}
+    assert all(float(row[figure[experiment.measure]]) > 0 for row in rows)
     table = (tmp_path / f"{name}.md").read_text()
     assert all(row in table for row in experiment.rows)
     assert "calibrated on 4 windows of 32 tokens of text0/text" in table

@@ -40,8 +40,10 @@ def test_it_prints_a_line_a_layer_and_a_table(finished: tuple[Path, str]) -> Non
         (line,) = (line for line in printed.splitlines() if line.startswith(f"layer {number}/3"))
         assert all(word in line for word in ("error %", "gate", "down", "sparsity 50.00 %", "gram", "solve"))
     rows = (
-        "perplexity, dense",
-        "perplexity, pruned",
+        "perplexity of",
+        "over the dense model's",
+        "KL divergence from the dense model",
+        "same most probable token",
         "sparsity of the linears",
         "time, total",
         "peak memory, host",
@@ -87,12 +89,19 @@ def test_the_record_repeats_what_happened(finished: tuple[Path, str]) -> None:
     assert record["calibration"]["windows"] == [6, 64]
     assert len(record["calibration"]["sha256"]) == 64
     assert {"jax", "flax", "python", "jaxprune"} <= record["versions"].keys()
-    assert f"{record['perplexity']['pruned']:.7g}" in printed
+    measured = {which: found["texts"] for which, found in record["evaluation"].items()}
+    (text,) = measured["pruned"]
+    assert f"{measured['pruned'][text]['perplexity']:.7g}" in printed
+    assert measured["pruned"][text]["windows"] == [5, 64]
+    assert measured["dense"][text]["perplexity"] * measured["pruned"][text]["ratio"] == pytest.approx(
+        measured["pruned"][text]["perplexity"]
+    )
+    assert (out / "report.html").read_text().startswith("<!doctype html>")
     assert record["seconds"]["total"] > record["seconds"]["solve"] > 0
     tokens = np.zeros((1, 8), np.int32)
     assert perplexity(open_checkpoint(out), tokens) != perplexity(open_checkpoint(record["config"]["ckpt"]), tokens)
     card = (out / "README.md").read_text()
-    assert card.startswith("---\n") and "admm" in card and "perplexity, pruned" in card
+    assert card.startswith("---\n") and "admm" in card and "| dense | pruned |" in card
 
 
 def test_the_same_seed_gives_the_same_bytes(

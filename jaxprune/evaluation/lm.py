@@ -17,7 +17,7 @@ from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from convert import Reader, open_checkpoint
-from convert.assets import load_tokenizer
+from convert.assets import load_tokenizer, read_config
 from jaxprune.errors import InputError
 from jaxprune.evaluation.packing import Packed, Request, group, loads, pack
 from jaxprune.evaluation.text import Track
@@ -26,7 +26,7 @@ from jaxprune.models import model_for
 from jaxprune.stream import embed, forward, next_tokens, read_layers, score_tokens
 
 MAX_LENGTH = 2048
-"""Of models that have no limit of their own, as in lm-eval."""
+"""Of models whose configuration names no context, as in lm-eval."""
 
 
 @register_model("jaxprune")
@@ -36,8 +36,8 @@ class StreamedLM(TemplateLM):
     Args:
         pretrained: a checkpoint, open or named as for `convert.open_checkpoint`.
         dtype: of the computation; "auto" as in `models.model_for`.
-        max_length: the longest text; of longer ones the beginning is dropped. None: the model's own limit.
-        add_bos_token: before every text; None: as the tokenizer does.
+        max_length: the longest text; of longer ones the beginning is dropped. None: the context that the model was
+            made for.
         host_gb: the most memory for hidden states, in 10^9 bytes; more requests read the model more than once.
         track: a place for a progress bar.
         batch_size, max_batch_size, device: lm-eval's command line passes them; batches are chosen here, and devices by
@@ -53,7 +53,6 @@ class StreamedLM(TemplateLM):
         *,
         dtype: str | np.dtype = "auto",
         max_length: int | None = None,
-        add_bos_token: bool | None = None,
         host_gb: float = 8.0,
         track: Track = lambda layers, count: layers,
         batch_size: int | str | None = None,
@@ -63,13 +62,15 @@ class StreamedLM(TemplateLM):
         super().__init__()
         if str(batch_size) not in ("None", "1", "auto") or max_batch_size is not None:
             raise InputError("jaxprune chooses the batch by the number of tokens: leave the batch size out")
-        if device is not None:
+        if device not in (None, "cuda:0"):
             raise InputError(f"JAX chooses the device: leave {device!r} out, or set JAX_PLATFORMS to cpu, cuda or tpu")
         self._reader = open_checkpoint(pretrained) if isinstance(pretrained, str | Path) else pretrained
         self._model = model_for(self._reader, None if dtype == "auto" else np.dtype(dtype))
         self.tokenizer = load_tokenizer(self._reader.assets)
-        self.max_length = max_length or self._model.config.max_positions or MAX_LENGTH
-        self.add_bos_token = add_bos_token
+        context = read_config(self._reader.assets).get("max_position_embeddings", MAX_LENGTH)
+        if max_length is not None and not 0 < max_length <= context:
+            raise InputError(f"max_length must be 1 to {context}, the model's context, not {max_length}")
+        self.max_length = max_length or context
         width = next(iter(self._model.embed.spec.values())).shape[-1]
         self._most_tokens = max(1, int(host_gb * 1e9) // (width * np.dtype(self._model.config.dtype).itemsize))
         self._track = track
@@ -88,7 +89,7 @@ class StreamedLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; a text that begins with BOS gets no second one."""
-        special = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        special = add_special_tokens
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
             special = False
         options = {} if special is None else {"add_special_tokens": special}

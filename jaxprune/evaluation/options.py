@@ -1,7 +1,7 @@
 """What to measure of checkpoints, as the user says it."""
 
 import dataclasses
-from typing import Literal, Self
+from typing import Literal, TypeVar
 
 from jaxprune.errors import InputError
 from jaxprune.evaluation.tasks import ZERO_SHOT
@@ -48,30 +48,33 @@ class EvalOptions:
         require_positive(self, "eval_seqlen", "eval_windows", "limit")
         if unknown := [name for name in self.measures if name not in MEASURES]:
             raise InputError(f"--eval takes {', '.join(MEASURES)} or none, not {unknown[0]!r}; tasks go to --tasks")
-        needs = {"eval_text": "ppl", "eval_windows": "ppl"}
-        needs |= {"tasks": "zero-shot", "limit": "zero-shot", "tasks_data": "zero-shot"}
+        needs = dict.fromkeys(("eval_text", "eval_seqlen", "eval_windows"), "ppl")
+        needs |= dict.fromkeys(("tasks", "limit", "tasks_data", "backend"), "zero-shot")
         for name, measure in needs.items():
-            if getattr(self, name) is not None and measure not in self.measures:
+            if getattr(self, name) not in (None, "jax") and measure not in self.measures:
                 raise InputError(
                     f"--{name.replace('_', '-')} is for --eval {measure}, but --eval is {self.eval}: "
                     f"pass --eval {','.join([*self.measures, measure])}"
                 )
 
-    def with_defaults(self, *, eval: str, eval_text: str, eval_seqlen: int) -> Self:
-        """The same options, those left out filled in.
 
-        Raises:
-            InputError: see `check`.
-        """
-        filled = dataclasses.replace(self, eval=self.eval or eval)
-        filled.check()
-        if "ppl" in filled.measures:
-            filled = dataclasses.replace(
-                filled, eval_text=self.eval_text or eval_text, eval_seqlen=self.eval_seqlen or eval_seqlen
-            )
-        if "zero-shot" in filled.measures:
-            filled = dataclasses.replace(filled, tasks=self.tasks or ",".join(ZERO_SHOT))
-        return filled
+Options = TypeVar("Options", bound=EvalOptions)
+
+
+def with_defaults(options: Options, *, eval: str, eval_text: str, eval_seqlen: int) -> Options:
+    """The same options, those left out filled in.
+
+    Raises:
+        InputError: see `EvalOptions.check`.
+    """
+    filled = dataclasses.replace(options, eval=options.eval or eval)
+    filled.check()
+    if "ppl" in filled.measures:
+        text, seqlen = options.eval_text or eval_text, options.eval_seqlen or eval_seqlen
+        filled = dataclasses.replace(filled, eval_text=text, eval_seqlen=seqlen)
+    if "zero-shot" in filled.measures:
+        filled = dataclasses.replace(filled, tasks=options.tasks or ",".join(ZERO_SHOT))
+    return filled
 
 
 def split(text: str | None) -> list[str]:

@@ -15,7 +15,7 @@ from jaxprune import calibration
 from jaxprune.console import track
 from jaxprune.errors import InputError
 from jaxprune.evaluation.options import EvalOptions, split
-from jaxprune.evaluation.tasks import Tasks, mean_accuracy, summarize
+from jaxprune.evaluation.tasks import Tasks, mean_accuracy, summarize, with_error
 from jaxprune.evaluation.text import TextQuality, text_quality
 from jaxprune.models import model_for
 from jaxprune.stream import require_tokens
@@ -50,7 +50,7 @@ class Quality:
         return {
             "texts": texts,
             "tasks": self.tasks,
-            **({"mean_accuracy": {"acc": mean[0], "acc_stderr": mean[1]}} if mean else {}),
+            **({"mean_accuracy": mean} if mean else {}),
             "seconds": self.seconds,
         }
 
@@ -69,9 +69,9 @@ class Quality:
                 if "_stderr" not in metric:
                     name, _, filtered = metric.partition(",")
                     error = metrics.get(f"{name}_stderr{',' * bool(filtered)}{filtered}")
-                    rows[f"{task}, {metric}"] = f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+                    rows[f"{task}, {metric}"] = with_error(value, error)
         if mean := mean_accuracy(self.tasks):
-            rows["mean acc"] = f"{mean[0]:.4f} ± {mean[1]:.4f}"
+            rows["mean acc"] = with_error(mean["acc"], mean.get("acc_stderr"))
         return rows
 
 
@@ -111,7 +111,7 @@ class Evaluator:
                 split(options.tasks), Path(options.tasks_data) if options.tasks_data else None, options.limit
             )
             load_tokenizer(reader.assets)
-            self._lm_of = _backend(options.backend)
+            self._lm_of = _backend(options.backend, options.device)
 
     def measure(self, readers: Mapping[str, Reader], against: str | None = None) -> Iterator[tuple[str, Quality]]:
         """Each checkpoint's quality, as soon as it is known.
@@ -172,14 +172,14 @@ class Evaluator:
         }
 
 
-def _backend(backend: str) -> Callable[[str, Reader, np.dtype], Any]:
+def _backend(backend: str, device: str) -> Callable[[str, Reader, np.dtype], Any]:
     """(name, checkpoint, dtype) -> lm-eval's model."""
     if backend == "torch":
         try:
             from jaxprune.evaluation.torch_lm import hflm
         except ImportError as error:
             raise InputError(f"--backend torch needs PyTorch ({error}): pip install 'jaxprune[torch]'") from error
-        return lambda name, reader, dtype: hflm(reader, dtype)
+        return lambda name, reader, dtype: hflm(reader, dtype, device)
     from jaxprune.evaluation.lm import StreamedLM
 
     return lambda name, reader, dtype: StreamedLM(reader, dtype=dtype, track=track(f"zero-shot, {name}"))

@@ -1,9 +1,13 @@
 """lm-eval's tasks: stock prompts and metrics, on the hub's rows or on local ones."""
 
 import difflib
+import functools
+import json
 import math
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,8 +46,9 @@ class Tasks:
             raise InputError(f"{data} is no folder: --tasks-data wants one with a .jsonl or .parquet file a task")
         self.limit = limit
         self._manager = manager
-        self._folder = tempfile.TemporaryDirectory(prefix="jaxprune-tasks-")
-        self._specs = [_local(name, data, manager, Path(self._folder.name)) or name for name in names]
+        folder = Path(tempfile.mkdtemp(prefix="jaxprune-tasks-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._specs = [_local(name, data, manager, folder) or name for name in names]
         for name, spec in zip(names, self._specs, strict=True):
             try:
                 manager.load([spec])
@@ -83,26 +88,37 @@ def summarize(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return summary
 
 
-def mean_accuracy(summary: Mapping[str, Mapping[str, float]]) -> tuple[float, float] | None:
-    """The plain mean of `acc` over the tasks that have it, as in the paper's table 4, and its standard error."""
+def mean_accuracy(summary: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The plain mean of `acc` over the tasks that have it, as in the paper's table 4, and its standard error.
+
+    Returns:
+        `acc`, and `acc_stderr` where all tasks have one; empty without any accuracy.
+    """
     tasks = [values for values in summary.values() if "acc" in values]
     if not tasks:
-        return None
-    variance = sum(values.get("acc_stderr", math.nan) ** 2 for values in tasks)
-    return sum(values["acc"] for values in tasks) / len(tasks), math.sqrt(variance) / len(tasks)
+        return {}
+    mean = {"acc": sum(values["acc"] for values in tasks) / len(tasks)}
+    if all("acc_stderr" in values for values in tasks):
+        mean["acc_stderr"] = math.sqrt(sum(values["acc_stderr"] ** 2 for values in tasks)) / len(tasks)
+    return mean
+
+
+def with_error(value: float, error: float | None) -> str:
+    """A value and its standard error, where there is one."""
+    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
 def without_samples(results: Mapping[str, Any]) -> str:
     """lm-eval's results as its own JSON files have them."""
-    import json
-
     from lm_eval.utils import handle_non_serializable
 
     kept = {key: value for key, value in results.items() if key != "samples"}
     return json.dumps(kept, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n"
 
 
+@functools.cache
 def _task_manager() -> Any:
+    """lm-eval's index of its tasks, which takes seconds to make."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:

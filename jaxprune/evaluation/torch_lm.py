@@ -3,16 +3,18 @@
 from typing import Any
 
 import numpy as np
+import torch
 from lm_eval.models.huggingface import HFLM
 
 from convert import Reader, hf
 from convert.assets import load_tokenizer
 from convert.pytorch import to_torch
+from jaxprune.errors import InputError
 
 CPU_BATCH = 16
 
 
-def hflm(reader: Reader, dtype: np.dtype) -> Any:
+def hflm(reader: Reader, dtype: np.dtype, device: str = "auto") -> Any:
     """lm-eval's HFLM.
 
     A Hugging Face folder is loaded by transformers itself; the params of other formats are converted in memory.
@@ -20,14 +22,19 @@ def hflm(reader: Reader, dtype: np.dtype) -> Any:
     Args:
         reader: the checkpoint.
         dtype: of the computation.
+        device: auto (CUDA's if torch has one), cpu or gpu.
 
     Raises:
+        InputError: torch has no such device.
         CheckpointError: the checkpoint cannot be converted.
     """
-    import torch
-
-    options: dict[str, Any] = {"batch_size": "auto" if torch.cuda.is_available() else CPU_BATCH}
+    found = "gpu" if torch.cuda.is_available() else "cpu"
+    if device not in ("auto", "cpu", found):
+        raise InputError(f"PyTorch finds no {device} here: pass --device cpu, or --backend jax")
+    chosen = found if device == "auto" else device
+    options: dict[str, Any] = {"device": {"gpu": "cuda"}.get(chosen, chosen)}
+    options["batch_size"] = CPU_BATCH if chosen == "cpu" else "auto"
     if isinstance(reader, hf.Reader):
         return HFLM(pretrained=str(reader.assets), dtype=dtype.name, **options)
-    model = to_torch(reader.read(reader.spec), reader.assets, dtype.name)
+    model = to_torch(reader.read(reader.spec), reader.assets, dtype.name).to(options["device"])
     return HFLM(pretrained=model, tokenizer=load_tokenizer(reader.assets), **options)

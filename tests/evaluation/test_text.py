@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from convert import open_checkpoint
 from jaxprune import stream
-from jaxprune.evaluation.text import perplexity
+from jaxprune.errors import InputError
+from jaxprune.evaluation.text import perplexity, text_quality
+from tests import tiny
 
 
 def plain(folder: Path, tokens: np.ndarray) -> float:
@@ -36,3 +38,47 @@ def test_a_trained_model(data: Path) -> None:
     folder = data / "models/stories260K"
     tokens = np.random.default_rng(1).integers(0, 512, (4, 256)).astype(np.int32)
     assert perplexity(open_checkpoint(folder), tokens) == pytest.approx(plain(folder, tokens), rel=1e-4)
+
+
+def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return model(torch.tensor(tokens, dtype=torch.long)).logits[:, :-1].double().log_softmax(dim=-1).numpy()
+
+
+def test_divergence_is_that_of_the_whole_distributions(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "CHUNK", 50)
+    tokens = np.random.default_rng(0).integers(0, 300, (6, 40)).astype(np.int32)
+    others = []
+    for seed, size in ((1, 0.01), (2, 0.3)):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for tensor in model.parameters():
+                tensor += size * torch.randn_like(tensor)
+        model.save_pretrained(tmp_path / str(seed))
+        others.append(tmp_path / str(seed))
+    found = text_quality([open_checkpoint(folder) for folder in (checkpoint, *others)], tokens)
+    p = logits(checkpoint, tokens)
+    assert found[0] == (pytest.approx(plain(checkpoint, tokens), rel=1e-5), None, None, None)
+    for one, folder in zip(found[1:], others, strict=True):
+        q = logits(folder, tokens)
+        assert one.perplexity == pytest.approx(plain(folder, tokens), rel=1e-5)
+        assert one.ratio == pytest.approx(one.perplexity / found[0].perplexity)
+        assert one.kl == pytest.approx((np.exp(p) * (p - q)).sum(axis=-1).mean(), rel=1e-3)
+        assert one.top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean(), abs=1e-6)
+    assert found[1].kl < found[2].kl and found[1].top1 > found[2].top1
+
+
+def test_a_model_agrees_with_itself(checkpoint: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, 300, (2, 30)).astype(np.int32)
+    _, same = text_quality([open_checkpoint(checkpoint)] * 2, tokens)
+    assert same[1:] == (1.0, 0.0, 1.0)
+
+
+def test_models_of_another_depth_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    other = tiny.save(tmp_path / "other", tiny.config(num_hidden_layers=2))
+    with pytest.raises(InputError, match="cannot be compared: give the dense checkpoint"):
+        text_quality([open_checkpoint(checkpoint), open_checkpoint(other)], np.zeros((1, 8), np.int32))

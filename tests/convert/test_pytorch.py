@@ -1,0 +1,43 @@
+"""Flax params as a PyTorch module, without a file between."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from convert import CheckpointError, open_checkpoint
+from convert.pytorch import to_torch
+from tests import tiny
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_what_transformers_loads(tied: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path / "model", tiny.config(tie_word_embeddings=tied, attention_bias=True), dtype=dtype)
+    reader = open_checkpoint(folder)
+    made = to_torch(reader.read(reader.spec), reader.assets, str(dtype).removeprefix("torch."))
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    assert made.dtype == dtype and not made.training
+    assert made.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(tensor, made.state_dict()[name]) for name, tensor in expected.state_dict().items())
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(made(tokens).logits, expected(tokens).logits)
+
+
+def test_it_does_not_share_memory_with_the_params(checkpoint: Path) -> None:
+    reader = open_checkpoint(checkpoint)
+    params = {path: np.array(array) for path, array in reader.read(reader.spec).items()}
+    made = to_torch(params, reader.assets, "float32")
+    params["norm.scale"][:] = 0
+    assert made.model.norm.weight.abs().sum() > 0
+
+
+def test_params_of_another_model_are_refused(checkpoint: Path) -> None:
+    reader = open_checkpoint(checkpoint)
+    params = reader.read(reader.spec)
+    params["layers.9.mlp.up_proj.kernel"] = params.pop("layers.1.mlp.up_proj.kernel")
+    with pytest.raises(CheckpointError, match="not those that LlamaForCausalLM needs"):
+        to_torch(params, reader.assets, "float32")

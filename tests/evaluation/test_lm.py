@@ -1,0 +1,178 @@
+"""The JAX model of lm-eval against lm-eval's own HFLM, request by request."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from convert import create_checkpoint, open_checkpoint
+from jaxprune import hidden
+from jaxprune.errors import InputError
+from jaxprune.evaluation.lm import StreamedLM
+from jaxprune.evaluation.torch_lm import hflm
+from tests import rows, tiny
+
+TEXTS = [
+    ("The cat sat on", " the mat."),
+    ("The cat sat on", " the house and then it ran."),
+    ("The cat sat on", " a"),
+    ("The cat sat on", " b"),
+    ("The cat sat on", " the mat."),
+    ("The cat sat on the", " mat."),
+    ("", "The dog ran."),
+    ("", "The"),
+    ("A red tree ", "was old."),
+    ("The dog was very small and the cat was big. " * 30, "It ran under the house."),
+    ("The dog was very small and the cat was big. " * 200, "It ran under the house."),
+    ("The dog was very small and the cat was big. " * 200, "It sat."),
+    ("<|end|>The cat", " ran."),
+]
+
+
+def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
+    return [Instance(kind, {}, args, number) for number, args in enumerate(arguments)]
+
+
+# Without its cache of logits, which takes a text that two requests split at different places for one and the same.
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path) -> HFLM:
+    return HFLM(pretrained=str(checkpoint), dtype="float32", device="cpu", logits_cache=False, batch_size=4)
+
+
+@pytest.mark.parametrize("options", [{}, {"host_gb": 2e-5}, {"max_length": 40}], ids=str)
+def test_loglikelihoods_are_hflms(options: dict[str, Any], checkpoint: Path, reference: HFLM) -> None:
+    ours, theirs = StreamedLM(checkpoint, **options), reference
+    if "max_length" in options:
+        theirs = HFLM(
+            pretrained=str(checkpoint), dtype="float32", device="cpu", logits_cache=False, batch_size=4, **options
+        )
+    requests = instances("loglikelihood", TEXTS)
+    found, expected = ours.loglikelihood(requests), theirs.loglikelihood(requests, disable_tqdm=True)
+    np.testing.assert_allclose([x for x, _ in found], [x for x, _ in expected], rtol=1e-4, atol=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}]
+)
+def test_models_with_short_contexts(change: dict[str, Any], tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path / "short", tiny.config(max_position_embeddings=48, **change))
+    requests = instances("loglikelihood", TEXTS)
+    found = StreamedLM(folder).loglikelihood(requests)
+    reference = HFLM(pretrained=str(folder), dtype="float32", device="cpu", logits_cache=False, batch_size=4)
+    expected = reference.loglikelihood(requests, disable_tqdm=True)
+    np.testing.assert_allclose([x for x, _ in found], [x for x, _ in expected], rtol=1e-4, atol=1e-4)
+
+
+def test_greedy_continuations_are_found_out(checkpoint: Path, reference: HFLM) -> None:
+    context = "The cat sat on"
+    (made,) = reference.generate_until(
+        instances("generate_until", [(context, {"until": [], "max_gen_toks": 4})]), disable_tqdm=True
+    )
+    requests = instances("loglikelihood", [(context, made), (context, made[:-1] + "~")])
+    assert [greedy for _, greedy in StreamedLM(checkpoint).loglikelihood(requests)] == [
+        greedy for _, greedy in reference.loglikelihood(requests, disable_tqdm=True)
+    ]
+
+
+def test_rolling_loglikelihoods_are_hflms(checkpoint: Path, reference: HFLM) -> None:
+    requests = instances(
+        "loglikelihood_rolling", [("The cat sat on the mat. " * 400,), ("The dog",), ("A tree. " * 9,)]
+    )
+    found, expected = StreamedLM(checkpoint).loglikelihood_rolling(requests), reference.loglikelihood_rolling(requests)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_generation_is_hflms(checkpoint: Path, reference: HFLM) -> None:
+    options = {"until": ["cat", "\n\n"], "max_gen_toks": 12, "do_sample": False}
+    contexts = ["The cat sat on", "A dog", "The big red house. " * 300, "It was"]
+    requests = instances("generate_until", [(context, options) for context in contexts])
+    found = StreamedLM(checkpoint).generate_until(requests)
+    assert found == reference.generate_until(requests, disable_tqdm=True)
+    assert any(found)
+    with pytest.raises(InputError, match="generates greedily"):
+        StreamedLM(checkpoint).generate_until(instances("generate_until", [("A", {"do_sample": True})]))
+
+
+def test_the_model_is_read_once_and_few_shapes_are_compiled(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(hidden.TOKENS_PER_BATCH, "cpu", 1024)
+    reader = open_checkpoint(checkpoint)
+    asked: list[str] = []
+    read = reader.read
+    monkeypatch.setattr(reader, "read", lambda paths: asked.extend(paths) or read(paths))
+    texts = [(f"The cat {'sat ' * (number % 7)}on", f" {'mat ' * (number % 5 + 1)}") for number in range(300)]
+    StreamedLM(reader).loglikelihood(instances("loglikelihood", texts))
+    layers = [path for path in asked if path.startswith("layers.")]
+    assert len(layers) == len(set(layers)) == sum(path.startswith("layers.") for path in reader.spec)
+
+
+def test_options_that_mean_nothing_are_refused(checkpoint: Path) -> None:
+    with pytest.raises(InputError, match="leave the batch size out"):
+        StreamedLM(checkpoint, batch_size=8)
+    with pytest.raises(InputError, match="JAX chooses the device"):
+        StreamedLM(checkpoint, device="cuda:1")
+    with pytest.raises(InputError, match="must be 1 to 1024"):
+        StreamedLM(checkpoint, max_length=2000)
+    assert StreamedLM(checkpoint, batch_size=1, dtype="float32").max_length == 1024
+
+
+@pytest.mark.parametrize("to", ["hf", "orbax"])
+def test_hflm_of_any_format_is_the_same_model(to: str, checkpoint: Path, reference: HFLM, tmp_path: Path) -> None:
+    reader = open_checkpoint(checkpoint)
+    with create_checkpoint(tmp_path / to, reader.spec, reader.assets, to=to) as writer:
+        writer.write(reader.read(reader.spec))
+    requests = instances("loglikelihood", TEXTS[:5])
+    found = hflm(open_checkpoint(tmp_path / to), np.dtype("float32")).loglikelihood(requests, disable_tqdm=True)
+    expected = reference.loglikelihood(requests, disable_tqdm=True)
+    np.testing.assert_allclose([x for x, _ in found], [x for x, _ in expected], rtol=1e-6)
+
+
+WITHOUT_TORCH = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] == "torch" else find(name, *rest)
+class Hide:
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] == "torch":
+            raise ModuleNotFoundError("no torch here", name=name)
+sys.meta_path.insert(0, Hide())
+from jaxprune.evaluate import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_the_jax_backend_needs_no_torch(checkpoint: Path, tmp_path: Path) -> None:
+    data = rows.write(tmp_path / "rows")
+    options = ["--eval", "zero-shot", "--tasks", "rte,openbookqa", "--tasks-data", data, "--out", tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *map(str, [checkpoint, *options])], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "openbookqa, acc_norm" in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *map(str, [checkpoint, *options, "--overwrite", "--backend", "torch"])],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and "pip install 'jaxprune[torch]'" in done.stderr
+
+
+def test_lm_evals_own_command_line_knows_the_model(checkpoint: Path, tmp_path: Path) -> None:
+    data = rows.write(tmp_path / "rows")
+    task = tmp_path / "task"
+    task.mkdir()
+    (task / "mine.yaml").write_text(
+        "task: mine\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
+        f"dataset_kwargs: {{data_files: {{test: {data / 'openbookqa.jsonl'}}}}}\n"
+        'doc_to_text: question_stem\ndoc_to_target: 2\ndoc_to_choice: "{{choices.text}}"\n'
+    )
+    command = [sys.executable, "-m", "jaxprune.lm_eval", "run", "--model", "jaxprune", "--tasks", "mine"]
+    command += ["--model_args", f"pretrained={checkpoint}", "--include_path", str(task), "--output_path", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "|acc" in done.stdout.replace(" ", "")

@@ -1,0 +1,85 @@
+"""The paper's tasks on local rows: stock prompts and metrics, both backends, item for item."""
+
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pytest
+
+from convert import open_checkpoint
+from jaxprune.errors import InputError
+from jaxprune.evaluation.lm import StreamedLM
+from jaxprune.evaluation.tasks import ZERO_SHOT, Tasks, mean_accuracy, summarize
+from jaxprune.evaluation.torch_lm import hflm
+from tests import rows
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Tasks:
+    return Tasks(ZERO_SHOT, rows.write(tmp_path_factory.mktemp("tasks") / "rows"))
+
+
+def test_both_backends_agree_item_for_item(tasks: Tasks, checkpoint: Path) -> None:
+    reader = open_checkpoint(checkpoint)
+    ours, theirs = (tasks.run(model) for model in (StreamedLM(reader), hflm(reader, np.dtype("float32"))))
+    assert list(ours["samples"]) == list(ZERO_SHOT)
+    for task, samples in ours["samples"].items():
+        assert len(samples) == len(rows.ROWS[task])
+        for mine, other in zip(samples, theirs["samples"][task], strict=True):
+            assert mine["arguments"] == other["arguments"]
+            assert all(mine[metric] == other[metric] for metric in mine["metrics"])
+            scores = zip(mine["filtered_resps"], other["filtered_resps"], strict=True)
+            assert all(a == pytest.approx(b, rel=1e-4, abs=1e-4) and g == h for (a, g), (b, h) in scores)
+    assert summarize(ours) == summarize(theirs)
+
+
+def test_prompts_are_the_stock_ones(tasks: Tasks, checkpoint: Path) -> None:
+    results = tasks.run(StreamedLM(checkpoint))
+    first = {task: samples[0]["arguments"] for task, samples in results["samples"].items()}
+    assert first["boolq"][0] == ("The cat sat on the mat.\nQuestion: did the cat sit on the mat?\nAnswer:", " no")
+    assert first["rte"][1] == ("The cat sat.\nQuestion: A cat sat. True or False?\nAnswer:", " False")
+    assert first["openbookqa"][2] == ("The cat sat on", " the old mat")
+    assert first["winogrande"][1][1] == " was big."
+    assert len(first["hellaswag"]) == len(first["arc_easy"]) == 4
+    assert all(shots == 0 for shots in results["n-shot"].values())
+
+
+def test_accuracies_are_counted(tasks: Tasks, checkpoint: Path) -> None:
+    results = tasks.run(StreamedLM(checkpoint))
+    summary = summarize(results)
+    for task, samples in results["samples"].items():
+        assert summary[task]["acc"] == pytest.approx(np.mean([sample["acc"] for sample in samples]))
+    assert {"acc_norm", "acc_norm_stderr"} <= summary["hellaswag"].keys()
+    mean = mean_accuracy(summary)
+    assert mean["acc"] == pytest.approx(np.mean([summary[task]["acc"] for task in ZERO_SHOT]))
+    assert mean_accuracy({"wikitext": {"word_perplexity": 3.0}}) == {}
+
+
+def test_the_mean_and_its_error() -> None:
+    tasks = {"a": {"acc": 0.5, "acc_stderr": 0.03}, "b": {"acc": 0.7, "acc_stderr": 0.04}}
+    assert mean_accuracy(tasks) == pytest.approx({"acc": 0.6, "acc_stderr": 0.025})
+    assert mean_accuracy(tasks | {"c": {"acc": 0.9}}) == pytest.approx({"acc": 0.7})
+
+
+def test_filters_are_part_of_a_metrics_name() -> None:
+    results = {"results": {"gsm8k": {"exact_match,strict": 0.5, "exact_match_stderr,strict": 0.1, "alias": "gsm8k"}}}
+    assert summarize(results) == {"gsm8k": {"exact_match,strict": 0.5, "exact_match_stderr,strict": 0.1}}
+
+
+def test_what_cannot_be_loaded_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    data = rows.write(tmp_path / "rows")
+    with pytest.raises(InputError, match="no task 'hellaswagg': did you mean hellaswag"):
+        Tasks(["hellaswagg"], data)
+    with pytest.raises(InputError, match="nowhere is no folder"):
+        Tasks(["boolq"], tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"rows of task piqa cannot be loaded .*: connect to the hub once, or pass"):
+        Tasks(["piqa"], data)
+    (data / "arc_easy.jsonl").write_text('{"question": "no choices"}\n')
+    with pytest.raises(InputError, match="rows of task arc_easy cannot be loaded .* its file in"):
+        Tasks(["arc_easy"], data)
+    (data / "rte.jsonl").write_text("not json\n")
+    with pytest.raises(InputError, match="rows of task rte cannot be loaded"):
+        Tasks(["rte"], data)

@@ -1,0 +1,221 @@
+"""The report: what is in it, and how a browser shows it."""
+
+import copy
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxprune import report
+from jaxprune.errors import InputError
+
+LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+
+
+def quality(perplexity: float | None, kl: float | None = None, acc: float | None = None) -> dict[str, Any]:
+    text: dict[str, Any] = {"windows": [4, 128], "perplexity": perplexity}
+    if kl is not None:
+        text |= {"ratio": (perplexity or 1.0) / 10.0, "kl": kl, "top1": 0.5}
+    made: dict[str, Any] = {"texts": {"wikitext2": text}, "tasks": {}, "seconds": {}}
+    if acc is not None:
+        made["tasks"] = {
+            "boolq": {"acc": acc, "acc_stderr": 0.02},
+            "hellaswag": {"acc": acc / 2, "acc_stderr": 0.02, "acc_norm": acc / 1.5, "acc_norm_stderr": 0.02},
+        }
+        made["mean_accuracy"] = {"acc": 0.75 * acc, "acc_stderr": 0.014}
+    return made
+
+
+def run_record(out: str = "pruned", method: str = "admm", pattern: str = "50 %", **changes: Any) -> dict[str, Any]:
+    layers = [
+        {
+            "index": index,
+            "seconds": {"gram": 1.0},
+            "linears": {name: {"error": 0.01 * (index + 1), "zeros": 50, "size": 100, "stats": {}} for name in LINEARS},
+        }
+        for index in range(6)
+    ]
+    return {
+        "kind": "run",
+        "config": {"ckpt": "llama-7b", "out": out, "calib": "c4"},
+        "method": {"name": method},
+        "pattern": pattern,
+        "calibration": {"windows": [16, 512], "sha256": "0" * 64},
+        "sparsity": 0.5,
+        "evaluation": {"dense": quality(10.0, acc=0.7), "pruned": quality(13.0, kl=0.25, acc=0.6)},
+        "seconds": {"gram": 5.0, "solve": 8.0, "total": 15.0},
+        "peak_bytes": {"host": 2_000_000_000},
+        "layers": layers,
+        "hardware": "2 cores",
+        "versions": {},
+        **changes,
+    }
+
+
+def evaluation_record(checkpoints: dict[str, Any], against: str | None = "llama-7b") -> dict[str, Any]:
+    config = {"out": "evaluation"}
+    return {"kind": "evaluation", "config": config, "against": against, "checkpoints": checkpoints, "hardware": "a GPU"}
+
+
+def several() -> list[dict[str, Any]]:
+    """Runs of two methods at two sparsities, one of them to rubble."""
+    records = []
+    for method, kl in (("admm", 0.2), ("wanda", 0.4)):
+        for sparsity, pattern in ((0.5, "50 %"), (0.7, "70 %"), (0.5, "2:4")):
+            measured = {
+                "dense": quality(10.0, acc=0.7),
+                "pruned": quality(20 * sparsity**-1, kl=kl / sparsity, acc=0.5),
+            }
+            name = f"out/{method}-{pattern.replace(' %', '').replace(':', 'of')}"
+            records.append(run_record(name, method, pattern, sparsity=sparsity, evaluation=measured))
+    records[-1]["evaluation"]["pruned"] = quality(None, kl=9.0, acc=0.3)
+    return records
+
+
+def test_a_run_is_a_dense_and_a_pruned_entry() -> None:
+    dense, pruned = report.entries([run_record()])
+    assert (dense.name, dense.dense, dense.label) == ("llama-7b", True, "llama-7b (dense)")
+    assert dense.accuracy == pytest.approx(0.525)
+    assert (pruned.label, pruned.method, pruned.pattern, pruned.sparsity) == ("pruned", "admm", "50 %", 0.5)
+    assert pruned.text("wikitext2")["kl"] == 0.25 and pruned.text("c4") == {}
+
+
+def test_records_of_one_checkpoint_are_merged() -> None:
+    run = run_record(evaluation={})
+    c4 = {"texts": {"c4": {"windows": [2, 8], "perplexity": 30.0}}, "tasks": {}, "seconds": {}}
+    both = {
+        "llama-7b": {"sparsity": 0.0, "run": None, "quality": c4},
+        "elsewhere/pruned": {"sparsity": 0.5, "run": run, "quality": quality(13.0, kl=0.2)},
+        "elsewhere/other": {"sparsity": 0.41, "run": None, "quality": quality(15.0)},
+    }
+    found = report.entries([run, evaluation_record(both), run_record(evaluation={"dense": quality(10.0)})])
+    assert [(entry.label, entry.dense) for entry in found] == [
+        ("llama-7b (dense)", True), ("pruned", False), ("other", False),
+    ]  # fmt: skip
+    assert found[0].quality["texts"].keys() == {"c4", "wikitext2"}
+    assert found[1].layers and found[1].text("wikitext2")["kl"] == 0.2
+    assert found[2].pattern == "41.0 %" and found[2].number == 1
+
+
+def test_checkpoints_of_one_name_are_told_apart() -> None:
+    records = [run_record("a/out", method="admm"), run_record("b/out", method="wanda")]
+    assert [entry.label for entry in report.entries(records)] == ["llama-7b (dense)", "a/out", "b/out"]
+
+
+def headings(page: str) -> list[str]:
+    return re.findall(r"<h[23]>(.*?)</h[23]>", page)
+
+
+def test_what_was_measured_is_in_the_page() -> None:
+    page = report.page([run_record()])
+    for text in ("13.00", "10.00", "0.2500", "50.00 %", "45.00", "Measured on 2 cores", "50.0000 %"):
+        assert text in page, text
+    assert "Time by phase" in headings(page) and "Sparsity against quality" not in headings(page)
+    page = report.page(several())
+    assert {"Sparsity against quality", "KL divergence on wikitext2 by sparsity"} <= set(headings(page))
+    assert "∞" in page
+
+
+def test_a_run_without_evaluation_has_a_report() -> None:
+    page = report.page([run_record(evaluation={})])
+    assert headings(page)[:2] == ["What was done", "Summary"] and "Relative error by layer" in headings(page)
+    assert "perplexity" not in page.partition("<h2>Details")[0].partition("</style>")[2]
+
+
+def test_the_page_is_self_contained_and_its_ids_are_unique() -> None:
+    page = report.page(several())
+    assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', page)
+    assert "@import" not in page and "<script" not in page
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids)) > 50
+    assert set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
+    assert page == report.page(several())
+
+
+def test_names_cannot_inject_markup() -> None:
+    record = run_record(out="<script>alert(1)</script>")
+    record["config"]["ckpt"] = "x/<b>bold</b>"
+    page = report.page([record])
+    assert "<script>" not in page and "<b>bold" not in page
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "has no jaxprune.json"),
+        ("{", "cannot read"),
+        ("[]", "no record of this version"),
+        ('{"kind": "run"}', "no record of this version"),
+        ('{"config": {}, "method": {}}', "no record of this version"),
+    ],
+)
+def test_a_folder_without_a_record_is_one_error(content: str | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "jaxprune.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        report.load(tmp_path)
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for number, record in enumerate(several()[:2]):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "jaxprune.json").write_text(json.dumps(record))
+    args = [str(tmp_path / "0"), str(tmp_path / "1"), "--out", str(tmp_path / "new" / "page.html")]
+    assert report.main(args) == 0
+    assert (tmp_path / "new/page.html").read_text().startswith("<!doctype html>")
+    assert report.main(args) == 1
+    assert "already exists" in capsys.readouterr().err
+    assert report.main([*args, "--overwrite"]) == 0
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "x.html")]) == 1
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, from the system."""
+    from playwright.sync_api import sync_playwright
+
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        if os.environ.get("CI"):
+            pytest.fail("CI must have a browser")
+        pytest.skip("no Chromium here: install the system's package")
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("records", [[run_record()], several()], ids=["run", "several"])
+def test_a_browser_shows_it(
+    records: list[dict[str, Any]], scheme: str, width: int, browser: Any, tmp_path: Path
+) -> None:
+    records = copy.deepcopy(records)
+    records[0]["config"]["ckpt"] = "someone/" + "a-very-long-name-" * 8
+    (tmp_path / "report.html").write_text(report.page(records))
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    messages: list[str] = []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("request", lambda request: messages.append(request.url) if not request.url.startswith("file:") else None)
+    page.goto((tmp_path / "report.html").as_uri())
+    assert [m for m in messages if not m.startswith("data:")] == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    sizes = page.evaluate("[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect().toJSON())")
+    assert len(sizes) >= 7
+    assert all(100 < size["height"] and 250 < size["width"] <= width for size in sizes)
+    shown = page.evaluate(
+        "[...document.querySelectorAll('body, figure, td, h1, figure svg path')].map(e => "
+        "[getComputedStyle(e).backgroundColor, getComputedStyle(e).color, getComputedStyle(e).fill])"
+    )
+    bright = [sum(map(int, re.findall(r"\d+", color)[:3])) > 382 for color in (shown[0][0], shown[0][1])]
+    assert bright == ([True, False] if scheme == "light" else [False, True])
+    first_column = page.evaluate("document.querySelector('tbody td').getBoundingClientRect().width")
+    assert first_column >= 100
+    page.close()

@@ -1,0 +1,183 @@
+"""A pruned checkpoint is proven from its tensors, and a broken one is found out."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from convert import create_checkpoint, open_checkpoint
+from jaxprune import NM, Unstructured, other_params, prune
+from jaxprune.config import parse
+from jaxprune.methods.magnitude import Magnitude
+from jaxprune.patterns import Pattern
+from jaxprune.record import Record
+from jaxprune.verify import Linear, expected, main, verify, zeros
+
+PATTERNS = {"2:4": NM(2, 4), "50 %": Unstructured(0.5), "60 % per output": Unstructured(0.6, per_output=True)}
+
+
+def make(out: Path, dense: Path, pattern: Pattern, *, record: bool = False) -> Path:
+    """Prunes by magnitude; with a record as a run leaves it."""
+    reader = open_checkpoint(dense)
+    tokens = np.random.default_rng(0).integers(0, 300, (2, 16)).astype(np.int32)
+    config, recipe = parse(["--ckpt", str(dense), "--out", str(out), "--eval", "none", "--method", "magnitude"])
+    account = Record(config, recipe.__class__(recipe.method, pattern, None, "x"), tokens)
+    with create_checkpoint(out, reader.spec, reader.assets) as writer:
+        for layer in prune(reader, tokens, Magnitude(), pattern):
+            writer.write(layer.params)
+            account.add(layer)
+        for paths in other_params(reader.spec):
+            writer.write(reader.read(paths))
+        if record:
+            account.save(writer.folder)
+    return out
+
+
+@pytest.fixture(scope="module")
+def pruned(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pruned")
+    return {name: make(folder / str(n), checkpoint, p, record=True) for n, (name, p) in enumerate(PATTERNS.items())}
+
+
+def change(source: Path, target: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A copy of a checkpoint whose tensors were edited."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    edit(tensors)
+    save_file({k: t.contiguous() for k, t in tensors.items()}, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_what_was_pruned_is_verified(
+    name: str, pruned: dict[str, Path], checkpoint: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main([str(pruned[name]), "--against", str(checkpoint)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "verified:" in printed and "21 linears, " in printed
+    assert f"zeros, {name}" in printed and "9 other tensors compared with" in printed
+    assert ("2:4 along the inputs (columns of the stored [out, in])" in printed) == (name == "2:4")
+    record = json.loads((pruned[name] / "jaxprune.json").read_text())
+    pattern, counts = expected(record)
+    assert pattern == PATTERNS[name] and len(counts) == 21
+    verdict = verify(open_checkpoint(pruned[name]), pattern=pattern, counts=counts)
+    assert {which: linear.zeros for which, linear in verdict.linears.items()} == counts
+    assert {which: count for which, (count, _) in zeros(open_checkpoint(pruned[name])).items()} == counts
+
+
+def test_a_record_is_not_needed(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = make(tmp_path / "pruned", checkpoint, NM(2, 4))
+    assert not (folder / "jaxprune.json").exists()
+    assert main([str(folder), "--pattern", "2:4", "--all"]) == 0
+    assert capsys.readouterr().out.count("2:4 along inputs") == 21
+    assert main([str(folder), "--pattern", "1:4"]) == 1
+    assert main([str(folder), "--sparsity", "0.5"]) == 0
+    assert main([str(folder), "--sparsity", "0.6"]) == 1
+    assert "fewer than 60 %" in capsys.readouterr().out
+    assert main([str(checkpoint)]) == 0
+    assert main([str(checkpoint), "--pattern", "2:4"]) == 1
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+NORM = "model.layers.2.input_layernorm.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def resurrect(tensors: dict[str, torch.Tensor]) -> None:
+    row, column = torch.nonzero(tensors[UP] == 0)[5].tolist()
+    tensors[UP][row, column] = 0.25
+
+
+def transpose_groups(tensors: dict[str, torch.Tensor]) -> None:
+    """2:4 along the stored rows instead of the columns."""
+    kernel = torch.ones_like(tensors[UP])
+    kernel.view(-1, 4, kernel.shape[1])[:, :2] = 0
+    tensors[UP] = kernel
+
+
+def spoil(tensors: dict[str, torch.Tensor]) -> None:
+    """Makes one kept weight NaN, so that the pattern still holds."""
+    row, column = torch.nonzero(tensors[UP])[5].tolist()
+    tensors[UP][row, column] = float("nan")
+
+
+BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "a weight came back": (
+        resurrect,
+        "layers.1.mlp.up_proj.kernel is not 2:4 along its inputs: 1 groups keep more than 2, the first at inputs",
+    ),
+    "groups along the outputs": (transpose_groups, "it is 2:4 along the outputs instead, as if transposed"),
+    "a norm changed": (
+        lambda tensors: tensors[NORM].view(torch.int32)[3].add_(1),
+        "layers.2.input_layernorm.scale is not the dense checkpoint's, bit for bit",
+    ),
+    "nan": (
+        spoil,
+        "layers.1.mlp.up_proj.kernel holds 1 values that are NaN or infinite",
+    ),
+    "infinity": (
+        lambda tensors: tensors[EMBEDDING][7].fill_(float("inf")),
+        "embed_tokens.embedding holds 32 values that are NaN or infinite",
+    ),
+    "more zeros than were made": (
+        lambda tensors: tensors[UP][0].zero_(),
+        "zeros, not 768 as jaxprune.json says",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken_is_named(
+    name: str, pruned: dict[str, Path], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    edit, message = BROKEN[name]
+    folder = change(pruned["2:4"], tmp_path / "broken", edit)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert main([str(folder), "--against", str(checkpoint)]) == 1
+    printed = capsys.readouterr().out
+    assert message in printed and "not verified" in printed
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_outlier_is_found_without_a_record(
+    pruned: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = change(pruned["2:4"], tmp_path / "broken", resurrect)
+    (folder / "jaxprune.json").unlink()
+    assert main([str(folder)]) == 1
+    assert "layers.1.mlp.up_proj.kernel is not 2:4 along its inputs, as 20 others are" in capsys.readouterr().out
+
+
+def test_a_wrong_output_is_named(pruned: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = change(pruned["60 % per output"], tmp_path / "broken", lambda tensors: tensors[UP][7].fill_(1.0))
+    assert main([str(folder)]) == 1
+    assert "has fewer than 19 zeros in 1 outputs, the first of them 7" in capsys.readouterr().out
+
+
+def test_tensors_that_are_not_the_dense_ones(pruned: dict[str, Path], checkpoint: Path, tmp_path: Path) -> None:
+    half = change(checkpoint, tmp_path / "half", lambda t: t.update({NORM: t[NORM].half()}))
+    problems = verify(open_checkpoint(pruned["50 %"]), against=open_checkpoint(half)).problems
+    assert any(
+        "layers.2.input_layernorm.scale is float32[32], the dense checkpoint's float16[32]" in p for p in problems
+    )
+
+
+@pytest.mark.parametrize("missing", ["tokenizer.json", "config.json", "model.safetensors"])
+def test_what_cannot_be_read_is_one_error(
+    missing: str, pruned: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(pruned["50 %"], tmp_path / "broken")
+    for file in (tmp_path / "broken").glob(missing.replace("tokenizer.json", "tokenizer*")):
+        file.unlink()
+    assert main([str(tmp_path / "broken")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_n_of_m_is_found_on_both_axes(checkpoint: Path) -> None:
+    linears = verify(open_checkpoint(checkpoint)).linears
+    assert all(linear == Linear(linear.zeros, linear.size, ()) for linear in linears.values())
