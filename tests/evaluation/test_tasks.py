@@ -1,5 +1,6 @@
 """The paper's tasks on local rows: stock prompts and metrics, both backends, item for item."""
 
+import json
 from pathlib import Path
 
 import datasets
@@ -83,3 +84,13 @@ def test_what_cannot_be_loaded_is_one_error(tmp_path: Path, monkeypatch: pytest.
     (data / "rte.jsonl").write_text("not json\n")
     with pytest.raises(InputError, match="rows of task rte cannot be loaded"):
         Tasks(["rte"], data)
+
+
+def test_word_perplexity_is_hflms(checkpoint: Path, tmp_path: Path) -> None:
+    pages = [{"page": " = A cat = \n\n The cat sat on the mat .\n" * 40}, {"page": " = A dog = \n\n It ran .\n"}]
+    (tmp_path / "wikitext.jsonl").write_text("".join(json.dumps(page) + "\n" for page in pages))
+    tasks, reader = Tasks(["wikitext"], tmp_path), open_checkpoint(checkpoint)
+    ours, theirs = (summarize(tasks.run(m)) for m in (StreamedLM(reader), hflm(reader, np.dtype("float32"))))
+    assert {"word_perplexity", "byte_perplexity", "bits_per_byte"} <= ours["wikitext"].keys()
+    for metric, value in theirs["wikitext"].items():
+        assert ours["wikitext"][metric] == pytest.approx(value, rel=1e-3)
