@@ -72,6 +72,25 @@ def staged_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         staged.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, or replaces one at once.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    staged = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_text(text, encoding="utf-8")
+        staged.replace(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror}; free some space, or choose another path"
+        ) from error
+    finally:
+        staged.unlink(missing_ok=True)
+
+
 def replace(staged: Path, path: Path) -> None:
     """Moves a finished folder to its place; what was there goes only once the new folder stands."""
     if not path.exists():

@@ -55,6 +55,7 @@ def evaluate(config: Config, names: Sequence[str]) -> dict[str, Quality]:
     for name, reader in readers.items():
         console.print(f"opening {name}")
         model_for(reader)
+    runs = {name: report.load(Path(name)) if (Path(name) / RECORD).exists() else None for name in names}
     evaluator = Evaluator(config, readers[names[0]])
     out.mkdir(parents=True, exist_ok=True)
     sparsity = {name: _share(zeros(reader).values()) for name, reader in readers.items()}
@@ -68,10 +69,9 @@ def evaluate(config: Config, names: Sequence[str]) -> dict[str, Quality]:
     qualities = {}
     for name, quality in evaluator.measure(readers, config.against):
         qualities[name] = quality
-        run = Path(name) / RECORD
         record["checkpoints"][name] = {
             "sparsity": sparsity[name],
-            "run": report.load(run) if run.exists() else None,
+            "run": runs[name],
             "quality": quality.as_json(),
         }
         write_record(out, record, {_file_name(name): quality})

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from convert.staging import write_text
 from jaxprune import report
 from jaxprune.config import Config
 from jaxprune.evaluation.quality import Quality, table
@@ -173,13 +174,6 @@ def write_record(folder: Path, record: Mapping[str, Any], qualities: Mapping[str
         if quality.lm_eval:
             write_text(folder / f"lm-eval-{name.replace('/', '-')}.json", without_samples(quality.lm_eval))
     write_text(folder / REPORT, report.page([record]))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file at once."""
-    staged = path.with_name(f".{path.name}.partial")
-    staged.write_text(text, encoding="utf-8")
-    staged.replace(path)
 
 
 def environment() -> dict[str, Any]:

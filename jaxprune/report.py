@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 
-from convert.staging import check_free
+from convert.staging import check_free, write_text
 from jaxprune import figures
 from jaxprune.console import console, run_main
 from jaxprune.errors import InputError
@@ -240,7 +240,7 @@ def load(folder: Path) -> dict[str, Any]:
         raise InputError(f"cannot read {path}: {error}") from error
     kinds = {"run": {"config", "method", "layers", "evaluation"}, "evaluation": {"config", "checkpoints", "against"}}
     if not isinstance(record, dict) or not kinds.get(record.get("kind", ""), {"kind"}) <= record.keys():
-        raise InputError(f"{path} is no record of this version of jaxprune: run or evaluate again")
+        raise InputError(f"{path} is no record of this version of jaxprune: make it again, or move it away")
     return record
 
 
@@ -261,8 +261,7 @@ def _main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     out = check_free(args.out, overwrite=args.overwrite, folder=False)
     html = page([load(folder) for folder in args.folders])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(html, encoding="utf-8")
+    write_text(out, html)
     console.print(os.path.relpath(out))
 
 

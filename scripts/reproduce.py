@@ -29,7 +29,7 @@ from tables import write
 
 from convert import CheckpointError, Reader, create_checkpoint, open_checkpoint
 from convert.assets import load_tokenizer
-from convert.staging import staged_file
+from convert.staging import staged_file, write_text
 from jaxprune import InputError, calibration, problems, prune, report
 from jaxprune import recipe as recipes
 from jaxprune.config import Config
@@ -314,7 +314,7 @@ def run(name: str, experiment: Experiment, bench: Bench) -> None:
         print(file)
     if records := [result["record"] for _, result in results if "record" in result]:
         page = bench.out / f"{name}.html"
-        page.write_text(report.page(records), encoding="utf-8")
+        write_text(page, report.page(records))
         print(page)
 
 

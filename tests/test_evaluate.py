@@ -117,6 +117,21 @@ def test_a_run_ends_with_an_evaluation(checkpoint: Path, text: Path, data: Path,
     assert "What was done" in page and "Zero-shot accuracy" in page
 
 
+def test_several_texts_have_rows_of_their_own(
+    checkpoint: Path, pruned: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    other = tmp_path / "other.jsonl"
+    tiny.write_text(other, documents=30, seed=9)
+    flags = ["--eval", "ppl", "--eval-text", f"{text},{other}", "--eval-seqlen", 32, "--eval-windows", 3]
+    flags += ["--against", checkpoint, "--out", tmp_path / "out"]
+    assert main([str(pruned), *map(str, flags)]) == 0
+    printed = "".join(capsys.readouterr().out.split())
+    record = json.loads((tmp_path / "out/jaxprune.json").read_text())
+    for found in record["checkpoints"][str(pruned)]["quality"]["texts"].values():
+        assert f"{found['kl']:.4f}nats" in printed
+    assert (tmp_path / "out/report.html").read_text().count("<h3>KL divergence from the dense model") == 2
+
+
 def test_defaults() -> None:
     config, names = parse(["a", "b"])
     assert names == ["a", "b"]

@@ -41,7 +41,7 @@ def test_it_prints_a_line_a_layer_and_a_table(finished: tuple[Path, str]) -> Non
         assert all(word in line for word in ("error %", "gate", "down", "sparsity 50.00 %", "gram", "solve"))
     rows = (
         "perplexity of",
-        "over the dense model's",
+        "perplexity over the dense model's",
         "KL divergence from the dense model",
         "same most probable token",
         "sparsity of the linears",

@@ -61,9 +61,9 @@ class Quality:
             windows, length = self.windows[name]
             rows[f"perplexity of {name} ({windows} x {length} tokens)"] = f"{text.perplexity:.7g}"
             if text.kl is not None and text.ratio is not None and text.top1 is not None:
-                rows["  over the dense model's"] = f"{text.ratio:.4f}"
-                rows["  KL divergence from the dense model"] = f"{text.kl:.4f} nats"
-                rows["  same most probable token"] = f"{100 * text.top1:.2f} %"
+                rows[f"{name}: perplexity over the dense model's"] = f"{text.ratio:.4f}"
+                rows[f"{name}: KL divergence from the dense model"] = f"{text.kl:.4f} nats"
+                rows[f"{name}: same most probable token"] = f"{100 * text.top1:.2f} %"
         for task, metrics in self.tasks.items():
             for metric, value in metrics.items():
                 if "_stderr" not in metric:
