@@ -239,8 +239,8 @@ def quality_by_sparsity(
     def plot(axis: Axes) -> None:
         for number, method in enumerate(dict.fromkeys(entry.method for entry, _ in pruned)):
             own = [(e.sparsity, value, e) for e, value in pruned if e.method == method and e.sparsity is not None]
-            points = sorted((100 * sparsity, value) for sparsity, value, e in own if ":" not in e.pattern)
-            grouped = sorted((100 * sparsity, value) for sparsity, value, e in own if ":" in e.pattern)
+            points = sorted((100 * sparsity, value) for sparsity, value, e in own if not _is_grouped(e))
+            grouped = sorted((100 * sparsity, value) for sparsity, value, e in own if _is_grouped(e))
             axis.plot(*zip(*points, strict=True) if points else ([], []), label=method, **_style(number))
             if grouped:
                 style = _style(number) | {"ls": "", "mfc": "none", "ms": 6}
@@ -255,6 +255,10 @@ def quality_by_sparsity(
         axis.set_ylabel(label)
 
     return draw(title, 3.4, plot)
+
+
+def _is_grouped(entry: "Entry") -> bool:
+    return re.fullmatch(r"\d+:\d+", entry.pattern) is not None
 
 
 def _rows(axis: Axes, entries: Sequence["Entry"]) -> None:

@@ -18,6 +18,7 @@ from convert.staging import check_free, write_text
 from jaxprune import figures
 from jaxprune.console import console, run_main
 from jaxprune.errors import InputError
+from jaxprune.evaluation.tasks import mean_accuracy
 
 RECORD, REPORT = "jaxprune.json", "report.html"
 
@@ -89,6 +90,7 @@ def entries(records: Sequence[Mapping[str, Any]]) -> list[Entry]:
                 quality = {**before.quality, **entry.quality}
                 for part in ("texts", "tasks"):
                     quality[part] = {**before.quality.get(part, {}), **entry.quality.get(part, {})}
+                quality["mean_accuracy"] = mean_accuracy(quality["tasks"])
                 main = before if before.run or not entry.run else entry
                 found[entry.key] = dataclasses.replace(main, quality=quality, dense=before.dense or entry.dense)
     ordered = sorted(found.values(), key=lambda entry: not entry.dense)

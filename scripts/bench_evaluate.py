@@ -6,6 +6,7 @@ python scripts/bench_evaluate.py --ckpt smollm2-135m --limit 100
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,24 @@ import numpy as np
 from convert import CheckpointError, open_checkpoint
 from jaxprune import InputError
 from jaxprune.evaluation.lm import StreamedLM
+from jaxprune.evaluation.packing import Request, group, pack
 from jaxprune.evaluation.tasks import ZERO_SHOT, Tasks, summarize
 from jaxprune.evaluation.torch_lm import hflm
+from jaxprune.hidden import tokens_per_batch
 from jaxprune.models import model_for
 from jaxprune.record import hardware
+
+
+class Counting(StreamedLM):
+    """Counts the tokens that go through the model, and those of one row a request."""
+
+    tokens, alone = 0, 0
+
+    def _score(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+        self.alone = sum(len(context) + len(continuation) - 1 for context, continuation in requests)
+        packed = pack(requests, group(requests, self.max_length), self.max_length, tokens_per_batch())
+        self.tokens = sum(windows.tokens.size for windows in packed)
+        return super()._score(requests)
 
 
 def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[int, int, float]:
@@ -42,14 +57,15 @@ def main() -> None:
     args = parser.parse_args()
     reader = open_checkpoint(args.ckpt)
     models = {
-        "jax": StreamedLM(reader),
+        "jax": Counting(reader),
         "torch": hflm(reader, np.dtype(model_for(reader).config.dtype)),
     }
     print(f"{args.ckpt}, the first {args.limit} rows of each task, {hardware()}\n")
-    print("| task | items | acc, jax | acc, torch | items that differ | largest difference, nats | jax, s | torch, s "
-          "| torch / jax |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|")
-    totals = np.zeros(4)
+    header = "task", "items", "acc, jax", "acc, torch", "items that differ", "largest difference, nats"
+    header += "tokens, one row a request", "tokens, packed", "jax, s", "torch, s", "torch / jax"
+    _row(*header)
+    _row(*["---"] * len(header))
+    totals = np.zeros(6)
     for name in args.tasks.split(","):
         tasks = Tasks([name], args.tasks_data, args.limit)
         results, seconds = {}, {}
@@ -58,13 +74,20 @@ def main() -> None:
             results[backend] = tasks.run(model)
             seconds[backend] = time.perf_counter() - start
         items, different, largest = compare(results["jax"], results["torch"])
+        counts = models["jax"].alone, models["jax"].tokens
+        totals += items, different, *counts, *seconds.values()
         accuracies = [f"{summarize(results[backend])[name]['acc']:.4f}" for backend in models]
-        totals += items, different, seconds["jax"], seconds["torch"]
-        print(f"| {name} | {items} | {' | '.join(accuracies)} | {different} | {largest:.1e} | {seconds['jax']:.1f} | "
-              f"{seconds['torch']:.1f} | {seconds['torch'] / seconds['jax']:.2f} |", flush=True)  # fmt: skip
-    items, different, jax_seconds, torch_seconds = totals
-    print(f"| all | {items:.0f} | | | {different:.0f} | | {jax_seconds:.1f} | {torch_seconds:.1f} | "
-          f"{torch_seconds / jax_seconds:.2f} |")  # fmt: skip
+        _row(name, items, *accuracies, different, f"{largest:.1e}", *counts, *_times(*seconds.values()))
+    items, different, alone, tokens, *both = totals
+    _row("all", int(items), "", "", int(different), "", int(alone), int(tokens), *_times(*both))
+
+
+def _times(ours: float, theirs: float) -> tuple[str, str, str]:
+    return f"{ours:.1f}", f"{theirs:.1f}", f"{theirs / ours:.2f}"
+
+
+def _row(*cells: object) -> None:
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,20 @@ def test_records_of_one_checkpoint_are_merged() -> None:
     assert found[2].pattern == "41.0 %" and found[2].number == 1
 
 
+def test_the_mean_is_that_of_the_merged_tasks() -> None:
+    rte = {
+        "texts": {},
+        "tasks": {"rte": {"acc": 0.9, "acc_stderr": 0.03}},
+        "mean_accuracy": {"acc": 0.9},
+        "seconds": {},
+    }
+    (dense,) = report.entries([
+        evaluation_record({"llama-7b": {"sparsity": 0.0, "run": None, "quality": one}})
+        for one in (quality(10.0, acc=0.6), rte)
+    ])  # fmt: skip
+    assert dense.accuracy == pytest.approx((0.6 + 0.3 + 0.9) / 3)
+
+
 def test_checkpoints_of_one_name_are_told_apart() -> None:
     records = [run_record("a/out", method="admm"), run_record("b/out", method="wanda")]
     assert [entry.label for entry in report.entries(records)] == ["llama-7b (dense)", "a/out", "b/out"]
