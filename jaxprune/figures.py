@@ -4,6 +4,7 @@ import io
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
@@ -176,12 +177,14 @@ def time_by_phase(entries: Sequence["Entry"]) -> Figure:
 
 def perplexities(entries: Sequence["Entry"], text: str) -> Figure:
     values = [entry.text(text).get("perplexity") for entry in entries]
-    return _measured(entries, values, f"Perplexity of {text}", "perplexity (lower is better)", log=True)
+    return _measured(entries, values, f"Perplexity of {short(text)}", "perplexity (lower is better)", log=True)
 
 
 def divergences(entries: Sequence["Entry"], text: str) -> Figure:
     values = [entry.text(text).get("kl") for entry in entries]
-    return _measured(entries, values, f"KL divergence from the dense model, {text}", "nats a token (lower is better)")
+    return _measured(
+        entries, values, f"KL divergence from the dense model, {short(text)}", "nats a token (lower is better)"
+    )
 
 
 def _measured(
@@ -231,9 +234,9 @@ def accuracies(entries: Sequence["Entry"]) -> Figure:
 def quality_by_sparsity(
     entries: Sequence["Entry"], title: str, label: str, value_of: Callable[["Entry"], float | None], *, log: bool
 ) -> Figure | None:
-    """A line a method over the sparsities; None where fewer than two pruned checkpoints were measured."""
+    """A line a method over the sparsities; None where there is one sparsity only."""
     pruned = [(entry, value) for entry in entries if not entry.dense and (value := value_of(entry)) is not None]
-    if len([entry for entry, _ in pruned if entry.sparsity is not None]) < 2:
+    if len({(round(e.sparsity, 3), _is_grouped(e)) for e, _ in pruned if e.sparsity is not None}) < 2:
         return None
 
     def plot(axis: Axes) -> None:
@@ -305,6 +308,11 @@ def _layer_numbers(layers: Sequence[Mapping[str, Any]]) -> list[int]:
 
 def _short(linear: str) -> str:
     return linear.rpartition(".")[2].removesuffix("_proj")
+
+
+def short(text: str) -> str:
+    """A text's name; of a file the last two parts of its path."""
+    return "/".join(Path(text).with_suffix("").parts[-2:])
 
 
 def number(value: float | None) -> str:

@@ -125,6 +125,7 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
         tasks=list(dict.fromkeys(task for entry in everything for task in entry.tasks)),
         figures=_figures(everything, texts),
         number=figures.number,
+        short=figures.short,
         details=[(_source(record), json.dumps(_without_layers(record), indent=1)) for record in records],
         hardware=sorted({record["hardware"] for record in records}),
     )
@@ -141,10 +142,10 @@ def _figures(everything: Sequence[Entry], texts: Sequence[str]) -> list[tuple[st
     for text in texts:
         measured = [entry for entry in everything if entry.text(text)]
         quality.append(figures.perplexities(measured, text))
-        by_sparsity(f"Perplexity of {text}", "perplexity", _value_of(text, "perplexity"))
+        by_sparsity(f"Perplexity of {figures.short(text)}", "perplexity", _value_of(text, "perplexity"))
         if compared := [entry for entry in measured if entry.text(text).get("kl") is not None]:
             quality.append(figures.divergences(compared, text))
-            by_sparsity(f"KL divergence on {text}", "nats a token", _value_of(text, "kl"))
+            by_sparsity(f"KL divergence on {figures.short(text)}", "nats a token", _value_of(text, "kl"))
     if tested := [entry for entry in everything if entry.accuracy is not None]:
         quality.append(figures.accuracies(tested))
         by_sparsity("Mean accuracy", "mean accuracy (acc)", lambda entry: entry.accuracy, log=False)

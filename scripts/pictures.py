@@ -44,10 +44,12 @@ def draw(experiment: Experiment, ckpt: str, results: Results, setting: str, stem
     return paths
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Sequence[Axes]]:
-    """A figure with room for the title above and the setting below."""
+def _figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, below: float = 0.45
+) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with room for the title above and the setting below, in inches."""
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.45 / height, 1, 1 - 0.5 / height))
+    figure.get_layout_engine().set(rect=(0, below / height, 1, 1 - (below + 0.05) / height))
     return figure, axes.ravel()
 
 
@@ -226,7 +228,7 @@ def _accuracies(experiment: Experiment, results: Results) -> tuple[Figure, str]:
     """Accuracies by task with standard errors; one panel a pattern."""
     tasks = [*results[0][1]["quality"]["tasks"], "mean"]
     patterns = list(dict.fromkeys(cell.pattern for cell, _ in results if cell.pattern))
-    figure, axes = _figure(max(9.5, 4.2 * len(patterns)), 5.4, 1, len(patterns))
+    figure, axes = _figure(max(9.5, 4.2 * len(patterns)), 5.6, 1, len(patterns), below=0.62)
     colors = {"dense": "#888888", "Wanda": "#c08a00", "SparseGPT": "#26418f", "ADMM-Grad": "#d1495b"}
     for axis, pattern in zip(axes, patterns, strict=True):
         shown = [(cell.row, result) for cell, result in results if cell.pattern in ("", pattern)]

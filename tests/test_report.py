@@ -135,6 +135,20 @@ def test_what_was_measured_is_in_the_page() -> None:
     assert "∞" in page
 
 
+def test_one_sparsity_makes_no_curve() -> None:
+    records = [run_record("a/admm"), run_record("a/wanda", method="wanda")]
+    assert "Sparsity against quality" not in headings(report.page(records))
+
+
+def test_files_are_named_by_the_end_of_their_path() -> None:
+    record = run_record()
+    for measured in record["evaluation"].values():
+        measured["texts"] = {"/home/someone/data/wiki/validation.jsonl": measured["texts"]["wikitext2"]}
+    page = report.page([record])
+    assert "Perplexity of wiki/validation" in headings(page)
+    assert "/home/someone" not in page.partition("<h2>Details")[0]
+
+
 def test_a_run_without_evaluation_has_a_report() -> None:
     page = report.page([run_record(evaluation={})])
     assert headings(page)[:2] == ["What was done", "Summary"] and "Relative error by layer" in headings(page)
