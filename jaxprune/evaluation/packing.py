@@ -114,7 +114,7 @@ def pack(requests: Sequence[Request], groups: Sequence[Group], longest: int, tok
         requests: all requests, by number.
         groups: to be laid down.
         longest: tokens of the longest window.
-        tokens_per_batch: windows come in whole batches; empty ones fill the last.
+        tokens_per_batch: windows come in batches of one size, of at most so many tokens; empty ones fill the last.
 
     Returns:
         One `Packed` a length of window, the shortest first.
@@ -143,9 +143,9 @@ def pack(requests: Sequence[Request], groups: Sequence[Group], longest: int, tok
 
 
 def _fill(requests: Sequence[Request], windows: Sequence[Sequence[Group]], length: int, batch: int) -> Packed:
-    # Few distinct shapes, so few compilations: a power of two, or whole batches.
-    count = min(batch, 1 << (len(windows) - 1).bit_length())
-    count = -(-len(windows) // count) * count
+    # Few empty windows and few distinct shapes: batches of one size, which is a multiple of an eighth of the largest.
+    step, batches = max(1, batch // 8), -(-len(windows) // batch)
+    count = batches * -(-len(windows) // (batches * step)) * step
     tokens = np.zeros((count, length), np.int32)
     layout = Layout(np.zeros_like(tokens), np.full_like(tokens, -1), np.zeros_like(tokens))
     places: list[tuple[int, int, int, int]] = []

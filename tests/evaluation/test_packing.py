@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from jaxprune import hidden
 from jaxprune.evaluation.packing import Packed, Request, group, loads, pack
+from jaxprune.hidden import batch_size
 
 
 def requests(count: int, seed: int, longest: int) -> list[Request]:
@@ -33,6 +35,21 @@ def read_back(packed: list[Packed], count: int) -> dict[int, list[tuple[list[int
     return found
 
 
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(hidden.TOKENS_PER_BATCH, "cpu", 1024)
+
+
+@pytest.mark.parametrize("windows", [1, 3, 16, 17, 33, 100, 250])
+def test_few_windows_are_empty_and_few_shapes_are_made(windows: int) -> None:
+    asked = [Request((number,) * 256, (1,)) for number in range(windows)]
+    (packed,) = pack(asked, group(asked, 256), 256, tokens_per_batch=16 * 256)
+    rows = len(packed.tokens)
+    batches = -(-windows // 16)
+    assert windows <= rows < windows + 2 * batches
+    assert rows % batches == 0 and (rows // batches) % 2 == 0 and rows // batches <= 16
+
+
 @pytest.mark.parametrize(("count", "longest"), [(1, 5), (40, 30), (60, 300), (30, 700), (25, 9)])
 def test_every_token_sees_its_own_text(count: int, longest: int) -> None:
     asked = requests(count, seed=count, longest=longest)
@@ -46,7 +63,8 @@ def test_every_token_sees_its_own_text(count: int, longest: int) -> None:
     for windows in packed:
         rows, length = windows.tokens.shape
         assert length <= longest
-        assert rows & (rows - 1) == 0 or rows % max(1, 1024 // length) == 0
+        most = max(1, 1024 // length)
+        assert batch_size(rows, length) in range(max(1, most // 8), most + 1)
 
 
 def test_a_context_is_laid_down_once() -> None:
