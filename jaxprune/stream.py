@@ -113,12 +113,22 @@ def next_tokens(model: Model, params: Mapping[str, Array], states: Shaped[np.nda
     return ids
 
 
-def in_chunks(step: Callable[..., Sequence[Array]], *arrays: Shaped[np.ndarray, "n *_"]) -> list[np.ndarray]:
-    """Applies a function of rows to chunks of one size, the last one padded, so that it compiles once."""
+def in_chunks(
+    step: Callable[..., Sequence[Array]], *arrays: Shaped[np.ndarray, "n *_"], models: int = 1
+) -> list[np.ndarray]:
+    """Applies a function of rows to chunks of one size, the last one padded, so that it compiles once.
+
+    Args:
+        step: arrays of rows -> arrays of as many rows.
+        arrays: of as many rows.
+        models: whose logits `step` holds at a time; the more, the smaller the chunks.
+    """
     count = len(arrays[0])
-    size = min(CHUNK, count)
-    results = []
+    size = min(max(1, CHUNK // models), count)
+    results: list[Sequence[Array]] = []
     for start in range(0, count, size):
+        if len(results) > 1:
+            jax.block_until_ready(results[-2])  # else the logits of many chunks could be on the device at once
         parts = [array[start : start + size] for array in arrays]
         padding = size - len(parts[0])
         if padding:
