@@ -1,19 +1,29 @@
-"""lm-eval's own command line, with jaxprune's model: `python -m jaxprune.lm_eval run --model jaxprune ...`.
+"""lm-eval's own command line, with jaxprune's model.
 
 python -m jaxprune.lm_eval run --model jaxprune --model_args pretrained=DIR --tasks boolq,rte
 """
 
 import sys
-
-from lm_eval.__main__ import cli_evaluate
+from collections.abc import Sequence
 
 from jaxprune.console import run_main
-from jaxprune.evaluation import lm  # noqa: F401  registers the model
+from jaxprune.evaluation.tasks import not_installed
 
 
 def main() -> int:
     """Runs lm-eval's command line; returns the exit status."""
-    return run_main(lambda argv: cli_evaluate(), None)
+    return run_main(_main, None)
+
+
+def _main(argv: Sequence[str]) -> None:
+    del argv  # lm-eval reads the command line itself
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        from jaxprune.evaluation import lm  # noqa: F401  registers the model
+    except ImportError as error:
+        raise not_installed(error) from error
+    cli_evaluate()
 
 
 if __name__ == "__main__":

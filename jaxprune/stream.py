@@ -46,7 +46,9 @@ def require_tokens(model: Model, tokens: Int[np.ndarray, "w t"]) -> None:
         )
     length = tokens.shape[1]
     if config.max_positions is not None and length > config.max_positions:
-        raise InputError(f"windows of {length} tokens are longer than the model's {config.max_positions} positions")
+        raise InputError(
+            f"windows of {length} tokens are longer than the model's {config.max_positions} positions: take shorter ones"
+        )
 
 
 def embed(model: Model, reader: Reader, tokens: Int[np.ndarray, "w t"]) -> HiddenStates:

@@ -116,13 +116,18 @@ def without_samples(results: Mapping[str, Any]) -> str:
     return json.dumps(kept, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n"
 
 
+def not_installed(error: ImportError) -> InputError:
+    """What to tell a user who lacks lm-eval."""
+    return InputError(f"zero-shot tasks need lm-eval ({error}): pip install 'jaxprune[eval]'")
+
+
 @functools.cache
 def _task_manager() -> Any:
     """lm-eval's index of its tasks, which takes seconds to make."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise InputError(f"zero-shot tasks need lm-eval ({error}): pip install 'jaxprune[eval]'") from error
+        raise not_installed(error) from error
     return TaskManager()
 
 

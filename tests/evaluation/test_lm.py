@@ -162,6 +162,21 @@ def test_the_jax_backend_needs_no_torch(checkpoint: Path, tmp_path: Path) -> Non
     assert done.returncode == 1 and "pip install 'jaxprune[torch]'" in done.stderr
 
 
+WITHOUT_LM_EVAL = """
+import sys
+sys.modules["lm_eval"] = None
+from jaxprune.lm_eval import main
+sys.exit(main())
+"""
+
+
+def test_lm_eval_is_asked_for_where_it_is_missing() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_LM_EVAL, "run"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: zero-shot tasks need lm-eval")
+    assert "pip install 'jaxprune[eval]'" in done.stderr
+
+
 def test_lm_evals_own_command_line_knows_the_model(checkpoint: Path, tmp_path: Path) -> None:
     data = rows.write(tmp_path / "rows")
     task = tmp_path / "task"
