@@ -47,7 +47,7 @@ def require_tokens(model: Model, tokens: Int[np.ndarray, "w t"]) -> None:
     length = tokens.shape[1]
     if config.max_positions is not None and length > config.max_positions:
         raise InputError(
-            f"windows of {length} tokens are longer than the model's {config.max_positions} positions: take shorter ones"
+            f"windows of {length} tokens are longer than the model's {config.max_positions} positions; shorten them"
         )
 
 
