@@ -47,6 +47,8 @@ def evaluate(config: Config, names: Sequence[str]) -> dict[str, Quality]:
         InputError, CheckpointError: something cannot be used.
     """
     out = check_free(config.out, overwrite=config.overwrite)
+    if report.run_of(out):
+        raise InputError(f"{out} is a run's folder, whose record would be replaced: choose another --out")
     names = list(dict.fromkeys([*([config.against] if config.against else []), *names]))
     if len(short := {_file_name(name) for name in names}) < len(names):
         raise InputError(f"checkpoints of the same name cannot be told apart: {', '.join(sorted(short))}")
@@ -55,7 +57,7 @@ def evaluate(config: Config, names: Sequence[str]) -> dict[str, Quality]:
     for name, reader in readers.items():
         console.print(f"opening {name}")
         model_for(reader)
-    runs = {name: report.load(Path(name)) if (Path(name) / RECORD).exists() else None for name in names}
+    runs = {name: report.run_of(Path(name)) for name in names}
     evaluator = Evaluator(config, readers[names[0]])
     out.mkdir(parents=True, exist_ok=True)
     sparsity = {name: _share(zeros(reader).values()) for name, reader in readers.items()}

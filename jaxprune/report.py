@@ -247,6 +247,18 @@ def load(folder: Path) -> dict[str, Any]:
     return record
 
 
+def run_of(folder: Path) -> dict[str, Any] | None:
+    """The record of the run that made a checkpoint's folder; None where there is none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if not (folder / RECORD).exists():
+        return None
+    record = load(folder)
+    return record if record["kind"] == "run" else None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit status."""
     return run_main(_main, argv)

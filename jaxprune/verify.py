@@ -246,11 +246,11 @@ def _main(argv: Sequence[str]) -> int:
     parser.add_argument("checkpoint", metavar="DIR", help="a folder, a .gguf file, a known name, or owner/name")
     add_fields(parser, Options)
     given = vars(parser.parse_args(argv))
-    options, folder = make(Options, given), Path(given["checkpoint"])
+    options = make(Options, given)
     pattern: Pattern | None = None
     counts: dict[tuple[int, str], int] = {}
-    if (folder / RECORD).exists():
-        pattern, counts = expected(report.load(folder / RECORD))
+    if run := report.run_of(Path(given["checkpoint"])):
+        pattern, counts = expected(run)
     if options.pattern is not None or options.sparsity is not None:
         pattern = patterns.parse(options.pattern or "unstructured", options.sparsity)
     reader = open_checkpoint(given["checkpoint"])

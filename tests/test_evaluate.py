@@ -132,6 +132,14 @@ def test_several_texts_have_rows_of_their_own(
     assert (tmp_path / "out/report.html").read_text().count("<h3>KL divergence from the dense model") == 2
 
 
+def test_a_runs_record_is_not_replaced(pruned: Path, text: Path, capsys: pytest.CaptureFixture) -> None:
+    before = (pruned / "jaxprune.json").read_bytes()
+    flags = ["--eval", "ppl", "--eval-text", text, "--eval-seqlen", 32, "--out", pruned, "--overwrite"]
+    assert main([str(pruned), *map(str, flags)]) == 1
+    assert "choose another --out" in capsys.readouterr().err
+    assert (pruned / "jaxprune.json").read_bytes() == before
+
+
 def test_defaults() -> None:
     config, names = parse(["a", "b"])
     assert names == ["a", "b"]

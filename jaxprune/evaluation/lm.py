@@ -4,7 +4,7 @@ All requests go through the model together, layer by layer, their hidden states 
 once however many requests there are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,34 +170,32 @@ class StreamedLM(TemplateLM):
     def _score(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether it is what greedy generation gives."""
         totals, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
-        for load in loads(group(requests, self.max_length), self._most_tokens):
-            packed = pack(requests, load, self.max_length, tokens_per_batch())
-            head, states = self._stream(packed)
-            for windows, last in zip(packed, states, strict=True):
-                scores = score_tokens(self._model, head, last, windows.targets)
-                np.add.at(totals, windows.request, scores.log_prob.astype(np.float64))
-                np.logical_and.at(greedy, windows.request, scores.greedy)
+        for windows, head, states in self._predictions(requests):
+            scores = score_tokens(self._model, head, states, windows.targets)
+            np.add.at(totals, windows.request, scores.log_prob.astype(np.float64))
+            np.logical_and.at(greedy, windows.request, scores.greedy)
         return list(zip(totals.tolist(), greedy.tolist(), strict=True))
 
     def _continue(self, texts: Sequence[Sequence[int]]) -> list[int]:
         """The most probable next token of each text."""
-        requests = [Request(text, [0]) for text in texts]
         found = np.zeros(len(texts), np.int64)
-        for load in loads(group(requests, self.max_length), self._most_tokens):
-            packed = pack(requests, load, self.max_length, tokens_per_batch())
-            head, states = self._stream(packed)
-            for windows, last in zip(packed, states, strict=True):
-                found[windows.request] = next_tokens(self._model, head, last)
+        for windows, head, states in self._predictions([Request(text, [0]) for text in texts]):
+            found[windows.request] = next_tokens(self._model, head, states)
         return found.tolist()
 
-    def _stream(self, packed: Sequence[Packed]) -> tuple[Mapping[str, Array], list[Float[np.ndarray, "_ d"]]]:
-        """The head's params on the device, and the last layer's output where tokens are predicted."""
+    def _predictions(
+        self, requests: Sequence[Request]
+    ) -> Iterator[tuple[Packed, Mapping[str, Array], Float[np.ndarray, "_ d"]]]:
+        """Windows, the head's params on the device, and the last layer's output where tokens are predicted."""
         model, reader = self._model, self._reader
-        states = [embed(model, reader, windows.tokens) for windows in packed]
-        layers = self._track(((params,) for params in read_layers(model, reader)), model.config.num_layers)
-        for (params,) in layers:
-            own = jax.device_put(params)
+        for load in loads(group(requests, self.max_length), self._most_tokens):
+            packed = pack(requests, load, self.max_length, tokens_per_batch())
+            states = [embed(model, reader, windows.tokens) for windows in packed]
+            layers = self._track(((params,) for params in read_layers(model, reader)), model.config.num_layers)
+            for (params,) in layers:
+                own = jax.device_put(params)
+                for windows, hidden in zip(packed, states, strict=True):
+                    forward(model, own, hidden, windows.layout)
+            head = jax.device_put(reader.read(model.head.spec))
             for windows, hidden in zip(packed, states, strict=True):
-                forward(model, own, hidden, windows.layout)
-        head = jax.device_put(reader.read(model.head.spec))
-        return head, [h.array[w.rows, w.columns] for w, h in zip(packed, states, strict=True)]
+                yield windows, head, hidden.array[windows.rows, windows.columns]
