@@ -252,7 +252,6 @@ def quality_by_sparsity(
             if entry.dense and (value := value_of(entry)) is not None:
                 axis.axhline(value, color=DENSE, ls="--", lw=1, label="dense")
         if log:
-            axis.set_yscale("log")
             _logarithmic(axis.yaxis)
         axis.set_xlabel("zeros in the linears, %")
         axis.set_ylabel(label)

@@ -44,12 +44,12 @@ def run(config: Config, recipe: Recipe) -> Record:
     choose_device(config.device)
     console.print(f"opening {config.ckpt}")
     reader = open_checkpoint(config.ckpt)
-    dtype = None if config.dtype == "auto" else np.dtype(config.dtype)
+    dtype = config.computation_dtype
     model = model_for(reader, dtype)
     pattern = recipe.patterns()
     what = ", ".join(filter(None, [f"{config.calib} to calibrate", config.eval_text, config.tasks]))
     console.print(f"preparing text: {what}")
-    tokens = _calibration(config, reader)
+    tokens = calibration_windows(config, reader)
     evaluator = Evaluator(config, reader)
     record = Record(config, recipe, tokens)
     layers = prune(reader, tokens, recipe.method, pattern, dtype=dtype)
@@ -87,8 +87,8 @@ def run(config: Config, recipe: Recipe) -> Record:
     return record
 
 
-def _calibration(config: Config, reader: Reader) -> np.ndarray:
-    """Calibration windows."""
+def calibration_windows(config: Config, reader: Reader) -> np.ndarray:
+    """The windows that a run calibrates on, int32 [nsamples, seqlen]; errors as for `calibration.sample`."""
     assert config.calib
     tokenizer = None if config.calib.endswith(".npy") else load_tokenizer(reader.assets)
     return calibration.sample(config.calib, tokenizer, config.nsamples, config.seqlen, config.seed, pack=config.pack)

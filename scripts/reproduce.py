@@ -42,6 +42,7 @@ from jaxprune.patterns import Unstructured
 from jaxprune.pipeline import LayerResult, other_params
 from jaxprune.recipe import Recipe, describe
 from jaxprune.record import Record, environment, hardware
+from jaxprune.run import calibration_windows
 from jaxprune.solve import only, solve
 from jaxprune.stream import embed, forward
 
@@ -77,10 +78,6 @@ class Bench:
 
         self.ckpt, self.out, self.args = args.ckpt, Path(args.out), args
         self.reader: Reader = open_checkpoint(args.ckpt)
-        self.dtype = None if args.dtype == "auto" else np.dtype(args.dtype)
-        self.model = model_for(self.reader, self.dtype)
-        self.depth = self.model.config.num_layers
-        self.layers = sorted({int(share * self.depth) for share in experiment.linears})
         seqlen = setting("seqlen", experiment.seqlen)
         # The same options as the command line's, for the records of runs.
         self.options = Config(
@@ -100,19 +97,15 @@ class Bench:
             tasks_data=args.tasks_data,
             backend=args.backend,
         )
-        tokenizer = functools.cache(lambda: load_tokenizer(self.reader.assets))
-        self.calibration = calibration.sample(
-            args.calib,
-            None if args.calib.endswith(".npy") else tokenizer(),
-            self.options.nsamples,
-            seqlen,
-            args.seed,
-            pack=self.options.pack,
-        )
+        self.dtype = self.options.computation_dtype
+        self.model = model_for(self.reader, self.dtype)
+        self.depth = self.model.config.num_layers
+        self.layers = sorted({int(share * self.depth) for share in experiment.linears})
+        self.calibration = calibration_windows(self.options, self.reader)
         self._evaluation_of = functools.cache(
             lambda: calibration.evaluation_windows(
                 args.eval_text,
-                None if args.eval_text.endswith(".npy") else tokenizer(),
+                None if args.eval_text.endswith(".npy") else load_tokenizer(self.reader.assets),
                 self.options.eval_seqlen,
                 self.options.eval_windows,
             )

@@ -10,13 +10,11 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from convert import CheckpointError, open_checkpoint
-from convert.assets import load_tokenizer
 from convert.staging import check_free
-from jaxprune import InputError, calibration, problems
+from jaxprune import InputError, problems
 from jaxprune.config import parse
+from jaxprune.run import calibration_windows
 
 
 def main() -> None:
@@ -30,17 +28,14 @@ def main() -> None:
     config, recipe = parse(rest)
     check_free(args.file, overwrite=config.overwrite, folder=False)
     reader = open_checkpoint(config.ckpt)
-    tokenizer = None if config.calib.endswith(".npy") else load_tokenizer(reader.assets)
-    tokens = calibration.sample(config.calib, tokenizer, config.nsamples, config.seqlen, config.seed, pack=config.pack)
-    dtype = None if config.dtype == "auto" else np.dtype(config.dtype)
     (problem,) = problems.capture(
         reader,
-        tokens,
+        calibration_windows(config, reader),
         [args.layer],
         recipe.method,
         recipe.patterns(),
         prune_before=not args.dense_before,
-        dtype=dtype,
+        dtype=config.computation_dtype,
     )
     problems.save(args.file, problem, overwrite=config.overwrite)
     print(f"{args.file}: {', '.join(problem.kernels)}")

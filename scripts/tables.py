@@ -9,6 +9,8 @@ from typing import Any
 import pictures
 from experiments import Experiment, pattern_name
 
+from jaxprune.figures import short
+
 Results = Sequence[tuple[Any, dict[str, Any]]]
 """Cells and what was measured of them."""
 REACHED = 10
@@ -72,19 +74,14 @@ def _paper(experiment: Experiment, ckpt: str, cell: Any) -> float | None:
 def _setting(experiment: Experiment, bench: Any, results: Results) -> str:
     """What was run on what, in a sentence without its full stop."""
     windows, length = bench.calibration.shape
-    text = f"{bench.ckpt}, calibrated on {windows} windows of {length} tokens of {_source(bench.args.calib)}"
+    text = f"{bench.ckpt}, calibrated on {windows} windows of {length} tokens of {short(bench.args.calib)}"
     if experiment.measure in ("perplexity", "accuracy"):
         windows, length = bench.evaluation.shape
-        text += f"; perplexity of {_source(bench.args.eval_text)}, {windows} windows of {length} tokens"
+        text += f"; perplexity of {short(bench.args.eval_text)}, {windows} windows of {length} tokens"
     if experiment.measure == "accuracy":
         rows = f"the first {bench.options.limit} rows" if bench.options.limit else "all rows"
         text += f"; tasks of lm-eval, {rows} of each, {bench.options.backend} backend"
     return f"{text}; {', '.join(sorted({result['hardware'] for _, result in results}))}"
-
-
-def _source(text: str) -> str:
-    """A text's name: of a file the last two parts of its path."""
-    return "/".join(Path(text).with_suffix("").parts[-2:])
 
 
 def _tables(experiment: Experiment, ckpt: str, results: Results) -> list[str]:

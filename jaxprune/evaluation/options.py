@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal, TypeVar
 
+import numpy as np
+
 from jaxprune.errors import InputError
 from jaxprune.evaluation.tasks import ZERO_SHOT
 from jaxprune.flags import require_positive
@@ -38,6 +40,11 @@ class EvalOptions:
     stored in the checkpoint's dtype in any case."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """The kind of device to run on; auto takes the best there is, gpu is CUDA's."""
+
+    @property
+    def computation_dtype(self) -> np.dtype | None:
+        """What `models.model_for` takes as its dtype."""
+        return None if self.dtype == "auto" else np.dtype(self.dtype)
 
     @property
     def measures(self) -> list[str]:

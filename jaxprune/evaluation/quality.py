@@ -98,7 +98,8 @@ class Evaluator:
 
     def __init__(self, options: EvalOptions, reader: Reader) -> None:
         self._options = options
-        self._dtype = None if options.dtype == "auto" else np.dtype(options.dtype)
+        self._dtype = options.computation_dtype
+        self._reader = reader
         model = model_for(reader, self._dtype)
         self.windows: dict[str, np.ndarray] = {}
         if "ppl" in options.measures:
@@ -131,7 +132,11 @@ class Evaluator:
     def measure_texts(self, readers: Mapping[str, Reader], against: str | None = None) -> dict[str, Quality]:
         """Name -> what the checkpoint makes of the texts; arguments and errors as for `measure`."""
         qualities = {name: Quality() for name in readers}
-        windows = {name: self._windows(reader) for name, reader in readers.items()} if self.windows else {}
+        windows = {
+            name: self.windows if reader is self._reader else self._windows(reader)
+            for name, reader in readers.items()
+            if self.windows
+        }
         groups = [[name] for name in readers]
         if against is not None:
             groups = [[against, *(name for name in readers if name != against)]]
