@@ -27,7 +27,7 @@ def add_fields(group: Any, cls: Any, flag_of: Callable[[str], str | None] | None
         if name is None:
             continue
         kind, text = hints[field.name], docs[field.name]
-        if typing.get_origin(kind) is types.UnionType:
+        if typing.get_origin(kind) in (types.UnionType, typing.Union):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         elif field.default is not dataclasses.MISSING and kind is not bool:
             text += f" (default: {field.default})"

@@ -6,7 +6,7 @@ tokens -> embed -> hidden states (host)
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from jaxprune.masks import StoredMask, pack
 from jaxprune.methods import Mask, Method
 from jaxprune.models import Model, Part, model_for
 from jaxprune.patterns import Pattern
+from jaxprune.sensitivity import Weights
 from jaxprune.stream import embed, forward, read_layers
 
 PatternOf = Callable[[int, str], Pattern | StoredMask]
@@ -72,6 +73,7 @@ class Run(NamedTuple):
     hidden: HiddenStates
     method: Method
     pattern_of: PatternOf
+    weights: Sequence[Weights] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +107,10 @@ def measure(run: Run, layer: Layer) -> Layer:
     _require_finite(layer.params, f"the weights of layer {layer.index}", "the checkpoint is damaged")
     shapes = {tap: run.model.layer.spec[f"{linears[0]}.kernel"].shape[0] for tap, linears in run.model.inputs.items()}
     grams = {tap: jnp.zeros((n, n), jnp.float32) for tap, n in shapes.items()}
-    for x in run.hidden.batches():
-        grams = _accumulate(run.model.layer, layer.params, x, grams)
+    tokens = run.weights[layer.index].tokens if run.weights else {}
+    for rows, x in zip(run.hidden.slices(), run.hidden.batches(), strict=True):
+        weights = {tap: jax.device_put(weight[rows]) for tap, weight in tokens.items()}
+        grams = _accumulate(run.model.layer, layer.params, x, weights, grams)
     _require_finite(
         grams, f"the activations of layer {layer.index}", "try --dtype float32, or check the calibration text"
     )
@@ -121,7 +125,8 @@ def solve(run: Run, layer: Layer) -> Layer:
         prepared = run.method.prepare(gram)
         for path in paths:
             pattern, name = run.pattern_of(layer.index, path), f"{path}.kernel"
-            params[name], mask, linears[path] = solve_linear(run.method, prepared, gram, params[name], pattern)
+            outputs = run.weights[layer.index].outputs.get(path) if run.weights else None
+            params[name], mask, linears[path] = solve_linear(run.method, prepared, gram, params[name], pattern, outputs)
             masks[path] = pack(mask)
     kernels = {f"{path}.kernel": params[f"{path}.kernel"] for path in linears}
     _require_finite(
@@ -136,8 +141,12 @@ def solve_linear(
     gram: Float[Array, "n n"],
     kernel: Float[Array, "n m"],
     pattern: Pattern | StoredMask,
+    outputs: Float[np.ndarray, "m"] | None = None,
 ) -> tuple[Float[Array, "n m"], Mask, LinearResult]:
     """Prunes one kernel: what is stored, in the kernel's dtype, its mask, and its figures.
+
+    With weights c of the outputs the method solves for W C^½, C = diag(c). Each output's update stays the same, but a
+    mask over the whole kernel goes where the loss is sensitive.
 
     Args:
         method: the pruning method.
@@ -145,10 +154,12 @@ def solve_linear(
         gram: of the linear's inputs.
         kernel: dense, in the dtype it is to be stored in.
         pattern: or a mask made elsewhere.
+        outputs: √c, one weight an output.
     """
     choice = jnp.asarray(pattern.read()) if isinstance(pattern, StoredMask) else pattern
-    solution = method.solve(prepared, kernel.astype(gram.dtype), choice)
-    stored, figures = _store(gram, kernel, solution.weight)
+    scale = jnp.asarray(np.ones(kernel.shape[1]) if outputs is None else outputs, gram.dtype)[None, :]
+    solution = method.solve(prepared, kernel.astype(gram.dtype) * scale, choice)
+    stored, figures = _store(gram, kernel, solution.weight / scale)
     values = jax.device_get(figures | solution.stats)
     result = LinearResult(
         error=float(values.pop("error")),
@@ -174,6 +185,7 @@ def prune(
     method: Method,
     pattern: Pattern | PatternOf,
     *,
+    weights: Sequence[Weights] | None = None,
     dtype: DTypeLike | None = None,
     stages: Mapping[str, Stage] = STAGES,
 ) -> Iterator[LayerResult]:
@@ -184,6 +196,7 @@ def prune(
         tokens: calibration windows, [windows, length] token ids.
         method: the pruning method.
         pattern: for all linears, or (layer index, path of the linear) -> its own, which may be a mask made elsewhere.
+        weights: of the layers' tokens and outputs; see `sensitivity.weights`.
         dtype: of the model's computation; see `models.model_for`.
         stages: name -> step of a layer's visit, in order.
 
@@ -194,11 +207,17 @@ def prune(
         InputError: checkpoint, tokens and pattern do not fit together; raised here, before the first layer.
     """
     model = model_for(reader, dtype)
+    pattern_of = pattern_for_each(model, pattern)
+    hidden = embed(model, reader, tokens)
+    return _visit(reader, Run(model, hidden, method, pattern_of, weights), stages)
+
+
+def pattern_for_each(model: Model, pattern: Pattern | PatternOf) -> PatternOf:
+    """The pattern of each linear, once it is known to fit; errors as for `require_fit`."""
     pattern_of = pattern if callable(pattern) else lambda index, path: pattern
     for (index, path), shape in linear_shapes(model).items():
         require_fit(pattern_of(index, path), index, path, shape)
-    hidden = embed(model, reader, tokens)
-    return _visit(reader, Run(model, hidden, method, pattern_of), stages)
+    return pattern_of
 
 
 def require_fit(pattern: Pattern | StoredMask, index: int, path: str, shape: tuple[int, ...]) -> None:
@@ -244,24 +263,31 @@ def other_params(spec: Spec) -> Iterator[list[str]]:
     return (paths for part, paths in parts(spec).items() if not part.startswith("layers."))
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=3)
+@partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _accumulate(
-    layer: Part, params: Mapping[str, Array], x: Float[Array, "b t d"], grams: dict[str, Array]
+    layer: Part,
+    params: Mapping[str, Array],
+    x: Float[Array, "b t d"],
+    weights: Mapping[str, Float[Array, "b t"]],
+    grams: dict[str, Array],
 ) -> dict[str, Array]:
     _, taps = layer(params, x)
-    return {tap: total + stats.gram(taps[tap]) for tap, total in grams.items()}
+    return {tap: total + stats.gram(taps[tap], weights.get(tap)) for tap, total in grams.items()}
 
 
 @jax.jit
 def _store(gram: Array, dense: Array, weight: Array) -> tuple[Array, dict[str, Array]]:
     """The kernel in its stored dtype, and what the layer's output lost by it."""
-    stored = weight.astype(dense.dtype)
-    # A kept weight must not round to zero: the pattern's count is exact after the cast as well.
-    least = jnp.asarray(_least(dense.dtype), dense.dtype)
-    underflow = (weight != 0) & (stored == 0)
-    stored = jnp.where(underflow, jnp.where(weight < 0, -least, least), stored)
+    stored = round_kernel(weight, weight != 0, dense.dtype)
     zeros = jnp.sum(stored == 0, dtype=jnp.int32)
     return stored, {"error": stats.relative_error(gram, dense, stored), "zeros": zeros}
+
+
+def round_kernel(weight: Float[Array, "n m"], kept: Mask, dtype: DTypeLike) -> Float[Array, "n m"]:
+    """A kernel in the dtype it is to be stored in; no kept weight rounds to zero, so that the count stays exact."""
+    stored = weight.astype(dtype)
+    least = jnp.asarray(_least(stored.dtype), dtype)
+    return jnp.where(kept & (stored == 0), jnp.where(weight < 0, -least, least), stored)
 
 
 def _least(dtype: np.dtype) -> float:

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from jaxprune import masks, methods, patterns
 from jaxprune.errors import InputError
@@ -12,7 +12,15 @@ from jaxprune.flags import add_fields, make
 from jaxprune.methods import Method
 from jaxprune.methods._combine import Crossed, Finished
 from jaxprune.methods.exact import Exact
-from jaxprune.patterns import NM, Pattern
+from jaxprune.patterns import NM, Pattern, Unstructured
+from jaxprune.sensitivity import Importance
+from jaxprune.tuning import Tuning
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "fast": {"token_power": 0.5, "weigh_outputs": True, "spread": 0.3},
+    "best": {"token_power": 0.5, "weigh_outputs": True, "spread": 0.3, "finish_steps": 10, "tune_epochs": 2},
+}
+"""What a preset sets; options given beside it win."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +44,17 @@ class Flags:
 
 
 @dataclasses.dataclass(frozen=True)
+class WholeModel:
+    """The flags that only matter where a whole model is pruned."""
+
+    preset: Literal["fast", "best"] | None = None
+    """Options that serve most: fast weighs tokens and outputs by the loss's gradients and gives every linear its own
+    sparsity; best also tunes the kept weights. Options given beside it win."""
+    uniform: bool = False
+    """The same sparsity for every linear, whatever the preset says."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """What is done to each linear.
 
@@ -44,12 +63,18 @@ class Recipe:
         pattern: None: the mask is given.
         mask: name of the given mask, as --mask has it, or None.
         slug: a short name for files, such as wanda-admm-50.
+        importance: what is weighed by the loss's gradients.
+        tuning: what is done when all linears are pruned.
+        preset: the name of the preset, or None.
     """
 
     method: Method
     pattern: Pattern | None
     mask: str | None
     slug: str
+    importance: Importance = Importance()
+    tuning: Tuning = Tuning()
+    preset: str | None = None
 
     def patterns(self) -> Pattern | masks.Masks:
         """What `pipeline.prune` takes as its pattern.
@@ -61,6 +86,17 @@ class Recipe:
             return self.pattern
         assert self.mask is not None
         return masks.stored(self.mask)
+
+    def as_json(self) -> dict[str, Any]:
+        """What a record keeps; importance and tuning where there are any."""
+        parts: dict[str, Any] = {"method": describe(self.method), "pattern": self.target}
+        if self.preset:
+            parts["preset"] = self.preset
+        if self.importance.measured:
+            parts["importance"] = dataclasses.asdict(self.importance)
+        if self.tuning.tune_epochs:
+            parts["tuning"] = dataclasses.asdict(self.tuning)
+        return parts
 
     @property
     def target(self) -> str:
@@ -75,20 +111,21 @@ class Parser:
 
     Args:
         argv: the command line.
+        whole_model: whether a whole model is pruned, so that the options which need one are offered.
         given: options of argparse.ArgumentParser.
 
     Raises:
         InputError: there is no such method, or methods that contradict each other.
     """
 
-    def __init__(self, argv: Sequence[str], **given: Any) -> None:
+    def __init__(self, argv: Sequence[str], *, whole_model: bool = True, **given: Any) -> None:
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         for flag in ("--method", "--mask", "--update"):
             first.add_argument(flag)
         known, _ = first.parse_known_args(argv)
         if known.method and known.mask and known.update:
             raise InputError("--mask and --update together say all that --method does: leave one of the three out")
-        self._argv = argv
+        self._argv, self._whole_model = argv, whole_model
         self._mask = known.mask or known.method or "admm"
         self._update = known.update or known.method or "admm"
         self._given_mask = masks.is_stored(self._mask)
@@ -107,12 +144,17 @@ class Parser:
         Raises:
             InputError: a value that cannot be used. Unknown flags end the program with argparse's message.
         """
-        add_fields(self.parser.add_argument_group("recipe"), Flags)
+        recipe = self.parser.add_argument_group("recipe")
+        for cls in (Flags, WholeModel, Importance, Tuning) if self._whole_model else (Flags,):
+            add_fields(recipe, cls)
         for role, cls in self._classes.items():
             group = self.parser.add_argument_group(f"method {self._name(role)}", inspect.getdoc(cls))
             add_fields(group, cls, self._flag_of(role))
         given = vars(self.parser.parse_args(self._argv))
-        return given, self._recipe(make(Flags, given), given)
+        whole = make(WholeModel, given)
+        if whole.preset:
+            given = {**PRESETS[whole.preset], **given}
+        return given, self._recipe(make(Flags, given), whole, given)
 
     def _name(self, role: str) -> str:
         return self._mask if role == "mask" else self._update
@@ -128,7 +170,8 @@ class Parser:
         shared = set().union(*(self._fields(other) for other in self._classes if other != role))
         return lambda field: (f"{role}_{field}" if field in shared else field) if field in fields else None
 
-    def _recipe(self, flags: Flags, given: Mapping[str, Any]) -> Recipe:
+    def _recipe(self, flags: Flags, whole: WholeModel, given: Mapping[str, Any]) -> Recipe:
+        importance, tuning = make(Importance, given), make(Tuning, given)
         made = {role: make(cls, given, self._flag_of(role)) for role, cls in self._classes.items()}
         method: Method = made["update"]
         if "mask" in made:
@@ -140,13 +183,27 @@ class Parser:
         if self._given_mask:
             if flags.pattern is not None or flags.sparsity is not None:
                 raise InputError(f"--mask {self._mask} decides which weights stay: leave --pattern and --sparsity out")
-            return Recipe(method, None, self._mask, f"{self._update}-given-mask")
+            importance = self._without_spread(importance, whole, f"--mask {self._mask} decides how sparse a linear is")
+            return Recipe(method, None, self._mask, f"{self._update}-given-mask", importance, tuning, whole.preset)
         pattern = patterns.parse(
             flags.pattern or ("per-output" if method.per_output else "unstructured"), flags.sparsity
         )
+        if not isinstance(pattern, Unstructured) or pattern.per_output:
+            importance = self._without_spread(importance, whole, f"pattern {pattern} is the same for every linear")
+        elif whole.uniform:
+            importance = dataclasses.replace(importance, spread=0.0)
         how = self._update if self._mask == self._update else f"{self._mask}-{self._update}"
+        if whole.preset:
+            how = whole.preset + "-uniform" * whole.uniform
         what = f"{pattern.n}of{pattern.m}" if isinstance(pattern, NM) else f"{100 * pattern.sparsity:g}"
-        return Recipe(method, pattern, None, f"{how}-{what}")
+        return Recipe(method, pattern, None, f"{how}-{what}", importance, tuning, whole.preset)
+
+    @staticmethod
+    def _without_spread(importance: Importance, whole: WholeModel, why: str) -> Importance:
+        """Where sparsities are fixed a preset's spread goes; one that was asked for is an error."""
+        if importance.spread and not whole.preset:
+            raise InputError(f"{why}: leave --spread out")
+        return dataclasses.replace(importance, spread=0.0)
 
 
 def parse(argv: Sequence[str]) -> Recipe:

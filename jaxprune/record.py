@@ -78,8 +78,7 @@ class Record:
         return {
             "kind": "run",
             "config": dataclasses.asdict(self.config),
-            "method": describe(self.recipe.method),
-            "pattern": self.recipe.target,
+            **self.recipe.as_json(),
             "calibration": {
                 "windows": list(self.tokens.shape),
                 "sha256": hashlib.sha256(np.ascontiguousarray(self.tokens, np.int32).tobytes()).hexdigest(),

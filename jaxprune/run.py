@@ -17,7 +17,8 @@ from jaxprune.console import choose_device, console, print_table, progress, run_
 from jaxprune.evaluation.quality import Evaluator, table
 from jaxprune.masks import MaskWriter, create_masks
 from jaxprune.models import model_for
-from jaxprune.pipeline import linear_shapes, other_params, prune
+from jaxprune.oneshot import prune_by_recipe
+from jaxprune.pipeline import LayerResult, linear_shapes, other_params
 from jaxprune.recipe import Recipe
 from jaxprune.record import Record, layer_line
 
@@ -46,13 +47,11 @@ def run(config: Config, recipe: Recipe) -> Record:
     reader = open_checkpoint(config.ckpt)
     dtype = config.computation_dtype
     model = model_for(reader, dtype)
-    pattern = recipe.patterns()
     what = ", ".join(filter(None, [f"{config.calib} to calibrate", config.eval_text, config.tasks]))
     console.print(f"preparing text: {what}")
     tokens = calibration_windows(config, reader)
     evaluator = Evaluator(config, reader)
     record = Record(config, recipe, tokens)
-    layers = prune(reader, tokens, recipe.method, pattern, dtype=dtype)
     record.spend("setup", time.perf_counter() - begin)
 
     with contextlib.ExitStack() as stack:
@@ -63,14 +62,23 @@ def run(config: Config, recipe: Recipe) -> Record:
         with progress() as bar:
             count = model.config.num_layers
             task = bar.add_task("pruning", total=count)
+
+            def pruned(layer: LayerResult) -> None:
+                record.add(layer)
+                bar.console.print(layer_line(layer, count))
+                bar.advance(task)
+
+            def tuned(epoch: int, divergence: float) -> None:
+                bar.console.print(f"tuning, epoch {epoch + 1}: KL divergence {divergence:.4f} nats before its steps")
+
+            layers = prune_by_recipe(
+                reader, tokens, recipe, seed=config.seed, dtype=dtype, spend=record.spend, pruned=pruned, tuned=tuned
+            )
             for layer in layers:
                 with _timed(record, "write"):
                     writer.write(layer.params)
                     if masks:
                         masks.write(layer.index, layer.masks)
-                record.add(layer)
-                bar.console.print(layer_line(layer, count))
-                bar.advance(task)
         with _timed(record, "write"):
             for paths in other_params(reader.spec):
                 writer.write(reader.read(paths))

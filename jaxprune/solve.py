@@ -68,6 +68,7 @@ def parse(argv: Sequence[str]) -> tuple[Path, Options, Recipe]:
     """
     reader = Parser(
         argv,
+        whole_model=False,
         prog="python -m jaxprune.solve",
         description="Prune one layer from a file of its Gram matrices and kernels, which scripts/save_layer.py makes.",
     )

@@ -19,8 +19,9 @@ CHUNK = 1024
 """Tokens whose logits are on the device at a time."""
 
 
-def read_layers(model: Model, reader: Reader) -> Iterator[Params]:
+def read_layers(model: Model, reader: Reader, *, backwards: bool = False) -> Iterator[Params]:
     """The decoder layers' params in order, with paths inside the layer; one is read ahead of its use."""
+    order = range(model.config.num_layers)[:: -1 if backwards else 1]
 
     def read(index: int) -> Params:
         prefix = f"layers.{index}."
@@ -28,11 +29,11 @@ def read_layers(model: Model, reader: Reader) -> Iterator[Params]:
         return {path.removeprefix(prefix): array for path, array in params.items()}
 
     with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
-        ahead = pool.submit(read, 0)
-        for index in range(model.config.num_layers):
+        ahead = pool.submit(read, order[0])
+        for following in [*order[1:], None]:
             params = ahead.result()
-            if index + 1 < model.config.num_layers:
-                ahead = pool.submit(read, index + 1)
+            if following is not None:
+                ahead = pool.submit(read, following)
             yield params
 
 
@@ -62,7 +63,7 @@ def embed(model: Model, reader: Reader, tokens: Int[np.ndarray, "w t"]) -> Hidde
     params = jax.device_put(reader.read(model.embed.spec))
     width = next(iter(model.embed.spec.values())).shape[-1]
     hidden = HiddenStates((windows, length, width), np.dtype(model.config.dtype), batch_size(windows, length))
-    hidden.replace(lambda rows: _apply(model.embed, params, jnp.asarray(tokens[rows], jnp.int32)))
+    hidden.replace(lambda rows: apply(model.embed, params, jnp.asarray(tokens[rows], jnp.int32)))
     return hidden
 
 
@@ -78,7 +79,7 @@ def forward(model: Model, params: Mapping[str, Array], hidden: HiddenStates, lay
 
     def step(x: Array, rows: slice) -> Array:
         here = None if layout is None else Layout(*(jnp.asarray(field[rows]) for field in layout))
-        return _apply_layer(model.layer, params, x, here)
+        return apply_layer(model.layer, params, x, here)
 
     hidden.update(step)
 
@@ -143,14 +144,16 @@ def in_chunks(
 
 
 @partial(jax.jit, static_argnums=0)
-def _apply(part: Part, params: Mapping[str, Array], x: Array) -> Array:
+def apply(part: Part, params: Mapping[str, Array], x: Array) -> Array:
+    """The output of the embedding or of the head."""
     return part(params, x)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _apply_layer(
-    layer: Part, params: Mapping[str, Array], x: Float[Array, "b t d"], layout: Layout | None
+def apply_layer(
+    layer: Part, params: Mapping[str, Array], x: Float[Array, "b t d"], layout: Layout | None = None
 ) -> Float[Array, "b t d"]:
+    """A layer's output; x is donated."""
     return layer(params, x, layout)[0]
 
 

@@ -229,6 +229,20 @@ EXPERIMENTS = {
         patterns=("0.5", "0.6", "0.7", "0.8", "2:4"),
         picture="quality_by_sparsity",
     ),
+    "presets": Experiment(
+        title="Perplexity by sparsity, presets",
+        measure="perplexity",
+        rows={
+            "ADMM-Grad, constant": "--method admm --schedule constant",
+            "ALPS": "--method alps",
+            "fast": "--preset fast",
+            "best": "--preset best",
+            "fast, uniform": "--preset fast --uniform",
+            "best, uniform": "--preset best --uniform",
+        },
+        patterns=("0.5", "0.6", "0.7", "0.8", "2:4"),
+        picture="quality_by_sparsity",
+    ),
     "layers": Experiment(
         title="Error of layers on the same inputs, all methods",
         measure="error",

@@ -30,7 +30,7 @@ from tables import write
 from convert import CheckpointError, Reader, create_checkpoint, open_checkpoint
 from convert.assets import load_tokenizer
 from convert.staging import staged_file, write_text
-from jaxprune import InputError, calibration, problems, prune, report
+from jaxprune import InputError, calibration, problems, report
 from jaxprune import recipe as recipes
 from jaxprune.config import Config
 from jaxprune.evaluation.quality import Evaluator
@@ -38,9 +38,10 @@ from jaxprune.evaluation.tasks import ZERO_SHOT
 from jaxprune.evaluation.text import mean_loss_perplexity, perplexity
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.models import model_for
+from jaxprune.oneshot import prune_by_recipe
 from jaxprune.patterns import Unstructured
 from jaxprune.pipeline import LayerResult, other_params
-from jaxprune.recipe import Recipe, describe
+from jaxprune.recipe import Recipe
 from jaxprune.record import Record, environment, hardware
 from jaxprune.run import calibration_windows
 from jaxprune.solve import only, solve
@@ -132,7 +133,7 @@ class Bench:
         if cell.recipe is None:
             identity["recipe"] = "dense"
         else:
-            identity |= {"method": describe(cell.recipe.method), "pattern": cell.recipe.target}
+            identity |= cell.recipe.as_json()
         if cell.linear:
             identity["linear"] = list(cell.linear)
         name = "dense" if cell.recipe is None else cell.recipe.slug
@@ -194,7 +195,14 @@ class Bench:
 
     def _prune(self, recipe: Recipe, watch: Any) -> dict[str, Any]:
         layers = []
-        for layer in prune(self.reader, self.calibration, recipe.method, recipe.patterns(), dtype=self.dtype):
+        spent: dict[str, float] = {}
+
+        def spend(phase: str, seconds: float) -> None:
+            spent[phase] = spent.get(phase, 0.0) + seconds
+
+        for layer in prune_by_recipe(
+            self.reader, self.calibration, recipe, seed=self.args.seed, dtype=self.dtype, spend=spend
+        ):
             watch(layer)
             layers.append(dataclasses.replace(layer, params={}, masks={}))
         errors = {f"{layer.index}.{path}": linear.error for layer in layers for path, linear in layer.linears.items()}
@@ -202,7 +210,7 @@ class Bench:
         seconds = {
             phase: statistics.median(layer.seconds[phase] for layer in layers) * len(layers)
             for phase in layers[0].seconds
-        }
+        } | spent
         return {"error": statistics.mean(errors.values()), "errors": errors, "seconds": seconds}
 
     def _error(self, cell: Cell) -> dict[str, Any]:

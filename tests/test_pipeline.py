@@ -17,7 +17,7 @@ from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.wanda import Wanda
 from jaxprune.patterns import NM
 from jaxprune.pipeline import STAGES, LayerResult, Run, _accumulate, _store, solve
-from jaxprune.stream import _apply_layer
+from jaxprune.stream import apply_layer
 from tests import oracles, tiny
 
 LINEARS = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
@@ -114,9 +114,9 @@ def test_only_the_pruned_kernels_change(checkpoint: Path) -> None:
 
 def test_one_compilation_serves_all_layers(tmp_path: Path) -> None:
     path = tiny.save(tmp_path, tiny.config(num_hidden_layers=6, hidden_size=40, intermediate_size=72))
-    counts = [f._cache_size() for f in (_accumulate, _apply_layer)]
+    counts = [f._cache_size() for f in (_accumulate, apply_layer)]
     run(path)
-    assert [f._cache_size() for f in (_accumulate, _apply_layer)] == [count + 1 for count in counts]
+    assert [f._cache_size() for f in (_accumulate, apply_layer)] == [count + 1 for count in counts]
     stored = _store._cache_size()
     run(path, pattern=lambda index, linear: Unstructured(0.3 + 0.05 * index))
     assert _store._cache_size() == stored

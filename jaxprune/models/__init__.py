@@ -40,11 +40,28 @@ class Part:
         self._precision = precision
         self.spec: Spec = traverse_util.flatten_dict(nnx.to_pure_dict(state), sep=".")
 
-    def __call__(self, params: Mapping[str, jax.Array], *args: Any) -> Any:
-        """Calls the module with these params; to be traced under jit."""
+    def __call__(
+        self, params: Mapping[str, jax.Array], *args: Any, probes: Mapping[str, jax.Array] | None = None
+    ) -> Any:
+        """Calls the module with these params; to be traced under jit.
+
+        Args:
+            params: path inside the module -> array.
+            args: of the module.
+            probes: path of a submodule -> array that is added to its output. The gradient of a probe of zeros is the
+                gradient of that output.
+        """
         module = nnx.merge(self._graph, traverse_util.unflatten_dict(params, sep="."))
+        for path, probe in (probes or {}).items():
+            parent, _, name = path.rpartition(".")
+            owner = functools.reduce(getattr, parent.split("."), module)
+            setattr(owner, name, _probed(getattr(owner, name), probe))
         with jax.default_matmul_precision(self._precision):
             return module(*args)
+
+
+def _probed(module: Callable[[jax.Array], jax.Array], probe: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    return lambda x: module(x) + probe
 
 
 class Model:

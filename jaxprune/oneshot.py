@@ -1,0 +1,88 @@
+"""A recipe on a whole checkpoint: sensitivities -> sparsities -> the loop over layers -> tuning."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from jaxtyping import DTypeLike, Int
+
+from convert import Reader
+from jaxprune.allocation import allocate
+from jaxprune.models import model_for
+from jaxprune.patterns import Pattern, Unstructured
+from jaxprune.pipeline import LayerResult, PatternOf, pattern_for_each, prune
+from jaxprune.recipe import Recipe
+from jaxprune.sensitivity import Importance, Weights, measure_sensitivity, weights
+from jaxprune.stream import require_tokens
+from jaxprune.tuning import tune
+
+Spend = Callable[[str, float], None]
+
+
+def prune_by_recipe(
+    reader: Reader,
+    tokens: Int[np.ndarray, "w t"],
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    dtype: DTypeLike | None = None,
+    spend: Spend = lambda phase, seconds: None,
+    pruned: Callable[[LayerResult], None] = lambda layer: None,
+    tuned: Callable[[int, float], None] = lambda epoch, divergence: None,
+) -> Iterator[LayerResult]:
+    """The layers as they are to be stored, in order; nothing is written.
+
+    Args:
+        reader: the dense checkpoint.
+        tokens: calibration windows, [windows, length] token ids.
+        recipe: what to do.
+        seed: of the order of windows in the tuning.
+        dtype: of the model's computation; see `models.model_for`.
+        spend: is told the seconds of each phase but those in the layers' results.
+        pruned: is told of each layer as soon as it is pruned; with tuning that is long before it is yielded.
+        tuned: see `tuning.tune`.
+
+    Raises:
+        InputError, CheckpointError: recipe, checkpoint and tokens do not fit together.
+    """
+    pattern = recipe.patterns()
+    pattern_for_each(model_for(reader, dtype), pattern)
+    require_tokens(model_for(reader, dtype), tokens)
+
+    def layers() -> Iterator[LayerResult]:
+        each, weighting = _by_importance(reader, tokens, recipe.importance, pattern, dtype, spend)
+        for layer in prune(reader, tokens, recipe.method, each, weights=weighting, dtype=dtype):
+            pruned(layer)
+            yield layer
+
+    def tuned_layers() -> Iterator[LayerResult]:
+        every = list(layers())
+        start = time.perf_counter()
+        for layer in tune(reader, tokens, every, recipe.tuning, seed=seed, dtype=dtype, report=tuned):
+            spend("tune", time.perf_counter() - start)
+            yield layer
+            start = time.perf_counter()
+
+    return tuned_layers() if recipe.tuning.tune_epochs else layers()
+
+
+def _by_importance(
+    reader: Reader,
+    tokens: Int[np.ndarray, "w t"],
+    importance: Importance,
+    pattern: Pattern | PatternOf,
+    dtype: DTypeLike | None,
+    spend: Spend,
+) -> tuple[Pattern | PatternOf, list[Weights] | None]:
+    """The pattern of each linear and the weights of each layer."""
+    if not importance.measured:
+        return pattern, None
+    start = time.perf_counter()
+    sensitivity = measure_sensitivity(reader, tokens, dtype=dtype)
+    if importance.spread:
+        assert isinstance(pattern, Unstructured)
+        sparsities = allocate(reader, sensitivity, pattern.sparsity, importance.spread, dtype=dtype)
+        pattern = lambda index, path: Unstructured(sparsities[index, path])  # noqa: E731
+    spend("sensitivity", time.perf_counter() - start)
+    weighing = [weights(layer, importance) for layer in sensitivity] if importance.weighs else None
+    return pattern, weighing

@@ -1,0 +1,240 @@
+r"""What matters to the model's loss: one streamed reverse pass of the dense model over the calibration windows.
+
+With g the gradients of the next-token loss ℓ (summed over tokens) by the outputs of a linear, X its inputs, the
+curvature of the loss in its kernel is about A ⊗ C (K-FAC): A = Xᵀ diag(w) X with w_t = (Σ_j g²_tj)^p, and C = diag(c)
+with c_j = Σ_t g²_tj. Only ratios of these numbers are used, so the scale of the loss does not matter.
+
+Layer inputs are kept on the host, and each layer is run again under `jax.vjp` on the way back, so that the device holds
+one layer, as in the forward direction. Gradients of kernels are not needed: a pass costs three forward passes (forward,
+forward again, and the products with the transposed kernels) and the head's.
+
+References:
+    Martens and Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML 2015 (arXiv
+    1503.05671), for the factors; Kunstner et al. (arXiv 1905.12558), on the empirical Fisher matrix, which this is.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from convert import Reader
+from jaxprune.errors import InputError
+from jaxprune.hidden import HiddenStates
+from jaxprune.models import Model, Part, model_for
+from jaxprune.stream import embed, forward, in_chunks, logits, read_layers
+
+HOST_BYTES = 8e9
+"""The most memory for the layers' inputs; more windows are taken in loads, each of which reads the model again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Importance:
+    """What a reverse pass of the dense model decides."""
+
+    token_power: float = 0.0
+    """Weigh each token in a linear's Gram matrix by the squared gradient of the loss by the linear's outputs, to this
+    power; 0 weighs all the same."""
+    weigh_outputs: bool = False
+    """Weigh each output of a linear by the squared gradient of the loss, so that masks over a whole kernel go where the
+    loss is sensitive."""
+    spread: float = 0.0
+    """Give every linear a sparsity of its own, by one threshold over the whole model, this far at most from the one
+    asked for, which holds in total."""
+
+    def __post_init__(self) -> None:
+        if self.token_power < 0:
+            raise InputError(f"--token-power must not be negative, not {self.token_power}")
+        if not 0 <= self.spread < 1:
+            raise InputError(f"--spread must be at least 0 and below 1, not {self.spread}")
+
+    @property
+    def weighs(self) -> bool:
+        return self.token_power > 0 or self.weigh_outputs
+
+    @property
+    def measured(self) -> bool:
+        """Whether a reverse pass is needed."""
+        return self.weighs or self.spread > 0
+
+
+class Sensitivity(NamedTuple):
+    """Of one layer of the dense model, over all calibration tokens. float32.
+
+    Attributes:
+        tokens: tap -> [windows, length], Σ_j g²_tj over the outputs j of all linears that read the tap.
+        outputs: linear -> [m], c_j = Σ_t g²_tj.
+        inputs: tap -> [n], Σ_t x²_ti.
+    """
+
+    tokens: dict[str, Float[np.ndarray, "w t"]]
+    outputs: dict[str, Float[np.ndarray, "m"]]
+    inputs: dict[str, Float[np.ndarray, "n"]]
+
+
+class Weights(NamedTuple):
+    """What the solves of one layer weigh. float32.
+
+    Attributes:
+        tokens: tap -> w, [windows, length], of mean 1; its Gram matrix is Xᵀ diag(w) X. Empty: all are 1.
+        outputs: linear -> √c, [m], of mean square 1. Empty: all are 1.
+    """
+
+    tokens: dict[str, Float[np.ndarray, "w t"]]
+    outputs: dict[str, Float[np.ndarray, "m"]]
+
+
+def weights(layer: Sensitivity, importance: Importance) -> Weights:
+    """The weights that sensitivities give: w_t = (Σ_j g²_tj)^p and √c_j, normalised.
+
+    An output that no token's loss depends on, such as one that only feeds dead units, gets the smallest weight of
+    the others' range that float32 can divide by without loss, not zero: its kernel column must stay a number.
+
+    Args:
+        layer: its sensitivity.
+        importance: what to weigh.
+    """
+
+    def normalised(values: np.ndarray, power: float) -> np.ndarray:
+        values = values.astype(np.float64)
+        mean = values.mean()
+        if mean == 0:
+            return np.ones(values.shape, np.float32)
+        values = np.maximum(values / mean, 1e-12) ** power
+        return (values / values.mean()).astype(np.float32)
+
+    scales = {path: np.sqrt(normalised(energy, 1.0)) for path, energy in layer.outputs.items()}
+    tokens = {tap: normalised(energy, importance.token_power) for tap, energy in layer.tokens.items()}
+    return Weights(tokens if importance.token_power else {}, scales if importance.weigh_outputs else {})
+
+
+def measure_sensitivity(
+    reader: Reader, tokens: Int[np.ndarray, "w t"], *, dtype: DTypeLike | None = None, host_bytes: float = HOST_BYTES
+) -> list[Sensitivity]:
+    """The sensitivities of all layers, in order.
+
+    Args:
+        reader: the dense checkpoint.
+        tokens: calibration windows, [windows, length] token ids.
+        dtype: of the model's computation; see `models.model_for`.
+        host_bytes: the most host memory for the layers' inputs, though one window is always taken.
+
+    Raises:
+        InputError: checkpoint and tokens do not fit together, or the loss has no finite gradient.
+    """
+    model = model_for(reader, dtype)
+    shapes = {path: model.layer.spec[f"{path}.kernel"].shape for paths in model.inputs.values() for path in paths}
+    found = [
+        Sensitivity(
+            {tap: np.zeros(tokens.shape, np.float32) for tap in model.inputs},
+            {path: np.zeros(shape[1], np.float32) for path, shape in shapes.items()},
+            {tap: np.zeros(shapes[paths[0]][0], np.float32) for tap, paths in model.inputs.items()},
+        )
+        for _ in range(model.config.num_layers)
+    ]
+    for rows in _loads(model, tokens, host_bytes):
+        here = [s._replace(tokens={tap: energy[rows] for tap, energy in s.tokens.items()}) for s in found]
+        _reverse(model, reader, tokens[rows], here)
+    return found
+
+
+def _loads(model: Model, tokens: Int[np.ndarray, "w t"], host_bytes: float) -> Iterator[slice]:
+    """Rows whose inputs of all layers fit the host's memory together."""
+    width = next(iter(model.embed.spec.values())).shape[-1]
+    window = (model.config.num_layers + 1) * tokens.shape[1] * width * np.dtype(model.config.dtype).itemsize
+    count = min(len(tokens), max(1, int(host_bytes / window)))
+    return (slice(start, start + count) for start in range(0, len(tokens), count))
+
+
+def _reverse(model: Model, reader: Reader, tokens: Int[np.ndarray, "w t"], found: Sequence[Sensitivity]) -> None:
+    """Adds what the tokens say to `found`."""
+    states = embed(model, reader, tokens)
+    inputs = []
+    for params in read_layers(model, reader):
+        inputs.append(states.array.copy())
+        forward(model, jax.device_put(params), states)
+    _differentiate_loss(model, reader, states, tokens)
+    for params, total in zip(read_layers(model, reader, backwards=True), reversed(found), strict=True):
+        _reverse_layer(model, jax.device_put(params), inputs.pop(), states, total)
+        _require_finite(total)
+
+
+def _differentiate_loss(model: Model, reader: Reader, states: HiddenStates, tokens: Int[np.ndarray, "w t"]) -> None:
+    """Replaces the last layer's output by the gradient of the loss by it."""
+    head = jax.device_put(reader.read(model.head.spec))
+    for rows in states.slices():
+        last, targets = states.array[rows], tokens[rows, 1:].reshape(-1).astype(np.int32)
+        predicting = last[:, :-1].reshape(len(targets), -1)
+        (gradient,) = in_chunks(lambda *chunk: (_loss_gradient(model.head, head, *chunk),), predicting, targets)
+        last[:, :-1] = gradient.reshape(last[:, :-1].shape)
+        last[:, -1] = 0  # nothing follows
+
+
+def _reverse_layer(
+    model: Model,
+    params: Mapping[str, Array],
+    inputs: Float[np.ndarray, "w t d"],
+    gradients: HiddenStates,
+    total: Sensitivity,
+) -> None:
+    """Moves the gradients through one layer, from its output to its input."""
+    taps = tuple(model.inputs.items())
+    batches: list[tuple[slice, Sensitivity]] = []
+
+    def step(gradient: Array, rows: slice) -> Array:
+        back, sensitivity = _backward(model.layer, taps, params, jax.device_put(inputs[rows]), gradient)
+        batches.append((rows, sensitivity))
+        return back
+
+    gradients.update(step)
+    for rows, batch in jax.device_get(batches):
+        for tap, energy in batch.tokens.items():
+            total.tokens[tap][rows] = energy
+        for found, own in ((total.outputs, batch.outputs), (total.inputs, batch.inputs)):
+            for name, energy in own.items():
+                found[name] += energy
+
+
+def _require_finite(layer: Sensitivity) -> None:
+    if not all(np.isfinite(array).all() for part in layer for array in part.values()):
+        raise InputError(
+            "the gradients of the loss hold NaN or infinity: try --dtype float32, or check the calibration text"
+        )
+
+
+@partial(jax.jit, static_argnums=0)
+def _loss_gradient(
+    head: Part, params: Mapping[str, Array], states: Float[Array, "n d"], targets: Int[Array, "n"]
+) -> Float[Array, "n d"]:
+    def loss(states: Array) -> Array:
+        scores = logits(head, params, states)
+        picked = jnp.take_along_axis(scores, targets[:, None], axis=1)[:, 0]
+        return jnp.sum(jax.nn.logsumexp(scores, axis=1) - picked)
+
+    return jax.grad(loss)(states)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _backward(
+    layer: Part,
+    taps: tuple[tuple[str, tuple[str, ...]], ...],
+    params: Mapping[str, Array],
+    x: Float[Array, "b t d"],
+    gradient: Float[Array, "b t d"],
+) -> tuple[Float[Array, "b t d"], Sensitivity]:
+    """The gradient by the layer's input, and the batch's sensitivity (its arrays on the device)."""
+    widths = {path: layer.spec[f"{path}.kernel"].shape[1] for _, paths in taps for path in paths}
+    probes = {path: jnp.zeros((*x.shape[:2], width), x.dtype) for path, width in widths.items()}
+    _, pull_back, inputs = jax.vjp(lambda x, probes: layer(params, x, probes=probes), x, probes, has_aux=True)
+    back, outputs = pull_back(gradient)
+    squares = {path: jnp.square(g.astype(jnp.float32)) for path, g in outputs.items()}
+    return back, Sensitivity(
+        {tap: sum(jnp.sum(squares[path], axis=-1) for path in paths) for tap, paths in taps},
+        {path: jnp.sum(square, axis=(0, 1)) for path, square in squares.items()},
+        {tap: jnp.sum(jnp.square(inputs[tap].astype(jnp.float32)), axis=(0, 1)) for tap, _ in taps},
+    )

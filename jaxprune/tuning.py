@@ -1,0 +1,222 @@
+r"""Tuning of the kept weights against the dense model's predictions, end to end, masks fixed.
+
+Layer by layer, pruning keeps each linear's own output; what remains is an error that grows through the depth of the
+model. Here the kept weights of all linears are tuned together by Adam to minimise, over the calibration tokens, the
+mean of
+
+    KL(p‖q) = Σ_v p_v (log p_v − log q_v),
+
+p and q the next-token distributions of the dense and of the pruned model. Norms, embedding and head stay. A kernel's
+step is in units of the root mean square of its kept weights, so that one rate serves all linears and models.
+
+The model streams as in pruning: a step's forward pass keeps each layer's input on the host; on the way back each layer
+is run again under `jax.vjp` and updated at once. The device holds one layer with its gradients and moments; the host
+holds 12 bytes a pruned weight (the weight and Adam's two moments, float32). An epoch costs four forward passes and
+three products with the head.
+
+References:
+    Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), for the loss; Kingma and Ba,
+    "Adam" (arXiv 1412.6980).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, UInt8
+
+from convert import Params, Reader
+from jaxprune.errors import InputError
+from jaxprune.linalg import masked
+from jaxprune.models import Model, Part, model_for
+from jaxprune.pipeline import LayerResult, round_kernel
+from jaxprune.stream import apply, apply_layer, embed, forward, in_chunks, logits, read_layers
+
+BETAS = 0.9, 0.95
+"""Of Adam. There are tens of steps, not thousands, so the second moment's memory is short."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How the kept weights are tuned; no epochs, no tuning."""
+
+    tune_epochs: int = 0
+    """Tune the kept weights of all linears together against the dense model's predictions, visiting each calibration
+    window so many times. Takes 12 bytes of host memory a weight."""
+    tune_rate: float = 0.002
+    """Adam's highest learning rate, in units of the root mean square of a kernel's kept weights; it rises over the
+    first eighth of the steps and then falls along a cosine."""
+    tune_windows: int = 2
+    """Calibration windows a step."""
+
+    def __post_init__(self) -> None:
+        if self.tune_epochs < 0:
+            raise InputError(f"--tune-epochs must not be negative, not {self.tune_epochs}")
+        if self.tune_rate <= 0 or self.tune_windows < 1:
+            raise InputError(
+                f"--tune-rate must be positive and --tune-windows at least 1, not {self.tune_rate} and "
+                f"{self.tune_windows}"
+            )
+
+
+class Kernels(NamedTuple):
+    """The kernels of one layer's pruned linears under Adam, by name.
+
+    Attributes:
+        values: [n, m] float32.
+        masks: bits of the nonzero values, eight outputs a byte, [n, ceil(m / 8)].
+        units: root mean squares of the kept weights.
+        moments: Adam's.
+    """
+
+    values: dict[str, Float[Array | np.ndarray, "n m"]]
+    masks: dict[str, UInt8[Array | np.ndarray, "n _"]]
+    units: dict[str, Float[Array | np.ndarray, ""]]
+    moments: Any
+
+
+class Ends(NamedTuple):
+    """Params of the embedding and of the head, on the device."""
+
+    embed: Mapping[str, Array]
+    head: Mapping[str, Array]
+
+
+def tune(
+    reader: Reader,
+    tokens: Int[np.ndarray, "w t"],
+    layers: Iterable[LayerResult],
+    tuning: Tuning,
+    *,
+    seed: int = 0,
+    dtype: DTypeLike | None = None,
+    report: Callable[[int, float], None] = lambda epoch, divergence: None,
+) -> Iterator[LayerResult]:
+    """Tunes pruned layers. Masks stay; so do the figures of the linears, which are those of their solves.
+
+    Args:
+        reader: the dense checkpoint.
+        tokens: calibration windows, [windows, length] token ids.
+        layers: all layers, as `pipeline.prune` gives them.
+        tuning: how.
+        seed: of the order of windows.
+        dtype: of the model's computation; see `models.model_for`.
+        report: is told after each epoch its number and the mean KL divergence, in nats, of its windows before their
+            steps.
+
+    Raises:
+        InputError: the loss is not finite.
+    """
+    model = model_for(reader, dtype)
+    results, stored = [], []
+    for result in layers:
+        stored.append({path.removeprefix(f"layers.{result.index}."): a for path, a in result.params.items()})
+        results.append(dataclasses.replace(result, params={}))
+    dense = embed(model, reader, tokens)
+    for params in read_layers(model, reader):
+        forward(model, jax.device_put(params), dense)
+    ends = Ends(*(jax.device_put(reader.read(part.spec)) for part in (model.embed, model.head)))
+    names = [f"{path}.kernel" for paths in model.inputs.values() for path in paths]
+    state = [_start({name: params[name] for name in names}) for params in stored]
+    rest = [{name: array for name, array in params.items() if name not in names} for params in stored]
+
+    count = max(c for c in range(1, min(tuning.tune_windows, len(tokens)) + 1) if len(tokens) % c == 0)
+    steps = tuning.tune_epochs * len(tokens) // count
+    rate = optax.warmup_cosine_decay_schedule(
+        tuning.tune_rate / 10, tuning.tune_rate, math.ceil(steps / 8), steps, tuning.tune_rate / 20
+    )
+    generator, step = np.random.default_rng(seed), 0
+    for epoch in range(tuning.tune_epochs):
+        total = 0.0
+        for rows in generator.permutation(len(tokens)).reshape(-1, count):
+            total += _step(model, ends, rest, state, tokens[rows], dense.array[rows], jnp.float32(rate(step)))
+            step += 1
+        report(epoch, total / len(tokens))
+    for result, params, kernels in zip(results, stored, state, strict=True):
+        rounded = {name: np.asarray(_round(kernels, name, params[name].dtype)) for name in names}
+        yield dataclasses.replace(
+            result, params={f"layers.{result.index}.{path}": array for path, array in (params | rounded).items()}
+        )
+
+
+def _start(kernels: Params) -> Kernels:
+    values = {name: kernel.astype(np.float32) for name, kernel in kernels.items()}
+    masks = {name: np.packbits(value != 0, axis=1) for name, value in values.items()}
+    units = {name: np.sqrt(np.mean(np.square(value[value != 0]))) for name, value in values.items()}
+    return Kernels(values, masks, units, jax.device_get(_ADAM.init(values)))
+
+
+def _step(
+    model: Model,
+    ends: Ends,
+    rest: Sequence[Params],
+    state: list[Kernels],
+    tokens: Int[np.ndarray, "b t"],
+    dense: Float[np.ndarray, "b t d"],
+    rate: Float[Array, ""],
+) -> float:
+    """Updates the state by some windows; returns the sum of their mean divergences, before."""
+    x = apply(model.embed, ends.embed, jnp.asarray(tokens))
+    inputs = []
+    for kernels, others in zip(state, rest, strict=True):
+        inputs.append(np.array(x))  # a copy, for x is donated
+        x = apply_layer(model.layer, others | kernels.values, x)
+    states = np.asarray(x).reshape(-1, x.shape[-1])
+    divergence, gradient = in_chunks(
+        lambda *chunk: _divergence(model.head, ends.head, *chunk), states, dense.reshape(states.shape), models=2
+    )
+    if not np.isfinite(divergence).all():
+        raise InputError("the loss of the tuning holds NaN or infinity: lower --tune-rate, or try --dtype float32")
+    back = jnp.asarray(gradient.reshape(x.shape))
+    for index in reversed(range(len(state))):
+        back, updated = _update(model.layer, state[index], rest[index], inputs.pop(), back, rate)
+        state[index] = jax.device_get(updated)
+    return float(divergence.sum(dtype=np.float64)) / tokens.shape[1]
+
+
+@partial(jax.jit, static_argnums=0)
+def _divergence(
+    head: Part, params: Mapping[str, Array], states: Float[Array, "n d"], dense: Float[Array, "n d"]
+) -> tuple[Float[Array, "n"], Float[Array, "n d"]]:
+    """KL divergences of tokens, and the gradient of their sum by the pruned model's last states."""
+    scores, pull_back = jax.vjp(lambda states: logits(head, params, states), states)
+    log_p, log_q = jax.nn.log_softmax(logits(head, params, dense), axis=1), jax.nn.log_softmax(scores, axis=1)
+    p = jnp.exp(log_p)
+    (gradient,) = pull_back(jnp.exp(log_q) - p)
+    return jnp.sum(p * (log_p - log_q), axis=1), gradient
+
+
+@partial(jax.jit, static_argnums=0)
+def _update(
+    part: Part,
+    kernels: Kernels,
+    rest: Mapping[str, Array],
+    x: Float[Array, "b t d"],
+    gradient: Float[Array, "b t d"],
+    rate: Float[Array, ""],
+) -> tuple[Float[Array, "b t d"], Kernels]:
+    """The gradient by the layer's input, and the kernels after a step of Adam."""
+    _, pull_back = jax.vjp(lambda values, x: part({**rest, **values}, x)[0], kernels.values, x)
+    slopes, back = pull_back(gradient)
+    slopes = {name: masked(_kept(kernels, name), slope) for name, slope in slopes.items()}
+    with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction mixes integers and floats
+        changes, moments = _ADAM.update(slopes, kernels.moments)
+    values = {name: value - rate * kernels.units[name] * changes[name] for name, value in kernels.values.items()}
+    return back, kernels._replace(values=values, moments=moments)
+
+
+def _kept(kernels: Kernels, name: str) -> Bool[Array, "n m"]:
+    return jnp.unpackbits(kernels.masks[name], axis=1, count=kernels.values[name].shape[1]).astype(bool)
+
+
+def _round(kernels: Kernels, name: str, dtype: np.dtype) -> Float[Array, "n m"]:
+    return round_kernel(jnp.asarray(kernels.values[name]), _kept(kernels, name), dtype)
+
+
+_ADAM = optax.scale_by_adam(*BETAS)
