@@ -89,7 +89,7 @@ class Recipe:
 
     def as_json(self) -> dict[str, Any]:
         """What a record keeps; importance and tuning where there are any."""
-        parts: dict[str, Any] = {"method": describe(self.method), "pattern": self.target}
+        parts: dict[str, Any] = {"method": describe(self.method) | {"name": self.name}, "pattern": self.target}
         if self.preset:
             parts["preset"] = self.preset
         if self.importance.measured:
@@ -101,7 +101,21 @@ class Recipe:
     @property
     def target(self) -> str:
         """The pattern or the mask's source, in words."""
-        return str(self.pattern) if self.pattern is not None else f"the mask {self.mask}"
+        if self.pattern is None:
+            return f"the mask {self.mask}"
+        return f"{self.pattern} in total" if self.importance.spread else str(self.pattern)
+
+    @property
+    def name(self) -> str:
+        """The method and what is done beside it, in words."""
+        words = [
+            describe(self.method)["name"],
+            *["tokens weighed"] * (self.importance.token_power > 0),
+            *["outputs weighed"] * self.importance.weigh_outputs,
+            *[f"sparsities within {self.importance.spread:g}"] * (self.importance.spread > 0),
+            *[f"{self.tuning.tune_epochs} epochs of tuning"] * (self.tuning.tune_epochs > 0),
+        ]
+        return f"{self.preset}: " * (self.preset is not None) + ", ".join(words)
 
 
 class Parser:
@@ -145,7 +159,8 @@ class Parser:
             InputError: a value that cannot be used. Unknown flags end the program with argparse's message.
         """
         recipe = self.parser.add_argument_group("recipe")
-        for cls in (Flags, WholeModel, Importance, Tuning) if self._whole_model else (Flags,):
+        classes: tuple[type, ...] = (Flags, WholeModel, Importance, Tuning) if self._whole_model else (Flags,)
+        for cls in classes:
             add_fields(recipe, cls)
         for role, cls in self._classes.items():
             group = self.parser.add_argument_group(f"method {self._name(role)}", inspect.getdoc(cls))
@@ -153,8 +168,8 @@ class Parser:
         given = vars(self.parser.parse_args(self._argv))
         whole = make(WholeModel, given)
         if whole.preset:
-            given = {**PRESETS[whole.preset], **given}
-        return given, self._recipe(make(Flags, given), whole, given)
+            return given, self._recipe(whole, given, {**PRESETS[whole.preset], **given})
+        return given, self._recipe(whole, given, given)
 
     def _name(self, role: str) -> str:
         return self._mask if role == "mask" else self._update
@@ -170,9 +185,10 @@ class Parser:
         shared = set().union(*(self._fields(other) for other in self._classes if other != role))
         return lambda field: (f"{role}_{field}" if field in shared else field) if field in fields else None
 
-    def _recipe(self, flags: Flags, whole: WholeModel, given: Mapping[str, Any]) -> Recipe:
-        importance, tuning = make(Importance, given), make(Tuning, given)
-        made = {role: make(cls, given, self._flag_of(role)) for role, cls in self._classes.items()}
+    def _recipe(self, whole: WholeModel, given: Mapping[str, Any], values: Mapping[str, Any]) -> Recipe:
+        """The recipe of what was given, and of all values: those and the preset's."""
+        flags, importance, tuning = make(Flags, values), make(Importance, values), make(Tuning, values)
+        made = {role: make(cls, values, self._flag_of(role)) for role, cls in self._classes.items()}
         method: Method = made["update"]
         if "mask" in made:
             method = Crossed(made["mask"], method)
@@ -183,15 +199,15 @@ class Parser:
         if self._given_mask:
             if flags.pattern is not None or flags.sparsity is not None:
                 raise InputError(f"--mask {self._mask} decides which weights stay: leave --pattern and --sparsity out")
-            importance = self._without_spread(importance, whole, f"--mask {self._mask} decides how sparse a linear is")
+            importance = self._spread(importance, given, f"--mask {self._mask} decides which weights stay")
             return Recipe(method, None, self._mask, f"{self._update}-given-mask", importance, tuning, whole.preset)
         pattern = patterns.parse(
             flags.pattern or ("per-output" if method.per_output else "unstructured"), flags.sparsity
         )
+        fixed = "--uniform wants one sparsity for every linear" * whole.uniform
         if not isinstance(pattern, Unstructured) or pattern.per_output:
-            importance = self._without_spread(importance, whole, f"pattern {pattern} is the same for every linear")
-        elif whole.uniform:
-            importance = dataclasses.replace(importance, spread=0.0)
+            fixed = f"pattern {pattern} is the same for every linear"
+        importance = self._spread(importance, given, fixed)
         how = self._update if self._mask == self._update else f"{self._mask}-{self._update}"
         if whole.preset:
             how = whole.preset + "-uniform" * whole.uniform
@@ -199,10 +215,12 @@ class Parser:
         return Recipe(method, pattern, None, f"{how}-{what}", importance, tuning, whole.preset)
 
     @staticmethod
-    def _without_spread(importance: Importance, whole: WholeModel, why: str) -> Importance:
+    def _spread(importance: Importance, given: Mapping[str, Any], fixed: str) -> Importance:
         """Where sparsities are fixed a preset's spread goes; one that was asked for is an error."""
-        if importance.spread and not whole.preset:
-            raise InputError(f"{why}: leave --spread out")
+        if not fixed:
+            return importance
+        if given.get("spread"):
+            raise InputError(f"{fixed}: leave --spread out")
         return dataclasses.replace(importance, spread=0.0)
 
 

@@ -22,7 +22,7 @@ from jaxprune.config import Config
 from jaxprune.evaluation.quality import Quality, table
 from jaxprune.evaluation.tasks import without_samples
 from jaxprune.pipeline import LayerResult
-from jaxprune.recipe import Recipe, describe
+from jaxprune.recipe import Recipe
 from jaxprune.report import RECORD, REPORT
 
 PACKAGES = (
@@ -135,7 +135,7 @@ norms and head are those of the dense checkpoint. Everything needed to repeat th
         config = self.config
         rows = [
             ("checkpoint", config.ckpt),
-            ("method", describe(self.recipe.method)["name"]),
+            ("method", self.recipe.name),
             ("pattern", self.recipe.target),
             ("calibration", f"{self.tokens.shape[0]} windows of {self.tokens.shape[1]} tokens, {config.calib}"),
             ("sparsity of the linears", f"{100 * self.sparsity:.4f} %"),

@@ -75,6 +75,7 @@ def verify(
     against: Reader | None = None,
     pattern: Pattern | None = None,
     counts: Mapping[tuple[int, str], int] | None = None,
+    total: float | None = None,
 ) -> Verdict:
     """Reads every tensor, one at a time.
 
@@ -83,6 +84,7 @@ def verify(
         against: the dense one.
         pattern: that every linear must have. None: an N:M, if nine in ten linears have it.
         counts: zeros that single linears must have.
+        total: share of zeros that all linears must have together, to one in a million.
 
     Raises:
         InputError, CheckpointError: the checkpoint cannot be read, or is no model.
@@ -104,6 +106,10 @@ def verify(
     for which, count in (counts or {}).items():
         if which in linears and linears[which].zeros != count:
             problems.append(f"{_name(which)} has {linears[which].zeros} zeros, not {count} as {RECORD} says")
+    if total is not None:
+        found = sum(linear.zeros for linear in linears.values()) / sum(linear.size for linear in linears.values())
+        if abs(found - total) > 1e-6:
+            problems.append(f"the linears have {100 * found:.4f} % zeros in total, not {100 * total:g} %")
     if pattern is None:
         problems += _outliers(linears)
     return Verdict(linears, problems)
@@ -119,18 +125,22 @@ def zeros(reader: Reader) -> dict[tuple[int, str], tuple[int, int]]:
     return counts
 
 
-def expected(record: Mapping[str, Any]) -> tuple[Pattern | None, dict[tuple[int, str], int]]:
-    """The pattern of a run's record, and the zeros of its linears."""
+def expected(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's record says of its checkpoint, as `verify` takes it."""
     counts = {
         (layer["index"], path): linear["zeros"]
         for layer in record["layers"]
         for path, linear in layer["linears"].items()
     }
+    pattern: Pattern | None = None
+    total: float | None = None
     if match := re.fullmatch(r"(\d+):(\d+)", record["pattern"]):
-        return NM(int(match[1]), int(match[2])), counts
-    if match := re.fullmatch(r"([\d.]+) %( per output)?", record["pattern"]):
-        return Unstructured(float(match[1]) / 100, per_output=bool(match[2])), counts
-    return None, counts
+        pattern = NM(int(match[1]), int(match[2]))
+    elif match := re.fullmatch(r"([\d.]+) % in total", record["pattern"]):
+        total = float(match[1]) / 100
+    elif match := re.fullmatch(r"([\d.]+) %( per output)?", record["pattern"]):
+        pattern = Unstructured(float(match[1]) / 100, per_output=bool(match[2]))
+    return {"pattern": pattern, "counts": counts, "total": total}
 
 
 def _name(which: tuple[int, str]) -> str:
@@ -247,15 +257,15 @@ def _main(argv: Sequence[str]) -> int:
     add_fields(parser, Options)
     given = vars(parser.parse_args(argv))
     options = make(Options, given)
-    pattern: Pattern | None = None
-    counts: dict[tuple[int, str], int] = {}
+    wanted: dict[str, Any] = {}
     if run := report.run_of(Path(given["checkpoint"])):
-        pattern, counts = expected(run)
+        wanted = expected(run)
     if options.pattern is not None or options.sparsity is not None:
-        pattern = patterns.parse(options.pattern or "unstructured", options.sparsity)
+        wanted["pattern"] = patterns.parse(options.pattern or "unstructured", options.sparsity)
+    pattern = wanted.get("pattern")
     reader = open_checkpoint(given["checkpoint"])
     against = open_checkpoint(options.against) if options.against else None
-    verdict = verify(reader, against=against, pattern=pattern, counts=counts)
+    verdict = verify(reader, against=against, **wanted)
     print_table(_rows(verdict.linears, options.all), ("linear", "tensors", "zeros", "pattern"))
     for problem in verdict.problems:
         console.print(f"problem: {problem}")

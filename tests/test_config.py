@@ -19,7 +19,7 @@ from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.sparsegpt import SparseGPT
 from jaxprune.methods.wanda import Wanda
 from jaxprune.patterns import NM, Unstructured
-from jaxprune.recipe import Flags
+from jaxprune.recipe import PRESETS, Flags, Importance, Recipe, Tuning, WholeModel
 
 
 def test_defaults_are_the_papers() -> None:
@@ -38,8 +38,11 @@ def test_every_flag_arrives() -> None:
         "--calib wikitext2 --nsamples 3 --seqlen 9 --pack --seed 5 --eval ppl,zero-shot --eval-text c4,t "
         "--eval-seqlen 8 --eval-windows 2 --tasks boolq,rte --limit 4 --tasks-data d --backend torch "
         "--dtype bfloat16 --device cpu --schedule constant --iterations 30 --selections 4 --damping 0.2 --rho 2.5 "
-        "--linear-solve cholesky --finish-steps 7".split()
+        "--linear-solve cholesky --finish-steps 7 --token-power 0.25 --weigh-outputs --tune-epochs 3 --tune-rate 0.01 "
+        "--tune-windows 5".split()
     )
+    assert recipe.importance == Importance(token_power=0.25, weigh_outputs=True)
+    assert recipe.tuning == Tuning(3, 0.01, 5)
     assert recipe.method == Finished(ADMM("constant", 30, 4, 0.2, 2.5, "cholesky"), Exact(steps=7))
     assert recipe.pattern == Unstructured(0.7, per_output=True)
     assert config == Config(
@@ -77,6 +80,26 @@ def test_options_that_both_methods_have_are_told_apart() -> None:
     assert method("--mask alps --update sparsegpt --iterations 9 --block 64 --mask-damping 0.02") == Crossed(
         ALPS(iterations=9, damping=0.02), SparseGPT(block=64)
     )
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
+    def recipe(line: str) -> Recipe:
+        return parse(f"--ckpt x --preset {preset} {line}".split())[1]
+
+    made = recipe("--sparsity 0.7")
+    assert made.importance.spread == PRESETS[preset]["spread"] and made.importance.weigh_outputs
+    assert made.tuning.tune_epochs == PRESETS[preset].get("tune_epochs", 0)
+    assert (made.target, made.slug) == ("70 % in total", f"{preset}-70")
+    assert made.name.startswith(f"{preset}: admm, ")
+    assert recipe("--tune-epochs 7 --spread 0.05").tuning.tune_epochs == 7
+    assert recipe("--tune-epochs 7 --spread 0.05").importance.spread == 0.05
+    for line, target in (("--uniform", "50 %"), ("--pattern 2:4", "2:4"), ("--pattern per-output", "50 % per output")):
+        fixed = recipe(line)
+        assert (fixed.importance.spread, fixed.target) == (0.0, target)
+        assert fixed.importance.weigh_outputs and fixed.tuning == made.tuning
+    assert recipe("--uniform").slug == f"{preset}-uniform-50"
+    assert recipe("--mask from-file:m").importance.spread == 0.0
 
 
 @pytest.mark.parametrize("name", ["from-checkpoint:pruned", "from-file:masks.safetensors"])
@@ -130,6 +153,13 @@ def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
         ("--ckpt x --method alps --rho 0", "rho and damping must be positive"),
         ("--ckpt x --method gradient --learning-rate 0", "learning_rate must be positive"),
         ("--ckpt x --method exact --steps 0", "steps must be at least 1"),
+        ("--ckpt x --spread 1", "--spread must be at least 0 and below 1"),
+        ("--ckpt x --token-power -1", "--token-power must not be negative"),
+        ("--ckpt x --pattern 2:4 --spread 0.1", "2:4 is the same for every linear: leave --spread out"),
+        ("--ckpt x --preset fast --pattern per-output --spread 0.1", "is the same for every linear"),
+        ("--ckpt x --preset fast --uniform --spread 0.1", "--uniform wants one sparsity"),
+        ("--ckpt x --mask from-file:m --spread 0.1", "decides which weights stay"),
+        ("--ckpt x --tune-epochs -1", "--tune-epochs must not be negative"),
     ],
 )
 def test_impossible_values_are_one_error(line: str, message: str) -> None:
@@ -149,6 +179,7 @@ def test_impossible_values_are_one_error(line: str, message: str) -> None:
         "--ckpt x --no-such-flag",
         "--ckpt x --dtype int8",
         "--ckpt x --method wanda --rho 1",
+        "--ckpt x --preset better",
         "--ckpt x --seed a",
     ],
 )
@@ -165,7 +196,7 @@ def test_help_explains_every_flag(name: str, capsys: pytest.CaptureFixture) -> N
         parse(["--method", name, "--help"])
     assert ended.value.code == 0
     text = re.sub(r"\s", "", capsys.readouterr().out)  # argparse breaks lines within hyphened words
-    for cls in (Config, Flags, methods.load(name)):
+    for cls in (Config, Flags, WholeModel, Importance, Tuning, methods.load(name)):
         docs = field_docs(cls)
         for field in dataclasses.fields(cls):
             assert f"--{field.name.replace('_', '-')}" in text

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert import open_checkpoint
 from jaxprune.evaluation.text import perplexity
+from jaxprune.masks import from_file
+from jaxprune.verify import main as verify
 from tests import tiny
 
 
@@ -123,6 +125,33 @@ def test_two_of_four_with_another_methods_mask(checkpoint: Path, text: Path, tmp
             groups = (tensor != 0).reshape(tensor.shape[0], -1, 4).sum(dim=2)
             assert (groups == 2).all(), name
     assert json.loads((tmp_path / "out/jaxprune.json").read_text())["method"]["name"] == "wanda mask, admm update"
+
+
+def test_the_best_preset(finished: tuple[Path, str], checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 6, "--seqlen", 64, "--eval-text", text]
+    options += ["--eval-windows", 5, "--seed", 3]
+    done = jaxprune(*options, "--preset", "best", "--save-masks", "masks.safetensors", "--out", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "tuning, epoch 1: KL divergence" in done.stdout
+    record = json.loads((tmp_path / "out/jaxprune.json").read_text())
+    assert record["preset"] == "best" and record["method"]["name"].startswith("best: admm")
+    assert record["importance"]["weigh_outputs"] and record["tuning"]["tune_epochs"] > 0
+    assert {"sensitivity", "gram", "solve", "forward", "tune"} <= record["seconds"].keys()
+    linears = [linear for layer in record["layers"] for linear in layer["linears"].values()]
+    assert 2 * sum(linear["zeros"] for linear in linears) == sum(linear["size"] for linear in linears)
+    assert len({linear["zeros"] / linear["size"] for linear in linears}) > 3
+    assert verify([str(tmp_path / "out"), "--against", str(checkpoint)]) == 0
+    masks = from_file(tmp_path / "masks.safetensors")
+    reader = open_checkpoint(tmp_path / "out")
+    name = "layers.1.mlp.down_proj.kernel"
+    np.testing.assert_array_equal(masks(1, "mlp.down_proj").read(), reader.read([name])[name] != 0)
+    plain = json.loads((finished[0] / "jaxprune.json").read_text())
+
+    def divergence(record: dict) -> float:
+        (measured,) = record["evaluation"]["pruned"]["texts"].values()
+        return measured["kl"]
+
+    assert divergence(record) < 0.9 * divergence(plain)
 
 
 def test_masks_are_saved_and_taken_up_again(

@@ -63,11 +63,22 @@ def test_what_was_pruned_is_verified(
     assert f"zeros, {name}" in printed and "9 other tensors compared with" in printed
     assert ("2:4 along the inputs (columns of the stored [out, in])" in printed) == (name == "2:4")
     record = json.loads((pruned[name] / "jaxprune.json").read_text())
-    pattern, counts = expected(record)
-    assert pattern == PATTERNS[name] and len(counts) == 21
-    verdict = verify(open_checkpoint(pruned[name]), pattern=pattern, counts=counts)
+    wanted = expected(record)
+    counts = wanted["counts"]
+    assert wanted["pattern"] == PATTERNS[name] and len(counts) == 21
+    verdict = verify(open_checkpoint(pruned[name]), **wanted)
     assert {which: linear.zeros for which, linear in verdict.linears.items()} == counts
     assert {which: count for which, (count, _) in zeros(open_checkpoint(pruned[name])).items()} == counts
+
+
+def test_a_total_is_all_that_unequal_linears_must_have(pruned: dict[str, Path]) -> None:
+    record = json.loads((pruned["50 %"] / "jaxprune.json").read_text()) | {"pattern": "50 % in total"}
+    wanted = expected(record)
+    assert wanted["pattern"] is None and wanted["total"] == 0.5
+    reader = open_checkpoint(pruned["50 %"])
+    assert verify(reader, **wanted).problems == []
+    (problem,) = verify(reader, **expected(record | {"pattern": "50.001 % in total"})).problems
+    assert problem == "the linears have 50.0000 % zeros in total, not 50.001 %"
 
 
 def test_a_record_is_not_needed(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
