@@ -58,7 +58,8 @@ def prune_by_recipe(
     def tuned_layers() -> Iterator[LayerResult]:
         every = list(layers())
         start = time.perf_counter()
-        for layer in tune(reader, tokens, every, recipe.tuning, seed=seed, dtype=dtype, report=tuned):
+        released = (every.pop(0) for _ in range(len(every)))
+        for layer in tune(reader, tokens, released, recipe.tuning, seed=seed, dtype=dtype, report=tuned):
             spend("tune", time.perf_counter() - start)
             yield layer
             start = time.perf_counter()

@@ -103,7 +103,7 @@ def tune(
     Args:
         reader: the dense checkpoint.
         tokens: calibration windows, [windows, length] token ids.
-        layers: all layers, as `pipeline.prune` gives them.
+        layers: all layers, as `pipeline.prune` gives them; each is let go when it is taken up.
         tuning: how.
         seed: of the order of windows.
         dtype: of the model's computation; see `models.model_for`.
@@ -114,17 +114,20 @@ def tune(
         InputError: the loss is not finite.
     """
     model = model_for(reader, dtype)
-    results, stored = [], []
+    names = [f"{path}.kernel" for paths in model.inputs.values() for path in paths]
+    hold = _holder(model.config.num_layers * sum(math.prod(model.layer.spec[name].shape) for name in names))
+    results, state, rest, dtypes = [], [], [], {}
     for result in layers:
-        stored.append({path.removeprefix(f"layers.{result.index}."): a for path, a in result.params.items()})
+        params = {path.removeprefix(f"layers.{result.index}."): array for path, array in result.params.items()}
+        kernels = {name: params.pop(name) for name in names}
+        dtypes = {name: kernel.dtype for name, kernel in kernels.items()}
         results.append(dataclasses.replace(result, params={}))
+        state.append(hold(_start(kernels)))
+        rest.append(params)
     dense = embed(model, reader, tokens)
     for params in read_layers(model, reader):
         forward(model, jax.device_put(params), dense)
     ends = Ends(*(jax.device_put(reader.read(part.spec)) for part in (model.embed, model.head)))
-    names = [f"{path}.kernel" for paths in model.inputs.values() for path in paths]
-    state = [_start({name: params[name] for name in names}) for params in stored]
-    rest = [{name: array for name, array in params.items() if name not in names} for params in stored]
 
     count = max(c for c in range(1, min(tuning.tune_windows, len(tokens)) + 1) if len(tokens) % c == 0)
     steps = tuning.tune_epochs * len(tokens) // count
@@ -135,14 +138,21 @@ def tune(
     for epoch in range(tuning.tune_epochs):
         total = 0.0
         for rows in generator.permutation(len(tokens)).reshape(-1, count):
-            total += _step(model, ends, rest, state, tokens[rows], dense.array[rows], jnp.float32(rate(step)))
+            total += _step(model, hold, ends, rest, state, tokens[rows], dense.array[rows], jnp.float32(rate(step)))
             step += 1
         report(epoch, total / len(tokens))
-    for result, params, kernels in zip(results, stored, state, strict=True):
-        rounded = {name: np.asarray(_round(kernels, name, params[name].dtype)) for name in names}
-        yield dataclasses.replace(
-            result, params={f"layers.{result.index}.{path}": array for path, array in (params | rounded).items()}
-        )
+    for result, params, tuned in zip(results, rest, state, strict=True):
+        rounded = {name: np.asarray(_round(tuned, name, dtypes[name])) for name in names}
+        named = {f"layers.{result.index}.{path}": array for path, array in (params | rounded).items()}
+        yield dataclasses.replace(result, params=named)
+
+
+def _holder(weights: int) -> Callable[[Kernels], Kernels]:
+    """Keeps kernels on the device if those of all layers fill at most half of what is free there; else on the host."""
+    device = jax.local_devices()[0]
+    memory = device.memory_stats() or {}
+    free = memory.get("bytes_limit", 0) - memory.get("bytes_in_use", 0)
+    return jax.device_put if device.platform == "cpu" or 2 * 12 * weights < free else jax.device_get
 
 
 def _start(kernels: Params) -> Kernels:
@@ -154,6 +164,7 @@ def _start(kernels: Params) -> Kernels:
 
 def _step(
     model: Model,
+    hold: Callable[[Kernels], Kernels],
     ends: Ends,
     rest: Sequence[Params],
     state: list[Kernels],
@@ -176,7 +187,7 @@ def _step(
     back = jnp.asarray(gradient.reshape(x.shape))
     for index in reversed(range(len(state))):
         back, updated = _update(model.layer, state[index], rest[index], inputs.pop(), back, rate)
-        state[index] = jax.device_get(updated)
+        state[index] = hold(updated)
     return float(divergence.sum(dtype=np.float64)) / tokens.shape[1]
 
 
@@ -192,7 +203,7 @@ def _divergence(
     return jnp.sum(p * (log_p - log_q), axis=1), gradient
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _update(
     part: Part,
     kernels: Kernels,

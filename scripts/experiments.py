@@ -29,6 +29,7 @@ class Experiment:
         linears: share of the layers that come before -> linears of that layer; for `error`. Empty: all linears.
         seqlen: tokens of a window, where the paper's are not the usual 2048.
         small_patterns: the patterns under --small, where they are fewer.
+        against: rows that the others are compared with, in perplexity and (the first of them) in seconds.
         paper: checkpoint -> (row, pattern) -> the paper's perplexity, or its accuracies by task and their mean.
     """
 
@@ -42,6 +43,7 @@ class Experiment:
     linears: Mapping[float, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     seqlen: int = 2048
     small_patterns: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
     paper: Mapping[str, Mapping[tuple[str, str], Any]] = dataclasses.field(default_factory=dict)
 
 
@@ -242,6 +244,7 @@ EXPERIMENTS = {
         },
         patterns=("0.5", "0.6", "0.7", "0.8", "2:4"),
         picture="quality_by_sparsity",
+        against=("ADMM-Grad, constant", "ALPS"),
     ),
     "layers": Experiment(
         title="Error of layers on the same inputs, all methods",

@@ -2,7 +2,7 @@
 
 import csv
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from experiments import Experiment, pattern_name
 
 from jaxprune.figures import short
 
+PHASES = ("gram", "solve", "forward", "sensitivity", "tune")
 Results = Sequence[tuple[Any, dict[str, Any]]]
 """Cells and what was measured of them."""
 REACHED = 10
@@ -44,7 +45,10 @@ def _record(cell: Any, result: dict[str, Any], paper: float | None) -> dict[str,
         "paper": paper,
         **_accuracies(result),
         "relative_error": _digits(result.get("error")),
-        **{f"seconds_{phase}": _digits(seconds.get(phase), 4) for phase in ("gram", "solve", "forward")},
+        **{
+            f"seconds_{phase}": _digits(seconds.get(phase), 4)
+            for phase in ("gram", "solve", "forward", "sensitivity", "tune")
+        },
     }
 
 
@@ -120,9 +124,40 @@ def _by_pattern(experiment: Experiment, ckpt: str, results: Results) -> list[str
     return [
         *lines,
         "",
+        *(_against(experiment, found, measured) if experiment.against else []),
         "Mean over all linears of the error relative to the linear's own input in that run:",
         "",
         *markdown(["relative error, %", *header[1:]], errors),
+    ]
+
+
+def _against(experiment: Experiment, found: dict[tuple[str, str], dict[str, Any]], rows: Sequence[str]) -> list[str]:
+    """Perplexities over the best of some rows', and durations over the first's."""
+
+    def ratio(row: str, pattern: str) -> str:
+        others = [found[other, pattern]["perplexity"] for other in experiment.against if (other, pattern) in found]
+        return f"{found[row, pattern]['perplexity'] / min(others):.3f}" if (row, pattern) in found and others else ""
+
+    def duration(row: str, pattern: str) -> str:
+        if (row, pattern) not in found:
+            return ""
+        first = found.get((experiment.against[0], pattern))
+        seconds = sum(found[row, pattern]["seconds"].values())
+        return f"{seconds:.0f} s" + (f" ({seconds / sum(first['seconds'].values()):.2f})" if first else "")
+
+    def cells(value: Callable[[str, str], str]) -> list[list[str]]:
+        return [[row, *(value(row, pattern) for pattern in experiment.patterns)] for row in rows]
+
+    names = [*map(pattern_name, experiment.patterns)]
+    return [
+        f"Perplexity over that of the better of {' and '.join(experiment.against)}:",
+        "",
+        *markdown(["ratio", *names], cells(ratio)),
+        "",
+        f"Seconds to prune, all phases, and over {experiment.against[0]}'s:",
+        "",
+        *markdown(["seconds (ratio)", *names], cells(duration)),
+        "",
     ]
 
 
