@@ -79,7 +79,9 @@ def _by_importance(
     if not importance.measured:
         return pattern, None
     start = time.perf_counter()
-    sensitivity = measure_sensitivity(reader, tokens, dtype=dtype)
+    count = min(importance.sensitivity_windows or len(tokens), len(tokens))
+    some = tokens[np.arange(count) * len(tokens) // count]
+    sensitivity = measure_sensitivity(reader, some, dtype=dtype)
     if importance.spread:
         assert isinstance(pattern, Unstructured)
         sparsities = allocate(reader, sensitivity, pattern.sparsity, importance.spread, dtype=dtype)

@@ -16,10 +16,8 @@ from jaxprune.patterns import NM, Pattern, Unstructured
 from jaxprune.sensitivity import Importance
 from jaxprune.tuning import Tuning
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "fast": {"token_power": 0.5, "weigh_outputs": True, "spread": 0.3},
-    "best": {"token_power": 0.5, "weigh_outputs": True, "spread": 0.3, "finish_steps": 10, "tune_epochs": 2},
-}
+_GRADIENTS = {"weigh_outputs": True, "spread": 0.3, "sensitivity_windows": 8}
+PRESETS: Mapping[str, Mapping[str, Any]] = {"fast": _GRADIENTS, "best": {**_GRADIENTS, "tune_epochs": 3}}
 """What a preset sets; options given beside it win."""
 
 
@@ -48,8 +46,8 @@ class WholeModel:
     """The flags that only matter where a whole model is pruned."""
 
     preset: Literal["fast", "best"] | None = None
-    """Options that serve most: fast weighs tokens and outputs by the loss's gradients and gives every linear its own
-    sparsity; best also tunes the kept weights. Options given beside it win."""
+    """Options that serve most: fast weighs outputs by the loss's gradients and gives every linear a sparsity of its
+    own; best also tunes the kept weights. Options given beside it win."""
     uniform: bool = False
     """The same sparsity for every linear, whatever the preset says."""
 
@@ -167,9 +165,10 @@ class Parser:
             add_fields(group, cls, self._flag_of(role))
         given = vars(self.parser.parse_args(self._argv))
         whole = make(WholeModel, given)
-        if whole.preset:
-            return given, self._recipe(whole, given, {**PRESETS[whole.preset], **given})
-        return given, self._recipe(whole, given, given)
+        preset = dict(PRESETS[whole.preset]) if whole.preset else {}
+        if given.get("token_power"):
+            preset.pop("sensitivity_windows", None)
+        return given, self._recipe(whole, given, {**preset, **given})
 
     def _name(self, role: str) -> str:
         return self._mask if role == "mask" else self._update

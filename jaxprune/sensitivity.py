@@ -25,6 +25,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from convert import Reader
 from jaxprune.errors import InputError
+from jaxprune.flags import require_positive
 from jaxprune.hidden import HiddenStates
 from jaxprune.models import Model, Part, model_for
 from jaxprune.stream import embed, forward, in_chunks, logits, read_layers
@@ -47,7 +48,14 @@ class Importance:
     """Give every linear a sparsity of its own, by one threshold over the whole model, this far at most from the one
     asked for, which holds in total."""
 
+    sensitivity_windows: int | None = None
+    """Take the gradients from so many of the calibration windows, evenly spaced (default: all, which --token-power
+    needs)."""
+
     def __post_init__(self) -> None:
+        require_positive(self, "sensitivity_windows")
+        if self.token_power and self.sensitivity_windows:
+            raise InputError("--token-power needs the gradients of all windows: leave --sensitivity-windows out")
         if self.token_power < 0:
             raise InputError(f"--token-power must not be negative, not {self.token_power}")
         if not 0 <= self.spread < 1:

@@ -100,6 +100,8 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
         assert fixed.importance.weigh_outputs and fixed.tuning == made.tuning
     assert recipe("--uniform").slug == f"{preset}-uniform-50"
     assert recipe("--mask from-file:m").importance.spread == 0.0
+    weighed = recipe("--token-power 0.5").importance
+    assert (weighed.token_power, weighed.sensitivity_windows) == (0.5, None)
 
 
 @pytest.mark.parametrize("name", ["from-checkpoint:pruned", "from-file:masks.safetensors"])
@@ -154,6 +156,8 @@ def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
         ("--ckpt x --method gradient --learning-rate 0", "learning_rate must be positive"),
         ("--ckpt x --method exact --steps 0", "steps must be at least 1"),
         ("--ckpt x --spread 1", "--spread must be at least 0 and below 1"),
+        ("--ckpt x --sensitivity-windows 0", "--sensitivity-windows must be at least 1"),
+        ("--ckpt x --token-power 1 --sensitivity-windows 4", "leave --sensitivity-windows out"),
         ("--ckpt x --token-power -1", "--token-power must not be negative"),
         ("--ckpt x --pattern 2:4 --spread 0.1", "2:4 is the same for every linear: leave --spread out"),
         ("--ckpt x --preset fast --pattern per-output --spread 0.1", "is the same for every linear"),
