@@ -1,0 +1,83 @@
+"""A recipe on a whole checkpoint is its parts, put together."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jaxprune.oneshot
+from convert import open_checkpoint
+from jaxprune import InputError, LayerResult, Unstructured, prune
+from jaxprune.allocation import allocate
+from jaxprune.methods.admm import ADMM
+from jaxprune.oneshot import prune_by_recipe
+from jaxprune.recipe import parse
+from jaxprune.sensitivity import measure_sensitivity, weights
+from jaxprune.tuning import tune
+from tests.test_pipeline import windows
+
+
+def by_recipe(checkpoint: Path, line: str, **told: object) -> list[LayerResult]:
+    return list(prune_by_recipe(open_checkpoint(checkpoint), windows(), parse(line.split()), **told))
+
+
+def assert_same(found: list[LayerResult], expected: list[LayerResult]) -> None:
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.linears == theirs.linears and mine.params.keys() == theirs.params.keys()
+        for path, array in mine.params.items():
+            np.testing.assert_array_equal(array, theirs.params[path], err_msg=path)
+
+
+def test_a_plain_recipe_is_the_loop_over_layers(checkpoint: Path) -> None:
+    expected = list(prune(open_checkpoint(checkpoint), windows(), ADMM(), Unstructured(0.6)))
+    assert_same(by_recipe(checkpoint, "--sparsity 0.6"), expected)
+
+
+def test_all_parts_together(checkpoint: Path) -> None:
+    reader, tokens = open_checkpoint(checkpoint), windows()
+    line = "--preset best --sparsity 0.6 --spread 0.2 --tune-epochs 1"
+    recipe = parse(line.split())
+    chosen = tokens[[0, 1, 3, 4, 6, 7, 9, 10]]  # eight of twelve, evenly spaced
+    sensitivity = measure_sensitivity(reader, chosen)
+    sparsities = allocate(reader, sensitivity, 0.6, 0.2)
+    weighing = [weights(layer, recipe.importance) for layer in sensitivity]
+    layers = list(prune(reader, tokens, ADMM(), lambda *which: Unstructured(sparsities[which]), weights=weighing))
+    expected = list(tune(reader, tokens, layers, recipe.tuning, seed=7))
+    spent, seen, epochs = {}, [], []
+    found = by_recipe(
+        checkpoint, line, seed=7, spend=spent.__setitem__, pruned=seen.append, tuned=lambda *told: epochs.append(told)
+    )
+    assert_same(found, expected)
+    assert spent.keys() == {"sensitivity", "tune"} and len(epochs) == 1
+    assert_same(seen, layers)
+    zeros, sizes = (
+        sum(getattr(one, n) for layer in found for one in layer.linears.values()) for n in ("zeros", "size")
+    )
+    assert zeros == round(0.6 * sizes)
+
+
+def test_weights_change_the_mask_but_not_an_outputs_own_update(checkpoint: Path) -> None:
+    plain = by_recipe(checkpoint, "--method wanda --pattern per-output")[0]
+    weighed = by_recipe(checkpoint, "--method wanda --pattern per-output --weigh-outputs")[0]
+    unequal = by_recipe(checkpoint, "--method wanda --pattern unstructured --weigh-outputs")[0]
+    same = by_recipe(checkpoint, "--method wanda --pattern unstructured")[0]
+    name = "layers.0.mlp.down_proj.kernel"
+    np.testing.assert_allclose(weighed.params[name], plain.params[name], rtol=1e-6)
+    assert ((unequal.params[name] == 0) != (same.params[name] == 0)).mean() > 0.02
+
+
+def test_tokens_weigh_in_the_gram_matrix(checkpoint: Path) -> None:
+    plain, weighed = by_recipe(checkpoint, ""), by_recipe(checkpoint, "--token-power 0.5")
+    assert plain[0].linears["mlp.down_proj"].error != weighed[0].linears["mlp.down_proj"].error
+
+
+@pytest.mark.parametrize("line", ["--pattern 3:5", "--mask from-file:nowhere"])
+def test_what_does_not_fit_is_refused_before_work(line: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxprune.oneshot, "measure_sensitivity", None)
+    with pytest.raises(InputError):
+        prune_by_recipe(open_checkpoint(checkpoint), windows(), parse(f"--preset fast {line}".split()))
+
+
+def test_tokens_of_another_vocabulary_are_refused_before_work(checkpoint: Path) -> None:
+    with pytest.raises(InputError, match="another model's tokenizer"):
+        prune_by_recipe(open_checkpoint(checkpoint), windows() + 300, parse(["--preset", "fast"]))
