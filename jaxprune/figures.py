@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Colours that stand for variables of the page's style sheet.
 TEXT, AXIS, GRID, DENSE = "#010101", "#020202", "#030303", "#040404"
-SERIES = [f"#0505{number:02x}" for number in range(8)]
+SERIES = [f"#0505{number:02x}" for number in range(10)]
 VARIABLES = {TEXT: "--text", AXIS: "--axis", GRID: "--grid", DENSE: "--dense"}
 VARIABLES |= {color: f"--series-{number}" for number, color in enumerate(SERIES)}
 MARKERS = "osD^vP*X"

@@ -19,6 +19,8 @@ from jaxprune.tuning import Tuning
 _GRADIENTS = {"weigh_outputs": True, "spread": 0.3, "sensitivity_windows": 8}
 PRESETS: Mapping[str, Mapping[str, Any]] = {"fast": _GRADIENTS, "best": {**_GRADIENTS, "tune_epochs": 3}}
 """What a preset sets; options given beside it win."""
+PRESET_OPTIONS: Mapping[str, Mapping[str, Any]] = {"admm": {"damping": 0.03}}
+"""What all presets set of a method's own options."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,10 +167,21 @@ class Parser:
             add_fields(group, cls, self._flag_of(role))
         given = vars(self.parser.parse_args(self._argv))
         whole = make(WholeModel, given)
-        preset = dict(PRESETS[whole.preset]) if whole.preset else {}
-        if given.get("token_power"):
-            preset.pop("sensitivity_windows", None)
-        return given, self._recipe(whole, given, {**preset, **given})
+        return given, self._recipe(whole, given, {**self._preset(whole.preset, given), **given})
+
+    def _preset(self, name: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The flags that a preset sets."""
+        if name is None:
+            return {}
+        flags = dict(PRESETS[name])
+        if given.get("token_power"):  # needs all windows
+            del flags["sensitivity_windows"]
+        for role in self._classes:
+            flag_of = self._flag_of(role)
+            for field, value in PRESET_OPTIONS.get(self._name(role), {}).items():
+                if flag := flag_of(field):
+                    flags[flag] = value
+        return flags
 
     def _name(self, role: str) -> str:
         return self._mask if role == "mask" else self._update

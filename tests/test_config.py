@@ -100,6 +100,9 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
         assert fixed.importance.weigh_outputs and fixed.tuning == made.tuning
     assert recipe("--uniform").slug == f"{preset}-uniform-50"
     assert recipe("--mask from-file:m").importance.spread == 0.0
+    assert made.method == ADMM(damping=0.03) and recipe("--damping 0.2").method == ADMM(damping=0.2)
+    assert recipe("--method alps").method == ALPS()
+    assert recipe("--mask sparsegpt").method == Crossed(SparseGPT(), ADMM(damping=0.03))
     weighed = recipe("--token-power 0.5").importance
     assert (weighed.token_power, weighed.sensitivity_windows) == (0.5, None)
 

@@ -41,7 +41,9 @@ def test_all_parts_together(checkpoint: Path) -> None:
     sensitivity = measure_sensitivity(reader, chosen)
     sparsities = allocate(reader, sensitivity, 0.6, 0.2)
     weighing = [weights(layer, recipe.importance) for layer in sensitivity]
-    layers = list(prune(reader, tokens, ADMM(), lambda *which: Unstructured(sparsities[which]), weights=weighing))
+    layers = list(
+        prune(reader, tokens, recipe.method, lambda *which: Unstructured(sparsities[which]), weights=weighing)
+    )
     expected = list(tune(reader, tokens, layers, recipe.tuning, seed=7))
     spent, seen, epochs = {}, [], []
     found = by_recipe(
