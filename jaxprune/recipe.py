@@ -200,6 +200,7 @@ class Parser:
     def _recipe(self, whole: WholeModel, given: Mapping[str, Any], values: Mapping[str, Any]) -> Recipe:
         """The recipe of what was given, and of all values: those and the preset's."""
         flags, importance, tuning = make(Flags, values), make(Importance, values), make(Tuning, values)
+        _require_use(whole, given, importance, tuning)
         made = {role: make(cls, values, self._flag_of(role)) for role, cls in self._classes.items()}
         method: Method = made["update"]
         if "mask" in made:
@@ -211,29 +212,53 @@ class Parser:
         if self._given_mask:
             if flags.pattern is not None or flags.sparsity is not None:
                 raise InputError(f"--mask {self._mask} decides which weights stay: leave --pattern and --sparsity out")
-            importance = self._spread(importance, given, f"--mask {self._mask} decides which weights stay")
+            why = f"--mask {self._mask} decides which weights stay"
+            importance = _without(importance, given, {"spread": why, "weigh_outputs": why})
             return Recipe(method, None, self._mask, f"{self._update}-given-mask", importance, tuning, whole.preset)
         pattern = patterns.parse(
             flags.pattern or ("per-output" if method.per_output else "unstructured"), flags.sparsity
         )
-        fixed = "--uniform wants one sparsity for every linear" * whole.uniform
-        if not isinstance(pattern, Unstructured) or pattern.per_output:
-            fixed = f"pattern {pattern} is the same for every linear"
-        importance = self._spread(importance, given, fixed)
+        useless = {"spread": "--uniform wants one sparsity for every linear"} if whole.uniform else {}
+        if isinstance(pattern, NM):
+            useless = {"spread": f"pattern {pattern} is the same for every linear"}
+        elif isinstance(pattern, Unstructured) and pattern.per_output:
+            useless = dict.fromkeys(("spread", "weigh_outputs"), "per-output patterns compare within each output only")
+        importance = _without(importance, given, useless)
         how = self._update if self._mask == self._update else f"{self._mask}-{self._update}"
         if whole.preset:
             how = whole.preset + "-uniform" * whole.uniform
         what = f"{pattern.n}of{pattern.m}" if isinstance(pattern, NM) else f"{100 * pattern.sparsity:g}"
         return Recipe(method, pattern, None, f"{how}-{what}", importance, tuning, whole.preset)
 
-    @staticmethod
-    def _spread(importance: Importance, given: Mapping[str, Any], fixed: str) -> Importance:
-        """Where sparsities are fixed a preset's spread goes; one that was asked for is an error."""
-        if not fixed:
-            return importance
-        if given.get("spread"):
-            raise InputError(f"{fixed}: leave --spread out")
-        return dataclasses.replace(importance, spread=0.0)
+
+def _without(importance: Importance, given: Mapping[str, Any], useless: Mapping[str, str]) -> Importance:
+    """Drops what a preset sets where it changes nothing.
+
+    Args:
+        importance: with the preset's values.
+        given: the flags that the user gave.
+        useless: field -> why it changes nothing.
+
+    Raises:
+        InputError: the user gave one of them.
+    """
+    if asked := [name for name in useless if given.get(name)]:
+        raise InputError(f"{useless[asked[0]]}: leave --{asked[0].replace('_', '-')} out")
+    importance = dataclasses.replace(importance, **{name: type(getattr(importance, name))() for name in useless})
+    return importance if importance.measured else Importance()
+
+
+def _require_use(whole: "WholeModel", given: Mapping[str, Any], importance: Importance, tuning: Tuning) -> None:
+    """Raises InputError for flags that only matter beside others which are not there."""
+    alone = {
+        "uniform": ("--preset", whole.preset is not None),
+        "sensitivity_windows": ("--preset, --weigh-outputs or --spread", importance.measured),
+        "tune_rate": ("--tune-epochs", tuning.tune_epochs > 0),
+        "tune_windows": ("--tune-epochs", tuning.tune_epochs > 0),
+    }
+    for name, (needed, there) in alone.items():
+        if given.get(name) and not there:
+            raise InputError(f"--{name.replace('_', '-')} does nothing by itself: pass {needed} with it")
 
 
 def parse(argv: Sequence[str]) -> Recipe:

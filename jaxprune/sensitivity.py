@@ -47,7 +47,6 @@ class Importance:
     spread: float = 0.0
     """Give every linear a sparsity of its own, by one threshold over the whole model, this far at most from the one
     asked for, which holds in total."""
-
     sensitivity_windows: int | None = None
     """Take the gradients from so many of the calibration windows, evenly spaced (default: all, which --token-power
     needs)."""
@@ -100,8 +99,8 @@ class Weights(NamedTuple):
 def weights(layer: Sensitivity, importance: Importance) -> Weights:
     """The weights that sensitivities give: w_t = (Σ_j g²_tj)^p and √c_j, normalised.
 
-    An output that no token's loss depends on, such as one that only feeds dead units, gets the smallest weight of
-    the others' range that float32 can divide by without loss, not zero: its kernel column must stay a number.
+    An output that the loss does not depend on, such as one that only feeds dead units, gets a millionth of the root
+    mean square, not zero: its kernel's column is divided by its weight again.
 
     Args:
         layer: its sensitivity.

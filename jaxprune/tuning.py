@@ -158,7 +158,7 @@ def _holder(weights: int) -> Callable[[Kernels], Kernels]:
 def _start(kernels: Params) -> Kernels:
     values = {name: kernel.astype(np.float32) for name, kernel in kernels.items()}
     masks = {name: np.packbits(value != 0, axis=1) for name, value in values.items()}
-    units = {name: np.sqrt(np.mean(np.square(value[value != 0]))) for name, value in values.items()}
+    units = {name: np.sqrt(np.sum(value**2) / np.float32(max(1, (value != 0).sum()))) for name, value in values.items()}
     return Kernels(values, masks, units, jax.device_get(_ADAM.init(values)))
 
 

@@ -38,11 +38,13 @@ def test_every_flag_arrives() -> None:
         "--calib wikitext2 --nsamples 3 --seqlen 9 --pack --seed 5 --eval ppl,zero-shot --eval-text c4,t "
         "--eval-seqlen 8 --eval-windows 2 --tasks boolq,rte --limit 4 --tasks-data d --backend torch "
         "--dtype bfloat16 --device cpu --schedule constant --iterations 30 --selections 4 --damping 0.2 --rho 2.5 "
-        "--linear-solve cholesky --finish-steps 7 --token-power 0.25 --weigh-outputs --tune-epochs 3 --tune-rate 0.01 "
+        "--linear-solve cholesky --finish-steps 7 --token-power 0.25 --tune-epochs 3 --tune-rate 0.01 "
         "--tune-windows 5".split()
     )
-    assert recipe.importance == Importance(token_power=0.25, weigh_outputs=True)
+    assert recipe.importance == Importance(token_power=0.25)
     assert recipe.tuning == Tuning(3, 0.01, 5)
+    _, recipe = parse("--ckpt x --weigh-outputs --spread 0.1 --sensitivity-windows 3".split())
+    assert recipe.importance == Importance(weigh_outputs=True, spread=0.1, sensitivity_windows=3)
     assert recipe.method == Finished(ADMM("constant", 30, 4, 0.2, 2.5, "cholesky"), Exact(steps=7))
     assert recipe.pattern == Unstructured(0.7, per_output=True)
     assert config == Config(
@@ -94,12 +96,14 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
     assert made.name.startswith(f"{preset}: admm, ")
     assert recipe("--tune-epochs 7 --spread 0.05").tuning.tune_epochs == 7
     assert recipe("--tune-epochs 7 --spread 0.05").importance.spread == 0.05
-    for line, target in (("--uniform", "50 %"), ("--pattern 2:4", "2:4"), ("--pattern per-output", "50 % per output")):
+    for line, target in (("--uniform", "50 %"), ("--pattern 2:4", "2:4")):
         fixed = recipe(line)
         assert (fixed.importance.spread, fixed.target) == (0.0, target)
         assert fixed.importance.weigh_outputs and fixed.tuning == made.tuning
+    # No reverse pass where nothing would come of it.
+    assert not recipe("--pattern per-output").importance.measured
+    assert not recipe("--mask from-file:m").importance.measured
     assert recipe("--uniform").slug == f"{preset}-uniform-50"
-    assert recipe("--mask from-file:m").importance.spread == 0.0
     assert made.method == ADMM(damping=0.03) and recipe("--damping 0.2").method == ADMM(damping=0.2)
     assert recipe("--method alps").method == ALPS()
     assert recipe("--mask sparsegpt").method == Crossed(SparseGPT(), ADMM(damping=0.03))
@@ -163,7 +167,11 @@ def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
         ("--ckpt x --token-power 1 --sensitivity-windows 4", "leave --sensitivity-windows out"),
         ("--ckpt x --token-power -1", "--token-power must not be negative"),
         ("--ckpt x --pattern 2:4 --spread 0.1", "2:4 is the same for every linear: leave --spread out"),
-        ("--ckpt x --preset fast --pattern per-output --spread 0.1", "is the same for every linear"),
+        ("--ckpt x --preset fast --pattern per-output --spread 0.1", "compare within each output only: leave --spread"),
+        ("--ckpt x --method wanda --weigh-outputs", "compare within each output only: leave --weigh-outputs out"),
+        ("--ckpt x --uniform", "--uniform does nothing by itself: pass --preset"),
+        ("--ckpt x --sensitivity-windows 4", "--sensitivity-windows does nothing by itself"),
+        ("--ckpt x --tune-rate 0.1", "--tune-rate does nothing by itself: pass --tune-epochs with it"),
         ("--ckpt x --preset fast --uniform --spread 0.1", "--uniform wants one sparsity"),
         ("--ckpt x --mask from-file:m --spread 0.1", "decides which weights stay"),
         ("--ckpt x --tune-epochs -1", "--tune-epochs must not be negative"),
