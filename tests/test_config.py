@@ -43,8 +43,8 @@ def test_every_flag_arrives() -> None:
     )
     assert recipe.importance == Importance(token_power=0.25)
     assert recipe.tuning == Tuning(3, 0.01, 5)
-    _, recipe = parse("--ckpt x --weigh-outputs --spread 0.1 --sensitivity-windows 3".split())
-    assert recipe.importance == Importance(weigh_outputs=True, spread=0.1, sensitivity_windows=3)
+    _, other = parse("--ckpt x --weigh-outputs --spread 0.1 --sensitivity-windows 3".split())
+    assert other.importance == Importance(weigh_outputs=True, spread=0.1, sensitivity_windows=3)
     assert recipe.method == Finished(ADMM("constant", 30, 4, 0.2, 2.5, "cholesky"), Exact(steps=7))
     assert recipe.pattern == Unstructured(0.7, per_output=True)
     assert config == Config(
