@@ -12,7 +12,8 @@ step is in units of the root mean square of its kept weights, so that one rate s
 The model streams as in pruning: a step's forward pass keeps each layer's input on the host; on the way back each layer
 is run again under `jax.vjp` and updated at once. The device holds one layer with its gradients and moments; the host
 holds 12 bytes a pruned weight (the weight and Adam's two moments, float32). An epoch costs four forward passes and
-three products with the head.
+three products with the head. Where a step's intermediate results of all layers fit the device they stay there, which
+saves the second of the four; so does the kernels' state, where that fits.
 
 References:
     Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), for the loss; Kingma and Ba,
@@ -38,6 +39,8 @@ from jaxprune.models import Model, Part, model_for
 from jaxprune.pipeline import LayerResult, round_kernel
 from jaxprune.stream import apply, apply_layer, embed, forward, in_chunks, logits, read_layers
 
+CPU_BYTES = 4e9
+"""The most memory for a step's intermediate results where the device is the CPU."""
 BETAS = 0.9, 0.95
 """Of Adam. There are tens of steps, not thousands, so the second moment's memory is short."""
 
@@ -81,6 +84,18 @@ class Kernels(NamedTuple):
     moments: Any
 
 
+class Plan(NamedTuple):
+    """What stays on the device.
+
+    Attributes:
+        hold: takes updated kernels to where they stay.
+        keep: whether a step's intermediate results stay; else layers are run again on the way back.
+    """
+
+    hold: Callable[[Kernels], Kernels]
+    keep: bool
+
+
 class Ends(NamedTuple):
     """Params of the embedding and of the head, on the device."""
 
@@ -115,21 +130,21 @@ def tune(
     """
     model = model_for(reader, dtype)
     names = [f"{path}.kernel" for paths in model.inputs.values() for path in paths]
-    hold = _holder(model.config.num_layers * sum(math.prod(model.layer.spec[name].shape) for name in names))
+    count = max(c for c in range(1, min(tuning.tune_windows, len(tokens)) + 1) if len(tokens) % c == 0)
+    plan = _plan(model, names, (count, tokens.shape[1]))
     results, state, rest, dtypes = [], [], [], {}
     for result in layers:
         params = {path.removeprefix(f"layers.{result.index}."): array for path, array in result.params.items()}
         kernels = {name: params.pop(name) for name in names}
         dtypes = {name: kernel.dtype for name, kernel in kernels.items()}
         results.append(dataclasses.replace(result, params={}))
-        state.append(hold(_start(kernels)))
+        state.append(plan.hold(_start(kernels)))
         rest.append(params)
     dense = embed(model, reader, tokens)
     for params in read_layers(model, reader):
         forward(model, jax.device_put(params), dense)
     ends = Ends(*(jax.device_put(reader.read(part.spec)) for part in (model.embed, model.head)))
 
-    count = max(c for c in range(1, min(tuning.tune_windows, len(tokens)) + 1) if len(tokens) % c == 0)
     steps = tuning.tune_epochs * len(tokens) // count
     rate = optax.warmup_cosine_decay_schedule(
         tuning.tune_rate / 10, tuning.tune_rate, math.ceil(steps / 8), steps, tuning.tune_rate / 20
@@ -138,7 +153,7 @@ def tune(
     for epoch in range(tuning.tune_epochs):
         total = 0.0
         for rows in generator.permutation(len(tokens)).reshape(-1, count):
-            total += _step(model, hold, ends, rest, state, tokens[rows], dense.array[rows], jnp.float32(rate(step)))
+            total += _step(model, plan, ends, rest, state, tokens[rows], dense.array[rows], jnp.float32(rate(step)))
             step += 1
         report(epoch, total / len(tokens))
     for result, params, tuned in zip(results, rest, state, strict=True):
@@ -147,12 +162,28 @@ def tune(
         yield dataclasses.replace(result, params=named)
 
 
-def _holder(weights: int) -> Callable[[Kernels], Kernels]:
-    """Keeps kernels on the device if those of all layers fill at most half of what is free there; else on the host."""
+def _plan(model: Model, names: Sequence[str], window: tuple[int, int]) -> Plan:
+    """What fits the device: kernels may fill half of what is free, and intermediate results a quarter.
+
+    Args:
+        model: to be tuned.
+        names: of a layer's kernels.
+        window: windows of a step, and their length.
+    """
+    spec, layers = model.layer.spec, model.config.num_layers
+    values = {name: jax.ShapeDtypeStruct(spec[name].shape, jnp.float32) for name in names}
+    rest = {name: shape for name, shape in spec.items() if name not in values}
+    width = next(iter(model.embed.spec.values())).shape[-1]
+    x = jax.ShapeDtypeStruct((*window, width), model.config.dtype)
+    _, pull_back = jax.eval_shape(partial(_forward, model.layer), values, rest, x)
+    kept = layers * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull_back))
     device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return Plan(jax.device_put, kept < CPU_BYTES)
     memory = device.memory_stats() or {}
     free = memory.get("bytes_limit", 0) - memory.get("bytes_in_use", 0)
-    return jax.device_put if device.platform == "cpu" or 2 * 12 * weights < free else jax.device_get
+    weights = layers * sum(value.size for value in values.values())
+    return Plan(jax.device_put if 12 * weights < free / 2 else jax.device_get, kept < free / 4)
 
 
 def _start(kernels: Params) -> Kernels:
@@ -164,7 +195,7 @@ def _start(kernels: Params) -> Kernels:
 
 def _step(
     model: Model,
-    hold: Callable[[Kernels], Kernels],
+    plan: Plan,
     ends: Ends,
     rest: Sequence[Params],
     state: list[Kernels],
@@ -174,10 +205,14 @@ def _step(
 ) -> float:
     """Updates the state by some windows; returns the sum of their mean divergences, before."""
     x = apply(model.embed, ends.embed, jnp.asarray(tokens))
-    inputs = []
+    ways_back: list[Any] = []
     for kernels, others in zip(state, rest, strict=True):
-        inputs.append(np.array(x))  # a copy, for x is donated
-        x = apply_layer(model.layer, others | kernels.values, x)
+        if plan.keep:
+            x, way_back = _forward(model.layer, kernels.values, others, x)
+        else:
+            way_back = np.array(x)  # a copy, for x is donated
+            x = apply_layer(model.layer, others | kernels.values, x)
+        ways_back.append(way_back)
     states = np.asarray(x).reshape(-1, x.shape[-1])
     divergence, gradient = in_chunks(
         lambda *chunk: _divergence(model.head, ends.head, *chunk), states, dense.reshape(states.shape), models=2
@@ -186,8 +221,8 @@ def _step(
         raise InputError("the loss of the tuning holds NaN or infinity: lower --tune-rate, or try --dtype float32")
     back = jnp.asarray(gradient.reshape(x.shape))
     for index in reversed(range(len(state))):
-        back, updated = _update(model.layer, state[index], rest[index], inputs.pop(), back, rate)
-        state[index] = hold(updated)
+        back, updated = _update(model.layer, state[index], rest[index], ways_back.pop(), back, rate)
+        state[index] = plan.hold(updated)
     return float(divergence.sum(dtype=np.float64)) / tokens.shape[1]
 
 
@@ -203,17 +238,34 @@ def _divergence(
     return jnp.sum(p * (log_p - log_q), axis=1), gradient
 
 
+@partial(jax.jit, static_argnums=0)
+def _forward(
+    part: Part, values: Mapping[str, Array], rest: Mapping[str, Array], x: Float[Array, "b t d"]
+) -> tuple[Float[Array, "b t d"], Any]:
+    """A layer's output, and the function from its gradient to those by the kernels and by the input."""
+    return jax.vjp(lambda values, x: part({**rest, **values}, x)[0], dict(values), x)
+
+
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _update(
     part: Part,
     kernels: Kernels,
     rest: Mapping[str, Array],
-    x: Float[Array, "b t d"],
+    way_back: Any,
     gradient: Float[Array, "b t d"],
     rate: Float[Array, ""],
 ) -> tuple[Float[Array, "b t d"], Kernels]:
-    """The gradient by the layer's input, and the kernels after a step of Adam."""
-    _, pull_back = jax.vjp(lambda values, x: part({**rest, **values}, x)[0], kernels.values, x)
+    """The gradient by the layer's input, and the kernels after a step of Adam.
+
+    Args:
+        part: the layer.
+        kernels: before the step.
+        rest: the layer's other params.
+        way_back: from `_forward`, or the layer's input.
+        gradient: by the layer's output.
+        rate: of the step.
+    """
+    pull_back = way_back if callable(way_back) else _forward(part, kernels.values, rest, way_back)[1]
     slopes, back = pull_back(gradient)
     slopes = {name: masked(_kept(kernels, name), slope) for name, slope in slopes.items()}
     with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction mixes integers and floats

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import jaxprune.tuning
 from convert import open_checkpoint
 from jaxprune import InputError, LayerResult, Unstructured, prune
 from jaxprune.methods.admm import ADMM
@@ -107,6 +108,25 @@ def test_it_is_deterministic_in_its_seed(checkpoint: Path) -> None:
 
     np.testing.assert_array_equal(first(0), first(0))
     assert not np.array_equal(first(0), first(1))
+
+
+def test_layers_are_run_again_where_little_fits(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, calls = pruned(checkpoint), []
+
+    def run() -> list[LayerResult]:
+        return list(tune(open_checkpoint(checkpoint), windows(), layers, Tuning(tune_epochs=1)))
+
+    real = jaxprune.tuning.apply_layer
+    monkeypatch.setattr(jaxprune.tuning, "apply_layer", lambda *args: calls.append(1) or real(*args))
+    kept = run()
+    assert calls == []
+    monkeypatch.setattr(jaxprune.tuning, "CPU_BYTES", 0)
+    again = run()
+    assert len(calls) == 3 * len(windows())
+    for one, other in zip(kept, again, strict=True):
+        for name in LINEARS:
+            before = np.abs(kernel(one, name)).mean()
+            assert np.abs(kernel(one, name) - kernel(other, name)).mean() < 1e-4 * before
 
 
 @pytest.mark.parametrize("bad", [{"tune_epochs": -1}, {"tune_rate": 0.0}, {"tune_windows": 0}])
