@@ -3,10 +3,10 @@
     python scripts/reproduce.py table1 --ckpt llama-7b --out results
     python scripts/reproduce.py fig1 table3 --ckpt smollm2-135m --small --out results
 
-Experiments: fig1, fig2, table1, table2, table3, table4, table5 of the paper, and two of ours over all methods: methods
-(perplexity) and layers (error on the same inputs). Every cell is kept in OUT/cells as soon as it is measured, and
-measured once: the same command goes on where it stopped, and experiments share their cells. --only-measured looks at
-what there is by now.
+Experiments: fig1, fig2, table1, table2, table3, table4, table5 of the paper, and ours: over all methods, methods
+(perplexity) and layers (error on the same inputs); presets, and what each part of them brings, ablation. Every cell is
+kept in OUT/cells as soon as it is measured, and measured once: the same command goes on where it stopped, and
+experiments share their cells. --only-measured looks at what there is by now.
 """
 
 import argparse

@@ -52,7 +52,7 @@ def run(reproduce: ModuleType, monkeypatch: pytest.MonkeyPatch, *args: str) -> N
     reproduce.main()
 
 
-@pytest.mark.parametrize("name", ["fig1", "fig2", "table1", "table2", "table3", "table4", "layers"])
+@pytest.mark.parametrize("name", ["fig1", "fig2", "table1", "table2", "table3", "table4", "layers", "presets"])
 def test_an_experiment_leaves_a_table_and_a_picture(
     name: str, driver: tuple[ModuleType, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +130,22 @@ def test_the_papers_numbers_stand_beside_ours_where_the_model_is_the_papers(modu
     table2 = reproduce.EXPERIMENTS["table2"]
     results = [(cell, {"perplexity": 9.5, "error": 0.1}) for cell in reproduce.cells(table2, 32)]
     assert "9.50 (paper 9.92)" in "\n".join(tables._tables(table2, "llama-7b", results))
+
+
+def test_rows_are_compared_with_the_better_of_some(modules: dict[str, ModuleType]) -> None:
+    reproduce, tables = modules["reproduce"], modules["tables"]
+    experiment = reproduce.EXPERIMENTS["presets"]
+    figures = {"ADMM-Grad, constant": (50, 10), "ALPS": (40, 20), "best": (30, 55)}
+    results = [
+        (cell, {"perplexity": float(figures[cell.row][0]), "error": 0.1, "seconds": {"gram": figures[cell.row][1]}})
+        for cell in reproduce.cells(experiment, 30)
+        if cell.row in figures
+    ]
+    lines = tables._tables(
+        experiment, "smollm2-135m", [(reproduce.Cell("dense", "", None, None), {"perplexity": 9.0}), *results]
+    )
+    assert f"| best |{' 0.750 |' * 5}" in lines and f"| ADMM-Grad, constant |{' 1.250 |' * 5}" in lines
+    assert f"| best |{' 55 s (5.50) |' * 5}" in lines
 
 
 def test_every_row_of_every_experiment_is_a_recipe(modules: dict[str, ModuleType]) -> None:
