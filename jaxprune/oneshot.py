@@ -51,7 +51,8 @@ def prune_by_recipe(
 
     def layers() -> Iterator[LayerResult]:
         each, weighting = _by_importance(reader, tokens, recipe.importance, pattern, dtype, spend)
-        for layer in prune(reader, tokens, recipe.method, each, weights=weighting, dtype=dtype):
+        visits = prune(reader, tokens, recipe.method, each, weights=weighting, asymmetry=recipe.asymmetry, dtype=dtype)
+        for layer in visits:
             pruned(layer)
             yield layer
 

@@ -67,13 +67,23 @@ class LayerResult:
 
 
 class Run(NamedTuple):
-    """What does not change from layer to layer, but for the hidden states' content."""
+    """What does not change from layer to layer, but for the hidden states' content.
+
+    Attributes:
+        model, method, pattern_of: as given.
+        hidden: behind the layers as pruned.
+        weights: of the layers' tokens and outputs.
+        dense: hidden states behind the dense layers; only where there is an asymmetry.
+        asymmetry: share of the inputs' drift that a linear makes up for.
+    """
 
     model: Model
     hidden: HiddenStates
     method: Method
     pattern_of: PatternOf
     weights: Sequence[Weights] | None = None
+    dense: HiddenStates | None = None
+    asymmetry: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +94,7 @@ class Layer:
         index: of the layer.
         params: on the device, in the stored dtype; paths inside the layer.
         grams: tap -> Gram matrix of what it taps; consumed by `solve`.
+        drifts: tap -> see `stats.drift`; empty without an asymmetry; consumed by `solve`.
         linears: outcomes so far.
         masks: packed, of the linears pruned so far.
     """
@@ -91,6 +102,7 @@ class Layer:
     index: int
     params: dict[str, Array]
     grams: dict[str, Float[Array, "n n"]]
+    drifts: dict[str, Float[Array, "n n"]]
     linears: dict[str, LinearResult]
     masks: dict[str, UInt8[Array, "m _"]]
 
@@ -107,14 +119,29 @@ def measure(run: Run, layer: Layer) -> Layer:
     _require_finite(layer.params, f"the weights of layer {layer.index}", "the checkpoint is damaged")
     shapes = {tap: run.model.layer.spec[f"{linears[0]}.kernel"].shape[0] for tap, linears in run.model.inputs.items()}
     grams = {tap: jnp.zeros((n, n), jnp.float32) for tap, n in shapes.items()}
-    tokens = run.weights[layer.index].tokens if run.weights else {}
-    for rows, x in zip(run.hidden.slices(), run.hidden.batches(), strict=True):
-        weights = {tap: jax.device_put(weight[rows]) for tap, weight in tokens.items()}
-        grams = _accumulate(run.model.layer, layer.params, x, weights, grams)
+    drifts = {tap: jnp.zeros_like(gram) for tap, gram in grams.items()} if run.dense else {}
+    weights = run.weights[layer.index].tokens if run.weights else {}
+
+    def weights_of(rows: slice) -> dict[str, Array]:
+        return {tap: jax.device_put(weight[rows]) for tap, weight in weights.items()}
+
+    def move_dense(dense: Array, rows: slice) -> Array:
+        nonlocal grams, drifts
+        x = jax.device_put(run.hidden.array[rows])
+        after, grams, drifts = _accumulate_both(
+            run.model.layer, layer.params, x, dense, weights_of(rows), grams, drifts
+        )
+        return after
+
+    if run.dense:
+        run.dense.update(move_dense)
+    else:
+        for rows, x in zip(run.hidden.slices(), run.hidden.batches(), strict=True):
+            grams = _accumulate(run.model.layer, layer.params, x, weights_of(rows), grams)
     _require_finite(
         grams, f"the activations of layer {layer.index}", "try --dtype float32, or check the calibration text"
     )
-    return dataclasses.replace(layer, grams=grams)
+    return dataclasses.replace(layer, grams=grams, drifts=drifts)
 
 
 def solve(run: Run, layer: Layer) -> Layer:
@@ -126,13 +153,19 @@ def solve(run: Run, layer: Layer) -> Layer:
         for path in paths:
             pattern, name = run.pattern_of(layer.index, path), f"{path}.kernel"
             outputs = run.weights[layer.index].outputs.get(path) if run.weights else None
-            params[name], mask, linears[path] = solve_linear(run.method, prepared, gram, params[name], pattern, outputs)
+            target = None
+            if layer.drifts:
+                kernel = params[name].astype(gram.dtype)
+                target = stats.drifted_target(gram, layer.drifts[tap], kernel, run.asymmetry)
+            params[name], mask, linears[path] = solve_linear(
+                run.method, prepared, gram, params[name], pattern, outputs, target
+            )
             masks[path] = pack(mask)
     kernels = {f"{path}.kernel": params[f"{path}.kernel"] for path in linears}
     _require_finite(
         kernels, f"the pruned weights of layer {layer.index}", "the solve overflowed; try more damping, or more tokens"
     )
-    return dataclasses.replace(layer, params=params, grams={}, linears=linears, masks=masks)
+    return dataclasses.replace(layer, params=params, grams={}, drifts={}, linears=linears, masks=masks)
 
 
 def solve_linear(
@@ -142,6 +175,7 @@ def solve_linear(
     kernel: Float[Array, "n m"],
     pattern: Pattern | StoredMask,
     outputs: Float[np.ndarray, "m"] | None = None,
+    target: Float[Array, "n m"] | None = None,
 ) -> tuple[Float[Array, "n m"], Mask, LinearResult]:
     """Prunes one kernel: what is stored, in the kernel's dtype, its mask, and its figures.
 
@@ -155,10 +189,11 @@ def solve_linear(
         kernel: dense, in the dtype it is to be stored in.
         pattern: or a mask made elsewhere.
         outputs: √c, one weight an output.
+        target: the kernel whose outputs are wanted; None: the dense kernel's own.
     """
     choice = jnp.asarray(pattern.read()) if isinstance(pattern, StoredMask) else pattern
     scale = jnp.asarray(np.ones(kernel.shape[1]) if outputs is None else outputs, gram.dtype)[None, :]
-    solution = method.solve(prepared, kernel.astype(gram.dtype) * scale, choice)
+    solution = method.solve(prepared, (kernel.astype(gram.dtype) if target is None else target) * scale, choice)
     stored, figures = _store(gram, kernel, solution.weight / scale)
     values = jax.device_get(figures | solution.stats)
     result = LinearResult(
@@ -186,6 +221,7 @@ def prune(
     pattern: Pattern | PatternOf,
     *,
     weights: Sequence[Weights] | None = None,
+    asymmetry: float = 0.0,
     dtype: DTypeLike | None = None,
     stages: Mapping[str, Stage] = STAGES,
 ) -> Iterator[LayerResult]:
@@ -197,6 +233,8 @@ def prune(
         method: the pruning method.
         pattern: for all linears, or (layer index, path of the linear) -> its own, which may be a mask made elsewhere.
         weights: of the layers' tokens and outputs; see `sensitivity.weights`.
+        asymmetry: share of the inputs' drift from the dense model's that a linear makes up for; see
+            `stats.drifted_target`. Above 0 a dense forward pass goes along.
         dtype: of the model's computation; see `models.model_for`.
         stages: name -> step of a layer's visit, in order.
 
@@ -209,7 +247,8 @@ def prune(
     model = model_for(reader, dtype)
     pattern_of = pattern_for_each(model, pattern)
     hidden = embed(model, reader, tokens)
-    return _visit(reader, Run(model, hidden, method, pattern_of, weights), stages)
+    dense = embed(model, reader, tokens) if asymmetry else None
+    return _visit(reader, Run(model, hidden, method, pattern_of, weights, dense, asymmetry), stages)
 
 
 def pattern_for_each(model: Model, pattern: Pattern | PatternOf) -> PatternOf:
@@ -234,7 +273,7 @@ def require_fit(pattern: Pattern | StoredMask, index: int, path: str, shape: tup
 def _visit(reader: Reader, run: Run, stages: Mapping[str, Stage]) -> Iterator[LayerResult]:
     start = time.perf_counter()
     for index, params in enumerate(read_layers(run.model, reader)):
-        layer = Layer(index, jax.block_until_ready(jax.device_put(params)), {}, {}, {})
+        layer = Layer(index, jax.block_until_ready(jax.device_put(params)), {}, {}, {}, {})
         seconds = {"read": time.perf_counter() - start}
         for name, stage in stages.items():
             start = time.perf_counter()
@@ -273,6 +312,23 @@ def _accumulate(
 ) -> dict[str, Array]:
     _, taps = layer(params, x)
     return {tap: total + stats.gram(taps[tap], weights.get(tap)) for tap, total in grams.items()}
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=(5, 6))
+def _accumulate_both(
+    layer: Part,
+    params: Mapping[str, Array],
+    x: Float[Array, "b t d"],
+    dense: Float[Array, "b t d"],
+    weights: Mapping[str, Float[Array, "b t"]],
+    grams: dict[str, Array],
+    drifts: dict[str, Array],
+) -> tuple[Float[Array, "b t d"], dict[str, Array], dict[str, Array]]:
+    """The same for the states behind pruned layers and behind dense ones; the latter move on."""
+    (_, taps), (after, dense_taps) = layer(params, x), layer(params, dense)
+    grams = {tap: total + stats.gram(taps[tap], weights.get(tap)) for tap, total in grams.items()}
+    drifts = {tap: total + stats.drift(taps[tap], dense_taps[tap], weights.get(tap)) for tap, total in drifts.items()}
+    return after, grams, drifts
 
 
 @jax.jit

@@ -52,6 +52,13 @@ class WholeModel:
     own; best also tunes the kept weights. Options given beside it win."""
     uniform: bool = False
     """The same sparsity for every linear, whatever the preset says."""
+    asymmetry: float = 0.0
+    """Let every linear make up for this share of what its inputs lost in the layers before: 0 keeps the linear's own
+    output on its pruned inputs, 1 aims at the dense model's. Takes another forward pass."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.asymmetry <= 1:
+            raise InputError(f"--asymmetry must lie between 0 and 1, not {self.asymmetry}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +72,7 @@ class Recipe:
         slug: a short name for files, such as wanda-admm-50.
         importance: what is weighed by the loss's gradients.
         tuning: what is done when all linears are pruned.
+        asymmetry: see `pipeline.prune`.
         preset: the name of the preset, or None.
     """
 
@@ -75,6 +83,7 @@ class Recipe:
     importance: Importance = Importance()
     tuning: Tuning = Tuning()
     preset: str | None = None
+    asymmetry: float = 0.0
 
     def patterns(self) -> Pattern | masks.Masks:
         """What `pipeline.prune` takes as its pattern.
@@ -92,6 +101,8 @@ class Recipe:
         parts: dict[str, Any] = {"method": describe(self.method) | {"name": self.name}, "pattern": self.target}
         if self.preset:
             parts["preset"] = self.preset
+        if self.asymmetry:
+            parts["asymmetry"] = self.asymmetry
         if self.importance.measured:
             parts["importance"] = dataclasses.asdict(self.importance)
         if self.tuning.tune_epochs:
@@ -113,6 +124,7 @@ class Recipe:
             *["tokens weighed"] * (self.importance.token_power > 0),
             *["outputs weighed"] * self.importance.weigh_outputs,
             *[f"sparsities within {self.importance.spread:g}"] * (self.importance.spread > 0),
+            *[f"asymmetry {self.asymmetry:g}"] * (self.asymmetry > 0),
             *[f"{self.tuning.tune_epochs} epochs of tuning"] * (self.tuning.tune_epochs > 0),
         ]
         return f"{self.preset}: " * (self.preset is not None) + ", ".join(words)
@@ -166,8 +178,8 @@ class Parser:
             group = self.parser.add_argument_group(f"method {self._name(role)}", inspect.getdoc(cls))
             add_fields(group, cls, self._flag_of(role))
         given = vars(self.parser.parse_args(self._argv))
-        whole = make(WholeModel, given)
-        return given, self._recipe(whole, given, {**self._preset(whole.preset, given), **given})
+        values = {**self._preset(given.get("preset"), given), **given}
+        return given, self._recipe(make(WholeModel, values), given, values)
 
     def _preset(self, name: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
         """The flags that a preset sets."""
@@ -214,7 +226,16 @@ class Parser:
                 raise InputError(f"--mask {self._mask} decides which weights stay: leave --pattern and --sparsity out")
             why = f"--mask {self._mask} decides which weights stay"
             importance = _without(importance, given, {"spread": why, "weigh_outputs": why})
-            return Recipe(method, None, self._mask, f"{self._update}-given-mask", importance, tuning, whole.preset)
+            return Recipe(
+                method,
+                None,
+                self._mask,
+                f"{self._update}-given-mask",
+                importance,
+                tuning,
+                whole.preset,
+                whole.asymmetry,
+            )
         pattern = patterns.parse(
             flags.pattern or ("per-output" if method.per_output else "unstructured"), flags.sparsity
         )
@@ -228,7 +249,7 @@ class Parser:
         if whole.preset:
             how = whole.preset + "-uniform" * whole.uniform
         what = f"{pattern.n}of{pattern.m}" if isinstance(pattern, NM) else f"{100 * pattern.sparsity:g}"
-        return Recipe(method, pattern, None, f"{how}-{what}", importance, tuning, whole.preset)
+        return Recipe(method, pattern, None, f"{how}-{what}", importance, tuning, whole.preset, whole.asymmetry)
 
 
 def _without(importance: Importance, given: Mapping[str, Any], useless: Mapping[str, str]) -> Importance:

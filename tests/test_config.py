@@ -38,10 +38,10 @@ def test_every_flag_arrives() -> None:
         "--calib wikitext2 --nsamples 3 --seqlen 9 --pack --seed 5 --eval ppl,zero-shot --eval-text c4,t "
         "--eval-seqlen 8 --eval-windows 2 --tasks boolq,rte --limit 4 --tasks-data d --backend torch "
         "--dtype bfloat16 --device cpu --schedule constant --iterations 30 --selections 4 --damping 0.2 --rho 2.5 "
-        "--linear-solve cholesky --finish-steps 7 --token-power 0.25 --tune-epochs 3 --tune-rate 0.01 "
+        "--linear-solve cholesky --finish-steps 7 --token-power 0.25 --asymmetry 0.5 --tune-epochs 3 --tune-rate 0.01 "
         "--tune-windows 5".split()
     )
-    assert recipe.importance == Importance(token_power=0.25)
+    assert recipe.importance == Importance(token_power=0.25) and recipe.asymmetry == 0.5
     assert recipe.tuning == Tuning(3, 0.01, 5)
     _, other = parse("--ckpt x --weigh-outputs --spread 0.1 --sensitivity-windows 3".split())
     assert other.importance == Importance(weigh_outputs=True, spread=0.1, sensitivity_windows=3)
@@ -174,6 +174,7 @@ def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
         ("--ckpt x --tune-rate 0.1", "--tune-rate does nothing by itself: pass --tune-epochs with it"),
         ("--ckpt x --preset fast --uniform --spread 0.1", "--uniform wants one sparsity"),
         ("--ckpt x --mask from-file:m --spread 0.1", "decides which weights stay"),
+        ("--ckpt x --asymmetry 1.5", "--asymmetry must lie between 0 and 1"),
         ("--ckpt x --tune-epochs -1", "--tune-epochs must not be negative"),
     ],
 )
