@@ -8,11 +8,10 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int, UInt8
 
@@ -20,8 +19,9 @@ from convert import Params, Reader, Spec, parts
 from jaxprune import stats
 from jaxprune.errors import InputError
 from jaxprune.hidden import HiddenStates
+from jaxprune.linears import LinearResult, solve_linear
 from jaxprune.masks import StoredMask, pack
-from jaxprune.methods import Mask, Method
+from jaxprune.methods import Method
 from jaxprune.models import Model, Part, model_for
 from jaxprune.patterns import Pattern
 from jaxprune.sensitivity import Weights
@@ -29,22 +29,6 @@ from jaxprune.stream import embed, forward, read_layers
 
 PatternOf = Callable[[int, str], Pattern | StoredMask]
 """(layer index, path of the linear) -> its pattern, or its mask where that was made elsewhere."""
-
-
-class LinearResult(NamedTuple):
-    """One pruned linear.
-
-    Attributes:
-        error: ‖XW − XŴ‖² / ‖XW‖² of the weights as stored, on the calibration tokens.
-        zeros: exact zeros of the stored kernel.
-        size: weights of the kernel.
-        stats: what the method reports.
-    """
-
-    error: float
-    zeros: int
-    size: int
-    stats: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,43 +150,6 @@ def solve(run: Run, layer: Layer) -> Layer:
         kernels, f"the pruned weights of layer {layer.index}", "the solve overflowed; try more damping, or more tokens"
     )
     return dataclasses.replace(layer, params=params, grams={}, drifts={}, linears=linears, masks=masks)
-
-
-def solve_linear(
-    method: Method,
-    prepared: Any,
-    gram: Float[Array, "n n"],
-    kernel: Float[Array, "n m"],
-    pattern: Pattern | StoredMask,
-    outputs: Float[np.ndarray, "m"] | None = None,
-    target: Float[Array, "n m"] | None = None,
-) -> tuple[Float[Array, "n m"], Mask, LinearResult]:
-    """Prunes one kernel: what is stored, in the kernel's dtype, its mask, and its figures.
-
-    With weights c of the outputs the method solves for W C^½, C = diag(c). Each output's update stays the same, but a
-    mask over the whole kernel goes where the loss is sensitive.
-
-    Args:
-        method: the pruning method.
-        prepared: what it made of the Gram matrix.
-        gram: of the linear's inputs.
-        kernel: dense, in the dtype it is to be stored in.
-        pattern: or a mask made elsewhere.
-        outputs: √c, one weight an output.
-        target: the kernel whose outputs are wanted; None: the dense kernel's own.
-    """
-    choice = jnp.asarray(pattern.read()) if isinstance(pattern, StoredMask) else pattern
-    scale = jnp.asarray(np.ones(kernel.shape[1]) if outputs is None else outputs, gram.dtype)[None, :]
-    solution = method.solve(prepared, (kernel.astype(gram.dtype) if target is None else target) * scale, choice)
-    stored, figures = _store(gram, kernel, solution.weight / scale)
-    values = jax.device_get(figures | solution.stats)
-    result = LinearResult(
-        error=float(values.pop("error")),
-        zeros=int(values.pop("zeros")),
-        size=kernel.size,
-        stats={name: float(value) for name, value in values.items()},
-    )
-    return stored, solution.mask, result
 
 
 def advance(run: Run, layer: Layer) -> Layer:
@@ -329,27 +276,6 @@ def _accumulate_both(
     grams = {tap: total + stats.gram(taps[tap], weights.get(tap)) for tap, total in grams.items()}
     drifts = {tap: total + stats.drift(taps[tap], dense_taps[tap], weights.get(tap)) for tap, total in drifts.items()}
     return after, grams, drifts
-
-
-@jax.jit
-def _store(gram: Array, dense: Array, weight: Array) -> tuple[Array, dict[str, Array]]:
-    """The kernel in its stored dtype, and what the layer's output lost by it."""
-    stored = round_kernel(weight, weight != 0, dense.dtype)
-    zeros = jnp.sum(stored == 0, dtype=jnp.int32)
-    return stored, {"error": stats.relative_error(gram, dense, stored), "zeros": zeros}
-
-
-def round_kernel(weight: Float[Array, "n m"], kept: Mask, dtype: DTypeLike) -> Float[Array, "n m"]:
-    """A kernel in the dtype it is to be stored in; no kept weight rounds to zero, so that the count stays exact."""
-    stored = weight.astype(dtype)
-    least = jnp.asarray(_least(stored.dtype), dtype)
-    return jnp.where(kept & (stored == 0), jnp.where(weight < 0, -least, least), stored)
-
-
-def _least(dtype: np.dtype) -> float:
-    """The smallest positive number that no backend flushes to zero."""
-    info = ml_dtypes.finfo(dtype)
-    return float(info.smallest_subnormal if dtype == jnp.float16 else info.tiny)
 
 
 def _require_finite(arrays: Mapping[str, Array], where: str, hint: str) -> None:

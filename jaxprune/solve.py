@@ -15,7 +15,8 @@ from jaxprune import problems
 from jaxprune.console import run_main
 from jaxprune.errors import InputError
 from jaxprune.flags import add_fields, make
-from jaxprune.pipeline import LinearResult, require_fit, solve_linear
+from jaxprune.linears import LinearResult, solve_linear
+from jaxprune.pipeline import require_fit
 from jaxprune.problems import Problem
 from jaxprune.recipe import Parser, Recipe, describe
 

@@ -35,8 +35,9 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, UInt8
 from convert import Params, Reader
 from jaxprune.errors import InputError
 from jaxprune.linalg import masked
+from jaxprune.linears import round_kernel
 from jaxprune.models import Model, Part, model_for
-from jaxprune.pipeline import LayerResult, round_kernel
+from jaxprune.pipeline import LayerResult
 from jaxprune.stream import apply, apply_layer, embed, forward, in_chunks, logits, read_layers
 
 CPU_BYTES = 4e9

@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from convert import create_checkpoint, open_checkpoint, part_of
 from jaxprune import InputError, Unstructured, other_params, prune
 from jaxprune.hidden import HiddenStates, batch_size
+from jaxprune.linears import _store
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.wanda import Wanda
 from jaxprune.models import model_for
 from jaxprune.patterns import NM
-from jaxprune.pipeline import STAGES, LayerResult, Run, _accumulate, _store, solve
+from jaxprune.pipeline import STAGES, LayerResult, Run, _accumulate, solve
 from jaxprune.stream import apply_layer, embed, forward
 from tests import oracles, tiny
 
