@@ -56,8 +56,8 @@ class Tuning:
     tune_rate: float = 0.002
     """Adam's highest learning rate, in units of the root mean square of a kernel's kept weights; it rises over the
     first eighth of the steps and then falls along a cosine."""
-    tune_windows: int = 1
-    """Calibration windows a step. Few: there are tens of steps, and twice as many at half the size serve better."""
+    tune_windows: int = 2
+    """Calibration windows a step."""
 
     def __post_init__(self) -> None:
         if self.tune_epochs < 0:
