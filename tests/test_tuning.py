@@ -114,7 +114,7 @@ def test_layers_are_run_again_where_little_fits(checkpoint: Path, monkeypatch: p
     layers, calls = pruned(checkpoint), []
 
     def run() -> list[LayerResult]:
-        return list(tune(open_checkpoint(checkpoint), windows(), layers, Tuning(tune_epochs=1)))
+        return list(tune(open_checkpoint(checkpoint), windows(), layers, Tuning(tune_epochs=1, tune_windows=1)))
 
     real = jaxprune.tuning.apply_layer
     monkeypatch.setattr(jaxprune.tuning, "apply_layer", lambda *args: calls.append(1) or real(*args))
