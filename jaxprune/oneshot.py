@@ -45,9 +45,9 @@ def prune_by_recipe(
     Raises:
         InputError, CheckpointError: recipe, checkpoint and tokens do not fit together.
     """
-    pattern = recipe.patterns()
-    pattern_for_each(model_for(reader, dtype), pattern)
-    require_tokens(model_for(reader, dtype), tokens)
+    pattern, model = recipe.patterns(), model_for(reader, dtype)
+    pattern_for_each(model, pattern)
+    require_tokens(model, tokens)
 
     def layers() -> Iterator[LayerResult]:
         each, weighting = _by_importance(reader, tokens, recipe.importance, pattern, dtype, spend)

@@ -101,7 +101,7 @@ def measure(run: Run, layer: Layer) -> Layer:
         InputError: NaN or infinity in the layer's weights or activations.
     """
     _require_finite(layer.params, f"the weights of layer {layer.index}", "the checkpoint is damaged")
-    shapes = {tap: run.model.layer.spec[f"{linears[0]}.kernel"].shape[0] for tap, linears in run.model.inputs.items()}
+    shapes = {tap: run.model.linears[paths[0]][0] for tap, paths in run.model.inputs.items()}
     grams = {tap: jnp.zeros((n, n), jnp.float32) for tap, n in shapes.items()}
     drifts = {tap: jnp.zeros_like(gram) for tap, gram in grams.items()} if run.dense else {}
     weights = run.weights[layer.index].tokens if run.weights else {}
@@ -239,9 +239,7 @@ def _visit(reader: Reader, run: Run, stages: Mapping[str, Stage]) -> Iterator[La
 
 def linear_shapes(model: Model) -> dict[tuple[int, str], tuple[int, ...]]:
     """(layer index, path of the linear) -> shape [n_in, n_out] of its kernel, for all linears that are pruned."""
-    paths = [path for paths in model.inputs.values() for path in paths]
-    shapes = {path: model.layer.spec[f"{path}.kernel"].shape for path in paths}
-    return {(i, path): shape for i in range(model.config.num_layers) for path, shape in shapes.items()}
+    return {(i, path): shape for i in range(model.config.num_layers) for path, shape in model.linears.items()}
 
 
 def other_params(spec: Spec) -> Iterator[list[str]]:

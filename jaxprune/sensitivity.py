@@ -115,9 +115,10 @@ def weights(layer: Sensitivity, importance: Importance) -> Weights:
         values = np.maximum(values / mean, 1e-12) ** power
         return (values / values.mean()).astype(np.float32)
 
-    scales = {path: np.sqrt(normalised(energy, 1.0)) for path, energy in layer.outputs.items()}
-    tokens = {tap: normalised(energy, importance.token_power) for tap, energy in layer.tokens.items()}
-    return Weights(tokens if importance.token_power else {}, scales if importance.weigh_outputs else {})
+    power = importance.token_power
+    tokens = {tap: normalised(energy, power) for tap, energy in layer.tokens.items()} if power else {}
+    outputs = layer.outputs if importance.weigh_outputs else {}
+    return Weights(tokens, {path: np.sqrt(normalised(energy, 1.0)) for path, energy in outputs.items()})
 
 
 def measure_sensitivity(
@@ -135,12 +136,11 @@ def measure_sensitivity(
         InputError: checkpoint and tokens do not fit together, or the loss has no finite gradient.
     """
     model = model_for(reader, dtype)
-    shapes = {path: model.layer.spec[f"{path}.kernel"].shape for paths in model.inputs.values() for path in paths}
     found = [
         Sensitivity(
             {tap: np.zeros(tokens.shape, np.float32) for tap in model.inputs},
-            {path: np.zeros(shape[1], np.float32) for path, shape in shapes.items()},
-            {tap: np.zeros(shapes[paths[0]][0], np.float32) for tap, paths in model.inputs.items()},
+            {path: np.zeros(shape[1], np.float32) for path, shape in model.linears.items()},
+            {tap: np.zeros(model.linears[paths[0]][0], np.float32) for tap, paths in model.inputs.items()},
         )
         for _ in range(model.config.num_layers)
     ]
@@ -152,8 +152,7 @@ def measure_sensitivity(
 
 def _loads(model: Model, tokens: Int[np.ndarray, "w t"], host_bytes: float) -> Iterator[slice]:
     """Rows whose inputs of all layers fit the host's memory together."""
-    width = next(iter(model.embed.spec.values())).shape[-1]
-    window = (model.config.num_layers + 1) * tokens.shape[1] * width * np.dtype(model.config.dtype).itemsize
+    window = (model.config.num_layers + 1) * tokens.shape[1] * model.width * np.dtype(model.config.dtype).itemsize
     count = min(len(tokens), max(1, int(host_bytes / window)))
     return (slice(start, start + count) for start in range(0, len(tokens), count))
 

@@ -61,8 +61,7 @@ def embed(model: Model, reader: Reader, tokens: Int[np.ndarray, "w t"]) -> Hidde
     require_tokens(model, tokens)
     windows, length = tokens.shape
     params = jax.device_put(reader.read(model.embed.spec))
-    width = next(iter(model.embed.spec.values())).shape[-1]
-    hidden = HiddenStates((windows, length, width), np.dtype(model.config.dtype), batch_size(windows, length))
+    hidden = HiddenStates((windows, length, model.width), np.dtype(model.config.dtype), batch_size(windows, length))
     hidden.replace(lambda rows: apply(model.embed, params, jnp.asarray(tokens[rows], jnp.int32)))
     return hidden
 

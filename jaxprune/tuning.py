@@ -130,9 +130,9 @@ def tune(
         InputError: the loss is not finite.
     """
     model = model_for(reader, dtype)
-    names = [f"{path}.kernel" for paths in model.inputs.values() for path in paths]
+    names = [f"{path}.kernel" for path in model.linears]
     count = max(c for c in range(1, min(tuning.tune_windows, len(tokens)) + 1) if len(tokens) % c == 0)
-    plan = _plan(model, names, (count, tokens.shape[1]))
+    plan = _plan(model, (count, tokens.shape[1]))
     results, state, rest, dtypes = [], [], [], {}
     for result in layers:
         params = {path.removeprefix(f"layers.{result.index}."): array for path, array in result.params.items()}
@@ -163,19 +163,17 @@ def tune(
         yield dataclasses.replace(result, params=named)
 
 
-def _plan(model: Model, names: Sequence[str], window: tuple[int, int]) -> Plan:
+def _plan(model: Model, window: tuple[int, int]) -> Plan:
     """What fits the device: kernels may fill half of what is free, and intermediate results a quarter.
 
     Args:
         model: to be tuned.
-        names: of a layer's kernels.
         window: windows of a step, and their length.
     """
-    spec, layers = model.layer.spec, model.config.num_layers
-    values = {name: jax.ShapeDtypeStruct(spec[name].shape, jnp.float32) for name in names}
-    rest = {name: shape for name, shape in spec.items() if name not in values}
-    width = next(iter(model.embed.spec.values())).shape[-1]
-    x = jax.ShapeDtypeStruct((*window, width), model.config.dtype)
+    layers = model.config.num_layers
+    values = {f"{path}.kernel": jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in model.linears.items()}
+    rest = {name: shape for name, shape in model.layer.spec.items() if name not in values}
+    x = jax.ShapeDtypeStruct((*window, model.width), model.config.dtype)
     _, pull_back = jax.eval_shape(partial(_forward, model.layer), values, rest, x)
     kept = layers * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull_back))
     device = jax.local_devices()[0]

@@ -57,6 +57,9 @@ ADMM1 = "--mask wanda --update admm"
 ADMM_GRAD = "--method admm --schedule {schedule}"
 GRADIENT = "--mask wanda --update gradient --steps {k}"
 
+BASELINES = {"ADMM-Grad, constant": "--method admm --schedule constant", "ALPS": "--method alps"}
+"""What the presets are compared with."""
+
 ALL_METHODS = {
     "magnitude": "--method magnitude",
     "Wanda": WANDA,
@@ -235,8 +238,7 @@ EXPERIMENTS = {
         title="Perplexity by sparsity, presets",
         measure="perplexity",
         rows={
-            "ADMM-Grad, constant": "--method admm --schedule constant",
-            "ALPS": "--method alps",
+            **BASELINES,
             "fast": "--preset fast",
             "best": "--preset best",
             "fast, uniform": "--preset fast --uniform",
@@ -244,14 +246,13 @@ EXPERIMENTS = {
         },
         patterns=("0.5", "0.6", "0.7", "0.8", "2:4"),
         picture="quality_by_sparsity",
-        against=("ADMM-Grad, constant", "ALPS"),
+        against=tuple(BASELINES),
     ),
     "ablation": Experiment(
         title="What each part of the presets brings",
         measure="perplexity",
         rows={
-            "ADMM-Grad, constant": "--method admm --schedule constant",
-            "ALPS": "--method alps",
+            **BASELINES,
             "outputs weighed": "--weigh-outputs",
             "outputs weighed, damping 0.03": "--weigh-outputs --damping 0.03",
             "and one threshold, within 0.2": "--weigh-outputs --damping 0.03 --spread 0.2",
@@ -268,7 +269,7 @@ EXPERIMENTS = {
         },
         patterns=("0.5", "0.7"),
         picture="quality_by_sparsity",
-        against=("ADMM-Grad, constant", "ALPS"),
+        against=tuple(BASELINES),
     ),
     "layers": Experiment(
         title="Error of layers on the same inputs, all methods",

@@ -45,10 +45,7 @@ def _record(cell: Any, result: dict[str, Any], paper: float | None) -> dict[str,
         "paper": paper,
         **_accuracies(result),
         "relative_error": _digits(result.get("error")),
-        **{
-            f"seconds_{phase}": _digits(seconds.get(phase), 4)
-            for phase in ("gram", "solve", "forward", "sensitivity", "tune")
-        },
+        **{f"seconds_{phase}": _digits(seconds.get(phase), 4) for phase in PHASES},
     }
 
 

@@ -70,6 +70,8 @@ class Model:
     Attributes:
         config: the family's.
         inputs: tap -> linears that read it.
+        linears: path inside a layer -> shape [n_in, n_out] of its kernel, for all linears that are pruned.
+        width: features of a hidden state.
         embed, layer, head: the parts.
         spec: path in a checkpoint -> shape and dtype, for the whole model.
     """
@@ -84,6 +86,9 @@ class Model:
         self.config = config
         self.inputs: Mapping[str, tuple[str, ...]] = family.INPUTS
         self.embed, self.layer, self.head = part(family.Embed), part(family.DecoderLayer), part(family.Head)
+        paths = [path for paths in self.inputs.values() for path in paths]
+        self.linears = {path: self.layer.spec[f"{path}.kernel"].shape for path in paths}
+        self.width: int = next(iter(self.embed.spec.values())).shape[-1]
         self.spec: Spec = dict(self.embed.spec)
         for index in range(config.num_layers):
             self.spec |= {f"layers.{index}.{path}": shape for path, shape in self.layer.spec.items()}
