@@ -40,13 +40,8 @@ class Reader(Protocol):
 
     spec: Spec
 
-    def __init__(self, path: Path) -> None: ...
-
     @property
     def assets(self) -> Path: ...
-
-    @staticmethod
-    def accepts(path: Path) -> bool: ...
 
     def read(self, paths: Iterable[str]) -> Params:
         """The named parameters, in memory.

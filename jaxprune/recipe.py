@@ -16,8 +16,8 @@ from jaxprune.patterns import NM, Pattern, Unstructured
 from jaxprune.sensitivity import Importance
 from jaxprune.tuning import Tuning
 
-_GRADIENTS = {"weigh_outputs": True, "spread": 0.3, "sensitivity_windows": 8}
-PRESETS: Mapping[str, Mapping[str, Any]] = {"fast": _GRADIENTS, "best": {**_GRADIENTS, "tune_epochs": 2}}
+_FAST = {"weigh_outputs": True, "spread": 0.3, "sensitivity_windows": 8, "tune_epochs": 0.375}
+PRESETS: Mapping[str, Mapping[str, Any]] = {"fast": _FAST, "best": {**_FAST, "tune_epochs": 2.0, "rounds": 2}}
 """What a preset sets; options given beside it win."""
 PRESET_OPTIONS: Mapping[str, Mapping[str, Any]] = {"admm": {"damping": 0.03}}
 """What all presets set of a method's own options."""
@@ -48,8 +48,8 @@ class WholeModel:
     """The flags that only matter where a whole model is pruned."""
 
     preset: Literal["fast", "best"] | None = None
-    """Options that serve most: fast weighs outputs by the loss's gradients and gives every linear a sparsity of its
-    own; best also tunes the kept weights. Options given beside it win."""
+    """Options that serve most: both weigh outputs by the loss's gradients, give every linear a sparsity of its own and
+    tune the kept weights; best prunes in two rounds and tunes for longer. Options given beside it win."""
     uniform: bool = False
     """The same sparsity for every linear, whatever the preset says."""
     asymmetry: float = 0.0
@@ -125,7 +125,8 @@ class Recipe:
             *["outputs weighed"] * self.importance.weigh_outputs,
             *[f"sparsities within {self.importance.spread:g}"] * (self.importance.spread > 0),
             *[f"asymmetry {self.asymmetry:g}"] * (self.asymmetry > 0),
-            *[f"{self.tuning.tune_epochs} epochs of tuning"] * (self.tuning.tune_epochs > 0),
+            *[f"{self.tuning.rounds} rounds"] * (self.tuning.rounds > 1),
+            *[f"{self.tuning.tune_epochs:g} epochs of tuning"] * (self.tuning.tune_epochs > 0),
         ]
         return f"{self.preset}: " * (self.preset is not None) + ", ".join(words)
 
@@ -213,6 +214,8 @@ class Parser:
         """The recipe of what was given, and of all values: those and the preset's."""
         flags, importance, tuning = make(Flags, values), make(Importance, values), make(Tuning, values)
         _require_use(whole, given, importance, tuning)
+        if not tuning.tune_epochs:
+            tuning = Tuning()
         made = {role: make(cls, values, self._flag_of(role)) for role, cls in self._classes.items()}
         method: Method = made["update"]
         if "mask" in made:
@@ -226,6 +229,9 @@ class Parser:
                 raise InputError(f"--mask {self._mask} decides which weights stay: leave --pattern and --sparsity out")
             why = f"--mask {self._mask} decides which weights stay"
             importance = _without(importance, given, {"spread": why, "weigh_outputs": why})
+            if given.get("rounds", 1) > 1:
+                raise InputError(f"{why}, in one round: leave --rounds out")
+            tuning = dataclasses.replace(tuning, rounds=1)
             return Recipe(
                 method,
                 None,
@@ -276,6 +282,7 @@ def _require_use(whole: "WholeModel", given: Mapping[str, Any], importance: Impo
         "sensitivity_windows": ("--preset, --weigh-outputs or --spread", importance.measured),
         "tune_rate": ("--tune-epochs", tuning.tune_epochs > 0),
         "tune_windows": ("--tune-epochs", tuning.tune_epochs > 0),
+        "rounds": ("--tune-epochs", tuning.tune_epochs > 0),
     }
     for name, (needed, there) in alone.items():
         if given.get(name) and not there:

@@ -61,10 +61,11 @@ def run(config: Config, recipe: Recipe) -> Record:
             masks = stack.enter_context(create_masks(masks_out, linear_shapes(model), overwrite=config.overwrite))
         with progress() as bar:
             count = model.config.num_layers
-            task = bar.add_task("pruning", total=count)
+            task = bar.add_task("pruning", total=count * recipe.tuning.rounds)
 
-            def pruned(layer: LayerResult) -> None:
-                record.add(layer)
+            def pruned(layer: LayerResult, final: bool) -> None:
+                if final:
+                    record.add(layer)
                 bar.console.print(layer_line(layer, count))
                 bar.advance(task)
 

@@ -34,6 +34,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, UInt8
 
 from convert import Params, Reader
 from jaxprune.errors import InputError
+from jaxprune.flags import require_positive
 from jaxprune.linalg import masked
 from jaxprune.linears import round_kernel
 from jaxprune.models import Model, Part, model_for
@@ -50,23 +51,32 @@ BETAS = 0.9, 0.95
 class Tuning:
     """How the kept weights are tuned; no epochs, no tuning."""
 
-    tune_epochs: int = 0
+    tune_epochs: float = 0.0
     """Tune the kept weights of all linears together against the dense model's predictions, visiting each calibration
-    window so many times. Takes 12 bytes of host memory a weight."""
-    tune_rate: float = 0.002
+    window so many times; half an epoch visits half of them. Takes 12 bytes of host memory a weight."""
+    tune_rate: float = 0.001
     """Adam's highest learning rate, in units of the root mean square of a kernel's kept weights; it rises over the
     first eighth of the steps and then falls along a cosine."""
-    tune_windows: int = 2
+    tune_windows: int = 1
     """Calibration windows a step."""
+    rounds: int = 1
+    """Prune in so many rounds, each of which keeps about the same share of what the one before it kept and is followed
+    by tuning; that of the early rounds is half as long."""
 
     def __post_init__(self) -> None:
-        if self.tune_epochs < 0:
-            raise InputError(f"--tune-epochs must not be negative, not {self.tune_epochs}")
-        if self.tune_rate <= 0 or self.tune_windows < 1:
+        require_positive(self, "rounds")
+        if not 0 <= self.tune_epochs < math.inf:
+            raise InputError(f"--tune-epochs must not be negative or infinite, not {self.tune_epochs}")
+        if not 0 < self.tune_rate < math.inf or self.tune_windows < 1:
             raise InputError(
                 f"--tune-rate must be positive and --tune-windows at least 1, not {self.tune_rate} and "
                 f"{self.tune_windows}"
             )
+
+    def of_round(self, index: int) -> "Tuning":
+        """The tuning that follows a round, counted from 0."""
+        last = index == self.rounds - 1
+        return dataclasses.replace(self, rounds=1, tune_epochs=self.tune_epochs if last else self.tune_epochs / 2)
 
 
 class Kernels(NamedTuple):
@@ -123,16 +133,16 @@ def tune(
         tuning: how.
         seed: of the order of windows.
         dtype: of the model's computation; see `models.model_for`.
-        report: is told after each epoch its number and the mean KL divergence, in nats, of its windows before their
-            steps.
+        report: is told after each epoch its number, from 0, and the mean KL divergence, in nats, of its windows before
+            their steps.
 
     Raises:
         InputError: the loss is not finite.
     """
     model = model_for(reader, dtype)
+    batches = _batches(tokens, tuning, seed)
     names = [f"{path}.kernel" for path in model.linears]
-    count = max(c for c in range(1, min(tuning.tune_windows, len(tokens)) + 1) if len(tokens) % c == 0)
-    plan = _plan(model, (count, tokens.shape[1]))
+    plan = _plan(model, (len(batches[0]), tokens.shape[1]))
     results, state, rest, dtypes = [], [], [], {}
     for result in layers:
         params = {path.removeprefix(f"layers.{result.index}."): array for path, array in result.params.items()}
@@ -141,26 +151,38 @@ def tune(
         results.append(dataclasses.replace(result, params={}))
         state.append(plan.hold(_start(kernels)))
         rest.append(params)
-    dense = embed(model, reader, tokens)
+    visited, where = np.unique(np.concatenate(batches), return_inverse=True)
+    dense = embed(model, reader, tokens[visited])
     for params in read_layers(model, reader):
         forward(model, jax.device_put(params), dense)
     ends = Ends(*(jax.device_put(reader.read(part.spec)) for part in (model.embed, model.head)))
 
-    steps = tuning.tune_epochs * len(tokens) // count
+    steps = len(batches)
     rate = optax.warmup_cosine_decay_schedule(
-        tuning.tune_rate / 10, tuning.tune_rate, math.ceil(steps / 8), steps, tuning.tune_rate / 20
+        tuning.tune_rate / 10, tuning.tune_rate, min(math.ceil(steps / 8), steps - 1), steps, tuning.tune_rate / 20
     )
-    generator, step = np.random.default_rng(seed), 0
-    for epoch in range(tuning.tune_epochs):
-        total = 0.0
-        for rows in generator.permutation(len(tokens)).reshape(-1, count):
-            total += _step(model, plan, ends, rest, state, tokens[rows], dense.array[rows], jnp.float32(rate(step)))
-            step += 1
-        report(epoch, total / len(tokens))
+    divergences: list[float] = []
+    for step, rows in enumerate(where.reshape(steps, -1)):
+        chosen = tokens[visited[rows]], dense.array[rows]
+        divergences.append(_step(model, plan, ends, rest, state, *chosen, jnp.float32(rate(step))))
+        epoch, within = divmod(step * len(rows), len(tokens))
+        if within + len(rows) == len(tokens) or step == steps - 1:
+            report(epoch, float(np.mean(divergences)))
+            divergences.clear()
     for result, params, tuned in zip(results, rest, state, strict=True):
         rounded = {name: np.asarray(_round(tuned, name, dtypes[name])) for name in names}
         named = {f"layers.{result.index}.{path}": array for path, array in (params | rounded).items()}
         yield dataclasses.replace(result, params=named)
+
+
+def _batches(tokens: Int[np.ndarray, "w t"], tuning: Tuning, seed: int) -> list[Int[np.ndarray, "b"]]:
+    """The windows of each step: every epoch visits all, in a new order, and the last may end early."""
+    windows = len(tokens)
+    count = max(c for c in range(1, min(tuning.tune_windows, windows) + 1) if windows % c == 0)
+    steps = max(1, round(tuning.tune_epochs * windows / count))
+    generator = np.random.default_rng(seed)
+    epochs = [generator.permutation(windows).reshape(-1, count) for _ in range(math.ceil(steps * count / windows))]
+    return list(np.concatenate(epochs)[:steps])
 
 
 def _plan(model: Model, window: tuple[int, int]) -> Plan:
@@ -202,7 +224,7 @@ def _step(
     dense: Float[np.ndarray, "b t d"],
     rate: Float[Array, ""],
 ) -> float:
-    """Updates the state by some windows; returns the sum of their mean divergences, before."""
+    """Updates the state by some windows; returns their mean divergence, before."""
     x = apply(model.embed, ends.embed, jnp.asarray(tokens))
     ways_back: list[Any] = []
     for kernels, others in zip(state, rest, strict=True):
@@ -222,7 +244,7 @@ def _step(
     for index in reversed(range(len(state))):
         back, updated = _update(model.layer, state[index], rest[index], ways_back.pop(), back, rate)
         state[index] = plan.hold(updated)
-    return float(divergence.sum(dtype=np.float64)) / tokens.shape[1]
+    return float(divergence.mean(dtype=np.float64))
 
 
 @partial(jax.jit, static_argnums=0)

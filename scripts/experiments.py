@@ -236,7 +236,7 @@ EXPERIMENTS = {
     ),
     "presets": Experiment(
         title="Perplexity by sparsity, presets",
-        measure="perplexity",
+        measure="accuracy",
         rows={
             **BASELINES,
             "fast": "--preset fast",
@@ -264,7 +264,10 @@ EXPERIMENTS = {
             "fast, constant schedule": "--preset fast --schedule constant",
             "fast, 10 steps to finish": "--preset fast --finish-steps 10",
             "fast, by ALPS": "--preset fast --method alps",
-            "best, 1 epoch": "--preset best --tune-epochs 1",
+            "fast, not tuned": "--preset fast --tune-epochs 0",
+            "fast, asymmetry 0.25": "--preset fast --asymmetry 0.25",
+            "best, 1 round": "--preset best --rounds 1",
+            "best, 1 round, 1 epoch": "--preset best --rounds 1 --tune-epochs 1",
             "best": "--preset best",
         },
         patterns=("0.5", "0.7"),

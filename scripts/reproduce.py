@@ -33,7 +33,7 @@ from convert.staging import staged_file, write_text
 from jaxprune import InputError, calibration, problems, report
 from jaxprune import recipe as recipes
 from jaxprune.config import Config
-from jaxprune.evaluation.quality import Evaluator
+from jaxprune.evaluation.quality import Evaluator, Quality
 from jaxprune.evaluation.tasks import ZERO_SHOT
 from jaxprune.evaluation.text import mean_loss_perplexity, perplexity
 from jaxprune.methods.magnitude import Magnitude
@@ -171,7 +171,8 @@ class Bench:
             ((_, quality),) = self._evaluator.measure({self.ckpt: self.reader})
             one = {"sparsity": 0.0, "run": None, "quality": quality.as_json()}
             record = {"kind": "evaluation", "config": dataclasses.asdict(self.options), "against": self.ckpt}
-            return {"quality": one["quality"], "record": record | {"checkpoints": {self.ckpt: one}, **environment()}}
+            record |= {"checkpoints": {self.ckpt: one}, **environment()}
+            return {"perplexity": _only_perplexity(quality), "quality": one["quality"], "record": record}
         config = dataclasses.replace(self.options, out=cell.recipe.slug)
         account = Record(config, cell.recipe, self.calibration)
         with tempfile.TemporaryDirectory(dir=self.out) as folder:
@@ -187,7 +188,9 @@ class Bench:
             pruned = open_checkpoint(Path(folder) / "pruned")
             account.evaluation = self._evaluator.measure_texts({"dense": self.reader, "pruned": pruned}, "dense")
             self._evaluator.measure_tasks(cell.recipe.slug, pruned, account.evaluation["pruned"])
-        return {"quality": account.evaluation["pruned"].as_json(), "record": account.as_json()} | figures
+        quality = account.evaluation["pruned"]
+        found = {"perplexity": _only_perplexity(quality), "quality": quality.as_json(), "record": account.as_json()}
+        return found | figures
 
     @functools.cached_property
     def _evaluator(self) -> Evaluator:
@@ -207,11 +210,9 @@ class Bench:
             layers.append(dataclasses.replace(layer, params={}, masks={}))
         errors = {f"{layer.index}.{path}": linear.error for layer in layers for path, linear in layer.linears.items()}
         # Medians leave out the first layer's compilation and the machine's hiccups.
-        seconds = {
-            phase: statistics.median(layer.seconds[phase] for layer in layers) * len(layers)
-            for phase in layers[0].seconds
-        } | spent
-        return {"error": statistics.mean(errors.values()), "errors": errors, "seconds": seconds}
+        for phase in layers[0].seconds:
+            spend(phase, statistics.median(layer.seconds[phase] for layer in layers) * len(layers))
+        return {"error": statistics.mean(errors.values()), "errors": errors, "seconds": spent}
 
     def _error(self, cell: Cell) -> dict[str, Any]:
         assert cell.recipe is not None and cell.linear is not None
@@ -248,6 +249,11 @@ def cells(experiment: Experiment, layers: int, *, small: bool = False) -> Iterat
                 recipe = recipes.parse(_flags(flags.format(k=step, schedule=schedule), pattern))
                 for linear in linears:
                     yield Cell(row, pattern, step, recipe, linear)
+
+
+def _only_perplexity(quality: Quality) -> float:
+    (text,) = quality.texts.values()
+    return text.perplexity
 
 
 def _flags(flags: str, pattern: str) -> list[str]:
@@ -305,10 +311,10 @@ def run(name: str, experiment: Experiment, bench: Bench) -> None:
         results.append((cell, result))
         where = "" if cell.linear is None else f", {'.'.join(map(str, cell.linear))}"
         steps = "" if cell.step is None else f", {cell.step} steps"
-        value = result.get("perplexity", result.get("error"))
+        value = f"{result.get('perplexity', result.get('error')):.6g}"
         if "quality" in result:
-            value = result["quality"]["mean_accuracy"]["acc"]
-        print(f"{name} {number}/{len(wanted)}: {cell.row}{steps} {cell.pattern}{where}: {value:.6g}", flush=True)
+            value += f", accuracy {result['quality']['mean_accuracy']['acc']:.4f}"
+        print(f"{name} {number}/{len(wanted)}: {cell.row}{steps} {cell.pattern}{where}: {value}", flush=True)
     if not results or (len(results) < len(wanted) and experiment.picture != "quality_by_sparsity"):
         raise InputError(f"{len(results)} of {name}'s {len(wanted)} cells are measured: leave --only-measured out")
     for file in write(name, experiment, bench, results):

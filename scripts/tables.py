@@ -89,7 +89,8 @@ def _tables(experiment: Experiment, ckpt: str, results: Results) -> list[str]:
     if experiment.measure == "seconds":
         return _durations(results)
     if experiment.measure == "accuracy":
-        return _zero_shot(experiment, ckpt, results)
+        quality = _by_pattern(experiment, ckpt, results) if experiment.against else []
+        return [*quality, "", *_zero_shot(experiment, ckpt, results)]
     if experiment.measure == "error":
         return _convergence(experiment, results) if experiment.steps else _errors(experiment, results)
     return _by_steps(experiment, results) if experiment.steps else _by_pattern(experiment, ckpt, results)

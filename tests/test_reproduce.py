@@ -141,7 +141,7 @@ def test_rows_are_compared_with_the_better_of_some(modules: dict[str, ModuleType
         for cell in reproduce.cells(experiment, 30)
         if cell.row in figures
     ]
-    lines = tables._tables(
+    lines = tables._by_pattern(
         experiment, "smollm2-135m", [(reproduce.Cell("dense", "", None, None), {"perplexity": 9.0}), *results]
     )
     assert f"| best |{' 0.750 |' * 5}" in lines and f"| ADMM-Grad, constant |{' 1.250 |' * 5}" in lines

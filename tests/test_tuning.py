@@ -78,7 +78,7 @@ def test_steps_are_torchs(checkpoint: Path) -> None:
 def test_masks_and_all_else_stay(checkpoint: Path) -> None:
     layers = pruned(checkpoint, 0.7)
     for before, after in zip(
-        layers, tune(open_checkpoint(checkpoint), windows(), layers, Tuning(tune_epochs=1)), strict=True
+        layers, tune(open_checkpoint(checkpoint), windows(), layers, Tuning(tune_epochs=1, tune_windows=2)), strict=True
     ):
         assert before.linears == after.linears and before.masks is after.masks
         for path, array in after.params.items():
@@ -93,7 +93,7 @@ def test_masks_and_all_else_stay(checkpoint: Path) -> None:
 def test_counts_are_exact_in_the_stored_dtype(tmp_path: Path) -> None:
     path = tiny.save(tmp_path, tiny.config(), dtype=torch.float16)
     layers = pruned(path)
-    for layer in tune(open_checkpoint(path), windows(), layers, Tuning(tune_epochs=1)):
+    for layer in tune(open_checkpoint(path), windows(), layers, Tuning(tune_epochs=1, tune_windows=2)):
         for name in LINEARS:
             assert kernel(layer, name).dtype == np.float16
             assert (kernel(layer, name) == 0).sum() == kernel(layer, name).size // 2
@@ -129,7 +129,34 @@ def test_layers_are_run_again_where_little_fits(checkpoint: Path, monkeypatch: p
             assert np.abs(kernel(one, name) - kernel(other, name)).mean() < 1e-4 * before
 
 
-@pytest.mark.parametrize("bad", [{"tune_epochs": -1}, {"tune_rate": 0.0}, {"tune_windows": 0}])
+@pytest.mark.parametrize(("epochs", "told", "visited"), [(0.5, [0], 6), (1.25, [0, 1], 15), (0.01, [0], 1)])
+def test_epochs_may_end_early(
+    epochs: float, told: list[int], visited: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, steps, reports = pruned(checkpoint), [], []
+    real = jaxprune.tuning._step
+
+    def watched(*args: object) -> float:
+        steps.append(args[5])
+        return real(*args)
+
+    monkeypatch.setattr(jaxprune.tuning, "_step", watched)
+    reader, tokens = open_checkpoint(checkpoint), windows()
+    list(tune(reader, tokens, layers, Tuning(tune_epochs=epochs), report=lambda *told: reports.append(told)))
+    assert len(steps) == visited and [epoch for epoch, _ in reports] == told
+    # No window comes twice before all have come once.
+    assert len({step.tobytes() for step in steps}) == min(visited, len(tokens))
+    assert all(0 < divergence < np.inf for _, divergence in reports)
+
+
+def test_early_rounds_tune_for_half_as_long(checkpoint: Path) -> None:
+    tuning = Tuning(tune_epochs=2.0, rounds=3)
+    assert [tuning.of_round(index).tune_epochs for index in range(3)] == [1.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "bad", [{"tune_epochs": -1}, {"tune_epochs": float("nan")}, {"tune_rate": 0.0}, {"tune_windows": 0}]
+)
 def test_impossible_options_are_refused(bad: dict) -> None:
     with pytest.raises(InputError, match="--tune-"):
         Tuning(**bad)
