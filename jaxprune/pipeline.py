@@ -25,7 +25,7 @@ from jaxprune.methods import Method
 from jaxprune.models import Model, Part, model_for
 from jaxprune.patterns import Pattern
 from jaxprune.sensitivity import Weights
-from jaxprune.stream import embed, forward, read_layers
+from jaxprune.stream import embed, forward, in_checkpoint, read_layers
 
 PatternOf = Callable[[int, str], Pattern | StoredMask]
 """(layer index, path of the linear) -> its pattern, or its mask where that was made elsewhere."""
@@ -231,7 +231,7 @@ def _visit(reader: Reader, run: Run, stages: Mapping[str, Stage]) -> Iterator[La
         # Only kernels changed; the rest goes out exactly as it came in.
         out = {p: np.asarray(layer.params[p]) if p in changed else array for p, array in params.items()}
         del params
-        named = {f"layers.{index}.{p}": a for p, a in out.items()}
+        named = in_checkpoint(index, out)
         yield LayerResult(index, named, layer.linears, jax.device_get(layer.masks), seconds)
         del layer, out, named
         start = time.perf_counter()

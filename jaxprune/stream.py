@@ -24,9 +24,7 @@ def read_layers(model: Model, reader: Reader, *, backwards: bool = False) -> Ite
     order = range(model.config.num_layers)[:: -1 if backwards else 1]
 
     def read(index: int) -> Params:
-        prefix = f"layers.{index}."
-        params = reader.read([prefix + path for path in model.layer.spec])
-        return {path.removeprefix(prefix): array for path, array in params.items()}
+        return inside_layer(index, reader.read([f"layers.{index}.{path}" for path in model.layer.spec]))
 
     with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
         ahead = pool.submit(read, order[0])
@@ -35,6 +33,16 @@ def read_layers(model: Model, reader: Reader, *, backwards: bool = False) -> Ite
             if following is not None:
                 ahead = pool.submit(read, following)
             yield params
+
+
+def inside_layer(index: int, params: Params) -> Params:
+    """A layer's params under their paths inside the layer."""
+    return {path.removeprefix(f"layers.{index}."): array for path, array in params.items()}
+
+
+def in_checkpoint(index: int, params: Params) -> Params:
+    """A layer's params under their paths in the checkpoint."""
+    return {f"layers.{index}.{path}": array for path, array in params.items()}
 
 
 def require_tokens(model: Model, tokens: Int[np.ndarray, "w t"]) -> None:

@@ -39,7 +39,17 @@ from jaxprune.linalg import masked
 from jaxprune.linears import round_kernel
 from jaxprune.models import Model, Part, model_for
 from jaxprune.pipeline import LayerResult
-from jaxprune.stream import apply, apply_layer, embed, forward, in_chunks, logits, read_layers
+from jaxprune.stream import (
+    apply,
+    apply_layer,
+    embed,
+    forward,
+    in_checkpoint,
+    in_chunks,
+    inside_layer,
+    logits,
+    read_layers,
+)
 
 CPU_BYTES = 4e9
 """The most memory for a step's intermediate results where the device is the CPU."""
@@ -145,7 +155,7 @@ def tune(
     plan = _plan(model, (len(batches[0]), tokens.shape[1]))
     results, state, rest, dtypes = [], [], [], {}
     for result in layers:
-        params = {path.removeprefix(f"layers.{result.index}."): array for path, array in result.params.items()}
+        params = inside_layer(result.index, result.params)
         kernels = {name: params.pop(name) for name in names}
         dtypes = {name: kernel.dtype for name, kernel in kernels.items()}
         results.append(dataclasses.replace(result, params={}))
@@ -171,8 +181,7 @@ def tune(
             divergences.clear()
     for result, params, tuned in zip(results, rest, state, strict=True):
         rounded = {name: np.asarray(_round(tuned, name, dtypes[name])) for name in names}
-        named = {f"layers.{result.index}.{path}": array for path, array in (params | rounded).items()}
-        yield dataclasses.replace(result, params=named)
+        yield dataclasses.replace(result, params=in_checkpoint(result.index, params | rounded))
 
 
 def _batches(tokens: Int[np.ndarray, "w t"], tuning: Tuning, seed: int) -> list[Int[np.ndarray, "b"]]:

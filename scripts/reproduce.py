@@ -45,7 +45,7 @@ from jaxprune.recipe import Recipe
 from jaxprune.record import Record, environment, hardware
 from jaxprune.run import calibration_windows
 from jaxprune.solve import only, solve
-from jaxprune.stream import embed, forward
+from jaxprune.stream import embed, forward, inside_layer
 
 SMALL = {"nsamples": 16, "seqlen": 512, "eval_seqlen": 512, "eval_windows": 16, "pack": True, "limit": 500}
 """What --small changes: minutes on two cores with a model of 135M weights."""
@@ -154,9 +154,7 @@ class Bench:
         hidden = embed(self.model, self.reader, self.evaluation)
 
         def watch(layer: LayerResult) -> None:
-            prefix = f"layers.{layer.index}."
-            params = {path.removeprefix(prefix): jax.device_put(array) for path, array in layer.params.items()}
-            forward(self.model, params, hidden)
+            forward(self.model, jax.device_put(inside_layer(layer.index, layer.params)), hidden)
 
         figures = self._prune(cell.recipe, watch)
         return {"perplexity": mean_loss_perplexity(self.model, self.reader, hidden, self.evaluation)} | figures
