@@ -77,7 +77,8 @@ def prune_by_recipe(
             visits = layers(current, milder, final=False)
             current = Overlay(reader, list(tuned_layers(visits, recipe.tuning.of_round(index))))
         visits = layers(current, pattern, final=True)
-        yield from tuned_layers(visits, recipe.tuning) if recipe.tuning.tune_epochs else visits
+        tuning = recipe.tuning.of_round(count - 1)
+        yield from tuned_layers(visits, tuning) if tuning.tune_epochs else visits
 
     return rounds()
 
@@ -120,7 +121,11 @@ def _by_importance(
     if importance.spread:
         assert isinstance(pattern, Unstructured)
         sparsities = allocate(reader, sensitivity, pattern.sparsity, importance.spread, dtype=dtype)
-        pattern = lambda index, path: Unstructured(sparsities[index, path])  # noqa: E731
+
+        def own(index: int, path: str) -> Pattern:
+            return Unstructured(sparsities[index, path])
+
+        pattern = own
     spend("sensitivity", time.perf_counter() - start)
     weighing = [weights(layer, importance) for layer in sensitivity] if importance.weighs else None
     return pattern, weighing

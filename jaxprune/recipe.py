@@ -49,7 +49,7 @@ class WholeModel:
 
     preset: Literal["fast", "best"] | None = None
     """Options that serve most: both weigh outputs by the loss's gradients, give every linear a sparsity of its own and
-    tune the kept weights; best prunes in two rounds and tunes for longer. Options given beside it win."""
+    tune the kept weights; best tunes them for longer. Options given beside it win."""
     uniform: bool = False
     """The same sparsity for every linear, whatever the preset says."""
     asymmetry: float = 0.0
@@ -214,8 +214,6 @@ class Parser:
         """The recipe of what was given, and of all values: those and the preset's."""
         flags, importance, tuning = make(Flags, values), make(Importance, values), make(Tuning, values)
         _require_use(whole, given, importance, tuning)
-        if not tuning.tune_epochs:
-            tuning = Tuning()
         made = {role: make(cls, values, self._flag_of(role)) for role, cls in self._classes.items()}
         method: Method = made["update"]
         if "mask" in made:
@@ -229,9 +227,8 @@ class Parser:
                 raise InputError(f"--mask {self._mask} decides which weights stay: leave --pattern and --sparsity out")
             why = f"--mask {self._mask} decides which weights stay"
             importance = _without(importance, given, {"spread": why, "weigh_outputs": why})
-            if given.get("rounds", 1) > 1:
+            if tuning.rounds > 1:
                 raise InputError(f"{why}, in one round: leave --rounds out")
-            tuning = dataclasses.replace(tuning, rounds=1)
             return Recipe(
                 method,
                 None,
