@@ -49,6 +49,15 @@ def precondition(gram: Float[Array, "n n"], damping: Scalar) -> Scaled:
     return Scaled(scale, add_ridge(gram / (scale[:, None] * scale[None, :]), damping))
 
 
+def scaled_product(
+    gram: Float[Array, "n n"], scale: Float[Array, "n"], damping: Scalar, kernel: Float[Array, "n m"]
+) -> Float[Array, "n m"]:
+    """G·(D·kernel) of `precondition`'s G, from H itself."""
+    unit = jnp.diagonal(gram) / scale**2
+    ridge = jnp.asarray(damping, gram.dtype) * jnp.mean(unit) * scale[:, None]
+    return matmul(gram, kernel) / scale[:, None] + ridge * kernel
+
+
 class Minimum(NamedTuple):
     """Where conjugate gradients ended.
 
