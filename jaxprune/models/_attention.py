@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 SEGMENTS = 16
-"""A window is cut into so many segments at most; a segment's queries are multiplied with the keys up to its end only."""
+"""A window has so many segments at most; a segment's queries are multiplied with the keys up to its end only."""
 SMALLEST, LARGEST = 64, 256
 """Queries at a time: segments are no shorter than the one, and are visited in blocks no longer than the other."""
 
