@@ -46,16 +46,20 @@ class Scaled(NamedTuple):
 def precondition(gram: Float[Array, "n n"], damping: Scalar) -> Scaled:
     """Scales a Gram matrix to a diagonal of ones (zeros for dead inputs), then adds a ridge."""
     scale = jnp.sqrt(jnp.diagonal(gram)) + jnp.asarray(1e-8, gram.dtype)
-    return Scaled(scale, add_ridge(gram / (scale[:, None] * scale[None, :]), damping))
+    ridge = scaled_ridge(gram, scale, damping) * jnp.eye(len(gram), dtype=gram.dtype)
+    return Scaled(scale, gram / (scale[:, None] * scale[None, :]) + ridge)
+
+
+def scaled_ridge(gram: Float[Array, "n n"], scale: Float[Array, "n"], damping: Scalar) -> Float[Array, ""]:
+    """damping · mean(diag D⁻¹HD⁻¹), without the scaled matrix."""
+    return jnp.asarray(damping, gram.dtype) * jnp.mean(jnp.diagonal(gram) / (scale * scale))
 
 
 def scaled_product(
     gram: Float[Array, "n n"], scale: Float[Array, "n"], damping: Scalar, kernel: Float[Array, "n m"]
 ) -> Float[Array, "n m"]:
     """G·(D·kernel) of `precondition`'s G, from H itself."""
-    unit = jnp.diagonal(gram) / scale**2
-    ridge = jnp.asarray(damping, gram.dtype) * jnp.mean(unit) * scale[:, None]
-    return matmul(gram, kernel) / scale[:, None] + ridge * kernel
+    return matmul(gram, kernel) / scale[:, None] + scaled_ridge(gram, scale, damping) * scale[:, None] * kernel
 
 
 class Minimum(NamedTuple):

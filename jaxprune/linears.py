@@ -57,7 +57,7 @@ def solve_linear(
     choice = jnp.asarray(pattern.read()) if isinstance(pattern, StoredMask) else pattern
     scale = jnp.asarray(np.ones(kernel.shape[1]) if outputs is None else outputs, gram.dtype)[None, :]
     solution = method.solve(prepared, (kernel.astype(gram.dtype) if target is None else target) * scale, choice)
-    stored, figures = _store(gram, kernel, solution.weight / scale)
+    stored, figures = store(gram, kernel, solution.weight / scale)
     values = jax.device_get(figures | solution.stats)
     result = LinearResult(
         error=float(values.pop("error")),
@@ -69,7 +69,7 @@ def solve_linear(
 
 
 @jax.jit
-def _store(gram: Array, dense: Array, weight: Array) -> tuple[Array, dict[str, Array]]:
+def store(gram: Array, dense: Array, weight: Array) -> tuple[Array, dict[str, Array]]:
     """The kernel in its stored dtype, and what the layer's output lost by it."""
     stored = round_kernel(weight, weight != 0, dense.dtype)
     zeros = jnp.sum(stored == 0, dtype=jnp.int32)

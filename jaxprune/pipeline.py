@@ -101,8 +101,7 @@ def measure(run: Run, layer: Layer) -> Layer:
         InputError: NaN or infinity in the layer's weights or activations.
     """
     _require_finite(layer.params, f"the weights of layer {layer.index}", "the checkpoint is damaged")
-    shapes = {tap: run.model.linears[paths[0]][0] for tap, paths in run.model.inputs.items()}
-    grams = {tap: jnp.zeros((n, n), jnp.float32) for tap, n in shapes.items()}
+    grams = {tap: jnp.zeros((n, n), jnp.float32) for tap, n in run.model.widths.items()}
     drifts = {tap: jnp.zeros_like(gram) for tap, gram in grams.items()} if run.dense else {}
     weights = run.weights[layer.index].tokens if run.weights else {}
 
@@ -121,7 +120,7 @@ def measure(run: Run, layer: Layer) -> Layer:
         run.dense.update(move_dense)
     else:
         for rows, x in zip(run.hidden.slices(), run.hidden.batches(), strict=True):
-            grams = _accumulate(run.model.layer, layer.params, x, weights_of(rows), grams)
+            grams = accumulate(run.model.layer, layer.params, x, weights_of(rows), grams)
     _require_finite(
         grams, f"the activations of layer {layer.index}", "try --dtype float32, or check the calibration text"
     )
@@ -248,7 +247,7 @@ def other_params(spec: Spec) -> Iterator[list[str]]:
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _accumulate(
+def accumulate(
     layer: Part,
     params: Mapping[str, Array],
     x: Float[Array, "b t d"],

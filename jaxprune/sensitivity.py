@@ -28,7 +28,7 @@ from jaxprune.errors import InputError
 from jaxprune.flags import require_positive
 from jaxprune.hidden import HiddenStates
 from jaxprune.models import Model, Part, model_for
-from jaxprune.stream import embed, forward, in_chunks, logits, read_layers
+from jaxprune.stream import embed, exponentials, forward, in_chunks, logits, read_layers
 
 HOST_BYTES = 8e9
 """The most memory for the layers' inputs; more windows are taken in loads, each of which reads the model again."""
@@ -140,7 +140,7 @@ def measure_sensitivity(
         Sensitivity(
             {tap: np.zeros(tokens.shape, np.float32) for tap in model.inputs},
             {path: np.zeros(shape[1], np.float32) for path, shape in model.linears.items()},
-            {tap: np.zeros(model.linears[paths[0]][0], np.float32) for tap, paths in model.inputs.items()},
+            {tap: np.zeros(n, np.float32) for tap, n in model.widths.items()},
         )
         for _ in range(model.config.num_layers)
     ]
@@ -176,7 +176,7 @@ def _differentiate_loss(model: Model, reader: Reader, states: HiddenStates, toke
     for rows in states.slices():
         last, targets = states.array[rows], tokens[rows, 1:].reshape(-1).astype(np.int32)
         predicting = last[:, :-1].reshape(len(targets), -1)
-        (gradient,) = in_chunks(lambda *chunk: (_loss_gradient(model.head, head, *chunk),), predicting, targets)
+        (gradient,) = in_chunks(lambda *chunk: (loss_gradient(model.head, head, *chunk),), predicting, targets)
         last[:, :-1] = gradient.reshape(last[:, :-1].shape)
         last[:, -1] = 0  # nothing follows
 
@@ -193,7 +193,7 @@ def _reverse_layer(
     batches: list[tuple[slice, Sensitivity]] = []
 
     def step(gradient: Array, rows: slice) -> Array:
-        back, sensitivity = _backward(model.layer, taps, params, jax.device_put(inputs[rows]), gradient)
+        back, sensitivity = backward(model.layer, taps, params, jax.device_put(inputs[rows]), gradient)
         batches.append((rows, sensitivity))
         return back
 
@@ -214,19 +214,19 @@ def _require_finite(layer: Sensitivity) -> None:
 
 
 @partial(jax.jit, static_argnums=0)
-def _loss_gradient(
+def loss_gradient(
     head: Part, params: Mapping[str, Array], states: Float[Array, "n d"], targets: Int[Array, "n"]
 ) -> Float[Array, "n d"]:
-    def loss(states: Array) -> Array:
-        scores = logits(head, params, states)
-        picked = jnp.take_along_axis(scores, targets[:, None], axis=1)[:, 0]
-        return jnp.sum(jax.nn.logsumexp(scores, axis=1) - picked)
-
-    return jax.grad(loss)(states)
+    """Of Σ −log softmax(scores)[target], which by the scores is softmax(scores) less one at the target."""
+    scores, pull_back = jax.vjp(lambda states: logits(head, params, states), states)
+    exponential = exponentials(scores)
+    wanted = jnp.arange(scores.shape[1], dtype=targets.dtype)[None, :] == targets[:, None]
+    (gradient,) = pull_back(exponential.values / exponential.total - wanted.astype(scores.dtype))
+    return gradient
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _backward(
+def backward(
     layer: Part,
     taps: tuple[tuple[str, tuple[str, ...]], ...],
     params: Mapping[str, Array],

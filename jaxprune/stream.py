@@ -169,6 +169,28 @@ def logits(head: Part, params: Mapping[str, Array], states: Float[Array, "n d"])
     return head(params, states[None])[0].astype(jnp.float32)
 
 
+class Exponentials(NamedTuple):
+    """A softmax not yet divided: it is values / total.
+
+    Attributes:
+        values: exp(s − max s).
+        total: their sum over the vocabulary.
+        log_total: log Σ exp s.
+    """
+
+    values: Float[Array, "n v"]
+    total: Float[Array, "n 1"]
+    log_total: Float[Array, "n 1"]
+
+
+def exponentials(scores: Float[Array, "n v"]) -> Exponentials:
+    """The exponentials of logits, computed once: XLA would compute them again in every use."""
+    most = jnp.max(scores, axis=1, keepdims=True)
+    values = jax.lax.optimization_barrier(jnp.exp(scores - most))
+    total = jnp.sum(values, axis=1, keepdims=True)
+    return Exponentials(values, total, most + jnp.log(total))
+
+
 @partial(jax.jit, static_argnums=0)
 def _score(
     head: Part, params: Mapping[str, Array], states: Float[Array, "n d"], targets: Int[Array, "n"]

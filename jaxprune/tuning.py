@@ -43,6 +43,7 @@ from jaxprune.stream import (
     apply,
     apply_layer,
     embed,
+    exponentials,
     forward,
     in_checkpoint,
     in_chunks,
@@ -205,7 +206,7 @@ def _plan(model: Model, window: tuple[int, int]) -> Plan:
     values = {f"{path}.kernel": jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in model.linears.items()}
     rest = {name: shape for name, shape in model.layer.spec.items() if name not in values}
     x = jax.ShapeDtypeStruct((*window, model.width), model.config.dtype)
-    _, pull_back = jax.eval_shape(partial(_forward, model.layer), values, rest, x)
+    _, pull_back = jax.eval_shape(partial(forward_with_way_back, model.layer), values, rest, x)
     kept = layers * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull_back))
     device = jax.local_devices()[0]
     if device.platform == "cpu":
@@ -220,7 +221,7 @@ def _start(kernels: Params) -> Kernels:
     values = {name: kernel.astype(np.float32) for name, kernel in kernels.items()}
     masks = {name: np.packbits(value != 0, axis=1) for name, value in values.items()}
     units = {name: np.sqrt(np.sum(value**2) / np.float32(max(1, (value != 0).sum()))) for name, value in values.items()}
-    return Kernels(values, masks, units, jax.device_get(_ADAM.init(values)))
+    return Kernels(values, masks, units, jax.device_get(ADAM.init(values)))
 
 
 def _step(
@@ -238,38 +239,40 @@ def _step(
     ways_back: list[Any] = []
     for kernels, others in zip(state, rest, strict=True):
         if plan.keep:
-            x, way_back = _forward(model.layer, kernels.values, others, x)
+            x, way_back = forward_with_way_back(model.layer, kernels.values, others, x)
         else:
             way_back = np.array(x)  # a copy, for x is donated
             x = apply_layer(model.layer, others | kernels.values, x)
         ways_back.append(way_back)
     states = np.asarray(x).reshape(-1, x.shape[-1])
     divergence, gradient = in_chunks(
-        lambda *chunk: _divergence(model.head, ends.head, *chunk), states, dense.reshape(states.shape), models=2
+        lambda *chunk: head_divergence(model.head, ends.head, *chunk), states, dense.reshape(states.shape), models=2
     )
     if not np.isfinite(divergence).all():
         raise InputError("the loss of the tuning holds NaN or infinity: lower --tune-rate, or try --dtype float32")
     back = jnp.asarray(gradient.reshape(x.shape))
     for index in reversed(range(len(state))):
-        back, updated = _update(model.layer, state[index], rest[index], ways_back.pop(), back, rate)
+        back, updated = update(model.layer, state[index], rest[index], ways_back.pop(), back, rate)
         state[index] = plan.hold(updated)
     return float(divergence.mean(dtype=np.float64))
 
 
 @partial(jax.jit, static_argnums=0)
-def _divergence(
+def head_divergence(
     head: Part, params: Mapping[str, Array], states: Float[Array, "n d"], dense: Float[Array, "n d"]
 ) -> tuple[Float[Array, "n"], Float[Array, "n d"]]:
     """KL divergences of tokens, and the gradient of their sum by the pruned model's last states."""
+    dense_scores = logits(head, params, dense)
     scores, pull_back = jax.vjp(lambda states: logits(head, params, states), states)
-    log_p, log_q = jax.nn.log_softmax(logits(head, params, dense), axis=1), jax.nn.log_softmax(scores, axis=1)
-    p = jnp.exp(log_p)
-    (gradient,) = pull_back(jnp.exp(log_q) - p)
-    return jnp.sum(p * (log_p - log_q), axis=1), gradient
+    p, q = exponentials(dense_scores), exponentials(scores)
+    mean = jnp.sum(p.values * (dense_scores - scores), axis=1) / p.total[:, 0]  # of log p - log q, but for the totals
+    divergence = mean + (q.log_total - p.log_total)[:, 0]
+    (gradient,) = pull_back(q.values / q.total - p.values / p.total)
+    return divergence, gradient
 
 
 @partial(jax.jit, static_argnums=0)
-def _forward(
+def forward_with_way_back(
     part: Part, values: Mapping[str, Array], rest: Mapping[str, Array], x: Float[Array, "b t d"]
 ) -> tuple[Float[Array, "b t d"], Any]:
     """A layer's output, and the function from its gradient to those by the kernels and by the input."""
@@ -277,7 +280,7 @@ def _forward(
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _update(
+def update(
     part: Part,
     kernels: Kernels,
     rest: Mapping[str, Array],
@@ -291,15 +294,15 @@ def _update(
         part: the layer.
         kernels: before the step.
         rest: the layer's other params.
-        way_back: from `_forward`, or the layer's input.
+        way_back: from `forward_with_way_back`, or the layer's input.
         gradient: by the layer's output.
         rate: of the step.
     """
-    pull_back = way_back if callable(way_back) else _forward(part, kernels.values, rest, way_back)[1]
+    pull_back = way_back if callable(way_back) else forward_with_way_back(part, kernels.values, rest, way_back)[1]
     slopes, back = pull_back(gradient)
     slopes = {name: masked(_kept(kernels, name), slope) for name, slope in slopes.items()}
     with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction mixes integers and floats
-        changes, moments = _ADAM.update(slopes, kernels.moments)
+        changes, moments = ADAM.update(slopes, kernels.moments)
     values = {name: value - rate * kernels.units[name] * changes[name] for name, value in kernels.values.items()}
     return back, kernels._replace(values=values, moments=moments)
 
@@ -312,4 +315,4 @@ def _round(kernels: Kernels, name: str, dtype: np.dtype) -> Float[Array, "n m"]:
     return round_kernel(jnp.asarray(kernels.values[name]), _kept(kernels, name), dtype)
 
 
-_ADAM = optax.scale_by_adam(*BETAS)
+ADAM = optax.scale_by_adam(*BETAS)

@@ -6,11 +6,12 @@ Each run is a process of its own, which reports its peak resident set.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from sizes import Size, write_checkpoint
 
 RUN = """
 import sys, resource
@@ -31,35 +32,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
 
-def write_checkpoint(folder: Path, layers: int, width: int, inner: int) -> int:
-    """A random LLaMA in float32; returns its bytes."""
-    import jax
-    import numpy as np
-
-    from convert import create_checkpoint, parts
-    from jaxprune.models import build
-    from jaxprune.models._rope import Rope
-    from jaxprune.models.llama import Config
-
-    assets = folder.with_name(folder.name + "-assets")
-    assets.mkdir()
-    hf = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 1000, "hidden_size": width,
-        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": 8, "num_key_value_heads": 8,
-        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "dtype": "float32",
-    }  # fmt: skip
-    (assets / "config.json").write_text(json.dumps(hf))
-    rope = Rope.from_hf({"rope_theta": 10000.0}, width // 8, 2048)
-    float32 = jax.numpy.dtype("float32")
-    sizes = 1000, width, inner, layers, 8, 8, width // 8, 2048
-    model = build("llama", Config(*sizes, 1e-5, "silu", False, False, False, rope, float32))
-    generator = np.random.default_rng(0)
-    with create_checkpoint(folder, model.spec, assets) as out:
-        for paths in parts(model.spec).values():
-            out.write({p: generator.normal(0, 0.02, model.spec[p].shape).astype(np.float32) for p in paths})
-    return sum(t.size * 4 for t in model.spec.values())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[10, 40])
@@ -72,7 +44,7 @@ def main() -> None:
     for layers in args.layers:
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder) / "dense", Path(folder) / "pruned"
-            size = write_checkpoint(source, layers, args.width, args.inner)
+            size = write_checkpoint(source, Size(args.width, args.inner, layers, 8, 8, 1000, 2048))
             done = subprocess.run(
                 [sys.executable, "-c", RUN, str(source), str(target)], capture_output=True, text=True, check=True
             )

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from convert import create_checkpoint, open_checkpoint, part_of
 from jaxprune import InputError, Unstructured, other_params, prune
 from jaxprune.hidden import HiddenStates, batch_size
-from jaxprune.linears import _store
+from jaxprune.linears import store
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.wanda import Wanda
 from jaxprune.models import model_for
 from jaxprune.patterns import NM
-from jaxprune.pipeline import STAGES, LayerResult, Run, _accumulate, solve
+from jaxprune.pipeline import STAGES, LayerResult, Run, accumulate, solve
 from jaxprune.stream import apply_layer, embed, forward
 from tests import oracles, tiny
 
@@ -116,13 +116,13 @@ def test_only_the_pruned_kernels_change(checkpoint: Path) -> None:
 
 def test_one_compilation_serves_all_layers(tmp_path: Path) -> None:
     path = tiny.save(tmp_path, tiny.config(num_hidden_layers=6, hidden_size=40, intermediate_size=72))
-    counts = [f._cache_size() for f in (_accumulate, apply_layer)]
+    counts = [f._cache_size() for f in (accumulate, apply_layer)]
     run(path)
-    assert [f._cache_size() for f in (_accumulate, apply_layer)] == [count + 1 for count in counts]
-    stored = _store._cache_size()
+    assert [f._cache_size() for f in (accumulate, apply_layer)] == [count + 1 for count in counts]
+    stored = store._cache_size()
     run(path, pattern=lambda index, linear: Unstructured(0.3 + 0.05 * index))
-    assert _store._cache_size() == stored
-    assert _accumulate._cache_size() == counts[0] + 1
+    assert store._cache_size() == stored
+    assert accumulate._cache_size() == counts[0] + 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -142,7 +142,7 @@ def test_counts_are_exact_in_the_stored_dtype(dtype: torch.dtype, pattern: objec
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 def test_kept_weights_do_not_round_to_zero(dtype: jnp.dtype) -> None:
     weight = jnp.asarray([[1e-12, -1e-12, 0.0, 1.0]], jnp.float32)
-    stored, figures = _store(jnp.ones((1, 1), jnp.float32), jnp.ones((1, 4), dtype), weight)
+    stored, figures = store(jnp.ones((1, 1), jnp.float32), jnp.ones((1, 4), dtype), weight)
     values = np.asarray(stored, np.float64)[0]
     assert values[0] > 0 and values[1] < 0 and values[2] == 0 and values[3] == 1
     assert abs(values[:2]).max() < 1e-7

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import cho_solve
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxprune.errors import InputError
 from jaxprune.linalg import Scalar, masked, matmul, precondition, scaled_product
@@ -119,14 +119,14 @@ def _prepare(
     return scale, cho_solve((factor, True), eye) if linear_solve == "inverse" else factor
 
 
-@partial(jax.jit, static_argnames=("selections", "linear_solve"))
+@partial(jax.jit, static_argnames=("iterations", "selections", "linear_solve"))
 def _solve(
     prepared: Prepared,
     weight: Kernel,
     select: Selector | Mask,
     damping: Scalar,
     rho: Scalar,
-    iterations: int | Int[Array, ""],
+    iterations: int,
     selections: int,
     linear_solve: LinearSolve,
 ) -> Solution:

@@ -71,6 +71,7 @@ class Model:
         config: the family's.
         inputs: tap -> linears that read it.
         linears: path inside a layer -> shape [n_in, n_out] of its kernel, for all linears that are pruned.
+        widths: tap -> its features.
         width: features of a hidden state.
         embed, layer, head: the parts.
         spec: path in a checkpoint -> shape and dtype, for the whole model.
@@ -88,6 +89,7 @@ class Model:
         self.embed, self.layer, self.head = part(family.Embed), part(family.DecoderLayer), part(family.Head)
         paths = [path for paths in self.inputs.values() for path in paths]
         self.linears = {path: self.layer.spec[f"{path}.kernel"].shape for path in paths}
+        self.widths = {tap: self.linears[paths[0]][0] for tap, paths in self.inputs.items()}
         self.width: int = next(iter(self.embed.spec.values())).shape[-1]
         self.spec: Spec = dict(self.embed.spec)
         for index in range(config.num_layers):

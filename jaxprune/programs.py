@@ -1,0 +1,225 @@
+"""The compiled programs of a run, with the shapes they are called with: what they cost before anything is run.
+
+FLOPs are those of matrix products and factorizations, counted in the program itself, so that what a program skips is
+not counted. Bytes are those of the compiler's own memory analysis. Neither needs weights, text or the device's time.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jaxtyping import DTypeLike
+
+from jaxprune import linears, pipeline, sensitivity, stream, tuning
+from jaxprune.hidden import batch_size
+from jaxprune.methods import Method
+from jaxprune.models import Model
+from jaxprune.patterns import Pattern
+
+Shape = jax.ShapeDtypeStruct
+Flops = Counter
+"""dtype of the operands -> floating-point operations; a product of 16-bit operands runs at another rate."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled function of a run.
+
+    Attributes:
+        phase: of the run that calls it.
+        name: what it computes.
+        function: to be compiled.
+        arguments: shapes and dtypes.
+        calls: in a run.
+        resident: bytes on the device meanwhile which are not its arguments.
+        donated: numbers of the arguments whose memory it may reuse.
+    """
+
+    phase: str
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    calls: float
+    resident: int = 0
+    donated: tuple[int, ...] = ()
+
+    def flops(self) -> Flops:
+        """FLOPs of one call."""
+        return count_flops(jax.make_jaxpr(self.function)(*self.arguments))
+
+    def peak_bytes(self) -> int:
+        """Device memory during a call: arguments, results and intermediate results, and what else is there.
+
+        The compiler decides it, so the program is compiled, not run.
+        """
+        compiled = jax.jit(self.function, donate_argnums=self.donated).lower(*self.arguments).compile()
+        memory = compiled.memory_analysis()
+        own = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        return self.resident + own - memory.alias_size_in_bytes
+
+
+def count_flops(jaxpr: ClosedJaxpr | Jaxpr) -> Flops:
+    """FLOPs of the products and factorizations that a program's results need.
+
+    A product of n·k by k·m is 2nkm; a Cholesky factorization n³/3; a triangular solve n²m; eigenvectors about 9n³.
+    A loop whose number of iterations depends on the data counts as one iteration.
+    """
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    needed = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+    total = Flops()
+    for equation in reversed(jaxpr.eqns):
+        if not needed.isdisjoint(equation.outvars):
+            needed.update(v for v in equation.invars if not isinstance(v, Literal))
+            total.update(_flops_of(equation))
+    return total
+
+
+def _flops_of(equation: JaxprEqn) -> Flops:
+    name, params = equation.primitive.name, equation.params
+    inner = [count_flops(p) for p in jax.tree.leaves(params, is_leaf=_is_program) if _is_program(p)]
+    if inner:
+        if name == "cond":
+            return max(inner, key=lambda flops: sum(flops.values()))
+        times = params["length"] if name == "scan" else 1
+        return Flops({dtype: times * sum(flops[dtype] for flops in inner) for dtype in set().union(*inner)})
+    aval = equation.invars[0].aval if equation.invars else None
+    shape = getattr(aval, "shape", ())
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        count = 2.0 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+    elif name == "cholesky":
+        count = shape[-1] ** 3 / 3
+    elif name == "triangular_solve":
+        count = float(shape[-1] * equation.outvars[0].aval.size)
+    elif name == "eigh":
+        count = 9.0 * shape[-1] ** 3
+    else:
+        return Flops()
+    return Flops({aval.dtype.name: count})
+
+
+def _is_program(value: Any) -> bool:
+    return isinstance(value, ClosedJaxpr | Jaxpr)
+
+
+def of_pruning(
+    model: Model,
+    windows: int,
+    length: int,
+    method: Method,
+    pattern: Pattern,
+    stored: DTypeLike,
+    *,
+    batch: int | None = None,
+) -> Iterator[Program]:
+    """The programs of the loop over layers.
+
+    Args:
+        model: its shapes.
+        windows: of calibration.
+        length: tokens of a window.
+        method: prunes each linear.
+        pattern: of each linear.
+        stored: dtype of the checkpoint's params.
+        batch: windows at a time; None: as the run takes them.
+    """
+    layers, batch = model.config.num_layers, batch or batch_size(windows, length)
+    params, x = _layer_params(model, stored), _states(model, batch, length)
+    passes = layers * (windows // batch)
+    grams = {tap: Shape((n, n), jnp.float32) for tap, n in model.widths.items()}
+    in_flight = 2 * _bytes(x)  # one batch on its way in, one on its way out
+    yield Program(
+        "gram", "forward and Gram matrices", partial(pipeline.accumulate, model.layer), (params, x, {}, grams),
+        passes, in_flight, donated=(3,),
+    )  # fmt: skip
+    waiting = dict(grams)
+    for tap, paths in model.inputs.items():
+        gram = waiting.pop(tap)
+        prepare = jax.make_jaxpr(method.prepare)(gram).jaxpr
+        prepared = jax.eval_shape(method.prepare, gram)
+        beside = (
+            0 if prepare.invars[0] in prepare.outvars else _bytes(gram)
+        )  # what is prepared may hold the Gram matrix
+        shared = _bytes(params) + _bytes(waiting)
+        yield Program("solve", f"prepare {tap}", method.prepare, (gram,), layers, shared)
+        for path in paths:
+            kernel = Shape(model.linears[path], jnp.float32)
+            solving = partial(solve, method, pattern)
+            yield Program("solve", f"solve {path}", solving, (prepared, kernel), layers, shared + beside)
+            arguments = gram, Shape(kernel.shape, stored), kernel
+            others = shared + beside + _bytes(prepared) - _bytes(gram)
+            yield Program("solve", f"store {path}", linears.store, arguments, layers, others)
+    yield Program(
+        "forward", "forward", partial(stream.apply_layer, model.layer), (params, x), passes, in_flight, donated=(1,)
+    )
+
+
+def of_sensitivity(model: Model, windows: int, length: int, stored: DTypeLike) -> Iterator[Program]:
+    """The programs of the reverse pass over some windows."""
+    layers, batch = model.config.num_layers, batch_size(windows, length)
+    params, x, head = _layer_params(model, stored), _states(model, batch, length), _shapes(model.head.spec, stored)
+    passes, taps = layers * (windows // batch), tuple(model.inputs.items())
+    forward = partial(stream.apply_layer, model.layer)
+    yield Program("sensitivity", "forward", forward, (params, x), passes, 2 * _bytes(x), donated=(1,))
+    chunk = min(stream.CHUNK, batch * (length - 1))
+    arguments = head, Shape((chunk, model.width), model.config.dtype), Shape((chunk,), jnp.int32)
+    loss, chunks = partial(sensitivity.loss_gradient, model.head), windows * (length - 1) / chunk
+    yield Program("sensitivity", "loss", loss, arguments, chunks, 2 * _bytes(arguments[1]))
+    backward = partial(sensitivity.backward, model.layer, taps)
+    yield Program("sensitivity", "backward", backward, (params, x, x), passes, 2 * _bytes(x), donated=(2,))
+
+
+def of_tuning(
+    model: Model, windows: int, length: int, epochs: float, stored: DTypeLike, *, step: int = 1
+) -> Iterator[Program]:
+    """The programs of the tuning, with a step's intermediate results kept on the device."""
+    layers, x, head = model.config.num_layers, _states(model, step, length), _shapes(model.head.spec, stored)
+    names = [f"{path}.kernel" for path in model.linears]
+    params = _layer_params(model, stored)
+    values = {name: Shape(params[name].shape, jnp.float32) for name in names}
+    rest = {name: param for name, param in params.items() if name not in values}
+    masks = {name: Shape((value.shape[0], -(-value.shape[1] // 8)), jnp.uint8) for name, value in values.items()}
+    units, moments = dict.fromkeys(names, Shape((), jnp.float32)), jax.eval_shape(tuning.ADAM.init, values)
+    kernels = tuning.Kernels(values, masks, units, moments)
+    calls = layers * math.ceil(epochs * windows / step)
+    visited = min(1.0, epochs) * windows
+    batch = _states(model, batch_size(windows, length), length)
+    passes = layers * visited / batch.shape[0]
+    forward = partial(stream.apply_layer, model.layer)
+    yield Program("tune", "dense forward", forward, (params, batch), passes, 2 * _bytes(batch), donated=(1,))
+    ways_back = jax.eval_shape(partial(tuning.forward_with_way_back, model.layer), values, rest, x)[1]
+    kept = layers * (_bytes(kernels) + _bytes(rest) + _bytes(ways_back))
+    forth = partial(tuning.forward_with_way_back, model.layer)
+    yield Program("tune", "forward", forth, (values, rest, x), calls, kept)
+    chunk = Shape((min(stream.CHUNK // 2, step * length), model.width), model.config.dtype)
+    loss, chunks = partial(tuning.head_divergence, model.head), calls / layers * step * length / chunk.shape[0]
+    yield Program("tune", "divergence", loss, (head, chunk, chunk), chunks, kept)
+    update = partial(tuning.update, model.layer)
+    arguments = kernels, rest, ways_back, x, Shape((), jnp.float32)
+    yield Program("tune", "backward and step", update, arguments, calls, kept, donated=(0,))
+
+
+def solve(method: Method, pattern: Pattern, prepared: Any, weight: jax.Array) -> Any:
+    return method.solve(prepared, weight, pattern)
+
+
+def _layer_params(model: Model, stored: DTypeLike) -> dict[str, Shape]:
+    return _shapes(model.layer.spec, stored)
+
+
+def _shapes(spec: Mapping[str, Any], dtype: DTypeLike) -> dict[str, Shape]:
+    return {path: Shape(param.shape, dtype) for path, param in spec.items()}
+
+
+def _states(model: Model, windows: int, length: int) -> Shape:
+    return Shape((windows, length, model.width), model.config.dtype)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,250 @@
+"""What each compiled program of a run costs: seconds, FLOPs, share of the machine's matrix rate, device memory.
+
+    python scripts/bench.py --size smollm2-135m --preset best
+    python scripts/bench.py --size llama-7b --windows 2 --only solve
+    python scripts/bench.py --kernel 4096x11008
+    python scripts/bench.py --size llama2-70b --dtype bfloat16 --windows 128 --length 2048 --count-only
+
+The programs are those that a run calls, with the shapes of that run, on random weights and states; times are of a whole
+run's calls. The matrix rate is that of square products in the same process, measured between the programs; float32
+means float32 accuracy. --count-only compiles the programs for their memory and runs none.
+
+    python scripts/bench.py --ckpt smollm2-135m --against torch eager op-by-op --layers 1
+    python scripts/bench.py --size llama-7b --windows 128 --length 2048 --dtype bfloat16 --against torch --layers 1
+
+With --against whole runs are compared in turn; see versus.py. With --compile and --growth, what compilation costs and
+how time grows with layers and tokens.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import versus
+from sizes import SIZES, model
+from tables import markdown
+
+from convert.staging import write_text
+from jaxprune import programs
+from jaxprune.linalg import matmul
+from jaxprune.methods.admm import ADMM
+from jaxprune.patterns import Unstructured
+from jaxprune.programs import Flops, Program, Shape
+from jaxprune.recipe import PRESETS
+from jaxprune.record import hardware
+from jaxprune.stats import gram
+
+METHOD, PATTERN = ADMM(), Unstructured(0.5)
+SQUARE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
+"""Size of the products that the matrix rate is measured with."""
+
+
+class Rate:
+    """The machine's matrix rate, FLOP/s by dtype: the median of all measurements so far."""
+
+    def __init__(self, dtypes: set[str]) -> None:
+        size = SQUARE.get(jax.default_backend(), 2048)
+        self._operands = {dtype: jnp.ones((size, size), dtype) for dtype in sorted(dtypes | {"float32"})}
+        self._found: dict[str, list[float]] = {dtype: [] for dtype in self._operands}
+
+    def measure(self) -> None:
+        for dtype, x in self._operands.items():
+            seconds = timed(_product, x, x)
+            self._found[dtype].append(2 * len(x) ** 3 / seconds)
+
+    def __getitem__(self, dtype: str) -> float:
+        return statistics.median(self._found[dtype])
+
+    def floor(self, flops: Flops) -> float:
+        """Seconds at these rates."""
+        return sum(count / self[dtype] for dtype, count in flops.items())
+
+    def __str__(self) -> str:
+        return ", ".join(f"{dtype} {self[dtype] / 1e9:.0f} GFLOP/s" for dtype in self._found)
+
+
+@jax.jit
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return matmul(a, b) if a.dtype == jnp.float32 else jnp.matmul(a, b)
+
+
+def timed(function: Callable[..., Any], *arguments: Any) -> float:
+    """Seconds of a call, results ready; the call before it, which compiles, is not counted."""
+    jax.block_until_ready(function(*arguments))
+    start = time.perf_counter()
+    jax.block_until_ready(function(*arguments))
+    return time.perf_counter() - start
+
+
+def parts(of: Any, windows: int, length: int) -> Iterator[Program]:
+    """Parts of the programs, to be looked at alone: they are in the totals already."""
+    first = next(programs.of_pruning(of, windows, length, METHOD, PATTERN, jnp.float32))
+    params, x, _, grams = first.arguments
+
+    def taps(params: Any, x: jax.Array) -> Any:
+        return of.layer(params, x)[1]
+
+    yield Program("part", "forward with taps", taps, (params, x), first.calls)
+    for tap, total in grams.items():
+        tapped = Shape((*x.shape[:2], len(total)), of.config.dtype)
+        yield Program("part", f"Gram of {tap}", gram, (tapped,), first.calls)
+    selections = of.config.num_layers * len(METHOD.progress())
+    for path, shape in of.linears.items():
+        select = partial(_select, PATTERN.selector(shape))
+        yield Program("part", f"mask of {path}", select, (Shape(shape, jnp.float32),), selections)
+
+
+def _select(selector: Any, scores: jax.Array) -> jax.Array:
+    return selector(jnp.abs(scores))
+
+
+def wanted_programs(args: argparse.Namespace) -> Iterator[Program]:
+    """The programs that the command line asks for."""
+    if args.kernel:
+        for n, m in (map(int, kernel.split("x")) for kernel in args.kernel):
+            prepared = jax.eval_shape(METHOD.prepare, Shape((n, n), jnp.float32))
+            weight = Shape((n, m), jnp.float32)
+            yield Program("solve", f"prepare {n}", METHOD.prepare, (Shape((n, n), jnp.float32),), 1)
+            solve = partial(programs.solve, METHOD, PATTERN)
+            yield Program("solve", f"solve {n}x{m}", solve, (prepared, weight), 1)
+            select = partial(_select, PATTERN.selector((n, m)))
+            yield Program("part", f"mask of {n}x{m}", select, (weight,), len(METHOD.progress()))
+        return
+    size = SIZES[args.size]
+    of = model(size._replace(layers=args.layers or size.layers), args.dtype)
+    stored = jnp.dtype(args.stored)
+    yield from programs.of_pruning(of, args.windows, args.length, METHOD, PATTERN, stored)
+    yield from parts(of, args.windows, args.length)
+    if args.preset:
+        preset = PRESETS[args.preset]
+        some = min(args.windows, preset["sensitivity_windows"])
+        yield from programs.of_sensitivity(of, some, args.length, stored)
+        yield from programs.of_tuning(of, args.windows, args.length, preset["tune_epochs"], stored)
+
+
+def fill(program: Program) -> tuple[Any, ...]:
+    """Arguments of a program's shapes."""
+    generator = np.random.default_rng(0)
+
+    def array(shape: Shape) -> jax.Array:
+        if jnp.issubdtype(shape.dtype, jnp.floating):
+            return jnp.asarray(generator.standard_normal(shape.shape, np.float32) * 0.1, shape.dtype)
+        return jnp.zeros(shape.shape, shape.dtype)
+
+    def positive(shape: Shape) -> jax.Array:
+        x = array(shape)
+        return x @ x.T
+
+    if program.name.startswith("prepare"):
+        return (positive(program.arguments[0]),)
+    if program.name.startswith("solve"):
+        prepared, weight = program.arguments
+        return METHOD.prepare(positive(Shape(prepared.operator.shape, weight.dtype))), array(weight)
+    return jax.tree.map(array, program.arguments)
+
+
+def measure(wanted: list[Program], repeat: int) -> tuple[list[float], Rate]:
+    """Seconds of a call of each program, medians; and the rate."""
+    rate = Rate({dtype for program in wanted for dtype in program.flops()})
+    seconds = []
+    for program in wanted:
+        rate.measure()
+        arguments, function = fill(program), jax.jit(program.function)
+        seconds.append(statistics.median(timed(function, *arguments) for _ in range(repeat)))
+    rate.measure()
+    return seconds, rate
+
+
+def report(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures, prints the table, and returns what it holds."""
+    wanted = [p for p in wanted_programs(args) if args.only in (None, p.phase)]
+    seconds, rate = (None, None) if args.count_only else measure(wanted, args.repeat)
+    header = ["phase", "program", "calls", "GFLOP", "seconds", "GFLOP/s", "share of the rate", "peak, MB"]
+    rows: list[list[str]] = []
+    found = []
+    for index, program in enumerate(wanted):
+        flops, peak = program.flops(), program.peak_bytes()
+        one = {"phase": program.phase, "program": program.name, "calls": program.calls, "flops": flops, "peak": peak}
+        if seconds and rate:
+            one |= {"seconds": seconds[index] * program.calls, "floor": rate.floor(flops) * program.calls}
+        found.append(one)
+    phases = list(dict.fromkeys(program.phase for program in wanted))
+    totals = [_total(phase, [one for one in found if one["phase"] == phase]) for phase in phases]
+    totals.append(_total("all", [one for one in found if one["phase"] != "part"]))
+    for one in [*found, *totals]:
+        count = sum(one["flops"].values()) * (one["calls"] or 1)
+        cells = [one["phase"], one["program"], f"{one['calls']:g}" if one["calls"] else "", f"{count / 1e9:.0f}"]
+        if "seconds" in one:
+            took = one["seconds"]
+            cells += [f"{took:.2f}", f"{count / took / 1e9:.0f}", f"{100 * one['floor'] / took:.0f} %"]
+        else:
+            cells += ["", "", ""]
+        rows.append([*cells, f"{one['peak'] / 2**20:.0f}"])
+    print("\n".join(markdown(header, rows)))
+    if rate:
+        print(f"\nMatrix rate, median of the run: {rate}")
+    return {"programs": found, "totals": totals, "rate": str(rate), "arguments": vars(args), "hardware": hardware()}
+
+
+def _total(phase: str, ones: list[dict[str, Any]]) -> dict[str, Any]:
+    flops: Flops = Flops()
+    for one in ones:
+        flops.update({dtype: count * one["calls"] for dtype, count in one["flops"].items()})
+    total = {"phase": phase, "program": "total", "calls": 0, "flops": flops, "peak": max(one["peak"] for one in ones)}
+    if "seconds" in ones[0]:
+        total |= {name: sum(one[name] for one in ones) for name in ("seconds", "floor")}
+    return total
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="smollm2-135m", help="a model by size, with random weights")
+    parser.add_argument("--ckpt", help="a checkpoint, for comparisons on real weights")
+    parser.add_argument("--calib", help="its calibration text (default: random tokens)")
+    parser.add_argument("--kernel", nargs="+", metavar="NxM", help="the solve alone, for kernels of these shapes")
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--layers", type=int, help="so many layers only")
+    parser.add_argument("--dtype", default="float32", help="of the computation")
+    parser.add_argument("--stored", default="bfloat16", help="of the params")
+    parser.add_argument("--preset", choices=PRESETS, help="also the programs that a preset adds")
+    parser.add_argument("--only", choices=["gram", "solve", "forward", "sensitivity", "tune", "part"])
+    parser.add_argument("--count-only", action="store_true")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--against", nargs="+", choices=versus.WAYS, default=[])
+    parser.add_argument("--compile", action="store_true", help="cold and warm compilation instead")
+    parser.add_argument("--growth", action="store_true", help="time by layers and tokens instead")
+    parser.add_argument("--json", help="a file for the figures")
+    args = parser.parse_args()
+    if args.kernel and not all(re.fullmatch(r"[1-9]\d*x[1-9]\d*", kernel) for kernel in args.kernel):
+        parser.error("--kernel wants shapes such as 4096x11008")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    print(f"{hardware()}; jax {jax.__version__}\n")
+    if args.against:
+        found = versus.compare(args, Rate)
+    elif args.compile:
+        found = versus.compilation(args)
+    elif args.growth:
+        found = versus.growth(args)
+    else:
+        found = report(args)
+    if args.json:
+        write_text(Path(args.json), json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

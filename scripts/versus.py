@@ -1,0 +1,281 @@
+"""Whole runs side by side: jaxprune, the way of the well-known PyTorch scripts, and jaxprune without compilation."""
+
+import argparse
+import contextlib
+import importlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from sizes import SIZES, write_checkpoint
+from tables import markdown
+
+from convert import Reader, open_checkpoint
+from jaxprune import calibration, programs
+from jaxprune.methods.admm import ADMM
+from jaxprune.models import model_for, stored_dtype
+from jaxprune.patterns import Unstructured
+
+SPARSITY = 0.5
+METHOD = ADMM(schedule="constant")
+
+
+class Task(NamedTuple):
+    """What every way does.
+
+    Attributes:
+        reader: the checkpoint.
+        tokens: [windows, length].
+        layers: how many, from the first.
+        dtype: of the computation.
+    """
+
+    reader: Reader
+    tokens: np.ndarray
+    layers: int
+    dtype: str
+
+
+class Outcome(NamedTuple):
+    """What a way did.
+
+    Attributes:
+        seconds: by phase, and of all.
+        kernels: of all layers, path -> kernel [n, m].
+    """
+
+    seconds: dict[str, float]
+    kernels: dict[str, np.ndarray]
+
+
+def jaxprune_way(task: Task) -> Outcome:
+    pipeline = importlib.import_module("jaxprune.pipeline")  # looked up now, for `op_by_op` replaces it
+    spent: dict[str, float] = {}
+    kernels = {}
+    start = time.perf_counter()
+    method = importlib.import_module("jaxprune.methods.admm").ADMM(schedule="constant")
+    pattern = importlib.import_module("jaxprune.patterns").Unstructured(SPARSITY)
+    layers = pipeline.prune(task.reader, task.tokens, method, pattern, dtype=task.dtype)
+    for layer in itertools.islice(layers, task.layers):
+        for phase, seconds in layer.seconds.items():
+            spent[phase] = spent.get(phase, 0.0) + seconds
+        kernels |= {path: array for path, array in layer.params.items() if path.endswith(".kernel")}
+    return Outcome(spent | {"all": time.perf_counter() - start}, kernels)
+
+
+def torch_way(task: Task) -> Outcome:
+    import torch
+    from pytorch_way import prune_layers
+
+    from convert.pytorch import to_torch
+
+    whole = to_torch(task.reader.read(task.reader.spec), task.reader.assets, task.dtype)
+    whole = whole.to("cuda" if torch.cuda.is_available() else "cpu").model
+    device = whole.embed_tokens.weight.device
+    with torch.no_grad():
+        tokens = torch.tensor(task.tokens, dtype=torch.long, device=device)
+        states = [whole.embed_tokens(window[None]) for window in tokens]
+    start = time.perf_counter()
+    clock = prune_layers(whole.layers[: task.layers], states, whole.rotary_emb, SPARSITY)
+    seconds = clock.seconds | {"all": time.perf_counter() - start}
+    kernels = {
+        f"layers.{index}.{name}.kernel": module.weight.T.float().cpu().numpy()
+        for index, layer in enumerate(whole.layers[: task.layers])
+        for name, module in layer.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    return Outcome(seconds, kernels)
+
+
+def eager_way(task: Task) -> Outcome:
+    with jax.disable_jit():
+        return jaxprune_way(task)
+
+
+def op_by_op_way(task: Task) -> Outcome:
+    with _no_jit_of_ours():
+        return jaxprune_way(task)
+
+
+@contextlib.contextmanager
+def _no_jit_of_ours() -> Iterator[None]:
+    """jaxprune imported anew with a jax.jit that does nothing; JAX's own functions stay compiled."""
+
+    def leave(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        return function
+
+    ours = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "jaxprune"}
+    real = jax.jit
+    try:
+        for name in ours:
+            del sys.modules[name]
+        jax.jit = leave
+        importlib.import_module("jaxprune.pipeline")
+        importlib.import_module("jaxprune.methods.admm")
+        importlib.import_module("jaxprune.models.llama")
+        jax.jit = real
+        yield
+    finally:
+        jax.jit = real
+        for name in [name for name in sys.modules if name.partition(".")[0] == "jaxprune"]:
+            del sys.modules[name]
+        sys.modules.update(ours)
+
+
+WAYS: dict[str, Callable[[Task], Outcome]] = {"torch": torch_way, "eager": eager_way, "op-by-op": op_by_op_way}
+
+
+def compare(args: argparse.Namespace, rate_of: Any) -> dict[str, Any]:
+    """Runs jaxprune and the other ways in turn, prints a table, and returns its figures."""
+    with _task(args) as task:
+        of = model_for(task.reader, task.dtype)
+        windows, length = task.tokens.shape
+        counted = list(
+            programs.of_pruning(of, windows, length, METHOD, Unstructured(SPARSITY), stored_dtype(task.reader.spec))
+        )
+        flops = programs.Flops()
+        for program in counted:
+            times = program.calls * task.layers / of.config.num_layers
+            flops.update({dtype: count * times for dtype, count in program.flops().items()})
+        rate = rate_of(set(flops))
+        ways = {"jaxprune": jaxprune_way} | {name: WAYS[name] for name in args.against}
+        jaxprune_way(task._replace(layers=1))  # compiles
+        found: dict[str, list[Outcome]] = {name: [] for name in ways}
+        for _ in range(args.repeat):
+            for name, way in ways.items():
+                rate.measure()
+                found[name].append(way(task))
+    rate.measure()
+    best = {name: min(outcomes, key=lambda outcome: outcome.seconds["all"]) for name, outcomes in found.items()}
+    ours, floor = best["jaxprune"], rate.floor(flops)
+    rows = []
+    for name, (seconds, kernels) in best.items():
+        phases = [f"{seconds[phase]:.1f}" for phase in ("gram", "solve", "forward", "all")]
+        rows.append([name, *phases, f"{seconds['all'] / ours.seconds['all']:.2f}", *_agreement(ours.kernels, kernels)])
+    header = ["way", "gram, s", "solve, s", "forward, s", "all, s", "over jaxprune's", "equal masks", "difference"]
+    print(f"{task.layers} layers, {windows} windows of {length} tokens, {task.dtype}; the best of {args.repeat}\n")
+    print("\n".join(markdown(header, rows)))
+    share = ours.seconds["all"] / floor
+    print(f"\nMatrix rate: {rate}. {sum(flops.values()) / 1e12:.2f} TFLOP at that rate are {floor:.1f} s,")
+    print(f"the floor; jaxprune takes {share:.2f} times as long. Difference: relative, of the first layer's kernels.")
+    seconds = {name: [outcome.seconds for outcome in outcomes] for name, outcomes in found.items()}
+    return {"seconds": seconds, "floor": floor, "flops": flops, "rate": str(rate)}
+
+
+def _agreement(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> list[str]:
+    """Equal mask entries of all layers; relative difference of the first layer's kernels."""
+    equal = sum(int(((ours[path] != 0) == (theirs[path] != 0)).sum()) for path in ours)
+    share = equal / sum(kernel.size for kernel in ours.values())
+    first = [path for path in ours if path.startswith("layers.0.")]
+    pairs = [(ours[path].astype(np.float32), theirs[path].astype(np.float32)) for path in first]
+    difference = sum(float(((a - b) ** 2).sum()) for a, b in pairs) / sum(float((a**2).sum()) for a, _ in pairs)
+    return [f"{100 * share:.3f} %", f"{difference**0.5:.1e}"]
+
+
+@contextlib.contextmanager
+def _task(args: argparse.Namespace) -> Iterator[Task]:
+    with tempfile.TemporaryDirectory() as folder:
+        if args.ckpt:
+            reader = open_checkpoint(args.ckpt)
+        else:
+            size = SIZES[args.size]._replace(vocabulary=1000)
+            write_checkpoint(
+                Path(folder) / "dense", size._replace(layers=args.layers or size.layers), stored=args.stored
+            )
+            reader = open_checkpoint(Path(folder) / "dense")
+        of = model_for(reader, args.dtype)
+        if args.calib:
+            from convert.assets import load_tokenizer
+
+            tokens = calibration.sample(
+                args.calib, load_tokenizer(reader.assets), args.windows, args.length, 0, pack=True
+            )
+        else:
+            shape = args.windows, args.length
+            tokens = np.random.default_rng(0).integers(0, of.config.vocab_size, shape, np.int32)
+        layers = min(args.layers or of.config.num_layers, of.config.num_layers)
+        yield Task(reader, tokens, layers, args.dtype)
+
+
+_COUNT = """
+import json, sys, time
+import jax
+from jaxprune.run import main
+
+counts = {"seconds": 0.0, "hits": 0, "misses": 0}
+
+def event(name, **_):
+    for which in ("hits", "misses"):
+        counts[which] += name == f"/jax/compilation_cache/cache_{which}"
+
+def duration(name, seconds, **_):
+    counts["seconds"] += seconds * (name == "/jax/core/compile/backend_compile_duration")
+
+jax.monitoring.register_event_listener(event)
+jax.monitoring.register_event_duration_secs_listener(duration)
+status = main(sys.argv[1:])
+print(json.dumps(counts))
+sys.exit(status)
+"""
+
+
+def compilation(args: argparse.Namespace) -> dict[str, Any]:
+    """What compiling costs a run that finds no cache, and one that finds the first one's."""
+    rows, found = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        dense, tokens = Path(folder) / "dense", Path(folder) / "tokens.npy"
+        size = SIZES[args.size]
+        write_checkpoint(dense, size._replace(layers=args.layers or 4, vocabulary=1000), stored=args.stored)
+        np.save(tokens, np.random.default_rng(0).integers(0, 1000, (args.windows, args.length), np.int32))
+        flags = ["--ckpt", dense, "--calib", tokens, "--nsamples", args.windows, "--seqlen", args.length]
+        flags += ["--dtype", args.dtype, "--eval", "none", "--overwrite", "--out", Path(folder) / "pruned"]
+        flags += ["--preset", args.preset] if args.preset else []
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(Path(folder) / "cache")}
+        for run in ("cold", "warm"):
+            start = time.perf_counter()
+            command = [sys.executable, "-c", _COUNT, *map(str, flags)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            counts = json.loads(done.stdout.splitlines()[-1]) | {"all": time.perf_counter() - start}
+            found[run] = counts
+            numbers = [str(counts["misses"]), str(counts["hits"])]
+            rows.append([run, *numbers, f"{counts['seconds']:.1f}", f"{counts['all']:.1f}"])
+    header = ["run", "compiled", "found in the cache", "compiling or loading, s", "whole process, s"]
+    print("\n".join(markdown(header, rows)))
+    return found
+
+
+def growth(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds by layers and windows."""
+    size = SIZES[args.size]._replace(vocabulary=1000)
+    deepest, most = args.layers or 8, args.windows
+    rows: list[Sequence[str]] = []
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder) / "dense", size._replace(layers=deepest), stored=args.stored)
+        reader = open_checkpoint(Path(folder) / "dense")
+        for layers, windows in [
+            (deepest // 4, most),
+            (deepest // 2, most),
+            (deepest, most),
+            (deepest, most // 2),
+            (deepest, most // 4),
+        ]:
+            tokens = np.random.default_rng(0).integers(0, 1000, (windows, args.length), np.int32)
+            task = Task(reader, tokens, layers, args.dtype)
+            jaxprune_way(task._replace(layers=1))  # compiles
+            spent = min((jaxprune_way(task).seconds for _ in range(args.repeat)), key=lambda s: s["all"])
+            found.append({"layers": layers, "windows": windows, "seconds": spent})
+            phases = [f"{spent[phase] / layers:.3f}" for phase in ("gram", "solve", "forward")]
+            rows.append([str(layers), str(windows), f"{spent['all']:.2f}", f"{spent['all'] / layers:.3f}", *phases])
+    header = ["layers", "windows", "all, s", "a layer, s", "gram", "solve", "forward"]
+    print("\n".join(markdown(header, rows)))
+    return {"growth": found}
