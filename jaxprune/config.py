@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from convert.hub import known_names
 from jaxprune import calibration
@@ -34,6 +35,8 @@ class Config(EvalOptions):
     """Join documents to fill calibration windows, instead of skipping those shorter than one."""
     seed: int = 0
     """Of the choice of calibration windows; a run is deterministic in it."""
+    timing: Literal["jit-vs-eager"] | None = None
+    """First prune the first layer compiled and under jax.disable_jit, and show the seconds of both."""
 
     def resolved(self, recipe: Recipe) -> "Config":
         """The same run with the defaults that depend on other options filled in.

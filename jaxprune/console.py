@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import platformdirs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -14,12 +15,15 @@ from rich.table import Table
 from convert import CheckpointError
 from jaxprune.errors import InputError
 
+CACHE_BYTES = 2**30
+"""Of compiled programs; the longest unused go first."""
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
 
 def run_main(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> int:
     """Runs a command line; returns the exit status: what the command returns, 1 after an error of the user's."""
     _quiet_libraries()
+    keep_compilations()
     try:
         return command(sys.argv[1:] if argv is None else argv) or 0
     except (InputError, CheckpointError) as error:
@@ -28,6 +32,19 @@ def run_main(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+
+
+def keep_compilations() -> None:
+    """Keeps what XLA compiles in the user's cache folder, so that another run finds it.
+
+    JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", platformdirs.user_cache_dir("jaxprune"))
+    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    # By default only what takes a second to compile is kept.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def choose_device(device: str) -> None:

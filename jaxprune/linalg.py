@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, Bool, Float, Int
 
 Scalar = float | Float[Array, ""]
@@ -60,6 +61,49 @@ def scaled_product(
 ) -> Float[Array, "n m"]:
     """G·(D·kernel) of `precondition`'s G, from H itself."""
     return matmul(gram, kernel) / scale[:, None] + scaled_ridge(gram, scale, damping) * scale[:, None] * kernel
+
+
+def inverse(matrix: Float[Array, "n n"], leaf: int | None = None) -> Float[Array, "n n"]:
+    """The inverse of a symmetric positive definite matrix, by halves.
+
+    With A, B, C its quarters, S = C − BᵀA⁻¹B, X = A⁻¹B and Y = X S⁻¹, the inverse is [[A⁻¹ + Y Xᵀ, −Y], [−Yᵀ, S⁻¹]].
+    These are 4/3·n³ FLOPs, nearly all in products; a Cholesky factorization and two triangular solves are 7/3·n³. On
+    CPU it calls no LAPACK: where other work runs on the machine, OpenBLAS's threads wait for each other a hundred
+    times longer than they work.
+
+    Args:
+        matrix: to be inverted.
+        leaf: the size that is inverted without halving; None: what suits backend and matrix.
+
+    References:
+        Golub and Van Loan, "Matrix Computations", 4th edition, 2.1.4 and 3.2.11 (block elimination).
+    """
+    n, cpu = len(matrix), jax.default_backend() == "cpu"
+    leaf = leaf or max(128 if cpu else 1024, -(-n // 64))
+    if n <= leaf:
+        if cpu:
+            return _sweep(matrix)
+        return cho_solve((jnp.linalg.cholesky(matrix), True), jnp.eye(n, dtype=matrix.dtype))
+    half = n // 2
+    # Each quarter is replaced by the inverse's as soon as it is not needed any more.
+    matrix = matrix.at[:half, :half].set(inverse(matrix[:half, :half], leaf))
+    x = matmul(matrix[:half, :half], matrix[:half, half:])
+    s_inverse = inverse(matrix[half:, half:] - matmul(matrix[:half, half:].T, x), leaf)
+    y = matmul(x, s_inverse)
+    matrix = matrix.at[half:, half:].set(s_inverse).at[:half, half:].set(-y).at[half:, :half].set(-y.T)
+    return matrix.at[:half, :half].add(matmul(y, x.T))
+
+
+def _sweep(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """The inverse by Gauss-Jordan elimination; a positive definite matrix needs no pivoting."""
+
+    def eliminate(i: Array, a: Array) -> Array:
+        pivot = a[i, i]
+        row, column = a[i] / pivot, a[:, i]
+        a = a - column[:, None] * row[None, :]
+        return a.at[i].set(row).at[:, i].set(-column / pivot).at[i, i].set(1 / pivot)
+
+    return lax.fori_loop(0, len(matrix), eliminate, matrix)
 
 
 class Minimum(NamedTuple):

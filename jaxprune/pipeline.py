@@ -129,26 +129,31 @@ def measure(run: Run, layer: Layer) -> Layer:
 
 def solve(run: Run, layer: Layer) -> Layer:
     """Prunes every linear and rounds it to the stored dtype."""
-    params, linears, masks = dict(layer.params), dict(layer.linears), dict(layer.masks)
-    for tap, paths in run.model.inputs.items():
-        gram = layer.grams[tap]
-        prepared = run.method.prepare(gram)
-        for path in paths:
-            pattern, name = run.pattern_of(layer.index, path), f"{path}.kernel"
-            outputs = run.weights[layer.index].outputs.get(path) if run.weights else None
-            target = None
-            if layer.drifts:
-                kernel = params[name].astype(gram.dtype)
-                target = stats.drifted_target(gram, layer.drifts[tap], kernel, run.asymmetry)
-            params[name], mask, linears[path] = solve_linear(
-                run.method, prepared, gram, params[name], pattern, outputs, target
-            )
-            masks[path] = pack(mask)
-    kernels = {f"{path}.kernel": params[f"{path}.kernel"] for path in linears}
+    for tap in run.model.inputs:
+        layer = _solve_readers(run, layer, tap)
+    kernels = {f"{path}.kernel": layer.params[f"{path}.kernel"] for path in layer.linears}
     _require_finite(
         kernels, f"the pruned weights of layer {layer.index}", "the solve overflowed; try more damping, or more tokens"
     )
-    return dataclasses.replace(layer, params=params, grams={}, drifts={}, linears=linears, masks=masks)
+    return layer
+
+
+def _solve_readers(run: Run, layer: Layer, tap: str) -> Layer:
+    """Prunes the linears that read a tap; its Gram matrix is let go."""
+    params, linears, masks = dict(layer.params), dict(layer.linears), dict(layer.masks)
+    gram, drift = layer.grams.pop(tap), layer.drifts.pop(tap, None)
+    prepared = run.method.prepare(gram)
+    for path in run.model.inputs[tap]:
+        pattern, name = run.pattern_of(layer.index, path), f"{path}.kernel"
+        outputs = run.weights[layer.index].outputs.get(path) if run.weights else None
+        target = None
+        if drift is not None:
+            target = stats.drifted_target(gram, drift, params[name].astype(gram.dtype), run.asymmetry)
+        params[name], mask, linears[path] = solve_linear(
+            run.method, prepared, gram, params[name], pattern, outputs, target
+        )
+        masks[path] = pack(mask)
+    return dataclasses.replace(layer, params=params, linears=linears, masks=masks)
 
 
 def advance(run: Run, layer: Layer) -> Layer:

@@ -141,20 +141,16 @@ def of_pruning(
     waiting = dict(grams)
     for tap, paths in model.inputs.items():
         gram = waiting.pop(tap)
-        prepare = jax.make_jaxpr(method.prepare)(gram).jaxpr
-        prepared = jax.eval_shape(method.prepare, gram)
-        beside = (
-            0 if prepare.invars[0] in prepare.outvars else _bytes(gram)
-        )  # what is prepared may hold the Gram matrix
+        prepared, prepare = jax.eval_shape(method.prepare, gram), partial(_prepare, method)
         shared = _bytes(params) + _bytes(waiting)
-        yield Program("solve", f"prepare {tap}", method.prepare, (gram,), layers, shared)
+        alive = shared + _bytes(gram) + _bytes(jax.eval_shape(prepare, gram))
+        yield Program("solve", f"prepare {tap}", prepare, (gram,), layers, shared)
         for path in paths:
             kernel = Shape(model.linears[path], jnp.float32)
             solving = partial(solve, method, pattern)
-            yield Program("solve", f"solve {path}", solving, (prepared, kernel), layers, shared + beside)
+            yield Program("solve", f"solve {path}", solving, (prepared, kernel), layers, alive - _bytes(prepared))
             arguments = gram, Shape(kernel.shape, stored), kernel
-            others = shared + beside + _bytes(prepared) - _bytes(gram)
-            yield Program("solve", f"store {path}", linears.store, arguments, layers, others)
+            yield Program("solve", f"store {path}", linears.store, arguments, layers, alive - _bytes(gram))
     yield Program(
         "forward", "forward", partial(stream.apply_layer, model.layer), (params, x), passes, in_flight, donated=(1,)
     )
@@ -207,6 +203,11 @@ def of_tuning(
 
 def solve(method: Method, pattern: Pattern, prepared: Any, weight: jax.Array) -> Any:
     return method.solve(prepared, weight, pattern)
+
+
+def _prepare(method: Method, gram: jax.Array) -> list[jax.Array]:
+    """What a method prepares, but for the Gram matrix itself, which it may hold."""
+    return [leaf for leaf in jax.tree.leaves(method.prepare(gram)) if leaf is not gram]
 
 
 def _layer_params(model: Model, stored: DTypeLike) -> dict[str, Shape]:

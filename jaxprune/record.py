@@ -24,6 +24,7 @@ from jaxprune.evaluation.tasks import without_samples
 from jaxprune.pipeline import LayerResult
 from jaxprune.recipe import Recipe
 from jaxprune.report import RECORD, REPORT
+from jaxprune.timing import Timing
 
 PACKAGES = (
     "jaxprune",
@@ -50,6 +51,7 @@ class Record:
         layers: figures of the layers so far.
         seconds: by phase.
         evaluation: "dense" and "pruned" -> what was measured; empty without evaluation.
+        timing: of the first layer with and without compilation, where that was asked for.
     """
 
     config: Config
@@ -58,6 +60,7 @@ class Record:
     layers: list[LayerResult] = dataclasses.field(default_factory=list)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     evaluation: dict[str, Quality] = dataclasses.field(default_factory=dict)
+    timing: Timing | None = None
 
     def add(self, layer: LayerResult) -> None:
         """Keeps a layer's figures, not its params."""
@@ -86,6 +89,7 @@ class Record:
             "sparsity": self.sparsity,
             "evaluation": {which: quality.as_json() for which, quality in self.evaluation.items()},
             "seconds": self.seconds,
+            **({"timing": self.timing._asdict()} if self.timing else {}),
             "peak_bytes": peak_bytes(),
             "layers": [
                 {

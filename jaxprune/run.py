@@ -11,7 +11,7 @@ import numpy as np
 from convert import Reader, create_checkpoint, open_checkpoint
 from convert.assets import load_tokenizer
 from convert.staging import check_free
-from jaxprune import calibration
+from jaxprune import calibration, timing
 from jaxprune.config import Config, parse
 from jaxprune.console import choose_device, console, print_table, progress, run_main
 from jaxprune.evaluation.quality import Evaluator, table
@@ -53,6 +53,11 @@ def run(config: Config, recipe: Recipe) -> Record:
     evaluator = Evaluator(config, reader)
     record = Record(config, recipe, tokens)
     record.spend("setup", time.perf_counter() - begin)
+    if config.timing:
+        with _timed(record, "timing"):
+            record.timing = timing.jit_versus_eager(reader, tokens, recipe, dtype=dtype)
+        header, rows = timing.table(record.timing)
+        print_table(rows, header)
 
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(create_checkpoint(out, reader.spec, reader.assets, overwrite=config.overwrite))

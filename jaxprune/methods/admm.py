@@ -31,7 +31,7 @@ from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, Float
 
 from jaxprune.errors import InputError
-from jaxprune.linalg import Scalar, masked, matmul, precondition, scaled_product
+from jaxprune.linalg import Scalar, inverse, masked, matmul, precondition, scaled_product
 from jaxprune.methods import SELECTS, Gram, Kernel, Mask, Solution
 from jaxprune.patterns import Pattern, Selector
 
@@ -114,9 +114,8 @@ def _prepare(
     gram: Gram, damping: Scalar, rho: Scalar, linear_solve: LinearSolve
 ) -> tuple[Float[Array, "n"], Float[Array, "n n"]]:
     scale, gram = precondition(gram, damping)
-    eye = jnp.eye(len(gram), dtype=gram.dtype)
-    factor = jnp.linalg.cholesky(gram + jnp.asarray(rho, gram.dtype) * eye)
-    return scale, cho_solve((factor, True), eye) if linear_solve == "inverse" else factor
+    gram = gram + jnp.asarray(rho, gram.dtype) * jnp.eye(len(gram), dtype=gram.dtype)
+    return scale, inverse(gram) if linear_solve == "inverse" else jnp.linalg.cholesky(gram)
 
 
 @partial(jax.jit, static_argnames=("iterations", "selections", "linear_solve"))
