@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-TOKENS_PER_BATCH = {"cpu": 4096, "gpu": 16384, "tpu": 16384}
+TOKENS_PER_BATCH = {"cpu": 1024, "gpu": 16384, "tpu": 16384}
+"""On CPU, what fits its cache: four times as many take 1.2 times as long a token."""
 
 
 class HiddenStates:

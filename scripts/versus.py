@@ -88,7 +88,7 @@ def torch_way(task: Task) -> Outcome:
     clock = prune_layers(whole.layers[: task.layers], states, whole.rotary_emb, SPARSITY)
     seconds = clock.seconds | {"all": time.perf_counter() - start}
     kernels = {
-        f"layers.{index}.{name}.kernel": module.weight.T.float().cpu().numpy()
+        f"layers.{index}.{name}.kernel": module.weight.detach().T.float().cpu().numpy()
         for index, layer in enumerate(whole.layers[: task.layers])
         for name, module in layer.named_modules()
         if isinstance(module, torch.nn.Linear)

@@ -243,7 +243,8 @@ def test_hidden_states_are_updated_in_place_batch_by_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "length", "expected"), [(128, 2048, 2), (32, 512, 8), (7, 512, 7), (1, 9999, 1), (11, 512, 1)]
+    ("count", "length", "expected"),
+    [(128, 2048, 1), (32, 512, 2), (12, 128, 6), (7, 128, 7), (1, 9999, 1), (11, 100, 1)],
 )
 def test_batches_divide_the_windows(count: int, length: int, expected: int) -> None:
     assert batch_size(count, length) == expected
