@@ -97,7 +97,7 @@ def inverse(matrix: Float[Array, "n n"], leaf: int | None = None) -> Float[Array
 def _sweep(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
     """The inverse by Gauss-Jordan elimination; a positive definite matrix needs no pivoting."""
 
-    def eliminate(i: Array, a: Array) -> Array:
+    def eliminate(i: int | Array, a: Array) -> Array:
         pivot = a[i, i]
         row, column = a[i] / pivot, a[:, i]
         a = a - column[:, None] * row[None, :]

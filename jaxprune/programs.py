@@ -152,7 +152,13 @@ def of_pruning(
             arguments = gram, Shape(kernel.shape, stored), kernel
             yield Program("solve", f"store {path}", linears.store, arguments, layers, alive - _bytes(gram))
     yield Program(
-        "forward", "forward", partial(stream.apply_layer, model.layer), (params, x), passes, in_flight, donated=(1,)
+        "forward",
+        "forward",
+        partial(stream.apply_layer, model.layer),
+        (params, x, None),
+        passes,
+        in_flight,
+        donated=(1,),
     )
 
 
@@ -162,7 +168,7 @@ def of_sensitivity(model: Model, windows: int, length: int, stored: DTypeLike) -
     params, x, head = _layer_params(model, stored), _states(model, batch, length), _shapes(model.head.spec, stored)
     passes, taps = layers * (windows // batch), tuple(model.inputs.items())
     forward = partial(stream.apply_layer, model.layer)
-    yield Program("sensitivity", "forward", forward, (params, x), passes, 2 * _bytes(x), donated=(1,))
+    yield Program("sensitivity", "forward", forward, (params, x, None), passes, 2 * _bytes(x), donated=(1,))
     chunk = min(stream.CHUNK, batch * (length - 1))
     arguments = head, Shape((chunk, model.width), model.config.dtype), Shape((chunk,), jnp.int32)
     loss, chunks = partial(sensitivity.loss_gradient, model.head), windows * (length - 1) / chunk
@@ -188,7 +194,7 @@ def of_tuning(
     batch = _states(model, batch_size(windows, length), length)
     passes = layers * visited / batch.shape[0]
     forward = partial(stream.apply_layer, model.layer)
-    yield Program("tune", "dense forward", forward, (params, batch), passes, 2 * _bytes(batch), donated=(1,))
+    yield Program("tune", "dense forward", forward, (params, batch, None), passes, 2 * _bytes(batch), donated=(1,))
     ways_back = jax.eval_shape(partial(tuning.forward_with_way_back, model.layer), values, rest, x)[1]
     kept = layers * (_bytes(kernels) + _bytes(rest) + _bytes(ways_back))
     forth = partial(tuning.forward_with_way_back, model.layer)

@@ -95,7 +95,7 @@ def run(config: Config, recipe: Recipe) -> Record:
     record.seconds["total"] = time.perf_counter() - begin
     record.save(out)
     print_table([*record.summary(), ("result", os.path.relpath(out))])
-    if record.evaluation:
+    if config.measures:
         header, rows = table(record.evaluation)
         print_table(rows, header)
     return record

@@ -24,10 +24,11 @@ def scores_of(kind: str, shape: tuple[int, int]) -> np.ndarray:
         "equal": lambda: np.ones(shape),
         "zero": lambda: np.zeros(shape),
         "extreme": lambda: 10.0 ** generator.integers(-300, 300, shape),
+        "clustered": lambda: np.where(generator.random(shape) < 0.5, 1 + 1e-6 * generator.random(shape), 1e30),
     }[kind]()
 
 
-@pytest.mark.parametrize("kind", ["distinct", "tied", "equal", "zero", "extreme"])
+@pytest.mark.parametrize("kind", ["distinct", "tied", "equal", "zero", "extreme", "clustered"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -150,7 +150,7 @@ def _solve(
     state = dense, dense, jnp.ones(dense.shape, bool)
     if isinstance(select, Selector) and selections:
 
-        def select_and_iterate(i: Array, state: tuple[Kernel, Kernel, Mask]) -> tuple[Kernel, Kernel, Mask]:
+        def select_and_iterate(i: int | Array, state: tuple[Kernel, Kernel, Mask]) -> tuple[Kernel, Kernel, Mask]:
             v = sum_of(*state)
             return iterate(v, select(jnp.abs(v), i))
 
@@ -160,7 +160,7 @@ def _solve(
         state = *iterate(dense, mask)[:2], mask
         selections = 1
 
-    def iterate_again(_: Array, state: tuple[Kernel, Kernel, Mask]) -> tuple[Kernel, Kernel, Mask]:
+    def iterate_again(_: int | Array, state: tuple[Kernel, Kernel, Mask]) -> tuple[Kernel, Kernel, Mask]:
         return iterate(sum_of(*state), state[2])
 
     w, _, mask = lax.fori_loop(selections, iterations, iterate_again, state)

@@ -139,7 +139,9 @@ def _search(
         rho = state.rho
         inverse = matmul(prepared.vectors / (prepared.values + rho)[None, :], prepared.vectors.T)
 
-        def iterate(_: Array, current: tuple[Kernel, Kernel, Kernel, Mask]) -> tuple[Kernel, Kernel, Kernel, Mask]:
+        def iterate(
+            _: int | Array, current: tuple[Kernel, Kernel, Kernel, Mask]
+        ) -> tuple[Kernel, Kernel, Kernel, Mask]:
             _, kept, dual, _ = current
             w = matmul(inverse, target - dual + rho * kept)
             candidate = w + dual / rho

@@ -82,7 +82,7 @@ def _descend(
     target = matmul(prepared.gram, dense)
     descent = getattr(optax, optimizer)(jnp.asarray(learning_rate, dense.dtype))
 
-    def step(_: Array, state: tuple[Kernel, optax.OptState]) -> tuple[Kernel, optax.OptState]:
+    def step(_: int | Array, state: tuple[Kernel, optax.OptState]) -> tuple[Kernel, optax.OptState]:
         kept, memory = state
         gradient = 2 * masked(mask, matmul(prepared.gram, kept) - target)
         with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction mixes integers and floats

@@ -99,13 +99,13 @@ def _solve(prepared: Prepared, weight: Kernel, select: Selector | Mask, block: i
     mask = jnp.zeros(weight.shape, bool) if isinstance(select, Selector) else jnp.pad(select, ((0, padding), (0, 0)))
     within = jnp.arange(block, dtype=jnp.int32)
 
-    def visit_block(number: Array, state: tuple[Kernel, Mask]) -> tuple[Kernel, Mask]:
+    def visit_block(number: int | Array, state: tuple[Kernel, Mask]) -> tuple[Kernel, Mask]:
         weight, mask = state
         start = number * block
         rows = lax.dynamic_slice_in_dim(factor, start, block)
         square = lax.dynamic_slice_in_dim(rows, start, block, axis=1)
 
-        def visit_group(index: Array, state: tuple[Kernel, Mask, Kernel]) -> tuple[Kernel, Mask, Kernel]:
+        def visit_group(index: int | Array, state: tuple[Kernel, Mask, Kernel]) -> tuple[Kernel, Mask, Kernel]:
             values, mask, errors = state
             if isinstance(select, Selector):
                 chosen = lax.dynamic_slice_in_dim(values, index * group, group)
@@ -116,7 +116,7 @@ def _solve(prepared: Prepared, weight: Kernel, select: Selector | Mask, block: i
                     mask, select(scores, start // group + index), index * group, axis=0
                 )
 
-            def visit_input(offset: Array, state: tuple[Kernel, Kernel]) -> tuple[Kernel, Kernel]:
+            def visit_input(offset: int | Array, state: tuple[Kernel, Kernel]) -> tuple[Kernel, Kernel]:
                 values, errors = state
                 j = index * group + offset
                 row = lax.dynamic_index_in_dim(square, j, keepdims=False)
