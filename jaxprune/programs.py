@@ -165,7 +165,11 @@ def of_pruning(
 def of_sensitivity(model: Model, windows: int, length: int, stored: DTypeLike) -> Iterator[Program]:
     """The programs of the reverse pass over some windows."""
     layers, batch = model.config.num_layers, batch_size(windows, length)
-    params, x, head = _layer_params(model, stored), _states(model, batch, length), _shapes(model.head.spec, stored)
+    params, x, head = (
+        _layer_params(model, stored),
+        _states(model, batch, length),
+        _shapes(model.head.spec, model.config.dtype),
+    )
     passes, taps = layers * (windows // batch), tuple(model.inputs.items())
     forward = partial(stream.apply_layer, model.layer)
     yield Program("sensitivity", "forward", forward, (params, x, None), passes, 2 * _bytes(x), donated=(1,))
@@ -181,7 +185,11 @@ def of_tuning(
     model: Model, windows: int, length: int, epochs: float, stored: DTypeLike, *, step: int = 1
 ) -> Iterator[Program]:
     """The programs of the tuning, with a step's intermediate results kept on the device."""
-    layers, x, head = model.config.num_layers, _states(model, step, length), _shapes(model.head.spec, stored)
+    layers, x, head = (
+        model.config.num_layers,
+        _states(model, step, length),
+        _shapes(model.head.spec, model.config.dtype),
+    )
     names = [f"{path}.kernel" for path in model.linears]
     params = _layer_params(model, stored)
     values = {name: Shape(params[name].shape, jnp.float32) for name in names}

@@ -28,7 +28,7 @@ from jaxprune.errors import InputError
 from jaxprune.flags import require_positive
 from jaxprune.hidden import HiddenStates
 from jaxprune.models import Model, Part, model_for
-from jaxprune.stream import embed, exponentials, forward, in_chunks, logits, read_layers
+from jaxprune.stream import embed, exponentials, forward, in_chunks, logits, read_layers, ready
 
 HOST_BYTES = 8e9
 """The most memory for the layers' inputs; more windows are taken in loads, each of which reads the model again."""
@@ -172,7 +172,7 @@ def _reverse(model: Model, reader: Reader, tokens: Int[np.ndarray, "w t"], found
 
 def _differentiate_loss(model: Model, reader: Reader, states: HiddenStates, tokens: Int[np.ndarray, "w t"]) -> None:
     """Replaces the last layer's output by the gradient of the loss by it."""
-    head = jax.device_put(reader.read(model.head.spec))
+    head = ready(model, reader.read(model.head.spec))
     for rows in states.slices():
         last, targets = states.array[rows], tokens[rows, 1:].reshape(-1).astype(np.int32)
         predicting = last[:, :-1].reshape(len(targets), -1)

@@ -45,6 +45,11 @@ def in_checkpoint(index: int, params: Params) -> Params:
     return {f"layers.{index}.{path}": array for path, array in params.items()}
 
 
+def ready(model: Model, params: Params) -> dict[str, Array]:
+    """Params on the device in the model's own dtype, for a part that is applied many times."""
+    return jax.device_put({path: param.astype(model.config.dtype) for path, param in params.items()})
+
+
 def require_tokens(model: Model, tokens: Int[np.ndarray, "w t"]) -> None:
     """Raises InputError for token ids outside the vocabulary, or windows longer than the model was made for."""
     config = model.config

@@ -50,6 +50,7 @@ from jaxprune.stream import (
     inside_layer,
     logits,
     read_layers,
+    ready,
 )
 
 CPU_BYTES = 4e9
@@ -166,7 +167,7 @@ def tune(
     dense = embed(model, reader, tokens[visited])
     for params in read_layers(model, reader):
         forward(model, jax.device_put(params), dense)
-    ends = Ends(*(jax.device_put(reader.read(part.spec)) for part in (model.embed, model.head)))
+    ends = Ends(*(ready(model, reader.read(part.spec)) for part in (model.embed, model.head)))
 
     steps = len(batches)
     rate = optax.warmup_cosine_decay_schedule(

@@ -46,55 +46,57 @@ def causal_attention(
     t, d = query.shape[1], query.shape[3]
     if layout is None and jax.default_backend() == "gpu" and query.dtype.itemsize == 2 and d % 8 == 0 and d <= 128:
         return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+    b, _, h, _ = query.shape
+    k = key.shape[2]
+    rows = query.reshape(b, t, k, h // k, d).transpose(0, 2, 3, 1, 4)  # heads that share a key head lie together
+    heads = _Heads(rows, key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3))
+    heads = lax.optimization_barrier(heads)  # else XLA would rotate and transpose the keys again for each segment
     segment = max(SMALLEST, -(-t // SEGMENTS))
     bounds = [(start, min(start + segment, t)) for start in range(0, t, segment)]
-    parts = [_attend_segment(query, key[:, :end], value[:, :end], start, layout) for start, end in bounds]
-    return jnp.concatenate(parts, axis=1)
+    parts = [_attend_segment(heads, start, end, layout) for start, end in bounds]
+    return jnp.concatenate(parts, axis=3).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
 
 
-def _attend_segment(
-    query: Float[Array, "b t h d"],
-    key: Float[Array, "b s k d"],
-    value: Float[Array, "b s k d"],
-    start: int,
-    layout: Layout | None,
-) -> Float[Array, "b _ h d"]:
-    """The attention of the queries from `start` to s over the first s tokens."""
-    end = key.shape[1]
+class _Heads(NamedTuple):
+    """Queries, keys and values by key head; g query heads share one."""
+
+    query: Float[Array, "b k g t d"]
+    key: Float[Array, "b k d t"]
+    value: Float[Array, "b k t d"]
+
+
+def _attend_segment(heads: _Heads, start: int, end: int, layout: Layout | None) -> Float[Array, "b k g _ d"]:
+    """The attention of the queries from `start` to `end` over the tokens up to there."""
+    seen = heads._replace(key=heads.key[..., :end], value=heads.value[:, :, :end])
     if end - start <= LARGEST:
-        return _attend(query[:, start:end], key, value, _visible(jnp.int32(start), end - start, end, layout))
+        block = seen._replace(query=seen.query[:, :, :, start:end])
+        return _attend(block, _visible(jnp.int32(start), end - start, end, layout))
 
     def attend(begin: Array) -> Array:
-        block = lax.dynamic_slice_in_dim(query, begin, LARGEST, axis=1)
-        return _attend(block, key, value, _visible(begin, LARGEST, end, layout))
+        block = seen._replace(query=lax.dynamic_slice_in_dim(seen.query, begin, LARGEST, axis=3))
+        return _attend(block, _visible(begin, LARGEST, end, layout))
 
     # The last block may overlap the one before it, so that every block has the same shape.
     starts = jnp.minimum(jnp.arange(start, end, LARGEST, dtype=jnp.int32), jnp.int32(end - LARGEST))
     blocks = lax.map(attend, starts)
-    whole = jnp.moveaxis(blocks[:-1], 0, 1).reshape(query.shape[0], -1, *query.shape[2:])
-    rest = end - start - whole.shape[1]
-    return jnp.concatenate([whole, blocks[-1][:, LARGEST - rest :]], axis=1)
+    rest = end - start - LARGEST * (len(blocks) - 1)
+    return jnp.concatenate([*blocks[:-1], blocks[-1][:, :, :, LARGEST - rest :]], axis=3)
 
 
-def _attend(
-    query: Float[Array, "b q h d"],
-    key: Float[Array, "b s k d"],
-    value: Float[Array, "b s k d"],
-    visible: Bool[Array, "_ 1 q s"],
-) -> Float[Array, "b q h d"]:
+def _attend(heads: _Heads, visible: Bool[Array, "_ 1 q s"]) -> Float[Array, "b k g q d"]:
     """Queries of heads that share a key head are rows of one product; the softmax is float32 (or float64)."""
-    b, q, h, d = query.shape
-    k = key.shape[2]
+    query, key, value = heads
+    b, k, g, q, d = query.shape
     float32 = jnp.promote_types(query.dtype, jnp.float32)
-    rows = query.reshape(b, q, k, h // k, d).transpose(0, 2, 3, 1, 4).reshape(b, k, -1, d)
-    keys, values = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
-    scores = jnp.matmul(rows, keys, preferred_element_type=float32) * jnp.asarray(d**-0.5, float32)
-    scores = jnp.where(visible[:, :, None], scores.reshape(b, k, h // k, q, -1), jnp.finfo(float32).min)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    scores = jnp.matmul(query.reshape(b, k, g * q, d), key, preferred_element_type=float32)
+    scores = scores.reshape(b, k, g, q, -1) * jnp.asarray(d**-0.5, float32)
+    scores = jnp.where(visible[:, :, None], scores, jnp.finfo(float32).min)
+    most = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))  # it cancels, and so does its gradient
+    weights = jnp.exp(scores - most)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights.astype(value.dtype).reshape(b, k, -1, scores.shape[-1])
-    mixed = jnp.matmul(weights, values, preferred_element_type=float32).reshape(b, k, h // k, q, d) / total
-    return mixed.astype(value.dtype).transpose(0, 3, 1, 2, 4).reshape(b, q, h, d)
+    rows = weights.astype(value.dtype).reshape(b, k, g * q, -1)
+    mixed = jnp.matmul(rows, value, preferred_element_type=float32).reshape(b, k, g, q, d)
+    return (mixed / total).astype(value.dtype)
 
 
 def _visible(start: Array, count: int, t: int, layout: Layout | None) -> Bool[Array, "_ 1 count t"]:
