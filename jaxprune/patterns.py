@@ -249,7 +249,7 @@ def _threshold(
     size = keys.size if axis == (0, 1) else keys.shape[0]
     floating = jnp.float64 if keys.dtype == jnp.int64 else jnp.float32
     low = jnp.zeros_like(keys[:1, :1] if axis == (0, 1) else keys[:1])
-    high = jnp.max(keys, axis=axis, keepdims=True) + jnp.asarray(2, keys.dtype)
+    high = jnp.full_like(low, jnp.iinfo(keys.dtype).max)
     none = jnp.zeros(low.shape, jnp.int32)
     bracket = _Bracket(low, high, none, jnp.full_like(none, size + 1))
 
@@ -275,7 +275,7 @@ def _threshold(
         width, inside = (high - low).astype(floating), (below_high - below_low).astype(floating)
         fraction = ((zeros - below_low).astype(floating) + 0.5) / inside
         unit = jnp.maximum(width * spread(fraction, inside) / inside, 1)
-        guesses = [low + (fraction * width + far * unit).astype(keys.dtype) for far in _FAR]
+        guesses = [low + jnp.clip(fraction * width + far * unit, 0, width).astype(keys.dtype) for far in _FAR]
         return narrow(bracket, [low + (high - low) // 2, *guesses])
 
     sample = _sorted_sample(keys, size, axis)

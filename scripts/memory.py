@@ -3,6 +3,7 @@
 Each run is a process of its own, which reports its peak resident set.
 
     python scripts/memory.py --layers 10 40
+    python scripts/memory.py --size llama2-70b --layers 1 --stored bfloat16
 """
 
 import argparse
@@ -11,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sizes import Size, write_checkpoint
+from sizes import SIZES, Size, write_checkpoint
 
 RUN = """
 import sys, resource
@@ -35,22 +36,22 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[10, 40])
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--inner", type=int, default=2816)
+    parser.add_argument("--size", choices=SIZES, help="a model by size (default: width 1024, inner 2816)")
+    parser.add_argument("--stored", default="float32", help="of the params")
     args = parser.parse_args()
     print("| layers | checkpoint, MB | peak host memory, MB | against the first |")
     print("|---|---|---|---|")
-    first = None
+    first, size = None, SIZES[args.size] if args.size else Size(1024, 2816, 0, 8, 8)
     for layers in args.layers:
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder) / "dense", Path(folder) / "pruned"
-            size = write_checkpoint(source, Size(args.width, args.inner, layers, 8, 8, 1000, 2048))
+            written = write_checkpoint(source, size._replace(layers=layers, vocabulary=1000), args.stored)
             done = subprocess.run(
                 [sys.executable, "-c", RUN, str(source), str(target)], capture_output=True, text=True, check=True
             )
         peak = float(done.stdout)
         first = first or peak
-        print(f"| {layers} | {size / 2**20:.0f} | {peak:.0f} | {peak / first:.3f} |", flush=True)
+        print(f"| {layers} | {written / 2**20:.0f} | {peak:.0f} | {peak / first:.3f} |", flush=True)
 
 
 if __name__ == "__main__":
