@@ -125,7 +125,7 @@ def wanted_programs(args: argparse.Namespace) -> Iterator[Program]:
     size = SIZES[args.size]
     of = model(size._replace(layers=args.layers or size.layers), args.dtype)
     stored = jnp.dtype(args.stored)
-    yield from programs.of_pruning(of, args.windows, args.length, METHOD, PATTERN, stored)
+    yield from programs.of_pruning(of, args.windows, args.length, METHOD, PATTERN, stored, batch=args.batch)
     yield from parts(of, args.windows, args.length)
     if args.preset:
         preset = PRESETS[args.preset]
@@ -217,6 +217,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kernel", nargs="+", metavar="NxM", help="the solve alone, for kernels of these shapes")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--batch", type=int, help="windows at a time (default: as a run takes them)")
     parser.add_argument("--layers", type=int, help="so many layers only")
     parser.add_argument("--dtype", default="float32", help="of the computation")
     parser.add_argument("--stored", default="bfloat16", help="of the params")
