@@ -165,11 +165,8 @@ def of_pruning(
 def of_sensitivity(model: Model, windows: int, length: int, stored: DTypeLike) -> Iterator[Program]:
     """The programs of the reverse pass over some windows."""
     layers, batch = model.config.num_layers, batch_size(windows, length)
-    params, x, head = (
-        _layer_params(model, stored),
-        _states(model, batch, length),
-        _shapes(model.head.spec, model.config.dtype),
-    )
+    params, x = _layer_params(model, stored), _states(model, batch, length)
+    head = _shapes(model.head.spec, model.config.dtype)
     passes, taps = layers * (windows // batch), tuple(model.inputs.items())
     forward = partial(stream.apply_layer, model.layer)
     yield Program("sensitivity", "forward", forward, (params, x, None), passes, 2 * _bytes(x), donated=(1,))
@@ -182,14 +179,19 @@ def of_sensitivity(model: Model, windows: int, length: int, stored: DTypeLike) -
 
 
 def of_tuning(
-    model: Model, windows: int, length: int, epochs: float, stored: DTypeLike, *, step: int = 1
+    model: Model, windows: int, length: int, epochs: float, stored: DTypeLike, *, step: int = 1, keep: bool = True
 ) -> Iterator[Program]:
-    """The programs of the tuning, with a step's intermediate results kept on the device."""
-    layers, x, head = (
-        model.config.num_layers,
-        _states(model, step, length),
-        _shapes(model.head.spec, model.config.dtype),
-    )
+    """The programs of the tuning.
+
+    Args:
+        model, windows, length, stored: as for `of_pruning`.
+        epochs: visits of each window.
+        step: windows a step.
+        keep: whether all layers' kernels, their state, and a step's intermediate results stay on the device; else one
+            layer's do, and each layer is run again on the way back.
+    """
+    layers, x = model.config.num_layers, _states(model, step, length)
+    head = _shapes(model.head.spec, model.config.dtype)
     names = [f"{path}.kernel" for path in model.linears]
     params = _layer_params(model, stored)
     values = {name: Shape(params[name].shape, jnp.float32) for name in names}
@@ -203,16 +205,19 @@ def of_tuning(
     passes = layers * visited / batch.shape[0]
     forward = partial(stream.apply_layer, model.layer)
     yield Program("tune", "dense forward", forward, (params, batch, None), passes, 2 * _bytes(batch), donated=(1,))
-    ways_back = jax.eval_shape(partial(tuning.forward_with_way_back, model.layer), values, rest, x)[1]
-    kept = layers * (_bytes(kernels) + _bytes(rest) + _bytes(ways_back))
     forth = partial(tuning.forward_with_way_back, model.layer)
-    yield Program("tune", "forward", forth, (values, rest, x), calls, kept)
+    ways_back = jax.eval_shape(forth, values, rest, x)[1] if keep else x
+    state = _bytes(kernels) + _bytes(rest) + _bytes(ways_back) if keep else 0  # of a layer
+    if keep:
+        yield Program("tune", "forward", forth, (values, rest, x), calls, layers * state - _bytes(values))
+    else:
+        yield Program("tune", "forward", forward, (values | rest, x, None), calls, donated=(1,))
     chunk = Shape((min(stream.CHUNK // 2, step * length), model.width), model.config.dtype)
     loss, chunks = partial(tuning.head_divergence, model.head), calls / layers * step * length / chunk.shape[0]
-    yield Program("tune", "divergence", loss, (head, chunk, chunk), chunks, kept)
+    yield Program("tune", "divergence", loss, (head, chunk, chunk), chunks, layers * state)
     update = partial(tuning.update, model.layer)
     arguments = kernels, rest, ways_back, x, Shape((), jnp.float32)
-    yield Program("tune", "backward and step", update, arguments, calls, kept, donated=(0,))
+    yield Program("tune", "backward and step", update, arguments, calls, (layers - 1) * state, donated=(0,))
 
 
 def solve(method: Method, pattern: Pattern, prepared: Any, weight: jax.Array) -> Any:

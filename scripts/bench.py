@@ -131,7 +131,9 @@ def wanted_programs(args: argparse.Namespace) -> Iterator[Program]:
         preset = PRESETS[args.preset]
         some = min(args.windows, preset["sensitivity_windows"])
         yield from programs.of_sensitivity(of, some, args.length, stored)
-        yield from programs.of_tuning(of, args.windows, args.length, preset["tune_epochs"], stored)
+        yield from programs.of_tuning(
+            of, args.windows, args.length, preset["tune_epochs"], stored, keep=not args.streamed
+        )
 
 
 def fill(program: Program) -> tuple[Any, ...]:
@@ -222,6 +224,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="of the computation")
     parser.add_argument("--stored", default="bfloat16", help="of the params")
     parser.add_argument("--preset", choices=PRESETS, help="also the programs that a preset adds")
+    parser.add_argument("--streamed", action="store_true", help="its tuning keeps one layer on the device, not all")
     parser.add_argument("--only", choices=["gram", "solve", "forward", "sensitivity", "tune", "part"])
     parser.add_argument("--count-only", action="store_true")
     parser.add_argument("--repeat", type=int, default=3)
