@@ -41,7 +41,8 @@ def keep_compilations() -> None:
     """
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", platformdirs.user_cache_dir("jaxprune"))
-    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+        # Not of a folder of the user's: a limit needs records that programs without one don't keep.
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
     # By default only what takes a second to compile is kept.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
