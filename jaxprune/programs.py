@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import ShapeDtypeStruct as Shape
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jaxtyping import DTypeLike
 
@@ -22,8 +23,7 @@ from jaxprune.methods import Method
 from jaxprune.models import Model
 from jaxprune.patterns import Pattern
 
-Shape = jax.ShapeDtypeStruct
-Flops = Counter
+Flops = Counter[str]
 """dtype of the operands -> floating-point operations; a product of 16-bit operands runs at another rate."""
 
 
@@ -88,20 +88,20 @@ def _flops_of(equation: JaxprEqn) -> Flops:
             return max(inner, key=lambda flops: sum(flops.values()))
         times = params["length"] if name == "scan" else 1
         return Flops({dtype: times * sum(flops[dtype] for flops in inner) for dtype in set().union(*inner)})
-    aval = equation.invars[0].aval if equation.invars else None
-    shape = getattr(aval, "shape", ())
+    if name not in ("dot_general", "cholesky", "triangular_solve", "eigh"):
+        return Flops()
+    operand: Any = equation.invars[0].aval
+    shape, result = operand.shape, equation.outvars[0].aval
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        count = 2.0 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+        count = 2 * result.size * math.prod(shape[axis] for axis in contracted)
     elif name == "cholesky":
-        count = shape[-1] ** 3 / 3
+        count = shape[-1] ** 3 // 3
     elif name == "triangular_solve":
-        count = float(shape[-1] * equation.outvars[0].aval.size)
-    elif name == "eigh":
-        count = 9.0 * shape[-1] ** 3
+        count = shape[-1] * result.size
     else:
-        return Flops()
-    return Flops({aval.dtype.name: count})
+        count = 9 * shape[-1] ** 3
+    return Flops({operand.dtype.name: count})
 
 
 def _is_program(value: Any) -> bool:
