@@ -1,7 +1,6 @@
 """Fixtures: small random checkpoints of transformers' own making, and the project's data folder."""
 
 import os
-import tempfile
 from pathlib import Path
 
 import jaxtyping
@@ -12,9 +11,8 @@ import tests.typecheck  # noqa: F401  found by its name below
 # Shapes and dtypes in signatures are checked at every call.
 jaxtyping.install_import_hook(["jaxprune", "convert"], "tests.typecheck.check")
 
-# Command lines keep what they compile; not in the user's own cache here.
-_cache = tempfile.TemporaryDirectory(prefix="jaxprune-tests-")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache.name)
+# Command lines keep what they compile in the user's cache; not here.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import jax  # noqa: E402
 
