@@ -129,7 +129,9 @@ def test_submodules_and_taps_are_those_of_transformers(checkpoint: Path) -> None
     np.testing.assert_allclose(taps["mlp_input"], outputs["post_attention_layernorm"], atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [64, 65, 300, 512, 700, 4200])  # the last one has segments of several blocks
+@pytest.mark.parametrize(
+    "length", [64, 65, 256, 257, 300, 512, 700, 4200]
+)  # the last one has segments of several blocks
 def test_attention_in_blocks_is_attention(length: int) -> None:
     generator = np.random.default_rng(0)
     windows = 1 if length > 1000 else 2
