@@ -84,15 +84,46 @@ class Writer:
         grouped: dict[str, dict[str, np.ndarray]] = {}
         for path, array in params.items():
             part = part_of(path)
-            grouped.setdefault(part, {})[path.removeprefix(f"{part}.")] = np.ascontiguousarray(array)
+            grouped.setdefault(part, {})[path.removeprefix(f"{part}.")] = array
         for part, leaves in grouped.items():
-            _orbax().save(self.folder.resolve() / "params" / part, traverse_util.unflatten_dict(leaves, sep="."))
+            save_tree(self.folder.resolve() / "params" / part, leaves)
             self._missing.discard(part)
 
     def finish(self) -> None:
         if self._missing:
             raise CheckpointError(f"the checkpoint is incomplete, never written: {', '.join(sorted(self._missing))}")
         (self.folder / MARK).write_text(json.dumps({"parts": list(self._parts)}, indent=2) + "\n")
+
+
+def save_tree(path: Path, arrays: Params, note: dict[str, Any] | None = None) -> None:
+    """Saves arrays as one pytree, which appears at `path` by a rename; what was there is replaced.
+
+    Args:
+        path: absolute.
+        arrays: by dotted path.
+        note: JSON that is kept beside them.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    tree = traverse_util.unflatten_dict({name: np.asarray(a, order="C") for name, a in arrays.items()}, sep=".")
+    try:
+        _orbax().save(path, tree, custom_metadata=note, overwrite=True)
+    except (OSError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
+        raise CheckpointError(f"cannot write {path}: {error}; free some space, then run again") from error
+
+
+def load_tree(path: Path) -> tuple[Params, dict[str, Any]]:
+    """What `save_tree` saved: arrays by dotted path, and the note.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        tree, note = _orbax().load(path), _orbax().metadata(path).custom_metadata
+        return {name: np.asarray(a) for name, a in traverse_util.flatten_dict(tree, sep=".").items()}, note or {}
+    except Exception as error:  # damaged files make Orbax and tensorstore raise errors of many kinds
+        raise CheckpointError(f"cannot read {path}: {error}; it has to be made again") from error
 
 
 def _orbax() -> Any:

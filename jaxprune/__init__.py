@@ -3,6 +3,7 @@
 from jaxprune.errors import InputError
 from jaxprune.linears import LinearResult
 from jaxprune.patterns import NM, Unstructured
-from jaxprune.pipeline import LayerResult, other_params, prune
+from jaxprune.pipeline import other_params, prune
+from jaxprune.results import LayerResult
 
 __all__ = ["NM", "InputError", "LayerResult", "LinearResult", "Unstructured", "other_params", "prune"]

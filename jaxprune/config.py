@@ -22,6 +22,9 @@ class Config(EvalOptions):
     """The folder to make (default: named after checkpoint, method and pattern, in the current folder)."""
     overwrite: bool = False
     """Replace --out (and --save-masks) if it exists; it is replaced only once the new one is complete."""
+    resume: bool = False
+    """Insist on going on with a run that was stopped. The same command goes on by itself wherever there is something to
+    go on with: what is finished is kept in OUT.unfinished until the run ends."""
     save_masks: str | None = None
     """A file for the masks, packed bits in safetensors, for fine-tuning that keeps them."""
     calib: str | None = None

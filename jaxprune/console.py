@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -24,6 +25,11 @@ def run_main(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     """Runs a command line; returns the exit status: what the command returns, 1 after an error of the user's."""
     _quiet_libraries()
     keep_compilations()
+
+    def terminate(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         return command(sys.argv[1:] if argv is None else argv) or 0
     except (InputError, CheckpointError) as error:
@@ -32,6 +38,8 @@ def run_main(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def keep_compilations() -> None:

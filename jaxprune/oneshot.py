@@ -10,11 +10,13 @@ from convert import Params, Reader
 from jaxprune.allocation import allocate
 from jaxprune.models import model_for
 from jaxprune.patterns import Pattern, Unstructured
-from jaxprune.pipeline import LayerResult, PatternOf, pattern_for_each, prune
+from jaxprune.pipeline import PatternOf, pattern_for_each, prune
 from jaxprune.recipe import Recipe
+from jaxprune.results import LayerResult, Results
+from jaxprune.resume import Journal
 from jaxprune.sensitivity import Importance, Weights, measure_sensitivity, weights
 from jaxprune.stream import require_tokens
-from jaxprune.tuning import Tuning, tune
+from jaxprune.tuning import tune
 
 Spend = Callable[[str, float], None]
 
@@ -26,11 +28,12 @@ def prune_by_recipe(
     *,
     seed: int = 0,
     dtype: DTypeLike | None = None,
+    journal: Journal | None = None,
     spend: Spend = lambda phase, seconds: None,
-    pruned: Callable[[LayerResult, bool], None] = lambda layer, final: None,
+    pruned: Callable[[LayerResult, int], None] = lambda layer, number: None,
     tuned: Callable[[int, float], None] = lambda epoch, divergence: None,
 ) -> Iterator[LayerResult]:
-    """The layers as they are to be stored, in order; nothing is written.
+    """The layers as they are to be stored, in order; no checkpoint is written.
 
     Args:
         reader: the dense checkpoint.
@@ -38,9 +41,10 @@ def prune_by_recipe(
         recipe: what to do.
         seed: of the order of windows in the tuning.
         dtype: of the model's computation; see `models.model_for`.
+        journal: where all that is finished is kept, and taken from where it is kept already; None: nothing is kept.
         spend: is told the seconds of each phase but those in the layers' results.
-        pruned: is told of each layer as soon as it is pruned, and whether that is the last round; with tuning this is
-            long before it is yielded.
+        pruned: is told of each layer as soon as it is pruned, and in which round; with tuning this is long before it is
+            yielded.
         tuned: see `tuning.tune`.
 
     Raises:
@@ -49,36 +53,85 @@ def prune_by_recipe(
     pattern, model = recipe.patterns(), model_for(reader, dtype)
     pattern_for_each(model, pattern)
     require_tokens(model, tokens)
+    last = recipe.tuning.rounds - 1
 
-    def layers(current: Reader, pattern: Pattern | PatternOf, final: bool) -> Iterator[LayerResult]:
-        each, weighting = _by_importance(current, tokens, recipe.importance, pattern, dtype, spend)
-        visits = prune(current, tokens, recipe.method, each, weights=weighting, asymmetry=recipe.asymmetry, dtype=dtype)
+    def results(stage: str, number: int) -> Results:
+        return Results(journal, f"{stage}-{number}", model.config.num_layers)
+
+    def layers(current: Reader, number: int) -> Iterator[LayerResult]:
+        whole = pattern
+        if number < last:
+            assert isinstance(pattern, Pattern)
+            whole = pattern.part_way((number + 1) / (last + 1))
+        each, weighting = _by_importance(
+            current, tokens, recipe.importance, whole, dtype, spend, journal, f"sensitivity-{number}"
+        )
+        visits = prune(
+            current,
+            tokens,
+            recipe.method,
+            each,
+            weights=weighting,
+            asymmetry=recipe.asymmetry,
+            dtype=dtype,
+            done=results("pruned", number),
+        )
         for layer in visits:
-            pruned(layer, final)
-            if not final:
+            pruned(layer, number)
+            if number < last:
                 for phase, seconds in layer.seconds.items():
                     spend(phase, seconds)
             yield layer
 
-    def tuned_layers(visits: Iterator[LayerResult], tuning: Tuning) -> Iterator[LayerResult]:
+    def tuned_layers(visits: Iterator[LayerResult], number: int) -> Iterator[LayerResult]:
         every = list(visits)
         start = time.perf_counter()
         released = (every.pop(0) for _ in range(len(every)))
-        for layer in tune(reader, tokens, released, tuning, seed=seed, dtype=dtype, report=tuned):
+        tuning, done = recipe.tuning.of_round(number), results("tuned", number)
+        tunings = tune(
+            reader,
+            tokens,
+            released,
+            tuning,
+            seed=seed,
+            dtype=dtype,
+            report=tuned,
+            journal=journal,
+            stage=f"tuning-{number}",
+        )
+        for layer in tunings:
             spend("tune", time.perf_counter() - start)
+            done.put(layer)
             yield layer
             start = time.perf_counter()
+        if journal:
+            journal.drop(*(f"{stage}-{number}" for stage in ("sensitivity", "pruned", "tuning")), f"tuned-{number - 1}")
+
+    def finished(number: int) -> list[LayerResult] | None:
+        """The layers of a round that is finished, if all of them are whole."""
+        done = results("tuned", number)
+        found = [done.get(index) for index in range(model.config.num_layers)] if done.complete else []
+        whole = [layer for layer in found if layer]
+        if not whole or len(whole) < len(found):
+            return None
+        for layer in whole:
+            pruned(layer, number)
+        return whole
 
     def rounds() -> Iterator[LayerResult]:
-        current, count = reader, recipe.tuning.rounds
-        for index in range(count - 1):
-            assert isinstance(pattern, Pattern)
-            milder = pattern.part_way((index + 1) / count)
-            visits = layers(current, milder, final=False)
-            current = Overlay(reader, list(tuned_layers(visits, recipe.tuning.of_round(index))))
-        visits = layers(current, pattern, final=True)
-        tuning = recipe.tuning.of_round(count - 1)
-        yield from tuned_layers(visits, tuning) if tuning.tune_epochs else visits
+        current: Reader = reader
+        number, whole = 0, None
+        for earlier in reversed(range(last + 1)):
+            if whole := finished(earlier):
+                current, number = Overlay(reader, whole), earlier + 1
+                break
+        for early in range(number, last):
+            current = Overlay(reader, list(tuned_layers(layers(current, early), early)))
+        if number > last:
+            yield from whole or ()
+        else:
+            visits = layers(current, last)
+            yield from tuned_layers(visits, last) if recipe.tuning.tune_epochs else visits
 
     return rounds()
 
@@ -110,6 +163,8 @@ def _by_importance(
     pattern: Pattern | PatternOf,
     dtype: DTypeLike | None,
     spend: Spend,
+    journal: Journal | None,
+    stage: str,
 ) -> tuple[Pattern | PatternOf, list[Weights] | None]:
     """The pattern of each linear and the weights of each layer."""
     if not importance.measured:
@@ -117,7 +172,7 @@ def _by_importance(
     start = time.perf_counter()
     count = min(importance.sensitivity_windows or len(tokens), len(tokens))
     some = tokens[np.arange(count) * len(tokens) // count]
-    sensitivity = measure_sensitivity(reader, some, dtype=dtype)
+    sensitivity = measure_sensitivity(reader, some, dtype=dtype, journal=journal, stage=stage)
     if importance.spread:
         assert isinstance(pattern, Unstructured)
         sparsities = allocate(reader, sensitivity, pattern.sparsity, importance.spread, dtype=dtype)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int, UInt8
 
-from convert import Params, Reader, Spec, parts
+from convert import Reader, Spec, parts
 from jaxprune import stats
 from jaxprune.errors import InputError
 from jaxprune.hidden import HiddenStates
@@ -24,30 +24,12 @@ from jaxprune.masks import StoredMask, pack
 from jaxprune.methods import Method
 from jaxprune.models import Model, Part, model_for
 from jaxprune.patterns import Pattern
+from jaxprune.results import LayerResult, Results
 from jaxprune.sensitivity import Weights
-from jaxprune.stream import embed, forward, in_checkpoint, read_layers
+from jaxprune.stream import embed, forward, in_checkpoint, inside_layer, read_layers
 
 PatternOf = Callable[[int, str], Pattern | StoredMask]
 """(layer index, path of the linear) -> its pattern, or its mask where that was made elsewhere."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerResult:
-    """One pruned layer.
-
-    Attributes:
-        index: of the layer, from 0.
-        params: all params of the layer, on the host, as they are to be stored; paths as in the checkpoint.
-        linears: path of the linear inside the layer -> its outcome.
-        masks: path of the linear -> its mask, packed as in a mask file; see `masks`.
-        seconds: by stage; `read` is the time spent waiting for the reader.
-    """
-
-    index: int
-    params: Params
-    linears: dict[str, LinearResult]
-    masks: dict[str, UInt8[np.ndarray, "m _"]]
-    seconds: dict[str, float]
 
 
 class Run(NamedTuple):
@@ -175,6 +157,7 @@ def prune(
     asymmetry: float = 0.0,
     dtype: DTypeLike | None = None,
     stages: Mapping[str, Stage] = STAGES,
+    done: Results | None = None,
 ) -> Iterator[LayerResult]:
     """Prunes a checkpoint, layer by layer; nothing is written.
 
@@ -188,6 +171,7 @@ def prune(
             `stats.drifted_target`. Above 0 a dense forward pass goes along.
         dtype: of the model's computation; see `models.model_for`.
         stages: name -> step of a layer's visit, in order.
+        done: where layers are kept as soon as they are pruned, and taken from where they are kept already.
 
     Returns:
         An iterator over the layers' results. A layer is pruned when its result is asked for.
@@ -199,7 +183,8 @@ def prune(
     pattern_of = pattern_for_each(model, pattern)
     hidden = embed(model, reader, tokens)
     dense = embed(model, reader, tokens) if asymmetry else None
-    return _visit(reader, Run(model, hidden, method, pattern_of, weights, dense, asymmetry), stages)
+    run = Run(model, hidden, method, pattern_of, weights, dense, asymmetry)
+    return _visit(reader, tokens, run, stages, done or Results(None, "", model.config.num_layers))
 
 
 def pattern_for_each(model: Model, pattern: Pattern | PatternOf) -> PatternOf:
@@ -221,9 +206,22 @@ def require_fit(pattern: Pattern | StoredMask, index: int, path: str, shape: tup
         )
 
 
-def _visit(reader: Reader, run: Run, stages: Mapping[str, Stage]) -> Iterator[LayerResult]:
+def _visit(
+    reader: Reader, tokens: Int[np.ndarray, "w t"], run: Run, stages: Mapping[str, Stage], done: Results
+) -> Iterator[LayerResult]:
+    missing = [index for index in range(run.model.config.num_layers) if index not in done]
+    reading, behind = read_layers(run.model, reader, missing), 0
+    fresh = True  # whether the hidden states are still those of the embedding
     start = time.perf_counter()
-    for index, params in enumerate(read_layers(run.model, reader)):
+    for index in range(run.model.config.num_layers):
+        if index not in missing and (kept := done.get(index)):
+            yield kept
+            continue
+        params = next(reading if index in missing else read_layers(run.model, reader, [index]))
+        if fresh:
+            behind, fresh = _restore(reader, tokens, run, done, index), False
+        for before in range(behind, index):
+            _pass_by(reader, run, done, before)
         layer = Layer(index, jax.block_until_ready(jax.device_put(params)), {}, {}, {}, {})
         seconds = {"read": time.perf_counter() - start}
         for name, stage in stages.items():
@@ -235,10 +233,43 @@ def _visit(reader: Reader, run: Run, stages: Mapping[str, Stage]) -> Iterator[La
         # Only kernels changed; the rest goes out exactly as it came in.
         out = {p: np.asarray(layer.params[p]) if p in changed else array for p, array in params.items()}
         del params
-        named = in_checkpoint(index, out)
-        yield LayerResult(index, named, layer.linears, jax.device_get(layer.masks), seconds)
-        del layer, out, named
+        result = LayerResult(index, in_checkpoint(index, out), layer.linears, jax.device_get(layer.masks), seconds)
+        del layer, out
+        behind = index + 1
+        done.put(result)
+        if done.journal:
+            done.journal.keep_states(done.stage, behind, _states(run))
+        yield result
+        del result
         start = time.perf_counter()
+
+
+def _states(run: Run) -> dict[str, np.ndarray]:
+    return {"pruned": run.hidden.array} | ({"dense": run.dense.array} if run.dense else {})
+
+
+def _restore(reader: Reader, tokens: Int[np.ndarray, "w t"], run: Run, done: Results, index: int) -> int:
+    """The number of layers, up to `index`, that the hidden states are behind once those that were kept are taken up."""
+    position = done.journal.position(done.stage) if done.journal else None
+    if done.journal is None or position is None or position > index:
+        return 0
+    if done.journal.restore_states(done.stage, _states(run)):
+        return position
+    embed(run.model, reader, tokens, into=run.hidden)
+    if run.dense:
+        embed(run.model, reader, tokens, into=run.dense)
+    return 0
+
+
+def _pass_by(reader: Reader, run: Run, done: Results, index: int) -> None:
+    """Moves the hidden states through a layer that is pruned already."""
+    layer = done.get(index)
+    if layer is None:
+        raise InputError(f"layer {index} was damaged on the disk while it was used: run the same command again")
+    forward(run.model, jax.device_put(inside_layer(index, layer.params)), run.hidden)
+    if run.dense:
+        (params,) = read_layers(run.model, reader, [index])
+        forward(run.model, jax.device_put(params), run.dense)
 
 
 def linear_shapes(model: Model) -> dict[tuple[int, str], tuple[int, ...]]:

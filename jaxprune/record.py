@@ -21,9 +21,9 @@ from jaxprune import report
 from jaxprune.config import Config
 from jaxprune.evaluation.quality import Quality, table
 from jaxprune.evaluation.tasks import without_samples
-from jaxprune.pipeline import LayerResult
 from jaxprune.recipe import Recipe
 from jaxprune.report import RECORD, REPORT
+from jaxprune.results import LayerResult
 from jaxprune.timing import Timing
 
 PACKAGES = (
@@ -77,28 +77,32 @@ class Record:
         linears = [linear for layer in self.layers for linear in layer.linears.values()]
         return sum(linear.zeros for linear in linears) / max(1, sum(linear.size for linear in linears))
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "kind": "run",
-            "config": dataclasses.asdict(self.config),
-            **self.recipe.as_json(),
+    @property
+    def resumed(self) -> int:
+        """Layers that an earlier process of the run pruned; what else it spent its time on is not counted."""
+        return sum(layer.resumed for layer in self.layers)
+
+    def what_was_asked(self) -> dict[str, Any]:
+        """The recipe, and what it was applied to, as JSON."""
+        return self.recipe.as_json() | {
             "calibration": {
                 "windows": list(self.tokens.shape),
                 "sha256": hashlib.sha256(np.ascontiguousarray(self.tokens, np.int32).tobytes()).hexdigest(),
             },
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "kind": "run",
+            "config": dataclasses.asdict(self.config),
+            **self.what_was_asked(),
             "sparsity": self.sparsity,
             "evaluation": {which: quality.as_json() for which, quality in self.evaluation.items()},
             "seconds": self.seconds,
             **({"timing": self.timing._asdict()} if self.timing else {}),
             "peak_bytes": peak_bytes(),
-            "layers": [
-                {
-                    "index": layer.index,
-                    "seconds": layer.seconds,
-                    "linears": {path: linear._asdict() for path, linear in layer.linears.items()},
-                }
-                for layer in self.layers
-            ],
+            "layers": [layer.figures() for layer in self.layers],
+            **({"resumed_layers": self.resumed} if self.resumed else {}),
             **environment(),
         }
 
@@ -144,6 +148,8 @@ norms and head are those of the dense checkpoint. Everything needed to repeat th
             ("calibration", f"{self.tokens.shape[0]} windows of {self.tokens.shape[1]} tokens, {config.calib}"),
             ("sparsity of the linears", f"{100 * self.sparsity:.4f} %"),
         ]
+        if self.resumed:
+            rows.append(("resumed", f"{self.resumed} of {len(self.layers)} layers were pruned before"))
         rows += [(f"time, {phase}", f"{seconds:.1f} s") for phase, seconds in self.seconds.items()]
         rows += [(f"peak memory, {where}", f"{size / 1e9:.2f} GB") for where, size in peak_bytes().items()]
         return rows

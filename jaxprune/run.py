@@ -2,25 +2,29 @@
 
 import contextlib
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from convert import Reader, create_checkpoint, open_checkpoint
 from convert.assets import load_tokenizer
 from convert.staging import check_free
-from jaxprune import calibration, timing
+from jaxprune import calibration, resume, timing
 from jaxprune.config import Config, parse
 from jaxprune.console import choose_device, console, print_table, progress, run_main
 from jaxprune.evaluation.quality import Evaluator, table
 from jaxprune.masks import MaskWriter, create_masks
 from jaxprune.models import model_for
 from jaxprune.oneshot import prune_by_recipe
-from jaxprune.pipeline import LayerResult, linear_shapes, other_params
+from jaxprune.pipeline import linear_shapes, other_params
 from jaxprune.recipe import Recipe
 from jaxprune.record import Record, layer_line
+from jaxprune.results import LayerResult
+from jaxprune.resume import Journal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,16 +36,21 @@ def _main(argv: Sequence[str]) -> None:
     run(*parse(argv))
 
 
-def run(config: Config, recipe: Recipe) -> Record:
+def run(config: Config, recipe: Recipe) -> Record | None:
     """Prunes, exports and evaluates; everything that can be checked is checked before the work starts.
+
+    Returns:
+        The account of the run; None where an earlier process of the run had only to be tidied up after.
 
     Raises:
         InputError, CheckpointError: something cannot be used.
     """
     begin = time.perf_counter()
     assert config.out and config.calib
-    out = check_free(config.out, overwrite=config.overwrite)
-    masks_out = check_free(config.save_masks, overwrite=config.overwrite, folder=False) if config.save_masks else None
+    moving = resume.finishing(Path(config.out).expanduser().absolute())
+    overwrite = config.overwrite or moving
+    out = check_free(config.out, overwrite=overwrite)
+    masks_out = check_free(config.save_masks, overwrite=overwrite, folder=False) if config.save_masks else None
     choose_device(config.device)
     console.print(f"opening {config.ckpt}")
     reader = open_checkpoint(config.ckpt)
@@ -52,33 +61,69 @@ def run(config: Config, recipe: Recipe) -> Record:
     tokens = calibration_windows(config, reader)
     evaluator = Evaluator(config, reader)
     record = Record(config, recipe, tokens)
+    identity = {
+        "checkpoint": resume.fingerprint(reader),
+        "computation": np.dtype(model.config.dtype).name,
+        "seed": config.seed,
+    } | record.what_was_asked()
     record.spend("setup", time.perf_counter() - begin)
-    if config.timing:
-        with _timed(record, "timing"):
-            record.timing = timing.jit_versus_eager(reader, tokens, recipe, dtype=dtype)
-        header, rows = timing.table(record.timing)
+    with resume.open_journal(out, identity, resume=config.resume) as journal:
+        if moving and out.exists() and not journal.result.exists():
+            shutil.rmtree(journal.folder)
+            console.print(f"{out} was finished already")
+            return None
+        if config.timing:
+            with _timed(record, "timing"):
+                record.timing = timing.jit_versus_eager(reader, tokens, recipe, dtype=dtype)
+            header, rows = timing.table(record.timing)
+            print_table(rows, header)
+        with contextlib.ExitStack() as stack:
+            masks: MaskWriter | None = None
+            if masks_out:
+                masks = stack.enter_context(create_masks(masks_out, linear_shapes(model), overwrite=overwrite))
+            _export(config, record, reader, journal, masks)
+            with _timed(record, "evaluate") if config.measures else contextlib.nullcontext():
+                readers = {"dense": reader, "pruned": open_checkpoint(journal.result)}
+                for which, quality in evaluator.measure(readers, against="dense"):
+                    record.evaluation[which] = quality
+            record.seconds["total"] = time.perf_counter() - begin
+            record.save(journal.result)
+            journal.finish()
+        resume.publish(journal, out)
+    print_table([*record.summary(), ("result", os.path.relpath(out))])
+    if config.measures:
+        header, rows = table(record.evaluation)
         print_table(rows, header)
+    return record
 
-    with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(create_checkpoint(out, reader.spec, reader.assets, overwrite=config.overwrite))
-        masks: MaskWriter | None = None
-        if masks_out:
-            masks = stack.enter_context(create_masks(masks_out, linear_shapes(model), overwrite=config.overwrite))
+
+def _export(config: Config, record: Record, reader: Reader, journal: Journal, masks: MaskWriter | None) -> None:
+    """Prunes, and writes the checkpoint to where the journal wants it."""
+    recipe, dtype = record.recipe, config.computation_dtype
+    count = model_for(reader, dtype).config.num_layers
+    with create_checkpoint(journal.result, reader.spec, reader.assets) as writer:
         with progress() as bar:
-            count = model.config.num_layers
             task = bar.add_task("pruning", total=count * recipe.tuning.rounds)
 
-            def pruned(layer: LayerResult, final: bool) -> None:
-                if final:
+            def pruned(layer: LayerResult, number: int) -> None:
+                if number == recipe.tuning.rounds - 1:
                     record.add(layer)
                 bar.console.print(layer_line(layer, count))
-                bar.advance(task)
+                bar.update(task, completed=count * number + layer.index + 1)
 
             def tuned(epoch: int, divergence: float) -> None:
                 bar.console.print(f"tuning, epoch {epoch + 1}: KL divergence {divergence:.4f} nats before its steps")
 
             layers = prune_by_recipe(
-                reader, tokens, recipe, seed=config.seed, dtype=dtype, spend=record.spend, pruned=pruned, tuned=tuned
+                reader,
+                record.tokens,
+                recipe,
+                seed=config.seed,
+                dtype=dtype,
+                journal=journal,
+                spend=record.spend,
+                pruned=pruned,
+                tuned=tuned,
             )
             for layer in layers:
                 with _timed(record, "write"):
@@ -88,17 +133,6 @@ def run(config: Config, recipe: Recipe) -> Record:
         with _timed(record, "write"):
             for paths in other_params(reader.spec):
                 writer.write(reader.read(paths))
-        record.save(writer.folder)
-    with _timed(record, "evaluate") if config.measures else contextlib.nullcontext():
-        for which, quality in evaluator.measure({"dense": reader, "pruned": open_checkpoint(out)}, against="dense"):
-            record.evaluation[which] = quality
-    record.seconds["total"] = time.perf_counter() - begin
-    record.save(out)
-    print_table([*record.summary(), ("result", os.path.relpath(out))])
-    if config.measures:
-        header, rows = table(record.evaluation)
-        print_table(rows, header)
-    return record
 
 
 def calibration_windows(config: Config, reader: Reader) -> np.ndarray:

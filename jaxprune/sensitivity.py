@@ -14,7 +14,7 @@ References:
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from jaxprune.errors import InputError
 from jaxprune.flags import require_positive
 from jaxprune.hidden import HiddenStates
 from jaxprune.models import Model, Part, model_for
+from jaxprune.resume import Journal
 from jaxprune.stream import embed, exponentials, forward, in_chunks, logits, read_layers, ready
 
 HOST_BYTES = 8e9
@@ -122,7 +123,13 @@ def weights(layer: Sensitivity, importance: Importance) -> Weights:
 
 
 def measure_sensitivity(
-    reader: Reader, tokens: Int[np.ndarray, "w t"], *, dtype: DTypeLike | None = None, host_bytes: float = HOST_BYTES
+    reader: Reader,
+    tokens: Int[np.ndarray, "w t"],
+    *,
+    dtype: DTypeLike | None = None,
+    host_bytes: float = HOST_BYTES,
+    journal: Journal | None = None,
+    stage: str = "sensitivity",
 ) -> list[Sensitivity]:
     """The sensitivities of all layers, in order.
 
@@ -131,23 +138,25 @@ def measure_sensitivity(
         tokens: calibration windows, [windows, length] token ids.
         dtype: of the model's computation; see `models.model_for`.
         host_bytes: the most host memory for the layers' inputs, though one window is always taken.
+        journal: where each layer's is kept, and taken from where it is kept already; None: nothing is kept.
+        stage: its name in the journal.
 
     Raises:
         InputError: checkpoint and tokens do not fit together, or the loss has no finite gradient.
     """
     model = model_for(reader, dtype)
-    found = [
+    loads = list(_loads(model, tokens, host_bytes))
+    each = [_reverse(model, reader, tokens[rows], journal, f"{stage}/{n}") for n, rows in enumerate(loads)]
+    if journal:
+        journal.wait()
+    return [
         Sensitivity(
-            {tap: np.zeros(tokens.shape, np.float32) for tap in model.inputs},
-            {path: np.zeros(shape[1], np.float32) for path, shape in model.linears.items()},
-            {tap: np.zeros(n, np.float32) for tap, n in model.widths.items()},
+            {tap: np.concatenate([part.tokens[tap] for part in layer]) for tap in model.inputs},
+            {path: sum((part.outputs[path] for part in layer[1:]), layer[0].outputs[path]) for path in model.linears},
+            {tap: sum((part.inputs[tap] for part in layer[1:]), layer[0].inputs[tap]) for tap in model.inputs},
         )
-        for _ in range(model.config.num_layers)
+        for layer in zip(*each, strict=True)
     ]
-    for rows in _loads(model, tokens, host_bytes):
-        here = [s._replace(tokens={tap: energy[rows] for tap, energy in s.tokens.items()}) for s in found]
-        _reverse(model, reader, tokens[rows], here)
-    return found
 
 
 def _loads(model: Model, tokens: Int[np.ndarray, "w t"], host_bytes: float) -> Iterator[slice]:
@@ -157,17 +166,52 @@ def _loads(model: Model, tokens: Int[np.ndarray, "w t"], host_bytes: float) -> I
     return (slice(start, start + count) for start in range(0, len(tokens), count))
 
 
-def _reverse(model: Model, reader: Reader, tokens: Int[np.ndarray, "w t"], found: Sequence[Sensitivity]) -> None:
-    """Adds what the tokens say to `found`."""
+def _reverse(
+    model: Model, reader: Reader, tokens: Int[np.ndarray, "w t"], journal: Journal | None, stage: str
+) -> list[Sensitivity]:
+    """The sensitivities of all layers for some tokens; those that are kept already are taken as they are."""
+    count = model.config.num_layers
+    found = {index: kept for index in range(count) if (kept := _kept(journal, stage, index))}
+    missing = [index for index in reversed(range(count)) if index not in found]
+    if not missing:
+        return [found[index] for index in range(count)]
     states = embed(model, reader, tokens)
+    top, gradient = count, None  # of the layer below which we are, and by its output
+    position = journal.position(stage) if journal else None
+    if journal and position is not None and missing[0] < position:
+        gradient = np.empty_like(states.array)
+        if journal.restore_states(stage, {"gradient": gradient}):
+            top = position
     inputs = []
-    for params in read_layers(model, reader):
+    for params in read_layers(model, reader, range(top)):
         inputs.append(states.array.copy())
         forward(model, jax.device_put(params), states)
-    _differentiate_loss(model, reader, states, tokens)
-    for params, total in zip(read_layers(model, reader, backwards=True), reversed(found), strict=True):
-        _reverse_layer(model, jax.device_put(params), inputs.pop(), states, total)
-        _require_finite(total)
+    if top == count:
+        _differentiate_loss(model, reader, states, tokens)
+    else:
+        states.array[...] = gradient
+        del gradient
+    order = range(top)[::-1]
+    for index, params in zip(order, read_layers(model, reader, order), strict=True):
+        layer = _reverse_layer(model, jax.device_put(params), inputs.pop(), states)
+        _require_finite(layer)
+        if journal and index not in found:
+            arrays = {f"{kind}.{name}": array for kind, part in layer._asdict().items() for name, array in part.items()}
+            journal.put(f"{stage}/{index}", arrays, {})
+            journal.keep_states(stage, index, {"gradient": states.array})
+        found[index] = layer
+    return [found[index] for index in range(count)]
+
+
+def _kept(journal: Journal | None, stage: str, index: int) -> Sensitivity | None:
+    entry = journal.get(f"{stage}/{index}") if journal else None
+    if entry is None:
+        return None
+    parts: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in Sensitivity._fields}
+    for name, array in entry.arrays.items():
+        kind, _, path = name.partition(".")
+        parts[kind][path] = array
+    return Sensitivity(**parts)
 
 
 def _differentiate_loss(model: Model, reader: Reader, states: HiddenStates, tokens: Int[np.ndarray, "w t"]) -> None:
@@ -182,28 +226,24 @@ def _differentiate_loss(model: Model, reader: Reader, states: HiddenStates, toke
 
 
 def _reverse_layer(
-    model: Model,
-    params: Mapping[str, Array],
-    inputs: Float[np.ndarray, "w t d"],
-    gradients: HiddenStates,
-    total: Sensitivity,
-) -> None:
+    model: Model, params: Mapping[str, Array], inputs: Float[np.ndarray, "w t d"], gradients: HiddenStates
+) -> Sensitivity:
     """Moves the gradients through one layer, from its output to its input."""
     taps = tuple(model.inputs.items())
-    batches: list[tuple[slice, Sensitivity]] = []
+    batches: list[Sensitivity] = []
 
     def step(gradient: Array, rows: slice) -> Array:
         back, sensitivity = backward(model.layer, taps, params, jax.device_put(inputs[rows]), gradient)
-        batches.append((rows, sensitivity))
+        batches.append(sensitivity)
         return back
 
     gradients.update(step)
-    for rows, batch in jax.device_get(batches):
-        for tap, energy in batch.tokens.items():
-            total.tokens[tap][rows] = energy
-        for found, own in ((total.outputs, batch.outputs), (total.inputs, batch.inputs)):
-            for name, energy in own.items():
-                found[name] += energy
+    every = jax.device_get(batches)
+    return Sensitivity(
+        {tap: np.concatenate([batch.tokens[tap] for batch in every]) for tap in model.inputs},
+        {path: sum(batch.outputs[path] for batch in every) for path in model.linears},
+        {tap: sum(batch.inputs[tap] for batch in every) for tap in model.inputs},
+    )
 
 
 def _require_finite(layer: Sensitivity) -> None:

@@ -19,9 +19,17 @@ CHUNK = 1024
 """Tokens whose logits are on the device at a time."""
 
 
-def read_layers(model: Model, reader: Reader, *, backwards: bool = False) -> Iterator[Params]:
-    """The decoder layers' params in order, with paths inside the layer; one is read ahead of its use."""
-    order = range(model.config.num_layers)[:: -1 if backwards else 1]
+def read_layers(model: Model, reader: Reader, order: Sequence[int] | None = None) -> Iterator[Params]:
+    """The decoder layers' params, with paths inside the layer; one is read ahead of its use.
+
+    Args:
+        model: of the checkpoint.
+        reader: of the checkpoint.
+        order: numbers of the layers; None: all, from the first.
+    """
+    order = range(model.config.num_layers) if order is None else order
+    if not order:
+        return
 
     def read(index: int) -> Params:
         return inside_layer(index, reader.read([f"layers.{index}.{path}" for path in model.layer.spec]))
@@ -65,8 +73,16 @@ def require_tokens(model: Model, tokens: Int[np.ndarray, "w t"]) -> None:
         )
 
 
-def embed(model: Model, reader: Reader, tokens: Int[np.ndarray, "w t"]) -> HiddenStates:
+def embed(
+    model: Model, reader: Reader, tokens: Int[np.ndarray, "w t"], into: HiddenStates | None = None
+) -> HiddenStates:
     """The hidden states before the first layer.
+
+    Args:
+        model: of the checkpoint.
+        reader: of the checkpoint.
+        tokens: token ids.
+        into: states of this shape, which are overwritten; None: new ones.
 
     Raises:
         InputError: see `require_tokens`.
@@ -74,7 +90,8 @@ def embed(model: Model, reader: Reader, tokens: Int[np.ndarray, "w t"]) -> Hidde
     require_tokens(model, tokens)
     windows, length = tokens.shape
     params = jax.device_put(reader.read(model.embed.spec))
-    hidden = HiddenStates((windows, length, model.width), np.dtype(model.config.dtype), batch_size(windows, length))
+    shape = windows, length, model.width
+    hidden = into or HiddenStates(shape, np.dtype(model.config.dtype), batch_size(windows, length))
     hidden.replace(lambda rows: apply(model.embed, params, jnp.asarray(tokens[rows], jnp.int32)))
     return hidden
 

@@ -9,8 +9,9 @@ from jaxtyping import DTypeLike, Int
 
 from convert import Reader
 from jaxprune.patterns import Pattern
-from jaxprune.pipeline import LayerResult, PatternOf, prune
+from jaxprune.pipeline import PatternOf, prune
 from jaxprune.recipe import Recipe
+from jaxprune.results import LayerResult
 
 
 class Timing(NamedTuple):

@@ -38,7 +38,8 @@ from jaxprune.flags import require_positive
 from jaxprune.linalg import masked
 from jaxprune.linears import round_kernel
 from jaxprune.models import Model, Part, model_for
-from jaxprune.pipeline import LayerResult
+from jaxprune.results import LayerResult
+from jaxprune.resume import Journal
 from jaxprune.stream import (
     apply,
     apply_layer,
@@ -135,6 +136,8 @@ def tune(
     seed: int = 0,
     dtype: DTypeLike | None = None,
     report: Callable[[int, float], None] = lambda epoch, divergence: None,
+    journal: Journal | None = None,
+    stage: str = "tuning",
 ) -> Iterator[LayerResult]:
     """Tunes pruned layers. Masks stay; so do the figures of the linears, which are those of their solves.
 
@@ -147,6 +150,8 @@ def tune(
         dtype: of the model's computation; see `models.model_for`.
         report: is told after each epoch its number, from 0, and the mean KL divergence, in nats, of its windows before
             their steps.
+        journal: where the state is kept now and then, and taken from where it is kept already; None: nothing is kept.
+        stage: its name in the journal.
 
     Raises:
         InputError: the loss is not finite.
@@ -173,17 +178,74 @@ def tune(
     rate = optax.warmup_cosine_decay_schedule(
         tuning.tune_rate / 10, tuning.tune_rate, min(math.ceil(steps / 8), steps - 1), steps, tuning.tune_rate / 20
     )
-    divergences: list[float] = []
+    saved = Saved(journal, stage, len(state))
+    begin, divergences = saved.restore(state, plan)
     for step, rows in enumerate(where.reshape(steps, -1)):
+        if step < begin:
+            continue
         chosen = tokens[visited[rows]], dense.array[rows]
         divergences.append(_step(model, plan, ends, rest, state, *chosen, jnp.float32(rate(step))))
         epoch, within = divmod(step * len(rows), len(tokens))
         if within + len(rows) == len(tokens) or step == steps - 1:
             report(epoch, float(np.mean(divergences)))
             divergences.clear()
+        saved.keep(step + 1, state, divergences)
     for result, params, tuned in zip(results, rest, state, strict=True):
         rounded = {name: np.asarray(_round(tuned, name, dtypes[name])) for name in names}
         yield dataclasses.replace(result, params=in_checkpoint(result.index, params | rounded))
+
+
+class Saved:
+    """The state of a tuning in a run's journal.
+
+    Args:
+        journal: of the run; None: nothing is kept.
+        stage: name of the tuning.
+        count: of layers.
+    """
+
+    def __init__(self, journal: Journal | None, stage: str, count: int) -> None:
+        self._journal, self._stage, self._count = journal, stage, count
+
+    def keep(self, step: int, state: Sequence[Kernels], divergences: Sequence[float]) -> None:
+        """Keeps the state before a step, if the work since the last time was long enough."""
+        size = sum(leaf.nbytes for kernels in state for leaf in jax.tree.leaves((kernels.values, kernels.moments)))
+        if not (self._journal and self._journal.worth_keeping(size)):
+            return
+        with self._journal.keeping():
+            for index, kernels in enumerate(state):
+                arrays = dict(zip(_names(kernels), jax.tree.leaves(jax.device_get(_moving(kernels))), strict=True))
+                self._journal.put(f"{self._stage}/{step}/{index}", arrays, {"divergences": list(divergences)})
+            self._journal.wait()
+        for other in self._journal.names(self._stage):
+            if other != str(step):
+                self._journal.drop(f"{self._stage}/{other}")
+
+    def restore(self, state: list[Kernels], plan: Plan) -> tuple[int, list[float]]:
+        """The step to go on with, and the divergences since its epoch began; the state is that before the step."""
+        if not self._journal:
+            return 0, []
+        for step in sorted(map(int, self._journal.names(self._stage)), reverse=True):
+            entries = [self._journal.get(f"{self._stage}/{step}/{index}") for index in range(self._count)]
+            if all(entries):
+                divergences: list[float] = []
+                for index, entry in enumerate(filter(None, entries)):
+                    leaves = [entry.arrays[name] for name in _names(state[index])]
+                    structure = jax.tree.structure(_moving(state[index]))
+                    values, moments = jax.tree.unflatten(structure, leaves)
+                    state[index] = plan.hold(state[index]._replace(values=values, moments=moments))
+                    divergences = entry.figures["divergences"]
+                return step, divergences
+        return 0, []
+
+
+def _moving(kernels: Kernels) -> tuple[dict[str, Any], Any]:
+    return kernels.values, kernels.moments
+
+
+def _names(kernels: Kernels) -> list[str]:
+    """Of the leaves of `_moving`: numbers, for moments have no names of their own."""
+    return [f"leaf{index}" for index, _ in enumerate(jax.tree.leaves(_moving(kernels)))]
 
 
 def _batches(tokens: Int[np.ndarray, "w t"], tuning: Tuning, seed: int) -> list[Int[np.ndarray, "b"]]:

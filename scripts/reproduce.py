@@ -40,9 +40,10 @@ from jaxprune.methods.magnitude import Magnitude
 from jaxprune.models import model_for
 from jaxprune.oneshot import prune_by_recipe
 from jaxprune.patterns import Unstructured
-from jaxprune.pipeline import LayerResult, other_params
+from jaxprune.pipeline import other_params
 from jaxprune.recipe import Recipe
 from jaxprune.record import Record, environment, hardware
+from jaxprune.results import LayerResult
 from jaxprune.run import calibration_windows
 from jaxprune.solve import only, solve
 from jaxprune.stream import embed, forward, inside_layer

@@ -52,7 +52,7 @@ def test_all_parts_together(checkpoint: Path) -> None:
         line,
         seed=7,
         spend=spent.__setitem__,
-        pruned=lambda layer, final: seen.append(layer) or final or 1 / 0,
+        pruned=lambda layer, number: seen.append(layer) or number == 0 or 1 / 0,
         tuned=lambda *told: epochs.append(told),
     )
     assert_same(found, expected)
@@ -79,7 +79,7 @@ def test_a_round_prunes_what_the_one_before_it_tuned(pattern: str, checkpoint: P
         f"{pattern} {shared} --tune-epochs 1 --rounds 2",
         seed=5,
         spend=lambda phase, seconds: spent.append(phase),
-        pruned=lambda layer, final: seen.append((layer.index, final)),
+        pruned=lambda layer, number: seen.append((layer.index, number == 1)),
     )
     assert_same(found, expected)
     assert seen == [(index, final) for final in (False, True) for index in range(len(found))]

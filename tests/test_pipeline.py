@@ -18,7 +18,8 @@ from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.wanda import Wanda
 from jaxprune.models import model_for
 from jaxprune.patterns import NM
-from jaxprune.pipeline import STAGES, LayerResult, Run, accumulate, solve
+from jaxprune.pipeline import STAGES, Run, accumulate, solve
+from jaxprune.results import LayerResult
 from jaxprune.stream import apply_layer, embed, forward
 from tests import oracles, tiny
 

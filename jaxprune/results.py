@@ -1,0 +1,81 @@
+"""Pruned layers, and those that a run has finished already."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from convert import Params
+from jaxprune.linears import LinearResult
+from jaxprune.resume import Journal
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerResult:
+    """One pruned layer.
+
+    Attributes:
+        index: of the layer, from 0.
+        params: all params of the layer, on the host, as they are to be stored; paths as in the checkpoint.
+        linears: path of the linear inside the layer -> its outcome.
+        masks: path of the linear -> its mask, packed as in a mask file; see `masks`.
+        seconds: by stage; `read` is the time spent waiting for the reader.
+        resumed: whether an earlier process of the same run pruned it.
+    """
+
+    index: int
+    params: Params
+    linears: dict[str, LinearResult]
+    masks: dict[str, UInt8[np.ndarray, "m _"]]
+    seconds: dict[str, float]
+    resumed: bool = False
+
+    def figures(self) -> dict[str, Any]:
+        """All but the arrays, as JSON."""
+        linears = {path: linear._asdict() for path, linear in self.linears.items()}
+        return {"index": self.index, "seconds": self.seconds, "linears": linears}
+
+
+class Results:
+    """The layers of one stage of a run in its journal.
+
+    Args:
+        journal: of the run; None: nothing is kept.
+        stage: a name.
+        count: of the model's layers.
+    """
+
+    def __init__(self, journal: Journal | None, stage: str, count: int) -> None:
+        self.journal, self.stage, self._count = journal, stage, count
+
+    def __contains__(self, index: int) -> bool:
+        return self.journal is not None and f"{self.stage}/{index}" in self.journal
+
+    @property
+    def complete(self) -> bool:
+        """Whether all layers are there; some may yet turn out to be damaged."""
+        return all(index in self for index in range(self._count))
+
+    def put(self, layer: LayerResult) -> None:
+        """Commits a layer, unless it is there."""
+        if self.journal and layer.index not in self:
+            arrays = {f"params.{path}": array for path, array in layer.params.items()}
+            arrays |= {f"masks.{path}": mask for path, mask in layer.masks.items()}
+            self.journal.put(f"{self.stage}/{layer.index}", arrays, layer.figures())
+
+    def get(self, index: int) -> LayerResult | None:
+        """A layer; None where it is missing or damaged; a damaged one is removed."""
+        if self.journal is None or index not in self:
+            return None
+        name = f"{self.stage}/{index}"
+        entry = self.journal.get(name)
+        if entry is None:
+            self.journal.drop(name)
+            return None
+        arrays: dict[str, Params] = {"params": {}, "masks": {}}
+        for path, array in entry.arrays.items():
+            kind, _, rest = path.partition(".")
+            arrays[kind][rest] = array
+        linears = {path: LinearResult(**linear) for path, linear in entry.figures["linears"].items()}
+        return LayerResult(index, arrays["params"], linears, arrays["masks"], entry.figures["seconds"], resumed=True)

@@ -1,0 +1,327 @@
+"""What a run has finished, on disk: entries that appear whole or not at all, and are checked when they are read.
+
+A journal is the folder OUT.unfinished beside the checkpoint to be. An entry holds arrays and figures under a name such
+as `pruned-0/12`; it is one Orbax pytree, which appears by a rename, with a digest of its arrays. Hidden states are
+plain files beside their digests: they may be larger than memory, and they are only worth keeping now and then, for
+without them they are computed again.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+import numpy as np
+from jaxtyping import Shaped
+
+from convert import CheckpointError, Params, Reader, parts
+from convert.orbax import load_tree, save_tree
+from convert.staging import replace, write_text
+from jaxprune.console import console
+from jaxprune.errors import InputError
+
+IDENTITY, LOCK, FINISHING, RESULT = "run.json", "lock", "finishing", "result"
+PATIENCE = 20
+"""Hidden states are kept when the work since the last time took so many times longer than keeping them."""
+BLOCK_BYTES = 2**26
+_BYTES_PER_SECOND = 5e8  # assumed of a disk until it has been seen
+
+
+class Entry(NamedTuple):
+    """What a journal keeps under one name.
+
+    Attributes:
+        arrays: by dotted path.
+        figures: JSON.
+    """
+
+    arrays: Params
+    figures: dict[str, Any]
+
+
+class Journal:
+    """Entries in a folder, written in the background.
+
+    Args:
+        folder: exists.
+
+    Attributes:
+        folder: as given.
+        result: the folder that the checkpoint is made at.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.result = folder / RESULT
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._pending: Future[None] | None = None
+        self._resting, self._cost = time.monotonic(), 0.0
+
+    def __contains__(self, name: str) -> bool:
+        return (self.folder / name).is_dir()
+
+    def names(self, stage: str) -> list[str]:
+        """The names of a stage's entries, without the stage's own."""
+        return [path.name for path in (self.folder / stage).glob("*") if path.is_dir() and "." not in path.name]
+
+    def put(self, name: str, arrays: Params, figures: Mapping[str, Any]) -> None:
+        """Commits an entry in the background, as soon as the one before it is committed.
+
+        Raises:
+            CheckpointError: the one before it could not be written.
+        """
+        self.wait()
+        self._pending = self._pool.submit(self._write, name, dict(arrays), dict(figures))
+
+    def finish(self) -> None:
+        """Says that the result is complete; see `finishing`."""
+        (self.folder / FINISHING).touch()
+
+    def wait(self) -> None:
+        """Returns when all entries are committed.
+
+        Raises:
+            CheckpointError: one could not be written.
+        """
+        if self._pending:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def get(self, name: str) -> Entry | None:
+        """An entry; None where there is none, or where it is damaged, which is said."""
+        if name not in self:
+            return None
+        try:
+            arrays, note = load_tree(self.folder / name)
+            if note["digest"] != _digest(arrays):
+                raise CheckpointError("its content has changed")
+        except CheckpointError as error:
+            console.print(f"{self.folder / name} is damaged and will be made again: {str(error).splitlines()[0]}")
+            return None
+        return Entry(arrays, note["figures"])
+
+    def drop(self, *stages: str) -> None:
+        """Removes all entries of some stages."""
+        self.wait()
+        for stage in stages:
+            shutil.rmtree(self.folder / stage, ignore_errors=True)
+
+    def worth_keeping(self, size: int) -> bool:
+        """Whether so much has been done since states were last kept that keeping them costs little."""
+        cost = self._cost or size / _BYTES_PER_SECOND
+        return time.monotonic() - self._resting > PATIENCE * cost
+
+    @contextlib.contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Around the keeping of states: measures what it costs."""
+        start = time.monotonic()
+        yield
+        self._resting = time.monotonic()
+        self._cost = self._resting - start
+
+    def keep_states(self, stage: str, position: int, states: Mapping[str, Shaped[np.ndarray, "w t d"]]) -> None:
+        """Keeps states, in place of those kept before, if the work since then was long enough.
+
+        Args:
+            stage: that they belong to.
+            position: what they are behind or before; of the stage's own choice.
+            states: by name.
+
+        Raises:
+            CheckpointError: they cannot be written.
+        """
+        if not self.worth_keeping(sum(array.nbytes for array in states.values())):
+            return
+        folder = self.folder / stage / f"states.{position}"
+        staged = folder.with_name(f"{folder.name}.partial")
+        with self.keeping():
+            shutil.rmtree(staged, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                staged.mkdir(parents=True)
+                digests = {name: _write_array(staged / name, array) for name, array in states.items()}
+                write_text(staged / "digests.json", json.dumps(digests))
+                staged.rename(folder)
+            except OSError as error:
+                shutil.rmtree(staged, ignore_errors=True)
+                raise CheckpointError(
+                    f"cannot write into {self.folder}: {error.strerror}; free some space, then run the same command "
+                    "again"
+                ) from error
+        for old in folder.parent.glob("states.*"):
+            if old != folder:
+                shutil.rmtree(old)
+
+    def position(self, stage: str) -> int | None:
+        """Where the kept states of a stage are; None without any."""
+        found = [path.name.split(".") for path in (self.folder / stage).glob("states.*")]
+        return max((int(name[1]) for name in found if len(name) == 2), default=None)
+
+    def restore_states(self, stage: str, states: Mapping[str, Shaped[np.ndarray, "w t d"]]) -> bool:
+        """Whether the kept states of a stage are whole; `states` are filled with them, or with what was left."""
+        position = self.position(stage)
+        if position is None:
+            return False
+        folder = self.folder / stage / f"states.{position}"
+        try:
+            digests = json.loads((folder / "digests.json").read_text())
+            good = digests == {name: _read_array(folder / name, array) for name, array in states.items()}
+        except (OSError, ValueError) as error:
+            good = False
+            console.print(f"cannot read {folder}: {error}")
+        if not good:
+            console.print(f"{folder} is damaged; the hidden states are computed again")
+            shutil.rmtree(folder)
+        return good
+
+    def _write(self, name: str, arrays: Params, figures: dict[str, Any]) -> None:
+        note = {"digest": _digest(arrays), "figures": figures}
+        save_tree(self.folder / name, arrays, note)
+
+    def close(self) -> None:
+        """Commits what is not yet committed."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+
+@contextlib.contextmanager
+def open_journal(out: Path, identity: Mapping[str, Any], *, resume: bool = False) -> Iterator[Journal]:
+    """The journal of a run; empty, or what an earlier process of the same run left.
+
+    Args:
+        out: the folder that the run makes.
+        identity: all that decides its outcome, as JSON.
+        resume: whether there must be something to go on with.
+
+    Raises:
+        InputError: the journal belongs to another run, or another process works on it, or there is none to resume.
+        CheckpointError: it cannot be written.
+    """
+    folder = journal_folder(out)
+    if resume and not (folder / IDENTITY).exists():
+        raise InputError(f"there is nothing to go on with at {folder}: leave --resume out to begin")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / LOCK, timeout=0)
+        lock.acquire()
+    except filelock.Timeout:
+        raise InputError(f"another process is working on {out}: let it finish, or choose another --out") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot write into {out.parent}: {error.strerror}; choose another --out") from error
+    try:
+        _require_same(folder, json.loads(json.dumps(identity)))
+        for leftover in [folder / RESULT, *folder.rglob("*.partial"), *folder.rglob("*orbax-checkpoint-tmp*")]:
+            shutil.rmtree(leftover, ignore_errors=True)
+        journal = Journal(folder)
+        try:
+            yield journal
+        finally:
+            journal.close()
+    except BaseException:
+        shutil.rmtree(folder / RESULT, ignore_errors=True)
+        if any(path.is_dir() for path in folder.glob("*")):
+            print(f"what is finished is kept in {folder}: the same command goes on from there", file=sys.stderr)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        lock.release()
+
+
+def finishing(out: Path) -> bool:
+    """Whether an earlier process of the run had all of `out` and began to move it to its place."""
+    return (journal_folder(out) / FINISHING).exists()
+
+
+def publish(journal: Journal, out: Path) -> None:
+    """Moves the finished checkpoint to its place, and removes the journal."""
+    replace(journal.result, out)
+    shutil.rmtree(journal.folder)
+
+
+def journal_folder(out: Path) -> Path:
+    """Where the journal of the run that makes `out` is."""
+    return out.with_name(f"{out.name}.unfinished")
+
+
+def fingerprint(reader: Reader) -> str:
+    """A digest of a checkpoint: all names, shapes and dtypes, and the content of its first and last layers and norm."""
+    grouped = parts(reader.spec)
+    layers = [part for part in grouped if part.startswith("layers.")]
+    content = reader.read([path for part in {layers[0], layers[-1], "norm"} & grouped.keys() for path in grouped[part]])
+    shapes = {path: [list(t.shape), t.dtype.name] for path, t in sorted(reader.spec.items())}
+    return hashlib.sha256((json.dumps(shapes) + _digest(content)).encode()).hexdigest()
+
+
+def _require_same(folder: Path, identity: dict[str, Any]) -> None:
+    file = folder / IDENTITY
+    if not file.exists():
+        write_text(file, json.dumps(identity, indent=1) + "\n")
+        return
+    try:
+        found = _flat(json.loads(file.read_text()))
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{file} is damaged ({error}): remove {folder} to begin anew") from error
+    wanted = _flat(identity)
+    differences = [
+        f"{name}: {found.get(name, 'nothing')} then, {wanted.get(name, 'nothing')} now"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+    if differences:
+        raise InputError(
+            f"{folder} was left by another run. Give its options again, choose another --out, or remove the folder; "
+            "different are\n  " + "\n  ".join(differences)
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _digest(arrays: Params) -> str:
+    whole = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.asarray(arrays[name], order="C")  # ascontiguousarray makes 1-d arrays of 0-d ones
+        whole.update(f"{name} {array.dtype.name} {array.shape};".encode())
+        whole.update(array.reshape(-1).view(np.uint8).data)
+    return whole.hexdigest()
+
+
+def _blocks(array: Shaped[np.ndarray, "w t d"]) -> Iterator[memoryview]:
+    """The bytes of an array that is contiguous, some windows at a time."""
+    step = max(1, BLOCK_BYTES // max(1, array[:1].nbytes))
+    for start in range(0, len(array), step):
+        yield array[start : start + step].reshape(-1).view(np.uint8).data
+
+
+def _write_array(path: Path, array: Shaped[np.ndarray, "w t d"]) -> str:
+    whole = hashlib.sha256(f"{array.dtype.name} {array.shape};".encode())
+    with path.open("wb", buffering=0) as file:
+        for block in _blocks(array):
+            whole.update(block)
+            file.write(block)
+    return whole.hexdigest()
+
+
+def _read_array(path: Path, array: Shaped[np.ndarray, "w t d"]) -> str:
+    whole = hashlib.sha256(f"{array.dtype.name} {array.shape};".encode())
+    with path.open("rb", buffering=0) as file:
+        for block in _blocks(array):
+            if file.readinto(block) != len(block):
+                raise ValueError("it is too short")
+            whole.update(block)
+    return whole.hexdigest()
