@@ -3,7 +3,9 @@
 `params/<part>` holds the part's params nested as Flax has them; configuration and tokenizer are beside it.
 """
 
+import errno
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -95,35 +97,36 @@ class Writer:
         (self.folder / MARK).write_text(json.dumps({"parts": list(self._parts)}, indent=2) + "\n")
 
 
-def save_tree(path: Path, arrays: Params, note: dict[str, Any] | None = None) -> None:
+def save_tree(path: Path, arrays: Params) -> None:
     """Saves arrays as one pytree, which appears at `path` by a rename; what was there is replaced.
 
     Args:
         path: absolute.
         arrays: by dotted path.
-        note: JSON that is kept beside them.
 
     Raises:
         CheckpointError: it cannot be written.
     """
     tree = traverse_util.unflatten_dict({name: np.asarray(a, order="C") for name, a in arrays.items()}, sep=".")
     try:
-        _orbax().save(path, tree, custom_metadata=note, overwrite=True)
-    except (OSError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
-        raise CheckpointError(f"cannot write {path}: {error}; free some space, then run again") from error
+        _orbax().save(path, tree, overwrite=True)
+    except (OSError, ValueError, RuntimeError) as error:  # tensorstore reports a full disk as a ValueError, at length
+        full = os.strerror(errno.ENOSPC)
+        reason = full if full in str(error) else str(error)[:200]
+        raise CheckpointError(f"cannot write {path}: {reason}; free some space, then run again") from error
 
 
-def load_tree(path: Path) -> tuple[Params, dict[str, Any]]:
-    """What `save_tree` saved: arrays by dotted path, and the note.
+def load_tree(path: Path) -> Params:
+    """The arrays that `save_tree` saved, by dotted path.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: they cannot be read.
     """
     try:
-        tree, note = _orbax().load(path), _orbax().metadata(path).custom_metadata
-        return {name: np.asarray(a) for name, a in traverse_util.flatten_dict(tree, sep=".").items()}, note or {}
-    except Exception as error:  # damaged files make Orbax and tensorstore raise errors of many kinds
-        raise CheckpointError(f"cannot read {path}: {error}; it has to be made again") from error
+        tree = _orbax().load(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot read {path}: {str(error)[:200]}") from error
+    return {name: np.asarray(array) for name, array in traverse_util.flatten_dict(tree, sep=".").items()}
 
 
 def _orbax() -> Any:

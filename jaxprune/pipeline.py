@@ -237,7 +237,7 @@ def _visit(
         del layer, out
         behind = index + 1
         done.put(result)
-        if done.journal:
+        if done.journal and behind < run.model.config.num_layers:
             done.journal.keep_states(done.stage, behind, _states(run))
         yield result
         del result

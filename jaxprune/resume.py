@@ -1,9 +1,9 @@
 """What a run has finished, on disk: entries that appear whole or not at all, and are checked when they are read.
 
 A journal is the folder OUT.unfinished beside the checkpoint to be. An entry holds arrays and figures under a name such
-as `pruned-0/12`; it is one Orbax pytree, which appears by a rename, with a digest of its arrays. Hidden states are
-plain files beside their digests: they may be larger than memory, and they are only worth keeping now and then, for
-without them they are computed again.
+as `pruned-0/12`: one Orbax pytree, and beside it a file with the figures and the digests of the pytree's files, whose
+appearance commits both. Hidden states are plain files beside their digests: they may be larger than memory, and they are
+only worth keeping now and then, for without them they are computed again.
 """
 
 import contextlib
@@ -65,10 +65,10 @@ class Journal:
         self._resting, self._cost = time.monotonic(), 0.0
 
     def __contains__(self, name: str) -> bool:
-        return (self.folder / name).is_dir()
+        return self._note(name).exists()
 
     def names(self, stage: str) -> list[str]:
-        """The names of a stage's entries, without the stage's own."""
+        """The names of a stage's entries or own stages, without the stage's own."""
         return [path.name for path in (self.folder / stage).glob("*") if path.is_dir() and "." not in path.name]
 
     def put(self, name: str, arrays: Params, figures: Mapping[str, Any]) -> None:
@@ -96,21 +96,24 @@ class Journal:
 
     def get(self, name: str) -> Entry | None:
         """An entry; None where there is none, or where it is damaged, which is said."""
+        self.wait()  # Orbax's event loops don't bear each other's company
         if name not in self:
             return None
+        folder = self.folder / name
         try:
-            arrays, note = load_tree(self.folder / name)
-            if note["digest"] != _digest(arrays):
-                raise CheckpointError("its content has changed")
-        except CheckpointError as error:
-            console.print(f"{self.folder / name} is damaged and will be made again: {str(error).splitlines()[0]}")
+            note = json.loads(self._note(name).read_text())
+            if note.pop("digest") != _digest_of(note) or note["files"] != _digests(folder):
+                raise CheckpointError("it has changed since it was written")
+            return Entry(load_tree(folder), note["figures"])
+        except (OSError, ValueError, KeyError) as error:
+            console.print(f"{folder} is damaged and will be made again: {error}")
             return None
-        return Entry(arrays, note["figures"])
 
     def drop(self, *stages: str) -> None:
-        """Removes all entries of some stages."""
+        """Removes entries, or all entries of stages."""
         self.wait()
         for stage in stages:
+            self._note(stage).unlink(missing_ok=True)
             shutil.rmtree(self.folder / stage, ignore_errors=True)
 
     def worth_keeping(self, size: int) -> bool:
@@ -182,8 +185,13 @@ class Journal:
         return good
 
     def _write(self, name: str, arrays: Params, figures: dict[str, Any]) -> None:
-        note = {"digest": _digest(arrays), "figures": figures}
-        save_tree(self.folder / name, arrays, note)
+        folder = self.folder / name
+        save_tree(folder, arrays)
+        note = {"files": _digests(folder), "figures": figures}
+        write_text(self._note(name), json.dumps(note | {"digest": _digest_of(note)}))
+
+    def _note(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
 
     def close(self) -> None:
         """Commits what is not yet committed."""
@@ -290,6 +298,19 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
+
+
+def _digest_of(note: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Of all files of a folder, by relative path."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def _digest(arrays: Params) -> str:

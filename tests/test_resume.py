@@ -1,18 +1,28 @@
 """Runs that are killed, in processes of their own, and go on."""
 
 import hashlib
+import importlib
+import json
 import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
+import ml_dtypes
+import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
+from jaxprune import InputError, pipeline, resume
+from jaxprune.resume import Journal
+from jaxprune.run import main
 from tests import tiny
 
 LINES = {
@@ -44,10 +54,6 @@ def die() -> None:
 
 def work(argv: list[str], log: Path, where: tuple[str, str, int, bool] | None, after: float | None) -> None:
     """A child process: a command line that dies at a call of a function, before or after it, or after some seconds."""
-    import importlib
-
-    from jaxprune.run import main
-
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -152,3 +158,192 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     finish(start, argv)
     assert digests(tmp_path / "out") == expected
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture
+def stopped(line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Path, dict[str, str]]:
+    """The command line of a run that stopped in its last layer, its journal, and the digests it should end with."""
+    argv = [*line, "--sparsity", "0.7", "--weigh-outputs"]
+    assert main([*argv, "--out", str(tmp_path / "whole")]) == 0
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "solve_linear", failing(pipeline.solve_linear, 30))
+        assert main([*argv, "--out", str(out)]) == 1
+    assert not out.exists()
+    return [*argv, "--out", str(out)], tmp_path / "out.unfinished", digests(tmp_path / "whole")
+
+
+def failing(function: Callable, number: int) -> Callable:
+    calls = 0
+
+    def call(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise InputError("stopped here")
+        return function(*args, **options)
+
+    return call
+
+
+def biggest(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def damage(file: Path, how: str) -> None:
+    content = bytearray(file.read_bytes())
+    if how == "truncated":
+        del content[len(content) // 2 :]
+    else:
+        content[len(content) // 2] ^= 4
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("how", ["truncated", "bit-flipped"])
+@pytest.mark.parametrize("what", ["pruned-0/1", "pruned-0/states.*", "sensitivity-0/0/2"])
+def test_what_is_damaged_is_done_again(
+    what: str, how: str, stopped: tuple[list[str], Path, dict[str, str]], capsys: pytest.CaptureFixture
+) -> None:
+    argv, journal, expected = stopped
+    (folder,) = journal.glob(what)
+    damage(biggest(folder), how)
+    capsys.readouterr()
+    assert main([*argv, "--resume"]) == 0
+    printed = capsys.readouterr().out
+    assert "is damaged" in printed and folder.name in printed
+    redone = [text for text in printed.splitlines() if text.startswith("layer ")]
+    assert len(redone) == 5
+    assert digests(journal.with_name("out")) == expected
+    record = json.loads((journal.with_name("out") / "jaxprune.json").read_text())
+    assert record["resumed_layers"] == (3 if what == "pruned-0/1" else 4)
+
+
+def test_another_run_is_refused(
+    stopped: tuple[list[str], Path, dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    argv, journal, expected = stopped
+    tiny.save(tmp_path / "other", tiny.config(num_hidden_layers=5, rms_norm_eps=1e-5))
+    stored = load_file(tmp_path / "other/model.safetensors")
+    stored["model.layers.4.mlp.up_proj.weight"][3, 3] += 1
+    save_file(stored, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
+    before = {p: p.read_bytes() for p in journal.rglob("*") if p.is_file()}
+    changes = {
+        "pattern: 70 % then, 60 % now": ["--sparsity", "0.6"],
+        "seed: 0 then, 1 now": ["--seed", "1"],
+        "calibration.sha256: ": ["--seed", "1"],
+        "checkpoint: ": ["--ckpt", str(tmp_path / "other")],
+        "method.options.damping: 0.1 then, 0.2 now": ["--damping", "0.2"],
+    }
+    for difference, change in changes.items():
+        capsys.readouterr()
+        assert main([*argv, *change]) == 1
+        assert difference in capsys.readouterr().err
+        assert {p: p.read_bytes() for p in journal.rglob("*") if p.is_file()} == before
+    assert main(argv) == 0
+    assert digests(journal.with_name("out")) == expected
+
+
+def test_there_must_be_something_to_resume(
+    stopped: tuple[list[str], Path, dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    argv, journal, _ = stopped
+    assert main([*argv[:-1], str(tmp_path / "elsewhere"), "--resume"]) == 1
+    assert "nothing to go on with" in capsys.readouterr().err
+    assert not (tmp_path / "elsewhere.unfinished").exists()
+    with filelock.FileLock(journal / "lock"):
+        assert main(argv) == 1
+    assert "another process is working on" in capsys.readouterr().err
+    (journal / "run.json").write_text("{")
+    assert main(argv) == 1
+    assert "run.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
+def test_a_signal_stops_a_run_cleanly(
+    signal_name: str, line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    argv = [*line, "--out", str(tmp_path / "out"), "--save-masks", str(tmp_path / "masks")]
+    real, calls = pipeline.solve_linear, []
+
+    def signalled(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 10:
+            os.kill(os.getpid(), getattr(signal, signal_name))
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "solve_linear", signalled)
+        assert main(argv) == 130
+    said = capsys.readouterr().err
+    assert "the same command goes on from there" in said and said.endswith("stopped\n")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.unfinished"]
+    assert sorted(p.name for p in (tmp_path / "out.unfinished").iterdir()) == ["lock", "pruned-0", "run.json"]
+    assert main(argv) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["masks", "out"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's own threads
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_is_an_error_after_which_a_run_goes_on(
+    stopped: tuple[list[str], Path, dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    argv, _, expected = stopped
+    size = (tmp_path / "whole/model.safetensors").stat().st_size
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size // 2}", "tmpfs", disk], check=True)
+    try:
+        argv = [*argv[:-1], str(disk / "out")]
+        for factor, fault in ((0.5, "no room for"), (1.6, "cannot write")):
+            subprocess.run(["mount", "-o", f"remount,size={int(factor * size)}", disk], check=True)
+            capsys.readouterr()
+            assert main(argv) == 1
+            assert fault in capsys.readouterr().err, factor
+            assert not (disk / "out").exists()
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        assert main(argv) == 0
+        assert digests(disk / "out") == expected
+        assert [path.name for path in disk.iterdir()] == ["out"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_arrays_come_back_as_they_went(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    arrays = {
+        "a.b": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+        "a.c": np.array(3, np.int32),
+        "d": np.ones((2, 2), ml_dtypes.bfloat16),
+        "e.f.g": np.zeros(3, np.uint8),
+    }
+    journal.put("stage/0", arrays, {"x": [1.5, None]})
+    journal.close()
+    entry = Journal(tmp_path).get("stage/0")
+    assert entry and entry.figures == {"x": [1.5, None]} and entry.arrays.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert entry.arrays[name].dtype == array.dtype
+        np.testing.assert_array_equal(entry.arrays[name], array)
+
+
+def test_states_are_kept_when_the_work_was_worth_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(resume.time, "monotonic", lambda: clock[0])
+    journal = Journal(tmp_path)
+    states = {"x": np.arange(24.0).reshape(4, 3, 2)}
+    kept = []
+    real = resume._write_array
+
+    def slow(*args: Any) -> str:
+        clock[0] += 1.0
+        return real(*args)
+
+    monkeypatch.setattr(resume, "_write_array", slow)
+    for step in range(50):
+        clock[0] += 2.0
+        journal.keep_states("stage", step, states)
+        if journal.position("stage") == step:
+            kept.append(step)
+    assert kept == [0, 11, 22, 33, 44]  # every 20 seconds and more, once it is known to take one
+    assert journal.restore_states("stage", found := {"x": np.zeros((4, 3, 2))})
+    np.testing.assert_array_equal(found["x"], states["x"])
+    journal.close()

@@ -266,4 +266,7 @@ def test_bad_input_is_one_error_and_harms_nothing(
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    # Layers that were finished before the error are kept.
+    assert {p: content for p, content in after.items() if "out.unfinished" not in p.parts} == before
+    assert ("kept in" in done.stderr) == (tmp_path / "out.unfinished").exists() == (name == "nan")
