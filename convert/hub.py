@@ -38,8 +38,12 @@ def known_names() -> list[str]:
     return sorted([*EMBEDDED, *REPOSITORIES])
 
 
-def resolve(name: str | Path) -> Path:
+def resolve(name: str | Path, *, weights: bool = True) -> Path:
     """The local path of a checkpoint, downloaded into the cache where it has to be.
+
+    Args:
+        name: a path, a known name or owner/name.
+        weights: whether those of the hub are needed; else config.json is enough.
 
     Raises:
         CheckpointError: unknown name, or the hub cannot be reached and its cache lacks the repository.
@@ -52,7 +56,7 @@ def resolve(name: str | Path) -> Path:
         return fetch(EMBEDDED[text])
     repository = REPOSITORIES.get(text, text)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository) and not path.is_absolute():
-        return _snapshot(repository)
+        return _snapshot(repository, weights)
     near = difflib.get_close_matches(text, known_names(), n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise CheckpointError(
@@ -61,8 +65,8 @@ def resolve(name: str | Path) -> Path:
     )
 
 
-def _snapshot(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
+def _snapshot(repository: str, weights: bool) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     # A complete copy in the cache needs no network: asking an unreachable hub first would cost half a minute.
@@ -73,6 +77,8 @@ def _snapshot(repository: str) -> Path:
     except (LocalEntryNotFoundError, CheckpointError):
         pass
     try:
+        if not weights:
+            return Path(hf_hub_download(repository, "config.json")).parent
         return Path(snapshot_download(repository, allow_patterns=FILES))
     except GatedRepoError as error:
         raise CheckpointError(

@@ -25,6 +25,13 @@ class Config(EvalOptions):
     resume: bool = False
     """Insist on going on with a run that was stopped. The same command goes on by itself wherever there is something to
     go on with: what is finished is kept in OUT.unfinished until the run ends."""
+    dry_run: bool = False
+    """Only say what the run would need (device and host memory, disk, FLOPs, time), and whether it fits. config.json
+    and the headers of the weights are enough, or config.json alone."""
+    device_memory: float | None = None
+    """GiB of a device, instead of what this machine's device has: to plan for another one."""
+    unchecked: bool = False
+    """Begin even where the run would not fit by our count."""
     save_masks: str | None = None
     """A file for the masks, packed bits in safetensors, for fine-tuning that keeps them."""
     calib: str | None = None

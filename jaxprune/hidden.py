@@ -62,7 +62,13 @@ def tokens_per_batch() -> int:
     return TOKENS_PER_BATCH.get(jax.default_backend(), 4096)
 
 
-def batch_size(windows: int, length: int) -> int:
-    """The most windows at a time that divide all of them and keep a batch near the backend's usual token count."""
-    most = max(1, tokens_per_batch() // length)
+def batch_size(windows: int, length: int, tokens: int | None = None) -> int:
+    """The most windows at a time that divide all of them and keep a batch near a number of tokens.
+
+    Args:
+        windows: in all.
+        length: tokens of a window.
+        tokens: of a batch; None: what suits the device.
+    """
+    most = max(1, (tokens or tokens_per_batch()) // length)
     return max(size for size in range(1, min(most, windows) + 1) if windows % size == 0)

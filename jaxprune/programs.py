@@ -5,6 +5,7 @@ not counted. Bytes are those of the compiler's own memory analysis. Neither need
 """
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jaxtyping import DTypeLike
 
 from jaxprune import linears, pipeline, sensitivity, stream, tuning
+from jaxprune.evaluation import text
 from jaxprune.hidden import batch_size
 from jaxprune.methods import Method
 from jaxprune.models import Model
@@ -51,17 +53,29 @@ class Program:
 
     def flops(self) -> Flops:
         """FLOPs of one call."""
-        return count_flops(jax.make_jaxpr(self.function)(*self.arguments))
+        return count_flops(self._traced.jaxpr)
+
+    def most_bytes(self) -> int:
+        """No less than device memory during a call, without compiling: as if every intermediate result stayed."""
+        return self.resident + _bytes(self.arguments) + _produced(self._traced.jaxpr.jaxpr)
 
     def peak_bytes(self) -> int:
         """Device memory during a call: arguments, results and intermediate results, and what else is there.
 
         The compiler decides it, so the program is compiled, not run.
         """
-        compiled = jax.jit(self.function, donate_argnums=self.donated).lower(*self.arguments).compile()
-        memory = compiled.memory_analysis()
+        memory = self._traced.lower().compile().memory_analysis()
+        assert memory is not None
         own = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         return self.resident + own - memory.alias_size_in_bytes
+
+    @functools.cached_property
+    def _traced(self) -> Any:
+        """The program as JAX traces it; a function of the run's own is compiled for the run as well."""
+        function = self.function
+        if isinstance(function, partial) and hasattr(function.func, "trace"):
+            return function.func.trace(*function.args, *self.arguments)
+        return jax.jit(function, donate_argnums=self.donated).trace(*self.arguments)
 
 
 def count_flops(jaxpr: ClosedJaxpr | Jaxpr) -> Flops:
@@ -104,6 +118,17 @@ def _flops_of(equation: JaxprEqn) -> Flops:
     return Flops({operand.dtype.name: count})
 
 
+def _produced(jaxpr: Jaxpr) -> int:
+    """Bytes of the results of all equations; those of a loop's body count once."""
+    total = 0
+    for equation in jaxpr.eqns:
+        total += _bytes([v.aval for v in equation.outvars])
+        for inner in jax.tree.leaves(equation.params, is_leaf=_is_program):
+            if _is_program(inner):
+                total += _produced(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
+    return total
+
+
 def _is_program(value: Any) -> bool:
     return isinstance(value, ClosedJaxpr | Jaxpr)
 
@@ -116,7 +141,7 @@ def of_pruning(
     pattern: Pattern,
     stored: DTypeLike,
     *,
-    batch: int | None = None,
+    tokens: int | None = None,
 ) -> Iterator[Program]:
     """The programs of the loop over layers.
 
@@ -127,9 +152,9 @@ def of_pruning(
         method: prunes each linear.
         pattern: of each linear.
         stored: dtype of the checkpoint's params.
-        batch: windows at a time; None: as the run takes them.
+        tokens: on the device at a time; None: as the run takes them.
     """
-    layers, batch = model.config.num_layers, batch or batch_size(windows, length)
+    layers, batch = model.config.num_layers, batch_size(windows, length, tokens)
     params, x = _layer_params(model, stored), _states(model, batch, length)
     passes = layers * (windows // batch)
     grams = {tap: Shape((n, n), jnp.float32) for tap, n in model.widths.items()}
@@ -162,9 +187,11 @@ def of_pruning(
     )
 
 
-def of_sensitivity(model: Model, windows: int, length: int, stored: DTypeLike) -> Iterator[Program]:
-    """The programs of the reverse pass over some windows."""
-    layers, batch = model.config.num_layers, batch_size(windows, length)
+def of_sensitivity(
+    model: Model, windows: int, length: int, stored: DTypeLike, *, tokens: int | None = None
+) -> Iterator[Program]:
+    """The programs of the reverse pass over some windows; arguments as for `of_pruning`."""
+    layers, batch = model.config.num_layers, batch_size(windows, length, tokens)
     params, x = _layer_params(model, stored), _states(model, batch, length)
     head = _shapes(model.head.spec, model.config.dtype)
     passes, taps = layers * (windows // batch), tuple(model.inputs.items())
@@ -179,12 +206,20 @@ def of_sensitivity(model: Model, windows: int, length: int, stored: DTypeLike) -
 
 
 def of_tuning(
-    model: Model, windows: int, length: int, epochs: float, stored: DTypeLike, *, step: int = 1, keep: bool = True
+    model: Model,
+    windows: int,
+    length: int,
+    epochs: float,
+    stored: DTypeLike,
+    *,
+    step: int = 1,
+    keep: bool = True,
+    tokens: int | None = None,
 ) -> Iterator[Program]:
     """The programs of the tuning.
 
     Args:
-        model, windows, length, stored: as for `of_pruning`.
+        model, windows, length, stored, tokens: as for `of_pruning`.
         epochs: visits of each window.
         step: windows a step.
         keep: whether all layers' kernels, their state, and a step's intermediate results stay on the device; else one
@@ -201,7 +236,7 @@ def of_tuning(
     kernels = tuning.Kernels(values, masks, units, moments)
     calls = layers * math.ceil(epochs * windows / step)
     visited = min(1.0, epochs) * windows
-    batch = _states(model, batch_size(windows, length), length)
+    batch = _states(model, batch_size(windows, length, tokens), length)
     passes = layers * visited / batch.shape[0]
     forward = partial(stream.apply_layer, model.layer)
     yield Program("tune", "dense forward", forward, (params, batch, None), passes, 2 * _bytes(batch), donated=(1,))
@@ -218,6 +253,28 @@ def of_tuning(
     update = partial(tuning.update, model.layer)
     arguments = kernels, rest, ways_back, x, Shape((), jnp.float32)
     yield Program("tune", "backward and step", update, arguments, calls, (layers - 1) * state, donated=(0,))
+
+
+def of_evaluation(
+    model: Model, windows: int, length: int, stored: DTypeLike, *, tokens: int | None = None
+) -> Iterator[Program]:
+    """The programs that compare the pruned model with the dense one on a text; arguments as for `of_pruning`."""
+    x = _states(model, batch_size(windows, length, tokens), length)
+    forward = partial(stream.apply_layer, model.layer)
+    passes = 2 * model.config.num_layers * (windows // x.shape[0])
+    arguments = _layer_params(model, stored), x, None
+    resident = 2 * _bytes(x) + _bytes(arguments[0])
+    yield Program("evaluate", "forward", forward, arguments, passes, resident, donated=(1,))
+    chunk, head = min(stream.CHUNK // 2, windows * (length - 1)), _shapes(model.head.spec, stored)
+    states, targets = Shape((chunk, model.width), model.config.dtype), Shape((chunk,), jnp.int32)
+    divergence = partial(text.divergence, (model.head, model.head))
+    yield Program(
+        "evaluate",
+        "divergence",
+        divergence,
+        ((head, head), (states, states), targets),
+        windows * (length - 1) / chunk,
+    )
 
 
 def solve(method: Method, pattern: Pattern, prepared: Any, weight: jax.Array) -> Any:
@@ -242,4 +299,4 @@ def _states(model: Model, windows: int, length: int) -> Shape:
 
 
 def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))

@@ -2,8 +2,8 @@
 
 A journal is the folder OUT.unfinished beside the checkpoint to be. An entry holds arrays and figures under a name such
 as `pruned-0/12`: one Orbax pytree, and beside it a file with the figures and the digests of the pytree's files, whose
-appearance commits both. Hidden states are plain files beside their digests: they may be larger than memory, and they are
-only worth keeping now and then, for without them they are computed again.
+appearance commits both. Hidden states are plain files beside their digests: they may be larger than memory, and they
+are only worth keeping now and then, for without them they are computed again.
 """
 
 import contextlib

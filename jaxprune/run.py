@@ -13,7 +13,7 @@ import numpy as np
 from convert import Reader, create_checkpoint, open_checkpoint
 from convert.assets import load_tokenizer
 from convert.staging import check_free
-from jaxprune import calibration, resume, timing
+from jaxprune import calibration, preflight, resume, timing
 from jaxprune.config import Config, parse
 from jaxprune.console import choose_device, console, print_table, progress, run_main
 from jaxprune.evaluation.quality import Evaluator, table
@@ -22,7 +22,7 @@ from jaxprune.models import model_for
 from jaxprune.oneshot import prune_by_recipe
 from jaxprune.pipeline import linear_shapes, other_params
 from jaxprune.recipe import Recipe
-from jaxprune.record import Record, layer_line
+from jaxprune.record import Record, hardware, layer_line
 from jaxprune.results import LayerResult
 from jaxprune.resume import Journal
 
@@ -32,8 +32,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_main(_main, argv)
 
 
-def _main(argv: Sequence[str]) -> None:
-    run(*parse(argv))
+def _main(argv: Sequence[str]) -> int:
+    config, recipe = parse(argv)
+    if config.dry_run:
+        return dry_run(config, recipe)
+    run(config, recipe)
+    return 0
+
+
+def dry_run(config: Config, recipe: Recipe) -> int:
+    """Prints what a run would need; the exit status is 1 where it does not fit.
+
+    Raises:
+        InputError, CheckpointError: something cannot be used.
+    """
+    choose_device(config.device)
+    spec, model = preflight.shapes(config)
+    need = preflight.need(spec, model, config, recipe)
+    header, rows = preflight.table(need, config)
+    print_table(rows, header)
+    disk = ", ".join(f"{what} {size / preflight.GIB:.2f}" for what, size in need.disk.items() if size)
+    console.print(f"disk, GiB, at most: {disk}; kept in the end: {need.kept / preflight.GIB:.2f}")
+    if config.device_memory is None:
+        console.print(f"time: from the matrix rate of {hardware()}, measured now")
+    problems = list(preflight.shortages(need, config))
+    for problem in problems:
+        console.print(f"does not fit: {problem}")
+    if not problems:
+        console.print("it fits")
+    return int(bool(problems))
 
 
 def run(config: Config, recipe: Recipe) -> Record | None:
@@ -67,6 +94,9 @@ def run(config: Config, recipe: Recipe) -> Record | None:
         "seed": config.seed,
     } | record.what_was_asked()
     record.spend("setup", time.perf_counter() - begin)
+    if not config.unchecked:
+        evaluation = max((len(tokens) for tokens in evaluator.windows.values()), default=None)
+        preflight.require_fit(reader.spec, model, config, recipe, evaluation)
     with resume.open_journal(out, identity, resume=config.resume) as journal:
         if moving and out.exists() and not journal.result.exists():
             shutil.rmtree(journal.folder)

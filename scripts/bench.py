@@ -124,8 +124,8 @@ def wanted_programs(args: argparse.Namespace) -> Iterator[Program]:
         return
     size = SIZES[args.size]
     of = model(size._replace(layers=args.layers or size.layers), args.dtype)
-    stored = jnp.dtype(args.stored)
-    yield from programs.of_pruning(of, args.windows, args.length, METHOD, PATTERN, stored, batch=args.batch)
+    stored, tokens = jnp.dtype(args.stored), args.batch and args.batch * args.length
+    yield from programs.of_pruning(of, args.windows, args.length, METHOD, PATTERN, stored, tokens=tokens)
     yield from parts(of, args.windows, args.length)
     if args.preset:
         preset = PRESETS[args.preset]

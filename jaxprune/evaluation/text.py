@@ -113,7 +113,7 @@ def _compare(
         if len(models) == 1:
             losses -= score_tokens(models[0], heads[0], last[0], targets).log_prob.sum(dtype=np.float64)
             continue
-        found = in_chunks(lambda t, *chunk: _divergence(parts, heads, chunk, t), targets, *last, models=len(models))
+        found = in_chunks(lambda t, *chunk: divergence(parts, heads, chunk, t), targets, *last, models=len(models))
         for total, values in zip((losses, divergences, agreements), found, strict=True):
             total += values.sum(axis=0, dtype=np.float64)
     count = tokens.shape[0] * (tokens.shape[1] - 1)
@@ -130,7 +130,7 @@ def _compare(
 
 
 @partial(jax.jit, static_argnums=0)
-def _divergence(
+def divergence(
     heads: tuple[Part, ...],
     params: tuple[Mapping[str, Array], ...],
     states: tuple[Float[Array, "n _"], ...],

@@ -25,7 +25,7 @@ from jaxprune import plugins
 from jaxprune.errors import InputError
 from jaxprune.models._attention import Layout
 
-__all__ = ["Layout", "Model", "Part", "build", "model_for", "stored_dtype"]
+__all__ = ["Layout", "Model", "Part", "build", "model_for", "model_of", "stored_dtype"]
 
 
 class Part:
@@ -114,16 +114,32 @@ def model_for(reader: Reader, dtype: DTypeLike | None = None) -> Model:
         InputError: an unknown architecture, something in it that is not implemented, or tensors that do not
             fit; all of them in one message.
     """
-    model_type = read_config(reader.assets).get("model_type")
+    return model_of(reader.assets, dtype, reader.spec)
+
+
+def model_of(assets: Path, dtype: DTypeLike | None, spec: Spec | None = None) -> Model:
+    """The model that config.json describes.
+
+    Args:
+        assets: the folder of config.json.
+        dtype: of the computation; as for `model_for`, but it must be given where there is no `spec`.
+        spec: of the checkpoint, which has to fit; None: there is only a configuration.
+
+    Raises:
+        InputError: as for `model_for`.
+    """
+    model_type = read_config(assets).get("model_type")
     known = plugins.names(sys.modules[__name__])
     if model_type not in known:
         raise InputError(f"model type {model_type!r} is not supported; supported: {', '.join(known)}")
     family = plugins.load(sys.modules[__name__], model_type)
     if dtype is None:
-        dtype = jax.numpy.float32 if jax.default_backend() == "cpu" else stored_dtype(reader.spec)
-    config = family.Config.from_hf(_hf_config(reader.assets), jax.numpy.dtype(dtype))
+        assert spec is not None
+        dtype = jax.numpy.float32 if jax.default_backend() == "cpu" else stored_dtype(spec)
+    config = family.Config.from_hf(_hf_config(assets), jax.numpy.dtype(dtype))
     model = build(model_type, config)
-    _check(reader.spec, model.spec)
+    if spec is not None:
+        _check(spec, model.spec)
     return model
 
 
