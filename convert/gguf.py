@@ -6,12 +6,13 @@ References:
     https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import contextlib
 import json
 import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ TOKENIZER_FIELDS = {
     "pad_token_id": "padding_token_id",
     "add_prefix_space": "add_space_prefix",
 }
+MOST = 2**22
+"""Elements of an array in a header; vocabularies and their merges have a tenth of it."""
 # llama.cpp stores the frequency factors of Llama 3's rope, which the configuration of the model describes.
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -67,10 +70,11 @@ class Reader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            reader = gguf.GGUFReader(path)
-        except (OSError, ValueError, IndexError, KeyError, OverflowError) as error:
-            raise CheckpointError(f"{path} is damaged or no GGUF file ({error}): fetch it again") from error
+        with _refusing(path):
+            self._open(path)
+
+    def _open(self, path: Path) -> None:
+        reader = _Bounded(path)
         self._fields = reader.fields
         self._tensors: dict[str, Any] = {}
         self.spec: Spec = {}
@@ -98,6 +102,10 @@ class Reader:
         return path.is_file() and path.suffix == ".gguf"
 
     def read(self, paths: Iterable[str]) -> Params:
+        with _refusing(self._path):
+            return self._read(paths)
+
+    def _read(self, paths: Iterable[str]) -> Params:
         params = {}
         for path in paths:
             tensor = self._tensors[path]
@@ -122,7 +130,8 @@ class Reader:
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         (folder / "config.json").write_text(json.dumps(self._hf_config, indent=2) + "\n")
         if "tokenizer.ggml.model" in self._fields:
-            self._save_tokenizer(folder)
+            with _refusing(self._path):
+                self._save_tokenizer(folder)
         return folder
 
     def _save_tokenizer(self, folder: Path) -> None:
@@ -137,10 +146,7 @@ class Reader:
             for name in ("bos", "eos", "unk", "pad")
             if f"{name}_token_id" in fields
         }
-        try:
-            backend, _ = convert_gguf_tokenizer("llama", fields)
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{self._path}: {error}") from error
+        backend, _ = convert_gguf_tokenizer("llama", fields)
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=backend,
             chat_template=self._field("tokenizer.chat_template"),
@@ -214,6 +220,32 @@ class Reader:
         elif kind != "none":
             raise CheckpointError(f"{self._path} scales its rope by {kind!r}, which is not implemented")
         return rope
+
+
+class _Bounded(gguf.GGUFReader):
+    """The package's reader, which believes any length that a damaged file gives: it would loop for days."""
+
+    def _get(self, offset: Any, dtype: Any, count: Any = 1, *args: Any, **options: Any) -> Any:
+        if not 0 <= offset <= offset + int(count) * np.dtype(dtype).itemsize <= len(self.data):
+            raise ValueError("it ends too early")
+        return super()._get(offset, dtype, count, *args, **options)
+
+    def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
+        if raw_type == gguf.GGUFValueType.ARRAY and (length := int(self._get(orig_offs + 4, np.uint64)[0])) > MOST:
+            raise ValueError(f"an array of {length} elements")
+        return super()._get_field_parts(orig_offs, raw_type)
+
+
+@contextlib.contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Turns whatever a damaged file makes the gguf and tokenizers packages raise into one kind of error."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = str(error)[:200] or type(error).__name__
+        raise CheckpointError(f"{path} is damaged or no GGUF file ({reason}): fetch it again") from error
 
 
 def _flax_path(name: str) -> str | None:

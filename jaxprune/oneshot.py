@@ -10,11 +10,12 @@ from convert import Params, Reader
 from jaxprune.allocation import allocate
 from jaxprune.models import model_for
 from jaxprune.patterns import Pattern, Unstructured
-from jaxprune.pipeline import PatternOf, pattern_for_each, prune
+from jaxprune.pipeline import pattern_for_each, prune
 from jaxprune.recipe import Recipe
 from jaxprune.results import LayerResult, Results
 from jaxprune.resume import Journal
 from jaxprune.sensitivity import Importance, Weights, measure_sensitivity, weights
+from jaxprune.stages import PatternOf
 from jaxprune.stream import require_tokens
 from jaxprune.tuning import tune
 

@@ -293,9 +293,9 @@ def table(need: Need, config: Config) -> tuple[list[str], list[list[str]]]:
             total += seconds
             row.append(duration(seconds))
         rows.append(row)
-    flops = sum(sum(flops.values()) for flops in need.flops.values())
+    every = sum(sum(flops.values()) for flops in need.flops.values())
     most = max(need.host[phase] + _on_cpu(config) * device for phase, device in need.device.items())
-    rows.append(["all", _gib(max(need.device.values())), _gib(most), f"{flops / 1e12:,.4g}"])
+    rows.append(["all", _gib(max(need.device.values())), _gib(most), f"{every / 1e12:,.4g}"])
     if rates:
         rows[-1].append(duration(total))
     return ["", "device, GiB", "host, GiB", "TFLOP", *["about"] * bool(rates)], rows

@@ -23,7 +23,8 @@ from jaxprune.errors import InputError
 from jaxprune.methods import Method
 from jaxprune.models import model_for
 from jaxprune.patterns import Pattern
-from jaxprune.pipeline import Layer, PatternOf, Run, advance, measure, prune, solve
+from jaxprune.pipeline import prune
+from jaxprune.stages import Layer, PatternOf, Run, advance, measure, solve
 
 FORMAT = "jaxprune layer 1"
 

@@ -18,7 +18,7 @@ from jax import ShapeDtypeStruct as Shape
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jaxtyping import DTypeLike
 
-from jaxprune import linears, pipeline, sensitivity, stream, tuning
+from jaxprune import linears, sensitivity, stages, stream, tuning
 from jaxprune.evaluation import text
 from jaxprune.hidden import batch_size
 from jaxprune.methods import Method
@@ -160,7 +160,7 @@ def of_pruning(
     grams = {tap: Shape((n, n), jnp.float32) for tap, n in model.widths.items()}
     in_flight = 2 * _bytes(x)  # one batch on its way in, one on its way out
     yield Program(
-        "gram", "forward and Gram matrices", partial(pipeline.accumulate, model.layer), (params, x, {}, grams),
+        "gram", "forward and Gram matrices", partial(stages.accumulate, model.layer), (params, x, {}, grams),
         passes, in_flight, donated=(3,),
     )  # fmt: skip
     waiting = dict(grams)

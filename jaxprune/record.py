@@ -163,6 +163,8 @@ def layer_line(layer: LayerResult, count: int) -> str:
     )
     zeros, size = (sum(getattr(linear, name) for linear in layer.linears.values()) for name in ("zeros", "size"))
     seconds = "  ".join(f"{phase} {value:.1f}" for phase, value in layer.seconds.items())
+    raised = max(linear.stats.get("damping_times", 1) for linear in layer.linears.values())
+    seconds += f"  damping raised {raised:g} times" * (raised > 1)
     return f"layer {layer.index + 1}/{count}  error %: {errors}  sparsity {100 * zeros / size:.2f} %  s: {seconds}"
 
 

@@ -9,9 +9,10 @@ from jaxtyping import DTypeLike, Int
 
 from convert import Reader
 from jaxprune.patterns import Pattern
-from jaxprune.pipeline import PatternOf, prune
+from jaxprune.pipeline import prune
 from jaxprune.recipe import Recipe
 from jaxprune.results import LayerResult
+from jaxprune.stages import PatternOf
 
 
 class Timing(NamedTuple):

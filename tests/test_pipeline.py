@@ -10,16 +10,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert import create_checkpoint, open_checkpoint, part_of
-from jaxprune import InputError, Unstructured, other_params, prune
+from jaxprune import InputError, Unstructured, other_params, prune, stages
 from jaxprune.hidden import HiddenStates, batch_size
 from jaxprune.linears import store
+from jaxprune.methods import with_more_damping
+from jaxprune.methods._combine import Crossed, Finished
 from jaxprune.methods.admm import ADMM
+from jaxprune.methods.exact import Exact
 from jaxprune.methods.magnitude import Magnitude
+from jaxprune.methods.sparsegpt import SparseGPT
 from jaxprune.methods.wanda import Wanda
 from jaxprune.models import model_for
 from jaxprune.patterns import NM
-from jaxprune.pipeline import STAGES, Run, accumulate, solve
+from jaxprune.record import layer_line
 from jaxprune.results import LayerResult
+from jaxprune.stages import STAGES, Run, accumulate, solve
 from jaxprune.stream import apply_layer, embed, forward
 from tests import oracles, tiny
 
@@ -273,3 +278,28 @@ def test_a_linear_makes_up_for_its_inputs_drift(checkpoint: Path) -> None:
     (first, plain), (same, better) = distance(0.0), distance(1.0)
     assert same == pytest.approx(first, rel=1e-4)  # nothing has drifted before the first layer
     assert better < 0.98 * plain
+
+
+def test_damping_is_raised_where_a_solve_fails(checkpoint: Path) -> None:
+    """Five tokens a Gram matrix: next to no damping makes SparseGPT's factorization fail in float32."""
+    few = windows(1, 5)
+    results = run(checkpoint, tokens=few, method=SparseGPT(damping=1e-12))
+    times = {path: linear.stats.get("damping_times") for layer in results for path, linear in layer.linears.items()}
+    assert {10.0} <= set(times.values()) <= {None, 10.0}
+    assert all(np.isfinite(linear.error) for layer in results for linear in layer.linears.values())
+    assert "damping raised" in layer_line(results[0], 3)
+    plain = run(checkpoint, tokens=few, method=SparseGPT())
+    assert all("damping_times" not in linear.stats for layer in plain for linear in layer.linears.values())
+
+
+def test_damping_is_not_raised_without_end(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "DAMPING", (1,))
+    with pytest.raises(InputError, match=r"layer 0: .*q_proj.* cannot be solved, even with 1 times the damping"):
+        run(checkpoint, tokens=windows(1, 5), method=SparseGPT(damping=1e-30))
+
+
+def test_more_damping_reaches_all_methods() -> None:
+    crossed = Crossed(SparseGPT(damping=0.01), Finished(ADMM(damping=0.0), Exact(steps=3, damping=0.1)))
+    more = with_more_damping(crossed, 10)
+    assert more == Crossed(SparseGPT(damping=0.1), Finished(ADMM(damping=1e-6 * 10), Exact(steps=3, damping=1.0)))
+    assert with_more_damping(Magnitude(), 10) == Magnitude()

@@ -15,9 +15,10 @@ from jaxprune.methods.admm import ADMM
 from jaxprune.methods.alps import ALPS
 from jaxprune.models import model_for
 from jaxprune.patterns import Unstructured
-from jaxprune.pipeline import accumulate, prune
+from jaxprune.pipeline import prune
 from jaxprune.programs import Program, count_flops
 from jaxprune.sensitivity import backward, measure_sensitivity
+from jaxprune.stages import accumulate
 from jaxprune.stream import apply_layer
 from tests.test_pipeline import windows
 

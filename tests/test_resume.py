@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from jaxprune import InputError, pipeline, resume
+from jaxprune import InputError, resume, stages
 from jaxprune.resume import Journal
 from jaxprune.run import main
 from tests import tiny
@@ -31,10 +31,10 @@ LINES = {
 }
 MOMENTS = {
     "reading": ("convert.hf", "Reader.read"),
-    "Gram": ("jaxprune.pipeline", "accumulate"),
-    "Gram, asymmetric": ("jaxprune.pipeline", "_accumulate_both"),
-    "solve": ("jaxprune.pipeline", "solve_linear"),
-    "forward": ("jaxprune.pipeline", "forward"),
+    "Gram": ("jaxprune.stages", "accumulate"),
+    "Gram, asymmetric": ("jaxprune.stages", "_accumulate_both"),
+    "solve": ("jaxprune.stages", "solve_linear"),
+    "forward": ("jaxprune.stages", "forward"),
     "commit": ("jaxprune.resume", "save_tree"),
     "states": ("jaxprune.resume", "_write_array"),
     "sensitivity": ("jaxprune.sensitivity", "backward"),
@@ -167,7 +167,7 @@ def stopped(line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert main([*argv, "--out", str(tmp_path / "whole")]) == 0
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "solve_linear", failing(pipeline.solve_linear, 30))
+        patch.setattr(stages, "solve_linear", failing(stages.solve_linear, 30))
         assert main([*argv, "--out", str(out)]) == 1
     assert not out.exists()
     return [*argv, "--out", str(out)], tmp_path / "out.unfinished", digests(tmp_path / "whole")
@@ -263,7 +263,7 @@ def test_a_signal_stops_a_run_cleanly(
     signal_name: str, line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     argv = [*line, "--out", str(tmp_path / "out"), "--save-masks", str(tmp_path / "masks")]
-    real, calls = pipeline.solve_linear, []
+    real, calls = stages.solve_linear, []
 
     def signalled(*args: Any) -> Any:
         calls.append(1)
@@ -272,7 +272,7 @@ def test_a_signal_stops_a_run_cleanly(
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "solve_linear", signalled)
+        patch.setattr(stages, "solve_linear", signalled)
         assert main(argv) == 130
     said = capsys.readouterr().err
     assert "the same command goes on from there" in said and said.endswith("stopped\n")

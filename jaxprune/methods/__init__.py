@@ -89,3 +89,18 @@ def load(name: str) -> type:
         and value.__module__ == module.__name__
     )
     return method
+
+
+def with_more_damping(method: Any, times: float) -> Any:
+    """The method with all its dampings so many times as large, those of the methods it is made of included.
+
+    A damping counts as at least 1e-6 of the mean diagonal here: below, float32 does not see it.
+    """
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        if field.name == "damping":
+            changes["damping"] = max(value, 1e-6) * times
+        elif dataclasses.is_dataclass(value):
+            changes[field.name] = with_more_damping(value, times)
+    return dataclasses.replace(method, **changes)

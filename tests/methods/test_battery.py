@@ -9,12 +9,12 @@ import pytest
 
 from jaxprune import methods, stats
 from jaxprune.errors import InputError
+from jaxprune.linears import solve_linear
 from jaxprune.methods import Method
 from jaxprune.methods._combine import Crossed, Finished
 from jaxprune.methods.exact import Exact
 from jaxprune.methods.sparsegpt import SparseGPT
 from jaxprune.patterns import Pattern, Unstructured, parse
-from jaxprune.pipeline import solve_linear
 from tests import oracles
 
 METHODS: dict[str, Method] = {name: methods.load(name)() for name in methods.names()} | {
