@@ -100,6 +100,8 @@ class Writer:
 def save_tree(path: Path, arrays: Params) -> None:
     """Saves arrays as one pytree, which appears at `path` by a rename; what was there is replaced.
 
+    Where a run has several processes all of them must call it: Orbax makes them wait for each other.
+
     Args:
         path: absolute.
         arrays: by dotted path.

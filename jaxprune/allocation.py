@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from convert import Reader
+from jaxprune import devices
 from jaxprune.models import model_for
 from jaxprune.sensitivity import Sensitivity
 from jaxprune.stream import read_layers
@@ -47,8 +48,8 @@ def allocate(
     for index, (params, layer) in enumerate(zip(read_layers(model, reader), sensitivity, strict=True)):
         for tap, paths in model.inputs.items():
             for path in paths:
-                kernel = jax.device_put(params[f"{path}.kernel"])
-                histograms.append(np.asarray(_histogram(kernel, layer.inputs[tap], layer.outputs[path])))
+                kernel = devices.everywhere(params[f"{path}.kernel"])
+                histograms.append(devices.fetch(_histogram(kernel, layer.inputs[tap], layer.outputs[path])))
                 linears.append((index, path))
                 sizes.append(kernel.size)
     zeros = share_zeros(np.stack(histograms), round(sparsity * sum(sizes)), spread)

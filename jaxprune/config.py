@@ -7,6 +7,7 @@ from typing import Literal
 
 from convert.hub import known_names
 from jaxprune import calibration
+from jaxprune.errors import InputError
 from jaxprune.evaluation.options import EvalOptions, with_defaults
 from jaxprune.flags import add_fields, make, require_positive
 from jaxprune.recipe import Parser, Recipe
@@ -25,6 +26,15 @@ class Config(EvalOptions):
     resume: bool = False
     """Insist on going on with a run that was stopped. The same command goes on by itself wherever there is something to
     go on with: what is finished is kept in OUT.unfinished until the run ends."""
+    devices: int | None = None
+    """Devices of each process (default: all there are; on a CPU, which can be divided, 1)."""
+    coordinator: str | None = None
+    """One run on several hosts: host:port of the first process, with --processes and --process-id; or auto, which asks
+    SLURM, Open MPI or a TPU pod. All hosts must see --ckpt and --out."""
+    processes: int | None = None
+    """How many processes there are, usually one a host."""
+    process_id: int | None = None
+    """The number of this one, from 0."""
     dry_run: bool = False
     """Only say what the run would need (device and host memory, disk, FLOPs, time), and whether it fits. config.json
     and the headers of the weights are enough, or config.json alone."""
@@ -48,13 +58,21 @@ class Config(EvalOptions):
     timing: Literal["jit-vs-eager"] | None = None
     """First prune the first layer compiled and under jax.disable_jit, and show the seconds of both."""
 
+    @property
+    def join(self) -> tuple[str, int | None, int | None] | None:
+        """What `devices.join` takes; None: this is the only process."""
+        return (self.coordinator, self.processes, self.process_id) if self.coordinator else None
+
     def resolved(self, recipe: Recipe) -> "Config":
         """The same run with the defaults that depend on other options filled in.
 
         Raises:
             InputError: options that no run can have.
         """
-        require_positive(self, "nsamples", "seqlen")
+        require_positive(self, "nsamples", "seqlen", "devices")
+        numbers = [self.processes is not None, self.process_id is not None]
+        if any(numbers) if self.coordinator in (None, "auto") else not all(numbers):
+            raise InputError("--coordinator HOST:PORT, --processes and --process-id go together, or --coordinator auto")
         default_text = calibration.default_text(self.ckpt)
         filled = with_defaults(self, eval="ppl", eval_text=default_text or "wikitext2", eval_seqlen=self.seqlen)
         return dataclasses.replace(

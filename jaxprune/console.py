@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from convert import CheckpointError
+from jaxprune import devices
 from jaxprune.errors import InputError
 
 CACHE_BYTES = 2**30
@@ -26,10 +27,7 @@ def run_main(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     _quiet_libraries()
     keep_compilations()
 
-    def terminate(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         return command(sys.argv[1:] if argv is None else argv) or 0
     except (InputError, CheckpointError) as error:
@@ -40,6 +38,10 @@ def run_main(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def keep_compilations() -> None:
@@ -56,14 +58,30 @@ def keep_compilations() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def choose_device(device: str) -> None:
+Join = tuple[str, int | None, int | None]
+"""Arguments of `devices.join`."""
+
+
+def choose_device(device: str, count: int | None = None, join: Join | None = None) -> None:
     """Makes JAX use one kind of device: auto, cpu, gpu or tpu.
 
+    Args:
+        device: the kind.
+        count: of devices; None: all there are.
+        join: how to become one of several processes; None: this is the only one.
+
     Raises:
-        InputError: there is none.
+        InputError: there is none, or there are fewer.
     """
+    if count:
+        jax.config.update("jax_num_cpu_devices", count)
+        count = None if join else count
     if device != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
+    if join:
+        devices.join(*join)
+        signal.signal(signal.SIGTERM, _terminate)  # JAX has put a handler of its own there, which only takes note
+        console.quiet = not devices.is_first()
     try:
         jax.devices()
     except RuntimeError as error:
@@ -71,6 +89,7 @@ def choose_device(device: str) -> None:
             f"JAX finds no {device} ({str(error).splitlines()[0]}): install jaxprune[cuda] or jaxprune[tpu], or "
             "pass --device cpu"
         ) from error
+    devices.use(count)
 
 
 def progress() -> Progress:

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
-from jaxprune import stats
+from jaxprune import devices, stats
 from jaxprune.masks import StoredMask
 from jaxprune.methods import Mask, Method
 from jaxprune.patterns import Pattern
@@ -54,18 +54,19 @@ def solve_linear(
         outputs: √c, one weight an output.
         target: the kernel whose outputs are wanted; None: the dense kernel's own.
     """
-    choice = jnp.asarray(pattern.read()) if isinstance(pattern, StoredMask) else pattern
-    scale = jnp.asarray(np.ones(kernel.shape[1]) if outputs is None else outputs, gram.dtype)[None, :]
+    choice = devices.by_outputs(pattern.read()) if isinstance(pattern, StoredMask) else pattern
+    scale = np.asarray(np.ones(kernel.shape[1]) if outputs is None else outputs, gram.dtype)[None, :]
+    kernel = devices.by_outputs(kernel)
     solution = method.solve(prepared, (kernel.astype(gram.dtype) if target is None else target) * scale, choice)
     stored, figures = store(gram, kernel, solution.weight / scale)
-    values = jax.device_get(figures | solution.stats)
+    values = devices.fetch(figures | solution.stats)
     result = LinearResult(
         error=float(values.pop("error")),
         zeros=int(values.pop("zeros")),
         size=kernel.size,
         stats={name: float(value) for name, value in values.items()},
     )
-    return stored, solution.mask, result
+    return devices.everywhere(stored), solution.mask, result
 
 
 @jax.jit

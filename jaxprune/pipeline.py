@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import DTypeLike, Int
 
 from convert import Reader, Spec, parts
+from jaxprune import devices
 from jaxprune.errors import InputError
 from jaxprune.masks import StoredMask
 from jaxprune.methods import Method
@@ -98,7 +99,7 @@ def _visit(
             behind, fresh = _restore(reader, tokens, run, done, index), False
         for before in range(behind, index):
             _pass_by(reader, run, done, before)
-        layer = Layer(index, jax.block_until_ready(jax.device_put(params)), {}, {}, {}, {})
+        layer = Layer(index, jax.block_until_ready(devices.everywhere(params)), {}, {}, {}, {})
         seconds = {"read": time.perf_counter() - start}
         for name, stage in stages.items():
             start = time.perf_counter()
@@ -107,9 +108,9 @@ def _visit(
             seconds[name] = time.perf_counter() - start
         changed = {f"{path}.kernel" for path in layer.linears}
         # Only kernels changed; the rest goes out exactly as it came in.
-        out = {p: np.asarray(layer.params[p]) if p in changed else array for p, array in params.items()}
+        out = {p: devices.fetch(layer.params[p]) if p in changed else array for p, array in params.items()}
         del params
-        result = LayerResult(index, in_checkpoint(index, out), layer.linears, jax.device_get(layer.masks), seconds)
+        result = LayerResult(index, in_checkpoint(index, out), layer.linears, devices.fetch(layer.masks), seconds)
         del layer, out
         behind = index + 1
         done.put(result)
@@ -142,10 +143,10 @@ def _pass_by(reader: Reader, run: Run, done: Results, index: int) -> None:
     layer = done.get(index)
     if layer is None:
         raise InputError(f"layer {index} was damaged on the disk while it was used: run the same command again")
-    forward(run.model, jax.device_put(inside_layer(index, layer.params)), run.hidden)
+    forward(run.model, devices.everywhere(inside_layer(index, layer.params)), run.hidden)
     if run.dense:
         (params,) = read_layers(run.model, reader, [index])
-        forward(run.model, jax.device_put(params), run.dense)
+        forward(run.model, devices.everywhere(params), run.dense)
 
 
 def linear_shapes(model: Model) -> dict[tuple[int, str], tuple[int, ...]]:

@@ -24,6 +24,7 @@ from jaxtyping import Shaped
 from convert import CheckpointError, Params, Reader, parts
 from convert.orbax import load_tree, save_tree
 from convert.staging import replace, write_text
+from jaxprune import devices
 from jaxprune.console import console
 from jaxprune.errors import InputError
 
@@ -65,11 +66,12 @@ class Journal:
         self._resting, self._cost = time.monotonic(), 0.0
 
     def __contains__(self, name: str) -> bool:
-        return self._note(name).exists()
+        return devices.agree(self._note(name).exists())
 
     def names(self, stage: str) -> list[str]:
         """The names of a stage's entries or own stages, without the stage's own."""
-        return [path.name for path in (self.folder / stage).glob("*") if path.is_dir() and "." not in path.name]
+        found = (path.name for path in (self.folder / stage).glob("*") if path.is_dir() and "." not in path.name)
+        return devices.agree(sorted(found))
 
     def put(self, name: str, arrays: Params, figures: Mapping[str, Any]) -> None:
         """Commits an entry in the background, as soon as the one before it is committed.
@@ -78,11 +80,16 @@ class Journal:
             CheckpointError: the one before it could not be written.
         """
         self.wait()
-        self._pending = self._pool.submit(self._write, name, dict(arrays), dict(figures))
+        if devices.processes() > 1:  # Orbax makes them wait for each other, so not beside other work
+            self._write(name, arrays, figures)
+            devices.agree(None)
+        else:
+            self._pending = self._pool.submit(self._write, name, arrays, figures)
 
     def finish(self) -> None:
         """Says that the result is complete; see `finishing`."""
-        (self.folder / FINISHING).touch()
+        if devices.is_first():
+            (self.folder / FINISHING).touch()
 
     def wait(self) -> None:
         """Returns when all entries are committed.
@@ -99,6 +106,14 @@ class Journal:
         self.wait()  # Orbax's event loops don't bear each other's company
         if name not in self:
             return None
+        entry = self._read(name)
+        if not devices.agree(entry is not None):
+            return None
+        if entry is None:
+            raise CheckpointError(f"{self.folder} must be on a disk that all hosts see")
+        return entry
+
+    def _read(self, name: str) -> Entry | None:
         folder = self.folder / name
         try:
             note = json.loads(self._note(name).read_text())
@@ -112,14 +127,14 @@ class Journal:
     def drop(self, *stages: str) -> None:
         """Removes entries, or all entries of stages."""
         self.wait()
-        for stage in stages:
+        for stage in stages if devices.is_first() else ():
             self._note(stage).unlink(missing_ok=True)
             shutil.rmtree(self.folder / stage, ignore_errors=True)
 
     def worth_keeping(self, size: int) -> bool:
         """Whether so much has been done since states were last kept that keeping them costs little."""
         cost = self._cost or size / _BYTES_PER_SECOND
-        return time.monotonic() - self._resting > PATIENCE * cost
+        return devices.agree(time.monotonic() - self._resting > PATIENCE * cost)
 
     @contextlib.contextmanager
     def keeping(self) -> Iterator[None]:
@@ -140,7 +155,7 @@ class Journal:
         Raises:
             CheckpointError: they cannot be written.
         """
-        if not self.worth_keeping(sum(array.nbytes for array in states.values())):
+        if not self.worth_keeping(sum(array.nbytes for array in states.values())) or not devices.is_first():
             return
         folder = self.folder / stage / f"states.{position}"
         staged = folder.with_name(f"{folder.name}.partial")
@@ -165,7 +180,7 @@ class Journal:
     def position(self, stage: str) -> int | None:
         """Where the kept states of a stage are; None without any."""
         found = [path.name.split(".") for path in (self.folder / stage).glob("states.*")]
-        return max((int(name[1]) for name in found if len(name) == 2), default=None)
+        return devices.agree(max((int(name[1]) for name in found if len(name) == 2), default=None))
 
     def restore_states(self, stage: str, states: Mapping[str, Shaped[np.ndarray, "w t d"]]) -> bool:
         """Whether the kept states of a stage are whole; `states` are filled with them, or with what was left."""
@@ -179,15 +194,18 @@ class Journal:
         except (OSError, ValueError) as error:
             good = False
             console.print(f"cannot read {folder}: {error}")
-        if not good:
+        good = devices.agree(good)
+        if not good and devices.is_first():
             console.print(f"{folder} is damaged; the hidden states are computed again")
             shutil.rmtree(folder)
         return good
 
-    def _write(self, name: str, arrays: Params, figures: dict[str, Any]) -> None:
+    def _write(self, name: str, arrays: Params, figures: Mapping[str, Any]) -> None:
         folder = self.folder / name
         save_tree(folder, arrays)
-        note = {"files": _digests(folder), "figures": figures}
+        if not devices.is_first():
+            return
+        note = {"files": _digests(folder), "figures": dict(figures)}
         write_text(self._note(name), json.dumps(note | {"digest": _digest_of(note)}))
 
     def _note(self, name: str) -> Path:
@@ -215,34 +233,47 @@ def open_journal(out: Path, identity: Mapping[str, Any], *, resume: bool = False
         CheckpointError: it cannot be written.
     """
     folder = journal_folder(out)
+    with contextlib.ExitStack() as stack:
+        fault = ""
+        try:
+            if devices.is_first():
+                _take(folder, identity, resume, stack)
+        except (InputError, CheckpointError) as error:
+            fault = str(error)
+        if fault := devices.agree(fault):
+            raise InputError(fault)
+        try:
+            with contextlib.closing(Journal(folder)) as journal:
+                yield journal
+        except BaseException:
+            if devices.is_first():
+                _leave(folder)
+            raise
+
+
+def _take(folder: Path, identity: Mapping[str, Any], resume: bool, stack: contextlib.ExitStack) -> None:
+    """Locks the folder of a journal and tidies it up; errors as for `open_journal`."""
     if resume and not (folder / IDENTITY).exists():
         raise InputError(f"there is nothing to go on with at {folder}: leave --resume out to begin")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / LOCK, timeout=0)
-        lock.acquire()
+        stack.enter_context(filelock.FileLock(folder / LOCK, timeout=0))
     except filelock.Timeout:
-        raise InputError(f"another process is working on {out}: let it finish, or choose another --out") from None
+        raise InputError(f"another process is working on {folder}: let it finish, or choose another --out") from None
     except OSError as error:
-        raise CheckpointError(f"cannot write into {out.parent}: {error.strerror}; choose another --out") from error
-    try:
-        _require_same(folder, json.loads(json.dumps(identity)))
-        for leftover in [folder / RESULT, *folder.rglob("*.partial"), *folder.rglob("*orbax-checkpoint-tmp*")]:
-            shutil.rmtree(leftover, ignore_errors=True)
-        journal = Journal(folder)
-        try:
-            yield journal
-        finally:
-            journal.close()
-    except BaseException:
-        shutil.rmtree(folder / RESULT, ignore_errors=True)
-        if any(path.is_dir() for path in folder.glob("*")):
-            print(f"what is finished is kept in {folder}: the same command goes on from there", file=sys.stderr)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    finally:
-        lock.release()
+        raise CheckpointError(f"cannot write into {folder.parent}: {error.strerror}; choose another --out") from error
+    _require_same(folder, json.loads(json.dumps(identity)))
+    for leftover in [folder / RESULT, *folder.rglob("*.partial"), *folder.rglob("*orbax-checkpoint-tmp*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _leave(folder: Path) -> None:
+    """Says what is kept of a run that stops."""
+    shutil.rmtree(folder / RESULT, ignore_errors=True)
+    if any(path.is_dir() for path in folder.glob("*")):
+        print(f"what is finished is kept in {folder}: the same command goes on from there", file=sys.stderr)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def finishing(out: Path) -> bool:
@@ -252,8 +283,10 @@ def finishing(out: Path) -> bool:
 
 def publish(journal: Journal, out: Path) -> None:
     """Moves the finished checkpoint to its place, and removes the journal."""
-    replace(journal.result, out)
-    shutil.rmtree(journal.folder)
+    if devices.is_first():
+        replace(journal.result, out)
+        shutil.rmtree(journal.folder)
+    devices.agree(None)
 
 
 def journal_folder(out: Path) -> Path:

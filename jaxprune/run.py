@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from convert import Reader, create_checkpoint, open_checkpoint
+from convert import Reader, Writer, create_checkpoint, open_checkpoint
 from convert.assets import load_tokenizer
 from convert.staging import check_free
-from jaxprune import calibration, preflight, resume, timing
+from jaxprune import calibration, devices, preflight, resume, timing
 from jaxprune.config import Config, parse
 from jaxprune.console import choose_device, console, print_table, progress, run_main
 from jaxprune.evaluation.quality import Evaluator, table
@@ -46,7 +46,7 @@ def dry_run(config: Config, recipe: Recipe) -> int:
     Raises:
         InputError, CheckpointError: something cannot be used.
     """
-    choose_device(config.device)
+    choose_device(config.device, config.devices, config.join)
     spec, model = preflight.shapes(config)
     need = preflight.need(spec, model, config, recipe)
     header, rows = preflight.table(need, config)
@@ -78,7 +78,7 @@ def run(config: Config, recipe: Recipe) -> Record | None:
     overwrite = config.overwrite or moving
     out = check_free(config.out, overwrite=overwrite)
     masks_out = check_free(config.save_masks, overwrite=overwrite, folder=False) if config.save_masks else None
-    choose_device(config.device)
+    choose_device(config.device, config.devices, config.join)
     console.print(f"opening {config.ckpt}")
     reader = open_checkpoint(config.ckpt)
     dtype = config.computation_dtype
@@ -98,8 +98,9 @@ def run(config: Config, recipe: Recipe) -> Record | None:
         evaluation = max((len(tokens) for tokens in evaluator.windows.values()), default=None)
         preflight.require_fit(reader.spec, model, config, recipe, evaluation)
     with resume.open_journal(out, identity, resume=config.resume) as journal:
-        if moving and out.exists() and not journal.result.exists():
-            shutil.rmtree(journal.folder)
+        if devices.agree(moving and out.exists() and not journal.result.exists()):
+            if devices.is_first():
+                shutil.rmtree(journal.folder)
             console.print(f"{out} was finished already")
             return None
         if config.timing:
@@ -109,7 +110,7 @@ def run(config: Config, recipe: Recipe) -> Record | None:
             print_table(rows, header)
         with contextlib.ExitStack() as stack:
             masks: MaskWriter | None = None
-            if masks_out:
+            if masks_out and devices.is_first():
                 masks = stack.enter_context(create_masks(masks_out, linear_shapes(model), overwrite=overwrite))
             _export(config, record, reader, journal, masks)
             with _timed(record, "evaluate") if config.measures else contextlib.nullcontext():
@@ -117,7 +118,8 @@ def run(config: Config, recipe: Recipe) -> Record | None:
                 for which, quality in evaluator.measure(readers, against="dense"):
                     record.evaluation[which] = quality
             record.seconds["total"] = time.perf_counter() - begin
-            record.save(journal.result)
+            if devices.is_first():
+                record.save(journal.result)
             journal.finish()
         resume.publish(journal, out)
     print_table([*record.summary(), ("result", os.path.relpath(out))])
@@ -131,7 +133,10 @@ def _export(config: Config, record: Record, reader: Reader, journal: Journal, ma
     """Prunes, and writes the checkpoint to where the journal wants it."""
     recipe, dtype = record.recipe, config.computation_dtype
     count = model_for(reader, dtype).config.num_layers
-    with create_checkpoint(journal.result, reader.spec, reader.assets) as writer:
+    with contextlib.ExitStack() as stack:
+        writer: Writer | None = None
+        if devices.is_first():
+            writer = stack.enter_context(create_checkpoint(journal.result, reader.spec, reader.assets))
         with progress() as bar:
             task = bar.add_task("pruning", total=count * recipe.tuning.rounds)
 
@@ -157,12 +162,15 @@ def _export(config: Config, record: Record, reader: Reader, journal: Journal, ma
             )
             for layer in layers:
                 with _timed(record, "write"):
-                    writer.write(layer.params)
+                    if writer:
+                        writer.write(layer.params)
                     if masks:
                         masks.write(layer.index, layer.masks)
-        with _timed(record, "write"):
-            for paths in other_params(reader.spec):
-                writer.write(reader.read(paths))
+        if writer:
+            with _timed(record, "write"):
+                for paths in other_params(reader.spec):
+                    writer.write(reader.read(paths))
+    devices.agree(None)  # the checkpoint is complete
 
 
 def calibration_windows(config: Config, reader: Reader) -> np.ndarray:

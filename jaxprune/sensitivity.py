@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from convert import Reader
+from jaxprune import devices
 from jaxprune.errors import InputError
 from jaxprune.flags import require_positive
 from jaxprune.hidden import HiddenStates
@@ -185,7 +186,7 @@ def _reverse(
     inputs = []
     for params in read_layers(model, reader, range(top)):
         inputs.append(states.array.copy())
-        forward(model, jax.device_put(params), states)
+        forward(model, devices.everywhere(params), states)
     if top == count:
         _differentiate_loss(model, reader, states, tokens)
     else:
@@ -193,7 +194,7 @@ def _reverse(
         del gradient
     order = range(top)[::-1]
     for index, params in zip(order, read_layers(model, reader, order), strict=True):
-        layer = _reverse_layer(model, jax.device_put(params), inputs.pop(), states)
+        layer = _reverse_layer(model, devices.everywhere(params), inputs.pop(), states)
         _require_finite(layer)
         if journal and index not in found:
             arrays = {f"{kind}.{name}": array for kind, part in layer._asdict().items() for name, array in part.items()}
@@ -233,12 +234,12 @@ def _reverse_layer(
     batches: list[Sensitivity] = []
 
     def step(gradient: Array, rows: slice) -> Array:
-        back, sensitivity = backward(model.layer, taps, params, jax.device_put(inputs[rows]), gradient)
+        back, sensitivity = backward(model.layer, taps, params, devices.by_windows(inputs[rows]), gradient)
         batches.append(sensitivity)
         return back
 
     gradients.update(step)
-    every = jax.device_get(batches)
+    every = devices.fetch(batches)
     return Sensitivity(
         {tap: np.concatenate([batch.tokens[tap] for batch in every]) for tap in model.inputs},
         {path: sum(batch.outputs[path] for batch in every) for path in model.linears},

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from jaxprune import stats
+from jaxprune import devices, stats
 from jaxprune.errors import InputError
 from jaxprune.hidden import HiddenStates
 from jaxprune.linears import LinearResult, solve_linear
@@ -78,26 +78,35 @@ def measure(run: Run, layer: Layer) -> Layer:
         InputError: NaN or infinity in the layer's weights or activations.
     """
     _require_finite(layer.params, f"the weights of layer {layer.index}", "the checkpoint is damaged")
-    grams = {tap: jnp.zeros((n, n), jnp.float32) for tap, n in run.model.widths.items()}
-    drifts = {tap: jnp.zeros_like(gram) for tap, gram in grams.items()} if run.dense else {}
     weights = run.weights[layer.index].tokens if run.weights else {}
+    sums: dict[int, tuple[dict[str, Array], dict[str, Array]]] = {}
+
+    def totals_for(rows: slice) -> tuple[int, dict[str, Array], dict[str, Array]]:
+        """Sums on each device where the rows can be split over all of them, else one."""
+        parts = 1 if (rows.stop - rows.start) % devices.number() else devices.number()
+        if parts not in sums:
+            shapes = {tap: (n, n) if parts == 1 else (parts, n, n) for tap, n in run.model.widths.items()}
+            zeros = [{tap: devices.zeros(shape) for tap, shape in shapes.items()} for _ in range(1 + bool(run.dense))]
+            sums[parts] = zeros[0], zeros[1] if run.dense else {}
+        return parts, *sums.pop(parts)
 
     def weights_of(rows: slice) -> dict[str, Array]:
-        return {tap: jax.device_put(weight[rows]) for tap, weight in weights.items()}
+        return {tap: devices.by_windows(weight[rows]) for tap, weight in weights.items()}
 
     def move_dense(dense: Array, rows: slice) -> Array:
-        nonlocal grams, drifts
-        x = jax.device_put(run.hidden.array[rows])
-        after, grams, drifts = _accumulate_both(
-            run.model.layer, layer.params, x, dense, weights_of(rows), grams, drifts
-        )
+        x = devices.by_windows(run.hidden.array[rows])
+        parts, grams, drifts = totals_for(rows)
+        after, *sums[parts] = _accumulate_both(run.model.layer, layer.params, x, dense, weights_of(rows), grams, drifts)
         return after
 
     if run.dense:
         run.dense.update(move_dense)
     else:
         for rows, x in zip(run.hidden.slices(), run.hidden.batches(), strict=True):
-            grams = accumulate(run.model.layer, layer.params, x, weights_of(rows), grams)
+            parts, grams, _ = totals_for(rows)
+            sums[parts] = accumulate(run.model.layer, layer.params, x, weights_of(rows), grams), {}
+    grams, drifts = devices.everywhere(_together(list(sums.values()))) if devices.number() > 1 else sums[1]
+    del sums
     _require_finite(
         grams, f"the activations of layer {layer.index}", "try --dtype float32, or check the calibration text"
     )
@@ -173,8 +182,9 @@ def accumulate(
     weights: Mapping[str, Float[Array, "b t"]],
     grams: dict[str, Array],
 ) -> dict[str, Array]:
+    """Adds what a batch brings to the Gram matrices: [n, n], or [devices, n, n], each device's share on its own."""
     _, taps = layer(params, x)
-    return {tap: total + stats.gram(taps[tap], weights.get(tap)) for tap, total in grams.items()}
+    return {tap: total + _shares(stats.gram, total, taps[tap], weights.get(tap)) for tap, total in grams.items()}
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(5, 6))
@@ -189,13 +199,31 @@ def _accumulate_both(
 ) -> tuple[Float[Array, "b t d"], dict[str, Array], dict[str, Array]]:
     """The same for the states behind pruned layers and behind dense ones; the latter move on."""
     (_, taps), (after, dense_taps) = layer(params, x), layer(params, dense)
-    grams = {tap: total + stats.gram(taps[tap], weights.get(tap)) for tap, total in grams.items()}
-    drifts = {tap: total + stats.drift(taps[tap], dense_taps[tap], weights.get(tap)) for tap, total in drifts.items()}
+    grams = {tap: total + _shares(stats.gram, total, taps[tap], weights.get(tap)) for tap, total in grams.items()}
+    drifts = {
+        tap: total + _shares(stats.drift, total, taps[tap], dense_taps[tap], weights.get(tap))
+        for tap, total in drifts.items()
+    }
     return after, grams, drifts
 
 
+def _shares(product: Callable[..., Array], total: Array, *arrays: Array | None) -> Array:
+    """The product of all tokens, or of each device's, as `total` has them."""
+    if total.ndim == 2:
+        return product(*arrays)
+    parts = [None if a is None else a.reshape(len(total), -1, *a.shape[1:]) for a in arrays]
+    return jax.vmap(product)(*parts)
+
+
+@jax.jit
+def _together(sums: Sequence[tuple[dict[str, Array], dict[str, Array]]]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The sums over all devices and all batches."""
+    whole = jax.tree.map(lambda total: total if total.ndim == 2 else jnp.sum(total, axis=0), sums)
+    return jax.tree.map(lambda *totals: sum(totals[1:], totals[0]), *whole)
+
+
 def _require_finite(arrays: Mapping[str, Array], where: str, hint: str) -> None:
-    if bad := [name for name, good in jax.device_get(_finite(dict(arrays))).items() if not good]:
+    if bad := [name for name, good in devices.fetch(_finite(dict(arrays))).items() if not good]:
         raise InputError(f"{where} hold NaN or infinity in {', '.join(sorted(bad))}: {hint}")
 
 

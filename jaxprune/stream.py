@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from convert import Params, Reader
+from jaxprune import devices
 from jaxprune.errors import InputError
 from jaxprune.hidden import HiddenStates, batch_size
 from jaxprune.models import Layout, Model, Part
@@ -55,7 +56,7 @@ def in_checkpoint(index: int, params: Params) -> Params:
 
 def ready(model: Model, params: Params) -> dict[str, Array]:
     """Params on the device in the model's own dtype, for a part that is applied many times."""
-    return jax.device_put({path: param.astype(model.config.dtype) for path, param in params.items()})
+    return devices.everywhere({path: param.astype(model.config.dtype) for path, param in params.items()})
 
 
 def require_tokens(model: Model, tokens: Int[np.ndarray, "w t"]) -> None:
@@ -89,10 +90,10 @@ def embed(
     """
     require_tokens(model, tokens)
     windows, length = tokens.shape
-    params = jax.device_put(reader.read(model.embed.spec))
+    params = devices.everywhere(reader.read(model.embed.spec))
     shape = windows, length, model.width
     hidden = into or HiddenStates(shape, np.dtype(model.config.dtype), batch_size(windows, length))
-    hidden.replace(lambda rows: apply(model.embed, params, jnp.asarray(tokens[rows], jnp.int32)))
+    hidden.replace(lambda rows: apply(model.embed, params, devices.by_windows(tokens[rows].astype(np.int32))))
     return hidden
 
 
@@ -107,7 +108,7 @@ def forward(model: Model, params: Mapping[str, Array], hidden: HiddenStates, lay
     """
 
     def step(x: Array, rows: slice) -> Array:
-        here = None if layout is None else Layout(*(jnp.asarray(field[rows]) for field in layout))
+        here = None if layout is None else Layout(*(devices.by_windows(field[rows]) for field in layout))
         return apply_layer(model.layer, params, x, here)
 
     hidden.update(step)
@@ -165,11 +166,11 @@ def in_chunks(
         padding = size - len(parts[0])
         if padding:
             parts = [np.pad(part, [(0, padding)] + [(0, 0)] * (part.ndim - 1)) for part in parts]
-        result = step(*map(jnp.asarray, parts))
+        result = step(*map(devices.by_windows, parts))
         for array in result:
             array.copy_to_host_async()
         results.append(result)
-    return [np.concatenate([np.asarray(part) for part in parts])[:count] for parts in zip(*results, strict=True)]
+    return [np.concatenate([devices.fetch(part) for part in parts])[:count] for parts in zip(*results, strict=True)]
 
 
 @partial(jax.jit, static_argnums=0)

@@ -33,6 +33,7 @@ import optax
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, UInt8
 
 from convert import Params, Reader
+from jaxprune import devices
 from jaxprune.errors import InputError
 from jaxprune.flags import require_positive
 from jaxprune.linalg import masked
@@ -171,7 +172,7 @@ def tune(
     visited, where = np.unique(np.concatenate(batches), return_inverse=True)
     dense = embed(model, reader, tokens[visited])
     for params in read_layers(model, reader):
-        forward(model, jax.device_put(params), dense)
+        forward(model, devices.everywhere(params), dense)
     ends = Ends(*(ready(model, reader.read(part.spec)) for part in (model.embed, model.head)))
 
     steps = len(batches)
@@ -191,7 +192,7 @@ def tune(
             divergences.clear()
         saved.keep(step + 1, state, divergences)
     for result, params, tuned in zip(results, rest, state, strict=True):
-        rounded = {name: np.asarray(_round(tuned, name, dtypes[name])) for name in names}
+        rounded = {name: devices.fetch(_round(tuned, name, dtypes[name])) for name in names}
         yield dataclasses.replace(result, params=in_checkpoint(result.index, params | rounded))
 
 
@@ -214,7 +215,7 @@ class Saved:
             return
         with self._journal.keeping():
             for index, kernels in enumerate(state):
-                arrays = dict(zip(_names(kernels), jax.tree.leaves(jax.device_get(_moving(kernels))), strict=True))
+                arrays = dict(zip(_names(kernels), jax.tree.leaves(devices.fetch(_moving(kernels))), strict=True))
                 self._journal.put(f"{self._stage}/{step}/{index}", arrays, {"divergences": list(divergences)})
             self._journal.wait()
         for other in self._journal.names(self._stage):
@@ -273,11 +274,11 @@ def _plan(model: Model, window: tuple[int, int]) -> Plan:
     kept = layers * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull_back))
     device = jax.local_devices()[0]
     if device.platform == "cpu":
-        return Plan(jax.device_put, kept < CPU_BYTES)
+        return Plan(devices.by_outputs, kept < CPU_BYTES)
     memory = device.memory_stats() or {}
     free = memory.get("bytes_limit", 0) - memory.get("bytes_in_use", 0)
     weights = layers * sum(value.size for value in values.values())
-    return Plan(jax.device_put if 12 * weights < free / 2 else jax.device_get, kept < free / 4)
+    return Plan(devices.by_outputs if 12 * weights / devices.number() < free / 2 else devices.fetch, kept < free / 4)
 
 
 def _start(kernels: Params) -> Kernels:
@@ -298,22 +299,22 @@ def _step(
     rate: Float[Array, ""],
 ) -> float:
     """Updates the state by some windows; returns their mean divergence, before."""
-    x = apply(model.embed, ends.embed, jnp.asarray(tokens))
+    x = apply(model.embed, ends.embed, devices.by_windows(tokens))
     ways_back: list[Any] = []
     for kernels, others in zip(state, rest, strict=True):
         if plan.keep:
             x, way_back = forward_with_way_back(model.layer, kernels.values, others, x)
         else:
-            way_back = np.array(x)  # a copy, for x is donated
+            way_back = np.array(devices.fetch(x))  # a copy, for x is donated
             x = apply_layer(model.layer, others | kernels.values, x)
         ways_back.append(way_back)
-    states = np.asarray(x).reshape(-1, x.shape[-1])
+    states = devices.fetch(x).reshape(-1, x.shape[-1])
     divergence, gradient = in_chunks(
         lambda *chunk: head_divergence(model.head, ends.head, *chunk), states, dense.reshape(states.shape), models=2
     )
     if not np.isfinite(divergence).all():
         raise InputError("the loss of the tuning holds NaN or infinity: lower --tune-rate, or try --dtype float32")
-    back = jnp.asarray(gradient.reshape(x.shape))
+    back = devices.by_windows(gradient.reshape(x.shape))
     for index in reversed(range(len(state))):
         back, updated = update(model.layer, state[index], rest[index], ways_back.pop(), back, rate)
         state[index] = plan.hold(updated)
@@ -375,7 +376,7 @@ def _kept(kernels: Kernels, name: str) -> Bool[Array, "n m"]:
 
 
 def _round(kernels: Kernels, name: str, dtype: np.dtype) -> Float[Array, "n m"]:
-    return round_kernel(jnp.asarray(kernels.values[name]), _kept(kernels, name), dtype)
+    return round_kernel(devices.by_outputs(kernels.values[name]), _kept(kernels, name), dtype)
 
 
 ADAM = optax.scale_by_adam(*BETAS)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from convert import open_checkpoint
 from jaxprune.evaluation.text import perplexity
 from jaxprune.masks import from_file
+from jaxprune.run import main
 from jaxprune.verify import main as verify
 from tests import tiny
 
@@ -258,15 +259,26 @@ def bad_input(name: str, checkpoint: Path, text: Path, folder: Path) -> list[obj
     ],
 )
 def test_bad_input_is_one_error_and_harms_nothing(
-    name: str, message: str, checkpoint: Path, text: Path, tmp_path: Path
+    name: str,
+    message: str,
+    checkpoint: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     args = bad_input(name, checkpoint, text, tmp_path)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    done = jaxprune(*args, cwd=tmp_path)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    if name in ("no gpu", "unreachable hub"):  # which libraries decide on when they are imported
+        done = jaxprune(*args, cwd=tmp_path)
+        status, said = done.returncode, done.stderr
+    else:
+        monkeypatch.chdir(tmp_path)
+        status, said = main([*map(str, args)]), capsys.readouterr().err
+    assert status == 1
+    assert message in said
+    assert "Traceback" not in said and said.count("error: ") == 1
     after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     # Layers that were finished before the error are kept.
     assert {p: content for p, content in after.items() if "out.unfinished" not in p.parts} == before
-    assert ("kept in" in done.stderr) == (tmp_path / "out.unfinished").exists() == (name == "nan")
+    assert ("kept in" in said) == (tmp_path / "out.unfinished").exists() == (name == "nan")

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float
 from lm_eval.api.model import TemplateLM
@@ -18,6 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from convert import Reader, open_checkpoint
 from convert.assets import load_tokenizer, read_config
+from jaxprune import devices
 from jaxprune.errors import InputError
 from jaxprune.evaluation.packing import Packed, Request, group, loads, pack
 from jaxprune.evaluation.text import Track
@@ -193,9 +193,9 @@ class StreamedLM(TemplateLM):
             states = [embed(model, reader, windows.tokens) for windows in packed]
             layers = self._track(((params,) for params in read_layers(model, reader)), model.config.num_layers)
             for (params,) in layers:
-                own = jax.device_put(params)
+                own = devices.everywhere(params)
                 for windows, hidden in zip(packed, states, strict=True):
                     forward(model, own, hidden, windows.layout)
-            head = jax.device_put(reader.read(model.head.spec))
+            head = devices.everywhere(reader.read(model.head.spec))
             for windows, hidden in zip(packed, states, strict=True):
                 yield windows, head, hidden.array[windows.rows, windows.columns]

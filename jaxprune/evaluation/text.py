@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from convert import Params, Reader
+from jaxprune import devices
 from jaxprune.errors import InputError
 from jaxprune.hidden import HiddenStates
 from jaxprune.models import Model, Part, model_for
@@ -73,8 +74,8 @@ def text_quality(
     layers = zip(*(read_layers(m, r) for m, r in zip(models, readers, strict=True)), strict=True)
     for params in track(layers, models[0].config.num_layers):
         for model, own, hidden in zip(models, params, states, strict=True):
-            forward(model, jax.device_put(own), hidden)
-    heads = tuple(jax.device_put(r.read(m.head.spec)) for m, r in zip(models, readers, strict=True))
+            forward(model, devices.everywhere(own), hidden)
+    heads = tuple(devices.everywhere(r.read(m.head.spec)) for m, r in zip(models, readers, strict=True))
     return _compare(models, heads, states, tokens)
 
 
@@ -91,7 +92,7 @@ def perplexity(
 
 def mean_loss_perplexity(model: Model, reader: Reader, hidden: HiddenStates, tokens: Int[np.ndarray, "w t"]) -> float:
     """Perplexity from the last layer's output."""
-    params = jax.device_put(reader.read(model.head.spec))
+    params = devices.everywhere(reader.read(model.head.spec))
     return _compare([model], (params,), [hidden], tokens)[0].perplexity
 
 

@@ -1,0 +1,115 @@
+"""Several devices against one: eight CPU devices in a process of their own, and two processes of four."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests import tiny
+
+
+def command(line: list[object], **environment: str) -> subprocess.Popen:
+    argv = [sys.executable, "-m", "jaxprune.run", *map(str, line)]
+    settings = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
+    return subprocess.Popen(argv, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(*processes: subprocess.Popen) -> None:
+    for process in processes:
+        printed, _ = process.communicate(timeout=500)
+        assert process.returncode == 0, printed[-3000:]
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """Eleven windows on eight devices, and 6 key-value heads' outputs, 40 features and 72 inner ones, of which not all
+    can be split."""
+    folder = tmp_path_factory.mktemp("wide")
+    size = {"hidden_size": 40, "intermediate_size": 72, "num_attention_heads": 4, "num_key_value_heads": 1}
+    tiny.save(folder, tiny.config(**size))
+    ids = np.random.default_rng(0).integers(0, 300, (11, 64), np.int32)
+    np.save(folder / "ids.npy", ids)
+    np.save(folder / "eval.npy", ids[:5, ::-1])
+    options = ["--ckpt", folder, "--calib", folder / "ids.npy", "--nsamples", 11, "--seqlen", 64]
+    return [*options, "--eval-text", folder / "eval.npy", "--device", "cpu"]
+
+
+RECIPES = {
+    "plain": ["--pattern", "2:4"],
+    "Wanda": ["--method", "wanda", "--finish-steps", 2],
+    "best": ["--preset", "best", "--sparsity", 0.6, "--tune-windows", 4, "--tune-epochs", 0.4]
+    + ["--asymmetry", 0.5, "--token-power", 0.5],
+}
+TOGETHER = """
+import json, sys
+from jaxprune.run import main
+sys.exit(max(main(argv) for argv in json.loads(sys.argv[1])))
+"""
+
+
+def run_all(*lines: list[object]) -> None:
+    """Runs command lines one after another in one process."""
+    argv = [sys.executable, "-c", TOGETHER, json.dumps([[*map(str, line)] for line in lines])]
+    finish(subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+
+
+@pytest.fixture(scope="module")
+def single(line: list[object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    outs = {name: tmp_path_factory.mktemp(name) / "out" for name in RECIPES}
+    run_all(*([*line, *RECIPES[name], "--out", out] for name, out in outs.items()))
+    return outs
+
+
+def assert_close(out: Path, single: Path, tuned: bool = False) -> None:
+    """Same masks; weights equal to float32 rounding, but for a few that are tuned: Adam divides a gradient by its own
+    size, so that rounding decides the step of one that is next to zero."""
+    found, expected = (load_file(folder / "model.safetensors") for folder in (out, single))
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert ((found[name] == 0) == (weight == 0)).all(), name
+        if tuned:
+            assert np.linalg.norm(found[name] - weight) < 1e-3 * np.linalg.norm(weight), name
+            continue
+        np.testing.assert_allclose(found[name], weight, rtol=2e-3, atol=2e-4 * np.abs(weight).max(), err_msg=name)
+
+
+def test_eight_devices_do_as_one(line: list[object], single: dict[str, Path], tmp_path: Path) -> None:
+    outs = {name: tmp_path / name for name in ("plain", "best")}
+    run_all(*([*line, *RECIPES[name], "--devices", 8, "--out", out] for name, out in outs.items()))
+    for name, out in outs.items():
+        assert_close(out, single[name], tuned=name == "best")
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+def pair(line: list[object]) -> list[subprocess.Popen]:
+    """Two processes of two devices each."""
+    shared = [*line, "--devices", 2, "--coordinator", f"localhost:{free_port()}", "--processes", 2]
+    return [command([*shared, "--process-id", number]) for number in range(2)]
+
+
+def test_two_processes_do_as_one_and_go_on(line: list[object], single: dict[str, Path], tmp_path: Path) -> None:
+    argv = [*line, *RECIPES["Wanda"], "--out", tmp_path / "out"]
+    processes = pair(argv)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "out.unfinished/pruned-0/0.json").exists():
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    finish(*pair(argv))
+    assert_close(tmp_path / "out", single["Wanda"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert json.loads((tmp_path / "out/jaxprune.json").read_text())["resumed_layers"] >= 1
