@@ -20,7 +20,7 @@ import numpy as np
 from convert import Spec, formats, part_of
 from convert.assets import read_config
 from convert.hub import resolve
-from jaxprune import programs
+from jaxprune import devices, programs
 from jaxprune.config import Config
 from jaxprune.errors import InputError
 from jaxprune.hidden import TOKENS_PER_BATCH
@@ -216,9 +216,9 @@ def shortages(need: Need, config: Config) -> Iterator[str]:
     for phase, size in need.device.items():
         if device is not None and size > HEADROOM * device:
             yield (
-                f"{phase} needs {size / GIB:.1f} GiB on the device, which has {device / GIB:.1f}: "
+                f"{phase} needs {size / GIB:.1f} GiB on a device, of which {HEADROOM * device / GIB:.1f} can be had: "
                 + {
-                    "solve": "take a device with more memory",
+                    "solve": "take devices with more memory, or more of them (--devices)",
                     "tune": "leave the tuning out (--tune-epochs 0), or shorten the windows (--seqlen)",
                 }.get(phase, "shorten the windows (--seqlen)")
             )
@@ -289,7 +289,11 @@ def table(need: Need, config: Config) -> tuple[list[str], list[list[str]]]:
         row = [phase, _gib(device), _gib(need.host[phase] + _on_cpu(config) * device)]
         row.append(f"{sum(flops.values()) / 1e12:,.4g}")
         if rates:
-            seconds = sum(count / rates[dtype] for dtype, count in flops.items()) / SHARE_OF_RATE.get(phase, 0.75)
+            seconds = (
+                sum(count / rates[dtype] for dtype, count in flops.items())
+                / devices.number()
+                / SHARE_OF_RATE.get(phase, 0.75)
+            )
             total += seconds
             row.append(duration(seconds))
         rows.append(row)

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct as Shape
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.sharding import NamedSharding
 from jaxtyping import DTypeLike
 
-from jaxprune import linears, sensitivity, stages, stream, tuning
+from jaxprune import devices, linears, sensitivity, stages, stream, tuning
 from jaxprune.evaluation import text
 from jaxprune.hidden import batch_size
 from jaxprune.methods import Method
@@ -156,25 +157,29 @@ def of_pruning(
     """
     layers, batch = model.config.num_layers, batch_size(windows, length, tokens)
     params, x = _layer_params(model, stored), _states(model, batch, length)
-    passes = layers * (windows // batch)
-    grams = {tap: Shape((n, n), jnp.float32) for tap, n in model.widths.items()}
+    passes, parts = layers * windows / x.shape[0], devices.number()
+    whole = {tap: devices.like(Shape((n, n), jnp.float32), None) for tap, n in model.widths.items()}
+    grams = whole
+    if parts > 1:  # each device's share
+        grams = {tap: devices.like(Shape((parts, *gram.shape), jnp.float32), 0) for tap, gram in whole.items()}
     in_flight = 2 * _bytes(x)  # one batch on its way in, one on its way out
     yield Program(
         "gram", "forward and Gram matrices", partial(stages.accumulate, model.layer), (params, x, {}, grams),
         passes, in_flight, donated=(3,),
     )  # fmt: skip
-    waiting = dict(grams)
+    waiting = dict(whole)
     for tap, paths in model.inputs.items():
         gram = waiting.pop(tap)
         prepared, prepare = jax.eval_shape(method.prepare, gram), partial(_prepare, method)
+        prepared = jax.tree.map(lambda leaf: devices.like(leaf, None), prepared)
         shared = _bytes(params) + _bytes(waiting)
         alive = shared + _bytes(gram) + _bytes(jax.eval_shape(prepare, gram))
         yield Program("solve", f"prepare {tap}", prepare, (gram,), layers, shared)
         for path in paths:
-            kernel = Shape(model.linears[path], jnp.float32)
+            kernel = devices.like(Shape(model.linears[path], jnp.float32), -1)
             solving = partial(solve, method, pattern)
             yield Program("solve", f"solve {path}", solving, (prepared, kernel), layers, alive - _bytes(prepared))
-            arguments = gram, Shape(kernel.shape, stored), kernel
+            arguments = gram, devices.like(Shape(kernel.shape, stored), -1), kernel
             yield Program("solve", f"store {path}", linears.store, arguments, layers, alive - _bytes(gram))
     yield Program(
         "forward",
@@ -194,7 +199,7 @@ def of_sensitivity(
     layers, batch = model.config.num_layers, batch_size(windows, length, tokens)
     params, x = _layer_params(model, stored), _states(model, batch, length)
     head = _shapes(model.head.spec, model.config.dtype)
-    passes, taps = layers * (windows // batch), tuple(model.inputs.items())
+    passes, taps = layers * windows / x.shape[0], tuple(model.inputs.items())
     forward = partial(stream.apply_layer, model.layer)
     yield Program("sensitivity", "forward", forward, (params, x, None), passes, 2 * _bytes(x), donated=(1,))
     chunk = min(stream.CHUNK, batch * (length - 1))
@@ -225,7 +230,8 @@ def of_tuning(
         keep: whether all layers' kernels, their state, and a step's intermediate results stay on the device; else one
             layer's do, and each layer is run again on the way back.
     """
-    layers, x = model.config.num_layers, _states(model, step, length)
+    layers, step = model.config.num_layers, -(-step // devices.number())
+    x = _states(model, step, length)
     head = _shapes(model.head.spec, model.config.dtype)
     names = [f"{path}.kernel" for path in model.linears]
     params = _layer_params(model, stored)
@@ -261,7 +267,7 @@ def of_evaluation(
     """The programs that compare the pruned model with the dense one on a text; arguments as for `of_pruning`."""
     x = _states(model, batch_size(windows, length, tokens), length)
     forward = partial(stream.apply_layer, model.layer)
-    passes = 2 * model.config.num_layers * (windows // x.shape[0])
+    passes = 2 * model.config.num_layers * windows / x.shape[0]
     arguments = _layer_params(model, stored), x, None
     resident = 2 * _bytes(x) + _bytes(arguments[0])
     yield Program("evaluate", "forward", forward, arguments, passes, resident, donated=(1,))
@@ -291,12 +297,21 @@ def _layer_params(model: Model, stored: DTypeLike) -> dict[str, Shape]:
 
 
 def _shapes(spec: Mapping[str, Any], dtype: DTypeLike) -> dict[str, Shape]:
-    return {path: Shape(param.shape, dtype) for path, param in spec.items()}
+    return {path: devices.like(Shape(param.shape, dtype), None) for path, param in spec.items()}
 
 
 def _states(model: Model, windows: int, length: int) -> Shape:
-    return Shape((windows, length, model.width), model.config.dtype)
+    """So many windows on each device."""
+    shape = windows * devices.number(), length, model.width
+    return devices.like(Shape(shape, model.config.dtype), 0)
 
 
 def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
+    """On one device."""
+    return sum(_bytes_of(leaf) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
+
+
+def _bytes_of(leaf: Any) -> int:
+    sharding = getattr(leaf, "sharding", None)
+    shape = sharding.shard_shape(leaf.shape) if isinstance(sharding, NamedSharding) else leaf.shape
+    return math.prod(shape) * leaf.dtype.itemsize
