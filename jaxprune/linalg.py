@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.scipy.linalg import cho_solve
+from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Int
 
 Scalar = float | Float[Array, ""]
@@ -65,46 +65,73 @@ def scaled_product(
 
 
 def inverse(matrix: Float[Array, "n n"], leaf: int | None = None) -> Float[Array, "n n"]:
-    """The inverse of a symmetric positive definite matrix, by halves.
+    """The inverse of a symmetric positive definite matrix, A⁻¹ = L⁻ᵀL⁻¹ with L⁻¹ by halves.
 
-    With A, B, C its quarters, S = C − BᵀA⁻¹B, X = A⁻¹B and Y = X S⁻¹, the inverse is [[A⁻¹ + Y Xᵀ, −Y], [−Yᵀ, S⁻¹]].
-    These are 4/3·n³ FLOPs, nearly all in products; a Cholesky factorization and two triangular solves are 7/3·n³. On
-    CPU it calls no LAPACK: where other work runs on the machine, OpenBLAS's threads wait for each other a hundred
-    times longer than they work.
+    These are 2n³ FLOPs, nearly all in products. On CPU it calls no LAPACK: where other work runs on the machine,
+    OpenBLAS's threads wait for each other a hundred times longer than they work. Inverting the quarters themselves
+    would take 4/3·n³, but there the errors of one quarter grow with the condition of the next: at a condition of 200
+    float32 was left with three digits.
 
     Args:
         matrix: to be inverted.
-        leaf: the size that is inverted without halving; None: what suits backend and matrix.
+        leaf: the size that is not halved; None: what suits backend and matrix.
 
     References:
-        Golub and Van Loan, "Matrix Computations", 4th edition, 2.1.4 and 3.2.11 (block elimination).
+        Higham, "Accuracy and Stability of Numerical Algorithms", 2nd edition, 13.2 and 14.3.
     """
-    n, cpu = len(matrix), jax.default_backend() == "cpu"
-    leaf = leaf or max(128 if cpu else 1024, -(-n // 64))
+    cpu = jax.default_backend() == "cpu"
+    leaf = leaf or max(128 if cpu else 1024, -(-len(matrix) // 64))
+    return _gram_of_triangle(_inverse_factor(matrix, leaf), leaf)
+
+
+def _inverse_factor(matrix: Float[Array, "n n"], leaf: int) -> Float[Array, "n n"]:
+    """L⁻¹ of A = LLᵀ.
+
+    With A, B, C the quarters of the matrix, P = L⁻¹ of A and K = BᵀPᵀ, the lower right quarter is Q = L⁻¹ of C − KKᵀ,
+    and the lower left one −QKP.
+    """
+    n = len(matrix)
     if n <= leaf:
-        if cpu:
-            return _sweep(matrix)
-        return cho_solve((jnp.linalg.cholesky(matrix), True), jnp.eye(n, dtype=matrix.dtype))
+        if jax.default_backend() == "cpu":
+            return _eliminate(matrix)
+        return solve_triangular(jnp.linalg.cholesky(matrix), jnp.eye(n, dtype=matrix.dtype), lower=True)
     half = n // 2
-    # Each quarter is replaced by the inverse's as soon as it is not needed any more.
-    matrix = matrix.at[:half, :half].set(inverse(matrix[:half, :half], leaf))
-    x = matmul(matrix[:half, :half], matrix[:half, half:])
-    s_inverse = inverse(matrix[half:, half:] - matmul(matrix[:half, half:].T, x), leaf)
-    y = matmul(x, s_inverse)
-    matrix = matrix.at[half:, half:].set(s_inverse).at[:half, half:].set(-y).at[half:, :half].set(-y.T)
-    return matrix.at[:half, :half].add(matmul(y, x.T))
+    p = _inverse_factor(matrix[:half, :half], leaf)
+    k = matmul(matrix[half:, :half], p.T)
+    q = _inverse_factor(matrix[half:, half:] - matmul(k, k.T), leaf)
+    return (
+        jnp.zeros_like(matrix)
+        .at[:half, :half]
+        .set(p)
+        .at[half:, half:]
+        .set(q)
+        .at[half:, :half]
+        .set(-matmul(q, matmul(k, p)))
+    )
 
 
-def _sweep(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """The inverse by Gauss-Jordan elimination; a positive definite matrix needs no pivoting."""
+def _gram_of_triangle(factor: Float[Array, "n n"], leaf: int) -> Float[Array, "n n"]:
+    """TᵀT of a lower triangular T, by halves."""
+    n, half = len(factor), len(factor) // 2
+    if n <= leaf:
+        return matmul(factor.T, factor)
+    below, last = factor[half:, :half], factor[half:, half:]
+    corner = matmul(below.T, last)
+    whole = jnp.zeros_like(factor).at[:half, half:].set(corner).at[half:, :half].set(corner.T)
+    whole = whole.at[half:, half:].set(_gram_of_triangle(last, leaf))
+    return whole.at[:half, :half].set(_gram_of_triangle(factor[:half, :half], leaf) + matmul(below.T, below))
 
-    def eliminate(i: int | Array, a: Array) -> Array:
-        pivot = a[i, i]
-        row, column = a[i] / pivot, a[:, i]
-        a = a - column[:, None] * row[None, :]
-        return a.at[i].set(row).at[:, i].set(-column / pivot).at[i, i].set(1 / pivot)
 
-    return lax.fori_loop(0, len(matrix), eliminate, matrix)
+def _eliminate(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """L⁻¹ of A = LLᵀ, by elimination; a positive definite matrix needs no pivoting."""
+    n = len(matrix)
+
+    def step(i: int | Array, state: Array) -> Array:
+        row = state[i] / jnp.sqrt(state[i, i])
+        factors = jnp.where(jnp.arange(n) > i, state[:, i] / jnp.sqrt(state[i, i]), jnp.zeros((), state.dtype))
+        return (state - factors[:, None] * row[None, :]).at[i].set(row)
+
+    return lax.fori_loop(0, n, step, jnp.concatenate([matrix, jnp.eye(n, dtype=matrix.dtype)], axis=1))[:, n:]
 
 
 class Minimum(NamedTuple):

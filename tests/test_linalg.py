@@ -24,6 +24,25 @@ def test_inverse(n: int, leaf: int | None, dtype: type) -> None:
     np.testing.assert_allclose(matrix @ found, np.eye(n), atol=1e-11 if dtype == np.float64 else 2e-5)
 
 
+@pytest.mark.parametrize("rank", [1, 3, 10])
+def test_float32_inverses_are_as_accurate_as_a_factorizations(rank: int) -> None:
+    """Inputs of a few directions and some noise, like an attention output's. Inverting quarters loses all digits here."""
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(900, rank)) @ generator.normal(size=(rank, 300)) + 0.01 * generator.normal(
+        size=(900, 300)
+    )
+    gram = x.T @ x
+    scale = np.sqrt(np.diag(gram))
+    matrix = gram / np.outer(scale, scale) + 1.1 * np.eye(300)
+
+    def residual(found: np.ndarray) -> float:
+        return float(np.linalg.norm(matrix @ found.astype(np.float64) - np.eye(300)))
+
+    factor = np.linalg.inv(np.linalg.cholesky(matrix.astype(np.float32)))
+    for leaf in (8, 40, 300):
+        assert residual(np.asarray(inverse(jnp.asarray(matrix, jnp.float32), leaf))) < 2 * residual(factor.T @ factor)
+
+
 def test_inverse_of_an_ill_conditioned_matrix() -> None:
     matrix = positive(200, 1e-7)
     assert np.linalg.cond(matrix) > 1e5
