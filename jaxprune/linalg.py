@@ -96,18 +96,12 @@ def _inverse_factor(matrix: Float[Array, "n n"], leaf: int) -> Float[Array, "n n
             return _eliminate(matrix)
         return solve_triangular(jnp.linalg.cholesky(matrix), jnp.eye(n, dtype=matrix.dtype), lower=True)
     half = n // 2
-    p = _inverse_factor(matrix[:half, :half], leaf)
-    k = matmul(matrix[half:, :half], p.T)
+    # Each quarter is overwritten as soon as it is not needed any more.
+    matrix = matrix.at[:half, :half].set(_inverse_factor(matrix[:half, :half], leaf))
+    k = matmul(matrix[half:, :half], matrix[:half, :half].T)
     q = _inverse_factor(matrix[half:, half:] - matmul(k, k.T), leaf)
-    return (
-        jnp.zeros_like(matrix)
-        .at[:half, :half]
-        .set(p)
-        .at[half:, half:]
-        .set(q)
-        .at[half:, :half]
-        .set(-matmul(q, matmul(k, p)))
-    )
+    matrix = matrix.at[half:, half:].set(q).at[half:, :half].set(-matmul(q, matmul(k, matrix[:half, :half])))
+    return matrix.at[:half, half:].set(0)
 
 
 def _gram_of_triangle(factor: Float[Array, "n n"], leaf: int) -> Float[Array, "n n"]:
@@ -115,11 +109,11 @@ def _gram_of_triangle(factor: Float[Array, "n n"], leaf: int) -> Float[Array, "n
     n, half = len(factor), len(factor) // 2
     if n <= leaf:
         return matmul(factor.T, factor)
-    below, last = factor[half:, :half], factor[half:, half:]
-    corner = matmul(below.T, last)
-    whole = jnp.zeros_like(factor).at[:half, half:].set(corner).at[half:, :half].set(corner.T)
-    whole = whole.at[half:, half:].set(_gram_of_triangle(last, leaf))
-    return whole.at[:half, :half].set(_gram_of_triangle(factor[:half, :half], leaf) + matmul(below.T, below))
+    corner = matmul(factor[half:, :half].T, factor[half:, half:])
+    added = matmul(factor[half:, :half].T, factor[half:, :half])
+    factor = factor.at[half:, :half].set(corner.T).at[:half, half:].set(corner)
+    factor = factor.at[half:, half:].set(_gram_of_triangle(factor[half:, half:], leaf))
+    return factor.at[:half, :half].set(_gram_of_triangle(factor[:half, :half], leaf) + added)
 
 
 def _eliminate(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:

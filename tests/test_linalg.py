@@ -26,7 +26,7 @@ def test_inverse(n: int, leaf: int | None, dtype: type) -> None:
 
 @pytest.mark.parametrize("rank", [1, 3, 10])
 def test_float32_inverses_are_as_accurate_as_a_factorizations(rank: int) -> None:
-    """Inputs of a few directions and some noise, like an attention output's. Inverting quarters loses all digits here."""
+    """Inputs of few directions and some noise, like an attention output's: inverting quarters loses all digits here."""
     generator = np.random.default_rng(0)
     x = generator.normal(size=(900, rank)) @ generator.normal(size=(rank, 300)) + 0.01 * generator.normal(
         size=(900, 300)
