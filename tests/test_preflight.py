@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -54,10 +53,9 @@ def test_a_70b_model_needs_no_weights_to_be_planned(tmp_path: Path) -> None:
     assert need.disk["the checkpoint"] == 2 * 68_976_648_192
     assert not [text for text in preflight.shortages(need, config) if "on a device" in text]
     short = list(preflight.shortages(need, dataclasses.replace(config, device_memory=12)))
-    assert (
-        "solve needs 12.3 GiB on the device, which has 12.0: take devices with more memory, or more of them (--devices)"
-        in short
-    )
+    assert [
+        t for t in short if t.startswith("solve needs 12.3 GiB on a device, of which 11.0 can be had: take devices")
+    ]
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -125,17 +123,3 @@ def test_the_memory_of_a_run_is_foreseen(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "out/jaxprune.json").read_text())
     gib = record["peak_bytes"]["host"] / 2**30
     assert 0.8 * gib < float(row.split("│")[3]) < 1.25 * gib
-
-
-def test_a_layer_too_large_for_one_device_fits_several(tmp_path: Path) -> None:
-    """A model of 405B weights: each solve is split over its outputs."""
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA2_70B | {"hidden_size": 16384, "intermediate_size": 53248}))
-    peaks = []
-    for count in (1, 8):
-        line = ["--ckpt", tmp_path, "--dry-run", "--dtype", "bfloat16", "--eval", "none", "--device-memory", 40]
-        done = jaxprune(*line, "--devices", count, cwd=tmp_path)
-        assert done.returncode == 1, done.stderr  # for this machine's disk and memory
-        (row,) = [line for line in done.stdout.splitlines() if "│ solve" in line]
-        peaks.append(float(row.split("│")[2]))
-        assert (re.search(r"solve needs [\d.]+ GiB on a device", done.stdout) is not None) == (count == 1)
-    assert peaks[1] < 0.85 * peaks[0]
