@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -53,9 +54,8 @@ def test_a_70b_model_needs_no_weights_to_be_planned(tmp_path: Path) -> None:
     assert need.disk["the checkpoint"] == 2 * 68_976_648_192
     assert not [text for text in preflight.shortages(need, config) if "on a device" in text]
     short = list(preflight.shortages(need, dataclasses.replace(config, device_memory=12)))
-    assert [
-        t for t in short if t.startswith("solve needs 12.3 GiB on a device, of which 11.0 can be had: take devices")
-    ]
+    told = re.compile(r"solve needs 13\.\d GiB on a device, of which 11.0 can be had: take devices with more")
+    assert any(map(told.match, short))
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
