@@ -13,11 +13,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests import tiny
+from tests.test_run import compiled_once
 
 
 def command(line: list[object], **environment: str) -> subprocess.Popen:
     argv = [sys.executable, "-m", "jaxprune.run", *map(str, line)]
-    settings = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
+    settings = os.environ | compiled_once() | {"HF_HUB_OFFLINE": "1"} | environment
     return subprocess.Popen(argv, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -56,7 +57,8 @@ sys.exit(max(main(argv) for argv in json.loads(sys.argv[1])))
 def run_all(*lines: list[object]) -> None:
     """Runs command lines one after another in one process."""
     argv = [sys.executable, "-c", TOGETHER, json.dumps([[*map(str, line)] for line in lines])]
-    finish(subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    settings = os.environ | compiled_once()
+    finish(subprocess.Popen(argv, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from tests import tiny
 
 LINES = {
     "plain": "--method admm --asymmetry 0.25",
-    "best": "--preset best --sparsity 0.6 --tune-windows 2 --rounds 2",
+    "best": "--preset best --sparsity 0.6 --tune-windows 2",
 }
 MOMENTS = {
     "reading": ("convert.hf", "Reader.read"),
@@ -137,7 +137,7 @@ def whole(start: Callable, line: list[str], tmp_path_factory: pytest.TempPathFac
 KILLS = [("plain", "reading", 4), ("plain", "Gram, asymmetric", 3), ("plain", "solve", 17), ("plain", "forward", 2)]
 KILLS += [("plain", "commit", 3), ("plain", "states", 5), ("plain", "export", 3), ("plain", "record", 1)]
 KILLS += [("plain", "rename", 1), ("plain", "tidying", 9), ("best", "sensitivity", 4), ("best", "commit", 4)]
-KILLS += [("best", "Gram", 8), ("best", "tuning", 12), ("best", "tuning", 31), ("best", "rename", 1)]
+KILLS += [("best", "Gram", 3), ("best", "tuning", 12), ("best", "tuning", 22), ("best", "rename", 1)]
 KILLS += [(name, "random", number) for name in LINES for number in range(2)]
 
 
