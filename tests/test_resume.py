@@ -134,11 +134,13 @@ def whole(start: Callable, line: list[str], tmp_path_factory: pytest.TempPathFac
     return found
 
 
-KILLS = [("plain", "reading", 4), ("plain", "Gram, asymmetric", 3), ("plain", "solve", 17), ("plain", "forward", 2)]
-KILLS += [("plain", "commit", 3), ("plain", "states", 5), ("plain", "export", 3), ("plain", "record", 1)]
-KILLS += [("plain", "rename", 1), ("plain", "tidying", 9), ("best", "sensitivity", 4), ("best", "commit", 4)]
-KILLS += [("best", "Gram", 3), ("best", "tuning", 12), ("best", "tuning", 22), ("best", "rename", 1)]
-KILLS += [(name, "random", number) for name in LINES for number in range(2)]
+KILLS = [("plain", "reading", 4), ("plain", "Gram, asymmetric", 3), ("plain", "solve", 17), ("plain", "commit", 3)]
+KILLS += [("plain", "export", 3), ("plain", "rename", 1), ("plain", "tidying", 9), ("plain", "random", 0)]
+KILLS += [("best", "sensitivity", 4), ("best", "tuning", 12)]
+if os.environ.get("JAXPRUNE_KILLS") == "all":
+    KILLS += [("plain", "forward", 2), ("plain", "states", 5), ("plain", "record", 1), ("plain", "random", 1)]
+    KILLS += [("best", "commit", 4), ("best", "Gram", 3), ("best", "tuning", 22), ("best", "rename", 1)]
+    KILLS += [("best", "random", number) for number in range(2)]
 
 
 @pytest.mark.parametrize(("name", "moment", "number"), KILLS)
