@@ -5,9 +5,7 @@ analysis of the programs that the run will call, or, where even all their interm
 """
 
 import dataclasses
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,6 +27,7 @@ from jaxprune.models import Model, model_of, stored_dtype
 from jaxprune.patterns import Unstructured
 from jaxprune.programs import Flops, Program
 from jaxprune.recipe import Recipe
+from jaxprune.record import peak_bytes
 from jaxprune.resume import journal_folder
 from jaxprune.sensitivity import HOST_BYTES
 
@@ -73,7 +72,8 @@ def shapes(config: Config) -> tuple[Spec, Model]:
         if hasattr(module, "Reader") and module.Reader.accepts(path):
             reader = module.Reader(path)
             return reader.spec, model_of(reader.assets, config.computation_dtype, reader.spec)
-    stored = np.dtype(read_config(path).get("dtype") or read_config(path).get("torch_dtype") or "float16")
+    written = read_config(path)
+    stored = np.dtype(written.get("dtype") or written.get("torch_dtype") or "float16")
     model = model_of(path, config.computation_dtype or stored)
     return {path: jax.ShapeDtypeStruct(shape.shape, stored) for path, shape in model.spec.items()}, model
 
@@ -146,7 +146,7 @@ def _host(
     count, state = model.config.num_layers, config.seqlen * model.width * np.dtype(model.config.dtype).itemsize
     windows = config.nsamples
     # One layer being pruned, one read ahead, one as it goes out, one being committed, and that one's copy.
-    streaming = max(process_bytes(), LIBRARIES) + 5 * layer
+    streaming = max(peak_bytes()["host"], LIBRARIES) + 5 * layer
     hidden = windows * state * (2 if recipe.asymmetry else 1)
     found: dict[str, float] = {phase: streaming + hidden for phase in ("gram", "solve", "forward")}
     weights = _weights(model)
@@ -197,11 +197,6 @@ def _evaluation(config: Config, windows: int | None) -> tuple[int, int]:
     return windows or config.eval_windows or max(1, EVALUATION_TOKENS // length), length
 
 
-def process_bytes() -> int:
-    """Memory that this process has had at most so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def require_fit(spec: Spec, model: Model, config: Config, recipe: Recipe, evaluation: int | None) -> None:
     """Raises InputError where a run does not fit, and says what to change; arguments as for `need`."""
     within = (host_memory() if _on_cpu(config) else device_memory()) or 0
@@ -250,7 +245,7 @@ def host_memory() -> int | None:
     info = Path("/proc/meminfo")
     if info.exists():
         found = dict(line.split(":") for line in info.read_text().splitlines())
-        free.append(int(found["MemAvailable"].split()[0]) * 1024 + process_bytes())
+        free.append(int(found["MemAvailable"].split()[0]) * 1024 + peak_bytes()["host"])
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.exists() and (text := limit.read_text().strip()) != "max":
         free.append(int(text))
