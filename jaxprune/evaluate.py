@@ -10,7 +10,7 @@ from typing import Any
 
 from convert import open_checkpoint
 from convert.staging import check_free
-from jaxprune import calibration, report
+from jaxprune import calibration, hidden, report
 from jaxprune.console import choose_device, console, print_table, run_main
 from jaxprune.errors import InputError
 from jaxprune.evaluation.options import EvalOptions, with_defaults
@@ -49,6 +49,7 @@ def evaluate(config: Config, names: Sequence[str]) -> dict[str, Quality]:
     out = check_free(config.out, overwrite=config.overwrite)
     if report.run_of(out):
         raise InputError(f"{out} is a run's folder, whose record would be replaced: choose another --out")
+    scratch = config.scratch_folder(config.out)
     names = list(dict.fromkeys([*([config.against] if config.against else []), *names]))
     if len(short := {_file_name(name) for name in names}) < len(names):
         raise InputError(f"checkpoints of the same name cannot be told apart: {', '.join(sorted(short))}")
@@ -69,15 +70,16 @@ def evaluate(config: Config, names: Sequence[str]) -> dict[str, Quality]:
         **environment(),
     }
     qualities = {}
-    for name, quality in evaluator.measure(readers, config.against):
-        qualities[name] = quality
-        record["checkpoints"][name] = {
-            "sparsity": sparsity[name],
-            "run": runs[name],
-            "quality": quality.as_json(),
-        }
-        write_record(out, record, {_file_name(name): quality})
-        console.print(f"measured {name}")
+    with hidden.kept_in(scratch):
+        for name, quality in evaluator.measure(readers, config.against):
+            qualities[name] = quality
+            record["checkpoints"][name] = {
+                "sparsity": sparsity[name],
+                "run": runs[name],
+                "quality": quality.as_json(),
+            }
+            write_record(out, record, {_file_name(name): quality})
+            console.print(f"measured {name}")
     header, rows = table({_file_name(name): quality for name, quality in qualities.items()})
     print_table([["zeros of the linears", *(f"{100 * share:.4f} %" for share in sparsity.values())], *rows], header)
     console.print(f"{os.path.relpath(out)}: {RECORD}, {report.REPORT}")

@@ -171,7 +171,7 @@ def _by_importance(
     if not importance.measured:
         return pattern, None
     start = time.perf_counter()
-    count = min(importance.sensitivity_windows or len(tokens), len(tokens))
+    count = importance.windows_of(len(tokens))
     some = tokens[np.arange(count) * len(tokens) // count]
     sensitivity = measure_sensitivity(reader, some, dtype=dtype, journal=journal, stage=stage)
     if importance.spread:

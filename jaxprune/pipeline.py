@@ -14,6 +14,7 @@ from jaxtyping import DTypeLike, Int
 from convert import Reader, Spec, parts
 from jaxprune import devices
 from jaxprune.errors import InputError
+from jaxprune.hidden import HiddenStates
 from jaxprune.masks import StoredMask
 from jaxprune.methods import Method
 from jaxprune.models import Model, model_for
@@ -121,8 +122,8 @@ def _visit(
         start = time.perf_counter()
 
 
-def _states(run: Run) -> dict[str, np.ndarray]:
-    return {"pruned": run.hidden.array} | ({"dense": run.dense.array} if run.dense else {})
+def _states(run: Run) -> dict[str, HiddenStates]:
+    return {"pruned": run.hidden} | ({"dense": run.dense} if run.dense else {})
 
 
 def _restore(reader: Reader, tokens: Int[np.ndarray, "w t"], run: Run, done: Results, index: int) -> int:

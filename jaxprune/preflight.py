@@ -5,6 +5,7 @@ analysis of the programs that the run will call, or, where even all their interm
 """
 
 import dataclasses
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from convert.hub import resolve
 from jaxprune import devices, programs
 from jaxprune.config import Config
 from jaxprune.errors import InputError
+from jaxprune.evaluation.options import existing_parent
 from jaxprune.hidden import TOKENS_PER_BATCH
 from jaxprune.linalg import matmul
 from jaxprune.models import Model, model_of, stored_dtype
@@ -50,6 +52,7 @@ class Need:
         device: phase -> bytes on the device at most; on a CPU that is host memory too.
         host: phase -> bytes in host memory besides.
         disk: what -> bytes on the disk of --out at most, until the run ends.
+        scratch: phase -> bytes of hidden states: host memory, or with --hidden disk room in --scratch.
         kept: bytes on that disk afterwards.
         flops: phase -> FLOPs by dtype.
     """
@@ -57,6 +60,7 @@ class Need:
     device: dict[str, int]
     host: dict[str, float]
     disk: dict[str, int]
+    scratch: dict[str, float]
     kept: int
     flops: dict[str, Flops]
 
@@ -109,7 +113,11 @@ def need(
             flops[phase].update({dtype: int(count * program.calls * times) for dtype, count in program.flops().items()})
     device = {phase: max(_peaks(ones, within)) for phase, ones in phases.items()}
     disk = _disk(spec, model, config, recipe)
-    return Need(device, _host(spec, model, config, recipe, phases, evaluation), disk, disk["the checkpoint"], flops)
+    states = _states(model, config, recipe, phases, evaluation)
+    host = _host(spec, model, config, recipe, phases)
+    if config.hidden == "memory":
+        host = {phase: size + states[phase] for phase, size in host.items()}
+    return Need(device, host, disk, states, disk["the checkpoint"], flops)
 
 
 def _programs(spec: Spec, model: Model, config: Config, recipe: Recipe, evaluation: int | None) -> Iterator[Program]:
@@ -117,7 +125,7 @@ def _programs(spec: Spec, model: Model, config: Config, recipe: Recipe, evaluati
     tokens = TOKENS_PER_BATCH["gpu"] if config.device_memory and jax.default_backend() == "cpu" else None
     pattern = recipe.pattern or Unstructured(0.5)  # a given mask takes no more than selecting one
     if recipe.importance.measured:
-        some = min(recipe.importance.sensitivity_windows or shape[0], shape[0])
+        some = recipe.importance.windows_of(config.nsamples)
         yield from programs.of_sensitivity(model, some, shape[1], stored, tokens=tokens)
     yield from programs.of_pruning(model, *shape, recipe.method, pattern, stored, tokens=tokens)
     if epochs := recipe.tuning.tune_epochs * (1 + (recipe.tuning.rounds - 1) / 2):
@@ -138,33 +146,43 @@ def _peaks(phase: list[Program], within: float) -> Iterator[int]:
         yield most if most < within else program.peak_bytes()
 
 
-def _host(
-    spec: Spec, model: Model, config: Config, recipe: Recipe, phases: Mapping[str, Any], evaluation: int | None
-) -> dict[str, float]:
-    """Phase -> host memory besides what the device needs."""
+def _host(spec: Spec, model: Model, config: Config, recipe: Recipe, phases: Mapping[str, Any]) -> dict[str, float]:
+    """Phase -> host memory besides what the device needs and the hidden states."""
     layer = sum(_size(spec, path) for path in spec if part_of(path) == "layers.0")
-    count, state = model.config.num_layers, config.seqlen * model.width * np.dtype(model.config.dtype).itemsize
-    windows = config.nsamples
     # One layer being pruned, one read ahead, one as it goes out, one being committed, and that one's copy.
     streaming = max(peak_bytes()["host"], LIBRARIES) + 5 * layer
-    hidden = windows * state * (2 if recipe.asymmetry else 1)
-    found: dict[str, float] = {phase: streaming + hidden for phase in ("gram", "solve", "forward")}
+    found = dict.fromkeys(phases, streaming)
     weights = _weights(model)
     if "sensitivity" in phases:
-        some = min(recipe.importance.sensitivity_windows or windows, windows)
-        inputs = min(HOST_BYTES, (count + 1) * some * state) + 2 * some * state
-        energies = 4 * count * len(model.inputs) * some * config.seqlen
-        found["sensitivity"] = streaming + inputs + energies
+        some = recipe.importance.windows_of(config.nsamples)
+        energies = 4 * model.config.num_layers * len(model.inputs) * some * config.seqlen
+        found["sensitivity"] += energies
         for phase in ("gram", "solve", "forward"):
             found[phase] += 2 * energies * (recipe.importance.weighs)
     if "tune" in phases:
         everything = sum(_size(spec, path) for path in spec)
-        found["tune"] = streaming + hidden + everything + weights // 8
+        found["tune"] += everything + weights // 8
         if not _keeps(model):
             found["tune"] += 12 * weights
+    return found
+
+
+def _states(
+    model: Model, config: Config, recipe: Recipe, phases: Mapping[str, Any], evaluation: int | None
+) -> dict[str, float]:
+    """Phase -> bytes of the hidden states that there are at a time."""
+    token = model.width * np.dtype(model.config.dtype).itemsize
+    hidden = config.nsamples * config.seqlen * token
+    found: dict[str, float] = dict.fromkeys(phases, hidden * (2 if recipe.asymmetry else 1))
+    if "tune" in phases:
+        found["tune"] = hidden
+    if "sensitivity" in phases:
+        some = recipe.importance.windows_of(config.nsamples) * config.seqlen * token
+        inputs = (model.config.num_layers + 1) * some
+        found["sensitivity"] = 2 * some + (inputs if config.hidden == "disk" else min(HOST_BYTES, inputs))
     if "evaluate" in phases:
         windows, length = _evaluation(config, evaluation)
-        found["evaluate"] = streaming + 2 * windows * length * model.width * np.dtype(model.config.dtype).itemsize
+        found["evaluate"] = 2 * windows * length * token
     return found
 
 
@@ -222,9 +240,18 @@ def shortages(need: Need, config: Config) -> Iterator[str]:
     if free is not None and host > free:
         yield (
             f"{phase} needs {host / GIB:.1f} GiB of host memory, of which {free / GIB:.1f} are free: take fewer or "
-            "shorter windows (--nsamples, --seqlen)" + ", or leave the tuning out (--tune-epochs 0)" * (phase == "tune")
+            "shorter windows (--nsamples, --seqlen)"
+            + ", or put the hidden states on a disk (--hidden disk)" * (config.hidden == "memory")
+            + ", or leave the tuning out (--tune-epochs 0)" * (phase == "tune")
         )
     disk, room = sum(need.disk.values()), free_disk(config)
+    assert config.out
+    if scratch := config.scratch_folder(config.out):
+        states, has = max(need.scratch.values()), shutil.disk_usage(scratch).free
+        if os.stat(scratch).st_dev == os.stat(existing_parent(config.out)).st_dev:
+            disk += int(states)
+        elif states > has:
+            yield f"{states / GIB:.1f} GiB are needed in {scratch}, {has / GIB:.1f} are free: choose another --scratch"
     if room is not None and disk > room:
         yield f"{disk / GIB:.1f} GiB of disk are needed, {room / GIB:.1f} are free there: choose another --out"
 
@@ -256,9 +283,8 @@ def free_disk(config: Config) -> int | None:
     """Bytes that --out's disk has free, with what the run has there already."""
     assert config.out
     out = Path(config.out).expanduser().absolute()
-    parent = next(path for path in out.parents if path.exists())
     own = sum(path.stat().st_size for path in journal_folder(out).rglob("*") if path.is_file())
-    return shutil.disk_usage(parent).free + own
+    return shutil.disk_usage(existing_parent(out)).free + own
 
 
 def matrix_rate(dtype: str) -> float:

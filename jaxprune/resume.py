@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import filelock
 import numpy as np
-from jaxtyping import Shaped
 
 from convert import CheckpointError, Params, Reader, parts
 from convert.orbax import load_tree, save_tree
@@ -27,11 +26,11 @@ from convert.staging import replace, write_text
 from jaxprune import devices
 from jaxprune.console import console
 from jaxprune.errors import InputError
+from jaxprune.hidden import HiddenStates
 
 IDENTITY, LOCK, FINISHING, RESULT = "run.json", "lock", "finishing", "result"
 PATIENCE = 20
 """Hidden states are kept when the work since the last time took so many times longer than keeping them."""
-BLOCK_BYTES = 2**26
 _BYTES_PER_SECOND = 5e8  # assumed of a disk until it has been seen
 
 
@@ -144,7 +143,7 @@ class Journal:
         self._resting = time.monotonic()
         self._cost = self._resting - start
 
-    def keep_states(self, stage: str, position: int, states: Mapping[str, Shaped[np.ndarray, "w t d"]]) -> None:
+    def keep_states(self, stage: str, position: int, states: Mapping[str, HiddenStates]) -> None:
         """Keeps states, in place of those kept before, if the work since then was long enough.
 
         Args:
@@ -155,7 +154,7 @@ class Journal:
         Raises:
             CheckpointError: they cannot be written.
         """
-        if not self.worth_keeping(sum(array.nbytes for array in states.values())) or not devices.is_first():
+        if not self.worth_keeping(sum(one.array.nbytes for one in states.values())) or not devices.is_first():
             return
         folder = self.folder / stage / f"states.{position}"
         staged = folder.with_name(f"{folder.name}.partial")
@@ -164,7 +163,7 @@ class Journal:
             shutil.rmtree(folder, ignore_errors=True)
             try:
                 staged.mkdir(parents=True)
-                digests = {name: _write_array(staged / name, array) for name, array in states.items()}
+                digests = {name: _transfer(staged / name, one, write=True) for name, one in states.items()}
                 write_text(staged / "digests.json", json.dumps(digests))
                 staged.rename(folder)
             except OSError as error:
@@ -182,7 +181,7 @@ class Journal:
         found = [path.name.split(".") for path in (self.folder / stage).glob("states.*")]
         return devices.agree(max((int(name[1]) for name in found if len(name) == 2), default=None))
 
-    def restore_states(self, stage: str, states: Mapping[str, Shaped[np.ndarray, "w t d"]]) -> bool:
+    def restore_states(self, stage: str, states: Mapping[str, HiddenStates]) -> bool:
         """Whether the kept states of a stage are whole; `states` are filled with them, or with what was left."""
         position = self.position(stage)
         if position is None:
@@ -190,7 +189,7 @@ class Journal:
         folder = self.folder / stage / f"states.{position}"
         try:
             digests = json.loads((folder / "digests.json").read_text())
-            good = digests == {name: _read_array(folder / name, array) for name, array in states.items()}
+            good = digests == {name: _transfer(folder / name, one, write=False) for name, one in states.items()}
         except (OSError, ValueError) as error:
             good = False
             console.print(f"cannot read {folder}: {error}")
@@ -285,8 +284,20 @@ def publish(journal: Journal, out: Path) -> None:
     """Moves the finished checkpoint to its place, and removes the journal."""
     if devices.is_first():
         replace(journal.result, out)
-        shutil.rmtree(journal.folder)
+    remove(journal)
+
+
+def remove(journal: Journal) -> None:
+    """Removes a journal whose result is at its place. The mark of that goes last: a kill before leaves no doubt."""
+    if devices.is_first():
+        for path in sorted(journal.folder.iterdir(), key=lambda path: path.name == FINISHING):
+            _delete(path)
+        journal.folder.rmdir()
     devices.agree(None)
+
+
+def _delete(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def journal_folder(out: Path) -> Path:
@@ -355,27 +366,12 @@ def _digest(arrays: Params) -> str:
     return whole.hexdigest()
 
 
-def _blocks(array: Shaped[np.ndarray, "w t d"]) -> Iterator[memoryview]:
-    """The bytes of an array that is contiguous, some windows at a time."""
-    step = max(1, BLOCK_BYTES // max(1, array[:1].nbytes))
-    for start in range(0, len(array), step):
-        yield array[start : start + step].reshape(-1).view(np.uint8).data
-
-
-def _write_array(path: Path, array: Shaped[np.ndarray, "w t d"]) -> str:
-    whole = hashlib.sha256(f"{array.dtype.name} {array.shape};".encode())
-    with path.open("wb", buffering=0) as file:
-        for block in _blocks(array):
-            whole.update(block)
-            file.write(block)
-    return whole.hexdigest()
-
-
-def _read_array(path: Path, array: Shaped[np.ndarray, "w t d"]) -> str:
-    whole = hashlib.sha256(f"{array.dtype.name} {array.shape};".encode())
-    with path.open("rb", buffering=0) as file:
-        for block in _blocks(array):
-            if file.readinto(block) != len(block):
+def _transfer(path: Path, states: HiddenStates, *, write: bool) -> str:
+    """Writes states to a file, or fills them from it; returns their digest. ValueError: the file is too short."""
+    whole = hashlib.sha256(f"{states.array.dtype.name} {states.array.shape};".encode())
+    with path.open("wb" if write else "rb", buffering=0) as file:
+        for block in states.blocks():
+            if (file.write(block) if write else file.readinto(block)) != len(block):
                 raise ValueError("it is too short")
             whole.update(block)
     return whole.hexdigest()

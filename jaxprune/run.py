@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 from convert import Reader, Writer, create_checkpoint, open_checkpoint
 from convert.assets import load_tokenizer
 from convert.staging import check_free
-from jaxprune import calibration, devices, preflight, resume, timing
+from jaxprune import calibration, devices, hidden, preflight, resume, timing
 from jaxprune.config import Config, parse
 from jaxprune.console import choose_device, console, print_table, progress, run_main
 from jaxprune.evaluation.quality import Evaluator, table
@@ -53,6 +52,8 @@ def dry_run(config: Config, recipe: Recipe) -> int:
     print_table(rows, header)
     disk = ", ".join(f"{what} {size / preflight.GIB:.2f}" for what, size in need.disk.items() if size)
     console.print(f"disk, GiB, at most: {disk}; kept in the end: {need.kept / preflight.GIB:.2f}")
+    if config.hidden == "disk":
+        console.print(f"scratch, GiB, at most: {max(need.scratch.values()) / preflight.GIB:.2f}")
     if config.device_memory is None:
         console.print(f"time: from the matrix rate of {hardware()}, measured now")
     problems = list(preflight.shortages(need, config))
@@ -72,6 +73,12 @@ def run(config: Config, recipe: Recipe) -> Record | None:
     Raises:
         InputError, CheckpointError: something cannot be used.
     """
+    assert config.out
+    with hidden.kept_in(config.scratch_folder(config.out)):
+        return _run(config, recipe)
+
+
+def _run(config: Config, recipe: Recipe) -> Record | None:
     begin = time.perf_counter()
     assert config.out and config.calib
     moving = resume.finishing(Path(config.out).expanduser().absolute())
@@ -99,8 +106,7 @@ def run(config: Config, recipe: Recipe) -> Record | None:
         preflight.require_fit(reader.spec, model, config, recipe, evaluation)
     with resume.open_journal(out, identity, resume=config.resume) as journal:
         if devices.agree(moving and out.exists() and not journal.result.exists()):
-            if devices.is_first():
-                shutil.rmtree(journal.folder)
+            resume.remove(journal)
             console.print(f"{out} was finished already")
             return None
         if config.timing:

@@ -14,6 +14,7 @@ References:
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -27,7 +28,7 @@ from convert import Reader
 from jaxprune import devices
 from jaxprune.errors import InputError
 from jaxprune.flags import require_positive
-from jaxprune.hidden import HiddenStates
+from jaxprune.hidden import HiddenStates, on_disk
 from jaxprune.models import Model, Part, model_for
 from jaxprune.resume import Journal
 from jaxprune.stream import embed, exponentials, forward, in_chunks, logits, read_layers, ready
@@ -65,6 +66,10 @@ class Importance:
     @property
     def weighs(self) -> bool:
         return self.token_power > 0 or self.weigh_outputs
+
+    def windows_of(self, count: int) -> int:
+        """How many of so many calibration windows the gradients are taken from."""
+        return min(self.sensitivity_windows or count, count)
 
     @property
     def measured(self) -> bool:
@@ -128,7 +133,7 @@ def measure_sensitivity(
     tokens: Int[np.ndarray, "w t"],
     *,
     dtype: DTypeLike | None = None,
-    host_bytes: float = HOST_BYTES,
+    host_bytes: float | None = None,
     journal: Journal | None = None,
     stage: str = "sensitivity",
 ) -> list[Sensitivity]:
@@ -138,7 +143,8 @@ def measure_sensitivity(
         reader: the dense checkpoint.
         tokens: calibration windows, [windows, length] token ids.
         dtype: of the model's computation; see `models.model_for`.
-        host_bytes: the most host memory for the layers' inputs, though one window is always taken.
+        host_bytes: the most for the layers' inputs, though one window is always taken; None: `HOST_BYTES` in memory,
+            and as much as they need on a disk (see `hidden.kept_in`).
         journal: where each layer's is kept, and taken from where it is kept already; None: nothing is kept.
         stage: its name in the journal.
 
@@ -146,6 +152,8 @@ def measure_sensitivity(
         InputError: checkpoint and tokens do not fit together, or the loss has no finite gradient.
     """
     model = model_for(reader, dtype)
+    if host_bytes is None:
+        host_bytes = math.inf if on_disk() else HOST_BYTES
     loads = list(_loads(model, tokens, host_bytes))
     each = [_reverse(model, reader, tokens[rows], journal, f"{stage}/{n}") for n, rows in enumerate(loads)]
     if journal:
@@ -163,7 +171,7 @@ def measure_sensitivity(
 def _loads(model: Model, tokens: Int[np.ndarray, "w t"], host_bytes: float) -> Iterator[slice]:
     """Rows whose inputs of all layers fit the host's memory together."""
     window = (model.config.num_layers + 1) * tokens.shape[1] * model.width * np.dtype(model.config.dtype).itemsize
-    count = min(len(tokens), max(1, int(host_bytes / window)))
+    count = max(1, int(min(len(tokens), host_bytes / window)))
     return (slice(start, start + count) for start in range(0, len(tokens), count))
 
 
@@ -180,18 +188,17 @@ def _reverse(
     top, gradient = count, None  # of the layer below which we are, and by its output
     position = journal.position(stage) if journal else None
     if journal and position is not None and missing[0] < position:
-        gradient = np.empty_like(states.array)
+        gradient = states.copy()
         if journal.restore_states(stage, {"gradient": gradient}):
             top = position
     inputs = []
     for params in read_layers(model, reader, range(top)):
-        inputs.append(states.array.copy())
+        inputs.append(states.copy())
         forward(model, devices.everywhere(params), states)
-    if top == count:
-        _differentiate_loss(model, reader, states, tokens)
+    if top < count and gradient:
+        states = gradient
     else:
-        states.array[...] = gradient
-        del gradient
+        _differentiate_loss(model, reader, states, tokens)
     order = range(top)[::-1]
     for index, params in zip(order, read_layers(model, reader, order), strict=True):
         layer = _reverse_layer(model, devices.everywhere(params), inputs.pop(), states)
@@ -199,7 +206,7 @@ def _reverse(
         if journal and index not in found:
             arrays = {f"{kind}.{name}": array for kind, part in layer._asdict().items() for name, array in part.items()}
             journal.put(f"{stage}/{index}", arrays, {})
-            journal.keep_states(stage, index, {"gradient": states.array})
+            journal.keep_states(stage, index, {"gradient": states})
         found[index] = layer
     return [found[index] for index in range(count)]
 
@@ -219,22 +226,23 @@ def _differentiate_loss(model: Model, reader: Reader, states: HiddenStates, toke
     """Replaces the last layer's output by the gradient of the loss by it."""
     head = ready(model, reader.read(model.head.spec))
     for rows in states.slices():
-        last, targets = states.array[rows], tokens[rows, 1:].reshape(-1).astype(np.int32)
+        last, targets = states.read(rows), tokens[rows, 1:].reshape(-1).astype(np.int32)
         predicting = last[:, :-1].reshape(len(targets), -1)
         (gradient,) = in_chunks(lambda *chunk: (loss_gradient(model.head, head, *chunk),), predicting, targets)
-        last[:, :-1] = gradient.reshape(last[:, :-1].shape)
-        last[:, -1] = 0  # nothing follows
+        gradients = np.zeros_like(last)  # nothing follows the last token
+        gradients[:, :-1] = gradient.reshape(last[:, :-1].shape)
+        states.write(rows, gradients)
 
 
 def _reverse_layer(
-    model: Model, params: Mapping[str, Array], inputs: Float[np.ndarray, "w t d"], gradients: HiddenStates
+    model: Model, params: Mapping[str, Array], inputs: HiddenStates, gradients: HiddenStates
 ) -> Sensitivity:
     """Moves the gradients through one layer, from its output to its input."""
     taps = tuple(model.inputs.items())
     batches: list[Sensitivity] = []
 
     def step(gradient: Array, rows: slice) -> Array:
-        back, sensitivity = backward(model.layer, taps, params, devices.by_windows(inputs[rows]), gradient)
+        back, sensitivity = backward(model.layer, taps, params, inputs.batch(rows), gradient)
         batches.append(sensitivity)
         return back
 

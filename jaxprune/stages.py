@@ -94,7 +94,7 @@ def measure(run: Run, layer: Layer) -> Layer:
         return {tap: devices.by_windows(weight[rows]) for tap, weight in weights.items()}
 
     def move_dense(dense: Array, rows: slice) -> Array:
-        x = devices.by_windows(run.hidden.array[rows])
+        x = run.hidden.batch(rows)
         parts, grams, drifts = totals_for(rows)
         after, *sums[parts] = _accumulate_both(run.model.layer, layer.params, x, dense, weights_of(rows), grams, drifts)
         return after

@@ -184,7 +184,7 @@ def tune(
     for step, rows in enumerate(where.reshape(steps, -1)):
         if step < begin:
             continue
-        chosen = tokens[visited[rows]], dense.array[rows]
+        chosen = tokens[visited[rows]], dense.read(rows)
         divergences.append(_step(model, plan, ends, rest, state, *chosen, jnp.float32(rate(step))))
         epoch, within = divmod(step * len(rows), len(tokens))
         if within + len(rows) == len(tokens) or step == steps - 1:

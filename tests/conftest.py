@@ -1,6 +1,8 @@
 """Fixtures: small random checkpoints of transformers' own making, and the project's data folder."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jaxtyping
@@ -11,8 +13,12 @@ import tests.typecheck  # noqa: F401  found by its name below
 # Shapes and dtypes in signatures are checked at every call.
 jaxtyping.install_import_hook(["jaxprune", "convert"], "tests.typecheck.check")
 
-# Command lines keep what they compile in the user's cache; not here.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# What one process compiles the others take: those that pytest-xdist starts, and command lines.
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ[CACHE] = tempfile.mkdtemp(prefix="jaxprune-tests-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax  # noqa: E402
 
@@ -21,6 +27,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from tests import tiny  # noqa: E402
+
+
+def pytest_unconfigure() -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ[CACHE], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

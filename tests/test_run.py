@@ -1,12 +1,9 @@
 """The command line from end to end, in processes of its own, as a user runs it."""
 
-import atexit
-import functools
 import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +20,9 @@ from jaxprune.verify import main as verify
 from tests import tiny
 
 
-@functools.cache
-def compiled_once() -> dict[str, str]:
-    """Settings with which command lines share what they compile; the folder goes when the tests end."""
-    folder = tempfile.TemporaryDirectory(prefix="jaxprune-tests-")
-    atexit.register(folder.cleanup)
-    return {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": folder.name}
-
-
 def jaxprune(*args: object, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "jaxprune.run", *map(str, args)]
-    environment = os.environ | compiled_once() | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 

@@ -198,4 +198,6 @@ class StreamedLM(TemplateLM):
                     forward(model, own, hidden, windows.layout)
             head = devices.everywhere(reader.read(model.head.spec))
             for windows, hidden in zip(packed, states, strict=True):
-                yield windows, head, hidden.array[windows.rows, windows.columns]
+                found = hidden.array[windows.rows, windows.columns]
+                hidden.release()
+                yield windows, head, found

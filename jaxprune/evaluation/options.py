@@ -1,6 +1,8 @@
 """What to measure of checkpoints, as the user says it."""
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -40,6 +42,10 @@ class EvalOptions:
     stored in the checkpoint's dtype in any case."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """The kind of device to run on; auto takes the best there is, gpu is CUDA's."""
+    hidden: Literal["memory", "disk"] = "memory"
+    """Where hidden states are between layers: in host memory, or in files of --scratch that take none of it."""
+    scratch: str | None = None
+    """A folder for --hidden disk (default: where --out is made). Nothing stays in it."""
 
     @property
     def computation_dtype(self) -> np.dtype | None:
@@ -50,9 +56,27 @@ class EvalOptions:
     def measures(self) -> list[str]:
         return [] if self.eval == "none" else split(self.eval)
 
+    def scratch_folder(self, out: str) -> Path | None:
+        """Where hidden states are kept; None: in memory.
+
+        Args:
+            out: the run's own folder.
+
+        Raises:
+            InputError: nothing can be written there.
+        """
+        if self.hidden == "memory":
+            return None
+        folder = Path(self.scratch).expanduser() if self.scratch else existing_parent(out)
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise InputError(f"{folder} is not a folder that can be written into: choose another --scratch")
+        return folder
+
     def check(self) -> None:
         """Raises InputError for options that contradict each other or mean nothing."""
         require_positive(self, "eval_seqlen", "eval_windows", "limit")
+        if self.scratch and self.hidden != "disk":
+            raise InputError("--scratch is for --hidden disk: pass both, or neither")
         if unknown := [name for name in self.measures if name not in MEASURES]:
             raise InputError(f"--eval takes {', '.join(MEASURES)} or none, not {unknown[0]!r}; tasks go to --tasks")
         needs = dict.fromkeys(("eval_text", "eval_seqlen", "eval_windows"), "ppl")
@@ -82,6 +106,11 @@ def with_defaults(options: Options, *, eval: str, eval_text: str, eval_seqlen: i
     if "zero-shot" in filled.measures:
         filled = dataclasses.replace(filled, tasks=options.tasks or ",".join(ZERO_SHOT))
     return filled
+
+
+def existing_parent(path: str | Path) -> Path:
+    """The nearest folder above a path that is there."""
+    return next(parent for parent in Path(path).expanduser().absolute().parents if parent.exists())
 
 
 def split(text: str | None) -> list[str]:

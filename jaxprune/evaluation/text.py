@@ -110,7 +110,7 @@ def _compare(
     losses, divergences, agreements = np.zeros((3, len(models)))
     for rows in states[0].slices():
         targets = tokens[rows, 1:].reshape(-1).astype(np.int32)
-        last = [hidden.array[rows, :-1].reshape(len(targets), -1) for hidden in states]
+        last = [hidden.read(rows)[:, :-1].reshape(len(targets), -1) for hidden in states]
         if len(models) == 1:
             losses -= score_tokens(models[0], heads[0], last[0], targets).log_prob.sum(dtype=np.float64)
             continue

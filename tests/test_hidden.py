@@ -1,0 +1,116 @@
+"""Hidden states in memory and in files."""
+
+import contextlib
+import hashlib
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxprune import InputError, hidden
+from jaxprune.hidden import HiddenStates
+from jaxprune.run import main
+from tests.test_preflight import need_of
+
+
+@pytest.fixture(params=["memory", "disk"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], contextlib.AbstractContextManager]:
+    return lambda: hidden.kept_in(tmp_path if request.param == "disk" else None)
+
+
+def test_states_are_updated_in_place(place: Callable, tmp_path: Path) -> None:
+    with place():
+        states = HiddenStates((6, 3, 2), np.dtype(ml_dtypes.bfloat16), batch=2)
+        values = np.arange(36.0).reshape(6, 3, 2).astype(ml_dtypes.bfloat16)
+        states.write(slice(None), values)
+        before = states.copy()
+        states.update(lambda x, rows: x + jax.numpy.asarray(rows.start, x.dtype))
+    assert not list(tmp_path.iterdir())
+    np.testing.assert_array_equal(before.array, values)
+    expected = values + np.repeat([0, 2, 4], 2)[:, None, None].astype(values.dtype)
+    np.testing.assert_array_equal(states.array, expected)
+    np.testing.assert_array_equal(states.read(np.array([5, 1])), expected[[5, 1]])
+    np.testing.assert_array_equal(np.concatenate(list(states.batches())), expected)
+    assert b"".join(states.blocks()) == expected.tobytes()
+
+
+def mapped() -> int:
+    """Bytes of files in this process's memory."""
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * sum(int(lines[name].split()[0]) for name in ("RssFile", "RssShmem"))
+
+
+def test_what_is_not_worked_on_takes_no_memory(tmp_path: Path) -> None:
+    start = mapped()
+    with hidden.kept_in(tmp_path):
+        states = HiddenStates((64, 1024, 512), np.dtype(np.float32), batch=4)
+    most = 0
+
+    def step(x: jax.Array, rows: slice) -> jax.Array:
+        nonlocal most
+        most = max(most, mapped() - start)
+        return x + 1
+
+    for _ in range(2):
+        states.update(step)
+    other = states.copy
+    with hidden.kept_in(tmp_path):
+        twin = other()
+    most = max(most, mapped() - start)
+    assert most < states.array.nbytes / 4
+    assert twin.array.min() == twin.array.max() == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_too_small_a_disk_is_an_error(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], check=True)
+    try:
+        with hidden.kept_in(tmp_path), pytest.raises(InputError, match="choose another --scratch"):
+            HiddenStates((64, 1024, 512), np.dtype(np.float32), batch=4)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+@pytest.fixture
+def line(checkpoint: Path, text: Path, tmp_path: Path) -> list[str]:
+    sizes = ["--nsamples", "4", "--seqlen", "32", "--eval-windows", "3", "--eval-text", str(text)]
+    return ["--ckpt", str(checkpoint), "--calib", str(text), *sizes]
+
+
+def test_a_run_on_disk_ends_with_the_same_bytes(line: list[str], tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    line += ["--preset", "best", "--sparsity", "0.6", "--asymmetry", "0.25"]
+    assert main([*line, "--out", str(tmp_path / "a")]) == 0
+    assert main([*line, "--out", str(tmp_path / "b"), "--hidden", "disk", "--scratch", str(scratch)]) == 0
+    assert not list(scratch.iterdir())
+    first, second = (hashlib.sha256((tmp_path / o / "model.safetensors").read_bytes()).digest() for o in "ab")
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scratch", "."], "--scratch is for --hidden disk"),
+        (["--hidden", "disk", "--scratch", "nowhere"], "nowhere is not a folder that can be written into"),
+    ],
+)
+def test_scratch_must_be_of_use(
+    options: list[str], message: str, line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main([*line, *options, "--out", str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_goes_to_the_disk_needs_no_memory(checkpoint: Path, tmp_path: Path) -> None:
+    sizes = ["--nsamples", 8, "--seqlen", 64, "--eval", "none", "--preset", "fast", "--out", tmp_path / "out"]
+    memory, disk = need_of(checkpoint, *sizes), need_of(checkpoint, *sizes, "--hidden", "disk")
+    state = 8 * 64 * 32 * 4
+    assert memory.host["gram"] - disk.host["gram"] == state == disk.scratch["gram"]
+    assert disk.scratch["sensitivity"] == memory.host["sensitivity"] - disk.host["sensitivity"] == 6 * state
