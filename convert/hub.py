@@ -1,6 +1,7 @@
 """Names -> local paths: known names, Hugging Face hub repositories, local files."""
 
 import difflib
+import hashlib
 import re
 from pathlib import Path
 
@@ -63,6 +64,31 @@ def resolve(name: str | Path, *, weights: bool = True) -> Path:
         f"no checkpoint {text!r}: give a folder, a .gguf file, a hub repository owner/name, or one of "
         f"{', '.join(known_names())}.{hint}"
     )
+
+
+def require_whole(folder: Path) -> None:
+    """Compares weights that came from the hub with their digests: the hub's cache names a large file after its SHA-256.
+
+    Files that are named otherwise, such as those of a folder of the user's, have no digest and are passed over.
+
+    Args:
+        folder: of a checkpoint.
+
+    Raises:
+        CheckpointError: files are not what the hub has.
+    """
+    damaged = []
+    for path in sorted(folder.glob("*.safetensors")):
+        blob = path.resolve()
+        if re.fullmatch("[0-9a-f]{64}", blob.name):
+            with blob.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != blob.name:
+                    damaged.append(f"{path.name}, stored as {blob}")
+    if damaged:
+        raise CheckpointError(
+            "the content of these files is not what the hub has: remove them, and they are fetched again:\n  "
+            + "\n  ".join(damaged)
+        )
 
 
 def _snapshot(repository: str, weights: bool) -> Path:

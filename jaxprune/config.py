@@ -41,7 +41,8 @@ class Config(EvalOptions):
     device_memory: float | None = None
     """GiB of a device, instead of what this machine's device has: to plan for another one."""
     unchecked: bool = False
-    """Begin even where the run would not fit by our count."""
+    """Begin even where the run would not fit by our count, and without comparing weights from the hub with their
+    digests."""
     save_masks: str | None = None
     """A file for the masks, packed bits in safetensors, for fine-tuning that keeps them."""
     calib: str | None = None

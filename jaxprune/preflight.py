@@ -273,10 +273,21 @@ def host_memory() -> int | None:
     if info.exists():
         found = dict(line.split(":") for line in info.read_text().splitlines())
         free.append(int(found["MemAvailable"].split()[0]) * 1024 + peak_bytes()["host"])
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        free.append(int(text))
-    return min(free, default=None)
+    return min([*free, *_limits()], default=None)
+
+
+def _limits() -> Iterator[int]:
+    """Bytes that this process's control groups, of version 1 or 2, allow it."""
+    groups = Path("/proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            group = Path("/sys/fs/cgroup") / controllers / path.lstrip("/")
+            file = "memory.limit_in_bytes" if controllers else "memory.max"
+            for folder in (group, *group.parents):  # in a container its own group may be seen as the root
+                limit = folder / file
+                if limit.exists() and (text := limit.read_text().strip()) != "max":
+                    yield int(text)
 
 
 def free_disk(config: Config) -> int | None:

