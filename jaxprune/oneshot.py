@@ -8,12 +8,12 @@ from jaxtyping import DTypeLike, Int
 
 from convert import Params, Reader
 from jaxprune.allocation import allocate
+from jaxprune.journal import Journal
 from jaxprune.models import model_for
 from jaxprune.patterns import Pattern, Unstructured
 from jaxprune.pipeline import pattern_for_each, prune
 from jaxprune.recipe import Recipe
 from jaxprune.results import LayerResult, Results
-from jaxprune.resume import Journal
 from jaxprune.sensitivity import Importance, Weights, measure_sensitivity, weights
 from jaxprune.stages import PatternOf
 from jaxprune.stream import require_tokens

@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from convert import Params
+from jaxprune.journal import Journal
 from jaxprune.linears import LinearResult
-from jaxprune.resume import Journal
 
 
 @dataclasses.dataclass(frozen=True)

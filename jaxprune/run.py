@@ -17,6 +17,7 @@ from jaxprune import calibration, devices, hidden, preflight, resume, timing
 from jaxprune.config import Config, parse
 from jaxprune.console import choose_device, console, print_table, progress, run_main
 from jaxprune.evaluation.quality import Evaluator, table
+from jaxprune.journal import Journal
 from jaxprune.masks import MaskWriter, create_masks
 from jaxprune.models import model_for
 from jaxprune.oneshot import prune_by_recipe
@@ -24,7 +25,6 @@ from jaxprune.pipeline import linear_shapes, other_params
 from jaxprune.recipe import Recipe
 from jaxprune.record import Record, hardware, layer_line
 from jaxprune.results import LayerResult
-from jaxprune.resume import Journal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,7 +107,7 @@ def _run(config: Config, recipe: Recipe) -> Record | None:
         evaluation = max((len(tokens) for tokens in evaluator.windows.values()), default=None)
         preflight.require_fit(reader.spec, model, config, recipe, evaluation)
     with resume.open_journal(out, identity, resume=config.resume) as journal:
-        if devices.agree(moving and out.exists() and not journal.result.exists()):
+        if devices.agree(moving and out.exists() and not resume.result(journal).exists()):
             resume.remove(journal)
             console.print(f"{out} was finished already")
             return None
@@ -122,13 +122,13 @@ def _run(config: Config, recipe: Recipe) -> Record | None:
                 masks = stack.enter_context(create_masks(masks_out, linear_shapes(model), overwrite=overwrite))
             _export(config, record, reader, journal, masks)
             with _timed(record, "evaluate") if config.measures else contextlib.nullcontext():
-                readers = {"dense": reader, "pruned": open_checkpoint(journal.result)}
+                readers = {"dense": reader, "pruned": open_checkpoint(resume.result(journal))}
                 for which, quality in evaluator.measure(readers, against="dense"):
                     record.evaluation[which] = quality
             record.seconds["total"] = time.perf_counter() - begin
             if devices.is_first():
-                record.save(journal.result)
-            journal.finish()
+                record.save(resume.result(journal))
+            resume.finish(journal)
         resume.publish(journal, out)
     print_table([*record.summary(), ("result", os.path.relpath(out))])
     if config.measures:
@@ -144,7 +144,7 @@ def _export(config: Config, record: Record, reader: Reader, journal: Journal, ma
     with contextlib.ExitStack() as stack:
         writer: Writer | None = None
         if devices.is_first():
-            writer = stack.enter_context(create_checkpoint(journal.result, reader.spec, reader.assets))
+            writer = stack.enter_context(create_checkpoint(resume.result(journal), reader.spec, reader.assets))
         with progress() as bar:
             task = bar.add_task("pruning", total=count * recipe.tuning.rounds)
 

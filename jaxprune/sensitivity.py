@@ -29,8 +29,8 @@ from jaxprune import devices
 from jaxprune.errors import InputError
 from jaxprune.flags import require_positive
 from jaxprune.hidden import HiddenStates, on_disk
+from jaxprune.journal import Journal
 from jaxprune.models import Model, Part, model_for
-from jaxprune.resume import Journal
 from jaxprune.stream import embed, exponentials, forward, in_chunks, logits, read_layers, ready
 
 HOST_BYTES = 8e9

@@ -36,11 +36,11 @@ from convert import Params, Reader
 from jaxprune import devices
 from jaxprune.errors import InputError
 from jaxprune.flags import require_positive
+from jaxprune.journal import Journal
 from jaxprune.linalg import masked
 from jaxprune.linears import round_kernel
 from jaxprune.models import Model, Part, model_for
 from jaxprune.results import LayerResult
-from jaxprune.resume import Journal
 from jaxprune.stream import (
     apply,
     apply_layer,

@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from jaxprune import InputError, resume, stages
+from jaxprune import InputError, stages
+from jaxprune import journal as journal_module
 from jaxprune.hidden import HiddenStates
-from jaxprune.resume import Journal
+from jaxprune.journal import Journal
 from jaxprune.run import main
 from tests import tiny
 
@@ -36,8 +37,8 @@ MOMENTS = {
     "Gram, asymmetric": ("jaxprune.stages", "_accumulate_both"),
     "solve": ("jaxprune.stages", "solve_linear"),
     "forward": ("jaxprune.stages", "forward"),
-    "commit": ("jaxprune.resume", "save_tree"),
-    "states": ("jaxprune.resume", "_transfer"),
+    "commit": ("jaxprune.journal", "save_tree"),
+    "states": ("jaxprune.journal", "_transfer"),
     "sensitivity": ("jaxprune.sensitivity", "backward"),
     "tuning": ("jaxprune.tuning", "update"),
     "export": ("convert.hf", "Writer.write"),
@@ -327,18 +328,18 @@ def test_arrays_come_back_as_they_went(tmp_path: Path) -> None:
 
 def test_states_are_kept_when_the_work_was_worth_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(resume.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(journal_module.time, "monotonic", lambda: clock[0])
     journal = Journal(tmp_path)
     states = {"x": HiddenStates((4, 3, 2), np.dtype(float), batch=2)}
     states["x"].array[...] = np.arange(24.0).reshape(4, 3, 2)
     kept = []
-    real = resume._transfer
+    real = journal_module._transfer
 
     def slow(*args: Any, **options: Any) -> str:
         clock[0] += 1.0
         return real(*args, **options)
 
-    monkeypatch.setattr(resume, "_transfer", slow)
+    monkeypatch.setattr(journal_module, "_transfer", slow)
     for step in range(50):
         clock[0] += 2.0
         journal.keep_states("stage", step, states)
