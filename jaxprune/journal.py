@@ -221,9 +221,11 @@ def _digests(folder: Path) -> dict[str, str]:
 def _transfer(path: Path, states: HiddenStates, *, write: bool) -> str:
     """Writes states to a file, or fills them from it; returns their digest. ValueError: the file is too short."""
     whole = hashlib.sha256(f"{states.array.dtype.name} {states.array.shape};".encode())
-    with path.open("wb" if write else "rb", buffering=0) as file:
+    with path.open("wb" if write else "rb") as file:
         for block in states.blocks():
-            if (file.write(block) if write else file.readinto(block)) != len(block):
+            if write:
+                file.write(block)
+            elif file.readinto(block) != len(block):
                 raise ValueError("it is too short")
             whole.update(block)
     return whole.hexdigest()

@@ -36,9 +36,8 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     tiny.save(folder, tiny.config(**size))
     ids = np.random.default_rng(0).integers(0, 300, (11, 64), np.int32)
     np.save(folder / "ids.npy", ids)
-    np.save(folder / "eval.npy", ids[:5, ::-1])
     options = ["--ckpt", folder, "--calib", folder / "ids.npy", "--nsamples", 11, "--seqlen", 64]
-    return [*options, "--eval-text", folder / "eval.npy", "--device", "cpu"]
+    return [*options, "--eval-text", folder / "ids.npy", "--eval-windows", 5, "--device", "cpu"]
 
 
 RECIPES = {

@@ -40,8 +40,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_python_examples_run(number: int, workplace: Path) -> None:
-    code = blocks("python")[number]
+def test_python_examples_run(number: int, checkpoint: Path, workplace: Path) -> None:
+    """On a model that takes a fiftieth of the time; the tests below look at SmolLM2."""
+    code = blocks("python")[number].replace('open_checkpoint("smollm2-135m")', f"open_checkpoint({str(checkpoint)!r})")
     if "masks.safetensors" in code:
         with create_masks(workplace / "masks.safetensors", {(0, "mlp.up_proj"): (12, 20)}) as masks:
             masks.write(0, {"mlp.up_proj": np.zeros((20, 2), np.uint8)})
@@ -49,7 +50,7 @@ def test_python_examples_run(number: int, workplace: Path) -> None:
         [sys.executable, "-W", "error::UserWarning", "-c", code], cwd=workplace, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == (30 if "for layer in" in code else 1)
+    assert len(done.stdout.splitlines()) == (3 if "for layer in" in code else 1)
 
 
 WITHOUT_TORCH = """

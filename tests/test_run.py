@@ -1,5 +1,7 @@
 """The command line from end to end, in processes of its own, as a user runs it."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -24,6 +26,14 @@ def jaxprune(*args: object, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "jaxprune.run", *map(str, args)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def here(*args: object, cwd: Path) -> subprocess.CompletedProcess:
+    """The same in this process, which is faster."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([*map(str, args)])
+    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +129,7 @@ def test_the_same_seed_gives_the_same_bytes(
 
 def test_two_of_four_with_another_methods_mask(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 4, "--seqlen", 32, "--eval", "none"]
-    done = jaxprune(*options, "--mask", "wanda", "--pattern", "2:4", "--out", "out", cwd=tmp_path)
+    done = here(*options, "--mask", "wanda", "--pattern", "2:4", "--out", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for name, tensor in load_file(tmp_path / "out/model.safetensors").items():
         if "_proj" in name:
@@ -131,7 +141,7 @@ def test_two_of_four_with_another_methods_mask(checkpoint: Path, text: Path, tmp
 def test_the_best_preset(finished: tuple[Path, str], checkpoint: Path, text: Path, tmp_path: Path) -> None:
     options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 6, "--seqlen", 64, "--eval-text", text]
     options += ["--eval-windows", 5, "--seed", 3]
-    done = jaxprune(*options, "--preset", "best", "--save-masks", "masks.safetensors", "--out", "out", cwd=tmp_path)
+    done = here(*options, "--preset", "best", "--save-masks", "masks.safetensors", "--out", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "tuning, epoch 1: KL divergence" in done.stdout
     record = json.loads((tmp_path / "out/jaxprune.json").read_text())
@@ -161,13 +171,13 @@ def test_masks_are_saved_and_taken_up_again(
     """Another method's masks, by file and by checkpoint: the same zeros, and an error at or below the original's."""
     options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 6, "--seqlen", 64, "--eval", "none"]
     options += ["--seed", 3]
-    done = jaxprune(*options, "--out", "first", "--method", "sparsegpt", "--save-masks", "m.safetensors", cwd=tmp_path)
+    done = here(*options, "--out", "first", "--method", "sparsegpt", "--save-masks", "m.safetensors", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     sources = {"by-file": "from-file:m.safetensors", "by-checkpoint": "from-checkpoint:first"}
     first = load_file(tmp_path / "first/model.safetensors")
     errors = {}
     for out, mask in sources.items():
-        done = jaxprune(*options, "--out", out, "--mask", mask, "--update", "exact", cwd=tmp_path)
+        done = here(*options, "--out", out, "--mask", mask, "--update", "exact", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         for name, tensor in load_file(tmp_path / out / "model.safetensors").items():
             if "_proj" in name:
@@ -182,7 +192,7 @@ def test_masks_are_saved_and_taken_up_again(
     # The first layer's inputs are the same in both runs; behind it each run has its own.
     assert all(after <= x for after, x in zip(errors["by-file"][:7], before[:7], strict=True))
     assert sum(errors["by-file"]) <= sum(before)
-    again = jaxprune(*options, "--out", "second", "--save-masks", "m.safetensors", cwd=tmp_path)
+    again = here(*options, "--out", "second", "--save-masks", "m.safetensors", cwd=tmp_path)
     assert again.returncode == 1 and "m.safetensors already exists" in again.stderr
     assert not (tmp_path / "second").exists()
 

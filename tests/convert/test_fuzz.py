@@ -20,7 +20,7 @@ from convert.consistency import check
 from tests import tiny
 from tests.convert.test_gguf import write
 
-EXAMPLES = int(os.environ.get("JAXPRUNE_FUZZ", "100"))
+EXAMPLES = int(os.environ.get("JAXPRUNE_FUZZ", "50"))
 """Damaged files of each kind; JAXPRUNE_FUZZ=10000 is some minutes."""
 
 
