@@ -245,7 +245,7 @@ def cells(experiment: Experiment, layers: int, *, small: bool = False) -> Iterat
             steps = experiment.small_steps.get(row, experiment.steps) if small else experiment.steps
             for step in steps if "{k}" in flags else (None,):
                 schedule = "cubic" if ":" in pattern else "constant"
-                recipe = recipes.parse(_flags(flags.format(k=step, schedule=schedule), pattern))
+                recipe = _recipe(flags.format(k=step, schedule=schedule), pattern)
                 for linear in linears:
                     yield Cell(row, pattern, step, recipe, linear)
 
@@ -255,8 +255,9 @@ def _only_perplexity(quality: Quality) -> float:
     return text.perplexity
 
 
-def _flags(flags: str, pattern: str) -> list[str]:
-    return [*flags.split(), *(("--pattern", pattern) if ":" in pattern else ("--sparsity", pattern))]
+@functools.cache
+def _recipe(flags: str, pattern: str) -> Recipe:
+    return recipes.parse([*flags.split(), *(("--pattern", pattern) if ":" in pattern else ("--sparsity", pattern))])
 
 
 def _digest(content: np.ndarray | str) -> str:

@@ -61,7 +61,7 @@ def test_the_pytorch_way_is_the_papers() -> None:
 
 
 def test_other_ways_prune_alike(tmp_path: Path) -> None:
-    size = ["--size", "smollm2-135m", "--stored", "float32", "--layers", 1, "--windows", 2, "--length", 256]
+    size = ["--size", "smollm2-135m", "--stored", "float32", "--layers", 1, "--windows", 1, "--length", 128]
     found = bench(*size, "--against", "torch", "op-by-op", "--repeat", 1, cwd=tmp_path)
     assert found["seconds"].keys() == {"jaxprune", "torch", "op-by-op"}
     rows = [line.split("|") for line in found["printed"].splitlines() if line.startswith(("| torch", "| op-by-op"))]

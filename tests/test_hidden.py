@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxprune import InputError, hidden
+from jaxprune import InputError, hidden, preflight
 from jaxprune.hidden import HiddenStates
 from jaxprune.run import main
 from tests.test_preflight import need_of
@@ -108,7 +108,10 @@ def test_scratch_must_be_of_use(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_goes_to_the_disk_needs_no_memory(checkpoint: Path, tmp_path: Path) -> None:
+def test_what_goes_to_the_disk_needs_no_memory(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "peak_bytes", lambda: {"host": 0})
     sizes = ["--nsamples", 8, "--seqlen", 64, "--eval", "none", "--preset", "fast", "--out", tmp_path / "out"]
     memory, disk = need_of(checkpoint, *sizes), need_of(checkpoint, *sizes, "--hidden", "disk")
     state = 8 * 64 * 32 * 4

@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_said_before_the_work(
 
 def test_the_memory_of_a_run_is_foreseen(tmp_path: Path) -> None:
     """Host memory of a run that is more than the libraries' own, within a fifth."""
-    size = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_hidden_layers": 2}
+    size = {"hidden_size": 512, "intermediate_size": 128, "num_attention_heads": 8, "num_hidden_layers": 2}
     tiny.save(tmp_path / "dense", tiny.config(**size, max_position_embeddings=4096))
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 300, (192, 512), np.int32))
     options = ["--ckpt", "dense", "--calib", "ids.npy", "--nsamples", 192, "--seqlen", 512, "--eval", "none"]

@@ -34,23 +34,40 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("readme")
-
-
-@pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_python_examples_run(number: int, checkpoint: Path, workplace: Path) -> None:
-    """On a model that takes a fiftieth of the time; the tests below look at SmolLM2."""
+def run_example(number: int, checkpoint: Path, folder: Path) -> list[str]:
+    """Runs an example, on a small checkpoint instead of SmolLM2, and returns the lines that it prints."""
     code = blocks("python")[number].replace('open_checkpoint("smollm2-135m")', f"open_checkpoint({str(checkpoint)!r})")
-    if "masks.safetensors" in code:
-        with create_masks(workplace / "masks.safetensors", {(0, "mlp.up_proj"): (12, 20)}) as masks:
-            masks.write(0, {"mlp.up_proj": np.zeros((20, 2), np.uint8)})
     done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", code], cwd=workplace, capture_output=True, text=True
+        [sys.executable, "-W", "error::UserWarning", "-c", code], cwd=folder, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == (3 if "for layer in" in code else 1)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("number", range(1, len(blocks("python"))))
+def test_python_examples_run(number: int, checkpoint: Path, tmp_path: Path) -> None:
+    if "masks.safetensors" in blocks("python")[number]:
+        with create_masks(tmp_path / "masks.safetensors", {(0, "mlp.up_proj"): (12, 20)}) as masks:
+            masks.write(0, {"mlp.up_proj": np.zeros((20, 2), np.uint8)})
+    assert len(run_example(number, checkpoint, tmp_path)) == 1
+
+
+def test_what_the_first_example_makes_is_two_of_four_in_transformers(checkpoint: Path, tmp_path: Path) -> None:
+    assert len(run_example(0, checkpoint, tmp_path)) == 3
+    folder = tmp_path / "smollm2-135m-2of4"
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    linears = [
+        (n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("model.layers.")
+    ]
+    assert len(linears) == 21
+    for path, linear in linears:
+        groups = (linear.weight == 0).reshape(linear.out_features, -1, 4).sum(dim=2)
+        assert (groups == 2).all(), path
+    ids = AutoTokenizer.from_pretrained(folder)("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**ids).logits.numpy()
+    found, _ = logits(model_for(open_checkpoint(folder)), folder, ids["input_ids"].numpy())
+    assert np.abs(found - expected).max() < 1e-3
 
 
 WITHOUT_TORCH = """
@@ -67,8 +84,8 @@ import jaxprune.run
 """
 
 
-def test_nothing_of_the_core_needs_torch(workplace: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], cwd=workplace, capture_output=True, text=True)
+def test_nothing_of_the_core_needs_torch(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     path = fetch(SMOLLM2_135M)
     expected = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)("Hello world, 1234")["input_ids"]
@@ -108,40 +125,25 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert command.endswith("-m pytest") and "\n" not in command
 
 
-def test_the_pruned_smollm2_is_two_of_four_in_transformers(workplace: Path) -> None:
-    folder = workplace / "smollm2-135m-2of4"  # the first example made it
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    linears = [
-        (n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("model.layers.")
-    ]
-    assert len(linears) == 210
-    for path, linear in linears:
-        groups = (linear.weight == 0).reshape(linear.out_features, -1, 4).sum(dim=2)
-        assert (groups == 2).all(), path
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer("The capital of France is", return_tensors="pt")
-    with torch.no_grad():
-        text = tokenizer.decode(model.generate(**ids, max_new_tokens=5, do_sample=False)[0])
-        expected = model(**ids).logits.numpy()
-    assert text.startswith("The capital of France is")
-    found, _ = logits(model_for(open_checkpoint(folder)), folder, ids["input_ids"].numpy())
-    assert np.abs(found - expected).max() < 1e-3
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("smollm2") / "dense"
+    assert convert(["smollm2-135m", str(folder)]) == 0
+    return folder
 
 
-def test_perplexity_of_smollm2_is_that_of_a_plain_loop(workplace: Path) -> None:
-    folder = workplace / "smollm2-135m-2of4"
-    tokens = evaluation_windows("wikipedia", AutoTokenizer.from_pretrained(folder), 256, limit=3)
-    found, expected = perplexity(open_checkpoint(folder), tokens), plain(folder, tokens)
+def test_perplexity_of_smollm2_is_that_of_a_plain_loop(smollm2: Path) -> None:
+    tokens = evaluation_windows("wikipedia", AutoTokenizer.from_pretrained(smollm2), 256, limit=3)
+    found, expected = perplexity(open_checkpoint(smollm2), tokens), plain(smollm2, tokens)
     assert 10 < expected < 1000
     assert found == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The given NumPy array is not writable")
-def test_smollm2_is_what_transformers_loads_from_the_same_file(workplace: Path) -> None:
+def test_smollm2_is_what_transformers_loads_from_the_same_file(smollm2: Path) -> None:
     path = fetch(SMOLLM2_135M)
-    assert convert(["smollm2-135m", str(workplace / "dense")]) == 0
     reference = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
-    mine = tensors(workplace / "dense")
+    mine = tensors(smollm2)
     expected = {n: t for n, t in reference.state_dict().items() if n in mine}
     assert len(expected) == 272
     assert same(mine, expected)
