@@ -7,8 +7,11 @@ without them they are computed again.
 """
 
 import contextlib
+import errno
 import hashlib
+import io
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -221,11 +224,10 @@ def _digests(folder: Path) -> dict[str, str]:
 def _transfer(path: Path, states: HiddenStates, *, write: bool) -> str:
     """Writes states to a file, or fills them from it; returns their digest. ValueError: the file is too short."""
     whole = hashlib.sha256(f"{states.array.dtype.name} {states.array.shape};".encode())
-    with path.open("wb" if write else "rb") as file:
+    with io.FileIO(path, "w" if write else "r") as file:
         for block in states.blocks():
-            if write:
-                file.write(block)
-            elif file.readinto(block) != len(block):
-                raise ValueError("it is too short")
+            done = file.write(block) if write else file.readinto(block)
+            if done != len(block):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if write else ValueError("it is too short")
             whole.update(block)
     return whole.hexdigest()

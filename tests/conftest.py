@@ -37,6 +37,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 from tests import tiny  # noqa: E402
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow = [] if os.environ.get("JAXPRUNE_SLOW") else [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
 def pytest_unconfigure() -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(os.environ[CACHE], ignore_errors=True)

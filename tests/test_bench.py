@@ -35,6 +35,7 @@ def test_a_kernel_is_measured(tmp_path: Path) -> None:
     assert total["seconds"] == pytest.approx(prepare["seconds"] + solve["seconds"])
 
 
+@pytest.mark.slow
 def test_a_70b_layer_is_counted_without_running(tmp_path: Path) -> None:
     size = ["--size", "llama2-70b", "--dtype", "bfloat16", "--windows", 8, "--length", 2048, "--layers", 1]
     found = bench(*size, "--count-only", cwd=tmp_path)
@@ -60,6 +61,7 @@ def test_the_pytorch_way_is_the_papers() -> None:
     np.testing.assert_allclose(solution.weight, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_other_ways_prune_alike(tmp_path: Path) -> None:
     size = ["--size", "smollm2-135m", "--stored", "float32", "--layers", 1, "--windows", 1, "--length", 128]
     found = bench(*size, "--against", "torch", "op-by-op", "--repeat", 1, cwd=tmp_path)

@@ -61,6 +61,7 @@ def test_the_users_own_folder_is_kept(tmp_path: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--method wanda --pattern 2:4 --asymmetry 0.5"])
 def test_compiled_and_eager_prune_alike(flags: str, checkpoint: Path) -> None:
     timing = jit_versus_eager(open_checkpoint(checkpoint), windows(2, 16), recipes.parse(flags.split()))

@@ -109,6 +109,7 @@ def test_what_does_not_fit_is_said_before_the_work(
     assert (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_run_is_foreseen(tmp_path: Path) -> None:
     """Host memory of a run that is more than the libraries' own, within a fifth."""
     size = {"hidden_size": 512, "intermediate_size": 128, "num_attention_heads": 8, "num_hidden_layers": 2}

@@ -139,6 +139,7 @@ def test_perplexity_of_smollm2_is_that_of_a_plain_loop(smollm2: Path) -> None:
     assert found == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The given NumPy array is not writable")
 def test_smollm2_is_what_transformers_loads_from_the_same_file(smollm2: Path) -> None:
     path = fetch(SMOLLM2_135M)

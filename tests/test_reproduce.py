@@ -165,6 +165,7 @@ def command(script: str, *args: object, cwd: Path) -> subprocess.CompletedProces
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_a_layer_is_saved_from_the_command_line(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     flags = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 4, "--seqlen", 32]
     done = command("save_layer.py", "--layer", 1, "--file", "l.safetensors", *flags, cwd=tmp_path)

@@ -129,13 +129,18 @@ def whole(start: Callable, line: list[str], tmp_path_factory: pytest.TempPathFac
     return found
 
 
-KILLS = [("plain", "reading", 4), ("plain", "Gram, asymmetric", 3), ("plain", "solve", 17), ("plain", "commit", 3)]
-KILLS += [("plain", "export", 3), ("plain", "rename", 1), ("plain", "tidying", 2), ("plain", "random", 0)]
-KILLS += [("best", "sensitivity", 4), ("best", "tuning", 12)]
-if os.environ.get("JAXPRUNE_KILLS") == "all":
-    KILLS += [("plain", "forward", 2), ("plain", "states", 5), ("plain", "record", 1), ("plain", "random", 1)]
-    KILLS += [("best", "commit", 4), ("best", "Gram", 3), ("best", "tuning", 22), ("best", "rename", 1)]
-    KILLS += [("best", "random", number) for number in range(2)]
+KILLS = [("plain", "reading", 4), ("plain", "solve", 17), ("plain", "commit", 3), ("plain", "rename", 1)]
+KILLS += [("plain", "tidying", 2), ("best", "sensitivity", 4), ("best", "tuning", 12)]
+MORE = [("plain", "Gram, asymmetric", 3), ("plain", "export", 3), ("plain", "forward", 2), ("plain", "states", 5)]
+MORE += [("plain", "record", 1), ("plain", "random", 0), ("plain", "random", 1), ("best", "commit", 4)]
+MORE += [
+    ("best", "Gram", 3),
+    ("best", "tuning", 22),
+    ("best", "rename", 1),
+    ("best", "random", 0),
+    ("best", "random", 1),
+]
+KILLS += [pytest.param(*kill, marks=pytest.mark.slow) for kill in MORE]
 
 
 @pytest.mark.parametrize(("name", "moment", "number"), KILLS)

@@ -29,6 +29,7 @@ def stories(data: Path) -> tuple[Path, np.ndarray]:
     return folder, told.numpy().astype(np.int32)
 
 
+@pytest.mark.slow
 def test_better_methods_give_better_models(stories: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     folder, tokens = stories
     calibration, held_out = tokens[:32], tokens[32:]
