@@ -39,13 +39,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def main() -> None:
+    sizes = {"narrow": Size(1024, 2816, 0, 8, 8), "wide": Size(2048, 5632, 0, 16, 16), **SIZES}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[10, 40])
-    parser.add_argument("--size", default="narrow", help="narrow (width 1024), wide (2048), or one of jaxprune's")
+    parser.add_argument("--size", choices=sizes, default="narrow", help="narrow is of width 1024, wide of 2048")
     parser.add_argument("--stored", default="float32", help="of the params")
     parser.add_argument("--curve", action="store_true", help="print the memory after each layer")
     args = parser.parse_args()
-    sizes = {"narrow": Size(1024, 2816, 0, 8, 8), "wide": Size(2048, 5632, 0, 16, 16), **SIZES}
     print("| layers | checkpoint, MB | peak host memory, MB | against the first |")
     print("|---|---|---|---|")
     first, size = None, sizes[args.size]
