@@ -49,7 +49,7 @@ def causal_attention(
     b, _, h, _ = query.shape
     k = key.shape[2]
     rows = query.reshape(b, t, k, h // k, d).transpose(0, 2, 3, 1, 4)  # heads that share a key head lie together
-    heads = _Heads(rows, key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3))
+    heads = _Heads(rows, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3))
     heads = lax.optimization_barrier(heads)  # else XLA would rotate and transpose the keys again for each segment
     segment = max(SMALLEST, -(-t // SEGMENTS))
     bounds = [(start, min(start + segment, t)) for start in range(0, t, segment)]
@@ -61,13 +61,13 @@ class _Heads(NamedTuple):
     """Queries, keys and values by key head; g query heads share one."""
 
     query: Float[Array, "b k g t d"]
-    key: Float[Array, "b k d t"]
+    key: Float[Array, "b k t d"]
     value: Float[Array, "b k t d"]
 
 
 def _attend_segment(heads: _Heads, start: int, end: int, layout: Layout | None) -> Float[Array, "b k g _ d"]:
     """The attention of the queries from `start` to `end` over the tokens up to there."""
-    seen = heads._replace(key=heads.key[..., :end], value=heads.value[:, :, :end])
+    seen = heads._replace(key=heads.key[:, :, :end], value=heads.value[:, :, :end])
     if end - start <= LARGEST:
         block = seen._replace(query=seen.query[:, :, :, start:end])
         return _attend(block, _visible(jnp.int32(start), end - start, end, layout))
@@ -88,7 +88,7 @@ def _attend(heads: _Heads, visible: Bool[Array, "_ 1 q s"]) -> Float[Array, "b k
     query, key, value = heads
     b, k, g, q, d = query.shape
     float32 = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.matmul(query.reshape(b, k, g * q, d), key, preferred_element_type=float32)
+    scores = jnp.einsum("bkqd,bksd->bkqs", query.reshape(b, k, g * q, d), key, preferred_element_type=float32)
     scores = scores.reshape(b, k, g, q, -1) * jnp.asarray(d**-0.5, float32)
     scores = jnp.where(visible[:, :, None], scores, jnp.finfo(float32).min)
     most = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))  # it cancels, and so does its gradient
