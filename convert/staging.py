@@ -1,5 +1,6 @@
 """Folders and files that appear whole or not at all."""
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -8,6 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from convert import CheckpointError
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_free(path: str | Path, *, overwrite: bool = False, folder: bool = True) -> Path:

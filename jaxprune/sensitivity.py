@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from convert import Reader
-from jaxprune import devices
+from jaxprune import devices, hidden
 from jaxprune.errors import InputError
 from jaxprune.flags import require_positive
 from jaxprune.hidden import HiddenStates, on_disk
@@ -168,6 +168,15 @@ def measure_sensitivity(
     ]
 
 
+def tokens_per_batch(forward: int | None = None) -> int:
+    """Tokens on the device at a time. On its way back a layer holds about four times what it holds on its way forth.
+
+    Args:
+        forward: as many on the way forth; None: what suits the device.
+    """
+    return (forward or hidden.tokens_per_batch()) // 4
+
+
 def _loads(model: Model, tokens: Int[np.ndarray, "w t"], host_bytes: float) -> Iterator[slice]:
     """Rows whose inputs of all layers fit the host's memory together."""
     window = (model.config.num_layers + 1) * tokens.shape[1] * model.width * np.dtype(model.config.dtype).itemsize
@@ -184,7 +193,7 @@ def _reverse(
     missing = [index for index in reversed(range(count)) if index not in found]
     if not missing:
         return [found[index] for index in range(count)]
-    states = embed(model, reader, tokens)
+    states = embed(model, reader, tokens, at_a_time=tokens_per_batch())
     top, gradient = count, None  # of the layer below which we are, and by its output
     position = journal.position(stage) if journal else None
     if journal and position is not None and missing[0] < position:

@@ -75,7 +75,12 @@ def require_tokens(model: Model, tokens: Int[np.ndarray, "w t"]) -> None:
 
 
 def embed(
-    model: Model, reader: Reader, tokens: Int[np.ndarray, "w t"], into: HiddenStates | None = None
+    model: Model,
+    reader: Reader,
+    tokens: Int[np.ndarray, "w t"],
+    into: HiddenStates | None = None,
+    *,
+    at_a_time: int | None = None,
 ) -> HiddenStates:
     """The hidden states before the first layer.
 
@@ -84,6 +89,7 @@ def embed(
         reader: of the checkpoint.
         tokens: token ids.
         into: states of this shape, which are overwritten; None: new ones.
+        at_a_time: tokens that new ones bring to the device at a time; None: what suits it.
 
     Raises:
         InputError: see `require_tokens`.
@@ -92,7 +98,7 @@ def embed(
     windows, length = tokens.shape
     params = devices.everywhere(reader.read(model.embed.spec))
     shape = windows, length, model.width
-    hidden = into or HiddenStates(shape, np.dtype(model.config.dtype), batch_size(windows, length))
+    hidden = into or HiddenStates(shape, np.dtype(model.config.dtype), batch_size(windows, length, at_a_time))
     hidden.replace(lambda rows: apply(model.embed, params, devices.by_windows(tokens[rows].astype(np.int32))))
     return hidden
 

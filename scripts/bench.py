@@ -130,10 +130,9 @@ def wanted_programs(args: argparse.Namespace) -> Iterator[Program]:
     if args.preset:
         preset = PRESETS[args.preset]
         some = min(args.windows, preset["sensitivity_windows"])
-        yield from programs.of_sensitivity(of, some, args.length, stored)
-        yield from programs.of_tuning(
-            of, args.windows, args.length, preset["tune_epochs"], stored, keep=not args.streamed
-        )
+        yield from programs.of_sensitivity(of, some, args.length, stored, tokens=tokens)
+        epochs, keep = preset["tune_epochs"], not args.streamed
+        yield from programs.of_tuning(of, args.windows, args.length, epochs, stored, keep=keep, tokens=tokens)
 
 
 def fill(program: Program) -> tuple[Any, ...]:
