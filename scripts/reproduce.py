@@ -6,7 +6,8 @@
 Experiments: fig1, fig2, table1, table2, table3, table4, table5 of the paper, and ours: over all methods, methods
 (perplexity) and layers (error on the same inputs); presets, and what each part of them brings, ablation. Every cell is
 kept in OUT/cells as soon as it is measured, and measured once: the same command goes on where it stopped, and
-experiments share their cells. --only-measured looks at what there is by now.
+experiments share their cells. --patterns 0.7 measures that sparsity only, --only-measured nothing: both look at what
+there is by now of the rest.
 """
 
 import argparse
@@ -139,7 +140,8 @@ class Bench:
             identity["linear"] = list(cell.linear)
         name = "dense" if cell.recipe is None else cell.recipe.slug
         file = self.out / "cells" / f"{measure}-{name}-{_digest(json.dumps(identity, sort_keys=True))}.json"
-        if not file.exists() and self.args.only_measured:
+        patterns = self.args.patterns
+        if not file.exists() and (self.args.only_measured or (patterns and cell.pattern not in ("", *patterns))):
             return None
         if not file.exists():
             start = time.perf_counter()
@@ -275,6 +277,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only-measured", action="store_true", help="tables and pictures of the cells there are by now"
     )
+    parser.add_argument("--patterns", nargs="+", help="measure these only of the experiment's, such as 0.7 or 2:4")
     parser.add_argument("--calib", help="calibration text (default: c4; wikipedia for smollm2-135m)")
     parser.add_argument("--eval-text", help="evaluation text (default: wikitext2; wikipedia for smollm2-135m)")
     parser.add_argument("--nsamples", type=int, help="calibration windows (default: 128)")
@@ -288,6 +291,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     args = parser.parse_args(argv)
+    for name in args.names:
+        if other := set(args.patterns or ()) - set(EXPERIMENTS[name].patterns):
+            parser.error(f"--patterns {other.pop()}: {name} has {', '.join(EXPERIMENTS[name].patterns)}")
     hubless = args.ckpt == "smollm2-135m"
     args.calib = args.calib or ("wikipedia" if hubless else "c4")
     args.eval_text = args.eval_text or ("wikipedia" if hubless else "wikitext2")
@@ -316,7 +322,9 @@ def run(name: str, experiment: Experiment, bench: Bench) -> None:
             value += f", accuracy {result['quality']['mean_accuracy']['acc']:.4f}"
         print(f"{name} {number}/{len(wanted)}: {cell.row}{steps} {cell.pattern}{where}: {value}", flush=True)
     if not results or (len(results) < len(wanted) and experiment.picture != "quality_by_sparsity"):
-        raise InputError(f"{len(results)} of {name}'s {len(wanted)} cells are measured: leave --only-measured out")
+        raise InputError(
+            f"{len(results)} of {name}'s {len(wanted)} cells are measured: leave --only-measured and --patterns out"
+        )
     for file in write(name, experiment, bench, results):
         print(file)
     if records := [result["record"] for _, result in results if "record" in result]:

@@ -117,6 +117,18 @@ def test_what_there_is_by_now_is_shown(
     assert (tmp_path / "table1.png").exists()
     with pytest.raises(InputError, match=r"3 of fig2's 7 cells are measured"):
         run(reproduce, monkeypatch, "fig2", *flags, "--only-measured", "--seed", "0")
+    measured = set()
+
+    def measure(bench: object, cell: object) -> dict:
+        measured.add(cell.pattern)
+        return {"perplexity": 7.0, "error": 0.1, "seconds": {"solve": 1.0}}
+
+    monkeypatch.setattr(reproduce.Bench, "_perplexity", measure)
+    run(reproduce, monkeypatch, "table1", *flags, "--patterns", "2:4")
+    assert measured == {"2:4"}
+    assert (tmp_path / "table1.md").read_text().count("not run") > 2
+    with pytest.raises(SystemExit):
+        run(reproduce, monkeypatch, "table1", *flags, "--patterns", "0.7")
 
 
 def test_the_papers_numbers_stand_beside_ours_where_the_model_is_the_papers(modules: dict[str, ModuleType]) -> None:
