@@ -85,8 +85,8 @@ def free_port() -> int:
 
 
 def pair(line: list[object]) -> list[subprocess.Popen]:
-    """Two processes of two devices each."""
-    shared = [*line, "--devices", 2, "--coordinator", f"localhost:{free_port()}", "--processes", 2]
+    """Two processes of four devices each."""
+    shared = [*line, "--devices", 4, "--coordinator", f"localhost:{free_port()}", "--processes", 2]
     return [command([*shared, "--process-id", number]) for number in range(2)]
 
 
