@@ -36,7 +36,7 @@ from jaxprune.sensitivity import HOST_BYTES
 GIB = 2**30
 EVALUATION_TOKENS = 350_000
 """Assumed of a text where --eval-windows does not say: WikiText-2's test split has so many."""
-SHARE_OF_RATE = {"sensitivity": 0.5, "tune": 0.5, "evaluate": 0.5}
+SHARE_OF_RATE = {"sensitivity": 0.6, "tune": 0.7, "evaluate": 0.5}
 """Of the matrix rate, what a phase reaches; 0.75 where not named. From docs/performance.md."""
 LIBRARIES = 1.25 * GIB
 """Host memory of Python, JAX, transformers, datasets, Orbax and compiled programs, once a text is prepared."""
