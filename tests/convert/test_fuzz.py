@@ -21,7 +21,7 @@ from tests import tiny
 from tests.convert.test_gguf import write
 
 EXAMPLES = int(os.environ.get("JAXPRUNE_FUZZ", "50"))
-"""Damaged files of each kind; JAXPRUNE_FUZZ=10000 is some minutes."""
+"""Damaged files of each kind; JAXPRUNE_FUZZ=1000 is two minutes."""
 
 
 @pytest.fixture(scope="module")
