@@ -319,7 +319,7 @@ def table(need: Need, config: Config) -> tuple[list[str], list[list[str]]]:
     for phase, device in need.device.items():
         flops = need.flops[phase]
         row = [phase, _gib(device), _gib(need.host[phase] + _on_cpu(config) * device)]
-        row.append(f"{sum(flops.values()) / 1e12:,.1f}")
+        row.append(_tera(sum(flops.values())))
         if rates:
             seconds = (
                 sum(count / rates[dtype] for dtype, count in flops.items())
@@ -331,7 +331,7 @@ def table(need: Need, config: Config) -> tuple[list[str], list[list[str]]]:
         rows.append(row)
     every = sum(sum(flops.values()) for flops in need.flops.values())
     most = max(need.host[phase] + _on_cpu(config) * device for phase, device in need.device.items())
-    rows.append(["all", _gib(max(need.device.values())), _gib(most), f"{every / 1e12:,.1f}"])
+    rows.append(["all", _gib(max(need.device.values())), _gib(most), _tera(every)])
     if rates:
         rows[-1].append(duration(total))
     return ["", "device, GiB", "host, GiB", "TFLOP", *["about"] * bool(rates)], rows
@@ -342,6 +342,11 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _tera(count: int) -> str:
+    """TFLOP, four digits or more."""
+    return f"{count / 1e12:,.0f}" if count >= 1e15 else f"{count / 1e12:.4g}"
 
 
 def _gib(size: float) -> str:

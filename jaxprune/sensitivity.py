@@ -174,7 +174,7 @@ def tokens_per_batch(forward: int | None = None) -> int:
     Args:
         forward: as many on the way forth; None: what suits the device.
     """
-    return (forward or hidden.tokens_per_batch()) // 4
+    return max(1, (forward or hidden.tokens_per_batch()) // 4)
 
 
 def _loads(model: Model, tokens: Int[np.ndarray, "w t"], host_bytes: float) -> Iterator[slice]:

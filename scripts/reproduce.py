@@ -140,10 +140,10 @@ class Bench:
             identity["linear"] = list(cell.linear)
         name = "dense" if cell.recipe is None else cell.recipe.slug
         file = self.out / "cells" / f"{measure}-{name}-{_digest(json.dumps(identity, sort_keys=True))}.json"
-        patterns = self.args.patterns
-        if not file.exists() and (self.args.only_measured or (patterns and cell.pattern not in ("", *patterns))):
-            return None
         if not file.exists():
+            patterns = self.args.patterns
+            if self.args.only_measured or (patterns and cell.pattern not in ("", *patterns)):
+                return None
             start = time.perf_counter()
             result = getattr(self, f"_{measure}")(cell)
             result |= {"wall_seconds": time.perf_counter() - start, "hardware": hardware()}
