@@ -48,20 +48,7 @@ class Scaled(NamedTuple):
 def precondition(gram: Float[Array, "n n"], damping: Scalar) -> Scaled:
     """Scales a Gram matrix to a diagonal of ones (zeros for dead inputs), then adds a ridge."""
     scale = jnp.sqrt(jnp.diagonal(gram)) + jnp.asarray(1e-8, gram.dtype)
-    ridge = scaled_ridge(gram, scale, damping) * jnp.eye(len(gram), dtype=gram.dtype)
-    return Scaled(scale, gram / (scale[:, None] * scale[None, :]) + ridge)
-
-
-def scaled_ridge(gram: Float[Array, "n n"], scale: Float[Array, "n"], damping: Scalar) -> Float[Array, ""]:
-    """damping · mean(diag D⁻¹HD⁻¹), without the scaled matrix."""
-    return jnp.asarray(damping, gram.dtype) * jnp.mean(jnp.diagonal(gram) / (scale * scale))
-
-
-def scaled_product(
-    gram: Float[Array, "n n"], scale: Float[Array, "n"], damping: Scalar, kernel: Float[Array, "n m"]
-) -> Float[Array, "n m"]:
-    """G·(D·kernel) of `precondition`'s G, from H itself."""
-    return matmul(gram, kernel) / scale[:, None] + scaled_ridge(gram, scale, damping) * scale[:, None] * kernel
+    return Scaled(scale, add_ridge(gram / (scale[:, None] * scale[None, :]), damping))
 
 
 def inverse(matrix: Float[Array, "n n"], leaf: int | None = None) -> Float[Array, "n n"]:

@@ -168,13 +168,13 @@ def of_pruning(
         passes, in_flight, donated=(3,),
     )  # fmt: skip
     waiting = dict(whole)
-    prepare, solving = partial(_prepare, method), partial(solve, method, pattern)  # compiled once for all of a shape
+    solving = partial(solve, method, pattern)  # compiled once for all of a shape
     for tap, paths in model.inputs.items():
         gram = waiting.pop(tap)
         prepared = jax.tree.map(lambda leaf: devices.like(leaf, None), jax.eval_shape(method.prepare, gram))
         shared = _bytes(params) + _bytes(waiting)
-        alive = shared + _bytes(gram) + _bytes(jax.eval_shape(prepare, gram))
-        yield Program("solve", f"prepare {tap}", prepare, (gram,), layers, shared)
+        alive = shared + _bytes(gram) + _bytes(prepared)
+        yield Program("solve", f"prepare {tap}", method.prepare, (gram,), layers, shared)
         for path in paths:
             kernel = devices.like(Shape(model.linears[path], jnp.float32), -1)
             yield Program("solve", f"solve {path}", solving, (prepared, kernel), layers, alive - _bytes(prepared))
@@ -185,7 +185,7 @@ def of_pruning(
         "forward",
         partial(stream.apply_layer, model.layer),
         (params, x, None),
-        passes,
+        passes * (layers - 1) / layers,
         in_flight,
         donated=(1,),
     )
@@ -284,11 +284,6 @@ def of_evaluation(
 
 def solve(method: Method, pattern: Pattern, prepared: Any, weight: jax.Array) -> Any:
     return method.solve(prepared, weight, pattern)
-
-
-def _prepare(method: Method, gram: jax.Array) -> list[jax.Array]:
-    """What a method prepares, but for the Gram matrix itself, which it may hold."""
-    return [leaf for leaf in jax.tree.leaves(method.prepare(gram)) if leaf is not gram]
 
 
 def _layer_params(model: Model, stored: DTypeLike) -> dict[str, Shape]:

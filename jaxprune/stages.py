@@ -53,7 +53,7 @@ class Layer:
         index: of the layer.
         params: on the device, in the stored dtype; paths inside the layer.
         grams: tap -> Gram matrix of what it taps; consumed by `solve`.
-        drifts: tap -> see `stats.drift`; empty without an asymmetry; consumed by `solve`.
+        drifts: tap -> see `stats.add_drift`; empty without an asymmetry; consumed by `solve`.
         linears: outcomes so far.
         masks: packed, of the linears pruned so far.
     """
@@ -107,6 +107,7 @@ def measure(run: Run, layer: Layer) -> Layer:
             sums[parts] = accumulate(run.model.layer, layer.params, x, weights_of(rows), grams), {}
     grams, drifts = devices.everywhere(_together(list(sums.values()))) if devices.number() > 1 else sums[1]
     del sums
+    grams = {tap: stats.symmetric(grams.pop(tap)) for tap in list(grams)}
     _require_finite(
         grams, f"the activations of layer {layer.index}", "try --dtype float32, or check the calibration text"
     )
@@ -166,8 +167,9 @@ def _solve_readers(
 
 
 def advance(run: Run, layer: Layer) -> Layer:
-    """The second pass: the next layer's input, made with the pruned weights as stored."""
-    forward(run.model, layer.params, run.hidden)
+    """The second pass: the next layer's input, made with the pruned weights as stored; nothing reads the last one's."""
+    if layer.index + 1 < run.model.config.num_layers:
+        forward(run.model, layer.params, run.hidden)
     return layer
 
 
@@ -182,9 +184,12 @@ def accumulate(
     weights: Mapping[str, Float[Array, "b t"]],
     grams: dict[str, Array],
 ) -> dict[str, Array]:
-    """Adds what a batch brings to the Gram matrices: [n, n], or [devices, n, n], each device's share on its own."""
+    """Adds what a batch brings to the Gram matrices: [n, n], or [devices, n, n], each device's share on its own.
+
+    They are complete up to the diagonal only; see `stats.add_gram`.
+    """
     _, taps = layer(params, x)
-    return {tap: total + _shares(stats.gram, total, taps[tap], weights.get(tap)) for tap, total in grams.items()}
+    return {tap: _add(stats.add_gram, total, taps[tap], weights.get(tap)) for tap, total in grams.items()}
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(5, 6))
@@ -199,20 +204,19 @@ def _accumulate_both(
 ) -> tuple[Float[Array, "b t d"], dict[str, Array], dict[str, Array]]:
     """The same for the states behind pruned layers and behind dense ones; the latter move on."""
     (_, taps), (after, dense_taps) = layer(params, x), layer(params, dense)
-    grams = {tap: total + _shares(stats.gram, total, taps[tap], weights.get(tap)) for tap, total in grams.items()}
+    grams = {tap: _add(stats.add_gram, total, taps[tap], weights.get(tap)) for tap, total in grams.items()}
     drifts = {
-        tap: total + _shares(stats.drift, total, taps[tap], dense_taps[tap], weights.get(tap))
-        for tap, total in drifts.items()
+        tap: _add(stats.add_drift, total, taps[tap], dense_taps[tap], weights.get(tap)) for tap, total in drifts.items()
     }
     return after, grams, drifts
 
 
-def _shares(product: Callable[..., Array], total: Array, *arrays: Array | None) -> Array:
-    """The product of all tokens, or of each device's, as `total` has them."""
+def _add(add: Callable[..., Array], total: Array, *arrays: Array | None) -> Array:
+    """Adds the product of all tokens, or of each device's to its own, as `total` has them."""
     if total.ndim == 2:
-        return product(*arrays)
+        return add(total, *arrays)
     parts = [None if a is None else a.reshape(len(total), -1, *a.shape[1:]) for a in arrays]
-    return jax.vmap(product)(*parts)
+    return jax.vmap(add)(total, *parts)
 
 
 @jax.jit

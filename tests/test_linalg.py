@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.linalg import inverse, matmul, precondition, scaled_product
+from jaxprune.linalg import inverse
 from tests import oracles
 
 
@@ -47,13 +47,3 @@ def test_inverse_of_an_ill_conditioned_matrix() -> None:
     matrix = positive(200, 1e-7)
     assert np.linalg.cond(matrix) > 1e5
     np.testing.assert_allclose(matrix @ np.asarray(inverse(jnp.asarray(matrix))), np.eye(200), atol=1e-8)
-
-
-def test_the_product_with_the_scaled_matrix_needs_no_scaled_matrix() -> None:
-    generator = np.random.default_rng(0)
-    x, kernel = oracles.correlated(generator, 60, 20), generator.normal(size=(20, 6))
-    x[:, 3] = 0  # a dead input
-    gram = jnp.asarray(x.T @ x)
-    scale, scaled = precondition(gram, 0.1)
-    expected = matmul(scaled, scale[:, None] * jnp.asarray(kernel))
-    np.testing.assert_allclose(scaled_product(gram, scale, 0.1, jnp.asarray(kernel)), expected, rtol=1e-10, atol=1e-12)

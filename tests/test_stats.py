@@ -5,13 +5,23 @@ import pytest
 from jaxprune import stats
 
 
+@pytest.mark.parametrize("width", [12, 519])  # one block, and four of two sizes
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-def test_gram_is_float32_accurate(dtype: jnp.dtype) -> None:
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 50, 12)), dtype)
-    exact = np.asarray(x, np.float64).reshape(-1, 12)
+def test_gram_is_float32_accurate(dtype: jnp.dtype, width: int) -> None:
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 50, width)), dtype)
+    exact = np.asarray(x, np.float64).reshape(-1, width)
     gram = stats.gram(x)
     assert gram.dtype == jnp.float32
+    np.testing.assert_array_equal(gram, gram.T)
     np.testing.assert_allclose(gram, exact.T @ exact, rtol=1e-5, atol=1e-4)
+
+
+def test_batches_add_up_to_the_gram_of_all() -> None:
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 10, 300)))
+    total = jnp.zeros((300, 300))
+    for batch in (x[:4], x[4:]):
+        total = stats.add_gram(total, batch)
+    np.testing.assert_allclose(stats.symmetric(total), stats.gram(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
@@ -46,6 +56,6 @@ def test_a_drifted_target_is_the_damped_least_squares_one() -> None:
         # Least squares for the wanted outputs, and towards the kernel in coordinates of unit diagonal.
         ridge = 0.03 * np.diag(scale**2)
         expected = np.linalg.solve(h + ridge, x.T @ (weights[:, None] * wanted) + ridge @ kernel)
-        moved = stats.drift(jnp.asarray(x), jnp.asarray(dense), jnp.asarray(weights))
+        moved = stats.add_drift(jnp.zeros((6, 6)), jnp.asarray(x), jnp.asarray(dense), jnp.asarray(weights))
         found = stats.drifted_target(jnp.asarray(h), moved, jnp.asarray(kernel), share)
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
