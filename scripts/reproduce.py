@@ -244,6 +244,8 @@ def cells(experiment: Experiment, layers: int, *, small: bool = False) -> Iterat
         ]
     for pattern in (small and experiment.small_patterns) or experiment.patterns:
         for row, flags in experiment.rows.items():
+            if ":" in pattern and "--uniform" in flags:
+                continue  # N:M is uniform anyway
             steps = experiment.small_steps.get(row, experiment.steps) if small else experiment.steps
             for step in steps if "{k}" in flags else (None,):
                 schedule = "cubic" if ":" in pattern else "constant"
