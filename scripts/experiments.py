@@ -270,8 +270,8 @@ EXPERIMENTS = {
             "best": "--preset best",
             "best, 2 rounds": "--preset best --rounds 2",
         },
-        patterns=("0.5", "0.7"),
-        picture="quality_by_sparsity",
+        patterns=("0.5", "0.6", "0.7", "0.8", "2:4"),
+        picture="gains",
         against=tuple(BASELINES),
     ),
     "layers": Experiment(

@@ -156,6 +156,32 @@ def _quality_by_sparsity(experiment: Experiment, results: Results) -> tuple[Figu
     return figure, experiment.title
 
 
+def _gains(experiment: Experiment, results: Results) -> tuple[Figure, str]:
+    """A line a row, on it a point a pattern: the perplexity over that of the best of the rows compared with."""
+    found = {(c.row, c.pattern): r["perplexity"] for c, r in results}
+    rows = [row for row in experiment.rows if any((row, p) in found for p in experiment.patterns)]
+    figure, (axis,) = _figure(9.5, 1.6 + 0.3 * len(rows))
+    for number, pattern in enumerate(experiment.patterns):
+        others = [found[row, pattern] for row in experiment.against if (row, pattern) in found]
+        there = [row for row in rows if (row, pattern) in found]
+        if not others or not there:
+            continue
+        values, places = [found[row, pattern] / min(others) for row in there], [rows.index(row) for row in there]
+        style = {"color": COLORS[2 * number], "marker": MARKERS[number]}
+        axis.plot(values, places, ls="", label=pattern_name(pattern), **style)
+    axis.axvline(1, color="#999999", ls=":", lw=1.5, zorder=0)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.invert_yaxis()
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    axis.set_xticks([tick / 10 for tick in range(1, 21) if low <= tick / 10 <= high])
+    _plain(axis.xaxis)
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel(f"perplexity over that of the better of {' and '.join(experiment.against)} (log; lower is better)")
+    axis.legend(fontsize=8.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), title="zeros")
+    return figure, experiment.title
+
+
 def _errors_by_sparsity(experiment: Experiment, results: Results) -> tuple[Figure, str]:
     means = {}
     for row in experiment.rows:

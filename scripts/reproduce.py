@@ -244,7 +244,7 @@ def cells(experiment: Experiment, layers: int, *, small: bool = False) -> Iterat
         ]
     for pattern in (small and experiment.small_patterns) or experiment.patterns:
         for row, flags in experiment.rows.items():
-            if ":" in pattern and "--uniform" in flags:
+            if ":" in pattern and ("--uniform" in flags or "--spread" in flags):
                 continue  # N:M is uniform anyway
             steps = experiment.small_steps.get(row, experiment.steps) if small else experiment.steps
             for step in steps if "{k}" in flags else (None,):
@@ -323,7 +323,7 @@ def run(name: str, experiment: Experiment, bench: Bench) -> None:
         if "quality" in result:
             value += f", accuracy {result['quality']['mean_accuracy']['acc']:.4f}"
         print(f"{name} {number}/{len(wanted)}: {cell.row}{steps} {cell.pattern}{where}: {value}", flush=True)
-    if not results or (len(results) < len(wanted) and experiment.picture != "quality_by_sparsity"):
+    if not results or (len(results) < len(wanted) and experiment.picture not in ("quality_by_sparsity", "gains")):
         raise InputError(
             f"{len(results)} of {name}'s {len(wanted)} cells are measured: leave --only-measured and --patterns out"
         )

@@ -62,6 +62,7 @@ def test_an_experiment_leaves_a_table_and_a_picture(
     rows = list(csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines()))
     expected = sum(len(experiment.steps) if "{k}" in f else 1 for f in experiment.rows.values())
     expected *= len(experiment.patterns) * (2 if experiment.linears else 1)
+    expected -= sum("--uniform" in flags for flags in experiment.rows.values())  # 2:4 is uniform anyway
     assert len(rows) == expected + (experiment.measure in ("perplexity", "accuracy"))
     figure = {"perplexity": "perplexity", "error": "relative_error", "seconds": "seconds_solve", "accuracy": "acc mean"}
     assert all(float(row[figure[experiment.measure]]) > 0 for row in rows)
@@ -158,6 +159,22 @@ def test_rows_are_compared_with_the_better_of_some(modules: dict[str, ModuleType
     )
     assert f"| best |{' 0.750 |' * 5}" in lines and f"| ADMM-Grad, constant |{' 1.250 |' * 5}" in lines
     assert f"| best |{' 55 s (5.50) |' * 5}" in lines
+
+
+def test_gains_are_drawn_of_what_there_is(modules: dict[str, ModuleType]) -> None:
+    reproduce, pictures = modules["reproduce"], modules["pictures"]
+    experiment = reproduce.EXPERIMENTS["ablation"]
+    figures = {"ADMM-Grad, constant": 50.0, "ALPS": 40.0, "fast": 32.0, "best": 30.0}
+    results = [
+        (cell, {"perplexity": figures[cell.row]})
+        for cell in reproduce.cells(experiment, 30)
+        if cell.row in figures and (cell.pattern == "0.7" or (cell.pattern, cell.row) == ("2:4", "best"))
+    ]
+    figure, _ = pictures._gains(experiment, results)
+    (axis,) = figure.axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == list(figures)
+    (points,) = (line for line in axis.lines if line.get_marker() not in ("None", None, ""))
+    assert (points.get_label(), list(points.get_xdata())) == ("70 %", [1.25, 1.0, 0.8, 0.75])
 
 
 def test_every_row_of_every_experiment_is_a_recipe(modules: dict[str, ModuleType]) -> None:
