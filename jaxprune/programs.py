@@ -19,7 +19,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.sharding import NamedSharding
 from jaxtyping import DTypeLike
 
-from jaxprune import devices, linears, sensitivity, stages, stream, tuning
+from jaxprune import adam, devices, linears, sensitivity, stages, stream, tuning
 from jaxprune.evaluation import text
 from jaxprune.hidden import batch_size
 from jaxprune.methods import Method
@@ -237,8 +237,8 @@ def of_tuning(
     values = {name: Shape(params[name].shape, jnp.float32) for name in names}
     rest = {name: param for name, param in params.items() if name not in values}
     masks = {name: Shape((value.shape[0], -(-value.shape[1] // 8)), jnp.uint8) for name, value in values.items()}
-    units, moments = dict.fromkeys(names, Shape((), jnp.float32)), jax.eval_shape(tuning.ADAM.init, values)
-    kernels = tuning.Kernels(values, masks, units, moments)
+    units, moments = dict.fromkeys(names, Shape((), jnp.float32)), jax.eval_shape(adam.ADAM.init, values)
+    kernels = adam.Kernels(values, masks, units, moments)
     calls = layers * math.ceil(epochs * windows / step)
     visited = min(1.0, epochs) * windows
     batch = _states(model, batch_size(windows, length, tokens), length)

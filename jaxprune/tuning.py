@@ -6,8 +6,7 @@ mean of
 
     KL(p‖q) = Σ_v p_v (log p_v − log q_v),
 
-p and q the next-token distributions of the dense and of the pruned model. Norms, embedding and head stay. A kernel's
-step is in units of the root mean square of its kept weights, so that one rate serves all linears and models.
+p and q the next-token distributions of the dense and of the pruned model. Norms, embedding and head stay.
 
 The model streams as in pruning: a step's forward pass keeps each layer's input on the host; on the way back each layer
 is run again under `jax.vjp` and updated at once. The device holds one layer with its gradients and moments; the host
@@ -16,8 +15,7 @@ three products with the head. Where a step's intermediate results of all layers 
 saves the second of the four; so does the kernels' state, where that fits.
 
 References:
-    Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), for the loss; Kingma and Ba,
-    "Adam" (arXiv 1412.6980).
+    Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), for the loss.
 """
 
 import dataclasses
@@ -30,15 +28,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, DTypeLike, Float, Int, UInt8
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from convert import Params, Reader
-from jaxprune import devices
+from jaxprune import adam, devices
+from jaxprune.adam import Kernels, Saved
 from jaxprune.errors import InputError
 from jaxprune.flags import require_positive
 from jaxprune.journal import Journal
-from jaxprune.linalg import masked
-from jaxprune.linears import round_kernel
 from jaxprune.models import Model, Part, model_for
 from jaxprune.results import LayerResult
 from jaxprune.stream import (
@@ -57,8 +54,6 @@ from jaxprune.stream import (
 
 CPU_BYTES = 4e9
 """The most memory for a step's intermediate results where the device is the CPU."""
-BETAS = 0.9, 0.95
-"""Of Adam. There are tens of steps, not thousands, so the second moment's memory is short."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,22 +86,6 @@ class Tuning:
         """The tuning that follows a round, counted from 0."""
         last = index == self.rounds - 1
         return dataclasses.replace(self, rounds=1, tune_epochs=self.tune_epochs if last else self.tune_epochs / 2)
-
-
-class Kernels(NamedTuple):
-    """The kernels of one layer's pruned linears under Adam, by name.
-
-    Attributes:
-        values: [n, m] float32.
-        masks: bits of the nonzero values, eight outputs a byte, [n, ceil(m / 8)].
-        units: root mean squares of the kept weights.
-        moments: Adam's.
-    """
-
-    values: dict[str, Float[Array | np.ndarray, "n m"]]
-    masks: dict[str, UInt8[Array | np.ndarray, "n _"]]
-    units: dict[str, Float[Array | np.ndarray, ""]]
-    moments: Any
 
 
 class Plan(NamedTuple):
@@ -167,7 +146,7 @@ def tune(
         kernels = {name: params.pop(name) for name in names}
         dtypes = {name: kernel.dtype for name, kernel in kernels.items()}
         results.append(dataclasses.replace(result, params={}))
-        state.append(plan.hold(_start(kernels)))
+        state.append(plan.hold(adam.start(kernels)))
         rest.append(params)
     visited, where = np.unique(np.concatenate(batches), return_inverse=True)
     dense = embed(model, reader, tokens[visited])
@@ -180,7 +159,7 @@ def tune(
         tuning.tune_rate / 10, tuning.tune_rate, min(math.ceil(steps / 8), steps - 1), steps, tuning.tune_rate / 20
     )
     saved = Saved(journal, stage, len(state))
-    begin, divergences = saved.restore(state, plan)
+    begin, divergences = saved.restore(state, plan.hold)
     for step, rows in enumerate(where.reshape(steps, -1)):
         if step < begin:
             continue
@@ -192,61 +171,8 @@ def tune(
             divergences.clear()
         saved.keep(step + 1, state, divergences)
     for result, params, tuned in zip(results, rest, state, strict=True):
-        rounded = {name: devices.fetch(_round(tuned, name, dtypes[name])) for name in names}
+        rounded = {name: devices.fetch(adam.rounded(tuned, name, dtypes[name])) for name in names}
         yield dataclasses.replace(result, params=in_checkpoint(result.index, params | rounded))
-
-
-class Saved:
-    """The state of a tuning in a run's journal.
-
-    Args:
-        journal: of the run; None: nothing is kept.
-        stage: name of the tuning.
-        count: of layers.
-    """
-
-    def __init__(self, journal: Journal | None, stage: str, count: int) -> None:
-        self._journal, self._stage, self._count = journal, stage, count
-
-    def keep(self, step: int, state: Sequence[Kernels], divergences: Sequence[float]) -> None:
-        """Keeps the state before a step, if the work since the last time was long enough."""
-        size = sum(leaf.nbytes for kernels in state for leaf in jax.tree.leaves((kernels.values, kernels.moments)))
-        if not (self._journal and self._journal.worth_keeping(size)):
-            return
-        with self._journal.keeping():
-            for index, kernels in enumerate(state):
-                arrays = dict(zip(_names(kernels), jax.tree.leaves(devices.fetch(_moving(kernels))), strict=True))
-                self._journal.put(f"{self._stage}/{step}/{index}", arrays, {"divergences": list(divergences)})
-            self._journal.wait()
-        for other in self._journal.names(self._stage):
-            if other != str(step):
-                self._journal.drop(f"{self._stage}/{other}")
-
-    def restore(self, state: list[Kernels], plan: Plan) -> tuple[int, list[float]]:
-        """The step to go on with, and the divergences since its epoch began; the state is that before the step."""
-        if not self._journal:
-            return 0, []
-        for step in sorted(map(int, self._journal.names(self._stage)), reverse=True):
-            entries = [self._journal.get(f"{self._stage}/{step}/{index}") for index in range(self._count)]
-            if all(entries):
-                divergences: list[float] = []
-                for index, entry in enumerate(filter(None, entries)):
-                    leaves = [entry.arrays[name] for name in _names(state[index])]
-                    structure = jax.tree.structure(_moving(state[index]))
-                    values, moments = jax.tree.unflatten(structure, leaves)
-                    state[index] = plan.hold(state[index]._replace(values=values, moments=moments))
-                    divergences = entry.figures["divergences"]
-                return step, divergences
-        return 0, []
-
-
-def _moving(kernels: Kernels) -> tuple[dict[str, Any], Any]:
-    return kernels.values, kernels.moments
-
-
-def _names(kernels: Kernels) -> list[str]:
-    """Of the leaves of `_moving`: numbers, for moments have no names of their own."""
-    return [f"leaf{index}" for index, _ in enumerate(jax.tree.leaves(_moving(kernels)))]
 
 
 def _batches(tokens: Int[np.ndarray, "w t"], tuning: Tuning, seed: int) -> list[Int[np.ndarray, "b"]]:
@@ -279,13 +205,6 @@ def _plan(model: Model, window: tuple[int, int]) -> Plan:
     free = memory.get("bytes_limit", 0) - memory.get("bytes_in_use", 0)
     weights = layers * sum(value.size for value in values.values())
     return Plan(devices.by_outputs if 12 * weights / devices.number() < free / 2 else devices.fetch, kept < free / 4)
-
-
-def _start(kernels: Params) -> Kernels:
-    values = {name: kernel.astype(np.float32) for name, kernel in kernels.items()}
-    masks = {name: np.packbits(value != 0, axis=1) for name, value in values.items()}
-    units = {name: np.sqrt(np.sum(value**2) / np.float32(max(1, (value != 0).sum()))) for name, value in values.items()}
-    return Kernels(values, masks, units, jax.device_get(ADAM.init(values)))
 
 
 def _step(
@@ -364,19 +283,4 @@ def update(
     """
     pull_back = way_back if callable(way_back) else forward_with_way_back(part, kernels.values, rest, way_back)[1]
     slopes, back = pull_back(gradient)
-    slopes = {name: masked(_kept(kernels, name), slope) for name, slope in slopes.items()}
-    with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction mixes integers and floats
-        changes, moments = ADAM.update(slopes, kernels.moments)
-    values = {name: value - rate * kernels.units[name] * changes[name] for name, value in kernels.values.items()}
-    return back, kernels._replace(values=values, moments=moments)
-
-
-def _kept(kernels: Kernels, name: str) -> Bool[Array, "n m"]:
-    return jnp.unpackbits(kernels.masks[name], axis=1, count=kernels.values[name].shape[1]).astype(bool)
-
-
-def _round(kernels: Kernels, name: str, dtype: np.dtype) -> Float[Array, "n m"]:
-    return round_kernel(devices.by_outputs(kernels.values[name]), _kept(kernels, name), dtype)
-
-
-ADAM = optax.scale_by_adam(*BETAS)
+    return back, adam.step(kernels, slopes, rate)

@@ -10,8 +10,9 @@ import torch
 import jaxprune.tuning
 from convert import open_checkpoint
 from jaxprune import InputError, LayerResult, Unstructured, prune
+from jaxprune.adam import BETAS
 from jaxprune.methods.admm import ADMM
-from jaxprune.tuning import BETAS, Tuning, tune
+from jaxprune.tuning import Tuning, tune
 from tests import tiny
 from tests.test_pipeline import LINEARS, windows
 
