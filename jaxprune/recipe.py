@@ -16,7 +16,7 @@ from jaxprune.patterns import NM, Pattern, Unstructured
 from jaxprune.sensitivity import Importance
 from jaxprune.tuning import Tuning
 
-_FAST = {"weigh_outputs": True, "spread": 0.3, "sensitivity_windows": 8, "tune_epochs": 0.375}
+_FAST = {"weigh_outputs": True, "spread": 0.3, "sensitivity_windows": 8, "tune_epochs": 0.3125}
 PRESETS: Mapping[str, Mapping[str, Any]] = {"fast": _FAST, "best": {**_FAST, "tune_epochs": 2.0}}
 """What a preset sets; options given beside it win."""
 PRESET_OPTIONS: Mapping[str, Mapping[str, Any]] = {"admm": {"damping": 0.03}}
