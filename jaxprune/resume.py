@@ -84,7 +84,12 @@ def result(journal: Journal) -> Path:
 
 
 def finish(journal: Journal) -> None:
-    """Says that the result is complete; see `finishing`."""
+    """Says that the result is complete, once nothing is still being written; see `finishing`.
+
+    Raises:
+        CheckpointError: the last entry could not be written.
+    """
+    journal.wait()
     if devices.is_first():
         (journal.folder / FINISHING).touch()
 

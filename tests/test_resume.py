@@ -280,6 +280,20 @@ def test_a_signal_stops_a_run_cleanly(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["masks", "out"]
 
 
+def test_a_journal_goes_when_nothing_is_written_into_it(
+    line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = journal_module.save_tree
+
+    def slow(folder: Path, arrays: Any) -> None:
+        time.sleep(0.5)  # longer than all that comes behind the last layer
+        real(folder, arrays)
+
+    monkeypatch.setattr(journal_module, "save_tree", slow)
+    assert main([*line, "--sparsity", "0.7", "--out", str(tmp_path / "out")]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's own threads
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
 def test_a_full_disk_is_an_error_after_which_a_run_goes_on(
