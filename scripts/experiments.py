@@ -46,6 +46,15 @@ class Experiment:
     against: tuple[str, ...] = ()
     paper: Mapping[str, Mapping[tuple[str, str], Any]] = dataclasses.field(default_factory=dict)
 
+    def over_best(self, perplexities: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], float]:
+        """(row, pattern) -> the perplexity over that of the best of the rows in `against`, where any was measured."""
+        best = {
+            pattern: min(perplexities[row, pattern] for row in self.against if (row, pattern) in perplexities)
+            for pattern in self.patterns
+            if any((row, pattern) in perplexities for row in self.against)
+        }
+        return {(row, p): value / best[p] for (row, p), value in perplexities.items() if p in best}
+
 
 def pattern_name(pattern: str) -> str:
     """A pattern as tables and pictures write it."""

@@ -27,6 +27,8 @@ STYLE = {
 COLORS = ["#888888", "#c08a00", "#7cb342", "#00796b", "#26418f", "#8e44ad", "#d1495b", "#e07a1f", "#111111", "#17a2c9"]
 MARKERS = "osD^vP*XhH"
 PHASES = {"gram": "forward pass and Gram matrices", "solve": "solver", "forward": "second forward pass"}
+PARTIAL = "quality_by_sparsity", "gains"
+"""Pictures that can be made of some of an experiment's cells."""
 Results = Sequence[tuple[Any, dict[str, Any]]]
 
 
@@ -158,17 +160,14 @@ def _quality_by_sparsity(experiment: Experiment, results: Results) -> tuple[Figu
 
 def _gains(experiment: Experiment, results: Results) -> tuple[Figure, str]:
     """A line a row, on it a point a pattern: the perplexity over that of the best of the rows compared with."""
-    found = {(c.row, c.pattern): r["perplexity"] for c, r in results}
-    rows = [row for row in experiment.rows if any((row, p) in found for p in experiment.patterns)]
+    ratios = experiment.over_best({(c.row, c.pattern): r["perplexity"] for c, r in results})
+    rows = [row for row in experiment.rows if any((row, p) in ratios for p in experiment.patterns)]
     figure, (axis,) = _figure(9.5, 1.6 + 0.3 * len(rows))
     for number, pattern in enumerate(experiment.patterns):
-        others = [found[row, pattern] for row in experiment.against if (row, pattern) in found]
-        there = [row for row in rows if (row, pattern) in found]
-        if not others or not there:
-            continue
-        values, places = [found[row, pattern] / min(others) for row in there], [rows.index(row) for row in there]
-        style = {"color": COLORS[2 * number], "marker": MARKERS[number]}
-        axis.plot(values, places, ls="", label=pattern_name(pattern), **style)
+        points = [(ratios[row, pattern], place) for place, row in enumerate(rows) if (row, pattern) in ratios]
+        if points:
+            style = {"color": COLORS[2 * number], "marker": MARKERS[number]}
+            axis.plot(*zip(*points, strict=True), ls="", label=pattern_name(pattern), **style)
     axis.axvline(1, color="#999999", ls=":", lw=1.5, zorder=0)
     axis.set_yticks(range(len(rows)), rows)
     axis.invert_yaxis()

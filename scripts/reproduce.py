@@ -325,7 +325,7 @@ def run(name: str, experiment: Experiment, bench: Bench) -> None:
         if "quality" in result:
             value += f", accuracy {result['quality']['mean_accuracy']['acc']:.4f}"
         print(f"{name} {number}/{len(wanted)}: {cell.row}{steps} {cell.pattern}{where}: {value}", flush=True)
-    if not results or (len(results) < len(wanted) and experiment.picture not in ("quality_by_sparsity", "gains")):
+    if not results or (len(results) < len(wanted) and experiment.picture not in PARTIAL):
         raise InputError(
             f"{len(results)} of {name}'s {len(wanted)} cells are measured: leave --only-measured and --patterns out"
         )

@@ -131,10 +131,10 @@ def _by_pattern(experiment: Experiment, ckpt: str, results: Results) -> list[str
 
 def _against(experiment: Experiment, found: dict[tuple[str, str], dict[str, Any]], rows: Sequence[str]) -> list[str]:
     """Perplexities over the best of some rows', and durations over the first's."""
+    ratios = experiment.over_best({key: result["perplexity"] for key, result in found.items()})
 
     def ratio(row: str, pattern: str) -> str:
-        others = [found[other, pattern]["perplexity"] for other in experiment.against if (other, pattern) in found]
-        return f"{found[row, pattern]['perplexity'] / min(others):.3f}" if (row, pattern) in found and others else ""
+        return f"{ratios[row, pattern]:.3f}" if (row, pattern) in ratios else ""
 
     def duration(row: str, pattern: str) -> str:
         if (row, pattern) not in found:
