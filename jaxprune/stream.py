@@ -202,11 +202,13 @@ class Exponentials(NamedTuple):
     """A softmax not yet divided: it is values / total.
 
     Attributes:
+        scores: logits s.
         values: exp(s − max s).
         total: their sum over the vocabulary.
         log_total: log Σ exp s.
     """
 
+    scores: Float[Array, "n v"]
     values: Float[Array, "n v"]
     total: Float[Array, "n 1"]
     log_total: Float[Array, "n 1"]
@@ -217,7 +219,13 @@ def exponentials(scores: Float[Array, "n v"]) -> Exponentials:
     most = jnp.max(scores, axis=1, keepdims=True)
     values = jax.lax.optimization_barrier(jnp.exp(scores - most))
     total = jnp.sum(values, axis=1, keepdims=True)
-    return Exponentials(values, total, most + jnp.log(total))
+    return Exponentials(scores, values, total, most + jnp.log(total))
+
+
+def kl_divergence(p: Exponentials, q: Exponentials) -> Float[Array, "n"]:
+    """KL(p‖q) = Σ_v p_v (log p_v − log q_v) of each row, in nats; to be traced under jit."""
+    apart = jnp.sum(p.values * (p.scores - q.scores), axis=1) / p.total[:, 0]  # Σ p (log p − log q), but for the totals
+    return apart + (q.log_total - p.log_total)[:, 0]
 
 
 @partial(jax.jit, static_argnums=0)

@@ -47,6 +47,7 @@ from jaxprune.stream import (
     in_checkpoint,
     in_chunks,
     inside_layer,
+    kl_divergence,
     logits,
     read_layers,
     ready,
@@ -245,13 +246,10 @@ def head_divergence(
     head: Part, params: Mapping[str, Array], states: Float[Array, "n d"], dense: Float[Array, "n d"]
 ) -> tuple[Float[Array, "n"], Float[Array, "n d"]]:
     """KL divergences of tokens, and the gradient of their sum by the pruned model's last states."""
-    dense_scores = logits(head, params, dense)
     scores, pull_back = jax.vjp(lambda states: logits(head, params, states), states)
-    p, q = exponentials(dense_scores), exponentials(scores)
-    mean = jnp.sum(p.values * (dense_scores - scores), axis=1) / p.total[:, 0]  # of log p - log q, but for the totals
-    divergence = mean + (q.log_total - p.log_total)[:, 0]
+    p, q = exponentials(logits(head, params, dense)), exponentials(scores)
     (gradient,) = pull_back(q.values / q.total - p.values / p.total)
-    return divergence, gradient
+    return kl_divergence(p, q), gradient
 
 
 @partial(jax.jit, static_argnums=0)

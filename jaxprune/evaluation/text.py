@@ -18,7 +18,16 @@ from jaxprune import devices
 from jaxprune.errors import InputError
 from jaxprune.hidden import HiddenStates
 from jaxprune.models import Model, Part, model_for
-from jaxprune.stream import embed, forward, in_chunks, logits, read_layers, score_tokens
+from jaxprune.stream import (
+    embed,
+    exponentials,
+    forward,
+    in_chunks,
+    kl_divergence,
+    logits,
+    read_layers,
+    score_tokens,
+)
 
 Layers = Iterator[tuple[Params, ...]]
 Track = Callable[[Layers, int], Iterable[tuple[Params, ...]]]
@@ -138,9 +147,9 @@ def divergence(
     targets: Int[Array, "n"],
 ) -> tuple[Float[Array, "n models"], Float[Array, "n models"], Float[Array, "n models"]]:
     """Losses, KL divergences from the first model, and whether the most probable token is the first model's."""
-    logs = [jax.nn.log_softmax(logits(*one), axis=1) for one in zip(heads, params, states, strict=True)]
-    dense = logs[0]
-    losses = [-jnp.take_along_axis(log, targets[:, None], axis=1)[:, 0] for log in logs]
-    divergences = [jnp.sum(jnp.exp(dense) * (dense - log), axis=1) for log in logs]
-    agreements = [(jnp.argmax(log, axis=1) == jnp.argmax(dense, axis=1)).astype(dense.dtype) for log in logs]
+    found = [exponentials(logits(*one)) for one in zip(heads, params, states, strict=True)]
+    best = [jnp.argmax(one.scores, axis=1) for one in found]
+    losses = [one.log_total[:, 0] - jnp.take_along_axis(one.scores, targets[:, None], axis=1)[:, 0] for one in found]
+    divergences = [kl_divergence(found[0], one) for one in found]
+    agreements = [(one == best[0]).astype(jnp.float32) for one in best]
     return jnp.stack(losses, axis=1), jnp.stack(divergences, axis=1), jnp.stack(agreements, axis=1)
