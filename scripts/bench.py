@@ -36,6 +36,7 @@ from tables import markdown
 
 from convert.staging import write_text
 from jaxprune import programs
+from jaxprune.console import keep_memory
 from jaxprune.linalg import matmul
 from jaxprune.methods.admm import ADMM
 from jaxprune.patterns import Unstructured
@@ -239,6 +240,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    keep_memory()  # as the command line does
     print(f"{hardware()}; jax {jax.__version__}\n")
     if args.against:
         found = versus.compare(args, Rate)

@@ -22,8 +22,10 @@ from pathlib import Path
 import numpy as np
 from convert import create_checkpoint, open_checkpoint
 from jaxprune import Unstructured, other_params, prune
+from jaxprune.console import keep_memory
 from jaxprune.methods.admm import ADMM
 
+keep_memory()
 source, target = sys.argv[1:]
 reader = open_checkpoint(source)
 tokens = np.random.default_rng(0).integers(0, 1000, (16, 256)).astype(np.int32)

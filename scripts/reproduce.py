@@ -34,7 +34,7 @@ from convert.staging import staged_file, write_text
 from jaxprune import InputError, calibration, problems, report
 from jaxprune import recipe as recipes
 from jaxprune.config import Config
-from jaxprune.console import keep_compilations
+from jaxprune.console import keep_compilations, keep_memory
 from jaxprune.evaluation.quality import Evaluator, Quality
 from jaxprune.evaluation.tasks import ZERO_SHOT
 from jaxprune.evaluation.text import mean_loss_perplexity, perplexity
@@ -306,6 +306,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     keep_compilations()  # else the first cell would bear what all the others find in memory
+    keep_memory()
     for name in args.names:
         run(name, EXPERIMENTS[name], Bench(args, EXPERIMENTS[name]))
 

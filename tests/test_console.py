@@ -1,0 +1,37 @@
+"""What every command line does to its process."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, statistics, sys
+from jaxprune.console import keep_memory
+from jaxprune.run import main
+if sys.argv[1] == "kept":
+    keep_memory()
+import jax, jax.numpy as jnp
+
+@jax.jit
+def program(x):
+    return x @ x  # 36 MB, more than glibc keeps of its own accord
+
+x, faults = jnp.ones((3000, 3000)), []
+for _ in range(14):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    program(x).block_until_ready()
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(int(statistics.median(faults[4:])))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told anything")
+def test_freed_memory_is_not_cleared_again() -> None:
+    found = {}
+    for which in ("left", "kept"):
+        done = subprocess.run([sys.executable, "-c", FAULTS, which], capture_output=True, text=True, check=True)
+        found[which] = int(done.stdout)
+    assert found["kept"] == 0
+    assert found["left"] > 0
