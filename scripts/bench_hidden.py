@@ -43,12 +43,12 @@ def main() -> None:
         print(f"{windows} windows of {LENGTH} tokens, width {SIZE.width}: states of {4 * args.allowance:.2f} GiB")
         print("| hidden | allowed, GiB | seconds | peak resident, GiB | peak of the cgroup, GiB |")
         print("|---|---|---|---|---|")
+        found = set()
         for hidden, allowed in (("memory", None), ("disk", args.allowance)):
             seconds, peak, charged = run(folder, [*line, "--hidden", hidden], allowed)
             print(f"| {hidden} | {allowed or 'all'} | {seconds:.1f} | {peak:.2f} | {charged} |", flush=True)
-            found = hashlib.sha256((folder / "out/model.safetensors").read_bytes()).digest()
-            expected = found if hidden == "memory" else expected
-            assert found == expected, "the checkpoints differ"
+            found.add(hashlib.sha256((folder / "out/model.safetensors").read_bytes()).digest())
+        assert len(found) == 1, "the checkpoints differ"
 
 
 def run(folder: Path, line: list[object], allowed: float | None) -> tuple[float, float, str]:

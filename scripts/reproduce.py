@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 from experiments import EXPERIMENTS, Experiment
+from pictures import PARTIAL
 from tables import write
 
 from convert import CheckpointError, Reader, create_checkpoint, open_checkpoint
