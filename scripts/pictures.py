@@ -173,7 +173,9 @@ def _gains(experiment: Experiment, results: Results) -> tuple[Figure, str]:
     axis.invert_yaxis()
     axis.set_xscale("log")
     low, high = axis.get_xlim()
-    axis.set_xticks([tick / 10 for tick in range(1, 21) if low <= tick / 10 <= high])
+    axis.set_xticks(
+        [tick for tick in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.5, 2) if low <= tick <= high]
+    )
     _plain(axis.xaxis)
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel(f"perplexity over that of the better of {' and '.join(experiment.against)} (log; lower is better)")
