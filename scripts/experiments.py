@@ -48,11 +48,10 @@ class Experiment:
 
     def over_best(self, perplexities: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], float]:
         """(row, pattern) -> the perplexity over that of the best of the rows in `against`, where any was measured."""
-        best = {
-            pattern: min(perplexities[row, pattern] for row in self.against if (row, pattern) in perplexities)
-            for pattern in self.patterns
-            if any((row, pattern) in perplexities for row in self.against)
-        }
+        best: dict[str, float] = {}
+        for (row, pattern), value in perplexities.items():
+            if row in self.against:
+                best[pattern] = min(value, best.get(pattern, value))
         return {(row, p): value / best[p] for (row, p), value in perplexities.items() if p in best}
 
 

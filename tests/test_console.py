@@ -9,7 +9,7 @@ import pytest
 FAULTS = """
 import resource, statistics, sys
 from jaxprune.console import keep_memory
-from jaxprune.run import main
+from jaxprune.run import main  # all that a command line imports before it
 if sys.argv[1] == "kept":
     keep_memory()
 import jax, jax.numpy as jnp
