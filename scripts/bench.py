@@ -12,8 +12,8 @@ means float32 accuracy. --count-only compiles the programs for their memory and 
     python scripts/bench.py --ckpt smollm2-135m --against torch eager op-by-op --layers 1
     python scripts/bench.py --size llama-7b --windows 128 --length 2048 --dtype bfloat16 --against torch --layers 1
 
-With --against whole runs are compared in turn; see versus.py. With --compile and --growth, what compilation costs and
-how time grows with layers and tokens.
+With --against whole runs are compared in turn, each in a process of its own; see versus.py. With --compile and
+--growth, what compilation costs and how time grows with layers and tokens.
 """
 
 import argparse
@@ -21,8 +21,7 @@ import json
 import re
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import versus
+from alone import alone
+from rates import Rate, timed
 from sizes import SIZES, model
 from tables import markdown
 
 from convert.staging import write_text
 from jaxprune import programs
 from jaxprune.console import keep_memory
-from jaxprune.linalg import matmul
 from jaxprune.methods.admm import ADMM
 from jaxprune.patterns import Unstructured
 from jaxprune.programs import Flops, Program, Shape
@@ -46,47 +46,6 @@ from jaxprune.record import hardware
 from jaxprune.stats import gram
 
 METHOD, PATTERN = ADMM(), Unstructured(0.5)
-SQUARE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
-"""Size of the products that the matrix rate is measured with."""
-
-
-class Rate:
-    """The machine's matrix rate, FLOP/s by dtype: the median of all measurements so far."""
-
-    def __init__(self, dtypes: set[str]) -> None:
-        size = SQUARE.get(jax.default_backend(), 2048)
-        self._operands = {dtype: jnp.ones((size, size), dtype) for dtype in sorted(dtypes | {"float32"})}
-        self._found: dict[str, list[float]] = {dtype: [] for dtype in self._operands}
-
-    def measure(self) -> None:
-        for dtype, x in self._operands.items():
-            seconds = timed(_product, x, x)
-            self._found[dtype].append(2 * len(x) ** 3 / seconds)
-
-    def __getitem__(self, dtype: str) -> float:
-        return statistics.median(self._found[dtype])
-
-    def floor(self, flops: Flops) -> float:
-        """Seconds at these rates."""
-        return sum(count / self[dtype] for dtype, count in flops.items())
-
-    def __str__(self) -> str:
-        return ", ".join(f"{dtype} {self[dtype] / 1e9:.0f} GFLOP/s" for dtype in self._found)
-
-
-@jax.jit
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    return matmul(a, b) if a.dtype == jnp.float32 else jnp.matmul(a, b)
-
-
-def timed(function: Callable[..., Any], *arguments: Any, donated: tuple[int, ...] = ()) -> float:
-    """Seconds of a call, results ready, after one that compiles; donated arguments are copied beforehand."""
-    for _ in range(2):
-        given = [jax.tree.map(jnp.copy, a) if i in donated else a for i, a in enumerate(arguments)]
-        jax.block_until_ready(given)
-        start = time.perf_counter()
-        jax.block_until_ready(function(*given))
-    return time.perf_counter() - start
 
 
 def parts(of: Any, windows: int, length: int) -> Iterator[Program]:
@@ -241,9 +200,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     keep_memory()  # as the command line does
-    print(f"{hardware()}; jax {jax.__version__}\n")
+    print(f"{alone(hardware)}; jax {jax.__version__}\n")  # other processes may need the device to themselves
     if args.against:
-        found = versus.compare(args, Rate)
+        found = versus.compare(args)
     elif args.compile:
         found = versus.compilation(args)
     elif args.growth:

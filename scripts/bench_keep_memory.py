@@ -9,7 +9,6 @@ which programs are compiled and memory is taken for the first time, are not coun
 
 import argparse
 import itertools
-import multiprocessing
 import resource
 import statistics
 import time
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from alone import alone
 from tables import markdown
 
 from convert import open_checkpoint
@@ -72,8 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     found: dict[bool, list[Found]] = {False: [], True: []}
     for keep in list(found) * args.repeat:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found[keep].append(pool.apply(measure, (args.ckpt, args.length, args.steps, keep)))
+        found[keep].append(alone(measure, args.ckpt, args.length, args.steps, keep))
     print(f"{args.ckpt}, a window of {args.length} tokens a step, medians of {args.repeat} processes, {hardware()}\n")
     rows, first = [], None
     for keep, values in found.items():

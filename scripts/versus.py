@@ -16,11 +16,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from alone import alone
+from rates import Rate
 from sizes import SIZES, write_checkpoint
 from tables import markdown
 
 from convert import Reader, open_checkpoint
 from jaxprune import calibration, programs
+from jaxprune.console import keep_memory
 from jaxprune.methods.admm import ADMM
 from jaxprune.models import model_for, stored_dtype
 from jaxprune.patterns import Unstructured
@@ -33,16 +36,21 @@ class Task(NamedTuple):
     """What every way does.
 
     Attributes:
-        reader: the checkpoint.
+        ckpt: the checkpoint.
         tokens: [windows, length].
         layers: how many, from the first.
         dtype: of the computation.
     """
 
-    reader: Reader
+    ckpt: str
     tokens: np.ndarray
     layers: int
     dtype: str
+
+    @property
+    def reader(self) -> Reader:
+        """Opens the checkpoint."""
+        return open_checkpoint(self.ckpt)
 
 
 class Outcome(NamedTuple):
@@ -55,6 +63,20 @@ class Outcome(NamedTuple):
 
     seconds: dict[str, float]
     kernels: dict[str, np.ndarray]
+
+
+class Floor(NamedTuple):
+    """The least time that jaxprune's run could take.
+
+    Attributes:
+        flops: counted.
+        seconds: at the matrix rate.
+        rate: in words, measured before and after the run.
+    """
+
+    flops: programs.Flops
+    seconds: float
+    rate: str
 
 
 def jaxprune_way(task: Task) -> Outcome:
@@ -97,78 +119,83 @@ def torch_way(task: Task) -> Outcome:
 
 
 def eager_way(task: Task) -> Outcome:
+    keep_memory()
     with jax.disable_jit():
         return jaxprune_way(task)
 
 
 def op_by_op_way(task: Task) -> Outcome:
-    with _no_jit_of_ours():
-        return jaxprune_way(task)
-
-
-@contextlib.contextmanager
-def _no_jit_of_ours() -> Iterator[None]:
-    """jaxprune imported anew with a jax.jit that does nothing; JAX's own functions stay compiled."""
+    """With jaxprune imported anew under a jax.jit that does nothing; JAX's own functions stay compiled."""
 
     def leave(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
         return function
 
-    ours = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "jaxprune"}
-    real = jax.jit
-    try:
-        for name in ours:
-            del sys.modules[name]
-        jax.jit = leave
-        importlib.import_module("jaxprune.pipeline")
-        importlib.import_module("jaxprune.methods.admm")
-        importlib.import_module("jaxprune.models.llama")
-        jax.jit = real
-        yield
-    finally:
-        jax.jit = real
-        for name in [name for name in sys.modules if name.partition(".")[0] == "jaxprune"]:
-            del sys.modules[name]
-        sys.modules.update(ours)
+    keep_memory()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "jaxprune"]:
+        del sys.modules[name]
+    real, jax.jit = jax.jit, leave
+    for name in ("pipeline", "methods.admm", "models.llama"):
+        importlib.import_module(f"jaxprune.{name}")
+    jax.jit = real
+    return jaxprune_way(task)
 
 
 WAYS: dict[str, Callable[[Task], Outcome]] = {"torch": torch_way, "eager": eager_way, "op-by-op": op_by_op_way}
 
 
-def compare(args: argparse.Namespace, rate_of: Any) -> dict[str, Any]:
-    """Runs jaxprune and the other ways in turn, prints a table, and returns its figures."""
+def measured(task: Task) -> tuple[Outcome, Floor]:
+    """jaxprune's run, compiled beforehand, and its floor."""
+    keep_memory()  # as the command line does
+    flops = _flops(task)
+    rate = Rate(set(flops))
+    jaxprune_way(task._replace(layers=1))  # compiles
+    rate.measure(3)
+    outcome = jaxprune_way(task)
+    rate.measure(3)
+    return outcome, Floor(flops, rate.floor(flops), str(rate))
+
+
+def _flops(task: Task) -> programs.Flops:
+    reader = task.reader
+    of = model_for(reader, task.dtype)
+    counted = programs.of_pruning(of, *task.tokens.shape, METHOD, Unstructured(SPARSITY), stored_dtype(reader.spec))
+    flops = programs.Flops()
+    for program in counted:
+        times = program.calls * task.layers / of.config.num_layers
+        flops.update({dtype: count * times for dtype, count in program.flops().items()})
+    return flops
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs jaxprune and the other ways in turn, each in a process of its own; prints a table, returns its figures.
+
+    This process leaves the device alone, for JAX would take most of its memory.
+    """
+    ours: list[tuple[Outcome, Floor]] = []
+    others: dict[str, list[Outcome]] = {name: [] for name in args.against}
     with _task(args) as task:
-        of = model_for(task.reader, task.dtype)
-        windows, length = task.tokens.shape
-        counted = list(
-            programs.of_pruning(of, windows, length, METHOD, Unstructured(SPARSITY), stored_dtype(task.reader.spec))
-        )
-        flops = programs.Flops()
-        for program in counted:
-            times = program.calls * task.layers / of.config.num_layers
-            flops.update({dtype: count * times for dtype, count in program.flops().items()})
-        rate = rate_of(set(flops))
-        ways = {"jaxprune": jaxprune_way} | {name: WAYS[name] for name in args.against}
-        jaxprune_way(task._replace(layers=1))  # compiles
-        found: dict[str, list[Outcome]] = {name: [] for name in ways}
         for _ in range(args.repeat):
-            for name, way in ways.items():
-                rate.measure()
-                found[name].append(way(task))
-    rate.measure()
-    best = {name: min(outcomes, key=lambda outcome: outcome.seconds["all"]) for name, outcomes in found.items()}
-    ours, floor = best["jaxprune"], rate.floor(flops)
+            ours.append(alone(measured, task))
+            for name in others:
+                others[name].append(alone(WAYS[name], task))
+    first, floor = min(ours, key=lambda run: run[0].seconds["all"])
+    best = {name: min(outcomes, key=lambda outcome: outcome.seconds["all"]) for name, outcomes in others.items()}
     rows = []
-    for name, (seconds, kernels) in best.items():
+    for name, (seconds, kernels) in {"jaxprune": first, **best}.items():
         phases = [f"{seconds[phase]:.1f}" for phase in ("gram", "solve", "forward", "all")]
-        rows.append([name, *phases, f"{seconds['all'] / ours.seconds['all']:.2f}", *_agreement(ours.kernels, kernels)])
+        ratio = seconds["all"] / first.seconds["all"]
+        rows.append([name, *phases, f"{ratio:.2f}", *_agreement(first.kernels, kernels)])
     header = ["way", "gram, s", "solve, s", "forward, s", "all, s", "over jaxprune's", "equal masks", "difference"]
+    windows, length = task.tokens.shape
     print(f"{task.layers} layers, {windows} windows of {length} tokens, {task.dtype}; the best of {args.repeat}\n")
     print("\n".join(markdown(header, rows)))
-    share = ours.seconds["all"] / floor
-    print(f"\nMatrix rate: {rate}. {sum(flops.values()) / 1e12:.2f} TFLOP at that rate are {floor:.1f} s,")
-    print(f"the floor; jaxprune takes {share:.2f} times as long. Difference: relative, of the first layer's kernels.")
+    share = first.seconds["all"] / floor.seconds
+    print(f"\nMatrix rate: {floor.rate}. {sum(floor.flops.values()) / 1e12:.2f} TFLOP at that rate are")
+    print(f"{floor.seconds:.1f} s, the floor; jaxprune takes {share:.2f} times as long.")
+    print("Difference: relative, of the first layer's kernels.")
+    found = {"jaxprune": [outcome for outcome, _ in ours], **others}
     seconds = {name: [outcome.seconds for outcome in outcomes] for name, outcomes in found.items()}
-    return {"seconds": seconds, "floor": floor, "flops": flops, "rate": str(rate)}
+    return {"seconds": seconds, "floors": [floor._asdict() for _, floor in ours]}
 
 
 def _agreement(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> list[str]:
@@ -184,14 +211,12 @@ def _agreement(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> li
 @contextlib.contextmanager
 def _task(args: argparse.Namespace) -> Iterator[Task]:
     with tempfile.TemporaryDirectory() as folder:
-        if args.ckpt:
-            reader = open_checkpoint(args.ckpt)
-        else:
+        ckpt = args.ckpt
+        if not ckpt:
+            ckpt = str(Path(folder) / "dense")
             size = SIZES[args.size]._replace(vocabulary=1000)
-            write_checkpoint(
-                Path(folder) / "dense", size._replace(layers=args.layers or size.layers), stored=args.stored
-            )
-            reader = open_checkpoint(Path(folder) / "dense")
+            write_checkpoint(Path(ckpt), size._replace(layers=args.layers or size.layers), stored=args.stored)
+        reader = open_checkpoint(ckpt)
         of = model_for(reader, args.dtype)
         if args.calib:
             from convert.assets import load_tokenizer
@@ -203,7 +228,7 @@ def _task(args: argparse.Namespace) -> Iterator[Task]:
             shape = args.windows, args.length
             tokens = np.random.default_rng(0).integers(0, of.config.vocab_size, shape, np.int32)
         layers = min(args.layers or of.config.num_layers, of.config.num_layers)
-        yield Task(reader, tokens, layers, args.dtype)
+        yield Task(ckpt, tokens, layers, args.dtype)
 
 
 _COUNT = """
@@ -260,8 +285,8 @@ def growth(args: argparse.Namespace) -> dict[str, Any]:
     rows: list[Sequence[str]] = []
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder) / "dense", size._replace(layers=deepest), stored=args.stored)
-        reader = open_checkpoint(Path(folder) / "dense")
+        dense = Path(folder) / "dense"
+        write_checkpoint(dense, size._replace(layers=deepest), stored=args.stored)
         for layers, windows in [
             (deepest // 4, most),
             (deepest // 2, most),
@@ -270,7 +295,7 @@ def growth(args: argparse.Namespace) -> dict[str, Any]:
             (deepest, most // 4),
         ]:
             tokens = np.random.default_rng(0).integers(0, 1000, (windows, args.length), np.int32)
-            task = Task(reader, tokens, layers, args.dtype)
+            task = Task(str(dense), tokens, layers, args.dtype)
             jaxprune_way(task._replace(layers=1))  # compiles
             spent = min((jaxprune_way(task).seconds for _ in range(args.repeat)), key=lambda s: s["all"])
             found.append({"layers": layers, "windows": windows, "seconds": spent})
