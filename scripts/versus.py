@@ -47,9 +47,8 @@ class Task(NamedTuple):
     layers: int
     dtype: str
 
-    @property
-    def reader(self) -> Reader:
-        """Opens the checkpoint."""
+    def open(self) -> Reader:
+        """A reader of the checkpoint."""
         return open_checkpoint(self.ckpt)
 
 
@@ -86,7 +85,7 @@ def jaxprune_way(task: Task) -> Outcome:
     start = time.perf_counter()
     method = importlib.import_module("jaxprune.methods.admm").ADMM(schedule="constant")
     pattern = importlib.import_module("jaxprune.patterns").Unstructured(SPARSITY)
-    layers = pipeline.prune(task.reader, task.tokens, method, pattern, dtype=task.dtype)
+    layers = pipeline.prune(task.open(), task.tokens, method, pattern, dtype=task.dtype)
     for layer in itertools.islice(layers, task.layers):
         for phase, seconds in layer.seconds.items():
             spent[phase] = spent.get(phase, 0.0) + seconds
@@ -100,7 +99,8 @@ def torch_way(task: Task) -> Outcome:
 
     from convert.pytorch import to_torch
 
-    whole = to_torch(task.reader.read(task.reader.spec), task.reader.assets, task.dtype)
+    reader = task.open()
+    whole = to_torch(reader.read(reader.spec), reader.assets, task.dtype)
     whole = whole.to("cuda" if torch.cuda.is_available() else "cpu").model
     device = whole.embed_tokens.weight.device
     with torch.no_grad():
@@ -156,7 +156,7 @@ def measured(task: Task) -> tuple[Outcome, Floor]:
 
 
 def _flops(task: Task) -> programs.Flops:
-    reader = task.reader
+    reader = task.open()
     of = model_for(reader, task.dtype)
     counted = programs.of_pruning(of, *task.tokens.shape, METHOD, Unstructured(SPARSITY), stored_dtype(reader.spec))
     flops = programs.Flops()
