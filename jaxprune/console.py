@@ -21,7 +21,7 @@ from jaxprune.errors import InputError
 
 CACHE_BYTES = 2**30
 """Of compiled programs; the longest unused go first."""
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8  # of glibc's malloc.h
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
 
@@ -43,17 +43,23 @@ def run_main(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         signal.signal(signal.SIGTERM, before)
 
 
-def keep_memory() -> None:
+def keep_memory(*, large: bool = False) -> None:
     """Has glibc keep freed memory, all of it in one arena, for what is allocated next; does nothing elsewhere.
 
     On a CPU, XLA's programs take and free megabytes in every call. By default glibc returns much of that to the system,
     which clears every page anew, and keeps the rest in arenas that cannot use each other's. Arenas are made as threads
     allocate, so this comes before JAX's first computation.
+
+    Args:
+        large: keep blocks of 32 MB and more too, from now on: for phases that take and free logits over and over.
+            Elsewhere they are returned, for large arrays of many sizes would leave holes between them.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
-        for parameter, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+        for parameter, value in ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**31 - 1)):
             libc.mallopt(parameter, value)
+        if large:
+            libc.mallopt(M_MMAP_MAX, 0)
 
 
 def _terminate(*_: object) -> None:

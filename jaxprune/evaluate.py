@@ -11,7 +11,7 @@ from typing import Any
 from convert import open_checkpoint
 from convert.staging import check_free
 from jaxprune import calibration, hidden, report
-from jaxprune.console import choose_device, console, print_table, run_main
+from jaxprune.console import choose_device, console, keep_memory, print_table, run_main
 from jaxprune.errors import InputError
 from jaxprune.evaluation.options import EvalOptions, with_defaults
 from jaxprune.evaluation.quality import Evaluator, Quality, table
@@ -123,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> None:
+    keep_memory(large=True)
     evaluate(*parse(argv))
 
 

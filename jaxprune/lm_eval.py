@@ -6,7 +6,7 @@ python -m jaxprune.lm_eval run --model jaxprune --model_args pretrained=DIR --ta
 import sys
 from collections.abc import Sequence
 
-from jaxprune.console import run_main
+from jaxprune.console import keep_memory, run_main
 from jaxprune.evaluation.tasks import not_installed
 
 
@@ -17,6 +17,7 @@ def main() -> int:
 
 def _main(argv: Sequence[str]) -> None:
     del argv  # lm-eval reads the command line itself
+    keep_memory(large=True)
     try:
         from lm_eval.__main__ import cli_evaluate
 

@@ -15,7 +15,7 @@ from convert.hub import require_whole
 from convert.staging import check_free
 from jaxprune import calibration, devices, hidden, preflight, resume, timing
 from jaxprune.config import Config, parse
-from jaxprune.console import choose_device, console, print_table, progress, run_main
+from jaxprune.console import choose_device, console, keep_memory, print_table, progress, run_main
 from jaxprune.evaluation.quality import Evaluator, table
 from jaxprune.journal import Journal
 from jaxprune.masks import MaskWriter, create_masks
@@ -86,6 +86,8 @@ def _run(config: Config, recipe: Recipe) -> Record | None:
     overwrite = config.overwrite or moving
     out = check_free(config.out, overwrite=overwrite)
     masks_out = check_free(config.save_masks, overwrite=overwrite, folder=False) if config.save_masks else None
+    if recipe.importance.measured or recipe.tuning.tune_epochs:
+        keep_memory(large=True)  # both make logits
     choose_device(config.device, config.devices, config.join)
     console.print(f"opening {config.ckpt}")
     reader = open_checkpoint(config.ckpt)
@@ -121,6 +123,7 @@ def _run(config: Config, recipe: Recipe) -> Record | None:
             if masks_out and devices.is_first():
                 masks = stack.enter_context(create_masks(masks_out, linear_shapes(model), overwrite=overwrite))
             _export(config, record, reader, journal, masks)
+            keep_memory(large=True)  # logits from here on
             with _timed(record, "evaluate") if config.measures else contextlib.nullcontext():
                 readers = {"dense": reader, "pruned": open_checkpoint(resume.result(journal))}
                 for which, quality in evaluator.measure(readers, against="dense"):

@@ -199,7 +199,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    keep_memory()  # as the command line does
+    keep_memory(large=args.preset is not None)  # as the command line does
     print(f"{alone(hardware)}; jax {jax.__version__}\n")  # other processes may need the device to themselves
     if args.against:
         found = versus.compare(args)

@@ -46,7 +46,7 @@ def measure(ckpt: str, length: int, steps: int, keep: bool) -> Found:
     """Tunes a pruned checkpoint for some steps."""
     keep_compilations()
     if keep:
-        keep_memory()
+        keep_memory(large=True)
     reader = open_checkpoint(ckpt)
     tokens = np.random.default_rng(0).integers(0, model_for(reader).config.vocab_size, (1, length), np.int32)
     layers = prune(reader, tokens, Magnitude(), Unstructured(0.5))

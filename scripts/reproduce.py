@@ -307,7 +307,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     keep_compilations()  # else the first cell would bear what all the others find in memory
-    keep_memory()
+    keep_memory(large=True)
     for name in args.names:
         run(name, EXPERIMENTS[name], Bench(args, EXPERIMENTS[name]))
 

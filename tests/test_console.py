@@ -11,7 +11,7 @@ import resource, statistics, sys
 from jaxprune.console import keep_memory
 from jaxprune.run import main  # all that a command line imports before it
 if sys.argv[1] == "kept":
-    keep_memory()
+    keep_memory(large=True)
 import jax, jax.numpy as jnp
 
 @jax.jit
@@ -35,3 +35,29 @@ def test_freed_memory_is_not_cleared_again() -> None:
         found[which] = int(done.stdout)
     assert found["kept"] == 0
     assert found["left"] > 0
+
+
+HELD = """
+import sys
+from pathlib import Path
+from jaxprune.console import keep_memory
+keep_memory(large=sys.argv[1] == "large")
+import numpy as np
+
+def resident():
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmRSS"].split()[0]) / 1024
+
+before = resident()
+arrays = [np.ones(int(sys.argv[2]) * 2**17) for _ in range(400 // int(sys.argv[2]))]  # 400 MB
+del arrays
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told anything")
+@pytest.mark.parametrize(("which", "size", "held"), [("small", 20, True), ("small", 100, False), ("large", 100, True)])
+def test_large_arrays_are_kept_where_asked_for(which: str, size: int, held: bool) -> None:
+    command = [sys.executable, "-c", HELD, which, str(size)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (float(done.stdout) > 300) == held
