@@ -262,6 +262,7 @@ def test_a_signal_stops_a_run_cleanly(
 ) -> None:
     argv = [*line, "--out", str(tmp_path / "out"), "--save-masks", str(tmp_path / "masks")]
     real, calls = stages.solve_linear, []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
     def signalled(*args: Any) -> Any:
         calls.append(1)
@@ -272,6 +273,7 @@ def test_a_signal_stops_a_run_cleanly(
     with monkeypatch.context() as patch:
         patch.setattr(stages, "solve_linear", signalled)
         assert main(argv) == 130
+    signal.signal(signal.SIGINT, before)
     said = capsys.readouterr().err
     assert "the same command goes on from there" in said and said.endswith("stopped\n")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.unfinished"]
