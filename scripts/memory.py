@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--stored", default="float32", help="of the params")
     parser.add_argument("--curve", action="store_true", help="print the memory after each layer")
     args = parser.parse_args()
-    print("| layers | checkpoint, MB | peak host memory, MB | against the first |")
+    print("| layers | checkpoint, MiB | peak host memory, MiB | against the first |")
     print("|---|---|---|---|")
     first, size = None, sizes[args.size]
     for layers in args.layers:
@@ -63,7 +63,7 @@ def main() -> None:
         first = first or peak
         print(f"| {layers} | {written / 2**20:.0f} | {peak:.0f} | {peak / first:.3f} |", flush=True)
         if args.curve:
-            print("\n| after layer | resident, MB | peak, MB |\n|---|---|---|")
+            print("\n| after layer | resident, MiB | peak, MiB |\n|---|---|---|")
             for layer, (resident, most) in enumerate(map(json.loads, curve), 1):
                 print(f"| {layer} | {resident:.0f} | {most:.0f} |")
 

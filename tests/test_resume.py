@@ -10,7 +10,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -256,13 +256,21 @@ def test_there_must_be_something_to_resume(
     assert "run.json is damaged" in capsys.readouterr().err
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own handler for SIGINT, which a shell's background jobs ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
 def test_a_signal_stops_a_run_cleanly(
     signal_name: str, line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     argv = [*line, "--out", str(tmp_path / "out"), "--save-masks", str(tmp_path / "masks")]
     real, calls = stages.solve_linear, []
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
     def signalled(*args: Any) -> Any:
         calls.append(1)
@@ -273,7 +281,6 @@ def test_a_signal_stops_a_run_cleanly(
     with monkeypatch.context() as patch:
         patch.setattr(stages, "solve_linear", signalled)
         assert main(argv) == 130
-    signal.signal(signal.SIGINT, before)
     said = capsys.readouterr().err
     assert "the same command goes on from there" in said and said.endswith("stopped\n")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.unfinished"]
