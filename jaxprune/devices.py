@@ -41,6 +41,12 @@ def number() -> int:
     return _mesh.size if _mesh else 1
 
 
+def cuda_capability() -> float:
+    """The compute capability of this process's GPUs, such as 8.6; 0 where they are not NVIDIA's, or there are none."""
+    text = getattr(jax.local_devices()[0], "compute_capability", "")  # AMD's say gfx942 and the like
+    return float(text) if text.replace(".", "").isdigit() else 0.0
+
+
 def everywhere(tree: Any) -> Any:
     """Arrays on every device, whole."""
     return _put(tree, PartitionSpec()) if _mesh else jax.device_put(tree)

@@ -70,6 +70,10 @@ class Program:
         own = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         return self.resident + own - memory.alias_size_in_bytes
 
+    def lowered(self, platform: str) -> str:
+        """StableHLO for a platform, cuda or tpu for example, which need not be there."""
+        return self._traced.lower(lowering_platforms=(platform,)).as_text()
+
     @functools.cached_property
     def _traced(self) -> Any:
         """The program as JAX traces it; a function of the run's own is compiled for the run as well."""

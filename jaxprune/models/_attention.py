@@ -8,6 +8,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxprune import devices
+
 SEGMENTS = 16
 """A window has so many segments at most; a segment's queries are multiplied with the keys up to its end only."""
 SMALLEST, LARGEST = 64, 256
@@ -39,12 +41,12 @@ def causal_attention(
 ) -> Float[Array, "b t h d"]:
     """softmax(QKᵀ/√d)V over the tokens that each query sees; h query heads share h/k key heads in order.
 
-    Without a layout a token sees all tokens up to itself. On a GPU, 16-bit inputs then go to cuDNN's flash attention.
-    Elsewhere queries are taken in blocks, so that the scores of one block, [b, h, 256, t], are the largest array, and
-    most of the masked half of the scores is never computed.
+    Without a layout a token sees all tokens up to itself, and goes to cuDNN's flash attention where that is. Elsewhere
+    queries are taken in blocks, so that the scores of one block, [b, h, 256, t], are the largest array, and most of the
+    masked half of the scores is never computed.
     """
     t, d = query.shape[1], query.shape[3]
-    if layout is None and jax.default_backend() == "gpu" and query.dtype.itemsize == 2 and d % 8 == 0 and d <= 128:
+    if layout is None and cudnn_takes(query):
         return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
     b, _, h, _ = query.shape
     k = key.shape[2]
@@ -55,6 +57,15 @@ def causal_attention(
     bounds = [(start, min(start + segment, t)) for start in range(0, t, segment)]
     parts = [_attend_segment(heads, start, end, layout) for start, end in bounds]
     return jnp.concatenate(parts, axis=3).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
+
+
+def cudnn_takes(query: Float[Array, "b t h d"]) -> bool:
+    """Whether cuDNN's flash attention takes such queries: on NVIDIA's GPUs from Ampere on, 16-bit, heads of up to 128.
+
+    An even number of them, for its way back: windows of odd length are rare, and not worth two ways through a layer.
+    """
+    t, d = query.shape[1], query.shape[3]
+    return query.dtype.itemsize == 2 and t % 2 == 0 and d % 8 == 0 and d <= 128 and devices.cuda_capability() >= 8
 
 
 class _Heads(NamedTuple):

@@ -1,0 +1,74 @@
+"""What can be said of accelerators without one: all programs of a run can be compiled for them, as accurate as here."""
+
+import re
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from convert import open_checkpoint
+from jaxprune import devices, programs
+from jaxprune.methods import Method
+from jaxprune.methods.admm import ADMM
+from jaxprune.methods.alps import ALPS
+from jaxprune.methods.sparsegpt import SparseGPT
+from jaxprune.models import model_for
+from jaxprune.models._attention import cudnn_takes
+from jaxprune.patterns import NM, Pattern, Unstructured
+from jaxprune.programs import Program
+
+METHODS: list[tuple[Method, Pattern]] = [
+    (ADMM(), Unstructured(0.5)),
+    (ADMM(), NM(2, 4)),
+    (ALPS(), Unstructured(0.5)),
+    (SparseGPT(), NM(2, 4)),
+]
+
+
+def all_programs(checkpoint: Path, dtype: str) -> Iterator[Program]:
+    model = model_for(open_checkpoint(checkpoint), dtype)
+    for method, pattern in METHODS:
+        yield from programs.of_pruning(model, 4, 512, method, pattern, dtype)
+    yield from programs.of_sensitivity(model, 4, 512, dtype)
+    for keep in (True, False):
+        yield from programs.of_tuning(model, 4, 512, 2, dtype, keep=keep)
+    yield from programs.of_evaluation(model, 4, 512, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_every_program_compiles_for_accelerators_and_keeps_float32(
+    platform: str, dtype: str, checkpoint: Path
+) -> None:
+    with jax.numpy_dtype_promotion("standard"):
+        lowered = [(program, program.lowered(platform)) for program in all_programs(checkpoint, dtype)]
+    exact = [text for program, text in lowered if dtype == "float32" or program.phase == "solve"]
+    products = re.findall(r"stablehlo.dot_general .*\(tensor<[^>]*xf32>, tensor<[^>]*xf32>\)", "\n".join(exact))
+    assert len(products) > 20
+    assert [product for product in products if "[HIGHEST, HIGHEST]" not in product] == []
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "length", "width", "takes"),
+    [
+        ("9.0", "bfloat16", 512, 128, True),
+        ("12.0", "float16", 512, 64, True),
+        ("8.0", "bfloat16", 511, 128, False),
+        ("8.0", "bfloat16", 512, 256, False),
+        ("8.0", "float32", 512, 128, False),
+        ("7.5", "float16", 512, 128, False),
+        ("gfx942", "bfloat16", 512, 128, False),
+        (None, "bfloat16", 512, 128, False),
+    ],
+)
+def test_cudnn_gets_what_it_takes(
+    capability: str | None, dtype: str, length: int, width: int, takes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query = jnp.zeros((1, length, 2, width), dtype)
+    device = types.SimpleNamespace(**{"compute_capability": capability} if capability else {})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert devices.cuda_capability() == (float(capability) if capability and capability[0].isdigit() else 0)
+    assert cudnn_takes(query) == takes
