@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from convert import Params
 from jaxprune import devices
-from jaxprune.journal import Journal
+from jaxprune.journal import TUNING, Journal
 from jaxprune.linalg import masked
 from jaxprune.linears import round_kernel
 
@@ -69,12 +69,11 @@ class Saved:
 
     Args:
         journal: of the run; None: nothing is kept.
-        stage: name of the tuning.
         count: of layers.
     """
 
-    def __init__(self, journal: Journal | None, stage: str, count: int) -> None:
-        self._journal, self._stage, self._count = journal, stage, count
+    def __init__(self, journal: Journal | None, count: int) -> None:
+        self._journal, self._count = journal, count
 
     def keep(self, step: int, state: Sequence[Kernels], divergences: Sequence[float]) -> None:
         """Keeps the state before a step, if the work since the last time was long enough."""
@@ -84,18 +83,18 @@ class Saved:
         with self._journal.keeping():
             for index, kernels in enumerate(state):
                 arrays = dict(zip(_names(kernels), jax.tree.leaves(devices.fetch(_moving(kernels))), strict=True))
-                self._journal.put(f"{self._stage}/{step}/{index}", arrays, {"divergences": list(divergences)})
+                self._journal.put(f"{TUNING}/{step}/{index}", arrays, {"divergences": list(divergences)})
             self._journal.wait()
-        for other in self._journal.names(self._stage):
+        for other in self._journal.names(TUNING):
             if other != str(step):
-                self._journal.drop(f"{self._stage}/{other}")
+                self._journal.drop(f"{TUNING}/{other}")
 
     def restore(self, state: list[Kernels], hold: Callable[[Kernels], Kernels]) -> tuple[int, list[float]]:
         """The step to go on with, and the divergences since its epoch began; the state is that before the step."""
         if not self._journal:
             return 0, []
-        for step in sorted(map(int, self._journal.names(self._stage)), reverse=True):
-            entries = [self._journal.get(f"{self._stage}/{step}/{index}") for index in range(self._count)]
+        for step in sorted(map(int, self._journal.names(TUNING)), reverse=True):
+            entries = [self._journal.get(f"{TUNING}/{step}/{index}") for index in range(self._count)]
             if all(entries):
                 divergences: list[float] = []
                 for index, entry in enumerate(filter(None, entries)):

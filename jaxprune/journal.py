@@ -1,6 +1,6 @@
 """What a run has finished, on disk: entries that appear whole or not at all, and are checked when they are read.
 
-A journal is a folder. An entry holds arrays and figures under a name such as `pruned-0/12`: one Orbax pytree, and
+A journal is a folder. An entry holds arrays and figures under a name such as `pruned/12`: one Orbax pytree, and
 beside it a file with the figures and the digests of the pytree's files, whose appearance commits both. Hidden states
 are plain files beside their digests: they may be larger than memory, and they are only worth keeping now and then, for
 without them they are computed again.
@@ -26,6 +26,8 @@ from jaxprune import devices
 from jaxprune.console import console
 from jaxprune.hidden import HiddenStates
 
+SENSITIVITY, PRUNED, TUNING, TUNED = "sensitivity", "pruned", "tuning", "tuned"
+"""The stages of a run, with which the names of entries begin."""
 PATIENCE = 20
 """Hidden states are kept when the work since the last time took so many times longer than keeping them."""
 _BYTES_PER_SECOND = 5e8  # assumed of a disk until it has been seen

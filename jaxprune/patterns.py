@@ -76,10 +76,6 @@ class Pattern(Protocol):
         """
         ...
 
-    def part_way(self, share: float) -> "Pattern":
-        """A milder pattern of the same kind, which keeps about density^share of the weights; 0 < share ≤ 1."""
-        ...
-
 
 @dataclasses.dataclass(frozen=True)
 class Unstructured:
@@ -105,9 +101,6 @@ class Unstructured:
         size = shape[0] if self.per_output else shape[0] * shape[1]
         rule = _keep_largest_per_output if self.per_output else _keep_largest
         return Selector(_counts(size, self.sparsity, progress), rule)
-
-    def part_way(self, share: float) -> "Unstructured":
-        return self if share == 1 else dataclasses.replace(self, sparsity=1 - (1 - self.sparsity) ** share)
 
     def __str__(self) -> str:
         return f"{100 * self.sparsity:g} %" + (" per output" if self.per_output else "")
@@ -144,9 +137,6 @@ class NM:
             )
         final = shape[0] // self.m * (self.m - self.n) * shape[1]
         return Selector(_counts(final, 1.0, progress), _KeepInGroups(self.n, self.m))
-
-    def part_way(self, share: float) -> "NM":
-        return NM(min(self.m - 1, round(self.m * (self.n / self.m) ** share)), self.m)
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"

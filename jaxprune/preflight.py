@@ -105,12 +105,10 @@ def need(
     for program in _programs(spec, model, config, recipe, evaluation):
         phases.setdefault(program.phase, []).append(program)
     flops: dict[str, Flops] = {}
-    rounds = recipe.tuning.rounds
     for phase, ones in phases.items():
         flops[phase] = Flops()
-        times = rounds if phase in ("sensitivity", "gram", "solve", "forward") else 1
         for program in ones:
-            flops[phase].update({dtype: int(count * program.calls * times) for dtype, count in program.flops().items()})
+            flops[phase].update({dtype: int(count * program.calls) for dtype, count in program.flops().items()})
     device = {phase: max(_peaks(ones, within)) for phase, ones in phases.items()}
     disk = _disk(spec, model, config, recipe)
     states = _states(model, config, recipe, phases, evaluation)
@@ -128,7 +126,7 @@ def _programs(spec: Spec, model: Model, config: Config, recipe: Recipe, evaluati
         some = recipe.importance.windows_of(config.nsamples)
         yield from programs.of_sensitivity(model, some, shape[1], stored, tokens=tokens)
     yield from programs.of_pruning(model, *shape, recipe.method, pattern, stored, tokens=tokens)
-    if epochs := recipe.tuning.tune_epochs * (1 + (recipe.tuning.rounds - 1) / 2):
+    if epochs := recipe.tuning.tune_epochs:
         yield from programs.of_tuning(model, *shape, epochs, stored, keep=_keeps(model), tokens=tokens)
     if "ppl" in config.measures:
         yield from programs.of_evaluation(model, *_evaluation(config, evaluation), stored, tokens=tokens)
@@ -196,7 +194,7 @@ def _disk(spec: Spec, model: Model, config: Config, recipe: Recipe) -> dict[str,
     tuned = recipe.tuning.tune_epochs > 0
     return {
         "the checkpoint": whole,
-        "layers that are finished": committed * (1 + tuned + (recipe.tuning.rounds > 1)),
+        "layers that are finished": committed * (1 + tuned),
         "hidden states": 2 * hidden * (2 if recipe.asymmetry else 1),
         "tuning": 2 * 12 * weights * tuned,
     }

@@ -125,7 +125,6 @@ class Recipe:
             *["outputs weighed"] * self.importance.weigh_outputs,
             *[f"sparsities within {self.importance.spread:g}"] * (self.importance.spread > 0),
             *[f"asymmetry {self.asymmetry:g}"] * (self.asymmetry > 0),
-            *[f"{self.tuning.rounds} rounds"] * (self.tuning.rounds > 1),
             *[f"{self.tuning.tune_epochs:g} epochs of tuning"] * (self.tuning.tune_epochs > 0),
         ]
         return f"{self.preset}: " * (self.preset is not None) + ", ".join(words)
@@ -227,8 +226,6 @@ class Parser:
                 raise InputError(f"--mask {self._mask} decides which weights stay: leave --pattern and --sparsity out")
             why = f"--mask {self._mask} decides which weights stay"
             importance = _without(importance, given, {"spread": why, "weigh_outputs": why})
-            if tuning.rounds > 1:
-                raise InputError(f"{why}, in one round: leave --rounds out")
             return Recipe(
                 method,
                 None,
@@ -279,7 +276,6 @@ def _require_use(whole: "WholeModel", given: Mapping[str, Any], importance: Impo
         "sensitivity_windows": ("--preset, --weigh-outputs or --spread", importance.measured),
         "tune_rate": ("--tune-epochs", tuning.tune_epochs > 0),
         "tune_windows": ("--tune-epochs", tuning.tune_epochs > 0),
-        "rounds": ("--tune-epochs", tuning.tune_epochs > 0),
     }
     for name, (needed, there) in alone.items():
         if given.get(name) and not there:

@@ -52,10 +52,13 @@ class Results:
     def __contains__(self, index: int) -> bool:
         return self.journal is not None and f"{self.stage}/{index}" in self.journal
 
-    @property
-    def complete(self) -> bool:
-        """Whether all layers are there; some may yet turn out to be damaged."""
-        return all(index in self for index in range(self._count))
+    def whole(self) -> list[LayerResult]:
+        """All layers in order; none where one is missing or damaged."""
+        if not all(index in self for index in range(self._count)):
+            return []
+        found = [self.get(index) for index in range(self._count)]
+        layers = [layer for layer in found if layer]
+        return layers if len(layers) == len(found) else []
 
     def put(self, layer: LayerResult) -> None:
         """Commits a layer, unless it is there."""

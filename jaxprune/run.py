@@ -149,13 +149,12 @@ def _export(config: Config, record: Record, reader: Reader, journal: Journal, ma
         if devices.is_first():
             writer = stack.enter_context(create_checkpoint(resume.result(journal), reader.spec, reader.assets))
         with progress() as bar:
-            task = bar.add_task("pruning", total=count * recipe.tuning.rounds)
+            task = bar.add_task("pruning", total=count)
 
-            def pruned(layer: LayerResult, number: int) -> None:
-                if number == recipe.tuning.rounds - 1:
-                    record.add(layer)
+            def pruned(layer: LayerResult) -> None:
+                record.add(layer)
                 bar.console.print(layer_line(layer, count))
-                bar.update(task, completed=count * number + layer.index + 1)
+                bar.update(task, completed=layer.index + 1)
 
             def tuned(epoch: int, divergence: float) -> None:
                 bar.console.print(f"tuning, epoch {epoch + 1}: KL divergence {divergence:.4f} nats before its steps")

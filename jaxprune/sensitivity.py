@@ -29,7 +29,7 @@ from jaxprune import devices, hidden
 from jaxprune.errors import InputError
 from jaxprune.flags import require_positive
 from jaxprune.hidden import HiddenStates, on_disk
-from jaxprune.journal import Journal
+from jaxprune.journal import SENSITIVITY, Journal
 from jaxprune.models import Model, Part, model_for
 from jaxprune.stream import embed, exponentials, forward, in_chunks, logits, read_layers, ready
 
@@ -135,7 +135,6 @@ def measure_sensitivity(
     dtype: DTypeLike | None = None,
     host_bytes: float | None = None,
     journal: Journal | None = None,
-    stage: str = "sensitivity",
 ) -> list[Sensitivity]:
     """The sensitivities of all layers, in order.
 
@@ -146,7 +145,6 @@ def measure_sensitivity(
         host_bytes: the most for the layers' inputs, though one window is always taken; None: `HOST_BYTES` in memory,
             and as much as they need on a disk (see `hidden.kept_in`).
         journal: where each layer's is kept, and taken from where it is kept already; None: nothing is kept.
-        stage: its name in the journal.
 
     Raises:
         InputError: checkpoint and tokens do not fit together, or the loss has no finite gradient.
@@ -155,7 +153,7 @@ def measure_sensitivity(
     if host_bytes is None:
         host_bytes = math.inf if on_disk() else HOST_BYTES
     loads = list(_loads(model, tokens, host_bytes))
-    each = [_reverse(model, reader, tokens[rows], journal, f"{stage}/{n}") for n, rows in enumerate(loads)]
+    each = [_reverse(model, reader, tokens[rows], journal, f"{SENSITIVITY}/{n}") for n, rows in enumerate(loads)]
     if journal:
         journal.wait()
     return [

@@ -34,7 +34,6 @@ from convert import Params, Reader
 from jaxprune import adam, devices
 from jaxprune.adam import Kernels, Saved
 from jaxprune.errors import InputError
-from jaxprune.flags import require_positive
 from jaxprune.journal import Journal
 from jaxprune.models import Model, Part, model_for
 from jaxprune.results import LayerResult
@@ -69,12 +68,8 @@ class Tuning:
     first eighth of the steps and then falls along a cosine."""
     tune_windows: int = 1
     """Calibration windows a step."""
-    rounds: int = 1
-    """Prune in so many rounds, each of which keeps about the same share of what the one before it kept and is followed
-    by tuning; that of the early rounds is half as long."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "rounds")
         if not 0 <= self.tune_epochs < math.inf:
             raise InputError(f"--tune-epochs must not be negative or infinite, not {self.tune_epochs}")
         if not 0 < self.tune_rate < math.inf or self.tune_windows < 1:
@@ -82,11 +77,6 @@ class Tuning:
                 f"--tune-rate must be positive and --tune-windows at least 1, not {self.tune_rate} and "
                 f"{self.tune_windows}"
             )
-
-    def of_round(self, index: int) -> "Tuning":
-        """The tuning that follows a round, counted from 0."""
-        last = index == self.rounds - 1
-        return dataclasses.replace(self, rounds=1, tune_epochs=self.tune_epochs if last else self.tune_epochs / 2)
 
 
 class Plan(NamedTuple):
@@ -118,7 +108,6 @@ def tune(
     dtype: DTypeLike | None = None,
     report: Callable[[int, float], None] = lambda epoch, divergence: None,
     journal: Journal | None = None,
-    stage: str = "tuning",
 ) -> Iterator[LayerResult]:
     """Tunes pruned layers. Masks stay; so do the figures of the linears, which are those of their solves.
 
@@ -132,7 +121,6 @@ def tune(
         report: is told after each epoch its number, from 0, and the mean KL divergence, in nats, of its windows before
             their steps.
         journal: where the state is kept now and then, and taken from where it is kept already; None: nothing is kept.
-        stage: its name in the journal.
 
     Raises:
         InputError: the loss is not finite.
@@ -159,7 +147,7 @@ def tune(
     rate = optax.warmup_cosine_decay_schedule(
         tuning.tune_rate / 10, tuning.tune_rate, min(math.ceil(steps / 8), steps - 1), steps, tuning.tune_rate / 20
     )
-    saved = Saved(journal, stage, len(state))
+    saved = Saved(journal, len(state))
     begin, divergences = saved.restore(state, plan.hold)
     for step, rows in enumerate(where.reshape(steps, -1)):
         if step < begin:

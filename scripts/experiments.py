@@ -276,7 +276,6 @@ EXPERIMENTS = {
             "fast, asymmetry 0.25": "--preset fast --asymmetry 0.25",
             "best, 1 epoch": "--preset best --tune-epochs 1",
             "best": "--preset best",
-            "best, 2 rounds": "--preset best --rounds 2",
         },
         patterns=("0.5", "0.6", "0.7", "0.8", "2:4"),
         picture="gains",

@@ -100,8 +100,7 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
         fixed = recipe(line)
         assert (fixed.importance.spread, fixed.target) == (0.0, target)
         assert fixed.importance.weigh_outputs and fixed.tuning == made.tuning
-    assert made.tuning.rounds == PRESETS[preset].get("rounds", 1)
-    assert recipe("--tune-epochs 0").tuning == Tuning() and recipe("--mask from-file:m").tuning.rounds == 1
+    assert recipe("--tune-epochs 0").tuning == Tuning()
     # No reverse pass where nothing would come of it.
     assert not recipe("--pattern per-output").importance.measured
     assert not recipe("--mask from-file:m").importance.measured
@@ -178,9 +177,6 @@ def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
         ("--ckpt x --mask from-file:m --spread 0.1", "decides which weights stay"),
         ("--ckpt x --asymmetry 1.5", "--asymmetry must lie between 0 and 1"),
         ("--ckpt x --tune-epochs -1", "--tune-epochs must not be negative"),
-        ("--ckpt x --rounds 2", "--rounds does nothing by itself: pass --tune-epochs with it"),
-        ("--ckpt x --tune-epochs 1 --rounds 0", "--rounds must be at least 1"),
-        ("--ckpt x --tune-epochs 1 --mask from-file:m --rounds 2", "decides which weights stay, in one round"),
     ],
 )
 def test_impossible_values_are_one_error(line: str, message: str) -> None:

@@ -94,7 +94,7 @@ def test_two_processes_do_as_one_and_go_on(line: list[object], single: dict[str,
     argv = [*line, *RECIPES["Wanda"], "--out", tmp_path / "out"]
     processes = pair(argv)
     deadline = time.monotonic() + 300
-    while not (tmp_path / "out.unfinished/pruned-0/0.json").exists():
+    while not (tmp_path / "out.unfinished/pruned/0.json").exists():
         assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
         time.sleep(0.05)
     for process in processes:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxprune.errors import InputError
-from jaxprune.patterns import NM, Pattern, Unstructured, parse
+from jaxprune.patterns import NM, Unstructured, parse
 from tests import oracles
 
 SHAPES = [(16, 5), (24, 1), (64, 48)]
@@ -59,21 +59,6 @@ def test_sparsities_of_one_shape_share_a_compilation() -> None:
         mask = select(Unstructured(sparsity).selector(scores.shape), scores)
         assert int(jnp.sum(~mask)) == round(64 * sparsity)
     assert select._cache_size() == 1
-
-
-@pytest.mark.parametrize(
-    ("pattern", "share", "expected"),
-    [
-        (Unstructured(0.75), 0.5, Unstructured(0.5)),
-        (Unstructured(0.7, per_output=True), 1.0, Unstructured(0.7, per_output=True)),
-        (NM(2, 4), 0.5, NM(3, 4)),
-        (NM(1, 4), 0.5, NM(2, 4)),
-        (NM(7, 8), 0.1, NM(7, 8)),
-        (NM(2, 4), 1.0, NM(2, 4)),
-    ],
-)
-def test_part_way_the_density_is_a_power(pattern: Pattern, share: float, expected: Pattern) -> None:
-    assert pattern.part_way(share) == expected
 
 
 @pytest.mark.parametrize("text", ["4:2", "0:4", "4:4", "2/4", "", "dense", "-1:4"])

@@ -150,11 +150,6 @@ def test_epochs_may_end_early(
     assert all(0 < divergence < np.inf for _, divergence in reports)
 
 
-def test_early_rounds_tune_for_half_as_long(checkpoint: Path) -> None:
-    tuning = Tuning(tune_epochs=2.0, rounds=3)
-    assert [tuning.of_round(index).tune_epochs for index in range(3)] == [1.0, 1.0, 2.0]
-
-
 @pytest.mark.parametrize(
     "bad", [{"tune_epochs": -1}, {"tune_epochs": float("nan")}, {"tune_rate": 0.0}, {"tune_windows": 0}]
 )
