@@ -1,5 +1,6 @@
 """A recipe on a whole checkpoint is its parts, put together."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import jaxprune.oneshot
 from convert import open_checkpoint
 from jaxprune import InputError, LayerResult, Unstructured, prune
 from jaxprune.allocation import allocate
+from jaxprune.journal import Journal
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.wanda import Wanda
 from jaxprune.oneshot import prune_by_recipe
@@ -62,6 +64,26 @@ def test_all_parts_together(checkpoint: Path) -> None:
         sum(getattr(one, n) for layer in found for one in layer.linears.values()) for n in ("zeros", "size")
     )
     assert zeros == round(0.6 * sizes)
+
+
+def test_tuned_layers_are_taken_up_or_where_one_is_damaged_made_again(checkpoint: Path, tmp_path: Path) -> None:
+    def kept() -> tuple[list[LayerResult], list[int]]:
+        seen: list[int] = []
+        with contextlib.closing(Journal(tmp_path)) as journal:
+            line = "--sparsity 0.6 --tune-epochs 1 --tune-windows 3"
+            return by_recipe(checkpoint, line, journal=journal, pruned=lambda layer: seen.append(layer.index)), seen
+
+    first, told = kept()
+    again, told_again = kept()
+    assert told == told_again == [0, 1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["tuned"]
+    assert all(layer.resumed for layer in again) and not any(layer.resumed for layer in first)
+    damaged = max((tmp_path / "tuned/1").rglob("*"), key=lambda path: path.stat().st_size)
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    third, _ = kept()
+    assert not any(layer.resumed for layer in third)
+    for layers in (again, third):
+        assert_same(layers, first)
 
 
 def test_weights_change_the_mask_but_not_an_outputs_own_update(checkpoint: Path) -> None:
