@@ -83,10 +83,8 @@ def prune_by_recipe(
         every = list(layers())
         start = time.perf_counter()
         released = (every.pop(0) for _ in range(len(every)))
-        tunings = tune(
-            reader, tokens, released, recipe.tuning, seed=seed, dtype=dtype, report=tuned, journal=journal
-        )  # fmt: skip
-        for layer in tunings:
+        how = recipe.tuning
+        for layer in tune(reader, tokens, released, how, seed=seed, dtype=dtype, report=tuned, journal=journal):
             spend("tune", time.perf_counter() - start)
             done.put(layer)
             yield layer
