@@ -56,9 +56,8 @@ class Results:
         """All layers in order; none where one is missing or damaged."""
         if not all(index in self for index in range(self._count)):
             return []
-        found = [self.get(index) for index in range(self._count)]
-        layers = [layer for layer in found if layer]
-        return layers if len(layers) == len(found) else []
+        layers = [layer for index in range(self._count) if (layer := self.get(index))]
+        return layers if len(layers) == self._count else []
 
     def put(self, layer: LayerResult) -> None:
         """Commits a layer, unless it is there."""

@@ -17,6 +17,7 @@ from jaxprune.oneshot import prune_by_recipe
 from jaxprune.recipe import parse
 from jaxprune.sensitivity import Importance, Weights, measure_sensitivity, weights
 from jaxprune.tuning import tune
+from tests.test_journal import biggest, damage
 from tests.test_pipeline import windows
 
 
@@ -78,8 +79,7 @@ def test_tuned_layers_are_taken_up_or_where_one_is_damaged_made_again(checkpoint
     assert told == told_again == [0, 1, 2]
     assert [path.name for path in tmp_path.iterdir()] == ["tuned"]
     assert all(layer.resumed for layer in again) and not any(layer.resumed for layer in first)
-    damaged = max((tmp_path / "tuned/1").rglob("*"), key=lambda path: path.stat().st_size)
-    damaged.write_bytes(damaged.read_bytes()[:-1])
+    damage(biggest(tmp_path / "tuned/1"), "truncated")
     third, _ = kept()
     assert not any(layer.resumed for layer in third)
     for layers in (again, third):

@@ -15,17 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import ml_dtypes
-import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
 from jaxprune import InputError, stages
 from jaxprune import journal as journal_module
-from jaxprune.hidden import HiddenStates
-from jaxprune.journal import Journal
 from jaxprune.run import main
 from tests import tiny
+from tests.test_journal import biggest, damage
 
 LINES = {
     "plain": "--method admm --asymmetry 0.25",
@@ -184,19 +181,6 @@ def failing(function: Callable, number: int) -> Callable:
     return call
 
 
-def biggest(folder: Path) -> Path:
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-
-
-def damage(file: Path, how: str) -> None:
-    content = bytearray(file.read_bytes())
-    if how == "truncated":
-        del content[len(content) // 2 :]
-    else:
-        content[len(content) // 2] ^= 4
-    file.write_bytes(bytes(content))
-
-
 @pytest.mark.parametrize("how", ["truncated", "bit-flipped"])
 @pytest.mark.parametrize("what", ["pruned/1", "pruned/states.*", "sensitivity/0/2"])
 def test_what_is_damaged_is_done_again(
@@ -330,46 +314,3 @@ def test_a_full_disk_is_an_error_after_which_a_run_goes_on(
         assert [path.name for path in disk.iterdir()] == ["out"]
     finally:
         subprocess.run(["umount", disk], check=True)
-
-
-def test_arrays_come_back_as_they_went(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
-    arrays = {
-        "a.b": np.arange(6, dtype=np.float32).reshape(2, 3).T,
-        "a.c": np.array(3, np.int32),
-        "d": np.ones((2, 2), ml_dtypes.bfloat16),
-        "e.f.g": np.zeros(3, np.uint8),
-    }
-    journal.put("stage/0", arrays, {"x": [1.5, None]})
-    journal.close()
-    entry = Journal(tmp_path).get("stage/0")
-    assert entry and entry.figures == {"x": [1.5, None]} and entry.arrays.keys() == arrays.keys()
-    for name, array in arrays.items():
-        assert entry.arrays[name].dtype == array.dtype
-        np.testing.assert_array_equal(entry.arrays[name], array)
-
-
-def test_states_are_kept_when_the_work_was_worth_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(journal_module.time, "monotonic", lambda: clock[0])
-    journal = Journal(tmp_path)
-    states = {"x": HiddenStates((4, 3, 2), np.dtype(float), batch=2)}
-    states["x"].array[...] = np.arange(24.0).reshape(4, 3, 2)
-    kept = []
-    real = journal_module._transfer
-
-    def slow(*args: Any, **options: Any) -> str:
-        clock[0] += 1.0
-        return real(*args, **options)
-
-    monkeypatch.setattr(journal_module, "_transfer", slow)
-    for step in range(50):
-        clock[0] += 2.0
-        journal.keep_states("stage", step, states)
-        if journal.position("stage") == step:
-            kept.append(step)
-    assert kept == [0, 11, 22, 33, 44]  # every 20 seconds and more, once it is known to take one
-    found = {"x": HiddenStates((4, 3, 2), np.dtype(float), batch=2)}
-    assert journal.restore_states("stage", found)
-    np.testing.assert_array_equal(found["x"].array, states["x"].array)
-    journal.close()
