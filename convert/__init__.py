@@ -21,12 +21,10 @@ from typing import Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from convert.errors import CheckpointError as CheckpointError
+
 Params = dict[str, np.ndarray]
 Spec = dict[str, jax.ShapeDtypeStruct]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be found, read or written; the message says what to do."""
 
 
 @runtime_checkable

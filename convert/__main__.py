@@ -1,17 +1,23 @@
 """python -m convert SRC DST: any readable checkpoint into any writable format, one part at a time."""
 
-import argparse
 import os
 import sys
+from collections.abc import Sequence
 
-from convert import CheckpointError, create_checkpoint, formats, open_checkpoint, parts
+from convert import create_checkpoint, formats, open_checkpoint, parts
 from convert.assets import read_config
+from convert.command import ArgumentParser, run
 from convert.consistency import check
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit status."""
+    return run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> int:
     writable = [name for name, module in formats().items() if hasattr(module, "Writer")]
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m convert",
         description="Convert a checkpoint between formats, one decoder layer at a time.",
     )
@@ -21,15 +27,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
     args = parser.parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises to install torch, which is not needed
-    try:
-        reader = open_checkpoint(args.source)
-        check(reader.spec, read_config(reader.assets))
-        with create_checkpoint(args.target, reader.spec, reader.assets, to=args.to, overwrite=args.overwrite) as writer:
-            for paths in parts(reader.spec).values():
-                writer.write(reader.read(paths))
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    reader = open_checkpoint(args.source)
+    check(reader.spec, read_config(reader.assets))
+    with create_checkpoint(args.target, reader.spec, reader.assets, to=args.to, overwrite=args.overwrite) as writer:
+        for paths in parts(reader.spec).values():
+            writer.write(reader.read(paths))
     size = sum(t.size * t.dtype.itemsize for t in reader.spec.values())
     print(f"{args.target}: {len(reader.spec)} tensors, {size / 1e9:.2f} GB, format {args.to}")
     return 0

@@ -87,7 +87,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, Recipe]:
     """Reads a command line.
 
     Raises:
-        InputError: a value that cannot be used. Unknown flags end the program with argparse's message.
+        UserError: a flag or a value that cannot be used.
     """
     reader = Parser(
         argv,

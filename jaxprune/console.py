@@ -5,7 +5,6 @@ import logging
 import os
 import platform
 import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from convert import CheckpointError
+from convert.command import run
 from jaxprune import devices
 from jaxprune.errors import InputError
 
@@ -26,19 +25,13 @@ console = Console(highlight=False, soft_wrap=True, markup=False)
 
 
 def run_main(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> int:
-    """Runs a command line; returns the exit status: what the command returns, 1 after an error of the user's."""
+    """Runs a command line; returns the exit status, see `convert.command`."""
     _quiet_libraries()
     keep_compilations()
     keep_memory()
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        return command(sys.argv[1:] if argv is None else argv) or 0
-    except (InputError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        return run(command, argv)
     finally:
         signal.signal(signal.SIGTERM, before)
 

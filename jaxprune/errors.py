@@ -1,5 +1,8 @@
-"""The one error that speaks to the user: what was wrong, where, and what to do."""
+"""The error of values: options, text, numbers, machines. Errors of files are `convert.CheckpointError`."""
+
+from convert.errors import Change as Change
+from convert.errors import UserError
 
 
-class InputError(ValueError):
-    """A flag, a text or a number that cannot be used; the command line prints it without a traceback."""
+class InputError(UserError):
+    """An option, a text or a number that cannot be used."""

@@ -1,6 +1,5 @@
 """Measures checkpoints: `python -m jaxprune.evaluate DIR...`."""
 
-import argparse
 import dataclasses
 import os
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import open_checkpoint
+from convert.command import ArgumentParser
 from convert.staging import check_free
 from jaxprune import calibration, hidden, report
 from jaxprune.console import choose_device, console, keep_memory, print_table, run_main
@@ -99,12 +99,11 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
     """Reads a command line: options, and the checkpoints' names.
 
     Raises:
-        InputError: a value that cannot be used. Unknown flags end the program with argparse's message.
+        UserError: a flag or a value that cannot be used.
     """
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m jaxprune.evaluate",
         description="Measure perplexity, KL divergence and zero-shot accuracy of checkpoints, dense or pruned.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "checkpoints", nargs="+", metavar="DIR", help="a folder, a .gguf file, a known name, or owner/name"

@@ -1,11 +1,11 @@
 """How each linear is pruned: a mask's source, a weight update, a pattern; what all command lines have in common."""
 
-import argparse
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from convert.command import ArgumentParser
 from jaxprune import masks, methods, patterns
 from jaxprune.errors import InputError
 from jaxprune.flags import add_fields, make
@@ -138,14 +138,14 @@ class Parser:
     Args:
         argv: the command line.
         whole_model: whether a whole model is pruned, so that the options which need one are offered.
-        given: options of argparse.ArgumentParser.
+        given: options of `convert.command.ArgumentParser`.
 
     Raises:
         InputError: there is no such method, or methods that contradict each other.
     """
 
     def __init__(self, argv: Sequence[str], *, whole_model: bool = True, **given: Any) -> None:
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first = ArgumentParser(add_help=False)
         for flag in ("--method", "--mask", "--update"):
             first.add_argument(flag)
         known, _ = first.parse_known_args(argv)
@@ -158,7 +158,7 @@ class Parser:
         self._classes = {"update": methods.load(self._update)}
         if not self._given_mask and self._mask != self._update:
             self._classes = {"mask": methods.load(self._mask)} | self._classes
-        self.parser = argparse.ArgumentParser(allow_abbrev=False, **given)
+        self.parser = ArgumentParser(**given)
         self.parser.epilog = (
             f"{self.parser.epilog or ''} Methods: {', '.join(methods.names())}; --method NAME --help shows a method's "
             "own options."
@@ -168,7 +168,7 @@ class Parser:
         """The values of all flags, and the recipe they make.
 
         Raises:
-            InputError: a value that cannot be used. Unknown flags end the program with argparse's message.
+            UserError: a flag or a value that cannot be used.
         """
         recipe = self.parser.add_argument_group("recipe")
         classes: tuple[type, ...] = (Flags, WholeModel, Importance, Tuning) if self._whole_model else (Flags,)
@@ -286,7 +286,7 @@ def parse(argv: Sequence[str]) -> Recipe:
     """The recipe of a command line that has no other flags.
 
     Raises:
-        InputError: a value that cannot be used. Unknown flags end the program with argparse's message.
+        UserError: a flag or a value that cannot be used.
     """
     return Parser(argv).parse()[1]
 

@@ -3,7 +3,6 @@
 Everything in it comes from the jaxprune.json of each folder.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -14,6 +13,7 @@ from typing import Any
 
 import jinja2
 
+from convert.command import ArgumentParser
 from convert.staging import check_free, write_text
 from jaxprune import figures
 from jaxprune.console import console, run_main
@@ -265,10 +265,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m jaxprune.report",
         description="One HTML page about several runs and evaluations.",
-        allow_abbrev=False,
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="of a run, or of an evaluation")
     parser.add_argument("--out", required=True, help="the page to make")

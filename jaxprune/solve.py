@@ -65,7 +65,7 @@ def parse(argv: Sequence[str]) -> tuple[Path, Options, Recipe]:
     """Reads a command line: the file, what to solve of it, and how.
 
     Raises:
-        InputError: a value that cannot be used. Unknown flags end the program with argparse's message.
+        UserError: a flag or a value that cannot be used.
     """
     reader = Parser(
         argv,

@@ -1,6 +1,5 @@
 """Proves from the stored tensors what a pruned checkpoint claims: `python -m jaxprune.verify DIR [--against DENSE]`."""
 
-import argparse
 import dataclasses
 import re
 import sys
@@ -14,6 +13,7 @@ from jaxtyping import Shaped
 
 from convert import Reader, open_checkpoint
 from convert.assets import load_tokenizer
+from convert.command import ArgumentParser
 from jaxprune import patterns, report
 from jaxprune.console import console, print_table, run_main
 from jaxprune.flags import add_fields, make
@@ -248,10 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m jaxprune.verify",
         description="Prove from the stored tensors what a pruned checkpoint claims. Exit status: 0 verified, 1 not.",
-        allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="DIR", help="a folder, a .gguf file, a known name, or owner/name")
     add_fields(parser, Options)

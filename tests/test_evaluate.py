@@ -135,7 +135,7 @@ def test_several_texts_have_rows_of_their_own(
 def test_a_runs_record_is_not_replaced(pruned: Path, text: Path, capsys: pytest.CaptureFixture) -> None:
     before = (pruned / "jaxprune.json").read_bytes()
     flags = ["--eval", "ppl", "--eval-text", text, "--eval-seqlen", 32, "--out", pruned, "--overwrite"]
-    assert main([str(pruned), *map(str, flags)]) == 1
+    assert main([str(pruned), *map(str, flags)]) == 2
     assert "choose another --out" in capsys.readouterr().err
     assert (pruned / "jaxprune.json").read_bytes() == before
 
@@ -218,7 +218,7 @@ def test_bad_input_is_one_error_and_harms_nothing(
     flags = bad(name, checkpoint, text, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     capsys.readouterr()
-    assert main(list(map(str, flags))) == 1
+    assert main(list(map(str, flags))) == 2
     error = capsys.readouterr().err
     assert "error: " in error and message in error and "Traceback" not in error
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -102,7 +102,7 @@ def test_a_run_on_disk_ends_with_the_same_bytes(line: list[str], tmp_path: Path)
 def test_scratch_must_be_of_use(
     options: list[str], message: str, line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert main([*line, *options, "--out", str(tmp_path / "out")]) == 1
+    assert main([*line, *options, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

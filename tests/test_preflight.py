@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_said_before_the_work(
     monkeypatch.setattr(preflight, name, lambda *_: value)
     options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 4, "--seqlen", 32, "--eval", "none"]
     argv = [*map(str, options), "--out", str(tmp_path / "out")]
-    assert main(argv) == 1
+    assert main(argv) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     assert main([*argv, "--unchecked"]) == 0

@@ -125,7 +125,7 @@ def test_bad_input_is_one_error(
     before = file.read_bytes()
     places = names | {"file": file, "folder": tmp_path, "cut": cut, "model": checkpoint / "model.safetensors"}
     capsys.readouterr()  # transformers' progress bar
-    assert main(line.format(**places).split()) == 1
+    assert main(line.format(**places).split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and len(error.splitlines()) <= 3
     assert file.read_bytes() == before

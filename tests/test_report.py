@@ -196,10 +196,10 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     args = [str(tmp_path / "0"), str(tmp_path / "1"), "--out", str(tmp_path / "new" / "page.html")]
     assert report.main(args) == 0
     assert (tmp_path / "new/page.html").read_text().startswith("<!doctype html>")
-    assert report.main(args) == 1
+    assert report.main(args) == 2
     assert "already exists" in capsys.readouterr().err
     assert report.main([*args, "--overwrite"]) == 0
-    assert report.main([str(tmp_path), "--out", str(tmp_path / "x.html")]) == 1
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "x.html")]) == 2
 
 
 @pytest.fixture(scope="module")

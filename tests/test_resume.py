@@ -163,7 +163,7 @@ def stopped(line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(stages, "solve_linear", failing(stages.solve_linear, 30))
-        assert main([*argv, "--out", str(out)]) == 1
+        assert main([*argv, "--out", str(out)]) == 2
     assert not out.exists()
     return [*argv, "--out", str(out)], tmp_path / "out.unfinished", digests(tmp_path / "whole")
 
@@ -218,7 +218,7 @@ def test_another_run_is_refused(
     }
     for difference, change in changes.items():
         capsys.readouterr()
-        assert main([*argv, *change]) == 1
+        assert main([*argv, *change]) == 2
         assert difference in capsys.readouterr().err
         assert {p: p.read_bytes() for p in journal.rglob("*") if p.is_file()} == before
     assert main(argv) == 0
@@ -229,14 +229,14 @@ def test_there_must_be_something_to_resume(
     stopped: tuple[list[str], Path, dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     argv, journal, _ = stopped
-    assert main([*argv[:-1], str(tmp_path / "elsewhere"), "--resume"]) == 1
+    assert main([*argv[:-1], str(tmp_path / "elsewhere"), "--resume"]) == 2
     assert "nothing to go on with" in capsys.readouterr().err
     assert not (tmp_path / "elsewhere.unfinished").exists()
     with filelock.FileLock(journal / "lock"):
-        assert main(argv) == 1
+        assert main(argv) == 2
     assert "another process is working on" in capsys.readouterr().err
     (journal / "run.json").write_text("{")
-    assert main(argv) == 1
+    assert main(argv) == 2
     assert "run.json is damaged" in capsys.readouterr().err
 
 
@@ -299,12 +299,12 @@ def test_a_full_disk_is_an_error_after_which_a_run_goes_on(
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size // 2}", "tmpfs", disk], check=True)
     try:
         argv = [*argv[:-1], str(disk / "out")]
-        assert main(argv) == 1
+        assert main(argv) == 2
         assert "GiB of disk are needed" in capsys.readouterr().err
         assert list(disk.iterdir()) == []
         for factor in (0.5, 1.6):  # whether an entry, states or the checkpoint finds no room depends on the time
             subprocess.run(["mount", "-o", f"remount,size={int(factor * size)}", disk], check=True)
-            assert main([*argv, "--unchecked"]) == 1
+            assert main([*argv, "--unchecked"]) == 2
             fault = capsys.readouterr().err
             assert "no room for" in fault or "cannot write" in fault, (factor, fault)
             assert not (disk / "out").exists()

@@ -185,7 +185,7 @@ def test_what_cannot_be_read_is_one_error(
     shutil.copytree(pruned["50 %"], tmp_path / "broken")
     for file in (tmp_path / "broken").glob(missing.replace("tokenizer.json", "tokenizer*")):
         file.unlink()
-    assert main([str(tmp_path / "broken")]) == 1
+    assert main([str(tmp_path / "broken")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 

@@ -169,7 +169,7 @@ def test_missing_surplus_and_misshapen_tensors_come_in_one_message(
     misfit(source)
     with pytest.raises(InputError) as error:
         model_for(open_checkpoint(source))
-    assert main([str(source), str(tmp_path / "copy")]) == 1
+    assert main([str(source), str(tmp_path / "copy")]) == 2
     assert not (tmp_path / "copy").exists()
     for text in (str(error.value), capsys.readouterr().err):
         assert "missing: layers.1.mlp.up_proj.kernel" in text
@@ -181,7 +181,7 @@ def test_a_configuration_of_another_size_is_an_error(tmp_path: Path, capsys: pyt
     source = tiny.save(tmp_path / "source", tiny.config())
     config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 4, "vocab_size": 301}
     (source / "config.json").write_text(json.dumps(config))
-    assert main([str(source), str(tmp_path / "copy")]) == 1
+    assert main([str(source), str(tmp_path / "copy")]) == 2
     text = capsys.readouterr().err
     assert "missing: all of layers.3" in text
     assert "misshapen: embed_tokens.embedding is [300, 32], without the configuration's 301" in text
@@ -213,7 +213,7 @@ def test_an_existing_target_is_never_touched(checkpoint: Path, tmp_path: Path, c
     target = tmp_path / "target"
     target.mkdir()
     (target / "precious").write_text("kept")
-    assert main([str(checkpoint), str(target)]) == 1
+    assert main([str(checkpoint), str(target)]) == 2
     assert "already exists" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
     assert (target / "precious").read_text() == "kept"

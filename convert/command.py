@@ -1,0 +1,77 @@
+"""What all command lines share: one line and exit status 2 for an error of the user's, a traceback for one of ours."""
+
+import argparse
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from convert.errors import Change, DamagedError, NoRoomError, UserError
+
+USER_ERROR, DEFECT, STOPPED = 2, 70, 130
+"""Exit statuses beside 0 and 1; 1 says "not verified" or "does not fit"."""
+MOST = 2000
+"""Characters of an error's line."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, whose errors are raised like all others, without abbreviated flags."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False} | options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help lists what there is")
+
+
+def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> int:
+    """Runs a command line; returns its exit status.
+
+    Args:
+        command: takes the arguments; returns the exit status, None for 0.
+        argv: the arguments; None: this process's own.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a file's name need not be text
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return command(sys.argv[1:] if argv is None else argv) or 0
+    except UserError as error:
+        print(f"error: {worded(error)}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return STOPPED
+    except Exception:
+        traceback.print_exc()
+        print(
+            "this is a defect of jaxprune, and nothing that you did: please report it, with the lines above and the "
+            "command",
+            file=sys.stderr,
+        )
+        return DEFECT
+
+
+def worded(error: UserError) -> str:
+    """The error and what to do about it, on one line, without characters that could move a terminal's cursor."""
+    text = re.sub(r":\s*\n\s*", ": ", str(error))
+    remedies = [_remedy(name, value) for name, value in error.options.items()]
+    if isinstance(error, DamagedError):
+        remedies.append("fetch or make it again")
+    if isinstance(error, NoRoomError):
+        remedies.append("free some space, then run the same command again")
+    if remedies:
+        text += ": " + ", or ".join(remedies)
+    line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
+    line = line if len(line) <= MOST else f"{line[: MOST - 1]}…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def _remedy(name: str, value: Any) -> str:
+    flag = f"--{name.replace('_', '-')}"
+    if value is Change.OMIT:
+        return f"leave {flag} out"
+    if isinstance(value, Change):
+        return f"{value.value} {flag}"
+    return f"pass {flag}" + (f" {value}" if value is not True else "")

@@ -1,0 +1,69 @@
+"""Opening files of other people: only regular ones, and never more of them than was asked for."""
+
+import os
+import stat
+from pathlib import Path
+from typing import IO
+
+from convert.errors import CheckpointError, DamagedError, UserError
+
+JSON_BYTES = 256 * 2**20
+"""The most that a JSON file may hold; the largest tokenizers have some tens of MB."""
+
+
+def require_regular(path: str | Path, error: type[UserError] = CheckpointError) -> os.stat_result:
+    """A regular file's status, links followed; nothing is opened, so a FIFO or a device cannot make it wait.
+
+    Args:
+        path: of the file.
+        error: the class to raise.
+
+    Raises:
+        UserError: it is missing, cannot be looked at, or is something else than a regular file.
+    """
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        raise error("it is missing", file=path) from None
+    except (OSError, ValueError) as problem:  # ValueError: a null byte in the name
+        reason = problem.strerror if isinstance(problem, OSError) else problem
+        raise error(f"it cannot be read ({reason})", file=path) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise error("it is no regular file", file=path, found=_kind(found.st_mode))
+    return found
+
+
+def open_regular(path: str | Path, error: type[UserError] = CheckpointError) -> IO[bytes]:
+    """Opens a regular file for reading, unbuffered choices left to Python; errors as for `require_regular`."""
+    require_regular(path, error)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was replaced meanwhile
+            os.close(descriptor)
+            raise error("it is no regular file", file=path)
+        return os.fdopen(descriptor, "rb")
+    except OSError as problem:
+        raise error(f"it cannot be read ({problem.strerror})", file=path) from problem
+
+
+def read_bytes(path: str | Path, most: int = JSON_BYTES, error: type[UserError] = CheckpointError) -> bytes:
+    """The content of a regular file that holds at most so many bytes; errors as for `require_regular`."""
+    with open_regular(path, error) as file:
+        try:
+            content = file.read(most + 1)
+        except OSError as problem:
+            raise error(f"it cannot be read ({problem.strerror})", file=path) from problem
+    if len(content) > most:
+        raise DamagedError("it is larger than such a file can be", file=path, wanted=f"at most {most} bytes")
+    return content
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return kinds.get(stat.S_IFMT(mode), "something else")

@@ -1,0 +1,80 @@
+"""One schema for each file that comes from elsewhere: what lies behind `parse` has the types and ranges it declares.
+
+Schemas are pydantic models: its errors name the place, what was found and what was wanted as data, its parser refuses
+NaN, bounds depth, and is the one that most Python projects have already.
+"""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+
+from convert.errors import DamagedError, UserError
+from convert.files import JSON_BYTES, read_bytes
+
+
+class Schema(pydantic.BaseModel):
+    """A JSON object. Types are exact (no "3" for 3), numbers finite, unknown entries passed over."""
+
+    model_config = pydantic.ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=pydantic.BaseModel)
+
+
+def read(schema: type[S], path: Path, *, most: int = JSON_BYTES, error: type[UserError] = DamagedError) -> S:
+    """A JSON file as its schema has it.
+
+    Args:
+        schema: what it has to be.
+        path: of the file.
+        most: bytes that it may hold.
+        error: the class to raise where the content is not what it has to be.
+
+    Raises:
+        UserError: it cannot be read, is no JSON, or is not what the schema says; entry, found and wanted say where.
+    """
+    return parse(schema, read_bytes(path, most), file=path, error=error)
+
+
+def parse(
+    schema: type[S], content: str | bytes, *, file: str | Path, entry: str = "", error: type[UserError] = DamagedError
+) -> S:
+    """JSON text as its schema has it; errors as for `read`."""
+    try:
+        return schema.model_validate_json(content)
+    except pydantic.ValidationError as problem:
+        raise refused(problem, file=file, entry=entry, error=error) from None
+
+
+def check(
+    schema: type[S], value: Any, *, file: str | Path, entry: str = "", error: type[UserError] = DamagedError
+) -> S:
+    """A decoded value as its schema has it; errors as for `read`."""
+    try:
+        return schema.model_validate(value)
+    except (pydantic.ValidationError, RecursionError) as problem:
+        if isinstance(problem, RecursionError):
+            raise error("it is nested too deeply", file=file, entry=entry) from None
+        raise refused(problem, file=file, entry=entry, error=error) from None
+
+
+def refused(
+    problem: pydantic.ValidationError, *, file: str | Path, entry: str = "", error: type[UserError] = DamagedError
+) -> UserError:
+    """The first of pydantic's errors as one of ours."""
+    first = problem.errors(include_url=False, include_context=False)[0]
+    place = ".".join([entry] * bool(entry) + [str(part) for part in first["loc"]])
+    if first["type"] == "json_invalid":
+        return error("it is not valid JSON", file=file, entry=place, wanted=_lower(first["msg"]))
+    if first["type"] == "missing":
+        return error("an entry is missing", file=file, entry=place)
+    more = f" ({problem.error_count()} entries are)" if problem.error_count() > 1 else ""
+    return error(
+        f"an entry cannot be used{more}", file=file, entry=place, found=first["input"], wanted=_lower(first["msg"])
+    )
+
+
+def _lower(text: str) -> str:
+    text = text.removeprefix("Invalid JSON: ").removeprefix("Value error, ").removeprefix("Input should be ")
+    return text[:1].lower() + text[1:]
