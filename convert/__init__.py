@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from convert.errors import CheckpointError as CheckpointError
+from convert.errors import DamagedError as DamagedError
 
 Params = dict[str, np.ndarray]
 Spec = dict[str, jax.ShapeDtypeStruct]
@@ -40,6 +41,11 @@ class Reader(Protocol):
 
     @property
     def assets(self) -> Path: ...
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the weights."""
+        ...
 
     def read(self, paths: Iterable[str]) -> Params:
         """The named parameters, in memory.
@@ -75,21 +81,30 @@ def formats() -> dict[str, ModuleType]:
     """Format name -> module of this package that reads or writes it."""
     names = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "__main__"]
     modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
-    return {name: m for name, m in modules.items() if hasattr(m, "Reader") or hasattr(m, "Writer")}
+
+    def own(module: ModuleType, name: str) -> bool:
+        return getattr(getattr(module, name, None), "__module__", "") == module.__name__
+
+    return {name: module for name, module in modules.items() if own(module, "Reader") or own(module, "Writer")}
 
 
-def open_checkpoint(name: str | Path) -> Reader:
+def open_checkpoint(name: str | Path, *, check: bool = True) -> Reader:
     """Opens a local checkpoint, a known name such as `llama-7b`, or a hub repository `owner/name`.
+
+    Args:
+        name: of the checkpoint.
+        check: refuse tensors with NaN or infinity when they are read; see `checked.CheckedReader`.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is in no known format, or it is incomplete.
     """
+    from convert.checked import CheckedReader
     from convert.hub import resolve
 
     path = resolve(name)
     for module in formats().values():
         if hasattr(module, "Reader") and module.Reader.accepts(path):
-            return module.Reader(path)
+            return CheckedReader(module.Reader(path)) if check else module.Reader(path)
     raise CheckpointError(
         f"{path} is no checkpoint: expected a folder with config.json and *.safetensors, a .gguf file, "
         "or a folder that `python -m convert --to orbax` wrote"

@@ -123,6 +123,10 @@ class Reader:
             params[path] = array.T if path.endswith(".kernel") else array
         return params
 
+    @property
+    def files(self) -> list[Path]:
+        return [self._path]
+
     @cached_property
     def assets(self) -> Path:
         """A temporary folder with the configuration and the tokenizer that the file holds."""

@@ -53,6 +53,10 @@ class Reader:
     def assets(self) -> Path:
         return self._folder
 
+    @property
+    def files(self) -> list[Path]:
+        return sorted({file for file, *_ in self._files.values()})
+
     @staticmethod
     def accepts(path: Path) -> bool:
         weights = "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"

@@ -49,6 +49,10 @@ class Reader:
     def assets(self) -> Path:
         return self._folder
 
+    @property
+    def files(self) -> list[Path]:
+        return sorted(path for path in (self._folder / "params").rglob("*") if path.is_file())
+
     @staticmethod
     def accepts(path: Path) -> bool:
         return (path / MARK).is_file()

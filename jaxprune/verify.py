@@ -262,7 +262,7 @@ def _main(argv: Sequence[str]) -> int:
     if options.pattern is not None or options.sparsity is not None:
         wanted["pattern"] = patterns.parse(options.pattern or "unstructured", options.sparsity)
     pattern = wanted.get("pattern")
-    reader = open_checkpoint(given["checkpoint"])
+    reader = open_checkpoint(given["checkpoint"], check=False)  # counts what is not finite itself
     against = open_checkpoint(options.against) if options.against else None
     verdict = verify(reader, against=against, **wanted)
     print_table(_rows(verdict.linears, options.all), ("linear", "tensors", "zeros", "pattern"))
