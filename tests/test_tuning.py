@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import jaxprune.tuning
 from convert import open_checkpoint
@@ -14,6 +13,7 @@ from jaxprune.adam import BETAS
 from jaxprune.methods.admm import ADMM
 from jaxprune.tuning import Tuning, tune
 from tests import tiny
+from tests.optional import needs_torch, torch
 from tests.test_pipeline import LINEARS, windows
 
 
@@ -53,6 +53,7 @@ def tuned_by_torch(layers: list[LayerResult], tokens: np.ndarray, order: np.ndar
     return [{n: weights[layer.index, n].detach().numpy().T for n in LINEARS} for layer in layers]
 
 
+@needs_torch
 def test_steps_are_torchs(checkpoint: Path) -> None:
     tokens = windows()
     layers = pruned(checkpoint)
@@ -92,7 +93,7 @@ def test_masks_and_all_else_stay(checkpoint: Path) -> None:
 
 
 def test_counts_are_exact_in_the_stored_dtype(tmp_path: Path) -> None:
-    path = tiny.save(tmp_path, tiny.config(), dtype=torch.float16)
+    path = tiny.save(tmp_path, tiny.config(), dtype="float16")
     layers = pruned(path)
     for layer in tune(open_checkpoint(path), windows(), layers, Tuning(tune_epochs=1, tune_windows=2)):
         for name in LINEARS:
