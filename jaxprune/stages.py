@@ -77,7 +77,7 @@ def measure(run: Run, layer: Layer) -> Layer:
     Raises:
         InputError: NaN or infinity in the layer's weights or activations.
     """
-    _require_finite(layer.params, f"the weights of layer {layer.index} hold NaN or infinity")
+    _require_finite(layer.params, f"the weights of layer {layer.index}")
     weights = run.weights[layer.index].tokens if run.weights else {}
     sums: dict[int, tuple[dict[str, Array], dict[str, Array]]] = {}
 
@@ -110,7 +110,8 @@ def measure(run: Run, layer: Layer) -> Layer:
     grams = {tap: stats.symmetric(grams.pop(tap)) for tap in list(grams)}
     _require_finite(
         grams,
-        f"by odd calibration text or too narrow a dtype, the activations of layer {layer.index} hold NaN or infinity",
+        f"the activations of layer {layer.index}",
+        cause=", by odd calibration text or too narrow a dtype",
         dtype="float32",
     )
     return dataclasses.replace(layer, grams=grams, drifts=drifts)
@@ -228,9 +229,9 @@ def _together(sums: Sequence[tuple[dict[str, Array], dict[str, Array]]]) -> tupl
     return jax.tree.map(lambda *totals: sum(totals[1:], totals[0]), *whole)
 
 
-def _require_finite(arrays: Mapping[str, Array], problem: str, **options: object) -> None:
+def _require_finite(arrays: Mapping[str, Array], what: str, cause: str = "", **options: object) -> None:
     if bad := [name for name, good in devices.fetch(_finite(dict(arrays))).items() if not good]:
-        raise InputError(f"{problem} in {', '.join(sorted(bad))}", options=options)
+        raise InputError(f"{what} hold NaN or infinity in {', '.join(sorted(bad))}{cause}", options=options)
 
 
 @jax.jit
