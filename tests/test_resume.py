@@ -16,7 +16,7 @@ from typing import Any
 
 import filelock
 import pytest
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load_file, save_file
 
 from jaxprune import InputError, stages
 from jaxprune import journal as journal_module

@@ -6,7 +6,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from convert import CheckpointError, open_checkpoint
@@ -15,6 +14,7 @@ from convert.assets import load_tokenizer, read_config
 from jaxprune.models import model_for
 from jaxprune.models._rope import Rope
 from tests import tiny
+from tests.optional import needs_torch, torch
 
 NAMES = {
     "input_layernorm": "attn_norm",
@@ -53,10 +53,7 @@ def write(
     writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
-    for name, tensor in tiny.model(config).state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        array = tensor.numpy()
+    for name, array in tiny.weights(config).items():
         parts = name.split(".")
         if parts[1] == "layers":
             module = ".".join(parts[3:-1])
@@ -77,6 +74,7 @@ def write(
     return path
 
 
+@needs_torch
 @pytest.mark.parametrize("kind", [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The given NumPy array is not writable")
