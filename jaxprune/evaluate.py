@@ -10,14 +10,16 @@ from typing import Any
 from convert import open_checkpoint
 from convert.command import ArgumentParser
 from convert.staging import check_free
-from jaxprune import calibration, hidden, report
+from jaxprune import calibration, hidden, schema
 from jaxprune.console import choose_device, console, keep_memory, print_table, run_main
 from jaxprune.errors import InputError
 from jaxprune.evaluation.options import EvalOptions, with_defaults
 from jaxprune.evaluation.quality import Evaluator, Quality, table
 from jaxprune.flags import add_fields, make
 from jaxprune.models import model_for
-from jaxprune.record import RECORD, environment, write_record
+from jaxprune.record import environment, write_record, write_report
+from jaxprune.report import REPORT
+from jaxprune.schema import RECORD
 from jaxprune.verify import zeros
 
 
@@ -47,7 +49,7 @@ def evaluate(config: Config, names: Sequence[str]) -> dict[str, Quality]:
         InputError, CheckpointError: something cannot be used.
     """
     out = check_free(config.out, overwrite=config.overwrite)
-    if report.run_of(out):
+    if schema.run_of(out):
         raise InputError(f"{out} is a run's folder, whose record would be replaced: choose another --out")
     scratch = config.scratch_folder(config.out)
     names = list(dict.fromkeys([*([config.against] if config.against else []), *names]))
@@ -58,31 +60,35 @@ def evaluate(config: Config, names: Sequence[str]) -> dict[str, Quality]:
     for name, reader in readers.items():
         console.print(f"opening {name}")
         model_for(reader)
-    runs = {name: report.run_of(Path(name)) for name in names}
+    runs = {name: schema.run_of(Path(name).expanduser()) for name in names}
     evaluator = Evaluator(config, readers[names[0]])
     out.mkdir(parents=True, exist_ok=True)
     sparsity = {name: _share(zeros(reader).values()) for name, reader in readers.items()}
     record: dict[str, Any] = {
+        "schema": schema.VERSION,
         "kind": "evaluation",
         "config": dataclasses.asdict(config),
         "against": config.against,
         "checkpoints": {},
         **environment(),
     }
-    qualities = {}
+    qualities, fault = {}, None
     with hidden.kept_in(scratch):
         for name, quality in evaluator.measure(readers, config.against):
-            qualities[name] = quality
+            qualities[name], run = quality, runs[name]
             record["checkpoints"][name] = {
                 "sparsity": sparsity[name],
-                "run": runs[name],
+                "run": run and schema.as_json(run),
                 "quality": quality.as_json(),
             }
-            write_record(out, record, {_file_name(name): quality})
+            content = write_record(out, record, {_file_name(name): quality})
+            fault = write_report(out, content)
             console.print(f"measured {name}")
     header, rows = table({_file_name(name): quality for name, quality in qualities.items()})
     print_table([["zeros of the linears", *(f"{100 * share:.4f} %" for share in sparsity.values())], *rows], header)
-    console.print(f"{os.path.relpath(out)}: {RECORD}, {report.REPORT}")
+    if fault:
+        raise fault
+    console.print(f"{os.path.relpath(out)}: {RECORD}, {REPORT}")
     return qualities
 
 

@@ -108,6 +108,7 @@ def _run(config: Config, recipe: Recipe) -> Record | None:
         require_whole(reader.assets)
         evaluation = max((len(tokens) for tokens in evaluator.windows.values()), default=None)
         preflight.require_fit(reader.spec, model, config, recipe, evaluation)
+    fault: Exception | None = None
     with resume.open_journal(out, identity, resume=config.resume) as journal:
         if devices.agree(moving and out.exists() and not resume.result(journal).exists()):
             resume.remove(journal)
@@ -130,13 +131,15 @@ def _run(config: Config, recipe: Recipe) -> Record | None:
                     record.evaluation[which] = quality
             record.seconds["total"] = time.perf_counter() - begin
             if devices.is_first():
-                record.save(resume.result(journal))
+                fault = record.save(resume.result(journal))
             resume.finish(journal)
         resume.publish(journal, out)
     print_table([*record.summary(), ("result", os.path.relpath(out))])
     if config.measures:
         header, rows = table(record.evaluation)
         print_table(rows, header)
+    if fault:
+        raise fault
     return record
 
 

@@ -18,7 +18,7 @@ from jaxprune.flags import add_fields, make
 from jaxprune.linears import LinearResult, solve_linear
 from jaxprune.pipeline import require_fit
 from jaxprune.problems import Problem
-from jaxprune.recipe import Parser, Recipe, describe
+from jaxprune.recipe import Parser, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _run(argv: Sequence[str]) -> None:
     if options.linear:
         problem = only(problem, options.linear)
     kernels = dict(problem.kernels)
-    print(f"layer {problem.layer}, {describe(recipe.method)['name']}, {recipe.target}")
+    print(f"layer {problem.layer}, {recipe.name}, {recipe.target}")
     columns = "{:<20} {:>14} {:>14} {:>10} {:>8}  {}"
     print(columns.format("linear", "n × m", "relative error", "sparsity", "seconds", "figures"))
     for linear, result, seconds, kernel in solve(problem, recipe):

@@ -48,7 +48,9 @@ def test_several_checkpoints_are_measured_against_the_dense_one(
     record = json.loads((tmp_path / "out/jaxprune.json").read_text())
     assert list(record["checkpoints"]) == [str(checkpoint), str(pruned), str(tmp_path / "orbax")]
     found = {Path(name).name: one for name, one in record["checkpoints"].items()}
-    assert found["pruned"]["run"]["pattern"] == "60 % per output" and found["orbax"]["run"] is None
+    assert record["schema"] == found["pruned"]["run"]["schema"] == 2
+    assert found["pruned"]["run"]["pattern"] == {"kind": "per-output", "sparsity": 0.6}
+    assert found["orbax"]["run"] is None
     assert found["pruned"]["sparsity"] == pytest.approx(0.6, abs=0.02) and found["orbax"]["sparsity"] == 0
     tokens = evaluation_windows(str(text), AutoTokenizer.from_pretrained(checkpoint), 32, 5)
     for name, folder in (("pruned", pruned), (checkpoint.name, checkpoint)):

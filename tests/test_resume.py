@@ -210,7 +210,7 @@ def test_another_run_is_refused(
     save_file(stored, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
     before = {p: p.read_bytes() for p in journal.rglob("*") if p.is_file()}
     changes = {
-        "pattern: 70 % then, 60 % now": ["--sparsity", "0.6"],
+        "pattern.sparsity: 0.7 then, 0.6 now": ["--sparsity", "0.6"],
         "seed: 0 then, 1 now": ["--seed", "1"],
         "calibration.sha256: ": ["--seed", "1"],
         "checkpoint: ": ["--ckpt", str(tmp_path / "other")],

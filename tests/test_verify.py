@@ -1,16 +1,18 @@
 """A pruned checkpoint is proven from its tensors, and a broken one is found out."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import create_checkpoint, open_checkpoint
-from jaxprune import NM, Unstructured, other_params, prune
+from jaxprune import NM, Unstructured, other_params, prune, schema
 from jaxprune.config import parse
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.patterns import Pattern
@@ -25,7 +27,7 @@ def make(out: Path, dense: Path, pattern: Pattern, *, record: bool = False) -> P
     reader = open_checkpoint(dense)
     tokens = np.random.default_rng(0).integers(0, 300, (2, 16)).astype(np.int32)
     config, recipe = parse(["--ckpt", str(dense), "--out", str(out), "--eval", "none", "--method", "magnitude"])
-    account = Record(config, recipe.__class__(recipe.method, pattern, None, "x"), tokens)
+    account = Record(config, dataclasses.replace(recipe, pattern=pattern), tokens)
     with create_checkpoint(out, reader.spec, reader.assets) as writer:
         for layer in prune(reader, tokens, Magnitude(), pattern):
             writer.write(layer.params)
@@ -61,9 +63,9 @@ def test_what_was_pruned_is_verified(
     assert "verified:" in printed and "21 linears, " in printed
     assert f"zeros, {name}" in printed and "9 other tensors compared with" in printed
     assert ("2:4 along the inputs (columns of the stored [out, in])" in printed) == (name == "2:4")
-    record = json.loads((pruned[name] / "jaxprune.json").read_text())
-    wanted = expected(record)
+    wanted = expected(schema.load(pruned[name]))
     counts = wanted["counts"]
+    assert counts == wanted["wanted"] and wanted["total"] is None
     assert wanted["pattern"] == PATTERNS[name] and len(counts) == 21
     verdict = verify(open_checkpoint(pruned[name]), **wanted)
     assert {which: linear.zeros for which, linear in verdict.linears.items()} == counts
@@ -71,13 +73,21 @@ def test_what_was_pruned_is_verified(
 
 
 def test_a_total_is_all_that_unequal_linears_must_have(pruned: dict[str, Path]) -> None:
-    record = json.loads((pruned["50 %"] / "jaxprune.json").read_text()) | {"pattern": "50 % in total"}
-    wanted = expected(record)
-    assert wanted["pattern"] is None and wanted["total"] == 0.5
+    record = json.loads((pruned["50 %"] / "jaxprune.json").read_text())
+    record["importance"]["spread"] = 0.3
+
+    def wanted(sparsity: float) -> dict[str, Any]:
+        record["pattern"]["sparsity"] = sparsity
+        run = schema.read(json.dumps(record), "jaxprune.json")
+        assert isinstance(run, schema.Run)
+        return expected(run)
+
+    size = sum(linear["size"] for layer in record["layers"] for linear in layer["linears"].values())
+    assert wanted(0.5)["pattern"] is None and wanted(0.5)["total"] == size // 2
     reader = open_checkpoint(pruned["50 %"])
-    assert verify(reader, **wanted).problems == []
-    (problem,) = verify(reader, **expected(record | {"pattern": "50.001 % in total"})).problems
-    assert problem == "the linears have 50.0000 % zeros in total, not 50.001 %"
+    assert verify(reader, **wanted(0.5)).problems == []
+    (problem,) = verify(reader, **wanted(0.5 + 1 / size)).problems
+    assert problem == f"the linears have {size // 2} zeros in total, 1 fewer than were wanted"
 
 
 def test_a_record_is_not_needed(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
