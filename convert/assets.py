@@ -1,5 +1,6 @@
 """What a checkpoint holds besides weights: configuration, tokenizer, generation settings."""
 
+import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from convert.errors import CheckpointError
+from convert.errors import CheckpointError, DamagedError
 from convert.files import leads_outside, read_bytes, require_inside, require_regular
 from convert.schema import Schema, check, decode
 
@@ -47,6 +48,11 @@ class DecoderConfig(Schema):
     max_position_embeddings: Positions | None = None
     rms_norm_eps: Positive | None = None
     rope_theta: Positive | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    hidden_act: str | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
     tie_word_embeddings: bool | None = None
     architectures: list[str] | None = None
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
@@ -82,6 +88,10 @@ def read_config(assets: Path) -> dict[str, Any]:
     path = assets / "config.json"
     require_inside(path, assets)
     config = decode(read_bytes(path, CONFIG_BYTES), file=path)
+    try:
+        json.dumps(config, allow_nan=False)
+    except ValueError:
+        raise DamagedError("it holds a number that is too large", file=path) from None
     if missing := [
         name for name, field in DecoderConfig.model_fields.items() if field.is_required() and name not in config
     ]:
@@ -119,11 +129,13 @@ def check_files(assets: Path) -> None:
     """Looks at the files besides the weights that libraries open by name, so that none of them makes them wait.
 
     Raises:
-        CheckpointError: one is no regular file, or generation_config.json cannot be used.
+        CheckpointError: one is no regular file, or settings of the tokenizer or of generation cannot be used.
     """
     for path in _others(assets):
         if path.name != "config.json":
             require_regular(path)
+        if path.name in SETTINGS:
+            decode(read_bytes(path, TOKENIZER_BYTES), file=path)
         if path.name == "generation_config.json":
             check(GenerationConfig, decode(read_bytes(path, CONFIG_BYTES), file=path), file=path)
 
@@ -134,7 +146,7 @@ def copy_assets(source: Path, target: Path) -> None:
     A link to a file outside the checkpoint is not followed, and a warning says so.
 
     Raises:
-        CheckpointError: a file is no regular one.
+        CheckpointError: a file is no regular one, or tokenizer.json is damaged.
     """
     for path in _others(source):
         if any(path.match(pattern) for pattern in NOT_COPIED):
@@ -143,6 +155,8 @@ def copy_assets(source: Path, target: Path) -> None:
             log.warning("%s was not copied: it is a link to %s, outside the checkpoint", path, path.resolve())
             continue
         require_regular(path)
+        if path.name == "tokenizer.json":
+            decode(read_bytes(path, TOKENIZER_BYTES), file=path)
         # Files in a hub cache are links to blobs; copyfile copies what they point to, with this user's mode.
         shutil.copyfile(path, target / path.name)
 
@@ -166,7 +180,10 @@ def load_tokenizer(assets: Path) -> Any:
     for path in _others(assets):
         _check_tokenizer_file(path)
     from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)  # what it would say of a damaged file is in the error
     try:
         tokenizer = AutoTokenizer.from_pretrained(assets, local_files_only=True, trust_remote_code=False)
         vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
@@ -175,6 +192,8 @@ def load_tokenizer(assets: Path) -> Any:
             raise
         reason = f"{type(error).__name__}: {error}"[:300]
         raise CheckpointError(f"the tokenizer cannot be read ({reason})", file=assets) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     token, most = max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
     if most >= size and token not in added:
         wanted = f"ids below the model's vocabulary of {size}"

@@ -85,7 +85,8 @@ def _is_there(path: Path) -> bool:
         return False
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"no checkpoint can be read there ({reason})", file=path) from None
+        shown = str(path) if len(str(path)) < 500 else f"{str(path)[:60]}…"
+        raise CheckpointError(f"no checkpoint can be read there ({reason})", file=shown) from None
     return True
 
 

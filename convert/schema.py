@@ -4,6 +4,7 @@ Schemas are pydantic models: its errors name the place, what was found and what 
 NaN, bounds depth, and is the one that most Python projects have already.
 """
 
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,9 @@ import pydantic_core
 
 from convert.errors import DamagedError, UserError
 from convert.files import JSON_BYTES, read_bytes
+
+_CHOICE = r"(constrained-\w+|list\[.*\]|dict\[.*\])$"
+"""What pydantic calls the alternatives of a type, among an entry's steps."""
 
 
 class Schema(pydantic.BaseModel):
@@ -76,7 +80,8 @@ def refused(
 ) -> UserError:
     """The first of pydantic's errors as one of ours."""
     first = problem.errors(include_url=False, include_context=False)[0]
-    place = ".".join([entry] * bool(entry) + [str(part) for part in first["loc"]])
+    steps = [str(step) for step in first["loc"] if not re.match(_CHOICE, str(step))]
+    place = ".".join([entry] * bool(entry) + steps)
     if first["type"] == "json_invalid":
         reason = first["msg"].removeprefix("Invalid JSON: ")
         return error(f"it is not valid JSON ({reason})", file=file, entry=place)
