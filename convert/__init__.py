@@ -12,6 +12,7 @@ A format is a file of this package that exposes a `Reader`, a `Writer`, or both:
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,6 +161,6 @@ def parts(spec: Spec) -> dict[str, list[str]]:
     def order(part: str) -> tuple[int, int, str]:
         first, _, number = part.partition(".")
         rank = {"embed_tokens": 0, "layers": 1, "norm": 2}.get(first, 3)
-        return rank, int(number) if number.isdigit() else 0, part
+        return rank, int(number) if re.fullmatch("[0-9]{1,9}", number) else 0, part
 
     return {part: grouped[part] for part in sorted(grouped, key=order)}
