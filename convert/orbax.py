@@ -15,6 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from convert import CheckpointError, Params, Spec, part_of, parts
+from convert.ownership import names, write_text
 
 MARK = "params.json"
 
@@ -29,12 +30,12 @@ class Reader:
     def __init__(self, path: Path) -> None:
         self._folder = path
         try:
-            names = json.loads((path / MARK).read_text())["parts"]
+            found = json.loads((path / MARK).read_text())["parts"]
         except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path / MARK} is damaged: convert the checkpoint again") from error
         self.spec: Spec = {}
         problems = []
-        for part in names:
+        for part in found:
             try:
                 tree = _orbax().metadata(path / "params" / part).metadata
             except (OSError, ValueError, KeyError) as error:
@@ -81,6 +82,7 @@ class Writer:
     def __init__(self, folder: Path, spec: Spec) -> None:
         self.folder, self._parts = folder, parts(spec)
         self._missing = set(self._parts)
+        self.files: set[str] = set()
 
     def write(self, params: Mapping[str, np.ndarray]) -> None:
         grouped: dict[str, dict[str, np.ndarray]] = {}
@@ -89,12 +91,14 @@ class Writer:
             grouped.setdefault(part, {})[path.removeprefix(f"{part}.")] = array
         for part, leaves in grouped.items():
             save_tree(self.folder.resolve() / "params" / part, leaves)
+            self.files |= {f"params/{part}/{name}" for name in names(self.folder / "params" / part)}
             self._missing.discard(part)
 
     def finish(self) -> None:
         if self._missing:
             raise CheckpointError(f"the checkpoint is incomplete, never written: {', '.join(sorted(self._missing))}")
-        (self.folder / MARK).write_text(json.dumps({"parts": list(self._parts)}, indent=2) + "\n")
+        write_text(self.folder / MARK, json.dumps({"parts": list(self._parts)}, indent=2) + "\n")
+        self.files.add(MARK)
 
 
 def save_tree(path: Path, arrays: Params) -> None:

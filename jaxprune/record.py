@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.staging import write_text
+from convert.ownership import write_text
 from jaxprune import report
 from jaxprune.config import Config
 from jaxprune.evaluation.quality import Quality, table
@@ -106,10 +106,11 @@ class Record:
             **environment(),
         }
 
-    def save(self, folder: Path) -> None:
-        """Writes jaxprune.json, report.html, the model card, and lm-eval's results."""
-        write_record(folder, self.as_json(), self.evaluation)
+    def save(self, folder: Path) -> set[str]:
+        """Writes jaxprune.json, report.html, the model card, and lm-eval's results; returns the files' names."""
+        names = write_record(folder, self.as_json(), self.evaluation)
         write_text(folder / "README.md", self.card())
+        return names | {"README.md"}
 
     def card(self) -> str:
         """The model card: what was done to which model, and how good it is."""
@@ -178,13 +179,15 @@ def peak_bytes() -> dict[str, int]:
     return peaks
 
 
-def write_record(folder: Path, record: Mapping[str, Any], qualities: Mapping[str, Quality]) -> None:
-    """Writes jaxprune.json, report.html, and lm-eval's results where there are any."""
-    write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+def write_record(folder: Path, record: Mapping[str, Any], qualities: Mapping[str, Quality]) -> set[str]:
+    """Writes jaxprune.json, report.html, and lm-eval's results where there are any; returns the files' names."""
+    files = {RECORD: json.dumps(record, indent=1) + "\n", REPORT: report.page([record])}
     for name, quality in qualities.items():
         if quality.lm_eval:
-            write_text(folder / f"lm-eval-{name.replace('/', '-')}.json", without_samples(quality.lm_eval))
-    write_text(folder / REPORT, report.page([record]))
+            files[f"lm-eval-{name.replace('/', '-')}.json"] = without_samples(quality.lm_eval)
+    for name, text in files.items():
+        write_text(folder / name, text)
+    return set(files)
 
 
 def environment() -> dict[str, Any]:
