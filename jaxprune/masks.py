@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 
 from convert import Reader, open_checkpoint
 from convert.hf import hf_name
+from convert.ownership import UNSEALED, Destination, destination, seal, staged
 from convert.shards import TensorFile
-from convert.staging import staged_file
 from jaxprune.errors import InputError
 
 FORMAT = "jaxprune masks 1"
@@ -49,6 +49,12 @@ Masks = Callable[[int, str], StoredMask]
 def is_stored(name: str) -> bool:
     """Whether a mask's name on the command line means one made elsewhere, not a method."""
     return name.startswith((FROM_CHECKPOINT, FROM_FILE))
+
+
+def source_of(name: str) -> Path | None:
+    """The file or the folder that a mask's name names; None where it names none that is here."""
+    path = Path(name.removeprefix(FROM_CHECKPOINT).removeprefix(FROM_FILE)).expanduser()
+    return path if is_stored(name) and path.exists() else None
 
 
 def stored(name: str) -> Masks:
@@ -142,26 +148,35 @@ class MaskWriter:
     def __init__(self, path: Path, shapes: Mapping[tuple[int, str], tuple[int, ...]]) -> None:
         stored = {_name(*which): (shape[1], shape[0]) for which, shape in shapes.items()}
         spec = {n: jax.ShapeDtypeStruct(tuple(_packed_shape(s)), np.dtype(np.uint8)) for n, s in stored.items()}
-        self._file = TensorFile(path, spec, {"format": FORMAT, "shapes": json.dumps(stored)})
-        self.finish = self._file.finish
+        self._file = TensorFile(path, spec, {"seal": UNSEALED, "format": FORMAT, "shapes": json.dumps(stored)})
+        self._path = path
 
     def write(self, index: int, masks: Mapping[str, UInt8[np.ndarray, "m _"]]) -> None:
         """Writes the packed masks of one layer, as its `LayerResult` has them."""
         for linear, packed in masks.items():
             self._file.write(_name(index, linear), packed)
 
+    def finish(self) -> None:
+        """Seals the file; see `ownership`.
+
+        Raises:
+            CheckpointError: masks were never written.
+        """
+        self._file.finish()
+        seal(self._path)
+
 
 @contextlib.contextmanager
 def create_masks(
-    path: Path, shapes: Mapping[tuple[int, str], tuple[int, ...]], *, overwrite: bool = False
+    place: str | Path | Destination, shapes: Mapping[tuple[int, str], tuple[int, ...]]
 ) -> Iterator[MaskWriter]:
-    """A mask file that appears at `path` only when it is complete.
+    """A mask file that appears at its place only when it is complete.
 
     Raises:
-        CheckpointError: `path` exists and `overwrite` is not set, or cannot be written.
+        CheckpointError: there is something that is not replaced, or it cannot be written.
     """
-    with staged_file(path, overwrite=overwrite) as staged:
-        writer = MaskWriter(staged, shapes)
+    with staged(destination(place, folder=False)) as path:
+        writer = MaskWriter(path, shapes)
         yield writer
         writer.finish()
 

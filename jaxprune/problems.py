@@ -17,8 +17,8 @@ from jaxtyping import DTypeLike, Float, Int
 from safetensors import SafetensorError, safe_open
 
 from convert import Reader
+from convert.ownership import UNSEALED, Destination, destination, seal, staged
 from convert.shards import TensorFile
-from convert.staging import staged_file
 from jaxprune.errors import InputError
 from jaxprune.methods import Method
 from jaxprune.models import model_for
@@ -96,23 +96,24 @@ def capture(
             return
 
 
-def save(path: Path, problem: Problem, *, overwrite: bool = False) -> None:
+def save(place: str | Path | Destination, problem: Problem) -> None:
     """Writes a problem's file.
 
     Raises:
-        CheckpointError: `path` exists and `overwrite` is not set, or cannot be written.
+        CheckpointError: there is something that is not replaced, or it cannot be written.
     """
     arrays = {f"gram.{tap}": gram for tap, gram in problem.grams.items()}
     arrays |= {f"{linear}.kernel": kernel for linear, kernel in problem.kernels.items()}
-    with staged_file(path, overwrite=overwrite) as staged:
+    with staged(destination(place, folder=False)) as path:
         file = TensorFile(
-            staged,
+            path,
             {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()},
-            {"format": FORMAT, "layer": str(problem.layer), "inputs": json.dumps(problem.inputs)},
+            {"seal": UNSEALED, "format": FORMAT, "layer": str(problem.layer), "inputs": json.dumps(problem.inputs)},
         )
         for name, array in arrays.items():
             file.write(name, array)
         file.finish()
+        seal(path)
 
 
 def load(path: Path) -> Problem:

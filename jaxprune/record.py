@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from convert.hub import described
-from convert.staging import write_text
+from convert.ownership import write_text
 from jaxprune import report, schema, version1
 from jaxprune.config import Config
 from jaxprune.evaluation.quality import Quality, table
@@ -117,15 +117,16 @@ class Record:
             **environment(),
         }
 
-    def save(self, folder: Path) -> Exception | None:
+    def save(self, folder: Path) -> tuple[set[str], Exception | None]:
         """Writes jaxprune.json, lm-eval's results, the model card and report.html.
 
         Returns:
-            What kept the report from being drawn, for the caller to raise when all else is in its place.
+            The files' names, and what kept the report from being drawn, for the caller to raise when all else is in
+            its place.
         """
-        content = write_record(folder, self.as_json(), self.evaluation)
         write_text(folder / "README.md", schema.as_text(self.card()))
-        return write_report(folder, content)
+        names, fault = write_record(folder, self.as_json(), self.evaluation)
+        return names | {"README.md"}, fault
 
     def card(self) -> str:
         """The model card: what was done to which model, and how good it is."""
@@ -203,24 +204,23 @@ def peak_bytes() -> dict[str, int]:
     return peaks
 
 
-def write_record(folder: Path, record: Mapping[str, Any], qualities: Mapping[str, Quality]) -> str:
-    """Writes jaxprune.json, and lm-eval's results where there are any; returns the content of the first."""
+def write_record(
+    folder: Path, record: Mapping[str, Any], qualities: Mapping[str, Quality]
+) -> tuple[set[str], Exception | None]:
+    """Writes jaxprune.json, lm-eval's results where there are any, and report.html; returns as `Record.save`."""
     content = schema.write(record)
-    write_text(folder / RECORD, content)
+    files = {RECORD: content}
     for name, quality in qualities.items():
         if quality.lm_eval:
-            write_text(folder / f"lm-eval-{name.replace('/', '-')}.json", without_samples(quality.lm_eval))
-    return content
-
-
-def write_report(folder: Path, content: str) -> Exception | None:
-    """Draws report.html from the content of a jaxprune.json; returns what kept it from being drawn."""
+            files[f"lm-eval-{name.replace('/', '-')}.json"] = without_samples(quality.lm_eval)
+    for name, text in files.items():
+        write_text(folder / name, text)
     try:
         page = report.page([schema.read(content, folder / RECORD)])
     except Exception as error:  # a defect of ours, which must not cost what took hours: the caller raises it later
-        return error
+        return set(files), error
     write_text(folder / REPORT, page)
-    return None
+    return {*files, REPORT}, None
 
 
 def environment() -> dict[str, Any]:

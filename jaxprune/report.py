@@ -15,11 +15,13 @@ import jinja2
 
 from convert.command import ArgumentParser
 from convert.hub import DESCRIPTIONS
-from convert.staging import check_free, write_text
+from convert.ownership import UNSEALED, Destination, destination, seal, staged, write_text
+from convert.paths import require_apart
 from jaxprune import figures, schema
 from jaxprune.console import console, run_main
+from jaxprune.errors import InputError
 from jaxprune.evaluation.tasks import mean_accuracy
-from jaxprune.schema import MeanAccuracy, Quality, Record, Run, TextQuality
+from jaxprune.schema import RECORD, MeanAccuracy, Quality, Record, Run, TextQuality
 
 REPORT = "report.html"
 
@@ -232,12 +234,25 @@ def _main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="of a run, or of an evaluation")
     parser.add_argument("--out", required=True, help="the page to make")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace an unchanged earlier page")
     args = parser.parse_args(argv)
-    out = check_free(args.out, overwrite=args.overwrite, folder=False)
-    html = page([schema.load(folder) for folder in args.folders])
-    write_text(out, html)
-    console.print(os.path.relpath(out))
+    place = destination(args.out, "out", overwrite=args.overwrite, folder=False)
+    require_apart({"the record": [folder / RECORD for folder in args.folders]}, {"out": place.path}, error=InputError)
+    place.check()
+    save(place, page([schema.load(folder) for folder in args.folders]))
+    console.print(os.path.relpath(place.path))
+
+
+def save(place: Destination, html: str) -> None:
+    """Writes a page as a file of its own.
+
+    Raises:
+        CheckpointError: there is something that is not replaced, or it cannot be written.
+    """
+    first, rest = html.split("\n", 1)
+    with staged(place) as path:
+        write_text(path, f"{first}\n<!-- {UNSEALED} -->\n{rest}")
+        seal(path)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.staging import check_free
-from jaxprune import problems
+from convert.ownership import destination
+from convert.paths import require_apart
+from jaxprune import masks, problems
 from jaxprune.console import run_main
 from jaxprune.errors import InputError
 from jaxprune.flags import add_fields, make
@@ -30,7 +31,7 @@ class Options:
     out: str | None = None
     """A file for the pruned layer, in the same format: its kernels are the pruned ones."""
     overwrite: bool = False
-    """Replace --out if it exists."""
+    """Replace --out if it is an earlier result that nobody changed."""
 
 
 def solve(problem: Problem, recipe: Recipe) -> Iterator[tuple[str, LinearResult, float, jax.Array]]:
@@ -81,7 +82,12 @@ def parse(argv: Sequence[str]) -> tuple[Path, Options, Recipe]:
 
 def _run(argv: Sequence[str]) -> None:
     file, options, recipe = parse(argv)
-    out = options.out and check_free(options.out, overwrite=options.overwrite, folder=False)
+    place = destination(options.out, "out", overwrite=options.overwrite, folder=False) if options.out else None
+    if place:
+        given = masks.source_of(recipe.mask or "")
+        inputs = {"the file": [file]} | ({"mask": [given]} if given else {})
+        require_apart(inputs, {"out": place.path}, error=InputError)
+        place.check()
     problem = problems.load(file)
     if options.linear:
         problem = only(problem, options.linear)
@@ -95,8 +101,8 @@ def _run(argv: Sequence[str]) -> None:
         sparsity = f"{100 * result.zeros / result.size:.2f} %"
         figures = ", ".join(f"{name} {value:.3g}" for name, value in result.stats.items())
         print(columns.format(linear, shape, f"{result.error:.6f}", sparsity, f"{seconds:.2f}", figures), flush=True)
-    if out:
-        problems.save(out, problem._replace(kernels=kernels), overwrite=options.overwrite)
+    if place:
+        problems.save(place, problem._replace(kernels=kernels))
 
 
 def only(problem: Problem, linear: str) -> Problem:

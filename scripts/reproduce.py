@@ -31,7 +31,7 @@ from tables import write
 
 from convert import CheckpointError, Reader, create_checkpoint, open_checkpoint
 from convert.assets import load_tokenizer
-from convert.staging import staged_file, write_text
+from convert.ownership import destination, staged, write_text
 from jaxprune import InputError, calibration, problems, report, schema
 from jaxprune import recipe as recipes
 from jaxprune.config import Config
@@ -149,8 +149,8 @@ class Bench:
             start = time.perf_counter()
             result = getattr(self, f"_{measure}")(cell)
             result |= {"wall_seconds": time.perf_counter() - start, "hardware": hardware()}
-            with staged_file(file, overwrite=True) as staged:
-                staged.write_text(json.dumps({"cell": identity, "result": result}, indent=1) + "\n")
+            with staged(destination(file, folder=False)) as made:
+                write_text(made, json.dumps({"cell": identity, "result": result}, indent=1) + "\n")
         return json.loads(file.read_text())["result"]
 
     def _perplexity(self, cell: Cell) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from convert import CheckpointError, open_checkpoint
-from convert.staging import check_free
+from convert.ownership import destination
 from jaxprune import InputError, problems
 from jaxprune.config import parse
 from jaxprune.run import calibration_windows
@@ -26,7 +26,8 @@ def main() -> None:
     if args.layer < 0:
         raise InputError(f"--layer counts from 0, so it cannot be {args.layer}")
     config, recipe = parse(rest)
-    check_free(args.file, overwrite=config.overwrite, folder=False)
+    place = destination(args.file, "file", overwrite=config.overwrite, folder=False)
+    place.check()
     reader = open_checkpoint(config.ckpt)
     (problem,) = problems.capture(
         reader,
@@ -37,7 +38,7 @@ def main() -> None:
         prune_before=not args.dense_before,
         dtype=config.computation_dtype,
     )
-    problems.save(args.file, problem, overwrite=config.overwrite)
+    problems.save(place, problem)
     print(f"{args.file}: {', '.join(problem.kernels)}")
 
 

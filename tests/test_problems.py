@@ -94,7 +94,7 @@ def test_the_command_line(file: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{file} --out {file}", "already exists"),
+        ("{file} --out {file}", "it is also what is given as the file: choose another --out"),
         ("{file} --linear mlp.side_proj", "no linear 'mlp.side_proj'"),
         ("{folder}/missing.safetensors", "cannot read a layer's problem"),
         ("{cut}", "cannot read a layer's problem"),

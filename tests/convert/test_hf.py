@@ -216,9 +216,9 @@ def test_an_existing_target_is_never_touched(checkpoint: Path, tmp_path: Path, c
     assert "already exists" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
     assert (target / "precious").read_text() == "kept"
-    assert main([str(checkpoint), str(target), "--overwrite"]) == 0
-    assert not (target / "precious").exists()
-    assert same(tensors(checkpoint), tensors(target))
+    assert main([str(checkpoint), str(target), "--overwrite"]) == 2
+    assert "move or remove it yourself" in capsys.readouterr().err
+    assert (target / "precious").read_text() == "kept"
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
 
