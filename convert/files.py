@@ -11,6 +11,20 @@ JSON_BYTES = 256 * 2**20
 """The most that a JSON file may hold; the largest tokenizers have some tens of MB."""
 
 
+def expand(path: str | Path) -> Path:
+    """The path with ~ and ~user replaced by home folders.
+
+    Raises:
+        CheckpointError: there is no such home, or no path.
+    """
+    if not str(path):
+        raise CheckpointError("a path is empty")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise CheckpointError("its ~ stands for a home folder that is not known here", file=path) from None
+
+
 def require_regular(path: str | Path, error: type[UserError] = CheckpointError) -> os.stat_result:
     """A regular file's status, links followed; nothing is opened, so a FIFO or a device cannot make it wait.
 
