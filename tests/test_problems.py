@@ -1,5 +1,6 @@
 """A layer's problem in a file: it is the one that a run meets, and solving it is what the run does."""
 
+import re
 from pathlib import Path
 
 import ml_dtypes
@@ -8,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import CheckpointError, open_checkpoint
+from convert.errors import UserError
 from jaxprune import InputError, Unstructured, problems, prune
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.magnitude import Magnitude

@@ -5,6 +5,7 @@ import contextlib
 import gzip
 import lzma
 import tempfile
+import weakref
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,6 +38,7 @@ class Documents(Sequence[str]):
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)
+        weakref.finalize(self, self._file.close)
         self._ends = array("q", [0])
         for text in texts:
             content = text.encode()
@@ -108,7 +110,8 @@ def whole(file: BufferedIOBase, path: Path) -> bytes:
     return content
 
 
-def seekable(file: BufferedIOBase, path: Path) -> BufferedIOBase:
+@contextlib.contextmanager
+def seekable(file: BufferedIOBase, path: Path) -> Iterator[BufferedIOBase]:
     """A file whose places can be reached at once: itself, or, where it is packed, a temporary copy.
 
     Raises:
@@ -116,18 +119,18 @@ def seekable(file: BufferedIOBase, path: Path) -> BufferedIOBase:
         NoRoomError: no room for the copy.
     """
     if path.suffix not in COMPRESSED:
-        return file
-    copy = cast(BufferedIOBase, tempfile.TemporaryFile())
-    for _ in range(UNPACKED_BYTES // IN_MEMORY):
-        part = file.read(IN_MEMORY)
-        if not part:
-            copy.seek(0)
-            return copy
-        try:
-            copy.write(part)
-        except OSError as error:
-            raise NoRoomError(f"it cannot be written ({error.strerror})", file=tempfile.gettempdir()) from error
-    raise InputError("it is too large once unpacked", file=path, wanted=_most(UNPACKED_BYTES))
+        yield file
+        return
+    with tempfile.TemporaryFile() as copy:
+        while part := file.read(2**20):
+            if copy.tell() + len(part) > UNPACKED_BYTES:
+                raise InputError("it is too large once unpacked", file=path, wanted=_most(UNPACKED_BYTES))
+            try:
+                copy.write(part)
+            except OSError as error:
+                raise NoRoomError(f"it cannot be written ({error.strerror})", file=tempfile.gettempdir()) from error
+        copy.seek(0)
+        yield cast(BufferedIOBase, copy)
 
 
 def _unpacker(path: Path, file: IO[bytes]) -> contextlib.AbstractContextManager[BufferedIOBase]:
@@ -142,9 +145,7 @@ def _zstandard(path: Path) -> Any:
     try:
         import zstandard
     except ImportError:
-        raise InputError(
-            "it can only be unpacked where zstandard is installed (pip install zstandard)", file=path
-        ) from None
+        raise InputError("only zstandard can unpack it: pip install zstandard", file=path) from None
     return zstandard
 
 

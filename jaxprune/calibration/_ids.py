@@ -6,7 +6,7 @@ import tokenize
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from convert.files import expand, open_regular
 from jaxprune.errors import InputError
@@ -20,7 +20,7 @@ _BLOCK = 2**22
 """Ids that are looked at, and so in memory, at a time."""
 
 
-def load_windows(source: str, length: int, vocab_size: int | None = None) -> Int[np.ndarray, "windows length"]:
+def load_windows(source: str, length: int, vocab_size: int | None = None) -> Integer[np.ndarray, "windows length"]:
     """The first tokens of all windows of a file, mapped into memory, in the file's dtype.
 
     Args:
@@ -46,7 +46,7 @@ def load_windows(source: str, length: int, vocab_size: int | None = None) -> Int
     return windows
 
 
-def require_ids(windows: Int[np.ndarray, "w t"], most: int, file: Path | None = None, first: int = 0) -> None:
+def require_ids(windows: Integer[np.ndarray, "w t"], most: int, file: Path | None = None, first: int = 0) -> None:
     """Raises InputError where an id is negative, or not below `most`.
 
     Args:

@@ -8,6 +8,7 @@ from typing import TypeVar
 import pydantic
 
 from convert import schema
+from convert.errors import UserError
 from jaxprune.calibration._documents import lines, seekable, whole
 from jaxprune.errors import InputError
 
@@ -41,17 +42,18 @@ def parquet_rows(row: type[S], file: BufferedIOBase, path: Path) -> Iterator[S]:
     from pyarrow import parquet
 
     try:
-        opened = parquet.ParquetFile(seekable(file, path))
-        names = opened.schema_arrow.names
-        if missing := [name for name, field in row.model_fields.items() if field.is_required() and name not in names]:
-            raise InputError("a column is missing", file=path, entry=missing[0], found=names)
-        columns = [name for name in dict.fromkeys(names) if name in row.model_fields] if row.model_fields else None
-        number = 0
-        for batch in opened.iter_batches(batch_size=256, columns=columns):
-            for values in batch.to_pylist():
-                number += 1
-                yield schema.check(row, values, file=path, entry=f"row {number}", error=InputError)
-    except InputError:
+        with seekable(file, path) as content:
+            opened = parquet.ParquetFile(content)
+            names = opened.schema_arrow.names
+            fields = row.model_fields
+            if missing := [name for name, field in fields.items() if field.is_required() and name not in names]:
+                raise InputError("a column is missing", file=path, entry=missing[0], found=names)
+            number = 0
+            for batch in opened.iter_batches(batch_size=256, columns=[*fields] or None):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield schema.check(row, values, file=path, entry=f"row {number}", error=InputError)
+    except UserError:
         raise
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"it is no .parquet file, or damaged ({error})", file=path) from error
