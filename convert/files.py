@@ -15,8 +15,10 @@ def expand(path: str | Path) -> Path:
     """The path, with a leading `~` or `~user` as that user's home folder.
 
     Raises:
-        CheckpointError: there is no such user, or no home folder is known.
+        CheckpointError: there is no such user, no home folder is known, or no path.
     """
+    if not str(path):
+        raise CheckpointError("a path is empty")
     try:
         return Path(path).expanduser()
     except RuntimeError:

@@ -257,7 +257,15 @@ def calibration_windows(config: Config, reader: Reader) -> np.ndarray:
     """The windows that a run calibrates on, int32 [nsamples, seqlen]; errors as for `calibration.sample`."""
     assert config.calib
     tokenizer = None if config.calib.endswith(".npy") else load_tokenizer(reader.assets)
-    return calibration.sample(config.calib, tokenizer, config.nsamples, config.seqlen, config.seed, pack=config.pack)
+    return calibration.sample(
+        config.calib,
+        tokenizer,
+        config.nsamples,
+        config.seqlen,
+        config.seed,
+        pack=config.pack,
+        vocab_size=model_for(reader).config.vocab_size,
+    )
 
 
 @contextlib.contextmanager

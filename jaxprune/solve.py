@@ -1,6 +1,7 @@
 """Prunes one layer from a file of its Gram matrices and kernels, without the model: `python -m jaxprune.solve FILE`."""
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from convert.ownership import destination
 from convert.paths import require_apart
 from jaxprune import masks, problems
 from jaxprune.console import run_main
-from jaxprune.errors import InputError
+from jaxprune.errors import Change, InputError
 from jaxprune.flags import add_fields, make
 from jaxprune.linears import LinearResult, solve_linear
 from jaxprune.pipeline import require_fit
@@ -40,7 +41,7 @@ def solve(problem: Problem, recipe: Recipe) -> Iterator[tuple[str, LinearResult,
     The time of preparation (once per input) is counted to the first linear that reads the input.
 
     Raises:
-        InputError: the recipe's pattern or mask does not fit the problem.
+        InputError: the recipe's pattern or mask does not fit the problem, or a linear cannot be solved.
     """
     given = recipe.patterns()
     patterns = {p: given(problem.layer, p) if callable(given) else given for p in problem.kernels}
@@ -53,6 +54,11 @@ def solve(problem: Problem, recipe: Recipe) -> Iterator[tuple[str, LinearResult,
         for linear in linears:
             kernel = jnp.asarray(problem.kernels[linear])
             stored, _, result = solve_linear(recipe.method, prepared, gram, kernel, patterns[linear])
+            if not math.isfinite(result.error):
+                raise InputError(
+                    f"{linear} cannot be solved, its weights come out as NaN or infinity",
+                    options={"damping": Change.RAISE},
+                )
             yield linear, result, time.perf_counter() - start, stored
             start = time.perf_counter()
 

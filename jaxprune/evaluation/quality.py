@@ -4,7 +4,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,9 +107,7 @@ class Evaluator:
                 require_tokens(model, tokens)
         self._tasks: Tasks | None = None
         if "zero-shot" in options.measures:
-            self._tasks = Tasks(
-                split(options.tasks), Path(options.tasks_data) if options.tasks_data else None, options.limit
-            )
+            self._tasks = Tasks(split(options.tasks), options.tasks_data, options.limit)
             load_tokenizer(reader.assets)
             self._lm_of = _backend(options.backend, options.device)
 
@@ -169,10 +166,12 @@ class Evaluator:
     def _windows(self, reader: Reader) -> dict[str, np.ndarray]:
         options = self._options
         assert options.eval_seqlen
-        sources = split(options.eval_text)
+        sources, vocab_size = split(options.eval_text), model_for(reader, self._dtype).config.vocab_size
         tokenizer = load_tokenizer(reader.assets) if any(not s.endswith(".npy") for s in sources) else None
         return {
-            source: calibration.evaluation_windows(source, tokenizer, options.eval_seqlen, options.eval_windows)
+            source: calibration.evaluation_windows(
+                source, tokenizer, options.eval_seqlen, options.eval_windows, vocab_size=vocab_size
+            )
             for source in sources
         }
 

@@ -78,16 +78,13 @@ def test_what_cannot_be_loaded_is_one_error(tmp_path: Path, monkeypatch: pytest.
     data = rows.write(tmp_path / "rows")
     with pytest.raises(InputError, match="no task 'hellaswagg': did you mean hellaswag"):
         Tasks(["hellaswagg"], data)
-    with pytest.raises(InputError, match="nowhere is no folder"):
+    with pytest.raises(InputError, match="nowhere: it is no folder"):
         Tasks(["boolq"], tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"rows of task piqa cannot be loaded .*: connect to the hub once, or pass"):
+    with pytest.raises(InputError, match="rows of task piqa cannot be loaded .*; connect to the hub once"):
         Tasks(["piqa"], data)
-    (data / "arc_easy.jsonl").write_text('{"question": "no choices"}\n')
-    with pytest.raises(InputError, match="rows of task arc_easy cannot be loaded .* its file in"):
-        Tasks(["arc_easy"], data)
-    (data / "rte.jsonl").write_text("not json\n")
-    with pytest.raises(InputError, match="rows of task rte cannot be loaded"):
-        Tasks(["rte"], data)
+    (data / "piqa.jsonl").write_text('{"goal": "no choices"}\n')
+    with pytest.raises(InputError, match="its rows are not what lm-eval's task piqa reads"):
+        Tasks(["piqa"], data)
 
 
 @needs_torch
