@@ -9,66 +9,80 @@ system's own account of the files (size, times, inode) has changed.
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from convert import Params, Reader, Spec, parts, schema
-from convert.checked import CheckedReader, Signature
+from convert.checked import ChangedError, CheckedReader, Signature
+from jaxprune.errors import Change, InputError
+from jaxprune.journal import WEIGHTS, Journal
 from jaxprune.models import Model
 
 SCHEMA = 2
-WEIGHTS = "weights.json"
+log = logging.getLogger(__name__)
 
 
 class Weights(schema.Schema):
-    """What a run knows of its checkpoint's weights.
+    """What a journal keeps of its checkpoint's weights, a part in each note.
 
     Attributes:
-        files: `CheckedReader.signature` when they were last known to be the same.
-        digests: of the tensors met so far.
+        files: `CheckedReader.signature` when the tensors were read.
+        digests: path -> digest of tensors that were read since the note before.
     """
 
-    version: Literal[1] = 1
     files: dict[str, list[int]]
     digests: dict[str, str]
 
 
 class KnownWeights:
-    """The digests of a run's tensors, kept beside its journal.
+    """The weights that a run has met, held against those that it met before it was stopped.
 
     Args:
-        reader: of the checkpoint.
-        file: where they are kept.
+        reader: of the dense checkpoint.
+        journal: of the run; it keeps what becomes known.
 
     Raises:
-        ChangedError: a tensor has changed since layers were pruned from it.
+        InputError: a tensor has changed since the run met it.
+        DamagedError: the journal's notes of them are damaged.
     """
 
-    def __init__(self, reader: CheckedReader, file: Path) -> None:
-        self._reader, self._file = reader, file
-        self._signature: Signature = reader.signature()
-        self._kept = 0
-        known = schema.read(Weights, file) if file.exists() else None
-        reader.remember(known.digests if known else {})
-        if known:
-            self._kept = len(known.digests)
-            reader.require_unchanged(known.files)
-            if known.files != self._signature:
-                self._kept = 0  # so that the new signature is kept
+    def __init__(self, reader: CheckedReader, journal: Journal) -> None:
+        self._reader, self._journal = reader, journal
+        self._signature = reader.signature()
+        notes = [schema.check(Weights, note, file=journal.folder, entry=WEIGHTS) for note in journal.weights()]
+        known = {path: found for note in notes for path, found in note.digests.items()}
+        reader.remember(known)
+        self._kept = set(known)
+        if any(note.files != self._signature for note in notes):
+            self._require({}, "before this run was stopped it met another tensor there")
+        journal.newly_known = self._newly_known
 
-    def as_json(self) -> str | None:
-        """What is to be kept before anything that depends on it; None where that is kept already."""
-        if len(self._reader.digests) == self._kept:
-            return None
-        self._kept = len(self._reader.digests)
-        return Weights(files=self._signature, digests=dict(self._reader.digests)).model_dump_json()
+    def _newly_known(self) -> dict[str, Any] | None:
+        digests = dict(self._reader.digests)
+        new = {path: found for path, found in digests.items() if path not in self._kept}
+        self._kept |= new.keys()
+        return Weights(files=self._signature, digests=new).model_dump() if new else None
 
     def require_unchanged(self) -> None:
-        """Raises ChangedError where a tensor has changed since this run began."""
-        self._reader.require_unchanged(self._signature)
+        """Raises InputError where a tensor has changed since this process met it."""
+        self._require(self._signature, "it changed while the run went on")
+
+    def _require(self, signature: Signature, what: str) -> None:
+        try:
+            self._reader.require_unchanged(signature)
+        except ChangedError as error:
+            where = f"{error.file}, from which layers were pruned already"
+            raise InputError(
+                f"{what}: give the checkpoint as it was in {where}",
+                file=self._journal.folder,
+                entry=error.entry,
+                found=error.found,
+                wanted=error.wanted,
+                options={"out": Change.OTHER},
+            ) from error
 
 
 def of_run(reader: Reader, model: Model, asked: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -90,7 +104,11 @@ def of_run(reader: Reader, model: Model, asked: Mapping[str, Any], seed: int) ->
 
 
 def of_version_1(reader: Reader, model: Model, asked: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """The same as versions before 0.2 wrote it, whose journals are still taken up; `asked` in their form."""
+    """The same as the first version wrote it, whose journals are still taken up; `asked` in its form."""
+    log.warning(
+        "what is finished is an earlier version's, which kept digests of the first and last layers only; whether the "
+        "other weights are still the same is not known"
+    )
     grouped = parts(reader.spec)
     layers = [part for part in grouped if part.startswith("layers.")]
     content = reader.read([path for part in {layers[0], layers[-1], "norm"} & grouped.keys() for path in grouped[part]])

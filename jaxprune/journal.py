@@ -13,7 +13,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,8 @@ from jaxprune.hidden import HiddenStates
 
 SENSITIVITY, PRUNED, TUNING, TUNED = "sensitivity", "pruned", "tuning", "tuned"
 """The stages of a run, with which the names of entries begin."""
+WEIGHTS = "weights"
+"""Where notes without an entry say what is known of the dense weights; see `identity.KnownWeights`."""
 PATIENCE = 20
 """Hidden states are kept when the work since the last time took so many times longer than keeping them."""
 _BYTES_PER_SECOND = 5e8  # assumed of a disk until it has been seen
@@ -71,12 +73,14 @@ class Journal:
     Attributes:
         folder: as given.
         work: as given.
+        newly_known: gives what the next entry depends on, to be kept before it; None where there is nothing new.
     """
 
     def __init__(self, folder: Path, work: Path | None = None) -> None:
         self.folder, self.work = folder, work or folder / "work"
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._pending: Future[None] | None = None
+        self.newly_known: Callable[[], Mapping[str, Any] | None] = lambda: None
         self._resting, self._cost = time.monotonic(), 0.0
 
     def __contains__(self, name: str) -> bool:
@@ -259,11 +263,27 @@ class Journal:
 
     def _commit(self, name: str, files: Mapping[str, str], figures: Mapping[str, Any]) -> None:
         """Moves an entry to its place. Its note goes first, so that nothing is there that no note lists."""
+        if known := self.newly_known():
+            self._put_note(f"{WEIGHTS}/{len(self._known())}", {}, known)
         self._vacate(name)
+        self._put_note(name, files, figures)
+        ownership.put(self.work / name, self.folder / name)
+
+    def _put_note(self, name: str, files: Mapping[str, str], figures: Mapping[str, Any]) -> None:
         content = {"files": dict(files), "figures": dict(figures)}
         text = json.dumps(content | {"digest": _digest_of(content)})
         ownership.put_text(self._note(name), text, self.work / f"{name}.json")
-        ownership.put(self.work / name, self.folder / name)
+
+    def weights(self) -> list[dict[str, Any]]:
+        """What is known of the dense weights.
+
+        Raises:
+            DamagedError: a note has changed since it was written.
+        """
+        return [read_note(path).figures for path in self._known()]
+
+    def _known(self) -> list[Path]:
+        return sorted((self.folder / WEIGHTS).glob("*.json"))
 
     def _vacate(self, name: str) -> None:
         """Makes room for an entry: what is there is removed, or put aside where it is not as it was written."""

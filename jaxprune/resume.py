@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from convert import CheckpointError, Params, Reader, ownership, parts, schema
-from convert.errors import Change, OccupiedError, UserError
+from convert import CheckpointError, ownership, schema
+from convert.errors import Change, OccupiedError, UserError, joined
+from convert.files import read_bytes
 from convert.ownership import MARKER, Destination, Listed, Marker, failing
-from convert.schema import Schema
+from convert.schema import Schema, decode
 from jaxprune import adoption, devices
 from jaxprune.errors import InputError
 from jaxprune.journal import Journal
@@ -187,12 +186,19 @@ def _work(token: str) -> str:
 
 
 @contextlib.contextmanager
-def open_journal(out: Path, identity: Mapping[str, Any], *, resume: bool = False) -> Iterator[Journal]:
+def open_journal(
+    out: Path,
+    identity: Mapping[str, Any],
+    *,
+    of_version_1: Callable[[], Mapping[str, Any]] = dict,
+    resume: bool = False,
+) -> Iterator[Journal]:
     """The journal of a run; empty, or what an earlier process of the same run left.
 
     Args:
         out: the folder that the run makes.
         identity: all that decides its outcome, as JSON.
+        of_version_1: gives the same as version 1 wrote it, in whose journals `identity` is looked for.
         resume: whether there must be something to go on with.
 
     Raises:
@@ -201,7 +207,7 @@ def open_journal(out: Path, identity: Mapping[str, Any], *, resume: bool = False
     """
     folder = journal_folder(out)
     with contextlib.ExitStack() as stack:
-        token = by_first(lambda: _take(folder, out, identity, resume, stack))
+        token = by_first(lambda: _take(folder, out, identity, of_version_1, resume, stack))
         try:
             with contextlib.closing(Journal(folder, folder / _work(token))) as journal:
                 yield journal
@@ -227,7 +233,14 @@ def by_first(action: Callable[[], Any]) -> Any:
     return value
 
 
-def _take(folder: Path, out: Path, identity: Mapping[str, Any], resume: bool, stack: contextlib.ExitStack) -> str:
+def _take(
+    folder: Path,
+    out: Path,
+    identity: Mapping[str, Any],
+    of_version_1: Callable[[], Mapping[str, Any]],
+    resume: bool,
+    stack: contextlib.ExitStack,
+) -> str:
     """Locks the folder of a journal and tidies it up; its token. Errors as for `open_journal`."""
     if resume and not (folder / IDENTITY).exists() and look(out) is None:
         raise InputError(f"there is nothing to go on with at {folder}", options={"resume": Change.OMIT})
@@ -247,7 +260,7 @@ def _take(folder: Path, out: Path, identity: Mapping[str, Any], resume: bool, st
         _leave(folder, aloud=False)
         raise
     if (folder / IDENTITY).exists():
-        _require_same(folder, json.loads(text))
+        _require_same(folder, identity, of_version_1)
     elif finished and finished.run != run_of(identity):
         raise InputError(f"{folder} was left by another run", options=_OTHER)
     return marker.token
@@ -430,22 +443,11 @@ def journal_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.unfinished")
 
 
-def fingerprint(reader: Reader) -> str:
-    """A digest of a checkpoint: all names, shapes and dtypes, and the content of its first and last layers and norm."""
-    grouped = parts(reader.spec)
-    layers = [part for part in grouped if part.startswith("layers.")]
-    content = reader.read([path for part in {layers[0], layers[-1], "norm"} & grouped.keys() for path in grouped[part]])
-    shapes = {path: [list(t.shape), t.dtype.name] for path, t in sorted(reader.spec.items())}
-    return hashlib.sha256((json.dumps(shapes) + _digest(content)).encode()).hexdigest()
-
-
-def _require_same(folder: Path, identity: dict[str, Any]) -> None:
-    file = folder / IDENTITY
-    try:
-        found = _flat(json.loads(file.read_text()))
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{file} is damaged ({error}): remove {folder} to begin anew") from error
-    wanted = _flat(identity)
+def _require_same(folder: Path, identity: Mapping[str, Any], of_version_1: Callable[[], Mapping[str, Any]]) -> None:
+    """Raises InputError where a journal is another run's, and says what differs."""
+    written = decode(read_bytes(folder / IDENTITY), file=folder / IDENTITY)
+    found = _flat(written)
+    wanted = _flat(json.loads(json.dumps(identity if "schema" in written else of_version_1())))
     differences = [
         f"{name}: {found.get(name, 'nothing')} then, {wanted.get(name, 'nothing')} now"
         for name in sorted(found.keys() | wanted.keys())
@@ -453,8 +455,10 @@ def _require_same(folder: Path, identity: dict[str, Any]) -> None:
     ]
     if differences:
         raise InputError(
-            f"{folder} was left by another run. Give its options again, choose another --out, or remove the folder; "
-            "different are\n  " + "\n  ".join(differences)
+            f"it was left by another run, whose options were others: {joined(differences)}; give them again, or remove "
+            "the folder",
+            file=folder,
+            options=_OTHER,
         )
 
 
@@ -464,12 +468,3 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
-
-
-def _digest(arrays: Params) -> str:
-    whole = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.asarray(arrays[name], order="C")  # ascontiguousarray makes 1-d arrays of 0-d ones
-        whole.update(f"{name} {array.dtype.name} {array.shape};".encode())
-        whole.update(array.reshape(-1).view(np.uint8).data)
-    return whole.hexdigest()

@@ -11,10 +11,11 @@ import numpy as np
 
 from convert import Reader, Writer, fill_checkpoint, open_checkpoint
 from convert.assets import load_tokenizer
+from convert.checked import CheckedReader
 from convert.hub import require_whole, resolve
 from convert.ownership import Destination, destination, failing
 from convert.paths import inputs_of, paths_of, require_apart
-from jaxprune import calibration, devices, hidden, preflight, resume, timing
+from jaxprune import calibration, devices, hidden, identity, preflight, resume, timing
 from jaxprune.config import Config, parse
 from jaxprune.console import choose_device, console, keep_memory, print_table, progress, run_main
 from jaxprune.errors import InputError
@@ -143,7 +144,7 @@ def _run(config: Config, recipe: Recipe) -> Record | None:
     place.inputs = require_separate(config, recipe, source)
     if masks_place:
         masks_place.inputs = place.inputs
-    reader = open_checkpoint(source)
+    reader = CheckedReader(open_checkpoint(source, check=False))
     dtype = config.computation_dtype
     model = model_for(reader, dtype)
     what = ", ".join(filter(None, [f"{config.calib} to calibrate", config.eval_text, config.tasks]))
@@ -151,29 +152,31 @@ def _run(config: Config, recipe: Recipe) -> Record | None:
     tokens = calibration_windows(config, reader)
     evaluator = Evaluator(config, reader)
     record = Record(config, recipe, tokens)
-    identity = {
-        "checkpoint": resume.fingerprint(reader),
-        "computation": np.dtype(model.config.dtype).name,
-        "seed": config.seed,
-    } | record.what_was_asked()
+    wanted = identity.of_run(reader, model, record.what_was_asked(), config.seed)
     record.spend("setup", time.perf_counter() - begin)
     if not config.unchecked:
         require_whole(reader.assets)
         evaluation = max((len(tokens) for tokens in evaluator.windows.values()), default=None)
         preflight.require_fit(reader.spec, model, config, recipe, evaluation)
     fault: Exception | None = None
-    run = resume.run_of(identity)
+    run = resume.run_of(wanted)
     if devices.agree(bare):
         if masks_place is None and resume.by_first(lambda: resume.end_bare(place.path, run)):
             console.print(f"{place.path} was finished already")
             return None
         place.check()
     masks_at = masks_place.path if masks_place else None
-    with resume.open_journal(place.path, identity, resume=config.resume) as journal:
+    with resume.open_journal(
+        place.path,
+        wanted,
+        of_version_1=lambda: identity.of_version_1(reader, model, record.what_version_1_wrote(), config.seed),
+        resume=config.resume,
+    ) as journal:
         if resume.is_finished(journal, place.path, masks_at):
             resume.publish(journal, place, masks_place)
             console.print(f"{place.path} was finished already")
             return None
+        weights = identity.KnownWeights(reader, journal)
         if config.timing:
             with _timed(record, "timing"):
                 record.timing = timing.jit_versus_eager(reader, tokens, recipe, dtype=dtype)
@@ -186,6 +189,7 @@ def _run(config: Config, recipe: Recipe) -> Record | None:
             for which, quality in evaluator.measure(readers, against="dense"):
                 record.evaluation[which] = quality
         record.seconds["total"] = time.perf_counter() - begin
+        weights.require_unchanged()
         if devices.is_first():
             names, fault = record.save(resume.result(journal))
             files |= names
