@@ -12,7 +12,7 @@ from convert.command import ArgumentParser
 from convert.staging import check_free
 from jaxprune import calibration, hidden, schema
 from jaxprune.console import choose_device, console, keep_memory, print_table, run_main
-from jaxprune.errors import InputError
+from jaxprune.errors import Change, InputError
 from jaxprune.evaluation.options import EvalOptions, with_defaults
 from jaxprune.evaluation.quality import Evaluator, Quality, table
 from jaxprune.flags import add_fields, make
@@ -50,7 +50,9 @@ def evaluate(config: Config, names: Sequence[str]) -> dict[str, Quality]:
     """
     out = check_free(config.out, overwrite=config.overwrite)
     if schema.run_of(out):
-        raise InputError(f"{out} is a run's folder, whose record would be replaced: choose another --out")
+        raise InputError(
+            "it is a run's folder, whose record would be replaced", file=out, options={"out": Change.OTHER}
+        )
     scratch = config.scratch_folder(config.out)
     names = list(dict.fromkeys([*([config.against] if config.against else []), *names]))
     if len(short := {_file_name(name) for name in names}) < len(names):

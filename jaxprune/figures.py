@@ -26,8 +26,8 @@ SERIES = [f"#0505{number:02x}" for number in range(10)]
 VARIABLES = {TEXT: "--text", AXIS: "--axis", GRID: "--grid", DENSE: "--dense"}
 VARIABLES |= {color: f"--series-{number}" for number, color in enumerate(SERIES)}
 MARKERS = "osD^vP*X"
-MOST = 1e15
-"""The largest number that is drawn where it belongs."""
+LEAST, MOST = 1e-12, 1e15
+"""Between these, numbers are drawn where they belong."""
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "text.parse_math": False,  # a $ in a name is a $
@@ -324,7 +324,9 @@ def _linears(entries: Sequence["Entry"]) -> list[str]:
 
 def _plain(value: float | None) -> float:
     """A number that matplotlib can scale; NaN, which a plot leaves out, for None."""
-    return math.nan if value is None else min(max(value, -MOST), MOST)
+    if value is None:
+        return math.nan
+    return 0.0 if abs(value) < LEAST else min(max(value, -MOST), MOST)
 
 
 def _mean(values: Iterable[float | None]) -> float:

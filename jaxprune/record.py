@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -209,8 +210,16 @@ def write_record(folder: Path, record: Mapping[str, Any], qualities: Mapping[str
     write_text(folder / RECORD, content)
     for name, quality in qualities.items():
         if quality.lm_eval:
-            write_text(folder / f"lm-eval-{name.replace('/', '-')}.json", without_samples(quality.lm_eval))
+            write_text(folder / lm_eval_file(name), schema.write(json.loads(without_samples(quality.lm_eval))))
     return content
+
+
+def lm_eval_file(name: str) -> str:
+    """The file of lm-eval's results of a checkpoint; one of a very long name is told apart by a digest."""
+    name = schema.as_text(name).replace("/", "-")
+    if len(name.encode()) > 200:
+        name = f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return f"lm-eval-{name}.json"
 
 
 def write_report(folder: Path, content: str) -> Exception | None:
