@@ -216,7 +216,7 @@ def test_masks_are_saved_and_taken_up_again(
     assert all(after <= x for after, x in zip(errors["by-file"][:7], before[:7], strict=True))
     assert sum(errors["by-file"]) <= sum(before)
     again = here(*options, "--out", "second", "--save-masks", "m.safetensors", cwd=tmp_path)
-    assert again.returncode == 1 and "m.safetensors already exists" in again.stderr
+    assert again.returncode == 2 and "m.safetensors already exists" in again.stderr
     assert not (tmp_path / "second").exists()
 
 
@@ -308,7 +308,7 @@ def test_bad_input_is_one_error_and_harms_nothing(
     else:
         monkeypatch.chdir(tmp_path)
         status, said = main([*map(str, args)]), capsys.readouterr().err
-    assert status == 1
+    assert status == 2
     assert message in said
     assert "Traceback" not in said and said.count("error: ") == 1
     after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
