@@ -26,8 +26,8 @@ SERIES = [f"#0505{number:02x}" for number in range(10)]
 VARIABLES = {TEXT: "--text", AXIS: "--axis", GRID: "--grid", DENSE: "--dense"}
 VARIABLES |= {color: f"--series-{number}" for number, color in enumerate(SERIES)}
 MARKERS = "osD^vP*X"
-MOST = 1e15
-"""The largest number that is drawn where it belongs."""
+LEAST, MOST = 1e-12, 1e15
+"""Between these, numbers are drawn where they belong."""
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "text.parse_math": False,  # a $ in a name is a $
@@ -71,7 +71,8 @@ class Figure(NamedTuple):
 def draw(title: str, height: float, plot: Callable[[Axes], None]) -> Figure:
     """Draws on one pair of axes; the legend, where there is one, goes below them."""
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # matplotlib's font has no Chinese; a box stands for it
+        # matplotlib's font has no Chinese, a box stands for it; and names may leave the plot no room.
+        warnings.filterwarnings("ignore", "Glyph .* missing|constrained_layout not applied")
         figure = Canvas(figsize=(WIDTH, height), layout="constrained")
         axis = figure.add_subplot()
         plot(axis)
@@ -201,7 +202,7 @@ def _measured(
         high = max([*known, 1e-9]) if known else 1.0
         low = max(min(known) / 1.25, 1e-9) if log and known else 0.0
         for place, (entry, value) in enumerate(zip(entries, values, strict=True)):
-            style, end = _style_of(entry) | {"marker": "o", "ms": 7}, high if value is None else _plain(value)
+            style, end = _style_of(entry) | {"marker": "o", "ms": 7}, high if value is None else max(low, _plain(value))
             if value is not None:
                 axis.plot([low, end], [place, place], color=style["color"], lw=1.2)
                 axis.plot(end, place, **style)
@@ -225,8 +226,8 @@ def accuracies(entries: Sequence["Entry"]) -> Figure:
             found = [entry.quality.tasks.get(task, {}) for task in tasks] + [entry.quality.mean_accuracy.model_dump()]
             known = {place: metrics for place, metrics in enumerate(found) if metrics.get("acc") is not None}
             places = [place + shift for place in known]
-            values = [100 * (metrics["acc"] or 0.0) for metrics in known.values()]
-            errors = [100 * abs(metrics.get("acc_stderr") or 0.0) for metrics in known.values()]
+            values = _percents(metrics["acc"] for metrics in known.values())
+            errors = _percents(abs(metrics.get("acc_stderr") or 0.0) for metrics in known.values())
             axis.errorbar(values, places, xerr=errors, label=_label(entry), **_style_of(entry) | {"ls": ""})
         axis.set_yticks(range(len(tasks) + 1), [*map(_words, tasks), "mean"])
         axis.axhline(len(tasks) - 0.5, color=AXIS, lw=0.6)
@@ -323,7 +324,9 @@ def _linears(entries: Sequence["Entry"]) -> list[str]:
 
 def _plain(value: float | None) -> float:
     """A number that matplotlib can scale; NaN, which a plot leaves out, for None."""
-    return math.nan if value is None else min(max(value, -MOST), MOST)
+    if value is None:
+        return math.nan
+    return 0.0 if abs(value) < LEAST else min(max(value, -MOST), MOST)
 
 
 def _mean(values: Iterable[float | None]) -> float:

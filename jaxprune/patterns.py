@@ -176,9 +176,9 @@ def parse(text: str, sparsity: float | None = None) -> Pattern:
     """
     if text in ("unstructured", "per-output"):
         return Unstructured(0.5 if sparsity is None else sparsity, per_output=text == "per-output")
-    if match := re.fullmatch(r"(\d+):(\d+)", text):
+    if match := re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text):
         pattern = NM(int(match[1]), int(match[2]))
-        if sparsity is not None and abs(sparsity - pattern.sparsity) > 1e-6:
+        if sparsity is not None and not abs(sparsity - pattern.sparsity) <= 1e-6:
             raise InputError(
                 f"{text} has a sparsity of {pattern.sparsity:g}, not {sparsity}", options={"sparsity": Change.OMIT}
             )

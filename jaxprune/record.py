@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -212,7 +213,7 @@ def write_record(
     files = {RECORD: content}
     for name, quality in qualities.items():
         if quality.lm_eval:
-            files[f"lm-eval-{name.replace('/', '-')}.json"] = without_samples(quality.lm_eval)
+            files[lm_eval_file(name)] = schema.write(json.loads(without_samples(quality.lm_eval)))
     for name, text in files.items():
         write_text(folder / name, text)
     try:
@@ -249,3 +250,11 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def lm_eval_file(name: str) -> str:
+    """The file of lm-eval's results of a checkpoint; one of a very long name is told apart by a digest."""
+    name = schema.as_text(name).replace("/", "-")
+    if len(name.encode()) > 200:
+        name = f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return f"lm-eval-{name}.json"

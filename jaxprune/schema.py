@@ -23,6 +23,8 @@ RECORD = "jaxprune.json"
 VERSION = 2
 RECORD_BYTES = 64 * 2**20
 """The most that a record may hold; one of a thousand layers has some megabytes."""
+MOST = 1.7e308
+"""The largest number that an option may have."""
 
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -35,7 +37,8 @@ def percent(fraction: float) -> str:
 
 
 def _scalar(value: Any) -> Any:
-    if value is None or isinstance(value, bool | str | int) or (isinstance(value, float) and math.isfinite(value)):
+    number = isinstance(value, int | float) and -MOST <= value <= MOST  # NaN is neither
+    if number or value is None or isinstance(value, str):
         return value
     raise ValueError("text, a finite number, true, false or null")
 

@@ -283,6 +283,7 @@ def _main(argv: Sequence[str]) -> int:
         wanted["pattern"] = patterns.parse(options.pattern or "unstructured", options.sparsity)
         wanted["wanted"] = None
     pattern = wanted.get("pattern")
+    words = str(pattern) if pattern else run.target if run else ""
     reader = open_checkpoint(given["checkpoint"], check=False)  # counts what is not finite itself
     against = open_checkpoint(options.against) if options.against else None
     verdict = verify(reader, against=against, **wanted)
@@ -291,10 +292,8 @@ def _main(argv: Sequence[str]) -> int:
         console.print(f"problem: {problem}")
     total = [sum(getattr(linear, name) for linear in verdict.linears.values()) for name in ("zeros", "size")]
     facts = f"{len(verdict.linears)} linears, {100 * total[0] / total[1]:.4f} % zeros"
-    if pattern:
-        facts += f", {pattern}" + (
-            " along the inputs (columns of the stored [out, in])" if isinstance(pattern, NM) else ""
-        )
+    facts += f", {words}" * bool(words)
+    facts += " along the inputs (columns of the stored [out, in])" * isinstance(pattern, NM)
     if against:
         facts += f", {len(reader.spec) - len(verdict.linears)} other tensors compared with {options.against}"
     if verdict.problems:

@@ -120,11 +120,11 @@ def _run(run: Run, file: str | Path) -> dict[str, Any]:
 
 def _pattern(run: Run, file: str | Path) -> tuple[dict[str, Any], float | None]:
     """The pattern, and by how much its sparsity may be off, for prose had six digits; None: linears had their own."""
-    if match := re.fullmatch(r"(\d{1,9}):(\d{1,9})", run.pattern):
+    if match := re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", run.pattern):
         return {"kind": "nm", "n": int(match[1]), "m": int(match[2])}, 0.0
     if match := re.fullmatch(r"the mask (.+)", run.pattern, re.DOTALL):
         return {"kind": "given", "mask": match[1]}, None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e-\d+)?) %( in total| per output)?", run.pattern)
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e-[0-9]+)?) %( in total| per output)?", run.pattern)
     if not match or not float(match[1]) < 100:
         raise DamagedError("its pattern is none that version 1 wrote", file=file, entry="pattern", found=run.pattern)
     percent = float(match[1])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from convert.errors import UserError
-from jaxprune import report, schema
+from jaxprune import figures, report, schema
 from jaxprune.schema import Record
 
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
@@ -190,6 +190,56 @@ def test_names_cannot_inject_markup() -> None:
     record["config"]["ckpt"] = "x/<b>bold</b>"
     page = page_of(record)
     assert "<script>" not in page and "<b>bold" not in page
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "$\\frac{$",
+        "_hidden_",
+        "100 %",
+        "back\\slash",
+        "a\tb\x00\x1b[2J",
+        "名前",
+        "שלום",
+        "x" * 3000,
+        "",
+        ".",
+        "..",
+        "/",
+    ],
+)
+def test_no_name_keeps_a_report_from_being_drawn(name: str) -> None:
+    """Names are text, never mathtext; what the font lacks is a box, and no warning."""
+    records = [run_record(f"out/{name}"), run_record(f"more/{name}x", method="wanda"), run_record(name, pattern="2:4")]
+    for record in records:
+        record["config"] |= {"ckpt": name, "calib": name}
+        for measured in record["evaluation"].values():
+            measured["texts"] = {name: measured["texts"]["wikitext2"]}
+            measured["tasks"] = {name: measured["tasks"]["boolq"], f"{name}2": measured["tasks"]["boolq"]}
+        record["seconds"] = {name: 1.0, "total": 1.0}
+        record["layers"][0]["linears"] = {name: record["layers"][0]["linears"][LINEARS[0]]}
+    page = page_of(*records)
+    assert page.count("<svg") >= 8 and page.count("<html") == 1
+
+
+@pytest.mark.parametrize("perplexity", [None, 1e-300, 1.0, 10.0, 1e12, 1e308])
+@pytest.mark.parametrize("error", [None, 0.0, 1e-30, 0.5, 1e308])
+def test_no_number_keeps_a_plot_from_being_drawn(perplexity: float | None, error: float | None) -> None:
+    """Not finite (null), 0, one value, equal values, values of all sizes."""
+    records = [run_record(out, pattern=pattern) for out, pattern in (("a", "50 %"), ("b", "70 %"))]
+    for record in records:
+        record["evaluation"]["pruned"]["texts"]["wikitext2"] |= {"perplexity": perplexity, "kl": error}
+        for layer in record["layers"]:
+            for linear in layer["linears"].values():
+                linear["error"] = error
+        record["seconds"] = {"solve": error}
+    found = report.entries(parsed(*records))
+    runs = found[1:]
+    plots = [figures.perplexities(found, "wikitext2"), figures.divergences(runs, "wikitext2")]
+    plots += [figures.error_by_layer(runs), figures.error_by_layer(runs[:1]), figures.error_by_linear(runs)]
+    plots.append(figures.time_by_phase(runs))
+    assert all("<path" in plot.svg for plot in plots)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert import open_checkpoint
+from jaxprune import report
 from jaxprune.evaluation.text import perplexity
 from jaxprune.masks import from_file
 from jaxprune.run import main
@@ -130,6 +131,23 @@ def test_the_same_seed_gives_the_same_bytes(
     assert "perplexity" not in (tmp_path / "again/README.md").read_text()
 
 
+def test_a_report_that_cannot_be_drawn_costs_nothing_else(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A defect of ours in the drawing: the result is published, then told; drawing it anew needs the record only."""
+    monkeypatch.setattr(report, "page", lambda records: 1 // 0)
+    out = tmp_path / "$x_{|_%"
+    options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 2, "--seqlen", 16, "--eval", "none"]
+    assert main([*map(str, options), "--method", "magnitude", "--out", str(out)]) == 70
+    said = capsys.readouterr()
+    assert "ZeroDivisionError" in said.err and "please report it" in said.err and "│ result" in said.out
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    assert {"jaxprune.json", "README.md", "model.safetensors"} <= {path.name for path in out.iterdir()}
+    monkeypatch.undo()
+    assert verify([str(out), "--against", str(checkpoint)]) == 0
+    assert report.main([str(out), "--out", str(tmp_path / "page.html")]) == 0
+
+
 def test_two_of_four_with_another_methods_mask(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 4, "--seqlen", 32, "--eval", "none"]
     done = here(*options, "--mask", "wanda", "--pattern", "2:4", "--out", "out", cwd=tmp_path)
@@ -199,7 +217,7 @@ def test_masks_are_saved_and_taken_up_again(
     assert all(after <= x for after, x in zip(errors["by-file"][:7], before[:7], strict=True))
     assert sum(errors["by-file"]) <= sum(before)
     again = here(*options, "--out", "second", "--save-masks", "m.safetensors", cwd=tmp_path)
-    assert again.returncode == 1 and "m.safetensors already exists" in again.stderr
+    assert again.returncode == 2 and "m.safetensors already exists" in again.stderr
     assert not (tmp_path / "second").exists()
 
 
@@ -292,7 +310,7 @@ def test_bad_input_is_one_error_and_harms_nothing(
     else:
         monkeypatch.chdir(tmp_path)
         status, said = main([*map(str, args)]), capsys.readouterr().err
-    assert status == 1
+    assert status == 2
     assert message in said
     assert "Traceback" not in said and said.count("error: ") == 1
     after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}

@@ -17,7 +17,9 @@ from jaxprune.config import parse
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.patterns import Pattern
 from jaxprune.record import Record
+from jaxprune.run import main as run
 from jaxprune.verify import Linear, expected, main, verify, zeros
+from tests import tiny
 
 PATTERNS = {"2:4": NM(2, 4), "50 %": Unstructured(0.5), "60 % per output": Unstructured(0.6, per_output=True)}
 
@@ -88,6 +90,41 @@ def test_a_total_is_all_that_unequal_linears_must_have(pruned: dict[str, Path]) 
     assert verify(reader, **wanted(0.5)).problems == []
     (problem,) = verify(reader, **wanted(0.5 + 1 / size)).problems
     assert problem == f"the linears have {size // 2} zeros in total, 1 fewer than were wanted"
+
+
+def test_a_sparsity_of_seven_digits_is_verified(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """512 × 1024 weights at 0.6666667 have one zero less than at the 0.666667 of six digits."""
+    size = 512 * 1024
+    assert round(0.6666667 * size) == round(float(f"{0.6666667:g}") * size) - 1
+    dense = tiny.save(tmp_path / "dense", tiny.config(hidden_size=512, intermediate_size=1024, num_hidden_layers=1))
+    flags = ["--ckpt", dense, "--calib", text, "--nsamples", 1, "--seqlen", 8, "--eval", "none"]
+    flags += ["--method", "magnitude", "--sparsity", 0.6666667, "--out", tmp_path / "out"]
+    assert run(list(map(str, flags))) == 0
+    capsys.readouterr()
+    assert main([str(tmp_path / "out"), "--against", str(dense)]) == 0
+    assert "zeros, 66.66667 %, 5 other tensors" in " ".join(capsys.readouterr().out.split())
+    record = json.loads((tmp_path / "out/jaxprune.json").read_text())
+    assert record["pattern"] == {"kind": "unstructured", "sparsity": 0.6666667}
+    linear = record["layers"][0]["linears"]["mlp.up_proj"]
+    assert linear["wanted"] == linear["zeros"] == round(0.6666667 * size)
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def revive(tensors: dict[str, torch.Tensor]) -> None:
+        row, column = torch.nonzero(tensors[name] == 0)[0].tolist()
+        tensors[name][row, column] = 1.0
+
+    assert main([str(change(tmp_path / "out", tmp_path / "broken", revive))]) == 1
+    assert f"has {linear['zeros'] - 1} zeros, 1 fewer than were wanted of {size} weights" in capsys.readouterr().out
+
+
+def test_a_record_of_another_checkpoint_is_noticed(pruned: dict[str, Path]) -> None:
+    wanted = expected(schema.load(pruned["50 %"]))
+    counts = wanted["counts"]
+    counts[3, "mlp.up_proj"] = counts.pop((1, "mlp.up_proj"))
+    assert verify(open_checkpoint(pruned["50 %"]), **wanted).problems == [
+        "layers.1.mlp.up_proj.kernel is not in jaxprune.json",
+        "layers.3.mlp.up_proj.kernel is missing: jaxprune.json has it",
+    ]
 
 
 def test_a_record_is_not_needed(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -12,7 +12,7 @@ from convert import Reader
 from convert.assets import load_tokenizer
 from jaxprune import calibration
 from jaxprune.console import track
-from jaxprune.errors import InputError
+from jaxprune.errors import Change, InputError
 from jaxprune.evaluation.options import EvalOptions, split
 from jaxprune.evaluation.tasks import Tasks, mean_accuracy, summarize, with_error
 from jaxprune.evaluation.text import TextQuality, text_quality
@@ -143,7 +143,8 @@ class Evaluator:
                 if different := [name for name in others if not np.array_equal(windows[name][text], tokens)]:
                     raise InputError(
                         f"{different[0]} splits {text} into other tokens than {first}: they have different tokenizers, "
-                        "so that their predictions cannot be compared; leave --against out"
+                        "so that their predictions cannot be compared",
+                        options={"against": Change.OMIT},
                     )
                 start = time.perf_counter()
                 group = [readers[name] for name in (first, *others)]
@@ -182,7 +183,7 @@ def _backend(backend: str, device: str) -> Callable[[str, Reader, np.dtype], Any
         try:
             from jaxprune.evaluation.torch_lm import hflm
         except ImportError as error:
-            raise InputError(f"--backend torch needs PyTorch ({error}): pip install 'jaxprune[torch]'") from error
+            raise InputError(f"the torch backend needs PyTorch ({error}): pip install 'jaxprune[torch]'") from error
         return lambda name, reader, dtype: hflm(reader, dtype, device)
     from jaxprune.evaluation.lm import StreamedLM
 
