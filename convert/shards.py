@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from convert import CheckpointError
+from convert.errors import CheckpointError, NoRoomError
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _STORED = DTYPES | {"uint8": "U8"}
@@ -66,10 +66,7 @@ class TensorFile:
                 else:  # macOS
                     file.truncate(size)
         except OSError as error:
-            raise CheckpointError(
-                f"no room for {size / 1e9:.2f} GB in {path.parent}: {error.strerror}; free some space or "
-                "choose another disk"
-            ) from error
+            raise NoRoomError(f"no room for {size / 1e9:.2f} GB ({error.strerror})", file=path.parent) from error
 
     def write(self, name: str, array: np.ndarray) -> None:
         """Writes one tensor at its place."""
@@ -84,9 +81,7 @@ class TensorFile:
                 file.seek(self._starts[name])
                 file.write(np.ascontiguousarray(array).tobytes())
         except OSError as error:
-            raise CheckpointError(
-                f"cannot write {self._path}: {error.strerror}; free some space, then run again"
-            ) from error
+            raise NoRoomError(f"it cannot be written ({error.strerror})", file=self._path) from error
         self._written.add(name)
 
     def finish(self) -> None:
