@@ -45,7 +45,7 @@ class DecoderConfig(Schema):
     num_key_value_heads: Count | None = None
     intermediate_size: Size | None = None
     head_dim: Size | None = None
-    max_position_embeddings: Positions | None = None
+    max_position_embeddings: Positions = 2048
     rms_norm_eps: Positive | None = None
     rope_theta: Positive | None = None
     rope_scaling: dict[str, Any] | None = None

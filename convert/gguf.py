@@ -138,6 +138,7 @@ class Reader:
             raise DamagedError("a tensor is missing", file=path, entry="token_embd.weight")
         self.spec = {p: self.spec[p] for paths in parts(self.spec).values() for p in paths}
         self._hf_config = self._config()
+        self._tokenizer = self._tokenizer_fields() if "tokenizer.ggml.model" in self._header else None
 
     @staticmethod
     def accepts(path: Path) -> bool:
@@ -192,19 +193,22 @@ class Reader:
         folder = Path(tempfile.mkdtemp(prefix="jaxprune-gguf-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         (folder / "config.json").write_text(json.dumps(self._hf_config, indent=2) + "\n")
-        if "tokenizer.ggml.model" in self._header:
-            self._save_tokenizer(folder)
+        if self._tokenizer is not None:
+            self._save_tokenizer(folder, self._tokenizer)
         return folder
 
-    def _save_tokenizer(self, folder: Path) -> None:
-        """Builds the tokenizer as transformers does, but from fields read here: its own reader of GGUF needs torch."""
-        from transformers import PreTrainedTokenizerFast
-        from transformers.integrations.gguf import convert_gguf_tokenizer
-
+    def _tokenizer_fields(self) -> _Tokenizer:
         found = self._fields(_Tokenizer, list(_Tokenizer.model_fields), "tokenizer.ggml.")
         if len(found.tokens) > (size := self.spec["embed_tokens.embedding"].shape[0]):
             entry, wanted = "tokenizer.ggml.tokens", f"at most the model's vocabulary of {size}"
             raise DamagedError("more tokens than embeddings", file=self._path, entry=entry, wanted=wanted)
+        return found
+
+    def _save_tokenizer(self, folder: Path, found: _Tokenizer) -> None:
+        """Builds the tokenizer as transformers does, but from fields read here: its own reader of GGUF needs torch."""
+        from transformers import PreTrainedTokenizerFast
+        from transformers.integrations.gguf import convert_gguf_tokenizer
+
         fields = {RENAMED.get(name, name): value for name, value in found if value is not None}
         special = {
             f"{name}_token": found.tokens[fields[f"{name}_token_id"]]

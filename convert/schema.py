@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import pydantic
 import pydantic_core
 
-from convert.errors import DamagedError, UserError
+from convert.errors import MISSING, DamagedError, UserError
 from convert.files import JSON_BYTES, read_bytes
 
 _CHOICE = r"(constrained-\w+|list\[.*\]|dict\[.*\])$"
@@ -88,9 +88,9 @@ def refused(
     if first["type"] == "missing":
         return error("an entry is missing", file=file, entry=place)
     more = f" ({problem.error_count()} entries are)" if problem.error_count() > 1 else ""
-    return error(
-        f"an entry cannot be used{more}", file=file, entry=place, found=first["input"], wanted=_lower(first["msg"])
-    )
+    whole = first["type"] == "value_error" and isinstance(first["input"], dict)  # of no use to show all of it
+    found = MISSING if whole else first["input"]
+    return error(f"an entry cannot be used{more}", file=file, entry=place, found=found, wanted=_lower(first["msg"]))
 
 
 def _lower(text: str) -> str:

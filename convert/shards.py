@@ -18,8 +18,7 @@ import jax
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from convert import CheckpointError
-from convert.errors import NoRoomError
+from convert.errors import CheckpointError, NoRoomError
 from convert.ownership import failed, failing, sync, write_text
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}

@@ -109,9 +109,8 @@ def test_a_sparsity_of_seven_digits_is_verified(text: Path, tmp_path: Path, caps
     assert linear["wanted"] == linear["zeros"] == round(0.6666667 * size)
     name = "model.layers.0.mlp.up_proj.weight"
 
-    def revive(tensors: dict[str, torch.Tensor]) -> None:
-        row, column = torch.nonzero(tensors[name] == 0)[0].tolist()
-        tensors[name][row, column] = 1.0
+    def revive(tensors: dict[str, np.ndarray]) -> None:
+        tensors[name][tuple(np.argwhere(tensors[name] == 0)[0])] = 1.0
 
     assert main([str(change(tmp_path / "out", tmp_path / "broken", revive))]) == 1
     assert f"has {linear['zeros'] - 1} zeros, 1 fewer than were wanted of {size} weights" in capsys.readouterr().out
