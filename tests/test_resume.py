@@ -41,7 +41,7 @@ MOMENTS = {
     "tuning": ("jaxprune.tuning", "update"),
     "export": ("convert.hf", "Writer.write"),
     "record": ("jaxprune.record", "Record.save"),
-    "rename": ("jaxprune.resume", "_publish"),
+    "rename": ("convert.ownership", "Destination._put"),
     "tidying": ("convert.ownership", "remove_empty"),
 }
 """Name -> module and function that is interrupted."""
