@@ -218,10 +218,25 @@ def remove_empty(folder: Path) -> bool:
 
 
 def remove_empties(folder: Path) -> None:
-    """Removes the folders inside a folder that hold nothing."""
+    """Removes the folders inside a folder that hold nothing, or only such folders."""
     for place, _, _ in os.walk(folder, topdown=False):
         if Path(place) != folder:
             remove_empty(Path(place))
+
+
+def is_hollow(folder: Path) -> bool:
+    """Whether a path is a folder without a file in it, at any depth."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return not any(files or any(os.path.islink(Path(p) / n) for n in inner) for p, inner, files in os.walk(folder))
+
+
+def remove_hollow(folder: Path) -> bool:
+    """Removes a folder without a file in it, at any depth; whether it was one."""
+    if not is_hollow(folder):
+        return False
+    remove_empties(folder)
+    return remove_empty(folder)
 
 
 def remove_folder(folder: Path) -> None:
@@ -447,7 +462,10 @@ def absolute(path: str | Path) -> Path:
         found = Path(path).expanduser().absolute()
     except RuntimeError as problem:
         raise CheckpointError(f"the path cannot be used ({problem})", file=path) from None
-    return found.resolve() if found.name in ("", "..") else found
+    found = found.resolve() if found.name in ("", "..") else found
+    if not found.name:
+        raise CheckpointError("it is the root, which is not replaced", file=path)
+    return found
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,19 +51,31 @@ def _identity(folder: Path) -> Identity:
     return schema.read(Identity, folder / IDENTITY)
 
 
-def adopted(folder: Path) -> tuple[dict[str, Listed], list[str]]:
-    """The files that are ours beside those that notes list, and the paths of what is not ours and stays.
+class Adopted(NamedTuple):
+    """What an earlier version's journal holds beside what its notes list.
 
-    Hidden states are not taken up, only removed in the end: they are computed again.
+    Attributes:
+        files: that are ours.
+        states: that are ours too, and not taken up: hidden states are computed again.
+        others: paths of what is not ours, and stays.
     """
+
+    files: dict[str, Listed]
+    states: dict[str, Listed]
+    others: list[str]
+
+
+def adopted(folder: Path) -> Adopted:
+    """What is ours of an earlier version's journal."""
     entries = Journal(folder).files()
     files = ownership.listed(folder, [IDENTITY])
     for name in EMPTY:
         if (folder / name).is_file() and not (folder / name).is_symlink() and (folder / name).stat().st_size == 0:
             files |= ownership.listed(folder, [name])
+    states: dict[str, Listed] = {}
     for path in folder.rglob(STATES):
-        files |= _states(folder, path, _identity(folder))
-    return files, list(ownership.strange(folder, {*entries, *files}))
+        states |= _states(folder, path, _identity(folder))
+    return Adopted(files, states, list(ownership.strange(folder, {*entries, *files, *states})))
 
 
 def _states(folder: Path, path: Path, identity: Identity) -> dict[str, Listed]:

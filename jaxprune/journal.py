@@ -130,7 +130,7 @@ class Journal:
         folder = self.folder / name
         try:
             note = read_note(self._note(name))
-            if note.files != {file: ownership.digest(folder / file) for file in ownership.names(folder)}:
+            if note.files != {file: ownership.digest(folder / file) for file in note.files}:
                 raise DamagedError("it has changed since it was written", file=folder)
             return Entry(load_tree(folder), note.figures)
         except UserError as error:
@@ -289,7 +289,7 @@ class Journal:
         """Makes room for an entry: what is there is removed, or put aside where it is not as it was written."""
         self._remove(name)
         for path in (self._note(name), self.folder / name):
-            if os.path.lexists(path):
+            if os.path.lexists(path) and not ownership.remove_hollow(path):
                 number = 0
                 while os.path.lexists(aside := self.aside / f"{path.relative_to(self.folder)}.{number}"):
                     number += 1

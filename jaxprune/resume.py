@@ -116,17 +116,33 @@ def look(out: Path) -> Finished | None:
     return _finished(folder, marker)
 
 
-def is_bare(out: Path) -> bool:
-    """Whether a journal is as a kill right before its end leaves it: nothing is in it, and the result stands."""
-    folder = journal_folder(out)
-    return ownership.marker_of(out) is not None and os.path.lexists(folder) and look(out) is None and _is_new(folder)
+def check(place: Destination, masks_place: Destination | None) -> bool:
+    """Makes sure that a run may make what it makes, unless an earlier process of it did.
+
+    Returns:
+        Whether its journal is as a kill right before its end leaves it: nothing is in it, and the result stands.
+
+    Raises:
+        CheckpointError: see `Destination.check` and `look`.
+    """
+    finished, folder = look(place.path), journal_folder(place.path)
+    if os.path.lexists(folder) and _marker(folder) is None and _is_new(folder) and ownership.marker_of(place.path):
+        return True
+    if masks_place and not (finished and finished.made(masks_place.path) and finished.masks_are_published()):
+        masks_place.check()
+    if not (finished and finished.is_published(place.path)):
+        place.check()
+    return False
 
 
-def end_bare(out: Path, run: str) -> bool:
-    """Removes such a journal, if the result is this run's; whether it is."""
-    if ownership.prove(out).kind != f"run {run}":
+def end_bare(out: Path, run: str, masks_at: Path | None) -> bool:
+    """Removes such a journal, if result and masks are this run's, as far as can be known; whether they are."""
+    if ownership.prove(out).kind != f"run {run}" or (masks_at and not ownership.sealed(masks_at)):
         return False
-    ownership.remove_empty(journal_folder(out))
+    folder = journal_folder(out)
+    for name in (LOCK, _NEW_MARKER):
+        ownership.remove_own(folder / name)
+    ownership.remove_empty(folder)
     return True
 
 
@@ -150,7 +166,11 @@ def _require_listed(folder: Path, marker: JournalMarker) -> None:
     for name in ownership.strange(folder, names):
         top = Path(name).parts[0]
         entry = name.removesuffix(".json")
-        if top in own or any(name.startswith(f"{one}/") or name == one for one in damaged):
+        if (
+            top in own
+            or ownership.is_hollow(folder / name)
+            or any(name.startswith(f"{one}/") or name == one for one in damaged)
+        ):
             continue
         if name.endswith(".json") and len(Path(name).parts) > 1 and (folder / entry).is_dir():
             damaged.add(entry)
@@ -277,17 +297,21 @@ def run_of(identity: Mapping[str, Any]) -> str:
 
 def _begin(folder: Path, identity: str) -> JournalMarker:
     """Writes the marker of a journal, which adopts what is there of an earlier version's."""
+    old = None
     if (finished := _finished(folder, None)) is not None:  # all but the last two files were removed
         marker = JournalMarker(kind=KIND, files={}, token=finished.token)
     elif adoption.is_journal(folder):
-        files, others = adoption.adopted(folder)
-        marker = JournalMarker(kind=KIND, files=files, token=secrets.token_hex(8), others=others)
+        old = adoption.adopted(folder)
+        files = old.files | old.states
+        marker = JournalMarker(kind=KIND, files=files, token=secrets.token_hex(8), others=old.others)
     else:
         content = identity.encode()
         listed = Listed(size=len(content), sha256=hashlib.sha256(content).hexdigest())
         marker = JournalMarker(kind=KIND, files={IDENTITY: listed}, token=secrets.token_hex(8))
     ownership.remove_own(folder / _NEW_MARKER)
     ownership.put_text(folder / MARKER, marker.model_dump_json(), folder / _NEW_MARKER)
+    if old:
+        ownership.remove_listed(folder, old.states)
     return marker
 
 

@@ -127,15 +127,7 @@ def _run(config: Config, recipe: Recipe) -> Record | None:
     begin = time.perf_counter()
     assert config.out and config.calib
     place, masks_place = places(config)
-    finished, bare = resume.look(place.path), resume.is_bare(place.path)
-    if (
-        masks_place
-        and not bare
-        and not (finished and finished.made(masks_place.path) and finished.masks_are_published())
-    ):
-        masks_place.check()
-    if not bare and not (finished and finished.is_published(place.path)):
-        place.check()
+    bare = resume.check(place, masks_place)
     if recipe.importance.measured or recipe.tuning.tune_epochs:
         keep_memory(large=True)  # both make logits
     choose_device(config.device, config.devices, config.join)
@@ -160,12 +152,12 @@ def _run(config: Config, recipe: Recipe) -> Record | None:
         preflight.require_fit(reader.spec, model, config, recipe, evaluation)
     fault: Exception | None = None
     run = resume.run_of(wanted)
+    masks_at = masks_place.path if masks_place else None
     if devices.agree(bare):
-        if masks_place is None and resume.by_first(lambda: resume.end_bare(place.path, run)):
+        if resume.by_first(lambda: resume.end_bare(place.path, run, masks_at)):
             console.print(f"{place.path} was finished already")
             return None
         place.check()
-    masks_at = masks_place.path if masks_place else None
     with resume.open_journal(
         place.path,
         wanted,

@@ -201,7 +201,7 @@ def bad(name: str, checkpoint: Path, text: Path, folder: Path) -> list[object]:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("existing output", "already exists: choose another path, or pass --overwrite"),
+        ("existing output", "already exists: choose another --out"),
         ("unknown checkpoint", "Did you mean llama-7b?"),
         ("unknown measure", "--eval takes ppl, zero-shot or none, not 'bleu'"),
         ("unknown text", "no text 'nowhere.jsonl'"),

@@ -41,7 +41,7 @@ MOMENTS = {
     "tuning": ("jaxprune.tuning", "update"),
     "export": ("convert.hf", "Writer.write"),
     "record": ("jaxprune.record", "Record.save"),
-    "rename": ("jaxprune.resume", "_publish"),
+    "rename": ("convert.ownership", "Destination._put"),
     "tidying": ("convert.ownership", "remove_empty"),
 }
 """Name -> module and function that is interrupted."""
@@ -183,7 +183,7 @@ def failing(function: Callable, number: int) -> Callable:
 
 
 @pytest.mark.parametrize("how", ["truncated", "bit-flipped"])
-@pytest.mark.parametrize("what", ["pruned/1", "pruned/states.*", "sensitivity/0/2"])
+@pytest.mark.parametrize("what", ["pruned/1", "pruned/states.[0-9]", "sensitivity/0/2"])
 def test_what_is_damaged_is_done_again(
     what: str, how: str, stopped: tuple[list[str], Path, dict[str, str]], capsys: pytest.CaptureFixture
 ) -> None:
@@ -269,7 +269,7 @@ def test_a_signal_stops_a_run_cleanly(
     said = capsys.readouterr().err
     assert "the same command goes on from there" in said and said.endswith("stopped\n")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.unfinished"]
-    assert sorted(p.name for p in (tmp_path / "out.unfinished").iterdir()) == ["lock", "pruned", "run.json"]
+    assert sorted(p.name for p in (tmp_path / "out.unfinished").iterdir()) == [MARKER, "lock", "pruned", "run.json"]
     assert main(argv) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["masks", "out"]
 

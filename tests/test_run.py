@@ -217,7 +217,7 @@ def test_masks_are_saved_and_taken_up_again(
     assert all(after <= x for after, x in zip(errors["by-file"][:7], before[:7], strict=True))
     assert sum(errors["by-file"]) <= sum(before)
     again = here(*options, "--out", "second", "--save-masks", "m.safetensors", cwd=tmp_path)
-    assert again.returncode == 2 and "m.safetensors already exists" in again.stderr
+    assert again.returncode == 2 and "m.safetensors: it already exists" in again.stderr
     assert not (tmp_path / "second").exists()
 
 
@@ -278,7 +278,7 @@ def bad_input(name: str, checkpoint: Path, text: Path, folder: Path) -> list[obj
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("existing output", "already exists: choose another path, or pass --overwrite"),
+        ("existing output", "already exists: choose another --out"),
         ("unknown checkpoint", "Did you mean llama-7b?"),
         ("unreachable hub", "the hub cannot be reached"),
         ("impossible pattern", "divisible by 7"),
