@@ -78,8 +78,8 @@ def require_cache(folder: str | Path) -> Path:
 
 
 @functools.cache
-def _instead(reason: str) -> Path:
-    """A folder of this process, in place of a cache that cannot be used."""
+def temporary_cache(reason: str) -> Path:
+    """A folder of this process, in place of a cache that cannot be used; a warning says why."""
     logging.getLogger(__name__).warning("what is fetched is not kept: %s", reason)
     folder = Path(tempfile.mkdtemp(prefix="jaxprune-cache-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -101,7 +101,7 @@ def fetch(member: Member) -> Path:
             return target
         require_cache(target.parent)
     except (CheckpointError, OSError) as error:
-        target = _instead(str(error)) / place
+        target = temporary_cache(str(error)) / place
         if target.exists():
             return target
         target.parent.mkdir(parents=True)

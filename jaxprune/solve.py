@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convert.files import expand
 from convert.staging import check_free
 from jaxprune import problems
 from jaxprune.console import run_main
@@ -88,7 +89,7 @@ def parse(argv: Sequence[str]) -> tuple[Path, Options, Recipe]:
 def _run(argv: Sequence[str]) -> None:
     file, options, recipe = parse(argv)
     out = options.out and check_free(options.out, overwrite=options.overwrite, folder=False)
-    problem = problems.load(file)
+    problem = problems.load(expand(file))
     if options.linear:
         problem = only(problem, options.linear)
     kernels = dict(problem.kernels)
