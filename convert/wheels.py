@@ -79,8 +79,8 @@ def require_cache(folder: str | Path) -> Path:
 
 
 @functools.cache
-def _instead(reason: str) -> Path:
-    """A folder of this process, in place of a cache that cannot be used."""
+def temporary_cache(reason: str) -> Path:
+    """A folder of this process, in place of a cache that cannot be used; a warning says why."""
     logging.getLogger(__name__).warning("what is fetched is not kept: %s", reason)
     folder = Path(tempfile.mkdtemp(prefix="jaxprune-cache-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -102,7 +102,7 @@ def fetch(member: Member) -> Path:
         if found is None:
             require_cache(target.parent)
     except (CheckpointError, OSError) as error:
-        target = _instead(str(error)) / place
+        target = temporary_cache(str(error)) / place
         found = digest(target) if target.exists() else None
         target.parent.mkdir(parents=True, exist_ok=True)
     if found == member.sha256:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convert.files import expand
 from convert.ownership import destination
 from convert.paths import require_apart
 from jaxprune import masks, problems
@@ -88,6 +89,7 @@ def parse(argv: Sequence[str]) -> tuple[Path, Options, Recipe]:
 
 def _run(argv: Sequence[str]) -> None:
     file, options, recipe = parse(argv)
+    file = expand(file)
     place = destination(options.out, "out", overwrite=options.overwrite, folder=False) if options.out else None
     if place:
         given = masks.source_of(recipe.mask or "")

@@ -150,7 +150,7 @@ def test_files_that_are_no_mask_files_are_refused(checkpoint: Path, pruned: tupl
 def test_a_mask_files_header_has_a_schema(shapes: str | None, pruned: tuple[Path, Path], tmp_path: Path) -> None:
     metadata = {"format": FORMAT} | ({} if shapes is None else {"shapes": shapes})
     save_file(load_file(pruned[1]), tmp_path / "x.safetensors", metadata=metadata)
-    with pytest.raises(DamagedError, match="__metadata__.shapes: an entry "):
+    with pytest.raises(DamagedError, match=r"__metadata__\.shapes"):
         from_file(tmp_path / "x.safetensors")
 
 

@@ -26,7 +26,7 @@ def member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Member:
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", download)
-    wheels._instead.cache_clear()
+    wheels.temporary_cache.cache_clear()
     return Member("a==1", "any", "package/member.txt", digest(content))
 
 
