@@ -1,4 +1,4 @@
-"""Damages every file that is read, and odd values for every option: each is refused in one line, or the result is right.
+"""Damaged files and odd options, for everything that reads one: each is refused in one line, or the result is right.
 
     python scripts/hostile.py --cases 100000 --runs 2000        # opening and validation; whole tiny runs
     python scripts/hostile.py --cases 5000 --only gguf --seed 1
@@ -22,10 +22,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.hostile import mutations, targets, watchdog  # noqa: E402
+from tests.hostile import mutations, room, targets, watchdog  # noqa: E402
 from tests.hostile.watchdog import Limits, Result  # noqa: E402
 
-OPENING, WHOLE, BUILDING = Limits(20, first=60), Limits(60, first=120), Limits(600, first=600, memory=8e9)
+OPENING, WHOLE, BUILDING = Limits(10, first=30), Limits(30, first=60), Limits(600, first=600, memory=8e9)
 
 
 @dataclasses.dataclass
@@ -49,12 +49,14 @@ class Tally:
 
 def family(detail: str) -> str:
     """What failures of one cause have in common: the exception's type and the innermost line of ours, or the kind."""
-    if "Traceback (most recent call last)" not in detail:
+    fatal = "Fatal Python error" in detail
+    if "Traceback (most recent call last)" not in detail and not fatal:
         return re.sub(r"\d+(\.\d+)?", "N", detail.splitlines()[0][:120])
-    places = re.findall(r'File "[^"]*/((?:jaxprune|convert|tests)/[^"]+)", line \d+, in (\S+)', detail)
-    ours = [place for place in places if not place[0].startswith("tests/")] or places
+    places = re.findall(r'File "[^"]*/((?:jaxprune|convert|tests)/[^"]+)", line \d+,? in (\S+)', detail)
+    ours = [":".join(place) for place in places if not place[0].startswith("tests/")] or [":".join(p) for p in places]
     raised = re.findall(r"^([A-Za-z_][\w.]*)(?::|$)", detail, re.MULTILINE)
-    return f"{raised[-1] if raised else 'an exception'} in {':'.join(ours[-1]) if ours else 'a library'}"
+    inner = ours[0 if fatal else -1] if ours else "a library"  # a fatal error's stack begins with the innermost call
+    return f"{'a fatal error' if fatal else raised[-1] if raised else 'an exception'} in {inner}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,10 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help=f"targets with this in their name: {', '.join(targets.TARGETS)}")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time (default: %(default)s)")
     parser.add_argument("--repeat", metavar="CASE", help="try one case, and print what became of it")
-    parser.add_argument("--base", type=Path, metavar="DIR", help="make the undamaged files there once, and use them again")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="where the undamaged files are made once")
     parser.add_argument("--failures", type=Path, metavar="FILE", help="write the failures there, as Markdown")
     args = parser.parse_args(argv)
-    watchdog.prepare(targets.PRELOAD, targets.ENVIRONMENT)
+    watchdog.prepare(room.PRELOAD, room.ENVIRONMENT)
     with tempfile.TemporaryDirectory(prefix="hostile-base-") as folder:
         base = (args.base or Path(folder)).absolute() / "base"
         if args.repeat:
@@ -93,14 +95,12 @@ def attempt(
 ) -> Iterator[Result]:
     """The results of so many cases of some targets."""
     cases = draw(base, names, count, seed)
-    yield from watchdog.watch(
-        cases, functools.partial(targets.enter, base), limits, workers=workers, alone=targets.alone
-    )
+    yield from watchdog.watch(cases, functools.partial(room.enter, base), limits, workers=workers, alone=targets.alone)
 
 
 def draw(base: Path, names: Sequence[str], count: int, seed: int) -> list[str]:
     """So many cases; the files that they start from are made where they are not there."""
-    (drawn,) = watchdog.watch([""], functools.partial(targets.plan, base, names, count, seed), BUILDING, workers=1)
+    (drawn,) = watchdog.watch([""], functools.partial(room.plan, base, names, count, seed), BUILDING, workers=1)
     if drawn.outcome.status != "succeeded":
         raise RuntimeError(f"the files could not be made: {drawn.outcome.detail}")
     return drawn.outcome.detail.splitlines()
@@ -109,7 +109,7 @@ def draw(base: Path, names: Sequence[str], count: int, seed: int) -> list[str]:
 def repeat(base: Path, case: str) -> int:
     """Tries one case, and prints everything about it."""
     draw(base, [], 0, 0)
-    (result,) = watchdog.watch([case], functools.partial(targets.enter, base), WHOLE, workers=1)
+    (result,) = watchdog.watch([case], functools.partial(room.enter, base), WHOLE, workers=1)
     print(f"{result.outcome.status} after {result.seconds:.1f} s, {result.peak / 1e9:.2f} GB at the peak")
     print(result.outcome.detail)
     return int(result.outcome.status == "failed")

@@ -5,6 +5,7 @@ milliseconds. A worker that is ended, or ends by itself, fails the case it was a
 """
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import shutil
@@ -18,10 +19,16 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PATIENCE = 300.0
+PATIENCE = 120.0
 """Seconds that a worker may take to begin."""
+WAITING = 4
+"""How much longer a case may take by the clock than by its processor time."""
 TIRED = 1.3e9
 """Bytes that a worker may have between two cases: beyond, another one takes its place."""
+
+
+LOG = "stderr"
+"""A file in a worker's folder: its stderr, of which a fatal error's last words are taken."""
 
 
 class Outcome(NamedTuple):
@@ -52,7 +59,7 @@ class Limits(NamedTuple):
     """What one case may take.
 
     Attributes:
-        seconds: of the clock.
+        seconds: of processor time; of the clock, `WAITING` times as many, for the machine may be busy with other work.
         first: the same, for a worker's first case of a target, which imports and compiles.
         memory: bytes, resident, of the worker with all that it has imported.
     """
@@ -78,11 +85,12 @@ class _Worker:
         self._process.start()
         theirs.close()
         self.case: str | None = None
-        self.ready, self.since, self.peak = False, time.monotonic(), 0
+        self.ready, self.since, self.spent, self.peak = False, time.monotonic(), 0.0, 0
         self.used: Counter[str] = Counter()
 
     def give(self, case: str) -> None:
         self.case, self.since, self.peak = case, time.monotonic(), 0
+        self.spent = processor_seconds(self._process.pid)
         self.used[case.partition(" ")[0]] += 1
         with contextlib.suppress(OSError):  # it has died; the next look at the pipe says so
             self.pipe.send(case)
@@ -95,7 +103,9 @@ class _Worker:
         allowed = PATIENCE
         if self.case is not None:
             allowed = limits.first if self.used[self.case.partition(" ")[0]] == 1 else limits.seconds
-        return f"hang: more than {allowed:g} s" if time.monotonic() - self.since > allowed else ""
+        late = time.monotonic() - self.since > WAITING * allowed
+        late |= processor_seconds(self._process.pid) - self.spent > allowed
+        return f"hang: more than {allowed:g} s" if late else ""
 
     def end(self) -> str:
         """Ends the process and what it started; returns how it ended."""
@@ -108,8 +118,9 @@ class _Worker:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.kill()
         self._process.join()
+        said = (self.folder / LOG).read_text(errors="replace")[:5000] if (self.folder / LOG).exists() else ""
         shutil.rmtree(self.folder, ignore_errors=True)
-        return f"it died with exit code {self._process.exitcode}"
+        return f"it died with exit code {self._process.exitcode}\n{said}"
 
 
 def resident(pid: int | None) -> int:
@@ -118,6 +129,15 @@ def resident(pid: int | None) -> int:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError):
         return 0
+
+
+def processor_seconds(pid: int | None) -> float:
+    """What a process has used of processors; 0 once it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, IndexError):
+        return 0.0
 
 
 def prepare(preload: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -213,6 +233,10 @@ def _ended(worker: _Worker, why: str) -> Result:
 def _serve(pipe: Any, make: Callable[[Path], Work], folder: Path) -> None:
     """A worker's life."""
     os.setsid()
+    log = os.open(folder / LOG, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 2)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+    faulthandler.enable()
     try:
         work = make(folder)
     except BaseException:
