@@ -181,6 +181,18 @@ def reported(case: Case, base: Path) -> None:
     require(text.startswith("<!doctype html>") and "</html>" in text, "a report that is none")
 
 
+def plausible(case: Case, base: Path) -> None:
+    """Of a command with other options: what it has made is what it says, and no number was none."""
+    from jaxprune.verify import main
+    from tests.hostile.targets import TARGETS, options
+
+    takes = options(TARGETS[case.target].module)
+    for flag, kind, _ in case.edits:
+        require(kind not in ("nan", "infinity") or takes.get(flag) not in ("N", "X"), f"{flag} may be {kind}")
+    if Path("out/model.safetensors").exists():
+        require(main(["out"]) == 0, "what was made is not verified")
+
+
 def loads(path: Path) -> Any:
     def refuse(name: str) -> Any:
         raise Wrong(f"{path} has {name}")

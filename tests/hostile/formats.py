@@ -232,23 +232,28 @@ def _gguf_edits(content: bytes) -> Iterator[tuple[str, str]]:
     for name, at, size, first in spans:
         place = f"{name}@{at}+{size}"
         yield from ((kind, place) for kind in ("cut", "zeros", "ones", "top", "more", "less", "random", "nan"))
+        if first and name == "general.architecture.0":
+            yield "strings", f"{place}*4000000"
         if first and not name.startswith("GGUF."):
             yield from ((kind, place) for kind in ("removed", "twice"))
 
 
 def _gguf_apply(content: bytes, kind: str, place: str) -> bytes:
+    place, _, repeat = place.partition("*")
     at, size = map(int, place.rpartition("@")[2].split("+"))
     piece = content[at : at + size]
     number = int.from_bytes(piece[:8], "little")
     if kind == "cut":
         return content[:at]
-    if kind in ("removed", "twice"):
+    if kind in ("removed", "twice", "strings"):
         spans, end, data = _spans(content)
         next_at = min((start for _, start, _, first in spans if first and start > at), default=end)
-        header = content[:at] + content[at:next_at] * (2 * (kind == "twice")) + content[next_at:end]
+        entry = content[at:next_at]
+        now = {"removed": b"", "twice": entry * 2, "strings": entry + _strings(int(repeat or 0))}[kind]
+        header = content[:at] + now + content[next_at:end]
         count = 8 if place.startswith(("blk.", "token_embd.", "output")) else 16  # where the header counts its kind
         (number,) = struct.unpack_from("<Q", header, count)
-        header = header[:count] + struct.pack("<Q", number + (1 if kind == "twice" else -1)) + header[count + 8 :]
+        header = header[:count] + struct.pack("<Q", number + (-1 if kind == "removed" else 1)) + header[count + 8 :]
         return header + bytes(-len(header) % 32) + content[data:]
     changed = {
         "zeros": bytes(size),
@@ -260,6 +265,12 @@ def _gguf_apply(content: bytes, kind: str, place: str) -> bytes:
         "random": random.Random(place).randbytes(size),
     }[kind]
     return content[:at] + changed + piece[len(changed) :] + content[at + size :]
+
+
+def _strings(count: int) -> bytes:
+    """A GGUF entry that is an array of empty strings, eight bytes each."""
+    name = b"general.notes"
+    return struct.pack("<Q", len(name)) + name + struct.pack("<IIQ", 9, 8, count) + bytes(8 * count)
 
 
 _ARRAYS: dict[str, Callable[[np.ndarray], np.ndarray]] = {

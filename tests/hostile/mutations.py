@@ -75,7 +75,7 @@ def _spliced(content: bytes, chance: random.Random) -> bytes:
     return content[:at] + chance.choice([b"", chance.randbytes(8), b"\xff" * (end - at)]) + content[end:]
 
 
-_RANDOM = {"flipped": _flipped, "spliced": _spliced}
+RANDOM = {"flipped": _flipped, "spliced": _spliced}
 SEEDS = 40
 """Random changes of each kind that a file gets among its single edits; pairs draw more."""
 
@@ -111,7 +111,7 @@ def edits_of(root: Path, file: str) -> Iterator[Edit]:
         yield Edit(file, kind, place)
     yield from (Edit(file, kind) for kind in [*_BYTES, *PATHS])
     if content:
-        yield from (Edit(file, kind, str(seed)) for kind in _RANDOM for seed in range(SEEDS))
+        yield from (Edit(file, kind, str(seed)) for kind in RANDOM for seed in range(SEEDS))
 
 
 def apply(root: Path, edit: Edit) -> None:
@@ -127,8 +127,8 @@ def apply(root: Path, edit: Edit) -> None:
     try:
         if edit.kind in _BYTES:
             changed = _BYTES[edit.kind](content, random.Random(0))
-        elif edit.kind in _RANDOM and edit.place.isdecimal():
-            changed = _RANDOM[edit.kind](content, random.Random(f"{edit.file} {edit.place}"))
+        elif edit.kind in RANDOM and edit.place.isdecimal():
+            changed = RANDOM[edit.kind](content, random.Random(f"{edit.file} {edit.place}"))
         else:
             changed = format_of(path).apply(content, edit.kind, edit.place)
     except (ValueError, LookupError, TypeError, AttributeError, struct.error, RecursionError):

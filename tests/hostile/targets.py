@@ -1,10 +1,10 @@
 """Everything that reads a file of somebody else's: which files, by which function or command; and cases of it."""
 
 import contextlib
+import functools
 import importlib
 import io
 import itertools
-import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -85,6 +85,7 @@ RUNS: Mapping[str, Target] = {
         "masks.safetensors",
     ),
     "resume": _command("jaxprune.run", f"--ckpt hf {PRUNE} --out out", pruned("hf"), "out.unfinished/**/*"),
+    "overwrite": _command("jaxprune.run", f"--ckpt hf {PRUNE} --overwrite --out out", pruned("hf")),
     "plan": _command("jaxprune.run", f"--ckpt hf {PRUNE} --dry-run", nothing, "hf/config.json", may_deny=True),
     "convert-hf": _command("convert.__main__", "shards out --to orbax", converted("shards"), "shards/*"),
     "convert-gguf": _command("convert.__main__", "f32.gguf out", converted("f32.gguf"), "f32.gguf"),
@@ -110,13 +111,13 @@ RUNS: Mapping[str, Target] = {
         "jaxprune.report", "pruned evaluation --out out", reported, "pruned/jaxprune.json", "evaluation/jaxprune.json"
     ),
 }
-LINES = ("run", "convert-hf", "evaluate", "verify", "solve", "report")
-"""Commands whose options are varied as well; what they made is then only looked at as far as it is known."""
+LINES = ("run", "overwrite", "plan", "convert-hf", "evaluate", "verify", "solve", "report")
+"""Commands whose options are varied as well."""
 TARGETS = CALLS | RUNS | {f"{name}-line": RUNS[name] for name in LINES}
-PROCESS_WIDE = ("--device", "--devices", "--dtype")
+PROCESS_WIDE = ("--device", "--devices")
 """Options that change the process: such a case gets one of its own."""
-UNTRIED = ("--coordinator", "--processes", "--process-id", "--help", "--all", "--timing", "--overwrite", "--resume")
-"""Options that wait for other hosts, or take no value."""
+UNTRIED = ("--coordinator", "--processes", "--process-id", "--timing")
+"""Options that wait for other hosts, or only measure."""
 
 
 def alone(case: str) -> bool:
@@ -146,16 +147,17 @@ def _line_edits(target: Target) -> Iterator[Edit]:
     words = target.line.split()
     for kind in mutations.ARGUMENTS:
         yield from (Edit(str(place), kind) for place in range(len(words)) if not words[place].startswith("--"))
-        yield from (Edit(flag, kind) for flag in _flags(target.module))
+        yield from (Edit(flag, kind) for flag in options(target.module))
 
 
-def _flags(module: str) -> list[str]:
-    """A command's options, from its own help."""
-    with open(os.devnull, "r+") as null, io.StringIO() as text:
-        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(null), contextlib.suppress(SystemExit):
+@functools.cache
+def options(module: str) -> dict[str, str]:
+    """A command's options, from its own help: flag -> what it takes, N and X being numbers."""
+    with io.StringIO() as text:
+        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
             importlib.import_module(module).main(["--help"])
-        found = re.findall(r"--[a-z][a-z-]+", text.getvalue())
-    return [flag for flag in dict.fromkeys(found) if flag not in UNTRIED]
+        found = re.findall(r"^ +(--[a-z][a-z-]+) ([A-Z]+|{)", text.getvalue(), re.MULTILINE)
+    return {flag: takes for flag, takes in found if flag not in UNTRIED}
 
 
 def cases(base: Path, names: Sequence[str], count: int, seed: int) -> list[str]:
@@ -176,8 +178,11 @@ def cases(base: Path, names: Sequence[str], count: int, seed: int) -> list[str]:
         drawn |= {str(case): None for case in turn if case}
         if len(drawn) >= count:
             return list(drawn)[:count]
-    while turns and len(drawn) < count:
-        name = chance.choice(names)
-        first, second = (chance.choice(turns[name]).edits[0] for _ in range(2))
-        drawn[str(Case(name, (first, second)))] = None
+    every = [case for turn in turns.values() for case in turn]
+    while every and len(drawn) < count:
+        first = chance.choice(every)
+        second = chance.choice(turns[first.target]).edits[0]
+        if not first.target.endswith("-line") and chance.random() < 0.5:
+            second = Edit(second.file, chance.choice(list(mutations.RANDOM)), str(chance.randrange(10**9)))
+        drawn[str(Case(first.target, (*first.edits, second)))] = None
     return list(drawn)
