@@ -9,6 +9,7 @@ comes with the case that repeats it. The exit status is 1 where there is one.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -79,10 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         start = time.monotonic()
         opening = [name for name in targets.CALLS if args.only in name]
         whole = [name for name in targets.TARGETS if name not in targets.CALLS and args.only in name]
-        for names, count, limits in ((opening, args.cases, OPENING), (whole, args.runs, WHOLE)):
-            if names and count:
-                for result in progress(attempt(base, names, count, args.seed, limits, args.workers), count):
-                    tallies[mutations.parse(result.case).target].add(result)
+        # Stopped by Ctrl-C, it says what it has found so far.
+        with contextlib.suppress(KeyboardInterrupt):
+            for names, count, limits in ((opening, args.cases, OPENING), (whole, args.runs, WHOLE)):
+                if names and count:
+                    for result in progress(attempt(base, names, count, args.seed, limits, args.workers), count):
+                        tallies[mutations.parse(result.case).target].add(result)
         table = summary(tallies, time.monotonic() - start)
     print(table)
     if args.failures:
@@ -109,6 +112,10 @@ def draw(base: Path, names: Sequence[str], count: int, seed: int) -> list[str]:
 def repeat(base: Path, case: str) -> int:
     """Tries one case, and prints everything about it."""
     draw(base, [], 0, 0)
+    name, edits = mutations.parse(case)
+    known = targets.files(base, targets.TARGETS[name])
+    if not name.endswith("-line") and (unknown := [edit.file for edit in edits if edit.file not in known]):
+        raise SystemExit(f"{name} reads no {unknown[0]}, but {', '.join(known)}")
     (result,) = watchdog.watch([case], functools.partial(room.enter, base), WHOLE, workers=1)
     print(f"{result.outcome.status} after {result.seconds:.1f} s, {result.peak / 1e9:.2f} GB at the peak")
     print(result.outcome.detail)
@@ -143,6 +150,8 @@ def summary(tallies: dict[str, Tally], seconds: float) -> str:
         f"{total['succeeded']} succeeded, {total['failed']} failed; at most "
         f"{max((tally.peak for tally in tallies.values()), default=0) / 1e9:.2f} GB"
     )
+    if "unreadable" not in mutations.PATHS:
+        lines.append("(run as root, who can read every file: unreadable ones were not tried)")
     kinds: dict[str, list[Result]] = defaultdict(list)
     for tally in tallies.values():
         for kind, results in tally.failures.items():

@@ -118,7 +118,7 @@ def apply(root: Path, edit: Edit) -> None:
     """Changes a file; its place is left as it is where the change is impossible, as it may be after another one."""
     path = root / edit.file
     if edit.kind in PATHS:
-        path.unlink()
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         PATHS[edit.kind](path)
         return
     if path.is_symlink() or not path.is_file():

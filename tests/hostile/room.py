@@ -17,7 +17,7 @@ from tests.hostile.targets import TARGETS, Target, cases
 from tests.hostile.watchdog import Outcome
 
 PRELOAD = ("tests.hostile.room", "jaxprune.run", "jaxprune.evaluate", "jaxprune.solve", "jaxprune.verify")
-PRELOAD += ("convert.__main__", "transformers", "transformers.models.llama", "orbax.checkpoint.v1", "safetensors.numpy")
+PRELOAD += ("convert.__main__", "transformers", "transformers.models.llama", "orbax.checkpoint.v1", "datasets")
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "HF_HUB_OFFLINE": "1",
@@ -156,7 +156,7 @@ class Room:
                 if source.is_dir():
                     path.mkdir(exist_ok=True)
                 else:
-                    shutil.copy2(source, path)
+                    shutil.copy2(source, path, follow_symlinks=False)
             self._whole = inventory(self._top)
         except (OSError, ValueError):
             self._fill()
