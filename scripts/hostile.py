@@ -45,19 +45,26 @@ class Tally:
         self.longest = max(self.longest, result.seconds)
         self.peak = max(self.peak, result.peak)
         if result.outcome.status == "failed":
-            self.failures[family(result.outcome.detail)].append(result)
+            self.failures[family(result)].append(result)
 
 
-def family(detail: str) -> str:
+def family(result: Result) -> str:
     """What failures of one cause have in common: the exception's type and the innermost line of ours, or the kind."""
+    detail = result.outcome.detail
     fatal = "Fatal Python error" in detail
     if "Traceback (most recent call last)" not in detail and not fatal:
-        return re.sub(r"\d+(\.\d+)?", "N", detail.splitlines()[0][:120])
+        kind = re.sub(r"\d+(\.\d+)?|/tmp/\S+", "…", detail.splitlines()[0])[:80]
+        return f"{kind} ({mutations.parse(result.case).target})"
     places = re.findall(r'File "[^"]*/((?:jaxprune|convert|tests)/[^"]+)", line \d+,? in (\S+)', detail)
     ours = [":".join(place) for place in places if not place[0].startswith("tests/")] or [":".join(p) for p in places]
-    raised = re.findall(r"^([A-Za-z_][\w.]*)(?::|$)", detail, re.MULTILINE)
     inner = ours[0 if fatal else -1] if ours else "a library"  # a fatal error's stack begins with the innermost call
-    return f"{'a fatal error' if fatal else raised[-1] if raised else 'an exception'} in {inner}"
+    return f"{'a fatal error' if fatal else raised(detail).partition(':')[0]} in {inner}"
+
+
+def raised(detail: str) -> str:
+    """The line that names the last exception; of other failures, the first line."""
+    found = re.findall(r"^(?!WARNING|INFO|ERROR)[A-Za-z_][\w.]*(?:: .*)?$", detail, re.MULTILINE)
+    return (found[-1] if found and "Traceback" in detail else detail.partition("\n")[0])[:200]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,8 +167,7 @@ def summary(tallies: dict[str, Tally], seconds: float) -> str:
         lines += ["", f"## {len(kinds)} kinds of failure", ""]
     for kind, results in sorted(kinds.items(), key=lambda item: -len(item[1])):
         shortest = min(results, key=lambda result: len(result.case))
-        last = [line for line in shortest.outcome.detail.splitlines() if line.strip()]
-        lines.append(f"- {kind}: {len(results)} cases; {json.dumps(last[-1][:200] if last else '')}")
+        lines.append(f"- {kind}: {len(results)} cases; {json.dumps(raised(shortest.outcome.detail))}")
         lines.append(f"  `python scripts/hostile.py --repeat '{shortest.case}'`")
     return "\n".join(lines)
 
