@@ -1,0 +1,64 @@
+"""Commands that are killed, stopped, hindered or overtaken at their file operations lose nothing, and go on."""
+
+import signal
+
+import pytest
+
+from tests.crash import cases
+from tests.crash.operations import available
+from tests.crash.world import Worlds
+
+pytestmark = pytest.mark.skipif(bool(available()), reason=available())
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
+    return Worlds(tmp_path_factory.mktemp("crash") / "worlds")
+
+
+def middle(worlds: Worlds, name: str, phase: str, wanted: cases.Wanted = cases.changes) -> str:
+    """The operation in the middle of a phase."""
+    found = cases.points(worlds.reference(name), wanted)[phase]
+    return str(found[len(found) // 2])
+
+
+KILLS = [("overwrite", phase) for phase in ("reading", "journal", "states", "layer", "export", "masks", "record")]
+KILLS += [("best", "sensitivity"), ("best", "tuning"), ("best", "tuned layer"), ("convert-over", "tidying")]
+
+
+@pytest.mark.parametrize(("name", "phase"), KILLS)
+def test_a_killed_command_goes_on_to_the_same_bytes(worlds: Worlds, name: str, phase: str) -> None:
+    assert cases.killed(worlds, name, middle(worlds, name, phase)) == []
+
+
+@pytest.mark.parametrize("name", ["overwrite", "convert-over"])
+def test_a_kill_while_publishing_leaves_the_earlier_result_or_the_new_one(worlds: Worlds, name: str) -> None:
+    for operation in cases.points(worlds.reference(name), cases.changes)["publish"]:
+        assert cases.killed(worlds, name, str(operation)) == []
+
+
+def test_kills_in_a_chain(worlds: Worlds) -> None:
+    assert cases.killed(worlds, "quick", middle(worlds, "quick", "tidying"), times=4) == []
+
+
+@pytest.mark.parametrize("phase", ["layer", "export", "record"])
+def test_a_full_disk_is_one_line_after_which_a_command_goes_on(worlds: Worlds, phase: str) -> None:
+    assert cases.full(worlds, "quick", middle(worlds, "quick", phase, cases.grows)) == []
+
+
+@pytest.mark.parametrize(("number", "phase"), [(signal.SIGINT, "layer"), (signal.SIGTERM, "record")])
+def test_a_signal_is_one_line_after_which_a_command_goes_on(worlds: Worlds, number: int, phase: str) -> None:
+    assert cases.stopped(worlds, "quick", middle(worlds, "quick", phase), number) == []
+
+
+def test_one_of_two_runs_makes_the_result(worlds: Worlds) -> None:
+    assert cases.raced(worlds, ["quick", "quick"], "^mkdir work/out") == []
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "empty folder", "dangling link"])
+def test_what_appears_at_the_place_of_a_result_stays(worlds: Worlds, what: str) -> None:
+    assert cases.appeared(worlds, "quick", what, "^rename.* -> work/out ") == []
+
+
+def test_clocks_may_jump(worlds: Worlds) -> None:
+    assert cases.timed_wrongly(worlds, "quick", middle(worlds, "quick", "export"), years=3) == []
