@@ -94,11 +94,11 @@ def problem(path: str) -> None:
 
 
 def record(path: str) -> None:
-    from jaxprune import report
+    from jaxprune import report, schema
     from jaxprune.verify import expected
 
-    report.entries([report.load(Path(path))])  # the figures take a second: the command draws them
-    if run := report.run_of(Path(path)):
+    report.entries([schema.load(Path(path))])  # the figures take a second: the command draws them
+    if run := schema.run_of(Path(path)):
         expected(run)
 
 
