@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from tests.crash import cases
+from tests.crash import cases, places
 from tests.crash.operations import available
 from tests.crash.world import Worlds
 
@@ -60,5 +60,11 @@ def test_what_appears_at_the_place_of_a_result_stays(worlds: Worlds, what: str) 
     assert cases.appeared(worlds, "quick", what, "^rename.* -> work/out ") == []
 
 
-def test_clocks_may_jump(worlds: Worlds) -> None:
-    assert cases.timed_wrongly(worlds, "quick", middle(worlds, "quick", "export"), years=3) == []
+@pytest.mark.parametrize("years", [-30, 3])
+def test_clocks_may_leap(worlds: Worlds, years: float) -> None:
+    assert cases.leapt(worlds, "quick", middle(worlds, "quick", "export"), years) == []
+
+
+@pytest.mark.parametrize("what", places.PLACES)
+def test_what_is_not_ours_is_left_alone(worlds: Worlds, what: str) -> None:
+    assert places.refused(worlds, what) == []
