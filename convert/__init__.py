@@ -12,17 +12,21 @@ A format is a file of this package that exposes a `Reader`, a `Writer`, or both:
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
 from convert.errors import CheckpointError as CheckpointError
 from convert.errors import DamagedError as DamagedError
+
+if TYPE_CHECKING:
+    from convert.ownership import Destination
 
 Params = dict[str, np.ndarray]
 Spec = dict[str, jax.ShapeDtypeStruct]
@@ -62,9 +66,11 @@ class Writer(Protocol):
 
     Attributes:
         folder: being written; it becomes the checkpoint's folder.
+        files: relative paths of the files that it wrote later than at its start.
     """
 
     folder: Path
+    files: set[str]
 
     def __init__(self, folder: Path, spec: Spec) -> None: ...
 
@@ -113,28 +119,39 @@ def open_checkpoint(name: str | Path, *, check: bool = True) -> Reader:
 
 @contextmanager
 def create_checkpoint(
-    path: str | Path, spec: Spec, assets: Path, *, to: str = "hf", overwrite: bool = False
+    place: "str | Path | Destination", spec: Spec, assets: Path, *, to: str = "hf", overwrite: bool = False
 ) -> Iterator[Writer]:
-    """Writes a checkpoint that appears at `path` only when it is complete.
+    """Writes a checkpoint that appears at its place only when it is complete; see `ownership`.
 
     Args:
-        path: a folder that does not exist, or is replaced at the end where `overwrite` is set.
+        place: a folder that does not exist, or is replaced at the end where `overwrite` is set and it is ours.
         spec: what will be written.
         assets: the folder whose other files (configuration, tokenizer) go with the weights.
         to: the format.
-        overwrite: replace what is at `path`.
+        overwrite: replace an earlier result of ours.
 
     Raises:
-        CheckpointError: `path` exists, cannot be written, or the disk is too small.
+        CheckpointError: there is something that is not replaced, it cannot be written, or the disk is too small.
     """
-    from convert.assets import copy_assets
-    from convert.staging import staged_folder
+    from convert import ownership
 
-    with staged_folder(path, overwrite=overwrite) as folder:
-        writer = writer_for(to)(folder, spec)
-        copy_assets(assets, folder)
-        yield writer
-        writer.finish()
+    with ownership.staged(ownership.destination(place, overwrite=overwrite)) as folder:
+        with fill_checkpoint(folder, spec, assets, to=to) as writer:
+            yield writer
+        ownership.mark(folder, "checkpoint", writer.files)
+
+
+@contextmanager
+def fill_checkpoint(folder: Path, spec: Spec, assets: Path, *, to: str = "hf") -> Iterator[Writer]:
+    """Writes a checkpoint into an empty folder; arguments and errors as for `create_checkpoint`."""
+    from convert.assets import copy_assets
+    from convert.ownership import names
+
+    writer = writer_for(to)(folder, spec)
+    copy_assets(assets, folder)
+    writer.files |= names(folder)
+    yield writer
+    writer.finish()
 
 
 def writer_for(to: str) -> Callable[[Path, Spec], Writer]:
@@ -160,6 +177,6 @@ def parts(spec: Spec) -> dict[str, list[str]]:
     def order(part: str) -> tuple[int, int, str]:
         first, _, number = part.partition(".")
         rank = {"embed_tokens": 0, "layers": 1, "norm": 2}.get(first, 3)
-        return rank, int(number) if number.isdigit() else 0, part
+        return rank, int(number) if re.fullmatch("[0-9]{1,9}", number) else 0, part
 
     return {part: grouped[part] for part in sorted(grouped, key=order)}

@@ -1,32 +1,105 @@
 """What a checkpoint holds besides weights: configuration, tokenizer, generation settings."""
 
 import json
+import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from convert import CheckpointError
+from pydantic import Field
+
+from convert.errors import CheckpointError, DamagedError
+from convert.files import leads_outside, read_bytes, require_inside, require_regular
+from convert.schema import Schema, check, decode
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+"""Of the files that belong to a checkpoint besides its weights."""
+NOT_COPIED = ("*.index.json", "params.json", "jaxprune.json", "lm-eval-*.json", ".*")
+"""Patterns of names among those: lists of the weights, and what tools of ours or others wrote about one folder."""
+SETTINGS = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"}
+VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"}
+CONFIG_BYTES, TOKENIZER_BYTES = 2**22, 2**26
+"""The most that a configuration, and a file of a tokenizer, may hold; the largest vocabularies have half of it."""
+
+Size = Annotated[int, Field(ge=1, le=2**20)]
+"""Features of a vector; the widest published models have a twentieth of it."""
+Count = Annotated[int, Field(ge=1, le=2**12)]
+"""Layers or heads; the deepest published models have a twentieth of it."""
+Vocabulary = Annotated[int, Field(ge=1, le=2**22)]
+Positions = Annotated[int, Field(ge=1, le=2**30)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+TokenId = Annotated[int, Field(ge=-1, lt=2**22)]
+
+
+class DecoderConfig(Schema):
+    """The entries of config.json that every decoder has; a family checks its own (`jaxprune.models`)."""
+
+    model_type: str
+    vocab_size: Vocabulary
+    hidden_size: Size
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count | None = None
+    intermediate_size: Size | None = None
+    head_dim: Size | None = None
+    max_position_embeddings: Positions = 2048
+    rms_norm_eps: Positive | None = None
+    rope_theta: Positive | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    hidden_act: str | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    tie_word_embeddings: bool | None = None
+    architectures: list[str] | None = None
+    dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
+    torch_dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
+    bos_token_id: TokenId | list[TokenId] | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
+    pad_token_id: TokenId | None = None
+    quantization_config: dict[str, Any] | None = None
+    # Both would make transformers see another configuration than the one that is checked here.
+    configuration_files: None = None
+    per_layer_config: None = None
+
+
+class GenerationConfig(Schema):
+    """The entries of generation_config.json that decide what is generated, and when it ends."""
+
+    bos_token_id: TokenId | list[TokenId] | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
+    pad_token_id: TokenId | list[TokenId] | None = None
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    max_length: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    max_new_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
 
 
 def read_config(assets: Path) -> dict[str, Any]:
-    """The content of config.json.
+    """The content of config.json; entries are of the types and in the ranges of `DecoderConfig`.
 
     Raises:
-        CheckpointError: it is missing or no JSON object.
+        CheckpointError: it is missing, damaged, no decoder's, or a quantized checkpoint's.
     """
     path = assets / "config.json"
+    require_inside(path, assets)
+    config = decode(read_bytes(path, CONFIG_BYTES), file=path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{assets} has no config.json: point at a complete checkpoint") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): fetch it again") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no JSON object: fetch it again")
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
+        json.dumps(config, allow_nan=False)
+    except ValueError:
+        raise DamagedError("it holds a number that is too large", file=path) from None
+    if missing := [
+        name for name, field in DecoderConfig.model_fields.items() if field.is_required() and name not in config
+    ]:
+        found = f"model type {config.get('model_type')!r}"
+        raise CheckpointError("an entry that a decoder has is missing", file=path, entry=missing[0], found=found)
+    checked = check(DecoderConfig, config, file=path)
+    if checked.quantization_config is not None:
+        method = checked.quantization_config.get("quant_method", "unknown")
         raise CheckpointError(
             f"{assets} is quantized ({method}); take the unquantized checkpoint, or a GGUF file, which is "
             "dequantized when read"
@@ -34,12 +107,58 @@ def read_config(assets: Path) -> dict[str, Any]:
     return config
 
 
+def load_config(assets: Path) -> Any:
+    """The configuration as transformers' class for its model type, made of what `read_config` has checked.
+
+    Raises:
+        CheckpointError: as for `read_config`, or transformers refuses it.
+    """
+    from transformers import CONFIG_MAPPING
+
+    config = read_config(assets)
+    if config["model_type"] not in CONFIG_MAPPING:
+        raise CheckpointError("an unknown model type", file=assets / "config.json", found=config["model_type"])
+    try:
+        return CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    except Exception as error:  # transformers validates with errors of many kinds
+        reason = f"{type(error).__name__}: {error}"[:300]
+        raise CheckpointError(f"it cannot be used ({reason})", file=assets / "config.json") from error
+
+
+def check_files(assets: Path) -> None:
+    """Looks at the files besides the weights that libraries open by name, so that none of them makes them wait.
+
+    Raises:
+        CheckpointError: one is no regular file, or settings of the tokenizer or of generation cannot be used.
+    """
+    for path in _others(assets):
+        if path.name != "config.json":
+            require_regular(path)
+        if path.name in SETTINGS:
+            decode(read_bytes(path, TOKENIZER_BYTES), file=path)
+        if path.name == "generation_config.json":
+            check(GenerationConfig, decode(read_bytes(path, CONFIG_BYTES), file=path), file=path)
+
+
 def copy_assets(source: Path, target: Path) -> None:
-    """Copies configuration and tokenizer files; weights, their index and model cards stay behind."""
-    for path in sorted(source.iterdir()):
+    """Copies configuration and tokenizer files; weights, their index and model cards stay behind.
+
+    A link to a file outside the checkpoint is not followed, and a warning says so.
+
+    Raises:
+        CheckpointError: a file is no regular one, or tokenizer.json is damaged.
+    """
+    for path in _others(source):
+        if any(path.match(pattern) for pattern in NOT_COPIED):
+            continue
+        if leads_outside(path, source):
+            log.warning("%s was not copied: it is a link to %s, outside the checkpoint", path, path.resolve())
+            continue
+        require_regular(path)
+        if path.name == "tokenizer.json":
+            decode(read_bytes(path, TOKENIZER_BYTES), file=path)
         # Files in a hub cache are links to blobs; copyfile copies what they point to, with this user's mode.
-        if path.suffix in SUFFIXES and not path.name.endswith(".index.json") and path.is_file():
-            shutil.copyfile(path, target / path.name)
+        shutil.copyfile(path, target / path.name)
 
 
 def has_tokenizer(assets: Path) -> bool:
@@ -50,16 +169,50 @@ def load_tokenizer(assets: Path) -> Any:
     """The tokenizer of a checkpoint, by transformers; no code from the checkpoint is run.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read.
+        CheckpointError: there is none, it cannot be read, or its vocabulary is larger than the model's.
     """
     if not has_tokenizer(assets):
         raise CheckpointError(
             f"{assets} has no tokenizer: add the model's tokenizer files, or give the calibration text as token "
             "ids in a .npy file"
         )
+    size = read_config(assets)["vocab_size"]
+    for path in _others(assets):
+        _check_tokenizer_file(path)
     from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)  # what it would say of a damaged file is in the error
     try:
-        return AutoTokenizer.from_pretrained(assets, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot read the tokenizer in {assets}: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(assets, local_files_only=True, trust_remote_code=False)
+        vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+    except BaseException as error:  # transformers and tokenizers raise anything; a panic in Rust is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = f"{type(error).__name__}: {error}"[:300]
+        raise CheckpointError(f"the tokenizer cannot be read ({reason})", file=assets) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    token, most = max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
+    if most >= size and token not in added:
+        wanted = f"ids below the model's vocabulary of {size}"
+        raise CheckpointError("the tokenizer is another model's", file=assets, entry=token, found=most, wanted=wanted)
+    if most >= size:  # many fine-tuned models have a padding token that no text holds
+        log.warning("%s: the tokenizer adds tokens up to id %d; the model knows %d", assets, most, size)
+    return tokenizer
+
+
+def _check_tokenizer_file(path: Path) -> None:
+    """Checks a file that transformers may open: regular, not too large, its settings JSON of bounded depth."""
+    size = require_regular(path).st_size
+    named = path.name in SETTINGS | VOCABULARIES or path.suffix in (".model", ".tiktoken", ".jinja")
+    if named and size > TOKENIZER_BYTES:
+        raise CheckpointError("it is too large", file=path, found=size, wanted=f"at most {TOKENIZER_BYTES} bytes")
+    if path.name in SETTINGS:
+        decode(read_bytes(path, TOKENIZER_BYTES), file=path)
+
+
+def _others(folder: Path) -> Iterator[Path]:
+    """The files besides weights, and what stands in their place."""
+    yield from (path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES)

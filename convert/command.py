@@ -1,6 +1,7 @@
 """What all command lines share: one line and exit status 2 for an error of the user's, a traceback for one of ours."""
 
 import argparse
+import logging
 import re
 import sys
 import traceback
@@ -35,6 +36,7 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
     for stream in (sys.stdout, sys.stderr):  # a file's name need not be text
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    show_warnings()
     try:
         return command(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
@@ -55,7 +57,7 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
 
 def worded(error: UserError) -> str:
     """The error and what to do about it, on one line, without characters that could move a terminal's cursor."""
-    text = re.sub(r":\s*\n\s*", ": ", str(error))
+    text = str(error)
     remedies = [_remedy(name, value) for name, value in error.options.items()]
     if isinstance(error, DamagedError):
         remedies.append("fetch or make it again")
@@ -63,9 +65,30 @@ def worded(error: UserError) -> str:
         remedies.append("free some space, then run the same command again")
     if remedies:
         text += ": " + ", or ".join(remedies)
+    return one_line(text)
+
+
+def one_line(text: str) -> str:
+    """Text of any content on one line, without characters that could move a terminal's cursor."""
+    text = re.sub(r":\s*\n\s*", ": ", text)
     line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
     line = line if len(line) <= MOST else f"{line[: MOST - 1]}…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+class _Handler(logging.Handler):
+    """Prints the library's warnings as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"warning: {one_line(record.getMessage())}", file=sys.stderr)
+
+
+def show_warnings() -> None:
+    """Lets command lines show what the loggers `convert` and `jaxprune` warn of."""
+    for name in ("convert", "jaxprune"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(handler, _Handler) for handler in logger.handlers):
+            logger.addHandler(_Handler(logging.WARNING))
 
 
 def _remedy(name: str, value: Any) -> str:

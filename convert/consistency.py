@@ -3,54 +3,88 @@
 What one architecture needs in particular is checked by jaxprune.models; this holds for every decoder.
 """
 
+import re
 from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from convert import CheckpointError, Spec, part_of, parts
+from convert import Spec, parts
+from convert.errors import CheckpointError, DamagedError, joined
 
 
 def check(spec: Spec, config: dict[str, Any]) -> None:
     """Compares the layers with each other, and counts and sizes with the configuration.
 
+    The time it takes grows with the number of tensors, not with layers times names.
+
+    Args:
+        spec: of the checkpoint.
+        config: of the checkpoint, as `convert.assets.read_config` gives it.
+
     Raises:
-        CheckpointError: every missing, surplus and misshapen tensor, in one message.
+        CheckpointError: missing, surplus and misshapen tensors, in one message.
     """
     grouped = parts(spec)
     layers = {part: _shapes(spec, part, paths) for part, paths in grouped.items() if part.startswith("layers.")}
-    problems = []
-    if layers:
-        usual = {
-            leaf: Counter(shapes.get(leaf) for shapes in layers.values()).most_common(1)[0][0]
-            for leaf in dict.fromkeys(leaf for shapes in layers.values() for leaf in shapes)
-        }
-        for part, shapes in layers.items():
-            for leaf, shape in usual.items():
-                found = shapes.get(leaf)
-                if found == shape:
-                    continue
-                if found is None:
-                    problems.append(f"missing: {part}.{leaf} {list(shape or ())}")
-                elif shape is None:
-                    problems.append(f"surplus: {part}.{leaf} {list(found)}, which the other layers lack")
-                else:
-                    problems.append(f"misshapen: {part}.{leaf} is {list(found)}, in most layers {list(shape)}")
-    wanted = {f"layers.{i}" for i in range(config.get("num_hidden_layers", len(layers)))}
+    problems = _odd_ones(layers)
+    wanted = {f"layers.{i}" for i in range(config["num_hidden_layers"])}
     problems += [f"missing: all of {part}" for part in sorted(wanted - layers.keys())]
     problems += [f"surplus: all of {part}" for part in sorted(layers.keys() - wanted)]
-    tops = {"embed_tokens": config.get("vocab_size"), "norm": config.get("hidden_size")}
+    tops = {"embed_tokens": config["vocab_size"], "norm": config["hidden_size"]}
     if not config.get("tie_word_embeddings"):
-        tops["lm_head"] = config.get("vocab_size")
+        tops["lm_head"] = config["vocab_size"]
     for part, size in tops.items():
         if part not in grouped:
             problems.append(f"missing: all of {part}")
         for path in grouped.get(part, ()):
-            if size is not None and size not in spec[path].shape:
+            if size not in spec[path].shape:
                 problems.append(f"misshapen: {path} is {list(spec[path].shape)}, without the configuration's {size}")
     if problems:
-        raise CheckpointError(
-            f"the checkpoint's tensors do not fit together ({len(problems)} problems):\n  " + "\n  ".join(problems[:30])
-        )
+        raise CheckpointError(f"the checkpoint's tensors do not fit together: {joined(problems)}")
+
+
+def _odd_ones(layers: dict[str, dict[str, tuple[int, ...]]]) -> list[str]:
+    """What a layer has otherwise than most of them."""
+    counts: dict[str, Counter[tuple[int, ...]]] = {}
+    for shapes in layers.values():
+        for leaf, shape in shapes.items():
+            counts.setdefault(leaf, Counter())[shape] += 1
+    usual = {  # leaves that half of the layers or more have, so there are few
+        leaf: shapes.most_common(1)[0][0] for leaf, shapes in counts.items() if 2 * shapes.total() >= len(layers)
+    }
+    problems = []
+    for part, shapes in layers.items():
+        for leaf, shape in usual.items():
+            found = shapes.get(leaf)
+            if found is None:
+                problems.append(f"missing: {part}.{leaf} {list(shape)}")
+            elif found != shape:
+                problems.append(f"misshapen: {part}.{leaf} is {list(found)}, in most layers {list(shape)}")
+        for leaf in shapes.keys() - usual.keys():
+            problems.append(f"surplus: {part}.{leaf} {list(shapes[leaf])}, which the other layers lack")
+    return problems
 
 
 def _shapes(spec: Spec, part: str, paths: list[str]) -> dict[str, tuple[int, ...]]:
-    return {path.removeprefix(f"{part_of(path)}."): spec[path].shape for path in paths if part_of(path) == part}
+    return {path.removeprefix(f"{part}."): spec[path].shape for path in paths}
+
+
+def check_paths(paths: Iterable[str], file: Path) -> None:
+    """Makes sure that paths of params can be nested, and can name files: `layers.3.mlp.up_proj.kernel`.
+
+    Args:
+        paths: of a whole checkpoint.
+        file: that they come from.
+
+    Raises:
+        DamagedError: a name is none of a model's, or one is the beginning of another.
+    """
+    known = set(paths)
+    for path in known:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+", path) or len(path) > 200:
+            raise DamagedError("no tensor of a model has such a name", file=file, found=path)
+        steps = path.split(".")
+        for count in range(1, len(steps)):
+            if (shorter := ".".join(steps[:count])) in known:
+                raise DamagedError(f"a tensor's name is the beginning of another: {shorter}", file=file, entry=path)

@@ -82,5 +82,10 @@ def joined(problems: list[str], most: int = 8) -> str:
 
 
 def _brief(value: Any) -> str:
-    text = repr(value)
+    if isinstance(value, dict | list | tuple):
+        value = value if len(value) <= 8 else f"{len(value)} entries"
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer of thousands of digits
+        return "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"

@@ -2,13 +2,27 @@
 
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 from convert.errors import CheckpointError, DamagedError, UserError
 
 JSON_BYTES = 256 * 2**20
 """The most that a JSON file may hold; the largest tokenizers have some tens of MB."""
+
+
+def expand(path: str | Path) -> Path:
+    """The path, with a leading `~` or `~user` as that user's home folder.
+
+    Raises:
+        CheckpointError: there is no such user, no home folder is known, or no path.
+    """
+    if not str(path):
+        raise CheckpointError("a path is empty")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise CheckpointError("no home folder is known for its ~", file=path, wanted="a path without ~") from None
 
 
 def require_regular(path: str | Path, error: type[UserError] = CheckpointError) -> os.stat_result:
@@ -29,12 +43,14 @@ def require_regular(path: str | Path, error: type[UserError] = CheckpointError) 
         reason = problem.strerror if isinstance(problem, OSError) else problem
         raise error(f"it cannot be read ({reason})", file=path) from None
     if not stat.S_ISREG(found.st_mode):
-        raise error("it is no regular file", file=path, found=_kind(found.st_mode))
+        raise error(f"it is {_kind(found.st_mode)}", file=path, wanted="a regular file")
+    if not os.access(path, os.R_OK):
+        raise error("it cannot be read (no permission)", file=path)
     return found
 
 
-def open_regular(path: str | Path, error: type[UserError] = CheckpointError) -> IO[bytes]:
-    """Opens a regular file for reading, unbuffered choices left to Python; errors as for `require_regular`."""
+def open_regular(path: str | Path, error: type[UserError] = CheckpointError) -> BufferedReader:
+    """Opens a regular file for reading; errors as for `require_regular`."""
     require_regular(path, error)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
@@ -56,6 +72,27 @@ def read_bytes(path: str | Path, most: int = JSON_BYTES, error: type[UserError] 
     if len(content) > most:
         raise DamagedError("it is larger than such a file can be", file=path, wanted=f"at most {most} bytes")
     return content
+
+
+def leads_outside(path: Path, folder: Path) -> bool:
+    """Whether a file of a checkpoint's folder is a link to somewhere else.
+
+    The files of a snapshot in the hub's cache are links to `../../blobs/<hash>`: that is inside.
+    """
+    try:
+        target, root = path.resolve(strict=True), folder.resolve()
+    except (OSError, RuntimeError, ValueError):  # nothing is there, or a loop of links
+        return False
+    blobs = [root.parents[1] / "blobs"] if len(root.parents) > 1 and root.parent.name == "snapshots" else []
+    return not any(target.is_relative_to(home) for home in [root, *blobs])
+
+
+def require_inside(path: Path, folder: Path) -> None:
+    """Raises CheckpointError where `leads_outside` says so."""
+    if leads_outside(path, folder):
+        raise CheckpointError(
+            f"it is a link that leads outside the checkpoint's folder, to {path.resolve()}", file=path
+        )
 
 
 def _kind(mode: int) -> str:

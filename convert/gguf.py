@@ -6,22 +6,25 @@ References:
     https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-import contextlib
 import json
 import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import gguf
 import jax
 import numpy as np
+from pydantic import Field, model_validator
 
-from convert import CheckpointError, Params, Spec, parts
+from convert import Params, Spec, parts
+from convert.assets import Count, DecoderConfig, Positions, Positive, Size
+from convert.errors import CheckpointError, DamagedError, joined
+from convert.gguf_header import Header, Tensor
+from convert.schema import S, Schema, check
 
 MODULES = {
     "attn_norm": "input_layernorm.scale",
@@ -39,23 +42,68 @@ TOP = {
     "output_norm.weight": "norm.scale",
     "output.weight": "lm_head.kernel",
 }
-TOKENIZER_FIELDS = {
-    "tokenizer_type": "model",
-    "pre_tokenizer_type": "pre",
-    "tokens": "tokens",
-    "scores": "scores",
-    "token_type": "token_type",
-    "merges": "merges",
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
-    "unk_token_id": "unknown_token_id",
-    "pad_token_id": "padding_token_id",
-    "add_prefix_space": "add_space_prefix",
-}
-MOST = 2**22
-"""Elements of an array in a header; vocabularies and their merges have a tenth of it."""
 # llama.cpp stores the frequency factors of Llama 3's rope, which the configuration of the model describes.
 ROPE_FACTORS = "rope_freqs.weight"
+TokenId = Annotated[int, Field(ge=0, lt=2**22)]
+
+
+class _Llama(Schema):
+    """The fields that describe a llama model, under their names in the file."""
+
+    hidden: Size = Field(alias="llama.embedding_length")
+    intermediate: Size = Field(alias="llama.feed_forward_length")
+    layers: Count = Field(alias="llama.block_count")
+    heads: Count = Field(alias="llama.attention.head_count")
+    kv_heads: Count | None = Field(None, alias="llama.attention.head_count_kv")
+    head_dim: Size | None = Field(None, alias="llama.attention.key_length")
+    context: Positions = Field(alias="llama.context_length")
+    epsilon: Positive = Field(alias="llama.attention.layer_norm_rms_epsilon")
+    rope_base: Positive = Field(10000.0, alias="llama.rope.freq_base")
+    scaling: Literal["none", "linear", "yarn"] = Field("none", alias="llama.rope.scaling.type")
+    scaling_factor: Positive = Field(1.0, alias="llama.rope.scaling.factor")
+    original_context: Positions | None = Field(None, alias="llama.rope.scaling.original_context_length")
+
+
+class _Tokenizer(Schema):
+    """The fields of the tokenizer, without `tokenizer.ggml.`; arrays that go with the tokens have their length."""
+
+    model: str
+    pre: str | None = None
+    tokens: Annotated[list[Annotated[str, Field(max_length=1024)]], Field(min_length=1)]
+    scores: list[float] | None = None
+    token_type: list[int] | None = None
+    merges: list[Annotated[str, Field(max_length=2048)]] | None = None
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenId | None = None
+    unknown_token_id: TokenId | None = None
+    padding_token_id: TokenId | None = None
+    add_space_prefix: bool | None = None
+    add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "_Tokenizer":
+        for name in ("scores", "token_type"):
+            found = getattr(self, name)
+            if found is not None and len(found) != len(self.tokens):
+                raise ValueError(f"as many {name} as tokens, {len(self.tokens)}")
+        if self.scores is None and self.merges is None:
+            raise ValueError("scores or merges")
+        for name in ("bos", "eos", "unknown", "padding"):
+            found = getattr(self, f"{name}_token_id")
+            if found is not None and found >= len(self.tokens):
+                raise ValueError(f"{name}_token_id to be one of {len(self.tokens)} tokens")
+        return self
+
+
+RENAMED = {
+    "model": "tokenizer_type",
+    "pre": "pre_tokenizer_type",
+    "unknown_token_id": "unk_token_id",
+    "padding_token_id": "pad_token_id",
+    "add_space_prefix": "add_prefix_space",
+}
+"""Fields that transformers' own reader calls otherwise."""
 
 
 class Reader:
@@ -69,55 +117,37 @@ class Reader:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        with _refusing(path):
-            self._open(path)
-
-    def _open(self, path: Path) -> None:
-        reader = _Bounded(path)
-        self._fields = reader.fields
-        self._tensors: dict[str, Any] = {}
+        self._path, self._header = path, Header(path)
+        if (architecture := self._header.get("general.architecture")) != "llama":
+            raise CheckpointError("only GGUF files of llama models can be read", file=path, found=architecture)
+        self._llama = self._fields(_Llama, [str(field.alias) for field in _Llama.model_fields.values()])
+        self._tensors: dict[str, Tensor] = {}
         self.spec: Spec = {}
-        if (architecture := self._field("general.architecture")) != "llama":
-            raise CheckpointError(f"{path} holds a {architecture!r} model; only GGUF files of llama models can be read")
         unknown = []
-        for tensor in reader.tensors:
-            if tensor.name == ROPE_FACTORS:
-                self._tensors[ROPE_FACTORS] = tensor
-                continue
-            flax = _flax_path(tensor.name)
+        for tensor in self._header.tensors:
+            flax = ROPE_FACTORS if tensor.name == ROPE_FACTORS else _flax_path(tensor.name)
             if flax is None:
                 unknown.append(tensor.name)
                 continue
-            shape = tuple(int(size) for size in tensor.shape)  # ggml lists the fastest axis first: [in, out]
             self._tensors[flax] = tensor
-            self.spec[flax] = jax.ShapeDtypeStruct(shape[::-1] if flax.endswith(".embedding") else shape, np.float32)
+            if flax != ROPE_FACTORS:
+                self.spec[flax] = jax.ShapeDtypeStruct(self._shape(flax, tensor), np.float32)
         if unknown:
-            raise CheckpointError(f"{path} has tensors that no llama model has: {', '.join(unknown[:8])}")
+            raise CheckpointError(f"no llama model has such tensors: {joined(unknown)}", file=path)
+        if "embed_tokens.embedding" not in self.spec:
+            raise DamagedError("a tensor is missing", file=path, entry="token_embd.weight")
         self.spec = {p: self.spec[p] for paths in parts(self.spec).values() for p in paths}
         self._hf_config = self._config()
+        self._tokenizer = self._tokenizer_fields() if "tokenizer.ggml.model" in self._header else None
 
     @staticmethod
     def accepts(path: Path) -> bool:
-        return path.is_file() and path.suffix == ".gguf"
+        return path.suffix == ".gguf" and not path.is_dir()
 
     def read(self, paths: Iterable[str]) -> Params:
-        with _refusing(self._path):
-            return self._read(paths)
-
-    def _read(self, paths: Iterable[str]) -> Params:
         params = {}
         for path in paths:
-            tensor = self._tensors[path]
-            try:
-                array = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
-            except NotImplementedError as error:
-                kind = tensor.tensor_type.name
-                raise CheckpointError(
-                    f"{self._path} stores {tensor.name} as {kind}, which the gguf package cannot dequantize: take a "
-                    "file of another quantization"
-                ) from error
-            array = array.reshape([int(size) for size in tensor.shape[::-1]])
+            array = self._dequantized(self._tensors[path])
             if re.search(r"\.(q|k)_proj\.", path):
                 array = _unpermute(array, self._heads(path))
             params[path] = array.T if path.endswith(".kernel") else array
@@ -127,135 +157,147 @@ class Reader:
     def files(self) -> list[Path]:
         return [self._path]
 
+    def _dequantized(self, tensor: Tensor) -> np.ndarray:
+        try:
+            return tensor.dequantize(self._path)
+        except NotImplementedError as error:
+            raise CheckpointError(
+                f"{tensor.kind.name} cannot be dequantized by the gguf package: take a file of another quantization",
+                file=self._path,
+                entry=tensor.name,
+            ) from error
+        except OSError as error:
+            raise DamagedError(f"it cannot be read ({error.strerror})", file=self._path) from error
+
+    def _shape(self, flax: str, tensor: Tensor) -> tuple[int, ...]:
+        """The shape that a param has: of kernels and embeddings two axes, of all else one."""
+        shape = tensor.shape  # ggml lists the fastest axis first: [in, out]
+        wanted = 2 if flax.endswith((".kernel", ".embedding")) else 1
+        if len(shape) != wanted:
+            problem = f"a tensor of {wanted} axes has {len(shape)}"
+            raise DamagedError(problem, file=self._path, entry=tensor.name, found=list(shape))
+        if re.search(r"\.(q|k)_proj\.", flax) and shape[-1] % (2 * self._heads(flax)):
+            wanted_rows = f"a multiple of {2 * self._heads(flax)} rows"
+            raise DamagedError(
+                "its rows are not whole heads",
+                file=self._path,
+                entry=tensor.name,
+                found=list(shape),
+                wanted=wanted_rows,
+            )
+        return shape[::-1] if flax.endswith(".embedding") else shape
+
     @cached_property
     def assets(self) -> Path:
         """A temporary folder with the configuration and the tokenizer that the file holds."""
         folder = Path(tempfile.mkdtemp(prefix="jaxprune-gguf-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         (folder / "config.json").write_text(json.dumps(self._hf_config, indent=2) + "\n")
-        if "tokenizer.ggml.model" in self._fields:
-            with _refusing(self._path):
-                self._save_tokenizer(folder)
+        if self._tokenizer is not None:
+            self._save_tokenizer(folder, self._tokenizer)
         return folder
 
-    def _save_tokenizer(self, folder: Path) -> None:
+    def _tokenizer_fields(self) -> _Tokenizer:
+        found = self._fields(_Tokenizer, list(_Tokenizer.model_fields), "tokenizer.ggml.")
+        if len(found.tokens) > (size := self.spec["embed_tokens.embedding"].shape[0]):
+            entry, wanted = "tokenizer.ggml.tokens", f"at most the model's vocabulary of {size}"
+            raise DamagedError("more tokens than embeddings", file=self._path, entry=entry, wanted=wanted)
+        return found
+
+    def _save_tokenizer(self, folder: Path, found: _Tokenizer) -> None:
         """Builds the tokenizer as transformers does, but from fields read here: its own reader of GGUF needs torch."""
         from transformers import PreTrainedTokenizerFast
         from transformers.integrations.gguf import convert_gguf_tokenizer
 
-        found = {name: self._field(f"tokenizer.ggml.{field}") for name, field in TOKENIZER_FIELDS.items()}
-        fields = {name: value for name, value in found.items() if value is not None}
+        fields = {RENAMED.get(name, name): value for name, value in found if value is not None}
         special = {
-            f"{name}_token": fields["tokens"][fields[f"{name}_token_id"]]
+            f"{name}_token": found.tokens[fields[f"{name}_token_id"]]
             for name in ("bos", "eos", "unk", "pad")
             if f"{name}_token_id" in fields
         }
-        backend, _ = convert_gguf_tokenizer("llama", fields)
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            chat_template=self._field("tokenizer.chat_template"),
-            # llama.cpp adds BOS to a sentencepiece vocabulary that does not say otherwise.
-            add_bos_token=self._field("tokenizer.ggml.add_bos_token", fields["tokenizer_type"] == "llama"),
-            add_eos_token=self._field("tokenizer.ggml.add_eos_token", False),
-            **special,
-        )
-        tokenizer.save_pretrained(folder)
+        add_bos, add_eos = (fields.pop(f"add_{name}_token", None) for name in ("bos", "eos"))
+        try:
+            backend, _ = convert_gguf_tokenizer("llama", fields)
+            tokenizer = PreTrainedTokenizerFast(
+                tokenizer_object=backend,
+                chat_template=self._header.get("tokenizer.chat_template"),
+                # llama.cpp adds BOS to a sentencepiece vocabulary that does not say otherwise.
+                add_bos_token=found.model == "llama" if add_bos is None else add_bos,
+                add_eos_token=bool(add_eos),
+                **special,
+            )
+            tokenizer.save_pretrained(folder)
+        except BaseException as error:  # tokenizers raises anything; a panic in Rust is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            reason = f"{type(error).__name__}: {error}"[:200]
+            raise DamagedError(f"its tokenizer cannot be read ({reason})", file=self._path) from error
         # transformers 4 does not know the class name that transformers 5 writes; both know this one.
         file = folder / "tokenizer_config.json"
         settings = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
         file.write_text(json.dumps(settings, indent=2) + "\n")
 
-    def _field(self, name: str, default: Any = None) -> Any:
-        return self._fields[name].contents() if name in self._fields else default
+    def _fields(self, schema: type[S], names: list[str], prefix: str = "") -> S:
+        """The named fields that are there, as a schema has them."""
+        found = {name: self._header.get(prefix + name) for name in names if prefix + name in self._header}
+        return check(schema, found, file=self._path, entry=prefix.rstrip("."))
 
     def _heads(self, path: str) -> int:
-        heads = self._field("llama.attention.head_count")
-        return heads if ".q_proj." in path else self._field("llama.attention.head_count_kv", heads)
+        llama = self._llama
+        return llama.heads if ".q_proj." in path else llama.kv_heads or llama.heads
 
     def _config(self) -> dict[str, Any]:
-        def need(name: str) -> Any:
-            value = self._field(f"llama.{name}")
-            if value is None:
-                raise CheckpointError(f"{self._path} lacks llama.{name}: fetch it again")
-            return value
-
-        hidden, heads = need("embedding_length"), need("attention.head_count")
+        llama = self._llama
         config = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "dtype": "float32",
             "vocab_size": self.spec["embed_tokens.embedding"].shape[0],
-            "hidden_size": hidden,
-            "intermediate_size": need("feed_forward_length"),
-            "num_hidden_layers": need("block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": self._field("llama.attention.head_count_kv", heads),
-            "head_dim": self._field("llama.attention.key_length", hidden // heads),
-            "max_position_embeddings": need("context_length"),
+            "hidden_size": llama.hidden,
+            "intermediate_size": llama.intermediate,
+            "num_hidden_layers": llama.layers,
+            "num_attention_heads": llama.heads,
+            "num_key_value_heads": llama.kv_heads or llama.heads,
+            "head_dim": llama.head_dim or llama.hidden // llama.heads,
+            "max_position_embeddings": llama.context,
             # Stored as float32; the shortest decimal that rounds to it is what the model's authors wrote.
-            "rms_norm_eps": float(str(np.float32(need("attention.layer_norm_rms_epsilon")))),
+            "rms_norm_eps": float(str(np.float32(llama.epsilon))),
             "hidden_act": "silu",
             "attention_bias": "layers.0.self_attn.q_proj.bias" in self.spec,
             "mlp_bias": "layers.0.mlp.up_proj.bias" in self.spec,
             "tie_word_embeddings": "lm_head.kernel" not in self.spec,
             "rope_parameters": self._rope(),
         }
-        for name in ("bos", "eos"):
-            config[f"{name}_token_id"] = self._field(f"tokenizer.ggml.{name}_token_id")
-        config["pad_token_id"] = self._field("tokenizer.ggml.padding_token_id")
+        for name, field in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+            config[f"{name}_token_id"] = self._header.get(f"tokenizer.ggml.{field}_token_id")
+        check(DecoderConfig, config, file=self._path)
         return config
 
     def _rope(self) -> dict[str, Any]:
-        rope: dict[str, Any] = {"rope_theta": self._field("llama.rope.freq_base", 10000.0), "rope_type": "default"}
-        kind = self._field("llama.rope.scaling.type", "none")
+        llama = self._llama
+        rope: dict[str, Any] = {"rope_theta": llama.rope_base, "rope_type": "default"}
         if ROPE_FACTORS in self._tensors:
-            factors = np.asarray(self._tensors[ROPE_FACTORS].data, np.float32).reshape(-1)
+            factors = self._dequantized(self._tensors[ROPE_FACTORS]).reshape(-1)
             # The file has the outcome, not the recipe: all published Llama 3 models use this one but for its factor.
             rope |= {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0}
             rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
             if not np.allclose(factors, _llama3_factors(len(factors), rope), rtol=1e-3):
                 raise CheckpointError(
-                    f"{self._path} has rope factors that are not Llama 3's; use the original checkpoint"
+                    "its rope factors are not Llama 3's; use the original checkpoint",
+                    file=self._path,
+                    entry=ROPE_FACTORS,
                 )
-        elif kind in ("linear", "yarn"):
-            rope |= {"rope_type": kind, "factor": self._field("llama.rope.scaling.factor", 1.0)}
-            if kind == "yarn":
-                rope["original_max_position_embeddings"] = self._field("llama.rope.scaling.original_context_length")
-        elif kind != "none":
-            raise CheckpointError(f"{self._path} scales its rope by {kind!r}, which is not implemented")
+        elif llama.scaling != "none":
+            rope |= {"rope_type": llama.scaling, "factor": llama.scaling_factor}
+            if llama.scaling == "yarn":
+                rope["original_max_position_embeddings"] = llama.original_context
         return rope
-
-
-class _Bounded(gguf.GGUFReader):
-    """The package's reader, which believes any length that a damaged file gives: it would loop for days."""
-
-    def _get(self, offset: Any, dtype: Any, count: Any = 1, *args: Any, **options: Any) -> Any:
-        if not 0 <= offset <= offset + int(count) * np.dtype(dtype).itemsize <= len(self.data):
-            raise ValueError("it ends too early")
-        return super()._get(offset, dtype, count, *args, **options)
-
-    def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
-        if raw_type == gguf.GGUFValueType.ARRAY and (length := int(self._get(orig_offs + 4, np.uint64)[0])) > MOST:
-            raise ValueError(f"an array of {length} elements")
-        return super()._get_field_parts(orig_offs, raw_type)
-
-
-@contextlib.contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    """Turns whatever a damaged file makes the gguf and tokenizers packages raise into one kind of error."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        reason = str(error)[:200] or type(error).__name__
-        raise CheckpointError(f"{path} is damaged or no GGUF file ({reason}): fetch it again") from error
 
 
 def _flax_path(name: str) -> str | None:
     if name in TOP:
         return TOP[name]
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    match = re.fullmatch(r"blk\.([0-9]{1,4})\.(\w+)\.(weight|bias)", name)
     if not match or match[2] not in MODULES:
         return None
     module = MODULES[match[2]]

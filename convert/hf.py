@@ -1,19 +1,28 @@
 """Hugging Face folders: config.json, tokenizer, *.safetensors (one file, or shards with an index)."""
 
-import json
+import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes  # noqa: F401  teaches numpy, and with it safetensors, bfloat16
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from convert import CheckpointError, Params, Spec, parts
-from convert.assets import read_config
+from convert import Params, Spec, parts
+from convert.assets import check_files, read_config
+from convert.consistency import check_paths
+from convert.errors import CheckpointError, DamagedError, joined
+from convert.files import read_bytes, require_inside, require_regular
+from convert.safetensors_header import Stored, header
+from convert.schema import Schema, check, decode
 from convert.shards import DTYPES, INDEX, ShardWriter
 
+INDEX_BYTES = 2**26
+"""The most that an index may hold; those of the largest models have a third of it."""
 # Older LLaMA checkpoints store the rotary frequencies; like transformers, the model computes them.
 BUFFERS = (".rotary_emb.inv_freq",)
 
@@ -31,22 +40,30 @@ class Reader:
     def __init__(self, path: Path) -> None:
         self._folder = path
         config = read_config(path)
+        check_files(path)
         self._files = _headers(path)
         problems = []
         self.spec: Spec = {}
         self._names: dict[str, str] = {}
-        for name, (_, dtype, shape) in self._files.items():
-            if name.endswith(BUFFERS) or (name == "lm_head.weight" and config.get("tie_word_embeddings")):
+        given: dict[str, str] = {}
+        numpy_dtypes = {stored: np.dtype(name) for name, stored in DTYPES.items()}
+        for name, (_, (dtype, shape)) in self._files.items():
+            bare = name.removeprefix("model.")
+            if name.endswith(BUFFERS) or (bare == "lm_head.weight" and config.get("tie_word_embeddings")):
                 continue
-            if dtype not in DTYPES.values():
-                problems.append(f"{name} is stored as {dtype}; only {', '.join(DTYPES.values())} can be pruned")
+            flax = _flax_path(bare, len(shape))
+            others = {given.setdefault(bare, name), given.setdefault(flax, name)} - {name}
+            problems += [f"{other} and {name} are two names for one param" for other in others]
+            if dtype not in numpy_dtypes:
+                problems.append(f"{name} is stored as {dtype}; only {', '.join(numpy_dtypes)} can be pruned")
                 continue
-            flax, is_kernel = _flax_path(name, len(shape))
             self._names[flax] = name
-            dtype = next(numpy for numpy, stored in DTYPES.items() if stored == dtype)
-            self.spec[flax] = jax.ShapeDtypeStruct(shape[::-1] if is_kernel else shape, np.dtype(dtype))
+            self.spec[flax] = jax.ShapeDtypeStruct(
+                shape[::-1] if flax.endswith(".kernel") else shape, numpy_dtypes[dtype]
+            )
         if problems:
-            raise CheckpointError(f"{path} cannot be used:\n  " + "\n  ".join(problems[:20]))
+            raise CheckpointError(f"it cannot be used: {joined(problems)}", file=path)
+        check_paths(self.spec, path)
         self.spec = {p: self.spec[p] for paths in parts(self.spec).values() for p in paths}
 
     @property
@@ -68,6 +85,7 @@ class Reader:
             by_file[self._files[self._names[path]][0]].append(path)
         params = {}
         for file, wanted in by_file.items():
+            require_regular(file)
             try:
                 # Opened anew for each part: a lasting memory map would count towards the process's memory.
                 with safe_open(file, framework="numpy") as tensors:
@@ -75,7 +93,7 @@ class Reader:
                         array = tensors.get_tensor(self._names[path])
                         params[path] = array.T if path.endswith(".kernel") else array
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"cannot read {file}: {error}; fetch it again") from error
+                raise DamagedError(f"it cannot be read ({error})", file=file) from error
         return params
 
 
@@ -84,6 +102,7 @@ class Writer:
 
     def __init__(self, folder: Path, spec: Spec) -> None:
         self.folder = folder
+        self.files: set[str] = set()
         self._shards = ShardWriter(
             folder,
             {
@@ -107,26 +126,39 @@ def hf_name(path: str) -> str:
     return f"{module}.{leaf}" if module == "lm_head" else f"model.{module}.{leaf}"
 
 
-def _flax_path(name: str, ndim: int) -> tuple[str, bool]:
-    """A tensor's Flax path, and whether it is a kernel, which Flax holds transposed."""
-    module, _, leaf = name.removeprefix("model.").rpartition(".")
+def _flax_path(name: str, ndim: int) -> str:
+    """The Flax path of a tensor, whose name has no leading `model.` any more."""
+    module, _, leaf = name.rpartition(".")
     if leaf != "weight":
-        return f"{module}.{leaf}", False
+        return name
     if module == "embed_tokens":
-        return f"{module}.embedding", False
-    return (f"{module}.kernel", True) if ndim == 2 else (f"{module}.scale", False)
+        return f"{module}.embedding"
+    return f"{module}.kernel" if ndim == 2 else f"{module}.scale"
 
 
-def _headers(folder: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
-    """Tensor name -> file, stored dtype, stored shape; every problem of the folder is in one error."""
+class _Index(Schema):
+    """model.safetensors.index.json; the names of files are checked one by one, for there are many."""
+
+    weight_map: dict[str, Any]
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor name -> file name in the same folder."""
+    index = check(_Index, decode(read_bytes(path, INDEX_BYTES), file=path), file=path)
+    for name, file in index.weight_map.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]{1,200}\.safetensors", file):
+            entry, wanted = f"weight_map.{name}", "the name of a safetensors file beside it, none outside the folder"
+            raise DamagedError("a shard's name cannot be used", file=path, entry=entry, found=file, wanted=wanted)
+    return index.weight_map
+
+
+def _headers(folder: Path) -> dict[str, tuple[Path, Stored]]:
+    """Tensor name -> file, and what its header says; every problem of the folder is in one error."""
     problems = []
-    index_path, weight_map = folder / INDEX, {}
-    if index_path.exists():
-        try:
-            weight_map = json.loads(index_path.read_text())["weight_map"]
-            files = sorted({folder / file for file in weight_map.values()})
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-            raise CheckpointError(f"{index_path} is damaged: fetch it again") from None
+    index, weight_map = folder / INDEX, {}
+    if os.path.lexists(index):
+        weight_map = _weight_map(index)
+        files = [folder / file for file in sorted(set(weight_map.values()))]
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -137,31 +169,24 @@ def _headers(folder: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
             f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors')\"\n"
             "then copy the tokenizer files beside them"
         )
-
-    tensors: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
+    tensors: dict[str, tuple[Path, Stored]] = {}
     for file in files:
-        if file.resolve().parent != folder.resolve() and not file.is_symlink():
-            problems.append(f"{index_path.name} names {file.name} outside the folder")
-            continue
         try:
-            with safe_open(file, framework="numpy") as opened:
-                for name in opened.keys():
-                    entry = opened.get_slice(name)
-                    if name in tensors:
-                        problems.append(f"{name} is both in {tensors[name][0].name} and in {file.name}")
-                    tensors[name] = file, entry.get_dtype(), tuple(entry.get_shape())
-        except FileNotFoundError:
-            problems.append(f"{file.name} is missing")
-        except (SafetensorError, OSError) as error:
-            problems.append(f"{file.name} is damaged or truncated ({error})")
-    if not problems:
-        for name, file in weight_map.items():
+            require_inside(file, folder)
+            for name, stored in header(file).items():
+                if name in tensors:
+                    problems.append(f"{name} is both in {tensors[name][0].name} and in {file.name}")
+                tensors[name] = file, stored
+        except CheckpointError as error:
+            error.file = file.name  # the folder is named once, below
+            problems.append(str(error))
+    if not problems and weight_map:
+        for name, shard in weight_map.items():
             if name not in tensors:
-                problems.append(f"{name} is in the index but not in {file}")
-            elif tensors[name][0].name != file:
-                problems.append(f"{name} is in {tensors[name][0].name}, not in {file} as the index says")
-        if weight_map:
-            problems += [f"{name} is not in the index" for name in tensors if name not in weight_map]
+                problems.append(f"{name} is in the index but not in {shard}")
+            elif tensors[name][0].name != shard:
+                problems.append(f"{name} is in {tensors[name][0].name}, not in {shard} as the index says")
+        problems += [f"{name} is not in the index" for name in tensors if name not in weight_map]
     if problems:
-        raise CheckpointError(f"{folder} is incomplete; fetch it again:\n  " + "\n  ".join(problems[:20]))
+        raise DamagedError(f"it is incomplete or damaged: {joined(problems)}", file=folder)
     return tensors

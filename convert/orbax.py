@@ -3,20 +3,40 @@
 `params/<part>` holds the part's params nested as Flax has them; configuration and tokenizer are beside it.
 """
 
+import contextlib
 import errno
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from flax import traverse_util
+from pydantic import Field
 
-from convert import CheckpointError, Params, Spec, part_of, parts
+from convert import Params, Spec, part_of, parts, schema
+from convert.assets import check_files
+from convert.consistency import check_paths
+from convert.errors import CheckpointError, DamagedError, NoRoomError, joined
+from convert.files import require_regular
+from convert.ownership import names, write_text
+from convert.schema import Schema
+from convert.shards import DTYPES
 
 MARK = "params.json"
+MOST_FILES = 10_000
+"""Files of a part; Orbax writes about ten."""
+MOST_RATIO, FREE_BYTES = 1000, 2**28
+"""What a part's arrays may hold: so many bytes, and so many times the bytes that its compressed files have."""
+
+
+class _Manifest(Schema):
+    """params.json."""
+
+    parts: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(\.[0-9]{1,4})?$")]], Field(max_length=10_000)]
 
 
 class Reader:
@@ -27,23 +47,37 @@ class Reader:
     """
 
     def __init__(self, path: Path) -> None:
-        self._folder = path
-        try:
-            names = json.loads((path / MARK).read_text())["parts"]
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path / MARK} is damaged: convert the checkpoint again") from error
+        self._folder = path.resolve()  # Orbax takes no relative path
+        found = schema.read(_Manifest, path / MARK).parts
+        check_files(path)
         self.spec: Spec = {}
         problems = []
-        for part in names:
+        for part in found:
             try:
-                tree = _orbax().metadata(path / "params" / part).metadata
-            except (OSError, ValueError, KeyError) as error:
-                problems.append(f"{part}: {error}")
-                continue
-            for leaf, entry in traverse_util.flatten_dict(tree, sep=".").items():
-                self.spec[f"{part}.{leaf}"] = jax.ShapeDtypeStruct(entry.shape, entry.dtype)
+                self.spec |= self._headers(part)
+            except CheckpointError as error:
+                problems.append(str(error))
         if problems:
-            raise CheckpointError(f"{path} is incomplete; convert it again:\n  " + "\n  ".join(problems[:20]))
+            raise DamagedError(f"it is incomplete: {joined(problems)}", file=path)
+        check_paths(self.spec, path)
+        self.spec = {p: self.spec[p] for paths in parts(self.spec).values() for p in paths}
+
+    def _headers(self, part: str) -> Spec:
+        """Shapes and dtypes of a part's params, held against the bytes on the disk."""
+        folder = self._folder / "params" / part
+        stored = _size(folder)
+        with _reading(folder):
+            tree = _orbax().metadata(folder).metadata
+            leaves = {
+                f"{part}.{leaf}": jax.ShapeDtypeStruct(tuple(entry.shape), np.dtype(entry.dtype))
+                for leaf, entry in traverse_util.flatten_dict(tree, sep=".").items()
+            }
+        declared = sum(math.prod(t.shape) * t.dtype.itemsize for t in leaves.values())
+        if declared > FREE_BYTES + MOST_RATIO * stored:
+            raise DamagedError("its arrays are larger than its files can hold", file=folder, found=declared)
+        if odd := [path for path, t in leaves.items() if t.dtype.name not in DTYPES]:
+            raise CheckpointError(f"only {', '.join(DTYPES)} can be read", file=folder, entry=odd[0])
+        return leaves
 
     @property
     def assets(self) -> Path:
@@ -55,27 +89,23 @@ class Reader:
 
     @staticmethod
     def accepts(path: Path) -> bool:
-        return (path / MARK).is_file()
+        return os.path.lexists(path / MARK) and (path / "params").is_dir()
 
     def read(self, paths: Iterable[str]) -> Params:
         params: Params = {}
         wanted = dict.fromkeys(paths)
         for part in dict.fromkeys(map(part_of, wanted)):
+            folder = self._folder / "params" / part
+            shapes = {path: t for path, t in self.spec.items() if part_of(path) == part}
             abstract = traverse_util.unflatten_dict(
-                {
-                    leaf.removeprefix(f"{part}."): np.empty(t.shape, t.dtype)
-                    for leaf, t in self.spec.items()
-                    if part_of(leaf) == part
-                },
-                sep=".",
+                {path.removeprefix(f"{part}."): np.empty(t.shape, t.dtype) for path, t in shapes.items()}, sep="."
             )
-            try:
-                tree = _orbax().load(self._folder / "params" / part, abstract)
-            except (OSError, ValueError, KeyError) as error:
-                raise CheckpointError(f"cannot read {part} of {self._folder}: {error}") from error
+            _size(folder)
+            with _reading(folder):
+                tree = _orbax().load(folder, abstract)
             for leaf, array in traverse_util.flatten_dict(tree, sep=".").items():
-                if f"{part}.{leaf}" in wanted:
-                    params[f"{part}.{leaf}"] = array
+                if (path := f"{part}.{leaf}") in wanted:
+                    params[path] = array
         return params
 
 
@@ -85,6 +115,7 @@ class Writer:
     def __init__(self, folder: Path, spec: Spec) -> None:
         self.folder, self._parts = folder, parts(spec)
         self._missing = set(self._parts)
+        self.files: set[str] = set()
 
     def write(self, params: Mapping[str, np.ndarray]) -> None:
         grouped: dict[str, dict[str, np.ndarray]] = {}
@@ -93,12 +124,14 @@ class Writer:
             grouped.setdefault(part, {})[path.removeprefix(f"{part}.")] = array
         for part, leaves in grouped.items():
             save_tree(self.folder.resolve() / "params" / part, leaves)
+            self.files |= {f"params/{part}/{name}" for name in names(self.folder / "params" / part)}
             self._missing.discard(part)
 
     def finish(self) -> None:
         if self._missing:
             raise CheckpointError(f"the checkpoint is incomplete, never written: {', '.join(sorted(self._missing))}")
-        (self.folder / MARK).write_text(json.dumps({"parts": list(self._parts)}, indent=2) + "\n")
+        write_text(self.folder / MARK, json.dumps({"parts": list(self._parts)}, indent=2) + "\n")
+        self.files.add(MARK)
 
 
 def save_tree(path: Path, arrays: Params) -> None:
@@ -118,8 +151,9 @@ def save_tree(path: Path, arrays: Params) -> None:
         _orbax().save(path, tree, overwrite=True)
     except (OSError, ValueError, RuntimeError) as error:  # tensorstore reports a full disk as a ValueError, at length
         full = os.strerror(errno.ENOSPC)
-        reason = full if full in str(error) else str(error)[:200]
-        raise CheckpointError(f"cannot write {path}: {reason}; free some space, then run again") from error
+        if full in str(error):
+            raise NoRoomError(f"it cannot be written ({full})", file=path) from error
+        raise CheckpointError(f"it cannot be written ({str(error)[:200]})", file=path) from error
 
 
 def load_tree(path: Path) -> Params:
@@ -128,11 +162,39 @@ def load_tree(path: Path) -> Params:
     Raises:
         CheckpointError: they cannot be read.
     """
-    try:
+    _size(path)
+    with _reading(path):
         tree = _orbax().load(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"cannot read {path}: {str(error)[:200]}") from error
-    return {name: np.asarray(array) for name, array in traverse_util.flatten_dict(tree, sep=".").items()}
+        return {name: np.asarray(array) for name, array in traverse_util.flatten_dict(tree, sep=".").items()}
+
+
+def _size(folder: Path) -> int:
+    """Bytes of a pytree's files; all that Orbax may open is looked at before, so that nothing makes it wait.
+
+    Raises:
+        DamagedError: the folder is missing, or something in it is neither a folder nor a regular file.
+    """
+    total, seen = 0, 0
+    if not folder.is_dir():
+        raise DamagedError("it is missing, or no folder", file=folder)
+    for path in folder.rglob("*"):
+        if (seen := seen + 1) > MOST_FILES:
+            raise DamagedError(f"it has more than {MOST_FILES} files", file=folder)
+        if path.is_symlink() or not path.is_dir():
+            total += require_regular(path, DamagedError).st_size
+    return total
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Turns what Orbax and tensorstore raise for a damaged pytree, errors of every kind, into one."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise DamagedError(f"it cannot be read ({reason})", file=folder) from error
 
 
 def _orbax() -> Any:

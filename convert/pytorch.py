@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from convert import CheckpointError
+from convert.assets import load_config
 from convert.hf import hf_name
 
 
@@ -34,11 +35,14 @@ def to_torch(params: Mapping[str, np.ndarray], assets: Path, dtype: str) -> Any:
             state[hf_name(path)] = torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
         else:
             state[hf_name(path)] = torch.from_numpy(array.copy())
-    config = transformers.AutoConfig.from_pretrained(assets, local_files_only=True, trust_remote_code=False)
-    (architecture,) = config.architectures or ["AutoModelForCausalLM"]
-    model, info = getattr(transformers, architecture).from_pretrained(
+    config = load_config(assets)
+    known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING  # the class follows from the type, never from a free text
+    if type(config) not in known:
+        raise CheckpointError("transformers has no language model of this type", file=assets, found=config.model_type)
+    architecture = known[type(config)]
+    model, info = architecture.from_pretrained(
         None, config=config, state_dict=state, dtype=getattr(torch, dtype), output_loading_info=True
     )
     if problems := {name: sorted(keys)[:5] for name, keys in info.items() if keys}:
-        raise CheckpointError(f"the params are not those that {architecture} needs: {problems}")
+        raise CheckpointError(f"the params are not those that {architecture.__name__} needs: {problems}")
     return model.eval()

@@ -4,13 +4,18 @@ Schemas are pydantic models: its errors name the place, what was found and what 
 NaN, bounds depth, and is the one that most Python projects have already.
 """
 
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
+import pydantic_core
 
-from convert.errors import DamagedError, UserError
+from convert.errors import MISSING, DamagedError, UserError
 from convert.files import JSON_BYTES, read_bytes
+
+_CHOICE = r"(constrained-\w+|list\[.*\]|dict\[.*\])$"
+"""What pydantic calls the alternatives of a type, among an entry's steps."""
 
 
 class Schema(pydantic.BaseModel):
@@ -35,6 +40,17 @@ def read(schema: type[S], path: Path, *, most: int = JSON_BYTES, error: type[Use
         UserError: it cannot be read, is no JSON, or is not what the schema says; entry, found and wanted say where.
     """
     return parse(schema, read_bytes(path, most), file=path, error=error)
+
+
+def decode(content: str | bytes, *, file: str | Path, error: type[UserError] = DamagedError) -> dict[str, Any]:
+    """A JSON object of bounded depth, without NaN; for files whose entries are checked one at a time."""
+    try:
+        value = pydantic_core.from_json(content, allow_inf_nan=False)
+    except ValueError as problem:
+        raise error(f"it is not valid JSON ({str(problem)[:200]})", file=file) from None
+    if not isinstance(value, dict):
+        raise error("it is no JSON object", file=file, found=value)
+    return value
 
 
 def parse(
@@ -64,17 +80,19 @@ def refused(
 ) -> UserError:
     """The first of pydantic's errors as one of ours."""
     first = problem.errors(include_url=False, include_context=False)[0]
-    place = ".".join([entry] * bool(entry) + [str(part) for part in first["loc"]])
+    steps = [str(step) for step in first["loc"] if not re.match(_CHOICE, str(step))]
+    place = ".".join([entry] * bool(entry) + steps)
     if first["type"] == "json_invalid":
-        return error("it is not valid JSON", file=file, entry=place, wanted=_lower(first["msg"]))
+        reason = first["msg"].removeprefix("Invalid JSON: ")
+        return error(f"it is not valid JSON ({reason})", file=file, entry=place)
     if first["type"] == "missing":
         return error("an entry is missing", file=file, entry=place)
     more = f" ({problem.error_count()} entries are)" if problem.error_count() > 1 else ""
-    return error(
-        f"an entry cannot be used{more}", file=file, entry=place, found=first["input"], wanted=_lower(first["msg"])
-    )
+    whole = first["type"] == "value_error" and isinstance(first["input"], dict)  # of no use to show all of it
+    found = MISSING if whole else first["input"]
+    return error(f"an entry cannot be used{more}", file=file, entry=place, found=found, wanted=_lower(first["msg"]))
 
 
 def _lower(text: str) -> str:
-    text = text.removeprefix("Invalid JSON: ").removeprefix("Value error, ").removeprefix("Input should be ")
+    text = text.removeprefix("Value error, ").removeprefix("Input should be ")
     return text[:1].lower() + text[1:]

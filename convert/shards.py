@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from convert import CheckpointError
+from convert.errors import CheckpointError, NoRoomError
+from convert.ownership import failed, failing, sync, write_text
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _STORED = DTYPES | {"uint8": "U8"}
@@ -66,10 +67,7 @@ class TensorFile:
                 else:  # macOS
                     file.truncate(size)
         except OSError as error:
-            raise CheckpointError(
-                f"no room for {size / 1e9:.2f} GB in {path.parent}: {error.strerror}; free some space or "
-                "choose another disk"
-            ) from error
+            raise NoRoomError(f"no room for {size / 1e9:.2f} GB ({error.strerror})", file=path.parent) from error
 
     def write(self, name: str, array: np.ndarray) -> None:
         """Writes one tensor at its place."""
@@ -84,9 +82,7 @@ class TensorFile:
                 file.seek(self._starts[name])
                 file.write(np.ascontiguousarray(array).tobytes())
         except OSError as error:
-            raise CheckpointError(
-                f"cannot write {self._path}: {error.strerror}; free some space, then run again"
-            ) from error
+            raise failed(error, self._path) from error
         self._written.add(name)
 
     def finish(self) -> None:
@@ -97,8 +93,8 @@ class TensorFile:
         """
         if missing := sorted(self._spec.keys() - self._written):
             raise CheckpointError(f"{self._path.name} is incomplete, never written: {', '.join(missing[:5])}")
-        with self._path.open("r+b") as file:
-            os.fsync(file.fileno())
+        with failing(self._path):
+            sync(self._path)
 
 
 class ShardWriter:
@@ -129,7 +125,7 @@ class ShardWriter:
         self._file_of = {name: file for file, names in plan.filename_to_tensors.items() for name in names}
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def write(self, name: str, array: np.ndarray) -> None:
         """Writes one tensor at its place."""

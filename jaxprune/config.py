@@ -1,15 +1,18 @@
 """The options of a run, beside its recipe."""
 
 import dataclasses
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from convert.hub import known_names
 from jaxprune import calibration
+from jaxprune.devices import MOST_DEVICES
 from jaxprune.errors import InputError
 from jaxprune.evaluation.options import EvalOptions, with_defaults
-from jaxprune.flags import add_fields, make, require_positive
+from jaxprune.flags import add_fields, make, require_at_least, require_positive
 from jaxprune.recipe import Parser, Recipe
 
 
@@ -70,10 +73,14 @@ class Config(EvalOptions):
         Raises:
             InputError: options that no run can have.
         """
-        require_positive(self, "nsamples", "seqlen", "devices")
-        numbers = [self.processes is not None, self.process_id is not None]
-        if any(numbers) if self.coordinator in (None, "auto") else not all(numbers):
-            raise InputError("--coordinator HOST:PORT, --processes and --process-id go together, or --coordinator auto")
+        require_positive(self, "nsamples", "devices", "processes")
+        require_at_least(self, 2, "seqlen")
+        require_at_least(self, 0, "seed", "process_id")
+        if self.devices is not None and self.devices > MOST_DEVICES:
+            raise InputError(f"--devices must be at most {MOST_DEVICES}, not {self.devices}")
+        if self.device_memory is not None and not 0 < self.device_memory < math.inf:
+            raise InputError(f"--device-memory must be a positive number of GiB, not {self.device_memory}")
+        self._require_processes()
         default_text = calibration.default_text(self.ckpt)
         filled = with_defaults(self, eval="ppl", eval_text=default_text or "wikitext2", eval_seqlen=self.seqlen)
         return dataclasses.replace(
@@ -81,6 +88,21 @@ class Config(EvalOptions):
             out=self.out or f"{Path(self.ckpt).absolute().name.removesuffix('.gguf')}-{recipe.slug}",
             calib=self.calib or default_text or "c4",
         )
+
+    def _require_processes(self) -> None:
+        """Raises InputError for a coordinator or numbers of processes that cannot be."""
+        numbers = [self.processes is not None, self.process_id is not None]
+        if any(numbers) if self.coordinator in (None, "auto") else not all(numbers):
+            raise InputError("--coordinator HOST:PORT, --processes and --process-id go together, or --coordinator auto")
+        if self.coordinator is None or self.processes is None or self.process_id is None:
+            return
+        host, _, port = self.coordinator.rpartition(":")
+        if not re.fullmatch(r"[\w.-]+|\[[0-9A-Fa-f:.%\w]+\]", host) or not re.fullmatch(r"[0-9]{1,5}", port):
+            raise InputError(f"--coordinator takes HOST:PORT or auto, not {self.coordinator!r}")
+        if not 0 < int(port) < 2**16:
+            raise InputError(f"--coordinator takes a port from 1 to {2**16 - 1}, not {port}")
+        if self.process_id >= self.processes:
+            raise InputError(f"--process-id must be below --processes, {self.processes}, not {self.process_id}")
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, Recipe]:

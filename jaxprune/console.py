@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from convert.command import run
+from convert.errors import CheckpointError
+from convert.wheels import require_cache
 from jaxprune import devices
 from jaxprune.errors import InputError
 
@@ -60,12 +62,22 @@ def _terminate(*_: object) -> None:
 
 
 def keep_compilations() -> None:
-    """Keeps what XLA compiles in the user's cache folder, so that another run finds it.
+    """Keeps what XLA compiles in the user's cache folder, so that another run finds it; else says that it does not.
 
     JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
     """
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", platformdirs.user_cache_dir("jaxprune"))
+    if not jax.config.jax_enable_compilation_cache:
+        return
+    folder = jax.config.jax_compilation_cache_dir
+    if "://" not in (folder or ""):  # such as gs://bucket/folder
+        try:
+            kept = require_cache(folder or platformdirs.user_cache_dir("jaxprune"))
+        except CheckpointError as error:
+            logging.getLogger(__name__).warning("compiled programs are not kept: %s", error)
+            jax.config.update("jax_enable_compilation_cache", False)
+            return
+    if folder is None:
+        jax.config.update("jax_compilation_cache_dir", str(kept))
         # Not of a folder of the user's: a limit needs records that programs without one don't keep.
         jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
     # By default only what takes a second to compile is kept.
@@ -99,11 +111,11 @@ def choose_device(device: str, count: int | None = None, join: Join | None = Non
         console.quiet = not devices.is_first()
     try:
         jax.devices()
-    except RuntimeError as error:
-        raise InputError(
-            f"JAX finds no {device} ({str(error).splitlines()[0]}): install jaxprune[cuda] or jaxprune[tpu], or "
-            "pass --device cpu"
-        ) from error
+    # Of a plugin that finds no hardware, JAX says so; of one that is not installed, only an assertion fails.
+    except (RuntimeError, AssertionError) as error:
+        kind = "device" if device == "auto" else device
+        reason = next(iter(str(error).splitlines()), "it needs jaxprune[cuda] or jaxprune[tpu], and the hardware")
+        raise InputError(f"JAX finds no {kind} ({reason})", options={"device": "cpu"}) from error
     devices.use(count)
 
 

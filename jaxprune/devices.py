@@ -14,9 +14,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxprune.errors import InputError
+from jaxprune.errors import Change, InputError
 
 AXIS = "devices"
+MOST_DEVICES = 256
+"""Of a process. A CPU can be divided into any number of them, each of which takes memory and threads."""
 _mesh: Mesh | None = None
 
 
@@ -29,15 +31,18 @@ def use(count: int | None) -> None:
     global _mesh
     there = jax.devices()
     if count is not None and not 1 <= count <= len(there):
-        raise InputError(f"--devices {count}, but JAX finds {len(there)}: {', '.join(map(str, there[:8]))}")
+        found = ", ".join(map(str, there[:8]))
+        raise InputError(f"JAX finds {len(there)} devices ({found}), not {count}", options={"devices": len(there)})
     if jax.process_count() > 1 and count not in (None, len(there)):
-        raise InputError(f"several processes use all their devices, {len(there)}: leave --devices out")
+        raise InputError(
+            f"several processes use all their devices, {len(there)}, not {count}", options={"devices": Change.OMIT}
+        )
     chosen = there[: count or len(there)]
     _mesh = Mesh(np.array(chosen), (AXIS,), axis_types=(AxisType.Auto,)) if len(chosen) > 1 else None
 
 
 def number() -> int:
-    """Of the devices in use."""
+    """Number of devices in use."""
     return _mesh.size if _mesh else 1
 
 
@@ -98,11 +103,13 @@ def join(coordinator: str, processes: int | None, number: int | None) -> None:
     try:
         jax.distributed.initialize(None if coordinator == "auto" else coordinator, processes, number)
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"cannot join the other processes at {coordinator} ({error}): see --coordinator") from error
+        raise InputError(
+            f"cannot join the other processes at {coordinator} ({error})", options={"coordinator": Change.OTHER}
+        ) from error
 
 
 def processes() -> int:
-    """Of this run, each with devices of its own."""
+    """Number of processes of this run, each with devices of its own."""
     return jax.process_count()
 
 

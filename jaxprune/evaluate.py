@@ -7,17 +7,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert import open_checkpoint
+from convert import open_checkpoint, ownership
 from convert.command import ArgumentParser
-from convert.staging import check_free
-from jaxprune import calibration, hidden, report
+from convert.hub import resolve
+from convert.paths import inputs_of, paths_of, require_apart
+from jaxprune import calibration, hidden, schema
 from jaxprune.console import choose_device, console, keep_memory, print_table, run_main
 from jaxprune.errors import InputError
 from jaxprune.evaluation.options import EvalOptions, with_defaults
 from jaxprune.evaluation.quality import Evaluator, Quality, table
 from jaxprune.flags import add_fields, make
 from jaxprune.models import model_for
-from jaxprune.record import RECORD, environment, write_record
+from jaxprune.record import environment, write_record
+from jaxprune.report import REPORT
+from jaxprune.schema import RECORD
 from jaxprune.verify import zeros
 
 
@@ -30,7 +33,7 @@ class Config(EvalOptions):
     out: str = "evaluation"
     """The folder for jaxprune.json, report.html and lm-eval's results."""
     overwrite: bool = False
-    """Replace the files of an evaluation that is there already."""
+    """Replace an evaluation that is there already, if nobody changed it."""
 
 
 def evaluate(config: Config, names: Sequence[str]) -> dict[str, Quality]:
@@ -46,44 +49,65 @@ def evaluate(config: Config, names: Sequence[str]) -> dict[str, Quality]:
     Raises:
         InputError, CheckpointError: something cannot be used.
     """
-    out = check_free(config.out, overwrite=config.overwrite)
-    if report.run_of(out):
-        raise InputError(f"{out} is a run's folder, whose record would be replaced: choose another --out")
+    place = ownership.destination(config.out, "out", overwrite=config.overwrite)
+    if schema.run_of(place.path):
+        raise place.occupied("it is a run's folder, whose record would be replaced")
+    place.check()
     scratch = config.scratch_folder(config.out)
     names = list(dict.fromkeys([*([config.against] if config.against else []), *names]))
     if len(short := {_file_name(name) for name in names}) < len(names):
         raise InputError(f"checkpoints of the same name cannot be told apart: {', '.join(sorted(short))}")
     choose_device(config.device)
-    readers = {name: open_checkpoint(name) for name in names}
+    sources = {name: resolve(name) for name in names}
+    place.inputs = _require_separate(config, sources.values(), place.path)
+    readers = {name: open_checkpoint(source) for name, source in sources.items()}
     for name, reader in readers.items():
         console.print(f"opening {name}")
         model_for(reader)
-    runs = {name: report.run_of(Path(name)) for name in names}
+    runs = {name: schema.run_of(Path(name).expanduser()) for name in names}
     evaluator = Evaluator(config, readers[names[0]])
-    out.mkdir(parents=True, exist_ok=True)
     sparsity = {name: _share(zeros(reader).values()) for name, reader in readers.items()}
     record: dict[str, Any] = {
+        "schema": schema.VERSION,
         "kind": "evaluation",
         "config": dataclasses.asdict(config),
         "against": config.against,
         "checkpoints": {},
         **environment(),
     }
-    qualities = {}
+    qualities, fault = {}, None
     with hidden.kept_in(scratch):
         for name, quality in evaluator.measure(readers, config.against):
-            qualities[name] = quality
+            qualities[name], run = quality, runs[name]
             record["checkpoints"][name] = {
                 "sparsity": sparsity[name],
-                "run": runs[name],
+                "run": run and schema.as_json(run),
                 "quality": quality.as_json(),
             }
-            write_record(out, record, {_file_name(name): quality})
+            named = {_file_name(one): quality for one, quality in qualities.items()}
+            with ownership.staged(place) as folder:  # what is measured is kept, whatever becomes of the rest
+                files, fault = write_record(folder, record, named)
+                ownership.mark(folder, "evaluation", files)
             console.print(f"measured {name}")
     header, rows = table({_file_name(name): quality for name, quality in qualities.items()})
     print_table([["zeros of the linears", *(f"{100 * share:.4f} %" for share in sparsity.values())], *rows], header)
-    console.print(f"{os.path.relpath(out)}: {RECORD}, {report.REPORT}")
+    if fault:
+        raise fault
+    console.print(f"{os.path.relpath(place.path)}: {RECORD}, {REPORT}")
     return qualities
+
+
+def _require_separate(config: Config, sources: Iterable[Path], out: Path) -> tuple[Path, ...]:
+    """All that an evaluation reads; InputError where it would make something there."""
+    texts = (config.eval_text or "").split(",")
+    inputs = {
+        "a checkpoint": [path for source in sources for path in inputs_of(source)],
+        "eval_text": [path for text in texts for path in paths_of(text)],
+        "tasks_data": paths_of(config.tasks_data),
+        "scratch": paths_of(config.scratch),
+    }
+    require_apart(inputs, {"out": out}, error=InputError, around="scratch")
+    return tuple(path for name, ones in inputs.items() if name != "scratch" for path in ones)
 
 
 def _share(counts: Iterable[tuple[int, int]]) -> float:

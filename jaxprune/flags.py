@@ -4,6 +4,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import math
 import textwrap
 import types
 import typing
@@ -42,7 +43,8 @@ def add_fields(group: Any, cls: Any, flag_of: Callable[[str], str | None] | None
         elif typing.get_origin(kind) is Literal:
             options["choices"] = typing.get_args(kind)
         else:
-            options |= {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "NAME")}
+            options |= {"type": {int: whole, float: real}.get(kind, kind)}
+            options |= {"metavar": {int: "N", float: "X"}.get(kind, "NAME")}
         group.add_argument(f"--{name.replace('_', '-')}", **options)
 
 
@@ -52,12 +54,51 @@ def make(cls: Any, given: Mapping[str, Any], flag_of: Callable[[str], str | None
     return cls(**{field: given[flag] for field, flag in flags.items() if flag is not None and flag in given})
 
 
+def whole(text: str) -> int:
+    """A whole number that fits 32 bits, as sizes and seeds have to.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    try:
+        value = int(text)
+    except ValueError:  # as for thousands of digits
+        raise argparse.ArgumentTypeError(f"{_brief(text)} is no whole number") from None
+    if not -(2**31) <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{_brief(text)} is too large: at most {2**31 - 1} can be used")
+    return value
+
+
+def real(text: str) -> float:
+    """A finite number.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{_brief(text)} is no finite number")
+    return value
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:20]}… ({len(text)} characters)"
+
+
 def require_positive(options: Any, *names: str) -> None:
     """Raises InputError where an option that counts something is below one; None is none given."""
+    require_at_least(options, 1, *names)
+
+
+def require_at_least(options: Any, least: int, *names: str) -> None:
+    """Raises InputError where an option is below the least that it can be; None is none given."""
     for name in names:
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
 
 
 def field_docs(cls: type) -> dict[str, str]:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from jaxprune import devices
-from jaxprune.errors import InputError
+from jaxprune.errors import Change, InputError
 
 TOKENS_PER_BATCH = {"cpu": 1024, "gpu": 16384, "tpu": 16384}
 """On CPU, what fits its cache: four times as many take 1.2 times as long a token."""
@@ -152,8 +152,9 @@ def _mapped(folder: Path, size: int) -> mmap.mmap:
             return mmap.mmap(file.fileno(), size)
     except OSError as error:
         raise InputError(
-            f"cannot keep {size / 2**30:.2f} GiB of hidden states in {folder} ({error.strerror}): choose another "
-            "--scratch, or take fewer or shorter windows (--nsamples, --seqlen)"
+            f"cannot keep {size / 2**30:.2f} GiB of hidden states here ({error.strerror})",
+            file=folder,
+            options={"scratch": Change.OTHER, "nsamples": Change.LOWER, "seqlen": Change.LOWER},
         ) from error
 
 

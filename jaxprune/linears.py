@@ -21,12 +21,14 @@ class LinearResult(NamedTuple):
         error: ‖XW − XŴ‖² / ‖XW‖² of the weights as solved and stored, before any tuning, on the calibration tokens as
             the solve weighs them.
         zeros: exact zeros of the stored kernel.
+        wanted: zeros that the pattern or the given mask wants; a weight that it keeps may be zero all the same.
         size: weights of the kernel.
         stats: what the method reports.
     """
 
     error: float
     zeros: int
+    wanted: int
     size: int
     stats: dict[str, float]
 
@@ -54,7 +56,12 @@ def solve_linear(
         outputs: √c, one weight an output.
         target: the kernel whose outputs are wanted; None: the dense kernel's own.
     """
-    choice = devices.by_outputs(pattern.read()) if isinstance(pattern, StoredMask) else pattern
+    choice: Pattern | Mask
+    if isinstance(pattern, StoredMask):
+        mask = pattern.read()
+        choice, wanted = devices.by_outputs(mask), mask.size - int(np.count_nonzero(mask))
+    else:
+        choice, wanted = pattern, pattern.zeros(kernel.shape)
     scale = np.asarray(np.ones(kernel.shape[1]) if outputs is None else outputs, gram.dtype)[None, :]
     kernel = devices.by_outputs(kernel)
     solution = method.solve(prepared, (kernel.astype(gram.dtype) if target is None else target) * scale, choice)
@@ -63,6 +70,7 @@ def solve_linear(
     result = LinearResult(
         error=float(values.pop("error")),
         zeros=int(values.pop("zeros")),
+        wanted=wanted,
         size=kernel.size,
         stats={name: float(value) for name, value in values.items()},
     )

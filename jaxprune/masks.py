@@ -12,20 +12,25 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pydantic
 from jaxtyping import Array, Bool, UInt8
 from safetensors import SafetensorError, safe_open
 
-from convert import Reader, open_checkpoint
+from convert import Reader, open_checkpoint, schema
+from convert.errors import DamagedError
+from convert.files import expand, require_regular
 from convert.hf import hf_name
+from convert.ownership import UNSEALED, Destination, destination, seal, staged
 from convert.shards import TensorFile
-from convert.staging import staged_file
 from jaxprune.errors import InputError
 
 FORMAT = "jaxprune masks 1"
+_Shape = Annotated[list[pydantic.PositiveInt], pydantic.Field(min_length=2, max_length=2)]
 FROM_CHECKPOINT, FROM_FILE = "from-checkpoint:", "from-file:"
 
 
@@ -51,6 +56,12 @@ def is_stored(name: str) -> bool:
     return name.startswith((FROM_CHECKPOINT, FROM_FILE))
 
 
+def source_of(name: str) -> Path | None:
+    """The file or the folder that a mask's name names; None where it names none that is here."""
+    path = Path(name.removeprefix(FROM_CHECKPOINT).removeprefix(FROM_FILE)).expanduser()
+    return path if is_stored(name) and path.exists() else None
+
+
 def stored(name: str) -> Masks:
     """The masks that `from-checkpoint:DIR` or `from-file:FILE` names.
 
@@ -59,8 +70,10 @@ def stored(name: str) -> Masks:
     """
     if name.startswith(FROM_CHECKPOINT):
         path = name.removeprefix(FROM_CHECKPOINT)
+        if not path:
+            raise InputError(f"{FROM_CHECKPOINT} names no checkpoint", options={"mask": f"{FROM_CHECKPOINT}DIR"})
         return from_checkpoint(open_checkpoint(path), path)
-    return from_file(Path(name.removeprefix(FROM_FILE)).expanduser())
+    return from_file(expand(name.removeprefix(FROM_FILE)))
 
 
 def from_checkpoint(reader: Reader, name: str = "the checkpoint") -> Masks:
@@ -74,12 +87,12 @@ def from_checkpoint(reader: Reader, name: str = "the checkpoint") -> Masks:
         InputError: the first layer has next to no zeros, so the checkpoint is not pruned.
     """
     first = reader.read([path for path in reader.spec if path.startswith("layers.0.") and path.endswith(".kernel")])
-    share = sum(int((a == 0).sum()) for a in first.values()) / sum(a.size for a in first.values())
+    share = sum(int((a == 0).sum()) for a in first.values()) / max(1, sum(a.size for a in first.values()))
     # A dense model has some by chance; one that was rounded to four bits, 0.04 %.
     if share < 0.01:
         raise InputError(
-            f"{name} has {100 * share:.2g} % zeros in its first layer: it is not pruned. "
-            "--mask from-checkpoint wants a pruned one; the dense one goes to --ckpt"
+            f"{name} has {100 * share:.2g} % zeros in its first layer: it is not pruned, so its zeros make no mask",
+            options={"mask": f"{FROM_CHECKPOINT}DIR of a pruned one"},
         )
 
     def mask(index: int, linear: str) -> StoredMask:
@@ -91,37 +104,47 @@ def from_checkpoint(reader: Reader, name: str = "the checkpoint") -> Masks:
     return mask
 
 
+class _Metadata(schema.Schema):
+    """What a mask file's header says beside the tensors: shapes [out, in]."""
+
+    shapes: pydantic.Json[dict[str, _Shape]]
+
+
 def from_file(file: Path) -> Masks:
     """The masks of a file that `MaskWriter` wrote.
 
     Raises:
         InputError: it is no such file.
+        DamagedError: its header and its tensors disagree; when a mask is read, bits beyond its inputs are set.
     """
-    unreadable = f"cannot read masks from {file}: {{}}; make it anew with --save-masks"
+    require_regular(file, InputError)
     try:
         with safe_open(file, framework="numpy") as opened:
-            metadata, names = opened.metadata() or {}, set(opened.keys())
-            packed = {name: opened.get_slice(name).get_shape() for name in names}
+            metadata = opened.metadata() or {}
+            packed = {name: opened.get_slice(name) for name in opened.keys()}
+            packed_as = {name: (one.get_dtype(), one.get_shape()) for name, one in packed.items()}
     except (OSError, SafetensorError) as error:
-        raise InputError(unreadable.format(error)) from error
+        raise InputError(f"it cannot be read ({error})", file=file) from error
     if metadata.get("format") != FORMAT:
-        raise InputError(f"{file} holds no masks: give a file that --save-masks made")
-    try:
-        shapes = {name: (int(out), int(n)) for name, (out, n) in json.loads(metadata["shapes"]).items()}
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(unreadable.format(f"its header is damaged ({error})")) from error
-    if bad := [n for n in names | shapes.keys() if packed.get(n) != _packed_shape(shapes.get(n, (0, 0)))]:
-        raise InputError(f"{file} is damaged, its masks and their shapes disagree: {', '.join(sorted(bad)[:5])}")
+        raise InputError("it holds no masks", file=file, wanted="a mask file of a run")
+    header = schema.check(_Metadata, metadata, file=file, entry="__metadata__")
+    shapes = {name: (out, n) for name, (out, n) in header.shapes.items()}
+    wanted = {name: ("U8", _packed_shape(shape)) for name, shape in shapes.items()}
+    if bad := sorted(n for n in packed_as.keys() | wanted.keys() if packed_as.get(n) != wanted.get(n)):
+        raise DamagedError(f"its masks and their shapes disagree: {', '.join(bad[:5])}", file=file)
 
     def mask(index: int, linear: str) -> StoredMask:
         name = _name(index, linear)
         if name not in shapes:
-            raise InputError(f"{file} has no mask for {name}: it was made for another model")
+            raise InputError(f"it has no mask for {name}: it was made for another model", file=file)
         out, n = shapes[name]
 
         def read() -> Bool[np.ndarray, "n m"]:
             with safe_open(file, framework="numpy") as opened:
-                return unpack(opened.get_tensor(name), n)
+                bits = opened.get_tensor(name)
+            if n % 8 and (bits[:, -1] >> (n % 8)).any():
+                raise DamagedError(f"bits are set beyond the {n} inputs", file=file, entry=name)
+            return unpack(bits, n)
 
         return StoredMask((n, out), read)
 
@@ -142,26 +165,35 @@ class MaskWriter:
     def __init__(self, path: Path, shapes: Mapping[tuple[int, str], tuple[int, ...]]) -> None:
         stored = {_name(*which): (shape[1], shape[0]) for which, shape in shapes.items()}
         spec = {n: jax.ShapeDtypeStruct(tuple(_packed_shape(s)), np.dtype(np.uint8)) for n, s in stored.items()}
-        self._file = TensorFile(path, spec, {"format": FORMAT, "shapes": json.dumps(stored)})
-        self.finish = self._file.finish
+        self._file = TensorFile(path, spec, {"seal": UNSEALED, "format": FORMAT, "shapes": json.dumps(stored)})
+        self._path = path
 
     def write(self, index: int, masks: Mapping[str, UInt8[np.ndarray, "m _"]]) -> None:
         """Writes the packed masks of one layer, as its `LayerResult` has them."""
         for linear, packed in masks.items():
             self._file.write(_name(index, linear), packed)
 
+    def finish(self) -> None:
+        """Seals the file; see `ownership`.
+
+        Raises:
+            CheckpointError: masks were never written.
+        """
+        self._file.finish()
+        seal(self._path)
+
 
 @contextlib.contextmanager
 def create_masks(
-    path: Path, shapes: Mapping[tuple[int, str], tuple[int, ...]], *, overwrite: bool = False
+    place: str | Path | Destination, shapes: Mapping[tuple[int, str], tuple[int, ...]]
 ) -> Iterator[MaskWriter]:
-    """A mask file that appears at `path` only when it is complete.
+    """A mask file that appears at its place only when it is complete.
 
     Raises:
-        CheckpointError: `path` exists and `overwrite` is not set, or cannot be written.
+        CheckpointError: there is something that is not replaced, or it cannot be written.
     """
-    with staged_file(path, overwrite=overwrite) as staged:
-        writer = MaskWriter(staged, shapes)
+    with staged(destination(place, folder=False)) as path:
+        writer = MaskWriter(path, shapes)
         yield writer
         writer.finish()
 

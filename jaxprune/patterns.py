@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxprune.errors import InputError
+from jaxprune import schema
+from jaxprune.errors import Change, InputError
 
 Scores = Float[Array, "n m"]
 Mask = Bool[Array, "n m"]
@@ -76,6 +77,14 @@ class Pattern(Protocol):
         """
         ...
 
+    def zeros(self, shape: tuple[int, ...]) -> int:
+        """Number of zeros of a kernel of this [n_in, n_out] shape; errors as for `selector`."""
+        ...
+
+    def as_json(self) -> dict[str, Any]:
+        """Kind and numbers, as records keep them; see `schema.Pattern`."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Unstructured:
@@ -102,8 +111,16 @@ class Unstructured:
         rule = _keep_largest_per_output if self.per_output else _keep_largest
         return Selector(_counts(size, self.sparsity, progress), rule)
 
+    def zeros(self, shape: tuple[int, ...]) -> int:
+        if self.per_output:
+            return round(self.sparsity * shape[0]) * shape[1]
+        return round(self.sparsity * (shape[0] * shape[1]))
+
+    def as_json(self) -> dict[str, Any]:
+        return {"kind": "per-output" if self.per_output else "unstructured", "sparsity": self.sparsity}
+
     def __str__(self) -> str:
-        return f"{100 * self.sparsity:g} %" + (" per output" if self.per_output else "")
+        return str(schema.Unstructured(**self.as_json()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,13 +147,18 @@ class NM:
         return self.m
 
     def selector(self, shape: tuple[int, ...], progress: Sequence[float] = (1.0,)) -> Selector:
+        return Selector(_counts(self.zeros(shape), 1.0, progress), _KeepInGroups(self.n, self.m))
+
+    def zeros(self, shape: tuple[int, ...]) -> int:
         if shape[0] % self.m:
             raise InputError(
                 f"pattern {self} needs a number of inputs divisible by {self.m}, but a kernel has "
                 f"{shape[0]}: choose an M that divides it, or an unstructured pattern"
             )
-        final = shape[0] // self.m * (self.m - self.n) * shape[1]
-        return Selector(_counts(final, 1.0, progress), _KeepInGroups(self.n, self.m))
+        return shape[0] // self.m * (self.m - self.n) * shape[1]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"kind": "nm", "n": self.n, "m": self.m}
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
@@ -154,12 +176,23 @@ def parse(text: str, sparsity: float | None = None) -> Pattern:
     """
     if text in ("unstructured", "per-output"):
         return Unstructured(0.5 if sparsity is None else sparsity, per_output=text == "per-output")
-    if match := re.fullmatch(r"(\d+):(\d+)", text):
+    if match := re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text):
         pattern = NM(int(match[1]), int(match[2]))
-        if sparsity is not None and abs(sparsity - pattern.sparsity) > 1e-6:
-            raise InputError(f"{text} has a sparsity of {pattern.sparsity:g}, not {sparsity:g}: leave --sparsity out")
+        if sparsity is not None and not abs(sparsity - pattern.sparsity) <= 1e-6:
+            raise InputError(
+                f"{text} has a sparsity of {pattern.sparsity:g}, not {sparsity}", options={"sparsity": Change.OMIT}
+            )
         return pattern
     raise InputError(f"unknown pattern {text!r}: use unstructured, per-output, or N:M such as 2:4")
+
+
+def from_json(value: schema.Unstructured | schema.NM | schema.Given) -> Pattern | None:
+    """The pattern whose `as_json` this is; None for a given mask."""
+    if isinstance(value, schema.NM):
+        return NM(value.n, value.m)
+    if isinstance(value, schema.Unstructured):
+        return Unstructured(value.sparsity, per_output=value.kind == "per-output")
+    return None
 
 
 def _counts(size: int, fraction: float, progress: Sequence[float]) -> Int[Array, "steps"]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from convert import Spec, formats, part_of
 from convert.assets import read_config
+from convert.files import expand
 from convert.hub import resolve
 from jaxprune import devices, programs
 from jaxprune.config import Config
@@ -32,6 +33,7 @@ from jaxprune.recipe import Recipe
 from jaxprune.record import peak_bytes
 from jaxprune.resume import journal_folder
 from jaxprune.sensitivity import HOST_BYTES
+from jaxprune.stream import require_length
 
 GIB = 2**30
 EVALUATION_TOKENS = 350_000
@@ -69,16 +71,19 @@ def shapes(config: Config) -> tuple[Spec, Model]:
     """The params and the model of a checkpoint, from headers, or from config.json where there is nothing else.
 
     Raises:
-        InputError, CheckpointError: there is not even that.
+        InputError, CheckpointError: there is not even that, or the windows are longer than the model takes.
     """
     path = resolve(config.ckpt, weights=False)
     for module in formats().values():
         if hasattr(module, "Reader") and module.Reader.accepts(path):
             reader = module.Reader(path)
-            return reader.spec, model_of(reader.assets, config.computation_dtype, reader.spec)
+            model = model_of(reader.assets, config.computation_dtype, reader.spec)
+            require_length(model, config.seqlen)
+            return reader.spec, model
     written = read_config(path)
     stored = np.dtype(written.get("dtype") or written.get("torch_dtype") or "float16")
     model = model_of(path, config.computation_dtype or stored)
+    require_length(model, config.seqlen)
     return {path: jax.ShapeDtypeStruct(shape.shape, stored) for path, shape in model.spec.items()}, model
 
 
@@ -291,7 +296,7 @@ def _limits() -> Iterator[int]:
 def free_disk(config: Config) -> int | None:
     """Bytes that --out's disk has free, with what the run has there already."""
     assert config.out
-    out = Path(config.out).expanduser().absolute()
+    out = expand(config.out).absolute()
     own = sum(path.stat().st_size for path in journal_folder(out).rglob("*") if path.is_file())
     return shutil.disk_usage(existing_parent(out)).free + own
 

@@ -1,24 +1,28 @@
 """A layer's pruning problem in a file: the Gram matrices of its linears' inputs, and its dense kernels.
 
 For research on methods without a model, and for bug reports. The file is safetensors: `gram.<tap>` is a Gram matrix
-[n, n],
-`<linear>.kernel` a kernel [n_in, n_out] in its stored dtype; the metadata's `inputs` says which linears read which tap.
+[n, n], `<linear>.kernel` a kernel [n_in, n_out] in its stored dtype; the metadata's `inputs` says which linears read
+which tap.
 """
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import ml_dtypes  # noqa: F401  teaches numpy, and with it safetensors, bfloat16
 import numpy as np
+import pydantic
 from jaxtyping import DTypeLike, Float, Int
 from safetensors import SafetensorError, safe_open
+from scipy.linalg.lapack import spotrf
 
-from convert import Reader
+from convert import Reader, schema
+from convert.errors import DamagedError
+from convert.files import require_regular
+from convert.ownership import UNSEALED, Destination, destination, seal, staged
 from convert.shards import TensorFile
-from convert.staging import staged_file
 from jaxprune.errors import InputError
 from jaxprune.methods import Method
 from jaxprune.models import model_for
@@ -96,56 +100,109 @@ def capture(
             return
 
 
-def save(path: Path, problem: Problem, *, overwrite: bool = False) -> None:
+def save(place: str | Path | Destination, problem: Problem) -> None:
     """Writes a problem's file.
 
     Raises:
-        CheckpointError: `path` exists and `overwrite` is not set, or cannot be written.
+        CheckpointError: there is something that is not replaced, or it cannot be written.
     """
     arrays = {f"gram.{tap}": gram for tap, gram in problem.grams.items()}
     arrays |= {f"{linear}.kernel": kernel for linear, kernel in problem.kernels.items()}
-    with staged_file(path, overwrite=overwrite) as staged:
+    with staged(destination(place, folder=False)) as path:
         file = TensorFile(
-            staged,
+            path,
             {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()},
-            {"format": FORMAT, "layer": str(problem.layer), "inputs": json.dumps(problem.inputs)},
+            {"seal": UNSEALED, "format": FORMAT, "layer": str(problem.layer), "inputs": json.dumps(problem.inputs)},
         )
         for name, array in arrays.items():
             file.write(name, array)
         file.finish()
+        seal(path)
+
+
+class _Metadata(schema.Schema):
+    """What the header says beside the tensors."""
+
+    layer: Annotated[str, pydantic.Field(pattern="^[0-9]{1,9}$")]
+    inputs: pydantic.Json[dict[str, list[str]]]
 
 
 def load(path: Path) -> Problem:
     """Reads a problem's file.
 
     Raises:
-        InputError: it is no such file, or damaged.
+        InputError: it is no such file, or a Gram matrix is none: not symmetric, not finite, not positive semidefinite.
+        DamagedError: its header and its tensors disagree.
     """
-    unreadable = f"cannot read a layer's problem from {path}: {{}}"
+    require_regular(path, InputError)
     try:
         with safe_open(path, framework="numpy") as opened:
             metadata = opened.metadata() or {}
-            arrays = {name: opened.get_tensor(name) for name in opened.keys()}
+            if metadata.pop("format", None) != FORMAT:
+                raise InputError("it holds no layer's problem", file=path, wanted="one that scripts/save_layer.py made")
+            header = schema.check(_Metadata, metadata, file=path, entry="__metadata__")
+            inputs = {tap: tuple(linears) for tap, linears in header.inputs.items()}
+            _require_shapes(path, inputs, {name: opened.get_slice(name) for name in opened.keys()})
+            grams = {tap: opened.get_tensor(f"gram.{tap}") for tap in inputs}
+            kernels = {p: opened.get_tensor(f"{p}.kernel") for paths in inputs.values() for p in paths}
     except (OSError, SafetensorError) as error:
-        raise InputError(unreadable.format(error)) from error
-    if metadata.get("format") != FORMAT:
-        raise InputError(f"{path} holds no layer's problem: make one with scripts/save_layer.py")
-    try:
-        layer = int(metadata["layer"])
-        inputs = {tap: tuple(linears) for tap, linears in json.loads(metadata["inputs"]).items()}
-        grams = {tap: arrays[f"gram.{tap}"] for tap in inputs}
-        kernels = {p: arrays[f"{p}.kernel"] for paths in inputs.values() for p in paths}
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(unreadable.format(f"its header is damaged ({error})")) from error
-    for tap, linears in inputs.items():
-        n = grams[tap].shape[0]
-        for linear in linears:
-            if grams[tap].shape != (n, n) or kernels[linear].ndim != 2 or len(kernels[linear]) != n:
-                raise InputError(
-                    f"{path} is damaged: {linear} is {list(kernels[linear].shape)}, but the Gram matrix of its inputs "
-                    f"is {list(grams[tap].shape)}"
-                )
-    for name, array in (grams | kernels).items():
+        raise InputError(f"it cannot be read ({error})", file=path) from error
+    for name, array in ({f"gram.{tap}": a for tap, a in grams.items()} | kernels).items():
         if not np.isfinite(np.asarray(array, np.float32)).all():
-            raise InputError(f"{path} holds NaN or infinity in {name}")
-    return Problem(layer, inputs, grams, kernels)
+            raise InputError("it holds NaN or infinity", file=path, entry=name)
+    for tap, gram in grams.items():
+        if reason := why_no_gram(gram):
+            raise InputError(f"it is no Gram matrix, {reason}", file=path, entry=f"gram.{tap}")
+    return Problem(int(header.layer), inputs, grams, kernels)
+
+
+def _require_shapes(path: Path, inputs: Mapping[str, Sequence[str]], slices: Mapping[str, Any]) -> None:
+    """Raises DamagedError where tensors are missing, or are not what the header's inputs need."""
+    linears = [linear for paths in inputs.values() for linear in paths]
+    if not linears or len(set(linears)) < len(linears):
+        raise DamagedError("linears are missing, or there twice", file=path, entry="inputs", found=linears)
+    names = [f"gram.{tap}" for tap in inputs] + [f"{linear}.kernel" for linear in linears]
+    if missing := [name for name in names if name not in slices]:
+        raise DamagedError("a tensor is missing", file=path, entry=missing[0])
+    for name in names:
+        dtype = slices[name].get_dtype()
+        if dtype not in (("F32",) if name.startswith("gram.") else ("F32", "F16", "BF16")):
+            raise DamagedError("a tensor's dtype cannot be used", file=path, entry=name, found=dtype)
+    for tap, paths in inputs.items():
+        gram = slices[f"gram.{tap}"].get_shape()
+        if len(gram) != 2 or gram[0] != gram[1] or not gram[0]:
+            raise DamagedError("a Gram matrix is not square", file=path, entry=f"gram.{tap}", found=gram)
+        for linear in paths:
+            kernel = slices[f"{linear}.kernel"].get_shape()
+            if len(kernel) != 2 or kernel[0] != gram[0] or not kernel[1]:
+                wanted = f"[{gram[0]}, outputs], as the Gram matrix of its inputs has it"
+                raise DamagedError("a kernel's shape is wrong", file=path, entry=linear, found=kernel, wanted=wanted)
+
+
+def why_no_gram(gram: Float[np.ndarray, "n n"]) -> str:
+    """Why a finite float32 matrix cannot be a sum of products x xᵀ; "" where it can, up to rounding.
+
+    With a diagonal of ones (the inputs' norms divided out) all entries lie between -1 and 1, and after a small ridge a
+    Cholesky factorization exists. Rounding of all entries by a few units moves eigenvalues by some √n of them.
+    """
+    n = len(gram)
+    tolerance = np.float32(32 * np.sqrt(n) * np.finfo(np.float32).eps)
+    diagonal = np.diagonal(gram)
+    if diagonal.min() < 0:
+        at = int(diagonal.argmin())
+        return f"its diagonal is negative at {at}: {diagonal[at]:.3g}"
+    scale = np.maximum(np.sqrt(diagonal), np.sqrt(np.finfo(np.float32).tiny))
+    scaled = gram / scale[:, None]
+    scaled /= scale[None, :]
+    for start in range(0, n, 512):
+        rows = slice(start, start + 512)
+        difference = np.abs(scaled[rows] - scaled[:, rows].T)
+        if difference.max() > tolerance:
+            row, column = (int(i) for i in np.unravel_index(difference.argmax(), difference.shape))
+            return f"it is not symmetric at [{start + row}, {column}]"
+        if np.abs(scaled[rows]).max() > 1 + tolerance:
+            row, column = (int(i) for i in np.unravel_index(np.abs(scaled[rows]).argmax(), difference.shape))
+            return f"its entry [{start + row}, {column}] is larger than the diagonal allows"
+    scaled[np.diag_indices(n)] = 1 + tolerance
+    _, pivot = spotrf(scaled.T, lower=True, overwrite_a=True)  # its transpose is Fortran's, and so not copied
+    return f"it is not positive semidefinite: pivot {pivot - 1} is negative" if pivot else ""

@@ -2,11 +2,15 @@
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import pydantic
+
 from convert.command import ArgumentParser
-from jaxprune import masks, methods, patterns
+from convert.schema import refused
+from jaxprune import masks, methods, patterns, schema
 from jaxprune.errors import InputError
 from jaxprune.flags import add_fields, make
 from jaxprune.methods import Method
@@ -69,7 +73,6 @@ class Recipe:
         method: selects and updates, or only updates where the mask is given.
         pattern: None: the mask is given.
         mask: name of the given mask, as --mask has it, or None.
-        slug: a short name for files, such as wanda-admm-50.
         importance: what is weighed by the loss's gradients.
         tuning: what is done when all linears are pruned.
         asymmetry: see `pipeline.prune`.
@@ -78,8 +81,7 @@ class Recipe:
 
     method: Method
     pattern: Pattern | None
-    mask: str | None
-    slug: str
+    mask: str | None = None
     importance: Importance = Importance()
     tuning: Tuning = Tuning()
     preset: str | None = None
@@ -97,37 +99,59 @@ class Recipe:
         return masks.stored(self.mask)
 
     def as_json(self) -> dict[str, Any]:
-        """What a record keeps; importance and tuning where there are any."""
-        parts: dict[str, Any] = {"method": describe(self.method) | {"name": self.name}, "pattern": self.target}
-        if self.preset:
-            parts["preset"] = self.preset
-        if self.asymmetry:
-            parts["asymmetry"] = self.asymmetry
-        if self.importance.measured:
-            parts["importance"] = dataclasses.asdict(self.importance)
-        if self.tuning.tune_epochs:
-            parts["tuning"] = dataclasses.asdict(self.tuning)
-        return parts
+        """All of it, as records and journals keep it; see `schema.Recipe`."""
+        pattern = {"kind": "given", "mask": self.mask} if self.pattern is None else self.pattern.as_json()
+        return {
+            "method": _method_as_json(self.method),
+            "pattern": pattern,
+            "preset": self.preset,
+            "asymmetry": self.asymmetry,
+            "importance": dataclasses.asdict(self.importance),
+            "tuning": dataclasses.asdict(self.tuning),
+        }
+
+    @classmethod
+    def from_json(cls, value: schema.Recipe) -> "Recipe":
+        """The recipe whose `as_json` this is.
+
+        Raises:
+            InputError: a method or one of its options is not there, or has another type or range.
+        """
+        given = value.pattern.mask if isinstance(value.pattern, schema.Given) else None
+        return cls(
+            _method_from_json(value.method),
+            patterns.from_json(value.pattern),
+            given,
+            Importance(**value.importance.model_dump()),
+            Tuning(**value.tuning.model_dump()),
+            value.preset,
+            value.asymmetry,
+        )
 
     @property
     def target(self) -> str:
         """The pattern or the mask's source, in words."""
-        if self.pattern is None:
-            return f"the mask {self.mask}"
-        return f"{self.pattern} in total" if self.importance.spread else str(self.pattern)
+        return schema.Recipe(**self.as_json()).target
 
     @property
     def name(self) -> str:
         """The method and what is done beside it, in words."""
-        words = [
-            describe(self.method)["name"],
-            *["tokens weighed"] * (self.importance.token_power > 0),
-            *["outputs weighed"] * self.importance.weigh_outputs,
-            *[f"sparsities within {self.importance.spread:g}"] * (self.importance.spread > 0),
-            *[f"asymmetry {self.asymmetry:g}"] * (self.asymmetry > 0),
-            *[f"{self.tuning.tune_epochs:g} epochs of tuning"] * (self.tuning.tune_epochs > 0),
-        ]
-        return f"{self.preset}: " * (self.preset is not None) + ", ".join(words)
+        return schema.Recipe(**self.as_json()).how
+
+    @property
+    def slug(self) -> str:
+        """A short name for files, such as wanda-admm-50; different sparsities have different ones."""
+        method = self.method.method if isinstance(self.method, Finished) else self.method
+        crossed = [method.selector, method.updater] if isinstance(method, Crossed) else [method]
+        how = "-".join(map(_name, crossed))
+        if self.pattern is None:
+            return f"{how}-given-mask"
+        if self.preset:
+            uniform = self.pattern == Unstructured(self.pattern.sparsity) and not self.importance.spread
+            how = self.preset + "-uniform" * uniform
+        if isinstance(self.pattern, NM):
+            return f"{how}-{self.pattern.n}of{self.pattern.m}"
+        return f"{how}-{schema.percent(self.pattern.sparsity)}"
 
 
 class Parser:
@@ -226,16 +250,7 @@ class Parser:
                 raise InputError(f"--mask {self._mask} decides which weights stay: leave --pattern and --sparsity out")
             why = f"--mask {self._mask} decides which weights stay"
             importance = _without(importance, given, {"spread": why, "weigh_outputs": why})
-            return Recipe(
-                method,
-                None,
-                self._mask,
-                f"{self._update}-given-mask",
-                importance,
-                tuning,
-                whole.preset,
-                whole.asymmetry,
-            )
+            return Recipe(method, None, self._mask, importance, tuning, whole.preset, whole.asymmetry)
         pattern = patterns.parse(
             flags.pattern or ("per-output" if method.per_output else "unstructured"), flags.sparsity
         )
@@ -245,11 +260,7 @@ class Parser:
         elif isinstance(pattern, Unstructured) and pattern.per_output:
             useless = dict.fromkeys(("spread", "weigh_outputs"), "per-output patterns compare within each output only")
         importance = _without(importance, given, useless)
-        how = self._update if self._mask == self._update else f"{self._mask}-{self._update}"
-        if whole.preset:
-            how = whole.preset + "-uniform" * whole.uniform
-        what = f"{pattern.n}of{pattern.m}" if isinstance(pattern, NM) else f"{100 * pattern.sparsity:g}"
-        return Recipe(method, pattern, None, f"{how}-{what}", importance, tuning, whole.preset, whole.asymmetry)
+        return Recipe(method, pattern, None, importance, tuning, whole.preset, whole.asymmetry)
 
 
 def _without(importance: Importance, given: Mapping[str, Any], useless: Mapping[str, str]) -> Importance:
@@ -291,13 +302,38 @@ def parse(argv: Sequence[str]) -> Recipe:
     return Parser(argv).parse()[1]
 
 
-def describe(method: Method) -> dict[str, Any]:
-    """A method's name and options, nested where methods are combined."""
+def _name(method: Method) -> str:
+    """A method's name on the command line: its file's."""
+    return type(method).__module__.rpartition(".")[2]
+
+
+def _method_as_json(method: Method) -> dict[str, Any]:
     if isinstance(method, Crossed):
-        selector, updater = describe(method.selector), describe(method.updater)
-        return {"name": f"{selector['name']} mask, {updater['name']} update", "mask": selector, "update": updater}
+        return {
+            "kind": "crossed",
+            "mask": _method_as_json(method.selector),
+            "update": _method_as_json(method.updater),
+        }
     if isinstance(method, Finished):
-        inner, finish = describe(method.method), dataclasses.asdict(method.finish)
-        return {"name": f"{inner['name']}, {finish['steps']} steps to finish", "method": inner, "finish": finish}
-    name = type(method).__module__.rpartition(".")[2]
-    return {"name": name, "options": dataclasses.asdict(method)}  # type: ignore[call-overload]
+        finish = dataclasses.asdict(method.finish)
+        return {"kind": "finished", "method": _method_as_json(method.method), "finish": finish}
+    options = dataclasses.asdict(method)  # type: ignore[call-overload]
+    return {"kind": "method", "name": _name(method), "options": options}
+
+
+def _method_from_json(value: schema.Plain | schema.Crossed | schema.Finished) -> Method:
+    if isinstance(value, schema.Crossed):
+        return Crossed(_method_from_json(value.mask), _method_from_json(value.update))
+    if isinstance(value, schema.Finished):
+        return Finished(_method_from_json(value.method), _made(Exact, value.finish))
+    return _made(methods.load(value.name), value.options)
+
+
+def _made(cls: type, options: Mapping[str, Any]) -> Any:
+    """A method with options of the types that it declares."""
+    if unknown := options.keys() - {field.name for field in dataclasses.fields(cls)}:
+        raise InputError(f"{cls.__name__} has no option {min(unknown)}")
+    try:
+        return pydantic.TypeAdapter(cls).validate_json(json.dumps(options), strict=True)
+    except pydantic.ValidationError as error:
+        raise refused(error, file="", entry=cls.__name__, error=InputError) from None

@@ -16,14 +16,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.staging import write_text
-from jaxprune import report
+from convert.hub import described
+from convert.ownership import write_text
+from jaxprune import report, schema, version1
 from jaxprune.config import Config
 from jaxprune.evaluation.quality import Quality, table
 from jaxprune.evaluation.tasks import without_samples
 from jaxprune.recipe import Recipe
-from jaxprune.report import RECORD, REPORT
+from jaxprune.report import REPORT
 from jaxprune.results import LayerResult
+from jaxprune.schema import RECORD
 from jaxprune.timing import Timing
 
 PACKAGES = (
@@ -72,6 +74,11 @@ class Record:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
     @property
+    def checkpoint(self) -> str:
+        """The dense checkpoint, and what it is where its name does not say."""
+        return described(self.config.ckpt)
+
+    @property
     def sparsity(self) -> float:
         """Zeros of all pruned linears over their weights."""
         linears = [linear for layer in self.layers for linear in layer.linears.values()]
@@ -84,17 +91,22 @@ class Record:
 
     def what_was_asked(self) -> dict[str, Any]:
         """The recipe, and what it was applied to, as JSON."""
-        return self.recipe.as_json() | {
-            "calibration": {
-                "windows": list(self.tokens.shape),
-                "sha256": hashlib.sha256(np.ascontiguousarray(self.tokens, np.int32).tobytes()).hexdigest(),
-            },
-        }
+        return self.recipe.as_json() | {"calibration": self._calibration()}
+
+    def what_version_1_wrote(self) -> dict[str, Any]:
+        """The same as a journal of version 1 has it."""
+        return version1.recipe_as_json(self.recipe) | {"calibration": self._calibration()}
+
+    def _calibration(self) -> dict[str, Any]:
+        ids = np.ascontiguousarray(self.tokens, np.int32)
+        return {"windows": list(self.tokens.shape), "sha256": hashlib.sha256(ids.tobytes()).hexdigest()}
 
     def as_json(self) -> dict[str, Any]:
         return {
+            "schema": schema.VERSION,
             "kind": "run",
             "config": dataclasses.asdict(self.config),
+            "checkpoint": self.checkpoint,
             **self.what_was_asked(),
             "sparsity": self.sparsity,
             "evaluation": {which: quality.as_json() for which, quality in self.evaluation.items()},
@@ -102,23 +114,28 @@ class Record:
             **({"timing": self.timing._asdict()} if self.timing else {}),
             "peak_bytes": peak_bytes(),
             "layers": [layer.figures() for layer in self.layers],
-            **({"resumed_layers": self.resumed} if self.resumed else {}),
+            "resumed_layers": self.resumed,
             **environment(),
         }
 
-    def save(self, folder: Path) -> None:
-        """Writes jaxprune.json, report.html, the model card, and lm-eval's results."""
-        write_record(folder, self.as_json(), self.evaluation)
-        write_text(folder / "README.md", self.card())
+    def save(self, folder: Path) -> tuple[set[str], Exception | None]:
+        """Writes jaxprune.json, lm-eval's results, the model card and report.html.
+
+        Returns:
+            The files' names, and what kept the report from being drawn, for the caller to raise when all else is in
+            its place.
+        """
+        write_text(folder / "README.md", schema.as_text(self.card()))
+        names, fault = write_record(folder, self.as_json(), self.evaluation)
+        return names | {"README.md"}, fault
 
     def card(self) -> str:
         """The model card: what was done to which model, and how good it is."""
-        config, rows = self.config, "\n".join(f"| {name} | {value} |" for name, value in self.summary())
+        config, rows = self.config, "".join(map(_row, self.summary()))
         measured = ""
         if self.evaluation:
             header, cells = table(self.evaluation)
-            lines = [header, ["---"] * len(header), *cells]
-            measured = "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+            measured = "\n" + "".join(map(_row, [header, ["---"] * len(header), *cells]))
         base = f"base_model: {config.ckpt}\n" if "/" in config.ckpt and not Path(config.ckpt).exists() else ""
         return f"""---
 {base}tags:
@@ -127,22 +144,21 @@ class Record:
 - jaxprune
 ---
 
-# {Path(config.ckpt).name}, pruned to {self.recipe.target}
+# {_escaped(Path(config.ckpt).name)}, pruned to {_escaped(self.recipe.target)}
 
-Pruned in one shot by jaxprune, which implements Boža, "Fast and Effective Weight Update for Pruned Large Language
-Models" (arXiv 2401.02938). The weights are ordinary dense tensors with exact zeros. Embeddings,
-norms and head are those of the dense checkpoint. Everything needed to repeat the run is in {RECORD}.
+{_escaped(self.checkpoint)}, pruned in one shot by jaxprune, which implements Boža, "Fast and Effective Weight Update
+for Pruned Large Language Models" (arXiv 2401.02938). The weights are ordinary dense tensors with exact zeros.
+Embeddings, norms and head are those of the dense checkpoint. Everything needed to repeat the run is in {RECORD}.
 
 | | |
 |---|---|
-{rows}
-{measured}"""
+{rows}{measured}"""
 
     def summary(self) -> Sequence[tuple[str, str]]:
         """The rows of the table at the end of a run."""
         config = self.config
         rows = [
-            ("checkpoint", config.ckpt),
+            ("checkpoint", self.checkpoint),
             ("method", self.recipe.name),
             ("pattern", self.recipe.target),
             ("calibration", f"{self.tokens.shape[0]} windows of {self.tokens.shape[1]} tokens, {config.calib}"),
@@ -153,6 +169,17 @@ norms and head are those of the dense checkpoint. Everything needed to repeat th
         rows += [(f"time, {phase}", f"{seconds:.1f} s") for phase, seconds in self.seconds.items()]
         rows += [(f"peak memory, {where}", f"{size / 1e9:.2f} GB") for where, size in peak_bytes().items()]
         return rows
+
+
+def _row(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(map(_escaped, cells))} |\n"
+
+
+def _escaped(text: str) -> str:
+    """A name on one line, none of whose characters is Markdown's or HTML's."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return re.sub(r"([\\|`*\[\]$])", r"\\\1", line).replace("&", "&amp;").replace("<", "&lt;")
 
 
 def layer_line(layer: LayerResult, count: int) -> str:
@@ -178,13 +205,23 @@ def peak_bytes() -> dict[str, int]:
     return peaks
 
 
-def write_record(folder: Path, record: Mapping[str, Any], qualities: Mapping[str, Quality]) -> None:
-    """Writes jaxprune.json, report.html, and lm-eval's results where there are any."""
-    write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+def write_record(
+    folder: Path, record: Mapping[str, Any], qualities: Mapping[str, Quality]
+) -> tuple[set[str], Exception | None]:
+    """Writes jaxprune.json, lm-eval's results where there are any, and report.html; returns as `Record.save`."""
+    content = schema.write(record)
+    files = {RECORD: content}
     for name, quality in qualities.items():
         if quality.lm_eval:
-            write_text(folder / f"lm-eval-{name.replace('/', '-')}.json", without_samples(quality.lm_eval))
-    write_text(folder / REPORT, report.page([record]))
+            files[lm_eval_file(name)] = schema.write(json.loads(without_samples(quality.lm_eval)))
+    for name, text in files.items():
+        write_text(folder / name, text)
+    try:
+        page = report.page([schema.read(content, folder / RECORD)])
+    except Exception as error:  # a defect of ours, which must not cost what took hours: the caller raises it later
+        return set(files), error
+    write_text(folder / REPORT, page)
+    return {*files, REPORT}, None
 
 
 def environment() -> dict[str, Any]:
@@ -213,3 +250,11 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def lm_eval_file(name: str) -> str:
+    """The file of lm-eval's results of a checkpoint; one of a very long name is told apart by a digest."""
+    name = schema.as_text(name).replace("/", "-")
+    if len(name.encode()) > 200:
+        name = f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return f"lm-eval-{name}.json"

@@ -14,13 +14,16 @@ from typing import Any
 import jinja2
 
 from convert.command import ArgumentParser
-from convert.staging import check_free, write_text
-from jaxprune import figures
+from convert.hub import DESCRIPTIONS
+from convert.ownership import UNSEALED, Destination, destination, seal, staged, write_text
+from convert.paths import require_apart
+from jaxprune import figures, schema
 from jaxprune.console import console, run_main
 from jaxprune.errors import InputError
 from jaxprune.evaluation.tasks import mean_accuracy
+from jaxprune.schema import RECORD, MeanAccuracy, Quality, Record, Run, TextQuality
 
-RECORD, REPORT = "jaxprune.json", "report.html"
+REPORT = "report.html"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +36,8 @@ class Entry:
         dense: whether it is the one that others were made from or are compared with.
         method, pattern: how it was pruned, in words; "" where that is not known.
         sparsity: zeros of the linears over their weights; None where nobody counted.
-        layers: figures of the run's layers, as jaxprune.json has them; empty without a run.
-        seconds: of the run, by phase.
-        quality: what was measured, as `Quality.as_json` gives it.
-        run: the run's record; empty without one.
+        quality: what was measured.
+        run: the record of the run that made it, or None.
         number: of the checkpoint among those that are not dense; decides its colour.
     """
 
@@ -46,40 +47,40 @@ class Entry:
     method: str
     pattern: str
     sparsity: float | None
-    layers: Sequence[Mapping[str, Any]]
-    seconds: Mapping[str, float]
-    quality: Mapping[str, Any]
-    run: Mapping[str, Any]
+    quality: Quality
+    run: Run | None
     number: int = 0
 
-    def text(self, name: str) -> Mapping[str, Any]:
-        """What was measured on a text; empty where it was not."""
-        return self.quality.get("texts", {}).get(name, {})
+    def text(self, name: str) -> TextQuality | None:
+        """What was measured on a text; None where it was not."""
+        return self.quality.texts.get(name)
 
     @property
     def key(self) -> str:
         """What says that two records speak of one checkpoint: how it was made, or its name."""
         if not self.run:
             return self.name
-        made = [self.run["config"]["ckpt"], self.run["method"], self.run["pattern"], self.run["calibration"]]
-        return json.dumps([self.label, *made], sort_keys=True)
+        made = {"method", "pattern", "preset", "asymmetry", "importance", "tuning", "calibration"}
+        return json.dumps([self.label, self.run.config.ckpt, self.run.model_dump(include=made)], sort_keys=True)
 
     @property
     def accuracy(self) -> float | None:
         """The mean over the tasks, as a fraction."""
-        return self.quality.get("mean_accuracy", {}).get("acc")
+        return self.quality.mean_accuracy.acc
 
     @property
-    def tasks(self) -> Mapping[str, Mapping[str, float]]:
-        return self.quality.get("tasks", {})
+    def seconds(self) -> Mapping[str, float]:
+        """Of the run, by phase."""
+        return {phase: value for phase, value in (self.run.seconds if self.run else {}).items() if value is not None}
+
+    @property
+    def grouped(self) -> bool:
+        """Whether its pattern is N:M."""
+        return self.run is not None and isinstance(self.run.pattern, schema.NM)
 
 
-def entries(records: Sequence[Mapping[str, Any]]) -> list[Entry]:
-    """The checkpoints of records, dense ones first; a checkpoint in several records is one entry.
-
-    Args:
-        records: contents of jaxprune.json files, of runs and of evaluations.
-    """
+def entries(records: Sequence[Record]) -> list[Entry]:
+    """The checkpoints of records, dense ones first; a checkpoint in several records is one entry."""
     found: dict[str, Entry] = {}
     for record in records:
         for entry in _entries(record):
@@ -87,10 +88,12 @@ def entries(records: Sequence[Mapping[str, Any]]) -> list[Entry]:
             if before is None:
                 found[entry.key] = entry
             else:
-                quality = {**before.quality, **entry.quality}
-                for part in ("texts", "tasks"):
-                    quality[part] = {**before.quality.get(part, {}), **entry.quality.get(part, {})}
-                quality["mean_accuracy"] = mean_accuracy(quality["tasks"])
+                tasks = {**before.quality.tasks, **entry.quality.tasks}
+                quality = Quality(
+                    texts={**before.quality.texts, **entry.quality.texts},
+                    tasks=tasks,
+                    mean_accuracy=MeanAccuracy(**mean_accuracy(_finite(tasks))),
+                )
                 main = before if before.run or not entry.run else entry
                 found[entry.key] = dataclasses.replace(main, quality=quality, dense=before.dense or entry.dense)
     ordered = sorted(found.values(), key=lambda entry: not entry.dense)
@@ -106,14 +109,10 @@ def entries(records: Sequence[Mapping[str, Any]]) -> list[Entry]:
     ]
 
 
-def page(records: Sequence[Mapping[str, Any]]) -> str:
-    """The report's HTML.
-
-    Args:
-        records: contents of jaxprune.json files, of runs and of evaluations.
-    """
+def page(records: Sequence[Record]) -> str:
+    """The report's HTML."""
     everything = entries(records)
-    texts = list(dict.fromkeys(text for entry in everything for text in entry.quality.get("texts", {})))
+    texts = list(dict.fromkeys(text for entry in everything for text in entry.quality.texts))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("jaxprune", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -122,12 +121,14 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
         entries=everything,
         runs=[entry for entry in everything if entry.run],
         texts=texts,
-        tasks=list(dict.fromkeys(task for entry in everything for task in entry.tasks)),
+        tasks=list(dict.fromkeys(task for entry in everything for task in entry.quality.tasks)),
         figures=_figures(everything, texts),
         number=figures.number,
         short=figures.short,
-        details=[(_source(record), json.dumps(_without_layers(record), indent=1)) for record in records],
-        hardware=sorted({record["hardware"] for record in records}),
+        details=[
+            (_source(record), json.dumps(_without_layers(schema.as_json(record)), indent=1)) for record in records
+        ],
+        hardware=sorted({record.hardware for record in records if record.hardware}),
     )
 
 
@@ -143,13 +144,13 @@ def _figures(everything: Sequence[Entry], texts: Sequence[str]) -> list[tuple[st
         measured = [entry for entry in everything if entry.text(text)]
         quality.append(figures.perplexities(measured, text))
         by_sparsity(f"Perplexity of {figures.short(text)}", "perplexity", _value_of(text, "perplexity"))
-        if compared := [entry for entry in measured if entry.text(text).get("kl") is not None]:
+        if compared := [entry for entry in measured if _value_of(text, "kl")(entry) is not None]:
             quality.append(figures.divergences(compared, text))
             by_sparsity(f"KL divergence on {figures.short(text)}", "nats a token", _value_of(text, "kl"))
     if tested := [entry for entry in everything if entry.accuracy is not None]:
         quality.append(figures.accuracies(tested))
         by_sparsity("Mean accuracy", "mean accuracy (acc)", lambda entry: entry.accuracy, log=False)
-    runs = [entry for entry in everything if entry.layers]
+    runs = [entry for entry in everything if entry.run and entry.run.layers]
     pruning = []
     if runs:
         plots = figures.error_by_layer, figures.error_by_linear, figures.sparsity_by_layer, figures.time_by_phase
@@ -161,45 +162,33 @@ def _figures(everything: Sequence[Entry], texts: Sequence[str]) -> list[tuple[st
 
 
 def _value_of(text: str, name: str) -> Callable[[Entry], float | None]:
-    return lambda entry: entry.text(text).get(name)
+    return lambda entry: getattr(entry.text(text), name, None)
 
 
-def _entries(record: Mapping[str, Any]) -> list[Entry]:
-    if record["kind"] == "run":
-        config, measured = record["config"], record["evaluation"]
-        dense = [_bare(config["ckpt"], True, 0.0, measured["dense"])] if "dense" in measured else []
-        return [*dense, _pruned(config["out"], record, measured.get("pruned", {}))]
+def _entries(record: Record) -> list[Entry]:
+    if isinstance(record, Run):
+        measured = record.evaluation
+        dense = [_bare(record.config.ckpt, True, 0.0, measured["dense"])] if "dense" in measured else []
+        return [*dense, _pruned(record.config.out or "", record, measured.get("pruned", Quality()))]
     found = []
-    for name, one in record["checkpoints"].items():
-        is_dense = name == record["against"] or (not one["run"] and one["sparsity"] < 0.01)
-        if one["run"] and not is_dense:
-            found.append(_pruned(name, one["run"], one["quality"]))
+    for name, one in record.checkpoints.items():
+        is_dense = name == record.against or (not one.run and one.sparsity < 0.01)
+        if one.run and not is_dense:
+            found.append(_pruned(name, one.run, one.quality))
         else:
-            found.append(_bare(name, is_dense, one["sparsity"], one["quality"]))
+            found.append(_bare(name, is_dense, one.sparsity, one.quality))
     return found
 
 
-def _bare(name: str, dense: bool, sparsity: float, quality: Mapping[str, Any]) -> Entry:
+def _bare(name: str, dense: bool, sparsity: float, quality: Quality) -> Entry:
     """A checkpoint of whose making nothing is known."""
     pattern = "" if dense else f"{100 * sparsity:.1f} %"
     label = Path(name).name + (" (dense)" if dense else "")
-    return Entry(name, label, dense, "", pattern, sparsity, [], {}, quality, {})
+    return Entry(name, label, dense, DESCRIPTIONS.get(name, ""), pattern, sparsity, quality, None)
 
 
-def _pruned(name: str, run: Mapping[str, Any], quality: Mapping[str, Any]) -> Entry:
-    method = run["method"]["name"]
-    return Entry(
-        name=name,
-        label=Path(name).name,
-        dense=False,
-        method=method,
-        pattern=run["pattern"],
-        sparsity=run["sparsity"],
-        layers=run["layers"],
-        seconds=run["seconds"],
-        quality=quality,
-        run=run,
-    )
+def _pruned(name: str, run: Run, quality: Quality) -> Entry:
+    return Entry(name, Path(name).name, False, run.how, run.target, run.sparsity, quality, run)
 
 
 def _title(everything: Sequence[Entry]) -> str:
@@ -210,15 +199,20 @@ def _title(everything: Sequence[Entry]) -> str:
     return f"{len(everything)} checkpoints"
 
 
+def _finite(tasks: Mapping[str, Mapping[str, float | None]]) -> dict[str, dict[str, float]]:
+    return {
+        task: {name: value for name, value in metrics.items() if value is not None} for task, metrics in tasks.items()
+    }
+
+
 def _shortened(name: str) -> str:
     return "/".join(Path(name).parts[-2:])
 
 
-def _source(record: Mapping[str, Any]) -> str:
-    config = record["config"]
-    return (
-        f"run that made {config['out']}" if record["kind"] == "run" else f"evaluation of {len(record['checkpoints'])}"
-    )
+def _source(record: Record) -> str:
+    if isinstance(record, Run):
+        return f"run that made {record.config.out}"
+    return f"evaluation of {len(record.checkpoints)}"
 
 
 def _without_layers(record: Any) -> Any:
@@ -226,37 +220,6 @@ def _without_layers(record: Any) -> Any:
     if isinstance(record, Mapping):
         return {key: _without_layers(value) for key, value in record.items() if key != "layers"}
     return record
-
-
-def load(folder: Path) -> dict[str, Any]:
-    """The record in a folder.
-
-    Raises:
-        InputError: there is none, or it is not jaxprune's.
-    """
-    path = folder / RECORD if folder.is_dir() else folder
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{folder} has no {RECORD}: give the folder of a run or of an evaluation") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    kinds = {"run": {"config", "method", "layers", "evaluation"}, "evaluation": {"config", "checkpoints", "against"}}
-    if not isinstance(record, dict) or not kinds.get(record.get("kind", ""), {"kind"}) <= record.keys():
-        raise InputError(f"{path} is no record of this version of jaxprune: make it again, or move it away")
-    return record
-
-
-def run_of(folder: Path) -> dict[str, Any] | None:
-    """The record of the run that made a checkpoint's folder; None where there is none.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    if not (folder / RECORD).exists():
-        return None
-    record = load(folder)
-    return record if record["kind"] == "run" else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -271,12 +234,25 @@ def _main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="of a run, or of an evaluation")
     parser.add_argument("--out", required=True, help="the page to make")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace an unchanged earlier page")
     args = parser.parse_args(argv)
-    out = check_free(args.out, overwrite=args.overwrite, folder=False)
-    html = page([load(folder) for folder in args.folders])
-    write_text(out, html)
-    console.print(os.path.relpath(out))
+    place = destination(args.out, "out", overwrite=args.overwrite, folder=False)
+    require_apart({"the record": [folder / RECORD for folder in args.folders]}, {"out": place.path}, error=InputError)
+    place.check()
+    save(place, page([schema.load(folder) for folder in args.folders]))
+    console.print(os.path.relpath(place.path))
+
+
+def save(place: Destination, html: str) -> None:
+    """Writes a page as a file of its own.
+
+    Raises:
+        CheckpointError: there is something that is not replaced, or it cannot be written.
+    """
+    first, rest = html.split("\n", 1)
+    with staged(place) as path:
+        write_text(path, f"{first}\n<!-- {UNSEALED} -->\n{rest}")
+        seal(path)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
 """Pruned layers, and those that a run has finished already."""
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from convert import Params
+from convert.errors import DamagedError
+from convert.schema import Schema, check
+from jaxprune import schema
+from jaxprune.console import console
 from jaxprune.journal import Journal
 from jaxprune.linears import LinearResult
 
@@ -32,9 +37,9 @@ class LayerResult:
     resumed: bool = False
 
     def figures(self) -> dict[str, Any]:
-        """All but the arrays, as JSON."""
+        """All but the arrays, as JSON; see `schema.Layer`."""
         linears = {path: linear._asdict() for path, linear in self.linears.items()}
-        return {"index": self.index, "seconds": self.seconds, "linears": linears}
+        return schema.plain({"index": self.index, "seconds": self.seconds, "linears": linears})
 
 
 class Results:
@@ -72,12 +77,45 @@ class Results:
             return None
         name = f"{self.stage}/{index}"
         entry = self.journal.get(name)
-        if entry is None:
+        figures = entry and self._figures(entry.figures, name)
+        if entry is None or figures is None:
             self.journal.drop(name)
             return None
         arrays: dict[str, Params] = {"params": {}, "masks": {}}
         for path, array in entry.arrays.items():
             kind, _, rest = path.partition(".")
             arrays[kind][rest] = array
-        linears = {path: LinearResult(**linear) for path, linear in entry.figures["linears"].items()}
-        return LayerResult(index, arrays["params"], linears, arrays["masks"], entry.figures["seconds"], resumed=True)
+        linears = {path: linear.result() for path, linear in figures.linears.items()}
+        return LayerResult(index, arrays["params"], linears, arrays["masks"], figures.seconds, resumed=True)
+
+    def _figures(self, figures: dict[str, Any], name: str) -> "_Layer | None":
+        """As `LayerResult.figures` gives them; None where they are something else, which is said."""
+        assert self.journal
+        try:
+            return check(_Layer, figures, file=self.journal.folder / f"{name}.json", entry="figures")
+        except DamagedError as error:
+            console.print(f"{error}; it will be made again")
+            return None
+
+
+class _Linear(Schema):
+    error: float | None
+    zeros: schema.Count
+    wanted: schema.Count | None = None
+    size: schema.Count
+    stats: dict[str, float | None]
+
+    def result(self) -> LinearResult:
+        """A journal of version 1 does not say what was wanted; what it found is taken for it."""
+        wanted = self.zeros if self.wanted is None else self.wanted
+        stats = {name: _number(value) for name, value in self.stats.items()}
+        return LinearResult(_number(self.error), self.zeros, wanted, self.size, stats)
+
+
+class _Layer(Schema):
+    seconds: dict[str, float]
+    linears: dict[str, _Linear]
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -9,16 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from convert import Reader, Writer, create_checkpoint, open_checkpoint
+from convert import Reader, Writer, fill_checkpoint, open_checkpoint
 from convert.assets import load_tokenizer
-from convert.hub import require_whole
-from convert.staging import check_free
-from jaxprune import calibration, devices, hidden, preflight, resume, timing
+from convert.checked import CheckedReader
+from convert.hub import require_whole, resolve
+from convert.ownership import Destination, destination, failing
+from convert.paths import inputs_of, paths_of, require_apart
+from jaxprune import calibration, devices, hidden, identity, preflight, resume, timing
 from jaxprune.config import Config, parse
 from jaxprune.console import choose_device, console, keep_memory, print_table, progress, run_main
+from jaxprune.errors import InputError
 from jaxprune.evaluation.quality import Evaluator, table
 from jaxprune.journal import Journal
-from jaxprune.masks import MaskWriter, create_masks
+from jaxprune.masks import MaskWriter, source_of
 from jaxprune.models import model_for
 from jaxprune.oneshot import prune_by_recipe
 from jaxprune.pipeline import linear_shapes, other_params
@@ -75,22 +78,65 @@ def run(config: Config, recipe: Recipe) -> Record | None:
         InputError, CheckpointError: something cannot be used.
     """
     assert config.out
+    require_separate(config, recipe)
     with hidden.kept_in(config.scratch_folder(config.out)):
         return _run(config, recipe)
+
+
+def places(config: Config) -> tuple[Destination, Destination | None]:
+    """Where the result of a run is to be, and its masks.
+
+    Raises:
+        CheckpointError: there are no such places.
+    """
+    assert config.out
+    out = destination(config.out, "out", overwrite=config.overwrite)
+    if config.save_masks is None:
+        return out, None
+    return out, destination(config.save_masks, "save_masks", overwrite=config.overwrite, folder=False)
+
+
+def require_separate(config: Config, recipe: Recipe, source: Path | None = None) -> tuple[Path, ...]:
+    """Makes sure that a run reads nothing of what it makes.
+
+    Args:
+        config: of the run.
+        recipe: of the run.
+        source: of the checkpoint, once it is known; else --ckpt, where that is a path.
+
+    Returns:
+        All that is read.
+
+    Raises:
+        InputError: it would.
+    """
+    out, masks = places(config)
+    inputs = {name: paths_of(text) for name, text in {"calib": config.calib, "tasks_data": config.tasks_data}.items()}
+    inputs["eval_text"] = [path for text in (config.eval_text or "").split(",") for path in paths_of(text)]
+    inputs["mask"] = [given] if (given := source_of(recipe.mask or "")) else []
+    inputs["ckpt"] = inputs_of(source) if source else paths_of(config.ckpt)
+    outputs = {"out": out.path, "out.unfinished": resume.journal_folder(out.path)}
+    if masks:
+        outputs["save_masks"] = masks.path
+    scratch = {"scratch": paths_of(config.scratch)}
+    require_apart(inputs | scratch, outputs, error=InputError, around="scratch")
+    return tuple(path for ones in inputs.values() for path in ones)
 
 
 def _run(config: Config, recipe: Recipe) -> Record | None:
     begin = time.perf_counter()
     assert config.out and config.calib
-    moving = resume.finishing(Path(config.out).expanduser().absolute())
-    overwrite = config.overwrite or moving
-    out = check_free(config.out, overwrite=overwrite)
-    masks_out = check_free(config.save_masks, overwrite=overwrite, folder=False) if config.save_masks else None
+    place, masks_place = places(config)
+    bare = resume.check(place, masks_place)
     if recipe.importance.measured or recipe.tuning.tune_epochs:
         keep_memory(large=True)  # both make logits
     choose_device(config.device, config.devices, config.join)
     console.print(f"opening {config.ckpt}")
-    reader = open_checkpoint(config.ckpt)
+    source = resolve(config.ckpt)
+    place.inputs = require_separate(config, recipe, source)
+    if masks_place:
+        masks_place.inputs = place.inputs
+    reader = CheckedReader(open_checkpoint(source, check=False))
     dtype = config.computation_dtype
     model = model_for(reader, dtype)
     what = ", ".join(filter(None, [f"{config.calib} to calibrate", config.eval_text, config.tasks]))
@@ -98,56 +144,73 @@ def _run(config: Config, recipe: Recipe) -> Record | None:
     tokens = calibration_windows(config, reader)
     evaluator = Evaluator(config, reader)
     record = Record(config, recipe, tokens)
-    identity = {
-        "checkpoint": resume.fingerprint(reader),
-        "computation": np.dtype(model.config.dtype).name,
-        "seed": config.seed,
-    } | record.what_was_asked()
+    wanted = identity.of_run(reader, model, record.what_was_asked(), config.seed)
     record.spend("setup", time.perf_counter() - begin)
     if not config.unchecked:
         require_whole(reader.assets)
         evaluation = max((len(tokens) for tokens in evaluator.windows.values()), default=None)
         preflight.require_fit(reader.spec, model, config, recipe, evaluation)
-    with resume.open_journal(out, identity, resume=config.resume) as journal:
-        if devices.agree(moving and out.exists() and not resume.result(journal).exists()):
-            resume.remove(journal)
-            console.print(f"{out} was finished already")
+    fault: Exception | None = None
+    run = resume.run_of(wanted)
+    masks_at = masks_place.path if masks_place else None
+    if devices.agree(bare):
+        if resume.by_first(lambda: resume.end_bare(place.path, run, masks_at)):
+            console.print(f"{place.path} was finished already")
             return None
+        place.check()
+    with resume.open_journal(
+        place.path,
+        wanted,
+        of_version_1=lambda: identity.of_version_1(reader, model, record.what_version_1_wrote(), config.seed),
+        resume=config.resume,
+    ) as journal:
+        if resume.is_finished(journal, place.path, masks_at):
+            resume.publish(journal, place, masks_place)
+            console.print(f"{place.path} was finished already")
+            return None
+        weights = identity.KnownWeights(reader, journal)
         if config.timing:
             with _timed(record, "timing"):
                 record.timing = timing.jit_versus_eager(reader, tokens, recipe, dtype=dtype)
             header, rows = timing.table(record.timing)
             print_table(rows, header)
-        with contextlib.ExitStack() as stack:
-            masks: MaskWriter | None = None
-            if masks_out and devices.is_first():
-                masks = stack.enter_context(create_masks(masks_out, linear_shapes(model), overwrite=overwrite))
-            _export(config, record, reader, journal, masks)
-            keep_memory(large=True)  # logits from here on
-            with _timed(record, "evaluate") if config.measures else contextlib.nullcontext():
-                readers = {"dense": reader, "pruned": open_checkpoint(resume.result(journal))}
-                for which, quality in evaluator.measure(readers, against="dense"):
-                    record.evaluation[which] = quality
-            record.seconds["total"] = time.perf_counter() - begin
-            if devices.is_first():
-                record.save(resume.result(journal))
-            resume.finish(journal)
-        resume.publish(journal, out)
-    print_table([*record.summary(), ("result", os.path.relpath(out))])
+        files = _export(config, record, reader, journal)
+        keep_memory(large=True)  # logits from here on
+        with _timed(record, "evaluate") if config.measures else contextlib.nullcontext():
+            readers = {"dense": reader, "pruned": open_checkpoint(resume.result(journal))}
+            for which, quality in evaluator.measure(readers, against="dense"):
+                record.evaluation[which] = quality
+        record.seconds["total"] = time.perf_counter() - begin
+        weights.require_unchanged()
+        if devices.is_first():
+            names, fault = record.save(resume.result(journal))
+            files |= names
+        resume.finish(journal, files, run, masks_at)
+        resume.publish(journal, place, masks_place)
+    print_table([*record.summary(), ("result", os.path.relpath(place.path))])
     if config.measures:
         header, rows = table(record.evaluation)
         print_table(rows, header)
+    if fault:
+        raise fault
     return record
 
 
-def _export(config: Config, record: Record, reader: Reader, journal: Journal, masks: MaskWriter | None) -> None:
-    """Prunes, and writes the checkpoint to where the journal wants it."""
+def _export(config: Config, record: Record, reader: Reader, journal: Journal) -> set[str]:
+    """Prunes, and writes the checkpoint and the masks to where the journal wants them; the checkpoint's files."""
     recipe, dtype = record.recipe, config.computation_dtype
-    count = model_for(reader, dtype).config.num_layers
+    model = model_for(reader, dtype)
+    count = model.config.num_layers
     with contextlib.ExitStack() as stack:
         writer: Writer | None = None
+        masks: MaskWriter | None = None
         if devices.is_first():
-            writer = stack.enter_context(create_checkpoint(resume.result(journal), reader.spec, reader.assets))
+            folder = resume.result(journal)
+            with failing(folder):
+                folder.mkdir(parents=True)
+            writer = stack.enter_context(fill_checkpoint(folder, reader.spec, reader.assets))
+            if config.save_masks:
+                masks = MaskWriter(resume.masks(journal), linear_shapes(model))
         with progress() as bar:
             task = bar.add_task("pruning", total=count)
 
@@ -180,14 +243,25 @@ def _export(config: Config, record: Record, reader: Reader, journal: Journal, ma
             with _timed(record, "write"):
                 for paths in other_params(reader.spec):
                     writer.write(reader.read(paths))
+        if masks:
+            masks.finish()
     devices.agree(None)  # the checkpoint is complete
+    return writer.files if writer else set()
 
 
 def calibration_windows(config: Config, reader: Reader) -> np.ndarray:
     """The windows that a run calibrates on, int32 [nsamples, seqlen]; errors as for `calibration.sample`."""
     assert config.calib
     tokenizer = None if config.calib.endswith(".npy") else load_tokenizer(reader.assets)
-    return calibration.sample(config.calib, tokenizer, config.nsamples, config.seqlen, config.seed, pack=config.pack)
+    return calibration.sample(
+        config.calib,
+        tokenizer,
+        config.nsamples,
+        config.seqlen,
+        config.seed,
+        pack=config.pack,
+        vocab_size=model_for(reader).config.vocab_size,
+    )
 
 
 @contextlib.contextmanager

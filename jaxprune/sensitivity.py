@@ -26,7 +26,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from convert import Reader
 from jaxprune import devices, hidden
-from jaxprune.errors import InputError
+from jaxprune.errors import Change, InputError
 from jaxprune.flags import require_positive
 from jaxprune.hidden import HiddenStates, on_disk
 from jaxprune.journal import SENSITIVITY, Journal
@@ -57,11 +57,14 @@ class Importance:
     def __post_init__(self) -> None:
         require_positive(self, "sensitivity_windows")
         if self.token_power and self.sensitivity_windows:
-            raise InputError("--token-power needs the gradients of all windows: leave --sensitivity-windows out")
-        if self.token_power < 0:
-            raise InputError(f"--token-power must not be negative, not {self.token_power}")
+            raise InputError(
+                "tokens can be weighed only by the gradients of all windows",
+                options={"sensitivity_windows": Change.OMIT},
+            )
+        if not 0 <= self.token_power < math.inf:
+            raise InputError(f"token_power must be finite and not negative, not {self.token_power}")
         if not 0 <= self.spread < 1:
-            raise InputError(f"--spread must be at least 0 and below 1, not {self.spread}")
+            raise InputError(f"spread must be at least 0 and below 1, not {self.spread}")
 
     @property
     def weighs(self) -> bool:
@@ -265,7 +268,8 @@ def _reverse_layer(
 def _require_finite(layer: Sensitivity) -> None:
     if not all(np.isfinite(array).all() for part in layer for array in part.values()):
         raise InputError(
-            "the gradients of the loss hold NaN or infinity: try --dtype float32, or check the calibration text"
+            "the gradients of the loss hold NaN or infinity, by odd calibration text or too narrow a dtype",
+            options={"dtype": "float32"},
         )
 
 

@@ -1,6 +1,7 @@
 """Prunes one layer from a file of its Gram matrices and kernels, without the model: `python -m jaxprune.solve FILE`."""
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -10,15 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.staging import check_free
-from jaxprune import problems
+from convert.files import expand
+from convert.ownership import destination
+from convert.paths import require_apart
+from jaxprune import masks, problems
 from jaxprune.console import run_main
-from jaxprune.errors import InputError
+from jaxprune.errors import Change, InputError
 from jaxprune.flags import add_fields, make
 from jaxprune.linears import LinearResult, solve_linear
 from jaxprune.pipeline import require_fit
 from jaxprune.problems import Problem
-from jaxprune.recipe import Parser, Recipe, describe
+from jaxprune.recipe import Parser, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Options:
     out: str | None = None
     """A file for the pruned layer, in the same format: its kernels are the pruned ones."""
     overwrite: bool = False
-    """Replace --out if it exists."""
+    """Replace --out if it is an earlier result that nobody changed."""
 
 
 def solve(problem: Problem, recipe: Recipe) -> Iterator[tuple[str, LinearResult, float, jax.Array]]:
@@ -39,7 +42,7 @@ def solve(problem: Problem, recipe: Recipe) -> Iterator[tuple[str, LinearResult,
     The time of preparation (once per input) is counted to the first linear that reads the input.
 
     Raises:
-        InputError: the recipe's pattern or mask does not fit the problem.
+        InputError: the recipe's pattern or mask does not fit the problem, or a linear cannot be solved.
     """
     given = recipe.patterns()
     patterns = {p: given(problem.layer, p) if callable(given) else given for p in problem.kernels}
@@ -52,6 +55,11 @@ def solve(problem: Problem, recipe: Recipe) -> Iterator[tuple[str, LinearResult,
         for linear in linears:
             kernel = jnp.asarray(problem.kernels[linear])
             stored, _, result = solve_linear(recipe.method, prepared, gram, kernel, patterns[linear])
+            if not math.isfinite(result.error):
+                raise InputError(
+                    f"{linear} cannot be solved, its weights come out as NaN or infinity",
+                    options={"damping": Change.RAISE},
+                )
             yield linear, result, time.perf_counter() - start, stored
             start = time.perf_counter()
 
@@ -81,12 +89,18 @@ def parse(argv: Sequence[str]) -> tuple[Path, Options, Recipe]:
 
 def _run(argv: Sequence[str]) -> None:
     file, options, recipe = parse(argv)
-    out = options.out and check_free(options.out, overwrite=options.overwrite, folder=False)
+    file = expand(file)
+    place = destination(options.out, "out", overwrite=options.overwrite, folder=False) if options.out else None
+    if place:
+        given = masks.source_of(recipe.mask or "")
+        inputs = {"the file": [file]} | ({"mask": [given]} if given else {})
+        require_apart(inputs, {"out": place.path}, error=InputError)
+        place.check()
     problem = problems.load(file)
     if options.linear:
         problem = only(problem, options.linear)
     kernels = dict(problem.kernels)
-    print(f"layer {problem.layer}, {describe(recipe.method)['name']}, {recipe.target}")
+    print(f"layer {problem.layer}, {recipe.name}, {recipe.target}")
     columns = "{:<20} {:>14} {:>14} {:>10} {:>8}  {}"
     print(columns.format("linear", "n × m", "relative error", "sparsity", "seconds", "figures"))
     for linear, result, seconds, kernel in solve(problem, recipe):
@@ -95,8 +109,8 @@ def _run(argv: Sequence[str]) -> None:
         sparsity = f"{100 * result.zeros / result.size:.2f} %"
         figures = ", ".join(f"{name} {value:.3g}" for name, value in result.stats.items())
         print(columns.format(linear, shape, f"{result.error:.6f}", sparsity, f"{seconds:.2f}", figures), flush=True)
-    if out:
-        problems.save(out, problem._replace(kernels=kernels), overwrite=options.overwrite)
+    if place:
+        problems.save(place, problem._replace(kernels=kernels))
 
 
 def only(problem: Problem, linear: str) -> Problem:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from jaxprune import devices, stats
-from jaxprune.errors import InputError
+from jaxprune.errors import Change, InputError
 from jaxprune.hidden import HiddenStates
 from jaxprune.linears import LinearResult, solve_linear
 from jaxprune.masks import StoredMask, pack
@@ -77,7 +77,7 @@ def measure(run: Run, layer: Layer) -> Layer:
     Raises:
         InputError: NaN or infinity in the layer's weights or activations.
     """
-    _require_finite(layer.params, f"the weights of layer {layer.index}", "the checkpoint is damaged")
+    _require_finite(layer.params, f"the weights of layer {layer.index}")
     weights = run.weights[layer.index].tokens if run.weights else {}
     sums: dict[int, tuple[dict[str, Array], dict[str, Array]]] = {}
 
@@ -109,7 +109,10 @@ def measure(run: Run, layer: Layer) -> Layer:
     del sums
     grams = {tap: stats.symmetric(grams.pop(tap)) for tap in list(grams)}
     _require_finite(
-        grams, f"the activations of layer {layer.index}", "try --dtype float32, or check the calibration text"
+        grams,
+        f"the activations of layer {layer.index}",
+        cause=", by odd calibration text or too narrow a dtype",
+        dtype="float32",
     )
     return dataclasses.replace(layer, grams=grams, drifts=drifts)
 
@@ -130,8 +133,8 @@ def solve(run: Run, layer: Layer) -> Layer:
                 break
         else:
             raise InputError(
-                f"layer {layer.index}: {', '.join(bad)} cannot be solved, even with {DAMPING[-1]} times the damping: "
-                "take more calibration windows (--nsamples), or more --damping"
+                f"layer {layer.index}: {', '.join(bad)} cannot be solved, even with {DAMPING[-1]} times the damping",
+                options={"nsamples": Change.RAISE, "damping": Change.RAISE},
             )
         layer = after if times == 1 else _told(after, run.model.inputs[tap], times)
     return layer
@@ -226,9 +229,9 @@ def _together(sums: Sequence[tuple[dict[str, Array], dict[str, Array]]]) -> tupl
     return jax.tree.map(lambda *totals: sum(totals[1:], totals[0]), *whole)
 
 
-def _require_finite(arrays: Mapping[str, Array], where: str, hint: str) -> None:
+def _require_finite(arrays: Mapping[str, Array], what: str, cause: str = "", **options: object) -> None:
     if bad := [name for name, good in devices.fetch(_finite(dict(arrays))).items() if not good]:
-        raise InputError(f"{where} hold NaN or infinity in {', '.join(sorted(bad))}: {hint}")
+        raise InputError(f"{what} hold NaN or infinity in {', '.join(sorted(bad))}{cause}", options=options)
 
 
 @jax.jit

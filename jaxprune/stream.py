@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from convert import Params, Reader
 from jaxprune import devices
+from jaxprune.calibration import require_ids
 from jaxprune.errors import InputError
 from jaxprune.hidden import HiddenStates, batch_size
 from jaxprune.models import Layout, Model, Part
@@ -61,17 +62,15 @@ def ready(model: Model, params: Params) -> dict[str, Array]:
 
 def require_tokens(model: Model, tokens: Int[np.ndarray, "w t"]) -> None:
     """Raises InputError for token ids outside the vocabulary, or windows longer than the model was made for."""
-    config = model.config
-    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
-        raise InputError(
-            f"token ids run from {tokens.min()} to {tokens.max()}, but the model's vocabulary has {config.vocab_size}: "
-            "the text was tokenized with another model's tokenizer"
-        )
-    length = tokens.shape[1]
-    if config.max_positions is not None and length > config.max_positions:
-        raise InputError(
-            f"windows of {length} tokens are longer than the model's {config.max_positions} positions; shorten them"
-        )
+    require_ids(tokens, model.config.vocab_size)
+    require_length(model, tokens.shape[1])
+
+
+def require_length(model: Model, length: int) -> None:
+    """Raises InputError for windows that are longer than the model was made for."""
+    most = model.config.max_positions
+    if most is not None and length > most:
+        raise InputError(f"windows of {length} tokens are longer than the model's {most} positions; shorten them")
 
 
 def embed(

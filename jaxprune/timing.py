@@ -68,5 +68,5 @@ def table(timing: Timing) -> tuple[list[str], list[list[str]]]:
     rows = []
     for stage, jit in timing.jit.items():
         first, eager = timing.first[stage], timing.eager[stage]
-        rows.append([stage, f"{first:.2f}", f"{jit:.2f}", f"{eager:.2f}", f"{eager / jit:.2f}"])
+        rows.append([stage, f"{first:.2f}", f"{jit:.2f}", f"{eager:.2f}", f"{eager / max(jit, 1e-9):.2f}"])
     return header, rows

@@ -33,7 +33,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from convert import Params, Reader
 from jaxprune import adam, devices
 from jaxprune.adam import Kernels, Saved
-from jaxprune.errors import InputError
+from jaxprune.errors import Change, InputError
 from jaxprune.journal import Journal
 from jaxprune.models import Model, Part, model_for
 from jaxprune.results import LayerResult
@@ -71,12 +71,11 @@ class Tuning:
 
     def __post_init__(self) -> None:
         if not 0 <= self.tune_epochs < math.inf:
-            raise InputError(f"--tune-epochs must not be negative or infinite, not {self.tune_epochs}")
-        if not 0 < self.tune_rate < math.inf or self.tune_windows < 1:
-            raise InputError(
-                f"--tune-rate must be positive and --tune-windows at least 1, not {self.tune_rate} and "
-                f"{self.tune_windows}"
-            )
+            raise InputError(f"tune_epochs must be finite and not negative, not {self.tune_epochs}")
+        if not 0 < self.tune_rate < math.inf:
+            raise InputError(f"tune_rate must be finite and positive, not {self.tune_rate}")
+        if self.tune_windows < 1:
+            raise InputError(f"tune_windows must be at least 1, not {self.tune_windows}")
 
 
 class Plan(NamedTuple):
@@ -221,7 +220,9 @@ def _step(
         lambda *chunk: head_divergence(model.head, ends.head, *chunk), states, dense.reshape(states.shape), models=2
     )
     if not np.isfinite(divergence).all():
-        raise InputError("the loss of the tuning holds NaN or infinity: lower --tune-rate, or try --dtype float32")
+        raise InputError(
+            "the loss of the tuning holds NaN or infinity", options={"tune_rate": Change.LOWER, "dtype": "float32"}
+        )
     back = devices.by_windows(gradient.reshape(x.shape))
     for index in reversed(range(len(state))):
         back, updated = update(model.layer, state[index], rest[index], ways_back.pop(), back, rate)

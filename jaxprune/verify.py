@@ -1,7 +1,6 @@
 """Proves from the stored tensors what a pruned checkpoint claims: `python -m jaxprune.verify DIR [--against DENSE]`."""
 
 import dataclasses
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +13,13 @@ from jaxtyping import Shaped
 from convert import Reader, open_checkpoint
 from convert.assets import load_tokenizer
 from convert.command import ArgumentParser
-from jaxprune import patterns, report
+from jaxprune import patterns, schema
 from jaxprune.console import console, print_table, run_main
 from jaxprune.flags import add_fields, make
 from jaxprune.models import model_for
 from jaxprune.patterns import NM, Pattern, Unstructured
 from jaxprune.pipeline import linear_shapes
-from jaxprune.record import RECORD
+from jaxprune.schema import RECORD
 
 GROUPS = (2, 4, 8)
 """Sizes of groups in which N:M is looked for."""
@@ -41,6 +40,10 @@ class Options:
     """The fraction of zeros that every linear must have at least (default: as --pattern)."""
     all: bool = False
     """List every linear."""
+
+
+Which = tuple[int, str]
+"""Index of a layer, path of a linear in it."""
 
 
 class Linear(NamedTuple):
@@ -65,7 +68,7 @@ class Verdict(NamedTuple):
         problems: one line each; none if the checkpoint is what it should be.
     """
 
-    linears: dict[tuple[int, str], Linear]
+    linears: dict[Which, Linear]
     problems: list[str]
 
 
@@ -74,8 +77,9 @@ def verify(
     *,
     against: Reader | None = None,
     pattern: Pattern | None = None,
-    counts: Mapping[tuple[int, str], int] | None = None,
-    total: float | None = None,
+    counts: Mapping[Which, int] | None = None,
+    wanted: Mapping[Which, int] | None = None,
+    total: int | None = None,
 ) -> Verdict:
     """Reads every tensor, one at a time.
 
@@ -83,8 +87,9 @@ def verify(
         reader: the pruned checkpoint.
         against: the dense one.
         pattern: that every linear must have. None: an N:M, if nine in ten linears have it.
-        counts: zeros that single linears must have.
-        total: share of zeros that all linears must have together, to one in a million.
+        counts: zeros that every linear was left with; it must have exactly those.
+        wanted: zeros that every linear must have at least.
+        total: zeros that all linears together must have at least.
 
     Raises:
         InputError, CheckpointError: the checkpoint cannot be read, or is no model.
@@ -93,29 +98,29 @@ def verify(
     load_tokenizer(reader.assets)
     names = {f"layers.{index}.{path}.kernel": (index, path) for index, path in shapes}
     problems = _differences(reader, against) if against else []
-    linears: dict[tuple[int, str], Linear] = {}
+    linears: dict[Which, Linear] = {}
     for name in reader.spec:
         array = reader.read([name])[name]
         if bad := int(np.size(array) - np.count_nonzero(np.isfinite(array))):
             problems.append(f"{name} holds {bad} values that are NaN or infinite")
         if name in names:
             linears[names[name]] = _examine(array)
-            problems += [f"{name} {problem}" for problem in _violations(array, pattern)]
+            problems += [
+                f"{name} {problem}" for problem in _violations(array, pattern, (wanted or {}).get(names[name]))
+            ]
         elif against and name in against.spec and not _same(array, against.read([name])[name]):
             problems.append(f"{name} is not the dense checkpoint's, bit for bit")
-    for which, count in (counts or {}).items():
-        if which in linears and linears[which].zeros != count:
-            problems.append(f"{_name(which)} has {linears[which].zeros} zeros, not {count} as {RECORD} says")
-    if total is not None:
-        found = sum(linear.zeros for linear in linears.values()) / sum(linear.size for linear in linears.values())
-        if abs(found - total) > 1e-6:
-            problems.append(f"the linears have {100 * found:.4f} % zeros in total, not {100 * total:g} %")
+    if counts is not None:
+        problems += _miscounted(linears, counts)
+    found = sum(linear.zeros for linear in linears.values())
+    if total is not None and found < total:
+        problems.append(f"the linears have {found} zeros in total, {total - found} fewer than were wanted")
     if pattern is None:
         problems += _outliers(linears)
     return Verdict(linears, problems)
 
 
-def zeros(reader: Reader) -> dict[tuple[int, str], tuple[int, int]]:
+def zeros(reader: Reader) -> dict[Which, tuple[int, int]]:
     """(layer index, path of the linear) -> its zeros, its weights."""
     counts = {}
     for index, path in linear_shapes(model_for(reader)):
@@ -125,25 +130,34 @@ def zeros(reader: Reader) -> dict[tuple[int, str], tuple[int, int]]:
     return counts
 
 
-def expected(record: Mapping[str, Any]) -> dict[str, Any]:
+def expected(run: schema.Run) -> dict[str, Any]:
     """What a run's record says of its checkpoint, as `verify` takes it."""
-    counts = {
-        (layer["index"], path): linear["zeros"]
-        for layer in record["layers"]
-        for path, linear in layer["linears"].items()
+    linears = {(layer.index, path): linear for layer in run.layers for path, linear in layer.linears.items()}
+    pattern = patterns.from_json(run.pattern)
+    total: int | None = None
+    if pattern and run.importance.spread:  # every linear had a sparsity of its own
+        total = round(pattern.sparsity * sum(linear.size for linear in linears.values()))
+        pattern = None
+    return {
+        "pattern": pattern,
+        "counts": {which: linear.zeros for which, linear in linears.items()},
+        "wanted": {which: linear.wanted for which, linear in linears.items()},
+        "total": total,
     }
-    pattern: Pattern | None = None
-    total: float | None = None
-    if match := re.fullmatch(r"(\d+):(\d+)", record["pattern"]):
-        pattern = NM(int(match[1]), int(match[2]))
-    elif match := re.fullmatch(r"([\d.]+) % in total", record["pattern"]):
-        total = float(match[1]) / 100
-    elif match := re.fullmatch(r"([\d.]+) %( per output)?", record["pattern"]):
-        pattern = Unstructured(float(match[1]) / 100, per_output=bool(match[2]))
-    return {"pattern": pattern, "counts": counts, "total": total}
 
 
-def _name(which: tuple[int, str]) -> str:
+def _miscounted(linears: Mapping[Which, Linear], counts: Mapping[Which, int]) -> Iterator[str]:
+    """Linears whose zeros are not those that a record counted."""
+    for which in sorted(linears.keys() | counts.keys()):
+        if which not in counts:
+            yield f"{_name(which)} is not in {RECORD}"
+        elif which not in linears:
+            yield f"{_name(which)} is missing: {RECORD} has it"
+        elif linears[which].zeros != counts[which]:
+            yield f"{_name(which)} has {linears[which].zeros} zeros, not {counts[which]} as {RECORD} says"
+
+
+def _name(which: Which) -> str:
     return f"layers.{which[0]}.{which[1]}.kernel"
 
 
@@ -189,8 +203,10 @@ def _groups(kept: Shaped[np.ndarray, "n m"], size: int, axis: int) -> np.ndarray
     return along.reshape(-1, size, along.shape[1]).sum(axis=1)
 
 
-def _violations(kernel: Shaped[np.ndarray, "n m"], pattern: Pattern | None) -> Iterator[str]:
+def _violations(kernel: Shaped[np.ndarray, "n m"], pattern: Pattern | None, wanted: int | None) -> Iterator[str]:
+    """What a kernel lacks of its pattern, and of the zeros that it had to get (None: as many as the pattern's)."""
     kept = kernel != 0
+    found = int(np.count_nonzero(~kept))
     if isinstance(pattern, NM):
         if kept.shape[0] % pattern.m:
             yield f"has {kept.shape[0]} inputs, which groups of {pattern.m} do not divide"
@@ -206,16 +222,20 @@ def _violations(kernel: Shaped[np.ndarray, "n m"], pattern: Pattern | None) -> I
                 f"{group * pattern.m} to {(group + 1) * pattern.m - 1} of output {output}{hint}"
             )
     elif isinstance(pattern, Unstructured):
-        least = int(pattern.selector(kept.shape).zeros[-1])
+        least = pattern.zeros(kept.shape)
         if pattern.per_output:
+            # A record of version 1 has six digits of the sparsity: what it counted decides where they are too few.
+            least = min(least, least if wanted is None else wanted) // kept.shape[1]
             short = np.flatnonzero((~kept).sum(axis=0) < least)
             if len(short):
                 yield f"has fewer than {least} zeros in {len(short)} outputs, the first of them {short[0]}"
-        elif (found := int((~kept).sum())) < least:
+        elif wanted is None and found < least:
             yield f"has {found} zeros, {least - found} fewer than {pattern} of {kept.size} weights"
+    if wanted is not None and found < wanted:
+        yield f"has {found} zeros, {wanted - found} fewer than were wanted of {kept.size} weights"
 
 
-def _outliers(linears: Mapping[tuple[int, str], Linear]) -> list[str]:
+def _outliers(linears: Mapping[Which, Linear]) -> list[str]:
     """Linears without an N:M that nearly all the others have."""
     common = Counter(pattern for linear in linears.values() for pattern in linear.found)
     problems = []
@@ -226,7 +246,7 @@ def _outliers(linears: Mapping[tuple[int, str], Linear]) -> list[str]:
     return problems
 
 
-def _rows(linears: Mapping[tuple[int, str], Linear], every: bool) -> Iterator[tuple[str, str, str, str]]:
+def _rows(linears: Mapping[Which, Linear], every: bool) -> Iterator[tuple[str, str, str, str]]:
     """Of each linear, or of all layers' linears of one name."""
     grouped: dict[str, list[Linear]] = {}
     for which, linear in linears.items():
@@ -257,11 +277,13 @@ def _main(argv: Sequence[str]) -> int:
     given = vars(parser.parse_args(argv))
     options = make(Options, given)
     wanted: dict[str, Any] = {}
-    if run := report.run_of(Path(given["checkpoint"])):
+    if run := schema.run_of(Path(given["checkpoint"]).expanduser()):
         wanted = expected(run)
     if options.pattern is not None or options.sparsity is not None:
         wanted["pattern"] = patterns.parse(options.pattern or "unstructured", options.sparsity)
+        wanted["wanted"] = None
     pattern = wanted.get("pattern")
+    words = str(pattern) if pattern else run.target if run else ""
     reader = open_checkpoint(given["checkpoint"], check=False)  # counts what is not finite itself
     against = open_checkpoint(options.against) if options.against else None
     verdict = verify(reader, against=against, **wanted)
@@ -270,10 +292,8 @@ def _main(argv: Sequence[str]) -> int:
         console.print(f"problem: {problem}")
     total = [sum(getattr(linear, name) for linear in verdict.linears.values()) for name in ("zeros", "size")]
     facts = f"{len(verdict.linears)} linears, {100 * total[0] / total[1]:.4f} % zeros"
-    if pattern:
-        facts += f", {pattern}" + (
-            " along the inputs (columns of the stored [out, in])" if isinstance(pattern, NM) else ""
-        )
+    facts += f", {words}" * bool(words)
+    facts += " along the inputs (columns of the stored [out, in])" * isinstance(pattern, NM)
     if against:
         facts += f", {len(reader.spec) - len(verdict.linears)} other tensors compared with {options.against}"
     if verdict.problems:

@@ -23,7 +23,6 @@ import statistics
 import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,7 +34,7 @@ from rates import Rate, timed
 from sizes import SIZES, model
 from tables import markdown
 
-from convert.staging import write_text
+from convert.ownership import destination, staged, write_text
 from jaxprune import programs
 from jaxprune.console import keep_memory
 from jaxprune.methods.admm import ADMM
@@ -199,6 +198,9 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    if args.json:
+        place = destination(args.json, "json", folder=False)
+        place.check()
     keep_memory(large=args.preset is not None)  # as the command line does
     print(f"{alone(hardware)}; jax {jax.__version__}\n")  # other processes may need the device to themselves
     if args.against:
@@ -210,7 +212,8 @@ def main() -> None:
     else:
         found = report(args)
     if args.json:
-        write_text(Path(args.json), json.dumps(found, indent=1) + "\n")
+        with staged(place) as file:
+            write_text(file, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

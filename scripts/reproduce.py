@@ -31,8 +31,8 @@ from tables import write
 
 from convert import CheckpointError, Reader, create_checkpoint, open_checkpoint
 from convert.assets import load_tokenizer
-from convert.staging import staged_file, write_text
-from jaxprune import InputError, calibration, problems, report
+from convert.ownership import destination, staged, write_text
+from jaxprune import InputError, calibration, problems, report, schema
 from jaxprune import recipe as recipes
 from jaxprune.config import Config
 from jaxprune.console import keep_compilations, keep_memory
@@ -149,8 +149,8 @@ class Bench:
             start = time.perf_counter()
             result = getattr(self, f"_{measure}")(cell)
             result |= {"wall_seconds": time.perf_counter() - start, "hardware": hardware()}
-            with staged_file(file, overwrite=True) as staged:
-                staged.write_text(json.dumps({"cell": identity, "result": result}, indent=1) + "\n")
+            with staged(destination(file, folder=False)) as made:
+                write_text(made, json.dumps({"cell": identity, "result": result}, indent=1) + "\n")
         return json.loads(file.read_text())["result"]
 
     def _perplexity(self, cell: Cell) -> dict[str, Any]:
@@ -173,7 +173,12 @@ class Bench:
         if cell.recipe is None:
             ((_, quality),) = self._evaluator.measure({self.ckpt: self.reader})
             one = {"sparsity": 0.0, "run": None, "quality": quality.as_json()}
-            record = {"kind": "evaluation", "config": dataclasses.asdict(self.options), "against": self.ckpt}
+            record = {
+                "schema": schema.VERSION,
+                "kind": "evaluation",
+                "config": dataclasses.asdict(self.options),
+                "against": self.ckpt,
+            }
             record |= {"checkpoints": {self.ckpt: one}, **environment()}
             return {"perplexity": _only_perplexity(quality), "quality": one["quality"], "record": record}
         config = dataclasses.replace(self.options, out=cell.recipe.slug)
@@ -335,7 +340,7 @@ def run(name: str, experiment: Experiment, bench: Bench) -> None:
         print(file)
     if records := [result["record"] for _, result in results if "record" in result]:
         page = bench.out / f"{name}.html"
-        write_text(page, report.page(records))
+        write_text(page, report.page([schema.read(schema.write(record), page) for record in records]))
         print(page)
 
 

@@ -6,27 +6,31 @@ All flags of a run are taken. The layers before are pruned as the run would prun
 that the run meets; --dense-before leaves them dense.
 """
 
-import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from convert import CheckpointError, open_checkpoint
-from convert.staging import check_free
+from convert import open_checkpoint
+from convert.command import ArgumentParser
+from convert.ownership import destination
 from jaxprune import InputError, problems
 from jaxprune.config import parse
+from jaxprune.console import run_main
+from jaxprune.flags import whole
 from jaxprune.run import calibration_windows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--layer", type=int, required=True, help="from 0")
+def main(argv: Sequence[str]) -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layer", type=whole, required=True, help="from 0")
     parser.add_argument("--file", type=Path, required=True, help="the file to make")
     parser.add_argument("--dense-before", action="store_true", help="leave the layers before dense")
-    args, rest = parser.parse_known_args()
+    args, rest = parser.parse_known_args(argv)
     if args.layer < 0:
         raise InputError(f"--layer counts from 0, so it cannot be {args.layer}")
     config, recipe = parse(rest)
-    check_free(args.file, overwrite=config.overwrite, folder=False)
+    place = destination(args.file, "file", overwrite=config.overwrite, folder=False)
+    place.check()
     reader = open_checkpoint(config.ckpt)
     (problem,) = problems.capture(
         reader,
@@ -37,12 +41,9 @@ def main() -> None:
         prune_before=not args.dense_before,
         dtype=config.computation_dtype,
     )
-    problems.save(args.file, problem, overwrite=config.overwrite)
+    problems.save(place, problem)
     print(f"{args.file}: {', '.join(problem.kernels)}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_main(main, None))

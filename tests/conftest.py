@@ -1,4 +1,4 @@
-"""Fixtures: small random checkpoints of transformers' own making, and the project's data folder."""
+"""Fixtures: a small random checkpoint, text, and the project's data folder."""
 
 import os
 import shutil
@@ -9,6 +9,7 @@ import jaxtyping
 import pytest
 
 import tests.typecheck  # noqa: F401  found by its name below
+from tests import xla
 
 # Shapes and dtypes in signatures are checked at every call.
 jaxtyping.install_import_hook(["jaxprune", "convert"], "tests.typecheck.check")
@@ -20,10 +21,13 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-# XLA takes a third less time to compile without its newer code for fused loops; command lines in processes of their own
-# have it.
+# XLA takes a third less time to compile without its newer code for fused loops, as long as it has the older. Command
+# lines in processes of their own have the newer.
+FLAGS = "JAXPRUNE_TESTS_XLA_FLAGS"
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ[FLAGS] = " ".join(filter(xla.knows, ["--xla_cpu_use_fusion_emitters=false"]))
 flags = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{flags} {os.environ[FLAGS]}".strip()  # XLA takes a blank for the name of a file
 
 import jax  # noqa: E402
 

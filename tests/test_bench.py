@@ -8,11 +8,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from jaxprune.methods.admm import ADMM
 from jaxprune.patterns import Unstructured
 from tests import oracles
+from tests.optional import needs_torch, torch
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.append(str(SCRIPTS))
@@ -45,6 +45,7 @@ def test_a_70b_layer_is_counted_without_running(tmp_path: Path) -> None:
     assert "seconds" not in found["programs"][0]
 
 
+@needs_torch
 def test_the_pytorch_way_is_the_papers() -> None:
     from pytorch_way import admm
 
@@ -61,6 +62,7 @@ def test_the_pytorch_way_is_the_papers() -> None:
     np.testing.assert_allclose(solution.weight, expected, rtol=1e-9, atol=1e-12)
 
 
+@needs_torch
 @pytest.mark.slow
 def test_other_ways_prune_alike(tmp_path: Path) -> None:
     size = ["--size", "smollm2-135m", "--stored", "float32", "--layers", 1, "--windows", 1, "--length", 128]

@@ -1,8 +1,11 @@
 """What every command line does to its process."""
 
+import os
 import platform
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -61,3 +64,41 @@ def test_large_arrays_are_kept_where_asked_for(which: str, size: int, held: bool
     command = [sys.executable, "-c", HELD, which, str(size)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (float(done.stdout) > 300) == held
+
+
+CHOOSE = """
+import sys
+from jaxprune.console import choose_device, run_main
+sys.exit(run_main(lambda argv: choose_device(argv[0]), sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("device", ["gpu", "tpu"])
+def test_a_device_that_is_not_there_is_one_line(device: str) -> None:
+    settings = os.environ | {"JAX_PLATFORMS": ""}
+    done = subprocess.run([sys.executable, "-c", CHOOSE, device], capture_output=True, text=True, env=settings)
+    if done.returncode == 0:
+        pytest.skip(f"there is a {device}")
+    assert done.returncode == 2
+    assert re.fullmatch(rf"error: JAX finds no {device} \(.+\): pass --device cpu\n", done.stderr), done.stderr
+
+
+CACHED = """
+import sys, jax
+from jaxprune.console import run_main
+sys.exit(run_main(lambda argv: print(jax.jit(lambda x: x + 1)(1)), []))
+"""
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "good").mkdir()
+    for name in ("file", "file/folder", "good"):
+        settings = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / name)}
+        done = subprocess.run([sys.executable, "-c", CACHED], capture_output=True, text=True, env=settings)
+        assert (done.returncode, done.stdout) == (0, "2\n")
+        said = done.stderr.splitlines()
+        assert len(said) == (name != "good")
+        assert all(line.startswith("compiled programs are not kept: the cache folder") for line in said)
+    assert list((tmp_path / "good").iterdir())
+    assert (tmp_path / "file").read_text() == ""

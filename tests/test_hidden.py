@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxprune import InputError, hidden, preflight
+from jaxprune.errors import Change
 from jaxprune.hidden import HiddenStates
 from jaxprune.run import main
 from tests.test_preflight import need_of
@@ -69,8 +70,9 @@ def test_what_is_not_worked_on_takes_no_memory(tmp_path: Path) -> None:
 def test_too_small_a_disk_is_an_error(tmp_path: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], check=True)
     try:
-        with hidden.kept_in(tmp_path), pytest.raises(InputError, match="choose another --scratch"):
+        with hidden.kept_in(tmp_path), pytest.raises(InputError, match="cannot keep 0.12 GiB") as error:
             HiddenStates((64, 1024, 512), np.dtype(np.float32), batch=4)
+        assert error.value.file == tmp_path and error.value.options["scratch"] is Change.OTHER
     finally:
         subprocess.run(["umount", tmp_path], check=True)
 

@@ -1,18 +1,19 @@
 """Masks in files and from checkpoints: bits, names, and what is refused."""
 
 import json
+import os
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from convert import CheckpointError, create_checkpoint, open_checkpoint
+from convert.errors import DamagedError, UserError
 from jaxprune import InputError, Unstructured, other_params, prune
-from jaxprune.masks import create_masks, from_checkpoint, from_file, is_stored, pack, stored, unpack
+from jaxprune.masks import FORMAT, create_masks, from_checkpoint, from_file, is_stored, pack, stored, unpack
 from jaxprune.methods.exact import Exact
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.wanda import Wanda
@@ -110,28 +111,54 @@ def test_masks_of_another_model_are_refused(checkpoint: Path, pruned: tuple[Path
 
 
 def test_files_that_are_no_mask_files_are_refused(checkpoint: Path, pruned: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot read masks from"):
+    with pytest.raises(InputError, match="it is missing"):
         from_file(tmp_path / "missing.safetensors")
+    with pytest.raises(InputError, match="no regular file, found 'a folder'"):
+        stored(f"from-file:{tmp_path}")
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(InputError, match="no regular file, found 'a FIFO'"):
+        stored(f"from-file:{tmp_path / 'fifo'}")
+    for name in ("from-file:", "from-checkpoint:"):
+        with pytest.raises(UserError, match="empty|names no checkpoint"):
+            stored(name)
     (tmp_path / "text.safetensors").write_text("no masks here")
-    with pytest.raises(InputError, match="cannot read masks from"):
+    with pytest.raises(InputError, match="it cannot be read"):
         from_file(tmp_path / "text.safetensors")
     with pytest.raises(InputError, match="holds no masks"):
         from_file(checkpoint / "model.safetensors")
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(pruned[1].read_bytes()[:-100])
-    with pytest.raises(InputError, match="cannot read masks from"):
+    with pytest.raises(InputError, match="it cannot be read"):
         from_file(cut)
     arrays = load_file(pruned[1])
     with safe_open(pruned[1], framework="numpy") as opened:
         metadata = opened.metadata()
     name = "model.layers.1.mlp.up_proj.weight"
     save_file(arrays | {name: arrays[name][:, :-1].copy()}, cut, metadata=metadata)
-    with pytest.raises(InputError, match="damaged, its masks and their shapes disagree: model.layers.1.mlp.up_proj"):
+    with pytest.raises(DamagedError, match="its masks and their shapes disagree: model.layers.1.mlp.up_proj"):
         from_file(cut)
     del arrays[name]
     save_file(arrays, cut, metadata=metadata)
-    with pytest.raises(InputError, match="damaged"):
+    with pytest.raises(DamagedError, match="disagree"):
         from_file(cut)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    ["", "[]", "1", '{"a": [1]}', '{"a": [1, 2, 3]}', '{"a": [0, 2]}', '{"a": [1, 2.5]}', None],
+)
+def test_a_mask_files_header_has_a_schema(shapes: str | None, pruned: tuple[Path, Path], tmp_path: Path) -> None:
+    metadata = {"format": FORMAT} | ({} if shapes is None else {"shapes": shapes})
+    save_file(load_file(pruned[1]), tmp_path / "x.safetensors", metadata=metadata)
+    with pytest.raises(DamagedError, match=r"__metadata__\.shapes"):
+        from_file(tmp_path / "x.safetensors")
+
+
+def test_bits_beyond_the_inputs_are_damage(tmp_path: Path) -> None:
+    with create_masks(tmp_path / "masks.safetensors", {(0, "mlp.up_proj"): (13, 2)}) as masks:
+        masks.write(0, {"mlp.up_proj": np.full((2, 2), 255, np.uint8)})
+    with pytest.raises(DamagedError, match="bits are set beyond the 13 inputs"):
+        from_file(tmp_path / "masks.safetensors")(0, "mlp.up_proj").read()
 
 
 def test_a_mask_file_appears_whole_or_not_at_all(checkpoint: Path, tmp_path: Path) -> None:
@@ -146,10 +173,8 @@ def test_a_mask_file_appears_whole_or_not_at_all(checkpoint: Path, tmp_path: Pat
     assert file.read_text() == "precious"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_kept_weight_that_is_zero_in_the_dense_model_is_still_kept_in_the_file(
-    dtype: torch.dtype, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_kept_weight_that_is_zero_in_the_dense_model_is_still_kept_in_the_file(dtype: str, tmp_path: Path) -> None:
     path = tiny.save(tmp_path, tiny.config(num_hidden_layers=1), dtype=dtype)
     mask = np.ones((32, 32), bool)
     reader = open_checkpoint(path)

@@ -1,5 +1,6 @@
 """A layer's problem in a file: it is the one that a run meets, and solving it is what the run does."""
 
+import re
 from pathlib import Path
 
 import ml_dtypes
@@ -8,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import CheckpointError, open_checkpoint
+from convert.errors import UserError
 from jaxprune import InputError, Unstructured, problems, prune
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.magnitude import Magnitude
@@ -94,13 +96,13 @@ def test_the_command_line(file: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{file} --out {file}", "already exists"),
+        ("{file} --out {file}", "it is also what is given as the file: choose another --out"),
         ("{file} --linear mlp.side_proj", "no linear 'mlp.side_proj'"),
-        ("{folder}/missing.safetensors", "cannot read a layer's problem"),
-        ("{cut}", "cannot read a layer's problem"),
+        ("{folder}/missing.safetensors", "it is missing"),
+        ("{cut}", "it cannot be read"),
         ("{model}", "holds no layer's problem"),
-        ("{nan}", "NaN or infinity in mlp.down_proj"),
-        ("{misshapen}", "is damaged: mlp.down_proj is"),
+        ("{nan}", "mlp.down_proj: it holds NaN or infinity"),
+        ("{misshapen}", "mlp.down_proj: a kernel's shape is wrong, found [44, 32]"),
         ("{file} --pattern 3:7", "divisible by 7"),
         ("{file} --mask from-file:{model}", "holds no masks"),
         ("{file} --mask from-checkpoint:{folder}/other", "the mask was made for another model"),
@@ -131,18 +133,73 @@ def test_bad_input_is_one_error(
     assert file.read_bytes() == before
 
 
-def test_a_damaged_header_is_an_error(file: Path, tmp_path: Path) -> None:
-    arrays = load_file(file)
-    inputs = '{"mlp_input": ["mlp.up_proj"]}'
-    good = {"format": problems.FORMAT, "layer": "0", "inputs": inputs}
-    for change in ({"layer": "x"}, {"inputs": "[1"}, {"inputs": "[1]"}, {"inputs": '{"mlp_input": ["mlp.upper"]}'}):
-        save_file(arrays, tmp_path / "x.safetensors", metadata=good | change)
-        with pytest.raises(InputError, match="its header is damaged"):
-            problems.load(tmp_path / "x.safetensors")
-    save_file(arrays, tmp_path / "x.safetensors", metadata=good)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer": "x"}, "__metadata__.layer: an entry cannot be used, found 'x'"),
+        ({"layer": "9" * 5000}, "__metadata__.layer: an entry cannot be used"),
+        ({"inputs": "[1"}, "__metadata__.inputs"),
+        ({"inputs": "[1]"}, "__metadata__.inputs"),
+        ({"inputs": "{}"}, "linears are missing"),
+        ({"inputs": '{"mlp_input": ["mlp.up_proj", "mlp.up_proj"]}'}, "or there twice"),
+        ({"inputs": '{"mlp_input": ["mlp.upper"]}'}, "mlp.upper.kernel: a tensor is missing"),
+        ({"format": "something"}, "holds no layer's problem"),
+    ],
+)
+def test_a_damaged_header_is_an_error(change: dict[str, str], message: str, file: Path, tmp_path: Path) -> None:
+    good = {"format": problems.FORMAT, "layer": "0", "inputs": '{"mlp_input": ["mlp.up_proj"]}'}
+    save_file(load_file(file), tmp_path / "x.safetensors", metadata=good | change)
+    with pytest.raises(UserError, match=re.escape(message)):
+        problems.load(tmp_path / "x.safetensors")
+    save_file(load_file(file), tmp_path / "x.safetensors", metadata=good)
     assert list(problems.load(tmp_path / "x.safetensors").kernels) == ["mlp.up_proj"]
+
+
+def test_a_file_is_not_replaced_unasked(file: Path) -> None:
     with pytest.raises(CheckpointError, match="already exists"):
         problems.save(file, problems.load(file))
+
+
+@pytest.mark.parametrize("n", [1, 3, 64, 300])
+def test_what_a_gram_matrix_is(n: int) -> None:
+    generator = np.random.default_rng(n)
+    x = generator.standard_normal((max(1, n // 2), n)).astype(ml_dtypes.bfloat16).astype(np.float32)
+    x[:, : n // 3] = 0  # dead inputs, beside a matrix of half its rank
+    gram = x.T @ (x * generator.uniform(1e-3, 1e3, (len(x), 1)).astype(np.float32))
+    gram = (gram + gram.T) / 2
+    assert problems.why_no_gram(gram) == ""
+    scale = np.geomspace(1e-6, 1e6, n, dtype=np.float32)
+    assert problems.why_no_gram(gram * scale[:, None] * scale[None, :]) == ""
+
+
+def test_what_a_gram_matrix_is_not() -> None:
+    x = np.random.default_rng(0).standard_normal((100, 40)).astype(np.float32)
+    gram = x.T @ x
+    for change, message in (
+        ((5, 5, -1.0), "its diagonal is negative at 5: -1"),
+        ((5, 6, gram[5, 6] + 1), r"it is not symmetric at \[5, 6\]|at \[6, 5\]"),
+    ):
+        row, column, value = change
+        bad = gram.copy()
+        bad[row, column] = value
+        assert re.match(message, problems.why_no_gram(bad))
+    larger = gram.copy()
+    larger[3, 7] = larger[7, 3] = 1000
+    assert problems.why_no_gram(larger) == "its entry [3, 7] is larger than the diagonal allows"
+    values, vectors = np.linalg.eigh(gram.astype(np.float64))
+    values[0] = -0.5 * values[-1]
+    indefinite = np.float32(vectors * values @ vectors.T)
+    assert problems.why_no_gram((indefinite + indefinite.T) / 2)
+    values[0] = -2e-2 * values[-1]
+    indefinite = np.float32(vectors * values @ vectors.T)
+    assert "not positive semidefinite: pivot" in problems.why_no_gram((indefinite + indefinite.T) / 2)
+
+
+def test_what_cannot_be_solved_is_no_result(problem: problems.Problem) -> None:
+    tap = "mlp_input"
+    bad = problem._replace(grams=problem.grams | {tap: -problem.grams[tap]})
+    with pytest.raises(InputError, match="cannot be solved, its weights come out as NaN or infinity"):
+        list(solve(only(bad, "mlp.up_proj"), parse(["--sparsity", "0.6"])))
 
 
 def test_other_sizes(tmp_path: Path) -> None:

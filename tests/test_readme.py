@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert import open_checkpoint
@@ -25,6 +24,7 @@ from jaxprune.solve import parse as parse_solve
 from tests.convert.test_hf import same, tensors
 from tests.evaluation.test_text import plain
 from tests.models.test_llama import logits
+from tests.optional import needs_torch, torch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -52,6 +52,7 @@ def test_python_examples_run(number: int, checkpoint: Path, tmp_path: Path) -> N
     assert len(run_example(number, checkpoint, tmp_path)) == 1
 
 
+@needs_torch
 def test_what_the_first_example_makes_is_two_of_four_in_transformers(checkpoint: Path, tmp_path: Path) -> None:
     assert len(run_example(0, checkpoint, tmp_path)) == 3
     folder = tmp_path / "smollm2-135m-2of4"
@@ -132,6 +133,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@needs_torch
 def test_perplexity_of_smollm2_is_that_of_a_plain_loop(smollm2: Path) -> None:
     tokens = evaluation_windows("wikipedia", AutoTokenizer.from_pretrained(smollm2), 256, limit=3)
     found, expected = perplexity(open_checkpoint(smollm2), tokens), plain(smollm2, tokens)
@@ -139,12 +141,13 @@ def test_perplexity_of_smollm2_is_that_of_a_plain_loop(smollm2: Path) -> None:
     assert found == pytest.approx(expected, rel=1e-3)
 
 
+@needs_torch
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The given NumPy array is not writable")
 def test_smollm2_is_what_transformers_loads_from_the_same_file(smollm2: Path) -> None:
     path = fetch(SMOLLM2_135M)
     reference = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
     mine = tensors(smollm2)
-    expected = {n: t for n, t in reference.state_dict().items() if n in mine}
+    expected = {n: t.numpy() for n, t in reference.state_dict().items() if n in mine}
     assert len(expected) == 272
     assert same(mine, expected)

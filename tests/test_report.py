@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from jaxprune import report
-from jaxprune.errors import InputError
+from convert.errors import UserError
+from jaxprune import figures, report, schema
+from jaxprune.schema import Record
 
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 
@@ -32,19 +33,25 @@ def quality(perplexity: float | None, kl: float | None = None, acc: float | None
 
 
 def run_record(out: str = "pruned", method: str = "admm", pattern: str = "50 %", **changes: Any) -> dict[str, Any]:
+    kind = {"kind": "nm", "n": 2, "m": 4} if pattern == "2:4" else {"kind": "unstructured"}
+    if pattern != "2:4":
+        kind["sparsity"] = float(pattern.removesuffix(" %")) / 100
+    linear = {"zeros": 50, "wanted": 50, "size": 100, "stats": {}}
     layers = [
         {
             "index": index,
             "seconds": {"gram": 1.0},
-            "linears": {name: {"error": 0.01 * (index + 1), "zeros": 50, "size": 100, "stats": {}} for name in LINEARS},
+            "linears": {name: {"error": 0.01 * (index + 1)} | linear for name in LINEARS},
         }
         for index in range(6)
     ]
     return {
+        "schema": 2,
         "kind": "run",
         "config": {"ckpt": "llama-7b", "out": out, "calib": "c4"},
-        "method": {"name": method},
-        "pattern": pattern,
+        "checkpoint": "llama-7b",
+        "method": {"kind": "method", "name": method, "options": {}},
+        "pattern": kind,
         "calibration": {"windows": [16, 512], "sha256": "0" * 64},
         "sparsity": 0.5,
         "evaluation": {"dense": quality(10.0, acc=0.7), "pruned": quality(13.0, kl=0.25, acc=0.6)},
@@ -59,7 +66,16 @@ def run_record(out: str = "pruned", method: str = "admm", pattern: str = "50 %",
 
 def evaluation_record(checkpoints: dict[str, Any], against: str | None = "llama-7b") -> dict[str, Any]:
     config = {"out": "evaluation"}
-    return {"kind": "evaluation", "config": config, "against": against, "checkpoints": checkpoints, "hardware": "a GPU"}
+    record = {"schema": 2, "kind": "evaluation", "config": config, "against": against}
+    return record | {"checkpoints": checkpoints, "hardware": "a GPU"}
+
+
+def parsed(*records: dict[str, Any]) -> list[Record]:
+    return [schema.read(json.dumps(record), "jaxprune.json") for record in records]
+
+
+def page_of(*records: dict[str, Any]) -> str:
+    return report.page(parsed(*records))
 
 
 def several() -> list[dict[str, Any]]:
@@ -78,11 +94,11 @@ def several() -> list[dict[str, Any]]:
 
 
 def test_a_run_is_a_dense_and_a_pruned_entry() -> None:
-    dense, pruned = report.entries([run_record()])
+    dense, pruned = report.entries(parsed(run_record()))
     assert (dense.name, dense.dense, dense.label) == ("llama-7b", True, "llama-7b (dense)")
     assert dense.accuracy == pytest.approx(0.525)
     assert (pruned.label, pruned.method, pruned.pattern, pruned.sparsity) == ("pruned", "admm", "50 %", 0.5)
-    assert pruned.text("wikitext2")["kl"] == 0.25 and pruned.text("c4") == {}
+    assert pruned.quality.texts["wikitext2"].kl == 0.25 and pruned.text("c4") is None
 
 
 def test_records_of_one_checkpoint_are_merged() -> None:
@@ -93,12 +109,12 @@ def test_records_of_one_checkpoint_are_merged() -> None:
         "elsewhere/pruned": {"sparsity": 0.5, "run": run, "quality": quality(13.0, kl=0.2)},
         "elsewhere/other": {"sparsity": 0.41, "run": None, "quality": quality(15.0)},
     }
-    found = report.entries([run, evaluation_record(both), run_record(evaluation={"dense": quality(10.0)})])
+    found = report.entries(parsed(run, evaluation_record(both), run_record(evaluation={"dense": quality(10.0)})))
     assert [(entry.label, entry.dense) for entry in found] == [
         ("llama-7b (dense)", True), ("pruned", False), ("other", False),
     ]  # fmt: skip
-    assert found[0].quality["texts"].keys() == {"c4", "wikitext2"}
-    assert found[1].layers and found[1].text("wikitext2")["kl"] == 0.2
+    assert found[0].quality.texts.keys() == {"c4", "wikitext2"}
+    assert found[1].run and found[1].quality.texts["wikitext2"].kl == 0.2
     assert found[2].pattern == "41.0 %" and found[2].number == 1
 
 
@@ -109,16 +125,20 @@ def test_the_mean_is_that_of_the_merged_tasks() -> None:
         "mean_accuracy": {"acc": 0.9},
         "seconds": {},
     }
-    (dense,) = report.entries([
-        evaluation_record({"llama-7b": {"sparsity": 0.0, "run": None, "quality": one}})
-        for one in (quality(10.0, acc=0.6), rte)
-    ])  # fmt: skip
+    (dense,) = report.entries(
+        parsed(
+            *(
+                evaluation_record({"llama-7b": {"sparsity": 0.0, "run": None, "quality": one}})
+                for one in (quality(10.0, acc=0.6), rte)
+            )
+        )
+    )
     assert dense.accuracy == pytest.approx((0.6 + 0.3 + 0.9) / 3)
 
 
 def test_checkpoints_of_one_name_are_told_apart() -> None:
     records = [run_record("a/out", method="admm"), run_record("b/out", method="wanda")]
-    assert [entry.label for entry in report.entries(records)] == ["llama-7b (dense)", "a/out", "b/out"]
+    assert [entry.label for entry in report.entries(parsed(*records))] == ["llama-7b (dense)", "a/out", "b/out"]
 
 
 def headings(page: str) -> list[str]:
@@ -126,67 +146,118 @@ def headings(page: str) -> list[str]:
 
 
 def test_what_was_measured_is_in_the_page() -> None:
-    page = report.page([run_record()])
+    page = page_of(run_record())
     for text in ("13.00", "10.00", "0.2500", "50.00 %", "45.00", "Measured on 2 cores", "50.0000 %"):
         assert text in page, text
     assert "Time by phase" in headings(page) and "Sparsity against quality" not in headings(page)
-    page = report.page(several())
+    page = page_of(*several())
     assert {"Sparsity against quality", "KL divergence on wikitext2 by sparsity"} <= set(headings(page))
     assert "∞" in page
 
 
 def test_one_sparsity_makes_no_curve() -> None:
     records = [run_record("a/admm"), run_record("a/wanda", method="wanda")]
-    assert "Sparsity against quality" not in headings(report.page(records))
+    assert "Sparsity against quality" not in headings(page_of(*records))
 
 
 def test_files_are_named_by_the_end_of_their_path() -> None:
     record = run_record()
     for measured in record["evaluation"].values():
         measured["texts"] = {"/home/someone/data/wiki/validation.jsonl": measured["texts"]["wikitext2"]}
-    page = report.page([record])
+    page = page_of(record)
     assert "Perplexity of wiki/validation" in headings(page)
     assert "/home/someone" not in page.partition("<h2>Details")[0]
 
 
 def test_a_run_without_evaluation_has_a_report() -> None:
-    page = report.page([run_record(evaluation={})])
+    page = page_of(run_record(evaluation={}))
     assert headings(page)[:2] == ["What was done", "Summary"] and "Relative error by layer" in headings(page)
     assert "perplexity" not in page.partition("<h2>Details")[0].partition("</style>")[2]
 
 
 def test_the_page_is_self_contained_and_its_ids_are_unique() -> None:
-    page = report.page(several())
+    page = page_of(*several())
     assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', page)
     assert "@import" not in page and "<script" not in page
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids)) > 50
     assert set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
-    assert page == report.page(several())
+    assert page == page_of(*several())
 
 
 def test_names_cannot_inject_markup() -> None:
     record = run_record(out="<script>alert(1)</script>")
     record["config"]["ckpt"] = "x/<b>bold</b>"
-    page = report.page([record])
+    page = page_of(record)
     assert "<script>" not in page and "<b>bold" not in page
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "$\\frac{$",
+        "_hidden_",
+        "100 %",
+        "back\\slash",
+        "a\tb\x00\x1b[2J",
+        "名前",
+        "שלום",
+        "x" * 3000,
+        "",
+        ".",
+        "..",
+        "/",
+    ],
+)
+def test_no_name_keeps_a_report_from_being_drawn(name: str) -> None:
+    """Names are text, never mathtext; what the font lacks is a box, and no warning."""
+    records = [run_record(f"out/{name}"), run_record(f"more/{name}x", method="wanda"), run_record(name, pattern="2:4")]
+    for record in records:
+        record["config"] |= {"ckpt": name, "calib": name}
+        for measured in record["evaluation"].values():
+            measured["texts"] = {name: measured["texts"]["wikitext2"]}
+            measured["tasks"] = {name: measured["tasks"]["boolq"], f"{name}2": measured["tasks"]["boolq"]}
+        record["seconds"] = {name: 1.0, "total": 1.0}
+        record["layers"][0]["linears"] = {name: record["layers"][0]["linears"][LINEARS[0]]}
+    page = page_of(*records)
+    assert page.count("<svg") >= 8 and page.count("<html") == 1
+
+
+@pytest.mark.parametrize("perplexity", [None, 1e-300, 1.0, 10.0, 1e12, 1e308])
+@pytest.mark.parametrize("error", [None, 0.0, 1e-30, 0.5, 1e308])
+def test_no_number_keeps_a_plot_from_being_drawn(perplexity: float | None, error: float | None) -> None:
+    """Not finite (null), 0, one value, equal values, values of all sizes."""
+    records = [run_record(out, pattern=pattern) for out, pattern in (("a", "50 %"), ("b", "70 %"))]
+    for record in records:
+        record["evaluation"]["pruned"]["texts"]["wikitext2"] |= {"perplexity": perplexity, "kl": error}
+        for layer in record["layers"]:
+            for linear in layer["linears"].values():
+                linear["error"] = error
+        record["seconds"] = {"solve": error}
+    found = report.entries(parsed(*records))
+    runs = found[1:]
+    plots = [figures.perplexities(found, "wikitext2"), figures.divergences(runs, "wikitext2")]
+    plots += [figures.error_by_layer(runs), figures.error_by_layer(runs[:1]), figures.error_by_linear(runs)]
+    plots.append(figures.time_by_phase(runs))
+    assert all("<path" in plot.svg for plot in plots)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "has no jaxprune.json"),
-        ("{", "cannot read"),
-        ("[]", "no record of this version"),
-        ('{"kind": "run"}', "no record of this version"),
-        ('{"config": {}, "method": {}}', "no record of this version"),
+        (None, "jaxprune.json: it is missing"),
+        ("{", "it is not valid JSON"),
+        ("[]", "cannot be used, found \\[\\]"),
+        ('{"kind": "run"}', "config: an entry is missing"),
+        ('{"config": {}, "method": {}}', "kind: an entry is missing"),
+        ('{"kind": "run", "schema": 3}', "schema: it was written by another version of jaxprune, found 3, wanted 2"),
     ],
 )
 def test_a_folder_without_a_record_is_one_error(content: str | None, message: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "jaxprune.json").write_text(content)
-    with pytest.raises(InputError, match=message):
-        report.load(tmp_path)
+    with pytest.raises(UserError, match=message):
+        schema.load(tmp_path)
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -226,7 +297,7 @@ def test_a_browser_shows_it(
 ) -> None:
     records = copy.deepcopy(records)
     records[0]["config"]["ckpt"] = "someone/" + "a-very-long-name-" * 8
-    (tmp_path / "report.html").write_text(report.page(records))
+    (tmp_path / "report.html").write_text(page_of(*records))
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     messages: list[str] = []
     page.on("console", lambda message: messages.append(message.text))

@@ -10,16 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert import open_checkpoint
+from jaxprune import report
 from jaxprune.evaluation.text import perplexity
 from jaxprune.masks import from_file
 from jaxprune.run import main
 from jaxprune.verify import main as verify
 from tests import tiny
+from tests.optional import needs_torch, torch
 
 
 def jaxprune(*args: object, cwd: Path) -> subprocess.CompletedProcess:
@@ -66,6 +67,7 @@ def test_it_prints_a_line_a_layer_and_a_table(finished: tuple[Path, str]) -> Non
         assert row in printed, row
 
 
+@needs_torch
 def test_the_result_is_a_hugging_face_checkpoint(finished: tuple[Path, str], checkpoint: Path) -> None:
     out, _ = finished
     model = AutoModelForCausalLM.from_pretrained(out).eval()
@@ -75,7 +77,7 @@ def test_the_result_is_a_hugging_face_checkpoint(finished: tuple[Path, str], che
         if "_proj" in name:
             assert int((tensor == 0).sum()) == tensor.numel() // 2, name
         else:
-            assert torch.equal(tensor, dense[name]), name
+            np.testing.assert_array_equal(tensor, dense[name], name)
     tokenizer = AutoTokenizer.from_pretrained(out)
     ids = tokenizer("The cat sat on", return_tensors="pt")
     assert model.generate(**ids, max_new_tokens=5, do_sample=False).shape[1] > ids["input_ids"].shape[1]
@@ -85,8 +87,10 @@ def test_the_record_repeats_what_happened(finished: tuple[Path, str]) -> None:
     out, printed = finished
     record = json.loads((out / "jaxprune.json").read_text())
     assert record["config"]["seed"] == 3
-    assert record["pattern"] == "50 %"
+    assert record["schema"] == 2
+    assert record["pattern"] == {"kind": "unstructured", "sparsity": 0.5}
     assert record["method"] == {
+        "kind": "method",
         "name": "admm",
         "options": {
             "schedule": "cubic",
@@ -127,15 +131,35 @@ def test_the_same_seed_gives_the_same_bytes(
     assert "perplexity" not in (tmp_path / "again/README.md").read_text()
 
 
+def test_a_report_that_cannot_be_drawn_costs_nothing_else(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A defect of ours in the drawing: the result is published, then told; drawing it anew needs the record only."""
+    monkeypatch.setattr(report, "page", lambda records: 1 // 0)
+    out = tmp_path / "$x_{|_%"
+    options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 2, "--seqlen", 16, "--eval", "none"]
+    assert main([*map(str, options), "--method", "magnitude", "--out", str(out)]) == 70
+    said = capsys.readouterr()
+    assert "ZeroDivisionError" in said.err and "please report it" in said.err and "│ result" in said.out
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    assert {"jaxprune.json", "README.md", "model.safetensors"} <= {path.name for path in out.iterdir()}
+    monkeypatch.undo()
+    assert verify([str(out), "--against", str(checkpoint)]) == 0
+    assert report.main([str(out), "--out", str(tmp_path / "page.html")]) == 0
+
+
 def test_two_of_four_with_another_methods_mask(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 4, "--seqlen", 32, "--eval", "none"]
     done = here(*options, "--mask", "wanda", "--pattern", "2:4", "--out", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for name, tensor in load_file(tmp_path / "out/model.safetensors").items():
         if "_proj" in name:
-            groups = (tensor != 0).reshape(tensor.shape[0], -1, 4).sum(dim=2)
+            groups = (tensor != 0).reshape(tensor.shape[0], -1, 4).sum(axis=2)
             assert (groups == 2).all(), name
-    assert json.loads((tmp_path / "out/jaxprune.json").read_text())["method"]["name"] == "wanda mask, admm update"
+    record = json.loads((tmp_path / "out/jaxprune.json").read_text())
+    assert record["pattern"] == {"kind": "nm", "n": 2, "m": 4}
+    assert record["method"]["kind"] == "crossed"
+    assert (record["method"]["mask"]["name"], record["method"]["update"]["name"]) == ("wanda", "admm")
 
 
 def test_the_best_preset(finished: tuple[Path, str], checkpoint: Path, text: Path, tmp_path: Path) -> None:
@@ -145,7 +169,7 @@ def test_the_best_preset(finished: tuple[Path, str], checkpoint: Path, text: Pat
     assert done.returncode == 0, done.stderr
     assert "tuning, epoch 1: KL divergence" in done.stdout
     record = json.loads((tmp_path / "out/jaxprune.json").read_text())
-    assert record["preset"] == "best" and record["method"]["name"].startswith("best: admm")
+    assert record["preset"] == "best" and record["method"]["name"] == "admm"
     assert record["importance"]["weigh_outputs"] and record["tuning"]["tune_epochs"] > 0
     assert {"sensitivity", "gram", "solve", "forward", "tune"} <= record["seconds"].keys()
     linears = [linear for layer in record["layers"] for linear in layer["linears"].values()]
@@ -181,9 +205,9 @@ def test_masks_are_saved_and_taken_up_again(
         assert done.returncode == 0, done.stderr
         for name, tensor in load_file(tmp_path / out / "model.safetensors").items():
             if "_proj" in name:
-                assert torch.equal(tensor == 0, first[name] == 0), name
+                np.testing.assert_array_equal(tensor == 0, first[name] == 0, name)
         record = json.loads((tmp_path / out / "jaxprune.json").read_text())
-        assert record["pattern"] == f"the mask {mask}"
+        assert record["pattern"] == {"kind": "given", "mask": mask}
         assert mask in (tmp_path / out / "README.md").read_text()
         errors[out] = [x["error"] for layer in record["layers"] for x in layer["linears"].values()]
     assert errors["by-file"] == errors["by-checkpoint"]
@@ -193,7 +217,7 @@ def test_masks_are_saved_and_taken_up_again(
     assert all(after <= x for after, x in zip(errors["by-file"][:7], before[:7], strict=True))
     assert sum(errors["by-file"]) <= sum(before)
     again = here(*options, "--out", "second", "--save-masks", "m.safetensors", cwd=tmp_path)
-    assert again.returncode == 1 and "m.safetensors already exists" in again.stderr
+    assert again.returncode == 2 and "m.safetensors: it already exists" in again.stderr
     assert not (tmp_path / "second").exists()
 
 
@@ -233,7 +257,8 @@ def bad_input(name: str, checkpoint: Path, text: Path, folder: Path) -> list[obj
         file.write_bytes(file.read_bytes()[:-1000])
         options["--ckpt"] = folder / "cut"
     elif name == "no tokenizer":
-        tiny.model(tiny.config()).save_pretrained(folder / "bare")
+        for file in tiny.save(folder / "bare", tiny.config()).glob("tokenizer*"):
+            file.unlink()
         options["--ckpt"] = folder / "bare"
     elif name == "dense mask":
         options["--mask"] = f"from-checkpoint:{checkpoint}"
@@ -253,7 +278,7 @@ def bad_input(name: str, checkpoint: Path, text: Path, folder: Path) -> list[obj
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("existing output", "already exists: choose another path, or pass --overwrite"),
+        ("existing output", "already exists: choose another --out"),
         ("unknown checkpoint", "Did you mean llama-7b?"),
         ("unreachable hub", "the hub cannot be reached"),
         ("impossible pattern", "divisible by 7"),
@@ -285,7 +310,7 @@ def test_bad_input_is_one_error_and_harms_nothing(
     else:
         monkeypatch.chdir(tmp_path)
         status, said = main([*map(str, args)]), capsys.readouterr().err
-    assert status == 1
+    assert status == 2
     assert message in said
     assert "Traceback" not in said and said.count("error: ") == 1
     after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 from convert import create_checkpoint, open_checkpoint
@@ -16,6 +15,9 @@ from jaxprune.methods.admm import ADMM
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.wanda import Wanda
 from jaxprune.patterns import Pattern
+from tests.optional import needs_torch, torch
+
+pytestmark = needs_torch
 
 
 @pytest.fixture(scope="module")

@@ -1,22 +1,25 @@
 """A pruned checkpoint is proven from its tensors, and a broken one is found out."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load_file, save_file
 
 from convert import create_checkpoint, open_checkpoint
-from jaxprune import NM, Unstructured, other_params, prune
+from jaxprune import NM, Unstructured, other_params, prune, schema
 from jaxprune.config import parse
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.patterns import Pattern
 from jaxprune.record import Record
+from jaxprune.run import main as run
 from jaxprune.verify import Linear, expected, main, verify, zeros
+from tests import tiny
 
 PATTERNS = {"2:4": NM(2, 4), "50 %": Unstructured(0.5), "60 % per output": Unstructured(0.6, per_output=True)}
 
@@ -26,7 +29,7 @@ def make(out: Path, dense: Path, pattern: Pattern, *, record: bool = False) -> P
     reader = open_checkpoint(dense)
     tokens = np.random.default_rng(0).integers(0, 300, (2, 16)).astype(np.int32)
     config, recipe = parse(["--ckpt", str(dense), "--out", str(out), "--eval", "none", "--method", "magnitude"])
-    account = Record(config, recipe.__class__(recipe.method, pattern, None, "x"), tokens)
+    account = Record(config, dataclasses.replace(recipe, pattern=pattern), tokens)
     with create_checkpoint(out, reader.spec, reader.assets) as writer:
         for layer in prune(reader, tokens, Magnitude(), pattern):
             writer.write(layer.params)
@@ -44,12 +47,12 @@ def pruned(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return {name: make(folder / str(n), checkpoint, p, record=True) for n, (name, p) in enumerate(PATTERNS.items())}
 
 
-def change(source: Path, target: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+def change(source: Path, target: Path, edit: Callable[[dict[str, np.ndarray]], object]) -> Path:
     """A copy of a checkpoint whose tensors were edited."""
     shutil.copytree(source, target)
     tensors = load_file(target / "model.safetensors")
     edit(tensors)
-    save_file({k: t.contiguous() for k, t in tensors.items()}, target / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
 
 
@@ -62,9 +65,9 @@ def test_what_was_pruned_is_verified(
     assert "verified:" in printed and "21 linears, " in printed
     assert f"zeros, {name}" in printed and "9 other tensors compared with" in printed
     assert ("2:4 along the inputs (columns of the stored [out, in])" in printed) == (name == "2:4")
-    record = json.loads((pruned[name] / "jaxprune.json").read_text())
-    wanted = expected(record)
+    wanted = expected(schema.load(pruned[name]))
     counts = wanted["counts"]
+    assert counts == wanted["wanted"] and wanted["total"] is None
     assert wanted["pattern"] == PATTERNS[name] and len(counts) == 21
     verdict = verify(open_checkpoint(pruned[name]), **wanted)
     assert {which: linear.zeros for which, linear in verdict.linears.items()} == counts
@@ -72,13 +75,55 @@ def test_what_was_pruned_is_verified(
 
 
 def test_a_total_is_all_that_unequal_linears_must_have(pruned: dict[str, Path]) -> None:
-    record = json.loads((pruned["50 %"] / "jaxprune.json").read_text()) | {"pattern": "50 % in total"}
-    wanted = expected(record)
-    assert wanted["pattern"] is None and wanted["total"] == 0.5
+    record = json.loads((pruned["50 %"] / "jaxprune.json").read_text())
+    record["importance"]["spread"] = 0.3
+
+    def wanted(sparsity: float) -> dict[str, Any]:
+        record["pattern"]["sparsity"] = sparsity
+        run = schema.read(json.dumps(record), "jaxprune.json")
+        assert isinstance(run, schema.Run)
+        return expected(run)
+
+    size = sum(linear["size"] for layer in record["layers"] for linear in layer["linears"].values())
+    assert wanted(0.5)["pattern"] is None and wanted(0.5)["total"] == size // 2
     reader = open_checkpoint(pruned["50 %"])
-    assert verify(reader, **wanted).problems == []
-    (problem,) = verify(reader, **expected(record | {"pattern": "50.001 % in total"})).problems
-    assert problem == "the linears have 50.0000 % zeros in total, not 50.001 %"
+    assert verify(reader, **wanted(0.5)).problems == []
+    (problem,) = verify(reader, **wanted(0.5 + 1 / size)).problems
+    assert problem == f"the linears have {size // 2} zeros in total, 1 fewer than were wanted"
+
+
+def test_a_sparsity_of_seven_digits_is_verified(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """512 × 1024 weights at 0.6666667 have one zero less than at the 0.666667 of six digits."""
+    size = 512 * 1024
+    assert round(0.6666667 * size) == round(float(f"{0.6666667:g}") * size) - 1
+    dense = tiny.save(tmp_path / "dense", tiny.config(hidden_size=512, intermediate_size=1024, num_hidden_layers=1))
+    flags = ["--ckpt", dense, "--calib", text, "--nsamples", 1, "--seqlen", 8, "--eval", "none"]
+    flags += ["--method", "magnitude", "--sparsity", 0.6666667, "--out", tmp_path / "out"]
+    assert run(list(map(str, flags))) == 0
+    capsys.readouterr()
+    assert main([str(tmp_path / "out"), "--against", str(dense)]) == 0
+    assert "zeros, 66.66667 %, 5 other tensors" in " ".join(capsys.readouterr().out.split())
+    record = json.loads((tmp_path / "out/jaxprune.json").read_text())
+    assert record["pattern"] == {"kind": "unstructured", "sparsity": 0.6666667}
+    linear = record["layers"][0]["linears"]["mlp.up_proj"]
+    assert linear["wanted"] == linear["zeros"] == round(0.6666667 * size)
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def revive(tensors: dict[str, np.ndarray]) -> None:
+        tensors[name][tuple(np.argwhere(tensors[name] == 0)[0])] = 1.0
+
+    assert main([str(change(tmp_path / "out", tmp_path / "broken", revive))]) == 1
+    assert f"has {linear['zeros'] - 1} zeros, 1 fewer than were wanted of {size} weights" in capsys.readouterr().out
+
+
+def test_a_record_of_another_checkpoint_is_noticed(pruned: dict[str, Path]) -> None:
+    wanted = expected(schema.load(pruned["50 %"]))
+    counts = wanted["counts"]
+    counts[3, "mlp.up_proj"] = counts.pop((1, "mlp.up_proj"))
+    assert verify(open_checkpoint(pruned["50 %"]), **wanted).problems == [
+        "layers.1.mlp.up_proj.kernel is not in jaxprune.json",
+        "layers.3.mlp.up_proj.kernel is missing: jaxprune.json has it",
+    ]
 
 
 def test_a_record_is_not_needed(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -99,32 +144,32 @@ NORM = "model.layers.2.input_layernorm.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
 
-def resurrect(tensors: dict[str, torch.Tensor]) -> None:
-    row, column = torch.nonzero(tensors[UP] == 0)[5].tolist()
+def resurrect(tensors: dict[str, np.ndarray]) -> None:
+    row, column = np.argwhere(tensors[UP] == 0)[5]
     tensors[UP][row, column] = 0.25
 
 
-def transpose_groups(tensors: dict[str, torch.Tensor]) -> None:
+def transpose_groups(tensors: dict[str, np.ndarray]) -> None:
     """2:4 along the stored rows instead of the columns."""
-    kernel = torch.ones_like(tensors[UP])
-    kernel.view(-1, 4, kernel.shape[1])[:, :2] = 0
+    kernel = np.ones_like(tensors[UP])
+    kernel.reshape(-1, 4, kernel.shape[1])[:, :2] = 0
     tensors[UP] = kernel
 
 
-def spoil(tensors: dict[str, torch.Tensor]) -> None:
+def spoil(tensors: dict[str, np.ndarray]) -> None:
     """Makes one kept weight NaN, so that the pattern still holds."""
-    row, column = torch.nonzero(tensors[UP])[5].tolist()
+    row, column = np.argwhere(tensors[UP])[5]
     tensors[UP][row, column] = float("nan")
 
 
-BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+BROKEN: dict[str, tuple[Callable[[dict[str, np.ndarray]], object], str]] = {
     "a weight came back": (
         resurrect,
         "layers.1.mlp.up_proj.kernel is not 2:4 along its inputs: 1 groups keep more than 2, the first at inputs",
     ),
     "groups along the outputs": (transpose_groups, "it is 2:4 along the outputs instead, as if transposed"),
     "a norm changed": (
-        lambda tensors: tensors[NORM].view(torch.int32)[3].add_(1),
+        lambda tensors: np.add.at(tensors[NORM].view(np.int32), 3, 1),
         "layers.2.input_layernorm.scale is not the dense checkpoint's, bit for bit",
     ),
     "nan": (
@@ -132,11 +177,11 @@ BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
         "layers.1.mlp.up_proj.kernel holds 1 values that are NaN or infinite",
     ),
     "infinity": (
-        lambda tensors: tensors[EMBEDDING][7].fill_(float("inf")),
+        lambda tensors: tensors[EMBEDDING][7].fill(np.inf),
         "embed_tokens.embedding holds 32 values that are NaN or infinite",
     ),
     "more zeros than were made": (
-        lambda tensors: tensors[UP][0].zero_(),
+        lambda tensors: tensors[UP][0].fill(0),
         "zeros, not 768 as jaxprune.json says",
     ),
 }
@@ -165,13 +210,13 @@ def test_an_outlier_is_found_without_a_record(
 
 
 def test_a_wrong_output_is_named(pruned: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    folder = change(pruned["60 % per output"], tmp_path / "broken", lambda tensors: tensors[UP][7].fill_(1.0))
+    folder = change(pruned["60 % per output"], tmp_path / "broken", lambda tensors: tensors[UP][7].fill(1))
     assert main([str(folder)]) == 1
     assert "has fewer than 19 zeros in 1 outputs, the first of them 7" in capsys.readouterr().out
 
 
 def test_tensors_that_are_not_the_dense_ones(pruned: dict[str, Path], checkpoint: Path, tmp_path: Path) -> None:
-    half = change(checkpoint, tmp_path / "half", lambda t: t.update({NORM: t[NORM].half()}))
+    half = change(checkpoint, tmp_path / "half", lambda t: t.update({NORM: t[NORM].astype(np.float16)}))
     problems = verify(open_checkpoint(pruned["50 %"]), against=open_checkpoint(half)).problems
     assert any(
         "layers.2.input_layernorm.scale is float32[32], the dense checkpoint's float16[32]" in p for p in problems

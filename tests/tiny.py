@@ -1,13 +1,17 @@
-"""Small random checkpoints and text, made by transformers and tokenizers."""
+"""Small random checkpoints and text; PyTorch is imported for `model` alone."""
 
+import copy
 import json
 import random
 from pathlib import Path
 from typing import Any
 
-import torch
+import huggingface_hub
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = "a the cat dog sat ran on under mat house and then it was very big small old new red blue tree".split()
 
@@ -29,20 +33,73 @@ def config(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**options | changes)
 
 
+def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The names and shapes that LlamaForCausalLM saves."""
+    width, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    linears = {
+        "self_attn.q_proj": (queries, width),
+        "self_attn.k_proj": (keys, width),
+        "self_attn.v_proj": (keys, width),
+        "self_attn.o_proj": (width, queries),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, width)}
+    for layer in range(config.num_hidden_layers):
+        for name, shape in linears.items():
+            found[f"model.layers.{layer}.{name}.weight"] = shape
+            if config.attention_bias if name.startswith("self_attn") else config.mlp_bias:
+                found[f"model.layers.{layer}.{name}.bias"] = shape[:1]
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            found[f"model.layers.{layer}.{name}.weight"] = (width,)
+    found["model.norm.weight"] = (width,)
+    if not config.tie_word_embeddings:
+        found["lm_head.weight"] = (config.vocab_size, width)
+    return found
+
+
+def weights(config: LlamaConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random float32 tensors, every one of which matters: norms and biases are not at their neutral start."""
+    generator = np.random.default_rng(seed)
+    return {
+        name: (("norm" in name) + 0.3 * generator.normal(size=shape)).astype(np.float32)
+        for name, shape in shapes(config).items()
+    }
+
+
 def model(config: LlamaConfig, seed: int = 0) -> LlamaForCausalLM:
-    """A random model whose every tensor matters: norms and biases are not at their neutral start."""
-    torch.manual_seed(seed)
+    """transformers' own model with the same weights."""
+    import torch
+
     made = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, tensor in made.named_parameters():
-            noise = torch.randn(tensor.shape)
-            tensor.copy_(1 + 0.3 * noise if "norm" in name else 0.3 * noise)
+    found = {name: torch.from_numpy(array) for name, array in weights(config, seed).items()}
+    if config.tie_word_embeddings:
+        found["lm_head.weight"] = found["model.embed_tokens.weight"]
+    made.load_state_dict(found)
     return made
 
 
-def save(folder: Path, config: LlamaConfig, *, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
-    """Saves a random model and a tokenizer."""
-    model(config).to(dtype).save_pretrained(folder, **options)
+def save(folder: Path, config: LlamaConfig, *, dtype: str = "float32", max_shard_size: str = "1GB") -> Path:
+    """Saves a random model, laid out as transformers does it, and a tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(config)
+    config.dtype, config.architectures = dtype, ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    tensors = {name: array.astype(jnp.dtype(dtype)) for name, array in weights(config).items()}
+    split = huggingface_hub.split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     tokenizer().save_pretrained(folder)
     return folder
 

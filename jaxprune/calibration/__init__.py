@@ -5,16 +5,20 @@ split, which evaluates; the two never share a document. Where the documents are 
 `PACK = True` joins them always.
 """
 
+import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
+from convert.files import expand
 from jaxprune import plugins
-from jaxprune.errors import InputError
+from jaxprune.calibration._ids import load_windows
+from jaxprune.calibration._ids import require_ids as require_ids
+from jaxprune.calibration._tokens import in_pieces, token_ids
+from jaxprune.errors import Change, InputError
 
 JOIN = "\n\n"
 """Between documents that share a window, for calibration as for evaluation."""
@@ -33,6 +37,7 @@ def sample(
     seed: int,
     *,
     pack: bool = False,
+    vocab_size: int | None = None,
 ) -> Int[np.ndarray, "count length"]:
     """Calibration windows.
 
@@ -47,6 +52,7 @@ def sample(
         length: tokens a window.
         seed: of the order of documents and the places of windows.
         pack: join documents.
+        vocab_size: ids of .npy have to be below it; None: below 2^31.
 
     Returns:
         int32[count, length].
@@ -58,10 +64,10 @@ def sample(
         raise InputError(f"at least 1 window of at least 2 tokens is needed, not {count} of {length}")
     generator = np.random.default_rng(seed)
     if source.endswith(".npy"):
-        windows = _load_windows(source, length)
+        windows = load_windows(source, length, vocab_size)
         if len(windows) < count:
-            raise InputError(f"{source} holds {len(windows)} windows, not {count}: pass --nsamples {len(windows)}")
-        return windows[np.sort(generator.permutation(len(windows))[:count])]
+            raise InputError(f"{source} holds {len(windows)} windows, not {count}", options={"nsamples": len(windows)})
+        return windows[np.sort(generator.permutation(len(windows))[:count])].astype(np.int32)
     texts, always_pack = _open(source, "train")
     order = generator.permutation(len(texts))
     if pack or always_pack:
@@ -70,44 +76,54 @@ def sample(
 
 
 def evaluation_windows(
-    source: str, tokenizer: Any, length: int, limit: int | None = None
+    source: str, tokenizer: Any, length: int, limit: int | None = None, *, vocab_size: int | None = None
 ) -> Int[np.ndarray, "windows length"]:
-    """Consecutive windows of a source's test split: documents joined by a blank line and tokenized once.
+    """Consecutive windows of a source's test split: documents joined by a blank line and tokenized as one text.
 
     Args:
         source: as for `sample`; a file is its own test split.
         tokenizer: a transformers tokenizer; not used for .npy.
         length: tokens a window; the remainder of the text is dropped.
         limit: the most windows.
+        vocab_size: as for `sample`.
 
     Raises:
         InputError: no such source, or not one window of text.
     """
     if source.endswith(".npy"):
-        return _load_windows(source, length)[:limit]
+        return load_windows(source, length, vocab_size)[:limit].astype(np.int32)
     texts, _ = _open(source, "test")
-    ids = _tokenize(tokenizer, JOIN.join(texts))
-    if len(ids) < length:
-        raise InputError(f"{source} has {len(ids)} tokens to evaluate on, less than one window: lower --eval-seqlen")
-    windows = np.array(ids[: len(ids) // length * length], np.int32).reshape(-1, length)
+    found, total = [], 0
+    for ids in in_pieces(tokenizer, _joined(texts)):
+        found.append(ids)
+        total += len(ids)
+        if limit is not None and total >= limit * length:
+            break
+    if total < length:
+        raise InputError(
+            f"{source} has {total} tokens to evaluate on, less than one window", options={"eval_seqlen": Change.LOWER}
+        )
+    windows = np.concatenate(found)[: total // length * length].reshape(-1, length)
     return windows[:limit]
 
 
 def _open(source: str, split: str) -> tuple[Sequence[str], bool]:
     package = sys.modules[__name__]
-    path = Path(source).expanduser()
     if source not in plugins.names(package) or source == "textfile":
-        if not path.exists():
+        path = expand(source)
+        if not os.path.exists(path):
             named = [name for name in plugins.names(package) if name != "textfile"]
-            raise InputError(f"no text {source!r}: give a file, a folder, or one of {', '.join(named)}")
+            raise InputError(f"no text {source!r}", wanted=f"a file, a folder, or one of {', '.join(named)}")
         return plugins.load(package, "textfile").documents(path, split), False
     module = plugins.load(package, source)
     return module.documents(split), getattr(module, "PACK", False)
 
 
-def _tokenize(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
-    # verbose=False: windows are cut later, so a text longer than the model's context is no reason to warn.
-    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+def _joined(texts: Sequence[str]) -> Iterator[str]:
+    for number, text in enumerate(texts):
+        if number:
+            yield JOIN
+        yield text
 
 
 def _one_a_document(
@@ -119,19 +135,23 @@ def _one_a_document(
     length: int,
     generator: np.random.Generator,
 ) -> np.ndarray:
-    windows: list[list[int]] = []
+    if count > len(texts):
+        raise InputError(
+            f"{source} has {len(texts)} documents, but {count} windows are wanted, each from a document of its own",
+            options={"nsamples": Change.LOWER, "pack": True},
+        )
+    windows: list[np.ndarray] = []
     for index in order:
-        ids = _tokenize(tokenizer, texts[int(index)])
+        ids = token_ids(tokenizer, texts[int(index)])
         if len(ids) <= length:
             continue
         start = int(generator.integers(0, len(ids) - length))
-        windows.append(ids[start : start + length])
+        windows.append(ids[start : start + length].copy())
         if len(windows) == count:
-            return np.array(windows, np.int32)
-    fewer = f"--nsamples {len(windows)}, " if windows else ""
+            return np.stack(windows)
     raise InputError(
-        f"{source} has {len(windows)} documents longer than {length} tokens, but {count} windows are wanted: pass "
-        f"{fewer}a smaller --seqlen, or --pack to join documents"
+        f"{source} has {len(windows)} documents longer than {length} tokens, but {count} windows are wanted",
+        options={**({"nsamples": len(windows)} if windows else {}), "seqlen": Change.LOWER, "pack": True},
     )
 
 
@@ -144,29 +164,19 @@ def _packed(
     length: int,
     generator: np.random.Generator,
 ) -> np.ndarray:
-    join = _tokenize(tokenizer, JOIN, special=False)
-    ids: list[int] = []
+    join = token_ids(tokenizer, JOIN, special=False)
+    found: list[np.ndarray] = []
+    total = 0
     for index in order:
-        if len(ids) >= count * length:
+        if total >= count * length:
             break
-        ids += _tokenize(tokenizer, texts[int(index)]) + join
-    available = len(ids) // length
+        found += [token_ids(tokenizer, texts[int(index)]), join]
+        total += len(found[-2]) + len(join)
+    available = total // length
     if available < count:
-        advice = f"--nsamples {available} or a smaller --seqlen" if available else "a smaller --seqlen, or more text"
         raise InputError(
-            f"{source} gives {available} windows of {length} tokens, but {count} are wanted: pass {advice}"
+            f"{source} gives {available} windows of {length} tokens, but {count} are wanted",
+            options={**({"nsamples": available} if available else {}), "seqlen": Change.LOWER},
         )
-    windows = np.array(ids[: available * length], np.int32).reshape(available, length)
+    windows = np.concatenate(found)[: available * length].reshape(available, length)
     return windows[np.sort(generator.permutation(available)[:count])]
-
-
-def _load_windows(source: str, length: int) -> np.ndarray:
-    try:
-        windows = np.load(Path(source).expanduser(), allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read token ids from {source}: {error}") from error
-    if windows.ndim != 2 or not np.issubdtype(windows.dtype, np.integer):
-        raise InputError(f"{source} must hold integers [windows, length], not {windows.dtype}{list(windows.shape)}")
-    if windows.shape[1] < length:
-        raise InputError(f"{source} holds windows of {windows.shape[1]} tokens, shorter than {length}: lower --seqlen")
-    return windows[:, :length].astype(np.int32)

@@ -6,7 +6,6 @@ References:
 """
 
 from collections.abc import Sequence
-from itertools import islice
 
 from jaxprune.calibration import _hub, textfile
 
@@ -17,5 +16,4 @@ FILES = {
 
 
 def documents(split: str) -> Sequence[str]:
-    texts = textfile.documents(_hub.fetch("allenai/c4", FILES[split]), split)
-    return texts if split == "train" else list(islice(texts, 1100))
+    return textfile.documents(_hub.fetch("allenai/c4", FILES[split]), split, None if split == "train" else 1100)

@@ -1,48 +1,143 @@
-"""The user's own text: .jsonl, .json, .parquet, .txt, compressed or not, or a folder as hub datasets are laid out.
+"""The user's own text: .jsonl, .json, .parquet, .txt, packed or not, or a folder as hub datasets are laid out.
 
-A .txt file is one document; in the others each row's `text` is one.
+A .txt file is one document; in the others each row's `text` is one. A .json file is as .jsonl, or one array of rows.
+A row in memory is all that reading takes, and `_documents.IN_MEMORY` bytes of text; a document, or an array of rows,
+may hold 256 MiB, a file 16 GiB once it is unpacked.
 """
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterator, Sequence
+from io import BufferedIOBase
+from itertools import islice
 from pathlib import Path
 
+from convert import schema
+from jaxprune.calibration._documents import COMPRESSED, Documents, unpacked, whole
+from jaxprune.calibration._rows import S, json_rows, parquet_rows
 from jaxprune.errors import InputError
 
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+FORMATS = (".jsonl", ".json", ".parquet", ".txt")
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Split -> the words in a file's or a folder's name that say so, as on the hub."""
+MOST_FILES = 100_000
+"""Files of a folder that are looked at."""
 
 
-def documents(path: Path, split: str) -> Sequence[str]:
+class Row(schema.Schema):
+    """A row of a .json or .jsonl file."""
+
+    text: str
+
+
+def documents(path: Path, split: str, most: int | None = None) -> Sequence[str]:
     """The texts of a file, whatever the split, or of a folder's split.
 
-    Raises:
-        InputError: an unknown kind of file, no text column, or no text.
-    """
-    from datasets import Dataset, load_dataset
-    from datasets.exceptions import DatasetGenerationError
+    Args:
+        path: of the file or the folder.
+        split: train or test; where a folder has no test split, its validation split will do.
+        most: the first so many; None: all.
 
+    Raises:
+        InputError: an unknown kind of file, a row without text, text that is none, or too much of it.
+        NoRoomError: no room for a temporary file.
+    """
+    files = _files(path, split) if os.path.isdir(path) else [path]
+    texts = Documents(islice((text for file in files for text in _texts(file)), most))
+    if not any(texts):
+        raise InputError("it holds no text", file=path)
+    return texts
+
+
+def read_rows(row: type[S], path: Path) -> Iterator[S]:
+    """The rows of a .json, .jsonl or .parquet file, packed or not.
+
+    Args:
+        row: what each has to be.
+        path: of the file.
+
+    Raises:
+        InputError: the file cannot be read, or a row is not what it has to be; its line and entry are named.
+    """
+    with unpacked(path) as file:
+        yield from (parquet_rows if _kind(path) == ".parquet" else json_rows)(row, file, path)
+
+
+def _texts(path: Path) -> Iterator[str]:
+    kind = _kind(path)
+    if kind is None:
+        raise InputError(
+            "its name says no known kind of text", file=path, wanted=f"{', '.join(FORMATS)} (also packed), or .npy"
+        )
+    if kind == ".txt":
+        with unpacked(path) as file:
+            yield _txt(file, path)
+    else:
+        yield from (row.text for row in read_rows(Row, path))
+
+
+def _kind(path: Path) -> str | None:
     name = path.name.removesuffix(path.suffix) if path.suffix in COMPRESSED else path.name
-    kind = FORMATS.get(Path(name).suffix)
-    if not path.is_dir() and kind is None:
-        raise InputError(f"{path} is of no known kind: use {', '.join(FORMATS)} (also compressed), .npy, or a folder")
+    suffix = Path(name).suffix
+    return suffix if suffix in FORMATS else None
+
+
+def _txt(file: BufferedIOBase, path: Path) -> str:
+    content = whole(file, path)
     try:
-        if path.is_dir():
-            loaded = load_dataset(str(path))
-            chosen = next((s for s in (split, "validation", "train") if s in loaded), None)
-            if chosen is None or (chosen == "train") != (split == "train"):
-                raise InputError(f"{path} has no {split} split: it has {', '.join(loaded)}")
-            rows: Dataset = loaded[chosen]
-        else:
-            options = {"sample_by": "document"} if kind == "text" else {}
-            rows = load_dataset(kind, data_files=str(path), split="train", **options)
-    except InputError:
-        raise
-    except StopIteration:  # an empty file
-        raise InputError(f"{path} holds no text") from None
-    except (DatasetGenerationError, OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error.__cause__ or error}") from error
-    if "text" not in rows.column_names:
-        raise InputError(f"{path} has no column 'text': its columns are {', '.join(rows.column_names)}")
-    if not any(len(text) for text in rows[:1000]["text"]):
-        raise InputError(f"{path} holds no text")
-    return rows["text"]
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError("it is not UTF-8", file=path, entry=f"byte {error.start}") from None
+    if (at := text.find("\0")) >= 0:
+        raise InputError("it is no text, it holds a null byte", file=path, entry=f"character {at}")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _files(folder: Path, split: str) -> list[Path]:
+    """The files of a folder's split, which have to be of one kind and lie in one folder."""
+    found: dict[str, list[Path]] = {}
+    for file in _text_files(folder):
+        found.setdefault(_split_of(file.relative_to(folder)), []).append(file)
+    chosen = split if split in found else "validation" if split == "test" and "validation" in found else None
+    if chosen is None:
+        there = f"it has {', '.join(sorted(found))}" if found else f"it has no {', '.join(FORMATS)} files"
+        raise InputError(f"it has no {split} split, {there}", file=folder)
+    files = sorted(found[chosen])
+    if len({_kind(file) for file in files}) > 1:
+        raise InputError(f"its {chosen} split has files of several kinds", file=folder, wanted="one kind, or one file")
+    if len(folders := sorted({str(file.parent.relative_to(folder)) for file in files})) > 1:
+        raise InputError(
+            f"its {chosen} split lies in several folders", file=folder, found=folders, wanted="one of them"
+        )
+    return files
+
+
+def _text_files(folder: Path) -> Iterator[Path]:
+    """The files below a folder whose names say that they hold text; hidden ones and links to folders are left out."""
+    seen = 0
+    for parent, folders, names in os.walk(folder, onerror=_unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            seen += 1
+            if seen > MOST_FILES:
+                raise InputError("it holds too many files", file=folder, wanted=f"at most {MOST_FILES}")
+            if not name.startswith(".") and _kind(Path(name)):
+                yield Path(parent) / name
+
+
+def _unreadable(error: OSError) -> None:
+    raise InputError(f"it cannot be read ({error.strerror})", file=error.filename) from error
+
+
+def _split_of(path: Path) -> str:
+    """The split that a file's name, else its folders' names, speak of; train where they speak of none."""
+    for name in (path.name, *reversed(path.parts[:-1])):
+        words = re.split(r"[^a-z]+", name.lower())
+        for split, said in SPLITS.items():
+            if any(word in said for word in words):
+                return split
+    return "train"

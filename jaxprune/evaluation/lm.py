@@ -144,7 +144,7 @@ class StreamedLM(TemplateLM):
         stops, ends, starts = [], [], []
         for number, (context, options) in enumerate(request.args for request in requests):
             if options.get("do_sample") and options.get("temperature", 1.0) > 0:
-                raise InputError("the JAX backend generates greedily: use --backend torch for tasks that sample")
+                raise InputError("the JAX backend generates greedily, but a task samples", options={"backend": "torch"})
             most = int(options.get("max_gen_toks", 256))
             until = options.get("until") or []
             stops.append([until] if isinstance(until, str) else list(until))
@@ -174,6 +174,8 @@ class StreamedLM(TemplateLM):
             scores = score_tokens(self._model, head, states, windows.targets)
             np.add.at(totals, windows.request, scores.log_prob.astype(np.float64))
             np.logical_and.at(greedy, windows.request, scores.greedy)
+        if np.isnan(totals).any():  # which would be no choice's, and so look like a wrong answer
+            raise InputError("the model's predictions hold NaN", options={"dtype": "float32"})
         return list(zip(totals.tolist(), greedy.tolist(), strict=True))
 
     def _continue(self, texts: Sequence[Sequence[int]]) -> list[int]:

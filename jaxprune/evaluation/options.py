@@ -7,9 +7,10 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from jaxprune.errors import InputError
+from convert.files import expand
+from jaxprune.errors import Change, InputError
 from jaxprune.evaluation.tasks import ZERO_SHOT
-from jaxprune.flags import require_positive
+from jaxprune.flags import require_at_least, require_positive
 
 MEASURES = ("ppl", "zero-shot")
 
@@ -67,14 +68,17 @@ class EvalOptions:
         """
         if self.hidden == "memory":
             return None
-        folder = Path(self.scratch).expanduser() if self.scratch else existing_parent(out)
-        if not (folder.is_dir() and os.access(folder, os.W_OK)):
-            raise InputError(f"{folder} is not a folder that can be written into: choose another --scratch")
+        folder = expand(self.scratch) if self.scratch else existing_parent(out)
+        if not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+            raise InputError(
+                "it is not a folder that can be written into", file=folder, options={"scratch": Change.OTHER}
+            )
         return folder
 
     def check(self) -> None:
         """Raises InputError for options that contradict each other or mean nothing."""
-        require_positive(self, "eval_seqlen", "eval_windows", "limit")
+        require_positive(self, "eval_windows", "limit")
+        require_at_least(self, 2, "eval_seqlen")  # the first token of a window is not predicted
         if self.scratch and self.hidden != "disk":
             raise InputError("--scratch is for --hidden disk: pass both, or neither")
         if unknown := [name for name in self.measures if name not in MEASURES]:
@@ -110,7 +114,7 @@ def with_defaults(options: Options, *, eval: str, eval_text: str, eval_seqlen: i
 
 def existing_parent(path: str | Path) -> Path:
     """The nearest folder above a path that is there."""
-    return next(parent for parent in Path(path).expanduser().absolute().parents if parent.exists())
+    return next(parent for parent in expand(path).absolute().parents if os.path.exists(parent))
 
 
 def split(text: str | None) -> list[str]:

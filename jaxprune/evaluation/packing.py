@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from jaxprune.errors import InputError
 from jaxprune.models import Layout
 
 SHORTEST = 256
@@ -71,12 +72,15 @@ def group(requests: Sequence[Request], longest: int) -> list[Group]:
         longest: tokens of the longest window; of longer texts the beginning is dropped, as lm-eval does.
 
     Raises:
-        ValueError: a continuation that does not fit, or is empty.
+        InputError: a continuation that does not fit, or is empty.
     """
     contexts: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
     for number, (context, continuation) in enumerate(requests):
         if not context or not 0 < len(continuation) <= longest:
-            raise ValueError(f"a context of {len(context)} and a continuation of {len(continuation)} tokens")
+            raise InputError(
+                f"a text cannot be scored, its context has {len(context)} tokens and what follows {len(continuation)}",
+                wanted=f"at least 1, and at most {longest} that follow",
+            )
         kept = tuple(context)[-(longest + 1 - len(continuation)) :]
         contexts.setdefault(kept, {}).setdefault(tuple(continuation[:-1]), []).append(number)
     groups = []

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from convert import Reader
 from convert.assets import load_tokenizer
 from jaxprune import calibration
 from jaxprune.console import track
-from jaxprune.errors import InputError
+from jaxprune.errors import Change, InputError
 from jaxprune.evaluation.options import EvalOptions, split
 from jaxprune.evaluation.tasks import Tasks, mean_accuracy, summarize, with_error
 from jaxprune.evaluation.text import TextQuality, text_quality
@@ -108,9 +107,7 @@ class Evaluator:
                 require_tokens(model, tokens)
         self._tasks: Tasks | None = None
         if "zero-shot" in options.measures:
-            self._tasks = Tasks(
-                split(options.tasks), Path(options.tasks_data) if options.tasks_data else None, options.limit
-            )
+            self._tasks = Tasks(split(options.tasks), options.tasks_data, options.limit)
             load_tokenizer(reader.assets)
             self._lm_of = _backend(options.backend, options.device)
 
@@ -146,7 +143,8 @@ class Evaluator:
                 if different := [name for name in others if not np.array_equal(windows[name][text], tokens)]:
                     raise InputError(
                         f"{different[0]} splits {text} into other tokens than {first}: they have different tokenizers, "
-                        "so that their predictions cannot be compared; leave --against out"
+                        "so that their predictions cannot be compared",
+                        options={"against": Change.OMIT},
                     )
                 start = time.perf_counter()
                 group = [readers[name] for name in (first, *others)]
@@ -169,10 +167,12 @@ class Evaluator:
     def _windows(self, reader: Reader) -> dict[str, np.ndarray]:
         options = self._options
         assert options.eval_seqlen
-        sources = split(options.eval_text)
+        sources, vocab_size = split(options.eval_text), model_for(reader, self._dtype).config.vocab_size
         tokenizer = load_tokenizer(reader.assets) if any(not s.endswith(".npy") for s in sources) else None
         return {
-            source: calibration.evaluation_windows(source, tokenizer, options.eval_seqlen, options.eval_windows)
+            source: calibration.evaluation_windows(
+                source, tokenizer, options.eval_seqlen, options.eval_windows, vocab_size=vocab_size
+            )
             for source in sources
         }
 
@@ -183,7 +183,7 @@ def _backend(backend: str, device: str) -> Callable[[str, Reader, np.dtype], Any
         try:
             from jaxprune.evaluation.torch_lm import hflm
         except ImportError as error:
-            raise InputError(f"--backend torch needs PyTorch ({error}): pip install 'jaxprune[torch]'") from error
+            raise InputError(f"the torch backend needs PyTorch ({error}): pip install 'jaxprune[torch]'") from error
         return lambda name, reader, dtype: hflm(reader, dtype, device)
     from jaxprune.evaluation.lm import StreamedLM
 

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import json
+import logging
 import math
 import os
 import shutil
@@ -14,7 +15,11 @@ from typing import Any
 
 import yaml
 
+from convert.errors import CheckpointError
+from convert.files import expand
+from convert.wheels import require_cache
 from jaxprune.errors import InputError
+from jaxprune.evaluation.rows import SCHEMAS, require_rows
 
 ZERO_SHOT = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The paper's tasks, in its order."""
@@ -36,28 +41,25 @@ class Tasks:
         InputError: lm-eval is not installed, a task is unknown, or its rows cannot be loaded.
     """
 
-    def __init__(self, names: Sequence[str], data: Path | None = None, limit: int | None = None) -> None:
+    def __init__(self, names: Sequence[str], data: str | Path | None = None, limit: int | None = None) -> None:
         manager = _task_manager()
         if unknown := [name for name in names if name not in manager.task_index]:
             near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
             raise InputError(f"lm-eval has no task {unknown[0]!r}: {hint}")
-        if data is not None and not data.is_dir():
-            raise InputError(f"{data} is no folder: --tasks-data wants one with a .jsonl or .parquet file a task")
+        data = None if data is None else expand(data)
+        if data is not None and not os.path.isdir(data):
+            raise InputError("it is no folder with a .jsonl or .parquet file a task", file=data)
         self.limit = limit
         self._manager = manager
         folder = Path(tempfile.mkdtemp(prefix="jaxprune-tasks-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        self._specs = [_local(name, data, manager, folder) or name for name in names]
-        for name, spec in zip(names, self._specs, strict=True):
-            try:
-                manager.load([spec])
-            except Exception as error:  # datasets, the hub and lm-eval raise errors of many kinds
-                reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
-                advice = "connect to the hub once, or pass --tasks-data DIR with its rows"
-                if spec != name:
-                    advice = f"its file in {data} must have the rows that lm-eval's own task has"
-                raise InputError(f"the rows of task {name} cannot be loaded ({reason}): {advice}") from error
+        _require_dataset_cache(folder)
+        self._specs: list[str] = []
+        for name in names:
+            file = data and _rows_of(name, data)
+            self._specs.append(_local(name, file, manager, folder) if file else name)
+            _require_loads(name, self._specs[-1], manager, file)
 
     def run(self, model: Any) -> dict[str, Any]:
         """lm-eval's results of a model, samples included.
@@ -131,12 +133,19 @@ def _task_manager() -> Any:
     return TaskManager()
 
 
-def _local(name: str, data: Path | None, manager: Any, folder: Path) -> str | None:
-    """A copy of the stock task that reads local rows; None where there are none."""
-    files = [] if data is None else [data / f"{name}{suffix}" for suffix in FORMATS]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        return None
+def _rows_of(name: str, data: Path) -> Path | None:
+    """The file of a task's rows in a folder, once its rows are known to be the task's; None where there is none."""
+    files = (data / f"{name}{suffix}" for suffix in FORMATS)
+    file = next((file for file in files if os.path.lexists(file)), None)
+    if file:
+        require_rows(name, file)
+    return file
+
+
+def _local(name: str, file: Path, manager: Any, folder: Path) -> str:
+    """A copy of the stock task that reads local rows."""
+    copied = folder / f"{len(list(folder.iterdir()))}{file.suffix}"  # datasets takes some characters for patterns
+    shutil.copyfile(file, copied)
     entry = manager.task_index[name]
     splits = [key for key in entry.cfg or {} if key.endswith("_split")]
     scored = "test_split" if "test_split" in splits else "validation_split"
@@ -146,10 +155,50 @@ def _local(name: str, data: Path | None, manager: Any, folder: Path) -> str | No
         "tag": None,
         "dataset_path": FORMATS[file.suffix],
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {"rows": str(file.absolute())}},
+        "dataset_kwargs": {"data_files": {"rows": str(copied)}, "cache_dir": str(folder / "cache")},
         **dict.fromkeys(splits),
         scored: "rows",
     }
-    path = folder / f"{name}.yaml"
+    path = copied.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config))
     return str(path)
+
+
+def _require_loads(name: str, spec: str, manager: Any, file: Path | None) -> None:
+    """Raises InputError where lm-eval cannot load a task, or its rows do not say which choice is right."""
+    try:
+        loaded = manager.load([spec])
+        faults = [] if file is None or name in SCHEMAS else [_fault(task) for task in loaded["tasks"].values()]
+    except Exception as error:  # datasets, the hub, lm-eval and a task's own templates raise errors of many kinds
+        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
+        if file:
+            raise InputError(f"its rows are not what lm-eval's task {name} reads ({reason})", file=file) from error
+        raise InputError(
+            f"the rows of task {name} cannot be loaded ({reason}); connect to the hub once, or give them in a folder",
+            options={"tasks_data": "DIR"},
+        ) from error
+    for fault in filter(None, faults):
+        raise InputError(f"lm-eval's task {name} finds no right choice", file=file, entry=fault)
+
+
+def _fault(task: Any) -> str | None:
+    """The first row of a multiple-choice task that names none of its choices, which lm-eval would count as wrong."""
+    if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input:
+        return None
+    for number, row in enumerate(task.eval_docs, 1):
+        choices, target = task.doc_to_choice(row), task.doc_to_target(row)
+        right = target if isinstance(target, list) else [target]
+        if not right or not all(one in choices or (isinstance(one, int) and 0 <= one < len(choices)) for one in right):
+            return f"row {number}"
+    return None
+
+
+def _require_dataset_cache(folder: Path) -> None:
+    """Has datasets keep what it makes in a folder of this process, where its own cache cannot be written."""
+    from datasets import config
+
+    try:
+        require_cache(config.HF_DATASETS_CACHE)
+    except CheckpointError as error:
+        logging.getLogger(__name__).warning("datasets are not kept: %s", error)
+        config.HF_DATASETS_CACHE = folder / "cache"

@@ -38,7 +38,8 @@ class TextQuality(NamedTuple):
     """How well a model predicts a text.
 
     Attributes:
-        perplexity: exp of the mean loss over all tokens but each window's first; inf where it overflows.
+        perplexity: exp of the mean loss over all tokens but each window's first; inf where it overflows, NaN where the
+            model's predictions are.
         ratio: perplexity over the dense model's.
         kl: mean over the same tokens of KL(p‖q) = Σ p (log p − log q) in nats, p the dense model's distribution of the
             next token, q this model's.
@@ -128,7 +129,7 @@ def _compare(
             total += values.sum(axis=0, dtype=np.float64)
     count = tokens.shape[0] * (tokens.shape[1] - 1)
     # A model pruned to rubble may have a mean loss whose exponential overflows.
-    perplexities = [math.exp(mean) if mean < 700 else math.inf for mean in losses / count]
+    perplexities = [math.inf if mean >= 700 else math.exp(mean) for mean in losses / count]
     first, *others = [TextQuality(value) for value in perplexities]
     return [
         first,

@@ -30,7 +30,7 @@ def hflm(reader: Reader, dtype: np.dtype, device: str = "auto") -> Any:
     """
     found = "gpu" if torch.cuda.is_available() else "cpu"
     if device not in ("auto", "cpu", found):
-        raise InputError(f"PyTorch finds no {device} here: pass --device cpu, or --backend jax")
+        raise InputError(f"PyTorch finds no {device} here", options={"device": "cpu", "backend": "jax"})
     chosen = found if device == "auto" else device
     options: dict[str, Any] = {"device": {"gpu": "cuda"}.get(chosen, chosen)}
     options["batch_size"] = CPU_BATCH if chosen == "cpu" else "auto"

@@ -25,6 +25,7 @@ References:
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Literal, NamedTuple, get_args
 
@@ -79,10 +80,10 @@ class ADMM:
             raise InputError(f"iterations must be at least 1, not {self.iterations}")
         if self.selections < 0:
             raise InputError(f"selections must not be negative, not {self.selections}")
-        if self.damping < 0 or self.rho <= 0:
-            raise InputError(
-                f"damping must not be negative and rho must be positive, not {self.damping} and {self.rho}"
-            )
+        if not 0 <= self.damping < math.inf:
+            raise InputError(f"damping must be finite and not negative, not {self.damping}")
+        if not 0 < self.rho < math.inf:
+            raise InputError(f"rho must be finite and positive, not {self.rho}")
         for value, choices in ((self.schedule, ("cubic", "constant")), (self.linear_solve, get_args(LinearSolve))):
             if value not in choices:
                 raise InputError(f"{value!r} is not one of {', '.join(choices)}")

@@ -19,6 +19,7 @@ References:
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -95,10 +96,10 @@ class ALPS:
             raise InputError(
                 f"iterations must be at least 1 and cg_steps not negative, not {self.iterations} and {self.cg_steps}"
             )
-        if self.rho <= 0 or self.damping <= 0:
-            raise InputError(f"rho and damping must be positive, not {self.rho} and {self.damping}")
-        if self.cg_tolerance < 0:
-            raise InputError(f"cg_tolerance must not be negative, not {self.cg_tolerance}")
+        if not (0 < self.rho < math.inf and 0 < self.damping < math.inf):
+            raise InputError(f"rho and damping must be finite and positive, not {self.rho} and {self.damping}")
+        if not 0 <= self.cg_tolerance < math.inf:
+            raise InputError(f"cg_tolerance must be finite and not negative, not {self.cg_tolerance}")
 
     @property
     def per_output(self) -> bool:

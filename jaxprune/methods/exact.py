@@ -10,6 +10,7 @@ References:
 """
 
 import dataclasses
+import math
 
 import jax
 from jaxtyping import Array, Int
@@ -36,8 +37,10 @@ class Exact:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InputError(f"steps must be at least 1, not {self.steps}")
-        if self.tolerance < 0 or self.damping < 0:
-            raise InputError(f"tolerance and damping must not be negative, not {self.tolerance} and {self.damping}")
+        if not (0 <= self.tolerance < math.inf and 0 <= self.damping < math.inf):
+            raise InputError(
+                f"tolerance and damping must be finite and not negative, not {self.tolerance} and {self.damping}"
+            )
 
     @property
     def per_output(self) -> bool:

@@ -11,6 +11,7 @@ References:
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Literal
 
@@ -48,11 +49,10 @@ class Gradient:
             raise InputError(f"{self.optimizer!r} is not one of adam, sgd")
         if self.steps < 1:
             raise InputError(f"steps must be at least 1, not {self.steps}")
-        if self.learning_rate <= 0 or self.damping < 0:
-            raise InputError(
-                f"learning_rate must be positive and damping must not be negative, not {self.learning_rate} and "
-                f"{self.damping}"
-            )
+        if not 0 < self.learning_rate < math.inf:
+            raise InputError(f"learning_rate must be finite and positive, not {self.learning_rate}")
+        if not 0 <= self.damping < math.inf:
+            raise InputError(f"damping must be finite and not negative, not {self.damping}")
 
     @property
     def per_output(self) -> bool:

@@ -15,6 +15,7 @@ References:
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -54,8 +55,8 @@ class SparseGPT:
     def __post_init__(self) -> None:
         if self.block < 1:
             raise InputError(f"block must be at least 1, not {self.block}")
-        if self.damping <= 0:
-            raise InputError(f"damping must be positive, not {self.damping}")
+        if not 0 < self.damping < math.inf:
+            raise InputError(f"damping must be finite and positive, not {self.damping}")
 
     @property
     def per_output(self) -> bool:

@@ -20,7 +20,8 @@ from flax import nnx, traverse_util
 from jaxtyping import DTypeLike
 
 from convert import Reader, Spec
-from convert.assets import read_config
+from convert.assets import load_config, read_config
+from convert.errors import UserError, joined
 from jaxprune import plugins
 from jaxprune.errors import InputError
 from jaxprune.models._attention import Layout
@@ -128,7 +129,7 @@ def model_of(assets: Path, dtype: DTypeLike | None, spec: Spec | None = None) ->
     Raises:
         InputError: as for `model_for`.
     """
-    model_type = read_config(assets).get("model_type")
+    model_type = read_config(assets)["model_type"]
     known = plugins.names(sys.modules[__name__])
     if model_type not in known:
         raise InputError(f"model type {model_type!r} is not supported; supported: {', '.join(known)}")
@@ -136,7 +137,11 @@ def model_of(assets: Path, dtype: DTypeLike | None, spec: Spec | None = None) ->
     if dtype is None:
         assert spec is not None
         dtype = jax.numpy.float32 if jax.default_backend() == "cpu" else stored_dtype(spec)
-    config = family.Config.from_hf(_hf_config(assets), jax.numpy.dtype(dtype))
+    try:
+        config = family.Config.from_hf(load_config(assets), jax.numpy.dtype(dtype))
+    except UserError as error:
+        error.file = error.file or assets / "config.json"
+        raise
     model = build(model_type, config)
     if spec is not None:
         _check(spec, model.spec)
@@ -148,15 +153,6 @@ def stored_dtype(spec: Spec) -> Any:
     return next(t.dtype for path, t in spec.items() if path.endswith(".kernel"))
 
 
-def _hf_config(assets: Path) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(assets, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers validates with errors of many kinds
-        raise InputError(f"{assets / 'config.json'} cannot be used: {error}") from error
-
-
 def _check(found: Spec, wanted: Spec) -> None:
     problems = [f"missing: {p} {list(t.shape)}" for p, t in wanted.items() if p not in found]
     problems += [f"surplus: {p} {list(t.shape)}" for p, t in found.items() if p not in wanted]
@@ -166,7 +162,6 @@ def _check(found: Spec, wanted: Spec) -> None:
         if p in found and found[p].shape != t.shape
     ]
     if problems:
-        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise InputError(
-            "the checkpoint does not fit its config.json (kernels shown as [in, out]):\n  " + "\n  ".join(shown)
+            f"the checkpoint does not fit its config.json (kernels shown as [in, out]): {joined(problems, most=20)}"
         )

@@ -8,15 +8,39 @@ References:
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from pydantic import Field
 
+from convert.errors import CheckpointError
+from convert.schema import Schema, check
 from jaxprune.errors import InputError
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+Factor = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+
+
+class Parameters(Schema):
+    """What a configuration says of its rope."""
+
+    rope_type: str = "default"
+    rope_theta: Annotated[float, Field(gt=1, le=1e30, allow_inf_nan=False)] | None = None
+    partial_rotary_factor: float | None = None
+    factor: Factor | None = None
+    low_freq_factor: Factor | None = None
+    high_freq_factor: Factor | None = None
+    original_max_position_embeddings: Annotated[int, Field(ge=1, le=2**30)] | None = None
+    attention_factor: Factor | None = None
+    beta_fast: Factor | None = None
+    beta_slow: Factor | None = None
+    mscale: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    mscale_all_dim: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    truncate: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +66,11 @@ class Rope:
         Raises:
             InputError: a kind or an option that is not implemented, or a parameter that is missing.
         """
-        kind = parameters.get("rope_type", "default")
+        read = check(Parameters, dict(parameters), file="", entry="rope_parameters", error=CheckpointError)
+        kind = read.rope_type
         if kind not in KINDS:
             raise InputError(f"rope type {kind!r} is not implemented; {', '.join(KINDS)} are")
-        if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        if read.partial_rotary_factor not in (None, 1.0):
             raise InputError("partial_rotary_factor is not implemented for this model family")
         needed = {
             "default": (),
@@ -54,9 +79,12 @@ class Rope:
             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
             "yarn": ("factor", "original_max_position_embeddings"),
         }[kind]
-        if missing := [name for name in ("rope_theta", *needed) if parameters.get(name) is None]:
+        given = read.model_dump(exclude_none=True)
+        if missing := [name for name in ("rope_theta", *needed) if name not in given]:
             raise InputError(f"rope type {kind!r} needs {', '.join(missing)} in the model's configuration")
-        return cls(kind, head_dim, max_positions, tuple(sorted(parameters.items(), key=lambda item: item[0])))
+        if kind == "llama3" and given["low_freq_factor"] >= given["high_freq_factor"]:
+            raise InputError("rope type 'llama3' needs a low_freq_factor below its high_freq_factor")
+        return cls(kind, head_dim, max_positions, tuple(sorted(given.items())))
 
     def inverse_frequencies(self, length: int) -> tuple[np.ndarray, float]:
         """Radians per position, float32 [head_dim / 2], and the factor of cosine and sine, for windows of a length."""

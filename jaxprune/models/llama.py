@@ -7,13 +7,17 @@ References:
 """
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
+from pydantic import Field
 
+from convert.assets import Count, Positions, Positive, Size, Vocabulary
+from convert.errors import CheckpointError
+from convert.schema import Schema, check
 from jaxprune.errors import InputError
 from jaxprune.models._attention import Layout, causal_attention
 from jaxprune.models._rope import Rope
@@ -32,6 +36,25 @@ INPUTS = {
     "mlp_input": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp_hidden": ("mlp.down_proj",),
 }
+
+
+class Entries(Schema):
+    """The entries of config.json that the family reads, with transformers' defaults filled in."""
+
+    vocab_size: Vocabulary
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Annotated[int, Field(ge=2, le=2**12, multiple_of=2)]
+    max_position_embeddings: Positions
+    rms_norm_eps: Positive
+    hidden_act: str
+    attention_bias: bool
+    mlp_bias: bool
+    tie_word_embeddings: bool
+    rope_parameters: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +87,11 @@ class Config:
         """Reads a transformers configuration.
 
         Raises:
+            CheckpointError: an entry is of the wrong type, or out of range.
             InputError: something in it is not implemented.
         """
+        entries = {name: getattr(hf, name, None) for name in Entries.model_fields}
+        hf = check(Entries, entries, file="", error=CheckpointError)
         if hf.hidden_act not in ACTIVATIONS:
             raise InputError(f"activation {hf.hidden_act!r} is not implemented; {', '.join(ACTIVATIONS)} are")
         if hf.num_attention_heads % hf.num_key_value_heads:
@@ -85,9 +111,9 @@ class Config:
             max_positions=None if rope.kind == "dynamic" else hf.max_position_embeddings,
             rms_norm_eps=hf.rms_norm_eps,
             activation=hf.hidden_act,
-            attention_bias=bool(hf.attention_bias),
-            mlp_bias=bool(hf.mlp_bias),
-            tied=bool(hf.tie_word_embeddings),
+            attention_bias=hf.attention_bias,
+            mlp_bias=hf.mlp_bias,
+            tied=hf.tie_word_embeddings,
             rope=rope,
             dtype=dtype,
         )

@@ -1,20 +1,26 @@
 """GGUF files against what transformers loads from them."""
 
 import json
+import os
+import struct
+import time
+import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from convert import CheckpointError, open_checkpoint
 from convert.__main__ import main
 from convert.assets import load_tokenizer, read_config
+from convert.gguf_header import ELEMENTS, Header
 from jaxprune.models import model_for
 from jaxprune.models._rope import Rope
 from tests import tiny
+from tests.optional import needs_torch, torch
 
 NAMES = {
     "input_layernorm": "attn_norm",
@@ -53,10 +59,7 @@ def write(
     writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
-    for name, tensor in tiny.model(config).state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        array = tensor.numpy()
+    for name, array in tiny.weights(config).items():
         parts = name.split(".")
         if parts[1] == "layers":
             module = ".".join(parts[3:-1])
@@ -77,6 +80,7 @@ def write(
     return path
 
 
+@needs_torch
 @pytest.mark.parametrize("kind", [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The given NumPy array is not writable")
@@ -120,7 +124,7 @@ def test_llama3_rope_factors_become_the_configuration(tmp_path: Path) -> None:
 def test_a_damaged_file_is_one_error(keep: int, tmp_path: Path) -> None:
     whole = write(tmp_path / "whole.gguf", tiny.config(), Q.F32).read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[:keep])
-    with pytest.raises(CheckpointError, match="damaged or no GGUF file"):
+    with pytest.raises(CheckpointError, match="no GGUF file, or a damaged one"):
         open_checkpoint(tmp_path / "cut.gguf")
 
 
@@ -132,3 +136,113 @@ def test_another_architecture_is_named(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(CheckpointError, match="'rwkv6'"):
         open_checkpoint(tmp_path / "other.gguf")
+
+
+def text(content: str) -> bytes:
+    return struct.pack("<Q", len(content.encode())) + content.encode()
+
+
+def field(name: str, kind: int, value: bytes) -> bytes:
+    return text(name) + struct.pack("<I", kind) + value
+
+
+def strings(name: str, count: int) -> bytes:
+    """The beginning of a field that is an array of so many strings, empty ones if zeros follow."""
+    return field(name, 9, struct.pack("<IQ", 8, count))
+
+
+def info(name: str, dims: list[int], kind: int = 0, offset: int = 0) -> bytes:
+    return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
+
+
+def file(path: Path, fields: Sequence[bytes] = (), infos: Sequence[bytes] = (), data: int = 0, **told: int) -> Path:
+    """A file of these fields and tensors; `told` are counts that differ from them."""
+    counts = told.get("tensors", len(infos)), told.get("count", len(fields))
+    header = struct.pack("<4sIQQ", b"GGUF", 3, *counts) + b"".join([*fields, *infos])
+    path.write_bytes(header + bytes(-len(header) % 32 + data))
+    return path
+
+
+ALIGNMENT = "general.alignment"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensors": 10**12, "data": 1000}, "so many tensors, found 1000000000000"),
+        ({"count": 10**12, "data": 1000}, "so many fields, found 1000000000000"),
+        ({"fields": [strings("x", 4_000_000)], "data": 2**22}, "x: .* so many strings, found 4000000"),
+        ({"fields": [strings("x", ELEMENTS + 1)], "data": 10**3}, f"at most {ELEMENTS} in all"),
+        ({"fields": [field("x", 9, struct.pack("<IQ", 9, 1))]}, "only arrays of numbers and of strings"),
+        ({"fields": [field("x", 9, struct.pack("<IQ", 0, 2**63))]}, "too early"),
+        ({"fields": [field("x", 8, struct.pack("<Q", 2**63))]}, "a string is too long"),
+        ({"fields": [field("x", 8, struct.pack("<Q", 2) + b"\xff\xff")]}, "not UTF-8"),
+        ({"fields": [field("x", 77, b"")]}, "x: .*type is unknown, found 77"),
+        ({"fields": [field("x", 0, b"1")] * 2}, "x: .*given twice"),
+        ({"fields": [field(ALIGNMENT, 4, struct.pack("<I", 0))]}, "alignment cannot be, found 0"),
+        ({"fields": [field(ALIGNMENT, 4, struct.pack("<I", 48))]}, "alignment cannot be, found 48"),
+        ({"fields": [field(ALIGNMENT, 4, struct.pack("<I", 2**31))]}, "alignment cannot be, found 2147483648"),
+        ({"infos": [info("x", [100])]}, "x: .*does not lie in the file"),
+        ({"infos": [info("x", [2**40, 2**40])], "data": 99}, "x: .*does not lie in the file"),
+        ({"infos": [info("x", [4], offset=2**63)], "data": 99}, "x: .*does not lie in the file"),
+        ({"infos": [info("x", [1] * 5)], "data": 99}, "x: .*dimensions cannot be, found 5"),
+        ({"infos": [info("x", [])], "data": 99}, "x: .*dimensions cannot be, found 0"),
+        ({"infos": [info("x", [0])], "data": 99}, "x: .*cannot have such a shape"),
+        ({"infos": [info("x", [33], kind=8)], "data": 99}, "x: .*Q8_0 cannot have such a shape"),
+        ({"infos": [info("x", [4], kind=99)], "data": 99}, "x: .*type is unknown, found 99"),
+        ({"infos": [info("x", [4])] * 2, "data": 99}, "x: .*given twice"),
+        ({"infos": [info("x", [9]), info("y", [4], offset=32)], "data": 99}, "y: .*overlaps"),
+    ],
+)
+def test_what_a_header_declares_is_held_against_the_files_size(options: dict, message: str, tmp_path: Path) -> None:
+    path = file(tmp_path / "x.gguf", **options)
+    tracemalloc.start()
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError, match=message):
+        Header(path)
+    assert time.perf_counter() - start < 5
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+def test_arrays_cost_nothing_until_they_are_asked_for(tmp_path: Path) -> None:
+    path = file(tmp_path / "x.gguf", [strings("x", 500_000)], data=4_000_000)
+    tracemalloc.start()
+    header = Header(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    assert header.get("x") == [""] * 500_000
+    numbers = Header(file(tmp_path / "y.gguf", [field("y", 9, struct.pack("<IQ3f", 6, 3, 1, 2, 3))]))
+    assert numbers.get("y") == [1.0, 2.0, 3.0] and numbers.get("z") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("llama.block_count", struct.pack("<I", 10**9), "llama.block_count: .*found 1000000000"),
+        ("llama.embedding_length", struct.pack("<I", 0), "llama.embedding_length: .*found 0"),
+        ("llama.attention.head_count_kv", struct.pack("<I", 7), "not whole heads"),
+        ("llama.attention.layer_norm_rms_epsilon", struct.pack("<f", float("nan")), "epsilon: .*found nan"),
+        ("llama.rope.freq_base", struct.pack("<f", float("inf")), "freq_base: .*found inf"),
+        ("tokenizer.ggml.eos_token_id", struct.pack("<I", 300), "eos_token_id to be one of 300 tokens"),
+    ],
+)
+def test_fields_are_checked(name: str, value: bytes, message: str, tmp_path: Path) -> None:
+    content = bytearray(write(tmp_path / "x.gguf", tiny.config(), Q.F32).read_bytes())
+    at = content.index(text(name)) + len(text(name)) + 4  # behind the type
+    content[at : at + 4] = value
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        _ = open_checkpoint(tmp_path / "x.gguf").assets  # the tokenizer is made when it is asked for
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device"])
+def test_only_regular_files_are_opened(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    if kind == "FIFO":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match=f"it is a {kind}"):
+        open_checkpoint(path)

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load_file, save_file
 
 from convert import CheckpointError, create_checkpoint, open_checkpoint, parts
 from convert.__main__ import main
@@ -21,21 +20,21 @@ from jaxprune.models import model_for
 from tests import tiny
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
+def tensors(folder: Path) -> dict[str, np.ndarray]:
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    def content(tensor: torch.Tensor) -> tuple:
-        return tensor.dtype, tensor.shape, tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    def content(tensor: np.ndarray) -> tuple:
+        return tensor.dtype, tensor.shape, tensor.tobytes()
 
     return {name: content(t) for name, t in a.items()} == {name: content(t) for name, t in b.items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_round_trip_is_bit_for_bit(dtype: torch.dtype, tied: bool, sharded: bool, tmp_path: Path) -> None:
+def test_round_trip_is_bit_for_bit(dtype: str, tied: bool, sharded: bool, tmp_path: Path) -> None:
     config = tiny.config(tie_word_embeddings=tied, attention_bias=True, mlp_bias=True)
     source = tiny.save(tmp_path / "source", config, dtype=dtype, max_shard_size="20KB" if sharded else "1GB")
     assert (source / "model.safetensors.index.json").exists() == sharded
@@ -46,8 +45,8 @@ def test_round_trip_is_bit_for_bit(dtype: torch.dtype, tied: bool, sharded: bool
 
 
 def test_mixed_dtypes_and_shards_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tiny.save(tmp_path / "source", tiny.config(), dtype=torch.bfloat16)
-    mixed = {k: v.float() if "norm" in k else v for k, v in tensors(source).items()}
+    source = tiny.save(tmp_path / "source", tiny.config(), dtype="bfloat16")
+    mixed = {k: v.astype(np.float32) if "norm" in k else v for k, v in tensors(source).items()}
     save_file(mixed, source / "model.safetensors", metadata={"format": "pt"})
     monkeypatch.setattr("convert.hf.ShardWriter", functools.partial(ShardWriter, max_shard_size=20_000))
     reader = open_checkpoint(source)
@@ -57,7 +56,7 @@ def test_mixed_dtypes_and_shards_with_an_index(tmp_path: Path, monkeypatch: pyte
     assert len(list((tmp_path / "copy").glob("model-*-of-*.safetensors"))) > 3
     assert same(mixed, tensors(tmp_path / "copy"))
     index = json.loads((tmp_path / "copy/model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in mixed.values())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in mixed.values())
     again = open_checkpoint(tmp_path / "copy")
     assert again.spec == reader.spec
 
@@ -65,7 +64,7 @@ def test_mixed_dtypes_and_shards_with_an_index(tmp_path: Path, monkeypatch: pyte
 def test_kernels_are_inputs_by_outputs_and_contiguous_on_disk(checkpoint: Path, tmp_path: Path) -> None:
     reader = open_checkpoint(checkpoint)
     path = "layers.0.mlp.up_proj.kernel"
-    stored = tensors(checkpoint)["model.layers.0.mlp.up_proj.weight"].numpy()
+    stored = tensors(checkpoint)["model.layers.0.mlp.up_proj.weight"]
     assert reader.spec[path].shape == (32, 48)
     np.testing.assert_array_equal(reader.read([path])[path], stored.T)
     with create_checkpoint(tmp_path / "copy", reader.spec, reader.assets) as writer:
@@ -88,7 +87,7 @@ def test_files_have_the_umasks_mode(checkpoint: Path, tmp_path: Path) -> None:
 def test_old_buffers_and_stored_tied_heads_are_passed_over(tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "source", tiny.config(tie_word_embeddings=True))
     stored = tensors(source)
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": torch.ones(300, 32)}
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4), "lm_head.weight": np.ones((300, 32))}
     save_file(stored | extra, source / "model.safetensors", metadata={"format": "pt"})
     assert open_checkpoint(source).spec.keys() == model_for(open_checkpoint(source)).spec.keys()
 
@@ -133,13 +132,13 @@ def broken(source: Path, target: Path, damage: str) -> Path:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("missing shard", "model-00002-of-.* is missing"),
-        ("truncated shard", "model-00002-of-.* is damaged or truncated"),
-        ("garbage shard", "model-00002-of-.* is damaged or truncated"),
+        ("missing shard", "model-00002-of-.*: it is missing"),
+        ("truncated shard", "model-00002-of-.* .*(cut short|truncated)"),
+        ("garbage shard", "model-00002-of-.* .*(cut short|truncated)"),
         ("absent tensor", "mlp.extra.weight is in the index but not in"),
         ("swapped shards", "as the index says"),
-        ("broken index", "index.json is damaged"),
-        ("no config", "has no config.json"),
+        ("broken index", "index.json: it is not valid JSON"),
+        ("no config", "config.json: it is missing"),
         ("broken config", "not valid JSON"),
         ("pickled", "python -c .*safetensors"),
         ("no weights", "is no checkpoint: expected a folder with config.json and \\*.safetensors"),
@@ -156,9 +155,9 @@ def misfit(source: Path) -> None:
     """Takes one tensor away, adds one and turns one."""
     stored = tensors(source)
     del stored["model.layers.1.mlp.up_proj.weight"]
-    stored["model.layers.1.self_attn.q_norm.weight"] = torch.ones(8)
+    stored["model.layers.1.self_attn.q_norm.weight"] = np.ones(8)
     name = "model.layers.2.mlp.down_proj.weight"
-    stored[name] = stored[name].T.contiguous()
+    stored[name] = np.ascontiguousarray(stored[name].T)
     save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -203,7 +202,7 @@ def test_quantized_weights_are_refused(tmp_path: Path) -> None:
         open_checkpoint(source)
     (source / "config.json").write_text(json.dumps(config))
     stored = tensors(source)
-    stored["model.norm.weight"] = torch.ones(32, dtype=torch.int8)
+    stored["model.norm.weight"] = np.ones(32, np.int8)
     save_file(stored, source / "model.safetensors")
     with pytest.raises(CheckpointError, match="model.norm.weight is stored as I8"):
         open_checkpoint(source)
@@ -217,9 +216,9 @@ def test_an_existing_target_is_never_touched(checkpoint: Path, tmp_path: Path, c
     assert "already exists" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
     assert (target / "precious").read_text() == "kept"
-    assert main([str(checkpoint), str(target), "--overwrite"]) == 0
-    assert not (target / "precious").exists()
-    assert same(tensors(checkpoint), tensors(target))
+    assert main([str(checkpoint), str(target), "--overwrite"]) == 2
+    assert "move or remove it yourself" in capsys.readouterr().err
+    assert (target / "precious").read_text() == "kept"
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
 

@@ -9,14 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 
 from convert import create_checkpoint, open_checkpoint
 from jaxprune import hidden
 from jaxprune.errors import InputError
 from jaxprune.evaluation.lm import StreamedLM
-from jaxprune.evaluation.torch_lm import hflm
 from tests import rows, tiny
+from tests.optional import needs_torch, torch
+
+if torch:
+    from lm_eval.models.huggingface import HFLM
+
+    from jaxprune.evaluation.torch_lm import hflm
 
 TEXTS = [
     ("The cat sat on", " the mat."),
@@ -41,12 +45,13 @@ def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
 
 # Without its cache of logits, which takes a text that two requests split at different places for one and the same.
 @pytest.fixture(scope="module")
-def reference(checkpoint: Path) -> HFLM:
+def reference(checkpoint: Path) -> Any:
     return HFLM(pretrained=str(checkpoint), dtype="float32", device="cpu", logits_cache=False, batch_size=4)
 
 
+@needs_torch
 @pytest.mark.parametrize("options", [{}, {"host_gb": 2e-5}, {"max_length": 40}], ids=str)
-def test_loglikelihoods_are_hflms(options: dict[str, Any], checkpoint: Path, reference: HFLM) -> None:
+def test_loglikelihoods_are_hflms(options: dict[str, Any], checkpoint: Path, reference: Any) -> None:
     ours, theirs = StreamedLM(checkpoint, **options), reference
     if "max_length" in options:
         theirs = HFLM(
@@ -58,6 +63,7 @@ def test_loglikelihoods_are_hflms(options: dict[str, Any], checkpoint: Path, ref
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
+@needs_torch
 @pytest.mark.parametrize(
     "change", [{}, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}]
 )
@@ -70,7 +76,8 @@ def test_models_with_short_contexts(change: dict[str, Any], tmp_path: Path) -> N
     np.testing.assert_allclose([x for x, _ in found], [x for x, _ in expected], rtol=1e-4, atol=1e-4)
 
 
-def test_greedy_continuations_are_found_out(checkpoint: Path, reference: HFLM) -> None:
+@needs_torch
+def test_greedy_continuations_are_found_out(checkpoint: Path, reference: Any) -> None:
     context = "The cat sat on"
     (made,) = reference.generate_until(
         instances("generate_until", [(context, {"until": [], "max_gen_toks": 4})]), disable_tqdm=True
@@ -81,7 +88,8 @@ def test_greedy_continuations_are_found_out(checkpoint: Path, reference: HFLM) -
     ]
 
 
-def test_rolling_loglikelihoods_are_hflms(checkpoint: Path, reference: HFLM) -> None:
+@needs_torch
+def test_rolling_loglikelihoods_are_hflms(checkpoint: Path, reference: Any) -> None:
     requests = instances(
         "loglikelihood_rolling", [("The cat sat on the mat. " * 400,), ("The dog",), ("A tree. " * 9,)]
     )
@@ -89,7 +97,8 @@ def test_rolling_loglikelihoods_are_hflms(checkpoint: Path, reference: HFLM) -> 
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_generation_is_hflms(checkpoint: Path, reference: HFLM) -> None:
+@needs_torch
+def test_generation_is_hflms(checkpoint: Path, reference: Any) -> None:
     options = {"until": ["cat", "\n\n"], "max_gen_toks": 12, "do_sample": False}
     contexts = ["The cat sat on", "A dog", "The big red house. " * 300, "It was"]
     requests = instances("generate_until", [(context, options) for context in contexts])
@@ -122,8 +131,9 @@ def test_options_that_mean_nothing_are_refused(checkpoint: Path) -> None:
     assert StreamedLM(checkpoint, batch_size=1, dtype="float32").max_length == 1024
 
 
+@needs_torch
 @pytest.mark.parametrize("to", ["hf", "orbax"])
-def test_hflm_of_any_format_is_the_same_model(to: str, checkpoint: Path, reference: HFLM, tmp_path: Path) -> None:
+def test_hflm_of_any_format_is_the_same_model(to: str, checkpoint: Path, reference: Any, tmp_path: Path) -> None:
     reader = open_checkpoint(checkpoint)
     with create_checkpoint(tmp_path / to, reader.spec, reader.assets, to=to) as writer:
         writer.write(reader.read(reader.spec))

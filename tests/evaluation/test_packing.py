@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxprune import hidden
+from jaxprune.errors import InputError
 from jaxprune.evaluation.packing import Packed, Request, group, loads, pack
 from jaxprune.hidden import batch_size
 
@@ -100,5 +101,5 @@ def test_loads_hold_so_many_tokens() -> None:
 
 @pytest.mark.parametrize("bad", [Request((), (1,)), Request((1,), ()), Request((1,), (1,) * 11)])
 def test_what_cannot_be_scored_is_refused(bad: Request) -> None:
-    with pytest.raises(ValueError, match="continuation of"):
+    with pytest.raises(InputError, match="what follows"):
         group([bad], 10)

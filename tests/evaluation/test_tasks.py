@@ -12,8 +12,11 @@ from convert import open_checkpoint
 from jaxprune.errors import InputError
 from jaxprune.evaluation.lm import StreamedLM
 from jaxprune.evaluation.tasks import ZERO_SHOT, Tasks, mean_accuracy, summarize
-from jaxprune.evaluation.torch_lm import hflm
 from tests import rows
+from tests.optional import needs_torch, torch
+
+if torch:
+    from jaxprune.evaluation.torch_lm import hflm
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +24,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Tasks:
     return Tasks(ZERO_SHOT, rows.write(tmp_path_factory.mktemp("tasks") / "rows"))
 
 
+@needs_torch
 def test_both_backends_agree_item_for_item(tasks: Tasks, checkpoint: Path) -> None:
     reader = open_checkpoint(checkpoint)
     ours, theirs = (tasks.run(model) for model in (StreamedLM(reader), hflm(reader, np.dtype("float32"))))
@@ -74,18 +78,16 @@ def test_what_cannot_be_loaded_is_one_error(tmp_path: Path, monkeypatch: pytest.
     data = rows.write(tmp_path / "rows")
     with pytest.raises(InputError, match="no task 'hellaswagg': did you mean hellaswag"):
         Tasks(["hellaswagg"], data)
-    with pytest.raises(InputError, match="nowhere is no folder"):
+    with pytest.raises(InputError, match="nowhere: it is no folder"):
         Tasks(["boolq"], tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"rows of task piqa cannot be loaded .*: connect to the hub once, or pass"):
+    with pytest.raises(InputError, match="rows of task piqa cannot be loaded .*; connect to the hub once"):
         Tasks(["piqa"], data)
-    (data / "arc_easy.jsonl").write_text('{"question": "no choices"}\n')
-    with pytest.raises(InputError, match="rows of task arc_easy cannot be loaded .* its file in"):
-        Tasks(["arc_easy"], data)
-    (data / "rte.jsonl").write_text("not json\n")
-    with pytest.raises(InputError, match="rows of task rte cannot be loaded"):
-        Tasks(["rte"], data)
+    (data / "piqa.jsonl").write_text('{"goal": "no choices"}\n')
+    with pytest.raises(InputError, match="its rows are not what lm-eval's task piqa reads"):
+        Tasks(["piqa"], data)
 
 
+@needs_torch
 def test_word_perplexity_is_hflms(checkpoint: Path, tmp_path: Path) -> None:
     pages = [{"page": " = A cat = \n\n The cat sat on the mat .\n" * 40}, {"page": " = A dog = \n\n It ran .\n"}]
     (tmp_path / "wikitext.jsonl").write_text("".join(json.dumps(page) + "\n" for page in pages))

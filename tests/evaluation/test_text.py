@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 from convert import open_checkpoint
@@ -13,6 +12,7 @@ from jaxprune import stream
 from jaxprune.errors import InputError
 from jaxprune.evaluation.text import perplexity, text_quality
 from tests import tiny
+from tests.optional import needs_torch, torch
 
 
 def plain(folder: Path, tokens: np.ndarray) -> float:
@@ -25,6 +25,7 @@ def plain(folder: Path, tokens: np.ndarray) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
+@needs_torch
 @pytest.mark.parametrize(("count", "length", "chunk"), [(6, 100, 1024), (5, 33, 16), (1, 2, 7)])
 def test_it_is_the_plain_one(
     count: int, length: int, chunk: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
@@ -34,6 +35,7 @@ def test_it_is_the_plain_one(
     assert perplexity(open_checkpoint(checkpoint), tokens) == pytest.approx(plain(checkpoint, tokens), rel=1e-5)
 
 
+@needs_torch
 def test_a_trained_model(data: Path) -> None:
     folder = data / "models/stories260K"
     tokens = np.random.default_rng(1).integers(0, 512, (4, 256)).astype(np.int32)
@@ -46,6 +48,7 @@ def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
         return model(torch.tensor(tokens, dtype=torch.long)).logits[:, :-1].double().log_softmax(dim=-1).numpy()
 
 
+@needs_torch
 def test_divergence_is_that_of_the_whole_distributions(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

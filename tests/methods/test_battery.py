@@ -187,6 +187,15 @@ def test_methods_are_hashable_options(method: Method) -> None:
     assert hash(method) == hash(dataclasses.replace(method))
 
 
+@every_method
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_every_number_must_be_one_that_solves(value: float, method: Method) -> None:
+    for field in dataclasses.fields(method):
+        if field.type is float:
+            with pytest.raises(InputError, match=f"{field.name}.* must be finite"):
+                dataclasses.replace(method, **{field.name: value})
+
+
 def test_an_unknown_method_names_the_known_ones() -> None:
     with pytest.raises(InputError, match="did you mean wanda"):
         methods.load("wnda")

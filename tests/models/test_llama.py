@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from convert import open_checkpoint
 from jaxprune.errors import InputError
@@ -17,6 +16,7 @@ from jaxprune.models._attention import causal_attention
 from jaxprune.models._rope import Rope
 from jaxprune.stream import read_layers
 from tests import tiny
+from tests.optional import needs_torch, torch
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -61,11 +61,12 @@ def logits(model: Model, path: Path, tokens: np.ndarray) -> tuple[np.ndarray, li
     return np.asarray(model.head(jax.device_put(reader.read(model.head.spec)), x)), states
 
 
+@needs_torch
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
     config = tiny.config(**VARIANTS[variant])
     reference = tiny.model(config)
-    reference.save_pretrained(tmp_path)
+    tiny.save(tmp_path, config)
     tokens = np.random.default_rng(0).integers(0, 300, (2, 100))
     with torch.no_grad():  # in float64, for both float32 results differ from it by rounding
         expected = reference.double()(torch.tensor(tokens), output_hidden_states=True)
@@ -76,11 +77,12 @@ def test_logits_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
     assert np.abs(found - expected.logits.numpy()).max() < 1e-4
 
 
+@needs_torch
 def test_dynamic_rope_beyond_the_trained_context(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     config = tiny.config(max_position_embeddings=64, rope_parameters=rope)
     reference = tiny.model(config)
-    reference.save_pretrained(tmp_path)
+    tiny.save(tmp_path, config)
     tokens = np.random.default_rng(0).integers(0, 300, (1, 100))
     with torch.no_grad():
         expected = reference(torch.tensor(tokens)).logits.numpy()
@@ -90,7 +92,7 @@ def test_dynamic_rope_beyond_the_trained_context(tmp_path: Path) -> None:
 
 def test_configurations_of_transformers_4_are_understood(tmp_path: Path) -> None:
     rope = {"rope_type": "linear", "rope_theta": 20000.0, "factor": 2.0}
-    tiny.model(tiny.config(rope_parameters=rope)).save_pretrained(tmp_path)
+    tiny.save(tmp_path, tiny.config(rope_parameters=rope))
     config = json.loads((tmp_path / "config.json").read_text())
     del config["rope_parameters"], config["dtype"]
     old = {"rope_theta": 20000.0, "rope_scaling": {"type": "linear", "factor": 2.0}, "torch_dtype": "float32"}
@@ -101,6 +103,7 @@ def test_configurations_of_transformers_4_are_understood(tmp_path: Path) -> None
     np.testing.assert_array_equal(new.rope.inverse_frequencies(8)[0], read.rope.inverse_frequencies(8)[0])
 
 
+@needs_torch
 def test_submodules_and_taps_are_those_of_transformers(checkpoint: Path) -> None:
     reader = open_checkpoint(checkpoint)
     model = model_for(reader)
@@ -164,6 +167,6 @@ def test_what_is_not_implemented_is_named(tmp_path: Path) -> None:
         Rope.from_hf({"rope_type": "linear", "rope_theta": 1e4}, 8, 64)
     with pytest.raises(InputError, match="partial_rotary_factor"):
         Rope.from_hf({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}, 8, 64)
-    tiny.model(tiny.config(hidden_act="tanh")).save_pretrained(tmp_path)
+    tiny.save(tmp_path, tiny.config(hidden_act="tanh"))
     with pytest.raises(InputError, match="activation 'tanh'"):
         model_for(open_checkpoint(tmp_path))

@@ -1,0 +1,95 @@
+"""Paths that must not meet: what a command reads, and what it makes."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from convert.errors import Change, UserError
+
+
+def require_apart(
+    inputs: Mapping[str, Iterable[Path]], outputs: Mapping[str, Path], *, error: type[UserError], around: str = ""
+) -> None:
+    """Refuses an output that is, holds or lies in an input or another output. Links are followed, also where the end of
+    a path does not exist yet, and parents compared as what they are, however they are spelled.
+
+    Args:
+        inputs: option -> what is read for it; what does not exist cannot be met.
+        outputs: option -> what is made for it. `x.y` is made on behalf of the option x. Names that are no identifiers
+            are words.
+        error: the class to raise.
+        around: an input that outputs may lie in, such as a folder for scratch files.
+
+    Raises:
+        UserError: the first such pair, with both options.
+    """
+    made = list(outputs.items())
+    for number, (option, path) in enumerate(made):
+        for other, ones in inputs.items():
+            for one in ones:
+                if os.path.exists(one):
+                    _require_apart(option, path, other, one, error, nested=other != around)
+        for other, one in made[:number]:
+            _require_apart(option, path, other, one, error)
+
+
+def paths_of(text: str | None) -> list[Path]:
+    """The path that an option names; none where it names something else."""
+    try:
+        path = Path(text or "").expanduser()
+        return [path] if text and path.exists() else []
+    except (OSError, RuntimeError, ValueError):
+        return []
+
+
+def inputs_of(path: Path) -> list[Path]:
+    """What is read when a path is: the path, and what the links in a folder lead to, as in the hub's cache."""
+    found = [path]
+    if path.is_dir():
+        found += [one for one in path.iterdir() if one.is_symlink()]
+    return found
+
+
+def _require_apart(
+    option: str, path: Path, other: str, one: Path, error: type[UserError], *, nested: bool = True
+) -> None:
+    if contains(one, path) and contains(path, one):
+        relation = f"it is also what is given as {other}"
+    elif contains(path, one):
+        relation = f"it holds {one}, which is given as {other}"
+    elif nested and contains(one, path):
+        relation = f"it is inside {one}, which is given as {other}"
+    else:
+        return
+    names = [name.partition(".")[0] for name in (option, other)]
+    raise error(relation, file=path, options={name: Change.OTHER for name in names if name.isidentifier()})
+
+
+def contains(folder: Path, path: Path) -> bool:
+    """Whether a path is a folder's (or the folder itself), as the disk has them."""
+    anchor, rest = _anchored(folder)
+    for place, more in _ways(path):
+        if os.path.samefile(place, anchor):
+            if not _minds_case(anchor):
+                rest, more = [name.casefold() for name in rest], [name.casefold() for name in more]
+            return more[: len(rest)] == rest
+    return False
+
+
+def _anchored(path: Path) -> tuple[Path, list[str]]:
+    """The nearest folder that exists, and the names that lead on from it."""
+    return next(_ways(path))
+
+
+def _ways(path: Path) -> Iterator[tuple[Path, list[str]]]:
+    """All that exists on the way to a path, from its end on, each with the names that lead on from it."""
+    real = Path(os.path.realpath(path))
+    for place in (real, *real.parents):
+        if os.path.exists(place):
+            yield place, list(real.parts[len(place.parts) :])
+
+
+def _minds_case(folder: Path) -> bool:
+    """Whether names that differ in case are different names there."""
+    other = folder.with_name(folder.name.swapcase())
+    return other.name == folder.name or not (os.path.exists(other) and os.path.samefile(other, folder))

@@ -1,0 +1,117 @@
+"""Long texts in pieces: the ids of the whole, whatever the tokenizer, and memory that does not grow with the text."""
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from convert import open_checkpoint
+from convert.assets import load_tokenizer
+from jaxprune.calibration import _tokens
+from jaxprune.errors import InputError
+from tests import tiny
+
+WORDS = [
+    *tiny.WORDS,
+    "Straße",
+    "naïve",
+    "東京",
+    "日本語。",
+    "e\u0301te\u0301",
+    "🙂🙃",
+    "<|end|>",
+    "don't",
+    "we'll",
+    "x=1;",
+    "3.14159",
+]
+SPACES = [" ", " ", " ", "\n", "\n\n", "  ", "\t", " \n ", "\u00a0", "\u3000", "\r\n", "   \n\n"]
+
+
+def text(generator: random.Random, words: int) -> str:
+    """Words of many scripts, more or less apart, with long runs now and then."""
+    parts = []
+    for _ in range(words):
+        parts += [generator.choice(WORDS), generator.choice(SPACES) if generator.random() < 0.9 else ""]
+        if generator.random() < 0.002:
+            parts.append(generator.choice([" ", "a", "ab", "\n", "."]) * generator.randint(1, 3000))
+    return "".join(parts)
+
+
+def wrapped(made: Tokenizer) -> PreTrainedTokenizerFast:
+    """With tokens around a text, as LLaMA's."""
+    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def llama() -> PreTrainedTokenizerFast:
+    """As LLaMA's first: BPE over the whole text, spaces as ▁ and one before it, bytes for what is unknown."""
+    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()  # for the training only, as merges within words are learnt
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+    made.train_from_iterator(tiny.sentences(random.Random(0), 500), trainer)
+    made.pre_tokenizer = None
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return wrapped(made)
+
+
+def unigram() -> PreTrainedTokenizerFast:
+    """As T5's: a path through a lattice, after compatibility composition."""
+    made = Tokenizer(models.Unigram())
+    made.normalizer = normalizers.NFKC()
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    made.train_from_iterator(tiny.sentences(random.Random(0), 500), trainer)
+    return wrapped(made)
+
+
+def smollm() -> PreTrainedTokenizerFast:
+    reader = open_checkpoint("smollm2-135m")
+    return load_tokenizer(reader.assets)
+
+
+@pytest.mark.parametrize("make", [tiny.tokenizer, llama, unigram, smollm])
+def test_pieces_give_the_ids_of_the_whole(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, generator = make(), random.Random(0)
+    for number in range(6):
+        overlap = generator.choice([128, 256, 512])
+        monkeypatch.setattr(_tokens, "OVERLAP", overlap)
+        monkeypatch.setattr(_tokens, "PIECE", generator.randint(4, 8) * overlap)
+        content = text(generator, 1500)
+        whole = tokenizer(content, add_special_tokens=bool(number % 2), verbose=False)["input_ids"]
+        cuts = sorted(generator.sample(range(len(content)), 20))
+        fragments = [content[a:b] for a, b in zip([0, *cuts], [*cuts, len(content)], strict=True)]
+        pieces = list(_tokens.in_pieces(tokenizer, fragments, special=bool(number % 2)))
+        assert len(pieces) > 1
+        np.testing.assert_array_equal(np.concatenate(pieces), whole)
+        np.testing.assert_array_equal(_tokens.token_ids(tokenizer, content, special=bool(number % 2)), whole)
+
+
+def test_where_nothing_can_be_cut_the_piece_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tokens, "OVERLAP", 64)
+    monkeypatch.setattr(_tokens, "PIECE", 512)
+    tokenizer = tiny.tokenizer()
+    content = "a cat " * 200 + "a" * 5000 + " the cat" * 200
+    np.testing.assert_array_equal(_tokens.token_ids(tokenizer, content), tokenizer(content)["input_ids"])
+    monkeypatch.setattr(_tokens, "LONGEST", 2048)
+    with pytest.raises(InputError, match="no white space at which it can be cut, wanted at most 2048 characters"):
+        _tokens.token_ids(tokenizer, content)
+
+
+def test_a_tokenizer_that_does_not_say_where_tokens_lie_gets_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow:
+        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+            return {"input_ids": [ord(c) for c in text]}
+
+    monkeypatch.setattr(_tokens, "PIECE", 512)
+    monkeypatch.setattr(_tokens, "LONGEST", 2048)
+    assert _tokens.token_ids(Slow(), "a" * 2048).tolist() == [97] * 2048
+    with pytest.raises(InputError, match="cannot take it in pieces"):
+        _tokens.token_ids(Slow(), "a" * 2049)

@@ -1,0 +1,77 @@
+"""The files that are damaged: a tiny checkpoint in each format, and all else that a command reads."""
+
+import contextlib
+import gzip
+import json
+import os
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+
+from tests.hostile import mutations
+from tests.hostile.answers import require
+from tests.hostile.targets import MEASURE, PRUNE
+
+
+def build(base: Path) -> None:
+    """Makes all files, once; the same bytes each time."""
+    import gguf
+    import pyarrow
+    import pyarrow.parquet
+    import torch
+
+    from convert.__main__ import main as convert
+    from jaxprune import Unstructured, problems
+    from jaxprune.evaluate import main as evaluate
+    from jaxprune.methods.magnitude import Magnitude
+    from jaxprune.run import main as run
+    from tests import rows as task_rows
+    from tests import tiny
+    from tests.convert.test_gguf import write
+
+    torch.set_num_threads(1)
+    base.mkdir(parents=True)
+    with contextlib.chdir(base), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+        config = tiny.config(num_hidden_layers=2)
+        tiny.save(Path("hf"), config)
+        Path("hf/chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+        Path("hf/precious").write_text("a file of the user's")
+        Path("precious").write_text("another")
+        tiny.save(Path("shards"), config, max_shard_size="50KB")
+        write(Path("f32.gguf"), config, gguf.GGMLQuantizationType.F32)
+        quantized = tiny.config(num_hidden_layers=1, hidden_size=32, intermediate_size=64)
+        write(Path("q8.gguf"), quantized, gguf.GGMLQuantizationType.Q8_0)
+        tiny.write_text(Path("text.jsonl"), 30)
+        texts = [json.loads(line)["text"] for line in Path("text.jsonl").read_text().splitlines()]
+        Path("text.txt").write_text("\n".join(texts))
+        Path("text.json.gz").write_bytes(gzip.compress(Path("text.jsonl").read_bytes(), mtime=0))
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), "text.parquet")
+        np.save("ids.npy", np.random.default_rng(0).integers(0, 300, (8, 16)))
+        task_rows.write(Path("rows"))
+        for file in Path("rows").iterdir():
+            if file.stem != "rte":
+                file.unlink()
+        require(convert(["hf", "orbax", "--to", "orbax"]) == 0, "convert")
+        line = f"--ckpt hf {PRUNE}".split()
+        require(run([*line, "--out", "pruned", "--save-masks", "masks.safetensors"]) == 0, "run")
+        require(evaluate([*"pruned --against hf --out evaluation".split(), *MEASURE.split()]) == 0, "evaluate")
+        from convert import open_checkpoint
+
+        tokens = np.load("ids.npy").astype(np.int32)
+        (layer,) = problems.capture(
+            open_checkpoint("hf"), tokens, [1], Magnitude(), Unstructured(0.5), prune_before=False
+        )
+        problems.save(Path("layer.safetensors"), layer)
+        _interrupted([*line, "--out", "out"])
+        Path("out.unfinished/precious").write_text("in a folder of ours")
+        mutations.odd_paths(Path("odd"))
+
+
+def _interrupted(line: list[str]) -> None:
+    """A run that is stopped when all of it is written: its journal is left."""
+    from jaxprune.run import main as run
+
+    with mock.patch("convert.hf.Writer.finish", side_effect=KeyboardInterrupt), open(os.devnull, "w") as null:
+        with contextlib.redirect_stderr(null):
+            require(run(line) == 130 and Path("out.unfinished").exists(), "no journal is left")
