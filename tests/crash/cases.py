@@ -187,8 +187,7 @@ def appeared(worlds: Worlds, name: str, what: str, gate: str, place: str = "out"
             faults.append("what appeared was replaced or changed")
     if faults:
         return faults
-    path.rename(world.folder / "aside") if not path.is_symlink() else path.unlink()
-    world.look()
+    path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
     return goes_on(world, name, reference)
 
 
