@@ -24,11 +24,12 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 from tests.crash import cases, places
 from tests.crash.operations import available
-from tests.crash.world import Worlds
+from tests.crash.world import LINES, Worlds
 
 Faults = list[str] | None
 KILLED = "best", "admm", "overwrite", "convert", "convert-over"
 HINDERED = "best", "overwrite", "convert", "convert-over"
+KINDS = "kill", "kills", "full", "read-only", "SIGINT", "SIGTERM", "clock", "race", "appearing", "place"
 RACES = {
     "two runs": (["quick"] * 2, r"^mkdir work/out", False),
     "four runs": (["quick"] * 4, r"^mkdir work/out", False),
@@ -59,11 +60,19 @@ class Case(NamedTuple):
         return f"{self.what}/{self.line}/{self.where}"
 
 
-def all_cases(worlds: Worlds, every: int) -> list[Case]:
-    """All that can go wrong, at every so many operations of each phase."""
-    found = []
+def all_cases(worlds: Worlds, every: int, wanted_name: Callable[[str], bool]) -> list[Case]:
+    """All that can go wrong, at every so many operations of each phase.
+
+    Args:
+        worlds: makes what they happen in.
+        every: operations.
+        wanted_name: whether a "what/line/" is wanted; the operations of others need not be counted.
+    """
+    found: list[Case] = []
 
     def add(what: str, line: str, wanted: cases.Wanted, case: Callable, each: int = every, **how: object) -> None:
+        if not wanted_name(f"{what}/{line}/"):
+            return
         for phase, operations in cases.points(worlds.reference(line), wanted).items():
             for operation in operations[::each]:
                 found.append(
@@ -72,14 +81,14 @@ def all_cases(worlds: Worlds, every: int) -> list[Case]:
 
     for line in KILLED:
         add("kill", line, cases.changes, cases.killed)
-        add("five kills", line, cases.changes, cases.killed, 10 * every, times=5)
+        add("kills", line, cases.changes, cases.killed, 10 * every, times=5)  # five, one after the other
     for line in HINDERED:
         add("full", line, cases.grows, cases.full)
         add("read-only", line, cases.changes, cases.full, 4 * every, error=errno.EROFS)
         add("SIGINT", line, cases.changes, cases.stopped, 4 * every, number=signal.SIGINT)
         add("SIGTERM", line, cases.changes, cases.stopped, 4 * every, number=signal.SIGTERM)
     for years in (-30, 3):
-        add(f"clock by {years} years", "best", cases.changes, cases.leapt, 20 * every, years=years)
+        add(f"clock {years:+} years", "best", cases.changes, cases.leapt, 20 * every, years=years)
     for name, race in RACES.items():
         found.append(Case("race", name, "", "", partial(cases.raced, worlds, *race)))
     for what in ("file", "folder", "empty folder", "link", "dangling link"):
@@ -103,7 +112,7 @@ def attempt(case: Case) -> tuple[Faults, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, help="take every so many operations of each phase")
-    parser.add_argument("--only", default="", help="cases whose name or phase holds this text")
+    parser.add_argument("--only", default="", help="what happens, to which line, or in which phase")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cases at a time")
     parser.add_argument("--repeat", help="only the case of this name")
     args = parser.parse_args()
@@ -112,7 +121,12 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="jaxprune-crash-"))
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
     worlds, begin = Worlds(folder / "worlds"), time.monotonic()
-    every = all_cases(worlds, 1 if args.repeat else args.every)
+    known = any(args.only in name for name in (*KINDS, *LINES))
+
+    def wanted(name: str) -> bool:
+        return args.repeat.startswith(name) if args.repeat else not known or args.only in name
+
+    every = all_cases(worlds, 1 if args.repeat else args.every, wanted)
     chosen = [case for case in every if args.only in f"{case} {case.phase}" and args.repeat in (None, str(case))]
     rows: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
     failed: dict[str, list[str]] = {}

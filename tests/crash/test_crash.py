@@ -1,12 +1,14 @@
 """Commands that are killed, stopped, hindered or overtaken at their file operations lose nothing, and go on."""
 
+import os
 import signal
+import subprocess
 
 import pytest
 
 from tests.crash import cases, places
 from tests.crash.operations import available
-from tests.crash.world import Worlds
+from tests.crash.world import LINES, Worlds
 
 pytestmark = pytest.mark.skipif(bool(available()), reason=available())
 
@@ -58,6 +60,20 @@ def test_one_of_two_runs_makes_the_result(worlds: Worlds) -> None:
 @pytest.mark.parametrize("what", ["file", "folder", "empty folder", "dangling link"])
 def test_what_appears_at_the_place_of_a_result_stays(worlds: Worlds, what: str) -> None:
     assert cases.appeared(worlds, "quick", what, "^rename.* -> work/out ") == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a folder")
+def test_a_folder_that_cannot_be_written_is_one_line(worlds: Worlds) -> None:
+    world = worlds.new("quick")
+    if subprocess.run(["mount", "--bind", world.work, world.work]).returncode:
+        pytest.skip("no mounts are allowed here")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", world.work], check=True)
+        command = world.start(LINES["quick"])
+        assert cases.said(command, command.wait(), 2, "error: ") == []
+    finally:
+        subprocess.run(["umount", world.work], check=True)
+    assert cases.goes_on(world, "quick", worlds.reference("quick")) == []
 
 
 @pytest.mark.parametrize("years", [-30, 3])
