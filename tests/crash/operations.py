@@ -1,8 +1,8 @@
 """A process's file operations, seen and answered one by one before they are carried out.
 
-The kernel hands the calls of all threads and languages to a supervisor (seccomp's user notification, Linux 5.5 or newer,
-no privileges): Python's own, those of C++ and Rust, and those made by number. A process that is killed at a call leaves
-its files exactly as they were before it.
+The kernel hands the calls of all threads and languages to a supervisor (seccomp's user notification; Linux 5.5 or
+newer, no privileges): Python's own, those of C++ and Rust, and those made by number. A process that is killed at a call
+leaves its files exactly as they were before it.
 """
 
 import ctypes
@@ -13,6 +13,8 @@ import re
 import select
 import signal
 import struct
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -91,26 +93,20 @@ class Operation(NamedTuple):
 
 
 Answer = Callable[[Operation], int | None]
-"""What becomes of an operation: None, it is carried out; a positive number, it ends with that error; the negative number
-of a signal, the process gets that, before the operation where it is SIGKILL and just after it otherwise."""
+"""What becomes of an operation: None, it is carried out; a positive number, it ends with that error; the negative
+number of a signal, the process gets that, before the operation where it is SIGKILL and just after it otherwise."""
 
 
 def available() -> str:
     """Why operations cannot be watched here; "" where they can."""
     if MACHINE is None:
         return "file operations are watched on Linux only, on x86-64 and aarch64"
-    pid = os.fork()
-    if pid == 0:
-        try:
-            install()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return "the kernel lets nobody watch file operations" if os.waitpid(pid, 0)[1] else ""
+    tried = subprocess.run([sys.executable, __file__], capture_output=True)  # nothing undoes it
+    return "the system lets nobody watch file operations" if tried.returncode else ""
 
 
 def install() -> int:
-    """Lets a supervisor answer all file operations of this process, from now on; returns the supervisor's descriptor."""
+    """Has a supervisor answer all file operations of this process from now on; returns the descriptor for that."""
 
     class Instruction(ctypes.Structure):
         _fields_ = [("code", ctypes.c_ushort), ("jt", ctypes.c_ubyte), ("jf", ctypes.c_ubyte), ("k", ctypes.c_uint)]
@@ -200,3 +196,7 @@ def _text(pid: int, address: int) -> bytes:
             start = address + len(text)
             text += os.pread(memory.fileno(), 4096 - start % 4096, start)
     return text.partition(b"\0")[0]
+
+
+if __name__ == "__main__":
+    install()

@@ -3,7 +3,6 @@
 import importlib
 import multiprocessing
 import os
-import random
 import signal
 import sys
 import threading
@@ -11,6 +10,7 @@ import time
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
+from typing import Any
 
 from tests.crash.operations import Answer, install, supervise
 
@@ -32,11 +32,11 @@ class Command:
         answer: see `operations.supervise`.
         log: a new file for what it prints, outside of the folder.
         current: the current folder.
-        clock: years by which its clock jumps back and forth.
+        clock: seconds by which its time of day is wrong, now and whenever that changes; see `clock`.
     """
 
     def __init__(
-        self, module: str, argv: list[str], folder: Path, answer: Answer, log: Path, *, current: Path, clock: float = 0
+        self, module: str, argv: list[str], folder: Path, answer: Answer, log: Path, *, current: Path, clock: Any = None
     ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
@@ -82,7 +82,7 @@ class Command:
 
 
 def _run(
-    connection: Connection, parent: int, module: str, argv: list[str], log: Path, current: Path, clock: float
+    connection: Connection, parent: int, module: str, argv: list[str], log: Path, current: Path, clock: Any
 ) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
@@ -90,7 +90,8 @@ def _run(
     os.chdir(current)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     if clock:
-        _break_clock(clock)
+        real = time.time
+        time.time, time.time_ns = lambda: real() + clock.value, lambda: int((real() + clock.value) * 1e9)
     main = importlib.import_module(module).main
     listener = install()
     send_handle(connection, listener, parent)
@@ -102,11 +103,6 @@ def _run(
     os._exit(status)
 
 
-def _break_clock(years: float) -> None:
-    """The time of day jumps; what only ever counts up does so still."""
-    real, generator = time.time, random.Random(0)
-
-    def jumping() -> float:
-        return real() + generator.choice((-1, 0, 1)) * years * 365 * 24 * 3600
-
-    time.time, time.time_ns = jumping, lambda: int(jumping() * 1e9)
+def clock() -> Any:
+    """A number, `value`, that this process sets and commands read."""
+    return multiprocessing.get_context("forkserver").Value("d", 0.0, lock=False)

@@ -1,12 +1,14 @@
 """Commands that are killed, stopped, hindered or overtaken at their file operations lose nothing, and go on."""
 
+import os
 import signal
+import subprocess
 
 import pytest
 
-from tests.crash import cases
+from tests.crash import cases, places
 from tests.crash.operations import available
-from tests.crash.world import Worlds
+from tests.crash.world import LINES, Worlds
 
 pytestmark = pytest.mark.skipif(bool(available()), reason=available())
 
@@ -60,5 +62,25 @@ def test_what_appears_at_the_place_of_a_result_stays(worlds: Worlds, what: str) 
     assert cases.appeared(worlds, "quick", what, "^rename.* -> work/out ") == []
 
 
-def test_clocks_may_jump(worlds: Worlds) -> None:
-    assert cases.timed_wrongly(worlds, "quick", middle(worlds, "quick", "export"), years=3) == []
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a folder")
+def test_a_folder_that_cannot_be_written_is_one_line(worlds: Worlds) -> None:
+    world = worlds.new("quick")
+    if subprocess.run(["mount", "--bind", world.work, world.work]).returncode:
+        pytest.skip("no mounts are allowed here")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", world.work], check=True)
+        command = world.start(LINES["quick"])
+        assert cases.said(command, command.wait(), 2, "error: ") == []
+    finally:
+        subprocess.run(["umount", world.work], check=True)
+    assert cases.goes_on(world, "quick", worlds.reference("quick")) == []
+
+
+@pytest.mark.parametrize("years", [-30, 3])
+def test_clocks_may_leap(worlds: Worlds, years: float) -> None:
+    assert cases.leapt(worlds, "quick", middle(worlds, "quick", "export"), years) == []
+
+
+@pytest.mark.parametrize("what", places.PLACES)
+def test_what_is_not_ours_is_left_alone(worlds: Worlds, what: str) -> None:
+    assert places.refused(worlds, what) == []
