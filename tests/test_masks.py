@@ -113,10 +113,10 @@ def test_masks_of_another_model_are_refused(checkpoint: Path, pruned: tuple[Path
 def test_files_that_are_no_mask_files_are_refused(checkpoint: Path, pruned: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="it is missing"):
         from_file(tmp_path / "missing.safetensors")
-    with pytest.raises(InputError, match="no regular file, found 'a folder'"):
+    with pytest.raises(InputError, match="it is a folder, wanted a regular file"):
         stored(f"from-file:{tmp_path}")
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(InputError, match="no regular file, found 'a FIFO'"):
+    with pytest.raises(InputError, match="it is a FIFO, wanted a regular file"):
         stored(f"from-file:{tmp_path / 'fifo'}")
     for name in ("from-file:", "from-checkpoint:"):
         with pytest.raises(UserError, match="empty|names no checkpoint"):

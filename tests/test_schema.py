@@ -131,7 +131,7 @@ def test_what_is_no_record_is_one_error(content: bytes, message: str) -> None:
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "jaxprune.json")
-    with pytest.raises(UserError, match="it is no regular file, found 'a FIFO'"):
+    with pytest.raises(UserError, match="it is a FIFO, wanted a regular file"):
         schema.run_of(tmp_path)
     (tmp_path / "loop").mkdir()
     (tmp_path / "loop/jaxprune.json").symlink_to("jaxprune.json")

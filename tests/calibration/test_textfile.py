@@ -145,8 +145,8 @@ def test_documents_come_back_from_the_disk(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.jsonl")
-    refused("no regular file, found 'a FIFO'", tmp_path / "fifo.jsonl")
-    refused("no regular file, found 'a FIFO'", tmp_path)
+    refused("it is a FIFO, wanted a regular file", tmp_path / "fifo.jsonl")
+    refused("it is a FIFO, wanted a regular file", tmp_path)
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
     refused("it cannot be read", tmp_path / "loop.jsonl")
     refused("its name says no known kind", Path("/dev/zero"))

@@ -79,7 +79,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 def test_what_is_no_regular_file_is_not_passed_over(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "boolq.jsonl")
-    with pytest.raises(UserError, match="it is no regular file, found 'a FIFO'"):
+    with pytest.raises(UserError, match="it is a FIFO, wanted a regular file"):
         Tasks(["boolq"], tmp_path)
 
 
