@@ -98,7 +98,7 @@ def test_a_run_on_disk_ends_with_the_same_bytes(line: list[str], tmp_path: Path)
     ("options", "message"),
     [
         (["--scratch", "."], "--scratch is for --hidden disk"),
-        (["--hidden", "disk", "--scratch", "nowhere"], "nowhere is not a folder that can be written into"),
+        (["--hidden", "disk", "--scratch", "nowhere"], "nowhere: it is not a folder that can be written into"),
     ],
 )
 def test_scratch_must_be_of_use(

