@@ -357,7 +357,7 @@ def _gzip_edits(content: bytes) -> Iterator[tuple[str, str]]:
 
 
 def _text_apply(content: bytes, kind: str, place: str) -> bytes:
-    return {"blank": b"\n \n" * 100, "line": b"the cat sat " * 5_000_000, "controls": bytes(range(32)) * 500}[kind]
+    return {"blank": b"\n \n" * 100, "line": b"the cat sat " * 200_000, "controls": bytes(range(32)) * 500}[kind]
 
 
 NO_EDITS = Format(lambda content: iter(()), lambda content, kind, place: content)
