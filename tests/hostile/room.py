@@ -17,7 +17,7 @@ from tests.hostile.targets import TARGETS, Target, cases
 from tests.hostile.watchdog import Outcome
 
 PRELOAD = ("tests.hostile.room", "jaxprune.run", "jaxprune.evaluate", "jaxprune.solve", "jaxprune.verify")
-PRELOAD += ("convert.__main__", "transformers", "transformers.models.llama", "orbax.checkpoint.v1", "datasets")
+PRELOAD += ("convert.__main__", "transformers", "transformers.models.llama", "orbax.checkpoint", "datasets")
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "HF_HUB_OFFLINE": "1",
