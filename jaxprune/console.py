@@ -151,5 +151,6 @@ def _quiet_libraries() -> None:
     """Keeps other libraries' advice and progress bars out of our own output."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     for name in ("absl", "huggingface_hub", "lm_eval"):  # what goes wrong in them ends in an error of ours
         logging.getLogger(name).setLevel(logging.CRITICAL)

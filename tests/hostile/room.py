@@ -18,12 +18,14 @@ from tests.hostile.watchdog import Outcome
 
 PRELOAD = ("tests.hostile.room", "jaxprune.run", "jaxprune.evaluate", "jaxprune.solve", "jaxprune.verify")
 PRELOAD += ("convert.__main__", "transformers", "transformers.models.llama", "orbax.checkpoint", "datasets")
+PRELOAD += ("lm_eval.evaluator", "lm_eval.tasks")
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "DATASETS_VERBOSITY": "critical",
     "OMP_NUM_THREADS": "1",
     "COLUMNS": "200",
 }
