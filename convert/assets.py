@@ -79,6 +79,12 @@ class GenerationConfig(Schema):
     max_new_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
 
 
+class TokenizerConfig(Schema):
+    """The entries of tokenizer_config.json that are looked at whenever a text is tokenized."""
+
+    model_max_length: Annotated[float, Field(gt=0)] | None = None
+
+
 def read_config(assets: Path) -> dict[str, Any]:
     """The content of config.json; entries are of the types and in the ranges of `DecoderConfig`.
 
@@ -186,6 +192,7 @@ def load_tokenizer(assets: Path) -> Any:
     transformers_logging.set_verbosity(logging.CRITICAL)  # what it would say of a damaged file is in the error
     try:
         tokenizer = AutoTokenizer.from_pretrained(assets, local_files_only=True, trust_remote_code=False)
+        tokenizer("a b")  # some settings are only looked at here
         vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
     except BaseException as error:  # transformers and tokenizers raise anything; a panic in Rust is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -210,7 +217,9 @@ def _check_tokenizer_file(path: Path) -> None:
     if named and size > TOKENIZER_BYTES:
         raise CheckpointError("it is too large", file=path, found=size, wanted=f"at most {TOKENIZER_BYTES} bytes")
     if path.name in SETTINGS:
-        decode(read_bytes(path, TOKENIZER_BYTES), file=path)
+        settings = decode(read_bytes(path, TOKENIZER_BYTES), file=path)
+        if path.name == "tokenizer_config.json":
+            check(TokenizerConfig, settings, file=path)
 
 
 def _others(folder: Path) -> Iterator[Path]:

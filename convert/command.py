@@ -1,11 +1,12 @@
 """What all command lines share: one line and exit status 2 for an error of the user's, a traceback for one of ours."""
 
 import argparse
+import contextlib
 import logging
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from convert.errors import Change, DamagedError, NoRoomError, UserError
@@ -36,9 +37,9 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
     for stream in (sys.stdout, sys.stderr):  # a file's name need not be text
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    show_warnings()
     try:
-        return command(sys.argv[1:] if argv is None else argv) or 0
+        with shown_warnings():
+            return command(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
         print(f"error: {worded(error)}", file=sys.stderr)
         return USER_ERROR
@@ -83,12 +84,20 @@ class _Handler(logging.Handler):
         print(f"warning: {one_line(record.getMessage())}", file=sys.stderr)
 
 
-def show_warnings() -> None:
-    """Lets command lines show what the loggers `convert` and `jaxprune` warn of."""
-    for name in ("convert", "jaxprune"):
-        logger = logging.getLogger(name)
-        if not any(isinstance(handler, _Handler) for handler in logger.handlers):
-            logger.addHandler(_Handler(logging.WARNING))
+@contextlib.contextmanager
+def shown_warnings() -> Iterator[None]:
+    """Shows what the loggers `convert` and `jaxprune` warn of, once: libraries give the root logger handlers too."""
+    handler = _Handler(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("convert", "jaxprune")]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+            logger.propagate = True
 
 
 def _remedy(name: str, value: Any) -> str:

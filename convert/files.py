@@ -15,14 +15,18 @@ def expand(path: str | Path) -> Path:
     """The path, with a leading `~` or `~user` as that user's home folder.
 
     Raises:
-        CheckpointError: there is no such user, no home folder is known, or no path.
+        CheckpointError: there is no such user, no home folder is known, or no file can have such a name.
     """
     if not str(path):
         raise CheckpointError("a path is empty")
     try:
-        return Path(path).expanduser()
+        found = Path(path).expanduser()
+        os.fsencode(found)
     except RuntimeError:
         raise CheckpointError("no home folder is known for its ~", file=path, wanted="a path without ~") from None
+    except UnicodeEncodeError:
+        raise CheckpointError("no file can have such a name", file=path) from None
+    return found
 
 
 def require_regular(path: str | Path, error: type[UserError] = CheckpointError) -> os.stat_result:

@@ -58,7 +58,8 @@ class Tensor(NamedTuple):
             raise DamagedError("the file was cut short while it was read", file=path, entry=self.name)
         plain = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}
         content = content.view(plain.get(self.kind, np.uint8)).reshape(*self.shape[:0:-1], -1)
-        return np.asarray(gguf.dequantize(content, self.kind), np.float32).reshape(self.shape[::-1])
+        with np.errstate(all="ignore"):  # a scale that is not finite shows in the result
+            return np.asarray(gguf.dequantize(content, self.kind), np.float32).reshape(self.shape[::-1])
 
 
 class _Array(NamedTuple):

@@ -8,6 +8,7 @@ import errno
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,8 +67,8 @@ class Reader:
         """Shapes and dtypes of a part's params, held against the bytes on the disk."""
         folder = self._folder / "params" / part
         stored = _size(folder)
-        with _reading(folder):
-            tree = _orbax().metadata(folder).metadata
+        with _reading(folder) as readable:
+            tree = _orbax().metadata(readable).metadata
             leaves = {
                 f"{part}.{leaf}": jax.ShapeDtypeStruct(tuple(entry.shape), np.dtype(entry.dtype))
                 for leaf, entry in traverse_util.flatten_dict(tree, sep=".").items()
@@ -101,8 +102,8 @@ class Reader:
                 {path.removeprefix(f"{part}."): np.empty(t.shape, t.dtype) for path, t in shapes.items()}, sep="."
             )
             _size(folder)
-            with _reading(folder):
-                tree = _orbax().load(folder, abstract)
+            with _reading(folder) as readable:
+                tree = _orbax().load(readable, abstract)
             for leaf, array in traverse_util.flatten_dict(tree, sep=".").items():
                 if (path := f"{part}.{leaf}") in wanted:
                     params[path] = array
@@ -148,7 +149,8 @@ def save_tree(path: Path, arrays: Params) -> None:
     """
     tree = traverse_util.unflatten_dict({name: np.asarray(a, order="C") for name, a in arrays.items()}, sep=".")
     try:
-        _orbax().save(path, tree, overwrite=True)
+        with _spelled_for_tensorstore(path) as writable:
+            _orbax().save(writable, tree, overwrite=True)
     except (OSError, ValueError, RuntimeError) as error:  # tensorstore reports a full disk as a ValueError, at length
         full = os.strerror(errno.ENOSPC)
         if full in str(error):
@@ -163,8 +165,8 @@ def load_tree(path: Path) -> Params:
         CheckpointError: they cannot be read.
     """
     _size(path)
-    with _reading(path):
-        tree = _orbax().load(path)
+    with _reading(path) as readable:
+        tree = _orbax().load(readable)
         return {name: np.asarray(array) for name, array in traverse_util.flatten_dict(tree, sep=".").items()}
 
 
@@ -186,15 +188,30 @@ def _size(folder: Path) -> int:
 
 
 @contextlib.contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """Turns what Orbax and tensorstore raise for a damaged pytree, errors of every kind, into one."""
+def _reading(folder: Path) -> Iterator[Path]:
+    """Yields the path by which to read; turns what is raised for a damaged pytree, errors of every kind, into one."""
     try:
-        yield
+        with _spelled_for_tensorstore(folder) as readable:
+            yield readable
     except CheckpointError:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"[:200]
         raise DamagedError(f"it cannot be read ({reason})", file=folder) from error
+
+
+@contextlib.contextmanager
+def _spelled_for_tensorstore(path: Path) -> Iterator[Path]:
+    r"""The path, or a link to it where its name would not do: tensorstore takes \ for /, and only UTF-8."""
+    name = str(path)
+    if "\\" not in name and name == name.encode("utf-8", "replace").decode():
+        yield path
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="jaxprune-link-") as folder:
+        link = Path(folder) / "parent"
+        link.symlink_to(path.parent)
+        yield link / path.name
 
 
 def _orbax() -> Any:

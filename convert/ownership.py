@@ -27,7 +27,7 @@ import pydantic
 
 from convert import renaming, schema
 from convert.errors import Change, CheckpointError, NoRoomError, OccupiedError, UserError
-from convert.files import open_regular
+from convert.files import expand, open_regular
 from convert.schema import Schema
 
 MARKER = ".jaxprune-files.json"
@@ -456,12 +456,9 @@ def absolute(path: str | Path) -> Path:
     """A path of the user's from the root on, with a last part that is a name.
 
     Raises:
-        CheckpointError: it begins with ~, and there is no home folder.
+        CheckpointError: see `expand`, or it is the root.
     """
-    try:
-        found = Path(path).expanduser().absolute()
-    except RuntimeError as problem:
-        raise CheckpointError(f"the path cannot be used ({problem})", file=path) from None
+    found = expand(path).absolute()
     found = found.resolve() if found.name in ("", "..") else found
     if not found.name:
         raise CheckpointError("it is the root, which is not replaced", file=path)

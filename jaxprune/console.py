@@ -29,11 +29,15 @@ console = Console(highlight=False, soft_wrap=True, markup=False)
 def run_main(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> int:
     """Runs a command line; returns the exit status, see `convert.command`."""
     _quiet_libraries()
-    keep_compilations()
     keep_memory()
     before = signal.signal(signal.SIGTERM, _terminate)
+
+    def prepared(argv: Sequence[str]) -> int | None:
+        keep_compilations()
+        return command(argv)
+
     try:
-        return run(command, argv)
+        return run(prepared, argv)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -147,5 +151,6 @@ def _quiet_libraries() -> None:
     """Keeps other libraries' advice and progress bars out of our own output."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     for name in ("absl", "huggingface_hub", "lm_eval"):  # what goes wrong in them ends in an error of ours
         logging.getLogger(name).setLevel(logging.CRITICAL)

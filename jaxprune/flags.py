@@ -43,7 +43,7 @@ def add_fields(group: Any, cls: Any, flag_of: Callable[[str], str | None] | None
         elif typing.get_origin(kind) is Literal:
             options["choices"] = typing.get_args(kind)
         else:
-            options |= {"type": {int: whole, float: real}.get(kind, kind)}
+            options |= {"type": {int: whole, float: real, str: named}.get(kind, kind)}
             options |= {"metavar": {int: "N", float: "X"}.get(kind, "NAME")}
         group.add_argument(f"--{name.replace('_', '-')}", **options)
 
@@ -82,6 +82,17 @@ def real(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{_brief(text)} is no finite number")
     return value
+
+
+def named(text: str) -> str:
+    """A name, which is not empty: `--out "$OUT"` without OUT is a mistake, and no wish for the default.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("nothing is given")
+    return text
 
 
 def _brief(text: str) -> str:

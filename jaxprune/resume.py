@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import secrets
 import stat
@@ -30,6 +31,7 @@ IDENTITY, LOCK, FINISHED, RESULT, MASKS = "run.json", "lock", "finished.json", "
 KIND = "journal"
 _NEW_MARKER = f"{MARKER}.new"
 _OTHER = {"out": Change.OTHER}
+log = logging.getLogger(__name__)
 
 
 class JournalMarker(Marker):
@@ -327,6 +329,8 @@ def _locked(folder: Path) -> Iterator[None]:
     with failing(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OccupiedError("it is no regular file, where the run keeps its lock", file=path, options=_OTHER)
         with failing(path):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -454,12 +458,12 @@ def _remove(journal: Journal) -> None:
         ownership.remove_sealed(masks(journal))
     ownership.remove_listed(folder, marker.files if marker else {})
     ownership.remove_empties(folder)
-    left = sorted(ownership.strange(folder, {MARKER, _NEW_MARKER, LOCK, FINISHED}))
     ownership.remove_listed(folder, {LOCK: Listed(size=0, sha256=hashlib.sha256().hexdigest())})
+    left = sorted(ownership.strange(folder, {MARKER, _NEW_MARKER, FINISHED}))
     for name in (_NEW_MARKER, MARKER, FINISHED):
         ownership.remove_own(folder / name)
     if not ownership.remove_empty(folder) and left:
-        print(f"left in {folder}, as jaxprune did not write it, or it has changed: {', '.join(left)}", file=sys.stderr)
+        log.warning("left in %s, as jaxprune did not write it, or it has changed: %s", folder, joined(left))
 
 
 def journal_folder(out: Path) -> Path:

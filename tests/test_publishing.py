@@ -22,7 +22,7 @@ from jaxprune.run import main
 from tests.convert.test_ownership import content, killed
 from tests.test_resume import failing
 
-IDENTITY = {"checkpoint": "c", "computation": "float32", "seed": 0, "calibration": {"windows": [4, 3]}}
+IDENTITY = {"schema": 2, "checkpoint": "c", "computation": "float32", "seed": 0, "calibration": {"windows": [4, 3]}}
 
 
 def save_plainly(folder: Path, arrays: Params) -> None:
@@ -152,7 +152,7 @@ def test_a_journals_name_that_is_taken_is_refused_at_the_start(what: str, tmp_pa
 @pytest.mark.parametrize("name", ["notes", "pruned/0/notes", "lock.txt"])
 @pytest.mark.parametrize("fails", [False, True])
 def test_files_that_appear_in_a_journal_stay(
-    name: str, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    name: str, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real = resume.finish
 
@@ -171,7 +171,7 @@ def test_files_that_appear_in_a_journal_stay(
             work(tmp_path / "out")
     assert (tmp_path / "out.unfinished" / name).read_text() == "mine"
     if not fails:
-        assert f"left in {tmp_path}/out.unfinished" in capsys.readouterr().err
+        assert f"left in {tmp_path}/out.unfinished" in caplog.text
         assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file() and "out/" not in str(p)] == [
             f"out.unfinished/{name}"
         ]
@@ -179,7 +179,7 @@ def test_files_that_appear_in_a_journal_stay(
 
 @pytest.mark.parametrize("damaged", ["pruned/0.json", "pruned/0/d/w.npy", "pruned/states.2/x"])
 def test_what_has_changed_in_a_journal_is_made_again_and_not_deleted(
-    damaged: str, stopped: Path, capsys: pytest.CaptureFixture
+    damaged: str, stopped: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = stopped.with_name("out.unfinished") / damaged
     file.write_bytes(file.read_bytes()[:-1] + b"!")
@@ -188,7 +188,7 @@ def test_what_has_changed_in_a_journal_is_made_again_and_not_deleted(
     assert (stopped / "model").read_text() == "new"
     left = [path for path in stopped.with_name("out.unfinished").rglob("*") if path.is_file()]
     assert changed in [path.read_bytes() for path in left]
-    assert "left in" in capsys.readouterr().err
+    assert "left in" in caplog.text
 
 
 @pytest.mark.usefixtures("plain")
@@ -242,7 +242,7 @@ def old_journal(folder: Path) -> None:
 
 
 def test_a_journal_of_version_0_1_0_is_finished(
-    stopped: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    stopped: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = stopped.with_name("out.unfinished")
     old_journal(folder)
@@ -252,10 +252,10 @@ def test_a_journal_of_version_0_1_0_is_finished(
         patch.setattr(journal_module, "save_tree", None)  # nothing is made again
         assert work(stopped) == "done"
     assert sorted(p.name for p in stopped.parent.iterdir()) == ["out"]
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""
 
 
-def test_what_is_not_ours_in_a_journal_of_version_0_1_0_stays(stopped: Path, capsys: pytest.CaptureFixture) -> None:
+def test_what_is_not_ours_in_a_journal_of_version_0_1_0_stays(stopped: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = stopped.with_name("out.unfinished")
     old_journal(folder)
     theirs = {"notes": b"mine", "result/model": b"half", "pruned/1/notes": b"mine", "lock.txt": b"x"}
@@ -264,7 +264,7 @@ def test_what_is_not_ours_in_a_journal_of_version_0_1_0_stays(stopped: Path, cap
         (folder / name).write_bytes(text)
     assert work(stopped) == "done"
     assert {name: data for name, data in content(folder).items() if data != "folder"} == theirs
-    assert "left in" in capsys.readouterr().err
+    assert "left in" in caplog.text
 
 
 @pytest.fixture

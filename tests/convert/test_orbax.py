@@ -52,6 +52,15 @@ def test_a_relative_folder_is_read_and_its_manifest_stays(
     assert not (tmp_path / "hf" / "params.json").exists()
 
 
+@pytest.mark.parametrize("name", ["a\\b", os.fsdecode(b"a\xffb")])
+def test_a_folder_whose_name_tensorstore_cannot_spell(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    assert main([str(checkpoint), str(folder), "--to", "orbax"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert main([str(folder), str(tmp_path / "back")]) == 0
+    assert same(tensors(checkpoint), tensors(tmp_path / "back"))
+
+
 def bomb(folder: Path) -> None:
     """A part that is all zeros, which take no room."""
     shutil.rmtree(folder / "params" / "norm")

@@ -19,7 +19,6 @@ def build(base: Path) -> None:
     import gguf
     import pyarrow
     import pyarrow.parquet
-    import torch
 
     from convert.__main__ import main as convert
     from jaxprune import Unstructured, problems
@@ -30,7 +29,6 @@ def build(base: Path) -> None:
     from tests import tiny
     from tests.convert.test_gguf import write
 
-    torch.set_num_threads(1)
     base.mkdir(parents=True)
     with contextlib.chdir(base), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
         config = tiny.config(num_hidden_layers=2)
@@ -64,7 +62,6 @@ def build(base: Path) -> None:
         )
         problems.save(Path("layer.safetensors"), layer)
         _interrupted([*line, "--out", "out"])
-        Path("out.unfinished/precious").write_text("in a folder of ours")
         mutations.odd_paths(Path("odd"))
 
 

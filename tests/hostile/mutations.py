@@ -157,6 +157,7 @@ ARGUMENTS = {
     "not-utf-8": os.fsdecode(b"out-\xff\xfe"),
     "surrogate": "out-\ud800",
     "nul": "out-\0",
+    "backslash": "out-\\x",
     "escape": "out-\x1b[2J\n",
     "commas": ",,",
     "colons": "3:0",

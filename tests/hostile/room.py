@@ -17,13 +17,15 @@ from tests.hostile.targets import TARGETS, Target, cases
 from tests.hostile.watchdog import Outcome
 
 PRELOAD = ("tests.hostile.room", "jaxprune.run", "jaxprune.evaluate", "jaxprune.solve", "jaxprune.verify")
-PRELOAD += ("convert.__main__", "transformers", "transformers.models.llama", "orbax.checkpoint.v1", "datasets")
+PRELOAD += ("convert.__main__", "transformers", "transformers.models.llama", "orbax.checkpoint", "datasets")
+PRELOAD += ("lm_eval.evaluator", "lm_eval.tasks")
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "DATASETS_VERBOSITY": "critical",
     "OMP_NUM_THREADS": "1",
     "COLUMNS": "200",
 }
@@ -163,7 +165,11 @@ class Room:
 
 
 def inventory(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Relative path -> what tells whether a file was replaced, written or made accessible to others."""
+    """Relative path -> what tells whether a file was replaced, written or made accessible to others.
+
+    The time of its last change is the system's own: unlike the time of the last write, nobody can put it back, so that
+    equal ones mean an equal content.
+    """
     found: dict[str, tuple[int, ...]] = {}
 
     def visit(path: str, prefix: str) -> None:
@@ -175,7 +181,7 @@ def inventory(folder: Path) -> dict[str, tuple[int, ...]]:
                     found[name] = (it.st_mode,)
                     visit(entry.path, f"{name}/")
                 else:
-                    found[name] = (it.st_mode, it.st_ino, it.st_size, it.st_mtime_ns)
+                    found[name] = (it.st_mode, it.st_ino, it.st_size, it.st_ctime_ns)
 
     visit(str(folder), "")
     return found
@@ -188,7 +194,7 @@ def judged(status: Any, said: str, may_deny: bool) -> Outcome:
     noise = [line for line in lines if not line.startswith(("error: ", "warning: ", NOTE))]
     if "Traceback (most recent call last)" in said:
         return Outcome("failed", said)
-    if noise and status != 0:
+    if noise:
         return Outcome("failed", f"noise: {noise[0][:500]}")
     if status == 0 and not errors or status == 1 and may_deny and not errors:
         return Outcome("succeeded" if status == 0 else "refused")

@@ -7,7 +7,7 @@ import io
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,15 +125,16 @@ def alone(case: str) -> bool:
     return any(edit.file in PROCESS_WIDE for edit in mutations.parse(case).edits)
 
 
-def singles(base: Path, names: Iterable[str]) -> Iterator[Case]:
+def singles(base: Path, name: str) -> Iterator[Case]:
     """Every case of one edit."""
-    for name in names:
-        target = TARGETS[name]
-        if name.endswith("-line"):
-            yield from (Case(name, (edit,)) for edit in _line_edits(target))
-            continue
-        for file in files(base, target):
-            yield from (Case(name, (edit,)) for edit in mutations.edits_of(base, file))
+    target = TARGETS[name]
+    edits = _line_edits(target) if name.endswith("-line") else _file_edits(base, target)
+    yield from (Case(name, (edit,)) for edit in edits)
+
+
+def _file_edits(base: Path, target: Target) -> Iterator[Edit]:
+    for file in files(base, target):
+        yield from mutations.edits_of(base, file)
 
 
 def files(base: Path, target: Target) -> list[str]:
@@ -161,28 +162,30 @@ def options(module: str) -> dict[str, str]:
 
 
 def cases(base: Path, names: Sequence[str], count: int, seed: int) -> list[str]:
-    """Distinct cases: each target undisturbed, then single edits, drawn from each target and from each of its files in
-    turn; when there are no more of them, two at a time.
+    """Distinct cases, as many of each target as of another: it undisturbed, then all single edits, of each of its files
+    in turn; when there are no more of them, two at a time.
     """
     chance = random.Random(seed)
-    drawn = {str(Case(name)): None for name in names}
-    turns = {}
-    for name in names:
-        by_file: dict[str, list[Case]] = {}
-        for case in singles(base, [name]):
-            by_file.setdefault(case.edits[0].file, []).append(case)
-        for several in by_file.values():
-            chance.shuffle(several)
-        turns[name] = [case for turn in itertools.zip_longest(*by_file.values()) for case in turn if case]
-    for turn in itertools.zip_longest(*turns.values()):
-        drawn |= {str(case): None for case in turn if case}
-        if len(drawn) >= count:
-            return list(drawn)[:count]
-    every = [case for turn in turns.values() for case in turn]
-    while every and len(drawn) < count:
-        first = chance.choice(every)
-        second = chance.choice(turns[first.target]).edits[0]
-        if not first.target.endswith("-line") and chance.random() < 0.5:
+    drawn: dict[str, None] = {}
+    turns = [_endless(base, name, chance) for name in names]
+    while turns and len(drawn) < count:
+        found = [next(turn, None) for turn in turns]
+        turns = [turn for turn, case in zip(turns, found, strict=True) if case]
+        drawn |= {str(case): None for case in found if case}
+    return list(drawn)[:count]
+
+
+def _endless(base: Path, name: str, chance: random.Random) -> Iterator[Case]:
+    yield Case(name)
+    by_file: dict[str, list[Case]] = {}
+    for case in singles(base, name):
+        by_file.setdefault(case.edits[0].file, []).append(case)
+    for several in by_file.values():
+        chance.shuffle(several)
+    every = [case for turn in itertools.zip_longest(*by_file.values()) for case in turn if case]
+    yield from every
+    while every:
+        (first,), (second,) = chance.choice(every).edits, chance.choice(every).edits
+        if not name.endswith("-line") and chance.random() < 0.5:
             second = Edit(second.file, chance.choice(list(mutations.RANDOM)), str(chance.randrange(10**9)))
-        drawn[str(Case(first.target, (*first.edits, second)))] = None
-    return list(drawn)
+        yield Case(name, (first, second))

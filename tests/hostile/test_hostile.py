@@ -81,6 +81,7 @@ def mistaken() -> dict[str, Target]:
         "good-command": command("warning: it is odd\nerror: no such file", 2),
         "silent": command("", 2),
         "chatty": command("Loading\nerror: no such file", 2),
+        "chatty-success": command("Loading", 0),
         "two-errors": command("error: this\nerror: that", 2),
         "long": command("error: " + "x" * 3000, 2),
         "terminal": command("error: \x1b[2J", 2),
