@@ -325,6 +325,7 @@ ALLOWED = {
     "convert/ownership.py": FORBIDDEN,
     "convert/renaming.py": FORBIDDEN,
     "convert/gguf.py": {"rmtree"},  # of a temporary folder
+    "convert/wheels.py": {"rmtree"},  # of a temporary folder
     "jaxprune/evaluation/tasks.py": {"rmtree"},  # of a temporary folder
 }
 

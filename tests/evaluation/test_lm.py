@@ -169,7 +169,7 @@ def test_the_jax_backend_needs_no_torch(checkpoint: Path, tmp_path: Path) -> Non
         [sys.executable, "-c", WITHOUT_TORCH, *map(str, [checkpoint, *options, "--overwrite", "--backend", "torch"])],
         capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 1 and "pip install 'jaxprune[torch]'" in done.stderr
+    assert done.returncode == 2 and "pip install 'jaxprune[torch]'" in done.stderr
 
 
 WITHOUT_LM_EVAL = """
@@ -182,7 +182,7 @@ sys.exit(main())
 
 def test_lm_eval_is_asked_for_where_it_is_missing() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT_LM_EVAL, "run"], capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("error: zero-shot tasks need lm-eval")
     assert "pip install 'jaxprune[eval]'" in done.stderr
 
