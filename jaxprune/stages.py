@@ -75,9 +75,8 @@ def measure(run: Run, layer: Layer) -> Layer:
     """One pass of the dense layer: the Gram matrices of its linears' inputs.
 
     Raises:
-        InputError: NaN or infinity in the layer's weights or activations.
+        InputError: NaN or infinity in the layer's activations; weights are looked at when they are read.
     """
-    _require_finite(layer.params, f"the weights of layer {layer.index}")
     weights = run.weights[layer.index].tokens if run.weights else {}
     sums: dict[int, tuple[dict[str, Array], dict[str, Array]]] = {}
 
@@ -108,12 +107,12 @@ def measure(run: Run, layer: Layer) -> Layer:
     grams, drifts = devices.everywhere(_together(list(sums.values()))) if devices.number() > 1 else sums[1]
     del sums
     grams = {tap: stats.symmetric(grams.pop(tap)) for tap in list(grams)}
-    _require_finite(
-        grams,
-        f"the activations of layer {layer.index}",
-        cause=", by odd calibration text or too narrow a dtype",
-        dtype="float32",
-    )
+    if bad := [tap for tap, good in devices.fetch(_finite(grams)).items() if not good]:
+        raise InputError(
+            f"the activations of layer {layer.index} hold NaN or infinity in {', '.join(sorted(bad))}, by odd "
+            "calibration text or too narrow a dtype",
+            options={"dtype": "float32"},
+        )
     return dataclasses.replace(layer, grams=grams, drifts=drifts)
 
 
@@ -227,11 +226,6 @@ def _together(sums: Sequence[tuple[dict[str, Array], dict[str, Array]]]) -> tupl
     """The sums over all devices and all batches."""
     whole = jax.tree.map(lambda total: total if total.ndim == 2 else jnp.sum(total, axis=0), sums)
     return jax.tree.map(lambda *totals: sum(totals[1:], totals[0]), *whole)
-
-
-def _require_finite(arrays: Mapping[str, Array], what: str, cause: str = "", **options: object) -> None:
-    if bad := [name for name, good in devices.fetch(_finite(dict(arrays))).items() if not good]:
-        raise InputError(f"{what} hold NaN or infinity in {', '.join(sorted(bad))}{cause}", options=options)
 
 
 @jax.jit
