@@ -303,6 +303,8 @@ def test_tokens_that_a_tokenizer_adds_are_a_warning(folder: Path, caplog: pytest
         ),
         ("tokenizer_config.json", "[]"),
         ("tokenizer_config.json", '{"tokenizer_class": 3}'),
+        ("tokenizer_config.json", '{"model_max_length": "1024"}'),
+        ("tokenizer_config.json", '{"model_input_names": 3}'),
         ("tokenizer_config.json", '{"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["evil.X", null]}}'),
         ("special_tokens_map.json", "\xff"),
     ],
