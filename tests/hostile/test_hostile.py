@@ -18,7 +18,7 @@ import pytest
 from convert import CheckpointError
 from tests import tiny
 from tests.convert.test_gguf import write
-from tests.hostile import answers, formats, mutations, room, targets, watchdog
+from tests.hostile import answers, json_edits, mutations, room, targets, watchdog
 from tests.hostile.mutations import Case, Edit
 from tests.hostile.targets import Target
 from tests.hostile.watchdog import Limits, Outcome
@@ -179,10 +179,10 @@ def test_a_case_is_what_it_prints() -> None:
 
 def test_json_is_changed_where_the_pointer_says() -> None:
     text = '{"a": {"b/c": [1, 2]}}'
-    assert list(formats.pointers(json.loads(text))) == ["/a", "/a/b~1c", "/a/b~1c/0", "/a/b~1c/1"]
-    assert json.loads(formats.change_json(text, "removed", "/a/b~1c/0")) == {"a": {"b/c": [2]}}
-    assert formats.change_json(text, "nan", "/a/b~1c/1") == '{"a": {"b/c": [1, NaN]}}'
-    assert formats.change_json(text, "twice", "/a/b~1c") == '{"a": {"b/c": [1, 2], "b/c": 0}}'
+    assert list(json_edits.pointers(json.loads(text))) == ["/a", "/a/b~1c", "/a/b~1c/0", "/a/b~1c/1"]
+    assert json.loads(json_edits.change_json(text, "removed", "/a/b~1c/0")) == {"a": {"b/c": [2]}}
+    assert json_edits.change_json(text, "nan", "/a/b~1c/1") == '{"a": {"b/c": [1, NaN]}}'
+    assert json_edits.change_json(text, "twice", "/a/b~1c") == '{"a": {"b/c": [1, 2], "b/c": 0}}'
 
 
 def hostile(base: Path, names: tuple[str, ...], count: int) -> Iterator[str]:
