@@ -187,13 +187,7 @@ def test_json_is_changed_where_the_pointer_says() -> None:
 
 def hostile(base: Path, names: tuple[str, ...], count: int) -> Iterator[str]:
     """What fails of so many cases, and how to repeat it."""
-    drawing = functools.partial(room.plan, base, names, count, 0)
-    (drawn,) = watchdog.watch([""], drawing, Limits(300, first=300, memory=8e9), workers=1)
-    assert drawn.outcome.status == "succeeded", drawn.outcome.detail
-    cases = drawn.outcome.detail.splitlines()
-    assert len(cases) == count
-    entering = functools.partial(room.enter, base)
-    for result in watchdog.watch(cases, entering, Limits(10, first=30), alone=targets.alone):
+    for result in room.attempt_all(base, names, count, 0, Limits(10, first=30)):
         if result.outcome.status == "failed":
             yield f"{result.outcome.detail}\nrepeat it: python scripts/hostile.py --repeat '{result.case}'"
 
