@@ -1,6 +1,5 @@
 """python -m convert SRC DST: any readable checkpoint into any writable format, one part at a time."""
 
-import os
 import sys
 from collections.abc import Sequence
 
@@ -29,7 +28,6 @@ def _main(argv: Sequence[str]) -> int:
     parser.add_argument("--to", default="hf", choices=writable, help="format of the target (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an unchanged earlier result")
     args = parser.parse_args(argv)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises to install torch, which is not needed
     place = destination(args.target, overwrite=args.overwrite)
     place.check()
     source = resolve(args.source)

@@ -119,7 +119,8 @@ def require_finite(path: str, array: Shaped[np.ndarray, "..."]) -> None:
     for start in range(0, bits.size, BLOCK):
         block = bits[start : start + BLOCK]
         if np.left_shift(block, 1, out=buffer[: block.size]).max() >= least:
-            wide = np.asarray(array, np.float64)
+            with np.errstate(invalid="ignore"):  # as for NaN of the signalling kind
+                wide = np.asarray(array, np.float64)
             place = np.argwhere(~np.isfinite(wide))[0]
             raise DamagedError(
                 "it holds a number that is not finite",

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import os
 import re
 import sys
 import traceback
@@ -37,6 +38,7 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
     for stream in (sys.stdout, sys.stderr):  # a file's name need not be text
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    _quiet_libraries()
     try:
         with shown_warnings():
             return command(sys.argv[1:] if argv is None else argv) or 0
@@ -98,6 +100,15 @@ def shown_warnings() -> Iterator[None]:
         for logger in loggers:
             logger.removeHandler(handler)
             logger.propagate = True
+
+
+def _quiet_libraries() -> None:
+    """Keeps the advice, progress bars and logs of other libraries out of our own output."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+    for name in ("absl", "huggingface_hub", "lm_eval"):  # what goes wrong in them ends in an error of ours
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _remedy(name: str, value: Any) -> str:

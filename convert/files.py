@@ -21,11 +21,13 @@ def expand(path: str | Path) -> Path:
         raise CheckpointError("a path is empty")
     try:
         found = Path(path).expanduser()
-        os.fsencode(found)
+        impossible = b"\0" in os.fsencode(found)
     except RuntimeError:
         raise CheckpointError("no home folder is known for its ~", file=path, wanted="a path without ~") from None
     except UnicodeEncodeError:
-        raise CheckpointError("no file can have such a name", file=path) from None
+        impossible = True
+    if impossible:
+        raise CheckpointError("no file can have such a name", file=path)
     return found
 
 

@@ -2,7 +2,6 @@
 
 import ctypes
 import logging
-import os
 import platform
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +27,6 @@ console = Console(highlight=False, soft_wrap=True, markup=False)
 
 def run_main(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> int:
     """Runs a command line; returns the exit status, see `convert.command`."""
-    _quiet_libraries()
     keep_memory()
     before = signal.signal(signal.SIGTERM, _terminate)
 
@@ -145,12 +143,3 @@ def print_table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> No
     for row in rows:
         table.add_row(*row)
     console.print(table)
-
-
-def _quiet_libraries() -> None:
-    """Keeps other libraries' advice and progress bars out of our own output."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
-    for name in ("absl", "huggingface_hub", "lm_eval"):  # what goes wrong in them ends in an error of ours
-        logging.getLogger(name).setLevel(logging.CRITICAL)

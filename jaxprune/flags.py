@@ -3,6 +3,7 @@
 import argparse
 import ast
 import dataclasses
+import functools
 import inspect
 import math
 import textwrap
@@ -112,6 +113,7 @@ def require_at_least(options: Any, least: int, *names: str) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
 
 
+@functools.cache
 def field_docs(cls: type) -> dict[str, str]:
     """Field name -> the docstring under it, inherited fields included."""
     docs = {}

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.hostile import mutations, room, targets, watchdog  # noqa: E402
 from tests.hostile.watchdog import Limits, Result  # noqa: E402
 
-OPENING, WHOLE, BUILDING = Limits(10, first=30), Limits(30, first=60), Limits(600, first=600, memory=8e9)
+OPENING, WHOLE = Limits(10, first=30), Limits(30, first=60)
 
 
 @dataclasses.dataclass
@@ -91,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(KeyboardInterrupt):
             for names, count, limits in ((opening, args.cases, OPENING), (whole, args.runs, WHOLE)):
                 if names and count:
-                    for result in progress(attempt(base, names, count, args.seed, limits, args.workers), count):
+                    results = room.attempt_all(base, names, count, args.seed, limits, args.workers)
+                    for result in progress(results, count):
                         tallies[mutations.parse(result.case).target].add(result)
         table = summary(tallies, time.monotonic() - start)
     print(table)
@@ -100,25 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any(tally.failures for tally in tallies.values()))
 
 
-def attempt(
-    base: Path, names: Sequence[str], count: int, seed: int, limits: Limits, workers: int = 2
-) -> Iterator[Result]:
-    """The results of so many cases of some targets."""
-    cases = draw(base, names, count, seed)
-    yield from watchdog.watch(cases, functools.partial(room.enter, base), limits, workers=workers, alone=targets.alone)
-
-
-def draw(base: Path, names: Sequence[str], count: int, seed: int) -> list[str]:
-    """So many cases; the files that they start from are made where they are not there."""
-    (drawn,) = watchdog.watch([""], functools.partial(room.plan, base, names, count, seed), BUILDING, workers=1)
-    if drawn.outcome.status != "succeeded":
-        raise RuntimeError(f"the files could not be made: {drawn.outcome.detail}")
-    return drawn.outcome.detail.splitlines()
-
-
 def repeat(base: Path, case: str) -> int:
     """Tries one case, and prints everything about it."""
-    draw(base, [], 0, 0)
+    room.draw(base, [], 0, 0)
     name, edits = mutations.parse(case)
     known = targets.files(base, targets.TARGETS[name])
     if not name.endswith("-line") and (unknown := [edit.file for edit in edits if edit.file not in known]):

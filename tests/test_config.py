@@ -215,6 +215,7 @@ def test_impossible_values_are_one_error(line: str, message: str) -> None:
         "--ckpt x --dtype int8",
         "--ckpt x --method wanda --rho 1",
         "--ckpt x --preset better",
+        "--ckpt x --out=",
         "--ckpt x --seed a",
         "--ckpt x --seed 99999999999",
         "--ckpt x --nsamples 1000000000000",

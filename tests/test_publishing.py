@@ -130,6 +130,15 @@ def test_somebody_elses_file_in_a_journal_is_refused_at_the_start_and_kept(name:
     assert sorted(p.name for p in stopped.parent.iterdir()) == ["out"]
 
 
+def test_a_lock_that_is_no_file_is_refused_and_kept(stopped: Path) -> None:
+    lock = stopped.with_name("out.unfinished") / "lock"
+    lock.unlink()
+    os.mkfifo(lock)
+    with pytest.raises(OccupiedError, match="lock: it is no regular file"):
+        work(stopped)
+    assert lock.is_fifo() and not stopped.exists()
+
+
 @pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize("what", ["file", "link", "folder with a file", "dangling link"])
 def test_a_journals_name_that_is_taken_is_refused_at_the_start(what: str, tmp_path: Path) -> None:

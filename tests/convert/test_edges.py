@@ -303,6 +303,8 @@ def test_tokens_that_a_tokenizer_adds_are_a_warning(folder: Path, caplog: pytest
         ),
         ("tokenizer_config.json", "[]"),
         ("tokenizer_config.json", '{"tokenizer_class": 3}'),
+        ("tokenizer_config.json", '{"model_max_length": "1024"}'),
+        ("tokenizer_config.json", '{"model_input_names": 3}'),
         ("tokenizer_config.json", '{"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["evil.X", null]}}'),
         ("special_tokens_map.json", "\xff"),
     ],
@@ -346,7 +348,7 @@ def test_generation_settings_are_checked(text: str, folder: Path, capsys: pytest
     [
         ("", "the name is empty"),
         ("x" * 5000, "File name too long"),
-        ("a\0b", "null byte"),
+        ("a\0b", "no file can have such a name"),
         ("~nobody-here/model", "no home folder"),
         ("owner--x/na..me", "no name that a hub repository can have"),
         ("ow ner/name", "no checkpoint 'ow ner/name'"),

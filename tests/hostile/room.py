@@ -1,5 +1,6 @@
 """A working folder in which cases are tried, one after another, and put back in order after each."""
 
+import functools
 import importlib
 import os
 import re
@@ -7,14 +8,14 @@ import shutil
 import stat
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.hostile import answers, files, mutations
 from tests.hostile.mutations import Case
-from tests.hostile.targets import TARGETS, Target, cases
-from tests.hostile.watchdog import Outcome
+from tests.hostile.targets import TARGETS, Target, alone, cases
+from tests.hostile.watchdog import Limits, Outcome, Result, watch
 
 PRELOAD = ("tests.hostile.room", "jaxprune.run", "jaxprune.evaluate", "jaxprune.solve", "jaxprune.verify")
 PRELOAD += ("convert.__main__", "transformers", "transformers.models.llama", "orbax.checkpoint", "datasets")
@@ -33,6 +34,7 @@ ENVIRONMENT = {
 NOTE = "what is finished is kept in "
 """Begins the one line beside warnings that may stand before or after an error."""
 LONGEST = 2000 + len("error: ")
+_BUILDING = Limits(600, first=600, memory=8e9)
 
 
 class Room:
@@ -223,7 +225,23 @@ def enter(base: Path, folder: Path) -> Callable[[str], Outcome]:
     return work
 
 
-def plan(base: Path, names: Sequence[str], count: int, seed: int, folder: Path) -> Callable[[str], Outcome]:
+def attempt_all(
+    base: Path, names: Sequence[str], count: int, seed: int, limits: Limits, workers: int = 2
+) -> Iterator[Result]:
+    """The results of so many cases of some targets."""
+    drawn = draw(base, names, count, seed)
+    yield from watch(drawn, functools.partial(enter, base), limits, workers=workers, alone=alone)
+
+
+def draw(base: Path, names: Sequence[str], count: int, seed: int) -> list[str]:
+    """So many cases; the files that they start from are made where they are not there."""
+    (drawn,) = watch([""], functools.partial(_plan, base, names, count, seed), _BUILDING, workers=1)
+    if drawn.outcome.status != "succeeded":
+        raise RuntimeError(f"the files could not be made: {drawn.outcome.detail}")
+    return drawn.outcome.detail.splitlines()
+
+
+def _plan(base: Path, names: Sequence[str], count: int, seed: int, folder: Path) -> Callable[[str], Outcome]:
     """A worker that builds what is not there, and draws cases; it keeps the heavy libraries out of the caller."""
 
     _share_compilations(base)

@@ -18,7 +18,7 @@ import pytest
 from convert import CheckpointError
 from tests import tiny
 from tests.convert.test_gguf import write
-from tests.hostile import answers, formats, mutations, room, targets, watchdog
+from tests.hostile import answers, json_edits, mutations, room, targets, watchdog
 from tests.hostile.mutations import Case, Edit
 from tests.hostile.targets import Target
 from tests.hostile.watchdog import Limits, Outcome
@@ -55,7 +55,7 @@ def misbehave(folder: Path) -> Callable[[str], Outcome]:
 
 def test_the_watchdog_ends_what_hangs_grows_or_dies() -> None:
     names = ["fine", "hangs", "grows", "dies", "panics", "fine too"]
-    limits = Limits(seconds=3, first=3, memory=9e8)
+    limits = Limits(seconds=1.5, first=1.5, memory=9e8)
     found = {result.case: result.outcome for result in watchdog.watch(names, misbehave, limits)}
     assert found.keys() == set(names)
     assert [found[name].status for name in names] == ["succeeded", *["failed"] * 4, "succeeded"]
@@ -179,21 +179,15 @@ def test_a_case_is_what_it_prints() -> None:
 
 def test_json_is_changed_where_the_pointer_says() -> None:
     text = '{"a": {"b/c": [1, 2]}}'
-    assert list(formats.pointers(json.loads(text))) == ["/a", "/a/b~1c", "/a/b~1c/0", "/a/b~1c/1"]
-    assert json.loads(formats.change_json(text, "removed", "/a/b~1c/0")) == {"a": {"b/c": [2]}}
-    assert formats.change_json(text, "nan", "/a/b~1c/1") == '{"a": {"b/c": [1, NaN]}}'
-    assert formats.change_json(text, "twice", "/a/b~1c") == '{"a": {"b/c": [1, 2], "b/c": 0}}'
+    assert list(json_edits.pointers(json.loads(text))) == ["/a", "/a/b~1c", "/a/b~1c/0", "/a/b~1c/1"]
+    assert json.loads(json_edits.change_json(text, "removed", "/a/b~1c/0")) == {"a": {"b/c": [2]}}
+    assert json_edits.change_json(text, "nan", "/a/b~1c/1") == '{"a": {"b/c": [1, NaN]}}'
+    assert json_edits.change_json(text, "twice", "/a/b~1c") == '{"a": {"b/c": [1, 2], "b/c": 0}}'
 
 
 def hostile(base: Path, names: tuple[str, ...], count: int) -> Iterator[str]:
     """What fails of so many cases, and how to repeat it."""
-    drawing = functools.partial(room.plan, base, names, count, 0)
-    (drawn,) = watchdog.watch([""], drawing, Limits(300, first=300, memory=8e9), workers=1)
-    assert drawn.outcome.status == "succeeded", drawn.outcome.detail
-    cases = drawn.outcome.detail.splitlines()
-    assert len(cases) == count
-    entering = functools.partial(room.enter, base)
-    for result in watchdog.watch(cases, entering, Limits(10, first=30), alone=targets.alone):
+    for result in room.attempt_all(base, names, count, 0, Limits(10, first=30)):
         if result.outcome.status == "failed":
             yield f"{result.outcome.detail}\nrepeat it: python scripts/hostile.py --repeat '{result.case}'"
 
