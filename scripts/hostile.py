@@ -63,7 +63,7 @@ def family(result: Result) -> str:
 
 def raised(detail: str) -> str:
     """The line that names the last exception; of other failures, the first line."""
-    found = re.findall(r"^(?!WARNING|INFO|ERROR)[A-Za-z_][\w.]*(?:: .*)?$", detail, re.MULTILINE)
+    found = re.findall(r"^(?!WARNING|INFO|ERROR|error|warning)[A-Za-z_][\w.]*(?:: .*)?$", detail, re.MULTILINE)
     return (found[-1] if found and "Traceback" in detail else detail.partition("\n")[0])[:200]
 
 
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         table = summary(tallies, time.monotonic() - start)
     print(table)
     if args.failures:
-        args.failures.write_text(table + "\n")
+        args.failures.write_text(table + "\n" + details(tallies))
     return int(any(tally.failures for tally in tallies.values()))
 
 
@@ -155,6 +155,12 @@ def summary(tallies: dict[str, Tally], seconds: float) -> str:
         lines.append(f"- {kind}: {len(results)} cases; {json.dumps(raised(shortest.outcome.detail))}")
         lines.append(f"  `python scripts/hostile.py --repeat '{shortest.case}'`")
     return "\n".join(lines)
+
+
+def details(tallies: dict[str, Tally]) -> str:
+    """All that is known of the first failure of each kind of each target; some depend on what was tried before."""
+    firsts = [results[0] for tally in tallies.values() for results in tally.failures.values()]
+    return "".join(f"\n## {one.case}\n\n```\n{one.outcome.detail[-5000:]}\n```\n" for one in firsts)
 
 
 if __name__ == "__main__":
