@@ -206,7 +206,7 @@ def make(what: str, path: Path) -> None:
 
 
 def seen(path: Path) -> Any:
-    return os.readlink(path) if path.is_symlink() else path.read_text() if path.is_file() else contents(path)
+    return os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else contents(path)
 
 
 def leapt(worlds: Worlds, name: str, which: str, years: float) -> list[str] | None:

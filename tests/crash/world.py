@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import stat
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,6 +146,7 @@ class Worlds:
     def __init__(self, folder: Path) -> None:
         self._folder, self._numbers = folder, itertools.count()
         self._references: dict[str, Reference] = {}
+        self._making = threading.RLock()
         (folder / "logs").mkdir(parents=True)
         models, work = folder / "template/models", folder / "template/work"
         tiny.save(models / "tiny", tiny.config(num_hidden_layers=2, hidden_size=16, intermediate_size=24))
@@ -164,10 +166,11 @@ class Worlds:
         if line.before is None:
             return world
         earlier = self._folder / f"before-{name}"
-        if not earlier.exists():
-            status = world.start(line, argv=world.argv(line, line.before)).wait()
-            assert status == 0, "the earlier result was not made"
-            world.folder.rename(earlier)
+        with self._making:
+            if not earlier.exists():
+                status = world.start(line, argv=world.argv(line, line.before)).wait()
+                assert status == 0, "the earlier result was not made"
+                world.folder.rename(earlier)
         return self._copy(earlier)
 
     def _copy(self, template: Path) -> World:
@@ -177,16 +180,21 @@ class Worlds:
 
     def reference(self, name: str) -> Reference:
         """What a command line does undisturbed."""
-        if name not in self._references:
-            world, operations = self.new(name), []
-            command = world.start(LINES[name], lambda operation: operations.append(operation))
-            assert command.wait() == 0, command.printed()
-            masks = digest(world.masks) if world.masks.exists() else None
-            self._references[name] = Reference(timeless(contents(world.out)), masks, operations)
-            faults = world.unfinished(*self._references[name][:2])
-            assert not faults, faults
-            shutil.rmtree(world.folder)
+        with self._making:
+            if name not in self._references:
+                self._references[name] = self._undisturbed(name)
         return self._references[name]
+
+    def _undisturbed(self, name: str) -> Reference:
+        world, operations = self.new(name), []
+        command = world.start(LINES[name], operations.append)
+        assert command.wait() == 0, command.printed()
+        masks = digest(world.masks) if world.masks.exists() else None
+        found = Reference(timeless(contents(world.out)), masks, operations)
+        faults = world.unfinished(*found[:2])
+        assert not faults, faults
+        shutil.rmtree(world.folder)
+        return found
 
 
 def snapshot(folder: Path, skip: set[Path]) -> dict[str, tuple]:
