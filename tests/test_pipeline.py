@@ -214,7 +214,7 @@ def test_bad_input_is_known_before_the_first_layer(checkpoint: Path) -> None:
     reader = open_checkpoint(checkpoint)
     for tokens, pattern, message in (
         (windows() + 300, Unstructured(0.5), "outside the vocabulary, found 555, wanted 0 to 299"),
-        (windows() - 200, Unstructured(0.5), "outside the vocabulary, found 555, wanted 0 to 299"),
+        (windows() - 200, Unstructured(0.5), "outside the vocabulary, found -"),
         (windows(1, 2000), Unstructured(0.5), "longer than the model's 1024"),
         (windows(), NM(5, 7), "divisible by 7"),
     ):
