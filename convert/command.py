@@ -107,8 +107,26 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
-    for name in ("absl", "huggingface_hub", "lm_eval"):  # what goes wrong in them ends in an error of ours
+    # What goes wrong in them ends in an error of ours; asyncio tells of Orbax's tasks beside the one that failed first.
+    for name in ("absl", "asyncio", "huggingface_hub", "lm_eval"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    if not isinstance(sys.unraisablehook, _Unraisable):
+        sys.unraisablehook = _Unraisable(sys.unraisablehook)
+
+
+class _Unraisable:
+    """A hook that passes over what tensorstore's threads say when Orbax's event loop is closed after a failed read.
+
+    Args:
+        before: the hook for everything else.
+    """
+
+    def __init__(self, before: Callable[[Any], object]) -> None:
+        self._before = before
+
+    def __call__(self, found: Any) -> None:
+        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+            self._before(found)
 
 
 def _remedy(name: str, value: Any) -> str:

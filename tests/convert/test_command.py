@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,3 +23,16 @@ def test_a_warning_is_one_line_whatever_handlers_libraries_install(capsys: pytes
             assert capsys.readouterr().err == "warning: x is odd; \\x1b[2J\n"
     finally:
         logging.getLogger().removeHandler(other)
+
+
+def test_what_orbax_leaves_behind_is_passed_over_and_nothing_else(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed_on = []
+    monkeypatch.setattr(sys, "unraisablehook", passed_on.append)
+    for _ in range(2):
+        assert run(lambda argv: 0, []) == 0
+    others = [SimpleNamespace(exc_value=error) for error in (RuntimeError("x"), ValueError("Event loop is closed"))]
+    for found in [SimpleNamespace(exc_value=RuntimeError("Event loop is closed")), *others]:
+        sys.unraisablehook(found)  # type: ignore[arg-type]
+    assert passed_on == others and capsys.readouterr().err == ""

@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -131,7 +132,17 @@ def apply(root: Path, edit: Edit) -> None:
             changed = RANDOM[edit.kind](content, random.Random(f"{edit.file} {edit.place}"))
         else:
             changed = format_of(path).apply(content, edit.kind, edit.place)
-    except (ValueError, LookupError, TypeError, AttributeError, struct.error, RecursionError):
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OSError,
+        EOFError,
+        struct.error,
+        zlib.error,
+    ):
         return
     path.unlink()  # never through a link to the original
     path.write_bytes(changed)
