@@ -249,7 +249,7 @@ def goes_on(world: World, name: str, reference: Reference, *, tidy: bool = True)
 def said(command: Command, status: int, wanted: int, begin: str) -> list[str]:
     """What is wrong with how a command ended: with this exit status and one line."""
     printed = command.printed()
-    lines = [line for line in printed.splitlines() if line.startswith(("error: ", "stopped"))]
-    if status == wanted and len(lines) == 1 and lines[0].startswith(begin) and "Traceback" not in printed:
+    ends = re.findall(r"error: |stopped$", printed, re.MULTILINE)  # a progress bar may stand before it on the line
+    if status == wanted and ends == [begin] and "Traceback" not in printed:
         return []
     return [f"exit status {status}, printed: {printed[-1500:]}"]
