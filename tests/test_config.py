@@ -167,7 +167,10 @@ def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
         ("--ckpt x --method exact --steps 0", "steps must be at least 1"),
         ("--ckpt x --spread 1", "spread must be at least 0 and below 1"),
         ("--ckpt x --sensitivity-windows 0", "--sensitivity-windows must be at least 1"),
-        ("--ckpt x --token-power 1 --sensitivity-windows 4", "tokens can be weighed only by the gradients of all windows"),
+        (
+            "--ckpt x --token-power 1 --sensitivity-windows 4",
+            "tokens can be weighed only by the gradients of all windows",
+        ),
         ("--ckpt x --token-power -1", "token_power must be finite and not negative"),
         ("--ckpt x --pattern 2:4 --spread 0.1", "2:4 is the same for every linear: leave --spread out"),
         ("--ckpt x --preset fast --pattern per-output --spread 0.1", "compare within each output only: leave --spread"),
