@@ -11,6 +11,7 @@ from pydantic import Field
 
 from convert.errors import CheckpointError, DamagedError
 from convert.files import leads_outside, read_bytes, require_inside, require_regular
+from convert.ownership import failing
 from convert.schema import Schema, check, decode
 
 log = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ def copy_assets(source: Path, target: Path) -> None:
     A link to a file outside the checkpoint is not followed, and a warning says so.
 
     Raises:
-        CheckpointError: a file is no regular one, or tokenizer.json is damaged.
+        CheckpointError: a file is no regular one, tokenizer.json is damaged, or nothing can be written.
     """
     for path in _others(source):
         if any(path.match(pattern) for pattern in NOT_COPIED):
@@ -164,7 +165,8 @@ def copy_assets(source: Path, target: Path) -> None:
         if path.name == "tokenizer.json":
             decode(read_bytes(path, TOKENIZER_BYTES), file=path)
         # Files in a hub cache are links to blobs; copyfile copies what they point to, with this user's mode.
-        shutil.copyfile(path, target / path.name)
+        with failing(target / path.name):
+            shutil.copyfile(path, target / path.name)
 
 
 def has_tokenizer(assets: Path) -> bool:

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     _quiet_libraries()
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         with shown_warnings():
             return command(sys.argv[1:] if argv is None else argv) or 0
@@ -56,6 +58,13 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
             file=sys.stderr,
         )
         return DEFECT
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def terminate(*_: object) -> NoReturn:
+    """A signal's handler that stops a command as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def worded(error: UserError) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from convert.command import run
+from convert.command import run, terminate
 from convert.errors import CheckpointError
 from convert.wheels import require_cache
 from jaxprune import devices
@@ -28,16 +28,12 @@ console = Console(highlight=False, soft_wrap=True, markup=False)
 def run_main(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> int:
     """Runs a command line; returns the exit status, see `convert.command`."""
     keep_memory()
-    before = signal.signal(signal.SIGTERM, _terminate)
 
     def prepared(argv: Sequence[str]) -> int | None:
         keep_compilations()
         return command(argv)
 
-    try:
-        return run(prepared, argv)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return run(prepared, argv)
 
 
 def keep_memory(*, large: bool = False) -> None:
@@ -57,10 +53,6 @@ def keep_memory(*, large: bool = False) -> None:
             libc.mallopt(parameter, value)
         if large:
             libc.mallopt(M_MMAP_MAX, 0)
-
-
-def _terminate(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def keep_compilations() -> None:
@@ -109,7 +101,7 @@ def choose_device(device: str, count: int | None = None, join: Join | None = Non
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
     if join:
         devices.join(*join)
-        signal.signal(signal.SIGTERM, _terminate)  # JAX has put a handler of its own there, which only takes note
+        signal.signal(signal.SIGTERM, terminate)  # JAX has put a handler of its own there, which only takes note
         console.quiet = not devices.is_first()
     try:
         jax.devices()
