@@ -99,6 +99,6 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == (0, "2\n")
         said = done.stderr.splitlines()
         assert len(said) == (name != "good")
-        assert all(line.startswith("compiled programs are not kept: the cache folder") for line in said)
+        assert all(line.startswith("warning: compiled programs are not kept: the cache folder") for line in said)
     assert list((tmp_path / "good").iterdir())
     assert (tmp_path / "file").read_text() == ""

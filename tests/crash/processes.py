@@ -12,6 +12,7 @@ from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from typing import Any
 
+from jaxprune import journal
 from tests.crash.operations import Answer, install, supervise
 
 PRELOADED = ["jaxprune.run", "convert.__main__", "orbax.checkpoint.experimental.v1", "datasets", "torch", "lm_eval"]
@@ -97,6 +98,7 @@ def _run(
     send_handle(connection, listener, parent)
     os.close(listener)
     connection.recv()
+    journal.PATIENCE = 0  # states are kept at every opportunity, whatever the machine's speed
     status = main(argv)
     sys.stdout.flush()
     sys.stderr.flush()
