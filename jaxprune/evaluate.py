@@ -50,9 +50,9 @@ def evaluate(config: Config, names: Sequence[str]) -> dict[str, Quality]:
         InputError, CheckpointError: something cannot be used.
     """
     place = ownership.destination(config.out, "out", overwrite=config.overwrite)
+    place.check()
     if schema.run_of(place.path):
         raise place.occupied("it is a run's folder, whose record would be replaced")
-    place.check()
     scratch = config.scratch_folder(config.out)
     names = list(dict.fromkeys([*([config.against] if config.against else []), *names]))
     if len(short := {_file_name(name) for name in names}) < len(names):
