@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+from convert.errors import UserError
 from jaxprune import InputError
 from jaxprune.recipe import parse
 from tests import rows as task_rows
@@ -223,5 +224,5 @@ def test_bad_input_of_the_driver_is_one_error(checkpoint: Path, tmp_path: Path) 
 
 
 def test_the_parser_of_rows_takes_recipes_only() -> None:
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="--ckpt"):
         parse(["--ckpt", "x"])
