@@ -17,8 +17,8 @@ import numpy as np
 
 from convert import Params, Reader, Spec, parts, schema
 from convert.checked import ChangedError, CheckedReader, Signature
-from jaxprune.errors import Change, InputError
-from jaxprune.journal import WEIGHTS, Journal
+from jaxprune.errors import Change
+from jaxprune.journal import WEIGHTS, AnotherRunError, Journal
 from jaxprune.models import Model
 
 SCHEMA = 2
@@ -45,7 +45,7 @@ class KnownWeights:
         journal: of the run; it keeps what becomes known.
 
     Raises:
-        InputError: a tensor has changed since the run met it.
+        AnotherRunError: a tensor has changed since the run met it.
         DamagedError: the journal's notes of them are damaged.
     """
 
@@ -67,7 +67,7 @@ class KnownWeights:
         return Weights(files=self._signature, digests=new).model_dump() if new else None
 
     def require_unchanged(self) -> None:
-        """Raises InputError where a tensor has changed since this process met it."""
+        """Raises AnotherRunError where a tensor has changed since this process met it."""
         self._require(self._signature, "it changed while the run went on")
 
     def _require(self, signature: Signature, what: str) -> None:
@@ -75,7 +75,7 @@ class KnownWeights:
             self._reader.require_unchanged(signature)
         except ChangedError as error:
             where = f"{error.file}, from which layers were pruned already"
-            raise InputError(
+            raise AnotherRunError(
                 f"{what}: give the checkpoint as it was in {where}",
                 file=self._journal.folder,
                 entry=error.entry,

@@ -26,6 +26,7 @@ from convert.ownership import Listed, failing
 from convert.schema import Schema
 from jaxprune import devices
 from jaxprune.console import console
+from jaxprune.errors import InputError
 from jaxprune.hidden import HiddenStates
 
 SENSITIVITY, PRUNED, TUNING, TUNED = "sensitivity", "pruned", "tuning", "tuned"
@@ -35,6 +36,10 @@ WEIGHTS = "weights"
 PATIENCE = 20
 """Hidden states are kept when the work since the last time took so many times longer than keeping them."""
 _BYTES_PER_SECOND = 5e8  # assumed of a disk until it has been seen
+
+
+class AnotherRunError(InputError):
+    """What a journal keeps was made from something else than what there is now."""
 
 
 class Entry(NamedTuple):

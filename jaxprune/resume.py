@@ -25,7 +25,7 @@ from convert.ownership import MARKER, Destination, Listed, Marker, failing
 from convert.schema import Schema, decode
 from jaxprune import adoption, devices
 from jaxprune.errors import InputError
-from jaxprune.journal import Journal
+from jaxprune.journal import AnotherRunError, Journal
 
 IDENTITY, LOCK, FINISHED, RESULT, MASKS = "run.json", "lock", "finished.json", "result", "masks"
 KIND = "journal"
@@ -233,9 +233,9 @@ def open_journal(
         try:
             with contextlib.closing(Journal(folder, folder / _work(token))) as journal:
                 yield journal
-        except BaseException:
+        except BaseException as error:
             if devices.is_first():
-                _leave(folder)
+                _leave(folder, aloud=not isinstance(error, AnotherRunError))
             raise
 
 
@@ -472,7 +472,7 @@ def journal_folder(out: Path) -> Path:
 
 
 def _require_same(folder: Path, identity: Mapping[str, Any], of_version_1: Callable[[], Mapping[str, Any]]) -> None:
-    """Raises InputError where a journal is another run's, and says what differs."""
+    """Raises AnotherRunError where a journal is another run's, and says what differs."""
     written = decode(read_bytes(folder / IDENTITY), file=folder / IDENTITY)
     found = _flat(written)
     wanted = _flat(json.loads(json.dumps(identity if "schema" in written else of_version_1())))
@@ -482,7 +482,7 @@ def _require_same(folder: Path, identity: Mapping[str, Any], of_version_1: Calla
         if found.get(name) != wanted.get(name)
     ]
     if differences:
-        raise InputError(
+        raise AnotherRunError(
             f"it was left by another run, whose options were others: {joined(differences)}; give them again, or remove "
             "the folder",
             file=folder,

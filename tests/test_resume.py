@@ -214,7 +214,7 @@ def test_another_run_is_refused(
         "pattern.sparsity: 0.7 then, 0.6 now": ["--sparsity", "0.6"],
         "seed: 0 then, 1 now": ["--seed", "1"],
         "calibration.sha256: ": ["--seed", "1"],
-        "checkpoint: ": ["--ckpt", str(tmp_path / "other")],
+        "layers.4.mlp.up_proj.kernel: before this run was stopped": ["--ckpt", str(tmp_path / "other")],
         "method.options.damping: 0.1 then, 0.2 now": ["--damping", "0.2"],
     }
     for difference, change in changes.items():
@@ -238,7 +238,7 @@ def test_there_must_be_something_to_resume(
     assert "another process is working on" in capsys.readouterr().err
     (journal / "run.json").write_text("{")
     assert main(argv) == 2
-    assert "run.json is damaged" in capsys.readouterr().err
+    assert "run.json: it is not valid JSON" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -269,7 +269,8 @@ def test_a_signal_stops_a_run_cleanly(
     said = capsys.readouterr().err
     assert "the same command goes on from there" in said and said.endswith("stopped\n")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.unfinished"]
-    assert sorted(p.name for p in (tmp_path / "out.unfinished").iterdir()) == [MARKER, "lock", "pruned", "run.json"]
+    kept = [MARKER, "lock", "pruned", "run.json", "weights"]
+    assert sorted(p.name for p in (tmp_path / "out.unfinished").iterdir()) == kept
     assert main(argv) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["masks", "out"]
 
