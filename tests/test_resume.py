@@ -1,5 +1,6 @@
 """Runs that are killed, in processes of their own, and go on."""
 
+import fcntl
 import hashlib
 import importlib
 import json
@@ -14,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -233,7 +233,8 @@ def test_there_must_be_something_to_resume(
     assert main([*argv[:-1], str(tmp_path / "elsewhere"), "--resume"]) == 2
     assert "nothing to go on with" in capsys.readouterr().err
     assert not (tmp_path / "elsewhere.unfinished").exists()
-    with filelock.FileLock(journal / "lock"):
+    with (journal / "lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(argv) == 2
     assert "another process is working on" in capsys.readouterr().err
     (journal / "run.json").write_text("{")
