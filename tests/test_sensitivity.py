@@ -99,7 +99,7 @@ def test_gradients_that_overflow_are_an_error(checkpoint: Path, tmp_path: Path) 
     for file in checkpoint.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors["lm_head.weight"][0, 0] = np.nan
+    tensors["lm_head.weight"][:] = 3e38
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match="NaN or infinity"):
         measure_sensitivity(open_checkpoint(tmp_path), windows())
