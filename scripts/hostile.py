@@ -118,7 +118,9 @@ def progress(results: Iterator[Result], count: int) -> Iterator[Result]:
     """The same results, with a line that says how far it is."""
     start, failed, said = time.monotonic(), 0, 0.0
     for number, result in enumerate(results, 1):
-        failed += result.outcome.status == "failed"
+        if result.outcome.status == "failed":
+            failed += 1
+            print(f"failed: {result.case}: {raised(result.outcome.detail)}", file=sys.stderr, flush=True)
         now = time.monotonic()
         if now - said > (0.5 if sys.stderr.isatty() else 60):
             said, rate = now, number / (now - start)
