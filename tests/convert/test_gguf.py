@@ -207,12 +207,12 @@ def test_what_a_header_declares_is_held_against_the_files_size(options: dict, me
 
 
 def test_arrays_cost_nothing_until_they_are_asked_for(tmp_path: Path) -> None:
-    path = file(tmp_path / "x.gguf", [strings("x", 500_000)], data=4_000_000)
+    path = file(tmp_path / "x.gguf", [strings("x", 100_000)], data=800_000)
     tracemalloc.start()
     header = Header(path)
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
-    assert header.get("x") == [""] * 500_000
+    assert header.get("x") == [""] * 100_000
     numbers = Header(file(tmp_path / "y.gguf", [field("y", 9, struct.pack("<IQ3f", 6, 3, 1, 2, 3))]))
     assert numbers.get("y") == [1.0, 2.0, 3.0] and numbers.get("z") is None
 
