@@ -17,7 +17,7 @@ from convert.errors import NoRoomError
 from convert.files import open_regular
 from jaxprune.errors import InputError
 
-DOCUMENT_BYTES = 2**28
+DOCUMENT_BYTES = 2**27
 """The most that a document, a line or a file that is read whole may hold."""
 UNPACKED_BYTES = 2**34
 """The most that a file may hold once it is unpacked."""
