@@ -120,7 +120,7 @@ def progress(results: Iterator[Result], count: int) -> Iterator[Result]:
     for number, result in enumerate(results, 1):
         if result.outcome.status == "failed":
             failed += 1
-            print(f"failed: {result.case}: {raised(result.outcome.detail)}", file=sys.stderr, flush=True)
+            print(f"failed: {result.case[:300]}: {raised(result.outcome.detail)}", file=sys.stderr, flush=True)
         now = time.monotonic()
         if now - said > (0.5 if sys.stderr.isatty() else 60):
             said, rate = now, number / (now - start)

@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import struct
+import tokenize
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -140,7 +141,9 @@ def apply(root: Path, edit: Edit) -> None:
         RecursionError,
         OSError,
         EOFError,
+        SyntaxError,
         struct.error,
+        tokenize.TokenError,
         zlib.error,
     ):
         return
