@@ -96,8 +96,8 @@ def of_run(reader: Reader, model: Model, asked: Mapping[str, Any], seed: int) ->
     """
     return {
         "schema": SCHEMA,
-        "checkpoint": {"headers": _headers(reader.spec)},
-        "model": plain(dataclasses.asdict(model.config)),
+        "checkpoint": {"headers": hashlib.sha256(_headers(reader.spec)).hexdigest()},
+        "model": _plain(dataclasses.asdict(model.config)),
         "seed": seed,
         **asked,
     }
@@ -112,26 +112,24 @@ def of_version_1(reader: Reader, model: Model, asked: Mapping[str, Any], seed: i
     grouped = parts(reader.spec)
     layers = [part for part in grouped if part.startswith("layers.")]
     content = reader.read([path for part in {layers[0], layers[-1], "norm"} & grouped.keys() for path in grouped[part]])
-    shapes = {path: [list(t.shape), t.dtype.name] for path, t in sorted(reader.spec.items())}
-    checkpoint = hashlib.sha256((json.dumps(shapes) + _digest(content)).encode()).hexdigest()
+    checkpoint = hashlib.sha256(_headers(reader.spec) + _digest(content).encode()).hexdigest()
     return {"checkpoint": checkpoint, "computation": np.dtype(model.config.dtype).name, "seed": seed, **asked}
 
 
-def plain(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     """A value as JSON knows it; sorted items as an object."""
     if isinstance(value, Mapping):
-        return {name: plain(one) for name, one in value.items()}
+        return {name: _plain(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
         if value and all(isinstance(one, tuple) and len(one) == 2 and isinstance(one[0], str) for one in value):
-            return plain(dict(value))
-        return [plain(one) for one in value]
+            return _plain(dict(value))
+        return [_plain(one) for one in value]
     return value if isinstance(value, bool | int | float | str | None) else str(np.dtype(value))
 
 
-def _headers(spec: Spec) -> str:
-    """A digest of all names, shapes and dtypes."""
-    shapes = {path: [list(t.shape), t.dtype.name] for path, t in sorted(spec.items())}
-    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+def _headers(spec: Spec) -> bytes:
+    """All names, shapes and dtypes, to be digested."""
+    return json.dumps({path: [list(t.shape), t.dtype.name] for path, t in sorted(spec.items())}).encode()
 
 
 def _digest(arrays: Params) -> str:
