@@ -136,13 +136,20 @@ def check_files(assets: Path) -> None:
     """Looks at the files besides the weights that libraries open by name, so that none of them makes them wait.
 
     Raises:
-        CheckpointError: one is no regular file, or settings of the tokenizer or of generation cannot be used.
+        CheckpointError: one is no regular file or too large, or settings of the tokenizer or of generation cannot be
+            used.
     """
     for path in _others(assets):
-        if path.name != "config.json":
-            require_regular(path)
+        if path.name == "config.json":
+            continue
+        size = require_regular(path).st_size
+        named = path.name in SETTINGS | VOCABULARIES or path.suffix in (".model", ".tiktoken", ".jinja")
+        if named and size > TOKENIZER_BYTES:
+            raise CheckpointError("it is too large", file=path, found=size, wanted=f"at most {TOKENIZER_BYTES} bytes")
         if path.name in SETTINGS:
-            decode(read_bytes(path, TOKENIZER_BYTES), file=path)
+            settings = decode(read_bytes(path, TOKENIZER_BYTES), file=path)
+            if path.name == "tokenizer_config.json":
+                check(TokenizerConfig, settings, file=path)
         if path.name == "generation_config.json":
             check(GenerationConfig, decode(read_bytes(path, CONFIG_BYTES), file=path), file=path)
 
@@ -185,8 +192,7 @@ def load_tokenizer(assets: Path) -> Any:
             "ids in a .npy file"
         )
     size = read_config(assets)["vocab_size"]
-    for path in _others(assets):
-        _check_tokenizer_file(path)
+    check_files(assets)
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
@@ -210,18 +216,6 @@ def load_tokenizer(assets: Path) -> Any:
     if most >= size:  # many fine-tuned models have a padding token that no text holds
         log.warning("%s: the tokenizer adds tokens up to id %d; the model knows %d", assets, most, size)
     return tokenizer
-
-
-def _check_tokenizer_file(path: Path) -> None:
-    """Checks a file that transformers may open: regular, not too large, its settings JSON of bounded depth."""
-    size = require_regular(path).st_size
-    named = path.name in SETTINGS | VOCABULARIES or path.suffix in (".model", ".tiktoken", ".jinja")
-    if named and size > TOKENIZER_BYTES:
-        raise CheckpointError("it is too large", file=path, found=size, wanted=f"at most {TOKENIZER_BYTES} bytes")
-    if path.name in SETTINGS:
-        settings = decode(read_bytes(path, TOKENIZER_BYTES), file=path)
-        if path.name == "tokenizer_config.json":
-            check(TokenizerConfig, settings, file=path)
 
 
 def _others(folder: Path) -> Iterator[Path]:

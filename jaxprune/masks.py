@@ -8,9 +8,8 @@ bits of its mask [out, in] (1 = kept), packed along the inputs, eight a byte, th
 The header's metadata holds the shapes [out, in] as JSON.
 """
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +24,7 @@ from convert import Reader, open_checkpoint, schema
 from convert.errors import DamagedError
 from convert.files import expand, require_regular
 from convert.hf import hf_name
-from convert.ownership import UNSEALED, Destination, destination, seal, staged
+from convert.ownership import UNSEALED, seal
 from convert.shards import TensorFile
 from jaxprune.errors import InputError
 
@@ -181,21 +180,6 @@ class MaskWriter:
         """
         self._file.finish()
         seal(self._path)
-
-
-@contextlib.contextmanager
-def create_masks(
-    place: str | Path | Destination, shapes: Mapping[tuple[int, str], tuple[int, ...]]
-) -> Iterator[MaskWriter]:
-    """A mask file that appears at its place only when it is complete.
-
-    Raises:
-        CheckpointError: there is something that is not replaced, or it cannot be written.
-    """
-    with staged(destination(place, folder=False)) as path:
-        writer = MaskWriter(path, shapes)
-        yield writer
-        writer.finish()
 
 
 @jax.jit

@@ -18,7 +18,7 @@ from jaxprune.calibration import evaluation_windows
 from jaxprune.config import parse
 from jaxprune.evaluate import parse as parse_evaluate
 from jaxprune.evaluation.text import perplexity
-from jaxprune.masks import create_masks
+from jaxprune.masks import MaskWriter
 from jaxprune.models import model_for
 from jaxprune.solve import parse as parse_solve
 from tests.convert.test_hf import same, tensors
@@ -47,8 +47,9 @@ def run_example(number: int, checkpoint: Path, folder: Path) -> list[str]:
 @pytest.mark.parametrize("number", range(1, len(blocks("python"))))
 def test_python_examples_run(number: int, checkpoint: Path, tmp_path: Path) -> None:
     if "masks.safetensors" in blocks("python")[number]:
-        with create_masks(tmp_path / "masks.safetensors", {(0, "mlp.up_proj"): (12, 20)}) as masks:
-            masks.write(0, {"mlp.up_proj": np.zeros((20, 2), np.uint8)})
+        masks = MaskWriter(tmp_path / "masks.safetensors", {(0, "mlp.up_proj"): (12, 20)})
+        masks.write(0, {"mlp.up_proj": np.zeros((20, 2), np.uint8)})
+        masks.finish()
     assert len(run_example(number, checkpoint, tmp_path)) == 1
 
 
