@@ -1,0 +1,172 @@
+"""The same commands by another revision and by this one: is what they make the same, byte for byte?
+
+    python scripts/unchanged.py REVISION --ckpt smollm2-135m --layers 3
+
+A checkpoint of the first layers of another one is pruned in many ways by both, each in processes of its own. Compared
+are the SHA-256 of all weights and masks, and the numbers of the records: errors and zeros of every linear, and what was
+evaluated. Both have to run on one machine, for bytes differ between processors. The exit status is 1 where any differs.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CKPT = "checkpoint"
+WINDOWS = "--calib wikipedia --nsamples 8 --seqlen 128"
+TEXT = "--eval ppl --eval-text wikipedia --eval-seqlen 256 --eval-windows 4"
+CASES = {
+    "admm 50 %": f"--ckpt {CKPT} --method admm --sparsity 0.5",
+    "alps 50 %": f"--ckpt {CKPT} --method alps --sparsity 0.5",
+    "sparsegpt 50 %": f"--ckpt {CKPT} --method sparsegpt --sparsity 0.5",
+    "wanda 50 %": f"--ckpt {CKPT} --method wanda --sparsity 0.5 --save-masks masks",
+    "admm 2:4": f"--ckpt {CKPT} --method admm --pattern 2:4",
+    "crossed, with a finish": f"--ckpt {CKPT} --mask wanda --update exact --finish-steps 5 --asymmetry 0.3",
+    "fast 70 %": f"--ckpt {CKPT} --preset fast --sparsity 0.7",
+    "best 70 %": f"--ckpt {CKPT} --preset best --sparsity 0.7",
+    "tokens weighed": f"--ckpt {CKPT} --sparsity 0.6 --token-power 0.5 --weigh-outputs",
+    "bfloat16": f"--ckpt {CKPT} --sparsity 0.5 --dtype bfloat16",
+    "hidden states on a disk": f"--ckpt {CKPT} --preset fast --sparsity 0.7 --hidden disk",
+    "a GGUF": "--ckpt {gguf} --sparsity 0.5",
+    "an Orbax": "--ckpt orbax --sparsity 0.5",
+    "a sharded HF": "--ckpt sharded --sparsity 0.5",
+    "masks from a file": f"--ckpt {CKPT} --mask from-file:masks --update admm",
+    "masks from a checkpoint": f"--ckpt {CKPT} --mask from-checkpoint:wanda-50 --update exact",
+    "resumed after a kill": f"--ckpt {CKPT} --preset best --sparsity 0.7",
+    "8 CPU devices": f"--ckpt {CKPT} --sparsity 0.5 --devices 8",
+}
+"""What is made -> its command line; the output's folder has the name."""
+
+
+def shortened(source: str, layers: int, folder: Path) -> None:
+    """Writes a checkpoint's first layers as one file, as several, and by Orbax."""
+    from convert import create_checkpoint, open_checkpoint, parts
+
+    reader = open_checkpoint(source)
+    kept = [path for path in reader.spec if not path.startswith("layers.") or int(path.split(".")[1]) < layers]
+    spec = {path: reader.spec[path] for path in kept}
+    with tempfile.TemporaryDirectory() as assets:
+        for file in reader.assets.iterdir():
+            if file.suffix in (".json", ".txt", ".model") and "index" not in file.name:
+                (Path(assets) / file.name).write_bytes(file.read_bytes())
+        config = json.loads((reader.assets / "config.json").read_text())
+        (Path(assets) / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+        for name, to in {CKPT: "hf", "orbax": "orbax"}.items():
+            with create_checkpoint(folder / name, spec, Path(assets), to=to) as writer:
+                for paths in parts(spec).values():
+                    writer.write(reader.read(paths))
+    _shard(folder)
+
+
+def _shard(folder: Path) -> None:
+    """Two files and an index of the one file's tensors."""
+    import ml_dtypes  # noqa: F401  teaches numpy bfloat16
+    from safetensors.numpy import load_file, save_file
+
+    target = folder / "sharded"
+    target.mkdir()
+    for file in (folder / CKPT).iterdir():
+        if file.suffix in (".json", ".txt", ".model") and not file.name.startswith("."):
+            (target / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(folder / CKPT / "model.safetensors")
+    names = sorted(tensors)
+    files = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, own in files.items():
+        save_file({name: tensors[name] for name in own}, target / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, own in files.items() for name in own}}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def run(tree: Path, folder: Path, line: list[str], wait: Callable[[], bool] | None = None) -> float:
+    """Runs a command line of a tree; kills it as soon as what `wait` waits for is there. Returns its seconds.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    start = time.perf_counter()
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    with (folder / "log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jaxprune.run", *line], cwd=folder, env=environment, stdout=log, stderr=log
+        )
+        while wait and process.poll() is None:
+            if wait():
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.01)
+        status = process.wait()
+    if status and not (wait and status == -signal.SIGKILL):
+        raise RuntimeError(f"{' '.join(line)} ended with {status}:\n{(folder / 'log').read_text()[-2000:]}")
+    return time.perf_counter() - start
+
+
+def made(tree: Path, folder: Path, name: str, line: str) -> dict[str, Any]:
+    """What a case makes: digests of files, numbers of the record, and the seconds it took."""
+    out = "-".join(name.replace("%", "").replace(":", "of").replace(",", "").split())
+    words = [*line.split(), *WINDOWS.split(), *TEXT.split(), "--out", out]
+    spent = 0.0
+    if "kill" in name:
+        kept = folder / f"{out}.unfinished" / "pruned"
+        spent += run(tree, folder, words, lambda: len(list(kept.glob("*.json"))) > 1)
+        if not (folder / f"{out}.unfinished").exists():
+            raise RuntimeError(f"{name}: the run was over before it could be killed")
+    spent += run(tree, folder, words)
+    files = sorted(folder.joinpath(out).rglob("*.safetensors"))
+    if "--save-masks" in words:
+        files.append(folder / words[words.index("--save-masks") + 1])
+    record = json.loads((folder / out / "jaxprune.json").read_text())
+    return {
+        "files": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
+        "linears": [layer["linears"] for layer in record["layers"]],
+        "sparsity": record["sparsity"],
+        "evaluation": {which: one["texts"] for which, one in record["evaluation"].items()},
+        "seconds": spent,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("revision", help="of git, with which this tree is compared")
+    parser.add_argument("--ckpt", default="smollm2-135m", help="whose first layers are taken (default: %(default)s)")
+    parser.add_argument("--gguf", default="smollm2-135m", help="a GGUF, as it is (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=3, help="so many (default: %(default)s)")
+    parser.add_argument("--only", default="", help="cases with this in their name")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="jaxprune-unchanged-") as name:
+        base, same = Path(name), True
+        git = ["git", "-C", ROOT, "worktree"]
+        subprocess.run([*git, "add", "-q", "--detach", base / "tree", args.revision], check=True)
+        try:
+            trees = {"then": base / "tree", "now": ROOT}
+            for which in trees:
+                (base / which).mkdir()
+            shortened(args.ckpt, args.layers, base / "then")
+            for checkpoint in (CKPT, "orbax", "sharded"):
+                subprocess.run(["cp", "-a", base / "then" / checkpoint, base / "now" / checkpoint], check=True)
+            print("| | weights | numbers | seconds then | now |\n|---|---|---|---|---|")
+            for case, line in CASES.items():
+                if args.only in case:
+                    line = line.replace("{gguf}", args.gguf)
+                    then, now = (made(tree, base / which, case, line) for which, tree in trees.items())
+                    files = then["files"] == now["files"]
+                    numbers = all(then[key] == now[key] for key in ("linears", "sparsity", "evaluation"))
+                    same &= files and numbers
+                    words = ["the same" if equal else "OTHERS" for equal in (files, numbers)]
+                    seconds = f"{then['seconds']:.1f} | {now['seconds']:.1f}"
+                    print(f"| {case} | {words[0]} | {words[1]} | {seconds} |", flush=True)
+        finally:
+            subprocess.run([*git, "remove", "--force", base / "tree"], check=True)
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
