@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -116,6 +117,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+    # Of a damaged pytree Orbax leaves work undone beside the error.
+    warnings.filterwarnings("ignore", r"coroutine '\w*TypeHandler\.\w+' was never awaited", RuntimeWarning)
     # What goes wrong in them ends in an error of ours; asyncio tells of Orbax's tasks beside the one that failed first.
     for name in ("absl", "asyncio", "huggingface_hub", "lm_eval"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -52,11 +52,16 @@ class UserError(ValueError):
         super().__init__(problem)
 
     def __str__(self) -> str:
-        place = ": ".join(str(part) for part in (self.file, self.entry) if part not in (None, ""))
+        entry = self.entry if len(self.entry) <= 200 else f"{self.entry[:180]}… ({len(self.entry)} characters)"
+        place = ": ".join(str(part) for part in (self.file, entry) if part not in (None, ""))
         text = f"{place}: {self.problem}" if place else self.problem
         if self.found is not MISSING:
             text += f", found {_brief(self.found)}"
         return text + f", wanted {self.wanted}" * bool(self.wanted)
+
+
+class InputError(UserError):
+    """An option, a text or a number that cannot be used."""
 
 
 class CheckpointError(UserError):

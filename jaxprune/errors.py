@@ -1,8 +1,6 @@
-"""The error of values: options, text, numbers, machines. Errors of files are `convert.CheckpointError`."""
+"""Errors that a user can mend: of values here, of files in `convert.errors`. They carry fields, and name no flags."""
 
 from convert.errors import Change as Change
-from convert.errors import UserError
-
-
-class InputError(UserError):
-    """An option, a text or a number that cannot be used."""
+from convert.errors import CheckpointError as CheckpointError
+from convert.errors import InputError as InputError
+from convert.errors import UserError as UserError

@@ -10,15 +10,17 @@ import pydantic
 
 from convert.command import ArgumentParser
 from convert.schema import refused
-from jaxprune import masks, methods, patterns, schema
+from jaxprune import methods
+from jaxprune.commands.flags import add_fields, make
 from jaxprune.errors import InputError
-from jaxprune.flags import add_fields, make
 from jaxprune.methods import Method
-from jaxprune.methods._combine import Crossed, Finished
+from jaxprune.methods.combine import Crossed, Finished
 from jaxprune.methods.exact import Exact
-from jaxprune.patterns import NM, Pattern, Unstructured
-from jaxprune.sensitivity import Importance
-from jaxprune.tuning import Tuning
+from jaxprune.pruning.distillation import Tuning
+from jaxprune.pruning.sensitivity import Importance
+from jaxprune.reporting import schema
+from jaxprune.sparsity import masks, patterns
+from jaxprune.sparsity.patterns import NM, Pattern, Unstructured
 
 _FAST = {"weigh_outputs": True, "spread": 0.3, "sensitivity_windows": 8, "tune_epochs": 0.3125}
 PRESETS: Mapping[str, Mapping[str, Any]] = {"fast": _FAST, "best": {**_FAST, "tune_epochs": 2.0}}

@@ -35,14 +35,14 @@ from sizes import SIZES, model
 from tables import markdown
 
 from convert.ownership import destination, staged, write_text
-from jaxprune import programs
-from jaxprune.console import keep_memory
+from jaxprune.commands.terminal import keep_memory
 from jaxprune.methods.admm import ADMM
-from jaxprune.patterns import Unstructured
-from jaxprune.programs import Flops, Program, Shape
+from jaxprune.methods.gram import gram
+from jaxprune.planning import programs
+from jaxprune.planning.programs import Flops, Program, Shape
 from jaxprune.recipe import PRESETS
-from jaxprune.record import hardware
-from jaxprune.stats import gram
+from jaxprune.reporting.record import hardware
+from jaxprune.sparsity.patterns import Unstructured
 
 METHOD, PATTERN = ADMM(), Unstructured(0.5)
 

@@ -18,9 +18,9 @@ from jaxprune.evaluation.lm import StreamedLM
 from jaxprune.evaluation.packing import Request, group, pack
 from jaxprune.evaluation.tasks import ZERO_SHOT, Tasks, summarize
 from jaxprune.evaluation.torch_lm import hflm
-from jaxprune.hidden import tokens_per_batch
 from jaxprune.models import model_for
-from jaxprune.record import hardware
+from jaxprune.reporting.record import hardware
+from jaxprune.streaming.hidden_states import tokens_per_batch
 
 
 class Counting(StreamedLM):

@@ -1,4 +1,4 @@
-"""What it brings that freed memory is kept (`jaxprune.console.keep_memory`): a tuning step with and without it.
+"""What it brings that freed memory is kept (`terminal.keep_memory`): a tuning step with and without it.
 
     python scripts/bench_keep_memory.py --ckpt smollm2-135m
 
@@ -21,11 +21,11 @@ from tables import markdown
 
 from convert import open_checkpoint
 from jaxprune import Unstructured, prune
-from jaxprune.console import keep_compilations, keep_memory
+from jaxprune.commands.terminal import keep_compilations, keep_memory
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.models import model_for
-from jaxprune.record import hardware
-from jaxprune.tuning import Tuning, tune
+from jaxprune.pruning.distillation import Tuning, tune
+from jaxprune.reporting.record import hardware
 
 
 class Found(NamedTuple):

@@ -13,8 +13,8 @@ import time
 import jax
 
 from jaxprune.methods.admm import ADMM
-from jaxprune.patterns import Unstructured
-from jaxprune.stats import gram, relative_error
+from jaxprune.methods.gram import gram, relative_error
+from jaxprune.sparsity.patterns import Unstructured
 
 PRESETS = {
     "smollm2-135m": [(576, 576), (576, 192), (576, 1536), (1536, 576)],

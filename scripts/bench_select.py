@@ -10,7 +10,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from jaxprune.patterns import Scores, Unstructured
+from jaxprune.sparsity.patterns import Scores, Unstructured
 
 SHAPES = [(576, 1536), (1536, 576), (4096, 4096)]
 

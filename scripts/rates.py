@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.linalg import matmul
-from jaxprune.programs import Flops
+from jaxprune.methods.linalg import matmul
+from jaxprune.planning.programs import Flops
 
 SQUARE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
 """Size of the products that the matrix rate is measured with."""

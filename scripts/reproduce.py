@@ -32,24 +32,26 @@ from tables import write
 from convert import CheckpointError, Reader, create_checkpoint, open_checkpoint
 from convert.assets import load_tokenizer
 from convert.ownership import destination, staged, write_text
-from jaxprune import InputError, calibration, problems, report, schema
+from jaxprune import InputError, calibration
 from jaxprune import recipe as recipes
-from jaxprune.config import Config
-from jaxprune.console import keep_compilations, keep_memory
+from jaxprune.commands.config import Config
+from jaxprune.commands.prune import calibration_windows
+from jaxprune.commands.solve import only, solve
+from jaxprune.commands.terminal import keep_compilations, keep_memory
 from jaxprune.evaluation.quality import Evaluator, Quality
 from jaxprune.evaluation.tasks import ZERO_SHOT
 from jaxprune.evaluation.text import mean_loss_perplexity, perplexity
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.models import model_for
-from jaxprune.oneshot import prune_by_recipe
-from jaxprune.patterns import Unstructured
-from jaxprune.pipeline import other_params
+from jaxprune.pruning import snapshot as problems
+from jaxprune.pruning.one_shot import prune_by_recipe
+from jaxprune.pruning.pipeline import other_params
+from jaxprune.pruning.results import LayerResult
 from jaxprune.recipe import Recipe
-from jaxprune.record import Record, environment, hardware
-from jaxprune.results import LayerResult
-from jaxprune.run import calibration_windows
-from jaxprune.solve import only, solve
-from jaxprune.stream import embed, forward, inside_layer
+from jaxprune.reporting import report, schema
+from jaxprune.reporting.record import Record, environment, hardware
+from jaxprune.sparsity.patterns import Unstructured
+from jaxprune.streaming.stream import embed, forward, inside_layer
 
 SMALL = {"nsamples": 16, "seqlen": 512, "eval_seqlen": 512, "eval_windows": 16, "pack": True, "limit": 500}
 """What --small changes: minutes on two cores with a model of 135M weights."""

@@ -1,4 +1,4 @@
-"""Saves what pruning one layer starts from, its Gram matrices and kernels, for `python -m jaxprune.solve`.
+"""Saves what pruning one layer starts from, its Gram matrices and kernels, for `jaxprune solve`.
 
     python scripts/save_layer.py --layer 5 --file layer5.safetensors --ckpt smollm2-135m --nsamples 32 --seqlen 512
 
@@ -13,11 +13,12 @@ from pathlib import Path
 from convert import open_checkpoint
 from convert.command import ArgumentParser
 from convert.ownership import destination
-from jaxprune import InputError, problems
-from jaxprune.config import parse
-from jaxprune.console import run_main
-from jaxprune.flags import whole
-from jaxprune.run import calibration_windows
+from jaxprune import InputError
+from jaxprune.commands.config import parse
+from jaxprune.commands.flags import whole
+from jaxprune.commands.prune import calibration_windows
+from jaxprune.commands.terminal import run_main
+from jaxprune.pruning import snapshot as problems
 
 
 def main(argv: Sequence[str]) -> None:

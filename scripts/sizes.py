@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import DTypeLike
 
 from jaxprune.models import Model, build
-from jaxprune.models._rope import Rope
 from jaxprune.models.llama import Config
+from jaxprune.models.rope import Rope
 
 
 class Size(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import pictures
 from experiments import Experiment, pattern_name
 
-from jaxprune.figures import short
+from jaxprune.reporting.figures import short
 
 PHASES = ("gram", "solve", "forward", "sensitivity", "tune")
 Results = Sequence[tuple[Any, dict[str, Any]]]

@@ -22,11 +22,12 @@ from sizes import SIZES, write_checkpoint
 from tables import markdown
 
 from convert import Reader, open_checkpoint
-from jaxprune import calibration, programs
-from jaxprune.console import keep_memory
+from jaxprune import calibration
+from jaxprune.commands.terminal import keep_memory
 from jaxprune.methods.admm import ADMM
 from jaxprune.models import model_for, stored_dtype
-from jaxprune.patterns import Unstructured
+from jaxprune.planning import programs
+from jaxprune.sparsity.patterns import Unstructured
 
 SPARSITY = 0.5
 METHOD = ADMM(schedule="constant")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from convert import open_checkpoint
-from jaxprune.allocation import allocate, share_zeros
 from jaxprune.models import model_for
-from jaxprune.pipeline import linear_shapes
-from jaxprune.sensitivity import measure_sensitivity
+from jaxprune.pruning.allocation import allocate, share_zeros
+from jaxprune.pruning.pipeline import linear_shapes
+from jaxprune.pruning.sensitivity import measure_sensitivity
 from tests.test_sensitivity import INPUTS, windows
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxprune.methods.admm import ADMM
-from jaxprune.patterns import Unstructured
+from jaxprune.sparsity.patterns import Unstructured
 from tests import oracles
 from tests.optional import needs_torch, torch
 

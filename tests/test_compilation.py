@@ -11,8 +11,8 @@ import pytest
 
 from convert import open_checkpoint
 from jaxprune import recipe as recipes
-from jaxprune.console import keep_compilations
-from jaxprune.timing import jit_versus_eager, table
+from jaxprune.commands.terminal import keep_compilations
+from jaxprune.planning.timing import jit_versus_eager, table
 from tests.test_pipeline import windows
 
 COUNTED = """

@@ -7,21 +7,21 @@ import pytest
 
 from convert.errors import UserError
 from jaxprune import methods
-from jaxprune.config import Config, parse
+from jaxprune.commands.config import Config, parse
+from jaxprune.commands.flags import field_docs
+from jaxprune.commands.prune import main
 from jaxprune.errors import InputError
-from jaxprune.flags import field_docs
 from jaxprune.methods import Method
-from jaxprune.methods._combine import Crossed, Finished
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.alps import ALPS
+from jaxprune.methods.combine import Crossed, Finished
 from jaxprune.methods.exact import Exact
 from jaxprune.methods.gradient import Gradient
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.sparsegpt import SparseGPT
 from jaxprune.methods.wanda import Wanda
-from jaxprune.patterns import NM, Unstructured
 from jaxprune.recipe import PRESETS, Flags, Importance, Recipe, Tuning, WholeModel
-from jaxprune.run import main
+from jaxprune.sparsity.patterns import NM, Unstructured
 
 
 def test_defaults_are_the_papers() -> None:

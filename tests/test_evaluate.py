@@ -11,11 +11,11 @@ from transformers import AutoTokenizer
 
 from convert import create_checkpoint, open_checkpoint
 from jaxprune.calibration import evaluation_windows
-from jaxprune.config import parse as parse_run
-from jaxprune.evaluate import Config, main, parse
+from jaxprune.commands.config import parse as parse_run
+from jaxprune.commands.evaluate import Config, main, parse
+from jaxprune.commands.prune import run
 from jaxprune.evaluation.tasks import ZERO_SHOT
 from jaxprune.evaluation.text import perplexity
-from jaxprune.run import run
 from tests import rows, tiny
 from tests.optional import needs_torch
 
@@ -41,7 +41,7 @@ def test_several_checkpoints_are_measured_against_the_dense_one(
         writer.write(reader.read(reader.spec))
     flags = ["--against", checkpoint, "--eval-text", text, "--eval-seqlen", 32, "--eval-windows", 5]
     flags += ["--tasks", "openbookqa,boolq,arc_easy", "--tasks-data", data, "--limit", 2, "--out", tmp_path / "out"]
-    command = [sys.executable, "-m", "jaxprune.evaluate", pruned, tmp_path / "orbax", *flags]
+    command = [sys.executable, "-m", "jaxprune", "evaluate", pruned, tmp_path / "orbax", *flags]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

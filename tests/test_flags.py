@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from jaxprune.flags import real, whole
+from jaxprune.commands.flags import real, whole
 
 
 @pytest.mark.parametrize(("text", "value"), [("0", 0), ("-7", -7), ("2147483647", 2**31 - 1)])

@@ -12,10 +12,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxprune import InputError, hidden, preflight
+from jaxprune import InputError
+from jaxprune.commands.prune import main
 from jaxprune.errors import Change
-from jaxprune.hidden import HiddenStates
-from jaxprune.run import main
+from jaxprune.planning import preflight
+from jaxprune.streaming import hidden_states as hidden
+from jaxprune.streaming.hidden_states import HiddenStates
 from tests.test_preflight import need_of
 
 

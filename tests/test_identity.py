@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxprune import stages
-from jaxprune.run import main
+from jaxprune.commands.prune import main
+from jaxprune.pruning import stages
 from tests import tiny
 from tests.test_resume import failing
 

@@ -7,9 +7,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxprune import journal as journal_module
-from jaxprune.hidden import HiddenStates
-from jaxprune.journal import Journal
+from jaxprune.pruning import journal as journal_module
+from jaxprune.pruning.journal import Journal
+from jaxprune.streaming.hidden_states import HiddenStates
 
 
 def biggest(folder: Path) -> Path:

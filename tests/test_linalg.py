@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.linalg import inverse
+from jaxprune.methods.linalg import inverse
 from tests import oracles
 
 

@@ -13,12 +13,12 @@ from safetensors.numpy import load_file, save_file
 from convert import CheckpointError, create_checkpoint, open_checkpoint
 from convert.errors import DamagedError, UserError
 from jaxprune import InputError, Unstructured, other_params, prune
-from jaxprune.masks import FORMAT, MaskWriter, from_checkpoint, from_file, is_stored, pack, stored, unpack
 from jaxprune.methods.exact import Exact
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.wanda import Wanda
 from jaxprune.models import model_for
-from jaxprune.pipeline import linear_shapes
+from jaxprune.pruning.pipeline import linear_shapes
+from jaxprune.sparsity.masks import FORMAT, MaskWriter, from_checkpoint, from_file, is_stored, pack, stored, unpack
 from tests import tiny
 
 

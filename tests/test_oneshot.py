@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import jaxprune.oneshot
+import jaxprune.pruning.one_shot
 from convert import open_checkpoint
 from jaxprune import InputError, LayerResult, Unstructured, prune
-from jaxprune.allocation import allocate
-from jaxprune.journal import Journal
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.wanda import Wanda
-from jaxprune.oneshot import prune_by_recipe
+from jaxprune.pruning.allocation import allocate
+from jaxprune.pruning.distillation import tune
+from jaxprune.pruning.journal import Journal
+from jaxprune.pruning.one_shot import prune_by_recipe
+from jaxprune.pruning.sensitivity import Importance, Weights, measure_sensitivity, weights
 from jaxprune.recipe import parse
-from jaxprune.sensitivity import Importance, Weights, measure_sensitivity, weights
-from jaxprune.tuning import tune
 from tests.test_journal import biggest, damage
 from tests.test_pipeline import windows
 

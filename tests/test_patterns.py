@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxprune.errors import InputError
-from jaxprune.patterns import NM, Unstructured, parse
+from jaxprune.sparsity.patterns import NM, Unstructured, parse
 from tests import oracles
 
 SHAPES = [(16, 5), (24, 1), (64, 48)]

@@ -10,22 +10,23 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import DamagedError, create_checkpoint, open_checkpoint, part_of
-from jaxprune import InputError, Unstructured, other_params, prune, stages
-from jaxprune.hidden import HiddenStates, batch_size
-from jaxprune.linears import store
+from jaxprune import InputError, Unstructured, other_params, prune
 from jaxprune.methods import with_more_damping
-from jaxprune.methods._combine import Crossed, Finished
 from jaxprune.methods.admm import ADMM
+from jaxprune.methods.combine import Crossed, Finished
 from jaxprune.methods.exact import Exact
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.sparsegpt import SparseGPT
 from jaxprune.methods.wanda import Wanda
 from jaxprune.models import model_for
-from jaxprune.patterns import NM
-from jaxprune.record import layer_line
-from jaxprune.results import LayerResult
-from jaxprune.stages import STAGES, Run, accumulate, solve
-from jaxprune.stream import apply_layer, embed, forward
+from jaxprune.pruning import stages
+from jaxprune.pruning.kernel import store
+from jaxprune.pruning.results import LayerResult
+from jaxprune.pruning.stages import STAGES, Run, accumulate, solve
+from jaxprune.reporting.record import layer_line
+from jaxprune.sparsity.patterns import NM
+from jaxprune.streaming.hidden_states import HiddenStates, batch_size
+from jaxprune.streaming.stream import apply_layer, embed, forward
 from tests import oracles, tiny
 from tests.optional import needs_torch, torch
 

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import pytest
 
 from convert import open_checkpoint
-from jaxprune import devices, methods, programs
+from jaxprune import methods
+from jaxprune import sharding as devices
 from jaxprune.models import model_for
-from jaxprune.models._attention import cudnn_takes
-from jaxprune.patterns import NM, Unstructured
-from jaxprune.programs import Program
+from jaxprune.models.attention import cudnn_takes
+from jaxprune.planning import programs
+from jaxprune.planning.programs import Program
+from jaxprune.sparsity.patterns import NM, Unstructured
 
 
 def all_programs(checkpoint: Path, dtype: str) -> Iterator[Program]:

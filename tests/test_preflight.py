@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from convert import open_checkpoint
-from jaxprune import preflight
-from jaxprune.config import parse
+from jaxprune.commands.config import parse
+from jaxprune.commands.prune import main
 from jaxprune.models import model_for
-from jaxprune.run import main
+from jaxprune.planning import preflight
 from tests import tiny
 from tests.test_run import jaxprune
 

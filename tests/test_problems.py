@@ -10,11 +10,12 @@ from safetensors.numpy import load_file, save_file
 
 from convert import CheckpointError, open_checkpoint
 from convert.errors import UserError
-from jaxprune import InputError, Unstructured, problems, prune
+from jaxprune import InputError, Unstructured, prune
+from jaxprune.commands.solve import main, only, solve
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.magnitude import Magnitude
+from jaxprune.pruning import snapshot as problems
 from jaxprune.recipe import parse
-from jaxprune.solve import main, only, solve
 from tests import tiny
 
 

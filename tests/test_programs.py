@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 from convert import open_checkpoint
-from jaxprune import programs
-from jaxprune.hidden import batch_size
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.alps import ALPS
 from jaxprune.models import model_for
-from jaxprune.patterns import Unstructured
-from jaxprune.pipeline import prune
-from jaxprune.programs import Program, count_flops
-from jaxprune.sensitivity import backward, measure_sensitivity
-from jaxprune.stages import accumulate
-from jaxprune.stream import apply_layer
+from jaxprune.planning import programs
+from jaxprune.planning.programs import Program, count_flops
+from jaxprune.pruning.pipeline import prune
+from jaxprune.pruning.sensitivity import backward, measure_sensitivity
+from jaxprune.pruning.stages import accumulate
+from jaxprune.sparsity.patterns import Unstructured
+from jaxprune.streaming.hidden_states import batch_size
+from jaxprune.streaming.stream import apply_layer
 from tests.test_pipeline import windows
 
 

@@ -14,11 +14,13 @@ import pytest
 from convert import Params, ownership
 from convert.errors import OccupiedError
 from convert.ownership import MARKER, UNSEALED, Destination, destination, write_text
-from jaxprune import InputError, report, resume, stages
-from jaxprune import journal as journal_module
-from jaxprune.evaluate import main as evaluate
-from jaxprune.hidden import HiddenStates
-from jaxprune.run import main
+from jaxprune import InputError
+from jaxprune.commands.evaluate import main as evaluate
+from jaxprune.commands.prune import main
+from jaxprune.commands.report import main as report_main
+from jaxprune.pruning import journal as journal_module
+from jaxprune.pruning import resume, stages
+from jaxprune.streaming.hidden_states import HiddenStates
 from tests.convert.test_ownership import content, killed
 from tests.test_resume import failing
 
@@ -346,10 +348,10 @@ def test_a_run_replaces_its_own_result_only(
         assert evaluate(["ckpt", *command]) == 0
         assert evaluate(["ckpt", *command]) == 2
         assert evaluate(["ckpt", *command, "--overwrite"]) == 0
-    assert report.main(["out", "evaluation", "--out", "page.html"]) == 0
-    assert report.main(["out", "--out", "page.html", "--overwrite"]) == 0
+    assert report_main(["out", "evaluation", "--out", "page.html"]) == 0
+    assert report_main(["out", "--out", "page.html", "--overwrite"]) == 0
     Path("page.html").write_text(Path("page.html").read_text() + "mine")
-    assert report.main(["out", "--out", "page.html", "--overwrite"]) == 2
+    assert report_main(["out", "--out", "page.html", "--overwrite"]) == 2
     # A model that somebody fine-tuned in place is theirs.
     with open("out/model.safetensors", "r+b") as file:
         file.seek(-4, os.SEEK_END)

@@ -15,12 +15,12 @@ from convert import open_checkpoint, ownership
 from convert.__main__ import main as convert
 from convert.wheels import SMOLLM2_135M, fetch
 from jaxprune.calibration import evaluation_windows
-from jaxprune.config import parse
-from jaxprune.evaluate import parse as parse_evaluate
+from jaxprune.commands.config import parse
+from jaxprune.commands.evaluate import parse as parse_evaluate
+from jaxprune.commands.solve import parse as parse_solve
 from jaxprune.evaluation.text import perplexity
-from jaxprune.masks import MaskWriter
 from jaxprune.models import model_for
-from jaxprune.solve import parse as parse_solve
+from jaxprune.sparsity.masks import MaskWriter
 from tests.convert.test_hf import same, tensors
 from tests.evaluation.test_text import plain
 from tests.models.test_llama import logits
@@ -96,7 +96,8 @@ def test_nothing_of_the_core_needs_torch(tmp_path: Path) -> None:
 
 def test_every_jaxprune_command_parses() -> None:
     commands = [line.partition("#")[0] for block in blocks("bash") for line in block.splitlines()]
-    lines = [re.split(r"jaxprune\.run|^jaxprune", c)[1] for c in commands if re.search(r"jaxprune\.run|^jaxprune", c)]
+    prunes = r"jaxprune\.run|^jaxprune(?= -)"
+    lines = [re.split(prunes, c)[1] for c in commands if re.search(prunes, c)]
     lines = [line for line in lines if "--help" not in line]
     assert len(lines) >= 5
     for line in lines:
@@ -105,10 +106,10 @@ def test_every_jaxprune_command_parses() -> None:
 
 def test_every_other_command_parses(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [line.partition("#")[0] for block in blocks("bash") for line in block.splitlines()]
-    solves = [line.partition("jaxprune.solve ")[2] for line in lines if "jaxprune.solve " in line]
+    solves = [line.partition("jaxprune solve ")[2] for line in lines if "jaxprune solve " in line]
     saves = [line.partition("save_layer.py ")[2] for line in lines if "save_layer.py " in line]
     experiments = [line.partition("reproduce.py ")[2] for line in lines if "reproduce.py " in line]
-    evaluations = [line.partition("jaxprune.evaluate ")[2] for line in lines if "jaxprune.evaluate " in line]
+    evaluations = [line.partition("jaxprune evaluate ")[2] for line in lines if "jaxprune evaluate " in line]
     assert len(solves) >= 2 and len(saves) >= 1 and len(experiments) >= 3 and len(evaluations) >= 4
     for line in evaluations:
         assert parse_evaluate(shlex.split(line))[1] == [name for name in shlex.split(line) if "pruned" in name]

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from convert.errors import UserError
-from jaxprune import figures, report, schema
-from jaxprune.schema import Record
+from jaxprune.commands.report import main as report_main
+from jaxprune.reporting import figures, report, schema
+from jaxprune.reporting.schema import Record
 
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 
@@ -265,12 +266,12 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "jaxprune.json").write_text(json.dumps(record))
     args = [str(tmp_path / "0"), str(tmp_path / "1"), "--out", str(tmp_path / "new" / "page.html")]
-    assert report.main(args) == 0
+    assert report_main(args) == 0
     assert (tmp_path / "new/page.html").read_text().startswith("<!doctype html>")
-    assert report.main(args) == 2
+    assert report_main(args) == 2
     assert "already exists" in capsys.readouterr().err
-    assert report.main([*args, "--overwrite"]) == 0
-    assert report.main([str(tmp_path), "--out", str(tmp_path / "x.html")]) == 2
+    assert report_main([*args, "--overwrite"]) == 0
+    assert report_main([str(tmp_path), "--out", str(tmp_path / "x.html")]) == 2
 
 
 @pytest.fixture(scope="module")

@@ -201,7 +201,7 @@ def test_a_layer_is_saved_from_the_command_line(checkpoint: Path, text: Path, tm
     done = command("save_layer.py", "--layer", 1, "--file", "l.safetensors", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "mlp.down_proj" in done.stdout
-    solve = [sys.executable, "-m", "jaxprune.solve", "l.safetensors", "--method", "sparsegpt"]
+    solve = [sys.executable, "-m", "jaxprune", "solve", "l.safetensors", "--method", "sparsegpt"]
     solved = subprocess.run(solve, cwd=tmp_path, capture_output=True, text=True)
     assert solved.returncode == 0, solved.stderr
     assert solved.stdout.startswith("layer 1, sparsegpt, 50 %")

@@ -19,9 +19,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert.ownership import MARKER
-from jaxprune import InputError, stages
-from jaxprune import journal as journal_module
-from jaxprune.run import main
+from jaxprune import InputError
+from jaxprune.commands.prune import main
+from jaxprune.pruning import journal as journal_module
+from jaxprune.pruning import stages
 from tests import tiny
 from tests.test_journal import biggest, damage
 

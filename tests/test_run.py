@@ -14,11 +14,12 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert import open_checkpoint
-from jaxprune import report
+from jaxprune.commands.prune import main
+from jaxprune.commands.report import main as report_main
+from jaxprune.commands.verify import main as verify
 from jaxprune.evaluation.text import perplexity
-from jaxprune.masks import from_file
-from jaxprune.run import main
-from jaxprune.verify import main as verify
+from jaxprune.reporting import report
+from jaxprune.sparsity.masks import from_file
 from tests import tiny
 from tests.optional import needs_torch, torch
 
@@ -145,7 +146,7 @@ def test_a_report_that_cannot_be_drawn_costs_nothing_else(
     assert {"jaxprune.json", "README.md", "model.safetensors"} <= {path.name for path in out.iterdir()}
     monkeypatch.undo()
     assert verify([str(out), "--against", str(checkpoint)]) == 0
-    assert report.main([str(out), "--out", str(tmp_path / "page.html")]) == 0
+    assert report_main([str(out), "--out", str(tmp_path / "page.html")]) == 0
 
 
 def test_two_of_four_with_another_methods_mask(checkpoint: Path, text: Path, tmp_path: Path) -> None:

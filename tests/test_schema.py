@@ -13,8 +13,8 @@ import pytest
 
 from convert.command import worded
 from convert.errors import UserError
-from jaxprune import report, schema
-from jaxprune.verify import expected
+from jaxprune.evaluation.verification import expected
+from jaxprune.reporting import report, schema
 
 RECORDS = Path(__file__).parent / "records"
 WRONG = {

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert import open_checkpoint
 from jaxprune import InputError
-from jaxprune.sensitivity import Importance, Sensitivity, measure_sensitivity, weights
+from jaxprune.pruning.sensitivity import Importance, Sensitivity, measure_sensitivity, weights
 from tests import tiny
 from tests.optional import needs_torch, torch
 

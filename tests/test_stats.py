@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune import stats
+from jaxprune.methods import gram as stats
 
 
 @pytest.mark.parametrize("width", [12, 519])  # one block, and four of two sizes

@@ -10,11 +10,11 @@ from convert import create_checkpoint, open_checkpoint
 from jaxprune import Unstructured, other_params, prune
 from jaxprune.evaluation.text import perplexity
 from jaxprune.methods import Method
-from jaxprune.methods._combine import Crossed
 from jaxprune.methods.admm import ADMM
+from jaxprune.methods.combine import Crossed
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.wanda import Wanda
-from jaxprune.patterns import Pattern
+from jaxprune.sparsity.patterns import Pattern
 from tests.optional import needs_torch, torch
 
 pytestmark = needs_torch

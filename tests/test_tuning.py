@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import jaxprune.tuning
+import jaxprune.pruning.distillation
 from convert import open_checkpoint
 from jaxprune import InputError, LayerResult, Unstructured, prune
-from jaxprune.adam import BETAS
 from jaxprune.errors import Change
 from jaxprune.methods.admm import ADMM
-from jaxprune.tuning import Tuning, tune
+from jaxprune.pruning.adam import BETAS
+from jaxprune.pruning.distillation import Tuning, tune
 from tests import tiny
 from tests.optional import needs_torch, torch
 from tests.test_pipeline import LINEARS, windows

@@ -12,13 +12,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import create_checkpoint, open_checkpoint
-from jaxprune import NM, Unstructured, other_params, prune, schema
-from jaxprune.config import parse
+from jaxprune import NM, Unstructured, other_params, prune
+from jaxprune.commands.config import parse
+from jaxprune.commands.prune import main as run
+from jaxprune.commands.verify import main
+from jaxprune.evaluation.verification import Linear, expected, verify, zeros
 from jaxprune.methods.magnitude import Magnitude
-from jaxprune.patterns import Pattern
-from jaxprune.record import Record
-from jaxprune.run import main as run
-from jaxprune.verify import Linear, expected, main, verify, zeros
+from jaxprune.reporting import schema
+from jaxprune.reporting.record import Record
+from jaxprune.sparsity.patterns import Pattern
 from tests import tiny
 
 PATTERNS = {"2:4": NM(2, 4), "50 %": Unstructured(0.5), "60 % per output": Unstructured(0.6, per_output=True)}

@@ -10,13 +10,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from convert.errors import UserError
-from jaxprune import report, schema
-from jaxprune.config import parse
-from jaxprune.journal import Journal
+from jaxprune.commands.config import parse
+from jaxprune.commands.verify import main as verify
+from jaxprune.pruning.journal import Journal
+from jaxprune.pruning.results import Results
 from jaxprune.recipe import Recipe
-from jaxprune.record import Record
-from jaxprune.results import Results
-from jaxprune.verify import main as verify
+from jaxprune.reporting import report, schema
+from jaxprune.reporting.record import Record
 from tests import tiny
 
 RECORDS = Path(__file__).parent / "records"

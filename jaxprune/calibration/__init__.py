@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from convert import plugins
 from convert.files import expand
-from jaxprune import plugins
-from jaxprune.calibration._ids import load_windows
-from jaxprune.calibration._ids import require_ids as require_ids
-from jaxprune.calibration._tokens import in_pieces, token_ids
+from jaxprune.calibration.ids import load_windows
+from jaxprune.calibration.ids import require_ids as require_ids
+from jaxprune.calibration.tokens import in_pieces, token_ids
 from jaxprune.errors import Change, InputError
 
+HELPERS = ("documents", "hub", "ids", "rows", "textfile", "tokens")
+"""Modules that hold no source."""
 JOIN = "\n\n"
 """Between documents that share a window, for calibration as for evaluation."""
 
@@ -109,12 +111,14 @@ def evaluation_windows(
 
 def _open(source: str, split: str) -> tuple[Sequence[str], bool]:
     package = sys.modules[__name__]
-    if source not in plugins.names(package) or source == "textfile":
+    if source not in plugins.names(package):
+        from jaxprune.calibration import textfile
+
         path = expand(source)
         if not os.path.exists(path):
-            named = [name for name in plugins.names(package) if name != "textfile"]
-            raise InputError(f"no text {source!r}", wanted=f"a file, a folder, or one of {', '.join(named)}")
-        return plugins.load(package, "textfile").documents(path, split), False
+            named = ", ".join(plugins.names(package))
+            raise InputError(f"no text {source!r}", wanted=f"a file, a folder, or one of {named}")
+        return textfile.documents(path, split), False
     module = plugins.load(package, source)
     return module.documents(split), getattr(module, "PACK", False)
 

@@ -7,7 +7,8 @@ References:
 
 from collections.abc import Sequence
 
-from jaxprune.calibration import _hub, textfile
+from jaxprune.calibration import hub as _hub
+from jaxprune.calibration import textfile
 
 FILES = {
     "train": "en/c4-train.00000-of-01024.json.gz",

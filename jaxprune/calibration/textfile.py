@@ -13,8 +13,8 @@ from itertools import islice
 from pathlib import Path
 
 from convert import schema
-from jaxprune.calibration._documents import COMPRESSED, Documents, unpacked, whole
-from jaxprune.calibration._rows import S, json_rows, parquet_rows
+from jaxprune.calibration.documents import COMPRESSED, Documents, unpacked, whole
+from jaxprune.calibration.rows import S, json_rows, parquet_rows
 from jaxprune.errors import InputError
 
 FORMATS = (".jsonl", ".json", ".parquet", ".txt")

@@ -6,7 +6,8 @@ References:
 
 from collections.abc import Sequence
 
-from jaxprune.calibration import JOIN, _hub, textfile
+from jaxprune.calibration import JOIN, textfile
+from jaxprune.calibration import hub as _hub
 
 PACK = True
 

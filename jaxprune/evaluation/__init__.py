@@ -1,1 +1,1 @@
-"""Measures of a checkpoint's quality, one a file."""
+"""How good a checkpoint is: perplexity, KL divergence, lm-eval's tasks; and whether it is what it claims to be."""

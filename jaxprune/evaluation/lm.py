@@ -17,13 +17,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from convert import Reader, open_checkpoint
 from convert.assets import load_tokenizer, read_config
-from jaxprune import devices
+from jaxprune import sharding as devices
 from jaxprune.errors import InputError
 from jaxprune.evaluation.packing import Packed, Request, group, loads, pack
 from jaxprune.evaluation.text import Track
-from jaxprune.hidden import tokens_per_batch
 from jaxprune.models import model_for
-from jaxprune.stream import embed, forward, next_tokens, read_layers, score_tokens
+from jaxprune.streaming.hidden_states import tokens_per_batch
+from jaxprune.streaming.stream import embed, forward, next_tokens, read_layers, score_tokens
 
 MAX_LENGTH = 2048
 """Of models whose configuration names no context, as in lm-eval."""

@@ -11,13 +11,13 @@ import numpy as np
 from convert import Reader
 from convert.assets import load_tokenizer
 from jaxprune import calibration
-from jaxprune.console import track
+from jaxprune.commands.eval_options import EvalOptions, split
+from jaxprune.commands.terminal import track
 from jaxprune.errors import Change, InputError
-from jaxprune.evaluation.options import EvalOptions, split
 from jaxprune.evaluation.tasks import Tasks, mean_accuracy, summarize, with_error
 from jaxprune.evaluation.text import TextQuality, text_quality
 from jaxprune.models import model_for
-from jaxprune.stream import require_tokens
+from jaxprune.streaming.stream import require_tokens
 
 
 @dataclasses.dataclass

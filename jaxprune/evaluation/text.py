@@ -14,11 +14,11 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from convert import Params, Reader
-from jaxprune import devices
+from jaxprune import sharding as devices
 from jaxprune.errors import InputError
-from jaxprune.hidden import HiddenStates
 from jaxprune.models import Model, Part, model_for
-from jaxprune.stream import (
+from jaxprune.streaming.hidden_states import HiddenStates
+from jaxprune.streaming.stream import (
     embed,
     exponentials,
     forward,

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float
 
-from jaxprune import plugins
-from jaxprune.patterns import Pattern
+from convert import plugins
+from jaxprune.sparsity.patterns import Pattern
 
 SELECTS = {"only": "mask"}
 """Metadata of a method's option that matters only where the method selects the mask; the command line does not offer it
@@ -18,6 +18,9 @@ where it only updates."""
 
 UPDATES = {"only": "update"}
 """Metadata of a method's option that matters only where the method updates the weights."""
+
+HELPERS = ("combine", "gram", "linalg")
+"""Modules that hold no method of their own."""
 
 Gram = Float[Array, "n n"]
 Kernel = Float[Array, "n m"]

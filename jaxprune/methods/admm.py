@@ -36,9 +36,9 @@ from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, Float
 
 from jaxprune.errors import InputError
-from jaxprune.linalg import Scalar, inverse, masked, matmul, precondition
 from jaxprune.methods import SELECTS, Gram, Kernel, Mask, Solution
-from jaxprune.patterns import Pattern, Selector
+from jaxprune.methods.linalg import Scalar, inverse, masked, matmul, precondition
+from jaxprune.sparsity.patterns import Pattern, Selector
 
 LinearSolve = Literal["inverse", "cholesky"]
 

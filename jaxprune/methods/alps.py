@@ -28,9 +28,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.errors import InputError
-from jaxprune.linalg import Scalar, add_ridge, conjugate_gradients, masked, matmul, precondition
 from jaxprune.methods import SELECTS, UPDATES, Gram, Kernel, Mask, Solution
-from jaxprune.patterns import Pattern, Selector
+from jaxprune.methods.linalg import Scalar, add_ridge, conjugate_gradients, masked, matmul, precondition
+from jaxprune.sparsity.patterns import Pattern, Selector
 
 CHECK = 3
 """Iterations between two looks at the support."""

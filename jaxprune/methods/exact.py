@@ -16,10 +16,10 @@ import jax
 from jaxtyping import Array, Int
 
 from jaxprune.errors import InputError
-from jaxprune.linalg import Scalar, Scaled, conjugate_gradients, masked, precondition
 from jaxprune.methods import UPDATES, Gram, Kernel, Mask, Solution
+from jaxprune.methods.linalg import Scalar, Scaled, conjugate_gradients, masked, precondition
 from jaxprune.methods.wanda import select
-from jaxprune.patterns import Pattern
+from jaxprune.sparsity.patterns import Pattern
 
 
 @dataclasses.dataclass(frozen=True)

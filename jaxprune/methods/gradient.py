@@ -22,10 +22,10 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from jaxprune.errors import InputError
-from jaxprune.linalg import Scalar, Scaled, masked, matmul, precondition
 from jaxprune.methods import UPDATES, Gram, Kernel, Mask, Solution
+from jaxprune.methods.linalg import Scalar, Scaled, masked, matmul, precondition
 from jaxprune.methods.wanda import select
-from jaxprune.patterns import Pattern
+from jaxprune.sparsity.patterns import Pattern
 
 Optimizer = Literal["adam", "sgd"]
 

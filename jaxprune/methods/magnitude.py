@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxprune.linalg import masked
 from jaxprune.methods import Gram, Kernel, Mask, Solution
-from jaxprune.patterns import Pattern, Selector
+from jaxprune.methods.linalg import masked
+from jaxprune.sparsity.patterns import Pattern, Selector
 
 
 @dataclasses.dataclass(frozen=True)

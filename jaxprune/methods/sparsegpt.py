@@ -26,9 +26,9 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float
 
 from jaxprune.errors import InputError
-from jaxprune.linalg import Scalar, add_ridge, masked, matmul
 from jaxprune.methods import Gram, Kernel, Mask, Solution
-from jaxprune.patterns import Pattern, Selector
+from jaxprune.methods.linalg import Scalar, add_ridge, masked, matmul
+from jaxprune.sparsity.patterns import Pattern, Selector
 
 
 class Prepared(NamedTuple):

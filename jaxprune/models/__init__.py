@@ -19,13 +19,14 @@ import jax
 from flax import nnx, traverse_util
 from jaxtyping import DTypeLike
 
-from convert import Reader, Spec
+from convert import Reader, Spec, plugins
 from convert.assets import load_config, read_config
 from convert.errors import UserError, joined
-from jaxprune import plugins
 from jaxprune.errors import InputError
-from jaxprune.models._attention import Layout
+from jaxprune.models.attention import Layout
 
+HELPERS = ("attention", "rope")
+"""Modules that hold no family."""
 __all__ = ["Layout", "Model", "Part", "build", "model_for", "model_of", "stored_dtype"]
 
 

@@ -19,8 +19,8 @@ from convert.assets import Count, Positions, Positive, Size, Vocabulary
 from convert.errors import CheckpointError
 from convert.schema import Schema, check
 from jaxprune.errors import InputError
-from jaxprune.models._attention import Layout, causal_attention
-from jaxprune.models._rope import Rope
+from jaxprune.models.attention import Layout, causal_attention
+from jaxprune.models.rope import Rope
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,

@@ -11,8 +11,9 @@ import datasets
 import numpy as np
 import pytest
 
+from convert import plugins
 from convert.command import worded
-from jaxprune import calibration, plugins
+from jaxprune import calibration
 from jaxprune.errors import InputError
 from tests import tiny
 from tests.convert.test_names import cache, hub

@@ -16,8 +16,9 @@ from pyarrow import parquet
 from convert.command import worded
 from convert.errors import UserError
 from jaxprune import calibration
-from jaxprune.calibration import _documents, textfile
-from jaxprune.calibration._documents import Documents
+from jaxprune.calibration import documents as _documents
+from jaxprune.calibration import textfile
+from jaxprune.calibration.documents import Documents
 from jaxprune.errors import InputError
 from tests import tiny
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from convert import open_checkpoint
 from convert.assets import load_tokenizer
-from jaxprune.calibration import _tokens
+from jaxprune.calibration import tokens as _tokens
 from jaxprune.errors import InputError
 from tests import tiny
 

@@ -18,7 +18,7 @@ from convert.__main__ import main
 from convert.assets import load_tokenizer, read_config
 from convert.gguf_header import ELEMENTS, Header
 from jaxprune.models import model_for
-from jaxprune.models._rope import Rope
+from jaxprune.models.rope import Rope
 from tests import tiny
 from tests.optional import needs_torch, torch
 

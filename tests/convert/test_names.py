@@ -9,7 +9,7 @@ import pytest
 from convert import CheckpointError, open_checkpoint, wheels
 from convert.hub import EMBEDDED, REPOSITORIES, known_names, require_whole, resolve
 from convert.wheels import Member, fetch
-from jaxprune.run import main
+from jaxprune.commands.prune import main
 from tests import tiny
 
 

@@ -12,7 +12,7 @@ from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from typing import Any
 
-from jaxprune import journal
+from jaxprune.pruning import journal
 from tests.crash.operations import Answer, install, supervise
 
 PRELOADED = ["jaxprune.run", "convert.__main__", "orbax.checkpoint.experimental.v1", "datasets", "torch", "lm_eval"]

@@ -11,9 +11,9 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from convert import create_checkpoint, open_checkpoint
-from jaxprune import hidden
 from jaxprune.errors import InputError
 from jaxprune.evaluation.lm import StreamedLM
+from jaxprune.streaming import hidden_states as hidden
 from tests import rows, tiny
 from tests.optional import needs_torch, torch
 
@@ -196,7 +196,7 @@ def test_lm_evals_own_command_line_knows_the_model(checkpoint: Path, tmp_path: P
         f"dataset_kwargs: {{data_files: {{test: {data / 'openbookqa.jsonl'}}}}}\n"
         'doc_to_text: question_stem\ndoc_to_target: 2\ndoc_to_choice: "{{choices.text}}"\n'
     )
-    command = [sys.executable, "-m", "jaxprune.lm_eval", "run", "--model", "jaxprune", "--tasks", "mine"]
+    command = [sys.executable, "-m", "jaxprune", "lm-eval", "run", "--model", "jaxprune", "--tasks", "mine"]
     command += ["--model_args", f"pretrained={checkpoint}", "--include_path", str(task), "--output_path", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from jaxprune import hidden
 from jaxprune.errors import InputError
 from jaxprune.evaluation.packing import Packed, Request, group, loads, pack
-from jaxprune.hidden import batch_size
+from jaxprune.streaming import hidden_states as hidden
+from jaxprune.streaming.hidden_states import batch_size
 
 
 def requests(count: int, seed: int, longest: int) -> list[Request]:

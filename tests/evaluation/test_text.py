@@ -8,9 +8,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from convert import open_checkpoint
-from jaxprune import stream
 from jaxprune.errors import InputError
 from jaxprune.evaluation.text import perplexity, text_quality
+from jaxprune.streaming import stream
 from tests import tiny
 from tests.optional import needs_torch, torch
 

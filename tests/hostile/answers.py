@@ -74,7 +74,7 @@ def _among(found: np.ndarray, path: str) -> bool:
 
 
 def masks(path: str) -> None:
-    from jaxprune.masks import from_file
+    from jaxprune.sparsity.masks import from_file
 
     stored = from_file(Path(path))
     for layer in range(2):
@@ -85,7 +85,7 @@ def masks(path: str) -> None:
 
 
 def problem(path: str) -> None:
-    from jaxprune import problems
+    from jaxprune.pruning import snapshot as problems
 
     found = problems.load(Path(path))
     require(found.layer >= 0 and found.kernels and found.grams, "an empty problem")
@@ -94,8 +94,8 @@ def problem(path: str) -> None:
 
 
 def record(path: str) -> None:
-    from jaxprune import report, schema
-    from jaxprune.verify import expected
+    from jaxprune.evaluation.verification import expected
+    from jaxprune.reporting import report, schema
 
     report.entries([schema.load(Path(path))])  # the figures take a second: the command draws them
     if run := schema.run_of(Path(path)):
@@ -166,7 +166,7 @@ def measured(case: Case, base: Path) -> None:
 
 
 def solved(case: Case, base: Path) -> None:
-    from jaxprune import problems
+    from jaxprune.pruning import snapshot as problems
 
     for name, kernel in problems.load(Path("out")).kernels.items():
         require(np.isfinite(kernel).all() and 2 * np.count_nonzero(kernel == 0) >= kernel.size, f"{name} is not pruned")
@@ -183,7 +183,7 @@ def reported(case: Case, base: Path) -> None:
 
 def plausible(case: Case, base: Path) -> None:
     """Of a command with other options: what it has made is what it says, and no number was none."""
-    from jaxprune.verify import main
+    from jaxprune.commands.verify import main
     from tests.hostile.targets import TARGETS, options
 
     takes = options(TARGETS[case.target].module)

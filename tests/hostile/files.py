@@ -21,10 +21,11 @@ def build(base: Path) -> None:
     import pyarrow.parquet
 
     from convert.__main__ import main as convert
-    from jaxprune import Unstructured, problems
-    from jaxprune.evaluate import main as evaluate
+    from jaxprune import Unstructured
+    from jaxprune.commands.evaluate import main as evaluate
+    from jaxprune.commands.prune import main as run
     from jaxprune.methods.magnitude import Magnitude
-    from jaxprune.run import main as run
+    from jaxprune.pruning import snapshot as problems
     from tests import rows as task_rows
     from tests import tiny
     from tests.convert.test_gguf import write
@@ -67,7 +68,7 @@ def build(base: Path) -> None:
 
 def _interrupted(line: list[str]) -> None:
     """A run that is stopped when all of it is written: its journal is left."""
-    from jaxprune.run import main as run
+    from jaxprune.commands.prune import main as run
 
     with mock.patch("convert.hf.Writer.finish", side_effect=KeyboardInterrupt), open(os.devnull, "w") as null:
         with contextlib.redirect_stderr(null):

@@ -17,7 +17,13 @@ from tests.hostile.mutations import Case
 from tests.hostile.targets import TARGETS, Target, alone, cases
 from tests.hostile.watchdog import Limits, Outcome, Result, watch
 
-PRELOAD = ("tests.hostile.room", "jaxprune.run", "jaxprune.evaluate", "jaxprune.solve", "jaxprune.verify")
+PRELOAD = (
+    "tests.hostile.room",
+    "jaxprune.run",
+    "jaxprune.commands.evaluate",
+    "jaxprune.commands.solve",
+    "jaxprune.commands.verify",
+)
 PRELOAD += ("convert.__main__", "transformers", "transformers.models.llama", "orbax.checkpoint", "datasets")
 PRELOAD += ("lm_eval.evaluator", "lm_eval.tasks")
 ENVIRONMENT = {

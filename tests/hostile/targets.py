@@ -91,24 +91,28 @@ RUNS: Mapping[str, Target] = {
     "convert-gguf": _command("convert.__main__", "f32.gguf out", converted("f32.gguf"), "f32.gguf"),
     "convert-orbax": _command("convert.__main__", "orbax out", converted("orbax"), "orbax/**/*"),
     "evaluate": _command(
-        "jaxprune.evaluate",
+        "jaxprune.commands.evaluate",
         f"pruned --against hf {MEASURE} --out out",
         measured,
         *("hf/config.json", "hf/model.safetensors", "pruned/jaxprune.json", "pruned/model.safetensors", "ids.npy"),
     ),
     "tasks": _command(
-        "jaxprune.evaluate", "hf --eval zero-shot --tasks rte --tasks-data rows --out out", measured, "rows/*"
+        "jaxprune.commands.evaluate", "hf --eval zero-shot --tasks rte --tasks-data rows --out out", measured, "rows/*"
     ),
     "verify": _command(
-        "jaxprune.verify",
+        "jaxprune.commands.verify",
         "pruned --against hf",
         verified,
         *("pruned/jaxprune.json", "pruned/model.safetensors", "hf/model.safetensors", "pruned/config.json"),
         may_deny=True,
     ),
-    "solve": _command("jaxprune.solve", "layer.safetensors --out out", solved, "layer.safetensors"),
+    "solve": _command("jaxprune.commands.solve", "layer.safetensors --out out", solved, "layer.safetensors"),
     "report": _command(
-        "jaxprune.report", "pruned evaluation --out out", reported, "pruned/jaxprune.json", "evaluation/jaxprune.json"
+        "jaxprune.commands.report",
+        "pruned evaluation --out out",
+        reported,
+        "pruned/jaxprune.json",
+        "evaluation/jaxprune.json",
     ),
 }
 LINES = ("run", "overwrite", "plan", "convert-hf", "evaluate", "verify", "solve", "report")

@@ -8,7 +8,7 @@ import pytest
 
 from jaxprune.errors import InputError
 from jaxprune.methods.admm import ADMM
-from jaxprune.patterns import NM, Unstructured, parse
+from jaxprune.sparsity.patterns import NM, Unstructured, parse
 from tests import oracles
 
 N, M = 48, 20

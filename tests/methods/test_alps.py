@@ -6,8 +6,8 @@ import pytest
 
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.alps import ALPS
-from jaxprune.patterns import parse
-from jaxprune.stats import relative_error
+from jaxprune.methods.gram import relative_error
+from jaxprune.sparsity.patterns import parse
 from tests import oracles
 
 N, M = 48, 20

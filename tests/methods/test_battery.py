@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune import methods, stats
+from jaxprune import methods
 from jaxprune.errors import InputError
-from jaxprune.linears import solve_linear
 from jaxprune.methods import Method
-from jaxprune.methods._combine import Crossed, Finished
+from jaxprune.methods import gram as stats
+from jaxprune.methods.combine import Crossed, Finished
 from jaxprune.methods.exact import Exact
 from jaxprune.methods.sparsegpt import SparseGPT
-from jaxprune.patterns import Pattern, Unstructured, parse
+from jaxprune.pruning.kernel import solve_linear
+from jaxprune.sparsity.patterns import Pattern, Unstructured, parse
 from tests import oracles
 
 METHODS: dict[str, Method] = {name: methods.load(name)() for name in methods.names()} | {

@@ -4,12 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.methods._combine import Crossed, Finished
 from jaxprune.methods.admm import ADMM
+from jaxprune.methods.combine import Crossed, Finished
 from jaxprune.methods.exact import Exact
+from jaxprune.methods.gram import relative_error
 from jaxprune.methods.wanda import Wanda
-from jaxprune.patterns import Unstructured
-from jaxprune.stats import relative_error
+from jaxprune.sparsity.patterns import Unstructured
 from tests import oracles
 
 N, M = 48, 20

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxprune.methods.sparsegpt import SparseGPT
-from jaxprune.patterns import parse
+from jaxprune.sparsity.patterns import parse
 from tests import oracles
 
 M = 20

@@ -3,7 +3,7 @@ import numpy as np
 
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.wanda import Wanda
-from jaxprune.patterns import Unstructured
+from jaxprune.sparsity.patterns import Unstructured
 
 
 def test_wanda_scores_by_magnitude_and_input_norm() -> None:

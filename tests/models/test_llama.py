@@ -12,9 +12,9 @@ import pytest
 from convert import open_checkpoint
 from jaxprune.errors import InputError
 from jaxprune.models import Model, model_for
-from jaxprune.models._attention import causal_attention
-from jaxprune.models._rope import Rope
-from jaxprune.stream import read_layers
+from jaxprune.models.attention import causal_attention
+from jaxprune.models.rope import Rope
+from jaxprune.streaming.stream import read_layers
 from tests import tiny
 from tests.optional import needs_torch, torch
 

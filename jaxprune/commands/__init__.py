@@ -1,0 +1,8 @@
+"""The command line: all that prints, exits or names a flag; one command a file.
+
+A command's file exposes `main(argv)`, which runs a command line and returns its exit status. Its name is the
+file's, and what `jaxprune --help` says of it is the first sentence of the file's docstring.
+"""
+
+HELPERS = ("config", "eval_options", "flags", "terminal")
+"""Modules that hold no command."""

@@ -1,0 +1,122 @@
+"""The options of a run, beside its recipe."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from convert.hub import known_names
+from jaxprune import calibration
+from jaxprune.commands.eval_options import EvalOptions, with_defaults
+from jaxprune.commands.flags import add_fields, make, require_at_least, require_positive
+from jaxprune.errors import InputError
+from jaxprune.recipe import Parser, Recipe
+from jaxprune.sharding import MOST_DEVICES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(EvalOptions):
+    """Everything that decides a run's outcome, but for the recipe."""
+
+    ckpt: str
+    """The dense checkpoint: a known name such as llama-7b, a folder, a .gguf file, or owner/name on the hub."""
+    out: str | None = None
+    """The folder to make (default: named after checkpoint, method and pattern, in the current folder)."""
+    overwrite: bool = False
+    """Replace --out (and --save-masks) if it exists; it is replaced only once the new one is complete."""
+    resume: bool = False
+    """Insist on going on with a run that was stopped. The same command goes on by itself wherever there is something to
+    go on with: what is finished is kept in OUT.unfinished until the run ends."""
+    devices: int | None = None
+    """Devices of each process (default: all there are; on a CPU, which can be divided, 1)."""
+    coordinator: str | None = None
+    """One run on several hosts: host:port of the first process, with --processes and --process-id; or auto, which asks
+    SLURM, Open MPI or a TPU pod. All hosts must see --ckpt and --out."""
+    processes: int | None = None
+    """How many processes there are, usually one a host."""
+    process_id: int | None = None
+    """The number of this one, from 0."""
+    dry_run: bool = False
+    """Only say what the run would need (device and host memory, disk, FLOPs, time), and whether it fits. config.json
+    and the headers of the weights are enough, or config.json alone."""
+    device_memory: float | None = None
+    """GiB of a device, instead of what this machine's device has: to plan for another one."""
+    unchecked: bool = False
+    """Begin even where the run would not fit by our count, and without comparing weights from the hub with their
+    digests."""
+    save_masks: str | None = None
+    """A file for the masks, packed bits in safetensors, for fine-tuning that keeps them."""
+    calib: str | None = None
+    """Calibration text: c4, wikitext2, wikipedia, a file (.jsonl, .json.gz, .parquet, .txt, or .npy of token ids
+    [count, length]), or a folder laid out as on the hub (default: c4; wikipedia for smollm2-135m)."""
+    nsamples: int = 128
+    """Calibration windows."""
+    seqlen: int = 2048
+    """Tokens of a calibration window."""
+    pack: bool = False
+    """Join documents to fill calibration windows, instead of skipping those shorter than one."""
+    seed: int = 0
+    """Of the choice of calibration windows; a run is deterministic in it."""
+    timing: Literal["jit-vs-eager"] | None = None
+    """First prune the first layer compiled and under jax.disable_jit, and show the seconds of both."""
+
+    @property
+    def join(self) -> tuple[str, int | None, int | None] | None:
+        """What `devices.join` takes; None: this is the only process."""
+        return (self.coordinator, self.processes, self.process_id) if self.coordinator else None
+
+    def resolved(self, recipe: Recipe) -> "Config":
+        """The same run with the defaults that depend on other options filled in.
+
+        Raises:
+            InputError: options that no run can have.
+        """
+        require_positive(self, "nsamples", "devices", "processes")
+        require_at_least(self, 2, "seqlen")
+        require_at_least(self, 0, "seed", "process_id")
+        if self.devices is not None and self.devices > MOST_DEVICES:
+            raise InputError(f"--devices must be at most {MOST_DEVICES}, not {self.devices}")
+        if self.device_memory is not None and not 0 < self.device_memory < math.inf:
+            raise InputError(f"--device-memory must be a positive number of GiB, not {self.device_memory}")
+        self._require_processes()
+        default_text = calibration.default_text(self.ckpt)
+        filled = with_defaults(self, eval="ppl", eval_text=default_text or "wikitext2", eval_seqlen=self.seqlen)
+        return dataclasses.replace(
+            filled,
+            out=self.out or f"{Path(self.ckpt).absolute().name.removesuffix('.gguf')}-{recipe.slug}",
+            calib=self.calib or default_text or "c4",
+        )
+
+    def _require_processes(self) -> None:
+        """Raises InputError for a coordinator or numbers of processes that cannot be."""
+        numbers = [self.processes is not None, self.process_id is not None]
+        if any(numbers) if self.coordinator in (None, "auto") else not all(numbers):
+            raise InputError("--coordinator HOST:PORT, --processes and --process-id go together, or --coordinator auto")
+        if self.coordinator is None or self.processes is None or self.process_id is None:
+            return
+        host, _, port = self.coordinator.rpartition(":")
+        if not re.fullmatch(r"[\w.-]+|\[[0-9A-Fa-f:.%\w]+\]", host) or not re.fullmatch(r"[0-9]{1,5}", port):
+            raise InputError(f"--coordinator takes HOST:PORT or auto, not {self.coordinator!r}")
+        if not 0 < int(port) < 2**16:
+            raise InputError(f"--coordinator takes a port from 1 to {2**16 - 1}, not {port}")
+        if self.process_id >= self.processes:
+            raise InputError(f"--process-id must be below --processes, {self.processes}, not {self.process_id}")
+
+
+def parse(argv: Sequence[str]) -> tuple[Config, Recipe]:
+    """Reads a command line.
+
+    Raises:
+        UserError: a flag or a value that cannot be used.
+    """
+    reader = Parser(
+        argv,
+        prog="jaxprune",
+        description="Prune a LLaMA-family checkpoint in one shot, layer by layer, and measure what it cost.",
+        epilog=f"Known checkpoints: {', '.join(known_names())}.",
+    )
+    add_fields(reader.parser.add_argument_group("run"), Config)
+    given, recipe = reader.parse()
+    return make(Config, given).resolved(recipe), recipe

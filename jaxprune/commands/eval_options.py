@@ -1,0 +1,122 @@
+"""What to measure of checkpoints, as the user says it."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from convert.files import expand
+from jaxprune.commands.flags import require_at_least, require_positive
+from jaxprune.errors import Change, InputError
+from jaxprune.evaluation.tasks import ZERO_SHOT
+
+MEASURES = ("ppl", "zero-shot")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Options of every command that evaluates."""
+
+    eval: str | None = None
+    """What to measure: ppl (perplexity of a text; against a dense model also the KL divergence and how often both find
+    the same next token the most probable), zero-shot (tasks of lm-eval), both as ppl,zero-shot, or none."""
+    eval_text: str | None = None
+    """Texts for ppl, separated by commas: wikitext2, c4, wikipedia, or a file as for --calib (default: wikitext2;
+    wikipedia for smollm2-135m, other articles than calibration's)."""
+    eval_seqlen: int | None = None
+    """Tokens of an evaluation window (default: --seqlen, else 2048)."""
+    eval_windows: int | None = None
+    """Evaluate on the first so many windows of a text only (default: all)."""
+    tasks: str | None = None
+    """Tasks for zero-shot, separated by commas: any of lm-eval's (default: the paper's seven, boolq, rte, hellaswag,
+    winogrande, arc_easy, arc_challenge and openbookqa)."""
+    limit: int | None = None
+    """Only the first so many rows of each task (default: all)."""
+    tasks_data: str | None = None
+    """A folder with the tasks' rows, TASK.jsonl or TASK.parquet, for a machine without the hub."""
+    backend: Literal["jax", "torch"] = "jax"
+    """What runs the tasks: jax streams the model layer by layer; torch holds all of it, in lm-eval's HFLM."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the model's computation; auto is float32 on a CPU and the checkpoint's dtype elsewhere. The result is
+    stored in the checkpoint's dtype in any case."""
+    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    """The kind of device to run on; auto takes the best there is, gpu is CUDA's."""
+    hidden: Literal["memory", "disk"] = "memory"
+    """Where hidden states are between layers: in host memory, or in files of --scratch that take none of it."""
+    scratch: str | None = None
+    """A folder for --hidden disk (default: where --out is made). Nothing stays in it."""
+
+    @property
+    def computation_dtype(self) -> np.dtype | None:
+        """What `models.model_for` takes as its dtype."""
+        return None if self.dtype == "auto" else np.dtype(self.dtype)
+
+    @property
+    def measures(self) -> list[str]:
+        return [] if self.eval == "none" else split(self.eval)
+
+    def scratch_folder(self, out: str) -> Path | None:
+        """Where hidden states are kept; None: in memory.
+
+        Args:
+            out: the run's own folder.
+
+        Raises:
+            InputError: nothing can be written there.
+        """
+        if self.hidden == "memory":
+            return None
+        folder = expand(self.scratch) if self.scratch else existing_parent(out)
+        if not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+            raise InputError(
+                "it is not a folder that can be written into", file=folder, options={"scratch": Change.OTHER}
+            )
+        return folder
+
+    def check(self) -> None:
+        """Raises InputError for options that contradict each other or mean nothing."""
+        require_positive(self, "eval_windows", "limit")
+        require_at_least(self, 2, "eval_seqlen")  # the first token of a window is not predicted
+        if self.scratch and self.hidden != "disk":
+            raise InputError("--scratch is for --hidden disk: pass both, or neither")
+        if unknown := [name for name in self.measures if name not in MEASURES]:
+            raise InputError(f"--eval takes {', '.join(MEASURES)} or none, not {unknown[0]!r}; tasks go to --tasks")
+        needs = dict.fromkeys(("eval_text", "eval_seqlen", "eval_windows"), "ppl")
+        needs |= dict.fromkeys(("tasks", "limit", "tasks_data", "backend"), "zero-shot")
+        for name, measure in needs.items():
+            if getattr(self, name) not in (None, "jax") and measure not in self.measures:
+                raise InputError(
+                    f"--{name.replace('_', '-')} is for --eval {measure}, but --eval is {self.eval}: "
+                    f"pass --eval {','.join([*self.measures, measure])}"
+                )
+
+
+Options = TypeVar("Options", bound=EvalOptions)
+
+
+def with_defaults(options: Options, *, eval: str, eval_text: str, eval_seqlen: int) -> Options:
+    """The same options, those left out filled in.
+
+    Raises:
+        InputError: see `EvalOptions.check`.
+    """
+    filled = dataclasses.replace(options, eval=options.eval or eval)
+    filled.check()
+    if "ppl" in filled.measures:
+        text, seqlen = options.eval_text or eval_text, options.eval_seqlen or eval_seqlen
+        filled = dataclasses.replace(filled, eval_text=text, eval_seqlen=seqlen)
+    if "zero-shot" in filled.measures:
+        filled = dataclasses.replace(filled, tasks=options.tasks or ",".join(ZERO_SHOT))
+    return filled
+
+
+def existing_parent(path: str | Path) -> Path:
+    """The nearest folder above a path that is there."""
+    return next(parent for parent in expand(path).absolute().parents if os.path.exists(parent))
+
+
+def split(text: str | None) -> list[str]:
+    """The parts between commas."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]

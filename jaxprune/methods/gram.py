@@ -1,0 +1,115 @@
+"""What the pruner measures of a linear: the Gram matrix of its inputs, how far they drifted, its relative error."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import cho_solve
+from jaxtyping import Array, Float
+
+from jaxprune.methods.linalg import Scalar, matmul, precondition, quadratic
+
+
+def gram(x: Float[Array, "*tokens n"], weights: Float[Array, "*tokens"] | None = None) -> Float[Array, "n n"]:
+    """XᵀX, or Xᵀ diag(w) X, in float32 (float64 for float64 inputs); see `add_gram`."""
+    dtype = x.dtype if x.dtype == jnp.float64 else jnp.float32
+    return symmetric(add_gram(jnp.zeros((x.shape[-1],) * 2, dtype), x, weights))
+
+
+def add_gram(
+    total: Float[Array, "n n"], x: Float[Array, "*tokens n"], weights: Float[Array, "*tokens"] | None = None
+) -> Float[Array, "n n"]:
+    """The total with XᵀX, or Xᵀ diag(w) X, added in blocks up to the diagonal; `symmetric` gives the rest.
+
+    Products of two 16-bit floats are exact in float32, so 16-bit inputs are multiplied as they are, on the
+    matrix units, and only the accumulation is float32. float32 inputs are multiplied at highest precision.
+
+    Args:
+        total: float32, or float64 for float64 inputs.
+        x: activations, any floating dtype; all leading axes are tokens.
+        weights: one non-negative weight a token; the product then runs in float32.
+    """
+    left = x = x.reshape(-1, x.shape[-1])
+    if weights is not None:
+        x = x.astype(total.dtype)
+        left = x * weights.reshape(-1, 1).astype(total.dtype)
+    blocks = _blocks(len(total))
+    lefts, rights = [left[:, rows] for rows in blocks], [x[:, columns] for columns in blocks]
+    for i, rows in enumerate(blocks):
+        for j, columns in enumerate(blocks[: i + 1]):
+            added = jax.lax.dot_general(
+                lefts[i],
+                rights[j],
+                (((0,), (0,)), ((), ())),
+                precision="highest" if x.dtype == total.dtype else None,
+                preferred_element_type=total.dtype,
+            )
+            total = total.at[rows, columns].add(added)
+    return total
+
+
+@partial(jax.jit, donate_argnums=0)
+def symmetric(total: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """The symmetric matrix of a total that was added up to its diagonal; the total is donated."""
+    for rows in _blocks(len(total)):
+        total = total.at[: rows.start, rows].set(total[rows, : rows.start].T)
+    return total
+
+
+def _blocks(n: int) -> list[slice]:
+    """A symmetric matrix's rows in four blocks, fewer where it is small: those up to the diagonal are 5/8 of it."""
+    count = min(4, max(1, n // 128))
+    return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
+
+
+def add_drift(
+    total: Float[Array, "n n"],
+    x: Float[Array, "*tokens n"],
+    dense: Float[Array, "*tokens n"],
+    weights: Float[Array, "*tokens"] | None = None,
+) -> Float[Array, "n n"]:
+    """The total with X̂ᵀ(X − X̂), or X̂ᵀ diag(w) (X − X̂), added: how far the inputs X̂ behind pruned layers are from X.
+
+    Args:
+        total: float32, or float64 for float64 inputs.
+        x: X̂, any floating dtype; all leading axes are tokens.
+        dense: X, the dense model's.
+        weights: one non-negative weight a token.
+    """
+    x, dense = (a.reshape(-1, a.shape[-1]).astype(total.dtype) for a in (x, dense))
+    away = dense - x
+    if weights is not None:
+        away = away * weights.reshape(-1, 1).astype(total.dtype)
+    return total + matmul(x.T, away)
+
+
+@jax.jit
+def drifted_target(
+    gram: Float[Array, "n n"], drift: Float[Array, "n n"], kernel: Float[Array, "n m"], share: Scalar
+) -> Float[Array, "n m"]:
+    """W + α(Ĝ + λI)⁻¹X̂ᵀ(X − X̂)W: the kernel whose outputs on X̂ make up for a share of what the inputs lost.
+
+    Least squares for the outputs X̂W + α(X − X̂)W, of which α = 1 is the dense model's and α = 0 the kernel's own. λ is
+    0.03 in units of the mean diagonal of Ĝ scaled to unit diagonal, towards W.
+
+    Args:
+        gram: Ĝ = X̂ᵀX̂.
+        drift: X̂ᵀ(X − X̂).
+        kernel: W, in the Gram matrix's dtype.
+        share: α.
+    """
+    scale, scaled = precondition(gram, 0.03)
+    factor = jnp.linalg.cholesky(scaled)
+    missing = matmul(drift, kernel) / scale[:, None]
+    return kernel + jnp.asarray(share, gram.dtype) * cho_solve((factor, True), missing) / scale[:, None]
+
+
+def relative_error(
+    gram: Float[Array, "n n"], dense: Float[Array, "n m"], pruned: Float[Array, "n m"]
+) -> Float[Array, ""]:
+    """‖XW − XŴ‖²_F / ‖XW‖²_F from H = XᵀX; 0 where the dense output is zero and so is the pruned one."""
+    dense, pruned = dense.astype(gram.dtype), pruned.astype(gram.dtype)
+    loss, scale = quadratic(gram, dense - pruned), quadratic(gram, dense)
+    # Rounding can leave a loss that is truly zero slightly negative.
+    loss = jnp.maximum(loss, jnp.zeros_like(loss))
+    return jnp.where(loss == 0, loss, loss / scale)

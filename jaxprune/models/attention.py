@@ -1,0 +1,126 @@
+"""Causal attention whose memory grows with the window, not with its square."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxprune import sharding as devices
+
+SEGMENTS = 16
+"""A window has so many segments at most; a segment's queries are multiplied with the keys up to its end only."""
+SMALLEST, LARGEST = 64, 256
+"""Queries at a time: segments are no shorter than the one, and are visited in blocks no longer than the other."""
+
+
+class Layout(NamedTuple):
+    """How several texts lie in one window, and how some of them share their beginning.
+
+    A group is a common beginning and its continuations, one behind the other. A token sees the tokens before it of
+    its own continuation and of the beginning of its group, as if its text stood alone.
+
+    Attributes:
+        positions: of each token in its own text, from 0.
+        group: number of its group in the window.
+        branch: number of its continuation from 1; 0 is the common beginning.
+    """
+
+    positions: Int[Array | np.ndarray, "b t"]
+    group: Int[Array | np.ndarray, "b t"]
+    branch: Int[Array | np.ndarray, "b t"]
+
+
+def causal_attention(
+    query: Float[Array, "b t h d"],
+    key: Float[Array, "b t k d"],
+    value: Float[Array, "b t k d"],
+    layout: Layout | None = None,
+) -> Float[Array, "b t h d"]:
+    """softmax(QKᵀ/√d)V over the tokens that each query sees; h query heads share h/k key heads in order.
+
+    Without a layout a token sees all tokens up to itself, and goes to cuDNN's flash attention where that is. Elsewhere
+    queries are taken in blocks, so that the scores of one block, [b, h, 256, t], are the largest array, and most of the
+    masked half of the scores is never computed.
+    """
+    t, d = query.shape[1], query.shape[3]
+    if layout is None and cudnn_takes(query):
+        return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+    b, _, h, _ = query.shape
+    k = key.shape[2]
+    rows = query.reshape(b, t, k, h // k, d).transpose(0, 2, 3, 1, 4)  # heads that share a key head lie together
+    heads = _Heads(rows, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3))
+    heads = lax.optimization_barrier(heads)  # else XLA would rotate and transpose the keys again for each segment
+    segment = max(SMALLEST, -(-t // SEGMENTS))
+    bounds = [(start, min(start + segment, t)) for start in range(0, t, segment)]
+    parts = [_attend_segment(heads, start, end, layout) for start, end in bounds]
+    return jnp.concatenate(parts, axis=3).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
+
+
+def cudnn_takes(query: Float[Array, "b t h d"]) -> bool:
+    """Whether cuDNN's flash attention takes such queries: on NVIDIA's GPUs from Ampere on, 16-bit, heads of up to 128.
+
+    An even number of them, for its way back: windows of odd length are rare, and not worth two ways through a layer.
+    """
+    t, d = query.shape[1], query.shape[3]
+    return query.dtype.itemsize == 2 and t % 2 == 0 and d % 8 == 0 and d <= 128 and devices.cuda_capability() >= 8
+
+
+class _Heads(NamedTuple):
+    """Queries, keys and values by key head; g query heads share one."""
+
+    query: Float[Array, "b k g t d"]
+    key: Float[Array, "b k t d"]
+    value: Float[Array, "b k t d"]
+
+
+def _attend_segment(heads: _Heads, start: int, end: int, layout: Layout | None) -> Float[Array, "b k g _ d"]:
+    """The attention of the queries from `start` to `end` over the tokens up to there."""
+    seen = heads._replace(key=heads.key[:, :, :end], value=heads.value[:, :, :end])
+    if end - start <= LARGEST:
+        block = seen._replace(query=seen.query[:, :, :, start:end])
+        return _attend(block, _visible(jnp.int32(start), end - start, end, layout))
+
+    def attend(begin: Array) -> Array:
+        block = seen._replace(query=lax.dynamic_slice_in_dim(seen.query, begin, LARGEST, axis=3))
+        return _attend(block, _visible(begin, LARGEST, end, layout))
+
+    # The last block may overlap the one before it, so that every block has the same shape.
+    starts = jnp.minimum(jnp.arange(start, end, LARGEST, dtype=jnp.int32), jnp.int32(end - LARGEST))
+    blocks = lax.map(attend, starts)
+    rest = end - start - LARGEST * (len(blocks) - 1)
+    return jnp.concatenate([*blocks[:-1], blocks[-1][:, :, :, LARGEST - rest :]], axis=3)
+
+
+def _attend(heads: _Heads, visible: Bool[Array, "_ 1 q s"]) -> Float[Array, "b k g q d"]:
+    """Queries of heads that share a key head are rows of one product; the softmax is float32 (or float64)."""
+    query, key, value = heads
+    b, k, g, q, d = query.shape
+    float32 = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("bkqd,bksd->bkqs", query.reshape(b, k, g * q, d), key, preferred_element_type=float32)
+    scores = scores.reshape(b, k, g, q, -1) * jnp.asarray(d**-0.5, float32)
+    scores = jnp.where(visible[:, :, None], scores, jnp.finfo(float32).min)
+    most = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))  # it cancels, and so does its gradient
+    weights = jnp.exp(scores - most)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    rows = weights.astype(value.dtype).reshape(b, k, g * q, -1)
+    mixed = jnp.matmul(rows, value, preferred_element_type=float32).reshape(b, k, g, q, d)
+    return (mixed / total).astype(value.dtype)
+
+
+def _visible(start: Array, count: int, t: int, layout: Layout | None) -> Bool[Array, "_ 1 count t"]:
+    """Which of the first t tokens the `count` queries from `start` on see."""
+    here, there = start + jnp.arange(count, dtype=jnp.int32), jnp.arange(t, dtype=jnp.int32)
+    visible = (there[None, :] <= here[:, None])[None, None]
+    if layout is None:
+        return visible
+    layout = Layout(*(jnp.asarray(field)[:, :t] for field in layout))
+
+    def of_queries(x: Array) -> Array:
+        return lax.dynamic_slice_in_dim(x, start, count, axis=1)[:, None, :, None]
+
+    group, branch = layout.group[:, None, None, :], layout.branch[:, None, None, :]
+    shared = jnp.zeros_like(branch)
+    return visible & (group == of_queries(layout.group)) & ((branch == shared) | (branch == of_queries(layout.branch)))

@@ -1,0 +1,120 @@
+"""The kernels of a layer under Adam, masks fixed: their start, a step, how they are stored and kept in a journal.
+
+A kernel's step is in units of the root mean square of its kept weights, so that one rate serves all linears and models.
+
+References:
+    Kingma and Ba, "Adam" (arXiv 1412.6980).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, UInt8
+
+from convert import Params
+from jaxprune import sharding as devices
+from jaxprune.methods.linalg import masked
+from jaxprune.pruning.journal import TUNING, Journal
+from jaxprune.pruning.kernel import round_kernel
+
+BETAS = 0.9, 0.95
+"""Of Adam. There are tens of steps, not thousands, so the second moment's memory is short."""
+ADAM = optax.scale_by_adam(*BETAS)
+
+
+class Kernels(NamedTuple):
+    """The kernels of one layer's pruned linears under Adam, by name.
+
+    Attributes:
+        values: [n, m] float32.
+        masks: bits of the nonzero values, eight outputs a byte, [n, ceil(m / 8)].
+        units: root mean squares of the kept weights.
+        moments: Adam's.
+    """
+
+    values: dict[str, Float[Array | np.ndarray, "n m"]]
+    masks: dict[str, UInt8[Array | np.ndarray, "n _"]]
+    units: dict[str, Float[Array | np.ndarray, ""]]
+    moments: Any
+
+
+def start(kernels: Params) -> Kernels:
+    """A layer's pruned kernels before the first step, on the host."""
+    values = {name: kernel.astype(np.float32) for name, kernel in kernels.items()}
+    masks = {name: np.packbits(value != 0, axis=1) for name, value in values.items()}
+    units = {name: np.sqrt(np.sum(value**2) / np.float32(max(1, (value != 0).sum()))) for name, value in values.items()}
+    return Kernels(values, masks, units, jax.device_get(ADAM.init(values)))
+
+
+def step(kernels: Kernels, slopes: Mapping[str, Float[Array, "n m"]], rate: Float[Array, ""]) -> Kernels:
+    """The kernels after a step along their gradients; to be traced under jit."""
+    slopes = {name: masked(_kept(kernels, name), slope) for name, slope in slopes.items()}
+    with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction mixes integers and floats
+        changes, moments = ADAM.update(slopes, kernels.moments)
+    values = {name: value - rate * kernels.units[name] * changes[name] for name, value in kernels.values.items()}
+    return kernels._replace(values=values, moments=moments)
+
+
+def rounded(kernels: Kernels, name: str, dtype: np.dtype) -> Float[Array, "n m"]:
+    """A kernel as it is to be stored: every weight that is kept stays other than zero."""
+    return round_kernel(devices.by_outputs(kernels.values[name]), _kept(kernels, name), dtype)
+
+
+class Saved:
+    """The kernels of a tuning in a run's journal.
+
+    Args:
+        journal: of the run; None: nothing is kept.
+        count: of layers.
+    """
+
+    def __init__(self, journal: Journal | None, count: int) -> None:
+        self._journal, self._count = journal, count
+
+    def keep(self, step: int, state: Sequence[Kernels], divergences: Sequence[float]) -> None:
+        """Keeps the state before a step, if the work since the last time was long enough."""
+        size = sum(leaf.nbytes for kernels in state for leaf in jax.tree.leaves((kernels.values, kernels.moments)))
+        if not (self._journal and self._journal.worth_keeping(size)):
+            return
+        with self._journal.keeping():
+            for index, kernels in enumerate(state):
+                arrays = dict(zip(_names(kernels), jax.tree.leaves(devices.fetch(_moving(kernels))), strict=True))
+                self._journal.put(f"{TUNING}/{step}/{index}", arrays, {"divergences": list(divergences)})
+            self._journal.wait()
+        for other in self._journal.names(TUNING):
+            if other != str(step):
+                self._journal.drop(f"{TUNING}/{other}")
+
+    def restore(self, state: list[Kernels], hold: Callable[[Kernels], Kernels]) -> tuple[int, list[float]]:
+        """The step to go on with, and the divergences since its epoch began; the state is that before the step."""
+        if not self._journal:
+            return 0, []
+        for step in sorted(map(int, self._journal.names(TUNING)), reverse=True):
+            entries = [self._journal.get(f"{TUNING}/{step}/{index}") for index in range(self._count)]
+            if all(entries):
+                divergences: list[float] = []
+                for index, entry in enumerate(filter(None, entries)):
+                    leaves = [entry.arrays[name] for name in _names(state[index])]
+                    structure = jax.tree.structure(_moving(state[index]))
+                    values, moments = jax.tree.unflatten(structure, leaves)
+                    state[index] = hold(state[index]._replace(values=values, moments=moments))
+                    divergences = entry.figures["divergences"]
+                return step, divergences
+        return 0, []
+
+
+def _moving(kernels: Kernels) -> tuple[dict[str, Any], Any]:
+    return kernels.values, kernels.moments
+
+
+def _names(kernels: Kernels) -> list[str]:
+    """Of the leaves of `_moving`: numbers, for moments have no names of their own."""
+    return [f"leaf{index}" for index, _ in enumerate(jax.tree.leaves(_moving(kernels)))]
+
+
+def _kept(kernels: Kernels, name: str) -> Bool[Array, "n m"]:
+    return jnp.unpackbits(kernels.masks[name], axis=1, count=kernels.values[name].shape[1]).astype(bool)

@@ -1,0 +1,102 @@
+r"""A sparsity of its own for every linear, by one threshold over all of them.
+
+The saliency of a weight is W²_ij · Σ_t x²_ti · c_j: what zeroing it alone costs the model's loss, to second order and
+with the diagonals of both Kronecker factors of its curvature (see `sensitivity`). In these units linears are
+comparable, so one threshold over the whole model says how many weights each of them loses. A linear stays within a
+distance of the target, and the total is exact.
+
+References:
+    LeCun et al., "Optimal Brain Damage", NeurIPS 1989, for the saliency.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from convert import Reader
+from jaxprune import sharding as devices
+from jaxprune.models import model_for
+from jaxprune.pruning.sensitivity import Sensitivity
+from jaxprune.streaming.stream import read_layers
+
+BIN_BITS = 16
+"""Of a float32 saliency; weights whose leading 16 bits agree (within 1/128) are told apart by interpolation."""
+
+
+def allocate(
+    reader: Reader,
+    sensitivity: Sequence[Sensitivity],
+    sparsity: float,
+    spread: float,
+    *,
+    dtype: DTypeLike | None = None,
+) -> dict[tuple[int, str], float]:
+    """(layer index, path of the linear) -> its sparsity.
+
+    Args:
+        reader: the dense checkpoint.
+        sensitivity: of its layers.
+        sparsity: of all linears together; the number of zeros is rounded to the nearest whole weight.
+        spread: the most by which a linear's sparsity may differ from it.
+        dtype: of the model's computation; see `models.model_for`.
+    """
+    model = model_for(reader, dtype)
+    linears, histograms, sizes = [], [], []
+    for index, (params, layer) in enumerate(zip(read_layers(model, reader), sensitivity, strict=True)):
+        for tap, paths in model.inputs.items():
+            for path in paths:
+                kernel = devices.everywhere(params[f"{path}.kernel"])
+                histograms.append(devices.fetch(_histogram(kernel, layer.inputs[tap], layer.outputs[path])))
+                linears.append((index, path))
+                sizes.append(kernel.size)
+    zeros = share_zeros(np.stack(histograms), round(sparsity * sum(sizes)), spread)
+    return {linear: int(z) / size for linear, z, size in zip(linears, zeros, sizes, strict=True)}
+
+
+def share_zeros(histograms: Int[np.ndarray, "l bins"], zeros: int, spread: float) -> Int[np.ndarray, "l"]:
+    """The zeros of each linear: its weights below one threshold, within bounds, so that the total is exact.
+
+    Args:
+        histograms: numbers of weights by saliency, the least salient first.
+        zeros: in total.
+        spread: see `allocate`.
+    """
+    sizes = histograms.sum(axis=1, dtype=np.int64)
+    target = zeros / sizes.sum()
+    least = np.ceil(np.maximum(target - spread, 0) * sizes).astype(np.int64)
+    most = np.floor(np.minimum(target + spread, 1) * sizes).astype(np.int64)
+    # Rounding must not leave the target itself out of reach.
+    least, most = np.minimum(least, np.floor(target * sizes)), np.maximum(most, np.ceil(target * sizes))
+    below = np.zeros((len(sizes), histograms.shape[1] + 1), np.int64)
+    np.cumsum(histograms, axis=1, out=below[:, 1:])
+    below = np.clip(below, least[:, None], most[:, None]).astype(np.int64)
+    after = int(np.searchsorted(below.sum(axis=0), zeros))
+    if after == 0:
+        return _top_up(least.astype(np.int64), most.astype(np.int64), zeros)
+    return _top_up(below[:, after - 1], below[:, after], zeros)
+
+
+def _top_up(start: Int[np.ndarray, "l"], end: Int[np.ndarray, "l"], total: int) -> Int[np.ndarray, "l"]:
+    """Whole numbers between start and end at the same fraction of the way, with this total."""
+    missing, room = total - int(start.sum()), end - start
+    exact = room * (missing / max(1, int(room.sum())))
+    added = np.floor(exact).astype(np.int64)
+    left = missing - int(added.sum())
+    # The largest remainders get one more each.
+    order = np.argsort(-(exact - added) * (added < room), kind="stable")
+    added[order[:left]] += 1
+    return start + added
+
+
+@jax.jit
+def _histogram(
+    kernel: Float[Array, "n m"], inputs: Float[Array, "n"], outputs: Float[Array, "m"]
+) -> Int[Array, "bins"]:
+    scales = jnp.sqrt(inputs)[:, None] * jnp.sqrt(outputs)[None, :]
+    saliency = jnp.abs(kernel.astype(jnp.float32)) * scales
+    # The bits of a non-negative float order like an integer.
+    bins = jax.lax.bitcast_convert_type(saliency, jnp.int32) >> BIN_BITS
+    return jnp.bincount(bins.reshape(-1), length=1 << (31 - BIN_BITS))

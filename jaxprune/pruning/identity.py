@@ -1,0 +1,142 @@
+"""Whose a journal is: all that decides a run's outcome, and the weights that it met.
+
+What is known at once (options, calibration windows, configuration, names, shapes and dtypes of all tensors) is compared
+before any work. Contents are compared as they are read: a run keeps the digest of every tensor beside its journal, and
+when it goes on, no tensor may have another. Tensors of layers that are pruned already are read again only where the
+system's own account of the files (size, times, inode) has changed.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from convert import Params, Reader, Spec, parts, schema
+from convert.checked import ChangedError, CheckedReader, Signature
+from jaxprune.errors import Change
+from jaxprune.models import Model
+from jaxprune.pruning.journal import WEIGHTS, AnotherRunError, Journal
+
+SCHEMA = 2
+log = logging.getLogger(__name__)
+
+
+class Weights(schema.Schema):
+    """What a journal keeps of its checkpoint's weights, a part in each note.
+
+    Attributes:
+        files: `CheckedReader.signature` when the tensors were read.
+        digests: path -> digest of tensors that were read since the note before.
+    """
+
+    files: dict[str, list[int]]
+    digests: dict[str, str]
+
+
+class KnownWeights:
+    """The weights that a run has met, held against those that it met before it was stopped.
+
+    Args:
+        reader: of the dense checkpoint.
+        journal: of the run; it keeps what becomes known.
+
+    Raises:
+        AnotherRunError: a tensor has changed since the run met it.
+        DamagedError: the journal's notes of them are damaged.
+    """
+
+    def __init__(self, reader: CheckedReader, journal: Journal) -> None:
+        self._reader, self._journal = reader, journal
+        self._signature = reader.signature()
+        notes = [schema.check(Weights, note, file=journal.folder, entry=WEIGHTS) for note in journal.weights()]
+        known = {path: found for note in notes for path, found in note.digests.items()}
+        reader.remember(known)
+        self._kept = set(known)
+        if any(note.files != self._signature for note in notes):
+            self._require({}, "before this run was stopped it met another tensor there")
+        journal.newly_known = self._newly_known
+
+    def _newly_known(self) -> dict[str, Any] | None:
+        digests = dict(self._reader.digests)
+        new = {path: found for path, found in digests.items() if path not in self._kept}
+        self._kept |= new.keys()
+        return Weights(files=self._signature, digests=new).model_dump() if new else None
+
+    def require_unchanged(self) -> None:
+        """Raises AnotherRunError where a tensor has changed since this process met it."""
+        self._require(self._signature, "it changed while the run went on")
+
+    def _require(self, signature: Signature, what: str) -> None:
+        try:
+            self._reader.require_unchanged(signature)
+        except ChangedError as error:
+            where = f"{error.file}, from which layers were pruned already"
+            raise AnotherRunError(
+                f"{what}: give the checkpoint as it was in {where}",
+                file=self._journal.folder,
+                entry=error.entry,
+                found=error.found,
+                wanted=error.wanted,
+                options={"out": Change.OTHER},
+            ) from error
+
+
+def of_run(reader: Reader, model: Model, asked: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """All that decides a run's outcome and is known before it begins, as JSON.
+
+    Args:
+        reader: of the dense checkpoint.
+        model: of the checkpoint.
+        asked: the recipe and what it is applied to, as JSON.
+        seed: of the run.
+    """
+    return {
+        "schema": SCHEMA,
+        "checkpoint": {"headers": hashlib.sha256(_headers(reader.spec)).hexdigest()},
+        "model": _plain(dataclasses.asdict(model.config)),
+        "seed": seed,
+        **asked,
+    }
+
+
+def of_version_1(reader: Reader, model: Model, asked: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """The same as the first version wrote it, whose journals are still taken up; `asked` in its form."""
+    log.warning(
+        "what is finished is an earlier version's, which kept digests of the first and last layers only; whether the "
+        "other weights are still the same is not known"
+    )
+    grouped = parts(reader.spec)
+    layers = [part for part in grouped if part.startswith("layers.")]
+    content = reader.read([path for part in {layers[0], layers[-1], "norm"} & grouped.keys() for path in grouped[part]])
+    checkpoint = hashlib.sha256(_headers(reader.spec) + _digest(content).encode()).hexdigest()
+    return {"checkpoint": checkpoint, "computation": np.dtype(model.config.dtype).name, "seed": seed, **asked}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON knows it; sorted items as an object."""
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        if value and all(isinstance(one, tuple) and len(one) == 2 and isinstance(one[0], str) for one in value):
+            return _plain(dict(value))
+        return [_plain(one) for one in value]
+    return value if isinstance(value, bool | int | float | str | None) else str(np.dtype(value))
+
+
+def _headers(spec: Spec) -> bytes:
+    """All names, shapes and dtypes, to be digested."""
+    return json.dumps({path: [list(t.shape), t.dtype.name] for path, t in sorted(spec.items())}).encode()
+
+
+def _digest(arrays: Params) -> str:
+    """The digest of version 1: of arrays in their logical order."""
+    whole = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.asarray(arrays[name], order="C")  # ascontiguousarray makes 1-d arrays of 0-d ones
+        whole.update(f"{name} {array.dtype.name} {array.shape};".encode())
+        whole.update(array.reshape(-1).view(np.uint8).data)
+    return whole.hexdigest()

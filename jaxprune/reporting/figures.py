@@ -1,0 +1,355 @@
+"""A report's plots, as SVG that takes its colours from the page, so that they follow its light or dark look."""
+
+import hashlib
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import matplotlib
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+
+if TYPE_CHECKING:
+    from jaxprune.reporting.report import Entry
+    from jaxprune.reporting.schema import Layer
+
+# Colours that stand for variables of the page's style sheet.
+TEXT, AXIS, GRID, DENSE = "#010101", "#020202", "#030303", "#040404"
+SERIES = [f"#0505{number:02x}" for number in range(10)]
+VARIABLES = {TEXT: "--text", AXIS: "--axis", GRID: "--grid", DENSE: "--dense"}
+VARIABLES |= {color: f"--series-{number}" for number, color in enumerate(SERIES)}
+MARKERS = "osD^vP*X"
+LEAST, MOST = 1e-12, 1e15
+"""Between these, numbers are drawn where they belong."""
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "text.parse_math": False,  # a $ in a name is a $
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "text.color": TEXT,
+    "axes.labelcolor": TEXT,
+    "axes.edgecolor": AXIS,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 9,
+    "grid.color": GRID,
+    "xtick.color": AXIS,
+    "ytick.color": AXIS,
+    "xtick.labelcolor": TEXT,
+    "ytick.labelcolor": TEXT,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "legend.labelcolor": TEXT,
+    "lines.markersize": 3.5,
+    "lines.linewidth": 1.2,
+}
+WIDTH = 4.4
+"""Inches; a phone is about as wide, so that the text of a plot stays readable there."""
+
+
+class Figure(NamedTuple):
+    """A plot with its heading.
+
+    Attributes:
+        title: of the plot.
+        svg: the plot.
+    """
+
+    title: str
+    svg: Markup
+
+
+def draw(title: str, height: float, plot: Callable[[Axes], None]) -> Figure:
+    """Draws on one pair of axes; the legend, where there is one, goes below them."""
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}), warnings.catch_warnings():
+        # matplotlib's font has no Chinese, a box stands for it; and names may leave the plot no room.
+        warnings.filterwarnings("ignore", "Glyph .* missing|constrained_layout not applied")
+        figure = Canvas(figsize=(WIDTH, height), layout="constrained")
+        axis = figure.add_subplot()
+        plot(axis)
+        handles, labels = axis.get_legend_handles_labels()
+        if len(labels) > 1:
+            columns = max(1, min(4, 56 // (8 + max(map(len, labels)))))
+            figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        file = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})
+    return Figure(title, _inline(file.getvalue(), title))
+
+
+def _inline(svg: str, title: str) -> Markup:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+    # Several plots are in one page: no two elements may have one id.
+    prefix = "p" + hashlib.sha256(svg.encode()).hexdigest()[:12]
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}-", svg)
+    for color, variable in VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
+    return Markup(svg)
+
+
+def error_by_layer(entries: Sequence["Entry"]) -> Figure:
+    """Of one run: every linear's error; of several: the mean over linears."""
+
+    def plot(axis: Axes) -> None:
+        if len(entries) == 1:
+            layers = _layers(entries[0])
+            for number, name in enumerate(_linears(entries)):
+                errors = [la.linears[name].error if name in la.linears else None for la in layers]
+                axis.plot(_numbers(layers), _percents(errors), label=_short(name), **_style(number))
+        else:
+            for entry in entries:
+                means = [_mean(linear.error for linear in layer.linears.values()) for layer in _layers(entry)]
+                axis.plot(_numbers(_layers(entry)), _percents(means), label=_label(entry), **_style_of(entry))
+        _logarithmic(axis.yaxis)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_xlabel("layer")
+        axis.set_ylabel("relative error of the output, %")
+
+    return draw("Relative error by layer", 3.6, plot)
+
+
+def error_by_linear(entries: Sequence["Entry"]) -> Figure:
+    """Mean over the layers, and the range from the least to the largest."""
+    names = _linears(entries)
+
+    def plot(axis: Axes) -> None:
+        for number, entry in enumerate(entries):
+            shift = 0.7 * ((number + 0.5) / len(entries) - 0.5)
+            style, means, places = _style_of(entry), [], []
+            for place, name in enumerate(names):
+                found = [layer.linears[name].error for layer in _layers(entry) if name in layer.linears]
+                if errors := _percents(error for error in found if error is not None):
+                    axis.hlines(place + shift, min(errors), max(errors), color=style["color"], lw=1.2)
+                    means.append(sum(errors) / len(errors))
+                    places.append(place + shift)
+            axis.plot(means, places, **style, ls="", label=_label(entry))
+        axis.set_yticks(range(len(names)), [_short(name) for name in names])
+        axis.invert_yaxis()
+        _logarithmic(axis.xaxis)
+        axis.set_xlabel("relative error of the output, %: mean and range over the layers")
+
+    return draw("Relative error by linear", max(2.8, 1.2 + 0.16 * len(names) * len(entries)), plot)
+
+
+def sparsity_by_layer(entries: Sequence["Entry"]) -> Figure:
+    def plot(axis: Axes) -> None:
+        every = []
+        for entry in entries:
+            for layer in _layers(entry):
+                shares = [100 * linear.zeros / linear.size for linear in layer.linears.values()]
+                every += shares
+                if len(entries) == 1:
+                    axis.plot([layer.index + 1] * len(shares), shares, ".", color=DENSE, ms=3)
+            means = [100 * layer.zeros / layer.size for layer in _layers(entry)]
+            axis.plot(_numbers(_layers(entry)), means, label=_label(entry), **_style_of(entry))
+        axis.set_ylim(max(0, min(every) - 5), min(100, max(every) + 5))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_xlabel("layer")
+        axis.set_ylabel("zeros, % (dots: single linears)" if len(entries) == 1 else "zeros, %")
+
+    return draw("Sparsity by layer", 3.0, plot)
+
+
+def time_by_phase(entries: Sequence["Entry"]) -> Figure:
+    phases = list(dict.fromkeys(phase for entry in entries for phase in entry.seconds if phase != "total"))
+
+    def plot(axis: Axes) -> None:
+        start = [0.0] * len(entries)
+        for number, phase in enumerate(phases):
+            values = [_plain(entry.seconds.get(phase, 0.0)) for entry in entries]
+            axis.barh(range(len(entries)), values, left=start, label=_words(phase), color=SERIES[number % len(SERIES)])
+            start = [a + b for a, b in zip(start, values, strict=True)]
+        for place, total in enumerate(start):
+            axis.text(total, place, f"  {total:.0f} s", va="center", fontsize=8)
+        _rows(axis, entries)
+        axis.set_xlim(0, 1.2 * max(*start, 1e-3))
+        axis.set_xlabel("seconds")
+
+    return draw("Time by phase", 1.6 + 0.35 * len(entries), plot)
+
+
+def perplexities(entries: Sequence["Entry"], text: str) -> Figure:
+    values = [getattr(entry.text(text), "perplexity", None) for entry in entries]
+    return _measured(entries, values, f"Perplexity of {short(text)}", "perplexity (lower is better)", log=True)
+
+
+def divergences(entries: Sequence["Entry"], text: str) -> Figure:
+    values = [getattr(entry.text(text), "kl", None) for entry in entries]
+    return _measured(
+        entries, values, f"KL divergence from the dense model, {short(text)}", "nats a token (lower is better)"
+    )
+
+
+def _measured(
+    entries: Sequence["Entry"], values: Sequence[float | None], title: str, label: str, *, log: bool = False
+) -> Figure:
+    """A point and its value for each checkpoint; None stands for infinity."""
+
+    def plot(axis: Axes) -> None:
+        known = [_plain(value) for value in values if value is not None]
+        high = max([*known, 1e-9]) if known else 1.0
+        low = max(min(known) / 1.25, 1e-9) if log and known else 0.0
+        for place, (entry, value) in enumerate(zip(entries, values, strict=True)):
+            style, end = _style_of(entry) | {"marker": "o", "ms": 7}, high if value is None else max(low, _plain(value))
+            if value is not None:
+                axis.plot([low, end], [place, place], color=style["color"], lw=1.2)
+                axis.plot(end, place, **style)
+            axis.text(end, place, f"   {number(value)}", va="center", fontsize=8)
+        axis.set_xlim(low, high * (high / low) ** 0.25 if log and known else 1.2 * high)
+        if log:
+            _logarithmic(axis.xaxis)
+        _rows(axis, entries)
+        axis.set_xlabel(label)
+
+    return draw(title, 1.3 + 0.3 * len(entries), plot)
+
+
+def accuracies(entries: Sequence["Entry"]) -> Figure:
+    """Accuracy by task, with standard errors, and the mean."""
+    tasks = list(dict.fromkeys(task for entry in entries for task, m in entry.quality.tasks.items() if "acc" in m))
+
+    def plot(axis: Axes) -> None:
+        for number, entry in enumerate(entries):
+            shift = 0.7 * ((number + 0.5) / len(entries) - 0.5)
+            found = [entry.quality.tasks.get(task, {}) for task in tasks] + [entry.quality.mean_accuracy.model_dump()]
+            known = {place: metrics for place, metrics in enumerate(found) if metrics.get("acc") is not None}
+            places = [place + shift for place in known]
+            values = _percents(metrics["acc"] for metrics in known.values())
+            errors = _percents(abs(metrics.get("acc_stderr") or 0.0) for metrics in known.values())
+            axis.errorbar(values, places, xerr=errors, label=_label(entry), **_style_of(entry) | {"ls": ""})
+        axis.set_yticks(range(len(tasks) + 1), [*map(_words, tasks), "mean"])
+        axis.axhline(len(tasks) - 0.5, color=AXIS, lw=0.6)
+        axis.invert_yaxis()
+        axis.set_xlabel("accuracy (acc), %, with standard errors")
+
+    return draw("Zero-shot accuracy", 1.4 + (0.12 + 0.13 * len(entries)) * (len(tasks) + 1), plot)
+
+
+def quality_by_sparsity(
+    entries: Sequence["Entry"], title: str, label: str, value_of: Callable[["Entry"], float | None], *, log: bool
+) -> Figure | None:
+    """A line a method over the sparsities; None where there is one sparsity only."""
+    pruned = [(entry, value) for entry in entries if not entry.dense and (value := value_of(entry)) is not None]
+    if len({(round(e.sparsity, 3), e.grouped) for e, _ in pruned if e.sparsity is not None}) < 2:
+        return None
+
+    def plot(axis: Axes) -> None:
+        for number, method in enumerate(dict.fromkeys(entry.method for entry, _ in pruned)):
+            own = [(e.sparsity, value, e) for e, value in pruned if e.method == method and e.sparsity is not None]
+            points = sorted((100 * sparsity, _plain(value)) for sparsity, value, e in own if not e.grouped)
+            grouped = sorted((100 * sparsity, _plain(value)) for sparsity, value, e in own if e.grouped)
+            axis.plot(*zip(*points, strict=True) if points else ([], []), label=_words(method, 60), **_style(number))
+            if grouped:
+                style = _style(number) | {"ls": "", "mfc": "none", "ms": 6}
+                axis.plot(*zip(*grouped, strict=True), label=f"{_words(method, 60)}, N:M", **style)
+        for entry in entries:
+            if entry.dense and (value := value_of(entry)) is not None:
+                axis.axhline(_plain(value), color=DENSE, ls="--", lw=1, label="dense")
+        if log:
+            _logarithmic(axis.yaxis)
+        axis.set_xlabel("zeros in the linears, %")
+        axis.set_ylabel(label)
+
+    return draw(title, 3.4, plot)
+
+
+def _rows(axis: Axes, entries: Sequence["Entry"]) -> None:
+    """One row a checkpoint, from the top."""
+    axis.set_yticks(range(len(entries)), [_label(entry) for entry in entries])
+    axis.set_ylim(len(entries) - 0.4, -0.6)
+    axis.grid(axis="y", visible=False)
+
+
+def _logarithmic(axis: Any) -> None:
+    """A logarithmic axis with plain numbers, at 1, 2 and 5 where it spans little; a linear one where all are 0."""
+    if not axis.get_minpos() < math.inf:
+        return
+    (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")
+    low, high = sorted(axis.get_view_interval())
+    for multiples in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 5), (1,)):
+        ticks = [m * 10.0**e for e in range(-9, 10) for m in multiples if low <= m * 10.0**e <= high]
+        if len(ticks) <= 7:
+            break
+    if len(ticks) < 2:
+        ticks = [t for t in MaxNLocator(4).tick_values(low, high) if low <= t <= high]
+    axis.set_ticks(ticks)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
+
+
+def _style(number: int) -> dict[str, Any]:
+    return {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def _style_of(entry: "Entry") -> dict[str, Any]:
+    """A checkpoint looks the same in all plots."""
+    return {"color": DENSE, "marker": "o"} if entry.dense else _style(entry.number)
+
+
+def _label(entry: "Entry") -> str:
+    return _words(entry.label)
+
+
+def _words(name: str, most: int = 26) -> str:
+    """A name of somebody else's as a plot bears it: without its middle where it is long, so that it leaves room."""
+    name = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+    name = name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"
+    return f" {name}" if name.startswith("_") else name  # matplotlib's legends leave out what begins with _
+
+
+def _layers(entry: "Entry") -> Sequence["Layer"]:
+    return entry.run.layers if entry.run else []
+
+
+def _numbers(layers: Sequence["Layer"]) -> list[int]:
+    return [layer.index + 1 for layer in layers]
+
+
+def _linears(entries: Sequence["Entry"]) -> list[str]:
+    return list(dict.fromkeys(name for entry in entries for layer in _layers(entry) for name in layer.linears))
+
+
+def _plain(value: float | None) -> float:
+    """A number that matplotlib can scale; NaN, which a plot leaves out, for None."""
+    if value is None:
+        return math.nan
+    return 0.0 if abs(value) < LEAST else min(max(value, -MOST), MOST)
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    known = [_plain(value) for value in values if value is not None]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _percents(fractions: Iterable[float | None]) -> list[float]:
+    return [100 * _plain(fraction) for fraction in fractions]
+
+
+def _short(linear: str) -> str:
+    return _words(linear.rpartition(".")[2].removesuffix("_proj"))
+
+
+def short(text: str) -> str:
+    """A text's name; of a file the last two parts of its path."""
+    path = Path(text)
+    return "/".join((path.with_suffix("") if path.name else path).parts[-2:]) or text
+
+
+def number(value: float | None) -> str:
+    """Three or four digits; None stands for infinity."""
+    if value is None:
+        return "∞"
+    return f"{value:.2f}" if value < 100 else f"{value:.4g}" if value < 1e4 else f"{value:.2e}"
