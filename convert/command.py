@@ -46,9 +46,11 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
         with shown_warnings():
             return command(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
+        _print_notes(error)
         print(f"error: {worded(error)}", file=sys.stderr)
         return USER_ERROR
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        _print_notes(error)
         print("stopped", file=sys.stderr)
         return STOPPED
     except Exception:
@@ -61,6 +63,12 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
         return DEFECT
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _print_notes(error: BaseException) -> None:
+    """Prints what was added to an error on its way, such as where finished work is kept."""
+    for note in getattr(error, "__notes__", ()):
+        print(one_line(note), file=sys.stderr)
 
 
 def terminate(*_: object) -> NoReturn:

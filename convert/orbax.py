@@ -37,7 +37,9 @@ MOST_RATIO, FREE_BYTES = 1000, 2**28
 class _Manifest(Schema):
     """params.json."""
 
-    parts: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,200}(\.[0-9]{1,4})?$")]], Field(max_length=10_000)]
+    parts: Annotated[
+        list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,200}(\.[0-9]{1,4})?$")]], Field(max_length=10_000)
+    ]
 
 
 class Reader:

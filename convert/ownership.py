@@ -258,7 +258,8 @@ def remove_own(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     elif os.path.lexists(path):
-        path.unlink()
+        with failing(path, "removed"):
+            path.unlink()
 
 
 def seal(path: Path) -> None:

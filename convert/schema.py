@@ -4,9 +4,12 @@ Schemas are pydantic models: its errors name the place, what was found and what 
 NaN, bounds depth, and is the one that most Python projects have already.
 """
 
+import json
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 import pydantic_core
@@ -25,6 +28,8 @@ class Schema(pydantic.BaseModel):
 
 
 S = TypeVar("S", bound=pydantic.BaseModel)
+Count = Annotated[int, pydantic.Field(ge=0, le=2**53)]
+"""A number of things, exact as a float too."""
 
 
 def read(schema: type[S], path: Path, *, most: int = JSON_BYTES, error: type[UserError] = DamagedError) -> S:
@@ -96,3 +101,26 @@ def refused(
 def _lower(text: str) -> str:
     text = text.removeprefix("Value error, ").removeprefix("Input should be ")
     return text[:1].lower() + text[1:]
+
+
+def to_text(value: Any) -> str:
+    """Returns JSON text for any parser: what is not finite is null, and what is no text (a file's name) is escaped."""
+    return json.dumps(plain(value), indent=1, allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """Returns the same JSON with null for what is not finite, and escapes for what is no text."""
+    if isinstance(value, Mapping):
+        return {plain(str(key)): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, str):
+        return as_text(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def as_text(name: str) -> str:
+    """Returns a name that UTF-8 can hold; a file's may have bytes that are none."""
+    return name.encode("utf-8", "backslashreplace").decode()

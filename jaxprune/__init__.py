@@ -1,9 +1,85 @@
-"""One-shot pruning of LLaMA-family language models in JAX."""
+"""Post-training pruning of language models in JAX. What is heavy is imported when it is first used."""
 
-from jaxprune.errors import InputError
-from jaxprune.pruning.kernel import LinearResult
-from jaxprune.pruning.pipeline import other_params, prune
-from jaxprune.pruning.results import LayerResult
-from jaxprune.sparsity.patterns import NM, Unstructured
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["NM", "InputError", "LayerResult", "LinearResult", "Unstructured", "other_params", "prune"]
+_EXPORTS = {
+    "ADMM": "jaxprune.methods.admm",
+    "ALPS": "jaxprune.methods.alps",
+    "Exact": "jaxprune.methods.exact",
+    "Gradient": "jaxprune.methods.gradient",
+    "Magnitude": "jaxprune.methods.magnitude",
+    "SparseGPT": "jaxprune.methods.sparsegpt",
+    "Wanda": "jaxprune.methods.wanda",
+    "Crossed": "jaxprune.methods.combine",
+    "Finished": "jaxprune.methods.combine",
+    "gram": "jaxprune.methods.gram",
+    "NM": "jaxprune.sparsity.patterns",
+    "Unstructured": "jaxprune.sparsity.patterns",
+    "PRESETS": "jaxprune.recipe",
+    "Importance": "jaxprune.recipe",
+    "Recipe": "jaxprune.recipe",
+    "Tuning": "jaxprune.recipe",
+    "Devices": "jaxprune.sharding",
+    "StreamedModel": "jaxprune.streaming.model",
+    "Observer": "jaxprune.streaming.observer",
+    "Evaluator": "jaxprune.evaluation.quality",
+    "Measures": "jaxprune.evaluation.quality",
+    "prune_layers": "jaxprune.pruning.loop",
+    "prune_model": "jaxprune.pruning.whole_model",
+    "calibration_windows": "jaxprune.api.load",
+    "load": "jaxprune.api.load",
+    "prune_kernel": "jaxprune.api.load",
+    "prune": "jaxprune.api.prune",
+    "evaluate": "jaxprune.api.evaluate",
+    "verify": "jaxprune.api.verify",
+    "CheckpointError": "jaxprune.errors",
+    "InputError": "jaxprune.errors",
+}
+"""Name -> the module that it comes from."""
+__all__ = sorted(_EXPORTS)  # noqa: PLE0605
+
+if TYPE_CHECKING:
+    from jaxprune.api.evaluate import evaluate as evaluate
+    from jaxprune.api.load import calibration_windows as calibration_windows
+    from jaxprune.api.load import load as load
+    from jaxprune.api.load import prune_kernel as prune_kernel
+    from jaxprune.api.prune import prune as prune
+    from jaxprune.api.verify import verify as verify
+    from jaxprune.errors import CheckpointError as CheckpointError
+    from jaxprune.errors import InputError as InputError
+    from jaxprune.evaluation.quality import Evaluator as Evaluator
+    from jaxprune.evaluation.quality import Measures as Measures
+    from jaxprune.methods.admm import ADMM as ADMM
+    from jaxprune.methods.alps import ALPS as ALPS
+    from jaxprune.methods.combine import Crossed as Crossed
+    from jaxprune.methods.combine import Finished as Finished
+    from jaxprune.methods.exact import Exact as Exact
+    from jaxprune.methods.gradient import Gradient as Gradient
+    from jaxprune.methods.gram import gram as gram
+    from jaxprune.methods.magnitude import Magnitude as Magnitude
+    from jaxprune.methods.sparsegpt import SparseGPT as SparseGPT
+    from jaxprune.methods.wanda import Wanda as Wanda
+    from jaxprune.pruning.loop import prune_layers as prune_layers
+    from jaxprune.pruning.whole_model import prune_model as prune_model
+    from jaxprune.recipe import PRESETS as PRESETS
+    from jaxprune.recipe import Importance as Importance
+    from jaxprune.recipe import Recipe as Recipe
+    from jaxprune.recipe import Tuning as Tuning
+    from jaxprune.sharding import Devices as Devices
+    from jaxprune.sparsity.patterns import NM as NM
+    from jaxprune.sparsity.patterns import Unstructured as Unstructured
+    from jaxprune.streaming.model import StreamedModel as StreamedModel
+    from jaxprune.streaming.observer import Observer as Observer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'jaxprune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

@@ -1,14 +1,18 @@
-"""python -m jaxprune COMMAND ...: one table of commands."""
+"""python -m jaxprune COMMAND ...: one table of commands, which imports nothing but the one that is asked for."""
 
 import ast
+import difflib
+import importlib
+import pkgutil
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from convert import command, plugins
-from convert.errors import UserError
 from jaxprune import commands
+
+ORDER = ("prune", "evaluate", "verify", "report", "plan", "solve", "convert", "lm-eval")
+"""In which the help names commands; others come behind."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,40 +25,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     if first == "--version":
         print(f"jaxprune {version('jaxprune')}")
         return 0
-    name, rest = ("prune", given) if first.startswith("-") else (first.replace("-", "_"), given[1:])
-    found = []
+    name, rest = ("prune", given) if first.startswith("-") else (first, given[1:])
+    if name not in (known := names()):
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        print(f"error: no command {ascii(name)}: {hint}", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"jaxprune.commands.{name.replace('-', '_')}").main(rest)
 
-    def load(argv: Sequence[str]) -> None:
-        del argv
-        try:
-            found.append(plugins.load(commands, name))
-        except UserError as error:
-            raise UserError(str(error).replace("_", "-")) from None
 
-    return command.run(load, []) or found[0].main(rest)
+def names() -> list[str]:
+    """Returns the names of the commands, in the order of the help."""
+    found = (module.name.replace("_", "-") for module in pkgutil.iter_modules(commands.__path__))
+    own = [name for name in found if name.replace("-", "_") not in commands.HELPERS]
+    return sorted(own, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
 
 
 def usage() -> str:
-    """What `jaxprune --help` prints."""
-    rows = [f"  {name.replace('_', '-'):10} {summary(name)}" for name in plugins.names(commands)]
+    """Returns what `jaxprune --help` prints."""
+    rows = [f"  {name:10} {summary(name)}" for name in names()]
     return "\n".join(
         [
             "usage: jaxprune COMMAND ...",
             "",
-            "One-shot pruning of language models in JAX, one layer in memory at a time.",
+            "Post-training pruning of language models in JAX, one layer in memory at a time.",
             "",
             *rows,
             "",
-            "jaxprune COMMAND --help says more. Without a command, jaxprune --ckpt ... prunes.",
+            "jaxprune COMMAND --help says more, jaxprune --version which one this is.",
+            "Without a command, jaxprune --ckpt ... prunes.",
         ]
     )
 
 
 def summary(name: str) -> str:
-    """The first sentence of a command's file, which is not imported."""
-    file = Path(commands.__path__[0]) / f"{name}.py"
-    text = ast.get_docstring(ast.parse(file.read_text())) or ""
-    return text.partition("\n")[0].partition(": `")[0].rstrip(".")
+    """Returns the first sentence of a command's file, which is not imported."""
+    file = Path(commands.__path__[0]) / f"{name.replace('-', '_')}.py"
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return text.partition("\n")[0].partition(". ")[0].rstrip(".")
 
 
 if __name__ == "__main__":

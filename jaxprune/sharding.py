@@ -1,11 +1,13 @@
-"""The devices of a run as one mesh: windows are split over it, params are on all of it, solves are split over outputs.
+"""The devices of a run as one mesh, and how arrays lie on it.
 
-Everything that goes to the devices or comes back goes through here. With one device nothing is sharded. With several
-hosts each process runs the same program on the same host arrays and gives its own devices their shares; what comes back
-is gathered on every host.
+Windows are sharded over the mesh, params are replicated, solves are sharded over outputs. Everything that goes to the
+devices or comes back goes through here. With several hosts each process runs the same program on the same host arrays
+and gives its own devices their shards; what comes back is gathered on every host.
 """
 
+import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,79 +16,104 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxprune.errors import Change, InputError
+from jaxprune.errors import Change, InputError, UserError
 
 AXIS = "devices"
 MOST_DEVICES = 256
-"""Of a process. A CPU can be divided into any number of them, each of which takes memory and threads."""
-_mesh: Mesh | None = None
+"""Most devices of a process. A CPU can be divided into any number of them, each of which takes memory and threads."""
 
 
-def use(count: int | None) -> None:
-    """Makes runs use so many devices; None: all there are, of all hosts.
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """The devices that a run uses.
 
-    Raises:
-        InputError: there are fewer.
+    Attributes:
+        mesh: of one axis, over all of them; None: JAX's default device alone, where nothing is sharded.
     """
-    global _mesh
-    there = jax.devices()
-    if count is not None and not 1 <= count <= len(there):
-        found = ", ".join(map(str, there[:8]))
-        raise InputError(f"JAX finds {len(there)} devices ({found}), not {count}", options={"devices": len(there)})
-    if jax.process_count() > 1 and count not in (None, len(there)):
-        raise InputError(
-            f"several processes use all their devices, {len(there)}, not {count}", options={"devices": Change.OMIT}
-        )
-    chosen = there[: count or len(there)]
-    _mesh = Mesh(np.array(chosen), (AXIS,), axis_types=(AxisType.Auto,)) if len(chosen) > 1 else None
+
+    mesh: Mesh | None = None
+
+    @classmethod
+    def first(cls, count: int | None = None) -> "Devices":
+        """The first devices that JAX finds.
+
+        Args:
+            count: how many; None: all there are, of all hosts.
+
+        Raises:
+            InputError: there are fewer.
+        """
+        there = jax.devices()
+        if count is not None and not 1 <= count <= len(there):
+            found = ", ".join(map(str, there[:8]))
+            raise InputError(f"JAX finds {len(there)} devices ({found}), not {count}", options={"devices": len(there)})
+        if jax.process_count() > 1 and count not in (None, len(there)):
+            raise InputError(
+                f"several processes use all their devices, {len(there)}, not {count}", options={"devices": Change.OMIT}
+            )
+        chosen = there[: count or len(there)]
+        return cls(Mesh(np.array(chosen), (AXIS,), axis_types=(AxisType.Auto,)) if len(chosen) > 1 else None)
+
+    @property
+    def count(self) -> int:
+        """Number of devices in use."""
+        return self.mesh.size if self.mesh else 1
+
+    def replicate(self, tree: Any) -> Any:
+        """Puts arrays on every device, whole."""
+        return self._put(tree, PartitionSpec()) if self.mesh else jax.device_put(tree)
+
+    def shard_windows(self, tree: Any) -> Any:
+        """Shards the first axis of arrays over the devices; replicates arrays that cannot be split evenly."""
+        return jax.tree.map(lambda array: self._shard(array, 0), tree)
+
+    def shard_outputs(self, tree: Any) -> Any:
+        """Shards the last axis of arrays over the devices; replicates arrays that cannot be split evenly."""
+        return jax.tree.map(lambda array: self._shard(array, -1), tree)
+
+    def zeros(self, shape: tuple[int, ...]) -> jax.Array:
+        """Makes float32 zeros; those of three axes are sharded over the first."""
+        if self.mesh is None:
+            return jnp.zeros(shape, jnp.float32)
+        spec = PartitionSpec(AXIS) if len(shape) == 3 else PartitionSpec()
+        return jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=NamedSharding(self.mesh, spec))()
+
+    def abstract(self, shape: jax.ShapeDtypeStruct, axis: int | None) -> jax.ShapeDtypeStruct:
+        """Returns a shape with the sharding that an array of it gets; `axis` is sharded, None: it is replicated."""
+        if self.mesh is None:
+            return shape
+        sharding = NamedSharding(self.mesh, self._spec(shape.shape, axis))
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    def _shard(self, array: Any, axis: int) -> Any:
+        if self.mesh is None:
+            return jax.device_put(array)
+        return self._put(array, self._spec(array.shape, axis))
+
+    def _spec(self, shape: tuple[int, ...], axis: int | None) -> PartitionSpec:
+        if axis is None or not shape or shape[axis] % self.count:
+            return PartitionSpec()
+        names: list[str | None] = [None] * len(shape)
+        names[axis] = AXIS
+        return PartitionSpec(*names)
+
+    def _put(self, tree: Any, spec: PartitionSpec) -> Any:
+        assert self.mesh is not None
+        sharding = NamedSharding(self.mesh, spec)
+        if jax.process_count() == 1:
+            return jax.device_put(tree, sharding)
+        return jax.tree.map(lambda array: _put_globally(array, sharding), tree)
 
 
-def number() -> int:
-    """Number of devices in use."""
-    return _mesh.size if _mesh else 1
-
-
-def cuda_capability() -> float:
-    """The compute capability of this process's GPUs, such as 8.6; 0 where they are not NVIDIA's, or there are none."""
-    text = getattr(jax.local_devices()[0], "compute_capability", "")  # AMD's say gfx942 and the like
-    return float(text) if text.replace(".", "").isdigit() else 0.0
-
-
-def everywhere(tree: Any) -> Any:
-    """Arrays on every device, whole."""
-    return _put(tree, PartitionSpec()) if _mesh else jax.device_put(tree)
-
-
-def by_windows(tree: Any) -> Any:
-    """Arrays whose first axis is split over the devices; on every device where it cannot be split evenly."""
-    return jax.tree.map(lambda array: _split(array, 0), tree)
-
-
-def by_outputs(tree: Any) -> Any:
-    """Arrays whose last axis is split over the devices; on every device where it cannot be split evenly."""
-    return jax.tree.map(lambda array: _split(array, -1), tree)
-
-
-def zeros(shape: tuple[int, ...]) -> jax.Array:
-    """float32 zeros; those of three axes have a share on each device."""
-    if _mesh is None:
-        return jnp.zeros(shape, jnp.float32)
-    spec = PartitionSpec(AXIS) if len(shape) == 3 else PartitionSpec()
-    return jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=NamedSharding(_mesh, spec))()
+ONE_DEVICE = Devices()
+"""JAX's default device alone."""
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays in host memory, whole, on every host."""
+    """Returns arrays in host memory, whole, on every host."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return jax.tree.map(_gather, tree)
-
-
-def like(shape: jax.ShapeDtypeStruct, split: int | None) -> jax.ShapeDtypeStruct:
-    """The shape with the sharding that an array of it gets; `split` is the axis, None: on every device."""
-    if _mesh is None:
-        return shape
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(_mesh, _spec(shape.shape, split)))
 
 
 def join(coordinator: str, processes: int | None, number: int | None) -> None:
@@ -108,46 +135,44 @@ def join(coordinator: str, processes: int | None, number: int | None) -> None:
         ) from error
 
 
-def processes() -> int:
-    """Number of processes of this run, each with devices of its own."""
-    return jax.process_count()
-
-
-def is_first() -> bool:
-    """Whether this process writes what the run leaves behind."""
+def is_first_process() -> bool:
+    """Whether this process is the one that writes files."""
     return jax.process_index() == 0
 
 
-def agree(value: Any) -> Any:
-    """What the first process has: JSON of up to 64 KiB. All processes must be here."""
+def broadcast(value: Any) -> Any:
+    """Returns the first process's value on all processes: JSON of up to 64 KiB. All processes have to call it."""
     if jax.process_count() == 1:
         return value
-    text = json.dumps(value).encode() if is_first() else b""
+    text = json.dumps(value).encode() if is_first_process() else b""
     buffer = np.zeros(2**16, np.uint8)
     buffer[: len(text)] = np.frombuffer(text, np.uint8)
     return json.loads(bytes(multihost_utils.broadcast_one_to_all(buffer)).rstrip(b"\0"))
 
 
-def _split(array: Any, axis: int) -> Any:
-    if _mesh is None:
-        return jax.device_put(array)
-    return _put(array, _spec(array.shape, axis))
+def barrier() -> None:
+    """Returns when all processes have called it."""
+    broadcast(None)
 
 
-def _spec(shape: tuple[int, ...], axis: int | None) -> PartitionSpec:
-    if axis is None or not shape or shape[axis] % number():
-        return PartitionSpec()
-    names: list[str | None] = [None] * len(shape)
-    names[axis] = AXIS
-    return PartitionSpec(*names)
+def on_first_process(action: Callable[[], Any]) -> Any:
+    """Runs an action on the first process; returns its JSON value, or raises its error, on all of them.
 
-
-def _put(tree: Any, spec: PartitionSpec) -> Any:
-    assert _mesh is not None
-    sharding = NamedSharding(_mesh, spec)
+    Raises:
+        InputError: as the action raised an error of the user's.
+    """
     if jax.process_count() == 1:
-        return jax.device_put(tree, sharding)
-    return jax.tree.map(lambda array: _put_globally(array, sharding), tree)
+        return action()
+    value, fault = None, ""
+    if is_first_process():
+        try:
+            value = action()
+        except UserError as error:
+            fault = str(error)
+    value, fault = broadcast([value, fault])
+    if fault:
+        raise InputError(fault)
+    return value
 
 
 def _put_globally(array: Any, sharding: NamedSharding) -> jax.Array:

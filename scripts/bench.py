@@ -39,17 +39,19 @@ from jaxprune.commands.terminal import keep_memory
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.gram import gram
 from jaxprune.planning import programs
-from jaxprune.planning.programs import Flops, Program, Shape
+from jaxprune.planning.machine import hardware
+from jaxprune.planning.programs import Flops, Program, Shape, Shapes
 from jaxprune.recipe import PRESETS
-from jaxprune.reporting.record import hardware
+from jaxprune.sharding import ONE_DEVICE
 from jaxprune.sparsity.patterns import Unstructured
 
 METHOD, PATTERN = ADMM(), Unstructured(0.5)
 
 
-def parts(of: Any, windows: int, length: int) -> Iterator[Program]:
+def parts(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:
     """Parts of the programs, to be looked at alone: they are in the totals already."""
-    first = next(programs.of_pruning(of, windows, length, METHOD, PATTERN, jnp.float32))
+    of = shapes.architecture
+    first = next(programs.of_pruning(shapes, windows, length, METHOD, PATTERN))
     params, x, _, grams = first.arguments
 
     def taps(params: Any, x: jax.Array) -> Any:
@@ -60,7 +62,7 @@ def parts(of: Any, windows: int, length: int) -> Iterator[Program]:
         tapped = Shape((*x.shape[:2], len(total)), of.config.dtype)
         yield Program("part", f"Gram of {tap}", gram, (tapped,), first.calls)
     selections = of.config.num_layers * len(METHOD.progress())
-    for path, shape in of.linears.items():
+    for path, shape in of.kernels.items():
         select = partial(_select, PATTERN.selector(shape))
         yield Program("part", f"mask of {path}", select, (Shape(shape, jnp.float32),), selections)
 
@@ -83,15 +85,16 @@ def wanted_programs(args: argparse.Namespace) -> Iterator[Program]:
         return
     size = SIZES[args.size]
     of = model(size._replace(layers=args.layers or size.layers), args.dtype)
-    stored, tokens = jnp.dtype(args.stored), args.batch and args.batch * args.length
-    yield from programs.of_pruning(of, args.windows, args.length, METHOD, PATTERN, stored, tokens=tokens)
-    yield from parts(of, args.windows, args.length)
+    tokens = args.batch and args.batch * args.length
+    shapes = Shapes(of, jnp.dtype(args.stored), ONE_DEVICE, tokens)
+    yield from programs.of_pruning(shapes, args.windows, args.length, METHOD, PATTERN)
+    yield from parts(Shapes(of, jnp.float32, ONE_DEVICE), args.windows, args.length)
     if args.preset:
         preset = PRESETS[args.preset]
-        some = min(args.windows, preset["sensitivity_windows"])
-        yield from programs.of_sensitivity(of, some, args.length, stored, tokens=tokens)
-        epochs, keep = preset["tune_epochs"], not args.streamed
-        yield from programs.of_tuning(of, args.windows, args.length, epochs, stored, keep=keep, tokens=tokens)
+        some = preset.importance.windows_of(args.windows)
+        yield from programs.of_sensitivity(shapes, some, args.length)
+        epochs, keep = preset.tuning.tune_epochs, not args.streamed
+        yield from programs.of_distillation(shapes, args.windows, args.length, epochs, keep=keep)
 
 
 def fill(program: Program) -> tuple[Any, ...]:

@@ -12,14 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from convert import CheckpointError, open_checkpoint
-from jaxprune import InputError
+from jaxprune import CheckpointError, InputError, load
 from jaxprune.evaluation.lm import StreamedLM
 from jaxprune.evaluation.packing import Request, group, pack
 from jaxprune.evaluation.tasks import ZERO_SHOT, Tasks, summarize
 from jaxprune.evaluation.torch_lm import hflm
-from jaxprune.models import model_for
-from jaxprune.reporting.record import hardware
+from jaxprune.planning.machine import hardware
 from jaxprune.streaming.hidden_states import tokens_per_batch
 
 
@@ -55,11 +53,8 @@ def main() -> None:
     parser.add_argument("--tasks-data", type=Path, help="folder with the tasks' rows (default: the hub's)")
     parser.add_argument("--limit", type=int, default=100, help="rows of each task")
     args = parser.parse_args()
-    reader = open_checkpoint(args.ckpt)
-    models = {
-        "jax": Counting(reader),
-        "torch": hflm(reader, np.dtype(model_for(reader).config.dtype)),
-    }
+    streamed = load(args.ckpt)
+    models = {"jax": Counting(streamed), "torch": hflm(streamed.reader, streamed.dtype)}
     print(f"{args.ckpt}, the first {args.limit} rows of each task, {hardware()}\n")
     header = "task", "items", "acc, jax", "acc, torch", "items that differ", "largest difference, nats"
     header += "tokens, one row a request", "tokens, packed", "jax, s", "torch, s", "torch / jax"

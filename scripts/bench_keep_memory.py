@@ -19,13 +19,10 @@ import numpy as np
 from alone import alone
 from tables import markdown
 
-from convert import open_checkpoint
-from jaxprune import Unstructured, prune
+from jaxprune import Magnitude, Observer, Tuning, Unstructured, load, prune_layers
 from jaxprune.commands.terminal import keep_compilations, keep_memory
-from jaxprune.methods.magnitude import Magnitude
-from jaxprune.models import model_for
-from jaxprune.pruning.distillation import Tuning, tune
-from jaxprune.reporting.record import hardware
+from jaxprune.planning.machine import hardware
+from jaxprune.pruning.distillation import distill
 
 
 class Found(NamedTuple):
@@ -42,22 +39,28 @@ class Found(NamedTuple):
     peak: float
 
 
+class Moments(Observer):
+    """Notes when each epoch, which is one step here, ends, and how many pages were cleared before."""
+
+    def __init__(self) -> None:
+        self.moments: list[tuple[float, int]] = []
+
+    def epoch_done(self, epoch: int, divergence: float) -> None:
+        self.moments.append((time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt))
+
+
 def measure(ckpt: str, length: int, steps: int, keep: bool) -> Found:
     """Tunes a pruned checkpoint for some steps."""
     keep_compilations()
     if keep:
         keep_memory(large=True)
-    reader = open_checkpoint(ckpt)
-    tokens = np.random.default_rng(0).integers(0, model_for(reader).config.vocab_size, (1, length), np.int32)
-    layers = prune(reader, tokens, Magnitude(), Unstructured(0.5))
-    moments = []
-
-    def note(step: int, divergence: float) -> None:
-        moments.append((time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt))
-
-    for _ in tune(reader, tokens, layers, Tuning(tune_epochs=steps), report=note):
+    model = load(ckpt)
+    tokens = np.random.default_rng(0).integers(0, model.architecture.config.vocab_size, (1, length), np.int32)
+    layers = prune_layers(model, tokens, Magnitude(), Unstructured(0.5))
+    steps_done = Moments()
+    for _ in distill(model, tokens, layers, Tuning(tune_epochs=steps), observer=steps_done):
         pass
-    counted = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(moments[steps // 2 - 1 :])]
+    counted = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(steps_done.moments[steps // 2 - 1 :])]
     seconds, pages = (statistics.median(values) for values in zip(*counted, strict=True))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Found(seconds, pages * resource.getpagesize() / 1e6, peak / 1e6)

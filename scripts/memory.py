@@ -20,17 +20,18 @@ RUN = """
 import json, resource, sys
 from pathlib import Path
 import numpy as np
-from convert import create_checkpoint, open_checkpoint
-from jaxprune import Unstructured, other_params, prune
-from jaxprune.console import keep_memory
-from jaxprune.methods.admm import ADMM
+from convert import create_checkpoint
+from jaxprune import ADMM, Unstructured, load, prune_layers
+from jaxprune.commands.terminal import keep_memory
+from jaxprune.pruning.loop import other_params
 
 keep_memory()
 source, target = sys.argv[1:]
-reader = open_checkpoint(source)
+model = load(source)
+reader = model.reader
 tokens = np.random.default_rng(0).integers(0, 1000, (16, 256)).astype(np.int32)
 with create_checkpoint(target, reader.spec, reader.assets) as out:
-    for layer in prune(reader, tokens, ADMM(iterations=2, selections=1), Unstructured(0.5)):
+    for layer in prune_layers(model, tokens, ADMM(iterations=2, selections=1), Unstructured(0.5)):
         out.write(layer.params)
         status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
         print(json.dumps([int(status[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM")]), flush=True)

@@ -29,29 +29,25 @@ from experiments import EXPERIMENTS, Experiment
 from pictures import PARTIAL
 from tables import write
 
-from convert import CheckpointError, Reader, create_checkpoint, open_checkpoint
-from convert.assets import load_tokenizer
+from convert import CheckpointError, create_checkpoint
 from convert.ownership import destination, staged, write_text
-from jaxprune import InputError, calibration
-from jaxprune import recipe as recipes
+from convert.schema import to_text
+from jaxprune import InputError, Magnitude, Observer, Unstructured, calibration, load, prune_model
+from jaxprune.commands import recipe_options
 from jaxprune.commands.config import Config
 from jaxprune.commands.prune import calibration_windows
-from jaxprune.commands.solve import only, solve
 from jaxprune.commands.terminal import keep_compilations, keep_memory
 from jaxprune.evaluation.quality import Evaluator, Quality
 from jaxprune.evaluation.tasks import ZERO_SHOT
-from jaxprune.evaluation.text import mean_loss_perplexity, perplexity
-from jaxprune.methods.magnitude import Magnitude
-from jaxprune.models import model_for
-from jaxprune.pruning import snapshot as problems
-from jaxprune.pruning.one_shot import prune_by_recipe
-from jaxprune.pruning.pipeline import other_params
+from jaxprune.evaluation.text import perplexity, perplexity_of_states
+from jaxprune.planning.machine import hardware
+from jaxprune.pruning import snapshot as snapshots
+from jaxprune.pruning.loop import other_params
 from jaxprune.pruning.results import LayerResult
 from jaxprune.recipe import Recipe
 from jaxprune.reporting import report, schema
-from jaxprune.reporting.record import Record, environment, hardware
-from jaxprune.sparsity.patterns import Unstructured
-from jaxprune.streaming.stream import embed, forward, inside_layer
+from jaxprune.reporting.record import Record, environment
+from jaxprune.streaming.model import inside_layer
 
 SMALL = {"nsamples": 16, "seqlen": 512, "eval_seqlen": 512, "eval_windows": 16, "pack": True, "limit": 500}
 """What --small changes: minutes on two cores with a model of 135M weights."""
@@ -66,6 +62,16 @@ class Cell:
     step: int | None
     recipe: Recipe | None
     linear: tuple[int, str] | None = None
+
+
+class Clock(Observer):
+    """Adds up the seconds of phases."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def phase_timed(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
 
 class Bench:
@@ -84,7 +90,6 @@ class Bench:
             return small.get(name, default) if given is None else given
 
         self.ckpt, self.out, self.args = args.ckpt, Path(args.out), args
-        self.reader: Reader = open_checkpoint(args.ckpt)
         seqlen = setting("seqlen", experiment.seqlen)
         # The same options as the command line's, for the records of runs.
         self.options = Config(
@@ -104,15 +109,14 @@ class Bench:
             tasks_data=args.tasks_data,
             backend=args.backend,
         )
-        self.dtype = self.options.computation_dtype
-        self.model = model_for(self.reader, self.dtype)
-        self.depth = self.model.config.num_layers
+        self.model = load(args.ckpt, dtype=self.options.computation_dtype)
+        self.depth = self.model.num_layers
         self.layers = sorted({int(share * self.depth) for share in experiment.linears})
-        self.calibration = calibration_windows(self.options, self.reader)
+        self.calibration = calibration_windows(self.options, self.model)
         self._evaluation_of = functools.cache(
             lambda: calibration.evaluation_windows(
                 args.eval_text,
-                None if args.eval_text.endswith(".npy") else load_tokenizer(self.reader.assets),
+                None if args.eval_text.endswith(".npy") else self.model.tokenizer,
                 self.options.eval_seqlen,
                 self.options.eval_windows,
             )
@@ -127,7 +131,7 @@ class Bench:
         texts = {"calibration": self.calibration}
         if measure in ("perplexity", "accuracy"):
             texts["evaluation"] = self.evaluation
-        setup = {"checkpoint": self.ckpt, "dtype": str(self.model.config.dtype), "measure": measure}
+        setup = {"checkpoint": self.ckpt, "dtype": str(self.model.dtype), "measure": measure}
         setup |= {name: [*tokens.shape, _digest(tokens)] for name, tokens in texts.items()}
         if measure == "accuracy":
             setup |= {name: getattr(self.options, name) for name in ("tasks", "limit", "backend")}
@@ -157,14 +161,14 @@ class Bench:
 
     def _perplexity(self, cell: Cell) -> dict[str, Any]:
         if cell.recipe is None:
-            return {"perplexity": perplexity(self.reader, self.evaluation, dtype=self.dtype)}
-        hidden = embed(self.model, self.reader, self.evaluation)
+            return {"perplexity": perplexity(self.model, self.evaluation)}
+        hidden = self.model.embed(self.evaluation)
 
         def watch(layer: LayerResult) -> None:
-            forward(self.model, jax.device_put(inside_layer(layer.index, layer.params)), hidden)
+            self.model.forward(jax.device_put(inside_layer(layer.index, layer.params)), hidden)
 
         figures = self._prune(cell.recipe, watch)
-        return {"perplexity": mean_loss_perplexity(self.model, self.reader, hidden, self.evaluation)} | figures
+        return {"perplexity": perplexity_of_states(self.model, hidden, self.evaluation)} | figures
 
     def _seconds(self, cell: Cell) -> dict[str, Any]:
         assert cell.recipe is not None
@@ -173,7 +177,7 @@ class Bench:
     def _accuracy(self, cell: Cell) -> dict[str, Any]:
         """Accuracies and perplexity; and for the report a record as a run or an evaluation leaves it."""
         if cell.recipe is None:
-            ((_, quality),) = self._evaluator.measure({self.ckpt: self.reader})
+            ((_, quality),) = self._evaluator.measure({self.ckpt: self.model})
             one = {"sparsity": 0.0, "run": None, "quality": quality.as_json()}
             record = {
                 "schema": schema.VERSION,
@@ -184,19 +188,20 @@ class Bench:
             record |= {"checkpoints": {self.ckpt: one}, **environment()}
             return {"perplexity": _only_perplexity(quality), "quality": one["quality"], "record": record}
         config = dataclasses.replace(self.options, out=cell.recipe.slug)
-        account = Record(config, cell.recipe, self.calibration)
+        account = Record(dataclasses.asdict(config), cell.recipe, self.calibration)
+        reader = self.model.reader
         with tempfile.TemporaryDirectory(dir=self.out) as folder:
-            with create_checkpoint(Path(folder) / "pruned", self.reader.spec, self.reader.assets) as writer:
+            with create_checkpoint(Path(folder) / "pruned", reader.spec, reader.assets) as writer:
 
                 def watch(layer: LayerResult) -> None:
                     writer.write(layer.params)
-                    account.add(layer)
+                    account.layer_done(layer)
 
                 figures = self._prune(cell.recipe, watch)
-                for paths in other_params(self.reader.spec):
-                    writer.write(self.reader.read(paths))
-            pruned = open_checkpoint(Path(folder) / "pruned")
-            account.evaluation = self._evaluator.measure_texts({"dense": self.reader, "pruned": pruned}, "dense")
+                for paths in other_params(reader.spec):
+                    writer.write(reader.read(paths))
+            pruned = self.model.sibling(Path(folder) / "pruned")
+            account.evaluation = self._evaluator.measure_texts({"dense": self.model, "pruned": pruned}, "dense")
             self._evaluator.measure_tasks(cell.recipe.slug, pruned, account.evaluation["pruned"])
         quality = account.evaluation["pruned"]
         found = {"perplexity": _only_perplexity(quality), "quality": quality.as_json(), "record": account.as_json()}
@@ -204,40 +209,33 @@ class Bench:
 
     @functools.cached_property
     def _evaluator(self) -> Evaluator:
-        return Evaluator(self.options, self.reader)
+        return Evaluator(self.options.plan(), self.model)
 
     def _prune(self, recipe: Recipe, watch: Any) -> dict[str, Any]:
         layers = []
-        spent: dict[str, float] = {}
-
-        def spend(phase: str, seconds: float) -> None:
-            spent[phase] = spent.get(phase, 0.0) + seconds
-
-        for layer in prune_by_recipe(
-            self.reader, self.calibration, recipe, seed=self.args.seed, dtype=self.dtype, spend=spend
-        ):
+        clock = Clock()
+        for layer in prune_model(self.model, self.calibration, recipe, seed=self.args.seed, observer=clock):
             watch(layer)
-            layers.append(dataclasses.replace(layer, params={}, masks={}))
-        errors = {f"{layer.index}.{path}": linear.error for layer in layers for path, linear in layer.linears.items()}
+            layers.append(layer.without_arrays())
+        errors = {f"{layer.index}.{path}": kernel.error for layer in layers for path, kernel in layer.kernels.items()}
         # Medians leave out the first layer's compilation and the machine's hiccups.
         for phase in layers[0].seconds:
-            spend(phase, statistics.median(layer.seconds[phase] for layer in layers) * len(layers))
-        return {"error": statistics.mean(errors.values()), "errors": errors, "seconds": spent}
+            clock.phase_timed(phase, statistics.median(layer.seconds[phase] for layer in layers) * len(layers))
+        return {"error": statistics.mean(errors.values()), "errors": errors, "seconds": clock.seconds}
 
     def _error(self, cell: Cell) -> dict[str, Any]:
         assert cell.recipe is not None and cell.linear is not None
         layer, linear = cell.linear
-        ((_, result, _, _),) = solve(only(self._problems[layer], linear), cell.recipe)
+        ((_, result, _, _),) = snapshots.solve(self._snapshots[layer].only(linear), cell.recipe)
         return {"error": result.error}
 
     @functools.cached_property
-    def _problems(self) -> dict[int, problems.Problem]:
-        """The wanted layers' problems, behind dense layers."""
-        captured = problems.capture(
-            self.reader, self.calibration, self.layers, Magnitude(), Unstructured(0.0), prune_before=False,
-            dtype=self.dtype,
-        )  # fmt: skip
-        return {problem.layer: problem for problem in captured}
+    def _snapshots(self) -> dict[int, snapshots.Snapshot]:
+        """The wanted layers' snapshots, behind dense layers."""
+        captured = snapshots.capture(
+            self.model, self.calibration, self.layers, Magnitude(), Unstructured(0.0), prune_before=False
+        )
+        return {snapshot.layer: snapshot for snapshot in captured}
 
 
 def cells(experiment: Experiment, layers: int, *, small: bool = False) -> Iterator[Cell]:
@@ -270,7 +268,9 @@ def _only_perplexity(quality: Quality) -> float:
 
 @functools.cache
 def _recipe(flags: str, pattern: str) -> Recipe:
-    return recipes.parse([*flags.split(), *(("--pattern", pattern) if ":" in pattern else ("--sparsity", pattern))])
+    return recipe_options.parse(
+        [*flags.split(), *(("--pattern", pattern) if ":" in pattern else ("--sparsity", pattern))]
+    )
 
 
 def _digest(content: np.ndarray | str) -> str:
@@ -342,7 +342,7 @@ def run(name: str, experiment: Experiment, bench: Bench) -> None:
         print(file)
     if records := [result["record"] for _, result in results if "record" in result]:
         page = bench.out / f"{name}.html"
-        write_text(page, report.page([schema.read(schema.write(record), page) for record in records]))
+        write_text(page, report.page([schema.read(to_text(record), page) for record in records]))
         print(page)
 
 

@@ -10,15 +10,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from convert import open_checkpoint
 from convert.command import ArgumentParser
 from convert.ownership import destination
-from jaxprune import InputError
+from jaxprune import InputError, load
 from jaxprune.commands.config import parse
-from jaxprune.commands.flags import whole
+from jaxprune.commands.options import whole
 from jaxprune.commands.prune import calibration_windows
 from jaxprune.commands.terminal import run_main
-from jaxprune.pruning import snapshot as problems
+from jaxprune.pruning import snapshot as snapshots
 
 
 def main(argv: Sequence[str]) -> None:
@@ -32,18 +31,17 @@ def main(argv: Sequence[str]) -> None:
     config, recipe = parse(rest)
     place = destination(args.file, "file", overwrite=config.overwrite, folder=False)
     place.check()
-    reader = open_checkpoint(config.ckpt)
-    (problem,) = problems.capture(
-        reader,
-        calibration_windows(config, reader),
+    model = load(config.ckpt, dtype=config.computation_dtype)
+    (snapshot,) = snapshots.capture(
+        model,
+        calibration_windows(config, model),
         [args.layer],
         recipe.method,
-        recipe.patterns(),
+        recipe.target(),
         prune_before=not args.dense_before,
-        dtype=config.computation_dtype,
     )
-    problems.save(place, problem)
-    print(f"{args.file}: {', '.join(problem.kernels)}")
+    snapshots.save(place, snapshot)
+    print(f"{args.file}: {', '.join(snapshot.kernels)}")
 
 
 if __name__ == "__main__":

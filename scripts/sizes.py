@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import DTypeLike
 
-from jaxprune.models import Model, build
+from jaxprune.models import Architecture, build
 from jaxprune.models.llama import Config
 from jaxprune.models.rope import Rope
 
@@ -34,8 +34,8 @@ SIZES: Mapping[str, Size] = {
 }
 
 
-def model(size: Size, dtype: DTypeLike) -> Model:
-    """The model of a size, computing in this dtype."""
+def model(size: Size, dtype: DTypeLike) -> Architecture:
+    """The architecture of a size, computing in this dtype."""
     width, inner, layers, heads, kv_heads, vocabulary, positions = size
     rope = Rope.from_hf({"rope_theta": 10000.0}, width // heads, positions)
     shape = vocabulary, width, inner, layers, heads, kv_heads, width // heads, positions

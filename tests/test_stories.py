@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
-from convert import create_checkpoint, open_checkpoint
-from jaxprune import Unstructured, other_params, prune
+from convert import create_checkpoint
+from jaxprune import Unstructured, load, prune_layers
 from jaxprune.evaluation.text import perplexity
 from jaxprune.methods import Method
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.combine import Crossed
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.wanda import Wanda
+from jaxprune.pruning.loop import other_params
 from jaxprune.sparsity.patterns import Pattern
-from tests.optional import needs_torch, torch
+from tests.helpers.optional import needs_torch, torch
 
 pytestmark = needs_torch
 
@@ -35,18 +36,19 @@ def stories(data: Path) -> tuple[Path, np.ndarray]:
 def test_better_methods_give_better_models(stories: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     folder, tokens = stories
     calibration, held_out = tokens[:32], tokens[32:]
-    reader = open_checkpoint(folder)
+    model = load(folder)
+    reader = model.reader
 
     def pruned(method: Method, pattern: Pattern) -> float:
         target = tmp_path / "pruned"
         with create_checkpoint(target, reader.spec, reader.assets, overwrite=True) as out:
-            for layer in prune(reader, calibration, method, pattern):
+            for layer in prune_layers(model, calibration, method, pattern):
                 out.write(layer.params)
             for paths in other_params(reader.spec):
                 out.write(reader.read(paths))
-        return perplexity(open_checkpoint(target), held_out)
+        return perplexity(load(target), held_out)
 
-    dense = perplexity(reader, held_out)
+    dense = perplexity(model, held_out)
     pattern, per_output = Unstructured(0.6), Unstructured(0.6, per_output=True)
     magnitude, wanda = pruned(Magnitude(), pattern), pruned(Wanda(), per_output)
     admm1, admm = pruned(Crossed(Wanda(), ADMM()), per_output), pruned(ADMM(), pattern)

@@ -9,10 +9,13 @@ from typing import Literal
 
 from convert.hub import known_names
 from jaxprune import calibration
+from jaxprune.commands import options
+from jaxprune.commands.config_file import expanded
 from jaxprune.commands.eval_options import EvalOptions, with_defaults
-from jaxprune.commands.flags import add_fields, make, require_at_least, require_positive
+from jaxprune.commands.options import Section, make, require_at_least, require_positive
+from jaxprune.commands.recipe_options import RecipeOptions
 from jaxprune.errors import InputError
-from jaxprune.recipe import Parser, Recipe
+from jaxprune.recipe import Recipe
 from jaxprune.sharding import MOST_DEVICES
 
 
@@ -58,13 +61,15 @@ class Config(EvalOptions):
     pack: bool = False
     """Join documents to fill calibration windows, instead of skipping those shorter than one."""
     seed: int = 0
-    """Of the choice of calibration windows; a run is deterministic in it."""
+    """Decides which calibration windows are taken; a run is deterministic in it."""
     timing: Literal["jit-vs-eager"] | None = None
     """First prune the first layer compiled and under jax.disable_jit, and show the seconds of both."""
+    config: str | None = None
+    """A file of options, .yaml or .json, or the jaxprune.json of a run to be repeated; flags given beside it win."""
 
     @property
     def join(self) -> tuple[str, int | None, int | None] | None:
-        """What `devices.join` takes; None: this is the only process."""
+        """What `sharding.join` takes; None: this is the only process."""
         return (self.coordinator, self.processes, self.process_id) if self.coordinator else None
 
     def resolved(self, recipe: Recipe) -> "Config":
@@ -105,18 +110,40 @@ class Config(EvalOptions):
             raise InputError(f"--process-id must be below --processes, {self.processes}, not {self.process_id}")
 
 
-def parse(argv: Sequence[str]) -> tuple[Config, Recipe]:
+GROUPS = {
+    "Checkpoint and result": ("ckpt", "out", "overwrite", "resume", "save_masks"),
+    "Calibration": ("calib", "nsamples", "seqlen", "pack", "seed"),
+    "Evaluation": ("eval", "eval_text", "eval_seqlen", "eval_windows", "tasks", "limit", "tasks_data", "backend"),
+    "Machine": ("dtype", "device", "devices", "hidden", "scratch", "coordinator", "processes", "process_id"),
+    "Before the run": ("dry_run", "device_memory", "unchecked", "timing", "config"),
+}
+"""Heading of the help -> its flags."""
+EXAMPLES = f"""Examples:
+
+    jaxprune prune --ckpt smollm2-135m --sparsity 0.5 --nsamples 32 --seqlen 512
+    jaxprune prune --ckpt llama-7b --preset best --sparsity 0.7 --out pruned
+    jaxprune prune --ckpt ./model --method wanda --pattern 2:4 --calib text.jsonl
+    jaxprune prune --config pruned/jaxprune.json --out again
+
+Known checkpoints: {", ".join(known_names())}."""
+
+
+def parse(argv: Sequence[str], command: str = "jaxprune prune") -> tuple[Config, Recipe]:
     """Reads a command line.
 
     Raises:
         UserError: a flag or a value that cannot be used.
+        SystemExit: after --help.
     """
-    reader = Parser(
+    argv = expanded(argv)
+    chosen = RecipeOptions(argv)
+    first, calibration_, *others = (Section(title, Config, only=names) for title, names in GROUPS.items())
+    given = options.read(
         argv,
-        prog="jaxprune",
-        description="Prune a LLaMA-family checkpoint in one shot, layer by layer, and measure what it cost.",
-        epilog=f"Known checkpoints: {', '.join(known_names())}.",
+        command,
+        "Prune a checkpoint in one shot, layer by layer, and measure what it cost.",
+        [first, *chosen.sections(), calibration_, *others],
+        examples=EXAMPLES,
     )
-    add_fields(reader.parser.add_argument_group("run"), Config)
-    given, recipe = reader.parse()
+    recipe = chosen.recipe(given)
     return make(Config, given).resolved(recipe), recipe

@@ -8,9 +8,11 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from convert.files import expand
-from jaxprune.commands.flags import require_at_least, require_positive
+from jaxprune.commands.options import require_at_least, require_positive
 from jaxprune.errors import Change, InputError
+from jaxprune.evaluation.quality import Measures
 from jaxprune.evaluation.tasks import ZERO_SHOT
+from jaxprune.planning.preflight import existing_parent
 
 MEASURES = ("ppl", "zero-shot")
 
@@ -50,12 +52,27 @@ class EvalOptions:
 
     @property
     def computation_dtype(self) -> np.dtype | None:
-        """What `models.model_for` takes as its dtype."""
+        """The dtype of the computation; None: as `StreamedModel` chooses."""
         return None if self.dtype == "auto" else np.dtype(self.dtype)
 
     @property
     def measures(self) -> list[str]:
+        """What to measure: of `MEASURES`."""
         return [] if self.eval == "none" else split(self.eval)
+
+    def plan(self) -> Measures:
+        """Returns what to measure, as the library takes it; defaults are filled in."""
+        texts, tasks = (split(found) for found in (self.eval_text, self.tasks))
+        return Measures(
+            texts=tuple(texts) if "ppl" in self.measures else (),
+            seqlen=self.eval_seqlen or 2048,
+            windows=self.eval_windows,
+            tasks=tuple(tasks) if "zero-shot" in self.measures else (),
+            tasks_data=self.tasks_data,
+            limit=self.limit,
+            backend=self.backend,
+            device=self.device,
+        )
 
     def scratch_folder(self, out: str) -> Path | None:
         """Where hidden states are kept; None: in memory.
@@ -68,7 +85,7 @@ class EvalOptions:
         """
         if self.hidden == "memory":
             return None
-        folder = expand(self.scratch) if self.scratch else existing_parent(out)
+        folder = expand(self.scratch) if self.scratch else existing_parent(expand(out))
         if not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
             raise InputError(
                 "it is not a folder that can be written into", file=folder, options={"scratch": Change.OTHER}
@@ -110,11 +127,6 @@ def with_defaults(options: Options, *, eval: str, eval_text: str, eval_seqlen: i
     if "zero-shot" in filled.measures:
         filled = dataclasses.replace(filled, tasks=options.tasks or ",".join(ZERO_SHOT))
     return filled
-
-
-def existing_parent(path: str | Path) -> Path:
-    """The nearest folder above a path that is there."""
-    return next(parent for parent in expand(path).absolute().parents if os.path.exists(parent))
 
 
 def split(text: str | None) -> list[str]:

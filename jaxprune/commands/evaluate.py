@@ -3,27 +3,21 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-from convert import open_checkpoint, ownership
-from convert.command import ArgumentParser
+from convert import ownership
 from convert.hub import resolve
 from convert.paths import inputs_of, paths_of, require_apart
 from jaxprune import calibration
+from jaxprune.api import evaluate as api
+from jaxprune.api.evaluate import Evaluation
+from jaxprune.commands import options
 from jaxprune.commands.eval_options import EvalOptions, with_defaults
-from jaxprune.commands.flags import add_fields, make
-from jaxprune.commands.terminal import choose_device, console, keep_memory, print_table, run_main
+from jaxprune.commands.options import Section, make
+from jaxprune.commands.progress import Progress
+from jaxprune.commands.terminal import choose_devices, console, keep_memory, run_main
 from jaxprune.errors import InputError
-from jaxprune.evaluation.quality import Evaluator, Quality, table
-from jaxprune.evaluation.verification import zeros
-from jaxprune.models import model_for
-from jaxprune.reporting import schema
-from jaxprune.reporting.record import environment, write_record
-from jaxprune.reporting.report import REPORT
-from jaxprune.reporting.schema import RECORD
-from jaxprune.streaming import hidden_states as hidden
+from jaxprune.reporting.schema import RECORD, REPORT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,87 +32,58 @@ class Config(EvalOptions):
     """Replace an evaluation that is there already, if nobody changed it."""
 
 
-def evaluate(config: Config, names: Sequence[str]) -> dict[str, Quality]:
+GROUPS = {
+    "Checkpoints and result": ("against", "out", "overwrite"),
+    "What to measure": ("eval", "eval_text", "eval_seqlen", "eval_windows", "tasks", "limit", "tasks_data", "backend"),
+    "Machine": ("dtype", "device", "hidden", "scratch"),
+}
+"""Heading of the help -> its flags."""
+EXAMPLES = """Examples:
+
+    jaxprune evaluate ./pruned --against llama-7b
+    jaxprune evaluate ./pruned-a ./pruned-b --eval ppl --eval-text wikitext2,mytext.txt
+    jaxprune evaluate ./pruned --eval zero-shot --tasks piqa,mmlu --limit 500"""
+
+
+def evaluate(config: Config, names: Sequence[str]) -> Evaluation:
     """Measures checkpoints and writes what was found, checkpoint by checkpoint.
 
     Args:
         config: defaults filled in.
         names: of the checkpoints, as for `convert.open_checkpoint`.
 
-    Returns:
-        Name -> its quality.
-
     Raises:
         InputError, CheckpointError: something cannot be used.
     """
     place = ownership.destination(config.out, "out", overwrite=config.overwrite)
     place.check()
-    if schema.run_of(place.path):
-        raise place.occupied("it is a run's folder, whose record would be replaced")
     scratch = config.scratch_folder(config.out)
-    names = list(dict.fromkeys([*([config.against] if config.against else []), *names]))
-    if len(short := {_file_name(name) for name in names}) < len(names):
-        raise InputError(f"checkpoints of the same name cannot be told apart: {', '.join(sorted(short))}")
-    choose_device(config.device)
-    sources = {name: resolve(name) for name in names}
-    place.inputs = _require_separate(config, sources.values(), place.path)
-    readers = {name: open_checkpoint(source) for name, source in sources.items()}
-    for name, reader in readers.items():
-        console.print(f"opening {name}")
-        model_for(reader)
-    runs = {name: schema.run_of(Path(name).expanduser()) for name in names}
-    evaluator = Evaluator(config, readers[names[0]])
-    sparsity = {name: _share(zeros(reader).values()) for name, reader in readers.items()}
-    record: dict[str, Any] = {
-        "schema": schema.VERSION,
-        "kind": "evaluation",
-        "config": dataclasses.asdict(config),
-        "against": config.against,
-        "checkpoints": {},
-        **environment(),
-    }
-    qualities, fault = {}, None
-    with hidden.kept_in(scratch):
-        for name, quality in evaluator.measure(readers, config.against):
-            qualities[name], run = quality, runs[name]
-            record["checkpoints"][name] = {
-                "sparsity": sparsity[name],
-                "run": run and schema.as_json(run),
-                "quality": quality.as_json(),
-            }
-            named = {_file_name(one): quality for one, quality in qualities.items()}
-            with ownership.staged(place) as folder:  # what is measured is kept, whatever becomes of the rest
-                files, fault = write_record(folder, record, named)
-                ownership.mark(folder, "evaluation", files)
-            console.print(f"measured {name}")
-    header, rows = table({_file_name(name): quality for name, quality in qualities.items()})
-    print_table([["zeros of the linears", *(f"{100 * share:.4f} %" for share in sparsity.values())], *rows], header)
-    if fault:
-        raise fault
-    console.print(f"{os.path.relpath(place.path)}: {RECORD}, {REPORT}")
-    return qualities
-
-
-def _require_separate(config: Config, sources: Iterable[Path], out: Path) -> tuple[Path, ...]:
-    """All that an evaluation reads; InputError where it would make something there."""
+    choose_devices(config.device)
     texts = (config.eval_text or "").split(",")
+    given = [*([config.against] if config.against else []), *names]
     inputs = {
-        "a checkpoint": [path for source in sources for path in inputs_of(source)],
+        "a checkpoint": [path for name in given for path in inputs_of(resolve(name))],
         "eval_text": [path for text in texts for path in paths_of(text)],
         "tasks_data": paths_of(config.tasks_data),
-        "scratch": paths_of(config.scratch),
     }
-    require_apart(inputs, {"out": out}, error=InputError, around="scratch")
-    return tuple(path for name, ones in inputs.items() if name != "scratch" for path in ones)
-
-
-def _share(counts: Iterable[tuple[int, int]]) -> float:
-    zeros, sizes = zip(*counts, strict=True)
-    return sum(zeros) / sum(sizes)
-
-
-def _file_name(name: str) -> str:
-    return Path(name).absolute().name
+    apart = inputs | {"scratch": paths_of(config.scratch)}
+    require_apart(apart, {"out": place.path}, error=InputError, around="scratch")
+    for name in dict.fromkeys(given):
+        console.print(f"opening {name}")
+    with Progress() as progress:
+        found = api.evaluate(
+            *names,
+            against=config.against,
+            measures=config.plan(),
+            out=place,
+            config=dataclasses.asdict(config),
+            inputs=[path for ones in inputs.values() for path in ones],
+            dtype=config.computation_dtype,
+            scratch=scratch,
+            observer=progress,
+        )
+    console.print(f"{os.path.relpath(place.path)}: {RECORD}, {REPORT}")
+    return found
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
@@ -127,15 +92,15 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
     Raises:
         UserError: a flag or a value that cannot be used.
     """
-    parser = ArgumentParser(
-        prog="jaxprune evaluate",
-        description="Measure perplexity, KL divergence and zero-shot accuracy of checkpoints, dense or pruned.",
+    given = options.read(
+        argv,
+        "jaxprune evaluate",
+        "Measure perplexity, KL divergence and zero-shot accuracy of checkpoints, dense or pruned.",
+        [Section(title, Config, only=names) for title, names in GROUPS.items()],
+        positionals={"checkpoints": "Folders, .gguf files, known names, or owner/name of a hub."},
+        several=True,
+        examples=EXAMPLES,
     )
-    parser.add_argument(
-        "checkpoints", nargs="+", metavar="DIR", help="a folder, a .gguf file, a known name, or owner/name"
-    )
-    add_fields(parser, Config)
-    given = vars(parser.parse_args(argv))
     names = given["checkpoints"]
     text = calibration.default_text(names[0]) or calibration.default_text(given.get("against", "")) or "wikitext2"
     config = with_defaults(make(Config, given), eval="ppl,zero-shot", eval_text=text, eval_seqlen=2048)

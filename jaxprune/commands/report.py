@@ -1,13 +1,15 @@
 """Make one HTML page about several runs and evaluations."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from convert.command import ArgumentParser
 from convert.ownership import destination
 from convert.paths import require_apart
+from jaxprune.commands import options
+from jaxprune.commands.options import Section, make
 from jaxprune.commands.terminal import console, run_main
 from jaxprune.errors import InputError
 from jaxprune.reporting import schema
@@ -20,19 +22,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_main(_main, argv)
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The page."""
+
+    out: str
+    """The page to make."""
+    overwrite: bool = False
+    """Replace an earlier page that nobody changed."""
+
+
 def _main(argv: Sequence[str]) -> None:
-    parser = ArgumentParser(
-        prog="jaxprune report",
-        description="One HTML page about several runs and evaluations.",
+    given = options.read(
+        argv,
+        "jaxprune report",
+        "Make one HTML page about several runs and evaluations.",
+        [Section("Result", Options)],
+        positionals={"folders": "Folders of runs and of evaluations."},
+        several=True,
+        examples="Examples:\n\n    jaxprune report ./pruned-a ./pruned-b evaluation --out report.html",
     )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="of a run, or of an evaluation")
-    parser.add_argument("--out", required=True, help="the page to make")
-    parser.add_argument("--overwrite", action="store_true", help="replace an unchanged earlier page")
-    args = parser.parse_args(argv)
-    place = destination(args.out, "out", overwrite=args.overwrite, folder=False)
-    require_apart({"the record": [folder / RECORD for folder in args.folders]}, {"out": place.path}, error=InputError)
+    folders, page_options = [Path(folder) for folder in given["folders"]], make(Options, given)
+    place = destination(page_options.out, "out", overwrite=page_options.overwrite, folder=False)
+    require_apart({"the record": [folder / RECORD for folder in folders]}, {"out": place.path}, error=InputError)
     place.check()
-    save(place, page([schema.load(folder) for folder in args.folders]))
+    save(place, page([schema.load(folder) for folder in folders]))
     console.print(os.path.relpath(place.path))
 
 

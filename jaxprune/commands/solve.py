@@ -1,27 +1,22 @@
 """Prune one layer from a file of its Gram matrices and kernels, without the model."""
 
 import dataclasses
-import math
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from convert.files import expand
 from convert.ownership import destination
 from convert.paths import require_apart
-from jaxprune.commands.flags import add_fields, make
+from jaxprune.commands import options
+from jaxprune.commands.options import Section, make
+from jaxprune.commands.recipe_options import RecipeOptions
 from jaxprune.commands.terminal import run_main
-from jaxprune.errors import Change, InputError
-from jaxprune.pruning import snapshot as problems
-from jaxprune.pruning.kernel import LinearResult, solve_linear
-from jaxprune.pruning.pipeline import require_fit
-from jaxprune.pruning.snapshot import Problem
-from jaxprune.recipe import Parser, Recipe
+from jaxprune.errors import InputError
+from jaxprune.pruning import snapshot as snapshots
+from jaxprune.recipe import Recipe
 from jaxprune.sparsity import masks
 
 
@@ -37,34 +32,6 @@ class Options:
     """Replace --out if it is an earlier result that nobody changed."""
 
 
-def solve(problem: Problem, recipe: Recipe) -> Iterator[tuple[str, LinearResult, float, jax.Array]]:
-    """Prunes the problem's linears: each one's path, outcome, seconds and pruned kernel.
-
-    The time of preparation (once per input) is counted to the first linear that reads the input.
-
-    Raises:
-        InputError: the recipe's pattern or mask does not fit the problem, or a linear cannot be solved.
-    """
-    given = recipe.patterns()
-    patterns = {p: given(problem.layer, p) if callable(given) else given for p in problem.kernels}
-    for path, pattern in patterns.items():
-        require_fit(pattern, problem.layer, path, problem.kernels[path].shape)
-    for tap, linears in problem.inputs.items():
-        start = time.perf_counter()
-        gram = jnp.asarray(problem.grams[tap])
-        prepared = recipe.method.prepare(gram)
-        for linear in linears:
-            kernel = jnp.asarray(problem.kernels[linear])
-            stored, _, result = solve_linear(recipe.method, prepared, gram, kernel, patterns[linear])
-            if not math.isfinite(result.error):
-                raise InputError(
-                    f"{linear} cannot be solved, its weights come out as NaN or infinity",
-                    options={"damping": Change.RAISE},
-                )
-            yield linear, result, time.perf_counter() - start, stored
-            start = time.perf_counter()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit status."""
     return run_main(_run, argv)
@@ -76,54 +43,42 @@ def parse(argv: Sequence[str]) -> tuple[Path, Options, Recipe]:
     Raises:
         UserError: a flag or a value that cannot be used.
     """
-    reader = Parser(
+    chosen = RecipeOptions(argv, whole_model=False)
+    given = options.read(
         argv,
-        whole_model=False,
-        prog="jaxprune solve",
-        description="Prune one layer from a file of its Gram matrices and kernels, which scripts/save_layer.py makes.",
+        "jaxprune solve",
+        "Prune one layer from a file of its Gram matrices and kernels, which scripts/save_layer.py makes.",
+        [Section("Layer and result", Options), *chosen.sections()],
+        positionals={"file": "The layer's file."},
+        examples="Examples:\n\n    jaxprune solve layer5.safetensors --mask wanda --update exact",
     )
-    reader.parser.add_argument("file", help="the layer's file", type=Path)
-    add_fields(reader.parser.add_argument_group("problem"), Options)
-    given, recipe = reader.parse()
-    return given["file"], make(Options, given), recipe
+    return Path(given["file"]), make(Options, given), chosen.recipe(given)
 
 
 def _run(argv: Sequence[str]) -> None:
-    file, options, recipe = parse(argv)
+    file, asked, recipe = parse(argv)
     file = expand(file)
-    place = destination(options.out, "out", overwrite=options.overwrite, folder=False) if options.out else None
+    place = destination(asked.out, "out", overwrite=asked.overwrite, folder=False) if asked.out else None
     if place:
         given = masks.source_of(recipe.mask or "")
         inputs = {"the file": [file]} | ({"mask": [given]} if given else {})
         require_apart(inputs, {"out": place.path}, error=InputError)
         place.check()
-    problem = problems.load(file)
-    if options.linear:
-        problem = only(problem, options.linear)
-    kernels = dict(problem.kernels)
-    print(f"layer {problem.layer}, {recipe.name}, {recipe.target}")
+    snapshot = snapshots.load(file)
+    if asked.linear:
+        snapshot = snapshot.only(asked.linear)
+    kernels = dict(snapshot.kernels)
+    print(f"layer {snapshot.layer}, {recipe.method_text}, {recipe.pattern_text}")
     columns = "{:<20} {:>14} {:>14} {:>10} {:>8}  {}"
-    print(columns.format("linear", "n × m", "relative error", "sparsity", "seconds", "figures"))
-    for linear, result, seconds, kernel in solve(problem, recipe):
-        kernels[linear] = np.asarray(kernel)
+    print(columns.format("linear layer", "n × m", "relative error", "sparsity", "seconds", "metrics"))
+    for path, result, seconds, kernel in snapshots.solve(snapshot, recipe):
+        kernels[path] = np.asarray(kernel)
         shape = " × ".join(map(str, kernel.shape))
         sparsity = f"{100 * result.zeros / result.size:.2f} %"
-        figures = ", ".join(f"{name} {value:.3g}" for name, value in result.stats.items())
-        print(columns.format(linear, shape, f"{result.error:.6f}", sparsity, f"{seconds:.2f}", figures), flush=True)
+        metrics = ", ".join(f"{name} {value:.3g}" for name, value in result.metrics.items())
+        print(columns.format(path, shape, f"{result.error:.6f}", sparsity, f"{seconds:.2f}", metrics), flush=True)
     if place:
-        problems.save(place, problem._replace(kernels=kernels))
-
-
-def only(problem: Problem, linear: str) -> Problem:
-    """The problem of one linear.
-
-    Raises:
-        InputError: there is no such linear.
-    """
-    if linear not in problem.kernels:
-        raise InputError(f"there is no linear {linear!r}: the file has {', '.join(problem.kernels)}")
-    (tap,) = (tap for tap, linears in problem.inputs.items() if linear in linears)
-    return Problem(problem.layer, {tap: (linear,)}, {tap: problem.grams[tap]}, {linear: problem.kernels[linear]})
+        snapshots.save(place, snapshot._replace(kernels=kernels))
 
 
 if __name__ == "__main__":

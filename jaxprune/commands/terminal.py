@@ -4,8 +4,7 @@ import ctypes
 import logging
 import platform
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import platformdirs
@@ -16,8 +15,8 @@ from rich.table import Table
 from convert.command import run, terminate
 from convert.errors import CheckpointError
 from convert.wheels import require_cache
-from jaxprune import sharding as devices
 from jaxprune.errors import InputError
+from jaxprune.sharding import Devices, is_first_process, join
 
 CACHE_BYTES = 2**30
 """Of compiled programs; the longest unused go first."""
@@ -80,29 +79,29 @@ def keep_compilations() -> None:
 
 
 Join = tuple[str, int | None, int | None]
-"""Arguments of `devices.join`."""
+"""Arguments of `sharding.join`."""
 
 
-def choose_device(device: str, count: int | None = None, join: Join | None = None) -> None:
-    """Makes JAX use one kind of device: auto, cpu, gpu or tpu.
+def choose_devices(device: str, count: int | None = None, together: Join | None = None) -> Devices:
+    """Makes JAX use one kind of device, and returns the devices.
 
     Args:
-        device: the kind.
+        device: the kind: auto, cpu, gpu or tpu.
         count: of devices; None: all there are.
-        join: how to become one of several processes; None: this is the only one.
+        together: how to become one of several processes; None: this is the only one.
 
     Raises:
         InputError: there is none, or there are fewer.
     """
     if count:
         jax.config.update("jax_num_cpu_devices", count)
-        count = None if join else count
+        count = None if together else count
     if device != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
-    if join:
-        devices.join(*join)
+    if together:
+        join(*together)
         signal.signal(signal.SIGTERM, terminate)  # JAX has put a handler of its own there, which only takes note
-        console.quiet = not devices.is_first()
+        console.quiet = not is_first_process()
     try:
         jax.devices()
     # Of a plugin that finds no hardware, JAX says so; of one that is not installed, only an assertion fails.
@@ -110,23 +109,13 @@ def choose_device(device: str, count: int | None = None, join: Join | None = Non
         kind = "device" if device == "auto" else device
         reason = next(iter(str(error).splitlines()), "it needs jaxprune[cuda] or jaxprune[tpu], and the hardware")
         raise InputError(f"JAX finds no {kind} ({reason})", options={"device": "cpu"}) from error
-    devices.use(count)
+    return Devices.first(count)
 
 
-def progress() -> Progress:
-    """A progress bar that counts layers."""
+def progress_bar() -> Progress:
+    """Returns a progress bar that counts layers."""
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("layers")
     return Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console)
-
-
-def track(description: str) -> Callable[[Iterator[Any], int], Iterable[Any]]:
-    """(layers, their number) -> the same layers, with a progress bar."""
-
-    def tracked(layers: Iterator[Any], count: int) -> Iterable[Any]:
-        with progress() as bar:
-            yield from bar.track(layers, total=count, description=description)
-
-    return tracked
 
 
 def print_table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
@@ -135,3 +124,10 @@ def print_table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> No
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+def duration(seconds: float) -> str:
+    """Writes seconds in words."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

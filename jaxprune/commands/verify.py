@@ -5,16 +5,19 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from convert import open_checkpoint
-from convert.command import ArgumentParser
-from jaxprune.commands.flags import add_fields, make
+from jaxprune.api.verify import verify
+from jaxprune.commands import options
+from jaxprune.commands.options import Section, make
 from jaxprune.commands.terminal import console, print_table, run_main
-from jaxprune.evaluation.verification import Linear, Which, expected, name_of, verify
+from jaxprune.evaluation.verification import StoredKernel, Which, name_of
 from jaxprune.reporting import schema
-from jaxprune.sparsity import patterns
-from jaxprune.sparsity.patterns import NM
+from jaxprune.sparsity.patterns import NM, parse_pattern
+
+EXAMPLES = """Examples:
+
+    jaxprune verify ./pruned --against llama-7b
+    jaxprune verify ./pruned --pattern 2:4"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,20 +25,20 @@ class Options:
     """What the checkpoint has to be."""
 
     against: str | None = None
-    """The dense checkpoint that it was made from: all but the linears must be the same, bit for bit."""
+    """The dense checkpoint that it was made from: all but the pruned kernels must be the same, bit for bit."""
     pattern: str | None = None
-    """The pattern that every linear must have: unstructured, per-output, or N:M (default: what jaxprune.json says; else
-    an N:M that nearly all linears have)."""
+    """The pattern that every linear layer must have: unstructured, per-output, or N:M (default: what jaxprune.json
+    says; else an N:M that nearly all have)."""
     sparsity: float | None = None
-    """The fraction of zeros that every linear must have at least (default: as --pattern)."""
+    """The fraction of zeros that every linear layer must have at least (default: as --pattern)."""
     all: bool = False
-    """List every linear."""
+    """List every linear layer."""
 
 
-def _rows(linears: Mapping[Which, Linear], every: bool) -> Iterator[tuple[str, str, str, str]]:
+def _rows(kernels: Mapping[Which, StoredKernel], every: bool) -> Iterator[tuple[str, str, str, str]]:
     """Of each linear, or of all layers' linears of one name."""
-    grouped: dict[str, list[Linear]] = {}
-    for which, linear in linears.items():
+    grouped: dict[str, list[StoredKernel]] = {}
+    for which, linear in kernels.items():
         grouped.setdefault(name_of(which) if every else which[1], []).append(linear)
     for name, members in grouped.items():
         shares = [100 * linear.zeros / linear.size for linear in members]
@@ -54,38 +57,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    parser = ArgumentParser(
-        prog="jaxprune verify",
-        description="Prove from the stored tensors what a pruned checkpoint claims. Exit status: 0 verified, 1 not.",
+    given = options.read(
+        argv,
+        "jaxprune verify",
+        "Prove from the stored tensors what a pruned checkpoint claims. Exit status: 0 verified, 1 not.",
+        [Section("What it has to be", Options)],
+        positionals={"checkpoint": "A folder, a .gguf file, a known name, or owner/name of a hub."},
+        examples=EXAMPLES,
     )
-    parser.add_argument("checkpoint", metavar="DIR", help="a folder, a .gguf file, a known name, or owner/name")
-    add_fields(parser, Options)
-    given = vars(parser.parse_args(argv))
-    options = make(Options, given)
-    wanted: dict[str, Any] = {}
-    if run := schema.run_of(Path(given["checkpoint"]).expanduser()):
-        wanted = expected(run)
-    if options.pattern is not None or options.sparsity is not None:
-        wanted["pattern"] = patterns.parse(options.pattern or "unstructured", options.sparsity)
-        wanted["wanted"] = None
-    pattern = wanted.get("pattern")
-    words = str(pattern) if pattern else run.target if run else ""
-    reader = open_checkpoint(given["checkpoint"], check=False)  # counts what is not finite itself
-    against = open_checkpoint(options.against) if options.against else None
-    verdict = verify(reader, against=against, **wanted)
-    print_table(_rows(verdict.linears, options.all), ("linear", "tensors", "zeros", "pattern"))
+    wanted = make(Options, given)
+    name, pattern = given["checkpoint"], None
+    if wanted.pattern is not None or wanted.sparsity is not None:
+        pattern = parse_pattern(wanted.pattern or "unstructured", wanted.sparsity)
+    run = schema.run_of(Path(name).expanduser())
+    recorded = None if run is None or run.importance.spread else run.pattern.pattern()
+    claimed = pattern or recorded
+    verdict = verify(name, against=wanted.against, pattern=pattern)
+    print_table(_rows(verdict.kernels, wanted.all), ("linear layer", "tensors", "zeros", "pattern"))
     for problem in verdict.problems:
         console.print(f"problem: {problem}")
-    total = [sum(getattr(linear, name) for linear in verdict.linears.values()) for name in ("zeros", "size")]
-    facts = f"{len(verdict.linears)} linears, {100 * total[0] / total[1]:.4f} % zeros"
+    total = [sum(getattr(kernel, of) for kernel in verdict.kernels.values()) for of in ("zeros", "size")]
+    facts = f"{len(verdict.kernels)} linear layers, {100 * total[0] / total[1]:.4f} % zeros"
+    words = str(claimed) if claimed else run.pattern_text if run else ""
     facts += f", {words}" * bool(words)
-    facts += " along the inputs (columns of the stored [out, in])" * isinstance(pattern, NM)
-    if against:
-        facts += f", {len(reader.spec) - len(verdict.linears)} other tensors compared with {options.against}"
+    facts += " along the inputs (columns of the stored [out, in])" * isinstance(claimed, NM)
+    if wanted.against:
+        facts += f", {verdict.compared} other tensors compared with {wanted.against}"
     if verdict.problems:
-        console.print(f"not verified, {len(verdict.problems)} problems: {given['checkpoint']}: {facts}")
+        console.print(f"not verified, {len(verdict.problems)} problems: {name}: {facts}")
         return 1
-    console.print(f"verified: {given['checkpoint']}: {facts}; every value is finite, configuration and tokenizer load")
+    console.print(f"verified: {name}: {facts}; every value is finite, configuration and tokenizer load")
     return 0
 
 

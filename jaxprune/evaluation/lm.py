@@ -15,15 +15,12 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from convert import Reader, open_checkpoint
-from convert.assets import load_tokenizer, read_config
-from jaxprune import sharding as devices
+from convert import open_checkpoint
 from jaxprune.errors import InputError
-from jaxprune.evaluation.packing import Packed, Request, group, loads, pack
-from jaxprune.evaluation.text import Track
-from jaxprune.models import model_for
+from jaxprune.evaluation.packing import Packed, Request, batches, group, pack
 from jaxprune.streaming.hidden_states import tokens_per_batch
-from jaxprune.streaming.stream import embed, forward, next_tokens, read_layers, score_tokens
+from jaxprune.streaming.model import StreamedModel
+from jaxprune.streaming.observer import SILENT, Observer
 
 MAX_LENGTH = 2048
 """Of models whose configuration names no context, as in lm-eval."""
@@ -34,12 +31,12 @@ class StreamedLM(TemplateLM):
     """lm-eval's interface to a streamed model.
 
     Args:
-        pretrained: a checkpoint, open or named as for `convert.open_checkpoint`.
-        dtype: of the computation; "auto" as in `models.model_for`.
+        pretrained: a model, or a checkpoint's name as for `convert.open_checkpoint`.
+        dtype: of the computation; auto as in `StreamedModel`. That of a model which is open stays.
         max_length: the longest text; of longer ones the beginning is dropped. None: the context that the model was
             made for.
         host_gb: the most memory for hidden states, in 10^9 bytes; more requests read the model more than once.
-        track: a place for a progress bar.
+        observer: is told how far the work is.
         batch_size, max_batch_size, device: lm-eval's command line passes them; batches are chosen here, and devices by
             JAX, so that only their defaults are taken.
 
@@ -49,12 +46,12 @@ class StreamedLM(TemplateLM):
 
     def __init__(
         self,
-        pretrained: str | Path | Reader,
+        pretrained: str | Path | StreamedModel,
         *,
         dtype: str | np.dtype = "auto",
         max_length: int | None = None,
         host_gb: float = 8.0,
-        track: Track = lambda layers, count: layers,
+        observer: Observer = SILENT,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -64,16 +61,17 @@ class StreamedLM(TemplateLM):
             raise InputError("jaxprune chooses the batch by the number of tokens: leave the batch size out")
         if device not in (None, "cuda:0"):
             raise InputError(f"JAX chooses the device: leave {device!r} out, or set JAX_PLATFORMS to cpu, cuda or tpu")
-        self._reader = open_checkpoint(pretrained) if isinstance(pretrained, str | Path) else pretrained
-        self._model = model_for(self._reader, None if dtype == "auto" else np.dtype(dtype))
-        self.tokenizer = load_tokenizer(self._reader.assets)
-        context = read_config(self._reader.assets).get("max_position_embeddings", MAX_LENGTH)
+        if isinstance(pretrained, str | Path):
+            pretrained = StreamedModel(open_checkpoint(pretrained), None if dtype == "auto" else np.dtype(dtype))
+        self._model = pretrained
+        self.tokenizer = pretrained.tokenizer
+        context = pretrained.hf_config.get("max_position_embeddings", MAX_LENGTH)
         if max_length is not None and not 0 < max_length <= context:
             raise InputError(f"max_length must be 1 to {context}, the model's context, not {max_length}")
         self.max_length = max_length or context
-        width = next(iter(self._model.embed.spec.values())).shape[-1]
-        self._most_tokens = max(1, int(host_gb * 1e9) // (width * np.dtype(self._model.config.dtype).itemsize))
-        self._track = track
+        width = self._model.architecture.width
+        self._most_tokens = max(1, int(host_gb * 1e9) // (width * self._model.dtype.itemsize))
+        self._observer = observer
 
     @property
     def eot_token_id(self) -> int:
@@ -171,7 +169,7 @@ class StreamedLM(TemplateLM):
         """Log-likelihood of each continuation, and whether it is what greedy generation gives."""
         totals, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
         for windows, head, states in self._predictions(requests):
-            scores = score_tokens(self._model, head, states, windows.targets)
+            scores = self._model.score_tokens(head, states, windows.targets)
             np.add.at(totals, windows.request, scores.log_prob.astype(np.float64))
             np.logical_and.at(greedy, windows.request, scores.greedy)
         if np.isnan(totals).any():  # which would be no choice's, and so look like a wrong answer
@@ -182,23 +180,23 @@ class StreamedLM(TemplateLM):
         """The most probable next token of each text."""
         found = np.zeros(len(texts), np.int64)
         for windows, head, states in self._predictions([Request(text, [0]) for text in texts]):
-            found[windows.request] = next_tokens(self._model, head, states)
+            found[windows.request] = self._model.next_tokens(head, states)
         return found.tolist()
 
     def _predictions(
         self, requests: Sequence[Request]
     ) -> Iterator[tuple[Packed, Mapping[str, Array], Float[np.ndarray, "_ d"]]]:
         """Windows, the head's params on the device, and the last layer's output where tokens are predicted."""
-        model, reader = self._model, self._reader
-        for load in loads(group(requests, self.max_length), self._most_tokens):
-            packed = pack(requests, load, self.max_length, tokens_per_batch())
-            states = [embed(model, reader, windows.tokens) for windows in packed]
-            layers = self._track(((params,) for params in read_layers(model, reader)), model.config.num_layers)
-            for (params,) in layers:
-                own = devices.everywhere(params)
-                for windows, hidden in zip(packed, states, strict=True):
-                    forward(model, own, hidden, windows.layout)
-            head = devices.everywhere(reader.read(model.head.spec))
+        model = self._model
+        for batch in batches(group(requests, self.max_length), self._most_tokens):
+            packed = pack(requests, batch, self.max_length, tokens_per_batch())
+            self._observer.started("tasks", model.num_layers)
+            states = model.final_states(
+                *(windows.tokens for windows in packed),
+                layouts=[windows.layout for windows in packed],
+                visit=lambda index, states: self._observer.layer_visited(index),
+            )
+            head = model.params_of(model.architecture.head)
             for windows, hidden in zip(packed, states, strict=True):
                 found = hidden.array[windows.rows, windows.columns]
                 hidden.release()

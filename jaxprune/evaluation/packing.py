@@ -97,18 +97,18 @@ def group(requests: Sequence[Request], longest: int) -> list[Group]:
     return groups
 
 
-def loads(groups: Sequence[Group], most: int) -> Iterator[list[Group]]:
-    """Cuts groups into loads of at most so many tokens (or a single group)."""
-    load: list[Group] = []
+def batches(groups: Sequence[Group], most: int) -> Iterator[list[Group]]:
+    """Cuts groups into batches of at most so many tokens (or a single group)."""
+    batch: list[Group] = []
     tokens = 0
     for one in groups:
-        if load and tokens + one.size > most:
-            yield load
-            load, tokens = [], 0
-        load.append(one)
+        if batch and tokens + one.size > most:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(one)
         tokens += one.size
-    if load:
-        yield load
+    if batch:
+        yield batch
 
 
 def pack(requests: Sequence[Request], groups: Sequence[Group], longest: int, tokens_per_batch: int) -> list[Packed]:

@@ -4,20 +4,45 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
-from convert import Reader
-from convert.assets import load_tokenizer
 from jaxprune import calibration
-from jaxprune.commands.eval_options import EvalOptions, split
-from jaxprune.commands.terminal import track
 from jaxprune.errors import Change, InputError
 from jaxprune.evaluation.tasks import Tasks, mean_accuracy, summarize, with_error
 from jaxprune.evaluation.text import TextQuality, text_quality
-from jaxprune.models import model_for
-from jaxprune.streaming.stream import require_tokens
+from jaxprune.streaming.model import StreamedModel
+from jaxprune.streaming.observer import SILENT, Observer
+
+
+@dataclasses.dataclass(frozen=True)
+class Measures:
+    """What is measured.
+
+    Attributes:
+        texts: names of texts, or their files; see `calibration.evaluation_windows`.
+        seqlen: tokens of a window of text.
+        windows: the most windows of a text; None: all.
+        tasks: names of lm-eval's tasks.
+        tasks_data: a folder with the tasks' rows; None: they come from the hub or its cache.
+        limit: the most rows of a task; None: all.
+        backend: what runs the tasks: jax streams the model, torch holds all of it.
+        device: auto, cpu or gpu: where torch runs.
+    """
+
+    texts: tuple[str, ...] = ()
+    seqlen: int = 2048
+    windows: int | None = None
+    tasks: tuple[str, ...] = ()
+    tasks_data: str | Path | None = None
+    limit: int | None = None
+    backend: Literal["jax", "torch"] = "jax"
+    device: str = "auto"
+
+    def __bool__(self) -> bool:
+        return bool(self.texts or self.tasks)
 
 
 @dataclasses.dataclass
@@ -39,7 +64,7 @@ class Quality:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """For jaxprune.json; infinite perplexities are null, for JSON knows no infinity."""
+        """Returns the content of `reporting.schema.Quality`; infinite perplexities are null."""
         texts = {}
         for name, found in self.texts.items():
             values = {key: value for key, value in found._asdict().items() if value is not None}
@@ -54,7 +79,7 @@ class Quality:
         }
 
     def summary(self) -> dict[str, str]:
-        """What was measured -> its value, in words."""
+        """Returns what was measured -> its value, in words."""
         rows = {}
         for name, text in self.texts.items():
             windows, length = self.windows[name]
@@ -75,7 +100,7 @@ class Quality:
 
 
 def table(qualities: Mapping[str, Quality]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a column for each checkpoint."""
+    """Returns header and rows of a table: a column for each checkpoint."""
     columns = {name: quality.summary() for name, quality in qualities.items()}
     labels = dict.fromkeys(label for column in columns.values() for label in column)
     # What only a pruned checkpoint has comes right after the dense one's row above it.
@@ -88,55 +113,52 @@ class Evaluator:
     """Texts and tasks, loaded and checked before the work starts.
 
     Args:
-        options: what to measure, defaults filled in.
-        reader: whose tokenizer makes the windows; the dense checkpoint where others are compared with it.
+        measures: what to measure.
+        model: whose tokenizer makes the windows; the dense model where others are compared with it.
+        observer: is told how far the work is.
+
+    Attributes:
+        windows: text -> the model's windows of it.
 
     Raises:
         InputError, CheckpointError: a text or a task cannot be used with this model.
     """
 
-    def __init__(self, options: EvalOptions, reader: Reader) -> None:
-        self._options = options
-        self._dtype = options.computation_dtype
-        self._reader = reader
-        model = model_for(reader, self._dtype)
-        self.windows: dict[str, np.ndarray] = {}
-        if "ppl" in options.measures:
-            self.windows = self._windows(reader)
-            for tokens in self.windows.values():
-                require_tokens(model, tokens)
+    def __init__(self, measures: Measures, model: StreamedModel, observer: Observer = SILENT) -> None:
+        self._measures, self._model, self._observer = measures, model, observer
+        self.windows = self._windows_of(model)
+        for tokens in self.windows.values():
+            model.require_tokens(tokens)
         self._tasks: Tasks | None = None
-        if "zero-shot" in options.measures:
-            self._tasks = Tasks(split(options.tasks), options.tasks_data, options.limit)
-            load_tokenizer(reader.assets)
-            self._lm_of = _backend(options.backend, options.device)
+        if measures.tasks:
+            self._tasks = Tasks(measures.tasks, measures.tasks_data, measures.limit)
+            _ = model.tokenizer  # which the tasks need
+            self._lm_of = _backend(measures, observer)
 
-    def measure(self, readers: Mapping[str, Reader], against: str | None = None) -> Iterator[tuple[str, Quality]]:
-        """Each checkpoint's quality, as soon as it is known.
+    def measure(self, models: Mapping[str, StreamedModel], against: str | None = None) -> Iterator[tuple[str, Quality]]:
+        """Yields each checkpoint's quality, as soon as it is known.
 
         Args:
-            readers: name -> checkpoint.
+            models: name -> checkpoint.
             against: name of the dense one, with which the others are compared; None: there is none.
 
         Raises:
             InputError, CheckpointError: a checkpoint cannot be used, or not compared with the dense one.
         """
-        qualities = self.measure_texts(readers, against)
-        for name, reader in readers.items():
-            self.measure_tasks(name, reader, qualities[name])
+        qualities = self.measure_texts(models, against)
+        for name, model in models.items():
+            self.measure_tasks(name, model, qualities[name])
             yield name, qualities[name]
 
-    def measure_texts(self, readers: Mapping[str, Reader], against: str | None = None) -> dict[str, Quality]:
-        """Name -> what the checkpoint makes of the texts; arguments and errors as for `measure`."""
-        qualities = {name: Quality() for name in readers}
+    def measure_texts(self, models: Mapping[str, StreamedModel], against: str | None = None) -> dict[str, Quality]:
+        """Returns name -> what the checkpoint makes of the texts; arguments and errors as for `measure`."""
+        qualities = {name: Quality() for name in models}
         windows = {
-            name: self.windows if reader is self._reader else self._windows(reader)
-            for name, reader in readers.items()
-            if self.windows
+            name: self.windows if model is self._model else self._windows_of(model) for name, model in models.items()
         }
-        groups = [[name] for name in readers]
+        groups = [[name] for name in models]
         if against is not None:
-            groups = [[against, *(name for name in readers if name != against)]]
+            groups = [[against, *(name for name in models if name != against)]]
         for text in self.windows:
             for first, *others in groups:
                 tokens = windows[first][text]
@@ -147,44 +169,43 @@ class Evaluator:
                         options={"against": Change.OMIT},
                     )
                 start = time.perf_counter()
-                group = [readers[name] for name in (first, *others)]
-                found = text_quality(group, tokens, dtype=self._dtype, track=track(f"perplexity, {text}"))
+                group = [models[name] for name in (first, *others)]
+                found = text_quality(group, tokens, name=text, observer=self._observer)
                 for name, quality in zip((first, *others), found, strict=True):
                     qualities[name].texts[text] = quality
                     qualities[name].windows[text] = tokens.shape
                     qualities[name].seconds[f"perplexity, {text}"] = time.perf_counter() - start
         return qualities
 
-    def measure_tasks(self, name: str, reader: Reader, quality: Quality) -> None:
+    def measure_tasks(self, name: str, model: StreamedModel, quality: Quality) -> None:
         """Adds what a checkpoint makes of the tasks."""
         if self._tasks:
             start = time.perf_counter()
-            dtype = np.dtype(model_for(reader, self._dtype).config.dtype)
-            quality.lm_eval = self._tasks.run(self._lm_of(name, reader, dtype))
+            quality.lm_eval = self._tasks.run(self._lm_of(model))
             quality.tasks = summarize(quality.lm_eval)
-            quality.seconds[f"zero-shot, {self._options.backend}"] = time.perf_counter() - start
+            quality.seconds[f"zero-shot, {self._measures.backend}"] = time.perf_counter() - start
 
-    def _windows(self, reader: Reader) -> dict[str, np.ndarray]:
-        options = self._options
-        assert options.eval_seqlen
-        sources, vocab_size = split(options.eval_text), model_for(reader, self._dtype).config.vocab_size
-        tokenizer = load_tokenizer(reader.assets) if any(not s.endswith(".npy") for s in sources) else None
+    def _windows_of(self, model: StreamedModel) -> dict[str, np.ndarray]:
         return {
             source: calibration.evaluation_windows(
-                source, tokenizer, options.eval_seqlen, options.eval_windows, vocab_size=vocab_size
+                source,
+                None if source.endswith(".npy") else model.tokenizer,
+                self._measures.seqlen,
+                self._measures.windows,
+                vocab_size=model.architecture.config.vocab_size,
             )
-            for source in sources
+            for source in self._measures.texts
         }
 
 
-def _backend(backend: str, device: str) -> Callable[[str, Reader, np.dtype], Any]:
-    """(name, checkpoint, dtype) -> lm-eval's model."""
-    if backend == "torch":
+def _backend(measures: Measures, observer: Observer) -> Callable[[StreamedModel], Any]:
+    """Checkpoint -> lm-eval's model."""
+    if measures.backend == "torch":
         try:
             from jaxprune.evaluation.torch_lm import hflm
         except ImportError as error:
             raise InputError(f"the torch backend needs PyTorch ({error}): pip install 'jaxprune[torch]'") from error
-        return lambda name, reader, dtype: hflm(reader, dtype, device)
+        return lambda model: hflm(model.reader, model.dtype, measures.device)
     from jaxprune.evaluation.lm import StreamedLM
 
-    return lambda name, reader, dtype: StreamedLM(reader, dtype=dtype, track=track(f"zero-shot, {name}"))
+    return lambda model: StreamedLM(model, observer=observer)

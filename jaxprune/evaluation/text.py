@@ -1,37 +1,24 @@
 """Perplexity of a text, and how far a pruned model's predictions are from the dense model's, by streaming.
 
-Models go through the text side by side, layer by layer; none need fit the device, nor the host.
+Each model visits the device layer by layer; none need fit it, nor the host.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Float, Int
 
-from convert import Params, Reader
-from jaxprune import sharding as devices
 from jaxprune.errors import InputError
-from jaxprune.models import Model, Part, model_for
+from jaxprune.models import Part
+from jaxprune.streaming.head import exponentials, in_chunks, kl_divergence, logits
 from jaxprune.streaming.hidden_states import HiddenStates
-from jaxprune.streaming.stream import (
-    embed,
-    exponentials,
-    forward,
-    in_chunks,
-    kl_divergence,
-    logits,
-    read_layers,
-    score_tokens,
-)
-
-Layers = Iterator[tuple[Params, ...]]
-Track = Callable[[Layers, int], Iterable[tuple[Params, ...]]]
-"""(the layers of all models, their number) -> the same; a place for a progress bar."""
+from jaxprune.streaming.model import StreamedModel
+from jaxprune.streaming.observer import SILENT, Observer
 
 
 class TextQuality(NamedTuple):
@@ -53,78 +40,77 @@ class TextQuality(NamedTuple):
 
 
 def text_quality(
-    readers: Sequence[Reader],
+    models: Sequence[StreamedModel],
     tokens: Int[np.ndarray, "w t"],
     *,
-    dtype: DTypeLike | None = None,
-    track: Track = lambda layers, count: layers,
+    name: str = "",
+    observer: Observer = SILENT,
 ) -> list[TextQuality]:
-    """Sends a text through several models at once and compares the others with the first.
+    """Measures how well several models predict a text, and compares the others with the first.
 
     Windows are scored on their own, so windows of another length give another number. The hidden states of all models
-    are in host memory together; of each model the device holds one layer at a time.
+    are in host memory together; the device holds one layer at a time.
 
     Args:
-        readers: the dense checkpoint, then pruned ones.
+        models: the dense model, then pruned ones.
         tokens: [windows, length] token ids.
-        dtype: of the computation; see `models.model_for`.
-        track: a place for a progress bar.
+        name: of the text, for the observer.
+        observer: is told how far the work is.
 
     Raises:
-        InputError: a checkpoint or the tokens cannot be used, or the models differ in depth or vocabulary.
+        InputError: a model or the tokens cannot be used, or the models differ in depth or vocabulary.
     """
-    models = [model_for(reader, dtype) for reader in readers]
     for model in models[1:]:
         if (first := _size(models[0])) != (other := _size(model)):
             raise InputError(
                 f"models of {first[0]} layers and {first[1]} tokens, and of {other[0]} layers and {other[1]} tokens "
                 "cannot be compared: give the dense checkpoint that the pruned one was made from"
             )
-    states = [embed(model, reader, tokens) for model, reader in zip(models, readers, strict=True)]
-    layers = zip(*(read_layers(m, r) for m, r in zip(models, readers, strict=True)), strict=True)
-    for params in track(layers, models[0].config.num_layers):
-        for model, own, hidden in zip(models, params, states, strict=True):
-            forward(model, devices.everywhere(own), hidden)
-    heads = tuple(devices.everywhere(r.read(m.head.spec)) for m, r in zip(models, readers, strict=True))
+    observer.started(f"perplexity, {name}", sum(model.num_layers for model in models))
+    states = [
+        hidden
+        for model in models
+        for hidden in model.final_states(tokens, visit=lambda index, states: observer.layer_visited(index))
+    ]
+    heads = tuple(model.params_of(model.architecture.head) for model in models)
     return _compare(models, heads, states, tokens)
 
 
-def perplexity(
-    reader: Reader,
-    tokens: Int[np.ndarray, "w t"],
-    *,
-    dtype: DTypeLike | None = None,
-    track: Track = lambda layers, count: layers,
-) -> float:
-    """A single model's perplexity; see `text_quality`."""
-    return text_quality([reader], tokens, dtype=dtype, track=track)[0].perplexity
+def perplexity(model: StreamedModel, tokens: Int[np.ndarray, "w t"]) -> float:
+    """Computes a single model's perplexity; see `text_quality`."""
+    return text_quality([model], tokens)[0].perplexity
 
 
-def mean_loss_perplexity(model: Model, reader: Reader, hidden: HiddenStates, tokens: Int[np.ndarray, "w t"]) -> float:
-    """Perplexity from the last layer's output."""
-    params = devices.everywhere(reader.read(model.head.spec))
-    return _compare([model], (params,), [hidden], tokens)[0].perplexity
+def perplexity_of_states(model: StreamedModel, hidden: HiddenStates, tokens: Int[np.ndarray, "w t"]) -> float:
+    """Computes the perplexity from the last layer's output."""
+    return _compare([model], (model.params_of(model.architecture.head),), [hidden], tokens)[0].perplexity
 
 
-def _size(model: Model) -> tuple[int, int]:
-    return model.config.num_layers, model.config.vocab_size
+def _size(model: StreamedModel) -> tuple[int, int]:
+    return model.num_layers, model.architecture.config.vocab_size
 
 
 def _compare(
-    models: Sequence[Model],
+    models: Sequence[StreamedModel],
     heads: tuple[Mapping[str, Array], ...],
     states: Sequence[HiddenStates],
     tokens: Int[np.ndarray, "w t"],
 ) -> list[TextQuality]:
-    parts = tuple(model.head for model in models)
+    parts = tuple(model.architecture.head for model in models)
     losses, divergences, agreements = np.zeros((3, len(models)))
     for rows in states[0].slices():
         targets = tokens[rows, 1:].reshape(-1).astype(np.int32)
         last = [hidden.read(rows)[:, :-1].reshape(len(targets), -1) for hidden in states]
         if len(models) == 1:
-            losses -= score_tokens(models[0], heads[0], last[0], targets).log_prob.sum(dtype=np.float64)
+            losses -= models[0].score_tokens(heads[0], last[0], targets).log_prob.sum(dtype=np.float64)
             continue
-        found = in_chunks(lambda t, *chunk: divergence(parts, heads, chunk, t), targets, *last, models=len(models))
+        found = in_chunks(
+            models[0].devices,
+            lambda t, *chunk: divergence(parts, heads, chunk, t),
+            targets,
+            *last,
+            models=len(models),
+        )
         for total, values in zip((losses, divergences, agreements), found, strict=True):
             total += values.sum(axis=0, dtype=np.float64)
     count = tokens.shape[0] * (tokens.shape[1] - 1)
@@ -147,7 +133,7 @@ def divergence(
     states: tuple[Float[Array, "n _"], ...],
     targets: Int[Array, "n"],
 ) -> tuple[Float[Array, "n models"], Float[Array, "n models"], Float[Array, "n models"]]:
-    """Losses, KL divergences from the first model, and whether the most probable token is the first model's."""
+    """Computes losses, KL divergences from the first model, and whether its most probable token is theirs."""
     found = [exponentials(logits(*one)) for one in zip(heads, params, states, strict=True)]
     best = [jnp.argmax(one.scores, axis=1) for one in found]
     losses = [one.log_total[:, 0] - jnp.take_along_axis(one.scores, targets[:, None], axis=1)[:, 0] for one in found]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from convert import Reader, hf
+from convert import Reader
 from convert.assets import load_tokenizer
 from convert.pytorch import to_torch
 from jaxprune.errors import InputError
@@ -15,9 +15,7 @@ CPU_BATCH = 16
 
 
 def hflm(reader: Reader, dtype: np.dtype, device: str = "auto") -> Any:
-    """lm-eval's HFLM.
-
-    A Hugging Face folder is loaded by transformers itself; the params of other formats are converted in memory.
+    """Makes lm-eval's HFLM of a checkpoint; its params are converted in memory, and looked at for NaN on the way.
 
     Args:
         reader: the checkpoint.
@@ -34,7 +32,5 @@ def hflm(reader: Reader, dtype: np.dtype, device: str = "auto") -> Any:
     chosen = found if device == "auto" else device
     options: dict[str, Any] = {"device": {"gpu": "cuda"}.get(chosen, chosen)}
     options["batch_size"] = CPU_BATCH if chosen == "cpu" else "auto"
-    if isinstance(reader, hf.Reader):
-        return HFLM(pretrained=str(reader.assets), dtype=dtype.name, **options)
     model = to_torch(reader.read(reader.spec), reader.assets, dtype.name).to(options["device"])
     return HFLM(pretrained=model, tokenizer=load_tokenizer(reader.assets), **options)

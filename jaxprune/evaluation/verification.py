@@ -2,31 +2,24 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped
 
 from convert import Reader
-from convert.assets import load_tokenizer
-from jaxprune.models import model_for
-from jaxprune.pruning.pipeline import linear_shapes
-from jaxprune.reporting import schema
-from jaxprune.reporting.schema import RECORD
-from jaxprune.sparsity import patterns
 from jaxprune.sparsity.patterns import NM, Pattern, Unstructured
+from jaxprune.streaming.model import StreamedModel
 
 GROUPS = (2, 4, 8)
 """Sizes of groups in which N:M is looked for."""
 AXES = ("inputs", "outputs")
 """Of a kernel [in, out]; the stored tensor of a Hugging Face checkpoint is [out, in]."""
-
-
 Which = tuple[int, str]
-"""Index of a layer, path of a linear in it."""
+"""Index of a decoder layer, path of a linear layer in it."""
 
 
-class Linear(NamedTuple):
+class StoredKernel(NamedTuple):
     """What one stored kernel is.
 
     Attributes:
@@ -44,100 +37,86 @@ class Verdict(NamedTuple):
     """The outcome.
 
     Attributes:
-        linears: (layer index, path of the linear) -> what it is.
+        kernels: (layer index, path of the linear layer) -> what it is.
         problems: one line each; none if the checkpoint is what it should be.
+        compared: number of other tensors that were compared with the dense checkpoint's.
     """
 
-    linears: dict[Which, Linear]
+    kernels: dict[Which, StoredKernel]
     problems: list[str]
+    compared: int = 0
 
 
 def verify(
-    reader: Reader,
+    model: StreamedModel,
     *,
-    against: Reader | None = None,
+    against: StreamedModel | None = None,
     pattern: Pattern | None = None,
     counts: Mapping[Which, int] | None = None,
     wanted: Mapping[Which, int] | None = None,
     total: int | None = None,
 ) -> Verdict:
-    """Reads every tensor, one at a time.
+    """Reads every tensor, one at a time, and says what is not as it should be.
 
     Args:
-        reader: the pruned checkpoint.
+        model: pruned.
         against: the dense one.
-        pattern: that every linear must have. None: an N:M, if nine in ten linears have it.
-        counts: zeros that every linear was left with; it must have exactly those.
-        wanted: zeros that every linear must have at least.
-        total: zeros that all linears together must have at least.
+        pattern: that every kernel must have. None: an N:M, if nine in ten kernels have it.
+        counts: zeros that every kernel was left with; it must have exactly those.
+        wanted: zeros that every kernel must have at least.
+        total: zeros that all kernels together must have at least.
 
     Raises:
         InputError, CheckpointError: the checkpoint cannot be read, or is no model.
     """
-    shapes = linear_shapes(model_for(reader))
-    load_tokenizer(reader.assets)
-    names = {f"layers.{index}.{path}.kernel": (index, path) for index, path in shapes}
-    problems = _differences(reader, against) if against else []
-    linears: dict[Which, Linear] = {}
+    _ = model.tokenizer  # which has to load
+    reader, dense = model.reader, against.reader if against else None
+    names = {name_of(which): which for which in model.architecture.kernel_shapes()}
+    problems = _differences(reader, dense) if dense else []
+    kernels: dict[Which, StoredKernel] = {}
     for name in reader.spec:
         array = reader.read([name])[name]
         if bad := int(np.size(array) - np.count_nonzero(np.isfinite(array))):
             problems.append(f"{name} holds {bad} values that are NaN or infinite")
         if name in names:
-            linears[names[name]] = _examine(array)
+            kernels[names[name]] = _examine(array)
             problems += [
                 f"{name} {problem}" for problem in _violations(array, pattern, (wanted or {}).get(names[name]))
             ]
-        elif against and name in against.spec and not _same(array, against.read([name])[name]):
+        elif dense and name in dense.spec and not _same(array, dense.read([name])[name]):
             problems.append(f"{name} is not the dense checkpoint's, bit for bit")
     if counts is not None:
-        problems += _miscounted(linears, counts)
-    found = sum(linear.zeros for linear in linears.values())
+        problems += _miscounted(kernels, counts)
+    found = sum(kernel.zeros for kernel in kernels.values())
     if total is not None and found < total:
-        problems.append(f"the linears have {found} zeros in total, {total - found} fewer than were wanted")
+        problems.append(f"the kernels have {found} zeros in total, {total - found} fewer than were wanted")
     if pattern is None:
-        problems += _outliers(linears)
-    return Verdict(linears, problems)
+        problems += _outliers(kernels)
+    return Verdict(kernels, problems, len(reader.spec) - len(kernels) if dense else 0)
 
 
-def zeros(reader: Reader) -> dict[Which, tuple[int, int]]:
-    """(layer index, path of the linear) -> its zeros, its weights."""
+def zeros(model: StreamedModel) -> dict[Which, tuple[int, int]]:
+    """Counts the kernels' zeros: (layer index, path of the linear layer) -> its zeros, its weights."""
     counts = {}
-    for index, path in linear_shapes(model_for(reader)):
-        name = f"layers.{index}.{path}.kernel"
-        kernel = reader.read([name])[name]
-        counts[index, path] = (int(np.count_nonzero(kernel == 0)), kernel.size)
+    for which in model.architecture.kernel_shapes():
+        kernel = model.reader.read([name_of(which)])[name_of(which)]
+        counts[which] = (int(np.count_nonzero(kernel == 0)), kernel.size)
     return counts
 
 
-def expected(run: schema.Run) -> dict[str, Any]:
-    """What a run's record says of its checkpoint, as `verify` takes it."""
-    linears = {(layer.index, path): linear for layer in run.layers for path, linear in layer.linears.items()}
-    pattern = patterns.from_json(run.pattern)
-    total: int | None = None
-    if pattern and run.importance.spread:  # every linear had a sparsity of its own
-        total = round(pattern.sparsity * sum(linear.size for linear in linears.values()))
-        pattern = None
-    return {
-        "pattern": pattern,
-        "counts": {which: linear.zeros for which, linear in linears.items()},
-        "wanted": {which: linear.wanted for which, linear in linears.items()},
-        "total": total,
-    }
-
-
-def _miscounted(linears: Mapping[Which, Linear], counts: Mapping[Which, int]) -> Iterator[str]:
-    """Linears whose zeros are not those that a record counted."""
-    for which in sorted(linears.keys() | counts.keys()):
+def _miscounted(kernels: Mapping[Which, StoredKernel], counts: Mapping[Which, int]) -> Iterator[str]:
+    """Kernels whose zeros are not those that a record counted."""
+    for which in sorted(kernels.keys() | counts.keys()):
         if which not in counts:
-            yield f"{name_of(which)} is not in {RECORD}"
-        elif which not in linears:
-            yield f"{name_of(which)} is missing: {RECORD} has it"
-        elif linears[which].zeros != counts[which]:
-            yield f"{name_of(which)} has {linears[which].zeros} zeros, not {counts[which]} as {RECORD} says"
+            yield f"{name_of(which)} is not in the record"
+        elif which not in kernels:
+            yield f"{name_of(which)} is missing: the record has it"
+        elif kernels[which].zeros != counts[which]:
+            yield f"{name_of(which)} has {kernels[which].zeros} zeros, not {counts[which]} as the record says"
 
 
 def name_of(which: Which) -> str:
+    """Returns the path of a kernel in a checkpoint."""
     return f"layers.{which[0]}.{which[1]}.kernel"
 
 
@@ -160,7 +139,7 @@ def _same(a: Shaped[np.ndarray, "..."], b: Shaped[np.ndarray, "..."]) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
-def _examine(kernel: Shaped[np.ndarray, "n m"]) -> Linear:
+def _examine(kernel: Shaped[np.ndarray, "n m"]) -> StoredKernel:
     kept = kernel != 0
     found = []
     for axis, name in enumerate(AXES):
@@ -169,7 +148,7 @@ def _examine(kernel: Shaped[np.ndarray, "n m"]) -> Linear:
             if most is not None and 2 * most <= size:
                 found.append((most, size, name))
                 break
-    return Linear(int(kept.size - np.count_nonzero(kept)), kept.size, tuple(found))
+    return StoredKernel(int(kept.size - np.count_nonzero(kept)), kept.size, tuple(found))
 
 
 def _most(kept: Shaped[np.ndarray, "n m"], size: int, axis: int) -> int | None:
@@ -215,13 +194,13 @@ def _violations(kernel: Shaped[np.ndarray, "n m"], pattern: Pattern | None, want
         yield f"has {found} zeros, {wanted - found} fewer than were wanted of {kept.size} weights"
 
 
-def _outliers(linears: Mapping[Which, Linear]) -> list[str]:
-    """Linears without an N:M that nearly all the others have."""
-    common = Counter(pattern for linear in linears.values() for pattern in linear.found)
+def _outliers(kernels: Mapping[Which, StoredKernel]) -> list[str]:
+    """Kernels without an N:M that nearly all the others have."""
+    common = Counter(pattern for kernel in kernels.values() for pattern in kernel.found)
     problems = []
     for (n, m, axis), count in common.items():
-        if 0.9 * len(linears) <= count < len(linears):
-            without = [which for which, linear in linears.items() if (n, m, axis) not in linear.found]
+        if 0.9 * len(kernels) <= count < len(kernels):
+            without = [which for which, kernel in kernels.items() if (n, m, axis) not in kernel.found]
             problems += [
                 f"{name_of(which)} is not {n}:{m} along its {axis}, as {count} others are" for which in without
             ]

@@ -19,7 +19,7 @@ where it only updates."""
 UPDATES = {"only": "update"}
 """Metadata of a method's option that matters only where the method updates the weights."""
 
-HELPERS = ("combine", "gram", "linalg")
+HELPERS = ("combine", "gram", "linalg", "records")
 """Modules that hold no method of their own."""
 
 Gram = Float[Array, "n n"]
@@ -33,12 +33,12 @@ class Solution(NamedTuple):
     Attributes:
         weight: [n, m], zero where the mask is False.
         mask: [n, m], True = kept.
-        stats: scalars that the method wants reported.
+        metrics: scalars that the method reports.
     """
 
     weight: Kernel
     mask: Mask
-    stats: dict[str, Float[Array, ""]]
+    metrics: dict[str, Float[Array, ""]]
 
 
 @runtime_checkable
@@ -73,7 +73,13 @@ class Method(Protocol):
 
 
 def names() -> list[str]:
+    """Returns the names of all methods."""
     return plugins.names(sys.modules[__name__])
+
+
+def name_of(method: Any) -> str:
+    """Returns a method's name: its file's, or that of its entry point."""
+    return plugins.name_of(sys.modules[__name__], type(method).__module__)
 
 
 def load(name: str) -> type:

@@ -38,7 +38,8 @@ from jaxtyping import Array, Float
 from jaxprune.errors import InputError
 from jaxprune.methods import SELECTS, Gram, Kernel, Mask, Solution
 from jaxprune.methods.linalg import Scalar, inverse, masked, matmul, precondition
-from jaxprune.sparsity.patterns import Pattern, Selector
+from jaxprune.sparsity.patterns import Pattern
+from jaxprune.sparsity.selection import Selector
 
 LinearSolve = Literal["inverse", "cholesky"]
 

@@ -30,7 +30,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxprune.errors import InputError
 from jaxprune.methods import SELECTS, UPDATES, Gram, Kernel, Mask, Solution
 from jaxprune.methods.linalg import Scalar, add_ridge, conjugate_gradients, masked, matmul, precondition
-from jaxprune.sparsity.patterns import Pattern, Selector
+from jaxprune.sparsity.patterns import Pattern
+from jaxprune.sparsity.selection import Selector
 
 CHECK = 3
 """Iterations between two looks at the support."""
@@ -113,8 +114,8 @@ class ALPS:
             start = masked(pattern, weight)
             return _finish(prepared, weight, start, pattern, self.cg_steps, self.cg_tolerance, {})
         selector = pattern.selector(weight.shape)
-        found, mask, stats = _search(prepared, weight, selector, self.iterations, self.rho)
-        return _finish(prepared, weight, found, mask, self.cg_steps, self.cg_tolerance, stats)
+        found, mask, metrics = _search(prepared, weight, selector, self.iterations, self.rho)
+        return _finish(prepared, weight, found, mask, self.cg_steps, self.cg_tolerance, metrics)
 
 
 @jax.jit
@@ -187,8 +188,8 @@ def _search(
     )
     end = lax.while_loop(lambda state: ~state.done & (state.checks * CHECK < iterations), check, start)
     mask = select(jnp.abs(end.weight))
-    stats = {"rho": end.rho, "checks": end.checks.astype(dense.dtype)}
-    return masked(mask, end.weight) / scale, mask, stats
+    metrics = {"rho": end.rho, "checks": end.checks.astype(dense.dtype)}
+    return masked(mask, end.weight) / scale, mask, metrics
 
 
 @jax.jit
@@ -199,8 +200,8 @@ def _finish(
     mask: Mask,
     steps: int | Int[Array, ""],
     tolerance: Scalar,
-    stats: dict[str, Array],
+    metrics: dict[str, Array],
 ) -> Solution:
     scale = prepared.scale[:, None]
     minimum = conjugate_gradients(prepared.gram, scale * weight, scale * start, mask, steps, tolerance)
-    return Solution(minimum.weight / scale, mask, stats | {"cg_residual": minimum.residual})
+    return Solution(minimum.weight / scale, mask, metrics | {"cg_residual": minimum.residual})

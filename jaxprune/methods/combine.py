@@ -55,4 +55,4 @@ class Finished:
     def solve(self, prepared: tuple[Any, Any], weight: Kernel, pattern: Pattern | Mask) -> Solution:
         solution = self.method.solve(prepared[0], weight, pattern)
         finished = self.finish.refine(prepared[1], weight, solution.weight, solution.mask)
-        return finished._replace(stats=solution.stats | finished.stats)
+        return finished._replace(metrics=solution.metrics | finished.metrics)

@@ -64,5 +64,5 @@ def _refine(
 ) -> Solution:
     scale = prepared.scale[:, None]
     minimum = conjugate_gradients(prepared.gram, scale * weight, scale * start, mask, steps, tolerance)
-    stats = {"cg_steps": minimum.steps.astype(weight.dtype), "cg_residual": minimum.residual}
-    return Solution(minimum.weight / scale, mask, stats)
+    metrics = {"cg_steps": minimum.steps.astype(weight.dtype), "cg_residual": minimum.residual}
+    return Solution(minimum.weight / scale, mask, metrics)

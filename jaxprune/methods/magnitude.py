@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from jaxprune.methods import Gram, Kernel, Mask, Solution
 from jaxprune.methods.linalg import masked
-from jaxprune.sparsity.patterns import Pattern, Selector
+from jaxprune.sparsity.patterns import Pattern
+from jaxprune.sparsity.selection import Selector
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,8 @@ from jaxtyping import Array, Bool, Float
 from jaxprune.errors import InputError
 from jaxprune.methods import Gram, Kernel, Mask, Solution
 from jaxprune.methods.linalg import Scalar, add_ridge, masked, matmul
-from jaxprune.sparsity.patterns import Pattern, Selector
+from jaxprune.sparsity.patterns import Pattern
+from jaxprune.sparsity.selection import Selector
 
 
 class Prepared(NamedTuple):

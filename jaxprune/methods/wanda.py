@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 
 from jaxprune.methods import Gram, Kernel, Mask, Solution
 from jaxprune.methods.linalg import masked
-from jaxprune.sparsity.patterns import Pattern, Selector
+from jaxprune.sparsity.patterns import Pattern
+from jaxprune.sparsity.selection import Selector
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,10 +3,10 @@
 A family file exposes
 
 - `Config` with `from_hf(hf_config, dtype)`, a frozen dataclass with at least `num_layers`, `vocab_size`,
-  `max_positions` and `dtype`;
+  `max_positions` (of a window; None: no limit) and `dtype` (of the computation);
 - the flax.nnx modules `Embed`, `DecoderLayer` and `Head`, each made from `(config, rngs)`, with attributes named as in
   the checkpoint. The layer takes hidden states and a `Layout` or None, and returns its output and its taps;
-- `INPUTS`, the linears to prune: the name of a tap -> the linears whose input it is.
+- `INPUTS`, the linear layers to prune: the name of a tap -> the linear layers whose input it is.
 """
 
 import functools
@@ -19,7 +19,7 @@ import jax
 from flax import nnx, traverse_util
 from jaxtyping import DTypeLike
 
-from convert import Reader, Spec, plugins
+from convert import Spec, plugins
 from convert.assets import load_config, read_config
 from convert.errors import UserError, joined
 from jaxprune.errors import InputError
@@ -27,7 +27,7 @@ from jaxprune.models.attention import Layout
 
 HELPERS = ("attention", "rope")
 """Modules that hold no family."""
-__all__ = ["Layout", "Model", "Part", "build", "model_for", "model_of", "stored_dtype"]
+__all__ = ["Architecture", "Layout", "Part", "architecture_of", "build", "stored_dtype"]
 
 
 class Part:
@@ -66,13 +66,14 @@ def _probed(module: Callable[[jax.Array], jax.Array], probe: jax.Array) -> Calla
     return lambda x: module(x) + probe
 
 
-class Model:
-    """A model family at one configuration.
+class Architecture:
+    """A model family at one configuration: parts and shapes, without params.
 
     Attributes:
         config: the family's.
-        inputs: tap -> linears that read it.
-        linears: path inside a layer -> shape [n_in, n_out] of its kernel, for all linears that are pruned.
+        inputs: tap -> linear layers whose input it is.
+        kernels: path of a linear layer inside a decoder layer -> shape [n_in, n_out] of its kernel, for all that are
+            pruned.
         widths: tap -> its features.
         width: features of a hidden state.
         embed, layer, head: the parts.
@@ -90,45 +91,43 @@ class Model:
         self.inputs: Mapping[str, tuple[str, ...]] = family.INPUTS
         self.embed, self.layer, self.head = part(family.Embed), part(family.DecoderLayer), part(family.Head)
         paths = [path for paths in self.inputs.values() for path in paths]
-        self.linears = {path: self.layer.spec[f"{path}.kernel"].shape for path in paths}
-        self.widths = {tap: self.linears[paths[0]][0] for tap, paths in self.inputs.items()}
+        self.kernels = {path: self.layer.spec[f"{path}.kernel"].shape for path in paths}
+        self.widths = {tap: self.kernels[paths[0]][0] for tap, paths in self.inputs.items()}
         self.width: int = next(iter(self.embed.spec.values())).shape[-1]
         self.spec: Spec = dict(self.embed.spec)
         for index in range(config.num_layers):
             self.spec |= {f"layers.{index}.{path}": shape for path, shape in self.layer.spec.items()}
         self.spec |= self.head.spec
 
+    def kernel_shapes(self) -> dict[tuple[int, str], tuple[int, ...]]:
+        """Returns (layer index, path of the linear layer) -> shape [n_in, n_out] of its kernel."""
+        return {(i, path): shape for i in range(self.config.num_layers) for path, shape in self.kernels.items()}
+
+    def require_length(self, length: int) -> None:
+        """Raises InputError for windows that are longer than the model was made for."""
+        most = self.config.max_positions
+        if most is not None and length > most:
+            raise InputError(f"windows of {length} tokens are longer than the model's {most} positions; shorten them")
+
 
 @functools.cache
-def build(family: str, config: Any) -> Model:
-    """The model of a family; built once a configuration, so that its compiled functions are found again."""
-    return Model(plugins.load(sys.modules[__name__], family), config)
+def build(family: str, config: Any) -> Architecture:
+    """Builds the architecture of a family, once a configuration, so that its compiled functions are found again."""
+    return Architecture(plugins.load(sys.modules[__name__], family), config)
 
 
-def model_for(reader: Reader, dtype: DTypeLike | None = None) -> Model:
-    """The model of a checkpoint, once its tensors are known to fit.
+def architecture_of(assets: Path, dtype: DTypeLike | None, spec: Spec | None = None) -> Architecture:
+    """Returns the architecture that config.json describes, once the checkpoint's tensors are known to fit.
 
     Args:
-        reader: the checkpoint.
-        dtype: of the computation. None: float32 on CPU, the kernels' stored dtype elsewhere.
+        assets: the folder of config.json.
+        dtype: of the computation. None: float32 on CPU, the kernels' stored dtype elsewhere; it must be given where
+            there is no `spec`.
+        spec: of the checkpoint; None: there is only a configuration.
 
     Raises:
         InputError: an unknown architecture, something in it that is not implemented, or tensors that do not
             fit; all of them in one message.
-    """
-    return model_of(reader.assets, dtype, reader.spec)
-
-
-def model_of(assets: Path, dtype: DTypeLike | None, spec: Spec | None = None) -> Model:
-    """The model that config.json describes.
-
-    Args:
-        assets: the folder of config.json.
-        dtype: of the computation; as for `model_for`, but it must be given where there is no `spec`.
-        spec: of the checkpoint, which has to fit; None: there is only a configuration.
-
-    Raises:
-        InputError: as for `model_for`.
     """
     model_type = read_config(assets)["model_type"]
     known = plugins.names(sys.modules[__name__])
@@ -143,14 +142,14 @@ def model_of(assets: Path, dtype: DTypeLike | None, spec: Spec | None = None) ->
     except UserError as error:
         error.file = error.file or assets / "config.json"
         raise
-    model = build(model_type, config)
+    architecture = build(model_type, config)
     if spec is not None:
-        _check(spec, model.spec)
-    return model
+        _check(spec, architecture.spec)
+    return architecture
 
 
 def stored_dtype(spec: Spec) -> Any:
-    """The dtype of a checkpoint's kernels."""
+    """Returns the dtype of a checkpoint's kernels."""
     return next(t.dtype for path, t in spec.items() if path.endswith(".kernel"))
 
 

@@ -8,8 +8,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxprune import sharding as devices
-
 SEGMENTS = 16
 """A window has so many segments at most; a segment's queries are multiplied with the keys up to its end only."""
 SMALLEST, LARGEST = 64, 256
@@ -62,10 +60,16 @@ def causal_attention(
 def cudnn_takes(query: Float[Array, "b t h d"]) -> bool:
     """Whether cuDNN's flash attention takes such queries: on NVIDIA's GPUs from Ampere on, 16-bit, heads of up to 128.
 
-    An even number of them, for its way back: windows of odd length are rare, and not worth two ways through a layer.
+    An even number of them, for its gradient: windows of odd length are rare, and not worth two ways through a layer.
     """
     t, d = query.shape[1], query.shape[3]
-    return query.dtype.itemsize == 2 and t % 2 == 0 and d % 8 == 0 and d <= 128 and devices.cuda_capability() >= 8
+    return query.dtype.itemsize == 2 and t % 2 == 0 and d % 8 == 0 and d <= 128 and _cuda_capability() >= 8
+
+
+def _cuda_capability() -> float:
+    """The compute capability of this process's GPUs, such as 8.6; 0 where they are not NVIDIA's, or there are none."""
+    text = getattr(jax.local_devices()[0], "compute_capability", "")  # AMD's say gfx942 and the like
+    return float(text) if text.replace(".", "").isdigit() else 0.0
 
 
 class _Heads(NamedTuple):

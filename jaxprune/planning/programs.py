@@ -19,16 +19,15 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.sharding import NamedSharding
 from jaxtyping import DTypeLike
 
-from jaxprune import sharding as devices
 from jaxprune.evaluation import text
 from jaxprune.methods import Method
-from jaxprune.models import Model
-from jaxprune.pruning import adam, sensitivity, stages
-from jaxprune.pruning import distillation as tuning
-from jaxprune.pruning import kernel as linears
+from jaxprune.models import Architecture
+from jaxprune.pruning import adam, distillation, gram_matrices, kernel, sensitivity
+from jaxprune.sharding import Devices
 from jaxprune.sparsity.patterns import Pattern
-from jaxprune.streaming import stream
+from jaxprune.streaming.head import CHUNK
 from jaxprune.streaming.hidden_states import batch_size
+from jaxprune.streaming.model import apply_layer
 
 Flops = Counter[str]
 """dtype of the operands -> floating-point operations; a product of 16-bit operands runs at another rate."""
@@ -57,15 +56,15 @@ class Program:
     donated: tuple[int, ...] = ()
 
     def flops(self) -> Flops:
-        """FLOPs of one call."""
+        """Counts the FLOPs of one call."""
         return count_flops(self._traced.jaxpr)
 
     def most_bytes(self) -> int:
-        """No less than device memory during a call, without compiling: as if every intermediate result stayed."""
+        """Returns no less than a call's device memory, without compiling: as if every intermediate result stayed."""
         return self.resident + _bytes(self.arguments) + _produced(self._traced.jaxpr.jaxpr)
 
     def peak_bytes(self) -> int:
-        """Device memory during a call: arguments, results and intermediate results, and what else is there.
+        """Returns the device memory during a call: arguments, results and intermediate results, and what else is there.
 
         The compiler decides it, so the program is compiled, not run.
         """
@@ -75,7 +74,7 @@ class Program:
         return self.resident + own - memory.alias_size_in_bytes
 
     def lowered(self, platform: str) -> str:
-        """StableHLO for a platform, cuda or tpu for example, which need not be there."""
+        """Lowers to StableHLO for a platform, cuda or tpu for example, which need not be there."""
         return self._traced.lower(lowering_platforms=(platform,)).as_text()
 
     @functools.cached_property
@@ -88,7 +87,7 @@ class Program:
 
 
 def count_flops(jaxpr: ClosedJaxpr | Jaxpr) -> Flops:
-    """FLOPs of the products and factorizations that a program's results need.
+    """Counts the FLOPs of the products and factorizations that a program's results need.
 
     A product of n·k by k·m is 2nkm; a Cholesky factorization n³/3; a triangular solve n²m; eigenvectors about 9n³.
     A loop whose number of iterations depends on the data counts as one iteration.
@@ -142,170 +141,156 @@ def _is_program(value: Any) -> bool:
     return isinstance(value, ClosedJaxpr | Jaxpr)
 
 
-def of_pruning(
-    model: Model,
-    windows: int,
-    length: int,
-    method: Method,
-    pattern: Pattern,
-    stored: DTypeLike,
-    *,
-    tokens: int | None = None,
-) -> Iterator[Program]:
-    """The programs of the loop over layers.
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """What the programs of a run are called with.
+
+    Attributes:
+        architecture: of the model.
+        stored: dtype of the checkpoint's params.
+        devices: that they run on.
+        tokens: on a device at a time; None: as the run takes them.
+    """
+
+    architecture: Architecture
+    stored: DTypeLike
+    devices: Devices
+    tokens: int | None = None
+
+    def layer(self) -> dict[str, Shape]:
+        """Returns a layer's params."""
+        return self.params(self.architecture.layer.spec, self.stored)
+
+    def params(self, spec: Mapping[str, Any], dtype: DTypeLike) -> dict[str, Shape]:
+        """Returns replicated params."""
+        return {path: self.devices.abstract(Shape(param.shape, dtype), None) for path, param in spec.items()}
+
+    def states(self, windows: int, length: int) -> Shape:
+        """Returns hidden states of so many windows on each device."""
+        shape = windows * self.devices.count, length, self.architecture.width
+        return self.devices.abstract(Shape(shape, self.architecture.config.dtype), 0)
+
+    def batch(self, windows: int, length: int, tokens: int | None = None) -> Shape:
+        """Returns the hidden states of one step over so many windows."""
+        return self.states(batch_size(windows, length, tokens or self.tokens, self.devices.count), length)
+
+
+def of_pruning(shapes: Shapes, windows: int, length: int, method: Method, pattern: Pattern) -> Iterator[Program]:
+    """Yields the programs of the loop over layers.
 
     Args:
-        model: its shapes.
+        shapes: of the run.
         windows: of calibration.
         length: tokens of a window.
-        method: prunes each linear.
-        pattern: of each linear.
-        stored: dtype of the checkpoint's params.
-        tokens: on the device at a time; None: as the run takes them.
+        method: prunes each kernel.
+        pattern: of each kernel.
     """
-    layers, batch = model.config.num_layers, batch_size(windows, length, tokens)
-    params, x = _layer_params(model, stored), _states(model, batch, length)
-    passes, parts = layers * windows / x.shape[0], devices.number()
-    whole = {tap: devices.like(Shape((n, n), jnp.float32), None) for tap, n in model.widths.items()}
+    architecture, devices = shapes.architecture, shapes.devices
+    layers, params, x = architecture.config.num_layers, shapes.layer(), shapes.batch(windows, length)
+    passes, parts = layers * windows / x.shape[0], devices.count
+    whole = {tap: devices.abstract(Shape((n, n), jnp.float32), None) for tap, n in architecture.widths.items()}
     grams = whole
     if parts > 1:  # each device's share
-        grams = {tap: devices.like(Shape((parts, *gram.shape), jnp.float32), 0) for tap, gram in whole.items()}
+        grams = {tap: devices.abstract(Shape((parts, *gram.shape), jnp.float32), 0) for tap, gram in whole.items()}
     in_flight = 2 * _bytes(x)  # one batch on its way in, one on its way out
-    yield Program(
-        "gram", "forward and Gram matrices", partial(stages.accumulate, model.layer), (params, x, {}, grams),
-        passes, in_flight, donated=(3,),
-    )  # fmt: skip
+    accumulate = partial(gram_matrices.accumulate, architecture.layer)
+    arguments: tuple[Any, ...] = params, x, {}, grams
+    yield Program("gram", "forward and Gram matrices", accumulate, arguments, passes, in_flight, donated=(3,))
     waiting = dict(whole)
     solving = partial(solve, method, pattern)  # compiled once for all of a shape
-    for tap, paths in model.inputs.items():
+    for tap, paths in architecture.inputs.items():
         gram = waiting.pop(tap)
-        prepared = jax.tree.map(lambda leaf: devices.like(leaf, None), jax.eval_shape(method.prepare, gram))
+        prepared = jax.tree.map(lambda leaf: devices.abstract(leaf, None), jax.eval_shape(method.prepare, gram))
         shared = _bytes(params) + _bytes(waiting)
         alive = shared + _bytes(gram) + _bytes(prepared)
         yield Program("solve", f"prepare {tap}", method.prepare, (gram,), layers, shared)
         for path in paths:
-            kernel = devices.like(Shape(model.linears[path], jnp.float32), -1)
-            yield Program("solve", f"solve {path}", solving, (prepared, kernel), layers, alive - _bytes(prepared))
-            arguments = gram, devices.like(Shape(kernel.shape, stored), -1), kernel
-            yield Program("solve", f"store {path}", linears.store, arguments, layers, alive - _bytes(gram))
-    yield Program(
-        "forward",
-        "forward",
-        partial(stream.apply_layer, model.layer),
-        (params, x, None),
-        passes * (layers - 1) / layers,
-        in_flight,
-        donated=(1,),
-    )
+            weight = devices.abstract(Shape(architecture.kernels[path], jnp.float32), -1)
+            yield Program("solve", f"solve {path}", solving, (prepared, weight), layers, alive - _bytes(prepared))
+            arguments = gram, devices.abstract(Shape(weight.shape, shapes.stored), -1), weight
+            yield Program("solve", f"store {path}", kernel.store, arguments, layers, alive - _bytes(gram))
+    calls, forward = passes * (layers - 1) / layers, partial(apply_layer, architecture.layer)
+    yield Program("forward", "forward", forward, (params, x, None), calls, in_flight, donated=(1,))
 
 
-def of_sensitivity(
-    model: Model, windows: int, length: int, stored: DTypeLike, *, tokens: int | None = None
-) -> Iterator[Program]:
-    """The programs of the reverse pass over some windows; arguments as for `of_pruning`."""
-    layers, batch = model.config.num_layers, batch_size(windows, length, sensitivity.tokens_per_batch(tokens))
-    params, x = _layer_params(model, stored), _states(model, batch, length)
-    head = _shapes(model.head.spec, model.config.dtype)
-    passes, taps = layers * windows / x.shape[0], tuple(model.inputs.items())
-    forward = partial(stream.apply_layer, model.layer)
+def of_sensitivity(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:
+    """Yields the programs of the reverse pass over some windows; arguments as for `of_pruning`."""
+    architecture = shapes.architecture
+    x = shapes.batch(windows, length, sensitivity.tokens_per_batch(shapes.tokens))
+    params, head = shapes.layer(), shapes.params(architecture.head.spec, architecture.config.dtype)
+    passes, taps = architecture.config.num_layers * windows / x.shape[0], tuple(architecture.inputs.items())
+    forward = partial(apply_layer, architecture.layer)
     yield Program("sensitivity", "forward", forward, (params, x, None), passes, 2 * _bytes(x), donated=(1,))
-    chunk = min(stream.CHUNK, batch * (length - 1))
-    arguments = head, Shape((chunk, model.width), model.config.dtype), Shape((chunk,), jnp.int32)
-    loss, chunks = partial(sensitivity.loss_gradient, model.head), windows * (length - 1) / chunk
-    yield Program("sensitivity", "loss", loss, arguments, chunks, 2 * _bytes(arguments[1]))
-    backward = partial(sensitivity.backward, model.layer, taps)
+    chunk = min(CHUNK, x.shape[0] // shapes.devices.count * (length - 1))
+    states = Shape((chunk, architecture.width), architecture.config.dtype)
+    loss, chunks = partial(sensitivity.loss_gradient, architecture.head), windows * (length - 1) / chunk
+    arguments = head, states, Shape((chunk,), jnp.int32)
+    yield Program("sensitivity", "loss", loss, arguments, chunks, 2 * _bytes(states))
+    backward = partial(sensitivity.backward, architecture.layer, taps)
     yield Program("sensitivity", "backward", backward, (params, x, x), passes, 2 * _bytes(x), donated=(2,))
 
 
-def of_tuning(
-    model: Model,
-    windows: int,
-    length: int,
-    epochs: float,
-    stored: DTypeLike,
-    *,
-    step: int = 1,
-    keep: bool = True,
-    tokens: int | None = None,
+def of_distillation(
+    shapes: Shapes, windows: int, length: int, epochs: float, *, step: int = 1, keep: bool = True
 ) -> Iterator[Program]:
-    """The programs of the tuning.
+    """Yields the programs of the distillation.
 
     Args:
-        model, windows, length, stored, tokens: as for `of_pruning`.
+        shapes, windows, length: as for `of_pruning`.
         epochs: visits of each window.
         step: windows a step.
         keep: whether all layers' kernels, their state, and a step's intermediate results stay on the device; else one
-            layer's do, and each layer is run again on the way back.
+            layer's do, and each layer's forward pass is run again before its vjp.
     """
-    layers, step = model.config.num_layers, -(-step // devices.number())
-    x = _states(model, step, length)
-    head = _shapes(model.head.spec, model.config.dtype)
-    names = [f"{path}.kernel" for path in model.linears]
-    params = _layer_params(model, stored)
+    architecture = shapes.architecture
+    layers, step = architecture.config.num_layers, -(-step // shapes.devices.count)
+    x, head = shapes.states(step, length), shapes.params(architecture.head.spec, architecture.config.dtype)
+    names, params = [f"{path}.kernel" for path in architecture.kernels], shapes.layer()
     values = {name: Shape(params[name].shape, jnp.float32) for name in names}
     rest = {name: param for name, param in params.items() if name not in values}
     masks = {name: Shape((value.shape[0], -(-value.shape[1] // 8)), jnp.uint8) for name, value in values.items()}
     units, moments = dict.fromkeys(names, Shape((), jnp.float32)), jax.eval_shape(adam.ADAM.init, values)
     kernels = adam.Kernels(values, masks, units, moments)
     calls = layers * math.ceil(epochs * windows / step)
-    visited = min(1.0, epochs) * windows
-    batch = _states(model, batch_size(windows, length, tokens), length)
-    passes = layers * visited / batch.shape[0]
-    forward = partial(stream.apply_layer, model.layer)
+    batch = shapes.batch(windows, length)
+    passes = layers * min(1.0, epochs) * windows / batch.shape[0]
+    forward = partial(apply_layer, architecture.layer)
     yield Program("tune", "dense forward", forward, (params, batch, None), passes, 2 * _bytes(batch), donated=(1,))
-    forth = partial(tuning.forward_with_way_back, model.layer)
-    ways_back = jax.eval_shape(forth, values, rest, x)[1] if keep else x
-    state = _bytes(kernels) + _bytes(rest) + _bytes(ways_back) if keep else 0  # of a layer
+    forward_and_vjp = partial(distillation.forward_and_vjp, architecture.layer)
+    vjp = jax.eval_shape(forward_and_vjp, values, rest, x)[1] if keep else x
+    state = _bytes(kernels) + _bytes(rest) + _bytes(vjp) if keep else 0  # of a layer
     if keep:
-        yield Program("tune", "forward", forth, (values, rest, x), calls, layers * state - _bytes(values))
+        yield Program("tune", "forward", forward_and_vjp, (values, rest, x), calls, layers * state - _bytes(values))
     else:
         yield Program("tune", "forward", forward, (values | rest, x, None), calls, donated=(1,))
-    chunk = Shape((min(stream.CHUNK // 2, step * length), model.width), model.config.dtype)
-    loss, chunks = partial(tuning.head_divergence, model.head), calls / layers * step * length / chunk.shape[0]
+    chunk = Shape((min(CHUNK // 2, step * length), architecture.width), architecture.config.dtype)
+    loss = partial(distillation.head_divergence, architecture.head)
+    chunks = calls / layers * step * length / chunk.shape[0]
     yield Program("tune", "divergence", loss, (head, chunk, chunk), chunks, layers * state)
-    update = partial(tuning.update, model.layer)
-    arguments = kernels, rest, ways_back, x, Shape((), jnp.float32)
+    update = partial(distillation.update, architecture.layer)
+    arguments = kernels, rest, vjp, x, Shape((), jnp.float32)
     yield Program("tune", "backward and step", update, arguments, calls, (layers - 1) * state, donated=(0,))
 
 
-def of_evaluation(
-    model: Model, windows: int, length: int, stored: DTypeLike, *, tokens: int | None = None
-) -> Iterator[Program]:
-    """The programs that compare the pruned model with the dense one on a text; arguments as for `of_pruning`."""
-    x = _states(model, batch_size(windows, length, tokens), length)
-    forward = partial(stream.apply_layer, model.layer)
-    passes = 2 * model.config.num_layers * windows / x.shape[0]
-    arguments = _layer_params(model, stored), x, None
+def of_evaluation(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:
+    """Yields the programs that compare the pruned model with the dense one on a text; arguments as for `of_pruning`."""
+    architecture, x = shapes.architecture, shapes.batch(windows, length)
+    forward = partial(apply_layer, architecture.layer)
+    passes = 2 * architecture.config.num_layers * windows / x.shape[0]
+    arguments = shapes.layer(), x, None
     resident = 2 * _bytes(x) + _bytes(arguments[0])
     yield Program("evaluate", "forward", forward, arguments, passes, resident, donated=(1,))
-    chunk, head = min(stream.CHUNK // 2, windows * (length - 1)), _shapes(model.head.spec, stored)
-    states, targets = Shape((chunk, model.width), model.config.dtype), Shape((chunk,), jnp.int32)
-    divergence = partial(text.divergence, (model.head, model.head))
-    yield Program(
-        "evaluate",
-        "divergence",
-        divergence,
-        ((head, head), (states, states), targets),
-        windows * (length - 1) / chunk,
-    )
+    chunk = min(CHUNK // 2, windows * (length - 1))
+    head = shapes.params(architecture.head.spec, shapes.stored)
+    states, targets = Shape((chunk, architecture.width), architecture.config.dtype), Shape((chunk,), jnp.int32)
+    divergence = partial(text.divergence, (architecture.head, architecture.head))
+    chunks = windows * (length - 1) / chunk
+    yield Program("evaluate", "divergence", divergence, ((head, head), (states, states), targets), chunks)
 
 
 def solve(method: Method, pattern: Pattern, prepared: Any, weight: jax.Array) -> Any:
+    """Calls a method, in the order of arguments that `partial` needs."""
     return method.solve(prepared, weight, pattern)
-
-
-def _layer_params(model: Model, stored: DTypeLike) -> dict[str, Shape]:
-    return _shapes(model.layer.spec, stored)
-
-
-def _shapes(spec: Mapping[str, Any], dtype: DTypeLike) -> dict[str, Shape]:
-    return {path: devices.like(Shape(param.shape, dtype), None) for path, param in spec.items()}
-
-
-def _states(model: Model, windows: int, length: int) -> Shape:
-    """So many windows on each device."""
-    shape = windows * devices.number(), length, model.width
-    return devices.like(Shape(shape, model.config.dtype), 0)
 
 
 def _bytes(tree: Any) -> int:

@@ -5,18 +5,16 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import DTypeLike, Int
+from jaxtyping import Int
 
-from convert import Reader
-from jaxprune.pruning.pipeline import prune
+from jaxprune.pruning.loop import prune_layers
 from jaxprune.pruning.results import LayerResult
-from jaxprune.pruning.stages import PatternOf
 from jaxprune.recipe import Recipe
-from jaxprune.sparsity.patterns import Pattern
+from jaxprune.streaming.model import StreamedModel
 
 
 class Timing(NamedTuple):
-    """Seconds by stage of the first layer; `read` is left out.
+    """Seconds by phase of the first layer; `read` is left out.
 
     Attributes:
         first: compiled, compilation or loading from the cache included.
@@ -31,42 +29,29 @@ class Timing(NamedTuple):
     equal: float
 
 
-def jit_versus_eager(
-    reader: Reader, tokens: Int[np.ndarray, "w t"], recipe: Recipe, *, dtype: DTypeLike | None = None
-) -> Timing:
+def jit_versus_eager(model: StreamedModel, tokens: Int[np.ndarray, "w t"], recipe: Recipe) -> Timing:
     """Prunes the first layer three times; nothing is kept.
 
     Args:
-        reader: the dense checkpoint.
-        tokens: calibration windows.
-        recipe: its method and pattern are used; gradients and tuning are not.
-        dtype: of the model's computation; see `models.model_for`.
+        model: dense.
+        tokens: calibration windows, [windows, length] token ids.
+        recipe: its method and pattern are used; gradients and distillation are not.
     """
-    pattern: Pattern | PatternOf = recipe.patterns()
+    target = recipe.target()
 
     def once() -> tuple[LayerResult, dict[str, float]]:
-        layers = prune(reader, tokens, recipe.method, pattern, asymmetry=recipe.asymmetry, dtype=dtype)
+        layers = prune_layers(model, tokens, recipe.method, target, asymmetry=recipe.asymmetry)
         start = time.perf_counter()
         layer = next(layers)
-        seconds = {stage: spent for stage, spent in layer.seconds.items() if stage != "read"}
+        seconds = {phase: spent for phase, spent in layer.seconds.items() if phase != "read"}
         return layer, seconds | {"all": time.perf_counter() - start - layer.seconds["read"]}
 
     (_, first), (compiled, jit) = once(), once()
     with jax.disable_jit():
         by_hand, eager = once()
-    equal = [np.mean(_kept(compiled, path) == _kept(by_hand, path)) for path in compiled.linears]
+    equal = [np.mean(_kept(compiled, path) == _kept(by_hand, path)) for path in compiled.kernels]
     return Timing(first, jit, eager, float(np.mean(equal)))
 
 
 def _kept(layer: LayerResult, path: str) -> np.ndarray:
     return layer.params[f"layers.{layer.index}.{path}.kernel"] != 0
-
-
-def table(timing: Timing) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a stage each."""
-    header = ["first layer", "compiled, first time, s", "compiled, s", "eager, s", "eager / compiled"]
-    rows = []
-    for stage, jit in timing.jit.items():
-        first, eager = timing.first[stage], timing.eager[stage]
-        rows.append([stage, f"{first:.2f}", f"{jit:.2f}", f"{eager:.2f}", f"{eager / max(jit, 1e-9):.2f}"])
-    return header, rows

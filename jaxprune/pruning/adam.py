@@ -1,4 +1,4 @@
-"""The kernels of a layer under Adam, masks fixed: their start, a step, how they are stored and kept in a journal.
+"""The kernels of a layer under Adam, masks fixed: initialization, a step, rounding, and keeping them in a journal.
 
 A kernel's step is in units of the root mean square of its kept weights, so that one rate serves all linears and models.
 
@@ -16,10 +16,10 @@ import optax
 from jaxtyping import Array, Bool, Float, UInt8
 
 from convert import Params
-from jaxprune import sharding as devices
 from jaxprune.methods.linalg import masked
 from jaxprune.pruning.journal import TUNING, Journal
 from jaxprune.pruning.kernel import round_kernel
+from jaxprune.sharding import Devices, fetch
 
 BETAS = 0.9, 0.95
 """Of Adam. There are tens of steps, not thousands, so the second moment's memory is short."""
@@ -42,26 +42,26 @@ class Kernels(NamedTuple):
     moments: Any
 
 
-def start(kernels: Params) -> Kernels:
-    """A layer's pruned kernels before the first step, on the host."""
+def init(kernels: Params) -> Kernels:
+    """Initializes a layer's pruned kernels before the first step, on the host."""
     values = {name: kernel.astype(np.float32) for name, kernel in kernels.items()}
     masks = {name: np.packbits(value != 0, axis=1) for name, value in values.items()}
     units = {name: np.sqrt(np.sum(value**2) / np.float32(max(1, (value != 0).sum()))) for name, value in values.items()}
     return Kernels(values, masks, units, jax.device_get(ADAM.init(values)))
 
 
-def step(kernels: Kernels, slopes: Mapping[str, Float[Array, "n m"]], rate: Float[Array, ""]) -> Kernels:
-    """The kernels after a step along their gradients; to be traced under jit."""
-    slopes = {name: masked(_kept(kernels, name), slope) for name, slope in slopes.items()}
+def step(kernels: Kernels, gradients: Mapping[str, Float[Array, "n m"]], rate: Float[Array, ""]) -> Kernels:
+    """Takes a step along the gradients; to be traced under jit."""
+    gradients = {name: masked(_kept(kernels, name), gradient) for name, gradient in gradients.items()}
     with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction mixes integers and floats
-        changes, moments = ADAM.update(slopes, kernels.moments)
-    values = {name: value - rate * kernels.units[name] * changes[name] for name, value in kernels.values.items()}
+        updates, moments = ADAM.update(gradients, kernels.moments)
+    values = {name: value - rate * kernels.units[name] * updates[name] for name, value in kernels.values.items()}
     return kernels._replace(values=values, moments=moments)
 
 
-def rounded(kernels: Kernels, name: str, dtype: np.dtype) -> Float[Array, "n m"]:
-    """A kernel as it is to be stored: every weight that is kept stays other than zero."""
-    return round_kernel(devices.by_outputs(kernels.values[name]), _kept(kernels, name), dtype)
+def rounded(kernels: Kernels, name: str, dtype: np.dtype, devices: Devices) -> Float[Array, "n m"]:
+    """Rounds a kernel to the dtype that it is stored in; every weight that is kept stays other than zero."""
+    return round_kernel(devices.shard_outputs(kernels.values[name]), _kept(kernels, name), dtype)
 
 
 class Saved:
@@ -82,15 +82,15 @@ class Saved:
             return
         with self._journal.keeping():
             for index, kernels in enumerate(state):
-                arrays = dict(zip(_names(kernels), jax.tree.leaves(devices.fetch(_moving(kernels))), strict=True))
+                arrays = dict(zip(_names(kernels), jax.tree.leaves(fetch(_moving(kernels))), strict=True))
                 self._journal.put(f"{TUNING}/{step}/{index}", arrays, {"divergences": list(divergences)})
             self._journal.wait()
         for other in self._journal.names(TUNING):
             if other != str(step):
                 self._journal.drop(f"{TUNING}/{other}")
 
-    def restore(self, state: list[Kernels], hold: Callable[[Kernels], Kernels]) -> tuple[int, list[float]]:
-        """The step to go on with, and the divergences since its epoch began; the state is that before the step."""
+    def restore(self, state: list[Kernels], place: Callable[[Kernels], Kernels]) -> tuple[int, list[float]]:
+        """Restores the state before the step to go on with; returns its number, and the divergences of its epoch."""
         if not self._journal:
             return 0, []
         for step in sorted(map(int, self._journal.names(TUNING)), reverse=True):
@@ -101,8 +101,8 @@ class Saved:
                     leaves = [entry.arrays[name] for name in _names(state[index])]
                     structure = jax.tree.structure(_moving(state[index]))
                     values, moments = jax.tree.unflatten(structure, leaves)
-                    state[index] = hold(state[index]._replace(values=values, moments=moments))
-                    divergences = entry.figures["divergences"]
+                    state[index] = place(state[index]._replace(values=values, moments=moments))
+                    divergences = entry.metadata["divergences"]
                 return step, divergences
         return 0, []
 

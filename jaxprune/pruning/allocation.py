@@ -14,42 +14,33 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Float, Int
 
-from convert import Reader
-from jaxprune import sharding as devices
-from jaxprune.models import model_for
 from jaxprune.pruning.sensitivity import Sensitivity
-from jaxprune.streaming.stream import read_layers
+from jaxprune.sharding import fetch
+from jaxprune.streaming.model import StreamedModel
 
 BIN_BITS = 16
 """Of a float32 saliency; weights whose leading 16 bits agree (within 1/128) are told apart by interpolation."""
 
 
 def allocate(
-    reader: Reader,
-    sensitivity: Sequence[Sensitivity],
-    sparsity: float,
-    spread: float,
-    *,
-    dtype: DTypeLike | None = None,
+    model: StreamedModel, sensitivity: Sequence[Sensitivity], sparsity: float, spread: float
 ) -> dict[tuple[int, str], float]:
     """(layer index, path of the linear) -> its sparsity.
 
     Args:
-        reader: the dense checkpoint.
+        model: dense.
         sensitivity: of its layers.
         sparsity: of all linears together; the number of zeros is rounded to the nearest whole weight.
         spread: the most by which a linear's sparsity may differ from it.
-        dtype: of the model's computation; see `models.model_for`.
     """
-    model = model_for(reader, dtype)
     linears, histograms, sizes = [], [], []
-    for index, (params, layer) in enumerate(zip(read_layers(model, reader), sensitivity, strict=True)):
-        for tap, paths in model.inputs.items():
+    for index, (params, layer) in enumerate(zip(model.layers(), sensitivity, strict=True)):
+        for tap, paths in model.architecture.inputs.items():
             for path in paths:
-                kernel = devices.everywhere(params[f"{path}.kernel"])
-                histograms.append(devices.fetch(_histogram(kernel, layer.inputs[tap], layer.outputs[path])))
+                kernel = model.devices.replicate(params[f"{path}.kernel"])
+                histograms.append(fetch(_histogram(kernel, layer.inputs[tap], layer.outputs[path])))
                 linears.append((index, path))
                 sizes.append(kernel.size)
     zeros = share_zeros(np.stack(histograms), round(sparsity * sum(sizes)), spread)

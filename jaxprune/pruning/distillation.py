@@ -1,18 +1,18 @@
-r"""Tuning of the kept weights against the dense model's predictions, end to end, masks fixed.
+r"""Distillation: the kept weights tuned against the dense model's predictions, end to end, masks fixed.
 
-Layer by layer, pruning keeps each linear's own output; what remains is an error that grows through the depth of the
-model. Here the kept weights of all linears are tuned together by Adam to minimise, over the calibration tokens, the
-mean of
+Layer by layer, pruning keeps each linear layer's own output; what remains is an error that grows through the depth of
+the model. Here the kept weights of all linear layers are tuned together by Adam to minimise, over the calibration
+tokens, the mean of
 
     KL(p‖q) = Σ_v p_v (log p_v − log q_v),
 
 p and q the next-token distributions of the dense and of the pruned model. Norms, embedding and head stay.
 
-The model streams as in pruning: a step's forward pass keeps each layer's input on the host; on the way back each layer
-is run again under `jax.vjp` and updated at once. The device holds one layer with its gradients and moments; the host
-holds 12 bytes a pruned weight (the weight and Adam's two moments, float32). An epoch costs four forward passes and
-three products with the head. Where a step's intermediate results of all layers fit the device they stay there, which
-saves the second of the four; so does the kernels' state, where that fits.
+The model streams as in pruning: a step's forward pass keeps each layer's input on the host; from the last layer to the
+first, each is run again under `jax.vjp` and updated at once. The device holds one layer with its gradients and moments;
+the host holds 12 bytes a pruned weight (the weight and Adam's two moments, float32). An epoch costs four forward passes
+and three products with the head. Where a step's intermediate results of all layers fit the device they stay there,
+which saves the second of the four; so does the kernels' state, where that fits.
 
 References:
     Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), for the loss.
@@ -28,66 +28,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Float, Int
 
-from convert import Params, Reader
-from jaxprune import sharding as devices
+from convert import Params
 from jaxprune.errors import Change, InputError
-from jaxprune.models import Model, Part, model_for
+from jaxprune.models import Part
 from jaxprune.pruning import adam
 from jaxprune.pruning.adam import Kernels, Saved
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.results import LayerResult
-from jaxprune.streaming.stream import (
-    apply,
-    apply_layer,
-    embed,
-    exponentials,
-    forward,
-    in_checkpoint,
-    in_chunks,
-    inside_layer,
-    kl_divergence,
-    logits,
-    read_layers,
-    ready,
-)
+from jaxprune.recipe import Tuning
+from jaxprune.sharding import fetch
+from jaxprune.streaming.head import exponentials, in_chunks, kl_divergence, logits
+from jaxprune.streaming.model import StreamedModel, apply, apply_layer, in_checkpoint, inside_layer
+from jaxprune.streaming.observer import SILENT, Observer
 
 CPU_BYTES = 4e9
 """The most memory for a step's intermediate results where the device is the CPU."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """How the kept weights are tuned; no epochs, no tuning."""
-
-    tune_epochs: float = 0.0
-    """Tune the kept weights of all linears together against the dense model's predictions, visiting each calibration
-    window so many times; half an epoch visits half of them. Takes 12 bytes of host memory a weight."""
-    tune_rate: float = 0.001
-    """Adam's highest learning rate, in units of the root mean square of a kernel's kept weights; it rises over the
-    first eighth of the steps and then falls along a cosine."""
-    tune_windows: int = 1
-    """Calibration windows a step."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.tune_epochs < math.inf:
-            raise InputError(f"tune_epochs must be finite and not negative, not {self.tune_epochs}")
-        if not 0 < self.tune_rate < math.inf:
-            raise InputError(f"tune_rate must be finite and positive, not {self.tune_rate}")
-        if self.tune_windows < 1:
-            raise InputError(f"tune_windows must be at least 1, not {self.tune_windows}")
-
-
-class Plan(NamedTuple):
+class Placement(NamedTuple):
     """What stays on the device.
 
     Attributes:
-        hold: takes updated kernels to where they stay.
-        keep: whether a step's intermediate results stay; else layers are run again on the way back.
+        place: puts updated kernels where they stay.
+        keep: whether a step's intermediate results stay; else each layer's forward pass is run again before its vjp.
     """
 
-    hold: Callable[[Kernels], Kernels]
+    place: Callable[[Kernels], Kernels]
     keep: bool
 
 
@@ -98,70 +66,65 @@ class Ends(NamedTuple):
     head: Mapping[str, Array]
 
 
-def tune(
-    reader: Reader,
+def distill(
+    model: StreamedModel,
     tokens: Int[np.ndarray, "w t"],
     layers: Iterable[LayerResult],
     tuning: Tuning,
     *,
     seed: int = 0,
-    dtype: DTypeLike | None = None,
-    report: Callable[[int, float], None] = lambda epoch, divergence: None,
     journal: Journal | None = None,
+    observer: Observer = SILENT,
 ) -> Iterator[LayerResult]:
-    """Tunes pruned layers. Masks stay; so do the figures of the linears, which are those of their solves.
+    """Tunes pruned layers. Masks stay; so do the results of the kernels, which are those of their solves.
 
     Args:
-        reader: the dense checkpoint.
+        model: dense.
         tokens: calibration windows, [windows, length] token ids.
-        layers: all layers, as `pipeline.prune` gives them; each is let go when it is taken up.
+        layers: all layers, as `loop.prune_layers` gives them; each is let go when it is taken up.
         tuning: how.
         seed: of the order of windows.
-        dtype: of the model's computation; see `models.model_for`.
-        report: is told after each epoch its number, from 0, and the mean KL divergence, in nats, of its windows before
-            their steps.
         journal: where the state is kept now and then, and taken from where it is kept already; None: nothing is kept.
+        observer: is told the divergence of each epoch.
 
     Raises:
         InputError: the loss is not finite.
     """
-    model = model_for(reader, dtype)
+    architecture = model.architecture
     batches = _batches(tokens, tuning, seed)
-    names = [f"{path}.kernel" for path in model.linears]
-    plan = _plan(model, (len(batches[0]), tokens.shape[1]))
+    names = [f"{path}.kernel" for path in architecture.kernels]
+    placement = _placement(model, (len(batches[0]), tokens.shape[1]))
     results, state, rest, dtypes = [], [], [], {}
     for result in layers:
         params = inside_layer(result.index, result.params)
         kernels = {name: params.pop(name) for name in names}
         dtypes = {name: kernel.dtype for name, kernel in kernels.items()}
         results.append(dataclasses.replace(result, params={}))
-        state.append(plan.hold(adam.start(kernels)))
+        state.append(placement.place(adam.init(kernels)))
         rest.append(params)
     visited, where = np.unique(np.concatenate(batches), return_inverse=True)
-    dense = embed(model, reader, tokens[visited])
-    for params in read_layers(model, reader):
-        forward(model, devices.everywhere(params), dense)
-    ends = Ends(*(ready(model, reader.read(part.spec)) for part in (model.embed, model.head)))
+    (dense,) = model.final_states(tokens[visited])
+    ends = Ends(*(model.params_of(part, cast=True) for part in (architecture.embed, architecture.head)))
 
     steps = len(batches)
     rate = optax.warmup_cosine_decay_schedule(
         tuning.tune_rate / 10, tuning.tune_rate, min(math.ceil(steps / 8), steps - 1), steps, tuning.tune_rate / 20
     )
     saved = Saved(journal, len(state))
-    begin, divergences = saved.restore(state, plan.hold)
+    begin, divergences = saved.restore(state, placement.place)
     for step, rows in enumerate(where.reshape(steps, -1)):
         if step < begin:
             continue
         chosen = tokens[visited[rows]], dense.read(rows)
-        divergences.append(_step(model, plan, ends, rest, state, *chosen, jnp.float32(rate(step))))
+        divergences.append(_step(model, placement, ends, rest, state, *chosen, jnp.float32(rate(step))))
         epoch, within = divmod(step * len(rows), len(tokens))
         if within + len(rows) == len(tokens) or step == steps - 1:
-            report(epoch, float(np.mean(divergences)))
+            observer.epoch_done(epoch, float(np.mean(divergences)))
             divergences.clear()
         saved.keep(step + 1, state, divergences)
     for result, params, tuned in zip(results, rest, state, strict=True):
-        rounded = {name: devices.fetch(adam.rounded(tuned, name, dtypes[name])) for name in names}
-        yield dataclasses.replace(result, params=in_checkpoint(result.index, params | rounded))
+        stored = {name: fetch(adam.rounded(tuned, name, dtypes[name], model.devices)) for name in names}
+        yield dataclasses.replace(result, params=in_checkpoint(result.index, params | stored))
 
 
 def _batches(tokens: Int[np.ndarray, "w t"], tuning: Tuning, seed: int) -> list[Int[np.ndarray, "b"]]:
@@ -174,31 +137,31 @@ def _batches(tokens: Int[np.ndarray, "w t"], tuning: Tuning, seed: int) -> list[
     return list(np.concatenate(epochs)[:steps])
 
 
-def _plan(model: Model, window: tuple[int, int]) -> Plan:
+def _placement(model: StreamedModel, window: tuple[int, int]) -> Placement:
     """What fits the device: kernels may fill half of what is free, and intermediate results a quarter.
 
     Args:
-        model: to be tuned.
+        model: whose kernels are tuned.
         window: windows of a step, and their length.
     """
-    layers = model.config.num_layers
-    values = {f"{path}.kernel": jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in model.linears.items()}
-    rest = {name: shape for name, shape in model.layer.spec.items() if name not in values}
-    x = jax.ShapeDtypeStruct((*window, model.width), model.config.dtype)
-    _, pull_back = jax.eval_shape(partial(forward_with_way_back, model.layer), values, rest, x)
-    kept = layers * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull_back))
+    architecture, devices = model.architecture, model.devices
+    values = {f"{path}.kernel": jax.ShapeDtypeStruct(s, jnp.float32) for path, s in architecture.kernels.items()}
+    rest = {name: shape for name, shape in architecture.layer.spec.items() if name not in values}
+    x = jax.ShapeDtypeStruct((*window, architecture.width), model.dtype)
+    _, vjp = jax.eval_shape(partial(forward_and_vjp, architecture.layer), values, rest, x)
+    kept = model.num_layers * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(vjp))
     device = jax.local_devices()[0]
     if device.platform == "cpu":
-        return Plan(devices.by_outputs, kept < CPU_BYTES)
+        return Placement(devices.shard_outputs, kept < CPU_BYTES)
     memory = device.memory_stats() or {}
     free = memory.get("bytes_limit", 0) - memory.get("bytes_in_use", 0)
-    weights = layers * sum(value.size for value in values.values())
-    return Plan(devices.by_outputs if 12 * weights / devices.number() < free / 2 else devices.fetch, kept < free / 4)
+    weights = model.num_layers * sum(value.size for value in values.values())
+    return Placement(devices.shard_outputs if 12 * weights / devices.count < free / 2 else fetch, kept < free / 4)
 
 
 def _step(
-    model: Model,
-    plan: Plan,
+    model: StreamedModel,
+    placement: Placement,
     ends: Ends,
     rest: Sequence[Params],
     state: list[Kernels],
@@ -207,27 +170,33 @@ def _step(
     rate: Float[Array, ""],
 ) -> float:
     """Updates the state by some windows; returns their mean divergence, before."""
-    x = apply(model.embed, ends.embed, devices.by_windows(tokens))
-    ways_back: list[Any] = []
+    architecture, devices = model.architecture, model.devices
+    x = apply(architecture.embed, ends.embed, devices.shard_windows(tokens))
+    vjps: list[Any] = []  # of the layers, or their inputs
     for kernels, others in zip(state, rest, strict=True):
-        if plan.keep:
-            x, way_back = forward_with_way_back(model.layer, kernels.values, others, x)
+        if placement.keep:
+            x, vjp = forward_and_vjp(architecture.layer, kernels.values, others, x)
         else:
-            way_back = np.array(devices.fetch(x))  # a copy, for x is donated
-            x = apply_layer(model.layer, others | kernels.values, x)
-        ways_back.append(way_back)
-    states = devices.fetch(x).reshape(-1, x.shape[-1])
+            vjp = np.array(fetch(x))  # a copy, for x is donated
+            x = apply_layer(architecture.layer, others | kernels.values, x)
+        vjps.append(vjp)
+    states = fetch(x).reshape(-1, x.shape[-1])
     divergence, gradient = in_chunks(
-        lambda *chunk: head_divergence(model.head, ends.head, *chunk), states, dense.reshape(states.shape), models=2
+        devices,
+        lambda *chunk: head_divergence(architecture.head, ends.head, *chunk),
+        states,
+        dense.reshape(states.shape),
+        models=2,
     )
     if not np.isfinite(divergence).all():
         raise InputError(
-            "the loss of the tuning holds NaN or infinity", options={"tune_rate": Change.LOWER, "dtype": "float32"}
+            "the loss of the distillation holds NaN or infinity",
+            options={"tune_rate": Change.LOWER, "dtype": "float32"},
         )
-    back = devices.by_windows(gradient.reshape(x.shape))
+    cotangent = devices.shard_windows(gradient.reshape(x.shape))
     for index in reversed(range(len(state))):
-        back, updated = update(model.layer, state[index], rest[index], ways_back.pop(), back, rate)
-        state[index] = plan.hold(updated)
+        cotangent, updated = update(architecture.layer, state[index], rest[index], vjps.pop(), cotangent, rate)
+        state[index] = placement.place(updated)
     return float(divergence.mean(dtype=np.float64))
 
 
@@ -235,18 +204,18 @@ def _step(
 def head_divergence(
     head: Part, params: Mapping[str, Array], states: Float[Array, "n d"], dense: Float[Array, "n d"]
 ) -> tuple[Float[Array, "n"], Float[Array, "n d"]]:
-    """KL divergences of tokens, and the gradient of their sum by the pruned model's last states."""
-    scores, pull_back = jax.vjp(lambda states: logits(head, params, states), states)
+    """Computes KL divergences of tokens, and the gradient of their sum by the pruned model's last states."""
+    scores, vjp = jax.vjp(lambda states: logits(head, params, states), states)
     p, q = exponentials(logits(head, params, dense)), exponentials(scores)
-    (gradient,) = pull_back(q.values / q.total - p.values / p.total)
+    (gradient,) = vjp(q.values / q.total - p.values / p.total)
     return kl_divergence(p, q), gradient
 
 
 @partial(jax.jit, static_argnums=0)
-def forward_with_way_back(
+def forward_and_vjp(
     part: Part, values: Mapping[str, Array], rest: Mapping[str, Array], x: Float[Array, "b t d"]
 ) -> tuple[Float[Array, "b t d"], Any]:
-    """A layer's output, and the function from its gradient to those by the kernels and by the input."""
+    """Computes a layer's output, and the function from its cotangent to those of the kernels and of the input."""
     return jax.vjp(lambda values, x: part({**rest, **values}, x)[0], dict(values), x)
 
 
@@ -255,20 +224,23 @@ def update(
     part: Part,
     kernels: Kernels,
     rest: Mapping[str, Array],
-    way_back: Any,
-    gradient: Float[Array, "b t d"],
+    vjp: Any,
+    cotangent: Float[Array, "b t d"],
     rate: Float[Array, ""],
 ) -> tuple[Float[Array, "b t d"], Kernels]:
-    """The gradient by the layer's input, and the kernels after a step of Adam.
+    """Computes the cotangent of the layer's input, and takes a step of Adam.
 
     Args:
         part: the layer.
         kernels: before the step.
         rest: the layer's other params.
-        way_back: from `forward_with_way_back`, or the layer's input.
-        gradient: by the layer's output.
+        vjp: from `forward_and_vjp`, or the layer's input.
+        cotangent: of the layer's output.
         rate: of the step.
+
+    Returns:
+        The cotangent of the layer's input, and the kernels after the step.
     """
-    pull_back = way_back if callable(way_back) else forward_with_way_back(part, kernels.values, rest, way_back)[1]
-    slopes, back = pull_back(gradient)
-    return back, adam.step(kernels, slopes, rate)
+    pull_back = vjp if callable(vjp) else forward_and_vjp(part, kernels.values, rest, vjp)[1]
+    gradients, before = pull_back(cotangent)
+    return before, adam.step(kernels, gradients, rate)

@@ -18,7 +18,7 @@ import numpy as np
 from convert import Params, Reader, Spec, parts, schema
 from convert.checked import ChangedError, CheckedReader, Signature
 from jaxprune.errors import Change
-from jaxprune.models import Model
+from jaxprune.models import Architecture
 from jaxprune.pruning.journal import WEIGHTS, AnotherRunError, Journal
 
 SCHEMA = 2
@@ -85,25 +85,25 @@ class KnownWeights:
             ) from error
 
 
-def of_run(reader: Reader, model: Model, asked: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def of_run(reader: Reader, architecture: Architecture, asked: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """All that decides a run's outcome and is known before it begins, as JSON.
 
     Args:
         reader: of the dense checkpoint.
-        model: of the checkpoint.
+        architecture: of the checkpoint.
         asked: the recipe and what it is applied to, as JSON.
         seed: of the run.
     """
     return {
         "schema": SCHEMA,
         "checkpoint": {"headers": hashlib.sha256(_headers(reader.spec)).hexdigest()},
-        "model": _plain(dataclasses.asdict(model.config)),
+        "model": _plain(dataclasses.asdict(architecture.config)),
         "seed": seed,
         **asked,
     }
 
 
-def of_version_1(reader: Reader, model: Model, asked: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def of_version_1(reader: Reader, architecture: Architecture, asked: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """The same as the first version wrote it, whose journals are still taken up; `asked` in its form."""
     log.warning(
         "what is finished is an earlier version's, which kept digests of the first and last layers only; whether the "
@@ -113,7 +113,7 @@ def of_version_1(reader: Reader, model: Model, asked: Mapping[str, Any], seed: i
     layers = [part for part in grouped if part.startswith("layers.")]
     content = reader.read([path for part in {layers[0], layers[-1], "norm"} & grouped.keys() for path in grouped[part]])
     checkpoint = hashlib.sha256(_headers(reader.spec) + _digest(content).encode()).hexdigest()
-    return {"checkpoint": checkpoint, "computation": np.dtype(model.config.dtype).name, "seed": seed, **asked}
+    return {"checkpoint": checkpoint, "computation": np.dtype(architecture.config.dtype).name, "seed": seed, **asked}
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""One linear pruned: its kernel as it is to be stored, its mask, and its figures."""
+"""One kernel pruned and rounded to its stored dtype, its mask, and what it lost."""
 
 from typing import Any, NamedTuple
 
@@ -8,42 +8,43 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
-from jaxprune import sharding as devices
-from jaxprune.methods import Mask, Method
-from jaxprune.methods import gram as stats
+from jaxprune.methods import Mask, Method, gram
+from jaxprune.sharding import ONE_DEVICE, Devices, fetch
 from jaxprune.sparsity.masks import StoredMask
 from jaxprune.sparsity.patterns import Pattern
 
 
-class LinearResult(NamedTuple):
-    """One pruned linear.
+class KernelResult(NamedTuple):
+    """What became of one kernel.
 
     Attributes:
-        error: ‖XW − XŴ‖² / ‖XW‖² of the weights as solved and stored, before any tuning, on the calibration tokens as
-            the solve weighs them.
+        error: ‖XW − XŴ‖² / ‖XW‖² of the weights as solved and stored, before any distillation, on the calibration
+            tokens as the solve weighs them.
         zeros: exact zeros of the stored kernel.
         wanted: zeros that the pattern or the given mask wants; a weight that it keeps may be zero all the same.
         size: weights of the kernel.
-        stats: what the method reports.
+        metrics: what the method reports.
     """
 
     error: float
     zeros: int
     wanted: int
     size: int
-    stats: dict[str, float]
+    metrics: dict[str, float]
 
 
-def solve_linear(
+def prune_kernel(
     method: Method,
     prepared: Any,
-    gram: Float[Array, "n n"],
+    gram_matrix: Float[Array, "n n"],
     kernel: Float[Array, "n m"],
-    pattern: Pattern | StoredMask,
+    target: Pattern | StoredMask,
+    *,
     outputs: Float[np.ndarray, "m"] | None = None,
-    target: Float[Array, "n m"] | None = None,
-) -> tuple[Float[Array, "n m"], Mask, LinearResult]:
-    """Prunes one kernel: what is stored, in the kernel's dtype, its mask, and its figures.
+    wanted: Float[Array, "n m"] | None = None,
+    devices: Devices = ONE_DEVICE,
+) -> tuple[Float[Array, "n m"], Mask, KernelResult]:
+    """Prunes one kernel and rounds it to the dtype that it is stored in.
 
     With weights c of the outputs the method solves for W C^½, C = diag(c). Each output's update stays the same, but a
     mask over the whole kernel goes where the loss is sensitive.
@@ -51,49 +52,53 @@ def solve_linear(
     Args:
         method: the pruning method.
         prepared: what it made of the Gram matrix.
-        gram: of the linear's inputs.
+        gram_matrix: of the kernel's inputs, float32.
         kernel: dense, in the dtype it is to be stored in.
-        pattern: or a mask made elsewhere.
-        outputs: √c, one weight an output.
-        target: the kernel whose outputs are wanted; None: the dense kernel's own.
+        target: a pattern, or a mask made elsewhere.
+        outputs: √c, one weight an output; None: all weigh the same.
+        wanted: the kernel whose outputs are wanted; None: the dense kernel's own.
+        devices: that the outputs are sharded over.
+
+    Returns:
+        The stored kernel, replicated; its mask; and what became of it.
     """
     choice: Pattern | Mask
-    if isinstance(pattern, StoredMask):
-        mask = pattern.read()
-        choice, wanted = devices.by_outputs(mask), mask.size - int(np.count_nonzero(mask))
+    if isinstance(target, StoredMask):
+        mask = target.read()
+        choice, zeros = devices.shard_outputs(mask), mask.size - int(np.count_nonzero(mask))
     else:
-        choice, wanted = pattern, pattern.zeros(kernel.shape)
-    scale = np.asarray(np.ones(kernel.shape[1]) if outputs is None else outputs, gram.dtype)[None, :]
-    kernel = devices.by_outputs(kernel)
-    solution = method.solve(prepared, (kernel.astype(gram.dtype) if target is None else target) * scale, choice)
-    stored, figures = store(gram, kernel, solution.weight / scale)
-    values = devices.fetch(figures | solution.stats)
-    result = LinearResult(
+        choice, zeros = target, target.zeros(kernel.shape)
+    scale = np.asarray(np.ones(kernel.shape[1]) if outputs is None else outputs, gram_matrix.dtype)[None, :]
+    kernel = devices.shard_outputs(kernel)
+    solution = method.solve(prepared, (kernel.astype(gram_matrix.dtype) if wanted is None else wanted) * scale, choice)
+    stored, measured = store(gram_matrix, kernel, solution.weight / scale)
+    values = fetch(measured | solution.metrics)
+    result = KernelResult(
         error=float(values.pop("error")),
         zeros=int(values.pop("zeros")),
-        wanted=wanted,
+        wanted=zeros,
         size=kernel.size,
-        stats={name: float(value) for name, value in values.items()},
+        metrics={name: float(value) for name, value in values.items()},
     )
-    return devices.everywhere(stored), solution.mask, result
+    return devices.replicate(stored), solution.mask, result
 
 
 @jax.jit
-def store(gram: Array, dense: Array, weight: Array) -> tuple[Array, dict[str, Array]]:
-    """The kernel in its stored dtype, and what the layer's output lost by it."""
+def store(gram_matrix: Array, dense: Array, weight: Array) -> tuple[Array, dict[str, Array]]:
+    """Rounds a kernel to the dense one's dtype, and measures what the layer's output lost by it."""
     stored = round_kernel(weight, weight != 0, dense.dtype)
     zeros = jnp.sum(stored == 0, dtype=jnp.int32)
-    return stored, {"error": stats.relative_error(gram, dense, stored), "zeros": zeros}
+    return stored, {"error": gram.relative_error(gram_matrix, dense, stored), "zeros": zeros}
 
 
 def round_kernel(weight: Float[Array, "n m"], kept: Mask, dtype: DTypeLike) -> Float[Array, "n m"]:
-    """A kernel in the dtype it is to be stored in; no kept weight rounds to zero, so that the count stays exact."""
+    """Rounds a kernel to a dtype; no kept weight rounds to zero, so that the count of zeros stays exact."""
     stored = weight.astype(dtype)
-    least = jnp.asarray(_least(stored.dtype), dtype)
+    least = jnp.asarray(_smallest(stored.dtype), dtype)
     return jnp.where(kept & (stored == 0), jnp.where(weight < 0, -least, least), stored)
 
 
-def _least(dtype: np.dtype) -> float:
+def _smallest(dtype: np.dtype) -> float:
     """The smallest positive number that no backend flushes to zero."""
     info = ml_dtypes.finfo(dtype)
     return float(info.smallest_subnormal if dtype == jnp.float16 else info.tiny)

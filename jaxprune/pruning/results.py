@@ -1,6 +1,7 @@
 """Pruned layers, and those that a run has finished already."""
 
 import dataclasses
+import logging
 import math
 from typing import Any
 
@@ -9,37 +10,47 @@ from jaxtyping import UInt8
 
 from convert import Params
 from convert.errors import DamagedError
-from convert.schema import Schema, check
-from jaxprune.commands.terminal import console
+from convert.schema import Count, Schema, check, plain
 from jaxprune.pruning.journal import Journal
-from jaxprune.pruning.kernel import LinearResult
-from jaxprune.reporting import schema
+from jaxprune.pruning.kernel import KernelResult
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerResult:
-    """One pruned layer.
+    """One pruned layer; `layer["mlp.down_proj"]` is what became of a kernel.
 
     Attributes:
         index: of the layer, from 0.
         params: all params of the layer, on the host, as they are to be stored; paths as in the checkpoint.
-        linears: path of the linear inside the layer -> its outcome.
-        masks: path of the linear -> its mask, packed as in a mask file; see `masks`.
-        seconds: by stage; `read` is the time spent waiting for the reader.
+        kernels: path of the linear layer inside the decoder layer -> what became of its kernel.
+        masks: path of the linear layer -> its mask, packed as in a mask file; see `sparsity.masks`.
+        seconds: by phase; `read` is the time spent waiting for the reader.
         resumed: whether an earlier process of the same run pruned it.
     """
 
     index: int
     params: Params
-    linears: dict[str, LinearResult]
+    kernels: dict[str, KernelResult]
     masks: dict[str, UInt8[np.ndarray, "m _"]]
     seconds: dict[str, float]
     resumed: bool = False
 
-    def figures(self) -> dict[str, Any]:
-        """All but the arrays, as JSON; see `schema.Layer`."""
-        linears = {path: linear._asdict() for path, linear in self.linears.items()}
-        return schema.plain({"index": self.index, "seconds": self.seconds, "linears": linears})
+    def __getitem__(self, path: str) -> KernelResult:
+        return self.kernels[path]
+
+    def without_arrays(self) -> "LayerResult":
+        """Returns the same without params and masks."""
+        return dataclasses.replace(self, params={}, masks={})
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns all but the arrays, as journals and records keep it; see `reporting.schema.Layer`."""
+        kernels = {}
+        for path, kernel in self.kernels.items():
+            values = kernel._asdict().items()
+            kernels[path] = {"stats" if name == "metrics" else name: value for name, value in values}
+        return plain({"index": self.index, "seconds": self.seconds, "linears": kernels})
 
 
 class Results:
@@ -48,7 +59,7 @@ class Results:
     Args:
         journal: of the run; None: nothing is kept.
         stage: a name.
-        count: of the model's layers.
+        count: number of the model's layers.
     """
 
     def __init__(self, journal: Journal | None, stage: str, count: int) -> None:
@@ -57,8 +68,8 @@ class Results:
     def __contains__(self, index: int) -> bool:
         return self.journal is not None and f"{self.stage}/{index}" in self.journal
 
-    def whole(self) -> list[LayerResult]:
-        """All layers in order; none where one is missing or damaged."""
+    def all(self) -> list[LayerResult]:
+        """Returns all layers in order; none where one is missing or damaged."""
         if not all(index in self for index in range(self._count)):
             return []
         layers = [layer for index in range(self._count) if (layer := self.get(index))]
@@ -69,52 +80,52 @@ class Results:
         if self.journal and layer.index not in self:
             arrays = {f"params.{path}": array for path, array in layer.params.items()}
             arrays |= {f"masks.{path}": mask for path, mask in layer.masks.items()}
-            self.journal.put(f"{self.stage}/{layer.index}", arrays, layer.figures())
+            self.journal.put(f"{self.stage}/{layer.index}", arrays, layer.as_json())
 
     def get(self, index: int) -> LayerResult | None:
-        """A layer; None where it is missing or damaged; a damaged one is removed."""
+        """Returns a layer; None where it is missing or damaged. A damaged one is removed."""
         if self.journal is None or index not in self:
             return None
         name = f"{self.stage}/{index}"
         entry = self.journal.get(name)
-        figures = entry and self._figures(entry.figures, name)
-        if entry is None or figures is None:
+        found = entry and self._checked(entry.metadata, name)
+        if entry is None or found is None:
             self.journal.drop(name)
             return None
         arrays: dict[str, Params] = {"params": {}, "masks": {}}
         for path, array in entry.arrays.items():
             kind, _, rest = path.partition(".")
             arrays[kind][rest] = array
-        linears = {path: linear.result() for path, linear in figures.linears.items()}
-        return LayerResult(index, arrays["params"], linears, arrays["masks"], figures.seconds, resumed=True)
+        kernels = {path: kernel.result() for path, kernel in found.linears.items()}
+        return LayerResult(index, arrays["params"], kernels, arrays["masks"], found.seconds, resumed=True)
 
-    def _figures(self, figures: dict[str, Any], name: str) -> "_Layer | None":
-        """As `LayerResult.figures` gives them; None where they are something else, which is said."""
+    def _checked(self, metadata: dict[str, Any], name: str) -> "_Layer | None":
+        """What `LayerResult.as_json` gave; None where it is something else, which is said."""
         assert self.journal
         try:
-            return check(_Layer, figures, file=self.journal.folder / f"{name}.json", entry="figures")
+            return check(_Layer, metadata, file=self.journal.folder / f"{name}.json", entry="figures")
         except DamagedError as error:
-            console.print(f"{error}; it will be made again")
+            log.warning("%s; it will be made again", error)
             return None
 
 
-class _Linear(Schema):
+class _Kernel(Schema):
     error: float | None
-    zeros: schema.Count
-    wanted: schema.Count | None = None
-    size: schema.Count
+    zeros: Count
+    wanted: Count | None = None
+    size: Count
     stats: dict[str, float | None]
 
-    def result(self) -> LinearResult:
+    def result(self) -> KernelResult:
         """A journal of version 1 does not say what was wanted; what it found is taken for it."""
         wanted = self.zeros if self.wanted is None else self.wanted
-        stats = {name: _number(value) for name, value in self.stats.items()}
-        return LinearResult(_number(self.error), self.zeros, wanted, self.size, stats)
+        metrics = {name: _number(value) for name, value in self.stats.items()}
+        return KernelResult(_number(self.error), self.zeros, wanted, self.size, metrics)
 
 
 class _Layer(Schema):
     seconds: dict[str, float]
-    linears: dict[str, _Linear]
+    linears: dict[str, _Kernel]
 
 
 def _number(value: float | None) -> float:

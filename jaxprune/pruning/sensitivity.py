@@ -4,16 +4,15 @@ With g the gradients of the next-token loss ℓ (summed over tokens) by the outp
 curvature of the loss in its kernel is about A ⊗ C (K-FAC): A = Xᵀ diag(w) X with w_t = (Σ_j g²_tj)^p, and C = diag(c)
 with c_j = Σ_t g²_tj. Only ratios of these numbers are used, so the scale of the loss does not matter.
 
-Layer inputs are kept on the host, and each layer is run again under `jax.vjp` on the way back, so that the device holds
-one layer, as in the forward direction. Gradients of kernels are not needed: a pass costs three forward passes (forward,
-forward again, and the products with the transposed kernels) and the head's.
+Layer inputs are kept on the host, and each layer is run again under `jax.vjp`, from the last to the first, so that the
+device holds one layer, as in the forward direction. Gradients of kernels are not needed: a pass costs three forward
+passes (forward, forward again, and the products with the transposed kernels) and the head's.
 
 References:
     Martens and Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML 2015 (arXiv
     1503.05671), for the factors; Kunstner et al. (arXiv 1905.12558), on the empirical Fisher matrix, which this is.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -22,63 +21,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Float, Int
 
-from convert import Reader
-from jaxprune import sharding as devices
-from jaxprune.commands.flags import require_positive
-from jaxprune.errors import Change, InputError
-from jaxprune.models import Model, Part, model_for
+from jaxprune.errors import InputError
+from jaxprune.models import Part
+from jaxprune.pruning import kept_states
 from jaxprune.pruning.journal import SENSITIVITY, Journal
-from jaxprune.streaming import hidden_states as hidden
-from jaxprune.streaming.hidden_states import HiddenStates, on_disk
-from jaxprune.streaming.stream import embed, exponentials, forward, in_chunks, logits, read_layers, ready
+from jaxprune.recipe import Importance
+from jaxprune.sharding import fetch
+from jaxprune.streaming import hidden_states
+from jaxprune.streaming.head import exponentials, in_chunks, logits
+from jaxprune.streaming.hidden_states import HiddenStates
+from jaxprune.streaming.model import StreamedModel
 
 HOST_BYTES = 8e9
-"""The most memory for the layers' inputs; more windows are taken in loads, each of which reads the model again."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Importance:
-    """What a reverse pass of the dense model decides."""
-
-    token_power: float = 0.0
-    """Weigh each token in a linear's Gram matrix by the squared gradient of the loss by the linear's outputs, to this
-    power; 0 weighs all the same."""
-    weigh_outputs: bool = False
-    """Weigh each output of a linear by the squared gradient of the loss, so that masks over a whole kernel go where the
-    loss is sensitive."""
-    spread: float = 0.0
-    """Give every linear a sparsity of its own, by one threshold over the whole model, this far at most from the one
-    asked for, which holds in total."""
-    sensitivity_windows: int | None = None
-    """Take the gradients from so many of the calibration windows, evenly spaced (default: all, which --token-power
-    needs)."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "sensitivity_windows")
-        if self.token_power and self.sensitivity_windows:
-            raise InputError(
-                "tokens can be weighed only by the gradients of all windows",
-                options={"sensitivity_windows": Change.OMIT},
-            )
-        if not 0 <= self.token_power < math.inf:
-            raise InputError(f"token_power must be finite and not negative, not {self.token_power}")
-        if not 0 <= self.spread < 1:
-            raise InputError(f"spread must be at least 0 and below 1, not {self.spread}")
-
-    @property
-    def weighs(self) -> bool:
-        return self.token_power > 0 or self.weigh_outputs
-
-    def windows_of(self, count: int) -> int:
-        """How many of so many calibration windows the gradients are taken from."""
-        return min(self.sensitivity_windows or count, count)
-
-    @property
-    def measured(self) -> bool:
-        """Whether a reverse pass is needed."""
-        return self.weighs or self.spread > 0
+"""The most memory for the layers' inputs; more windows are taken in groups, each of which reads the model again."""
 
 
 class Sensitivity(NamedTuple):
@@ -133,93 +90,105 @@ def weights(layer: Sensitivity, importance: Importance) -> Weights:
 
 
 def measure_sensitivity(
-    reader: Reader,
+    model: StreamedModel,
     tokens: Int[np.ndarray, "w t"],
     *,
-    dtype: DTypeLike | None = None,
     host_bytes: float | None = None,
     journal: Journal | None = None,
 ) -> list[Sensitivity]:
-    """The sensitivities of all layers, in order.
+    """Measures the sensitivities of all layers, in order.
 
     Args:
-        reader: the dense checkpoint.
+        model: dense.
         tokens: calibration windows, [windows, length] token ids.
-        dtype: of the model's computation; see `models.model_for`.
         host_bytes: the most for the layers' inputs, though one window is always taken; None: `HOST_BYTES` in memory,
-            and as much as they need on a disk (see `hidden.kept_in`).
+            and as much as they need on a disk.
         journal: where each layer's is kept, and taken from where it is kept already; None: nothing is kept.
 
     Raises:
-        InputError: checkpoint and tokens do not fit together, or the loss has no finite gradient.
+        InputError: model and tokens do not fit together, or the loss has no finite gradient.
     """
-    model = model_for(reader, dtype)
     if host_bytes is None:
-        host_bytes = math.inf if on_disk() else HOST_BYTES
-    loads = list(_loads(model, tokens, host_bytes))
-    each = [_reverse(model, reader, tokens[rows], journal, f"{SENSITIVITY}/{n}") for n, rows in enumerate(loads)]
+        host_bytes = math.inf if model.scratch else HOST_BYTES
+    groups = _groups(model, tokens, host_bytes)
+    each = [_reverse(model, tokens[rows], journal, f"{SENSITIVITY}/{n}") for n, rows in enumerate(groups)]
     if journal:
         journal.wait()
+    taps, paths = model.architecture.inputs, model.architecture.kernels
     return [
         Sensitivity(
-            {tap: np.concatenate([part.tokens[tap] for part in layer]) for tap in model.inputs},
-            {path: sum((part.outputs[path] for part in layer[1:]), layer[0].outputs[path]) for path in model.linears},
-            {tap: sum((part.inputs[tap] for part in layer[1:]), layer[0].inputs[tap]) for tap in model.inputs},
+            {tap: np.concatenate([part.tokens[tap] for part in layer]) for tap in taps},
+            {path: sum((part.outputs[path] for part in layer[1:]), layer[0].outputs[path]) for path in paths},
+            {tap: sum((part.inputs[tap] for part in layer[1:]), layer[0].inputs[tap]) for tap in taps},
         )
         for layer in zip(*each, strict=True)
     ]
 
 
 def tokens_per_batch(forward: int | None = None) -> int:
-    """Tokens on the device at a time. On its way back a layer holds about four times what it holds on its way forth.
+    """Returns how many tokens are on the device at a time: a vjp holds about four times what a forward pass holds.
 
     Args:
-        forward: as many on the way forth; None: what suits the device.
+        forward: as many in a forward pass; None: what suits the device.
     """
-    return max(1, (forward or hidden.tokens_per_batch()) // 4)
+    return max(1, (forward or hidden_states.tokens_per_batch()) // 4)
 
 
-def _loads(model: Model, tokens: Int[np.ndarray, "w t"], host_bytes: float) -> Iterator[slice]:
+def _groups(model: StreamedModel, tokens: Int[np.ndarray, "w t"], host_bytes: float) -> Iterator[slice]:
     """Rows whose inputs of all layers fit the host's memory together."""
-    window = (model.config.num_layers + 1) * tokens.shape[1] * model.width * np.dtype(model.config.dtype).itemsize
+    window = (model.num_layers + 1) * tokens.shape[1] * model.architecture.width * model.dtype.itemsize
     count = max(1, int(min(len(tokens), host_bytes / window)))
     return (slice(start, start + count) for start in range(0, len(tokens), count))
 
 
 def _reverse(
-    model: Model, reader: Reader, tokens: Int[np.ndarray, "w t"], journal: Journal | None, stage: str
+    model: StreamedModel, tokens: Int[np.ndarray, "w t"], journal: Journal | None, stage: str
 ) -> list[Sensitivity]:
     """The sensitivities of all layers for some tokens; those that are kept already are taken as they are."""
-    count = model.config.num_layers
+    count = model.num_layers
     found = {index: kept for index in range(count) if (kept := _kept(journal, stage, index))}
     missing = [index for index in reversed(range(count)) if index not in found]
     if not missing:
         return [found[index] for index in range(count)]
-    states = embed(model, reader, tokens, at_a_time=tokens_per_batch())
-    top, gradient = count, None  # of the layer below which we are, and by its output
-    position = journal.position(stage) if journal else None
-    if journal and position is not None and missing[0] < position:
-        gradient = states.copy()
-        if journal.restore_states(stage, {"gradient": gradient}):
-            top = position
-    inputs = []
-    for params in read_layers(model, reader, range(top)):
-        inputs.append(states.copy())
-        forward(model, devices.everywhere(params), states)
-    if top < count and gradient:
-        states = gradient
+    top, kept_gradient = _kept_gradient(model, tokens, journal, stage, missing[0])
+    inputs: list[HiddenStates] = []
+    (states,) = model.final_states(
+        tokens,
+        layers=top,
+        at_a_time=tokens_per_batch(),
+        visit=lambda index, states: inputs.append(states[0].copy()),
+    )
+    if kept_gradient:
+        states = kept_gradient
     else:
-        _differentiate_loss(model, reader, states, tokens)
+        _differentiate_loss(model, states, tokens)
     order = range(top)[::-1]
-    for index, params in zip(order, read_layers(model, reader, order), strict=True):
-        layer = _reverse_layer(model, devices.everywhere(params), inputs.pop(), states)
+    for index, params in zip(order, model.layers(order), strict=True):
+        layer = _reverse_layer(model, model.devices.replicate(params), inputs.pop(), states)
         _require_finite(layer)
         if journal and index not in found:
             arrays = {f"{kind}.{name}": array for kind, part in layer._asdict().items() for name, array in part.items()}
             journal.put(f"{stage}/{index}", arrays, {})
-            journal.keep_states(stage, index, {"gradient": states})
+            kept_states.keep(journal, stage, index, {"gradient": states})
         found[index] = layer
     return [found[index] for index in range(count)]
+
+
+def _kept_gradient(
+    model: StreamedModel, tokens: Int[np.ndarray, "w t"], journal: Journal | None, stage: str, missing: int
+) -> tuple[int, HiddenStates | None]:
+    """The number of layers below the kept gradient, and it; all layers and None where none is of use.
+
+    Args:
+        model, tokens, journal, stage: as for `_reverse`.
+        missing: index of the last layer whose sensitivity is missing.
+    """
+    position = kept_states.position(journal, stage) if journal else None
+    if journal and position is not None and missing < position:
+        gradient = model.embed(tokens, at_a_time=tokens_per_batch())
+        if kept_states.restore(journal, stage, {"gradient": gradient}):
+            return position, gradient
+    return model.num_layers, None
 
 
 def _kept(journal: Journal | None, stage: str, index: int) -> Sensitivity | None:
@@ -233,36 +202,37 @@ def _kept(journal: Journal | None, stage: str, index: int) -> Sensitivity | None
     return Sensitivity(**parts)
 
 
-def _differentiate_loss(model: Model, reader: Reader, states: HiddenStates, tokens: Int[np.ndarray, "w t"]) -> None:
+def _differentiate_loss(model: StreamedModel, states: HiddenStates, tokens: Int[np.ndarray, "w t"]) -> None:
     """Replaces the last layer's output by the gradient of the loss by it."""
-    head = ready(model, reader.read(model.head.spec))
+    head = model.params_of(model.architecture.head, cast=True)
+    step = partial(loss_gradient, model.architecture.head, head)
     for rows in states.slices():
         last, targets = states.read(rows), tokens[rows, 1:].reshape(-1).astype(np.int32)
         predicting = last[:, :-1].reshape(len(targets), -1)
-        (gradient,) = in_chunks(lambda *chunk: (loss_gradient(model.head, head, *chunk),), predicting, targets)
+        (gradient,) = in_chunks(model.devices, lambda *chunk: (step(*chunk),), predicting, targets)
         gradients = np.zeros_like(last)  # nothing follows the last token
         gradients[:, :-1] = gradient.reshape(last[:, :-1].shape)
         states.write(rows, gradients)
 
 
 def _reverse_layer(
-    model: Model, params: Mapping[str, Array], inputs: HiddenStates, gradients: HiddenStates
+    model: StreamedModel, params: Mapping[str, Array], inputs: HiddenStates, gradients: HiddenStates
 ) -> Sensitivity:
     """Moves the gradients through one layer, from its output to its input."""
-    taps = tuple(model.inputs.items())
+    taps, paths = tuple(model.architecture.inputs.items()), model.architecture.kernels
     batches: list[Sensitivity] = []
 
     def step(gradient: Array, rows: slice) -> Array:
-        back, sensitivity = backward(model.layer, taps, params, inputs.batch(rows), gradient)
+        before, sensitivity = backward(model.architecture.layer, taps, params, inputs.batch(rows), gradient)
         batches.append(sensitivity)
-        return back
+        return before
 
     gradients.update(step)
-    every = devices.fetch(batches)
+    every = fetch(batches)
     return Sensitivity(
-        {tap: np.concatenate([batch.tokens[tap] for batch in every]) for tap in model.inputs},
-        {path: sum(batch.outputs[path] for batch in every) for path in model.linears},
-        {tap: sum(batch.inputs[tap] for batch in every) for tap in model.inputs},
+        {tap: np.concatenate([batch.tokens[tap] for batch in every]) for tap, _ in taps},
+        {path: sum(batch.outputs[path] for batch in every) for path in paths},
+        {tap: sum(batch.inputs[tap] for batch in every) for tap, _ in taps},
     )
 
 
@@ -279,10 +249,10 @@ def loss_gradient(
     head: Part, params: Mapping[str, Array], states: Float[Array, "n d"], targets: Int[Array, "n"]
 ) -> Float[Array, "n d"]:
     """Of Σ −log softmax(scores)[target], which by the scores is softmax(scores) less one at the target."""
-    scores, pull_back = jax.vjp(lambda states: logits(head, params, states), states)
+    scores, vjp = jax.vjp(lambda states: logits(head, params, states), states)
     exponential = exponentials(scores)
     wanted = jnp.arange(scores.shape[1], dtype=targets.dtype)[None, :] == targets[:, None]
-    (gradient,) = pull_back(exponential.values / exponential.total - wanted.astype(scores.dtype))
+    (gradient,) = vjp(exponential.values / exponential.total - wanted.astype(scores.dtype))
     return gradient
 
 
@@ -297,10 +267,10 @@ def backward(
     """The gradient by the layer's input, and the batch's sensitivity (its arrays on the device)."""
     widths = {path: layer.spec[f"{path}.kernel"].shape[1] for _, paths in taps for path in paths}
     probes = {path: jnp.zeros((*x.shape[:2], width), x.dtype) for path, width in widths.items()}
-    _, pull_back, inputs = jax.vjp(lambda x, probes: layer(params, x, probes=probes), x, probes, has_aux=True)
-    back, outputs = pull_back(gradient)
+    _, vjp, inputs = jax.vjp(lambda x, probes: layer(params, x, probes=probes), x, probes, has_aux=True)
+    before, outputs = vjp(gradient)
     squares = {path: jnp.square(g.astype(jnp.float32)) for path, g in outputs.items()}
-    return back, Sensitivity(
+    return before, Sensitivity(
         {tap: sum(jnp.sum(squares[path], axis=-1) for path in paths) for tap, paths in taps},
         {path: jnp.sum(square, axis=(0, 1)) for path, square in squares.items()},
         {tap: jnp.sum(jnp.square(inputs[tap].astype(jnp.float32)), axis=(0, 1)) for tap, _ in taps},

@@ -1,4 +1,4 @@
-"""A layer's pruning problem in a file: the Gram matrices of its linears' inputs, and its dense kernels.
+"""A snapshot of a layer in a file: the Gram matrices of its inputs, and its dense kernels.
 
 For research on methods without a model, and for bug reports. The file is safetensors: `gram.<tap>` is a Gram matrix
 [n, n], `<linear>.kernel` a kernel [n_in, n_out] in its stored dtype; the metadata's `inputs` says which linears read
@@ -6,41 +6,47 @@ which tap.
 """
 
 import json
+import math
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  teaches numpy, and with it safetensors, bfloat16
 import numpy as np
 import pydantic
-from jaxtyping import DTypeLike, Float, Int
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from scipy.linalg.lapack import spotrf
 
-from convert import Reader, schema
+from convert import schema
 from convert.errors import DamagedError
 from convert.files import require_regular
 from convert.ownership import UNSEALED, Destination, destination, seal, staged
 from convert.shards import TensorFile
-from jaxprune.errors import InputError
+from jaxprune.errors import Change, InputError
 from jaxprune.methods import Method
-from jaxprune.models import model_for
-from jaxprune.pruning.pipeline import prune
-from jaxprune.pruning.stages import Layer, PatternOf, Run, advance, measure, solve
+from jaxprune.pruning.gram_matrices import Grams, gram_matrices
+from jaxprune.pruning.kernel import KernelResult, prune_kernel
+from jaxprune.pruning.loop import Solver, TargetOf, require_fit, solve_layer, targets_for
+from jaxprune.recipe import Recipe
+from jaxprune.sharding import fetch
 from jaxprune.sparsity.patterns import Pattern
+from jaxprune.streaming.model import StreamedModel
 
 FORMAT = "jaxprune layer 1"
 
 
-class Problem(NamedTuple):
+class Snapshot(NamedTuple):
     """What pruning a layer starts from.
 
     Attributes:
         layer: index of the layer.
-        inputs: tap -> linears that read it.
+        inputs: tap -> linear layers whose input it is.
         grams: tap -> Gram matrix of what it taps.
-        kernels: linear -> dense kernel [n_in, n_out].
+        kernels: linear layer -> dense kernel [n_in, n_out].
     """
 
     layer: int
@@ -48,71 +54,102 @@ class Problem(NamedTuple):
     grams: dict[str, Float[np.ndarray, "n n"]]
     kernels: dict[str, Float[np.ndarray, "n m"]]
 
+    def only(self, path: str) -> "Snapshot":
+        """Returns the snapshot of one linear layer.
+
+        Raises:
+            InputError: there is no such linear layer.
+        """
+        if path not in self.kernels:
+            raise InputError(f"there is no linear layer {path!r}: the file has {', '.join(self.kernels)}")
+        (tap,) = (tap for tap, paths in self.inputs.items() if path in paths)
+        return Snapshot(self.layer, {tap: (path,)}, {tap: self.grams[tap]}, {path: self.kernels[path]})
+
 
 def capture(
-    reader: Reader,
+    model: StreamedModel,
     tokens: Int[np.ndarray, "w t"],
     layers: Collection[int],
     method: Method,
-    pattern: Pattern | PatternOf,
+    target: Pattern | TargetOf,
     *,
     prune_before: bool,
-    dtype: DTypeLike | None = None,
-) -> Iterator[Problem]:
-    """The problems of some layers, in order.
+) -> Iterator[Snapshot]:
+    """Yields snapshots of some layers, in order.
 
     Args:
-        reader: the dense checkpoint.
-        tokens: calibration windows.
+        model: dense.
+        tokens: calibration windows, [windows, length] token ids.
         layers: indices of the wanted layers.
-        method: prunes the layers before, so that a problem is the one of a run with this method and pattern.
-        pattern: as `method`.
+        method: prunes the layers before, so that a snapshot is that of a run with this method and target.
+        target: as `method`.
         prune_before: False: the layers before stay dense.
-        dtype: of the model's computation.
 
     Raises:
-        InputError: there is no such layer, or checkpoint, tokens and pattern do not fit together.
+        InputError: there is no such layer, or model, tokens and target do not fit together.
     """
-    last, depth = max(layers), model_for(reader, dtype).config.num_layers
-    if last >= depth:
-        raise InputError(f"there is no layer {last}: the checkpoint has {depth} layers, from 0")
-    found: list[Problem] = []
-
-    def keep(run: Run, layer: Layer) -> Layer:
-        inputs = {tap: tuple(paths) for tap, paths in run.model.inputs.items()}
-        kernels = {p: np.asarray(layer.params[f"{p}.kernel"]) for paths in inputs.values() for p in paths}
-        found.append(Problem(layer.index, inputs, jax.device_get(layer.grams), kernels))
-        return layer
-
-    def visit(run: Run, layer: Layer) -> Layer:
-        if prune_before or layer.index in layers:
-            layer = measure(run, layer)
-        if layer.index in layers:
-            layer = keep(run, layer)
-        if layer.index == last:
-            return layer
-        return advance(run, solve(run, layer) if prune_before else layer)
-
-    for result in prune(reader, tokens, method, pattern, dtype=dtype, stages={"capture": visit}):
-        yield from found
-        found.clear()
-        if result.index == last:
-            return
+    last = max(layers)
+    if last >= model.num_layers:
+        raise InputError(f"there is no layer {last}: the checkpoint has {model.num_layers} layers, from 0")
+    solver = Solver(method, targets_for(model.architecture, target))
+    hidden = model.embed(tokens)
+    inputs = {tap: tuple(paths) for tap, paths in model.architecture.inputs.items()}
+    order = range(last + 1)
+    for index, stored in zip(order, model.layers(order), strict=True):
+        params = model.devices.replicate(stored)
+        grams: Grams = {}
+        if prune_before or index in layers:
+            grams, _ = gram_matrices(model, params, hidden)
+        if index in layers:
+            kernels = {path: np.asarray(stored[f"{path}.kernel"]) for paths in inputs.values() for path in paths}
+            yield Snapshot(index, inputs, fetch(grams), kernels)
+        if index < last:
+            if prune_before:
+                params = solve_layer(model, index, params, grams, {}, solver).params
+            model.forward(params, hidden)
 
 
-def save(place: str | Path | Destination, problem: Problem) -> None:
-    """Writes a problem's file.
+def solve(snapshot: Snapshot, recipe: Recipe) -> Iterator[tuple[str, KernelResult, float, jax.Array]]:
+    """Prunes the kernels of a snapshot: yields each one's path, result, seconds and pruned kernel.
+
+    The time of preparation (once an input) is counted to the first linear layer that has the input.
+
+    Raises:
+        InputError: the recipe's pattern or mask does not fit the kernels, or one cannot be solved.
+    """
+    given = recipe.target()
+    targets = {path: given(snapshot.layer, path) if callable(given) else given for path in snapshot.kernels}
+    for path, target in targets.items():
+        require_fit(target, snapshot.layer, path, snapshot.kernels[path].shape)
+    for tap, paths in snapshot.inputs.items():
+        start = time.perf_counter()
+        gram = jnp.asarray(snapshot.grams[tap])
+        prepared = recipe.method.prepare(gram)
+        for path in paths:
+            kernel = jnp.asarray(snapshot.kernels[path])
+            stored, _, result = prune_kernel(recipe.method, prepared, gram, kernel, targets[path])
+            if not math.isfinite(result.error):
+                raise InputError(
+                    f"{path} cannot be solved, its weights come out as NaN or infinity",
+                    options={"damping": Change.RAISE},
+                )
+            yield path, result, time.perf_counter() - start, stored
+            start = time.perf_counter()
+
+
+def save(place: str | Path | Destination, snapshot: Snapshot) -> None:
+    """Writes a snapshot's file.
 
     Raises:
         CheckpointError: there is something that is not replaced, or it cannot be written.
     """
-    arrays = {f"gram.{tap}": gram for tap, gram in problem.grams.items()}
-    arrays |= {f"{linear}.kernel": kernel for linear, kernel in problem.kernels.items()}
+    arrays = {f"gram.{tap}": gram for tap, gram in snapshot.grams.items()}
+    arrays |= {f"{linear}.kernel": kernel for linear, kernel in snapshot.kernels.items()}
     with staged(destination(place, folder=False)) as path:
         file = TensorFile(
             path,
             {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()},
-            {"seal": UNSEALED, "format": FORMAT, "layer": str(problem.layer), "inputs": json.dumps(problem.inputs)},
+            {"seal": UNSEALED, "format": FORMAT, "layer": str(snapshot.layer), "inputs": json.dumps(snapshot.inputs)},
         )
         for name, array in arrays.items():
             file.write(name, array)
@@ -127,8 +164,8 @@ class _Metadata(schema.Schema):
     inputs: pydantic.Json[dict[str, list[str]]]
 
 
-def load(path: Path) -> Problem:
-    """Reads a problem's file.
+def load(path: Path) -> Snapshot:
+    """Reads a snapshot's file.
 
     Raises:
         InputError: it is no such file, or a Gram matrix is none: not symmetric, not finite, not positive semidefinite.
@@ -139,7 +176,9 @@ def load(path: Path) -> Problem:
         with safe_open(path, framework="numpy") as opened:
             metadata = opened.metadata() or {}
             if metadata.pop("format", None) != FORMAT:
-                raise InputError("it holds no layer's problem", file=path, wanted="one that scripts/save_layer.py made")
+                raise InputError(
+                    "it holds no layer's snapshot", file=path, wanted="one that scripts/save_layer.py made"
+                )
             header = schema.check(_Metadata, metadata, file=path, entry="__metadata__")
             inputs = {tap: tuple(linears) for tap, linears in header.inputs.items()}
             _require_shapes(path, inputs, {name: opened.get_slice(name) for name in opened.keys()})
@@ -153,7 +192,7 @@ def load(path: Path) -> Problem:
     for tap, gram in grams.items():
         if reason := why_no_gram(gram):
             raise InputError(f"it is no Gram matrix, {reason}", file=path, entry=f"gram.{tap}")
-    return Problem(int(header.layer), inputs, grams, kernels)
+    return Snapshot(int(header.layer), inputs, grams, kernels)
 
 
 def _require_shapes(path: Path, inputs: Mapping[str, Sequence[str]], slices: Mapping[str, Any]) -> None:

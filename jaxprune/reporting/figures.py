@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 from markupsafe import Markup, escape
@@ -16,9 +16,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-if TYPE_CHECKING:
-    from jaxprune.reporting.report import Entry
-    from jaxprune.reporting.schema import Layer
+from jaxprune.reporting.entries import Entry
+from jaxprune.reporting.schema import Layer
 
 # Colours that stand for variables of the page's style sheet.
 TEXT, AXIS, GRID, DENSE = "#010101", "#020202", "#030303", "#040404"
@@ -99,7 +98,7 @@ def _inline(svg: str, title: str) -> Markup:
     return Markup(svg)
 
 
-def error_by_layer(entries: Sequence["Entry"]) -> Figure:
+def error_by_layer(entries: Sequence[Entry]) -> Figure:
     """Of one run: every linear's error; of several: the mean over linears."""
 
     def plot(axis: Axes) -> None:
@@ -120,7 +119,7 @@ def error_by_layer(entries: Sequence["Entry"]) -> Figure:
     return draw("Relative error by layer", 3.6, plot)
 
 
-def error_by_linear(entries: Sequence["Entry"]) -> Figure:
+def error_by_linear(entries: Sequence[Entry]) -> Figure:
     """Mean over the layers, and the range from the least to the largest."""
     names = _linears(entries)
 
@@ -143,7 +142,7 @@ def error_by_linear(entries: Sequence["Entry"]) -> Figure:
     return draw("Relative error by linear", max(2.8, 1.2 + 0.16 * len(names) * len(entries)), plot)
 
 
-def sparsity_by_layer(entries: Sequence["Entry"]) -> Figure:
+def sparsity_by_layer(entries: Sequence[Entry]) -> Figure:
     def plot(axis: Axes) -> None:
         every = []
         for entry in entries:
@@ -162,7 +161,7 @@ def sparsity_by_layer(entries: Sequence["Entry"]) -> Figure:
     return draw("Sparsity by layer", 3.0, plot)
 
 
-def time_by_phase(entries: Sequence["Entry"]) -> Figure:
+def time_by_phase(entries: Sequence[Entry]) -> Figure:
     phases = list(dict.fromkeys(phase for entry in entries for phase in entry.seconds if phase != "total"))
 
     def plot(axis: Axes) -> None:
@@ -180,12 +179,12 @@ def time_by_phase(entries: Sequence["Entry"]) -> Figure:
     return draw("Time by phase", 1.6 + 0.35 * len(entries), plot)
 
 
-def perplexities(entries: Sequence["Entry"], text: str) -> Figure:
+def perplexities(entries: Sequence[Entry], text: str) -> Figure:
     values = [getattr(entry.text(text), "perplexity", None) for entry in entries]
     return _measured(entries, values, f"Perplexity of {short(text)}", "perplexity (lower is better)", log=True)
 
 
-def divergences(entries: Sequence["Entry"], text: str) -> Figure:
+def divergences(entries: Sequence[Entry], text: str) -> Figure:
     values = [getattr(entry.text(text), "kl", None) for entry in entries]
     return _measured(
         entries, values, f"KL divergence from the dense model, {short(text)}", "nats a token (lower is better)"
@@ -193,7 +192,7 @@ def divergences(entries: Sequence["Entry"], text: str) -> Figure:
 
 
 def _measured(
-    entries: Sequence["Entry"], values: Sequence[float | None], title: str, label: str, *, log: bool = False
+    entries: Sequence[Entry], values: Sequence[float | None], title: str, label: str, *, log: bool = False
 ) -> Figure:
     """A point and its value for each checkpoint; None stands for infinity."""
 
@@ -216,7 +215,7 @@ def _measured(
     return draw(title, 1.3 + 0.3 * len(entries), plot)
 
 
-def accuracies(entries: Sequence["Entry"]) -> Figure:
+def accuracies(entries: Sequence[Entry]) -> Figure:
     """Accuracy by task, with standard errors, and the mean."""
     tasks = list(dict.fromkeys(task for entry in entries for task, m in entry.quality.tasks.items() if "acc" in m))
 
@@ -238,7 +237,7 @@ def accuracies(entries: Sequence["Entry"]) -> Figure:
 
 
 def quality_by_sparsity(
-    entries: Sequence["Entry"], title: str, label: str, value_of: Callable[["Entry"], float | None], *, log: bool
+    entries: Sequence[Entry], title: str, label: str, value_of: Callable[[Entry], float | None], *, log: bool
 ) -> Figure | None:
     """A line a method over the sparsities; None where there is one sparsity only."""
     pruned = [(entry, value) for entry in entries if not entry.dense and (value := value_of(entry)) is not None]
@@ -265,7 +264,7 @@ def quality_by_sparsity(
     return draw(title, 3.4, plot)
 
 
-def _rows(axis: Axes, entries: Sequence["Entry"]) -> None:
+def _rows(axis: Axes, entries: Sequence[Entry]) -> None:
     """One row a checkpoint, from the top."""
     axis.set_yticks(range(len(entries)), [_label(entry) for entry in entries])
     axis.set_ylim(len(entries) - 0.4, -0.6)
@@ -294,12 +293,12 @@ def _style(number: int) -> dict[str, Any]:
     return {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)]}
 
 
-def _style_of(entry: "Entry") -> dict[str, Any]:
+def _style_of(entry: Entry) -> dict[str, Any]:
     """A checkpoint looks the same in all plots."""
     return {"color": DENSE, "marker": "o"} if entry.dense else _style(entry.number)
 
 
-def _label(entry: "Entry") -> str:
+def _label(entry: Entry) -> str:
     return _words(entry.label)
 
 
@@ -310,15 +309,15 @@ def _words(name: str, most: int = 26) -> str:
     return f" {name}" if name.startswith("_") else name  # matplotlib's legends leave out what begins with _
 
 
-def _layers(entry: "Entry") -> Sequence["Layer"]:
+def _layers(entry: Entry) -> Sequence[Layer]:
     return entry.run.layers if entry.run else []
 
 
-def _numbers(layers: Sequence["Layer"]) -> list[int]:
+def _numbers(layers: Sequence[Layer]) -> list[int]:
     return [layer.index + 1 for layer in layers]
 
 
-def _linears(entries: Sequence["Entry"]) -> list[str]:
+def _linears(entries: Sequence[Entry]) -> list[str]:
     return list(dict.fromkeys(name for entry in entries for layer in _layers(entry) for name in layer.linears))
 
 

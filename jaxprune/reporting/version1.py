@@ -12,11 +12,12 @@ from pydantic import Field
 
 from convert.errors import DamagedError
 from convert.hub import described
-from convert.schema import Schema, check, parse
+from convert.schema import Count, Schema, check, parse
+from jaxprune import methods
 from jaxprune.methods.combine import Crossed, Finished
-from jaxprune.recipe import Recipe
+from jaxprune.methods.records import Scalar
+from jaxprune.recipe import Importance, Recipe, Tuning
 from jaxprune.reporting import schema
-from jaxprune.reporting.schema import Scalar
 from jaxprune.sparsity.patterns import Unstructured
 
 
@@ -36,13 +37,13 @@ class Method(Schema):
 
 class Linear(Schema):
     error: float | None
-    zeros: schema.Count
+    zeros: Count
     size: int = Field(ge=1, le=2**53)
     stats: dict[str, float | None] = {}
 
 
 class Layer(Schema):
-    index: schema.Count
+    index: Count
     seconds: schema.Seconds
     linears: dict[str, Linear] = Field(min_length=1)
 
@@ -54,16 +55,16 @@ class Run(schema.Environment):
     pattern: str
     preset: str | None = None
     asymmetry: float = 0.0
-    importance: schema.Importance = schema.Importance()
-    tuning: schema.Tuning = schema.Tuning()
+    importance: Importance = Importance()
+    tuning: Tuning = Tuning()
     calibration: schema.Calibration
     sparsity: float = Field(ge=0, le=1)
     evaluation: dict[Literal["dense", "pruned"], schema.Quality]
     seconds: schema.Seconds
     timing: schema.Timing | None = None
-    peak_bytes: dict[str, schema.Count] = {}
+    peak_bytes: dict[str, Count] = {}
     layers: list[Layer]
-    resumed_layers: schema.Count = 0
+    resumed_layers: Count = 0
 
 
 class Measured(Schema):
@@ -166,7 +167,8 @@ def _method(method: Method, preset: str | None, file: str | Path) -> dict[str, A
 
 def recipe_as_json(recipe: Recipe) -> dict[str, Any]:
     """What version 1 wrote of a recipe, in records and journals."""
-    parts: dict[str, Any] = {"method": _described(recipe.method) | {"name": recipe.name}, "pattern": _prose(recipe)}
+    method = _described(recipe.method) | {"name": recipe.method_text}
+    parts: dict[str, Any] = {"method": method, "pattern": _prose(recipe)}
     if recipe.preset:
         parts["preset"] = recipe.preset
     if recipe.asymmetry:
@@ -185,11 +187,11 @@ def _described(method: Any) -> dict[str, Any]:
     if isinstance(method, Finished):
         inner, finish = _described(method.method), dataclasses.asdict(method.finish)
         return {"name": f"{inner['name']}, {finish['steps']} steps to finish", "method": inner, "finish": finish}
-    return {"name": type(method).__module__.rpartition(".")[2], "options": dataclasses.asdict(method)}
+    return {"name": methods.name_of(method), "options": dataclasses.asdict(method)}
 
 
 def _prose(recipe: Recipe) -> str:
     if not isinstance(recipe.pattern, Unstructured):
-        return recipe.target
+        return recipe.pattern_text
     where = " per output" * recipe.pattern.per_output + " in total" * (recipe.importance.spread > 0)
     return f"{100 * recipe.pattern.sparsity:g} %{where}"

@@ -1,7 +1,8 @@
 """Masks that come from elsewhere, and masks that outlive a run.
 
-A mask file is one safetensors file: for every pruned linear, under its weight's name in a Hugging Face checkpoint, the
-bits of its mask [out, in] (1 = kept), packed along the inputs, eight a byte, the first in the lowest bit:
+A mask file is one safetensors file: for every pruned linear layer, under its weight's name in a Hugging Face
+checkpoint, the bits of its mask [out, in] (1 = kept), packed along the inputs, eight a byte, the first in the lowest
+bit:
 
     numpy.unpackbits(tensor, axis=1, count=n_in, bitorder="little")
 
@@ -47,22 +48,22 @@ class StoredMask:
 
 
 Masks = Callable[[int, str], StoredMask]
-"""(layer index, path of the linear) -> its mask; what `pipeline.prune` takes as a pattern."""
+"""(layer index, path of the linear layer) -> its mask."""
 
 
 def is_stored(name: str) -> bool:
-    """Whether a mask's name on the command line means one made elsewhere, not a method."""
+    """Returns whether a name means masks that were made elsewhere, not a method."""
     return name.startswith((FROM_CHECKPOINT, FROM_FILE))
 
 
 def source_of(name: str) -> Path | None:
-    """The file or the folder that a mask's name names; None where it names none that is here."""
+    """Returns the file or the folder that a mask's name names; None where it names none that is here."""
     path = Path(name.removeprefix(FROM_CHECKPOINT).removeprefix(FROM_FILE)).expanduser()
     return path if is_stored(name) and path.exists() else None
 
 
-def stored(name: str) -> Masks:
-    """The masks that `from-checkpoint:DIR` or `from-file:FILE` names.
+def load(name: str) -> Masks:
+    """Loads the masks that `from-checkpoint:DIR` or `from-file:FILE` names.
 
     Raises:
         InputError, CheckpointError: there are none, or they cannot be read.
@@ -76,7 +77,7 @@ def stored(name: str) -> Masks:
 
 
 def from_checkpoint(reader: Reader, name: str = "the checkpoint") -> Masks:
-    """The zeros of a pruned checkpoint, as masks.
+    """Takes the zeros of a pruned checkpoint as masks.
 
     Args:
         reader: of the pruned checkpoint.
@@ -110,7 +111,7 @@ class _Metadata(schema.Schema):
 
 
 def from_file(file: Path) -> Masks:
-    """The masks of a file that `MaskWriter` wrote.
+    """Opens the masks of a file that `MaskWriter` wrote.
 
     Raises:
         InputError: it is no such file.
@@ -151,7 +152,7 @@ def from_file(file: Path) -> Masks:
 
 
 class MaskWriter:
-    """Writes the masks of a run's linears, layer by layer.
+    """Writes the masks of a run's linear layers, decoder layer by decoder layer.
 
     Args:
         path: of the file to be.
@@ -184,12 +185,12 @@ class MaskWriter:
 
 @jax.jit
 def pack(mask: Bool[Array, "n m"]) -> UInt8[Array, "m _"]:
-    """The bits of a mask [n_in, n_out] as a mask file holds them: [n_out, ceil(n_in / 8)]."""
+    """Packs the bits of a mask [n_in, n_out] as a mask file holds them: [n_out, ceil(n_in / 8)]."""
     return jnp.packbits(mask.T, axis=1, bitorder="little")
 
 
 def unpack(packed: UInt8[np.ndarray, "m _"], n: int) -> Bool[np.ndarray, "n m"]:
-    """The mask [n_in, n_out] of packed bits."""
+    """Unpacks the mask [n_in, n_out] of packed bits."""
     return np.unpackbits(packed, axis=1, count=n, bitorder="little").T.astype(bool)
 
 

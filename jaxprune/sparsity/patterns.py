@@ -1,54 +1,26 @@
-"""Sparsity patterns: scores -> mask, with exact counts.
+"""Sparsity patterns: which weights of a kernel may be kept, and how many are zero.
 
-A pattern is what the user asks for (`Unstructured(0.5)`, `NM(2, 4)`). For one kernel shape it gives a
-`Selector`, which selects masks under jit: the numbers of zeros are arrays, so that linears of one shape and
-different sparsities share one compilation.
-
-Selecting the k-th smallest score needs no sort of all. The bits of a non-negative float order like an integer, and
-a threshold among them is found by counting, in four or five passes, how many scores lie below some candidates.
+A pattern is what the user asks for (`Unstructured(0.5)`, `NM(2, 4)`). For one kernel shape it makes a `Selector`, which
+selects masks under jit.
 """
 
 import dataclasses
-import math
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+import pydantic
+from pydantic import Field
 
+from convert.schema import Schema
 from jaxprune.errors import Change, InputError
-from jaxprune.reporting import schema
-
-Scores = Float[Array, "n m"]
-Mask = Bool[Array, "n m"]
-Rule = Callable[[Scores, Int[Array, ""]], Mask]
+from jaxprune.sparsity.selection import KeepInGroups, Selector, counts, keep_largest, keep_largest_per_output
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Selector:
-    """Selects the mask of one kernel.
-
-    Attributes:
-        zeros: numbers of zeros, one a step of a gradual schedule, the last one final. Of the whole kernel,
-            or of each output for `per_output` patterns.
-        rule: (scores, zeros) -> mask.
-    """
-
-    zeros: Int[Array, "steps"]
-    rule: Rule = dataclasses.field(metadata={"static": True})
-
-    def __call__(self, scores: Scores, step: int | Int[Array, ""] = -1) -> Mask:
-        """The mask (True = kept) that zeroes the smallest non-negative scores; of equal ones the last by index."""
-        return self.rule(scores, self.zeros[step])
-
-    def increments(self) -> "Selector":
-        """The selector whose steps have the zeros that each step of this one adds to those before it."""
-        return dataclasses.replace(self, zeros=jnp.diff(self.zeros, prepend=jnp.zeros_like(self.zeros[:1])))
+def percent(fraction: float) -> str:
+    """Writes a fraction in percent with all its digits, so that two fractions never read the same."""
+    return f"{(Decimal(repr(float(fraction))) * 100).normalize():f}"
 
 
 @runtime_checkable
@@ -108,8 +80,8 @@ class Unstructured:
 
     def selector(self, shape: tuple[int, ...], progress: Sequence[float] = (1.0,)) -> Selector:
         size = shape[0] if self.per_output else shape[0] * shape[1]
-        rule = _keep_largest_per_output if self.per_output else _keep_largest
-        return Selector(_counts(size, self.sparsity, progress), rule)
+        rule = keep_largest_per_output if self.per_output else keep_largest
+        return Selector(counts(size, self.sparsity, progress), rule)
 
     def zeros(self, shape: tuple[int, ...]) -> int:
         if self.per_output:
@@ -120,7 +92,7 @@ class Unstructured:
         return {"kind": "per-output" if self.per_output else "unstructured", "sparsity": self.sparsity}
 
     def __str__(self) -> str:
-        return str(schema.Unstructured(**self.as_json()))
+        return f"{percent(self.sparsity)} %" + " per output" * self.per_output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +119,7 @@ class NM:
         return self.m
 
     def selector(self, shape: tuple[int, ...], progress: Sequence[float] = (1.0,)) -> Selector:
-        return Selector(_counts(self.zeros(shape), 1.0, progress), _KeepInGroups(self.n, self.m))
+        return Selector(counts(self.zeros(shape), 1.0, progress), KeepInGroups(self.n, self.m))
 
     def zeros(self, shape: tuple[int, ...]) -> int:
         if shape[0] % self.m:
@@ -164,8 +136,8 @@ class NM:
         return f"{self.n}:{self.m}"
 
 
-def parse(text: str, sparsity: float | None = None) -> Pattern:
-    """The pattern a command line names: `unstructured`, `per-output` or `N:M`.
+def parse_pattern(text: str, sparsity: float | None = None) -> Pattern:
+    """Returns the pattern of a name: `unstructured`, `per-output` or `N:M`.
 
     Args:
         text: the name.
@@ -186,143 +158,53 @@ def parse(text: str, sparsity: float | None = None) -> Pattern:
     raise InputError(f"unknown pattern {text!r}: use unstructured, per-output, or N:M such as 2:4")
 
 
-def from_json(value: schema.Unstructured | schema.NM | schema.Given) -> Pattern | None:
-    """The pattern whose `as_json` this is; None for a given mask."""
-    if isinstance(value, schema.NM):
-        return NM(value.n, value.m)
-    if isinstance(value, schema.Unstructured):
-        return Unstructured(value.sparsity, per_output=value.kind == "per-output")
-    return None
+class UnstructuredRecord(Schema):
+    """The JSON of `Unstructured`."""
+
+    kind: Literal["unstructured", "per-output"]
+    sparsity: float = Field(ge=0, lt=1)
+
+    def pattern(self) -> Unstructured:
+        """Returns the pattern that it is the JSON of."""
+        return Unstructured(self.sparsity, per_output=self.kind == "per-output")
+
+    def __str__(self) -> str:
+        return str(self.pattern())
 
 
-def _counts(size: int, fraction: float, progress: Sequence[float]) -> Int[Array, "steps"]:
-    return jnp.asarray(np.array([round(fraction * p * size) for p in progress], np.int32))
+class NMRecord(Schema):
+    """The JSON of `NM`."""
+
+    kind: Literal["nm"]
+    n: int = Field(ge=1, le=2**31)
+    m: int = Field(ge=1, le=2**31)
+
+    @pydantic.model_validator(mode="after")
+    def _some_go(self) -> "NMRecord":
+        if self.n >= self.m:
+            raise ValueError("n below m")
+        return self
+
+    def pattern(self) -> NM:
+        """Returns the pattern that it is the JSON of."""
+        return NM(self.n, self.m)
+
+    def __str__(self) -> str:
+        return str(self.pattern())
 
 
-def _keep_largest(scores: Scores, zeros: Int[Array, ""]) -> Mask:
-    return _keep(scores, zeros, axis=(0, 1))
+class GivenRecord(Schema):
+    """The JSON of masks that were made elsewhere; `mask` is their name, as `masks.load` takes it."""
+
+    kind: Literal["given"]
+    mask: str
+
+    def pattern(self) -> None:
+        """Returns None: there is no pattern."""
+        return None
+
+    def __str__(self) -> str:
+        return f"the mask {self.mask}"
 
 
-def _keep_largest_per_output(scores: Scores, zeros: Int[Array, ""]) -> Mask:
-    return _keep(scores, zeros, axis=(0,))
-
-
-@dataclasses.dataclass(frozen=True)
-class _KeepInGroups:
-    n: int
-    m: int
-
-    def __call__(self, scores: Scores, zeros: Int[Array, ""]) -> Mask:
-        groups = _order(scores).reshape(-1, self.m, scores.shape[1])
-        index = jnp.arange(self.m, dtype=jnp.int32)
-        # rank[j] = how many k of the group come before j: larger, or as large and earlier.
-        mine, other = groups[:, :, None, :], groups[:, None, :, :]
-        earlier = (index[None, :] < index[:, None])[None, :, :, None]
-        rank = jnp.sum((other > mine) | ((other == mine) & earlier), axis=2, dtype=jnp.int32)
-        protected = (rank < self.n).reshape(scores.shape)
-        return _keep_largest(jnp.where(protected, jnp.full_like(scores, jnp.inf), scores), zeros)
-
-
-def _order(scores: Scores) -> Int[Array, "n m"]:
-    """Integers in the order of the scores; backends that flush subnormal floats to zero still tell them apart."""
-    return lax.bitcast_convert_type(scores, jnp.int64 if scores.dtype == jnp.float64 else jnp.int32)
-
-
-def _keep(scores: Scores, zeros: Int[Array, ""], axis: tuple[int, ...]) -> Mask:
-    """All but the `zeros` smallest scores along the axes."""
-    bits, zeros = _order(scores), zeros.astype(jnp.int32)
-    threshold, below = _threshold(bits, zeros, axis)
-    keep, short = bits >= threshold, zeros - below
-
-    def break_ties() -> Mask:
-        index = lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-        if axis == (0, 1):
-            index = index * scores.shape[1] + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        last_first = jnp.where(bits == threshold, scores.size - index, scores.size + 1)
-        return keep & (last_first >= _threshold(last_first, short, axis)[0])
-
-    # Ties at the threshold are rare; without them the threshold alone gives the exact count.
-    return lax.cond(jnp.any(short > 0), break_ties, lambda: keep)
-
-
-class _Bracket(NamedTuple):
-    """A threshold lies in low ≤ threshold < high. Shapes [1, 1], or [1, m] for a threshold an output.
-
-    Attributes:
-        low, high: keys.
-        below_low, below_high: how many keys are smaller; at most the wanted number, and more than it.
-    """
-
-    low: Array
-    high: Array
-    below_low: Array
-    below_high: Array
-
-
-def _threshold(
-    keys: Int[Array, "n m"], zeros: Int[Array, "*_"], axis: tuple[int, ...]
-) -> tuple[Int[Array, "1 _"], Int[Array, "1 _"]]:
-    """A threshold below which `zeros` non-negative keys lie, and how many do: fewer only where keys are equal.
-
-    Interpolation search on the counts: a pass over the keys counts below seven candidates at once. The first are
-    quantiles of a sample; the later ones surround the place where the count would be right if keys were evenly spread
-    between the nearest candidates, at multiples of the standard deviation of that guess. One is always the middle, so
-    that each pass at least halves what is left whatever the keys.
-    """
-    size = keys.size if axis == (0, 1) else keys.shape[0]
-    floating = jnp.float64 if keys.dtype == jnp.int64 else jnp.float32
-    low = jnp.zeros_like(keys[:1, :1] if axis == (0, 1) else keys[:1])
-    high = jnp.full_like(low, jnp.iinfo(keys.dtype).max)
-    none = jnp.zeros(low.shape, jnp.int32)
-    bracket = _Bracket(low, high, none, jnp.full_like(none, size + 1))
-
-    def narrow(bracket: _Bracket, candidates: Sequence[Array]) -> _Bracket:
-        candidates = [jnp.clip(c, bracket.low + 1, bracket.high - 1) for c in candidates]
-        low, high, below_low, below_high = bracket
-        for candidate, below in zip(candidates, _counts_below(keys, candidates, axis), strict=True):
-            fits = below <= zeros
-            up, down = fits & (candidate > low), ~fits & (candidate < high)
-            low, below_low = jnp.where(up, candidate, low), jnp.where(up, below, below_low)
-            high, below_high = jnp.where(down, candidate, high), jnp.where(down, below, below_high)
-        return _Bracket(low, high, below_low, below_high)
-
-    def spread(fraction: Array, count: Array) -> Array:
-        """The standard deviation of how many of `count` keys lie below a quantile."""
-        return jnp.sqrt(fraction * (1 - fraction) * count)
-
-    def unfinished(bracket: _Bracket) -> Bool[Array, ""]:
-        return jnp.any((bracket.high - bracket.low > 1) & (bracket.below_low != zeros))
-
-    def interpolate(bracket: _Bracket) -> _Bracket:
-        low, high, below_low, below_high = bracket
-        width, inside = (high - low).astype(floating), (below_high - below_low).astype(floating)
-        fraction = ((zeros - below_low).astype(floating) + 0.5) / inside
-        unit = jnp.maximum(width * spread(fraction, inside) / inside, 1)
-        guesses = [low + jnp.clip(fraction * width + far * unit, 0, width).astype(keys.dtype) for far in _FAR]
-        return narrow(bracket, [low + (high - low) // 2, *guesses])
-
-    sample = _sorted_sample(keys, size, axis)
-    count = sample.shape[0]
-    fraction = jnp.max(zeros).astype(floating) / size
-    ranks = [fraction * count + far * spread(fraction, jnp.asarray(count, floating)) for far in (*_FAR, 0.0)]
-    quantiles = [sample[jnp.clip(rank.astype(jnp.int32), 0, count - 1)][None, :] for rank in ranks]
-    bracket = lax.while_loop(unfinished, interpolate, narrow(bracket, quantiles))
-    return bracket.low, bracket.below_low
-
-
-_FAR = (-6.0, -1.5, -0.3, 0.3, 1.5, 6.0)
-"""Where candidates lie around a guess, in its standard deviations."""
-
-
-def _sorted_sample(keys: Int[Array, "n m"], size: int, axis: tuple[int, ...]) -> Int[Array, "s _"]:
-    """About 4·√size keys. The odd stride visits all outputs."""
-    stride = (math.isqrt(size) // 4) | 1
-    return jnp.sort(keys.reshape(-1, 1)[::stride] if axis == (0, 1) else keys[::stride], axis=0)
-
-
-def _counts_below(keys: Int[Array, "n m"], candidates: Sequence[Array], axis: tuple[int, ...]) -> Sequence[Array]:
-    """How many keys lie below each candidate, in one pass: XLA makes one loop of a reduction of several arrays."""
-    below = tuple((keys < candidate).astype(jnp.int32) for candidate in candidates)
-    zeros = tuple(jnp.zeros((), jnp.int32) for _ in below)
-    counts = lax.reduce(below, zeros, lambda a, b: tuple(map(lax.add, a, b)), axis)
-    return [count.reshape(candidates[0].shape) for count in counts]
+PatternRecord = Annotated[UnstructuredRecord | NMRecord | GivenRecord, Field(discriminator="kind")]

@@ -1,58 +1,40 @@
 """Hidden states that live on the host between layers, and visit the device a few windows at a time.
 
-On the host they are in memory, or in files that are mapped into memory (see `kept_in`). Of mapped states only what is
-being worked on is in memory: rows are copied out of them, and let go at once.
+On the host they are in memory, or in files that are mapped into memory. Of mapped states only what is being worked on
+is in memory: rows are copied out of them, and let go at once.
 """
 
-import contextlib
 import itertools
 import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from pathlib import Path
 
 import jax
 import numpy as np
 from jaxtyping import Shaped
 
-from jaxprune import sharding as devices
 from jaxprune.errors import Change, InputError
+from jaxprune.sharding import ONE_DEVICE, Devices, fetch
 
 TOKENS_PER_BATCH = {"cpu": 1024, "gpu": 16384, "tpu": 16384}
-"""On CPU, what fits its cache: four times as many take 1.2 times as long a token."""
+"""Tokens on a device at a time. On a CPU, what fits its cache: four times as many take 1.2 times as long a token."""
 BLOCK_BYTES = 2**26
-"""Of states that are copied or written out, so many at a time."""
-_scratch: ContextVar[Path | None] = ContextVar("the folder of hidden states", default=None)
-
-
-@contextlib.contextmanager
-def kept_in(folder: Path | None) -> Iterator[None]:
-    """Hidden states that are made inside are kept in files of a folder; None: in memory.
-
-    The files have no names, so that nothing is left of them however the process ends.
-    """
-    token = _scratch.set(folder)
-    try:
-        yield
-    finally:
-        _scratch.reset(token)
-
-
-def on_disk() -> bool:
-    """Whether hidden states made here are kept in files."""
-    return _scratch.get() is not None
+"""Bytes of states that are copied or written out at a time."""
 
 
 class HiddenStates:
-    """[windows, length, width] in the model's dtype, on the host, updated in place.
+    """Hidden states [windows, length, width] in the model's dtype, on the host, updated in place.
 
     Args:
         shape: [windows, length, width].
         dtype: of the states.
         batch: windows on a device at a time; where there is one device it must divide the number of windows, so that
             every step has one shape and compiles once.
+        devices: that they visit.
+        folder: where they are kept in a file; None: in memory. The file has no name, so that nothing is left of it
+            however the process ends.
 
     Attributes:
         array: the states. What reads or writes much of them does so by the methods, which let mapped memory go.
@@ -61,27 +43,37 @@ class HiddenStates:
         InputError: the disk has no room for them.
     """
 
-    def __init__(self, shape: tuple[int, int, int], dtype: np.dtype, batch: int) -> None:
-        if devices.number() == 1 and shape[0] % batch:
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dtype: np.dtype,
+        batch: int,
+        devices: Devices = ONE_DEVICE,
+        folder: Path | None = None,
+    ) -> None:
+        if devices.count == 1 and shape[0] % batch:
             raise ValueError(f"{batch} does not divide {shape[0]} windows")
+        self._batch, self._devices, self._folder = batch, devices, folder
         self._map: mmap.mmap | None = None
-        if folder := _scratch.get():
+        if folder:
             self._map = _mapped(folder, int(np.prod(shape)) * dtype.itemsize)
             self.array = np.frombuffer(self._map, dtype).reshape(shape)
         else:
             self.array = np.empty(shape, dtype)
-        self._batch = batch
 
     def slices(self) -> list[slice]:
-        """The batches: as many windows as all devices take at a time, then what is left of them, split as far as it can
-        be, so that there are at most three shapes to compile."""
-        windows, step = len(self.array), self._batch * devices.number()
+        """Returns the rows of each batch.
+
+        A batch is as many windows as all devices take at a time; what is left of them is split as far as it can be, so
+        that there are at most three shapes to compile.
+        """
+        windows, step = len(self.array), self._batch * self._devices.count
         rest = windows % step
-        cuts = [*range(0, windows - rest, step), windows - rest, windows - rest % devices.number(), windows]
+        cuts = [*range(0, windows - rest, step), windows - rest, windows - rest % self._devices.count, windows]
         return [slice(start, end) for start, end in itertools.pairwise(cuts) if start < end]
 
     def read(self, rows: slice | np.ndarray) -> Shaped[np.ndarray, "r t d"]:
-        """Some windows: a view where the states are in memory and the rows a slice, else a copy."""
+        """Returns some windows: a view where the states are in memory and the rows a slice, else a copy."""
         found = self.array[rows]
         if self._map:
             found = found.copy()
@@ -99,24 +91,24 @@ class HiddenStates:
             self._map.madvise(mmap.MADV_DONTNEED)
 
     def batch(self, rows: slice) -> jax.Array:
-        """Some windows on the device."""
-        return devices.by_windows(self.read(rows))
+        """Puts some windows on the device."""
+        return self._devices.shard_windows(self.read(rows))
 
     def batches(self) -> Iterator[jax.Array]:
-        """The states of all windows in order, batch by batch, on the device."""
+        """Yields the states of all windows in order, batch by batch, on the device."""
         for rows in self.slices():
             yield self.batch(rows)
 
     def blocks(self) -> Iterator[memoryview]:
-        """The bytes of all states, to be read or written, some windows at a time."""
+        """Yields the bytes of all states, to be read or written, some windows at a time."""
         step = max(1, BLOCK_BYTES // max(1, self.array[:1].nbytes))
         for start in range(0, len(self.array), step):
             yield self.array[start : start + step].reshape(-1).view(np.uint8).data
             self.release()
 
     def copy(self) -> "HiddenStates":
-        """States of their own with the same content."""
-        other = HiddenStates(self.array.shape, self.array.dtype, self._batch)
+        """Returns states of their own with the same content."""
+        other = HiddenStates(self.array.shape, self.array.dtype, self._batch, self._devices, self._folder)
         for target, source in zip(other.blocks(), self.blocks(), strict=True):
             target[:] = source
         return other
@@ -131,10 +123,10 @@ class HiddenStates:
             result = step(rows)
             result.copy_to_host_async()
             if pending:
-                self.write(pending[0], devices.fetch(pending[1]))
+                self.write(pending[0], fetch(pending[1]))
             pending = rows, result
         if pending:
-            self.write(pending[0], devices.fetch(pending[1]))
+            self.write(pending[0], fetch(pending[1]))
 
     def update(self, step: Callable[[jax.Array, slice], jax.Array]) -> None:
         """Replaces each batch x of rows by step(x, rows)."""
@@ -159,12 +151,12 @@ def _mapped(folder: Path, size: int) -> mmap.mmap:
 
 
 def tokens_per_batch() -> int:
-    """Tokens on the device at a time."""
+    """Returns how many tokens are on a device at a time."""
     return TOKENS_PER_BATCH.get(jax.default_backend(), 4096)
 
 
-def batch_size(windows: int, length: int, tokens: int | None = None) -> int:
-    """The most windows on a device at a time that divide all of them and keep a batch near a number of tokens.
+def batch_size(windows: int, length: int, tokens: int | None = None, devices: int = 1) -> int:
+    """Returns the most windows on a device at a time that divide all of them and keep a batch near a number of tokens.
 
     Several devices need not divide them: see `HiddenStates.slices`.
 
@@ -172,8 +164,9 @@ def batch_size(windows: int, length: int, tokens: int | None = None) -> int:
         windows: in all.
         length: tokens of a window.
         tokens: of a batch; None: what suits the device.
+        devices: number of devices.
     """
     most = max(1, (tokens or tokens_per_batch()) // length)
-    if devices.number() > 1:
-        return max(1, min(most, windows // devices.number()))
+    if devices > 1:
+        return max(1, min(most, windows // devices))
     return max(size for size in range(1, min(most, windows) + 1) if windows % size == 0)

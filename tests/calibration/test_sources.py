@@ -15,10 +15,9 @@ from convert import plugins
 from convert.command import worded
 from jaxprune import calibration
 from jaxprune.errors import InputError
-from tests import tiny
-from tests.convert.test_names import cache, hub
+from tests.helpers import tiny
+from tests.helpers.checkpoints import cache
 
-__all__ = ["hub"]
 TOKENIZER = tiny.tokenizer()
 TEXTS = ["The cat sat. " * n for n in (1, 40, 3, 90, 60, 2, 80, 5)]
 

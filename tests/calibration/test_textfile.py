@@ -20,7 +20,7 @@ from jaxprune.calibration import documents as _documents
 from jaxprune.calibration import textfile
 from jaxprune.calibration.documents import Documents
 from jaxprune.errors import InputError
-from tests import tiny
+from tests.helpers import tiny
 
 
 def refused(message: str, path: Path, split: str = "train") -> None:

@@ -12,7 +12,7 @@ from convert import open_checkpoint
 from convert.assets import load_tokenizer
 from jaxprune.calibration import tokens as _tokens
 from jaxprune.errors import InputError
-from tests import tiny
+from tests.helpers import tiny
 
 WORDS = [
     *tiny.WORDS,

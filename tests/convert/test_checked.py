@@ -10,7 +10,7 @@ import pytest
 import convert.hf
 from convert import DamagedError, open_checkpoint, parts
 from convert.checked import ChangedError, CheckedReader, digest, require_finite
-from tests import tiny
+from tests.helpers import tiny
 
 DTYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
 

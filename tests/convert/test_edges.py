@@ -21,7 +21,7 @@ from convert.consistency import check
 from convert.files import expand
 from convert.hub import resolve
 from convert.safetensors_header import header
-from jaxprune.models import model_for
+from jaxprune import StreamedModel
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -93,7 +93,7 @@ def test_missing_entries_name_the_model_type(folder: Path, capsys: pytest.Captur
 
 def test_null_is_no_quantization(folder: Path) -> None:
     edit(folder / "config.json", quantization_config=None)
-    assert model_for(open_checkpoint(folder)).config.num_layers == 3
+    assert StreamedModel(open_checkpoint(folder)).architecture.config.num_layers == 3
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_null_is_no_quantization(folder: Path) -> None:
 def test_entries_of_the_family_are_checked(changes: dict[str, Any], message: str, folder: Path) -> None:
     edit(folder / "config.json", **changes)
     with pytest.raises(ValueError, match=message) as error:
-        model_for(open_checkpoint(folder))
+        StreamedModel(open_checkpoint(folder))
     assert str(error.value).startswith(str(folder / "config.json"))
 
 

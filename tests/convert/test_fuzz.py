@@ -17,8 +17,8 @@ import convert.hf
 from convert import CheckpointError, parts
 from convert.assets import read_config
 from convert.consistency import check
-from tests import tiny
-from tests.convert.test_gguf import write
+from tests.helpers import tiny
+from tests.helpers.checkpoints import write_gguf
 
 EXAMPLES = int(os.environ.get("JAXPRUNE_FUZZ", "50"))
 """Damaged files of each kind; JAXPRUNE_FUZZ=1000 is two minutes."""
@@ -29,7 +29,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("whole")
     tiny.save(folder / "hf", tiny.config(num_hidden_layers=1))
     config = tiny.config(num_hidden_layers=1)
-    whole = write(folder / "model.gguf", config, gguf.GGMLQuantizationType.F32)
+    whole = write_gguf(folder / "model.gguf", config, gguf.GGMLQuantizationType.F32)
     return {"gguf": whole, "safetensors": folder / "hf/model.safetensors"}
 
 

@@ -1,6 +1,5 @@
 """GGUF files against what transformers loads from them."""
 
-import json
 import os
 import struct
 import time
@@ -11,73 +10,19 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert import CheckpointError, open_checkpoint
 from convert.__main__ import main
 from convert.assets import load_tokenizer, read_config
 from convert.gguf_header import ELEMENTS, Header
-from jaxprune.models import model_for
+from jaxprune import StreamedModel
 from jaxprune.models.rope import Rope
-from tests import tiny
-from tests.optional import needs_torch, torch
+from tests.helpers import tiny
+from tests.helpers.checkpoints import write_gguf
+from tests.helpers.optional import needs_torch, torch
 
-NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 Q = gguf.GGMLQuantizationType
-
-
-def write(
-    path: Path, config: LlamaConfig, kind: gguf.GGMLQuantizationType, *, factors: np.ndarray | None = None
-) -> Path:
-    """A random model as llama.cpp's converter would write it."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    tokenizer = tiny.tokenizer()
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(300)))
-    writer.add_token_types([3] + [1] * 299)
-    writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    for name, array in tiny.weights(config).items():
-        parts = name.split(".")
-        if parts[1] == "layers":
-            module = ".".join(parts[3:-1])
-            if module in ("self_attn.q_proj", "self_attn.k_proj"):
-                heads = config.num_attention_heads if "q_proj" in module else config.num_key_value_heads
-                array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-            target = f"blk.{parts[2]}.{NAMES[module]}.weight"
-        else:
-            target = TOP[".".join(parts[:-1])] + ".weight"
-        use = kind if array.ndim == 2 else Q.F32
-        writer.add_tensor(target, gguf.quantize(np.ascontiguousarray(array), use), raw_dtype=use)
-    if factors is not None:
-        writer.add_tensor("rope_freqs.weight", factors)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @needs_torch
@@ -88,7 +33,7 @@ def test_tensors_and_tokens_are_those_of_transformers(
     kind: gguf.GGMLQuantizationType, tied: bool, tmp_path: Path
 ) -> None:
     config = tiny.config(hidden_size=64, intermediate_size=96, tie_word_embeddings=tied)
-    path = write(tmp_path / "model.gguf", config, kind)
+    path = write_gguf(tmp_path / "model.gguf", config, kind)
     assert main([str(path), str(tmp_path / "hf")]) == 0
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
     mine = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
@@ -98,7 +43,7 @@ def test_tensors_and_tokens_are_those_of_transformers(
     ids = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")("The cat sat.")["input_ids"]
     assert load_tokenizer(tmp_path / "hf")("The cat sat.")["input_ids"] == ids
     assert mine.config.rms_norm_eps == 1e-5
-    model_for(open_checkpoint(path))
+    StreamedModel(open_checkpoint(path))
 
 
 def test_llama3_rope_factors_become_the_configuration(tmp_path: Path) -> None:
@@ -113,16 +58,16 @@ def test_llama3_rope_factors_become_the_configuration(tmp_path: Path) -> None:
     config = tiny.config(head_dim=64, rope_parameters=rope)
     plain = Rope.from_hf({"rope_type": "default", "rope_theta": 500000.0}, 64, 1024).inverse_frequencies(8)[0]
     scaled = Rope.from_hf(rope, 64, 1024).inverse_frequencies(8)[0]
-    reader = open_checkpoint(write(tmp_path / "a.gguf", config, Q.F32, factors=plain / scaled))
+    reader = open_checkpoint(write_gguf(tmp_path / "a.gguf", config, Q.F32, factors=plain / scaled))
     assert read_config(reader.assets)["rope_parameters"] == rope
-    other = write(tmp_path / "b.gguf", config, Q.F32, factors=np.linspace(1, 9, 32, dtype=np.float32))
+    other = write_gguf(tmp_path / "b.gguf", config, Q.F32, factors=np.linspace(1, 9, 32, dtype=np.float32))
     with pytest.raises(CheckpointError, match="not Llama 3's"):
         open_checkpoint(other)
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100, 5000, -100])
 def test_a_damaged_file_is_one_error(keep: int, tmp_path: Path) -> None:
-    whole = write(tmp_path / "whole.gguf", tiny.config(), Q.F32).read_bytes()
+    whole = write_gguf(tmp_path / "whole.gguf", tiny.config(), Q.F32).read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[:keep])
     with pytest.raises(CheckpointError, match="no GGUF file, or a damaged one"):
         open_checkpoint(tmp_path / "cut.gguf")
@@ -229,7 +174,7 @@ def test_arrays_cost_nothing_until_they_are_asked_for(tmp_path: Path) -> None:
     ],
 )
 def test_fields_are_checked(name: str, value: bytes, message: str, tmp_path: Path) -> None:
-    content = bytearray(write(tmp_path / "x.gguf", tiny.config(), Q.F32).read_bytes())
+    content = bytearray(write_gguf(tmp_path / "x.gguf", tiny.config(), Q.F32).read_bytes())
     at = content.index(text(name)) + len(text(name)) + 4  # behind the type
     content[at : at + 4] = value
     (tmp_path / "x.gguf").write_bytes(content)

@@ -10,25 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from convert import CheckpointError, create_checkpoint, open_checkpoint, parts
 from convert.__main__ import main
 from convert.shards import ShardWriter
+from jaxprune import StreamedModel
 from jaxprune.errors import InputError
-from jaxprune.models import model_for
-from tests import tiny
-
-
-def tensors(folder: Path) -> dict[str, np.ndarray]:
-    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
-
-
-def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    def content(tensor: np.ndarray) -> tuple:
-        return tensor.dtype, tensor.shape, tensor.tobytes()
-
-    return {name: content(t) for name, t in a.items()} == {name: content(t) for name, t in b.items()}
+from tests.helpers import tiny
+from tests.helpers.checkpoints import same, tensors
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -89,7 +79,7 @@ def test_old_buffers_and_stored_tied_heads_are_passed_over(tmp_path: Path) -> No
     stored = tensors(source)
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4), "lm_head.weight": np.ones((300, 32))}
     save_file(stored | extra, source / "model.safetensors", metadata={"format": "pt"})
-    assert open_checkpoint(source).spec.keys() == model_for(open_checkpoint(source)).spec.keys()
+    assert open_checkpoint(source).spec.keys() == StreamedModel(open_checkpoint(source)).architecture.spec.keys()
 
 
 def broken(source: Path, target: Path, damage: str) -> Path:
@@ -167,7 +157,7 @@ def test_missing_surplus_and_misshapen_tensors_come_in_one_message(
     source = tiny.save(tmp_path / "source", tiny.config())
     misfit(source)
     with pytest.raises(InputError) as error:
-        model_for(open_checkpoint(source))
+        StreamedModel(open_checkpoint(source))
     assert main([str(source), str(tmp_path / "copy")]) == 2
     assert not (tmp_path / "copy").exists()
     for text in (str(error.value), capsys.readouterr().err):
@@ -191,7 +181,7 @@ def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text()) | {"model_type": "mamba"}
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="'mamba' is not supported; supported: llama"):
-        model_for(open_checkpoint(source))
+        StreamedModel(open_checkpoint(source))
 
 
 def test_quantized_weights_are_refused(tmp_path: Path) -> None:

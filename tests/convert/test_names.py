@@ -10,25 +10,8 @@ from convert import CheckpointError, open_checkpoint, wheels
 from convert.hub import EMBEDDED, REPOSITORIES, known_names, require_whole, resolve
 from convert.wheels import Member, fetch
 from jaxprune.commands.prune import main
-from tests import tiny
-
-
-def cache(folder: Path, repository: str, *, kind: str = "models") -> Path:
-    """An empty snapshot in the layout of the hub's cache."""
-    repo = folder / f"{kind}--{repository.replace('/', '--')}"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text("0" * 40)
-    snapshot = repo / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    return snapshot
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty hub cache, and no network."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    return tmp_path / "hub"
+from tests.helpers import tiny
+from tests.helpers.checkpoints import cache
 
 
 def link_blobs(snapshot: Path) -> None:

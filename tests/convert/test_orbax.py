@@ -11,8 +11,8 @@ from orbax.checkpoint import v1 as ocp
 
 from convert import CheckpointError, open_checkpoint
 from convert.__main__ import main
-from tests import tiny
-from tests.convert.test_hf import same, tensors
+from tests.helpers import tiny
+from tests.helpers.checkpoints import same, tensors
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

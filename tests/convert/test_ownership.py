@@ -3,9 +3,6 @@
 import ast
 import os
 import shutil
-import signal
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,17 +12,10 @@ from convert import ownership, renaming
 from convert.__main__ import main
 from convert.errors import CheckpointError, NoRoomError, OccupiedError
 from convert.ownership import MARKER, UNSEALED, Destination, destination, mark, sealed, staged, write_text
+from tests.helpers.checkpoints import content
+from tests.helpers.command import killed
 
 ROOT = Path(__file__).parents[2]
-
-
-def content(folder: Path) -> dict[str, bytes | str]:
-    """All that is under a folder: files by their bytes, links by what they say."""
-    found: dict[str, bytes | str] = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        found[name] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else "folder"
-    return found
 
 
 def make(place: Destination | Path, text: str = "new") -> None:
@@ -217,35 +207,6 @@ def test_renames_replace_nothing(calls: str, tmp_path: Path) -> None:
     renaming.rename_new(tmp_path / "one/file", tmp_path / "new")
     renaming.rename_new(tmp_path / "other", tmp_path / "one/other")
     assert content(tmp_path) == {"new": b"other", "one": "folder", "one/other": "folder", "one/other/file": b"one"}
-
-
-EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "ctypes.dlsym"}
-
-
-def killed(action: Callable[[], None], number: int) -> bool:
-    """Runs an action in a child process, which dies right before its file operation of that number; whether it did."""
-    child = os.fork()
-    if child == 0:
-        count = 0
-
-        def hook(event: str, _: object) -> None:
-            nonlocal count
-            if event not in EVENTS:
-                return
-            count += 1
-            if count > number:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
-        try:
-            action()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
-    return os.WIFSIGNALED(status)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning", "ignore:.*fork:DeprecationWarning")

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from convert import CheckpointError, open_checkpoint
 from convert.pytorch import to_torch
-from tests import tiny
-from tests.optional import needs_torch, torch
+from tests.helpers import tiny
+from tests.helpers.optional import needs_torch, torch
 
 pytestmark = needs_torch
 

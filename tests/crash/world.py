@@ -10,9 +10,9 @@ import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests import tiny
 from tests.crash.operations import Answer, Operation
 from tests.crash.processes import Command
+from tests.helpers import tiny
 
 TIMES = {"jaxprune.json", "report.html", "README.md", ".jaxprune-files.json"}
 """Files of a result that tell the time, or the digests of those that do."""

@@ -11,11 +11,12 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from convert import create_checkpoint, open_checkpoint
+from jaxprune import StreamedModel
 from jaxprune.errors import InputError
 from jaxprune.evaluation.lm import StreamedLM
 from jaxprune.streaming import hidden_states as hidden
-from tests import rows, tiny
-from tests.optional import needs_torch, torch
+from tests.helpers import rows, tiny
+from tests.helpers.optional import needs_torch, torch
 
 if torch:
     from lm_eval.models.huggingface import HFLM
@@ -116,7 +117,7 @@ def test_the_model_is_read_once_and_few_shapes_are_compiled(checkpoint: Path, mo
     read = reader.read
     monkeypatch.setattr(reader, "read", lambda paths: asked.extend(paths) or read(paths))
     texts = [(f"The cat {'sat ' * (number % 7)}on", f" {'mat ' * (number % 5 + 1)}") for number in range(300)]
-    StreamedLM(reader).loglikelihood(instances("loglikelihood", texts))
+    StreamedLM(StreamedModel(reader)).loglikelihood(instances("loglikelihood", texts))
     layers = [path for path in asked if path.startswith("layers.")]
     assert len(layers) == len(set(layers)) == sum(path.startswith("layers.") for path in reader.spec)
 
@@ -152,7 +153,7 @@ class Hide:
         if name.split(".")[0] == "torch":
             raise ModuleNotFoundError("no torch here", name=name)
 sys.meta_path.insert(0, Hide())
-from jaxprune.evaluate import main
+from jaxprune.commands.evaluate import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -175,7 +176,7 @@ def test_the_jax_backend_needs_no_torch(checkpoint: Path, tmp_path: Path) -> Non
 WITHOUT_LM_EVAL = """
 import sys
 sys.modules["lm_eval"] = None
-from jaxprune.lm_eval import main
+from jaxprune.commands.lm_eval import main
 sys.exit(main())
 """
 

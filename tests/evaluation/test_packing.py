@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxprune.errors import InputError
-from jaxprune.evaluation.packing import Packed, Request, group, loads, pack
+from jaxprune.evaluation.packing import Packed, Request, batches, group, pack
 from jaxprune.streaming import hidden_states as hidden
 from jaxprune.streaming.hidden_states import batch_size
 
@@ -91,9 +91,9 @@ def test_windows_are_filled() -> None:
     assert (packed.layout.group >= 0).mean() > 0.9
 
 
-def test_loads_hold_so_many_tokens() -> None:
+def test_batches_hold_so_many_tokens() -> None:
     groups = group(requests(50, seed=1, longest=40), 100)
-    cut = list(loads(groups, 120))
+    cut = list(batches(groups, 120))
     assert [one for load in cut for one in load] == groups
     assert all(sum(one.size for one in load) <= 120 or len(load) == 1 for load in cut)
     assert len(cut) > 3

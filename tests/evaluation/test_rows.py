@@ -11,7 +11,7 @@ import pytest
 from convert.errors import UserError
 from jaxprune.evaluation.rows import SCHEMAS, require_rows
 from jaxprune.evaluation.tasks import ZERO_SHOT, Tasks
-from tests import rows
+from tests.helpers import rows
 
 FAULTS: list[tuple[str, dict[str, Any], str]] = [
     ("boolq", {"label": 2}, "label"),

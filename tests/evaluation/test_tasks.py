@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from convert import open_checkpoint
+from jaxprune import StreamedModel
 from jaxprune.errors import InputError
 from jaxprune.evaluation.lm import StreamedLM
 from jaxprune.evaluation.tasks import ZERO_SHOT, Tasks, mean_accuracy, summarize
-from tests import rows
-from tests.optional import needs_torch, torch
+from tests.helpers import rows
+from tests.helpers.optional import needs_torch, torch
 
 if torch:
     from jaxprune.evaluation.torch_lm import hflm
@@ -27,7 +28,9 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Tasks:
 @needs_torch
 def test_both_backends_agree_item_for_item(tasks: Tasks, checkpoint: Path) -> None:
     reader = open_checkpoint(checkpoint)
-    ours, theirs = (tasks.run(model) for model in (StreamedLM(reader), hflm(reader, np.dtype("float32"))))
+    ours, theirs = (
+        tasks.run(model) for model in (StreamedLM(StreamedModel(reader)), hflm(reader, np.dtype("float32")))
+    )
     assert list(ours["samples"]) == list(ZERO_SHOT)
     for task, samples in ours["samples"].items():
         assert len(samples) == len(rows.ROWS[task])
@@ -92,7 +95,9 @@ def test_word_perplexity_is_hflms(checkpoint: Path, tmp_path: Path) -> None:
     pages = [{"page": " = A cat = \n\n The cat sat on the mat .\n" * 40}, {"page": " = A dog = \n\n It ran .\n"}]
     (tmp_path / "wikitext.jsonl").write_text("".join(json.dumps(page) + "\n" for page in pages))
     tasks, reader = Tasks(["wikitext"], tmp_path), open_checkpoint(checkpoint)
-    ours, theirs = (summarize(tasks.run(m)) for m in (StreamedLM(reader), hflm(reader, np.dtype("float32"))))
+    ours, theirs = (
+        summarize(tasks.run(m)) for m in (StreamedLM(StreamedModel(reader)), hflm(reader, np.dtype("float32")))
+    )
     assert {"word_perplexity", "byte_perplexity", "bits_per_byte"} <= ours["wikitext"].keys()
     for metric, value in theirs["wikitext"].items():
         assert ours["wikitext"][metric] == pytest.approx(value, rel=1e-3)

@@ -1,45 +1,36 @@
 """Streamed perplexity against a plain loop over transformers' logits."""
 
-import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
-from convert import open_checkpoint
-from jaxprune.errors import InputError
+from jaxprune import InputError, load
 from jaxprune.evaluation.text import perplexity, text_quality
-from jaxprune.streaming import stream
-from tests import tiny
-from tests.optional import needs_torch, torch
-
-
-def plain(folder: Path, tokens: np.ndarray) -> float:
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    losses = []
-    with torch.no_grad():
-        for window in torch.tensor(tokens, dtype=torch.long):
-            logits = model(window[None]).logits[0, :-1].double()
-            losses.append(torch.nn.functional.cross_entropy(logits, window[1:]).item())
-    return math.exp(sum(losses) / len(losses))
+from jaxprune.streaming import head
+from tests.helpers import tiny
+from tests.helpers.optional import needs_torch, torch
+from tests.helpers.transformers_model import perplexity_by_transformers
 
 
 @needs_torch
 @pytest.mark.parametrize(("count", "length", "chunk"), [(6, 100, 1024), (5, 33, 16), (1, 2, 7)])
-def test_it_is_the_plain_one(
+def test_it_is_that_of_transformers(
     count: int, length: int, chunk: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "CHUNK", chunk)
+    monkeypatch.setattr(head, "CHUNK", chunk)
     tokens = np.random.default_rng(0).integers(0, 300, (count, length)).astype(np.int32)
-    assert perplexity(open_checkpoint(checkpoint), tokens) == pytest.approx(plain(checkpoint, tokens), rel=1e-5)
+    assert perplexity(load(checkpoint), tokens) == pytest.approx(
+        perplexity_by_transformers(checkpoint, tokens), rel=1e-5
+    )
 
 
 @needs_torch
 def test_a_trained_model(data: Path) -> None:
     folder = data / "models/stories260K"
     tokens = np.random.default_rng(1).integers(0, 512, (4, 256)).astype(np.int32)
-    assert perplexity(open_checkpoint(folder), tokens) == pytest.approx(plain(folder, tokens), rel=1e-4)
+    assert perplexity(load(folder), tokens) == pytest.approx(perplexity_by_transformers(folder, tokens), rel=1e-4)
 
 
 def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
@@ -52,7 +43,7 @@ def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
 def test_divergence_is_that_of_the_whole_distributions(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "CHUNK", 50)
+    monkeypatch.setattr(head, "CHUNK", 50)
     tokens = np.random.default_rng(0).integers(0, 300, (6, 40)).astype(np.int32)
     others = []
     for seed, size in ((1, 0.01), (2, 0.3)):
@@ -63,12 +54,12 @@ def test_divergence_is_that_of_the_whole_distributions(
                 tensor += size * torch.randn_like(tensor)
         model.save_pretrained(tmp_path / str(seed))
         others.append(tmp_path / str(seed))
-    found = text_quality([open_checkpoint(folder) for folder in (checkpoint, *others)], tokens)
+    found = text_quality([load(folder) for folder in (checkpoint, *others)], tokens)
     p = logits(checkpoint, tokens)
-    assert found[0] == (pytest.approx(plain(checkpoint, tokens), rel=1e-5), None, None, None)
+    assert found[0] == (pytest.approx(perplexity_by_transformers(checkpoint, tokens), rel=1e-5), None, None, None)
     for one, folder in zip(found[1:], others, strict=True):
         q = logits(folder, tokens)
-        assert one.perplexity == pytest.approx(plain(folder, tokens), rel=1e-5)
+        assert one.perplexity == pytest.approx(perplexity_by_transformers(folder, tokens), rel=1e-5)
         assert one.ratio == pytest.approx(one.perplexity / found[0].perplexity)
         assert one.kl == pytest.approx((np.exp(p) * (p - q)).sum(axis=-1).mean(), rel=1e-3)
         assert one.top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean(), abs=1e-6)
@@ -77,11 +68,11 @@ def test_divergence_is_that_of_the_whole_distributions(
 
 def test_a_model_agrees_with_itself(checkpoint: Path) -> None:
     tokens = np.random.default_rng(0).integers(0, 300, (2, 30)).astype(np.int32)
-    _, same = text_quality([open_checkpoint(checkpoint)] * 2, tokens)
+    _, same = text_quality([load(checkpoint)] * 2, tokens)
     assert same[1:] == (1.0, 0.0, 1.0)
 
 
 def test_models_of_another_depth_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     other = tiny.save(tmp_path / "other", tiny.config(num_hidden_layers=2))
     with pytest.raises(InputError, match="cannot be compared: give the dense checkpoint"):
-        text_quality([open_checkpoint(checkpoint), open_checkpoint(other)], np.zeros((1, 8), np.int32))
+        text_quality([load(checkpoint), load(other)], np.zeros((1, 8), np.int32))

@@ -35,11 +35,11 @@ def checkpoint(path: str) -> None:
     from convert import open_checkpoint
     from convert.assets import load_tokenizer, read_config
     from convert.consistency import check
-    from jaxprune.models import model_for
+    from jaxprune import StreamedModel
 
     reader = open_checkpoint(path)
     check(reader.spec, read_config(reader.assets))
-    model = model_for(reader)
+    model = StreamedModel(reader).architecture
     require(model.spec.keys() == reader.spec.keys(), "the model has other params than the checkpoint")
     for name, array in reader.read(reader.spec).items():
         wanted = reader.spec[name]
@@ -85,21 +85,21 @@ def masks(path: str) -> None:
 
 
 def problem(path: str) -> None:
-    from jaxprune.pruning import snapshot as problems
+    from jaxprune.pruning import snapshot as snapshots
 
-    found = problems.load(Path(path))
+    found = snapshots.load(Path(path))
     require(found.layer >= 0 and found.kernels and found.grams, "an empty problem")
     for array in (*found.kernels.values(), *found.grams.values()):
         require(array.ndim == 2 and np.isfinite(np.asarray(array, np.float64)).all(), "a matrix that is none")
 
 
 def record(path: str) -> None:
-    from jaxprune.evaluation.verification import expected
-    from jaxprune.reporting import report, schema
+    from jaxprune.reporting import schema
+    from jaxprune.reporting.entries import entries
 
-    report.entries([schema.load(Path(path))])  # the figures take a second: the command draws them
+    entries([schema.load(Path(path))])  # the figures take a second: the command draws them
     if run := schema.run_of(Path(path)):
-        expected(run)
+        schema.expected(run)
 
 
 def rows(path: str) -> None:
@@ -166,9 +166,9 @@ def measured(case: Case, base: Path) -> None:
 
 
 def solved(case: Case, base: Path) -> None:
-    from jaxprune.pruning import snapshot as problems
+    from jaxprune.pruning import snapshot as snapshots
 
-    for name, kernel in problems.load(Path("out")).kernels.items():
+    for name, kernel in snapshots.load(Path("out")).kernels.items():
         require(np.isfinite(kernel).all() and 2 * np.count_nonzero(kernel == 0) >= kernel.size, f"{name} is not pruned")
 
 

@@ -21,14 +21,13 @@ def build(base: Path) -> None:
     import pyarrow.parquet
 
     from convert.__main__ import main as convert
-    from jaxprune import Unstructured
+    from jaxprune import Magnitude, Unstructured, load
     from jaxprune.commands.evaluate import main as evaluate
     from jaxprune.commands.prune import main as run
-    from jaxprune.methods.magnitude import Magnitude
-    from jaxprune.pruning import snapshot as problems
-    from tests import rows as task_rows
-    from tests import tiny
-    from tests.convert.test_gguf import write
+    from jaxprune.pruning import snapshot as snapshots
+    from tests.helpers import rows as task_rows
+    from tests.helpers import tiny
+    from tests.helpers.checkpoints import write_gguf
 
     base.mkdir(parents=True)
     with contextlib.chdir(base), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
@@ -38,9 +37,9 @@ def build(base: Path) -> None:
         Path("hf/precious").write_text("a file of the user's")
         Path("precious").write_text("another")
         tiny.save(Path("shards"), config, max_shard_size="50KB")
-        write(Path("f32.gguf"), config, gguf.GGMLQuantizationType.F32)
+        write_gguf(Path("f32.gguf"), config, gguf.GGMLQuantizationType.F32)
         quantized = tiny.config(num_hidden_layers=1, hidden_size=32, intermediate_size=64)
-        write(Path("q8.gguf"), quantized, gguf.GGMLQuantizationType.Q8_0)
+        write_gguf(Path("q8.gguf"), quantized, gguf.GGMLQuantizationType.Q8_0)
         tiny.write_text(Path("text.jsonl"), 30)
         texts = [json.loads(line)["text"] for line in Path("text.jsonl").read_text().splitlines()]
         Path("text.txt").write_text("\n".join(texts))
@@ -55,13 +54,10 @@ def build(base: Path) -> None:
         line = f"--ckpt hf {PRUNE}".split()
         require(run([*line, "--out", "pruned", "--save-masks", "masks.safetensors"]) == 0, "run")
         require(evaluate([*"pruned --against hf --out evaluation".split(), *MEASURE.split()]) == 0, "evaluate")
-        from convert import open_checkpoint
-
         tokens = np.load("ids.npy").astype(np.int32)
-        (layer,) = problems.capture(
-            open_checkpoint("hf"), tokens, [1], Magnitude(), Unstructured(0.5), prune_before=False
-        )
-        problems.save(Path("layer.safetensors"), layer)
+        model = load("hf")
+        (layer,) = snapshots.capture(model, tokens, [1], Magnitude(), Unstructured(0.5), prune_before=False)
+        snapshots.save(Path("layer.safetensors"), layer)
         _interrupted([*line, "--out", "out"])
         mutations.odd_paths(Path("odd"))
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from convert import CheckpointError
-from tests import tiny
-from tests.convert.test_gguf import write
+from tests.helpers import tiny
+from tests.helpers.checkpoints import write_gguf
 from tests.hostile import answers, json_edits, mutations, room, targets, watchdog
 from tests.hostile.mutations import Case, Edit
 from tests.hostile.targets import Target
@@ -143,7 +143,7 @@ def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("contents")
     config = tiny.config(num_hidden_layers=1)
     tiny.save(folder, config)
-    write(folder / "model.gguf", config, gguf.GGMLQuantizationType.F32)
+    write_gguf(folder / "model.gguf", config, gguf.GGMLQuantizationType.F32)
     np.save(folder / "ids.npy", np.arange(128).reshape(8, 16))
     tiny.write_text(folder / "text.jsonl", 5)
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".md"}

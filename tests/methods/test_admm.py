@@ -8,8 +8,8 @@ import pytest
 
 from jaxprune.errors import InputError
 from jaxprune.methods.admm import ADMM
-from jaxprune.sparsity.patterns import NM, Unstructured, parse
-from tests import oracles
+from jaxprune.sparsity.patterns import NM, Unstructured, parse_pattern
+from tests.helpers import oracles
 
 N, M = 48, 20
 
@@ -31,7 +31,9 @@ def test_every_iteration_is_the_papers(schedule: str, pattern: str, linear_solve
         method = ADMM(
             schedule=schedule, iterations=iterations, selections=min(15, iterations), linear_solve=linear_solve
         )
-        solution = method.solve(method.prepare(jnp.asarray(gram)), jnp.asarray(weight), parse(pattern, sparsity))
+        solution = method.solve(
+            method.prepare(jnp.asarray(gram)), jnp.asarray(weight), parse_pattern(pattern, sparsity)
+        )
         expected, mask = oracles.admm(
             gram, weight, pattern, sparsity, schedule=schedule, iterations=iterations, selections=min(15, iterations)
         )
@@ -60,7 +62,7 @@ def test_a_fixed_mask_converges_to_the_exact_optimum(linear_solve: str) -> None:
     solution = method.solve(method.prepare(jnp.asarray(gram)), jnp.asarray(weight), jnp.asarray(mask))
     exact = oracles.masked_least_squares(gram, weight, mask, damping=0.1)
     np.testing.assert_allclose(solution.weight, exact, rtol=1e-6, atol=1e-9)
-    assert solution.stats["primal_residual"] < 1e-7
+    assert solution.metrics["primal_residual"] < 1e-7
 
 
 def test_float32_is_close_to_float64() -> None:

@@ -7,8 +7,8 @@ import pytest
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.alps import ALPS
 from jaxprune.methods.gram import relative_error
-from jaxprune.sparsity.patterns import parse
-from tests import oracles
+from jaxprune.sparsity.patterns import parse_pattern
+from tests.helpers import oracles
 
 N, M = 48, 20
 
@@ -24,7 +24,7 @@ def problem(seed: int = 0, n: int = N, m: int = M) -> tuple[np.ndarray, np.ndarr
 def test_it_is_the_papers(pattern: str, sparsity: float, iterations: int) -> None:
     gram, weight = problem()
     method = ALPS(iterations=iterations)
-    solution = method.solve(method.prepare(jnp.asarray(gram)), jnp.asarray(weight), parse(pattern, sparsity))
+    solution = method.solve(method.prepare(jnp.asarray(gram)), jnp.asarray(weight), parse_pattern(pattern, sparsity))
     expected, mask = oracles.alps(gram, weight, pattern, sparsity, iterations=iterations)
     np.testing.assert_array_equal(solution.mask, mask)
     np.testing.assert_allclose(solution.weight, expected, rtol=1e-6, atol=1e-9)
@@ -34,9 +34,9 @@ def test_a_support_that_does_not_move_lowers_the_penalty() -> None:
     # With a penalty this large little changes at first, so rho falls by fives, with a fresh start after each change.
     gram, weight = problem(1)
     method = ALPS(rho=1e4)
-    solution = method.solve(method.prepare(jnp.asarray(gram)), jnp.asarray(weight), parse("unstructured", 0.7))
+    solution = method.solve(method.prepare(jnp.asarray(gram)), jnp.asarray(weight), parse_pattern("unstructured", 0.7))
     expected, mask = oracles.alps(gram, weight, "unstructured", 0.7, rho=1e4)
-    assert solution.stats["rho"] < 1e4 / 5**4
+    assert solution.metrics["rho"] < 1e4 / 5**4
     np.testing.assert_array_equal(solution.mask, mask)
     np.testing.assert_allclose(solution.weight, expected, rtol=1e-6, atol=1e-9)
 
@@ -48,7 +48,7 @@ def test_the_objective_decreases(pattern: str, sparsity: float) -> None:
     prepared = method.prepare(gram)
 
     def error(**options: int) -> float:
-        solution = ALPS(**options).solve(prepared, weight, parse(pattern, sparsity))
+        solution = ALPS(**options).solve(prepared, weight, parse_pattern(pattern, sparsity))
         return float(relative_error(gram, weight, solution.weight))
 
     by_search = [error(iterations=k) for k in (3, 9, 18, 30, 60)]
@@ -61,7 +61,7 @@ def test_the_objective_decreases(pattern: str, sparsity: float) -> None:
         return float(jnp.vdot(difference, prepared.gram @ difference))
 
     by_finish = [
-        damped(ALPS(cg_steps=k, cg_tolerance=0.0).solve(prepared, weight, parse(pattern, sparsity)).weight)
+        damped(ALPS(cg_steps=k, cg_tolerance=0.0).solve(prepared, weight, parse_pattern(pattern, sparsity)).weight)
         for k in range(11)
     ]
     assert all(after < before for before, after in zip(by_finish, by_finish[1:], strict=False)), by_finish
@@ -75,7 +75,7 @@ def test_its_error_is_at_or_below_that_of_gradual_admm(pattern: str, sparsity: f
     gram, weight = (jnp.asarray(a, jnp.float32) for a in problem(10 + seed, 96, 64))
     errors = {}
     for method in (ALPS(), ADMM(schedule="cubic"), ADMM(schedule="constant")):
-        solution = method.solve(method.prepare(gram), weight, parse(pattern, sparsity))
+        solution = method.solve(method.prepare(gram), weight, parse_pattern(pattern, sparsity))
         errors[method] = float(relative_error(gram, weight, solution.weight))
     assert errors[ALPS()] == min(errors.values())
 

@@ -14,9 +14,9 @@ from jaxprune.methods import gram as stats
 from jaxprune.methods.combine import Crossed, Finished
 from jaxprune.methods.exact import Exact
 from jaxprune.methods.sparsegpt import SparseGPT
-from jaxprune.pruning.kernel import solve_linear
-from jaxprune.sparsity.patterns import Pattern, Unstructured, parse
-from tests import oracles
+from jaxprune.pruning.kernel import prune_kernel
+from jaxprune.sparsity.patterns import Pattern, Unstructured, parse_pattern
+from tests.helpers import oracles
 
 METHODS: dict[str, Method] = {name: methods.load(name)() for name in methods.names()} | {
     "sparsegpt, small blocks": SparseGPT(block=16),
@@ -69,12 +69,12 @@ def require_exact(mask: np.ndarray, pattern: Pattern) -> None:
 @pytest.mark.parametrize("tokens", [300, 20])  # 20 tokens: a singular Gram matrix
 def test_counts_are_exact_and_weights_finite(method: Method, pattern: str, sparsity: float, tokens: int) -> None:
     gram, weight = problem(tokens)
-    wanted = parse(pattern, sparsity)
+    wanted = parse_pattern(pattern, sparsity)
     solution = method.solve(method.prepare(gram), weight, wanted)
     mask = np.asarray(solution.mask)
     assert (np.asarray(solution.weight)[~mask] == 0).all()
     assert np.isfinite(solution.weight).all()
-    assert all(np.isfinite(value) for value in solution.stats.values())
+    assert all(np.isfinite(value) for value in solution.metrics.values())
     require_exact(mask, wanted)
     if sparsity == 0:
         np.testing.assert_allclose(solution.weight, weight, rtol=1e-3, atol=1e-3)
@@ -86,8 +86,8 @@ def test_16_bit_activations_and_weights(method: Method, pattern: str) -> None:
     generator = np.random.default_rng(4)
     x = jnp.asarray(oracles.correlated(generator, 200, N), jnp.bfloat16)
     kernel = jnp.asarray(generator.normal(size=(N, M)), jnp.bfloat16)
-    gram, wanted = stats.gram(x), parse(pattern, 0.5)
-    stored, mask, result = solve_linear(method, method.prepare(gram), gram, kernel, wanted)
+    gram, wanted = stats.gram(x), parse_pattern(pattern, 0.5)
+    stored, mask, result = prune_kernel(method, method.prepare(gram), gram, kernel, wanted)
     assert stored.dtype == jnp.bfloat16
     np.testing.assert_array_equal(stored != 0, mask)
     require_exact(np.asarray(mask), wanted)
@@ -99,7 +99,7 @@ def test_16_bit_activations_and_weights(method: Method, pattern: str) -> None:
 @pytest.mark.parametrize(("pattern", "sparsity"), PATTERNS)
 def test_updating_is_not_worse_than_masking(method: Method, pattern: str, sparsity: float) -> None:
     gram, weight = problem()
-    solution = method.solve(method.prepare(gram), weight, parse(pattern, sparsity))
+    solution = method.solve(method.prepare(gram), weight, parse_pattern(pattern, sparsity))
     masked = jnp.where(solution.mask, weight, jnp.zeros_like(weight))
     # SparseGPT settles inputs one after another, damped: with next to nothing kept it may lose a little.
     slack = 1e-3 if isinstance(method, SparseGPT) else 1e-6
@@ -123,8 +123,8 @@ def test_permuting_the_outputs_permutes_the_solution(method: Method, pattern: st
     gram, weight = problem()
     order = np.random.default_rng(2).permutation(M)
     prepared = method.prepare(gram)
-    solution = method.solve(prepared, weight, parse(pattern))
-    permuted = method.solve(prepared, weight[:, order], parse(pattern))
+    solution = method.solve(prepared, weight, parse_pattern(pattern))
+    permuted = method.solve(prepared, weight[:, order], parse_pattern(pattern))
     np.testing.assert_array_equal(permuted.mask, solution.mask[:, order])
     np.testing.assert_allclose(permuted.weight, solution.weight[:, order], rtol=1e-3, atol=1e-3)
 
@@ -147,9 +147,9 @@ def test_dead_inputs_do_no_harm(method: Method, pattern: str) -> None:
     alive = jnp.asarray(np.arange(N) % 5 != 0)
     gram = jnp.where(alive[:, None] & alive[None, :], gram, jnp.zeros_like(gram))
     for g in (gram, jnp.zeros_like(gram)):
-        solution = method.solve(method.prepare(g), weight, parse(pattern, 0.5))
+        solution = method.solve(method.prepare(g), weight, parse_pattern(pattern, 0.5))
         assert np.isfinite(solution.weight).all()
-        require_exact(np.asarray(solution.mask), parse(pattern, 0.5))
+        require_exact(np.asarray(solution.mask), parse_pattern(pattern, 0.5))
 
 
 @pytest.mark.parametrize("selector", methods.names())

@@ -10,7 +10,7 @@ from jaxprune.methods.exact import Exact
 from jaxprune.methods.gram import relative_error
 from jaxprune.methods.wanda import Wanda
 from jaxprune.sparsity.patterns import Unstructured
-from tests import oracles
+from tests.helpers import oracles
 
 N, M = 48, 20
 
@@ -28,8 +28,8 @@ def test_it_is_least_squares_on_the_kept_weights(damping: float) -> None:
     solution = method.solve(method.prepare(jnp.asarray(gram)), jnp.asarray(weight), jnp.asarray(mask))
     expected = oracles.masked_least_squares(gram, weight, mask, damping=damping)
     np.testing.assert_allclose(solution.weight, expected, rtol=1e-6, atol=1e-9)
-    assert solution.stats["cg_residual"] <= 1e-12
-    assert solution.stats["cg_steps"] < 500
+    assert solution.metrics["cg_residual"] <= 1e-12
+    assert solution.metrics["cg_steps"] < 500
 
 
 @pytest.mark.parametrize("tokens", [200, 60, 20])  # 20 tokens: a singular Gram matrix, and many optima
@@ -60,7 +60,7 @@ def test_a_finish_keeps_the_mask_and_lowers_the_error_step_by_step() -> None:
         np.testing.assert_array_equal(solution.mask, plain.mask)
         errors.append(float(relative_error(gram, weight, solution.weight)))
     assert all(after < before for before, after in zip(errors, errors[1:], strict=False)), errors
-    assert solution.stats.keys() == {"primal_residual", "cg_steps", "cg_residual"}
+    assert solution.metrics.keys() == {"primal_residual", "cg_steps", "cg_residual"}
 
 
 def test_each_output_rests_once_it_is_done() -> None:

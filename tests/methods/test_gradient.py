@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxprune.methods.gradient import Gradient
-from tests import oracles
+from tests.helpers import oracles
 
 N, M = 48, 20
 
@@ -55,7 +55,7 @@ def test_many_steps_reach_the_optimum(optimizer: str, rate: float) -> None:
     solution = method.solve(method.prepare(jnp.asarray(gram)), jnp.asarray(weight), jnp.asarray(mask))
     exact = oracles.masked_least_squares(gram, weight, mask, damping=0.1)
     assert np.linalg.norm(solution.weight - exact) < 0.01 * np.linalg.norm(exact)
-    assert solution.stats["gradient"] < 0.01
+    assert solution.metrics["gradient"] < 0.01
 
 
 def test_the_unit_of_the_activations_does_not_matter() -> None:

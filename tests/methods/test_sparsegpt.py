@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from jaxprune.methods.sparsegpt import SparseGPT
-from jaxprune.sparsity.patterns import parse
-from tests import oracles
+from jaxprune.sparsity.patterns import parse_pattern
+from tests.helpers import oracles
 
 M = 20
 
@@ -32,7 +32,7 @@ def problem(n: int, tokens: int = 300, seed: int = 0) -> tuple[np.ndarray, np.nd
 def test_it_is_the_papers(n: int, pattern: str, sparsity: float, block: int, group_block: int) -> None:
     gram, weight = problem(n)
     method = SparseGPT(block=block)
-    solution = method.solve(method.prepare(jnp.asarray(gram)), jnp.asarray(weight), parse(pattern, sparsity))
+    solution = method.solve(method.prepare(jnp.asarray(gram)), jnp.asarray(weight), parse_pattern(pattern, sparsity))
     expected, mask = oracles.sparsegpt(gram, weight, pattern, sparsity, block=min(group_block, n))
     np.testing.assert_array_equal(solution.mask, mask)
     np.testing.assert_allclose(solution.weight, expected, rtol=1e-8, atol=1e-10)
@@ -64,7 +64,7 @@ def test_updating_under_its_own_mask_changes_nothing() -> None:
     gram, weight = problem(48, seed=5)
     method = SparseGPT(block=16)
     prepared = method.prepare(jnp.asarray(gram))
-    joint = method.solve(prepared, jnp.asarray(weight), parse("unstructured", 0.6))
+    joint = method.solve(prepared, jnp.asarray(weight), parse_pattern("unstructured", 0.6))
     again = method.solve(prepared, jnp.asarray(weight), joint.mask)
     np.testing.assert_allclose(again.weight, joint.weight, rtol=1e-12, atol=1e-14)
 
@@ -73,7 +73,7 @@ def test_dead_inputs_are_pruned_first_and_change_nothing_else() -> None:
     gram, weight = problem(48, seed=6)
     gram[5] = gram[:, 5] = 0
     method = SparseGPT(block=16)
-    solution = method.solve(method.prepare(jnp.asarray(gram)), jnp.asarray(weight), parse("unstructured", 0.5))
+    solution = method.solve(method.prepare(jnp.asarray(gram)), jnp.asarray(weight), parse_pattern("unstructured", 0.5))
     expected, mask = oracles.sparsegpt(gram, weight, "unstructured", 0.5, block=16)
     np.testing.assert_array_equal(solution.mask, mask)
     assert not solution.mask[5].any()
@@ -84,7 +84,7 @@ def test_float32_is_close_to_float64() -> None:
     gram, weight = problem(60, seed=7)
     method = SparseGPT(block=16)
     solution = method.solve(
-        method.prepare(jnp.asarray(gram, jnp.float32)), jnp.asarray(weight, jnp.float32), parse("2:4")
+        method.prepare(jnp.asarray(gram, jnp.float32)), jnp.asarray(weight, jnp.float32), parse_pattern("2:4")
     )
     expected, mask = oracles.sparsegpt(gram, weight, "2:4", 0.5, block=16)
     assert solution.weight.dtype == jnp.float32

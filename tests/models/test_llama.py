@@ -9,14 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert import open_checkpoint
-from jaxprune.errors import InputError
-from jaxprune.models import Model, model_for
+from jaxprune import InputError, load
 from jaxprune.models.attention import causal_attention
 from jaxprune.models.rope import Rope
-from jaxprune.streaming.stream import read_layers
-from tests import tiny
-from tests.optional import needs_torch, torch
+from tests.helpers import tiny
+from tests.helpers.logits import logits
+from tests.helpers.optional import needs_torch, torch
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -49,18 +47,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def logits(model: Model, path: Path, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The logits, and the hidden states before each layer and after the last."""
-    reader = open_checkpoint(path)
-    layer = jax.jit(model.layer)
-    x = model.embed(jax.device_put(reader.read(model.embed.spec)), jnp.asarray(tokens))
-    states = [np.asarray(x)]
-    for params in read_layers(model, reader):
-        x, _ = layer(jax.device_put(params), x)
-        states.append(np.asarray(x))
-    return np.asarray(model.head(jax.device_put(reader.read(model.head.spec)), x)), states
-
-
 @needs_torch
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
@@ -70,8 +56,8 @@ def test_logits_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
     tokens = np.random.default_rng(0).integers(0, 300, (2, 100))
     with torch.no_grad():  # in float64, for both float32 results differ from it by rounding
         expected = reference.double()(torch.tensor(tokens), output_hidden_states=True)
-    model = model_for(open_checkpoint(tmp_path))
-    found, states = logits(model, tmp_path, tokens)
+    model = load(tmp_path)
+    found, states = logits(model, tokens)
     for mine, theirs in zip(states[:-1], expected.hidden_states[:-1], strict=True):
         np.testing.assert_allclose(mine, theirs.numpy(), rtol=1e-5, atol=1e-4)
     assert np.abs(found - expected.logits.numpy()).max() < 1e-4
@@ -86,7 +72,7 @@ def test_dynamic_rope_beyond_the_trained_context(tmp_path: Path) -> None:
     tokens = np.random.default_rng(0).integers(0, 300, (1, 100))
     with torch.no_grad():
         expected = reference(torch.tensor(tokens)).logits.numpy()
-    found, _ = logits(model_for(open_checkpoint(tmp_path)), tmp_path, tokens)
+    found, _ = logits(load(tmp_path), tokens)
     assert np.abs(found - expected).max() < 1e-4
 
 
@@ -99,14 +85,14 @@ def test_configurations_of_transformers_4_are_understood(tmp_path: Path) -> None
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
     (tmp_path / "old" / "config.json").write_text(json.dumps(config | old))
-    new, read = (model_for(open_checkpoint(p)).config for p in (tmp_path, tmp_path / "old"))
+    new, read = (load(p).architecture.config for p in (tmp_path, tmp_path / "old"))
     np.testing.assert_array_equal(new.rope.inverse_frequencies(8)[0], read.rope.inverse_frequencies(8)[0])
 
 
 @needs_torch
 def test_submodules_and_taps_are_those_of_transformers(checkpoint: Path) -> None:
-    reader = open_checkpoint(checkpoint)
-    model = model_for(reader)
+    streamed = load(checkpoint)
+    model, reader = streamed.architecture, streamed.reader
     reference = tiny.model(tiny.config())
     layer = reference.model.layers[1]
     inputs: dict[str, np.ndarray] = {}
@@ -153,7 +139,7 @@ def test_attention_memory_grows_with_the_window_not_its_square() -> None:
 
 
 def test_norms_are_float32_inside_a_16_bit_model(checkpoint: Path) -> None:
-    model = model_for(open_checkpoint(checkpoint), jnp.bfloat16)
+    model = load(checkpoint, dtype=jnp.bfloat16).architecture
     with jax.numpy_dtype_promotion("standard"):  # JAX's own attention promotes implicitly
         text = str(jax.make_jaxpr(model.layer)(model.layer.spec, jax.ShapeDtypeStruct((1, 8, 32), jnp.bfloat16)))
     assert text.count("rsqrt") == 2
@@ -169,4 +155,4 @@ def test_what_is_not_implemented_is_named(tmp_path: Path) -> None:
         Rope.from_hf({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}, 8, 64)
     tiny.save(tmp_path, tiny.config(hidden_act="tanh"))
     with pytest.raises(InputError, match="activation 'tanh'"):
-        model_for(open_checkpoint(tmp_path))
+        load(tmp_path)

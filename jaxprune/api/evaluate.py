@@ -1,0 +1,136 @@
+"""Checkpoints measured, and what was found written down."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import DTypeLike
+
+from convert import ownership
+from convert.hub import resolve
+from convert.ownership import Destination, destination
+from convert.paths import inputs_of, require_apart
+from jaxprune.api.load import load
+from jaxprune.errors import InputError
+from jaxprune.evaluation.quality import Evaluator, Measures, Quality, table
+from jaxprune.evaluation.verification import zeros
+from jaxprune.reporting import schema
+from jaxprune.reporting.record import environment, write_record
+from jaxprune.streaming.model import StreamedModel
+from jaxprune.streaming.observer import SILENT, Observer
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What was measured of checkpoints.
+
+    Attributes:
+        qualities: checkpoint -> what was measured of it.
+        sparsity: checkpoint -> zeros of its kernels over their weights.
+    """
+
+    qualities: Mapping[str, Quality]
+    sparsity: Mapping[str, float]
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Returns header and rows of a table: a column for each checkpoint."""
+        header, rows = table({_file_name(name): quality for name, quality in self.qualities.items()})
+        zeros = [f"{100 * share:.4f} %" for share in self.sparsity.values()]
+        return header, [["zeros of the linear layers", *zeros], *rows]
+
+    def table(self) -> str:
+        """Returns the same as text."""
+        header, rows = self.rows()
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (header, *rows)
+        )
+
+
+def evaluate(
+    *checkpoints: str | Path | StreamedModel,
+    against: str | Path | StreamedModel | None = None,
+    measures: Measures | None = None,
+    texts: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    seqlen: int = 2048,
+    windows: int | None = None,
+    limit: int | None = None,
+    out: str | Path | Destination | None = None,
+    config: Mapping[str, Any] | None = None,
+    inputs: Iterable[Path] = (),
+    dtype: DTypeLike | None = None,
+    scratch: Path | None = None,
+    observer: Observer = SILENT,
+) -> Evaluation:
+    """Measures checkpoints, dense or pruned: perplexity and KL divergence on texts, accuracy on tasks.
+
+    Args:
+        checkpoints: models, or names as for `load`.
+        against: the dense model, with which the others are compared; None: they are not compared.
+        measures: what to measure; None: what the next five say.
+        texts: names of texts, or files.
+        tasks: names of lm-eval's tasks.
+        seqlen: tokens of a window of text.
+        windows: the most windows of a text; None: all.
+        limit: the most rows of a task; None: all.
+        out: a folder to make with a record and a report, written anew after each checkpoint; None: none is made.
+        config: what was asked for, for the record.
+        inputs: paths that must not be replaced, besides the checkpoints.
+        dtype: of the computation of checkpoints that are given by name.
+        scratch: for the hidden states of checkpoints that are given by name.
+        observer: is told what happens.
+
+    Raises:
+        InputError, CheckpointError: something cannot be used.
+    """
+    measures = measures or Measures(tuple(texts), seqlen, windows, tuple(tasks), limit=limit)
+    given = [*([against] if against is not None else []), *checkpoints]
+    names = list(dict.fromkeys(one.name if isinstance(one, StreamedModel) else str(one) for one in given))
+    if len(short := {_file_name(name) for name in names}) < len(names):
+        raise InputError(f"checkpoints of the same name cannot be told apart: {', '.join(sorted(short))}")
+    place = destination(out, "out") if out is not None else None
+    opened = {one.name: one for one in given if isinstance(one, StreamedModel)}
+    if place:
+        sources = [opened[name].source if name in opened else resolve(name) for name in names]
+        place.inputs = (*inputs, *(path for source in sources for path in inputs_of(source)))
+        require_apart({"a checkpoint": place.inputs}, {"out": place.path}, error=InputError)
+        place.check()
+        if schema.run_of(place.path):
+            raise place.occupied("it is a run's folder, whose record would be replaced")
+    models = {name: opened.get(name) or load(name, dtype=dtype, scratch=scratch) for name in names}
+    runs = {name: schema.run_of(Path(name).expanduser()) for name in names}
+    first = against.name if isinstance(against, StreamedModel) else None if against is None else str(against)
+    evaluator = Evaluator(measures, models[names[0]], observer)
+    sparsity = {name: _share(zeros(model).values()) for name, model in models.items()}
+    record = {"schema": schema.VERSION, "kind": "evaluation", "config": dict(config or {}), "against": first}
+    found: dict[str, Any] = {}
+    qualities, fault = {}, None
+    for name, quality in evaluator.measure(models, first):
+        qualities[name], run = quality, runs[name]
+        found[name] = {
+            "sparsity": sparsity[name],
+            "run": run and schema.as_json(run),
+            "quality": quality.as_json(),
+        }
+        if place:  # what is measured is kept, whatever becomes of the rest
+            with ownership.staged(place) as folder:
+                named = {_file_name(one): quality for one, quality in qualities.items()}
+                files, fault = write_record(folder, record | {"checkpoints": found} | environment(), named)
+                ownership.mark(folder, "evaluation", files)
+    result = Evaluation(qualities, sparsity)
+    observer.finished(result)
+    if fault:
+        raise fault
+    return result
+
+
+def _share(counts: Iterable[tuple[int, int]]) -> float:
+    zeros, sizes = zip(*counts, strict=True)
+    return sum(zeros) / sum(sizes)
+
+
+def _file_name(name: str) -> str:
+    return Path(name).absolute().name

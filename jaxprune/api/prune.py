@@ -1,0 +1,281 @@
+"""A checkpoint pruned into a folder: all is checked, pruned, measured, recorded and put in its place."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from convert import Writer, fill_checkpoint, ownership
+from convert.checked import CheckedReader
+from convert.hub import require_whole
+from convert.ownership import Destination, destination, failing
+from convert.paths import inputs_of, paths_of, require_apart
+from convert.schema import as_text
+from jaxprune.errors import InputError
+from jaxprune.evaluation.quality import Evaluator, Quality
+from jaxprune.planning import preflight
+from jaxprune.planning.timing import jit_versus_eager
+from jaxprune.pruning import identity, publishing, resume
+from jaxprune.pruning.journal import Journal
+from jaxprune.pruning.journal_folder import journal_folder, masks_file, result_folder
+from jaxprune.pruning.loop import other_params
+from jaxprune.pruning.whole_model import prune_model
+from jaxprune.recipe import Recipe
+from jaxprune.reporting import schema
+from jaxprune.reporting.card import model_card
+from jaxprune.reporting.record import Record, write_record
+from jaxprune.sharding import barrier, broadcast, is_first_process, on_first_process
+from jaxprune.sparsity.masks import MaskWriter, source_of
+from jaxprune.streaming.model import StreamedModel
+from jaxprune.streaming.observer import SILENT, Observer, Observers
+
+
+@dataclasses.dataclass(frozen=True)
+class PruningResult:
+    """A pruned checkpoint.
+
+    Attributes:
+        folder: of the checkpoint.
+        record: the content of its jaxprune.json.
+        evaluation: "dense" and "pruned" -> what was measured; empty where nothing was.
+        repeated: whether it was finished already, so that nothing was done.
+    """
+
+    folder: Path
+    record: schema.Run
+    evaluation: Mapping[str, Quality] = dataclasses.field(default_factory=dict)
+    repeated: bool = False
+
+    @property
+    def sparsity(self) -> float:
+        """Zeros of all pruned kernels over their weights."""
+        return self.record.sparsity
+
+    @property
+    def layers(self) -> Sequence[schema.Layer]:
+        """The results of the layers; `layers[3]["mlp.down_proj"].error` is a kernel's relative error."""
+        return self.record.layers
+
+
+def prune(
+    model: StreamedModel,
+    windows: Int[np.ndarray, "w t"],
+    recipe: Recipe,
+    out: str | Path | Destination,
+    *,
+    masks: str | Path | Destination | None = None,
+    overwrite: bool = False,
+    resume_only: bool = False,
+    seed: int = 0,
+    evaluator: Evaluator | None = None,
+    timing: bool = False,
+    unchecked: bool = False,
+    config: Mapping[str, Any] | None = None,
+    inputs: Iterable[Path] = (),
+    begun: float | None = None,
+    observer: Observer = SILENT,
+) -> PruningResult | None:
+    """Prunes a checkpoint into a folder, in Hugging Face's format, with a record, a model card and a report.
+
+    What is finished is kept in `OUT.unfinished` until the end: the same call goes on with a run that was stopped, and
+    ends in the same bytes.
+
+    Args:
+        model: dense, from `load`.
+        windows: calibration windows, [windows, length] token ids.
+        recipe: what to do.
+        out: the folder to make.
+        masks: a file to make with the masks; None: none is made.
+        overwrite: replace `out` and `masks` if they are earlier results that nobody changed.
+        resume_only: insist on going on with a run that was stopped.
+        seed: of the order of windows in the distillation.
+        evaluator: measures the dense and the pruned checkpoint; None: nothing is measured.
+        timing: first prune the first layer compiled and under `jax.disable_jit`, and record the seconds of both.
+        unchecked: begin even where the run would not fit, and without comparing weights of the hub with their digests.
+        config: what was asked for, for the record; None: names of the checkpoint and of the folder.
+        inputs: paths that must not be replaced, besides the checkpoint.
+        begun: `time.perf_counter()` when the work began that led here; None: now.
+        observer: is told what happens.
+
+    Returns:
+        The result; None where an earlier process of the run had only to be tidied up after.
+
+    Raises:
+        InputError, CheckpointError: something cannot be used; nothing that was there before has changed.
+    """
+    begun = time.perf_counter() if begun is None else begun
+    if not isinstance(model.reader, CheckedReader):
+        raise TypeError("prune takes a model of jaxprune.load, whose weights are looked at when they are read")
+    place, masks_place = places(out, masks, overwrite=overwrite)
+    place.inputs = (*inputs, *require_separate(place, masks_place, recipe, {"ckpt": inputs_of(model.source)}))
+    if masks_place:
+        masks_place.inputs = place.inputs
+    emptied = resume.check(place, masks_place)
+    asked = {"ckpt": model.name, "calib": "token ids", "out": str(place.path), "seed": seed}
+    record = Record(asked | dict(config or {}), recipe, windows)
+    observer = Observers(record, observer)
+    wanted = identity.of_run(model.reader, model.architecture, record.asked(), seed)
+    observer.phase_timed("setup", time.perf_counter() - begun)
+    if not unchecked:
+        require_whole(model.reader.assets)
+        observer.planned(preflight.require_fit(_work(model, windows, recipe, place, evaluator)))
+    run, masks_at = resume.run_of(wanted), masks_place.path if masks_place else None
+    if broadcast(emptied):
+        if on_first_process(lambda: resume.tidy_up(place.path, run, masks_at)):
+            return _finished(place.path)
+        place.check()
+    with resume.open_journal(
+        place.path,
+        wanted,
+        of_version_1=lambda: identity.of_version_1(model.reader, model.architecture, record.asked_of_version_1(), seed),
+        resume=resume_only,
+    ) as journal:
+        if publishing.is_finished(journal, place.path, masks_at):
+            publishing.publish(journal, place, masks_place)
+            return _finished(place.path)
+        weights = identity.KnownWeights(model.reader, journal)
+        if timing:
+            with _timed(observer, "timing"):
+                record.timing = jit_versus_eager(model, windows, recipe)
+        files = _write_checkpoint(model, windows, recipe, seed, journal, masks_at is not None, observer)
+        if evaluator:
+            with _timed(observer, "evaluate"):
+                models = {"dense": model, "pruned": model.sibling(result_folder(journal))}
+                for which, quality in evaluator.measure(models, against="dense"):
+                    record.evaluation[which] = quality
+        record.seconds["total"] = time.perf_counter() - begun
+        weights.require_unchanged()
+        fault = None
+        content = record.as_json()
+        made = schema.run_of_json(content)
+        if is_first_process():
+            folder = result_folder(journal)
+            ownership.write_text(folder / "README.md", as_text(model_card(made, record.evaluation)))
+            names, fault = write_record(folder, content, record.evaluation)
+            files |= names | {"README.md"}
+        publishing.finish(journal, files, run, masks_at)
+        publishing.publish(journal, place, masks_place)
+    result = PruningResult(place.path, made, record.evaluation)
+    observer.finished(result)
+    if fault:
+        raise fault
+    return result
+
+
+def _finished(folder: Path) -> PruningResult | None:
+    run = schema.run_of(folder)
+    return PruningResult(folder, run, repeated=True) if run else None
+
+
+def _work(
+    model: StreamedModel,
+    windows: Int[np.ndarray, "w t"],
+    recipe: Recipe,
+    place: Destination,
+    evaluator: Evaluator | None,
+) -> preflight.Work:
+    texts = [tokens.shape for tokens in evaluator.windows.values()] if evaluator else []
+    return preflight.Work(
+        model.reader.spec,
+        model.architecture,
+        recipe,
+        len(windows),
+        windows.shape[1],
+        max(texts, default=None),
+        place.path,
+        model.scratch,
+        model.devices,
+    )
+
+
+def places(
+    out: str | Path | Destination, masks: str | Path | Destination | None, *, overwrite: bool = False
+) -> tuple[Destination, Destination | None]:
+    """Returns where the result of a run is to be, and its masks.
+
+    Raises:
+        CheckpointError: there are no such places.
+    """
+    place = destination(out, "out", overwrite=overwrite)
+    return place, masks and destination(masks, "save_masks", overwrite=overwrite, folder=False) or None
+
+
+def require_separate(
+    out: Destination,
+    masks: Destination | None,
+    recipe: Recipe,
+    inputs: Mapping[str, Iterable[Path]],
+    scratch: str | Path | None = None,
+) -> tuple[Path, ...]:
+    """Makes sure that a run reads nothing of what it makes.
+
+    Args:
+        out: where the result is to be.
+        masks: where the masks are to be.
+        recipe: of the run.
+        inputs: option -> what is read for it.
+        scratch: the folder of hidden states.
+
+    Returns:
+        All that is read.
+
+    Raises:
+        InputError: it would.
+    """
+    read = {name: list(paths) for name, paths in inputs.items()}
+    read["mask"] = [given] if (given := source_of(recipe.mask or "")) else []
+    outputs = {"out": out.path, "out.unfinished": journal_folder(out.path)}
+    if masks:
+        outputs["save_masks"] = masks.path
+    apart = read | {"scratch": paths_of(str(scratch)) if scratch else []}
+    require_apart(apart, outputs, error=InputError, around="scratch")
+    return tuple(path for paths in read.values() for path in paths)
+
+
+def _write_checkpoint(
+    model: StreamedModel,
+    windows: Int[np.ndarray, "w t"],
+    recipe: Recipe,
+    seed: int,
+    journal: Journal,
+    with_masks: bool,
+    observer: Observer,
+) -> set[str]:
+    """Prunes, and writes the checkpoint and the masks to where the journal wants them; the checkpoint's files."""
+    writer: Writer | None = None
+    mask_writer: MaskWriter | None = None
+    with contextlib.ExitStack() as stack:
+        if is_first_process():
+            folder = result_folder(journal)
+            with failing(folder):
+                folder.mkdir(parents=True)
+            writer = stack.enter_context(fill_checkpoint(folder, model.reader.spec, model.reader.assets))
+            if with_masks:
+                mask_writer = MaskWriter(masks_file(journal), model.architecture.kernel_shapes())
+        observer.started("pruning", model.num_layers)
+        for layer in prune_model(model, windows, recipe, seed=seed, journal=journal, observer=observer):
+            with _timed(observer, "write"):
+                if writer:
+                    writer.write(layer.params)
+                if mask_writer:
+                    mask_writer.write(layer.index, layer.masks)
+        if writer:
+            with _timed(observer, "write"):
+                for paths in other_params(model.reader.spec):
+                    writer.write(model.reader.read(paths))
+        if mask_writer:
+            mask_writer.finish()
+    barrier()  # the checkpoint is complete
+    return writer.files if writer else set()
+
+
+@contextlib.contextmanager
+def _timed(observer: Observer, phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    observer.phase_timed(phase, time.perf_counter() - start)

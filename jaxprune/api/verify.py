@@ -1,0 +1,41 @@
+"""A pruned checkpoint held against its record, a pattern, and the dense checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+from convert import open_checkpoint
+from jaxprune.api.load import load
+from jaxprune.evaluation import verification
+from jaxprune.evaluation.verification import Verdict
+from jaxprune.reporting import schema
+from jaxprune.sparsity.patterns import Pattern
+from jaxprune.streaming.model import StreamedModel
+
+
+def verify(
+    checkpoint: str | Path | StreamedModel,
+    *,
+    against: str | Path | StreamedModel | None = None,
+    pattern: Pattern | None = None,
+) -> Verdict:
+    """Proves from the stored tensors what a pruned checkpoint claims.
+
+    Args:
+        checkpoint: a model, or a name as for `load`.
+        against: the dense model: all but the pruned kernels must be the same, bit for bit.
+        pattern: that every kernel must have; None: what the checkpoint's record says, else an N:M that nearly all have.
+
+    Raises:
+        InputError, CheckpointError: a checkpoint cannot be read, or is no model.
+    """
+    if isinstance(checkpoint, StreamedModel):
+        model, name = checkpoint, checkpoint.name
+    else:  # what is not finite is counted
+        model, name = StreamedModel(open_checkpoint(checkpoint, check=False)), str(checkpoint)
+    dense = against if isinstance(against, StreamedModel) or against is None else load(against)
+    expected: dict[str, Any] = {}
+    if run := schema.run_of(Path(name).expanduser()):
+        expected = schema.expected(run)
+    if pattern is not None:
+        expected |= {"pattern": pattern, "wanted": None}
+    return verification.verify(model, against=dense, **expected)

@@ -1,0 +1,69 @@
+"""Convert a checkpoint between formats, one part at a time."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from convert import create_checkpoint, open_checkpoint, parts, writer_for
+from convert.assets import read_config
+from convert.command import run
+from convert.consistency import check
+from convert.errors import CheckpointError
+from convert.hub import resolve
+from convert.ownership import destination
+from convert.paths import inputs_of, require_apart
+from jaxprune.commands import options
+from jaxprune.commands.options import Section, make
+
+EXAMPLES = """Examples:
+
+    jaxprune convert model.gguf ./model
+    jaxprune convert ./model ./orbax --to orbax"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How the result is written."""
+
+    to: str = "hf"
+    """Format of the target: hf or orbax."""
+    overwrite: bool = False
+    """Replace an earlier result that nobody changed."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit status."""
+    return run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> int:
+    given = options.read(
+        argv,
+        "jaxprune convert",
+        "Convert a checkpoint between formats, one decoder layer at a time.",
+        [Section("Result", Options)],
+        positionals={
+            "source": "A folder, a .gguf file, a known name such as llama-7b, or owner/name of a hub.",
+            "target": "The folder to make.",
+        },
+        examples=EXAMPLES,
+    )
+    wanted = make(Options, given)
+    writer_for(wanted.to)
+    place = destination(given["target"], overwrite=wanted.overwrite)
+    place.check()
+    source = resolve(given["source"])
+    place.inputs = tuple(inputs_of(source))
+    require_apart({"the source": place.inputs}, {"the target": place.path}, error=CheckpointError)
+    reader = open_checkpoint(source)
+    check(reader.spec, read_config(reader.assets))
+    with create_checkpoint(place, reader.spec, reader.assets, to=wanted.to) as writer:
+        for paths in parts(reader.spec).values():
+            writer.write(reader.read(paths))
+    size = sum(t.size * t.dtype.itemsize for t in reader.spec.values())
+    print(f"{given['target']}: {len(reader.spec)} tensors, {size / 1e9:.2f} GB, format {wanted.to}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""Command lines by cyclopts: one field of a dataclass = one flag, and the docstring under it is the flag's help text.
+
+Cyclopts is chosen over tyro and jsonargparse because its errors are data (so that each is one line of ours), it leaves
+out what was not given (so that what a preset sets can tell), and its help is in groups; all three read dataclasses.
+"""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import itertools
+import math
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Group, Parameter
+
+from jaxprune.errors import InputError, UserError
+
+FlagOf = Callable[[str], str | None]
+"""A field's name -> the flag's name without dashes, in Python's spelling; None: no flag."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Some flags of a command line, under one heading of its help.
+
+    Attributes:
+        title: the heading.
+        options: a dataclass.
+        flag_of: names of the flags; by default the fields'.
+        help: below the heading.
+        only: the fields of this section; None: all that no other section has named.
+    """
+
+    title: str
+    options: type
+    flag_of: FlagOf = str
+    help: str = ""
+    only: tuple[str, ...] | None = None
+
+
+def read(
+    argv: Sequence[str],
+    command: str,
+    description: str,
+    sections: Iterable[Section],
+    *,
+    positionals: Mapping[str, str] | None = None,
+    several: bool = False,
+    examples: str = "",
+) -> dict[str, Any]:
+    """Reads a command line.
+
+    Args:
+        argv: the command line.
+        command: its name, such as `jaxprune prune`.
+        description: what it does.
+        sections: its flags.
+        positionals: name -> help text of what comes without a flag.
+        several: whether there may be several of the last of them.
+        examples: shown below the help.
+
+    Returns:
+        Flag's name, in Python's spelling, -> value, for all that was given and nothing else.
+
+    Raises:
+        UserError: a flag or a value that cannot be used.
+        SystemExit: after --help.
+    """
+    parameters, sections = [], list(sections)
+    for name, text in (positionals or {}).items():
+        last = several and name == [*(positionals or {})][-1]
+        kind = inspect.Parameter.VAR_POSITIONAL if last else inspect.Parameter.POSITIONAL_ONLY
+        note = Parameter(name=name.upper(), help=text, converter=_convert(named), show_default=False)
+        parameters.append(inspect.Parameter(name, kind, annotation=Annotated[str, note]))
+    flags = {}
+    claimed = {name for section in sections for name in section.only or ()}
+    for number, section in enumerate(sections, 1):
+        group = Group(section.title, help=section.help, sort_key=number)
+        for field in dataclasses.fields(section.options):
+            wanted = field.name in section.only if section.only else field.name not in claimed
+            if wanted and (flag := section.flag_of(field.name)):
+                flags[flag] = _parameter(section.options, field, flag, group)
+
+    def collect(*args: Any, **kwargs: Any) -> None:
+        del args, kwargs
+
+    collect.__signature__ = inspect.Signature([*parameters, *flags.values()])  # type: ignore[attr-defined]
+    collect.__doc__ = description
+    app = App(
+        name=command,
+        help_flags=[],
+        version_flags=[],
+        help_epilogue=examples,
+        help_format="plaintext",
+        end_of_options_delimiter="",
+    )
+    app.default(collect)
+    if {"-h", "--help"} & set(argv):
+        app.help_print()
+        raise SystemExit(0)
+    try:
+        _, bound, _ = app.parse_args(list(argv), exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        raise UserError(f"{' '.join(str(error).split())} ({command} --help lists what there is)") from None
+    found = dict(zip(positionals or {}, bound.args, strict=False))
+    if several:
+        *_, name = positionals or {}
+        found[name] = list(bound.args[len(positionals or {}) - 1 :])
+        if not found[name]:
+            raise UserError(f"{name.upper()} is missing ({command} --help lists what there is)")
+    return found | bound.kwargs
+
+
+def peek(argv: Sequence[str], flag: str) -> str | None:
+    """Returns a flag's value without reading the rest of a command line; None where it is not given."""
+    found = None
+    for word, following in itertools.zip_longest(argv, argv[1:]):
+        if word == f"--{flag}":
+            found = following
+        elif word.startswith(f"--{flag}="):
+            found = word.partition("=")[2]
+    return found
+
+
+def _parameter(cls: type, field: dataclasses.Field, flag: str, group: Group) -> inspect.Parameter:
+    kind, text = typing.get_type_hints(cls)[field.name], field_docs(cls)[field.name]
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    elif field.default is not dataclasses.MISSING and kind is not bool:
+        text += f" (default: {field.default})"
+    converter = {int: whole, float: real, str: named}.get(kind)
+    note = Parameter(
+        name=f"--{flag.replace('_', '-')}",
+        help=text,
+        group=group,
+        negative="",
+        show_default=False,
+        converter=_convert(converter) if converter else None,
+        allow_leading_hyphen=kind in (int, float),
+        allow_repeating=True,
+    )
+    required = field.default is dataclasses.MISSING
+    return inspect.Parameter(
+        flag,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if required else None,
+        annotation=Annotated[kind if required else kind | None, note],
+    )
+
+
+def _convert(function: Callable[[str], Any]) -> Callable[[Any, Sequence[Any]], Any]:
+    return lambda kind, tokens: function(tokens[0].value)
+
+
+def make(cls: Any, given: Mapping[str, Any], flag_of: FlagOf = str) -> Any:
+    """Makes a dataclass of what `read` returned."""
+    flags = {field.name: flag_of(field.name) for field in dataclasses.fields(cls)}
+    return cls(**{field: given[flag] for field, flag in flags.items() if flag is not None and flag in given})
+
+
+def whole(text: str) -> int:
+    """Reads a whole number that fits 32 bits, as sizes and seeds have to.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        value = int(text)
+    except ValueError:  # as for thousands of digits
+        raise ValueError(f"{_brief(text)} is no whole number") from None
+    if not -(2**31) <= value < 2**31:
+        raise ValueError(f"{_brief(text)} is too large: at most {2**31 - 1} can be used")
+    return value
+
+
+def real(text: str) -> float:
+    """Reads a finite number.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{_brief(text)} is no finite number")
+    return value
+
+
+def named(text: str) -> str:
+    """Reads a name, which is not empty: `--out "$OUT"` without OUT is a mistake, and no wish for the default.
+
+    Raises:
+        ValueError: it is empty.
+    """
+    if not text:
+        raise ValueError("nothing is given")
+    return text
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:20]}… ({len(text)} characters)"
+
+
+def require_positive(options: Any, *names: str) -> None:
+    """Raises InputError where an option that counts something is below one; None is none given."""
+    require_at_least(options, 1, *names)
+
+
+def require_at_least(options: Any, least: int, *names: str) -> None:
+    """Raises InputError where an option is below the least that it can be; None is none given."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+
+
+@functools.cache
+def field_docs(cls: type) -> dict[str, str]:
+    """Returns field name -> the docstring under it, inherited fields included."""
+    docs = {}
+    for own in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(own))).body
+        assert isinstance(body, ast.ClassDef)
+        for field, after in zip(body.body, body.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant), field.target.id
+                docs[field.target.id] = " ".join(str(after.value.value).split())
+    return docs

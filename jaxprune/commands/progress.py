@@ -1,0 +1,129 @@
+"""What a run says while it works: lines, progress bars, the table of its timing."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from rich.progress import Progress as Bar
+from rich.progress import TaskID
+
+from jaxprune.api.evaluate import Evaluation
+from jaxprune.api.prune import PruningResult
+from jaxprune.commands.terminal import console, duration, keep_memory, print_table, progress_bar
+from jaxprune.evaluation.quality import table
+from jaxprune.planning.preflight import Need, seconds
+from jaxprune.pruning.results import LayerResult
+from jaxprune.reporting import schema
+from jaxprune.reporting.card import summary
+from jaxprune.sharding import ONE_DEVICE, Devices
+from jaxprune.streaming.observer import Observer
+
+SHORTER = {
+    "sensitivity": "a smaller --sensitivity-windows",
+    "gram": "a smaller --nsamples or --seqlen",
+    "solve": "a quicker --method such as wanda",
+    "forward": "a smaller --nsamples or --seqlen",
+    "tune": "a smaller --tune-epochs",
+    "evaluate": "a smaller --eval-windows, or --eval none,",
+}
+"""Phase -> what makes it shorter."""
+
+
+class Progress(Observer):
+    """Shows what happens on the terminal, between `__enter__` and `__exit__`.
+
+    Args:
+        devices: that the work runs on.
+    """
+
+    def __init__(self, devices: Devices = ONE_DEVICE) -> None:
+        self._devices = devices
+        self._bar: Bar | None = None
+        self._task = TaskID(0)
+        self._layers = 0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def planned(self, need: Need) -> None:
+        """Says how long the run will take, by this machine's matrix rate, and which phase takes most."""
+        times = seconds(need, self._devices)
+        longest = max(times, key=lambda phase: times[phase])
+        total, most = duration(sum(times.values())), duration(times[longest])
+        console.print(
+            f"this takes about {total} without lm-eval's tasks, most of it {longest} ({most}), which {SHORTER[longest]}"
+            " shortens"
+        )
+
+    def started(self, what: str, layers: int) -> None:
+        """Begins a new progress bar."""
+        self._stop()
+        if what != "pruning":
+            keep_memory(large=True)  # logits from here on
+        self._layers = layers
+        self._bar = progress_bar()
+        self._task = self._bar.add_task(what, total=layers)
+        self._bar.start()
+
+    def layer_visited(self, index: int) -> None:
+        """Moves the bar on."""
+        if self._bar:
+            self._bar.advance(self._task)
+
+    def layer_done(self, result: LayerResult) -> None:
+        """Prints a line on a pruned layer."""
+        if self._bar:
+            self._bar.console.print(layer_line(result, self._layers))
+            self._bar.update(self._task, completed=result.index + 1)
+
+    def finished(self, result: PruningResult | Evaluation) -> None:
+        """Prints the tables of a result."""
+        self._stop()
+        if isinstance(result, Evaluation):
+            header, rows = result.rows()
+            print_table(rows, header)
+            return
+        if result.record.timing:
+            header, rows = timing_table(result.record.timing)
+            print_table(rows, header)
+        print_table([*summary(result.record), ("result", os.path.relpath(result.folder))])
+        if result.evaluation:
+            header, rows = table(result.evaluation)
+            print_table(rows, header)
+
+    def epoch_done(self, epoch: int, divergence: float) -> None:
+        """Prints a line on an epoch of the distillation."""
+        if self._bar:
+            self._bar.console.print(f"tuning, epoch {epoch + 1}: KL divergence {divergence:.4f} nats before its steps")
+
+
+def layer_line(layer: LayerResult, count: int) -> str:
+    """Returns one line on a finished layer: relative errors in percent, sparsity, seconds."""
+    errors = "  ".join(
+        f"{path.rpartition('.')[2].removesuffix('_proj')} {100 * kernel.error:.3g}"
+        for path, kernel in layer.kernels.items()
+    )
+    zeros, size = (sum(getattr(kernel, name) for kernel in layer.kernels.values()) for name in ("zeros", "size"))
+    seconds = "  ".join(f"{phase} {value:.1f}" for phase, value in layer.seconds.items())
+    raised = max(kernel.metrics.get("damping_times", 1) for kernel in layer.kernels.values())
+    seconds += f"  damping raised {raised:g} times" * (raised > 1)
+    return f"layer {layer.index + 1}/{count}  error %: {errors}  sparsity {100 * zeros / size:.2f} %  s: {seconds}"
+
+
+def timing_table(timing: schema.Timing) -> tuple[list[str], list[list[str]]]:
+    """Returns header and rows of a table: a phase each."""
+    header = ["first layer", "compiled, first time, s", "compiled, s", "eager, s", "eager / compiled"]
+    rows = []
+    for phase, jit in timing.jit.items():
+        first, eager = timing.first[phase], timing.eager[phase]
+        values: Sequence[Any] = (first or 0.0, jit or 0.0, eager or 0.0)
+        rows.append([phase, *(f"{value:.2f}" for value in values), f"{values[2] / max(values[1], 1e-9):.2f}"])
+    return header, rows

@@ -1,0 +1,200 @@
+"""The options that say how kernels are pruned, of every command that prunes; a command line -> a recipe."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from jaxprune import methods
+from jaxprune.commands import options
+from jaxprune.commands.options import Section, make
+from jaxprune.errors import InputError
+from jaxprune.methods import Method
+from jaxprune.methods.combine import Crossed, Finished
+from jaxprune.methods.exact import Exact
+from jaxprune.recipe import PRESETS, Importance, Recipe, Tuning, without_effect
+from jaxprune.sparsity import masks
+from jaxprune.sparsity.patterns import parse_pattern
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """The flags that all methods share."""
+
+    method: str | None = None
+    """How to prune: selects the mask and updates the weights (default: admm)."""
+    mask: str | None = None
+    """Select the mask with another method; or take one made elsewhere, from-checkpoint:DIR (the zeros of a pruned
+    checkpoint) or from-file:FILE (made by --save-masks)."""
+    update: str | None = None
+    """Update the dense weights under the mask with another method; exact solves for the optimum."""
+    sparsity: float | None = None
+    """Fraction of weights to set to zero in every linear layer (default: 0.5; N:M patterns have their own)."""
+    pattern: str | None = None
+    """unstructured (the smallest of a whole matrix go), per-output (of each output), or N:M, such as 2:4 (N of
+    every M consecutive inputs stay). Default: as the mask's method was published."""
+    finish_steps: int = 0
+    """Bring the weights nearer to the optimum under the mask by so many conjugate-gradient steps at the end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeModel:
+    """The flags that only matter where a whole model is pruned."""
+
+    preset: Literal["fast", "best"] | None = None
+    """Options that serve most: both weigh outputs by the loss's gradients, give every linear layer a sparsity of its
+    own and tune the kept weights; best tunes them for longer. Options given beside it win."""
+    uniform: bool = False
+    """The same sparsity for every linear layer, whatever the preset says."""
+    asymmetry: float = 0.0
+    """Let every linear layer make up for this share of what its inputs lost in the layers before: 0 keeps its own
+    output on its pruned inputs, 1 aims at the dense model's. Takes another forward pass."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.asymmetry <= 1:
+            raise InputError(f"--asymmetry must lie between 0 and 1, not {self.asymmetry}")
+
+
+class RecipeOptions:
+    """The recipe's part of a command line. The methods that it names decide which flags there are.
+
+    Args:
+        argv: the command line, of which only the methods' names are looked at.
+        whole_model: whether a whole model is pruned, so that the options which need one are offered.
+
+    Attributes:
+        classes: role, mask or update, -> the method's class; one that does both is in the role of update.
+
+    Raises:
+        InputError: there is no such method, or methods that contradict each other.
+    """
+
+    def __init__(self, argv: Sequence[str], *, whole_model: bool = True) -> None:
+        method, mask, update = (options.peek(argv, name) for name in ("method", "mask", "update"))
+        if method and mask and update:
+            raise InputError("--mask and --update together say all that --method does: leave one of the three out")
+        self._whole_model = whole_model
+        self._mask, self._update = mask or method or "admm", update or method or "admm"
+        self._given_mask = masks.is_stored(self._mask)
+        self.classes: dict[str, type] = {"update": methods.load(self._update)}
+        if not self._given_mask and self._mask != self._update:
+            self.classes = {"mask": methods.load(self._mask)} | self.classes
+
+    def sections(self) -> Iterator[Section]:
+        """Yields the flags, by heading."""
+        names = f"Methods: {', '.join(methods.names())}; --method NAME --help shows a method's own options."
+        yield Section("Pruning", Flags, help=names)
+        if self._whole_model:
+            yield Section("The whole model", WholeModel)
+            yield Section("Importance, by the gradients of the loss", Importance)
+            yield Section("Distillation", Tuning)
+        for role, cls in self.classes.items():
+            about = (inspect.getdoc(cls) or "").partition("\n\n")[0]
+            yield Section(f"Method {self._name(role)}", cls, self.flag_of(role), " ".join(about.split()))
+
+    def recipe(self, given: Mapping[str, Any]) -> Recipe:
+        """Returns the recipe that the values of flags make.
+
+        Raises:
+            InputError: values that cannot be used, or contradict each other.
+        """
+        values = {**self._preset(given.get("preset"), given), **given}
+        return self._recipe(make(WholeModel, values), given, values)
+
+    def _preset(self, name: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The flags that a preset sets."""
+        if name is None:
+            return {}
+        preset = PRESETS[name]
+        flags = _set(preset.importance) | _set(preset.tuning)
+        if given.get("token_power"):  # needs all windows
+            del flags["sensitivity_windows"]
+        for role in self.classes:
+            flag_of = self.flag_of(role)
+            if isinstance(preset.method, self.classes[role]):
+                flags |= {flag: value for field, value in _set(preset.method).items() if (flag := flag_of(field))}
+        return flags
+
+    def _name(self, role: str) -> str:
+        return self._mask if role == "mask" else self._update
+
+    def _fields(self, role: str) -> set[str]:
+        """A method's options that matter in its role."""
+        does = {role} if self._given_mask or len(self.classes) > 1 else {"mask", "update"}
+        return {f.name for f in dataclasses.fields(self.classes[role]) if {f.metadata.get("only", role)} & does}
+
+    def flag_of(self, role: str) -> Callable[[str], str | None]:
+        """Returns field -> flag of the method in a role; flags that both methods have are told apart by their role."""
+        fields = self._fields(role)
+        shared = set().union(*(self._fields(other) for other in self.classes if other != role))
+        return lambda field: (f"{role}_{field}" if field in shared else field) if field in fields else None
+
+    def _recipe(self, whole: WholeModel, given: Mapping[str, Any], values: Mapping[str, Any]) -> Recipe:
+        """The recipe of what was given, and of all values: those and the preset's."""
+        flags, importance, tuning = make(Flags, values), make(Importance, values), make(Tuning, values)
+        _require_use(whole, given, importance, tuning)
+        made = {role: make(cls, values, self.flag_of(role)) for role, cls in self.classes.items()}
+        method: Method = made["update"]
+        if "mask" in made:
+            method = Crossed(made["mask"], method)
+        if flags.finish_steps < 0:
+            raise InputError(f"--finish-steps must not be negative, not {flags.finish_steps}")
+        if flags.finish_steps:
+            method = Finished(method, Exact(steps=flags.finish_steps))
+        if self._given_mask:
+            if flags.pattern is not None or flags.sparsity is not None:
+                raise InputError(f"--mask {self._mask} decides which weights stay: leave --pattern and --sparsity out")
+            importance = _without(importance, given, without_effect(None))
+            return Recipe(method, None, self._mask, importance, tuning, whole.preset, whole.asymmetry)
+        pattern = parse_pattern(
+            flags.pattern or ("per-output" if method.per_output else "unstructured"), flags.sparsity
+        )
+        useless = {"spread": "--uniform wants one sparsity for every linear layer"} if whole.uniform else {}
+        importance = _without(importance, given, useless | without_effect(pattern))
+        return Recipe(method, pattern, None, importance, tuning, whole.preset, whole.asymmetry)
+
+
+def _set(values: Any) -> dict[str, Any]:
+    """The fields of a dataclass that have other values than their defaults."""
+    found = {field.name: (getattr(values, field.name), field.default) for field in dataclasses.fields(values)}
+    return {name: value for name, (value, default) in found.items() if value != default}
+
+
+def _without(importance: Importance, given: Mapping[str, Any], useless: Mapping[str, str]) -> Importance:
+    """Drops what a preset sets where it changes nothing.
+
+    Args:
+        importance: with the preset's values.
+        given: the flags that the user gave.
+        useless: field -> why it changes nothing.
+
+    Raises:
+        InputError: the user gave one of them.
+    """
+    if asked := [name for name in useless if given.get(name)]:
+        raise InputError(f"{useless[asked[0]]}: leave --{asked[0].replace('_', '-')} out")
+    importance = dataclasses.replace(importance, **{name: type(getattr(importance, name))() for name in useless})
+    return importance if importance.measured else Importance()
+
+
+def _require_use(whole: "WholeModel", given: Mapping[str, Any], importance: Importance, tuning: Tuning) -> None:
+    """Raises InputError for flags that only matter beside others which are not there."""
+    alone = {
+        "uniform": ("--preset", whole.preset is not None),
+        "sensitivity_windows": ("--preset, --weigh-outputs or --spread", importance.measured),
+        "tune_rate": ("--tune-epochs", tuning.tune_epochs > 0),
+        "tune_windows": ("--tune-epochs", tuning.tune_epochs > 0),
+    }
+    for name, (needed, there) in alone.items():
+        if given.get(name) and not there:
+            raise InputError(f"--{name.replace('_', '-')} does nothing by itself: pass {needed} with it")
+
+
+def parse(argv: Sequence[str]) -> Recipe:
+    """Returns the recipe of a command line that has no other flags.
+
+    Raises:
+        UserError: a flag or a value that cannot be used.
+    """
+    chosen = RecipeOptions(argv)
+    return chosen.recipe(options.read(argv, "jaxprune", "", chosen.sections()))

@@ -1,0 +1,78 @@
+"""What machine this is: its devices, its memory, and how fast it multiplies matrices."""
+
+import os
+import platform
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.methods.linalg import matmul
+
+
+def hardware() -> str:
+    """Describes the devices in words."""
+    devices = jax.local_devices()
+    if devices[0].platform != "cpu":
+        return f"{len(devices)} x {devices[0].device_kind}"
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} {'core' if cores == 1 else 'cores'} of {models[0] if models else platform.machine()}"
+
+
+def peak_bytes() -> dict[str, int]:
+    """Returns the peak memory of this process, and of each kind of device that keeps count."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    for device in jax.local_devices():
+        if used := (device.memory_stats() or {}).get("peak_bytes_in_use"):
+            peaks[device.platform] = max(used, peaks.get(device.platform, 0))
+    return peaks
+
+
+def device_memory() -> int | None:
+    """Returns the bytes of a device that JAX may use; None where it does not say."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def host_memory() -> int | None:
+    """Returns the bytes that this process may have in all; None where the system does not say."""
+    free = []
+    info = Path("/proc/meminfo")
+    if info.exists():
+        found = dict(line.split(":") for line in info.read_text().splitlines())
+        free.append(int(found["MemAvailable"].split()[0]) * 1024 + peak_bytes()["host"])
+    return min([*free, *_limits()], default=None)
+
+
+def _limits() -> Iterator[int]:
+    """Bytes that this process's control groups, of version 1 or 2, allow it."""
+    groups = Path("/proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            group = Path("/sys/fs/cgroup") / controllers / path.lstrip("/")
+            file = "memory.limit_in_bytes" if controllers else "memory.max"
+            for folder in (group, *group.parents):  # in a container its own group may be seen as the root
+                limit = folder / file
+                if limit.exists() and (text := limit.read_text().strip()) != "max":
+                    yield int(text)
+
+
+def matrix_rate(dtype: str) -> float:
+    """Measures the FLOP/s of this device in square products, with float32 accuracy where the dtype is float32."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(matmul if dtype in ("float32", "float64") else jnp.matmul)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        jax.block_until_ready(product(x, x))
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)

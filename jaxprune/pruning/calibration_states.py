@@ -1,0 +1,81 @@
+"""The hidden states of the calibration windows on their way through the layers, and through those pruned already."""
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxprune.errors import InputError
+from jaxprune.pruning import kept_states
+from jaxprune.pruning.results import Results
+from jaxprune.streaming.hidden_states import HiddenStates
+from jaxprune.streaming.model import StreamedModel, inside_layer
+
+
+class CalibrationStates:
+    """Hidden states behind the pruned layers, and where they are asked for those behind the dense layers.
+
+    Args:
+        model: dense.
+        tokens: calibration windows, [windows, length] token ids.
+        with_dense: whether states behind the dense layers go along.
+
+    Attributes:
+        pruned: states behind the layers as pruned.
+        dense: states behind the dense layers; None where they were not asked for.
+
+    Raises:
+        InputError: see `StreamedModel.embed`.
+    """
+
+    def __init__(self, model: StreamedModel, tokens: Int[np.ndarray, "w t"], *, with_dense: bool) -> None:
+        self._model, self._tokens = model, tokens
+        self._position = 0  # number of layers that the states are behind
+        self._fresh = True
+        self.pruned = model.embed(tokens)
+        self.dense = model.embed(tokens) if with_dense else None
+
+    def passed(self, index: int, finished: Results) -> None:
+        """Says that the states moved through a layer; keeps them in the journal where that is worth its time."""
+        self._position, self._fresh = index + 1, False
+        if finished.journal and self._position < self._model.num_layers:
+            kept_states.keep(finished.journal, finished.stage, self._position, self._named())
+
+    def catch_up(self, index: int, finished: Results) -> None:
+        """Moves the states on to a layer's input, through layers that an earlier process of the run pruned.
+
+        Args:
+            index: of the layer.
+            finished: the layers that are pruned already.
+
+        Raises:
+            InputError: one of them was damaged meanwhile.
+        """
+        if self._fresh:
+            self._fresh = False
+            self._restore(index, finished)
+        for before in range(self._position, index):
+            layer = finished.get(before)
+            if layer is None:
+                raise InputError(
+                    f"layer {before} was damaged on the disk while it was used: run the same command again"
+                )
+            params = self._model.devices.replicate(inside_layer(before, layer.params))
+            self._model.forward(params, self.pruned)
+            if self.dense:
+                (stored,) = self._model.layers([before])
+                self._model.forward(self._model.devices.replicate(stored), self.dense)
+        self._position = index
+
+    def _restore(self, index: int, finished: Results) -> None:
+        """Takes up the states that the journal kept, where they are of use for a layer."""
+        position = kept_states.position(finished.journal, finished.stage) if finished.journal else None
+        if finished.journal is None or position is None or position > index:
+            return
+        if kept_states.restore(finished.journal, finished.stage, self._named()):
+            self._position = position
+            return
+        self._model.embed(self._tokens, into=self.pruned)
+        if self.dense:
+            self._model.embed(self._tokens, into=self.dense)
+
+    def _named(self) -> dict[str, HiddenStates]:
+        return {"pruned": self.pruned} | ({"dense": self.dense} if self.dense else {})

@@ -1,0 +1,103 @@
+"""Hidden states in a run's journal: entries of plain files, for they may be larger than memory.
+
+They are only worth keeping now and then, for without them they are computed again.
+"""
+
+import errno
+import hashlib
+import io
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from convert import ownership
+from convert.errors import UserError
+from convert.files import require_regular
+from convert.ownership import failing
+from jaxprune.pruning.journal import Journal, read_note
+from jaxprune.sharding import broadcast, is_first_process
+from jaxprune.streaming.hidden_states import HiddenStates
+
+log = logging.getLogger(__name__)
+
+
+def keep(journal: Journal, stage: str, position: int, states: Mapping[str, HiddenStates]) -> None:
+    """Keeps states, in place of those kept before, if the work since then was long enough.
+
+    Args:
+        journal: of the run.
+        stage: that they belong to.
+        position: what they are behind or before; of the stage's own choice.
+        states: by name.
+
+    Raises:
+        CheckpointError: they cannot be written.
+    """
+    if not journal.worth_keeping(sum(one.array.nbytes for one in states.values())) or not is_first_process():
+        return
+    before, name = _positions(journal, stage), f"{stage}/states.{position}"
+    with journal.keeping():
+        staged = journal.staging_place(name)
+        with failing(staged):
+            staged.mkdir(parents=True)
+            files = {kind: _transfer(staged / kind, one, write=True) for kind, one in states.items()}
+        journal.commit(name, files, _shapes(states))
+    for old in before:
+        if old != position:
+            journal.remove(f"{stage}/states.{old}")
+
+
+def position(journal: Journal, stage: str) -> int | None:
+    """Returns where the kept states of a stage are; None without any."""
+    return broadcast(max(_positions(journal, stage), default=None))
+
+
+def restore(journal: Journal, stage: str, states: Mapping[str, HiddenStates]) -> bool:
+    """Fills states with those kept for a stage; returns whether they are whole, else what they hold is of no use."""
+    kept = position(journal, stage)
+    if kept is None:
+        return False
+    name = f"{stage}/states.{kept}"
+    folder = journal.folder / name
+    try:
+        note = read_note(journal.note(name))
+        whole = note.figures == _shapes(states) and note.files == {
+            kind: _transfer(folder / kind, one, write=False) for kind, one in states.items()
+        }
+    except (OSError, UserError, ValueError) as error:
+        whole = False
+        log.warning("cannot read %s: %s", folder, error)
+    whole = broadcast(whole)
+    if not whole and is_first_process():
+        log.warning("%s is damaged; the hidden states are computed again", folder)
+        journal.vacate(name)
+    return whole
+
+
+def _positions(journal: Journal, stage: str) -> list[int]:
+    found = (path.name.partition(".")[2] for path in (journal.folder / stage).glob("states.*") if path.is_dir())
+    numbers = (int(number) for number in found if number.isdecimal())
+    return [number for number in numbers if journal.note(f"{stage}/states.{number}").exists()]
+
+
+def _shapes(states: Mapping[str, HiddenStates]) -> dict[str, Any]:
+    """What hidden states are, as JSON."""
+    return {kind: {"dtype": one.array.dtype.name, "shape": list(one.array.shape)} for kind, one in states.items()}
+
+
+def _transfer(path: Path, states: HiddenStates, *, write: bool) -> str:
+    """Writes states to a file, or fills them from it; returns its digest. ValueError: the file is too short."""
+    whole = hashlib.sha256()
+    if not write:
+        require_regular(path)
+    with io.FileIO(path, "x" if write else "r") as file:
+        for block in states.blocks():
+            done = file.write(block) if write else file.readinto(block)
+            if done != len(block):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if write else ValueError("it is too short")
+            whole.update(block)
+    if write:
+        ownership.remember(path, whole.hexdigest())
+    return whole.hexdigest()

@@ -1,0 +1,126 @@
+"""A recipe on a whole model: sensitivities -> sparsities -> the loop over layers -> distillation."""
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxprune.pruning.allocation import allocate
+from jaxprune.pruning.distillation import distill
+from jaxprune.pruning.journal import PRUNED, SENSITIVITY, TUNED, TUNING, Journal
+from jaxprune.pruning.loop import TargetOf, prune_layers, targets_for
+from jaxprune.pruning.results import LayerResult, Results
+from jaxprune.pruning.sensitivity import Weights, measure_sensitivity, weights
+from jaxprune.recipe import Importance, Recipe
+from jaxprune.sparsity.patterns import Pattern, Unstructured
+from jaxprune.streaming.model import StreamedModel
+from jaxprune.streaming.observer import SILENT, Observer
+
+
+def prune_model(
+    model: StreamedModel,
+    tokens: Int[np.ndarray, "w t"],
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    journal: Journal | None = None,
+    observer: Observer = SILENT,
+) -> Iterator[LayerResult]:
+    """Yields the layers as they are to be stored, in order; no checkpoint is written.
+
+    Args:
+        model: dense.
+        tokens: calibration windows, [windows, length] token ids.
+        recipe: what to do.
+        seed: of the order of windows in the distillation.
+        journal: where all that is finished is kept, and taken from where it is kept already; None: nothing is kept.
+        observer: is told each layer as soon as it is pruned, which with distillation is long before it is yielded; each
+            epoch; and the seconds of each phase but those in the layers' results.
+
+    Raises:
+        InputError, CheckpointError: recipe, model and tokens do not fit together.
+    """
+    target = recipe.target()
+    targets_for(model.architecture, target)
+    model.require_tokens(tokens)
+    layers = _pruned(model, tokens, recipe, target, journal, observer)
+    return _distilled(model, tokens, layers, recipe, seed, journal, observer) if recipe.tuning.tune_epochs else layers
+
+
+def _pruned(
+    model: StreamedModel,
+    tokens: Int[np.ndarray, "w t"],
+    recipe: Recipe,
+    target: Pattern | TargetOf,
+    journal: Journal | None,
+    observer: Observer,
+) -> Iterator[LayerResult]:
+    target, layer_weights = _by_importance(model, tokens, recipe.importance, target, journal, observer)
+    layers = prune_layers(
+        model,
+        tokens,
+        recipe.method,
+        target,
+        weights=layer_weights,
+        asymmetry=recipe.asymmetry,
+        finished=Results(journal, PRUNED, model.num_layers),
+    )
+    for layer in layers:
+        observer.layer_done(layer)
+        yield layer
+
+
+def _distilled(
+    model: StreamedModel,
+    tokens: Int[np.ndarray, "w t"],
+    layers: Iterator[LayerResult],
+    recipe: Recipe,
+    seed: int,
+    journal: Journal | None,
+    observer: Observer,
+) -> Iterator[LayerResult]:
+    finished = Results(journal, TUNED, model.num_layers)
+    if kept := finished.all():
+        for layer in kept:
+            observer.layer_done(layer)
+        yield from kept
+        return
+    every = list(layers)
+    start = time.perf_counter()
+    released = (every.pop(0) for _ in range(len(every)))
+    for layer in distill(model, tokens, released, recipe.tuning, seed=seed, journal=journal, observer=observer):
+        observer.phase_timed("tune", time.perf_counter() - start)
+        finished.put(layer)
+        yield layer
+        start = time.perf_counter()
+    if journal:
+        journal.drop(SENSITIVITY, PRUNED, TUNING)
+
+
+def _by_importance(
+    model: StreamedModel,
+    tokens: Int[np.ndarray, "w t"],
+    importance: Importance,
+    target: Pattern | TargetOf,
+    journal: Journal | None,
+    observer: Observer,
+) -> tuple[Pattern | TargetOf, list[Weights] | None]:
+    """The target of each kernel and the weights of each layer."""
+    if not importance.measured:
+        return target, None
+    start = time.perf_counter()
+    count = importance.windows_of(len(tokens))
+    some = tokens[np.arange(count) * len(tokens) // count]
+    sensitivity = measure_sensitivity(model, some, journal=journal)
+    if importance.spread:
+        assert isinstance(target, Unstructured)
+        sparsities = allocate(model, sensitivity, target.sparsity, importance.spread)
+
+        def own(index: int, path: str) -> Pattern:
+            return Unstructured(sparsities[index, path])
+
+        target = own
+    observer.phase_timed("sensitivity", time.perf_counter() - start)
+    layer_weights = [weights(layer, importance) for layer in sensitivity] if importance.weighs else None
+    return target, layer_weights

@@ -1,0 +1,67 @@
+"""The model card of a pruned checkpoint: what was done to which model, and how good it is."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jaxprune.evaluation.quality import Quality, table
+from jaxprune.reporting.schema import RECORD, Run
+
+
+def summary(run: Run) -> list[tuple[str, str]]:
+    """Returns what a run did and took, as rows of a table."""
+    windows, length = run.calibration.windows
+    rows = [
+        ("checkpoint", run.checkpoint),
+        ("method", run.method_text),
+        ("pattern", run.pattern_text),
+        ("calibration", f"{windows} windows of {length} tokens, {run.config.calib}"),
+        ("sparsity of the linear layers", f"{100 * run.sparsity:.4f} %"),
+    ]
+    if run.resumed_layers:
+        rows.append(("resumed", f"{run.resumed_layers} of {len(run.layers)} layers were pruned before"))
+    rows += [(f"time, {phase}", f"{seconds or 0:.1f} s") for phase, seconds in run.seconds.items()]
+    rows += [(f"peak memory, {where}", f"{size / 1e9:.2f} GB") for where, size in run.peak_bytes.items()]
+    return rows
+
+
+def model_card(run: Run, evaluation: Mapping[str, Quality]) -> str:
+    """Returns the card as Markdown.
+
+    Args:
+        run: the record of the run.
+        evaluation: checkpoint -> what was measured of it.
+    """
+    ckpt, rows = run.config.ckpt, "".join(map(_row, summary(run)))
+    measured = ""
+    if evaluation:
+        header, cells = table(evaluation)
+        measured = "\n" + "".join(map(_row, [header, ["---"] * len(header), *cells]))
+    base = f"base_model: {ckpt}\n" if "/" in ckpt and not Path(ckpt).exists() else ""
+    return f"""---
+{base}tags:
+- pruned
+- sparse
+- jaxprune
+---
+
+# {_escaped(Path(ckpt).name)}, pruned to {_escaped(run.pattern_text)}
+
+{_escaped(run.checkpoint)}, pruned in one shot by jaxprune, which implements Boža, "Fast and Effective Weight Update
+for Pruned Large Language Models" (arXiv 2401.02938). The weights are ordinary dense tensors with exact zeros.
+Embeddings, norms and head are those of the dense checkpoint. Everything needed to repeat the run is in {RECORD}.
+
+| | |
+|---|---|
+{rows}{measured}"""
+
+
+def _row(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(map(_escaped, cells))} |\n"
+
+
+def _escaped(text: str) -> str:
+    """A name on one line, none of whose characters is Markdown's or HTML's."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return re.sub(r"([\\|`*\[\]$])", r"\\\1", line).replace("&", "&amp;").replace("<", "&lt;")

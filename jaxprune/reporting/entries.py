@@ -1,0 +1,130 @@
+"""The checkpoints of a report, from the records that speak of them."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from convert.hub import DESCRIPTIONS
+from jaxprune.evaluation.tasks import mean_accuracy
+from jaxprune.reporting.schema import MeanAccuracy, Quality, Record, Run, TextQuality
+from jaxprune.sparsity.patterns import NMRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One checkpoint of a report.
+
+    Attributes:
+        name: of the checkpoint, unique in the report.
+        label: a short name.
+        dense: whether it is the one that others were made from or are compared with.
+        method, pattern: how it was pruned, in words; "" where that is not known.
+        sparsity: zeros of the linears over their weights; None where nobody counted.
+        quality: what was measured.
+        run: the record of the run that made it, or None.
+        number: of the checkpoint among those that are not dense; decides its colour.
+    """
+
+    name: str
+    label: str
+    dense: bool
+    method: str
+    pattern: str
+    sparsity: float | None
+    quality: Quality
+    run: Run | None
+    number: int = 0
+
+    def text(self, name: str) -> TextQuality | None:
+        """Returns what was measured on a text; None where it was not."""
+        return self.quality.texts.get(name)
+
+    @property
+    def key(self) -> str:
+        """What says that two records speak of one checkpoint: how it was made, or its name."""
+        if not self.run:
+            return self.name
+        made = {"method", "pattern", "preset", "asymmetry", "importance", "tuning", "calibration"}
+        return json.dumps([self.label, self.run.config.ckpt, self.run.model_dump(include=made)], sort_keys=True)
+
+    @property
+    def accuracy(self) -> float | None:
+        """The mean over the tasks, as a fraction."""
+        return self.quality.mean_accuracy.acc
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """Of the run, by phase."""
+        return {phase: value for phase, value in (self.run.seconds if self.run else {}).items() if value is not None}
+
+    @property
+    def grouped(self) -> bool:
+        """Whether its pattern is N:M."""
+        return self.run is not None and isinstance(self.run.pattern, NMRecord)
+
+
+def entries(records: Sequence[Record]) -> list[Entry]:
+    """Returns the checkpoints of records, dense ones first; a checkpoint in several records is one entry."""
+    found: dict[str, Entry] = {}
+    for record in records:
+        for entry in _entries(record):
+            before = found.get(entry.key)
+            if before is None:
+                found[entry.key] = entry
+            else:
+                tasks = {**before.quality.tasks, **entry.quality.tasks}
+                quality = Quality(
+                    texts={**before.quality.texts, **entry.quality.texts},
+                    tasks=tasks,
+                    mean_accuracy=MeanAccuracy(**mean_accuracy(_finite(tasks))),
+                )
+                main = before if before.run or not entry.run else entry
+                found[entry.key] = dataclasses.replace(main, quality=quality, dense=before.dense or entry.dense)
+    ordered = sorted(found.values(), key=lambda entry: not entry.dense)
+    labels = [entry.label for entry in ordered]
+    first = sum(entry.dense for entry in ordered)
+    return [
+        dataclasses.replace(
+            entry,
+            label=entry.label if labels.count(entry.label) == 1 else _shortened(entry.name),
+            number=max(0, place - first),
+        )
+        for place, entry in enumerate(ordered)
+    ]
+
+
+def _entries(record: Record) -> list[Entry]:
+    if isinstance(record, Run):
+        measured = record.evaluation
+        dense = [_bare(record.config.ckpt, True, 0.0, measured["dense"])] if "dense" in measured else []
+        return [*dense, _pruned(record.config.out or "", record, measured.get("pruned", Quality()))]
+    found = []
+    for name, one in record.checkpoints.items():
+        is_dense = name == record.against or (not one.run and one.sparsity < 0.01)
+        if one.run and not is_dense:
+            found.append(_pruned(name, one.run, one.quality))
+        else:
+            found.append(_bare(name, is_dense, one.sparsity, one.quality))
+    return found
+
+
+def _bare(name: str, dense: bool, sparsity: float, quality: Quality) -> Entry:
+    """A checkpoint of whose making nothing is known."""
+    pattern = "" if dense else f"{100 * sparsity:.1f} %"
+    label = Path(name).name + (" (dense)" if dense else "")
+    return Entry(name, label, dense, DESCRIPTIONS.get(name, ""), pattern, sparsity, quality, None)
+
+
+def _pruned(name: str, run: Run, quality: Quality) -> Entry:
+    return Entry(name, Path(name).name, False, run.method_text, run.pattern_text, run.sparsity, quality, run)
+
+
+def _finite(tasks: Mapping[str, Mapping[str, float | None]]) -> dict[str, dict[str, float]]:
+    return {
+        task: {name: value for name, value in metrics.items() if value is not None} for task, metrics in tasks.items()
+    }
+
+
+def _shortened(name: str) -> str:
+    return "/".join(Path(name).parts[-2:])

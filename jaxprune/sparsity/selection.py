@@ -1,0 +1,182 @@
+"""Selection of the weights that are kept, with exact counts, under jit.
+
+The numbers of zeros are arrays, so that kernels of one shape and different sparsities share one compilation. Selecting
+the k-th smallest score needs no sort of all: the bits of a non-negative float order like an integer, and a threshold
+among them is found by counting, in four or five passes, how many scores lie below some candidates.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+Scores = Float[Array, "n m"]
+Mask = Bool[Array, "n m"]
+Rule = Callable[[Scores, Int[Array, ""]], Mask]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Selector:
+    """Selects the mask of one kernel.
+
+    Attributes:
+        zeros: numbers of zeros, one a step of a gradual schedule, the last one final. Of the whole kernel,
+            or of each output for `per_output` patterns.
+        rule: (scores, zeros) -> mask.
+    """
+
+    zeros: Int[Array, "steps"]
+    rule: Rule = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, scores: Scores, step: int | Int[Array, ""] = -1) -> Mask:
+        """Returns the mask (True = kept) without the smallest non-negative scores; of equal ones the last by index."""
+        return self.rule(scores, self.zeros[step])
+
+    def increments(self) -> "Selector":
+        """Returns the selector whose steps have the zeros that each step of this one adds to those before it."""
+        return dataclasses.replace(self, zeros=jnp.diff(self.zeros, prepend=jnp.zeros_like(self.zeros[:1])))
+
+
+def counts(size: int, fraction: float, progress: Sequence[float]) -> Int[Array, "steps"]:
+    """Returns the zeros of each step of a schedule: fractions of a fraction of the size, rounded."""
+    return jnp.asarray(np.array([round(fraction * p * size) for p in progress], np.int32))
+
+
+def keep_largest(scores: Scores, zeros: Int[Array, ""]) -> Mask:
+    """Keeps all but the smallest scores of the kernel."""
+    return _keep(scores, zeros, axis=(0, 1))
+
+
+def keep_largest_per_output(scores: Scores, zeros: Int[Array, ""]) -> Mask:
+    """Keeps all but the smallest scores of each output."""
+    return _keep(scores, zeros, axis=(0,))
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepInGroups:
+    """Keeps the n largest of every m consecutive scores of an output; see `patterns.NM`."""
+
+    n: int
+    m: int
+
+    def __call__(self, scores: Scores, zeros: Int[Array, ""]) -> Mask:
+        groups = _order(scores).reshape(-1, self.m, scores.shape[1])
+        index = jnp.arange(self.m, dtype=jnp.int32)
+        # rank[j] = how many k of the group come before j: larger, or as large and earlier.
+        mine, other = groups[:, :, None, :], groups[:, None, :, :]
+        earlier = (index[None, :] < index[:, None])[None, :, :, None]
+        rank = jnp.sum((other > mine) | ((other == mine) & earlier), axis=2, dtype=jnp.int32)
+        protected = (rank < self.n).reshape(scores.shape)
+        return keep_largest(jnp.where(protected, jnp.full_like(scores, jnp.inf), scores), zeros)
+
+
+def _order(scores: Scores) -> Int[Array, "n m"]:
+    """Integers in the order of the scores; backends that flush subnormal floats to zero still tell them apart."""
+    return lax.bitcast_convert_type(scores, jnp.int64 if scores.dtype == jnp.float64 else jnp.int32)
+
+
+def _keep(scores: Scores, zeros: Int[Array, ""], axis: tuple[int, ...]) -> Mask:
+    """All but the `zeros` smallest scores along the axes."""
+    bits, zeros = _order(scores), zeros.astype(jnp.int32)
+    threshold, below = _threshold(bits, zeros, axis)
+    keep, short = bits >= threshold, zeros - below
+
+    def break_ties() -> Mask:
+        index = lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+        if axis == (0, 1):
+            index = index * scores.shape[1] + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        last_first = jnp.where(bits == threshold, scores.size - index, scores.size + 1)
+        return keep & (last_first >= _threshold(last_first, short, axis)[0])
+
+    # Ties at the threshold are rare; without them the threshold alone gives the exact count.
+    return lax.cond(jnp.any(short > 0), break_ties, lambda: keep)
+
+
+class _Bracket(NamedTuple):
+    """A threshold lies in low ≤ threshold < high. Shapes [1, 1], or [1, m] for a threshold an output.
+
+    Attributes:
+        low, high: keys.
+        below_low, below_high: how many keys are smaller; at most the wanted number, and more than it.
+    """
+
+    low: Array
+    high: Array
+    below_low: Array
+    below_high: Array
+
+
+def _threshold(
+    keys: Int[Array, "n m"], zeros: Int[Array, "*_"], axis: tuple[int, ...]
+) -> tuple[Int[Array, "1 _"], Int[Array, "1 _"]]:
+    """A threshold below which `zeros` non-negative keys lie, and how many do: fewer only where keys are equal.
+
+    Interpolation search on the counts: a pass over the keys counts below seven candidates at once. The first are
+    quantiles of a sample; the later ones surround the place where the count would be right if keys were evenly spread
+    between the nearest candidates, at multiples of the standard deviation of that guess. One is always the middle, so
+    that each pass at least halves what is left whatever the keys.
+    """
+    size = keys.size if axis == (0, 1) else keys.shape[0]
+    floating = jnp.float64 if keys.dtype == jnp.int64 else jnp.float32
+    low = jnp.zeros_like(keys[:1, :1] if axis == (0, 1) else keys[:1])
+    high = jnp.full_like(low, jnp.iinfo(keys.dtype).max)
+    none = jnp.zeros(low.shape, jnp.int32)
+    bracket = _Bracket(low, high, none, jnp.full_like(none, size + 1))
+
+    def narrow(bracket: _Bracket, candidates: Sequence[Array]) -> _Bracket:
+        candidates = [jnp.clip(c, bracket.low + 1, bracket.high - 1) for c in candidates]
+        low, high, below_low, below_high = bracket
+        for candidate, below in zip(candidates, _counts_below(keys, candidates, axis), strict=True):
+            fits = below <= zeros
+            up, down = fits & (candidate > low), ~fits & (candidate < high)
+            low, below_low = jnp.where(up, candidate, low), jnp.where(up, below, below_low)
+            high, below_high = jnp.where(down, candidate, high), jnp.where(down, below, below_high)
+        return _Bracket(low, high, below_low, below_high)
+
+    def spread(fraction: Array, count: Array) -> Array:
+        """The standard deviation of how many of `count` keys lie below a quantile."""
+        return jnp.sqrt(fraction * (1 - fraction) * count)
+
+    def unfinished(bracket: _Bracket) -> Bool[Array, ""]:
+        return jnp.any((bracket.high - bracket.low > 1) & (bracket.below_low != zeros))
+
+    def interpolate(bracket: _Bracket) -> _Bracket:
+        low, high, below_low, below_high = bracket
+        width, inside = (high - low).astype(floating), (below_high - below_low).astype(floating)
+        fraction = ((zeros - below_low).astype(floating) + 0.5) / inside
+        unit = jnp.maximum(width * spread(fraction, inside) / inside, 1)
+        guesses = [low + jnp.clip(fraction * width + far * unit, 0, width).astype(keys.dtype) for far in _FAR]
+        return narrow(bracket, [low + (high - low) // 2, *guesses])
+
+    sample = _sorted_sample(keys, size, axis)
+    count = sample.shape[0]
+    fraction = jnp.max(zeros).astype(floating) / size
+    ranks = [fraction * count + far * spread(fraction, jnp.asarray(count, floating)) for far in (*_FAR, 0.0)]
+    quantiles = [sample[jnp.clip(rank.astype(jnp.int32), 0, count - 1)][None, :] for rank in ranks]
+    bracket = lax.while_loop(unfinished, interpolate, narrow(bracket, quantiles))
+    return bracket.low, bracket.below_low
+
+
+_FAR = (-6.0, -1.5, -0.3, 0.3, 1.5, 6.0)
+"""Where candidates lie around a guess, in its standard deviations."""
+
+
+def _sorted_sample(keys: Int[Array, "n m"], size: int, axis: tuple[int, ...]) -> Int[Array, "s _"]:
+    """About 4·√size keys. The odd stride visits all outputs."""
+    stride = (math.isqrt(size) // 4) | 1
+    return jnp.sort(keys.reshape(-1, 1)[::stride] if axis == (0, 1) else keys[::stride], axis=0)
+
+
+def _counts_below(keys: Int[Array, "n m"], candidates: Sequence[Array], axis: tuple[int, ...]) -> Sequence[Array]:
+    """How many keys lie below each candidate, in one pass: XLA makes one loop of a reduction of several arrays."""
+    below = tuple((keys < candidate).astype(jnp.int32) for candidate in candidates)
+    zeros = tuple(jnp.zeros((), jnp.int32) for _ in below)
+    counts = lax.reduce(below, zeros, lambda a, b: tuple(map(lax.add, a, b)), axis)
+    return [count.reshape(candidates[0].shape) for count in counts]

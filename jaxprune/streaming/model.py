@@ -1,0 +1,240 @@
+"""A checkpoint's model that streams: one layer's params on the device, the next one read in the background."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, DTypeLike, Float, Int, Shaped
+
+from convert import Params, Reader, open_checkpoint
+from convert.assets import load_tokenizer, read_config
+from jaxprune.calibration import require_ids
+from jaxprune.models import Architecture, Layout, Part, architecture_of
+from jaxprune.sharding import ONE_DEVICE, Devices
+from jaxprune.streaming.head import TokenScores, in_chunks, most_probable, score
+from jaxprune.streaming.hidden_states import HiddenStates, batch_size
+
+
+class StreamedModel:
+    """A checkpoint, opened: what pruning, distillation and evaluation take.
+
+    Args:
+        reader: of the checkpoint.
+        dtype: of the computation; None: float32 on a CPU, the kernels' stored dtype elsewhere.
+        devices: that it runs on.
+        scratch: a folder for hidden states; None: they are kept in memory.
+        name: of the checkpoint, as it was given.
+        source: the folder or file that the reader reads; None: the reader's own folder.
+
+    Attributes:
+        reader, devices, scratch, name, source: as given.
+        architecture: its parts and shapes.
+
+    Raises:
+        InputError: an unknown architecture, something in it that is not implemented, or tensors that do not fit; all of
+            them in one message.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        dtype: DTypeLike | None = None,
+        devices: Devices = ONE_DEVICE,
+        scratch: Path | None = None,
+        name: str = "",
+        source: Path | None = None,
+    ) -> None:
+        self.reader, self.devices, self.scratch = reader, devices, scratch
+        self.source = source or reader.assets
+        self.name = name or str(self.source)
+        self.architecture: Architecture = architecture_of(reader.assets, dtype, reader.spec)
+
+    def sibling(self, folder: Path) -> "StreamedModel":
+        """Opens another checkpoint of the same architecture on the same devices."""
+        return StreamedModel(open_checkpoint(folder), self.dtype, self.devices, self.scratch, str(folder), folder)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return self.architecture.config.num_layers
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the computation."""
+        return np.dtype(self.architecture.config.dtype)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, by transformers.
+
+        Raises:
+            CheckpointError: there is none, or it cannot be used.
+        """
+        return load_tokenizer(self.reader.assets)
+
+    @functools.cached_property
+    def hf_config(self) -> dict[str, Any]:
+        """The content of config.json."""
+        return read_config(self.reader.assets)
+
+    def require_tokens(self, tokens: Int[np.ndarray, "w t"]) -> None:
+        """Raises InputError for token ids outside the vocabulary, or windows longer than the model was made for."""
+        require_ids(tokens, self.architecture.config.vocab_size)
+        self.architecture.require_length(tokens.shape[1])
+
+    def layers(self, order: Sequence[int] | None = None) -> Iterator[Params]:
+        """Yields the decoder layers' params on the host, with paths inside the layer; one is read ahead of its use.
+
+        Args:
+            order: indices of the layers; None: all, from the first.
+        """
+        order = range(self.num_layers) if order is None else order
+        if not order:
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
+            ahead = pool.submit(self._read_layer, order[0])
+            for following in [*order[1:], None]:
+                params = ahead.result()
+                if following is not None:
+                    ahead = pool.submit(self._read_layer, following)
+                yield params
+
+    def _read_layer(self, index: int) -> Params:
+        return inside_layer(
+            index, self.reader.read([f"layers.{index}.{path}" for path in self.architecture.layer.spec])
+        )
+
+    def params_of(self, part: Part, *, cast: bool = False) -> dict[str, Array]:
+        """Puts the params of the embedding or of the head on the device.
+
+        Args:
+            part: `architecture.embed` or `architecture.head`.
+            cast: to the dtype of the computation, for a part that is applied many times.
+        """
+        params: Mapping[str, Any] = self.reader.read(part.spec)
+        if cast:
+            params = {path: param.astype(self.dtype) for path, param in params.items()}
+        return self.devices.replicate(params)
+
+    def embed(
+        self, tokens: Int[np.ndarray, "w t"], into: HiddenStates | None = None, *, at_a_time: int | None = None
+    ) -> HiddenStates:
+        """Computes the hidden states before the first layer.
+
+        Args:
+            tokens: token ids.
+            into: states of this shape, which are overwritten; None: new ones.
+            at_a_time: tokens that new ones bring to the device at a time; None: what suits it.
+
+        Raises:
+            InputError: see `require_tokens`.
+        """
+        self.require_tokens(tokens)
+        windows, length = tokens.shape
+        params = self.params_of(self.architecture.embed)
+        batch = batch_size(windows, length, at_a_time, self.devices.count)
+        shape = windows, length, self.architecture.width
+        hidden = into or HiddenStates(shape, self.dtype, batch, self.devices, self.scratch)
+
+        def step(rows: slice) -> Array:
+            return apply(self.architecture.embed, params, self.devices.shard_windows(tokens[rows].astype(np.int32)))
+
+        hidden.replace(step)
+        return hidden
+
+    def forward(self, params: Mapping[str, Any], hidden: HiddenStates, layout: Layout | None = None) -> None:
+        """Moves hidden states through one decoder layer.
+
+        Args:
+            params: of the layer, on the device.
+            hidden: before the layer; after it when this returns.
+            layout: of all windows, on the host, where they hold several texts.
+        """
+
+        def step(x: Array, rows: slice) -> Array:
+            here = None
+            if layout is not None:
+                here = Layout(*(self.devices.shard_windows(field[rows]) for field in layout))
+            return apply_layer(self.architecture.layer, params, x, here)
+
+        hidden.update(step)
+
+    def final_states(
+        self,
+        *tokens: Int[np.ndarray, "_ _"],
+        layouts: Sequence[Layout] = (),
+        layers: int | None = None,
+        at_a_time: int | None = None,
+        visit: Callable[[int, list[HiddenStates]], None] = lambda index, states: None,
+    ) -> list[HiddenStates]:
+        """Embeds windows and moves them through the layers; each layer is read once for all of them.
+
+        Args:
+            tokens: token ids of windows, [windows, length]; several arrays may have several lengths.
+            layouts: of each of them, where they hold several texts.
+            layers: how many, from the first; None: all.
+            at_a_time: see `embed`.
+            visit: is called with each layer's index and the hidden states before it.
+
+        Returns:
+            The hidden states behind the last of the layers, for each of `tokens`.
+
+        Raises:
+            InputError: see `require_tokens`.
+        """
+        states = [self.embed(windows, at_a_time=at_a_time) for windows in tokens]
+        order = range(self.num_layers if layers is None else layers)
+        for index, params in zip(order, self.layers(order), strict=True):
+            visit(index, states)
+            own = self.devices.replicate(params)
+            for hidden, layout in itertools.zip_longest(states, layouts):
+                self.forward(own, hidden, layout)
+        return states
+
+    def score_tokens(
+        self, head: Mapping[str, Array], states: Shaped[np.ndarray, "n d"], targets: Int[np.ndarray, "n"]
+    ) -> TokenScores:
+        """Scores tokens, a chunk at a time: the logits of one chunk, [1024, vocabulary], are the largest array.
+
+        Args:
+            head: params of the head, on the device.
+            states: the last layer's output where each token is predicted.
+            targets: ids of the tokens.
+        """
+        step = partial(score, self.architecture.head, head)
+        return TokenScores(*in_chunks(self.devices, step, states, targets))
+
+    def next_tokens(self, head: Mapping[str, Array], states: Shaped[np.ndarray, "n d"]) -> Int[np.ndarray, "n"]:
+        """Returns the ids of the most probable next tokens; arguments as for `score_tokens`."""
+        (ids,) = in_chunks(self.devices, lambda chunk: (most_probable(self.architecture.head, head, chunk),), states)
+        return ids
+
+
+def inside_layer(index: int, params: Params) -> Params:
+    """Returns a layer's params under their paths inside the layer."""
+    return {path.removeprefix(f"layers.{index}."): array for path, array in params.items()}
+
+
+def in_checkpoint(index: int, params: Params) -> Params:
+    """Returns a layer's params under their paths in the checkpoint."""
+    return {f"layers.{index}.{path}": array for path, array in params.items()}
+
+
+@partial(jax.jit, static_argnums=0)
+def apply(part: Part, params: Mapping[str, Array], x: Array) -> Array:
+    """Applies the embedding or the head."""
+    return part(params, x)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def apply_layer(
+    layer: Part, params: Mapping[str, Array], x: Float[Array, "b t d"], layout: Layout | None = None
+) -> Float[Array, "b t d"]:
+    """Applies a layer; x is donated."""
+    return layer(params, x, layout)[0]

@@ -1,0 +1,63 @@
+"""What can be said of accelerators without one: all programs of a run lower for them, as accurate as here."""
+
+import re
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxprune import load, methods
+from jaxprune.models import attention
+from jaxprune.models.attention import cudnn_takes
+from jaxprune.planning import programs
+from jaxprune.planning.programs import Program, Shapes
+from jaxprune.sharding import ONE_DEVICE
+from jaxprune.sparsity.patterns import NM, Unstructured
+
+
+def all_programs(checkpoint: Path, dtype: str) -> Iterator[Program]:
+    shapes = Shapes(load(checkpoint, dtype=dtype).architecture, dtype, ONE_DEVICE)
+    for name in methods.names():
+        for pattern in (Unstructured(0.5), NM(2, 4)):
+            yield from programs.of_pruning(shapes, 4, 512, methods.load(name)(), pattern)
+    yield from programs.of_sensitivity(shapes, 4, 512)
+    for keep in (True, False):
+        yield from programs.of_distillation(shapes, 4, 512, 2, keep=keep)
+    yield from programs.of_evaluation(shapes, 4, 512)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_every_program_lowers_for_accelerators_and_keeps_float32(platform: str, dtype: str, checkpoint: Path) -> None:
+    with jax.numpy_dtype_promotion("standard"):
+        lowered = [(program, program.lowered(platform)) for program in all_programs(checkpoint, dtype)]
+    exact = [text for program, text in lowered if dtype == "float32" or program.phase == "solve"]
+    products = re.findall(r"stablehlo.dot_general .*\(tensor<[^>]*xf32>, tensor<[^>]*xf32>\)", "\n".join(exact))
+    assert len(products) > 20
+    assert [product for product in products if "[HIGHEST, HIGHEST]" not in product] == []
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "length", "width", "takes"),
+    [
+        ("9.0", "bfloat16", 512, 128, True),
+        ("12.0", "float16", 512, 64, True),
+        ("8.0", "bfloat16", 511, 128, False),
+        ("8.0", "bfloat16", 512, 256, False),
+        ("8.0", "float32", 512, 128, False),
+        ("7.5", "float16", 512, 128, False),
+        ("gfx942", "bfloat16", 512, 128, False),
+        (None, "bfloat16", 512, 128, False),
+    ],
+)
+def test_cudnn_gets_what_it_takes(
+    capability: str | None, dtype: str, length: int, width: int, takes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query = jnp.zeros((1, length, 2, width), dtype)
+    device = types.SimpleNamespace(**{"compute_capability": capability} if capability else {})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert attention._cuda_capability() == (float(capability) if capability and capability[0].isdigit() else 0)
+    assert cudnn_takes(query) == takes

@@ -1,0 +1,119 @@
+"""What a run needs against what it had, and what is said where it does not fit."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxprune.commands.prune import main
+from jaxprune.errors import Change
+from jaxprune.planning import preflight
+from tests.helpers import tiny
+from tests.helpers.command import jaxprune
+from tests.helpers.plans import need_of, work_of
+
+LLAMA2_70B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+
+
+def test_a_70b_model_needs_no_weights_to_be_planned(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA2_70B))
+    options = ["--ckpt", tmp_path, "--dry-run", "--dtype", "bfloat16", "--out", tmp_path / "out", "--eval", "none"]
+    options += ["--method", "wanda"]  # whose solve compiles in no time
+    start = time.monotonic()
+    with jax.numpy_dtype_promotion("standard"):
+        work = work_of(*options, "--device-memory", 16)
+        need = preflight.need(work)
+    assert time.monotonic() - start < 120
+    assert need.disk["the checkpoint"] == 2 * 68_976_648_192
+    assert not [one for one in preflight.shortages(need, work) if "on a device" in str(one)]
+    short = list(preflight.shortages(need, dataclasses.replace(work, device_bytes=12 * preflight.GIB)))
+    told = re.compile(r"gram needs 13\.\d GiB on a device, of which 11.0 can be had")
+    assert any(told.match(str(one)) and one.options == {"seqlen": Change.LOWER} for one in short)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_what_is_needed_grows_as_it_must(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "peak_bytes", lambda: {"host": 0})
+    shared = ["--seqlen", 64, "--eval", "none", "--pattern", "2:4"]
+    few, many = (need_of("--ckpt", checkpoint, "--nsamples", count, *shared) for count in (8, 16))
+    state = 8 * 64 * 32 * 4
+    assert many.host["gram"] - few.host["gram"] == state
+    assert many.disk["hidden states"] == 2 * few.disk["hidden states"] == 4 * state
+    assert sum(many.flops["gram"].values()) == 2 * sum(few.flops["gram"].values())
+    assert many.flops["solve"] == few.flops["solve"]
+    best = need_of("--ckpt", checkpoint, "--nsamples", 8, *shared, "--preset", "best")
+    assert best.device.keys() == {"sensitivity", "gram", "solve", "forward", "tune"}
+    assert sum(best.flops["solve"].values()) == sum(few.flops["solve"].values())
+    assert sum(best.disk.values()) > sum(few.disk.values())
+
+
+def test_the_bound_is_above_the_compilers_count(checkpoint: Path) -> None:
+    work = work_of("--ckpt", checkpoint, "--nsamples", 8, "--seqlen", 64, "--preset", "best")
+    for program in preflight.programs_of(work):
+        assert program.peak_bytes() <= program.most_bytes(), program.name
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("host_memory", 2**20, "GiB of host memory, of which 0.0 are free: lower --nsamples, or lower --seqlen"),
+        ("free_disk", 2**10, "GiB of disk are needed, 0.0 are free there: choose another --out"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_the_work(
+    name: str,
+    value: int,
+    message: str,
+    checkpoint: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(preflight, name, lambda *_: value)
+    options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 4, "--seqlen", 32, "--eval", "none"]
+    argv = [*map(str, options), "--out", str(tmp_path / "out")]
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert main([*argv, "--unchecked"]) == 0
+    assert (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_run_is_foreseen(tmp_path: Path) -> None:
+    """Host memory of a run that is more than the libraries' own, within a fifth."""
+    size = {"hidden_size": 512, "intermediate_size": 128, "num_attention_heads": 8, "num_hidden_layers": 2}
+    tiny.save(tmp_path / "dense", tiny.config(**size, max_position_embeddings=4096))
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 300, (192, 512), np.int32))
+    options = ["--ckpt", "dense", "--calib", "ids.npy", "--nsamples", 192, "--seqlen", 512, "--eval", "none"]
+    options += ["--method", "magnitude", "--out", "out"]
+    foreseen = jaxprune(*options, "--dry-run", cwd=tmp_path)
+    assert foreseen.returncode == 0, foreseen.stderr
+    (row,) = [line for line in foreseen.stdout.splitlines() if "│ all" in line]
+    command = [sys.executable, "-m", "jaxprune.run", *map(str, options)]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    record = json.loads((tmp_path / "out/jaxprune.json").read_text())
+    gib = record["peak_bytes"]["host"] / 2**30
+    assert 0.8 * gib < float(row.split("│")[3]) < 1.25 * gib

@@ -1,0 +1,117 @@
+"""What a run costs, counted beforehand: FLOPs by hand, programs against the run's own, memory against allocation."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprune import ADMM, ALPS, Unstructured, load, prune_layers
+from jaxprune.planning import programs
+from jaxprune.planning.programs import Program, Shapes, count_flops
+from jaxprune.pruning.gram_matrices import accumulate
+from jaxprune.pruning.sensitivity import backward, measure_sensitivity
+from jaxprune.sharding import ONE_DEVICE
+from jaxprune.streaming.hidden_states import batch_size
+from jaxprune.streaming.model import apply_layer
+from tests.helpers.shapes import windows
+
+
+def shapes(checkpoint: Path) -> Shapes:
+    return Shapes(load(checkpoint).architecture, jnp.float32, ONE_DEVICE)
+
+
+def flops(function: object, *shapes: tuple[int, ...]) -> float:
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return sum(count_flops(jax.make_jaxpr(function)(*arguments)).values())
+
+
+def test_flops_are_those_of_products_and_factorizations() -> None:
+    assert flops(lambda a, b: a @ b, (3, 5), (5, 7)) == 2 * 3 * 5 * 7
+    assert flops(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (4, 3, 5), (4, 5, 7)) == 4 * 2 * 3 * 5 * 7
+    assert flops(jnp.linalg.cholesky, (6, 6)) == 6**3 / 3
+    assert flops(lambda a: a + a, (6, 6)) == 0
+
+
+def test_what_no_result_needs_is_not_counted() -> None:
+    def function(a: jax.Array, b: jax.Array) -> jax.Array:
+        unused = jax.jit(jnp.matmul)(a, b)
+        del unused
+        return jax.jit(jnp.matmul)(a, a)
+
+    assert flops(function, (4, 4), (4, 4)) == 2 * 4**3
+
+
+def test_loops_and_branches() -> None:
+    def loop(a: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, 5, lambda _, x: a @ x, a)
+
+    def branch(a: jax.Array) -> jax.Array:
+        return jax.lax.cond(a[0, 0] > 0, lambda: a, lambda: a @ a @ a)
+
+    assert flops(loop, (4, 4)) == 5 * 2 * 4**3
+    assert flops(branch, (4, 4)) == 2 * 2 * 4**3
+
+
+def test_a_layer_is_counted_as_by_hand(checkpoint: Path) -> None:
+    model = load(checkpoint).architecture
+    length, count = 16, 4
+    found = {p.name: p for p in programs.of_pruning(shapes(checkpoint), count, length, ADMM(), Unstructured(0.5))}
+    tokens = length * batch_size(count, length)
+    weights = sum(n * m for n, m in model.kernels.values())
+    n, m = model.kernels["mlp.down_proj"]
+    attention = 4 * tokens * length * model.width  # one segment, so the masked half is computed
+    grams = 2 * tokens * sum(n * n for n in model.widths.values())
+    total = {name: sum(program.flops().values()) for name, program in found.items()}
+    assert total["forward"] == 2 * tokens * weights + attention
+    assert total["forward and Gram matrices"] == total["forward"] - 2 * tokens * n * m + grams
+    assert total["solve mlp.down_proj"] == 20 * 2 * n * n * m
+    assert found["forward"].calls == (model.config.num_layers - 1) * count / batch_size(count, length)
+
+
+def test_the_programs_are_those_of_a_run(checkpoint: Path) -> None:
+    """The run compiles nothing that the programs do not name, and calls them with the same shapes."""
+    model, tokens = load(checkpoint), windows(4, 16)
+    named = [*programs.of_pruning(shapes(checkpoint), 4, 16, ADMM(), Unstructured(0.5))]
+    named += programs.of_sensitivity(shapes(checkpoint), 4, 16)
+
+    def compile_by_name(function: object, wanted: Iterable[Program]) -> None:
+        for program in wanted:
+            inner = getattr(program.function, "func", program.function)
+            if inner is function:
+                jax.block_until_ready(inner(*program.function.args, *jax.tree.map(_zeros, program.arguments)))
+
+    for function in (accumulate, apply_layer, backward):
+        function.clear_cache()
+        compile_by_name(function, named)
+    before = [function._cache_size() for function in (accumulate, apply_layer, backward)]
+    assert min(before) > 0
+    for _ in prune_layers(model, tokens, ADMM(), Unstructured(0.5)):
+        pass
+    measure_sensitivity(model, tokens)
+    assert [function._cache_size() for function in (accumulate, apply_layer, backward)] == before
+
+
+def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(shape.shape, shape.dtype)
+
+
+@pytest.mark.parametrize("method", [ADMM(), ALPS()])
+def test_peaks_are_at_least_what_is_alive(method: object, checkpoint: Path) -> None:
+    model = load(checkpoint).architecture
+    weights = 4 * sum(param.size for param in model.layer.spec.values())
+    grams = 4 * sum(n * n for n in model.widths.values())
+    for program in programs.of_pruning(shapes(checkpoint), 4, 16, method, Unstructured(0.5)):
+        alive = weights + (grams if program.phase == "gram" else 0)
+        assert alive < program.peak_bytes() < 60 * (weights + grams), program.name
+
+
+def test_distillation_is_counted(checkpoint: Path) -> None:
+    half, once = (
+        sum(sum(p.flops().values()) * p.calls for p in programs.of_distillation(shapes(checkpoint), 8, 16, epochs))
+        for epochs in (0.5, 1.0)
+    )
+    assert once == pytest.approx(2 * half)
+    assert all(np.isfinite(p.peak_bytes()) for p in programs.of_distillation(shapes(checkpoint), 8, 16, 1.0))

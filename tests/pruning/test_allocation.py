@@ -1,0 +1,65 @@
+"""Shares of zeros: exact totals, bounds, and one threshold."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxprune import load
+from jaxprune.pruning.allocation import allocate, share_zeros
+from jaxprune.pruning.sensitivity import measure_sensitivity
+from tests.helpers.shapes import INPUTS, windows
+
+
+def histograms(linears: int = 5, bins: int = 40, seed: int = 0) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    return generator.integers(0, 1000, (linears, bins)) * (generator.random((linears, bins)) < 0.7)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("spread", [0.0, 0.05, 0.3, 0.99])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1234, 0.5, 0.97])
+def test_totals_are_exact_within_bounds(sparsity: float, spread: float, seed: int) -> None:
+    counts = histograms(seed=seed)
+    sizes = counts.sum(axis=1)
+    zeros = round(sparsity * sizes.sum())
+    found = share_zeros(counts, zeros, spread)
+    assert found.sum() == zeros
+    share = zeros / sizes.sum()
+    slack = 1 / sizes  # a whole weight
+    assert (found / sizes <= min(share + spread, 1) + slack).all()
+    assert (found / sizes >= max(share - spread, 0) - slack).all()
+
+
+def test_one_threshold_where_nothing_bounds_it() -> None:
+    counts = histograms()
+    threshold = 17
+    zeros = counts[:, :threshold].sum(axis=1)
+    np.testing.assert_array_equal(share_zeros(counts, int(zeros.sum()), 0.99), zeros)
+
+
+def test_weights_of_one_bin_are_shared_in_proportion() -> None:
+    found = share_zeros(np.array([[0, 100, 900], [0, 300, 700]]), 200, 0.99)
+    np.testing.assert_array_equal(found, [50, 150])
+
+
+def test_the_threshold_is_one_of_saliencies(checkpoint: Path) -> None:
+    """Against sorting all saliencies of the model."""
+    model = load(checkpoint)
+    sensitivity = measure_sensitivity(model, windows(6, 40, 3))
+    found = allocate(model, sensitivity, 0.6, 0.95)
+    saliencies = {}
+    for index, layer in enumerate(sensitivity):
+        for tap, paths in INPUTS.items():
+            for path in paths:
+                name = f"layers.{index}.{path}.kernel"
+                kernel = model.reader.read([name])[name].astype(np.float64)
+                saliencies[index, path] = kernel**2 * layer.inputs[tap][:, None] * layer.outputs[path][None, :]
+    assert found.keys() == saliencies.keys() == model.architecture.kernel_shapes().keys()
+    threshold = np.quantile(np.concatenate([s.reshape(-1) for s in saliencies.values()]), 0.6)
+    for linear, saliency in saliencies.items():
+        assert abs(found[linear] - (saliency < threshold).mean()) < 0.01, linear
+    sizes = {linear: saliency.size for linear, saliency in saliencies.items()}
+    total = sum(round(found[linear] * size) for linear, size in sizes.items())
+    assert total == round(0.6 * sum(sizes.values()))
+    assert max(found.values()) - min(found.values()) > 0.1

@@ -1,0 +1,308 @@
+"""Runs that are killed, in processes of their own, and go on."""
+
+import fcntl
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from convert.ownership import MARKER
+from jaxprune.commands.prune import main
+from jaxprune.pruning import journal as journal_module
+from jaxprune.pruning import loop
+from tests.helpers import tiny
+from tests.helpers.command import failing
+from tests.helpers.damage import biggest, damage
+
+LINES = {
+    "plain": "--method admm --asymmetry 0.25",
+    "best": "--preset best --sparsity 0.6 --tune-windows 2",
+}
+MOMENTS = {
+    "reading": ("convert.hf", "Reader.read"),
+    "Gram": ("jaxprune.pruning.gram_matrices", "accumulate"),
+    "Gram, asymmetric": ("jaxprune.pruning.gram_matrices", "accumulate_drift"),
+    "solve": ("jaxprune.pruning.loop", "prune_kernel"),
+    "forward": ("jaxprune.streaming.model", "StreamedModel.forward"),
+    "commit": ("jaxprune.pruning.journal", "save_tree"),
+    "states": ("jaxprune.pruning.kept_states", "_transfer"),
+    "sensitivity": ("jaxprune.pruning.sensitivity", "backward"),
+    "tuning": ("jaxprune.pruning.distillation", "update"),
+    "export": ("convert.hf", "Writer.write"),
+    "record": ("jaxprune.api.prune", "write_record"),
+    "rename": ("convert.ownership", "Destination._put"),
+    "tidying": ("convert.ownership", "remove_empty"),
+}
+"""Name -> module and function that is interrupted."""
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def work(argv: list[str], log: Path, where: tuple[str, str, int, bool] | None, after: float | None) -> None:
+    """A child process: a command line that dies at a call of a function, before or after it, or after some seconds."""
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if where:
+        module, path, number, before = where
+        owner: Any = importlib.import_module(module)
+        *way, name = path.split(".")
+        for part in way:
+            owner = getattr(owner, part)
+        function, calls = getattr(owner, name), 0
+
+        def dying(*args: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == number and before:
+                die()
+            result = function(*args, **options)
+            if calls == number:
+                die()
+            return result
+
+        setattr(owner, name, dying)
+    if after is not None:
+        threading.Timer(after, die).start()
+    os._exit(main(argv))
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., multiprocessing.process.BaseProcess]:
+    """Starts a command line in a process whose imports are done and whose programs are compiled."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.pruning.test_resume", "jaxprune.run", "orbax.checkpoint.v1", "transformers"])
+    log = tmp_path_factory.mktemp("log") / "log"
+
+    def started(argv: list[str], where: Any = None, after: float | None = None) -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=work, args=(argv, log, where, after))
+        process.start()
+        return process
+
+    return started
+
+
+@pytest.fixture(scope="module")
+def line(text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("deep")
+    tiny.save(folder, tiny.config(num_hidden_layers=5))
+    return ["--ckpt", str(folder), "--calib", str(text), "--nsamples", "6", "--seqlen", "64", "--eval", "none"]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of all files but those that tell the time."""
+    told = {"jaxprune.json", "report.html", "README.md", MARKER}
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.name not in told}
+
+
+def finish(start: Callable, argv: list[str]) -> None:
+    process = start(argv)
+    process.join(200)
+    assert process.exitcode == 0
+
+
+@pytest.fixture(scope="module")
+def whole(start: Callable, line: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict, float]]:
+    """Digests and seconds of uninterrupted runs, which compile."""
+    found = {}
+    for name, options in LINES.items():
+        out = tmp_path_factory.mktemp(name) / "out"
+        begin = time.monotonic()
+        finish(start, [*line, *options.split(), "--out", str(out)])
+        found[name] = digests(out), time.monotonic() - begin
+    return found
+
+
+KILLS = [("plain", "solve", 17), ("best", "tuning", 12)]  # tests/crash kills at file operations
+MORE = [("plain", "reading", 4), ("plain", "commit", 3), ("plain", "rename", 1), ("plain", "tidying", 2)]
+MORE += [("best", "sensitivity", 4)]
+MORE += [("plain", "Gram, asymmetric", 3), ("plain", "export", 3), ("plain", "forward", 2), ("plain", "states", 5)]
+MORE += [("plain", "record", 1), ("plain", "random", 0), ("plain", "random", 1), ("best", "commit", 4)]
+MORE += [("best", "Gram", 3), ("best", "tuning", 22), ("best", "rename", 1)]
+MORE += [("best", "random", number) for number in range(2)]
+KILLS += [pytest.param(*kill, marks=pytest.mark.slow) for kill in MORE]
+
+
+@pytest.mark.parametrize(("name", "moment", "number"), KILLS)
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    name: str, moment: str, number: int, start: Callable, whole: dict, line: list[str], tmp_path: Path
+) -> None:
+    argv = [*line, *LINES[name].split(), "--out", str(tmp_path / "out")]
+    expected, seconds = whole[name]
+    generator = random.Random(f"{name} {moment} {number}")
+    if moment == "random":
+        process = start(argv, after=generator.uniform(0.1, 0.3) * seconds)
+    else:
+        process = start(argv, where=(*MOMENTS[moment], number, generator.random() < 0.5))
+    process.join(200)
+    if moment != "random":  # a random moment may come too late
+        assert process.exitcode == -signal.SIGKILL
+    if process.exitcode:
+        finish(start, argv)
+    assert digests(tmp_path / "out") == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture
+def stopped(line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Path, dict[str, str]]:
+    """The command line of a run that stopped in its last layer, its journal, and the digests it should end with."""
+    argv = [*line, "--sparsity", "0.7", "--weigh-outputs"]
+    assert main([*argv, "--out", str(tmp_path / "whole")]) == 0
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "prune_kernel", failing(loop.prune_kernel, 30))
+        assert main([*argv, "--out", str(out)]) == 2
+    assert not out.exists()
+    return [*argv, "--out", str(out)], tmp_path / "out.unfinished", digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("how", ["truncated", "bit-flipped"])
+@pytest.mark.parametrize("what", ["pruned/1", "pruned/states.[0-9]", "sensitivity/0/2"])
+def test_what_is_damaged_is_done_again(
+    what: str, how: str, stopped: tuple[list[str], Path, dict[str, str]], capsys: pytest.CaptureFixture
+) -> None:
+    argv, journal, expected = stopped
+    (folder,) = journal.glob(what)
+    damage(biggest(folder), how)
+    capsys.readouterr()
+    assert main([*argv, "--resume"]) == 0
+    printed, warned = capsys.readouterr()
+    assert "is damaged" in warned and folder.name in warned
+    redone = [text for text in printed.splitlines() if text.startswith("layer ")]
+    assert len(redone) == 5
+    assert digests(journal.with_name("out")) == expected
+    record = json.loads((journal.with_name("out") / "jaxprune.json").read_text())
+    assert record["resumed_layers"] == (3 if what == "pruned/1" else 4)
+
+
+def test_another_run_is_refused(
+    stopped: tuple[list[str], Path, dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    argv, journal, expected = stopped
+    tiny.save(tmp_path / "other", tiny.config(num_hidden_layers=5, rms_norm_eps=1e-5))
+    stored = load_file(tmp_path / "other/model.safetensors")
+    stored["model.layers.4.mlp.up_proj.weight"][3, 3] += 1
+    save_file(stored, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
+    before = {p: p.read_bytes() for p in journal.rglob("*") if p.is_file()}
+    changes = {
+        "pattern.sparsity: 0.7 then, 0.6 now": ["--sparsity", "0.6"],
+        "seed: 0 then, 1 now": ["--seed", "1"],
+        "calibration.sha256: ": ["--seed", "1"],
+        "layers.4.mlp.up_proj.kernel: before this run was stopped": ["--ckpt", str(tmp_path / "other")],
+        "method.options.damping: 0.1 then, 0.2 now": ["--damping", "0.2"],
+    }
+    for difference, change in changes.items():
+        capsys.readouterr()
+        assert main([*argv, *change]) == 2
+        assert difference in capsys.readouterr().err
+        assert {p: p.read_bytes() for p in journal.rglob("*") if p.is_file()} == before
+    assert main(argv) == 0
+    assert digests(journal.with_name("out")) == expected
+
+
+def test_there_must_be_something_to_resume(
+    stopped: tuple[list[str], Path, dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    argv, journal, _ = stopped
+    assert main([*argv[:-1], str(tmp_path / "elsewhere"), "--resume"]) == 2
+    assert "nothing to go on with" in capsys.readouterr().err
+    assert not (tmp_path / "elsewhere.unfinished").exists()
+    with (journal / "lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(argv) == 2
+    assert "another process is working on" in capsys.readouterr().err
+    (journal / "run.json").write_text("{")
+    assert main(argv) == 2
+    assert "run.json: it is not valid JSON" in capsys.readouterr().err
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own handler for SIGINT, which a shell's background jobs ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
+def test_a_signal_stops_a_run_cleanly(
+    signal_name: str, line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    argv = [*line, "--out", str(tmp_path / "out"), "--save-masks", str(tmp_path / "masks")]
+    real, calls = loop.prune_kernel, []
+
+    def signalled(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 10:
+            os.kill(os.getpid(), getattr(signal, signal_name))
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "prune_kernel", signalled)
+        assert main(argv) == 130
+    said = capsys.readouterr().err
+    assert "the same command goes on from there" in said and said.endswith("stopped\n")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.unfinished"]
+    kept = [MARKER, "lock", "pruned", "run.json", "weights"]
+    assert sorted(p.name for p in (tmp_path / "out.unfinished").iterdir()) == kept
+    assert main(argv) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["masks", "out"]
+
+
+def test_a_journal_goes_when_nothing_is_written_into_it(
+    line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = journal_module.save_tree
+
+    def slow(folder: Path, arrays: Any) -> None:
+        time.sleep(0.5)  # longer than all that comes behind the last layer
+        real(folder, arrays)
+
+    monkeypatch.setattr(journal_module, "save_tree", slow)
+    assert main([*line, "--sparsity", "0.7", "--out", str(tmp_path / "out")]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's own threads
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_is_an_error_after_which_a_run_goes_on(
+    stopped: tuple[list[str], Path, dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    argv, _, expected = stopped
+    size = (tmp_path / "whole/model.safetensors").stat().st_size
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size // 2}", "tmpfs", disk], check=True)
+    try:
+        argv = [*argv[:-1], str(disk / "out")]
+        assert main(argv) == 2
+        assert "GiB of disk are needed" in capsys.readouterr().err
+        assert list(disk.iterdir()) == []
+        for factor in (0.5, 1.6):  # whether an entry, states or the checkpoint finds no room depends on the time
+            subprocess.run(["mount", "-o", f"remount,size={int(factor * size)}", disk], check=True)
+            assert main([*argv, "--unchecked"]) == 2
+            fault = capsys.readouterr().err
+            assert "no room for" in fault or "cannot be written" in fault or "cannot write" in fault, (factor, fault)
+            assert not (disk / "out").exists()
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        assert main(argv) == 0
+        assert digests(disk / "out") == expected
+        assert [path.name for path in disk.iterdir()] == ["out"]
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -1,0 +1,125 @@
+"""A recipe on a whole checkpoint is its parts, put together."""
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxprune import ADMM, Importance, InputError, Observer, Unstructured, Wanda, load, prune_layers, prune_model
+from jaxprune.commands.recipe_options import parse
+from jaxprune.pruning import whole_model
+from jaxprune.pruning.allocation import allocate
+from jaxprune.pruning.distillation import distill
+from jaxprune.pruning.journal import Journal
+from jaxprune.pruning.results import LayerResult
+from jaxprune.pruning.sensitivity import Weights, measure_sensitivity, weights
+from tests.helpers.damage import biggest, damage
+from tests.helpers.shapes import windows
+
+
+class Told(Observer):
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.layers: list[LayerResult] = []
+        self.seconds: dict[str, float] = {}
+        self.epochs: list[int] = []
+
+    def layer_done(self, result: LayerResult) -> None:
+        self.layers.append(result)
+
+    def phase_timed(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = seconds
+
+    def epoch_done(self, epoch: int, divergence: float) -> None:
+        self.epochs.append(epoch)
+
+
+def by_recipe(checkpoint: Path, line: str, **options: object) -> list[LayerResult]:
+    return list(prune_model(load(checkpoint), windows(), parse(line.split()), **options))
+
+
+def assert_same(found: list[LayerResult], expected: list[LayerResult]) -> None:
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.kernels == theirs.kernels and mine.params.keys() == theirs.params.keys()
+        for path, array in mine.params.items():
+            np.testing.assert_array_equal(array, theirs.params[path], err_msg=path)
+
+
+def test_a_plain_recipe_is_the_loop_over_layers(checkpoint: Path) -> None:
+    expected = list(prune_layers(load(checkpoint), windows(), ADMM(), Unstructured(0.6)))
+    assert_same(by_recipe(checkpoint, "--sparsity 0.6"), expected)
+
+
+def test_all_parts_together(checkpoint: Path) -> None:
+    model, tokens = load(checkpoint), windows()
+    line = "--preset best --sparsity 0.6 --spread 0.2 --tune-epochs 1"
+    recipe = parse(line.split())
+    chosen = tokens[[0, 1, 3, 4, 6, 7, 9, 10]]  # eight of twelve, evenly spaced
+    sensitivity = measure_sensitivity(model, chosen)
+    sparsities = allocate(model, sensitivity, 0.6, 0.2)
+    weighing = [weights(layer, recipe.importance) for layer in sensitivity]
+    layers = list(
+        prune_layers(model, tokens, recipe.method, lambda *which: Unstructured(sparsities[which]), weights=weighing)
+    )
+    expected = list(distill(model, tokens, layers, recipe.tuning, seed=7))
+    told = Told()
+    found = by_recipe(checkpoint, line, seed=7, observer=told)
+    assert_same(found, expected)
+    assert told.seconds.keys() == {"sensitivity", "tune"} and len(told.epochs) == 1
+    assert_same(told.layers, layers)
+    zeros, sizes = (
+        sum(getattr(one, n) for layer in found for one in layer.kernels.values()) for n in ("zeros", "size")
+    )
+    assert zeros == round(0.6 * sizes)
+
+
+def test_tuned_layers_are_taken_up_or_where_one_is_damaged_made_again(checkpoint: Path, tmp_path: Path) -> None:
+    def kept() -> tuple[list[LayerResult], list[int]]:
+        told = Told()
+        with contextlib.closing(Journal(tmp_path)) as journal:
+            line = "--sparsity 0.6 --tune-epochs 1 --tune-windows 3"
+            layers = by_recipe(checkpoint, line, journal=journal, observer=told)
+        return layers, [layer.index for layer in told.layers]
+
+    first, told = kept()
+    again, told_again = kept()
+    assert told == told_again == [0, 1, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tuned", "work"]
+    assert all(layer.resumed for layer in again) and not any(layer.resumed for layer in first)
+    damage(biggest(tmp_path / "tuned/1"), "truncated")
+    third, _ = kept()
+    assert not any(layer.resumed for layer in third)
+    for layers in (again, third):
+        assert_same(layers, first)
+
+
+def test_weights_change_the_mask_but_not_an_outputs_own_update(checkpoint: Path) -> None:
+    model, tokens = load(checkpoint), windows()
+    weighing = [weights(layer, Importance(weigh_outputs=True)) for layer in measure_sensitivity(model, tokens)]
+
+    def first(per_output: bool, weighing: list[Weights] | None) -> np.ndarray:
+        pattern = Unstructured(0.5, per_output=per_output)
+        layer = next(prune_layers(model, tokens, Wanda(), pattern, weights=weighing))
+        return layer.params["layers.0.mlp.down_proj.kernel"]
+
+    np.testing.assert_allclose(first(True, weighing), first(True, None), rtol=1e-6)
+    assert ((first(False, weighing) == 0) != (first(False, None) == 0)).mean() > 0.02
+
+
+def test_tokens_weigh_in_the_gram_matrix(checkpoint: Path) -> None:
+    plain, weighed = by_recipe(checkpoint, ""), by_recipe(checkpoint, "--token-power 0.5")
+    assert plain[0]["mlp.down_proj"].error != weighed[0]["mlp.down_proj"].error
+
+
+@pytest.mark.parametrize("line", ["--pattern 3:5", "--mask from-file:nowhere"])
+def test_what_does_not_fit_is_refused_before_work(line: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole_model, "measure_sensitivity", None)
+    with pytest.raises(InputError):
+        prune_model(load(checkpoint), windows(), parse(f"--preset fast {line}".split()))
+
+
+def test_tokens_of_another_vocabulary_are_refused_before_work(checkpoint: Path) -> None:
+    with pytest.raises(InputError, match="lies outside the vocabulary, found 555"):
+        prune_model(load(checkpoint), windows() + 300, parse(["--preset", "fast"]))

@@ -1,0 +1,152 @@
+"""A record is read back as it was written; what is damaged in it is one clear line."""
+
+import contextlib
+import copy
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convert.command import worded
+from convert.errors import UserError
+from convert.schema import to_text
+from jaxprune.reporting import report, schema
+from jaxprune.sparsity.patterns import percent
+
+RECORDS = Path(__file__).parent / "records"
+WRONG = {
+    "missing": None,
+    "null": "null",
+    "text": '"x"',
+    "zero": "0",
+    "negative": "-1",
+    "huge": "1e308",
+    "5000 digits": "9" * 5000,
+    "NaN": "NaN",
+    "infinity": "-Infinity",
+    "list": "[]",
+    "object": "{}",
+    "deep": "[" * 5000 + "]" * 5000,
+    "lone surrogate": '"\\ud800"',
+    "mathtext": '"$\\\\frac{$"',
+    "control characters": '"\\u0000\\u001b[2J\\n</script><b>"',
+}
+"""JSON texts that stand in an entry's place."""
+
+
+def run() -> dict[str, Any]:
+    return schema.as_json(schema.load(RECORDS / "unstructured.json"))
+
+
+def evaluation() -> dict[str, Any]:
+    return schema.as_json(schema.load(RECORDS / "evaluation.json"))
+
+
+def places(tree: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to each entry; of lists the first only, and not into an evaluation's runs."""
+    if way:
+        yield way
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from places(value if key != "run" else None, (*way, key))
+    elif isinstance(tree, list) and tree:
+        yield from places(tree[0], (*way, 0))
+
+
+def changed(record: dict[str, Any], way: tuple[Any, ...], content: str | None) -> str:
+    """The JSON of a record with another text in an entry's place; None: without the entry."""
+    record = copy.deepcopy(record)
+    *path, last = way
+    parent: Any = record
+    for part in path:
+        parent = parent[part]
+    if content is None:
+        del parent[last]
+        return json.dumps(record)
+    parent[last] = "here it goes"
+    return json.dumps(record).replace('"here it goes"', content)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("kind", ["run", "evaluation"])
+def test_a_damaged_entry_is_one_line(kind: str, wrong: str) -> None:
+    record = run() if kind == "run" else evaluation()
+    for way in places(record):
+        try:
+            found = schema.read(changed(record, way, WRONG[wrong]), "jaxprune.json")
+        except UserError as error:
+            assert "\n" not in worded(error) and str(error).startswith("jaxprune.json: "), way
+        else:
+            assert schema.read(to_text(schema.as_json(found)), "again") == found
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_all_that_is_no_damage_is_shown(wrong: str) -> None:
+    """A record with a strange value wherever the schema allows it: pages are drawn and verify reads it."""
+    record = run()
+    for way in [way for way in places(record) if way not in (("schema",), ("kind",))]:
+        with contextlib.suppress(UserError, KeyError, IndexError, TypeError):
+            text = changed(record, way, WRONG[wrong])
+            schema.read(text, "jaxprune.json")
+            record = json.loads(text)
+    found = schema.read(json.dumps(record), "jaxprune.json")
+    assert isinstance(found, schema.Run) and schema.expected(found)
+    page = report.page([found])
+    assert "<b>" not in page and page.count("</script>") == 0
+    page.encode()
+
+
+def test_no_entry_of_the_record_is_read_unchecked() -> None:
+    """A number in place of a text, and the other way round, is refused wherever it stands."""
+    record = run()
+    for way in places(record):
+        value: Any = record
+        for part in way:
+            value = value[part]
+        if way[0] != "config" and not isinstance(value, dict | list) and value is not None:
+            with pytest.raises(UserError):
+                schema.read(changed(record, way, "[[]]"), "jaxprune.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe{}", "jaxprune.json: it is not valid JSON"),
+        (b"", "jaxprune.json: it is not valid JSON"),
+        (
+            b'{"kind": "walk"}',
+            "jaxprune.json: kind: an entry cannot be used, found 'walk', wanted 'run' or",
+        ),
+        (b'{"kind": "run", "schema": 3}', "jaxprune.json: schema: it was written by another version of jaxprune"),
+    ],
+)
+def test_what_is_no_record_is_one_error(content: bytes, message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        schema.read(content, "jaxprune.json")
+    assert str(raised.value).startswith(message)
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "jaxprune.json")
+    with pytest.raises(UserError, match="it is a FIFO, wanted a regular file"):
+        schema.run_of(tmp_path)
+    (tmp_path / "loop").mkdir()
+    (tmp_path / "loop/jaxprune.json").symlink_to("jaxprune.json")
+    with pytest.raises(UserError, match="it cannot be read"):
+        schema.run_of(tmp_path / "loop")
+    assert schema.run_of(tmp_path / "nowhere") is None
+
+
+def test_what_is_written_is_json_whatever_is_in_it() -> None:
+    written = to_text({"a": [1, math.nan, (math.inf, "b")], "name\udcff": "\udc80 \ud800"})
+    assert json.loads(written) == {"a": [1, None, [None, "b"]], "name\\udcff": "\\udc80 \\ud800"}
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 1e-07, 1 / 3, 0.5, 0.57, 0.6666667, 0.6666666666666666, 0.9999999999999999])
+def test_words_have_all_digits(sparsity: float) -> None:
+    words = percent(sparsity)
+    assert "e" not in words and float(f"{words}e-2") == sparsity

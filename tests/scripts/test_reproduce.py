@@ -1,0 +1,228 @@
+"""The driver of the paper's experiments on a tiny checkpoint: cells, tables, pictures, going on where it stopped."""
+
+import csv
+import dataclasses
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from convert.errors import UserError
+from jaxprune import InputError
+from jaxprune.commands.recipe_options import parse
+from tests.helpers import rows as task_rows
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+SIZES = ["--nsamples", "4", "--seqlen", "32", "--eval-seqlen", "32", "--eval-windows", "4", "--pack"]
+
+
+@pytest.fixture(scope="module")
+def modules() -> dict[str, ModuleType]:
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        return {name: importlib.import_module(name) for name in ("experiments", "tables", "pictures", "reproduce")}
+    finally:
+        sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture
+def driver(
+    modules: dict[str, ModuleType], checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[ModuleType, list[str]]:
+    """The driver's module with shortened experiments, and the flags of a run."""
+    reproduce = modules["reproduce"]
+    for name, experiment in reproduce.EXPERIMENTS.items():
+        rows = {row: flags for row, flags in experiment.rows.items() if "rate 0.003" not in row and "alps" not in flags}
+        patterns = tuple(p for p in experiment.patterns if p in ("0.5", "0.6", "2:4"))
+        steps = experiment.steps and (1, 10)
+        linears = {0.7: ("mlp.up_proj", "mlp.down_proj")} if experiment.linears else {}
+        short = dataclasses.replace(
+            experiment, rows=rows, patterns=patterns, steps=steps, small_steps={}, linears=linears
+        )
+        monkeypatch.setitem(reproduce.EXPERIMENTS, name, short)
+    texts = ["--calib", str(text), "--eval-text", str(text)]
+    tasks = ["--tasks-data", str(task_rows.write(tmp_path / "rows"))]
+    return reproduce, ["--ckpt", str(checkpoint), "--out", str(tmp_path), *texts, *tasks, *SIZES]
+
+
+def run(reproduce: ModuleType, monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *args])
+    reproduce.main()
+
+
+@pytest.mark.parametrize("name", ["fig1", "fig2", "table1", "table2", "table3", "table4", "layers", "presets"])
+def test_an_experiment_leaves_a_table_and_a_picture(
+    name: str, driver: tuple[ModuleType, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reproduce, flags = driver
+    run(reproduce, monkeypatch, name, *flags)
+    experiment = reproduce.EXPERIMENTS[name]
+    rows = list(csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines()))
+    expected = sum(len(experiment.steps) if "{k}" in f else 1 for f in experiment.rows.values())
+    expected *= len(experiment.patterns) * (2 if experiment.linears else 1)
+    expected -= sum("--uniform" in flags for flags in experiment.rows.values())  # 2:4 is uniform anyway
+    assert len(rows) == expected + (experiment.measure in ("perplexity", "accuracy"))
+    figure = {"perplexity": "perplexity", "error": "relative_error", "seconds": "seconds_solve", "accuracy": "acc mean"}
+    assert all(float(row[figure[experiment.measure]]) > 0 for row in rows)
+    table = (tmp_path / f"{name}.md").read_text()
+    assert all(row in table for row in experiment.rows)
+    assert "calibrated on 4 windows of 32 tokens of text0/text" in table
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    svg = (tmp_path / f"{name}.svg").read_text()
+    assert "<svg" in svg and str(tmp_path) not in svg
+
+
+def test_it_goes_on_where_it_stopped(
+    driver: tuple[ModuleType, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reproduce, flags = driver
+    measured = []
+    plain = reproduce.Bench._perplexity
+
+    def watched(bench: object, cell: object) -> dict:
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append((cell.row, cell.pattern))
+        return plain(bench, cell)
+
+    monkeypatch.setattr(reproduce.Bench, "_perplexity", watched)
+    with pytest.raises(KeyboardInterrupt):
+        run(reproduce, monkeypatch, "table2", *flags)
+    assert len(list((tmp_path / "cells").iterdir())) == 3
+    assert not (tmp_path / "table2.csv").exists()
+    monkeypatch.setattr(reproduce.Bench, "_perplexity", plain)
+    run(reproduce, monkeypatch, "table2", *flags)
+    finished = {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").iterdir()}
+    assert len(finished) == 7
+    # Another experiment takes the cells that it shares; other windows share none.
+    monkeypatch.setattr(reproduce.Bench, "_perplexity", None)
+    run(reproduce, monkeypatch, "table2", *flags)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").iterdir()} == finished
+    with pytest.raises(TypeError):
+        run(reproduce, monkeypatch, "table2", *flags, "--seed", "1")
+
+
+def test_what_there_is_by_now_is_shown(
+    driver: tuple[ModuleType, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reproduce, flags = driver
+    run(reproduce, monkeypatch, "table2", *flags)  # table1's cells of Wanda's mask, SparseGPT and ADMM-Grad at 60 %
+    monkeypatch.setattr(reproduce.Bench, "_perplexity", None)
+    run(reproduce, monkeypatch, "table1", *flags, "--only-measured")
+    rows = {line.split(" | ")[0]: line for line in (tmp_path / "table1.md").read_text().splitlines()}
+    assert rows["| ADMM1"].count("not run") == 2
+    assert "| Wanda" not in rows
+    assert len((tmp_path / "table1.csv").read_text().splitlines()) == 1 + 4
+    assert (tmp_path / "table1.png").exists()
+    with pytest.raises(InputError, match=r"3 of fig2's 7 cells are measured"):
+        run(reproduce, monkeypatch, "fig2", *flags, "--only-measured", "--seed", "0")
+    measured = set()
+
+    def measure(bench: object, cell: object) -> dict:
+        measured.add(cell.pattern)
+        return {"perplexity": 7.0, "error": 0.1, "seconds": {"solve": 1.0}}
+
+    monkeypatch.setattr(reproduce.Bench, "_perplexity", measure)
+    run(reproduce, monkeypatch, "table1", *flags, "--patterns", "2:4")
+    assert measured == {"2:4"}
+    assert (tmp_path / "table1.md").read_text().count("not run") > 2
+    with pytest.raises(SystemExit):
+        run(reproduce, monkeypatch, "table1", *flags, "--patterns", "0.7")
+
+
+def test_the_papers_numbers_stand_beside_ours_where_the_model_is_the_papers(modules: dict[str, ModuleType]) -> None:
+    reproduce, tables = modules["reproduce"], modules["tables"]
+    experiment = reproduce.EXPERIMENTS["table5"]
+    results = [(cell, {"perplexity": 7.0, "error": 0.1}) for cell in reproduce.cells(experiment, 32)]
+    lines = "\n".join(tables._tables(experiment, "llama2-13b", results))
+    for number in (4.57, 5.52, 7.75, 94.23, 8.27, 2000):
+        assert f"7.00 (paper {number:g})" in lines
+    assert "paper" not in "\n".join(tables._tables(experiment, "smollm2-135m", results))
+    table2 = reproduce.EXPERIMENTS["table2"]
+    results = [(cell, {"perplexity": 9.5, "error": 0.1}) for cell in reproduce.cells(table2, 32)]
+    assert "9.50 (paper 9.92)" in "\n".join(tables._tables(table2, "llama-7b", results))
+
+
+def test_rows_are_compared_with_the_better_of_some(modules: dict[str, ModuleType]) -> None:
+    reproduce, tables = modules["reproduce"], modules["tables"]
+    experiment = reproduce.EXPERIMENTS["presets"]
+    figures = {"ADMM-Grad, constant": (50, 10), "ALPS": (40, 20), "best": (30, 55)}
+    results = [
+        (cell, {"perplexity": float(figures[cell.row][0]), "error": 0.1, "seconds": {"gram": figures[cell.row][1]}})
+        for cell in reproduce.cells(experiment, 30)
+        if cell.row in figures
+    ]
+    lines = tables._by_pattern(
+        experiment, "smollm2-135m", [(reproduce.Cell("dense", "", None, None), {"perplexity": 9.0}), *results]
+    )
+    assert f"| best |{' 0.750 |' * 5}" in lines and f"| ADMM-Grad, constant |{' 1.250 |' * 5}" in lines
+    assert f"| best |{' 55 s (5.50) |' * 5}" in lines
+
+
+def test_gains_are_drawn_of_what_there_is(modules: dict[str, ModuleType]) -> None:
+    reproduce, pictures = modules["reproduce"], modules["pictures"]
+    experiment = reproduce.EXPERIMENTS["ablation"]
+    figures = {"ADMM-Grad, constant": 50.0, "ALPS": 40.0, "fast": 32.0, "best": 30.0}
+    results = [
+        (cell, {"perplexity": figures[cell.row]})
+        for cell in reproduce.cells(experiment, 30)
+        if cell.row in figures and (cell.pattern == "0.7" or (cell.pattern, cell.row) == ("2:4", "best"))
+    ]
+    figure, _ = pictures._gains(experiment, results)
+    (axis,) = figure.axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == list(figures)
+    (points,) = (line for line in axis.lines if line.get_marker() not in ("None", None, ""))
+    assert (points.get_label(), list(points.get_xdata())) == ("70 %", [1.25, 1.0, 0.8, 0.75])
+
+
+def test_every_row_of_every_experiment_is_a_recipe(modules: dict[str, ModuleType]) -> None:
+    for experiment in modules["experiments"].EXPERIMENTS.values():
+        made = list(modules["reproduce"].cells(experiment, 30))
+        assert len({(c.row, c.pattern, c.step, c.linear) for c in made}) == len(made)
+        for pattern in experiment.patterns:
+            assert any(c.pattern == pattern for c in made)
+        for key in {key for numbers in experiment.paper.values() for key in numbers} - {("dense", "")}:
+            assert key[0] in experiment.rows and key[1] in experiment.patterns
+        small = {(c.row, c.pattern, c.step, c.linear) for c in modules["reproduce"].cells(experiment, 30, small=True)}
+        assert small <= {(c.row, c.pattern, c.step, c.linear) for c in made}
+
+
+def command(script: str, *args: object, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPTS / script), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_a_layer_is_saved_from_the_command_line(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    flags = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 4, "--seqlen", 32]
+    done = command("save_layer.py", "--layer", 1, "--file", "l.safetensors", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "mlp.down_proj" in done.stdout
+    solve = [sys.executable, "-m", "jaxprune", "solve", "l.safetensors", "--method", "sparsegpt"]
+    solved = subprocess.run(solve, cwd=tmp_path, capture_output=True, text=True)
+    assert solved.returncode == 0, solved.stderr
+    assert solved.stdout.startswith("layer 1, sparsegpt, 50 %")
+    before = (tmp_path / "l.safetensors").read_bytes()
+    done = command("save_layer.py", "--layer", 1, "--file", "l.safetensors", *flags, cwd=tmp_path)
+    assert done.returncode == 1 and "already exists" in done.stderr
+    assert (tmp_path / "l.safetensors").read_bytes() == before
+    done = command("save_layer.py", "--layer", 9, "--file", "m.safetensors", *flags, cwd=tmp_path)
+    assert done.returncode == 1 and "there is no layer 9" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_bad_input_of_the_driver_is_one_error(checkpoint: Path, tmp_path: Path) -> None:
+    flags = ["--ckpt", checkpoint, "--out", tmp_path / "out", "--small", "--calib", "nowhere.jsonl"]
+    done = command("reproduce.py", "table3", *flags, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no text 'nowhere.jsonl'")
+    assert not (tmp_path / "out").exists()
+    done = command("reproduce.py", "table9", *flags, cwd=tmp_path)
+    assert done.returncode == 2 and "invalid choice: 'table9'" in done.stderr
+
+
+def test_the_parser_of_rows_takes_recipes_only() -> None:
+    with pytest.raises(UserError, match="--ckpt"):
+        parse(["--ckpt", "x"])

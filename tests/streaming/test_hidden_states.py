@@ -1,0 +1,113 @@
+"""Hidden states in memory and in files."""
+
+import hashlib
+import os
+import subprocess
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxprune import InputError
+from jaxprune.commands.prune import main
+from jaxprune.errors import Change
+from jaxprune.planning import preflight
+from jaxprune.streaming.hidden_states import HiddenStates
+from tests.helpers.plans import need_of
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_states_are_updated_in_place(place: str, tmp_path: Path) -> None:
+    folder = tmp_path if place == "disk" else None
+    states = HiddenStates((6, 3, 2), np.dtype(ml_dtypes.bfloat16), batch=2, folder=folder)
+    values = np.arange(36.0).reshape(6, 3, 2).astype(ml_dtypes.bfloat16)
+    states.write(slice(None), values)
+    before = states.copy()
+    states.update(lambda x, rows: x + jax.numpy.asarray(rows.start, x.dtype))
+    assert not list(tmp_path.iterdir())
+    np.testing.assert_array_equal(before.array, values)
+    expected = values + np.repeat([0, 2, 4], 2)[:, None, None].astype(values.dtype)
+    np.testing.assert_array_equal(states.array, expected)
+    np.testing.assert_array_equal(states.read(np.array([5, 1])), expected[[5, 1]])
+    np.testing.assert_array_equal(np.concatenate(list(states.batches())), expected)
+    assert b"".join(states.blocks()) == expected.tobytes()
+
+
+def mapped() -> int:
+    """Bytes of files in this process's memory."""
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * sum(int(lines[name].split()[0]) for name in ("RssFile", "RssShmem"))
+
+
+def test_what_is_not_worked_on_takes_no_memory(tmp_path: Path) -> None:
+    start = mapped()
+    states = HiddenStates((64, 1024, 512), np.dtype(np.float32), batch=4, folder=tmp_path)
+    most = 0
+
+    def step(x: jax.Array, rows: slice) -> jax.Array:
+        nonlocal most
+        most = max(most, mapped() - start)
+        return x + 1
+
+    for _ in range(2):
+        states.update(step)
+    twin = states.copy()
+    most = max(most, mapped() - start)
+    assert most < states.array.nbytes / 4
+    assert twin.array.min() == twin.array.max() == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_too_small_a_disk_is_an_error(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], check=True)
+    try:
+        with pytest.raises(InputError, match="cannot keep 0.12 GiB") as error:
+            HiddenStates((64, 1024, 512), np.dtype(np.float32), batch=4, folder=tmp_path)
+        assert error.value.file == tmp_path and error.value.options["scratch"] is Change.OTHER
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+@pytest.fixture
+def line(checkpoint: Path, text: Path, tmp_path: Path) -> list[str]:
+    sizes = ["--nsamples", "4", "--seqlen", "32", "--eval-windows", "3", "--eval-text", str(text)]
+    return ["--ckpt", str(checkpoint), "--calib", str(text), *sizes]
+
+
+def test_a_run_on_disk_ends_with_the_same_bytes(line: list[str], tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    line += ["--preset", "best", "--sparsity", "0.6", "--asymmetry", "0.25"]
+    assert main([*line, "--out", str(tmp_path / "a")]) == 0
+    assert main([*line, "--out", str(tmp_path / "b"), "--hidden", "disk", "--scratch", str(scratch)]) == 0
+    assert not list(scratch.iterdir())
+    first, second = (hashlib.sha256((tmp_path / o / "model.safetensors").read_bytes()).digest() for o in "ab")
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scratch", "."], "--scratch is for --hidden disk"),
+        (["--hidden", "disk", "--scratch", "nowhere"], "nowhere: it is not a folder that can be written into"),
+    ],
+)
+def test_scratch_must_be_of_use(
+    options: list[str], message: str, line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main([*line, *options, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_goes_to_the_disk_needs_no_memory(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "peak_bytes", lambda: {"host": 0})
+    sizes = ["--nsamples", 8, "--seqlen", 64, "--eval", "none", "--preset", "fast", "--out", tmp_path / "out"]
+    memory, disk = need_of("--ckpt", checkpoint, *sizes), need_of("--ckpt", checkpoint, *sizes, "--hidden", "disk")
+    state = 8 * 64 * 32 * 4
+    assert memory.host["gram"] - disk.host["gram"] == state == disk.scratch["gram"]
+    assert disk.scratch["sensitivity"] == memory.host["sensitivity"] - disk.host["sensitivity"] == 6 * state

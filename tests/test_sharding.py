@@ -1,0 +1,107 @@
+"""Several devices against one: eight CPU devices in a process of their own, and two processes of four."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.helpers import tiny
+
+
+def command(line: list[object], **environment: str) -> subprocess.Popen:
+    argv = [sys.executable, "-m", "jaxprune.run", *map(str, line)]
+    settings = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
+    return subprocess.Popen(argv, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(*processes: subprocess.Popen) -> None:
+    for process in processes:
+        printed, _ = process.communicate(timeout=500)
+        assert process.returncode == 0, printed[-3000:]
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """Eleven windows on eight devices, and 6 key-value heads' outputs, 40 features and 72 inner ones, of which not all
+    can be split."""
+    folder = tmp_path_factory.mktemp("wide")
+    size = {"hidden_size": 40, "intermediate_size": 72, "num_attention_heads": 4, "num_key_value_heads": 1}
+    tiny.save(folder, tiny.config(**size))
+    ids = np.random.default_rng(0).integers(0, 300, (11, 64), np.int32)
+    np.save(folder / "ids.npy", ids)
+    options = ["--ckpt", folder, "--calib", folder / "ids.npy", "--nsamples", 11, "--seqlen", 64]
+    return [*options, "--eval-text", folder / "ids.npy", "--eval-windows", 5, "--device", "cpu"]
+
+
+RECIPES = {
+    "best": ["--preset", "best", "--sparsity", 0.6, "--asymmetry", 0.25, "--token-power", 0.5, "--tune-epochs", 0.4],
+    "Wanda": ["--method", "wanda", "--pattern", "2:4", "--finish-steps", 2],
+}
+TOGETHER = """
+import json, sys
+from jaxprune.run import main
+sys.exit(max(main(argv) for argv in json.loads(sys.argv[1])))
+"""
+
+
+def run_all(*lines: list[object]) -> None:
+    """Runs command lines one after another in one process."""
+    argv = [sys.executable, "-c", TOGETHER, json.dumps([[*map(str, line)] for line in lines])]
+    finish(subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+
+
+@pytest.fixture(scope="module")
+def single(line: list[object], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    outs = {name: tmp_path_factory.mktemp(name) / "out" for name in RECIPES}
+    run_all(*([*line, *RECIPES[name], "--out", out] for name, out in outs.items()))
+    return outs
+
+
+def assert_close(out: Path, single: Path, far: float = 2e-4) -> None:
+    """Same masks; weights equal to float32 rounding, by `far` of the largest of a kernel."""
+    found, expected = (load_file(folder / "model.safetensors") for folder in (out, single))
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert ((found[name] == 0) == (weight == 0)).all(), name
+        np.testing.assert_allclose(found[name], weight, rtol=2e-3, atol=far * np.abs(weight).max(), err_msg=name)
+
+
+def test_eight_devices_do_as_one(line: list[object], single: dict[str, Path], tmp_path: Path) -> None:
+    run_all([*line, *RECIPES["best"], "--devices", 8, "--out", tmp_path / "out"])
+    # A gradient near zero may have another sign, and Adam's first steps are as long whatever a gradient's size.
+    assert_close(tmp_path / "out", single["best"], far=2e-3)
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+def pair(line: list[object]) -> list[subprocess.Popen]:
+    """Two processes of four devices each."""
+    shared = [*line, "--devices", 4, "--coordinator", f"localhost:{free_port()}", "--processes", 2]
+    return [command([*shared, "--process-id", number]) for number in range(2)]
+
+
+def test_two_processes_do_as_one_and_go_on(line: list[object], single: dict[str, Path], tmp_path: Path) -> None:
+    argv = [*line, *RECIPES["Wanda"], "--out", tmp_path / "out"]
+    processes = pair(argv)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "out.unfinished/pruned/0.json").exists():
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    finish(*pair(argv))
+    assert_close(tmp_path / "out", single["Wanda"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert json.loads((tmp_path / "out/jaxprune.json").read_text())["resumed_layers"] >= 1
