@@ -26,7 +26,7 @@ from convert.errors import CheckpointError as CheckpointError
 from convert.errors import DamagedError as DamagedError
 
 if TYPE_CHECKING:
-    from convert.ownership import Destination
+    from convert.destination import Destination
 
 Params = dict[str, np.ndarray]
 Spec = dict[str, jax.ShapeDtypeStruct]
@@ -121,7 +121,7 @@ def open_checkpoint(name: str | Path, *, check: bool = True) -> Reader:
 def create_checkpoint(
     place: "str | Path | Destination", spec: Spec, assets: Path, *, to: str = "hf", overwrite: bool = False
 ) -> Iterator[Writer]:
-    """Writes a checkpoint that appears at its place only when it is complete; see `ownership`.
+    """Writes a checkpoint that appears at its place only when it is complete; see `destination`.
 
     Args:
         place: a folder that does not exist, or is replaced at the end where `overwrite` is set and it is ours.
@@ -134,8 +134,9 @@ def create_checkpoint(
         CheckpointError: there is something that is not replaced, it cannot be written, or the disk is too small.
     """
     from convert import ownership
+    from convert.destination import destination, staged
 
-    with ownership.staged(ownership.destination(place, overwrite=overwrite)) as folder:
+    with staged(destination(place, overwrite=overwrite)) as folder:
         with fill_checkpoint(folder, spec, assets, to=to) as writer:
             yield writer
         ownership.mark(folder, "checkpoint", writer.files)
@@ -145,7 +146,7 @@ def create_checkpoint(
 def fill_checkpoint(folder: Path, spec: Spec, assets: Path, *, to: str = "hf") -> Iterator[Writer]:
     """Writes a checkpoint into an empty folder; arguments and errors as for `create_checkpoint`."""
     from convert.assets import copy_assets
-    from convert.ownership import names
+    from convert.writing import names
 
     writer = writer_for(to)(folder, spec)
     copy_assets(assets, folder)

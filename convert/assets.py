@@ -11,8 +11,8 @@ from pydantic import Field
 
 from convert.errors import CheckpointError, DamagedError
 from convert.files import leads_outside, read_bytes, require_inside, require_regular
-from convert.ownership import failing
 from convert.schema import Schema, check, decode
+from convert.writing import failing
 
 log = logging.getLogger(__name__)
 

@@ -31,6 +31,11 @@ def expand(path: str | Path) -> Path:
     return found
 
 
+def existing_parent(path: Path) -> Path:
+    """Returns the nearest folder above a path that is there."""
+    return next(parent for parent in path.absolute().parents if os.path.exists(parent))
+
+
 def require_regular(path: str | Path, error: type[UserError] = CheckpointError) -> os.stat_result:
     """A regular file's status, links followed; nothing is opened, so a FIFO or a device cannot make it wait.
 

@@ -23,9 +23,9 @@ from convert.assets import check_files
 from convert.consistency import check_paths
 from convert.errors import CheckpointError, DamagedError, NoRoomError, joined
 from convert.files import require_regular
-from convert.ownership import names, write_text
 from convert.schema import Schema
 from convert.shards import DTYPES
+from convert.writing import names, write_text
 
 MARK = "params.json"
 MOST_FILES = 10_000

@@ -19,7 +19,7 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from convert.errors import CheckpointError, NoRoomError
-from convert.ownership import failed, failing, sync, write_text
+from convert.writing import failed, failing, sync, write_text
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _STORED = DTYPES | {"uint8": "U8"}

@@ -18,7 +18,8 @@ from typing import NamedTuple
 from convert import CheckpointError
 from convert.errors import OccupiedError
 from convert.files import expand
-from convert.ownership import digest, put
+from convert.ownership import digest
+from convert.writing import put
 
 
 class Member(NamedTuple):

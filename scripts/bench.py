@@ -34,7 +34,8 @@ from rates import Rate, timed
 from sizes import SIZES, model
 from tables import markdown
 
-from convert.ownership import destination, staged, write_text
+from convert.destination import destination, staged
+from convert.writing import write_text
 from jaxprune.commands.terminal import keep_memory
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.gram import gram

@@ -30,8 +30,9 @@ from pictures import PARTIAL
 from tables import write
 
 from convert import CheckpointError, create_checkpoint
-from convert.ownership import destination, staged, write_text
+from convert.destination import destination, staged
 from convert.schema import to_text
+from convert.writing import write_text
 from jaxprune import InputError, Magnitude, Observer, Unstructured, calibration, load, prune_model
 from jaxprune.commands import recipe_options
 from jaxprune.commands.config import Config

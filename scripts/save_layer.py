@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from convert.command import ArgumentParser
-from convert.ownership import destination
+from convert.destination import destination
 from jaxprune import InputError, load
 from jaxprune.commands.config import parse
 from jaxprune.commands.options import whole

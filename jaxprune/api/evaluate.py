@@ -8,8 +8,8 @@ from typing import Any
 from jaxtyping import DTypeLike
 
 from convert import ownership
+from convert.destination import Destination, destination, staged
 from convert.hub import resolve
-from convert.ownership import Destination, destination
 from convert.paths import inputs_of, require_apart
 from jaxprune.api.load import load
 from jaxprune.errors import InputError
@@ -116,7 +116,7 @@ def evaluate(
             "quality": quality.as_json(),
         }
         if place:  # what is measured is kept, whatever becomes of the rest
-            with ownership.staged(place) as folder:
+            with staged(place) as folder:
                 named = {_file_name(one): quality for one, quality in qualities.items()}
                 files, fault = write_record(folder, record | {"checkpoints": found} | environment(), named)
                 ownership.mark(folder, "evaluation", files)

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from convert import Writer, fill_checkpoint, ownership
+from convert import Writer, fill_checkpoint, writing
 from convert.checked import CheckedReader
+from convert.destination import Destination, destination
 from convert.hub import require_whole
-from convert.ownership import Destination, destination, failing
 from convert.paths import inputs_of, paths_of, require_apart
 from convert.schema import as_text
+from convert.writing import failing
 from jaxprune.errors import InputError
 from jaxprune.evaluation.quality import Evaluator, Quality
 from jaxprune.planning import preflight
@@ -155,7 +156,7 @@ def prune(
         made = schema.run_of_json(content)
         if is_first_process():
             folder = result_folder(journal)
-            ownership.write_text(folder / "README.md", as_text(model_card(made, record.evaluation)))
+            writing.write_text(folder / "README.md", as_text(model_card(made, record.evaluation)))
             names, fault = write_record(folder, content, record.evaluation)
             files |= names | {"README.md"}
         publishing.finish(journal, files, run, masks_at)

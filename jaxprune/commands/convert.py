@@ -8,9 +8,9 @@ from convert import create_checkpoint, open_checkpoint, parts, writer_for
 from convert.assets import read_config
 from convert.command import run
 from convert.consistency import check
+from convert.destination import destination
 from convert.errors import CheckpointError
 from convert.hub import resolve
-from convert.ownership import destination
 from convert.paths import inputs_of, require_apart
 from jaxprune.commands import options
 from jaxprune.commands.options import Section, make

@@ -7,12 +7,11 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from convert.files import expand
+from convert.files import existing_parent, expand
 from jaxprune.commands.options import require_at_least, require_positive
 from jaxprune.errors import Change, InputError
 from jaxprune.evaluation.quality import Measures
 from jaxprune.evaluation.tasks import ZERO_SHOT
-from jaxprune.planning.preflight import existing_parent
 
 MEASURES = ("ppl", "zero-shot")
 

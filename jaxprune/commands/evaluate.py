@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from convert import ownership
+from convert.destination import destination
 from convert.hub import resolve
 from convert.paths import inputs_of, paths_of, require_apart
 from jaxprune import calibration
@@ -55,7 +55,7 @@ def evaluate(config: Config, names: Sequence[str]) -> Evaluation:
     Raises:
         InputError, CheckpointError: something cannot be used.
     """
-    place = ownership.destination(config.out, "out", overwrite=config.overwrite)
+    place = destination(config.out, "out", overwrite=config.overwrite)
     place.check()
     scratch = config.scratch_folder(config.out)
     choose_devices(config.device)

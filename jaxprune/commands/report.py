@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from convert.ownership import destination
+from convert.destination import destination
 from convert.paths import require_apart
 from jaxprune.commands import options
 from jaxprune.commands.options import Section, make

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from convert.destination import destination
 from convert.files import expand
-from convert.ownership import destination
 from convert.paths import require_apart
 from jaxprune.commands import options
 from jaxprune.commands.options import Section, make

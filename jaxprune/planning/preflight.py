@@ -16,6 +16,7 @@ import numpy as np
 
 from convert import Spec, formats, part_of
 from convert.assets import read_config
+from convert.files import existing_parent
 from convert.hub import resolve
 from jaxprune.errors import Change, InputError
 from jaxprune.models import Architecture, architecture_of, stored_dtype
@@ -286,11 +287,6 @@ def free_disk(work: Work) -> int | None:
     """Returns the bytes that the output's disk has free, with what the run has there already."""
     own = sum(path.stat().st_size for path in journal_folder(work.out).rglob("*") if path.is_file())
     return shutil.disk_usage(existing_parent(work.out)).free + own
-
-
-def existing_parent(path: Path) -> Path:
-    """Returns the nearest folder above a path that is there."""
-    return next(parent for parent in path.absolute().parents if os.path.exists(parent))
 
 
 def seconds(need: Need, devices: Devices = ONE_DEVICE) -> dict[str, float]:

@@ -277,9 +277,9 @@ def of_evaluation(shapes: Shapes, windows: int, length: int) -> Iterator[Program
     architecture, x = shapes.architecture, shapes.batch(windows, length)
     forward = partial(apply_layer, architecture.layer)
     passes = 2 * architecture.config.num_layers * windows / x.shape[0]
-    arguments = shapes.layer(), x, None
-    resident = 2 * _bytes(x) + _bytes(arguments[0])
-    yield Program("evaluate", "forward", forward, arguments, passes, resident, donated=(1,))
+    params = shapes.layer()
+    resident = 2 * _bytes(x) + _bytes(params)
+    yield Program("evaluate", "forward", forward, (params, x, None), passes, resident, donated=(1,))
     chunk = min(CHUNK // 2, windows * (length - 1))
     head = shapes.params(architecture.head.spec, shapes.stored)
     states, targets = Shape((chunk, architecture.width), architecture.config.dtype), Shape((chunk,), jnp.int32)

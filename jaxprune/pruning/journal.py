@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from convert import CheckpointError, Params, ownership, schema
+from convert import CheckpointError, Params, ownership, schema, writing
 from convert.errors import DamagedError, UserError
 from convert.files import read_bytes
 from convert.orbax import load_tree, save_tree
@@ -202,7 +202,7 @@ class Journal:
         staged = self.staging_place(name)
         save_tree(staged, arrays)
         if is_first_process():
-            self.commit(name, {file: ownership.digest(staged / file) for file in ownership.names(staged)}, metadata)
+            self.commit(name, {file: ownership.digest(staged / file) for file in writing.names(staged)}, metadata)
 
     def staging_place(self, name: str) -> Path:
         """Returns where an entry is made before it is whole; nothing is there."""
@@ -223,12 +223,12 @@ class Journal:
             self._put_note(f"{WEIGHTS}/{len(self._known())}", {}, known)
         self.vacate(name)
         self._put_note(name, files, metadata)
-        ownership.put(self.work / name, self.folder / name)
+        writing.put(self.work / name, self.folder / name)
 
     def _put_note(self, name: str, files: Mapping[str, str], metadata: Mapping[str, Any]) -> None:
         content = {"files": dict(files), "figures": dict(metadata)}
         text = json.dumps(content | {"digest": _digest_of(content)})
-        ownership.put_text(self.note(name), text, self.work / f"{name}.json")
+        writing.put_text(self.note(name), text, self.work / f"{name}.json")
 
     def weights(self) -> list[dict[str, Any]]:
         """Returns what is known of the dense weights.
@@ -249,7 +249,7 @@ class Journal:
                 number = 0
                 while os.path.lexists(aside := self.aside / f"{path.relative_to(self.folder)}.{number}"):
                     number += 1
-                ownership.put(path, aside)
+                writing.put(path, aside)
 
     @property
     def aside(self) -> Path:

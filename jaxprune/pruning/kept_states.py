@@ -15,7 +15,7 @@ from typing import Any
 from convert import ownership
 from convert.errors import UserError
 from convert.files import require_regular
-from convert.ownership import failing
+from convert.writing import failing
 from jaxprune.pruning.journal import Journal, read_note
 from jaxprune.sharding import broadcast, is_first_process
 from jaxprune.streaming.hidden_states import HiddenStates

@@ -6,9 +6,10 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from convert import ownership
+from convert import ownership, writing
+from convert.destination import Destination
 from convert.errors import UserError, joined
-from convert.ownership import MARKER, Destination, Listed
+from convert.ownership import MARKER, Listed
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.journal_folder import (
     FINISHED,
@@ -53,7 +54,7 @@ def _finish(journal: Journal, files: Iterable[str], run: str, masks_at: Path | N
         result=ownership.digest(result_folder(journal) / MARKER),
         masks=Masks(path=str(masks_at), sha256=ownership.digest(masks_file(journal))) if masks_at else None,
     )
-    ownership.put_text(journal.folder / FINISHED, finished.model_dump_json(), journal.work / FINISHED)
+    writing.put_text(journal.folder / FINISHED, finished.model_dump_json(), journal.work / FINISHED)
 
 
 def is_finished(journal: Journal, out: Path, masks_at: Path | None) -> bool:

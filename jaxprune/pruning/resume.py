@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from convert import ownership
+from convert import ownership, writing
+from convert.destination import Destination
 from convert.errors import Change, OccupiedError, UserError, joined
 from convert.files import read_bytes
-from convert.ownership import MARKER, Destination, Listed, failing
+from convert.ownership import MARKER, Listed
 from convert.schema import decode
+from convert.writing import failing
 from jaxprune.errors import InputError
 from jaxprune.pruning import adoption
 from jaxprune.pruning.journal import AnotherRunError, Journal
@@ -121,7 +123,7 @@ def _take(
         if not finished:
             ownership.remove_own(work)
             if not (folder / IDENTITY).exists():
-                ownership.put_text(folder / IDENTITY, text, work / IDENTITY)
+                writing.put_text(folder / IDENTITY, text, work / IDENTITY)
     except UserError:
         _leave(folder)
         raise
@@ -155,7 +157,7 @@ def _begin(folder: Path, identity: str) -> JournalMarker:
         listed = Listed(size=len(content), sha256=hashlib.sha256(content).hexdigest())
         marker = JournalMarker(kind=KIND, files={IDENTITY: listed}, token=secrets.token_hex(8))
     ownership.remove_own(folder / NEW_MARKER)
-    ownership.put_text(folder / MARKER, marker.model_dump_json(), folder / NEW_MARKER)
+    writing.put_text(folder / MARKER, marker.model_dump_json(), folder / NEW_MARKER)
     if old:
         ownership.remove_listed(folder, old.states)
     return marker

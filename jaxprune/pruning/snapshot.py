@@ -22,9 +22,10 @@ from safetensors import SafetensorError, safe_open
 from scipy.linalg.lapack import spotrf
 
 from convert import schema
+from convert.destination import Destination, destination, staged
 from convert.errors import DamagedError
 from convert.files import require_regular
-from convert.ownership import UNSEALED, Destination, destination, seal, staged
+from convert.ownership import UNSEALED, seal
 from convert.shards import TensorFile
 from jaxprune.errors import Change, InputError
 from jaxprune.methods import Method

@@ -1,101 +1,28 @@
 """A report's plots, as SVG that takes its colours from the page, so that they follow its light or dark look."""
 
-import hashlib
-import io
 import math
-import re
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import matplotlib
-from markupsafe import Markup, escape
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import MaxNLocator
 
+from jaxprune.reporting.drawing import (
+    AXIS,
+    DENSE,
+    LEAST,
+    MOST,
+    SERIES,
+    Figure,
+    draw,
+    format_number,
+    logarithmic,
+    series_style,
+    words,
+)
 from jaxprune.reporting.entries import Entry
 from jaxprune.reporting.schema import Layer
-
-# Colours that stand for variables of the page's style sheet.
-TEXT, AXIS, GRID, DENSE = "#010101", "#020202", "#030303", "#040404"
-SERIES = [f"#0505{number:02x}" for number in range(10)]
-VARIABLES = {TEXT: "--text", AXIS: "--axis", GRID: "--grid", DENSE: "--dense"}
-VARIABLES |= {color: f"--series-{number}" for number, color in enumerate(SERIES)}
-MARKERS = "osD^vP*X"
-LEAST, MOST = 1e-12, 1e15
-"""Between these, numbers are drawn where they belong."""
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "text.parse_math": False,  # a $ in a name is a $
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "text.color": TEXT,
-    "axes.labelcolor": TEXT,
-    "axes.edgecolor": AXIS,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlesize": 9,
-    "grid.color": GRID,
-    "xtick.color": AXIS,
-    "ytick.color": AXIS,
-    "xtick.labelcolor": TEXT,
-    "ytick.labelcolor": TEXT,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "legend.labelcolor": TEXT,
-    "lines.markersize": 3.5,
-    "lines.linewidth": 1.2,
-}
-WIDTH = 4.4
-"""Inches; a phone is about as wide, so that the text of a plot stays readable there."""
-
-
-class Figure(NamedTuple):
-    """A plot with its heading.
-
-    Attributes:
-        title: of the plot.
-        svg: the plot.
-    """
-
-    title: str
-    svg: Markup
-
-
-def draw(title: str, height: float, plot: Callable[[Axes], None]) -> Figure:
-    """Draws on one pair of axes; the legend, where there is one, goes below them."""
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}), warnings.catch_warnings():
-        # matplotlib's font has no Chinese, a box stands for it; and names may leave the plot no room.
-        warnings.filterwarnings("ignore", "Glyph .* missing|constrained_layout not applied")
-        figure = Canvas(figsize=(WIDTH, height), layout="constrained")
-        axis = figure.add_subplot()
-        plot(axis)
-        handles, labels = axis.get_legend_handles_labels()
-        if len(labels) > 1:
-            columns = max(1, min(4, 56 // (8 + max(map(len, labels)))))
-            figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-        file = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})
-    return Figure(title, _inline(file.getvalue(), title))
-
-
-def _inline(svg: str, title: str) -> Markup:
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
-    # Several plots are in one page: no two elements may have one id.
-    prefix = "p" + hashlib.sha256(svg.encode()).hexdigest()[:12]
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}-", svg)
-    for color, variable in VARIABLES.items():
-        svg = svg.replace(color, f"var({variable})")
-    return Markup(svg)
 
 
 def error_by_layer(entries: Sequence[Entry]) -> Figure:
@@ -106,12 +33,12 @@ def error_by_layer(entries: Sequence[Entry]) -> Figure:
             layers = _layers(entries[0])
             for number, name in enumerate(_linears(entries)):
                 errors = [la.linears[name].error if name in la.linears else None for la in layers]
-                axis.plot(_numbers(layers), _percents(errors), label=_short(name), **_style(number))
+                axis.plot(_numbers(layers), _percents(errors), label=_short(name), **series_style(number))
         else:
             for entry in entries:
                 means = [_mean(linear.error for linear in layer.linears.values()) for layer in _layers(entry)]
                 axis.plot(_numbers(_layers(entry)), _percents(means), label=_label(entry), **_style_of(entry))
-        _logarithmic(axis.yaxis)
+        logarithmic(axis.yaxis)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel("layer")
         axis.set_ylabel("relative error of the output, %")
@@ -136,7 +63,7 @@ def error_by_linear(entries: Sequence[Entry]) -> Figure:
             axis.plot(means, places, **style, ls="", label=_label(entry))
         axis.set_yticks(range(len(names)), [_short(name) for name in names])
         axis.invert_yaxis()
-        _logarithmic(axis.xaxis)
+        logarithmic(axis.xaxis)
         axis.set_xlabel("relative error of the output, %: mean and range over the layers")
 
     return draw("Relative error by linear", max(2.8, 1.2 + 0.16 * len(names) * len(entries)), plot)
@@ -168,7 +95,7 @@ def time_by_phase(entries: Sequence[Entry]) -> Figure:
         start = [0.0] * len(entries)
         for number, phase in enumerate(phases):
             values = [_plain(entry.seconds.get(phase, 0.0)) for entry in entries]
-            axis.barh(range(len(entries)), values, left=start, label=_words(phase), color=SERIES[number % len(SERIES)])
+            axis.barh(range(len(entries)), values, left=start, label=words(phase), color=SERIES[number % len(SERIES)])
             start = [a + b for a, b in zip(start, values, strict=True)]
         for place, total in enumerate(start):
             axis.text(total, place, f"  {total:.0f} s", va="center", fontsize=8)
@@ -205,10 +132,10 @@ def _measured(
             if value is not None:
                 axis.plot([low, end], [place, place], color=style["color"], lw=1.2)
                 axis.plot(end, place, **style)
-            axis.text(end, place, f"   {number(value)}", va="center", fontsize=8)
+            axis.text(end, place, f"   {format_number(value)}", va="center", fontsize=8)
         axis.set_xlim(low, high * (high / low) ** 0.25 if log and known else 1.2 * high)
         if log:
-            _logarithmic(axis.xaxis)
+            logarithmic(axis.xaxis)
         _rows(axis, entries)
         axis.set_xlabel(label)
 
@@ -228,7 +155,7 @@ def accuracies(entries: Sequence[Entry]) -> Figure:
             values = _percents(metrics["acc"] for metrics in known.values())
             errors = _percents(abs(metrics.get("acc_stderr") or 0.0) for metrics in known.values())
             axis.errorbar(values, places, xerr=errors, label=_label(entry), **_style_of(entry) | {"ls": ""})
-        axis.set_yticks(range(len(tasks) + 1), [*map(_words, tasks), "mean"])
+        axis.set_yticks(range(len(tasks) + 1), [*map(words, tasks), "mean"])
         axis.axhline(len(tasks) - 0.5, color=AXIS, lw=0.6)
         axis.invert_yaxis()
         axis.set_xlabel("accuracy (acc), %, with standard errors")
@@ -249,15 +176,16 @@ def quality_by_sparsity(
             own = [(e.sparsity, value, e) for e, value in pruned if e.method == method and e.sparsity is not None]
             points = sorted((100 * sparsity, _plain(value)) for sparsity, value, e in own if not e.grouped)
             grouped = sorted((100 * sparsity, _plain(value)) for sparsity, value, e in own if e.grouped)
-            axis.plot(*zip(*points, strict=True) if points else ([], []), label=_words(method, 60), **_style(number))
+            style = series_style(number)
+            axis.plot(*zip(*points, strict=True) if points else ([], []), label=words(method, 60), **style)
             if grouped:
-                style = _style(number) | {"ls": "", "mfc": "none", "ms": 6}
-                axis.plot(*zip(*grouped, strict=True), label=f"{_words(method, 60)}, N:M", **style)
+                style |= {"ls": "", "mfc": "none", "ms": 6}
+                axis.plot(*zip(*grouped, strict=True), label=f"{words(method, 60)}, N:M", **style)
         for entry in entries:
             if entry.dense and (value := value_of(entry)) is not None:
                 axis.axhline(_plain(value), color=DENSE, ls="--", lw=1, label="dense")
         if log:
-            _logarithmic(axis.yaxis)
+            logarithmic(axis.yaxis)
         axis.set_xlabel("zeros in the linears, %")
         axis.set_ylabel(label)
 
@@ -271,42 +199,13 @@ def _rows(axis: Axes, entries: Sequence[Entry]) -> None:
     axis.grid(axis="y", visible=False)
 
 
-def _logarithmic(axis: Any) -> None:
-    """A logarithmic axis with plain numbers, at 1, 2 and 5 where it spans little; a linear one where all are 0."""
-    if not axis.get_minpos() < math.inf:
-        return
-    (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")
-    low, high = sorted(axis.get_view_interval())
-    for multiples in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 5), (1,)):
-        ticks = [m * 10.0**e for e in range(-9, 10) for m in multiples if low <= m * 10.0**e <= high]
-        if len(ticks) <= 7:
-            break
-    if len(ticks) < 2:
-        ticks = [t for t in MaxNLocator(4).tick_values(low, high) if low <= t <= high]
-    axis.set_ticks(ticks)
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-    axis.set_minor_locator(NullLocator())
-
-
-def _style(number: int) -> dict[str, Any]:
-    return {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)]}
-
-
 def _style_of(entry: Entry) -> dict[str, Any]:
     """A checkpoint looks the same in all plots."""
-    return {"color": DENSE, "marker": "o"} if entry.dense else _style(entry.number)
+    return {"color": DENSE, "marker": "o"} if entry.dense else series_style(entry.number)
 
 
 def _label(entry: Entry) -> str:
-    return _words(entry.label)
-
-
-def _words(name: str, most: int = 26) -> str:
-    """A name of somebody else's as a plot bears it: without its middle where it is long, so that it leaves room."""
-    name = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
-    name = name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"
-    return f" {name}" if name.startswith("_") else name  # matplotlib's legends leave out what begins with _
+    return words(entry.label)
 
 
 def _layers(entry: Entry) -> Sequence[Layer]:
@@ -338,17 +237,10 @@ def _percents(fractions: Iterable[float | None]) -> list[float]:
 
 
 def _short(linear: str) -> str:
-    return _words(linear.rpartition(".")[2].removesuffix("_proj"))
+    return words(linear.rpartition(".")[2].removesuffix("_proj"))
 
 
 def short(text: str) -> str:
     """A text's name; of a file the last two parts of its path."""
     path = Path(text)
     return "/".join((path.with_suffix("") if path.name else path).parts[-2:]) or text
-
-
-def number(value: float | None) -> str:
-    """Three or four digits; None stands for infinity."""
-    if value is None:
-        return "∞"
-    return f"{value:.2f}" if value < 100 else f"{value:.4g}" if value < 1e4 else f"{value:.2e}"

@@ -14,7 +14,7 @@ import numpy as np
 
 from convert import schema as convert_schema
 from convert.hub import described
-from convert.ownership import write_text
+from convert.writing import write_text
 from jaxprune.evaluation.quality import Quality
 from jaxprune.evaluation.tasks import without_samples
 from jaxprune.planning.machine import hardware, peak_bytes

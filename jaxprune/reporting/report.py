@@ -9,8 +9,10 @@ from typing import Any
 
 import jinja2
 
-from convert.ownership import UNSEALED, Destination, seal, staged, write_text
-from jaxprune.reporting import figures, schema
+from convert.destination import Destination, staged
+from convert.ownership import UNSEALED, seal
+from convert.writing import write_text
+from jaxprune.reporting import drawing, figures, schema
 from jaxprune.reporting.entries import Entry, entries
 from jaxprune.reporting.schema import Record, Run
 
@@ -32,7 +34,7 @@ def page(records: Sequence[Record]) -> str:
         texts=texts,
         tasks=list(dict.fromkeys(task for entry in everything for task in entry.quality.tasks)),
         figures=_figures(everything, texts),
-        number=figures.number,
+        number=drawing.format_number,
         short=figures.short,
         details=[
             (_source(record), json.dumps(_without_layers(schema.as_json(record)), indent=1)) for record in records
@@ -41,10 +43,10 @@ def page(records: Sequence[Record]) -> str:
     )
 
 
-def _figures(everything: Sequence[Entry], texts: Sequence[str]) -> list[tuple[str, list[figures.Figure]]]:
+def _figures(everything: Sequence[Entry], texts: Sequence[str]) -> list[tuple[str, list[drawing.Figure]]]:
     """Headings and the plots below them."""
-    quality: list[figures.Figure] = []
-    trade: list[figures.Figure | None] = []
+    quality: list[drawing.Figure] = []
+    trade: list[drawing.Figure | None] = []
 
     def by_sparsity(title: str, label: str, value_of: Callable[[Entry], float | None], log: bool = True) -> None:
         trade.append(figures.quality_by_sparsity(everything, f"{title} by sparsity", label, value_of, log=log))
@@ -64,7 +66,7 @@ def _figures(everything: Sequence[Entry], texts: Sequence[str]) -> list[tuple[st
     if runs:
         plots = figures.error_by_layer, figures.error_by_linear, figures.sparsity_by_layer, figures.time_by_phase
         pruning = [plot(runs) for plot in plots]
-    sections: dict[str, Sequence[figures.Figure | None]]
+    sections: dict[str, Sequence[drawing.Figure | None]]
     sections = {"Quality": quality, "Sparsity against quality": trade, "Pruning": pruning}
     kept = {heading: [plot for plot in plots if plot] for heading, plots in sections.items()}
     return [(heading, plots) for heading, plots in kept.items() if plots]

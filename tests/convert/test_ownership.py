@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from convert import ownership, renaming
+from convert import ownership, renaming, writing
 from convert.__main__ import main
+from convert.destination import Destination, destination, staged
 from convert.errors import CheckpointError, NoRoomError, OccupiedError
-from convert.ownership import MARKER, UNSEALED, Destination, destination, mark, sealed, staged, write_text
+from convert.ownership import MARKER, UNSEALED, mark, sealed
+from convert.writing import write_text
 from tests.helpers.checkpoints import content
 from tests.helpers.command import killed
 
@@ -21,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 def make(place: Destination | Path, text: str = "new") -> None:
     """A result of two files."""
     with staged(destination(place)) as folder:
-        with ownership.failing(folder):
+        with writing.failing(folder):
             (folder / "inner").mkdir()
         write_text(folder / "model", text)
         write_text(folder / "inner/part", text)

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from convert import Params, ownership
+from convert.destination import Destination, destination
 from convert.errors import OccupiedError
-from convert.ownership import MARKER, UNSEALED, Destination, destination, write_text
+from convert.ownership import MARKER, UNSEALED
+from convert.writing import write_text
 from jaxprune import InputError
 from jaxprune.commands.evaluate import main as evaluate
 from jaxprune.commands.prune import main

@@ -42,7 +42,7 @@ MOMENTS = {
     "tuning": ("jaxprune.pruning.distillation", "update"),
     "export": ("convert.hf", "Writer.write"),
     "record": ("jaxprune.api.prune", "write_record"),
-    "rename": ("convert.ownership", "Destination._put"),
+    "rename": ("convert.destination", "Destination._put"),
     "tidying": ("convert.ownership", "remove_empty"),
 }
 """Name -> module and function that is interrupted."""

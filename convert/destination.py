@@ -1,0 +1,209 @@
+"""Where a result is to be: looked at before the work, and again when the result is put there."""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from convert import renaming
+from convert.errors import Change, CheckpointError, OccupiedError, UserError
+from convert.files import expand
+from convert.ownership import marker_of, prove, remove_empty, remove_folder, remove_own, remove_sealed, sealed
+from convert.writing import failing, sync
+
+
+@dataclasses.dataclass
+class Destination:
+    """Where a result is to be; looked at before the work, and again when the result is put there.
+
+    Attributes:
+        path: absolute.
+        option: that names it; None where no option does.
+        overwrite: whether an earlier result there is replaced.
+        folder: whether the result is one; else a file.
+        inputs: real paths of what the work reads.
+        again: what to do once the place is free, where a finished result could not be put there.
+    """
+
+    path: Path
+    option: str | None = None
+    overwrite: bool = False
+    folder: bool = True
+    inputs: tuple[Path, ...] = ()
+    again: str = "can be moved there once the place is free"
+    _made: str | None = None
+
+    def check(self) -> None:
+        """Makes sure that the result may be put there.
+
+        Raises:
+            CheckpointError: something is there that may not be replaced, or nothing can be written there.
+        """
+        path = self.path
+        try:
+            found = os.lstat(path)
+        except FileNotFoundError:
+            self._require_writable()
+            return
+        except (OSError, ValueError) as problem:
+            reason = problem.strerror if isinstance(problem, OSError) else problem
+            raise CheckpointError(f"nothing can be made there ({reason})", file=path, options=self._other()) from None
+        if stat.S_ISLNK(found.st_mode):
+            raise self.occupied("it is a symbolic link, which is not replaced")
+        if stat.S_ISDIR(found.st_mode) != self.folder:
+            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a file"
+            raise self.occupied(f"it is {kind}, and {'a folder' if self.folder else 'a file'} is to be made")
+        if self._made is not None and self._made == marker_of(path):
+            return
+        if not self.overwrite:
+            ours = {"overwrite": True} if not self.folder or marker_of(path) else {}
+            raise OccupiedError("it already exists", file=path, options=self._other() | ours)
+        self._require_replaceable()
+        self._require_writable()
+
+    def occupied(self, problem: str, file: Path | None = None) -> OccupiedError:
+        return OccupiedError(problem, file=file or self.path, options=self._other())
+
+    def _other(self) -> dict[str, object]:
+        return {self.option: Change.OTHER} if self.option else {}
+
+    def _require_writable(self) -> None:
+        parent = next(p for p in self.path.parents if os.path.lexists(p))
+        if not parent.is_dir():
+            raise CheckpointError("it is no folder, so nothing can be made in it", file=parent, options=self._other())
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise CheckpointError("it cannot be written into", file=parent, options=self._other())
+
+    def _require_replaceable(self) -> None:
+        """Raises OccupiedError unless what is there is ours."""
+        real = self.path.resolve()
+        if real == Path(real.anchor) or os.path.ismount(real):
+            raise self.occupied("it is the root or a mount point, which is not replaced")
+        kept = {"the current folder": Path.cwd(), "the home folder": Path("~").expanduser()}
+        kept |= {f"an input, {path}": path for path in self.inputs}
+        for what, path in kept.items():
+            if path.resolve().is_relative_to(real):
+                raise self.occupied(f"it is or holds {what}, so it is not replaced")
+        try:
+            if self.folder:
+                prove(self.path)
+            elif not sealed(self.path):
+                raise OccupiedError(
+                    "it is not, or not any more, a file as jaxprune wrote it, so it is not replaced: move or remove it "
+                    "yourself",
+                    file=self.path,
+                )
+        except OccupiedError as error:
+            raise OccupiedError(
+                error.problem, file=error.file, entry=error.entry, found=error.found, options=self._other()
+            ) from None
+
+    def publish(self, finished: Path) -> None:
+        """Puts a finished result in its place; what it replaces is removed.
+
+        Args:
+            finished: a folder with its marker, or a file with its seal, on the same disk.
+
+        Raises:
+            OccupiedError: something that may not be replaced is there, which was not when the work began. The result
+                stays where it is.
+            CheckpointError: it cannot be put there.
+        """
+        try:
+            self.check()
+            with failing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self._near(finished) as near:
+                    self._exchange(near) if os.path.lexists(self.path) else self._put(near)
+                sync(self.path.parent)
+        except UserError as error:
+            if not os.path.lexists(finished):
+                raise
+            raise type(error)(
+                f"{error.problem}; the finished result is kept in {finished}, and {self.again}", file=error.file
+            ) from error
+        self._made = marker_of(self.path)
+
+    @contextlib.contextmanager
+    def _near(self, finished: Path) -> Iterator[Path]:
+        """The finished result on the disk of its place: a file that is elsewhere is copied."""
+        parent = self.path.parent
+        if self.folder or os.lstat(finished).st_dev == os.stat(parent).st_dev:
+            yield finished
+            return
+        with tempfile.TemporaryDirectory(prefix=f".{self.path.name[:60]}.", suffix=".partial", dir=parent) as own:
+            near = Path(own) / self.path.name
+            shutil.copyfile(finished, near)
+            sync(near)
+            yield near
+        remove_own(finished)
+
+    def _put(self, finished: Path) -> None:
+        try:
+            renaming.rename_new(finished, self.path)
+        except FileExistsError as problem:
+            raise self.occupied("something appeared there meanwhile, which is not replaced") from problem
+
+    def _exchange(self, finished: Path) -> None:
+        renaming.exchange(finished, self.path)
+        try:  # what was there may have been touched between the check and the exchange
+            remove_folder(finished) if self.folder else remove_sealed(finished)
+        except OccupiedError:
+            renaming.exchange(finished, self.path)
+            raise
+
+
+def destination(
+    path: str | Path | Destination, option: str | None = None, *, overwrite: bool = False, folder: bool = True
+) -> Destination:
+    """A `Destination` at a path as a user gives it, or one as it is.
+
+    Raises:
+        CheckpointError: there is no such place.
+    """
+    return path if isinstance(path, Destination) else Destination(absolute(path), option, overwrite, folder)
+
+
+def absolute(path: str | Path) -> Path:
+    """A path of the user's from the root on, with a last part that is a name.
+
+    Raises:
+        CheckpointError: see `expand`, or it is the root.
+    """
+    found = expand(path).absolute()
+    found = found.resolve() if found.name in ("", "..") else found
+    if not found.name:
+        raise CheckpointError("it is the root, which is not replaced", file=path)
+    return found
+
+
+@contextlib.contextmanager
+def staged(place: Destination) -> Iterator[Path]:
+    """Yields where to make a result, an empty folder or a file that is not there yet; puts it in its place at the end.
+
+    The block marks or seals it. After an error it is removed.
+
+    Raises:
+        CheckpointError: see `Destination`; nothing can be written there.
+    """
+    place.check()
+    with failing(place.path.parent):
+        place.path.parent.mkdir(parents=True, exist_ok=True)
+        own = Path(tempfile.mkdtemp(prefix=f".{place.path.name[:60]}.", suffix=".partial", dir=place.path.parent))
+    finished = own / place.path.name
+    try:
+        if place.folder:
+            with failing(finished):
+                finished.mkdir()
+        yield finished
+    except BaseException:
+        remove_own(own)
+        raise
+    try:
+        place.publish(finished)
+    finally:
+        remove_empty(own)

@@ -1,0 +1,98 @@
+"""Files that are being made: written through to the disk, and put in their place where nothing is."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from convert import renaming
+from convert.errors import CheckpointError, NoRoomError, OccupiedError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def names(folder: Path) -> set[str]:
+    """Relative paths of all files in a folder."""
+    found = set()
+    for place, _, files in os.walk(folder, onerror=require_readable):
+        found |= {str((Path(place) / name).relative_to(folder)) for name in files}
+    return found
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file into a folder that is being made, through to the disk.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    with failing(path), path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def put_text(path: Path, text: str, work: Path) -> None:
+    """Writes a file that appears whole, and replaces nothing.
+
+    Args:
+        path: of the file.
+        text: its content.
+        work: where it is made first, under a name of ours on the same disk.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    with failing(work):
+        work.parent.mkdir(parents=True, exist_ok=True)
+    write_text(work, text)
+    put(work, path)
+
+
+def put(work: Path, path: Path) -> None:
+    """Renames what is finished to its place, and replaces nothing.
+
+    Raises:
+        OccupiedError: something is there.
+        CheckpointError: it cannot be renamed.
+    """
+    with failing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            renaming.rename_new(work, path)
+        except FileExistsError:
+            raise OccupiedError("jaxprune did not write it, so it is not replaced: move it away", file=path) from None
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Brings a file, or a folder's list of files, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as problem:
+        if problem.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some disks have no folders to sync
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def failed(problem: OSError, path: Path, what: str = "written") -> CheckpointError:
+    """The error of a file that could not be written or read."""
+    kind = NoRoomError if problem.errno in _FULL else CheckpointError
+    return kind(f"it cannot be {what} ({problem.strerror or problem})", file=path)
+
+
+@contextlib.contextmanager
+def failing(path: Path, what: str = "written") -> Iterator[None]:
+    """Turns the system's errors into ours."""
+    try:
+        yield
+    except OSError as problem:
+        raise failed(problem, path, what) from problem
+
+
+def require_readable(problem: OSError) -> NoReturn:
+    """Raises CheckpointError for a folder that cannot be looked through; `os.walk` calls it."""
+    raise CheckpointError(f"it cannot be looked through ({problem.strerror})", file=problem.filename) from problem
