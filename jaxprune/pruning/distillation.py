@@ -59,7 +59,7 @@ class Placement(NamedTuple):
     keep: bool
 
 
-class Ends(NamedTuple):
+class OuterParams(NamedTuple):
     """Params of the embedding and of the head, on the device."""
 
     embed: Mapping[str, Array]
@@ -104,7 +104,7 @@ def distill(
         rest.append(params)
     visited, where = np.unique(np.concatenate(batches), return_inverse=True)
     (dense,) = model.final_states(tokens[visited])
-    ends = Ends(*(model.params_of(part, cast=True) for part in (architecture.embed, architecture.head)))
+    outer = OuterParams(*(model.params_of(part, cast=True) for part in (architecture.embed, architecture.head)))
 
     steps = len(batches)
     rate = optax.warmup_cosine_decay_schedule(
@@ -116,7 +116,7 @@ def distill(
         if step < begin:
             continue
         chosen = tokens[visited[rows]], dense.read(rows)
-        divergences.append(_step(model, placement, ends, rest, state, *chosen, jnp.float32(rate(step))))
+        divergences.append(_step(model, placement, outer, rest, state, *chosen, jnp.float32(rate(step))))
         epoch, within = divmod(step * len(rows), len(tokens))
         if within + len(rows) == len(tokens) or step == steps - 1:
             observer.epoch_done(epoch, float(np.mean(divergences)))
@@ -162,7 +162,7 @@ def _placement(model: StreamedModel, window: tuple[int, int]) -> Placement:
 def _step(
     model: StreamedModel,
     placement: Placement,
-    ends: Ends,
+    outer: OuterParams,
     rest: Sequence[Params],
     state: list[Kernels],
     tokens: Int[np.ndarray, "b t"],
@@ -171,7 +171,7 @@ def _step(
 ) -> float:
     """Updates the state by some windows; returns their mean divergence, before."""
     architecture, devices = model.architecture, model.devices
-    x = apply(architecture.embed, ends.embed, devices.shard_windows(tokens))
+    x = apply(architecture.embed, outer.embed, devices.shard_windows(tokens))
     vjps: list[Any] = []  # of the layers, or their inputs
     for kernels, others in zip(state, rest, strict=True):
         if placement.keep:
@@ -183,7 +183,7 @@ def _step(
     states = fetch(x).reshape(-1, x.shape[-1])
     divergence, gradient = in_chunks(
         devices,
-        lambda *chunk: head_divergence(architecture.head, ends.head, *chunk),
+        lambda *chunk: head_divergence(architecture.head, outer.head, *chunk),
         states,
         dense.reshape(states.shape),
         models=2,
