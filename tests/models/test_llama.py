@@ -28,6 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gelu": {"hidden_act": "gelu"},
     "gelu tanh": {"hidden_act": "gelu_pytorch_tanh"},
     "relu": {"hidden_act": "relu"},
+    "relu squared": {"hidden_act": "relu2"},
     "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
     "dynamic short": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},

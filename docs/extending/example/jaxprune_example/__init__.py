@@ -1,0 +1,1 @@
+"""A pruning method, a model family and a text source for jaxprune."""

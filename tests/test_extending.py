@@ -1,0 +1,115 @@
+"""The example of docs/extending, installed by pip as a package of somebody else: a method, a family, a text source."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from transformers import ArceeConfig, ArceeForCausalLM
+
+from jaxprune import NM, Unstructured, gram
+from jaxprune.methods.wanda import Wanda
+from tests.helpers import tiny
+from tests.helpers.optional import needs_torch, torch
+
+EXAMPLE = Path(__file__).parents[1] / "docs/extending/example"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of installed packages that holds the example alone."""
+    folder = tmp_path_factory.mktemp("installed")
+    source = shutil.copytree(EXAMPLE, tmp_path_factory.mktemp("source") / "example")
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target"]
+    done = subprocess.run([*command, folder, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arcee(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random checkpoint of a family that only the example has."""
+    llama = tiny.config()
+    folder = tiny.save(tmp_path_factory.mktemp("arcee") / "dense", llama)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "gate_proj" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    same = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id eos_token_id dtype"
+    ).split()
+    options = {name: getattr(llama, name) for name in same} | {"dtype": "float32"}
+    ArceeConfig(**options, head_dim=8, architectures=["ArceeForCausalLM"]).save_pretrained(folder)
+    return folder
+
+
+def jaxprune(*args: object, installed: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(installed), "COLUMNS": "200"}
+    command = [sys.executable, "-m", "jaxprune", *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_package_of_somebody_else_prunes(installed: Path, arcee: Path, tmp_path: Path) -> None:
+    flags = "--method rescaled --largest 2 --pattern 2:4 --calib pydoc --nsamples 4 --seqlen 32 --eval ppl"
+    text = "--eval-text pydoc --eval-seqlen 32 --eval-windows 2 --out pruned"
+    done = jaxprune("prune", "--ckpt", arcee, *flags.split(), *text.split(), installed=installed, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "pruned/jaxprune.json").read_text())
+    assert (record["method"]["name"], record["method"]["options"]) == ("rescaled", {"largest": 2.0})
+    tensors = load_file(tmp_path / "pruned/model.safetensors")
+    kernels = [name for name in tensors if name.endswith("_proj.weight")]
+    assert len(kernels) == 3 * 6
+    for name in kernels:
+        assert ((tensors[name].reshape(-1, 4) == 0).sum(axis=1) == 2).all(), name
+    verified = jaxprune("verify", "pruned", "--against", arcee, installed=installed, cwd=tmp_path)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+
+
+def test_it_is_offered_by_the_help(installed: Path, tmp_path: Path) -> None:
+    done = jaxprune("prune", "--method", "rescaled", "--help", installed=installed, cwd=tmp_path)
+    assert done.returncode == 0 and "--largest" in done.stdout and "The largest factor" in done.stdout
+
+
+def test_without_it_one_line_says_what_is_missing(arcee: Path, tmp_path: Path) -> None:
+    for flags in (["--method", "rescaled"], []):
+        done = jaxprune("prune", "--ckpt", arcee, *flags, "--out", "pruned", installed=tmp_path, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert ("rescaled" if flags else "arcee") in done.stderr
+
+
+@needs_torch
+def test_the_family_computes_what_transformers_does(installed: Path, arcee: Path, tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, 300, (2, 50))
+    np.save(tmp_path / "tokens.npy", tokens)
+    code = (
+        "import numpy, sys, jaxprune; from tests.helpers.logits import logits; model = jaxprune.load(sys.argv[1]);"
+        "numpy.save('logits.npy', logits(model, numpy.load('tokens.npy').astype('int32'))[0])"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(installed), str(Path(__file__).parents[1])])}
+    command = [sys.executable, "-c", code, str(arcee)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = ArceeForCausalLM.from_pretrained(arcee).eval().double()(torch.tensor(tokens)).logits.numpy()
+    assert np.abs(np.load(tmp_path / "logits.npy") - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.9, per_output=True), NM(2, 4)], ids=str)
+def test_the_method_is_not_worse_than_wanda(pattern: Unstructured | NM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLE)
+    from jaxprune_example.rescaled import Rescaled  # type: ignore[import-not-found]
+
+    generator = np.random.default_rng(0)
+    x = jnp.asarray(generator.normal(size=(100, 16)) + 1, jnp.float32)
+    kernel = jnp.asarray(generator.normal(size=(16, 8)), jnp.float32)
+    errors = []
+    for method in (Wanda(), Rescaled()):
+        solution = method.solve(method.prepare(gram(x)), kernel, pattern)
+        errors.append(float(jnp.linalg.norm(x @ (kernel - solution.weight))))
+    assert errors[1] < errors[0]
