@@ -3,9 +3,9 @@
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from convert.hub import known_names
 from jaxprune import calibration
@@ -128,8 +128,37 @@ EXAMPLES = f"""Examples:
 Known checkpoints: {", ".join(known_names())}."""
 
 
-def parse(argv: Sequence[str], command: str = "jaxprune prune") -> tuple[Config, Recipe]:
-    """Reads a command line.
+def parse(argv: Sequence[str]) -> tuple[Config, Recipe]:
+    """Reads a command line of `jaxprune prune`.
+
+    Raises:
+        UserError: a flag or a value that cannot be used.
+        SystemExit: after --help.
+    """
+    description = "Prune a checkpoint in one shot, layer by layer, and measure what it cost."
+    return read(argv, "jaxprune prune", description, EXAMPLES)[1:]
+
+
+def read(
+    argv: Sequence[str],
+    command: str,
+    description: str,
+    examples: str,
+    own: Sequence[Section] = (),
+    positionals: Mapping[str, str] | None = None,
+) -> tuple[dict[str, Any], Config, Recipe]:
+    """Reads a command line that takes the options of a run.
+
+    Args:
+        argv: the command line.
+        command: its name, such as `jaxprune plan`.
+        description: what it does.
+        examples: shown below the help.
+        own: flags of its own.
+        positionals: name -> help text of what comes without a flag.
+
+    Returns:
+        All that was given, the run's options, and its recipe.
 
     Raises:
         UserError: a flag or a value that cannot be used.
@@ -138,12 +167,7 @@ def parse(argv: Sequence[str], command: str = "jaxprune prune") -> tuple[Config,
     argv = expanded(argv)
     chosen = RecipeOptions(argv)
     first, calibration_, *others = (Section(title, Config, only=names) for title, names in GROUPS.items())
-    given = options.read(
-        argv,
-        command,
-        "Prune a checkpoint in one shot, layer by layer, and measure what it cost.",
-        [first, *chosen.sections(), calibration_, *others],
-        examples=EXAMPLES,
-    )
+    sections = [*own, first, *chosen.sections(), calibration_, *others]
+    given = options.read(argv, command, description, sections, positionals=positionals, examples=examples)
     recipe = chosen.recipe(given)
-    return make(Config, given).resolved(recipe), recipe
+    return given, make(Config, given).resolved(recipe), recipe

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from convert.command import worded
 from convert.files import expand
-from jaxprune.commands.config import Config, parse
+from jaxprune.commands.config import Config, read
 from jaxprune.commands.terminal import choose_devices, console, duration, print_table, run_main
 from jaxprune.planning import preflight
 from jaxprune.planning.machine import hardware
@@ -14,13 +14,18 @@ from jaxprune.planning.preflight import GIB, Need, Work
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import Devices
 
+DESCRIPTION = "Say what a run would need, and whether it fits; it takes the flags of jaxprune prune."
+EXAMPLES = """Examples:
+
+    jaxprune plan --ckpt llama2-70b --device-memory 16 --dtype bfloat16
+    jaxprune plan --ckpt ./model --preset best --sparsity 0.7"""
 EVALUATION_TOKENS = 350_000
 """Assumed of a text where --eval-windows does not say: WikiText-2's test split has so many."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit status: 0 if the run fits, else 1."""
-    return run_main(lambda argv: plan(*parse(argv)), argv)
+    return run_main(lambda argv: plan(*read(argv, "jaxprune plan", DESCRIPTION, EXAMPLES)[1:]), argv)
 
 
 def plan(config: Config, recipe: Recipe) -> int:

@@ -47,7 +47,7 @@ def parse(argv: Sequence[str]) -> tuple[Path, Options, Recipe]:
     given = options.read(
         argv,
         "jaxprune solve",
-        "Prune one layer from a file of its Gram matrices and kernels, which scripts/save_layer.py makes.",
+        "Prune one layer from a file of its Gram matrices and kernels, which `jaxprune snapshot` makes.",
         [Section("Layer and result", Options), *chosen.sections()],
         positionals={"file": "The layer's file."},
         examples="Examples:\n\n    jaxprune solve layer5.safetensors --mask wanda --update exact",

@@ -177,9 +177,7 @@ def load(path: Path) -> Snapshot:
         with safe_open(path, framework="numpy") as opened:
             metadata = opened.metadata() or {}
             if metadata.pop("format", None) != FORMAT:
-                raise InputError(
-                    "it holds no layer's snapshot", file=path, wanted="one that scripts/save_layer.py made"
-                )
+                raise InputError("it holds no layer's snapshot", file=path, wanted="one that `jaxprune snapshot` made")
             header = schema.check(_Metadata, metadata, file=path, entry="__metadata__")
             inputs = {tap: tuple(linears) for tap, linears in header.inputs.items()}
             _require_shapes(path, inputs, {name: opened.get_slice(name) for name in opened.keys()})

@@ -14,12 +14,12 @@ from jaxprune.sparsity.patterns import Unstructured
 from tests.helpers import oracles
 from tests.helpers.optional import needs_torch, torch
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts/benchmarks"
 sys.path.append(str(SCRIPTS))
 
 
 def bench(*flags: object, cwd: Path) -> dict:
-    command = [sys.executable, str(SCRIPTS / "bench.py"), *map(str, flags), "--json", "figures.json"]
+    command = [sys.executable, str(SCRIPTS), "programs", *map(str, flags), "--json", "figures.json"]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads((cwd / "figures.json").read_text()) | {"printed": done.stdout}

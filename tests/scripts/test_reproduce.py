@@ -15,7 +15,7 @@ from jaxprune import InputError
 from jaxprune.commands.recipe_options import parse
 from tests.helpers import rows as task_rows
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts/experiments"
 SIZES = ["--nsamples", "4", "--seqlen", "32", "--eval-seqlen", "32", "--eval-windows", "4", "--pack"]
 
 
@@ -190,36 +190,17 @@ def test_every_row_of_every_experiment_is_a_recipe(modules: dict[str, ModuleType
         assert small <= {(c.row, c.pattern, c.step, c.linear) for c in made}
 
 
-def command(script: str, *args: object, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPTS / script), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-
-
-@pytest.mark.slow
-def test_a_layer_is_saved_from_the_command_line(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    flags = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 4, "--seqlen", 32]
-    done = command("save_layer.py", "--layer", 1, "--file", "l.safetensors", *flags, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "mlp.down_proj" in done.stdout
-    solve = [sys.executable, "-m", "jaxprune", "solve", "l.safetensors", "--method", "sparsegpt"]
-    solved = subprocess.run(solve, cwd=tmp_path, capture_output=True, text=True)
-    assert solved.returncode == 0, solved.stderr
-    assert solved.stdout.startswith("layer 1, sparsegpt, 50 %")
-    before = (tmp_path / "l.safetensors").read_bytes()
-    done = command("save_layer.py", "--layer", 1, "--file", "l.safetensors", *flags, cwd=tmp_path)
-    assert done.returncode == 1 and "already exists" in done.stderr
-    assert (tmp_path / "l.safetensors").read_bytes() == before
-    done = command("save_layer.py", "--layer", 9, "--file", "m.safetensors", *flags, cwd=tmp_path)
-    assert done.returncode == 1 and "there is no layer 9" in done.stderr and "Traceback" not in done.stderr
-
-
 def test_bad_input_of_the_driver_is_one_error(checkpoint: Path, tmp_path: Path) -> None:
+    def command(*args: object) -> subprocess.CompletedProcess:
+        line = [sys.executable, str(SCRIPTS), *map(str, args)]
+        return subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
     flags = ["--ckpt", checkpoint, "--out", tmp_path / "out", "--small", "--calib", "nowhere.jsonl"]
-    done = command("reproduce.py", "table3", *flags, cwd=tmp_path)
+    done = command("table3", *flags)
     assert done.returncode == 1
     assert done.stderr.startswith("error: no text 'nowhere.jsonl'")
     assert not (tmp_path / "out").exists()
-    done = command("reproduce.py", "table9", *flags, cwd=tmp_path)
+    done = command("table9", *flags)
     assert done.returncode == 2 and "invalid choice: 'table9'" in done.stderr
 
 

@@ -1,6 +1,6 @@
 """What it brings that freed memory is kept (`terminal.keep_memory`): a tuning step with and without it.
 
-    python scripts/bench_keep_memory.py --ckpt smollm2-135m
+    python scripts/benchmarks freed_memory --ckpt smollm2-135m
 
 Each is a process of its own, one after the other in turn. A step is of one window; the first half of the steps, in
 which programs are compiled and memory is taken for the first time, are not counted. Huge pages may be tried on top
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 from alone import alone
-from tables import markdown
+from markdown import markdown
 
 from jaxprune import Magnitude, Observer, Tuning, Unstructured, load, prune_layers
 from jaxprune.commands.terminal import keep_compilations, keep_memory
@@ -85,7 +85,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         ratio = f"{one.seconds / first.seconds:.2f}"
         rows.append([name, f"{one.seconds:.2f}", ratio, f"{one.cleared:.0f}", f"{one.peak:.0f}"])
     print(*markdown(["freed memory", "s a step", "ratio", "MB cleared a step", "peak, MB"], rows), sep="\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Mask selection by counting bits against a sort, side by side.
 
-python scripts/bench_select.py
+python scripts/benchmarks selection
 """
 
 import argparse
@@ -47,7 +47,3 @@ def main() -> None:
             assert (masks[0] == masks[1]).all()
         a, b = (statistics.median(values[1:]) for values in times.values())  # the first run compiles
         print(f"| {shape[0]} × {shape[1]} | {a:.1f} | {b:.1f} | {b / a:.1f} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()

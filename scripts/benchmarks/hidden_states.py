@@ -3,7 +3,7 @@
 The same command line runs with --hidden memory, and with --hidden disk where its memory is limited to a quarter of what
 the hidden states take: by a cgroup (which takes root), page cache included. Both checkpoints must be equal.
 
-    python scripts/bench_hidden.py --allowance 1.5
+    python scripts/benchmarks hidden_states --allowance 1.5
 """
 
 import argparse
@@ -94,7 +94,3 @@ def limited(allowed: float | None) -> Iterator[Group | None]:
         yield group
     finally:
         group.folder.rmdir()
-
-
-if __name__ == "__main__":
-    main()

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from alone import alone
+from markdown import markdown
 from rates import Rate
 from sizes import SIZES, write_checkpoint
-from tables import markdown
 
 from convert import Reader, open_checkpoint
 from jaxprune import ADMM, Unstructured, calibration, load

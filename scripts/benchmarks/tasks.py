@@ -1,10 +1,9 @@
 """The two backends on the same tasks, task by task in turn: seconds, and whether they agree item by item.
 
-python scripts/bench_evaluate.py --ckpt smollm2-135m --limit 100
+python scripts/benchmarks tasks --ckpt smollm2-135m --limit 100
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune import CheckpointError, InputError, load
+from jaxprune import load
 from jaxprune.evaluation.lm import StreamedLM
 from jaxprune.evaluation.packing import Request, group, pack
 from jaxprune.evaluation.tasks import ZERO_SHOT, Tasks, summarize
@@ -83,10 +82,3 @@ def _times(ours: float, theirs: float) -> tuple[str, str, str]:
 
 def _row(*cells: object) -> None:
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, CheckpointError) as error:
-        sys.exit(f"error: {error}")

@@ -2,9 +2,9 @@
 
 Each run is a process of its own, which reports its peak resident set.
 
-    python scripts/memory.py --layers 10 40
-    python scripts/memory.py --size wide --layers 40 --curve
-    python scripts/memory.py --size llama2-70b --layers 1 --stored bfloat16
+    python scripts/benchmarks memory --layers 10 40
+    python scripts/benchmarks memory --size wide --layers 40 --curve
+    python scripts/benchmarks memory --size llama2-70b --layers 1 --stored bfloat16
 """
 
 import argparse
@@ -67,7 +67,3 @@ def main() -> None:
             print("\n| after layer | resident, MiB | peak, MiB |\n|---|---|---|")
             for layer, (resident, most) in enumerate(map(json.loads, curve), 1):
                 print(f"| {layer} | {resident:.0f} | {most:.0f} |")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,16 +1,16 @@
 """What each compiled program of a run costs: seconds, FLOPs, share of the machine's matrix rate, device memory.
 
-    python scripts/bench.py --size smollm2-135m --preset best
-    python scripts/bench.py --size llama-7b --windows 2 --only solve
-    python scripts/bench.py --kernel 4096x11008
-    python scripts/bench.py --size llama2-70b --dtype bfloat16 --windows 128 --length 2048 --count-only
+    python scripts/benchmarks programs --size smollm2-135m --preset best
+    python scripts/benchmarks programs --size llama-7b --windows 2 --only solve
+    python scripts/benchmarks programs --kernel 4096x11008
+    python scripts/benchmarks programs --size llama2-70b --dtype bfloat16 --windows 128 --length 2048 --count-only
 
 The programs are those that a run calls, with the shapes of that run, on random weights and states; times are of a whole
 run's calls. The matrix rate is that of square products in the same process, measured between the programs; float32
 means float32 accuracy. --count-only compiles the programs for their memory and runs none.
 
-    python scripts/bench.py --ckpt smollm2-135m --against torch eager op-by-op --layers 1
-    python scripts/bench.py --size llama-7b --windows 128 --length 2048 --dtype bfloat16 --against torch --layers 1
+    python scripts/benchmarks programs --ckpt smollm2-135m --against torch eager op-by-op --layers 1
+    python scripts/benchmarks programs --size llama-7b --windows 128 --length 2048 --against torch --layers 1
 
 With --against whole runs are compared in turn, each in a process of its own; see versus.py. With --compile and
 --growth, what compilation costs and how time grows with layers and tokens.
@@ -20,7 +20,6 @@ import argparse
 import json
 import re
 import statistics
-import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -30,9 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 import versus
 from alone import alone
+from markdown import markdown
 from rates import Rate, timed
 from sizes import SIZES, model
-from tables import markdown
 
 from convert.destination import destination, staged
 from convert.writing import write_text
@@ -218,7 +217,3 @@ def main() -> None:
     if args.json:
         with staged(place) as file:
             write_text(file, json.dumps(found, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,7 +3,7 @@
 Prints the times of preparation and of a whole solve for the linears of a layer, alternating between the two, and
 their ratio. Both have the same count: n³ for the factorization or inverse (once), 2n²m FLOPs an iteration.
 
-    python scripts/bench_linear_solve.py
+    python scripts/benchmarks linear_solve
 """
 
 import argparse
@@ -49,7 +49,3 @@ def main() -> None:
             a, b = (statistics.median(times[kind, step][1:]) for kind in methods)  # the first run compiles
             agreement = f"{errors['inverse']:.6f}, {errors['cholesky']:.6f}"
             print(f"| {n} × {m} | {step} | {a:.4f} | {b:.4f} | {b / a:.2f} | {agreement} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Runs an experiment of the paper on a checkpoint: a CSV, a Markdown table, and a picture (PNG, SVG).
 
-    python scripts/reproduce.py table1 --ckpt llama-7b --out results
-    python scripts/reproduce.py fig1 table3 --ckpt smollm2-135m --small --out results
+    python scripts/experiments table1 --ckpt llama-7b --out results
+    python scripts/experiments fig1 table3 --ckpt smollm2-135m --small --out results
 
 Experiments: fig1, fig2, table1, table2, table3, table4, table5 of the paper, and ours: over all methods, methods
 (perplexity) and layers (error on the same inputs); presets, and what each part of them brings, ablation. Every cell is
@@ -16,7 +16,6 @@ import functools
 import hashlib
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ from experiments import EXPERIMENTS, Experiment
 from pictures import PARTIAL
 from tables import write
 
-from convert import CheckpointError, create_checkpoint
+from convert import create_checkpoint
 from convert.destination import destination, staged
 from convert.schema import to_text
 from convert.writing import write_text
@@ -345,10 +344,3 @@ def run(name: str, experiment: Experiment, bench: Bench) -> None:
         page = bench.out / f"{name}.html"
         write_text(page, report.page([schema.read(to_text(record), page) for record in records]))
         print(page)
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
