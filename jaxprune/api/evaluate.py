@@ -101,7 +101,7 @@ def evaluate(
         if schema.run_of(place.path):
             raise place.occupied("it is a run's folder, whose record would be replaced")
     models = {name: opened.get(name) or load(name, dtype=dtype, scratch=scratch) for name in names}
-    runs = {name: schema.run_of(Path(name).expanduser()) for name in names}
+    runs = {name: schema.run_of(name) for name in names}
     first = against.name if isinstance(against, StreamedModel) else None if against is None else str(against)
     evaluator = Evaluator(measures, models[names[0]], observer)
     sparsity = {name: _share(zeros(model).values()) for name, model in models.items()}

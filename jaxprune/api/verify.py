@@ -34,7 +34,7 @@ def verify(
         model, name = StreamedModel(open_checkpoint(checkpoint, check=False)), str(checkpoint)
     dense = against if isinstance(against, StreamedModel) or against is None else load(against)
     expected: dict[str, Any] = {}
-    if run := schema.run_of(Path(name).expanduser()):
+    if run := schema.run_of(name):
         expected = schema.expected(run)
     if pattern is not None:
         expected |= {"pattern": pattern, "wanted": None}

@@ -12,7 +12,7 @@ from jaxprune.commands.options import peek
 from jaxprune.commands.recipe_options import RecipeOptions
 from jaxprune.errors import InputError
 from jaxprune.methods.records import CrossedRecord, FinishedRecord, PlainRecord
-from jaxprune.recipe import RecipeRecord
+from jaxprune.recipe import PRESETS, Importance, RecipeRecord, Tuning
 from jaxprune.reporting import schema
 from jaxprune.sparsity.patterns import GivenRecord, NMRecord, UnstructuredRecord
 
@@ -97,8 +97,13 @@ def of_recipe(recipe: RecipeRecord) -> Iterator[tuple[str, Any]]:
     elif not isinstance(recipe.pattern, GivenRecord):
         yield "pattern", recipe.pattern.kind
         yield "sparsity", recipe.pattern.sparsity
-    for options in (recipe.importance, recipe.tuning):
-        yield from ((name, value) for name, value in vars(options).items() if value)
+    preset = PRESETS.get(recipe.preset or "")
+    for options, usual in (
+        (recipe.importance, preset.importance if preset else Importance()),
+        (recipe.tuning, preset.tuning if preset else Tuning()),
+    ):
+        changed = {name: value for name, value in vars(options).items() if value != getattr(usual, name)}
+        yield from ((name, value) for name, value in changed.items() if value or name != "spread")
     yield "asymmetry", recipe.asymmetry
     if recipe.preset and not recipe.importance.spread and isinstance(recipe.pattern, UnstructuredRecord):
         yield "uniform", recipe.pattern.kind == "unstructured"

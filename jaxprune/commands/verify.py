@@ -4,7 +4,6 @@ import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 from jaxprune.api.verify import verify
 from jaxprune.commands import options
@@ -69,7 +68,7 @@ def _main(argv: Sequence[str]) -> int:
     name, pattern = given["checkpoint"], None
     if wanted.pattern is not None or wanted.sparsity is not None:
         pattern = parse_pattern(wanted.pattern or "unstructured", wanted.sparsity)
-    run = schema.run_of(Path(name).expanduser())
+    run = schema.run_of(name)
     recorded = None if run is None or run.importance.spread else run.pattern.pattern()
     claimed = pattern or recorded
     verdict = verify(name, against=wanted.against, pattern=pattern)

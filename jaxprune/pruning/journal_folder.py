@@ -9,6 +9,9 @@ import contextlib
 import os
 import stat
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from convert import CheckpointError, ownership, schema
 from convert.errors import Change, OccupiedError, UserError
@@ -21,6 +24,7 @@ IDENTITY, LOCK, FINISHED, RESULT, MASKS = "run.json", "lock", "finished.json", "
 KIND = "journal"
 NEW_MARKER = f"{MARKER}.new"
 OTHER = {"out": Change.OTHER}
+Token = Annotated[str, Field(pattern="^[0-9a-f]*$", max_length=64)]
 
 
 class JournalMarker(Marker):
@@ -31,7 +35,7 @@ class JournalMarker(Marker):
         others: relative paths of what was there before the journal had a marker, and stays.
     """
 
-    token: str
+    token: Token
     others: list[str] = []
 
 
@@ -52,7 +56,7 @@ class Finished(Schema):
         masks: None where none are asked for.
     """
 
-    token: str
+    token: Token
     run: str
     result: str
     masks: Masks | None

@@ -13,6 +13,7 @@ from pydantic import Field, PositiveInt
 
 from convert.errors import DamagedError
 from convert.files import read_bytes
+from convert.paths import paths_of
 from convert.schema import Count, Schema, parse, to_text
 from jaxprune.methods.records import Scalar
 from jaxprune.recipe import RecipeRecord
@@ -191,9 +192,10 @@ def read(content: str | bytes, file: str | Path) -> Record:
     return parse(Run, content, file=file) if head.kind == "run" else parse(Evaluation, content, file=file)
 
 
-def run_of(folder: Path) -> Run | None:
-    """Reads the record of the run that made a checkpoint's folder; None where there is none; errors as for `load`."""
-    if not os.path.lexists(folder / RECORD):
+def run_of(checkpoint: str | Path) -> Run | None:
+    """Reads the record of the run that made a checkpoint; None where it has none; errors as for `load`."""
+    folder = next(iter(paths_of(str(checkpoint))), None)
+    if folder is None or not os.path.lexists(folder / RECORD):
         return None
     record = load(folder)
     return record if isinstance(record, Run) else None

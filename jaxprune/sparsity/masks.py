@@ -26,6 +26,7 @@ from convert.errors import DamagedError
 from convert.files import expand, require_regular
 from convert.hf import hf_name
 from convert.ownership import UNSEALED, seal
+from convert.paths import paths_of
 from convert.shards import TensorFile
 from jaxprune.errors import InputError
 
@@ -58,8 +59,8 @@ def is_stored(name: str) -> bool:
 
 def source_of(name: str) -> Path | None:
     """Returns the file or the folder that a mask's name names; None where it names none that is here."""
-    path = Path(name.removeprefix(FROM_CHECKPOINT).removeprefix(FROM_FILE)).expanduser()
-    return path if is_stored(name) and path.exists() else None
+    found = paths_of(name.removeprefix(FROM_CHECKPOINT).removeprefix(FROM_FILE)) if is_stored(name) else []
+    return found[0] if found else None
 
 
 def load(name: str) -> Masks:

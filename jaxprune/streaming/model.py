@@ -16,7 +16,7 @@ from convert import Params, Reader, open_checkpoint
 from convert.assets import load_tokenizer, read_config
 from jaxprune.calibration import require_ids
 from jaxprune.models import Architecture, Layout, Part, architecture_of
-from jaxprune.sharding import ONE_DEVICE, Devices
+from jaxprune.sharding import ONE_DEVICE, Devices, fetch
 from jaxprune.streaming.head import TokenScores, in_chunks, most_probable, score
 from jaxprune.streaming.hidden_states import HiddenStates, batch_size
 
@@ -196,6 +196,22 @@ class StreamedModel:
             for hidden, layout in itertools.zip_longest(states, layouts):
                 self.forward(own, hidden, layout)
         return states
+
+    def logits(self, tokens: Int[np.ndarray, "w t"]) -> Shaped[np.ndarray, "w t v"]:
+        """Computes the logits of windows, all of which are kept on the host: for few tokens, as in tests.
+
+        Args:
+            tokens: token ids of windows, [windows, length].
+
+        Returns:
+            [windows, length, vocabulary], in the dtype of the computation.
+
+        Raises:
+            InputError: see `require_tokens`.
+        """
+        (states,) = self.final_states(tokens)
+        head = self.params_of(self.architecture.head)
+        return np.concatenate([fetch(apply(self.architecture.head, head, batch)) for batch in states.batches()])
 
     def score_tokens(
         self, head: Mapping[str, Array], states: Shaped[np.ndarray, "n d"], targets: Int[np.ndarray, "n"]

@@ -1,0 +1,83 @@
+"""Options in files, and those of records."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from convert.errors import UserError
+from jaxprune import InputError
+from jaxprune.commands.config import parse
+from jaxprune.commands.config_file import of_recipe
+from jaxprune.reporting import schema
+
+RECIPES = [
+    "",
+    "--sparsity 0.6",
+    "--pattern per-output --method wanda",
+    "--pattern 2:4 --method alps",
+    "--schedule constant --iterations 7 --damping 0.2",
+    "--mask wanda --update exact",
+    "--mask sparsegpt --update admm --mask-damping 0.02 --iterations 5",
+    "--method sparsegpt --finish-steps 5",
+    "--mask from-file:masks.safetensors --update gradient",
+    "--mask from-checkpoint:elsewhere",
+    "--preset fast --sparsity 0.7",
+    "--preset best --sparsity 0.7 --uniform",
+    "--preset best --pattern 2:4",
+    "--preset fast --tune-epochs 2 --tune-rate 0.002 --damping 0.1",
+    "--preset fast --tune-epochs 0",
+    "--token-power 0.5 --spread 0.2 --asymmetry 0.3",
+]
+
+
+@pytest.mark.parametrize("flags", RECIPES)
+def test_options_of_a_recipe_make_it_again(flags: str) -> None:
+    _, recipe = parse(["--ckpt", "model", *flags.split()])
+    words = [
+        f"--{name.replace('_', '-')}" if value is True else f"--{name.replace('_', '-')}={value}"
+        for name, value in of_recipe(recipe.record)
+        if value not in (None, False)
+    ]
+    assert parse(["--ckpt", "model", *words])[1] == recipe
+
+
+@pytest.mark.parametrize("record", sorted((Path(__file__).parents[1] / "reporting/records").glob("*.json")), ids=str)
+def test_records_are_run_again(record: Path, tmp_path: Path) -> None:
+    content = json.loads(record.read_text())
+    if content.get("kind") != "run" and "layers" not in content:
+        pytest.skip("it is no record of a run")
+    config, recipe = parse(["--config", str(record), "--out", str(tmp_path / "again")])
+    run = schema.read(record.read_bytes(), record)
+    assert isinstance(run, schema.Run)
+    assert recipe.record == run.model_copy() or recipe.pattern_text == run.pattern_text
+    assert (config.ckpt, config.nsamples, config.seed) == (run.config.ckpt, run.config.nsamples, run.config.seed)
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_flags_win_over_a_file(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"run{suffix}"
+    options = {"ckpt": "model", "sparsity": 0.7, "nsamples": 5, "pack": True, "eval": "none", "eval_text": None}
+    lines = json.dumps(options) if suffix == ".json" else "".join(f"{k}: {json.dumps(v)}\n" for k, v in options.items())
+    file.write_text(lines)
+    config, recipe = parse(["--config", str(file), "--nsamples", "6", "--sparsity=0.8"])
+    assert (config.ckpt, config.nsamples, config.pack, config.eval) == ("model", 6, True, "none")
+    assert recipe == parse(["--ckpt", "model", "--sparsity", "0.8"])[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- a\n- b\n", "holds no options"),
+        ("ckpt: [1, 2]\n", "no single value"),
+        ("{", "holds no options"),
+        ("ckpt: model\nnsample: 3\n", "--nsamples"),
+        ("!!python/object/apply:os.system ['true']\n", "holds no options"),
+        ("a: &a [1]\nb: *a\n", "no single value"),
+    ],
+)
+def test_files_that_hold_no_options_are_refused(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    with pytest.raises((InputError, UserError), match=message):
+        parse(["--config", str(file)])
