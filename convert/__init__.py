@@ -52,7 +52,7 @@ class Reader(Protocol):
         ...
 
     def read(self, paths: Iterable[str]) -> Params:
-        """The named parameters, in memory.
+        """Returns the named parameters, in memory.
 
         Raises:
             CheckpointError: the files are damaged.
@@ -164,7 +164,8 @@ def writer_for(to: str) -> Callable[[Path, Spec], Writer]:
 
 
 def part_of(path: str) -> str:
-    """The part that a parameter belongs to: `layers.3`, or a module outside the layers such as `embed_tokens`."""
+    """Returns the part that a parameter belongs to: `layers.3`, or a module outside the layers such as
+    `embed_tokens`."""
     first, _, rest = path.partition(".")
     return f"{first}.{rest.partition('.')[0]}" if first == "layers" else first
 

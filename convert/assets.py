@@ -87,7 +87,7 @@ class TokenizerConfig(Schema):
 
 
 def read_config(assets: Path) -> dict[str, Any]:
-    """The content of config.json; entries are of the types and in the ranges of `DecoderConfig`.
+    """Returns the content of config.json; entries are of the types and in the ranges of `DecoderConfig`.
 
     Raises:
         CheckpointError: it is missing, damaged, no decoder's, or a quantized checkpoint's.
@@ -115,7 +115,7 @@ def read_config(assets: Path) -> dict[str, Any]:
 
 
 def load_config(assets: Path) -> Any:
-    """The configuration as transformers' class for its model type, made of what `read_config` has checked.
+    """Returns the configuration as transformers' class for its model type, made of what `read_config` has checked.
 
     Raises:
         CheckpointError: as for `read_config`, or transformers refuses it.
@@ -181,7 +181,7 @@ def has_tokenizer(assets: Path) -> bool:
 
 
 def load_tokenizer(assets: Path) -> Any:
-    """The tokenizer of a checkpoint, by transformers; no code from the checkpoint is run.
+    """Returns the tokenizer of a checkpoint, by transformers; no code from the checkpoint is run.
 
     Raises:
         CheckpointError: there is none, it cannot be read, or its vocabulary is larger than the model's.
@@ -219,5 +219,5 @@ def load_tokenizer(assets: Path) -> Any:
 
 
 def _others(folder: Path) -> Iterator[Path]:
-    """The files besides weights, and what stands in their place."""
+    """Yields the files besides weights, and what stands in their place."""
     yield from (path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES)

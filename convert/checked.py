@@ -60,7 +60,7 @@ class CheckedReader:
             self.digests |= known
 
     def read(self, paths: Iterable[str]) -> Params:
-        """The named parameters, in memory.
+        """Returns the named parameters, in memory.
 
         Raises:
             CheckpointError: the files are damaged, or hold NaN or infinity.
@@ -102,7 +102,7 @@ class CheckedReader:
                     self.read([path])
 
     def signature(self) -> Signature:
-        """What the system knows of the weights' files, links followed."""
+        """Returns what the system knows of the weights' files, links followed."""
         found = {}
         for path in self.files:
             status = os.stat(path)
@@ -138,5 +138,6 @@ def digest(array: Shaped[np.ndarray, "..."]) -> str:
 
 
 def _flat(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "_"]:
-    """The elements in the order in which they lie in memory: a kernel is a stored tensor's transpose, not a copy."""
+    """Returns the elements in the order in which they lie in memory: a kernel is a stored tensor's transpose, not a
+    copy."""
     return np.asarray(array if array.flags.c_contiguous else array.T, order="C").reshape(-1)

@@ -72,12 +72,13 @@ def _print_notes(error: BaseException) -> None:
 
 
 def terminate(*_: object) -> NoReturn:
-    """A signal's handler that stops a command as Ctrl-C does."""
+    """Returns a signal's handler that stops a command as Ctrl-C does."""
     raise KeyboardInterrupt
 
 
 def worded(error: UserError) -> str:
-    """The error and what to do about it, on one line, without characters that could move a terminal's cursor."""
+    """Returns the error and what to do about it, on one line, without characters that could move a terminal's
+    cursor."""
     text = str(error)
     remedies = [_remedy(name, value) for name, value in error.options.items()]
     if isinstance(error, DamagedError):

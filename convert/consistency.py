@@ -45,7 +45,7 @@ def check(spec: Spec, config: dict[str, Any]) -> None:
 
 
 def _odd_ones(layers: dict[str, dict[str, tuple[int, ...]]]) -> list[str]:
-    """What a layer has otherwise than most of them."""
+    """Returns what a layer has otherwise than most of them."""
     counts: dict[str, Counter[tuple[int, ...]]] = {}
     for shapes in layers.values():
         for leaf, shape in shapes.items():

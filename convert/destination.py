@@ -160,7 +160,7 @@ class Destination:
 def destination(
     path: str | Path | Destination, option: str | None = None, *, overwrite: bool = False, folder: bool = True
 ) -> Destination:
-    """A `Destination` at a path as a user gives it, or one as it is.
+    """Returns a `Destination` at a path as a user gives it, or one as it is.
 
     Raises:
         CheckpointError: there is no such place.
@@ -169,7 +169,7 @@ def destination(
 
 
 def absolute(path: str | Path) -> Path:
-    """A path of the user's from the root on, with a last part that is a name.
+    """Returns a path of the user's from the root on, with a last part that is a name.
 
     Raises:
         CheckpointError: see `expand`, or it is the root.

@@ -12,7 +12,7 @@ JSON_BYTES = 256 * 2**20
 
 
 def expand(path: str | Path) -> Path:
-    """The path, with a leading `~` or `~user` as that user's home folder.
+    """Returns the path, with a leading `~` or `~user` as that user's home folder.
 
     Raises:
         CheckpointError: there is no such user, no home folder is known, or no file can have such a name.
@@ -37,7 +37,7 @@ def existing_parent(path: Path) -> Path:
 
 
 def require_regular(path: str | Path, error: type[UserError] = CheckpointError) -> os.stat_result:
-    """A regular file's status, links followed; nothing is opened, so a FIFO or a device cannot make it wait.
+    """Returns a regular file's status, links followed; nothing is opened, so a FIFO or a device cannot make it wait.
 
     Args:
         path: of the file.
@@ -74,7 +74,7 @@ def open_regular(path: str | Path, error: type[UserError] = CheckpointError) -> 
 
 
 def read_bytes(path: str | Path, most: int = JSON_BYTES, error: type[UserError] = CheckpointError) -> bytes:
-    """The content of a regular file that holds at most so many bytes; errors as for `require_regular`."""
+    """Returns the content of a regular file that holds at most so many bytes; errors as for `require_regular`."""
     with open_regular(path, error) as file:
         try:
             content = file.read(most + 1)
@@ -86,7 +86,7 @@ def read_bytes(path: str | Path, most: int = JSON_BYTES, error: type[UserError] 
 
 
 def leads_outside(path: Path, folder: Path) -> bool:
-    """Whether a file of a checkpoint's folder is a link to somewhere else.
+    """Returns whether a file of a checkpoint's folder is a link to somewhere else.
 
     The files of a snapshot in the hub's cache are links to `../../blobs/<hash>`: that is inside.
     """

@@ -170,7 +170,7 @@ class Reader:
             raise DamagedError(f"it cannot be read ({error.strerror})", file=self._path) from error
 
     def _shape(self, flax: str, tensor: Tensor) -> tuple[int, ...]:
-        """The shape that a param has: of kernels and embeddings two axes, of all else one."""
+        """Returns the shape that a param has: of kernels and embeddings two axes, of all else one."""
         shape = tensor.shape  # ggml lists the fastest axis first: [in, out]
         wanted = 2 if flax.endswith((".kernel", ".embedding")) else 1
         if len(shape) != wanted:
@@ -238,7 +238,7 @@ class Reader:
         file.write_text(json.dumps(settings, indent=2) + "\n")
 
     def _fields(self, schema: type[S], names: list[str], prefix: str = "") -> S:
-        """The named fields that are there, as a schema has them."""
+        """Returns the named fields that are there, as a schema has them."""
         found = {name: self._header.get(prefix + name) for name in names if prefix + name in self._header}
         return check(schema, found, file=self._path, entry=prefix.rstrip("."))
 
@@ -314,7 +314,7 @@ def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _llama3_factors(count: int, rope: dict[str, Any]) -> np.ndarray:
-    """What llama.cpp divides the rotary frequencies by, for rope type llama3."""
+    """Returns what llama.cpp divides the rotary frequencies by, for rope type llama3."""
     inverse = rope["rope_theta"] ** -(np.arange(count) / count)
     rotations = rope["original_max_position_embeddings"] * inverse / (2 * np.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]

@@ -111,7 +111,7 @@ class Header:
         return name in self._fields
 
     def get(self, name: str) -> Any:
-        """A field's value, arrays as lists; None where it is not there."""
+        """Returns a field's value, arrays as lists; None where it is not there."""
         value = self._fields.get(name)
         if not isinstance(value, _Array):
             return value
@@ -144,7 +144,7 @@ class Header:
         return _Array(item, count, start)
 
     def _after_strings(self, count: int) -> int:
-        """The offset behind so many strings."""
+        """Returns the offset behind so many strings."""
         at, last, data, length = self._at, self._size - 8, self._data, struct.Struct("<Q").unpack_from
         for _ in range(count):
             if at > last:

@@ -127,7 +127,7 @@ def hf_name(path: str) -> str:
 
 
 def _flax_path(name: str, ndim: int) -> str:
-    """The Flax path of a tensor, whose name has no leading `model.` any more."""
+    """Returns the Flax path of a tensor, whose name has no leading `model.` any more."""
     module, _, leaf = name.rpartition(".")
     if leaf != "weight":
         return name

@@ -45,12 +45,12 @@ def known_names() -> list[str]:
 
 
 def described(name: str) -> str:
-    """A checkpoint's name, and what is behind it where the name does not say."""
+    """Returns a checkpoint's name, and what is behind it where the name does not say."""
     return f"{name} ({DESCRIPTIONS[name]})" if name in DESCRIPTIONS and not Path(name).exists() else name
 
 
 def resolve(name: str | Path, *, weights: bool = True) -> Path:
-    """The local path of a checkpoint, downloaded into the cache where it has to be.
+    """Returns the local path of a checkpoint, downloaded into the cache where it has to be.
 
     Args:
         name: a path, a known name or owner/name.
@@ -79,7 +79,7 @@ def resolve(name: str | Path, *, weights: bool = True) -> Path:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether a file or folder has this name.
+    """Returns whether a file or folder has this name.
 
     Raises:
         CheckpointError: that cannot be told: the name is too long, a loop of links, a folder that cannot be searched.

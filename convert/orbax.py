@@ -161,7 +161,7 @@ def save_tree(path: Path, arrays: Params) -> None:
 
 
 def load_tree(path: Path) -> Params:
-    """The arrays that `save_tree` saved, by dotted path.
+    """Returns the arrays that `save_tree` saved, by dotted path.
 
     Raises:
         CheckpointError: they cannot be read.

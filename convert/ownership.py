@@ -119,7 +119,7 @@ def mark(folder: Path, kind: str, names: Iterable[str]) -> None:
 
 
 def marker_of(folder: Path) -> str | None:
-    """The digest of a folder's marker, which stands for the whole folder; None where there is none."""
+    """Returns the digest of a folder's marker, which stands for the whole folder; None where there is none."""
     try:
         return digest(folder / MARKER)
     except UserError:
@@ -127,7 +127,7 @@ def marker_of(folder: Path) -> str | None:
 
 
 def prove(folder: Path) -> Marker:
-    """The marker of a folder that holds nothing but what jaxprune wrote.
+    """Returns the marker of a folder that holds nothing but what jaxprune wrote.
 
     Raises:
         OccupiedError: something in it is not, or not any more, what jaxprune wrote; the first such file is named.
@@ -176,7 +176,7 @@ def strange(folder: Path, names: Collection[str]) -> Iterator[str]:
 
 
 def unchanged(path: Path, file: Listed) -> bool:
-    """Whether a file is a regular one with the size and the content that it had."""
+    """Returns whether a file is a regular one with the size and the content that it had."""
     try:
         found = os.lstat(path)
         return stat.S_ISREG(found.st_mode) and found.st_size == file.size and digest(path, file.prefix) == file.sha256
@@ -210,7 +210,7 @@ def remove_empties(folder: Path) -> None:
 
 
 def is_hollow(folder: Path) -> bool:
-    """Whether a path is a folder without a file in it, at any depth."""
+    """Returns whether a path is a folder without a file in it, at any depth."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     return not any(files or any(os.path.islink(Path(p) / n) for n in inner) for p, inner, files in os.walk(folder))
@@ -259,7 +259,7 @@ def seal(path: Path) -> None:
 
 
 def sealed(path: Path) -> bool:
-    """Whether a file is as it was when it was sealed."""
+    """Returns whether a file is as it was when it was sealed."""
     with open_regular(path) as file:
         head = file.read(_HEAD)
     place = head.find(SEAL) + len(SEAL)

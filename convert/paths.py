@@ -34,7 +34,7 @@ def require_apart(
 
 
 def paths_of(text: str | None) -> list[Path]:
-    """The path that an option names; none where it names something else."""
+    """Returns the path that an option names; none where it names something else."""
     try:
         path = Path(text or "").expanduser()
         return [path] if text and path.exists() else []
@@ -43,7 +43,7 @@ def paths_of(text: str | None) -> list[Path]:
 
 
 def inputs_of(path: Path) -> list[Path]:
-    """What is read when a path is: the path, and what the links in a folder lead to, as in the hub's cache."""
+    """Returns what is read when a path is: the path, and what the links in a folder lead to, as in the hub's cache."""
     found = [path]
     if path.is_dir():
         found += [one for one in path.iterdir() if one.is_symlink()]
@@ -66,7 +66,7 @@ def _require_apart(
 
 
 def contains(folder: Path, path: Path) -> bool:
-    """Whether a path is a folder's (or the folder itself), as the disk has them."""
+    """Returns whether a path is a folder's (or the folder itself), as the disk has them."""
     anchor, rest = _anchored(folder)
     for place, more in _ways(path):
         if os.path.samefile(place, anchor):
@@ -77,12 +77,12 @@ def contains(folder: Path, path: Path) -> bool:
 
 
 def _anchored(path: Path) -> tuple[Path, list[str]]:
-    """The nearest folder that exists, and the names that lead on from it."""
+    """Returns the nearest folder that exists, and the names that lead on from it."""
     return next(_ways(path))
 
 
 def _ways(path: Path) -> Iterator[tuple[Path, list[str]]]:
-    """All that exists on the way to a path, from its end on, each with the names that lead on from it."""
+    """Yields all that exists on the way to a path, from its end on, each with the names that lead on from it."""
     real = Path(os.path.realpath(path))
     for place in (real, *real.parents):
         if os.path.exists(place):
@@ -90,6 +90,6 @@ def _ways(path: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _minds_case(folder: Path) -> bool:
-    """Whether names that differ in case are different names there."""
+    """Returns whether names that differ in case are different names there."""
     other = folder.with_name(folder.name.swapcase())
     return other.name == folder.name or not (os.path.exists(other) and os.path.samefile(other, folder))

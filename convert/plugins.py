@@ -14,7 +14,7 @@ from convert.errors import InputError
 
 
 def names(package: ModuleType) -> list[str]:
-    """The names that `load` takes, in alphabetical order."""
+    """Returns the names that `load` takes, in alphabetical order."""
     return sorted({*_modules(package), *_entry_points(package)})
 
 

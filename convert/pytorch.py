@@ -12,7 +12,7 @@ from convert.hf import hf_name
 
 
 def to_torch(params: Mapping[str, np.ndarray], assets: Path, dtype: str) -> Any:
-    """The transformers model that a checkpoint's configuration names, with these params.
+    """Returns the transformers model that a checkpoint's configuration names, with these params.
 
     Args:
         params: all params of the checkpoint; paths as in the checkpoint.

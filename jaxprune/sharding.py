@@ -35,7 +35,7 @@ class Devices:
 
     @classmethod
     def first(cls, count: int | None = None) -> "Devices":
-        """The first devices that JAX finds.
+        """Returns the first devices that JAX finds.
 
         Args:
             count: how many; None: all there are, of all hosts.
@@ -136,7 +136,7 @@ def join(coordinator: str, processes: int | None, number: int | None) -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that writes files."""
+    """Returns whether this process is the one that writes files."""
     return jax.process_index() == 0
 
 

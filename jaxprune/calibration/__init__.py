@@ -27,7 +27,7 @@ JOIN = "\n\n"
 
 
 def default_text(ckpt: str) -> str | None:
-    """The text for a checkpoint that needs no hub: one that needs none either; None for other checkpoints."""
+    """Returns the text for a checkpoint that needs no hub: one that needs none either; None for other checkpoints."""
     return "wikipedia" if ckpt == "smollm2-135m" else None
 
 

@@ -80,7 +80,7 @@ def unpacked(path: Path) -> Iterator[BufferedIOBase]:
 
 
 def lines(file: BufferedIOBase, path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file that are not blank, with their numbers from 1.
+    """Yields the lines of a file that are not blank, with their numbers from 1.
 
     Raises:
         InputError: a line, or all of them, are longer than may be.
@@ -99,7 +99,7 @@ def lines(file: BufferedIOBase, path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def whole(file: BufferedIOBase, path: Path) -> bytes:
-    """All of a file.
+    """Returns all of a file.
 
     Raises:
         InputError: it holds more than a document may.
@@ -150,7 +150,7 @@ def _zstandard(path: Path) -> Any:
 
 
 def _errors(path: Path) -> tuple[type[Exception], ...]:
-    """What the unpackers raise for damaged content."""
+    """Returns what the unpackers raise for damaged content."""
     zstandard = (_zstandard(path).ZstdError,) if path.suffix == ".zst" else ()
     return (OSError, EOFError, zlib.error, lzma.LZMAError, *zstandard)
 

@@ -8,7 +8,7 @@ from jaxprune.errors import InputError
 
 
 def fetch(repository: str, filename: str) -> Path:
-    """The local path of one file of a dataset, downloaded the first time; works offline once it is cached.
+    """Returns the local path of one file of a dataset, downloaded the first time; works offline once it is cached.
 
     Where the cache cannot be written the file is kept for this process only, and a warning is logged.
 

@@ -21,7 +21,7 @@ _BLOCK = 2**22
 
 
 def load_windows(source: str, length: int, vocab_size: int | None = None) -> Integer[np.ndarray, "windows length"]:
-    """The first tokens of all windows of a file, mapped into memory, in the file's dtype.
+    """Returns the first tokens of all windows of a file, mapped into memory, in the file's dtype.
 
     Args:
         source: a .npy file of integers [windows, at least length], of any width and byte order.

@@ -16,7 +16,7 @@ S = TypeVar("S", bound=pydantic.BaseModel)
 
 
 def json_rows(row: type[S], file: BufferedIOBase, path: Path) -> Iterator[S]:
-    """The rows of a file that holds one a line, or is one array of them.
+    """Yields the rows of a file that holds one a line, or is one array of them.
 
     Args:
         row: what each has to be.
@@ -37,7 +37,7 @@ def json_rows(row: type[S], file: BufferedIOBase, path: Path) -> Iterator[S]:
 
 
 def parquet_rows(row: type[S], file: BufferedIOBase, path: Path) -> Iterator[S]:
-    """The rows of a .parquet file; arguments and errors as for `json_rows`."""
+    """Yields the rows of a .parquet file; arguments and errors as for `json_rows`."""
     import pyarrow
     from pyarrow import parquet
 

@@ -35,7 +35,7 @@ class Row(schema.Schema):
 
 
 def documents(path: Path, split: str, most: int | None = None) -> Sequence[str]:
-    """The texts of a file, whatever the split, or of a folder's split.
+    """Returns the texts of a file, whatever the split, or of a folder's split.
 
     Args:
         path: of the file or the folder.
@@ -54,7 +54,7 @@ def documents(path: Path, split: str, most: int | None = None) -> Sequence[str]:
 
 
 def read_rows(row: type[S], path: Path) -> Iterator[S]:
-    """The rows of a .json, .jsonl or .parquet file, packed or not.
+    """Yields the rows of a .json, .jsonl or .parquet file, packed or not.
 
     Args:
         row: what each has to be.
@@ -98,7 +98,7 @@ def _txt(file: BufferedIOBase, path: Path) -> str:
 
 
 def _files(folder: Path, split: str) -> list[Path]:
-    """The files of a folder's split, which have to be of one kind and lie in one folder."""
+    """Returns the files of a folder's split, which have to be of one kind and lie in one folder."""
     found: dict[str, list[Path]] = {}
     for file in _text_files(folder):
         found.setdefault(_split_of(file.relative_to(folder)), []).append(file)
@@ -117,7 +117,8 @@ def _files(folder: Path, split: str) -> list[Path]:
 
 
 def _text_files(folder: Path) -> Iterator[Path]:
-    """The files below a folder whose names say that they hold text; hidden ones and links to folders are left out."""
+    """Yields the files below a folder whose names say that they hold text; hidden ones and links to folders are left
+    out."""
     seen = 0
     for parent, folders, names in os.walk(folder, onerror=_unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -134,7 +135,7 @@ def _unreadable(error: OSError) -> None:
 
 
 def _split_of(path: Path) -> str:
-    """The split that a file's name, else its folders' names, speak of; train where they speak of none."""
+    """Returns the split that a file's name, else its folders' names, speak of; train where they speak of none."""
     for name in (path.name, *reversed(path.parts[:-1])):
         words = re.split(r"[^a-z]+", name.lower())
         for split, said in SPLITS.items():

@@ -40,7 +40,7 @@ class _Tokens(NamedTuple):
 
 
 def token_ids(tokenizer: Any, text: str, *, special: bool = True) -> Int[np.ndarray, "n"]:
-    """A text's token ids, int32.
+    """Returns a text's token ids, int32.
 
     Takes memory for the ids and for one piece's tokens, some 100 bytes a character. Where there is no seam the piece
     grows, up to `LONGEST` characters; a tokenizer that does not say where tokens lie gets texts of so many at once.
@@ -57,7 +57,8 @@ def token_ids(tokenizer: Any, text: str, *, special: bool = True) -> Int[np.ndar
 
 
 def in_pieces(tokenizer: Any, fragments: Iterable[str], *, special: bool = True) -> Iterator[Int[np.ndarray, "_"]]:
-    """The token ids of the text that the fragments make together, from its beginning; arguments as for `token_ids`."""
+    """Yields the token ids of the text that the fragments make together, from its beginning; arguments as for
+    `token_ids`."""
     source = (text[at : at + PIECE] for text in fragments for at in range(0, len(text), PIECE))
     size = PIECE
     text = _filled("", source, size)
@@ -89,7 +90,7 @@ def in_pieces(tokenizer: Any, fragments: Iterable[str], *, special: bool = True)
 
 
 def _filled(text: str, source: Iterator[str], size: int) -> str:
-    """The text with enough of the source behind it to be longer than `size`, or all of it."""
+    """Returns the text with enough of the source behind it to be longer than `size`, or all of it."""
     parts, length = [text], len(text)
     while length <= size and (part := next(source, None)) is not None:
         parts.append(part)
@@ -104,7 +105,8 @@ def _starts(text: str, size: int) -> Iterator[int]:
 
 
 def _seam(tokens: _Tokens, following: _Tokens, start: int) -> tuple[int, int] | None:
-    """The numbers of the first tokens at or after a seam in two pieces that agree around it; None: they do not."""
+    """Returns the numbers of the first tokens at or after a seam in two pieces that agree around it; None: they do
+    not."""
     place = start + OVERLAP
     one, other = (int(np.argmax(t.starts >= at)) for t, at in ((tokens, place), (following, OVERLAP)))
     if min(one, other) < AGREE or tokens.ends[one - 1] > place:

@@ -73,7 +73,7 @@ class Config(EvalOptions):
         return (self.coordinator, self.processes, self.process_id) if self.coordinator else None
 
     def resolved(self, recipe: Recipe) -> "Config":
-        """The same run with the defaults that depend on other options filled in.
+        """Returns the same run with the defaults that depend on other options filled in.
 
         Raises:
             InputError: options that no run can have.

@@ -37,13 +37,13 @@ def expanded(argv: Sequence[str]) -> list[str]:
     words: list[str] = []
     for option, value in _options(path).items():
         flag = f"--{option.replace('_', '-')}"
-        if flag not in own and value not in (None, False):
+        if flag not in own and value is not None and value is not False:
             words += [flag] if value is True else [f"{flag}={value}"]
     return [*words, *argv]
 
 
 def _options(path: Path) -> Mapping[str, Any]:
-    """The options of a file by name, in Python's spelling."""
+    """Returns the options of a file by name, in Python's spelling."""
     content = read_bytes(path, schema.RECORD_BYTES)
     if path.suffix == ".json":
         found: Any = decode(content, file=path, error=InputError)

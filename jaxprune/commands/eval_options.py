@@ -74,7 +74,7 @@ class EvalOptions:
         )
 
     def scratch_folder(self, out: str) -> Path | None:
-        """Where hidden states are kept; None: in memory.
+        """Returns where hidden states are kept; None: in memory.
 
         Args:
             out: the run's own folder.
@@ -113,7 +113,7 @@ Options = TypeVar("Options", bound=EvalOptions)
 
 
 def with_defaults(options: Options, *, eval: str, eval_text: str, eval_seqlen: int) -> Options:
-    """The same options, those left out filled in.
+    """Returns the same options, those left out filled in.
 
     Raises:
         InputError: see `EvalOptions.check`.
@@ -129,5 +129,5 @@ def with_defaults(options: Options, *, eval: str, eval_text: str, eval_seqlen: i
 
 
 def split(text: str | None) -> list[str]:
-    """The parts between commas."""
+    """Returns the parts between commas."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]

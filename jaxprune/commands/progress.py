@@ -34,10 +34,11 @@ class Progress(Observer):
 
     Args:
         devices: that the work runs on.
+        tasks: whether tasks of lm-eval are part of it, whose time is not foreseen.
     """
 
-    def __init__(self, devices: Devices = ONE_DEVICE) -> None:
-        self._devices = devices
+    def __init__(self, devices: Devices = ONE_DEVICE, *, tasks: bool = False) -> None:
+        self._devices, self._tasks = devices, tasks
         self._bar: Bar | None = None
         self._task = TaskID(0)
         self._layers = 0
@@ -59,8 +60,8 @@ class Progress(Observer):
         longest = max(times, key=lambda phase: times[phase])
         total, most = duration(sum(times.values())), duration(times[longest])
         console.print(
-            f"this takes about {total} without lm-eval's tasks, most of it {longest} ({most}), which {SHORTER[longest]}"
-            " shortens"
+            f"this takes about {total}{', beside the tasks of lm-eval' * self._tasks}; most of it is"
+            f" {longest} ({most}), which {SHORTER[longest]} shortens"
         )
 
     def started(self, what: str, layers: int) -> None:

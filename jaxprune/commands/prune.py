@@ -69,7 +69,8 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
     what = ", ".join(filter(None, [f"{config.calib} to calibrate", config.eval_text, config.tasks]))
     console.print(f"preparing text: {what}")
     windows = calibration_windows(config, model)
-    measures, progress = config.plan(), Progress(devices)
+    measures = config.plan()
+    progress = Progress(devices, tasks=bool(measures and measures.tasks))
     with progress:
         result = prune(
             model,

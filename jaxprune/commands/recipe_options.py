@@ -102,7 +102,7 @@ class RecipeOptions:
         return self._recipe(make(WholeModel, values), given, values)
 
     def _preset(self, name: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The flags that a preset sets."""
+        """Returns the flags that a preset sets."""
         if name is None:
             return {}
         preset = PRESETS[name]
@@ -119,7 +119,7 @@ class RecipeOptions:
         return self._mask if role == "mask" else self._update
 
     def _fields(self, role: str) -> set[str]:
-        """A method's options that matter in its role."""
+        """Returns a method's options that matter in its role."""
         does = {role} if self._given_mask or len(self.classes) > 1 else {"mask", "update"}
         return {f.name for f in dataclasses.fields(self.classes[role]) if {f.metadata.get("only", role)} & does}
 
@@ -130,7 +130,7 @@ class RecipeOptions:
         return lambda field: (f"{role}_{field}" if field in shared else field) if field in fields else None
 
     def _recipe(self, whole: WholeModel, given: Mapping[str, Any], values: Mapping[str, Any]) -> Recipe:
-        """The recipe of what was given, and of all values: those and the preset's."""
+        """Returns the recipe of what was given, and of all values: those and the preset's."""
         flags, importance, tuning = make(Flags, values), make(Importance, values), make(Tuning, values)
         _require_use(whole, given, importance, tuning)
         made = {role: make(cls, values, self.flag_of(role)) for role, cls in self.classes.items()}
@@ -155,7 +155,7 @@ class RecipeOptions:
 
 
 def _set(values: Any) -> dict[str, Any]:
-    """The fields of a dataclass that have other values than their defaults."""
+    """Returns the fields of a dataclass that have other values than their defaults."""
     found = {field.name: (getattr(values, field.name), field.default) for field in dataclasses.fields(values)}
     return {name: value for name, (value, default) in found.items() if value != default}
 

@@ -119,7 +119,7 @@ def progress_bar() -> Progress:
 
 
 def print_table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
-    """A table; without a header the first column names the rows."""
+    """Prints a table; without a header the first column names the rows."""
     table = Table(*header, show_header=bool(header))
     for row in rows:
         table.add_row(*row)

@@ -177,7 +177,7 @@ class StreamedLM(TemplateLM):
         return list(zip(totals.tolist(), greedy.tolist(), strict=True))
 
     def _continue(self, texts: Sequence[Sequence[int]]) -> list[int]:
-        """The most probable next token of each text."""
+        """Returns the most probable next token of each text."""
         found = np.zeros(len(texts), np.int64)
         for windows, head, states in self._predictions([Request(text, [0]) for text in texts]):
             found[windows.request] = self._model.next_tokens(head, states)

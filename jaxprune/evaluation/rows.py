@@ -98,7 +98,7 @@ def require_rows(task: str, path: Path) -> None:
 
 
 def _among(value: Any, there: Any, wanted: Any) -> Any:
-    """The value, once what it stands for is known to be there."""
+    """Returns the value, once what it stands for is known to be there."""
     if wanted not in there:
         raise ValueError(f"one of {', '.join(map(str, there))}")
     return value

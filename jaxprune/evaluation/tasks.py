@@ -91,7 +91,7 @@ def summarize(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def mean_accuracy(summary: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The plain mean of `acc` over the tasks that have it, as in the paper's table 4, and its standard error.
+    """Returns the plain mean of `acc` over the tasks that have it, as in the paper's table 4, and its standard error.
 
     Returns:
         `acc`, and `acc_stderr` where all tasks have one; empty without any accuracy.
@@ -106,7 +106,7 @@ def mean_accuracy(summary: Mapping[str, Mapping[str, float]]) -> dict[str, float
 
 
 def with_error(value: float, error: float | None) -> str:
-    """A value and its standard error, where there is one."""
+    """Returns a value and its standard error, where there is one."""
     return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
@@ -119,7 +119,7 @@ def without_samples(results: Mapping[str, Any]) -> str:
 
 
 def not_installed(error: ImportError) -> InputError:
-    """What to tell a user who lacks lm-eval."""
+    """Returns what to tell a user who lacks lm-eval."""
     return InputError(f"zero-shot tasks need lm-eval ({error}): pip install 'jaxprune[eval]'")
 
 
@@ -134,7 +134,8 @@ def _task_manager() -> Any:
 
 
 def _rows_of(name: str, data: Path) -> Path | None:
-    """The file of a task's rows in a folder, once its rows are known to be the task's; None where there is none."""
+    """Returns the file of a task's rows in a folder, once its rows are known to be the task's; None where there is
+    none."""
     files = (data / f"{name}{suffix}" for suffix in FORMATS)
     file = next((file for file in files if os.path.lexists(file)), None)
     if file:
@@ -143,7 +144,7 @@ def _rows_of(name: str, data: Path) -> Path | None:
 
 
 def _local(name: str, file: Path, manager: Any, folder: Path) -> str:
-    """A copy of the stock task that reads local rows."""
+    """Returns a copy of the stock task that reads local rows."""
     copied = folder / f"{len(list(folder.iterdir()))}{file.suffix}"  # datasets takes some characters for patterns
     shutil.copyfile(file, copied)
     entry = manager.task_index[name]
@@ -182,7 +183,8 @@ def _require_loads(name: str, spec: str, manager: Any, file: Path | None) -> Non
 
 
 def _fault(task: Any) -> str | None:
-    """The first row of a multiple-choice task that names none of its choices, which lm-eval would count as wrong."""
+    """Returns the first row of a multiple-choice task that names none of its choices, which lm-eval would count as
+    wrong."""
     if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input:
         return None
     for number, row in enumerate(task.eval_docs, 1):

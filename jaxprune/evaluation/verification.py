@@ -152,18 +152,19 @@ def _examine(kernel: Shaped[np.ndarray, "n m"]) -> StoredKernel:
 
 
 def _most(kept: Shaped[np.ndarray, "n m"], size: int, axis: int) -> int | None:
-    """The most weights kept in a group; None where groups do not come out even."""
+    """Returns the most weights kept in a group; None where groups do not come out even."""
     return None if kept.shape[axis] % size else int(_groups(kept, size, axis).max())
 
 
 def _groups(kept: Shaped[np.ndarray, "n m"], size: int, axis: int) -> np.ndarray:
-    """How many of every `size` consecutive weights along an axis are kept: [groups, others]."""
+    """Returns how many of every `size` consecutive weights along an axis are kept: [groups, others]."""
     along = kept if axis == 0 else kept.T
     return along.reshape(-1, size, along.shape[1]).sum(axis=1)
 
 
 def _violations(kernel: Shaped[np.ndarray, "n m"], pattern: Pattern | None, wanted: int | None) -> Iterator[str]:
-    """What a kernel lacks of its pattern, and of the zeros that it had to get (None: as many as the pattern's)."""
+    """Yields what a kernel lacks of its pattern, and of the zeros that it had to get (None: as many as the
+    pattern's)."""
     kept = kernel != 0
     found = int(np.count_nonzero(~kept))
     if isinstance(pattern, NM):

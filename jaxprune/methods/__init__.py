@@ -83,7 +83,7 @@ def name_of(method: Any) -> str:
 
 
 def load(name: str) -> type:
-    """The method class of a file of this package.
+    """Returns the method class of a file of this package.
 
     Raises:
         InputError: there is no such method.
@@ -101,7 +101,7 @@ def load(name: str) -> type:
 
 
 def with_more_damping(method: Any, times: float) -> Any:
-    """The method with all its dampings so many times as large, those of the methods it is made of included.
+    """Returns the method with all its dampings so many times as large, those of the methods it is made of included.
 
     A damping counts as at least 1e-6 of the mean diagonal here: below, float32 does not see it.
     """

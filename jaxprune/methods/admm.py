@@ -94,7 +94,7 @@ class ADMM:
         return False
 
     def progress(self) -> list[float]:
-        """The fractions of the final sparsity at the selections: 1 − (1 − (i+1)/k_s)³, or 1 throughout."""
+        """Returns the fractions of the final sparsity at the selections: 1 − (1 − (i+1)/k_s)³, or 1 throughout."""
         steps = range(max(min(self.selections, self.iterations), 1))
         if self.schedule == "constant":
             return [1.0 for _ in steps]

@@ -130,7 +130,7 @@ def _prepare(gram: Gram, damping: Scalar) -> Prepared:
 def _search(
     prepared: Prepared, weight: Kernel, select: Selector, iterations: int | Int[Array, ""], rho: Scalar
 ) -> tuple[Kernel, Mask, dict[str, Array]]:
-    """The support that ADMM settles on, with its weights and figures."""
+    """Returns the support that ADMM settles on, with its weights and figures."""
     scale = prepared.scale[:, None]
     dense = scale * weight
     target = matmul(prepared.gram, dense)

@@ -19,7 +19,7 @@ def gram(x: Float[Array, "*tokens n"], weights: Float[Array, "*tokens"] | None =
 def add_gram(
     total: Float[Array, "n n"], x: Float[Array, "*tokens n"], weights: Float[Array, "*tokens"] | None = None
 ) -> Float[Array, "n n"]:
-    """The total with XᵀX, or Xᵀ diag(w) X, added in blocks up to the diagonal; `symmetric` gives the rest.
+    """Returns the total with XᵀX, or Xᵀ diag(w) X, added in blocks up to the diagonal; `symmetric` gives the rest.
 
     Products of two 16-bit floats are exact in float32, so 16-bit inputs are multiplied as they are, on the
     matrix units, and only the accumulation is float32. float32 inputs are multiplied at highest precision.
@@ -50,14 +50,15 @@ def add_gram(
 
 @partial(jax.jit, donate_argnums=0)
 def symmetric(total: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """The symmetric matrix of a total that was added up to its diagonal; the total is donated."""
+    """Returns the symmetric matrix of a total that was added up to its diagonal; the total is donated."""
     for rows in _blocks(len(total)):
         total = total.at[: rows.start, rows].set(total[rows, : rows.start].T)
     return total
 
 
 def _blocks(n: int) -> list[slice]:
-    """A symmetric matrix's rows in four blocks, fewer where it is small: those up to the diagonal are 5/8 of it."""
+    """Returns a symmetric matrix's rows in four blocks, fewer where it is small: those up to the diagonal are 5/8 of
+    it."""
     count = min(4, max(1, n // 128))
     return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
 
@@ -68,7 +69,8 @@ def add_drift(
     dense: Float[Array, "*tokens n"],
     weights: Float[Array, "*tokens"] | None = None,
 ) -> Float[Array, "n n"]:
-    """The total with X̂ᵀ(X − X̂), or X̂ᵀ diag(w) (X − X̂), added: how far the inputs X̂ behind pruned layers are from X.
+    """Returns the total with X̂ᵀ(X − X̂), or X̂ᵀ diag(w) (X − X̂), added: how far the inputs X̂ behind pruned layers
+    are from X.
 
     Args:
         total: float32, or float64 for float64 inputs.

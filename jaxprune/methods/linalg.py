@@ -52,7 +52,7 @@ def precondition(gram: Float[Array, "n n"], damping: Scalar) -> Scaled:
 
 
 def inverse(matrix: Float[Array, "n n"], leaf: int | None = None) -> Float[Array, "n n"]:
-    """The inverse of a symmetric positive definite matrix, A⁻¹ = L⁻ᵀL⁻¹ with L⁻¹ by halves.
+    """Returns the inverse of a symmetric positive definite matrix, A⁻¹ = L⁻ᵀL⁻¹ with L⁻¹ by halves.
 
     These are 2n³ FLOPs, nearly all in products. On CPU it calls no LAPACK: where other work runs on the machine,
     OpenBLAS's threads wait for each other a hundred times longer than they work. Inverting the quarters themselves

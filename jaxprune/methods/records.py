@@ -93,7 +93,7 @@ def method_as_json(method: Method) -> dict[str, Any]:
 
 
 def _made(cls: type, options: Mapping[str, Any]) -> Any:
-    """A method with options of the types that it declares."""
+    """Returns a method with options of the types that it declares."""
     if unknown := options.keys() - {field.name for field in dataclasses.fields(cls)}:
         raise InputError(f"{cls.__name__} has no option {min(unknown)}")
     try:

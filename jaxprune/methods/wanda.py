@@ -25,7 +25,7 @@ class Wanda:
         return True
 
     def prepare(self, gram: Gram) -> Float[Array, "n"]:
-        """The norms ‖X_i‖₂ of the inputs."""
+        """Returns the norms ‖X_i‖₂ of the inputs."""
         return jnp.sqrt(jnp.diagonal(gram))
 
     def solve(self, prepared: Float[Array, "n"], weight: Kernel, pattern: Pattern | Mask) -> Solution:

@@ -58,7 +58,8 @@ def causal_attention(
 
 
 def cudnn_takes(query: Float[Array, "b t h d"]) -> bool:
-    """Whether cuDNN's flash attention takes such queries: on NVIDIA's GPUs from Ampere on, 16-bit, heads of up to 128.
+    """Returns whether cuDNN's flash attention takes such queries: on NVIDIA's GPUs from Ampere on, 16-bit, heads of up
+    to 128.
 
     An even number of them, for its gradient: windows of odd length are rare, and not worth two ways through a layer.
     """
@@ -67,7 +68,8 @@ def cudnn_takes(query: Float[Array, "b t h d"]) -> bool:
 
 
 def _cuda_capability() -> float:
-    """The compute capability of this process's GPUs, such as 8.6; 0 where they are not NVIDIA's, or there are none."""
+    """Returns the compute capability of this process's GPUs, such as 8.6; 0 where they are not NVIDIA's, or there are
+    none."""
     text = getattr(jax.local_devices()[0], "compute_capability", "")  # AMD's say gfx942 and the like
     return float(text) if text.replace(".", "").isdigit() else 0.0
 
@@ -81,7 +83,7 @@ class _Heads(NamedTuple):
 
 
 def _attend_segment(heads: _Heads, start: int, end: int, layout: Layout | None) -> Float[Array, "b k g _ d"]:
-    """The attention of the queries from `start` to `end` over the tokens up to there."""
+    """Returns the attention of the queries from `start` to `end` over the tokens up to there."""
     seen = heads._replace(key=heads.key[:, :, :end], value=heads.value[:, :, :end])
     if end - start <= LARGEST:
         block = seen._replace(query=seen.query[:, :, :, start:end])
@@ -115,7 +117,7 @@ def _attend(heads: _Heads, visible: Bool[Array, "_ 1 q s"]) -> Float[Array, "b k
 
 
 def _visible(start: Array, count: int, t: int, layout: Layout | None) -> Bool[Array, "_ 1 count t"]:
-    """Which of the first t tokens the `count` queries from `start` on see."""
+    """Returns which of the first t tokens the `count` queries from `start` on see."""
     here, there = start + jnp.arange(count, dtype=jnp.int32), jnp.arange(t, dtype=jnp.int32)
     visible = (there[None, :] <= here[:, None])[None, None]
     if layout is None:

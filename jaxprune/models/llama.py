@@ -192,7 +192,7 @@ class MLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """One layer; returns its output and its taps, the inputs of its linears under the names of `INPUTS`."""
+    """One layer; returns its output and its taps, the inputs of its linear layers under the names of `INPUTS`."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config, rngs)

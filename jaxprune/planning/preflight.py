@@ -163,7 +163,7 @@ def programs_of(work: Work) -> Iterator[Program]:
 
 
 def _keeps(work: Work) -> bool:
-    """Whether all that a distillation needs stays on the device, as far as can be told without one."""
+    """Returns whether all that a distillation needs stays on the device, as far as can be told without one."""
     return jax.default_backend() == "cpu" and 12 * work.pruned_weights < 4e9
 
 
@@ -208,7 +208,7 @@ def _states(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _disk(work: Work) -> dict[str, int]:
-    """What -> bytes on the output's disk."""
+    """Returns what -> bytes on the output's disk."""
     whole = sum(_size(work.spec, path) for path in work.spec)
     layers = sum(_size(work.spec, path) for path in work.spec if path.startswith("layers."))
     tuned = work.recipe.tuning.tune_epochs > 0

@@ -1,6 +1,7 @@
 """The kernels of a layer under Adam, masks fixed: initialization, a step, rounding, and keeping them in a journal.
 
-A kernel's step is in units of the root mean square of its kept weights, so that one rate serves all linears and models.
+A kernel's step is in units of the root mean square of its kept weights, so that one rate serves all of
+them, and all models.
 
 References:
     Kingma and Ba, "Adam" (arXiv 1412.6980).
@@ -27,7 +28,7 @@ ADAM = optax.scale_by_adam(*BETAS)
 
 
 class Kernels(NamedTuple):
-    """The kernels of one layer's pruned linears under Adam, by name.
+    """The kernels of one layer's pruned linear layers under Adam, by name.
 
     Attributes:
         values: [n, m] float32.

@@ -39,7 +39,7 @@ class Identity(Schema):
 
 
 def is_journal(folder: Path) -> bool:
-    """Whether a folder without a marker is an earlier version's journal."""
+    """Returns whether a folder without a marker is an earlier version's journal."""
     try:
         _identity(folder)
         return True
@@ -66,7 +66,7 @@ class Adopted(NamedTuple):
 
 
 def adopted(folder: Path) -> Adopted:
-    """What is ours of an earlier version's journal."""
+    """Returns what is ours of an earlier version's journal."""
     entries = Journal(folder).files()
     files = ownership.listed(folder, [IDENTITY])
     for name in EMPTY:
@@ -79,7 +79,7 @@ def adopted(folder: Path) -> Adopted:
 
 
 def _states(folder: Path, path: Path, identity: Identity) -> dict[str, Listed]:
-    """The files of kept states, where their digests are right; else nothing."""
+    """Returns the files of kept states, where their digests are right; else nothing."""
     try:
         digests = json.loads(read_bytes(path))
         found = {str((path.parent / name).relative_to(folder)): (name, digest) for name, digest in digests.items()}
@@ -99,7 +99,7 @@ def _states(folder: Path, path: Path, identity: Identity) -> dict[str, Listed]:
 
 
 def _prefixes(size: int, identity: Identity) -> Iterator[str]:
-    """What was hashed before states of all windows: their dtype and shape."""
+    """Yields what was hashed before states of all windows: their dtype and shape."""
     dtype: Any = np.dtype(identity.computation)
     windows, length = identity.calibration.windows
     width, rest = divmod(size, windows * length * dtype.itemsize)

@@ -1,7 +1,7 @@
 r"""A sparsity of its own for every linear, by one threshold over all of them.
 
 The saliency of a weight is W²_ij · Σ_t x²_ti · c_j: what zeroing it alone costs the model's loss, to second order and
-with the diagonals of both Kronecker factors of its curvature (see `sensitivity`). In these units linears are
+with the diagonals of both Kronecker factors of its curvature (see `sensitivity`). In these units linear layers are
 comparable, so one threshold over the whole model says how many weights each of them loses. A linear stays within a
 distance of the target, and the total is exact.
 
@@ -32,7 +32,7 @@ def allocate(
     Args:
         model: dense.
         sensitivity: of its layers.
-        sparsity: of all linears together; the number of zeros is rounded to the nearest whole weight.
+        sparsity: of all linear layers together; the number of zeros is rounded to the nearest whole weight.
         spread: the most by which a linear's sparsity may differ from it.
     """
     linears, histograms, sizes = [], [], []
@@ -48,7 +48,7 @@ def allocate(
 
 
 def share_zeros(histograms: Int[np.ndarray, "l bins"], zeros: int, spread: float) -> Int[np.ndarray, "l"]:
-    """The zeros of each linear: its weights below one threshold, within bounds, so that the total is exact.
+    """Returns the zeros of each linear: its weights below one threshold, within bounds, so that the total is exact.
 
     Args:
         histograms: numbers of weights by saliency, the least salient first.

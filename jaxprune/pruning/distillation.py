@@ -128,7 +128,7 @@ def distill(
 
 
 def _batches(tokens: Int[np.ndarray, "w t"], tuning: Tuning, seed: int) -> list[Int[np.ndarray, "b"]]:
-    """The windows of each step: every epoch visits all, in a new order, and the last may end early."""
+    """Returns the windows of each step: every epoch visits all, in a new order, and the last may end early."""
     windows = len(tokens)
     count = max(c for c in range(1, min(tuning.tune_windows, windows) + 1) if windows % c == 0)
     steps = max(1, round(tuning.tune_epochs * windows / count))
@@ -138,7 +138,7 @@ def _batches(tokens: Int[np.ndarray, "w t"], tuning: Tuning, seed: int) -> list[
 
 
 def _placement(model: StreamedModel, window: tuple[int, int]) -> Placement:
-    """What fits the device: kernels may fill half of what is free, and intermediate results a quarter.
+    """Returns what fits the device: kernels may fill half of what is free, and intermediate results a quarter.
 
     Args:
         model: whose kernels are tuned.

@@ -127,7 +127,7 @@ def _add(add: Callable[..., Array], total: Array, *arrays: Array | None) -> Arra
 
 @jax.jit
 def _total(sums: Sequence[tuple[Grams, Grams]]) -> tuple[Grams, Grams]:
-    """The sums over all devices and all batches."""
+    """Returns the sums over all devices and all batches."""
     whole = jax.tree.map(lambda total: total if total.ndim == 2 else jnp.sum(total, axis=0), sums)
     return jax.tree.map(lambda *totals: sum(totals[1:], totals[0]), *whole)
 

@@ -86,7 +86,7 @@ class KnownWeights:
 
 
 def of_run(reader: Reader, architecture: Architecture, asked: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """All that decides a run's outcome and is known before it begins, as JSON.
+    """Returns all that decides a run's outcome and is known before it begins, as JSON.
 
     Args:
         reader: of the dense checkpoint.
@@ -104,7 +104,7 @@ def of_run(reader: Reader, architecture: Architecture, asked: Mapping[str, Any],
 
 
 def of_version_1(reader: Reader, architecture: Architecture, asked: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """The same as the first version wrote it, whose journals are still taken up; `asked` in its form."""
+    """Returns the same as the first version wrote it, whose journals are still taken up; `asked` in its form."""
     log.warning(
         "what is finished is an earlier version's, which kept digests of the first and last layers only; whether the "
         "other weights are still the same is not known"
@@ -117,7 +117,7 @@ def of_version_1(reader: Reader, architecture: Architecture, asked: Mapping[str,
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON knows it; sorted items as an object."""
+    """Returns a value as JSON knows it; sorted items as an object."""
     if isinstance(value, Mapping):
         return {name: _plain(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
@@ -128,12 +128,12 @@ def _plain(value: Any) -> Any:
 
 
 def _headers(spec: Spec) -> bytes:
-    """All names, shapes and dtypes, to be digested."""
+    """Returns all names, shapes and dtypes, to be digested."""
     return json.dumps({path: [list(t.shape), t.dtype.name] for path, t in sorted(spec.items())}).encode()
 
 
 def _digest(arrays: Params) -> str:
-    """The digest of version 1: of arrays in their logical order."""
+    """Returns the digest of version 1: of arrays in their logical order."""
     whole = hashlib.sha256()
     for name in sorted(arrays):
         array = np.asarray(arrays[name], order="C")  # ascontiguousarray makes 1-d arrays of 0-d ones

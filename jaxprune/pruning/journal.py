@@ -162,7 +162,7 @@ class Journal:
         return found
 
     def _notes(self) -> list[tuple[str, Note]]:
-        """The notes that are as they were written, with the names of their entries."""
+        """Returns the notes that are as they were written, with the names of their entries."""
         found = []
         for place, folders, files in os.walk(self.folder):
             folders[:] = [name for name in folders if Path(place) / name != self.work]
@@ -172,7 +172,7 @@ class Journal:
         return sorted(found, key=lambda note: note[0])
 
     def _files_of(self, name: str) -> dict[str, Listed]:
-        """The files of an entry and its note; none where the note is damaged."""
+        """Returns the files of an entry and its note; none where the note is damaged."""
         note = self.note(name)
         try:
             files = {f"{name}/{file}": hashed for file, hashed in read_note(note).files.items()}

@@ -62,7 +62,7 @@ class Finished(Schema):
     masks: Masks | None
 
     def made(self, masks: Path | None) -> bool:
-        """Whether the run's result is what is asked for now."""
+        """Returns whether the run's result is what is asked for now."""
         return (str(masks) if masks else None) == (self.masks.path if self.masks else None)
 
     def masks_are_published(self) -> bool:
@@ -73,7 +73,7 @@ class Finished(Schema):
 
 
 def journal_folder(out: Path) -> Path:
-    """Where the journal of the run that makes `out` is."""
+    """Returns where the journal of the run that makes `out` is."""
     return out.with_name(f"{out.name}.unfinished")
 
 
@@ -122,7 +122,7 @@ def marker_of(folder: Path) -> JournalMarker | None:
 
 
 def is_new(folder: Path) -> bool:
-    """Whether a folder without a marker is as a journal's first moments leave it."""
+    """Returns whether a folder without a marker is as a journal's first moments leave it."""
     names = set(os.listdir(folder)) - {NEW_MARKER}
     return not names or (names == {LOCK} and (folder / LOCK).lstat().st_size == 0)
 
@@ -176,10 +176,10 @@ def work_name(token: str) -> str:
 
 
 def result_folder(journal: Journal) -> Path:
-    """The folder that the checkpoint is made at."""
+    """Returns the folder that the checkpoint is made at."""
     return journal.work / RESULT
 
 
 def masks_file(journal: Journal) -> Path:
-    """The file that the masks are made at."""
+    """Returns the file that the masks are made at."""
     return journal.work / MASKS

@@ -83,7 +83,7 @@ def _positions(journal: Journal, stage: str) -> list[int]:
 
 
 def _shapes(states: Mapping[str, HiddenStates]) -> dict[str, Any]:
-    """What hidden states are, as JSON."""
+    """Returns what hidden states are, as JSON."""
     return {kind: {"dtype": one.array.dtype.name, "shape": list(one.array.shape)} for kind, one in states.items()}
 
 

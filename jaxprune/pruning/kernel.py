@@ -99,6 +99,6 @@ def round_kernel(weight: Float[Array, "n m"], kept: Mask, dtype: DTypeLike) -> F
 
 
 def _smallest(dtype: np.dtype) -> float:
-    """The smallest positive number that no backend flushes to zero."""
+    """Returns the smallest positive number that no backend flushes to zero."""
     info = ml_dtypes.finfo(dtype)
     return float(info.smallest_subnormal if dtype == jnp.float16 else info.tiny)

@@ -100,7 +100,7 @@ class Results:
         return LayerResult(index, arrays["params"], kernels, arrays["masks"], found.seconds, resumed=True)
 
     def _checked(self, metadata: dict[str, Any], name: str) -> "_Layer | None":
-        """What `LayerResult.as_json` gave; None where it is something else, which is said."""
+        """Returns what `LayerResult.as_json` gave; None where it is something else, which is said."""
         assert self.journal
         try:
             return check(_Layer, metadata, file=self.journal.folder / f"{name}.json", entry="figures")

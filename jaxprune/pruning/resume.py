@@ -139,7 +139,7 @@ def _text(identity: Mapping[str, Any]) -> str:
 
 
 def run_of(identity: Mapping[str, Any]) -> str:
-    """A digest of a run's identity."""
+    """Returns a digest of a run's identity."""
     return hashlib.sha256(_text(identity).encode()).hexdigest()
 
 

@@ -42,7 +42,7 @@ class Sensitivity(NamedTuple):
     """Of one layer of the dense model, over all calibration tokens. float32.
 
     Attributes:
-        tokens: tap -> [windows, length], Σ_j g²_tj over the outputs j of all linears that read the tap.
+        tokens: tap -> [windows, length], Σ_j g²_tj over the outputs j of all linear layers that read the tap.
         outputs: linear -> [m], c_j = Σ_t g²_tj.
         inputs: tap -> [n], Σ_t x²_ti.
     """
@@ -65,7 +65,7 @@ class Weights(NamedTuple):
 
 
 def weights(layer: Sensitivity, importance: Importance) -> Weights:
-    """The weights that sensitivities give: w_t = (Σ_j g²_tj)^p and √c_j, normalised.
+    """Returns the weights that sensitivities give: w_t = (Σ_j g²_tj)^p and √c_j, normalised.
 
     An output that the loss does not depend on, such as one that only feeds dead units, gets a millionth of the root
     mean square, not zero: its kernel's column is divided by its weight again.
@@ -144,7 +144,7 @@ def _groups(model: StreamedModel, tokens: Int[np.ndarray, "w t"], host_bytes: fl
 def _reverse(
     model: StreamedModel, tokens: Int[np.ndarray, "w t"], journal: Journal | None, stage: str
 ) -> list[Sensitivity]:
-    """The sensitivities of all layers for some tokens; those that are kept already are taken as they are."""
+    """Returns the sensitivities of all layers for some tokens; those that are kept already are taken as they are."""
     count = model.num_layers
     found = {index: kept for index in range(count) if (kept := _kept(journal, stage, index))}
     missing = [index for index in reversed(range(count)) if index not in found]
@@ -177,7 +177,7 @@ def _reverse(
 def _kept_gradient(
     model: StreamedModel, tokens: Int[np.ndarray, "w t"], journal: Journal | None, stage: str, missing: int
 ) -> tuple[int, HiddenStates | None]:
-    """The number of layers below the kept gradient, and it; all layers and None where none is of use.
+    """Returns the number of layers below the kept gradient, and it; all layers and None where none is of use.
 
     Args:
         model, tokens, journal, stage: as for `_reverse`.
@@ -264,7 +264,7 @@ def backward(
     x: Float[Array, "b t d"],
     gradient: Float[Array, "b t d"],
 ) -> tuple[Float[Array, "b t d"], Sensitivity]:
-    """The gradient by the layer's input, and the batch's sensitivity (its arrays on the device)."""
+    """Returns the gradient by the layer's input, and the batch's sensitivity (its arrays on the device)."""
     widths = {path: layer.spec[f"{path}.kernel"].shape[1] for _, paths in taps for path in paths}
     probes = {path: jnp.zeros((*x.shape[:2], width), x.dtype) for path, width in widths.items()}
     _, vjp, inputs = jax.vjp(lambda x, probes: layer(params, x, probes=probes), x, probes, has_aux=True)

@@ -1,8 +1,8 @@
 """A snapshot of a layer in a file: the Gram matrices of its inputs, and its dense kernels.
 
 For research on methods without a model, and for bug reports. The file is safetensors: `gram.<tap>` is a Gram matrix
-[n, n], `<linear>.kernel` a kernel [n_in, n_out] in its stored dtype; the metadata's `inputs` says which linears read
-which tap.
+[n, n], `<linear>.kernel` a kernel [n_in, n_out] in its stored dtype; the metadata's `inputs` says which linear layers
+read which tap.
 """
 
 import json
@@ -198,7 +198,7 @@ def _require_shapes(path: Path, inputs: Mapping[str, Sequence[str]], slices: Map
     """Raises DamagedError where tensors are missing, or are not what the header's inputs need."""
     linears = [linear for paths in inputs.values() for linear in paths]
     if not linears or len(set(linears)) < len(linears):
-        raise DamagedError("linears are missing, or there twice", file=path, entry="inputs", found=linears)
+        raise DamagedError("linear layers are missing, or there twice", file=path, entry="inputs", found=linears)
     names = [f"gram.{tap}" for tap in inputs] + [f"{linear}.kernel" for linear in linears]
     if missing := [name for name in names if name not in slices]:
         raise DamagedError("a tensor is missing", file=path, entry=missing[0])

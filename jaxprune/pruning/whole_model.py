@@ -106,7 +106,7 @@ def _by_importance(
     journal: Journal | None,
     observer: Observer,
 ) -> tuple[Pattern | TargetOf, list[Weights] | None]:
-    """The target of each kernel and the weights of each layer."""
+    """Returns the target of each kernel and the weights of each layer."""
     if not importance.measured:
         return target, None
     start = time.perf_counter()

@@ -57,11 +57,11 @@ Embeddings, norms and head are those of the dense checkpoint. Everything needed 
 
 
 def _row(cells: Sequence[str]) -> str:
-    """A row of a Markdown table."""
+    """Returns a row of a Markdown table."""
     return f"| {' | '.join(map(_escaped, cells))} |\n"
 
 
 def _escaped(text: str) -> str:
-    """A name on one line, none of whose characters is Markdown's or HTML's."""
+    """Returns a name on one line, none of whose characters is Markdown's or HTML's."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return re.sub(r"([\\|`*\[\]$])", r"\\\1", line).replace("&", "&amp;").replace("<", "&lt;")

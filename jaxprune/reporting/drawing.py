@@ -95,7 +95,8 @@ def _inline(svg: str, title: str) -> Markup:
 
 
 def logarithmic(axis: Any) -> None:
-    """A logarithmic axis with plain numbers, at 1, 2 and 5 where it spans little; a linear one where all are 0."""
+    """Returns a logarithmic axis with plain numbers, at 1, 2 and 5 where it spans little; a linear one where all are
+    0."""
     if not axis.get_minpos() < math.inf:
         return
     (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")
@@ -117,7 +118,8 @@ def series_style(number: int) -> dict[str, Any]:
 
 
 def words(name: str, most: int = 26) -> str:
-    """A name of somebody else's as a plot bears it: without its middle where it is long, so that it leaves room."""
+    """Returns a name of somebody else's as a plot bears it: without its middle where it is long, so that it leaves
+    room."""
     name = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
     name = name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"
     return f" {name}" if name.startswith("_") else name  # matplotlib's legends leave out what begins with _

@@ -20,7 +20,7 @@ class Entry:
         label: a short name.
         dense: whether it is the one that others were made from or are compared with.
         method, pattern: how it was pruned, in words; "" where that is not known.
-        sparsity: zeros of the linears over their weights; None where nobody counted.
+        sparsity: zeros of the linear layers over their weights; None where nobody counted.
         quality: what was measured.
         run: the record of the run that made it, or None.
         number: of the checkpoint among those that are not dense; decides its colour.
@@ -110,7 +110,7 @@ def _entries(record: Record) -> list[Entry]:
 
 
 def _bare(name: str, dense: bool, sparsity: float, quality: Quality) -> Entry:
-    """A checkpoint of whose making nothing is known."""
+    """Returns a checkpoint of whose making nothing is known."""
     pattern = "" if dense else f"{100 * sparsity:.1f} %"
     label = Path(name).name + (" (dense)" if dense else "")
     return Entry(name, label, dense, DESCRIPTIONS.get(name, ""), pattern, sparsity, quality, None)

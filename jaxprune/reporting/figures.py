@@ -26,7 +26,7 @@ from jaxprune.reporting.schema import Layer
 
 
 def error_by_layer(entries: Sequence[Entry]) -> Figure:
-    """Of one run: every linear's error; of several: the mean over linears."""
+    """Of one run: every linear's error; of several: the mean over linear layers."""
 
     def plot(axis: Axes) -> None:
         if len(entries) == 1:
@@ -83,7 +83,7 @@ def sparsity_by_layer(entries: Sequence[Entry]) -> Figure:
         axis.set_ylim(max(0, min(every) - 5), min(100, max(every) + 5))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel("layer")
-        axis.set_ylabel("zeros, % (dots: single linears)" if len(entries) == 1 else "zeros, %")
+        axis.set_ylabel("zeros, % (dots: single linear layers)" if len(entries) == 1 else "zeros, %")
 
     return draw("Sparsity by layer", 3.0, plot)
 
@@ -121,7 +121,7 @@ def divergences(entries: Sequence[Entry], text: str) -> Figure:
 def _measured(
     entries: Sequence[Entry], values: Sequence[float | None], title: str, label: str, *, log: bool = False
 ) -> Figure:
-    """A point and its value for each checkpoint; None stands for infinity."""
+    """Returns a point and its value for each checkpoint; None stands for infinity."""
 
     def plot(axis: Axes) -> None:
         known = [_plain(value) for value in values if value is not None]
@@ -166,7 +166,7 @@ def accuracies(entries: Sequence[Entry]) -> Figure:
 def quality_by_sparsity(
     entries: Sequence[Entry], title: str, label: str, value_of: Callable[[Entry], float | None], *, log: bool
 ) -> Figure | None:
-    """A line a method over the sparsities; None where there is one sparsity only."""
+    """Returns a line a method over the sparsities; None where there is one sparsity only."""
     pruned = [(entry, value) for entry in entries if not entry.dense and (value := value_of(entry)) is not None]
     if len({(round(e.sparsity, 3), e.grouped) for e, _ in pruned if e.sparsity is not None}) < 2:
         return None
@@ -186,14 +186,14 @@ def quality_by_sparsity(
                 axis.axhline(_plain(value), color=DENSE, ls="--", lw=1, label="dense")
         if log:
             logarithmic(axis.yaxis)
-        axis.set_xlabel("zeros in the linears, %")
+        axis.set_xlabel("zeros in the linear layers, %")
         axis.set_ylabel(label)
 
     return draw(title, 3.4, plot)
 
 
 def _rows(axis: Axes, entries: Sequence[Entry]) -> None:
-    """One row a checkpoint, from the top."""
+    """Returns one row a checkpoint, from the top."""
     axis.set_yticks(range(len(entries)), [_label(entry) for entry in entries])
     axis.set_ylim(len(entries) - 0.4, -0.6)
     axis.grid(axis="y", visible=False)
@@ -221,7 +221,7 @@ def _linears(entries: Sequence[Entry]) -> list[str]:
 
 
 def _plain(value: float | None) -> float:
-    """A number that matplotlib can scale; NaN, which a plot leaves out, for None."""
+    """Returns a number that matplotlib can scale; NaN, which a plot leaves out, for None."""
     if value is None:
         return math.nan
     return 0.0 if abs(value) < LEAST else min(max(value, -MOST), MOST)
@@ -241,6 +241,6 @@ def _short(linear: str) -> str:
 
 
 def short(text: str) -> str:
-    """A text's name; of a file the last two parts of its path."""
+    """Returns a text's name; of a file the last two parts of its path."""
     path = Path(text)
     return "/".join((path.with_suffix("") if path.name else path).parts[-2:]) or text

@@ -18,7 +18,7 @@ from jaxprune.reporting.schema import Record, Run
 
 
 def page(records: Sequence[Record]) -> str:
-    """The report's HTML."""
+    """Returns the report's HTML."""
     everything = entries(records)
     texts = list(dict.fromkeys(text for entry in everything for text in entry.quality.texts))
     environment = jinja2.Environment(
@@ -91,7 +91,7 @@ def _source(record: Record) -> str:
 
 
 def _without_layers(record: Any) -> Any:
-    """A record without the figures of single layers, which the plots show."""
+    """Returns a record without the figures of single layers, which the plots show."""
     if isinstance(record, Mapping):
         return {key: _without_layers(value) for key, value in record.items() if key != "layers"}
     return record

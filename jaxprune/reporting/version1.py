@@ -81,7 +81,7 @@ class Evaluation(schema.Environment):
 
 
 def upgraded(content: str | bytes, kind: Literal["run", "evaluation"], file: str | Path) -> schema.Record:
-    """A record of version 1 as version 2 has it.
+    """Returns a record of version 1 as version 2 has it.
 
     Raises:
         UserError: it is none, or its prose is not what version 1 wrote.
@@ -120,7 +120,7 @@ def _run(run: Run, file: str | Path) -> dict[str, Any]:
 
 
 def _pattern(run: Run, file: str | Path) -> tuple[dict[str, Any], float | None]:
-    """The pattern, and by how much its sparsity may be off, for prose had six digits; None: linears had their own."""
+    """Returns the pattern, and how far off its sparsity, of six digits, may be; None: each linear layer had its own."""
     if match := re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", run.pattern):
         return {"kind": "nm", "n": int(match[1]), "m": int(match[2])}, 0.0
     if match := re.fullmatch(r"the mask (.+)", run.pattern, re.DOTALL):
@@ -166,7 +166,7 @@ def _method(method: Method, preset: str | None, file: str | Path) -> dict[str, A
 
 
 def recipe_as_json(recipe: Recipe) -> dict[str, Any]:
-    """What version 1 wrote of a recipe, in records and journals."""
+    """Returns what version 1 wrote of a recipe, in records and journals."""
     method = _described(recipe.method) | {"name": recipe.method_text}
     parts: dict[str, Any] = {"method": method, "pattern": _prose(recipe)}
     if recipe.preset:

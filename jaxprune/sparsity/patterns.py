@@ -38,7 +38,7 @@ class Pattern(Protocol):
         ...
 
     def selector(self, shape: tuple[int, ...], progress: Sequence[float] = (1.0,)) -> Selector:
-        """A selector for kernels of this [n_in, n_out] shape.
+        """Returns a selector for kernels of this [n_in, n_out] shape.
 
         Args:
             shape: of the kernel.

@@ -83,7 +83,7 @@ def _order(scores: Scores) -> Int[Array, "n m"]:
 
 
 def _keep(scores: Scores, zeros: Int[Array, ""], axis: tuple[int, ...]) -> Mask:
-    """All but the `zeros` smallest scores along the axes."""
+    """Returns all but the `zeros` smallest scores along the axes."""
     bits, zeros = _order(scores), zeros.astype(jnp.int32)
     threshold, below = _threshold(bits, zeros, axis)
     keep, short = bits >= threshold, zeros - below
@@ -116,7 +116,7 @@ class _Bracket(NamedTuple):
 def _threshold(
     keys: Int[Array, "n m"], zeros: Int[Array, "*_"], axis: tuple[int, ...]
 ) -> tuple[Int[Array, "1 _"], Int[Array, "1 _"]]:
-    """A threshold below which `zeros` non-negative keys lie, and how many do: fewer only where keys are equal.
+    """Returns a threshold below which `zeros` non-negative keys lie, and how many do: fewer only where keys are equal.
 
     Interpolation search on the counts: a pass over the keys counts below seven candidates at once. The first are
     quantiles of a sample; the later ones surround the place where the count would be right if keys were evenly spread
@@ -141,7 +141,7 @@ def _threshold(
         return _Bracket(low, high, below_low, below_high)
 
     def spread(fraction: Array, count: Array) -> Array:
-        """The standard deviation of how many of `count` keys lie below a quantile."""
+        """Returns the standard deviation of how many of `count` keys lie below a quantile."""
         return jnp.sqrt(fraction * (1 - fraction) * count)
 
     def unfinished(bracket: _Bracket) -> Bool[Array, ""]:
@@ -175,7 +175,8 @@ def _sorted_sample(keys: Int[Array, "n m"], size: int, axis: tuple[int, ...]) ->
 
 
 def _counts_below(keys: Int[Array, "n m"], candidates: Sequence[Array], axis: tuple[int, ...]) -> Sequence[Array]:
-    """How many keys lie below each candidate, in one pass: XLA makes one loop of a reduction of several arrays."""
+    """Returns how many keys lie below each candidate, in one pass: XLA makes one loop of a reduction of several
+    arrays."""
     below = tuple((keys < candidate).astype(jnp.int32) for candidate in candidates)
     zeros = tuple(jnp.zeros((), jnp.int32) for _ in below)
     counts = lax.reduce(below, zeros, lambda a, b: tuple(map(lax.add, a, b)), axis)

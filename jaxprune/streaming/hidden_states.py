@@ -134,7 +134,8 @@ class HiddenStates:
 
 
 def _mapped(folder: Path, size: int) -> mmap.mmap:
-    """A file without a name, mapped into memory. It takes its room at once: a later lack would kill the process."""
+    """Returns a file without a name, mapped into memory. It takes its room at once: a later lack would kill the
+    process."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             if hasattr(os, "posix_fallocate"):

@@ -37,20 +37,18 @@ def test_options_of_a_recipe_make_it_again(flags: str) -> None:
     words = [
         f"--{name.replace('_', '-')}" if value is True else f"--{name.replace('_', '-')}={value}"
         for name, value in of_recipe(recipe.record)
-        if value not in (None, False)
+        if value is not None and value is not False
     ]
     assert parse(["--ckpt", "model", *words])[1] == recipe
 
 
-@pytest.mark.parametrize("record", sorted((Path(__file__).parents[1] / "reporting/records").glob("*.json")), ids=str)
-def test_records_are_run_again(record: Path, tmp_path: Path) -> None:
-    content = json.loads(record.read_text())
-    if content.get("kind") != "run" and "layers" not in content:
-        pytest.skip("it is no record of a run")
+@pytest.mark.parametrize("name", ["2of4", "best", "given", "per-output", "unstructured"])
+def test_records_are_run_again(name: str, tmp_path: Path) -> None:
+    record = Path(__file__).parents[1] / f"reporting/records/{name}.json"
     config, recipe = parse(["--config", str(record), "--out", str(tmp_path / "again")])
     run = schema.read(record.read_bytes(), record)
     assert isinstance(run, schema.Run)
-    assert recipe.record == run.model_copy() or recipe.pattern_text == run.pattern_text
+    assert (recipe.pattern_text, recipe.method_text) == (run.pattern_text, run.method_text)
     assert (config.ckpt, config.nsamples, config.seed) == (run.config.ckpt, run.config.nsamples, run.config.seed)
 
 

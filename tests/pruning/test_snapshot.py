@@ -137,7 +137,7 @@ def test_bad_input_is_one_error(
         ({"layer": "9" * 5000}, "__metadata__.layer: an entry cannot be used"),
         ({"inputs": "[1"}, "__metadata__.inputs"),
         ({"inputs": "[1]"}, "__metadata__.inputs"),
-        ({"inputs": "{}"}, "linears are missing"),
+        ({"inputs": "{}"}, "linear layers are missing"),
         ({"inputs": '{"mlp_input": ["mlp.up_proj", "mlp.up_proj"]}'}, "or there twice"),
         ({"inputs": '{"mlp_input": ["mlp.upper"]}'}, "mlp.upper.kernel: a tensor is missing"),
         ({"format": "something"}, "holds no layer's snapshot"),
