@@ -91,15 +91,11 @@ def evaluate(
     names = list(dict.fromkeys(one.name if isinstance(one, StreamedModel) else str(one) for one in given))
     if len(short := {_file_name(name) for name in names}) < len(names):
         raise InputError(f"checkpoints of the same name cannot be told apart: {', '.join(sorted(short))}")
-    place = destination(out, "out") if out is not None else None
     opened = {one.name: one for one in given if isinstance(one, StreamedModel)}
-    if place:
+    place = None
+    if out is not None:
         sources = [opened[name].source if name in opened else resolve(name) for name in names]
-        place.inputs = (*inputs, *(path for source in sources for path in inputs_of(source)))
-        require_apart({"a checkpoint": place.inputs}, {"out": place.path}, error=InputError)
-        place.check()
-        if schema.run_of(place.path):
-            raise place.occupied("it is a run's folder, whose record would be replaced")
+        place = _place(out, [*inputs, *(path for source in sources for path in inputs_of(source))])
     models = {name: opened.get(name) or load(name, dtype=dtype, scratch=scratch) for name in names}
     runs = {name: schema.run_of(name) for name in names}
     first = against.name if isinstance(against, StreamedModel) else None if against is None else str(against)
@@ -125,6 +121,17 @@ def evaluate(
     if fault:
         raise fault
     return result
+
+
+def _place(out: str | Path | Destination, inputs: Iterable[Path]) -> Destination:
+    """Returns where the record is to be; errors where something would be lost there."""
+    place = destination(out, "out")
+    place.inputs = tuple(inputs)
+    require_apart({"a checkpoint": place.inputs}, {"out": place.path}, error=InputError)
+    place.check()
+    if schema.run_of(place.path):
+        raise place.occupied("it is a run's folder, whose record would be replaced")
+    return place
 
 
 def _share(counts: Iterable[tuple[int, int]]) -> float:

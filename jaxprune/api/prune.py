@@ -151,21 +151,29 @@ def prune(
                     record.evaluation[which] = quality
         record.seconds["total"] = time.perf_counter() - begun
         weights.require_unchanged()
-        fault = None
-        content = record.as_json()
-        made = schema.run_of_json(content)
-        if is_first_process():
-            folder = result_folder(journal)
-            writing.write_text(folder / "README.md", as_text(model_card(made, record.evaluation)))
-            names, fault = write_record(folder, content, record.evaluation)
-            files |= names | {"README.md"}
-        publishing.finish(journal, files, run, masks_at)
+        made, names, fault = _describe(record, result_folder(journal))
+        publishing.finish(journal, files | names, run, masks_at)
         publishing.publish(journal, place, masks_place)
     result = PruningResult(place.path, made, record.evaluation)
     observer.finished(result)
     if fault:
         raise fault
     return result
+
+
+def _describe(record: Record, folder: Path) -> tuple[schema.Run, set[str], Exception | None]:
+    """Writes the record, the model card and the report into the result.
+
+    Returns:
+        The record, the names of the files, and what kept the report from being drawn.
+    """
+    content = record.as_json()
+    run = schema.run_of_json(content)
+    if not is_first_process():
+        return run, set(), None
+    writing.write_text(folder / "README.md", as_text(model_card(run, record.evaluation)))
+    names, fault = write_record(folder, content, record.evaluation)
+    return run, names | {"README.md"}, fault
 
 
 def _finished(folder: Path) -> PruningResult | None:

@@ -71,25 +71,13 @@ def read(
         UserError: a flag or a value that cannot be used.
         SystemExit: after --help.
     """
-    parameters, sections = [], list(sections)
-    for name, text in (positionals or {}).items():
-        last = several and name == [*(positionals or {})][-1]
-        kind = inspect.Parameter.VAR_POSITIONAL if last else inspect.Parameter.POSITIONAL_ONLY
-        note = Parameter(name=name.upper(), help=text, converter=_convert(named), show_default=False)
-        parameters.append(inspect.Parameter(name, kind, annotation=Annotated[str, note]))
-    flags = {}
-    claimed = {name for section in sections for name in section.only or ()}
-    for number, section in enumerate(sections, 1):
-        group = Group(section.title, help=section.help, sort_key=number)
-        for field in dataclasses.fields(section.options):
-            wanted = field.name in section.only if section.only else field.name not in claimed
-            if wanted and (flag := section.flag_of(field.name)):
-                flags[flag] = _parameter(section.options, field, flag, group)
+    positionals = positionals or {}
 
     def collect(*args: Any, **kwargs: Any) -> None:
         del args, kwargs
 
-    collect.__signature__ = inspect.Signature([*parameters, *flags.values()])  # type: ignore[attr-defined]
+    words = [_positional(name, text, several and name == [*positionals][-1]) for name, text in positionals.items()]
+    collect.__signature__ = inspect.Signature([*words, *_flags(list(sections))])  # type: ignore[attr-defined]
     collect.__doc__ = description
     app = App(
         name=command,
@@ -107,10 +95,10 @@ def read(
         _, bound, _ = app.parse_args(list(argv), exit_on_error=False, print_error=False)
     except CycloptsError as error:
         raise UserError(f"{' '.join(str(error).split())} ({command} --help lists what there is)") from None
-    found = dict(zip(positionals or {}, bound.args, strict=False))
+    found = dict(zip(positionals, bound.args, strict=False))
     if several:
-        *_, name = positionals or {}
-        found[name] = list(bound.args[len(positionals or {}) - 1 :])
+        *_, name = positionals
+        found[name] = list(bound.args[len(positionals) - 1 :])
         if not found[name]:
             raise UserError(f"{name.upper()} is missing ({command} --help lists what there is)")
     return found | bound.kwargs
@@ -125,6 +113,25 @@ def peek(argv: Sequence[str], flag: str) -> str | None:
         elif word.startswith(f"--{flag}="):
             found = word.partition("=")[2]
     return found
+
+
+def _positional(name: str, text: str, several: bool) -> inspect.Parameter:
+    kind = inspect.Parameter.VAR_POSITIONAL if several else inspect.Parameter.POSITIONAL_ONLY
+    note = Parameter(name=name.upper(), help=text, converter=_convert(named), show_default=False)
+    return inspect.Parameter(name, kind, annotation=Annotated[str, note])
+
+
+def _flags(sections: Sequence[Section]) -> Iterable[inspect.Parameter]:
+    """Yields the flags of all sections; of two of one name the later one counts."""
+    flags = {}
+    claimed = {name for section in sections for name in section.only or ()}
+    for number, section in enumerate(sections, 1):
+        group = Group(section.title, help=section.help, sort_key=number)
+        for field in dataclasses.fields(section.options):
+            wanted = field.name in section.only if section.only else field.name not in claimed
+            if wanted and (flag := section.flag_of(field.name)):
+                flags[flag] = _parameter(section.options, field, flag, group)
+    yield from flags.values()
 
 
 def _parameter(cls: type, field: dataclasses.Field, flag: str, group: Group) -> inspect.Parameter:

@@ -1,12 +1,10 @@
 """Arcee: LLaMA whose feed-forward network has no gate (Hugging Face's ArceeForCausalLM)."""
 
-from typing import Any
-
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxprune.models import Layout
-from jaxprune.models.llama import ACTIVATIONS, Attention, Config, Embed, Head, RMSNorm
+from jaxprune.models import llama
+from jaxprune.models.llama import ACTIVATIONS, Config, Embed, Head
 
 __all__ = ["INPUTS", "Config", "DecoderLayer", "Embed", "Head"]
 
@@ -34,26 +32,9 @@ class MLP(nnx.Module):
         return self.down_proj(hidden), hidden
 
 
-class DecoderLayer(nnx.Module):
-    """One layer; returns its output and its taps, the inputs of its linear layers under the names of `INPUTS`."""
+class DecoderLayer(llama.DecoderLayer):
+    """LLaMA's layer with that network; the names of its taps are LLaMA's."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config, rngs)
-        self.self_attn = Attention(config, rngs)
-        self.post_attention_layernorm = RMSNorm(config, rngs)
+        super().__init__(config, rngs)
         self.mlp = MLP(config, rngs)
-
-    def __call__(
-        self, x: Float[Array, "b t d"], layout: Layout | None = None
-    ) -> tuple[Float[Array, "b t d"], dict[str, Any]]:
-        attention_input = self.input_layernorm(x)
-        y, attention_output = self.self_attn(attention_input, layout)
-        x = x + y
-        mlp_input = self.post_attention_layernorm(x)
-        y, mlp_hidden = self.mlp(mlp_input)
-        return x + y, {
-            "attention_input": attention_input,
-            "attention_output": attention_output,
-            "mlp_input": mlp_input,
-            "mlp_hidden": mlp_hidden,
-        }
