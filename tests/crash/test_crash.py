@@ -25,11 +25,13 @@ def middle(worlds: Worlds, name: str, phase: str, wanted: cases.Wanted = cases.c
     return found[len(found) // 2]
 
 
-KILLS = [("overwrite", phase) for phase in ("reading", "journal", "states", "layer", "export", "masks", "record")]
-KILLS += [("best", "sensitivity"), ("best", "tuning"), ("best", "tuned layer"), ("convert-over", "tidying")]
+KILLS = [("overwrite", phase) for phase in ("journal", "layer", "export", "record")]
+KILLS += [("best", "tuning"), ("convert-over", "tidying")]
+MORE = [("overwrite", phase) for phase in ("reading", "states", "masks")]
+MORE += [("best", "sensitivity"), ("best", "tuned layer")]
 
 
-@pytest.mark.parametrize(("name", "phase"), KILLS)
+@pytest.mark.parametrize(("name", "phase"), [*KILLS, *(pytest.param(*one, marks=pytest.mark.slow) for one in MORE)])
 def test_a_killed_command_goes_on_to_the_same_bytes(worlds: Worlds, name: str, phase: str) -> None:
     assert cases.killed(worlds, name, middle(worlds, name, phase)) == []
 
