@@ -15,7 +15,7 @@ from jaxprune.api.load import load
 from jaxprune.errors import InputError
 from jaxprune.evaluation.quality import Evaluator, Measures, Quality, table
 from jaxprune.evaluation.verification import zeros
-from jaxprune.reporting import schema
+from jaxprune.reporting import reading, schema
 from jaxprune.reporting.record import environment, write_record
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
@@ -97,7 +97,7 @@ def evaluate(
         sources = [opened[name].source if name in opened else resolve(name) for name in names]
         place = _place(out, [*inputs, *(path for source in sources for path in inputs_of(source))])
     models = {name: opened.get(name) or load(name, dtype=dtype, scratch=scratch) for name in names}
-    runs = {name: schema.run_of(name) for name in names}
+    runs = {name: reading.run_of(name) for name in names}
     first = against.name if isinstance(against, StreamedModel) else None if against is None else str(against)
     evaluator = Evaluator(measures, models[names[0]], observer)
     sparsity = {name: _share(zeros(model).values()) for name, model in models.items()}
@@ -129,7 +129,7 @@ def _place(out: str | Path | Destination, inputs: Iterable[Path]) -> Destination
     place.inputs = tuple(inputs)
     require_apart({"a checkpoint": place.inputs}, {"out": place.path}, error=InputError)
     place.check()
-    if schema.run_of(place.path):
+    if reading.run_of(place.path):
         raise place.occupied("it is a run's folder, whose record would be replaced")
     return place
 

@@ -27,7 +27,7 @@ from jaxprune.pruning.journal_folder import journal_folder, masks_file, result_f
 from jaxprune.pruning.loop import other_params
 from jaxprune.pruning.whole_model import prune_model
 from jaxprune.recipe import Recipe
-from jaxprune.reporting import schema
+from jaxprune.reporting import reading, schema
 from jaxprune.reporting.card import model_card
 from jaxprune.reporting.record import Record, write_record
 from jaxprune.sharding import barrier, broadcast, is_first_process, on_first_process
@@ -177,7 +177,7 @@ def _describe(record: Record, folder: Path) -> tuple[schema.Run, set[str], Excep
 
 
 def _finished(folder: Path) -> PruningResult | None:
-    run = schema.run_of(folder)
+    run = reading.run_of(folder)
     return PruningResult(folder, run, repeated=True) if run else None
 
 

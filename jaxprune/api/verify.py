@@ -7,7 +7,7 @@ from convert import open_checkpoint
 from jaxprune.api.load import load
 from jaxprune.evaluation import verification
 from jaxprune.evaluation.verification import Verdict
-from jaxprune.reporting import schema
+from jaxprune.reporting import reading, schema
 from jaxprune.sparsity.patterns import Pattern
 from jaxprune.streaming.model import StreamedModel
 
@@ -34,7 +34,7 @@ def verify(
         model, name = StreamedModel(open_checkpoint(checkpoint, check=False)), str(checkpoint)
     dense = against if isinstance(against, StreamedModel) or against is None else load(against)
     expected: dict[str, Any] = {}
-    if run := schema.run_of(name):
+    if run := reading.run_of(name):
         expected = schema.expected(run)
     if pattern is not None:
         expected |= {"pattern": pattern, "wanted": None}

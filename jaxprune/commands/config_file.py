@@ -13,7 +13,7 @@ from jaxprune.commands.recipe_options import RecipeOptions
 from jaxprune.errors import InputError
 from jaxprune.methods.records import CrossedRecord, FinishedRecord, PlainRecord
 from jaxprune.recipe import PRESETS, Importance, RecipeRecord, Tuning
-from jaxprune.reporting import schema
+from jaxprune.reporting import reading, schema
 from jaxprune.sparsity.patterns import GivenRecord, NMRecord, UnstructuredRecord
 
 FILE_BYTES = 2**20
@@ -48,7 +48,7 @@ def _options(path: Path) -> Mapping[str, Any]:
     if path.suffix == ".json":
         found: Any = decode(content, file=path, error=InputError)
         if found.get("kind") in ("run", "evaluation"):
-            record = schema.read(content, path)
+            record = reading.read(content, path)
             if not isinstance(record, schema.Run):
                 raise InputError("it is the record of an evaluation", file=path, wanted="that of a run, or options")
             return dict(of_record(record))

@@ -12,7 +12,7 @@ from jaxprune.commands import options
 from jaxprune.commands.options import Section, make
 from jaxprune.commands.terminal import console, run_main
 from jaxprune.errors import InputError
-from jaxprune.reporting import schema
+from jaxprune.reporting import reading
 from jaxprune.reporting.report import page, save
 from jaxprune.reporting.schema import RECORD
 
@@ -46,7 +46,7 @@ def _main(argv: Sequence[str]) -> None:
     place = destination(page_options.out, "out", overwrite=page_options.overwrite, folder=False)
     require_apart({"the record": [folder / RECORD for folder in folders]}, {"out": place.path}, error=InputError)
     place.check()
-    save(place, page([schema.load(folder) for folder in folders]))
+    save(place, page([reading.load(folder) for folder in folders]))
     console.print(os.path.relpath(place.path))
 
 

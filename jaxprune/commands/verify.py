@@ -10,7 +10,7 @@ from jaxprune.commands import options
 from jaxprune.commands.options import Section, make
 from jaxprune.commands.terminal import console, print_table, run_main
 from jaxprune.evaluation.verification import StoredKernel, Which, name_of
-from jaxprune.reporting import schema
+from jaxprune.reporting import reading
 from jaxprune.sparsity.patterns import NM, parse_pattern
 
 EXAMPLES = """Examples:
@@ -68,7 +68,7 @@ def _main(argv: Sequence[str]) -> int:
     name, pattern = given["checkpoint"], None
     if wanted.pattern is not None or wanted.sparsity is not None:
         pattern = parse_pattern(wanted.pattern or "unstructured", wanted.sparsity)
-    run = schema.run_of(name)
+    run = reading.run_of(name)
     recorded = None if run is None or run.importance.spread else run.pattern.pattern()
     claimed = pattern or recorded
     verdict = verify(name, against=wanted.against, pattern=pattern)

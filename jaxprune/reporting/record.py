@@ -21,7 +21,7 @@ from jaxprune.planning.machine import hardware, peak_bytes
 from jaxprune.planning.timing import Timing
 from jaxprune.pruning.results import LayerResult
 from jaxprune.recipe import Recipe
-from jaxprune.reporting import schema, version1
+from jaxprune.reporting import reading, schema, version1
 from jaxprune.reporting.schema import RECORD, REPORT
 from jaxprune.streaming.observer import Observer
 
@@ -142,7 +142,7 @@ def write_record(
     for name, text in files.items():
         write_text(folder / name, text)
     try:
-        page = report.page([schema.read(content, folder / RECORD)])
+        page = report.page([reading.read(content, folder / RECORD)])
     except Exception as error:  # a defect of ours, which must not cost what took hours: the caller raises it later
         return set(files), error
     write_text(folder / REPORT, page)

@@ -1,19 +1,14 @@
 """What jaxprune.json holds, version 2.
 
-Numbers are numbers: words for people are made from them and never read back. Files of version 1 are read through
-`version1`, which makes of them what this module declares.
+Numbers are numbers: words for people are made from them and never read back. `reading` reads files of this version and,
+through `version1`, those of the first.
 """
 
-import os
-from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from convert.errors import DamagedError
-from convert.files import read_bytes
-from convert.paths import paths_of
 from convert.schema import Count, Schema, parse, to_text
 from jaxprune.methods.records import Scalar
 from jaxprune.recipe import RecipeRecord
@@ -161,44 +156,6 @@ class Evaluation(Environment):
 
 
 Record = Run | Evaluation
-
-
-class _Head(Schema):
-    version: PositiveInt = Field(default=1, alias="schema")
-    kind: Literal["run", "evaluation"]
-
-
-def load(path: Path) -> Record:
-    """Reads the record in a folder, or in a file; one of version 1 as if it were written today.
-
-    Raises:
-        UserError: there is none, or it is none that this version of jaxprune reads.
-    """
-    file = path / RECORD if os.path.isdir(path) else path
-    return read(read_bytes(file, RECORD_BYTES), file)
-
-
-def read(content: str | bytes, file: str | Path) -> Record:
-    """Reads a record's JSON; errors as for `load`."""
-    head = parse(_Head, content, file=file)
-    if head.version == 1:
-        from jaxprune.reporting import version1
-
-        return version1.upgraded(content, head.kind, file)
-    if head.version != VERSION:
-        raise DamagedError(
-            "it was written by another version of jaxprune", file=file, entry="schema", found=head.version, wanted="2"
-        )
-    return parse(Run, content, file=file) if head.kind == "run" else parse(Evaluation, content, file=file)
-
-
-def run_of(checkpoint: str | Path) -> Run | None:
-    """Reads the record of the run that made a checkpoint; None where it has none; errors as for `load`."""
-    folder = next(iter(paths_of(str(checkpoint))), None)
-    if folder is None or not os.path.lexists(folder / RECORD):
-        return None
-    record = load(folder)
-    return record if isinstance(record, Run) else None
 
 
 def run_of_json(value: dict[str, Any]) -> Run:

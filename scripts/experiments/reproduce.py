@@ -45,7 +45,7 @@ from jaxprune.pruning import snapshot as snapshots
 from jaxprune.pruning.loop import other_params
 from jaxprune.pruning.results import LayerResult
 from jaxprune.recipe import Recipe
-from jaxprune.reporting import report, schema
+from jaxprune.reporting import reading, report, schema
 from jaxprune.reporting.record import Record, environment
 from jaxprune.streaming.model import inside_layer
 
@@ -342,5 +342,5 @@ def run(name: str, experiment: Experiment, bench: Bench) -> None:
         print(file)
     if records := [result["record"] for _, result in results if "record" in result]:
         page = bench.out / f"{name}.html"
-        write_text(page, report.page([schema.read(to_text(record), page) for record in records]))
+        write_text(page, report.page([reading.read(to_text(record), page) for record in records]))
         print(page)

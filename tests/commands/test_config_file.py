@@ -9,7 +9,7 @@ from convert.errors import UserError
 from jaxprune import InputError
 from jaxprune.commands.config import parse
 from jaxprune.commands.config_file import of_recipe
-from jaxprune.reporting import schema
+from jaxprune.reporting import reading, schema
 
 RECIPES = [
     "",
@@ -46,7 +46,7 @@ def test_options_of_a_recipe_make_it_again(flags: str) -> None:
 def test_records_are_run_again(name: str, tmp_path: Path) -> None:
     record = Path(__file__).parents[1] / f"reporting/records/{name}.json"
     config, recipe = parse(["--config", str(record), "--out", str(tmp_path / "again")])
-    run = schema.read(record.read_bytes(), record)
+    run = reading.read(record.read_bytes(), record)
     assert isinstance(run, schema.Run)
     assert (recipe.pattern_text, recipe.method_text) == (run.pattern_text, run.method_text)
     assert (config.ckpt, config.nsamples, config.seed) == (run.config.ckpt, run.config.nsamples, run.config.seed)

@@ -16,7 +16,7 @@ from jaxprune.commands.prune import main as run
 from jaxprune.commands.verify import main
 from jaxprune.evaluation.verification import StoredKernel, verify, zeros
 from jaxprune.pruning.loop import other_params
-from jaxprune.reporting import schema
+from jaxprune.reporting import reading, schema
 from jaxprune.reporting.record import Record, write_record
 from jaxprune.reporting.schema import expected
 from jaxprune.sparsity.patterns import Pattern
@@ -66,7 +66,7 @@ def test_what_was_pruned_is_verified(
     assert "verified:" in printed and "21 linear layers, " in printed
     assert f"zeros, {name}" in printed and "9 other tensors compared with" in printed
     assert ("2:4 along the inputs (columns of the stored [out, in])" in printed) == (name == "2:4")
-    wanted = expected(schema.load(pruned[name]))
+    wanted = expected(reading.load(pruned[name]))
     counts = wanted["counts"]
     assert counts == wanted["wanted"] and wanted["total"] is None
     assert wanted["pattern"] == PATTERNS[name] and len(counts) == 21
@@ -81,7 +81,7 @@ def test_a_total_is_all_that_unequal_linears_must_have(pruned: dict[str, Path]) 
 
     def wanted(sparsity: float) -> dict[str, Any]:
         record["pattern"]["sparsity"] = sparsity
-        run = schema.read(json.dumps(record), "jaxprune.json")
+        run = reading.read(json.dumps(record), "jaxprune.json")
         assert isinstance(run, schema.Run)
         return expected(run)
 
@@ -118,7 +118,7 @@ def test_a_sparsity_of_seven_digits_is_verified(text: Path, tmp_path: Path, caps
 
 
 def test_a_record_of_another_checkpoint_is_noticed(pruned: dict[str, Path]) -> None:
-    wanted = expected(schema.load(pruned["50 %"]))
+    wanted = expected(reading.load(pruned["50 %"]))
     counts = wanted["counts"]
     counts[3, "mlp.up_proj"] = counts.pop((1, "mlp.up_proj"))
     assert verify(load(pruned["50 %"]), **wanted).problems == [

@@ -94,11 +94,11 @@ def problem(path: str) -> None:
 
 
 def record(path: str) -> None:
-    from jaxprune.reporting import schema
+    from jaxprune.reporting import reading, schema
     from jaxprune.reporting.entries import entries
 
-    entries([schema.load(Path(path))])  # the figures take a second: the command draws them
-    if run := schema.run_of(Path(path)):
+    entries([reading.load(Path(path))])  # the figures take a second: the command draws them
+    if run := reading.run_of(Path(path)):
         schema.expected(run)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from convert.errors import UserError
 from jaxprune.commands.report import main as report_main
-from jaxprune.reporting import figures, report, schema
+from jaxprune.reporting import figures, reading, report
 from jaxprune.reporting.schema import Record
 
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
@@ -72,7 +72,7 @@ def evaluation_record(checkpoints: dict[str, Any], against: str | None = "llama-
 
 
 def parsed(*records: dict[str, Any]) -> list[Record]:
-    return [schema.read(json.dumps(record), "jaxprune.json") for record in records]
+    return [reading.read(json.dumps(record), "jaxprune.json") for record in records]
 
 
 def page_of(*records: dict[str, Any]) -> str:
@@ -258,7 +258,7 @@ def test_a_folder_without_a_record_is_one_error(content: str | None, message: st
     if content is not None:
         (tmp_path / "jaxprune.json").write_text(content)
     with pytest.raises(UserError, match=message):
-        schema.load(tmp_path)
+        reading.load(tmp_path)
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -14,7 +14,7 @@ import pytest
 from convert.command import worded
 from convert.errors import UserError
 from convert.schema import to_text
-from jaxprune.reporting import report, schema
+from jaxprune.reporting import reading, report, schema
 from jaxprune.sparsity.patterns import percent
 
 RECORDS = Path(__file__).parent / "records"
@@ -39,11 +39,11 @@ WRONG = {
 
 
 def run() -> dict[str, Any]:
-    return schema.as_json(schema.load(RECORDS / "unstructured.json"))
+    return schema.as_json(reading.load(RECORDS / "unstructured.json"))
 
 
 def evaluation() -> dict[str, Any]:
-    return schema.as_json(schema.load(RECORDS / "evaluation.json"))
+    return schema.as_json(reading.load(RECORDS / "evaluation.json"))
 
 
 def places(tree: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -77,11 +77,11 @@ def test_a_damaged_entry_is_one_line(kind: str, wrong: str) -> None:
     record = run() if kind == "run" else evaluation()
     for way in places(record):
         try:
-            found = schema.read(changed(record, way, WRONG[wrong]), "jaxprune.json")
+            found = reading.read(changed(record, way, WRONG[wrong]), "jaxprune.json")
         except UserError as error:
             assert "\n" not in worded(error) and str(error).startswith("jaxprune.json: "), way
         else:
-            assert schema.read(to_text(schema.as_json(found)), "again") == found
+            assert reading.read(to_text(schema.as_json(found)), "again") == found
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -91,9 +91,9 @@ def test_all_that_is_no_damage_is_shown(wrong: str) -> None:
     for way in [way for way in places(record) if way not in (("schema",), ("kind",))]:
         with contextlib.suppress(UserError, KeyError, IndexError, TypeError):
             text = changed(record, way, WRONG[wrong])
-            schema.read(text, "jaxprune.json")
+            reading.read(text, "jaxprune.json")
             record = json.loads(text)
-    found = schema.read(json.dumps(record), "jaxprune.json")
+    found = reading.read(json.dumps(record), "jaxprune.json")
     assert isinstance(found, schema.Run) and schema.expected(found)
     page = report.page([found])
     assert "<b>" not in page and page.count("</script>") == 0
@@ -109,7 +109,7 @@ def test_no_entry_of_the_record_is_read_unchecked() -> None:
             value = value[part]
         if way[0] != "config" and not isinstance(value, dict | list) and value is not None:
             with pytest.raises(UserError):
-                schema.read(changed(record, way, "[[]]"), "jaxprune.json")
+                reading.read(changed(record, way, "[[]]"), "jaxprune.json")
 
 
 @pytest.mark.parametrize(
@@ -126,19 +126,19 @@ def test_no_entry_of_the_record_is_read_unchecked() -> None:
 )
 def test_what_is_no_record_is_one_error(content: bytes, message: str) -> None:
     with pytest.raises(UserError) as raised:
-        schema.read(content, "jaxprune.json")
+        reading.read(content, "jaxprune.json")
     assert str(raised.value).startswith(message)
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "jaxprune.json")
     with pytest.raises(UserError, match="it is a FIFO, wanted a regular file"):
-        schema.run_of(tmp_path)
+        reading.run_of(tmp_path)
     (tmp_path / "loop").mkdir()
     (tmp_path / "loop/jaxprune.json").symlink_to("jaxprune.json")
     with pytest.raises(UserError, match="it cannot be read"):
-        schema.run_of(tmp_path / "loop")
-    assert schema.run_of(tmp_path / "nowhere") is None
+        reading.run_of(tmp_path / "loop")
+    assert reading.run_of(tmp_path / "nowhere") is None
 
 
 def test_what_is_written_is_json_whatever_is_in_it() -> None:

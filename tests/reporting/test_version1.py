@@ -16,7 +16,7 @@ from jaxprune.commands.verify import main as verify
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.results import Results
 from jaxprune.recipe import Recipe
-from jaxprune.reporting import report, schema
+from jaxprune.reporting import reading, report, schema
 from jaxprune.reporting.record import Record
 from jaxprune.sparsity.patterns import NMRecord, PatternRecord
 from tests.helpers import tiny
@@ -35,19 +35,19 @@ IDENTITIES = json.loads((RECORDS / "identities.json").read_text())
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_record_is_what_this_version_would_have_written(name: str) -> None:
-    run = schema.load(RECORDS / f"{name}.json")
+    run = reading.load(RECORDS / f"{name}.json")
     assert isinstance(run, schema.Run) and run.version == 2
     assert run.recipe() == parse(FLAGS[name].split())
     written = json.loads((RECORDS / f"{name}.json").read_text())
     assert (run.method_text, run.pattern_text) == (written["method"]["name"], written["pattern"])
     linears = [linear for layer in run.layers for linear in layer.linears.values()]
     assert len(linears) == 14 and all(linear.wanted == linear.zeros for linear in linears)
-    assert schema.read(to_text(schema.as_json(run)), "again") == run
+    assert reading.read(to_text(schema.as_json(run)), "again") == run
 
 
 def test_reports_are_drawn_of_them() -> None:
     names = [*FLAGS, "evaluation"]
-    page = report.page([schema.load(RECORDS / f"{name}.json") for name in names])
+    page = report.page([reading.load(RECORDS / f"{name}.json") for name in names])
     for words in ("66.6667 %", "60 % per output", "2:4", "70 % in total", "the mask from-file:masks.safetensors"):
         assert words in page
 
@@ -56,7 +56,7 @@ def test_reports_are_drawn_of_them() -> None:
 def test_checkpoints_are_verified_by_them(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = tiny.save(tmp_path / "pruned", tiny.config(num_hidden_layers=2))
     shutil.copy(RECORDS / f"{name}.json", folder / "jaxprune.json")
-    run = schema.load(folder)
+    run = reading.load(folder)
     assert isinstance(run, schema.Run)
     stored = load_file(folder / "model.safetensors")
     for layer in run.layers:
@@ -88,7 +88,7 @@ def test_digits_that_prose_lost_are_no_difference() -> None:
     def wanted(zeros: int, pattern: str = "66.6667 %") -> int:
         linear = {"error": 0.1, "zeros": zeros, "size": size, "stats": {}}
         layers = [{"index": 0, "seconds": {}, "linears": {"mlp.up_proj": linear}}]
-        run = schema.read(json.dumps(record | {"layers": layers, "pattern": pattern}), "jaxprune.json")
+        run = reading.read(json.dumps(record | {"layers": layers, "pattern": pattern}), "jaxprune.json")
         assert isinstance(run, schema.Run)
         return run.layers[0].linears["mlp.up_proj"].wanted
 
@@ -109,7 +109,7 @@ def test_digits_that_prose_lost_are_no_difference() -> None:
 def test_what_version_1_never_wrote_is_one_error(entry: str, value: object) -> None:
     record = json.loads((RECORDS / "unstructured.json").read_text())
     with pytest.raises(UserError, match=f"^old.json: {entry}"):
-        schema.read(json.dumps(record | {entry: value}), "old.json")
+        reading.read(json.dumps(record | {entry: value}), "old.json")
 
 
 @pytest.mark.parametrize("line", IDENTITIES)
