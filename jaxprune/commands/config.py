@@ -24,7 +24,8 @@ class Config(EvalOptions):
     """Everything that decides a run's outcome, but for the recipe."""
 
     ckpt: str
-    """The dense checkpoint: a known name such as llama-7b, a folder, a .gguf file, or owner/name on the hub."""
+    """The dense checkpoint: a known name such as llama-7b, a folder, a .gguf file, or owner/name on the hub; here or in
+    --config."""
     out: str | None = None
     """The folder to make (default: named after checkpoint, method and pattern, in the current folder)."""
     overwrite: bool = False

@@ -1,6 +1,8 @@
-"""What holds for every method, tested on every file of the package."""
+"""What holds for every method, tested on every file of the package and on the documentation's example."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +20,15 @@ from jaxprune.pruning.kernel import prune_kernel
 from jaxprune.sparsity.patterns import Pattern, Unstructured, parse_pattern
 from tests.helpers import oracles
 
+sys.path.append(str(Path(__file__).parents[2] / "docs/extending/example"))
+from jaxprune_example.rescaled import Rescaled  # noqa: E402
+
 METHODS: dict[str, Method] = {name: methods.load(name)() for name in methods.names()} | {
     "sparsegpt, small blocks": SparseGPT(block=16),
     "sgd": methods.load("gradient")(optimizer="sgd"),
     "admm, finished": Finished(methods.load("admm")(), Exact(steps=10)),
     "wanda's mask, exact": Crossed(methods.load("wanda")(), Exact()),
+    "the documentation's example": Rescaled(),
 }
 PATTERNS = [
     ("unstructured", 0.5),

@@ -4,13 +4,15 @@ For an output with dense weights w and kept weights v, the error ‖X(w − a·v
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxprune.errors import InputError
 from jaxprune.methods import UPDATES, Gram, Kernel, Mask, Solution
-from jaxprune.methods.linalg import masked, matmul
+from jaxprune.methods.linalg import Scalar, masked, matmul
 from jaxprune.methods.wanda import select
 from jaxprune.sparsity.patterns import Pattern
 
@@ -21,6 +23,10 @@ class Rescaled:
 
     largest: float = dataclasses.field(default=4.0, metadata=UPDATES)
     """The largest factor."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.largest < math.inf:
+            raise InputError(f"largest must be finite and positive, not {self.largest}")
 
     @property
     def per_output(self) -> bool:
@@ -38,10 +44,10 @@ class Rescaled:
 
 
 @jax.jit
-def _factors(gram: Gram, weight: Kernel, kept: Kernel, largest: float) -> Float[Array, "m"]:
+def _factors(gram: Gram, weight: Kernel, kept: Kernel, largest: Scalar) -> Float[Array, "m"]:
     """Returns the factor of each output; 1 where nothing of it is kept."""
     product = matmul(gram, kept)
     norm = jnp.sum(kept * product, axis=0)
     fit = jnp.sum(weight * product, axis=0) / jnp.where(norm > 0, norm, jnp.ones_like(norm))
-    bounded = jnp.clip(fit, jnp.zeros_like(fit), jnp.full_like(fit, largest))
+    bounded = jnp.clip(fit, 0, jnp.asarray(largest, fit.dtype))
     return jnp.where(norm > 0, bounded, jnp.ones_like(fit))
