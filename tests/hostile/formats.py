@@ -143,10 +143,13 @@ def _spans(content: bytes) -> tuple[list[tuple[str, int, int, bool]], int, int]:
 
 
 def _gguf_edits(content: bytes) -> Iterator[tuple[str, str]]:
-    spans, _, _ = _spans(content)
+    spans, end, data = _spans(content)
+    entries = [at for _, at, _, first in spans if first]
     for name, at, size, first in spans:
         place = f"{name}@{at}+{size}"
         yield from ((kind, place) for kind in ("cut", "zeros", "ones", "top", "more", "less", "random", "nan"))
+        # And where the entry, all of them, and the padding end: what an earlier edit has damaged is not parsed again.
+        place += f"~{min((start for start in entries if start > at), default=end)}~{end}~{data}"
         if first and name == "general.architecture.0":
             yield "strings", f"{place}*4000000"
         if first and not name.startswith("GGUF."):
@@ -155,14 +158,14 @@ def _gguf_edits(content: bytes) -> Iterator[tuple[str, str]]:
 
 def _gguf_apply(content: bytes, kind: str, place: str) -> bytes:
     place, _, repeat = place.partition("*")
+    place, *ends = place.split("~")
     at, size = map(int, place.rpartition("@")[2].split("+"))
     piece = content[at : at + size]
     number = int.from_bytes(piece[:8], "little")
     if kind == "cut":
         return content[:at]
     if kind in ("removed", "twice", "strings"):
-        spans, end, data = _spans(content)
-        next_at = min((start for _, start, _, first in spans if first and start > at), default=end)
+        next_at, end, data = map(int, ends)
         entry = content[at:next_at]
         now = {"removed": b"", "twice": entry * 2, "strings": entry + _strings(int(repeat or 0))}[kind]
         header = content[:at] + now + content[next_at:end]

@@ -139,6 +139,7 @@ def apply(root: Path, edit: Edit) -> None:
         TypeError,
         AttributeError,
         RecursionError,
+        OverflowError,
         OSError,
         EOFError,
         SyntaxError,
