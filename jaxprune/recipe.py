@@ -6,7 +6,7 @@ A recipe is equal to another of the same values, hashable, and goes to JSON and 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -69,6 +69,11 @@ class Importance:
     def measured(self) -> bool:
         """Whether a reverse pass is needed."""
         return self.weighs or self.spread > 0
+
+    def without(self, names: Iterable[str]) -> "Importance":
+        """Returns the same with these fields deciding nothing; the default where no reverse pass is then needed."""
+        rest = dataclasses.replace(self, **{name: type(getattr(self, name))() for name in names})
+        return rest if rest.measured else Importance()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,9 +158,7 @@ class Recipe:
             per_output = isinstance(self.pattern, Unstructured) and self.pattern.per_output
             pattern = "per-output" if per_output else "unstructured"
         found = parse_pattern(pattern, sparsity) if isinstance(pattern, str) else pattern
-        changes = {name: _off(self.importance, name) for name in without_effect(found)}
-        importance = dataclasses.replace(self.importance, **changes)
-        importance = importance if importance.measured else Importance()
+        importance = self.importance.without(without_effect(found))
         return dataclasses.replace(self, pattern=found, mask=None, importance=importance)
 
     def target(self) -> Pattern | masks.Masks:
@@ -231,11 +234,6 @@ PRESETS: Mapping[str, Recipe] = MappingProxyType(
 )
 """Recipes that serve most: both weigh outputs by the loss's gradients, give every linear layer a sparsity of its own
 and tune the kept weights; best tunes them for longer."""
-
-
-def _off(importance: Importance, name: str) -> Any:
-    """Returns the value of a field that leaves out what it does."""
-    return type(getattr(importance, name))()
 
 
 class RecipeRecord(Schema):

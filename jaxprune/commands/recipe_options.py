@@ -173,8 +173,7 @@ def _without(importance: Importance, given: Mapping[str, Any], useless: Mapping[
     """
     if asked := [name for name in useless if given.get(name)]:
         raise InputError(f"{useless[asked[0]]}: leave --{asked[0].replace('_', '-')} out")
-    importance = dataclasses.replace(importance, **{name: type(getattr(importance, name))() for name in useless})
-    return importance if importance.measured else Importance()
+    return importance.without(useless)
 
 
 def _require_use(whole: "WholeModel", given: Mapping[str, Any], importance: Importance, tuning: Tuning) -> None:
