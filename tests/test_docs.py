@@ -1,6 +1,5 @@
 """The documentation does what it says: its Python runs, its command lines are taken, its promises have tests."""
 
-import functools
 import importlib
 import json
 import re
@@ -92,17 +91,6 @@ COMMANDS = {
 }
 
 
-@functools.cache
-def read_then_stop() -> Any:
-    plain = options.read
-
-    def read(*args: Any, **options: Any) -> Any:
-        plain(*args, **options)
-        raise Parsed
-
-    return read
-
-
 @pytest.mark.parametrize("line", COMMANDS.values(), ids=COMMANDS.keys())
 def test_every_command_line_is_taken(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -116,7 +104,13 @@ def test_every_command_line_is_taken(line: str, tmp_path: Path, monkeypatch: pyt
     if name == "prune" and "--help" not in rest:
         config.parse(rest)
     elif name != "lm-eval" and "--help" not in rest and words != ["--version"]:  # lm-eval's flags are its own
-        monkeypatch.setattr(options, "read", read_then_stop())
+        plain = options.read
+
+        def read_then_stop(*args: Any, **named: Any) -> None:
+            plain(*args, **named)
+            raise Parsed
+
+        monkeypatch.setattr(options, "read", read_then_stop)
         monkeypatch.setattr("jaxprune.commands.terminal.run", lambda command, argv: command(argv))
         monkeypatch.setattr("jaxprune.commands.convert.run", lambda command, argv: command(argv))
         with pytest.raises(Parsed):
