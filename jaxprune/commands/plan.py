@@ -86,7 +86,7 @@ def table(need: Need, work: Work) -> tuple[list[str], list[list[str]]]:
     for phase, device in need.device.items():
         row = [phase, _gib(device), _gib(need.host[phase] + work.on_cpu * device)]
         row.append(_tera(sum(need.flops[phase].values())))
-        rows.append(row + [duration(times[phase])] * bool(times))
+        rows.append([*row, duration(times[phase])] if times else row)
     every = sum(sum(flops.values()) for flops in need.flops.values())
     most = max(need.host[phase] + work.on_cpu * device for phase, device in need.device.items())
     rows.append(["all", _gib(max(need.device.values())), _gib(most), _tera(every)])

@@ -1,0 +1,31 @@
+"""What a run would need, printed: for this machine's device, and for another one that is large enough or not."""
+
+from pathlib import Path
+
+import pytest
+
+from jaxprune import __main__ as commands
+
+
+@pytest.mark.parametrize(
+    ("device", "status", "said"),
+    [([], 0, "time: from the matrix rate"), (["16"], 0, "it fits"), (["0.0001"], 1, "does not fit: ")],
+    ids=["this machine", "16 GiB", "nothing"],
+)
+@pytest.mark.parametrize("command", [["plan"], ["prune", "--dry-run"]], ids=" ".join)
+def test_a_plan_is_a_table_and_an_exit_status(
+    command: list[str],
+    device: list[str],
+    status: int,
+    said: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["--ckpt", str(checkpoint), "--nsamples", "4", "--seqlen", "32", "--eval", "none", "--out"]
+    memory = ["--device-memory", *device] if device else []
+    assert commands.main([*command, *options, str(tmp_path / "out"), *memory]) == status
+    out = capsys.readouterr().out
+    assert said in out and all(f"│ {phase}" in out for phase in ("gram", "solve", "forward", "all"))
+    assert ("about" in out) == (not device)  # nothing is known of how fast another device is
+    assert not list(tmp_path.iterdir())
