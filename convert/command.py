@@ -72,7 +72,7 @@ def _print_notes(error: BaseException) -> None:
 
 
 def terminate(*_: object) -> NoReturn:
-    """Returns a signal's handler that stops a command as Ctrl-C does."""
+    """Stops a command as Ctrl-C does; a signal's handler."""
     raise KeyboardInterrupt
 
 

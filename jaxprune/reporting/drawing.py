@@ -95,8 +95,7 @@ def _inline(svg: str, title: str) -> Markup:
 
 
 def logarithmic(axis: Any) -> None:
-    """Returns a logarithmic axis with plain numbers, at 1, 2 and 5 where it spans little; a linear one where all are
-    0."""
+    """Makes an axis logarithmic, with plain numbers, at 1, 2 and 5 where it spans little; linear where all are 0."""
     if not axis.get_minpos() < math.inf:
         return
     (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")

@@ -193,7 +193,7 @@ def quality_by_sparsity(
 
 
 def _rows(axis: Axes, entries: Sequence[Entry]) -> None:
-    """Returns one row a checkpoint, from the top."""
+    """Gives the axis one row a checkpoint, from the top."""
     axis.set_yticks(range(len(entries)), [_label(entry) for entry in entries])
     axis.set_ylim(len(entries) - 0.4, -0.6)
     axis.grid(axis="y", visible=False)
