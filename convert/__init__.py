@@ -12,80 +12,29 @@ A format is a file of this package that exposes a `Reader`, a `Writer`, or both:
 
 import importlib
 import pkgutil
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
-import jax
-import numpy as np
-
+from convert.checkpoint import Params as Params
+from convert.checkpoint import Reader as Reader
+from convert.checkpoint import Spec as Spec
+from convert.checkpoint import Writer as Writer
+from convert.checkpoint import part_of as part_of
+from convert.checkpoint import parts as parts
 from convert.errors import CheckpointError as CheckpointError
 from convert.errors import DamagedError as DamagedError
 
 if TYPE_CHECKING:
     from convert.destination import Destination
 
-Params = dict[str, np.ndarray]
-Spec = dict[str, jax.ShapeDtypeStruct]
-
-
-@runtime_checkable
-class Reader(Protocol):
-    """A checkpoint that is read lazily.
-
-    Attributes:
-        spec: shape and stored dtype of every parameter, from headers alone.
-        assets: a folder with all that is not weights: config.json, the tokenizer's files, ...
-    """
-
-    spec: Spec
-
-    @property
-    def assets(self) -> Path: ...
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that hold the weights."""
-        ...
-
-    def read(self, paths: Iterable[str]) -> Params:
-        """Returns the named parameters, in memory.
-
-        Raises:
-            CheckpointError: the files are damaged.
-        """
-        ...
-
-
-@runtime_checkable
-class Writer(Protocol):
-    """A checkpoint that is written part by part, in any order; nothing but the last part is held in memory.
-
-    Attributes:
-        folder: being written; it becomes the checkpoint's folder.
-        files: relative paths of the files that it wrote later than at its start.
-    """
-
-    folder: Path
-    files: set[str]
-
-    def __init__(self, folder: Path, spec: Spec) -> None: ...
-
-    def write(self, params: Mapping[str, np.ndarray]) -> None:
-        """Writes whole parts (a part is the embedding, a decoder layer, the final norm or the head)."""
-        ...
-
-    def finish(self) -> None:
-        """Raises CheckpointError if a parameter of the spec was never written."""
-        ...
-
 
 def formats() -> dict[str, ModuleType]:
     """Format name -> module of this package that reads or writes it."""
-    names = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "__main__"]
+    others = ("__main__", "checkpoint")
+    names = [module.name for module in pkgutil.iter_modules(__path__) if module.name not in others]
     modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
 
     def own(module: ModuleType, name: str) -> bool:
@@ -161,24 +110,3 @@ def writer_for(to: str) -> Callable[[Path, Spec], Writer]:
     if to not in writers:
         raise CheckpointError(f"cannot write {to!r}: {', '.join(writers)} can be written")
     return writers[to]
-
-
-def part_of(path: str) -> str:
-    """Returns the part that a parameter belongs to: `layers.3`, or a module outside the layers such as
-    `embed_tokens`."""
-    first, _, rest = path.partition(".")
-    return f"{first}.{rest.partition('.')[0]}" if first == "layers" else first
-
-
-def parts(spec: Spec) -> dict[str, list[str]]:
-    """Part -> its parameters' paths, in reading order: embedding, layers by number, final norm, head."""
-    grouped: dict[str, list[str]] = {}
-    for path in spec:
-        grouped.setdefault(part_of(path), []).append(path)
-
-    def order(part: str) -> tuple[int, int, str]:
-        first, _, number = part.partition(".")
-        rank = {"embed_tokens": 0, "layers": 1, "norm": 2}.get(first, 3)
-        return rank, int(number) if re.fullmatch("[0-9]{1,9}", number) else 0, part
-
-    return {part: grouped[part] for part in sorted(grouped, key=order)}

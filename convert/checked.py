@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 
-from convert import DamagedError, Params, Reader, Spec, parts
-from convert.errors import UserError
+from convert.checkpoint import Params, Reader, Spec, parts
+from convert.errors import DamagedError, UserError
 
 BLOCK = 2**17
 """Elements that are looked at together: they stay in a processor's cache."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from convert import Spec, parts
+from convert.checkpoint import Spec, parts
 from convert.errors import CheckpointError, DamagedError, joined
 
 

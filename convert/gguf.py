@@ -20,8 +20,8 @@ import jax
 import numpy as np
 from pydantic import Field, model_validator
 
-from convert import Params, Spec, parts
 from convert.assets import Count, DecoderConfig, Positions, Positive, Size
+from convert.checkpoint import Params, Spec, parts
 from convert.errors import CheckpointError, DamagedError, joined
 from convert.gguf_header import Header, Tensor
 from convert.schema import S, Schema, check

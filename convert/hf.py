@@ -12,8 +12,8 @@ import ml_dtypes  # noqa: F401  teaches numpy, and with it safetensors, bfloat16
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from convert import Params, Spec, parts
 from convert.assets import check_files, read_config
+from convert.checkpoint import Params, Spec, parts
 from convert.consistency import check_paths
 from convert.errors import CheckpointError, DamagedError, joined
 from convert.files import read_bytes, require_inside, require_regular

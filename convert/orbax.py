@@ -18,8 +18,9 @@ import numpy as np
 from flax import traverse_util
 from pydantic import Field
 
-from convert import Params, Spec, part_of, parts, schema
+from convert import schema
 from convert.assets import check_files
+from convert.checkpoint import Params, Spec, part_of, parts
 from convert.consistency import check_paths
 from convert.errors import CheckpointError, DamagedError, NoRoomError, joined
 from convert.files import require_regular

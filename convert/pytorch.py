@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from convert import CheckpointError
 from convert.assets import load_config
+from convert.errors import CheckpointError
 from convert.hf import hf_name
 
 

@@ -15,8 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from convert import CheckpointError
-from convert.errors import OccupiedError
+from convert.errors import CheckpointError, OccupiedError
 from convert.files import expand
 from convert.ownership import digest
 from convert.writing import put

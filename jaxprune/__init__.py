@@ -27,7 +27,7 @@ _EXPORTS = {
     "Measures": "jaxprune.evaluation.quality",
     "prune_layers": "jaxprune.pruning.loop",
     "prune_model": "jaxprune.pruning.whole_model",
-    "calibration_windows": "jaxprune.api.load",
+    "calibration_windows": "jaxprune.calibration",
     "load": "jaxprune.api.load",
     "prune_kernel": "jaxprune.api.load",
     "prune": "jaxprune.api.prune",
@@ -41,11 +41,11 @@ __all__ = sorted(_EXPORTS)  # noqa: PLE0605
 
 if TYPE_CHECKING:
     from jaxprune.api.evaluate import evaluate as evaluate
-    from jaxprune.api.load import calibration_windows as calibration_windows
     from jaxprune.api.load import load as load
     from jaxprune.api.load import prune_kernel as prune_kernel
     from jaxprune.api.prune import prune as prune
     from jaxprune.api.verify import verify as verify
+    from jaxprune.calibration import calibration_windows as calibration_windows
     from jaxprune.errors import CheckpointError as CheckpointError
     from jaxprune.errors import InputError as InputError
     from jaxprune.evaluation.quality import Evaluator as Evaluator

@@ -31,7 +31,11 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         (["xyz"], "there are prune, evaluate"),
         (["prune", "--ckpt", "x", "--sparsty", "0.5"], "--sparsity"),
         (["verify", "x", "--agianst", "y"], "--against"),
-        (["--sparsity", "0.5"], "--ckpt"),
+        (["--sparsity", "0.5"], "--ckpt is missing"),
+        (["prune", "--ckpt"], "--ckpt requires an argument"),
+        (["verify"], "CHECKPOINT is missing"),
+        (["prune", "--ckpt", "x", "--method", "wanda", "--iterations", "3"], "an option of --method admm"),
+        (["solve", "x", "--method=wanda", "--iterations=3"], "an option of --method admm"),
     ],
 )
 def test_a_mistyped_word_is_one_line(line: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

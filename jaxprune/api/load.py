@@ -1,15 +1,12 @@
-"""A checkpoint opened, text sampled, one kernel pruned: what is done before a whole model, or without one."""
+"""A checkpoint opened, one kernel pruned: what is done before a whole model, or without one."""
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, DTypeLike, Float
 
 from convert import open_checkpoint
 from convert.checked import CheckedReader
 from convert.hub import resolve
-from jaxprune import calibration
 from jaxprune.methods import Method, Solution
 from jaxprune.sharding import ONE_DEVICE, Devices
 from jaxprune.sparsity.patterns import Pattern
@@ -38,13 +35,6 @@ def load(
     source = resolve(checkpoint)
     reader = CheckedReader(open_checkpoint(source, check=False))
     return StreamedModel(reader, dtype, devices, Path(scratch) if scratch else None, str(checkpoint), source)
-
-
-def calibration_windows(
-    source: str, tokenizer: Any, count: int = 128, length: int = 2048, *, seed: int = 0, pack: bool = False
-) -> Int[np.ndarray, "count length"]:
-    """Samples calibration windows of token ids, int32; see `calibration.sample`."""
-    return calibration.sample(source, tokenizer, count, length, seed, pack=pack)
 
 
 def prune_kernel(

@@ -5,6 +5,7 @@ import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ def prune(
     timing: bool = False,
     unchecked: bool = False,
     config: Mapping[str, Any] | None = None,
-    inputs: Iterable[Path] = (),
+    inputs: Mapping[str, Iterable[Path]] = MappingProxyType({}),
     begun: float | None = None,
     observer: Observer = SILENT,
 ) -> PruningResult | None:
@@ -99,7 +100,7 @@ def prune(
         timing: first prune the first layer compiled and under `jax.disable_jit`, and record the seconds of both.
         unchecked: begin even where the run would not fit, and without comparing weights of the hub with their digests.
         config: what was asked for, for the record; None: names of the checkpoint and of the folder.
-        inputs: paths that must not be replaced, besides the checkpoint.
+        inputs: what else is read, by the name of its option: neither `out` nor `masks` may lie there.
         begun: `time.perf_counter()` when the work began that led here; None: now.
         observer: is told what happens.
 
@@ -113,7 +114,9 @@ def prune(
     if not isinstance(model.reader, CheckedReader):
         raise TypeError("prune takes a model of jaxprune.load, whose weights are looked at when they are read")
     place, masks_place = places(out, masks, overwrite=overwrite)
-    place.inputs = (*inputs, *require_separate(place, masks_place, recipe, {"ckpt": inputs_of(model.source)}))
+    place.inputs = require_separate(
+        place, masks_place, recipe, {"ckpt": inputs_of(model.source), **inputs}, model.scratch
+    )
     if masks_place:
         masks_place.inputs = place.inputs
     emptied = resume.check(place, masks_place)

@@ -31,17 +31,17 @@ def default_text(ckpt: str) -> str | None:
     return "wikipedia" if ckpt == "smollm2-135m" else None
 
 
-def sample(
+def calibration_windows(
     source: str,
     tokenizer: Any,
-    count: int,
-    length: int,
-    seed: int,
+    count: int = 128,
+    length: int = 2048,
+    seed: int = 0,
     *,
     pack: bool = False,
     vocab_size: int | None = None,
 ) -> Int[np.ndarray, "count length"]:
-    """Calibration windows.
+    """Samples calibration windows.
 
     Documents are taken in an order drawn from the seed. One that is longer than a window gives one window, at a
     place drawn from the seed; shorter ones are skipped, as Wanda and SparseGPT do on C4. Where `pack` is set (or
@@ -83,11 +83,11 @@ def evaluation_windows(
     """Consecutive windows of a source's test split: documents joined by a blank line and tokenized as one text.
 
     Args:
-        source: as for `sample`; a file is its own test split.
+        source: as for `calibration_windows`; a file is its own test split.
         tokenizer: a transformers tokenizer; not used for .npy.
         length: tokens a window; the remainder of the text is dropped.
         limit: the most windows.
-        vocab_size: as for `sample`.
+        vocab_size: as for `calibration_windows`.
 
     Raises:
         InputError: no such source, or not one window of text.

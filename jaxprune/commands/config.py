@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 from convert.hub import known_names
 from jaxprune import calibration
-from jaxprune.commands import options
-from jaxprune.commands.config_file import expanded
 from jaxprune.commands.eval_options import EvalOptions, with_defaults
-from jaxprune.commands.options import Section, make, require_at_least, require_positive
+from jaxprune.commands.options import CommandLine, Section, make, require_at_least, require_positive
 from jaxprune.commands.recipe_options import RecipeOptions
+from jaxprune.commands.recorded import recorded
 from jaxprune.errors import InputError
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import MOST_DEVICES
@@ -65,8 +64,6 @@ class Config(EvalOptions):
     """Decides which calibration windows are taken; a run is deterministic in it."""
     timing: Literal["jit-vs-eager"] | None = None
     """First prune the first layer compiled and under jax.disable_jit, and show the seconds of both."""
-    config: str | None = None
-    """A file of options, .yaml or .json, or the jaxprune.json of a run to be repeated; flags given beside it win."""
 
     @property
     def join(self) -> tuple[str, int | None, int | None] | None:
@@ -116,7 +113,7 @@ GROUPS = {
     "Calibration": ("calib", "nsamples", "seqlen", "pack", "seed"),
     "Evaluation": ("eval", "eval_text", "eval_seqlen", "eval_windows", "tasks", "limit", "tasks_data", "backend"),
     "Machine": ("dtype", "device", "devices", "hidden", "scratch", "coordinator", "processes", "process_id"),
-    "Before the run": ("dry_run", "device_memory", "unchecked", "timing", "config"),
+    "Before the run": ("dry_run", "device_memory", "unchecked", "timing"),
 }
 """Heading of the help -> its flags."""
 EXAMPLES = f"""Examples:
@@ -165,10 +162,12 @@ def read(
         UserError: a flag or a value that cannot be used.
         SystemExit: after --help.
     """
-    argv = expanded(argv)
-    chosen = RecipeOptions(argv)
+    line = CommandLine(argv, recorded)
+    chosen = RecipeOptions(line)
     first, calibration_, *others = (Section(title, Config, only=names) for title, names in GROUPS.items())
     sections = [*own, first, *chosen.sections(), calibration_, *others]
-    given = options.read(argv, command, description, sections, positionals=positionals, examples=examples)
+    given = line.read(
+        command, description, sections, positionals=positionals, examples=examples, elsewhere=chosen.elsewhere
+    )
     recipe = chosen.recipe(given)
     return given, make(Config, given).resolved(recipe), recipe

@@ -1,59 +1,36 @@
-"""Options in a file: `--config FILE` stands for the flags that its entries name, or for those of a record's run."""
+"""Files of options: what --config names."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from convert.files import expand, read_bytes
+from convert.files import read_bytes
 from convert.schema import decode, plain
-from jaxprune.commands.options import peek
-from jaxprune.commands.recipe_options import RecipeOptions
 from jaxprune.errors import InputError
-from jaxprune.methods.records import CrossedRecord, FinishedRecord, PlainRecord
-from jaxprune.recipe import PRESETS, Importance, RecipeRecord, Tuning
-from jaxprune.reporting import reading, schema
-from jaxprune.sparsity.patterns import GivenRecord, NMRecord, UnstructuredRecord
 
-FILE_BYTES = 2**20
-"""The most that a file of options may hold; a record may hold more."""
-NOT_REPEATED = "out overwrite resume save_masks scratch dry_run config coordinator processes process_id".split()
-"""Options of a record's run that say where it was made, not what."""
+YAML_BYTES, JSON_BYTES = 2**20, 64 * 2**20
+"""The most that such a file may hold; .json, as a record, that of a thousand layers."""
+Recorded = Callable[[bytes, Path], Mapping[str, Any]]
+"""The content of a record and its path -> the options of its run."""
 
 
-def expanded(argv: Sequence[str]) -> list[str]:
-    """Returns a command line with the flags of its --config before its own, which win.
+def load(path: Path, recorded: Recorded | None) -> dict[str, str | bool]:
+    """Returns the options of a file, by their names in Python's spelling.
+
+    Args:
+        path: of the file.
+        recorded: reads a record; None: a record is refused.
 
     Raises:
         InputError: the file holds no options.
         CheckpointError: it cannot be read.
     """
-    name = peek(argv, "config")
-    if not name:
-        return list(argv)
-    path = expand(name)
-    own = {word.partition("=")[0] for word in argv if word.startswith("--")}
-    words: list[str] = []
-    for option, value in _options(path).items():
-        flag = f"--{option.replace('_', '-')}"
-        if flag not in own and value is not None and value is not False:
-            words += [flag] if value is True else [f"{flag}={value}"]
-    return [*words, *argv]
-
-
-def _options(path: Path) -> Mapping[str, Any]:
-    """Returns the options of a file by name, in Python's spelling."""
-    content = read_bytes(path, schema.RECORD_BYTES)
-    if path.suffix == ".json":
+    is_json = path.suffix == ".json"
+    content = read_bytes(path, JSON_BYTES if is_json else YAML_BYTES)
+    if is_json:
         found: Any = decode(content, file=path, error=InputError)
-        if found.get("kind") in ("run", "evaluation"):
-            record = reading.read(content, path)
-            if not isinstance(record, schema.Run):
-                raise InputError("it is the record of an evaluation", file=path, wanted="that of a run, or options")
-            return dict(of_record(record))
-    elif len(content) > FILE_BYTES:
-        raise InputError("it is too large to hold options", file=path, wanted=f"at most {FILE_BYTES} bytes")
     else:
         try:
             found = yaml.safe_load(content)
@@ -61,50 +38,19 @@ def _options(path: Path) -> Mapping[str, Any]:
             raise InputError(f"it holds no options ({' '.join(str(error).split())[:200]})", file=path) from None
     if not isinstance(found, dict):
         raise InputError("it holds no options", file=path, wanted="names and values, such as sparsity: 0.7")
+    if found.get("kind") in ("run", "evaluation"):
+        if recorded is None:
+            raise InputError("it is a record, which only prune, plan and snapshot repeat", file=path, wanted="options")
+        found = recorded(content, path)
+    return dict(_texts(found, path))
+
+
+def _texts(found: Mapping[Any, Any], path: Path) -> Iterator[tuple[str, str | bool]]:
+    """Yields name and value as on a command line, True for a flag without one; what is null or false is not given."""
     for name, value in found.items():
         if not isinstance(name, str) or not isinstance(value, bool | int | float | str | None):
             raise InputError("an option has no single value", file=path, entry=str(plain(name)), found=value)
-    return {name.replace("-", "_"): value for name, value in found.items()}
-
-
-def of_record(run: schema.Run) -> Iterator[tuple[str, Any]]:
-    """Yields the options that repeat a run: name, value."""
-    for name, value in run.config.model_dump().items():
-        if name not in NOT_REPEATED and value is not None:
-            yield name, value
-    yield from of_recipe(run)
-
-
-def of_recipe(recipe: RecipeRecord) -> Iterator[tuple[str, Any]]:
-    """Yields the options that make a recipe: name, value."""
-    method, given = recipe.method, isinstance(recipe.pattern, GivenRecord)
-    if isinstance(method, FinishedRecord):
-        yield "finish_steps", method.finish.get("steps")
-        method = method.finished
-    crossed = isinstance(method, CrossedRecord)
-    parts = {"mask": method.mask, "update": method.update} if isinstance(method, CrossedRecord) else {"update": method}
-    named = {role: part for role, part in parts.items() if isinstance(part, PlainRecord)}
-    words = {role if crossed or given else "method": part.name for role, part in named.items()}
-    if isinstance(recipe.pattern, GivenRecord):
-        words["mask"] = recipe.pattern.mask
-    yield from words.items()
-    chosen = RecipeOptions([f"--{name}={value}" for name, value in words.items()])
-    for role, part in named.items():
-        flag_of = chosen.flag_of(role)
-        yield from ((flag, value) for name, value in part.options.items() if (flag := flag_of(name)))
-    if isinstance(recipe.pattern, NMRecord):
-        yield "pattern", str(recipe.pattern)
-    elif not isinstance(recipe.pattern, GivenRecord):
-        yield "pattern", recipe.pattern.kind
-        yield "sparsity", recipe.pattern.sparsity
-    preset = PRESETS.get(recipe.preset or "")
-    for options, usual in (
-        (recipe.importance, preset.importance if preset else Importance()),
-        (recipe.tuning, preset.tuning if preset else Tuning()),
-    ):
-        changed = {name: value for name, value in vars(options).items() if value != getattr(usual, name)}
-        yield from ((name, value) for name, value in changed.items() if value or name != "spread")
-    yield "asymmetry", recipe.asymmetry
-    if recipe.preset and not recipe.importance.spread and isinstance(recipe.pattern, UnstructuredRecord):
-        yield "uniform", recipe.pattern.kind == "unstructured"
-    yield "preset", recipe.preset
+        if isinstance(value, int) and abs(value) >= 2**64:  # Python prints no number of thousands of digits
+            raise InputError("the number is too large", file=path, entry=name)
+        if value is not None and value is not False:
+            yield name.replace("-", "_"), value if value is True else str(value)

@@ -12,8 +12,7 @@ from convert.destination import destination
 from convert.errors import CheckpointError
 from convert.hub import resolve
 from convert.paths import inputs_of, require_apart
-from jaxprune.commands import options
-from jaxprune.commands.options import Section, make
+from jaxprune.commands.options import CommandLine, Section, make
 
 EXAMPLES = """Examples:
 
@@ -37,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    given = options.read(
-        argv,
+    given = CommandLine(argv).read(
         "jaxprune convert",
         "Convert a checkpoint between formats, one decoder layer at a time.",
         [Section("Result", Options)],

@@ -11,9 +11,8 @@ from convert.paths import inputs_of, paths_of, require_apart
 from jaxprune import calibration
 from jaxprune.api import evaluate as api
 from jaxprune.api.evaluate import Evaluation
-from jaxprune.commands import options
 from jaxprune.commands.eval_options import EvalOptions, with_defaults
-from jaxprune.commands.options import Section, make
+from jaxprune.commands.options import CommandLine, Section, make
 from jaxprune.commands.progress import Progress
 from jaxprune.commands.terminal import choose_devices, console, keep_memory, run_main
 from jaxprune.errors import InputError
@@ -92,8 +91,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
     Raises:
         UserError: a flag or a value that cannot be used.
     """
-    given = options.read(
-        argv,
+    given = CommandLine(argv).read(
         "jaxprune evaluate",
         "Measure perplexity, KL divergence and zero-shot accuracy of checkpoints, dense or pruned.",
         [Section(title, Config, only=names) for title, names in GROUPS.items()],

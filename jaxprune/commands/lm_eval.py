@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxprune.commands.terminal import keep_memory, run_main
+from jaxprune.errors import InputError
 from jaxprune.evaluation.tasks import not_installed
 
 
@@ -24,7 +25,14 @@ def _main(argv: Sequence[str]) -> None:
         from jaxprune.evaluation import lm  # noqa: F401  registers the model
     except ImportError as error:
         raise not_installed(error) from error
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except ConnectionError as error:  # of datasets and the hub
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"what lm-eval needs cannot be fetched ({reason}): connect to the hub once, or have jaxprune evaluate "
+            "--tasks-data read a task's rows from a folder"
+        ) from error
 
 
 if __name__ == "__main__":

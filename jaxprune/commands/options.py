@@ -16,8 +16,11 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, CycloptsError, Group, MissingArgumentError, Parameter, UnknownOptionError
+from cyclopts.config import Dict
 
+from convert.files import expand
+from jaxprune.commands import config_file
 from jaxprune.errors import InputError, UserError
 
 FlagOf = Callable[[str], str | None]
@@ -43,76 +46,125 @@ class Section:
     only: tuple[str, ...] | None = None
 
 
-def read(
-    argv: Sequence[str],
-    command: str,
-    description: str,
-    sections: Iterable[Section],
-    *,
-    positionals: Mapping[str, str] | None = None,
-    several: bool = False,
-    examples: str = "",
-) -> dict[str, Any]:
-    """Reads a command line.
+class CommandLine:
+    """A command line, and the options of the file that its --config names.
 
     Args:
-        argv: the command line.
-        command: its name, such as `jaxprune prune`.
-        description: what it does.
-        sections: its flags.
-        positionals: name -> help text of what comes without a flag.
-        several: whether there may be several of the last of them.
-        examples: shown below the help.
-
-    Returns:
-        Flag's name, in Python's spelling, -> value, for all that was given and nothing else.
+        argv: the words.
+        recorded: the content of a file that holds a record, and its path -> the options of the record's run; None: the
+            command takes no record.
 
     Raises:
-        UserError: a flag or a value that cannot be used.
-        SystemExit: after --help.
+        InputError: the file holds no options.
+        CheckpointError: it cannot be read.
     """
-    positionals = positionals or {}
 
-    def collect(*args: Any, **kwargs: Any) -> None:
-        del args, kwargs
+    def __init__(self, argv: Sequence[str], recorded: config_file.Recorded | None = None) -> None:
+        self._argv = list(argv)
+        name = self.value("config")
+        self._file = expand(name) if name else None
+        self._stored = config_file.load(self._file, recorded) if self._file else {}
 
-    words = [_positional(name, text, several and name == [*positionals][-1]) for name, text in positionals.items()]
-    collect.__signature__ = inspect.Signature([*words, *_flags(list(sections))])  # type: ignore[attr-defined]
-    collect.__doc__ = description
-    app = App(
-        name=command,
-        help_flags=[],
-        version_flags=[],
-        help_epilogue=examples,
-        help_format="plaintext",
-        end_of_options_delimiter="",
-    )
-    app.default(collect)
-    if {"-h", "--help"} & set(argv):
-        app.help_print()
-        raise SystemExit(0)
-    try:
-        _, bound, _ = app.parse_args(list(argv), exit_on_error=False, print_error=False)
-    except CycloptsError as error:
-        raise UserError(f"{' '.join(str(error).split())} ({command} --help lists what there is)") from None
-    found = dict(zip(positionals, bound.args, strict=False))
-    if several:
-        *_, name = positionals
-        found[name] = list(bound.args[len(positionals) - 1 :])
-        if not found[name]:
-            raise UserError(f"{name.upper()} is missing ({command} --help lists what there is)")
-    return found | bound.kwargs
+    def value(self, flag: str) -> str | None:
+        """Returns a flag's value without reading the rest; None where it is not given."""
+        found = None
+        for word, following in itertools.zip_longest(self._argv, self._argv[1:]):
+            if word == f"--{flag}":
+                found = following
+            elif word.startswith(f"--{flag}="):
+                found = word.partition("=")[2]
+        if found is None and flag != "config" and flag in self._stored:
+            found = str(self._stored[flag])
+        return found
+
+    def read(
+        self,
+        command: str,
+        description: str,
+        sections: Iterable[Section],
+        *,
+        positionals: Mapping[str, str] | None = None,
+        several: bool = False,
+        examples: str = "",
+        elsewhere: Callable[[str], str] = lambda flag: "",
+    ) -> dict[str, Any]:
+        """Reads it.
+
+        Args:
+            command: its name, such as `jaxprune prune`.
+            description: what it does.
+            sections: its flags.
+            positionals: name -> help text of what comes without a flag.
+            several: whether there may be several of the last of them.
+            examples: shown below the help.
+            elsewhere: an unknown flag -> where there is such a flag, "" for nowhere.
+
+        Returns:
+            Flag's name, in Python's spelling, -> value, for all that was given and nothing else.
+
+        Raises:
+            UserError: a flag or a value that cannot be used.
+            SystemExit: after --help.
+        """
+        positionals = positionals or {}
+
+        def collect(*args: Any, **kwargs: Any) -> None:
+            del args, kwargs
+
+        words = [_positional(name, text, several and name == [*positionals][-1]) for name, text in positionals.items()]
+        flags = _flags([*sections, Section("Options", ConfigFile)])
+        collect.__signature__ = inspect.Signature([*words, *flags])  # type: ignore[attr-defined]
+        collect.__doc__ = description
+        app = App(
+            name=command,
+            help_flags=[],
+            version_flags=[],
+            help_epilogue=examples,
+            help_format="plaintext",
+            end_of_options_delimiter="",
+            config=Dict(self._stored, source=str(self._file), use_commands_as_keys=False),
+        )
+        app.default(collect)
+        if {"-h", "--help"} & set(self._argv):
+            app.help_print()
+            raise SystemExit(0)
+        try:
+            _, bound, _ = app.parse_args(self._argv, exit_on_error=False, print_error=False)
+        except CycloptsError as error:
+            text = f"{_said(error, elsewhere)} ({command} --help lists what there is)"
+            raise UserError(text, file=self._file if _is_stored(error) else None) from None
+        found = dict(zip(positionals, bound.args, strict=False))
+        if several:
+            *_, name = positionals
+            found[name] = list(bound.args[len(positionals) - 1 :])
+            if not found[name]:
+                raise UserError(f"{name.upper()} is missing ({command} --help lists what there is)")
+        return found | bound.kwargs
 
 
-def peek(argv: Sequence[str], flag: str) -> str | None:
-    """Returns a flag's value without reading the rest of a command line; None where it is not given."""
-    found = None
-    for word, following in itertools.zip_longest(argv, argv[1:]):
-        if word == f"--{flag}":
-            found = following
-        elif word.startswith(f"--{flag}="):
-            found = word.partition("=")[2]
-    return found
+def _said(error: CycloptsError, elsewhere: Callable[[str], str]) -> str:
+    """Returns an error of cyclopts on one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UnknownOptionError):
+        return elsewhere((error.token.keyword or error.token.value or "").partition("=")[0]) or text
+    if isinstance(error, MissingArgumentError) and error.argument and error.keyword is None:
+        return f"{error.argument.name} is missing"
+    return text
+
+
+def _is_stored(error: CycloptsError) -> bool:
+    """Returns whether an error is about what a file of options says."""
+    tokens = [getattr(error, "token", None), *(error.argument.tokens if error.argument else [])]
+    return any(token and token.source != "cli" for token in tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigFile:
+    """The flag that all commands have."""
+
+    config: str | None = None
+    """A file of options, .yaml or .json, named as the flags; flags given beside it win. For prune, plan and snapshot
+    also the jaxprune.json of a run, which is then repeated."""
 
 
 def _positional(name: str, text: str, several: bool) -> inspect.Parameter:

@@ -1,12 +1,13 @@
 """Say what a run would need, and whether it fits; config.json alone is enough."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from convert.command import worded
 from convert.files import expand
 from jaxprune.commands.config import Config, read
+from jaxprune.commands.progress import longest
 from jaxprune.commands.terminal import choose_devices, console, duration, print_table, run_main
 from jaxprune.planning import preflight
 from jaxprune.planning.machine import hardware
@@ -36,14 +37,15 @@ def plan(config: Config, recipe: Recipe) -> int:
     """
     work = work_of(config, recipe, choose_devices(config.device, config.devices, config.join))
     need = preflight.need(work)
-    header, rows = table(need, work)
+    times = {} if work.device_bytes else preflight.seconds(need, work.devices)
+    header, rows = table(need, work, times)
     print_table(rows, header)
     disk = ", ".join(f"{what} {size / GIB:.2f}" for what, size in need.disk.items() if size)
     console.print(f"disk, GiB, at most: {disk}; kept in the end: {need.kept / GIB:.2f}")
     if work.scratch:
         console.print(f"scratch, GiB, at most: {max(need.scratch.values()) / GIB:.2f}")
-    if work.device_bytes is None:
-        console.print(f"time: from the matrix rate of {hardware()}, measured now")
+    if times:
+        console.print(f"time: from the matrix rate of {hardware()}, measured now; {longest(times)}")
     problems = list(preflight.shortages(need, work))
     for problem in problems:
         console.print(f"does not fit: {worded(problem)}")
@@ -79,9 +81,8 @@ def work_of(config: Config, recipe: Recipe, devices: Devices) -> Work:
     )
 
 
-def table(need: Need, work: Work) -> tuple[list[str], list[list[str]]]:
-    """Returns header and rows: what each phase needs, and how long it takes on this machine's own device."""
-    times = {} if work.device_bytes else preflight.seconds(need, work.devices)
+def table(need: Need, work: Work, times: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
+    """Returns header and rows: what each phase needs, and how many seconds it takes, where that is known."""
     rows = []
     for phase, device in need.device.items():
         row = [phase, _gib(device), _gib(need.host[phase] + work.on_cpu * device)]

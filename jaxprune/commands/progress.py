@@ -1,7 +1,7 @@
 """What a run says while it works: lines, progress bars, the table of its timing."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.progress import Progress as Bar
@@ -57,12 +57,8 @@ class Progress(Observer):
     def planned(self, need: Need) -> None:
         """Says how long the run will take, by this machine's matrix rate, and which phase takes most."""
         times = seconds(need, self._devices)
-        longest = max(times, key=lambda phase: times[phase])
-        total, most = duration(sum(times.values())), duration(times[longest])
-        console.print(
-            f"this takes about {total}{', beside the tasks of lm-eval' * self._tasks}; most of it is"
-            f" {longest} ({most}), which {SHORTER[longest]} shortens"
-        )
+        total = duration(sum(times.values()))
+        console.print(f"this takes about {total}{', beside the tasks of lm-eval' * self._tasks}; {longest(times)}")
 
     def started(self, what: str, layers: int) -> None:
         """Begins a new progress bar."""
@@ -104,6 +100,12 @@ class Progress(Observer):
         """Prints a line on an epoch of the distillation."""
         if self._bar:
             self._bar.console.print(f"tuning, epoch {epoch + 1}: KL divergence {divergence:.4f} nats before its steps")
+
+
+def longest(times: Mapping[str, float]) -> str:
+    """Returns which phase takes most, and what makes it shorter, as a clause."""
+    phase = max(times, key=lambda phase: times[phase])
+    return f"most of it is {phase} ({duration(times[phase])}), which {SHORTER[phase]} shortens"
 
 
 def layer_line(layer: LayerResult, count: int) -> str:

@@ -43,8 +43,7 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
     """
     begun = time.perf_counter()
     # Here, for they take a second, which --help and a mistyped flag need not wait for.
-    from convert.hub import resolve
-    from convert.paths import inputs_of, paths_of
+    from convert.paths import paths_of
     from jaxprune.api.load import load
     from jaxprune.api.prune import places, prune, require_separate
     from jaxprune.commands.progress import Progress
@@ -62,13 +61,10 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
         keep_memory(large=True)  # both make logits
     devices = choose_devices(config.device, config.devices, config.join)
     console.print(f"opening {config.ckpt}")
-    read = require_separate(
-        place, masks_place, recipe, inputs | {"ckpt": inputs_of(resolve(config.ckpt))}, config.scratch
-    )
     model = load(config.ckpt, dtype=config.computation_dtype, devices=devices, scratch=scratch)
     what = ", ".join(filter(None, [f"{config.calib} to calibrate", config.eval_text, config.tasks]))
     console.print(f"preparing text: {what}")
-    windows = calibration_windows(config, model)
+    windows = windows_of(config, model)
     measures = config.plan()
     progress = Progress(devices, tasks=bool(measures and measures.tasks))
     with progress:
@@ -84,7 +80,7 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
             timing=config.timing is not None,
             unchecked=config.unchecked,
             config=dataclasses.asdict(config),
-            inputs=read,
+            inputs=inputs,
             begun=begun,
             observer=progress,
         )
@@ -93,12 +89,16 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
     return result
 
 
-def calibration_windows(config: Config, model: "StreamedModel") -> "np.ndarray":
-    """Samples the windows that a run calibrates on, int32 [nsamples, seqlen]; errors as for `calibration.sample`."""
-    from jaxprune import calibration
+def windows_of(config: Config, model: "StreamedModel") -> "np.ndarray":
+    """Samples the windows that a run calibrates on, int32 [nsamples, seqlen].
+
+    Raises:
+        InputError: see `calibration.calibration_windows`.
+    """
+    from jaxprune.calibration import calibration_windows
 
     assert config.calib
-    return calibration.sample(
+    return calibration_windows(
         config.calib,
         None if config.calib.endswith(".npy") else model.tokenizer,
         config.nsamples,

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from jaxprune import methods
-from jaxprune.commands import options
-from jaxprune.commands.options import Section, make
+from jaxprune.commands.options import CommandLine, Section, make
 from jaxprune.errors import InputError
 from jaxprune.methods import Method
 from jaxprune.methods.combine import Crossed, Finished
@@ -50,16 +49,12 @@ class WholeModel:
     """Let every linear layer make up for this share of what its inputs lost in the layers before: 0 keeps its own
     output on its pruned inputs, 1 aims at the dense model's. Takes another forward pass."""
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.asymmetry <= 1:
-            raise InputError(f"--asymmetry must lie between 0 and 1, not {self.asymmetry}")
-
 
 class RecipeOptions:
     """The recipe's part of a command line. The methods that it names decide which flags there are.
 
     Args:
-        argv: the command line, of which only the methods' names are looked at.
+        line: the command line, of which only the methods' names are looked at.
         whole_model: whether a whole model is pruned, so that the options which need one are offered.
 
     Attributes:
@@ -69,8 +64,8 @@ class RecipeOptions:
         InputError: there is no such method, or methods that contradict each other.
     """
 
-    def __init__(self, argv: Sequence[str], *, whole_model: bool = True) -> None:
-        method, mask, update = (options.peek(argv, name) for name in ("method", "mask", "update"))
+    def __init__(self, line: CommandLine, *, whole_model: bool = True) -> None:
+        method, mask, update = (line.value(name) for name in ("method", "mask", "update"))
         if method and mask and update:
             raise InputError("--mask and --update together say all that --method does: leave one of the three out")
         self._whole_model = whole_model
@@ -91,6 +86,15 @@ class RecipeOptions:
         for role, cls in self.classes.items():
             about = (inspect.getdoc(cls) or "").partition("\n\n")[0]
             yield Section(f"Method {self._name(role)}", cls, self.flag_of(role), " ".join(about.split()))
+
+    @staticmethod
+    def elsewhere(flag: str) -> str:
+        """Returns which of our methods have a flag, as a clause; "" for none."""
+        field = flag.removeprefix("--").replace("-", "_")
+        names = [
+            name for name in methods.names() if field in {own.name for own in dataclasses.fields(methods.load(name))}
+        ]
+        return f"{flag} is an option of --method {' and '.join(names)}" if names else ""
 
     def recipe(self, given: Mapping[str, Any]) -> Recipe:
         """Returns the recipe that the values of flags make.
@@ -195,5 +199,6 @@ def parse(argv: Sequence[str]) -> Recipe:
     Raises:
         UserError: a flag or a value that cannot be used.
     """
-    chosen = RecipeOptions(argv)
-    return chosen.recipe(options.read(argv, "jaxprune", "", chosen.sections()))
+    line = CommandLine(argv)
+    chosen = RecipeOptions(line)
+    return chosen.recipe(line.read("jaxprune", "", chosen.sections()))

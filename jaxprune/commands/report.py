@@ -8,8 +8,7 @@ from pathlib import Path
 
 from convert.destination import destination
 from convert.paths import require_apart
-from jaxprune.commands import options
-from jaxprune.commands.options import Section, make
+from jaxprune.commands.options import CommandLine, Section, make
 from jaxprune.commands.terminal import console, run_main
 from jaxprune.errors import InputError
 from jaxprune.reporting import reading
@@ -33,8 +32,7 @@ class Options:
 
 
 def _main(argv: Sequence[str]) -> None:
-    given = options.read(
-        argv,
+    given = CommandLine(argv).read(
         "jaxprune report",
         "Make one HTML page about several runs and evaluations.",
         [Section("Result", Options)],

@@ -9,7 +9,7 @@ from convert.paths import inputs_of, paths_of, require_apart
 from jaxprune.api.load import load
 from jaxprune.commands.config import read
 from jaxprune.commands.options import Section, make, require_at_least
-from jaxprune.commands.prune import calibration_windows
+from jaxprune.commands.prune import windows_of
 from jaxprune.commands.terminal import choose_devices, console, run_main
 from jaxprune.errors import InputError
 from jaxprune.pruning import snapshot as snapshots
@@ -49,7 +49,7 @@ def _main(argv: Sequence[str]) -> None:
     place.inputs = tuple(path for paths in inputs.values() for path in paths)
     (snapshot,) = snapshots.capture(
         model,
-        calibration_windows(config, model),
+        windows_of(config, model),
         [wanted.layer],
         recipe.method,
         recipe.target(),

@@ -10,8 +10,7 @@ import numpy as np
 from convert.destination import destination
 from convert.files import expand
 from convert.paths import require_apart
-from jaxprune.commands import options
-from jaxprune.commands.options import Section, make
+from jaxprune.commands.options import CommandLine, Section, make
 from jaxprune.commands.recipe_options import RecipeOptions
 from jaxprune.commands.terminal import run_main
 from jaxprune.errors import InputError
@@ -43,14 +42,15 @@ def parse(argv: Sequence[str]) -> tuple[Path, Options, Recipe]:
     Raises:
         UserError: a flag or a value that cannot be used.
     """
-    chosen = RecipeOptions(argv, whole_model=False)
-    given = options.read(
-        argv,
+    line = CommandLine(argv)
+    chosen = RecipeOptions(line, whole_model=False)
+    given = line.read(
         "jaxprune solve",
         "Prune one layer from a file of its Gram matrices and kernels, which `jaxprune snapshot` makes.",
         [Section("Layer and result", Options), *chosen.sections()],
         positionals={"file": "The layer's file."},
         examples="Examples:\n\n    jaxprune solve layer5.safetensors --mask wanda --update exact",
+        elsewhere=chosen.elsewhere,
     )
     return Path(given["file"]), make(Options, given), chosen.recipe(given)
 

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from jaxprune.api.verify import verify
-from jaxprune.commands import options
-from jaxprune.commands.options import Section, make
+from jaxprune.commands.options import CommandLine, Section, make
 from jaxprune.commands.terminal import console, print_table, run_main
 from jaxprune.evaluation.verification import StoredKernel, Which, name_of
 from jaxprune.reporting import reading
@@ -56,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    given = options.read(
-        argv,
+    given = CommandLine(argv).read(
         "jaxprune verify",
         "Prove from the stored tensors what a pruned checkpoint claims. Exit status: 0 verified, 1 not.",
         [Section("What it has to be", Options)],

@@ -33,7 +33,7 @@ class KernelResult(NamedTuple):
     metrics: dict[str, float]
 
 
-def prune_kernel(
+def prune_and_round(
     method: Method,
     prepared: Any,
     gram_matrix: Float[Array, "n n"],

@@ -20,7 +20,7 @@ from jaxprune.methods import Method, gram, with_more_damping
 from jaxprune.models import Architecture
 from jaxprune.pruning.calibration_states import CalibrationStates
 from jaxprune.pruning.gram_matrices import Grams, gram_matrices
-from jaxprune.pruning.kernel import KernelResult, prune_kernel
+from jaxprune.pruning.kernel import KernelResult, prune_and_round
 from jaxprune.pruning.results import LayerResult, Results
 from jaxprune.pruning.sensitivity import Weights
 from jaxprune.sharding import fetch
@@ -195,7 +195,7 @@ def _solve_tap(
         if drift is not None:
             wanted = gram.drifted_target(gram_of_tap, drift, kernel.astype(gram_of_tap.dtype), solver.asymmetry)
         outputs = solver.weights[index].outputs.get(path) if solver.weights else None
-        layer.params[f"{path}.kernel"], mask, layer.kernels[path] = prune_kernel(
+        layer.params[f"{path}.kernel"], mask, layer.kernels[path] = prune_and_round(
             solver.method,
             prepared,
             gram_of_tap,

@@ -30,7 +30,7 @@ from convert.shards import TensorFile
 from jaxprune.errors import Change, InputError
 from jaxprune.methods import Method
 from jaxprune.pruning.gram_matrices import Grams, gram_matrices
-from jaxprune.pruning.kernel import KernelResult, prune_kernel
+from jaxprune.pruning.kernel import KernelResult, prune_and_round
 from jaxprune.pruning.loop import Solver, TargetOf, require_fit, solve_layer, targets_for
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import fetch
@@ -128,7 +128,7 @@ def solve(snapshot: Snapshot, recipe: Recipe) -> Iterator[tuple[str, KernelResul
         prepared = recipe.method.prepare(gram)
         for path in paths:
             kernel = jnp.asarray(snapshot.kernels[path])
-            stored, _, result = prune_kernel(recipe.method, prepared, gram, kernel, targets[path])
+            stored, _, result = prune_and_round(recipe.method, prepared, gram, kernel, targets[path])
             if not math.isfinite(result.error):
                 raise InputError(
                     f"{path} cannot be solved, its weights come out as NaN or infinity",

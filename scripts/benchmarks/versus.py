@@ -218,7 +218,9 @@ def _task(args: argparse.Namespace) -> Iterator[Task]:
         streamed = load(ckpt, dtype=args.dtype)
         of = streamed.architecture
         if args.calib:
-            tokens = calibration.sample(args.calib, streamed.tokenizer, args.windows, args.length, 0, pack=True)
+            tokens = calibration.calibration_windows(
+                args.calib, streamed.tokenizer, args.windows, args.length, pack=True
+            )
         else:
             shape = args.windows, args.length
             tokens = np.random.default_rng(0).integers(0, of.config.vocab_size, shape, np.int32)

@@ -35,7 +35,7 @@ from convert.writing import write_text
 from jaxprune import InputError, Magnitude, Observer, Unstructured, calibration, load, prune_model
 from jaxprune.commands import recipe_options
 from jaxprune.commands.config import Config
-from jaxprune.commands.prune import calibration_windows
+from jaxprune.commands.prune import windows_of
 from jaxprune.commands.terminal import keep_compilations, keep_memory
 from jaxprune.evaluation.quality import Evaluator, Quality
 from jaxprune.evaluation.tasks import ZERO_SHOT
@@ -112,7 +112,7 @@ class Bench:
         self.model = load(args.ckpt, dtype=self.options.computation_dtype)
         self.depth = self.model.num_layers
         self.layers = sorted({int(share * self.depth) for share in experiment.linears})
-        self.calibration = calibration_windows(self.options, self.model)
+        self.calibration = windows_of(self.options, self.model)
         self._evaluation_of = functools.cache(
             lambda: calibration.evaluation_windows(
                 args.eval_text,

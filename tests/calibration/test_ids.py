@@ -17,7 +17,7 @@ from jaxprune.errors import InputError
 def refused(message: str, path: Path, count: int = 1, length: int = 4, vocab_size: int | None = 100) -> None:
     """Expects the same line of calibration and of evaluation."""
     for windows in (
-        lambda: calibration.sample(str(path), None, count, length, 0, vocab_size=vocab_size),
+        lambda: calibration.calibration_windows(str(path), None, count, length, 0, vocab_size=vocab_size),
         lambda: calibration.evaluation_windows(str(path), None, length, vocab_size=vocab_size),
     ):
         with pytest.raises(InputError) as caught:
@@ -36,10 +36,10 @@ def test_ids_are_taken_as_they_are(tmp_path: Path) -> None:
         [ids, ids.astype(np.uint8), ids.astype(">i2"), ids.astype(np.uint64), np.asfortranarray(ids.astype(np.int32))]
     ):
         path = str(save(tmp_path / f"{number}.npy", stored))
-        windows = calibration.sample(path, None, 6, 10, seed=0)
+        windows = calibration.calibration_windows(path, None, 6, 10, seed=0)
         assert windows.dtype == np.int32
         np.testing.assert_array_equal(windows, ids)
-        some = calibration.sample(path, None, 2, 5, seed=0)
+        some = calibration.calibration_windows(path, None, 2, 5, seed=0)
         assert all((row == ids[:, :5]).all(axis=1).any() for row in some)
         np.testing.assert_array_equal(calibration.evaluation_windows(path, None, 8, limit=3), ids[:3, :8])
 
@@ -55,7 +55,7 @@ def test_the_first_id_outside_the_vocabulary_is_named(dtype: str, value: int, tm
         refused("window 3, position 2", tmp_path / "ids.npy", vocab_size=None)
     ids[3, 2] = ids[4, 1] = 99
     save(tmp_path / "ids.npy", ids)
-    assert calibration.sample(str(tmp_path / "ids.npy"), None, 5, 8, 0, vocab_size=100).max() == 99
+    assert calibration.calibration_windows(str(tmp_path / "ids.npy"), None, 5, 8, 0, vocab_size=100).max() == 99
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_what_is_no_windows_of_ids_is_refused(array: np.ndarray, message: str, t
 def test_too_few_windows(tmp_path: Path) -> None:
     path = save(tmp_path / "ids.npy", np.ones((6, 8), int))
     with pytest.raises(InputError) as caught:
-        calibration.sample(str(path), None, 7, 8, 0)
+        calibration.calibration_windows(str(path), None, 7, 8, 0)
     assert "holds 6 windows, not 7: pass --nsamples 6" in worded(caught.value)
 
 

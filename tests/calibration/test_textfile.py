@@ -153,7 +153,7 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     refused("its name says no known kind", Path("/dev/zero"))
     for name in ("x" * 5000, "a\0b", "~nobody-of-this-name/x.jsonl"):
         with pytest.raises(UserError):
-            calibration.sample(name, tiny.tokenizer(), 1, 10, 0)
+            calibration.calibration_windows(name, tiny.tokenizer(), 1, 10, 0)
 
 
 def test_the_splits_of_a_folder(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
         ("--ckpt x --tune-rate 0.1", "--tune-rate does nothing by itself: pass --tune-epochs with it"),
         ("--ckpt x --preset fast --uniform --spread 0.1", "--uniform wants one sparsity"),
         ("--ckpt x --mask from-file:m --spread 0.1", "decide which weights stay: leave --spread out"),
-        ("--ckpt x --asymmetry 1.5", "--asymmetry must lie between 0 and 1"),
+        ("--ckpt x --asymmetry 1.5", "asymmetry must lie between 0 and 1"),
         ("--ckpt x --tune-epochs -1", "tune_epochs must be finite and not negative"),
         ("--ckpt x --seed -1", "--seed must be at least 0, not -1"),
         ("--ckpt x --seqlen 1", "--seqlen must be at least 2"),

@@ -7,8 +7,9 @@ import pytest
 
 from convert.errors import UserError
 from jaxprune import InputError
+from jaxprune.commands import evaluate, solve
 from jaxprune.commands.config import parse
-from jaxprune.commands.config_file import of_recipe
+from jaxprune.commands.recorded import of_recipe
 from jaxprune.reporting import reading, schema
 
 RECIPES = [
@@ -69,7 +70,11 @@ def test_flags_win_over_a_file(suffix: str, tmp_path: Path) -> None:
         ("- a\n- b\n", "holds no options"),
         ("ckpt: [1, 2]\n", "no single value"),
         ("{", "holds no options"),
-        ("ckpt: model\nnsample: 3\n", "--nsamples"),
+        ("ckpt: model\nnsample: 3\n", r"run\.yaml.*nsample"),
+        ("ckpt: model\nnsamples: many\n", r"run\.yaml.*no whole number"),
+        ("ckpt: model\npack: 3\n", r"run\.yaml"),
+        ("method: wander\n", "did you mean wanda"),
+        (f"seed: {10**100}\n", r"run\.yaml: seed: the number is too large"),
         ("!!python/object/apply:os.system ['true']\n", "holds no options"),
         ("a: &a [1]\nb: *a\n", "no single value"),
     ],
@@ -79,3 +84,16 @@ def test_files_that_hold_no_options_are_refused(content: str, message: str, tmp_
     file.write_text(content)
     with pytest.raises((InputError, UserError), match=message):
         parse(["--config", str(file)])
+
+
+def test_every_command_takes_options_from_a_file(tmp_path: Path) -> None:
+    file, record = tmp_path / "options.yaml", tmp_path / "jaxprune.json"
+    file.write_text("eval: ppl\neval-seqlen: 64\nout: elsewhere\n")
+    config, names = evaluate.parse(["model", "--config", str(file), "--out", "here"])
+    assert (names, config.eval, config.eval_seqlen, config.out) == (["model"], "ppl", 64, "here")
+    file.write_text("mask: wanda\nupdate: exact\nsparsity: 0.7\n")
+    _, _, recipe = solve.parse(["layer.safetensors", "--config", str(file)])
+    assert recipe.slug == "wanda-exact-70"
+    record.write_bytes((Path(__file__).parents[1] / "reporting/records/best.json").read_bytes())
+    with pytest.raises(InputError, match="only prune, plan and snapshot repeat"):
+        evaluate.parse(["model", "--config", str(record)])

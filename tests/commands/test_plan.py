@@ -28,4 +28,5 @@ def test_a_plan_is_a_table_and_an_exit_status(
     out = capsys.readouterr().out
     assert said in out and all(f"│ {phase}" in out for phase in ("gram", "solve", "forward", "all"))
     assert ("about" in out) == (not device)  # nothing is known of how fast another device is
+    assert ("most of it is" in out) == (not device)
     assert not list(tmp_path.iterdir())

@@ -188,6 +188,15 @@ def test_lm_eval_is_asked_for_where_it_is_missing() -> None:
     assert "pip install 'jaxprune[eval]'" in done.stderr
 
 
+def test_lm_evals_own_command_line_without_a_network_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jaxprune", "lm-eval", "run", "--model", "jaxprune", "--tasks", "boolq"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [*command, "--model_args", f"pretrained={checkpoint}"], capture_output=True, text=True, env=os.environ | offline
+    )
+    assert done.returncode == 2 and "connect to the hub once" in done.stderr.splitlines()[-1]
+
+
 def test_lm_evals_own_command_line_knows_the_model(checkpoint: Path, tmp_path: Path) -> None:
     data = rows.write(tmp_path / "rows")
     task = tmp_path / "task"

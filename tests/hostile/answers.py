@@ -59,7 +59,7 @@ def windows(path: str) -> None:
 
     tokenizer = None if path.endswith(".npy") else load_tokenizer(Path("hf"))
     for found in (
-        calibration.sample(path, tokenizer, 2, 16, 0, pack=path.endswith(".txt")),
+        calibration.calibration_windows(path, tokenizer, 2, 16, 0, pack=path.endswith(".txt")),
         calibration.evaluation_windows(path, tokenizer, 16, 2),
     ):
         fits = found.dtype == np.int32 and found.shape[1] == 16 and 1 <= len(found) <= 2

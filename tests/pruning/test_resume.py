@@ -34,7 +34,7 @@ MOMENTS = {
     "reading": ("convert.hf", "Reader.read"),
     "Gram": ("jaxprune.pruning.gram_matrices", "accumulate"),
     "Gram, asymmetric": ("jaxprune.pruning.gram_matrices", "accumulate_drift"),
-    "solve": ("jaxprune.pruning.loop", "prune_kernel"),
+    "solve": ("jaxprune.pruning.loop", "prune_and_round"),
     "forward": ("jaxprune.streaming.model", "StreamedModel.forward"),
     "commit": ("jaxprune.pruning.journal", "save_tree"),
     "states": ("jaxprune.pruning.kept_states", "_transfer"),
@@ -165,7 +165,7 @@ def stopped(line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert main([*argv, "--out", str(tmp_path / "whole")]) == 0
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "prune_kernel", failing(loop.prune_kernel, 30))
+        patch.setattr(loop, "prune_and_round", failing(loop.prune_and_round, 30))
         assert main([*argv, "--out", str(out)]) == 2
     assert not out.exists()
     return [*argv, "--out", str(out)], tmp_path / "out.unfinished", digests(tmp_path / "whole")
@@ -245,7 +245,7 @@ def test_a_signal_stops_a_run_cleanly(
     signal_name: str, line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     argv = [*line, "--out", str(tmp_path / "out"), "--save-masks", str(tmp_path / "masks")]
-    real, calls = loop.prune_kernel, []
+    real, calls = loop.prune_and_round, []
 
     def signalled(*args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -254,7 +254,7 @@ def test_a_signal_stops_a_run_cleanly(
         return real(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "prune_kernel", signalled)
+        patch.setattr(loop, "prune_and_round", signalled)
         assert main(argv) == 130
     said = capsys.readouterr().err
     assert "the same command goes on from there" in said and said.endswith("stopped\n")

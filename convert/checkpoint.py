@@ -1,0 +1,84 @@
+"""What a checkpoint is to everything else: arrays by path, in parts; what reads one, and what writes one."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+Params = dict[str, np.ndarray]
+Spec = dict[str, jax.ShapeDtypeStruct]
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A checkpoint that is read lazily.
+
+    Attributes:
+        spec: shape and stored dtype of every parameter, from headers alone.
+        assets: a folder with all that is not weights: config.json, the tokenizer's files, ...
+    """
+
+    spec: Spec
+
+    @property
+    def assets(self) -> Path: ...
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the weights."""
+        ...
+
+    def read(self, paths: Iterable[str]) -> Params:
+        """Returns the named parameters, in memory.
+
+        Raises:
+            CheckpointError: the files are damaged.
+        """
+        ...
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """A checkpoint that is written part by part, in any order; nothing but the last part is held in memory.
+
+    Attributes:
+        folder: being written; it becomes the checkpoint's folder.
+        files: relative paths of the files that it wrote later than at its start.
+    """
+
+    folder: Path
+    files: set[str]
+
+    def __init__(self, folder: Path, spec: Spec) -> None: ...
+
+    def write(self, params: Mapping[str, np.ndarray]) -> None:
+        """Writes whole parts (a part is the embedding, a decoder layer, the final norm or the head)."""
+        ...
+
+    def finish(self) -> None:
+        """Raises CheckpointError if a parameter of the spec was never written."""
+        ...
+
+
+def part_of(path: str) -> str:
+    """Returns the part that a parameter belongs to: `layers.3`, or a module outside the layers such as
+    `embed_tokens`."""
+    first, _, rest = path.partition(".")
+    return f"{first}.{rest.partition('.')[0]}" if first == "layers" else first
+
+
+def parts(spec: Spec) -> dict[str, list[str]]:
+    """Part -> its parameters' paths, in reading order: embedding, layers by number, final norm, head."""
+    grouped: dict[str, list[str]] = {}
+    for path in spec:
+        grouped.setdefault(part_of(path), []).append(path)
+
+    def order(part: str) -> tuple[int, int, str]:
+        first, _, number = part.partition(".")
+        rank = {"embed_tokens": 0, "layers": 1, "norm": 2}.get(first, 3)
+        return rank, int(number) if re.fullmatch("[0-9]{1,9}", number) else 0, part
+
+    return {part: grouped[part] for part in sorted(grouped, key=order)}

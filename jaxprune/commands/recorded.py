@@ -1,0 +1,68 @@
+"""The options that repeat a record's run."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxprune.commands.options import CommandLine
+from jaxprune.commands.recipe_options import RecipeOptions
+from jaxprune.errors import InputError
+from jaxprune.methods.records import CrossedRecord, FinishedRecord, PlainRecord
+from jaxprune.recipe import PRESETS, Importance, RecipeRecord, Tuning
+from jaxprune.reporting import reading, schema
+from jaxprune.sparsity.patterns import GivenRecord, NMRecord, UnstructuredRecord
+
+NOT_REPEATED = "out overwrite resume save_masks scratch dry_run config coordinator processes process_id".split()
+"""Options of a record's run that say where it was made, not what."""
+
+
+def recorded(content: bytes, path: Path) -> Mapping[str, Any]:
+    """Returns the options that repeat a record's run, by name.
+
+    Args:
+        content: of the record.
+        path: of its file, for errors.
+
+    Raises:
+        InputError, CheckpointError: it is that of an evaluation, or damaged.
+    """
+    record = reading.read(content, path)
+    if not isinstance(record, schema.Run):
+        raise InputError("it is the record of an evaluation", file=path, wanted="that of a run, or options")
+    options = record.config.model_dump()
+    return {name: value for name, value in options.items() if name not in NOT_REPEATED} | dict(of_recipe(record))
+
+
+def of_recipe(recipe: RecipeRecord) -> Iterator[tuple[str, Any]]:
+    """Yields the options that make a recipe: name, value."""
+    method, given = recipe.method, isinstance(recipe.pattern, GivenRecord)
+    if isinstance(method, FinishedRecord):
+        yield "finish_steps", method.finish.get("steps")
+        method = method.finished
+    crossed = isinstance(method, CrossedRecord)
+    parts = {"mask": method.mask, "update": method.update} if isinstance(method, CrossedRecord) else {"update": method}
+    named = {role: part for role, part in parts.items() if isinstance(part, PlainRecord)}
+    words = {role if crossed or given else "method": part.name for role, part in named.items()}
+    if isinstance(recipe.pattern, GivenRecord):
+        words["mask"] = recipe.pattern.mask
+    yield from words.items()
+    chosen = RecipeOptions(CommandLine([f"--{name}={value}" for name, value in words.items()]))
+    for role, part in named.items():
+        flag_of = chosen.flag_of(role)
+        yield from ((flag, value) for name, value in part.options.items() if (flag := flag_of(name)))
+    if isinstance(recipe.pattern, NMRecord):
+        yield "pattern", str(recipe.pattern)
+    elif not isinstance(recipe.pattern, GivenRecord):
+        yield "pattern", recipe.pattern.kind
+        yield "sparsity", recipe.pattern.sparsity
+    preset = PRESETS.get(recipe.preset or "")
+    for options, usual in (
+        (recipe.importance, preset.importance if preset else Importance()),
+        (recipe.tuning, preset.tuning if preset else Tuning()),
+    ):
+        changed = {name: value for name, value in vars(options).items() if value != getattr(usual, name)}
+        yield from ((name, value) for name, value in changed.items() if value or name != "spread")
+    yield "asymmetry", recipe.asymmetry
+    if recipe.preset and not recipe.importance.spread and isinstance(recipe.pattern, UnstructuredRecord):
+        yield "uniform", recipe.pattern.kind == "unstructured"
+    yield "preset", recipe.preset
