@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def formats() -> dict[str, ModuleType]:
-    """Format name -> module of this package that reads or writes it."""
+    """Returns format name -> module of this package that reads or writes it."""
     others = ("__main__", "checkpoint")
     names = [module.name for module in pkgutil.iter_modules(__path__) if module.name not in others]
     modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
@@ -47,7 +47,7 @@ def open_checkpoint(name: str | Path, *, check: bool = True) -> Reader:
     """Opens a local checkpoint, a known name such as `llama-7b`, or a hub repository `owner/name`.
 
     Args:
-        name: of the checkpoint.
+        name: the name of the checkpoint.
         check: refuse tensors with NaN or infinity when they are read; see `checked.CheckedReader`.
 
     Raises:

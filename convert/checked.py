@@ -26,7 +26,7 @@ class CheckedReader:
     """A reader whose tensors are known to be finite.
 
     Args:
-        reader: that reads them.
+        reader: reads them.
 
     Attributes:
         digests: path -> SHA-256 of each tensor met since `remember` was called, and of those given to it.
@@ -50,7 +50,7 @@ class CheckedReader:
         return self._reader.files
 
     def remember(self, known: Mapping[str, str]) -> None:
-        """From now on takes the digest of each tensor, once, and holds it against what is known of it.
+        """Takes from now on the digest of each tensor, once, and holds it against what is known of it.
 
         Args:
             known: path -> digest, as in `digests`.
@@ -130,7 +130,7 @@ def require_finite(path: str, array: Shaped[np.ndarray, "..."]) -> None:
 
 
 def digest(array: Shaped[np.ndarray, "..."]) -> str:
-    """SHA-256 of an array's dtype, shape, order and bytes, as they lie in memory."""
+    """Returns the SHA-256 of an array's dtype, shape, order and bytes, as they lie in memory."""
     order = "C" if array.flags.c_contiguous else "F"
     whole = hashlib.sha256(f"{array.dtype.name} {array.shape} {order};".encode())
     whole.update(_flat(array).view(np.uint8).data)

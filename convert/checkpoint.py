@@ -71,7 +71,7 @@ def part_of(path: str) -> str:
 
 
 def parts(spec: Spec) -> dict[str, list[str]]:
-    """Part -> its parameters' paths, in reading order: embedding, layers by number, final norm, head."""
+    """Returns part -> its parameters' paths, in reading order: embedding, layers by number, final norm, head."""
     grouped: dict[str, list[str]] = {}
     for path in spec:
         grouped.setdefault(part_of(path), []).append(path)

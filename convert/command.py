@@ -91,7 +91,7 @@ def worded(error: UserError) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text of any content on one line, without characters that could move a terminal's cursor."""
+    """Returns text of any content on one line, without characters that could move a terminal's cursor."""
     text = re.sub(r":\s*\n\s*", ": ", text)
     line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
     line = line if len(line) <= MOST else f"{line[: MOST - 1]}…"

@@ -19,8 +19,8 @@ def check(spec: Spec, config: dict[str, Any]) -> None:
     The time it takes grows with the number of tensors, not with layers times names.
 
     Args:
-        spec: of the checkpoint.
-        config: of the checkpoint, as `convert.assets.read_config` gives it.
+        spec: the shapes and dtypes of the checkpoint.
+        config: the config of the checkpoint, as `convert.assets.read_config` gives it.
 
     Raises:
         CheckpointError: missing, surplus and misshapen tensors, in one message.
@@ -74,8 +74,8 @@ def check_paths(paths: Iterable[str], file: Path) -> None:
     """Makes sure that paths of params can be nested, and can name files: `layers.3.mlp.up_proj.kernel`.
 
     Args:
-        paths: of a whole checkpoint.
-        file: that they come from.
+        paths: the paths of a whole checkpoint.
+        file: the file that they come from.
 
     Raises:
         DamagedError: a name is none of a model's, or one is the beginning of another.

@@ -22,7 +22,7 @@ class Destination:
 
     Attributes:
         path: absolute.
-        option: that names it; None where no option does.
+        option: the option that names it; None where no option does.
         overwrite: whether an earlier result there is replaced.
         folder: whether the result is one; else a file.
         inputs: real paths of what the work reads.
@@ -130,7 +130,7 @@ class Destination:
 
     @contextlib.contextmanager
     def _near(self, finished: Path) -> Iterator[Path]:
-        """The finished result on the disk of its place: a file that is elsewhere is copied."""
+        """Yields the finished result on the disk of its place: a file that is elsewhere is copied."""
         parent = self.path.parent
         if self.folder or os.lstat(finished).st_dev == os.stat(parent).st_dev:
             yield finished

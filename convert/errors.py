@@ -81,7 +81,7 @@ class OccupiedError(CheckpointError):
 
 
 def joined(problems: list[str], most: int = 8) -> str:
-    """Several problems as one clause; the later ones are only counted."""
+    """Returns several problems as one clause; the later ones are only counted."""
     more = f"; and {len(problems) - most} more" if len(problems) > most else ""
     return "; ".join(problems[:most]) + more
 

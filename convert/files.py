@@ -40,7 +40,7 @@ def require_regular(path: str | Path, error: type[UserError] = CheckpointError) 
     """Returns a regular file's status, links followed; nothing is opened, so a FIFO or a device cannot make it wait.
 
     Args:
-        path: of the file.
+        path: the path of the file.
         error: the class to raise.
 
     Raises:

@@ -309,7 +309,7 @@ def _flax_path(name: str) -> str | None:
 
 
 def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a head from llama.cpp's order (pairs side by side) to Hugging Face's (halves)."""
+    """Returns the rows of a head from llama.cpp's order (pairs side by side) to Hugging Face's (halves)."""
     return array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 

@@ -48,7 +48,7 @@ class Tensor(NamedTuple):
     size: int
 
     def dequantize(self, path: Path) -> np.ndarray:
-        """Its elements as float32, the fastest axis last.
+        """Returns its elements as float32, the fastest axis last.
 
         Raises:
             NotImplementedError: the gguf package cannot dequantize its kind.
@@ -72,7 +72,7 @@ class Header:
     """A file's fields and tensors.
 
     Attributes:
-        tensors: in the file's order.
+        tensors: the tensors in the file's order.
 
     Raises:
         CheckpointError: it is no regular file.

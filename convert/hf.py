@@ -120,7 +120,7 @@ class Writer:
 
 
 def hf_name(path: str) -> str:
-    """`layers.0.mlp.up_proj.kernel` -> `model.layers.0.mlp.up_proj.weight`."""
+    """Returns the checkpoint's name of a path: `layers.0.mlp.up_proj.kernel` -> `model.layers.0.mlp.up_proj.weight`."""
     module, _, leaf = path.rpartition(".")
     leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
     return f"{module}.{leaf}" if module == "lm_head" else f"model.{module}.{leaf}"
@@ -143,7 +143,7 @@ class _Index(Schema):
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """Tensor name -> file name in the same folder."""
+    """Returns tensor name -> file name in the same folder."""
     index = check(_Index, decode(read_bytes(path, INDEX_BYTES), file=path), file=path)
     for name, file in index.weight_map.items():
         if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]{1,200}\.safetensors", file):
@@ -153,7 +153,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _headers(folder: Path) -> dict[str, tuple[Path, Stored]]:
-    """Tensor name -> file, and what its header says; every problem of the folder is in one error."""
+    """Returns tensor name -> file, and what its header says; every problem of the folder is in one error."""
     problems = []
     index, weight_map = folder / INDEX, {}
     if os.path.lexists(index):

@@ -103,7 +103,7 @@ def require_whole(folder: Path) -> None:
     Files that are named otherwise, such as those of a folder of the user's, have no digest and are passed over.
 
     Args:
-        folder: of a checkpoint.
+        folder: the folder of a checkpoint.
 
     Raises:
         CheckpointError: files are not what the hub has.

@@ -67,7 +67,7 @@ class Reader:
         self.spec = {p: self.spec[p] for paths in parts(self.spec).values() for p in paths}
 
     def _headers(self, part: str) -> Spec:
-        """Shapes and dtypes of a part's params, held against the bytes on the disk."""
+        """Returns the shapes and dtypes of a part's params, held against the bytes on the disk."""
         folder = self._folder / "params" / part
         stored = _size(folder)
         with _reading(folder) as readable:
@@ -145,7 +145,7 @@ def save_tree(path: Path, arrays: Params) -> None:
 
     Args:
         path: absolute.
-        arrays: by dotted path.
+        arrays: the arrays by dotted path.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -174,7 +174,7 @@ def load_tree(path: Path) -> Params:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of a pytree's files; all that Orbax may open is looked at before, so that nothing makes it wait.
+    """Returns the bytes of a pytree's files; all that Orbax may open is looked at first, so that nothing makes it wait.
 
     Raises:
         DamagedError: the folder is missing, or something in it is neither a folder nor a regular file.
@@ -205,7 +205,7 @@ def _reading(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _spelled_for_tensorstore(path: Path) -> Iterator[Path]:
-    r"""The path, or a link to it where its name would not do: tensorstore takes \ for /, and only UTF-8."""
+    r"""Yields the path, or a link to it where its name would not do: tensorstore takes \ for /, and only UTF-8."""
     name = str(path)
     if "\\" not in name and name == name.encode("utf-8", "replace").decode():
         yield path

@@ -55,8 +55,8 @@ class Marker(Schema):
     """What a folder's marker says.
 
     Attributes:
-        version: of this schema.
-        kind: of the folder.
+        version: the version of this schema.
+        kind: the kind of the folder.
         files: relative path -> the file.
     """
 
@@ -73,7 +73,7 @@ class Marker(Schema):
 
 
 def digest(path: Path, prefix: str = "") -> str:
-    """SHA-256 of a text and a regular file's bytes after it.
+    """Returns the SHA-256 of a text and a regular file's bytes after it.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -98,7 +98,7 @@ def _signature(found: os.stat_result, prefix: str) -> tuple[int, ...]:
 
 
 def listed(folder: Path, names: Iterable[str]) -> dict[str, Listed]:
-    """Files of a folder as they are now."""
+    """Returns the files of a folder as they are now."""
     return {name: Listed(size=(folder / name).stat().st_size, sha256=digest(folder / name)) for name in sorted(names)}
 
 
@@ -107,7 +107,7 @@ def mark(folder: Path, kind: str, names: Iterable[str]) -> None:
 
     Args:
         folder: finished.
-        kind: of it.
+        kind: the kind of folder.
         names: relative paths of the files that were written; what else is there stays somebody else's.
     """
     with failing(folder):
@@ -158,7 +158,7 @@ def require_listed(folder: Path, names: Collection[str]) -> None:
 
 
 def strange(folder: Path, names: Collection[str]) -> Iterator[str]:
-    """Relative paths of what is neither among the names nor a folder that leads to one of them, in order."""
+    """Yields the relative paths of what is neither among the names nor a folder that leads to one of them, in order."""
     holding = {str(parent) for name in names for parent in Path(name).parents}
     for place, folders, files in os.walk(folder, onerror=require_readable):
         folders.sort()

@@ -22,8 +22,8 @@ def load(package: ModuleType, name: str) -> ModuleType:
     """Imports a plugin.
 
     Args:
-        package: whose plugin it is.
-        name: of the plugin; a module of the package comes before another distribution's of the same name.
+        package: the package whose plugin it is.
+        name: the name of the plugin; a module of the package comes before another distribution's of the same name.
 
     Raises:
         InputError: there is no such plugin, or another distribution's cannot be imported.

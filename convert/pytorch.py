@@ -17,7 +17,7 @@ def to_torch(params: Mapping[str, np.ndarray], assets: Path, dtype: str) -> Any:
     Args:
         params: all params of the checkpoint; paths as in the checkpoint.
         assets: the folder of its config.json.
-        dtype: that the module is to have, such as bfloat16.
+        dtype: the dtype that the module is to have, such as bfloat16.
 
     Raises:
         CheckpointError: torch is not installed, or the params are not those that the model needs.

@@ -44,7 +44,7 @@ class Stored(NamedTuple):
 
 
 def header(path: Path) -> dict[str, Stored]:
-    """Tensor name -> dtype and shape, in the order of the data, which they fill without a gap.
+    """Returns tensor name -> dtype and shape, in the order of the data, which they fill without a gap.
 
     Raises:
         CheckpointError: it is no regular file.

@@ -37,8 +37,8 @@ def read(schema: type[S], path: Path, *, most: int = JSON_BYTES, error: type[Use
 
     Args:
         schema: what it has to be.
-        path: of the file.
-        most: bytes that it may hold.
+        path: the path of the file.
+        most: the most bytes that it may hold.
         error: the class to raise where the content is not what it has to be.
 
     Raises:
@@ -61,7 +61,7 @@ def decode(content: str | bytes, *, file: str | Path, error: type[UserError] = D
 def parse(
     schema: type[S], content: str | bytes, *, file: str | Path, entry: str = "", error: type[UserError] = DamagedError
 ) -> S:
-    """JSON text as its schema has it; errors as for `read`."""
+    """Returns JSON text as its schema has it; errors as for `read`."""
     try:
         return schema.model_validate_json(content)
     except pydantic.ValidationError as problem:

@@ -31,7 +31,7 @@ class TensorFile:
     """One safetensors file, its space reserved, into which tensors are written at their places.
 
     Args:
-        path: of the file; its folder exists.
+        path: the path of the file; its folder exists.
         spec: name -> shape and dtype of each tensor.
         metadata: strings for the header.
 

@@ -26,7 +26,7 @@ class Member(NamedTuple):
 
     Attributes:
         requirement: `name==version`, as pip takes it.
-        platform: of the wheel whose member this is; the member itself runs nowhere and serves every platform.
+        platform: the platform of the wheel; the member itself runs nowhere and serves every platform.
         path: inside the wheel.
         sha256: of the member.
     """
@@ -52,7 +52,7 @@ WIKIPEDIA = Member(
 
 
 def cache_folder() -> Path:
-    """$JAXPRUNE_CACHE, or jaxprune in the user's cache folder.
+    """Returns $JAXPRUNE_CACHE, or jaxprune in the user's cache folder.
 
     Raises:
         CheckpointError: there is no home folder to look for it.

@@ -14,7 +14,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def names(folder: Path) -> set[str]:
-    """Relative paths of all files in a folder."""
+    """Returns the relative paths of all files in a folder."""
     found = set()
     for place, _, files in os.walk(folder, onerror=require_readable):
         found |= {str((Path(place) / name).relative_to(folder)) for name in files}
@@ -37,7 +37,7 @@ def put_text(path: Path, text: str, work: Path) -> None:
     """Writes a file that appears whole, and replaces nothing.
 
     Args:
-        path: of the file.
+        path: the path of the file.
         text: its content.
         work: where it is made first, under a name of ours on the same disk.
 

@@ -115,7 +115,7 @@ class Recipe:
 
     Attributes:
         method: selects masks and updates weights, or only updates where the masks are given.
-        pattern: of every linear layer; None: the masks are given.
+        pattern: the pattern of every linear layer; None: the masks are given.
         mask: name of the given masks, `from-checkpoint:DIR` or `from-file:FILE`; None where there is a pattern.
         importance: what is weighed by the loss's gradients.
         tuning: what is done when all linear layers are pruned.

@@ -28,7 +28,7 @@ class Devices:
     """The devices that a run uses.
 
     Attributes:
-        mesh: of one axis, over all of them; None: JAX's default device alone, where nothing is sharded.
+        mesh: a mesh of one axis, over all of them; None: JAX's default device alone, where nothing is sharded.
     """
 
     mesh: Mesh | None = None
@@ -122,7 +122,7 @@ def join(coordinator: str, processes: int | None, number: int | None) -> None:
     Args:
         coordinator: host:port of the first process; auto: what SLURM, Open MPI or a TPU pod's metadata say.
         processes: how many there are; None: as auto finds.
-        number: of this one, from 0; None: as auto finds.
+        number: the number of this one, from 0; None: as auto finds.
 
     Raises:
         InputError: the others cannot be reached.

@@ -79,8 +79,8 @@ def evaluate(
         out: a folder to make with a record and a report, written anew after each checkpoint; None: none is made.
         config: what was asked for, for the record.
         inputs: paths that must not be replaced, besides the checkpoints.
-        dtype: of the computation of checkpoints that are given by name.
-        scratch: for the hidden states of checkpoints that are given by name.
+        dtype: the dtype of the computation of checkpoints that are given by name.
+        scratch: the folder for the hidden states of checkpoints that are given by name.
         observer: is told what happens.
 
     Raises:

@@ -24,8 +24,8 @@ def load(
 
     Args:
         checkpoint: a folder, a .gguf file, a known name such as llama-7b, or owner/name of a hub.
-        dtype: of the computation; None: float32 on a CPU, the kernels' stored dtype elsewhere.
-        devices: that the model runs on.
+        dtype: the dtype of the computation; None: float32 on a CPU, the kernels' stored dtype elsewhere.
+        devices: the devices that the model runs on.
         scratch: a folder for hidden states; None: they are kept in memory.
 
     Raises:
@@ -43,7 +43,7 @@ def prune_kernel(
     """Prunes one kernel, without a model.
 
     Args:
-        kernel: dense, [inputs, outputs].
+        kernel: the dense kernel, [inputs, outputs].
         gram: the Gram matrix of its inputs, XᵀX, float32; see `methods.gram.gram`.
         method: the pruning method.
         target: a pattern; or a mask [inputs, outputs], True = kept, under which the method only updates the weights.

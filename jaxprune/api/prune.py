@@ -42,7 +42,7 @@ class PruningResult:
     """A pruned checkpoint.
 
     Attributes:
-        folder: of the checkpoint.
+        folder: the folder of the checkpoint.
         record: the content of its jaxprune.json.
         evaluation: "dense" and "pruned" -> what was measured; empty where nothing was.
         repeated: whether it was finished already, so that nothing was done.
@@ -88,14 +88,14 @@ def prune(
     ends in the same bytes.
 
     Args:
-        model: dense, from `load`.
+        model: the dense model, from `load`.
         windows: calibration windows, [windows, length] token ids.
         recipe: what to do.
         out: the folder to make.
         masks: a file to make with the masks; None: none is made.
         overwrite: replace `out` and `masks` if they are earlier results that nobody changed.
         resume_only: insist on going on with a run that was stopped.
-        seed: of the order of windows in the distillation.
+        seed: the seed of the order of windows in the distillation.
         evaluator: measures the dense and the pruned checkpoint; None: nothing is measured.
         timing: first prune the first layer compiled and under `jax.disable_jit`, and record the seconds of both.
         unchecked: begin even where the run would not fit, and without comparing weights of the hub with their digests.
@@ -229,7 +229,7 @@ def require_separate(
     Args:
         out: where the result is to be.
         masks: where the masks are to be.
-        recipe: of the run.
+        recipe: the recipe of the run.
         inputs: option -> what is read for it.
         scratch: the folder of hidden states.
 
@@ -258,7 +258,7 @@ def _write_checkpoint(
     with_masks: bool,
     observer: Observer,
 ) -> set[str]:
-    """Prunes, and writes the checkpoint and the masks to where the journal wants them; the checkpoint's files."""
+    """Prunes, writes checkpoint and masks to where the journal wants them; returns the checkpoint's files."""
     writer: Writer | None = None
     mask_writer: MaskWriter | None = None
     with contextlib.ExitStack() as stack:

@@ -23,7 +23,8 @@ def verify(
     Args:
         checkpoint: a model, or a name as for `load`.
         against: the dense model: all but the pruned kernels must be the same, bit for bit.
-        pattern: that every kernel must have; None: what the checkpoint's record says, else an N:M that nearly all have.
+        pattern: the pattern that every kernel must have; None: what the checkpoint's record says, else an N:M that
+            nearly all have.
 
     Raises:
         InputError, CheckpointError: a checkpoint cannot be read, or is no model.

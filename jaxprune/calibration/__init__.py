@@ -52,7 +52,7 @@ def calibration_windows(
         tokenizer: a transformers tokenizer; not used for .npy.
         count: windows.
         length: tokens a window.
-        seed: of the order of documents and the places of windows.
+        seed: the seed of the order of documents and the places of windows.
         pack: join documents.
         vocab_size: ids of .npy have to be below it; None: below 2^31.
 
@@ -80,14 +80,14 @@ def calibration_windows(
 def evaluation_windows(
     source: str, tokenizer: Any, length: int, limit: int | None = None, *, vocab_size: int | None = None
 ) -> Int[np.ndarray, "windows length"]:
-    """Consecutive windows of a source's test split: documents joined by a blank line and tokenized as one text.
+    """Returns consecutive windows of a source's test split: documents joined by a blank line, tokenized as one text.
 
     Args:
-        source: as for `calibration_windows`; a file is its own test split.
+        source: see `calibration_windows`; a file is its own test split.
         tokenizer: a transformers tokenizer; not used for .npy.
         length: tokens a window; the remainder of the text is dropped.
         limit: the most windows.
-        vocab_size: as for `calibration_windows`.
+        vocab_size: see `calibration_windows`.
 
     Raises:
         InputError: no such source, or not one window of text.

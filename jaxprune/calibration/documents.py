@@ -66,7 +66,7 @@ class Documents(Sequence[str]):
 
 @contextlib.contextmanager
 def unpacked(path: Path) -> Iterator[BufferedIOBase]:
-    """A regular file's content, unpacked where its name says that it is packed.
+    """Yields a regular file's content, unpacked where its name says that it is packed.
 
     Raises:
         InputError: it cannot be opened or, while it is read, unpacked.
@@ -112,7 +112,7 @@ def whole(file: BufferedIOBase, path: Path) -> bytes:
 
 @contextlib.contextmanager
 def seekable(file: BufferedIOBase, path: Path) -> Iterator[BufferedIOBase]:
-    """A file whose places can be reached at once: itself, or, where it is packed, a temporary copy.
+    """Yields a file whose places can be reached at once: itself, or, where it is packed, a temporary copy.
 
     Raises:
         InputError: it is too large once unpacked.

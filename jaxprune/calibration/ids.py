@@ -50,7 +50,7 @@ def require_ids(windows: Integer[np.ndarray, "w t"], most: int, file: Path | Non
     """Raises InputError where an id is negative, or not below `most`.
 
     Args:
-        windows: of token ids.
+        windows: token ids.
         most: tokens of the vocabulary.
         file: where they come from, for the error.
         first: number of the first window, for the error.

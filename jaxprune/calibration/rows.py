@@ -21,7 +21,7 @@ def json_rows(row: type[S], file: BufferedIOBase, path: Path) -> Iterator[S]:
     Args:
         row: what each has to be.
         file: open.
-        path: of the file, for errors.
+        path: the path of the file, for errors.
 
     Raises:
         InputError: a row is not what it has to be; its line and entry are named.

@@ -38,7 +38,7 @@ def documents(path: Path, split: str, most: int | None = None) -> Sequence[str]:
     """Returns the texts of a file, whatever the split, or of a folder's split.
 
     Args:
-        path: of the file or the folder.
+        path: the path of the file or the folder.
         split: train or test; where a folder has no test split, its validation split will do.
         most: the first so many; None: all.
 
@@ -58,7 +58,7 @@ def read_rows(row: type[S], path: Path) -> Iterator[S]:
 
     Args:
         row: what each has to be.
-        path: of the file.
+        path: the path of the file.
 
     Raises:
         InputError: the file cannot be read, or a row is not what it has to be; its line and entry are named.

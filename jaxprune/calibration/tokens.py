@@ -99,7 +99,7 @@ def _filled(text: str, source: Iterator[str], size: int) -> str:
 
 
 def _starts(text: str, size: int) -> Iterator[int]:
-    """Some beginnings of a following piece, `OVERLAP` characters before a seam in the last quarter of a piece."""
+    """Yields beginnings of a following piece, `OVERLAP` characters before a seam in the last quarter of a piece."""
     found = [match.start() for match in _PLACES.finditer(text, max(OVERLAP, size * 3 // 4), size - OVERLAP)]
     yield from (place - OVERLAP for place in found[: -TRIES - 1 : -1])
 

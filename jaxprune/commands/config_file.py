@@ -20,7 +20,7 @@ def load(path: Path, recorded: Recorded | None) -> dict[str, str | bool]:
     """Returns the options of a file, by their names in Python's spelling.
 
     Args:
-        path: of the file.
+        path: the path of the file.
         recorded: reads a record; None: a record is refused.
 
     Raises:

@@ -49,7 +49,7 @@ def evaluate(config: Config, names: Sequence[str]) -> Evaluation:
 
     Args:
         config: defaults filled in.
-        names: of the checkpoints, as for `convert.open_checkpoint`.
+        names: the names of the checkpoints, as for `convert.open_checkpoint`.
 
     Raises:
         InputError, CheckpointError: something cannot be used.

@@ -96,7 +96,7 @@ def table(need: Need, work: Work, times: Mapping[str, float]) -> tuple[list[str]
 
 
 def _tera(count: int) -> str:
-    """TFLOP, four digits or more."""
+    """Returns TFLOP, four digits or more."""
     return f"{count / 1e12:,.0f}" if count >= 1e15 else f"{count / 1e12:.4g}"
 
 

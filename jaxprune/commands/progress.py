@@ -33,7 +33,7 @@ class Progress(Observer):
     """Shows what happens on the terminal, between `__enter__` and `__exit__`.
 
     Args:
-        devices: that the work runs on.
+        devices: the devices that the work runs on.
         tasks: whether tasks of lm-eval are part of it, whose time is not foreseen.
     """
 

@@ -20,8 +20,8 @@ def recorded(content: bytes, path: Path) -> Mapping[str, Any]:
     """Returns the options that repeat a record's run, by name.
 
     Args:
-        content: of the record.
-        path: of its file, for errors.
+        content: the content of the record.
+        path: the path of its file, for errors.
 
     Raises:
         InputError, CheckpointError: it is that of an evaluation, or damaged.

@@ -87,7 +87,7 @@ def choose_devices(device: str, count: int | None = None, together: Join | None 
 
     Args:
         device: the kind: auto, cpu, gpu or tpu.
-        count: of devices; None: all there are.
+        count: the number of devices; None: all there are.
         together: how to become one of several processes; None: this is the only one.
 
     Raises:

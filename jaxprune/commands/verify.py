@@ -34,7 +34,7 @@ class Options:
 
 
 def _rows(kernels: Mapping[Which, StoredKernel], every: bool) -> Iterator[tuple[str, str, str, str]]:
-    """Of each linear, or of all layers' linear layers of one name."""
+    """Yields a row of each linear, or of all layers' linear layers of one name."""
     grouped: dict[str, list[StoredKernel]] = {}
     for which, linear in kernels.items():
         grouped.setdefault(name_of(which) if every else which[1], []).append(linear)

@@ -32,7 +32,7 @@ class StreamedLM(TemplateLM):
 
     Args:
         pretrained: a model, or a checkpoint's name as for `convert.open_checkpoint`.
-        dtype: of the computation; auto as in `StreamedModel`. That of a model which is open stays.
+        dtype: the dtype of the computation; auto as in `StreamedModel`. That of a model which is open stays.
         max_length: the longest text; of longer ones the beginning is dropped. None: the context that the model was
             made for.
         host_gb: the most memory for hidden states, in 10^9 bytes; more requests read the model more than once.
@@ -86,7 +86,7 @@ class StreamedLM(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; a text that begins with BOS gets no second one."""
+        """Returns the token ids; a text that begins with BOS gets no second one."""
         special = add_special_tokens
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
             special = False
@@ -133,7 +133,7 @@ class StreamedLM(TemplateLM):
         return totals.tolist()
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
-        """Greedy generation: every token is one pass of all texts through the model; no keys and values are kept.
+        """Generates greedily: every token is one pass of all texts through the model; no keys and values are kept.
 
         Raises:
             InputError: a request wants sampling.
@@ -166,7 +166,7 @@ class StreamedLM(TemplateLM):
         return done
 
     def _score(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether it is what greedy generation gives."""
+        """Returns the log-likelihood of each continuation, and whether it is what greedy generation gives."""
         totals, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
         for windows, head, states in self._predictions(requests):
             scores = self._model.score_tokens(head, states, windows.targets)
@@ -186,7 +186,7 @@ class StreamedLM(TemplateLM):
     def _predictions(
         self, requests: Sequence[Request]
     ) -> Iterator[tuple[Packed, Mapping[str, Array], Float[np.ndarray, "_ d"]]]:
-        """Windows, the head's params on the device, and the last layer's output where tokens are predicted."""
+        """Yields windows, the head's params on the device, and the last layer's output where tokens are predicted."""
         model = self._model
         for batch in batches(group(requests, self.max_length), self._most_tokens):
             packed = pack(requests, batch, self.max_length, tokens_per_batch())

@@ -50,7 +50,7 @@ class Packed(NamedTuple):
 
     Attributes:
         tokens: [windows, length] token ids; 0 where there is no text.
-        layout: of the windows.
+        layout: the layout of the windows.
         request: number of the request that each predicted token belongs to.
         rows, columns: where it is predicted.
         targets: its id.
@@ -65,10 +65,10 @@ class Packed(NamedTuple):
 
 
 def group(requests: Sequence[Request], longest: int) -> list[Group]:
-    """Requests by context.
+    """Returns the requests by context.
 
     Args:
-        requests: to be scored.
+        requests: the requests to be scored.
         longest: tokens of the longest window; of longer texts the beginning is dropped, as lm-eval does.
 
     Raises:
@@ -116,7 +116,7 @@ def pack(requests: Sequence[Request], groups: Sequence[Group], longest: int, tok
 
     Args:
         requests: all requests, by number.
-        groups: to be laid down.
+        groups: the groups to be laid down.
         longest: tokens of the longest window.
         tokens_per_batch: windows come in batches of one size, of at most so many tokens; empty ones fill the last.
 

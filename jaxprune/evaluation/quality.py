@@ -54,7 +54,7 @@ class Quality:
         windows: text -> windows, tokens a window.
         tasks: task -> metric -> value; see `tasks.summarize`.
         lm_eval: the results as lm-eval gives them, samples included; None without tasks.
-        seconds: by what was measured; texts are measured for all checkpoints at once.
+        seconds: the seconds by what was measured; texts are measured for all checkpoints at once.
     """
 
     texts: dict[str, TextQuality] = dataclasses.field(default_factory=dict)
@@ -114,7 +114,7 @@ class Evaluator:
 
     Args:
         measures: what to measure.
-        model: whose tokenizer makes the windows; the dense model where others are compared with it.
+        model: the model whose tokenizer makes the windows; the dense model where others are compared with it.
         observer: is told how far the work is.
 
     Attributes:
@@ -199,7 +199,7 @@ class Evaluator:
 
 
 def _backend(measures: Measures, observer: Observer) -> Callable[[StreamedModel], Any]:
-    """Checkpoint -> lm-eval's model."""
+    """Returns checkpoint -> lm-eval's model."""
     if measures.backend == "torch":
         try:
             from jaxprune.evaluation.torch_lm import hflm

@@ -32,7 +32,7 @@ class Tasks:
     """Tasks that are known to load.
 
     Args:
-        names: of lm-eval's tasks or groups.
+        names: the names of lm-eval's tasks or groups.
         data: a folder with rows of some of them, one NAME.jsonl or NAME.parquet a task; the others come from the hub or
             its cache.
         limit: rows of each task; None: all.
@@ -62,7 +62,7 @@ class Tasks:
             _require_loads(name, self._specs[-1], manager, file)
 
     def run(self, model: Any) -> dict[str, Any]:
-        """lm-eval's results of a model, samples included.
+        """Returns lm-eval's results of a model, samples included.
 
         Args:
             model: one of lm-eval's models.
@@ -81,7 +81,7 @@ class Tasks:
 
 
 def summarize(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Task or group -> metric -> value, with `<metric>_stderr` beside it, from lm-eval's results."""
+    """Returns task or group -> metric -> value, with `<metric>_stderr` beside it, from lm-eval's results."""
     summary: dict[str, dict[str, float]] = {}
     for task, values in results["results"].items():
         metrics = {key: value for key, value in values.items() if "," in key and isinstance(value, int | float)}
@@ -111,7 +111,7 @@ def with_error(value: float, error: float | None) -> str:
 
 
 def without_samples(results: Mapping[str, Any]) -> str:
-    """lm-eval's results as its own JSON files have them."""
+    """Returns lm-eval's results as its own JSON files have them."""
     from lm_eval.utils import handle_non_serializable
 
     kept = {key: value for key, value in results.items() if key != "samples"}
@@ -125,7 +125,7 @@ def not_installed(error: ImportError) -> InputError:
 
 @functools.cache
 def _task_manager() -> Any:
-    """lm-eval's index of its tasks, which takes seconds to make."""
+    """Returns lm-eval's index of its tasks, which takes seconds to make."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:

@@ -54,7 +54,7 @@ def text_quality(
     Args:
         models: the dense model, then pruned ones.
         tokens: [windows, length] token ids.
-        name: of the text, for the observer.
+        name: the name of the text, for the observer.
         observer: is told how far the work is.
 
     Raises:

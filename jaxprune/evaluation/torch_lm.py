@@ -19,7 +19,7 @@ def hflm(reader: Reader, dtype: np.dtype, device: str = "auto") -> Any:
 
     Args:
         reader: the checkpoint.
-        dtype: of the computation.
+        dtype: the dtype of the computation.
         device: auto (CUDA's if torch has one), cpu or gpu.
 
     Raises:

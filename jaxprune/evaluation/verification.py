@@ -61,7 +61,7 @@ def verify(
     Args:
         model: pruned.
         against: the dense one.
-        pattern: that every kernel must have. None: an N:M, if nine in ten kernels have it.
+        pattern: the pattern that every kernel must have. None: an N:M, if nine in ten kernels have it.
         counts: zeros that every kernel was left with; it must have exactly those.
         wanted: zeros that every kernel must have at least.
         total: zeros that all kernels together must have at least.
@@ -105,7 +105,7 @@ def zeros(model: StreamedModel) -> dict[Which, tuple[int, int]]:
 
 
 def _miscounted(kernels: Mapping[Which, StoredKernel], counts: Mapping[Which, int]) -> Iterator[str]:
-    """Kernels whose zeros are not those that a record counted."""
+    """Yields the kernels whose zeros are not those that a record counted."""
     for which in sorted(kernels.keys() | counts.keys()):
         if which not in counts:
             yield f"{name_of(which)} is not in the record"
@@ -121,7 +121,7 @@ def name_of(which: Which) -> str:
 
 
 def _differences(reader: Reader, dense: Reader) -> list[str]:
-    """Tensors that one of the checkpoints lacks, or that have another shape or dtype."""
+    """Returns the tensors that one of the checkpoints lacks, or that have another shape or dtype."""
     problems = [f"{name} is missing: the dense checkpoint has it" for name in dense.spec if name not in reader.spec]
     for name, tensor in reader.spec.items():
         if name not in dense.spec:
@@ -196,7 +196,7 @@ def _violations(kernel: Shaped[np.ndarray, "n m"], pattern: Pattern | None, want
 
 
 def _outliers(kernels: Mapping[Which, StoredKernel]) -> list[str]:
-    """Kernels without an N:M that nearly all the others have."""
+    """Returns the kernels without an N:M that nearly all the others have."""
     common = Counter(pattern for kernel in kernels.values() for pattern in kernel.found)
     problems = []
     for (n, m, axis), count in common.items():

@@ -54,7 +54,7 @@ class Method(Protocol):
         ...
 
     def prepare(self, gram: Gram) -> Any:
-        """Work that depends on the inputs alone, done once for all kernels that share them.
+        """Returns what depends on the inputs alone, made once for all kernels that share them.
 
         Args:
             gram: XᵀX, float32.

@@ -139,7 +139,7 @@ def _solve(
         return cho_solve((prepared.operator, True), rhs)
 
     def sum_of(moved: Kernel, v: Kernel, mask: Mask) -> Kernel:
-        """W + U, from W − W₀ and those before."""
+        """Returns W + U, from W − W₀ and those before."""
         return dense + moved + masked(~mask, v)
 
     def iterate(v: Kernel, mask: Mask) -> tuple[Kernel, Kernel, Mask]:

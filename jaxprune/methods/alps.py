@@ -60,7 +60,7 @@ class State(NamedTuple):
 
     Attributes:
         weight, kept, dual: W, D, V.
-        support: of D at the last check.
+        support: the support of D at the last check.
         rho: the penalty.
         settling: whether the support has ever changed by more than a little, so that ρ grows.
         checks: so far.

@@ -11,7 +11,7 @@ from jaxprune.methods.linalg import Scalar, matmul, precondition, quadratic
 
 
 def gram(x: Float[Array, "*tokens n"], weights: Float[Array, "*tokens"] | None = None) -> Float[Array, "n n"]:
-    """XᵀX, or Xᵀ diag(w) X, in float32 (float64 for float64 inputs); see `add_gram`."""
+    """Returns XᵀX, or Xᵀ diag(w) X, in float32 (float64 for float64 inputs); see `add_gram`."""
     dtype = x.dtype if x.dtype == jnp.float64 else jnp.float32
     return symmetric(add_gram(jnp.zeros((x.shape[-1],) * 2, dtype), x, weights))
 
@@ -89,7 +89,7 @@ def add_drift(
 def drifted_target(
     gram: Float[Array, "n n"], drift: Float[Array, "n n"], kernel: Float[Array, "n m"], share: Scalar
 ) -> Float[Array, "n m"]:
-    """W + α(Ĝ + λI)⁻¹X̂ᵀ(X − X̂)W: the kernel whose outputs on X̂ make up for a share of what the inputs lost.
+    """Returns W + α(Ĝ + λI)⁻¹X̂ᵀ(X − X̂)W: the kernel whose outputs on X̂ make up for a share of what the inputs lost.
 
     Least squares for the outputs X̂W + α(X − X̂)W, of which α = 1 is the dense model's and α = 0 the kernel's own. λ is
     0.03 in units of the mean diagonal of Ĝ scaled to unit diagonal, towards W.
@@ -109,7 +109,7 @@ def drifted_target(
 def relative_error(
     gram: Float[Array, "n n"], dense: Float[Array, "n m"], pruned: Float[Array, "n m"]
 ) -> Float[Array, ""]:
-    """‖XW − XŴ‖²_F / ‖XW‖²_F from H = XᵀX; 0 where the dense output is zero and so is the pruned one."""
+    """Returns ‖XW − XŴ‖²_F / ‖XW‖²_F from H = XᵀX; 0 where the dense output is zero and so is the pruned one."""
     dense, pruned = dense.astype(gram.dtype), pruned.astype(gram.dtype)
     loss, scale = quadratic(gram, dense - pruned), quadratic(gram, dense)
     # Rounding can leave a loss that is truly zero slightly negative.

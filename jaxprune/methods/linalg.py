@@ -16,18 +16,18 @@ matmul = functools.partial(jnp.matmul, precision="highest")
 
 
 def quadratic(gram: Float[Array, "n n"], kernel: Float[Array, "n m"]) -> Float[Array, ""]:
-    """tr(kernelᵀ · gram · kernel), which is ‖X·kernel‖²_F where gram = XᵀX."""
+    """Returns tr(kernelᵀ · gram · kernel), which is ‖X·kernel‖²_F where gram = XᵀX."""
     # Not vdot: it flattens its operands, which gathers kernels that are split over devices, and runs on one core.
     return jnp.sum(kernel * matmul(gram, kernel))
 
 
 def masked(mask: Bool[Array, "*shape"], values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """mask ∘ values, with zeros where the mask is False whatever the value."""
+    """Returns mask ∘ values, with zeros where the mask is False whatever the value."""
     return jnp.where(mask, values, jnp.zeros_like(values))
 
 
 def add_ridge(gram: Float[Array, "n n"], damping: Scalar) -> Float[Array, "n n"]:
-    """H + damping · mean(diag H) · I."""
+    """Returns H + damping · mean(diag H) · I."""
     ridge = jnp.asarray(damping, gram.dtype) * jnp.mean(jnp.diagonal(gram))
     return gram + ridge * jnp.eye(len(gram), dtype=gram.dtype)
 
@@ -60,7 +60,7 @@ def inverse(matrix: Float[Array, "n n"], leaf: int | None = None) -> Float[Array
     float32 was left with three digits.
 
     Args:
-        matrix: to be inverted.
+        matrix: the matrix to be inverted.
         leaf: the size that is not halved; None: what suits backend and matrix.
 
     References:
@@ -72,7 +72,7 @@ def inverse(matrix: Float[Array, "n n"], leaf: int | None = None) -> Float[Array
 
 
 def _inverse_factor(matrix: Float[Array, "n n"], leaf: int) -> Float[Array, "n n"]:
-    """L⁻¹ of A = LLᵀ.
+    """Returns L⁻¹ of A = LLᵀ.
 
     With A, B, C the quarters of the matrix, P = L⁻¹ of A and K = BᵀPᵀ, the lower right quarter is Q = L⁻¹ of C − KKᵀ,
     and the lower left one −QKP.
@@ -92,7 +92,7 @@ def _inverse_factor(matrix: Float[Array, "n n"], leaf: int) -> Float[Array, "n n
 
 
 def _gram_of_triangle(factor: Float[Array, "n n"], leaf: int) -> Float[Array, "n n"]:
-    """TᵀT of a lower triangular T, by halves."""
+    """Returns TᵀT of a lower triangular T, by halves."""
     n, half = len(factor), len(factor) // 2
     if n <= leaf:
         return matmul(factor.T, factor)
@@ -104,7 +104,7 @@ def _gram_of_triangle(factor: Float[Array, "n n"], leaf: int) -> Float[Array, "n
 
 
 def _eliminate(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """L⁻¹ of A = LLᵀ, by elimination; a positive definite matrix needs no pivoting."""
+    """Returns L⁻¹ of A = LLᵀ, by elimination; a positive definite matrix needs no pivoting."""
     n = len(matrix)
 
     def step(i: int | Array, state: Array) -> Array:
@@ -149,7 +149,7 @@ def conjugate_gradients(
         start: W to begin from; zero outside the mask.
         mask: True = kept.
         steps: the most steps.
-        tolerance: of the relative residual at which a column is done; 0: all steps are taken.
+        tolerance: the tolerance of the relative residual at which a column is done; 0: all steps are taken.
 
     References:
         Saad, "Iterative Methods for Sparse Linear Systems", 2003, algorithm 9.1.

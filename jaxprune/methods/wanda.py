@@ -34,7 +34,7 @@ class Wanda:
 
 
 def select(norms: Float[Array, "n"], weight: Kernel, pattern: Pattern) -> Mask:
-    """Wanda's mask of one kernel; methods that only update select so where no mask is given."""
+    """Returns Wanda's mask of one kernel; methods that only update select so where no mask is given."""
     return _select(norms, weight, pattern.selector(weight.shape))
 
 

@@ -49,7 +49,7 @@ class Part:
 
         Args:
             params: path inside the module -> array.
-            args: of the module.
+            args: the arguments of the module.
             probes: path of a submodule -> array that is added to its output. The gradient of a probe of zeros is the
                 gradient of that output.
         """
@@ -121,9 +121,9 @@ def architecture_of(assets: Path, dtype: DTypeLike | None, spec: Spec | None = N
 
     Args:
         assets: the folder of config.json.
-        dtype: of the computation. None: float32 on CPU, the kernels' stored dtype elsewhere; it must be given where
-            there is no `spec`.
-        spec: of the checkpoint; None: there is only a configuration.
+        dtype: the dtype of the computation. None: float32 on CPU, the kernels' stored dtype elsewhere; it must be given
+            where there is no `spec`.
+        spec: the shapes and dtypes of the checkpoint; None: there is only a configuration.
 
     Raises:
         InputError: an unknown architecture, something in it that is not implemented, or tensors that do not

@@ -21,7 +21,7 @@ class Layout(NamedTuple):
     its own continuation and of the beginning of its group, as if its text stood alone.
 
     Attributes:
-        positions: of each token in its own text, from 0.
+        positions: the positions of each token in its own text, from 0.
         group: number of its group in the window.
         branch: number of its continuation from 1; 0 is the common beginning.
     """
@@ -37,7 +37,7 @@ def causal_attention(
     value: Float[Array, "b t k d"],
     layout: Layout | None = None,
 ) -> Float[Array, "b t h d"]:
-    """softmax(QKᵀ/√d)V over the tokens that each query sees; h query heads share h/k key heads in order.
+    """Returns softmax(QKᵀ/√d)V over the tokens that each query sees; h query heads share h/k key heads in order.
 
     Without a layout a token sees all tokens up to itself, and goes to cuDNN's flash attention where that is. Elsewhere
     queries are taken in blocks, so that the scores of one block, [b, h, 256, t], are the largest array, and most of the
@@ -101,7 +101,8 @@ def _attend_segment(heads: _Heads, start: int, end: int, layout: Layout | None) 
 
 
 def _attend(heads: _Heads, visible: Bool[Array, "_ 1 q s"]) -> Float[Array, "b k g q d"]:
-    """Queries of heads that share a key head are rows of one product; the softmax is float32 (or float64)."""
+    """Returns the attention's output. Queries of heads that share a key head are rows of one product; the softmax is
+    float32 (or float64)."""
     query, key, value = heads
     b, k, g, q, d = query.shape
     float32 = jnp.promote_types(query.dtype, jnp.float32)

@@ -64,7 +64,7 @@ class Config:
 
     Attributes:
         max_positions: the longest window; None where there is no limit.
-        dtype: of the computation; parameters may be stored in another.
+        dtype: the dtype of the computation; parameters may be stored in another.
     """
 
     vocab_size: int

@@ -87,7 +87,7 @@ class Rope:
         return cls(kind, head_dim, max_positions, tuple(sorted(given.items())))
 
     def inverse_frequencies(self, length: int) -> tuple[np.ndarray, float]:
-        """Radians per position, float32 [head_dim / 2], and the factor of cosine and sine, for windows of a length."""
+        """Returns radians per position, float32 [head_dim / 2], and the factor of cosine and sine, at a length."""
         p = dict(self.parameters)
         base, d = p["rope_theta"], self.head_dim
         if self.kind == "dynamic" and length > self.max_positions:
@@ -110,7 +110,7 @@ class Rope:
 
         Args:
             x: queries or keys.
-            positions: of the tokens, below the window's length; None: 0, 1, 2, ...
+            positions: the positions of the tokens, below the window's length; None: 0, 1, 2, ...
         """
         length = x.shape[1]
         inverse, factor = self.inverse_frequencies(length)
@@ -122,7 +122,7 @@ class Rope:
 
 
 def _llama3(inverse: np.ndarray, p: Mapping[str, Any]) -> np.ndarray:
-    """Long wavelengths are interpolated, short ones kept, those between blended."""
+    """Returns the frequencies with long wavelengths interpolated, short ones kept, those between blended."""
     low, high, context = p["low_freq_factor"], p["high_freq_factor"], p["original_max_position_embeddings"]
     rotations = context * inverse / (2 * math.pi)
     keep = np.clip((rotations - low) / (high - low), 0, 1)
@@ -130,7 +130,8 @@ def _llama3(inverse: np.ndarray, p: Mapping[str, Any]) -> np.ndarray:
 
 
 def _yarn(inverse: np.ndarray, base: float, p: Mapping[str, Any]) -> tuple[np.ndarray, float]:
-    """Features that turn often in the original context are kept, slow ones interpolated, with a ramp between."""
+    """Returns the frequencies, those of features that turn often in the original context kept, slow ones interpolated,
+    with a ramp between; and the factor."""
     factor, context = p["factor"], p["original_max_position_embeddings"]
     dim = 2 * len(inverse)
 

@@ -52,7 +52,7 @@ def host_memory() -> int | None:
 
 
 def _limits() -> Iterator[int]:
-    """Bytes that this process's control groups, of version 1 or 2, allow it."""
+    """Yields the bytes that this process's control groups, of version 1 or 2, allow it."""
     groups = Path("/proc/self/cgroup")
     for line in groups.read_text().splitlines() if groups.exists() else ():
         _, controllers, path = line.split(":", 2)

@@ -44,16 +44,16 @@ class Work:
     """What a run is asked to do.
 
     Attributes:
-        spec: of the dense checkpoint.
-        architecture: of the model.
+        spec: the shapes and dtypes of the dense checkpoint.
+        architecture: the architecture of the model.
         recipe: what is done to it.
-        windows: of calibration.
+        windows: the number of calibration windows.
         length: tokens of a calibration window.
         evaluation: windows and tokens of a window of the text that is evaluated; None: there is none.
         out: the folder that the run makes.
         scratch: the folder of hidden states; None: they are in host memory.
-        devices: that it runs on.
-        device_bytes: of a device, instead of what this machine's device has: to plan for another one.
+        devices: the devices that it runs on.
+        device_bytes: the bytes of a device, instead of what this machine's device has: to plan for another one.
     """
 
     spec: Spec
@@ -108,7 +108,7 @@ def shapes_of(ckpt: str, dtype: np.dtype | None) -> tuple[Spec, Architecture]:
 
     Args:
         ckpt: its name, as for `convert.open_checkpoint`.
-        dtype: of the computation; None: as in `StreamedModel`.
+        dtype: the dtype of the computation; None: as in `StreamedModel`.
 
     Raises:
         InputError, CheckpointError: there is not even that.
@@ -128,7 +128,7 @@ def need(work: Work, within: float = 0.0) -> Need:
     """Counts what a run needs.
 
     Args:
-        work: of the run.
+        work: the work of the run.
         within: bytes of a device that are there for sure: a program whose every intermediate result would fit at once
             is not compiled to know better.
     """
@@ -168,14 +168,14 @@ def _keeps(work: Work) -> bool:
 
 
 def _peaks(phase: list[Program], within: float) -> Iterator[int]:
-    """Peaks of the programs, or more."""
+    """Yields the peaks of the programs, or more."""
     for program in phase:
         most = program.most_bytes()
         yield most if most < within else program.peak_bytes()
 
 
 def _host(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
-    """Phase -> host memory besides what the device needs and the hidden states."""
+    """Returns phase -> host memory besides what the device needs and the hidden states."""
     layer = sum(_size(work.spec, path) for path in work.spec if part_of(path) == "layers.0")
     # One layer being pruned, one read ahead, one as it goes out, one being committed, and that one's copy.
     found = dict.fromkeys(phases, max(peak_bytes()["host"], LIBRARIES) + 5 * layer)
@@ -193,7 +193,7 @@ def _host(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _states(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
-    """Phase -> bytes of the hidden states that there are at a time."""
+    """Returns phase -> bytes of the hidden states that there are at a time."""
     hidden = work.states_bytes(work.windows, work.length)
     found: dict[str, float] = dict.fromkeys(phases, hidden * (2 if work.recipe.asymmetry else 1))
     if "tune" in phases:

@@ -38,11 +38,11 @@ class Program:
     """One compiled function of a run.
 
     Attributes:
-        phase: of the run that calls it.
+        phase: the phase of the run that calls it.
         name: what it computes.
-        function: to be compiled.
+        function: the function to be compiled.
         arguments: shapes and dtypes.
-        calls: in a run.
+        calls: how often it is called in a run.
         resident: bytes on the device meanwhile which are not its arguments.
         donated: numbers of the arguments whose memory it may reuse.
     """
@@ -127,7 +127,7 @@ def _flops_of(equation: JaxprEqn) -> Flops:
 
 
 def _produced(jaxpr: Jaxpr) -> int:
-    """Bytes of the results of all equations; those of a loop's body count once."""
+    """Returns the bytes of the results of all equations; those of a loop's body count once."""
     total = 0
     for equation in jaxpr.eqns:
         total += _bytes([v.aval for v in equation.outvars])
@@ -146,10 +146,10 @@ class Shapes:
     """What the programs of a run are called with.
 
     Attributes:
-        architecture: of the model.
+        architecture: the architecture of the model.
         stored: dtype of the checkpoint's params.
-        devices: that they run on.
-        tokens: on a device at a time; None: as the run takes them.
+        devices: the devices that they run on.
+        tokens: the number of tokens on a device at a time; None: as the run takes them.
     """
 
     architecture: Architecture
@@ -179,11 +179,11 @@ def of_pruning(shapes: Shapes, windows: int, length: int, method: Method, patter
     """Yields the programs of the loop over layers.
 
     Args:
-        shapes: of the run.
-        windows: of calibration.
+        shapes: the shapes of the run.
+        windows: the number of calibration windows.
         length: tokens of a window.
         method: prunes each kernel.
-        pattern: of each kernel.
+        pattern: the pattern of each kernel.
     """
     architecture, devices = shapes.architecture, shapes.devices
     layers, params, x = architecture.config.num_layers, shapes.layer(), shapes.batch(windows, length)
@@ -236,7 +236,7 @@ def of_distillation(
     """Yields the programs of the distillation.
 
     Args:
-        shapes, windows, length: as for `of_pruning`.
+        shapes, windows, length: see `of_pruning`.
         epochs: visits of each window.
         step: windows a step.
         keep: whether all layers' kernels, their state, and a step's intermediate results stay on the device; else one
@@ -294,7 +294,7 @@ def solve(method: Method, pattern: Pattern, prepared: Any, weight: jax.Array) ->
 
 
 def _bytes(tree: Any) -> int:
-    """On one device."""
+    """Returns the bytes on one device."""
     return sum(_bytes_of(leaf) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
 
 

@@ -33,7 +33,7 @@ def jit_versus_eager(model: StreamedModel, tokens: Int[np.ndarray, "w t"], recip
     """Prunes the first layer three times; nothing is kept.
 
     Args:
-        model: dense.
+        model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
         recipe: its method and pattern are used; gradients and distillation are not.
     """

@@ -69,8 +69,8 @@ class Saved:
     """The kernels of a tuning in a run's journal.
 
     Args:
-        journal: of the run; None: nothing is kept.
-        count: of layers.
+        journal: the journal of the run; None: nothing is kept.
+        count: the number of layers.
     """
 
     def __init__(self, journal: Journal | None, count: int) -> None:
@@ -113,7 +113,7 @@ def _moving(kernels: Kernels) -> tuple[dict[str, Any], Any]:
 
 
 def _names(kernels: Kernels) -> list[str]:
-    """Of the leaves of `_moving`: numbers, for moments have no names of their own."""
+    """Returns the names of the leaves of `_moving`: numbers, for moments have no names of their own."""
     return [f"leaf{index}" for index, _ in enumerate(jax.tree.leaves(_moving(kernels)))]
 
 

@@ -28,7 +28,7 @@ class Identity(Schema):
     Attributes:
         checkpoint: a digest of it.
         computation: dtype of the model's computation.
-        seed: of the choice of windows.
+        seed: the seed of the choice of windows.
         calibration: shape of the windows.
     """
 
@@ -55,8 +55,8 @@ class Adopted(NamedTuple):
     """What an earlier version's journal holds beside what its notes list.
 
     Attributes:
-        files: that are ours.
-        states: that are ours too, and not taken up: hidden states are computed again.
+        files: the files that are ours.
+        states: the states that are ours too, and not taken up: hidden states are computed again.
         others: paths of what is not ours, and stays.
     """
 

@@ -27,12 +27,12 @@ BIN_BITS = 16
 def allocate(
     model: StreamedModel, sensitivity: Sequence[Sensitivity], sparsity: float, spread: float
 ) -> dict[tuple[int, str], float]:
-    """(layer index, path of the linear) -> its sparsity.
+    """Returns (layer index, path of the linear) -> its sparsity.
 
     Args:
-        model: dense.
-        sensitivity: of its layers.
-        sparsity: of all linear layers together; the number of zeros is rounded to the nearest whole weight.
+        model: the dense model.
+        sensitivity: the sensitivity of its layers.
+        sparsity: the sparsity of all linear layers together; zeros are rounded to the nearest whole weight.
         spread: the most by which a linear's sparsity may differ from it.
     """
     linears, histograms, sizes = [], [], []
@@ -52,7 +52,7 @@ def share_zeros(histograms: Int[np.ndarray, "l bins"], zeros: int, spread: float
 
     Args:
         histograms: numbers of weights by saliency, the least salient first.
-        zeros: in total.
+        zeros: the number of zeros in total.
         spread: see `allocate`.
     """
     sizes = histograms.sum(axis=1, dtype=np.int64)
@@ -71,7 +71,7 @@ def share_zeros(histograms: Int[np.ndarray, "l bins"], zeros: int, spread: float
 
 
 def _top_up(start: Int[np.ndarray, "l"], end: Int[np.ndarray, "l"], total: int) -> Int[np.ndarray, "l"]:
-    """Whole numbers between start and end at the same fraction of the way, with this total."""
+    """Returns whole numbers between start and end at the same fraction of the way, with this total."""
     missing, room = total - int(start.sum()), end - start
     exact = room * (missing / max(1, int(room.sum())))
     added = np.floor(exact).astype(np.int64)

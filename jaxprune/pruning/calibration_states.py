@@ -14,7 +14,7 @@ class CalibrationStates:
     """Hidden states behind the pruned layers, and where they are asked for those behind the dense layers.
 
     Args:
-        model: dense.
+        model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
         with_dense: whether states behind the dense layers go along.
 
@@ -43,7 +43,7 @@ class CalibrationStates:
         """Moves the states on to a layer's input, through layers that an earlier process of the run pruned.
 
         Args:
-            index: of the layer.
+            index: the index of the layer.
             finished: the layers that are pruned already.
 
         Raises:

@@ -79,11 +79,11 @@ def distill(
     """Tunes pruned layers. Masks stay; so do the results of the kernels, which are those of their solves.
 
     Args:
-        model: dense.
+        model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
         layers: all layers, as `loop.prune_layers` gives them; each is let go when it is taken up.
         tuning: how.
-        seed: of the order of windows.
+        seed: the seed of the order of windows.
         journal: where the state is kept now and then, and taken from where it is kept already; None: nothing is kept.
         observer: is told the divergence of each epoch.
 
@@ -141,7 +141,7 @@ def _placement(model: StreamedModel, window: tuple[int, int]) -> Placement:
     """Returns what fits the device: kernels may fill half of what is free, and intermediate results a quarter.
 
     Args:
-        model: whose kernels are tuned.
+        model: the model whose kernels are tuned.
         window: windows of a step, and their length.
     """
     architecture, devices = model.architecture, model.devices
@@ -234,9 +234,9 @@ def update(
         part: the layer.
         kernels: before the step.
         rest: the layer's other params.
-        vjp: from `forward_and_vjp`, or the layer's input.
-        cotangent: of the layer's output.
-        rate: of the step.
+        vjp: the vjp from `forward_and_vjp`, or the layer's input.
+        cotangent: the cotangent of the layer's output.
+        rate: the rate of the step.
 
     Returns:
         The cotangent of the layer's input, and the kernels after the step.

@@ -29,8 +29,8 @@ def gram_matrices(
     """Sums the Gram matrices of a layer's linears' inputs, XᵀX or Xᵀ diag(w) X, float32.
 
     Args:
-        model: of the layer.
-        params: of the dense layer, on the device.
+        model: the model that the layer belongs to.
+        params: the params of the dense layer, on the device.
         hidden: states before the layer.
         dense: states before the layer of the dense model, which move on to those behind it; None: there are none.
         weights: tap -> w, one weight a token; taps that are not in it weigh all tokens the same.
@@ -47,7 +47,7 @@ def gram_matrices(
     sums: dict[int, tuple[Grams, Grams]] = {}
 
     def totals_for(rows: slice) -> tuple[int, Grams, Grams]:
-        """Sums on each device where the rows can be split over all of them, else one."""
+        """Returns sums on each device where the rows can be split over all of them, else one."""
         parts = 1 if (rows.stop - rows.start) % devices.count else devices.count
         if parts not in sums:
             shapes = {tap: (n, n) if parts == 1 else (parts, n, n) for tap, n in architecture.widths.items()}

@@ -41,8 +41,8 @@ class KnownWeights:
     """The weights that a run has met, held against those that it met before it was stopped.
 
     Args:
-        reader: of the dense checkpoint.
-        journal: of the run; it keeps what becomes known.
+        reader: the reader of the dense checkpoint.
+        journal: the journal of the run; it keeps what becomes known.
 
     Raises:
         AnotherRunError: a tensor has changed since the run met it.
@@ -89,10 +89,10 @@ def of_run(reader: Reader, architecture: Architecture, asked: Mapping[str, Any],
     """Returns all that decides a run's outcome and is known before it begins, as JSON.
 
     Args:
-        reader: of the dense checkpoint.
-        architecture: of the checkpoint.
+        reader: the reader of the dense checkpoint.
+        architecture: the architecture of the checkpoint.
         asked: the recipe and what it is applied to, as JSON.
-        seed: of the run.
+        seed: the seed of the run.
     """
     return {
         "schema": SCHEMA,

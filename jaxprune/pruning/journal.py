@@ -45,7 +45,7 @@ class Entry(NamedTuple):
     """What a journal keeps under one name.
 
     Attributes:
-        arrays: by dotted path.
+        arrays: the arrays by dotted path.
         metadata: JSON.
     """
 
@@ -59,7 +59,7 @@ class Note(Schema):
     Attributes:
         files: relative path of each of the entry's files -> its SHA-256.
         figures: the metadata, JSON.
-        digest: of the other two.
+        digest: the digest of the other two.
     """
 
     files: dict[str, str]
@@ -215,7 +215,7 @@ class Journal:
         """Moves a whole entry to its place. Its note goes first, so that nothing is there that no note lists.
 
         Args:
-            name: of the entry, which was made at its staging place.
+            name: the name of the entry, which was made at its staging place.
             files: relative path of each of its files -> SHA-256.
             metadata: JSON.
         """

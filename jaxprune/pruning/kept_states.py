@@ -27,10 +27,10 @@ def keep(journal: Journal, stage: str, position: int, states: Mapping[str, Hidde
     """Keeps states, in place of those kept before, if the work since then was long enough.
 
     Args:
-        journal: of the run.
-        stage: that they belong to.
+        journal: the journal of the run.
+        stage: the stage that they belong to.
         position: what they are behind or before; of the stage's own choice.
-        states: by name.
+        states: the states by name.
 
     Raises:
         CheckpointError: they cannot be written.

@@ -52,12 +52,12 @@ def prune_and_round(
     Args:
         method: the pruning method.
         prepared: what it made of the Gram matrix.
-        gram_matrix: of the kernel's inputs, float32.
-        kernel: dense, in the dtype it is to be stored in.
+        gram_matrix: the Gram matrix of the kernel's inputs, float32.
+        kernel: the dense kernel, in the dtype it is to be stored in.
         target: a pattern, or a mask made elsewhere.
         outputs: √c, one weight an output; None: all weigh the same.
         wanted: the kernel whose outputs are wanted; None: the dense kernel's own.
-        devices: that the outputs are sharded over.
+        devices: the devices that the outputs are sharded over.
 
     Returns:
         The stored kernel, replicated; its mask; and what became of it.

@@ -41,7 +41,7 @@ class Solver:
     Attributes:
         method: the pruning method.
         target_of: (layer index, path of the linear layer) -> pattern or mask.
-        weights: of each layer's tokens and outputs; None: all weigh the same.
+        weights: the weights of each layer's tokens and outputs; None: all weigh the same.
         asymmetry: share of the inputs' drift from the dense model's that a kernel makes up for; see
             `gram.drifted_target`.
     """
@@ -65,11 +65,11 @@ def prune_layers(
     """Prunes a model layer by layer; nothing is written.
 
     Args:
-        model: dense.
+        model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
         method: the pruning method.
         target: a pattern for all linear layers, or (layer index, path) -> its own, which may be a mask made elsewhere.
-        weights: of the layers' tokens and outputs; see `sensitivity.weights`.
+        weights: the weights of the layers' tokens and outputs; see `sensitivity.weights`.
         asymmetry: see `Solver`. Above 0 the dense model goes along: another forward pass.
         finished: where layers are kept as soon as they are pruned, and taken from where they are kept already.
 
@@ -128,7 +128,7 @@ class SolvedLayer:
     """A layer whose kernels are pruned.
 
     Attributes:
-        params: of the layer, on the device, in the stored dtype.
+        params: the params of the layer, on the device, in the stored dtype.
         kernels: path of the linear layer -> what became of its kernel.
         masks: path -> its packed mask, on the device.
     """
@@ -145,9 +145,9 @@ def solve_layer(
     """Prunes every kernel of a layer and rounds it to the stored dtype.
 
     Args:
-        model: of the layer.
-        index: of the layer.
-        params: of the dense layer, on the device.
+        model: the model that the layer belongs to.
+        index: the index of the layer.
+        params: the params of the dense layer, on the device.
         grams: tap -> Gram matrix; each is let go once its kernels are solved.
         drifts: tap -> drift, or empty; see `gram_matrices`.
         solver: how.

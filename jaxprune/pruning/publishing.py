@@ -32,7 +32,7 @@ def finish(journal: Journal, files: Iterable[str], run: str, masks_at: Path | No
     """Says that the result is complete, once nothing is still being written.
 
     Args:
-        journal: of the run.
+        journal: the journal of the run.
         files: relative paths of the result's files.
         run: see `run_of`.
         masks_at: where the masks are to be; None: there are none.

@@ -22,11 +22,11 @@ class LayerResult:
     """One pruned layer; `layer["mlp.down_proj"]` is what became of a kernel.
 
     Attributes:
-        index: of the layer, from 0.
+        index: the index of the layer, from 0.
         params: all params of the layer, on the host, as they are to be stored; paths as in the checkpoint.
         kernels: path of the linear layer inside the decoder layer -> what became of its kernel.
         masks: path of the linear layer -> its mask, packed as in a mask file; see `sparsity.masks`.
-        seconds: by phase; `read` is the time spent waiting for the reader.
+        seconds: the seconds by phase; `read` is the time spent waiting for the reader.
         resumed: whether an earlier process of the same run pruned it.
     """
 
@@ -57,7 +57,7 @@ class Results:
     """The layers of one stage of a run in its journal.
 
     Args:
-        journal: of the run; None: nothing is kept.
+        journal: the journal of the run; None: nothing is kept.
         stage: a name.
         count: number of the model's layers.
     """
@@ -117,7 +117,7 @@ class _Kernel(Schema):
     stats: dict[str, float | None]
 
     def result(self) -> KernelResult:
-        """A journal of version 1 does not say what was wanted; what it found is taken for it."""
+        """Returns what became of a kernel. A journal of version 1 says what was found only, which counts as wanted."""
         wanted = self.zeros if self.wanted is None else self.wanted
         metrics = {name: _number(value) for name, value in self.stats.items()}
         return KernelResult(_number(self.error), self.zeros, wanted, self.size, metrics)

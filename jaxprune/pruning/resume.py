@@ -77,7 +77,7 @@ def open_journal(
     of_version_1: Callable[[], Mapping[str, Any]] = dict,
     resume: bool = False,
 ) -> Iterator[Journal]:
-    """The journal of a run; empty, or what an earlier process of the same run left.
+    """Yields the journal of a run; empty, or what an earlier process of the same run left.
 
     Args:
         out: the folder that the run makes.
@@ -225,7 +225,7 @@ def _require_same(folder: Path, identity: Mapping[str, Any], of_version_1: Calla
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted names."""
+    """Returns nested dictionaries as one, with dotted names."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}

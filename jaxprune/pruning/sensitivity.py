@@ -99,7 +99,7 @@ def measure_sensitivity(
     """Measures the sensitivities of all layers, in order.
 
     Args:
-        model: dense.
+        model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
         host_bytes: the most for the layers' inputs, though one window is always taken; None: `HOST_BYTES` in memory,
             and as much as they need on a disk.
@@ -135,7 +135,7 @@ def tokens_per_batch(forward: int | None = None) -> int:
 
 
 def _groups(model: StreamedModel, tokens: Int[np.ndarray, "w t"], host_bytes: float) -> Iterator[slice]:
-    """Rows whose inputs of all layers fit the host's memory together."""
+    """Yields the rows whose inputs of all layers fit the host's memory together."""
     window = (model.num_layers + 1) * tokens.shape[1] * model.architecture.width * model.dtype.itemsize
     count = max(1, int(min(len(tokens), host_bytes / window)))
     return (slice(start, start + count) for start in range(0, len(tokens), count))
@@ -248,7 +248,7 @@ def _require_finite(layer: Sensitivity) -> None:
 def loss_gradient(
     head: Part, params: Mapping[str, Array], states: Float[Array, "n d"], targets: Int[Array, "n"]
 ) -> Float[Array, "n d"]:
-    """Of Σ −log softmax(scores)[target], which by the scores is softmax(scores) less one at the target."""
+    """Returns the gradient of Σ −log softmax(scores)[target]: by the scores, softmax(scores) less one at the target."""
     scores, vjp = jax.vjp(lambda states: logits(head, params, states), states)
     exponential = exponentials(scores)
     wanted = jnp.arange(scores.shape[1], dtype=targets.dtype)[None, :] == targets[:, None]

@@ -79,7 +79,7 @@ def capture(
     """Yields snapshots of some layers, in order.
 
     Args:
-        model: dense.
+        model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
         layers: indices of the wanted layers.
         method: prunes the layers before, so that a snapshot is that of a run with this method and target.
@@ -218,7 +218,7 @@ def _require_shapes(path: Path, inputs: Mapping[str, Sequence[str]], slices: Map
 
 
 def why_no_gram(gram: Float[np.ndarray, "n n"]) -> str:
-    """Why a finite float32 matrix cannot be a sum of products x xᵀ; "" where it can, up to rounding.
+    """Returns why a finite float32 matrix cannot be a sum of products x xᵀ; "" where it can, up to rounding.
 
     With a diagonal of ones (the inputs' norms divided out) all entries lie between -1 and 1, and after a small ridge a
     Cholesky factorization exists. Rounding of all entries by a few units moves eigenvalues by some √n of them.

@@ -30,10 +30,10 @@ def prune_model(
     """Yields the layers as they are to be stored, in order; no checkpoint is written.
 
     Args:
-        model: dense.
+        model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
         recipe: what to do.
-        seed: of the order of windows in the distillation.
+        seed: the seed of the order of windows in the distillation.
         journal: where all that is finished is kept, and taken from where it is kept already; None: nothing is kept.
         observer: is told each layer as soon as it is pruned, which with distillation is long before it is yielded; each
             epoch; and the seconds of each phase but those in the layers' results.

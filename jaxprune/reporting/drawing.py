@@ -55,7 +55,7 @@ class Figure(NamedTuple):
     """A plot with its heading.
 
     Attributes:
-        title: of the plot.
+        title: the title of the plot.
         svg: the plot.
     """
 
@@ -125,7 +125,7 @@ def words(name: str, most: int = 26) -> str:
 
 
 def format_number(value: float | None) -> str:
-    """Three or four digits; None stands for infinity."""
+    """Returns a number in three or four digits; None stands for infinity."""
     if value is None:
         return "∞"
     return f"{value:.2f}" if value < 100 else f"{value:.4g}" if value < 1e4 else f"{value:.2e}"

@@ -16,14 +16,14 @@ class Entry:
     """One checkpoint of a report.
 
     Attributes:
-        name: of the checkpoint, unique in the report.
+        name: the name of the checkpoint, unique in the report.
         label: a short name.
         dense: whether it is the one that others were made from or are compared with.
         method, pattern: how it was pruned, in words; "" where that is not known.
         sparsity: zeros of the linear layers over their weights; None where nobody counted.
         quality: what was measured.
         run: the record of the run that made it, or None.
-        number: of the checkpoint among those that are not dense; decides its colour.
+        number: the number of the checkpoint among those that are not dense; decides its colour.
     """
 
     name: str

@@ -26,7 +26,7 @@ from jaxprune.reporting.schema import Layer
 
 
 def error_by_layer(entries: Sequence[Entry]) -> Figure:
-    """Of one run: every linear's error; of several: the mean over linear layers."""
+    """Returns a plot: of one run every linear's error, of several the mean over linear layers."""
 
     def plot(axis: Axes) -> None:
         if len(entries) == 1:
@@ -47,7 +47,7 @@ def error_by_layer(entries: Sequence[Entry]) -> Figure:
 
 
 def error_by_linear(entries: Sequence[Entry]) -> Figure:
-    """Mean over the layers, and the range from the least to the largest."""
+    """Returns a plot of the mean over the layers, and the range from the least to the largest."""
     names = _linears(entries)
 
     def plot(axis: Axes) -> None:
@@ -143,7 +143,7 @@ def _measured(
 
 
 def accuracies(entries: Sequence[Entry]) -> Figure:
-    """Accuracy by task, with standard errors, and the mean."""
+    """Returns a plot of the accuracy by task, with standard errors, and the mean."""
     tasks = list(dict.fromkeys(task for entry in entries for task, m in entry.quality.tasks.items() if "acc" in m))
 
     def plot(axis: Axes) -> None:
@@ -200,7 +200,7 @@ def _rows(axis: Axes, entries: Sequence[Entry]) -> None:
 
 
 def _style_of(entry: Entry) -> dict[str, Any]:
-    """A checkpoint looks the same in all plots."""
+    """Returns how a checkpoint looks, the same in all plots."""
     return {"color": DENSE, "marker": "o"} if entry.dense else series_style(entry.number)
 
 

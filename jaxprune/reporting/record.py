@@ -48,9 +48,9 @@ class Record(Observer):
         recipe: what is done to the model.
         tokens: calibration windows.
         layers: results of the layers so far, without arrays.
-        seconds: by phase.
+        seconds: the seconds by phase.
         evaluation: "dense" and "pruned" -> what was measured; empty without evaluation.
-        timing: of the first layer with and without compilation, where that was asked for.
+        timing: the timing of the first layer with and without compilation, where that was asked for.
     """
 
     config: Mapping[str, Any]
@@ -124,7 +124,7 @@ def write_record(
     """Writes jaxprune.json, lm-eval's results where there are any, and report.html.
 
     Args:
-        folder: that is being made.
+        folder: the folder that is being made.
         record: the content of `schema.Run` or `schema.Evaluation`.
         qualities: checkpoint -> what was measured of it.
 

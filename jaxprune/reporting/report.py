@@ -44,7 +44,7 @@ def page(records: Sequence[Record]) -> str:
 
 
 def _figures(everything: Sequence[Entry], texts: Sequence[str]) -> list[tuple[str, list[drawing.Figure]]]:
-    """Headings and the plots below them."""
+    """Returns headings and the plots below them."""
     quality: list[drawing.Figure] = []
     trade: list[drawing.Figure | None] = []
 

@@ -141,7 +141,7 @@ def _pattern(run: Run, file: str | Path) -> tuple[dict[str, Any], float | None]:
 
 
 def _linear(linear: Linear, pattern: Mapping[str, Any], off: float | None) -> dict[str, Any]:
-    """With the zeros that were wanted: those it was left with, unless they are not the pattern's."""
+    """Returns a linear's entry with the zeros that were wanted: those it has, unless they are not the pattern's."""
     wanted = linear.zeros
     if pattern["kind"] == "nm":
         wanted = linear.size // pattern["m"] * (pattern["m"] - pattern["n"])

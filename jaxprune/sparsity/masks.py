@@ -81,8 +81,8 @@ def from_checkpoint(reader: Reader, name: str = "the checkpoint") -> Masks:
     """Takes the zeros of a pruned checkpoint as masks.
 
     Args:
-        reader: of the pruned checkpoint.
-        name: for errors.
+        reader: the reader of the pruned checkpoint.
+        name: the checkpoint's name, for errors.
 
     Raises:
         InputError: the first layer has next to no zeros, so the checkpoint is not pruned.
@@ -156,7 +156,7 @@ class MaskWriter:
     """Writes the masks of a run's linear layers, decoder layer by decoder layer.
 
     Args:
-        path: of the file to be.
+        path: the file to be made.
         shapes: [n_in, n_out] of each linear's kernel, by (layer index, path of the linear).
 
     Raises:
@@ -200,5 +200,5 @@ def _name(index: int, linear: str) -> str:
 
 
 def _packed_shape(shape: tuple[int, int]) -> list[int]:
-    """Of the packed bits of a mask [out, in]."""
+    """Returns the shape of the packed bits of a mask [out, in]."""
     return [shape[0], -(-shape[1] // 8)]

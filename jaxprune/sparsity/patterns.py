@@ -41,7 +41,7 @@ class Pattern(Protocol):
         """Returns a selector for kernels of this [n_in, n_out] shape.
 
         Args:
-            shape: of the kernel.
+            shape: the shape of the kernel.
             progress: fractions of the final sparsity, one a step; the last should be 1.
 
         Raises:
@@ -50,11 +50,11 @@ class Pattern(Protocol):
         ...
 
     def zeros(self, shape: tuple[int, ...]) -> int:
-        """Number of zeros of a kernel of this [n_in, n_out] shape; errors as for `selector`."""
+        """Returns the number of zeros of a kernel of this [n_in, n_out] shape; errors as for `selector`."""
         ...
 
     def as_json(self) -> dict[str, Any]:
-        """Kind and numbers, as records keep them; see `schema.Pattern`."""
+        """Returns the kind and numbers, as records keep them; see `schema.Pattern`."""
         ...
 
 

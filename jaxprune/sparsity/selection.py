@@ -78,7 +78,7 @@ class KeepInGroups:
 
 
 def _order(scores: Scores) -> Int[Array, "n m"]:
-    """Integers in the order of the scores; backends that flush subnormal floats to zero still tell them apart."""
+    """Returns integers in the order of the scores; backends that flush subnormal floats still tell them apart."""
     return lax.bitcast_convert_type(scores, jnp.int64 if scores.dtype == jnp.float64 else jnp.int32)
 
 
@@ -169,7 +169,7 @@ _FAR = (-6.0, -1.5, -0.3, 0.3, 1.5, 6.0)
 
 
 def _sorted_sample(keys: Int[Array, "n m"], size: int, axis: tuple[int, ...]) -> Int[Array, "s _"]:
-    """About 4·√size keys. The odd stride visits all outputs."""
+    """Returns about 4·√size keys. The odd stride visits all outputs."""
     stride = (math.isqrt(size) // 4) | 1
     return jnp.sort(keys.reshape(-1, 1)[::stride] if axis == (0, 1) else keys[::stride], axis=0)
 

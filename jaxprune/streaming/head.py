@@ -34,10 +34,10 @@ def in_chunks(
     """Applies a function of rows to chunks of one size, the last one padded, so that it compiles once.
 
     Args:
-        devices: that the rows of a chunk are sharded over.
+        devices: the devices that the rows of a chunk are sharded over.
         step: arrays of rows -> arrays of as many rows.
-        arrays: of as many rows.
-        models: whose logits `step` holds at a time; the more, the smaller the chunks.
+        arrays: the arrays of as many rows.
+        models: the models whose logits `step` holds at a time; the more, the smaller the chunks.
 
     Returns:
         The results of all chunks, joined, on the host.

@@ -29,10 +29,10 @@ class HiddenStates:
 
     Args:
         shape: [windows, length, width].
-        dtype: of the states.
+        dtype: the dtype of the states.
         batch: windows on a device at a time; where there is one device it must divide the number of windows, so that
             every step has one shape and compiles once.
-        devices: that they visit.
+        devices: the devices that they visit.
         folder: where they are kept in a file; None: in memory. The file has no name, so that nothing is left of it
             however the process ends.
 
@@ -162,9 +162,9 @@ def batch_size(windows: int, length: int, tokens: int | None = None, devices: in
     Several devices need not divide them: see `HiddenStates.slices`.
 
     Args:
-        windows: in all.
+        windows: the number of windows in all.
         length: tokens of a window.
-        tokens: of a batch; None: what suits the device.
+        tokens: the number of tokens of a batch; None: what suits the device.
         devices: number of devices.
     """
     most = max(1, (tokens or tokens_per_batch()) // length)

@@ -25,11 +25,11 @@ class StreamedModel:
     """A checkpoint, opened: what pruning, distillation and evaluation take.
 
     Args:
-        reader: of the checkpoint.
-        dtype: of the computation; None: float32 on a CPU, the kernels' stored dtype elsewhere.
-        devices: that it runs on.
+        reader: the reader of the checkpoint.
+        dtype: the dtype of the computation; None: float32 on a CPU, the kernels' stored dtype elsewhere.
+        devices: the devices that it runs on.
         scratch: a folder for hidden states; None: they are kept in memory.
-        name: of the checkpoint, as it was given.
+        name: the name of the checkpoint, as it was given.
         source: the folder or file that the reader reads; None: the reader's own folder.
 
     Attributes:
@@ -152,9 +152,9 @@ class StreamedModel:
         """Moves hidden states through one decoder layer.
 
         Args:
-            params: of the layer, on the device.
+            params: the params of the layer, on the device.
             hidden: before the layer; after it when this returns.
-            layout: of all windows, on the host, where they hold several texts.
+            layout: the layout of all windows, on the host, where they hold several texts.
         """
 
         def step(x: Array, rows: slice) -> Array:
@@ -177,7 +177,7 @@ class StreamedModel:
 
         Args:
             tokens: token ids of windows, [windows, length]; several arrays may have several lengths.
-            layouts: of each of them, where they hold several texts.
+            layouts: the layouts of each of them, where they hold several texts.
             layers: how many, from the first; None: all.
             at_a_time: see `embed`.
             visit: is called with each layer's index and the hidden states before it.
