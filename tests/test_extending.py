@@ -15,7 +15,7 @@ from transformers import ArceeConfig, ArceeForCausalLM
 
 from jaxprune import NM, Unstructured, gram
 from jaxprune.methods.wanda import Wanda
-from tests.helpers import tiny
+from tests.helpers import tiny, xla
 from tests.helpers.optional import needs_torch, torch
 
 EXAMPLE = Path(__file__).parents[1] / "docs/extending/example"
@@ -50,7 +50,7 @@ def arcee(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def jaxprune(*args: object, installed: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(installed), "COLUMNS": "200"}
+    environment = os.environ | xla.quick() | {"PYTHONPATH": str(installed), "COLUMNS": "200"}
     command = [sys.executable, "-m", "jaxprune", *map(str, args)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 

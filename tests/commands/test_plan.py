@@ -8,11 +8,14 @@ from jaxprune import __main__ as commands
 
 
 @pytest.mark.parametrize(
-    ("device", "status", "said"),
-    [([], 0, "time: from the matrix rate"), (["16"], 0, "it fits"), (["0.0001"], 1, "does not fit: ")],
-    ids=["this machine", "16 GiB", "nothing"],
+    ("command", "device", "status", "said"),
+    [
+        (["plan"], [], 0, "time: from the matrix rate"),
+        (["plan"], ["16"], 0, "it fits"),
+        (["prune", "--dry-run"], ["16"], 0, "it fits"),
+        (["prune", "--dry-run"], ["0.0001"], 1, "does not fit: "),
+    ],
 )
-@pytest.mark.parametrize("command", [["plan"], ["prune", "--dry-run"]], ids=" ".join)
 def test_a_plan_is_a_table_and_an_exit_status(
     command: list[str],
     device: list[str],

@@ -26,9 +26,9 @@ def middle(worlds: Worlds, name: str, phase: str, wanted: cases.Wanted = cases.c
 
 
 KILLS = [("overwrite", phase) for phase in ("journal", "layer", "export", "record")]
-KILLS += [("best", "tuning"), ("convert-over", "tidying")]
+KILLS += [("convert-over", "tidying")]
 MORE = [("overwrite", phase) for phase in ("reading", "states", "masks")]
-MORE += [("best", "sensitivity"), ("best", "tuned layer")]
+MORE += [("best", "sensitivity"), ("best", "tuning"), ("best", "tuned layer")]
 
 
 @pytest.mark.parametrize(("name", "phase"), [*KILLS, *(pytest.param(*one, marks=pytest.mark.slow) for one in MORE)])

@@ -4,6 +4,14 @@ import os
 import subprocess
 import sys
 
+FLAGS = "JAXPRUNE_TESTS_XLA_FLAGS"
+"""The variable that holds the flags with which XLA compiles sooner, and what it makes runs slower."""
+
+
+def quick() -> dict[str, str]:
+    """An environment for processes in which compilation takes most of the time."""
+    return {"XLA_FLAGS": os.environ[FLAGS]}
+
 
 def knows(flag: str) -> bool:
     """Whether this version of XLA has a flag, given as `--name=value`.

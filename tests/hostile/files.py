@@ -45,6 +45,10 @@ def build(base: Path) -> None:
         Path("text.txt").write_text("\n".join(texts))
         Path("text.json.gz").write_bytes(gzip.compress(Path("text.jsonl").read_bytes(), mtime=0))
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), "text.parquet")
+        words = PRUNE.split()
+        flags = zip(words[::2], words[1::2], strict=True)
+        options = {flag.removeprefix("--"): value for flag, value in [*flags, ("--ckpt", "hf"), ("--seqlen", 16)]}
+        Path("options.json").write_text(json.dumps(options))
         np.save("ids.npy", np.random.default_rng(0).integers(0, 300, (8, 16)))
         task_rows.write(Path("rows"))
         for file in Path("rows").iterdir():

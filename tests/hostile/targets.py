@@ -87,6 +87,13 @@ RUNS: Mapping[str, Target] = {
     "resume": _command("jaxprune.run", f"--ckpt hf {PRUNE} --out out", pruned("hf"), "out.unfinished/**/*"),
     "overwrite": _command("jaxprune.run", f"--ckpt hf {PRUNE} --overwrite --out out", pruned("hf")),
     "plan": _command("jaxprune.run", f"--ckpt hf {PRUNE} --dry-run", nothing, "hf/config.json", may_deny=True),
+    "options": _command("jaxprune.commands.plan", "--config options.json", nothing, "options.json", may_deny=True),
+    "again": _command(
+        "jaxprune.run",
+        "--config pruned/jaxprune.json --out out",
+        lambda case, base: finite("out") and None,
+        "pruned/jaxprune.json",
+    ),
     "convert-hf": _command("convert.__main__", "shards out --to orbax", converted("shards"), "shards/*"),
     "convert-gguf": _command("convert.__main__", "f32.gguf out", converted("f32.gguf"), "f32.gguf"),
     "convert-orbax": _command("convert.__main__", "orbax out", converted("orbax"), "orbax/**/*"),

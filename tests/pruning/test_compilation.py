@@ -14,6 +14,7 @@ from jaxprune.commands import recipe_options
 from jaxprune.commands.progress import timing_table
 from jaxprune.commands.terminal import keep_compilations
 from jaxprune.planning.timing import jit_versus_eager
+from tests.helpers import xla
 from tests.helpers.shapes import windows
 
 COUNTED = """
@@ -38,7 +39,7 @@ sys.exit(status)
 def test_a_second_run_compiles_nothing(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     flags = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 2, "--seqlen", 32, "--eval", "none", "--out", "out"]
     environment = {name: value for name, value in os.environ.items() if "COMPILATION_CACHE" not in name}
-    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    environment |= xla.quick() | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     found = []
     for _ in range(2):
         command = [sys.executable, "-c", COUNTED, *map(str, flags), "--overwrite"]

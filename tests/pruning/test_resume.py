@@ -171,8 +171,17 @@ def stopped(line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return [*argv, "--out", str(out)], tmp_path / "out.unfinished", digests(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("how", ["truncated", "bit-flipped"])
-@pytest.mark.parametrize("what", ["pruned/1", "pruned/states.[0-9]", "sensitivity/0/2"])
+@pytest.mark.parametrize(
+    ("what", "how"),
+    [
+        ("pruned/1", "truncated"),
+        ("pruned/states.[0-9]", "bit-flipped"),
+        ("sensitivity/0/2", "truncated"),
+        pytest.param("pruned/1", "bit-flipped", marks=pytest.mark.slow),
+        pytest.param("pruned/states.[0-9]", "truncated", marks=pytest.mark.slow),
+        pytest.param("sensitivity/0/2", "bit-flipped", marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_damaged_is_done_again(
     what: str, how: str, stopped: tuple[list[str], Path, dict[str, str]], capsys: pytest.CaptureFixture
 ) -> None:
