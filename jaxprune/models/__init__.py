@@ -2,20 +2,26 @@
 
 A family file exposes
 
-- `Config` with `from_hf(hf_config, dtype)`, a frozen dataclass with at least `num_layers`, `vocab_size`,
-  `max_positions` (of a window; None: no limit) and `dtype` (of the computation);
-- the flax.nnx modules `Embed`, `DecoderLayer` and `Head`, each made from `(config, rngs)`, with attributes named as in
-  the checkpoint. The layer takes hidden states and a `Layout` or None, and returns its output and its taps;
-- `INPUTS`, the linear layers to prune: the name of a tap -> the linear layers whose input it is.
+- `Config` with `from_hf(hf_config, dtype)`, a frozen dataclass with at least `kinds` (one for each layer, hashable:
+  layers of one kind share a module and its compiled programs), `vocab_size`, `max_positions` (of a window; None: no
+  limit) and `dtype` (of the computation);
+- the flax.nnx modules `Embed` and `Head`, made from `(config, rngs)`, and `DecoderLayer`, made from `(config, kind,
+  rngs)`, with attributes named as in the checkpoint. The embedding and the layer take a `Layout` or None beside tokens
+  and hidden states; the layer returns its output and its taps;
+- `inputs(config, kind)`, the linear layers to prune: the name of a tap -> the linear layers whose input it is.
+
+`decoder` holds the modules that most families share.
 """
 
 import functools
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jaxtyping import DTypeLike
 
@@ -25,9 +31,9 @@ from convert.errors import UserError, joined
 from jaxprune.errors import InputError
 from jaxprune.models.attention import Layout
 
-HELPERS = ("attention", "rope")
+HELPERS = ("attention", "decoder", "rope")
 """Modules that hold no family."""
-__all__ = ["Architecture", "Layout", "Part", "architecture_of", "build", "stored_dtype"]
+__all__ = ["Architecture", "Layer", "Layout", "Part", "architecture_of", "build", "stored_dtype"]
 
 
 class Part:
@@ -66,17 +72,33 @@ def _probed(module: Callable[[jax.Array], jax.Array], probe: jax.Array) -> Calla
     return lambda x: module(x) + probe
 
 
+class Layer(Part):
+    """A decoder layer, of one kind.
+
+    Attributes:
+        inputs: tap -> linear layers whose input it is.
+        kernels: path of a linear layer -> shape [n_in, n_out] of its kernel, for all that are pruned.
+        widths: tap -> its features.
+    """
+
+    def __init__(
+        self, make: Callable[[], nnx.Module], precision: str | None, inputs: Mapping[str, tuple[str, ...]]
+    ) -> None:
+        super().__init__(make, precision)
+        self.inputs = inputs
+        paths = [path for paths in inputs.values() for path in paths]
+        self.kernels = {path: self.spec[f"{path}.kernel"].shape for path in paths}
+        self.widths = {tap: self.kernels[paths[0]][0] for tap, paths in inputs.items()}
+
+
 class Architecture:
     """A model family at one configuration: parts and shapes, without params.
 
     Attributes:
         config: the family's.
-        inputs: tap -> linear layers whose input it is.
-        kernels: path of a linear layer inside a decoder layer -> shape [n_in, n_out] of its kernel, for all that are
-            pruned.
-        widths: tap -> its features.
+        embed, head: the parts around the layers.
+        layers: the decoder layers, from the first; those of one kind are one object.
         width: features of a hidden state.
-        embed, layer, head: the parts.
         spec: path in a checkpoint -> shape and dtype, for the whole model.
     """
 
@@ -87,21 +109,23 @@ class Architecture:
         def part(module: type) -> Part:
             return Part(lambda: module(config, nnx.Rngs(0)), precision)
 
+        def layer(kind: Any) -> Layer:
+            make = partial(family.DecoderLayer, config, kind)
+            return Layer(lambda: make(nnx.Rngs(0)), precision, family.inputs(config, kind))
+
         self.config = config
-        self.inputs: Mapping[str, tuple[str, ...]] = family.INPUTS
-        self.embed, self.layer, self.head = part(family.Embed), part(family.DecoderLayer), part(family.Head)
-        paths = [path for paths in self.inputs.values() for path in paths]
-        self.kernels = {path: self.layer.spec[f"{path}.kernel"].shape for path in paths}
-        self.widths = {tap: self.kernels[paths[0]][0] for tap, paths in self.inputs.items()}
-        self.width: int = next(iter(self.embed.spec.values())).shape[-1]
+        self.embed, self.head = part(family.Embed), part(family.Head)
+        kinds = {kind: layer(kind) for kind in dict.fromkeys(config.kinds)}
+        self.layers = tuple(kinds[kind] for kind in config.kinds)
+        self.width: int = jax.eval_shape(self.embed, self.embed.spec, jnp.zeros((1, 1), jnp.int32)).shape[-1]
         self.spec: Spec = dict(self.embed.spec)
-        for index in range(config.num_layers):
-            self.spec |= {f"layers.{index}.{path}": shape for path, shape in self.layer.spec.items()}
+        for index, part_ in enumerate(self.layers):
+            self.spec |= {f"layers.{index}.{path}": shape for path, shape in part_.spec.items()}
         self.spec |= self.head.spec
 
     def kernel_shapes(self) -> dict[tuple[int, str], tuple[int, ...]]:
         """Returns (layer index, path of the linear layer) -> shape [n_in, n_out] of its kernel."""
-        return {(i, path): shape for i in range(self.config.num_layers) for path, shape in self.kernels.items()}
+        return {(i, path): shape for i, layer in enumerate(self.layers) for path, shape in layer.kernels.items()}
 
     def require_length(self, length: int) -> None:
         """Raises InputError for windows that are longer than the model was made for."""

@@ -36,16 +36,31 @@ def causal_attention(
     key: Float[Array, "b t k d"],
     value: Float[Array, "b t k d"],
     layout: Layout | None = None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "b t h d"]:
-    """Returns softmax(QKᵀ/√d)V over the tokens that each query sees; h query heads share h/k key heads in order.
+    """Returns softmax(s·QKᵀ)V over the tokens that each query sees; h query heads share h/k key heads in order.
 
     Without a layout a token sees all tokens up to itself, and goes to cuDNN's flash attention where that is. Elsewhere
     queries are taken in blocks, so that the scores of one block, [b, h, 256, t], are the largest array, and most of the
-    masked half of the scores is never computed.
+    masked scores are never computed.
+
+    Args:
+        query: h heads.
+        key, value: k heads.
+        layout: where a window holds several texts.
+        window: how many tokens of its text a query sees at most, its own included; None: all before it.
+        scale: s; None: 1/√d.
+        softcap: c of c·tanh(score/c); None: scores are taken as they are.
     """
     t, d = query.shape[1], query.shape[3]
-    if layout is None and cudnn_takes(query):
-        return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+    if layout is None and softcap is None and cudnn_takes(query):
+        local = None if window is None or window >= t else (window - 1, 0)
+        return jax.nn.dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, local_window_size=local, implementation="cudnn"
+        )
     b, _, h, _ = query.shape
     k = key.shape[2]
     rows = query.reshape(b, t, k, h // k, d).transpose(0, 2, 3, 1, 4)  # heads that share a key head lie together
@@ -53,7 +68,8 @@ def causal_attention(
     heads = lax.optimization_barrier(heads)  # else XLA would rotate and transpose the keys again for each segment
     segment = max(SMALLEST, -(-t // SEGMENTS))
     bounds = [(start, min(start + segment, t)) for start in range(0, t, segment)]
-    parts = [_attend_segment(heads, start, end, layout) for start, end in bounds]
+    how = _How(d**-0.5 if scale is None else scale, softcap, None if window is None or window >= t else window)
+    parts = [_attend_segment(heads, start, end, layout, how) for start, end in bounds]
     return jnp.concatenate(parts, axis=3).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
 
 
@@ -82,16 +98,26 @@ class _Heads(NamedTuple):
     value: Float[Array, "b k t d"]
 
 
-def _attend_segment(heads: _Heads, start: int, end: int, layout: Layout | None) -> Float[Array, "b k g _ d"]:
-    """Returns the attention of the queries from `start` to `end` over the tokens up to there."""
-    seen = heads._replace(key=heads.key[:, :, :end], value=heads.value[:, :, :end])
+class _How(NamedTuple):
+    """Options of `causal_attention`; no window is one that all tokens fit."""
+
+    scale: float
+    softcap: float | None
+    window: int | None
+
+
+def _attend_segment(heads: _Heads, start: int, end: int, layout: Layout | None, how: _How) -> Float[Array, "b k g _ d"]:
+    """Returns the attention of the queries from `start` to `end` over the tokens that they see, or some more."""
+    # A packed text's tokens may lie anywhere before; without a layout none lies further back than the window.
+    first = 0 if how.window is None or layout is not None else max(0, start - how.window + 1)
+    seen = heads._replace(key=heads.key[:, :, first:end], value=heads.value[:, :, first:end])
     if end - start <= LARGEST:
         block = seen._replace(query=seen.query[:, :, :, start:end])
-        return _attend(block, _visible(jnp.int32(start), end - start, end, layout))
+        return _attend(block, _visible(jnp.int32(start), end - start, (first, end), layout, how.window), how)
 
     def attend(begin: Array) -> Array:
         block = seen._replace(query=lax.dynamic_slice_in_dim(seen.query, begin, LARGEST, axis=3))
-        return _attend(block, _visible(begin, LARGEST, end, layout))
+        return _attend(block, _visible(begin, LARGEST, (first, end), layout, how.window), how)
 
     # The last block may overlap the one before it, so that every block has the same shape.
     starts = jnp.minimum(jnp.arange(start, end, LARGEST, dtype=jnp.int32), jnp.int32(end - LARGEST))
@@ -100,14 +126,17 @@ def _attend_segment(heads: _Heads, start: int, end: int, layout: Layout | None) 
     return jnp.concatenate([*blocks[:-1], blocks[-1][:, :, :, LARGEST - rest :]], axis=3)
 
 
-def _attend(heads: _Heads, visible: Bool[Array, "_ 1 q s"]) -> Float[Array, "b k g q d"]:
+def _attend(heads: _Heads, visible: Bool[Array, "_ 1 q s"], how: _How) -> Float[Array, "b k g q d"]:
     """Returns the attention's output. Queries of heads that share a key head are rows of one product; the softmax is
     float32 (or float64)."""
     query, key, value = heads
     b, k, g, q, d = query.shape
     float32 = jnp.promote_types(query.dtype, jnp.float32)
     scores = jnp.einsum("bkqd,bksd->bkqs", query.reshape(b, k, g * q, d), key, preferred_element_type=float32)
-    scores = scores.reshape(b, k, g, q, -1) * jnp.asarray(d**-0.5, float32)
+    scores = scores.reshape(b, k, g, q, -1) * jnp.asarray(how.scale, float32)
+    if how.softcap is not None:
+        cap = jnp.asarray(how.softcap, float32)
+        scores = jnp.tanh(scores / cap) * cap
     scores = jnp.where(visible[:, :, None], scores, jnp.finfo(float32).min)
     most = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))  # it cancels, and so does its gradient
     weights = jnp.exp(scores - most)
@@ -117,17 +146,26 @@ def _attend(heads: _Heads, visible: Bool[Array, "_ 1 q s"]) -> Float[Array, "b k
     return (mixed / total).astype(value.dtype)
 
 
-def _visible(start: Array, count: int, t: int, layout: Layout | None) -> Bool[Array, "_ 1 count t"]:
-    """Returns which of the first t tokens the `count` queries from `start` on see."""
-    here, there = start + jnp.arange(count, dtype=jnp.int32), jnp.arange(t, dtype=jnp.int32)
-    visible = (there[None, :] <= here[:, None])[None, None]
+def _visible(
+    start: Array, count: int, keys: tuple[int, int], layout: Layout | None, window: int | None
+) -> Bool[Array, "_ 1 count s"]:
+    """Returns which of the tokens in a range the `count` queries from `start` on see."""
+    here, there = start + jnp.arange(count, dtype=jnp.int32), jnp.arange(*keys, dtype=jnp.int32)
+    visible = there[None, :] <= here[:, None]
+    if layout is None and window is not None:
+        visible &= there[None, :] > here[:, None] - jnp.int32(window)
+    visible = visible[None, None]
     if layout is None:
         return visible
-    layout = Layout(*(jnp.asarray(field)[:, :t] for field in layout))
+    layout = Layout(*(jnp.asarray(field)[:, : keys[1]] for field in layout))
 
     def of_queries(x: Array) -> Array:
         return lax.dynamic_slice_in_dim(x, start, count, axis=1)[:, None, :, None]
 
     group, branch = layout.group[:, None, None, :], layout.branch[:, None, None, :]
     shared = jnp.zeros_like(branch)
-    return visible & (group == of_queries(layout.group)) & ((branch == shared) | (branch == of_queries(layout.branch)))
+    visible &= (group == of_queries(layout.group)) & ((branch == shared) | (branch == of_queries(layout.branch)))
+    if window is not None:
+        positions = layout.positions[:, None, None, :]
+        visible &= positions > of_queries(layout.positions) - jnp.asarray(window, positions.dtype)
+    return visible

@@ -7,6 +7,7 @@ analysis of the programs that the run will call, or, where even all their interm
 import dataclasses
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ class Work:
     @property
     def pruned_weights(self) -> int:
         """Weights of all kernels that are pruned."""
-        return self.architecture.config.num_layers * sum(n * m for n, m in self.architecture.kernels.values())
+        return sum(n * m for layer in self.architecture.layers for n, m in layer.kernels.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,12 +177,15 @@ def _peaks(phase: list[Program], within: float) -> Iterator[int]:
 
 def _host(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
     """Returns phase -> host memory besides what the device needs and the hidden states."""
-    layer = sum(_size(work.spec, path) for path in work.spec if part_of(path) == "layers.0")
+    sizes = Counter[str]()
+    for path in work.spec:
+        sizes[part_of(path)] += _size(work.spec, path)
+    layer = max(size for part, size in sizes.items() if part.startswith("layers."))
     # One layer being pruned, one read ahead, one as it goes out, one being committed, and that one's copy.
     found = dict.fromkeys(phases, max(peak_bytes()["host"], LIBRARIES) + 5 * layer)
     if "sensitivity" in phases:
         some = work.recipe.importance.windows_of(work.windows)
-        energies = 4 * work.architecture.config.num_layers * len(work.architecture.inputs) * some * work.length
+        energies = 4 * sum(len(layer.inputs) for layer in work.architecture.layers) * some * work.length
         found["sensitivity"] += energies
         for phase in ("gram", "solve", "forward"):
             found[phase] += 2 * energies * work.recipe.importance.weighs
@@ -200,7 +204,7 @@ def _states(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
         found["tune"] = hidden
     if "sensitivity" in phases:
         some = work.states_bytes(work.recipe.importance.windows_of(work.windows), work.length)
-        inputs = (work.architecture.config.num_layers + 1) * some
+        inputs = (len(work.architecture.layers) + 1) * some
         found["sensitivity"] = 2 * some + (inputs if work.scratch else min(HOST_BYTES, inputs))
     if work.evaluation:
         found["evaluate"] = 2 * work.states_bytes(*work.evaluation)

@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jaxtyping import DTypeLike
 
 from jaxprune.evaluation import text
 from jaxprune.methods import Method
-from jaxprune.models import Architecture
+from jaxprune.models import Architecture, Layer
 from jaxprune.pruning import adam, distillation, gram_matrices, kernel, sensitivity
 from jaxprune.sharding import Devices
 from jaxprune.sparsity.patterns import Pattern
@@ -157,9 +157,10 @@ class Shapes:
     devices: Devices
     tokens: int | None = None
 
-    def layer(self) -> dict[str, Shape]:
-        """Returns a layer's params."""
-        return self.params(self.architecture.layer.spec, self.stored)
+    @property
+    def layers(self) -> Mapping[Layer, int]:
+        """The kinds of layers -> how many there are of each."""
+        return Counter(self.architecture.layers)
 
     def params(self, spec: Mapping[str, Any], dtype: DTypeLike) -> dict[str, Shape]:
         """Returns replicated params."""
@@ -185,49 +186,72 @@ def of_pruning(shapes: Shapes, windows: int, length: int, method: Method, patter
         method: prunes each kernel.
         pattern: the pattern of each kernel.
     """
-    architecture, devices = shapes.architecture, shapes.devices
-    layers, params, x = architecture.config.num_layers, shapes.layer(), shapes.batch(windows, length)
-    passes, parts = layers * windows / x.shape[0], devices.count
-    whole = {tap: devices.abstract(Shape((n, n), jnp.float32), None) for tap, n in architecture.widths.items()}
-    grams = whole
-    if parts > 1:  # each device's share
-        grams = {tap: devices.abstract(Shape((parts, *gram.shape), jnp.float32), 0) for tap, gram in whole.items()}
-    in_flight = 2 * _bytes(x)  # one batch on its way in, one on its way out
-    accumulate = partial(gram_matrices.accumulate, architecture.layer)
-    arguments: tuple[Any, ...] = params, x, {}, grams
-    yield Program("gram", "forward and Gram matrices", accumulate, arguments, passes, in_flight, donated=(3,))
-    waiting = dict(whole)
+    x = shapes.batch(windows, length)
+    passes, in_flight = windows / x.shape[0], 2 * _bytes(x)  # one batch on its way in, one on its way out
+    for layer, count in shapes.layers.items():
+        params = shapes.params(layer.spec, shapes.stored)
+        whole = {tap: shapes.devices.abstract(Shape((n, n), jnp.float32), None) for tap, n in layer.widths.items()}
+        grams, parts = whole, shapes.devices.count
+        if parts > 1:  # each device's share
+            shares = {tap: Shape((parts, *gram.shape), jnp.float32) for tap, gram in whole.items()}
+            grams = {tap: shapes.devices.abstract(share, 0) for tap, share in shares.items()}
+        accumulate = partial(gram_matrices.accumulate, layer)
+        yield Program(
+            "gram",
+            "forward and Gram matrices",
+            accumulate,
+            (params, x, {}, grams),
+            count * passes,
+            in_flight,
+            donated=(3,),
+        )
+        yield from _of_solves(shapes, layer, count, params, whole, method, pattern)
+        calls = passes * (count - (layer is shapes.architecture.layers[-1]))  # nothing reads the last layer's output
+        forward = partial(apply_layer, layer)
+        yield Program("forward", "forward", forward, (params, x, None), calls, in_flight, donated=(1,))
+
+
+def _of_solves(
+    shapes: Shapes,
+    layer: Layer,
+    count: int,
+    params: Mapping[str, Shape],
+    grams: Mapping[str, Shape],
+    method: Method,
+    pattern: Pattern,
+) -> Iterator[Program]:
+    """Yields the programs of the solves of a kind of layers, of which there are so many."""
+    waiting = dict(grams)
     solving = partial(solve, method, pattern)  # compiled once for all of a shape
-    for tap, paths in architecture.inputs.items():
+    for tap, paths in layer.inputs.items():
         gram = waiting.pop(tap)
-        prepared = jax.tree.map(lambda leaf: devices.abstract(leaf, None), jax.eval_shape(method.prepare, gram))
+        prepared = jax.tree.map(lambda leaf: shapes.devices.abstract(leaf, None), jax.eval_shape(method.prepare, gram))
         shared = _bytes(params) + _bytes(waiting)
         alive = shared + _bytes(gram) + _bytes(prepared)
-        yield Program("solve", f"prepare {tap}", method.prepare, (gram,), layers, shared)
+        yield Program("solve", f"prepare {tap}", method.prepare, (gram,), count, shared)
         for path in paths:
-            weight = devices.abstract(Shape(architecture.kernels[path], jnp.float32), -1)
-            yield Program("solve", f"solve {path}", solving, (prepared, weight), layers, alive - _bytes(prepared))
-            arguments = gram, devices.abstract(Shape(weight.shape, shapes.stored), -1), weight
-            yield Program("solve", f"store {path}", kernel.store, arguments, layers, alive - _bytes(gram))
-    calls, forward = passes * (layers - 1) / layers, partial(apply_layer, architecture.layer)
-    yield Program("forward", "forward", forward, (params, x, None), calls, in_flight, donated=(1,))
+            weight = shapes.devices.abstract(Shape(layer.kernels[path], jnp.float32), -1)
+            yield Program("solve", f"solve {path}", solving, (prepared, weight), count, alive - _bytes(prepared))
+            arguments = gram, shapes.devices.abstract(Shape(weight.shape, shapes.stored), -1), weight
+            yield Program("solve", f"store {path}", kernel.store, arguments, count, alive - _bytes(gram))
 
 
 def of_sensitivity(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:
     """Yields the programs of the reverse pass over some windows; arguments as for `of_pruning`."""
     architecture = shapes.architecture
     x = shapes.batch(windows, length, sensitivity.tokens_per_batch(shapes.tokens))
-    params, head = shapes.layer(), shapes.params(architecture.head.spec, architecture.config.dtype)
-    passes, taps = architecture.config.num_layers * windows / x.shape[0], tuple(architecture.inputs.items())
-    forward = partial(apply_layer, architecture.layer)
-    yield Program("sensitivity", "forward", forward, (params, x, None), passes, 2 * _bytes(x), donated=(1,))
+    head, passes = shapes.params(architecture.head.spec, architecture.config.dtype), windows / x.shape[0]
+    for layer, count in shapes.layers.items():
+        params, forward = shapes.params(layer.spec, shapes.stored), partial(apply_layer, layer)
+        arguments: tuple[Any, ...] = params, x, None
+        yield Program("sensitivity", "forward", forward, arguments, count * passes, 2 * _bytes(x), donated=(1,))
+        backward = partial(sensitivity.backward, layer)
+        yield Program("sensitivity", "backward", backward, (params, x, x), count * passes, 2 * _bytes(x), donated=(2,))
     chunk = min(CHUNK, x.shape[0] // shapes.devices.count * (length - 1))
     states = Shape((chunk, architecture.width), architecture.config.dtype)
     loss, chunks = partial(sensitivity.loss_gradient, architecture.head), windows * (length - 1) / chunk
     arguments = head, states, Shape((chunk,), jnp.int32)
     yield Program("sensitivity", "loss", loss, arguments, chunks, 2 * _bytes(states))
-    backward = partial(sensitivity.backward, architecture.layer, taps)
-    yield Program("sensitivity", "backward", backward, (params, x, x), passes, 2 * _bytes(x), donated=(2,))
 
 
 def of_distillation(
@@ -243,43 +267,62 @@ def of_distillation(
             layer's do, and each layer's forward pass is run again before its vjp.
     """
     architecture = shapes.architecture
-    layers, step = architecture.config.num_layers, -(-step // shapes.devices.count)
+    step = -(-step // shapes.devices.count)
     x, head = shapes.states(step, length), shapes.params(architecture.head.spec, architecture.config.dtype)
-    names, params = [f"{path}.kernel" for path in architecture.kernels], shapes.layer()
-    values = {name: Shape(params[name].shape, jnp.float32) for name in names}
-    rest = {name: param for name, param in params.items() if name not in values}
-    masks = {name: Shape((value.shape[0], -(-value.shape[1] // 8)), jnp.uint8) for name, value in values.items()}
-    units, moments = dict.fromkeys(names, Shape((), jnp.float32)), jax.eval_shape(adam.ADAM.init, values)
-    kernels = adam.Kernels(values, masks, units, moments)
-    calls = layers * math.ceil(epochs * windows / step)
     batch = shapes.batch(windows, length)
-    passes = layers * min(1.0, epochs) * windows / batch.shape[0]
-    forward = partial(apply_layer, architecture.layer)
-    yield Program("tune", "dense forward", forward, (params, batch, None), passes, 2 * _bytes(batch), donated=(1,))
-    forward_and_vjp = partial(distillation.forward_and_vjp, architecture.layer)
-    vjp = jax.eval_shape(forward_and_vjp, values, rest, x)[1] if keep else x
-    state = _bytes(kernels) + _bytes(rest) + _bytes(vjp) if keep else 0  # of a layer
-    if keep:
-        yield Program("tune", "forward", forward_and_vjp, (values, rest, x), calls, layers * state - _bytes(values))
-    else:
-        yield Program("tune", "forward", forward, (values | rest, x, None), calls, donated=(1,))
+    visits, passes = math.ceil(epochs * windows / step), min(1.0, epochs) * windows / batch.shape[0]
+    tuned = [(layer, count, _Tuned.of(shapes, layer, x, keep)) for layer, count in shapes.layers.items()]
+    resident = sum(count * one.state for _, count, one in tuned)
+    for layer, count, one in tuned:
+        forward, arguments = partial(apply_layer, layer), (one.params, batch, None)
+        yield Program("tune", "dense forward", forward, arguments, count * passes, 2 * _bytes(batch), donated=(1,))
+        values, calls = one.kernels.values, count * visits
+        if keep:
+            forward_and_vjp = partial(distillation.forward_and_vjp, layer)
+            arguments = values, one.rest, x
+            yield Program("tune", "forward", forward_and_vjp, arguments, calls, resident - _bytes(values))
+        else:
+            yield Program("tune", "forward", forward, (values | one.rest, x, None), calls, donated=(1,))
+        update, arguments = (
+            partial(distillation.update, layer),
+            (one.kernels, one.rest, one.vjp, x, Shape((), jnp.float32)),
+        )
+        yield Program("tune", "backward and step", update, arguments, calls, resident - one.state, donated=(0,))
     chunk = Shape((min(CHUNK // 2, step * length), architecture.width), architecture.config.dtype)
     loss = partial(distillation.head_divergence, architecture.head)
-    chunks = calls / layers * step * length / chunk.shape[0]
-    yield Program("tune", "divergence", loss, (head, chunk, chunk), chunks, layers * state)
-    update = partial(distillation.update, architecture.layer)
-    arguments = kernels, rest, vjp, x, Shape((), jnp.float32)
-    yield Program("tune", "backward and step", update, arguments, calls, (layers - 1) * state, donated=(0,))
+    yield Program("tune", "divergence", loss, (head, chunk, chunk), visits * step * length / chunk.shape[0], resident)
+
+
+class _Tuned(NamedTuple):
+    """What a layer of one kind is called with in a distillation, and how many bytes of it stay on the device."""
+
+    params: dict[str, Shape]
+    kernels: adam.Kernels
+    rest: dict[str, Shape]
+    vjp: Any
+    state: int
+
+    @classmethod
+    def of(cls, shapes: Shapes, layer: Layer, x: Shape, keep: bool) -> "_Tuned":
+        params = shapes.params(layer.spec, shapes.stored)
+        names = [f"{path}.kernel" for path in layer.kernels]
+        values = {name: Shape(params[name].shape, jnp.float32) for name in names}
+        rest = {name: param for name, param in params.items() if name not in values}
+        masks = {name: Shape((value.shape[0], -(-value.shape[1] // 8)), jnp.uint8) for name, value in values.items()}
+        units, moments = dict.fromkeys(names, Shape((), jnp.float32)), jax.eval_shape(adam.ADAM.init, values)
+        kernels = adam.Kernels(values, masks, units, moments)
+        forward_and_vjp = partial(distillation.forward_and_vjp, layer)
+        vjp = jax.eval_shape(forward_and_vjp, values, rest, x)[1] if keep else x
+        return cls(params, kernels, rest, vjp, _bytes(kernels) + _bytes(rest) + _bytes(vjp) if keep else 0)
 
 
 def of_evaluation(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:
     """Yields the programs that compare the pruned model with the dense one on a text; arguments as for `of_pruning`."""
     architecture, x = shapes.architecture, shapes.batch(windows, length)
-    forward = partial(apply_layer, architecture.layer)
-    passes = 2 * architecture.config.num_layers * windows / x.shape[0]
-    params = shapes.layer()
-    resident = 2 * _bytes(x) + _bytes(params)
-    yield Program("evaluate", "forward", forward, (params, x, None), passes, resident, donated=(1,))
+    for layer, count in shapes.layers.items():
+        params, forward = shapes.params(layer.spec, shapes.stored), partial(apply_layer, layer)
+        calls, resident = 2 * count * windows / x.shape[0], 2 * _bytes(x) + _bytes(params)
+        yield Program("evaluate", "forward", forward, (params, x, None), calls, resident, donated=(1,))
     chunk = min(CHUNK // 2, windows * (length - 1))
     head = shapes.params(architecture.head.spec, shapes.stored)
     states, targets = Shape((chunk, architecture.width), architecture.config.dtype), Shape((chunk,), jnp.int32)

@@ -37,7 +37,7 @@ def allocate(
     """
     linears, histograms, sizes = [], [], []
     for index, (params, layer) in enumerate(zip(model.layers(), sensitivity, strict=True)):
-        for tap, paths in model.architecture.inputs.items():
+        for tap, paths in model.architecture.layers[index].inputs.items():
             for path in paths:
                 kernel = model.devices.replicate(params[f"{path}.kernel"])
                 histograms.append(fetch(_histogram(kernel, layer.inputs[tap], layer.outputs[path])))

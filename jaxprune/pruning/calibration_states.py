@@ -59,10 +59,10 @@ class CalibrationStates:
                     f"layer {before} was damaged on the disk while it was used: run the same command again"
                 )
             params = self._model.devices.replicate(inside_layer(before, layer.params))
-            self._model.forward(params, self.pruned)
+            self._model.forward(before, params, self.pruned)
             if self.dense:
                 (stored,) = self._model.layers([before])
-                self._model.forward(self._model.devices.replicate(stored), self.dense)
+                self._model.forward(before, self._model.devices.replicate(stored), self.dense)
         self._position = index
 
     def _restore(self, index: int, finished: Results) -> None:

@@ -20,6 +20,7 @@ References:
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -92,13 +93,12 @@ def distill(
     """
     architecture = model.architecture
     batches = _batches(tokens, tuning, seed)
-    names = [f"{path}.kernel" for path in architecture.kernels]
     placement = _placement(model, (len(batches[0]), tokens.shape[1]))
-    results, state, rest, dtypes = [], [], [], {}
+    results, state, rest, dtypes = [], [], [], []
     for result in layers:
         params = inside_layer(result.index, result.params)
-        kernels = {name: params.pop(name) for name in names}
-        dtypes = {name: kernel.dtype for name, kernel in kernels.items()}
+        kernels = {f"{path}.kernel": params.pop(f"{path}.kernel") for path in architecture.layers[result.index].kernels}
+        dtypes.append({name: kernel.dtype for name, kernel in kernels.items()})
         results.append(dataclasses.replace(result, params={}))
         state.append(placement.place(adam.init(kernels)))
         rest.append(params)
@@ -122,8 +122,8 @@ def distill(
             observer.epoch_done(epoch, float(np.mean(divergences)))
             divergences.clear()
         saved.keep(step + 1, state, divergences)
-    for result, params, tuned in zip(results, rest, state, strict=True):
-        stored = {name: fetch(adam.rounded(tuned, name, dtypes[name], model.devices)) for name in names}
+    for result, params, tuned, kinds in zip(results, rest, state, dtypes, strict=True):
+        stored = {name: fetch(adam.rounded(tuned, name, dtype, model.devices)) for name, dtype in kinds.items()}
         yield dataclasses.replace(result, params=in_checkpoint(result.index, params | stored))
 
 
@@ -145,17 +145,19 @@ def _placement(model: StreamedModel, window: tuple[int, int]) -> Placement:
         window: windows of a step, and their length.
     """
     architecture, devices = model.architecture, model.devices
-    values = {f"{path}.kernel": jax.ShapeDtypeStruct(s, jnp.float32) for path, s in architecture.kernels.items()}
-    rest = {name: shape for name, shape in architecture.layer.spec.items() if name not in values}
     x = jax.ShapeDtypeStruct((*window, architecture.width), model.dtype)
-    _, vjp = jax.eval_shape(partial(forward_and_vjp, architecture.layer), values, rest, x)
-    kept = model.num_layers * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(vjp))
+    kept = weights = 0
+    for layer, count in Counter(architecture.layers).items():
+        values = {f"{path}.kernel": jax.ShapeDtypeStruct(s, jnp.float32) for path, s in layer.kernels.items()}
+        rest = {name: shape for name, shape in layer.spec.items() if name not in values}
+        _, vjp = jax.eval_shape(partial(forward_and_vjp, layer), values, rest, x)
+        kept += count * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(vjp))
+        weights += count * sum(value.size for value in values.values())
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return Placement(devices.shard_outputs, kept < CPU_BYTES)
     memory = device.memory_stats() or {}
     free = memory.get("bytes_limit", 0) - memory.get("bytes_in_use", 0)
-    weights = model.num_layers * sum(value.size for value in values.values())
     return Placement(devices.shard_outputs if 12 * weights / devices.count < free / 2 else fetch, kept < free / 4)
 
 
@@ -173,12 +175,12 @@ def _step(
     architecture, devices = model.architecture, model.devices
     x = apply(architecture.embed, outer.embed, devices.shard_windows(tokens))
     vjps: list[Any] = []  # of the layers, or their inputs
-    for kernels, others in zip(state, rest, strict=True):
+    for layer, kernels, others in zip(architecture.layers, state, rest, strict=True):
         if placement.keep:
-            x, vjp = forward_and_vjp(architecture.layer, kernels.values, others, x)
+            x, vjp = forward_and_vjp(layer, kernels.values, others, x)
         else:
             vjp = np.array(fetch(x))  # a copy, for x is donated
-            x = apply_layer(architecture.layer, others | kernels.values, x)
+            x = apply_layer(layer, others | kernels.values, x)
         vjps.append(vjp)
     states = fetch(x).reshape(-1, x.shape[-1])
     divergence, gradient = in_chunks(
@@ -195,7 +197,7 @@ def _step(
         )
     cotangent = devices.shard_windows(gradient.reshape(x.shape))
     for index in reversed(range(len(state))):
-        cotangent, updated = update(architecture.layer, state[index], rest[index], vjps.pop(), cotangent, rate)
+        cotangent, updated = update(architecture.layers[index], state[index], rest[index], vjps.pop(), cotangent, rate)
         state[index] = placement.place(updated)
     return float(divergence.mean(dtype=np.float64))
 

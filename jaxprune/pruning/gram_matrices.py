@@ -21,6 +21,7 @@ Grams = dict[str, Float[Array, "n n"]]
 
 def gram_matrices(
     model: StreamedModel,
+    index: int,
     params: Mapping[str, Array],
     hidden: HiddenStates,
     dense: HiddenStates | None = None,
@@ -30,6 +31,7 @@ def gram_matrices(
 
     Args:
         model: the model that the layer belongs to.
+        index: the index of the layer.
         params: the params of the dense layer, on the device.
         hidden: states before the layer.
         dense: states before the layer of the dense model, which move on to those behind it; None: there are none.
@@ -42,7 +44,7 @@ def gram_matrices(
     Raises:
         InputError: NaN or infinity in the layer's activations; weights are looked at when they are read.
     """
-    devices, architecture = model.devices, model.architecture
+    devices, layer = model.devices, model.architecture.layers[index]
     weights = weights or {}
     sums: dict[int, tuple[Grams, Grams]] = {}
 
@@ -50,7 +52,7 @@ def gram_matrices(
         """Returns sums on each device where the rows can be split over all of them, else one."""
         parts = 1 if (rows.stop - rows.start) % devices.count else devices.count
         if parts not in sums:
-            shapes = {tap: (n, n) if parts == 1 else (parts, n, n) for tap, n in architecture.widths.items()}
+            shapes = {tap: (n, n) if parts == 1 else (parts, n, n) for tap, n in layer.widths.items()}
             zeros = [{tap: devices.zeros(shape) for tap, shape in shapes.items()} for _ in range(1 + bool(dense))]
             sums[parts] = zeros[0], zeros[1] if dense else {}
         return parts, *sums.pop(parts)
@@ -61,7 +63,7 @@ def gram_matrices(
     def move_dense(states: Array, rows: slice) -> Array:
         x = hidden.batch(rows)
         parts, grams, drifts = totals_for(rows)
-        after, *sums[parts] = accumulate_drift(architecture.layer, params, x, states, weights_of(rows), grams, drifts)
+        after, *sums[parts] = accumulate_drift(layer, params, x, states, weights_of(rows), grams, drifts)
         return after
 
     if dense:
@@ -69,7 +71,7 @@ def gram_matrices(
     else:
         for rows, x in zip(hidden.slices(), hidden.batches(), strict=True):
             parts, grams, _ = totals_for(rows)
-            sums[parts] = accumulate(architecture.layer, params, x, weights_of(rows), grams), {}
+            sums[parts] = accumulate(layer, params, x, weights_of(rows), grams), {}
     grams, drifts = devices.replicate(_total(list(sums.values()))) if devices.count > 1 else sums[1]
     del sums
     grams = {tap: gram.symmetric(grams.pop(tap)) for tap in list(grams)}

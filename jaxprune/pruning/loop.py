@@ -101,7 +101,9 @@ def _visit_layers(
         with _timed(seconds, "gram"):
             tokens = solver.weights[index].tokens if solver.weights else None
             try:
-                grams, drifts = jax.block_until_ready(gram_matrices(model, params, states.pruned, states.dense, tokens))
+                grams, drifts = jax.block_until_ready(
+                    gram_matrices(model, index, params, states.pruned, states.dense, tokens)
+                )
             except InputError as error:
                 error.problem = f"layer {index}: {error.problem}"
                 raise
@@ -111,7 +113,7 @@ def _visit_layers(
         del params
         with _timed(seconds, "forward"):
             if index + 1 < model.num_layers:  # nothing reads the last layer's output
-                model.forward(pruned.params, states.pruned)
+                model.forward(index, pruned.params, states.pruned)
         # Only kernels changed; the rest goes out exactly as it came in.
         changed = {f"{path}.kernel": fetch(pruned.params[f"{path}.kernel"]) for path in pruned.kernels}
         result = LayerResult(
@@ -156,7 +158,7 @@ def solve_layer(
         InputError: a Gram matrix is too nearly singular, whatever the damping.
     """
     layer = SolvedLayer(params)
-    for tap, paths in model.architecture.inputs.items():
+    for tap, paths in model.architecture.layers[index].inputs.items():
         gram_of_tap, drift = grams.pop(tap), drifts.pop(tap, None)
         for times in DAMPING:
             method = solver.method if times == 1 else with_more_damping(solver.method, times)

@@ -14,7 +14,7 @@ References:
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxprune.errors import InputError
-from jaxprune.models import Part
+from jaxprune.models import Layer, Part
 from jaxprune.pruning import kept_states
 from jaxprune.pruning.journal import SENSITIVITY, Journal
 from jaxprune.recipe import Importance
@@ -114,15 +114,17 @@ def measure_sensitivity(
     each = [_reverse(model, tokens[rows], journal, f"{SENSITIVITY}/{n}") for n, rows in enumerate(groups)]
     if journal:
         journal.wait()
-    taps, paths = model.architecture.inputs, model.architecture.kernels
-    return [
-        Sensitivity(
-            {tap: np.concatenate([part.tokens[tap] for part in layer]) for tap in taps},
-            {path: sum((part.outputs[path] for part in layer[1:]), layer[0].outputs[path]) for path in paths},
-            {tap: sum((part.inputs[tap] for part in layer[1:]), layer[0].inputs[tap]) for tap in taps},
-        )
-        for layer in zip(*each, strict=True)
-    ]
+    return [_of_windows(layer) for layer in zip(*each, strict=True)]
+
+
+def _of_windows(parts: Sequence[Sensitivity]) -> Sensitivity:
+    """Returns a layer's sensitivity over the windows of all parts."""
+    first, *others = parts
+    return Sensitivity(
+        {tap: np.concatenate([part.tokens[tap] for part in parts]) for tap in first.tokens},
+        {path: sum((part.outputs[path] for part in others), found) for path, found in first.outputs.items()},
+        {tap: sum((part.inputs[tap] for part in others), found) for tap, found in first.inputs.items()},
+    )
 
 
 def tokens_per_batch(forward: int | None = None) -> int:
@@ -164,7 +166,7 @@ def _reverse(
         _differentiate_loss(model, states, tokens)
     order = range(top)[::-1]
     for index, params in zip(order, model.layers(order), strict=True):
-        layer = _reverse_layer(model, model.devices.replicate(params), inputs.pop(), states)
+        layer = _reverse_layer(model, index, model.devices.replicate(params), inputs.pop(), states)
         _require_finite(layer)
         if journal and index not in found:
             arrays = {f"{kind}.{name}": array for kind, part in layer._asdict().items() for name, array in part.items()}
@@ -216,24 +218,19 @@ def _differentiate_loss(model: StreamedModel, states: HiddenStates, tokens: Int[
 
 
 def _reverse_layer(
-    model: StreamedModel, params: Mapping[str, Array], inputs: HiddenStates, gradients: HiddenStates
+    model: StreamedModel, index: int, params: Mapping[str, Array], inputs: HiddenStates, gradients: HiddenStates
 ) -> Sensitivity:
     """Moves the gradients through one layer, from its output to its input."""
-    taps, paths = tuple(model.architecture.inputs.items()), model.architecture.kernels
+    layer = model.architecture.layers[index]
     batches: list[Sensitivity] = []
 
     def step(gradient: Array, rows: slice) -> Array:
-        before, sensitivity = backward(model.architecture.layer, taps, params, inputs.batch(rows), gradient)
+        before, sensitivity = backward(layer, params, inputs.batch(rows), gradient)
         batches.append(sensitivity)
         return before
 
     gradients.update(step)
-    every = fetch(batches)
-    return Sensitivity(
-        {tap: np.concatenate([batch.tokens[tap] for batch in every]) for tap, _ in taps},
-        {path: sum(batch.outputs[path] for batch in every) for path in paths},
-        {tap: sum(batch.inputs[tap] for batch in every) for tap, _ in taps},
-    )
+    return _of_windows(fetch(batches))
 
 
 def _require_finite(layer: Sensitivity) -> None:
@@ -256,22 +253,20 @@ def loss_gradient(
     return gradient
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
 def backward(
-    layer: Part,
-    taps: tuple[tuple[str, tuple[str, ...]], ...],
+    layer: Layer,
     params: Mapping[str, Array],
     x: Float[Array, "b t d"],
     gradient: Float[Array, "b t d"],
 ) -> tuple[Float[Array, "b t d"], Sensitivity]:
     """Returns the gradient by the layer's input, and the batch's sensitivity (its arrays on the device)."""
-    widths = {path: layer.spec[f"{path}.kernel"].shape[1] for _, paths in taps for path in paths}
-    probes = {path: jnp.zeros((*x.shape[:2], width), x.dtype) for path, width in widths.items()}
+    probes = {path: jnp.zeros((*x.shape[:2], shape[1]), x.dtype) for path, shape in layer.kernels.items()}
     _, vjp, inputs = jax.vjp(lambda x, probes: layer(params, x, probes=probes), x, probes, has_aux=True)
     before, outputs = vjp(gradient)
     squares = {path: jnp.square(g.astype(jnp.float32)) for path, g in outputs.items()}
     return before, Sensitivity(
-        {tap: sum(jnp.sum(squares[path], axis=-1) for path in paths) for tap, paths in taps},
+        {tap: sum(jnp.sum(squares[path], axis=-1) for path in paths) for tap, paths in layer.inputs.items()},
         {path: jnp.sum(square, axis=(0, 1)) for path, square in squares.items()},
-        {tap: jnp.sum(jnp.square(inputs[tap].astype(jnp.float32)), axis=(0, 1)) for tap, _ in taps},
+        {tap: jnp.sum(jnp.square(inputs[tap].astype(jnp.float32)), axis=(0, 1)) for tap in layer.inputs},
     )

@@ -94,20 +94,20 @@ def capture(
         raise InputError(f"there is no layer {last}: the checkpoint has {model.num_layers} layers, from 0")
     solver = Solver(method, targets_for(model.architecture, target))
     hidden = model.embed(tokens)
-    inputs = {tap: tuple(paths) for tap, paths in model.architecture.inputs.items()}
     order = range(last + 1)
     for index, stored in zip(order, model.layers(order), strict=True):
         params = model.devices.replicate(stored)
         grams: Grams = {}
         if prune_before or index in layers:
-            grams, _ = gram_matrices(model, params, hidden)
+            grams, _ = gram_matrices(model, index, params, hidden)
         if index in layers:
+            inputs = {tap: tuple(paths) for tap, paths in model.architecture.layers[index].inputs.items()}
             kernels = {path: np.asarray(stored[f"{path}.kernel"]) for paths in inputs.values() for path in paths}
             yield Snapshot(index, inputs, fetch(grams), kernels)
         if index < last:
             if prune_before:
                 params = solve_layer(model, index, params, grams, {}, solver).params
-            model.forward(params, hidden)
+            model.forward(index, params, hidden)
 
 
 def solve(snapshot: Snapshot, recipe: Recipe) -> Iterator[tuple[str, KernelResult, float, jax.Array]]:

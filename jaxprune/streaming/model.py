@@ -1,7 +1,6 @@
 """A checkpoint's model that streams: one layer's params on the device, the next one read in the background."""
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -62,7 +61,7 @@ class StreamedModel:
     @property
     def num_layers(self) -> int:
         """Number of decoder layers."""
-        return self.architecture.config.num_layers
+        return len(self.architecture.layers)
 
     @property
     def dtype(self) -> np.dtype:
@@ -107,7 +106,7 @@ class StreamedModel:
 
     def _read_layer(self, index: int) -> Params:
         return inside_layer(
-            index, self.reader.read([f"layers.{index}.{path}" for path in self.architecture.layer.spec])
+            index, self.reader.read([f"layers.{index}.{path}" for path in self.architecture.layers[index].spec])
         )
 
     def params_of(self, part: Part, *, cast: bool = False) -> dict[str, Array]:
@@ -123,12 +122,18 @@ class StreamedModel:
         return self.devices.replicate(params)
 
     def embed(
-        self, tokens: Int[np.ndarray, "w t"], into: HiddenStates | None = None, *, at_a_time: int | None = None
+        self,
+        tokens: Int[np.ndarray, "w t"],
+        into: HiddenStates | None = None,
+        *,
+        layout: Layout | None = None,
+        at_a_time: int | None = None,
     ) -> HiddenStates:
         """Computes the hidden states before the first layer.
 
         Args:
             tokens: token ids.
+            layout: the layout of all windows, on the host, where they hold several texts.
             into: states of this shape, which are overwritten; None: new ones.
             at_a_time: tokens that new ones bring to the device at a time; None: what suits it.
 
@@ -143,27 +148,30 @@ class StreamedModel:
         hidden = into or HiddenStates(shape, self.dtype, batch, self.devices, self.scratch)
 
         def step(rows: slice) -> Array:
-            return apply(self.architecture.embed, params, self.devices.shard_windows(tokens[rows].astype(np.int32)))
+            ids = self.devices.shard_windows(tokens[rows].astype(np.int32))
+            return apply(self.architecture.embed, params, ids, self._layout_of(layout, rows))
 
         hidden.replace(step)
         return hidden
 
-    def forward(self, params: Mapping[str, Any], hidden: HiddenStates, layout: Layout | None = None) -> None:
+    def forward(
+        self, index: int, params: Mapping[str, Any], hidden: HiddenStates, layout: Layout | None = None
+    ) -> None:
         """Moves hidden states through one decoder layer.
 
         Args:
-            params: the params of the layer, on the device.
+            index: the index of the layer.
+            params: its params, on the device.
             hidden: before the layer; after it when this returns.
             layout: the layout of all windows, on the host, where they hold several texts.
         """
 
-        def step(x: Array, rows: slice) -> Array:
-            here = None
-            if layout is not None:
-                here = Layout(*(self.devices.shard_windows(field[rows]) for field in layout))
-            return apply_layer(self.architecture.layer, params, x, here)
+        layer = self.architecture.layers[index]
+        hidden.update(lambda x, rows: apply_layer(layer, params, x, self._layout_of(layout, rows)))
 
-        hidden.update(step)
+    def _layout_of(self, layout: Layout | None, rows: slice) -> Layout | None:
+        """Returns the layout of some windows, on the device."""
+        return layout and Layout(*(self.devices.shard_windows(field[rows]) for field in layout))
 
     def final_states(
         self,
@@ -188,13 +196,17 @@ class StreamedModel:
         Raises:
             InputError: see `require_tokens`.
         """
-        states = [self.embed(windows, at_a_time=at_a_time) for windows in tokens]
+        every = [*layouts, *[None] * (len(tokens) - len(layouts))]
+        states = [
+            self.embed(windows, layout=layout, at_a_time=at_a_time)
+            for windows, layout in zip(tokens, every, strict=True)
+        ]
         order = range(self.num_layers if layers is None else layers)
         for index, params in zip(order, self.layers(order), strict=True):
             visit(index, states)
             own = self.devices.replicate(params)
-            for hidden, layout in itertools.zip_longest(states, layouts):
-                self.forward(own, hidden, layout)
+            for hidden, layout in zip(states, every, strict=True):
+                self.forward(index, own, hidden, layout)
         return states
 
     def logits(self, tokens: Int[np.ndarray, "w t"]) -> Shaped[np.ndarray, "w t v"]:
@@ -243,9 +255,9 @@ def in_checkpoint(index: int, params: Params) -> Params:
 
 
 @partial(jax.jit, static_argnums=0)
-def apply(part: Part, params: Mapping[str, Array], x: Array) -> Array:
-    """Applies the embedding or the head."""
-    return part(params, x)
+def apply(part: Part, params: Mapping[str, Array], x: Array, layout: Layout | None = None) -> Array:
+    """Applies the embedding, to token ids as they lie in their windows, or the head."""
+    return part(params, x) if layout is None else part(params, x, layout)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)

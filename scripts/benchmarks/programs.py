@@ -50,19 +50,19 @@ METHOD, PATTERN = ADMM(), Unstructured(0.5)
 
 def parts(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:
     """Parts of the programs, to be looked at alone: they are in the totals already."""
-    of = shapes.architecture
+    layer = shapes.architecture.layers[0]
     first = next(programs.of_pruning(shapes, windows, length, METHOD, PATTERN))
     params, x, _, grams = first.arguments
 
     def taps(params: Any, x: jax.Array) -> Any:
-        return of.layer(params, x)[1]
+        return layer(params, x)[1]
 
     yield Program("part", "forward with taps", taps, (params, x), first.calls)
     for tap, total in grams.items():
-        tapped = Shape((*x.shape[:2], len(total)), of.config.dtype)
+        tapped = Shape((*x.shape[:2], len(total)), x.dtype)
         yield Program("part", f"Gram of {tap}", gram, (tapped,), first.calls)
-    selections = of.config.num_layers * len(METHOD.progress())
-    for path, shape in of.kernels.items():
+    selections = len(shapes.architecture.layers) * len(METHOD.progress())
+    for path, shape in layer.kernels.items():
         select = partial(_select, PATTERN.selector(shape))
         yield Program("part", f"mask of {path}", select, (Shape(shape, jnp.float32),), selections)
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import DTypeLike
 
 from jaxprune.models import Architecture, build
-from jaxprune.models.llama import Config
+from jaxprune.models.decoder import Config, Kind
 from jaxprune.models.rope import Rope
 
 
@@ -36,10 +36,22 @@ SIZES: Mapping[str, Size] = {
 
 def model(size: Size, dtype: DTypeLike) -> Architecture:
     """The architecture of a size, computing in this dtype."""
-    width, inner, layers, heads, kv_heads, vocabulary, positions = size
-    rope = Rope.from_hf({"rope_theta": 10000.0}, width // heads, positions)
-    shape = vocabulary, width, inner, layers, heads, kv_heads, width // heads, positions
-    return build("llama", Config(*shape, 1e-5, "silu", False, False, False, rope, jnp.dtype(dtype)))
+    rope = Rope.from_hf({"rope_theta": 10000.0}, size.width // size.heads, size.positions)
+    config = Config(
+        vocab_size=size.vocabulary,
+        hidden_size=size.width,
+        intermediate_size=size.inner,
+        kinds=(Kind(rope),) * size.layers,
+        num_heads=size.heads,
+        num_kv_heads=size.kv_heads,
+        head_dim=size.width // size.heads,
+        max_positions=size.positions,
+        norm_eps=1e-5,
+        activation="silu",
+        tied=False,
+        dtype=jnp.dtype(dtype),
+    )
+    return build("llama", config)
 
 
 def write_checkpoint(folder: Path, size: Size, stored: str = "float32") -> int:

@@ -134,7 +134,7 @@ def op_by_op_way(task: Task) -> Outcome:
     for name in [name for name in sys.modules if name.partition(".")[0] == "jaxprune"]:
         del sys.modules[name]
     real, jax.jit = jax.jit, leave
-    for name in ("pruning.loop", "methods.admm", "models.llama", "api.load"):
+    for name in ("pruning.loop", "methods.admm", "models.decoder", "api.load"):
         importlib.import_module(f"jaxprune.{name}")
     jax.jit = real
     return jaxprune_way(task)
@@ -224,7 +224,7 @@ def _task(args: argparse.Namespace) -> Iterator[Task]:
         else:
             shape = args.windows, args.length
             tokens = np.random.default_rng(0).integers(0, of.config.vocab_size, shape, np.int32)
-        layers = min(args.layers or of.config.num_layers, of.config.num_layers)
+        layers = min(args.layers or streamed.num_layers, streamed.num_layers)
         yield Task(ckpt, tokens, layers, args.dtype)
 
 

@@ -165,7 +165,7 @@ class Bench:
         hidden = self.model.embed(self.evaluation)
 
         def watch(layer: LayerResult) -> None:
-            self.model.forward(jax.device_put(inside_layer(layer.index, layer.params)), hidden)
+            self.model.forward(layer.index, jax.device_put(inside_layer(layer.index, layer.params)), hidden)
 
         figures = self._prune(cell.recipe, watch)
         return {"perplexity": perplexity_of_states(self.model, hidden, self.evaluation)} | figures

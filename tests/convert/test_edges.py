@@ -93,7 +93,7 @@ def test_missing_entries_name_the_model_type(folder: Path, capsys: pytest.Captur
 
 def test_null_is_no_quantization(folder: Path) -> None:
     edit(folder / "config.json", quantization_config=None)
-    assert StreamedModel(open_checkpoint(folder)).architecture.config.num_layers == 3
+    assert StreamedModel(open_checkpoint(folder)).num_layers == 3
 
 
 @pytest.mark.parametrize(

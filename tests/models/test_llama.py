@@ -87,13 +87,14 @@ def test_configurations_of_transformers_4_are_understood(tmp_path: Path) -> None
     (tmp_path / "old" / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
     (tmp_path / "old" / "config.json").write_text(json.dumps(config | old))
     new, read = (load(p).architecture.config for p in (tmp_path, tmp_path / "old"))
-    np.testing.assert_array_equal(new.rope.inverse_frequencies(8)[0], read.rope.inverse_frequencies(8)[0])
+    ropes = [config.kinds[0].rope for config in (new, read)]
+    np.testing.assert_array_equal(*(rope.inverse_frequencies(8)[0] for rope in ropes))
 
 
 @needs_torch
 def test_submodules_and_taps_are_those_of_transformers(checkpoint: Path) -> None:
     streamed = load(checkpoint)
-    model, reader = streamed.architecture, streamed.reader
+    part, reader = streamed.architecture.layers[1], streamed.reader
     reference = tiny.model(tiny.config())
     layer = reference.model.layers[1]
     inputs: dict[str, np.ndarray] = {}
@@ -109,9 +110,9 @@ def test_submodules_and_taps_are_those_of_transformers(checkpoint: Path) -> None
     tokens = np.random.default_rng(1).integers(0, 300, (2, 50))
     with torch.no_grad():
         reference(torch.tensor(tokens))
-    params = {p: reader.read([f"layers.1.{p}"])[f"layers.1.{p}"] for p in model.layer.spec}
-    _, taps = model.layer(jax.device_put(params), jnp.asarray(inputs["input_layernorm"]))
-    for tap, linears in model.inputs.items():
+    params = {p: reader.read([f"layers.1.{p}"])[f"layers.1.{p}"] for p in part.spec}
+    _, taps = part(jax.device_put(params), jnp.asarray(inputs["input_layernorm"]))
+    for tap, linears in part.inputs.items():
         for linear in linears:
             np.testing.assert_allclose(taps[tap], inputs[linear], atol=2e-5)
             np.testing.assert_allclose(taps[tap] @ params[f"{linear}.kernel"], outputs[linear], atol=1e-4)
@@ -142,14 +143,18 @@ def test_attention_memory_grows_with_the_window_not_its_square() -> None:
 def test_norms_are_float32_inside_a_16_bit_model(checkpoint: Path) -> None:
     model = load(checkpoint, dtype=jnp.bfloat16).architecture
     with jax.numpy_dtype_promotion("standard"):  # JAX's own attention promotes implicitly
-        text = str(jax.make_jaxpr(model.layer)(model.layer.spec, jax.ShapeDtypeStruct((1, 8, 32), jnp.bfloat16)))
+        layer = model.layers[0]
+        text = str(jax.make_jaxpr(layer)(layer.spec, jax.ShapeDtypeStruct((1, 8, 32), jnp.bfloat16)))
     assert text.count("rsqrt") == 2
     assert all(":f32[" in line for line in text.splitlines() if "rsqrt" in line)
 
 
 def test_what_is_not_implemented_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="'longrope' is not implemented"):
-        Rope.from_hf({"rope_type": "longrope"}, 8, 64)
+    with pytest.raises(InputError, match="'proportional' is not implemented"):
+        Rope.from_hf({"rope_type": "proportional"}, 8, 64)
+    with pytest.raises(InputError, match="short_factor must have 4 entries, not 1"):
+        long = {"short_factor": [1.0], "long_factor": [1.0] * 4, "original_max_position_embeddings": 32}
+        Rope.from_hf({"rope_type": "longrope", "rope_theta": 1e4, **long}, 8, 64)
     with pytest.raises(InputError, match="needs factor"):
         Rope.from_hf({"rope_type": "linear", "rope_theta": 1e4}, 8, 64)
     with pytest.raises(InputError, match="partial_rotary_factor"):

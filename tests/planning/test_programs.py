@@ -60,15 +60,16 @@ def test_a_layer_is_counted_as_by_hand(checkpoint: Path) -> None:
     length, count = 16, 4
     found = {p.name: p for p in programs.of_pruning(shapes(checkpoint), count, length, ADMM(), Unstructured(0.5))}
     tokens = length * batch_size(count, length)
-    weights = sum(n * m for n, m in model.kernels.values())
-    n, m = model.kernels["mlp.down_proj"]
+    layer = model.layers[0]
+    weights = sum(n * m for n, m in layer.kernels.values())
+    n, m = layer.kernels["mlp.down_proj"]
     attention = 4 * tokens * length * model.width  # one segment, so the masked half is computed
-    grams = 2 * tokens * sum(n * n for n in model.widths.values())
+    grams = 2 * tokens * sum(n * n for n in layer.widths.values())
     total = {name: sum(program.flops().values()) for name, program in found.items()}
     assert total["forward"] == 2 * tokens * weights + attention
     assert total["forward and Gram matrices"] == total["forward"] - 2 * tokens * n * m + grams
     assert total["solve mlp.down_proj"] == 20 * 2 * n * n * m
-    assert found["forward"].calls == (model.config.num_layers - 1) * count / batch_size(count, length)
+    assert found["forward"].calls == (len(model.layers) - 1) * count / batch_size(count, length)
 
 
 def test_the_programs_are_those_of_a_run(checkpoint: Path) -> None:
@@ -100,9 +101,9 @@ def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
 
 @pytest.mark.parametrize("method", [ADMM(), ALPS()])
 def test_peaks_are_at_least_what_is_alive(method: object, checkpoint: Path) -> None:
-    model = load(checkpoint).architecture
-    weights = 4 * sum(param.size for param in model.layer.spec.values())
-    grams = 4 * sum(n * n for n in model.widths.values())
+    layer = load(checkpoint).architecture.layers[0]
+    weights = 4 * sum(param.size for param in layer.spec.values())
+    grams = 4 * sum(n * n for n in layer.widths.values())
     for program in programs.of_pruning(shapes(checkpoint), 4, 16, method, Unstructured(0.5)):
         alive = weights + (grams if program.phase == "gram" else 0)
         assert alive < program.peak_bytes() < 60 * (weights + grams), program.name

@@ -267,7 +267,7 @@ def test_a_linear_makes_up_for_its_inputs_drift(checkpoint: Path) -> None:
         hidden = streamed.embed(tokens)
         for layer in prune_layers(streamed, tokens, ADMM(), Unstructured(0.5), asymmetry=asymmetry):
             params = {p.removeprefix(f"layers.{layer.index}."): jnp.asarray(a) for p, a in layer.params.items()}
-            streamed.forward(params, hidden)
+            streamed.forward(layer.index, params, hidden)
             if layer.index == 0:
                 first = float(np.abs(hidden.array).sum())
             if layer.index == 1:

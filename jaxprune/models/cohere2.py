@@ -1,0 +1,66 @@
+"""Command R7B and its kin: attention and feed-forward network side by side, windows in three layers of four, and a
+rotation in these only (Hugging Face's Cohere2ForCausalLM).
+
+References:
+    Cohere, "Command A" (arXiv 2504.00698).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float
+
+from convert.assets import Positive
+from jaxprune.models import decoder
+from jaxprune.models.attention import Layout
+from jaxprune.models.decoder import SLIDING, Attention, Embed, GatedMLP, Kind, LayerNorm
+
+__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
+
+
+class Entries(decoder.Entries):
+    """The entries of config.json that the family reads."""
+
+    logit_scale: Positive
+
+
+class Config(decoder.Config):
+    """See `decoder.Config`."""
+
+    @classmethod
+    def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
+        """Reads a transformers configuration; errors as for `decoder.Config.from_hf`."""
+        read = decoder.entries(Entries, hf)
+        rope = decoder.rope_of(read, interleaved=True)
+        return cls.of(read, dtype, rope=lambda kind: rope if kind == SLIDING else None, logit_scale=read.logit_scale)
+
+
+def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
+    """Returns the linear layers to prune: tap -> those that read it."""
+    reading = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"
+    return {"input": reading, "attention_output": ("self_attn.o_proj",), "mlp_hidden": ("mlp.down_proj",)}
+
+
+class DecoderLayer(nnx.Module):
+    """A layer whose attention and feed-forward network read the same norm."""
+
+    def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
+        self.input_layernorm = LayerNorm(config, rngs, use_bias=False)
+        self.self_attn = Attention(config, kind, rngs)
+        self.mlp = GatedMLP(config, rngs)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], layout: Layout | None = None
+    ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
+        y = self.input_layernorm(x)
+        attended, attention_output = self.self_attn(y, layout)
+        fed, mlp_hidden = self.mlp(y)
+        return x + attended + fed, {"input": y, "attention_output": attention_output, "mlp_hidden": mlp_hidden}
+
+
+class Head(decoder.Head):
+    """See `decoder.Head`."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        super().__init__(config, rngs, LayerNorm(config, rngs, use_bias=False))

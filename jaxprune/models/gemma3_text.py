@@ -1,0 +1,26 @@
+"""Gemma 3's text model: Gemma 2 with normalized queries and keys, five layers of six with a window, and a rotation of
+their own for these (Hugging Face's Gemma3ForCausalLM).
+
+References:
+    Gemma Team, "Gemma 3 Technical Report" (arXiv 2503.19786).
+"""
+
+from typing import Any
+
+from jaxtyping import DTypeLike
+
+from jaxprune.models import decoder, gemma2
+from jaxprune.models.decoder import Embed, Head, inputs
+from jaxprune.models.gemma2 import DecoderLayer
+
+__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
+
+
+class Config(decoder.Config):
+    """See `decoder.Config`."""
+
+    @classmethod
+    def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
+        """Reads a transformers configuration; errors as for `decoder.Config.from_hf`."""
+        read = decoder.entries(gemma2.Entries, hf)
+        return cls.of(read, dtype, rope=decoder.rope_by_type(read), qk_norm="head", **gemma2.options(read))

@@ -1,0 +1,61 @@
+"""Granite 3: LLaMA with factors of the embedding, the scores, what each block adds, and the logits (Hugging Face's
+GraniteForCausalLM).
+
+References:
+    Granite Team, "Granite 3.0 Language Models", 2024; the factors: Yang et al. (arXiv 2203.03466).
+"""
+
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float
+
+from convert.assets import Positive
+from jaxprune.models import decoder
+from jaxprune.models.attention import Layout
+from jaxprune.models.decoder import Embed, Head, Kind, in_turn, inputs
+
+__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
+
+
+class Entries(decoder.Entries):
+    """The entries of config.json that the family reads."""
+
+    embedding_multiplier: Positive
+    attention_multiplier: Positive
+    residual_multiplier: Positive
+    logits_scaling: Positive
+
+
+class Config(decoder.Config):
+    """See `decoder.Config`."""
+
+    @classmethod
+    def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
+        """Reads a transformers configuration; errors as for `decoder.Config.from_hf`."""
+        read = decoder.entries(Entries, hf)
+        return cls.of(
+            read,
+            dtype,
+            embedding_scale=read.embedding_multiplier,
+            attention_scale=read.attention_multiplier,
+            residual_scale=read.residual_multiplier,
+            logit_scale=1 / read.logits_scaling,
+        )
+
+
+class DecoderLayer(decoder.DecoderLayer):
+    """LLaMA's layer, whose blocks add a share of their output."""
+
+    def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
+        super().__init__(config, kind, rngs)
+        self.scale = config.residual_scale
+
+    def __call__(
+        self, x: Float[Array, "b t d"], layout: Layout | None = None
+    ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
+        def scaled(y: Array) -> Array:
+            return y * y.dtype.type(self.scale)
+
+        before = self.input_layernorm, self.post_attention_layernorm
+        return in_turn(x, layout, self.self_attn, self.mlp, before=before, after=(scaled, scaled))

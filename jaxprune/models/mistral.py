@@ -1,0 +1,24 @@
+"""Mistral: LLaMA whose tokens may see a window of the last ones only (Hugging Face's MistralForCausalLM).
+
+References:
+    Jiang et al., "Mistral 7B" (arXiv 2310.06825).
+"""
+
+from typing import Any
+
+from jaxtyping import DTypeLike
+
+from jaxprune.models import decoder
+from jaxprune.models.decoder import DecoderLayer, Embed, Head, inputs
+
+__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
+
+
+class Config(decoder.Config):
+    """See `decoder.Config`."""
+
+    @classmethod
+    def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
+        """Reads a transformers configuration; errors as for `decoder.Config.from_hf`."""
+        read = decoder.entries(decoder.Entries, hf)
+        return decoder.with_window(cls.of(read, dtype), read.sliding_window)

@@ -1,0 +1,26 @@
+"""OLMo 3: OLMo 2 with windows in three layers of four, and a rotation of their own for these (Hugging Face's
+Olmo3ForCausalLM).
+
+References:
+    Team OLMo, "Olmo 3" (arXiv 2512.13961).
+"""
+
+from typing import Any
+
+from jaxtyping import DTypeLike
+
+from jaxprune.models import decoder
+from jaxprune.models.decoder import Embed, Head, inputs
+from jaxprune.models.olmo2 import DecoderLayer
+
+__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
+
+
+class Config(decoder.Config):
+    """See `decoder.Config`."""
+
+    @classmethod
+    def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
+        """Reads a transformers configuration; errors as for `decoder.Config.from_hf`."""
+        read = decoder.entries(decoder.Entries, hf)
+        return cls.of(read, dtype, rope=decoder.rope_by_type(read), qk_norm="all")

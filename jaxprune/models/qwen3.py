@@ -1,0 +1,23 @@
+"""Qwen 3: LLaMA whose queries and keys are normalized within each head (Hugging Face's Qwen3ForCausalLM).
+
+References:
+    Yang et al., "Qwen3 Technical Report" (arXiv 2505.09388).
+"""
+
+from typing import Any
+
+from jaxtyping import DTypeLike
+
+from jaxprune.models import decoder
+from jaxprune.models.decoder import DecoderLayer, Embed, Head, inputs
+
+__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
+
+
+class Config(decoder.Config):
+    """See `decoder.Config`."""
+
+    @classmethod
+    def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
+        """Reads a transformers configuration; errors as for `decoder.Config.from_hf`."""
+        return cls.of(decoder.entries(decoder.Entries, hf), dtype, qk_norm="head")

@@ -1,0 +1,119 @@
+"""Tiny random checkpoints of every model family, with a variant for what its configurations can say."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.helpers import tiny
+from tests.helpers.optional import torch
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+WINDOW = {"sliding_window": 20}
+TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+ALTERNATING = {**WINDOW, "layer_types": TYPES}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2],
+    "long_factor": [1.5, 2.0, 4.0],
+    "original_max_position_embeddings": 64,
+    "partial_rotary_factor": 0.75,
+}
+VARIANTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
+    "llama": {"plain": {}},
+    "mistral": {"full": {"sliding_window": None}, "window": WINDOW, "head_dim": {**WINDOW, "head_dim": 16}},
+    "qwen2": {
+        "plain": {},
+        "tied": {"tie_word_embeddings": True},
+        "window": {"use_sliding_window": True, "max_window_layers": 1, **WINDOW},
+    },
+    "qwen3": {"plain": {"head_dim": 16}, "bias": {"attention_bias": True, "head_dim": 8}},
+    "gemma2": {
+        "plain": {**ALTERNATING, "head_dim": 16, "query_pre_attn_scalar": 24, "tie_word_embeddings": True},
+        "no caps": {
+            **ALTERNATING,
+            "head_dim": 8,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "attention_bias": True,
+        },
+    },
+    "gemma3_text": {
+        "plain": {**ALTERNATING, "head_dim": 16, "query_pre_attn_scalar": 24, "tie_word_embeddings": True},
+        "scaled": {
+            **ALTERNATING,
+            "head_dim": 8,
+            "final_logit_softcapping": 5.0,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            },
+        },
+    },
+    "phi3": {
+        "plain": {"sliding_window": None},
+        "window": WINDOW,
+        "long": {**WINDOW, "rope_parameters": LONG, "original_max_position_embeddings": 64},
+        "tied": {"tie_word_embeddings": True, "sliding_window": None},
+    },
+    "olmo2": {"plain": {}, "bias": {"attention_bias": True}},
+    "olmo3": {"plain": ALTERNATING},
+    "smollm3": {
+        "plain": {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": True},
+        "window": {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, **WINDOW},
+    },
+    "granite": {
+        "plain": {
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 3.0,
+        }
+    },
+    "cohere2": {
+        "plain": {**ALTERNATING, "logit_scale": 0.5, "tie_word_embeddings": True},
+        "bias": {**ALTERNATING, "attention_bias": True},
+    },
+    "glm4": {"plain": {"head_dim": 16, "attention_bias": True}, "no bias": {"head_dim": 8}},
+}
+"""Family -> variant -> what its configuration says beside `SIZES`."""
+CASES = [(family, variant) for family, variants in VARIANTS.items() for variant in variants]
+
+
+def config(family: str, variant: str, **changes: Any) -> Any:
+    """A configuration of transformers' class."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(family, **{**SIZES, **VARIANTS[family][variant], **changes})
+
+
+def model(config: Any, seed: int = 0) -> Any:
+    """A random model of transformers', every parameter of which matters: norms and biases are not neutral."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    made = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(parameter * (parameter.dim() == 1) + 0.3 * torch.randn_like(parameter))
+    return made
+
+
+def save(folder: Path, config: Any, seed: int = 0, dtype: str = "float32") -> Any:
+    """Saves such a model with a tokenizer; returns it."""
+    made = model(config, seed).to(getattr(torch, dtype))
+    made.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return made
