@@ -7,7 +7,7 @@ Kernels are [in, out]. `flax.traverse_util.unflatten_dict(params, sep=".")` nest
 A format is a file of this package that exposes a `Reader`, a `Writer`, or both:
 
 - `Reader(path)` looks at headers only; `Reader.accepts(path)` says whether the format knows the path.
-- `Writer(folder, spec)` writes into an empty folder that it may fill as it likes.
+- `Writer(folder, spec, model_type)` writes into an empty folder that it may fill as it likes.
 """
 
 import importlib
@@ -94,17 +94,17 @@ def create_checkpoint(
 @contextmanager
 def fill_checkpoint(folder: Path, spec: Spec, assets: Path, *, to: str = "hf") -> Iterator[Writer]:
     """Writes a checkpoint into an empty folder; arguments and errors as for `create_checkpoint`."""
-    from convert.assets import copy_assets
+    from convert.assets import copy_assets, read_config
     from convert.writing import names
 
-    writer = writer_for(to)(folder, spec)
+    writer = writer_for(to)(folder, spec, read_config(assets)["model_type"])
     copy_assets(assets, folder)
     writer.files |= names(folder)
     yield writer
     writer.finish()
 
 
-def writer_for(to: str) -> Callable[[Path, Spec], Writer]:
+def writer_for(to: str) -> Callable[[Path, Spec, str], Writer]:
     """Raises CheckpointError for a format that cannot be written."""
     writers = {name: m.Writer for name, m in formats().items() if hasattr(m, "Writer")}
     if to not in writers:

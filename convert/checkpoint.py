@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from convert.names import EMBEDDINGS, HEADS
+
 Params = dict[str, np.ndarray]
 Spec = dict[str, jax.ShapeDtypeStruct]
 
@@ -52,7 +54,7 @@ class Writer(Protocol):
     folder: Path
     files: set[str]
 
-    def __init__(self, folder: Path, spec: Spec) -> None: ...
+    def __init__(self, folder: Path, spec: Spec, model_type: str) -> None: ...
 
     def write(self, params: Mapping[str, np.ndarray]) -> None:
         """Writes whole parts (a part is the embedding, a decoder layer, the final norm or the head)."""
@@ -78,7 +80,7 @@ def parts(spec: Spec) -> dict[str, list[str]]:
 
     def order(part: str) -> tuple[int, int, str]:
         first, _, number = part.partition(".")
-        rank = {"embed_tokens": 0, "layers": 1, "norm": 2}.get(first, 3)
+        rank = 0 if first in EMBEDDINGS else 1 if first == "layers" else 3 if first in HEADS else 2
         return rank, int(number) if re.fullmatch("[0-9]{1,9}", number) else 0, part
 
     return {part: grouped[part] for part in sorted(grouped, key=order)}

@@ -11,6 +11,7 @@ from typing import Any
 
 from convert.checkpoint import Spec, parts
 from convert.errors import CheckpointError, DamagedError, joined
+from convert.names import HEADS, PREFIXES
 
 
 def check(spec: Spec, config: dict[str, Any]) -> None:
@@ -31,13 +32,17 @@ def check(spec: Spec, config: dict[str, Any]) -> None:
     wanted = {f"layers.{i}" for i in range(config["num_hidden_layers"])}
     problems += [f"missing: all of {part}" for part in sorted(wanted - layers.keys())]
     problems += [f"surplus: all of {part}" for part in sorted(layers.keys() - wanted)]
-    tops = {"embed_tokens": config["vocab_size"], "norm": config["hidden_size"]}
-    if not config.get("tie_word_embeddings"):
-        tops["lm_head"] = config["vocab_size"]
-    for part, size in tops.items():
-        if part not in grouped:
-            problems.append(f"missing: all of {part}")
-        for path in grouped.get(part, ()):
+    tops = {("embed_tokens", "embed_in"): "vocab_size"}
+    if config.get("tie_word_embeddings", True) is False:
+        tops[HEADS] = "vocab_size"
+    if config["model_type"] not in PREFIXES:
+        tops["norm",] = "hidden_size"
+    for names, entry in tops.items():
+        size = config[entry]
+        found = [part for part in names if part in grouped]
+        if not found:
+            problems.append(f"missing: all of {' or '.join(names)}")
+        for path in (path for part in found for path in grouped[part]):
             if size not in spec[path].shape:
                 problems.append(f"misshapen: {path} is {list(spec[path].shape)}, without the configuration's {size}")
     if problems:

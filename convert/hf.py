@@ -17,14 +17,15 @@ from convert.checkpoint import Params, Spec, parts
 from convert.consistency import check_paths
 from convert.errors import CheckpointError, DamagedError, joined
 from convert.files import read_bytes, require_inside, require_regular
+from convert.names import bare_name, flax_path, hf_name
 from convert.safetensors_header import Stored, header
 from convert.schema import Schema, check, decode
 from convert.shards import DTYPES, INDEX, ShardWriter
 
 INDEX_BYTES = 2**26
 """The most that an index may hold; those of the largest models have a third of it."""
-# Older LLaMA checkpoints store the rotary frequencies; like transformers, the model computes them.
-BUFFERS = (".rotary_emb.inv_freq",)
+# Older checkpoints store the rotary frequencies and causal masks; like transformers, the model computes them.
+BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 
 class Reader:
@@ -48,10 +49,10 @@ class Reader:
         given: dict[str, str] = {}
         numpy_dtypes = {stored: np.dtype(name) for name, stored in DTYPES.items()}
         for name, (_, (dtype, shape)) in self._files.items():
-            bare = name.removeprefix("model.")
+            bare = bare_name(name, config["model_type"])
             if name.endswith(BUFFERS) or (bare == "lm_head.weight" and config.get("tie_word_embeddings")):
                 continue
-            flax = _flax_path(bare, len(shape))
+            flax = flax_path(bare, len(shape))
             others = {given.setdefault(bare, name), given.setdefault(flax, name)} - {name}
             problems += [f"{other} and {name} are two names for one param" for other in others]
             if dtype not in numpy_dtypes:
@@ -100,40 +101,21 @@ class Reader:
 class Writer:
     """Writes safetensors with Hugging Face's names, one file up to 5 GB and shards with an index above."""
 
-    def __init__(self, folder: Path, spec: Spec) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, spec: Spec, model_type: str) -> None:
+        self.folder, self._model_type = folder, model_type
         self.files: set[str] = set()
-        self._shards = ShardWriter(
-            folder,
-            {
-                hf_name(path): jax.ShapeDtypeStruct(t.shape[::-1] if path.endswith(".kernel") else t.shape, t.dtype)
-                for path, t in spec.items()
-            },
-        )
+        stored = {
+            path: jax.ShapeDtypeStruct(t.shape[::-1] if path.endswith(".kernel") else t.shape, t.dtype)
+            for path, t in spec.items()
+        }
+        self._shards = ShardWriter(folder, {hf_name(path, model_type): t for path, t in stored.items()})
 
     def write(self, params: Mapping[str, np.ndarray]) -> None:
         for path, array in params.items():
-            self._shards.write(hf_name(path), array.T if path.endswith(".kernel") else array)
+            self._shards.write(hf_name(path, self._model_type), array.T if path.endswith(".kernel") else array)
 
     def finish(self) -> None:
         self._shards.finish()
-
-
-def hf_name(path: str) -> str:
-    """Returns the checkpoint's name of a path: `layers.0.mlp.up_proj.kernel` -> `model.layers.0.mlp.up_proj.weight`."""
-    module, _, leaf = path.rpartition(".")
-    leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
-    return f"{module}.{leaf}" if module == "lm_head" else f"model.{module}.{leaf}"
-
-
-def _flax_path(name: str, ndim: int) -> str:
-    """Returns the Flax path of a tensor, whose name has no leading `model.` any more."""
-    module, _, leaf = name.rpartition(".")
-    if leaf != "weight":
-        return name
-    if module == "embed_tokens":
-        return f"{module}.embedding"
-    return f"{module}.kernel" if ndim == 2 else f"{module}.scale"
 
 
 class _Index(Schema):

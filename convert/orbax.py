@@ -116,7 +116,8 @@ class Reader:
 class Writer:
     """Writes one Orbax pytree a part."""
 
-    def __init__(self, folder: Path, spec: Spec) -> None:
+    def __init__(self, folder: Path, spec: Spec, model_type: str) -> None:
+        del model_type  # names are paths here
         self.folder, self._parts = folder, parts(spec)
         self._missing = set(self._parts)
         self.files: set[str] = set()

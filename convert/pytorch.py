@@ -8,7 +8,7 @@ import numpy as np
 
 from convert.assets import load_config
 from convert.errors import CheckpointError
-from convert.hf import hf_name
+from convert.names import hf_name
 
 
 def to_torch(params: Mapping[str, np.ndarray], assets: Path, dtype: str) -> Any:
@@ -28,14 +28,14 @@ def to_torch(params: Mapping[str, np.ndarray], assets: Path, dtype: str) -> Any:
         raise CheckpointError(f"PyTorch models need torch ({error}): pip install 'jaxprune[torch]'") from error
     import transformers
 
-    state = {}
+    config, state = load_config(assets), {}
     for path, array in params.items():
+        name = hf_name(path, config.model_type)
         array = np.ascontiguousarray(array.T if path.endswith(".kernel") else array)
         if array.dtype.name == "bfloat16":
-            state[hf_name(path)] = torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
+            state[name] = torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
         else:
-            state[hf_name(path)] = torch.from_numpy(array.copy())
-    config = load_config(assets)
+            state[name] = torch.from_numpy(array.copy())
     known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING  # the class follows from the type, never from a free text
     if type(config) not in known:
         raise CheckpointError("transformers has no language model of this type", file=assets, found=config.model_type)

@@ -268,7 +268,9 @@ def _write_checkpoint(
                 folder.mkdir(parents=True)
             writer = stack.enter_context(fill_checkpoint(folder, model.reader.spec, model.reader.assets))
             if with_masks:
-                mask_writer = MaskWriter(masks_file(journal), model.architecture.kernel_shapes())
+                mask_writer = MaskWriter(
+                    masks_file(journal), model.architecture.kernel_shapes(), model.hf_config["model_type"]
+                )
         observer.started("pruning", model.num_layers)
         for layer in prune_model(model, windows, recipe, seed=seed, journal=journal, observer=observer):
             with _timed(observer, "write"):

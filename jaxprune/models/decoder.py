@@ -31,6 +31,8 @@ ACTIVATIONS = {
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Types of layers, as configurations name them."""
@@ -408,6 +410,7 @@ def in_turn(
     *,
     before: tuple[Transform, Transform] = (same, same),
     after: tuple[Transform, Transform] = (same, same),
+    parallel: bool = False,
 ) -> tuple[Float[Array, "b t d"], Taps]:
     """Adds the attention's output to the hidden states, then the feed-forward network's.
 
@@ -417,14 +420,15 @@ def in_turn(
         attention, mlp: return their output and the input of their last linear layer.
         before: what their inputs go through, such as norms.
         after: what their outputs go through.
+        parallel: whether the network reads the layer's input, too.
 
     Returns:
         The hidden states, and the taps of `inputs`.
     """
     attention_input = before[0](x)
     y, attention_output = attention(attention_input, layout)
-    x = x + after[0](y)
-    mlp_input = before[1](x)
+    before_attention, x = x, x + after[0](y)
+    mlp_input = before[1](before_attention if parallel else x)
     y, mlp_hidden = mlp(mlp_input)
     taps = {
         "attention_input": attention_input,

@@ -86,6 +86,16 @@ VARIANTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
         "plain": {**ALTERNATING, "logit_scale": 0.5, "tie_word_embeddings": True},
         "bias": {**ALTERNATING, "attention_bias": True},
     },
+    "gpt_neox": {
+        "plain": {},
+        "in turn": {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new"},
+        "whole": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
+    },
+    "opt": {
+        "plain": {"ffn_dim": 48, "word_embed_proj_dim": 32, "tie_word_embeddings": True},
+        "350m": {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False, "tie_word_embeddings": True},
+        "no bias": {"ffn_dim": 48, "word_embed_proj_dim": 32, "enable_bias": False},
+    },
     "glm4": {"plain": {"head_dim": 16, "attention_bias": True}, "no bias": {"head_dim": 8}},
 }
 """Family -> variant -> what its configuration says beside `SIZES`."""
