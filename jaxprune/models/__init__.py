@@ -10,7 +10,7 @@ A family file exposes
   and hidden states; the layer returns its output and its taps;
 - `inputs(config, kind)`, the linear layers to prune: the name of a tap -> the linear layers whose input it is.
 
-`decoder` holds the modules that most families share.
+`configuration` and `decoder` hold what most families share.
 """
 
 import functools
@@ -31,7 +31,7 @@ from convert.errors import UserError, joined
 from jaxprune.errors import InputError
 from jaxprune.models.attention import Layout
 
-HELPERS = ("attention", "decoder", "rope")
+HELPERS = ("attention", "configuration", "decoder", "rope")
 """Modules that hold no family."""
 __all__ = ["Architecture", "Layer", "Layout", "Part", "architecture_of", "build", "stored_dtype"]
 

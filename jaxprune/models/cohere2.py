@@ -12,27 +12,28 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from convert.assets import Positive
-from jaxprune.models import decoder
+from jaxprune.models import configuration, decoder
 from jaxprune.models.attention import Layout
-from jaxprune.models.decoder import SLIDING, Attention, Embed, GatedMLP, Kind, LayerNorm
+from jaxprune.models.configuration import SLIDING, Kind
+from jaxprune.models.decoder import Attention, Embed, GatedMLP, LayerNorm
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
 
-class Entries(decoder.Entries):
+class Entries(configuration.Entries):
     """The entries of config.json that the family reads."""
 
     logit_scale: Positive
 
 
-class Config(decoder.Config):
-    """See `decoder.Config`."""
+class Config(configuration.Config):
+    """See `configuration.Config`."""
 
     @classmethod
     def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
-        """Reads a transformers configuration; errors as for `decoder.Config.from_hf`."""
-        read = decoder.entries(Entries, hf)
-        rope = decoder.rope_of(read, interleaved=True)
+        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
+        read = configuration.entries(Entries, hf)
+        rope = configuration.rope_of(read, interleaved=True)
         return cls.of(read, dtype, rope=lambda kind: rope if kind == SLIDING else None, logit_scale=read.logit_scale)
 
 

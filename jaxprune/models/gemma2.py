@@ -13,14 +13,15 @@ from jaxtyping import Array, DTypeLike, Float
 
 from convert.assets import Positive
 from jaxprune.errors import InputError
-from jaxprune.models import decoder
+from jaxprune.models import configuration, decoder
 from jaxprune.models.attention import Layout
-from jaxprune.models.decoder import Embed, GatedMLP, Head, Kind, RMSNorm, in_turn, inputs
+from jaxprune.models.configuration import Kind
+from jaxprune.models.decoder import Embed, GatedMLP, Head, RMSNorm, in_turn, inputs
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
 
-class Entries(decoder.Entries):
+class Entries(configuration.Entries):
     """The entries of config.json that the family reads."""
 
     query_pre_attn_scalar: Positive
@@ -29,13 +30,13 @@ class Entries(decoder.Entries):
     use_bidirectional_attention: bool = False
 
 
-class Config(decoder.Config):
-    """See `decoder.Config`."""
+class Config(configuration.Config):
+    """See `configuration.Config`."""
 
     @classmethod
     def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
-        """Reads a transformers configuration; errors as for `decoder.Config.from_hf`."""
-        read = decoder.entries(Entries, hf)
+        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
+        read = configuration.entries(Entries, hf)
         return cls.of(read, dtype, attention_softcap=read.attn_logit_softcapping, **options(read))
 
 
@@ -58,7 +59,7 @@ def options(read: Entries) -> dict[str, Any]:
 class DecoderLayer(nnx.Module):
     """A layer with norms before and after the attention and the feed-forward network."""
 
-    def __init__(self, config: decoder.Config, kind: Kind, rngs: nnx.Rngs):
+    def __init__(self, config: configuration.Config, kind: Kind, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config, rngs)
         self.self_attn = decoder.Attention(config, kind, rngs)
         self.post_attention_layernorm = RMSNorm(config, rngs)

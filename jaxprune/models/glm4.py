@@ -11,21 +11,22 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from jaxprune.models import decoder
+from jaxprune.models import configuration
 from jaxprune.models.attention import Layout
-from jaxprune.models.decoder import ATTENTION_INPUTS, Attention, Embed, FusedMLP, Head, Kind, RMSNorm, in_turn
+from jaxprune.models.configuration import Kind
+from jaxprune.models.decoder import ATTENTION_INPUTS, Attention, Embed, FusedMLP, Head, RMSNorm, in_turn
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
 
-class Config(decoder.Config):
-    """See `decoder.Config`."""
+class Config(configuration.Config):
+    """See `configuration.Config`."""
 
     @classmethod
     def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
-        """Reads a transformers configuration; errors as for `decoder.Config.from_hf`."""
-        read = decoder.entries(decoder.Entries, hf)
-        rope = decoder.rope_of(read, interleaved=True, partial=True)
+        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
+        read = configuration.entries(configuration.Entries, hf)
+        rope = configuration.rope_of(read, interleaved=True, partial=True)
         return cls.of(read, dtype, rope=lambda _: rope, output_bias=False)
 
 

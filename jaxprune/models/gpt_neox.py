@@ -13,22 +13,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from jaxprune.models import decoder
+from jaxprune.models import configuration, decoder
 from jaxprune.models.attention import Layout
-from jaxprune.models.decoder import ACTIVATIONS, Kind, LayerNorm, in_turn, linear
+from jaxprune.models.configuration import ACTIVATIONS, Kind
+from jaxprune.models.decoder import LayerNorm, in_turn, linear
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
 
-class Entries(decoder.Entries):
+class Entries(configuration.Entries):
     """The entries of config.json that the family reads."""
 
     use_parallel_residual: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(decoder.Config):
-    """See `decoder.Config`.
+class Config(configuration.Config):
+    """See `configuration.Config`.
 
     Attributes:
         parallel: whether the feed-forward network reads the layer's input, and not what the attention made of it.
@@ -38,9 +39,9 @@ class Config(decoder.Config):
 
     @classmethod
     def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
-        """Reads a transformers configuration; errors as for `decoder.Config.from_hf`."""
-        read = decoder.entries(Entries, hf)
-        rope = decoder.rope_of(read, partial=True)
+        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
+        read = configuration.entries(Entries, hf)
+        rope = configuration.rope_of(read, partial=True)
         return cls.of(read, dtype, rope=lambda _: rope, parallel=read.use_parallel_residual)
 
 

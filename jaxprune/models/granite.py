@@ -11,14 +11,15 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from convert.assets import Positive
-from jaxprune.models import decoder
+from jaxprune.models import configuration, decoder
 from jaxprune.models.attention import Layout
-from jaxprune.models.decoder import Embed, Head, Kind, in_turn, inputs
+from jaxprune.models.configuration import Kind
+from jaxprune.models.decoder import Embed, Head, in_turn, inputs
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
 
-class Entries(decoder.Entries):
+class Entries(configuration.Entries):
     """The entries of config.json that the family reads."""
 
     embedding_multiplier: Positive
@@ -27,13 +28,13 @@ class Entries(decoder.Entries):
     logits_scaling: Positive
 
 
-class Config(decoder.Config):
-    """See `decoder.Config`."""
+class Config(configuration.Config):
+    """See `configuration.Config`."""
 
     @classmethod
     def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
-        """Reads a transformers configuration; errors as for `decoder.Config.from_hf`."""
-        read = decoder.entries(Entries, hf)
+        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
+        read = configuration.entries(Entries, hf)
         return cls.of(
             read,
             dtype,

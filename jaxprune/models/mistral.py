@@ -8,17 +8,17 @@ from typing import Any
 
 from jaxtyping import DTypeLike
 
-from jaxprune.models import decoder
+from jaxprune.models import configuration
 from jaxprune.models.decoder import DecoderLayer, Embed, Head, inputs
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
 
-class Config(decoder.Config):
-    """See `decoder.Config`."""
+class Config(configuration.Config):
+    """See `configuration.Config`."""
 
     @classmethod
     def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
-        """Reads a transformers configuration; errors as for `decoder.Config.from_hf`."""
-        read = decoder.entries(decoder.Entries, hf)
-        return decoder.with_window(cls.of(read, dtype), read.sliding_window)
+        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
+        read = configuration.entries(configuration.Entries, hf)
+        return configuration.with_window(cls.of(read, dtype), read.sliding_window)

@@ -10,26 +10,27 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from jaxprune.models import decoder
+from jaxprune.models import configuration
 from jaxprune.models.attention import Layout
-from jaxprune.models.decoder import Attention, Embed, GatedMLP, Head, Kind, RMSNorm, in_turn, inputs
+from jaxprune.models.configuration import Kind
+from jaxprune.models.decoder import Attention, Embed, GatedMLP, Head, RMSNorm, in_turn, inputs
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
 
-class Config(decoder.Config):
-    """See `decoder.Config`."""
+class Config(configuration.Config):
+    """See `configuration.Config`."""
 
     @classmethod
     def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
-        """Reads a transformers configuration; errors as for `decoder.Config.from_hf`."""
-        return cls.of(decoder.entries(decoder.Entries, hf), dtype, qk_norm="all")
+        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
+        return cls.of(configuration.entries(configuration.Entries, hf), dtype, qk_norm="all")
 
 
 class DecoderLayer(nnx.Module):
     """A layer with norms behind the attention and the feed-forward network."""
 
-    def __init__(self, config: decoder.Config, kind: Kind, rngs: nnx.Rngs):
+    def __init__(self, config: configuration.Config, kind: Kind, rngs: nnx.Rngs):
         self.self_attn = Attention(config, kind, rngs)
         self.post_attention_layernorm = RMSNorm(config, rngs)
         self.mlp = GatedMLP(config, rngs)

@@ -9,18 +9,18 @@ from typing import Any
 
 from jaxtyping import DTypeLike
 
-from jaxprune.models import decoder
+from jaxprune.models import configuration
 from jaxprune.models.decoder import Embed, Head, inputs
 from jaxprune.models.olmo2 import DecoderLayer
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
 
-class Config(decoder.Config):
-    """See `decoder.Config`."""
+class Config(configuration.Config):
+    """See `configuration.Config`."""
 
     @classmethod
     def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
-        """Reads a transformers configuration; errors as for `decoder.Config.from_hf`."""
-        read = decoder.entries(decoder.Entries, hf)
-        return cls.of(read, dtype, rope=decoder.rope_by_type(read), qk_norm="all")
+        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
+        read = configuration.entries(configuration.Entries, hf)
+        return cls.of(read, dtype, rope=configuration.rope_by_type(read), qk_norm="all")

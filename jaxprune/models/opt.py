@@ -16,9 +16,10 @@ from pydantic import Field
 from convert.assets import Count, Positions, Size, Vocabulary
 from convert.schema import Schema
 from jaxprune.errors import InputError
-from jaxprune.models import decoder
+from jaxprune.models import configuration, decoder
 from jaxprune.models.attention import Layout
-from jaxprune.models.decoder import ACTIVATIONS, ATTENTION_INPUTS, Kind, LayerNorm, linear
+from jaxprune.models.configuration import ACTIVATIONS, Kind
+from jaxprune.models.decoder import ATTENTION_INPUTS, LayerNorm, linear
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 OFFSET = 2
@@ -44,8 +45,8 @@ class Entries(Schema):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(decoder.Config):
-    """See `decoder.Config`.
+class Config(configuration.Config):
+    """See `configuration.Config`.
 
     Attributes:
         embedding_size: features of the embedding and of the head, which others are made of by a projection.
@@ -59,8 +60,8 @@ class Config(decoder.Config):
 
     @classmethod
     def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
-        """Reads a transformers configuration; errors as for `decoder.Config.from_hf`."""
-        read = decoder.entries(Entries, hf)
+        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
+        read = configuration.entries(Entries, hf)
         head_dim, rest = divmod(read.hidden_size, read.num_attention_heads)
         if rest:
             raise InputError(f"{read.hidden_size} features cannot be split into {read.num_attention_heads} heads")

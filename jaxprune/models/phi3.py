@@ -12,22 +12,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from jaxprune.models import decoder
+from jaxprune.models import configuration, decoder
 from jaxprune.models.attention import Layout
-from jaxprune.models.decoder import Embed, FusedMLP, Head, Kind, RMSNorm, linear
+from jaxprune.models.configuration import Kind
+from jaxprune.models.decoder import Embed, FusedMLP, Head, RMSNorm, linear
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
 
-class Config(decoder.Config):
-    """See `decoder.Config`."""
+class Config(configuration.Config):
+    """See `configuration.Config`."""
 
     @classmethod
     def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
-        """Reads a transformers configuration; errors as for `decoder.Config.from_hf`."""
-        read = decoder.entries(decoder.Entries, hf)
-        rope = decoder.rope_of(read, partial=True)
-        return decoder.with_window(cls.of(read, dtype, rope=lambda _: rope), read.sliding_window)
+        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
+        read = configuration.entries(configuration.Entries, hf)
+        rope = configuration.rope_of(read, partial=True)
+        return configuration.with_window(cls.of(read, dtype, rope=lambda _: rope), read.sliding_window)
 
 
 def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:

@@ -10,33 +10,33 @@ from typing import Any
 from jaxtyping import DTypeLike
 
 from jaxprune.errors import InputError
-from jaxprune.models import decoder
+from jaxprune.models import configuration
 from jaxprune.models.decoder import DecoderLayer, Embed, Head, inputs
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
 
-class Entries(decoder.Entries):
+class Entries(configuration.Entries):
     """The entries of config.json that the family reads."""
 
     no_rope_layers: list[int]
     use_sliding_window: bool
 
 
-class Config(decoder.Config):
-    """See `decoder.Config`."""
+class Config(configuration.Config):
+    """See `configuration.Config`."""
 
     @classmethod
     def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
-        """Reads a transformers configuration; errors as for `decoder.Config.from_hf`."""
-        read = decoder.entries(Entries, hf)
+        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
+        read = configuration.entries(Entries, hf)
         if len(read.no_rope_layers) < read.num_hidden_layers:
             raise InputError(
                 f"no_rope_layers has {len(read.no_rope_layers)} entries for {read.num_hidden_layers} layers"
             )
         config = cls.of(read, dtype)
         kinds = (
-            decoder.Kind(kind.rope if rotated else None, kind.window if read.use_sliding_window else None)
+            configuration.Kind(kind.rope if rotated else None, kind.window if read.use_sliding_window else None)
             for kind, rotated in zip(config.kinds, read.no_rope_layers, strict=False)
         )
         return dataclasses.replace(config, kinds=tuple(kinds))

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import DTypeLike
 
 from jaxprune.models import Architecture, build
-from jaxprune.models.decoder import Config, Kind
+from jaxprune.models.configuration import Config, Kind
 from jaxprune.models.rope import Rope
 
 

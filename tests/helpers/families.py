@@ -31,6 +31,15 @@ LONG = {
     "original_max_position_embeddings": 64,
     "partial_rotary_factor": 0.75,
 }
+STRETCHED = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 2.0,
+    "original_max_position_embeddings": 128,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 VARIANTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
     "llama": {"plain": {}},
     "mistral": {"full": {"sliding_window": None}, "window": WINDOW, "head_dim": {**WINDOW, "head_dim": 16}},
@@ -96,6 +105,10 @@ VARIANTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
         "350m": {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False, "tie_word_embeddings": True},
         "no bias": {"ffn_dim": 48, "word_embed_proj_dim": 32, "enable_bias": False},
     },
+    "seed_oss": {"plain": {"head_dim": 16}, "output bias": {"head_dim": 8, "attention_out_bias": True}},
+    "exaone4": {"plain": ALTERNATING, "whole": {"sliding_window": None, "layer_types": ["full_attention"] * 3}},
+    "ministral3": {"plain": {"head_dim": 16, "rope_parameters": STRETCHED}, "window": {**WINDOW, "head_dim": 8}},
+    "apertus": {"plain": {}},
     "glm4": {"plain": {"head_dim": 16, "attention_bias": True}, "no bias": {"head_dim": 8}},
 }
 """Family -> variant -> what its configuration says beside `SIZES`."""

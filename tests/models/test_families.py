@@ -2,16 +2,26 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from convert import plugins
 from jaxprune import load, models
+from jaxprune.commands.evaluate import main as evaluate
+from jaxprune.commands.prune import main as prune
+from jaxprune.commands.verify import main as verify
+from jaxprune.models import Layout
+from jaxprune.pruning import loop
+from jaxprune.pruning.sensitivity import measure_sensitivity
 from tests.helpers import families
+from tests.helpers.command import failing
 from tests.helpers.logits import logits
 from tests.helpers.optional import needs_torch, torch
 
 pytestmark = needs_torch
+FIRST = [(family, next(iter(variants))) for family, variants in families.VARIANTS.items()]
+"""A variant of each family, whose layers attend to windows where the family has them."""
 
 
 def test_every_family_is_tried() -> None:
@@ -25,4 +35,88 @@ def test_logits_are_those_of_transformers(family: str, variant: str, tmp_path: P
     with torch.no_grad():  # in float64, for both float32 results differ from it by rounding
         expected = reference.double()(torch.tensor(tokens)).logits.numpy()
     found, _ = logits(load(tmp_path), tokens)
+    assert np.abs(found - expected).max() < 1e-4 * max(1.0, np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("family", "variant"), FIRST)
+def test_logits_in_bfloat16_are_near(family: str, variant: str, tmp_path: Path) -> None:
+    reference = families.save(tmp_path, families.config(family, variant), dtype="bfloat16")
+    tokens = np.random.default_rng(0).integers(0, 300, (2, 60))
+    with torch.no_grad():
+        expected = reference.double()(torch.tensor(tokens)).logits.numpy()
+        theirs = reference.bfloat16()(torch.tensor(tokens)).logits.double().numpy()
+    found = load(tmp_path, dtype=jnp.bfloat16).logits(tokens.astype(np.int32)).astype(np.float64)
+    far, as_far = (np.abs(one - expected).max() / np.ptp(expected) for one in (found, theirs))
+    assert far < max(2e-2, 1.5 * as_far)
+
+
+@pytest.mark.parametrize(("family", "variant"), FIRST)
+def test_packed_texts_are_as_if_alone(family: str, variant: str, tmp_path: Path) -> None:
+    """Two texts, the first with two continuations, all longer than the window of layers that have one."""
+    families.save(tmp_path, families.config(family, variant))
+    model, generator = load(tmp_path), np.random.default_rng(0)
+    first, one, other, second = (generator.integers(0, 300, (1, n), np.int32) for n in (30, 25, 9, 40))
+    places = [np.arange(30), np.arange(30, 55), np.arange(30, 39), np.arange(40)]
+    numbers = [np.full(len(place), number) for number, place in enumerate(places)]
+    whole, position, number = (
+        np.concatenate(parts, axis=-1) for parts in ((first, one, other, second), places, numbers)
+    )
+    group, branch = number // 3, np.where(number < 3, number, 0)
+    layout = Layout(*(part[None].astype(np.int32) for part in (position, group, branch)))
+    (packed,) = model.final_states(whole, layouts=[layout])
+    for text, rows in (((first, one), (0, 1)), ((first, other), (0, 2)), ((second,), (3,))):
+        (alone,) = model.final_states(np.concatenate(text, axis=1))
+        found = packed.array[0, np.isin(number, rows)]
+        np.testing.assert_allclose(found, alone.array[0], rtol=1e-4, atol=1e-4 * np.abs(alone.array).max())
+
+
+@pytest.mark.parametrize(("family", "variant"), FIRST)
+def test_gradients_are_those_of_torch(family: str, variant: str, tmp_path: Path) -> None:
+    """By the outputs of all linear layers: squared and summed over tokens, as `sensitivity` has them."""
+    reference = families.save(tmp_path, families.config(family, variant)).double()
+    tokens = np.random.default_rng(0).integers(0, 300, (2, 40), np.int32)
+    squares: dict[str, np.ndarray] = {}
+    modules = {name.partition("layers.")[2]: module for name, module in reference.named_modules() if ".layers." in name}
+    for name, module in modules.items():
+        if isinstance(module, torch.nn.Linear):
+            module.register_full_backward_hook(
+                lambda _, __, grads, name=name: squares.update({name: grads[0].square().sum((0, 1)).numpy()})
+            )
+    ids = torch.tensor(tokens.astype(np.int64))
+    scores = reference(ids).logits[:, :-1].reshape(-1, 300)
+    torch.nn.functional.cross_entropy(scores, ids[:, 1:].reshape(-1), reduction="sum").backward()
+    found = {
+        f"{index}.{path}": square
+        for index, layer in enumerate(measure_sensitivity(load(tmp_path), tokens))
+        for path, square in layer.outputs.items()
+    }
+    assert found.keys() == squares.keys()  # every linear layer of transformers' module is pruned
+    for name, expected in squares.items():
+        np.testing.assert_allclose(found[name], expected, rtol=1e-3, atol=1e-4 * expected.max(), err_msg=name)
+
+
+@pytest.mark.parametrize(("family", "variant"), FIRST)
+def test_a_run_that_was_stopped_goes_on_to_a_model_of_transformers(
+    family: str, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    families.save(Path("dense"), families.config(family, variant))
+    np.save("ids.npy", np.random.default_rng(0).integers(0, 300, (4, 40)))
+    text = ["--eval", "ppl", "--eval-text", "ids.npy", "--eval-seqlen", "40"]
+    line = "--ckpt dense --preset best --sparsity 0.6 --calib ids.npy --nsamples 4 --seqlen 40 --out pruned".split()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "prune_and_round", failing(loop.prune_and_round, 9))
+        assert prune([*line, *text]) == 2
+    assert prune([*line, *text, "--resume"]) == 0
+    assert verify(["pruned", "--against", "dense"]) == 0
+    assert evaluate(["pruned", "--against", "dense", *text]) == 0
+    capsys.readouterr()
+    loaded, info = AutoModelForCausalLM.from_pretrained("pruned", output_loading_info=True)
+    assert not any(info.values())
+    tokens = np.load("ids.npy").astype(np.int32)
+    with torch.no_grad():
+        expected = loaded.double()(torch.tensor(tokens.astype(np.int64))).logits.numpy()
+    found = load("pruned").logits(tokens)
     assert np.abs(found - expected).max() < 1e-4 * max(1.0, np.abs(expected).max())
