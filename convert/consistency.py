@@ -32,7 +32,7 @@ def check(spec: Spec, config: dict[str, Any]) -> None:
     wanted = {f"layers.{i}" for i in range(config["num_hidden_layers"])}
     problems += [f"missing: all of {part}" for part in sorted(wanted - layers.keys())]
     problems += [f"surplus: all of {part}" for part in sorted(layers.keys() - wanted)]
-    tops = {("embed_tokens", "embed_in"): "vocab_size"}
+    tops: dict[tuple[str, ...], str] = {("embed_tokens", "embed_in"): "vocab_size"}
     if config.get("tie_word_embeddings", True) is False:
         tops[HEADS] = "vocab_size"
     if config["model_type"] not in PREFIXES:

@@ -62,7 +62,7 @@ class Part:
         module = nnx.merge(self._graph, traverse_util.unflatten_dict(params, sep="."))
         for path, probe in (probes or {}).items():
             parent, _, name = path.rpartition(".")
-            owner = functools.reduce(getattr, parent.split("."), module)
+            owner = functools.reduce(getattr, parent.split(".") if parent else [], module)
             setattr(owner, name, _probed(getattr(owner, name), probe))
         with jax.default_matmul_precision(self._precision):
             return module(*args)
@@ -156,7 +156,8 @@ def architecture_of(assets: Path, dtype: DTypeLike | None, spec: Spec | None = N
     model_type = read_config(assets)["model_type"]
     known = plugins.names(sys.modules[__name__])
     if model_type not in known:
-        raise InputError(f"model type {model_type!r} is not supported; supported: {', '.join(known)}")
+        page = "docs/extending/family.md says how to add one"
+        raise InputError(f"model type {model_type!r} is not supported; supported: {', '.join(known)}; {page}")
     family = plugins.load(sys.modules[__name__], model_type)
     if dtype is None:
         assert spec is not None

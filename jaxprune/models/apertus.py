@@ -32,7 +32,7 @@ class Config(BaseConfig):
     """See `configuration.Config`."""
 
     @classmethod
-    def from_hf(cls, hf: Any, dtype: DTypeLike) -> BaseConfig:
+    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
         """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
         read = configuration.entries(Entries, hf)
         return cls.of(read, dtype, qk_norm="head", activation=read.hidden_act)

@@ -172,7 +172,7 @@ class Config:
             rope = lambda _: every  # noqa: E731
         kinds = layer_kinds(hf, rope)
         stretches = any(kind.rope is not None and kind.rope.stretches for kind in kinds)
-        usual = {
+        usual: dict[str, Any] = {
             "vocab_size": hf.vocab_size,
             "hidden_size": hf.hidden_size,
             "intermediate_size": hf.intermediate_size,

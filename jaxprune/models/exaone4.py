@@ -21,7 +21,7 @@ class Config(configuration.Config):
     """See `configuration.Config`."""
 
     @classmethod
-    def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
+    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
         """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
         read = configuration.entries(configuration.Entries, hf)
         every, whole = configuration.rope_of(read), read.sliding_window is None

@@ -34,7 +34,7 @@ class Config(configuration.Config):
     """See `configuration.Config`."""
 
     @classmethod
-    def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
+    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
         """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
         read = configuration.entries(Entries, hf)
         return cls.of(read, dtype, attention_softcap=read.attn_logit_softcapping, **options(read))

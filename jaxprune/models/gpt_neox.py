@@ -38,7 +38,7 @@ class Config(configuration.Config):
     parallel: bool
 
     @classmethod
-    def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
+    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
         """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
         read = configuration.entries(Entries, hf)
         rope = configuration.rope_of(read, partial=True)
@@ -68,7 +68,8 @@ class Attention(nnx.Module):
         self, x: Float[Array, "b t d"], layout: Layout | None
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t h"]]:
         heads = self.query_key_value(x).reshape(*x.shape[:2], self.config.num_heads, -1)
-        y = decoder.attend(self.config, self.kind, *jnp.split(heads, 3, axis=-1), layout)
+        query, key, value = jnp.split(heads, 3, axis=-1)
+        y = decoder.attend(self.config, self.kind, query, key, value, layout)
         return self.dense(y), y
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxtyping import DTypeLike
 
-from jaxprune.models import mistral
+from jaxprune.models import configuration, mistral
 from jaxprune.models.decoder import DecoderLayer, Embed, Head, inputs
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
@@ -22,7 +22,7 @@ class Config(mistral.Config):
     """See `configuration.Config`."""
 
     @classmethod
-    def from_hf(cls, hf: Any, dtype: DTypeLike) -> "mistral.Config":
+    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
         """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
         config = super().from_hf(hf, dtype)
         rope = config.kinds[0].rope

@@ -59,7 +59,7 @@ class Config(configuration.Config):
     final_norm: bool
 
     @classmethod
-    def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
+    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
         """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
         read = configuration.entries(Entries, hf)
         head_dim, rest = divmod(read.hidden_size, read.num_attention_heads)
@@ -111,8 +111,8 @@ class Attention(nnx.Module):
         self, x: Float[Array, "b t d"], layout: Layout | None
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t h"]]:
         projected = (proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        heads = (y.reshape(*x.shape[:2], -1, self.config.head_dim) for y in projected)
-        y = decoder.attend(self.config, self.kind, *heads, layout)
+        query, key, value = (y.reshape(*x.shape[:2], -1, self.config.head_dim) for y in projected)
+        y = decoder.attend(self.config, self.kind, query, key, value, layout)
         return self.out_proj(y), y
 
 

@@ -24,7 +24,7 @@ class Config(configuration.Config):
     """See `configuration.Config`."""
 
     @classmethod
-    def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
+    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
         """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
         read = configuration.entries(configuration.Entries, hf)
         rope = configuration.rope_of(read, partial=True)
@@ -54,8 +54,8 @@ class Attention(nnx.Module):
         self, x: Float[Array, "b t d"], layout: Layout | None
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t h"]]:
         parts = jnp.split(self.qkv_proj(x), [self.width, self.width + self.kv_width], axis=-1)
-        heads = (part.reshape(*x.shape[:2], -1, self.config.head_dim) for part in parts)
-        y = decoder.attend(self.config, self.kind, *heads, layout)
+        query, key, value = (part.reshape(*x.shape[:2], -1, self.config.head_dim) for part in parts)
+        y = decoder.attend(self.config, self.kind, query, key, value, layout)
         return self.o_proj(y), y
 
 

@@ -274,19 +274,17 @@ def of_distillation(
     tuned = [(layer, count, _Tuned.of(shapes, layer, x, keep)) for layer, count in shapes.layers.items()]
     resident = sum(count * one.state for _, count, one in tuned)
     for layer, count, one in tuned:
-        forward, arguments = partial(apply_layer, layer), (one.params, batch, None)
-        yield Program("tune", "dense forward", forward, arguments, count * passes, 2 * _bytes(batch), donated=(1,))
+        forward, visit, in_flight = partial(apply_layer, layer), (one.params, batch, None), 2 * _bytes(batch)
+        yield Program("tune", "dense forward", forward, visit, count * passes, in_flight, donated=(1,))
         values, calls = one.kernels.values, count * visits
         if keep:
             forward_and_vjp = partial(distillation.forward_and_vjp, layer)
-            arguments = values, one.rest, x
-            yield Program("tune", "forward", forward_and_vjp, arguments, calls, resident - _bytes(values))
+            resident_then = resident - _bytes(values)
+            yield Program("tune", "forward", forward_and_vjp, (values, one.rest, x), calls, resident_then)
         else:
             yield Program("tune", "forward", forward, (values | one.rest, x, None), calls, donated=(1,))
-        update, arguments = (
-            partial(distillation.update, layer),
-            (one.kernels, one.rest, one.vjp, x, Shape((), jnp.float32)),
-        )
+        update, step_of = partial(distillation.update, layer), (one.kernels, one.rest, one.vjp, x)
+        arguments = *step_of, Shape((), jnp.float32)
         yield Program("tune", "backward and step", update, arguments, calls, resident - one.state, donated=(0,))
     chunk = Shape((min(CHUNK // 2, step * length), architecture.width), architecture.config.dtype)
     loss = partial(distillation.head_divergence, architecture.head)

@@ -10,7 +10,7 @@ The header's metadata holds the shapes [out, in] as JSON.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -165,7 +165,9 @@ class MaskWriter:
         CheckpointError: no room.
     """
 
-    def __init__(self, path: Path, shapes: Mapping[tuple[int, str], tuple[int, ...]], model_type: str) -> None:
+    def __init__(
+        self, path: Path, shapes: Mapping[tuple[int, str], tuple[int, ...]], model_type: str = "llama"
+    ) -> None:
         self._model_type = model_type
         stored = {_name(*which, model_type): (shape[1], shape[0]) for which, shape in shapes.items()}
         spec = {n: jax.ShapeDtypeStruct(tuple(_packed_shape(s)), np.dtype(np.uint8)) for n, s in stored.items()}

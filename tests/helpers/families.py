@@ -42,7 +42,7 @@ STRETCHED = {
 }
 VARIANTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
     "llama": {"plain": {}},
-    "mistral": {"full": {"sliding_window": None}, "window": WINDOW, "head_dim": {**WINDOW, "head_dim": 16}},
+    "mistral": {"window": WINDOW, "full": {"sliding_window": None}, "head_dim": {**WINDOW, "head_dim": 16}},
     "qwen2": {
         "plain": {},
         "tied": {"tie_word_embeddings": True},
@@ -72,8 +72,8 @@ VARIANTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
         },
     },
     "phi3": {
-        "plain": {"sliding_window": None},
         "window": WINDOW,
+        "plain": {"sliding_window": None},
         "long": {**WINDOW, "rope_parameters": LONG, "original_max_position_embeddings": 64},
         "tied": {"tie_word_embeddings": True, "sliding_window": None},
     },

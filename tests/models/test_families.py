@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,7 +22,10 @@ from tests.helpers.optional import needs_torch, torch
 
 pytestmark = needs_torch
 FIRST = [(family, next(iter(variants))) for family, variants in families.VARIANTS.items()]
-"""A variant of each family, whose layers attend to windows where the family has them."""
+"""A variant of each family, whose layers attend to windows where most of its models' do."""
+SOONER = ("gemma3_text", "gpt_neox", "opt", "phi3")
+"""Families whose runs are tried whole in every run of the tests."""
+RUNS = [case if case[0] in SOONER else pytest.param(*case, marks=pytest.mark.slow) for case in FIRST]
 
 
 def test_every_family_is_tried() -> None:
@@ -45,7 +49,8 @@ def test_logits_in_bfloat16_are_near(family: str, variant: str, tmp_path: Path) 
     with torch.no_grad():
         expected = reference.double()(torch.tensor(tokens)).logits.numpy()
         theirs = reference.bfloat16()(torch.tensor(tokens)).logits.double().numpy()
-    found = load(tmp_path, dtype=jnp.bfloat16).logits(tokens.astype(np.int32)).astype(np.float64)
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own attention promotes implicitly
+        found = load(tmp_path, dtype=jnp.bfloat16).logits(tokens.astype(np.int32)).astype(np.float64)
     far, as_far = (np.abs(one - expected).max() / np.ptp(expected) for one in (found, theirs))
     assert far < max(2e-2, 1.5 * as_far)
 
@@ -80,7 +85,7 @@ def test_gradients_are_those_of_torch(family: str, variant: str, tmp_path: Path)
     for name, module in modules.items():
         if isinstance(module, torch.nn.Linear):
             module.register_full_backward_hook(
-                lambda _, __, grads, name=name: squares.update({name: grads[0].square().sum((0, 1)).numpy()})
+                lambda _, __, grads, name=name: squares.update({name: grads[0].square().flatten(0, -2).sum(0).numpy()})
             )
     ids = torch.tensor(tokens.astype(np.int64))
     scores = reference(ids).logits[:, :-1].reshape(-1, 300)
@@ -95,7 +100,7 @@ def test_gradients_are_those_of_torch(family: str, variant: str, tmp_path: Path)
         np.testing.assert_allclose(found[name], expected, rtol=1e-3, atol=1e-4 * expected.max(), err_msg=name)
 
 
-@pytest.mark.parametrize(("family", "variant"), FIRST)
+@pytest.mark.parametrize(("family", "variant"), RUNS)
 def test_a_run_that_was_stopped_goes_on_to_a_model_of_transformers(
     family: str, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
