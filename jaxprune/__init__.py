@@ -19,6 +19,7 @@ _EXPORTS = {
     "PRESETS": "jaxprune.recipe",
     "Importance": "jaxprune.recipe",
     "Recipe": "jaxprune.recipe",
+    "Rule": "jaxprune.recipe",
     "Tuning": "jaxprune.recipe",
     "Devices": "jaxprune.sharding",
     "StreamedModel": "jaxprune.streaming.model",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from jaxprune.recipe import PRESETS as PRESETS
     from jaxprune.recipe import Importance as Importance
     from jaxprune.recipe import Recipe as Recipe
+    from jaxprune.recipe import Rule as Rule
     from jaxprune.recipe import Tuning as Tuning
     from jaxprune.sharding import Devices as Devices
     from jaxprune.sparsity.patterns import NM as NM

@@ -4,6 +4,7 @@ A recipe is equal to another of the same values, hashable, and goes to JSON and 
 """
 
 import dataclasses
+import fnmatch
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,17 @@ from jaxprune.methods.admm import ADMM
 from jaxprune.methods.combine import Crossed, Finished
 from jaxprune.methods.records import MethodRecord, method_as_json
 from jaxprune.sparsity import masks
-from jaxprune.sparsity.patterns import NM, GivenRecord, Pattern, PatternRecord, Unstructured, parse_pattern, percent
+from jaxprune.sparsity.patterns import (
+    NM,
+    GivenRecord,
+    NMRecord,
+    Pattern,
+    PatternRecord,
+    Unstructured,
+    UnstructuredRecord,
+    parse_pattern,
+    percent,
+)
 
 VERSION = 2
 """Of the JSON."""
@@ -110,6 +121,27 @@ def without_effect(pattern: Pattern | None) -> dict[str, str]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rule:
+    """A pattern of their own for some linear layers.
+
+    Attributes:
+        names: which, as a shell pattern of names such as layers.3.mlp.down_proj: `*.q_proj`, `layers.2[0-9].*`.
+        pattern: theirs; None: they stay dense.
+    """
+
+    names: str
+    pattern: Pattern | None = None
+
+    def matches(self, index: int, path: str) -> bool:
+        """Returns whether it names a linear layer, given by its decoder layer's index and its path there."""
+        return fnmatch.fnmatchcase(f"layers.{index}.{path}", self.names)
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the content of `RuleRecord`."""
+        return {"names": self.names, "pattern": self.pattern and self.pattern.as_json()}
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """What is done to each linear layer, and to all of them together.
 
@@ -122,6 +154,7 @@ class Recipe:
         preset: the name of the preset that it was made from, or None.
         asymmetry: the share, from 0 to 1, of what a linear layer's inputs lost in the layers before that its weights
             make up for. 0 keeps the layer's own output on its pruned inputs, 1 aims at the dense model's.
+        rules: linear layers that stay dense, or have a pattern of their own; of several that name one the last counts.
 
     Raises:
         InputError: values that exclude each other.
@@ -134,10 +167,13 @@ class Recipe:
     tuning: Tuning = Tuning()
     preset: str | None = None
     asymmetry: float = 0.0
+    rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.pattern is None) == (self.mask is None):
             raise InputError("a recipe has either a pattern or masks that were made elsewhere")
+        if self.pattern is None and any(rule.pattern for rule in self.rules):
+            raise InputError("a rule gives a pattern, where masks that were made elsewhere decide what stays")
         if not 0 <= self.asymmetry <= 1:
             raise InputError(f"asymmetry must lie between 0 and 1, not {self.asymmetry}")
         for field, reason in without_effect(self.pattern).items():
@@ -179,6 +215,7 @@ class Recipe:
             "asymmetry": self.asymmetry,
             "importance": dataclasses.asdict(self.importance),
             "tuning": dataclasses.asdict(self.tuning),
+            **({"rules": [rule.as_json() for rule in self.rules]} if self.rules else {}),
         }
 
     def to_json(self) -> str:
@@ -236,6 +273,20 @@ PRESETS: Mapping[str, Recipe] = MappingProxyType(
 and tune the kept weights; best tunes them for longer."""
 
 
+class RuleRecord(Schema):
+    """The JSON of a rule."""
+
+    names: str
+    pattern: UnstructuredRecord | NMRecord | None
+
+    def rule(self) -> Rule:
+        """Returns the rule that it is the JSON of."""
+        return Rule(self.names, self.pattern.pattern() if self.pattern else None)
+
+    def __str__(self) -> str:
+        return f"{self.names} {self.pattern or 'dense'}"
+
+
 class RecipeRecord(Schema):
     """The JSON of a recipe. It is read without the methods that it names, which need not be installed."""
 
@@ -245,6 +296,7 @@ class RecipeRecord(Schema):
     asymmetry: float = Field(default=0.0, ge=0, le=1)
     importance: Importance = Importance()
     tuning: Tuning = Tuning()
+    rules: list[RuleRecord] = []
 
     def recipe(self) -> Recipe:
         """Returns the recipe.
@@ -261,12 +313,14 @@ class RecipeRecord(Schema):
             self.tuning,
             self.preset,
             self.asymmetry,
+            tuple(rule.rule() for rule in self.rules),
         )
 
     @property
     def pattern_text(self) -> str:
         """The pattern or the masks' source, in words."""
-        return f"{self.pattern}" + " in total" * (self.importance.spread > 0)
+        total = f"{self.pattern}" + " in total" * (self.importance.spread > 0)
+        return ", ".join([total, *map(str, self.rules)])
 
     @property
     def method_text(self) -> str:

@@ -26,6 +26,7 @@ from jaxprune.pruning import identity, publishing, resume
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.journal_folder import journal_folder, masks_file, result_folder
 from jaxprune.pruning.loop import other_params
+from jaxprune.pruning.rules import by_rules
 from jaxprune.pruning.whole_model import prune_model
 from jaxprune.recipe import Recipe
 from jaxprune.reporting import reading, schema
@@ -269,7 +270,7 @@ def _write_checkpoint(
             writer = stack.enter_context(fill_checkpoint(folder, model.reader.spec, model.reader.assets))
             if with_masks:
                 mask_writer = MaskWriter(
-                    masks_file(journal), model.architecture.kernel_shapes(), model.hf_config["model_type"]
+                    masks_file(journal), _pruned_shapes(model, recipe), model.hf_config["model_type"]
                 )
         observer.started("pruning", model.num_layers)
         for layer in prune_model(model, windows, recipe, seed=seed, journal=journal, observer=observer):
@@ -286,6 +287,13 @@ def _write_checkpoint(
             mask_writer.finish()
     barrier()  # the checkpoint is complete
     return writer.files if writer else set()
+
+
+def _pruned_shapes(model: StreamedModel, recipe: Recipe) -> dict[tuple[int, str], tuple[int, ...]]:
+    """Returns (layer index, path) -> shape of the kernels that do not stay dense."""
+    named = by_rules(model.architecture, recipe.rules)
+    shapes = model.architecture.kernel_shapes().items()
+    return {which: shape for which, shape in shapes if which not in named or named[which] is not None}
 
 
 @contextlib.contextmanager

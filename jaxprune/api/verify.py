@@ -38,5 +38,5 @@ def verify(
     if run := reading.run_of(name):
         expected = schema.expected(run)
     if pattern is not None:
-        expected |= {"pattern": pattern, "wanted": None}
+        expected |= {"pattern": pattern, "wanted": None, "own": {}}
     return verification.verify(model, against=dense, **expected)

@@ -16,7 +16,7 @@ Recorded = Callable[[bytes, Path], Mapping[str, Any]]
 """The content of a record and its path -> the options of its run."""
 
 
-def load(path: Path, recorded: Recorded | None) -> dict[str, str | bool]:
+def load(path: Path, recorded: Recorded | None) -> dict[str, Any]:
     """Returns the options of a file, by their names in Python's spelling.
 
     Args:
@@ -45,12 +45,14 @@ def load(path: Path, recorded: Recorded | None) -> dict[str, str | bool]:
     return dict(_texts(found, path))
 
 
-def _texts(found: Mapping[Any, Any], path: Path) -> Iterator[tuple[str, str | bool]]:
-    """Yields name and value as on a command line, True for a flag without one; what is null or false is not given."""
+def _texts(found: Mapping[Any, Any], path: Path) -> Iterator[tuple[str, Any]]:
+    """Yields name and value as on a command line, True for a flag without one; what is null, false or an empty list is
+    not given."""
     for name, value in found.items():
-        if not isinstance(name, str) or not isinstance(value, bool | int | float | str | None):
+        several = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        if not isinstance(name, str) or not (several or isinstance(value, bool | int | float | str | None)):
             raise InputError("an option has no single value", file=path, entry=str(plain(name)), found=value)
         if isinstance(value, int) and abs(value) >= 2**64:  # Python prints no number of thousands of digits
             raise InputError("the number is too large", file=path, entry=name)
-        if value is not None and value is not False:
-            yield name.replace("-", "_"), value if value is True else str(value)
+        if value is not None and value is not False and value != []:
+            yield name.replace("-", "_"), value if value is True or several else str(value)

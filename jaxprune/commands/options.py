@@ -190,7 +190,7 @@ def _parameter(cls: type, field: dataclasses.Field, flag: str, group: Group) -> 
     kind, text = typing.get_type_hints(cls)[field.name], field_docs(cls)[field.name]
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    elif field.default is not dataclasses.MISSING and kind is not bool:
+    elif field.default not in (dataclasses.MISSING, ()) and kind is not bool:
         text += f" (default: {field.default})"
     converter = {int: whole, float: real, str: named}.get(kind)
     note = Parameter(

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from jaxprune import methods
-from jaxprune.commands.options import CommandLine, Section, make
+from jaxprune.commands.options import CommandLine, Section, make, real
 from jaxprune.errors import InputError
 from jaxprune.methods import Method
 from jaxprune.methods.combine import Crossed, Finished
 from jaxprune.methods.exact import Exact
-from jaxprune.recipe import PRESETS, Importance, Recipe, Tuning, without_effect
+from jaxprune.recipe import PRESETS, Importance, Recipe, Rule, Tuning, without_effect
 from jaxprune.sparsity import masks
-from jaxprune.sparsity.patterns import parse_pattern
+from jaxprune.sparsity.patterns import Pattern, Unstructured, parse_pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,33 @@ class WholeModel:
     asymmetry: float = 0.0
     """Let every linear layer make up for this share of what its inputs lost in the layers before: 0 keeps its own
     output on its pruned inputs, 1 aims at the dense model's. Takes another forward pass."""
+    skip: tuple[str, ...] = ()
+    """Leave linear layers dense, by name: 'layers.0.*' or '*.down_proj'; may be given several times."""
+    rule: tuple[str, ...] = ()
+    """Give linear layers a pattern of their own: NAMES=SPARSITY or NAMES=N:M, such as '*.q_proj=0.8' or
+    'layers.2[0-9].*=2:4'; may be given several times, and of two that name a linear layer the later counts. Where
+    sparsities are spread, the others make up for it, so that --sparsity holds in total."""
+
+    def rules(self, pattern: Pattern | None) -> tuple[Rule, ...]:
+        """Returns the rules beside a pattern; skipped linear layers stay dense whatever else names them.
+
+        Raises:
+            InputError: a rule has no pattern.
+        """
+        per_output = isinstance(pattern, Unstructured) and pattern.per_output
+        return (*(_rule(text, per_output) for text in self.rule), *map(Rule, self.skip))
+
+
+def _rule(text: str, per_output: bool) -> Rule:
+    names, equals, pattern = text.rpartition("=")
+    if not (names and equals):
+        raise InputError(f"--rule takes NAMES=SPARSITY or NAMES=N:M, not {text!r}")
+    if ":" in pattern:
+        return Rule(names, parse_pattern(pattern))
+    try:
+        return Rule(names, Unstructured(real(pattern), per_output))
+    except ValueError as error:
+        raise InputError(f"--rule {text}: {error}") from None
 
 
 class RecipeOptions:
@@ -148,14 +175,16 @@ class RecipeOptions:
         if self._given_mask:
             if flags.pattern is not None or flags.sparsity is not None:
                 raise InputError(f"--mask {self._mask} decides which weights stay: leave --pattern and --sparsity out")
-            importance = _without(importance, given, without_effect(None))
-            return Recipe(method, None, self._mask, importance, tuning, whole.preset, whole.asymmetry)
-        pattern = parse_pattern(
-            flags.pattern or ("per-output" if method.per_output else "unstructured"), flags.sparsity
-        )
-        useless = {"spread": "--uniform wants one sparsity for every linear layer"} if whole.uniform else {}
-        importance = _without(importance, given, useless | without_effect(pattern))
-        return Recipe(method, pattern, None, importance, tuning, whole.preset, whole.asymmetry)
+            importance, pattern = _without(importance, given, without_effect(None)), None
+        else:
+            pattern = parse_pattern(
+                flags.pattern or ("per-output" if method.per_output else "unstructured"), flags.sparsity
+            )
+            useless = {"spread": "--uniform wants one sparsity for every linear layer"} if whole.uniform else {}
+            importance = _without(importance, given, useless | without_effect(pattern))
+        mask = self._mask if self._given_mask else None
+        rules = whole.rules(pattern)
+        return Recipe(method, pattern, mask, importance, tuning, whole.preset, whole.asymmetry, rules)
 
 
 def _set(values: Any) -> dict[str, Any]:

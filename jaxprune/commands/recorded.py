@@ -66,3 +66,10 @@ def of_recipe(recipe: RecipeRecord) -> Iterator[tuple[str, Any]]:
     if recipe.preset and not recipe.importance.spread and isinstance(recipe.pattern, UnstructuredRecord):
         yield "uniform", recipe.pattern.kind == "unstructured"
     yield "preset", recipe.preset
+    yield "skip", [rule.names for rule in recipe.rules if rule.pattern is None]
+    yield "rule", [f"{rule.names}={_pattern(rule.pattern)}" for rule in recipe.rules if rule.pattern]
+
+
+def _pattern(pattern: UnstructuredRecord | NMRecord) -> str:
+    """Returns a rule's pattern as --rule takes it."""
+    return str(pattern) if isinstance(pattern, NMRecord) else repr(pattern.sparsity)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -52,6 +53,7 @@ def verify(
     *,
     against: StreamedModel | None = None,
     pattern: Pattern | None = None,
+    own: Mapping[Which, Pattern | None] = MappingProxyType({}),
     counts: Mapping[Which, int] | None = None,
     wanted: Mapping[Which, int] | None = None,
     total: int | None = None,
@@ -62,6 +64,7 @@ def verify(
         model: pruned.
         against: the dense one.
         pattern: the pattern that every kernel must have. None: an N:M, if nine in ten kernels have it.
+        own: kernels that need not have it, but another one, or None.
         counts: zeros that every kernel was left with; it must have exactly those.
         wanted: zeros that every kernel must have at least.
         total: zeros that all kernels together must have at least.
@@ -79,10 +82,10 @@ def verify(
         if bad := int(np.size(array) - np.count_nonzero(np.isfinite(array))):
             problems.append(f"{name} holds {bad} values that are NaN or infinite")
         if name in names:
-            kernels[names[name]] = _examine(array)
-            problems += [
-                f"{name} {problem}" for problem in _violations(array, pattern, (wanted or {}).get(names[name]))
-            ]
+            which = names[name]
+            kernels[which] = _examine(array)
+            its = own[which] if which in own else pattern
+            problems += [f"{name} {problem}" for problem in _violations(array, its, (wanted or {}).get(which))]
         elif dense and name in dense.spec and not _same(array, dense.read([name])[name]):
             problems.append(f"{name} is not the dense checkpoint's, bit for bit")
     if counts is not None:
@@ -91,7 +94,7 @@ def verify(
     if total is not None and found < total:
         problems.append(f"the kernels have {found} zeros in total, {total - found} fewer than were wanted")
     if pattern is None:
-        problems += _outliers(kernels)
+        problems += _outliers({which: kernel for which, kernel in kernels.items() if which not in own})
     return Verdict(kernels, problems, len(reader.spec) - len(kernels) if dense else 0)
 
 

@@ -9,15 +9,18 @@ References:
     LeCun et al., "Optimal Brain Damage", NeurIPS 1989, for the saliency.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxprune.errors import Change, InputError
 from jaxprune.pruning.sensitivity import Sensitivity
 from jaxprune.sharding import fetch
+from jaxprune.sparsity.patterns import Pattern
 from jaxprune.streaming.model import StreamedModel
 
 BIN_BITS = 16
@@ -25,25 +28,45 @@ BIN_BITS = 16
 
 
 def allocate(
-    model: StreamedModel, sensitivity: Sequence[Sensitivity], sparsity: float, spread: float
+    model: StreamedModel,
+    sensitivity: Sequence[Sensitivity],
+    sparsity: float,
+    spread: float,
+    named: Mapping[tuple[int, str], Pattern | None] = MappingProxyType({}),
 ) -> dict[tuple[int, str], float]:
-    """Returns (layer index, path of the linear) -> its sparsity.
+    """Returns (layer index, path of the linear) -> its sparsity, of all that have no pattern of their own.
 
     Args:
         model: the dense model.
         sensitivity: the sensitivity of its layers.
         sparsity: the sparsity of all linear layers together; zeros are rounded to the nearest whole weight.
-        spread: the most by which a linear's sparsity may differ from it.
+        spread: the most by which a linear's sparsity may differ from what the others have to have for it.
+        named: linear layers with a pattern of their own, or None: those stay dense. The others make up for them.
+
+    Raises:
+        InputError: they cannot.
     """
-    linears, histograms, sizes = [], [], []
+    linears, histograms, sizes, fixed, every = [], [], [], 0, 0
     for index, (params, layer) in enumerate(zip(model.layers(), sensitivity, strict=True)):
         for tap, paths in model.architecture.layers[index].inputs.items():
             for path in paths:
+                shape = model.architecture.layers[index].kernels[path]
+                every += shape[0] * shape[1]
+                if (index, path) in named:
+                    pattern = named[index, path]
+                    fixed += pattern.zeros(shape) if pattern else 0
+                    continue
                 kernel = model.devices.replicate(params[f"{path}.kernel"])
                 histograms.append(fetch(_histogram(kernel, layer.inputs[tap], layer.outputs[path])))
                 linears.append((index, path))
                 sizes.append(kernel.size)
-    zeros = share_zeros(np.stack(histograms), round(sparsity * sum(sizes)), spread)
+    left = round(sparsity * every) - fixed
+    if not 0 <= left < sum(sizes):
+        others = f"the {sum(sizes)} weights that no rule names"
+        raise InputError(
+            f"a sparsity of {sparsity:g} in total leaves {left} zeros for {others}", options={"sparsity": Change.OTHER}
+        )
+    zeros = share_zeros(np.stack(histograms), left, spread)
     return {linear: int(z) / size for linear, z, size in zip(linears, zeros, sizes, strict=True)}
 
 

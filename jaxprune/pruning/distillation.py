@@ -97,7 +97,7 @@ def distill(
     results, state, rest, dtypes = [], [], [], []
     for result in layers:
         params = inside_layer(result.index, result.params)
-        kernels = {f"{path}.kernel": params.pop(f"{path}.kernel") for path in architecture.layers[result.index].kernels}
+        kernels = {f"{path}.kernel": params.pop(f"{path}.kernel") for path in result.masks}  # others stay dense
         dtypes.append({name: kernel.dtype for name, kernel in kernels.items()})
         results.append(dataclasses.replace(result, params={}))
         state.append(placement.place(adam.init(kernels)))

@@ -1,6 +1,6 @@
 """The Gram matrices of a layer's inputs, summed over the calibration windows in one pass of the dense layer."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -26,6 +26,7 @@ def gram_matrices(
     hidden: HiddenStates,
     dense: HiddenStates | None = None,
     weights: Mapping[str, Float[np.ndarray, "w t"]] | None = None,
+    taps: Collection[str] | None = None,
 ) -> tuple[Grams, Grams]:
     """Sums the Gram matrices of a layer's linears' inputs, XᵀX or Xᵀ diag(w) X, float32.
 
@@ -36,6 +37,7 @@ def gram_matrices(
         hidden: states before the layer.
         dense: states before the layer of the dense model, which move on to those behind it; None: there are none.
         weights: tap -> w, one weight a token; taps that are not in it weigh all tokens the same.
+        taps: the inputs whose Gram matrices are wanted; None: all.
 
     Returns:
         The Gram matrices, and the drifts X̂ᵀ(X − X̂) of the inputs X̂ from those of the dense model, X; no drifts where
@@ -45,14 +47,15 @@ def gram_matrices(
         InputError: NaN or infinity in the layer's activations; weights are looked at when they are read.
     """
     devices, layer = model.devices, model.architecture.layers[index]
-    weights = weights or {}
+    widths = {tap: n for tap, n in layer.widths.items() if taps is None or tap in taps}
+    weights = {tap: weight for tap, weight in (weights or {}).items() if tap in widths}
     sums: dict[int, tuple[Grams, Grams]] = {}
 
     def totals_for(rows: slice) -> tuple[int, Grams, Grams]:
         """Returns sums on each device where the rows can be split over all of them, else one."""
         parts = 1 if (rows.stop - rows.start) % devices.count else devices.count
         if parts not in sums:
-            shapes = {tap: (n, n) if parts == 1 else (parts, n, n) for tap, n in layer.widths.items()}
+            shapes = {tap: (n, n) if parts == 1 else (parts, n, n) for tap, n in widths.items()}
             zeros = [{tap: devices.zeros(shape) for tap, shape in shapes.items()} for _ in range(1 + bool(dense))]
             sums[parts] = zeros[0], zeros[1] if dense else {}
         return parts, *sums.pop(parts)

@@ -33,6 +33,11 @@ class KernelResult(NamedTuple):
     metrics: dict[str, float]
 
 
+def dense_result(kernel: Float[Array, "n m"]) -> KernelResult:
+    """Returns what became of a kernel that stays dense: nothing."""
+    return KernelResult(0.0, int(jnp.sum(kernel == 0)), 0, kernel.size, {})
+
+
 def prune_and_round(
     method: Method,
     prepared: Any,

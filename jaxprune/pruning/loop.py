@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -17,19 +17,18 @@ from jaxtyping import Array, Int, UInt8
 from convert import Spec, parts
 from jaxprune.errors import Change, InputError
 from jaxprune.methods import Method, gram, with_more_damping
-from jaxprune.models import Architecture
+from jaxprune.models import Architecture, Layer
 from jaxprune.pruning.calibration_states import CalibrationStates
 from jaxprune.pruning.gram_matrices import Grams, gram_matrices
-from jaxprune.pruning.kernel import KernelResult, prune_and_round
+from jaxprune.pruning.kernel import KernelResult, dense_result, prune_and_round
 from jaxprune.pruning.results import LayerResult, Results
+from jaxprune.pruning.rules import TargetOf
 from jaxprune.pruning.sensitivity import Weights
 from jaxprune.sharding import fetch
 from jaxprune.sparsity.masks import StoredMask, pack
 from jaxprune.sparsity.patterns import Pattern
 from jaxprune.streaming.model import StreamedModel, in_checkpoint
 
-TargetOf = Callable[[int, str], Pattern | StoredMask]
-"""(layer index, path of the linear layer) -> its pattern, or its mask where that was made elsewhere."""
 DAMPING = 1, 10, 100, 1000
 """A solve that fails is tried again with so many times the damping."""
 
@@ -40,7 +39,7 @@ class Solver:
 
     Attributes:
         method: the pruning method.
-        target_of: (layer index, path of the linear layer) -> pattern or mask.
+        target_of: (layer index, path of the linear layer) -> pattern or mask; None: it stays dense.
         weights: the weights of each layer's tokens and outputs; None: all weigh the same.
         asymmetry: share of the inputs' drift from the dense model's that a kernel makes up for; see
             `gram.drifted_target`.
@@ -50,6 +49,14 @@ class Solver:
     target_of: TargetOf
     weights: Sequence[Weights] | None = None
     asymmetry: float = 0.0
+
+    def taps(self, index: int, layer: Layer) -> dict[str, tuple[str, ...]]:
+        """Returns the taps of a layer that its pruned linear layers read, with these."""
+        pruned = {
+            tap: tuple(path for path in paths if self.target_of(index, path) is not None)
+            for tap, paths in layer.inputs.items()
+        }
+        return {tap: paths for tap, paths in pruned.items() if paths}
 
 
 def prune_layers(
@@ -100,9 +107,10 @@ def _visit_layers(
             params = jax.block_until_ready(model.devices.replicate(stored))
         with _timed(seconds, "gram"):
             tokens = solver.weights[index].tokens if solver.weights else None
+            taps = solver.taps(index, model.architecture.layers[index])
             try:
                 grams, drifts = jax.block_until_ready(
-                    gram_matrices(model, index, params, states.pruned, states.dense, tokens)
+                    gram_matrices(model, index, params, states.pruned, states.dense, tokens, taps)
                 )
             except InputError as error:
                 error.problem = f"layer {index}: {error.problem}"
@@ -132,7 +140,7 @@ class SolvedLayer:
     Attributes:
         params: the params of the layer, on the device, in the stored dtype.
         kernels: path of the linear layer -> what became of its kernel.
-        masks: path -> its packed mask, on the device.
+        masks: path -> its packed mask, on the device; none of one that stays dense.
     """
 
     def __init__(self, params: Mapping[str, Array]) -> None:
@@ -158,7 +166,11 @@ def solve_layer(
         InputError: a Gram matrix is too nearly singular, whatever the damping.
     """
     layer = SolvedLayer(params)
-    for tap, paths in model.architecture.layers[index].inputs.items():
+    part = model.architecture.layers[index]
+    for path in part.kernels:
+        if solver.target_of(index, path) is None:
+            layer.kernels[path] = dense_result(params[f"{path}.kernel"])
+    for tap, paths in solver.taps(index, part).items():
         gram_of_tap, drift = grams.pop(tap), drifts.pop(tap, None)
         for times in DAMPING:
             method = solver.method if times == 1 else with_more_damping(solver.method, times)
@@ -177,6 +189,7 @@ def solve_layer(
             for path in paths:
                 metrics = layer.kernels[path].metrics | {"damping_times": float(times)}
                 layer.kernels[path] = layer.kernels[path]._replace(metrics=metrics)
+    layer.kernels = {path: layer.kernels[path] for path in part.kernels}
     return layer
 
 
@@ -193,7 +206,8 @@ def _solve_tap(
     """Prunes the kernels of the linear layers that share an input."""
     prepared = solver.method.prepare(gram_of_tap)
     for path in paths:
-        kernel, wanted = params[f"{path}.kernel"], None
+        kernel, wanted, target = params[f"{path}.kernel"], None, solver.target_of(index, path)
+        assert target is not None
         if drift is not None:
             wanted = gram.drifted_target(gram_of_tap, drift, kernel.astype(gram_of_tap.dtype), solver.asymmetry)
         outputs = solver.weights[index].outputs.get(path) if solver.weights else None
@@ -202,7 +216,7 @@ def _solve_tap(
             prepared,
             gram_of_tap,
             kernel,
-            solver.target_of(index, path),
+            target,
             outputs=outputs,
             wanted=wanted,
             devices=model.devices,
@@ -214,7 +228,8 @@ def targets_for(architecture: Architecture, target: Pattern | TargetOf) -> Targe
     """Returns the target of each linear layer, once it is known to fit; errors as for `require_fit`."""
     target_of = target if callable(target) else lambda index, path: target
     for (index, path), shape in architecture.kernel_shapes().items():
-        require_fit(target_of(index, path), index, path, shape)
+        if (wanted := target_of(index, path)) is not None:
+            require_fit(wanted, index, path, shape)
     return target_of
 
 

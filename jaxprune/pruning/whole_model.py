@@ -1,7 +1,7 @@
 """A recipe on a whole model: sensitivities -> sparsities -> the loop over layers -> distillation."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from jaxtyping import Int
@@ -9,8 +9,9 @@ from jaxtyping import Int
 from jaxprune.pruning.allocation import allocate
 from jaxprune.pruning.distillation import distill
 from jaxprune.pruning.journal import PRUNED, SENSITIVITY, TUNED, TUNING, Journal
-from jaxprune.pruning.loop import TargetOf, prune_layers, targets_for
+from jaxprune.pruning.loop import prune_layers, targets_for
 from jaxprune.pruning.results import LayerResult, Results
+from jaxprune.pruning.rules import TargetOf, by_rules, with_rules
 from jaxprune.pruning.sensitivity import Weights, measure_sensitivity, weights
 from jaxprune.recipe import Importance, Recipe
 from jaxprune.sparsity.patterns import Pattern, Unstructured
@@ -41,10 +42,10 @@ def prune_model(
     Raises:
         InputError, CheckpointError: recipe, model and tokens do not fit together.
     """
-    target = recipe.target()
-    targets_for(model.architecture, target)
+    target, named = recipe.target(), by_rules(model.architecture, recipe.rules)
+    targets_for(model.architecture, with_rules(target, named))
     model.require_tokens(tokens)
-    layers = _pruned(model, tokens, recipe, target, journal, observer)
+    layers = _pruned(model, tokens, recipe, target, named, journal, observer)
     return _distilled(model, tokens, layers, recipe, seed, journal, observer) if recipe.tuning.tune_epochs else layers
 
 
@@ -53,15 +54,16 @@ def _pruned(
     tokens: Int[np.ndarray, "w t"],
     recipe: Recipe,
     target: Pattern | TargetOf,
+    named: Mapping[tuple[int, str], Pattern | None],
     journal: Journal | None,
     observer: Observer,
 ) -> Iterator[LayerResult]:
-    target, layer_weights = _by_importance(model, tokens, recipe.importance, target, journal, observer)
+    target, layer_weights = _by_importance(model, tokens, recipe.importance, target, named, journal, observer)
     layers = prune_layers(
         model,
         tokens,
         recipe.method,
-        target,
+        with_rules(target, named),
         weights=layer_weights,
         asymmetry=recipe.asymmetry,
         finished=Results(journal, PRUNED, model.num_layers),
@@ -103,10 +105,11 @@ def _by_importance(
     tokens: Int[np.ndarray, "w t"],
     importance: Importance,
     target: Pattern | TargetOf,
+    named: Mapping[tuple[int, str], Pattern | None],
     journal: Journal | None,
     observer: Observer,
 ) -> tuple[Pattern | TargetOf, list[Weights] | None]:
-    """Returns the target of each kernel and the weights of each layer."""
+    """Returns the target of each kernel that no rule names, and the weights of each layer."""
     if not importance.measured:
         return target, None
     start = time.perf_counter()
@@ -115,7 +118,7 @@ def _by_importance(
     sensitivity = measure_sensitivity(model, some, journal=journal)
     if importance.spread:
         assert isinstance(target, Unstructured)
-        sparsities = allocate(model, sensitivity, target.sparsity, importance.spread)
+        sparsities = allocate(model, sensitivity, target.sparsity, importance.spread, named)
 
         def own(index: int, path: str) -> Pattern:
             return Unstructured(sparsities[index, path])

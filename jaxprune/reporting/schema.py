@@ -170,8 +170,11 @@ def expected(run: Run) -> dict[str, Any]:
     if pattern and run.importance.spread:  # every kernel had a sparsity of its own
         total = round(pattern.sparsity * sum(kernel.size for kernel in kernels.values()))
         pattern = None
+    rules = [one.rule() for one in run.rules]
+    named = {which: rule.pattern for rule in rules for which in kernels if rule.matches(*which)}
     return {
         "pattern": pattern,
+        "own": named,
         "counts": {which: kernel.zeros for which, kernel in kernels.items()},
         "wanted": {which: kernel.wanted for which, kernel in kernels.items()},
         "total": total,

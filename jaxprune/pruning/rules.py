@@ -1,0 +1,51 @@
+"""Rules by name on a model: which linear layers stay dense, and which have a pattern of their own."""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+
+from jaxprune.errors import InputError
+from jaxprune.models import Architecture
+from jaxprune.recipe import Rule
+from jaxprune.sparsity.masks import StoredMask
+from jaxprune.sparsity.patterns import Pattern
+
+Target = Pattern | StoredMask | None
+"""A linear layer's pattern, or its mask where that was made elsewhere; None: it stays dense."""
+TargetOf = Callable[[int, str], Target]
+"""(layer index, path of the linear layer) -> its target."""
+
+
+def by_rules(architecture: Architecture, rules: Sequence[Rule]) -> Mapping[tuple[int, str], Pattern | None]:
+    """Returns the linear layers that rules name, with their patterns; the last rule that names one counts.
+
+    Raises:
+        InputError: a rule names no linear layer.
+    """
+    every = architecture.kernel_shapes()
+    found: dict[tuple[int, str], Pattern | None] = {}
+    for rule in rules:
+        named = [which for which in every if rule.matches(*which)]
+        if not named:
+            names = [f"layers.{index}.{path}" for index, path in every]
+            near = difflib.get_close_matches(rule.names, names, n=3, cutoff=0.3) or names[:3]
+            raise InputError(f"no linear layer is named {rule.names!r}", wanted=f"names such as {', '.join(near)}")
+        found |= dict.fromkeys(named, rule.pattern)
+    return found
+
+
+def with_rules(target: Pattern | TargetOf, named: Mapping[tuple[int, str], Pattern | None]) -> Pattern | TargetOf:
+    """Returns the target of each linear layer: its own where a rule names it.
+
+    Args:
+        target: of the others.
+        named: as `by_rules` gives it.
+    """
+    if not named:
+        return target
+
+    def target_of(index: int, path: str) -> Target:
+        if (index, path) in named:
+            return named[index, path]
+        return target(index, path) if callable(target) else target
+
+    return target_of
