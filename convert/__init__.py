@@ -7,7 +7,7 @@ Kernels are [in, out]. `flax.traverse_util.unflatten_dict(params, sep=".")` nest
 A format is a file of this package that exposes a `Reader`, a `Writer`, or both:
 
 - `Reader(path)` looks at headers only; `Reader.accepts(path)` says whether the format knows the path.
-- `Writer(folder, spec, model_type)` writes into an empty folder that it may fill as it likes.
+- `Writer(folder, spec, naming)` writes into an empty folder that it may fill as it likes.
 """
 
 import importlib
@@ -26,6 +26,7 @@ from convert.checkpoint import part_of as part_of
 from convert.checkpoint import parts as parts
 from convert.errors import CheckpointError as CheckpointError
 from convert.errors import DamagedError as DamagedError
+from convert.names import Naming, naming_in
 
 if TYPE_CHECKING:
     from convert.destination import Destination
@@ -97,14 +98,14 @@ def fill_checkpoint(folder: Path, spec: Spec, assets: Path, *, to: str = "hf") -
     from convert.assets import copy_assets, read_config
     from convert.writing import names
 
-    writer = writer_for(to)(folder, spec, read_config(assets)["model_type"])
+    writer = writer_for(to)(folder, spec, naming_in(read_config(assets), spec))
     copy_assets(assets, folder)
     writer.files |= names(folder)
     yield writer
     writer.finish()
 
 
-def writer_for(to: str) -> Callable[[Path, Spec, str], Writer]:
+def writer_for(to: str) -> Callable[[Path, Spec, Naming], Writer]:
     """Raises CheckpointError for a format that cannot be written."""
     writers = {name: m.Writer for name, m in formats().items() if hasattr(m, "Writer")}
     if to not in writers:

@@ -22,6 +22,9 @@ NOT_COPIED = ("*.index.json", "params.json", "jaxprune.json", "lm-eval-*.json", 
 """Patterns of names among those: lists of the weights, and what tools of ours or others wrote about one folder."""
 SETTINGS = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"}
 VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"}
+TEXT_INSIDE = ("gemma3",)
+"""Model types that hold a text model among others, which alone is pruned."""
+INSIDE = "inside"
 CONFIG_BYTES, TOKENIZER_BYTES = 2**22, 2**26
 """The most that a configuration, and a file of a tokenizer, may hold; the largest vocabularies have half of it."""
 
@@ -95,6 +98,9 @@ def read_config(assets: Path) -> dict[str, Any]:
     path = assets / "config.json"
     require_inside(path, assets)
     config = decode(read_bytes(path, CONFIG_BYTES), file=path)
+    config.pop(INSIDE, None)
+    if config.get("model_type") in TEXT_INSIDE:
+        config = _text_config(config, path)
     try:
         json.dumps(config, allow_nan=False)
     except ValueError:
@@ -112,6 +118,20 @@ def read_config(assets: Path) -> dict[str, Any]:
             "dequantized when read"
         )
     return config
+
+
+def _text_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Returns the configuration of the text model inside another one, and that one's model type under `INSIDE`."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        text = CONFIG_MAPPING[config["model_type"]].from_dict(config).text_config.to_dict()
+    except Exception as error:  # transformers validates with errors of many kinds
+        reason = f"{type(error).__name__}: {error}"[:300]
+        raise CheckpointError(f"it cannot be used ({reason})", file=path) from error
+    given = {name: config[name] for name in ("dtype", "torch_dtype", "tie_word_embeddings") if name in config}
+    found = {name: value for name, value in (text | given).items() if value is not None}
+    return found | {INSIDE: config["model_type"]}
 
 
 def load_config(assets: Path) -> Any:

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from convert.names import EMBEDDINGS, HEADS
+from convert.names import EMBEDDINGS, HEADS, Naming
 
 Params = dict[str, np.ndarray]
 Spec = dict[str, jax.ShapeDtypeStruct]
@@ -54,7 +54,7 @@ class Writer(Protocol):
     folder: Path
     files: set[str]
 
-    def __init__(self, folder: Path, spec: Spec, model_type: str) -> None: ...
+    def __init__(self, folder: Path, spec: Spec, naming: Naming) -> None: ...
 
     def write(self, params: Mapping[str, np.ndarray]) -> None:
         """Writes whole parts (a part is the embedding, a decoder layer, the final norm or the head)."""

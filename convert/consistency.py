@@ -11,7 +11,7 @@ from typing import Any
 
 from convert.checkpoint import Spec, parts
 from convert.errors import CheckpointError, DamagedError, joined
-from convert.names import HEADS, PREFIXES
+from convert.names import HEADS, PREFIXES, TIED
 
 
 def check(spec: Spec, config: dict[str, Any]) -> None:
@@ -33,7 +33,7 @@ def check(spec: Spec, config: dict[str, Any]) -> None:
     problems += [f"missing: all of {part}" for part in sorted(wanted - layers.keys())]
     problems += [f"surplus: all of {part}" for part in sorted(layers.keys() - wanted)]
     tops: dict[tuple[str, ...], str] = {("embed_tokens", "embed_in"): "vocab_size"}
-    if config.get("tie_word_embeddings", True) is False:
+    if not config.get("tie_word_embeddings", config["model_type"] in TIED):
         tops[HEADS] = "vocab_size"
     if config["model_type"] not in PREFIXES:
         tops["norm",] = "hidden_size"

@@ -17,7 +17,7 @@ from convert.checkpoint import Params, Spec, parts
 from convert.consistency import check_paths
 from convert.errors import CheckpointError, DamagedError, joined
 from convert.files import read_bytes, require_inside, require_regular
-from convert.names import bare_name, flax_path, hf_name
+from convert.names import Naming, flax_path, naming_of
 from convert.safetensors_header import Stored, header
 from convert.schema import Schema, check, decode
 from convert.shards import DTYPES, INDEX, ShardWriter
@@ -43,13 +43,14 @@ class Reader:
         config = read_config(path)
         check_files(path)
         self._files = _headers(path)
+        naming = naming_of(config, self._files)
         problems = []
         self.spec: Spec = {}
         self._names: dict[str, str] = {}
         given: dict[str, str] = {}
         numpy_dtypes = {stored: np.dtype(name) for name, stored in DTYPES.items()}
         for name, (_, (dtype, shape)) in self._files.items():
-            bare = bare_name(name, config["model_type"])
+            bare = naming.bare(name)
             if name.endswith(BUFFERS) or (bare == "lm_head.weight" and config.get("tie_word_embeddings")):
                 continue
             flax = flax_path(bare, len(shape))
@@ -101,18 +102,18 @@ class Reader:
 class Writer:
     """Writes safetensors with Hugging Face's names, one file up to 5 GB and shards with an index above."""
 
-    def __init__(self, folder: Path, spec: Spec, model_type: str) -> None:
-        self.folder, self._model_type = folder, model_type
+    def __init__(self, folder: Path, spec: Spec, naming: Naming) -> None:
+        self.folder, self._naming = folder, naming
         self.files: set[str] = set()
         stored = {
             path: jax.ShapeDtypeStruct(t.shape[::-1] if path.endswith(".kernel") else t.shape, t.dtype)
             for path, t in spec.items()
         }
-        self._shards = ShardWriter(folder, {hf_name(path, model_type): t for path, t in stored.items()})
+        self._shards = ShardWriter(folder, {naming.hf_name(path): t for path, t in stored.items()})
 
     def write(self, params: Mapping[str, np.ndarray]) -> None:
         for path, array in params.items():
-            self._shards.write(hf_name(path, self._model_type), array.T if path.endswith(".kernel") else array)
+            self._shards.write(self._naming.hf_name(path), array.T if path.endswith(".kernel") else array)
 
     def finish(self) -> None:
         self._shards.finish()

@@ -1,40 +1,86 @@
 """Names of tensors in Hugging Face checkpoints <-> paths of Flax params.
 
-A path is the tensor's name without the prefix of the architecture's base model, with Flax's name of the leaf.
+A path is the tensor's name without the prefix of the text model, with Flax's name of the leaf. Tensors of other models
+beside the text model, such as a vision tower, have their own names as paths, below `beside`.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 PREFIXES: Mapping[str, str] = {"gpt_neox": "gpt_neox.", "opt": "model.decoder."}
 """Model type -> what names begin with, but for heads; of all other types it is `model.`."""
 EMBEDDINGS = ("embed_tokens", "embed_in", "embed_positions")
 HEADS = ("lm_head", "embed_out")
+TIED = ("cohere2", "gemma2", "gemma3_text", "opt", "smollm3")
+"""Model types whose head is the embedding where the configuration does not say."""
+BESIDE = "beside"
 
 
-def prefix_of(model_type: str) -> str:
-    """Returns what names in checkpoints of a model type begin with, but for heads."""
-    return PREFIXES.get(model_type, "model.")
+@dataclasses.dataclass(frozen=True)
+class Naming:
+    """How a checkpoint's tensors are called.
+
+    Attributes:
+        prefix: what the text model's names begin with, but for the head's.
+        head: what the head's names begin with.
+        alone: whether there is nothing beside the text model; then some checkpoints lack the prefix in part or whole.
+    """
+
+    prefix: str = "model."
+    head: str = ""
+    alone: bool = True
+
+    def bare(self, name: str) -> str:
+        """Returns a name without the prefix; that of a tensor of another model below `beside`."""
+        if self.alone:
+            for step in self.prefix.split(".")[:-1]:
+                name = name.removeprefix(f"{step}.")
+            return name
+        head = name.removeprefix(self.head)
+        if head.startswith(HEADS):
+            return head
+        return name.removeprefix(self.prefix) if name.startswith(self.prefix) else f"{BESIDE}.{name}"
+
+    def hf_name(self, path: str) -> str:
+        """Returns the checkpoint's name of a path, such as `model.norm.weight` of `norm.scale`."""
+        if path.startswith(f"{BESIDE}."):
+            return path.removeprefix(f"{BESIDE}.")
+        module, _, leaf = path.rpartition(".")
+        leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
+        return f"{self.head if module in HEADS else self.prefix}{module}.{leaf}"
 
 
-def bare_name(name: str, model_type: str) -> str:
-    """Returns a tensor's name without the prefix, which some checkpoints lack in part or whole."""
-    for step in prefix_of(model_type).split(".")[:-1]:
-        name = name.removeprefix(f"{step}.")
-    return name
+TEXT = Naming()
+"""Of most checkpoints that hold a text model alone."""
+OLDER = Naming("language_model.model.", "language_model.", False)
+"""Of text models among others before transformers 5."""
+
+
+def naming_of(config: Mapping[str, Any], beside: Iterable[str]) -> Naming:
+    """Returns how the tensors of a checkpoint are called.
+
+    Args:
+        config: as `assets.read_config` gives it, with `inside` where the text model is among others.
+        beside: names of tensors, of which those of other models tell which of two ways it is.
+    """
+    if not config.get("inside"):
+        return Naming(PREFIXES.get(config["model_type"], "model."))
+    newer = all(name.startswith(("model.", "lm_head.")) for name in beside)
+    return Naming("model.language_model.", "", False) if newer else OLDER
 
 
 def flax_path(bare: str, ndim: int) -> str:
     """Returns the path of a tensor, of its name without the prefix and its number of axes."""
     module, _, leaf = bare.rpartition(".")
-    if leaf != "weight":
+    if leaf != "weight" or bare.startswith(f"{BESIDE}."):
         return bare
     if module in EMBEDDINGS:
         return f"{module}.embedding"
     return f"{module}.kernel" if ndim == 2 else f"{module}.scale"
 
 
-def hf_name(path: str, model_type: str) -> str:
-    """Returns the checkpoint's name of a path: `layers.0.mlp.up_proj.kernel` -> `model.layers.0.mlp.up_proj.weight`."""
-    module, _, leaf = path.rpartition(".")
-    leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
-    return f"{'' if module in HEADS else prefix_of(model_type)}{module}.{leaf}"
+def naming_in(config: Mapping[str, Any], paths: Iterable[str]) -> Naming:
+    """Returns how the tensors of these paths are called; see `naming_of`."""
+    beside = [path.removeprefix(f"{BESIDE}.") for path in paths if path.startswith(f"{BESIDE}.")]
+    return naming_of(config, beside)

@@ -24,6 +24,7 @@ from convert.checkpoint import Params, Spec, part_of, parts
 from convert.consistency import check_paths
 from convert.errors import CheckpointError, DamagedError, NoRoomError, joined
 from convert.files import require_regular
+from convert.names import Naming
 from convert.schema import Schema
 from convert.shards import DTYPES
 from convert.writing import names, write_text
@@ -116,8 +117,8 @@ class Reader:
 class Writer:
     """Writes one Orbax pytree a part."""
 
-    def __init__(self, folder: Path, spec: Spec, model_type: str) -> None:
-        del model_type  # names are paths here
+    def __init__(self, folder: Path, spec: Spec, naming: Naming) -> None:
+        del naming  # names are paths here
         self.folder, self._parts = folder, parts(spec)
         self._missing = set(self._parts)
         self.files: set[str] = set()

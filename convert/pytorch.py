@@ -8,7 +8,7 @@ import numpy as np
 
 from convert.assets import load_config
 from convert.errors import CheckpointError
-from convert.names import hf_name
+from convert.names import BESIDE, naming_in
 
 
 def to_torch(params: Mapping[str, np.ndarray], assets: Path, dtype: str) -> Any:
@@ -29,8 +29,11 @@ def to_torch(params: Mapping[str, np.ndarray], assets: Path, dtype: str) -> Any:
     import transformers
 
     config, state = load_config(assets), {}
+    naming = naming_in({"model_type": config.model_type}, params)
     for path, array in params.items():
-        name = hf_name(path, config.model_type)
+        if path.startswith(f"{BESIDE}."):  # the text model is enough to evaluate
+            continue
+        name = naming.hf_name(path)
         array = np.ascontiguousarray(array.T if path.endswith(".kernel") else array)
         if array.dtype.name == "bfloat16":
             state[name] = torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)

@@ -15,6 +15,7 @@ from convert import Writer, fill_checkpoint, writing
 from convert.checked import CheckedReader
 from convert.destination import Destination, destination
 from convert.hub import require_whole
+from convert.names import naming_in
 from convert.paths import inputs_of, paths_of, require_apart
 from convert.schema import as_text
 from convert.writing import failing
@@ -124,7 +125,7 @@ def prune(
     asked = {"ckpt": model.name, "calib": "token ids", "out": str(place.path), "seed": seed}
     record = Record(asked | dict(config or {}), recipe, windows)
     observer = Observers(record, observer)
-    wanted = identity.of_run(model.reader, model.architecture, record.asked(), seed)
+    wanted = identity.of_run(model.reader, model.hf_config, model.dtype, record.asked(), seed)
     observer.phase_timed("setup", time.perf_counter() - begun)
     if not unchecked:
         require_whole(model.reader.assets)
@@ -270,7 +271,7 @@ def _write_checkpoint(
             writer = stack.enter_context(fill_checkpoint(folder, model.reader.spec, model.reader.assets))
             if with_masks:
                 mask_writer = MaskWriter(
-                    masks_file(journal), _pruned_shapes(model, recipe), model.hf_config["model_type"]
+                    masks_file(journal), _pruned_shapes(model, recipe), naming_in(model.hf_config, model.reader.spec)
                 )
         observer.started("pruning", model.num_layers)
         for layer in prune_model(model, windows, recipe, seed=seed, journal=journal, observer=observer):

@@ -28,6 +28,7 @@ from jaxtyping import DTypeLike
 from convert import Spec, plugins
 from convert.assets import load_config, read_config
 from convert.errors import UserError, joined
+from convert.names import BESIDE
 from jaxprune.errors import InputError
 from jaxprune.models.attention import Layout
 
@@ -180,7 +181,8 @@ def stored_dtype(spec: Spec) -> Any:
 
 def _check(found: Spec, wanted: Spec) -> None:
     problems = [f"missing: {p} {list(t.shape)}" for p, t in wanted.items() if p not in found]
-    problems += [f"surplus: {p} {list(t.shape)}" for p, t in found.items() if p not in wanted]
+    text = {path: tensor for path, tensor in found.items() if not path.startswith(f"{BESIDE}.")}
+    problems += [f"surplus: {p} {list(t.shape)}" for p, t in text.items() if p not in wanted]
     problems += [
         f"misshapen: {p} is {list(found[p].shape)}, must be {list(t.shape)}"
         for p, t in wanted.items()

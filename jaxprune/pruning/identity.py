@@ -6,7 +6,6 @@ when it goes on, no tensor may have another. Tensors of layers that are pruned a
 system's own account of the files (size, times, inode) has changed.
 """
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -21,7 +20,8 @@ from jaxprune.errors import Change
 from jaxprune.models import Architecture
 from jaxprune.pruning.journal import WEIGHTS, AnotherRunError, Journal
 
-SCHEMA = 2
+SCHEMA = 3
+OTHERWISE = ("transformers_version", "_name_or_path", "architectures", "use_cache")
 log = logging.getLogger(__name__)
 
 
@@ -85,19 +85,23 @@ class KnownWeights:
             ) from error
 
 
-def of_run(reader: Reader, architecture: Architecture, asked: Mapping[str, Any], seed: int) -> dict[str, Any]:
+def of_run(
+    reader: Reader, config: Mapping[str, Any], dtype: np.dtype, asked: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
     """Returns all that decides a run's outcome and is known before it begins, as JSON.
 
     Args:
         reader: the reader of the dense checkpoint.
-        architecture: the architecture of the checkpoint.
+        config: the content of its config.json.
+        dtype: the dtype of the computation.
         asked: the recipe and what it is applied to, as JSON.
         seed: the seed of the run.
     """
     return {
         "schema": SCHEMA,
         "checkpoint": {"headers": hashlib.sha256(_headers(reader.spec)).hexdigest()},
-        "model": _plain(dataclasses.asdict(architecture.config)),
+        "config.json": {name: value for name, value in config.items() if name not in OTHERWISE},
+        "computation": dtype.name,
         "seed": seed,
         **asked,
     }
@@ -114,17 +118,6 @@ def of_version_1(reader: Reader, architecture: Architecture, asked: Mapping[str,
     content = reader.read([path for part in {layers[0], layers[-1], "norm"} & grouped.keys() for path in grouped[part]])
     checkpoint = hashlib.sha256(_headers(reader.spec) + _digest(content).encode()).hexdigest()
     return {"checkpoint": checkpoint, "computation": np.dtype(architecture.config.dtype).name, "seed": seed, **asked}
-
-
-def _plain(value: Any) -> Any:
-    """Returns a value as JSON knows it; sorted items as an object."""
-    if isinstance(value, Mapping):
-        return {name: _plain(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        if value and all(isinstance(one, tuple) and len(one) == 2 and isinstance(one[0], str) for one in value):
-            return _plain(dict(value))
-        return [_plain(one) for one in value]
-    return value if isinstance(value, bool | int | float | str | None) else str(np.dtype(value))
 
 
 def _headers(spec: Spec) -> bytes:

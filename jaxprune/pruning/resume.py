@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import secrets
 import stat
@@ -37,6 +38,8 @@ from jaxprune.pruning.journal_folder import (
 )
 from jaxprune.pruning.publishing import remove
 from jaxprune.sharding import is_first_process, on_first_process
+
+log = logging.getLogger(__name__)
 
 
 def check(place: Destination, masks_place: Destination | None) -> bool:
@@ -208,8 +211,13 @@ def _leave(folder: Path) -> bool:
 def _require_same(folder: Path, identity: Mapping[str, Any], of_version_1: Callable[[], Mapping[str, Any]]) -> None:
     """Raises AnotherRunError where a journal is another run's, and says what differs."""
     written = decode(read_bytes(folder / IDENTITY), file=folder / IDENTITY)
-    found = _flat(written)
-    wanted = _flat(json.loads(json.dumps(identity if "schema" in written else of_version_1())))
+    wanted = json.loads(json.dumps(identity if "schema" in written else of_version_1()))
+    if written.get("schema") == 2:  # it kept the configuration as the model's modules had it then
+        log.warning("%s is an earlier version's: whether config.json is still the same is not known", folder)
+        for identity_ in (written, wanted):
+            for name in ("schema", "model", "config.json", "computation"):
+                identity_.pop(name, None)
+    found, wanted = _flat(written), _flat(wanted)
     differences = [
         f"{name}: {found.get(name, 'nothing')} then, {wanted.get(name, 'nothing')} now"
         for name in sorted(found.keys() | wanted.keys())

@@ -10,7 +10,7 @@ The header's metadata holds the shapes [out, in] as JSON.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from convert import Reader, open_checkpoint, schema
 from convert.errors import DamagedError
 from convert.files import expand, require_regular
-from convert.names import PREFIXES, hf_name
+from convert.names import TEXT, Naming
 from convert.ownership import UNSEALED, seal
 from convert.paths import paths_of
 from convert.shards import TensorFile
@@ -134,11 +134,12 @@ def from_file(file: Path) -> Masks:
     if bad := sorted(n for n in packed_as.keys() | wanted.keys() if packed_as.get(n) != wanted.get(n)):
         raise DamagedError(f"its masks and their shapes disagree: {', '.join(bad[:5])}", file=file)
 
+    names = {f"layers.{name.partition('layers.')[2]}": name for name in shapes}
+
     def mask(index: int, linear: str) -> StoredMask:
-        name = next((name for name in _names(index, linear) if name in shapes), None)
+        name = names.get(f"layers.{index}.{linear}.weight")
         if name is None:
-            wanted = f"layers.{index}.{linear}"
-            raise InputError(f"it has no mask for {wanted}: it was made for another model", file=file)
+            raise InputError(f"it has no mask for layers.{index}.{linear}: it was made for another model", file=file)
         out, n = shapes[name]
 
         def read() -> Bool[np.ndarray, "n m"]:
@@ -159,17 +160,15 @@ class MaskWriter:
     Args:
         path: the file to be made.
         shapes: [n_in, n_out] of each linear's kernel, by (layer index, path of the linear).
-        model_type: the checkpoint's, which decides how its tensors are called.
+        naming: how the checkpoint's tensors are called.
 
     Raises:
         CheckpointError: no room.
     """
 
-    def __init__(
-        self, path: Path, shapes: Mapping[tuple[int, str], tuple[int, ...]], model_type: str = "llama"
-    ) -> None:
-        self._model_type = model_type
-        stored = {_name(*which, model_type): (shape[1], shape[0]) for which, shape in shapes.items()}
+    def __init__(self, path: Path, shapes: Mapping[tuple[int, str], tuple[int, ...]], naming: Naming = TEXT) -> None:
+        self._naming = naming
+        stored = {_name(*which, naming): (shape[1], shape[0]) for which, shape in shapes.items()}
         spec = {n: jax.ShapeDtypeStruct(tuple(_packed_shape(s)), np.dtype(np.uint8)) for n, s in stored.items()}
         self._file = TensorFile(path, spec, {"seal": UNSEALED, "format": FORMAT, "shapes": json.dumps(stored)})
         self._path = path
@@ -177,7 +176,7 @@ class MaskWriter:
     def write(self, index: int, masks: Mapping[str, UInt8[np.ndarray, "m _"]]) -> None:
         """Writes the packed masks of one layer, as its `LayerResult` has them."""
         for linear, packed in masks.items():
-            self._file.write(_name(index, linear, self._model_type), packed)
+            self._file.write(_name(index, linear, self._naming), packed)
 
     def finish(self) -> None:
         """Seals the file; see `ownership`.
@@ -200,13 +199,8 @@ def unpack(packed: UInt8[np.ndarray, "m _"], n: int) -> Bool[np.ndarray, "n m"]:
     return np.unpackbits(packed, axis=1, count=n, bitorder="little").T.astype(bool)
 
 
-def _name(index: int, linear: str, model_type: str) -> str:
-    return hf_name(f"layers.{index}.{linear}.kernel", model_type)
-
-
-def _names(index: int, linear: str) -> Iterator[str]:
-    """Yields the names of a mask in files of all model types."""
-    return (_name(index, linear, model_type) for model_type in ("", *PREFIXES))
+def _name(index: int, linear: str, naming: Naming) -> str:
+    return naming.hf_name(f"layers.{index}.{linear}.kernel")
 
 
 def _packed_shape(shape: tuple[int, int]) -> list[int]:

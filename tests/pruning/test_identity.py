@@ -70,9 +70,9 @@ def test_a_changed_tensor_is_noticed(
     ("entry", "value", "named"),
     [
         ("rope_parameters", {"rope_theta": 20000.0, "rope_type": "default"}, "rope_theta: 10000.0 then, 20000.0 now"),
-        ("rms_norm_eps", 1e-6, "model.rms_norm_eps: 1e-05 then, 1e-06 now"),
-        ("hidden_act", "relu", "model.activation: silu then, relu now"),
-        ("max_position_embeddings", 2048, "model.max_positions: 1024 then, 2048 now"),
+        ("rms_norm_eps", 1e-6, "config.json.rms_norm_eps: 1e-05 then, 1e-06 now"),
+        ("hidden_act", "relu", "config.json.hidden_act: silu then, relu now"),
+        ("max_position_embeddings", 2048, "config.json.max_position_embeddings: 1024 then, 2048 now"),
     ],
 )
 def test_a_changed_configuration_is_noticed(

@@ -38,7 +38,7 @@ def test_a_rule_that_names_nothing_is_an_error_with_the_nearest_names(checkpoint
         prune_model(load(checkpoint), windows(), recipe)
 
 
-@pytest.mark.parametrize("preset", [[], ["--preset", "fast", "--sparsity", "0.5"]], ids=["plain", "spread"])
+@pytest.mark.parametrize("preset", [[], ["--preset", "fast", "--sparsity", "0.3"]], ids=["plain", "spread"])
 def test_a_run_with_rules(preset: list[str], checkpoint: Path, ids: Path, tmp_path: Path) -> None:
     out, masks = tmp_path / "out", tmp_path / "masks"
     line = ["--ckpt", checkpoint, "--calib", ids, "--nsamples", 4, "--seqlen", 32, "--eval", "none", *LINE, *preset]
@@ -59,7 +59,7 @@ def test_a_run_with_rules(preset: list[str], checkpoint: Path, ids: Path, tmp_pa
     record = json.loads((out / "jaxprune.json").read_text())
     assert record["sparsity"] == total / size
     if preset:
-        assert total == round(0.5 * size)  # the others make up for those that stay dense
+        assert total == round(0.3 * size)  # the others make up for those that stay dense
     assert {name.removeprefix("model.").removesuffix(".weight") for name in load_file(masks)} == {
         name for name in zeros if not name.startswith("layers.0.") and not name.endswith("o_proj")
     }
