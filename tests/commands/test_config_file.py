@@ -29,17 +29,18 @@ RECIPES = [
     "--preset fast --tune-epochs 2 --tune-rate 0.002 --damping 0.1",
     "--preset fast --tune-epochs 0",
     "--token-power 0.5 --spread 0.2 --asymmetry 0.3",
+    "--preset best --sparsity 0.3 --skip layers.0.* --skip *.o_proj --rule *.q_proj=0.75 --rule layers.1.*=2:4",
+    "--method wanda --rule *.q_proj=0.75",
 ]
 
 
 @pytest.mark.parametrize("flags", RECIPES)
 def test_options_of_a_recipe_make_it_again(flags: str) -> None:
     _, recipe = parse(["--ckpt", "model", *flags.split()])
-    words = [
-        f"--{name.replace('_', '-')}" if value is True else f"--{name.replace('_', '-')}={value}"
-        for name, value in of_recipe(recipe.record)
-        if value is not None and value is not False
-    ]
+    words = []
+    for name, value in of_recipe(recipe.record):
+        flag, several = f"--{name.replace('_', '-')}", value if isinstance(value, list) else [value]
+        words += [flag if one is True else f"{flag}={one}" for one in several if one is not None and one is not False]
     assert parse(["--ckpt", "model", *words])[1] == recipe
 
 

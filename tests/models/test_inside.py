@@ -31,7 +31,9 @@ def gemma3(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     text = families.config("gemma3_text", "plain")
-    config = Gemma3Config(text_config=text.to_dict(), vision_config=VISION, mm_tokens_per_image=4, image_token_index=299)
+    config = Gemma3Config(
+        text_config=text.to_dict(), vision_config=VISION, mm_tokens_per_image=4, image_token_index=299
+    )
     torch.manual_seed(0)
     model = Gemma3ForConditionalGeneration(config)
     with torch.no_grad():

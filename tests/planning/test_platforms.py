@@ -29,8 +29,15 @@ def all_programs(checkpoint: Path, dtype: str) -> Iterator[Program]:
     yield from programs.of_evaluation(shapes, 4, 512)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize(
+    ("platform", "dtype"),
+    [
+        ("cuda", "bfloat16"),
+        ("tpu", "float32"),
+        pytest.param("cuda", "float32", marks=pytest.mark.slow),
+        pytest.param("tpu", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_every_program_lowers_for_accelerators_and_keeps_float32(platform: str, dtype: str, checkpoint: Path) -> None:
     with jax.numpy_dtype_promotion("standard"):
         lowered = [(program, program.lowered(platform)) for program in all_programs(checkpoint, dtype)]
