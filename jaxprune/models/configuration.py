@@ -65,7 +65,8 @@ def entries(schema: type[E], hf: Any) -> E:
     Raises:
         CheckpointError: an entry is missing, of the wrong type, or out of range.
     """
-    found = {name: value for name in schema.model_fields if (value := getattr(hf, name, None)) is not None}
+    names = (field.alias or name for name, field in schema.model_fields.items())
+    found = {name: value for name in names if (value := getattr(hf, name, None)) is not None}
     return check(schema, found, file="", error=CheckpointError)
 
 

@@ -1,5 +1,6 @@
 """A run that goes on notices whatever has changed."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from convert.ownership import MARKER
 from jaxprune.commands.prune import main
 from jaxprune.pruning import loop
 from tests.helpers import tiny
@@ -142,3 +144,19 @@ def test_numbers_that_are_not_finite_end_a_run_wherever_they_are(
     said = capsys.readouterr().err
     assert name.removeprefix("model.").removesuffix(".weight") in said and "not finite, found inf" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_journal_of_schema_2_goes_on(stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It kept the configuration otherwise, which is said."""
+    file = tmp_path / "out.unfinished/run.json"
+    written = json.loads(file.read_text())
+    del written["config.json"], written["computation"]
+    marker = tmp_path / "out.unfinished" / MARKER
+    content = json.dumps(written | {"schema": 2, "model": {"hidden_size": 32}}, indent=1) + "\n"
+    before = hashlib.sha256(file.read_bytes()).hexdigest()
+    listed = marker.read_text().replace(before, hashlib.sha256(content.encode()).hexdigest())
+    marker.write_text(listed.replace(str(file.stat().st_size), str(len(content.encode()))))
+    file.write_text(content)
+    capsys.readouterr()
+    assert main(stopped) == 0
+    assert "whether config.json is still the same is not known" in capsys.readouterr().err

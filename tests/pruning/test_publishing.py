@@ -27,7 +27,7 @@ from jaxprune.streaming.hidden_states import HiddenStates
 from tests.helpers.checkpoints import content
 from tests.helpers.command import failing, killed
 
-IDENTITY = {"schema": 2, "checkpoint": "c", "computation": "float32", "seed": 0, "calibration": {"windows": [4, 3]}}
+IDENTITY = {"schema": 3, "checkpoint": "c", "computation": "float32", "seed": 0, "calibration": {"windows": [4, 3]}}
 
 
 def save_plainly(folder: Path, arrays: Params) -> None:
