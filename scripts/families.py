@@ -50,7 +50,7 @@ def planned(family: str, name: str) -> str:
         work = work_of(*parse(line), ONE_DEVICE)
         weights = sum(np.prod(param.shape) for param in work.spec.values()) / 1e9
         flops = need(work, within=math.inf).flops.values()  # no program is compiled
-        return f"{name} ({weights:.3g} B, {sum(sum(each.values()) for each in flops) / 1e15:,.0f})"
+        return f"{name} ({weights:.3g} B, {sum(sum(each.values()) for each in flops) / 1e15:.3g})"
 
 
 def main() -> None:
