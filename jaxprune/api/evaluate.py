@@ -15,6 +15,7 @@ from jaxprune.api.load import load
 from jaxprune.errors import InputError
 from jaxprune.evaluation.quality import Evaluator, Measures, Quality, table
 from jaxprune.evaluation.verification import zeros
+from jaxprune.planning import preflight
 from jaxprune.reporting import reading, schema
 from jaxprune.reporting.record import environment, write_record
 from jaxprune.streaming.model import StreamedModel
@@ -100,6 +101,9 @@ def evaluate(
     runs = {name: reading.run_of(name) for name in names}
     first = against.name if isinstance(against, StreamedModel) else None if against is None else str(against)
     evaluator = Evaluator(measures, models[names[0]], observer)
+    if texts_of := [tokens.shape for tokens in evaluator.windows.values()]:
+        some = models[names[0]]
+        observer.planned(preflight.need_of_evaluation(some.reader.spec, some.architecture, texts_of, len(models)))
     sparsity = {name: _share(zeros(model).values()) for name, model in models.items()}
     record = {"schema": schema.VERSION, "kind": "evaluation", "config": dict(config or {}), "against": first}
     found: dict[str, Any] = {}

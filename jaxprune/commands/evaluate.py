@@ -69,7 +69,7 @@ def evaluate(config: Config, names: Sequence[str]) -> Evaluation:
     require_apart(apart, {"out": place.path}, error=InputError, around="scratch")
     for name in dict.fromkeys(given):
         console.print(f"opening {name}")
-    with Progress() as progress:
+    with Progress(tasks=bool(config.plan().tasks)) as progress:
         found = api.evaluate(
             *names,
             against=config.against,

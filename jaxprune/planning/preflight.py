@@ -8,7 +8,7 @@ import dataclasses
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,25 @@ def need(work: Work, within: float = 0.0) -> Need:
     if work.scratch is None:
         host = {phase: size + states[phase] for phase, size in host.items()}
     return Need(device, host, disk, states, disk["the checkpoint"], flops)
+
+
+def need_of_evaluation(
+    spec: Spec, architecture: Architecture, texts: Iterable[tuple[int, int]], checkpoints: int
+) -> Need:
+    """Counts the FLOPs of an evaluation; what it needs besides is left out.
+
+    Args:
+        spec: of one of the checkpoints.
+        architecture: of theirs.
+        texts: windows and tokens of a window of each text.
+        checkpoints: how many are measured.
+    """
+    shapes, flops = programs.Shapes(architecture, stored_dtype(spec), ONE_DEVICE), Flops()
+    for windows, length in texts:
+        for program in programs.of_evaluation(shapes, windows, length):  # of two checkpoints
+            calls = program.calls * checkpoints / 2
+            flops.update({dtype: int(count * calls) for dtype, count in program.flops().items()})
+    return Need({}, {}, {}, {}, 0, {"evaluate": flops})
 
 
 def programs_of(work: Work) -> Iterator[Program]:
