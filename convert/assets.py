@@ -11,6 +11,7 @@ from pydantic import Field
 
 from convert.errors import CheckpointError, DamagedError
 from convert.files import leads_outside, read_bytes, require_inside, require_regular
+from convert.names import INSIDE
 from convert.schema import Schema, check, decode
 from convert.writing import failing
 
@@ -24,7 +25,6 @@ SETTINGS = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.js
 VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"}
 TEXT_INSIDE = ("gemma3",)
 """Model types that hold a text model among others, which alone is pruned."""
-INSIDE = "inside"
 CONFIG_BYTES, TOKENIZER_BYTES = 2**22, 2**26
 """The most that a configuration, and a file of a tokenizer, may hold; the largest vocabularies have half of it."""
 

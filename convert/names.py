@@ -15,6 +15,8 @@ HEADS = ("lm_head", "embed_out")
 TIED = ("cohere2", "gemma2", "gemma3_text", "opt", "smollm3")
 """Model types whose head is the embedding where the configuration does not say."""
 BESIDE = "beside"
+INSIDE = "inside"
+"""Of a configuration: the model type of the checkpoint that holds the text model among others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ def naming_of(config: Mapping[str, Any], beside: Iterable[str]) -> Naming:
         config: as `assets.read_config` gives it, with `inside` where the text model is among others.
         beside: names of tensors, of which those of other models tell which of two ways it is.
     """
-    if not config.get("inside"):
+    if not config.get(INSIDE):
         return Naming(PREFIXES.get(config["model_type"], "model."))
     newer = all(name.startswith(("model.", "lm_head.")) for name in beside)
     return Naming("model.language_model.", "", False) if newer else OLDER

@@ -15,7 +15,6 @@ from jaxtyping import Array, DTypeLike, Float
 
 from jaxprune.models import configuration
 from jaxprune.models.attention import Layout
-from jaxprune.models.configuration import Config as BaseConfig
 from jaxprune.models.configuration import Kind
 from jaxprune.models.decoder import ATTENTION_INPUTS, Attention, Embed, Head, RMSNorm, in_turn, linear
 
@@ -28,7 +27,7 @@ class Entries(configuration.Entries):
     hidden_act: Literal["xielu"]
 
 
-class Config(BaseConfig):
+class Config(configuration.Config):
     """See `configuration.Config`."""
 
     @classmethod
@@ -38,7 +37,7 @@ class Config(BaseConfig):
         return cls.of(read, dtype, qk_norm="head", activation=read.hidden_act)
 
 
-def inputs(config: BaseConfig, kind: Kind) -> Mapping[str, tuple[str, ...]]:
+def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
     """Returns the linear layers to prune: tap -> those that read it."""
     return {**ATTENTION_INPUTS, "mlp_input": ("mlp.up_proj",), "mlp_hidden": ("mlp.down_proj",)}
 
@@ -64,7 +63,7 @@ class XIELU(nnx.Module):
 class MLP(nnx.Module):
     """Feed-forward network; returns its output and the input of down_proj."""
 
-    def __init__(self, config: BaseConfig, rngs: nnx.Rngs):
+    def __init__(self, config: Config, rngs: nnx.Rngs):
         self.up_proj = linear(config, config.hidden_size, config.intermediate_size, rngs)
         self.down_proj = linear(config, config.intermediate_size, config.hidden_size, rngs)
         self.act_fn = XIELU()
@@ -77,7 +76,7 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """LLaMA's layer with that network, and other names of the norms."""
 
-    def __init__(self, config: BaseConfig, kind: Kind, rngs: nnx.Rngs):
+    def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
         self.attention_layernorm = RMSNorm(config, rngs)
         self.self_attn = Attention(config, kind, rngs)
         self.feedforward_layernorm = RMSNorm(config, rngs)

@@ -161,17 +161,15 @@ class Config:
             InputError: something in it is not implemented.
         """
         activation, norm_eps = hf.hidden_activation or hf.hidden_act, hf.rms_norm_eps or hf.layer_norm_eps
-        if activation not in ACTIVATIONS and "activation" not in options:
-            raise InputError(f"activation {activation!r} is not implemented; {', '.join(ACTIVATIONS)} are")
+        if "activation" not in options:
+            require_activation(activation)
         if norm_eps is None:
             raise InputError("rms_norm_eps is missing in the model's configuration")
         kv_heads = hf.num_key_value_heads or hf.num_attention_heads
         if hf.num_attention_heads % kv_heads:
             raise InputError(f"{hf.num_attention_heads} attention heads cannot share {kv_heads} key-value heads")
-        if rope is None:
-            every = rope_of(hf)
-            rope = lambda _: every  # noqa: E731
-        kinds = layer_kinds(hf, rope)
+        every = None if rope else rope_of(hf)
+        kinds = layer_kinds(hf, rope or (lambda _: every))
         stretches = any(kind.rope is not None and kind.rope.stretches for kind in kinds)
         usual: dict[str, Any] = {
             "vocab_size": hf.vocab_size,
@@ -193,6 +191,12 @@ class Config:
 
 
 C = TypeVar("C", bound=Config)
+
+
+def require_activation(name: str | None) -> None:
+    """Raises InputError for an activation that is not implemented."""
+    if name not in ACTIVATIONS:
+        raise InputError(f"activation {name!r} is not implemented; {', '.join(ACTIVATIONS)} are")
 
 
 def head_size(hf: Entries) -> int:

@@ -205,12 +205,16 @@ class DecoderLayer(nnx.Module):
         self.self_attn = Attention(config, kind, rngs)
         self.post_attention_layernorm = RMSNorm(config, rngs)
         self.mlp = GatedMLP(config, rngs)
+        self.scale = config.residual_scale
 
     def __call__(
         self, x: Float[Array, "b t d"], layout: Layout | None = None
     ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
+        def scaled(y: Array) -> Array:
+            return y if self.scale == 1 else y * y.dtype.type(self.scale)
+
         before = self.input_layernorm, self.post_attention_layernorm
-        return in_turn(x, layout, self.self_attn, self.mlp, before=before)
+        return in_turn(x, layout, self.self_attn, self.mlp, before=before, after=(scaled, scaled))
 
 
 class Embed(nnx.Module):

@@ -7,14 +7,11 @@ References:
 
 from typing import Any
 
-from flax import nnx
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import DTypeLike
 
 from convert.assets import Positive
-from jaxprune.models import configuration, decoder
-from jaxprune.models.attention import Layout
-from jaxprune.models.configuration import Kind
-from jaxprune.models.decoder import Embed, Head, in_turn, inputs
+from jaxprune.models import configuration
+from jaxprune.models.decoder import DecoderLayer, Embed, Head, inputs
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
@@ -43,20 +40,3 @@ class Config(configuration.Config):
             residual_scale=read.residual_multiplier,
             logit_scale=1 / read.logits_scaling,
         )
-
-
-class DecoderLayer(decoder.DecoderLayer):
-    """LLaMA's layer, whose blocks add a share of their output."""
-
-    def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
-        super().__init__(config, kind, rngs)
-        self.scale = config.residual_scale
-
-    def __call__(
-        self, x: Float[Array, "b t d"], layout: Layout | None = None
-    ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
-        def scaled(y: Array) -> Array:
-            return y * y.dtype.type(self.scale)
-
-        before = self.input_layernorm, self.post_attention_layernorm
-        return in_turn(x, layout, self.self_attn, self.mlp, before=before, after=(scaled, scaled))

@@ -65,9 +65,7 @@ class Config(configuration.Config):
         head_dim, rest = divmod(read.hidden_size, read.num_attention_heads)
         if rest:
             raise InputError(f"{read.hidden_size} features cannot be split into {read.num_attention_heads} heads")
-        if read.activation_function not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise InputError(f"activation {read.activation_function!r} is not implemented; {known} are")
+        configuration.require_activation(read.activation_function)
         return cls(
             vocab_size=read.vocab_size,
             hidden_size=read.hidden_size,

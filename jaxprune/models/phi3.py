@@ -15,7 +15,7 @@ from jaxtyping import Array, DTypeLike, Float
 from jaxprune.models import configuration, decoder
 from jaxprune.models.attention import Layout
 from jaxprune.models.configuration import Kind
-from jaxprune.models.decoder import Embed, FusedMLP, Head, RMSNorm, linear
+from jaxprune.models.decoder import Embed, FusedMLP, Head, linear
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
@@ -63,7 +63,6 @@ class DecoderLayer(decoder.DecoderLayer):
     """LLaMA's layer with fused linear layers."""
 
     def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config, rngs)
+        super().__init__(config, kind, rngs)
         self.self_attn = Attention(config, kind, rngs)
-        self.post_attention_layernorm = RMSNorm(config, rngs)
         self.mlp = FusedMLP(config, rngs)

@@ -21,7 +21,8 @@ from jaxprune.models import Architecture
 from jaxprune.pruning.journal import WEIGHTS, AnotherRunError, Journal
 
 SCHEMA = 3
-OTHERWISE = ("transformers_version", "_name_or_path", "architectures", "use_cache")
+UNREAD = ("transformers_version", "_name_or_path", "architectures", "use_cache")
+"""Entries of config.json that decide nothing here."""
 log = logging.getLogger(__name__)
 
 
@@ -100,7 +101,7 @@ def of_run(
     return {
         "schema": SCHEMA,
         "checkpoint": {"headers": hashlib.sha256(_headers(reader.spec)).hexdigest()},
-        "config.json": {name: value for name, value in config.items() if name not in OTHERWISE},
+        "config.json": {name: value for name, value in config.items() if name not in UNREAD},
         "computation": dtype.name,
         "seed": seed,
         **asked,
