@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from convert import stored
 from convert.errors import CheckpointError, DamagedError
 from convert.files import leads_outside, read_bytes, require_inside, require_regular
 from convert.names import INSIDE
@@ -92,6 +93,8 @@ class TokenizerConfig(Schema):
 def read_config(assets: Path) -> dict[str, Any]:
     """Returns the content of config.json; entries are of the types and in the ranges of `DecoderConfig`.
 
+    How its weights are quantized is left out: they are dequantized when they are read.
+
     Raises:
         CheckpointError: it is missing, damaged, no decoder's, or a quantized checkpoint's.
     """
@@ -112,12 +115,16 @@ def read_config(assets: Path) -> dict[str, Any]:
         raise CheckpointError("an entry that a decoder has is missing", file=path, entry=missing[0], found=found)
     checked = check(DecoderConfig, config, file=path)
     if checked.quantization_config is not None:
-        method = checked.quantization_config.get("quant_method", "unknown")
-        raise CheckpointError(
-            f"{assets} is quantized ({method}); take the unquantized checkpoint, or a GGUF file, which is "
-            "dequantized when read"
-        )
+        stored.require_known(checked.quantization_config, path)
+        del config["quantization_config"]
     return config
+
+
+def quantization(assets: Path) -> stored.Fp8 | stored.MxFp4 | None:
+    """Returns how the weights of a checkpoint are quantized; None: they are not. Errors as for `read_config`."""
+    path = assets / "config.json"
+    entry = decode(read_bytes(path, CONFIG_BYTES), file=path).get("quantization_config")
+    return stored.require_known(entry, path) if isinstance(entry, dict) else None
 
 
 def _text_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -194,6 +201,10 @@ def copy_assets(source: Path, target: Path) -> None:
         # Files in a hub cache are links to blobs; copyfile copies what they point to, with this user's mode.
         with failing(target / path.name):
             shutil.copyfile(path, target / path.name)
+    config = decode(read_bytes(source / "config.json", CONFIG_BYTES), file=source / "config.json")
+    if config.pop("quantization_config", None) is not None:
+        with failing(target / "config.json"):
+            (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def has_tokenizer(assets: Path) -> bool:

@@ -1,26 +1,28 @@
 """Hugging Face folders: config.json, tokenizer, *.safetensors (one file, or shards with an index)."""
 
+import logging
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_dtypes  # noqa: F401  teaches numpy, and with it safetensors, bfloat16
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from convert.assets import check_files, read_config
+from convert import stored
+from convert.assets import check_files, quantization, read_config
 from convert.checkpoint import Params, Spec, parts
 from convert.consistency import check_paths
 from convert.errors import CheckpointError, DamagedError, joined
-from convert.files import read_bytes, require_inside, require_regular
+from convert.files import read_bytes, require_inside
 from convert.names import Naming, flax_path, naming_of
 from convert.safetensors_header import Stored, header
 from convert.schema import Schema, check, decode
-from convert.shards import DTYPES, INDEX, ShardWriter
+from convert.shards import INDEX, ShardWriter
+
+log = logging.getLogger(__name__)
 
 INDEX_BYTES = 2**26
 """The most that an index may hold; those of the largest models have a third of it."""
@@ -43,30 +45,49 @@ class Reader:
         config = read_config(path)
         check_files(path)
         self._files = _headers(path)
-        naming = naming_of(config, self._files)
+        naming, quantized = naming_of(config, self._files), quantization(path)
+        if quantized is not None:
+            log.warning(
+                "%s is stored in %s: it is read as bfloat16, and results have that", path, quantized.quant_method
+            )
         problems = []
-        self.spec: Spec = {}
-        self._names: dict[str, str] = {}
+        self._params: dict[str, stored.Param] = {}
         given: dict[str, str] = {}
-        numpy_dtypes = {stored: np.dtype(name) for name, stored in DTYPES.items()}
-        for name, (_, (dtype, shape)) in self._files.items():
+        for name in self._files:
             bare = naming.bare(name)
             if name.endswith(BUFFERS) or (bare == "lm_head.weight" and config.get("tie_word_embeddings")):
                 continue
-            flax = flax_path(bare, len(shape))
-            others = {given.setdefault(bare, name), given.setdefault(flax, name)} - {name}
-            problems += [f"{other} and {name} are two names for one param" for other in others]
-            if dtype not in numpy_dtypes:
-                problems.append(f"{name} is stored as {dtype}; only {', '.join(numpy_dtypes)} can be pruned")
+            try:
+                found = list(self._params_of(name, bare, naming, quantized))
+            except CheckpointError as error:
+                problems.append(error.problem)
                 continue
-            self._names[flax] = name
-            self.spec[flax] = jax.ShapeDtypeStruct(
-                shape[::-1] if flax.endswith(".kernel") else shape, numpy_dtypes[dtype]
-            )
+            for flax, param in found:
+                others = {given.setdefault(bare, name), given.setdefault(flax, name)} - {name}
+                problems += [f"{other} and {name} are two names for one param" for other in others]
+                self._params[flax] = param
         if problems:
             raise CheckpointError(f"it cannot be used: {joined(problems)}", file=path)
-        check_paths(self.spec, path)
-        self.spec = {p: self.spec[p] for paths in parts(self.spec).values() for p in paths}
+        check_paths(self._params, path)
+        spec = {path: param.spec for path, param in self._params.items()}
+        self.spec: Spec = {p: spec[p] for paths in parts(spec).values() for p in paths}
+
+    def _params_of(
+        self, name: str, bare: str, naming: Naming, quantized: stored.Fp8 | stored.MxFp4 | None
+    ) -> Iterator[tuple[str, stored.Param]]:
+        """Yields path and param of all that a tensor holds; nothing of one that only belongs to another."""
+        _, tensor = self._files[name]
+        if naming.stacked and (match := stored.STACKED.fullmatch(bare)):
+            if match.group(3) != stored.EXPONENTS:
+                yield from stored.stacked(bare, name, self._files)
+        elif isinstance(quantized, stored.Fp8) and name.endswith(stored.SCALES):
+            return
+        elif isinstance(quantized, stored.Fp8) and tensor.dtype == "F8_E4M3":
+            _, scales = self._files.get(name + stored.SCALES, (None, None))
+            yield flax_path(bare, 2), stored.fp8(name, tensor, scales, quantized.weight_block_size)
+        else:
+            path = flax_path(bare, len(tensor.shape))
+            yield path, stored.plain(name, tensor, transposed=path.endswith(".kernel"))
 
     @property
     def assets(self) -> Path:
@@ -82,21 +103,7 @@ class Reader:
         return path.is_dir() and any(any(path.glob(kind)) for kind in weights)
 
     def read(self, paths: Iterable[str]) -> Params:
-        by_file = defaultdict(list)
-        for path in paths:
-            by_file[self._files[self._names[path]][0]].append(path)
-        params = {}
-        for file, wanted in by_file.items():
-            require_regular(file)
-            try:
-                # Opened anew for each part: a lasting memory map would count towards the process's memory.
-                with safe_open(file, framework="numpy") as tensors:
-                    for path in wanted:
-                        array = tensors.get_tensor(self._names[path])
-                        params[path] = array.T if path.endswith(".kernel") else array
-            except (SafetensorError, OSError) as error:
-                raise DamagedError(f"it cannot be read ({error})", file=file) from error
-        return params
+        return stored.read_all(self._params, paths, self._files)
 
 
 class Writer:
@@ -105,15 +112,19 @@ class Writer:
     def __init__(self, folder: Path, spec: Spec, naming: Naming) -> None:
         self.folder, self._naming = folder, naming
         self.files: set[str] = set()
-        stored = {
-            path: jax.ShapeDtypeStruct(t.shape[::-1] if path.endswith(".kernel") else t.shape, t.dtype)
-            for path, t in spec.items()
-        }
-        self._shards = ShardWriter(folder, {naming.hf_name(path): t for path, t in stored.items()})
+        self._tensors = stored.tensors_of(spec, naming)
+        shapes = {}
+        for name, paths in self._tensors.items():
+            one, transposed = spec[paths[0]], paths[0].endswith(".kernel") and naming.hf_name(paths[0]) == name
+            shape = one.shape[::-1] if transposed else one.shape
+            shapes[name] = jax.ShapeDtypeStruct(
+                shape if naming.hf_name(paths[0]) == name else (len(paths), *shape), one.dtype
+            )
+        self._shards = ShardWriter(folder, shapes)
 
     def write(self, params: Mapping[str, np.ndarray]) -> None:
-        for path, array in params.items():
-            self._shards.write(self._naming.hf_name(path), array.T if path.endswith(".kernel") else array)
+        for name, paths in stored.tensors_of(params, self._naming).items():
+            self._shards.write(name, stored.to_tensor(paths, params, self._naming))
 
     def finish(self) -> None:
         self._shards.finish()
@@ -156,10 +167,10 @@ def _headers(folder: Path) -> dict[str, tuple[Path, Stored]]:
     for file in files:
         try:
             require_inside(file, folder)
-            for name, stored in header(file).items():
+            for name, tensor in header(file).items():
                 if name in tensors:
                     problems.append(f"{name} is both in {tensors[name][0].name} and in {file.name}")
-                tensors[name] = file, stored
+                tensors[name] = file, tensor
         except CheckpointError as error:
             error.file = file.name  # the folder is named once, below
             problems.append(str(error))

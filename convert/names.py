@@ -14,6 +14,8 @@ EMBEDDINGS = ("embed_tokens", "embed_in", "embed_positions")
 HEADS = ("lm_head", "embed_out")
 TIED = ("cohere2", "gemma2", "gemma3_text", "opt", "smollm3")
 """Model types whose head is the embedding where the configuration does not say."""
+STACKED = ("gpt_oss",)
+"""Model types whose experts' kernels are one tensor."""
 BESIDE = "beside"
 INSIDE = "inside"
 """Of a configuration: the model type of the checkpoint that holds the text model among others."""
@@ -27,11 +29,13 @@ class Naming:
         prefix: what the text model's names begin with, but for the head's.
         head: what the head's names begin with.
         alone: whether there is nothing beside the text model; then some checkpoints lack the prefix in part or whole.
+        stacked: whether the kernels of all experts of a layer are one tensor, [experts, n_in, n_out].
     """
 
     prefix: str = "model."
     head: str = ""
     alone: bool = True
+    stacked: bool = False
 
     def bare(self, name: str) -> str:
         """Returns a name without the prefix; that of a tensor of another model below `beside`."""
@@ -67,7 +71,7 @@ def naming_of(config: Mapping[str, Any], beside: Iterable[str]) -> Naming:
         beside: names of tensors, of which those of other models tell which of two ways it is.
     """
     if not config.get(INSIDE):
-        return Naming(PREFIXES.get(config["model_type"], "model."))
+        return Naming(PREFIXES.get(config["model_type"], "model."), stacked=config["model_type"] in STACKED)
     newer = all(name.startswith(("model.", "lm_head.")) for name in beside)
     return Naming("model.language_model.", "", False) if newer else OLDER
 

@@ -9,6 +9,7 @@ import numpy as np
 from convert.assets import load_config
 from convert.errors import CheckpointError
 from convert.names import BESIDE, naming_in
+from convert.stored import tensors_of, to_tensor
 
 
 def to_torch(params: Mapping[str, np.ndarray], assets: Path, dtype: str) -> Any:
@@ -30,11 +31,9 @@ def to_torch(params: Mapping[str, np.ndarray], assets: Path, dtype: str) -> Any:
 
     config, state = load_config(assets), {}
     naming = naming_in({"model_type": config.model_type}, params)
-    for path, array in params.items():
-        if path.startswith(f"{BESIDE}."):  # the text model is enough to evaluate
-            continue
-        name = naming.hf_name(path)
-        array = np.ascontiguousarray(array.T if path.endswith(".kernel") else array)
+    text = {path: array for path, array in params.items() if not path.startswith(f"{BESIDE}.")}  # enough to evaluate
+    for name, paths in tensors_of(text, naming).items():
+        array = np.ascontiguousarray(to_tensor(paths, text, naming))
         if array.dtype.name == "bfloat16":
             state[name] = torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
         else:

@@ -37,10 +37,11 @@ class Tensor(Schema):
 
 
 class Stored(NamedTuple):
-    """A tensor of a file: dtype as safetensors names it, and shape."""
+    """A tensor of a file: dtype as safetensors names it, shape, and where its bytes begin in the file."""
 
     dtype: str
     shape: tuple[int, ...]
+    start: int
 
 
 def header(path: Path) -> dict[str, Stored]:
@@ -79,4 +80,5 @@ def header(path: Path) -> dict[str, Stored]:
     if end != size - 8 - length:
         problem = f"it is truncated, or has bytes of no tensor: {size} bytes, wanted {8 + length + end}"
         raise DamagedError(problem, file=path)
-    return {name: Stored(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    begin = 8 + length
+    return {name: Stored(t.dtype, tuple(t.shape), begin + t.data_offsets[0]) for name, t in tensors.items()}

@@ -63,8 +63,8 @@ class Devices:
         """Puts arrays on every device, whole."""
         return self._put(tree, PartitionSpec()) if self.mesh else jax.device_put(tree)
 
-    def shard_windows(self, tree: Any) -> Any:
-        """Shards the first axis of arrays over the devices; replicates arrays that cannot be split evenly."""
+    def shard_first(self, tree: Any) -> Any:
+        """Shards the first axis of arrays, windows or experts, over the devices; replicates those that cannot be."""
         return jax.tree.map(lambda array: self._shard(array, 0), tree)
 
     def shard_outputs(self, tree: Any) -> Any:
@@ -72,10 +72,10 @@ class Devices:
         return jax.tree.map(lambda array: self._shard(array, -1), tree)
 
     def zeros(self, shape: tuple[int, ...]) -> jax.Array:
-        """Makes float32 zeros; those of three axes are sharded over the first."""
+        """Makes float32 zeros; those of three axes are sharded over the first, where it can be split evenly."""
         if self.mesh is None:
             return jnp.zeros(shape, jnp.float32)
-        spec = PartitionSpec(AXIS) if len(shape) == 3 else PartitionSpec()
+        spec = self._spec(shape, 0 if len(shape) == 3 else None)
         return jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=NamedSharding(self.mesh, spec))()
 
     def abstract(self, shape: jax.ShapeDtypeStruct, axis: int | None) -> jax.ShapeDtypeStruct:

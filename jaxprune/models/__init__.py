@@ -10,19 +10,18 @@ A family file exposes
   and hidden states; the layer returns its output and its taps;
 - `inputs(config, kind)`, the linear layers to prune: the name of a tap -> the linear layers whose input it is.
 
-`configuration` and `decoder` hold what most families share.
+`configuration`, `decoder` and `experts` hold what most families share.
 """
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, traverse_util
+from flax import nnx
 from jaxtyping import DTypeLike
 
 from convert import Spec, plugins
@@ -31,65 +30,11 @@ from convert.errors import UserError, joined
 from convert.names import BESIDE
 from jaxprune.errors import InputError
 from jaxprune.models.attention import Layout
+from jaxprune.models.parts import Layer, Part
 
-HELPERS = ("attention", "configuration", "decoder", "rope")
+HELPERS = ("attention", "configuration", "decoder", "experts", "parts", "rope")
 """Modules that hold no family."""
 __all__ = ["Architecture", "Layer", "Layout", "Part", "architecture_of", "build", "stored_dtype"]
-
-
-class Part:
-    """A module whose params come from outside, layer by layer: one compilation serves all of them.
-
-    Attributes:
-        spec: path inside the module -> shape and dtype of the param.
-    """
-
-    def __init__(self, make: Callable[[], nnx.Module], precision: str | None) -> None:
-        self._graph, state = nnx.split(nnx.eval_shape(make))
-        self._precision = precision
-        self.spec: Spec = traverse_util.flatten_dict(nnx.to_pure_dict(state), sep=".")
-
-    def __call__(
-        self, params: Mapping[str, jax.Array], *args: Any, probes: Mapping[str, jax.Array] | None = None
-    ) -> Any:
-        """Calls the module with these params; to be traced under jit.
-
-        Args:
-            params: path inside the module -> array.
-            args: the arguments of the module.
-            probes: path of a submodule -> array that is added to its output. The gradient of a probe of zeros is the
-                gradient of that output.
-        """
-        module = nnx.merge(self._graph, traverse_util.unflatten_dict(params, sep="."))
-        for path, probe in (probes or {}).items():
-            parent, _, name = path.rpartition(".")
-            owner = functools.reduce(getattr, parent.split(".") if parent else [], module)
-            setattr(owner, name, _probed(getattr(owner, name), probe))
-        with jax.default_matmul_precision(self._precision):
-            return module(*args)
-
-
-def _probed(module: Callable[[jax.Array], jax.Array], probe: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    return lambda x: module(x) + probe
-
-
-class Layer(Part):
-    """A decoder layer, of one kind.
-
-    Attributes:
-        inputs: tap -> linear layers whose input it is.
-        kernels: path of a linear layer -> shape [n_in, n_out] of its kernel, for all that are pruned.
-        widths: tap -> its features.
-    """
-
-    def __init__(
-        self, make: Callable[[], nnx.Module], precision: str | None, inputs: Mapping[str, tuple[str, ...]]
-    ) -> None:
-        super().__init__(make, precision)
-        self.inputs = inputs
-        paths = [path for paths in inputs.values() for path in paths]
-        self.kernels = {path: self.spec[f"{path}.kernel"].shape for path in paths}
-        self.widths = {tap: self.kernels[paths[0]][0] for tap, paths in inputs.items()}
 
 
 class Architecture:
@@ -120,13 +65,26 @@ class Architecture:
         self.layers = tuple(kinds[kind] for kind in config.kinds)
         self.width: int = jax.eval_shape(self.embed, self.embed.spec, jnp.zeros((1, 1), jnp.int32)).shape[-1]
         self.spec: Spec = dict(self.embed.spec)
-        for index, part_ in enumerate(self.layers):
-            self.spec |= {f"layers.{index}.{path}": shape for path, shape in part_.spec.items()}
+        for index, one in enumerate(self.layers):
+            self.spec |= {f"layers.{index}.{path}": shape for path, shape in one.stored.items()}
         self.spec |= self.head.spec
 
-    def kernel_shapes(self) -> dict[tuple[int, str], tuple[int, ...]]:
-        """Returns (layer index, path of the linear layer) -> shape [n_in, n_out] of its kernel."""
-        return {(i, path): shape for i, layer in enumerate(self.layers) for path, shape in layer.kernels.items()}
+    def kernel_shapes(self, *, routers: bool = False) -> dict[tuple[int, str], tuple[int, ...]]:
+        """Returns (layer index, path of the linear layer) -> shape [n_in, n_out] of its kernel.
+
+        Args:
+            routers: whether to name those, too, that stay dense unless a rule names them.
+        """
+        return {
+            (i, path): shape
+            for i, layer in enumerate(self.layers)
+            for path, shape in layer.kernels.items()
+            if routers or path not in layer.routers
+        }
+
+    def is_router(self, index: int, path: str) -> bool:
+        """Returns whether a linear layer stays dense unless a rule names it."""
+        return path in self.layers[index].routers
 
     def require_length(self, length: int) -> None:
         """Raises InputError for windows that are longer than the model was made for."""

@@ -16,7 +16,7 @@ from jaxtyping import Array, DTypeLike, Float
 from jaxprune.models import configuration
 from jaxprune.models.attention import Layout
 from jaxprune.models.configuration import Kind
-from jaxprune.models.decoder import ATTENTION_INPUTS, Attention, Embed, Head, RMSNorm, in_turn, linear
+from jaxprune.models.decoder import ATTENTION_INPUTS, Attention, Embed, Head, RMSNorm, Taps, in_turn, linear
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
@@ -61,16 +61,16 @@ class XIELU(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Feed-forward network; returns its output and the input of down_proj."""
+    """Feed-forward network; returns its output and its tap."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.up_proj = linear(config, config.hidden_size, config.intermediate_size, rngs)
         self.down_proj = linear(config, config.intermediate_size, config.hidden_size, rngs)
         self.act_fn = XIELU()
 
-    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Float[Array, "b t h"]]:
+    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
         y = self.act_fn(self.up_proj(x))
-        return self.down_proj(y), y
+        return self.down_proj(y), {"mlp_hidden": y}
 
 
 class DecoderLayer(nnx.Module):
@@ -82,8 +82,6 @@ class DecoderLayer(nnx.Module):
         self.feedforward_layernorm = RMSNorm(config, rngs)
         self.mlp = MLP(config, rngs)
 
-    def __call__(
-        self, x: Float[Array, "b t d"], layout: Layout | None = None
-    ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
+    def __call__(self, x: Float[Array, "b t d"], layout: Layout | None = None) -> tuple[Float[Array, "b t d"], Taps]:
         before = self.attention_layernorm, self.feedforward_layernorm
         return in_turn(x, layout, self.self_attn, self.mlp, before=before)

@@ -40,6 +40,7 @@ def causal_attention(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, "h"] | None = None,
 ) -> Float[Array, "b t h d"]:
     """Returns softmax(s·QKᵀ)V over the tokens that each query sees; h query heads share h/k key heads in order.
 
@@ -54,9 +55,10 @@ def causal_attention(
         window: how many tokens of its text a query sees at most, its own included; None: all before it.
         scale: s; None: 1/√d.
         softcap: c of c·tanh(score/c); None: scores are taken as they are.
+        sinks: of each head, the score of a token without a value; None: there is none.
     """
     t, d = query.shape[1], query.shape[3]
-    if layout is None and softcap is None and cudnn_takes(query):
+    if layout is None and softcap is None and sinks is None and cudnn_takes(query):
         local = None if window is None or window >= t else (window - 1, 0)
         return jax.nn.dot_product_attention(
             query, key, value, is_causal=True, scale=scale, local_window_size=local, implementation="cudnn"
@@ -64,7 +66,8 @@ def causal_attention(
     b, _, h, _ = query.shape
     k = key.shape[2]
     rows = query.reshape(b, t, k, h // k, d).transpose(0, 2, 3, 1, 4)  # heads that share a key head lie together
-    heads = _Heads(rows, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3))
+    sunk = None if sinks is None else sinks.reshape(k, -1)
+    heads = _Heads(rows, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), sunk)
     heads = lax.optimization_barrier(heads)  # else XLA would rotate and transpose the keys again for each segment
     segment = max(SMALLEST, -(-t // SEGMENTS))
     bounds = [(start, min(start + segment, t)) for start in range(0, t, segment)]
@@ -91,11 +94,12 @@ def _cuda_capability() -> float:
 
 
 class _Heads(NamedTuple):
-    """Queries, keys and values by key head; g query heads share one."""
+    """Queries, keys and values by key head; g query heads share one. Sinks: see `causal_attention`."""
 
     query: Float[Array, "b k g t d"]
     key: Float[Array, "b k t d"]
     value: Float[Array, "b k t d"]
+    sinks: Float[Array, "k g"] | None
 
 
 class _How(NamedTuple):
@@ -129,7 +133,7 @@ def _attend_segment(heads: _Heads, start: int, end: int, layout: Layout | None, 
 def _attend(heads: _Heads, visible: Bool[Array, "_ 1 q s"], how: _How) -> Float[Array, "b k g q d"]:
     """Returns the attention's output. Queries of heads that share a key head are rows of one product; the softmax is
     float32 (or float64)."""
-    query, key, value = heads
+    query, key, value, sinks = heads
     b, k, g, q, d = query.shape
     float32 = jnp.promote_types(query.dtype, jnp.float32)
     scores = jnp.einsum("bkqd,bksd->bkqs", query.reshape(b, k, g * q, d), key, preferred_element_type=float32)
@@ -139,8 +143,13 @@ def _attend(heads: _Heads, visible: Bool[Array, "_ 1 q s"], how: _How) -> Float[
         scores = jnp.tanh(scores / cap) * cap
     scores = jnp.where(visible[:, :, None], scores, jnp.finfo(float32).min)
     most = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))  # it cancels, and so does its gradient
+    if sinks is not None:
+        sinks = sinks.astype(float32)[None, :, :, None, None]
+        most = jnp.maximum(most, lax.stop_gradient(sinks))
     weights = jnp.exp(scores - most)
     total = jnp.sum(weights, axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(sinks - most)
     rows = weights.astype(value.dtype).reshape(b, k, g * q, -1)
     mixed = jnp.matmul(rows, value, preferred_element_type=float32).reshape(b, k, g, q, d)
     return (mixed / total).astype(value.dtype)

@@ -15,7 +15,7 @@ from convert.assets import Positive
 from jaxprune.models import configuration, decoder
 from jaxprune.models.attention import Layout
 from jaxprune.models.configuration import SLIDING, Kind
-from jaxprune.models.decoder import Attention, Embed, GatedMLP, LayerNorm
+from jaxprune.models.decoder import Attention, Embed, GatedMLP, LayerNorm, Taps
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
@@ -51,13 +51,11 @@ class DecoderLayer(nnx.Module):
         self.self_attn = Attention(config, kind, rngs)
         self.mlp = GatedMLP(config, rngs)
 
-    def __call__(
-        self, x: Float[Array, "b t d"], layout: Layout | None = None
-    ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
+    def __call__(self, x: Float[Array, "b t d"], layout: Layout | None = None) -> tuple[Float[Array, "b t d"], Taps]:
         y = self.input_layernorm(x)
         attended, attention_output = self.self_attn(y, layout)
-        fed, mlp_hidden = self.mlp(y)
-        return x + attended + fed, {"input": y, "attention_output": attention_output, "mlp_hidden": mlp_hidden}
+        fed, own = self.mlp(y)
+        return x + attended + fed, {"input": y, "attention_output": attention_output, **own}
 
 
 class Head(decoder.Head):

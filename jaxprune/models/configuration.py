@@ -1,7 +1,7 @@
 """What the modules that most decoders share need of a checkpoint's configuration."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any, Literal, TypeVar
 
 import jax
@@ -77,10 +77,31 @@ class Kind:
     Attributes:
         rope: the rotation of queries and keys; None: there is none.
         window: how many tokens a query sees at most, its own included; None: all before it.
+        experts: whether its feed-forward network is made of experts.
     """
 
     rope: Rope | None
     window: int | None = None
+    experts: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """How tokens are sent to experts.
+
+    Attributes:
+        experts: how many there are.
+        per_token: how many a token takes.
+        size: the hidden features of an expert.
+        normalized: whether the shares of the experts that a token takes are made to sum to 1.
+        route_all: whether taps hold every token for every expert, whatever the router chooses.
+    """
+
+    experts: int
+    per_token: int
+    size: int
+    normalized: bool = True
+    route_all: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,9 +115,11 @@ class Config:
         qk_norm: over what queries and keys are normalized: each head, all heads together, or None.
         attention_scale: of the scores; None: 1/√head_dim.
         attention_softcap, logit_softcap: c of c·tanh(x/c), for scores and logits; None: they are taken as they are.
+        sinks: whether each head has the score of a token that is not there.
         embedding_scale, residual_scale, logit_scale: factors of the embedding, of what is added to the hidden states,
             and of the logits.
         norm_offset: what is added to a norm's weight.
+        routing: how tokens are sent to experts; None: there are none.
         dtype: the dtype of the computation; parameters may be stored in another.
 
     Those that have defaults are families' own.
@@ -121,10 +144,12 @@ class Config:
     attention_scale: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    sinks: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     norm_offset: float = 0.0
+    routing: Routing | None = None
 
     @classmethod
     def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
@@ -215,6 +240,18 @@ def with_window(config: C, window: int | None) -> C:
     """Returns the configuration with one window for all layers."""
     kinds = tuple(dataclasses.replace(kind, window=window) for kind in config.kinds)
     return dataclasses.replace(config, kinds=kinds)
+
+
+def with_experts(config: C, routing: Routing, dense: Collection[int] = ()) -> C:
+    """Returns the configuration with experts in all layers but some, which are given by their indices.
+
+    Raises:
+        InputError: a token takes more experts than there are.
+    """
+    if routing.per_token > routing.experts:
+        raise InputError(f"num_experts_per_tok is {routing.per_token}, but there are {routing.experts} experts")
+    kinds = (dataclasses.replace(kind, experts=index not in dense) for index, kind in enumerate(config.kinds))
+    return dataclasses.replace(config, kinds=tuple(kinds), routing=routing)
 
 
 def layer_kinds(hf: Entries, rope: Callable[[str], Rope | None]) -> tuple[Kind, ...]:

@@ -8,6 +8,7 @@ References:
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune.models.attention import Layout, causal_attention
 from jaxprune.models.configuration import ACTIVATIONS, Config, Kind
+from jaxprune.models.experts import EXPERT_INPUTS, SparseMLP
 
 Transform = Callable[[Array], Array]
-Taps = dict[str, Array]
+Taps = dict[str, Any]
+"""Tap -> what it taps: an array, or that of experts (`experts.Routed`)."""
 
 
 class RMSNorm(nnx.Module):
@@ -73,6 +76,7 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(config, rngs, width if config.qk_norm == "all" else config.head_dim)
             self.k_norm = RMSNorm(config, rngs, kv_width if config.qk_norm == "all" else config.head_dim)
+        self.sinks = nnx.Param(jnp.zeros((config.num_heads,), jnp.float32)) if config.sinks else None
         self.config, self.kind = config, kind
 
     def __call__(
@@ -87,7 +91,8 @@ class Attention(nnx.Module):
         query, key = heads(query), heads(key)
         if self.config.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
-        y = attend(self.config, self.kind, query, key, heads(self.v_proj(x)), layout)
+        sinks = self.sinks[...] if self.sinks is not None else None
+        y = attend(self.config, self.kind, query, key, heads(self.v_proj(x)), layout, sinks)
         return self.o_proj(y), y
 
 
@@ -98,6 +103,7 @@ def attend(
     key: Float[Array, "b t k d"],
     value: Float[Array, "b t k d"],
     layout: Layout | None,
+    sinks: Float[Array, "h"] | None = None,
 ) -> Float[Array, "b t _"]:
     """Rotates queries and keys as the kind of layer wants, and attends; returns the heads side by side."""
     if kind.rope is not None:
@@ -111,12 +117,13 @@ def attend(
         window=kind.window,
         scale=config.attention_scale,
         softcap=config.attention_softcap,
+        sinks=sinks,
     )
     return y.reshape(*y.shape[:2], -1)
 
 
 class GatedMLP(nnx.Module):
-    """Gated feed-forward network; returns its output and the input of down_proj."""
+    """Gated feed-forward network; returns its output and its tap."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.gate_proj = linear(config, config.hidden_size, config.intermediate_size, rngs, bias=config.mlp_bias)
@@ -124,9 +131,9 @@ class GatedMLP(nnx.Module):
         self.down_proj = linear(config, config.intermediate_size, config.hidden_size, rngs, bias=config.mlp_bias)
         self.activation = config.activation
 
-    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Float[Array, "b t h"]]:
+    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
         y = ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(y), y
+        return self.down_proj(y), {"mlp_hidden": y}
 
 
 class FusedMLP(nnx.Module):
@@ -137,10 +144,10 @@ class FusedMLP(nnx.Module):
         self.down_proj = linear(config, config.intermediate_size, config.hidden_size, rngs)
         self.activation = config.activation
 
-    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Float[Array, "b t h"]]:
+    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
         gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
         y = ACTIVATIONS[self.activation](gate) * up
-        return self.down_proj(y), y
+        return self.down_proj(y), {"mlp_hidden": y}
 
 
 ATTENTION_INPUTS: Mapping[str, tuple[str, ...]] = {
@@ -151,7 +158,9 @@ ATTENTION_INPUTS: Mapping[str, tuple[str, ...]] = {
 
 
 def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
-    """Returns the linear layers of `Attention` and `GatedMLP`: tap -> those that read it."""
+    """Returns the linear layers of `Attention`, and of `GatedMLP` or `SparseMLP`: tap -> those that read it."""
+    if kind.experts:
+        return {**ATTENTION_INPUTS, **EXPERT_INPUTS}
     return {**ATTENTION_INPUTS, "mlp_input": ("mlp.gate_proj", "mlp.up_proj"), "mlp_hidden": ("mlp.down_proj",)}
 
 
@@ -164,7 +173,7 @@ def in_turn(
     x: Float[Array, "b t d"],
     layout: Layout | None,
     attention: Callable[[Array, Layout | None], tuple[Array, Array]],
-    mlp: Callable[[Array], tuple[Array, Array]],
+    mlp: Callable[[Array], tuple[Array, Taps]],
     *,
     before: tuple[Transform, Transform] = (same, same),
     after: tuple[Transform, Transform] = (same, same),
@@ -175,7 +184,8 @@ def in_turn(
     Args:
         x: hidden states.
         layout: of the window.
-        attention, mlp: return their output and the input of their last linear layer.
+        attention: returns its output and the input of its last linear layer.
+        mlp: returns its output and its own taps.
         before: what their inputs go through, such as norms.
         after: what their outputs go through.
         parallel: whether the network reads the layer's input, too.
@@ -187,29 +197,22 @@ def in_turn(
     y, attention_output = attention(attention_input, layout)
     before_attention, x = x, x + after[0](y)
     mlp_input = before[1](before_attention if parallel else x)
-    y, mlp_hidden = mlp(mlp_input)
-    taps = {
-        "attention_input": attention_input,
-        "attention_output": attention_output,
-        "mlp_input": mlp_input,
-        "mlp_hidden": mlp_hidden,
-    }
-    return x + after[1](y), taps
+    y, own = mlp(mlp_input)
+    taps = {"attention_input": attention_input, "attention_output": attention_output, "mlp_input": mlp_input}
+    return x + after[1](y), taps | own
 
 
 class DecoderLayer(nnx.Module):
-    """LLaMA's layer: a norm before the attention, and one before the feed-forward network."""
+    """LLaMA's layer: a norm before the attention, and one before the feed-forward network, or the experts."""
 
     def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config, rngs)
         self.self_attn = Attention(config, kind, rngs)
         self.post_attention_layernorm = RMSNorm(config, rngs)
-        self.mlp = GatedMLP(config, rngs)
+        self.mlp = (SparseMLP if kind.experts else GatedMLP)(config, rngs)
         self.scale = config.residual_scale
 
-    def __call__(
-        self, x: Float[Array, "b t d"], layout: Layout | None = None
-    ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
+    def __call__(self, x: Float[Array, "b t d"], layout: Layout | None = None) -> tuple[Float[Array, "b t d"], Taps]:
         def scaled(y: Array) -> Array:
             return y if self.scale == 1 else y * y.dtype.type(self.scale)
 

@@ -16,7 +16,7 @@ from jaxprune.errors import InputError
 from jaxprune.models import configuration, decoder
 from jaxprune.models.attention import Layout
 from jaxprune.models.configuration import Kind
-from jaxprune.models.decoder import Embed, GatedMLP, Head, RMSNorm, in_turn, inputs
+from jaxprune.models.decoder import Embed, GatedMLP, Head, RMSNorm, Taps, in_turn, inputs
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
@@ -67,9 +67,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = GatedMLP(config, rngs)
         self.post_feedforward_layernorm = RMSNorm(config, rngs)
 
-    def __call__(
-        self, x: Float[Array, "b t d"], layout: Layout | None = None
-    ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
+    def __call__(self, x: Float[Array, "b t d"], layout: Layout | None = None) -> tuple[Float[Array, "b t d"], Taps]:
         before = self.input_layernorm, self.pre_feedforward_layernorm
         after = self.post_attention_layernorm, self.post_feedforward_layernorm
         return in_turn(x, layout, self.self_attn, self.mlp, before=before, after=after)

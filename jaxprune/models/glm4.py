@@ -14,7 +14,7 @@ from jaxtyping import Array, DTypeLike, Float
 from jaxprune.models import configuration
 from jaxprune.models.attention import Layout
 from jaxprune.models.configuration import Kind
-from jaxprune.models.decoder import ATTENTION_INPUTS, Attention, Embed, FusedMLP, Head, RMSNorm, in_turn
+from jaxprune.models.decoder import ATTENTION_INPUTS, Attention, Embed, FusedMLP, Head, RMSNorm, Taps, in_turn
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
@@ -46,9 +46,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = FusedMLP(config, rngs)
         self.post_mlp_layernorm = RMSNorm(config, rngs)
 
-    def __call__(
-        self, x: Float[Array, "b t d"], layout: Layout | None = None
-    ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
+    def __call__(self, x: Float[Array, "b t d"], layout: Layout | None = None) -> tuple[Float[Array, "b t d"], Taps]:
         before = self.input_layernorm, self.post_attention_layernorm
         after = self.post_self_attn_layernorm, self.post_mlp_layernorm
         return in_turn(x, layout, self.self_attn, self.mlp, before=before, after=after)

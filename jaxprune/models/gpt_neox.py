@@ -16,7 +16,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from jaxprune.models import configuration, decoder
 from jaxprune.models.attention import Layout
 from jaxprune.models.configuration import ACTIVATIONS, Kind
-from jaxprune.models.decoder import LayerNorm, in_turn, linear
+from jaxprune.models.decoder import LayerNorm, Taps, in_turn, linear
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
@@ -74,16 +74,16 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Feed-forward network; returns its output and the input of its second linear layer."""
+    """Feed-forward network; returns its output and its tap."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.dense_h_to_4h = linear(config, config.hidden_size, config.intermediate_size, rngs, bias=True)
         self.dense_4h_to_h = linear(config, config.intermediate_size, config.hidden_size, rngs, bias=True)
         self.activation = config.activation
 
-    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Float[Array, "b t h"]]:
+    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
         y = ACTIVATIONS[self.activation](self.dense_h_to_4h(x))
-        return self.dense_4h_to_h(y), y
+        return self.dense_4h_to_h(y), {"mlp_hidden": y}
 
 
 class DecoderLayer(nnx.Module):
@@ -96,9 +96,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config, rngs)
         self.parallel = config.parallel
 
-    def __call__(
-        self, x: Float[Array, "b t d"], layout: Layout | None = None
-    ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
+    def __call__(self, x: Float[Array, "b t d"], layout: Layout | None = None) -> tuple[Float[Array, "b t d"], Taps]:
         before = self.input_layernorm, self.post_attention_layernorm
         return in_turn(x, layout, self.attention, self.mlp, before=before, parallel=self.parallel)
 

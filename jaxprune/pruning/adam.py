@@ -8,6 +8,7 @@ References:
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -31,27 +32,41 @@ class Kernels(NamedTuple):
     """The kernels of one layer's pruned linear layers under Adam, by name.
 
     Attributes:
-        values: [n, m] float32.
+        values: [n, m] float32, or experts' stacked, [e, n, m].
         masks: bits of the nonzero values, eight outputs a byte, [n, ceil(m / 8)].
-        units: root mean squares of the kept weights.
+        units: root mean squares of the kept weights; of experts one each, [e, 1, 1], 0 for those that stay as they are.
         moments: Adam's.
     """
 
-    values: dict[str, Float[Array | np.ndarray, "n m"]]
-    masks: dict[str, UInt8[Array | np.ndarray, "n _"]]
-    units: dict[str, Float[Array | np.ndarray, ""]]
+    values: dict[str, Float[Array | np.ndarray, "*e n m"]]
+    masks: dict[str, UInt8[Array | np.ndarray, "*e n _"]]
+    units: dict[str, Float[Array | np.ndarray, "*u"]]
     moments: Any
 
 
-def init(kernels: Params) -> Kernels:
-    """Initializes a layer's pruned kernels before the first step, on the host."""
+def init(kernels: Params, experts: Mapping[str, Sequence[int | None]] = MappingProxyType({})) -> Kernels:
+    """Initializes a layer's pruned kernels before the first step, on the host.
+
+    Args:
+        kernels: name -> the kernel; experts' are stacked.
+        experts: name -> the experts whose kernels are tuned, where they are stacked; the others stay as they are.
+    """
     values = {name: kernel.astype(np.float32) for name, kernel in kernels.items()}
-    masks = {name: np.packbits(value != 0, axis=1) for name, value in values.items()}
-    units = {name: np.sqrt(np.sum(value**2) / np.float32(max(1, (value != 0).sum()))) for name, value in values.items()}
+    masks = {name: np.packbits(value != 0, axis=-1) for name, value in values.items()}
+    units = {name: _unit(value) if value.ndim == 2 else _units(value, experts[name]) for name, value in values.items()}
     return Kernels(values, masks, units, jax.device_get(ADAM.init(values)))
 
 
-def step(kernels: Kernels, gradients: Mapping[str, Float[Array, "n m"]], rate: Float[Array, ""]) -> Kernels:
+def _unit(value: Float[np.ndarray, "n m"]) -> Any:
+    return np.sqrt(np.sum(value**2) / np.float32(max(1, (value != 0).sum())))
+
+
+def _units(values: Float[np.ndarray, "e n m"], tuned: Sequence[int | None]) -> Float[np.ndarray, "e 1 1"]:
+    units = [_unit(value) if expert in tuned else np.float32(0) for expert, value in enumerate(values)]
+    return np.array(units, np.float32)[:, None, None]
+
+
+def step(kernels: Kernels, gradients: Mapping[str, Float[Array, "*e n m"]], rate: Float[Array, ""]) -> Kernels:
     """Takes a step along the gradients; to be traced under jit."""
     gradients = {name: masked(_kept(kernels, name), gradient) for name, gradient in gradients.items()}
     with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction mixes integers and floats
@@ -60,7 +75,7 @@ def step(kernels: Kernels, gradients: Mapping[str, Float[Array, "n m"]], rate: F
     return kernels._replace(values=values, moments=moments)
 
 
-def rounded(kernels: Kernels, name: str, dtype: np.dtype, devices: Devices) -> Float[Array, "n m"]:
+def rounded(kernels: Kernels, name: str, dtype: np.dtype, devices: Devices) -> Float[Array, "*e n m"]:
     """Rounds a kernel to the dtype that it is stored in; every weight that is kept stays other than zero."""
     return round_kernel(devices.shard_outputs(kernels.values[name]), _kept(kernels, name), dtype)
 
@@ -117,5 +132,5 @@ def _names(kernels: Kernels) -> list[str]:
     return [f"leaf{index}" for index, _ in enumerate(jax.tree.leaves(_moving(kernels)))]
 
 
-def _kept(kernels: Kernels, name: str) -> Bool[Array, "n m"]:
-    return jnp.unpackbits(kernels.masks[name], axis=1, count=kernels.values[name].shape[1]).astype(bool)
+def _kept(kernels: Kernels, name: str) -> Bool[Array, "*e n m"]:
+    return jnp.unpackbits(kernels.masks[name], axis=-1, count=kernels.values[name].shape[-1]).astype(bool)

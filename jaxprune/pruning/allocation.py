@@ -48,16 +48,20 @@ def allocate(
     """
     linears, histograms, sizes, fixed, every = [], [], [], 0, 0
     for index, (params, layer) in enumerate(zip(model.layers(), sensitivity, strict=True)):
-        for tap, paths in model.architecture.layers[index].inputs.items():
+        part = model.architecture.layers[index]
+        for tap, paths in part.inputs.items():
             for path in paths:
-                shape = model.architecture.layers[index].kernels[path]
+                shape = part.kernels[path]
+                if path in part.routers and named.get((index, path)) is None:
+                    continue
                 every += shape[0] * shape[1]
                 if (index, path) in named:
                     pattern = named[index, path]
                     fixed += pattern.zeros(shape) if pattern else 0
                     continue
-                kernel = model.devices.replicate(params[f"{path}.kernel"])
-                histograms.append(fetch(_histogram(kernel, layer.inputs[tap], layer.outputs[path])))
+                kernel = model.devices.replicate(part.sources[path].of(params, ".kernel"))
+                inputs = layer.inputs[tap] * _share_of_tokens(layer, tap, part.sources[tap].name)
+                histograms.append(fetch(_histogram(kernel, inputs, layer.outputs[path])))
                 linears.append((index, path))
                 sizes.append(kernel.size)
     left = round(sparsity * every) - fixed
@@ -68,6 +72,13 @@ def allocate(
         )
     zeros = share_zeros(np.stack(histograms), left, spread)
     return {linear: int(z) / size for linear, z, size in zip(linears, zeros, sizes, strict=True)}
+
+
+def _share_of_tokens(layer: Sensitivity, tap: str, source: str) -> np.float32:
+    """Returns how many times more tokens all are than those of an expert: Σ x² Σ g² over T tokens is T times Σ x²g²."""
+    if tap not in layer.given:
+        return np.float32(1)
+    return np.float32(layer.tokens[source].size) / np.maximum(layer.given[tap][0], np.float32(1))
 
 
 def share_zeros(histograms: Int[np.ndarray, "l bins"], zeros: int, spread: float) -> Int[np.ndarray, "l"]:

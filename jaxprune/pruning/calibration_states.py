@@ -58,11 +58,12 @@ class CalibrationStates:
                 raise InputError(
                     f"layer {before} was damaged on the disk while it was used: run the same command again"
                 )
-            params = self._model.devices.replicate(inside_layer(before, layer.params))
+            part = self._model.architecture.layers[before]
+            params = self._model.put_layer(before, part.stack(inside_layer(before, layer.params)))
             self._model.forward(before, params, self.pruned)
             if self.dense:
                 (stored,) = self._model.layers([before])
-                self._model.forward(before, self._model.devices.replicate(stored), self.dense)
+                self._model.forward(before, self._model.put_layer(before, stored), self.dense)
         self._position = index
 
     def _restore(self, index: int, finished: Results) -> None:

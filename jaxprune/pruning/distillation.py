@@ -96,11 +96,16 @@ def distill(
     placement = _placement(model, (len(batches[0]), tokens.shape[1]))
     results, state, rest, dtypes = [], [], [], []
     for result in layers:
-        params = inside_layer(result.index, result.params)
-        kernels = {f"{path}.kernel": params.pop(f"{path}.kernel") for path in result.masks}  # others stay dense
+        layer = architecture.layers[result.index]
+        params = layer.stack(inside_layer(result.index, result.params))
+        sources = [layer.sources[path] for path in result.masks]  # others stay dense
+        kernels = {f"{name}.kernel": params.pop(f"{name}.kernel") for name in dict.fromkeys(s.name for s in sources)}
         dtypes.append({name: kernel.dtype for name, kernel in kernels.items()})
         results.append(dataclasses.replace(result, params={}))
-        state.append(placement.place(adam.init(kernels)))
+        experts = {f"{s.name}.kernel": [] for s in sources}
+        for source in sources:
+            experts[f"{source.name}.kernel"].append(source.expert)
+        state.append(placement.place(adam.init(kernels, experts)))
         rest.append(params)
     visited, where = np.unique(np.concatenate(batches), return_inverse=True)
     (dense,) = model.final_states(tokens[visited])
@@ -124,7 +129,8 @@ def distill(
         saved.keep(step + 1, state, divergences)
     for result, params, tuned, kinds in zip(results, rest, state, dtypes, strict=True):
         stored = {name: fetch(adam.rounded(tuned, name, dtype, model.devices)) for name, dtype in kinds.items()}
-        yield dataclasses.replace(result, params=in_checkpoint(result.index, params | stored))
+        params = architecture.layers[result.index].unstack(params | stored)
+        yield dataclasses.replace(result, params=in_checkpoint(result.index, params))
 
 
 def _batches(tokens: Int[np.ndarray, "w t"], tuning: Tuning, seed: int) -> list[Int[np.ndarray, "b"]]:
@@ -148,7 +154,7 @@ def _placement(model: StreamedModel, window: tuple[int, int]) -> Placement:
     x = jax.ShapeDtypeStruct((*window, architecture.width), model.dtype)
     kept = weights = 0
     for layer, count in Counter(architecture.layers).items():
-        values = {f"{path}.kernel": jax.ShapeDtypeStruct(s, jnp.float32) for path, s in layer.kernels.items()}
+        values = {f"{path}.kernel": jax.ShapeDtypeStruct(s, jnp.float32) for path, s in layer.linears.items()}
         rest = {name: shape for name, shape in layer.spec.items() if name not in values}
         _, vjp = jax.eval_shape(partial(forward_and_vjp, layer), values, rest, x)
         kept += count * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(vjp))
@@ -173,7 +179,7 @@ def _step(
 ) -> float:
     """Updates the state by some windows; returns their mean divergence, before."""
     architecture, devices = model.architecture, model.devices
-    x = apply(architecture.embed, outer.embed, devices.shard_windows(tokens))
+    x = apply(architecture.embed, outer.embed, devices.shard_first(tokens))
     vjps: list[Any] = []  # of the layers, or their inputs
     for layer, kernels, others in zip(architecture.layers, state, rest, strict=True):
         if placement.keep:
@@ -195,7 +201,7 @@ def _step(
             "the loss of the distillation holds NaN or infinity",
             options={"tune_rate": Change.LOWER, "dtype": "float32"},
         )
-    cotangent = devices.shard_windows(gradient.reshape(x.shape))
+    cotangent = devices.shard_first(gradient.reshape(x.shape))
     for index in reversed(range(len(state))):
         cotangent, updated = update(architecture.layers[index], state[index], rest[index], vjps.pop(), cotangent, rate)
         state[index] = placement.place(updated)

@@ -1,22 +1,124 @@
-"""The Gram matrices of a layer's inputs, summed over the calibration windows in one pass of the dense layer."""
+"""The Gram matrices of a layer's inputs, summed over the calibration windows in one pass of the dense layer.
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+Those of experts are stacked, and where there are too many of them for the device, some experts' are summed at a time.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxprune.errors import InputError
 from jaxprune.methods import gram
-from jaxprune.models import Part
-from jaxprune.sharding import fetch
+from jaxprune.models import Layer, Part
+from jaxprune.models.experts import Routed
+from jaxprune.sharding import Devices, fetch
 from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.model import StreamedModel
 
-Grams = dict[str, Float[Array, "n n"]]
-"""Tap -> Gram matrix of what it taps."""
+CPU_BYTES = 4e9
+"""The most memory for experts' Gram matrices where the device is the CPU."""
+SHARE = 0.25
+"""The most of a device's memory for them elsewhere."""
+
+
+class ExpertTotals(NamedTuple):
+    """Sums for some experts of a layer.
+
+    Attributes:
+        gram: their Gram matrices, complete up to the diagonal.
+        tokens: how many tokens each was given.
+        first: the index of the first of them; those that follow are next to it.
+    """
+
+    gram: Float[Array, "g n n"]
+    tokens: Int[Array, "g"]
+    first: Int[Array, ""]
+
+
+Totals = dict[str, Any]
+"""Tap of the program -> [n, n], each device's on its own [devices, n, n], or `ExpertTotals`."""
+
+
+class Grams:
+    """The Gram matrices of a layer's inputs, until they are taken.
+
+    Args:
+        layer: the layer.
+        totals: the sums.
+
+    Attributes:
+        totals: those of which something is left to be taken.
+    """
+
+    def __init__(self, layer: Layer, totals: Totals) -> None:
+        self.totals, self._sources, self._left = totals, layer.sources, {}
+        for tap, total in totals.items():
+            if isinstance(total, ExpertTotals):
+                self._left[tap] = len(total.tokens)
+        self._tokens = {
+            tap: (int(total.first), fetch(total.tokens))
+            for tap, total in totals.items()
+            if isinstance(total, ExpertTotals)
+        }
+
+    def tokens(self, tap: str) -> int | None:
+        """Returns how many tokens an expert was given; None where all tokens are."""
+        name, expert = self._sources[tap]
+        if expert is None:
+            return None
+        first, counts = self._tokens[name]
+        return int(counts[expert - first])
+
+    def take(self, tap: str) -> Float[Array, "n n"]:
+        """Returns a Gram matrix, which can be taken once."""
+        name, expert = self._sources[tap]
+        if expert is None:
+            return self.totals.pop(name)
+        total = self.totals[name]
+        self._left[name] -= 1
+        if not self._left[name]:
+            del self.totals[name]
+        return gram.symmetric(total.gram[expert - self._tokens[name][0]])
+
+
+def groups(layer: Layer, taps: Sequence[str], most: float) -> Iterator[list[str]]:
+    """Yields taps whose Gram matrices are summed together: experts', which are next to each other, within `most` bytes,
+    though one is always taken, and all others with the first of them.
+
+    Args:
+        layer: the layer.
+        taps: the inputs whose Gram matrices are wanted.
+        most: bytes for experts' Gram matrices.
+    """
+    group = [tap for tap in taps if layer.sources[tap].expert is None]
+    size, last = 0, None
+    for tap in (tap for tap in taps if layer.sources[tap].expert is not None):
+        own, source = 4 * layer.widths[tap] ** 2, layer.sources[tap]
+        apart = last is not None and last.name == source.name and last.expert + 1 != source.expert
+        if last is not None and (size + own > most or apart):
+            yield group
+            group, size = [], 0
+        group.append(tap)
+        size, last = size + own, source
+    if group:
+        yield group
+
+
+def most_bytes(device_bytes: float | None = None) -> float:
+    """Returns the bytes for experts' Gram matrices on a device.
+
+    Args:
+        device_bytes: its memory; None: as this machine's device has it.
+    """
+    if device_bytes is None:
+        memory = jax.local_devices()[0].memory_stats() or {}
+        device_bytes = memory.get("bytes_limit")
+    return CPU_BYTES if device_bytes is None else SHARE * device_bytes
 
 
 def gram_matrices(
@@ -26,8 +128,8 @@ def gram_matrices(
     hidden: HiddenStates,
     dense: HiddenStates | None = None,
     weights: Mapping[str, Float[np.ndarray, "w t"]] | None = None,
-    taps: Collection[str] | None = None,
-) -> tuple[Grams, Grams]:
+    taps: Sequence[str] | None = None,
+) -> tuple[Grams, dict[str, Float[Array, "n n"]]]:
     """Sums the Gram matrices of a layer's linears' inputs, XᵀX or Xᵀ diag(w) X, float32.
 
     Args:
@@ -41,17 +143,20 @@ def gram_matrices(
 
     Returns:
         The Gram matrices, and the drifts X̂ᵀ(X − X̂) of the inputs X̂ from those of the dense model, X; no drifts where
-        `dense` is None.
+        `dense` is None. An expert's have the tokens that are routed to it, each weighed by the square of its share in
+        the layer's output.
 
     Raises:
         InputError: NaN or infinity in the layer's activations; weights are looked at when they are read.
     """
     devices, layer = model.devices, model.architecture.layers[index]
-    widths = {tap: n for tap, n in layer.widths.items() if taps is None or tap in taps}
-    weights = {tap: weight for tap, weight in (weights or {}).items() if tap in widths}
-    sums: dict[int, tuple[Grams, Grams]] = {}
+    wanted = layer.programs_of(layer.inputs if taps is None else taps)
+    weights = {tap: weight for tap, weight in (weights or {}).items() if tap in wanted}
+    experts = {tap: expert_totals(layer, tap, some, devices) for tap, some in wanted.items() if some}
+    widths = {tap: layer.linears[layer.reads[tap][0]][-2] for tap, some in wanted.items() if some is None}
+    sums: dict[int, tuple[Totals, Totals]] = {}
 
-    def totals_for(rows: slice) -> tuple[int, Grams, Grams]:
+    def totals_for(rows: slice) -> tuple[int, Totals, Totals]:
         """Returns sums on each device where the rows can be split over all of them, else one."""
         parts = 1 if (rows.stop - rows.start) % devices.count else devices.count
         if parts not in sums:
@@ -61,7 +166,7 @@ def gram_matrices(
         return parts, *sums.pop(parts)
 
     def weights_of(rows: slice) -> dict[str, Array]:
-        return {tap: devices.shard_windows(weight[rows]) for tap, weight in weights.items()}
+        return {tap: devices.shard_first(weight[rows]) for tap, weight in weights.items()}
 
     def move_dense(states: Array, rows: slice) -> Array:
         x = hidden.batch(rows)
@@ -73,18 +178,27 @@ def gram_matrices(
         dense.update(move_dense)
     else:
         for rows, x in zip(hidden.slices(), hidden.batches(), strict=True):
-            parts, grams, _ = totals_for(rows)
-            sums[parts] = accumulate(layer, params, x, weights_of(rows), grams), {}
-    grams, drifts = devices.replicate(_total(list(sums.values()))) if devices.count > 1 else sums[1]
+            parts, totals, _ = totals_for(rows)
+            totals = accumulate(layer, params, x, weights_of(rows), totals | experts)
+            experts = {tap: totals.pop(tap) for tap in experts}
+            sums[parts] = totals, {}
+    plain, drifts = devices.replicate(_total(list(sums.values()))) if devices.count > 1 else sums[1]
     del sums
-    grams = {tap: gram.symmetric(grams.pop(tap)) for tap in list(grams)}
-    if bad := [tap for tap, good in fetch(_finite(grams)).items() if not good]:
+    found = {tap: gram.symmetric(plain.pop(tap)) for tap in list(plain)} | experts
+    if bad := [tap for tap, good in fetch(_finite(found)).items() if not good]:
         raise InputError(
             f"the activations hold NaN or infinity in {', '.join(sorted(bad))}, by odd calibration text or too narrow "
             "a dtype",
             options={"dtype": "float32"},
         )
-    return grams, drifts
+    return Grams(layer, found), drifts
+
+
+def expert_totals(layer: Layer, tap: str, experts: Sequence[int], devices: Devices) -> ExpertTotals:
+    """Returns empty sums for experts that are next to each other."""
+    n = layer.linears[layer.reads[tap][0]][-2]
+    tokens, first = devices.replicate((np.zeros(len(experts), np.int32), np.int32(experts[0])))
+    return ExpertTotals(devices.zeros((len(experts), n, n)), tokens, first)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)
@@ -93,14 +207,32 @@ def accumulate(
     params: Mapping[str, Array],
     x: Float[Array, "b t d"],
     weights: Mapping[str, Float[Array, "b t"]],
-    grams: dict[str, Array],
-) -> dict[str, Array]:
-    """Adds what a batch brings to the Gram matrices: [n, n], or [devices, n, n], each device's share on its own.
+    totals: Totals,
+) -> Totals:
+    """Adds what a batch brings to the Gram matrices; see `Totals`.
 
     They are complete up to the diagonal only; see `gram.add_gram`.
     """
     _, taps = layer(params, x)
-    return {tap: _add(gram.add_gram, total, taps[tap], weights.get(tap)) for tap, total in grams.items()}
+    return {
+        tap: _add_routed(total, taps[tap], weights.get(tap))
+        if isinstance(total, ExpertTotals)
+        else _add(gram.add_gram, total, taps[tap], weights.get(tap))
+        for tap, total in totals.items()
+    }
+
+
+def _add_routed(total: ExpertTotals, tap: Routed, weights: Array | None) -> ExpertTotals:
+    """Adds the rows of experts, weighed by their share in the layer's output, squared, and by their tokens' weights."""
+    of_rows = tap.weights()
+    if weights is not None:
+        of_rows = of_rows * tap.rows_of_tokens(weights)
+    group = tap.plan.owner - total.first
+    group = jnp.where(group < len(total.tokens), group, jnp.int32(-1))
+    filled = jnp.sum(tap.plan.choice < tap.plan.row.size, axis=1, dtype=jnp.int32)
+    own = jnp.arange(len(total.tokens), dtype=jnp.int32)[:, None] == group[None, :]
+    tokens = total.tokens + jnp.sum(jnp.where(own, filled[None, :], jnp.int32(0)), axis=1, dtype=jnp.int32)
+    return total._replace(gram=gram.add_grouped(total.gram, tap.x, of_rows, group), tokens=tokens)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(5, 6))
@@ -131,12 +263,15 @@ def _add(add: Callable[..., Array], total: Array, *arrays: Array | None) -> Arra
 
 
 @jax.jit
-def _total(sums: Sequence[tuple[Grams, Grams]]) -> tuple[Grams, Grams]:
+def _total(sums: Sequence[tuple[Totals, Totals]]) -> tuple[Totals, Totals]:
     """Returns the sums over all devices and all batches."""
     whole = jax.tree.map(lambda total: total if total.ndim == 2 else jnp.sum(total, axis=0), sums)
     return jax.tree.map(lambda *totals: sum(totals[1:], totals[0]), *whole)
 
 
 @jax.jit
-def _finite(arrays: Grams) -> dict[str, Array]:
-    return {name: jnp.all(jnp.isfinite(array)) for name, array in arrays.items()}
+def _finite(totals: Totals) -> dict[str, Array]:
+    return {
+        tap: jnp.all(jnp.isfinite(total.gram if isinstance(total, ExpertTotals) else total))
+        for tap, total in totals.items()
+    }

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, Bool, DTypeLike, Float
 
 from jaxprune.methods import Mask, Method, gram
 from jaxprune.sharding import ONE_DEVICE, Devices, fetch
@@ -65,7 +65,7 @@ def prune_and_round(
         devices: the devices that the outputs are sharded over.
 
     Returns:
-        The stored kernel, replicated; its mask; and what became of it.
+        The stored kernel, its mask, and what became of it.
     """
     choice: Pattern | Mask
     if isinstance(target, StoredMask):
@@ -85,7 +85,7 @@ def prune_and_round(
         size=kernel.size,
         metrics={name: float(value) for name, value in values.items()},
     )
-    return devices.replicate(stored), solution.mask, result
+    return stored, solution.mask, result
 
 
 @jax.jit
@@ -96,7 +96,9 @@ def store(gram_matrix: Array, dense: Array, weight: Array) -> tuple[Array, dict[
     return stored, {"error": gram.relative_error(gram_matrix, dense, stored), "zeros": zeros}
 
 
-def round_kernel(weight: Float[Array, "n m"], kept: Mask, dtype: DTypeLike) -> Float[Array, "n m"]:
+def round_kernel(
+    weight: Float[Array, "*e n m"], kept: Bool[Array, "*e n m"], dtype: DTypeLike
+) -> Float[Array, "*e n m"]:
     """Rounds a kernel to a dtype; no kept weight rounds to zero, so that the count of zeros stays exact."""
     stored = weight.astype(dtype)
     least = jnp.asarray(_smallest(stored.dtype), dtype)

@@ -9,24 +9,27 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
-from convert import Spec, parts
+from convert import Params, Spec, parts
 from jaxprune.errors import Change, InputError
 from jaxprune.methods import Method, gram, with_more_damping
 from jaxprune.models import Architecture, Layer
 from jaxprune.pruning.calibration_states import CalibrationStates
-from jaxprune.pruning.gram_matrices import Grams, gram_matrices
+from jaxprune.pruning.gram_matrices import gram_matrices, groups, most_bytes
 from jaxprune.pruning.kernel import KernelResult, dense_result, prune_and_round
 from jaxprune.pruning.results import LayerResult, Results
-from jaxprune.pruning.rules import TargetOf
+from jaxprune.pruning.rules import Target, TargetOf
 from jaxprune.pruning.sensitivity import Weights
 from jaxprune.sharding import fetch
 from jaxprune.sparsity.masks import StoredMask, pack
 from jaxprune.sparsity.patterns import Pattern
+from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.model import StreamedModel, in_checkpoint
 
 DAMPING = 1, 10, 100, 1000
@@ -86,6 +89,8 @@ def prune_layers(
     Raises:
         InputError: model, tokens and target do not fit together; raised here, before the first layer.
     """
+    if asymmetry and any(layer.experts for layer in model.architecture.layers):
+        raise InputError("asymmetry is not implemented for models with experts", options={"asymmetry": Change.OMIT})
     solver = Solver(method, targets_for(model.architecture, target), weights, asymmetry)
     states = CalibrationStates(model, tokens, with_dense=asymmetry > 0)
     return _visit_layers(model, states, solver, finished or Results(None, "", model.num_layers))
@@ -101,33 +106,21 @@ def _visit_layers(
             yield kept
             continue
         seconds: dict[str, float] = {}
+        part = model.architecture.layers[index]
         with _timed(seconds, "read"):
             stored = next(read_ahead if index in unfinished else model.layers([index]))
             states.catch_up(index, finished)
-            params = jax.block_until_ready(model.devices.replicate(stored))
-        with _timed(seconds, "gram"):
-            tokens = solver.weights[index].tokens if solver.weights else None
-            taps = solver.taps(index, model.architecture.layers[index])
-            try:
-                grams, drifts = jax.block_until_ready(
-                    gram_matrices(model, index, params, states.pruned, states.dense, tokens, taps)
-                )
-            except InputError as error:
-                error.problem = f"layer {index}: {error.problem}"
-                raise
-        with _timed(seconds, "solve"):
-            pruned = solve_layer(model, index, params, grams, drifts, solver)
-            jax.block_until_ready(pruned.params)
+            params = jax.block_until_ready(model.put_layer(index, stored))
+        solved = solve_layer(model, index, params, (states.pruned, states.dense), solver, seconds)
         del params
+        # Only kernels changed; the rest goes out exactly as it came in.
+        pruned = part.unstack(stored) | solved.kernels
+        del stored
         with _timed(seconds, "forward"):
             if index + 1 < model.num_layers:  # nothing reads the last layer's output
-                model.forward(index, pruned.params, states.pruned)
-        # Only kernels changed; the rest goes out exactly as it came in.
-        changed = {f"{path}.kernel": fetch(pruned.params[f"{path}.kernel"]) for path in pruned.kernels}
-        result = LayerResult(
-            index, in_checkpoint(index, stored | changed), pruned.kernels, fetch(pruned.masks), seconds
-        )
-        del stored, changed, pruned
+                model.forward(index, model.put_layer(index, part.stack(pruned)), states.pruned)
+        result = LayerResult(index, in_checkpoint(index, pruned), solved.results, solved.masks, seconds)
+        del solved, pruned
         finished.put(result)
         states.passed(index, finished)
         yield result
@@ -135,22 +128,27 @@ def _visit_layers(
 
 
 class SolvedLayer:
-    """A layer whose kernels are pruned.
+    """What became of a layer's kernels, on the host.
 
     Attributes:
-        params: the params of the layer, on the device, in the stored dtype.
-        kernels: path of the linear layer -> what became of its kernel.
-        masks: path -> its packed mask, on the device; none of one that stays dense.
+        kernels: name of a kernel as in a checkpoint, inside the layer -> the pruned kernel in its stored dtype.
+        masks: path of the linear layer -> its packed mask; none of one that stays dense.
+        results: path -> what became of its kernel.
     """
 
-    def __init__(self, params: Mapping[str, Array]) -> None:
-        self.params: dict[str, Array] = dict(params)
-        self.kernels: dict[str, KernelResult] = {}
-        self.masks: dict[str, UInt8[Array, "m _"]] = {}
+    def __init__(self) -> None:
+        self.kernels: Params = {}
+        self.masks: dict[str, UInt8[np.ndarray, "m _"]] = {}
+        self.results: dict[str, KernelResult] = {}
 
 
 def solve_layer(
-    model: StreamedModel, index: int, params: Mapping[str, Array], grams: Grams, drifts: Grams, solver: Solver
+    model: StreamedModel,
+    index: int,
+    params: Mapping[str, Array],
+    states: tuple[HiddenStates, HiddenStates | None],
+    solver: Solver,
+    seconds: dict[str, float],
 ) -> SolvedLayer:
     """Prunes every kernel of a layer and rounds it to the stored dtype.
 
@@ -158,39 +156,88 @@ def solve_layer(
         model: the model that the layer belongs to.
         index: the index of the layer.
         params: the params of the dense layer, on the device.
-        grams: tap -> Gram matrix; each is let go once its kernels are solved.
-        drifts: tap -> drift, or empty; see `gram_matrices`.
+        states: before the layer, behind pruned layers and, where there are any, behind dense ones, which move on.
         solver: how.
+        seconds: to which those by phase are added.
 
     Raises:
-        InputError: a Gram matrix is too nearly singular, whatever the damping.
+        InputError: a Gram matrix is too nearly singular, whatever the damping, or not finite.
     """
-    layer = SolvedLayer(params)
-    part = model.architecture.layers[index]
+    layer, part = SolvedLayer(), model.architecture.layers[index]
+    taps, tokens = solver.taps(index, part), solver.weights[index].tokens if solver.weights else None
+    for group in groups(part, list(taps), most_bytes()):
+        with _timed(seconds, "gram"):
+            try:
+                grams, drifts = gram_matrices(model, index, params, *states, tokens, group)
+                jax.block_until_ready((grams.totals, drifts))
+            except InputError as error:
+                error.problem = f"layer {index}: {error.problem}"
+                raise
+        with _timed(seconds, "solve"):
+            for tap in group:
+                inputs = _Inputs(
+                    tap, grams.tokens(tap), model.devices.replicate(grams.take(tap)), drifts.pop(tap, None)
+                )
+                _solve_damped(model, index, layer, params, taps[tap], inputs, solver)
     for path in part.kernels:
-        if solver.target_of(index, path) is None:
-            layer.kernels[path] = dense_result(params[f"{path}.kernel"])
-    for tap, paths in solver.taps(index, part).items():
-        gram_of_tap, drift = grams.pop(tap), drifts.pop(tap, None)
-        for times in DAMPING:
-            method = solver.method if times == 1 else with_more_damping(solver.method, times)
-            _solve_tap(
-                model, index, layer, params, paths, gram_of_tap, drift, dataclasses.replace(solver, method=method)
-            )
-            bad = [path for path in paths if not math.isfinite(layer.kernels[path].error)]
-            if not bad:
-                break
-        else:
-            raise InputError(
-                f"layer {index}: {', '.join(bad)} cannot be solved, even with {DAMPING[-1]} times the damping",
-                options={"nsamples": Change.RAISE, "damping": Change.RAISE},
-            )
-        if times > 1:
-            for path in paths:
-                metrics = layer.kernels[path].metrics | {"damping_times": float(times)}
-                layer.kernels[path] = layer.kernels[path]._replace(metrics=metrics)
-    layer.kernels = {path: layer.kernels[path] for path in part.kernels}
+        if solver.target_of(index, path) is None and path not in part.routers:
+            layer.results[path] = dense_result(part.sources[path].of(params, ".kernel"))
+    layer.results = {path: layer.results[path] for path in part.kernels if path in layer.results}
     return layer
+
+
+class _Inputs(NamedTuple):
+    """What is known of the inputs that some linear layers share.
+
+    Attributes:
+        tap: its name.
+        tokens: how many an expert was given; None: all.
+        gram: their Gram matrix.
+        drift: see `gram_matrices`.
+    """
+
+    tap: str
+    tokens: int | None
+    gram: Float[Array, "n n"]
+    drift: Float[Array, "n n"] | None
+
+
+def _solve_damped(
+    model: StreamedModel,
+    index: int,
+    layer: SolvedLayer,
+    params: Mapping[str, Array],
+    paths: Sequence[str],
+    inputs: _Inputs,
+    solver: Solver,
+) -> None:
+    """Prunes the kernels of the linear layers that share an input, with as much damping as they need."""
+    least = 1 if inputs.tokens is None else least_damping(inputs.tokens, len(inputs.gram))
+    if inputs.tokens == 0:  # nothing is known: all inputs count the same
+        inputs = inputs._replace(gram=jnp.eye(len(inputs.gram), dtype=inputs.gram.dtype))
+    for times in (least * raised for raised in DAMPING):
+        method = solver.method if times == 1 else with_more_damping(solver.method, times)
+        _solve_tap(model, index, layer, params, paths, inputs, dataclasses.replace(solver, method=method))
+        bad = [path for path in paths if not math.isfinite(layer.results[path].error)]
+        if not bad:
+            break
+    else:
+        raise InputError(
+            f"layer {index}: {', '.join(bad)} cannot be solved, even with {DAMPING[-1]} times the damping",
+            options={"nsamples": Change.RAISE, "damping": Change.RAISE},
+        )
+    found = {"damping_times": float(times)} if times > 1 else {}
+    if inputs.tokens is not None:
+        found["tokens"] = float(inputs.tokens)
+    for path in paths:
+        metrics = layer.results[path].metrics | found
+        layer.results[path] = layer.results[path]._replace(metrics=metrics)
+
+
+def least_damping(tokens: int, inputs: int) -> int:
+    """Returns how many times the damping is taken for an expert: 1, or more where its tokens are fewer than its inputs,
+    as many times as they are fewer, in powers of 2."""
+    return min(DAMPING[-1], 2 ** math.ceil(math.log2(max(1.0, inputs / max(1, tokens)))))
 
 
 def _solve_tap(
@@ -199,35 +246,40 @@ def _solve_tap(
     layer: SolvedLayer,
     params: Mapping[str, Array],
     paths: Sequence[str],
-    gram_of_tap: Array,
-    drift: Array | None,
+    inputs: _Inputs,
     solver: Solver,
 ) -> None:
     """Prunes the kernels of the linear layers that share an input."""
-    prepared = solver.method.prepare(gram_of_tap)
+    prepared, sources = solver.method.prepare(inputs.gram), model.architecture.layers[index].sources
     for path in paths:
-        kernel, wanted, target = params[f"{path}.kernel"], None, solver.target_of(index, path)
+        kernel, wanted = sources[path].of(params, ".kernel"), None
+        target = solver.target_of(index, path)
         assert target is not None
-        if drift is not None:
-            wanted = gram.drifted_target(gram_of_tap, drift, kernel.astype(gram_of_tap.dtype), solver.asymmetry)
+        if inputs.drift is not None:
+            dense = kernel.astype(inputs.gram.dtype)
+            wanted = gram.drifted_target(inputs.gram, inputs.drift, dense, solver.asymmetry)
         outputs = solver.weights[index].outputs.get(path) if solver.weights else None
-        layer.params[f"{path}.kernel"], mask, layer.kernels[path] = prune_and_round(
+        pruned, mask, layer.results[path] = prune_and_round(
             solver.method,
             prepared,
-            gram_of_tap,
+            inputs.gram,
             kernel,
             target,
             outputs=outputs,
             wanted=wanted,
             devices=model.devices,
         )
-        layer.masks[path] = pack(mask)
+        layer.kernels[f"{path}.kernel"], layer.masks[path] = fetch((pruned, pack(mask)))
 
 
 def targets_for(architecture: Architecture, target: Pattern | TargetOf) -> TargetOf:
     """Returns the target of each linear layer, once it is known to fit; errors as for `require_fit`."""
-    target_of = target if callable(target) else lambda index, path: target
-    for (index, path), shape in architecture.kernel_shapes().items():
+
+    def usual(index: int, path: str) -> Target:
+        return None if architecture.is_router(index, path) else target
+
+    target_of = target if callable(target) else usual
+    for (index, path), shape in architecture.kernel_shapes(routers=True).items():
         if (wanted := target_of(index, path)) is not None:
             require_fit(wanted, index, path, shape)
     return target_of
@@ -253,4 +305,4 @@ def other_params(spec: Spec) -> Iterator[list[str]]:
 def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    seconds[phase] = time.perf_counter() - start
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start

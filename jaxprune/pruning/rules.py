@@ -18,13 +18,17 @@ TargetOf = Callable[[int, str], Target]
 def by_rules(architecture: Architecture, rules: Sequence[Rule]) -> Mapping[tuple[int, str], Pattern | None]:
     """Returns the linear layers that rules name, with their patterns; the last rule that names one counts.
 
+    Routers stay dense unless a rule gives their own name, such as `*.mlp.gate`.
+
     Raises:
         InputError: a rule names no linear layer.
     """
-    every = architecture.kernel_shapes()
-    found: dict[tuple[int, str], Pattern | None] = {}
+    every = architecture.kernel_shapes(routers=True)
+    found: dict[tuple[int, str], Pattern | None] = {which: None for which in every if architecture.is_router(*which)}
     for rule in rules:
         named = [which for which in every if rule.matches(*which)]
+        if rule.names.endswith("*"):  # all that is below a name is no name of a router
+            named = [which for which in named if not architecture.is_router(*which)]
         if not named:
             names = [f"layers.{index}.{path}" for index, path in every]
             near = difflib.get_close_matches(rule.names, names, n=3, cutoff=0.3) or names[:3]

@@ -16,7 +16,7 @@ References:
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune.errors import InputError
 from jaxprune.models import Layer, Part
+from jaxprune.models.experts import Routed
 from jaxprune.pruning import kept_states
 from jaxprune.pruning.journal import SENSITIVITY, Journal
 from jaxprune.recipe import Importance
@@ -41,15 +42,20 @@ HOST_BYTES = 8e9
 class Sensitivity(NamedTuple):
     """Of one layer of the dense model, over all calibration tokens. float32.
 
+    In a program's result experts' are stacked.
+
     Attributes:
-        tokens: tap -> [windows, length], Σ_j g²_tj over the outputs j of all linear layers that read the tap.
+        tokens: tap -> [windows, length], Σ_j g²_tj over the outputs j of all linear layers that read the tap; those of
+            experts together.
         outputs: linear -> [m], c_j = Σ_t g²_tj.
         inputs: tap -> [n], Σ_t x²_ti.
+        given: tap of an expert -> [1], how many tokens it was given.
     """
 
-    tokens: dict[str, Float[np.ndarray, "w t"]]
-    outputs: dict[str, Float[np.ndarray, "m"]]
-    inputs: dict[str, Float[np.ndarray, "n"]]
+    tokens: dict[str, Float[Array | np.ndarray, "w t"]]
+    outputs: dict[str, Float[Array | np.ndarray, "*e m"]]
+    inputs: dict[str, Float[Array | np.ndarray, "*e n"]]
+    given: dict[str, Float[Array | np.ndarray, "*e 1"]]
 
 
 class Weights(NamedTuple):
@@ -124,6 +130,7 @@ def _of_windows(parts: Sequence[Sensitivity]) -> Sensitivity:
         {tap: np.concatenate([part.tokens[tap] for part in parts]) for tap in first.tokens},
         {path: sum((part.outputs[path] for part in others), found) for path, found in first.outputs.items()},
         {tap: sum((part.inputs[tap] for part in others), found) for tap, found in first.inputs.items()},
+        {tap: sum((part.given[tap] for part in others), found) for tap, found in first.given.items()},
     )
 
 
@@ -166,7 +173,7 @@ def _reverse(
         _differentiate_loss(model, states, tokens)
     order = range(top)[::-1]
     for index, params in zip(order, model.layers(order), strict=True):
-        layer = _reverse_layer(model, index, model.devices.replicate(params), inputs.pop(), states)
+        layer = _reverse_layer(model, index, model.put_layer(index, params), inputs.pop(), states)
         _require_finite(layer)
         if journal and index not in found:
             arrays = {f"{kind}.{name}": array for kind, part in layer._asdict().items() for name, array in part.items()}
@@ -230,7 +237,8 @@ def _reverse_layer(
         return before
 
     gradients.update(step)
-    return _of_windows(fetch(batches))
+    found = _of_windows(fetch(batches))
+    return Sensitivity(found.tokens, *(layer.apart(arrays) for arrays in found[1:]))
 
 
 def _require_finite(layer: Sensitivity) -> None:
@@ -261,12 +269,29 @@ def backward(
     gradient: Float[Array, "b t d"],
 ) -> tuple[Float[Array, "b t d"], Sensitivity]:
     """Returns the gradient by the layer's input, and the batch's sensitivity (its arrays on the device)."""
-    probes = {path: jnp.zeros((*x.shape[:2], shape[1]), x.dtype) for path, shape in layer.kernels.items()}
-    _, vjp, inputs = jax.vjp(lambda x, probes: layer(params, x, probes=probes), x, probes, has_aux=True)
+    tapped = jax.eval_shape(lambda params, x: layer(params, x)[1], params, x)
+    probes = {
+        path: jnp.zeros((*_rows(tapped[tap]).shape[:-1], layer.linears[path][-1]), x.dtype)
+        for tap, paths in layer.reads.items()
+        for path in paths
+    }
+    _, vjp, taps = jax.vjp(lambda x, probes: layer(params, x, probes=probes), x, probes, has_aux=True)
     before, outputs = vjp(gradient)
     squares = {path: jnp.square(g.astype(jnp.float32)) for path, g in outputs.items()}
-    return before, Sensitivity(
-        {tap: sum(jnp.sum(squares[path], axis=-1) for path in paths) for tap, paths in layer.inputs.items()},
-        {path: jnp.sum(square, axis=(0, 1)) for path, square in squares.items()},
-        {tap: jnp.sum(jnp.square(inputs[tap].astype(jnp.float32)), axis=(0, 1)) for tap in layer.inputs},
-    )
+    found = Sensitivity({}, {}, {}, {})
+    for tap, paths in layer.reads.items():
+        inputs = jnp.square(_rows(taps[tap]).astype(jnp.float32))
+        energy = sum(jnp.sum(squares[path], axis=-1) for path in paths)
+        if isinstance(taps[tap], Routed):
+            found.tokens[tap] = taps[tap].sum_of_rows(energy).reshape(x.shape[:2])
+            by_expert = partial(taps[tap].by_expert, experts=layer.experts[paths[0]])
+            found.outputs.update({path: by_expert(jnp.sum(squares[path], axis=1)) for path in paths})
+            found.inputs[tap], found.given[tap] = by_expert(jnp.sum(inputs, axis=1)), by_expert(taps[tap].filled())
+        else:
+            found.tokens[tap], found.inputs[tap] = energy, jnp.sum(inputs, axis=(0, 1))
+            found.outputs.update({path: jnp.sum(squares[path], axis=(0, 1)) for path in paths})
+    return before, found
+
+
+def _rows(tap: Any) -> Any:
+    return tap.x if isinstance(tap, Routed) else tap

@@ -29,12 +29,13 @@ from convert.ownership import UNSEALED, seal
 from convert.shards import TensorFile
 from jaxprune.errors import Change, InputError
 from jaxprune.methods import Method
-from jaxprune.pruning.gram_matrices import Grams, gram_matrices
+from jaxprune.pruning.gram_matrices import gram_matrices, groups, most_bytes
 from jaxprune.pruning.kernel import KernelResult, prune_and_round
 from jaxprune.pruning.loop import Solver, TargetOf, require_fit, solve_layer, targets_for
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import fetch
 from jaxprune.sparsity.patterns import Pattern
+from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.model import StreamedModel
 
 FORMAT = "jaxprune layer 1"
@@ -96,18 +97,26 @@ def capture(
     hidden = model.embed(tokens)
     order = range(last + 1)
     for index, stored in zip(order, model.layers(order), strict=True):
-        params = model.devices.replicate(stored)
-        grams: Grams = {}
-        if prune_before or index in layers:
-            grams, _ = gram_matrices(model, index, params, hidden)
+        params, part = model.put_layer(index, stored), model.architecture.layers[index]
+        own = part.unstack(stored)
         if index in layers:
-            inputs = {tap: tuple(paths) for tap, paths in model.architecture.layers[index].inputs.items()}
-            kernels = {path: np.asarray(stored[f"{path}.kernel"]) for paths in inputs.values() for path in paths}
-            yield Snapshot(index, inputs, fetch(grams), kernels)
+            kernels = {path: np.asarray(own[f"{path}.kernel"]) for path in part.kernels}
+            yield Snapshot(index, dict(part.inputs), _every_gram(model, index, params, hidden), kernels)
         if index < last:
             if prune_before:
-                params = solve_layer(model, index, params, grams, {}, solver).params
+                solved = solve_layer(model, index, params, (hidden, None), solver, {})
+                params = model.put_layer(index, part.stack(own | solved.kernels))
             model.forward(index, params, hidden)
+
+
+def _every_gram(
+    model: StreamedModel, index: int, params: Mapping[str, jax.Array], hidden: HiddenStates
+) -> dict[str, Float[np.ndarray, "n n"]]:
+    layer, found = model.architecture.layers[index], {}
+    for group in groups(layer, list(layer.inputs), most_bytes()):
+        grams, _ = gram_matrices(model, index, params, hidden, taps=group)
+        found |= {tap: fetch(grams.take(tap)) for tap in group}
+    return found
 
 
 def solve(snapshot: Snapshot, recipe: Recipe) -> Iterator[tuple[str, KernelResult, float, jax.Array]]:

@@ -52,7 +52,7 @@ def in_chunks(
         padding = size - len(parts[0])
         if padding:
             parts = [np.pad(part, [(0, padding)] + [(0, 0)] * (part.ndim - 1)) for part in parts]
-        result = step(*map(devices.shard_windows, parts))
+        result = step(*map(devices.shard_first, parts))
         for array in result:
             array.copy_to_host_async()
         results.append(result)

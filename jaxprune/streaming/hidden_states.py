@@ -92,7 +92,7 @@ class HiddenStates:
 
     def batch(self, rows: slice) -> jax.Array:
         """Puts some windows on the device."""
-        return self._devices.shard_windows(self.read(rows))
+        return self._devices.shard_first(self.read(rows))
 
     def batches(self) -> Iterator[jax.Array]:
         """Yields the states of all windows in order, batch by batch, on the device."""

@@ -88,7 +88,7 @@ class StreamedModel:
         self.architecture.require_length(tokens.shape[1])
 
     def layers(self, order: Sequence[int] | None = None) -> Iterator[Params]:
-        """Yields the decoder layers' params on the host, with paths inside the layer; one is read ahead of its use.
+        """Yields the decoder layers' params on the host, as their programs take them; one is read ahead of its use.
 
         Args:
             order: indices of the layers; None: all, from the first.
@@ -105,9 +105,20 @@ class StreamedModel:
                 yield params
 
     def _read_layer(self, index: int) -> Params:
-        return inside_layer(
-            index, self.reader.read([f"layers.{index}.{path}" for path in self.architecture.layers[index].spec])
-        )
+        layer = self.architecture.layers[index]
+        return layer.stack(inside_layer(index, self.reader.read([f"layers.{index}.{path}" for path in layer.stored])))
+
+    def put_layer(self, index: int, params: Params) -> dict[str, Array]:
+        """Puts a layer's params on the devices: experts are sharded over them, all else is replicated.
+
+        Args:
+            index: the index of the layer.
+            params: as its program takes them.
+        """
+        experts = self.architecture.layers[index].experts
+        stacks = {path: array for path, array in params.items() if path.rpartition(".")[0] in experts}
+        rest = {path: array for path, array in params.items() if path not in stacks}
+        return self.devices.replicate(rest) | self.devices.shard_first(stacks)
 
     def params_of(self, part: Part, *, cast: bool = False) -> dict[str, Array]:
         """Puts the params of the embedding or of the head on the device.
@@ -148,7 +159,7 @@ class StreamedModel:
         hidden = into or HiddenStates(shape, self.dtype, batch, self.devices, self.scratch)
 
         def step(rows: slice) -> Array:
-            ids = self.devices.shard_windows(tokens[rows].astype(np.int32))
+            ids = self.devices.shard_first(tokens[rows].astype(np.int32))
             return apply(self.architecture.embed, params, ids, self._layout_of(layout, rows))
 
         hidden.replace(step)
@@ -171,7 +182,7 @@ class StreamedModel:
 
     def _layout_of(self, layout: Layout | None, rows: slice) -> Layout | None:
         """Returns the layout of some windows, on the device."""
-        return layout and Layout(*(self.devices.shard_windows(field[rows]) for field in layout))
+        return layout and Layout(*(self.devices.shard_first(field[rows]) for field in layout))
 
     def final_states(
         self,
@@ -204,7 +215,7 @@ class StreamedModel:
         order = range(self.num_layers if layers is None else layers)
         for index, params in zip(order, self.layers(order), strict=True):
             visit(index, states)
-            own = self.devices.replicate(params)
+            own = self.put_layer(index, params)
             for hidden, layout in zip(states, every, strict=True):
                 self.forward(index, own, hidden, layout)
         return states

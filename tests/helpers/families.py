@@ -40,6 +40,16 @@ STRETCHED = {
     "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.1,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 64,
+}
+EXPERTS = {"num_experts": 6, "num_local_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 VARIANTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
     "llama": {"plain": {}},
     "mistral": {"window": WINDOW, "full": {"sliding_window": None}, "head_dim": {**WINDOW, "head_dim": 16}},
@@ -109,6 +119,13 @@ VARIANTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
     "exaone4": {"plain": ALTERNATING, "whole": {"sliding_window": None, "layer_types": ["full_attention"] * 3}},
     "ministral3": {"plain": {"head_dim": 16, "rope_parameters": STRETCHED}, "window": {**WINDOW, "head_dim": 8}},
     "apertus": {"plain": {}},
+    "mixtral": {"plain": EXPERTS, "window": {**EXPERTS, **WINDOW, "num_local_experts": 3}},
+    "qwen3_moe": {
+        "mixed": {**EXPERTS, "head_dim": 16, "mlp_only_layers": [1], "norm_topk_prob": True},
+        "shares": {**EXPERTS, "head_dim": 8, "decoder_sparse_step": 2, "tie_word_embeddings": True},
+    },
+    "olmoe": {"plain": EXPERTS, "normalized": {**EXPERTS, "norm_topk_prob": True}},
+    "gpt_oss": {"plain": {**EXPERTS, **ALTERNATING, "head_dim": 16, "rope_parameters": YARN}},
     "glm4": {"plain": {"head_dim": 16, "attention_bias": True}, "no bias": {"head_dim": 8}},
 }
 """Family -> variant -> what its configuration says beside `SIZES`."""
@@ -127,7 +144,7 @@ def model(config: Any, seed: int = 0) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    made = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    made = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager").eval()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.copy_(parameter * (parameter.dim() == 1) + 0.3 * torch.randn_like(parameter))

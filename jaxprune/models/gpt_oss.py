@@ -1,0 +1,109 @@
+"""gpt-oss: experts whose gate and up projections are one linear layer, biases everywhere, windows in every other layer,
+and in each head the score of a token that is not there (Hugging Face's GptOssForCausalLM).
+
+References:
+    OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card" (arXiv 2508.10925); attention sinks: Xiao et al. (arXiv 2309.17453).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from convert.assets import Count, Positive
+from jaxprune.models import configuration
+from jaxprune.models.attention import Layout
+from jaxprune.models.configuration import Kind, Routing
+from jaxprune.models.decoder import ATTENTION_INPUTS, Attention, Embed, Head, RMSNorm, Taps, in_turn, linear
+from jaxprune.models.experts import ROUTER_TAP, ExpertLinear, mixture, routing_of
+
+__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
+
+
+class Entries(configuration.Entries):
+    """The entries of config.json that the family reads."""
+
+    num_local_experts: Count
+    num_experts_per_tok: Count
+    swiglu_alpha: Positive
+    swiglu_limit: Positive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(configuration.Config):
+    """See `configuration.Config`.
+
+    Attributes:
+        alpha: α of the gate's activation g·σ(αg).
+        limit: the most that the gate may be, and the up projection by magnitude.
+    """
+
+    alpha: float
+    limit: float
+
+    @classmethod
+    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
+        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
+        read = configuration.entries(Entries, hf)
+        routing = Routing(read.num_local_experts, read.num_experts_per_tok, read.intermediate_size)
+        config = cls.of(read, dtype, sinks=True, alpha=read.swiglu_alpha, limit=read.swiglu_limit)
+        return configuration.with_experts(config, routing)
+
+
+def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
+    """Returns the linear layers to prune: tap -> those that read it."""
+    return {
+        **ATTENTION_INPUTS,
+        ROUTER_TAP: ("mlp.router",),
+        "expert_input": ("mlp.experts.gate_up_proj",),
+        "expert_hidden": ("mlp.experts.down_proj",),
+    }
+
+
+class Experts(nnx.Module):
+    """Gated feed-forward networks; returns the outputs of all rows and the input of the last linear layer."""
+
+    def __init__(self, config: Config):
+        routing, width = routing_of(config), config.hidden_size
+        self.gate_up_proj = ExpertLinear(routing.experts, width, 2 * routing.size, bias=True)
+        self.down_proj = ExpertLinear(routing.experts, routing.size, width, bias=True)
+        self.alpha, self.limit = config.alpha, config.limit
+
+    def __call__(
+        self, x: Float[Array, "N B n"], owner: Int[Array, "N"]
+    ) -> tuple[Float[Array, "N B n"], Float[Array, "N B h"]]:
+        both = self.gate_up_proj(x, owner)
+        alpha, limit = (jnp.asarray(value, both.dtype) for value in (self.alpha, self.limit))
+        gate, up = jnp.minimum(both[..., ::2], limit), jnp.clip(both[..., 1::2], -limit, limit)
+        hidden = (up + jnp.ones_like(up)) * gate * jax.nn.sigmoid(gate * alpha)
+        return self.down_proj(hidden, owner), hidden
+
+
+class MLP(nnx.Module):
+    """The router and its experts; returns its output and its taps."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        self.router = linear(config, config.hidden_size, routing_of(config).experts, rngs, bias=True)
+        self.experts = Experts(config)
+        self.config = config
+
+    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
+        return mixture(self.config, self.router, self.experts, x)
+
+
+class DecoderLayer(nnx.Module):
+    """LLaMA's layer with sinks and experts."""
+
+    def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config, rngs)
+        self.self_attn = Attention(config, kind, rngs)
+        self.post_attention_layernorm = RMSNorm(config, rngs)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(self, x: Float[Array, "b t d"], layout: Layout | None = None) -> tuple[Float[Array, "b t d"], Taps]:
+        before = self.input_layernorm, self.post_attention_layernorm
+        return in_turn(x, layout, self.self_attn, self.mlp, before=before)

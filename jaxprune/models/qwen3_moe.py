@@ -1,0 +1,41 @@
+"""Qwen 3 with experts in most layers (Hugging Face's Qwen3MoeForCausalLM).
+
+References:
+    Yang et al., "Qwen3 Technical Report" (arXiv 2505.09388).
+"""
+
+from typing import Any
+
+from jaxtyping import DTypeLike
+
+from convert.assets import Count, Size
+from jaxprune.models import configuration
+from jaxprune.models.configuration import Routing
+from jaxprune.models.decoder import DecoderLayer, Embed, Head, inputs
+
+__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
+
+
+class Entries(configuration.Entries):
+    """The entries of config.json that the family reads."""
+
+    num_experts: Count
+    num_experts_per_tok: Count
+    moe_intermediate_size: Size
+    norm_topk_prob: bool
+    decoder_sparse_step: Count
+    mlp_only_layers: list[int] = []
+
+
+class Config(configuration.Config):
+    """See `configuration.Config`."""
+
+    @classmethod
+    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
+        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
+        read = configuration.entries(Entries, hf)
+        every = range(read.num_hidden_layers)
+        dense = {i for i in every if i in read.mlp_only_layers or (i + 1) % read.decoder_sparse_step}
+        routing = Routing(read.num_experts, read.num_experts_per_tok, read.moe_intermediate_size, read.norm_topk_prob)
+        config = configuration.with_window(cls.of(read, dtype, qk_norm="head"), read.sliding_window)
+        return configuration.with_experts(config, routing, dense)
