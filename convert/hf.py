@@ -47,9 +47,7 @@ class Reader:
         self._files = _headers(path)
         naming, quantized = naming_of(config, self._files), quantization(path)
         if quantized is not None:
-            log.warning(
-                "%s is stored in %s: it is read as bfloat16, and results have that", path, quantized.quant_method
-            )
+            log.warning("%s is in %s: it is read as bfloat16, and so are results written", path, quantized.quant_method)
         problems = []
         self._params: dict[str, stored.Param] = {}
         given: dict[str, str] = {}
@@ -112,14 +110,12 @@ class Writer:
     def __init__(self, folder: Path, spec: Spec, naming: Naming) -> None:
         self.folder, self._naming = folder, naming
         self.files: set[str] = set()
-        self._tensors = stored.tensors_of(spec, naming)
         shapes = {}
-        for name, paths in self._tensors.items():
-            one, transposed = spec[paths[0]], paths[0].endswith(".kernel") and naming.hf_name(paths[0]) == name
-            shape = one.shape[::-1] if transposed else one.shape
-            shapes[name] = jax.ShapeDtypeStruct(
-                shape if naming.hf_name(paths[0]) == name else (len(paths), *shape), one.dtype
-            )
+        for name, paths in stored.tensors_of(spec, naming).items():
+            shape, alone = spec[paths[0]].shape, naming.hf_name(paths[0]) == name
+            if paths[0].endswith(".kernel") and alone:
+                shape = shape[::-1]
+            shapes[name] = jax.ShapeDtypeStruct(shape if alone else (len(paths), *shape), spec[paths[0]].dtype)
         self._shards = ShardWriter(folder, shapes)
 
     def write(self, params: Mapping[str, np.ndarray]) -> None:

@@ -3,7 +3,7 @@
 Quantized params are dequantized when they are read, to bfloat16:
 
 - fp8 with block scales, a tensor `x.weight` beside `x.weight_scale_inv` (DeepSeek's format, "fp8");
-- MXFP4, tensors `x_blocks` and `x_scales` (OCP's microscaling format, "mxfp4"): 32 values of four bits with one exponent.
+- MXFP4, tensors `x_blocks` and `x_scales` (OCP's microscaling format, "mxfp4"): 32 values of four bits share an exponent.
 
 References:
     DeepSeek-AI, "DeepSeek-V3 Technical Report" (arXiv 2412.19437), section 3.3; Open Compute Project, "OCP Microscaling
@@ -62,8 +62,8 @@ def require_known(entry: Mapping[str, Any], file: Path) -> Fp8 | MxFp4:
     known = {"fp8": Fp8, "mxfp4": MxFp4}
     if method not in known:
         raise CheckpointError(
-            f"the checkpoint is quantized ({method}); fp8 with block scales and MXFP4 are dequantized when they are read, "
-            "and so are GGUF files: take one of these, or the unquantized checkpoint",
+            f"the checkpoint is quantized ({method}), which cannot be read; fp8 with block scales, MXFP4 and GGUF can be: "
+            "take one of these, or the unquantized checkpoint",
             file=file,
         )
     return check(known[method], dict(entry), file=file, entry="quantization_config", error=CheckpointError)
@@ -215,11 +215,8 @@ def stacked(bare: str, name: str, files: Mapping[str, tuple[Path, Stored]]) -> I
 def _mxfp4(name: str, scales: str, files: Mapping[str, tuple[Path, Stored]], expert: int) -> Param:
     stored = files[name][1]
     exponents = files[scales][1] if scales in files else None
-    if (
-        stored.dtype != "U8"
-        or stored.shape[3] != 16
-        or exponents != Stored("U8", stored.shape[:3], exponents and exponents.start)
-    ):
+    fit = exponents is not None and (exponents.dtype, exponents.shape) == ("U8", stored.shape[:3])
+    if stored.dtype != "U8" or stored.shape[3] != 16 or not fit:
         raise CheckpointError(f"{name} is {stored.dtype}{list(stored.shape)}, and {scales} does not fit it")
     spec = jax.ShapeDtypeStruct((32 * stored.shape[2], stored.shape[1]), BFLOAT16)
 

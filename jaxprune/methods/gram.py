@@ -98,6 +98,11 @@ def _blocks(n: int) -> list[slice]:
     return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
 
 
+def products(n: int) -> int:
+    """Returns how many products of two numbers `add_gram` and `add_grouped` take for a token of n features."""
+    return sum((rows.stop - rows.start) * rows.stop for rows in _blocks(n))
+
+
 def add_drift(
     total: Float[Array, "n n"],
     x: Float[Array, "*tokens n"],

@@ -1,14 +1,15 @@
 """Feed-forward networks of which each token takes a few: routers, experts, and the way of tokens to them and back.
 
 The choices of all tokens, sorted by expert, lie in blocks of rows that belong to one expert each, so that shapes do not
-depend on the routing, every choice has its row, and a product with a block costs what its rows cost: at most one block an
-expert is not full. Both ways are gathers, and so are their gradients: no sum depends on the order of threads.
+depend on the routing, every choice has its row, and products cost what their rows cost: at most one block an expert is
+not full. Both ways are gathers, and so are their gradients: no sum depends on the order of threads.
 
 References:
     Shazeer et al., "Outrageously Large Neural Networks" (arXiv 1701.06538); Gale et al., "MegaBlocks" (arXiv
     2211.15841), for products by blocks.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -224,7 +225,7 @@ def routing_of(config: Config) -> Routing:
 
 
 def mixture(
-    config: Config, router: nnx.Linear, experts: Any, x: Float[Array, "b t d"]
+    config: Config, router: Callable[[Array], Array], experts: Any, x: Float[Array, "b t d"]
 ) -> tuple[Float[Array, "b t d"], dict[str, Any]]:
     """Sends each token to the experts that its router chooses, and adds up their outputs by their shares.
 

@@ -1,6 +1,6 @@
 """Modules as functions of their params: the parts of a model, and how a layer's linear layers are called.
 
-Experts' kernels are stacked inside a layer, [experts, n_in, n_out], so that its program does not grow with their number.
+Experts' kernels are stacked inside a layer, [experts, n_in, n_out], so that its program does not grow with them.
 In a checkpoint, and for everything that names linear layers, each expert has its own: the kernels of
 `mlp.experts.up_proj` are those of `mlp.experts.0.up_proj`, `mlp.experts.1.up_proj`, and so on.
 """

@@ -80,7 +80,7 @@ class Work:
     @property
     def pruned_weights(self) -> int:
         """Weights of all kernels that are pruned."""
-        return sum(n * m for layer in self.architecture.layers for n, m in layer.kernels.values())
+        return sum(n * m for n, m in self.architecture.kernel_shapes().values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,7 @@ def need_of_evaluation(
 def programs_of(work: Work) -> Iterator[Program]:
     """Yields the programs of a run."""
     tokens = TOKENS_PER_BATCH["gpu"] if work.device_bytes and jax.default_backend() == "cpu" else None
-    shapes = programs.Shapes(work.architecture, stored_dtype(work.spec), work.devices, tokens)
+    shapes = programs.Shapes(work.architecture, stored_dtype(work.spec), work.devices, tokens, work.device_bytes)
     recipe = work.recipe
     pattern = recipe.pattern or Unstructured(0.5)  # a given mask takes no more than selecting one
     if recipe.importance.measured:
@@ -200,11 +200,13 @@ def _host(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
     for path in work.spec:
         sizes[part_of(path)] += _size(work.spec, path)
     layer = max(size for part, size in sizes.items() if part.startswith("layers."))
-    # One layer being pruned, one read ahead, one as it goes out, one being committed, and that one's copy.
-    found = dict.fromkeys(phases, max(peak_bytes()["host"], LIBRARIES) + 5 * layer)
+    # One layer being pruned, one read ahead, one as it goes out, one being committed, and that one's copy; experts are
+    # stacked, which copies them as they come in.
+    copies = 7 if any(layer.experts for layer in work.architecture.layers) else 5
+    found = dict.fromkeys(phases, max(peak_bytes()["host"], LIBRARIES) + copies * layer)
     if "sensitivity" in phases:
         some = work.recipe.importance.windows_of(work.windows)
-        energies = 4 * sum(len(layer.inputs) for layer in work.architecture.layers) * some * work.length
+        energies = 4 * sum(len(layer.reads) for layer in work.architecture.layers) * some * work.length
         found["sensitivity"] += energies
         for phase in ("gram", "solve", "forward"):
             found[phase] += 2 * energies * work.recipe.importance.weighs

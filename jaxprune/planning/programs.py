@@ -20,9 +20,10 @@ from jax.sharding import NamedSharding
 from jaxtyping import DTypeLike
 
 from jaxprune.evaluation import text
-from jaxprune.methods import Method
+from jaxprune.methods import Method, gram
 from jaxprune.models import Architecture, Layer
 from jaxprune.pruning import adam, distillation, gram_matrices, kernel, sensitivity
+from jaxprune.pruning.gram_matrices import ExpertTotals
 from jaxprune.sharding import Devices
 from jaxprune.sparsity.patterns import Pattern
 from jaxprune.streaming.head import CHUNK
@@ -45,6 +46,7 @@ class Program:
         calls: how often it is called in a run.
         resident: bytes on the device meanwhile which are not its arguments.
         donated: numbers of the arguments whose memory it may reuse.
+        beside: FLOPs of a call in loops whose length depends on the data.
     """
 
     phase: str
@@ -54,10 +56,11 @@ class Program:
     calls: float
     resident: int = 0
     donated: tuple[int, ...] = ()
+    beside: Flops = dataclasses.field(default_factory=Flops)
 
     def flops(self) -> Flops:
         """Counts the FLOPs of one call."""
-        return count_flops(self._traced.jaxpr)
+        return count_flops(self._traced.jaxpr) + self.beside
 
     def most_bytes(self) -> int:
         """Returns no less than a call's device memory, without compiling: as if every intermediate result stayed."""
@@ -150,12 +153,14 @@ class Shapes:
         stored: dtype of the checkpoint's params.
         devices: the devices that they run on.
         tokens: the number of tokens on a device at a time; None: as the run takes them.
+        device_bytes: the memory of a device; None: what this machine's has.
     """
 
     architecture: Architecture
     stored: DTypeLike
     devices: Devices
     tokens: int | None = None
+    device_bytes: float | None = None
 
     @property
     def layers(self) -> Mapping[Layer, int]:
@@ -165,6 +170,14 @@ class Shapes:
     def params(self, spec: Mapping[str, Any], dtype: DTypeLike) -> dict[str, Shape]:
         """Returns replicated params."""
         return {path: self.devices.abstract(Shape(param.shape, dtype), None) for path, param in spec.items()}
+
+    def layer_params(self, layer: Layer) -> dict[str, Shape]:
+        """Returns a layer's params, experts sharded."""
+        params = {}
+        for path, param in layer.spec.items():
+            axis = 0 if path.rpartition(".")[0] in layer.experts else None
+            params[path] = self.devices.abstract(Shape(param.shape, self.stored), axis)
+        return params
 
     def states(self, windows: int, length: int) -> Shape:
         """Returns hidden states of so many windows on each device."""
@@ -189,26 +202,60 @@ def of_pruning(shapes: Shapes, windows: int, length: int, method: Method, patter
     x = shapes.batch(windows, length)
     passes, in_flight = windows / x.shape[0], 2 * _bytes(x)  # one batch on its way in, one on its way out
     for layer, count in shapes.layers.items():
-        params = shapes.params(layer.spec, shapes.stored)
-        whole = {tap: shapes.devices.abstract(Shape((n, n), jnp.float32), None) for tap, n in layer.widths.items()}
-        grams, parts = whole, shapes.devices.count
-        if parts > 1:  # each device's share
-            shares = {tap: Shape((parts, *gram.shape), jnp.float32) for tap, gram in whole.items()}
-            grams = {tap: shapes.devices.abstract(share, 0) for tap, share in shares.items()}
-        accumulate = partial(gram_matrices.accumulate, layer)
-        yield Program(
-            "gram",
-            "forward and Gram matrices",
-            accumulate,
-            (params, x, {}, grams),
-            count * passes,
-            in_flight,
-            donated=(3,),
-        )
-        yield from _of_solves(shapes, layer, count, params, whole, method, pattern)
+        params = shapes.layer_params(layer)
+        wanted = [tap for tap, paths in layer.inputs.items() if not layer.routers.issuperset(paths)]
+        most, stack = gram_matrices.most_bytes(shapes.device_bytes), 0
+        alike = Counter(_Sums.of(layer, group) for group in gram_matrices.groups(layer, wanted, most))
+        for sums, groups in alike.items():
+            totals = sums.totals(shapes)
+            stack = max(stack, _bytes([total for total in totals.values() if isinstance(total, ExpertTotals)]))
+            yield Program(
+                "gram",
+                "forward and Gram matrices",
+                partial(gram_matrices.accumulate, layer),
+                (params, x, {}, totals),
+                count * passes * groups,
+                in_flight,
+                donated=(3,),
+                beside=sums.flops(shapes, x.shape[0] * length),
+            )
+        yield from _of_solves(shapes, layer, count, params, stack, method, pattern)
         calls = passes * (count - (layer is shapes.architecture.layers[-1]))  # nothing reads the last layer's output
         forward = partial(apply_layer, layer)
         yield Program("forward", "forward", forward, (params, x, None), calls, in_flight, donated=(1,))
+
+
+class _Sums(NamedTuple):
+    """The Gram matrices that one pass sums: taps and features, and those of experts with the number of them."""
+
+    plain: tuple[tuple[str, int], ...]
+    experts: tuple[tuple[str, int, int], ...]
+
+    @classmethod
+    def of(cls, layer: Layer, taps: list[str]) -> "_Sums":
+        programs = layer.programs_of(taps)
+        widths = {tap: layer.linears[layer.reads[tap][0]][-2] for tap in programs}
+        plain = tuple((tap, widths[tap]) for tap, some in programs.items() if some is None)
+        return cls(plain, tuple((tap, widths[tap], len(some)) for tap, some in programs.items() if some))
+
+    def totals(self, shapes: Shapes) -> gram_matrices.Totals:
+        """Returns what the sums are added to: where there are several devices, each has its share."""
+        parts, abstract = shapes.devices.count, shapes.devices.abstract
+        totals: gram_matrices.Totals = {}
+        for tap, n in self.plain:
+            shape = Shape((n, n) if parts == 1 else (parts, n, n), jnp.float32)
+            totals[tap] = abstract(shape, None if parts == 1 else 0)
+        for tap, n, count in self.experts:
+            numbers = abstract(Shape((count,), jnp.int32), None), abstract(Shape((), jnp.int32), None)
+            totals[tap] = ExpertTotals(abstract(Shape((count, n, n), jnp.float32), 0), *numbers)
+        return totals
+
+    def flops(self, shapes: Shapes, tokens: int) -> Flops:
+        """Returns those of experts' Gram matrices, when so many tokens are spread over all experts evenly."""
+        routing, total = shapes.architecture.config.routing, 0
+        for _, n, count in self.experts:
+            total += 2 * tokens * routing.per_token * count // routing.experts * gram.products(n)
+        return Flops({"float32": total} if total else {})
 
 
 def _of_solves(
@@ -216,24 +263,37 @@ def _of_solves(
     layer: Layer,
     count: int,
     params: Mapping[str, Shape],
-    grams: Mapping[str, Shape],
+    stack: int,
     method: Method,
     pattern: Pattern,
 ) -> Iterator[Program]:
-    """Yields the programs of the solves of a kind of layers, of which there are so many."""
-    waiting = dict(grams)
+    """Yields the programs of the solves of a kind of layers, of which there are so many.
+
+    Args:
+        shapes, method, pattern: as for `of_pruning`.
+        layer: of that kind.
+        count: the number of layers.
+        params: of a layer.
+        stack: bytes of experts' Gram matrices that wait for their solves.
+    """
+    reads = {tap: paths for tap, paths in layer.reads.items() if not layer.routers.issuperset(paths)}
+    waiting = {
+        tap: shapes.devices.abstract(Shape((layer.linears[paths[0]][-2],) * 2, jnp.float32), None)
+        for tap, paths in reads.items()
+    }
     solving = partial(solve, method, pattern)  # compiled once for all of a shape
-    for tap, paths in layer.inputs.items():
-        gram = waiting.pop(tap)
+    for tap, paths in reads.items():
+        gram, times = waiting.pop(tap), count * layer.experts.get(paths[0], 1)
         prepared = jax.tree.map(lambda leaf: shapes.devices.abstract(leaf, None), jax.eval_shape(method.prepare, gram))
-        shared = _bytes(params) + _bytes(waiting)
+        plain = [one for name, one in waiting.items() if reads[name][0] not in layer.experts]
+        shared = _bytes(params) + _bytes(plain) + stack
         alive = shared + _bytes(gram) + _bytes(prepared)
-        yield Program("solve", f"prepare {tap}", method.prepare, (gram,), count, shared)
+        yield Program("solve", f"prepare {tap}", method.prepare, (gram,), times, shared)
         for path in paths:
-            weight = shapes.devices.abstract(Shape(layer.kernels[path], jnp.float32), -1)
-            yield Program("solve", f"solve {path}", solving, (prepared, weight), count, alive - _bytes(prepared))
+            weight = shapes.devices.abstract(Shape(layer.linears[path][-2:], jnp.float32), -1)
+            yield Program("solve", f"solve {path}", solving, (prepared, weight), times, alive - _bytes(prepared))
             arguments = gram, shapes.devices.abstract(Shape(weight.shape, shapes.stored), -1), weight
-            yield Program("solve", f"store {path}", kernel.store, arguments, count, alive - _bytes(gram))
+            yield Program("solve", f"store {path}", kernel.store, arguments, times, alive - _bytes(gram))
 
 
 def of_sensitivity(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:
@@ -242,7 +302,7 @@ def of_sensitivity(shapes: Shapes, windows: int, length: int) -> Iterator[Progra
     x = shapes.batch(windows, length, sensitivity.tokens_per_batch(shapes.tokens))
     head, passes = shapes.params(architecture.head.spec, architecture.config.dtype), windows / x.shape[0]
     for layer, count in shapes.layers.items():
-        params, forward = shapes.params(layer.spec, shapes.stored), partial(apply_layer, layer)
+        params, forward = shapes.layer_params(layer), partial(apply_layer, layer)
         arguments: tuple[Any, ...] = params, x, None
         yield Program("sensitivity", "forward", forward, arguments, count * passes, 2 * _bytes(x), donated=(1,))
         backward = partial(sensitivity.backward, layer)
@@ -302,12 +362,13 @@ class _Tuned(NamedTuple):
 
     @classmethod
     def of(cls, shapes: Shapes, layer: Layer, x: Shape, keep: bool) -> "_Tuned":
-        params = shapes.params(layer.spec, shapes.stored)
-        names = [f"{path}.kernel" for path in layer.kernels]
+        params = shapes.layer_params(layer)
+        names = [f"{path}.kernel" for path in layer.linears if path not in layer.routers]
         values = {name: Shape(params[name].shape, jnp.float32) for name in names}
         rest = {name: param for name, param in params.items() if name not in values}
-        masks = {name: Shape((value.shape[0], -(-value.shape[1] // 8)), jnp.uint8) for name, value in values.items()}
-        units, moments = dict.fromkeys(names, Shape((), jnp.float32)), jax.eval_shape(adam.ADAM.init, values)
+        masks = {n: Shape((*value.shape[:-1], -(-value.shape[-1] // 8)), jnp.uint8) for n, value in values.items()}
+        units = {name: Shape((len(v.shape) - 2) * (v.shape[0], 1, 1), jnp.float32) for name, v in values.items()}
+        moments = jax.eval_shape(adam.ADAM.init, values)
         kernels = adam.Kernels(values, masks, units, moments)
         forward_and_vjp = partial(distillation.forward_and_vjp, layer)
         vjp = jax.eval_shape(forward_and_vjp, values, rest, x)[1] if keep else x
@@ -318,7 +379,7 @@ def of_evaluation(shapes: Shapes, windows: int, length: int) -> Iterator[Program
     """Yields the programs that compare the pruned model with the dense one on a text; arguments as for `of_pruning`."""
     architecture, x = shapes.architecture, shapes.batch(windows, length)
     for layer, count in shapes.layers.items():
-        params, forward = shapes.params(layer.spec, shapes.stored), partial(apply_layer, layer)
+        params, forward = shapes.layer_params(layer), partial(apply_layer, layer)
         calls, resident = 2 * count * windows / x.shape[0], 2 * _bytes(x) + _bytes(params)
         yield Program("evaluate", "forward", forward, (params, x, None), calls, resident, donated=(1,))
     chunk = min(CHUNK // 2, windows * (length - 1))

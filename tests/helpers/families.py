@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from jaxprune.models.parts import expert_path
 from tests.helpers import tiny
 from tests.helpers.optional import torch
 
@@ -149,6 +152,50 @@ def model(config: Any, seed: int = 0) -> Any:
         for parameter in made.parameters():
             parameter.copy_(parameter * (parameter.dim() == 1) + 0.3 * torch.randn_like(parameter))
     return made
+
+
+class Squares(torch.overrides.TorchFunctionMode if torch else object):  # type: ignore[misc]
+    """While it is entered, watches the products with the kernels of a model's layers.
+
+    Attributes:
+        squares: of each linear layer, as jaxprune calls it, the squared gradients by its outputs, summed over tokens,
+            once a backward pass is through.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.squares: dict[str, np.ndarray] = {}
+        self._names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters():
+            path = name.partition("layers.")[2].removesuffix(".weight")
+            if parameter.dim() < 2 or not path:
+                continue
+            parts = _linears(path, model.config.model_type)
+            self._names[parameter.data_ptr()] = parts
+            if parameter.dim() == 3:
+                for expert, kernel in enumerate(parameter):
+                    self._names[kernel.data_ptr()] = [expert_path(part, expert) for part in parts]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        products = torch.nn.functional.linear, torch.Tensor.matmul, torch.Tensor.__matmul__
+        if func in products and (names := self._names.get(args[1].data_ptr())):
+            result.register_hook(lambda gradient: self._keep(names, gradient))
+        return result
+
+    def _keep(self, names: list[str], gradient: Any) -> None:
+        square = gradient.square().flatten(0, -2).sum(0).numpy()
+        self.squares.update(zip(names, np.split(square, len(names)), strict=True))
+
+
+def _linears(path: str, family: str) -> list[str]:
+    """The linear layers of a kernel of transformers' module, as checkpoints call them."""
+    fused = path.endswith("experts.gate_up_proj") and family != "gpt_oss"
+    parts = [path.replace("gate_up_proj", one) for one in ("gate_proj", "up_proj")] if fused else [path]
+    if family == "mixtral":
+        for theirs, ours in {"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}.items():
+            parts = [part.replace(theirs, ours) for part in parts]
+    return parts
 
 
 def save(folder: Path, config: Any, seed: int = 0, dtype: str = "float32") -> Any:

@@ -34,6 +34,7 @@ def reference(tokens: np.ndarray) -> list[Sensitivity]:
             {tap: sum(squares[index, path].sum(-1) for path in paths) for tap, paths in INPUTS.items()},
             {path: squares[index, path].sum((0, 1)) for paths in INPUTS.values() for path in paths},
             {tap: (inputs[index, paths[0]] ** 2).sum((0, 1)) for tap, paths in INPUTS.items()},
+            {},
         )
         for index in range(len(model.model.layers))
     ]
@@ -63,7 +64,7 @@ def test_groups_of_windows_add_up(checkpoint: Path) -> None:
 
 def test_weights_are_normalised_powers() -> None:
     energy, outputs = np.array([[1.0, 4.0], [9.0, 16.0]], np.float32), np.array([0.0, 2.0, 6.0], np.float32)
-    layer = Sensitivity({"tap": energy}, {"linear": outputs}, {"tap": np.ones(3, np.float32)})
+    layer = Sensitivity({"tap": energy}, {"linear": outputs}, {"tap": np.ones(3, np.float32)}, {})
     found = weights(layer, Importance(token_power=0.5, weigh_outputs=True))
     np.testing.assert_allclose(found.tokens["tap"], np.sqrt(energy) / 2.5, rtol=1e-6)
     np.testing.assert_allclose(found.outputs["linear"][1:] ** 2, outputs[1:] * 3 / 8, rtol=1e-6)
@@ -73,7 +74,7 @@ def test_weights_are_normalised_powers() -> None:
 
 
 def test_no_gradient_at_all_weighs_all_the_same() -> None:
-    nothing = Sensitivity({"tap": np.zeros((2, 3), np.float32)}, {"linear": np.zeros(4, np.float32)}, {})
+    nothing = Sensitivity({"tap": np.zeros((2, 3), np.float32)}, {"linear": np.zeros(4, np.float32)}, {}, {})
     found = weights(nothing, Importance(token_power=0.5, weigh_outputs=True))
     assert (found.tokens["tap"] == 1).all() and (found.outputs["linear"] == 1).all()
 
