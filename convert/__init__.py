@@ -12,11 +12,11 @@ A format is a file of this package that exposes a `Reader`, a `Writer`, or both:
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING, Any
 
 from convert.checkpoint import Params as Params
 from convert.checkpoint import Reader as Reader
@@ -93,13 +93,20 @@ def create_checkpoint(
 
 
 @contextmanager
-def fill_checkpoint(folder: Path, spec: Spec, assets: Path, *, to: str = "hf") -> Iterator[Writer]:
-    """Writes a checkpoint into an empty folder; arguments and errors as for `create_checkpoint`."""
+def fill_checkpoint(
+    folder: Path, spec: Spec, assets: Path, *, to: str = "hf", changes: Mapping[str, Any] = MappingProxyType({})
+) -> Iterator[Writer]:
+    """Writes a checkpoint into an empty folder; arguments and errors as for `create_checkpoint`.
+
+    Args:
+        folder, spec, assets, to: see there.
+        changes: entries of config.json that get other values.
+    """
     from convert.assets import copy_assets, read_config
     from convert.writing import names
 
     writer = writer_for(to)(folder, spec, naming_in(read_config(assets), spec))
-    copy_assets(assets, folder)
+    copy_assets(assets, folder, changes)
     writer.files |= names(folder)
     yield writer
     writer.finish()

@@ -3,8 +3,9 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -141,15 +142,19 @@ def _text_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
     return found | {INSIDE: config["model_type"]}
 
 
-def load_config(assets: Path) -> Any:
+def load_config(assets: Path, changes: Mapping[str, Any] = MappingProxyType({})) -> Any:
     """Returns the configuration as transformers' class for its model type, made of what `read_config` has checked.
+
+    Args:
+        assets: the folder of config.json.
+        changes: entries that are taken to have other values.
 
     Raises:
         CheckpointError: as for `read_config`, or transformers refuses it.
     """
     from transformers import CONFIG_MAPPING
 
-    config = read_config(assets)
+    config = read_config(assets) | changes
     if config["model_type"] not in CONFIG_MAPPING:
         raise CheckpointError("an unknown model type", file=assets / "config.json", found=config["model_type"])
     try:
@@ -181,10 +186,11 @@ def check_files(assets: Path) -> None:
             check(GenerationConfig, decode(read_bytes(path, CONFIG_BYTES), file=path), file=path)
 
 
-def copy_assets(source: Path, target: Path) -> None:
+def copy_assets(source: Path, target: Path, changes: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Copies configuration and tokenizer files; weights, their index and model cards stay behind.
 
-    A link to a file outside the checkpoint is not followed, and a warning says so.
+    In config.json the entries of `changes` get their values, and that on quantization is left out. A link to a file
+    outside the checkpoint is not followed, and a warning says so.
 
     Raises:
         CheckpointError: a file is no regular one, tokenizer.json is damaged, or nothing can be written.
@@ -202,7 +208,8 @@ def copy_assets(source: Path, target: Path) -> None:
         with failing(target / path.name):
             shutil.copyfile(path, target / path.name)
     config = decode(read_bytes(source / "config.json", CONFIG_BYTES), file=source / "config.json")
-    if config.pop("quantization_config", None) is not None:
+    if config.pop("quantization_config", None) is not None or changes:
+        config |= changes
         with failing(target / "config.json"):
             (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -3,7 +3,7 @@
 Quantized params are dequantized when they are read, to bfloat16:
 
 - fp8 with block scales, a tensor `x.weight` beside `x.weight_scale_inv` (DeepSeek's format, "fp8");
-- MXFP4, tensors `x_blocks` and `x_scales` (OCP's microscaling format, "mxfp4"): 32 values of four bits share an exponent.
+- MXFP4, tensors `x_blocks` and `x_scales` (OCP's microscaling format, "mxfp4"): 32 values of 4 bits share an exponent.
 
 References:
     DeepSeek-AI, "DeepSeek-V3 Technical Report" (arXiv 2412.19437), section 3.3; Open Compute Project, "OCP Microscaling
@@ -62,8 +62,8 @@ def require_known(entry: Mapping[str, Any], file: Path) -> Fp8 | MxFp4:
     known = {"fp8": Fp8, "mxfp4": MxFp4}
     if method not in known:
         raise CheckpointError(
-            f"the checkpoint is quantized ({method}), which cannot be read; fp8 with block scales, MXFP4 and GGUF can be: "
-            "take one of these, or the unquantized checkpoint",
+            f"the checkpoint is quantized ({method}), which cannot be read; take the unquantized checkpoint, or one in fp8 "
+            "with block scales, in MXFP4, or a GGUF file",
             file=file,
         )
     return check(known[method], dict(entry), file=file, entry="quantization_config", error=CheckpointError)

@@ -109,6 +109,22 @@ class Tuning:
             raise InputError(f"tune_windows must be at least 1, not {self.tune_windows}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """What is done to a model's experts beside pruning their linear layers."""
+
+    drop_experts: float = 0.0
+    """Before anything else, drop this share of the experts of every layer: those of least saliency, which is the mean
+    over an expert's tokens of its share in the output times the norm of its own output (REAP)."""
+    route_all: bool = False
+    """In calibration, let every token pass every expert, weighed by what the router would give it; otherwise an expert
+    sees only the tokens that are routed to it."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop_experts < 1:
+            raise InputError(f"drop_experts must be at least 0 and below 1, not {self.drop_experts}")
+
+
 def without_effect(pattern: Pattern | None) -> dict[str, str]:
     """Returns the fields of `Importance` that change nothing under a pattern (None: given masks), with the reason."""
     if pattern is None:
@@ -155,6 +171,7 @@ class Recipe:
         asymmetry: the share, from 0 to 1, of what a linear layer's inputs lost in the layers before that its weights
             make up for. 0 keeps the layer's own output on its pruned inputs, 1 aims at the dense model's.
         rules: linear layers that stay dense, or have a pattern of their own; of several that name one the last counts.
+        experts: what is done to experts as such.
 
     Raises:
         InputError: values that exclude each other.
@@ -168,6 +185,7 @@ class Recipe:
     preset: str | None = None
     asymmetry: float = 0.0
     rules: tuple[Rule, ...] = ()
+    experts: Experts = Experts()
 
     def __post_init__(self) -> None:
         if (self.pattern is None) == (self.mask is None):
@@ -216,6 +234,7 @@ class Recipe:
             "importance": dataclasses.asdict(self.importance),
             "tuning": dataclasses.asdict(self.tuning),
             **({"rules": [rule.as_json() for rule in self.rules]} if self.rules else {}),
+            **({"experts": dataclasses.asdict(self.experts)} if self.experts != Experts() else {}),
         }
 
     def to_json(self) -> str:
@@ -232,9 +251,13 @@ class Recipe:
         return parse(VersionedRecord, text, file="", error=InputError).recipe()
 
     @property
+    def _parts(self) -> dict[str, Any]:
+        return {"importance": self.importance, "tuning": self.tuning, "experts": self.experts}
+
+    @property
     def record(self) -> "RecipeRecord":
         """The recipe as records keep it."""
-        return check(RecipeRecord, self.as_json() | {"importance": self.importance, "tuning": self.tuning}, file="")
+        return check(RecipeRecord, self.as_json() | self._parts, file="")
 
     @property
     def pattern_text(self) -> str:
@@ -297,6 +320,7 @@ class RecipeRecord(Schema):
     importance: Importance = Importance()
     tuning: Tuning = Tuning()
     rules: list[RuleRecord] = []
+    experts: Experts = Experts()
 
     def recipe(self) -> Recipe:
         """Returns the recipe.
@@ -314,6 +338,7 @@ class RecipeRecord(Schema):
             self.preset,
             self.asymmetry,
             tuple(rule.rule() for rule in self.rules),
+            self.experts,
         )
 
     @property
@@ -332,6 +357,8 @@ class RecipeRecord(Schema):
             *[f"sparsities within {self.importance.spread:g}"] * (self.importance.spread > 0),
             *[f"asymmetry {self.asymmetry:g}"] * (self.asymmetry > 0),
             *[f"{self.tuning.tune_epochs:g} epochs of tuning"] * (self.tuning.tune_epochs > 0),
+            *[f"{percent(self.experts.drop_experts)} % of experts dropped"] * (self.experts.drop_experts > 0),
+            *["all tokens to all experts"] * self.experts.route_all,
         ]
         return f"{self.preset}: " * (self.preset is not None) + ", ".join(words)
 

@@ -24,11 +24,12 @@ from jaxprune.evaluation.quality import Evaluator, Quality
 from jaxprune.planning import preflight
 from jaxprune.planning.timing import jit_versus_eager
 from jaxprune.pruning import identity, publishing, resume
+from jaxprune.pruning.experts import kept_experts, without_experts
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.journal_folder import journal_folder, masks_file, result_folder
 from jaxprune.pruning.loop import other_params
 from jaxprune.pruning.rules import by_rules
-from jaxprune.pruning.whole_model import prune_model
+from jaxprune.pruning.whole_model import prune_model, require_recipe
 from jaxprune.recipe import Recipe
 from jaxprune.reporting import reading, schema
 from jaxprune.reporting.card import model_card
@@ -126,6 +127,8 @@ def prune(
     record = Record(asked | dict(config or {}), recipe, windows)
     observer = Observers(record, observer)
     wanted = identity.of_run(model.reader, model.hf_config, model.dtype, record.asked(), seed)
+    model.require_tokens(windows)
+    require_recipe(without_experts(model.architecture, recipe.experts.drop_experts), recipe)
     observer.phase_timed("setup", time.perf_counter() - begun)
     if not unchecked:
         require_whole(model.reader.assets)
@@ -148,7 +151,12 @@ def prune(
         if timing:
             with _timed(observer, "timing"):
                 record.timing = jit_versus_eager(model, windows, recipe)
-        files = _write_checkpoint(model, windows, recipe, seed, journal, masks_at is not None, observer)
+        smaller = model
+        if recipe.experts.drop_experts:
+            with _timed(observer, "experts"):
+                record.kept_experts = kept_experts(model, windows, recipe.experts.drop_experts, journal)
+                smaller = model.keeping(record.kept_experts)
+        files = _write_checkpoint(smaller, windows, recipe, seed, journal, masks_at is not None, observer)
         if evaluator:
             with _timed(observer, "evaluate"):
                 models = {"dense": model, "pruned": model.sibling(result_folder(journal))}
@@ -268,7 +276,9 @@ def _write_checkpoint(
             folder = result_folder(journal)
             with failing(folder):
                 folder.mkdir(parents=True)
-            writer = stack.enter_context(fill_checkpoint(folder, model.reader.spec, model.reader.assets))
+            writer = stack.enter_context(
+                fill_checkpoint(folder, model.reader.spec, model.reader.assets, changes=model.changes)
+            )
             if with_masks:
                 mask_writer = MaskWriter(
                     masks_file(journal), _pruned_shapes(model, recipe), naming_in(model.hf_config, model.reader.spec)
@@ -293,7 +303,7 @@ def _write_checkpoint(
 def _pruned_shapes(model: StreamedModel, recipe: Recipe) -> dict[tuple[int, str], tuple[int, ...]]:
     """Returns (layer index, path) -> shape of the kernels that do not stay dense."""
     named = by_rules(model.architecture, recipe.rules)
-    shapes = model.architecture.kernel_shapes().items()
+    shapes = model.architecture.kernel_shapes(routers=True).items()
     return {which: shape for which, shape in shapes if which not in named or named[which] is not None}
 
 

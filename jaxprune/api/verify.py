@@ -37,6 +37,8 @@ def verify(
     expected: dict[str, Any] = {}
     if run := reading.run_of(name):
         expected = schema.expected(run)
+        if dense and run.kept_experts:
+            dense = dense.keeping({int(index): kept for index, kept in run.kept_experts.items()})
     if pattern is not None:
         expected |= {"pattern": pattern, "wanted": None, "own": {}}
     return verification.verify(model, against=dense, **expected)

@@ -11,7 +11,7 @@ from jaxprune.errors import InputError
 from jaxprune.methods import Method
 from jaxprune.methods.combine import Crossed, Finished
 from jaxprune.methods.exact import Exact
-from jaxprune.recipe import PRESETS, Importance, Recipe, Rule, Tuning, without_effect
+from jaxprune.recipe import PRESETS, Experts, Importance, Recipe, Rule, Tuning, without_effect
 from jaxprune.sparsity import masks
 from jaxprune.sparsity.patterns import Pattern, Unstructured, parse_pattern
 
@@ -110,6 +110,7 @@ class RecipeOptions:
             yield Section("The whole model", WholeModel)
             yield Section("Importance, by the gradients of the loss", Importance)
             yield Section("Distillation", Tuning)
+            yield Section("Experts", Experts)
         for role, cls in self.classes.items():
             about = (inspect.getdoc(cls) or "").partition("\n\n")[0]
             yield Section(f"Method {self._name(role)}", cls, self.flag_of(role), " ".join(about.split()))
@@ -184,7 +185,8 @@ class RecipeOptions:
             importance = _without(importance, given, useless | without_effect(pattern))
         mask = self._mask if self._given_mask else None
         rules = whole.rules(pattern)
-        return Recipe(method, pattern, mask, importance, tuning, whole.preset, whole.asymmetry, rules)
+        experts = make(Experts, values)
+        return Recipe(method, pattern, mask, importance, tuning, whole.preset, whole.asymmetry, rules, experts)
 
 
 def _set(values: Any) -> dict[str, Any]:

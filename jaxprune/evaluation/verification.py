@@ -75,6 +75,8 @@ def verify(
     _ = model.tokenizer  # which has to load
     reader, dense = model.reader, against.reader if against else None
     names = {name_of(which): which for which in model.architecture.kernel_shapes()}
+    every = model.architecture.kernel_shapes(routers=True)
+    names |= {name_of(which): which for which in counts or {} if which in every}  # routers that were pruned, too
     problems = _differences(reader, dense) if dense else []
     kernels: dict[Which, StoredKernel] = {}
     for name in reader.spec:

@@ -13,10 +13,13 @@ A family file exposes
 `configuration`, `decoder` and `experts` hold what most families share.
 """
 
+import dataclasses
 import functools
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -41,14 +44,15 @@ class Architecture:
     """A model family at one configuration: parts and shapes, without params.
 
     Attributes:
-        config: the family's.
+        config: the family's, made of the model's configuration.
         embed, head: the parts around the layers.
         layers: the decoder layers, from the first; those of one kind are one object.
         width: features of a hidden state.
         spec: path in a checkpoint -> shape and dtype, for the whole model.
     """
 
-    def __init__(self, family: Any, config: Any) -> None:
+    def __init__(self, name: str, config: Any) -> None:
+        self._name, family = name, plugins.load(sys.modules[__name__], name)
         # float32 means float32: the default precision would be TF32 on a GPU and bfloat16 on a TPU.
         precision = "highest" if jax.numpy.dtype(config.dtype) == jax.numpy.float32 else None
 
@@ -86,6 +90,11 @@ class Architecture:
         """Returns whether a linear layer stays dense unless a rule names it."""
         return path in self.layers[index].routers
 
+    def routed(self, **changes: Any) -> "Architecture":
+        """Returns the same with other values of its `Routing`."""
+        config, routing = self.config, self.config.routing
+        return build(self._name, dataclasses.replace(config, routing=dataclasses.replace(routing, **changes)))
+
     def require_length(self, length: int) -> None:
         """Raises InputError for windows that are longer than the model was made for."""
         most = self.config.max_positions
@@ -96,10 +105,12 @@ class Architecture:
 @functools.cache
 def build(family: str, config: Any) -> Architecture:
     """Builds the architecture of a family, once a configuration, so that its compiled functions are found again."""
-    return Architecture(plugins.load(sys.modules[__name__], family), config)
+    return Architecture(family, config)
 
 
-def architecture_of(assets: Path, dtype: DTypeLike | None, spec: Spec | None = None) -> Architecture:
+def architecture_of(
+    assets: Path, dtype: DTypeLike | None, spec: Spec | None = None, changes: Mapping[str, Any] = MappingProxyType({})
+) -> Architecture:
     """Returns the architecture that config.json describes, once the checkpoint's tensors are known to fit.
 
     Args:
@@ -107,6 +118,7 @@ def architecture_of(assets: Path, dtype: DTypeLike | None, spec: Spec | None = N
         dtype: the dtype of the computation. None: float32 on CPU, the kernels' stored dtype elsewhere; it must be given
             where there is no `spec`.
         spec: the shapes and dtypes of the checkpoint; None: there is only a configuration.
+        changes: entries of config.json that are taken to have other values.
 
     Raises:
         InputError: an unknown architecture, something in it that is not implemented, or tensors that do not
@@ -122,7 +134,7 @@ def architecture_of(assets: Path, dtype: DTypeLike | None, spec: Spec | None = N
         assert spec is not None
         dtype = jax.numpy.float32 if jax.default_backend() == "cpu" else stored_dtype(spec)
     try:
-        config = family.Config.from_hf(load_config(assets), jax.numpy.dtype(dtype))
+        config = family.Config.from_hf(load_config(assets, changes), jax.numpy.dtype(dtype))
     except UserError as error:
         error.file = error.file or assets / "config.json"
         raise

@@ -22,6 +22,8 @@ from jaxtyping import Array, Float, Int
 from jaxprune.models.configuration import ACTIVATIONS, Config, Routing
 from jaxprune.models.parts import ROUTER_TAP
 
+OUTPUT_TAP = "expert_output"
+"""The tap of experts' outputs, which no linear layer reads."""
 SMALLEST, LARGEST = 8, 256
 """Rows of a block."""
 
@@ -236,7 +238,8 @@ def mixture(
         x: hidden states.
 
     Returns:
-        The sum, and the taps: what the router reads, what experts read, and the input of their last linear layer.
+        The sum, and the taps: what the router reads, what experts read, the input of their last linear layer, and
+        their outputs.
     """
     routing, tokens = routing_of(config), x.reshape(-1, x.shape[-1])
     scores = router(x).reshape(len(tokens), -1).astype(jnp.float32)
@@ -248,13 +251,15 @@ def mixture(
     rows = dispatch(tokens, way)
     y, hidden = experts(rows, way.owner)
     weighed = collect(y, way) * share.astype(y.dtype)[:, :, None]
-    taps = {"expert_input": Routed(rows, way), "expert_hidden": Routed(hidden, way)}
+    taps: dict[str, Any] = {"expert_input": Routed(rows, way), "expert_hidden": Routed(hidden, way)}
+    output = Routed(y, way)
     if routing.route_all:  # for calibration only: the output does not depend on it
         every = jnp.broadcast_to(jnp.arange(routing.experts, dtype=jnp.int32)[None, :], shares.shape)
         way = plan(every, shares / total, routing.experts)
         rows = dispatch(tokens, way)
         taps = {"expert_input": Routed(rows, way), "expert_hidden": Routed(experts(rows, way.owner)[1], way)}
-    return jnp.sum(weighed, axis=1, dtype=y.dtype).reshape(x.shape), {ROUTER_TAP: x, **taps}
+    taps |= {ROUTER_TAP: x, OUTPUT_TAP: output}
+    return jnp.sum(weighed, axis=1, dtype=y.dtype).reshape(x.shape), taps
 
 
 EXPERT_INPUTS = {

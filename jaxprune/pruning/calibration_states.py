@@ -6,7 +6,7 @@ from jaxtyping import Int
 from jaxprune.errors import InputError
 from jaxprune.pruning import kept_states
 from jaxprune.pruning.results import Results
-from jaxprune.streaming.hidden_states import HiddenStates
+from jaxprune.streaming.hidden_states import HiddenStates, tokens_per_batch
 from jaxprune.streaming.model import StreamedModel, inside_layer
 
 
@@ -30,7 +30,10 @@ class CalibrationStates:
         self._model, self._tokens = model, tokens
         self._position = 0  # number of layers that the states are behind
         self._fresh = True
-        self.pruned = model.embed(tokens)
+        routing, at_a_time = model.architecture.config.routing, None
+        if routing and routing.route_all:  # as many rows as when each token takes a few experts
+            at_a_time = max(1, tokens_per_batch() * routing.per_token // routing.experts)
+        self.pruned = model.embed(tokens, at_a_time=at_a_time)
         self.dense = model.embed(tokens) if with_dense else None
 
     def passed(self, index: int, finished: Results) -> None:

@@ -27,7 +27,7 @@ from convert.schema import Schema
 from jaxprune.errors import InputError
 from jaxprune.sharding import barrier, broadcast, is_first_process
 
-SENSITIVITY, PRUNED, TUNING, TUNED = "sensitivity", "pruned", "tuning", "tuned"
+EXPERTS, SENSITIVITY, PRUNED, TUNING, TUNED = "experts", "sensitivity", "pruned", "tuning", "tuned"
 """The stages of a run, with which the names of entries begin."""
 WEIGHTS = "weights"
 """Where notes without an entry say what is known of the dense weights; see `identity.KnownWeights`."""

@@ -89,8 +89,6 @@ def prune_layers(
     Raises:
         InputError: model, tokens and target do not fit together; raised here, before the first layer.
     """
-    if asymmetry and any(layer.experts for layer in model.architecture.layers):
-        raise InputError("asymmetry is not implemented for models with experts", options={"asymmetry": Change.OMIT})
     solver = Solver(method, targets_for(model.architecture, target), weights, asymmetry)
     states = CalibrationStates(model, tokens, with_dense=asymmetry > 0)
     return _visit_layers(model, states, solver, finished or Results(None, "", model.num_layers))

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from jaxtyping import Int
 
+from jaxprune.errors import Change, InputError
+from jaxprune.models import Architecture
 from jaxprune.pruning.allocation import allocate
 from jaxprune.pruning.distillation import distill
 from jaxprune.pruning.journal import PRUNED, SENSITIVITY, TUNED, TUNING, Journal
@@ -42,11 +44,23 @@ def prune_model(
     Raises:
         InputError, CheckpointError: recipe, model and tokens do not fit together.
     """
-    target, named = recipe.target(), by_rules(model.architecture, recipe.rules)
-    targets_for(model.architecture, with_rules(target, named))
+    target, named = require_recipe(model.architecture, recipe)
     model.require_tokens(tokens)
     layers = _pruned(model, tokens, recipe, target, named, journal, observer)
     return _distilled(model, tokens, layers, recipe, seed, journal, observer) if recipe.tuning.tune_epochs else layers
+
+
+def require_recipe(
+    architecture: Architecture, recipe: Recipe
+) -> tuple[Pattern | TargetOf, Mapping[tuple[int, str], Pattern | None]]:
+    """Returns the target of linear layers, and that of those that rules name; errors as for `prune_model`."""
+    target, named = recipe.target(), by_rules(architecture, recipe.rules)
+    targets_for(architecture, with_rules(target, named))
+    if recipe.asymmetry and architecture.config.routing:
+        raise InputError("asymmetry is not implemented for models with experts", options={"asymmetry": Change.OMIT})
+    if recipe.experts.route_all and not architecture.config.routing:
+        raise InputError("the model has no experts to route tokens to", options={"route_all": Change.OMIT})
+    return target, named
 
 
 def _pruned(
@@ -60,7 +74,7 @@ def _pruned(
 ) -> Iterator[LayerResult]:
     target, layer_weights = _by_importance(model, tokens, recipe.importance, target, named, journal, observer)
     layers = prune_layers(
-        model,
+        model.routing_all() if recipe.experts.route_all else model,
         tokens,
         recipe.method,
         with_rules(target, named),

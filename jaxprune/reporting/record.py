@@ -51,6 +51,7 @@ class Record(Observer):
         seconds: the seconds by phase.
         evaluation: "dense" and "pruned" -> what was measured; empty without evaluation.
         timing: the timing of the first layer with and without compilation, where that was asked for.
+        kept_experts: layer index -> the experts that stayed, where some were dropped.
     """
 
     config: Mapping[str, Any]
@@ -60,6 +61,7 @@ class Record(Observer):
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     evaluation: dict[str, Quality] = dataclasses.field(default_factory=dict)
     timing: Timing | None = None
+    kept_experts: dict[int, list[int]] = dataclasses.field(default_factory=dict)
 
     def layer_done(self, result: LayerResult) -> None:
         """Keeps a layer's result without its arrays."""
@@ -111,6 +113,7 @@ class Record(Observer):
             "evaluation": {which: quality.as_json() for which, quality in self.evaluation.items()},
             "seconds": self.seconds,
             **({"timing": self.timing._asdict()} if self.timing else {}),
+            **({"kept_experts": self.kept_experts} if self.kept_experts else {}),
             "peak_bytes": peak_bytes(),
             "layers": [layer.as_json() for layer in self.layers],
             "resumed_layers": self.resumed,

@@ -133,6 +133,7 @@ class Run(RecipeRecord, Environment):
     seconds: Seconds
     timing: Timing | None = None
     peak_bytes: dict[str, Count] = {}
+    kept_experts: dict[str, list[Count]] = {}
     layers: list[Layer]
     resumed_layers: Count = 0
 

@@ -1,10 +1,12 @@
 """A checkpoint's model that streams: one layer's params on the device, the next one read in the background."""
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ from jaxprune.models import Architecture, Layout, Part, architecture_of
 from jaxprune.sharding import ONE_DEVICE, Devices, fetch
 from jaxprune.streaming.head import TokenScores, in_chunks, most_probable, score
 from jaxprune.streaming.hidden_states import HiddenStates, batch_size
+from jaxprune.streaming.kept_experts import COUNTS, KeptExperts
 
 
 class StreamedModel:
@@ -30,9 +33,10 @@ class StreamedModel:
         scratch: a folder for hidden states; None: they are kept in memory.
         name: the name of the checkpoint, as it was given.
         source: the folder or file that the reader reads; None: the reader's own folder.
+        changes: entries of config.json that are taken to have other values.
 
     Attributes:
-        reader, devices, scratch, name, source: as given.
+        reader, devices, scratch, name, source, changes: as given.
         architecture: its parts and shapes.
 
     Raises:
@@ -48,15 +52,35 @@ class StreamedModel:
         scratch: Path | None = None,
         name: str = "",
         source: Path | None = None,
+        changes: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.reader, self.devices, self.scratch = reader, devices, scratch
         self.source = source or reader.assets
         self.name = name or str(self.source)
-        self.architecture: Architecture = architecture_of(reader.assets, dtype, reader.spec)
+        self.changes = changes
+        self.architecture: Architecture = architecture_of(reader.assets, dtype, reader.spec, changes)
 
     def sibling(self, folder: Path) -> "StreamedModel":
         """Opens another checkpoint of the same architecture on the same devices."""
         return StreamedModel(open_checkpoint(folder), self.dtype, self.devices, self.scratch, str(folder), folder)
+
+    def keeping(self, kept: Mapping[int, Sequence[int]]) -> "StreamedModel":
+        """Returns the model without the other experts.
+
+        Args:
+            kept: layer index -> the experts that stay, as many in each layer.
+        """
+        routers = {index: layer.routers for index, layer in enumerate(self.architecture.layers)}
+        count = max(map(len, kept.values()))
+        changes = {name: count for name in COUNTS if name in self.hf_config}
+        reader = KeptExperts(self.reader, kept, routers)
+        return StreamedModel(reader, self.dtype, self.devices, self.scratch, self.name, self.source, changes)
+
+    def routing_all(self) -> "StreamedModel":
+        """Returns the model with taps of experts that hold every token for every expert; its outputs are the same."""
+        other = copy.copy(self)
+        other.architecture = self.architecture.routed(route_all=True)
+        return other
 
     @property
     def num_layers(self) -> int:
@@ -80,7 +104,7 @@ class StreamedModel:
     @functools.cached_property
     def hf_config(self) -> dict[str, Any]:
         """The content of config.json."""
-        return read_config(self.reader.assets)
+        return read_config(self.reader.assets) | self.changes
 
     def require_tokens(self, tokens: Int[np.ndarray, "w t"]) -> None:
         """Raises InputError for token ids outside the vocabulary, or windows longer than the model was made for."""

@@ -1,0 +1,76 @@
+"""A checkpoint without some of its experts, as if it had never had them."""
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from convert import Params, Reader, Spec
+
+EXPERT = re.compile(r"(.*\.experts\.)([0-9]+)(\..*)")
+COUNTS = "num_experts", "num_local_experts"
+"""Entries of a configuration that hold the number of experts."""
+
+
+class KeptExperts:
+    """Reads a checkpoint's params but for those of some experts; the others are numbered anew, and routers with them.
+
+    Args:
+        reader: reads the whole checkpoint.
+        kept: layer index -> the experts that stay, in order.
+        routers: layer index -> paths of its routers.
+    """
+
+    def __init__(
+        self, reader: Reader, kept: Mapping[int, Sequence[int]], routers: Mapping[int, Collection[str]]
+    ) -> None:
+        self._reader, self._kept, self._routers = reader, kept, routers
+        self._paths: dict[str, str] = {}
+        self.spec: Spec = {}
+        for path, tensor in reader.spec.items():
+            new = self._renamed(path)
+            if new is None:
+                continue
+            experts = self._experts_of(path)
+            shape = tensor.shape if experts is None else (*tensor.shape[:-1], len(experts))
+            self._paths[new], self.spec[new] = path, jax.ShapeDtypeStruct(shape, tensor.dtype)
+
+    @property
+    def assets(self) -> Path:
+        return self._reader.assets
+
+    @property
+    def files(self) -> list[Path]:
+        return self._reader.files
+
+    def read(self, paths: Iterable[str]) -> Params:
+        """Returns the named parameters, in memory; errors as the reader's."""
+        wanted = {path: self._paths[path] for path in paths}
+        whole = self._reader.read(wanted.values())
+        found: Params = {}
+        for path, old in wanted.items():
+            experts = self._experts_of(old)
+            found[path] = whole[old] if experts is None else np.take(whole[old], experts, axis=-1)
+        return found
+
+    def _renamed(self, path: str) -> str | None:
+        """Returns the path of a param among those that stay; None: it goes."""
+        kept, match = self._kept.get(_layer_of(path)), EXPERT.fullmatch(path)
+        if kept is None or match is None:
+            return path
+        before, number, behind = match.groups()
+        return f"{before}{kept.index(int(number))}{behind}" if int(number) in kept else None
+
+    def _experts_of(self, path: str) -> Sequence[int] | None:
+        """Returns the experts of which a router's param has outputs; None: it is no router's."""
+        index = _layer_of(path)
+        module = path.rpartition(".")[0].removeprefix(f"layers.{index}.")
+        return self._kept.get(index) if module in self._routers.get(index, ()) else None
+
+
+def _layer_of(path: str) -> int:
+    first, _, rest = path.partition(".")
+    number = rest.partition(".")[0]
+    return int(number) if first == "layers" and number.isdecimal() else -1
