@@ -32,7 +32,7 @@ class Plan(NamedTuple):
     """Which rows the choices of T tokens, k each, have in N blocks of B rows.
 
     Attributes:
-        owner: the expert of each block.
+        owner: the expert of each block; of those that are empty, behind all others, as many as there are experts.
         choice: of each row, token·k + number of its choice; T·k where a row is empty.
         row: of each choice.
         share: of each choice, the factor of the expert's output.
@@ -89,9 +89,9 @@ def plan(chosen: Int[Array, "T k"], share: Float[Array, "T k"], experts: int) ->
     first, start = _before(blocks), _before(sizes)  # block and position of each expert's first row
     numbers = jnp.arange(count // size + experts, dtype=jnp.int32)
     owner = jnp.sum(first[None, 1:] <= numbers[:, None], axis=1, dtype=jnp.int32)
-    owner = jnp.minimum(owner, jnp.int32(experts - 1))
+    owner = jnp.where(numbers < first[-1] + blocks[-1], owner, jnp.int32(experts))
     within = (numbers - first[owner])[:, None] * jnp.int32(size) + jnp.arange(size, dtype=jnp.int32)[None, :]
-    position = jnp.where(within < sizes[owner][:, None], start[owner][:, None] + within, jnp.int32(count))
+    position = jnp.where(within < _filled(sizes, owner)[:, None], start[owner][:, None] + within, jnp.int32(count))
     choice = _filled(order, position, count)
     rank = jnp.zeros(count, jnp.int32).at[order].set(jnp.arange(count, dtype=jnp.int32), unique_indices=True)
     row = first[of_choice] * jnp.int32(size) + rank - start[of_choice]
@@ -151,10 +151,26 @@ def grouped(
         precision: of the products.
     """
 
+    return _products(rows, kernels, owner, lambda x, kernel: jnp.matmul(x, kernel, precision=precision))
+
+
+def _products(
+    rows: Float[Array, "N B n"],
+    kernels: Float[Array, "e _ _"],
+    owner: Int[Array, "N"],
+    product: Callable[[Array, Array], Array],
+) -> Float[Array, "N B m"]:
+    """Returns the products of blocks with their experts' kernels; empty blocks are not multiplied."""
+
     def one(block: tuple[Array, Array]) -> Array:
         x, expert = block
-        kernel = lax.dynamic_index_in_dim(kernels, expert, keepdims=False).astype(x.dtype)
-        return jnp.matmul(x, kernel, precision=precision)
+
+        def multiplied() -> Array:
+            kernel = lax.dynamic_index_in_dim(kernels, expert, keepdims=False).astype(x.dtype)
+            return product(x, kernel)
+
+        shape = jax.eval_shape(multiplied)
+        return lax.cond(expert < len(kernels), multiplied, lambda: jnp.zeros(shape.shape, shape.dtype))
 
     return lax.map(one, (rows, owner))
 
@@ -165,11 +181,6 @@ def _grouped_backward(
     """Returns the gradients by rows and by kernels, in loops of their own: of two, one is often not needed."""
     rows, kernels, owner = kept
 
-    def of_rows(block: tuple[Array, Array]) -> Array:
-        g, expert = block
-        kernel = lax.dynamic_index_in_dim(kernels, expert, keepdims=False).astype(g.dtype)
-        return jnp.matmul(g, kernel.T, precision=precision)
-
     def of_kernels(total: Array, block: tuple[Array, Array, Array]) -> tuple[Array, None]:
         x, g, expert = block
         added = jnp.matmul(x.T, g, precision=precision, preferred_element_type=total.dtype)
@@ -177,7 +188,8 @@ def _grouped_backward(
         return lax.dynamic_update_index_in_dim(total, added, expert, axis=0), None
 
     total, _ = lax.scan(of_kernels, jnp.zeros(kernels.shape, kernels.dtype), (rows, gradient, owner))
-    return lax.map(of_rows, (gradient, owner)), total, None
+    of_rows = _products(gradient, kernels, owner, lambda g, kernel: jnp.matmul(g, kernel.T, precision=precision))
+    return of_rows, total, None
 
 
 grouped.defvjp(
