@@ -170,7 +170,7 @@ class Squares(torch.overrides.TorchFunctionMode if torch else object):  # type: 
             path = name.partition("layers.")[2].removesuffix(".weight")
             if parameter.dim() < 2 or not path:
                 continue
-            parts = _linears(path, model.config.model_type)
+            parts = linears(path, model.config.model_type)
             self._names[parameter.data_ptr()] = parts
             if parameter.dim() == 3:
                 for expert, kernel in enumerate(parameter):
@@ -188,7 +188,7 @@ class Squares(torch.overrides.TorchFunctionMode if torch else object):  # type: 
         self.squares.update(zip(names, np.split(square, len(names)), strict=True))
 
 
-def _linears(path: str, family: str) -> list[str]:
+def linears(path: str, family: str) -> list[str]:
     """The linear layers of a kernel of transformers' module, as checkpoints call them."""
     fused = path.endswith("experts.gate_up_proj") and family != "gpt_oss"
     parts = [path.replace("gate_up_proj", one) for one in ("gate_proj", "up_proj")] if fused else [path]

@@ -26,6 +26,14 @@ def sizes(
     }
 
 
+def experts(
+    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, expert: int, **others: Any
+) -> dict[str, Any]:
+    known = {"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
+    known |= {"moe_intermediate_size": expert, "max_position_embeddings": 40960, "sliding_window": None}
+    return sizes(hidden, inner, layers, heads, kv_heads, 151936, **known | others)
+
+
 def pythia(hidden: int, layers: int, heads: int, vocabulary: int = 50304) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
@@ -184,6 +192,21 @@ PUBLIC: Mapping[str, Mapping[str, dict[str, Any]]] = {
         "GLM-4-32B-0414": sizes(
             6144, 23040, 61, 48, 2, 151552, head_dim=128, partial_rotary_factor=0.5, attention_bias=False
         ),
+    },
+    "mixtral": {
+        "Mixtral-8x7B": sizes(4096, 14336, 32, 32, 8, 32000, sliding_window=None),
+        "Mixtral-8x22B": sizes(6144, 16384, 56, 48, 8, 32768, sliding_window=None),
+    },
+    "qwen3_moe": {
+        "Qwen3-30B-A3B": experts(2048, 6144, 48, 32, 4, 768),
+        "Qwen3-Coder-30B-A3B": experts(2048, 6144, 48, 32, 4, 768, max_position_embeddings=262144),
+        "Qwen3-235B-A22B": experts(4096, 12288, 94, 64, 4, 1536),
+        "Qwen3-Coder-480B-A35B": experts(6144, 8192, 62, 96, 8, 2560, num_experts=160),
+    },
+    "olmoe": {"OLMoE-1B-7B": sizes(2048, 1024, 16, 16, 16, 50304, num_experts=64, num_experts_per_tok=8)},
+    "gpt_oss": {
+        "gpt-oss-20b": sizes(2880, 2880, 24, 64, 8, 201088, head_dim=64, num_local_experts=32),
+        "gpt-oss-120b": sizes(2880, 2880, 36, 64, 8, 201088, head_dim=64, num_local_experts=128),
     },
     "seed_oss": {"Seed-OSS-36B": sizes(5120, 27648, 64, 80, 8, 155136, head_dim=128)},
     "exaone4": {

@@ -1,14 +1,18 @@
 """Public checkpoints by their configuration: names and shapes of all tensors are those of transformers' model."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
 from convert.names import naming_of
+from convert.stored import tensors_of
 from jaxprune.models import architecture_of
+from jaxprune.models.parts import expert_path
 from tests.helpers import public
+from tests.helpers.families import linears
 from tests.helpers.optional import needs_torch, torch
 
 SOONER = {"SmolLM2-135M", "Qwen2.5-0.5B", "gemma-3-270m", "Phi-4-mini", "pythia-70m", "opt-350m", "EXAONE-4.0-1.2B"}
@@ -31,5 +35,21 @@ def test_shapes_are_those_of_transformers(family: str, name: str, tmp_path: Path
     if "lm_head.weight" in expected and family == "gpt_neox":  # as it is called inside, not in files
         expected["embed_out.weight"] = expected.pop("lm_head.weight")
     naming, spec = naming_of({"model_type": family}, ()), architecture_of(tmp_path, jnp.bfloat16).spec
-    shapes = {path: t.shape[::-1] if path.endswith(".kernel") else t.shape for path, t in spec.items()}
-    assert {naming.hf_name(path): shape for path, shape in shapes.items()} == expected
+    if not naming.stacked:
+        expected = {own: size for name, shape in expected.items() for own, size in apart(name, shape, family)}
+    found = {}
+    for name, paths in tensors_of(spec, naming).items():
+        shape = spec[paths[0]].shape
+        found[name] = (len(paths), *shape) if len(paths) > 1 else shape[::-1] if paths[0].endswith(".kernel") else shape
+    assert found == expected
+
+
+def apart(name: str, shape: tuple[int, ...], family: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yields the tensors of experts that one of transformers' module holds, as a checkpoint has them."""
+    parts = linears(name.removesuffix(".weight"), family)
+    if len(shape) < 3:
+        yield (f"{parts[0]}.weight" if name.endswith(".weight") and ".layers." in name else name), shape
+        return
+    for expert in range(shape[0]):
+        for part in parts:
+            yield f"{expert_path(part, expert)}.weight", (shape[1] // len(parts), shape[2])
