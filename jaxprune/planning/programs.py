@@ -343,9 +343,13 @@ def of_distillation(
             yield Program("tune", "forward", forward_and_vjp, (values, one.rest, x), calls, resident_then)
         else:
             yield Program("tune", "forward", forward, (values | one.rest, x, None), calls, donated=(1,))
-        update, step_of = partial(distillation.update, layer), (one.kernels, one.rest, one.vjp, x)
-        arguments = *step_of, Shape((), jnp.float32)
-        yield Program("tune", "backward and step", update, arguments, calls, resident - one.state, donated=(0,))
+        pull_back, arguments = partial(distillation.pull_back, layer), (values, one.rest, one.vjp, x)
+        waiting = _bytes(one.kernels) - _bytes(values) if keep else 0
+        yield Program("tune", "backward", pull_back, arguments, calls, resident - one.state + waiting)
+        for name, value in values.items():
+            kernel, number = one.kernels.only(name), Shape((), jnp.float32)
+            others = 2 * (_bytes(values) - _bytes(value)) if not keep else resident + _bytes(values) - _bytes(kernel)
+            yield Program("tune", f"step {name}", adam.step_one, (kernel, value, number), calls, others, donated=(0,))
     chunk = Shape((min(CHUNK // 2, step * length), architecture.width), architecture.config.dtype)
     loss = partial(distillation.head_divergence, architecture.head)
     yield Program("tune", "divergence", loss, (head, chunk, chunk), visits * step * length / chunk.shape[0], resident)

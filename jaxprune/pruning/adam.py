@@ -8,6 +8,7 @@ References:
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -43,6 +44,12 @@ class Kernels(NamedTuple):
     units: dict[str, Float[Array | np.ndarray, "*u"]]
     moments: Any
 
+    def only(self, name: str) -> "Kernels":
+        """Returns one kernel's."""
+        own = ({name: part[name]} for part in (self.values, self.masks, self.units))
+        mu, nu = self.moments.mu, self.moments.nu
+        return Kernels(*own, self.moments._replace(mu={name: mu[name]}, nu={name: nu[name]}))
+
 
 def init(kernels: Params, experts: Mapping[str, Sequence[int | None]] = MappingProxyType({})) -> Kernels:
     """Initializes a layer's pruned kernels before the first step, on the host.
@@ -66,13 +73,32 @@ def _units(values: Float[np.ndarray, "e n m"], tuned: Sequence[int | None]) -> F
     return np.array(units, np.float32)[:, None, None]
 
 
-def step(kernels: Kernels, gradients: Mapping[str, Float[Array, "*e n m"]], rate: Float[Array, ""]) -> Kernels:
-    """Takes a step along the gradients; to be traced under jit."""
-    gradients = {name: masked(_kept(kernels, name), gradient) for name, gradient in gradients.items()}
-    with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction mixes integers and floats
-        updates, moments = ADAM.update(gradients, kernels.moments)
-    values = {name: value - rate * kernels.units[name] * updates[name] for name, value in kernels.values.items()}
+def step(kernels: Kernels, gradients: dict[str, Float[Array, "*e n m"]], rate: Float[Array, ""]) -> Kernels:
+    """Takes a step along the gradients, kernel by kernel: the moments of one visit the device at a time.
+
+    Args:
+        kernels: before the step; what is on the device is not to be used again.
+        gradients: by the kernels' values; empty when this returns.
+        rate: the rate of the step.
+    """
+    moved = [step_one(kernels.only(name), gradients.pop(name), rate) for name in list(gradients)]
+    mu, nu = ({name: array for one in moved for name, array in getattr(one.moments, of).items()} for of in ("mu", "nu"))
+    values = {name: array for one in moved for name, array in one.values.items()}
+    moments = kernels.moments
+    if moved:
+        moments = moments._replace(count=moved[0].moments.count, mu=mu, nu=nu)
     return kernels._replace(values=values, moments=moments)
+
+
+@partial(jax.jit, donate_argnums=0)
+def step_one(kernel: Kernels, gradient: Float[Array, "*e n m"], rate: Float[Array, ""]) -> Kernels:
+    """Takes a step with one kernel."""
+    (name,) = kernel.values
+    gradients = {name: masked(_kept(kernel, name), gradient)}
+    with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction mixes integers and floats
+        updates, moments = ADAM.update(gradients, kernel.moments)
+    values = {name: kernel.values[name] - rate * kernel.units[name] * updates[name]}
+    return kernel._replace(values=values, moments=moments)
 
 
 def rounded(kernels: Kernels, name: str, dtype: np.dtype, devices: Devices) -> Float[Array, "*e n m"]:

@@ -203,8 +203,9 @@ def _step(
         )
     cotangent = devices.shard_first(gradient.reshape(x.shape))
     for index in reversed(range(len(state))):
-        cotangent, updated = update(architecture.layers[index], state[index], rest[index], vjps.pop(), cotangent, rate)
-        state[index] = placement.place(updated)
+        kernels = state[index]._replace(values=devices.shard_outputs(state[index].values))
+        gradients, cotangent = pull_back(architecture.layers[index], kernels.values, rest[index], vjps.pop(), cotangent)
+        state[index] = placement.place(adam.step(kernels, gradients, rate))
     return float(divergence.mean(dtype=np.float64))
 
 
@@ -227,28 +228,18 @@ def forward_and_vjp(
     return jax.vjp(lambda values, x: part({**rest, **values}, x)[0], dict(values), x)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
-def update(
-    part: Part,
-    kernels: Kernels,
-    rest: Mapping[str, Array],
-    vjp: Any,
-    cotangent: Float[Array, "b t d"],
-    rate: Float[Array, ""],
-) -> tuple[Float[Array, "b t d"], Kernels]:
-    """Computes the cotangent of the layer's input, and takes a step of Adam.
+@partial(jax.jit, static_argnums=0)
+def pull_back(
+    part: Part, values: Mapping[str, Array], rest: Mapping[str, Array], vjp: Any, cotangent: Float[Array, "b t d"]
+) -> tuple[dict[str, Array], Float[Array, "b t d"]]:
+    """Computes the gradients of a layer's kernels, and the cotangent of its input.
 
     Args:
         part: the layer.
-        kernels: before the step.
-        rest: the layer's other params.
+        values: its kernels.
+        rest: its other params.
         vjp: the vjp from `forward_and_vjp`, or the layer's input.
         cotangent: the cotangent of the layer's output.
-        rate: the rate of the step.
-
-    Returns:
-        The cotangent of the layer's input, and the kernels after the step.
     """
-    pull_back = vjp if callable(vjp) else forward_and_vjp(part, kernels.values, rest, vjp)[1]
-    gradients, before = pull_back(cotangent)
-    return before, adam.step(kernels, gradients, rate)
+    backward = vjp if callable(vjp) else forward_and_vjp(part, values, rest, vjp)[1]
+    return backward(cotangent)
