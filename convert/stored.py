@@ -62,8 +62,8 @@ def require_known(entry: Mapping[str, Any], file: Path) -> Fp8 | MxFp4:
     known = {"fp8": Fp8, "mxfp4": MxFp4}
     if method not in known:
         raise CheckpointError(
-            f"the checkpoint is quantized ({method}), which cannot be read; take the unquantized checkpoint, or one in fp8 "
-            "with block scales, in MXFP4, or a GGUF file",
+            f"the checkpoint is quantized ({method}), which cannot be read; take the unquantized checkpoint, or one in "
+            "fp8 with block scales, in MXFP4, or a GGUF file",
             file=file,
         )
     return check(known[method], dict(entry), file=file, entry="quantization_config", error=CheckpointError)

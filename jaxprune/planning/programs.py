@@ -347,9 +347,10 @@ def of_distillation(
         waiting = _bytes(one.kernels) - _bytes(values) if keep else 0
         yield Program("tune", "backward", pull_back, arguments, calls, resident - one.state + waiting)
         for name, value in values.items():
-            kernel, number = one.kernels.only(name), Shape((), jnp.float32)
+            kernel, number = adam.Moving(value, value, value), Shape((), jnp.float32)
             others = 2 * (_bytes(values) - _bytes(value)) if not keep else resident + _bytes(values) - _bytes(kernel)
-            yield Program("tune", f"step {name}", adam.step_one, (kernel, value, number), calls, others, donated=(0,))
+            own = one.kernels.masks[name], one.kernels.units[name], value, Shape((), jnp.int32), number
+            yield Program("tune", f"step {name}", adam.step_one, (kernel, *own), calls, others, donated=(0,))
     chunk = Shape((min(CHUNK // 2, step * length), architecture.width), architecture.config.dtype)
     loss = partial(distillation.head_divergence, architecture.head)
     yield Program("tune", "divergence", loss, (head, chunk, chunk), visits * step * length / chunk.shape[0], resident)

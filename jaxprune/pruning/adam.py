@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from convert import Params
 from jaxprune.methods.linalg import masked
@@ -44,11 +44,13 @@ class Kernels(NamedTuple):
     units: dict[str, Float[Array | np.ndarray, "*u"]]
     moments: Any
 
-    def only(self, name: str) -> "Kernels":
-        """Returns one kernel's."""
-        own = ({name: part[name]} for part in (self.values, self.masks, self.units))
-        mu, nu = self.moments.mu, self.moments.nu
-        return Kernels(*own, self.moments._replace(mu={name: mu[name]}, nu={name: nu[name]}))
+
+class Moving(NamedTuple):
+    """What a step changes of one kernel; see `Kernels` and `optax.ScaleByAdamState`."""
+
+    value: Float[Array | np.ndarray, "*e n m"]
+    mu: Float[Array | np.ndarray, "*e n m"]
+    nu: Float[Array | np.ndarray, "*e n m"]
 
 
 def init(kernels: Params, experts: Mapping[str, Sequence[int | None]] = MappingProxyType({})) -> Kernels:
@@ -81,24 +83,39 @@ def step(kernels: Kernels, gradients: dict[str, Float[Array, "*e n m"]], rate: F
         gradients: by the kernels' values; empty when this returns.
         rate: the rate of the step.
     """
-    moved = [step_one(kernels.only(name), gradients.pop(name), rate) for name in list(gradients)]
-    mu, nu = ({name: array for one in moved for name, array in getattr(one.moments, of).items()} for of in ("mu", "nu"))
-    values = {name: array for one in moved for name, array in one.values.items()}
-    moments = kernels.moments
-    if moved:
-        moments = moments._replace(count=moved[0].moments.count, mu=mu, nu=nu)
+    values, mu, nu = dict(kernels.values), dict(kernels.moments.mu), dict(kernels.moments.nu)
+    count = kernels.moments.count
+    for name in values:
+        moving = Moving(values[name], mu[name], nu[name])
+        moved = step_one(moving, kernels.masks[name], kernels.units[name], gradients.pop(name), count, rate)
+        values[name], mu[name], nu[name] = moved
+    moments = kernels.moments._replace(count=np.asarray(count) + np.int32(1), mu=mu, nu=nu)
     return kernels._replace(values=values, moments=moments)
 
 
 @partial(jax.jit, donate_argnums=0)
-def step_one(kernel: Kernels, gradient: Float[Array, "*e n m"], rate: Float[Array, ""]) -> Kernels:
-    """Takes a step with one kernel."""
-    (name,) = kernel.values
-    gradients = {name: masked(_kept(kernel, name), gradient)}
+def step_one(
+    kernel: Moving,
+    bits: UInt8[Array, "*e n _"],
+    unit: Float[Array, "*u"],
+    gradient: Float[Array, "*e n m"],
+    count: Int[Array, ""],
+    rate: Float[Array, ""],
+) -> Moving:
+    """Takes a step with one kernel.
+
+    Args:
+        kernel: before the step.
+        bits: its mask.
+        unit: of its step.
+        gradient: by its values.
+        count: steps before this one.
+        rate: of the step.
+    """
+    state = optax.ScaleByAdamState(count, kernel.mu, kernel.nu)
     with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction mixes integers and floats
-        updates, moments = ADAM.update(gradients, kernel.moments)
-    values = {name: kernel.values[name] - rate * kernel.units[name] * updates[name]}
-    return kernel._replace(values=values, moments=moments)
+        update, moments = ADAM.update(masked(_unpacked(bits, gradient.shape[-1]), gradient), state)
+    return Moving(kernel.value - rate * unit * update, moments.mu, moments.nu)
 
 
 def rounded(kernels: Kernels, name: str, dtype: np.dtype, devices: Devices) -> Float[Array, "*e n m"]:
@@ -159,4 +176,8 @@ def _names(kernels: Kernels) -> list[str]:
 
 
 def _kept(kernels: Kernels, name: str) -> Bool[Array, "*e n m"]:
-    return jnp.unpackbits(kernels.masks[name], axis=-1, count=kernels.values[name].shape[-1]).astype(bool)
+    return _unpacked(kernels.masks[name], kernels.values[name].shape[-1])
+
+
+def _unpacked(bits: UInt8[Array | np.ndarray, "*e n _"], count: int) -> Bool[Array, "*e n m"]:
+    return jnp.unpackbits(bits, axis=-1, count=count).astype(bool)

@@ -2,8 +2,8 @@
 
     python scripts/benchmarks experts --experts 8 64 --repeats 3
 
-A random checkpoint of Mixtral's shape, scaled down, is made for each number of experts, with as many hidden features and
-as many of them taken by a token. Runs alternate, and each phase's median is printed, with the share of what is neither
+A random checkpoint of Mixtral's shape, scaled down, is made for each number of experts, with as many hidden features
+and as many of them taken by a token. Runs alternate, and each phase's median is printed, with the share of what is neither
 solve nor forward pass: the Gram matrices' products, routing, reading, stacking and keeping kernels. The FLOPs are those
 that `jaxprune plan` counts.
 """
@@ -105,7 +105,8 @@ def main() -> None:
             times = [f"{median[phase]:.2f}" for phase in (*PHASES, "rest")]
             rows.append([str(count), *times, f"{total:.2f}", f"{100 * outside / total:.0f} %", *rates])
     header = ["experts", *(f"{phase}, s" for phase in (*PHASES, "rest")), "all, s", "outside solve and forward"]
-    print(markdown([*header, *(f"{phase}, GFLOP/s" for phase in ("gram", "solve", "forward"))], rows))
+    header += [f"{phase}, GFLOP/s" for phase in ("gram", "solve", "forward")]
+    print("\n".join(markdown(header, rows)))
 
 
 if __name__ == "__main__":
