@@ -89,7 +89,7 @@ def step(kernels: Kernels, gradients: dict[str, Float[Array, "*e n m"]], rate: F
         moving = Moving(values[name], mu[name], nu[name])
         moved = step_one(moving, kernels.masks[name], kernels.units[name], gradients.pop(name), count, rate)
         values[name], mu[name], nu[name] = moved
-    moments = kernels.moments._replace(count=np.asarray(count) + np.int32(1), mu=mu, nu=nu)
+    moments = kernels.moments._replace(count=np.asarray(np.asarray(count) + np.int32(1)), mu=mu, nu=nu)
     return kernels._replace(values=values, moments=moments)
 
 

@@ -3,7 +3,7 @@
     python scripts/benchmarks experts --experts 8 64 --repeats 3
 
 A random checkpoint of Mixtral's shape, scaled down, is made for each number of experts, with as many hidden features
-and as many of them taken by a token. Runs alternate, and each phase's median is printed, with the share of what is neither
+and as many of them taken by a token. Runs alternate; printed are medians, and the share of what is neither
 solve nor forward pass: the Gram matrices' products, routing, reading, stacking and keeping kernels. The FLOPs are those
 that `jaxprune plan` counts.
 """
