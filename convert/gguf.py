@@ -11,32 +11,23 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from pydantic import Field, model_validator
 
-from convert.assets import Count, DecoderConfig, Positions, Positive, Size
+from convert import gguf_models
+from convert.assets import DecoderConfig
 from convert.checkpoint import Params, Spec, parts
 from convert.errors import CheckpointError, DamagedError, joined
 from convert.gguf_header import Header, Tensor
+from convert.gguf_models import Fields
 from convert.schema import S, Schema, check
 
-MODULES = {
-    "attn_norm": "input_layernorm.scale",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm.scale",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 TOP = {
     "token_embd.weight": "embed_tokens.embedding",
     "output_norm.weight": "norm.scale",
@@ -45,23 +36,6 @@ TOP = {
 # llama.cpp stores the frequency factors of Llama 3's rope, which the configuration of the model describes.
 ROPE_FACTORS = "rope_freqs.weight"
 TokenId = Annotated[int, Field(ge=0, lt=2**22)]
-
-
-class _Llama(Schema):
-    """The fields that describe a llama model, under their names in the file."""
-
-    hidden: Size = Field(alias="llama.embedding_length")
-    intermediate: Size = Field(alias="llama.feed_forward_length")
-    layers: Count = Field(alias="llama.block_count")
-    heads: Count = Field(alias="llama.attention.head_count")
-    kv_heads: Count | None = Field(None, alias="llama.attention.head_count_kv")
-    head_dim: Size | None = Field(None, alias="llama.attention.key_length")
-    context: Positions = Field(alias="llama.context_length")
-    epsilon: Positive = Field(alias="llama.attention.layer_norm_rms_epsilon")
-    rope_base: Positive = Field(10000.0, alias="llama.rope.freq_base")
-    scaling: Literal["none", "linear", "yarn"] = Field("none", alias="llama.rope.scaling.type")
-    scaling_factor: Positive = Field(1.0, alias="llama.rope.scaling.factor")
-    original_context: Positions | None = Field(None, alias="llama.rope.scaling.original_context_length")
 
 
 class _Tokenizer(Schema):
@@ -107,7 +81,7 @@ RENAMED = {
 
 
 class Reader:
-    """Reads a GGUF file of a LLaMA model; every parameter comes as float32.
+    """Reads a GGUF file; every parameter comes as float32.
 
     Args:
         path: the .gguf file.
@@ -118,22 +92,28 @@ class Reader:
 
     def __init__(self, path: Path) -> None:
         self._path, self._header = path, Header(path)
-        if (architecture := self._header.get("general.architecture")) != "llama":
-            raise CheckpointError("only GGUF files of llama models can be read", file=path, found=architecture)
-        self._llama = self._fields(_Llama, [str(field.alias) for field in _Llama.model_fields.values()])
-        self._tensors: dict[str, Tensor] = {}
+        architecture = self._header.get("general.architecture")
+        prefix = f"{architecture}."
+        experts = self._header.get(f"{prefix}expert_count") if f"{prefix}expert_count" in self._header else 0
+        self._model = gguf_models.model_of(architecture, experts, path)
+        self._of = self._fields(Fields, [str(field.alias) for field in Fields.model_fields.values()], prefix)
+        self._names = self._model.names()
+        self._tensors: dict[str, tuple[Tensor, int | None]] = {}
+        self._factors: Tensor | None = None
         self.spec: Spec = {}
         unknown = []
         for tensor in self._header.tensors:
-            flax = ROPE_FACTORS if tensor.name == ROPE_FACTORS else _flax_path(tensor.name)
-            if flax is None:
-                unknown.append(tensor.name)
+            if tensor.name == ROPE_FACTORS and self._model.model_type == "llama":
+                self._factors = tensor
                 continue
-            self._tensors[flax] = tensor
-            if flax != ROPE_FACTORS:
-                self.spec[flax] = jax.ShapeDtypeStruct(self._shape(flax, tensor), np.float32)
+            found = list(self._paths(tensor))
+            if not found:
+                unknown.append(tensor.name)
+            for flax, expert in found:
+                self._tensors[flax] = tensor, expert
+                self.spec[flax] = jax.ShapeDtypeStruct(self._shape(flax, tensor, expert), np.float32)
         if unknown:
-            raise CheckpointError(f"no llama model has such tensors: {joined(unknown)}", file=path)
+            raise CheckpointError(f"no {self._model.model_type} model has such tensors: {joined(unknown)}", file=path)
         if "embed_tokens.embedding" not in self.spec:
             raise DamagedError("a tensor is missing", file=path, entry="token_embd.weight")
         self.spec = {p: self.spec[p] for paths in parts(self.spec).values() for p in paths}
@@ -145,13 +125,41 @@ class Reader:
         return path.suffix == ".gguf" and not path.is_dir()
 
     def read(self, paths: Iterable[str]) -> Params:
-        params = {}
+        params: Params = {}
+        tensors: dict[str, np.ndarray] = {}  # those of all experts, of which each is dequantized once
         for path in paths:
-            array = self._dequantized(self._tensors[path])
-            if re.search(r"\.(q|k)_proj\.", path):
+            tensor, expert = self._tensors[path]
+            if expert is None:
+                array = self._dequantized(tensor)
+            else:
+                if tensor.name not in tensors:
+                    tensors[tensor.name] = self._dequantized(tensor)
+                array = tensors[tensor.name][expert]
+            if self._model.permuted and re.search(r"\.(q|k)_proj\.", path):
                 array = _unpermute(array, self._heads(path))
+            if self._model.offset and path.endswith(".scale"):
+                array = array - np.float32(self._model.offset)
             params[path] = array.T if path.endswith(".kernel") else array
         return params
+
+    def _paths(self, tensor: Tensor) -> Iterator[tuple[str, int | None]]:
+        """Yields the params that a tensor holds, with the index of the expert; none where no model has it."""
+        if tensor.name in TOP:
+            yield TOP[tensor.name], None
+            return
+        match = re.fullmatch(r"blk\.([0-9]{1,4})\.(\w+)\.(weight|bias)", tensor.name)
+        module = self._names.get(match[2]) if match else None
+        if match is None or module is None:
+            return
+        if match[2].endswith("_exps"):
+            parent, _, name = module.rpartition(".")
+            for expert in range(self._of.experts if match[3] == "weight" else 0):
+                yield f"layers.{match[1]}.{parent}.{expert}.{name}.kernel", expert
+        elif module.endswith("norm"):
+            if match[3] == "weight":
+                yield f"layers.{match[1]}.{module}.scale", None
+        else:
+            yield f"layers.{match[1]}.{module}." + ("kernel" if match[3] == "weight" else "bias"), None
 
     @property
     def files(self) -> list[Path]:
@@ -169,14 +177,20 @@ class Reader:
         except OSError as error:
             raise DamagedError(f"it cannot be read ({error.strerror})", file=self._path) from error
 
-    def _shape(self, flax: str, tensor: Tensor) -> tuple[int, ...]:
+    def _shape(self, flax: str, tensor: Tensor, expert: int | None) -> tuple[int, ...]:
         """Returns the shape that a param has: of kernels and embeddings two axes, of all else one."""
-        shape = tensor.shape  # ggml lists the fastest axis first: [in, out]
+        shape = tensor.shape  # ggml lists the fastest axis first: [in, out], or [in, out, experts]
+        if expert is not None:
+            if len(shape) != 3 or shape[2] != self._of.experts:
+                problem = f"a tensor of {self._of.experts} experts has another shape"
+                raise DamagedError(problem, file=self._path, entry=tensor.name, found=list(shape))
+            shape = shape[:2]
         wanted = 2 if flax.endswith((".kernel", ".embedding")) else 1
         if len(shape) != wanted:
             problem = f"a tensor of {wanted} axes has {len(shape)}"
             raise DamagedError(problem, file=self._path, entry=tensor.name, found=list(shape))
-        if re.search(r"\.(q|k)_proj\.", flax) and shape[-1] % (2 * self._heads(flax)):
+        permuted = self._model.permuted and re.search(r"\.(q|k)_proj\.", flax)
+        if permuted and shape[-1] % (2 * self._heads(flax)):
             wanted_rows = f"a multiple of {2 * self._heads(flax)} rows"
             raise DamagedError(
                 "its rows are not whole heads",
@@ -243,41 +257,40 @@ class Reader:
         return check(schema, found, file=self._path, entry=prefix.rstrip("."))
 
     def _heads(self, path: str) -> int:
-        llama = self._llama
-        return llama.heads if ".q_proj." in path else llama.kv_heads or llama.heads
+        return self._of.heads if ".q_proj." in path else self._of.kv_heads or self._of.heads
 
     def _config(self) -> dict[str, Any]:
-        llama = self._llama
+        of = self._of
         config = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [self._model.cls],
+            "model_type": self._model.model_type,
             "dtype": "float32",
             "vocab_size": self.spec["embed_tokens.embedding"].shape[0],
-            "hidden_size": llama.hidden,
-            "intermediate_size": llama.intermediate,
-            "num_hidden_layers": llama.layers,
-            "num_attention_heads": llama.heads,
-            "num_key_value_heads": llama.kv_heads or llama.heads,
-            "head_dim": llama.head_dim or llama.hidden // llama.heads,
-            "max_position_embeddings": llama.context,
+            "hidden_size": of.hidden,
+            "intermediate_size": of.intermediate or of.expert_size,
+            "num_hidden_layers": of.layers,
+            "num_attention_heads": of.heads,
+            "num_key_value_heads": of.kv_heads or of.heads,
+            "head_dim": of.size_of_head,
+            "max_position_embeddings": of.context,
             # Stored as float32; the shortest decimal that rounds to it is what the model's authors wrote.
-            "rms_norm_eps": float(str(np.float32(llama.epsilon))),
+            "rms_norm_eps": float(str(np.float32(of.epsilon))),
             "hidden_act": "silu",
             "attention_bias": "layers.0.self_attn.q_proj.bias" in self.spec,
             "mlp_bias": "layers.0.mlp.up_proj.bias" in self.spec,
             "tie_word_embeddings": "lm_head.kernel" not in self.spec,
             "rope_parameters": self._rope(),
-        }
+        } | self._model.entries(of)
         for name, field in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
             config[f"{name}_token_id"] = self._header.get(f"tokenizer.ggml.{field}_token_id")
         check(DecoderConfig, config, file=self._path)
         return config
 
     def _rope(self) -> dict[str, Any]:
-        llama = self._llama
-        rope: dict[str, Any] = {"rope_theta": llama.rope_base, "rope_type": "default"}
-        if ROPE_FACTORS in self._tensors:
-            factors = self._dequantized(self._tensors[ROPE_FACTORS]).reshape(-1)
+        of = self._of
+        rope: dict[str, Any] = {"rope_theta": of.rope_base, "rope_type": "default"}
+        if self._factors is not None:
+            factors = self._dequantized(self._factors).reshape(-1)
             # The file has the outcome, not the recipe: all published Llama 3 models use this one but for its factor.
             rope |= {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0}
             rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -289,23 +302,11 @@ class Reader:
                     file=self._path,
                     entry=ROPE_FACTORS,
                 )
-        elif llama.scaling != "none":
-            rope |= {"rope_type": llama.scaling, "factor": llama.scaling_factor}
-            if llama.scaling == "yarn":
-                rope["original_max_position_embeddings"] = llama.original_context
+        elif of.scaling != "none":
+            rope |= {"rope_type": of.scaling, "factor": of.scaling_factor}
+            if of.scaling == "yarn":
+                rope["original_max_position_embeddings"] = of.original_context
         return rope
-
-
-def _flax_path(name: str) -> str | None:
-    if name in TOP:
-        return TOP[name]
-    match = re.fullmatch(r"blk\.([0-9]{1,4})\.(\w+)\.(weight|bias)", name)
-    if not match or match[2] not in MODULES:
-        return None
-    module = MODULES[match[2]]
-    if module.endswith(".scale"):
-        return f"layers.{match[1]}.{module}" if match[3] == "weight" else None
-    return f"layers.{match[1]}.{module}." + ("kernel" if match[3] == "weight" else "bias")
 
 
 def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:

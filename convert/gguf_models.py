@@ -1,0 +1,205 @@
+"""Which models GGUF files can hold, and how llama.cpp's converter changes their names, values and settings.
+
+Names of tensors are those of the gguf package's tables, of which a model takes those of its own modules.
+
+References:
+    https://github.com/ggml-org/llama.cpp/blob/master/docs/development/HOWTO-add-model.md
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+import gguf
+from pydantic import Field
+
+from convert.assets import Count, Positions, Positive, Size
+from convert.errors import CheckpointError
+from convert.schema import Schema
+
+
+class Fields(Schema):
+    """The fields that describe a model, under their names in the file without the architecture's."""
+
+    hidden: Size = Field(alias="embedding_length")
+    intermediate: Size | None = Field(None, alias="feed_forward_length")
+    layers: Count = Field(alias="block_count")
+    heads: Count = Field(alias="attention.head_count")
+    kv_heads: Count | None = Field(None, alias="attention.head_count_kv")
+    head_dim: Size | None = Field(None, alias="attention.key_length")
+    context: Positions = Field(alias="context_length")
+    epsilon: Positive = Field(alias="attention.layer_norm_rms_epsilon")
+    window: Positions | None = Field(None, alias="attention.sliding_window")
+    rope_base: Positive = Field(10000.0, alias="rope.freq_base")
+    rope_size: Size | None = Field(None, alias="rope.dimension_count")
+    scaling: Literal["none", "linear", "yarn"] = Field("none", alias="rope.scaling.type")
+    scaling_factor: Positive = Field(1.0, alias="rope.scaling.factor")
+    original_context: Positions | None = Field(None, alias="rope.scaling.original_context_length")
+    score_cap: Positive | None = Field(None, alias="attn_logit_softcapping")
+    logit_cap: Positive | None = Field(None, alias="final_logit_softcapping")
+    score_scale: Positive | None = Field(None, alias="attention.scale")
+    embedding_scale: Positive | None = Field(None, alias="embedding_scale")
+    residual_scale: Positive | None = Field(None, alias="residual_scale")
+    logit_scale: Positive | None = Field(None, alias="logit_scale")
+    experts: Annotated[int, Field(ge=0, le=2**12)] = Field(0, alias="expert_count")
+    experts_per_token: Count | None = Field(None, alias="expert_used_count")
+    expert_size: Size | None = Field(None, alias="expert_feed_forward_length")
+
+    @property
+    def size_of_head(self) -> int:
+        """Features of a head."""
+        return self.head_dim or self.hidden // self.heads
+
+
+Entries = dict[str, Any]
+ATTENTION = "input_layernorm", *(f"self_attn.{name}_proj" for name in "qkvo")
+QK_NORMS = "self_attn.q_norm", "self_attn.k_norm"
+MLP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
+EXPERTS = "mlp.gate", *(f"mlp.experts.{name}_proj" for name in ("gate", "up", "down"))
+NORMS = tuple(f"{name}_layernorm" for name in ("post_attention", "pre_feedforward", "post_feedforward"))
+
+
+def _nothing(fields: Fields) -> Entries:
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model that files of an architecture hold.
+
+    Attributes:
+        model_type, cls: Hugging Face's names of the model and of its class.
+        arch: the gguf package's name of the architecture.
+        modules: inside a layer, as in Hugging Face's checkpoints.
+        entries: fields of the file -> entries of config.json that LLaMA's configuration lacks.
+        permuted: whether the rows of queries and keys lie as llama.cpp rotates them, pairs side by side.
+        offset: what is added to the weights of norms.
+    """
+
+    model_type: str
+    cls: str
+    arch: gguf.MODEL_ARCH
+    modules: tuple[str, ...]
+    entries: Callable[[Fields], Entries] = _nothing
+    permuted: bool = False
+    offset: float = 0.0
+
+    def names(self) -> Mapping[str, str]:
+        """Returns the name of a tensor inside a layer -> the module that it belongs to.
+
+        A tensor's name ends in `_exps` where it holds those of all experts.
+        """
+        table = gguf.get_tensor_name_map(self.arch, 1)
+        found = {}
+        for module in self.modules:
+            name = table.get_name(f"model.layers.0.{module}")
+            assert name is not None, (self.arch, module)
+            found[name.removeprefix("blk.0.")] = module
+        return found
+
+
+def _mixtral(fields: Fields) -> Entries:
+    return {
+        "num_local_experts": fields.experts,
+        "num_experts_per_tok": fields.experts_per_token,
+        "sliding_window": fields.window,
+    }
+
+
+def _qwen3_moe(fields: Fields) -> Entries:
+    return {
+        "num_experts": fields.experts,
+        "num_experts_per_tok": fields.experts_per_token,
+        "moe_intermediate_size": fields.expert_size or fields.intermediate,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def _gemma(fields: Fields) -> Entries:
+    """Of the largest of both families, llama.cpp takes the scale of scores from the width of a head's share."""
+    largest = fields.layers in (46, 62)
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": fields.window,
+        "query_pre_attn_scalar": fields.hidden // fields.heads if largest else fields.size_of_head,
+        "attn_logit_softcapping": fields.score_cap,
+        "final_logit_softcapping": fields.logit_cap,
+    }
+
+
+def _gemma3(fields: Fields) -> Entries:
+    full: Entries = {"rope_type": "default", "rope_theta": fields.rope_base}
+    if fields.scaling == "linear":
+        full |= {"rope_type": "linear", "factor": fields.scaling_factor}
+    local = {"rope_type": "default", "rope_theta": 10000.0}
+    return _gemma(fields) | {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
+
+
+def _phi3(fields: Fields) -> Entries:
+    share = (fields.rope_size or fields.size_of_head) / fields.size_of_head
+    rope = {"rope_type": "default", "rope_theta": fields.rope_base, "partial_rotary_factor": share}
+    return {"sliding_window": fields.window, "rope_parameters": rope, "pad_token_id": None}
+
+
+def _granite(fields: Fields) -> Entries:
+    return {
+        "attention_multiplier": fields.score_scale or fields.size_of_head**-0.5,
+        "embedding_multiplier": fields.embedding_scale or 1.0,
+        "residual_multiplier": fields.residual_scale or 1.0,
+        "logits_scaling": fields.logit_scale or 1.0,
+    }
+
+
+ARCH = gguf.MODEL_ARCH
+LLAMA = *ATTENTION, NORMS[0], *MLP
+MODELS: Mapping[str, Model] = {
+    "llama": Model("llama", "LlamaForCausalLM", ARCH.LLAMA, LLAMA, permuted=True),
+    "qwen2": Model("qwen2", "Qwen2ForCausalLM", ARCH.QWEN2, LLAMA),
+    "qwen3": Model("qwen3", "Qwen3ForCausalLM", ARCH.QWEN3, (*LLAMA, *QK_NORMS)),
+    "qwen3moe": Model(
+        "qwen3_moe", "Qwen3MoeForCausalLM", ARCH.QWEN3MOE, (*ATTENTION, *QK_NORMS, NORMS[0], *EXPERTS), _qwen3_moe
+    ),
+    "gemma2": Model("gemma2", "Gemma2ForCausalLM", ARCH.GEMMA2, (*ATTENTION, *NORMS, *MLP), _gemma, offset=1.0),
+    "gemma3": Model(
+        "gemma3_text", "Gemma3ForCausalLM", ARCH.GEMMA3, (*ATTENTION, *QK_NORMS, *NORMS, *MLP), _gemma3, offset=1.0
+    ),
+    "phi3": Model(
+        "phi3",
+        "Phi3ForCausalLM",
+        ARCH.PHI3,
+        ("input_layernorm", "self_attn.qkv_proj", "self_attn.o_proj", NORMS[0], "mlp.gate_up_proj", "mlp.down_proj"),
+        _phi3,
+    ),
+    "olmo2": Model("olmo2", "Olmo2ForCausalLM", ARCH.OLMO2, (*ATTENTION[1:], *QK_NORMS, NORMS[0], NORMS[2], *MLP)),
+    "granite": Model("granite", "GraniteForCausalLM", ARCH.GRANITE, LLAMA, _granite, permuted=True),
+    "smollm3": Model("smollm3", "SmolLM3ForCausalLM", ARCH.SMOLLM3, LLAMA, permuted=True),
+}
+"""Architecture, as a file calls it -> its model."""
+MIXTRAL = Model(
+    "mixtral",
+    "MixtralForCausalLM",
+    ARCH.LLAMA,
+    (*ATTENTION, NORMS[0], "block_sparse_moe.gate", *(f"block_sparse_moe.experts.w{number}" for number in (1, 2, 3))),
+    _mixtral,
+    permuted=True,
+)
+"""What a file of a llama model with experts holds."""
+
+
+def model_of(architecture: object, experts: int, path: Any) -> Model:
+    """Returns the model of a file's architecture.
+
+    Raises:
+        CheckpointError: none that can be read.
+    """
+    if architecture not in MODELS:
+        known = f"one of {', '.join(MODELS)}"
+        raise CheckpointError(
+            "GGUF files of this architecture cannot be read", file=path, found=architecture, wanted=known
+        )
+    model = MIXTRAL if architecture == "llama" and experts else MODELS[str(architecture)]
+    if experts and "_exps" not in "".join(model.names()):
+        raise CheckpointError(f"GGUF files of {architecture} with experts cannot be read", file=path)
+    return model
