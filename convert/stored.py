@@ -14,7 +14,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import ml_dtypes
@@ -43,7 +43,7 @@ class Fp8(Schema):
     """The entry `quantization_config` of checkpoints in fp8 with block scales."""
 
     quant_method: Literal["fp8"]
-    weight_block_size: list[int] = Field(min_length=2, max_length=2)
+    weight_block_size: list[Annotated[int, Field(ge=1, le=2**20)]] = Field(min_length=2, max_length=2)
 
 
 class MxFp4(Schema):
@@ -60,7 +60,7 @@ def require_known(entry: Mapping[str, Any], file: Path) -> Fp8 | MxFp4:
     """
     method = entry.get("quant_method", "unknown")
     known = {"fp8": Fp8, "mxfp4": MxFp4}
-    if method not in known:
+    if not isinstance(method, str) or method not in known:
         raise CheckpointError(
             f"the checkpoint is quantized ({method}), which cannot be read; take the unquantized checkpoint, or one in "
             "fp8 with block scales, in MXFP4, or a GGUF file",

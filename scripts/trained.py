@@ -2,9 +2,10 @@
 
     JAXPRUNE_DATA=... python scripts/trained.py --out DIR [--steps 400] [--seeds 0 1]
 
-A model of some million weights of each family is trained by transformers on C4's text, with a vocabulary of its own, and
-pruned by Wanda, SparseGPT and ADMM on other text of C4; the perplexity is that of text that neither saw. With experts,
-`--drop-experts 0.25` alone is measured, too. Prints a table; a difference below the spread of the seeds is a tie.
+A model of some million weights of each family is trained by transformers on C4's text, with a vocabulary of its own,
+and pruned by Wanda, SparseGPT and ADMM on other text of C4; the perplexity is that of text that neither saw. With
+experts, what dropping a quarter of them does is measured, too, and ADMM with all tokens for all experts. Prints a
+table; a difference below the spread of the seeds is a tie.
 """
 
 import argparse
