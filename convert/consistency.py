@@ -28,6 +28,11 @@ def check(spec: Spec, config: dict[str, Any]) -> None:
     """
     grouped = parts(spec)
     layers = {part: _shapes(spec, part, paths) for part, paths in grouped.items() if part.startswith("layers.")}
+    if config.get("num_experts"):  # some layers may have experts and others not, as the family knows
+        layers = {
+            part: {leaf: shape for leaf, shape in shapes.items() if not leaf.startswith("mlp.")}
+            for part, shapes in layers.items()
+        }
     problems = _odd_ones(layers)
     wanted = {f"layers.{i}" for i in range(config["num_hidden_layers"])}
     problems += [f"missing: all of {part}" for part in sorted(wanted - layers.keys())]

@@ -11,6 +11,7 @@ from jaxprune.api.evaluate import Evaluation
 from jaxprune.api.prune import PruningResult
 from jaxprune.commands.terminal import console, duration, keep_memory, print_table, progress_bar
 from jaxprune.evaluation.quality import table
+from jaxprune.models.parts import every_expert
 from jaxprune.planning.preflight import Need, seconds
 from jaxprune.pruning.results import LayerResult
 from jaxprune.reporting import schema
@@ -19,6 +20,7 @@ from jaxprune.sharding import ONE_DEVICE, Devices
 from jaxprune.streaming.observer import Observer
 
 SHORTER = {
+    "experts": "a smaller --nsamples or --seqlen",
     "sensitivity": "a smaller --sensitivity-windows",
     "gram": "a smaller --nsamples or --seqlen",
     "solve": "a quicker --method such as wanda",
@@ -110,14 +112,20 @@ def longest(times: Mapping[str, float]) -> str:
 
 def layer_line(layer: LayerResult, count: int) -> str:
     """Returns one line on a finished layer: relative errors in percent, sparsity, seconds."""
+    every: dict[str, list[float]] = {}
+    for path, kernel in layer.kernels.items():
+        every.setdefault(every_expert(path), []).append(kernel.error)
     errors = "  ".join(
-        f"{path.rpartition('.')[2].removesuffix('_proj')} {100 * kernel.error:.3g}"
-        for path, kernel in layer.kernels.items()
+        f"{path.rpartition('.')[2].removesuffix('_proj')} {100 * sum(found) / len(found):.3g}"
+        for path, found in every.items()
     )
     zeros, size = (sum(getattr(kernel, name) for kernel in layer.kernels.values()) for name in ("zeros", "size"))
     seconds = "  ".join(f"{phase} {value:.1f}" for phase, value in layer.seconds.items())
-    raised = max(kernel.metrics.get("damping_times", 1) for kernel in layer.kernels.values())
-    seconds += f"  damping raised {raised:g} times" * (raised > 1)
+    few = {path: kernel for path, kernel in layer.kernels.items() if kernel.few_tokens}
+    least = min((kernel.metrics["tokens"] for kernel in few.values()), default=0)
+    seconds += f"  {len(few)} linear layers of experts with fewer tokens than inputs, the least {least:g}" * bool(few)
+    others = [kernel.metrics.get("damping_times", 1) for path, kernel in layer.kernels.items() if path not in few]
+    seconds += f"  damping raised {max(others):g} times" * (max(others, default=1) > 1)
     return f"layer {layer.index + 1}/{count}  error %: {errors}  sparsity {100 * zeros / size:.2f} %  s: {seconds}"
 
 

@@ -9,6 +9,7 @@ from jaxprune.api.verify import verify
 from jaxprune.commands.options import CommandLine, Section, make
 from jaxprune.commands.terminal import console, print_table, run_main
 from jaxprune.evaluation.verification import StoredKernel, Which, name_of
+from jaxprune.models.parts import every_expert
 from jaxprune.reporting import reading
 from jaxprune.sparsity.patterns import NM, parse_pattern
 
@@ -37,7 +38,7 @@ def _rows(kernels: Mapping[Which, StoredKernel], every: bool) -> Iterator[tuple[
     """Yields a row of each linear, or of all layers' linear layers of one name."""
     grouped: dict[str, list[StoredKernel]] = {}
     for which, linear in kernels.items():
-        grouped.setdefault(name_of(which) if every else which[1], []).append(linear)
+        grouped.setdefault(name_of(which) if every else every_expert(which[1]), []).append(linear)
     for name, members in grouped.items():
         shares = [100 * linear.zeros / linear.size for linear in members]
         found = Counter(pattern for linear in members for pattern in linear.found)

@@ -6,6 +6,7 @@ In a checkpoint, and for everything that names linear layers, each expert has it
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -163,6 +164,11 @@ def expert_path(path: str, expert: int | None) -> str:
         return path
     parent, _, name = path.rpartition(".")
     return f"{parent}.{expert}.{name}"
+
+
+def every_expert(path: str) -> str:
+    """Returns a name for the linear layers of all experts that are called as this one: `mlp.experts.*.up_proj`."""
+    return re.sub(r"\.experts\.[0-9]+\.", ".experts.*.", path)
 
 
 def _one_of(stack: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

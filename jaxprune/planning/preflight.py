@@ -24,12 +24,13 @@ from jaxprune.models import Architecture, architecture_of, stored_dtype
 from jaxprune.planning import machine, programs
 from jaxprune.planning.machine import device_memory, host_memory, peak_bytes
 from jaxprune.planning.programs import Flops, Program
+from jaxprune.pruning.experts import without_experts
 from jaxprune.pruning.journal_folder import journal_folder
 from jaxprune.pruning.sensitivity import HOST_BYTES
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import ONE_DEVICE, Devices
 from jaxprune.sparsity.patterns import Unstructured
-from jaxprune.streaming.hidden_states import TOKENS_PER_BATCH
+from jaxprune.streaming.hidden_states import TOKENS_PER_BATCH, tokens_per_batch
 
 GIB = 2**30
 SHARE_OF_RATE = {"sensitivity": 0.6, "tune": 0.7, "evaluate": 0.5}
@@ -173,13 +174,25 @@ def programs_of(work: Work) -> Iterator[Program]:
     shapes = programs.Shapes(work.architecture, stored_dtype(work.spec), work.devices, tokens, work.device_bytes)
     recipe = work.recipe
     pattern = recipe.pattern or Unstructured(0.5)  # a given mask takes no more than selecting one
+    if share := recipe.experts.drop_experts:
+        yield from programs.of_experts(shapes, work.windows, work.length)
+        shapes = dataclasses.replace(shapes, architecture=without_experts(work.architecture, share))
     if recipe.importance.measured:
         yield from programs.of_sensitivity(shapes, recipe.importance.windows_of(work.windows), work.length)
-    yield from programs.of_pruning(shapes, work.windows, work.length, recipe.method, pattern)
+    yield from programs.of_pruning(_routing_all(shapes, recipe), work.windows, work.length, recipe.method, pattern)
     if epochs := recipe.tuning.tune_epochs:
         yield from programs.of_distillation(shapes, work.windows, work.length, epochs, keep=_keeps(work))
     if work.evaluation:
         yield from programs.of_evaluation(shapes, *work.evaluation)
+
+
+def _routing_all(shapes: programs.Shapes, recipe: Recipe) -> programs.Shapes:
+    """Returns the shapes of the loop over layers, in which every token may pass every expert, fewer at a time."""
+    routing = shapes.architecture.config.routing
+    if routing is None or not recipe.experts.route_all:
+        return shapes
+    tokens = max(1, (shapes.tokens or tokens_per_batch()) * routing.per_token // routing.experts)
+    return dataclasses.replace(shapes, architecture=shapes.architecture.routed(route_all=True), tokens=tokens)
 
 
 def _keeps(work: Work) -> bool:

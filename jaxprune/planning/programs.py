@@ -22,7 +22,7 @@ from jaxtyping import DTypeLike
 from jaxprune.evaluation import text
 from jaxprune.methods import Method, gram
 from jaxprune.models import Architecture, Layer
-from jaxprune.pruning import adam, distillation, gram_matrices, kernel, sensitivity
+from jaxprune.pruning import adam, distillation, experts, gram_matrices, kernel, sensitivity
 from jaxprune.pruning.gram_matrices import ExpertTotals
 from jaxprune.sharding import Devices
 from jaxprune.sparsity.patterns import Pattern
@@ -254,7 +254,8 @@ class _Sums(NamedTuple):
         """Returns those of experts' Gram matrices, when so many tokens are spread over all experts evenly."""
         routing, total = shapes.architecture.config.routing, 0
         for _, n, count in self.experts:
-            total += 2 * tokens * routing.per_token * count // routing.experts * gram.products(n)
+            rows = tokens if routing.route_all else tokens * routing.per_token // routing.experts
+            total += 2 * rows * count * gram.products(n)
         return Flops({"float32": total} if total else {})
 
 
@@ -294,6 +295,17 @@ def _of_solves(
             yield Program("solve", f"solve {path}", solving, (prepared, weight), times, alive - _bytes(prepared))
             arguments = gram, shapes.devices.abstract(Shape(weight.shape, shapes.stored), -1), weight
             yield Program("solve", f"store {path}", kernel.store, arguments, times, alive - _bytes(gram))
+
+
+def of_experts(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:
+    """Yields the programs that measure experts; arguments as for `of_pruning`."""
+    x = shapes.batch(windows, length)
+    for layer, count in shapes.layers.items():
+        if layer.experts:
+            arguments, calls = (shapes.layer_params(layer), x), count * windows / x.shape[0]
+            yield Program("experts", "norms of outputs", partial(experts.norms, layer), arguments, calls, 2 * _bytes(x))
+            forward = partial(apply_layer, layer)
+            yield Program("experts", "forward", forward, (*arguments, None), calls, 2 * _bytes(x), donated=(1,))
 
 
 def of_sensitivity(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:

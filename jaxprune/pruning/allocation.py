@@ -61,7 +61,7 @@ def allocate(
                     continue
                 kernel = model.devices.replicate(part.sources[path].of(params, ".kernel"))
                 inputs = layer.inputs[tap] * _share_of_tokens(layer, tap, part.sources[tap].name)
-                histograms.append(fetch(_histogram(kernel, inputs, layer.outputs[path])))
+                histograms.append(_used(fetch(_histogram(kernel, inputs, layer.outputs[path]))))
                 linears.append((index, path))
                 sizes.append(kernel.size)
     left = round(sparsity * every) - fixed
@@ -70,8 +70,23 @@ def allocate(
         raise InputError(
             f"a sparsity of {sparsity:g} in total leaves {left} zeros for {others}", options={"sparsity": Change.OTHER}
         )
-    zeros = share_zeros(np.stack(histograms), left, spread)
+    zeros = share_zeros(_aligned(histograms), left, spread)
     return {linear: int(z) / size for linear, z, size in zip(linears, zeros, sizes, strict=True)}
+
+
+def _used(histogram: Int[np.ndarray, "bins"]) -> tuple[int, Int[np.ndarray, "_"]]:
+    """Returns the first bin that is not empty, and those from there to the last one: a model may have many experts."""
+    filled = np.flatnonzero(histogram)
+    return int(filled[0]), histogram[filled[0] : filled[-1] + 1].copy()
+
+
+def _aligned(histograms: Sequence[tuple[int, Int[np.ndarray, "_"]]]) -> Int[np.ndarray, "l bins"]:
+    """Returns histograms over the same bins, the first and the last of which are empty in all."""
+    first = min(start for start, _ in histograms) - 1
+    found = np.zeros((len(histograms), max(start + len(used) for start, used in histograms) - first + 1), np.int32)
+    for row, (start, used) in zip(found, histograms, strict=True):
+        row[start - first : start - first + len(used)] = used
+    return found
 
 
 def _share_of_tokens(layer: Sensitivity, tap: str, source: str) -> np.float32:

@@ -23,7 +23,7 @@ class KernelResult(NamedTuple):
         zeros: exact zeros of the stored kernel.
         wanted: zeros that the pattern or the given mask wants; a weight that it keeps may be zero all the same.
         size: weights of the kernel.
-        metrics: what the method reports.
+        metrics: what the method reports; of an expert also how many tokens it was given, and its inputs.
     """
 
     error: float
@@ -31,6 +31,11 @@ class KernelResult(NamedTuple):
     wanted: int
     size: int
     metrics: dict[str, float]
+
+    @property
+    def few_tokens(self) -> bool:
+        """Whether it is an expert's that was given fewer tokens than it has inputs."""
+        return self.metrics.get("tokens", 0.0) < self.metrics.get("inputs", 0.0)
 
 
 def dense_result(kernel: Float[Array, "n m"]) -> KernelResult:

@@ -226,7 +226,7 @@ def _solve_damped(
         )
     found = {"damping_times": float(times)} if times > 1 else {}
     if inputs.tokens is not None:
-        found["tokens"] = float(inputs.tokens)
+        found |= {"tokens": float(inputs.tokens), "inputs": float(len(inputs.gram))}
     for path in paths:
         metrics = layer.results[path].metrics | found
         layer.results[path] = layer.results[path]._replace(metrics=metrics)

@@ -20,6 +20,12 @@ def summary(run: Run) -> list[tuple[str, str]]:
     ]
     if run.resumed_layers:
         rows.append(("resumed", f"{run.resumed_layers} of {len(run.layers)} layers were pruned before"))
+    if run.kept_experts:
+        rows.append(("experts kept", f"{len(next(iter(run.kept_experts.values())))} a layer"))
+    if run.few_tokens:
+        rows.append(
+            ("experts' linear layers with fewer tokens than inputs", f"{len(run.few_tokens)}, named in {RECORD}")
+        )
     rows += [(f"time, {phase}", f"{seconds or 0:.1f} s") for phase, seconds in run.seconds.items()]
     rows += [(f"peak memory, {where}", f"{size / 1e9:.2f} GB") for where, size in run.peak_bytes.items()]
     return rows

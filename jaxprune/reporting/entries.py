@@ -45,7 +45,7 @@ class Entry:
         """What says that two records speak of one checkpoint: how it was made, or its name."""
         if not self.run:
             return self.name
-        made = {"method", "pattern", "preset", "asymmetry", "importance", "tuning", "calibration"}
+        made = {"method", "pattern", "preset", "asymmetry", "importance", "tuning", "calibration", "rules", "experts"}
         return json.dumps([self.label, self.run.config.ckpt, self.run.model_dump(include=made)], sort_keys=True)
 
     @property

@@ -209,7 +209,7 @@ def _label(entry: Entry) -> str:
 
 
 def _layers(entry: Entry) -> Sequence[Layer]:
-    return entry.run.layers if entry.run else []
+    return [layer.with_experts_together() for layer in entry.run.layers] if entry.run else []
 
 
 def _numbers(layers: Sequence[Layer]) -> list[int]:

@@ -52,6 +52,7 @@ class Record(Observer):
         evaluation: "dense" and "pruned" -> what was measured; empty without evaluation.
         timing: the timing of the first layer with and without compilation, where that was asked for.
         kept_experts: layer index -> the experts that stayed, where some were dropped.
+        few_tokens: linear layer of an expert -> how many tokens it was given, where these are fewer than its inputs.
     """
 
     config: Mapping[str, Any]
@@ -62,10 +63,14 @@ class Record(Observer):
     evaluation: dict[str, Quality] = dataclasses.field(default_factory=dict)
     timing: Timing | None = None
     kept_experts: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+    few_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def layer_done(self, result: LayerResult) -> None:
         """Keeps a layer's result without its arrays."""
         self.layers.append(result.without_arrays())
+        for path, kernel in result.kernels.items():
+            if kernel.few_tokens:
+                self.few_tokens[f"layers.{result.index}.{path}"] = int(kernel.metrics["tokens"])
         for phase, seconds in result.seconds.items():
             self.phase_timed(phase, seconds)
 
@@ -114,6 +119,7 @@ class Record(Observer):
             "seconds": self.seconds,
             **({"timing": self.timing._asdict()} if self.timing else {}),
             **({"kept_experts": self.kept_experts} if self.kept_experts else {}),
+            **({"few_tokens": self.few_tokens} if self.few_tokens else {}),
             "peak_bytes": peak_bytes(),
             "layers": [layer.as_json() for layer in self.layers],
             "resumed_layers": self.resumed,

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from convert.schema import Count, Schema, parse, to_text
 from jaxprune.methods.records import Scalar
+from jaxprune.models.parts import every_expert
 from jaxprune.recipe import RecipeRecord
 
 RECORD, REPORT = "jaxprune.json", "report.html"
@@ -87,6 +88,20 @@ class Layer(Schema):
         """Weights of the layer's kernels."""
         return sum(linear.size for linear in self.linears.values())
 
+    def with_experts_together(self) -> "Layer":
+        """Returns the layer with the linear layers of all experts that are called the same as one: mean errors."""
+        grouped: dict[str, list[Kernel]] = {}
+        for path, linear in self.linears.items():
+            grouped.setdefault(every_expert(path), []).append(linear)
+        linears = {path: ones[0] if len(ones) == 1 else _together(ones) for path, ones in grouped.items()}
+        return self.model_copy(update={"linears": linears})
+
+
+def _together(linears: list[Kernel]) -> Kernel:
+    errors = [linear.error for linear in linears if linear.error is not None]
+    sums = {name: sum(getattr(linear, name) for linear in linears) for name in ("zeros", "wanted", "size")}
+    return Kernel(error=sum(errors) / len(errors) if errors else None, **sums)
+
 
 class Config(pydantic.BaseModel):
     """The options; those that the report shows by name, and all others as they were."""
@@ -134,6 +149,7 @@ class Run(RecipeRecord, Environment):
     timing: Timing | None = None
     peak_bytes: dict[str, Count] = {}
     kept_experts: dict[str, list[Count]] = {}
+    few_tokens: dict[str, Count] = {}
     layers: list[Layer]
     resumed_layers: Count = 0
 
