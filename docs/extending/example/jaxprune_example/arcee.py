@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from jaxprune.models import decoder
 from jaxprune.models.configuration import ACTIVATIONS, Config, Kind
-from jaxprune.models.decoder import ATTENTION_INPUTS, Embed, Head, linear
+from jaxprune.models.decoder import ATTENTION_INPUTS, Embed, Head, Taps, linear
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
@@ -18,16 +18,16 @@ def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
 
 
 class MLP(nnx.Module):
-    """Feed-forward network; returns its output and the input of down_proj."""
+    """Feed-forward network; returns its output and its tap."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.up_proj = linear(config, config.hidden_size, config.intermediate_size, rngs, bias=config.mlp_bias)
         self.down_proj = linear(config, config.intermediate_size, config.hidden_size, rngs, bias=config.mlp_bias)
         self.activation = config.activation
 
-    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Float[Array, "b t h"]]:
+    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
         hidden = ACTIVATIONS[self.activation](self.up_proj(x))
-        return self.down_proj(hidden), hidden
+        return self.down_proj(hidden), {"mlp_hidden": hidden}
 
 
 class DecoderLayer(decoder.DecoderLayer):
