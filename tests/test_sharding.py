@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.helpers import tiny
+from tests.helpers import families, tiny
+from tests.helpers.optional import needs_torch
 
 
 def command(line: list[object], **environment: str) -> subprocess.Popen:
@@ -77,6 +78,28 @@ def test_eight_devices_do_as_one(line: list[object], single: dict[str, Path], tm
     run_all([*line, *RECIPES["best"], "--devices", 8, "--out", tmp_path / "out"])
     # A gradient near zero may have another sign, and Adam's first steps are as long whatever a gradient's size.
     assert_close(tmp_path / "out", single["best"], far=2e-3)
+
+
+@needs_torch
+def test_experts_on_four_devices_do_as_on_one(tmp_path: Path) -> None:
+    """Eight experts are spread over four devices; of the eleven windows three are left over."""
+    config = families.config("qwen3_moe", "mixed", num_experts=8, num_local_experts=8)
+    families.save(tmp_path / "dense", config)
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 300, (11, 64), np.int32))
+    line = ["--ckpt", tmp_path / "dense", "--calib", tmp_path / "ids.npy", "--nsamples", 11, "--seqlen", 64]
+    line += ["--eval", "none", "--device", "cpu", "--preset", "best", "--sparsity", 0.6, "--tune-epochs", 0.4]
+    run_all([*line, "--out", tmp_path / "one"])
+    run_all([*line, "--devices", 4, "--out", tmp_path / "four"])
+    assert_close(tmp_path / "four", tmp_path / "one", far=2e-3)
+    lost = [errors(tmp_path / out) for out in ("one", "four")]
+    for path, error in lost[0].items():
+        assert lost[1][path] == pytest.approx(error, rel=1e-3), path
+
+
+def errors(out: Path) -> dict[str, float]:
+    """The errors of all linear layers, as the record has them."""
+    layers = json.loads((out / "jaxprune.json").read_text())["layers"]
+    return {f"{layer['index']}.{path}": one["error"] for layer in layers for path, one in layer["linears"].items()}
 
 
 def free_port() -> int:

@@ -202,9 +202,12 @@ def _work(
     evaluator: Evaluator | None,
 ) -> preflight.Work:
     texts = [tokens.shape for tokens in evaluator.windows.values()] if evaluator else []
+    architecture = model.architecture
+    if architecture.config.routing:
+        architecture = architecture.routed(mesh=None)
     return preflight.Work(
         model.reader.spec,
-        model.architecture,
+        architecture,
         recipe,
         len(windows),
         windows.shape[1],

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import DTypeLike
 from pydantic import Field
 
@@ -95,6 +96,7 @@ class Routing:
         size: the hidden features of an expert.
         normalized: whether the shares of the experts that a token takes are made to sum to 1.
         route_all: whether taps hold every token for every expert, whatever the router chooses.
+        mesh: the devices that experts and windows are spread over; None: one.
     """
 
     experts: int
@@ -102,6 +104,7 @@ class Routing:
     size: int
     normalized: bool = True
     route_all: bool = False
+    mesh: Mesh | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,14 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, DTypeLike, Float
 
 from convert.assets import Count, Positive
 from jaxprune.models import configuration
 from jaxprune.models.attention import Layout
 from jaxprune.models.configuration import Kind, Routing
 from jaxprune.models.decoder import ATTENTION_INPUTS, Attention, Embed, Head, RMSNorm, Taps, in_turn, linear
-from jaxprune.models.experts import ROUTER_TAP, ExpertLinear, mixture, routing_of
+from jaxprune.models.experts import ROUTER_TAP, ExpertLinear, Rows, mixture, routing_of
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
@@ -73,14 +73,12 @@ class Experts(nnx.Module):
         self.down_proj = ExpertLinear(routing.experts, routing.size, width, bias=True)
         self.alpha, self.limit = config.alpha, config.limit
 
-    def __call__(
-        self, x: Float[Array, "N B n"], owner: Int[Array, "N"]
-    ) -> tuple[Float[Array, "N B n"], Float[Array, "N B h"]]:
-        both = self.gate_up_proj(x, owner)
+    def __call__(self, x: Float[Array, "N B n"], rows: Rows) -> tuple[Float[Array, "N B n"], Float[Array, "N B h"]]:
+        both = self.gate_up_proj(x, rows)
         alpha, limit = (jnp.asarray(value, both.dtype) for value in (self.alpha, self.limit))
         gate, up = jnp.minimum(both[..., ::2], limit), jnp.clip(both[..., 1::2], -limit, limit)
         hidden = (up + jnp.ones_like(up)) * gate * jax.nn.sigmoid(gate * alpha)
-        return self.down_proj(hidden, owner), hidden
+        return self.down_proj(hidden, rows), hidden
 
 
 class MLP(nnx.Module):

@@ -134,19 +134,26 @@ def need(work: Work, within: float = 0.0) -> Need:
         within: bytes of a device that are there for sure: a program whose every intermediate result would fit at once
             is not compiled to know better.
     """
-    phases: dict[str, list[Program]] = {}
-    for program in programs_of(work):
+    spread, phases = _spread(work), dict[str, list[Program]]()
+    for program in programs_of(spread):
         phases.setdefault(program.phase, []).append(program)
-    flops: dict[str, Flops] = {}
-    for phase, ones in phases.items():
-        flops[phase] = Flops()
-        for program in ones:
-            flops[phase].update({dtype: int(count * program.calls) for dtype, count in program.flops().items()})
+    flops: dict[str, Flops] = {phase: Flops() for phase in phases}
+    every = [program for ones in phases.values() for program in ones]
+    for program in every if spread is work else programs_of(work):  # on one device loops have a length that is known
+        flops[program.phase].update({dtype: int(n * program.calls) for dtype, n in program.flops().items()})
     device = {phase: max(_peaks(ones, within)) for phase, ones in phases.items()}
     disk, states, host = _disk(work), _states(work, phases), _host(work, phases)
     if work.scratch is None:
         host = {phase: size + states[phase] for phase, size in host.items()}
     return Need(device, host, disk, states, disk["the checkpoint"], flops)
+
+
+def _spread(work: Work) -> Work:
+    """Returns the work with experts spread over its devices."""
+    architecture, mesh = work.architecture, work.devices.mesh
+    if architecture.config.routing is None or architecture.config.routing.mesh == mesh:
+        return work
+    return dataclasses.replace(work, architecture=architecture.routed(mesh=mesh))
 
 
 def need_of_evaluation(

@@ -205,7 +205,7 @@ def of_pruning(shapes: Shapes, windows: int, length: int, method: Method, patter
         params = shapes.layer_params(layer)
         wanted = [tap for tap, paths in layer.inputs.items() if not layer.routers.issuperset(paths)]
         most, stack = gram_matrices.most_bytes(shapes.device_bytes), 0
-        alike = Counter(_Sums.of(layer, group) for group in gram_matrices.groups(layer, wanted, most))
+        alike = Counter(_Sums.of(layer, group) for group in gram_matrices.groups(layer, wanted, most, shapes.devices))
         for sums, groups in alike.items():
             totals = sums.totals(shapes)
             stack = max(stack, _bytes([total for total in totals.values() if isinstance(total, ExpertTotals)]))

@@ -3,6 +3,7 @@
 Those of experts are stacked, and where there are too many of them for the device, some experts' are summed at a time.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,8 +16,8 @@ from jaxtyping import Array, Float, Int
 from jaxprune.errors import InputError
 from jaxprune.methods import gram
 from jaxprune.models import Layer, Part
-from jaxprune.models.experts import Routed
-from jaxprune.sharding import Devices, fetch
+from jaxprune.models.blocks import Routed, around, on_each
+from jaxprune.sharding import ONE_DEVICE, Devices, fetch
 from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.model import StreamedModel
 
@@ -86,15 +87,20 @@ class Grams:
         return gram.symmetric(total.gram[expert - self._tokens[name][0]])
 
 
-def groups(layer: Layer, taps: Sequence[str], most: float) -> Iterator[list[str]]:
+def groups(layer: Layer, taps: Sequence[str], most: float, devices: Devices = ONE_DEVICE) -> Iterator[list[str]]:
     """Yields taps whose Gram matrices are summed together: experts', which are next to each other, within `most` bytes,
     though one is always taken, and all others with the first of them.
+
+    On several devices, which hold the sums of some experts each, those of all experts are summed together.
 
     Args:
         layer: the layer.
         taps: the inputs whose Gram matrices are wanted.
-        most: bytes for experts' Gram matrices.
+        most: bytes for experts' Gram matrices on a device.
+        devices: those of the run.
     """
+    if devices.count > 1:
+        most = math.inf
     group = [tap for tap in taps if layer.sources[tap].expert is None]
     size, last = 0, None
     for tap in (tap for tap in taps if layer.sources[tap].expert is not None):
@@ -227,12 +233,31 @@ def _add_routed(total: ExpertTotals, tap: Routed, weights: Array | None) -> Expe
     of_rows = tap.weights()
     if weights is not None:
         of_rows = of_rows * tap.rows_of_tokens(weights)
-    group = tap.plan.owner - total.first
-    group = jnp.where(group < len(total.tokens), group, jnp.int32(-1))
-    filled = jnp.sum(tap.plan.choice < tap.plan.row.size, axis=1, dtype=jnp.int32)
+    group = _group(tap.plan.owner, total.first, len(total.tokens))
     own = jnp.arange(len(total.tokens), dtype=jnp.int32)[:, None] == group[None, :]
+    filled = tap.filled().astype(jnp.int32)[:, 0]
     tokens = total.tokens + jnp.sum(jnp.where(own, filled[None, :], jnp.int32(0)), axis=1, dtype=jnp.int32)
-    return total._replace(gram=gram.add_grouped(total.gram, tap.x, of_rows, group), tokens=tokens)
+    if tap.mesh is None:
+        return total._replace(gram=gram.add_grouped(total.gram, tap.x, of_rows, group), tokens=tokens)
+    added = on_each(tap.mesh, _add_around)(total.gram, tap.x, of_rows, tap.plan.owner)
+    return total._replace(gram=added, tokens=tokens)
+
+
+def _group(owner: Int[Array, "N"], first: Array, count: int) -> Int[Array, "N"]:
+    """Returns which of the experts from the first on a block belongs to; -1: none."""
+    group = owner - first
+    return jnp.where(group < count, group, jnp.int32(-1))
+
+
+def _add_around(
+    total: Float[Array, "e n n"], x: Float[Array, "N B n"], weights: Float[Array, "N B"], owner: Int[Array, "N"]
+) -> Float[Array, "e n n"]:
+    """Adds each device's rows to the sums of all experts, which go around."""
+
+    def turn(total: Array, first: Array, other: Array) -> tuple[Array, Array]:
+        return gram.add_grouped(total, x, weights, _group(owner, first, len(total))), other
+
+    return around(total, jnp.int32(0), turn)[0]
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(5, 6))

@@ -163,7 +163,7 @@ def solve_layer(
     """
     layer, part = SolvedLayer(), model.architecture.layers[index]
     taps, tokens = solver.taps(index, part), solver.weights[index].tokens if solver.weights else None
-    for group in groups(part, list(taps), most_bytes()):
+    for group in groups(part, list(taps), most_bytes(), model.devices):
         with _timed(seconds, "gram"):
             try:
                 grams, drifts = gram_matrices(model, index, params, *states, tokens, group)

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune.errors import InputError
 from jaxprune.models import Layer, Part
-from jaxprune.models.experts import Routed
+from jaxprune.models.blocks import Routed
 from jaxprune.pruning import kept_states
 from jaxprune.pruning.journal import SENSITIVITY, Journal
 from jaxprune.recipe import Importance

@@ -58,7 +58,10 @@ class StreamedModel:
         self.source = source or reader.assets
         self.name = name or str(self.source)
         self.changes = changes
-        self.architecture: Architecture = architecture_of(reader.assets, dtype, reader.spec, changes)
+        architecture = architecture_of(reader.assets, dtype, reader.spec, changes)
+        if architecture.config.routing and devices.mesh:
+            architecture = architecture.routed(mesh=devices.mesh)
+        self.architecture: Architecture = architecture
 
     def sibling(self, folder: Path) -> "StreamedModel":
         """Opens another checkpoint of the same architecture on the same devices."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxprune.methods import gram
-from jaxprune.models.experts import Routed, block_size, collect, dispatch, grouped, plan
+from jaxprune.models.blocks import EMPTY, Routed, block_size, collect, dispatch, grouped, plan
 
 CASES = [(1, 1, 1), (5, 2, 3), (64, 4, 16), (300, 2, 3), (40, 3, 3)]
 """Tokens, experts a token takes, experts."""
@@ -23,11 +23,11 @@ def routed(tokens: int, k: int, experts: int, *, uneven: bool = False) -> tuple[
 @pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize(("tokens", "k", "experts"), CASES)
 def test_every_choice_has_a_row_of_its_expert(tokens: int, k: int, experts: int, uneven: bool) -> None:
-    chosen, share = routed(tokens, k, experts, uneven=uneven)
-    way = jax.device_get(plan(jnp.asarray(chosen), jnp.asarray(share), experts))
+    chosen, _ = routed(tokens, k, experts, uneven=uneven)
+    way = jax.device_get(plan(jnp.asarray(chosen), experts))
     rows = way.choice.reshape(-1)
     np.testing.assert_array_equal(rows[way.row.reshape(-1)], np.arange(tokens * k))
-    assert np.count_nonzero(rows < tokens * k) == tokens * k
+    assert np.count_nonzero(rows < EMPTY) == tokens * k
     owner = np.repeat(way.owner, way.choice.shape[1])
     np.testing.assert_array_equal(owner[way.row], chosen)
     assert (np.diff(way.owner) >= 0).all()
@@ -41,8 +41,8 @@ def test_a_mixture_and_its_gradients_are_those_of_a_loop(tokens: int, k: int, ex
     x, kernels = generator.normal(size=(tokens, 6)), generator.normal(size=(experts, 6, 4))
 
     def by_blocks(x: jax.Array, kernels: jax.Array, share: jax.Array) -> jax.Array:
-        way = plan(jnp.asarray(chosen), share, experts)
-        y = collect(grouped(dispatch(x, way), kernels, way.owner, "highest"), way)
+        way = plan(jnp.asarray(chosen), experts)
+        y = collect(grouped(dispatch(x, way, None), kernels, way.owner, "highest", None), way, None)
         return jnp.sum(jnp.sin(jnp.sum(y * share[:, :, None], axis=1)))
 
     def by_loop(x: jax.Array, kernels: jax.Array, share: jax.Array) -> jax.Array:
@@ -58,8 +58,8 @@ def test_a_mixture_and_its_gradients_are_those_of_a_loop(tokens: int, k: int, ex
 def test_gram_matrices_of_experts_are_those_of_their_tokens(first: int, count: int) -> None:
     chosen, share = routed(90, 2, 5)
     x = np.random.default_rng(1).normal(size=(90, 7)).astype(np.float32)
-    way = plan(jnp.asarray(chosen), jnp.asarray(share), 5)
-    tap = Routed(dispatch(jnp.asarray(x), way), way)
+    way = plan(jnp.asarray(chosen), 5)
+    tap = Routed(dispatch(jnp.asarray(x), way, None), way, jnp.asarray(share))
     group = way.owner - jnp.int32(first)
     group = jnp.where(group < count, group, jnp.int32(-1))
     zeros = jnp.zeros((count, 7, 7), jnp.float32)
