@@ -23,7 +23,7 @@ from jaxprune.errors import Change, InputError
 from jaxprune.models import Architecture, architecture_of, stored_dtype
 from jaxprune.planning import machine, programs
 from jaxprune.planning.machine import device_memory, host_memory, peak_bytes
-from jaxprune.planning.programs import Flops, Program
+from jaxprune.planning.program import Flops, Program, Shapes
 from jaxprune.pruning.experts import without_experts
 from jaxprune.pruning.journal_folder import journal_folder
 from jaxprune.pruning.sensitivity import HOST_BYTES
@@ -167,7 +167,7 @@ def need_of_evaluation(
         texts: windows and tokens of a window of each text.
         checkpoints: how many are measured.
     """
-    shapes, flops = programs.Shapes(architecture, stored_dtype(spec), ONE_DEVICE), Flops()
+    shapes, flops = Shapes(architecture, stored_dtype(spec), ONE_DEVICE), Flops()
     for windows, length in texts:
         for program in programs.of_evaluation(shapes, windows, length):  # of two checkpoints
             calls = program.calls * checkpoints / 2
@@ -178,7 +178,7 @@ def need_of_evaluation(
 def programs_of(work: Work) -> Iterator[Program]:
     """Yields the programs of a run."""
     tokens = TOKENS_PER_BATCH["gpu"] if work.device_bytes and jax.default_backend() == "cpu" else None
-    shapes = programs.Shapes(work.architecture, stored_dtype(work.spec), work.devices, tokens, work.device_bytes)
+    shapes = Shapes(work.architecture, stored_dtype(work.spec), work.devices, tokens, work.device_bytes)
     recipe = work.recipe
     pattern = recipe.pattern or Unstructured(0.5)  # a given mask takes no more than selecting one
     if share := recipe.experts.drop_experts:
@@ -193,7 +193,7 @@ def programs_of(work: Work) -> Iterator[Program]:
         yield from programs.of_evaluation(shapes, *work.evaluation)
 
 
-def _routing_all(shapes: programs.Shapes, recipe: Recipe) -> programs.Shapes:
+def _routing_all(shapes: Shapes, recipe: Recipe) -> Shapes:
     """Returns the shapes of the loop over layers, in which every token may pass every expert, fewer at a time."""
     routing = shapes.architecture.config.routing
     if routing is None or not recipe.experts.route_all:

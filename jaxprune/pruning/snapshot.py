@@ -31,7 +31,9 @@ from jaxprune.errors import Change, InputError
 from jaxprune.methods import Method
 from jaxprune.pruning.gram_matrices import gram_matrices, groups, most_bytes
 from jaxprune.pruning.kernel import KernelResult, prune_and_round
-from jaxprune.pruning.loop import Solver, TargetOf, require_fit, solve_layer, targets_for
+from jaxprune.pruning.layer import SolvedLayer, Solver
+from jaxprune.pruning.loop import require_fit, targets_for
+from jaxprune.pruning.rules import TargetOf
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import fetch
 from jaxprune.sparsity.patterns import Pattern
@@ -104,7 +106,7 @@ def capture(
             yield Snapshot(index, dict(part.inputs), _every_gram(model, index, params, hidden), kernels)
         if index < last:
             if prune_before:
-                solved = solve_layer(model, index, params, (hidden, None), solver, {})
+                solved = SolvedLayer(model, index, params, (hidden, None), solver, {})
                 params = model.put_layer(index, part.stack(own | solved.kernels))
             model.forward(index, params, hidden)
 

@@ -26,6 +26,7 @@ from jaxprune import load
 from jaxprune.methods.admm import ADMM
 from jaxprune.models import architecture_of
 from jaxprune.planning import programs
+from jaxprune.planning.program import Shapes
 from jaxprune.pruning.loop import prune_layers
 from jaxprune.sharding import ONE_DEVICE
 from jaxprune.sparsity.patterns import Unstructured
@@ -97,7 +98,7 @@ def main() -> None:
             median = {phase: statistics.median(run[phase] for run in runs[count]) for phase in (*PHASES, "rest")}
             total = sum(median.values())
             outside = total - median["solve"] - median["forward"]
-            shapes = programs.Shapes(load(folder).architecture, np.float32, ONE_DEVICE)
+            shapes = Shapes(load(folder).architecture, np.float32, ONE_DEVICE)
             flops = {"gram": 0.0, "solve": 0.0, "forward": 0.0}
             for program in programs.of_pruning(shapes, *tokens.shape, ADMM(), Unstructured(0.5)):
                 flops[program.phase] += program.calls * sum(program.flops().values())

@@ -40,7 +40,7 @@ from jaxprune.methods.admm import ADMM
 from jaxprune.methods.gram import gram
 from jaxprune.planning import programs
 from jaxprune.planning.machine import hardware
-from jaxprune.planning.programs import Flops, Program, Shape, Shapes
+from jaxprune.planning.program import Flops, Program, Shape, Shapes
 from jaxprune.recipe import PRESETS
 from jaxprune.sharding import ONE_DEVICE
 from jaxprune.sparsity.patterns import Unstructured

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.methods.linalg import matmul
-from jaxprune.planning.programs import Flops
+from jaxprune.planning.program import Flops
 
 SQUARE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
 """Size of the products that the matrix rate is measured with."""

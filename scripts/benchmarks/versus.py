@@ -26,6 +26,7 @@ from jaxprune import ADMM, Unstructured, calibration, load
 from jaxprune.commands.terminal import keep_memory
 from jaxprune.models import stored_dtype
 from jaxprune.planning import programs
+from jaxprune.planning.program import Flops, Shapes
 from jaxprune.sharding import ONE_DEVICE
 
 SPARSITY = 0.5
@@ -73,7 +74,7 @@ class Floor(NamedTuple):
         rate: in words, measured before and after the run.
     """
 
-    flops: programs.Flops
+    flops: Flops
     seconds: float
     rate: str
 
@@ -154,11 +155,11 @@ def measured(task: Task) -> tuple[Outcome, Floor]:
     return outcome, Floor(flops, rate.floor(flops), str(rate))
 
 
-def _flops(task: Task) -> programs.Flops:
+def _flops(task: Task) -> Flops:
     model = load(task.ckpt, dtype=task.dtype)
-    shapes = programs.Shapes(model.architecture, stored_dtype(model.reader.spec), ONE_DEVICE)
+    shapes = Shapes(model.architecture, stored_dtype(model.reader.spec), ONE_DEVICE)
     counted = programs.of_pruning(shapes, *task.tokens.shape, METHOD, Unstructured(SPARSITY))
-    flops = programs.Flops()
+    flops = Flops()
     for program in counted:
         times = program.calls * task.layers / model.num_layers
         flops.update({dtype: count * times for dtype, count in program.flops().items()})

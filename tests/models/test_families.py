@@ -14,7 +14,7 @@ from jaxprune.commands.evaluate import main as evaluate
 from jaxprune.commands.prune import main as prune
 from jaxprune.commands.verify import main as verify
 from jaxprune.models import Layout
-from jaxprune.pruning import loop
+from jaxprune.pruning import layer
 from jaxprune.pruning.sensitivity import measure_sensitivity
 from tests.helpers import families
 from tests.helpers.command import failing
@@ -116,7 +116,7 @@ def test_a_run_that_was_stopped_goes_on_to_a_model_of_transformers(
     text = ["--eval", "ppl", "--eval-text", "ids.npy", "--eval-seqlen", "40"]
     line = "--ckpt dense --preset best --sparsity 0.6 --calib ids.npy --nsamples 4 --seqlen 40 --out pruned".split()
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "prune_and_round", failing(loop.prune_and_round, 9))
+        patch.setattr(layer, "prune_and_round", failing(layer.prune_and_round, 9))
         assert prune([*line, *text]) == 2
     assert prune([*line, *text, "--resume"]) == 0
     assert verify(["pruned", "--against", "dense"]) == 0

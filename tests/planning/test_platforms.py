@@ -13,7 +13,7 @@ from jaxprune import load, methods
 from jaxprune.models import attention
 from jaxprune.models.attention import cudnn_takes
 from jaxprune.planning import programs
-from jaxprune.planning.programs import Program, Shapes
+from jaxprune.planning.program import Program, Shapes
 from jaxprune.sharding import ONE_DEVICE
 from jaxprune.sparsity.patterns import NM, Unstructured
 

@@ -10,7 +10,7 @@ import pytest
 
 from jaxprune import ADMM, ALPS, Unstructured, load, prune_layers
 from jaxprune.planning import programs
-from jaxprune.planning.programs import Program, Shapes, count_flops
+from jaxprune.planning.program import Program, Shapes, count_flops
 from jaxprune.pruning.gram_matrices import accumulate
 from jaxprune.pruning.sensitivity import backward, measure_sensitivity
 from jaxprune.sharding import ONE_DEVICE

@@ -15,10 +15,12 @@ from jaxprune.commands.verify import main as verify
 from jaxprune.errors import InputError
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.wanda import Wanda
-from jaxprune.pruning import gram_matrices, loop
+from jaxprune.pruning import gram_matrices
+from jaxprune.pruning import layer as solving
 from jaxprune.pruning.experts import kept_experts
 from jaxprune.pruning.gram_matrices import groups
-from jaxprune.pruning.loop import least_damping, prune_layers
+from jaxprune.pruning.layer import least_damping
+from jaxprune.pruning.loop import prune_layers
 from jaxprune.sparsity.patterns import NM, Unstructured
 from jaxprune.streaming.model import StreamedModel
 from tests.helpers import families
@@ -84,9 +86,9 @@ def test_gram_matrices_are_of_the_tokens_routed_there_by_squared_shares(folder: 
 def test_some_experts_at_a_time_give_the_same_bits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(folder)
     whole = list(prune_layers(model, WINDOWS, ADMM(), Unstructured(0.5)))
-    monkeypatch.setattr(loop, "most_bytes", lambda: 2.5 * 4 * 32**2)
+    monkeypatch.setattr(solving, "most_bytes", lambda: 2.5 * 4 * 32**2)
     layer = model.architecture.layers[0]
-    sizes = [len(group) for group in groups(layer, list(layer.inputs), loop.most_bytes())]
+    sizes = [len(group) for group in groups(layer, list(layer.inputs), solving.most_bytes())]
     assert len(sizes) > 4 and sum(sizes) == len(layer.inputs)
     for one, other in zip(whole, prune_layers(model, WINDOWS, ADMM(), Unstructured(0.5)), strict=True):
         assert one.kernels == other.kernels
@@ -139,7 +141,7 @@ def test_a_run_drops_experts_and_prunes_the_rest(here: Path, capsys: pytest.Capt
 
     line = [*LINE, "--drop-experts", "0.34", "--sparsity", "0.5", "--save-masks", "masks.safetensors", "--out", "out"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "prune_and_round", failing(loop.prune_and_round, 9))
+        patch.setattr(solving, "prune_and_round", failing(solving.prune_and_round, 9))
         assert prune(line) == 2
     assert prune([*line, "--resume"]) == 0
     assert verify(["out", "--against", "dense"]) == 0

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert.ownership import MARKER
 from jaxprune.commands.prune import main
-from jaxprune.pruning import loop
+from jaxprune.pruning import layer
 from tests.helpers import tiny
 from tests.helpers.command import failing
 
@@ -37,7 +37,7 @@ def stopped(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
     argv = ["--ckpt", str(tmp_path / "dense"), "--calib", str(text), "--nsamples", "6", "--seqlen", "64"]
     argv += ["--eval", "none", "--sparsity", "0.60000001", "--out", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "prune_and_round", failing(loop.prune_and_round, 25))
+        patch.setattr(layer, "prune_and_round", failing(layer.prune_and_round, 25))
         assert main(argv) == 2
     assert (tmp_path / "out.unfinished/pruned/2.json").exists()
     return argv
@@ -116,7 +116,7 @@ def test_a_tensor_that_changes_while_the_run_works_is_noticed(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     dense = tiny.save(tmp_path / "dense", tiny.config(num_hidden_layers=2))
-    real, calls = loop.prune_and_round, []
+    real, calls = layer.prune_and_round, []
 
     def touching(*args: object, **options: object) -> object:
         calls.append(1)
@@ -124,7 +124,7 @@ def test_a_tensor_that_changes_while_the_run_works_is_noticed(
             touch(dense, "model.layers.0.mlp.up_proj.weight")
         return real(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop, "prune_and_round", touching)
+    monkeypatch.setattr(layer, "prune_and_round", touching)
     argv = ["--ckpt", str(dense), "--calib", str(text), "--nsamples", "2", "--seqlen", "32", "--eval", "none"]
     assert main([*argv, "--method", "magnitude", "--out", str(tmp_path / "out")]) == 2
     assert "it changed while the run went on" in capsys.readouterr().err

@@ -26,7 +26,6 @@ from jaxprune import (
 )
 from jaxprune.commands.progress import layer_line
 from jaxprune.methods import with_more_damping
-from jaxprune.pruning import loop
 from jaxprune.pruning.gram_matrices import accumulate
 from jaxprune.pruning.kernel import store
 from jaxprune.pruning.loop import other_params
@@ -292,7 +291,7 @@ def test_damping_is_raised_where_a_solve_fails(checkpoint: Path) -> None:
 
 
 def test_damping_is_not_raised_without_end(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "DAMPING", (1,))
+    monkeypatch.setattr("jaxprune.pruning.layer.DAMPING", (1,))
     with pytest.raises(InputError, match=r"layer 0: .*q_proj.* cannot be solved, even with 1 times the damping"):
         run(checkpoint, tokens=windows(1, 5), method=SparseGPT(damping=1e-30))
 

@@ -21,7 +21,7 @@ from jaxprune.commands.evaluate import main as evaluate
 from jaxprune.commands.prune import main
 from jaxprune.commands.report import main as report_main
 from jaxprune.pruning import journal as journal_module
-from jaxprune.pruning import kept_states, loop, publishing, resume
+from jaxprune.pruning import kept_states, layer, publishing, resume
 from jaxprune.pruning.journal_folder import masks_file, result_folder
 from jaxprune.streaming.hidden_states import HiddenStates
 from tests.helpers.checkpoints import content
@@ -369,7 +369,7 @@ def test_a_run_replaces_its_own_result_only(
 def test_what_appears_at_the_place_of_a_run_stays(
     kind: str, line: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop.prune_and_round
+    real = layer.prune_and_round
 
     def meanwhile(*args: Any, **options: Any) -> Any:
         if not os.path.lexists("out"):
@@ -383,13 +383,13 @@ def test_what_appears_at_the_place_of_a_run_stays(
         return real(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "prune_and_round", meanwhile)
+        patch.setattr(layer, "prune_and_round", meanwhile)
         assert main([*line, "--out", "out"]) == 2
     said = capsys.readouterr().err
     assert "the finished result is kept in" in said and "by the same command" in said and "Traceback" not in said
     assert Path("out").read_text() == "theirs" if kind == "file" else Path("out").exists()
     Path("out").rename("aside")
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "prune_and_round", failing(loop.prune_and_round, 1))  # nothing is pruned anew
+        patch.setattr(layer, "prune_and_round", failing(layer.prune_and_round, 1))  # nothing is pruned anew
         assert main([*line, "--out", "out"]) == 0
     assert Path("out/model.safetensors").exists() and not Path("out.unfinished").exists()

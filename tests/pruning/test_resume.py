@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from convert.ownership import MARKER
 from jaxprune.commands.prune import main
 from jaxprune.pruning import journal as journal_module
-from jaxprune.pruning import loop
+from jaxprune.pruning import layer
 from tests.helpers import tiny
 from tests.helpers.command import failing
 from tests.helpers.damage import biggest, damage
@@ -35,7 +35,7 @@ MOMENTS = {
     "reading": ("convert.hf", "Reader.read"),
     "Gram": ("jaxprune.pruning.gram_matrices", "accumulate"),
     "Gram, asymmetric": ("jaxprune.pruning.gram_matrices", "accumulate_drift"),
-    "solve": ("jaxprune.pruning.loop", "prune_and_round"),
+    "solve": ("jaxprune.pruning.layer", "prune_and_round"),
     "forward": ("jaxprune.streaming.model", "StreamedModel.forward"),
     "commit": ("jaxprune.pruning.journal", "save_tree"),
     "states": ("jaxprune.pruning.kept_states", "_transfer"),
@@ -171,7 +171,7 @@ def stopped(line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(journal_module, "PATIENCE", 0)  # hidden states are kept, however slow the disk is
-        patch.setattr(loop, "prune_and_round", failing(loop.prune_and_round, 30))
+        patch.setattr(layer, "prune_and_round", failing(layer.prune_and_round, 30))
         assert main([*argv, "--out", str(out)]) == 2
     assert not out.exists()
     return [*argv, "--out", str(out)], tmp_path / "out.unfinished", digests(tmp_path / "whole")
@@ -260,7 +260,7 @@ def test_a_signal_stops_a_run_cleanly(
     signal_name: str, line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     argv = [*line, "--out", str(tmp_path / "out"), "--save-masks", str(tmp_path / "masks")]
-    real, calls = loop.prune_and_round, []
+    real, calls = layer.prune_and_round, []
 
     def signalled(*args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -269,7 +269,7 @@ def test_a_signal_stops_a_run_cleanly(
         return real(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "prune_and_round", signalled)
+        patch.setattr(layer, "prune_and_round", signalled)
         assert main(argv) == 130
     said = capsys.readouterr().err
     assert "the same command goes on from there" in said and said.endswith("stopped\n")

@@ -1,0 +1,192 @@
+"""A compiled program: the FLOPs and the memory of a call, before anything is run, and the shapes of a run.
+
+FLOPs are those of matrix products and factorizations, counted in the program itself, so that what a program skips is
+not counted. Bytes are those of the compiler's own memory analysis. Neither needs weights, text or the device's time.
+"""
+
+import dataclasses
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+from jax import ShapeDtypeStruct as Shape
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.sharding import NamedSharding
+from jaxtyping import DTypeLike
+
+from jaxprune.models import Architecture, Layer
+from jaxprune.sharding import Devices
+from jaxprune.streaming.hidden_states import batch_size
+
+Flops = Counter[str]
+"""dtype of the operands -> floating-point operations; a product of 16-bit operands runs at another rate."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled function of a run.
+
+    Attributes:
+        phase: the phase of the run that calls it.
+        name: what it computes.
+        function: the function to be compiled.
+        arguments: shapes and dtypes.
+        calls: how often it is called in a run.
+        resident: bytes on the device meanwhile which are not its arguments.
+        donated: numbers of the arguments whose memory it may reuse.
+        beside: FLOPs of a call in loops whose length depends on the data.
+    """
+
+    phase: str
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    calls: float
+    resident: int = 0
+    donated: tuple[int, ...] = ()
+    beside: Flops = dataclasses.field(default_factory=Flops)
+
+    def flops(self) -> Flops:
+        """Counts the FLOPs of one call."""
+        return count_flops(self._traced.jaxpr) + self.beside
+
+    def most_bytes(self) -> int:
+        """Returns no less than a call's device memory, without compiling: as if every intermediate result stayed."""
+        return self.resident + size_of(self.arguments) + _produced(self._traced.jaxpr.jaxpr)
+
+    def peak_bytes(self) -> int:
+        """Returns the device memory during a call: arguments, results and intermediate results, and what else is there.
+
+        The compiler decides it, so the program is compiled, not run.
+        """
+        memory = self._traced.lower().compile().memory_analysis()
+        assert memory is not None
+        own = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        return self.resident + own - memory.alias_size_in_bytes
+
+    def lowered(self, platform: str) -> str:
+        """Lowers to StableHLO for a platform, cuda or tpu for example, which need not be there."""
+        return self._traced.lower(lowering_platforms=(platform,)).as_text()
+
+    @functools.cached_property
+    def _traced(self) -> Any:
+        """The program as JAX traces it; a function of the run's own is compiled for the run as well."""
+        function = self.function
+        if isinstance(function, partial) and hasattr(function.func, "trace"):
+            return function.func.trace(*function.args, *self.arguments)
+        return jax.jit(function, donate_argnums=self.donated).trace(*self.arguments)
+
+
+def count_flops(jaxpr: ClosedJaxpr | Jaxpr) -> Flops:
+    """Counts the FLOPs of the products and factorizations that a program's results need.
+
+    A product of n·k by k·m is 2nkm; a Cholesky factorization n³/3; a triangular solve n²m; eigenvectors about 9n³.
+    A loop whose number of iterations depends on the data counts as one iteration.
+    """
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    needed = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+    total = Flops()
+    for equation in reversed(jaxpr.eqns):
+        if not needed.isdisjoint(equation.outvars):
+            needed.update(v for v in equation.invars if not isinstance(v, Literal))
+            total.update(_flops_of(equation))
+    return total
+
+
+def _flops_of(equation: JaxprEqn) -> Flops:
+    name, params = equation.primitive.name, equation.params
+    inner = [count_flops(p) for p in jax.tree.leaves(params, is_leaf=_is_program) if _is_program(p)]
+    if inner:
+        if name == "cond":
+            return max(inner, key=lambda flops: sum(flops.values()))
+        times = params["length"] if name == "scan" else 1
+        return Flops({dtype: times * sum(flops[dtype] for flops in inner) for dtype in set().union(*inner)})
+    if name not in ("dot_general", "cholesky", "triangular_solve", "eigh"):
+        return Flops()
+    operand: Any = equation.invars[0].aval
+    shape, result = operand.shape, equation.outvars[0].aval
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        count = 2 * result.size * math.prod(shape[axis] for axis in contracted)
+    elif name == "cholesky":
+        count = shape[-1] ** 3 // 3
+    elif name == "triangular_solve":
+        count = shape[-1] * result.size
+    else:
+        count = 9 * shape[-1] ** 3
+    return Flops({operand.dtype.name: count})
+
+
+def _produced(jaxpr: Jaxpr) -> int:
+    """Returns the bytes of the results of all equations; those of a loop's body count once."""
+    total = 0
+    for equation in jaxpr.eqns:
+        total += size_of([v.aval for v in equation.outvars])
+        for inner in jax.tree.leaves(equation.params, is_leaf=_is_program):
+            if _is_program(inner):
+                total += _produced(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
+    return total
+
+
+def _is_program(value: Any) -> bool:
+    return isinstance(value, ClosedJaxpr | Jaxpr)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """What the programs of a run are called with.
+
+    Attributes:
+        architecture: the architecture of the model.
+        stored: dtype of the checkpoint's params.
+        devices: the devices that they run on.
+        tokens: the number of tokens on a device at a time; None: as the run takes them.
+        device_bytes: the memory of a device; None: what this machine's has.
+    """
+
+    architecture: Architecture
+    stored: DTypeLike
+    devices: Devices
+    tokens: int | None = None
+    device_bytes: float | None = None
+
+    @property
+    def layers(self) -> Mapping[Layer, int]:
+        """The kinds of layers -> how many there are of each."""
+        return Counter(self.architecture.layers)
+
+    def params(self, spec: Mapping[str, Any], dtype: DTypeLike) -> dict[str, Shape]:
+        """Returns replicated params."""
+        return {path: self.devices.abstract(Shape(param.shape, dtype), None) for path, param in spec.items()}
+
+    def layer_params(self, layer: Layer) -> dict[str, Shape]:
+        """Returns a layer's params, experts sharded."""
+        params = {}
+        for path, param in layer.spec.items():
+            axis = 0 if path.rpartition(".")[0] in layer.experts else None
+            params[path] = self.devices.abstract(Shape(param.shape, self.stored), axis)
+        return params
+
+    def states(self, windows: int, length: int) -> Shape:
+        """Returns hidden states of so many windows on each device."""
+        shape = windows * self.devices.count, length, self.architecture.width
+        return self.devices.abstract(Shape(shape, self.architecture.config.dtype), 0)
+
+    def batch(self, windows: int, length: int, tokens: int | None = None) -> Shape:
+        """Returns the hidden states of one step over so many windows."""
+        return self.states(batch_size(windows, length, tokens or self.tokens, self.devices.count), length)
+
+
+def size_of(tree: Any) -> int:
+    """Returns the bytes on one device."""
+    return sum(_bytes_of(leaf) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
+
+
+def _bytes_of(leaf: Any) -> int:
+    sharding = getattr(leaf, "sharding", None)
+    shape = sharding.shard_shape(leaf.shape) if isinstance(sharding, NamedSharding) else leaf.shape
+    return math.prod(shape) * leaf.dtype.itemsize
