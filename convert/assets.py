@@ -25,7 +25,7 @@ NOT_COPIED = ("*.index.json", "params.json", "jaxprune.json", "lm-eval-*.json", 
 """Patterns of names among those: lists of the weights, and what tools of ours or others wrote about one folder."""
 SETTINGS = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"}
 VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"}
-TEXT_INSIDE = ("gemma3",)
+TEXT_INSIDE = ("gemma3", "qwen3_5")
 """Model types that hold a text model among others, which alone is pruned."""
 CONFIG_BYTES, TOKENIZER_BYTES = 2**22, 2**26
 """The most that a configuration, and a file of a tokenizer, may hold; the largest vocabularies have half of it."""

@@ -53,6 +53,15 @@ YARN = {
     "original_max_position_embeddings": 64,
 }
 EXPERTS = {"num_experts": 6, "num_local_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+DELTA = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+}
 VARIANTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
     "llama": {"plain": {}},
     "mistral": {"window": WINDOW, "full": {"sliding_window": None}, "head_dim": {**WINDOW, "head_dim": 16}},
@@ -129,6 +138,10 @@ VARIANTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
     },
     "olmoe": {"plain": EXPERTS, "normalized": {**EXPERTS, "norm_topk_prob": True}},
     "gpt_oss": {"plain": {**EXPERTS, **ALTERNATING, "head_dim": 16, "rope_parameters": YARN}},
+    "qwen3_5_text": {
+        "tied": {**DELTA, "linear_num_value_heads": 2, "tie_word_embeddings": True},
+        "shared heads": DELTA,
+    },
     "glm4": {"plain": {"head_dim": 16, "attention_bias": True}, "no bias": {"head_dim": 8}},
 }
 """Family -> variant -> what its configuration says beside `SIZES`."""

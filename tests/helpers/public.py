@@ -208,6 +208,7 @@ PUBLIC: Mapping[str, Mapping[str, dict[str, Any]]] = {
         "gpt-oss-20b": sizes(2880, 2880, 24, 64, 8, 201088, head_dim=64, num_local_experts=32),
         "gpt-oss-120b": sizes(2880, 2880, 36, 64, 8, 201088, head_dim=64, num_local_experts=128),
     },
+    "qwen3_5_text": {"Qwen3.5-9B, its text model": sizes(4096, 12288, 32, 16, 4, 248320, head_dim=256)},
     "seed_oss": {"Seed-OSS-36B": sizes(5120, 27648, 64, 80, 8, 155136, head_dim=128)},
     "exaone4": {
         "EXAONE-4.0-1.2B": sizes(

@@ -42,9 +42,12 @@ def test_logits_are_those_of_transformers(family: str, variant: str, tmp_path: P
     reference = families.save(tmp_path, families.config(family, variant))
     tokens = np.random.default_rng(0).integers(0, 300, (2, 100))
     with torch.no_grad():  # in float64, for both float32 results differ from it by rounding
+        theirs = reference(torch.tensor(tokens)).logits.numpy()
         expected = reference.double()(torch.tensor(tokens)).logits.numpy()
     found, _ = logits(load(tmp_path), tokens)
-    assert np.abs(found - expected).max() < 1e-4 * max(1.0, np.abs(expected).max())
+    # Where rounding grows, as it does through a random recurrence, theirs in float32 is no nearer.
+    least = 3 * np.abs(theirs - expected).max() if family == "qwen3_5_text" else 0.0
+    assert np.abs(found - expected).max() < max(least, 1e-4 * max(1.0, np.abs(expected).max()))
 
 
 @pytest.mark.parametrize(("family", "variant"), often(*SOONER))

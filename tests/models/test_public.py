@@ -47,7 +47,7 @@ def test_shapes_are_those_of_transformers(family: str, name: str, tmp_path: Path
 def apart(name: str, shape: tuple[int, ...], family: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yields the tensors of experts that one of transformers' module holds, as a checkpoint has them."""
     parts = linears(name.removesuffix(".weight"), family)
-    if len(shape) < 3:
+    if len(shape) < 3 or "experts" not in name:
         yield (f"{parts[0]}.weight" if name.endswith(".weight") and ".layers." in name else name), shape
         return
     for expert in range(shape[0]):

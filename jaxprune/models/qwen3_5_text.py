@@ -1,0 +1,203 @@
+"""Qwen 3.5, its text model: the gated delta rule in three layers of four, attention with a gate in the others (Hugging
+Face's Qwen3_5ForCausalLM, and inside Qwen3_5ForConditionalGeneration).
+
+References:
+    Qwen Team, "Qwen3.5", 2026, as released; Yang, Kautz and Hatamizadeh, "Gated Delta Networks" (arXiv 2412.06464).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float
+
+from convert.assets import Count, Size
+from jaxprune.errors import InputError
+from jaxprune.models import configuration, decoder
+from jaxprune.models.attention import Layout
+from jaxprune.models.configuration import FULL, Kind
+from jaxprune.models.decoder import Embed, GatedMLP, Head, RMSNorm, Taps, in_turn, linear
+from jaxprune.models.recurrent import Inputs, convolve, gated_delta_rule
+
+__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
+RECURRENT = "linear_attention"
+"""The type of layers with the delta rule."""
+
+
+class Entries(configuration.Entries):
+    """The entries of config.json that the family reads."""
+
+    linear_conv_kernel_dim: Count
+    linear_key_head_dim: Size
+    linear_value_head_dim: Size
+    linear_num_key_heads: Count
+    linear_num_value_heads: Count
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(configuration.Config):
+    """See `configuration.Config`.
+
+    Attributes:
+        key_heads, key_size: of the delta rule, heads of queries and keys, and their features.
+        value_heads, value_size: those of values.
+        convolved: tokens that the convolution sees.
+    """
+
+    key_heads: int
+    key_size: int
+    value_heads: int
+    value_size: int
+    convolved: int
+
+    @classmethod
+    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
+        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
+        read = configuration.entries(Entries, hf)
+        types = read.layer_types or []
+        if unknown := sorted({*types} - {FULL, RECURRENT}):
+            raise InputError(f"layer type {unknown[0]!r} is not implemented; {FULL} and {RECURRENT} are")
+        if read.linear_num_value_heads % read.linear_num_key_heads:
+            raise InputError(
+                f"{read.linear_num_key_heads} key heads cannot serve {read.linear_num_value_heads} value heads"
+            )
+        # Of text alone, the three rotations of images are one.
+        given = {name: value for name, value in read.rope_parameters.items() if not name.startswith("mrope")}
+        read = read.model_copy(update={"rope_parameters": given, "layer_types": None})
+        rope = configuration.rope_of(read, partial=True)
+        config = cls.of(
+            read,
+            dtype,
+            rope=lambda _: rope,
+            qk_norm="head",
+            norm_offset=1.0,
+            key_heads=read.linear_num_key_heads,
+            key_size=read.linear_key_head_dim,
+            value_heads=read.linear_num_value_heads,
+            value_size=read.linear_value_head_dim,
+            convolved=read.linear_conv_kernel_dim,
+        )
+        if len(types) != len(config.kinds):
+            raise InputError(f"layer_types has {len(types)} entries for {len(config.kinds)} layers")
+        kinds = (Kind(None) if one == RECURRENT else kind for one, kind in zip(types, config.kinds, strict=True))
+        return dataclasses.replace(config, kinds=tuple(kinds))
+
+
+def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
+    """Returns the linear layers to prune: tap -> those that read it."""
+    usual = decoder.inputs(config, kind)
+    if kind.rope is not None:
+        return usual
+    projections = tuple(f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a"))
+    return {**usual, "attention_input": projections, "attention_output": ("linear_attn.out_proj",)}
+
+
+class Attention(decoder.Attention):
+    """Causal grouped-query attention whose output is gated; returns its output and the input of o_proj."""
+
+    def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
+        super().__init__(config, kind, rngs)
+        width = 2 * config.num_heads * config.head_dim
+        self.q_proj = linear(config, config.hidden_size, width, rngs, bias=config.qkv_bias)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], layout: Layout | None
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t h"]]:
+        def heads(y: Float[Array, "b t h"], size: int) -> Float[Array, "b t k d"]:
+            return y.reshape(*y.shape[:2], -1, size)
+
+        size = self.config.head_dim
+        query, gate = jnp.split(heads(self.q_proj(x), 2 * size), 2, axis=-1)
+        query, key = self.q_norm(query), self.k_norm(heads(self.k_proj(x), size))
+        y = decoder.attend(self.config, self.kind, query, key, heads(self.v_proj(x), size), layout)
+        y = y * jax.nn.sigmoid(gate.reshape(y.shape))
+        return self.o_proj(y), y
+
+
+class Convolution(nnx.Module):
+    """A causal convolution of each feature with itself."""
+
+    def __init__(self, features: int, width: int):
+        self.scale = nnx.Param(jnp.zeros((features, 1, width), jnp.float32))
+
+    def __call__(self, x: Float[Array, "b t c"], layout: Layout | None) -> Float[Array, "b t c"]:
+        return convolve(x, self.scale[...][:, 0], layout)
+
+
+class GatedNorm(nnx.Module):
+    """Root mean square normalization, then a gate."""
+
+    def __init__(self, width: int, epsilon: float):
+        self.scale, self.epsilon = nnx.Param(jnp.ones((width,), jnp.float32)), epsilon
+
+    def __call__(self, x: Float[Array, "b t m v"], gate: Float[Array, "b t m v"]) -> Float[Array, "b t m v"]:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
+        y = self.scale[...].astype(jnp.float32)[None, None, None] * x32
+        return (y * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
+
+
+class DeltaNet(nnx.Module):
+    """The gated delta rule with its projections; returns its output and the input of out_proj."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        keys, values = config.key_heads * config.key_size, config.value_heads * config.value_size
+        width = config.hidden_size
+        self.in_proj_qkv = linear(config, width, 2 * keys + values, rngs)
+        self.in_proj_z = linear(config, width, values, rngs)
+        self.in_proj_b = linear(config, width, config.value_heads, rngs)
+        self.in_proj_a = linear(config, width, config.value_heads, rngs)
+        self.conv1d = Convolution(2 * keys + values, config.convolved)
+        self.dt_bias = nnx.Param(jnp.zeros((config.value_heads,), jnp.float32))
+        self.A_log = nnx.Param(jnp.zeros((config.value_heads,), jnp.float32))
+        self.norm = GatedNorm(config.value_size, config.norm_eps)
+        self.out_proj = linear(config, values, width, rngs)
+        self.config, self.keys = config, keys
+
+    def __call__(
+        self, x: Float[Array, "b t d"], layout: Layout | None
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t h"]]:
+        config = self.config
+        mixed = configuration.ACTIVATIONS[config.activation](self.conv1d(self.in_proj_qkv(x), layout))
+        query, key, value = (
+            part.reshape(*x.shape[:2], -1, size).astype(jnp.float32)
+            for part, size in zip(
+                jnp.split(mixed, [self.keys, 2 * self.keys], axis=-1),
+                (config.key_size, config.key_size, config.value_size),
+                strict=True,
+            )
+        )
+        speed = jnp.exp(self.A_log[...].astype(jnp.float32))[None, None]
+        shift = self.dt_bias[...].astype(jnp.float32)[None, None]
+        decay = -speed * jax.nn.softplus(self.in_proj_a(x).astype(jnp.float32) + shift)
+        rate = jax.nn.sigmoid(self.in_proj_b(x)).astype(jnp.float32)
+        query = _normalized(query) * jnp.float32(config.key_size**-0.5)
+        y = gated_delta_rule(Inputs(query, _normalized(key), value, decay, rate), layout).astype(x.dtype)
+        y = self.norm(y, self.in_proj_z(x).reshape(y.shape)).reshape(*x.shape[:2], -1)
+        return self.out_proj(y), y
+
+
+def _normalized(x: Float[Array, "b t h d"]) -> Float[Array, "b t h d"]:
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + jnp.float32(1e-6))
+
+
+class DecoderLayer(nnx.Module):
+    """LLaMA's layer, with the delta rule or attention."""
+
+    def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config, rngs)
+        self.recurrent = kind.rope is None
+        if self.recurrent:
+            self.linear_attn = DeltaNet(config, rngs)
+        else:
+            self.self_attn = Attention(config, kind, rngs)
+        self.post_attention_layernorm = RMSNorm(config, rngs)
+        self.mlp = GatedMLP(config, rngs)
+
+    def __call__(self, x: Float[Array, "b t d"], layout: Layout | None = None) -> tuple[Float[Array, "b t d"], Taps]:
+        before = self.input_layernorm, self.post_attention_layernorm
+        mixing = self.linear_attn if self.recurrent else self.self_attn
+        return in_turn(x, layout, mixing, self.mlp, before=before)
