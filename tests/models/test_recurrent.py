@@ -1,4 +1,4 @@
-"""The gated delta rule in chunks against itself token by token, in plain NumPy; a convolution; and texts in one window."""
+"""The gated delta rule in chunks against plain NumPy, token by token; a convolution; and texts in one window."""
 
 import jax
 import jax.numpy as jnp
