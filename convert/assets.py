@@ -154,7 +154,7 @@ def load_config(assets: Path, changes: Mapping[str, Any] = MappingProxyType({}))
     """
     from transformers import CONFIG_MAPPING
 
-    config = read_config(assets) | changes
+    config = read_config(assets) | dict(changes)
     if config["model_type"] not in CONFIG_MAPPING:
         raise CheckpointError("an unknown model type", file=assets / "config.json", found=config["model_type"])
     try:

@@ -13,6 +13,7 @@ References:
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -59,7 +60,7 @@ def require_known(entry: Mapping[str, Any], file: Path) -> Fp8 | MxFp4:
         CheckpointError: it is of another format, or its entries are no such format's.
     """
     method = entry.get("quant_method", "unknown")
-    known = {"fp8": Fp8, "mxfp4": MxFp4}
+    known: dict[str, type[Fp8] | type[MxFp4]] = {"fp8": Fp8, "mxfp4": MxFp4}
     if not isinstance(method, str) or method not in known:
         raise CheckpointError(
             f"the checkpoint is quantized ({method}), which cannot be read; take the unquantized checkpoint, or one in "
@@ -209,7 +210,11 @@ def stacked(bare: str, name: str, files: Mapping[str, tuple[Path, Stored]]) -> I
             yield path, _mxfp4(name, name.removesuffix(BLOCKS) + EXPONENTS, files, expert)
         else:
             spec = jax.ShapeDtypeStruct(stored.shape[1:], dtype_of(name, stored))
-            yield path, Param(spec, (name,), lambda tensors, expert=expert: tensors.get(name, expert))
+            yield path, Param(spec, (name,), partial(_of_stack, name, expert))
+
+
+def _of_stack(name: str, expert: int, tensors: Tensors) -> Shaped[np.ndarray, "..."]:
+    return tensors.get(name, expert)
 
 
 def _mxfp4(name: str, scales: str, files: Mapping[str, tuple[Path, Stored]], expert: int) -> Param:

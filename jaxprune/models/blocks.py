@@ -60,9 +60,9 @@ class Routed:
         mesh: the devices that tokens are spread over; None: one.
     """
 
-    x: Float[Array, "N B n"]
-    plan: Plan
-    share: Float[Array, "T k"]
+    x: Any  # as JAX also makes such trees of other things than arrays
+    plan: Any
+    share: Any
     mesh: Mesh | None = None
 
     def weights(self) -> Float[Array, "N B"]:

@@ -107,7 +107,7 @@ class Layer(Part):
                 own = tap if expert is None else f"{tap}.{expert}"
                 self.sources[own] = Source(tap, expert)
                 self.inputs[own] = tuple(expert_path(path, expert) for path in paths)
-                self.widths[own] = self.linears[paths[0]][-2]
+                self.widths[own] = self.features(tap)
                 for path in paths:
                     self.sources[expert_path(path, expert)] = Source(path, expert)
                     self.kernels[expert_path(path, expert)] = self.linears[path][-2:]
@@ -117,6 +117,10 @@ class Layer(Part):
             for path, names in self._members.items()
             for name in names
         }
+
+    def features(self, tap: str) -> int:
+        """Returns the features of a tap of the program."""
+        return self.linears[self.reads[tap][0]][-2]
 
     def _stored_as(self, path: str) -> tuple[str, ...]:
         """Returns the paths in a checkpoint of a param of the program."""

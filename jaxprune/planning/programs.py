@@ -66,9 +66,11 @@ class _Sums(NamedTuple):
     @classmethod
     def of(cls, layer: Layer, taps: list[str]) -> "_Sums":
         programs = layer.programs_of(taps)
-        widths = {tap: layer.linears[layer.reads[tap][0]][-2] for tap in programs}
+        widths = {tap: layer.features(tap) for tap in programs}
         plain = tuple((tap, widths[tap]) for tap, some in programs.items() if some is None)
-        return cls(plain, tuple((tap, widths[tap], len(some)) for tap, some in programs.items() if some))
+        return cls(
+            plain, tuple((tap, widths[tap], max(some) + 1 - min(some)) for tap, some in programs.items() if some)
+        )
 
     def totals(self, shapes: Shapes) -> gram_matrices.Totals:
         """Returns what the sums are added to: where there are several devices, each has its share."""
@@ -110,10 +112,7 @@ def _of_solves(
         stack: bytes of experts' Gram matrices that wait for their solves.
     """
     reads = {tap: paths for tap, paths in layer.reads.items() if not layer.routers.issuperset(paths)}
-    waiting = {
-        tap: shapes.devices.abstract(Shape((layer.linears[paths[0]][-2],) * 2, jnp.float32), None)
-        for tap, paths in reads.items()
-    }
+    waiting = {tap: shapes.devices.abstract(Shape((layer.features(tap),) * 2, jnp.float32), None) for tap in reads}
     solving = partial(solve, method, pattern)  # compiled once for all of a shape
     for tap, paths in reads.items():
         gram, times = waiting.pop(tap), count * layer.experts.get(paths[0], 1)

@@ -102,7 +102,7 @@ def distill(
         kernels = {f"{name}.kernel": params.pop(f"{name}.kernel") for name in dict.fromkeys(s.name for s in sources)}
         dtypes.append({name: kernel.dtype for name, kernel in kernels.items()})
         results.append(dataclasses.replace(result, params={}))
-        experts = {f"{s.name}.kernel": [] for s in sources}
+        experts: dict[str, list[int | None]] = {f"{s.name}.kernel": [] for s in sources}
         for source in sources:
             experts[f"{source.name}.kernel"].append(source.expert)
         state.append(placement.place(adam.init(kernels, experts)))

@@ -53,14 +53,11 @@ class Grams:
         totals: the sums.
 
     Attributes:
-        totals: those of which something is left to be taken.
+        totals: those that are left.
     """
 
     def __init__(self, layer: Layer, totals: Totals) -> None:
-        self.totals, self._sources, self._left = totals, layer.sources, {}
-        for tap, total in totals.items():
-            if isinstance(total, ExpertTotals):
-                self._left[tap] = len(total.tokens)
+        self.totals, self._sources = totals, layer.sources
         self._tokens = {
             tap: (int(total.first), fetch(total.tokens))
             for tap, total in totals.items()
@@ -80,16 +77,12 @@ class Grams:
         name, expert = self._sources[tap]
         if expert is None:
             return self.totals.pop(name)
-        total = self.totals[name]
-        self._left[name] -= 1
-        if not self._left[name]:
-            del self.totals[name]
-        return gram.symmetric(total.gram[expert - self._tokens[name][0]])
+        return gram.symmetric(self.totals[name].gram[expert - self._tokens[name][0]])
 
 
 def groups(layer: Layer, taps: Sequence[str], most: float, devices: Devices = ONE_DEVICE) -> Iterator[list[str]]:
-    """Yields taps whose Gram matrices are summed together: experts', which are next to each other, within `most` bytes,
-    though one is always taken, and all others with the first of them.
+    """Yields taps whose Gram matrices are summed together: experts' within `most` bytes, from the first to the last of
+    a group, though one is always taken, and all others with the first group.
 
     On several devices, which hold the sums of some experts each, those of all experts are summed together.
 
@@ -101,16 +94,18 @@ def groups(layer: Layer, taps: Sequence[str], most: float, devices: Devices = ON
     """
     if devices.count > 1:
         most = math.inf
-    group = [tap for tap in taps if layer.sources[tap].expert is None]
-    size, last = 0, None
-    for tap in (tap for tap in taps if layer.sources[tap].expert is not None):
-        own, source = 4 * layer.widths[tap] ** 2, layer.sources[tap]
-        apart = last is not None and last.name == source.name and last.expert + 1 != source.expert
-        if last is not None and (size + own > most or apart):
+    group, spans = [tap for tap in taps if layer.sources[tap].expert is None], dict[str, tuple[int, int]]()
+    for tap in taps:
+        name, expert = layer.sources[tap]
+        if expert is None:
+            continue
+        wider = spans | {name: (spans.get(name, (expert, expert))[0], expert)}
+        size = sum(4 * layer.features(own) ** 2 * (last + 1 - first) for own, (first, last) in wider.items())
+        if spans and size > most:
             yield group
-            group, size = [], 0
+            group, wider = [], {name: (expert, expert)}
         group.append(tap)
-        size, last = size + own, source
+        spans = wider
     if group:
         yield group
 
@@ -159,7 +154,7 @@ def gram_matrices(
     wanted = layer.programs_of(layer.inputs if taps is None else taps)
     weights = {tap: weight for tap, weight in (weights or {}).items() if tap in wanted}
     experts = {tap: expert_totals(layer, tap, some, devices) for tap, some in wanted.items() if some}
-    widths = {tap: layer.linears[layer.reads[tap][0]][-2] for tap, some in wanted.items() if some is None}
+    widths = {tap: layer.features(tap) for tap, some in wanted.items() if some is None}
     sums: dict[int, tuple[Totals, Totals]] = {}
 
     def totals_for(rows: slice) -> tuple[int, Totals, Totals]:
@@ -201,10 +196,10 @@ def gram_matrices(
 
 
 def expert_totals(layer: Layer, tap: str, experts: Sequence[int], devices: Devices) -> ExpertTotals:
-    """Returns empty sums for experts that are next to each other."""
-    n = layer.linears[layer.reads[tap][0]][-2]
-    tokens, first = devices.replicate((np.zeros(len(experts), np.int32), np.int32(experts[0])))
-    return ExpertTotals(devices.zeros((len(experts), n, n)), tokens, first)
+    """Returns empty sums for all experts from the first of some to the last."""
+    n, count = layer.features(tap), max(experts) + 1 - min(experts)
+    tokens, first = devices.replicate((np.zeros(count, np.int32), np.int32(min(experts))))
+    return ExpertTotals(devices.zeros((count, n, n)), tokens, first)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)

@@ -104,6 +104,8 @@ class SolvedLayer:
                 for tap in group:
                     given, matrix = grams.tokens(tap), model.devices.replicate(grams.take(tap))
                     self._solve(taps[tap], _Inputs(given, matrix, drifts.pop(tap, None)))
+                    del matrix
+            del grams, drifts  # before those of the next group are made
         for path in part.kernels:
             if solver.target_of(index, path) is None and path not in part.routers:
                 self.results[path] = dense_result(part.sources[path].of(params, ".kernel"))

@@ -5,6 +5,7 @@ tokens -> embed -> hidden states (host)
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import jax
 import numpy as np
@@ -90,14 +91,20 @@ def _visit_layers(
 def targets_for(architecture: Architecture, target: Pattern | TargetOf) -> TargetOf:
     """Returns the target of each linear layer, once it is known to fit; errors as for `require_fit`."""
 
-    def usual(index: int, path: str) -> Target:
-        return None if architecture.is_router(index, path) else target
-
-    target_of = target if callable(target) else usual
+    target_of: TargetOf
+    if isinstance(target, Pattern):
+        target_of = partial(_usual, architecture, target)
+    else:
+        target_of = target
     for (index, path), shape in architecture.kernel_shapes(routers=True).items():
         if (wanted := target_of(index, path)) is not None:
             require_fit(wanted, index, path, shape)
     return target_of
+
+
+def _usual(architecture: Architecture, pattern: Pattern, index: int, path: str) -> Target:
+    """Returns the target of a linear layer where all have one pattern."""
+    return None if architecture.is_router(index, path) else pattern
 
 
 def require_fit(target: Pattern | StoredMask, index: int, path: str, shape: tuple[int, ...]) -> None:

@@ -114,7 +114,8 @@ def capture(
 def _every_gram(
     model: StreamedModel, index: int, params: Mapping[str, jax.Array], hidden: HiddenStates
 ) -> dict[str, Float[np.ndarray, "n n"]]:
-    layer, found = model.architecture.layers[index], {}
+    layer = model.architecture.layers[index]
+    found: dict[str, Float[np.ndarray, "n n"]] = {}
     for group in groups(layer, list(layer.inputs), most_bytes(), model.devices):
         grams, _ = gram_matrices(model, index, params, hidden, taps=group)
         found |= {tap: fetch(grams.take(tap)) for tap in group}

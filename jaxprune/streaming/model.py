@@ -107,7 +107,7 @@ class StreamedModel:
     @functools.cached_property
     def hf_config(self) -> dict[str, Any]:
         """The content of config.json."""
-        return read_config(self.reader.assets) | self.changes
+        return read_config(self.reader.assets) | dict(self.changes)
 
     def require_tokens(self, tokens: Int[np.ndarray, "w t"]) -> None:
         """Raises InputError for token ids outside the vocabulary, or windows longer than the model was made for."""
