@@ -188,5 +188,6 @@ def size_of(tree: Any) -> int:
 
 def _bytes_of(leaf: Any) -> int:
     sharding = getattr(leaf, "sharding", None)
-    shape = sharding.shard_shape(leaf.shape) if isinstance(sharding, NamedSharding) else leaf.shape
+    spread = isinstance(sharding, NamedSharding) and not sharding.mesh.manual_axes  # else it is a device's own already
+    shape = sharding.shard_shape(leaf.shape) if spread else leaf.shape
     return math.prod(shape) * leaf.dtype.itemsize

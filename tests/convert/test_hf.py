@@ -257,7 +257,7 @@ def test_reading_a_layer_reads_only_that_layer(checkpoint: Path, monkeypatch: py
             return self.file.get_tensor(name)
 
     reader = open_checkpoint(checkpoint)
-    monkeypatch.setattr("convert.hf.safe_open", Spy)
+    monkeypatch.setattr("convert.stored.safe_open", Spy)
     reader.read(parts(reader.spec)["layers.1"])
     assert len(opened) == 9
     assert all(name.startswith("model.layers.1.") for name in opened)

@@ -40,7 +40,7 @@ MOMENTS = {
     "commit": ("jaxprune.pruning.journal", "save_tree"),
     "states": ("jaxprune.pruning.kept_states", "_transfer"),
     "sensitivity": ("jaxprune.pruning.sensitivity", "backward"),
-    "tuning": ("jaxprune.pruning.distillation", "update"),
+    "tuning": ("jaxprune.pruning.distillation", "pull_back"),
     "export": ("convert.hf", "Writer.write"),
     "record": ("jaxprune.api.prune", "write_record"),
     "rename": ("convert.destination", "Destination._put"),
