@@ -188,6 +188,7 @@ def size_of(tree: Any) -> int:
 
 def _bytes_of(leaf: Any) -> int:
     sharding = getattr(leaf, "sharding", None)
-    spread = isinstance(sharding, NamedSharding) and not sharding.mesh.manual_axes  # else it is a device's own already
-    shape = sharding.shard_shape(leaf.shape) if spread else leaf.shape
+    shape = leaf.shape
+    if isinstance(sharding, NamedSharding) and not sharding.mesh.manual_axes:  # else it is a device's own already
+        shape = sharding.shard_shape(shape)
     return math.prod(shape) * leaf.dtype.itemsize

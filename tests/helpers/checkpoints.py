@@ -37,6 +37,18 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return {name: content(t) for name, t in a.items()} == {name: content(t) for name, t in b.items()}
 
 
+def add_tokenizer(writer: gguf.GGUFWriter) -> None:
+    """Adds the tiny tokenizer's fields."""
+    tokenizer = tiny.tokenizer()
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(300)))
+    writer.add_token_types([3] + [1] * 299)
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+
+
 def write_gguf(
     path: Path, config: LlamaConfig, kind: gguf.GGMLQuantizationType, *, factors: np.ndarray | None = None
 ) -> Path:
@@ -51,14 +63,7 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    tokenizer = tiny.tokenizer()
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(300)))
-    writer.add_token_types([3] + [1] * 299)
-    writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
+    add_tokenizer(writer)
     for name, array in tiny.weights(config).items():
         parts = name.split(".")
         if parts[1] == "layers":

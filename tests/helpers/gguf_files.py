@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
+from tests.helpers.checkpoints import add_tokenizer
 from tests.helpers.optional import torch
 
 EXPERT = re.compile(r"(.*)\.experts\.([0-9]+)\.(\w+)")
@@ -26,8 +27,10 @@ def write(path: Path, folder: Path, config: Any, architecture: str) -> Path:
     table = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, architecture)
     _fields(writer, config)
+    add_tokenizer(writer)
     stacks: dict[str, dict[int, np.ndarray]] = {}
     for name, array in load_file(folder / "model.safetensors").items():
+        array = array.astype(np.float32)
         module, _, leaf = name.rpartition(".")
         if match := EXPERT.fullmatch(module):
             parent, number, last = match.groups()

@@ -25,8 +25,8 @@ def build(base: Path) -> None:
     from jaxprune.commands.evaluate import main as evaluate
     from jaxprune.commands.prune import main as run
     from jaxprune.pruning import snapshot as snapshots
+    from tests.helpers import expert_files, tiny
     from tests.helpers import rows as task_rows
-    from tests.helpers import tiny
     from tests.helpers.checkpoints import write_gguf
 
     base.mkdir(parents=True)
@@ -40,6 +40,10 @@ def build(base: Path) -> None:
         write_gguf(Path("f32.gguf"), config, gguf.GGMLQuantizationType.F32)
         quantized = tiny.config(num_hidden_layers=1, hidden_size=32, intermediate_size=64)
         write_gguf(Path("q8.gguf"), quantized, gguf.GGMLQuantizationType.Q8_0)
+        fp8 = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+        expert_files.save(Path("fp8"), "qwen3_moe", fp8)
+        expert_files.save(Path("mxfp4"), "gpt_oss", {"quant_method": "mxfp4"})
+        expert_files.save_gguf(Path("experts.gguf"), Path("experts"))
         tiny.write_text(Path("text.jsonl"), 30)
         texts = [json.loads(line)["text"] for line in Path("text.jsonl").read_text().splitlines()]
         Path("text.txt").write_text("\n".join(texts))
