@@ -28,7 +28,7 @@ def check(spec: Spec, config: dict[str, Any]) -> None:
     """
     grouped = parts(spec)
     layers = {part: _shapes(spec, part, paths) for part, paths in grouped.items() if part.startswith("layers.")}
-    if config.get("num_experts"):  # some layers may have experts and others not, as the family knows
+    if config.get("num_experts") or config.get("num_local_experts"):  # which layers have them, the family knows
         layers = {
             part: {leaf: shape for leaf, shape in shapes.items() if not leaf.startswith("mlp.")}
             for part, shapes in layers.items()

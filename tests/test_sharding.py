@@ -81,13 +81,17 @@ def test_eight_devices_do_as_one(line: list[object], single: dict[str, Path], tm
 
 
 @needs_torch
-def test_experts_on_four_devices_do_as_on_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "recipe",
+    ["--method wanda", pytest.param("--preset best --sparsity 0.6 --tune-epochs 0.4", marks=pytest.mark.slow)],
+)
+def test_experts_on_four_devices_do_as_on_one(recipe: str, tmp_path: Path) -> None:
     """Eight experts are spread over four devices; of the eleven windows three are left over."""
-    config = families.config("qwen3_moe", "mixed", num_experts=8, num_local_experts=8)
-    families.save(tmp_path / "dense", config)
+    sizes = {"num_experts": 8, "num_local_experts": 8, "num_hidden_layers": 2, "mlp_only_layers": []}
+    families.save(tmp_path / "dense", families.config("qwen3_moe", "mixed", **sizes))
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 300, (11, 64), np.int32))
     line = ["--ckpt", tmp_path / "dense", "--calib", tmp_path / "ids.npy", "--nsamples", 11, "--seqlen", 64]
-    line += ["--eval", "none", "--device", "cpu", "--preset", "best", "--sparsity", 0.6, "--tune-epochs", 0.4]
+    line += ["--eval", "none", "--device", "cpu", *recipe.split()]
     run_all([*line, "--out", tmp_path / "one"])
     run_all([*line, "--devices", 4, "--out", tmp_path / "four"])
     assert_close(tmp_path / "four", tmp_path / "one", far=2e-3)

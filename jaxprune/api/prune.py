@@ -21,7 +21,7 @@ from convert.schema import as_text
 from convert.writing import failing
 from jaxprune.errors import InputError
 from jaxprune.evaluation.quality import Evaluator, Quality
-from jaxprune.planning import preflight
+from jaxprune.planning import fit, preflight
 from jaxprune.planning.timing import jit_versus_eager
 from jaxprune.pruning import identity, publishing, resume
 from jaxprune.pruning.experts import kept_experts, without_experts
@@ -132,7 +132,7 @@ def prune(
     observer.phase_timed("setup", time.perf_counter() - begun)
     if not unchecked:
         require_whole(model.reader.assets)
-        observer.planned(preflight.require_fit(_work(model, windows, recipe, place, evaluator)))
+        observer.planned(fit.require_fit(_work(model, windows, recipe, place, evaluator)))
     run, masks_at = resume.run_of(wanted), masks_place.path if masks_place else None
     if broadcast(emptied):
         if on_first_process(lambda: resume.tidy_up(place.path, run, masks_at)):

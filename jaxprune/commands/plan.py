@@ -9,7 +9,7 @@ from convert.files import expand
 from jaxprune.commands.config import Config, read
 from jaxprune.commands.progress import longest
 from jaxprune.commands.terminal import choose_devices, console, duration, print_table, run_main
-from jaxprune.planning import preflight
+from jaxprune.planning import fit, preflight
 from jaxprune.planning.machine import hardware
 from jaxprune.planning.preflight import GIB, Need, Work
 from jaxprune.recipe import Recipe
@@ -46,7 +46,7 @@ def plan(config: Config, recipe: Recipe) -> int:
         console.print(f"scratch, GiB, at most: {max(need.scratch.values()) / GIB:.2f}")
     if times:
         console.print(f"time: from the matrix rate of {hardware()}, measured now; {longest(times)}")
-    problems = list(preflight.shortages(need, work))
+    problems = list(fit.shortages(need, work))
     for problem in problems:
         console.print(f"does not fit: {worded(problem)}")
     if not problems:

@@ -1,12 +1,10 @@
-"""What a run needs, before it begins: device memory by phase, host memory, disk, FLOPs, time; and whether it fits.
+"""What a run needs, before it begins: device memory by phase, host memory, disk, FLOPs, time.
 
 Shapes are enough: config.json and the headers of the weights, or config.json alone. Device memory is the compiler's own
 analysis of the programs that the run will call, or, where even all their intermediate results fit at once, that sum.
 """
 
 import dataclasses
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,15 +15,12 @@ import numpy as np
 
 from convert import Spec, formats, part_of
 from convert.assets import read_config
-from convert.files import existing_parent
 from convert.hub import resolve
-from jaxprune.errors import Change, InputError
 from jaxprune.models import Architecture, architecture_of, stored_dtype
 from jaxprune.planning import machine, programs
-from jaxprune.planning.machine import device_memory, host_memory, peak_bytes
+from jaxprune.planning.machine import peak_bytes
 from jaxprune.planning.program import Flops, Program, Shapes
 from jaxprune.pruning.experts import without_experts
-from jaxprune.pruning.journal_folder import journal_folder
 from jaxprune.pruning.sensitivity import HOST_BYTES
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import ONE_DEVICE, Devices
@@ -37,8 +32,6 @@ SHARE_OF_RATE = {"sensitivity": 0.6, "tune": 0.7, "evaluate": 0.5}
 """Share of the matrix rate that a phase reaches; 0.75 where not named. From docs/performance.md."""
 LIBRARIES = 1.25 * GIB
 """Host memory of Python, JAX, transformers, datasets, Orbax and compiled programs, once a text is prepared."""
-HEADROOM = 0.92
-"""Share of a device's memory that a program may use: the rest is fragmentation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,70 +261,6 @@ def _disk(work: Work) -> dict[str, int]:
 
 def _size(spec: Spec, path: str) -> int:
     return spec[path].size * spec[path].dtype.itemsize
-
-
-class Shortage(InputError):
-    """What a run needs more than there is; its options say what would help."""
-
-
-def require_fit(work: Work) -> Need:
-    """Returns what a run needs, once it is known to fit.
-
-    Raises:
-        InputError: it does not; all that is short is named.
-    """
-    within = (host_memory() if work.on_cpu else device_memory()) or 0
-    found = need(work, within / 4)
-    if short := list(shortages(found, work)):
-        problems = "; ".join(str(one) for one in short)
-        options = {name: value for one in short for name, value in one.options.items()}
-        raise InputError(f"the run does not fit: {problems}", options={**options, "unchecked": True})
-    return found
-
-
-def shortages(need: Need, work: Work) -> Iterator[Shortage]:
-    """Yields what does not fit, and what to change."""
-    device = work.device_bytes or (None if work.on_cpu else device_memory())
-    for phase, size in need.device.items():
-        if device is not None and size > HEADROOM * device:
-            remedies: dict[str, Any] = {"seqlen": Change.LOWER}
-            if phase == "solve":
-                remedies = {"devices": Change.RAISE}
-            elif phase == "tune":
-                remedies = {"tune_epochs": 0, "seqlen": Change.LOWER}
-            yield Shortage(
-                f"{phase} needs {size / GIB:.1f} GiB on a device, of which {HEADROOM * device / GIB:.1f} can be had",
-                options=remedies,
-            )
-    host, phase = max((size + work.on_cpu * need.device[phase], phase) for phase, size in need.host.items())
-    free = host_memory()
-    if free is not None and host > free:
-        remedies = {"nsamples": Change.LOWER, "seqlen": Change.LOWER}
-        remedies |= {"hidden": "disk"} if work.scratch is None else {}
-        remedies |= {"tune_epochs": 0} if phase == "tune" else {}
-        yield Shortage(
-            f"{phase} needs {host / GIB:.1f} GiB of host memory, of which {free / GIB:.1f} are free", options=remedies
-        )
-    disk, room = sum(need.disk.values()), free_disk(work)
-    if work.scratch:
-        states, has = max(need.scratch.values()), shutil.disk_usage(work.scratch).free
-        if os.stat(work.scratch).st_dev == os.stat(existing_parent(work.out)).st_dev:
-            disk += int(states)
-        elif states > has:
-            yield Shortage(
-                f"{states / GIB:.1f} GiB are needed in {work.scratch}, {has / GIB:.1f} are free",
-                options={"scratch": Change.OTHER},
-            )
-    if room is not None and disk > room:
-        yield Shortage(
-            f"{disk / GIB:.1f} GiB of disk are needed, {room / GIB:.1f} are free there", options={"out": Change.OTHER}
-        )
-
-
-def free_disk(work: Work) -> int | None:
-    """Returns the bytes that the output's disk has free, with what the run has there already."""
-    own = sum(path.stat().st_size for path in journal_folder(work.out).rglob("*") if path.is_file())
-    return shutil.disk_usage(existing_parent(work.out)).free + own
 
 
 def seconds(need: Need, devices: Devices = ONE_DEVICE) -> dict[str, float]:

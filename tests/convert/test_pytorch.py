@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from convert import CheckpointError, open_checkpoint
 from convert.pytorch import to_torch
-from tests.helpers import tiny
+from tests.helpers import families, tiny
 from tests.helpers.optional import needs_torch, torch
 
 pytestmark = needs_torch
@@ -43,3 +43,13 @@ def test_params_of_another_model_are_refused(checkpoint: Path) -> None:
     params["layers.9.mlp.up_proj.kernel"] = params.pop("layers.1.mlp.up_proj.kernel")
     with pytest.raises(CheckpointError, match="not those that LlamaForCausalLM needs"):
         to_torch(params, reader.assets, "float32")
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_experts_are_those_of_the_checkpoint(family: str, tmp_path: Path) -> None:
+    variant = next(iter(families.VARIANTS[family]))
+    reference = families.save(tmp_path, families.config(family, variant))
+    reader = open_checkpoint(tmp_path)
+    found = to_torch(reader.read(reader.spec), tmp_path, "float32").state_dict()
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(found[name], tensor), name

@@ -8,7 +8,7 @@ import pytest
 from jaxprune.methods import gram
 from jaxprune.models.blocks import EMPTY, Routed, block_size, collect, dispatch, grouped, plan
 
-CASES = [(1, 1, 1), (5, 2, 3), (64, 4, 16), (300, 2, 3), (40, 3, 3)]
+CASES = [(1, 1, 1), (64, 4, 16), (300, 2, 3)]
 """Tokens, experts a token takes, experts."""
 
 

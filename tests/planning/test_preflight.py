@@ -15,7 +15,7 @@ import pytest
 
 from jaxprune.commands.prune import main
 from jaxprune.errors import Change
-from jaxprune.planning import preflight
+from jaxprune.planning import fit, preflight
 from tests.helpers import tiny
 from tests.helpers.command import jaxprune
 from tests.helpers.plans import need_of, work_of
@@ -46,8 +46,8 @@ def test_a_70b_model_needs_no_weights_to_be_planned(tmp_path: Path) -> None:
         need = preflight.need(work)
     assert time.monotonic() - start < 120
     assert need.disk["the checkpoint"] == 2 * 68_976_648_192
-    assert not [one for one in preflight.shortages(need, work) if "on a device" in str(one)]
-    short = list(preflight.shortages(need, dataclasses.replace(work, device_bytes=12 * preflight.GIB)))
+    assert not [one for one in fit.shortages(need, work) if "on a device" in str(one)]
+    short = list(fit.shortages(need, dataclasses.replace(work, device_bytes=12 * preflight.GIB)))
     told = re.compile(r"gram needs 13\.\d GiB on a device, of which 11.0 can be had")
     assert any(told.match(str(one)) and one.options == {"seqlen": Change.LOWER} for one in short)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_said_before_the_work(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    monkeypatch.setattr(preflight, name, lambda *_: value)
+    monkeypatch.setattr(fit, name, lambda *_: value)
     options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 4, "--seqlen", 32, "--eval", "none"]
     argv = [*map(str, options), "--out", str(tmp_path / "out")]
     assert main(argv) == 2

@@ -110,7 +110,7 @@ def test_an_expert_with_few_tokens_is_damped_and_named(folder: Path) -> None:
     assert [least_damping(tokens, 64) for tokens in (0, 1, 16, 32, 33, 64, 100)] == [64, 64, 4, 2, 2, 1, 1]
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.5, per_output=True), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("pattern", [Unstructured(0.5, per_output=True), NM(2, 4)], ids=str)
 def test_an_expert_without_tokens_is_pruned_by_magnitude(folder: Path, pattern: Unstructured | NM) -> None:
     """One token reaches two experts of six."""
     model = load(folder)
@@ -159,6 +159,7 @@ def test_a_run_drops_experts_and_prunes_the_rest(here: Path, capsys: pytest.Capt
         assert verify([name]) == 0
 
 
+@pytest.mark.slow
 def test_dropping_alone_leaves_the_others_as_they_are(here: Path) -> None:
     assert prune([*LINE, "--drop-experts", "0.5", "--skip", "*", "--out", "out"]) == 0
     model, kept = load("dense"), kept_experts(load("dense"), WINDOWS, 0.5)

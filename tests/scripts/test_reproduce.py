@@ -53,10 +53,12 @@ def run(reproduce: ModuleType, monkeypatch: pytest.MonkeyPatch, *args: str) -> N
     reproduce.main()
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("fig2", "table1", "table2", "table3", "presets")]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("fig2", "table1", "table2", "table3", "presets", "table4")
+]
 
 
-@pytest.mark.parametrize("name", ["fig1", "table4", "layers", *SLOW])
+@pytest.mark.parametrize("name", ["fig1", "layers", *SLOW])
 def test_an_experiment_leaves_a_table_and_a_picture(
     name: str, driver: tuple[ModuleType, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
