@@ -116,6 +116,7 @@ def test_the_record_repeats_what_happened(finished: tuple[Path, str]) -> None:
     assert card.startswith("---\n") and "admm" in card and "| dense | pruned |" in card
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(
     finished: tuple[Path, str], checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -79,7 +79,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(worlds: Worlds) -> None:
     assert cases.goes_on(world, "quick", worlds.reference("quick")) == []
 
 
-@pytest.mark.parametrize("years", [-30, 3])
+@pytest.mark.parametrize("years", [-30, pytest.param(3, marks=pytest.mark.slow)])
 def test_clocks_may_leap(worlds: Worlds, years: float) -> None:
     assert cases.leapt(worlds, "quick", middle(worlds, "quick", "export"), years) == []
 

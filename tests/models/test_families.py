@@ -33,11 +33,15 @@ def often(*often: str) -> list[Any]:
     return [case if case[0] in often else pytest.param(*case, marks=pytest.mark.slow) for case in FIRST]
 
 
+EVERY = [case if case in FIRST else pytest.param(*case, marks=pytest.mark.slow) for case in families.CASES]
+"""All variants, of which the first of each family is tried in every run of the tests."""
+
+
 def test_every_family_is_tried() -> None:
     assert plugins.names(models) == sorted(families.VARIANTS)
 
 
-@pytest.mark.parametrize(("family", "variant"), families.CASES)
+@pytest.mark.parametrize(("family", "variant"), EVERY)
 def test_logits_are_those_of_transformers(family: str, variant: str, tmp_path: Path) -> None:
     reference = families.save(tmp_path, families.config(family, variant))
     tokens = np.random.default_rng(0).integers(0, 300, (2, 100))
@@ -87,7 +91,9 @@ def test_packed_texts_are_as_if_alone(family: str, variant: str, tmp_path: Path)
         np.testing.assert_allclose(found, alone.array[0], rtol=1e-4, atol=1e-4 * np.abs(alone.array).max())
 
 
-@pytest.mark.parametrize(("family", "variant"), FIRST)
+@pytest.mark.parametrize(
+    ("family", "variant"), often(*SOONER, "llama", "cohere2", "mixtral", "gpt_oss", "qwen3_5_text")
+)
 def test_gradients_are_those_of_torch(family: str, variant: str, tmp_path: Path) -> None:
     """By the outputs of all linear layers: squared and summed over tokens, as `sensitivity` has them."""
     reference = families.save(tmp_path, families.config(family, variant)).double()
@@ -107,7 +113,7 @@ def test_gradients_are_those_of_torch(family: str, variant: str, tmp_path: Path)
         np.testing.assert_allclose(found[name], expected, rtol=1e-3, atol=1e-4 * expected.max(), err_msg=name)
 
 
-@pytest.mark.parametrize(("family", "variant"), often("gemma3_text", "opt"))
+@pytest.mark.parametrize(("family", "variant"), often("qwen3_moe"))
 def test_a_run_that_was_stopped_goes_on_to_a_model_of_transformers(
     family: str, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

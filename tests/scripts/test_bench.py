@@ -25,6 +25,7 @@ def bench(*flags: object, cwd: Path) -> dict:
     return json.loads((cwd / "figures.json").read_text()) | {"printed": done.stdout}
 
 
+@pytest.mark.slow
 def test_a_kernel_is_measured(tmp_path: Path) -> None:
     found = bench("--kernel", "64x32", "--repeat", 1, cwd=tmp_path)
     prepare, solve, mask = found["programs"]
