@@ -97,9 +97,7 @@ def main() -> None:
         for count, folder in folders.items():
             median = {phase: statistics.median(run[phase] for run in runs[count]) for phase in (*PHASES, "rest")}
             total = sum(median.values())
-            within_gram = (
-                median["forward"] * LAYERS / (LAYERS - 1)
-            )  # all layers', where the last one's is not run again
+            within_gram = median["forward"] * LAYERS / (LAYERS - 1)  # of all layers: the last is not run again
             outside = total - median["solve"] - median["forward"] - within_gram
             shapes = Shapes(load(folder).architecture, np.float32, ONE_DEVICE)
             flops = {"gram": 0.0, "solve": 0.0, "forward": 0.0}
