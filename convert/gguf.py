@@ -26,6 +26,7 @@ from convert.checkpoint import Params, Spec, parts
 from convert.errors import CheckpointError, DamagedError, joined
 from convert.gguf_header import Header, Tensor
 from convert.gguf_models import Fields
+from convert.names import expert_path
 from convert.schema import S, Schema, check
 
 TOP = {
@@ -152,9 +153,8 @@ class Reader:
         if match is None or module is None:
             return
         if match[2].endswith("_exps"):
-            parent, _, name = module.rpartition(".")
             for expert in range(self._of.experts if match[3] == "weight" else 0):
-                yield f"layers.{match[1]}.{parent}.{expert}.{name}.kernel", expert
+                yield f"layers.{match[1]}.{expert_path(module, expert)}.kernel", expert
         elif module.endswith("norm"):
             if match[3] == "weight":
                 yield f"layers.{match[1]}.{module}.scale", None

@@ -90,3 +90,11 @@ def naming_in(config: Mapping[str, Any], paths: Iterable[str]) -> Naming:
     """Returns how the tensors of these paths are called; see `naming_of`."""
     beside = [path.removeprefix(f"{BESIDE}.") for path in paths if path.startswith(f"{BESIDE}.")]
     return naming_of(config, beside)
+
+
+def expert_path(path: str, expert: int | None) -> str:
+    """Returns the path of an expert's linear layer, such as `mlp.experts.3.up_proj`; None: it is no expert's."""
+    if expert is None:
+        return path
+    parent, _, name = path.rpartition(".")
+    return f"{parent}.{expert}.{name}"

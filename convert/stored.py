@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from convert.checkpoint import Params
 from convert.errors import CheckpointError, DamagedError
 from convert.files import require_regular
-from convert.names import Naming
+from convert.names import Naming, expert_path
 from convert.safetensors_header import Stored
 from convert.schema import Schema, check
 from convert.shards import DTYPES
@@ -205,7 +205,7 @@ def stacked(bare: str, name: str, files: Mapping[str, tuple[Path, Stored]]) -> I
         raise CheckpointError(f"{name} is {list(stored.shape)}, must have {axes} axes, experts first")
     module = bare.removesuffix(kind)
     for expert in range(stored.shape[0]):
-        path = f"{_of_expert(module, expert)}.{'bias' if kind == '_bias' else 'kernel'}"
+        path = f"{expert_path(module, expert)}.{'bias' if kind == '_bias' else 'kernel'}"
         if kind == BLOCKS:
             yield path, _mxfp4(name, name.removesuffix(BLOCKS) + EXPONENTS, files, expert)
         else:
@@ -229,11 +229,6 @@ def _mxfp4(name: str, scales: str, files: Mapping[str, tuple[Path, Stored]], exp
         return from_mxfp4(tensors.get(name, expert), tensors.get(scales, expert)).T
 
     return Param(spec, (name, scales), read)
-
-
-def _of_expert(module: str, expert: int) -> str:
-    parent, _, last = module.rpartition(".")
-    return f"{parent}.{expert}.{last}"
 
 
 STACKED = re.compile(r"(.*\.experts)\.([^.]+?)(_bias|_blocks|_scales)?")

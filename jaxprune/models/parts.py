@@ -16,6 +16,7 @@ from flax import nnx, traverse_util
 from jaxtyping import Shaped
 
 from convert import Params, Spec
+from convert.names import expert_path
 
 ROUTER_TAP = "router_input"
 """The tap that routers read: linear layers that stay dense unless a rule names them."""
@@ -160,14 +161,6 @@ class Layer(Part):
                 assert experts is not None
                 experts.append(expert)
         return found
-
-
-def expert_path(path: str, expert: int | None) -> str:
-    """Returns the path of an expert's linear layer, such as `mlp.experts.3.up_proj`; None: it is no expert's."""
-    if expert is None:
-        return path
-    parent, _, name = path.rpartition(".")
-    return f"{parent}.{expert}.{name}"
 
 
 def every_expert(path: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.models.parts import expert_path
+from convert.names import expert_path
 from tests.helpers import tiny
 from tests.helpers.optional import torch
 

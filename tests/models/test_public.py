@@ -7,10 +7,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from convert.names import naming_of
+from convert.names import expert_path, naming_of
 from convert.stored import tensors_of
 from jaxprune.models import architecture_of
-from jaxprune.models.parts import expert_path
 from tests.helpers import public
 from tests.helpers.families import linears
 from tests.helpers.optional import needs_torch, torch
