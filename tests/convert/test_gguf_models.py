@@ -13,6 +13,7 @@ from convert.gguf_models import MODELS
 from convert.names import TEXT
 from jaxprune import load
 from tests.helpers import families, gguf_files
+from tests.helpers.checkpoints import finish
 from tests.helpers.optional import needs_torch
 
 pytestmark = [
@@ -109,9 +110,6 @@ def test_experts_are_those_that_transformers_loads(tmp_path: Path) -> None:
 def test_experts_where_the_architecture_has_none_are_an_error(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "qwen2")
     writer.add_expert_count(4)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     with pytest.raises(CheckpointError, match="qwen2 with experts"):
         open_checkpoint(tmp_path / "x.gguf")

@@ -49,6 +49,14 @@ def add_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_eos_token_id(0)
 
 
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Writes what was added, and closes the file."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def write_gguf(
     path: Path, config: LlamaConfig, kind: gguf.GGMLQuantizationType, *, factors: np.ndarray | None = None
 ) -> Path:
@@ -78,10 +86,7 @@ def write_gguf(
         writer.add_tensor(target, gguf.quantize(np.ascontiguousarray(array), use), raw_dtype=use)
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", factors)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
-from tests.helpers.checkpoints import add_tokenizer
+from tests.helpers.checkpoints import add_tokenizer, finish
 from tests.helpers.optional import torch
 
 EXPERT = re.compile(r"(.*)\.experts\.([0-9]+)\.(\w+)")
@@ -44,10 +44,7 @@ def write(path: Path, folder: Path, config: Any, architecture: str) -> Path:
         writer.add_tensor(f"{table.get_name(module)}.{leaf}", np.ascontiguousarray(array))
     for name, experts in stacks.items():
         writer.add_tensor(name, np.stack([experts[number] for number in sorted(experts)]))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 
