@@ -86,7 +86,6 @@ class Layer(Part):
         experts: path of a module whose kernels are stacked -> their number.
         kernels: linear layer, as in a checkpoint -> shape [n_in, n_out] of its kernel, for all that can be pruned.
         inputs: tap -> linear layers whose input it is; an expert's taps are its own, such as `expert_input.3`.
-        widths: tap -> its features.
         sources: linear layer or tap, as in a checkpoint -> where the layer's program has it.
         routers: linear layers that stay dense unless a rule names them.
     """
@@ -102,13 +101,11 @@ class Layer(Part):
         self.sources: dict[str, Source] = {}
         self.kernels: dict[str, tuple[int, ...]] = {}
         self.inputs: dict[str, tuple[str, ...]] = {}
-        self.widths: dict[str, int] = {}
         for tap, paths in reads.items():
             for expert in range(self.experts[paths[0]]) if paths[0] in self.experts else (None,):
                 own = tap if expert is None else f"{tap}.{expert}"
                 self.sources[own] = Source(tap, expert)
                 self.inputs[own] = tuple(expert_path(path, expert) for path in paths)
-                self.widths[own] = self.features(tap)
                 for path in paths:
                     self.sources[expert_path(path, expert)] = Source(path, expert)
                     self.kernels[expert_path(path, expert)] = self.linears[path][-2:]

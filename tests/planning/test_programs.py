@@ -64,7 +64,7 @@ def test_a_layer_is_counted_as_by_hand(checkpoint: Path) -> None:
     weights = sum(n * m for n, m in layer.kernels.values())
     n, m = layer.kernels["mlp.down_proj"]
     attention = 4 * tokens * length * model.width  # one segment, so the masked half is computed
-    grams = 2 * tokens * sum(n * n for n in layer.widths.values())
+    grams = 2 * tokens * sum(layer.features(tap) ** 2 for tap in layer.reads)
     total = {name: sum(program.flops().values()) for name, program in found.items()}
     assert total["forward"] == 2 * tokens * weights + attention
     assert total["forward and Gram matrices"] == total["forward"] - 2 * tokens * n * m + grams
@@ -103,7 +103,7 @@ def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
 def test_peaks_are_at_least_what_is_alive(method: object, checkpoint: Path) -> None:
     layer = load(checkpoint).architecture.layers[0]
     weights = 4 * sum(param.size for param in layer.spec.values())
-    grams = 4 * sum(n * n for n in layer.widths.values())
+    grams = 4 * sum(layer.features(tap) ** 2 for tap in layer.reads)
     for program in programs.of_pruning(shapes(checkpoint), 4, 16, method, Unstructured(0.5)):
         alive = weights + (grams if program.phase == "gram" else 0)
         assert alive < program.peak_bytes() < 60 * (weights + grams), program.name
