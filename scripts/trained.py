@@ -1,6 +1,6 @@
-"""How methods rank on small models of several families, trained here: perplexities at 50 %, two seeds.
+"""How methods rank on small models of several families, trained here: perplexities at 50 % and 70 %, two seeds.
 
-    JAXPRUNE_DATA=... python scripts/trained.py --out DIR [--steps 400] [--seeds 0 1]
+    JAXPRUNE_DATA=... python scripts/trained.py --out DIR [--steps 500] [--seeds 0 1]
 
 A model of some million weights of each family is trained by transformers on C4's text, with a vocabulary of its own,
 and pruned by Wanda, SparseGPT and ADMM on other text of C4; the perplexity is that of text that neither saw. With
@@ -47,9 +47,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {},
     "gemma3_text": {"sliding_window": 64, "query_pre_attn_scalar": 64},
-    "qwen3_moe": {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 192, "norm_topk_prob": True},
+    "qwen3_moe": {
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 192,
+        "norm_topk_prob": True,
+        "output_router_logits": True,
+        "router_aux_loss_coef": 0.01,
+    },  # else few experts are given all tokens
 }
 METHODS = {"wanda": Wanda(), "sparsegpt": SparseGPT(), "admm": ADMM()}
+SPARSITIES = (0.5, 0.7)
 
 
 def ids() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -94,14 +102,21 @@ def train(family: str, seed: int, windows: np.ndarray, steps: int, folder: Path)
 def measured(folder: Path, out: Path, calibration: np.ndarray, text: np.ndarray) -> dict[str, float]:
     """The perplexities of a dense model and of what is made of it."""
     found = {"dense": perplexity(load(folder), text)}
-    recipes = {name: Recipe(method, Unstructured(0.5, method.per_output)) for name, method in METHODS.items()}
+    recipes = {
+        f"{name}, {sparsity:.0%}": Recipe(method, Unstructured(sparsity, method.per_output))
+        for sparsity in SPARSITIES
+        for name, method in METHODS.items()
+    }
     if load(folder).architecture.config.routing:
         all_dense = Recipe(METHODS["wanda"], rules=(Rule("*"),), experts=Experts(drop_experts=0.25))
         recipes["a quarter of the experts dropped"] = all_dense
-        recipes["admm, all tokens to all experts"] = Recipe(METHODS["admm"], experts=Experts(route_all=True))
+        for sparsity in SPARSITIES:
+            every = Recipe(METHODS["admm"], Unstructured(sparsity), experts=Experts(route_all=True))
+            recipes[f"admm, {sparsity:.0%}, all tokens to all experts"] = every
     for name, recipe in recipes.items():
-        prune(load(folder), calibration, recipe, out / name.replace(" ", "-").replace(",", ""))
-        found[name] = perplexity(load(out / name.replace(" ", "-").replace(",", "")), text)
+        pruned = out / name.replace(" ", "-").replace(",", "").replace("%", "")
+        prune(load(folder), calibration, recipe, pruned)
+        found[name] = perplexity(load(pruned), text)
         print(f"# {folder.name} {name} {found[name]:.2f}", flush=True)
     return found
 
@@ -109,7 +124,7 @@ def measured(folder: Path, out: Path, calibration: np.ndarray, text: np.ndarray)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a folder for the models; trained ones there are used")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     args = parser.parse_args()

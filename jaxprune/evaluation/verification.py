@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from convert import Reader
-from jaxprune.sparsity.patterns import NM, Pattern, Unstructured
+from jaxprune.sparsity.patterns import NM, Pattern, Sections, Unstructured, by_section
 from jaxprune.streaming.model import StreamedModel
 
 GROUPS = (2, 4, 8)
@@ -27,11 +27,13 @@ class StoredKernel(NamedTuple):
         zeros: exact zeros.
         size: weights.
         found: (N, M, axis) of each N:M that it has, with N at most half of M: for each axis that of the smallest M.
+        sections: zeros of each of the linear layers that lie side by side in it.
     """
 
     zeros: int
     size: int
     found: tuple[tuple[int, int, str], ...]
+    sections: Mapping[str, int] = MappingProxyType({})
 
 
 class Verdict(NamedTuple):
@@ -56,6 +58,7 @@ def verify(
     own: Mapping[Which, Pattern | None] = MappingProxyType({}),
     counts: Mapping[Which, int] | None = None,
     wanted: Mapping[Which, int] | None = None,
+    sections: Mapping[Which, Mapping[str, int]] = MappingProxyType({}),
     total: int | None = None,
 ) -> Verdict:
     """Reads every tensor, one at a time, and says what is not as it should be.
@@ -67,6 +70,7 @@ def verify(
         own: kernels that need not have it, but another one, or None.
         counts: zeros that every kernel was left with; it must have exactly those.
         wanted: zeros that every kernel must have at least.
+        sections: zeros of each of the linear layers that lie side by side in one, which must have exactly those.
         total: zeros that all kernels together must have at least.
 
     Raises:
@@ -85,13 +89,14 @@ def verify(
             problems.append(f"{name} holds {bad} values that are NaN or infinite")
         if name in names:
             which = names[name]
-            kernels[which] = _examine(array)
+            kernels[which] = _examine(array, model.architecture.layers[which[0]].sections.get(which[1], ()))
             its = own[which] if which in own else pattern
             problems += [f"{name} {problem}" for problem in _violations(array, its, (wanted or {}).get(which))]
         elif dense and name in dense.spec and not _same(array, dense.read([name])[name]):
             problems.append(f"{name} is not the dense checkpoint's, bit for bit")
     if counts is not None:
         problems += _miscounted(kernels, counts)
+        problems += _misplaced(kernels, sections)
     found = sum(kernel.zeros for kernel in kernels.values())
     if total is not None and found < total:
         problems.append(f"the kernels have {found} zeros in total, {total - found} fewer than were wanted")
@@ -120,6 +125,14 @@ def _miscounted(kernels: Mapping[Which, StoredKernel], counts: Mapping[Which, in
             yield f"{name_of(which)} has {kernels[which].zeros} zeros, not {counts[which]} as the record says"
 
 
+def _misplaced(kernels: Mapping[Which, StoredKernel], wanted: Mapping[Which, Mapping[str, int]]) -> Iterator[str]:
+    """Yields the kernels that have as many zeros as a record counted, but not in the sections that it counted them."""
+    for which, counted in wanted.items():
+        found = kernels[which].sections if which in kernels else counted
+        if found != counted and sum(found.values()) == sum(counted.values()):
+            yield f"{name_of(which)} has {dict(found)} zeros, not {dict(counted)} as the record says"
+
+
 def name_of(which: Which) -> str:
     """Returns the path of a kernel in a checkpoint."""
     return f"layers.{which[0]}.{which[1]}.kernel"
@@ -144,7 +157,7 @@ def _same(a: Shaped[np.ndarray, "..."], b: Shaped[np.ndarray, "..."]) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
-def _examine(kernel: Shaped[np.ndarray, "n m"]) -> StoredKernel:
+def _examine(kernel: Shaped[np.ndarray, "n m"], sections: Sections) -> StoredKernel:
     kept = kernel != 0
     found = []
     for axis, name in enumerate(AXES):
@@ -153,7 +166,8 @@ def _examine(kernel: Shaped[np.ndarray, "n m"]) -> StoredKernel:
             if most is not None and 2 * most <= size:
                 found.append((most, size, name))
                 break
-    return StoredKernel(int(kept.size - np.count_nonzero(kept)), kept.size, tuple(found))
+    zeros = np.count_nonzero(~kept, axis=0)
+    return StoredKernel(int(zeros.sum()), kept.size, tuple(found), by_section(zeros, sections))
 
 
 def _most(kept: Shaped[np.ndarray, "n m"], size: int, axis: int) -> int | None:

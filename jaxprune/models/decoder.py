@@ -64,6 +64,24 @@ def linear(config: Config, n_in: int, n_out: int, rngs: nnx.Rngs, *, bias: bool 
     return nnx.Linear(n_in, n_out, use_bias=bias, dtype=config.dtype, rngs=rngs)
 
 
+def fused(
+    config: Config, n_in: int, sections: Mapping[str, int], rngs: nnx.Rngs, *, repeats: int = 1, bias: bool = False
+) -> nnx.Linear:
+    """Makes a linear layer that is several side by side.
+
+    Args:
+        config: of the model.
+        n_in: the inputs.
+        sections: name -> outputs of each.
+        rngs: for the parameters' values.
+        repeats: how many times the sections come, one after the other, as where a head's lie together.
+        bias: whether it has one.
+    """
+    module = linear(config, n_in, repeats * sum(sections.values()), rngs, bias=bias)
+    module.sections = tuple(sections.items())
+    return module
+
+
 class Attention(nnx.Module):
     """Causal grouped-query attention; returns its output and the input of o_proj."""
 
@@ -140,7 +158,8 @@ class FusedMLP(nnx.Module):
     """A gated feed-forward network whose gate and up projections are one linear layer."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        self.gate_up_proj = linear(config, config.hidden_size, 2 * config.intermediate_size, rngs)
+        width = config.intermediate_size
+        self.gate_up_proj = fused(config, config.hidden_size, {"gate": width, "up": width}, rngs)
         self.down_proj = linear(config, config.intermediate_size, config.hidden_size, rngs)
         self.activation = config.activation
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from jaxprune.models.blocks import Plan, Routed, collect, dispatch, grouped, plan
 from jaxprune.models.configuration import ACTIVATIONS, Config, Routing
 from jaxprune.models.parts import ROUTER_TAP
+from jaxprune.sparsity.patterns import Sections
 
 OUTPUT_TAP = "expert_output"
 """The tap of experts' outputs, which no linear layer reads."""
@@ -35,9 +36,10 @@ class Rows(NamedTuple):
 
 
 class ExpertLinear(nnx.Module):
-    """A linear layer of each expert, their kernels stacked."""
+    """A linear layer of each expert, their kernels stacked; of sections where it is several side by side."""
 
-    def __init__(self, experts: int, n_in: int, n_out: int, *, bias: bool = False):
+    def __init__(self, experts: int, n_in: int, n_out: int, *, bias: bool = False, sections: Sections = ()):
+        self.sections = sections
         self.kernel = nnx.Param(jnp.zeros((experts, n_in, n_out), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((experts, n_out), jnp.float32)) if bias else None
 

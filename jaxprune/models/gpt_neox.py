@@ -16,7 +16,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from jaxprune.models import configuration, decoder
 from jaxprune.models.attention import Layout
 from jaxprune.models.configuration import ACTIVATIONS, Kind
-from jaxprune.models.decoder import LayerNorm, Taps, in_turn, linear
+from jaxprune.models.decoder import LayerNorm, Taps, fused, in_turn, linear
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
@@ -60,7 +60,8 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
         width, bias = config.hidden_size, config.qkv_bias
-        self.query_key_value = linear(config, width, 3 * width, rngs, bias=bias)
+        sections = dict.fromkeys(("query", "key", "value"), width // config.num_heads)
+        self.query_key_value = fused(config, width, sections, rngs, repeats=config.num_heads, bias=bias)
         self.dense = linear(config, width, width, rngs, bias=bias)
         self.config, self.kind = config, kind
 

@@ -69,7 +69,9 @@ class Experts(nnx.Module):
 
     def __init__(self, config: Config):
         routing, width = routing_of(config), config.hidden_size
-        self.gate_up_proj = ExpertLinear(routing.experts, width, 2 * routing.size, bias=True)
+        self.gate_up_proj = ExpertLinear(
+            routing.experts, width, 2 * routing.size, bias=True, sections=(("gate", 1), ("up", 1))
+        )
         self.down_proj = ExpertLinear(routing.experts, routing.size, width, bias=True)
         self.alpha, self.limit = config.alpha, config.limit
 

@@ -17,6 +17,7 @@ from jaxtyping import Shaped
 
 from convert import Params, Spec
 from convert.names import expert_path
+from jaxprune.sparsity.patterns import Sections
 
 ROUTER_TAP = "router_input"
 """The tap that routers read: linear layers that stay dense unless a rule names them."""
@@ -30,7 +31,11 @@ class Part:
     """
 
     def __init__(self, make: Callable[[], nnx.Module], precision: str | None) -> None:
-        self._graph, state = nnx.split(nnx.eval_shape(make))
+        module = nnx.eval_shape(make)
+        self._graph, state = nnx.split(module)
+        self._sections = {
+            ".".join(map(str, path)): m.sections for path, m in nnx.iter_modules(module) if getattr(m, "sections", ())
+        }
         self._precision = precision
         self.spec: Spec = traverse_util.flatten_dict(nnx.to_pure_dict(state), sep=".")
 
@@ -88,6 +93,7 @@ class Layer(Part):
         inputs: tap -> linear layers whose input it is; an expert's taps are its own, such as `expert_input.3`.
         sources: linear layer or tap, as in a checkpoint -> where the layer's program has it.
         routers: linear layers that stay dense unless a rule names them.
+        sections: linear layer that is several side by side -> those; see `patterns.Sections`.
     """
 
     def __init__(
@@ -101,6 +107,7 @@ class Layer(Part):
         self.sources: dict[str, Source] = {}
         self.kernels: dict[str, tuple[int, ...]] = {}
         self.inputs: dict[str, tuple[str, ...]] = {}
+        self.sections: dict[str, Sections] = {}
         for tap, paths in reads.items():
             for expert in range(self.experts[paths[0]]) if paths[0] in self.experts else (None,):
                 own = tap if expert is None else f"{tap}.{expert}"
@@ -109,6 +116,8 @@ class Layer(Part):
                 for path in paths:
                     self.sources[expert_path(path, expert)] = Source(path, expert)
                     self.kernels[expert_path(path, expert)] = self.linears[path][-2:]
+                    if path in self._sections:
+                        self.sections[expert_path(path, expert)] = self._sections[path]
         self._members = {path: self._stored_as(path) for path in self.spec}
         self.stored: Spec = {
             name: self.spec[path] if names == (path,) else _one_of(self.spec[path])

@@ -15,7 +15,7 @@ from jaxtyping import Array, DTypeLike, Float
 from jaxprune.models import configuration, decoder
 from jaxprune.models.attention import Layout
 from jaxprune.models.configuration import Kind
-from jaxprune.models.decoder import Embed, FusedMLP, Head, linear
+from jaxprune.models.decoder import Embed, FusedMLP, Head, fused, linear
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
@@ -46,7 +46,8 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
         self.width, self.kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.qkv_proj = linear(config, config.hidden_size, self.width + 2 * self.kv_width, rngs)
+        sections = {"query": self.width, "key": self.kv_width, "value": self.kv_width}
+        self.qkv_proj = fused(config, config.hidden_size, sections, rngs)
         self.o_proj = linear(config, self.width, config.hidden_size, rngs)
         self.config, self.kind = config, kind
 

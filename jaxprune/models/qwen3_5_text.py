@@ -19,7 +19,7 @@ from jaxprune.errors import InputError
 from jaxprune.models import configuration, decoder
 from jaxprune.models.attention import Layout
 from jaxprune.models.configuration import FULL, Kind
-from jaxprune.models.decoder import Embed, GatedMLP, Head, RMSNorm, Taps, in_turn, linear
+from jaxprune.models.decoder import Embed, GatedMLP, Head, RMSNorm, Taps, fused, in_turn, linear
 from jaxprune.models.recurrent import Inputs, convolve, gated_delta_rule
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
@@ -100,8 +100,8 @@ class Attention(decoder.Attention):
 
     def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
         super().__init__(config, kind, rngs)
-        width = 2 * config.num_heads * config.head_dim
-        self.q_proj = linear(config, config.hidden_size, width, rngs, bias=config.qkv_bias)
+        sections = {"query": config.head_dim, "gate": config.head_dim}
+        self.q_proj = fused(config, config.hidden_size, sections, rngs, repeats=config.num_heads, bias=config.qkv_bias)
 
     def __call__(
         self, x: Float[Array, "b t d"], layout: Layout | None
@@ -146,7 +146,7 @@ class DeltaNet(nnx.Module):
     def __init__(self, config: Config, rngs: nnx.Rngs):
         keys, values = config.key_heads * config.key_size, config.value_heads * config.value_size
         width = config.hidden_size
-        self.in_proj_qkv = linear(config, width, 2 * keys + values, rngs)
+        self.in_proj_qkv = fused(config, width, {"query": keys, "key": keys, "value": values}, rngs)
         self.in_proj_z = linear(config, width, values, rngs)
         self.in_proj_b = linear(config, width, config.value_heads, rngs)
         self.in_proj_a = linear(config, width, config.value_heads, rngs)

@@ -1,5 +1,7 @@
 """One kernel pruned and rounded to its stored dtype, its mask, and what it lost."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +13,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float
 from jaxprune.methods import Mask, Method, gram
 from jaxprune.sharding import ONE_DEVICE, Devices, fetch
 from jaxprune.sparsity.masks import StoredMask
-from jaxprune.sparsity.patterns import Pattern
+from jaxprune.sparsity.patterns import Pattern, Sections, by_section, in_sections
 
 
 class KernelResult(NamedTuple):
@@ -24,6 +26,7 @@ class KernelResult(NamedTuple):
         wanted: zeros that the pattern or the given mask wants; a weight that it keeps may be zero all the same.
         size: weights of the kernel.
         metrics: what the method reports; of an expert also how many tokens it was given, and its inputs.
+        sections: zeros of each of the linear layers that lie side by side in it; none where it is one.
     """
 
     error: float
@@ -31,6 +34,7 @@ class KernelResult(NamedTuple):
     wanted: int
     size: int
     metrics: dict[str, float]
+    sections: Mapping[str, int] = MappingProxyType({})
 
     @property
     def few_tokens(self) -> bool:
@@ -38,9 +42,10 @@ class KernelResult(NamedTuple):
         return self.metrics.get("tokens", 0.0) < self.metrics.get("inputs", 0.0)
 
 
-def dense_result(kernel: Float[Array, "n m"]) -> KernelResult:
+def dense_result(kernel: Float[Array, "n m"], sections: Sections = ()) -> KernelResult:
     """Returns what became of a kernel that stays dense: nothing."""
-    return KernelResult(0.0, int(jnp.sum(kernel == 0)), 0, kernel.size, {})
+    zeros = fetch(jnp.sum(kernel == 0, axis=0, dtype=jnp.int32))
+    return KernelResult(0.0, int(zeros.sum()), 0, kernel.size, {}, by_section(zeros, sections))
 
 
 def prune_and_round(
@@ -52,6 +57,7 @@ def prune_and_round(
     *,
     outputs: Float[np.ndarray, "m"] | None = None,
     wanted: Float[Array, "n m"] | None = None,
+    sections: Sections = (),
     devices: Devices = ONE_DEVICE,
 ) -> tuple[Float[Array, "n m"], Mask, KernelResult]:
     """Prunes one kernel and rounds it to the dtype that it is stored in.
@@ -67,6 +73,8 @@ def prune_and_round(
         target: a pattern, or a mask made elsewhere.
         outputs: √c, one weight an output; None: all weigh the same.
         wanted: the kernel whose outputs are wanted; None: the dense kernel's own.
+        sections: the linear layers that lie side by side in it, each of which gets its share of an unstructured
+            pattern's zeros; none where it is one.
         devices: the devices that the outputs are sharded over.
 
     Returns:
@@ -77,27 +85,29 @@ def prune_and_round(
         mask = target.read()
         choice, zeros = devices.shard_outputs(mask), mask.size - int(np.count_nonzero(mask))
     else:
-        choice, zeros = target, target.zeros(kernel.shape)
+        choice, zeros = in_sections(target, sections), target.zeros(kernel.shape)
     scale = np.asarray(np.ones(kernel.shape[1]) if outputs is None else outputs, gram_matrix.dtype)[None, :]
     kernel = devices.shard_outputs(kernel)
     solution = method.solve(prepared, (kernel.astype(gram_matrix.dtype) if wanted is None else wanted) * scale, choice)
     stored, measured = store(gram_matrix, kernel, solution.weight / scale)
     values = fetch(measured | solution.metrics)
+    found = values.pop("zeros")
     result = KernelResult(
         error=float(values.pop("error")),
-        zeros=int(values.pop("zeros")),
+        zeros=int(found.sum()),
         wanted=zeros,
         size=kernel.size,
         metrics={name: float(value) for name, value in values.items()},
+        sections=by_section(found, sections),
     )
     return stored, solution.mask, result
 
 
 @jax.jit
 def store(gram_matrix: Array, dense: Array, weight: Array) -> tuple[Array, dict[str, Array]]:
-    """Rounds a kernel to the dense one's dtype, and measures what the layer's output lost by it."""
+    """Rounds a kernel to the dense one's dtype; measures what the layer's output lost by it, and zeros by output."""
     stored = round_kernel(weight, weight != 0, dense.dtype)
-    zeros = jnp.sum(stored == 0, dtype=jnp.int32)
+    zeros = jnp.sum(stored == 0, axis=0, dtype=jnp.int32)
     return stored, {"error": gram.relative_error(gram_matrix, dense, stored), "zeros": zeros}
 
 

@@ -88,9 +88,8 @@ class SolvedLayer:
         self.kernels: Params = {}
         self.masks: dict[str, UInt8[np.ndarray, "m _"]] = {}
         self.results: dict[str, KernelResult] = {}
-        self._model, self._index, self._params, self._solver = model, index, params, solver
         part, weights = model.architecture.layers[index], solver.weights
-        self._sources = part.sources
+        self._model, self._index, self._part, self._params, self._solver = model, index, part, params, solver
         taps, tokens = solver.taps(index, part), weights[index].tokens if weights else None
         for group in groups(part, list(taps), most_bytes(), model.devices):
             with timed(seconds, "gram"):
@@ -108,7 +107,8 @@ class SolvedLayer:
             del grams, drifts  # before those of the next group are made
         for path in part.kernels:
             if solver.target_of(index, path) is None and path not in part.routers:
-                self.results[path] = dense_result(part.sources[path].of(params, ".kernel"))
+                kernel = part.sources[path].of(params, ".kernel")
+                self.results[path] = dense_result(kernel, part.sections.get(path, ()))
         self.results = {path: self.results[path] for path in part.kernels if path in self.results}
 
     def _solve(self, paths: Sequence[str], inputs: "_Inputs") -> None:
@@ -138,7 +138,7 @@ class SolvedLayer:
         """Prunes the kernels of the linear layers that share an input."""
         prepared, weights = method.prepare(inputs.gram), self._solver.weights
         for path in paths:
-            kernel, wanted = self._sources[path].of(self._params, ".kernel"), None
+            kernel, wanted = self._part.sources[path].of(self._params, ".kernel"), None
             target = self._solver.target_of(self._index, path)
             assert target is not None
             if inputs.drift is not None:
@@ -152,6 +152,7 @@ class SolvedLayer:
                 target,
                 outputs=weights[self._index].outputs.get(path) if weights else None,
                 wanted=wanted,
+                sections=self._part.sections.get(path, ()),
                 devices=self._model.devices,
             )
             self.kernels[f"{path}.kernel"], self.masks[path] = fetch((pruned, pack(mask)))

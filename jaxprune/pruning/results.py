@@ -50,6 +50,8 @@ class LayerResult:
         for path, kernel in self.kernels.items():
             values = kernel._asdict().items()
             kernels[path] = {"stats" if name == "metrics" else name: value for name, value in values}
+            if not kernel.sections:
+                del kernels[path]["sections"]
         return plain({"index": self.index, "seconds": self.seconds, "linears": kernels})
 
 
@@ -115,12 +117,13 @@ class _Kernel(Schema):
     wanted: Count | None = None
     size: Count
     stats: dict[str, float | None]
+    sections: dict[str, Count] = {}
 
     def result(self) -> KernelResult:
         """Returns what became of a kernel. A journal of version 1 says what was found only, which counts as wanted."""
         wanted = self.zeros if self.wanted is None else self.wanted
         metrics = {name: _number(value) for name, value in self.stats.items()}
-        return KernelResult(_number(self.error), self.zeros, wanted, self.size, metrics)
+        return KernelResult(_number(self.error), self.zeros, wanted, self.size, metrics, self.sections)
 
 
 class _Layer(Schema):

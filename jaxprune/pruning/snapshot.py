@@ -2,7 +2,7 @@
 
 For research on methods without a model, and for bug reports. The file is safetensors: `gram.<tap>` is a Gram matrix
 [n, n], `<linear>.kernel` a kernel [n_in, n_out] in its stored dtype; the metadata's `inputs` says which linear layers
-read which tap.
+read which tap, its `sections` which of them are several side by side, as name -> outputs of each.
 """
 
 import json
@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from scipy.linalg.lapack import spotrf
 
 from convert import schema
+from convert.assets import Size
 from convert.destination import Destination, destination, staged
 from convert.errors import DamagedError
 from convert.files import require_regular
@@ -36,7 +38,7 @@ from jaxprune.pruning.loop import require_fit, targets_for
 from jaxprune.pruning.rules import TargetOf
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import fetch
-from jaxprune.sparsity.patterns import Pattern
+from jaxprune.sparsity.patterns import Pattern, Sections
 from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.model import StreamedModel
 
@@ -51,12 +53,14 @@ class Snapshot(NamedTuple):
         inputs: tap -> linear layers whose input it is.
         grams: tap -> Gram matrix of what it taps.
         kernels: linear layer -> dense kernel [n_in, n_out].
+        sections: linear layer that is several side by side -> those; see `patterns.Sections`.
     """
 
     layer: int
     inputs: dict[str, tuple[str, ...]]
     grams: dict[str, Float[np.ndarray, "n n"]]
     kernels: dict[str, Float[np.ndarray, "n m"]]
+    sections: Mapping[str, Sections] = MappingProxyType({})
 
     def only(self, path: str) -> "Snapshot":
         """Returns the snapshot of one linear layer.
@@ -67,7 +71,8 @@ class Snapshot(NamedTuple):
         if path not in self.kernels:
             raise InputError(f"there is no linear layer {path!r}: the file has {', '.join(self.kernels)}")
         (tap,) = (tap for tap, paths in self.inputs.items() if path in paths)
-        return Snapshot(self.layer, {tap: (path,)}, {tap: self.grams[tap]}, {path: self.kernels[path]})
+        sections = {path: self.sections[path]} if path in self.sections else {}
+        return Snapshot(self.layer, {tap: (path,)}, {tap: self.grams[tap]}, {path: self.kernels[path]}, sections)
 
 
 def capture(
@@ -103,7 +108,8 @@ def capture(
         own = part.unstack(stored)
         if index in layers:
             kernels = {path: np.asarray(own[f"{path}.kernel"]) for path in part.kernels}
-            yield Snapshot(index, dict(part.inputs), _every_gram(model, index, params, hidden), kernels)
+            grams = _every_gram(model, index, params, hidden)
+            yield Snapshot(index, dict(part.inputs), grams, kernels, part.sections)
         if index < last:
             if prune_before:
                 solved = SolvedLayer(model, index, params, (hidden, None), solver, {})
@@ -140,7 +146,8 @@ def solve(snapshot: Snapshot, recipe: Recipe) -> Iterator[tuple[str, KernelResul
         prepared = recipe.method.prepare(gram)
         for path in paths:
             kernel = jnp.asarray(snapshot.kernels[path])
-            stored, _, result = prune_and_round(recipe.method, prepared, gram, kernel, targets[path])
+            sections = snapshot.sections.get(path, ())
+            stored, _, result = prune_and_round(recipe.method, prepared, gram, kernel, targets[path], sections=sections)
             if not math.isfinite(result.error):
                 raise InputError(
                     f"{path} cannot be solved, its weights come out as NaN or infinity",
@@ -162,7 +169,13 @@ def save(place: str | Path | Destination, snapshot: Snapshot) -> None:
         file = TensorFile(
             path,
             {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()},
-            {"seal": UNSEALED, "format": FORMAT, "layer": str(snapshot.layer), "inputs": json.dumps(snapshot.inputs)},
+            {
+                "seal": UNSEALED,
+                "format": FORMAT,
+                "layer": str(snapshot.layer),
+                "inputs": json.dumps(snapshot.inputs),
+                "sections": json.dumps({path: dict(sections) for path, sections in snapshot.sections.items()}),
+            },
         )
         for name, array in arrays.items():
             file.write(name, array)
@@ -175,6 +188,7 @@ class _Metadata(schema.Schema):
 
     layer: Annotated[str, pydantic.Field(pattern="^[0-9]{1,9}$")]
     inputs: pydantic.Json[dict[str, list[str]]]
+    sections: pydantic.Json[dict[str, dict[str, Size]]] = {}
 
 
 def load(path: Path) -> Snapshot:
@@ -192,7 +206,8 @@ def load(path: Path) -> Snapshot:
                 raise InputError("it holds no layer's snapshot", file=path, wanted="one that `jaxprune snapshot` made")
             header = schema.check(_Metadata, metadata, file=path, entry="__metadata__")
             inputs = {tap: tuple(linears) for tap, linears in header.inputs.items()}
-            _require_shapes(path, inputs, {name: opened.get_slice(name) for name in opened.keys()})
+            sections = {linear: tuple(those.items()) for linear, those in header.sections.items()}
+            _require_shapes(path, inputs, sections, {name: opened.get_slice(name) for name in opened.keys()})
             grams = {tap: opened.get_tensor(f"gram.{tap}") for tap in inputs}
             kernels = {p: opened.get_tensor(f"{p}.kernel") for paths in inputs.values() for p in paths}
     except (OSError, SafetensorError) as error:
@@ -203,11 +218,13 @@ def load(path: Path) -> Snapshot:
     for tap, gram in grams.items():
         if reason := why_no_gram(gram):
             raise InputError(f"it is no Gram matrix, {reason}", file=path, entry=f"gram.{tap}")
-    return Snapshot(int(header.layer), inputs, grams, kernels)
+    return Snapshot(int(header.layer), inputs, grams, kernels, sections)
 
 
-def _require_shapes(path: Path, inputs: Mapping[str, Sequence[str]], slices: Mapping[str, Any]) -> None:
-    """Raises DamagedError where tensors are missing, or are not what the header's inputs need."""
+def _require_shapes(
+    path: Path, inputs: Mapping[str, Sequence[str]], sections: Mapping[str, Sections], slices: Mapping[str, Any]
+) -> None:
+    """Raises DamagedError where tensors are missing, or are not what the header's inputs and sections need."""
     linears = [linear for paths in inputs.values() for linear in paths]
     if not linears or len(set(linears)) < len(linears):
         raise DamagedError("linear layers are missing, or there twice", file=path, entry="inputs", found=linears)
@@ -227,6 +244,10 @@ def _require_shapes(path: Path, inputs: Mapping[str, Sequence[str]], slices: Map
             if len(kernel) != 2 or kernel[0] != gram[0] or not kernel[1]:
                 wanted = f"[{gram[0]}, outputs], as the Gram matrix of its inputs has it"
                 raise DamagedError("a kernel's shape is wrong", file=path, entry=linear, found=kernel, wanted=wanted)
+            widths = [width for _, width in sections.get(linear, ())]
+            if linear in sections and (not widths or kernel[1] % sum(widths)):
+                wanted = f"outputs that sum to a divisor of {kernel[1]}"
+                raise DamagedError("sections do not fit", file=path, entry=linear, found=widths, wanted=wanted)
 
 
 def why_no_gram(gram: Float[np.ndarray, "n n"]) -> str:

@@ -62,6 +62,7 @@ class Kernel(Schema):
     wanted: Count
     size: int = Field(ge=1, le=2**53)
     stats: dict[str, float | None] = {}
+    sections: dict[str, Count] = {}
 
     @pydantic.model_validator(mode="after")
     def _no_more_than_all(self) -> "Kernel":
@@ -194,6 +195,7 @@ def expected(run: Run) -> dict[str, Any]:
         "own": named,
         "counts": {which: kernel.zeros for which, kernel in kernels.items()},
         "wanted": {which: kernel.wanted for which, kernel in kernels.items()},
+        "sections": {which: kernel.sections for which, kernel in kernels.items() if kernel.sections},
         "total": total,
     }
 

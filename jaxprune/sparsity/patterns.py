@@ -5,17 +5,31 @@ selects masks under jit.
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
+import jax.numpy as jnp
+import numpy as np
 import pydantic
+from jaxtyping import Int
 from pydantic import Field
 
 from convert.schema import Schema
 from jaxprune.errors import Change, InputError
-from jaxprune.sparsity.selection import KeepInGroups, Selector, counts, keep_largest, keep_largest_per_output
+from jaxprune.sparsity.selection import (
+    KeepInGroups,
+    KeepInSections,
+    Selector,
+    counts,
+    keep_largest,
+    keep_largest_per_output,
+)
+
+Sections = tuple[tuple[str, int], ...]
+"""The linear layers that lie side by side in one: (name, outputs) of each; they repeat until the outputs end."""
 
 
 def percent(fraction: float) -> str:
@@ -93,6 +107,56 @@ class Unstructured:
 
     def __str__(self) -> str:
         return f"{percent(self.sparsity)} %" + " per output" * self.per_output
+
+
+@dataclasses.dataclass(frozen=True)
+class InSections:
+    """An unstructured pattern for each of the linear layers that lie side by side in one.
+
+    Each section has its share of the kernel's zeros, to a weight: what it would have as a linear layer of its own.
+    """
+
+    pattern: Unstructured
+    widths: tuple[int, ...]
+
+    @property
+    def sparsity(self) -> float:
+        return self.pattern.sparsity
+
+    @property
+    def group(self) -> None:
+        return None
+
+    def selector(self, shape: tuple[int, ...], progress: Sequence[float] = (1.0,)) -> Selector:
+        sizes = np.array(self.widths) * (shape[0] * shape[1] // sum(self.widths))
+        ends = [round(self.zeros(shape) * part / sum(self.widths)) for part in itertools.accumulate(self.widths)]
+        final = np.diff(ends, prepend=0)  # sums to the kernel's, as the sections' own rounded numbers need not
+        steps = [np.minimum(np.round(self.sparsity * p * sizes), final) for p in progress[:-1]]
+        return Selector(jnp.asarray(np.array([*steps, final], np.int32)), KeepInSections(self.widths))
+
+    def zeros(self, shape: tuple[int, ...]) -> int:
+        return self.pattern.zeros(shape)
+
+    def as_json(self) -> dict[str, Any]:
+        return self.pattern.as_json()
+
+    def __str__(self) -> str:
+        return str(self.pattern)
+
+
+def in_sections(pattern: Pattern, sections: Sections) -> Pattern:
+    """Returns the pattern of a linear layer that is several side by side; only unstructured ones are another."""
+    if sections and isinstance(pattern, Unstructured) and not pattern.per_output:
+        return InSections(pattern, tuple(width for _, width in sections))
+    return pattern
+
+
+def by_section(columns: Int[np.ndarray, "m"], sections: Sections) -> dict[str, int]:
+    """Returns the sum of each section of some numbers, one an output."""
+    widths = [width for _, width in sections]
+    ends = list(itertools.accumulate(widths[:-1]))
+    rows = np.split(columns.reshape(-1, sum(widths)), ends, axis=1) if sections else []
+    return {name: int(row.sum()) for (name, _), row in zip(sections, rows, strict=True)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ among them is found by counting, in four or five passes, how many scores lie bel
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 Scores = Float[Array, "n m"]
 Mask = Bool[Array, "n m"]
-Rule = Callable[[Scores, Int[Array, ""]], Mask]
+Rule = Callable[[Scores, Int[Array, "*sections"]], Mask]
 
 
 @jax.tree_util.register_dataclass
@@ -28,11 +29,11 @@ class Selector:
 
     Attributes:
         zeros: numbers of zeros, one a step of a gradual schedule, the last one final. Of the whole kernel,
-            or of each output for `per_output` patterns.
+            of each output for `per_output` patterns, or one a section of the outputs.
         rule: (scores, zeros) -> mask.
     """
 
-    zeros: Int[Array, "steps"]
+    zeros: Int[Array, "steps *sections"]
     rule: Rule = dataclasses.field(metadata={"static": True})
 
     def __call__(self, scores: Scores, step: int | Int[Array, ""] = -1) -> Mask:
@@ -41,7 +42,7 @@ class Selector:
 
     def increments(self) -> "Selector":
         """Returns the selector whose steps have the zeros that each step of this one adds to those before it."""
-        return dataclasses.replace(self, zeros=jnp.diff(self.zeros, prepend=jnp.zeros_like(self.zeros[:1])))
+        return dataclasses.replace(self, zeros=jnp.diff(self.zeros, axis=0, prepend=jnp.zeros_like(self.zeros[:1])))
 
 
 def counts(size: int, fraction: float, progress: Sequence[float]) -> Int[Array, "steps"]:
@@ -57,6 +58,26 @@ def keep_largest(scores: Scores, zeros: Int[Array, ""]) -> Mask:
 def keep_largest_per_output(scores: Scores, zeros: Int[Array, ""]) -> Mask:
     """Keeps all but the smallest scores of each output."""
     return _keep(scores, zeros, axis=(0,))
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepInSections:
+    """Keeps all but the smallest scores of each section of the outputs; see `patterns.InSections`.
+
+    Attributes:
+        widths: outputs of each section, one section after the other; they repeat until the outputs end.
+    """
+
+    widths: tuple[int, ...]
+
+    def __call__(self, scores: Scores, zeros: Int[Array, "sections"]) -> Mask:
+        rows = scores.reshape(len(scores), -1, sum(self.widths))
+        sections = jnp.split(rows, list(itertools.accumulate(self.widths[:-1])), axis=2)
+        masks = [
+            keep_largest(section.reshape(len(scores), -1), count).reshape(section.shape)
+            for section, count in zip(sections, zeros, strict=True)
+        ]
+        return jnp.concatenate(masks, axis=2).reshape(scores.shape)
 
 
 @dataclasses.dataclass(frozen=True)
