@@ -5,6 +5,7 @@ beside the text model, such as a vision tower, have their own names as paths, be
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ EMBEDDINGS = ("embed_tokens", "embed_in", "embed_positions")
 HEADS = ("lm_head", "embed_out")
 TIED = ("cohere2", "gemma2", "gemma3_text", "opt", "smollm3")
 """Model types whose head is the embedding where the configuration does not say."""
+FURTHER = ("glm4_moe", "qwen3_next")
+"""Model types whose checkpoints may also have modules that predict tokens further on."""
 STACKED = ("gpt_oss",)
 """Model types whose experts' kernels are one tensor."""
 BESIDE = "beside"
@@ -30,15 +33,20 @@ class Naming:
         head: what the head's names begin with.
         alone: whether there is nothing beside the text model; then some checkpoints lack the prefix in part or whole.
         stacked: whether the kernels of all experts of a layer are one tensor, [experts, n_in, n_out].
+        layers: how many layers the text model has; those after them, and modules called `mtp`, predict tokens further
+            on, which transformers passes over. They are beside the text model. None: there are none.
     """
 
     prefix: str = "model."
     head: str = ""
     alone: bool = True
     stacked: bool = False
+    layers: int | None = None
 
     def bare(self, name: str) -> str:
         """Returns a name without the prefix; that of a tensor of another model below `beside`."""
+        if self.layers is not None and self._is_further(name):
+            return f"{BESIDE}.{name}"
         if self.alone:
             for step in self.prefix.split(".")[:-1]:
                 name = name.removeprefix(f"{step}.")
@@ -47,6 +55,12 @@ class Naming:
         if head.startswith(HEADS):
             return head
         return name.removeprefix(self.prefix) if name.startswith(self.prefix) else f"{BESIDE}.{name}"
+
+    def _is_further(self, name: str) -> bool:
+        if name.startswith("mtp."):
+            return True
+        match = re.match(r"(?:model\.)?layers\.([0-9]{1,9})\.", name)
+        return match is not None and int(match[1]) >= (self.layers or 0)
 
     def hf_name(self, path: str) -> str:
         """Returns the checkpoint's name of a path, such as `model.norm.weight` of `norm.scale`."""
@@ -71,8 +85,11 @@ def naming_of(config: Mapping[str, Any], beside: Iterable[str]) -> Naming:
         beside: names of tensors, of which those of other models tell which of two ways it is.
     """
     if not config.get(INSIDE):
-        return Naming(PREFIXES.get(config["model_type"], "model."), stacked=config["model_type"] in STACKED)
-    newer = all(name.startswith(("model.", "lm_head.")) for name in beside)
+        kind = config["model_type"]
+        layers = config.get("num_hidden_layers") if kind in FURTHER else None
+        return Naming(PREFIXES.get(kind, "model."), stacked=kind in STACKED, layers=layers)
+    names = [name for name in beside if not name.startswith("mtp.")]
+    newer = all(name.startswith(("model.", "lm_head.")) for name in names)
     return Naming("model.language_model.", "", False) if newer else OLDER
 
 

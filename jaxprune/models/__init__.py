@@ -35,7 +35,7 @@ from jaxprune.errors import InputError
 from jaxprune.models.attention import Layout
 from jaxprune.models.parts import Layer, Part
 
-HELPERS = ("attention", "blocks", "configuration", "decoder", "experts", "parts", "recurrent", "rope")
+HELPERS = ("attention", "blocks", "configuration", "decoder", "experts", "parts", "recurrent", "rope", "shared_experts")
 """Modules that hold no family."""
 __all__ = ["Architecture", "Layer", "Layout", "Part", "architecture_of", "build", "stored_dtype"]
 

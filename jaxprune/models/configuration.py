@@ -95,6 +95,9 @@ class Routing:
         per_token: how many a token takes.
         size: the hidden features of an expert.
         normalized: whether the shares of the experts that a token takes are made to sum to 1.
+        shared: the hidden features of the expert that all tokens take; 0: there is none.
+        one_by_one: whether each expert has a share of its own, by the logistic function, and not all of them one.
+        scale: factor of the shares.
         route_all: whether taps hold every token for every expert, whatever the router chooses.
         mesh: the devices that experts and windows are spread over; None: one.
     """
@@ -103,6 +106,9 @@ class Routing:
     per_token: int
     size: int
     normalized: bool = True
+    shared: int = 0
+    one_by_one: bool = False
+    scale: float = 1.0
     route_all: bool = False
     mesh: Mesh | None = None
 

@@ -19,6 +19,8 @@ from jaxprune.models.configuration import ACTIVATIONS, Config, Routing
 from jaxprune.models.parts import ROUTER_TAP
 from jaxprune.sparsity.patterns import Sections
 
+GATED = "gate_proj", "up_proj", "down_proj"
+"""What most families call the linear layers of a gated feed-forward network."""
 OUTPUT_TAP = "expert_output"
 """The tap of experts' outputs, which no linear layer reads."""
 
@@ -52,7 +54,7 @@ class ExpertLinear(nnx.Module):
 class GatedExperts(nnx.Module):
     """Gated feed-forward networks; returns the outputs of all rows and the input of the last linear layer."""
 
-    def __init__(self, config: Config, names: tuple[str, str, str]):
+    def __init__(self, config: Config, names: tuple[str, str, str] = GATED):
         routing = routing_of(config)
         sizes = (
             (config.hidden_size, routing.size),
@@ -76,7 +78,11 @@ def routing_of(config: Config) -> Routing:
 
 
 def mixture(
-    config: Config, router: Callable[[Array], Array], experts: Any, x: Float[Array, "b t d"]
+    config: Config,
+    router: Callable[[Array], Array],
+    experts: Any,
+    x: Float[Array, "b t d"],
+    correction: Float[Array, "e"] | None = None,
 ) -> tuple[Float[Array, "b t d"], dict[str, Any]]:
     """Sends each token to the experts that its router chooses, and adds up their outputs by their shares.
 
@@ -85,6 +91,7 @@ def mixture(
         router: hidden states -> a score of each expert.
         experts: blocks of rows and their experts -> outputs, and the input of the last linear layer.
         x: hidden states.
+        correction: what is added to each expert's share where experts are chosen; None: nothing.
 
     Returns:
         The sum, and the taps: what the router reads, what experts read, the input of their last linear layer, and
@@ -92,9 +99,14 @@ def mixture(
     """
     routing, tokens = routing_of(config), x.reshape(-1, x.shape[-1])
     scores = router(x).reshape(len(tokens), -1).astype(jnp.float32)
-    shares = jax.nn.softmax(scores, axis=-1)
-    share, chosen = lax.top_k(shares, routing.per_token)
+    shares = jax.nn.sigmoid(scores) if routing.one_by_one else jax.nn.softmax(scores, axis=-1)
+    if correction is None:
+        share, chosen = lax.top_k(shares, routing.per_token)
+    else:
+        _, chosen = lax.top_k(shares + correction.astype(shares.dtype)[None, :], routing.per_token)
+        share = jnp.take_along_axis(shares, chosen, axis=-1)
     total = jnp.sum(share, axis=-1, keepdims=True) if routing.normalized else jnp.ones_like(share[:, :1])
+    total = total if routing.scale == 1 else total / jnp.float32(routing.scale)
     share = share / total
     mesh = mesh_of(routing, len(x))
 
@@ -131,9 +143,7 @@ EXPERT_INPUTS = {
 class SparseMLP(nnx.Module):
     """Gated feed-forward networks, of which each token takes a few; returns its output and its taps."""
 
-    def __init__(
-        self, config: Config, rngs: nnx.Rngs, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    ):
+    def __init__(self, config: Config, rngs: nnx.Rngs, names: tuple[str, str, str] = GATED):
         self.gate = nnx.Linear(
             config.hidden_size, routing_of(config).experts, use_bias=False, dtype=config.dtype, rngs=rngs
         )

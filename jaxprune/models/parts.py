@@ -54,13 +54,22 @@ class Part:
         for path, probe in (probes or {}).items():
             parent, _, name = path.rpartition(".")
             owner = functools.reduce(getattr, parent.split(".") if parent else [], module)
-            setattr(owner, name, _probed(getattr(owner, name), probe))
+            setattr(owner, name, _Probed(getattr(owner, name), probe))
         with jax.default_matmul_precision(self._precision):
             return module(*args)
 
 
-def _probed(module: Callable[..., jax.Array], probe: jax.Array) -> Callable[..., jax.Array]:
-    return lambda *args: module(*args) + probe
+class _Probed:
+    """A module to whose output something is added."""
+
+    def __init__(self, module: Callable[..., jax.Array], probe: jax.Array) -> None:
+        self._module, self._probe = module, probe
+
+    def __call__(self, *args: Any) -> jax.Array:
+        return self._module(*args) + self._probe
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 class Source(NamedTuple):
@@ -93,6 +102,7 @@ class Layer(Part):
         inputs: tap -> linear layers whose input it is; an expert's taps are its own, such as `expert_input.3`.
         sources: linear layer or tap, as in a checkpoint -> where the layer's program has it.
         routers: linear layers that stay dense unless a rule names them.
+        scorers: those of them that have an output for each expert.
         sections: linear layer that is several side by side -> those; see `patterns.Sections`.
     """
 
@@ -104,6 +114,8 @@ class Layer(Part):
         self.linears = {path: self.spec[f"{path}.kernel"].shape for paths in reads.values() for path in paths}
         self.experts = {path: shape[0] for path, shape in self.linears.items() if len(shape) == 3}
         self.routers = frozenset(reads.get(ROUTER_TAP, ()))
+        count = max(self.experts.values(), default=0)
+        self.scorers = frozenset(path for path in self.routers if self.linears[path][-1] == count)
         self.sources: dict[str, Source] = {}
         self.kernels: dict[str, tuple[int, ...]] = {}
         self.inputs: dict[str, tuple[str, ...]] = {}

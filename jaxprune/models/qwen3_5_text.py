@@ -145,23 +145,33 @@ class DeltaNet(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         keys, values = config.key_heads * config.key_size, config.value_heads * config.value_size
-        width = config.hidden_size
-        self.in_proj_qkv = fused(config, width, {"query": keys, "key": keys, "value": values}, rngs)
-        self.in_proj_z = linear(config, width, values, rngs)
-        self.in_proj_b = linear(config, width, config.value_heads, rngs)
-        self.in_proj_a = linear(config, width, config.value_heads, rngs)
+        self.config, self.keys, self.values = config, keys, values
+        self.projections(rngs)
         self.conv1d = Convolution(2 * keys + values, config.convolved)
         self.dt_bias = nnx.Param(jnp.zeros((config.value_heads,), jnp.float32))
         self.A_log = nnx.Param(jnp.zeros((config.value_heads,), jnp.float32))
         self.norm = GatedNorm(config.value_size, config.norm_eps)
-        self.out_proj = linear(config, values, width, rngs)
-        self.config, self.keys = config, keys
+        self.out_proj = linear(config, values, config.hidden_size, rngs)
+
+    def projections(self, rngs: nnx.Rngs) -> None:
+        """Makes the linear layers that read the hidden states."""
+        config, width = self.config, self.config.hidden_size
+        sections = {"query": self.keys, "key": self.keys, "value": self.values}
+        self.in_proj_qkv = fused(config, width, sections, rngs)
+        self.in_proj_z = linear(config, width, self.values, rngs)
+        self.in_proj_b = linear(config, width, config.value_heads, rngs)
+        self.in_proj_a = linear(config, width, config.value_heads, rngs)
+
+    def project(self, x: Float[Array, "b t d"]) -> tuple[Array, Array, Array, Array]:
+        """Returns queries, keys and values side by side, the gate, and what rates and decays are made of."""
+        return self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_b(x), self.in_proj_a(x)
 
     def __call__(
         self, x: Float[Array, "b t d"], layout: Layout | None
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t h"]]:
         config = self.config
-        mixed = configuration.ACTIVATIONS[config.activation](self.conv1d(self.in_proj_qkv(x), layout))
+        mixed, gate, rate, decay = self.project(x)
+        mixed = configuration.ACTIVATIONS[config.activation](self.conv1d(mixed, layout))
         query, key, value = (
             part.reshape(*x.shape[:2], -1, size).astype(jnp.float32)
             for part, size in zip(
@@ -172,11 +182,11 @@ class DeltaNet(nnx.Module):
         )
         speed = jnp.exp(self.A_log[...].astype(jnp.float32))[None, None]
         shift = self.dt_bias[...].astype(jnp.float32)[None, None]
-        decay = -speed * jax.nn.softplus(self.in_proj_a(x).astype(jnp.float32) + shift)
-        rate = jax.nn.sigmoid(self.in_proj_b(x)).astype(jnp.float32)
+        decay = -speed * jax.nn.softplus(decay.astype(jnp.float32) + shift)
+        rate = jax.nn.sigmoid(rate).astype(jnp.float32)
         query = _normalized(query) * jnp.float32(config.key_size**-0.5)
         y = gated_delta_rule(Inputs(query, _normalized(key), value, decay, rate), layout).astype(x.dtype)
-        y = self.norm(y, self.in_proj_z(x).reshape(y.shape)).reshape(*x.shape[:2], -1)
+        y = self.norm(y, gate.reshape(y.shape)).reshape(*x.shape[:2], -1)
         return self.out_proj(y), y
 
 

@@ -26,6 +26,16 @@ class Entries(configuration.Entries):
     decoder_sparse_step: Count
     mlp_only_layers: list[int] = []
 
+    def routing(self, *, shared: int = 0) -> Routing:
+        """Returns how tokens are sent to experts; see `Routing`."""
+        sizes = self.num_experts, self.num_experts_per_tok, self.moe_intermediate_size
+        return Routing(*sizes, self.norm_topk_prob, shared=shared)
+
+    def dense_layers(self) -> set[int]:
+        """Returns the indices of the layers without experts."""
+        every = range(self.num_hidden_layers)
+        return {i for i in every if i in self.mlp_only_layers or (i + 1) % self.decoder_sparse_step}
+
 
 class Config(configuration.Config):
     """See `configuration.Config`."""
@@ -34,8 +44,5 @@ class Config(configuration.Config):
     def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
         """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
         read = configuration.entries(Entries, hf)
-        every = range(read.num_hidden_layers)
-        dense = {i for i in every if i in read.mlp_only_layers or (i + 1) % read.decoder_sparse_step}
-        routing = Routing(read.num_experts, read.num_experts_per_tok, read.moe_intermediate_size, read.norm_topk_prob)
         config = configuration.with_window(cls.of(read, dtype, qk_norm="head"), read.sliding_window)
-        return configuration.with_experts(config, routing, dense)
+        return configuration.with_experts(config, read.routing(), read.dense_layers())

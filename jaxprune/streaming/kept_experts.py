@@ -10,7 +10,7 @@ import numpy as np
 from convert import Params, Reader, Spec
 
 EXPERT = re.compile(r"(.*\.experts\.)([0-9]+)(\..*)")
-COUNTS = "num_experts", "num_local_experts"
+COUNTS = "num_experts", "num_local_experts", "n_routed_experts"
 """Entries of a configuration that hold the number of experts."""
 
 

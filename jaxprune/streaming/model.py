@@ -73,7 +73,7 @@ class StreamedModel:
         Args:
             kept: layer index -> the experts that stay, as many in each layer.
         """
-        routers = {index: layer.routers for index, layer in enumerate(self.architecture.layers)}
+        routers = {index: layer.scorers for index, layer in enumerate(self.architecture.layers)}
         count = max(map(len, kept.values()))
         changes = {name: count for name in COUNTS if name in self.hf_config}
         reader = KeptExperts(self.reader, kept, routers)

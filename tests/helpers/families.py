@@ -53,6 +53,13 @@ YARN = {
     "original_max_position_embeddings": 64,
 }
 EXPERTS = {"num_experts": 6, "num_local_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+SCORED = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "routed_scaling_factor": 1.8,
+    "head_dim": 8,
+}
 DELTA = {
     "head_dim": 16,
     "layer_types": ["linear_attention", "linear_attention", "full_attention"],
@@ -136,6 +143,15 @@ VARIANTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
         "mixed": {**EXPERTS, "head_dim": 16, "mlp_only_layers": [1], "norm_topk_prob": True},
         "shares": {**EXPERTS, "head_dim": 8, "decoder_sparse_step": 2, "tie_word_embeddings": True},
     },
+    "qwen2_moe": {
+        "mixed": {**EXPERTS, "shared_expert_intermediate_size": 40, "mlp_only_layers": [1]},
+        "window": {**EXPERTS, "shared_expert_intermediate_size": 8, "use_sliding_window": True, **ALTERNATING},
+    },
+    "glm4_moe": {
+        "plain": {**SCORED, "use_qk_norm": True, "attention_bias": True},
+        "two shared": {**SCORED, "n_shared_experts": 2, "first_k_dense_replace": 0, "norm_topk_prob": False},
+    },
+    "qwen3_next": {"plain": {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 40, "norm_topk_prob": True}},
     "olmoe": {"plain": EXPERTS, "normalized": {**EXPERTS, "norm_topk_prob": True}},
     "gpt_oss": {"plain": {**EXPERTS, **ALTERNATING, "head_dim": 16, "rope_parameters": YARN}},
     "qwen3_5_text": {
@@ -162,7 +178,8 @@ def model(config: Any, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     made = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager").eval()
     with torch.no_grad():
-        for parameter in made.parameters():
+        corrections = (buffer for name, buffer in made.named_buffers() if name.endswith("correction_bias"))
+        for parameter in (*made.parameters(), *corrections):
             parameter.copy_(parameter * (parameter.dim() == 1) + 0.3 * torch.randn_like(parameter))
     return made
 
@@ -179,6 +196,7 @@ class Squares(torch.overrides.TorchFunctionMode if torch else object):  # type: 
         super().__init__()
         self.squares: dict[str, np.ndarray] = {}
         self._names: dict[int, list[str]] = {}
+        self._cast: list[Any] = []
         for name, parameter in model.named_parameters():
             path = name.partition("layers.")[2].removesuffix(".weight")
             if parameter.dim() < 2 or not path:
@@ -191,6 +209,9 @@ class Squares(torch.overrides.TorchFunctionMode if torch else object):  # type: 
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.type and args[0].data_ptr() in self._names:  # a router's kernel, in float32
+            self._cast.append(result)  # which keeps its place in memory
+            self._names[result.data_ptr()] = self._names[args[0].data_ptr()]
         products = torch.nn.functional.linear, torch.Tensor.matmul, torch.Tensor.__matmul__
         if func in products and (names := self._names.get(args[1].data_ptr())):
             result.register_hook(lambda gradient: self._keep(names, gradient))

@@ -34,6 +34,15 @@ def experts(
     return sizes(hidden, inner, layers, heads, kv_heads, 151936, **known | others)
 
 
+def shared(count: int, per_token: int, expert: int, every: int) -> dict[str, Any]:
+    return {
+        "num_experts": count,
+        "num_experts_per_tok": per_token,
+        "moe_intermediate_size": expert,
+        "shared_expert_intermediate_size": every,
+    }
+
+
 def pythia(hidden: int, layers: int, heads: int, vocabulary: int = 50304) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
@@ -207,6 +216,31 @@ PUBLIC: Mapping[str, Mapping[str, dict[str, Any]]] = {
     "gpt_oss": {
         "gpt-oss-20b": sizes(2880, 2880, 24, 64, 8, 201088, head_dim=64, num_local_experts=32),
         "gpt-oss-120b": sizes(2880, 2880, 36, 64, 8, 201088, head_dim=64, num_local_experts=128),
+    },
+    "qwen2_moe": {
+        "Qwen1.5-MoE-A2.7B": sizes(2048, 5632, 24, 16, 16, 151936, **shared(60, 4, 1408, 5632)),
+        "Qwen2-57B-A14B": sizes(3584, 18944, 28, 28, 4, 151936, **shared(64, 8, 2560, 20480)),
+    },
+    "qwen3_next": {
+        "Qwen3-Next-80B-A3B": sizes(2048, 5120, 48, 16, 2, 151936, head_dim=256, **shared(512, 10, 512, 512)),
+    },
+    "glm4_moe": {
+        "GLM-4.5-Air": sizes(4096, 10944, 46, 96, 8, 151552, head_dim=128, attention_bias=True, n_routed_experts=128),
+        "GLM-4.5": sizes(
+            5120,
+            12288,
+            92,
+            96,
+            8,
+            151552,
+            head_dim=128,
+            attention_bias=True,
+            use_qk_norm=True,
+            n_routed_experts=160,
+            moe_intermediate_size=1536,
+            first_k_dense_replace=3,
+            routed_scaling_factor=2.5,
+        ),
     },
     "qwen3_5_text": {"Qwen3.5-9B, its text model": sizes(4096, 12288, 32, 16, 4, 248320, head_dim=256)},
     "seed_oss": {"Seed-OSS-36B": sizes(5120, 27648, 64, 80, 8, 155136, head_dim=128)},

@@ -108,7 +108,8 @@ def test_gradients_are_those_of_torch(family: str, variant: str, tmp_path: Path)
         for index, layer in enumerate(measure_sensitivity(load(tmp_path), tokens))
         for path, square in layer.outputs.items()
     }
-    assert found.keys() == squares.keys()  # every linear layer of transformers' module is pruned
+    unused = {name for name, square in found.items() if not square.any()}  # of experts that no token takes
+    assert found.keys() - unused == squares.keys() - unused  # every linear layer of transformers' module is pruned
     for name, expected in squares.items():
         np.testing.assert_allclose(found[name], expected, rtol=1e-3, atol=1e-4 * expected.max(), err_msg=name)
 

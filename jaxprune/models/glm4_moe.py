@@ -1,0 +1,107 @@
+"""GLM 4.5 to 4.7: many experts, scored one by one, and one that all tokens take (Hugging Face's Glm4MoeForCausalLM).
+
+References:
+    GLM-4.5 Team, "GLM-4.5: Agentic, Reasoning, and Coding (ARC) Foundation Models" (arXiv 2508.06471); the router:
+    DeepSeek-AI, "DeepSeek-V3 Technical Report" (arXiv 2412.19437), section 2.1.2.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float
+
+from convert import schema
+from convert.assets import Count, Positive, Size
+from jaxprune.errors import InputError
+from jaxprune.models import configuration, decoder
+from jaxprune.models.configuration import Kind, Routing
+from jaxprune.models.decoder import Embed, GatedMLP, Head, Taps
+from jaxprune.models.experts import GatedExperts, mixture, routing_of
+
+__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
+
+
+class Entries(configuration.Entries):
+    """The entries of config.json that the family reads."""
+
+    n_routed_experts: Count
+    n_shared_experts: Count
+    num_experts_per_tok: Count
+    moe_intermediate_size: Size
+    routed_scaling_factor: Positive
+    norm_topk_prob: bool
+    first_k_dense_replace: schema.Count
+    n_group: Count
+    topk_group: Count
+    use_qk_norm: bool
+
+
+class Config(configuration.Config):
+    """See `configuration.Config`."""
+
+    @classmethod
+    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
+        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
+        read = configuration.entries(Entries, hf)
+        if read.n_group != 1 or read.topk_group != 1:
+            raise InputError(f"n_group {read.n_group} is not implemented; experts in one group are")
+        rope = configuration.rope_of(read, partial=True)
+        qk_norm = "head" if read.use_qk_norm else None
+        routing = Routing(
+            read.n_routed_experts,
+            read.num_experts_per_tok,
+            read.moe_intermediate_size,
+            read.norm_topk_prob,
+            shared=read.n_shared_experts * read.moe_intermediate_size,
+            one_by_one=True,
+            scale=read.routed_scaling_factor,
+        )
+        config = cls.of(read, dtype, rope=lambda _: rope, qk_norm=qk_norm, output_bias=False)
+        return configuration.with_experts(config, routing, range(read.first_k_dense_replace))
+
+
+def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
+    """Returns the linear layers to prune: tap -> those that read it."""
+    usual = decoder.inputs(config, kind)
+    if not kind.experts:
+        return usual
+    shared = {
+        "mlp_input": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+        "mlp_hidden": ("mlp.shared_experts.down_proj",),
+    }
+    return {**usual, **shared}
+
+
+class Router(nnx.Linear):
+    """Scores of experts, in float32, and what is added to them where experts are chosen."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        experts = routing_of(config).experts
+        super().__init__(config.hidden_size, experts, use_bias=False, dtype=jnp.float32, rngs=rngs)
+        self.e_score_correction_bias = nnx.Param(jnp.zeros((experts,), jnp.float32))
+
+
+class MLP(nnx.Module):
+    """Experts of which each token takes a few, beside one that all take; returns its output and its taps."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        self.gate, self.experts = Router(config, rngs), GatedExperts(config)
+        self.shared_experts = GatedMLP(config, rngs, routing_of(config).shared)
+        self.config = config
+
+    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
+        correction = self.gate.e_score_correction_bias[...]
+        y, taps = mixture(self.config, self.gate, self.experts, x, correction)
+        shared, own = self.shared_experts(x)
+        return y + shared, taps | own
+
+
+class DecoderLayer(decoder.DecoderLayer):
+    """LLaMA's layer, with experts beside one that all tokens take."""
+
+    def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
+        super().__init__(config, kind, rngs)
+        if kind.experts:
+            self.mlp = MLP(config, rngs)

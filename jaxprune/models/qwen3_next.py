@@ -1,0 +1,82 @@
+"""Qwen 3 Next: the gated delta rule in three layers of four, attention with a gate in the others, and experts beside
+one that all tokens take (Hugging Face's Qwen3NextForCausalLM).
+
+References:
+    Qwen Team, "Qwen3-Next", 2025, as released; Yang, Kautz and Hatamizadeh, "Gated Delta Networks" (arXiv 2412.06464).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float
+
+from convert.assets import Size
+from jaxprune.models import configuration, qwen3_5_text, qwen3_moe, shared_experts
+from jaxprune.models.configuration import Kind
+from jaxprune.models.decoder import Embed, Head, fused
+from jaxprune.models.shared_experts import SharedMLP
+
+__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
+
+
+class Entries(qwen3_moe.Entries):
+    """The entries of config.json that the family reads."""
+
+    shared_expert_intermediate_size: Size
+
+
+class Config(qwen3_5_text.Config):
+    """See `qwen3_5_text.Config`."""
+
+    @classmethod
+    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
+        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
+        read = configuration.entries(Entries, hf)
+        routing = read.routing(shared=read.shared_expert_intermediate_size)
+        return configuration.with_experts(super().from_hf(hf, dtype), routing, read.dense_layers())
+
+
+def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
+    """Returns the linear layers to prune: tap -> those that read it."""
+    usual = shared_experts.inputs(config, kind)
+    if kind.rope is not None:
+        return usual
+    projections = "linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"
+    return {**usual, "attention_input": projections, "attention_output": ("linear_attn.out_proj",)}
+
+
+class DeltaNet(qwen3_5_text.DeltaNet):
+    """The gated delta rule; what each key head and its value heads take lies together in two projections."""
+
+    def projections(self, rngs: nnx.Rngs) -> None:
+        """Makes the linear layers that read the hidden states."""
+        config, width = self.config, self.config.hidden_size
+        shared = config.value_heads // config.key_heads
+        values = shared * config.value_size
+        sections = {"query": config.key_size, "key": config.key_size, "value": values, "gate": values}
+        self.in_proj_qkvz = fused(config, width, sections, rngs, repeats=config.key_heads)
+        self.in_proj_ba = fused(config, width, {"rate": shared, "decay": shared}, rngs, repeats=config.key_heads)
+
+    def project(self, x: Float[Array, "b t d"]) -> tuple[Array, Array, Array, Array]:
+        """Returns queries, keys and values side by side, the gate, and what rates and decays are made of."""
+        config = self.config
+        whole = self.in_proj_qkvz(x).reshape(*x.shape[:2], config.key_heads, -1)
+        values = config.value_heads // config.key_heads * config.value_size
+        sizes = config.key_size, 2 * config.key_size, 2 * config.key_size + values
+        parts = [part.reshape(*x.shape[:2], -1) for part in jnp.split(whole, sizes, axis=-1)]
+        rate, decay = jnp.split(self.in_proj_ba(x).reshape(*x.shape[:2], config.key_heads, -1), 2, axis=-1)
+        flat = (*x.shape[:2], -1)
+        return jnp.concatenate(parts[:3], axis=-1), parts[3], rate.reshape(flat), decay.reshape(flat)
+
+
+class DecoderLayer(qwen3_5_text.DecoderLayer):
+    """LLaMA's layer, with the delta rule or attention, and experts."""
+
+    def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
+        super().__init__(config, kind, rngs)
+        if self.recurrent:
+            self.linear_attn = DeltaNet(config, rngs)
+        if kind.experts:
+            self.mlp = SharedMLP(config, rngs)

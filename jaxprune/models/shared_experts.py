@@ -1,0 +1,49 @@
+"""Experts of which each token takes a few, beside one that all tokens take."""
+
+from collections.abc import Mapping
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxprune.models import decoder
+from jaxprune.models.configuration import Config, Kind
+from jaxprune.models.decoder import GatedMLP, Taps, linear
+from jaxprune.models.experts import SparseMLP, routing_of
+from jaxprune.models.parts import ROUTER_TAP
+
+
+class SharedMLP(SparseMLP):
+    """Experts beside one that all tokens take, each its own share of it; returns the output and its taps."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        super().__init__(config, rngs)
+        self.shared_expert = GatedMLP(config, rngs, routing_of(config).shared)
+        self.shared_expert_gate = linear(config, config.hidden_size, 1, rngs)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
+        y, taps = super().__call__(x)
+        shared, own = self.shared_expert(x)
+        return y + jax.nn.sigmoid(self.shared_expert_gate(x)) * shared, taps | own
+
+
+def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
+    """Returns the linear layers of `Attention`, and of `GatedMLP` or `SharedMLP`: tap -> those that read it."""
+    usual = decoder.inputs(config, kind)
+    if not kind.experts:
+        return usual
+    return {
+        **usual,
+        ROUTER_TAP: ("mlp.gate", "mlp.shared_expert_gate"),
+        "mlp_input": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+        "mlp_hidden": ("mlp.shared_expert.down_proj",),
+    }
+
+
+class DecoderLayer(decoder.DecoderLayer):
+    """LLaMA's layer, with experts beside one that all tokens take."""
+
+    def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
+        super().__init__(config, kind, rngs)
+        if kind.experts:
+            self.mlp = SharedMLP(config, rngs)
