@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from convert.names import naming_of
 from jaxprune import load, prune
 from jaxprune.commands.verify import main as verify
 from jaxprune.methods.magnitude import Magnitude
@@ -14,6 +15,17 @@ from tests.helpers import families
 from tests.helpers.optional import needs_torch
 
 pytestmark = needs_torch
+
+
+def test_they_do_not_make_names_older() -> None:
+    """Of a text model inside another, names before transformers 5 are told by what is beside it."""
+    config = {"model_type": "qwen3_5_text", "inside": "qwen3_5"}
+    for vision, prefix in (("model.visual.x", "model.language_model."), ("visual.x", "language_model.model.")):
+        naming = naming_of(config, [vision, "mtp.fc.weight", f"{prefix}norm.weight"])
+        assert naming.prefix == prefix and naming.bare("mtp.fc.weight") == "beside.mtp.fc.weight"
+        assert naming.hf_name(naming.bare("mtp.fc.weight")) == "mtp.fc.weight"
+
+
 NAMES = {"qwen3_next": "mtp.layers.0.mlp.experts.0.up_proj.weight", "glm4_moe": "model.layers.3.eh_proj.weight"}
 
 
