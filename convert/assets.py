@@ -215,6 +215,7 @@ def copy_assets(source: Path, target: Path, changes: Mapping[str, Any] = Mapping
 
 
 def has_tokenizer(assets: Path) -> bool:
+    """Returns whether a folder has what a tokenizer cannot do without."""
     return any((assets / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
 
 

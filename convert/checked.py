@@ -11,6 +11,7 @@ from jaxtyping import Shaped
 
 from convert.checkpoint import Params, Reader, Spec, parts
 from convert.errors import DamagedError, UserError
+from convert.names import BESIDE
 
 BLOCK = 2**17
 """Elements that are looked at together: they stay in a processor's cache."""
@@ -70,7 +71,11 @@ class CheckedReader:
         with self._lock:
             for path, array in params.items():
                 if path not in self._finite:
-                    require_finite(path, array)
+                    try:
+                        require_finite(path.removeprefix(f"{BESIDE}."), array)
+                    except DamagedError as error:
+                        error.file = error.file or (self.files[0].parent if self.files else None)
+                        raise
                     self._finite.add(path)
                 if self._remembers and path not in self._met:
                     self._compare(path, digest(array))

@@ -11,7 +11,7 @@ from typing import Any
 
 from convert.checkpoint import Spec, parts
 from convert.errors import CheckpointError, DamagedError, joined
-from convert.names import HEADS, PREFIXES, TIED
+from convert.names import EXPERT_COUNTS, HEADS, PREFIXES, TIED
 
 
 def check(spec: Spec, config: dict[str, Any]) -> None:
@@ -28,7 +28,7 @@ def check(spec: Spec, config: dict[str, Any]) -> None:
     """
     grouped = parts(spec)
     layers = {part: _shapes(spec, part, paths) for part, paths in grouped.items() if part.startswith("layers.")}
-    if config.get("num_experts") or config.get("num_local_experts"):  # which layers have them, the family knows
+    if any(config.get(name) for name in EXPERT_COUNTS):  # which layers have them, the family knows
         layers = {
             part: {leaf: shape for leaf, shape in shapes.items() if not leaf.startswith("mlp.")}
             for part, shapes in layers.items()

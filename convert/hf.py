@@ -82,7 +82,8 @@ class Reader:
             return
         elif isinstance(quantized, stored.Fp8) and tensor.dtype == "F8_E4M3":
             _, scales = self._files.get(name + stored.SCALES, (None, None))
-            yield flax_path(bare, 2), stored.fp8(name, tensor, scales, quantized.weight_block_size)
+            path, blocks = flax_path(bare, 2), quantized.weight_block_size
+            yield path, stored.fp8(name, tensor, scales, blocks, transposed=path.endswith(".kernel"))
         else:
             path = flax_path(bare, len(tensor.shape))
             yield path, stored.plain(name, tensor, transposed=path.endswith(".kernel"))

@@ -15,8 +15,8 @@ EMBEDDINGS = ("embed_tokens", "embed_in", "embed_positions")
 HEADS = ("lm_head", "embed_out")
 TIED = ("cohere2", "gemma2", "gemma3_text", "opt", "smollm3")
 """Model types whose head is the embedding where the configuration does not say."""
-FURTHER = ("glm4_moe", "qwen3_next")
-"""Model types whose checkpoints may also have modules that predict tokens further on."""
+EXPERT_COUNTS = "num_experts", "num_local_experts", "n_routed_experts"
+"""Entries of a configuration that hold the number of experts."""
 STACKED = ("gpt_oss",)
 """Model types whose experts' kernels are one tensor."""
 BESIDE = "beside"
@@ -33,19 +33,18 @@ class Naming:
         head: what the head's names begin with.
         alone: whether there is nothing beside the text model; then some checkpoints lack the prefix in part or whole.
         stacked: whether the kernels of all experts of a layer are one tensor, [experts, n_in, n_out].
-        layers: how many layers the text model has; those after them, and modules called `mtp`, predict tokens further
-            on, which transformers passes over. They are beside the text model. None: there are none.
+        beside: what the names of modules for multi-token prediction begin with, which are beside the text model.
     """
 
     prefix: str = "model."
     head: str = ""
     alone: bool = True
     stacked: bool = False
-    layers: int | None = None
+    beside: tuple[str, ...] = ("mtp.",)
 
     def bare(self, name: str) -> str:
         """Returns a name without the prefix; that of a tensor of another model below `beside`."""
-        if self.layers is not None and self._is_further(name):
+        if name.startswith(self.beside):
             return f"{BESIDE}.{name}"
         if self.alone:
             for step in self.prefix.split(".")[:-1]:
@@ -55,12 +54,6 @@ class Naming:
         if head.startswith(HEADS):
             return head
         return name.removeprefix(self.prefix) if name.startswith(self.prefix) else f"{BESIDE}.{name}"
-
-    def _is_further(self, name: str) -> bool:
-        if name.startswith("mtp."):
-            return True
-        match = re.match(r"(?:model\.)?layers\.([0-9]{1,9})\.", name)
-        return match is not None and int(match[1]) >= (self.layers or 0)
 
     def hf_name(self, path: str) -> str:
         """Returns the checkpoint's name of a path, such as `model.norm.weight` of `norm.scale`."""
@@ -82,13 +75,15 @@ def naming_of(config: Mapping[str, Any], beside: Iterable[str]) -> Naming:
 
     Args:
         config: as `assets.read_config` gives it, with `inside` where the text model is among others.
-        beside: names of tensors, of which those of other models tell which of two ways it is.
+        beside: names of tensors. Those of other models tell which of two ways it is, and a layer behind the last one
+            that has an `eh_proj` is a module for multi-token prediction.
     """
     if not config.get(INSIDE):
         kind = config["model_type"]
-        layers = config.get("num_hidden_layers") if kind in FURTHER else None
-        return Naming(PREFIXES.get(kind, "model."), stacked=kind in STACKED, layers=layers)
-    names = [name for name in beside if not name.startswith("mtp.")]
+        found = (re.match(r"((?:model\.)?layers\.([0-9]{1,9})\.)eh_proj\.", name) for name in beside)
+        further = {match[1] for match in found if match and int(match[2]) >= config["num_hidden_layers"]}
+        return Naming(PREFIXES.get(kind, "model."), stacked=kind in STACKED, beside=(*Naming.beside, *sorted(further)))
+    names = [name for name in beside if not name.startswith(Naming.beside)]
     newer = all(name.startswith(("model.", "lm_head.")) for name in names)
     return Naming("model.language_model.", "", False) if newer else OLDER
 
@@ -107,6 +102,12 @@ def naming_in(config: Mapping[str, Any], paths: Iterable[str]) -> Naming:
     """Returns how the tensors of these paths are called; see `naming_of`."""
     beside = [path.removeprefix(f"{BESIDE}.") for path in paths if path.startswith(f"{BESIDE}.")]
     return naming_of(config, beside)
+
+
+def split_expert(path: str) -> tuple[str, int, str] | None:
+    """Returns what stands before and behind an expert's number, and the number between; None: it is no expert's."""
+    match = re.fullmatch(r"(.*\.experts)\.([0-9]+)\.(.+)", path)
+    return (match[1], int(match[2]), match[3]) if match else None
 
 
 def expert_path(path: str, expert: int | None) -> str:

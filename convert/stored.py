@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from convert.checkpoint import Params
 from convert.errors import CheckpointError, DamagedError
 from convert.files import require_regular
-from convert.names import Naming, expert_path
+from convert.names import Naming, expert_path, split_expert
 from convert.safetensors_header import Stored
 from convert.schema import Schema, check
 from convert.shards import DTYPES
@@ -145,14 +145,15 @@ def dtype_of(name: str, stored: Stored) -> np.dtype:
     return NUMPY[stored.dtype]
 
 
-def fp8(name: str, weight: Stored, scales: Stored | None, blocks: Sequence[int]) -> Param:
-    """Returns the kernel of a tensor in fp8 and its block scales.
+def fp8(name: str, weight: Stored, scales: Stored | None, blocks: Sequence[int], *, transposed: bool) -> Param:
+    """Returns the param of a tensor in fp8 and its block scales.
 
     Args:
         name: the tensor's.
         weight: what its header says, [n_out, n_in].
         scales: what the header says of the scales, one a block.
         blocks: outputs and inputs of a block.
+        transposed: whether it is a kernel, [n_in, n_out].
 
     Raises:
         CheckpointError: the scales are missing, or are not as many as the blocks.
@@ -163,9 +164,11 @@ def fp8(name: str, weight: Stored, scales: Stored | None, blocks: Sequence[int])
         raise CheckpointError(f"{name} is fp8 {list(weight.shape)} and needs block scales {list(wanted)}, but {found}")
 
     def read(tensors: Tensors) -> Shaped[np.ndarray, "n m"]:
-        return from_fp8(tensors.get(name), tensors.get(name + SCALES), blocks).T
+        values = from_fp8(tensors.get(name), tensors.get(name + SCALES), blocks)
+        return values.T if transposed else values
 
-    return Param(jax.ShapeDtypeStruct(weight.shape[::-1], BFLOAT16), (name, name + SCALES), read)
+    shape = weight.shape[::-1] if transposed else weight.shape
+    return Param(jax.ShapeDtypeStruct(shape, BFLOAT16), (name, name + SCALES), read)
 
 
 def from_fp8(
@@ -232,30 +235,30 @@ def _mxfp4(name: str, scales: str, files: Mapping[str, tuple[Path, Stored]], exp
 
 
 STACKED = re.compile(r"(.*\.experts)\.([^.]+?)(_bias|_blocks|_scales)?")
-EXPERT = re.compile(r"(.*\.experts)\.([0-9]+)\.([^.]+)\.(kernel|bias)")
 
 
 def tensors_of(paths: Iterable[str], naming: Naming) -> dict[str, list[str]]:
     """Returns tensor name -> the paths of the params that it holds: one, or those of all experts in order."""
     found: dict[str, list[str]] = {}
     for path in paths:
-        match = EXPERT.fullmatch(path) if naming.stacked else None
-        if match is None:
+        parts = split_expert(path) if naming.stacked else None
+        if parts is None:
             found[naming.hf_name(path)] = [path]
         else:
-            experts, _, module, leaf = match.groups()
+            experts, _, behind = parts
+            module, _, leaf = behind.partition(".")
             found.setdefault(f"{naming.prefix}{experts}.{module}{'_bias' * (leaf == 'bias')}", []).append(path)
     return {name: sorted(paths, key=_expert_of) for name, paths in found.items()}
 
 
 def _expert_of(path: str) -> int:
-    match = EXPERT.fullmatch(path)
-    return int(match.group(2)) if match else 0
+    parts = split_expert(path)
+    return parts[1] if parts else 0
 
 
 def to_tensor(paths: Sequence[str], params: Mapping[str, Shaped[np.ndarray, "..."]], naming: Naming) -> np.ndarray:
     """Returns a tensor of the params that it holds, as `tensors_of` names them."""
-    if naming.stacked and EXPERT.fullmatch(paths[0]):
+    if naming.stacked and split_expert(paths[0]):
         return np.stack([params[path] for path in paths])
     (path,) = paths
     return params[path].T if path.endswith(".kernel") else params[path]

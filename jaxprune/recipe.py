@@ -275,11 +275,15 @@ class Recipe:
         method = self.method.method if isinstance(self.method, Finished) else self.method
         crossed = [method.selector, method.updater] if isinstance(method, Crossed) else [method]
         how = "-".join(map(methods.name_of, crossed))
+        dropped = f"-without-{percent(self.experts.drop_experts)}" * (self.experts.drop_experts > 0)
+        if dropped and any(rule == Rule("*") for rule in self.rules):  # nothing is pruned
+            return f"experts{dropped}"
+        how += dropped
         if self.pattern is None:
             return f"{how}-given-mask"
         if self.preset:
             uniform = self.pattern == Unstructured(self.pattern.sparsity) and not self.importance.spread
-            how = self.preset + "-uniform" * uniform
+            how = self.preset + "-uniform" * uniform + dropped
         if isinstance(self.pattern, NM):
             return f"{how}-{self.pattern.n}of{self.pattern.m}"
         return f"{how}-{percent(self.pattern.sparsity)}"

@@ -12,6 +12,8 @@ from jaxprune.commands.terminal import choose_devices, console, duration, print_
 from jaxprune.planning import fit, preflight
 from jaxprune.planning.machine import hardware
 from jaxprune.planning.preflight import GIB, Need, Work
+from jaxprune.pruning.experts import without_experts
+from jaxprune.pruning.whole_model import require_recipe
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import Devices
 
@@ -63,6 +65,7 @@ def work_of(config: Config, recipe: Recipe, devices: Devices) -> Work:
     assert config.out
     spec, architecture = preflight.shapes_of(config.ckpt, config.computation_dtype)
     architecture.require_length(config.seqlen)
+    require_recipe(without_experts(architecture, recipe.experts.drop_experts), recipe)
     evaluation = None
     if "ppl" in config.measures:
         length = config.eval_seqlen or config.seqlen

@@ -115,18 +115,32 @@ def layer_line(layer: LayerResult, count: int) -> str:
     every: dict[str, list[float]] = {}
     for path, kernel in layer.kernels.items():
         every.setdefault(every_expert(path), []).append(kernel.error)
+    labels = short_names(list(every))
     errors = "  ".join(
-        f"{path.rpartition('.')[2].removesuffix('_proj')} {100 * sum(found) / len(found):.3g}"
-        for path, found in every.items()
+        f"{label} {100 * sum(found) / len(found):.3g}" for label, found in zip(labels, every.values(), strict=True)
     )
     zeros, size = (sum(getattr(kernel, name) for kernel in layer.kernels.values()) for name in ("zeros", "size"))
     seconds = "  ".join(f"{phase} {value:.1f}" for phase, value in layer.seconds.items())
     few = {path: kernel for path, kernel in layer.kernels.items() if kernel.few_tokens}
     least = min((kernel.metrics["tokens"] for kernel in few.values()), default=0)
-    seconds += f"  {len(few)} linear layers of experts with fewer tokens than inputs, the least {least:g}" * bool(few)
+    seconds += f"  {len(few)} linear layers of experts were given fewer tokens than they have inputs" * bool(few)
+    seconds += f", at least {least:g}" * bool(few)
     others = [kernel.metrics.get("damping_times", 1) for path, kernel in layer.kernels.items() if path not in few]
     seconds += f"  damping raised {max(others):g} times" * (max(others, default=1) > 1)
     return f"layer {layer.index + 1}/{count}  error %: {errors}  sparsity {100 * zeros / size:.2f} %  s: {seconds}"
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Returns the last words of linear layers' paths, as many as tell them apart, such as `experts.up`."""
+    words = [path.removesuffix("_proj").replace(".*", "").split(".") for path in paths]
+    return [
+        next(
+            ".".join(own[-count:])
+            for count in range(1, len(own) + 1)
+            if count == len(own) or sum(other[-count:] == own[-count:] for other in words) == 1
+        )
+        for own in words
+    ]
 
 
 def timing_table(timing: schema.Timing) -> tuple[list[str], list[list[str]]]:

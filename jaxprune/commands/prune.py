@@ -62,7 +62,8 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
     devices = choose_devices(config.device, config.devices, config.join)
     console.print(f"opening {config.ckpt}")
     model = load(config.ckpt, dtype=config.computation_dtype, devices=devices, scratch=scratch)
-    what = ", ".join(filter(None, [f"{config.calib} to calibrate", config.eval_text, config.tasks]))
+    asked = {"calibration": config.calib, "evaluation": config.eval_text, "tasks": config.tasks}
+    what = ", ".join(f"{name} {text}" for name, text in asked.items() if text)
     console.print(f"preparing text: {what}")
     windows = windows_of(config, model)
     measures = config.plan()

@@ -34,6 +34,10 @@ class Options:
     """List every linear layer."""
 
 
+MOST_PROBLEMS = 50
+"""So many are printed."""
+
+
 def _rows(kernels: Mapping[Which, StoredKernel], every: bool) -> Iterator[tuple[str, str, str, str]]:
     """Yields a row of each linear, or of all layers' linear layers of one name."""
     grouped: dict[str, list[StoredKernel]] = {}
@@ -72,8 +76,10 @@ def _main(argv: Sequence[str]) -> int:
     claimed = pattern or recorded
     verdict = verify(name, against=wanted.against, pattern=pattern)
     print_table(_rows(verdict.kernels, wanted.all), ("linear layer", "tensors", "zeros", "pattern"))
-    for problem in verdict.problems:
+    for problem in verdict.problems[:MOST_PROBLEMS]:
         console.print(f"problem: {problem}")
+    if (more := len(verdict.problems) - MOST_PROBLEMS) > 0:
+        console.print(f"and {more} problems more")
     total = [sum(getattr(kernel, of) for kernel in verdict.kernels.values()) for of in ("zeros", "size")]
     facts = f"{len(verdict.kernels)} linear layers, {100 * total[0] / total[1]:.4f} % zeros"
     words = str(claimed) if claimed else run.pattern_text if run else ""
@@ -84,7 +90,10 @@ def _main(argv: Sequence[str]) -> int:
     if verdict.problems:
         console.print(f"not verified, {len(verdict.problems)} problems: {name}: {facts}")
         return 1
-    console.print(f"verified: {name}: {facts}; every value is finite, configuration and tokenizer load")
+    loads = (
+        "configuration and tokenizer load" if verdict.tokenizer else "the configuration loads, there is no tokenizer"
+    )
+    console.print(f"verified: {name}: {facts}; every value is finite, {loads}")
     return 0
 
 

@@ -16,6 +16,9 @@ from jaxprune.evaluation.text import TextQuality, text_quality
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
 
+_OF_EVALUATION = {"seqlen": "eval_seqlen", "nsamples": "eval_windows"}
+"""What options of calibration are called where a text is evaluated."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Measures:
@@ -186,16 +189,20 @@ class Evaluator:
             quality.seconds[f"zero-shot, {self._measures.backend}"] = time.perf_counter() - start
 
     def _windows_of(self, model: StreamedModel) -> dict[str, np.ndarray]:
-        return {
-            source: calibration.evaluation_windows(
-                source,
-                None if source.endswith(".npy") else model.tokenizer,
-                self._measures.seqlen,
-                self._measures.windows,
-                vocab_size=model.architecture.config.vocab_size,
-            )
-            for source in self._measures.texts
-        }
+        try:
+            return {
+                source: calibration.evaluation_windows(
+                    source,
+                    None if source.endswith(".npy") else model.tokenizer,
+                    self._measures.seqlen,
+                    self._measures.windows,
+                    vocab_size=model.architecture.config.vocab_size,
+                )
+                for source in self._measures.texts
+            }
+        except InputError as error:
+            error.options = {_OF_EVALUATION.get(name, name): value for name, value in error.options.items()}
+            raise
 
 
 def _backend(measures: Measures, observer: Observer) -> Callable[[StreamedModel], Any]:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from convert import Reader
+from convert.assets import has_tokenizer
 from jaxprune.sparsity.patterns import NM, Pattern, Sections, Unstructured, by_section
 from jaxprune.streaming.model import StreamedModel
 
@@ -43,11 +44,13 @@ class Verdict(NamedTuple):
         kernels: (layer index, path of the linear layer) -> what it is.
         problems: one line each; none if the checkpoint is what it should be.
         compared: number of other tensors that were compared with the dense checkpoint's.
+        tokenizer: whether there is a tokenizer, which loads.
     """
 
     kernels: dict[Which, StoredKernel]
     problems: list[str]
     compared: int = 0
+    tokenizer: bool = True
 
 
 def verify(
@@ -76,8 +79,10 @@ def verify(
     Raises:
         InputError, CheckpointError: the checkpoint cannot be read, or is no model.
     """
-    _ = model.tokenizer  # which has to load
     reader, dense = model.reader, against.reader if against else None
+    tokenizer = any(map(has_tokenizer, [reader.assets, *([dense.assets] if dense else [])]))
+    if tokenizer:
+        _ = model.tokenizer  # which has to load
     names = {name_of(which): which for which in model.architecture.kernel_shapes()}
     every = model.architecture.kernel_shapes(routers=True)
     names |= {name_of(which): which for which in counts or {} if which in every}  # routers that were pruned, too
@@ -102,7 +107,7 @@ def verify(
         problems.append(f"the kernels have {found} zeros in total, {total - found} fewer than were wanted")
     if pattern is None:
         problems += _outliers({which: kernel for which, kernel in kernels.items() if which not in own})
-    return Verdict(kernels, problems, len(reader.spec) - len(kernels) if dense else 0)
+    return Verdict(kernels, problems, len(reader.spec) - len(kernels) if dense else 0, tokenizer)
 
 
 def zeros(model: StreamedModel) -> dict[Which, tuple[int, int]]:

@@ -140,7 +140,7 @@ def architecture_of(
         raise
     architecture = build(model_type, config)
     if spec is not None:
-        _check(spec, architecture.spec)
+        _check(spec, architecture.spec, assets)
     return architecture
 
 
@@ -149,7 +149,7 @@ def stored_dtype(spec: Spec) -> Any:
     return next(t.dtype for path, t in spec.items() if path.endswith(".kernel"))
 
 
-def _check(found: Spec, wanted: Spec) -> None:
+def _check(found: Spec, wanted: Spec, folder: Path) -> None:
     problems = [f"missing: {p} {list(t.shape)}" for p, t in wanted.items() if p not in found]
     text = {path: tensor for path, tensor in found.items() if not path.startswith(f"{BESIDE}.")}
     problems += [f"surplus: {p} {list(t.shape)}" for p, t in text.items() if p not in wanted]
@@ -160,5 +160,6 @@ def _check(found: Spec, wanted: Spec) -> None:
     ]
     if problems:
         raise InputError(
-            f"the checkpoint does not fit its config.json (kernels shown as [in, out]): {joined(problems, most=20)}"
+            f"the checkpoint does not fit its config.json (kernels shown as [in, out]): {joined(problems, most=20)}",
+            file=folder,
         )

@@ -20,7 +20,7 @@ from jaxprune.models.decoder import Attention, Embed, GatedMLP, LayerNorm, Taps
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
 
-class Entries(configuration.Entries):
+class Entries(configuration.LayerEntries):
     """The entries of config.json that the family reads."""
 
     logit_scale: Positive

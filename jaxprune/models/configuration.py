@@ -50,6 +50,12 @@ class Entries(Schema):
     tie_word_embeddings: bool
     rope_parameters: dict[str, Any] = {}
     sliding_window: Positions | None = None
+
+
+class LayerEntries(Entries):
+    """The same, and the types of layers, of families that heed them: others pass over that entry, as transformers
+    does."""
+
     layer_types: list[str] | None = None
 
 
@@ -194,7 +200,8 @@ class Config:
         Raises:
             InputError: something in it is not implemented.
         """
-        activation, norm_eps = hf.hidden_activation or hf.hidden_act, hf.rms_norm_eps or hf.layer_norm_eps
+        activation = hf.hidden_activation or hf.hidden_act
+        norm_eps = options.get("norm_eps") or hf.rms_norm_eps or hf.layer_norm_eps
         if "activation" not in options:
             require_activation(activation)
         if norm_eps is None:
@@ -273,14 +280,20 @@ def layer_kinds(hf: Entries, rope: Callable[[str], Rope | None]) -> tuple[Kind, 
     Raises:
         InputError: a type of layer that is not implemented, or types of another number of layers.
     """
-    types = hf.layer_types or [FULL] * hf.num_hidden_layers
+    types = types_of(hf)
     if len(types) != hf.num_hidden_layers:
         raise InputError(f"layer_types has {len(types)} entries for {hf.num_hidden_layers} layers")
     if unknown := sorted({*types} - {FULL, SLIDING}):
         raise InputError(f"layer type {unknown[0]!r} is not implemented; {FULL} and {SLIDING} are")
-    if SLIDING in types and hf.sliding_window is None:
+    if SLIDING in types and not hf.sliding_window:
         raise InputError(f"layers of type {SLIDING} need sliding_window in the model's configuration")
     return tuple(Kind(rope(one), hf.sliding_window if one == SLIDING else None) for one in types)
+
+
+def types_of(hf: Entries) -> list[str]:
+    """Returns the types of all layers, as a configuration names them."""
+    named = hf.layer_types if isinstance(hf, LayerEntries) else None
+    return named or [FULL] * hf.num_hidden_layers
 
 
 def rope_by_type(hf: Entries) -> Callable[[str], Rope | None]:
@@ -290,7 +303,7 @@ def rope_by_type(hf: Entries) -> Callable[[str], Rope | None]:
         InputError: a rotation that is not implemented, or a type without one.
     """
     ropes = {}
-    for kind in sorted({*(hf.layer_types or [FULL])}):
+    for kind in sorted({*types_of(hf)}):
         parameters = hf.rope_parameters.get(kind)
         if not isinstance(parameters, dict):
             raise InputError(f"rope_parameters has no entry for layers of type {kind!r}")

@@ -23,6 +23,6 @@ class Config(configuration.Config):
     @classmethod
     def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
         """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
-        read = configuration.entries(configuration.Entries, hf)
+        read = configuration.entries(configuration.LayerEntries, hf)
         every, whole = configuration.rope_of(read), read.sliding_window is None
         return cls.of(read, dtype, rope=lambda kind: every if whole or kind == SLIDING else None, qk_norm="head")

@@ -21,7 +21,7 @@ from jaxprune.models.decoder import Embed, GatedMLP, Head, RMSNorm, Taps, in_tur
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
 
-class Entries(configuration.Entries):
+class Entries(configuration.LayerEntries):
     """The entries of config.json that the family reads."""
 
     query_pre_attn_scalar: Positive

@@ -8,6 +8,7 @@ References:
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
@@ -45,8 +46,9 @@ class Config(configuration.Config):
     def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
         """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
         read = configuration.entries(Entries, hf)
-        if read.n_group != 1 or read.topk_group != 1:
-            raise InputError(f"n_group {read.n_group} is not implemented; experts in one group are")
+        for name, value in (("n_group", read.n_group), ("topk_group", read.topk_group)):
+            if value != 1:
+                raise InputError(f"{name} {value} is not implemented; experts in one group are")
         rope = configuration.rope_of(read, partial=True)
         qk_norm = "head" if read.use_qk_norm else None
         routing = Routing(
@@ -63,7 +65,7 @@ class Config(configuration.Config):
 
 
 def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
-    """Returns the linear layers to prune: tap -> those that read it."""
+    """Returns the linear layers of `Attention`, and of `GatedMLP` or `MLP`: tap -> those that read it."""
     usual = decoder.inputs(config, kind)
     if not kind.experts:
         return usual
@@ -79,7 +81,8 @@ class Router(nnx.Linear):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         experts = routing_of(config).experts
-        super().__init__(config.hidden_size, experts, use_bias=False, dtype=jnp.float32, rngs=rngs)
+        exact = {"dtype": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
+        super().__init__(config.hidden_size, experts, use_bias=False, rngs=rngs, **exact)
         self.e_score_correction_bias = nnx.Param(jnp.zeros((experts,), jnp.float32))
 
 

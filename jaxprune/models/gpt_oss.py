@@ -24,7 +24,7 @@ from jaxprune.models.experts import ROUTER_TAP, ExpertLinear, Rows, mixture, rou
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
 
-class Entries(configuration.Entries):
+class Entries(configuration.LayerEntries):
     """The entries of config.json that the family reads."""
 
     num_local_experts: Count

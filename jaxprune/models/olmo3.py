@@ -22,5 +22,5 @@ class Config(configuration.Config):
     @classmethod
     def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
         """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
-        read = configuration.entries(configuration.Entries, hf)
+        read = configuration.entries(configuration.LayerEntries, hf)
         return cls.of(read, dtype, rope=configuration.rope_by_type(read), qk_norm="all")

@@ -6,7 +6,6 @@ In a checkpoint, and for everything that names linear layers, each expert has it
 """
 
 import functools
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from flax import nnx, traverse_util
 from jaxtyping import Shaped
 
 from convert import Params, Spec
-from convert.names import expert_path
+from convert.names import expert_path, split_expert
 from jaxprune.sparsity.patterns import Sections
 
 ROUTER_TAP = "router_input"
@@ -183,7 +182,8 @@ class Layer(Part):
 
 def every_expert(path: str) -> str:
     """Returns a name for the linear layers of all experts that are called as this one: `mlp.experts.*.up_proj`."""
-    return re.sub(r"\.experts\.[0-9]+\.", ".experts.*.", path)
+    parts = split_expert(path)
+    return path if parts is None else f"{parts[0]}.*.{parts[2]}"
 
 
 def _one_of(stack: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

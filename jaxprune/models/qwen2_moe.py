@@ -18,8 +18,8 @@ from jaxprune.models.shared_experts import DecoderLayer, inputs
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
 
-class Entries(qwen3_moe.Entries):
-    """The entries of config.json that the family reads; transformers makes no window a window of 0."""
+class Entries(qwen3_moe.Entries, configuration.LayerEntries):
+    """The entries of config.json that the family reads. Where no window is used, transformers gives one of 0 tokens."""
 
     qkv_bias: bool
     shared_expert_intermediate_size: Size

@@ -27,7 +27,7 @@ RECURRENT = "linear_attention"
 """The type of layers with the delta rule."""
 
 
-class Entries(configuration.Entries):
+class Entries(configuration.LayerEntries):
     """The entries of config.json that the family reads."""
 
     linear_conv_kernel_dim: Count

@@ -16,7 +16,7 @@ from jaxprune.models.decoder import DecoderLayer, Embed, Head, inputs
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
 
-class Entries(configuration.Entries):
+class Entries(configuration.LayerEntries):
     """The entries of config.json that the family reads."""
 
     no_rope_layers: list[int]

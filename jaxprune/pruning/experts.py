@@ -55,7 +55,7 @@ def require_experts(architecture: Architecture, share: float) -> int:
         InputError: the model has no experts, or not as many would be left as a token takes.
     """
     routing = architecture.config.routing
-    if routing is None:
+    if routing is None or not any(layer.experts for layer in architecture.layers):
         raise InputError("the model has no experts to drop", options={"drop_experts": Change.OMIT})
     count = round(share * routing.experts)
     if routing.experts - count < routing.per_token:

@@ -225,8 +225,8 @@ def _require_same(folder: Path, identity: Mapping[str, Any], of_version_1: Calla
     ]
     if differences:
         raise AnotherRunError(
-            f"it was left by another run, whose options were others: {joined(differences)}; give them again, or remove "
-            "the folder",
+            f"it was left by another run, whose options were others: {joined(differences)}; it goes on where "
+            "they are given again; for a new one",
             file=folder,
             options=OTHER,
         )

@@ -18,7 +18,7 @@ TargetOf = Callable[[int, str], Target]
 def by_rules(architecture: Architecture, rules: Sequence[Rule]) -> Mapping[tuple[int, str], Pattern | None]:
     """Returns the linear layers that rules name, with their patterns; the last rule that names one counts.
 
-    Routers stay dense unless a rule gives their own name, such as `*.mlp.gate`.
+    Routers stay dense unless a rule gives their own name and a pattern, such as `*.mlp.gate`.
 
     Raises:
         InputError: a rule names no linear layer.
@@ -27,7 +27,7 @@ def by_rules(architecture: Architecture, rules: Sequence[Rule]) -> Mapping[tuple
     found: dict[tuple[int, str], Pattern | None] = {which: None for which in every if architecture.is_router(*which)}
     for rule in rules:
         named = [which for which in every if rule.matches(*which)]
-        if rule.names.endswith("*"):  # all that is below a name is no name of a router
+        if rule.pattern and rule.names.endswith("*"):  # all that is below a name is no name of a router
             named = [which for which in named if not architecture.is_router(*which)]
         if not named:
             names = [f"layers.{index}.{path}" for index, path in every]

@@ -107,9 +107,10 @@ def capture(
         params, part = model.put_layer(index, stored), model.architecture.layers[index]
         own = part.unstack(stored)
         if index in layers:
-            kernels = {path: np.asarray(own[f"{path}.kernel"]) for path in part.kernels}
-            grams = _every_gram(model, index, params, hidden)
-            yield Snapshot(index, dict(part.inputs), grams, kernels, part.sections)
+            inputs = {tap: paths for tap, paths in part.inputs.items() if not part.routers.issuperset(paths)}
+            kernels = {path: np.asarray(own[f"{path}.kernel"]) for paths in inputs.values() for path in paths}
+            grams = _every_gram(model, index, params, hidden, list(inputs))
+            yield Snapshot(index, inputs, grams, kernels, part.sections)
         if index < last:
             if prune_before:
                 solved = SolvedLayer(model, index, params, (hidden, None), solver, {})
@@ -118,11 +119,11 @@ def capture(
 
 
 def _every_gram(
-    model: StreamedModel, index: int, params: Mapping[str, jax.Array], hidden: HiddenStates
+    model: StreamedModel, index: int, params: Mapping[str, jax.Array], hidden: HiddenStates, taps: list[str]
 ) -> dict[str, Float[np.ndarray, "n n"]]:
     layer = model.architecture.layers[index]
     found: dict[str, Float[np.ndarray, "n n"]] = {}
-    for group in groups(layer, list(layer.inputs), most_bytes(), model.devices):
+    for group in groups(layer, taps, most_bytes(), model.devices):
         grams, _ = gram_matrices(model, index, params, hidden, taps=group)
         found |= {tap: fetch(grams.take(tap)) for tap in group}
     return found

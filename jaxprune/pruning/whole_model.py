@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from jaxtyping import Int
 
+from convert.names import expert_path
 from jaxprune.errors import Change, InputError
 from jaxprune.models import Architecture
 from jaxprune.pruning.allocation import allocate
@@ -60,7 +61,24 @@ def require_recipe(
         raise InputError("asymmetry is not implemented for models with experts", options={"asymmetry": Change.OMIT})
     if recipe.experts.route_all and not architecture.config.routing:
         raise InputError("the model has no experts to route tokens to", options={"route_all": Change.OMIT})
+    if recipe.experts.drop_experts and callable(target):
+        _require_masks_of_kept(architecture, target)
     return target, named
+
+
+def _require_masks_of_kept(architecture: Architecture, masks: TargetOf) -> None:
+    """Raises InputError for masks of more experts than stay: which of them would be whose is not known."""
+    for index, layer in enumerate(architecture.layers):
+        for path, count in layer.experts.items():
+            try:
+                masks(index, expert_path(path, count))
+            except InputError:
+                continue  # as it should be
+            raise InputError(
+                f"the masks are of more experts than the {count} of layer {index} that stay: drop experts first, and "
+                "give the result as checkpoint",
+                options={"drop_experts": Change.OMIT},
+            )
 
 
 def _pruned(

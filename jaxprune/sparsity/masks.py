@@ -21,7 +21,7 @@ import pydantic
 from jaxtyping import Array, Bool, UInt8
 from safetensors import SafetensorError, safe_open
 
-from convert import Reader, open_checkpoint, schema
+from convert import Reader, open_checkpoint, part_of, schema
 from convert.errors import DamagedError
 from convert.files import expand, require_regular
 from convert.names import TEXT, Naming
@@ -85,14 +85,15 @@ def from_checkpoint(reader: Reader, name: str = "the checkpoint") -> Masks:
         name: the checkpoint's name, for errors.
 
     Raises:
-        InputError: the first layer has next to no zeros, so the checkpoint is not pruned.
+        InputError: its layers have next to no zeros, so the checkpoint is not pruned.
     """
-    first = reader.read([path for path in reader.spec if path.startswith("layers.0.") and path.endswith(".kernel")])
-    share = sum(int((a == 0).sum()) for a in first.values()) / max(1, sum(a.size for a in first.values()))
+    every = list(dict.fromkeys(part for part in map(part_of, reader.spec) if part.startswith("layers.")))
+    some = dict.fromkeys([every[0], every[len(every) // 2], every[-1]])  # rules may have left others dense
     # A dense model has some by chance; one that was rounded to four bits, 0.04 %.
-    if share < 0.01:
+    if (share := max(_share_of_zeros(reader, part) for part in some)) < 0.01:
         raise InputError(
-            f"{name} has {100 * share:.2g} % zeros in its first layer: it is not pruned, so its zeros make no mask",
+            f"{name} has {100 * share:.2g} % zeros at most in its first, middle and last layer: it is not pruned, so "
+            "its zeros make no mask",
             options={"mask": f"{FROM_CHECKPOINT}DIR of a pruned one"},
         )
 
@@ -103,6 +104,12 @@ def from_checkpoint(reader: Reader, name: str = "the checkpoint") -> Masks:
         return StoredMask(reader.spec[path].shape, lambda: np.asarray(reader.read([path])[path] != 0))
 
     return mask
+
+
+def _share_of_zeros(reader: Reader, part: str) -> float:
+    kernels = reader.read([path for path in reader.spec if part_of(path) == part and path.endswith(".kernel")])
+    zeros, size = (sum(count(a) for a in kernels.values()) for count in (lambda a: int((a == 0).sum()), np.size))
+    return zeros / max(1, size)
 
 
 class _Metadata(schema.Schema):
@@ -139,7 +146,12 @@ def from_file(file: Path) -> Masks:
     def mask(index: int, linear: str) -> StoredMask:
         name = names.get(f"layers.{index}.{linear}.weight")
         if name is None:
-            raise InputError(f"it has no mask for layers.{index}.{linear}: it was made for another model", file=file)
+            one = f"layers.{index}.{linear}"
+            raise InputError(
+                f"it has no mask for {one}: it was made for another model, or by a run that left this layer dense",
+                file=file,
+                options={"skip": f"{one} and whatever else was"},
+            )
         out, n = shapes[name]
 
         def read() -> Bool[np.ndarray, "n m"]:

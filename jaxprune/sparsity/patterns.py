@@ -113,7 +113,7 @@ class Unstructured:
 class InSections:
     """An unstructured pattern for each of the linear layers that lie side by side in one.
 
-    Each section has its share of the kernel's zeros, to a weight: what it would have as a linear layer of its own.
+    Each section has its share of the kernel's zeros: to a weight, what it would have as a linear layer of its own.
     """
 
     pattern: Unstructured
@@ -128,11 +128,11 @@ class InSections:
         return None
 
     def selector(self, shape: tuple[int, ...], progress: Sequence[float] = (1.0,)) -> Selector:
-        sizes = np.array(self.widths) * (shape[0] * shape[1] // sum(self.widths))
         ends = [round(self.zeros(shape) * part / sum(self.widths)) for part in itertools.accumulate(self.widths)]
         final = np.diff(ends, prepend=0)  # sums to the kernel's, as the sections' own rounded numbers need not
-        steps = [np.minimum(np.round(self.sparsity * p * sizes), final) for p in progress[:-1]]
-        return Selector(jnp.asarray(np.array([*steps, final], np.int32)), KeepInSections(self.widths))
+        # In proportion to the final numbers, no step adds more than the inputs that it is about have weights.
+        steps = np.array([np.round(p * final) for p in progress], np.int32)
+        return Selector(jnp.asarray(steps), KeepInSections(self.widths))
 
     def zeros(self, shape: tuple[int, ...]) -> int:
         return self.pattern.zeros(shape)

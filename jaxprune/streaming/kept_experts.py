@@ -1,6 +1,5 @@
 """A checkpoint without some of its experts, as if it had never had them."""
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -8,10 +7,7 @@ import jax
 import numpy as np
 
 from convert import Params, Reader, Spec
-
-EXPERT = re.compile(r"(.*\.experts\.)([0-9]+)(\..*)")
-COUNTS = "num_experts", "num_local_experts", "n_routed_experts"
-"""Entries of a configuration that hold the number of experts."""
+from convert.names import split_expert
 
 
 class KeptExperts:
@@ -57,11 +53,11 @@ class KeptExperts:
 
     def _renamed(self, path: str) -> str | None:
         """Returns the path of a param among those that stay; None: it goes."""
-        kept, match = self._kept.get(_layer_of(path)), EXPERT.fullmatch(path)
-        if kept is None or match is None:
+        kept, parts = self._kept.get(_layer_of(path)), split_expert(path)
+        if kept is None or parts is None:
             return path
-        before, number, behind = match.groups()
-        return f"{before}{kept.index(int(number))}{behind}" if int(number) in kept else None
+        before, number, behind = parts
+        return f"{before}.{kept.index(number)}.{behind}" if number in kept else None
 
     def _experts_of(self, path: str) -> Sequence[int] | None:
         """Returns the experts of which a router's param has outputs; None: it is no router's."""

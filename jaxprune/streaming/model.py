@@ -15,12 +15,13 @@ from jaxtyping import Array, DTypeLike, Float, Int, Shaped
 
 from convert import Params, Reader, open_checkpoint
 from convert.assets import load_tokenizer, read_config
+from convert.names import EXPERT_COUNTS
 from jaxprune.calibration import require_ids
 from jaxprune.models import Architecture, Layout, Part, architecture_of
 from jaxprune.sharding import ONE_DEVICE, Devices, fetch
 from jaxprune.streaming.head import TokenScores, in_chunks, most_probable, score
 from jaxprune.streaming.hidden_states import HiddenStates, batch_size
-from jaxprune.streaming.kept_experts import COUNTS, KeptExperts
+from jaxprune.streaming.kept_experts import KeptExperts
 
 
 class StreamedModel:
@@ -75,7 +76,7 @@ class StreamedModel:
         """
         routers = {index: layer.scorers for index, layer in enumerate(self.architecture.layers)}
         count = max(map(len, kept.values()))
-        changes = {name: count for name in COUNTS if name in self.hf_config}
+        changes = {name: count for name in EXPERT_COUNTS if name in self.hf_config}
         reader = KeptExperts(self.reader, kept, routers)
         return StreamedModel(reader, self.dtype, self.devices, self.scratch, self.name, self.source, changes)
 

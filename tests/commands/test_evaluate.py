@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -183,6 +184,9 @@ def bad(name: str, checkpoint: Path, text: Path, folder: Path) -> list[object]:
     elif name == "too little text":
         (folder / "short.txt").write_text("The cat.")
         flags[4] = folder / "short.txt"
+    elif name == "short windows":
+        np.save(folder / "ids.npy", np.zeros((4, 20), np.int32))
+        flags[4] = folder / "ids.npy"
     elif name == "other tokenizer":
         other = tiny.save(folder / "other", tiny.config(vocab_size=303))
         tokenizer = tiny.tokenizer()
@@ -209,6 +213,7 @@ def bad(name: str, checkpoint: Path, text: Path, folder: Path) -> list[object]:
         ("unknown text", "no text 'nowhere.jsonl'"),
         ("window too long", "longer than the model's 1024 positions"),
         ("too little text", "tokens to evaluate on, less than one window"),
+        ("short windows", "fewer than 32: pass --eval-seqlen 20"),
         ("other tokenizer", "have different tokenizers"),
         ("same name", "cannot be told apart"),
         ("unknown task", "no task 'bolq': did you mean boolq"),

@@ -7,6 +7,11 @@ import pytest
 from jaxprune import __main__ as commands
 
 
+def test_what_a_run_would_refuse_a_plan_refuses(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.main(["plan", "--ckpt", str(checkpoint), "--seqlen", "32", "--route-all", "--eval", "none"]) == 2
+    assert "the model has no experts to route tokens to: leave --route-all out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("command", "device", "status", "said"),
     [

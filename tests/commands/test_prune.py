@@ -283,7 +283,7 @@ def bad_input(name: str, checkpoint: Path, text: Path, folder: Path) -> list[obj
         ("nan", "layers.2.self_attn.o_proj.kernel[3, 3]: it holds a number that is not finite, found nan"),
         ("truncated", "model.safetensors: it is truncated"),
         ("no tokenizer", "has no tokenizer"),
-        ("dense mask", "has 0 % zeros in its first layer: it is not pruned"),
+        ("dense mask", "has 0 % zeros at most in its first, middle and last layer: it is not pruned"),
         ("mask of another model", "the mask was made for another model"),
         ("no mask file", "nowhere.safetensors: it is missing"),
         ("no gpu", "JAX finds no tpu"),

@@ -10,6 +10,7 @@ import pytest
 
 from convert import open_checkpoint
 from jaxprune import load
+from jaxprune.commands.progress import short_names
 from jaxprune.commands.prune import main as prune
 from jaxprune.commands.verify import main as verify
 from jaxprune.errors import InputError
@@ -21,6 +22,9 @@ from jaxprune.pruning.experts import kept_experts
 from jaxprune.pruning.gram_matrices import groups
 from jaxprune.pruning.layer import least_damping
 from jaxprune.pruning.loop import prune_layers
+from jaxprune.pruning.rules import by_rules
+from jaxprune.pruning.snapshot import capture
+from jaxprune.recipe import Rule
 from jaxprune.sparsity.patterns import NM, Unstructured
 from jaxprune.streaming.model import StreamedModel
 from tests.helpers import families
@@ -136,6 +140,30 @@ def test_every_token_for_every_expert(folder: Path) -> None:
         assert one.index > 0 or all(same)  # before the first experts nothing differs
 
 
+def test_a_router_is_pruned_by_its_own_name_and_skipped_by_any(folder: Path) -> None:
+    architecture = load(folder).architecture
+    routers = [which for which in architecture.kernel_shapes(routers=True) if architecture.is_router(*which)]
+    for rules, pruned in (
+        ([Rule("*", Unstructured(0.5))], []),
+        ([Rule("layers.0.*", Unstructured(0.5))], []),
+        ([Rule("*.mlp.gate", Unstructured(0.5))], routers),
+        ([Rule("*.mlp.gate", Unstructured(0.5)), Rule("layers.0.*")], routers[1:]),
+        ([Rule("*.mlp.gate", Unstructured(0.5)), Rule("*")], []),
+    ):
+        named = by_rules(architecture, rules)
+        assert [which for which in routers if named[which]] == pruned
+
+
+def test_a_snapshot_has_no_routers(folder: Path) -> None:
+    (snapshot,) = capture(load(folder), WINDOWS, [2], ADMM(), Unstructured(0.5), prune_before=False)
+    assert len(snapshot.kernels) == 4 + 3 * 6 and "mlp.gate" not in snapshot.kernels
+
+
+def test_short_names_are_told_apart() -> None:
+    paths = ["mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj", "mlp.shared_experts.gate_proj", "o_proj"]
+    assert short_names(paths) == ["mlp.gate", "experts.gate", "up", "shared_experts.gate", "o"]
+
+
 def test_a_run_drops_experts_and_prunes_the_rest(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -155,6 +183,8 @@ def test_a_run_drops_experts_and_prunes_the_rest(here: Path, capsys: pytest.Capt
         expected = loaded.double()(torch.tensor(WINDOWS.astype(np.int64))).logits.numpy()
     np.testing.assert_allclose(load("out").logits(WINDOWS), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
     assert prune([*LINE, "--drop-experts", "0.34", "--mask", "from-file:masks.safetensors", "--out", "again"]) == 0
+    assert prune([*LINE, "--drop-experts", "0.5", "--mask", "from-file:masks.safetensors", "--out", "fewer"]) == 2
+    assert "the masks are of more experts than the 3 of layer 0 that stay" in capsys.readouterr().err
     for name in ("out", "again"):
         assert verify([name]) == 0
 

@@ -84,7 +84,7 @@ def test_weights_rewound_under_a_checkpoints_mask(checkpoint: Path, pruned: tupl
 
 
 def test_a_dense_checkpoint_gives_no_mask(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has 0 % zeros in its first layer: it is not pruned"):
+    with pytest.raises(InputError, match="has 0 % zeros at most in its first, middle and last layer: it is not pruned"):
         mask_module.load(f"from-checkpoint:{checkpoint}")
     rounded = tiny.save(tmp_path, tiny.config())
     stored_weights = load_file(rounded / "model.safetensors")
@@ -94,6 +94,9 @@ def test_a_dense_checkpoint_gives_no_mask(checkpoint: Path, tmp_path: Path) -> N
         mask_module.load(f"from-checkpoint:{rounded}")
     with pytest.raises(CheckpointError, match="no checkpoint"):
         mask_module.load("from-checkpoint:nowhere-at-all")
+    stored_weights["model.layers.2.mlp.up_proj.weight"][:] = 0  # by a run that left the first layers dense
+    save_file(stored_weights, rounded / "model.safetensors", metadata={"format": "pt"})
+    assert not mask_module.load(f"from-checkpoint:{rounded}")(2, "mlp.up_proj").read().any()
 
 
 def test_masks_of_another_model_are_refused(checkpoint: Path, pruned: tuple[Path, Path], tmp_path: Path) -> None:
