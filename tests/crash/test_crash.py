@@ -25,9 +25,9 @@ def middle(worlds: Worlds, name: str, phase: str, wanted: cases.Wanted = cases.c
     return found[len(found) // 2]
 
 
-KILLS = [("overwrite", phase) for phase in ("layer", "export")]
+KILLS = [("overwrite", "export")]
 KILLS += [("convert-over", "tidying")]
-MORE = [("overwrite", phase) for phase in ("reading", "states", "masks", "journal", "record")]
+MORE = [("overwrite", phase) for phase in ("reading", "states", "layer", "masks", "journal", "record")]
 MORE += [("best", "sensitivity"), ("best", "tuning"), ("best", "tuned layer")]
 
 
