@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxprune import load, methods
+from jaxprune import ADMM, load, methods
 from jaxprune.models import attention
 from jaxprune.models.attention import cudnn_takes
 from jaxprune.planning import programs
@@ -45,6 +45,28 @@ def test_every_program_lowers_for_accelerators_and_keeps_float32(platform: str, 
     products = re.findall(r"stablehlo.dot_general .*\(tensor<[^>]*xf32>, tensor<[^>]*xf32>\)", "\n".join(exact))
     assert len(products) > 20
     assert [product for product in products if "[HIGHEST, HIGHEST]" not in product] == []
+
+
+@pytest.mark.parametrize(
+    ("platform", "own", "others"),
+    [
+        ("cuda", "cusolver_potrf", ["stablehlo.cholesky"]),
+        ("tpu", "stablehlo.cholesky", ["cusolver"]),
+        ("cpu", "stablehlo.while", ["potrf", "cholesky"]),
+    ],
+)
+def test_what_is_lowered_is_what_would_run_there(platform: str, own: str, others: list[str]) -> None:
+    matrix = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
+    text = Program("solve", "prepare", ADMM().prepare, (matrix,), 1).lowered(platform)
+    assert own in text and not [other for other in others if other in text]
+    assert platform == "cpu" or text.count("stablehlo.while") <= 8
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_an_inverses_program_does_not_grow_with_the_matrix(platform: str) -> None:
+    shapes = [jax.ShapeDtypeStruct((n, n), jnp.float32) for n in (4096, 11008)]
+    small, large = (Program("solve", "prepare", ADMM().prepare, (shape,), 1).lowered(platform) for shape in shapes)
+    assert len(large.splitlines()) < 1.05 * len(small.splitlines())
 
 
 @pytest.mark.parametrize(
