@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxprune.errors import Change, InputError, UserError
 
@@ -28,10 +28,12 @@ class Devices:
     """The devices that a run uses.
 
     Attributes:
-        mesh: a mesh of one axis, over all of them; None: JAX's default device alone, where nothing is sharded.
+        mesh: a mesh of one axis, over all of them; None: one device alone, where nothing is sharded.
+        device: that one, where programs are compiled for it and it need not be there; None: JAX's default device.
     """
 
     mesh: Mesh | None = None
+    device: jax.Device | None = None
 
     @classmethod
     def first(cls, count: int | None = None) -> "Devices":
@@ -81,7 +83,7 @@ class Devices:
     def abstract(self, shape: jax.ShapeDtypeStruct, axis: int | None) -> jax.ShapeDtypeStruct:
         """Returns a shape with the sharding that an array of it gets; `axis` is sharded, None: it is replicated."""
         if self.mesh is None:
-            return shape
+            return _placed(shape, self.device)
         sharding = NamedSharding(self.mesh, self._spec(shape.shape, axis))
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
@@ -173,6 +175,14 @@ def on_first_process(action: Callable[[], Any]) -> Any:
     if fault:
         raise InputError(fault)
     return value
+
+
+def _placed(shape: jax.ShapeDtypeStruct, device: jax.Device | None) -> jax.ShapeDtypeStruct:
+    return (
+        shape
+        if device is None
+        else jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=SingleDeviceSharding(device))
+    )
 
 
 def _put_globally(array: Any, sharding: NamedSharding) -> jax.Array:

@@ -21,8 +21,9 @@ from convert.schema import as_text
 from convert.writing import failing
 from jaxprune.errors import InputError
 from jaxprune.evaluation.quality import Evaluator, Quality
-from jaxprune.planning import fit, preflight
+from jaxprune.planning import fit
 from jaxprune.planning.timing import jit_versus_eager
+from jaxprune.planning.work import Work
 from jaxprune.pruning import identity, publishing, resume
 from jaxprune.pruning.experts import kept_experts, without_experts
 from jaxprune.pruning.journal import Journal
@@ -200,12 +201,12 @@ def _work(
     recipe: Recipe,
     place: Destination,
     evaluator: Evaluator | None,
-) -> preflight.Work:
+) -> Work:
     texts = [tokens.shape for tokens in evaluator.windows.values()] if evaluator else []
     architecture = model.architecture
     if architecture.config.routing:
         architecture = architecture.routed(mesh=None)
-    return preflight.Work(
+    return Work(
         model.reader.spec,
         architecture,
         recipe,

@@ -46,6 +46,9 @@ class Config(EvalOptions):
     and the headers of the weights are enough, or config.json alone."""
     device_memory: float | None = None
     """GiB of a device, instead of what this machine's device has: to plan for another one."""
+    target: str | None = None
+    """Plan for hardware that need not be here, with its own compiler where that is installed: h100, a100, rtx4090, v5e,
+    v5p, v6e, or several of them. --devices says how many."""
     unchecked: bool = False
     """Begin even where the run would not fit by our count, and without comparing weights from the hub with their
     digests."""
@@ -113,7 +116,7 @@ GROUPS = {
     "Calibration": ("calib", "nsamples", "seqlen", "pack", "seed"),
     "Evaluation": ("eval", "eval_text", "eval_seqlen", "eval_windows", "tasks", "limit", "tasks_data", "backend"),
     "Machine": ("dtype", "device", "devices", "hidden", "scratch", "coordinator", "processes", "process_id"),
-    "Before the run": ("dry_run", "device_memory", "unchecked", "timing"),
+    "Before the run": ("dry_run", "device_memory", "target", "unchecked", "timing"),
 }
 """Heading of the help -> its flags."""
 EXAMPLES = f"""Examples:

@@ -5,13 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from convert.command import worded
+from convert.errors import InputError
 from convert.files import expand
 from jaxprune.commands.config import Config, read
 from jaxprune.commands.progress import longest
 from jaxprune.commands.terminal import choose_devices, console, duration, print_table, run_main
 from jaxprune.planning import fit, preflight
 from jaxprune.planning.machine import hardware
-from jaxprune.planning.preflight import GIB, Need, Work
+from jaxprune.planning.targets import Target, target_of
+from jaxprune.planning.work import GIB, Need, Work
 from jaxprune.pruning.experts import without_experts
 from jaxprune.pruning.whole_model import require_recipe
 from jaxprune.recipe import Recipe
@@ -37,6 +39,8 @@ def plan(config: Config, recipe: Recipe) -> int:
     Raises:
         InputError, CheckpointError: something cannot be used.
     """
+    if config.target:
+        return _plan_for_targets(config, recipe)
     work = work_of(config, recipe, choose_devices(config.device, config.devices, config.join))
     need = preflight.need(work)
     times = {} if work.device_bytes else preflight.seconds(need, work.devices)
@@ -56,14 +60,67 @@ def plan(config: Config, recipe: Recipe) -> int:
     return int(bool(problems))
 
 
-def work_of(config: Config, recipe: Recipe, devices: Devices) -> Work:
+def _plan_for_targets(config: Config, recipe: Recipe) -> int:
+    """Prints what a run would need and take on hardware that need not be here; returns the exit status."""
+    for name, given in (("device", config.device != "auto"), ("device-memory", config.device_memory is not None)):
+        if given:
+            raise InputError(f"--target says what the hardware is: leave --{name} out")
+    names = [name.strip() for name in (config.target or "").split(",")]
+    targets, count = {name: target_of(name) for name in names}, config.devices or 1
+    for target in targets.values():
+        if not target.has_compiler:
+            console.print(
+                f"the compiler of {target.words} is not installed (pip install 'jaxprune[{target.extra[0]}]'): memory "
+                "is counted as if every intermediate result stayed, and what programs move is not known"
+            )
+    summary: list[list[str]] = []
+    problems: list[str] = []
+    for name, target in targets.items():
+        work = work_of(config, recipe, target.devices(count) if target.has_compiler else Devices(), target)
+        need = preflight.need(work)
+        header, rows = target_table(need)
+        console.print(f"{count} × {target.words}")
+        print_table(rows, header)
+        short = list(fit.device_shortages(need, work))
+        problems += [f"{name}: {worded(one)}" for one in short]
+        needed = f"{_gib(max(need.device.values()))} of {_gib(target.memory)}"
+        summary.append([name, needed, "no" if short else "yes", duration(sum(need.seconds.values()))])
+    if len(summary) > 1:
+        print_table(summary, ["target", "device, GiB", "fits", "at least"])
+    for problem in problems:
+        console.print(f"does not fit: {problem}")
+    console.print("times are predictions at the data sheets' rates, without compilation or anything that the host does")
+    return int(bool(problems))
+
+
+def target_table(need: Need) -> tuple[list[str], list[list[str]]]:
+    """Returns header and rows: what each phase needs and takes on a target."""
+    rows = [
+        [
+            phase,
+            _gib(need.device[phase]),
+            _tera(sum(flops.values())),
+            f"{need.traffic[phase] / 1e12:.4g}" if phase in need.traffic else "",
+            f"{need.transfers[phase] / 1e9:.4g}",
+            duration(need.seconds[phase]),
+        ]
+        for phase, flops in need.flops.items()
+    ]
+    every = sum(sum(flops.values()) for flops in need.flops.values())
+    moved = [sum(one.values()) for one in (need.traffic, need.transfers)]
+    last = ["all", _gib(max(need.device.values())), _tera(every), f"{moved[0] / 1e12:.4g}" * bool(need.traffic)]
+    rows.append([*last, f"{moved[1] / 1e9:.4g}", duration(sum(need.seconds.values()))])
+    return ["", "device, GiB", "TFLOP", "moved on it, TB", "to and from it, GB", "at least"], rows
+
+
+def work_of(config: Config, recipe: Recipe, devices: Devices, target: Target | None = None) -> Work:
     """Returns what a run is asked to do, from headers or config.json alone.
 
     Raises:
         InputError, CheckpointError: there is not even that, or the windows are longer than the model takes.
     """
     assert config.out
-    spec, architecture = preflight.shapes_of(config.ckpt, config.computation_dtype)
+    spec, architecture = preflight.shapes_of(config.ckpt, config.computation_dtype, elsewhere=target is not None)
     architecture.require_length(config.seqlen)
     require_recipe(without_experts(architecture, recipe.experts.drop_experts), recipe)
     evaluation = None
@@ -80,7 +137,8 @@ def work_of(config: Config, recipe: Recipe, devices: Devices) -> Work:
         Path(expand(config.out)).absolute(),
         config.scratch_folder(config.out),
         devices,
-        config.device_memory * GIB if config.device_memory else None,
+        target.memory if target else config.device_memory * GIB if config.device_memory else None,
+        target,
     )
 
 

@@ -12,7 +12,8 @@ from jaxprune.api.prune import PruningResult
 from jaxprune.commands.terminal import console, duration, keep_memory, print_table, progress_bar
 from jaxprune.evaluation.quality import table
 from jaxprune.models.parts import every_expert
-from jaxprune.planning.preflight import Need, seconds
+from jaxprune.planning.preflight import seconds
+from jaxprune.planning.work import Need
 from jaxprune.pruning.results import LayerResult
 from jaxprune.reporting import schema
 from jaxprune.reporting.card import summary

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from convert.errors import InputError
 from jaxprune.commands.config import Config, parse
 from jaxprune.commands.terminal import choose_devices, console, keep_memory, run_main
 from jaxprune.recipe import Recipe
@@ -24,6 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     config, recipe = parse(argv)
+    for name in ("device_memory", "target"):
+        if getattr(config, name) is not None and not config.dry_run:
+            raise InputError(
+                f"--{name.replace('_', '-')} is for jaxprune plan and --dry-run: a run takes what is there"
+            )
     if config.dry_run:
         from jaxprune.commands.plan import plan
 

@@ -8,7 +8,8 @@ from typing import Any
 from convert.files import existing_parent
 from jaxprune.errors import Change, InputError
 from jaxprune.planning.machine import device_memory, host_memory
-from jaxprune.planning.preflight import GIB, Need, Work, need
+from jaxprune.planning.preflight import need
+from jaxprune.planning.work import GIB, Need, Work
 from jaxprune.pruning.journal_folder import journal_folder
 
 HEADROOM = 0.92
@@ -36,6 +37,12 @@ def require_fit(work: Work) -> Need:
 
 def shortages(need: Need, work: Work) -> Iterator[Shortage]:
     """Yields what does not fit, and what to change."""
+    yield from device_shortages(need, work)
+    yield from _host_and_disk(need, work)
+
+
+def device_shortages(need: Need, work: Work) -> Iterator[Shortage]:
+    """Yields what does not fit on a device."""
     device = work.device_bytes or (None if work.on_cpu else device_memory())
     for phase, size in need.device.items():
         if device is not None and size > HEADROOM * device:
@@ -48,10 +55,14 @@ def shortages(need: Need, work: Work) -> Iterator[Shortage]:
                 f"{phase} needs {size / GIB:.1f} GiB on a device, of which {HEADROOM * device / GIB:.1f} can be had",
                 options=remedies,
             )
+
+
+def _host_and_disk(need: Need, work: Work) -> Iterator[Shortage]:
+    """Yields what does not fit in host memory, or on a disk."""
     host, phase = max((size + work.on_cpu * need.device[phase], phase) for phase, size in need.host.items())
     free = host_memory()
     if free is not None and host > free:
-        remedies = {"nsamples": Change.LOWER, "seqlen": Change.LOWER}
+        remedies: dict[str, Any] = {"nsamples": Change.LOWER, "seqlen": Change.LOWER}
         remedies |= {"hidden": "disk"} if work.scratch is None else {}
         remedies |= {"tune_epochs": 0} if phase == "tune" else {}
         yield Shortage(

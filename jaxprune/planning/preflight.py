@@ -7,7 +7,6 @@ analysis of the programs that the run will call, or, where even all their interm
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,9 +16,11 @@ from convert import Spec, formats, part_of
 from convert.assets import read_config
 from convert.hub import resolve
 from jaxprune.models import Architecture, architecture_of, stored_dtype
-from jaxprune.planning import machine, programs
+from jaxprune.planning import hlo, machine, programs
 from jaxprune.planning.machine import peak_bytes
 from jaxprune.planning.program import Flops, Program, Shapes
+from jaxprune.planning.transfers import transfers
+from jaxprune.planning.work import GIB, Need, Work
 from jaxprune.pruning.experts import without_experts
 from jaxprune.pruning.sensitivity import HOST_BYTES
 from jaxprune.recipe import Recipe
@@ -27,83 +28,19 @@ from jaxprune.sharding import ONE_DEVICE, Devices
 from jaxprune.sparsity.patterns import Unstructured
 from jaxprune.streaming.hidden_states import TOKENS_PER_BATCH, tokens_per_batch
 
-GIB = 2**30
 SHARE_OF_RATE = {"sensitivity": 0.6, "tune": 0.7, "evaluate": 0.5}
 """Share of the matrix rate that a phase reaches; 0.75 where not named. From docs/performance.md."""
 LIBRARIES = 1.25 * GIB
 """Host memory of Python, JAX, transformers, datasets, Orbax and compiled programs, once a text is prepared."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What a run is asked to do.
-
-    Attributes:
-        spec: the shapes and dtypes of the dense checkpoint.
-        architecture: the architecture of the model.
-        recipe: what is done to it.
-        windows: the number of calibration windows.
-        length: tokens of a calibration window.
-        evaluation: windows and tokens of a window of the text that is evaluated; None: there is none.
-        out: the folder that the run makes.
-        scratch: the folder of hidden states; None: they are in host memory.
-        devices: the devices that it runs on.
-        device_bytes: the bytes of a device, instead of what this machine's device has: to plan for another one.
-    """
-
-    spec: Spec
-    architecture: Architecture
-    recipe: Recipe
-    windows: int
-    length: int
-    evaluation: tuple[int, int] | None
-    out: Path
-    scratch: Path | None = None
-    devices: Devices = ONE_DEVICE
-    device_bytes: float | None = None
-
-    @property
-    def on_cpu(self) -> bool:
-        """Whether the device's memory is the host's."""
-        return jax.default_backend() == "cpu" and self.device_bytes is None
-
-    def states_bytes(self, windows: int, length: int) -> int:
-        """Returns the bytes of hidden states."""
-        return windows * length * self.architecture.width * np.dtype(self.architecture.config.dtype).itemsize
-
-    @property
-    def pruned_weights(self) -> int:
-        """Weights of all kernels that are pruned."""
-        return sum(n * m for n, m in self.architecture.kernel_shapes().values())
-
-
-@dataclasses.dataclass(frozen=True)
-class Need:
-    """What a run needs.
-
-    Attributes:
-        device: phase -> bytes on the device at most; on a CPU that is host memory too.
-        host: phase -> bytes in host memory besides.
-        disk: what -> bytes on the output's disk at most, until the run ends.
-        scratch: phase -> bytes of hidden states, in host memory or in the scratch folder.
-        kept: bytes on that disk afterwards.
-        flops: phase -> FLOPs by dtype.
-    """
-
-    device: dict[str, int]
-    host: dict[str, float]
-    disk: dict[str, int]
-    scratch: dict[str, float]
-    kept: int
-    flops: dict[str, Flops]
-
-
-def shapes_of(ckpt: str, dtype: np.dtype | None) -> tuple[Spec, Architecture]:
+def shapes_of(ckpt: str, dtype: np.dtype | None, *, elsewhere: bool = False) -> tuple[Spec, Architecture]:
     """Returns a checkpoint's params and architecture, from headers, or from config.json where there is nothing else.
 
     Args:
         ckpt: its name, as for `convert.open_checkpoint`.
         dtype: the dtype of the computation; None: as in `StreamedModel`.
+        elsewhere: whether it is computed on an accelerator, whatever this machine is.
 
     Raises:
         InputError, CheckpointError: there is not even that.
@@ -112,6 +49,7 @@ def shapes_of(ckpt: str, dtype: np.dtype | None) -> tuple[Spec, Architecture]:
     for module in formats().values():
         if hasattr(module, "Reader") and module.Reader.accepts(path):
             reader = module.Reader(path)
+            dtype = stored_dtype(reader.spec) if dtype is None and elsewhere else dtype
             return reader.spec, architecture_of(reader.assets, dtype, reader.spec)
     written = read_config(path)
     stored = np.dtype(written.get("dtype") or written.get("torch_dtype") or "float16")
@@ -127,18 +65,19 @@ def need(work: Work, within: float = 0.0) -> Need:
         within: bytes of a device that are there for sure: a program whose every intermediate result would fit at once
             is not compiled to know better.
     """
-    spread, phases = _spread(work), dict[str, list[Program]]()
-    for program in programs_of(spread):
-        phases.setdefault(program.phase, []).append(program)
-    flops: dict[str, Flops] = {phase: Flops() for phase in phases}
-    every = [program for ones in phases.values() for program in ones]
-    for program in every if spread is work else programs_of(work):  # on one device loops have a length that is known
-        flops[program.phase].update({dtype: int(n * program.calls) for dtype, n in program.flops().items()})
-    device = {phase: max(_peaks(ones, within)) for phase, ones in phases.items()}
+    spread = _spread(work)
+    every = list(programs_of(spread))
+    alone = every if spread is work else list(programs_of(work))  # on one device loops have a length that is known
+    costs, platform = _Costs(work, within), work.target.platform if work.target else None
+    for program, same in zip(every, alone, strict=True):
+        costs.add(program, same.flops(platform))
+    phases = costs.flops
     disk, states, host = _disk(work), _states(work, phases), _host(work, phases)
     if work.scratch is None:
         host = {phase: size + states[phase] for phase, size in host.items()}
-    return Need(device, host, disk, states, disk["the checkpoint"], flops)
+    moved = transfers(work, list(phases), state_on_device=_keeps_state(work))
+    kept, seconds = disk["the checkpoint"], costs.seconds(moved)
+    return Need(costs.peaks, host, disk, states, kept, costs.flops, moved, costs.traffic, seconds)
 
 
 def _spread(work: Work) -> Work:
@@ -197,14 +136,60 @@ def _routing_all(shapes: Shapes, recipe: Recipe) -> Shapes:
 
 def _keeps(work: Work) -> bool:
     """Returns whether all that a distillation needs stays on the device, as far as can be told without one."""
-    return jax.default_backend() == "cpu" and 12 * work.pruned_weights < 4e9
+    return jax.default_backend() == "cpu" and work.target is None and 12 * work.pruned_weights < 4e9
 
 
-def _peaks(phase: list[Program], within: float) -> Iterator[int]:
-    """Yields the peaks of the programs, or more."""
-    for program in phase:
-        most = program.most_bytes()
-        yield most if most < within else program.peak_bytes()
+def _keeps_state(work: Work) -> bool:
+    """Returns whether the kernels that a distillation tunes, and their moments, stay on the devices."""
+    if work.device_bytes is None:
+        return work.on_cpu
+    return 12 * work.pruned_weights / work.devices.count < work.device_bytes / 2
+
+
+class _Costs:
+    """What programs need and take, by phase.
+
+    Args:
+        work: what the run is asked to do.
+        within: see `need`.
+
+    Attributes:
+        flops: phase -> FLOPs of all calls.
+        peaks: phase -> bytes on a device at most, or no less.
+        traffic: phase -> bytes that all calls move on a target's device.
+    """
+
+    def __init__(self, work: Work, within: float) -> None:
+        self._work, self._within = work, within
+        self._seconds: dict[str, float] = {}
+        self.flops: dict[str, Flops] = {}
+        self.peaks: dict[str, int] = {}
+        self.traffic: dict[str, float] = {}
+
+    def add(self, program: Program, flops: Flops) -> None:
+        """Adds a program, with the FLOPs of a call."""
+        target, phase, moved = self._work.target, program.phase, 0.0
+        peak = program.most_bytes()
+        if target is not None and target.has_compiler:
+            compiled = program.compiled(target.options)
+            peak, moved = program.peak_bytes(compiled), hlo.Module(compiled.as_text() or "").traffic()
+            self.traffic[phase] = self.traffic.get(phase, 0.0) + program.calls * moved
+        elif target is None and peak >= self._within:
+            peak = program.peak_bytes()
+        self.peaks[phase] = max(peak, self.peaks.get(phase, 0))
+        total = self.flops.setdefault(phase, Flops())
+        total.update({dtype: int(n * program.calls) for dtype, n in flops.items()})
+        if target is not None:
+            own = {dtype: n / self._work.devices.count for dtype, n in flops.items()}
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + program.calls * target.seconds(own, moved)
+
+    def seconds(self, transfers: Mapping[str, float]) -> dict[str, float]:
+        """Returns phase -> the time of its programs on the target, or of its transfers if that is longer."""
+        target = self._work.target
+        if target is None:
+            return {}
+        link = target.link * self._work.devices.count
+        return {phase: max(spent, transfers[phase] / link) for phase, spent in self._seconds.items()}
 
 
 def _host(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:

@@ -8,8 +8,9 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -50,20 +51,24 @@ class Program:
     donated: tuple[int, ...] = ()
     beside: Flops = dataclasses.field(default_factory=Flops)
 
-    def flops(self) -> Flops:
-        """Counts the FLOPs of one call."""
-        return count_flops(self._traced.jaxpr) + self.beside
+    def flops(self, platform: str | None = None) -> Flops:
+        """Counts the FLOPs of one call on a platform; None: this process's own."""
+        return count_flops(self._traced.jaxpr, platform or jax.default_backend()) + self.beside
 
     def most_bytes(self) -> int:
         """Returns no less than a call's device memory, without compiling: as if every intermediate result stayed."""
         return self.resident + size_of(self.arguments) + _produced(self._traced.jaxpr.jaxpr)
 
-    def peak_bytes(self) -> int:
+    def compiled(self, options: Mapping[str, Any] = MappingProxyType({})) -> jax.stages.Compiled:
+        """Compiles the program, for the devices that its arguments lie on; options are the compiler's."""
+        return self._traced.lower().compile(compiler_options=dict(options))
+
+    def peak_bytes(self, compiled: jax.stages.Compiled | None = None) -> int:
         """Returns the device memory during a call: arguments, results and intermediate results, and what else is there.
 
-        The compiler decides it, so the program is compiled, not run.
+        The compiler decides it, so the program is compiled, not run; None: it is compiled here.
         """
-        memory = self._traced.lower().compile().memory_analysis()
+        memory = (compiled or self.compiled()).memory_analysis()
         assert memory is not None
         own = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         return self.resident + own - memory.alias_size_in_bytes
@@ -81,11 +86,15 @@ class Program:
         return jax.jit(function, donate_argnums=self.donated).trace(*self.arguments)
 
 
-def count_flops(jaxpr: ClosedJaxpr | Jaxpr) -> Flops:
+def count_flops(jaxpr: ClosedJaxpr | Jaxpr, platform: str = "cpu") -> Flops:
     """Counts the FLOPs of the products and factorizations that a program's results need.
 
     A product of n·k by k·m is 2nkm; a Cholesky factorization n³/3; a triangular solve n²m; eigenvectors about 9n³.
     A loop whose number of iterations depends on the data counts as one iteration.
+
+    Args:
+        jaxpr: the program.
+        platform: the platform that it is compiled for, where it differs by platform.
     """
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     needed = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
@@ -93,14 +102,16 @@ def count_flops(jaxpr: ClosedJaxpr | Jaxpr) -> Flops:
     for equation in reversed(jaxpr.eqns):
         if not needed.isdisjoint(equation.outvars):
             needed.update(v for v in equation.invars if not isinstance(v, Literal))
-            total.update(_flops_of(equation))
+            total.update(_flops_of(equation, platform))
     return total
 
 
-def _flops_of(equation: JaxprEqn) -> Flops:
+def _flops_of(equation: JaxprEqn, platform: str) -> Flops:
     name, params = equation.primitive.name, equation.params
-    inner = [count_flops(p) for p in jax.tree.leaves(params, is_leaf=_is_program) if _is_program(p)]
+    inner = [count_flops(p, platform) for p in jax.tree.leaves(params, is_leaf=_is_program) if _is_program(p)]
     if inner:
+        if by_platform := params.get("branches_platforms"):
+            return inner[_branch_of(by_platform, platform)]
         if name == "cond":
             return max(inner, key=lambda flops: sum(flops.values()))
         times = params["length"] if name == "scan" else 1
@@ -119,6 +130,12 @@ def _flops_of(equation: JaxprEqn) -> Flops:
     else:
         count = 9 * shape[-1] ** 3
     return Flops({operand.dtype.name: count})
+
+
+def _branch_of(branches: Sequence[tuple[str, ...] | None], platform: str) -> int:
+    """Returns the branch of a platform; the default's is None."""
+    own = {"gpu": "cuda"}.get(platform, platform)
+    return next(index for index, names in enumerate(branches) if names is None or own in names)
 
 
 def _produced(jaxpr: Jaxpr) -> int:

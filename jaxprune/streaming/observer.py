@@ -7,7 +7,7 @@ class Observer:
     """Is told what happens; each method does nothing here, so that a subclass defines only those that it wants."""
 
     def planned(self, need: Any) -> None:
-        """The work is known to fit; `need` is what it takes (`planning.preflight.Need`)."""
+        """The work is known to fit; `need` is what it takes (`planning.work.Need`)."""
 
     def started(self, what: str, layers: int) -> None:
         """Layers are about to be visited, so many of them, for what `what` says."""

@@ -2,7 +2,8 @@
 
 from jaxprune.commands.config import parse
 from jaxprune.commands.plan import work_of as work_of_options
-from jaxprune.planning.preflight import Need, Work, need
+from jaxprune.planning.preflight import need
+from jaxprune.planning.work import Need, Work
 from jaxprune.sharding import ONE_DEVICE
 
 

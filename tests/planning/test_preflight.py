@@ -16,6 +16,7 @@ import pytest
 from jaxprune.commands.prune import main
 from jaxprune.errors import Change
 from jaxprune.planning import fit, preflight
+from jaxprune.planning.work import GIB
 from tests.helpers import tiny
 from tests.helpers.command import jaxprune
 from tests.helpers.plans import need_of, work_of
@@ -47,7 +48,7 @@ def test_a_70b_model_needs_no_weights_to_be_planned(tmp_path: Path) -> None:
     assert time.monotonic() - start < 120
     assert need.disk["the checkpoint"] == 2 * 68_976_648_192
     assert not [one for one in fit.shortages(need, work) if "on a device" in str(one)]
-    short = list(fit.shortages(need, dataclasses.replace(work, device_bytes=12 * preflight.GIB)))
+    short = list(fit.shortages(need, dataclasses.replace(work, device_bytes=12 * GIB)))
     told = re.compile(r"gram needs 13\.\d GiB on a device, of which 11.0 can be had")
     assert any(told.match(str(one)) and one.options == {"seqlen": Change.LOWER} for one in short)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

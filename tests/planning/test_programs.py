@@ -55,6 +55,15 @@ def test_loops_and_branches() -> None:
     assert flops(branch, (4, 4)) == 2 * 2 * 4**3
 
 
+def test_of_branches_by_platform_the_platforms_own_counts() -> None:
+    def function(a: jax.Array) -> jax.Array:
+        return jax.lax.platform_dependent(a, cpu=lambda a: a @ a, tpu=lambda a: a @ a @ a, default=lambda a: a)
+
+    jaxpr = jax.make_jaxpr(function)(jnp.zeros((4, 4), jnp.float32))
+    found = [sum(count_flops(jaxpr, platform).values()) for platform in ("cpu", "tpu", "gpu")]
+    assert found == [2 * 4**3, 4 * 4**3, 0]
+
+
 def test_a_layer_is_counted_as_by_hand(checkpoint: Path) -> None:
     model = load(checkpoint).architecture
     length, count = 16, 4

@@ -1,0 +1,45 @@
+"""Bytes that a run moves between the host and its devices: weights, hidden states, and what a distillation keeps."""
+
+import math
+from collections.abc import Collection
+
+import numpy as np
+
+from jaxprune.planning.work import Work
+
+
+def transfers(work: Work, phases: Collection[str], *, state_on_device: bool) -> dict[str, float]:
+    """Returns phase -> bytes to all devices and back.
+
+    A window's hidden states go to one device; a layer's weights go to each. Between phases of a layer its weights stay.
+
+    Args:
+        work: what the run is asked to do.
+        phases: of the run.
+        state_on_device: whether the kernels that are tuned, and their moments, stay on the devices.
+    """
+    count, layers, pruned = work.devices.count, len(work.architecture.layers), work.pruned_weights
+    stored = np.dtype(next(iter(work.spec.values())).dtype).itemsize
+    weights = count * sum(
+        param.size * param.dtype.itemsize for path, param in work.spec.items() if path.startswith("layers.")
+    )
+    states, tuning, importance = (
+        work.states_bytes(work.windows, work.length),
+        work.recipe.tuning,
+        work.recipe.importance,
+    )
+    some = work.states_bytes(importance.windows_of(work.windows), work.length)
+    steps = math.ceil(tuning.tune_epochs * work.windows / max(1, tuning.tune_windows))
+    evaluated = work.states_bytes(*work.evaluation) if work.evaluation else 0
+    found = {
+        "experts": weights + 2 * layers * states,
+        "sensitivity": 2 * weights + 5 * layers * some,  # forward, then back: inputs and gradients up, gradients down
+        "gram": weights + layers * states,
+        "solve": pruned * (stored + 1 / 8),
+        "forward": count * pruned * stored + 2 * (layers - 1) * states,
+        "tune": weights + 2 * layers * min(1.0, tuning.tune_epochs) * states,
+        "evaluate": 2 * (weights + 2 * layers * evaluated),
+    }
+    if not state_on_device:  # values for the forward pass, then values and moments up and down
+        found["tune"] += steps * (4 + 12 + 12) * pruned
+    return {phase: found[phase] for phase in phases}

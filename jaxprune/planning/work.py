@@ -1,0 +1,88 @@
+"""What a run is asked to do, and what it needs."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from convert import Spec
+from jaxprune.models import Architecture
+from jaxprune.planning.program import Flops
+from jaxprune.planning.targets import Target
+from jaxprune.recipe import Recipe
+from jaxprune.sharding import ONE_DEVICE, Devices
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a run is asked to do.
+
+    Attributes:
+        spec: the shapes and dtypes of the dense checkpoint.
+        architecture: the architecture of the model.
+        recipe: what is done to it.
+        windows: the number of calibration windows.
+        length: tokens of a calibration window.
+        evaluation: windows and tokens of a window of the text that is evaluated; None: there is none.
+        out: the folder that the run makes.
+        scratch: the folder of hidden states; None: they are in host memory.
+        devices: the devices that it runs on.
+        device_bytes: the bytes of a device, instead of what this machine's device has: to plan for another one.
+        target: the hardware to plan for; None: this machine's, or any other of so much memory.
+    """
+
+    spec: Spec
+    architecture: Architecture
+    recipe: Recipe
+    windows: int
+    length: int
+    evaluation: tuple[int, int] | None
+    out: Path
+    scratch: Path | None = None
+    devices: Devices = ONE_DEVICE
+    device_bytes: float | None = None
+    target: Target | None = None
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the device's memory is the host's."""
+        return jax.default_backend() == "cpu" and self.device_bytes is None
+
+    def states_bytes(self, windows: int, length: int) -> int:
+        """Returns the bytes of hidden states."""
+        return windows * length * self.architecture.width * np.dtype(self.architecture.config.dtype).itemsize
+
+    @property
+    def pruned_weights(self) -> int:
+        """Weights of all kernels that are pruned."""
+        return sum(n * m for n, m in self.architecture.kernel_shapes().values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """What a run needs.
+
+    Attributes:
+        device: phase -> bytes on the device at most; on a CPU that is host memory too.
+        host: phase -> bytes in host memory besides.
+        disk: what -> bytes on the output's disk at most, until the run ends.
+        scratch: phase -> bytes of hidden states, in host memory or in the scratch folder.
+        kept: bytes on that disk afterwards.
+        flops: phase -> FLOPs by dtype.
+        transfers: phase -> bytes between host and device, each way counted.
+        traffic: phase -> bytes that programs move on the device; none where that is not known.
+        seconds: phase -> the least time of its programs and transfers on a target, at full rates.
+    """
+
+    device: dict[str, int]
+    host: dict[str, float]
+    disk: dict[str, int]
+    scratch: dict[str, float]
+    kept: int
+    flops: dict[str, Flops]
+    transfers: dict[str, float] = dataclasses.field(default_factory=dict)
+    traffic: dict[str, float] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
