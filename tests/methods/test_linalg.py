@@ -26,7 +26,7 @@ def test_inverse(n: int, dtype: type) -> None:
 
 
 @pytest.mark.parametrize("factor", FACTORS.values(), ids=FACTORS)
-@pytest.mark.parametrize(("n", "leaf"), [(7, 1), (50, 4), (300, 80), (300, 300)])
+@pytest.mark.parametrize(("n", "leaf"), [(7, 1), (300, 80)])
 def test_inverse_by_halves(n: int, leaf: int, factor: Factor) -> None:
     for dtype in (np.float64, np.float32):
         matrix = positive(n, 1.0)

@@ -21,8 +21,8 @@ from jaxprune.sparsity.patterns import NM, Unstructured
 def all_programs(checkpoint: Path, dtype: str) -> Iterator[Program]:
     shapes = Shapes(load(checkpoint, dtype=dtype).architecture, dtype, ONE_DEVICE)
     for name in methods.names():
-        for pattern in (Unstructured(0.5), NM(2, 4)):
-            yield from programs.of_pruning(shapes, 4, 512, methods.load(name)(), pattern)
+        yield from programs.of_pruning(shapes, 4, 512, methods.load(name)(), Unstructured(0.5))
+    yield from programs.of_pruning(shapes, 4, 512, ADMM(), NM(2, 4))
     yield from programs.of_sensitivity(shapes, 4, 512)
     for keep in (True, False):
         yield from programs.of_distillation(shapes, 4, 512, 2, keep=keep)
