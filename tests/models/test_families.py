@@ -24,7 +24,7 @@ from tests.helpers.optional import needs_torch, torch
 pytestmark = needs_torch
 FIRST = [(family, next(iter(variants))) for family, variants in families.VARIANTS.items()]
 """A variant of each family, whose layers attend to windows where most of its models' do."""
-SOONER = ("gemma3_text", "gpt_neox", "opt", "phi3")
+SOONER = ("gemma3_text", "phi3")
 """Families of which more is tried in every run of the tests: they have most that is not LLaMA's."""
 
 
