@@ -12,7 +12,7 @@ from jaxprune.commands.progress import longest
 from jaxprune.commands.terminal import choose_devices, console, duration, print_table, run_main
 from jaxprune.planning import fit, preflight
 from jaxprune.planning.machine import hardware
-from jaxprune.planning.targets import Target, target_of
+from jaxprune.planning.targets import Target, target_of, without_cache
 from jaxprune.planning.work import GIB, Need, Work
 from jaxprune.pruning.experts import without_experts
 from jaxprune.pruning.whole_model import require_recipe
@@ -69,6 +69,10 @@ def _plan_for_targets(config: Config, recipe: Recipe) -> int:
     targets, count = {name: target_of(name) for name in names}, config.devices or 1
     for target in targets.values():
         if not target.has_compiler:
+            if count > 1:
+                raise InputError(
+                    f"several {target.words} need their compiler: pip install 'jaxprune[{target.extra[0]}]'"
+                )
             console.print(
                 f"the compiler of {target.words} is not installed (pip install 'jaxprune[{target.extra[0]}]'): memory "
                 "is counted as if every intermediate result stayed, and what programs move is not known"
@@ -77,7 +81,8 @@ def _plan_for_targets(config: Config, recipe: Recipe) -> int:
     problems: list[str] = []
     for name, target in targets.items():
         work = work_of(config, recipe, target.devices(count) if target.has_compiler else Devices(), target)
-        need = preflight.need(work)
+        with without_cache():
+            need = preflight.need(work)
         header, rows = target_table(need)
         console.print(f"{count} × {target.words}")
         print_table(rows, header)

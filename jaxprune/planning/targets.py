@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
 from jaxprune.errors import Change, InputError
@@ -70,6 +72,19 @@ class Target:
         """Returns the time of a program at full rates: that of its products, or of what it moves if that is longer."""
         products = sum(count / self.rates.get(dtype, self.rates["float32"]) for dtype, count in flops.items())
         return max(products, traffic / self.bandwidth)
+
+
+@contextlib.contextmanager
+def without_cache() -> Iterator[None]:
+    """Compiles without JAX's cache of compiled programs: programs for devices that are not here cannot be read back."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 @contextlib.contextmanager

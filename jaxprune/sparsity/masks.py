@@ -88,9 +88,9 @@ def from_checkpoint(reader: Reader, name: str = "the checkpoint") -> Masks:
         InputError: its layers have next to no zeros, so the checkpoint is not pruned.
     """
     every = list(dict.fromkeys(part for part in map(part_of, reader.spec) if part.startswith("layers.")))
-    some = dict.fromkeys([every[0], every[len(every) // 2], every[-1]])  # rules may have left others dense
+    some = {every[place] for place in (0, len(every) // 2, -1) if every}  # rules may have left others dense
     # A dense model has some by chance; one that was rounded to four bits, 0.04 %.
-    if (share := max(_share_of_zeros(reader, part) for part in some)) < 0.01:
+    if (share := max((_share_of_zeros(reader, part) for part in some), default=0.0)) < 0.01:
         raise InputError(
             f"{name} has {100 * share:.2g} % zeros at most in its first, middle and last layer: it is not pruned, so "
             "its zeros make no mask",

@@ -32,6 +32,8 @@ def test_without_a_compiler_a_plan_counts(
     out = capsys.readouterr().out
     assert "pip install 'jaxprune[plan-x]'" in out and "1 × NVIDIA H100" in out and "1 × TPU v5e" in out
     assert out.count("│ gram") == 2 and "predictions at the data sheets' rates" in out
+    assert main([*line(checkpoint, "v5e"), "--devices", "8"]) == 2
+    assert "several TPU v5e need their compiler: pip install 'jaxprune[plan-x]'" in capsys.readouterr().err
 
 
 def test_an_unknown_target_is_one_error(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
