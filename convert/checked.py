@@ -71,21 +71,22 @@ class CheckedReader:
         with self._lock:
             for path, array in params.items():
                 if path not in self._finite:
-                    try:
-                        require_finite(path.removeprefix(f"{BESIDE}."), array)
-                    except DamagedError as error:
-                        error.file = error.file or (self.files[0].parent if self.files else None)
-                        raise
+                    require_finite(path.removeprefix(f"{BESIDE}."), array, self._folder)
                     self._finite.add(path)
                 if self._remembers and path not in self._met:
                     self._compare(path, digest(array))
         return params
 
+    @property
+    def _folder(self) -> Path | None:
+        """Where the files are, for errors."""
+        return self.files[0].parent if self.files else None
+
     def _compare(self, path: str, found: str) -> None:
         if self.digests.setdefault(path, found) != found:
             raise ChangedError(
                 "its content is another than when this run pruned layers from it",
-                file=self.files[0].parent if self.files else None,
+                file=self._folder,
                 entry=path,
                 found=f"sha256 {found[:12]}…",
                 wanted=f"sha256 {self.digests[path][:12]}…",
@@ -115,7 +116,7 @@ class CheckedReader:
         return found
 
 
-def require_finite(path: str, array: Shaped[np.ndarray, "..."]) -> None:
+def require_finite(path: str, array: Shaped[np.ndarray, "..."], file: Path | None = None) -> None:
     """Raises DamagedError with the place of the first NaN or infinity."""
     bits = _flat(array).view(f"u{array.itemsize}")
     exponent = {2: 0xF800 if array.dtype == np.float16 else 0xFF00, 4: 0xFF000000, 8: 0xFFE0000000000000}
@@ -129,6 +130,7 @@ def require_finite(path: str, array: Shaped[np.ndarray, "..."]) -> None:
             place = np.argwhere(~np.isfinite(wide))[0]
             raise DamagedError(
                 "it holds a number that is not finite",
+                file=file,
                 entry=f"{path}{[int(i) for i in place]}",
                 found=float(wide[tuple(place)]),
             )

@@ -70,12 +70,10 @@ def _plan_for_targets(config: Config, recipe: Recipe) -> int:
     for target in targets.values():
         if not target.has_compiler:
             if count > 1:
-                raise InputError(
-                    f"several {target.words} need their compiler: pip install 'jaxprune[{target.extra[0]}]'"
-                )
+                raise InputError(f"several {target.words} need their compiler: {target.install}")
             console.print(
-                f"the compiler of {target.words} is not installed (pip install 'jaxprune[{target.extra[0]}]'): memory "
-                "is counted as if every intermediate result stayed, and what programs move is not known"
+                f"the compiler of {target.words} is not installed ({target.install}): memory is counted as "
+                "if every intermediate result stayed, and what programs move is not known"
             )
     summary: list[list[str]] = []
     problems: list[str] = []

@@ -16,9 +16,6 @@ from jaxprune.evaluation.text import TextQuality, text_quality
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
 
-_OF_EVALUATION = {"seqlen": "eval_seqlen", "nsamples": "eval_windows"}
-"""What options of calibration are called where a text is evaluated."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Measures:
@@ -201,7 +198,7 @@ class Evaluator:
                 for source in self._measures.texts
             }
         except InputError as error:
-            error.options = {_OF_EVALUATION.get(name, name): value for name, value in error.options.items()}
+            error.options = {"eval_" * (name == "seqlen") + name: value for name, value in error.options.items()}
             raise
 
 

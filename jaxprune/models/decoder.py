@@ -223,13 +223,20 @@ def in_turn(
 
 
 class DecoderLayer(nnx.Module):
-    """LLaMA's layer: a norm before the attention, and one before the feed-forward network, or the experts."""
+    """LLaMA's layer: a norm before the attention, and one before the feed-forward network, or the experts.
+
+    A family whose layer has other modules in their places names their classes.
+    """
+
+    attention: type = Attention
+    feed_forward: type = GatedMLP
+    experts: type = SparseMLP
 
     def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config, rngs)
-        self.self_attn = Attention(config, kind, rngs)
+        self.self_attn = self.attention(config, kind, rngs)
         self.post_attention_layernorm = RMSNorm(config, rngs)
-        self.mlp = (SparseMLP if kind.experts else GatedMLP)(config, rngs)
+        self.mlp = (self.experts if kind.experts else self.feed_forward)(config, rngs)
         self.scale = config.residual_scale
 
     def __call__(self, x: Float[Array, "b t d"], layout: Layout | None = None) -> tuple[Float[Array, "b t d"], Taps]:

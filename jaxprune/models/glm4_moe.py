@@ -104,7 +104,4 @@ class MLP(nnx.Module):
 class DecoderLayer(decoder.DecoderLayer):
     """LLaMA's layer, with experts beside one that all tokens take."""
 
-    def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
-        super().__init__(config, kind, rngs)
-        if kind.experts:
-            self.mlp = MLP(config, rngs)
+    experts = MLP

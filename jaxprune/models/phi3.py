@@ -63,7 +63,5 @@ class Attention(nnx.Module):
 class DecoderLayer(decoder.DecoderLayer):
     """LLaMA's layer with fused linear layers."""
 
-    def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
-        super().__init__(config, kind, rngs)
-        self.self_attn = Attention(config, kind, rngs)
-        self.mlp = FusedMLP(config, rngs)
+    attention = Attention
+    feed_forward = FusedMLP

@@ -20,6 +20,7 @@ from jaxprune.models import configuration, decoder
 from jaxprune.models.attention import Layout
 from jaxprune.models.configuration import FULL, Kind
 from jaxprune.models.decoder import Embed, GatedMLP, Head, RMSNorm, Taps, fused, in_turn, linear
+from jaxprune.models.experts import SparseMLP
 from jaxprune.models.recurrent import Inputs, convolve, gated_delta_rule
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
@@ -195,17 +196,20 @@ def _normalized(x: Float[Array, "b t h d"]) -> Float[Array, "b t h d"]:
 
 
 class DecoderLayer(nnx.Module):
-    """LLaMA's layer, with the delta rule or attention."""
+    """LLaMA's layer, with the delta rule or attention; a family with other modules names their classes."""
+
+    recurrence: type = DeltaNet
+    experts: type = SparseMLP
 
     def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config, rngs)
         self.recurrent = kind.rope is None
         if self.recurrent:
-            self.linear_attn = DeltaNet(config, rngs)
+            self.linear_attn = self.recurrence(config, rngs)
         else:
             self.self_attn = Attention(config, kind, rngs)
         self.post_attention_layernorm = RMSNorm(config, rngs)
-        self.mlp = GatedMLP(config, rngs)
+        self.mlp = (self.experts if kind.experts else GatedMLP)(config, rngs)
 
     def __call__(self, x: Float[Array, "b t d"], layout: Layout | None = None) -> tuple[Float[Array, "b t d"], Taps]:
         before = self.input_layernorm, self.post_attention_layernorm

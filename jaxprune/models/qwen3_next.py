@@ -74,9 +74,5 @@ class DeltaNet(qwen3_5_text.DeltaNet):
 class DecoderLayer(qwen3_5_text.DecoderLayer):
     """LLaMA's layer, with the delta rule or attention, and experts."""
 
-    def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
-        super().__init__(config, kind, rngs)
-        if self.recurrent:
-            self.linear_attn = DeltaNet(config, rngs)
-        if kind.experts:
-            self.mlp = SharedMLP(config, rngs)
+    recurrence = DeltaNet
+    experts = SharedMLP

@@ -43,7 +43,4 @@ def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
 class DecoderLayer(decoder.DecoderLayer):
     """LLaMA's layer, with experts beside one that all tokens take."""
 
-    def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
-        super().__init__(config, kind, rngs)
-        if kind.experts:
-            self.mlp = SharedMLP(config, rngs)
+    experts = SharedMLP

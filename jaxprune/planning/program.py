@@ -57,7 +57,7 @@ class Program:
 
     def most_bytes(self) -> int:
         """Returns no less than a call's device memory, without compiling: as if every intermediate result stayed."""
-        return self.resident + size_of(self.arguments) + _produced(self._traced.jaxpr.jaxpr)
+        return self.resident + size_of(self.arguments) + _produced(self._traced.jaxpr.jaxpr, jax.default_backend())
 
     def compiled(self, options: Mapping[str, Any] = MappingProxyType({})) -> jax.stages.Compiled:
         """Compiles the program, for the devices that its arguments lie on; options are the compiler's."""
@@ -108,10 +108,8 @@ def count_flops(jaxpr: ClosedJaxpr | Jaxpr, platform: str = "cpu") -> Flops:
 
 def _flops_of(equation: JaxprEqn, platform: str) -> Flops:
     name, params = equation.primitive.name, equation.params
-    inner = [count_flops(p, platform) for p in jax.tree.leaves(params, is_leaf=_is_program) if _is_program(p)]
+    inner = [count_flops(program, platform) for program in _inside(equation, platform)]
     if inner:
-        if by_platform := params.get("branches_platforms"):
-            return inner[_branch_of(by_platform, platform)]
         if name == "cond":
             return max(inner, key=lambda flops: sum(flops.values()))
         times = params["length"] if name == "scan" else 1
@@ -138,15 +136,21 @@ def _branch_of(branches: Sequence[tuple[str, ...] | None], platform: str) -> int
     return next(index for index, names in enumerate(branches) if names is None or own in names)
 
 
-def _produced(jaxpr: Jaxpr) -> int:
-    """Returns the bytes of the results of all equations; those of a loop's body count once."""
+def _produced(jaxpr: Jaxpr, platform: str) -> int:
+    """Returns the bytes of the results of all equations on a platform; those of a loop's body count once."""
     total = 0
     for equation in jaxpr.eqns:
         total += size_of([v.aval for v in equation.outvars])
-        for inner in jax.tree.leaves(equation.params, is_leaf=_is_program):
-            if _is_program(inner):
-                total += _produced(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
+        for inner in _inside(equation, platform):
+            total += _produced(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner, platform)
     return total
+
+
+def _inside(equation: JaxprEqn, platform: str) -> list[ClosedJaxpr | Jaxpr]:
+    """Returns the programs inside an equation; of those by platform, the platform's own."""
+    found = [p for p in jax.tree.leaves(equation.params, is_leaf=_is_program) if _is_program(p)]
+    by_platform = equation.params.get("branches_platforms")
+    return [found[_branch_of(by_platform, platform)]] if by_platform else found
 
 
 def _is_program(value: Any) -> bool:

@@ -52,6 +52,11 @@ class Target:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
+    def install(self) -> str:
+        """The command that installs its compiler."""
+        return f"pip install 'jaxprune[{self.extra[0]}]'"
+
+    @property
     def has_compiler(self) -> bool:
         """Whether its compiler is installed."""
         return importlib.util.find_spec(self.extra[1]) is not None

@@ -60,7 +60,7 @@ def test_a_run_takes_what_is_there(checkpoint: Path, capsys: pytest.CaptureFixtu
 def with_compiler(name: str) -> Target:
     target = target_of(name)
     if not target.has_compiler:
-        pytest.skip(f"the compiler of {target.words} is not installed: pip install 'jaxprune[{target.extra[0]}]'")
+        pytest.skip(f"the compiler of {target.words} is not installed: {target.install}")
     return target
 
 
