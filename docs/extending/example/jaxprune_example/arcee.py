@@ -33,6 +33,4 @@ class MLP(nnx.Module):
 class DecoderLayer(decoder.DecoderLayer):
     """LLaMA's layer with that network; the names of its taps are LLaMA's."""
 
-    def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
-        super().__init__(config, kind, rngs)
-        self.mlp = MLP(config, rngs)
+    feed_forward = MLP
