@@ -10,8 +10,9 @@ from convert.files import expand
 from jaxprune.commands.config import Config, read
 from jaxprune.commands.progress import longest
 from jaxprune.commands.terminal import choose_devices, console, duration, print_table, run_main
+from jaxprune.hardware import writing_for
 from jaxprune.planning import fit, preflight
-from jaxprune.planning.machine import hardware
+from jaxprune.planning.machine import describe_hardware
 from jaxprune.planning.targets import Target, target_of, without_cache
 from jaxprune.planning.work import GIB, Need, Work
 from jaxprune.pruning.experts import without_experts
@@ -51,7 +52,7 @@ def plan(config: Config, recipe: Recipe) -> int:
     if work.scratch:
         console.print(f"scratch, GiB, at most: {max(need.scratch.values()) / GIB:.2f}")
     if times:
-        console.print(f"time: from the matrix rate of {hardware()}, measured now; {longest(times)}")
+        console.print(f"time: from the matrix rate of {describe_hardware()}, measured now; {longest(times)}")
     problems = list(fit.shortages(need, work))
     for problem in problems:
         console.print(f"does not fit: {worded(problem)}")
@@ -78,15 +79,16 @@ def _plan_for_targets(config: Config, recipe: Recipe) -> int:
     summary: list[list[str]] = []
     problems: list[str] = []
     for name, target in targets.items():
-        work = work_of(config, recipe, target.devices(count) if target.has_compiler else Devices(), target)
-        with without_cache():
+        devices = target.devices(count) if target.has_compiler else Devices()
+        with writing_for(target.hardware), without_cache():
+            work = work_of(config, recipe, devices, target)
             need = preflight.need(work)
         header, rows = target_table(need)
         console.print(f"{count} × {target.words}")
         print_table(rows, header)
         short = list(fit.device_shortages(need, work))
         problems += [f"{name}: {worded(one)}" for one in short]
-        needed = f"{_gib(max(need.device.values()))} of {_gib(target.memory)}"
+        needed = f"{_gib(max(need.device.values()))} of {_gib(target.usable)}"
         summary.append([name, needed, "no" if short else "yes", duration(sum(need.seconds.values()))])
     if len(summary) > 1:
         print_table(summary, ["target", "device, GiB", "fits", "at least"])
@@ -123,7 +125,7 @@ def work_of(config: Config, recipe: Recipe, devices: Devices, target: Target | N
         InputError, CheckpointError: there is not even that, or the windows are longer than the model takes.
     """
     assert config.out
-    spec, architecture = preflight.shapes_of(config.ckpt, config.computation_dtype, elsewhere=target is not None)
+    spec, architecture = preflight.shapes_of(config.ckpt, config.computation_dtype)
     architecture.require_length(config.seqlen)
     require_recipe(without_experts(architecture, recipe.experts.drop_experts), recipe)
     evaluation = None
@@ -140,7 +142,7 @@ def work_of(config: Config, recipe: Recipe, devices: Devices, target: Target | N
         Path(expand(config.out)).absolute(),
         config.scratch_folder(config.out),
         devices,
-        target.memory if target else config.device_memory * GIB if config.device_memory else None,
+        target.usable if target else config.device_memory * GIB if config.device_memory else None,
         target,
     )
 

@@ -16,9 +16,9 @@ from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from convert import open_checkpoint
+from jaxprune import hardware
 from jaxprune.errors import InputError
 from jaxprune.evaluation.packing import Packed, Request, batches, group, pack
-from jaxprune.streaming.hidden_states import tokens_per_batch
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
 
@@ -189,7 +189,7 @@ class StreamedLM(TemplateLM):
         """Yields windows, the head's params on the device, and the last layer's output where tokens are predicted."""
         model = self._model
         for batch in batches(group(requests, self.max_length), self._most_tokens):
-            packed = pack(requests, batch, self.max_length, tokens_per_batch())
+            packed = pack(requests, batch, self.max_length, hardware.current().tokens_per_batch)
             self._observer.started("tasks", model.num_layers)
             states = model.final_states(
                 *(windows.tokens for windows in packed),
@@ -198,6 +198,4 @@ class StreamedLM(TemplateLM):
             )
             head = model.params_of(model.architecture.head)
             for windows, hidden in zip(packed, states, strict=True):
-                found = hidden.array[windows.rows, windows.columns]
-                hidden.release()
-                yield windows, head, found
+                yield windows, head, hidden.pick(windows.rows, windows.columns)

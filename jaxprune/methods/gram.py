@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, Float, Int
 
-from jaxprune.methods.linalg import Scalar, matmul, precondition, quadratic
+from jaxprune.methods.linalg import Scalar, exact_products, matmul, precondition, quadratic
 
 
 def gram(x: Float[Array, "*tokens n"], weights: Float[Array, "*tokens"] | None = None) -> Float[Array, "n n"]:
@@ -22,7 +22,7 @@ def add_gram(
     """Returns the total with XᵀX, or Xᵀ diag(w) X, added in blocks up to the diagonal; `symmetric` gives the rest.
 
     Products of two 16-bit floats are exact in float32, so 16-bit inputs are multiplied as they are, on the
-    matrix units, and only the accumulation is float32. float32 inputs are multiplied at highest precision.
+    matrix units, and only the accumulation is float32. float32 inputs are multiplied with float32's accuracy.
 
     Args:
         total: float32, or float64 for float64 inputs.
@@ -41,7 +41,7 @@ def add_gram(
                 lefts[i],
                 rights[j],
                 (((0,), (0,)), ((), ())),
-                precision="highest" if x.dtype == total.dtype else None,
+                precision=exact_products(x.dtype) if x.dtype == total.dtype else None,
                 preferred_element_type=total.dtype,
             )
             total = total.at[rows, columns].add(added)
@@ -74,7 +74,7 @@ def add_grouped(
         left, at = right * weights[block][:, None].astype(total.dtype), group[block]
         for i, rows in enumerate(parts):
             for columns in parts[: i + 1]:
-                added = jnp.matmul(left[:, rows].T, right[:, columns], precision="highest")
+                added = matmul(left[:, rows].T, right[:, columns])
                 place = at, jnp.int32(rows.start), jnp.int32(columns.start)
                 added = added[None] + jax.lax.dynamic_slice(total, place, (1, *added.shape))
                 total = jax.lax.dynamic_update_slice(total, added, place)

@@ -1,19 +1,28 @@
 """Matrix products that keep float32 accuracy on every backend, and the least-squares problem that methods share."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import solve_triangular
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+from jaxprune import hardware
 
 Scalar = float | Float[Array, ""]
 
-matmul = partial(jnp.matmul, precision="highest")
-"""`a @ b` without the TF32 (GPU) or bfloat16 (TPU) rounding of JAX's default precision."""
+
+def exact_products(dtype: DTypeLike) -> lax.Precision | lax.DotAlgorithmPreset:
+    """Returns how matrices of a dtype are multiplied without the TF32 (GPU) or bfloat16 (TPU) rounding of JAX's default
+    precision."""
+    return hardware.current().float32_products if dtype == jnp.float32 else lax.Precision.HIGHEST
+
+
+def matmul(a: Float[Array, "*_ n k"], b: Float[Array, "*_ k m"]) -> Float[Array, "*_ n m"]:
+    """Returns a @ b with the accuracy of its dtype; see `exact_products`."""
+    return jnp.matmul(a, b, precision=exact_products(a.dtype))
 
 
 def quadratic(gram: Float[Array, "n n"], kernel: Float[Array, "n m"]) -> Float[Array, ""]:
@@ -70,12 +79,11 @@ def inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
         Higham, "Accuracy and Stability of Numerical Algorithms", 2nd edition, 13.2 and 14.3.
     """
     n = len(matrix)
-    return lax.platform_dependent(
-        matrix,
-        cpu=partial(by_halves, leaf=max(128, -(-n // 64)), factor=eliminate),
-        tpu=partial(by_halves, leaf=max(512, -(-n // 8)), factor=eliminate_blocks),
-        default=partial(by_halves, leaf=max(1024, -(-n // 4)), factor=solve_cholesky),
-    )
+    if hardware.current().on_cpu:
+        return by_halves(matrix, leaf=max(128, -(-n // 64)), factor=eliminate)
+    if hardware.current().platform == "tpu":
+        return by_halves(matrix, leaf=max(512, -(-n // 8)), factor=eliminate_blocks)
+    return by_halves(matrix, leaf=max(1024, -(-n // 4)), factor=solve_cholesky)
 
 
 def by_halves(matrix: Float[Array, "n n"], leaf: int, factor: Factor) -> Float[Array, "n n"]:

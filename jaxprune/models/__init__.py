@@ -31,11 +31,23 @@ from convert import Spec, plugins
 from convert.assets import load_config, read_config
 from convert.errors import UserError, joined
 from convert.names import BESIDE
+from jaxprune import hardware
 from jaxprune.errors import InputError
 from jaxprune.models.attention import Layout
 from jaxprune.models.parts import Layer, Part
 
-HELPERS = ("attention", "blocks", "configuration", "decoder", "experts", "parts", "recurrent", "rope", "shared_experts")
+HELPERS = (
+    "attention",
+    "blocks",
+    "configuration",
+    "decoder",
+    "experts",
+    "parts",
+    "products",
+    "recurrent",
+    "rope",
+    "shared_experts",
+)
 """Modules that hold no family."""
 __all__ = ["Architecture", "Layer", "Layout", "Part", "architecture_of", "build", "stored_dtype"]
 
@@ -132,7 +144,7 @@ def architecture_of(
     family = plugins.load(sys.modules[__name__], model_type)
     if dtype is None:
         assert spec is not None
-        dtype = jax.numpy.float32 if jax.default_backend() == "cpu" else stored_dtype(spec)
+        dtype = jax.numpy.float32 if hardware.current().on_cpu else stored_dtype(spec)
     try:
         config = family.Config.from_hf(load_config(assets, changes), jax.numpy.dtype(dtype))
     except UserError as error:

@@ -6,16 +6,19 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.lax import DotAlgorithmPreset, Precision
 
-from jaxprune.methods.linalg import matmul
+from jaxprune import hardware
+from jaxprune.planning.program import BF16X6
 
 
-def hardware() -> str:
+def describe_hardware() -> str:
     """Describes the devices in words."""
     devices = jax.local_devices()
     if devices[0].platform != "cpu":
@@ -65,14 +68,20 @@ def _limits() -> Iterator[int]:
                     yield int(text)
 
 
-def matrix_rate(dtype: str) -> float:
-    """Measures the FLOP/s of this device in square products, with float32 accuracy where the dtype is float32."""
-    size = 2048 if jax.default_backend() == "cpu" else 8192
-    x = jnp.ones((size, size), dtype)
-    product = jax.jit(matmul if dtype in ("float32", "float64") else jnp.matmul)
+def square_product(kind: str) -> tuple[Callable[[jax.Array, jax.Array], jax.Array], jax.Array]:
+    """Returns a compiled product of a kind, see `program.Flops`, and an operand large enough for this device's rate."""
+    size = 2048 if hardware.current().on_cpu else 8192
+    precision = DotAlgorithmPreset.BF16_BF16_F32_X6 if kind == BF16X6 else Precision.HIGHEST
+    x = jnp.ones((size, size), jnp.float32 if kind == BF16X6 else kind)
+    return jax.jit(partial(jnp.matmul, precision=precision)), x
+
+
+def matrix_rate(kind: str) -> float:
+    """Measures the FLOP/s of this device in square products of a kind; see `program.Flops`."""
+    product, x = square_product(kind)
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
         jax.block_until_ready(product(x, x))
         seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+    return 2 * len(x) ** 3 / min(seconds)

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax import ShapeDtypeStruct as Shape
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.lax import DotAlgorithmPreset
 from jax.sharding import NamedSharding
 from jaxtyping import DTypeLike
 
@@ -24,7 +25,12 @@ from jaxprune.sharding import Devices
 from jaxprune.streaming.hidden_states import batch_size
 
 Flops = Counter[str]
-"""dtype of the operands -> floating-point operations; a product of 16-bit operands runs at another rate."""
+"""Kind of products -> floating-point operations: the dtype of the operands, for each runs at a rate of its own, or
+`BF16X6`."""
+BF16X6 = "bf16x6"
+"""Products of float32 by six of bfloat16 parts."""
+CUDNN = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+"""JAX's names of cuDNN's attention -> products for each pair of tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +57,13 @@ class Program:
     donated: tuple[int, ...] = ()
     beside: Flops = dataclasses.field(default_factory=Flops)
 
-    def flops(self, platform: str | None = None) -> Flops:
-        """Counts the FLOPs of one call on a platform; None: this process's own."""
-        return count_flops(self._traced.jaxpr, platform or jax.default_backend()) + self.beside
+    def flops(self) -> Flops:
+        """Counts the FLOPs of one call."""
+        return count_flops(self._traced.jaxpr) + self.beside
 
     def most_bytes(self) -> int:
         """Returns no less than a call's device memory, without compiling: as if every intermediate result stayed."""
-        return self.resident + size_of(self.arguments) + _produced(self._traced.jaxpr.jaxpr, jax.default_backend())
+        return self.resident + size_of(self.arguments) + _produced(self._traced.jaxpr.jaxpr)
 
     def compiled(self, options: Mapping[str, Any] = MappingProxyType({})) -> jax.stages.Compiled:
         """Compiles the program, for the devices that its arguments lie on; options are the compiler's."""
@@ -68,13 +74,14 @@ class Program:
 
         The compiler decides it, so the program is compiled, not run; None: it is compiled here.
         """
-        memory = (compiled or self.compiled()).memory_analysis()
+        compiled = compiled or self.compiled()
+        memory = compiled.memory_analysis()
         assert memory is not None
-        own = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-        return self.resident + own - memory.alias_size_in_bytes
+        return self.resident + outside_bytes(compiled) + memory.temp_size_in_bytes - memory.alias_size_in_bytes
 
     def lowered(self, platform: str) -> str:
-        """Lowers to StableHLO for a platform, cuda or tpu for example, which need not be there."""
+        """Lowers to StableHLO for a platform, cuda or tpu for example, which need not be there; it is written for
+        `hardware.current`."""
         return self._traced.lower(lowering_platforms=(platform,)).as_text()
 
     @functools.cached_property
@@ -86,15 +93,22 @@ class Program:
         return jax.jit(function, donate_argnums=self.donated).trace(*self.arguments)
 
 
-def count_flops(jaxpr: ClosedJaxpr | Jaxpr, platform: str = "cpu") -> Flops:
+def outside_bytes(compiled: jax.stages.Compiled) -> int:
+    """Returns the bytes of a program's arguments and results."""
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes
+
+
+def count_flops(jaxpr: ClosedJaxpr | Jaxpr) -> Flops:
     """Counts the FLOPs of the products and factorizations that a program's results need.
 
     A product of n·k by k·m is 2nkm; a Cholesky factorization n³/3; a triangular solve n²m; eigenvectors about 9n³.
-    A loop whose number of iterations depends on the data counts as one iteration.
+    A loop whose number of iterations depends on the data counts as one iteration. cuDNN's causal attention counts the
+    pairs of tokens that see each other: two products of each, five for its gradient.
 
     Args:
         jaxpr: the program.
-        platform: the platform that it is compiled for, where it differs by platform.
     """
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     needed = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
@@ -102,23 +116,27 @@ def count_flops(jaxpr: ClosedJaxpr | Jaxpr, platform: str = "cpu") -> Flops:
     for equation in reversed(jaxpr.eqns):
         if not needed.isdisjoint(equation.outvars):
             needed.update(v for v in equation.invars if not isinstance(v, Literal))
-            total.update(_flops_of(equation, platform))
+            total.update(_flops_of(equation))
     return total
 
 
-def _flops_of(equation: JaxprEqn, platform: str) -> Flops:
+def _flops_of(equation: JaxprEqn) -> Flops:
     name, params = equation.primitive.name, equation.params
-    inner = [count_flops(program, platform) for program in _inside(equation, platform)]
+    inner = [count_flops(program) for program in _inside(equation)]
     if inner:
         if name == "cond":
             return max(inner, key=lambda flops: sum(flops.values()))
         times = params["length"] if name == "scan" else 1
         return Flops({dtype: times * sum(flops[dtype] for flops in inner) for dtype in set().union(*inner)})
-    if name not in ("dot_general", "cholesky", "triangular_solve", "eigh"):
+    if name not in ("dot_general", "cholesky", "triangular_solve", "eigh", *CUDNN):
         return Flops()
     operand: Any = equation.invars[0].aval
     shape, result = operand.shape, equation.outvars[0].aval
-    if name == "dot_general":
+    if name in CUDNN:
+        b, t, h, d = shape
+        window = min(t, params["sliding_window_length"] or t)
+        count = 2 * CUDNN[name] * b * h * d * (window * t - window * (window - 1) // 2)
+    elif name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         count = 2 * result.size * math.prod(shape[axis] for axis in contracted)
     elif name == "cholesky":
@@ -127,30 +145,23 @@ def _flops_of(equation: JaxprEqn, platform: str) -> Flops:
         count = shape[-1] * result.size
     else:
         count = 9 * shape[-1] ** 3
-    return Flops({operand.dtype.name: count})
+    by_parts = params.get("precision") == DotAlgorithmPreset.BF16_BF16_F32_X6
+    return Flops({BF16X6 if by_parts else operand.dtype.name: count})
 
 
-def _branch_of(branches: Sequence[tuple[str, ...] | None], platform: str) -> int:
-    """Returns the branch of a platform; the default's is None."""
-    own = {"gpu": "cuda"}.get(platform, platform)
-    return next(index for index, names in enumerate(branches) if names is None or own in names)
-
-
-def _produced(jaxpr: Jaxpr, platform: str) -> int:
-    """Returns the bytes of the results of all equations on a platform; those of a loop's body count once."""
+def _produced(jaxpr: Jaxpr) -> int:
+    """Returns the bytes of the results of all equations; those of a loop's body count once."""
     total = 0
     for equation in jaxpr.eqns:
         total += size_of([v.aval for v in equation.outvars])
-        for inner in _inside(equation, platform):
-            total += _produced(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner, platform)
+        for inner in _inside(equation):
+            total += _produced(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
     return total
 
 
-def _inside(equation: JaxprEqn, platform: str) -> list[ClosedJaxpr | Jaxpr]:
-    """Returns the programs inside an equation; of those by platform, the platform's own."""
-    found = [p for p in jax.tree.leaves(equation.params, is_leaf=_is_program) if _is_program(p)]
-    by_platform = equation.params.get("branches_platforms")
-    return [found[_branch_of(by_platform, platform)]] if by_platform else found
+def _inside(equation: JaxprEqn) -> list[ClosedJaxpr | Jaxpr]:
+    """Returns the programs inside an equation."""
+    return [p for p in jax.tree.leaves(equation.params, is_leaf=_is_program) if _is_program(p)]
 
 
 def _is_program(value: Any) -> bool:

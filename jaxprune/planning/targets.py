@@ -20,6 +20,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
 from jaxprune.errors import Change, InputError
+from jaxprune.hardware import Hardware
+from jaxprune.planning.program import BF16X6
 from jaxprune.sharding import AXIS, Devices
 
 GB, TERA = 1e9, 1e12
@@ -31,18 +33,18 @@ class Target:
 
     Attributes:
         words: its name.
-        platform: what its programs are lowered for.
+        hardware: what programs are written for.
         memory: bytes.
         bandwidth: bytes a second between its memory and its compute units.
         link: bytes a second between it and its host, each way.
-        rates: dtype of the operands -> FLOP/s of products as this version makes them: of float32, with its accuracy.
+        rates: kind of products, see `program.Flops` -> FLOP/s.
         describe: a number of devices -> devices to compile for.
         extra: the extra that brings its compiler, and the module that this is in.
         options: of the compiler.
     """
 
     words: str
-    platform: str
+    hardware: Hardware
     memory: float
     bandwidth: float
     link: float
@@ -50,6 +52,15 @@ class Target:
     describe: Callable[[int], list[Any]]
     extra: tuple[str, str]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def usable(self) -> float:
+        """The bytes of its memory that JAX takes: three quarters of a GPU's, unless its environment says otherwise."""
+        share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75") if self.hardware.platform == "gpu" else 1
+        try:
+            return self.memory * float(share)
+        except ValueError as error:
+            raise InputError(f"XLA_PYTHON_CLIENT_MEM_FRACTION is {share!r}, not a number") from error
 
     @property
     def install(self) -> str:
@@ -95,7 +106,7 @@ def without_cache() -> Iterator[None]:
 @contextlib.contextmanager
 def _environment(target: Target) -> Iterator[None]:
     """Tells libtpu not to look for a machine with TPUs."""
-    if target.platform != "tpu":
+    if target.hardware.platform != "tpu":
         yield
         return
     names = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
@@ -113,6 +124,7 @@ def _environment(target: Target) -> Iterator[None]:
 
 def _gpu(name: str, words: str, **card: Any) -> Target:
     """Describes one of NVIDIA's GPUs: `card` has the rest of `Target`, and what the compiler wants to know."""
+    major, minor = card["capability"].split(".")
     description = f"""
         gpu_device_info {{
           threads_per_block_limit: 1024
@@ -132,7 +144,7 @@ def _gpu(name: str, words: str, **card: Any) -> Target:
           device_memory_size: {int(card["memory"])}
           l2_cache_size: {card["cache"] * 2**20}
           clock_rate_ghz: {card["clock"]}
-          cuda_compute_capability {{ {card["capability"]} }}
+          cuda_compute_capability {{ major: {major} minor: {minor} {card.get("feature", "")} }}
         }}
         platform_name: "CUDA"
         dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
@@ -149,7 +161,7 @@ def _gpu(name: str, words: str, **card: Any) -> Target:
 
     return Target(
         words,
-        "cuda",
+        Hardware("gpu", float(card["capability"])),  # cuDNN cannot be called without a device
         card["memory"],
         card["bandwidth"],
         card["link"],
@@ -173,12 +185,12 @@ def _tpu(generation: str, words: str, shapes: Mapping[int, str], **chip: float) 
 
     rates = {"bfloat16": chip["rate"], "float16": chip["rate"], "float32": chip["rate"] / 6}
     return Target(
-        words, "tpu", chip["memory"], chip["bandwidth"], chip["link"], rates, describe, ("plan-tpu", "libtpu")
+        words, Hardware("tpu"), chip["memory"], chip["bandwidth"], chip["link"], rates, describe, ("plan-tpu", "libtpu")
     )
 
 
 def _rates(half: float, single: float) -> dict[str, float]:
-    return {"bfloat16": half * TERA, "float16": half * TERA, "float32": single * TERA}
+    return {"bfloat16": half * TERA, "float16": half * TERA, "float32": single * TERA, BF16X6: half * TERA / 6}
 
 
 FLAT, CUBE = {1: "1x1", 4: "2x2", 8: "2x4"}, {1: "1x1x1", 4: "2x2x1", 8: "2x2x2"}
@@ -197,7 +209,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             fpus=128,
             cache=50,
             clock=1.98,
-            capability="major: 9 feature_extension: ACCELERATED_FEATURES",
+            capability="9.0",
+            feature="feature_extension: ACCELERATED_FEATURES",
         ),
         "a100": _gpu(
             "a100",
@@ -212,7 +225,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             fpus=64,
             cache=40,
             clock=1.41,
-            capability="major: 8",
+            capability="8.0",
         ),
         "rtx4090": _gpu(
             "rtx4090",
@@ -227,7 +240,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             fpus=128,
             cache=72,
             clock=2.52,
-            capability="major: 8 minor: 9",
+            capability="8.9",
         ),
         "v5e": _tpu("v5e", "TPU v5e", FLAT, memory=16 * GB, bandwidth=0.819 * TERA, link=32 * GB, rate=197 * TERA),
         "v5p": _tpu("v5p", "TPU v5p", CUBE, memory=95 * GB, bandwidth=2.765 * TERA, link=32 * GB, rate=459 * TERA),

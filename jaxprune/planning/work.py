@@ -2,11 +2,12 @@
 
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from convert import Spec
+from jaxprune import hardware
 from jaxprune.models import Architecture
 from jaxprune.planning.program import Flops
 from jaxprune.planning.targets import Target
@@ -49,7 +50,7 @@ class Work:
     @property
     def on_cpu(self) -> bool:
         """Whether the device's memory is the host's."""
-        return jax.default_backend() == "cpu" and self.device_bytes is None
+        return hardware.current().on_cpu and self.device_bytes is None
 
     def states_bytes(self, windows: int, length: int) -> int:
         """Returns the bytes of hidden states."""
@@ -59,6 +60,26 @@ class Work:
     def pruned_weights(self) -> int:
         """Weights of all kernels that are pruned."""
         return sum(n * m for n, m in self.architecture.kernel_shapes().values())
+
+
+class Cost(NamedTuple):
+    """What a program costs on a target.
+
+    Attributes:
+        phase, name, calls: of the program.
+        seconds: the least time of a call.
+        bound: the least time of any program of the same products, arguments and results.
+        compilation: seconds that its compilation took here.
+        instructions: of the compiled program.
+    """
+
+    phase: str
+    name: str
+    calls: float
+    seconds: float
+    bound: float
+    compilation: float
+    instructions: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +96,7 @@ class Need:
         transfers: phase -> bytes between host and device, each way counted.
         traffic: phase -> bytes that programs move on the device; none where that is not known.
         seconds: phase -> the least time of its programs and transfers on a target, at full rates.
+        costs: of each program, where a target's compiler has compiled it.
     """
 
     device: dict[str, int]
@@ -86,3 +108,4 @@ class Need:
     transfers: dict[str, float] = dataclasses.field(default_factory=dict)
     traffic: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    costs: tuple[Cost, ...] = ()

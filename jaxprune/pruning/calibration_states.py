@@ -3,10 +3,11 @@
 import numpy as np
 from jaxtyping import Int
 
+from jaxprune import hardware
 from jaxprune.errors import InputError
 from jaxprune.pruning import kept_states
 from jaxprune.pruning.results import Results
-from jaxprune.streaming.hidden_states import HiddenStates, tokens_per_batch
+from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.model import StreamedModel, inside_layer
 
 
@@ -32,7 +33,7 @@ class CalibrationStates:
         self._fresh = True
         routing, at_a_time = model.architecture.config.routing, None
         if routing and routing.route_all:  # as many rows as when each token takes a few experts
-            at_a_time = max(1, tokens_per_batch() * routing.per_token // routing.experts)
+            at_a_time = max(1, hardware.current().tokens_per_batch * routing.per_token // routing.experts)
         self.pruned = model.embed(tokens, at_a_time=at_a_time)
         self.dense = model.embed(tokens) if with_dense else None
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxprune import hardware
 from jaxprune.errors import InputError
 from jaxprune.models import Layer, Part
 from jaxprune.models.blocks import Routed
@@ -30,7 +31,6 @@ from jaxprune.pruning import kept_states
 from jaxprune.pruning.journal import SENSITIVITY, Journal
 from jaxprune.recipe import Importance
 from jaxprune.sharding import fetch
-from jaxprune.streaming import hidden_states
 from jaxprune.streaming.head import exponentials, in_chunks, logits
 from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.model import StreamedModel
@@ -140,7 +140,7 @@ def tokens_per_batch(forward: int | None = None) -> int:
     Args:
         forward: as many in a forward pass; None: what suits the device.
     """
-    return max(1, (forward or hidden_states.tokens_per_batch()) // 4)
+    return max(1, (forward or hardware.current().tokens_per_batch) // 4)
 
 
 def _groups(model: StreamedModel, tokens: Int[np.ndarray, "w t"], host_bytes: float) -> Iterator[slice]:

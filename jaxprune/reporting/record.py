@@ -17,7 +17,7 @@ from convert.hub import described
 from convert.writing import write_text
 from jaxprune.evaluation.quality import Quality
 from jaxprune.evaluation.tasks import without_samples
-from jaxprune.planning.machine import hardware, peak_bytes
+from jaxprune.planning.machine import describe_hardware, peak_bytes
 from jaxprune.planning.timing import Timing
 from jaxprune.pruning.results import LayerResult
 from jaxprune.recipe import Recipe
@@ -164,7 +164,7 @@ def environment() -> dict[str, Any]:
         "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "machine": platform.machine(),
         "devices": sorted({d.device_kind for d in jax.local_devices()}),
-        "hardware": hardware(),
+        "hardware": describe_hardware(),
     }
 
 

@@ -21,7 +21,7 @@ from markdown import markdown
 
 from jaxprune import Magnitude, Observer, Tuning, Unstructured, load, prune_layers
 from jaxprune.commands.terminal import keep_compilations, keep_memory
-from jaxprune.planning.machine import hardware
+from jaxprune.planning.machine import describe_hardware
 from jaxprune.pruning.distillation import distill
 
 
@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     found: dict[bool, list[Found]] = {False: [], True: []}
     for keep in list(found) * args.repeat:
         found[keep].append(alone(measure, args.ckpt, args.length, args.steps, keep))
-    print(f"{args.ckpt}, a window of {args.length} tokens a step, medians of {args.repeat} processes, {hardware()}\n")
+    print(f"{args.ckpt}, a window of {args.length} tokens a step, medians of {args.repeat} processes")
+    print(f"{describe_hardware()}\n")
     rows, first = [], None
     for keep, values in found.items():
         one = Found(*map(statistics.median, zip(*values, strict=True)))

@@ -8,40 +8,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.methods.linalg import matmul
+from jaxprune.planning.machine import square_product
 from jaxprune.planning.program import Flops
-
-SQUARE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
-"""Size of the products that the matrix rate is measured with."""
 
 
 class Rate:
-    """The machine's matrix rate, FLOP/s by dtype: the median of all measurements so far."""
+    """The machine's matrix rate, FLOP/s by kind of products: the median of all measurements so far."""
 
-    def __init__(self, dtypes: set[str]) -> None:
-        size = SQUARE.get(jax.default_backend(), 2048)
-        self._operands = {dtype: jnp.ones((size, size), dtype) for dtype in sorted(dtypes | {"float32"})}
-        self._found: dict[str, list[float]] = {dtype: [] for dtype in self._operands}
+    def __init__(self, kinds: set[str]) -> None:
+        self._products = {kind: square_product(kind) for kind in sorted(kinds | {"float32"})}
+        self._found: dict[str, list[float]] = {kind: [] for kind in self._products}
 
     def measure(self, repeat: int = 1) -> None:
         """Measures again."""
-        for dtype, x in [*self._operands.items()] * repeat:
-            self._found[dtype].append(2 * len(x) ** 3 / timed(_product, x, x))
+        for kind, (product, x) in [*self._products.items()] * repeat:
+            self._found[kind].append(2 * len(x) ** 3 / timed(product, x, x))
 
-    def __getitem__(self, dtype: str) -> float:
-        return statistics.median(self._found[dtype])
+    def __getitem__(self, kind: str) -> float:
+        return statistics.median(self._found[kind])
 
     def floor(self, flops: Flops) -> float:
         """Seconds at these rates."""
-        return sum(count / self[dtype] for dtype, count in flops.items())
+        return sum(count / self[kind] for kind, count in flops.items())
 
     def __str__(self) -> str:
-        return ", ".join(f"{dtype} {self[dtype] / 1e9:.0f} GFLOP/s" for dtype in self._found)
-
-
-@jax.jit
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    return matmul(a, b) if a.dtype == jnp.float32 else jnp.matmul(a, b)
+        return ", ".join(f"{kind} {self[kind] / 1e9:.0f} GFLOP/s" for kind in self._found)
 
 
 def timed(function: Callable[..., Any], *arguments: Any, donated: tuple[int, ...] = ()) -> float:

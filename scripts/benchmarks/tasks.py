@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune import load
+from jaxprune import hardware, load
 from jaxprune.evaluation.lm import StreamedLM
 from jaxprune.evaluation.packing import Request, group, pack
 from jaxprune.evaluation.tasks import ZERO_SHOT, Tasks, summarize
 from jaxprune.evaluation.torch_lm import hflm
-from jaxprune.planning.machine import hardware
-from jaxprune.streaming.hidden_states import tokens_per_batch
+from jaxprune.planning.machine import describe_hardware
 
 
 class Counting(StreamedLM):
@@ -27,7 +26,7 @@ class Counting(StreamedLM):
 
     def _score(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
         self.alone = sum(len(context) + len(continuation) - 1 for context, continuation in requests)
-        packed = pack(requests, group(requests, self.max_length), self.max_length, tokens_per_batch())
+        packed = pack(requests, group(requests, self.max_length), self.max_length, hardware.current().tokens_per_batch)
         self.tokens = sum(windows.tokens.size for windows in packed)
         return super()._score(requests)
 
@@ -54,7 +53,7 @@ def main() -> None:
     args = parser.parse_args()
     streamed = load(args.ckpt)
     models = {"jax": Counting(streamed), "torch": hflm(streamed.reader, streamed.dtype)}
-    print(f"{args.ckpt}, the first {args.limit} rows of each task, {hardware()}\n")
+    print(f"{args.ckpt}, the first {args.limit} rows of each task, {describe_hardware()}\n")
     header = "task", "items", "acc, jax", "acc, torch", "items that differ", "largest difference, nats"
     header += "tokens, one row a request", "tokens, packed", "jax, s", "torch, s", "torch / jax"
     _row(*header)

@@ -40,7 +40,7 @@ from jaxprune.commands.terminal import keep_compilations, keep_memory
 from jaxprune.evaluation.quality import Evaluator, Quality
 from jaxprune.evaluation.tasks import ZERO_SHOT
 from jaxprune.evaluation.text import perplexity, perplexity_of_states
-from jaxprune.planning.machine import hardware
+from jaxprune.planning.machine import describe_hardware
 from jaxprune.pruning import snapshot as snapshots
 from jaxprune.pruning.loop import other_params
 from jaxprune.pruning.results import LayerResult
@@ -154,7 +154,7 @@ class Bench:
                 return None
             start = time.perf_counter()
             result = getattr(self, f"_{measure}")(cell)
-            result |= {"wall_seconds": time.perf_counter() - start, "hardware": hardware()}
+            result |= {"wall_seconds": time.perf_counter() - start, "hardware": describe_hardware()}
             with staged(destination(file, folder=False)) as made:
                 write_text(made, json.dumps({"cell": identity, "result": result}, indent=1) + "\n")
         return json.loads(file.read_text())["result"]

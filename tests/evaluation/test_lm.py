@@ -15,7 +15,6 @@ from jaxprune import StreamedModel
 from jaxprune.commands.lm_eval import main as lm_eval_main
 from jaxprune.errors import InputError
 from jaxprune.evaluation.lm import StreamedLM
-from jaxprune.streaming import hidden_states as hidden
 from tests.helpers import rows, tiny
 from tests.helpers.optional import needs_torch, torch
 
@@ -112,7 +111,6 @@ def test_generation_is_hflms(checkpoint: Path, reference: Any) -> None:
 
 
 def test_the_model_is_read_once_and_few_shapes_are_compiled(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(hidden.TOKENS_PER_BATCH, "cpu", 1024)
     reader = open_checkpoint(checkpoint)
     asked: list[str] = []
     read = reader.read

@@ -5,7 +5,6 @@ import pytest
 
 from jaxprune.errors import InputError
 from jaxprune.evaluation.packing import Packed, Request, batches, group, pack
-from jaxprune.streaming import hidden_states as hidden
 from jaxprune.streaming.hidden_states import batch_size
 
 
@@ -34,11 +33,6 @@ def read_back(packed: list[Packed], count: int) -> dict[int, list[tuple[list[int
             assert (layout.positions[row, before][seen] == np.arange(seen.sum())).all()
             found[int(request)].append((windows.tokens[row, before][seen].tolist(), int(target)))
     return found
-
-
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(hidden.TOKENS_PER_BATCH, "cpu", 1024)
 
 
 @pytest.mark.parametrize("windows", [1, 3, 16, 17, 33, 100, 250])

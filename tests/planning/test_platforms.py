@@ -1,5 +1,6 @@
 """What can be said of accelerators without one: all programs of a run lower for them, as accurate as here."""
 
+import dataclasses
 import re
 import types
 from collections.abc import Iterator
@@ -10,12 +11,21 @@ import jax.numpy as jnp
 import pytest
 
 from jaxprune import ADMM, load, methods
-from jaxprune.models import attention
+from jaxprune.hardware import Hardware, writing_for
 from jaxprune.models.attention import cudnn_takes
 from jaxprune.planning import programs
 from jaxprune.planning.program import Program, Shapes
+from jaxprune.pruning.distillation import Placement
 from jaxprune.sharding import ONE_DEVICE
 from jaxprune.sparsity.patterns import NM, Unstructured
+
+BY_PARTS = "lhs_precision_type = bf16, rhs_precision_type = bf16, accumulation_type = f32"
+HARDWARE = {"cpu": Hardware("cpu"), "cuda": Hardware("gpu", 9.0), "tpu": Hardware("tpu")}
+
+
+def lower(program: Program, platform: str) -> str:
+    with writing_for(HARDWARE[platform]):
+        return program.lowered(platform)
 
 
 def all_programs(checkpoint: Path, dtype: str) -> Iterator[Program]:
@@ -24,8 +34,8 @@ def all_programs(checkpoint: Path, dtype: str) -> Iterator[Program]:
         yield from programs.of_pruning(shapes, 4, 512, methods.load(name)(), Unstructured(0.5))
     yield from programs.of_pruning(shapes, 4, 512, ADMM(), NM(2, 4))
     yield from programs.of_sensitivity(shapes, 4, 512)
-    for keep in (True, False):
-        yield from programs.of_distillation(shapes, 4, 512, 2, keep=keep)
+    for placement in (Placement(True, True), Placement(True, False), Placement(False, False)):
+        yield from programs.of_distillation(shapes, 4, 512, 2, placement)
     yield from programs.of_evaluation(shapes, 4, 512)
 
 
@@ -40,11 +50,16 @@ def all_programs(checkpoint: Path, dtype: str) -> Iterator[Program]:
 )
 def test_every_program_lowers_for_accelerators_and_keeps_float32(platform: str, dtype: str, checkpoint: Path) -> None:
     with jax.numpy_dtype_promotion("standard"):
-        lowered = [(program, program.lowered(platform)) for program in all_programs(checkpoint, dtype)]
+        lowered = [(program, lower(program, platform)) for program in all_programs(checkpoint, dtype)]
     exact = [text for program, text in lowered if dtype == "float32" or program.phase == "solve"]
+    others = [text for program, text in lowered if dtype == "bfloat16" and program.phase != "solve"]
+    assert not re.search(
+        r"stablehlo.dot_general .*\((tensor<[^>]*xf32>,|tensor<[^>]*>, tensor<[^>]*xf32>)", "\n".join(others)
+    )
     products = re.findall(r"stablehlo.dot_general .*\(tensor<[^>]*xf32>, tensor<[^>]*xf32>\)", "\n".join(exact))
     assert len(products) > 20
-    assert [product for product in products if "[HIGHEST, HIGHEST]" not in product] == []
+    assert [one for one in products if "[HIGHEST, HIGHEST]" not in one and BY_PARTS not in one] == []
+    assert any(BY_PARTS in one for one in products) == (platform == "cuda")
 
 
 @pytest.mark.parametrize(
@@ -57,7 +72,7 @@ def test_every_program_lowers_for_accelerators_and_keeps_float32(platform: str, 
 )
 def test_what_is_lowered_is_what_would_run_there(platform: str, own: str, others: list[str]) -> None:
     matrix = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
-    text = Program("solve", "prepare", ADMM().prepare, (matrix,), 1).lowered(platform)
+    text = lower(Program("solve", "prepare", ADMM().prepare, (matrix,), 1), platform)
     assert own in text and not [other for other in others if other in text]
     assert platform == "cpu" or text.count("stablehlo.while") <= 8
 
@@ -65,7 +80,7 @@ def test_what_is_lowered_is_what_would_run_there(platform: str, own: str, others
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_an_inverses_program_does_not_grow_with_the_matrix(platform: str) -> None:
     shapes = [jax.ShapeDtypeStruct((n, n), jnp.float32) for n in (4096, 11008)]
-    small, large = (Program("solve", "prepare", ADMM().prepare, (shape,), 1).lowered(platform) for shape in shapes)
+    small, large = (lower(Program("solve", "prepare", ADMM().prepare, (s,), 1), platform) for s in shapes)
     assert len(large.splitlines()) < 1.05 * len(small.splitlines())
 
 
@@ -82,11 +97,13 @@ def test_an_inverses_program_does_not_grow_with_the_matrix(platform: str) -> Non
         (None, "bfloat16", 512, 128, False),
     ],
 )
-def test_cudnn_gets_what_it_takes(
-    capability: str | None, dtype: str, length: int, width: int, takes: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cudnn_gets_what_it_takes(capability: str | None, dtype: str, length: int, width: int, takes: bool) -> None:
     query = jnp.zeros((1, length, 2, width), dtype)
-    device = types.SimpleNamespace(**{"compute_capability": capability} if capability else {})
-    monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    assert attention._cuda_capability() == (float(capability) if capability and capability[0].isdigit() else 0)
-    assert cudnn_takes(query) == takes
+    found = Hardware.of(
+        types.SimpleNamespace(platform="gpu", **{"compute_capability": capability} if capability else {})
+    )
+    assert found.capability == (float(capability) if capability and capability[0].isdigit() else 0)
+    with writing_for(found):
+        assert cudnn_takes(query) == takes
+    with writing_for(dataclasses.replace(found, cudnn=False)):
+        assert not cudnn_takes(query)

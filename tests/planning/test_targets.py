@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxprune import InputError
 from jaxprune.commands.plan import main
 from jaxprune.commands.prune import main as prune
 from jaxprune.planning import targets
@@ -76,3 +77,13 @@ def test_what_its_compiler_says(name: str, checkpoint: Path, capsys: pytest.Capt
     assert main(line(checkpoint, name)) == 0
     out = capsys.readouterr().out
     assert "is not installed" not in out and target.words in out
+
+
+def test_of_a_gpus_memory_jax_takes_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    assert TARGETS["h100"].usable == 60e9 and TARGETS["v5e"].usable == 16e9
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    assert TARGETS["h100"].usable == pytest.approx(72e9)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "much")
+    with pytest.raises(InputError, match="XLA_PYTHON_CLIENT_MEM_FRACTION is 'much'"):
+        _ = TARGETS["h100"].usable

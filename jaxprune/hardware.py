@@ -1,0 +1,68 @@
+"""The hardware that programs are written for: this process's, or another while a run is planned for it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """A kind of device, as far as programs are written differently for it.
+
+    Attributes:
+        platform: cpu, gpu, tpu, or what else JAX calls it.
+        capability: the compute capability of an NVIDIA GPU, such as 9.0; 0: it is none.
+        cudnn: whether cuDNN is there to be called.
+    """
+
+    platform: str
+    capability: float = 0.0
+    cudnn: bool = False
+
+    @classmethod
+    def of(cls, device: Any, *, cudnn: bool = True) -> "Hardware":
+        """Returns a device's.
+
+        Args:
+            device: one of JAX's.
+            cudnn: whether cuDNN is there to be called, if it is an NVIDIA GPU.
+        """
+        text = getattr(device, "compute_capability", None) or ""  # AMD's say gfx942 and the like
+        capability = float(text) if text.replace(".", "").isdigit() else 0.0
+        return cls(device.platform, capability, cudnn and capability > 0)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it computes on the host, in its memory."""
+        return self.platform == "cpu"
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Tokens on a device at a time. On a CPU, what fits its cache: four times as many take 1.2 times as long a
+        token."""
+        return 1024 if self.on_cpu else 16384
+
+    @property
+    def cudnn_attention(self) -> bool:
+        """Whether cuDNN's flash attention runs on it: from Ampere on."""
+        return self.cudnn and self.capability >= 8
+
+    @property
+    def float32_products(self) -> jax.lax.Precision | jax.lax.DotAlgorithmPreset:
+        """How float32 matrices are multiplied with float32's accuracy.
+
+        By six products of bfloat16 parts on NVIDIA's data-centre GPUs (8.0, 9.0, 10.x), whose tensor cores are more
+        than six times as fast as their float32 units; those of other cards are not. A TPU's highest precision is that.
+        """
+        by_parts = self.capability in (8.0, 9.0) or 10 <= self.capability < 11
+        return jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6 if by_parts else jax.lax.Precision.HIGHEST
+
+
+writing_for = jax.make_user_context()
+"""`with writing_for(hardware):` programs are written for it; JAX traces them anew, whatever it has traced before."""
+
+
+def current() -> Hardware:
+    """Returns the hardware that programs are written for; this process's first device where nothing else is said."""
+    return writing_for.value or Hardware.of(jax.local_devices()[0])
