@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxprune.models.attention import Layout, causal_attention
 from jaxprune.models.configuration import ACTIVATIONS, Config, Kind
 from jaxprune.models.experts import EXPERT_INPUTS, SparseMLP
+from jaxprune.models.products import all_but_kernels, times_kernel
 
 Transform = Callable[[Array], Array]
 Taps = dict[str, Any]
@@ -61,7 +62,15 @@ class LayerNorm(nnx.Module):
 
 def linear(config: Config, n_in: int, n_out: int, rngs: nnx.Rngs, *, bias: bool = False) -> nnx.Linear:
     """Makes a linear layer that computes in the configuration's dtype."""
-    return nnx.Linear(n_in, n_out, use_bias=bias, dtype=config.dtype, rngs=rngs)
+    return nnx.Linear(
+        n_in,
+        n_out,
+        use_bias=bias,
+        dtype=config.dtype,
+        promote_dtype=all_but_kernels,
+        dot_general=times_kernel,
+        rngs=rngs,
+    )
 
 
 def fused(

@@ -1,0 +1,63 @@
+"""Products of activations, and their gradients by products of the same kind.
+
+JAX's own gradients of a product whose sums are float32 multiply float32 cotangents with 16-bit operands, which no
+matrix unit takes. Here cotangents are rounded as activations are; gradients of kernels keep their kernel's dtype.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float
+
+
+def product(equation: str, a: Array, b: Array, dtype: DTypeLike | None = None) -> Array:
+    """Returns the product of two arrays, multiplied in the dtype of the first; its vjp keeps both as they are.
+
+    Args:
+        equation: as `jnp.einsum` has it; every index is in two of the three arrays at least.
+        a: activations.
+        b: in any dtype.
+        dtype: of the result; None: that of `a`.
+    """
+    # Gradients are traced where the context of the forward pass is over.
+    return _product(equation, jax.config.jax_default_matmul_precision, dtype or a.dtype, a, b)
+
+
+def times_kernel(
+    x: Float[Array, "*b n"], kernel: Float[Array, "n m"], *unused: Any, **also_unused: Any
+) -> Float[Array, "*b m"]:
+    """Returns x @ kernel in the dtype of x, with the signature of `lax.dot_general` for a `nnx.Linear`."""
+    rows = "abcdefgh"[: x.ndim - 1]
+    return product(f"{rows}n,nm->{rows}m", x, kernel)
+
+
+def all_but_kernels(arrays: Sequence[Array | None], dtype: DTypeLike) -> tuple[Array | None, ...]:
+    """Casts inputs and biases of an `nnx.Linear`, whose kernels `times_kernel` takes as they are stored."""
+    x, kernel, bias = arrays
+    assert x is not None
+    return x.astype(dtype), kernel, None if bias is None else bias.astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(equation: str, precision: Any, dtype: DTypeLike, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b.astype(a.dtype), precision=precision, preferred_element_type=dtype)
+
+
+def _forward(equation: str, precision: Any, dtype: DTypeLike, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(equation, precision, dtype, a, b), (a, b)
+
+
+def _backward(
+    equation: str, precision: Any, dtype: DTypeLike, kept: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
+    (a, b), cotangent = kept, cotangent.astype(kept[0].dtype)
+    operands, result = equation.split("->")
+    first, second = operands.split(",")
+    of_a, of_b = f"{result},{second}->{first}", f"{first},{result}->{second}"
+    return _product(of_a, precision, a.dtype, cotangent, b), _product(of_b, precision, b.dtype, a, cotangent)
+
+
+_product.defvjp(_forward, _backward)
