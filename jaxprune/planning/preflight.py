@@ -5,6 +5,7 @@ analysis of the programs that the run will call, or, where even all their interm
 """
 
 import dataclasses
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -15,18 +16,20 @@ import numpy as np
 from convert import Spec, formats, part_of
 from convert.assets import read_config
 from convert.hub import resolve
+from jaxprune import hardware
+from jaxprune.hardware import Hardware
 from jaxprune.models import Architecture, architecture_of, stored_dtype
 from jaxprune.planning import hlo, machine, programs
 from jaxprune.planning.machine import peak_bytes
-from jaxprune.planning.program import Flops, Program, Shapes
+from jaxprune.planning.program import Flops, Program, Shapes, outside_bytes
 from jaxprune.planning.transfers import transfers
-from jaxprune.planning.work import GIB, Need, Work
+from jaxprune.planning.work import GIB, Cost, Need, Work
+from jaxprune.pruning import adam, distillation
 from jaxprune.pruning.experts import without_experts
 from jaxprune.pruning.sensitivity import HOST_BYTES
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import ONE_DEVICE, Devices
 from jaxprune.sparsity.patterns import Unstructured
-from jaxprune.streaming.hidden_states import TOKENS_PER_BATCH, tokens_per_batch
 
 SHARE_OF_RATE = {"sensitivity": 0.6, "tune": 0.7, "evaluate": 0.5}
 """Share of the matrix rate that a phase reaches; 0.75 where not named. From docs/performance.md."""
@@ -34,13 +37,12 @@ LIBRARIES = 1.25 * GIB
 """Host memory of Python, JAX, transformers, datasets, Orbax and compiled programs, once a text is prepared."""
 
 
-def shapes_of(ckpt: str, dtype: np.dtype | None, *, elsewhere: bool = False) -> tuple[Spec, Architecture]:
+def shapes_of(ckpt: str, dtype: np.dtype | None) -> tuple[Spec, Architecture]:
     """Returns a checkpoint's params and architecture, from headers, or from config.json where there is nothing else.
 
     Args:
         ckpt: its name, as for `convert.open_checkpoint`.
         dtype: the dtype of the computation; None: as in `StreamedModel`.
-        elsewhere: whether it is computed on an accelerator, whatever this machine is.
 
     Raises:
         InputError, CheckpointError: there is not even that.
@@ -49,7 +51,6 @@ def shapes_of(ckpt: str, dtype: np.dtype | None, *, elsewhere: bool = False) -> 
     for module in formats().values():
         if hasattr(module, "Reader") and module.Reader.accepts(path):
             reader = module.Reader(path)
-            dtype = stored_dtype(reader.spec) if dtype is None and elsewhere else dtype
             return reader.spec, architecture_of(reader.assets, dtype, reader.spec)
     written = read_config(path)
     stored = np.dtype(written.get("dtype") or written.get("torch_dtype") or "float16")
@@ -68,16 +69,18 @@ def need(work: Work, within: float = 0.0) -> Need:
     spread = _spread(work)
     every = list(programs_of(spread))
     alone = every if spread is work else list(programs_of(work))  # on one device loops have a length that is known
-    costs, platform = _Costs(work, within), work.target.platform if work.target else None
+    costs = _Costs(work, within)
     for program, same in zip(every, alone, strict=True):
-        costs.add(program, same.flops(platform))
+        costs.add(program, same.flops())
     phases = costs.flops
     disk, states, host = _disk(work), _states(work, phases), _host(work, phases)
     if work.scratch is None:
         host = {phase: size + states[phase] for phase, size in host.items()}
-    moved = transfers(work, list(phases), state_on_device=_keeps_state(work))
+    moved = transfers(work, list(phases), state_on_device=_placement(work).state)
     kept, seconds = disk["the checkpoint"], costs.seconds(moved)
-    return Need(costs.peaks, host, disk, states, kept, costs.flops, moved, costs.traffic, seconds)
+    return Need(
+        costs.peaks, host, disk, states, kept, costs.flops, moved, costs.traffic, seconds, tuple(costs.programs)
+    )
 
 
 def _spread(work: Work) -> Work:
@@ -109,7 +112,7 @@ def need_of_evaluation(
 
 def programs_of(work: Work) -> Iterator[Program]:
     """Yields the programs of a run."""
-    tokens = TOKENS_PER_BATCH["gpu"] if work.device_bytes and jax.default_backend() == "cpu" else None
+    tokens = Hardware("gpu").tokens_per_batch if work.device_bytes else None
     shapes = Shapes(work.architecture, stored_dtype(work.spec), work.devices, tokens, work.device_bytes)
     recipe = work.recipe
     pattern = recipe.pattern or Unstructured(0.5)  # a given mask takes no more than selecting one
@@ -120,7 +123,8 @@ def programs_of(work: Work) -> Iterator[Program]:
         yield from programs.of_sensitivity(shapes, recipe.importance.windows_of(work.windows), work.length)
     yield from programs.of_pruning(_routing_all(shapes, recipe), work.windows, work.length, recipe.method, pattern)
     if epochs := recipe.tuning.tune_epochs:
-        yield from programs.of_distillation(shapes, work.windows, work.length, epochs, keep=_keeps(work))
+        step = recipe.tuning.tune_windows
+        yield from programs.of_distillation(shapes, work.windows, work.length, epochs, _placement(work), step)
     if work.evaluation:
         yield from programs.of_evaluation(shapes, *work.evaluation)
 
@@ -130,20 +134,15 @@ def _routing_all(shapes: Shapes, recipe: Recipe) -> Shapes:
     routing = shapes.architecture.config.routing
     if routing is None or not recipe.experts.route_all:
         return shapes
-    tokens = max(1, (shapes.tokens or tokens_per_batch()) * routing.per_token // routing.experts)
+    tokens = max(1, (shapes.tokens or hardware.current().tokens_per_batch) * routing.per_token // routing.experts)
     return dataclasses.replace(shapes, architecture=shapes.architecture.routed(route_all=True), tokens=tokens)
 
 
-def _keeps(work: Work) -> bool:
-    """Returns whether all that a distillation needs stays on the device, as far as can be told without one."""
-    return jax.default_backend() == "cpu" and work.target is None and 12 * work.pruned_weights < 4e9
-
-
-def _keeps_state(work: Work) -> bool:
-    """Returns whether the kernels that a distillation tunes, and their moments, stay on the devices."""
-    if work.device_bytes is None:
-        return work.on_cpu
-    return 12 * work.pruned_weights / work.devices.count < work.device_bytes / 2
+def _placement(work: Work) -> distillation.Placement:
+    """Returns what of a distillation stays on the devices."""
+    free = work.device_bytes or (None if work.on_cpu else machine.device_memory())
+    window = work.recipe.tuning.tune_windows, work.length
+    return distillation.placement_of(work.architecture, window, work.devices.count, free)
 
 
 class _Costs:
@@ -157,6 +156,7 @@ class _Costs:
         flops: phase -> FLOPs of all calls.
         peaks: phase -> bytes on a device at most, or no less.
         traffic: phase -> bytes that all calls move on a target's device.
+        programs: what each costs on a target, where its compiler is there.
     """
 
     def __init__(self, work: Work, within: float) -> None:
@@ -165,22 +165,27 @@ class _Costs:
         self.flops: dict[str, Flops] = {}
         self.peaks: dict[str, int] = {}
         self.traffic: dict[str, float] = {}
+        self.programs: list[Cost] = []
 
     def add(self, program: Program, flops: Flops) -> None:
         """Adds a program, with the FLOPs of a call."""
         target, phase, moved = self._work.target, program.phase, 0.0
+        own = {kind: n / self._work.devices.count for kind, n in flops.items()}
         peak = program.most_bytes()
         if target is not None and target.has_compiler:
+            start = time.perf_counter()
             compiled = program.compiled(target.options)
-            peak, moved = program.peak_bytes(compiled), hlo.Module(compiled.as_text() or "").traffic()
+            spent, module = time.perf_counter() - start, hlo.Module(compiled.as_text() or "")
+            peak, moved = program.peak_bytes(compiled), module.traffic()
             self.traffic[phase] = self.traffic.get(phase, 0.0) + program.calls * moved
+            times = target.seconds(own, moved), target.seconds(own, outside_bytes(compiled))
+            self.programs.append(Cost(phase, program.name, program.calls, *times, spent, module.instructions()))
         elif target is None and peak >= self._within:
             peak = program.peak_bytes()
         self.peaks[phase] = max(peak, self.peaks.get(phase, 0))
         total = self.flops.setdefault(phase, Flops())
         total.update({dtype: int(n * program.calls) for dtype, n in flops.items()})
         if target is not None:
-            own = {dtype: n / self._work.devices.count for dtype, n in flops.items()}
             self._seconds[phase] = self._seconds.get(phase, 0.0) + program.calls * target.seconds(own, moved)
 
     def seconds(self, transfers: Mapping[str, float]) -> dict[str, float]:
@@ -210,13 +215,13 @@ def _host(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
             found[phase] += 2 * energies * work.recipe.importance.weighs
     if "tune" in phases:
         found["tune"] += sum(_size(work.spec, path) for path in work.spec) + work.pruned_weights // 8
-        if not _keeps(work):
-            found["tune"] += 12 * work.pruned_weights
+        if not _placement(work).state:
+            found["tune"] += adam.BYTES * work.pruned_weights
     return found
 
 
 def _states(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
-    """Returns phase -> bytes of the hidden states that there are at a time."""
+    """Returns phase -> bytes of the hidden states that a process keeps at a time."""
     hidden = work.states_bytes(work.windows, work.length)
     found: dict[str, float] = dict.fromkeys(phases, hidden * (2 if work.recipe.asymmetry else 1))
     if "tune" in phases:
@@ -227,7 +232,7 @@ def _states(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
         found["sensitivity"] = 2 * some + (inputs if work.scratch else min(HOST_BYTES, inputs))
     if work.evaluation:
         found["evaluate"] = 2 * work.states_bytes(*work.evaluation)
-    return found
+    return {phase: size / jax.process_count() for phase, size in found.items()}
 
 
 def _disk(work: Work) -> dict[str, int]:
@@ -240,7 +245,7 @@ def _disk(work: Work) -> dict[str, int]:
         "the checkpoint": whole,
         "layers that are finished": (layers + work.pruned_weights // 8) * (1 + tuned),
         "hidden states": 2 * hidden * (2 if work.recipe.asymmetry else 1),
-        "tuning": 2 * 12 * work.pruned_weights * tuned,
+        "tuning": 2 * adam.BYTES * work.pruned_weights * tuned,
     }
 
 

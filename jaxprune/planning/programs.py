@@ -15,6 +15,7 @@ from jaxprune.methods import Method, gram
 from jaxprune.models import Layer
 from jaxprune.planning.program import Flops, Program, Shapes, size_of
 from jaxprune.pruning import adam, distillation, experts, gram_matrices, kernel, sensitivity
+from jaxprune.pruning.distillation import Placement
 from jaxprune.pruning.gram_matrices import ExpertTotals
 from jaxprune.sparsity.patterns import Pattern
 from jaxprune.streaming.head import CHUNK
@@ -160,71 +161,75 @@ def of_sensitivity(shapes: Shapes, windows: int, length: int) -> Iterator[Progra
 
 
 def of_distillation(
-    shapes: Shapes, windows: int, length: int, epochs: float, *, step: int = 1, keep: bool = True
+    shapes: Shapes, windows: int, length: int, epochs: float, placement: Placement, step: int = 1
 ) -> Iterator[Program]:
     """Yields the programs of the distillation.
 
     Args:
         shapes, windows, length: see `of_pruning`.
         epochs: visits of each window.
+        placement: what stays on the device.
         step: windows a step.
-        keep: whether all layers' kernels, their state, and a step's intermediate results stay on the device; else one
-            layer's do, and each layer's forward pass is run again before its vjp.
     """
     architecture = shapes.architecture
-    step = -(-step // shapes.devices.count)
-    x, head = shapes.states(step, length), shapes.params(architecture.head.spec, architecture.config.dtype)
-    batch = shapes.batch(windows, length)
+    x = shapes.devices.abstract(Shape((step, length, architecture.width), architecture.config.dtype), 0)
+    batch, head = shapes.batch(windows, length), shapes.params(architecture.head.spec, architecture.config.dtype)
     visits, passes = math.ceil(epochs * windows / step), min(1.0, epochs) * windows / batch.shape[0]
-    tuned = [(layer, count, _Tuned.of(shapes, layer, x, keep)) for layer, count in shapes.layers.items()]
-    resident = sum(count * one.state for _, count, one in tuned)
+    tuned = [(layer, count, _Tuned.of(shapes, layer, x, placement)) for layer, count in shapes.layers.items()]
+    stays = sum(count * one.stays for _, count, one in tuned)
+    results = sum(count * one.results for _, count, one in tuned)
     for layer, count, one in tuned:
         forward, visit, in_flight = partial(apply_layer, layer), (one.params, batch, None), 2 * size_of(batch)
-        yield Program("tune", "dense forward", forward, visit, count * passes, in_flight, donated=(1,))
+        yield Program("tune", "dense forward", forward, visit, count * passes, in_flight + stays, donated=(1,))
         values, calls = one.kernels.values, count * visits
-        if keep:
+        beside = stays - size_of(values) if placement.state else size_of(values)  # else the next layer's
+        if placement.results:
             forward_and_vjp = partial(distillation.forward_and_vjp, layer)
-            resident_then = resident - size_of(values)
-            yield Program("tune", "forward", forward_and_vjp, (values, one.rest, x), calls, resident_then)
+            yield Program("tune", "forward", forward_and_vjp, (values, one.rest, x), calls, beside + results)
         else:
-            yield Program("tune", "forward", forward, (values | one.rest, x, None), calls, donated=(1,))
+            yield Program("tune", "forward", forward, (values | one.rest, x, None), calls, beside, donated=(1,))
         pull_back, arguments = partial(distillation.pull_back, layer), (values, one.rest, one.vjp, x)
-        waiting = size_of(one.kernels) - size_of(values) if keep else 0
-        yield Program("tune", "backward", pull_back, arguments, calls, resident - one.state + waiting)
-        for name, value in values.items():
-            kernel, number = adam.Moving(value, value, value), Shape((), jnp.float32)
-            others = (
-                2 * (size_of(values) - size_of(value)) if not keep else resident + size_of(values) - size_of(kernel)
-            )
-            own = one.kernels.masks[name], one.kernels.units[name], value, Shape((), jnp.int32), number
-            yield Program("tune", f"step {name}", adam.step_one, (kernel, *own), calls, others, donated=(0,))
+        beside = stays if placement.state else 3 * size_of(one.kernels)  # else one on its way in, one on its way out
+        beside += results - one.results
+        yield Program("tune", "backward", pull_back, arguments, calls, beside - size_of(values))
+        for name, moving in one.kernels.moving.items():
+            gradient, number = moving.value, Shape((), jnp.float32)
+            others = beside - size_of(moving) + size_of(values) - size_of(gradient)
+            own = one.kernels.masks[name], one.kernels.units[name], gradient, number, number
+            yield Program("tune", f"step {name}", adam.step_one, (moving, *own), calls, others, donated=(0,))
     chunk = Shape((min(CHUNK // 2, step * length), architecture.width), architecture.config.dtype)
-    loss = partial(distillation.head_divergence, architecture.head)
-    yield Program("tune", "divergence", loss, (head, chunk, chunk), visits * step * length / chunk.shape[0], resident)
+    loss, beside = partial(distillation.head_divergence, architecture.head), stays + results
+    yield Program("tune", "divergence", loss, (head, chunk, chunk), visits * step * length / chunk.shape[0], beside)
 
 
 class _Tuned(NamedTuple):
-    """What a layer of one kind is called with in a distillation, and how many bytes of it stay on the device."""
+    """What a layer of one kind is called with in a distillation, and how many bytes of it stay on the device: of its
+    kernels, and of a step's results."""
 
     params: dict[str, Shape]
     kernels: adam.Kernels
     rest: dict[str, Shape]
     vjp: Any
-    state: int
+    stays: int
+    results: int
 
     @classmethod
-    def of(cls, shapes: Shapes, layer: Layer, x: Shape, keep: bool) -> "_Tuned":
+    def of(cls, shapes: Shapes, layer: Layer, x: Shape, placement: Placement) -> "_Tuned":
         params = shapes.layer_params(layer)
         names = [f"{path}.kernel" for path in layer.linears if path not in layer.routers]
         values = {name: Shape(params[name].shape, jnp.float32) for name in names}
         rest = {name: param for name, param in params.items() if name not in values}
         masks = {n: Shape((*value.shape[:-1], -(-value.shape[-1] // 8)), jnp.uint8) for n, value in values.items()}
         units = {name: Shape((len(v.shape) - 2) * (v.shape[0], 1, 1), jnp.float32) for name, v in values.items()}
-        moments = jax.eval_shape(adam.ADAM.init, values)
-        kernels = adam.Kernels(values, masks, units, moments)
+        moving = {name: jax.eval_shape(adam.moving_of, value) for name, value in values.items()}
+        kernels = jax.tree.map(lambda leaf: shapes.devices.abstract(leaf, -1), adam.Kernels(moving, masks, units))
         forward_and_vjp = partial(distillation.forward_and_vjp, layer)
-        vjp = jax.eval_shape(forward_and_vjp, values, rest, x)[1] if keep else x
-        return cls(params, kernels, rest, vjp, size_of(kernels) + size_of(rest) + size_of(vjp) if keep else 0)
+        vjp = x
+        if placement.results:
+            kept, windows = jax.eval_shape(forward_and_vjp, kernels.values, rest, x)[1], x.shape[:1]
+            vjp = jax.tree.map(lambda a: shapes.devices.abstract(a, 0 if a.shape[:1] == windows else None), kept)
+        stays = size_of(kernels) if placement.state else 0
+        return cls(params, kernels, rest, vjp, stays, size_of(vjp) if placement.results else 0)
 
 
 def of_evaluation(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 import numpy as np
 
 from jaxprune.planning.work import Work
+from jaxprune.pruning import adam
 
 
 def transfers(work: Work, phases: Collection[str], *, state_on_device: bool) -> dict[str, float]:
@@ -41,5 +42,5 @@ def transfers(work: Work, phases: Collection[str], *, state_on_device: bool) -> 
         "evaluate": 2 * (weights + 2 * layers * evaluated),
     }
     if not state_on_device:  # values for the forward pass, then values and moments up and down
-        found["tune"] += steps * (4 + 12 + 12) * pruned
+        found["tune"] += steps * (4 + 2 * adam.BYTES) * pruned
     return {phase: found[phase] for phase in phases}

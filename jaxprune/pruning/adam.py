@@ -3,8 +3,12 @@
 A kernel's step is in units of the root mean square of its kept weights, so that one rate serves all of
 them, and all models.
 
+Adam's state is 2 bytes a weight, beside the weight's own 4: the first moment is bfloat16, and of the second the means
+over the kept weights of each row and of each column are there, r and c, of which the moment of a weight is
+r_i·c_j / mean. Both moments in float32 would be 8 bytes, and bring nothing; see docs/notes/quality.md.
+
 References:
-    Kingma and Ba, "Adam" (arXiv 1412.6980).
+    Kingma and Ba, "Adam" (arXiv 1412.6980). Shazeer and Stern, "Adafactor" (arXiv 1804.04235), for rows and columns.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, BFloat16, Bool, Float, UInt8
 
 from convert import Params
 from jaxprune.methods.linalg import masked
@@ -26,31 +29,45 @@ from jaxprune.sharding import Devices, fetch
 
 BETAS = 0.9, 0.95
 """Of Adam. There are tens of steps, not thousands, so the second moment's memory is short."""
-ADAM = optax.scale_by_adam(*BETAS)
+EPSILON = 1e-8
+"""Of Adam."""
+BYTES = 6
+"""Of a weight and its moments; those of rows and columns are few."""
+
+
+class Moving(NamedTuple):
+    """What a step changes of one kernel.
+
+    Attributes:
+        value: [n, m] float32, or experts' stacked, [e, n, m].
+        first: mean of the gradients.
+        rows: mean of their squares over the kept weights of each input.
+        columns: over those of each output.
+    """
+
+    value: Float[Array | np.ndarray, "*e n m"]
+    first: BFloat16[Array | np.ndarray, "*e n m"]
+    rows: Float[Array | np.ndarray, "*e n"]
+    columns: Float[Array | np.ndarray, "*e m"]
 
 
 class Kernels(NamedTuple):
     """The kernels of one layer's pruned linear layers under Adam, by name.
 
     Attributes:
-        values: [n, m] float32, or experts' stacked, [e, n, m].
+        moving: what steps change.
         masks: bits of the nonzero values, eight outputs a byte, [n, ceil(m / 8)].
         units: root mean squares of the kept weights; of experts one each, [e, 1, 1], 0 for those that stay as they are.
-        moments: Adam's.
     """
 
-    values: dict[str, Float[Array | np.ndarray, "*e n m"]]
+    moving: dict[str, Moving]
     masks: dict[str, UInt8[Array | np.ndarray, "*e n _"]]
     units: dict[str, Float[Array | np.ndarray, "*u"]]
-    moments: Any
 
-
-class Moving(NamedTuple):
-    """What a step changes of one kernel; see `Kernels` and `optax.ScaleByAdamState`."""
-
-    value: Float[Array | np.ndarray, "*e n m"]
-    mu: Float[Array | np.ndarray, "*e n m"]
-    nu: Float[Array | np.ndarray, "*e n m"]
+    @property
+    def values(self) -> dict[str, Any]:
+        """Name -> the kernel."""
+        return {name: moving.value for name, moving in self.moving.items()}
 
 
 def init(kernels: Params, experts: Mapping[str, Sequence[int | None]] = MappingProxyType({})) -> Kernels:
@@ -63,7 +80,14 @@ def init(kernels: Params, experts: Mapping[str, Sequence[int | None]] = MappingP
     values = {name: kernel.astype(np.float32) for name, kernel in kernels.items()}
     masks = {name: np.packbits(value != 0, axis=-1) for name, value in values.items()}
     units = {name: _unit(value) if value.ndim == 2 else _units(value, experts[name]) for name, value in values.items()}
-    return Kernels(values, masks, units, jax.device_get(ADAM.init(values)))
+    return Kernels({name: moving_of(value) for name, value in values.items()}, masks, units)
+
+
+def moving_of(value: Float[Array | np.ndarray, "*e n m"]) -> Moving:
+    """Returns a kernel before the first step."""
+    *experts, n, m = value.shape
+    rows, columns = np.zeros((*experts, n), np.float32), np.zeros((*experts, m), np.float32)
+    return Moving(value, np.zeros(value.shape, jnp.bfloat16), rows, columns)
 
 
 def _unit(value: Float[np.ndarray, "n m"]) -> Any:
@@ -75,22 +99,21 @@ def _units(values: Float[np.ndarray, "e n m"], tuned: Sequence[int | None]) -> F
     return np.array(units, np.float32)[:, None, None]
 
 
-def step(kernels: Kernels, gradients: dict[str, Float[Array, "*e n m"]], rate: Float[Array, ""]) -> Kernels:
-    """Takes a step along the gradients, kernel by kernel: the moments of one visit the device at a time.
+def step(
+    kernels: Kernels, gradients: dict[str, Float[Array, "*e n m"]], number: Float[Array, ""], rate: Float[Array, ""]
+) -> dict[str, Moving]:
+    """Takes a step along the gradients, kernel by kernel.
 
     Args:
         kernels: before the step; what is on the device is not to be used again.
         gradients: by the kernels' values; empty when this returns.
+        number: the number of the step, from 1.
         rate: the rate of the step.
     """
-    values, mu, nu = dict(kernels.values), dict(kernels.moments.mu), dict(kernels.moments.nu)
-    count = kernels.moments.count
-    for name in values:
-        moving = Moving(values[name], mu[name], nu[name])
-        moved = step_one(moving, kernels.masks[name], kernels.units[name], gradients.pop(name), count, rate)
-        values[name], mu[name], nu[name] = moved
-    moments = kernels.moments._replace(count=np.asarray(np.asarray(count) + np.int32(1)), mu=mu, nu=nu)
-    return kernels._replace(values=values, moments=moments)
+    return {
+        name: step_one(moving, kernels.masks[name], kernels.units[name], gradients.pop(name), number, rate)
+        for name, moving in kernels.moving.items()
+    }
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -99,7 +122,7 @@ def step_one(
     bits: UInt8[Array, "*e n _"],
     unit: Float[Array, "*u"],
     gradient: Float[Array, "*e n m"],
-    count: Int[Array, ""],
+    number: Float[Array, ""],
     rate: Float[Array, ""],
 ) -> Moving:
     """Takes a step with one kernel.
@@ -109,39 +132,53 @@ def step_one(
         bits: its mask.
         unit: of its step.
         gradient: by its values.
-        count: steps before this one.
+        number: of the step, from 1.
         rate: of the step.
     """
-    state = optax.ScaleByAdamState(count, kernel.mu, kernel.nu)
-    with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction mixes integers and floats
-        update, moments = ADAM.update(masked(_unpacked(bits, gradient.shape[-1]), gradient), state)
-    return Moving(kernel.value - rate * unit * update, moments.mu, moments.nu)
+    beta, gamma = BETAS
+    kept = _unpacked(bits, gradient.shape[-1])
+    gradient = masked(kept, gradient.astype(jnp.float32))
+    first = beta * kernel.first.astype(jnp.float32) + (1 - beta) * gradient
+    square, counts = gradient * gradient, kept.astype(jnp.float32)
+    in_row, in_column = jnp.sum(counts, axis=-1), jnp.sum(counts, axis=-2)
+    rows = gamma * kernel.rows + (1 - gamma) * _mean(jnp.sum(square, axis=-1), in_row)
+    columns = gamma * kernel.columns + (1 - gamma) * _mean(jnp.sum(square, axis=-2), in_column)
+    mean = _mean(jnp.sum(rows * in_row, axis=-1, keepdims=True), jnp.sum(in_row, axis=-1, keepdims=True))
+    share = columns / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny)
+    second = rows[..., :, None] * share[..., None, :]
+    step = (first / (1 - beta**number)) / (jnp.sqrt(second / (1 - gamma**number)) + EPSILON)
+    value = kernel.value - rate * unit * step  # 0 where nothing is kept
+    return Moving(value, first.astype(jnp.bfloat16), rows, columns)
+
+
+def _mean(total: Float[Array, "*s"], count: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    return total / jnp.maximum(count, 1)
 
 
 def rounded(kernels: Kernels, name: str, dtype: np.dtype, devices: Devices) -> Float[Array, "*e n m"]:
     """Rounds a kernel to the dtype that it is stored in; every weight that is kept stays other than zero."""
-    return round_kernel(devices.shard_outputs(kernels.values[name]), _kept(kernels, name), dtype)
+    return round_kernel(devices.shard_outputs(kernels.moving[name].value), _kept(kernels, name), dtype)
 
 
 class Saved:
-    """The kernels of a tuning in a run's journal.
+    """The kernels of a tuning in a run's journal; layers that have none have no entry.
 
     Args:
         journal: the journal of the run; None: nothing is kept.
-        count: the number of layers.
     """
 
-    def __init__(self, journal: Journal | None, count: int) -> None:
-        self._journal, self._count = journal, count
+    def __init__(self, journal: Journal | None) -> None:
+        self._journal = journal
 
     def keep(self, step: int, state: Sequence[Kernels], divergences: Sequence[float]) -> None:
         """Keeps the state before a step, if the work since the last time was long enough."""
-        size = sum(leaf.nbytes for kernels in state for leaf in jax.tree.leaves((kernels.values, kernels.moments)))
+        size = sum(leaf.nbytes for kernels in state for leaf in jax.tree.leaves(kernels.moving))
         if not (self._journal and self._journal.worth_keeping(size)):
             return
         with self._journal.keeping():
-            for index, kernels in enumerate(state):
-                arrays = dict(zip(_names(kernels), jax.tree.leaves(fetch(_moving(kernels))), strict=True))
+            for index, kernels in _tuned(state).items():
+                moving = fetch(kernels.moving)
+                arrays = {f"{name}/{field}": a for name, one in moving.items() for field, a in one._asdict().items()}
                 self._journal.put(f"{TUNING}/{step}/{index}", arrays, {"divergences": list(divergences)})
             self._journal.wait()
         for other in self._journal.names(TUNING):
@@ -149,34 +186,37 @@ class Saved:
                 self._journal.drop(f"{TUNING}/{other}")
 
     def restore(self, state: list[Kernels], place: Callable[[Kernels], Kernels]) -> tuple[int, list[float]]:
-        """Restores the state before the step to go on with; returns its number, and the divergences of its epoch."""
+        """Restores the state before the step to go on with; returns its number, and the divergences of its epoch.
+
+        What a version with another optimizer kept is passed over.
+        """
         if not self._journal:
             return 0, []
+        tuned = _tuned(state)
         for step in sorted(map(int, self._journal.names(TUNING)), reverse=True):
-            entries = [self._journal.get(f"{TUNING}/{step}/{index}") for index in range(self._count)]
-            if all(entries):
-                divergences: list[float] = []
-                for index, entry in enumerate(filter(None, entries)):
-                    leaves = [entry.arrays[name] for name in _names(state[index])]
-                    structure = jax.tree.structure(_moving(state[index]))
-                    values, moments = jax.tree.unflatten(structure, leaves)
-                    state[index] = place(state[index]._replace(values=values, moments=moments))
-                    divergences = entry.metadata["divergences"]
-                return step, divergences
+            entries = {index: self._journal.get(f"{TUNING}/{step}/{index}") for index in tuned}
+            found = {i: entry for i, entry in entries.items() if entry and set(entry.arrays) == _names(tuned[i])}
+            if len(found) < len(tuned):
+                continue
+            for index, entry in found.items():
+                own = {n: Moving(*(entry.arrays[f"{n}/{f}"] for f in Moving._fields)) for n in tuned[index].moving}
+                state[index] = place(tuned[index]._replace(moving=own))
+            return step, entry.metadata["divergences"]
         return 0, []
 
 
-def _moving(kernels: Kernels) -> tuple[dict[str, Any], Any]:
-    return kernels.values, kernels.moments
+def _tuned(state: Sequence[Kernels]) -> dict[int, Kernels]:
+    """Returns the layers that have kernels, by index."""
+    return {index: kernels for index, kernels in enumerate(state) if kernels.moving}
 
 
-def _names(kernels: Kernels) -> list[str]:
-    """Returns the names of the leaves of `_moving`: numbers, for moments have no names of their own."""
-    return [f"leaf{index}" for index, _ in enumerate(jax.tree.leaves(_moving(kernels)))]
+def _names(kernels: Kernels) -> set[str]:
+    """Returns the names of a layer's arrays in the journal."""
+    return {f"{name}/{field}" for name in kernels.moving for field in Moving._fields}
 
 
 def _kept(kernels: Kernels, name: str) -> Bool[Array, "*e n m"]:
-    return _unpacked(kernels.masks[name], kernels.values[name].shape[-1])
+    return _unpacked(kernels.masks[name], kernels.moving[name].value.shape[-1])
 
 
 def _unpacked(bits: UInt8[Array | np.ndarray, "*e n _"], count: int) -> Bool[Array, "*e n m"]:

@@ -9,10 +9,10 @@ tokens, the mean of
 p and q the next-token distributions of the dense and of the pruned model. Norms, embedding and head stay.
 
 The model streams as in pruning: a step's forward pass keeps each layer's input on the host; from the last layer to the
-first, each is run again under `jax.vjp` and updated at once. The device holds one layer with its gradients and moments;
-the host holds 12 bytes a pruned weight (the weight and Adam's two moments, float32). An epoch costs four forward passes
-and three products with the head. Where a step's intermediate results of all layers fit the device they stay there,
-which saves the second of the four; so does the kernels' state, where that fits.
+first, each is run again under `jax.vjp` and updated at once. An epoch costs four forward passes and three products with
+the head. The kernels and their moments, 6 bytes a pruned weight, stay on the device where they fit; else the host holds
+them, and the device one layer's with its gradients, the one that comes next, and the one that goes. So do a step's
+intermediate results of all layers, which saves the second of the four passes.
 
 References:
     Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), for the loss.
@@ -32,32 +32,35 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from convert import Params
+from jaxprune import hardware
 from jaxprune.errors import Change, InputError
-from jaxprune.models import Part
+from jaxprune.models import Architecture, Part
 from jaxprune.pruning import adam
 from jaxprune.pruning.adam import Kernels, Saved
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.results import LayerResult
 from jaxprune.recipe import Tuning
 from jaxprune.sharding import fetch
-from jaxprune.streaming.head import exponentials, in_chunks, kl_divergence, logits
+from jaxprune.streaming.head import CHUNK, exponentials, in_chunks, kl_divergence, logits
 from jaxprune.streaming.model import StreamedModel, apply, apply_layer, in_checkpoint, inside_layer
 from jaxprune.streaming.observer import SILENT, Observer
 
 CPU_BYTES = 4e9
 """The most memory for a step's intermediate results where the device is the CPU."""
+SHARE = 0.92
+"""Of a device's memory that is used; the rest is fragmentation."""
 
 
 class Placement(NamedTuple):
     """What stays on the device.
 
     Attributes:
-        place: puts updated kernels where they stay.
-        keep: whether a step's intermediate results stay; else each layer's forward pass is run again before its vjp.
+        state: whether kernels and their moments do; else they stay on the host.
+        results: whether a step's intermediate results do; else each layer's forward pass is run again before its vjp.
     """
 
-    place: Callable[[Kernels], Kernels]
-    keep: bool
+    state: bool
+    results: bool
 
 
 class OuterParams(NamedTuple):
@@ -93,7 +96,10 @@ def distill(
     """
     architecture = model.architecture
     batches = _batches(tokens, tuning, seed)
-    placement = _placement(model, (len(batches[0]), tokens.shape[1]))
+    memory = (jax.local_devices()[0].memory_stats() or {}) if not hardware.current().on_cpu else None
+    free = None if memory is None else memory.get("bytes_limit", 0) - memory.get("bytes_in_use", 0)
+    placement = placement_of(architecture, (len(batches[0]), tokens.shape[1]), model.devices.count, free)
+    place = model.devices.shard_outputs if placement.state else _on_host
     results, state, rest, dtypes = [], [], [], []
     for result in layers:
         layer = architecture.layers[result.index]
@@ -105,7 +111,7 @@ def distill(
         experts: dict[str, list[int | None]] = {f"{s.name}.kernel": [] for s in sources}
         for source in sources:
             experts[f"{source.name}.kernel"].append(source.expert)
-        state.append(placement.place(adam.init(kernels, experts)))
+        state.append(place(adam.init(kernels, experts)))
         rest.append(params)
     visited, where = np.unique(np.concatenate(batches), return_inverse=True)
     (dense,) = model.final_states(tokens[visited])
@@ -115,13 +121,14 @@ def distill(
     rate = optax.warmup_cosine_decay_schedule(
         tuning.tune_rate / 10, tuning.tune_rate, min(math.ceil(steps / 8), steps - 1), steps, tuning.tune_rate / 20
     )
-    saved = Saved(journal, len(state))
-    begin, divergences = saved.restore(state, placement.place)
+    saved = Saved(journal)
+    begin, divergences = saved.restore(state, place)
     for step, rows in enumerate(where.reshape(steps, -1)):
         if step < begin:
             continue
         chosen = tokens[visited[rows]], dense.read(rows)
-        divergences.append(_step(model, placement, outer, rest, state, *chosen, jnp.float32(rate(step))))
+        numbers = jnp.float32(step + 1), jnp.float32(rate(step))
+        divergences.append(_step(model, placement, outer, rest, state, *chosen, *numbers))
         epoch, within = divmod(step * len(rows), len(tokens))
         if within + len(rows) == len(tokens) or step == steps - 1:
             observer.epoch_done(epoch, float(np.mean(divergences)))
@@ -143,28 +150,44 @@ def _batches(tokens: Int[np.ndarray, "w t"], tuning: Tuning, seed: int) -> list[
     return list(np.concatenate(epochs)[:steps])
 
 
-def _placement(model: StreamedModel, window: tuple[int, int]) -> Placement:
-    """Returns what fits the device: kernels may fill half of what is free, and intermediate results a quarter.
+def placement_of(
+    architecture: Architecture, window: tuple[int, int], devices: int = 1, free: float | None = None
+) -> Placement:
+    """Returns what fits a device, beside what a layer takes while it is visited.
 
     Args:
-        model: the model whose kernels are tuned.
+        architecture: of the model whose kernels are tuned.
         window: windows of a step, and their length.
+        devices: how many the kernels are spread over.
+        free: bytes of a device; None: it is a CPU, which has all that the host has.
     """
-    architecture, devices = model.architecture, model.devices
-    x = jax.ShapeDtypeStruct((*window, architecture.width), model.dtype)
-    kept = weights = 0
+    dtype = np.dtype(architecture.config.dtype)
+    rows = window[0] if window[0] % devices else window[0] // devices
+    x = jax.ShapeDtypeStruct((rows, window[1], architecture.width), dtype)
+    state = results = visit = largest = 0
     for layer, count in Counter(architecture.layers).items():
         values = {f"{path}.kernel": jax.ShapeDtypeStruct(s, jnp.float32) for path, s in layer.linears.items()}
         rest = {name: shape for name, shape in layer.spec.items() if name not in values}
-        _, vjp = jax.eval_shape(partial(forward_and_vjp, layer), values, rest, x)
-        kept += count * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(vjp))
-        weights += count * sum(value.size for value in values.values())
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
-        return Placement(devices.shard_outputs, kept < CPU_BYTES)
-    memory = device.memory_stats() or {}
-    free = memory.get("bytes_limit", 0) - memory.get("bytes_in_use", 0)
-    return Placement(devices.shard_outputs if 12 * weights / devices.count < free / 2 else fetch, kept < free / 4)
+        kept = _bytes(jax.eval_shape(partial(forward_and_vjp, layer), values, rest, x)[1])
+        own = _bytes(jax.eval_shape(lambda values: {n: adam.moving_of(v) for n, v in values.items()}, values))
+        state, results, largest = state + count * own, results + count * kept, max(largest, own)
+        visit = max(visit, 2 * kept + _bytes(values) // 4 * dtype.itemsize)  # and gradients
+    if free is None:
+        return Placement(True, results < CPU_BYTES)
+    outer = sum(shape.size for part in (architecture.embed, architecture.head) for shape in part.spec.values())
+    logits = 6 * 4 * CHUNK // 2 * architecture.config.vocab_size
+    free = SHARE * free - visit - logits - outer * dtype.itemsize
+    stays = state / devices < free
+    return Placement(stays, results < free - (state if stays else 3 * largest) / devices)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _on_host(tree: Any) -> Any:
+    """Returns arrays on the host, where they may lie already."""
+    return jax.tree.map(lambda leaf: fetch(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
 
 
 def _step(
@@ -175,18 +198,20 @@ def _step(
     state: list[Kernels],
     tokens: Int[np.ndarray, "b t"],
     dense: Float[np.ndarray, "b t d"],
+    number: Float[Array, ""],
     rate: Float[Array, ""],
 ) -> float:
     """Updates the state by some windows; returns their mean divergence, before."""
     architecture, devices = model.architecture, model.devices
     x = apply(architecture.embed, outer.embed, devices.shard_first(tokens))
     vjps: list[Any] = []  # of the layers, or their inputs
-    for layer, kernels, others in zip(architecture.layers, state, rest, strict=True):
-        if placement.keep:
-            x, vjp = forward_and_vjp(layer, kernels.values, others, x)
+    values_of_layers = _ahead((kernels.values for kernels in state), devices.shard_outputs)
+    for layer, values, others in zip(architecture.layers, values_of_layers, rest, strict=True):
+        if placement.results:
+            x, vjp = forward_and_vjp(layer, values, others, x)
         else:
             vjp = np.array(fetch(x))  # a copy, for x is donated
-            x = apply_layer(layer, others | kernels.values, x)
+            x = apply_layer(layer, others | values, x)
         vjps.append(vjp)
     states = fetch(x).reshape(-1, x.shape[-1])
     divergence, gradient = in_chunks(
@@ -202,11 +227,54 @@ def _step(
             options={"tune_rate": Change.LOWER, "dtype": "float32"},
         )
     cotangent = devices.shard_first(gradient.reshape(x.shape))
-    for index in reversed(range(len(state))):
-        kernels = state[index]._replace(values=devices.shard_outputs(state[index].values))
+    going = _Going(state)
+    from_last = _ahead(reversed(state), devices.shard_outputs)
+    for index, kernels in zip(reversed(range(len(state))), from_last, strict=True):
         gradients, cotangent = pull_back(architecture.layers[index], kernels.values, rest[index], vjps.pop(), cotangent)
-        state[index] = placement.place(adam.step(kernels, gradients, rate))
+        moved = adam.step(kernels, gradients, number, rate)
+        if placement.state:
+            state[index] = kernels._replace(moving=devices.shard_outputs(moved))
+        else:
+            going.send(index, moved)
+    going.arrive()
     return float(divergence.mean(dtype=np.float64))
+
+
+def _ahead(items: Iterable[Any], put: Callable[[Any], Any]) -> Iterator[Any]:
+    """Yields items on the device, where the next one is on its way already; what is there stays."""
+    before = None
+    for item in items:
+        here = put(item)
+        if before is not None:
+            yield before
+        before = here
+    yield before
+
+
+class _Going:
+    """Kernels on their way to the host while the next ones are computed.
+
+    Args:
+        state: where they go.
+    """
+
+    def __init__(self, state: list[Kernels]) -> None:
+        self._state = state
+        self._pending: tuple[int, dict[str, adam.Moving]] | None = None
+
+    def send(self, index: int, moved: dict[str, adam.Moving]) -> None:
+        """Sends a layer's, once those before them have arrived."""
+        for leaf in jax.tree.leaves(moved):
+            leaf.copy_to_host_async()
+        self.arrive()
+        self._pending = index, moved
+
+    def arrive(self) -> None:
+        """Returns when they are there."""
+        if self._pending:
+            index, moved = self._pending
+            self._state[index] = self._state[index]._replace(moving=fetch(moved))
+            self._pending = None
 
 
 @partial(jax.jit, static_argnums=0)
@@ -224,15 +292,20 @@ def head_divergence(
 def forward_and_vjp(
     part: Part, values: Mapping[str, Array], rest: Mapping[str, Array], x: Float[Array, "b t d"]
 ) -> tuple[Float[Array, "b t d"], Any]:
-    """Computes a layer's output, and the function from its cotangent to those of the kernels and of the input."""
-    return jax.vjp(lambda values, x: part({**rest, **values}, x)[0], dict(values), x)
+    """Computes a layer's output, and the function from its cotangent to those of the kernels and of the input.
+
+    The kernels themselves are left out of what that function keeps: `pull_back` puts them in again.
+    """
+    output, vjp = jax.vjp(lambda values, x: part({**rest, **values}, x)[0], dict(values), x)
+    vjp.args_res[0] = None
+    return output, vjp
 
 
 @partial(jax.jit, static_argnums=0)
 def pull_back(
     part: Part, values: Mapping[str, Array], rest: Mapping[str, Array], vjp: Any, cotangent: Float[Array, "b t d"]
 ) -> tuple[dict[str, Array], Float[Array, "b t d"]]:
-    """Computes the gradients of a layer's kernels, and the cotangent of its input.
+    """Computes the gradients of a layer's kernels, in the dtype of the computation, and the cotangent of its input.
 
     Args:
         part: the layer.
@@ -242,4 +315,6 @@ def pull_back(
         cotangent: the cotangent of the layer's output.
     """
     backward = vjp if callable(vjp) else forward_and_vjp(part, values, rest, vjp)[1]
-    return backward(cotangent)
+    backward.args_res[0] = dict(values)
+    gradients, before = backward(cotangent)
+    return {name: gradient.astype(cotangent.dtype) for name, gradient in gradients.items()}, before

@@ -39,8 +39,9 @@ from jaxprune.commands.terminal import keep_memory
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.gram import gram
 from jaxprune.planning import programs
-from jaxprune.planning.machine import hardware
+from jaxprune.planning.machine import describe_hardware
 from jaxprune.planning.program import Flops, Program, Shape, Shapes
+from jaxprune.pruning.distillation import Placement
 from jaxprune.recipe import PRESETS
 from jaxprune.sharding import ONE_DEVICE
 from jaxprune.sparsity.patterns import Unstructured
@@ -93,8 +94,8 @@ def wanted_programs(args: argparse.Namespace) -> Iterator[Program]:
         preset = PRESETS[args.preset]
         some = preset.importance.windows_of(args.windows)
         yield from programs.of_sensitivity(shapes, some, args.length)
-        epochs, keep = preset.tuning.tune_epochs, not args.streamed
-        yield from programs.of_distillation(shapes, args.windows, args.length, epochs, keep=keep)
+        placement = Placement(not args.streamed, not args.streamed)
+        yield from programs.of_distillation(shapes, args.windows, args.length, preset.tuning.tune_epochs, placement)
 
 
 def fill(program: Program) -> tuple[Any, ...]:
@@ -159,7 +160,13 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     print("\n".join(markdown(header, rows)))
     if rate:
         print(f"\nMatrix rate, median of the run: {rate}")
-    return {"programs": found, "totals": totals, "rate": str(rate), "arguments": vars(args), "hardware": hardware()}
+    return {
+        "programs": found,
+        "totals": totals,
+        "rate": str(rate),
+        "arguments": vars(args),
+        "hardware": describe_hardware(),
+    }
 
 
 def _total(phase: str, ones: list[dict[str, Any]]) -> dict[str, Any]:
@@ -205,7 +212,7 @@ def main() -> None:
         place = destination(args.json, "json", folder=False)
         place.check()
     keep_memory(large=args.preset is not None)  # as the command line does
-    print(f"{alone(hardware)}; jax {jax.__version__}\n")  # other processes may need the device to themselves
+    print(f"{alone(describe_hardware)}; jax {jax.__version__}\n")  # other processes may need the device to themselves
     if args.against:
         found = versus.compare(args)
     elif args.compile:

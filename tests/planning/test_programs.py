@@ -1,16 +1,22 @@
 """What a run costs, counted beforehand: FLOPs by hand, programs against the run's own, memory against allocation."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from jaxprune import ADMM, ALPS, Unstructured, load, prune_layers
+from jaxprune.hardware import Hardware, writing_for
+from jaxprune.methods.linalg import matmul
+from jaxprune.models.attention import causal_attention
 from jaxprune.planning import programs
-from jaxprune.planning.program import Program, Shapes, count_flops
+from jaxprune.planning.program import BF16X6, Program, Shapes, count_flops
+from jaxprune.pruning.distillation import Placement
 from jaxprune.pruning.gram_matrices import accumulate
 from jaxprune.pruning.sensitivity import backward, measure_sensitivity
 from jaxprune.sharding import ONE_DEVICE
@@ -55,13 +61,31 @@ def test_loops_and_branches() -> None:
     assert flops(branch, (4, 4)) == 2 * 2 * 4**3
 
 
-def test_of_branches_by_platform_the_platforms_own_counts() -> None:
-    def function(a: jax.Array) -> jax.Array:
-        return jax.lax.platform_dependent(a, cpu=lambda a: a @ a, tpu=lambda a: a @ a @ a, default=lambda a: a)
+@pytest.mark.parametrize("window", [None, 100])
+def test_cudnns_attention_is_counted(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, found in (("check_cudnn_version", 91000), ("check_is_flash_attention", None)):
+        monkeypatch.setattr(fused_attention_stablehlo, name, lambda *_, found=found, **__: found)
+    query, key = (jax.ShapeDtypeStruct((2, 512, heads, 64), jnp.bfloat16) for heads in (8, 4))
+    attention = partial(causal_attention, window=window)
 
-    jaxpr = jax.make_jaxpr(function)(jnp.zeros((4, 4), jnp.float32))
-    found = [sum(count_flops(jaxpr, platform).values()) for platform in ("cpu", "tpu", "gpu")]
-    assert found == [2 * 4**3, 4 * 4**3, 0]
+    def gradient(query: jax.Array, key: jax.Array) -> tuple[jax.Array, ...]:
+        return jax.vjp(attention, query, key, key)[1](query)
+
+    pairs = sum(min(token + 1, window or 512) for token in range(512))
+    with writing_for(Hardware("gpu", 9.0, cudnn=True)):
+        forward, both = jax.make_jaxpr(attention)(query, key, key), jax.make_jaxpr(gradient)(query, key)
+    assert count_flops(forward) == {"bfloat16": 2 * 2 * 2 * 8 * 64 * pairs}
+    assert count_flops(both) == {"bfloat16": 2 * 7 * 2 * 8 * 64 * pairs}
+
+
+def test_products_by_parts_are_counted_apart() -> None:
+    def function(a: jax.Array) -> jax.Array:
+        return matmul(a, matmul(a, a).astype(jnp.bfloat16).astype(jnp.float32))
+
+    a = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    for capability, kind in ((9.0, BF16X6), (8.9, "float32")):
+        with writing_for(Hardware("gpu", capability)):
+            assert Program("solve", "two products", function, (a,), 1).flops() == {kind: 2 * 2 * 4**3}
 
 
 def test_a_layer_is_counted_as_by_hand(checkpoint: Path) -> None:
@@ -119,9 +143,8 @@ def test_peaks_are_at_least_what_is_alive(method: object, checkpoint: Path) -> N
 
 
 def test_distillation_is_counted(checkpoint: Path) -> None:
-    half, once = (
-        sum(sum(p.flops().values()) * p.calls for p in programs.of_distillation(shapes(checkpoint), 8, 16, epochs))
-        for epochs in (0.5, 1.0)
-    )
-    assert once == pytest.approx(2 * half)
-    assert all(np.isfinite(p.peak_bytes()) for p in programs.of_distillation(shapes(checkpoint), 8, 16, 1.0))
+    all_stays = Placement(True, True)
+    half, once = (list(programs.of_distillation(shapes(checkpoint), 8, 16, n, all_stays)) for n in (0.5, 1.0))
+    of_half, of_once = (sum(sum(p.flops().values()) * p.calls for p in every) for every in (half, once))
+    assert of_once == pytest.approx(2 * of_half)
+    assert all(np.isfinite(p.peak_bytes()) for p in once)
