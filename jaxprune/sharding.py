@@ -61,6 +61,11 @@ class Devices:
         """Number of devices in use."""
         return self.mesh.size if self.mesh else 1
 
+    @property
+    def processes(self) -> list[int]:
+        """The process of each device in use."""
+        return [device.process_index for device in self.mesh.devices.flat] if self.mesh else [jax.process_index()]
+
     def replicate(self, tree: Any) -> Any:
         """Puts arrays on every device, whole."""
         return self._put(tree, PartitionSpec()) if self.mesh else jax.device_put(tree)
@@ -68,6 +73,18 @@ class Devices:
     def shard_first(self, tree: Any) -> Any:
         """Shards the first axis of arrays, windows or experts, over the devices; replicates those that cannot be."""
         return jax.tree.map(lambda array: self._shard(array, 0), tree)
+
+    def assemble_first(self, shape: tuple[int, ...], dtype: np.dtype, part: Callable[[slice], np.ndarray]) -> jax.Array:
+        """Puts an array on the devices as `shard_first` does, of which each process has the parts of its own.
+
+        Args:
+            shape: of the whole.
+            dtype: of the whole.
+            part: rows -> what they hold.
+        """
+        assert self.mesh is not None
+        sharding = NamedSharding(self.mesh, self._spec(shape, 0))
+        return jax.make_array_from_callback(shape, sharding, lambda index: part(index[0]), dtype=dtype)
 
     def shard_outputs(self, tree: Any) -> Any:
         """Shards the last axis of arrays over the devices; replicates arrays that cannot be split evenly."""
@@ -185,9 +202,16 @@ def _placed(shape: jax.ShapeDtypeStruct, device: jax.Device | None) -> jax.Shape
     )
 
 
+def _same(array: jax.Array) -> jax.Array:
+    """Returns the array: one function, so that it is compiled once a shape."""
+    return array
+
+
 def _put_globally(array: Any, sharding: NamedSharding) -> jax.Array:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return jax.jit(lambda x: x, out_shardings=sharding)(array)
+        if array.sharding.is_equivalent_to(sharding, array.ndim):
+            return array
+        return jax.jit(_same, out_shardings=sharding)(array)
     host = np.asarray(array)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.helpers import families, tiny
+from tests.helpers.command import free_port
 from tests.helpers.optional import needs_torch
 
 
@@ -102,12 +102,6 @@ def errors(out: Path) -> dict[str, float]:
     """The errors of all linear layers, as the record has them."""
     layers = json.loads((out / "jaxprune.json").read_text())["layers"]
     return {f"{layer['index']}.{path}": one["error"] for layer in layers for path, one in layer["linears"].items()}
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        return server.getsockname()[1]
 
 
 def pair(line: list[object]) -> list[subprocess.Popen]:

@@ -7,10 +7,13 @@ import errno
 import hashlib
 import io
 import logging
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from convert import ownership
 from convert.errors import UserError
@@ -35,14 +38,19 @@ def keep(journal: Journal, stage: str, position: int, states: Mapping[str, Hidde
     Raises:
         CheckpointError: they cannot be written.
     """
-    if not journal.worth_keeping(sum(one.array.nbytes for one in states.values())) or not is_first_process():
+    if not journal.worth_keeping(sum(math.prod(one.shape) * one.dtype.itemsize for one in states.values())):
         return
     before, name = _positions(journal, stage), f"{stage}/states.{position}"
     with journal.keeping():
+        if not is_first_process():
+            for one in states.values():
+                for rows in one.slices():
+                    one.read(rows)  # for the first to write
+            return
         staged = journal.staging_place(name)
         with failing(staged):
             staged.mkdir(parents=True)
-            files = {kind: _transfer(staged / kind, one, write=True) for kind, one in states.items()}
+            files = {kind: _write(staged / kind, one) for kind, one in states.items()}
         journal.commit(name, files, _shapes(states))
     for old in before:
         if old != position:
@@ -64,7 +72,7 @@ def restore(journal: Journal, stage: str, states: Mapping[str, HiddenStates]) ->
     try:
         note = read_note(journal.note(name))
         whole = note.figures == _shapes(states) and note.files == {
-            kind: _transfer(folder / kind, one, write=False) for kind, one in states.items()
+            kind: _fill(folder / kind, one) for kind, one in states.items()
         }
     except (OSError, UserError, ValueError) as error:
         whole = False
@@ -84,20 +92,32 @@ def _positions(journal: Journal, stage: str) -> list[int]:
 
 def _shapes(states: Mapping[str, HiddenStates]) -> dict[str, Any]:
     """Returns what hidden states are, as JSON."""
-    return {kind: {"dtype": one.array.dtype.name, "shape": list(one.array.shape)} for kind, one in states.items()}
+    return {kind: {"dtype": one.dtype.name, "shape": list(one.shape)} for kind, one in states.items()}
 
 
-def _transfer(path: Path, states: HiddenStates, *, write: bool) -> str:
-    """Writes states to a file, or fills them from it; returns its digest. ValueError: the file is too short."""
+def _write(path: Path, states: HiddenStates) -> str:
+    """Writes states to a file; returns its digest."""
     whole = hashlib.sha256()
-    if not write:
-        require_regular(path)
-    with io.FileIO(path, "x" if write else "r") as file:
-        for block in states.blocks():
-            done = file.write(block) if write else file.readinto(block)
-            if done != len(block):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if write else ValueError("it is too short")
+    with io.FileIO(path, "x") as file:
+        for rows in states.slices():
+            block = np.ascontiguousarray(states.read(rows)).reshape(-1).view(np.uint8).data
+            if file.write(block) != len(block):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             whole.update(block)
-    if write:
-        ownership.remember(path, whole.hexdigest())
+    ownership.remember(path, whole.hexdigest())
+    return whole.hexdigest()
+
+
+def _fill(path: Path, states: HiddenStates) -> str:
+    """Fills states from a file; returns its digest. ValueError: the file is too short."""
+    whole = hashlib.sha256()
+    require_regular(path)
+    with io.FileIO(path, "r") as file:
+        for rows in states.slices():
+            values = np.empty((rows.stop - rows.start, *states.shape[1:]), states.dtype)
+            block = values.reshape(-1).view(np.uint8).data
+            if file.readinto(block) != len(block):
+                raise ValueError("it is too short")
+            states.write(rows, values)
+            whole.update(block)
     return whole.hexdigest()

@@ -4,6 +4,10 @@ The same command line runs with --hidden memory, and with --hidden disk where it
 the hidden states take: by a cgroup (which takes root), page cache included. Both checkpoints must be equal.
 
     python scripts/benchmarks hidden_states --allowance 1.5
+    python scripts/benchmarks hidden_states --allowance 0.5 --processes 1 2 4
+
+With --processes runs of several processes instead, of one device each: what the largest takes beyond a run of as many
+processes on a handful of windows, whose hidden states take nothing.
 """
 
 import argparse
@@ -11,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +37,7 @@ def main() -> None:
     )
     parser.add_argument("--scratch", help="a folder on the disk to measure (default: a temporary one)")
     parser.add_argument("--options", default="", help="more options of the runs, as one string")
+    parser.add_argument("--processes", type=int, nargs="+", help="so many processes, which share the hidden states")
     args = parser.parse_args()
     windows = int(4 * args.allowance * 2**30 / (LENGTH * SIZE.width * 4))
     with tempfile.TemporaryDirectory(dir=args.scratch) as name:
@@ -41,6 +47,14 @@ def main() -> None:
         line = ["--ckpt", "dense", "--calib", "ids.npy", "--nsamples", windows, "--seqlen", LENGTH, "--eval", "none"]
         line += args.options.split()
         print(f"{windows} windows of {LENGTH} tokens, width {SIZE.width}: states of {4 * args.allowance:.2f} GiB")
+        if args.processes:
+            print("| processes | peak resident of the largest, GiB | beyond that of few windows |")
+            print("|---|---|---|")
+            few = [few if option == windows else option for option in line for few in (4 * max(args.processes),)]
+            for count in args.processes:
+                all_of_them, least = (processes(folder, options, count) for options in (line, few))
+                print(f"| {count} | {all_of_them:.2f} | {all_of_them - least:.2f} |", flush=True)
+            return
         print("| hidden | allowed, GiB | seconds | peak resident, GiB | peak of the cgroup, GiB |")
         print("|---|---|---|---|---|")
         found = set()
@@ -60,6 +74,22 @@ def run(folder: Path, line: list[object], allowed: float | None) -> tuple[float,
         seconds = time.perf_counter() - start
         record = json.loads((folder / "out/jaxprune.json").read_text())
         return seconds, record["peak_bytes"]["host"] / 2**30, group.peak() if group else ""
+
+
+def processes(folder: Path, line: list[object], count: int) -> float:
+    """Runs so many processes; returns the peak resident memory of the largest, in GiB."""
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        port = server.getsockname()[1]
+    command = [sys.executable, "-m", "jaxprune.run", *map(str, line), "--out", "out", "--overwrite", "--device", "cpu"]
+    if count > 1:
+        command += ["--coordinator", f"localhost:{port}", "--processes", str(count)]
+    numbers = [["--process-id", str(number)] if count > 1 else [] for number in range(count)]
+    every = [subprocess.Popen([*command, *own], cwd=folder, stdout=subprocess.DEVNULL) for own in numbers]
+    ended = [os.wait4(process.pid, 0) for process in every]
+    if any(status for _, status, _ in ended):
+        raise RuntimeError("a process failed")
+    return max(usage.ru_maxrss for _, _, usage in ended) / 2**20
 
 
 class Group:

@@ -37,13 +37,13 @@ def test_states_are_kept_when_the_work_was_worth_it(tmp_path: Path, monkeypatch:
     states = {"x": HiddenStates((4, 3, 2), np.dtype(float), batch=2)}
     states["x"].array[...] = np.arange(24.0).reshape(4, 3, 2)
     kept = []
-    real = kept_states._transfer
+    real = kept_states._write
 
     def slow(*args: Any, **options: Any) -> str:
         clock[0] += 1.0
         return real(*args, **options)
 
-    monkeypatch.setattr(kept_states, "_transfer", slow)
+    monkeypatch.setattr(kept_states, "_write", slow)
     for step in range(50):
         clock[0] += 2.0
         kept_states.keep(journal, "stage", step, states)

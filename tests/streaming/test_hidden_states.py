@@ -3,6 +3,7 @@
 import hashlib
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from jaxprune.commands.prune import main
 from jaxprune.errors import Change
 from jaxprune.planning import preflight
 from jaxprune.streaming.hidden_states import HiddenStates
+from tests.helpers.command import free_port
 from tests.helpers.plans import need_of
 
 
@@ -23,7 +25,7 @@ def test_states_are_updated_in_place(place: str, tmp_path: Path) -> None:
     folder = tmp_path if place == "disk" else None
     states = HiddenStates((6, 3, 2), np.dtype(ml_dtypes.bfloat16), batch=2, folder=folder)
     values = np.arange(36.0).reshape(6, 3, 2).astype(ml_dtypes.bfloat16)
-    states.write(slice(None), values)
+    states.write(slice(0, 6), values)
     before = states.copy()
     states.update(lambda x, rows: x + jax.numpy.asarray(rows.start, x.dtype))
     assert not list(tmp_path.iterdir())
@@ -32,7 +34,49 @@ def test_states_are_updated_in_place(place: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(states.array, expected)
     np.testing.assert_array_equal(states.read(np.array([5, 1])), expected[[5, 1]])
     np.testing.assert_array_equal(np.concatenate(list(states.batches())), expected)
-    assert b"".join(states.blocks()) == expected.tobytes()
+    np.testing.assert_array_equal(states.pick(np.array([5, 1]), np.array([0, 2])), expected[[5, 1], [0, 2]])
+
+
+OF_SEVERAL = """
+import sys
+from pathlib import Path
+import jax
+import numpy as np
+jax.distributed.initialize(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+from jaxprune.pruning import kept_states
+from jaxprune.pruning.journal import Journal
+from jaxprune.sharding import Devices, fetch
+from jaxprune.streaming.hidden_states import HiddenStates
+
+devices, processes, number = Devices.first(), int(sys.argv[2]), int(sys.argv[3])
+states = HiddenStates((11, 3, 2), np.dtype(np.float32), 1, devices)
+values = np.arange(66, dtype=np.float32).reshape(11, 3, 2)
+left = 11 % devices.count  # in the last batch, which every process keeps
+assert len(states.array) == (11 - left) // processes + left, states.array.shape
+states.write(slice(0, 11), values)
+states.update(lambda x, rows: x + jax.numpy.float32(rows.start))
+starts, ends = zip(*((rows.start, rows.stop) for rows in states.slices()))
+expected = values + np.repeat(starts, np.subtract(ends, starts))[:, None, None]
+twin = states.copy()
+for found in (states, twin):
+    for rows, batch in zip(found.slices(), found.batches(), strict=True):
+        np.testing.assert_array_equal(fetch(batch), expected[rows])
+        np.testing.assert_array_equal(found.read(rows), expected[rows])
+some = np.array([10, 0, 7])
+np.testing.assert_array_equal(states.read(some), expected[some])
+np.testing.assert_array_equal(states.pick(some, np.array([0, 2, 1])), expected[some, [0, 2, 1]])
+"""
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_of_several_processes_each_keeps_its_windows(processes: int) -> None:
+    address = f"localhost:{free_port()}"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    lines = [[sys.executable, "-c", OF_SEVERAL, address, str(processes), str(number)] for number in range(processes)]
+    every = [subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True) for line in lines]
+    for process in every:
+        _, printed = process.communicate(timeout=200)
+        assert process.returncode == 0, printed[-3000:]
 
 
 def mapped() -> int:
