@@ -21,16 +21,11 @@ class Hardware:
     cudnn: bool = False
 
     @classmethod
-    def of(cls, device: Any, *, cudnn: bool = True) -> "Hardware":
-        """Returns a device's.
-
-        Args:
-            device: one of JAX's.
-            cudnn: whether cuDNN is there to be called, if it is an NVIDIA GPU.
-        """
+    def of(cls, device: Any) -> "Hardware":
+        """Returns that of one of JAX's devices; NVIDIA's come with cuDNN."""
         text = getattr(device, "compute_capability", None) or ""  # AMD's say gfx942 and the like
         capability = float(text) if text.replace(".", "").isdigit() else 0.0
-        return cls(device.platform, capability, cudnn and capability > 0)
+        return cls(device.platform, capability, capability > 0)
 
     @property
     def on_cpu(self) -> bool:

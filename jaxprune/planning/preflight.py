@@ -24,7 +24,7 @@ from jaxprune.planning.machine import peak_bytes
 from jaxprune.planning.program import Flops, Program, Shapes, outside_bytes
 from jaxprune.planning.transfers import transfers
 from jaxprune.planning.work import GIB, Cost, Need, Work
-from jaxprune.pruning import adam, distillation
+from jaxprune.pruning import adam
 from jaxprune.pruning.experts import without_experts
 from jaxprune.pruning.sensitivity import HOST_BYTES
 from jaxprune.recipe import Recipe
@@ -76,7 +76,7 @@ def need(work: Work, within: float = 0.0) -> Need:
     disk, states, host = _disk(work), _states(work, phases), _host(work, phases)
     if work.scratch is None:
         host = {phase: size + states[phase] for phase, size in host.items()}
-    moved = transfers(work, list(phases), state_on_device=_placement(work).state)
+    moved = transfers(work, list(phases))
     kept, seconds = disk["the checkpoint"], costs.seconds(moved)
     return Need(
         costs.peaks, host, disk, states, kept, costs.flops, moved, costs.traffic, seconds, tuple(costs.programs)
@@ -124,7 +124,7 @@ def programs_of(work: Work) -> Iterator[Program]:
     yield from programs.of_pruning(_routing_all(shapes, recipe), work.windows, work.length, recipe.method, pattern)
     if epochs := recipe.tuning.tune_epochs:
         step = recipe.tuning.tune_windows
-        yield from programs.of_distillation(shapes, work.windows, work.length, epochs, _placement(work), step)
+        yield from programs.of_distillation(shapes, work.windows, work.length, epochs, work.placement, step)
     if work.evaluation:
         yield from programs.of_evaluation(shapes, *work.evaluation)
 
@@ -136,13 +136,6 @@ def _routing_all(shapes: Shapes, recipe: Recipe) -> Shapes:
         return shapes
     tokens = max(1, (shapes.tokens or hardware.current().tokens_per_batch) * routing.per_token // routing.experts)
     return dataclasses.replace(shapes, architecture=shapes.architecture.routed(route_all=True), tokens=tokens)
-
-
-def _placement(work: Work) -> distillation.Placement:
-    """Returns what of a distillation stays on the devices."""
-    free = work.device_bytes or (None if work.on_cpu else machine.device_memory())
-    window = work.recipe.tuning.tune_windows, work.length
-    return distillation.placement_of(work.architecture, window, work.devices.count, free)
 
 
 class _Costs:
@@ -215,7 +208,7 @@ def _host(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
             found[phase] += 2 * energies * work.recipe.importance.weighs
     if "tune" in phases:
         found["tune"] += sum(_size(work.spec, path) for path in work.spec) + work.pruned_weights // 8
-        if not _placement(work).state:
+        if not work.placement.state:
             found["tune"] += adam.BYTES * work.pruned_weights
     return found
 

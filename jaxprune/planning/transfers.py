@@ -9,7 +9,7 @@ from jaxprune.planning.work import Work
 from jaxprune.pruning import adam
 
 
-def transfers(work: Work, phases: Collection[str], *, state_on_device: bool) -> dict[str, float]:
+def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
     """Returns phase -> bytes to all devices and back.
 
     A window's hidden states go to one device; a layer's weights go to each. Between phases of a layer its weights stay.
@@ -17,7 +17,6 @@ def transfers(work: Work, phases: Collection[str], *, state_on_device: bool) -> 
     Args:
         work: what the run is asked to do.
         phases: of the run.
-        state_on_device: whether the kernels that are tuned, and their moments, stay on the devices.
     """
     count, layers, pruned = work.devices.count, len(work.architecture.layers), work.pruned_weights
     stored = np.dtype(next(iter(work.spec.values())).dtype).itemsize
@@ -41,6 +40,6 @@ def transfers(work: Work, phases: Collection[str], *, state_on_device: bool) -> 
         "tune": weights + 2 * layers * min(1.0, tuning.tune_epochs) * states,
         "evaluate": 2 * (weights + 2 * layers * evaluated),
     }
-    if not state_on_device:  # values for the forward pass, then values and moments up and down
+    if steps and not work.placement.state:  # values for the forward pass, then values and moments up and down
         found["tune"] += steps * (4 + 2 * adam.BYTES) * pruned
     return {phase: found[phase] for phase in phases}

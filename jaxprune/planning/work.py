@@ -1,6 +1,7 @@
 """What a run is asked to do, and what it needs."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,8 +10,10 @@ import numpy as np
 from convert import Spec
 from jaxprune import hardware
 from jaxprune.models import Architecture
+from jaxprune.planning.machine import device_memory
 from jaxprune.planning.program import Flops
 from jaxprune.planning.targets import Target
+from jaxprune.pruning.distillation import Placement, placement_of
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import ONE_DEVICE, Devices
 
@@ -51,6 +54,13 @@ class Work:
     def on_cpu(self) -> bool:
         """Whether the device's memory is the host's."""
         return hardware.current().on_cpu and self.device_bytes is None
+
+    @functools.cached_property
+    def placement(self) -> Placement:
+        """What of a distillation stays on the devices."""
+        free = self.device_bytes or (None if self.on_cpu else device_memory())
+        window = self.recipe.tuning.tune_windows, self.length
+        return placement_of(self.architecture, window, self.devices.count, free)
 
     def states_bytes(self, windows: int, length: int) -> int:
         """Returns the bytes of hidden states."""

@@ -5,7 +5,7 @@ them, and all models.
 
 Adam's state is 2 bytes a weight, beside the weight's own 4: the first moment is bfloat16, and of the second the means
 over the kept weights of each row and of each column are there, r and c, of which the moment of a weight is
-r_i·c_j / mean. Both moments in float32 would be 8 bytes, and bring nothing; see docs/notes/quality.md.
+r_i·c_j / mean. Both moments in float32 would be 8 bytes, and bring nothing; see docs/notes/performance.md.
 
 References:
     Kingma and Ba, "Adam" (arXiv 1412.6980). Shazeer and Stern, "Adafactor" (arXiv 1804.04235), for rows and columns.
