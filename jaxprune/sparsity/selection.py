@@ -192,7 +192,10 @@ _FAR = (-6.0, -1.5, -0.3, 0.3, 1.5, 6.0)
 def _sorted_sample(keys: Int[Array, "n m"], size: int, axis: tuple[int, ...]) -> Int[Array, "s _"]:
     """Returns about 4·√size keys. The odd stride visits all outputs."""
     stride = (math.isqrt(size) // 4) | 1
-    return jnp.sort(keys.reshape(-1, 1)[::stride] if axis == (0, 1) else keys[::stride], axis=0)
+    if axis != (0, 1):
+        return jnp.sort(keys[::stride], axis=0)
+    rows, columns = jnp.divmod(jnp.arange(0, size, stride, dtype=jnp.int32), keys.shape[1])
+    return jnp.sort(keys.at[rows, columns].get(mode="promise_in_bounds")[:, None], axis=0)
 
 
 def _counts_below(keys: Int[Array, "n m"], candidates: Sequence[Array], axis: tuple[int, ...]) -> Sequence[Array]:
