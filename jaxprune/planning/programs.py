@@ -193,8 +193,8 @@ def of_distillation(
         beside += results - one.results
         yield Program("tune", "backward", pull_back, arguments, calls, beside - size_of(values))
         for name, moving in one.kernels.moving.items():
-            gradient, number = moving.value, Shape((), jnp.float32)
-            others = beside - size_of(moving) + size_of(values) - size_of(gradient)
+            gradient = shapes.devices.abstract(Shape(moving.value.shape, x.dtype), -1)
+            number, others = Shape((), jnp.float32), beside - size_of(moving) + size_of(values) - size_of(gradient)
             own = one.kernels.masks[name], one.kernels.units[name], gradient, number, number
             yield Program("tune", f"step {name}", adam.step_one, (moving, *own), calls, others, donated=(0,))
     chunk = Shape((min(CHUNK // 2, step * length), architecture.width), architecture.config.dtype)
@@ -219,7 +219,8 @@ class _Tuned(NamedTuple):
         names = [f"{path}.kernel" for path in layer.linears if path not in layer.routers]
         values = {name: Shape(params[name].shape, jnp.float32) for name in names}
         rest = {name: param for name, param in params.items() if name not in values}
-        masks = {n: Shape((*value.shape[:-1], -(-value.shape[-1] // 8)), jnp.uint8) for n, value in values.items()}
+        eighths = {name: -(-value.shape[-2] // 8) for name, value in values.items()}
+        masks = {n: Shape((*v.shape[:-2], eighths[n], v.shape[-1]), jnp.uint8) for n, v in values.items()}
         units = {name: Shape((len(v.shape) - 2) * (v.shape[0], 1, 1), jnp.float32) for name, v in values.items()}
         moving = {name: jax.eval_shape(adam.moving_of, value) for name, value in values.items()}
         kernels = jax.tree.map(lambda leaf: shapes.devices.abstract(leaf, -1), adam.Kernels(moving, masks, units))

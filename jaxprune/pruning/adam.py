@@ -56,12 +56,12 @@ class Kernels(NamedTuple):
 
     Attributes:
         moving: what steps change.
-        masks: bits of the nonzero values, eight outputs a byte, [n, ceil(m / 8)].
+        masks: bits of the nonzero values, eight inputs a byte, [ceil(n / 8), m]: TPUs unpack them so as they go.
         units: root mean squares of the kept weights; of experts one each, [e, 1, 1], 0 for those that stay as they are.
     """
 
     moving: dict[str, Moving]
-    masks: dict[str, UInt8[Array | np.ndarray, "*e n _"]]
+    masks: dict[str, UInt8[Array | np.ndarray, "*e _ m"]]
     units: dict[str, Float[Array | np.ndarray, "*u"]]
 
     @property
@@ -78,7 +78,7 @@ def init(kernels: Params, experts: Mapping[str, Sequence[int | None]] = MappingP
         experts: name -> the experts whose kernels are tuned, where they are stacked; the others stay as they are.
     """
     values = {name: kernel.astype(np.float32) for name, kernel in kernels.items()}
-    masks = {name: np.packbits(value != 0, axis=-1) for name, value in values.items()}
+    masks = {name: np.packbits(value != 0, axis=-2) for name, value in values.items()}
     units = {name: _unit(value) if value.ndim == 2 else _units(value, experts[name]) for name, value in values.items()}
     return Kernels({name: moving_of(value) for name, value in values.items()}, masks, units)
 
@@ -119,7 +119,7 @@ def step(
 @partial(jax.jit, donate_argnums=0)
 def step_one(
     kernel: Moving,
-    bits: UInt8[Array, "*e n _"],
+    bits: UInt8[Array, "*e _ m"],
     unit: Float[Array, "*u"],
     gradient: Float[Array, "*e n m"],
     number: Float[Array, ""],
@@ -136,7 +136,7 @@ def step_one(
         rate: of the step.
     """
     beta, gamma = BETAS
-    kept = _unpacked(bits, gradient.shape[-1])
+    kept = _unpacked(bits, gradient.shape[-2])
     gradient = masked(kept, gradient.astype(jnp.float32))
     first = beta * kernel.first.astype(jnp.float32) + (1 - beta) * gradient
     square, counts = gradient * gradient, kept.astype(jnp.float32)
@@ -216,8 +216,8 @@ def _names(kernels: Kernels) -> set[str]:
 
 
 def _kept(kernels: Kernels, name: str) -> Bool[Array, "*e n m"]:
-    return _unpacked(kernels.masks[name], kernels.moving[name].value.shape[-1])
+    return _unpacked(kernels.masks[name], kernels.moving[name].value.shape[-2])
 
 
-def _unpacked(bits: UInt8[Array | np.ndarray, "*e n _"], count: int) -> Bool[Array, "*e n m"]:
-    return jnp.unpackbits(bits, axis=-1, count=count).astype(bool)
+def _unpacked(bits: UInt8[Array | np.ndarray, "*e _ m"], count: int) -> Bool[Array, "*e n m"]:
+    return jnp.unpackbits(bits, axis=-2, count=count).astype(bool)
