@@ -33,7 +33,7 @@ MODELS = {
     "Mixtral-8x7B": ("mixtral", PUBLIC["mixtral"]["Mixtral-8x7B"]),
 }
 RECIPES = {"admm": "--method admm", "best": "--preset best"}
-COLUMNS = ("checkpoint", "recipe", "target", "GiB of a device", "fits", "PFLOP", "host link, TB", "at least")
+COLUMNS = "checkpoint", "recipe", "target", "GiB of a device", "fits", "PFLOP", "host link, TB", "sent, TB", "at least"
 
 
 def planned(model: str, recipe: str, target_name: str) -> tuple[Need, list[str]]:
@@ -51,7 +51,8 @@ def planned(model: str, recipe: str, target_name: str) -> tuple[Need, list[str]]
     phases = ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in need.seconds.items())
     fits = "no" if list(fit.device_shortages(need, work)) else "yes"
     row = [model, recipe, target_name, f"{peak:.1f} of {target.usable / GIB:.0f}", fits, f"{petaflop:.3g}"]
-    return need, [*row, f"{moved:.3g}", f"{duration(sum(need.seconds.values()))}: {phases}"]
+    sent = sum(need.exchanged.values()) / 1e12
+    return need, [*row, f"{moved:.3g}", f"{sent:.3g}", f"{duration(sum(need.seconds.values()))}: {phases}"]
 
 
 def print_programs(title: str, need: Need) -> None:

@@ -100,12 +100,14 @@ def _plan_for_targets(config: Config, recipe: Recipe) -> int:
 
 def target_table(need: Need) -> tuple[list[str], list[list[str]]]:
     """Returns header and rows: what each phase needs and takes on a target."""
+    several = sum(need.exchanged.values()) > 0
     rows = [
         [
             phase,
             _gib(need.device[phase]),
             _tera(sum(flops.values())),
             f"{need.traffic[phase] / 1e12:.4g}" if phase in need.traffic else "",
+            *[f"{need.exchanged.get(phase, 0.0) / 1e9:.4g}"] * several,
             f"{need.transfers[phase] / 1e9:.4g}",
             duration(need.seconds[phase]),
         ]
@@ -114,8 +116,10 @@ def target_table(need: Need) -> tuple[list[str], list[list[str]]]:
     every = sum(sum(flops.values()) for flops in need.flops.values())
     moved = [sum(one.values()) for one in (need.traffic, need.transfers)]
     last = ["all", _gib(max(need.device.values())), _tera(every), f"{moved[0] / 1e12:.4g}" * bool(need.traffic)]
-    rows.append([*last, f"{moved[1] / 1e9:.4g}", duration(sum(need.seconds.values()))])
-    return ["", "device, GiB", "TFLOP", "moved on it, TB", "to and from it, GB", "at least"], rows
+    sent = [f"{sum(need.exchanged.values()) / 1e9:.4g}"] * several
+    rows.append([*last, *sent, f"{moved[1] / 1e9:.4g}", duration(sum(need.seconds.values()))])
+    others = ["sent to others, GB"] * several
+    return ["", "device, GiB", "TFLOP", "moved on it, TB", *others, "to and from it, GB", "at least"], rows
 
 
 def work_of(config: Config, recipe: Recipe, devices: Devices, target: Target | None = None) -> Work:

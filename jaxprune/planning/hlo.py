@@ -1,4 +1,4 @@
-"""The bytes that a compiled program moves between memory and compute units, by its text.
+"""The bytes that a compiled program moves between memory and compute units, and between devices, by its text.
 
 XLA's own analysis counts a loop's body once, and is not there for GPUs. Here an instruction reads its operands and
 writes its result; of an array that is sliced, or updated in part, only that part counts. What lies in a TPU's vector
@@ -31,6 +31,8 @@ FREE = {
     "collective-permute-done",
 }
 """Instructions that move nothing themselves."""
+COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"}
+"""Instructions by which devices exchange data."""
 PARTS = {"slice", "dynamic-slice", "gather"}
 """Instructions that read no more than they return."""
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](\{[^}]*\})?")
@@ -95,6 +97,23 @@ class Module:
         own = self.computations[self.entry if computation is None else computation]
         sizes = {one.name: one.size for one in own}
         return sum(self._traffic_of(one, sizes) for one in own)
+
+    def exchanged(self, computation: str | None = None) -> float:
+        """Returns the bytes that each device sends to others in a call, in rings; of alternatives, the most."""
+        own = self.computations[self.entry if computation is None else computation]
+        sizes = {one.name: one.size for one in own}
+        return sum(self._exchanged_by(one, sizes) for one in own)
+
+    def _exchanged_by(self, one: Instruction, sizes: dict[str, float]) -> float:
+        opcode = one.opcode.removesuffix("-start")
+        if opcode in COLLECTIVES:
+            given = sum(sizes.get(name, 0.0) for name in one.operands)
+            made = one.size - given * (one.opcode != opcode and opcode != "all-reduce")  # a start returns both
+            return {"all-reduce": 2 * given, "all-gather": made - given, "reduce-scatter": given - made}.get(
+                opcode, given
+            )
+        inside = [self.exchanged(name) for name in one.called if name in self.computations]
+        return one.trips * (max(inside, default=0.0) if one.opcode == "conditional" else sum(inside))
 
     def _traffic_of(self, one: Instruction, sizes: dict[str, float]) -> float:
         if one.opcode in FREE:

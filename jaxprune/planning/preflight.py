@@ -33,8 +33,8 @@ from jaxprune.sparsity.patterns import Unstructured
 
 SHARE_OF_RATE = {"sensitivity": 0.6, "tune": 0.7, "evaluate": 0.5}
 """Share of the matrix rate that a phase reaches; 0.75 where not named. From docs/performance.md."""
-LIBRARIES = 1.25 * GIB
-"""Host memory of Python, JAX, transformers, datasets, Orbax and compiled programs, once a text is prepared."""
+LIBRARIES = 1.0 * GIB
+"""Host memory of Python, JAX, transformers, Orbax and compiled programs; 0.85 to 1.05 GiB were measured."""
 
 
 def shapes_of(ckpt: str, dtype: np.dtype | None) -> tuple[Spec, Architecture]:
@@ -79,7 +79,17 @@ def need(work: Work, within: float = 0.0) -> Need:
     moved = transfers(work, list(phases))
     kept, seconds = disk["the checkpoint"], costs.seconds(moved)
     return Need(
-        costs.peaks, host, disk, states, kept, costs.flops, moved, costs.traffic, seconds, tuple(costs.programs)
+        costs.peaks,
+        host,
+        disk,
+        states,
+        kept,
+        costs.flops,
+        moved,
+        costs.traffic,
+        costs.exchanged,
+        seconds,
+        tuple(costs.programs),
     )
 
 
@@ -149,6 +159,7 @@ class _Costs:
         flops: phase -> FLOPs of all calls.
         peaks: phase -> bytes on a device at most, or no less.
         traffic: phase -> bytes that all calls move on a target's device.
+        exchanged: phase -> bytes that all calls send from a target's device to others.
         programs: what each costs on a target, where its compiler is there.
     """
 
@@ -158,20 +169,22 @@ class _Costs:
         self.flops: dict[str, Flops] = {}
         self.peaks: dict[str, int] = {}
         self.traffic: dict[str, float] = {}
+        self.exchanged: dict[str, float] = {}
         self.programs: list[Cost] = []
 
     def add(self, program: Program, flops: Flops) -> None:
         """Adds a program, with the FLOPs of a call."""
-        target, phase, moved = self._work.target, program.phase, 0.0
+        target, phase, moved, sent = self._work.target, program.phase, 0.0, 0.0
         own = {kind: n / self._work.devices.count for kind, n in flops.items()}
         peak = program.most_bytes()
         if target is not None and target.has_compiler:
             start = time.perf_counter()
             compiled = program.compiled(target.options)
             spent, module = time.perf_counter() - start, hlo.Module(compiled.as_text() or "")
-            peak, moved = program.peak_bytes(compiled), module.traffic()
+            peak, moved, sent = program.peak_bytes(compiled), module.traffic(), module.exchanged()
+            self.exchanged[phase] = self.exchanged.get(phase, 0.0) + program.calls * sent
             self.traffic[phase] = self.traffic.get(phase, 0.0) + program.calls * moved
-            times = target.seconds(own, moved), target.seconds(own, outside_bytes(compiled))
+            times = target.seconds(own, moved, sent), target.seconds(own, outside_bytes(compiled))
             self.programs.append(Cost(phase, program.name, program.calls, *times, spent, module.instructions()))
         elif target is None and peak >= self._within:
             peak = program.peak_bytes()
@@ -179,7 +192,7 @@ class _Costs:
         total = self.flops.setdefault(phase, Flops())
         total.update({dtype: int(n * program.calls) for dtype, n in flops.items()})
         if target is not None:
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + program.calls * target.seconds(own, moved)
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + program.calls * target.seconds(own, moved, sent)
 
     def seconds(self, transfers: Mapping[str, float]) -> dict[str, float]:
         """Returns phase -> the time of its programs on the target, or of its transfers if that is longer."""

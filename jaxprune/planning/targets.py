@@ -37,6 +37,7 @@ class Target:
         memory: bytes.
         bandwidth: bytes a second between its memory and its compute units.
         link: bytes a second between it and its host, each way.
+        network: bytes a second from it to other devices of its host or slice.
         rates: kind of products, see `program.Flops` -> FLOP/s.
         describe: a number of devices -> devices to compile for.
         extra: the extra that brings its compiler, and the module that this is in.
@@ -48,6 +49,7 @@ class Target:
     memory: float
     bandwidth: float
     link: float
+    network: float
     rates: Mapping[str, float]
     describe: Callable[[int], list[Any]]
     extra: tuple[str, str]
@@ -70,7 +72,7 @@ class Target:
     @property
     def has_compiler(self) -> bool:
         """Whether its compiler is installed."""
-        return importlib.util.find_spec(self.extra[1]) is not None
+        return _is_installed(self.extra[1])
 
     def devices(self, count: int) -> Devices:
         """Returns so many of them as a run uses them, to compile for.
@@ -84,10 +86,18 @@ class Target:
             return Devices(device=found[0])
         return Devices(Mesh(np.array(found), (AXIS,), axis_types=(AxisType.Auto,)))
 
-    def seconds(self, flops: Mapping[str, float], traffic: float) -> float:
-        """Returns the time of a program at full rates: that of its products, or of what it moves if that is longer."""
+    def seconds(self, flops: Mapping[str, float], traffic: float, exchanged: float = 0.0) -> float:
+        """Returns the time of a program at full rates: that of its products, of what it moves, or of what it sends to
+        other devices, whichever is longest."""
         products = sum(count / self.rates.get(dtype, self.rates["float32"]) for dtype, count in flops.items())
-        return max(products, traffic / self.bandwidth)
+        return max(products, traffic / self.bandwidth, exchanged / self.network)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
 
 
 @contextlib.contextmanager
@@ -110,6 +120,7 @@ def _environment(target: Target) -> Iterator[None]:
         yield
         return
     names = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
+    names |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # no device is touched
     names["TPU_ACCELERATOR_TYPE"] = "v5litepod-8"  # whichever: it is the topology that counts
     before = {name: os.environ.get(name) for name in names}
     os.environ |= names
@@ -124,6 +135,7 @@ def _environment(target: Target) -> Iterator[None]:
 
 def _gpu(name: str, words: str, **card: Any) -> Target:
     """Describes one of NVIDIA's GPUs: `card` has the rest of `Target`, and what the compiler wants to know."""
+    compiler = "jax_cuda12_plugin"
     major, minor = card["capability"].split(".")
     description = f"""
         gpu_device_info {{
@@ -161,13 +173,14 @@ def _gpu(name: str, words: str, **card: Any) -> Target:
 
     return Target(
         words,
-        Hardware("gpu", float(card["capability"])),  # cuDNN cannot be called without a device
+        Hardware("gpu", float(card["capability"]), cudnn=_is_installed(compiler) and _is_installed("nvidia.cudnn")),
         card["memory"],
         card["bandwidth"],
         card["link"],
+        card["network"],
         card["rates"],
         describe,
-        ("plan-gpu", "jax_cuda12_plugin"),
+        ("plan-gpu", compiler),
         {"xla_gpu_autotune_level": "0"},
     )
 
@@ -185,7 +198,15 @@ def _tpu(generation: str, words: str, shapes: Mapping[int, str], **chip: float) 
 
     rates = {"bfloat16": chip["rate"], "float16": chip["rate"], "float32": chip["rate"] / 6}
     return Target(
-        words, Hardware("tpu"), chip["memory"], chip["bandwidth"], chip["link"], rates, describe, ("plan-tpu", "libtpu")
+        words,
+        Hardware("tpu"),
+        chip["memory"],
+        chip["bandwidth"],
+        chip["link"],
+        chip["network"],
+        rates,
+        describe,
+        ("plan-tpu", "libtpu"),
     )
 
 
@@ -202,6 +223,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             memory=80 * GB,
             bandwidth=3.35 * TERA,
             link=64 * GB,
+            network=450 * GB,
             rates=_rates(989.4, 66.9),
             threads=2048,
             shared=228,
@@ -218,6 +240,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             memory=80 * GB,
             bandwidth=2.039 * TERA,
             link=32 * GB,
+            network=300 * GB,
             rates=_rates(312, 19.5),
             threads=2048,
             shared=164,
@@ -233,6 +256,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             memory=24 * GB,
             bandwidth=1.008 * TERA,
             link=32 * GB,
+            network=32 * GB,
             rates=_rates(165.2, 82.6),
             threads=1536,
             shared=100,
@@ -242,9 +266,36 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             clock=2.52,
             capability="8.9",
         ),
-        "v5e": _tpu("v5e", "TPU v5e", FLAT, memory=16 * GB, bandwidth=0.819 * TERA, link=32 * GB, rate=197 * TERA),
-        "v5p": _tpu("v5p", "TPU v5p", CUBE, memory=95 * GB, bandwidth=2.765 * TERA, link=32 * GB, rate=459 * TERA),
-        "v6e": _tpu("v6e", "TPU v6e", FLAT, memory=32 * GB, bandwidth=1.64 * TERA, link=32 * GB, rate=918 * TERA),
+        "v5e": _tpu(
+            "v5e",
+            "TPU v5e",
+            FLAT,
+            memory=16 * GB,
+            bandwidth=0.819 * TERA,
+            link=32 * GB,
+            network=200 * GB,
+            rate=197 * TERA,
+        ),
+        "v5p": _tpu(
+            "v5p",
+            "TPU v5p",
+            CUBE,
+            memory=95 * GB,
+            bandwidth=2.765 * TERA,
+            link=32 * GB,
+            network=600 * GB,
+            rate=459 * TERA,
+        ),
+        "v6e": _tpu(
+            "v6e",
+            "TPU v6e",
+            FLAT,
+            memory=32 * GB,
+            bandwidth=1.64 * TERA,
+            link=32 * GB,
+            network=448 * GB,
+            rate=918 * TERA,
+        ),
     }
 )
 """Name -> hardware that can be planned for. Of TPUs' hosts the link is assumed: no data sheet names it."""

@@ -105,6 +105,7 @@ class Need:
         flops: phase -> FLOPs by dtype.
         transfers: phase -> bytes between host and device, each way counted.
         traffic: phase -> bytes that programs move on the device; none where that is not known.
+        exchanged: phase -> bytes that programs send from a device to others; none where that is not known.
         seconds: phase -> the least time of its programs and transfers on a target, at full rates.
         costs: of each program, where a target's compiler has compiled it.
     """
@@ -117,5 +118,6 @@ class Need:
     flops: dict[str, Flops]
     transfers: dict[str, float] = dataclasses.field(default_factory=dict)
     traffic: dict[str, float] = dataclasses.field(default_factory=dict)
+    exchanged: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     costs: tuple[Cost, ...] = ()

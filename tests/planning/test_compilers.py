@@ -18,7 +18,7 @@ from jaxprune.pruning.distillation import Placement
 from tests.helpers import tiny
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
-GPUS = r"cusolver|cublas|__triton|TopK|topk|cu_"
+GPUS = r"cusolver|cublas|__triton|TopK|topk|cu_|__cudnn\$fmha"
 """Custom calls that GPUs have."""
 
 
@@ -46,4 +46,6 @@ def test_every_program_compiles(name: str, method: Method, tmp_path: Path) -> No
             assert not [call for call in calls if re.search("lapack|eigen|onednn", call.lower())], calls
             if name == "h100":
                 assert all(re.search(GPUS, call) for call in calls), calls
+            if program.phase in ("gram", "forward") or program.name == "backward":
+                assert any("fmha" in call for call in calls) == target.hardware.cudnn, program.name
     assert {program.phase for program in every} >= {"gram", "solve", "forward"}

@@ -71,3 +71,28 @@ def test_what_is_updated_in_place_and_what_lies_near_costs_little() -> None:
     assert found.entry == "main" and found.instructions() == 11
     # The copy reads the array; the fusion reads it and a row of 16 bits, overwrites the row, and writes the array.
     assert found.traffic() == array + (array + 2 * row + 2 * 4 * row + array)
+
+
+def test_what_devices_send_is_counted() -> None:
+    """Rings of four devices: an all-gather in a loop of three, a sum, and a start of each."""
+    text = """
+ENTRY %main (p0: f32[256]) -> f32[1024] {
+  %p0 = f32[256]{0} parameter(0)
+  %loop = f32[256]{0} while(%p0), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %sum = f32[256]{0} all-reduce(%loop), replica_groups={}, to_apply=%add
+  %begun = f32[256]{0} all-reduce-start(%sum), replica_groups={}, to_apply=%add
+  %summed = f32[256]{0} all-reduce-done(%begun)
+  %started = (f32[256]{0}, f32[1024]{0}) all-gather-start(%summed), dimensions={0}
+  %gathered = f32[1024]{0} all-gather-done(%started)
+  %part = f32[256]{0} reduce-scatter(%gathered), dimensions={0}, to_apply=%add
+  ROOT %moved = f32[256]{0} collective-permute(%part), source_target_pairs={{0,1}}
+}
+
+%body (p: f32[256]) -> f32[256] {
+  %p = f32[256]{0} parameter(0)
+  %all = f32[1024]{0} all-gather(%p), dimensions={0}
+  ROOT %own = f32[256]{0} slice(%all), slice={[0:256]}
+}
+"""
+    part = 4 * 256
+    assert Module(text).exchanged() == 3 * 3 * part + 2 * part + 2 * part + 3 * part + 3 * part + part
