@@ -29,6 +29,7 @@ _EXPORTS = {
     "prune_layers": "jaxprune.pruning.loop",
     "prune_model": "jaxprune.pruning.whole_model",
     "calibration_windows": "jaxprune.calibration",
+    "TextStream": "jaxprune.calibration.stream",
     "load": "jaxprune.api.load",
     "prune_kernel": "jaxprune.api.load",
     "prune": "jaxprune.api.prune",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from jaxprune.api.prune import prune as prune
     from jaxprune.api.verify import verify as verify
     from jaxprune.calibration import calibration_windows as calibration_windows
+    from jaxprune.calibration.stream import TextStream as TextStream
     from jaxprune.errors import CheckpointError as CheckpointError
     from jaxprune.errors import InputError as InputError
     from jaxprune.evaluation.quality import Evaluator as Evaluator

@@ -93,20 +93,48 @@ class Tuning:
 
     tune_epochs: float = 0.0
     """Tune the kept weights of all layers together at the end, towards the dense model's predictions, visiting each
-    calibration window so many times; half an epoch visits half of them. Takes 12 bytes of host memory a weight."""
+    calibration window so many times; half an epoch visits half of them."""
     tune_rate: float = 0.001
     """Adam's highest learning rate, in units of the root mean square of a kernel's kept weights; it rises over the
     first eighth of the steps and then falls along a cosine."""
     tune_windows: int = 1
-    """Calibration windows a step."""
+    """Windows a step."""
+    tune_tokens: int = 0
+    """Tune on so many tokens of the calibration text instead, such as 250k or 1M: all of it in an order drawn from the
+    seed, but for 16 windows, on which the divergence is measured."""
+    tune_to_end: bool = False
+    """Tune on all --tune-tokens, also when the divergence on the windows that are held out no longer falls."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.tune_epochs < math.inf:
             raise InputError(f"tune_epochs must be finite and not negative, not {self.tune_epochs}")
+        if self.tune_tokens < 0:
+            raise InputError(f"tune_tokens must not be negative, not {self.tune_tokens}")
+        if self.tune_epochs and self.tune_tokens:
+            raise InputError(
+                "a tuning takes the calibration windows or tokens of a text, not both",
+                options={"tune_epochs": 0, "tune_tokens": Change.OMIT},
+            )
         if not 0 < self.tune_rate < math.inf:
             raise InputError(f"tune_rate must be finite and positive, not {self.tune_rate}")
         if self.tune_windows < 1:
             raise InputError(f"tune_windows must be at least 1, not {self.tune_windows}")
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the fields; those of a text only where they are set, so that runs of earlier versions go on."""
+        values, later = dataclasses.asdict(self), ("tune_tokens", "tune_to_end")
+        return {name: value for name, value in values.items() if value or name not in later}
+
+    @property
+    def tunes(self) -> bool:
+        """Whether anything is tuned."""
+        return self.tune_epochs > 0 or self.tune_tokens > 0
+
+    def visits(self, windows: int, length: int) -> int:
+        """Returns how many windows of a length are visited, beside so many calibration windows."""
+        if not self.tune_tokens:
+            return math.ceil(self.tune_epochs * windows)
+        return self.tune_windows * max(1, round(self.tune_tokens / (self.tune_windows * length)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +260,7 @@ class Recipe:
             "preset": self.preset,
             "asymmetry": self.asymmetry,
             "importance": dataclasses.asdict(self.importance),
-            "tuning": dataclasses.asdict(self.tuning),
+            "tuning": self.tuning.as_json(),
             **({"rules": [rule.as_json() for rule in self.rules]} if self.rules else {}),
             **({"experts": dataclasses.asdict(self.experts)} if self.experts != Experts() else {}),
         }
@@ -361,6 +389,7 @@ class RecipeRecord(Schema):
             *[f"sparsities within {self.importance.spread:g}"] * (self.importance.spread > 0),
             *[f"asymmetry {self.asymmetry:g}"] * (self.asymmetry > 0),
             *[f"{self.tuning.tune_epochs:g} epochs of tuning"] * (self.tuning.tune_epochs > 0),
+            *[f"tuned on {self.tuning.tune_tokens:,} tokens"] * (self.tuning.tune_tokens > 0),
             *[f"{percent(self.experts.drop_experts)} % of experts dropped"] * (self.experts.drop_experts > 0),
             *["all tokens to all experts"] * self.experts.route_all,
         ]

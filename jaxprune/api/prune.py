@@ -19,6 +19,7 @@ from convert.names import naming_in
 from convert.paths import inputs_of, paths_of, require_apart
 from convert.schema import as_text
 from convert.writing import failing
+from jaxprune.calibration.stream import TextStream
 from jaxprune.errors import InputError
 from jaxprune.evaluation.quality import Evaluator, Quality
 from jaxprune.planning import fit
@@ -29,6 +30,7 @@ from jaxprune.pruning.experts import kept_experts, without_experts
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.journal_folder import journal_folder, masks_file, result_folder
 from jaxprune.pruning.loop import other_params
+from jaxprune.pruning.results import LayerResult
 from jaxprune.pruning.rules import by_rules
 from jaxprune.pruning.whole_model import prune_model, require_recipe
 from jaxprune.recipe import Recipe
@@ -75,6 +77,7 @@ def prune(
     out: str | Path | Destination,
     *,
     masks: str | Path | Destination | None = None,
+    stream: TextStream | None = None,
     overwrite: bool = False,
     resume_only: bool = False,
     seed: int = 0,
@@ -97,9 +100,10 @@ def prune(
         recipe: what to do.
         out: the folder to make.
         masks: a file to make with the masks; None: none is made.
+        stream: the text that is tuned on, where the recipe takes tokens of one.
         overwrite: replace `out` and `masks` if they are earlier results that nobody changed.
         resume_only: insist on going on with a run that was stopped.
-        seed: the seed of the order of windows in the distillation.
+        seed: the seed of the order of calibration windows in the distillation.
         evaluator: measures the dense and the pruned checkpoint; None: nothing is measured.
         timing: first prune the first layer compiled and under `jax.disable_jit`, and record the seconds of both.
         unchecked: begin even where the run would not fit, and without comparing weights of the hub with their digests.
@@ -125,7 +129,7 @@ def prune(
         masks_place.inputs = place.inputs
     emptied = resume.check(place, masks_place)
     asked = {"ckpt": model.name, "calib": "token ids", "out": str(place.path), "seed": seed}
-    record = Record(asked | dict(config or {}), recipe, windows)
+    record = Record(asked | dict(config or {}), recipe, windows, stream)
     observer = Observers(record, observer)
     wanted = identity.of_run(model.reader, model.hf_config, model.dtype, record.asked(), seed)
     model.require_tokens(windows)
@@ -157,7 +161,8 @@ def prune(
             with _timed(observer, "experts"):
                 record.kept_experts = kept_experts(model, windows, recipe.experts.drop_experts, journal)
                 smaller = model.keeping(record.kept_experts)
-        files = _write_checkpoint(smaller, windows, recipe, seed, journal, masks_at is not None, observer)
+        layers = prune_model(smaller, windows, recipe, stream=stream, seed=seed, journal=journal, observer=observer)
+        files = _write_checkpoint(smaller, layers, recipe, journal, masks_at is not None, observer)
         if evaluator:
             with _timed(observer, "evaluate"):
                 models = {"dense": model, "pruned": model.sibling(result_folder(journal))}
@@ -265,14 +270,13 @@ def require_separate(
 
 def _write_checkpoint(
     model: StreamedModel,
-    windows: Int[np.ndarray, "w t"],
+    layers: Iterator[LayerResult],
     recipe: Recipe,
-    seed: int,
     journal: Journal,
     with_masks: bool,
     observer: Observer,
 ) -> set[str]:
-    """Prunes, writes checkpoint and masks to where the journal wants them; returns the checkpoint's files."""
+    """Writes checkpoint and masks to where the journal wants them; returns the checkpoint's files."""
     writer: Writer | None = None
     mask_writer: MaskWriter | None = None
     with contextlib.ExitStack() as stack:
@@ -288,7 +292,7 @@ def _write_checkpoint(
                     masks_file(journal), _pruned_shapes(model, recipe), naming_in(model.hf_config, model.reader.spec)
                 )
         observer.started("pruning", model.num_layers)
-        for layer in prune_model(model, windows, recipe, seed=seed, journal=journal, observer=observer):
+        for layer in layers:
             with _timed(observer, "write"):
                 if writer:
                     writer.write(layer.params)

@@ -20,7 +20,7 @@ from jaxprune.calibration.ids import require_ids as require_ids
 from jaxprune.calibration.tokens import in_pieces, token_ids
 from jaxprune.errors import Change, InputError
 
-HELPERS = ("documents", "hub", "ids", "rows", "textfile", "tokens")
+HELPERS = ("documents", "hub", "ids", "rows", "stream", "textfile", "tokens")
 """Modules that hold no source."""
 JOIN = "\n\n"
 """Between documents that share a window, for calibration as for evaluation."""
@@ -70,7 +70,7 @@ def calibration_windows(
         if len(windows) < count:
             raise InputError(f"{source} holds {len(windows)} windows, not {count}", options={"nsamples": len(windows)})
         return windows[np.sort(generator.permutation(len(windows))[:count])].astype(np.int32)
-    texts, always_pack = _open(source, "train")
+    texts, always_pack = open_source(source, "train")
     order = generator.permutation(len(texts))
     if pack or always_pack:
         return _packed(source, texts, order, tokenizer, count, length, generator)
@@ -94,7 +94,7 @@ def evaluation_windows(
     """
     if source.endswith(".npy"):
         return load_windows(source, length, vocab_size)[:limit].astype(np.int32)
-    texts, _ = _open(source, "test")
+    texts, _ = open_source(source, "test")
     found, total = [], 0
     for ids in in_pieces(tokenizer, _joined(texts)):
         found.append(ids)
@@ -109,7 +109,12 @@ def evaluation_windows(
     return windows[:limit]
 
 
-def _open(source: str, split: str) -> tuple[Sequence[str], bool]:
+def open_source(source: str, split: str) -> tuple[Sequence[str], bool]:
+    """Returns the documents of a source's split, and whether they are always to be joined.
+
+    Raises:
+        InputError: no such source, or it cannot be read.
+    """
     package = sys.modules[__name__]
     if source not in plugins.names(package):
         from jaxprune.calibration import textfile

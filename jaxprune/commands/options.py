@@ -223,13 +223,14 @@ def make(cls: Any, given: Mapping[str, Any], flag_of: FlagOf = str) -> Any:
 
 
 def whole(text: str) -> int:
-    """Reads a whole number that fits 32 bits, as sizes and seeds have to.
+    """Reads a whole number that fits 32 bits, as sizes and seeds have to; k behind it are thousands, M millions.
 
     Raises:
         ValueError: it is none.
     """
+    unit = {"k": 1000, "M": 1_000_000}.get(text[-1:], 1)
     try:
-        value = int(text)
+        value = int(text[:-1] if unit > 1 else text) * unit
     except ValueError:  # as for thousands of digits
         raise ValueError(f"{_brief(text)} is no whole number") from None
     if not -(2**31) <= value < 2**31:

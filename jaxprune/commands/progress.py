@@ -26,7 +26,7 @@ SHORTER = {
     "gram": "a smaller --nsamples or --seqlen",
     "solve": "a quicker --method such as wanda",
     "forward": "a smaller --nsamples or --seqlen",
-    "tune": "a smaller --tune-epochs",
+    "tune": "a smaller --tune-epochs or --tune-tokens",
     "evaluate": "a smaller --eval-windows, or --eval none,",
 }
 """Phase -> what makes it shorter."""
@@ -44,7 +44,8 @@ class Progress(Observer):
         self._devices, self._tasks = devices, tasks
         self._bar: Bar | None = None
         self._task = TaskID(0)
-        self._layers = 0
+        self._count = 0
+        self._divergences: list[float] = []
 
     def __enter__(self) -> "Progress":
         return self
@@ -63,14 +64,14 @@ class Progress(Observer):
         total = duration(sum(times.values()))
         console.print(f"this takes about {total}{', beside the tasks of lm-eval' * self._tasks}; {longest(times)}")
 
-    def started(self, what: str, layers: int) -> None:
+    def started(self, what: str, count: int, unit: str = "layers") -> None:
         """Begins a new progress bar."""
         self._stop()
         if what != "pruning":
             keep_memory(large=True)  # logits from here on
-        self._layers = layers
+        self._count = count
         self._bar = progress_bar()
-        self._task = self._bar.add_task(what, total=layers)
+        self._task = self._bar.add_task(what, total=count, unit=unit)
         self._bar.start()
 
     def layer_visited(self, index: int) -> None:
@@ -81,7 +82,7 @@ class Progress(Observer):
     def layer_done(self, result: LayerResult) -> None:
         """Prints a line on a pruned layer."""
         if self._bar:
-            self._bar.console.print(layer_line(result, self._layers))
+            self._bar.console.print(layer_line(result, self._count))
             self._bar.update(self._task, completed=result.index + 1)
 
     def finished(self, result: PruningResult | Evaluation) -> None:
@@ -99,10 +100,20 @@ class Progress(Observer):
             header, rows = table(result.evaluation)
             print_table(rows, header)
 
-    def epoch_done(self, epoch: int, divergence: float) -> None:
-        """Prints a line on an epoch of the distillation."""
+    def step_done(self, number: int, steps: int, divergence: float) -> None:
+        """Moves the bar on; says the mean divergence of each quarter of the steps."""
+        self._divergences.append(divergence)
         if self._bar:
-            self._bar.console.print(f"tuning, epoch {epoch + 1}: KL divergence {divergence:.4f} nats before its steps")
+            self._bar.update(self._task, completed=number)
+            if number * 4 // steps > (number - 1) * 4 // steps:
+                mean = sum(self._divergences) / len(self._divergences)
+                self._bar.console.print(f"tuning, step {number} of {steps}: KL divergence {mean:.4f} nats so far")
+                self._divergences = []
+
+    def divergence_measured(self, tokens: int, divergence: float) -> None:
+        """Prints a line on the text that is held out."""
+        if self._bar:
+            self._bar.console.print(f"tuned on {tokens:,} tokens: KL divergence {divergence:.4f} nats on text held out")
 
 
 def longest(times: Mapping[str, float]) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from jaxprune.api.prune import PruningResult
+    from jaxprune.calibration.stream import TextStream
     from jaxprune.streaming.model import StreamedModel
 
 
@@ -63,7 +64,7 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
     require_separate(place, masks_place, recipe, inputs | {"ckpt": paths_of(config.ckpt)}, config.scratch)
     scratch = config.scratch_folder(config.out)
     resume.check(place, masks_place)
-    if recipe.importance.measured or recipe.tuning.tune_epochs:
+    if recipe.importance.measured or recipe.tuning.tunes:
         keep_memory(large=True)  # both make logits
     devices = choose_devices(config.device, config.devices, config.join)
     console.print(f"opening {config.ckpt}")
@@ -81,6 +82,7 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
             recipe,
             place,
             masks=masks_place,
+            stream=stream_of(config, recipe, model),
             resume_only=config.resume,
             seed=config.seed,
             evaluator=Evaluator(measures, model, progress) if measures else None,
@@ -114,6 +116,22 @@ def windows_of(config: Config, model: "StreamedModel") -> "np.ndarray":
         pack=config.pack,
         vocab_size=model.architecture.config.vocab_size,
     )
+
+
+def stream_of(config: Config, recipe: Recipe, model: "StreamedModel") -> "TextStream | None":
+    """Opens the text that a run tunes on; None where it takes none beside the calibration windows.
+
+    Raises:
+        InputError: see `calibration.stream.TextStream`.
+    """
+    from jaxprune.calibration.stream import TextStream
+
+    if not recipe.tuning.tune_tokens:
+        return None
+    assert config.calib
+    tokenizer = None if config.calib.endswith(".npy") else model.tokenizer
+    vocab_size = model.architecture.config.vocab_size
+    return TextStream(config.calib, tokenizer, config.seqlen, config.seed, vocab_size=vocab_size)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,8 @@ class RecipeOptions:
         flags = _set(preset.importance) | _set(preset.tuning)
         if given.get("token_power"):  # needs all windows
             del flags["sensitivity_windows"]
+        if given.get("tune_tokens"):
+            flags.pop("tune_epochs", None)
         for role in self.classes:
             flag_of = self.flag_of(role)
             if isinstance(preset.method, self.classes[role]):
@@ -216,8 +218,9 @@ def _require_use(whole: "WholeModel", given: Mapping[str, Any], importance: Impo
     alone = {
         "uniform": ("--preset", whole.preset is not None),
         "sensitivity_windows": ("--preset, --weigh-outputs or --spread", importance.measured),
-        "tune_rate": ("--tune-epochs", tuning.tune_epochs > 0),
-        "tune_windows": ("--tune-epochs", tuning.tune_epochs > 0),
+        "tune_rate": ("--tune-epochs or --tune-tokens", tuning.tunes),
+        "tune_windows": ("--tune-epochs or --tune-tokens", tuning.tunes),
+        "tune_to_end": ("--tune-tokens", tuning.tune_tokens > 0),
     }
     for name, (needed, there) in alone.items():
         if given.get(name) and not there:

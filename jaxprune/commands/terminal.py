@@ -113,8 +113,9 @@ def choose_devices(device: str, count: int | None = None, together: Join | None 
 
 
 def progress_bar() -> Progress:
-    """Returns a progress bar that counts layers."""
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("layers")
+    """Returns a progress bar, each of whose tasks has a `unit` that it counts."""
+    unit = TextColumn("{task.fields[unit]}", markup=False)
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), unit
     return Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console)
 
 

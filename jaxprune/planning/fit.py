@@ -50,7 +50,7 @@ def device_shortages(need: Need, work: Work) -> Iterator[Shortage]:
             if phase == "solve":
                 remedies = {"devices": Change.RAISE}
             elif phase == "tune":
-                remedies = {"tune_epochs": 0, "seqlen": Change.LOWER}
+                remedies = {"tune_windows": Change.LOWER, "seqlen": Change.LOWER}
             yield Shortage(
                 f"{phase} needs {size / GIB:.1f} GiB on a device, of which {HEADROOM * device / GIB:.1f} can be had",
                 options=remedies,
@@ -64,7 +64,7 @@ def _host_and_disk(need: Need, work: Work) -> Iterator[Shortage]:
     if free is not None and host > free:
         remedies: dict[str, Any] = {"nsamples": Change.LOWER, "seqlen": Change.LOWER}
         remedies |= {"hidden": "disk"} if work.scratch is None else {}
-        remedies |= {"tune_epochs": 0} if phase == "tune" else {}
+        remedies |= {"preset": Change.OMIT} if phase == "tune" else {}
         yield Shortage(
             f"{phase} needs {host / GIB:.1f} GiB of host memory, of which {free / GIB:.1f} are free", options=remedies
         )

@@ -25,6 +25,7 @@ from jaxprune.planning.program import Flops, Program, Shapes, outside_bytes
 from jaxprune.planning.transfers import transfers
 from jaxprune.planning.work import GIB, Cost, Need, Work
 from jaxprune.pruning import adam
+from jaxprune.pruning.distillation import DENSE_BYTES
 from jaxprune.pruning.experts import without_experts
 from jaxprune.pruning.sensitivity import HOST_BYTES
 from jaxprune.recipe import Recipe
@@ -132,9 +133,10 @@ def programs_of(work: Work) -> Iterator[Program]:
     if recipe.importance.measured:
         yield from programs.of_sensitivity(shapes, recipe.importance.windows_of(work.windows), work.length)
     yield from programs.of_pruning(_routing_all(shapes, recipe), work.windows, work.length, recipe.method, pattern)
-    if epochs := recipe.tuning.tune_epochs:
-        step = recipe.tuning.tune_windows
-        yield from programs.of_distillation(shapes, work.windows, work.length, epochs, work.placement, step)
+    if recipe.tuning.tunes:
+        visits, step = recipe.tuning.visits(work.windows, work.length), recipe.tuning.tune_windows
+        epochs = visits / work.tuned_windows
+        yield from programs.of_distillation(shapes, work.tuned_windows, work.length, epochs, work.placement, step)
     if work.evaluation:
         yield from programs.of_evaluation(shapes, *work.evaluation)
 
@@ -223,6 +225,7 @@ def _host(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
         found["tune"] += sum(_size(work.spec, path) for path in work.spec) + work.pruned_weights // 8
         if not work.placement.state:
             found["tune"] += adam.BYTES * work.pruned_weights
+        found["tune"] += _best(work)
     return found
 
 
@@ -231,7 +234,7 @@ def _states(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
     hidden = work.states_bytes(work.windows, work.length)
     found: dict[str, float] = dict.fromkeys(phases, hidden * (2 if work.recipe.asymmetry else 1))
     if "tune" in phases:
-        found["tune"] = hidden
+        found["tune"] = min(DENSE_BYTES, work.states_bytes(work.tuned_windows, work.length))
     if "sensitivity" in phases:
         some = work.states_bytes(work.recipe.importance.windows_of(work.windows), work.length)
         inputs = (len(work.architecture.layers) + 1) * some
@@ -245,14 +248,19 @@ def _disk(work: Work) -> dict[str, int]:
     """Returns what -> bytes on the output's disk."""
     whole = sum(_size(work.spec, path) for path in work.spec)
     layers = sum(_size(work.spec, path) for path in work.spec if path.startswith("layers."))
-    tuned = work.recipe.tuning.tune_epochs > 0
+    tuned = work.recipe.tuning.tunes
     hidden = work.states_bytes(work.windows, work.length)
     return {
         "the checkpoint": whole,
         "layers that are finished": (layers + work.pruned_weights // 8) * (1 + tuned),
         "hidden states": 2 * hidden * (2 if work.recipe.asymmetry else 1),
-        "tuning": 2 * adam.BYTES * work.pruned_weights * tuned,
+        "tuning": 2 * (adam.BYTES * work.pruned_weights * tuned + _best(work)),
     }
+
+
+def _best(work: Work) -> int:
+    """Returns the bytes of the kernels that were best on windows held out."""
+    return work.pruned_weights * stored_dtype(work.spec).itemsize * (work.recipe.tuning.tune_tokens > 0)
 
 
 def _size(spec: Spec, path: str) -> int:

@@ -14,9 +14,9 @@ from jaxprune.evaluation import text
 from jaxprune.methods import Method, gram
 from jaxprune.models import Layer
 from jaxprune.planning.program import Flops, Program, Shapes, size_of
-from jaxprune.pruning import adam, distillation, experts, gram_matrices, kernel, sensitivity
-from jaxprune.pruning.distillation import Placement
+from jaxprune.pruning import adam, experts, gram_matrices, kernel, sensitivity, student
 from jaxprune.pruning.gram_matrices import ExpertTotals
+from jaxprune.pruning.student import Placement
 from jaxprune.sparsity.patterns import Pattern
 from jaxprune.streaming.head import CHUNK
 from jaxprune.streaming.model import apply_layer
@@ -184,11 +184,11 @@ def of_distillation(
         values, calls = one.kernels.values, count * visits
         beside = stays - size_of(values) if placement.state else size_of(values)  # else the next layer's
         if placement.results:
-            forward_and_vjp = partial(distillation.forward_and_vjp, layer)
+            forward_and_vjp = partial(student.forward_and_vjp, layer)
             yield Program("tune", "forward", forward_and_vjp, (values, one.rest, x), calls, beside + results)
         else:
             yield Program("tune", "forward", forward, (values | one.rest, x, None), calls, beside, donated=(1,))
-        pull_back, arguments = partial(distillation.pull_back, layer), (values, one.rest, one.vjp, x)
+        pull_back, arguments = partial(student.pull_back, layer), (values, one.rest, one.vjp, x)
         beside = stays if placement.state else 3 * size_of(one.kernels)  # else one on its way in, one on its way out
         beside += results - one.results
         yield Program("tune", "backward", pull_back, arguments, calls, beside - size_of(values))
@@ -198,7 +198,7 @@ def of_distillation(
             own = one.kernels.masks[name], one.kernels.units[name], gradient, number, number
             yield Program("tune", f"step {name}", adam.step_one, (moving, *own), calls, others, donated=(0,))
     chunk = Shape((min(CHUNK // 2, step * length), architecture.width), architecture.config.dtype)
-    loss, beside = partial(distillation.head_divergence, architecture.head), stays + results
+    loss, beside = partial(student.head_divergence, architecture.head), stays + results
     yield Program("tune", "divergence", loss, (head, chunk, chunk), visits * step * length / chunk.shape[0], beside)
 
 
@@ -224,7 +224,7 @@ class _Tuned(NamedTuple):
         units = {name: Shape((len(v.shape) - 2) * (v.shape[0], 1, 1), jnp.float32) for name, v in values.items()}
         moving = {name: jax.eval_shape(adam.moving_of, value) for name, value in values.items()}
         kernels = jax.tree.map(lambda leaf: shapes.devices.abstract(leaf, -1), adam.Kernels(moving, masks, units))
-        forward_and_vjp = partial(distillation.forward_and_vjp, layer)
+        forward_and_vjp = partial(student.forward_and_vjp, layer)
         vjp = x
         if placement.results:
             kept, windows = jax.eval_shape(forward_and_vjp, kernels.values, rest, x)[1], x.shape[:1]

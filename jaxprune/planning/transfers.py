@@ -29,7 +29,8 @@ def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
         work.recipe.importance,
     )
     some = work.states_bytes(importance.windows_of(work.windows), work.length)
-    steps = math.ceil(tuning.tune_epochs * work.windows / max(1, tuning.tune_windows))
+    steps = math.ceil(tuning.visits(work.windows, work.length) / tuning.tune_windows)
+    tuned = work.states_bytes(work.tuned_windows, work.length)
     evaluated = work.states_bytes(*work.evaluation) if work.evaluation else 0
     found = {
         "experts": weights + 2 * layers * states,
@@ -37,7 +38,7 @@ def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
         "gram": weights + layers * states,
         "solve": pruned * (stored + 1 / 8),
         "forward": count * pruned * stored + 2 * (layers - 1) * states,
-        "tune": weights + 2 * layers * min(1.0, tuning.tune_epochs) * states,
+        "tune": weights + 2 * layers * tuned,
         "evaluate": 2 * (weights + 2 * layers * evaluated),
     }
     if steps and not work.placement.state:  # values for the forward pass, then values and moments up and down

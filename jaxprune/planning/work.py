@@ -13,7 +13,7 @@ from jaxprune.models import Architecture
 from jaxprune.planning.machine import device_memory
 from jaxprune.planning.program import Flops
 from jaxprune.planning.targets import Target
-from jaxprune.pruning.distillation import Placement, placement_of
+from jaxprune.pruning.student import Placement, placement_of
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import ONE_DEVICE, Devices
 
@@ -65,6 +65,12 @@ class Work:
     def states_bytes(self, windows: int, length: int) -> int:
         """Returns the bytes of hidden states."""
         return windows * length * self.architecture.width * np.dtype(self.architecture.config.dtype).itemsize
+
+    @property
+    def tuned_windows(self) -> int:
+        """The windows that a distillation visits, each counted once."""
+        tuning, visits = self.recipe.tuning, self.recipe.tuning.visits(self.windows, self.length)
+        return visits if tuning.tune_tokens else min(visits, self.windows)
 
     @property
     def pruned_weights(self) -> int:

@@ -1,4 +1,4 @@
-"""The kernels of a layer under Adam, masks fixed: initialization, a step, rounding, and keeping them in a journal.
+"""The kernels of a layer under Adam, masks fixed: initialization, a step, rounding.
 
 A kernel's step is in units of the root mean square of its kept weights, so that one rate serves all of
 them, and all models.
@@ -11,7 +11,7 @@ References:
     Kingma and Ba, "Adam" (arXiv 1412.6980). Shazeer and Stern, "Adafactor" (arXiv 1804.04235), for rows and columns.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -23,9 +23,8 @@ from jaxtyping import Array, BFloat16, Bool, Float, UInt8
 
 from convert import Params
 from jaxprune.methods.linalg import masked
-from jaxprune.pruning.journal import TUNING, Journal
 from jaxprune.pruning.kernel import round_kernel
-from jaxprune.sharding import Devices, fetch
+from jaxprune.sharding import Devices
 
 BETAS = 0.9, 0.95
 """Of Adam. There are tens of steps, not thousands, so the second moment's memory is short."""
@@ -158,61 +157,6 @@ def _mean(total: Float[Array, "*s"], count: Float[Array, "*s"]) -> Float[Array, 
 def rounded(kernels: Kernels, name: str, dtype: np.dtype, devices: Devices) -> Float[Array, "*e n m"]:
     """Rounds a kernel to the dtype that it is stored in; every weight that is kept stays other than zero."""
     return round_kernel(devices.shard_outputs(kernels.moving[name].value), _kept(kernels, name), dtype)
-
-
-class Saved:
-    """The kernels of a tuning in a run's journal; layers that have none have no entry.
-
-    Args:
-        journal: the journal of the run; None: nothing is kept.
-    """
-
-    def __init__(self, journal: Journal | None) -> None:
-        self._journal = journal
-
-    def keep(self, step: int, state: Sequence[Kernels], divergences: Sequence[float]) -> None:
-        """Keeps the state before a step, if the work since the last time was long enough."""
-        size = sum(leaf.nbytes for kernels in state for leaf in jax.tree.leaves(kernels.moving))
-        if not (self._journal and self._journal.worth_keeping(size)):
-            return
-        with self._journal.keeping():
-            for index, kernels in _tuned(state).items():
-                moving = fetch(kernels.moving)
-                arrays = {f"{name}/{field}": a for name, one in moving.items() for field, a in one._asdict().items()}
-                self._journal.put(f"{TUNING}/{step}/{index}", arrays, {"divergences": list(divergences)})
-            self._journal.wait()
-        for other in self._journal.names(TUNING):
-            if other != str(step):
-                self._journal.drop(f"{TUNING}/{other}")
-
-    def restore(self, state: list[Kernels], place: Callable[[Kernels], Kernels]) -> tuple[int, list[float]]:
-        """Restores the state before the step to go on with; returns its number, and the divergences of its epoch.
-
-        What a version with another optimizer kept is passed over.
-        """
-        if not self._journal:
-            return 0, []
-        tuned = _tuned(state)
-        for step in sorted(map(int, self._journal.names(TUNING)), reverse=True):
-            entries = {index: self._journal.get(f"{TUNING}/{step}/{index}") for index in tuned}
-            found = {i: entry for i, entry in entries.items() if entry and set(entry.arrays) == _names(tuned[i])}
-            if len(found) < len(tuned):
-                continue
-            for index, entry in found.items():
-                own = {n: Moving(*(entry.arrays[f"{n}/{f}"] for f in Moving._fields)) for n in tuned[index].moving}
-                state[index] = place(tuned[index]._replace(moving=own))
-            return step, entry.metadata["divergences"]
-        return 0, []
-
-
-def _tuned(state: Sequence[Kernels]) -> dict[int, Kernels]:
-    """Returns the layers that have kernels, by index."""
-    return {index: kernels for index, kernels in enumerate(state) if kernels.moving}
-
-
-def _names(kernels: Kernels) -> set[str]:
-    """Returns the names of a layer's arrays in the journal."""
-    return {f"{name}/{field}" for name in kernels.moving for field in Moving._fields}
 
 
 def _kept(kernels: Kernels, name: str) -> Bool[Array, "*e n m"]:

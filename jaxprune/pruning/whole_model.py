@@ -7,16 +7,18 @@ import numpy as np
 from jaxtyping import Int
 
 from convert.names import expert_path
+from jaxprune.calibration.stream import TextStream
 from jaxprune.errors import Change, InputError
 from jaxprune.models import Architecture
+from jaxprune.pruning import distillation
 from jaxprune.pruning.allocation import allocate
-from jaxprune.pruning.distillation import distill
+from jaxprune.pruning.distillation import Text, distill
 from jaxprune.pruning.journal import PRUNED, SENSITIVITY, TUNED, TUNING, Journal
 from jaxprune.pruning.loop import prune_layers, targets_for
 from jaxprune.pruning.results import LayerResult, Results
 from jaxprune.pruning.rules import TargetOf, by_rules, with_rules
 from jaxprune.pruning.sensitivity import Weights, measure_sensitivity, weights
-from jaxprune.recipe import Importance, Recipe
+from jaxprune.recipe import Importance, Recipe, Tuning
 from jaxprune.sparsity.patterns import Pattern, Unstructured
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
@@ -27,6 +29,7 @@ def prune_model(
     tokens: Int[np.ndarray, "w t"],
     recipe: Recipe,
     *,
+    stream: TextStream | None = None,
     seed: int = 0,
     journal: Journal | None = None,
     observer: Observer = SILENT,
@@ -37,18 +40,29 @@ def prune_model(
         model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
         recipe: what to do.
-        seed: the seed of the order of windows in the distillation.
+        stream: the text that is tuned on, where the recipe takes tokens of one.
+        seed: the seed of the order of calibration windows in the distillation.
         journal: where all that is finished is kept, and taken from where it is kept already; None: nothing is kept.
         observer: is told each layer as soon as it is pruned, which with distillation is long before it is yielded; each
-            epoch; and the seconds of each phase but those in the layers' results.
+            step; and the seconds of each phase but those in the layers' results.
 
     Raises:
         InputError, CheckpointError: recipe, model and tokens do not fit together.
     """
     target, named = require_recipe(model.architecture, recipe)
     model.require_tokens(tokens)
+    tuning, text = recipe.tuning, None
+    if tuning.tune_tokens:
+        if stream is None:
+            raise InputError(
+                "the recipe tunes on tokens of a text, and none is given", options={"tune_epochs": Change.OTHER}
+            )
+        model.require_tokens(stream.held_out)
+        text = distillation.of_stream(stream, tuning)
+    elif tuning.tune_epochs:
+        text = distillation.of_windows(tokens, tuning, seed)
     layers = _pruned(model, tokens, recipe, target, named, journal, observer)
-    return _distilled(model, tokens, layers, recipe, seed, journal, observer) if recipe.tuning.tune_epochs else layers
+    return _distilled(model, text, layers, tuning, journal, observer) if text else layers
 
 
 def require_recipe(
@@ -107,10 +121,9 @@ def _pruned(
 
 def _distilled(
     model: StreamedModel,
-    tokens: Int[np.ndarray, "w t"],
+    text: Text,
     layers: Iterator[LayerResult],
-    recipe: Recipe,
-    seed: int,
+    tuning: Tuning,
     journal: Journal | None,
     observer: Observer,
 ) -> Iterator[LayerResult]:
@@ -123,7 +136,7 @@ def _distilled(
     every = list(layers)
     start = time.perf_counter()
     released = (every.pop(0) for _ in range(len(every)))
-    for layer in distill(model, tokens, released, recipe.tuning, seed=seed, journal=journal, observer=observer):
+    for layer in distill(model, text, released, tuning, journal=journal, observer=observer):
         observer.phase_timed("tune", time.perf_counter() - start)
         finished.put(layer)
         yield layer

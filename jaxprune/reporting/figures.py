@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from jaxprune.reporting.drawing import (
     AXIS,
@@ -86,6 +86,27 @@ def sparsity_by_layer(entries: Sequence[Entry]) -> Figure:
         axis.set_ylabel("zeros, % (dots: single linear layers)" if len(entries) == 1 else "zeros, %")
 
     return draw("Sparsity by layer", 3.0, plot)
+
+
+def divergence_by_tokens(entries: Sequence[Entry]) -> Figure:
+    """Returns a plot of the divergence on text held out against the tokens that were tuned on."""
+
+    def plot(axis: Axes) -> None:
+        for entry in entries:
+            points = entry.run.divergences if entry.run else []
+            tokens, divergences = zip(*points, strict=True)
+            axis.plot(
+                [_plain(count) for count in tokens],
+                [*map(_plain, divergences)],
+                label=_label(entry),
+                **_style_of(entry),
+            )
+        axis.set_xlim(left=0)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.set_xlabel("tokens tuned on")
+        axis.set_ylabel("nats a token (lower is better)")
+
+    return draw("KL divergence on text held out", 3.0, plot)
 
 
 def time_by_phase(entries: Sequence[Entry]) -> Figure:

@@ -15,6 +15,7 @@ import numpy as np
 from convert import schema as convert_schema
 from convert.hub import described
 from convert.writing import write_text
+from jaxprune.calibration.stream import TextStream
 from jaxprune.evaluation.quality import Quality
 from jaxprune.evaluation.tasks import without_samples
 from jaxprune.planning.machine import describe_hardware, peak_bytes
@@ -47,6 +48,8 @@ class Record(Observer):
         config: what was asked for, with at least `ckpt`, `calib` and `out`.
         recipe: what is done to the model.
         tokens: calibration windows.
+        stream: the text that is tuned on, beside them; None: there is none.
+        divergences: tokens that were tuned on, and then the divergence on text held out, of each measure.
         layers: results of the layers so far, without arrays.
         seconds: the seconds by phase.
         evaluation: "dense" and "pruned" -> what was measured; empty without evaluation.
@@ -58,6 +61,8 @@ class Record(Observer):
     config: Mapping[str, Any]
     recipe: Recipe
     tokens: np.ndarray
+    stream: TextStream | None = None
+    divergences: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     layers: list[LayerResult] = dataclasses.field(default_factory=list)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     evaluation: dict[str, Quality] = dataclasses.field(default_factory=dict)
@@ -73,6 +78,10 @@ class Record(Observer):
                 self.few_tokens[f"layers.{result.index}.{path}"] = int(kernel.metrics["tokens"])
         for phase, seconds in result.seconds.items():
             self.phase_timed(phase, seconds)
+
+    def divergence_measured(self, tokens: int, divergence: float) -> None:
+        """Keeps a measure."""
+        self.divergences.append((tokens, divergence))
 
     def phase_timed(self, phase: str, seconds: float) -> None:
         """Adds to the seconds of a phase."""
@@ -96,7 +105,12 @@ class Record(Observer):
 
     def asked(self) -> dict[str, Any]:
         """Returns the recipe, and what it was applied to, as JSON."""
-        return self.recipe.as_json() | {"calibration": self._calibration()}
+        text = (
+            {"tuning_text": {"sha256": self.stream.digest, "held_out": len(self.stream.held_out)}}
+            if self.stream
+            else {}
+        )
+        return self.recipe.as_json() | {"calibration": self._calibration(), **text}
 
     def asked_of_version_1(self) -> dict[str, Any]:
         """Returns the same as a journal of version 1 has it."""
@@ -118,6 +132,7 @@ class Record(Observer):
             "evaluation": {which: quality.as_json() for which, quality in self.evaluation.items()},
             "seconds": self.seconds,
             **({"timing": self.timing._asdict()} if self.timing else {}),
+            **({"divergences": [list(point) for point in self.divergences]} if self.divergences else {}),
             **({"kept_experts": self.kept_experts} if self.kept_experts else {}),
             **({"few_tokens": self.few_tokens} if self.few_tokens else {}),
             "peak_bytes": peak_bytes(),

@@ -30,6 +30,13 @@ class Calibration(Schema):
     sha256: str
 
 
+class TuningText(Schema):
+    """The digest of the text that was tuned on, and how many windows of it were held out."""
+
+    sha256: str
+    held_out: Count
+
+
 class TextQuality(Schema):
     """What a checkpoint makes of a text; null stands for a number that is not finite, or was not measured."""
 
@@ -149,6 +156,8 @@ class Run(RecipeRecord, Environment):
     seconds: Seconds
     timing: Timing | None = None
     peak_bytes: dict[str, Count] = {}
+    tuning_text: TuningText | None = None
+    divergences: list[tuple[Count, float]] = []
     kept_experts: dict[str, list[Count]] = {}
     few_tokens: dict[str, Count] = {}
     layers: list[Layer]

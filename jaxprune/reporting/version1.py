@@ -176,7 +176,7 @@ def recipe_as_json(recipe: Recipe) -> dict[str, Any]:
     if recipe.importance.measured:
         parts["importance"] = dataclasses.asdict(recipe.importance)
     if recipe.tuning.tune_epochs:
-        parts["tuning"] = dataclasses.asdict(recipe.tuning)
+        parts["tuning"] = recipe.tuning.as_json()
     return parts
 
 

@@ -9,8 +9,8 @@ class Observer:
     def planned(self, need: Any) -> None:
         """The work is known to fit; `need` is what it takes (`planning.work.Need`)."""
 
-    def started(self, what: str, layers: int) -> None:
-        """Layers are about to be visited, so many of them, for what `what` says."""
+    def started(self, what: str, count: int, unit: str = "layers") -> None:
+        """So many layers are about to be visited, or steps to be taken, for what `what` says."""
 
     def layer_done(self, result: Any) -> None:
         """A layer is pruned; `result` is its `pruning.results.LayerResult`."""
@@ -24,8 +24,12 @@ class Observer:
     def finished(self, result: Any) -> None:
         """The result is in its place: an `api.prune.PruningResult` or an `api.evaluate.Evaluation`."""
 
-    def epoch_done(self, epoch: int, divergence: float) -> None:
-        """An epoch of the distillation is over; this was the mean KL divergence before its steps, in nats."""
+    def step_done(self, number: int, steps: int, divergence: float) -> None:
+        """A step of the distillation is over, the one of a number from 1 of so many; the mean KL divergence of its
+        tokens was this before it, in nats."""
+
+    def divergence_measured(self, tokens: int, divergence: float) -> None:
+        """The distillation has taken so many tokens; the mean KL divergence on text held out is this, in nats."""
 
 
 class Observers(Observer):
@@ -42,9 +46,9 @@ class Observers(Observer):
         for one in self._observers:
             one.planned(need)
 
-    def started(self, what: str, layers: int) -> None:
+    def started(self, what: str, count: int, unit: str = "layers") -> None:
         for one in self._observers:
-            one.started(what, layers)
+            one.started(what, count, unit)
 
     def layer_done(self, result: Any) -> None:
         for one in self._observers:
@@ -62,9 +66,13 @@ class Observers(Observer):
         for one in self._observers:
             one.finished(result)
 
-    def epoch_done(self, epoch: int, divergence: float) -> None:
+    def step_done(self, number: int, steps: int, divergence: float) -> None:
         for one in self._observers:
-            one.epoch_done(epoch, divergence)
+            one.step_done(number, steps, divergence)
+
+    def divergence_measured(self, tokens: int, divergence: float) -> None:
+        for one in self._observers:
+            one.divergence_measured(tokens, divergence)
 
 
 SILENT = Observer()

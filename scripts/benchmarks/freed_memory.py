@@ -22,7 +22,7 @@ from markdown import markdown
 from jaxprune import Magnitude, Observer, Tuning, Unstructured, load, prune_layers
 from jaxprune.commands.terminal import keep_compilations, keep_memory
 from jaxprune.planning.machine import describe_hardware
-from jaxprune.pruning.distillation import distill
+from jaxprune.pruning.distillation import distill, of_windows
 
 
 class Found(NamedTuple):
@@ -40,12 +40,12 @@ class Found(NamedTuple):
 
 
 class Moments(Observer):
-    """Notes when each epoch, which is one step here, ends, and how many pages were cleared before."""
+    """Notes when each step ends, and how many pages were cleared before."""
 
     def __init__(self) -> None:
         self.moments: list[tuple[float, int]] = []
 
-    def epoch_done(self, epoch: int, divergence: float) -> None:
+    def step_done(self, number: int, steps: int, divergence: float) -> None:
         self.moments.append((time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt))
 
 
@@ -58,7 +58,8 @@ def measure(ckpt: str, length: int, steps: int, keep: bool) -> Found:
     tokens = np.random.default_rng(0).integers(0, model.architecture.config.vocab_size, (1, length), np.int32)
     layers = prune_layers(model, tokens, Magnitude(), Unstructured(0.5))
     steps_done = Moments()
-    for _ in distill(model, tokens, layers, Tuning(tune_epochs=steps), observer=steps_done):
+    tuning = Tuning(tune_epochs=steps)
+    for _ in distill(model, of_windows(tokens, tuning, 0), layers, tuning, observer=steps_done):
         pass
     counted = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(steps_done.moments[steps // 2 - 1 :])]
     seconds, pages = (statistics.median(values) for values in zip(*counted, strict=True))

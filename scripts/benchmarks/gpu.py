@@ -30,7 +30,7 @@ from jaxprune.planning import hlo, machine, programs
 from jaxprune.planning.machine import square_product
 from jaxprune.planning.program import BF16X6, Program, Shapes
 from jaxprune.planning.targets import TARGETS, Target
-from jaxprune.pruning.distillation import placement_of
+from jaxprune.pruning.student import placement_of
 from jaxprune.sharding import ONE_DEVICE
 from jaxprune.sparsity.patterns import Unstructured
 

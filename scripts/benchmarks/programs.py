@@ -41,7 +41,7 @@ from jaxprune.methods.gram import gram
 from jaxprune.planning import programs
 from jaxprune.planning.machine import describe_hardware
 from jaxprune.planning.program import Flops, Program, Shape, Shapes
-from jaxprune.pruning.distillation import Placement
+from jaxprune.pruning.student import Placement
 from jaxprune.recipe import PRESETS
 from jaxprune.sharding import ONE_DEVICE
 from jaxprune.sparsity.patterns import Unstructured

@@ -105,6 +105,7 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
         assert (fixed.importance.spread, fixed.pattern_text) == (0.0, target)
         assert fixed.importance.weigh_outputs and fixed.tuning == made.tuning
     assert recipe("--tune-epochs 0").tuning == Tuning()
+    assert recipe("--tune-tokens 250k").tuning == Tuning(tune_tokens=250_000)
     # No reverse pass where nothing would come of it.
     assert not recipe("--pattern per-output").importance.measured
     assert not recipe("--mask from-file:m").importance.measured
@@ -179,11 +180,14 @@ def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
         ("--ckpt x --method wanda --weigh-outputs", "compare within each output only: leave --weigh-outputs out"),
         ("--ckpt x --uniform", "--uniform does nothing by itself: pass --preset"),
         ("--ckpt x --sensitivity-windows 4", "--sensitivity-windows does nothing by itself"),
-        ("--ckpt x --tune-rate 0.1", "--tune-rate does nothing by itself: pass --tune-epochs with it"),
+        ("--ckpt x --tune-rate 0.1", "--tune-rate does nothing by itself: pass --tune-epochs or --tune-tokens"),
         ("--ckpt x --preset fast --uniform --spread 0.1", "--uniform wants one sparsity"),
         ("--ckpt x --mask from-file:m --spread 0.1", "decide which weights stay: leave --spread out"),
         ("--ckpt x --asymmetry 1.5", "asymmetry must lie between 0 and 1"),
         ("--ckpt x --tune-epochs -1", "tune_epochs must be finite and not negative"),
+        ("--ckpt x --tune-tokens -1", "tune_tokens must not be negative"),
+        ("--ckpt x --tune-tokens 1M --tune-epochs 1", "the calibration windows or tokens of a text, not both"),
+        ("--ckpt x --tune-epochs 1 --tune-to-end", "--tune-to-end does nothing by itself: pass --tune-tokens"),
         ("--ckpt x --seed -1", "--seed must be at least 0, not -1"),
         ("--ckpt x --seqlen 1", "--seqlen must be at least 2"),
         ("--ckpt x --eval-seqlen 1", "--eval-seqlen must be at least 2"),
@@ -222,6 +226,7 @@ def test_impossible_values_are_one_error(line: str, message: str) -> None:
         "--ckpt x --preset better",
         "--ckpt x --out=",
         "--ckpt x --seed a",
+        "--ckpt x --tune-epochs 0 --tune-tokens 1.5k",
         "--ckpt x --seed 99999999999",
         "--ckpt x --nsamples 1000000000000",
         f"--ckpt x --seqlen {'9' * 5000}",

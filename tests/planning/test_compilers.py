@@ -14,7 +14,7 @@ from jaxprune.models import architecture_of
 from jaxprune.planning import programs
 from jaxprune.planning.program import Shapes
 from jaxprune.planning.targets import target_of, without_cache
-from jaxprune.pruning.distillation import Placement
+from jaxprune.pruning.student import Placement
 from tests.helpers import tiny
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}

@@ -15,7 +15,7 @@ from jaxprune.hardware import Hardware, writing_for
 from jaxprune.models.attention import cudnn_takes
 from jaxprune.planning import programs
 from jaxprune.planning.program import Program, Shapes
-from jaxprune.pruning.distillation import Placement
+from jaxprune.pruning.student import Placement
 from jaxprune.sharding import ONE_DEVICE
 from jaxprune.sparsity.patterns import NM, Unstructured
 

@@ -16,9 +16,9 @@ from jaxprune.methods.linalg import matmul
 from jaxprune.models.attention import causal_attention
 from jaxprune.planning import programs
 from jaxprune.planning.program import BF16X6, Program, Shapes, count_flops
-from jaxprune.pruning.distillation import Placement
 from jaxprune.pruning.gram_matrices import accumulate
 from jaxprune.pruning.sensitivity import backward, measure_sensitivity
+from jaxprune.pruning.student import Placement
 from jaxprune.sharding import ONE_DEVICE
 from jaxprune.streaming.hidden_states import batch_size
 from jaxprune.streaming.model import apply_layer

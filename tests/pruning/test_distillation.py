@@ -1,33 +1,52 @@
 """Distillation against torch's autograd."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxprune import ADMM, InputError, Observer, Tuning, Unstructured, load, prune_layers
+from jaxprune.calibration.stream import TextStream
 from jaxprune.errors import Change
-from jaxprune.pruning import adam, distillation
+from jaxprune.pruning import adam, kept_tuning, student
 from jaxprune.pruning.adam import BETAS, EPSILON
-from jaxprune.pruning.distillation import Placement, distill, placement_of
+from jaxprune.pruning.distillation import distill, of_stream, of_windows
 from jaxprune.pruning.journal import Journal
+from jaxprune.pruning.kept_tuning import Kept
 from jaxprune.pruning.results import LayerResult
+from jaxprune.pruning.student import Placement, Student, placement_of
+from jaxprune.streaming.observer import SILENT
 from tests.helpers import tiny
+from tests.helpers.command import failing
 from tests.helpers.optional import needs_torch, torch
 from tests.helpers.shapes import LINEARS, windows
 
 
-class Epochs(Observer):
-    """Remembers the divergences of epochs."""
+class Steps(Observer):
+    """Remembers the divergences of steps, and those on what is held out."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[int, float]] = []
+        self.told: list[float] = []
+        self.held_out: list[tuple[int, float]] = []
 
-    def epoch_done(self, epoch: int, divergence: float) -> None:
-        self.told.append((epoch, divergence))
+    def step_done(self, number: int, steps: int, divergence: float) -> None:
+        self.told.append(divergence)
+        assert len(self.told) <= steps
+
+    def divergence_measured(self, tokens: int, divergence: float) -> None:
+        self.held_out.append((tokens, divergence))
+
+
+def tune(
+    checkpoint: Path, layers: list[LayerResult], tuning: Tuning, seed: int = 0, observer: Observer = SILENT
+) -> Iterator[LayerResult]:
+    text = of_windows(windows(), tuning, seed)
+    return distill(load(checkpoint), text, layers, tuning, observer=observer)
 
 
 def pruned(checkpoint: Path, sparsity: float = 0.5) -> list[LayerResult]:
@@ -93,22 +112,20 @@ def test_steps_are_torchs(checkpoint: Path) -> None:
     # Six steps: one to rise from a tenth, then a cosine to a twentieth.
     falling = [(0.05 + 0.95 * (1 + np.cos(np.pi * k / 5)) / 2) * 0.01 for k in range(5)]
     expected = tuned_by_torch(layers, tokens, rows, [0.001, *falling])
-    epochs = Epochs()
-    found = list(distill(load(checkpoint), tokens, layers, tuning, seed=5, observer=epochs))
+    steps = Steps()
+    found = list(tune(checkpoint, layers, tuning, seed=5, observer=steps))
     for layer, before, theirs in zip(found, layers, expected, strict=True):
         for name in LINEARS:
             moved = np.abs(theirs[name] - kernel(before, name)).max()
             assert moved > 0.001
             difference = np.abs(kernel(layer, name) - theirs[name])
             assert difference.mean() < 0.001 * moved and difference.max() < 0.02 * moved, name
-    assert [epoch for epoch, _ in epochs.told] == [0, 1] and epochs.told[1][1] < epochs.told[0][1]
+    assert len(steps.told) == 6 and sum(steps.told[3:]) < sum(steps.told[:3])
 
 
 def test_masks_and_all_else_stay(checkpoint: Path) -> None:
     layers = pruned(checkpoint, 0.7)
-    for before, after in zip(
-        layers, distill(load(checkpoint), windows(), layers, Tuning(tune_epochs=1, tune_windows=2)), strict=True
-    ):
+    for before, after in zip(layers, tune(checkpoint, layers, Tuning(tune_epochs=1, tune_windows=2)), strict=True):
         assert before.kernels == after.kernels and before.masks is after.masks
         for path, array in after.params.items():
             assert array.dtype == before.params[path].dtype
@@ -122,7 +139,7 @@ def test_masks_and_all_else_stay(checkpoint: Path) -> None:
 def test_counts_are_exact_in_the_stored_dtype(tmp_path: Path) -> None:
     path = tiny.save(tmp_path, tiny.config(), dtype="float16")
     layers = pruned(path)
-    for layer in distill(load(path), windows(), layers, Tuning(tune_epochs=1, tune_windows=2)):
+    for layer in tune(path, layers, Tuning(tune_epochs=1, tune_windows=2)):
         for name in LINEARS:
             assert kernel(layer, name).dtype == np.float16
             assert (kernel(layer, name) == 0).sum() == kernel(layer, name).size // 2
@@ -133,7 +150,7 @@ def test_it_is_deterministic_in_its_seed(checkpoint: Path) -> None:
 
     def first(seed: int) -> np.ndarray:
         tuning = Tuning(tune_epochs=1, tune_windows=3)
-        return kernel(next(distill(load(checkpoint), windows(), layers, tuning, seed=seed)), LINEARS[0])
+        return kernel(next(tune(checkpoint, layers, tuning, seed)), LINEARS[0])
 
     np.testing.assert_array_equal(first(0), first(0))
     assert not np.array_equal(first(0), first(1))
@@ -143,16 +160,16 @@ def test_layers_are_run_again_where_little_fits(checkpoint: Path, monkeypatch: p
     layers, calls = pruned(checkpoint), []
 
     def run() -> list[LayerResult]:
-        return list(distill(load(checkpoint), windows(), layers, Tuning(tune_epochs=1, tune_windows=1)))
+        return list(tune(checkpoint, layers, Tuning(tune_epochs=1, tune_windows=1)))
 
-    real = distillation.apply_layer
-    monkeypatch.setattr(distillation, "apply_layer", lambda *args: calls.append(1) or real(*args))
+    real = student.apply_layer
+    monkeypatch.setattr(student, "apply_layer", lambda *args: calls.append(1) or real(*args))
     kept = run()
     assert calls == []
-    monkeypatch.setattr(distillation, "CPU_BYTES", 0)
+    monkeypatch.setattr(student, "CPU_BYTES", 0)
     again = run()
     assert len(calls) == 3 * len(windows())
-    monkeypatch.setattr(distillation, "placement_of", lambda *_: Placement(state=False, results=False))
+    monkeypatch.setattr(student, "placement_of", lambda *_: Placement(state=False, results=False))
     streamed = run()
     assert len(calls) == 6 * len(windows())
     for one, other, third in zip(kept, again, streamed, strict=True):
@@ -172,24 +189,15 @@ def test_what_fits_stays_on_the_device(checkpoint: Path) -> None:
     assert placement_of(architecture, (1, 64)) == Placement(state=True, results=True)
 
 
-@pytest.mark.parametrize(("epochs", "told", "visited"), [(0.5, [0], 6), (1.25, [0, 1], 15), (0.01, [0], 1)])
-def test_epochs_may_end_early(
-    epochs: float, told: list[int], visited: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layers, steps, observer = pruned(checkpoint), [], Epochs()
-    real = distillation._step
-
-    def watched(*args: object) -> float:
-        steps.append(args[5])
-        return real(*args)
-
-    monkeypatch.setattr(distillation, "_step", watched)
-    tokens = windows()
-    list(distill(load(checkpoint), tokens, layers, Tuning(tune_epochs=epochs), observer=observer))
-    assert len(steps) == visited and [epoch for epoch, _ in observer.told] == told
+@pytest.mark.parametrize(("epochs", "visited"), [(0.5, 6), (1.25, 15), (0.01, 1)])
+def test_epochs_may_end_early(epochs: float, visited: int) -> None:
+    tokens, tuning = windows(), Tuning(tune_epochs=epochs)
+    text = of_windows(tokens, tuning, 0)
+    every = list(text.batches(0))
+    assert text.steps == len(every) == visited and text.held_out is None
     # No window comes twice before all have come once.
-    assert len({step.tobytes() for step in steps}) == min(visited, len(tokens))
-    assert all(0 < divergence < np.inf for _, divergence in observer.told)
+    assert len({step.tobytes() for step in every}) == min(visited, len(tokens))
+    np.testing.assert_array_equal(list(text.batches(visited - 1)), every[-1:])
 
 
 @pytest.mark.parametrize(
@@ -202,7 +210,7 @@ def test_impossible_options_are_refused(bad: dict) -> None:
 
 def test_a_rate_that_explodes_is_an_error(checkpoint: Path) -> None:
     with pytest.raises(InputError, match="NaN or infinity") as error:
-        list(distill(load(checkpoint), windows(), pruned(checkpoint), Tuning(tune_epochs=2, tune_rate=1e30)))
+        list(tune(checkpoint, pruned(checkpoint), Tuning(tune_epochs=2, tune_rate=1e30)))
     assert error.value.options["tune_rate"] is Change.LOWER
 
 
@@ -213,11 +221,71 @@ def test_what_is_kept_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     none, before = adam.init({}), adam.init({"a.kernel": value})
     moving = {"a.kernel": before.moving["a.kernel"]._replace(value=2 * value, rows=np.ones(8, np.float32))}
     journal = Journal(tmp_path)
-    adam.Saved(journal).keep(3, [none, before._replace(moving=moving)], [0.5])
+    kept_tuning.keep(journal, Kept(3, [{}, moving], [(64, 0.5)], [{}, {"a.kernel": value.astype(np.float16)}]))
     journal.put("tuning/4/1", {"leaf0": value}, {"divergences": []})
-    state = [none, before]
-    assert adam.Saved(journal).restore(state, lambda kernels: kernels) == (3, [0.5])
-    assert state[0] is none
-    for one, other in zip(jax.tree.leaves(state[1].moving), jax.tree.leaves(moving), strict=True):
+    found = kept_tuning.restore(journal, [none, before])
+    assert found and (found.step, found.curve) == (3, [(64, 0.5)])
+    assert found.best and found.best[0] == {} and found.best[1]["a.kernel"].dtype == np.float16
+    for one, other in zip(jax.tree.leaves(found.moving), jax.tree.leaves(moving), strict=True):
         np.testing.assert_array_equal(one, other)
+    assert kept_tuning.restore(None, [none, before]) is None
+    journal.close()
+
+
+def of_ids(tmp_path: Path, held_out: int = 4) -> TextStream:
+    ids = np.random.default_rng(1).integers(0, 300, (80, 32))
+    np.save(tmp_path / "ids.npy", ids)
+    return TextStream(str(tmp_path / "ids.npy"), None, 32, held_out=held_out)
+
+
+@pytest.mark.parametrize("to_end", [False, True])
+def test_the_best_step_on_what_is_held_out_is_kept(
+    to_end: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of sixteen measures the fifth is least; four behind it the tuning stops, unless it is told not to."""
+    layers, seen = pruned(checkpoint), Steps()
+    tuning = Tuning(tune_tokens=32 * 2 * 32, tune_windows=2, tune_to_end=to_end)
+    text = of_stream(of_ids(tmp_path), tuning)
+    at_fifth: list[np.ndarray] = []
+
+    def measured(own: Student, *_: object) -> float:
+        number = len(seen.held_out) + 1
+        if number == 5:
+            at_fifth.extend(own.stored(0)[f"{LINEARS[0]}.kernel"][None].copy())
+        return 1 + abs(number - 5) / 10
+
+    monkeypatch.setattr(Student, "divergence", measured)
+    found = list(distill(load(checkpoint), text, layers, tuning, observer=seen))
+    np.testing.assert_array_equal(kernel(found[0], LINEARS[0]), at_fifth[0])
+    assert text.steps == 32 and len(seen.told) == (32 if to_end else 18)
+    assert [tokens for tokens, _ in seen.held_out] == [64 * 2 * n for n in range(1, 17 if to_end else 10)]
+
+
+def test_the_divergence_is_that_of_the_models(checkpoint: Path, tmp_path: Path) -> None:
+    """Before a step moves anything, a step's own divergence and the measured one are those of the two models."""
+    model, layers = load(checkpoint), pruned(checkpoint)
+    tokens = of_ids(tmp_path).held_out
+    own = Student(model, layers, tokens.shape)
+    (dense,) = model.final_states(tokens)
+    measured = own.divergence(tokens, dense)
+    assert measured == pytest.approx(own.step(tokens, dense.read(slice(None)), *map(jnp.float32, (1, 0.0))), rel=1e-5)
+    assert 0.001 < measured < 10
+
+
+def test_a_stream_goes_on_where_it_was_stopped(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Journal, "worth_keeping", lambda *_: True)
+    layers, tuning = pruned(checkpoint), Tuning(tune_tokens=16 * 32)
+    text, whole, rest = of_stream(of_ids(tmp_path), tuning), Steps(), Steps()
+    expected = list(distill(load(checkpoint), text, layers, tuning, observer=whole))
+    journal = Journal(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="stopped here"):
+        patch.setattr(Student, "step", failing(Student.step, 10))
+        list(distill(load(checkpoint), text, layers, tuning, journal=journal))
+    found = list(distill(load(checkpoint), text, layers, tuning, journal=journal, observer=rest))
+    assert rest.told == whole.told[9:] and rest.held_out == whole.held_out
+    for one, other in zip(found, expected, strict=True):
+        for path, array in one.params.items():
+            np.testing.assert_array_equal(array, other.params[path])
     journal.close()

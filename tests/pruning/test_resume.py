@@ -30,6 +30,7 @@ from tests.helpers.damage import biggest, damage
 LINES = {
     "plain": "--method admm --asymmetry 0.25",
     "best": "--preset best --sparsity 0.6 --tune-windows 2",
+    "stream": "--preset best --sparsity 0.6 --tune-tokens 2k --tune-windows 2",
 }
 MOMENTS = {
     "reading": ("convert.hf", "Reader.read"),
@@ -40,7 +41,7 @@ MOMENTS = {
     "commit": ("jaxprune.pruning.journal", "save_tree"),
     "states": ("jaxprune.pruning.kept_states", "_transfer"),
     "sensitivity": ("jaxprune.pruning.sensitivity", "backward"),
-    "tuning": ("jaxprune.pruning.distillation", "pull_back"),
+    "tuning": ("jaxprune.pruning.student", "pull_back"),
     "export": ("convert.hf", "Writer.write"),
     "record": ("jaxprune.api.prune", "write_record"),
     "rename": ("convert.destination", "Destination._put"),
@@ -133,7 +134,7 @@ def whole(
     return run
 
 
-KILLS = [("best", "tuning", 12)]  # tests/crash kills at file operations
+KILLS = [("best", "tuning", 12), ("stream", "tuning", 52)]  # tests/crash kills at file operations
 MORE = [("plain", "reading", 4), ("plain", "commit", 3), ("plain", "rename", 1), ("plain", "tidying", 2)]
 MORE += [("plain", "solve", 17), ("best", "sensitivity", 4)]
 MORE += [("plain", "Gram, asymmetric", 3), ("plain", "export", 3), ("plain", "forward", 2), ("plain", "states", 5)]

@@ -10,7 +10,7 @@ from jaxprune import ADMM, Importance, InputError, Observer, Unstructured, Wanda
 from jaxprune.commands.recipe_options import parse
 from jaxprune.pruning import whole_model
 from jaxprune.pruning.allocation import allocate
-from jaxprune.pruning.distillation import distill
+from jaxprune.pruning.distillation import distill, of_windows
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.results import LayerResult
 from jaxprune.pruning.sensitivity import Weights, measure_sensitivity, weights
@@ -24,7 +24,7 @@ class Told(Observer):
     def __init__(self) -> None:
         self.layers: list[LayerResult] = []
         self.seconds: dict[str, float] = {}
-        self.epochs: list[int] = []
+        self.steps: list[int] = []
 
     def layer_done(self, result: LayerResult) -> None:
         self.layers.append(result)
@@ -32,8 +32,8 @@ class Told(Observer):
     def phase_timed(self, phase: str, seconds: float) -> None:
         self.seconds[phase] = seconds
 
-    def epoch_done(self, epoch: int, divergence: float) -> None:
-        self.epochs.append(epoch)
+    def step_done(self, number: int, steps: int, divergence: float) -> None:
+        self.steps.append(number)
 
 
 def by_recipe(checkpoint: Path, line: str, **options: object) -> list[LayerResult]:
@@ -63,11 +63,11 @@ def test_all_parts_together(checkpoint: Path) -> None:
     layers = list(
         prune_layers(model, tokens, recipe.method, lambda *which: Unstructured(sparsities[which]), weights=weighing)
     )
-    expected = list(distill(model, tokens, layers, recipe.tuning, seed=7))
+    expected = list(distill(model, of_windows(tokens, recipe.tuning, 7), layers, recipe.tuning))
     told = Told()
     found = by_recipe(checkpoint, line, seed=7, observer=told)
     assert_same(found, expected)
-    assert told.seconds.keys() == {"sensitivity", "tune"} and len(told.epochs) == 1
+    assert told.seconds.keys() == {"sensitivity", "tune"} and told.steps == [*range(1, 13)]
     assert_same(told.layers, layers)
     zeros, sizes = (
         sum(getattr(one, n) for layer in found for one in layer.kernels.values()) for n in ("zeros", "size")

@@ -156,6 +156,13 @@ def test_what_was_measured_is_in_the_page() -> None:
     assert "∞" in page
 
 
+def test_what_a_tuning_did_is_a_curve() -> None:
+    title = "KL divergence on text held out"
+    text = {"sha256": "0" * 64, "held_out": 16}
+    assert title in page_of(run_record(divergences=[[1024, 0.5], [2048, 0.4]], tuning_text=text))
+    assert title not in page_of(run_record())
+
+
 def test_one_sparsity_makes_no_curve() -> None:
     records = [run_record("a/admm"), run_record("a/wanda", method="wanda")]
     assert "Sparsity against quality" not in headings(page_of(*records))

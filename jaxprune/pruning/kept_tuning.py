@@ -1,0 +1,74 @@
+"""The state of a tuning in a run's journal; layers without pruned kernels have no entry."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+
+from convert import Params
+from jaxprune.pruning.adam import Kernels, Moving
+from jaxprune.pruning.journal import TUNING, Journal
+from jaxprune.sharding import fetch
+
+BEST = "best"
+"""Before the names of the kernels that were best."""
+
+
+class Kept(NamedTuple):
+    """What a tuning goes on with.
+
+    Attributes:
+        step: the number of the next step.
+        moving: of each layer, what steps change.
+        curve: the divergence on held-out windows so far: (tokens that were tuned on, divergence) of each measure.
+        best: of each layer, name -> the kernel as it is to be stored from the best step so far; None: there is none.
+    """
+
+    step: int
+    moving: Sequence[dict[str, Moving]]
+    curve: list[tuple[int, float]]
+    best: Sequence[Params] | None
+
+
+def keep(journal: Journal | None, kept: Kept) -> None:
+    """Keeps the state before a step, if the work since the last time was long enough."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves((kept.moving, kept.best)))
+    if not (journal and journal.worth_keeping(size)):
+        return
+    with journal.keeping():
+        for index, moving in enumerate(kept.moving):
+            if moving:
+                arrays = {
+                    f"{name}/{field}": a for name, one in fetch(moving).items() for field, a in one._asdict().items()
+                }
+                arrays |= {f"{BEST}/{name}": kernel for name, kernel in kept.best[index].items()} if kept.best else {}
+                journal.put(f"{TUNING}/{kept.step}/{index}", arrays, {"curve": [list(point) for point in kept.curve]})
+        journal.wait()
+    for other in journal.names(TUNING):
+        if other != str(kept.step):
+            journal.drop(f"{TUNING}/{other}")
+
+
+def restore(journal: Journal | None, state: Sequence[Kernels]) -> Kept | None:
+    """Returns what was kept of kernels; None where nothing was. What a version with another optimizer kept is passed
+    over."""
+    names = {
+        index: {f"{name}/{field}" for name in kernels.moving for field in Moving._fields}
+        for index, kernels in enumerate(state)
+        if kernels.moving
+    }
+    for step in sorted(map(int, journal.names(TUNING)), reverse=True) if journal else ():
+        assert journal
+        entries = {index: journal.get(f"{TUNING}/{step}/{index}") for index in names}
+        found = {index: entry for index, entry in entries.items() if entry and names[index] <= set(entry.arrays)}
+        if len(found) < len(names):
+            continue
+        moving: list[dict[str, Moving]] = [{} for _ in state]
+        best: list[Params] = [{} for _ in state]
+        for index, entry in found.items():
+            arrays, fields = entry.arrays, Moving._fields
+            moving[index] = {n: Moving(*(arrays[f"{n}/{field}"] for field in fields)) for n in state[index].moving}
+            best[index] = {path.partition("/")[2]: a for path, a in arrays.items() if path.startswith(f"{BEST}/")}
+        curve = next(iter(found.values())).metadata.get("curve", [])
+        return Kept(step, moving, [(int(n), float(kl)) for n, kl in curve], best if any(best) else None)
+    return None

@@ -1,0 +1,297 @@
+"""The pruned model while it is tuned towards the dense one: a step, and how far it still is.
+
+The model streams as in pruning: a step's forward pass keeps each layer's input on the host; from the last layer to the
+first, each is run again under `jax.vjp` and updated at once. The kernels and their moments, 6 bytes a pruned weight,
+stay on the device where they fit; else the host holds them, and the device one layer's with its gradients, the one that
+comes next, and the one that goes. So do a step's intermediate results of all layers, which saves a second forward pass.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from convert import Params
+from jaxprune import hardware
+from jaxprune.errors import Change, InputError
+from jaxprune.models import Architecture, Part
+from jaxprune.pruning import adam
+from jaxprune.pruning.results import LayerResult
+from jaxprune.sharding import fetch
+from jaxprune.streaming.head import CHUNK, exponentials, in_chunks, kl_divergence, logits
+from jaxprune.streaming.hidden_states import HiddenStates
+from jaxprune.streaming.model import StreamedModel, apply, apply_layer, in_checkpoint, inside_layer
+
+CPU_BYTES = 4e9
+"""The most memory for a step's intermediate results where the device is the CPU."""
+SHARE = 0.92
+"""Of a device's memory that is used; the rest is fragmentation."""
+
+
+class Placement(NamedTuple):
+    """What stays on the device.
+
+    Attributes:
+        state: whether kernels and their moments do; else they stay on the host.
+        results: whether a step's intermediate results do; else each layer's forward pass is run again before its vjp.
+    """
+
+    state: bool
+    results: bool
+
+
+class Student:
+    """A pruned model whose kernels move.
+
+    Args:
+        model: the dense model.
+        layers: all layers, as `loop.prune_layers` gives them; each is let go when it is taken up.
+        window: windows of a step, and tokens of a window.
+
+    Attributes:
+        state: of each layer, on the device where it fits.
+    """
+
+    def __init__(self, model: StreamedModel, layers: Iterable[LayerResult], window: tuple[int, int]) -> None:
+        architecture = model.architecture
+        memory = (jax.local_devices()[0].memory_stats() or {}) if not hardware.current().on_cpu else None
+        free = None if memory is None else memory.get("bytes_limit", 0) - memory.get("bytes_in_use", 0)
+        self._model = model
+        self._placement = placement_of(architecture, window, model.devices.count, free)
+        self._results: list[LayerResult] = []
+        self._rest: list[dict[str, np.ndarray]] = []
+        self._dtypes: list[dict[str, np.dtype]] = []
+        self.state: list[adam.Kernels] = []
+        for result in layers:
+            layer = architecture.layers[result.index]
+            params = layer.stack(inside_layer(result.index, result.params))
+            sources = [layer.sources[path] for path in result.masks]  # others stay dense
+            kernels = {
+                f"{name}.kernel": params.pop(f"{name}.kernel") for name in dict.fromkeys(s.name for s in sources)
+            }
+            experts: dict[str, list[int | None]] = {f"{s.name}.kernel": [] for s in sources}
+            for source in sources:
+                experts[f"{source.name}.kernel"].append(source.expert)
+            self._results.append(dataclasses.replace(result, params={}))
+            self._rest.append(params)
+            self._dtypes.append({name: kernel.dtype for name, kernel in kernels.items()})
+            self.state.append(self.place(adam.init(kernels, experts)))
+        self._embed, self._head = (model.params_of(part, cast=True) for part in (architecture.embed, architecture.head))
+
+    def place(self, kernels: adam.Kernels) -> adam.Kernels:
+        """Puts a layer's kernels to where they stay between steps."""
+        return self._model.devices.shard_outputs(kernels) if self._placement.state else _on_host(kernels)
+
+    def restore(self, moving: Sequence[dict[str, adam.Moving]]) -> None:
+        """Takes up what steps changed before."""
+        self.state = [self.place(own._replace(moving=was)) for own, was in zip(self.state, moving, strict=True)]
+
+    def step(
+        self,
+        tokens: Int[np.ndarray, "b t"],
+        dense: Float[np.ndarray, "b t d"],
+        number: Float[Array, ""],
+        rate: Float[Array, ""],
+    ) -> float:
+        """Moves the kernels by some windows; returns their mean divergence, before.
+
+        Args:
+            tokens: the windows.
+            dense: the dense model's last hidden states of them.
+            number: the number of the step, from 1.
+            rate: its rate.
+
+        Raises:
+            InputError: the divergence is not finite.
+        """
+        devices, architecture = self._model.devices, self._model.architecture
+        x = apply(architecture.embed, self._embed, devices.shard_first(tokens))
+        vjps: list[Any] = []  # of the layers, or their inputs
+        values_of_layers = _ahead((kernels.values for kernels in self.state), devices.shard_outputs)
+        for layer, values, others in zip(architecture.layers, values_of_layers, self._rest, strict=True):
+            if self._placement.results:
+                x, vjp = forward_and_vjp(layer, values, others, x)
+            else:
+                vjp = np.array(fetch(x))  # a copy, for x is donated
+                x = apply_layer(layer, others | values, x)
+            vjps.append(vjp)
+        divergence, gradient = self._divergence(fetch(x), dense, head_divergence)
+        if not np.isfinite(divergence).all():
+            raise InputError(
+                "the loss of the distillation holds NaN or infinity",
+                options={"tune_rate": Change.LOWER, "dtype": "float32"},
+            )
+        cotangent = devices.shard_first(gradient.reshape(x.shape))
+        going = _Going(self.state)
+        from_last = _ahead(reversed(self.state), devices.shard_outputs)
+        for index, kernels in zip(reversed(range(len(self.state))), from_last, strict=True):
+            layer = architecture.layers[index]
+            gradients, cotangent = pull_back(layer, kernels.values, self._rest[index], vjps.pop(), cotangent)
+            moved = adam.step(kernels, gradients, number, rate)
+            if self._placement.state:
+                self.state[index] = kernels._replace(moving=devices.shard_outputs(moved))
+            else:
+                going.send(index, moved)
+        going.arrive()
+        return float(divergence.mean(dtype=np.float64))
+
+    def divergence(self, tokens: Int[np.ndarray, "w t"], dense: HiddenStates) -> float:
+        """Returns the mean divergence of windows; `dense` are the dense model's last hidden states of them."""
+        states = self._model.embed(tokens)
+        values_of_layers = _ahead((kernels.values for kernels in self.state), self._model.devices.shard_outputs)
+        for index, (values, others) in enumerate(zip(values_of_layers, self._rest, strict=True)):
+            self._model.forward(index, others | values, states)
+        found = [self._divergence(states.read(rows), dense.read(rows), divergence_alone)[0] for rows in states.slices()]
+        return float(np.concatenate(found).mean(dtype=np.float64))
+
+    def _divergence(
+        self, states: Float[np.ndarray, "b t d"], dense: Float[np.ndarray, "b t d"], function: Callable[..., Any]
+    ) -> list[np.ndarray]:
+        """Returns what a function of the head, its params, and rows of hidden states gives for all tokens."""
+        head = self._model.architecture.head
+        rows = [array.reshape(-1, array.shape[-1]) for array in (states, dense)]
+        return in_chunks(self._model.devices, lambda *chunk: function(head, self._head, *chunk), *rows, models=2)
+
+    def stored(self, index: int) -> Params:
+        """Returns a layer's kernels as they are to be stored, on the host."""
+        kernels, devices = self.state[index], self._model.devices
+        return {name: fetch(adam.rounded(kernels, name, dtype, devices)) for name, dtype in self._dtypes[index].items()}
+
+    def result(self, index: int, stored: Params) -> LayerResult:
+        """Returns a layer with such kernels."""
+        params = self._model.architecture.layers[index].unstack(self._rest[index] | stored)
+        return dataclasses.replace(self._results[index], params=in_checkpoint(index, params))
+
+
+def placement_of(
+    architecture: Architecture, window: tuple[int, int], devices: int = 1, free: float | None = None
+) -> Placement:
+    """Returns what fits a device, beside what a layer takes while it is visited.
+
+    Args:
+        architecture: of the model whose kernels are tuned.
+        window: windows of a step, and their length.
+        devices: how many the kernels are spread over.
+        free: bytes of a device; None: it is a CPU, which has all that the host has.
+    """
+    dtype = np.dtype(architecture.config.dtype)
+    rows = window[0] if window[0] % devices else window[0] // devices
+    x = jax.ShapeDtypeStruct((rows, window[1], architecture.width), dtype)
+    state = results = visit = largest = 0
+    for layer, count in Counter(architecture.layers).items():
+        values = {f"{path}.kernel": jax.ShapeDtypeStruct(s, jnp.float32) for path, s in layer.linears.items()}
+        rest = {name: shape for name, shape in layer.spec.items() if name not in values}
+        kept = _bytes(jax.eval_shape(partial(forward_and_vjp, layer), values, rest, x)[1])
+        own = _bytes(jax.eval_shape(lambda values: {n: adam.moving_of(v) for n, v in values.items()}, values))
+        state, results, largest = state + count * own, results + count * kept, max(largest, own)
+        visit = max(visit, 2 * kept + _bytes(values) // 4 * dtype.itemsize)  # and gradients
+    if free is None:
+        return Placement(True, results < CPU_BYTES)
+    outer = sum(shape.size for part in (architecture.embed, architecture.head) for shape in part.spec.values())
+    logits = 6 * 4 * CHUNK // 2 * architecture.config.vocab_size
+    free = SHARE * free - visit - logits - outer * dtype.itemsize
+    stays = state / devices < free
+    return Placement(stays, results < free - (state if stays else 3 * largest) / devices)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _on_host(tree: Any) -> Any:
+    """Returns arrays on the host, where they may lie already."""
+    return jax.tree.map(lambda leaf: fetch(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
+
+
+def _ahead(items: Iterable[Any], put: Callable[[Any], Any]) -> Iterator[Any]:
+    """Yields items on the device, where the next one is on its way already; what is there stays."""
+    before = None
+    for item in items:
+        here = put(item)
+        if before is not None:
+            yield before
+        before = here
+    yield before
+
+
+class _Going:
+    """Kernels on their way to the host while the next ones are computed.
+
+    Args:
+        state: where they go.
+    """
+
+    def __init__(self, state: list[adam.Kernels]) -> None:
+        self._state = state
+        self._pending: tuple[int, dict[str, adam.Moving]] | None = None
+
+    def send(self, index: int, moved: dict[str, adam.Moving]) -> None:
+        """Sends a layer's, once those before them have arrived."""
+        for leaf in jax.tree.leaves(moved):
+            leaf.copy_to_host_async()
+        self.arrive()
+        self._pending = index, moved
+
+    def arrive(self) -> None:
+        """Returns when they are there."""
+        if self._pending:
+            index, moved = self._pending
+            self._state[index] = self._state[index]._replace(moving=fetch(moved))
+            self._pending = None
+
+
+@partial(jax.jit, static_argnums=0)
+def head_divergence(
+    head: Part, params: Mapping[str, Array], states: Float[Array, "n d"], dense: Float[Array, "n d"]
+) -> tuple[Float[Array, "n"], Float[Array, "n d"]]:
+    """Computes KL divergences of tokens, and the gradient of their sum by the pruned model's last states."""
+    scores, vjp = jax.vjp(lambda states: logits(head, params, states), states)
+    p, q = exponentials(logits(head, params, dense)), exponentials(scores)
+    (gradient,) = vjp(q.values / q.total - p.values / p.total)
+    return kl_divergence(p, q), gradient
+
+
+@partial(jax.jit, static_argnums=0)
+def divergence_alone(
+    head: Part, params: Mapping[str, Array], states: Float[Array, "n d"], dense: Float[Array, "n d"]
+) -> tuple[Float[Array, "n"]]:
+    """Computes KL divergences of tokens."""
+    return (kl_divergence(*(exponentials(logits(head, params, own)) for own in (dense, states))),)
+
+
+@partial(jax.jit, static_argnums=0)
+def forward_and_vjp(
+    part: Part, values: Mapping[str, Array], rest: Mapping[str, Array], x: Float[Array, "b t d"]
+) -> tuple[Float[Array, "b t d"], Any]:
+    """Computes a layer's output, and the function from its cotangent to those of the kernels and of the input.
+
+    The kernels themselves are left out of what that function keeps: `pull_back` puts them in again.
+    """
+    output, vjp = jax.vjp(lambda values, x: part({**rest, **values}, x)[0], dict(values), x)
+    vjp.args_res[0] = None
+    return output, vjp
+
+
+@partial(jax.jit, static_argnums=0)
+def pull_back(
+    part: Part, values: Mapping[str, Array], rest: Mapping[str, Array], vjp: Any, cotangent: Float[Array, "b t d"]
+) -> tuple[dict[str, Array], Float[Array, "b t d"]]:
+    """Computes the gradients of a layer's kernels, in the dtype of the computation, and the cotangent of its input.
+
+    Args:
+        part: the layer.
+        values: its kernels.
+        rest: its other params.
+        vjp: the vjp from `forward_and_vjp`, or the layer's input.
+        cotangent: the cotangent of the layer's output.
+    """
+    backward = vjp if callable(vjp) else forward_and_vjp(part, values, rest, vjp)[1]
+    backward.args_res[0] = dict(values)
+    gradients, before = backward(cotangent)
+    return {name: gradient.astype(cotangent.dtype) for name, gradient in gradients.items()}, before

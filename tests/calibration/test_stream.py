@@ -1,0 +1,64 @@
+"""A text as a stream: every token once an epoch, in an order of the seed, and nothing of what is held out."""
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxprune import InputError
+from jaxprune.calibration.stream import TextStream
+from tests.helpers import tiny
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Twenty windows of ids, each of its own number."""
+    np.save(tmp_path / "rows.npy", np.repeat(np.arange(20, dtype=np.int64)[:, None], 16, axis=1))
+    return tmp_path / "rows.npy"
+
+
+def stream(path: Path, seed: int = 0, **options: int) -> TextStream:
+    return TextStream(str(path), None, 16, seed, **({"held_out": 4} | options))
+
+
+def test_all_comes_once_an_epoch_but_what_is_held_out(rows: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = stream(rows)
+    held = {int(window[0]) for window in found.held_out}
+    first, second = (
+        [int(window[0]) for window in part] for part in np.split(np.stack(list(islice(found.windows(), 32))), 2)
+    )
+    assert len(held) == 4 and sorted({*first} | held) == sorted({*second} | held) == [*range(20)]
+    assert first != second and not held & {*first, *second}
+    assert "taken again, in another order" in caplog.text
+
+
+def test_the_seed_fixes_the_order_and_it_goes_on_anywhere(rows: Path) -> None:
+    whole = np.stack(list(islice(stream(rows).windows(), 40)))
+    np.testing.assert_array_equal(np.stack(list(islice(stream(rows).windows(25), 15))), whole[25:])
+    other = np.stack(list(islice(stream(rows, seed=1).windows(), 40)))
+    assert not np.array_equal(whole, other)
+
+
+def test_documents_are_joined_and_cut(tmp_path: Path) -> None:
+    texts = [f"text {number} " * (5 + number) for number in range(12)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    tokenizer = tiny.tokenizer()
+    found = TextStream(str(tmp_path / "texts.jsonl"), tokenizer, 16, held_out=2)
+    assert found.held_out.shape == (2, 16)
+    order = np.random.default_rng(0).permutation(12)
+    ids = [i for n in order[:3] for part in (texts[n], "\n\n") for i in tokenizer(part)["input_ids"]]
+    np.testing.assert_array_equal(np.stack(list(islice(found.windows(), 4))).reshape(-1), ids[: 4 * 16])
+
+
+def test_another_text_has_another_digest(rows: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "other.npy", np.repeat(np.arange(1, 21)[:, None], 16, axis=1))
+    assert stream(rows).digest == stream(rows, seed=3).digest != stream(tmp_path / "other.npy").digest
+
+
+@pytest.mark.parametrize("held_out", [20, 21, 1000])
+def test_too_little_text_is_said(rows: Path, held_out: int) -> None:
+    with pytest.raises(InputError, match="too little text to be tuned on"):
+        stream(rows, held_out=held_out)
+    assert len(stream(rows, held_out=19).held_out) == 19
