@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, count, islice
+from itertools import count, islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,7 +55,7 @@ class TextStream:
         vocab_size: int | None = None,
     ) -> None:
         if held_out < 0 or length < 2:
-            raise InputError(f"windows of at least 2 tokens are needed, and none or more held out, not {held_out}")
+            raise InputError(f"windows have at least 2 tokens and 0 or more are held out, not {length} and {held_out}")
         self.length, self._seed = length, seed
         self._documents: _Documents
         if source.endswith(".npy"):
@@ -77,18 +77,20 @@ class TextStream:
 
     def windows(self, begin: int = 0) -> Iterator[Int[np.ndarray, "t"]]:
         """Yields windows without end, from the one of a number on."""
-        windows = islice(chain.from_iterable(map(self._epoch, count())), begin, None)
+        windows = islice(((epoch, window) for epoch in count() for window in self._epoch(epoch)), begin, None)
         with ThreadPoolExecutor(1, thread_name_prefix="text") as pool:
             ahead = [pool.submit(next, windows) for _ in range(AHEAD)]
+            before = 0
             for number in count():
-                window = ahead[number % AHEAD].result()
+                epoch, window = ahead[number % AHEAD].result()
                 ahead[number % AHEAD] = pool.submit(next, windows)
+                if epoch > before:  # said when it is used, not when it is made
+                    log.warning("the text is at its end: it is taken again, in another order")
+                before = epoch
                 yield window
 
     def _epoch(self, number: int) -> Iterator[Int[np.ndarray, "t"]]:
         """Yields the windows of all of the text; what is left at its end is left out."""
-        if number:
-            log.warning("the text is at its end: it is taken again, in another order")
         order = np.random.default_rng([self._seed, number]).permutation(self._order) if number else self._order
         ids = np.zeros(0, np.int32)
         for document in order:

@@ -50,11 +50,16 @@ def device_shortages(need: Need, work: Work) -> Iterator[Shortage]:
             if phase == "solve":
                 remedies = {"devices": Change.RAISE}
             elif phase == "tune":
-                remedies = {"tune_windows": Change.LOWER, "seqlen": Change.LOWER}
+                remedies = _untuned(work) | {"seqlen": Change.LOWER}
             yield Shortage(
                 f"{phase} needs {size / GIB:.1f} GiB on a device, of which {HEADROOM * device / GIB:.1f} can be had",
                 options=remedies,
             )
+
+
+def _untuned(work: Work) -> dict[str, Any]:
+    """Returns the options that leave the distillation out."""
+    return {"tune_epochs": 0} | ({"tune_tokens": Change.OMIT} if work.recipe.tuning.tune_tokens else {})
 
 
 def _host_and_disk(need: Need, work: Work) -> Iterator[Shortage]:
@@ -64,7 +69,7 @@ def _host_and_disk(need: Need, work: Work) -> Iterator[Shortage]:
     if free is not None and host > free:
         remedies: dict[str, Any] = {"nsamples": Change.LOWER, "seqlen": Change.LOWER}
         remedies |= {"hidden": "disk"} if work.scratch is None else {}
-        remedies |= {"preset": Change.OMIT} if phase == "tune" else {}
+        remedies |= _untuned(work) if phase == "tune" else {}
         yield Shortage(
             f"{phase} needs {host / GIB:.1f} GiB of host memory, of which {free / GIB:.1f} are free", options=remedies
         )

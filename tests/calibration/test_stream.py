@@ -62,3 +62,8 @@ def test_too_little_text_is_said(rows: Path, held_out: int) -> None:
     with pytest.raises(InputError, match="too little text to be tuned on"):
         stream(rows, held_out=held_out)
     assert len(stream(rows, held_out=19).held_out) == 19
+
+
+def test_what_is_made_ahead_is_not_said(rows: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert len(list(islice(stream(rows).windows(), 16))) == 16
+    assert "taken again" not in caplog.text
