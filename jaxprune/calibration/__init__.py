@@ -7,7 +7,6 @@ split, which evaluates; the two never share a document. Where the documents are 
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,15 +14,15 @@ from jaxtyping import Int
 
 from convert import plugins
 from convert.files import expand
+from convert.paths import paths_of
 from jaxprune.calibration.ids import load_windows
 from jaxprune.calibration.ids import require_ids as require_ids
-from jaxprune.calibration.tokens import in_pieces, token_ids
+from jaxprune.calibration.mix import shares, weights_of
+from jaxprune.calibration.texts import Texts
 from jaxprune.errors import Change, InputError
 
-HELPERS = ("documents", "hub", "ids", "rows", "stream", "textfile", "tokens")
+HELPERS = ("documents", "hub", "ids", "mix", "rows", "stream", "textfile", "texts", "tokens")
 """Modules that hold no source."""
-JOIN = "\n\n"
-"""Between documents that share a window, for calibration as for evaluation."""
 
 
 def default_text(ckpt: str) -> str | None:
@@ -45,10 +44,11 @@ def calibration_windows(
 
     Documents are taken in an order drawn from the seed. One that is longer than a window gives one window, at a
     place drawn from the seed; shorter ones are skipped, as Wanda and SparseGPT do on C4. Where `pack` is set (or
-    the source always packs), documents are joined instead, and cut into windows.
+    the source always packs, as conversations do), documents are joined instead, and cut into windows.
 
     Args:
-        source: a source's name, or a path that `textfile` can read; .npy holds windows of token ids.
+        source: a source's name, or a path that `textfile` can read; .npy holds windows of token ids. Several are
+            separated by commas, and share the windows evenly or as they say: `c4:3,chats.jsonl:1`.
         tokenizer: a transformers tokenizer; not used for .npy.
         count: windows.
         length: tokens a window.
@@ -64,17 +64,32 @@ def calibration_windows(
     """
     if count < 1 or length < 2:
         raise InputError(f"at least 1 window of at least 2 tokens is needed, not {count} of {length}")
+    weights = sources_of(source)
+    counts = shares(weights, count)
+    if none := [one for one, share in counts.items() if not share]:
+        raise InputError(f"of {count} windows none is of {none[0]}", options={"nsamples": Change.RAISE})
+    found = {
+        one: _windows_of(one, tokenizer, share, length, seed, pack=pack, vocab_size=vocab_size)
+        for one, share in counts.items()
+    }
+    places = np.concatenate([(np.arange(share) + 0.5) / share for share in counts.values()])
+    return np.concatenate([*found.values()])[np.argsort(places, kind="stable")]  # sources take turns
+
+
+def _windows_of(
+    source: str, tokenizer: Any, count: int, length: int, seed: int, *, pack: bool, vocab_size: int | None
+) -> Int[np.ndarray, "count length"]:
+    """Samples windows of one source; see `calibration_windows`."""
     generator = np.random.default_rng(seed)
     if source.endswith(".npy"):
         windows = load_windows(source, length, vocab_size)
         if len(windows) < count:
             raise InputError(f"{source} holds {len(windows)} windows, not {count}", options={"nsamples": len(windows)})
         return windows[np.sort(generator.permutation(len(windows))[:count])].astype(np.int32)
-    texts, always_pack = open_source(source, "train")
+    texts = open_source(source, "train", tokenizer)
     order = generator.permutation(len(texts))
-    if pack or always_pack:
-        return _packed(source, texts, order, tokenizer, count, length, generator)
-    return _one_a_document(source, texts, order, tokenizer, count, length, generator)
+    sample = _packed if pack or texts.pack else _one_a_document
+    return sample(source, texts, order, count, length, generator)
 
 
 def evaluation_windows(
@@ -94,9 +109,8 @@ def evaluation_windows(
     """
     if source.endswith(".npy"):
         return load_windows(source, length, vocab_size)[:limit].astype(np.int32)
-    texts, _ = open_source(source, "test")
     found, total = [], 0
-    for ids in in_pieces(tokenizer, _joined(texts)):
+    for ids in open_source(source, "test", tokenizer).whole():
         found.append(ids)
         total += len(ids)
         if limit is not None and total >= limit * length:
@@ -109,8 +123,8 @@ def evaluation_windows(
     return windows[:limit]
 
 
-def open_source(source: str, split: str) -> tuple[Sequence[str], bool]:
-    """Returns the documents of a source's split, and whether they are always to be joined.
+def open_source(source: str, split: str, tokenizer: Any) -> Texts:
+    """Returns the documents of a source's split.
 
     Raises:
         InputError: no such source, or it cannot be read.
@@ -123,26 +137,22 @@ def open_source(source: str, split: str) -> tuple[Sequence[str], bool]:
         if not os.path.exists(path):
             named = ", ".join(plugins.names(package))
             raise InputError(f"no text {source!r}", wanted=f"a file, a folder, or one of {named}")
-        return textfile.documents(path, split), False
+        return Texts(source, textfile.documents(path, split), tokenizer)
     module = plugins.load(package, source)
-    return module.documents(split), getattr(module, "PACK", False)
+    return Texts(source, module.documents(split), tokenizer, pack=getattr(module, "PACK", False))
 
 
-def _joined(texts: Sequence[str]) -> Iterator[str]:
-    for number, text in enumerate(texts):
-        if number:
-            yield JOIN
-        yield text
+def sources_of(text: str) -> dict[str, float]:
+    """Returns the sources that a text such as `c4:3,chats.jsonl:1` names, each with its weight.
+
+    Raises:
+        InputError: a weight is not positive, or a source is named twice.
+    """
+    return weights_of(text, lambda name: name in plugins.names(sys.modules[__name__]) or bool(paths_of(name)))
 
 
 def _one_a_document(
-    source: str,
-    texts: Sequence[str],
-    order: np.ndarray,
-    tokenizer: Any,
-    count: int,
-    length: int,
-    generator: np.random.Generator,
+    source: str, texts: Texts, order: np.ndarray, count: int, length: int, generator: np.random.Generator
 ) -> np.ndarray:
     if count > len(texts):
         raise InputError(
@@ -151,7 +161,7 @@ def _one_a_document(
         )
     windows: list[np.ndarray] = []
     for index in order:
-        ids = token_ids(tokenizer, texts[int(index)])
+        ids = texts.ids(int(index))
         if len(ids) <= length:
             continue
         start = int(generator.integers(0, len(ids) - length))
@@ -165,22 +175,15 @@ def _one_a_document(
 
 
 def _packed(
-    source: str,
-    texts: Sequence[str],
-    order: np.ndarray,
-    tokenizer: Any,
-    count: int,
-    length: int,
-    generator: np.random.Generator,
+    source: str, texts: Texts, order: np.ndarray, count: int, length: int, generator: np.random.Generator
 ) -> np.ndarray:
-    join = token_ids(tokenizer, JOIN, special=False)
     found: list[np.ndarray] = []
     total = 0
     for index in order:
         if total >= count * length:
             break
-        found += [token_ids(tokenizer, texts[int(index)]), join]
-        total += len(found[-2]) + len(join)
+        found.append(texts.joined(int(index)))
+        total += len(found[-1])
     available = total // length
     if available < count:
         raise InputError(

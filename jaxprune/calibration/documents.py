@@ -64,6 +64,10 @@ class Documents(Sequence[str]):
         return self._file.read(end - start).decode()
 
 
+class Conversations(Documents):
+    """Conversations, each as JSON: a list of messages, each with role and content."""
+
+
 @contextlib.contextmanager
 def unpacked(path: Path) -> Iterator[BufferedIOBase]:
     """Yields a regular file's content, unpacked where its name says that it is packed.

@@ -1,19 +1,24 @@
 """The user's own text: .jsonl, .json, .parquet, .txt, packed or not, or a folder as hub datasets are laid out.
 
-A .txt file is one document; in the others each row's `text` is one. A .json file is as .jsonl, or one array of rows.
+A .txt file is one document; in the others each row's `text` is one or, where the first row has none, each row's
+`messages`, which are a conversation. A .json file is as .jsonl, or one array of rows.
 A row in memory is all that reading takes, and `_documents.IN_MEMORY` bytes of text; a document, or an array of rows,
 may hold 128 MiB, a file 16 GiB once it is unpacked.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from io import BufferedIOBase
 from itertools import islice
 from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from convert import schema
-from jaxprune.calibration.documents import COMPRESSED, Documents, unpacked, whole
+from jaxprune.calibration.documents import COMPRESSED, Conversations, Documents, unpacked, whole
 from jaxprune.calibration.rows import S, json_rows, parquet_rows
 from jaxprune.errors import InputError
 
@@ -29,13 +34,33 @@ MOST_FILES = 100_000
 
 
 class Row(schema.Schema):
-    """A row of a .json or .jsonl file."""
+    """A row of a file of texts."""
 
     text: str
 
 
+class Message(schema.Schema):
+    """A message of a conversation."""
+
+    role: str
+    content: str
+
+
+class Conversation(schema.Schema):
+    """A row of a file of conversations."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+
+
+class First(schema.Schema):
+    """What a file's first row says of the others."""
+
+    text: Any = None
+    messages: Any = None
+
+
 def documents(path: Path, split: str, most: int | None = None) -> Sequence[str]:
-    """Returns the texts of a file, whatever the split, or of a folder's split.
+    """Returns the texts of a file, whatever the split, or of a folder's split; or their `Conversations`.
 
     Args:
         path: the path of the file or the folder.
@@ -47,7 +72,9 @@ def documents(path: Path, split: str, most: int | None = None) -> Sequence[str]:
         NoRoomError: no room for a temporary file.
     """
     files = _files(path, split) if os.path.isdir(path) else [path]
-    texts = Documents(islice((text for file in files for text in _texts(file)), most))
+    kind = Conversations if _holds_conversations(files[0]) else Documents
+    content = _conversations if kind is Conversations else _texts
+    texts = kind(islice((text for file in files for text in content(file)), most))
     if not any(texts):
         raise InputError("it holds no text", file=path)
     return texts
@@ -67,13 +94,22 @@ def read_rows(row: type[S], path: Path) -> Iterator[S]:
         yield from (parquet_rows if _kind(path) == ".parquet" else json_rows)(row, file, path)
 
 
-def _texts(path: Path) -> Iterator[str]:
-    kind = _kind(path)
-    if kind is None:
+def _holds_conversations(path: Path) -> bool:
+    if _kind(path) is None:
         raise InputError(
             "its name says no known kind of text", file=path, wanted=f"{', '.join(FORMATS)} (also packed), or .npy"
         )
-    if kind == ".txt":
+    first = None if _kind(path) == ".txt" else next(read_rows(First, path), None)
+    return first is not None and first.text is None and first.messages is not None
+
+
+def _conversations(path: Path) -> Iterator[str]:
+    for row in read_rows(Conversation, path):
+        yield json.dumps([message.model_dump() for message in row.messages])
+
+
+def _texts(path: Path) -> Iterator[str]:
+    if _kind(path) == ".txt":
         with unpacked(path) as file:
             yield _txt(file, path)
     else:

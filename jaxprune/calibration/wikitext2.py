@@ -6,8 +6,9 @@ References:
 
 from collections.abc import Sequence
 
-from jaxprune.calibration import JOIN, textfile
 from jaxprune.calibration import hub as _hub
+from jaxprune.calibration import textfile
+from jaxprune.calibration.texts import JOIN
 
 PACK = True
 

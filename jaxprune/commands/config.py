@@ -56,7 +56,8 @@ class Config(EvalOptions):
     """A file for the masks, packed bits in safetensors, for fine-tuning that keeps them."""
     calib: str | None = None
     """Calibration text: c4, wikitext2, wikipedia, a file (.jsonl, .json.gz, .parquet, .txt, or .npy of token ids
-    [count, length]), or a folder laid out as on the hub (default: c4; wikipedia for smollm2-135m)."""
+    [count, length]), or a folder laid out as on the hub (default: c4; wikipedia for smollm2-135m). Rows have text, or
+    messages, to which the checkpoint's chat template is applied. Several share the windows: c4:3,chats.jsonl:1."""
     nsamples: int = 128
     """Calibration windows."""
     seqlen: int = 2048

@@ -4,7 +4,8 @@ import dataclasses
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from convert.errors import InputError
 from jaxprune.commands.config import Config, parse
@@ -59,7 +60,7 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
 
     assert config.out and config.calib
     place, masks_place = places(config.out, config.save_masks, overwrite=config.overwrite)
-    inputs = {name: paths_of(text) for name, text in {"calib": config.calib, "tasks_data": config.tasks_data}.items()}
+    inputs = {"tasks_data": paths_of(config.tasks_data), "calib": calib_paths(config.calib)}
     inputs["eval_text"] = [path for text in (config.eval_text or "").split(",") for path in paths_of(text)]
     require_separate(place, masks_place, recipe, inputs | {"ckpt": paths_of(config.ckpt)}, config.scratch)
     scratch = config.scratch_folder(config.out)
@@ -98,6 +99,14 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
     return result
 
 
+def calib_paths(calib: str) -> list[Path]:
+    """Returns the paths that --calib names."""
+    from convert.paths import paths_of
+    from jaxprune.calibration import sources_of
+
+    return [path for source in sources_of(calib) for path in paths_of(source)]
+
+
 def windows_of(config: Config, model: "StreamedModel") -> "np.ndarray":
     """Samples the windows that a run calibrates on, int32 [nsamples, seqlen].
 
@@ -109,7 +118,7 @@ def windows_of(config: Config, model: "StreamedModel") -> "np.ndarray":
     assert config.calib
     return calibration_windows(
         config.calib,
-        None if config.calib.endswith(".npy") else model.tokenizer,
+        _tokenizer_for(config.calib, model),
         config.nsamples,
         config.seqlen,
         config.seed,
@@ -129,9 +138,15 @@ def stream_of(config: Config, recipe: Recipe, model: "StreamedModel") -> "TextSt
     if not recipe.tuning.tune_tokens:
         return None
     assert config.calib
-    tokenizer = None if config.calib.endswith(".npy") else model.tokenizer
-    vocab_size = model.architecture.config.vocab_size
+    tokenizer, vocab_size = _tokenizer_for(config.calib, model), model.architecture.config.vocab_size
     return TextStream(config.calib, tokenizer, config.seqlen, config.seed, vocab_size=vocab_size)
+
+
+def _tokenizer_for(calib: str, model: "StreamedModel") -> Any:
+    """Returns the model's tokenizer; None where all that is read are token ids."""
+    from jaxprune.calibration import sources_of
+
+    return None if all(source.endswith(".npy") for source in sources_of(calib)) else model.tokenizer
 
 
 if __name__ == "__main__":

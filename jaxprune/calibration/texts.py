@@ -1,0 +1,101 @@
+"""Documents as a tokenizer sees them: text as it is, conversations under the tokenizer's chat template."""
+
+import datetime
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+from jaxtyping import Int
+
+from jaxprune.calibration.documents import Conversations
+from jaxprune.calibration.tokens import in_pieces, token_ids
+from jaxprune.errors import InputError
+
+JOIN = "\n\n"
+"""Between documents that share a window, for calibration as for evaluation; conversations follow each other at once."""
+TODAY = datetime.datetime(2024, 7, 26, 12)
+"""For templates that write the date: the same run gives the same windows on another day."""
+_DATED = "".join(f".replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in "aAbBdeHIjmMpSyY")
+_NOW = f"{{% macro strftime_now(format) %}}{{{{ format{_DATED} }}}}{{% endmacro %}}"
+"""Before a template: what writes the date there."""
+_REFUSED = (ArithmeticError, LookupError, RecursionError, TypeError, ValueError)
+"""What a template raises, beside jinja2's own errors, where it computes with what is not as it expects."""
+
+
+class Texts:
+    """The documents of a source.
+
+    Args:
+        source: its name, for errors.
+        documents: they; those of `Conversations` are rendered by the tokenizer's chat template.
+        tokenizer: a transformers tokenizer.
+        pack: whether documents are to be joined always.
+
+    Attributes:
+        pack: as given; conversations always are.
+
+    Raises:
+        InputError: the tokenizer has no chat template for conversations.
+    """
+
+    def __init__(self, source: str, documents: Sequence[str], tokenizer: Any, *, pack: bool = False) -> None:
+        self._source, self._documents, self._tokenizer = source, documents, tokenizer
+        self._chat = isinstance(documents, Conversations)
+        self.pack = pack or self._chat
+        self._template = ""
+        if self._chat:
+            try:
+                self._template = _NOW + tokenizer.get_chat_template()
+            except ValueError:  # there is none, or there are several and none is the default
+                raise InputError(
+                    f"{source} holds conversations, and the checkpoint's tokenizer has no chat template",
+                    wanted="rows with text, or a checkpoint that is tuned for chat",
+                ) from None
+        join = "" if self._chat else JOIN
+        self._join = token_ids(tokenizer, join, special=False) if join else np.zeros(0, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def ids(self, index: int) -> Int[np.ndarray, "_"]:
+        """Returns a document's token ids. A template writes the special tokens itself."""
+        return token_ids(self._tokenizer, self._text(index), special=not self._chat)
+
+    def joined(self, index: int) -> Int[np.ndarray, "_"]:
+        """Returns a document's token ids, and those of what is between it and the next."""
+        return np.concatenate([self.ids(index), self._join])
+
+    def whole(self) -> Iterator[Int[np.ndarray, "_"]]:
+        """Yields the token ids of all documents as one text."""
+        return in_pieces(self._tokenizer, self._fragments(), special=not self._chat)
+
+    def digest(self) -> str:
+        """Returns the SHA-256 of all of the text."""
+        whole = hashlib.sha256()
+        for document in self._documents:
+            content = document.encode()
+            whole.update(len(content).to_bytes(8, "big") + content)
+        return whole.hexdigest()
+
+    def _fragments(self) -> Iterator[str]:
+        for index in range(len(self)):
+            if index and not self._chat:
+                yield JOIN
+            yield self._text(index)
+
+    def _text(self, index: int) -> str:
+        document = self._documents[index]
+        if not self._chat:
+            return document
+        messages, template = json.loads(document), self._template
+        try:
+            return self._tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        except (*_REFUSED, jinja2.TemplateError) as error:
+            raise InputError(
+                f"the checkpoint's chat template takes no such conversation ({error})",
+                file=self._source,
+                entry=f"conversation {index + 1}",
+            ) from error
