@@ -17,10 +17,10 @@ _EXPORTS = {
     "NM": "jaxprune.sparsity.patterns",
     "Unstructured": "jaxprune.sparsity.patterns",
     "PRESETS": "jaxprune.recipe",
-    "Importance": "jaxprune.recipe",
+    "Importance": "jaxprune.recipe_parts",
     "Recipe": "jaxprune.recipe",
-    "Rule": "jaxprune.recipe",
-    "Tuning": "jaxprune.recipe",
+    "Rule": "jaxprune.recipe_parts",
+    "Tuning": "jaxprune.recipe_parts",
     "Devices": "jaxprune.sharding",
     "StreamedModel": "jaxprune.streaming.model",
     "Observer": "jaxprune.streaming.observer",
@@ -66,10 +66,10 @@ if TYPE_CHECKING:
     from jaxprune.pruning.loop import prune_layers as prune_layers
     from jaxprune.pruning.whole_model import prune_model as prune_model
     from jaxprune.recipe import PRESETS as PRESETS
-    from jaxprune.recipe import Importance as Importance
     from jaxprune.recipe import Recipe as Recipe
-    from jaxprune.recipe import Rule as Rule
-    from jaxprune.recipe import Tuning as Tuning
+    from jaxprune.recipe_parts import Importance as Importance
+    from jaxprune.recipe_parts import Rule as Rule
+    from jaxprune.recipe_parts import Tuning as Tuning
     from jaxprune.sharding import Devices as Devices
     from jaxprune.sparsity.patterns import NM as NM
     from jaxprune.sparsity.patterns import Unstructured as Unstructured

@@ -25,7 +25,8 @@ from jaxprune.evaluation.text import perplexity
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.sparsegpt import SparseGPT
 from jaxprune.methods.wanda import Wanda
-from jaxprune.recipe import Experts, Recipe, Rule
+from jaxprune.recipe import Recipe
+from jaxprune.recipe_parts import Experts, Rule
 from jaxprune.sparsity.patterns import Unstructured
 
 LENGTH, VOCABULARY = 256, 2048

@@ -11,7 +11,8 @@ from jaxprune.errors import InputError
 from jaxprune.methods import Method
 from jaxprune.methods.combine import Crossed, Finished
 from jaxprune.methods.exact import Exact
-from jaxprune.recipe import PRESETS, Experts, Importance, Recipe, Rule, Tuning, without_effect
+from jaxprune.recipe import PRESETS, Recipe
+from jaxprune.recipe_parts import Experts, Importance, Rule, Tuning, without_effect
 from jaxprune.sparsity import masks
 from jaxprune.sparsity.patterns import Pattern, Unstructured, parse_pattern
 
@@ -40,9 +41,10 @@ class Flags:
 class WholeModel:
     """The flags that only matter where a whole model is pruned."""
 
-    preset: Literal["fast", "best"] | None = None
-    """Options that serve most: both weigh outputs by the loss's gradients, give every linear layer a sparsity of its
-    own and tune the kept weights; best tunes them for longer. Options given beside it win."""
+    preset: Literal["fast", "best", "thorough"] | None = None
+    """Options that serve most: all weigh outputs by the loss's gradients, give every linear layer a sparsity of its
+    own and tune the kept weights; best for longer than fast, and thorough on a million tokens (see --tune-tokens), for
+    which --dry-run says how long it takes. Options given beside it win."""
     uniform: bool = False
     """The same sparsity for every linear layer, whatever the preset says."""
     asymmetry: float = 0.0
@@ -143,6 +145,8 @@ class RecipeOptions:
             del flags["sensitivity_windows"]
         if given.get("tune_tokens"):
             flags.pop("tune_epochs", None)
+        if "tune_epochs" in given:
+            flags.pop("tune_tokens", None)
         for role in self.classes:
             flag_of = self.flag_of(role)
             if isinstance(preset.method, self.classes[role]):

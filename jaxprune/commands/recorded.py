@@ -8,7 +8,8 @@ from jaxprune.commands.options import CommandLine
 from jaxprune.commands.recipe_options import RecipeOptions
 from jaxprune.errors import InputError
 from jaxprune.methods.records import CrossedRecord, FinishedRecord, PlainRecord
-from jaxprune.recipe import PRESETS, Importance, RecipeRecord, Tuning
+from jaxprune.recipe import PRESETS, RecipeRecord
+from jaxprune.recipe_parts import Importance, Tuning
 from jaxprune.reporting import reading, schema
 from jaxprune.sparsity.patterns import GivenRecord, NMRecord, UnstructuredRecord
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from jaxprune.errors import InputError
 from jaxprune.models import Architecture
-from jaxprune.recipe import Rule
+from jaxprune.recipe_parts import Rule
 from jaxprune.sparsity.masks import StoredMask
 from jaxprune.sparsity.patterns import Pattern
 

@@ -29,7 +29,7 @@ from jaxprune.models import Layer, Part
 from jaxprune.models.blocks import Routed
 from jaxprune.pruning import kept_states
 from jaxprune.pruning.journal import SENSITIVITY, Journal
-from jaxprune.recipe import Importance
+from jaxprune.recipe_parts import Importance
 from jaxprune.sharding import fetch
 from jaxprune.streaming.head import exponentials, in_chunks, logits
 from jaxprune.streaming.hidden_states import HiddenStates

@@ -18,7 +18,8 @@ from jaxprune.pruning.loop import prune_layers, targets_for
 from jaxprune.pruning.results import LayerResult, Results
 from jaxprune.pruning.rules import TargetOf, by_rules, with_rules
 from jaxprune.pruning.sensitivity import Weights, measure_sensitivity, weights
-from jaxprune.recipe import Importance, Recipe, Tuning
+from jaxprune.recipe import Recipe
+from jaxprune.recipe_parts import Importance, Tuning
 from jaxprune.sparsity.patterns import Pattern, Unstructured
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer

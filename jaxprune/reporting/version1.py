@@ -16,7 +16,8 @@ from convert.schema import Count, Schema, check, parse
 from jaxprune import methods
 from jaxprune.methods.combine import Crossed, Finished
 from jaxprune.methods.records import Scalar
-from jaxprune.recipe import Importance, Recipe, Tuning
+from jaxprune.recipe import Recipe
+from jaxprune.recipe_parts import Importance, Tuning
 from jaxprune.reporting import schema
 from jaxprune.sparsity.patterns import Unstructured
 

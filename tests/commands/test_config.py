@@ -21,7 +21,8 @@ from jaxprune.methods.gradient import Gradient
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.sparsegpt import SparseGPT
 from jaxprune.methods.wanda import Wanda
-from jaxprune.recipe import PRESETS, Importance, Recipe, Tuning
+from jaxprune.recipe import PRESETS, Recipe
+from jaxprune.recipe_parts import Importance, Tuning
 from jaxprune.sparsity.patterns import NM, Unstructured
 
 

@@ -18,7 +18,8 @@ from jaxprune.commands.convert import main as convert
 from jaxprune.commands.verify import main as verify
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.models import Architecture, architecture_of
-from jaxprune.recipe import Experts, Recipe
+from jaxprune.recipe import Recipe
+from jaxprune.recipe_parts import Experts
 from tests.helpers import families
 from tests.helpers.optional import needs_torch, torch
 

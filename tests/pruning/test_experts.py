@@ -24,7 +24,7 @@ from jaxprune.pruning.layer import least_damping
 from jaxprune.pruning.loop import prune_layers
 from jaxprune.pruning.rules import by_rules
 from jaxprune.pruning.snapshot import capture
-from jaxprune.recipe import Rule
+from jaxprune.recipe_parts import Rule
 from jaxprune.sparsity.patterns import NM, Unstructured
 from jaxprune.streaming.model import StreamedModel
 from tests.helpers import families

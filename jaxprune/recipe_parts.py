@@ -1,0 +1,158 @@
+"""The parts of a recipe, as plain data: importance, tuning, experts, rules by name."""
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from jaxprune.errors import Change, InputError
+from jaxprune.sparsity.patterns import NM, Pattern, Unstructured
+
+
+@dataclasses.dataclass(frozen=True)
+class Importance:
+    """What a reverse pass of the dense model decides."""
+
+    token_power: float = 0.0
+    """Weigh each token in a linear layer's Gram matrix by the squared gradient of the loss by the layer's outputs, to
+    this power; 0 weighs all the same."""
+    weigh_outputs: bool = False
+    """Weigh each output of a linear layer by the squared gradient of the loss, so that masks over a whole kernel go
+    where the loss is sensitive."""
+    spread: float = 0.0
+    """Give every linear layer a sparsity of its own, by one threshold over the whole model, this far at most from the
+    one asked for, which holds in total."""
+    sensitivity_windows: int | None = None
+    """Take the gradients from so many of the calibration windows, evenly spaced (default: all, which --token-power
+    needs)."""
+
+    def __post_init__(self) -> None:
+        if self.sensitivity_windows is not None and self.sensitivity_windows < 1:
+            raise InputError(f"sensitivity_windows must be at least 1, not {self.sensitivity_windows}")
+        if self.token_power and self.sensitivity_windows:
+            raise InputError(
+                "tokens can be weighed only by the gradients of all windows",
+                options={"sensitivity_windows": Change.OMIT},
+            )
+        if not 0 <= self.token_power < math.inf:
+            raise InputError(f"token_power must be finite and not negative, not {self.token_power}")
+        if not 0 <= self.spread < 1:
+            raise InputError(f"spread must be at least 0 and below 1, not {self.spread}")
+
+    @property
+    def weighs(self) -> bool:
+        """Whether tokens or outputs are weighed."""
+        return self.token_power > 0 or self.weigh_outputs
+
+    def windows_of(self, count: int) -> int:
+        """Returns how many of so many calibration windows the gradients are taken from."""
+        return min(self.sensitivity_windows or count, count)
+
+    @property
+    def measured(self) -> bool:
+        """Whether a reverse pass is needed."""
+        return self.weighs or self.spread > 0
+
+    def without(self, names: Iterable[str]) -> "Importance":
+        """Returns the same with these fields deciding nothing; the default where no reverse pass is then needed."""
+        rest = dataclasses.replace(self, **{name: type(getattr(self, name))() for name in names})
+        return rest if rest.measured else Importance()
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """Distillation: the kept weights tuned together at the end."""
+
+    tune_epochs: float = 0.0
+    """Tune the kept weights of all layers together at the end, towards the dense model's predictions, visiting each
+    calibration window so many times; half an epoch visits half of them."""
+    tune_rate: float = 0.001
+    """Adam's highest learning rate, in units of the root mean square of a kernel's kept weights; it rises over the
+    first eighth of the steps and then falls along a cosine."""
+    tune_windows: int = 1
+    """Windows a step."""
+    tune_tokens: int = 0
+    """Tune on so many tokens of the calibration text instead, such as 250k or 1M: all of it in an order drawn from the
+    seed, but for 16 windows, on which the divergence is measured."""
+    tune_to_end: bool = False
+    """Tune on all --tune-tokens, also when the divergence on the windows that are held out no longer falls."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tune_epochs < math.inf:
+            raise InputError(f"tune_epochs must be finite and not negative, not {self.tune_epochs}")
+        if self.tune_tokens < 0:
+            raise InputError(f"tune_tokens must not be negative, not {self.tune_tokens}")
+        if self.tune_epochs and self.tune_tokens:
+            raise InputError(
+                "a tuning takes the calibration windows or tokens of a text, not both",
+                options={"tune_epochs": 0, "tune_tokens": Change.OMIT},
+            )
+        if not 0 < self.tune_rate < math.inf:
+            raise InputError(f"tune_rate must be finite and positive, not {self.tune_rate}")
+        if self.tune_windows < 1:
+            raise InputError(f"tune_windows must be at least 1, not {self.tune_windows}")
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the fields; those of a text only where they are set, so that runs of earlier versions go on."""
+        values, later = dataclasses.asdict(self), ("tune_tokens", "tune_to_end")
+        return {name: value for name, value in values.items() if value or name not in later}
+
+    @property
+    def tunes(self) -> bool:
+        """Whether anything is tuned."""
+        return self.tune_epochs > 0 or self.tune_tokens > 0
+
+    def visits(self, windows: int, length: int) -> int:
+        """Returns how many windows of a length are visited, beside so many calibration windows."""
+        if not self.tune_tokens:
+            return math.ceil(self.tune_epochs * windows)
+        return self.tune_windows * max(1, round(self.tune_tokens / (self.tune_windows * length)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """What is done to a model's experts beside pruning their linear layers."""
+
+    drop_experts: float = 0.0
+    """Before anything else, drop this share of the experts of every layer: those of least saliency, which is the mean
+    over an expert's tokens of its share in the output times the norm of its own output (REAP)."""
+    route_all: bool = False
+    """In calibration, let every token pass every expert, weighed by what the router would give it; otherwise an expert
+    sees only the tokens that are routed to it."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop_experts < 1:
+            raise InputError(f"drop_experts must be at least 0 and below 1, not {self.drop_experts}")
+
+
+def without_effect(pattern: Pattern | None) -> dict[str, str]:
+    """Returns the fields of `Importance` that change nothing under a pattern (None: given masks), with the reason."""
+    if pattern is None:
+        return dict.fromkeys(("spread", "weigh_outputs"), "the given masks decide which weights stay")
+    if isinstance(pattern, NM):
+        return {"spread": f"pattern {pattern} is the same for every linear layer"}
+    if isinstance(pattern, Unstructured) and pattern.per_output:
+        return dict.fromkeys(("spread", "weigh_outputs"), "per-output patterns compare within each output only")
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A pattern of their own for some linear layers.
+
+    Attributes:
+        names: which, as a shell pattern of names such as layers.3.mlp.down_proj: `*.q_proj`, `layers.2[0-9].*`.
+        pattern: theirs; None: they stay dense.
+    """
+
+    names: str
+    pattern: Pattern | None = None
+
+    def matches(self, index: int, path: str) -> bool:
+        """Returns whether it names a linear layer, given by its decoder layer's index and its path there."""
+        return fnmatch.fnmatchcase(f"layers.{index}.{path}", self.names)
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the content of `RuleRecord`."""
+        return {"names": self.names, "pattern": self.pattern and self.pattern.as_json()}
