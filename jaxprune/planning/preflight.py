@@ -17,6 +17,7 @@ from convert import Spec, formats, part_of
 from convert.assets import read_config
 from convert.hub import resolve
 from jaxprune import hardware
+from jaxprune.calibration.stream import HELD_OUT
 from jaxprune.hardware import Hardware
 from jaxprune.models import Architecture, architecture_of, stored_dtype
 from jaxprune.planning import hlo, machine, programs
@@ -135,8 +136,10 @@ def programs_of(work: Work) -> Iterator[Program]:
     yield from programs.of_pruning(_routing_all(shapes, recipe), work.windows, work.length, recipe.method, pattern)
     if recipe.tuning.tunes:
         visits, step = recipe.tuning.visits(work.windows, work.length), recipe.tuning.tune_windows
-        epochs = visits / work.tuned_windows
-        yield from programs.of_distillation(shapes, work.tuned_windows, work.length, epochs, work.placement, step)
+        epochs, held_out = visits / work.tuned_windows, HELD_OUT * (recipe.tuning.tune_tokens > 0)
+        yield from programs.of_distillation(
+            shapes, work.tuned_windows, work.length, epochs, work.placement, step, held_out
+        )
     if work.evaluation:
         yield from programs.of_evaluation(shapes, *work.evaluation)
 

@@ -16,6 +16,7 @@ from jaxprune.models import Layer
 from jaxprune.planning.program import Flops, Program, Shapes, size_of
 from jaxprune.pruning import adam, experts, gram_matrices, kernel, sensitivity, student
 from jaxprune.pruning.gram_matrices import ExpertTotals
+from jaxprune.pruning.held_out import measured
 from jaxprune.pruning.student import Placement
 from jaxprune.sparsity.patterns import Pattern
 from jaxprune.streaming.head import CHUNK
@@ -161,7 +162,13 @@ def of_sensitivity(shapes: Shapes, windows: int, length: int) -> Iterator[Progra
 
 
 def of_distillation(
-    shapes: Shapes, windows: int, length: int, epochs: float, placement: Placement, step: int = 1
+    shapes: Shapes,
+    windows: int,
+    length: int,
+    epochs: float,
+    placement: Placement,
+    step: int = 1,
+    held_out: int = 0,
 ) -> Iterator[Program]:
     """Yields the programs of the distillation.
 
@@ -170,11 +177,13 @@ def of_distillation(
         epochs: visits of each window.
         placement: what stays on the device.
         step: windows a step.
+        held_out: windows on which the divergence is measured.
     """
     architecture = shapes.architecture
     x = shapes.devices.abstract(Shape((step, length, architecture.width), architecture.config.dtype), 0)
     batch, head = shapes.batch(windows, length), shapes.params(architecture.head.spec, architecture.config.dtype)
-    visits, passes = math.ceil(epochs * windows / step), min(1.0, epochs) * windows / batch.shape[0]
+    visits, passes = math.ceil(epochs * windows / step), (min(1.0, epochs) * windows + held_out) / batch.shape[0]
+    measures = len(measured(visits, visits * step * length, held_out * length)) if held_out else 0
     tuned = [(layer, count, _Tuned.of(shapes, layer, x, placement)) for layer, count in shapes.layers.items()]
     stays = sum(count * one.stays for _, count, one in tuned)
     results = sum(count * one.results for _, count, one in tuned)
@@ -188,6 +197,10 @@ def of_distillation(
             yield Program("tune", "forward", forward_and_vjp, (values, one.rest, x), calls, beside + results)
         else:
             yield Program("tune", "forward", forward, (values | one.rest, x, None), calls, beside, donated=(1,))
+        if held_out:
+            times = count * measures * held_out / batch.shape[0]
+            visit = values | one.rest, batch, None
+            yield Program("tune", "held-out forward", forward, visit, times, beside + in_flight, donated=(1,))
         pull_back, arguments = partial(student.pull_back, layer), (values, one.rest, one.vjp, x)
         beside = stays if placement.state else 3 * size_of(one.kernels)  # else one on its way in, one on its way out
         beside += results - one.results
@@ -200,6 +213,9 @@ def of_distillation(
     chunk = Shape((min(CHUNK // 2, step * length), architecture.width), architecture.config.dtype)
     loss, beside = partial(student.head_divergence, architecture.head), stays + results
     yield Program("tune", "divergence", loss, (head, chunk, chunk), visits * step * length / chunk.shape[0], beside)
+    if held_out:
+        alone, chunks = partial(student.divergence_alone, architecture.head), held_out * length / chunk.shape[0]
+        yield Program("tune", "held-out divergence", alone, (head, chunk, chunk), measures * chunks, stays)
 
 
 class _Tuned(NamedTuple):

@@ -26,19 +26,17 @@ from jaxtyping import Float, Int
 
 from jaxprune.calibration.stream import TextStream
 from jaxprune.pruning import kept_tuning
-from jaxprune.pruning.held_out import HeldOut
+from jaxprune.pruning.held_out import HeldOut, measured
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.kept_tuning import Kept
 from jaxprune.pruning.results import LayerResult
 from jaxprune.pruning.student import Student
-from jaxprune.recipe import Tuning
+from jaxprune.recipe_parts import Tuning
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
 
 DENSE_BYTES = 2e9
 """The most of the dense model's hidden states that are kept at a time."""
-MEASURES = 16
-"""How often the divergence on windows that are held out is measured."""
 
 
 class Text(NamedTuple):
@@ -118,11 +116,11 @@ def distill(
             for point in kept.curve:
                 observer.divergence_measured(*point)
     observer.started("tuning", steps, "steps")
-    measured = {math.ceil(steps * (number + 1) / MEASURES) for number in range(MEASURES)}
+    after = measured(steps, steps * math.prod(text.shape), text.held_out.size) if text.held_out is not None else ()
     for number, (tokens, dense) in enumerate(_with_dense(model, text.batches(begin), text.shape), begin + 1):
         divergence = student.step(tokens, dense, jnp.float32(number), jnp.float32(rate(number - 1)))
         observer.step_done(number, steps, divergence)
-        if held_out and number in measured:
+        if held_out and number in after:
             seen = number * tokens.size
             observer.divergence_measured(seen, held_out.measure(student, seen))
             if not (held_out.falls or tuning.tune_to_end):

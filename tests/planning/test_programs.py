@@ -142,6 +142,23 @@ def test_peaks_are_at_least_what_is_alive(method: object, checkpoint: Path) -> N
         assert alive < program.peak_bytes() < 60 * (weights + grams), program.name
 
 
+def test_measures_of_what_is_held_out_are_counted(checkpoint: Path) -> None:
+    """The dense model's pass over four windows of 16 tokens, and two of the pruned model's."""
+
+    def count(programs_: Iterable[Program], name: str = "") -> float:
+        return sum(sum(p.flops().values()) * p.calls for p in programs_ if not name or p.name == name)
+
+    none, four = (
+        [*programs.of_distillation(shapes(checkpoint), 8, 16, 1, Placement(True, True), held_out=n)] for n in (0, 4)
+    )
+    window = count(none, "dense forward") / 8
+    assert count(four, "held-out forward") == pytest.approx(2 * 4 * window)
+    assert count(four, "dense forward") == pytest.approx((8 + 4) * window)
+    heads = count(four, "held-out divergence")
+    assert heads == pytest.approx(2 * 4 * 16 * 2 * 2 * 32 * 300, rel=0.01)
+    assert count(four) - count(none) == pytest.approx(3 * 4 * window + heads)
+
+
 def test_distillation_is_counted(checkpoint: Path) -> None:
     all_stays = Placement(True, True)
     half, once = (list(programs.of_distillation(shapes(checkpoint), 8, 16, n, all_stays)) for n in (0.5, 1.0))

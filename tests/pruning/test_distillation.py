@@ -13,7 +13,7 @@ import pytest
 from jaxprune import ADMM, InputError, Observer, Tuning, Unstructured, load, prune_layers
 from jaxprune.calibration.stream import TextStream
 from jaxprune.errors import Change
-from jaxprune.pruning import adam, kept_tuning, student
+from jaxprune.pruning import adam, held_out, kept_tuning, student
 from jaxprune.pruning.adam import BETAS, EPSILON
 from jaxprune.pruning.distillation import distill, of_stream, of_windows
 from jaxprune.pruning.journal import Journal
@@ -243,6 +243,7 @@ def test_the_best_step_on_what_is_held_out_is_kept(
     to_end: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of sixteen measures the fifth is least; four behind it the tuning stops, unless it is told not to."""
+    monkeypatch.setattr(held_out, "SHARE", 1)
     layers, seen = pruned(checkpoint), Steps()
     tuning = Tuning(tune_tokens=32 * 2 * 32, tune_windows=2, tune_to_end=to_end)
     text = of_stream(of_ids(tmp_path), tuning)
@@ -259,6 +260,13 @@ def test_the_best_step_on_what_is_held_out_is_kept(
     np.testing.assert_array_equal(kernel(found[0], LINEARS[0]), at_fifth[0])
     assert text.steps == 32 and len(seen.told) == (32 if to_end else 18)
     assert [tokens for tokens, _ in seen.held_out] == [64 * 2 * n for n in range(1, 17 if to_end else 10)]
+
+
+@pytest.mark.parametrize(("tokens", "count"), [(1000, 2), (8 * 5 * 320, 8), (10**6, 16)])
+def test_measures_take_a_twentieth_of_the_time_at_most(tokens: int, count: int) -> None:
+    after = held_out.measured(tokens // 32, tokens, 320)
+    assert len(after) == count and after[-1] == tokens // 32 and min(after) >= tokens // 32 // count
+    assert held_out.measured(1, 32, 320) == [1]
 
 
 def test_the_divergence_is_that_of_the_models(checkpoint: Path, tmp_path: Path) -> None:
