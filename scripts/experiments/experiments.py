@@ -256,6 +256,18 @@ EXPERIMENTS = {
         picture="quality_by_sparsity",
         against=tuple(BASELINES),
     ),
+    "budgets": Experiment(
+        title="Perplexity by sparsity and by tokens of text",
+        measure="accuracy",
+        rows={
+            "thorough, 60 thousand tokens": "--preset thorough --tune-tokens 60k",
+            "thorough, 250 thousand tokens": "--preset thorough --tune-tokens 250k",
+            "thorough, a million tokens": "--preset thorough",
+        },
+        patterns=("0.5", "0.6", "0.7", "0.8", "0.9", "0.95", "2:4"),
+        picture="quality_by_sparsity",
+        against=("thorough, 60 thousand tokens",),
+    ),
     "ablation": Experiment(
         title="What each part of the presets brings",
         measure="perplexity",

@@ -4,17 +4,20 @@
     python scripts/experiments fig1 table3 --ckpt smollm2-135m --small --out results
 
 Experiments: fig1, fig2, table1, table2, table3, table4, table5 of the paper, and ours: over all methods, methods
-(perplexity) and layers (error on the same inputs); presets, and what each part of them brings, ablation. Every cell is
-kept in OUT/cells as soon as it is measured, and measured once: the same command goes on where it stopped, and
-experiments share their cells. --patterns 0.7 measures that sparsity only, --only-measured nothing: both look at what
-there is by now of the rest.
+(perplexity) and layers (error on the same inputs); presets, what each part of them brings, ablation, and what more
+text brings, budgets. Every cell is kept in OUT/cells as soon as it is measured, and measured once: the same command
+goes on where it stopped, also inside a cell that tunes on a text, and experiments share their cells. --patterns 0.7
+measures that sparsity only, --rows best that row, --only-measured nothing: all look at what there is by now of the
+rest.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -32,16 +35,17 @@ from convert import create_checkpoint
 from convert.destination import destination, staged
 from convert.schema import to_text
 from convert.writing import write_text
-from jaxprune import InputError, Magnitude, Observer, Unstructured, calibration, load, prune_model
+from jaxprune import InputError, Magnitude, Observer, TextStream, Unstructured, calibration, load, prune_model
 from jaxprune.commands import recipe_options
 from jaxprune.commands.config import Config
-from jaxprune.commands.prune import windows_of
+from jaxprune.commands.prune import stream_of, windows_of
 from jaxprune.commands.terminal import keep_compilations, keep_memory
 from jaxprune.evaluation.quality import Evaluator, Quality
 from jaxprune.evaluation.tasks import ZERO_SHOT
 from jaxprune.evaluation.text import perplexity, perplexity_of_states
 from jaxprune.planning.machine import describe_hardware
 from jaxprune.pruning import snapshot as snapshots
+from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.loop import other_params
 from jaxprune.pruning.results import LayerResult
 from jaxprune.recipe import Recipe
@@ -149,14 +153,18 @@ class Bench:
         name = "dense" if cell.recipe is None else cell.recipe.slug
         file = self.out / "cells" / f"{measure}-{name}-{_digest(json.dumps(identity, sort_keys=True))}.json"
         if not file.exists():
-            patterns = self.args.patterns
-            if self.args.only_measured or (patterns and cell.pattern not in ("", *patterns)):
+            args = self.args
+            if args.only_measured or (args.patterns and cell.pattern not in ("", *args.patterns)):
                 return None
-            start = time.perf_counter()
-            result = getattr(self, f"_{measure}")(cell)
+            if args.rows and cell.row not in ("dense", *args.rows):
+                return None
+            start, self._unfinished = time.perf_counter(), file.with_suffix(".unfinished")
+            result = {"resumed": True} if self._unfinished.exists() else {}
+            result |= getattr(self, f"_{measure}")(cell)
             result |= {"wall_seconds": time.perf_counter() - start, "hardware": describe_hardware()}
             with staged(destination(file, folder=False)) as made:
                 write_text(made, json.dumps({"cell": identity, "result": result}, indent=1) + "\n")
+            shutil.rmtree(self._unfinished, ignore_errors=True)
         return json.loads(file.read_text())["result"]
 
     def _perplexity(self, cell: Cell) -> dict[str, Any]:
@@ -188,7 +196,7 @@ class Bench:
             record |= {"checkpoints": {self.ckpt: one}, **environment()}
             return {"perplexity": _only_perplexity(quality), "quality": one["quality"], "record": record}
         config = dataclasses.replace(self.options, out=cell.recipe.slug)
-        account = Record(dataclasses.asdict(config), cell.recipe, self.calibration)
+        account = Record(dataclasses.asdict(config), cell.recipe, self.calibration, self._stream(cell.recipe))
         reader = self.model.reader
         with tempfile.TemporaryDirectory(dir=self.out) as folder:
             with create_checkpoint(Path(folder) / "pruned", reader.spec, reader.assets) as writer:
@@ -214,14 +222,31 @@ class Bench:
     def _prune(self, recipe: Recipe, watch: Any) -> dict[str, Any]:
         layers = []
         clock = Clock()
-        for layer in prune_model(self.model, self.calibration, recipe, seed=self.args.seed, observer=clock):
-            watch(layer)
-            layers.append(layer.without_arrays())
+        stream = self._stream(recipe)
+        with contextlib.ExitStack() as stack:
+            journal = None
+            if stream:  # hours
+                self._unfinished.mkdir(parents=True, exist_ok=True)
+                journal = stack.enter_context(contextlib.closing(Journal(self._unfinished)))
+            for layer in prune_model(
+                self.model,
+                self.calibration,
+                recipe,
+                stream=stream,
+                seed=self.args.seed,
+                journal=journal,
+                observer=clock,
+            ):
+                watch(layer)
+                layers.append(layer.without_arrays())
         errors = {f"{layer.index}.{path}": kernel.error for layer in layers for path, kernel in layer.kernels.items()}
         # Medians leave out the first layer's compilation and the machine's hiccups.
         for phase in layers[0].seconds:
             clock.phase_timed(phase, statistics.median(layer.seconds[phase] for layer in layers) * len(layers))
         return {"error": statistics.mean(errors.values()), "errors": errors, "seconds": clock.seconds}
+
+    def _stream(self, recipe: Recipe) -> TextStream | None:
+        return stream_of(self.options, recipe, self.model)
 
     def _error(self, cell: Cell) -> dict[str, Any]:
         assert cell.recipe is not None and cell.linear is not None
@@ -289,6 +314,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--only-measured", action="store_true", help="tables and pictures of the cells there are by now"
     )
     parser.add_argument("--patterns", nargs="+", help="measure these only of the experiment's, such as 0.7 or 2:4")
+    parser.add_argument("--rows", nargs="+", help="measure these rows only, such as best")
     parser.add_argument("--calib", help="calibration text (default: c4; wikipedia for smollm2-135m)")
     parser.add_argument("--eval-text", help="evaluation text (default: wikitext2; wikipedia for smollm2-135m)")
     parser.add_argument("--nsamples", type=int, help="calibration windows (default: 128)")
@@ -305,6 +331,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in args.names:
         if other := set(args.patterns or ()) - set(EXPERIMENTS[name].patterns):
             parser.error(f"--patterns {other.pop()}: {name} has {', '.join(EXPERIMENTS[name].patterns)}")
+        if other := set(args.rows or ()) - set(EXPERIMENTS[name].rows):
+            parser.error(f"--rows {other.pop()!r}: {name} has {', '.join(map(repr, EXPERIMENTS[name].rows))}")
     hubless = args.ckpt == "smollm2-135m"
     args.calib = args.calib or ("wikipedia" if hubless else "c4")
     args.eval_text = args.eval_text or ("wikipedia" if hubless else "wikitext2")
@@ -336,7 +364,7 @@ def run(name: str, experiment: Experiment, bench: Bench) -> None:
         print(f"{name} {number}/{len(wanted)}: {cell.row}{steps} {cell.pattern}{where}: {value}", flush=True)
     if not results or (len(results) < len(wanted) and experiment.picture not in PARTIAL):
         raise InputError(
-            f"{len(results)} of {name}'s {len(wanted)} cells are measured: leave --only-measured and --patterns out"
+            f"{len(results)} of {name}'s {len(wanted)} cells are measured: leave out what leaves the others out"
         )
     for file in write(name, experiment, bench, results):
         print(file)

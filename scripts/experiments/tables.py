@@ -34,7 +34,7 @@ def write(name: str, experiment: Experiment, bench: Any, results: Results) -> li
 
 
 def _record(cell: Any, result: dict[str, Any], paper: float | None) -> dict[str, Any]:
-    seconds = result.get("seconds", {})
+    seconds = {} if result.get("resumed") else result.get("seconds", {})
     return {
         "row": cell.row,
         "pattern": cell.pattern,
@@ -137,7 +137,7 @@ def _against(experiment: Experiment, found: dict[tuple[str, str], dict[str, Any]
         return f"{ratios[row, pattern]:.3f}" if (row, pattern) in ratios else ""
 
     def duration(row: str, pattern: str) -> str:
-        if (row, pattern) not in found:
+        if (row, pattern) not in found or found[row, pattern].get("resumed"):  # part of the time is not known
             return ""
         first = found.get((experiment.against[0], pattern))
         seconds = sum(found[row, pattern]["seconds"].values())

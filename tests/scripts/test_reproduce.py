@@ -13,6 +13,8 @@ import pytest
 from convert.errors import UserError
 from jaxprune import InputError
 from jaxprune.commands.recipe_options import parse
+from jaxprune.pruning.journal import Journal
+from jaxprune.pruning.student import Student
 from tests.helpers import rows as task_rows
 
 SCRIPTS = Path(__file__).parents[2] / "scripts/experiments"
@@ -124,10 +126,11 @@ def test_what_there_is_by_now_is_shown(
     assert (tmp_path / "table1.png").exists()
     with pytest.raises(InputError, match=r"3 of fig2's 7 cells are measured"):
         run(reproduce, monkeypatch, "fig2", *flags, "--only-measured", "--seed", "0")
-    measured = set()
+    measured, of_rows = set(), set()
 
     def measure(bench: object, cell: object) -> dict:
         measured.add(cell.pattern)
+        of_rows.add(cell.row)
         return {"perplexity": 7.0, "error": 0.1, "seconds": {"solve": 1.0}}
 
     monkeypatch.setattr(reproduce.Bench, "_perplexity", measure)
@@ -136,6 +139,45 @@ def test_what_there_is_by_now_is_shown(
     assert (tmp_path / "table1.md").read_text().count("not run") > 2
     with pytest.raises(SystemExit):
         run(reproduce, monkeypatch, "table1", *flags, "--patterns", "0.7")
+    of_rows.clear()
+    run(reproduce, monkeypatch, "table1", *flags, "--rows", "ADMM1", "--seed", "1")
+    assert of_rows == {"dense", "ADMM1"}
+    with pytest.raises(SystemExit):
+        run(reproduce, monkeypatch, "table1", *flags, "--rows", "thorough")
+
+
+def test_a_cell_that_tunes_on_a_text_goes_on(
+    driver: tuple[ModuleType, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reproduce, flags = driver
+    short = dataclasses.replace(
+        reproduce.EXPERIMENTS["budgets"],
+        rows={"thorough": "--preset thorough --tune-tokens 256"},
+        patterns=("0.5",),
+        measure="perplexity",
+        against=(),
+    )
+    monkeypatch.setitem(reproduce.EXPERIMENTS, "budgets", short)
+    monkeypatch.setattr(Journal, "worth_keeping", lambda *_: True)
+    step, steps = Student.step, []
+
+    def counted(*args: object) -> float:
+        steps.append(args)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(Student, "step", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(reproduce, monkeypatch, "budgets", *flags)
+    assert [path.suffix for path in sorted((tmp_path / "cells").iterdir())] == [".json", ".unfinished"]
+    run(reproduce, monkeypatch, "budgets", *flags)
+    assert len(steps) == 4 + 8 - 3
+    assert {path.suffix for path in (tmp_path / "cells").iterdir()} == {".json"}
+    (row,) = (
+        row for row in csv.DictReader((tmp_path / "budgets.csv").read_text().splitlines()) if row["row"] == "thorough"
+    )
+    assert float(row["perplexity"]) > 1 and not row["seconds_tune"]
 
 
 def test_the_papers_numbers_stand_beside_ours_where_the_model_is_the_papers(modules: dict[str, ModuleType]) -> None:
@@ -195,6 +237,7 @@ def test_every_row_of_every_experiment_is_a_recipe(modules: dict[str, ModuleType
         assert small <= {(c.row, c.pattern, c.step, c.linear) for c in made}
 
 
+@pytest.mark.slow
 def test_bad_input_of_the_driver_is_one_error(checkpoint: Path, tmp_path: Path) -> None:
     def command(*args: object) -> subprocess.CompletedProcess:
         line = [sys.executable, str(SCRIPTS), *map(str, args)]
