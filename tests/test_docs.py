@@ -181,6 +181,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_torch
+@pytest.mark.slow
 def test_perplexity_of_smollm2_is_that_of_a_plain_loop(smollm2: Path) -> None:
     tokens = evaluation_windows("wikipedia", AutoTokenizer.from_pretrained(smollm2), 256, limit=3)
     found, expected = perplexity(load(smollm2), tokens), perplexity_by_transformers(smollm2, tokens)

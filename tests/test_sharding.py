@@ -52,10 +52,16 @@ sys.exit(max(main(argv) for argv in json.loads(sys.argv[1])))
 """
 
 
+def run_code(code: str, *args: object, **environment: str) -> None:
+    """Runs Python code in a process of its own."""
+    argv = [sys.executable, "-c", code, *map(str, args)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    finish(subprocess.Popen(argv, env=os.environ | environment, text=True, **pipes))
+
+
 def run_all(*lines: list[object]) -> None:
     """Runs command lines one after another in one process."""
-    argv = [sys.executable, "-c", TOGETHER, json.dumps([[*map(str, line)] for line in lines])]
-    finish(subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    run_code(TOGETHER, json.dumps([[*map(str, line)] for line in lines]))
 
 
 def single(name: str, line: list[object], folder: Path) -> Path:
@@ -98,6 +104,47 @@ def test_experts_on_four_devices_do_as_on_one(recipe: str, tmp_path: Path) -> No
         assert lost[1][path] == pytest.approx(error, rel=1e-3), path
 
 
+GRADIENTS = """
+import sys
+import numpy as np
+from jaxprune import load
+from jaxprune.methods.magnitude import Magnitude
+from jaxprune.pruning import adam
+from jaxprune.pruning.loop import prune_layers
+from jaxprune.pruning.student import Student
+from jaxprune.sharding import Devices, fetch
+from jaxprune.sparsity.patterns import Unstructured
+
+folder, count, out = sys.argv[1:]
+model = load(folder, devices=Devices.first(int(count)))
+tokens = np.load(f"{folder}/ids.npy")[:8]
+found, step = {}, adam.step
+
+def keep(kernels, gradients, *args):
+    found.update({f"{len(found)} {name}": np.array(fetch(gradient)) for name, gradient in gradients.items()})
+    return step(kernels, gradients, *args)
+
+adam.step = keep
+student = Student(model, prune_layers(model, tokens, Magnitude(), Unstructured(0.6)), tokens.shape)
+(dense,) = model.final_states(tokens)
+found["loss"] = np.float64(student.step(tokens, dense.read(slice(None)), np.float32(1), np.float32(0.001)))
+np.savez(out, **found)
+"""
+
+
+@pytest.mark.slow
+def test_a_steps_gradients_are_those_of_one_device(line: list[object], tmp_path: Path) -> None:
+    """Eight windows, one a device: their gradients are summed once."""
+    for count in (1, 8):
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}", "JAX_PLATFORMS": "cpu"}
+        run_code(GRADIENTS, line[1], count, tmp_path / f"{count}.npz", **flags)
+    one, eight = (np.load(tmp_path / f"{count}.npz") for count in (1, 8))
+    assert len(one.files) == 3 * 7 + 1 and one.files == eight.files
+    for name in one.files:
+        assert np.abs(one[name]).max() > 0
+        np.testing.assert_allclose(eight[name], one[name], rtol=0, atol=1e-5 * np.abs(one[name]).max(), err_msg=name)
+
+
 def errors(out: Path) -> dict[str, float]:
     """The errors of all linear layers, as the record has them."""
     layers = json.loads((out / "jaxprune.json").read_text())["layers"]
@@ -110,17 +157,33 @@ def pair(line: list[object]) -> list[subprocess.Popen]:
     return [command([*shared, "--process-id", number]) for number in range(2)]
 
 
-def test_two_processes_do_as_one_and_go_on(line: list[object], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_two_processes_tune_on_a_text_as_one(line: list[object], tmp_path: Path) -> None:
+    """Eight windows a step, four of each process."""
+    np.save(tmp_path / "text.npy", np.random.default_rng(1).integers(0, 300, (40, 64), np.int32))
+    own = [*line, "--preset", "best", "--sparsity", 0.6, "--tune-tokens", 3 * 8 * 64, "--tune-windows", 8]
+    own[own.index("--calib") + 1] = tmp_path / "text.npy"
+    finish(*pair([*own, "--out", tmp_path / "out"]))
+    run_all([*own, "--out", tmp_path / "single"])
+    assert_close(tmp_path / "out", tmp_path / "single", far=2e-3)
+    curves = [json.loads((tmp_path / name / "jaxprune.json").read_text())["divergences"] for name in ("out", "single")]
+    np.testing.assert_allclose(*curves, rtol=1e-3)
+    assert len(curves[0]) == 2
+
+
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "killed"])
+def test_two_processes_do_as_one(killed: bool, line: list[object], tmp_path: Path) -> None:
     argv = [*line, *RECIPES["Wanda"], "--out", tmp_path / "out"]
-    processes = pair(argv)
-    deadline = time.monotonic() + 300
-    while not (tmp_path / "out.unfinished/pruned/0.json").exists():
-        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
-        time.sleep(0.05)
-    for process in processes:
-        process.kill()
-        process.communicate()
+    if killed:
+        processes = pair(argv)
+        deadline = time.monotonic() + 300
+        while not (tmp_path / "out.unfinished/pruned/0.json").exists():
+            assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+            time.sleep(0.05)
+        for process in processes:
+            process.kill()
+            process.communicate()
     finish(*pair(argv))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert_close(tmp_path / "out", single("Wanda", line, tmp_path))
-    assert json.loads((tmp_path / "out/jaxprune.json").read_text())["resumed_layers"] >= 1
+    assert (json.loads((tmp_path / "out/jaxprune.json").read_text())["resumed_layers"] >= 1) == killed

@@ -114,6 +114,7 @@ def test_gradients_are_those_of_torch(family: str, variant: str, tmp_path: Path)
         np.testing.assert_allclose(found[name], expected, rtol=1e-3, atol=1e-4 * expected.max(), err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "variant"), often("qwen3_moe"))
 def test_a_run_that_was_stopped_goes_on_to_a_model_of_transformers(
     family: str, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
