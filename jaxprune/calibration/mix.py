@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from jaxprune.errors import InputError
 
-_WEIGHED = re.compile(r"(.*):([0-9.]+)")
+_WEIGHED = re.compile(r"(.*):([^:/\\]+)")
 
 
 def weights_of(text: str, exists: Callable[[str], bool]) -> dict[str, float]:

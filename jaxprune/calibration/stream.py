@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ class TextStream:
 
     Documents are taken in an order drawn from the seed, joined, and cut into windows, so that all of a source comes
     before any of it comes again; then they are taken in another order, and so on. The last ones of the first order are
-    held out: nothing of them is in a window. Several sources take turns.
+    held out: nothing of them is in a window, unless there is no other document. Several sources take turns.
 
     Args:
         source: sources; see `calibration_windows`. Of .npy, rows are what documents are of others.
@@ -103,6 +103,8 @@ class _Source:
         while len(ids) < held_out * length and len(self._order):
             ids = np.concatenate([ids, documents.joined(int(self._order[-1]))])
             self._order = self._order[:-1]
+        # Where no other document is left, as in a .txt file, which is one, the rest of the last is what is tuned on.
+        self._rest = ids[held_out * length :] if not len(self._order) else ids[:0]
         if len(ids) < held_out * length or next(self._epoch(0), None) is None:
             raise InputError(
                 f"{name} has too little text to be tuned on, of which {held_out} windows of {length} are held out",
@@ -118,8 +120,8 @@ class _Source:
         """Yields the windows of all of the text; what is left at its end is left out."""
         order = np.random.default_rng([self._seed, number]).permutation(self._order) if number else self._order
         ids = np.zeros(0, np.int32)
-        for document in order:
-            ids = np.concatenate([ids, self._documents.joined(int(document))])
+        for more in chain([self._rest], (self._documents.joined(int(document)) for document in order)):
+            ids = np.concatenate([ids, more])
             whole = len(ids) // self._length * self._length
             yield from ids[:whole].reshape(-1, self._length)
             ids = ids[whole:]

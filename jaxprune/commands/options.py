@@ -232,7 +232,7 @@ def whole(text: str) -> int:
     try:
         value = int(text[:-1] if unit > 1 else text) * unit
     except ValueError:  # as for thousands of digits
-        raise ValueError(f"{_brief(text)} is no whole number") from None
+        raise ValueError(f"{_brief(text)} is no whole number, such as 16, 250k or 1M") from None
     if not -(2**31) <= value < 2**31:
         raise ValueError(f"{_brief(text)} is too large: at most {2**31 - 1} can be used")
     return value

@@ -262,6 +262,11 @@ def _short(linear: str) -> str:
 
 
 def short(text: str) -> str:
-    """Returns a text's name; of a file the last two parts of its path."""
+    """Returns a text's name, or several; of a file the last two parts of its path."""
+    return ",".join(map(_short_path, text.split(",")))
+
+
+def _short_path(text: str) -> str:
     path = Path(text)
-    return "/".join((path.with_suffix("") if path.name else path).parts[-2:]) or text
+    named = path if ":" in path.name or not path.name else path.with_suffix("")  # a weight stays
+    return "/".join(named.parts[-2:]) or text

@@ -142,6 +142,8 @@ def test_sources_take_turns_in_proportion() -> None:
     [
         ("a.npy:0,b.npy", "positive number"),
         ("a.npy:1.2.3,b.npy", "positive number"),
+        ("a.npy:-1,b.npy", "weight of a.npy must be a positive number, not -1"),
+        ("a.npy,b.npy:many", "weight of b.npy must be a positive number, not many"),
         ("a.npy,a.npy", "twice"),
         ("a.npy,", "without a name"),
         ("nothing-of-the-kind:2", "no text 'nothing-of-the-kind'"),

@@ -52,6 +52,15 @@ def test_documents_are_joined_and_cut(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.stack(list(islice(found.windows(), 4))).reshape(-1), ids[: 4 * 16])
 
 
+def test_of_one_document_the_beginning_is_held_out(tmp_path: Path) -> None:
+    text, tokenizer = " ".join(f"word {number}" for number in range(200)), tiny.tokenizer()
+    (tmp_path / "text.txt").write_text(text)
+    found = TextStream(str(tmp_path / "text.txt"), tokenizer, 16, held_out=2)
+    ids = tokenizer(text)["input_ids"]
+    np.testing.assert_array_equal(found.held_out.reshape(-1), ids[:32])
+    np.testing.assert_array_equal(np.stack(list(islice(found.windows(), 4))).reshape(-1), ids[32 : 32 + 64])
+
+
 def test_another_text_has_another_digest(rows: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "other.npy", np.repeat(np.arange(1, 21)[:, None], 16, axis=1))
     assert stream(rows).digest == stream(rows, seed=3).digest != stream(tmp_path / "other.npy").digest

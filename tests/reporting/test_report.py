@@ -326,3 +326,16 @@ def test_a_browser_shows_it(
     first_column = page.evaluate("document.querySelector('tbody td').getBoundingClientRect().width")
     assert first_column >= 100
     page.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("wikitext2", "wikitext2"),
+        ("data/c4/train.jsonl", "c4/train"),
+        ("a/chats.jsonl:3,c4:1", "a/chats.jsonl:3,c4:1"),
+        ("c4,data/a/b.jsonl", "c4,a/b"),
+    ],
+)
+def test_texts_have_short_names(text: str, name: str) -> None:
+    assert figures.short(text) == name
