@@ -69,10 +69,14 @@ class Cell:
 
 
 class Clock(Observer):
-    """Adds up the seconds of phases."""
+    """Adds up the seconds of phases; keeps the divergences on text that is held out."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.divergences: list[tuple[int, float]] = []
+
+    def divergence_measured(self, tokens: int, divergence: float) -> None:
+        self.divergences.append((tokens, divergence))
 
     def phase_timed(self, phase: str, seconds: float) -> None:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
@@ -206,6 +210,7 @@ class Bench:
                     account.layer_done(layer)
 
                 figures = self._prune(cell.recipe, watch)
+                account.divergences = figures["divergences"]
                 for paths in other_params(reader.spec):
                     writer.write(reader.read(paths))
             pruned = self.model.sibling(Path(folder) / "pruned")
@@ -243,7 +248,12 @@ class Bench:
         # Medians leave out the first layer's compilation and the machine's hiccups.
         for phase in layers[0].seconds:
             clock.phase_timed(phase, statistics.median(layer.seconds[phase] for layer in layers) * len(layers))
-        return {"error": statistics.mean(errors.values()), "errors": errors, "seconds": clock.seconds}
+        return {
+            "error": statistics.mean(errors.values()),
+            "errors": errors,
+            "seconds": clock.seconds,
+            "divergences": clock.divergences,
+        }
 
     def _stream(self, recipe: Recipe) -> TextStream | None:
         return stream_of(self.options, recipe, self.model)

@@ -147,8 +147,9 @@ def _against(experiment: Experiment, found: dict[tuple[str, str], dict[str, Any]
         return [[row, *(value(row, pattern) for pattern in experiment.patterns)] for row in rows]
 
     names = [*map(pattern_name, experiment.patterns)]
+    better = "the better of " * (len(experiment.against) > 1)
     return [
-        f"Perplexity over that of the better of {' and '.join(experiment.against)}:",
+        f"Perplexity over that of {better}{' and '.join(experiment.against)}:",
         "",
         *markdown(["ratio", *names], cells(ratio)),
         "",

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,8 @@ def test_a_cell_that_tunes_on_a_text_goes_on(
         row for row in csv.DictReader((tmp_path / "budgets.csv").read_text().splitlines()) if row["row"] == "thorough"
     )
     assert float(row["perplexity"]) > 1 and not row["seconds_tune"]
+    (cell,) = (json.loads(path.read_text())["result"] for path in (tmp_path / "cells").glob("*-thorough-*"))
+    assert [tokens for tokens, _ in cell["divergences"]] == [128, 256] and cell["resumed"]
 
 
 def test_the_papers_numbers_stand_beside_ours_where_the_model_is_the_papers(modules: dict[str, ModuleType]) -> None:
