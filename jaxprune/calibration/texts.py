@@ -54,8 +54,7 @@ class Texts:
                     f"{source} holds conversations, and the checkpoint's tokenizer has no chat template",
                     wanted="rows with text, or a checkpoint that is tuned for chat",
                 ) from None
-        join = "" if self._chat else JOIN
-        self._join = token_ids(tokenizer, join, special=False) if join else np.zeros(0, np.int32)
+        self._join = np.zeros(0, np.int32) if self._chat else token_ids(tokenizer, JOIN, special=False)
 
     def __len__(self) -> int:
         return len(self._documents)

@@ -168,7 +168,8 @@ class Bench:
             result |= {"wall_seconds": time.perf_counter() - start, "hardware": describe_hardware()}
             with staged(destination(file, folder=False)) as made:
                 write_text(made, json.dumps({"cell": identity, "result": result}, indent=1) + "\n")
-            shutil.rmtree(self._unfinished, ignore_errors=True)
+            if self._unfinished.exists():
+                shutil.rmtree(self._unfinished)
         return json.loads(file.read_text())["result"]
 
     def _perplexity(self, cell: Cell) -> dict[str, Any]:

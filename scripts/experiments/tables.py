@@ -34,7 +34,7 @@ def write(name: str, experiment: Experiment, bench: Any, results: Results) -> li
 
 
 def _record(cell: Any, result: dict[str, Any], paper: float | None) -> dict[str, Any]:
-    seconds = {} if result.get("resumed") else result.get("seconds", {})
+    seconds = _seconds(result)
     return {
         "row": cell.row,
         "pattern": cell.pattern,
@@ -47,6 +47,11 @@ def _record(cell: Any, result: dict[str, Any], paper: float | None) -> dict[str,
         "relative_error": _digits(result.get("error")),
         **{f"seconds_{phase}": _digits(seconds.get(phase), 4) for phase in PHASES},
     }
+
+
+def _seconds(result: dict[str, Any]) -> dict[str, float]:
+    """The seconds of each phase; none where the cell went on from an earlier run, whose share is not known."""
+    return {} if result.get("resumed") else result.get("seconds", {})
 
 
 def _accuracies(result: dict[str, Any]) -> dict[str, str | None]:
@@ -137,11 +142,8 @@ def _against(experiment: Experiment, found: dict[tuple[str, str], dict[str, Any]
         return f"{ratios[row, pattern]:.3f}" if (row, pattern) in ratios else ""
 
     def duration(row: str, pattern: str) -> str:
-        if (row, pattern) not in found or found[row, pattern].get("resumed"):  # part of the time is not known
-            return ""
-        first = found.get((experiment.against[0], pattern))
-        seconds = sum(found[row, pattern]["seconds"].values())
-        return f"{seconds:.0f} s" + (f" ({seconds / sum(first['seconds'].values()):.2f})" if first else "")
+        own, first = (sum(_seconds(found.get((name, pattern), {})).values()) for name in (row, experiment.against[0]))
+        return (f"{own:.0f} s" + (f" ({own / first:.2f})" if first else "")) if own else ""
 
     def cells(value: Callable[[str, str], str]) -> list[list[str]]:
         return [[row, *(value(row, pattern) for pattern in experiment.patterns)] for row in rows]
