@@ -14,11 +14,13 @@ class Hardware:
         platform: cpu, gpu, tpu, or what else JAX calls it.
         capability: the compute capability of an NVIDIA GPU, such as 9.0; 0: it is none.
         cudnn: whether cuDNN is there to be called.
+        stands_in: whether it is a CPU whose compiler stands in for that of a device that is elsewhere.
     """
 
     platform: str
     capability: float = 0.0
     cudnn: bool = False
+    stands_in: bool = False
 
     @classmethod
     def of(cls, device: Any) -> "Hardware":
@@ -31,6 +33,12 @@ class Hardware:
     def on_cpu(self) -> bool:
         """Whether it computes on the host, in its memory."""
         return self.platform == "cpu"
+
+    @property
+    def products_in_float32(self) -> bool:
+        """Whether products of 16-bit arrays have float32 results, rounded afterwards: XLA's CPU backend multiplies no
+        others in 16 bits, which AMX and AVX-512 do several times as fast."""
+        return self.on_cpu and not self.stands_in
 
     @property
     def tokens_per_batch(self) -> int:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxprune.models.attention import Layout, causal_attention
 from jaxprune.models.configuration import ACTIVATIONS, Config, Kind
 from jaxprune.models.experts import EXPERT_INPUTS, SparseMLP
-from jaxprune.models.products import all_but_kernels, times_kernel
+from jaxprune.models.products import all_but_kernels, times_embedding, times_kernel
 
 Transform = Callable[[Array], Array]
 Taps = dict[str, Any]
@@ -281,7 +281,7 @@ class Head(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         x = self.norm(x)
-        logits = self.embed_tokens.attend(x) if self.config.tied else self.lm_head(x)
+        logits = times_embedding(x, self.embed_tokens.embedding[...]) if self.config.tied else self.lm_head(x)
         return scaled_logits(self.config, logits)
 
 

@@ -17,6 +17,7 @@ from jaxprune.models import configuration, decoder
 from jaxprune.models.attention import Layout
 from jaxprune.models.configuration import ACTIVATIONS, Kind
 from jaxprune.models.decoder import LayerNorm, Taps, fused, in_turn, linear
+from jaxprune.models.products import times_embedding
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
@@ -125,4 +126,4 @@ class Head(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         x = self.final_layer_norm(x)
-        return self.embed_in.attend(x) if self.tied else self.embed_out(x)
+        return times_embedding(x, self.embed_in.embedding[...]) if self.tied else self.embed_out(x)

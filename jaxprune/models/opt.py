@@ -20,6 +20,7 @@ from jaxprune.models import configuration, decoder
 from jaxprune.models.attention import Layout
 from jaxprune.models.configuration import ACTIVATIONS, Kind
 from jaxprune.models.decoder import ATTENTION_INPUTS, LayerNorm, linear
+from jaxprune.models.products import times_embedding
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 OFFSET = 2
@@ -179,4 +180,4 @@ class Head(nnx.Module):
             x = self.final_layer_norm(x)
         if self.config.embedding_size != self.config.hidden_size:
             x = self.project_out(x)
-        return self.embed_tokens.attend(x) if self.config.tied else self.lm_head(x)
+        return times_embedding(x, self.embed_tokens.embedding[...]) if self.config.tied else self.lm_head(x)

@@ -18,7 +18,7 @@ from convert.assets import read_config
 from convert.hub import resolve
 from jaxprune import hardware
 from jaxprune.calibration.stream import HELD_OUT
-from jaxprune.hardware import Hardware
+from jaxprune.hardware import Hardware, writing_for
 from jaxprune.models import Architecture, architecture_of, stored_dtype
 from jaxprune.planning import hlo, machine, programs
 from jaxprune.planning.machine import peak_bytes
@@ -68,12 +68,14 @@ def need(work: Work, within: float = 0.0) -> Need:
         within: bytes of a device that are there for sure: a program whose every intermediate result would fit at once
             is not compiled to know better.
     """
-    spread = _spread(work)
-    every = list(programs_of(spread))
-    alone = every if spread is work else list(programs_of(work))  # on one device loops have a length that is known
+    spread, here = _spread(work), hardware.current()
     costs = _Costs(work, within)
-    for program, same in zip(every, alone, strict=True):
-        costs.add(program, same.flops())
+    stands_in = here.on_cpu and work.device_bytes is not None
+    with writing_for(dataclasses.replace(here, stands_in=stands_in)):
+        every = list(programs_of(spread))
+        alone = every if spread is work else list(programs_of(work))  # on one device loops have a length that is known
+        for program, same in zip(every, alone, strict=True):
+            costs.add(program, same.flops())
     phases = costs.flops
     disk, states, host = _disk(work), _states(work, phases), _host(work, phases)
     if work.scratch is None:

@@ -39,6 +39,18 @@ def all_programs(checkpoint: Path, dtype: str) -> Iterator[Program]:
     yield from programs.of_evaluation(shapes, 4, 512)
 
 
+def test_16_bit_products_on_cpus_have_float32_results(checkpoint: Path) -> None:
+    """XLA's CPU backend multiplies no others in 16 bits: it widens their operands first."""
+    shapes = Shapes(load(checkpoint, dtype="bfloat16").architecture, "bfloat16", ONE_DEVICE)
+    phases = [programs.of_sensitivity(shapes, 4, 512), programs.of_evaluation(shapes, 4, 512)]
+    phases += [programs.of_distillation(shapes, 4, 512, 2, Placement(True, True))]
+    with jax.numpy_dtype_promotion("standard"):
+        lowered = "\n".join(lower(program, "cpu") for phase in phases for program in phase)
+    products = re.findall(r"stablehlo.dot_general .*: (.*)", lowered)
+    assert len(products) > 20
+    assert all(re.fullmatch(r"\(tensor<\S*xbf16>, tensor<\S*xbf16>\) -> tensor<\S*xf32>", p) for p in products)
+
+
 @pytest.mark.parametrize(
     ("platform", "dtype"),
     [
