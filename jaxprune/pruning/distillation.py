@@ -127,6 +127,7 @@ def distill(
                 break
         moving = [kernels.moving for kernels in student.state]
         kept_tuning.keep(journal, Kept(number, moving, *(held_out.curve, held_out.best) if held_out else ([], None)))
+    kept_tuning.keep_curve(journal, held_out.curve if held_out else [])
     best = held_out.best if held_out else None
     for index in range(model.num_layers):
         yield student.result(index, best[index] if best else student.stored(index))

@@ -29,6 +29,8 @@ from jaxprune.sharding import barrier, broadcast, is_first_process
 
 EXPERTS, SENSITIVITY, PRUNED, TUNING, TUNED = "experts", "sensitivity", "pruned", "tuning", "tuned"
 """The stages of a run, with which the names of entries begin."""
+CURVE = "curve"
+"""The entry of a tuning's measures, once it has ended."""
 WEIGHTS = "weights"
 """Where notes without an entry say what is known of the dense weights; see `identity.KnownWeights`."""
 PATIENCE = 20

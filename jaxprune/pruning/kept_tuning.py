@@ -1,13 +1,14 @@
-"""The state of a tuning in a run's journal; layers without pruned kernels have no entry."""
+"""The state of a tuning in a run's journal, and its measures. Layers without pruned kernels have no state."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from convert import Params
 from jaxprune.pruning.adam import Kernels, Moving
-from jaxprune.pruning.journal import TUNING, Journal
+from jaxprune.pruning.journal import CURVE, TUNING, Journal
 from jaxprune.sharding import fetch
 
 BEST = "best"
@@ -72,3 +73,17 @@ def restore(journal: Journal | None, state: Sequence[Kernels]) -> Kept | None:
         curve = next(iter(found.values())).metadata.get("curve", [])
         return Kept(step, moving, [(int(n), float(kl)) for n, kl in curve], best if any(best) else None)
     return None
+
+
+def keep_curve(journal: Journal | None, curve: list[tuple[int, float]]) -> None:
+    """Keeps the measures of a tuning that has ended; its state goes once all layers are tuned."""
+    if journal and curve and CURVE not in journal:
+        tokens, divergences = zip(*curve, strict=True)
+        journal.put(CURVE, {"tokens": np.array(tokens), "divergences": np.array(divergences)}, {})
+
+
+def curve(journal: Journal | None) -> list[tuple[int, float]]:
+    """Returns the measures of a tuning that has ended; none where none was kept."""
+    entry = journal.get(CURVE) if journal else None
+    columns = [entry.arrays[name].tolist() for name in ("tokens", "divergences")] if entry else [(), ()]
+    return [*zip(*columns, strict=True)]

@@ -10,7 +10,7 @@ from convert.names import expert_path
 from jaxprune.calibration.stream import TextStream
 from jaxprune.errors import Change, InputError
 from jaxprune.models import Architecture
-from jaxprune.pruning import distillation
+from jaxprune.pruning import distillation, kept_tuning
 from jaxprune.pruning.allocation import allocate
 from jaxprune.pruning.distillation import Text, distill
 from jaxprune.pruning.journal import PRUNED, SENSITIVITY, TUNED, TUNING, Journal
@@ -130,6 +130,8 @@ def _distilled(
 ) -> Iterator[LayerResult]:
     finished = Results(journal, TUNED, model.num_layers)
     if kept := finished.all():
+        for point in kept_tuning.curve(journal):
+            observer.divergence_measured(*point)
         for layer in kept:
             observer.layer_done(layer)
         yield from kept

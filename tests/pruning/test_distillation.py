@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune import ADMM, InputError, Observer, Tuning, Unstructured, load, prune_layers
+from jaxprune import ADMM, InputError, Magnitude, Observer, Recipe, Tuning, Unstructured, load, prune_layers
 from jaxprune.calibration.stream import TextStream
 from jaxprune.errors import Change
 from jaxprune.pruning import adam, held_out, kept_tuning, student
@@ -20,6 +20,7 @@ from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.kept_tuning import Kept
 from jaxprune.pruning.results import LayerResult
 from jaxprune.pruning.student import Placement, Student, placement_of
+from jaxprune.pruning.whole_model import prune_model
 from jaxprune.streaming.observer import SILENT
 from tests.helpers import tiny
 from tests.helpers.command import failing
@@ -296,4 +297,16 @@ def test_a_stream_goes_on_where_it_was_stopped(
     for one, other in zip(found, expected, strict=True):
         for path, array in one.params.items():
             np.testing.assert_array_equal(array, other.params[path])
+    journal.close()
+
+
+def test_a_run_that_was_stopped_after_its_tuning_tells_its_measures_again(checkpoint: Path, tmp_path: Path) -> None:
+    recipe = Recipe(Magnitude(), Unstructured(0.5), tuning=Tuning(tune_tokens=16 * 32))
+    (tmp_path / "journal").mkdir()
+    journal, first, again = Journal(tmp_path / "journal"), Steps(), Steps()
+    model, stream = load(checkpoint), of_ids(tmp_path)
+    for observer in (first, again):
+        list(prune_model(model, windows(), recipe, stream=stream, journal=journal, observer=observer))
+    assert len(first.told) == 16 and len(first.held_out) > 1
+    assert again.told == [] and again.held_out == first.held_out
     journal.close()
