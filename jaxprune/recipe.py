@@ -171,10 +171,15 @@ class Recipe:
 _PRESET = Importance(weigh_outputs=True, spread=0.3, sensitivity_windows=8)
 PRESETS: Mapping[str, Recipe] = MappingProxyType(
     {
-        "fast": Recipe(ADMM(damping=0.03), importance=_PRESET, tuning=Tuning(tune_epochs=0.3125), preset="fast"),
+        "fast": Recipe(
+            ADMM(damping=0.03), importance=_PRESET, tuning=Tuning(tune_epochs=0.3125, tune_pieces=4), preset="fast"
+        ),
         "best": Recipe(ADMM(damping=0.03), importance=_PRESET, tuning=Tuning(tune_epochs=2.0), preset="best"),
         "thorough": Recipe(
-            ADMM(damping=0.03), importance=_PRESET, tuning=Tuning(tune_tokens=1_000_000), preset="thorough"
+            ADMM(damping=0.03),
+            importance=_PRESET,
+            tuning=Tuning(tune_tokens=1_000_000, tune_pieces=4),
+            preset="thorough",
         ),
     }
 )

@@ -147,6 +147,8 @@ class RecipeOptions:
             flags.pop("tune_epochs", None)
         if "tune_epochs" in given:
             flags.pop("tune_tokens", None)
+            if not given["tune_epochs"]:
+                flags.pop("tune_pieces", None)
         for role in self.classes:
             flag_of = self.flag_of(role)
             if isinstance(preset.method, self.classes[role]):
@@ -224,6 +226,7 @@ def _require_use(whole: "WholeModel", given: Mapping[str, Any], importance: Impo
         "sensitivity_windows": ("--preset, --weigh-outputs or --spread", importance.measured),
         "tune_rate": ("--tune-epochs or --tune-tokens", tuning.tunes),
         "tune_windows": ("--tune-epochs or --tune-tokens", tuning.tunes),
+        "tune_pieces": ("--tune-epochs or --tune-tokens", tuning.tunes),
         "tune_to_end": ("--tune-tokens", tuning.tune_tokens > 0),
     }
     for name, (needed, there) in alone.items():

@@ -137,11 +137,10 @@ def programs_of(work: Work) -> Iterator[Program]:
         yield from programs.of_sensitivity(shapes, recipe.importance.windows_of(work.windows), work.length)
     yield from programs.of_pruning(_routing_all(shapes, recipe), work.windows, work.length, recipe.method, pattern)
     if recipe.tuning.tunes:
-        visits, step = recipe.tuning.visits(work.windows, work.length), recipe.tuning.tune_windows
-        epochs, held_out = visits / work.tuned_windows, HELD_OUT * (recipe.tuning.tune_tokens > 0)
-        yield from programs.of_distillation(
-            shapes, work.tuned_windows, work.length, epochs, work.placement, step, held_out
-        )
+        (_, length), step = work.pieces, recipe.tuning.tune_windows
+        epochs = recipe.tuning.visits(*work.pieces) / work.tuned_pieces
+        held_out = HELD_OUT * (work.length // length) * (recipe.tuning.tune_tokens > 0)
+        yield from programs.of_distillation(shapes, work.tuned_pieces, length, epochs, work.placement, step, held_out)
     if work.evaluation:
         yield from programs.of_evaluation(shapes, *work.evaluation)
 
@@ -239,7 +238,7 @@ def _states(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
     hidden = work.states_bytes(work.windows, work.length)
     found: dict[str, float] = dict.fromkeys(phases, hidden * (2 if work.recipe.asymmetry else 1))
     if "tune" in phases:
-        found["tune"] = min(DENSE_BYTES, work.states_bytes(work.tuned_windows, work.length))
+        found["tune"] = min(DENSE_BYTES, work.states_bytes(work.tuned_pieces, work.pieces[1]))
     if "sensitivity" in phases:
         some = work.states_bytes(work.recipe.importance.windows_of(work.windows), work.length)
         inputs = (len(work.architecture.layers) + 1) * some

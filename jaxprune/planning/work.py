@@ -59,7 +59,7 @@ class Work:
     def placement(self) -> Placement:
         """What of a distillation stays on the devices."""
         free = self.device_bytes or (None if self.on_cpu else device_memory())
-        window = self.recipe.tuning.tune_windows, self.length
+        window = self.recipe.tuning.tune_windows, self.pieces[1]
         return placement_of(self.architecture, window, self.devices.count, free)
 
     def states_bytes(self, windows: int, length: int) -> int:
@@ -67,10 +67,15 @@ class Work:
         return windows * length * self.architecture.width * np.dtype(self.architecture.config.dtype).itemsize
 
     @property
-    def tuned_windows(self) -> int:
-        """The windows that a distillation visits, each counted once."""
-        tuning, visits = self.recipe.tuning, self.recipe.tuning.visits(self.windows, self.length)
-        return visits if tuning.tune_tokens else min(visits, self.windows)
+    def pieces(self) -> tuple[int, int]:
+        """How many pieces a distillation cuts the windows into, and the tokens of one."""
+        return self.recipe.tuning.pieces(self.windows, self.length)
+
+    @property
+    def tuned_pieces(self) -> int:
+        """The pieces that a distillation visits, each counted once."""
+        tuning, visits = self.recipe.tuning, self.recipe.tuning.visits(*self.pieces)
+        return visits if tuning.tune_tokens else min(visits, self.pieces[0])
 
     @property
     def pruned_weights(self) -> int:

@@ -27,7 +27,7 @@ from jaxprune.pruning.kernel import round_kernel
 from jaxprune.sharding import Devices
 
 BETAS = 0.9, 0.95
-"""Of Adam. There are tens of steps, not thousands, so the second moment's memory is short."""
+"""Of Adam. There are tens of steps, or a few thousand, so the second moment's memory is short."""
 EPSILON = 1e-8
 """Of Adam."""
 BYTES = 6

@@ -44,7 +44,7 @@ class Text(NamedTuple):
 
     Attributes:
         steps: how many there are.
-        shape: windows of a step, and tokens of a window.
+        shape: windows of a step, or pieces of windows, and the tokens of one.
         batches: the number of a step -> the windows of that step and of those after it.
         held_out: windows that no step sees; None: there are none.
     """
@@ -58,6 +58,7 @@ class Text(NamedTuple):
 def of_windows(tokens: Int[np.ndarray, "w t"], tuning: Tuning, seed: int) -> Text:
     """Returns the calibration windows as what is tuned on: every epoch visits all, in an order of its own, and the last
     may end early."""
+    tokens = _pieces(tokens, tuning)
     windows = len(tokens)
     count = max(c for c in range(1, min(tuning.tune_windows, windows) + 1) if windows % c == 0)
     steps = max(1, round(tuning.tune_epochs * windows / count))
@@ -70,14 +71,23 @@ def of_windows(tokens: Int[np.ndarray, "w t"], tuning: Tuning, seed: int) -> Tex
 def of_stream(stream: TextStream, tuning: Tuning) -> Text:
     """Returns a stream as what is tuned on."""
     count = tuning.tune_windows
-    steps = max(1, round(tuning.tune_tokens / (count * stream.length)))
+    each, length = tuning.pieces(1, stream.length)
+    steps = tuning.visits(each, length) // count
 
     def batches(begin: int) -> Iterator[np.ndarray]:
-        windows = stream.windows(begin * count)
+        windows = stream.windows(begin * count // each)
+        pieces = chain.from_iterable(_pieces(window[None], tuning) for window in windows)
+        rest = islice(pieces, begin * count % each, None)
         for _ in range(begin, steps):
-            yield np.stack(list(islice(windows, count)))
+            yield np.stack(list(islice(rest, count)))
 
-    return Text(steps, (count, stream.length), batches, stream.held_out if len(stream.held_out) else None)
+    return Text(steps, (count, length), batches, stream.held_out if len(stream.held_out) else None)
+
+
+def _pieces(tokens: Int[np.ndarray, "w t"], tuning: Tuning) -> Int[np.ndarray, "p s"]:
+    """Cuts windows into pieces; what is left of a window is left out."""
+    pieces, length = tuning.pieces(*tokens.shape)
+    return tokens[:, : pieces // len(tokens) * length].reshape(pieces, length)
 
 
 def distill(

@@ -43,10 +43,10 @@ def test_every_flag_arrives() -> None:
         "--eval-seqlen 8 --eval-windows 2 --tasks boolq,rte --limit 4 --tasks-data d --backend torch "
         "--dtype bfloat16 --device cpu --schedule constant --iterations 30 --selections 4 --damping 0.2 --rho 2.5 "
         "--linear-solve cholesky --finish-steps 7 --token-power 0.25 --asymmetry 0.5 --tune-epochs 3 --tune-rate 0.01 "
-        "--tune-windows 5".split()
+        "--tune-windows 5 --tune-pieces 6".split()
     )
     assert recipe.importance == Importance(token_power=0.25) and recipe.asymmetry == 0.5
-    assert recipe.tuning == Tuning(3, 0.01, 5)
+    assert recipe.tuning == Tuning(3, 0.01, 5, 6)
     _, other = parse("--ckpt x --weigh-outputs --spread 0.1 --sensitivity-windows 3".split())
     assert other.importance == Importance(weigh_outputs=True, spread=0.1, sensitivity_windows=3)
     assert recipe.method == Finished(ADMM("constant", 30, 4, 0.2, 2.5, "cholesky"), Exact(steps=7))
@@ -106,7 +106,10 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
         assert (fixed.importance.spread, fixed.pattern_text) == (0.0, target)
         assert fixed.importance.weigh_outputs and fixed.tuning == made.tuning
     assert recipe("--tune-epochs 0").tuning == Tuning()
-    assert recipe("--tune-tokens 250k").tuning == Tuning(tune_tokens=250_000)
+    pieces = made.tuning.tune_pieces
+    assert recipe("--tune-tokens 250k").tuning == Tuning(tune_tokens=250_000, tune_pieces=pieces)
+    for count in (1, 3):
+        assert recipe(f"--tune-pieces {count}").tuning == dataclasses.replace(made.tuning, tune_pieces=count)
     # No reverse pass where nothing would come of it.
     assert not recipe("--pattern per-output").importance.measured
     assert not recipe("--mask from-file:m").importance.measured

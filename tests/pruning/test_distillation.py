@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -201,8 +202,35 @@ def test_epochs_may_end_early(epochs: float, visited: int) -> None:
     np.testing.assert_array_equal(list(text.batches(visited - 1)), every[-1:])
 
 
+def test_windows_are_cut_into_pieces(tmp_path: Path) -> None:
+    """Of 32 tokens into three of 10: two are left out. A stream's come in their order, also from a later step on."""
+    ids = np.arange(5 * 32, dtype=np.int32).reshape(5, 32)
+    expected = ids[:, :30].reshape(15, 10)
+    text = of_windows(ids, Tuning(tune_epochs=1, tune_pieces=3, tune_windows=3), 0)
+    assert (text.steps, text.shape) == (5, (3, 10))
+    visited = np.concatenate(list(text.batches(0)))
+    np.testing.assert_array_equal(visited[np.argsort(visited[:, 0])], expected)
+
+    stream, tuning = of_ids(tmp_path), Tuning(tune_tokens=20 * 8, tune_pieces=3, tune_windows=2)
+    windows = np.stack([*islice(stream.windows(), 6)])
+    text = of_stream(stream, tuning)
+    assert (text.steps, text.shape) == (8, (2, 10)) and text.held_out is stream.held_out
+    for begin in range(8):
+        found = np.concatenate(list(text.batches(begin)))
+        np.testing.assert_array_equal(found, windows[:, :30].reshape(18, 10)[2 * begin : 16])
+    assert Tuning(tune_epochs=1).pieces(5, 32) == (5, 32)
+    assert Tuning(tune_epochs=1, tune_pieces=100).pieces(5, 32) == (160, 1)
+
+
 @pytest.mark.parametrize(
-    "bad", [{"tune_epochs": -1}, {"tune_epochs": float("nan")}, {"tune_rate": 0.0}, {"tune_windows": 0}]
+    "bad",
+    [
+        {"tune_epochs": -1},
+        {"tune_epochs": float("nan")},
+        {"tune_rate": 0.0},
+        {"tune_windows": 0},
+        {"tune_pieces": 0},
+    ],
 )
 def test_impossible_options_are_refused(bad: dict) -> None:
     with pytest.raises(InputError, match="tune_.* must be"):
