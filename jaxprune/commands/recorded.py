@@ -62,6 +62,8 @@ def of_recipe(recipe: RecipeRecord) -> Iterator[tuple[str, Any]]:
         (recipe.tuning, preset.tuning if preset else Tuning()),
     ):
         changed = {name: value for name, value in vars(options).items() if value != getattr(usual, name)}
+        if not recipe.tuning.tunes:
+            changed.pop("tune_pieces", None)
         yield from ((name, value) for name, value in changed.items() if value or name != "spread")
     yield "asymmetry", recipe.asymmetry
     if recipe.preset and not recipe.importance.spread and isinstance(recipe.pattern, UnstructuredRecord):

@@ -73,8 +73,7 @@ def square_product(kind: str) -> tuple[Callable[[jax.Array, jax.Array], jax.Arra
     size = 2048 if hardware.current().on_cpu else 8192
     precision = DotAlgorithmPreset.BF16_BF16_F32_X6 if kind == BF16X6 else Precision.HIGHEST
     x = jnp.ones((size, size), jnp.float32 if kind == BF16X6 else kind)
-    sums = jnp.promote_types(x.dtype, jnp.float32)
-    return jax.jit(partial(jnp.matmul, precision=precision, preferred_element_type=sums)), x
+    return jax.jit(partial(jnp.matmul, precision=precision)), x
 
 
 def matrix_rate(kind: str) -> float:

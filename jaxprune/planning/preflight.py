@@ -4,6 +4,7 @@ Shapes are enough: config.json and the headers of the weights, or config.json al
 analysis of the programs that the run will call, or, where even all their intermediate results fit at once, that sum.
 """
 
+import contextlib
 import dataclasses
 import time
 from collections import Counter
@@ -70,8 +71,9 @@ def need(work: Work, within: float = 0.0) -> Need:
     """
     spread, here = _spread(work), hardware.current()
     costs = _Costs(work, within)
-    stands_in = here.on_cpu and work.device_bytes is not None
-    with writing_for(dataclasses.replace(here, stands_in=stands_in)):
+    elsewhere = here.on_cpu and work.device_bytes is not None
+    # Nothing is written anew for this device: the run would trace and compile it all again.
+    with writing_for(dataclasses.replace(here, stands_in=True)) if elsewhere else contextlib.nullcontext():
         every = list(programs_of(spread))
         alone = every if spread is work else list(programs_of(work))  # on one device loops have a length that is known
         for program, same in zip(every, alone, strict=True):

@@ -77,7 +77,7 @@ def restore(journal: Journal | None, state: Sequence[Kernels]) -> Kept | None:
 
 def keep_curve(journal: Journal | None, curve: list[tuple[int, float]]) -> None:
     """Keeps the measures of a tuning that has ended; its state goes once all layers are tuned."""
-    if journal and curve and CURVE not in journal:
+    if journal and curve and journal.get(CURVE) is None:
         tokens, divergences = zip(*curve, strict=True)
         journal.put(CURVE, {"tokens": np.array(tokens), "divergences": np.array(divergences)}, {})
 
