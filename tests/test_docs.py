@@ -75,6 +75,7 @@ def test_the_readmes_examples_run_and_their_result_is_used(checkpoint: Path, tmp
     assert run_python("docs/extending/family.md", checkpoint, tmp_path)[-1] == "True"
 
 
+@pytest.mark.slow
 def test_the_guides_python_runs(checkpoint: Path, tmp_path: Path) -> None:
     problems, errors, recipe, kernel, module = run_python("docs/guide/python.md", checkpoint, tmp_path)
     assert problems == "[] 0.5" and errors.startswith("0 0.") and "; 2 0." in errors

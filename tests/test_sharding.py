@@ -171,7 +171,8 @@ def test_two_processes_tune_on_a_text_as_one(line: list[object], tmp_path: Path)
     assert len(curves[0]) == 2
 
 
-@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "killed"])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [False, True], ids=["", "killed"])
 def test_two_processes_do_as_one(killed: bool, line: list[object], tmp_path: Path) -> None:
     argv = [*line, *RECIPES["Wanda"], "--out", tmp_path / "out"]
     if killed:

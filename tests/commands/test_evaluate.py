@@ -35,6 +35,7 @@ def pruned(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactor
     return out
 
 
+@pytest.mark.slow
 def test_several_checkpoints_are_measured_against_the_dense_one(
     checkpoint: Path, pruned: Path, text: Path, data: Path, tmp_path: Path
 ) -> None:

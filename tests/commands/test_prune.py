@@ -185,6 +185,7 @@ def test_the_best_preset(finished: tuple[Path, str], checkpoint: Path, text: Pat
     assert divergence(record) < 0.9 * divergence(plain)
 
 
+@pytest.mark.slow
 def test_masks_are_saved_and_taken_up_again(
     finished: tuple[Path, str], checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:

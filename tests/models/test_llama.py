@@ -60,7 +60,7 @@ def test_logits_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
     model = load(tmp_path)
     found, states = logits(model, tokens)
     for mine, theirs in zip(states[:-1], expected.hidden_states[:-1], strict=True):
-        np.testing.assert_allclose(mine, theirs.numpy(), rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(mine, theirs.numpy(), rtol=1e-5, atol=2e-4)
     assert np.abs(found - expected.logits.numpy()).max() < 1e-4
 
 

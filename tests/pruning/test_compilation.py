@@ -36,6 +36,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.slow
 def test_a_second_run_compiles_nothing(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     flags = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 2, "--seqlen", 32, "--eval", "none", "--out", "out"]
     environment = {name: value for name, value in os.environ.items() if "COMPILATION_CACHE" not in name}

@@ -134,14 +134,14 @@ def whole(
     return run
 
 
-KILLS = [("best", "tuning", 12)]  # tests/crash kills at file operations
-MORE = [("plain", "reading", 4), ("plain", "commit", 3), ("plain", "rename", 1), ("plain", "tidying", 2)]
+MORE = [("best", "tuning", 12)]  # tests/crash kills at file operations
+MORE += [("plain", "reading", 4), ("plain", "commit", 3), ("plain", "rename", 1), ("plain", "tidying", 2)]
 MORE += [("plain", "solve", 17), ("best", "sensitivity", 4)]
 MORE += [("plain", "Gram, asymmetric", 3), ("plain", "export", 3), ("plain", "forward", 2), ("plain", "states", 2)]
 MORE += [("plain", "record", 1), ("plain", "random", 0), ("plain", "random", 1), ("best", "commit", 4)]
 MORE += [("best", "Gram", 3), ("best", "tuning", 22), ("best", "rename", 1), ("stream", "tuning", 52)]
 MORE += [("best", "random", number) for number in range(2)]
-KILLS += [pytest.param(*kill, marks=pytest.mark.slow) for kill in MORE]
+KILLS = [pytest.param(*kill, marks=pytest.mark.slow) for kill in MORE]
 
 
 @pytest.mark.parametrize(("name", "moment", "number"), KILLS)
