@@ -147,7 +147,7 @@ class RecipeOptions:
             flags.pop("tune_epochs", None)
         if "tune_epochs" in given:
             flags.pop("tune_tokens", None)
-        if not any((flags | given).get(name) for name in ("tune_epochs", "tune_tokens")):
+        if not any({**flags, **given}.get(name) for name in ("tune_epochs", "tune_tokens")):
             flags.pop("tune_pieces", None)
         for role in self.classes:
             flag_of = self.flag_of(role)
