@@ -35,7 +35,7 @@ class Hardware:
         return self.platform == "cpu"
 
     @property
-    def products_in_float32(self) -> bool:
+    def float32_results(self) -> bool:
         """Whether products of 16-bit arrays have float32 results, rounded afterwards: XLA's CPU backend multiplies no
         others in 16 bits, which AMX and AVX-512 do several times as fast."""
         return self.on_cpu and not self.stands_in

@@ -53,7 +53,7 @@ def all_but_kernels(arrays: Sequence[Array | None], dtype: DTypeLike) -> tuple[A
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _product(equation: str, precision: Any, dtype: DTypeLike, a: Array, b: Array) -> Array:
     b = b.astype(a.dtype)
-    if a.dtype.itemsize == 2 and hardware.current().products_in_float32:
+    if a.dtype.itemsize == 2 and hardware.current().float32_results:
         equation, a, b = _as_cpus_multiply(equation, a, b)
         return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32).astype(dtype)
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=dtype)

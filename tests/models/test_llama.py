@@ -60,7 +60,9 @@ def test_logits_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
     model = load(tmp_path)
     found, states = logits(model, tokens)
     for mine, theirs in zip(states[:-1], expected.hidden_states[:-1], strict=True):
-        np.testing.assert_allclose(mine, theirs.numpy(), rtol=1e-5, atol=2e-4)
+        # States up to 134, by squared ReLU, are 1.5e-4 from float64's in torch's float32 too.
+        atol = max(1e-4, 1.5e-6 * float(theirs.abs().max()))
+        np.testing.assert_allclose(mine, theirs.numpy(), rtol=1e-5, atol=atol)
     assert np.abs(found - expected.logits.numpy()).max() < 1e-4
 
 

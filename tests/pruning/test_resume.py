@@ -134,16 +134,16 @@ def whole(
     return run
 
 
-MORE = [("best", "tuning", 12)]  # tests/crash kills at file operations
-MORE += [("plain", "reading", 4), ("plain", "commit", 3), ("plain", "rename", 1), ("plain", "tidying", 2)]
-MORE += [("plain", "solve", 17), ("best", "sensitivity", 4)]
-MORE += [("plain", "Gram, asymmetric", 3), ("plain", "export", 3), ("plain", "forward", 2), ("plain", "states", 2)]
-MORE += [("plain", "record", 1), ("plain", "random", 0), ("plain", "random", 1), ("best", "commit", 4)]
-MORE += [("best", "Gram", 3), ("best", "tuning", 22), ("best", "rename", 1), ("stream", "tuning", 52)]
-MORE += [("best", "random", number) for number in range(2)]
-KILLS = [pytest.param(*kill, marks=pytest.mark.slow) for kill in MORE]
+KILLS = [("best", "tuning", 12)]  # tests/crash kills at file operations
+KILLS += [("plain", "reading", 4), ("plain", "commit", 3), ("plain", "rename", 1), ("plain", "tidying", 2)]
+KILLS += [("plain", "solve", 17), ("best", "sensitivity", 4)]
+KILLS += [("plain", "Gram, asymmetric", 3), ("plain", "export", 3), ("plain", "forward", 2), ("plain", "states", 2)]
+KILLS += [("plain", "record", 1), ("plain", "random", 0), ("plain", "random", 1), ("best", "commit", 4)]
+KILLS += [("best", "Gram", 3), ("best", "tuning", 22), ("best", "rename", 1), ("stream", "tuning", 52)]
+KILLS += [("best", "random", number) for number in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "moment", "number"), KILLS)
 def test_a_killed_run_goes_on_to_the_same_bytes(
     name: str, moment: str, number: int, start: Callable, whole: Callable, line: list[str], tmp_path: Path
