@@ -1,5 +1,6 @@
 """What machine this is: its devices, its memory, and how fast it multiplies matrices."""
 
+import functools
 import os
 import platform
 import re
@@ -76,8 +77,9 @@ def square_product(kind: str) -> tuple[Callable[[jax.Array, jax.Array], jax.Arra
     return jax.jit(partial(jnp.matmul, precision=precision)), x
 
 
+@functools.cache
 def matrix_rate(kind: str) -> float:
-    """Measures the FLOP/s of this device in square products of a kind; see `program.Flops`."""
+    """Measures the FLOP/s of this device in square products of a kind, once; see `program.Flops`."""
     product, x = square_product(kind)
     seconds = []
     for _ in range(3):

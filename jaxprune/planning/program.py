@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -153,7 +154,7 @@ def _produced(jaxpr: Jaxpr) -> int:
     """Returns the bytes of the results of all equations; those of a loop's body count once."""
     total = 0
     for equation in jaxpr.eqns:
-        total += size_of([v.aval for v in equation.outvars])
+        total += sum(_bytes_of(v.aval) for v in equation.outvars if hasattr(v.aval, "dtype"))
         for inner in _inside(equation):
             total += _produced(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
     return total
@@ -161,11 +162,8 @@ def _produced(jaxpr: Jaxpr) -> int:
 
 def _inside(equation: JaxprEqn) -> list[ClosedJaxpr | Jaxpr]:
     """Returns the programs inside an equation."""
-    return [p for p in jax.tree.leaves(equation.params, is_leaf=_is_program) if _is_program(p)]
-
-
-def _is_program(value: Any) -> bool:
-    return isinstance(value, ClosedJaxpr | Jaxpr)
+    values = (value if isinstance(value, tuple) else (value,) for value in equation.params.values())
+    return [one for one in chain.from_iterable(values) if isinstance(one, ClosedJaxpr | Jaxpr)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import threading
@@ -164,18 +165,25 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.fixture
-def stopped(line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Path, dict[str, str]]:
-    """The command line of a run that stopped in its last layer, its journal, and the digests it should end with."""
-    argv = [*line, "--sparsity", "0.7", "--weigh-outputs"]
-    assert main([*argv, "--out", str(tmp_path / "whole")]) == 0
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def stopped_once(line: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """A command line without its --out, and a folder with the result of a whole run and the journal of a stopped one."""
+    argv, folder = [*line, "--sparsity", "0.7", "--weigh-outputs"], tmp_path_factory.mktemp("stopped")
+    assert main([*argv, "--out", str(folder / "whole")]) == 0
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(journal_module, "PATIENCE", 0)  # hidden states are kept, however slow the disk is
         patch.setattr(layer, "prune_and_round", failing(layer.prune_and_round, 30))
-        assert main([*argv, "--out", str(out)]) == 2
-    assert not out.exists()
-    return [*argv, "--out", str(out)], tmp_path / "out.unfinished", digests(tmp_path / "whole")
+        assert main([*argv, "--out", str(folder / "out")]) == 2
+    assert not (folder / "out").exists()
+    return argv, folder
+
+
+@pytest.fixture
+def stopped(stopped_once: tuple[list[str], Path], tmp_path: Path) -> tuple[list[str], Path, dict[str, str]]:
+    """The command line of a run that stopped in its last layer, its journal, and the digests it should end with."""
+    argv, folder = stopped_once
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    return [*argv, "--out", str(tmp_path / "out")], tmp_path / "out.unfinished", digests(folder / "whole")
 
 
 @pytest.mark.parametrize(
