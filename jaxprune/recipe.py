@@ -77,16 +77,21 @@ class Recipe:
             if getattr(self.importance, field):
                 raise InputError(f"{field} changes nothing, for {reason}", options={field: Change.OMIT})
 
-    def at(self, pattern: Pattern | str | None = None, sparsity: float | None = None) -> "Recipe":
+    def at(self, pattern: Pattern | str | float | None = None, sparsity: float | None = None) -> "Recipe":
         """Returns the recipe with another pattern; what would have no effect under it is left out.
 
         Args:
-            pattern: or its name: unstructured, per-output, or N:M such as 2:4; None: the recipe's own kind.
+            pattern: or its name: unstructured, per-output, or N:M such as 2:4; or the sparsity alone; None: the recipe's
+                own kind.
             sparsity: fraction of zeros; None: 0.5, or what N:M has.
 
         Raises:
             InputError: there is no such pattern, or it has another sparsity.
         """
+        if isinstance(pattern, int | float):
+            if sparsity is not None:
+                raise InputError(f"one sparsity is enough: {pattern} and {sparsity} are given")
+            pattern, sparsity = None, pattern
         if pattern is None:
             per_output = isinstance(self.pattern, Unstructured) and self.pattern.per_output
             pattern = "per-output" if per_output else "unstructured"

@@ -96,7 +96,9 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
     made = recipe("--sparsity 0.7")
     assert made.importance.spread == PRESETS[preset].importance.spread == 0.3 and made.importance.weigh_outputs
     assert made.tuning == PRESETS[preset].tuning
-    assert made == PRESETS[preset].at(sparsity=0.7)
+    assert made == PRESETS[preset].at(sparsity=0.7) == PRESETS[preset].at(0.7)
+    with pytest.raises(InputError, match="one sparsity is enough"):
+        PRESETS[preset].at(0.7, 0.5)
     assert (made.pattern_text, made.slug) == ("70 % in total", f"{preset}-70")
     assert made.method_text.startswith(f"{preset}: admm, ")
     assert recipe("--tune-epochs 7 --spread 0.05").tuning.tune_epochs == 7
