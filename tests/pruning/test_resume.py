@@ -167,7 +167,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 
 @pytest.fixture(scope="module")
 def stopped_once(line: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
-    """A command line without its --out, and a folder with the result of a whole run and the journal of a stopped one."""
+    """A command line without --out, and a folder with the result of a whole run and the journal of a stopped one."""
     argv, folder = [*line, "--sparsity", "0.7", "--weigh-outputs"], tmp_path_factory.mktemp("stopped")
     assert main([*argv, "--out", str(folder / "whole")]) == 0
     with pytest.MonkeyPatch.context() as patch:
