@@ -208,8 +208,8 @@ def of_distillation(
         for name, moving in one.kernels.moving.items():
             gradient = shapes.devices.abstract(Shape(moving.value.shape, x.dtype), -1)
             number, others = Shape((), jnp.float32), beside - size_of(moving) + size_of(values) - size_of(gradient)
-            own = one.kernels.masks[name], one.kernels.units[name], gradient, number, number
-            yield Program("tune", f"step {name}", adam.step_one, (moving, *own), calls, others, donated=(0,))
+            own = moving, one.kernels.fixed[name], gradient, number, number
+            yield Program("tune", f"step {name}", adam.step_one, own, calls, others, donated=(0,))
     chunk = Shape((min(CHUNK // 2, step * length), architecture.width), architecture.config.dtype)
     loss, beside = partial(student.head_divergence, architecture.head), stays + results
     yield Program("tune", "divergence", loss, (head, chunk, chunk), visits * step * length / chunk.shape[0], beside)
@@ -235,11 +235,9 @@ class _Tuned(NamedTuple):
         names = [f"{path}.kernel" for path in layer.linears if path not in layer.routers]
         values = {name: Shape(params[name].shape, jnp.float32) for name in names}
         rest = {name: param for name, param in params.items() if name not in values}
-        eighths = {name: -(-value.shape[-2] // 8) for name, value in values.items()}
-        masks = {n: Shape((*v.shape[:-2], eighths[n], v.shape[-1]), jnp.uint8) for n, v in values.items()}
-        units = {name: Shape((len(v.shape) - 2) * (v.shape[0], 1, 1), jnp.float32) for name, v in values.items()}
         moving = {name: jax.eval_shape(adam.moving_of, value) for name, value in values.items()}
-        kernels = jax.tree.map(lambda leaf: shapes.devices.abstract(leaf, -1), adam.Kernels(moving, masks, units))
+        fixed = {name: _fixed(one) for name, one in moving.items()}
+        kernels = jax.tree.map(lambda leaf: shapes.devices.abstract(leaf, -1), adam.Kernels(moving, fixed))
         forward_and_vjp = partial(student.forward_and_vjp, layer)
         vjp = x
         if placement.results:
@@ -247,6 +245,12 @@ class _Tuned(NamedTuple):
             vjp = jax.tree.map(lambda a: shapes.devices.abstract(a, 0 if a.shape[:1] == windows else None), kept)
         stays = size_of(kernels) if placement.state else 0
         return cls(params, kernels, rest, vjp, stays, size_of(vjp) if placement.results else 0)
+
+
+def _fixed(moving: adam.Moving) -> adam.Fixed:
+    *experts, n, m = moving.value.shape
+    mask = Shape((*experts, -(-n // 8), m), jnp.uint8)
+    return adam.Fixed(mask, moving.rows, moving.columns, Shape((*experts, 1, 1) if experts else (), jnp.float32))
 
 
 def of_evaluation(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:

@@ -50,18 +50,32 @@ class Moving(NamedTuple):
     columns: Float[Array | np.ndarray, "*e m"]
 
 
+class Fixed(NamedTuple):
+    """What no step changes of one kernel.
+
+    Attributes:
+        mask: bits of the nonzero values, eight inputs a byte, [ceil(n / 8), m]: TPUs unpack them so as they go.
+        rows: how many are kept of each input.
+        columns: of each output.
+        unit: root mean square of the kept weights; of experts one each, [e, 1, 1], 0 for those that stay as they are.
+    """
+
+    mask: UInt8[Array | np.ndarray, "*e _ m"]
+    rows: Float[Array | np.ndarray, "*e n"]
+    columns: Float[Array | np.ndarray, "*e m"]
+    unit: Float[Array | np.ndarray, "*u"]
+
+
 class Kernels(NamedTuple):
     """The kernels of one layer's pruned linear layers under Adam, by name.
 
     Attributes:
         moving: what steps change.
-        masks: bits of the nonzero values, eight inputs a byte, [ceil(n / 8), m]: TPUs unpack them so as they go.
-        units: root mean squares of the kept weights; of experts one each, [e, 1, 1], 0 for those that stay as they are.
+        fixed: what they do not.
     """
 
     moving: dict[str, Moving]
-    masks: dict[str, UInt8[Array | np.ndarray, "*e _ m"]]
-    units: dict[str, Float[Array | np.ndarray, "*u"]]
+    fixed: dict[str, Fixed]
 
     @property
     def values(self) -> dict[str, Any]:
@@ -77,9 +91,8 @@ def init(kernels: Params, experts: Mapping[str, Sequence[int | None]] = MappingP
         experts: name -> the experts whose kernels are tuned, where they are stacked; the others stay as they are.
     """
     values = {name: kernel.astype(np.float32) for name, kernel in kernels.items()}
-    masks = {name: np.packbits(value != 0, axis=-2) for name, value in values.items()}
-    units = {name: _unit(value) if value.ndim == 2 else _units(value, experts[name]) for name, value in values.items()}
-    return Kernels({name: moving_of(value) for name, value in values.items()}, masks, units)
+    fixed = {name: _fixed(value, experts[name] if value.ndim == 3 else ()) for name, value in values.items()}
+    return Kernels({name: moving_of(value) for name, value in values.items()}, fixed)
 
 
 def moving_of(value: Float[Array | np.ndarray, "*e n m"]) -> Moving:
@@ -87,6 +100,13 @@ def moving_of(value: Float[Array | np.ndarray, "*e n m"]) -> Moving:
     *experts, n, m = value.shape
     rows, columns = np.zeros((*experts, n), np.float32), np.zeros((*experts, m), np.float32)
     return Moving(value, np.zeros(value.shape, jnp.bfloat16), rows, columns)
+
+
+def _fixed(value: Float[np.ndarray, "*e n m"], tuned: Sequence[int | None]) -> Fixed:
+    kept = value != 0
+    unit = _unit(value) if value.ndim == 2 else _units(value, tuned)
+    rows, columns = (kept.sum(axis, dtype=np.float32) for axis in (-1, -2))
+    return Fixed(np.packbits(kept, axis=-2), rows, columns, unit)
 
 
 def _unit(value: Float[np.ndarray, "n m"]) -> Any:
@@ -110,7 +130,7 @@ def step(
         rate: the rate of the step.
     """
     return {
-        name: step_one(moving, kernels.masks[name], kernels.units[name], gradients.pop(name), number, rate)
+        name: step_one(moving, kernels.fixed[name], gradients.pop(name), number, rate)
         for name, moving in kernels.moving.items()
     }
 
@@ -118,8 +138,7 @@ def step(
 @partial(jax.jit, donate_argnums=0)
 def step_one(
     kernel: Moving,
-    bits: UInt8[Array, "*e _ m"],
-    unit: Float[Array, "*u"],
+    fixed: Fixed,
     gradient: Float[Array, "*e n m"],
     number: Float[Array, ""],
     rate: Float[Array, ""],
@@ -128,25 +147,22 @@ def step_one(
 
     Args:
         kernel: before the step.
-        bits: its mask.
-        unit: of its step.
+        fixed: what stays of it.
         gradient: by its values.
         number: of the step, from 1.
         rate: of the step.
     """
     beta, gamma = BETAS
-    kept = _unpacked(bits, gradient.shape[-2])
-    gradient = masked(kept, gradient.astype(jnp.float32))
+    gradient = masked(_unpacked(fixed.mask, gradient.shape[-2]), gradient.astype(jnp.float32))
     first = beta * kernel.first.astype(jnp.float32) + (1 - beta) * gradient
-    square, counts = gradient * gradient, kept.astype(jnp.float32)
-    in_row, in_column = jnp.sum(counts, axis=-1), jnp.sum(counts, axis=-2)
-    rows = gamma * kernel.rows + (1 - gamma) * _mean(jnp.sum(square, axis=-1), in_row)
-    columns = gamma * kernel.columns + (1 - gamma) * _mean(jnp.sum(square, axis=-2), in_column)
-    mean = _mean(jnp.sum(rows * in_row, axis=-1, keepdims=True), jnp.sum(in_row, axis=-1, keepdims=True))
+    square = gradient * gradient
+    rows = gamma * kernel.rows + (1 - gamma) * _mean(jnp.sum(square, axis=-1), fixed.rows)
+    columns = gamma * kernel.columns + (1 - gamma) * _mean(jnp.sum(square, axis=-2), fixed.columns)
+    mean = _mean(jnp.sum(rows * fixed.rows, axis=-1, keepdims=True), jnp.sum(fixed.rows, axis=-1, keepdims=True))
     share = columns / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny)
     second = rows[..., :, None] * share[..., None, :]
     step = (first / (1 - beta**number)) / (jnp.sqrt(second / (1 - gamma**number)) + EPSILON)
-    value = kernel.value - rate * unit * step  # 0 where nothing is kept
+    value = kernel.value - rate * fixed.unit * step  # 0 where nothing is kept
     return Moving(value, first.astype(jnp.bfloat16), rows, columns)
 
 
@@ -156,11 +172,8 @@ def _mean(total: Float[Array, "*s"], count: Float[Array, "*s"]) -> Float[Array, 
 
 def rounded(kernels: Kernels, name: str, dtype: np.dtype, devices: Devices) -> Float[Array, "*e n m"]:
     """Rounds a kernel to the dtype that it is stored in; every weight that is kept stays other than zero."""
-    return round_kernel(devices.shard_outputs(kernels.moving[name].value), _kept(kernels, name), dtype)
-
-
-def _kept(kernels: Kernels, name: str) -> Bool[Array, "*e n m"]:
-    return _unpacked(kernels.masks[name], kernels.moving[name].value.shape[-2])
+    value = devices.shard_outputs(kernels.moving[name].value)
+    return round_kernel(value, _unpacked(kernels.fixed[name].mask, value.shape[-2]), dtype)
 
 
 def _unpacked(bits: UInt8[Array | np.ndarray, "*e _ m"], count: int) -> Bool[Array, "*e n m"]:
