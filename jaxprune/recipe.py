@@ -182,7 +182,7 @@ PRESETS: Mapping[str, Recipe] = MappingProxyType(
         "thorough": Recipe(
             ADMM(damping=0.03),
             importance=_PRESET,
-            tuning=Tuning(tune_tokens=1_000_000, tune_pieces=4),
+            tuning=Tuning(tune_tokens=1_000_000, tune_pieces=2),
             preset="thorough",
         ),
     }

@@ -110,7 +110,7 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
     assert recipe("--tune-epochs 0").tuning == recipe("--tune-tokens 0 --tune-epochs 0").tuning == Tuning()
     pieces = made.tuning.tune_pieces
     assert recipe("--tune-tokens 250k").tuning == Tuning(tune_tokens=250_000, tune_pieces=pieces)
-    assert ("windows in 4 pieces" in made.method_text) == (pieces == 4)
+    assert (f"windows in {pieces} pieces" in made.method_text) == (pieces > 1)
     for count in (1, 3):
         assert recipe(f"--tune-pieces {count}").tuning == dataclasses.replace(made.tuning, tune_pieces=count)
     # No reverse pass where nothing would come of it.
