@@ -81,7 +81,7 @@ class Recipe:
         """Returns the recipe with another pattern; what would have no effect under it is left out.
 
         Args:
-            pattern: or its name, unstructured, per-output, or N:M such as 2:4; or a sparsity; None: the recipe's own kind.
+            pattern: or its name: unstructured, per-output, or N:M such as 2:4; or a sparsity; None: the recipe's kind.
             sparsity: fraction of zeros; None: 0.5, or what N:M has.
 
         Raises:
