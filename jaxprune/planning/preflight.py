@@ -274,7 +274,7 @@ def _size(spec: Spec, path: str) -> int:
 
 
 def seconds(need: Need, devices: Devices = ONE_DEVICE) -> dict[str, float]:
-    """Predicts how long each phase takes, from the matrix rate of this machine, measured now."""
+    """Predicts how long each phase takes, from the matrix rate of this machine, measured once a process."""
     dtypes = sorted({dtype for flops in need.flops.values() for dtype in flops})
     rates = {dtype: machine.matrix_rate(dtype) for dtype in dtypes}
     return {
