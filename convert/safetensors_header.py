@@ -43,6 +43,11 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     start: int
 
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it has there."""
+        return math.prod(self.shape) * BITS[self.dtype] // 8
+
 
 def header(path: Path) -> dict[str, Stored]:
     """Returns tensor name -> dtype and shape, in the order of the data, which they fill without a gap.

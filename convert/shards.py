@@ -22,7 +22,7 @@ from convert.errors import CheckpointError, NoRoomError
 from convert.writing import failed, failing, sync, write_text
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_STORED = DTYPES | {"uint8": "U8"}
+STORED = DTYPES | {"uint8": "U8"}
 MAX_SHARD_SIZE = 5_000_000_000
 INDEX = "model.safetensors.index.json"
 
@@ -50,7 +50,7 @@ class TensorFile:
             tensor = spec[name]
             starts[name], end = end, end + _nbytes(tensor)
             header[name] = {
-                "dtype": _STORED[tensor.dtype.name],
+                "dtype": STORED[tensor.dtype.name],
                 "shape": tensor.shape,
                 "data_offsets": [starts[name], end],
             }

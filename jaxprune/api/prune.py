@@ -136,7 +136,7 @@ def prune(
     require_recipe(without_experts(model.architecture, recipe.experts.drop_experts), recipe)
     observer.phase_timed("setup", time.perf_counter() - begun)
     if not unchecked:
-        require_whole(model.reader.assets)
+        require_whole(model.reader.files)
         observer.planned(fit.require_fit(_work(model, windows, recipe, place, evaluator)))
     run, masks_at = resume.run_of(wanted), masks_place.path if masks_place else None
     if broadcast(emptied):

@@ -4,7 +4,9 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from convert import create_checkpoint, open_checkpoint, parts, writer_for
+from rich.filesize import decimal
+
+from convert import create_checkpoint, open_checkpoint, parts, require_suitable, writer_for
 from convert.assets import read_config
 from convert.command import run
 from convert.consistency import check
@@ -17,7 +19,9 @@ from jaxprune.commands.options import CommandLine, Section, make
 EXAMPLES = """Examples:
 
     jaxprune convert model.gguf ./model
-    jaxprune convert ./model ./orbax --to orbax"""
+    jaxprune convert ./model ./orbax --to orbax
+    jaxprune convert ./pruned ./packed --to packed
+    jaxprune convert ./packed ./again"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +29,9 @@ class Options:
     """How the result is written."""
 
     to: str = "hf"
-    """Format of the target: hf or orbax."""
+    """Format of the target: hf, orbax, or packed, in which a pruned checkpoint takes less disk."""
+    zstd: int | None = None
+    """Level, 1 to 22, at which zstd compresses what is packed (default: 3); 0: not at all."""
     overwrite: bool = False
     """Replace an earlier result that nobody changed."""
 
@@ -47,7 +53,8 @@ def _main(argv: Sequence[str]) -> int:
         examples=EXAMPLES,
     )
     wanted = make(Options, given)
-    writer_for(wanted.to)
+    options = {} if wanted.zstd is None else {"zstd": wanted.zstd}
+    writer_for(wanted.to, options)
     place = destination(given["target"], overwrite=wanted.overwrite)
     place.check()
     source = resolve(given["source"])
@@ -55,11 +62,16 @@ def _main(argv: Sequence[str]) -> int:
     require_apart({"the source": place.inputs}, {"the target": place.path}, error=CheckpointError)
     reader = open_checkpoint(source)
     check(reader.spec, read_config(reader.assets))
-    with create_checkpoint(place, reader.spec, reader.assets, to=wanted.to) as writer:
+    require_suitable(wanted.to, reader)
+    with create_checkpoint(place, reader.spec, reader.assets, to=wanted.to, options=options) as writer:
         for paths in parts(reader.spec).values():
             writer.write(reader.read(paths))
     size = sum(t.size * t.dtype.itemsize for t in reader.spec.values())
-    print(f"{given['target']}: {len(reader.spec)} tensors, {size / 1e9:.2f} GB, format {wanted.to}")
+    written = sum(path.stat().st_size for path in open_checkpoint(place.path).files)
+    print(
+        f"{given['target']}: {len(reader.spec)} tensors, {decimal(size)}, in {decimal(written)} of files, "
+        f"format {wanted.to}"
+    )
     return 0
 
 

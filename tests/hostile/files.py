@@ -61,6 +61,7 @@ def build(base: Path) -> None:
         require(convert(["hf", "orbax", "--to", "orbax"]) == 0, "convert")
         line = f"--ckpt hf {PRUNE}".split()
         require(run([*line, "--out", "pruned", "--save-masks", "masks.safetensors"]) == 0, "run")
+        require(convert(["pruned", "packed", "--to", "packed"]) == 0, "convert")
         require(evaluate([*"pruned --against hf --out evaluation".split(), *MEASURE.split()]) == 0, "evaluate")
         tokens = np.load("ids.npy").astype(np.int32)
         model = load("hf")

@@ -58,6 +58,7 @@ CALLS: Mapping[str, Target] = {
     "fp8": _call(answers.checkpoint, "fp8", "fp8/*"),
     "mxfp4": _call(answers.checkpoint, "mxfp4", "mxfp4/*"),
     "orbax": _call(answers.checkpoint_anywhere, "orbax", "orbax/params.json", "orbax/params/**/*", "orbax/config.json"),
+    "packed": _call(answers.checkpoint, "packed", "packed/packed.json", "packed/packed/*", "packed/config.json"),
     "npy": _call(answers.windows, "ids.npy"),
     "jsonl": _call(answers.windows, "text.jsonl"),
     "gz": _call(answers.windows, "text.json.gz"),
@@ -100,6 +101,9 @@ RUNS: Mapping[str, Target] = {
     "convert-hf": _command("convert.__main__", "shards out --to orbax", converted("shards"), "shards/*"),
     "convert-gguf": _command("convert.__main__", "f32.gguf out", converted("f32.gguf"), "f32.gguf"),
     "convert-orbax": _command("convert.__main__", "orbax out", converted("orbax"), "orbax/**/*"),
+    "convert-packed": _command(
+        "convert.__main__", "packed out", converted("packed"), "packed/packed.json", "packed/packed/*"
+    ),
     "evaluate": _command(
         "jaxprune.commands.evaluate",
         f"pruned --against hf {MEASURE} --out out",

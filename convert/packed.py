@@ -1,0 +1,246 @@
+"""Pruned checkpoints on less disk: of kernels with zeros the places and values of the others, all else as it is.
+
+`packed.json` says of each tensor how it lies in the folder `packed`, in one safetensors file a part (a decoder layer,
+the embedding, ...); README.md in the folder describes that to whoever has no jaxprune. `packing` has the codes, and
+`planes` what zstd does with them.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import numpy as np
+from jaxtyping import Shaped
+from pydantic import Field
+
+from convert import packing, planes, schema
+from convert.assets import check_files, read_config
+from convert.checkpoint import Params, Spec, part_of, parts
+from convert.checkpoint import Reader as AnyReader
+from convert.consistency import check_paths
+from convert.errors import Change, CheckpointError, DamagedError, joined
+from convert.files import open_regular, require_inside
+from convert.names import Naming, flax_path, naming_of
+from convert.packing import Groups, Mask, Places
+from convert.safetensors_header import Stored, header
+from convert.schema import Count, Schema
+from convert.shards import TensorFile
+from convert.writing import write_text
+
+MARK, FOLDER = "packed.json", "packed"
+
+
+class _Whole(Schema):
+    kind: Literal["whole"] = "whole"
+
+
+class _Mask(Schema):
+    kind: Literal["mask"] = "mask"
+    kept: Count
+
+
+class _Groups(Schema):
+    kind: Literal["groups"] = "groups"
+    n: Annotated[int, Field(ge=1, lt=16)]
+    m: Literal[2, 4, 8, 16]
+
+
+class _Tensor(Schema):
+    """How a tensor lies in its file.
+
+    Attributes:
+        file: relative path of the file.
+        dtype: of the tensor.
+        shape: of the tensor; a kernel's is [out, in].
+        layout: `whole`, or places and values.
+        sha256: of the tensor's bytes in a checkpoint that is not packed: little-endian, in C order.
+    """
+
+    file: Annotated[str, Field(pattern=rf"^{FOLDER}/[A-Za-z0-9_-]{{1,200}}(\.[0-9]{{1,4}})?\.safetensors$")]
+    dtype: Literal["float64", "float32", "float16", "bfloat16"]
+    shape: Annotated[tuple[Annotated[int, Field(ge=0, le=2**40)], ...], Field(max_length=8, strict=False)]
+    layout: Annotated[_Whole | _Mask | _Groups, Field(discriminator="kind")]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+    @property
+    def places(self) -> Places | None:
+        """Where the values are; None: everywhere."""
+        if isinstance(self.layout, _Groups):
+            return Groups(self.layout.n, self.layout.m)
+        return Mask(self.layout.kept) if isinstance(self.layout, _Mask) else None
+
+    def arrays(self, name: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Returns name -> shape and dtype of the arrays that make the tensor; those of the places come first."""
+        dtype, places = np.dtype(self.dtype), self.places
+        if places is None:
+            return {name: (self.shape, dtype)}
+        if len(self.shape) != 2 or (isinstance(places, Groups) and (places.n >= places.m or self.shape[1] % places.m)):
+            raise DamagedError("its layout does not fit its shape", entry=name, found=list(self.shape))
+        where = (places.nbytes(self.shape),), np.dtype(np.uint8)
+        return {f"{name}.places": where, f"{name}.values": ((places.count(self.shape),), dtype)}
+
+
+class _Index(Schema):
+    """packed.json."""
+
+    format: Literal["jaxprune packed"] = "jaxprune packed"
+    version: Literal[1] = 1
+    tensors: dict[Annotated[str, Field(max_length=500)], _Tensor]
+
+
+class Reader:
+    """Reads a folder that this module's Writer wrote.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        CheckpointError: it is incomplete or damaged; all that is, in one message.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._folder = path
+        config = read_config(path)
+        check_files(path)
+        tensors = schema.read(_Index, path / MARK).tensors
+        naming = naming_of(config, tensors)
+        self._headers = {file: self._header(file) for file in sorted({tensor.file for tensor in tensors.values()})}
+        self._tensors: dict[str, tuple[str, _Tensor]] = {}
+        problems = []
+        for name, tensor in tensors.items():
+            try:
+                for array, (shape, dtype) in tensor.arrays(name).items():
+                    planes.tensors_of(array, shape, dtype, self._headers[tensor.file])
+            except DamagedError as error:
+                problems.append(str(error))
+            param = flax_path(naming.bare(name), len(tensor.shape))
+            if param in self._tensors:
+                problems.append(f"{self._tensors[param][0]} and {name} are two names for one param")
+            self._tensors[param] = name, tensor
+        if problems:
+            raise DamagedError(f"it is incomplete or damaged: {joined(problems)}", file=path)
+        check_paths(self._tensors, path)
+        spec = {p: _struct(t.shape[::-1] if _transposed(p) else t.shape, t) for p, (_, t) in self._tensors.items()}
+        self.spec: Spec = {p: spec[p] for paths in parts(spec).values() for p in paths}
+
+    def _header(self, file: str) -> dict[str, Stored]:
+        require_inside(self._folder / file, self._folder)
+        return header(self._folder / file)
+
+    @property
+    def assets(self) -> Path:
+        return self._folder
+
+    @property
+    def files(self) -> list[Path]:
+        return [self._folder / file for file in self._headers]
+
+    @staticmethod
+    def accepts(path: Path) -> bool:
+        return os.path.lexists(path / MARK)
+
+    def stored_bytes(self, path: str) -> int:
+        """Returns the bytes that a param takes in its file."""
+        name, tensor = self._tensors[path]
+        stored = self._headers[tensor.file]
+        arrays = tensor.arrays(name).items()
+        return sum(stored[part].nbytes for array, whole in arrays for part in planes.tensors_of(array, *whole, stored))
+
+    def read(self, paths: Iterable[str]) -> Params:
+        return {path: self._read(path) for path in paths}
+
+    def _read(self, path: str) -> Shaped[np.ndarray, "..."]:
+        name, tensor = self._tensors[path]
+        file, stored = self._folder / tensor.file, self._headers[tensor.file]
+        try:
+            with open_regular(file) as opened:
+                arrays = [
+                    planes.join(opened, planes.tensors_of(array, *whole, stored), *whole, stored)
+                    for array, whole in tensor.arrays(name).items()
+                ]
+            places = tensor.places
+            array = arrays[0] if places is None else packing.unpack(*arrays, places, tensor.shape)
+        except (OSError, ValueError) as error:
+            raise DamagedError(f"it cannot be read ({error})", file=file, entry=name) from error
+        if sha256(array.reshape(-1).view(np.uint8)).hexdigest() != tensor.sha256:
+            raise DamagedError("it is not what was packed", file=file, entry=name)
+        return array.T if _transposed(path) else array
+
+
+class Writer:
+    """Writes one safetensors file a part, and the index at the end.
+
+    Args:
+        folder: an empty folder.
+        spec: the shapes and dtypes of what will be written.
+        naming: how the checkpoint's tensors are called; each expert's by itself.
+        zstd: level of zstd, 1 to 22, at which planes of bytes are compressed; 0: none is.
+    """
+
+    def __init__(self, folder: Path, spec: Spec, naming: Naming, *, zstd: int = 3) -> None:
+        if zstd not in planes.LEVELS:
+            problem = f"zstd has levels up to {planes.LEVELS[-1]}, not {zstd}"
+            raise CheckpointError(problem, options={"zstd": Change.OTHER})
+        self.folder, self._spec, self._naming, self._level = folder, spec, naming, zstd
+        self._tensors: dict[str, _Tensor] = {}
+        self.files: set[str] = set()
+
+    @staticmethod
+    def require_suitable(reader: AnyReader) -> None:
+        """Raises CheckpointError where no kernel would become smaller, of a checkpoint that is not pruned."""
+        for path in reader.spec:
+            if path.endswith(".kernel") and packing.places_of(reader.read([path])[path].T):
+                return
+        raise CheckpointError("packed it would be larger, for none of its kernels has zeros enough: it is not pruned")
+
+    def write(self, params: Mapping[str, np.ndarray]) -> None:
+        grouped: dict[str, list[str]] = {}
+        for path in params:
+            grouped.setdefault(part_of(path), []).append(path)
+        for part, paths in grouped.items():
+            file = f"{FOLDER}/{part}.safetensors"
+            arrays: dict[str, np.ndarray] = {}
+            for path in paths:
+                name = self._naming.hf_name(path)
+                array = np.ascontiguousarray(params[path].T if _transposed(path) else params[path])
+                places = packing.places_of(array) if _transposed(path) else None
+                digest = sha256(array.reshape(-1).view(np.uint8)).hexdigest()
+                self._tensors[name] = _Tensor(
+                    file=file, dtype=array.dtype.name, shape=array.shape, layout=_layout(places), sha256=digest
+                )
+                whole = [array] if places is None else packing.pack(array, places)
+                for key, one in zip(self._tensors[name].arrays(name), whole, strict=True):
+                    arrays |= planes.split(key, one, self._level)
+            (self.folder / FOLDER).mkdir(exist_ok=True)
+            spec = {key: jax.ShapeDtypeStruct(array.shape, array.dtype) for key, array in arrays.items()}
+            tensors = TensorFile(self.folder / file, spec, {})
+            for key, array in arrays.items():
+                tensors.write(key, array)
+            tensors.finish()
+            self.files.add(file)
+
+    def finish(self) -> None:
+        if missing := sorted(path for path in self._spec if self._naming.hf_name(path) not in self._tensors):
+            raise CheckpointError(f"the checkpoint is incomplete, never written: {', '.join(missing[:5])}")
+        index = _Index(tensors=self._tensors)
+        write_text(self.folder / MARK, index.model_dump_json(indent=1) + "\n")
+        write_text(self.folder / "README.md", Path(__file__).with_suffix(".md").read_text("utf-8"))
+        self.files |= {MARK, "README.md"}
+
+
+def _struct(shape: tuple[int, ...], tensor: _Tensor) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, np.dtype(tensor.dtype))
+
+
+def _transposed(path: str) -> bool:
+    """Returns whether a param is a kernel, [in, out]; its tensor is [out, in]."""
+    return path.endswith(".kernel")
+
+
+def _layout(places: Places | None) -> _Whole | _Mask | _Groups:
+    if isinstance(places, Groups):
+        return _Groups(n=places.n, m=places.m)
+    return _Mask(kept=places.kept) if isinstance(places, Mask) else _Whole()
