@@ -15,6 +15,7 @@ _EXPORTS = {
     "Finished": "jaxprune.methods.combine",
     "gram": "jaxprune.methods.gram",
     "NM": "jaxprune.sparsity.patterns",
+    "keep_zeros": "jaxprune.sparsity.finetuning",
     "Unstructured": "jaxprune.sparsity.patterns",
     "PRESETS": "jaxprune.recipe",
     "Importance": "jaxprune.recipe_parts",
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from jaxprune.recipe_parts import Rule as Rule
     from jaxprune.recipe_parts import Tuning as Tuning
     from jaxprune.sharding import Devices as Devices
+    from jaxprune.sparsity.finetuning import keep_zeros as keep_zeros
     from jaxprune.sparsity.patterns import NM as NM
     from jaxprune.sparsity.patterns import Unstructured as Unstructured
     from jaxprune.streaming.model import StreamedModel as StreamedModel

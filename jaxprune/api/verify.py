@@ -8,6 +8,7 @@ from jaxprune.api.load import load
 from jaxprune.evaluation import verification
 from jaxprune.evaluation.verification import Verdict
 from jaxprune.reporting import reading, schema
+from jaxprune.sparsity import masks
 from jaxprune.sparsity.patterns import Pattern
 from jaxprune.streaming.model import StreamedModel
 
@@ -17,6 +18,7 @@ def verify(
     *,
     against: str | Path | StreamedModel | None = None,
     pattern: Pattern | None = None,
+    zeros_of: str | Path | None = None,
 ) -> Verdict:
     """Proves from the stored tensors what a pruned checkpoint claims.
 
@@ -25,6 +27,7 @@ def verify(
         against: the dense model: all but the pruned kernels must be the same, bit for bit.
         pattern: the pattern that every kernel must have; None: what the checkpoint's record says, else an N:M that
             nearly all have.
+        zeros_of: the name of a pruned checkpoint, whose zeros must be zeros here, as after a fine-tuning.
 
     Raises:
         InputError, CheckpointError: a checkpoint cannot be read, or is no model.
@@ -41,4 +44,6 @@ def verify(
             dense = dense.keeping({int(index): kept for index, kept in run.kept_experts.items()})
     if pattern is not None:
         expected |= {"pattern": pattern, "wanted": None, "own": {}}
+    if zeros_of is not None:
+        expected["masks"] = masks.from_checkpoint(open_checkpoint(zeros_of), str(zeros_of))
     return verification.verify(model, against=dense, **expected)

@@ -16,7 +16,8 @@ from jaxprune.sparsity.patterns import NM, parse_pattern
 EXAMPLES = """Examples:
 
     jaxprune verify ./pruned --against llama-7b
-    jaxprune verify ./pruned --pattern 2:4"""
+    jaxprune verify ./pruned --pattern 2:4
+    jaxprune verify ./tuned --zeros-of ./pruned"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Options:
     says; else an N:M that nearly all have)."""
     sparsity: float | None = None
     """The fraction of zeros that every linear layer must have at least (default: as --pattern)."""
+    zeros_of: str | None = None
+    """A pruned checkpoint, whose zeros must be zeros here too: a fine-tuning has kept them."""
     all: bool = False
     """List every linear layer."""
 
@@ -74,7 +77,7 @@ def _main(argv: Sequence[str]) -> int:
     run = reading.run_of(name)
     recorded = None if run is None or run.importance.spread else run.pattern.pattern()
     claimed = pattern or recorded
-    verdict = verify(name, against=wanted.against, pattern=pattern)
+    verdict = verify(name, against=wanted.against, pattern=pattern, zeros_of=wanted.zeros_of)
     print_table(_rows(verdict.kernels, wanted.all), ("linear layer", "tensors", "zeros", "pattern"))
     for problem in verdict.problems[:MOST_PROBLEMS]:
         console.print(f"problem: {problem}")
@@ -87,6 +90,7 @@ def _main(argv: Sequence[str]) -> int:
     facts += " along the inputs (columns of the stored [out, in])" * isinstance(claimed, NM)
     if wanted.against:
         facts += f", {verdict.compared} other tensors compared with {wanted.against}"
+    facts += f", all zeros of {wanted.zeros_of} kept" * bool(wanted.zeros_of and not verdict.problems)
     if verdict.problems:
         console.print(f"not verified, {len(verdict.problems)} problems: {name}: {facts}")
         return 1

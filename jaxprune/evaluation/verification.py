@@ -10,6 +10,7 @@ from jaxtyping import Shaped
 
 from convert import Reader
 from convert.assets import has_tokenizer
+from jaxprune.sparsity.masks import Masks, StoredMask
 from jaxprune.sparsity.patterns import NM, Pattern, Sections, Unstructured, by_section
 from jaxprune.streaming.model import StreamedModel
 
@@ -63,6 +64,7 @@ def verify(
     wanted: Mapping[Which, int] | None = None,
     sections: Mapping[Which, Mapping[str, int]] = MappingProxyType({}),
     total: int | None = None,
+    masks: Masks | None = None,
 ) -> Verdict:
     """Reads every tensor, one at a time, and says what is not as it should be.
 
@@ -75,6 +77,7 @@ def verify(
         wanted: zeros that every kernel must have at least.
         sections: zeros of each of the linear layers that lie side by side in one, which must have exactly those.
         total: zeros that all kernels together must have at least.
+        masks: where every kernel must be zero at least.
 
     Raises:
         InputError, CheckpointError: the checkpoint cannot be read, or is no model.
@@ -97,6 +100,7 @@ def verify(
             kernels[which] = _examine(array, model.architecture.layers[which[0]].sections.get(which[1], ()))
             its = own[which] if which in own else pattern
             problems += [f"{name} {problem}" for problem in _violations(array, its, (wanted or {}).get(which))]
+            problems += [f"{name} {problem}" for problem in _moved(array, masks and masks(*which))]
         elif dense and name in dense.spec and not _same(array, dense.read([name])[name]):
             problems.append(f"{name} is not the dense checkpoint's, bit for bit")
     if counts is not None:
@@ -217,6 +221,16 @@ def _violations(kernel: Shaped[np.ndarray, "n m"], pattern: Pattern | None, want
             yield f"has {found} zeros, {least - found} fewer than {pattern} of {kept.size} weights"
     if wanted is not None and found < wanted:
         yield f"has {found} zeros, {wanted - found} fewer than were wanted of {kept.size} weights"
+
+
+def _moved(kernel: Shaped[np.ndarray, "n m"], mask: StoredMask | None) -> Iterator[str]:
+    """Yields how many weights a kernel has where a mask has none."""
+    if mask is None:
+        return
+    if mask.shape != kernel.shape:
+        yield f"is {list(kernel.shape)}, and the masks' {list(mask.shape)}"
+    elif count := int(np.count_nonzero((kernel != 0) & ~mask.read())):
+        yield f"has {count} weights where there were zeros"
 
 
 def _outliers(kernels: Mapping[Which, StoredKernel]) -> list[str]:

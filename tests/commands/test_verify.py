@@ -240,3 +240,25 @@ def test_what_cannot_be_read_is_one_error(
 def test_n_of_m_is_found_on_both_axes(checkpoint: Path) -> None:
     kernels = verify(load(checkpoint)).kernels
     assert all(kernel == StoredKernel(kernel.zeros, kernel.size, ()) for kernel in kernels.values())
+
+
+def test_zeros_that_a_fine_tuning_lost_are_counted(
+    pruned: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source, name = pruned["50 %"], "model.layers.1.mlp.up_proj.weight"
+
+    def tune(tensors: dict[str, np.ndarray]) -> None:
+        for tensor in tensors.values():
+            tensor *= np.float32(1.1)
+
+    def lose(tensors: dict[str, np.ndarray]) -> None:
+        zeros = np.flatnonzero(tensors[name] == 0)[:3]
+        tensors[name].reshape(-1)[zeros] = 1e-30
+
+    tuned = change(source, tmp_path / "tuned", tune)
+    assert main([str(tuned), "--zeros-of", str(source)]) == 0
+    lost = change(tuned, tmp_path / "lost", lose)
+    (lost / "jaxprune.json").unlink()
+    capsys.readouterr()
+    assert main([str(lost), "--zeros-of", str(source)]) == 1
+    assert "layers.1.mlp.up_proj.kernel has 3 weights where there were zeros" in " ".join(capsys.readouterr().out.split())
