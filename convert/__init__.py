@@ -4,11 +4,12 @@ A checkpoint is a flat mapping from Flax paths to arrays: the checkpoint's own n
 `model.`, with Flax's leaf names, so `model.layers.3.mlp.up_proj.weight` is `layers.3.mlp.up_proj.kernel`.
 Kernels are [in, out]. `flax.traverse_util.unflatten_dict(params, sep=".")` nests them.
 
-A format is a file of this package that exposes a `Reader`, a `Writer`, or both:
+A format is a module of this package that exposes a `Reader`, a `Writer`, or both:
 
 - `Reader(path)` looks at headers only; `Reader.accepts(path)` says whether the format knows the path.
-- `Writer(folder, spec, naming)` writes into an empty folder that it may fill as it likes. Further arguments, by name,
-  are options of the format; `Writer.require_suitable(reader)`, where it is there, refuses what the format cannot hold.
+- `Writer(place, spec, assets)` fills an empty folder, or makes a file if its `single_file` is true. Further arguments,
+  by name, are options of the format; `Writer.require_suitable(reader)`, where it is there, refuses what the format
+  cannot hold.
 """
 
 import importlib
@@ -30,7 +31,6 @@ from convert.checkpoint import parts as parts
 from convert.errors import Change
 from convert.errors import CheckpointError as CheckpointError
 from convert.errors import DamagedError as DamagedError
-from convert.names import Naming, naming_in
 
 if TYPE_CHECKING:
     from convert.destination import Destination
@@ -43,7 +43,8 @@ def formats() -> dict[str, ModuleType]:
     modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
 
     def own(module: ModuleType, name: str) -> bool:
-        return getattr(getattr(module, name, None), "__module__", "") == module.__name__
+        home = getattr(getattr(module, name, None), "__module__", "")
+        return f"{home}.".startswith(f"{module.__name__}.")
 
     return {name: module for name, module in modules.items() if own(module, "Reader") or own(module, "Writer")}
 
@@ -84,7 +85,8 @@ def create_checkpoint(
     """Writes a checkpoint that appears at its place only when it is complete; see `destination`.
 
     Args:
-        place: a folder that does not exist, or is replaced at the end where `overwrite` is set and it is ours.
+        place: a folder (of some formats a file) that does not exist, or is replaced at the end where `overwrite` is set
+            and it is ours.
         spec: what will be written.
         assets: the folder whose other files (configuration, tokenizer) go with the weights.
         to: the format.
@@ -97,15 +99,18 @@ def create_checkpoint(
     from convert import ownership
     from convert.destination import destination, staged
 
-    with staged(destination(place, overwrite=overwrite)) as folder:
-        with fill_checkpoint(folder, spec, assets, to=to, options=options) as writer:
+    with staged(destination(place, overwrite=overwrite, folder=not is_file(to))) as made:
+        with fill_checkpoint(made, spec, assets, to=to, options=options) as writer:
             yield writer
-        ownership.mark(folder, "checkpoint", writer.files)
+        if is_file(to):
+            ownership.seal(made)
+        else:
+            ownership.mark(made, "checkpoint", writer.files)
 
 
 @contextmanager
 def fill_checkpoint(
-    folder: Path,
+    place: Path,
     spec: Spec,
     assets: Path,
     *,
@@ -113,23 +118,24 @@ def fill_checkpoint(
     changes: Mapping[str, Any] = MappingProxyType({}),
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[Writer]:
-    """Writes a checkpoint into an empty folder; arguments and errors as for `create_checkpoint`.
+    """Writes a checkpoint into an empty folder, or to a file; arguments and errors as for `create_checkpoint`.
 
     Args:
-        folder, spec, assets, to, options: see there.
+        place, spec, assets, to, options: see there.
         changes: entries of config.json that get other values.
     """
-    from convert.assets import copy_assets, read_config
+    from convert.assets import copy_assets
     from convert.writing import names
 
-    writer = writer_for(to, options)(folder, spec, naming_in(read_config(assets), spec))
-    copy_assets(assets, folder, changes)
-    writer.files |= names(folder)
+    writer = writer_for(to, options)(place, spec, assets)
+    if not is_file(to):
+        copy_assets(assets, place, changes)
+        writer.files |= names(place)
     yield writer
     writer.finish()
 
 
-def writer_for(to: str, options: Mapping[str, Any] = MappingProxyType({})) -> Callable[[Path, Spec, Naming], Writer]:
+def writer_for(to: str, options: Mapping[str, Any] = MappingProxyType({})) -> Callable[[Path, Spec, Path], Writer]:
     """Returns what writes a format; CheckpointError where it cannot be written, or has no such options."""
     writer = _writers().get(to)
     if writer is None:
@@ -137,6 +143,11 @@ def writer_for(to: str, options: Mapping[str, Any] = MappingProxyType({})) -> Ca
     if unknown := options.keys() - inspect.signature(writer).parameters.keys():
         raise CheckpointError(f"checkpoints in {to} have no such option", options=dict.fromkeys(unknown, Change.OMIT))
     return partial(writer, **options)
+
+
+def is_file(to: str) -> bool:
+    """Returns whether a checkpoint in a format is a single file."""
+    return getattr(_writers().get(to), "single_file", False)
 
 
 def require_suitable(to: str, reader: Reader) -> None:

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from convert.names import EMBEDDINGS, HEADS, Naming
+from convert.names import EMBEDDINGS, HEADS
 
 Params = dict[str, np.ndarray]
 Spec = dict[str, jax.ShapeDtypeStruct]
@@ -46,15 +46,21 @@ class Reader(Protocol):
 class Writer(Protocol):
     """A checkpoint that is written part by part, in any order; nothing but the last part is held in memory.
 
+    Args:
+        place: where it is made: an empty folder; or a file that is not there yet, of a format whose Writer has a
+            `single_file` that is true.
+        spec: the shapes and dtypes of what will be written.
+        assets: a folder with configuration and tokenizer. They are copied beside what is written in a folder.
+
     Attributes:
-        folder: being written; it becomes the checkpoint's folder.
-        files: relative paths of the files that it wrote later than at its start.
+        place: as given.
+        files: relative paths of the files that it wrote in its folder later than at its start.
     """
 
-    folder: Path
+    place: Path
     files: set[str]
 
-    def __init__(self, folder: Path, spec: Spec, naming: Naming) -> None: ...
+    def __init__(self, place: Path, spec: Spec, assets: Path) -> None: ...
 
     def write(self, params: Mapping[str, np.ndarray]) -> None:
         """Writes whole parts (a part is the embedding, a decoder layer, the final norm or the head)."""

@@ -17,7 +17,7 @@ from convert.checkpoint import Params, Spec, parts
 from convert.consistency import check_paths
 from convert.errors import CheckpointError, DamagedError, joined
 from convert.files import read_bytes, require_inside
-from convert.names import Naming, flax_path, naming_of
+from convert.names import Naming, flax_path, naming_in, naming_of
 from convert.safetensors_header import Stored, header
 from convert.schema import Schema, check, decode
 from convert.shards import INDEX, ShardWriter
@@ -108,8 +108,9 @@ class Reader:
 class Writer:
     """Writes safetensors with Hugging Face's names, one file up to 5 GB and shards with an index above."""
 
-    def __init__(self, folder: Path, spec: Spec, naming: Naming) -> None:
-        self.folder, self._naming = folder, naming
+    def __init__(self, folder: Path, spec: Spec, assets: Path) -> None:
+        self.place = folder
+        self._naming = naming = naming_in(read_config(assets), spec)
         self.files: set[str] = set()
         shapes = {}
         for name, paths in stored.tensors_of(spec, naming).items():

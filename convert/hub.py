@@ -121,7 +121,6 @@ def require_whole(files: Iterable[Path]) -> None:
 
 
 def _snapshot(repository: str, weights: bool) -> Path:
-    from convert import open_checkpoint
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -130,6 +129,8 @@ def _snapshot(repository: str, weights: bool) -> Path:
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
+
+    from convert import open_checkpoint
 
     # A complete copy in the cache needs no network: asking an unreachable hub first would cost half a minute.
     try:

@@ -24,7 +24,6 @@ from convert.checkpoint import Params, Spec, part_of, parts
 from convert.consistency import check_paths
 from convert.errors import CheckpointError, DamagedError, NoRoomError, joined
 from convert.files import require_regular
-from convert.names import Naming
 from convert.schema import Schema
 from convert.shards import DTYPES
 from convert.writing import names, write_text
@@ -117,9 +116,9 @@ class Reader:
 class Writer:
     """Writes one Orbax pytree a part."""
 
-    def __init__(self, folder: Path, spec: Spec, naming: Naming) -> None:
-        del naming  # names are paths here
-        self.folder, self._parts = folder, parts(spec)
+    def __init__(self, folder: Path, spec: Spec, assets: Path) -> None:
+        del assets  # names are paths here
+        self.place, self._parts = folder, parts(spec)
         self._missing = set(self._parts)
         self.files: set[str] = set()
 
@@ -129,14 +128,14 @@ class Writer:
             part = part_of(path)
             grouped.setdefault(part, {})[path.removeprefix(f"{part}.")] = array
         for part, leaves in grouped.items():
-            save_tree(self.folder.resolve() / "params" / part, leaves)
-            self.files |= {f"params/{part}/{name}" for name in names(self.folder / "params" / part)}
+            save_tree(self.place.resolve() / "params" / part, leaves)
+            self.files |= {f"params/{part}/{name}" for name in names(self.place / "params" / part)}
             self._missing.discard(part)
 
     def finish(self) -> None:
         if self._missing:
             raise CheckpointError(f"the checkpoint is incomplete, never written: {', '.join(sorted(self._missing))}")
-        write_text(self.folder / MARK, json.dumps({"parts": list(self._parts)}, indent=2) + "\n")
+        write_text(self.place / MARK, json.dumps({"parts": list(self._parts)}, indent=2) + "\n")
         self.files.add(MARK)
 
 

@@ -23,7 +23,7 @@ from convert.checkpoint import Reader as AnyReader
 from convert.consistency import check_paths
 from convert.errors import Change, CheckpointError, DamagedError, joined
 from convert.files import open_regular, require_inside
-from convert.names import Naming, flax_path, naming_of
+from convert.names import flax_path, naming_in, naming_of
 from convert.packing import Groups, Mask, Places
 from convert.safetensors_header import Stored, header
 from convert.schema import Count, Schema
@@ -45,7 +45,7 @@ class _Mask(Schema):
 class _Groups(Schema):
     kind: Literal["groups"] = "groups"
     n: Annotated[int, Field(ge=1, lt=16)]
-    m: Literal[2, 4, 8, 16]
+    m: Annotated[int, Field(ge=2, le=16)]
 
 
 class _Tensor(Schema):
@@ -60,7 +60,7 @@ class _Tensor(Schema):
     """
 
     file: Annotated[str, Field(pattern=rf"^{FOLDER}/[A-Za-z0-9_-]{{1,200}}(\.[0-9]{{1,4}})?\.safetensors$")]
-    dtype: Literal["float64", "float32", "float16", "bfloat16"]
+    dtype: Annotated[str, Field(pattern="^(float64|float32|float16|bfloat16)$")]
     shape: Annotated[tuple[Annotated[int, Field(ge=0, le=2**40)], ...], Field(max_length=8, strict=False)]
     layout: Annotated[_Whole | _Mask | _Groups, Field(discriminator="kind")]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -77,10 +77,16 @@ class _Tensor(Schema):
         dtype, places = np.dtype(self.dtype), self.places
         if places is None:
             return {name: (self.shape, dtype)}
-        if len(self.shape) != 2 or (isinstance(places, Groups) and (places.n >= places.m or self.shape[1] % places.m)):
+        if len(self.shape) != 2 or (isinstance(places, Groups) and not places.fits(self.matrix)):
             raise DamagedError("its layout does not fit its shape", entry=name, found=list(self.shape))
-        where = (places.nbytes(self.shape),), np.dtype(np.uint8)
-        return {f"{name}.places": where, f"{name}.values": ((places.count(self.shape),), dtype)}
+        where = (places.nbytes(self.matrix),), np.dtype(np.uint8)
+        return {f"{name}.places": where, f"{name}.values": ((places.count(self.matrix),), dtype)}
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The shape of what has places."""
+        rows, columns = self.shape
+        return rows, columns
 
 
 class _Index(Schema):
@@ -162,10 +168,10 @@ class Reader:
                     for array, whole in tensor.arrays(name).items()
                 ]
             places = tensor.places
-            array = arrays[0] if places is None else packing.unpack(*arrays, places, tensor.shape)
+            array = arrays[0] if places is None else packing.unpack(arrays[0], arrays[1], places, tensor.matrix)
         except (OSError, ValueError) as error:
             raise DamagedError(f"it cannot be read ({error})", file=file, entry=name) from error
-        if sha256(array.reshape(-1).view(np.uint8)).hexdigest() != tensor.sha256:
+        if _digest(array) != tensor.sha256:
             raise DamagedError("it is not what was packed", file=file, entry=name)
         return array.T if _transposed(path) else array
 
@@ -176,15 +182,16 @@ class Writer:
     Args:
         folder: an empty folder.
         spec: the shapes and dtypes of what will be written.
-        naming: how the checkpoint's tensors are called; each expert's by itself.
+        assets: the folder of the checkpoint's configuration.
         zstd: level of zstd, 1 to 22, at which planes of bytes are compressed; 0: none is.
     """
 
-    def __init__(self, folder: Path, spec: Spec, naming: Naming, *, zstd: int = 3) -> None:
+    def __init__(self, folder: Path, spec: Spec, assets: Path, *, zstd: int = 3) -> None:
         if zstd not in planes.LEVELS:
             problem = f"zstd has levels up to {planes.LEVELS[-1]}, not {zstd}"
             raise CheckpointError(problem, options={"zstd": Change.OTHER})
-        self.folder, self._spec, self._naming, self._level = folder, spec, naming, zstd
+        self.place, self._spec, self._level = folder, spec, zstd
+        self._naming = naming_in(read_config(assets), spec)
         self._tensors: dict[str, _Tensor] = {}
         self.files: set[str] = set()
 
@@ -207,16 +214,16 @@ class Writer:
                 name = self._naming.hf_name(path)
                 array = np.ascontiguousarray(params[path].T if _transposed(path) else params[path])
                 places = packing.places_of(array) if _transposed(path) else None
-                digest = sha256(array.reshape(-1).view(np.uint8)).hexdigest()
+                digest = _digest(array)
                 self._tensors[name] = _Tensor(
                     file=file, dtype=array.dtype.name, shape=array.shape, layout=_layout(places), sha256=digest
                 )
                 whole = [array] if places is None else packing.pack(array, places)
                 for key, one in zip(self._tensors[name].arrays(name), whole, strict=True):
                     arrays |= planes.split(key, one, self._level)
-            (self.folder / FOLDER).mkdir(exist_ok=True)
+            (self.place / FOLDER).mkdir(exist_ok=True)
             spec = {key: jax.ShapeDtypeStruct(array.shape, array.dtype) for key, array in arrays.items()}
-            tensors = TensorFile(self.folder / file, spec, {})
+            tensors = TensorFile(self.place / file, spec, {})
             for key, array in arrays.items():
                 tensors.write(key, array)
             tensors.finish()
@@ -226,9 +233,14 @@ class Writer:
         if missing := sorted(path for path in self._spec if self._naming.hf_name(path) not in self._tensors):
             raise CheckpointError(f"the checkpoint is incomplete, never written: {', '.join(missing[:5])}")
         index = _Index(tensors=self._tensors)
-        write_text(self.folder / MARK, index.model_dump_json(indent=1) + "\n")
-        write_text(self.folder / "README.md", Path(__file__).with_suffix(".md").read_text("utf-8"))
+        write_text(self.place / MARK, index.model_dump_json(indent=1) + "\n")
+        write_text(self.place / "README.md", Path(__file__).with_suffix(".md").read_text("utf-8"))
         self.files |= {MARK, "README.md"}
+
+
+def _digest(array: Shaped[np.ndarray, "..."]) -> str:
+    """Returns the SHA-256 of an array's bytes in C order."""
+    return sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def _struct(shape: tuple[int, ...], tensor: _Tensor) -> jax.ShapeDtypeStruct:

@@ -59,6 +59,10 @@ class Groups:
     n: int
     m: int
 
+    def fits(self, shape: tuple[int, int]) -> bool:
+        """Returns whether rows of this shape can be grouped so."""
+        return self.m in SIZES and 0 < self.n < self.m and shape[1] % self.m == 0
+
     @property
     def bits(self) -> int:
         """Bits of a group."""

@@ -9,7 +9,6 @@ References:
 """
 
 import json
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +17,8 @@ import jax
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from convert.errors import CheckpointError, NoRoomError
-from convert.writing import failed, failing, sync, write_text
+from convert.errors import CheckpointError
+from convert.writing import failed, failing, reserve, sync, write_text
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 STORED = DTYPES | {"uint8": "U8"}
@@ -58,16 +57,9 @@ class TensorFile:
         text += b" " * (-len(text) % 8)
         self._starts = {name: 8 + len(text) + start for name, start in starts.items()}
         size = 8 + len(text) + end
-        try:
-            with path.open("wb") as file:
-                file.write(struct.pack("<Q", len(text)) + text)
-                file.flush()
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, size)
-                else:  # macOS
-                    file.truncate(size)
-        except OSError as error:
-            raise NoRoomError(f"no room for {size / 1e9:.2f} GB ({error.strerror})", file=path.parent) from error
+        with failing(path):
+            path.write_bytes(struct.pack("<Q", len(text)) + text)
+        reserve(path, size)
 
     def write(self, name: str, array: np.ndarray) -> None:
         """Writes one tensor at its place."""

@@ -33,6 +33,22 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def reserve(path: Path, size: int) -> None:
+    """Takes the disk space that a file will need, so that a disk that is too small is known before any work.
+
+    Raises:
+        NoRoomError: there is none.
+    """
+    try:
+        with path.open("r+b") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:  # macOS
+                file.truncate(size)
+    except OSError as error:
+        raise NoRoomError(f"no room for {size / 1e9:.2f} GB ({error.strerror})", file=path.parent) from error
+
+
 def put_text(path: Path, text: str, work: Path) -> None:
     """Writes a file that appears whole, and replaces nothing.
 

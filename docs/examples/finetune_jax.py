@@ -1,4 +1,4 @@
-"""Fine-tunes the decoder layers of a pruned checkpoint in JAX with optax, the whole model in memory, and keeps its zeros.
+"""Fine-tunes the decoder layers of a pruned checkpoint with optax, the whole model in memory, and keeps its zeros.
 
     python finetune_jax.py PRUNED TEXT.jsonl TUNED
 

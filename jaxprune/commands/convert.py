@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.filesize import decimal
 
-from convert import create_checkpoint, open_checkpoint, parts, require_suitable, writer_for
+from convert import create_checkpoint, is_file, open_checkpoint, parts, require_suitable, writer_for
 from convert.assets import read_config
 from convert.command import run
 from convert.consistency import check
@@ -21,15 +21,19 @@ EXAMPLES = """Examples:
     jaxprune convert model.gguf ./model
     jaxprune convert ./model ./orbax --to orbax
     jaxprune convert ./pruned ./packed --to packed
-    jaxprune convert ./packed ./again"""
+    jaxprune convert ./packed ./again
+    jaxprune convert ./pruned pruned.gguf --type q8_0"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How the result is written."""
 
-    to: str = "hf"
-    """Format of the target: hf, orbax, or packed, in which a pruned checkpoint takes less disk."""
+    to: str | None = None
+    """Format of the target: hf, orbax, packed, in which a pruned checkpoint takes less disk, or gguf (default: gguf
+    where the target's name ends so, else hf)."""
+    type: str | None = None
+    """How a GGUF file stores matrices: f32, f16 (default), bf16, q8_0, q5_1, q5_0, q4_1 or q4_0."""
     zstd: int | None = None
     """Level, 1 to 22, at which zstd compresses what is packed (default: 3); 0: not at all."""
     overwrite: bool = False
@@ -48,29 +52,29 @@ def _main(argv: Sequence[str]) -> int:
         [Section("Result", Options)],
         positionals={
             "source": "A folder, a .gguf file, a known name such as llama-7b, or owner/name of a hub.",
-            "target": "The folder to make.",
+            "target": "The folder to make; of GGUF the file.",
         },
         examples=EXAMPLES,
     )
     wanted = make(Options, given)
-    options = {} if wanted.zstd is None else {"zstd": wanted.zstd}
-    writer_for(wanted.to, options)
-    place = destination(given["target"], overwrite=wanted.overwrite)
+    to = wanted.to or ("gguf" if given["target"].endswith(".gguf") else "hf")
+    options = {name: value for name in ("type", "zstd") if (value := getattr(wanted, name)) is not None}
+    writer_for(to, options)
+    place = destination(given["target"], overwrite=wanted.overwrite, folder=not is_file(to))
     place.check()
     source = resolve(given["source"])
     place.inputs = tuple(inputs_of(source))
     require_apart({"the source": place.inputs}, {"the target": place.path}, error=CheckpointError)
     reader = open_checkpoint(source)
     check(reader.spec, read_config(reader.assets))
-    require_suitable(wanted.to, reader)
-    with create_checkpoint(place, reader.spec, reader.assets, to=wanted.to, options=options) as writer:
+    require_suitable(to, reader)
+    with create_checkpoint(place, reader.spec, reader.assets, to=to, options=options) as writer:
         for paths in parts(reader.spec).values():
             writer.write(reader.read(paths))
     size = sum(t.size * t.dtype.itemsize for t in reader.spec.values())
     written = sum(path.stat().st_size for path in open_checkpoint(place.path).files)
     print(
-        f"{given['target']}: {len(reader.spec)} tensors, {decimal(size)}, in {decimal(written)} of files, "
-        f"format {wanted.to}"
+        f"{given['target']}: {len(reader.spec)} tensors, {decimal(size)}, in {decimal(written)} of files, format {to}"
     )
     return 0
 

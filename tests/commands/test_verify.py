@@ -38,7 +38,7 @@ def make(out: Path, dense: Path, pattern: Pattern, *, record: bool = False) -> P
         for paths in other_params(model.reader.spec):
             writer.write(model.reader.read(paths))
         if record:
-            write_record(writer.folder, account.as_json(), {})
+            write_record(writer.place, account.as_json(), {})
     return out
 
 
@@ -261,4 +261,6 @@ def test_zeros_that_a_fine_tuning_lost_are_counted(
     (lost / "jaxprune.json").unlink()
     capsys.readouterr()
     assert main([str(lost), "--zeros-of", str(source)]) == 1
-    assert "layers.1.mlp.up_proj.kernel has 3 weights where there were zeros" in " ".join(capsys.readouterr().out.split())
+    assert "layers.1.mlp.up_proj.kernel has 3 weights where there were zeros" in " ".join(
+        capsys.readouterr().out.split()
+    )

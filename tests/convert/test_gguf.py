@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from convert import CheckpointError, open_checkpoint
 from convert.__main__ import main
 from convert.assets import load_tokenizer, read_config
-from convert.gguf_header import ELEMENTS, Header
+from convert.gguf.header import ELEMENTS, Header
 from jaxprune import StreamedModel
 from jaxprune.models.rope import Rope
 from tests.helpers import tiny

@@ -9,37 +9,18 @@ import pytest
 
 from convert import open_checkpoint
 from convert.errors import CheckpointError
-from convert.gguf_models import MODELS
+from convert.gguf.models import MODELS
 from convert.names import TEXT
 from jaxprune import load
 from tests.helpers import families, gguf_files
 from tests.helpers.checkpoints import finish
+from tests.helpers.gguf_files import CASES
 from tests.helpers.optional import needs_torch
 
 pytestmark = [
     needs_torch,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The given NumPy array is not writable"),
 ]
-WINDOW = {"sliding_window": 20}
-ROPES = {
-    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-}
-FACTORS = {"embedding_multiplier": 6.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 3.0}
-EXPERTS = families.EXPERTS | {"norm_topk_prob": True}
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {"attention_bias": True}),
-    "mixtral": ("llama", {**EXPERTS, "sliding_window": None}),
-    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen3": ("qwen3", {"head_dim": 16}),
-    "qwen3_moe": ("qwen3moe", {**EXPERTS, "head_dim": 16}),
-    "gemma2": ("gemma2", {**WINDOW, "head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}),
-    "gemma3_text": ("gemma3", {**WINDOW, "head_dim": 16, "query_pre_attn_scalar": 16, "rope_parameters": ROPES}),
-    "phi3": ("phi3", WINDOW),
-    "olmo2": ("olmo2", {}),
-    "granite": ("granite", FACTORS),
-    "smollm3": ("smollm3", {"tie_word_embeddings": True, "num_hidden_layers": 4}),
-}
 LOADED: dict[str, dict[str, Any]] = {"qwen2": {}, "qwen3": {"head_dim": 128}, "gemma2": {}, "gemma3_text": {}}
 """Dense families that transformers reads from such files, with sizes that it takes from no field of them."""
 

@@ -8,9 +8,31 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
+from tests.helpers import families
 from tests.helpers.checkpoints import add_tokenizer, finish
 from tests.helpers.optional import torch
 
+WINDOW = {"sliding_window": 20}
+ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+}
+FACTORS = {"embedding_multiplier": 6.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 3.0}
+EXPERTS_OF = families.EXPERTS | {"norm_topk_prob": True}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"attention_bias": True}),
+    "mixtral": ("llama", {**EXPERTS_OF, "sliding_window": None}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3_moe": ("qwen3moe", {**EXPERTS_OF, "head_dim": 16}),
+    "gemma2": ("gemma2", {**WINDOW, "head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}),
+    "gemma3_text": ("gemma3", {**WINDOW, "head_dim": 16, "query_pre_attn_scalar": 16, "rope_parameters": ROPES}),
+    "phi3": ("phi3", WINDOW),
+    "olmo2": ("olmo2", {}),
+    "granite": ("granite", FACTORS),
+    "smollm3": ("smollm3", {"tie_word_embeddings": True, "num_hidden_layers": 4}),
+}
+"""Family -> the architecture of its files, and entries of its configuration."""
 EXPERT = re.compile(r"(.*)\.experts\.([0-9]+)\.(\w+)")
 
 

@@ -1,4 +1,4 @@
-"""GGUF files, the format of llama.cpp: read only, dequantized to float32 by the gguf package, without torch.
+"""GGUF files, the format of llama.cpp, read: dequantized to float32 by the gguf package, without torch.
 
 The tensors are those that transformers loads from the same file, bit for bit.
 
@@ -20,12 +20,12 @@ import jax
 import numpy as np
 from pydantic import Field, model_validator
 
-from convert import gguf_models
 from convert.assets import DecoderConfig
 from convert.checkpoint import Params, Spec, parts
 from convert.errors import CheckpointError, DamagedError, joined
-from convert.gguf_header import Header, Tensor
-from convert.gguf_models import Fields
+from convert.gguf import models, settings
+from convert.gguf.header import Header, Tensor
+from convert.gguf.models import Fields
 from convert.names import expert_path
 from convert.schema import S, Schema, check
 
@@ -96,7 +96,7 @@ class Reader:
         architecture = self._header.get("general.architecture")
         prefix = f"{architecture}."
         experts = self._header.get(f"{prefix}expert_count") if f"{prefix}expert_count" in self._header else 0
-        self._model = gguf_models.model_of(architecture, experts, path)
+        self._model = models.model_of(architecture, experts, path)
         self._of = self._fields(Fields, [str(field.alias) for field in Fields.model_fields.values()], prefix)
         self._names = self._model.names()
         self._tensors: dict[str, tuple[Tensor, int | None]] = {}
@@ -295,7 +295,7 @@ class Reader:
             rope |= {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0}
             rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
             with np.errstate(all="ignore"):  # no number of such a formula is near what is not finite
-                known = np.allclose(factors, _llama3_factors(len(factors), rope), rtol=1e-3)
+                known = np.allclose(factors, settings.llama3_factors(len(factors), rope), rtol=1e-3)
             if not known:
                 raise CheckpointError(
                     "its rope factors are not Llama 3's; use the original checkpoint",
@@ -312,12 +312,3 @@ class Reader:
 def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
     """Returns the rows of a head from llama.cpp's order (pairs side by side) to Hugging Face's (halves)."""
     return array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-
-
-def _llama3_factors(count: int, rope: dict[str, Any]) -> np.ndarray:
-    """Returns what llama.cpp divides the rotary frequencies by, for rope type llama3."""
-    inverse = rope["rope_theta"] ** -(np.arange(count) / count)
-    rotations = rope["original_max_position_embeddings"] * inverse / (2 * np.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    keep = np.clip((rotations - low) / (high - low), 0, 1)
-    return 1 / (keep + (1 - keep) / rope["factor"])

@@ -203,3 +203,17 @@ def model_of(architecture: object, experts: int, path: Any) -> Model:
     if experts and "_exps" not in "".join(model.names()):
         raise CheckpointError(f"GGUF files of {architecture} with experts cannot be read", file=path)
     return model
+
+
+def of_type(model_type: str, path: Any) -> Model:
+    """Returns the model of a checkpoint's type.
+
+    Raises:
+        CheckpointError: none that can be written.
+    """
+    known = {model.model_type: model for model in (*MODELS.values(), MIXTRAL)}
+    if model_type not in known:
+        raise CheckpointError(
+            "GGUF files of this model cannot be written", file=path, found=model_type, wanted=", ".join(known)
+        )
+    return known[model_type]

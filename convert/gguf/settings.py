@@ -1,0 +1,122 @@
+"""What describes a model, of config.json for a GGUF file; and whether the file says the same."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from convert.errors import CheckpointError
+from convert.gguf.models import Entries, Model
+from convert.names import EXPERT_COUNTS
+
+
+def fields_of(model: Model, config: Any) -> Entries:
+    """Returns the fields that describe a model, under their names without the architecture's.
+
+    Args:
+        model: what the file holds.
+        config: of transformers.
+
+    Raises:
+        CheckpointError: its rotary embedding has no place in a GGUF file.
+    """
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = _rope_of(config)
+    fields: Entries = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "attention.key_length": head,
+        "attention.value_length": head,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.freq_base": float(rope["rope_theta"]),
+        "rope.dimension_count": int(head * rope.get("partial_rotary_factor", 1.0)),
+    }
+    kind = rope.get("rope_type", "default")
+    if kind in ("linear", "yarn"):
+        fields |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+        if kind == "yarn":
+            fields["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+    elif kind not in ("default", "llama3"):
+        raise CheckpointError(f"a GGUF file has no place for a rotary embedding of the kind {kind}")
+    optional = {
+        "attention.sliding_window": "sliding_window",
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "final_logit_softcapping": "final_logit_softcapping",
+        "attention.scale": "attention_multiplier",
+        "embedding_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier",
+        "logit_scale": "logits_scaling",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_feed_forward_length": "moe_intermediate_size",
+    }
+    fields |= {name: found for name, entry in optional.items() if (found := getattr(config, entry, None)) is not None}
+    count = next((getattr(config, name) for name in EXPERT_COUNTS if getattr(config, name, None)), None)
+    return fields | ({"expert_count": count} if count else {})
+
+
+def _rope_of(config: Any) -> Entries:
+    """Returns the rotary embedding of the layers that see all tokens."""
+    rope = dict(config.rope_parameters)
+    return dict(rope.get("full_attention", rope))
+
+
+def rope_factors(config: Any) -> np.ndarray | None:
+    """Returns what frequencies are divided by, of Llama 3's rotary embedding; None: nothing."""
+    rope = _rope_of(config)
+    if rope.get("rope_type") != "llama3":
+        return None
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return llama3_factors(head // 2, rope).astype(np.float32)
+
+
+def permuted(model: Model, config: Any, path: str, array: np.ndarray) -> np.ndarray:
+    """Returns a tensor with the rows of queries and keys as llama.cpp rotates them."""
+    if not model.permuted or not (match := re.search(r"\.(q|k)_proj\.", path)):
+        return array
+    heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
+    return array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+
+
+UNSAID = frozenset(
+    "architectures dtype torch_dtype transformers_version initializer_range use_cache cache_implementation "
+    "attention_dropout embd_pdrop resid_pdrop hidden_dropout pretraining_tp _name_or_path bos_token_id eos_token_id "
+    "pad_token_id router_aux_loss_coef router_jitter_noise output_router_logits is_llama_config max_window_layers "
+    "transformers.js_config id2label label2id chunk_size_feed_forward return_dict output_hidden_states "
+    "output_attentions problem_type is_encoder_decoder".split()
+)
+"""Entries of config.json that say nothing of what a model computes."""
+
+
+def differences(found: Any, wanted: Any) -> Iterator[str]:
+    """Yields the entries in which two configurations of transformers differ."""
+    ours, theirs = found.to_dict(), wanted.to_dict()
+    for name in type(wanted)().to_dict().keys() - UNSAID:  # what its class knows
+        if name == "hidden_act" and "hidden_activation" in theirs or name == "head_dim" and theirs[name] is None:
+            continue  # another entry decides
+        if not _equal(ours.get(name), theirs.get(name)):
+            yield name
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Returns whether two values are the same but for float32's rounding; an entry that is None need not be there."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return all(_equal(a.get(name), b.get(name)) for name in a.keys() | b.keys())
+    if isinstance(a, float | int) and isinstance(b, float | int) and not isinstance(a, bool):
+        return math.isclose(a, b, rel_tol=1e-6)
+    return bool(a == b)
+
+
+def llama3_factors(count: int, rope: dict[str, Any]) -> np.ndarray:
+    """Returns what llama.cpp divides the rotary frequencies by, for rope type llama3."""
+    inverse = rope["rope_theta"] ** -(np.arange(count) / count)
+    rotations = rope["original_max_position_embeddings"] * inverse / (2 * np.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    keep = np.clip((rotations - low) / (high - low), 0, 1)
+    return 1 / (keep + (1 - keep) / rope["factor"])

@@ -1,0 +1,191 @@
+"""GGUF files, written: what llama.cpp runs, with exact zeros where the checkpoint has them.
+
+Names, orders and settings are those that llama.cpp's own converter gives a model, of those models that `models` has.
+What the file would say otherwise than the checkpoint is refused.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, LlamaFileType
+from jaxtyping import Float, Shaped
+
+from convert import ownership
+from convert.assets import load_config
+from convert.checkpoint import Reader as AnyReader
+from convert.checkpoint import Spec
+from convert.errors import Change, CheckpointError
+from convert.gguf import models, reading, settings, tokenizers
+from convert.names import BESIDE, split_expert
+from convert.writing import failing, reserve, sync
+
+FILES = {
+    GGMLQuantizationType.F32: LlamaFileType.ALL_F32,
+    GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
+    GGMLQuantizationType.BF16: LlamaFileType.MOSTLY_BF16,
+    GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+    GGMLQuantizationType.Q5_1: LlamaFileType.MOSTLY_Q5_1,
+    GGMLQuantizationType.Q5_0: LlamaFileType.MOSTLY_Q5_0,
+    GGMLQuantizationType.Q4_1: LlamaFileType.MOSTLY_Q4_1,
+    GGMLQuantizationType.Q4_0: LlamaFileType.MOSTLY_Q4_0,
+}
+"""How weights can be stored -> what the file calls itself then."""
+KINDS = {kind.name.lower(): kind for kind in FILES}
+WIDER = GGMLQuantizationType.F16
+"""For matrices whose rows are no whole blocks, as in llama.cpp."""
+
+
+class Writer:
+    """Writes a GGUF file: its header at once, and each tensor in its place when it comes.
+
+    Args:
+        place: the file to make.
+        spec: the shapes and dtypes of what will be written.
+        assets: the folder of the checkpoint's configuration and tokenizer.
+        type: how matrices are stored: f32, f16, bf16, q8_0, q5_0, q5_1, q4_0 or q4_1. Vectors are float32.
+
+    Raises:
+        CheckpointError: llama.cpp has no such model, or its file would be another model.
+    """
+
+    single_file = True
+
+    def __init__(self, place: Path, spec: Spec, assets: Path, *, type: str = "f16") -> None:
+        if type not in KINDS:
+            problem = f"matrices cannot be stored as {type!r}: {', '.join(KINDS)} can"
+            raise CheckpointError(problem, options={"type": Change.OTHER})
+        self.files: set[str] = set()
+        self.place, self._kind = place, KINDS[type]
+        config = load_config(assets)
+        self._model, self._config = models.of_type(config.model_type, assets), config
+        self._tensors: dict[str, list[str]] = {}  # name -> the params in it
+        for path in spec:
+            self._tensors.setdefault(self._name(path), []).append(path)
+        self._kinds = {name: self._kind_of(spec, paths) for name, paths in self._tensors.items()}
+        self._missing = set(self._tensors)
+        self._write_header(spec, assets)
+        self._require_same(spec)
+
+    @staticmethod
+    def require_suitable(reader: AnyReader) -> None:
+        """Raises CheckpointError where llama.cpp has no such model."""
+        models.of_type(load_config(reader.assets).model_type, reader.assets)
+
+    def _name(self, path: str) -> str:
+        """Returns the name of the tensor that holds a param."""
+        if path in TOP:
+            return TOP[path]
+        layer, parts = path.split(".", 2), split_expert(path)
+        if parts:
+            module, leaf = f"{parts[0]}.{parts[2].rpartition('.')[0]}".split(".", 2)[2], parts[2].rpartition(".")[2]
+        else:
+            module, _, leaf = layer[-1].rpartition(".")
+        known = {module: name for name, module in self._model.names().items()}
+        if path.startswith(f"{BESIDE}.") or layer[0] != "layers" or module not in known:
+            raise CheckpointError(f"a GGUF file of a {self._model.model_type} model has no place for {path}")
+        return f"blk.{layer[1]}.{known[module]}.{'bias' if leaf == 'bias' else 'weight'}"
+
+    def _kind_of(self, spec: Spec, paths: list[str]) -> GGMLQuantizationType:
+        if not paths[0].endswith((".kernel", ".embedding")) or "ffn_gate_inp" in self._name(paths[0]):
+            return GGMLQuantizationType.F32
+        shape = spec[paths[0]].shape
+        row = shape[0] if paths[0].endswith(".kernel") else shape[1]
+        return self._kind if row % gguf.GGML_QUANT_SIZES[self._kind][0] == 0 else WIDER
+
+    def _shape(self, spec: Spec, paths: list[str]) -> tuple[int, ...]:
+        shape = spec[paths[0]].shape[:: -1 if paths[0].endswith(".kernel") else 1]
+        return (len(paths), *shape) if split_expert(paths[0]) else shape
+
+    def _write_header(self, spec: Spec, assets: Path) -> None:
+        writer = gguf.GGUFWriter(self.place, gguf.MODEL_ARCH_NAMES[self._model.arch])
+        writer.add_string("jaxprune.seal", ownership.UNSEALED)  # near the start
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_file_type(FILES[self._kind])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        prefix = gguf.MODEL_ARCH_NAMES[self._model.arch]
+        for name, value in settings.fields_of(self._model, self._config).items():
+            _add(writer, f"{prefix}.{name}", value)
+        for name, value in tokenizers.fields_of(assets, self._config.vocab_size).items():
+            _add(writer, f"tokenizer.{name}", value)
+        factors = settings.rope_factors(self._config)
+        if factors is not None:
+            self._tensors[reading.ROPE_FACTORS], self._kinds[reading.ROPE_FACTORS] = [], GGMLQuantizationType.F32
+        sizes = {}
+        for name, paths in self._tensors.items():
+            shape = self._shape(spec, paths) if paths or factors is None else factors.shape
+            kind = self._kinds[name]
+            block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+            sizes[name] = int(np.prod(shape)) // block * nbytes
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], raw_dtype=kind)
+        with failing(self.place):
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            writer.close()
+            end = self.place.stat().st_size
+        self._starts = {}
+        for name, size in sizes.items():
+            end = self._starts[name] = -(-end // writer.data_alignment) * writer.data_alignment
+            end += size
+        reserve(self.place, -(-end // writer.data_alignment) * writer.data_alignment)
+        if factors is not None:
+            self._put(reading.ROPE_FACTORS, factors)
+
+    def _require_same(self, spec: Spec) -> None:
+        """Raises CheckpointError where what was written would be read as another model than the checkpoint's."""
+        found = reading.Reader(self.place)
+        if {path: t.shape for path, t in found.spec.items()} != {path: t.shape for path, t in spec.items()}:
+            raise CheckpointError("a GGUF file of it would have other tensors")
+        if different := sorted(settings.differences(load_config(found.assets), self._config)):
+            raise CheckpointError(
+                f"a GGUF file of a {self._model.model_type} model cannot say these entries of config.json: "
+                + ", ".join(different)
+            )
+
+    def write(self, params: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
+        for name in dict.fromkeys(map(self._name, params)):
+            arrays = [self._in_file(path, params[path]) for path in self._tensors[name]]
+            self._put(name, np.stack(arrays) if split_expert(self._tensors[name][0]) else arrays[0])
+            self._missing.discard(name)
+
+    def _in_file(self, path: str, array: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+        """Returns a param as llama.cpp has it, in float32."""
+        array = (array.T if path.endswith(".kernel") else array).astype(np.float32)
+        if self._model.offset and path.endswith(".scale"):
+            array = array + np.float32(self._model.offset)
+        return settings.permuted(self._model, self._config, path, array)
+
+    def _put(self, name: str, array: Float[np.ndarray, "..."]) -> None:
+        kind = self._kinds[name]
+        if kind == GGMLQuantizationType.F16 and np.abs(array).max(initial=0) > np.finfo(np.float16).max:
+            raise CheckpointError(f"{name} has numbers that float16 cannot hold", options={"type": "bf16"})
+        content = gguf.quantize(np.ascontiguousarray(array), kind)
+        with failing(self.place), self.place.open("r+b") as file:
+            file.seek(self._starts[name])
+            file.write(content.tobytes())
+
+    def finish(self) -> None:
+        if self._missing:
+            raise CheckpointError(f"the file is incomplete, never written: {', '.join(sorted(self._missing)[:5])}")
+        with failing(self.place):
+            sync(self.place)
+
+
+TOP = {path: name for name, path in reading.TOP.items()}
+
+
+def _add(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
+    """Adds a field; numbers are of 32 bits, as llama.cpp reads them."""
+    if isinstance(value, bool):
+        writer.add_bool(name, value)
+    elif isinstance(value, int):
+        writer.add_uint32(name, value)
+    elif isinstance(value, float):
+        writer.add_float32(name, value)
+    elif isinstance(value, str):
+        writer.add_string(name, value)
+    else:
+        writer.add_array(name, value)
