@@ -49,7 +49,7 @@ def measured(checkpoint: Path, dtype: str) -> Iterator[list[str]]:
         }
         pruned = bytes_of(whole.spec[path] for path in linears)
         ways = [("safetensors", whole, seconds)]
-        for level in (0, 3, 19):
+        for level in (0, 3):
             title = f"packed, zstd {level}" if level else "packed"
             ways.append((title, *written(whole, folder / str(level), dtype, "packed", zstd=level)))
         for title, reader, seconds in ways:
