@@ -71,7 +71,11 @@ def test_the_readmes_examples_run_and_their_result_is_used(checkpoint: Path, tmp
     masks = MaskWriter(tmp_path / "masks.safetensors", {(0, "mlp.up_proj"): (12, 20)})
     masks.write(0, {"mlp.up_proj": np.zeros((20, 2), np.uint8)})
     masks.finish()
-    assert run_python("docs/guide/use.md", checkpoint, tmp_path)[-1] == "1 masks"
+    assert run_python("docs/guide/use.md", checkpoint, tmp_path)[-1].endswith(" zeros")
+    assert run_python("docs/guide/fine-tune.md", checkpoint, tmp_path)[-2:] == [
+        "21 parameters keep their zeros",
+        "1 masks",
+    ]
     assert run_python("docs/extending/family.md", checkpoint, tmp_path)[-1] == "True"
 
 

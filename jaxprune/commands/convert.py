@@ -12,9 +12,12 @@ from convert.command import run
 from convert.consistency import check
 from convert.destination import destination
 from convert.errors import CheckpointError
+from convert.files import leads_outside, read_bytes
 from convert.hub import resolve
 from convert.paths import inputs_of, require_apart
+from convert.writing import write_text
 from jaxprune.commands.options import CommandLine, Section, make
+from jaxprune.reporting.schema import RECORD
 
 EXAMPLES = """Examples:
 
@@ -71,6 +74,10 @@ def _main(argv: Sequence[str]) -> int:
     with create_checkpoint(place, reader.spec, reader.assets, to=to, options=options) as writer:
         for paths in parts(reader.spec).values():
             writer.write(reader.read(paths))
+        record = reader.assets / RECORD  # says of the same numbers what made them
+        if not is_file(to) and record.is_file() and not leads_outside(record, reader.assets):
+            write_text(writer.place / RECORD, read_bytes(record).decode("utf-8", "replace"))
+            writer.files.add(RECORD)
     size = sum(t.size * t.dtype.itemsize for t in reader.spec.values())
     written = sum(path.stat().st_size for path in open_checkpoint(place.path).files)
     print(

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert import create_checkpoint
 from jaxprune import NM, Magnitude, Recipe, Unstructured, load, prune_layers
+from jaxprune.commands.convert import main as convert
 from jaxprune.commands.prune import main as run
 from jaxprune.commands.verify import main
 from jaxprune.evaluation.verification import StoredKernel, verify, zeros
@@ -264,3 +265,9 @@ def test_zeros_that_a_fine_tuning_lost_are_counted(
     assert "layers.1.mlp.up_proj.kernel has 3 weights where there were zeros" in " ".join(
         capsys.readouterr().out.split()
     )
+
+
+def test_a_packed_checkpoint_is_verified_by_its_record(pruned: dict[str, Path], tmp_path: Path) -> None:
+    assert convert([str(pruned["50 %"]), str(tmp_path / "packed"), "--to", "packed"]) == 0
+    assert reading.run_of(str(tmp_path / "packed"))
+    assert main([str(tmp_path / "packed")]) == 0
