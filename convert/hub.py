@@ -120,6 +120,13 @@ def require_whole(files: Iterable[Path]) -> None:
         )
 
 
+def http_errors() -> tuple[type[Exception], ...]:
+    """Returns what huggingface_hub raises where the hub refuses or cannot be reached, whatever HTTP library it has."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return OSError, *(one for one in HfHubHTTPError.__mro__ if one.__name__ == "HTTPError")
+
+
 def _snapshot(repository: str, weights: bool) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (

@@ -1,0 +1,121 @@
+"""Send a checkpoint to the hub, with its model card."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.filesize import decimal
+
+from convert import open_checkpoint
+from convert.errors import CheckpointError
+from convert.files import expand
+from convert.hub import http_errors
+from jaxprune.commands.options import CommandLine, Section, make
+from jaxprune.commands.terminal import console, print_table, run_main
+from jaxprune.reporting.publication import Publication, publication, require_repository
+
+EXAMPLES = """Examples:
+
+    jaxprune push ./pruned me/llama-7b-2of4 --dry-run
+    jaxprune push ./pruned me/llama-7b-2of4 --public --base-model huggyllama/llama-7b"""
+HTTP_ERRORS = http_errors()
+RAISED: tuple[type[Exception], ...] = (RuntimeError, *HTTP_ERRORS)
+"""By an upload; RuntimeError of a large file, because of another."""
+EMPTY = {".gitattributes", "README.md"}
+"""What a repository has that somebody has only made."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is sent, and how it is shown."""
+
+    public: bool = False
+    """Let everybody see it (default: it is private)."""
+    base_model: str | None = None
+    """The hub's repository of the dense model (default: that of the run's --ckpt, where it is one)."""
+    license: str | None = None
+    """The hub's name of the licence, such as apache-2.0 (default: that of the base model on the hub)."""
+    overwrite: bool = False
+    """Add a commit to a repository that has files already."""
+    dry_run: bool = False
+    """Say what would be sent, and send nothing."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit status."""
+    return run_main(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> None:
+    given = CommandLine(argv).read(
+        "jaxprune push",
+        "Send a checkpoint to the hub, with its model card.",
+        [Section("The repository", Options)],
+        positionals={"checkpoint": "A folder.", "repository": "owner/name."},
+        examples=EXAMPLES,
+    )
+    wanted = make(Options, given)
+    folder, repository = expand(given["checkpoint"]), given["repository"]
+    require_repository(repository)
+    if not folder.is_dir():
+        raise CheckpointError("it is no folder", file=folder, wanted="the folder of a checkpoint")
+    open_checkpoint(folder, check=False)
+    content = publication(folder, repository, wanted.base_model, wanted.license)
+    if content.card.data.license is None and not wanted.dry_run:
+        content = publication(folder, repository, wanted.base_model, _licence_of(content.card.data.base_model))
+    _show(content)
+    where = f"{repository}, {'public' if wanted.public else 'private'}"
+    if wanted.dry_run:
+        console.print(f"nothing was sent; without --dry-run it would go to {where}")
+        return
+    console.print(f"sent: {_send(content, repository, wanted)} ({where})")
+
+
+def _show(content: Publication) -> None:
+    print_table([(name, decimal(content.size(name))) for name in content.files], ("file", "size"))
+    console.print(f"in all {decimal(sum(map(content.size, content.files)))}; the card says of the model:")
+    console.print(content.card.data.to_yaml())
+
+
+def _licence_of(base: Any) -> str | None:
+    """Returns the licence of a base model on the hub; None where it is not there, or says none."""
+    from huggingface_hub import HfApi
+
+    if not isinstance(base, str):
+        return None
+    try:
+        return getattr(HfApi().model_info(base).card_data, "license", None)
+    except HTTP_ERRORS:
+        return None
+
+
+def _send(content: Publication, repository: str, wanted: Options) -> str:
+    """Sends it in one commit; returns the address of the commit."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    hub = HfApi(library_name="jaxprune")
+    try:
+        if hub.repo_exists(repository):
+            there = set(hub.list_repo_files(repository)) - EMPTY
+            if there and not wanted.overwrite:
+                raise CheckpointError(
+                    f"the repository has {len(there)} files already", file=repository, options={"overwrite": True}
+                )
+        else:
+            hub.create_repo(repository, private=not wanted.public)
+        additions = [CommitOperationAdd(name, file) for name, file in content.files.items()]
+        return str(hub.create_commit(repository, additions, commit_message="Pruned by jaxprune").commit_url)
+    except RAISED as error:
+        found = error.__cause__ if isinstance(error, RuntimeError) else error
+        if not isinstance(found, HTTP_ERRORS):
+            raise
+        status = getattr(getattr(found, "response", None), "status_code", None)
+        reason = (str(found).strip().splitlines() or [type(found).__name__])[-1][:300]
+        hint = ": run `hf auth login` with a token that may write" if status in (401, 403) else ""
+        problem = f"the hub refused it ({reason}){hint}" if status else f"the hub cannot be reached ({reason})"
+        raise CheckpointError(problem, file=repository) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

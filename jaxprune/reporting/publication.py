@@ -1,0 +1,133 @@
+"""What of a folder goes to the hub: its files, the model card with the hub's metadata, and no path of this machine."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from convert.errors import CheckpointError
+from convert.files import read_bytes, require_inside, require_regular
+from jaxprune.reporting import reading
+from jaxprune.reporting.schema import RECORD, RECORD_BYTES, REPORT, Quality, Run
+
+CARD = "README.md"
+TEXTS = {CARD: 2**22, RECORD: RECORD_BYTES, REPORT: 2**28}
+"""Files of ours that may name paths of this machine -> the most bytes that they hold."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Publication:
+    """What is sent.
+
+    Attributes:
+        files: path in the repository -> the file, or what is sent in its place.
+        card: the model card, one of the files.
+    """
+
+    files: Mapping[str, Path | bytes]
+    card: ModelCard
+
+    def size(self, name: str) -> int:
+        """Returns a file's bytes."""
+        file = self.files[name]
+        return len(file) if isinstance(file, bytes) else file.stat().st_size
+
+
+def publication(folder: Path, repository: str, base: str | None, licence: str | None) -> Publication:
+    """Collects what is sent of a folder; hidden files stay.
+
+    Args:
+        folder: a checkpoint.
+        repository: owner/name.
+        base: the repository of the dense model; None: where the run's record says it.
+        licence: the hub's name of the licence; None: what the card says.
+
+    Raises:
+        CheckpointError: a file cannot be read, or leads outside the folder.
+    """
+    files: dict[str, Path | bytes] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if not path.is_dir() and not any(part.startswith(".") for part in name.parts):
+            require_inside(path, folder)
+            require_regular(path)
+            files[name.as_posix()] = path
+    run = reading.run_of(folder)
+    own = _paths(run) if run else {}
+
+    def shown(text: str) -> str:
+        for path, name in own.items():
+            text = text.replace(path, name)
+        return text
+
+    for text in files.keys() & TEXTS.keys():
+        files[text] = shown(_text(folder, text)).encode()
+    try:
+        card = ModelCard(_text(folder, CARD) if CARD in files else "---\ntags: []\n---\n")
+        _complete(card.data, repository, run, base, licence)
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"its metadata cannot be read ({str(error)[:200]})", file=folder / CARD) from error
+    card = ModelCard(shown(str(card)))
+    files[CARD] = str(card).encode()
+    return Publication(dict(sorted(files.items())), card)
+
+
+def _text(folder: Path, name: str) -> str:
+    return read_bytes(folder / name, TEXTS[name]).decode("utf-8", "replace")
+
+
+def _paths(run: Run) -> dict[str, str]:
+    """Returns the paths of this machine that a run's options name -> their last parts; the longest first."""
+    config = run.config.model_dump()
+    words = [word for value in config.values() if isinstance(value, str) for word in re.split(r"[,:]", value)]
+    found = {word: Path(word).name for word in words if Path(word).is_absolute()}
+    return {path: found[path] for path in sorted(found, key=len, reverse=True)}
+
+
+def _complete(data: ModelCardData, repository: str, run: Run | None, base: str | None, licence: str | None) -> None:
+    """Adds what the hub shows of a model; what the card's author wrote stays, but for what an option says."""
+    data.tags = list(dict.fromkeys([*(data.tags or []), "pruned", "sparse", "jaxprune"]))
+    data.library_name = data.library_name or "transformers"
+    data.pipeline_tag = data.pipeline_tag or "text-generation"
+    if base:
+        data.base_model = base
+    if licence:
+        data.license = licence
+    if run and "pruned" in run.evaluation:
+        data.model_name = repository.partition("/")[2]
+        data.eval_results = list(_results(run.evaluation["pruned"]))
+
+
+def _results(quality: Quality) -> Iterator[EvalResult]:
+    """Yields what was measured, in the hub's terms."""
+    for name, text in quality.texts.items():
+        windows, length = text.windows
+        for metric, value in (("perplexity", text.perplexity), ("kl_divergence", text.kl)):
+            if value is not None:
+                yield EvalResult(
+                    task_type="text-generation",
+                    dataset_type=re.split(r"[/.]", name)[0],
+                    dataset_name=f"{name}, {windows} windows of {length} tokens",
+                    metric_type=metric,
+                    metric_name="perplexity" if metric == "perplexity" else "KL divergence from the dense model, nats",
+                    metric_value=value,
+                )
+    for task, metrics in quality.tasks.items():
+        if (value := metrics.get("acc")) is not None:
+            yield EvalResult(
+                task_type="text-generation",
+                dataset_type=task,
+                dataset_name=f"{task}, zero-shot",
+                metric_type="accuracy",
+                metric_name="accuracy",
+                metric_value=value,
+            )
+
+
+def require_repository(name: str) -> None:
+    """Raises CheckpointError for what is no owner/name."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}", name):
+        raise CheckpointError("no repository of the hub has such a name", file=name, wanted="owner/name")
