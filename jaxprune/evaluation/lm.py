@@ -18,6 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from convert import open_checkpoint
 from jaxprune import hardware
 from jaxprune.errors import InputError
+from jaxprune.evaluation.generation import generate
 from jaxprune.evaluation.packing import Packed, Request, batches, group, pack
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
@@ -133,36 +134,34 @@ class StreamedLM(TemplateLM):
         return totals.tolist()
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
-        """Generates greedily: every token is one pass of all texts through the model; no keys and values are kept.
+        """Generates greedily.
 
         Raises:
             InputError: a request wants sampling.
         """
-        texts: dict[int, list[int]] = {}
-        stops, ends, starts = [], [], []
-        for number, (context, options) in enumerate(request.args for request in requests):
+        prompts, stops, most_of = [], [], []
+        for context, options in (request.args for request in requests):
             if options.get("do_sample") and options.get("temperature", 1.0) > 0:
                 raise InputError("the JAX backend generates greedily, but a task samples", options={"backend": "torch"})
             most = int(options.get("max_gen_toks", 256))
             until = options.get("until") or []
             stops.append([until] if isinstance(until, str) else list(until))
-            texts[number] = self.tok_encode(context)[-max(1, self.max_length - most) :] or [self.prefix_token_id]
-            starts.append(len(texts[number]))
-            ends.append(min(starts[-1] + most, self.max_length))
-        done = [""] * len(requests)
-        while texts:
-            numbers = list(texts)
-            for number, token in zip(numbers, self._continue([texts[n] for n in numbers]), strict=True):
-                text = texts[number]
-                if token != self.eot_token_id:
-                    text.append(token)
-                made = self.tokenizer.decode(text[starts[number] :], skip_special_tokens=True)
-                cuts = [made.find(stop) for stop in stops[number] if stop and stop in made]
-                if token == self.eot_token_id or cuts or len(text) >= ends[number]:
-                    done[number] = made[: min(cuts)] if cuts else made
-                    del texts[number]
-        for request, made in zip(requests, done, strict=True):
-            self.cache_hook.add_partial("generate_until", request.args, made)
+            prompts.append(self.tok_encode(context)[-max(1, self.max_length - most) :] or [self.prefix_token_id])
+            most_of.append(min(most, self.max_length - len(prompts[-1])))
+
+        def text_of(tokens: list[int]) -> str:
+            return self.tokenizer.decode([t for t in tokens if t != self.eot_token_id], skip_special_tokens=True)
+
+        def cuts(number: int, text: str) -> list[int]:
+            return [text.find(stop) for stop in stops[number] if stop and stop in text]
+
+        def finished(number: int, tokens: list[int]) -> bool:
+            return tokens[-1] == self.eot_token_id or bool(cuts(number, text_of(tokens)))
+
+        made = map(text_of, generate(self._model, prompts, most_of, finished))
+        done = [text[: min(cuts(number, text), default=len(text))] for number, text in enumerate(made)]
+        for request, text in zip(requests, done, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
         return done
 
     def _score(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
@@ -175,13 +174,6 @@ class StreamedLM(TemplateLM):
         if np.isnan(totals).any():  # which would be no choice's, and so look like a wrong answer
             raise InputError("the model's predictions hold NaN", options={"dtype": "float32"})
         return list(zip(totals.tolist(), greedy.tolist(), strict=True))
-
-    def _continue(self, texts: Sequence[Sequence[int]]) -> list[int]:
-        """Returns the most probable next token of each text."""
-        found = np.zeros(len(texts), np.int64)
-        for windows, head, states in self._predictions([Request(text, [0]) for text in texts]):
-            found[windows.request] = self._model.next_tokens(head, states)
-        return found.tolist()
 
     def _predictions(
         self, requests: Sequence[Request]

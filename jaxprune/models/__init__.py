@@ -33,7 +33,7 @@ from convert.errors import UserError, joined
 from convert.names import BESIDE
 from jaxprune import hardware
 from jaxprune.errors import InputError
-from jaxprune.models.attention import Layout
+from jaxprune.models.layout import Layout
 from jaxprune.models.parts import Layer, Part
 
 HELPERS = (
@@ -42,6 +42,7 @@ HELPERS = (
     "configuration",
     "decoder",
     "experts",
+    "layout",
     "parts",
     "products",
     "recurrent",

@@ -14,9 +14,9 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from jaxprune.models import configuration
-from jaxprune.models.attention import Layout
 from jaxprune.models.configuration import Kind
 from jaxprune.models.decoder import ATTENTION_INPUTS, Attention, Embed, Head, RMSNorm, Taps, in_turn, linear
+from jaxprune.models.layout import Layout
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 

@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from jaxprune import hardware
+from jaxprune.models.layout import Cache, Layout
 from jaxprune.models.products import product
 
 SEGMENTS_ON_CPU, SEGMENTS = 16, 4
@@ -16,23 +16,6 @@ SEGMENTS_ON_CPU, SEGMENTS = 16, 4
 the products of scores are 0.53 of all pairs, with 4 0.63, at a quarter of the program."""
 SMALLEST, LARGEST = 64, 256
 """Queries at a time: segments are no shorter than the one, and are visited in blocks no longer than the other."""
-
-
-class Layout(NamedTuple):
-    """How several texts lie in one window, and how some of them share their beginning.
-
-    A group is a common beginning and its continuations, one behind the other. A token sees the tokens before it of
-    its own continuation and of the beginning of its group, as if its text stood alone.
-
-    Attributes:
-        positions: the positions of each token in its own text, from 0.
-        group: number of its group in the window.
-        branch: number of its continuation from 1; 0 is the common beginning.
-    """
-
-    positions: Int[Array | np.ndarray, "b t"]
-    group: Int[Array | np.ndarray, "b t"]
-    branch: Int[Array | np.ndarray, "b t"]
 
 
 def causal_attention(
@@ -55,29 +38,30 @@ def causal_attention(
     Args:
         query: h heads.
         key, value: k heads.
-        layout: where a window holds several texts.
+        layout: where a window holds several texts; or a cache, where texts are continued.
         window: how many tokens of its text a query sees at most, its own included; None: all before it.
         scale: s; None: 1/√d.
         softcap: c of c·tanh(score/c); None: scores are taken as they are.
         sinks: of each head, the score of a token without a value; None: there is none.
     """
     t, d = query.shape[1], query.shape[3]
+    how = _How(d**-0.5 if scale is None else scale, softcap, None if window is None or window >= t else window)
+    if isinstance(layout, Cache):
+        if layout.before is not None:
+            return _attend_cached(query, key, value, layout, how._replace(window=window), sinks)
+        layout.keep(tuple(_padded(x, layout.capacity) for x in (key, value)))
+        layout = None  # what lies behind a text's end is seen by nothing of it
     if layout is None and softcap is None and sinks is None and cudnn_takes(query):
         local = None if window is None or window >= t else (window - 1, 0)
         return jax.nn.dot_product_attention(
             query, key, value, is_causal=True, scale=scale, local_window_size=local, implementation="cudnn"
         )
-    b, _, h, _ = query.shape
-    k = key.shape[2]
-    rows = query.reshape(b, t, k, h // k, d).transpose(0, 2, 3, 1, 4)  # heads that share a key head lie together
-    sunk = None if sinks is None else sinks.reshape(k, -1)
-    heads = _Heads(rows, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), sunk)
+    heads = _by_key_head(query, key, value, sinks)
     heads = lax.optimization_barrier(heads)  # else XLA would rotate and transpose the keys again for each segment
     segment = max(SMALLEST, -(-t // (SEGMENTS_ON_CPU if hardware.current().on_cpu else SEGMENTS)))
     bounds = [(start, min(start + segment, t)) for start in range(0, t, segment)]
-    how = _How(d**-0.5 if scale is None else scale, softcap, None if window is None or window >= t else window)
     parts = [_attend_segment(heads, start, end, layout, how) for start, end in bounds]
-    return jnp.concatenate(parts, axis=3).transpose(0, 3, 1, 2, 4).reshape(b, t, h, d)
+    return _side_by_side(jnp.concatenate(parts, axis=3))
 
 
 def cudnn_takes(query: Float[Array, "b t h d"]) -> bool:
@@ -104,6 +88,47 @@ class _How(NamedTuple):
     scale: float
     softcap: float | None
     window: int | None
+
+
+def _by_key_head(
+    query: Float[Array, "b t h d"],
+    key: Float[Array, "b s k d"],
+    value: Float[Array, "b s k d"],
+    sinks: Float[Array, "h"] | None,
+) -> _Heads:
+    """Returns heads with those that share a key head together."""
+    (b, t, h, d), k = query.shape, key.shape[2]
+    rows = query.reshape(b, t, k, h // k, d).transpose(0, 2, 3, 1, 4)
+    sunk = None if sinks is None else sinks.reshape(k, -1)
+    return _Heads(rows, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), sunk)
+
+
+def _side_by_side(attended: Float[Array, "b k g t d"]) -> Float[Array, "b t h d"]:
+    b, k, g, t, d = attended.shape
+    return attended.transpose(0, 3, 1, 2, 4).reshape(b, t, k * g, d)
+
+
+def _padded(x: Float[Array, "b t k d"], length: int) -> Float[Array, "b s k d"]:
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
+
+
+def _attend_cached(
+    query: Float[Array, "b 1 h d"],
+    key: Float[Array, "b 1 k d"],
+    value: Float[Array, "b 1 k d"],
+    cache: Cache,
+    how: _How,
+    sinks: Float[Array, "h"] | None,
+) -> Float[Array, "b 1 h d"]:
+    """Returns the attention of one more token of each text over those before it, and keeps its key and value."""
+    at = jnp.arange(len(query), dtype=jnp.int32), cache.positions[:, 0]
+    keys, values = (old.at[at].set(new[:, 0]) for old, new in zip(cache.take(), (key, value), strict=True))
+    cache.keep((keys, values))
+    there, here = jnp.arange(keys.shape[1], dtype=jnp.int32)[None, :], cache.positions
+    visible = there <= here
+    if how.window is not None:
+        visible &= there > here - jnp.int32(how.window)
+    return _side_by_side(_attend(_by_key_head(query, keys, values, sinks), visible[:, None, None], how))
 
 
 def _attend_segment(heads: _Heads, start: int, end: int, layout: Layout | None, how: _How) -> Float[Array, "b k g _ d"]:

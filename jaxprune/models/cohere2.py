@@ -13,9 +13,9 @@ from jaxtyping import Array, DTypeLike, Float
 
 from convert.assets import Positive
 from jaxprune.models import configuration, decoder
-from jaxprune.models.attention import Layout
 from jaxprune.models.configuration import SLIDING, Kind
 from jaxprune.models.decoder import Attention, Embed, GatedMLP, LayerNorm, Taps
+from jaxprune.models.layout import Layout
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxprune.models.attention import Layout, causal_attention
+from jaxprune.models.attention import causal_attention
 from jaxprune.models.configuration import ACTIVATIONS, Config, Kind
 from jaxprune.models.experts import EXPERT_INPUTS, SparseMLP
+from jaxprune.models.layout import Layout
 from jaxprune.models.products import all_but_kernels, times_embedding, times_kernel
 
 Transform = Callable[[Array], Array]
@@ -134,8 +135,8 @@ def attend(
 ) -> Float[Array, "b t _"]:
     """Rotates queries and keys as the kind of layer wants, and attends; returns the heads side by side."""
     if kind.rope is not None:
-        positions = layout.positions if layout else None
-        query, key = kind.rope.rotate(query, positions), kind.rope.rotate(key, positions)
+        where = (layout.positions, layout.capacity) if layout else ()
+        query, key = kind.rope.rotate(query, *where), kind.rope.rotate(key, *where)
     y = causal_attention(
         query,
         key,

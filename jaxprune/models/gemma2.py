@@ -14,9 +14,9 @@ from jaxtyping import Array, DTypeLike, Float
 from convert.assets import Positive
 from jaxprune.errors import InputError
 from jaxprune.models import configuration, decoder
-from jaxprune.models.attention import Layout
 from jaxprune.models.configuration import Kind
 from jaxprune.models.decoder import Embed, GatedMLP, Head, RMSNorm, Taps, in_turn, inputs
+from jaxprune.models.layout import Layout
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 

@@ -12,9 +12,9 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from jaxprune.models import configuration
-from jaxprune.models.attention import Layout
 from jaxprune.models.configuration import Kind
 from jaxprune.models.decoder import ATTENTION_INPUTS, Attention, Embed, FusedMLP, Head, RMSNorm, Taps, in_turn
+from jaxprune.models.layout import Layout
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 

@@ -16,10 +16,10 @@ from jaxtyping import Array, DTypeLike, Float
 
 from convert.assets import Count, Positive
 from jaxprune.models import configuration
-from jaxprune.models.attention import Layout
 from jaxprune.models.configuration import Kind, Routing
 from jaxprune.models.decoder import ATTENTION_INPUTS, Attention, Embed, Head, RMSNorm, Taps, in_turn, linear
 from jaxprune.models.experts import ROUTER_TAP, ExpertLinear, Rows, mixture, routing_of
+from jaxprune.models.layout import Layout
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 

@@ -12,10 +12,10 @@ from jaxtyping import Array, DTypeLike, Float
 
 from convert.assets import Count
 from jaxprune.models import configuration
-from jaxprune.models.attention import Layout
 from jaxprune.models.configuration import Kind, Routing
 from jaxprune.models.decoder import ATTENTION_INPUTS, Attention, Embed, Head, RMSNorm, Taps, in_turn
 from jaxprune.models.experts import ROUTER_TAP, SparseMLP
+from jaxprune.models.layout import Layout
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 

@@ -11,9 +11,9 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from jaxprune.models import configuration
-from jaxprune.models.attention import Layout
 from jaxprune.models.configuration import Kind
 from jaxprune.models.decoder import Attention, Embed, GatedMLP, Head, RMSNorm, Taps, in_turn, inputs
+from jaxprune.models.layout import Layout
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 

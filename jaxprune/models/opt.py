@@ -17,9 +17,9 @@ from convert.assets import Count, Positions, Size, Vocabulary
 from convert.schema import Schema
 from jaxprune.errors import InputError
 from jaxprune.models import configuration, decoder
-from jaxprune.models.attention import Layout
 from jaxprune.models.configuration import ACTIVATIONS, Kind
 from jaxprune.models.decoder import ATTENTION_INPUTS, LayerNorm, linear
+from jaxprune.models.layout import Layout
 from jaxprune.models.products import times_embedding
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]

@@ -13,9 +13,9 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from jaxprune.models import configuration, decoder
-from jaxprune.models.attention import Layout
 from jaxprune.models.configuration import Kind
 from jaxprune.models.decoder import Embed, FusedMLP, Head, fused, linear
+from jaxprune.models.layout import Layout
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 

@@ -17,10 +17,10 @@ from jaxtyping import Array, DTypeLike, Float
 from convert.assets import Count, Size
 from jaxprune.errors import InputError
 from jaxprune.models import configuration, decoder
-from jaxprune.models.attention import Layout
 from jaxprune.models.configuration import FULL, Kind
 from jaxprune.models.decoder import Embed, GatedMLP, Head, RMSNorm, Taps, fused, in_turn, linear
 from jaxprune.models.experts import SparseMLP
+from jaxprune.models.layout import Layout
 from jaxprune.models.recurrent import Inputs, convolve, gated_delta_rule
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]

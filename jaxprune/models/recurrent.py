@@ -20,7 +20,7 @@ from jax import lax
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxprune.models.attention import Layout
+from jaxprune.models.layout import Cache, Layout
 
 CHUNK = 64
 """Tokens of a chunk."""
@@ -48,14 +48,30 @@ def gated_delta_rule(inputs: Inputs, layout: Layout | None = None) -> Float[Arra
 
     Args:
         inputs: of a window.
-        layout: where it holds several texts.
+        layout: where it holds several texts; or a cache, where texts are continued.
     """
     shared = inputs.value.shape[2] // inputs.key.shape[2]
     inputs = inputs._replace(query=jnp.repeat(inputs.query, shared, 2), key=jnp.repeat(inputs.key, shared, 2))
-    return _by_chunks(inputs) if layout is None else _by_tokens(inputs, layout)
+    if isinstance(layout, Cache):
+        return _continued(inputs, layout)
+    return _by_chunks(inputs)[0] if layout is None else _by_tokens(inputs, layout)
 
 
-def _by_chunks(inputs: Inputs) -> Float[Array, "b t m v"]:
+def _continued(inputs: Inputs, cache: Cache) -> Float[Array, "b t m v"]:
+    """Returns the outputs of texts that are continued, and keeps their memories."""
+    if cache.before is None:
+        none = ~cache.valid[:, :, None]  # padding changes no memory
+        decay, rate = (jnp.where(none, jnp.zeros_like(x), x) for x in (inputs.decay, inputs.rate))
+        out, memory = _by_chunks(inputs._replace(decay=decay, rate=rate))
+    else:
+        memory, out = _updated(cache.take(), jax.tree.map(lambda x: x[:, 0], inputs))
+        out = out[:, None]
+    cache.keep(memory)
+    return out
+
+
+def _by_chunks(inputs: Inputs) -> tuple[Float[Array, "b t m v"], Float[Array, "b m k v"]]:
+    """Returns the outputs, and the memories at the end of the window."""
     b, t = inputs.key.shape[:2]
     size = min(CHUNK, t)
     padding = -t % size
@@ -88,9 +104,9 @@ def _by_chunks(inputs: Inputs) -> Float[Array, "b t m v"]:
         added = jnp.einsum("...td,...tv->...dv", key, new, precision="highest")
         return memory * left + added, out
 
-    _, out = lax.scan(step, _nothing(inputs), steps)
+    memory, out = lax.scan(step, _nothing(inputs), steps)
     out = jnp.moveaxis(jnp.moveaxis(out, 2, 3), 0, 1)
-    return out.reshape(b, -1, *out.shape[3:])[:, :t]
+    return out.reshape(b, -1, *out.shape[3:])[:, :t], memory
 
 
 def _by_tokens(inputs: Inputs, layout: Layout) -> Float[Array, "b t m v"]:
@@ -105,14 +121,20 @@ def _by_tokens(inputs: Inputs, layout: Layout) -> Float[Array, "b t m v"]:
 
         memory = where(begins, jnp.zeros_like(memory), where(forks, beginning, memory))
         beginning = where(begins, jnp.zeros_like(memory), beginning)
-        memory = memory * jnp.exp(one.decay)[..., None, None]
-        held = jnp.sum(memory * one.key[..., None], axis=-2)
-        new = (one.value - held) * one.rate[..., None]
-        memory = memory + one.key[..., None] * new[..., None, :]
-        return (memory, where(shared, memory, beginning)), jnp.sum(memory * one.query[..., None], axis=-2)
+        memory, out = _updated(memory, one)
+        return (memory, where(shared, memory, beginning)), out
 
     _, out = lax.scan(step, (_nothing(inputs), _nothing(inputs)), steps)
     return jnp.moveaxis(out, 0, 1)
+
+
+def _updated(memory: Float[Array, "b m k v"], one: Inputs) -> tuple[Float[Array, "b m k v"], Float[Array, "b m v"]]:
+    """Returns the memories after one more token of each text, and its outputs; `one` has no axis of tokens."""
+    memory = memory * jnp.exp(one.decay)[..., None, None]
+    held = jnp.sum(memory * one.key[..., None], axis=-2)
+    new = (one.value - held) * one.rate[..., None]
+    memory = memory + one.key[..., None] * new[..., None, :]
+    return memory, jnp.sum(memory * one.query[..., None], axis=-2)
 
 
 def _nothing(inputs: Inputs) -> Float[Array, "b m k v"]:
@@ -136,9 +158,19 @@ def convolve(x: Float[Array, "b t c"], kernel: Float[Array, "c w"], layout: Layo
     Args:
         x: features.
         kernel: the weights of each feature, that of the token itself last.
-        layout: where a window holds several texts.
+        layout: where a window holds several texts; or a cache, where texts are continued.
     """
     t = x.shape[1]
+    if isinstance(layout, Cache):
+        count = kernel.shape[1] - 1
+        if layout.before is not None:
+            seen = jnp.concatenate([layout.take(), x], axis=1)
+            layout.keep(seen[:, 1:])
+            return jnp.sum(seen * kernel.T[None].astype(x.dtype), axis=1, keepdims=True)
+        last = layout.lengths[:, None] + jnp.arange(-count, 0, dtype=jnp.int32)[None]
+        before_text = jnp.pad(x, ((0, 0), (count, 0), (0, 0)))  # by `count` zeros
+        layout.keep(jnp.take_along_axis(before_text, (last + jnp.int32(count))[:, :, None], axis=1))
+        layout = None
     before = jnp.arange(t, dtype=jnp.int32)[None] - jnp.int32(1)
     before = jnp.where(before < 0, jnp.int32(t), before) if layout is None else _before(layout)
     place, y = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], before.shape), jnp.zeros_like(x)

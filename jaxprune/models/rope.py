@@ -138,15 +138,19 @@ class Rope:
         return inverse, 1.0
 
     def rotate(
-        self, x: Float[Array, "b t h d"], positions: Int[Array | np.ndarray, "b t"] | None = None
+        self,
+        x: Float[Array, "b t h d"],
+        positions: Int[Array | np.ndarray, "b t"] | None = None,
+        length: int | None = None,
     ) -> Float[Array, "b t h d"]:
         """Rotates the i-th pair of features of position t by t times the i-th frequency, in float32.
 
         Args:
             x: queries or keys.
-            positions: the positions of the tokens, below the window's length; None: 0, 1, 2, ...
+            positions: the positions of the tokens, below `length`; None: 0, 1, 2, ...
+            length: of the longest text; None: that of the window.
         """
-        length = x.shape[1]
+        length = length or x.shape[1]
         inverse, factor = self.inverse_frequencies(length)
         angles = np.arange(length, dtype=np.float32)[:, None] * inverse
         tables = (jnp.asarray(f(angles) * np.float32(factor)) for f in (np.cos, np.sin))

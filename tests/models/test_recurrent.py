@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.models.attention import Layout
+from jaxprune.models.layout import Layout
 from jaxprune.models.recurrent import Inputs, convolve, gated_delta_rule
 
 

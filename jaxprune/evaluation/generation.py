@@ -1,0 +1,193 @@
+"""Texts continued greedily, all together, one token of each at a time; keys and values of the tokens before are kept.
+
+The layers stay on the device where they fit it; else one is there at a time, and every token reads the model once, for
+all texts. What a layer keeps of the texts stays on the device.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxprune import hardware
+from jaxprune.models import Layout, Part
+from jaxprune.models.layout import Cache
+from jaxprune.sharding import fetch
+from jaxprune.streaming.model import StreamedModel, apply
+
+SHARE = 0.5
+"""Of the memory that is free, the most that layers may take to stay, and that what they keep of texts may take."""
+BLOCK = 32
+"""Windows and capacities are multiples of it, so that few programs serve all lengths."""
+Finished = Callable[[int, list[int]], bool]
+"""(Number of a text, its new tokens) -> whether it ends with them."""
+
+
+def generate(
+    model: StreamedModel, prompts: Sequence[Sequence[int]], most: Sequence[int], finished: Finished
+) -> list[list[int]]:
+    """Returns the most probable continuation of each prompt, token by token.
+
+    Args:
+        model: continues them.
+        prompts: token ids, at least one each.
+        most: new tokens of each, at most.
+        finished: says where one ends.
+
+    Raises:
+        InputError: ids outside the vocabulary, or more tokens than the model was made for.
+    """
+    made: list[list[int]] = [[] for _ in prompts]
+    layers = _Layers(model)
+    for numbers in _batches(model, prompts, most):
+        ends = {number: most[number] for number in numbers if most[number] > 0}
+        longest = max(len(prompts[number]) + most[number] for number in numbers)
+        tokens = _continued(model, layers, [prompts[number] for number in numbers], longest)
+        while ends:
+            for number, token in zip(numbers, next(tokens), strict=True):
+                if number in ends:
+                    made[number].append(token)
+                    if len(made[number]) >= ends[number] or finished(number, made[number]):
+                        del ends[number]
+    return made
+
+
+class _Layers:
+    """The layers' params on the device, one after the other.
+
+    Args:
+        model: whose they are.
+    """
+
+    def __init__(self, model: StreamedModel) -> None:
+        self._model = model
+        size = sum(p.size * p.dtype.itemsize for layer in model.architecture.layers for p in layer.spec.values())
+        self._kept: list[Mapping[str, Array]] | None = [] if size < SHARE * _free() else None
+
+    def __iter__(self) -> Iterator[tuple[int, Mapping[str, Array]]]:
+        if self._kept:
+            yield from enumerate(self._kept)
+            return
+        for index, params in enumerate(self._model.layers()):
+            own = self._model.put_layer(index, params)
+            if self._kept is not None:
+                self._kept.append(own)
+            yield index, own
+
+
+def _free() -> float:
+    """Returns bytes of the device's memory that are free; of a CPU's, all that there are."""
+    if hardware.current().on_cpu:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    found = jax.local_devices()[0].memory_stats() or {}
+    return float(found.get("bytes_limit", 0) - found.get("bytes_in_use", 0))
+
+
+def _batches(model: StreamedModel, prompts: Sequence[Sequence[int]], most: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Yields numbers of prompts of similar length, as many as what is kept of them has room."""
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    room, longest = SHARE * _free() / 2, 0
+    batch: list[int] = []
+    for number in order:
+        longest = max(longest, len(prompts[number]) + most[number])
+        if batch and (len(batch) + 1) * _bytes_of_text(model, longest) > room:
+            yield batch
+            batch, longest = [], len(prompts[number]) + most[number]
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def _bytes_of_text(model: StreamedModel, length: int) -> int:
+    """Returns the bytes that all layers keep of one text."""
+    x = jax.ShapeDtypeStruct((1, 1, model.architecture.width), model.dtype)
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+    total = 0
+    for layer in model.architecture.layers:
+        _, kept = jax.eval_shape(partial(begin, layer, capacity=_rounded(length)), layer.spec, x, lengths)
+        total += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+    return total
+
+
+def _rounded(length: int) -> int:
+    return -(-length // BLOCK) * BLOCK
+
+
+def _continued(
+    model: StreamedModel, layers: _Layers, prompts: Sequence[Sequence[int]], longest: int
+) -> Iterator[list[int]]:
+    """Yields the next token of each prompt, then the one after that, and so on."""
+    architecture, devices = model.architecture, model.devices
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    architecture.require_length(longest)
+    windows = np.zeros((len(prompts), int(lengths.max())), np.int32)
+    for row, prompt in zip(windows, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    model.require_tokens(windows)
+    windows = np.pad(windows, ((0, 0), (0, _rounded(windows.shape[1]) - windows.shape[1])))
+    embed, head = (model.params_of(part) for part in (architecture.embed, architecture.head))
+    capacity = _rounded(max(longest, windows.shape[1]))
+    x = apply(architecture.embed, embed, devices.shard_first(windows))
+    kept: list[Any] = []
+    for index, params in layers:
+        x, own = begin(architecture.layers[index], params, x, devices.shard_first(lengths), capacity=capacity)
+        kept.append(own)
+    x = jnp.take_along_axis(x, jnp.asarray(lengths)[:, None, None] - 1, axis=1)
+    for position in range(int(lengths.max()), capacity + int(lengths.max())):
+        tokens = model.next_tokens(head, fetch(x[:, 0]))
+        yield tokens.tolist()
+        places = devices.shard_first(np.minimum(lengths + position - lengths.max(), capacity - 1)[:, None])
+        at = Layout(places, jnp.zeros_like(places), jnp.zeros_like(places))
+        x = apply(architecture.embed, embed, devices.shard_first(tokens[:, None].astype(np.int32)), at)
+        for index, params in layers:
+            layer = architecture.layers[index]
+            x, kept[index] = go_on(layer, params, x, places, kept[index], capacity=capacity)
+
+
+@partial(jax.jit, static_argnums=0, static_argnames="capacity")
+def begin(
+    layer: Part, params: Mapping[str, Array], x: Float[Array, "b t d"], lengths: Int[Array, "b"], *, capacity: int
+) -> tuple[Float[Array, "b t d"], tuple[Any, ...]]:
+    """Applies a layer to the beginnings of texts; returns what it keeps of them, too.
+
+    Args:
+        layer: the layer.
+        params: its params.
+        x: the hidden states of windows, a text each, with padding behind it.
+        lengths: the texts' tokens.
+        capacity: tokens of the longest text in the end.
+    """
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
+    cache = Cache(positions, lengths, capacity)
+    y, _ = layer(params, x, cache)
+    return y, tuple(cache.after)
+
+
+@partial(jax.jit, static_argnums=0, static_argnames="capacity", donate_argnums=4)
+def go_on(
+    layer: Part,
+    params: Mapping[str, Array],
+    x: Float[Array, "b 1 d"],
+    positions: Int[Array, "b 1"],
+    kept: Any,
+    *,
+    capacity: int,
+) -> tuple[Float[Array, "b 1 d"], tuple[Any, ...]]:
+    """Applies a layer to one more token of each text.
+
+    Args:
+        layer: the layer.
+        params: its params.
+        x: the tokens' hidden states.
+        positions: where they are in their texts.
+        kept: what the layer kept of the tokens before.
+        capacity: as in `begin`.
+    """
+    cache = Cache(positions, positions[:, 0], capacity, kept)
+    y, _ = layer(params, x, cache)
+    return y, tuple(cache.after)

@@ -1,0 +1,85 @@
+"""How texts lie in windows, and what is kept of texts that are continued."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+
+class Layout(NamedTuple):
+    """How several texts lie in one window, and how some of them share their beginning.
+
+    A group is a common beginning and its continuations, one behind the other. A token sees the tokens before it of
+    its own continuation and of the beginning of its group, as if its text stood alone.
+
+    Attributes:
+        positions: the positions of each token in its own text, from 0.
+        group: number of its group in the window.
+        branch: number of its continuation from 1; 0 is the common beginning.
+    """
+
+    positions: Int[Array | np.ndarray, "b t"]
+    group: Int[Array | np.ndarray, "b t"]
+    branch: Int[Array | np.ndarray, "b t"]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the longest text may have."""
+        return self.positions.shape[1]
+
+
+class Cache(Layout):
+    """What a layer keeps of texts, token by token; it takes a cache in the place of a layout.
+
+    The first tokens of all texts come in one window each, behind which there is padding; after that comes one token of
+    each at a time. What an operation of the layer keeps (keys and values, the memory of a recurrence) it finds again by
+    the order in which operations come.
+
+    Args:
+        positions: of the tokens that come.
+        lengths: tokens of each text in the first window.
+        capacity: tokens of the longest text in the end.
+        before: what is kept of the tokens before; None: these are the first.
+
+    Attributes:
+        lengths, before: as given.
+        after: what is kept when the layer returns.
+    """
+
+    lengths: Int[Array, "b"]
+    _capacity: int
+    before: list[Any] | None
+    after: list[Any]
+
+    def __new__(
+        cls,
+        positions: Int[Array, "b t"],
+        lengths: Int[Array, "b"],
+        capacity: int,
+        before: Iterable[Any] | None = None,
+    ) -> "Cache":
+        nothing = jnp.zeros_like(positions)
+        made = super().__new__(cls, positions, nothing, nothing)
+        made.lengths, made._capacity = lengths, capacity
+        made.before, made.after = None if before is None else list(before), []
+        return made
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    @property
+    def valid(self) -> Bool[Array, "b t"]:
+        """Which tokens of the first window are no padding."""
+        return self.positions < self.lengths[:, None]
+
+    def take(self) -> Any:
+        """Returns what the operation kept that is next in order."""
+        assert self.before
+        return self.before.pop(0)
+
+    def keep(self, kept: Any) -> None:
+        """Keeps arrays for the next tokens."""
+        self.after.append(kept)

@@ -1,0 +1,74 @@
+"""Continuations with a cache are those of whole passes, of every family."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxprune import load
+from jaxprune.evaluation import generation
+from jaxprune.evaluation.generation import generate
+from jaxprune.streaming.model import StreamedModel
+from tests.helpers import families, tiny
+from tests.helpers.optional import needs_torch
+
+FAMILIES = ["llama", "gemma2", "gpt_oss", "qwen3_next", "opt", "mixtral"]
+
+
+def by_whole_passes(model: StreamedModel, prompt: list[int], count: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(model.logits(np.array([ids], np.int32))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@needs_torch
+@pytest.mark.parametrize(
+    "family",
+    [one if one in FAMILIES else pytest.param(one, marks=pytest.mark.slow) for one in families.VARIANTS],
+)
+def test_continuations_are_those_of_whole_passes(family: str, tmp_path: Path) -> None:
+    families.save(tmp_path / "hf", families.config(family, next(iter(families.VARIANTS[family]))))
+    model = load(tmp_path / "hf")
+    generator = np.random.default_rng(0)
+    prompts = [generator.integers(1, 300, length).tolist() for length in (3, 25, 7)]
+    found = generate(model, prompts, [5, 5, 5], lambda number, made: False)
+    assert found == [by_whole_passes(model, prompt, 5) for prompt in prompts]
+
+
+def test_texts_end_where_they_are_told(checkpoint: Path) -> None:
+    model = load(checkpoint)
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    whole = generate(model, prompts, [6, 6, 6], lambda number, made: False)
+    assert [len(one) for one in whole] == [6, 6, 6]
+    assert generate(model, prompts, [2, 0, 4], lambda number, made: False) == [whole[0][:2], [], whole[2][:4]]
+    stop = whole[1][1]
+    found = generate(model, prompts, [6, 6, 6], lambda number, made: number == 1 and made[-1] == stop)
+    assert found[1] == whole[1][: whole[1].index(stop) + 1]
+
+
+def test_it_does_not_matter_what_has_room(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(checkpoint)
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    expected = generate(model, prompts, [4, 4, 4], lambda number, made: False)
+    monkeypatch.setattr(generation, "_free", lambda: 1.0)  # a layer at a time, and a text
+    assert generate(model, prompts, [4, 4, 4], lambda number, made: False) == expected
+
+
+def test_a_layer_is_read_once_where_all_fit(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, reads = load(checkpoint), []
+    read = StreamedModel._read_layer
+    monkeypatch.setattr(StreamedModel, "_read_layer", lambda self, index: (reads.append(index), read(self, index))[1])
+    generate(model, [[1, 2, 3]], [4], lambda number, made: False)
+    assert sorted(reads) == [0, 1, 2]
+
+
+def test_more_tokens_than_positions_are_refused(tmp_path: Path) -> None:
+    from jaxprune import InputError
+
+    model = load(tiny.save(tmp_path / "hf", tiny.config(max_position_embeddings=16)))
+    if model.architecture.config.max_positions is not None:
+        with pytest.raises(InputError, match="16 positions"):
+            generate(model, [list(range(1, 10))], [20], lambda number, made: False)
+    with pytest.raises(InputError, match="vocabulary"):
+        generate(model, [[1, 100_000]], [2], lambda number, made: False)
