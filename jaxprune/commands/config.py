@@ -115,7 +115,10 @@ class Config(EvalOptions):
 GROUPS = {
     "Checkpoint and result": ("ckpt", "out", "overwrite", "resume", "save_masks"),
     "Calibration": ("calib", "nsamples", "seqlen", "pack", "seed"),
-    "Evaluation": ("eval", "eval_text", "eval_seqlen", "eval_windows", "tasks", "limit", "tasks_data", "backend"),
+    "Evaluation": (
+        *("eval", "eval_text", "eval_seqlen", "eval_windows", "prompts", "sample_tokens"),
+        *("tasks", "limit", "tasks_data", "backend"),
+    ),
     "Machine": ("dtype", "device", "devices", "hidden", "scratch", "coordinator", "processes", "process_id"),
     "Before the run": ("dry_run", "device_memory", "target", "unchecked", "timing"),
 }

@@ -13,7 +13,8 @@ from jaxprune.errors import Change, InputError
 from jaxprune.evaluation.quality import Measures
 from jaxprune.evaluation.tasks import ZERO_SHOT
 
-MEASURES = ("ppl", "zero-shot")
+MEASURES = ("ppl", "samples", "zero-shot")
+SAMPLE_TOKENS = 48
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,8 @@ class EvalOptions:
 
     eval: str | None = None
     """What to measure: ppl (perplexity of a text; against a dense model also the KL divergence and how often both find
-    the same next token the most probable), zero-shot (tasks of lm-eval), both as ppl,zero-shot, or none."""
+    the same next token the most probable), samples (prompts continued, to read), zero-shot (tasks of lm-eval), several
+    as ppl,zero-shot, or none."""
     eval_text: str | None = None
     """Texts for ppl, separated by commas: wikitext2, c4, wikipedia, or a file as for --calib (default: wikitext2;
     wikipedia for smollm2-135m, other articles than calibration's)."""
@@ -30,6 +32,10 @@ class EvalOptions:
     """Tokens of an evaluation window (default: --seqlen, else 2048)."""
     eval_windows: int | None = None
     """Evaluate on the first so many windows of a text only (default: all)."""
+    prompts: str | None = None
+    """A file of prompts for samples: .txt, one a line, or texts or conversations as for --calib (default: a dozen)."""
+    sample_tokens: int | None = None
+    """Tokens of a sample, at most (default: 48)."""
     tasks: str | None = None
     """Tasks for zero-shot, separated by commas: any of lm-eval's (default: the paper's seven, boolq, rte, hellaswag,
     winogrande, arc_easy, arc_challenge and openbookqa)."""
@@ -71,6 +77,8 @@ class EvalOptions:
             limit=self.limit,
             backend=self.backend,
             device=self.device,
+            samples=(self.sample_tokens or SAMPLE_TOKENS) if "samples" in self.measures else 0,
+            prompts=self.prompts,
         )
 
     def scratch_folder(self, out: str) -> Path | None:
@@ -93,13 +101,14 @@ class EvalOptions:
 
     def check(self) -> None:
         """Raises InputError for options that contradict each other or mean nothing."""
-        require_positive(self, "eval_windows", "limit")
+        require_positive(self, "eval_windows", "limit", "sample_tokens")
         require_at_least(self, 2, "eval_seqlen")  # the first token of a window is not predicted
         if self.scratch and self.hidden != "disk":
             raise InputError("--scratch is for --hidden disk: pass both, or neither")
         if unknown := [name for name in self.measures if name not in MEASURES]:
             raise InputError(f"--eval takes {', '.join(MEASURES)} or none, not {unknown[0]!r}; tasks go to --tasks")
         needs = dict.fromkeys(("eval_text", "eval_seqlen", "eval_windows"), "ppl")
+        needs |= dict.fromkeys(("prompts", "sample_tokens"), "samples")
         needs |= dict.fromkeys(("tasks", "limit", "tasks_data", "backend"), "zero-shot")
         for name, measure in needs.items():
             if getattr(self, name) not in (None, "jax") and measure not in self.measures:

@@ -33,7 +33,10 @@ class Config(EvalOptions):
 
 GROUPS = {
     "Checkpoints and result": ("against", "out", "overwrite"),
-    "What to measure": ("eval", "eval_text", "eval_seqlen", "eval_windows", "tasks", "limit", "tasks_data", "backend"),
+    "What to measure": (
+        *("eval", "eval_text", "eval_seqlen", "eval_windows", "prompts", "sample_tokens"),
+        *("tasks", "limit", "tasks_data", "backend"),
+    ),
     "Machine": ("dtype", "device", "hidden", "scratch"),
 }
 """Heading of the help -> its flags."""
@@ -41,6 +44,7 @@ EXAMPLES = """Examples:
 
     jaxprune evaluate ./pruned --against llama-7b
     jaxprune evaluate ./pruned-a ./pruned-b --eval ppl --eval-text wikitext2,mytext.txt
+    jaxprune evaluate ./pruned --against llama-7b --eval samples --prompts mine.txt
     jaxprune evaluate ./pruned --eval zero-shot --tasks piqa,mmlu --limit 500"""
 
 
@@ -63,6 +67,7 @@ def evaluate(config: Config, names: Sequence[str]) -> Evaluation:
     inputs = {
         "a checkpoint": [path for name in given for path in inputs_of(resolve(name))],
         "eval_text": [path for text in texts for path in paths_of(text)],
+        "prompts": paths_of(config.prompts),
         "tasks_data": paths_of(config.tasks_data),
     }
     apart = inputs | {"scratch": paths_of(config.scratch)}

@@ -1,7 +1,9 @@
 """What a run says while it works: lines, progress bars, the table of its timing."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress as Bar
@@ -10,7 +12,7 @@ from rich.progress import TaskID
 from jaxprune.api.evaluate import Evaluation
 from jaxprune.api.prune import PruningResult
 from jaxprune.commands.terminal import console, duration, keep_memory, print_table, progress_bar
-from jaxprune.evaluation.quality import table
+from jaxprune.evaluation.quality import Quality, table
 from jaxprune.models.parts import every_expert
 from jaxprune.planning.preflight import seconds
 from jaxprune.planning.work import Need
@@ -91,6 +93,7 @@ class Progress(Observer):
         if isinstance(result, Evaluation):
             header, rows = result.rows()
             print_table(rows, header)
+            print_samples(result.qualities)
             return
         if result.record.timing:
             header, rows = timing_table(result.record.timing)
@@ -99,6 +102,7 @@ class Progress(Observer):
         if result.evaluation:
             header, rows = table(result.evaluation)
             print_table(rows, header)
+            print_samples(result.evaluation)
 
     def step_done(self, number: int, steps: int, divergence: float) -> None:
         """Moves the bar on; says the mean divergence of each quarter of the steps."""
@@ -114,6 +118,15 @@ class Progress(Observer):
         """Prints a line on the text that is held out."""
         if self._bar:
             self._bar.console.print(f"tuned on {tokens:,} tokens: KL divergence {divergence:.4f} nats on text held out")
+
+
+def print_samples(qualities: Mapping[str, Quality]) -> None:
+    """Prints prompts with the continuations of all checkpoints below them."""
+    columns = [[(name, sample) for sample in quality.samples] for name, quality in qualities.items() if quality.samples]
+    for row in zip(*columns, strict=True):
+        console.print(f"\n{json.dumps(row[0][1].prompt, ensure_ascii=False)}")
+        for name, sample in row:
+            console.print(f"  {Path(name).name}: {json.dumps(''.join(sample.pieces), ensure_ascii=False)}")
 
 
 def longest(times: Mapping[str, float]) -> str:

@@ -60,7 +60,8 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
 
     assert config.out and config.calib
     place, masks_place = places(config.out, config.save_masks, overwrite=config.overwrite)
-    inputs = {"tasks_data": paths_of(config.tasks_data), "calib": calib_paths(config.calib)}
+    inputs = {"prompts": paths_of(config.prompts), "tasks_data": paths_of(config.tasks_data)}
+    inputs |= {"calib": calib_paths(config.calib)}
     inputs["eval_text"] = [path for text in (config.eval_text or "").split(",") for path in paths_of(text)]
     require_separate(place, masks_place, recipe, inputs | {"ckpt": paths_of(config.ckpt)}, config.scratch)
     scratch = config.scratch_folder(config.out)

@@ -19,6 +19,7 @@ from jaxprune.models import Layout, Part
 from jaxprune.models.layout import Cache
 from jaxprune.sharding import fetch
 from jaxprune.streaming.model import StreamedModel, apply
+from jaxprune.streaming.observer import SILENT, Observer
 
 SHARE = 0.5
 """Of the memory that is free, the most that layers may take to stay, and that what they keep of texts may take."""
@@ -29,7 +30,11 @@ Finished = Callable[[int, list[int]], bool]
 
 
 def generate(
-    model: StreamedModel, prompts: Sequence[Sequence[int]], most: Sequence[int], finished: Finished
+    model: StreamedModel,
+    prompts: Sequence[Sequence[int]],
+    most: Sequence[int],
+    finished: Finished,
+    observer: Observer = SILENT,
 ) -> list[list[int]]:
     """Returns the most probable continuation of each prompt, token by token.
 
@@ -38,6 +43,7 @@ def generate(
         prompts: token ids, at least one each.
         most: new tokens of each, at most.
         finished: says where one ends.
+        observer: is told each token as a layer that was visited.
 
     Raises:
         InputError: ids outside the vocabulary, or more tokens than the model was made for.
@@ -49,6 +55,7 @@ def generate(
         longest = max(len(prompts[number]) + most[number] for number in numbers)
         tokens = _continued(model, layers, [prompts[number] for number in numbers], longest)
         while ends:
+            observer.layer_visited(0)
             for number, token in zip(numbers, next(tokens), strict=True):
                 if number in ends:
                     made[number].append(token)

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxprune import calibration
 from jaxprune.errors import Change, InputError
+from jaxprune.evaluation.samples import Prompts, Sample, samples
 from jaxprune.evaluation.tasks import Tasks, mean_accuracy, summarize, with_error
 from jaxprune.evaluation.text import TextQuality, text_quality
 from jaxprune.streaming.model import StreamedModel
@@ -30,6 +31,8 @@ class Measures:
         limit: the most rows of a task; None: all.
         backend: what runs the tasks: jax streams the model, torch holds all of it.
         device: auto, cpu or gpu: where torch runs.
+        samples: tokens by which prompts are continued; 0: they are not.
+        prompts: the file of the prompts; None: the dozen of `samples.PROMPTS`.
     """
 
     texts: tuple[str, ...] = ()
@@ -40,9 +43,11 @@ class Measures:
     limit: int | None = None
     backend: Literal["jax", "torch"] = "jax"
     device: str = "auto"
+    samples: int = 0
+    prompts: str | Path | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.texts or self.tasks)
+        return bool(self.texts or self.tasks or self.samples)
 
 
 @dataclasses.dataclass
@@ -53,6 +58,7 @@ class Quality:
         texts: text -> what the model makes of it.
         windows: text -> windows, tokens a window.
         tasks: task -> metric -> value; see `tasks.summarize`.
+        samples: prompts and what the model makes of them.
         lm_eval: the results as lm-eval gives them, samples included; None without tasks.
         seconds: the seconds by what was measured; texts are measured for all checkpoints at once.
     """
@@ -60,6 +66,7 @@ class Quality:
     texts: dict[str, TextQuality] = dataclasses.field(default_factory=dict)
     windows: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     tasks: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    samples: list[Sample] = dataclasses.field(default_factory=list)
     lm_eval: dict[str, Any] | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -75,6 +82,7 @@ class Quality:
             "texts": texts,
             "tasks": self.tasks,
             **({"mean_accuracy": mean} if mean else {}),
+            **({"samples": [sample._asdict() for sample in self.samples]} if self.samples else {}),
             "seconds": self.seconds,
         }
 
@@ -129,6 +137,9 @@ class Evaluator:
         self.windows = self._windows_of(model)
         for tokens in self.windows.values():
             model.require_tokens(tokens)
+        self._prompts = Prompts(measures.prompts) if measures.samples else None
+        if self._prompts:
+            self._prompts.ids(model, measures.samples)
         self._tasks: Tasks | None = None
         if measures.tasks:
             self._tasks = Tasks(measures.tasks, measures.tasks_data, measures.limit)
@@ -147,7 +158,7 @@ class Evaluator:
         """
         qualities = self.measure_texts(models, against)
         for name, model in models.items():
-            self.measure_tasks(name, model, qualities[name])
+            self.measure_alone(name, model, qualities[name])
             yield name, qualities[name]
 
     def measure_texts(self, models: Mapping[str, StreamedModel], against: str | None = None) -> dict[str, Quality]:
@@ -177,8 +188,12 @@ class Evaluator:
                     qualities[name].seconds[f"perplexity, {text}"] = time.perf_counter() - start
         return qualities
 
-    def measure_tasks(self, name: str, model: StreamedModel, quality: Quality) -> None:
-        """Adds what a checkpoint makes of the tasks."""
+    def measure_alone(self, name: str, model: StreamedModel, quality: Quality) -> None:
+        """Adds what a checkpoint makes of the prompts and of the tasks."""
+        if self._prompts:
+            start = time.perf_counter()
+            quality.samples = samples(model, self._prompts, self._measures.samples, self._observer)
+            quality.seconds["samples"] = time.perf_counter() - start
         if self._tasks:
             start = time.perf_counter()
             quality.lm_eval = self._tasks.run(self._lm_of(model))

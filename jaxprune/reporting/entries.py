@@ -78,6 +78,7 @@ def entries(records: Sequence[Record]) -> list[Entry]:
                     texts={**before.quality.texts, **entry.quality.texts},
                     tasks=tasks,
                     mean_accuracy=MeanAccuracy(**mean_accuracy(_finite(tasks))),
+                    samples=entry.quality.samples or before.quality.samples,
                 )
                 main = before if before.run or not entry.run else entry
                 found[entry.key] = dataclasses.replace(main, quality=quality, dense=before.dense or entry.dense)

@@ -3,6 +3,7 @@
 Everything in it comes from the jaxprune.json of each folder.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -34,6 +35,7 @@ def page(records: Sequence[Record]) -> str:
         texts=texts,
         tasks=list(dict.fromkeys(task for entry in everything for task in entry.quality.tasks)),
         figures=_figures(everything, texts),
+        samples=_samples(everything),
         number=drawing.format_number,
         short=figures.short,
         details=[
@@ -72,6 +74,30 @@ def _figures(everything: Sequence[Entry], texts: Sequence[str]) -> list[tuple[st
     sections = {"Quality": quality, "Sparsity against quality": trade, "Pruning": pruning}
     kept = {heading: [plot for plot in plots if plot] for heading, plots in sections.items()}
     return [(heading, plots) for heading, plots in kept.items() if plots]
+
+
+def _samples(everything: Sequence[Entry]) -> list[tuple[str, list[tuple[Entry, str, str]]]]:
+    """Returns prompts, each with the checkpoints that continued it: what is the same as the dense one's, if that is the
+    first of them, and the rest."""
+    found: dict[str, list[tuple[Entry, list[str]]]] = {}
+    for entry in everything:
+        for sample in entry.quality.samples:
+            found.setdefault(sample.prompt, []).append((entry, sample.pieces))
+    rows = []
+    for prompt, ones in found.items():
+        first = ones[0][1]
+        cuts = [_common(first, pieces) if ones[0][0].dense else len(pieces) for _, pieces in ones]
+        sides = [
+            (entry, "".join(pieces[:cut]), "".join(pieces[cut:]))
+            for (entry, pieces), cut in zip(ones, cuts, strict=True)
+        ]
+        rows.append((prompt, sides))
+    return rows
+
+
+def _common(a: Sequence[str], b: Sequence[str]) -> int:
+    """Returns how many pieces are the same from the first on."""
+    return sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(a, b, strict=False)))
 
 
 def _value_of(text: str, name: str) -> Callable[[Entry], float | None]:

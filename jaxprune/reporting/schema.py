@@ -47,6 +47,13 @@ class TextQuality(Schema):
     top1: float | None = None
 
 
+class Sample(Schema):
+    """A prompt and its continuation, token by token."""
+
+    prompt: str
+    pieces: list[str]
+
+
 class MeanAccuracy(Schema):
     acc: float | None = None
     acc_stderr: float | None = None
@@ -58,6 +65,7 @@ class Quality(Schema):
     texts: dict[str, TextQuality] = {}
     tasks: dict[str, dict[str, float | None]] = {}
     mean_accuracy: MeanAccuracy = MeanAccuracy()
+    samples: list[Sample] = []
     seconds: Seconds = {}
 
 

@@ -1,0 +1,143 @@
+"""Prompts continued by models, for people to read: numbers do not tell whether a pruned model is of use, text does."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxprune.calibration.documents import Conversations
+from jaxprune.calibration.textfile import documents
+from jaxprune.errors import Change, InputError
+from jaxprune.evaluation.generation import generate
+from jaxprune.streaming.model import StreamedModel
+from jaxprune.streaming.observer import SILENT, Observer
+
+PROMPTS = (
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "The three primary colours are",
+    "Once upon a time, in a village by the sea, there lived",
+    "The best way to learn a new language is to",
+    "To make a simple tomato soup, first",
+    "def is_prime(n: int) -> bool:\n    ",
+    "Question: If a train leaves at 3 pm and takes 2 hours, when does it arrive?\nAnswer:",
+    "Photosynthesis is the process by which",
+    "Dear Ms Miller,\n\nthank you for your letter of 3 May. I am writing to",
+    "The main causes of the First World War were",
+    "English: Good morning, how are you?\nFrench:",
+)
+"""Facts, stories, instructions, code, arithmetic, letters: a dozen ways to find out what is left of a model."""
+MOST = 1000
+"""Prompts of a file."""
+CUT = "\ufffd"
+"""Stands for bytes that are no whole character yet."""
+
+
+class Sample(NamedTuple):
+    """A prompt and its continuation.
+
+    Attributes:
+        prompt: as the model was given it.
+        pieces: the continuation, token by token; tokens that make one character together are one piece.
+    """
+
+    prompt: str
+    pieces: tuple[str, ...]
+
+
+class Prompts:
+    """Prompts, of a file or the dozen that are always there.
+
+    Args:
+        path: .txt, a prompt a line, or a file of texts or conversations as for calibration; None: the dozen.
+
+    Raises:
+        InputError: the file cannot be used.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self._path, self._chat = path, False
+        self._prompts: Sequence[str] = PROMPTS
+        if path is not None:
+            if os.path.isdir(path):
+                raise InputError("it is a folder", file=path, wanted="a file of prompts")
+            found = documents(Path(path), "test", MOST + 1)
+            self._chat = isinstance(found, Conversations)
+            text_lines = Path(path).suffix == ".txt"
+            lines = [line for line in found[0].splitlines() if line.strip()] if text_lines else list(found)
+            if not lines:
+                raise InputError("it holds no text", file=path)
+            if len(lines) > MOST:
+                raise InputError(f"it holds more than {MOST} prompts", file=path)
+            self._prompts = lines
+
+    def texts(self, tokenizer: Any) -> list[str]:
+        """Returns the prompts as a tokenizer's chat template writes them, where they are conversations.
+
+        Raises:
+            InputError: it has no chat template.
+        """
+        if not self._chat:
+            return list(self._prompts)
+        try:
+            return [
+                tokenizer.apply_chat_template(json.loads(prompt), tokenize=False, add_generation_prompt=True)
+                for prompt in self._prompts
+            ]
+        except ValueError as error:
+            raise InputError(
+                f"the checkpoint's tokenizer has no chat template for conversations ({str(error)[:100]})",
+                file=self._path,
+            ) from error
+
+    def ids(self, model: StreamedModel, count: int) -> list[list[int]]:
+        """Returns the token ids of the prompts.
+
+        Args:
+            model: what continues them.
+            count: by how many tokens.
+
+        Raises:
+            InputError: one is longer than the model was made for.
+        """
+        tokenizer, most = model.tokenizer, model.architecture.config.max_positions
+        found = []
+        for number, text in enumerate(self.texts(tokenizer), 1):
+            ids = tokenizer(text, add_special_tokens=not self._chat, verbose=False)["input_ids"]
+            if most is not None and len(ids) + count > most:
+                raise InputError(
+                    f"prompt {number} has {len(ids)} tokens, and the model only {most} positions",
+                    file=self._path,
+                    options={"sample_tokens": Change.LOWER},
+                )
+            found.append(ids or [tokenizer.bos_token_id or tokenizer.eos_token_id or 0])
+        return found
+
+
+def samples(model: StreamedModel, prompts: Prompts, count: int, observer: Observer = SILENT) -> list[Sample]:
+    """Returns greedy continuations of prompts.
+
+    Args:
+        model: continues them.
+        prompts: they.
+        count: tokens of a continuation, at most.
+        observer: is told each token.
+    """
+    tokenizer, ids = model.tokenizer, prompts.ids(model, count)
+    end = tokenizer.eos_token_id
+    observer.started("samples", count, "tokens")
+    made = generate(model, ids, [count] * len(ids), lambda number, tokens: tokens[-1] == end, observer)
+    return [
+        Sample(text, tuple(_pieces(tokenizer, [token for token in tokens if token != end])))
+        for text, tokens in zip(prompts.texts(tokenizer), made, strict=True)
+    ]
+
+
+def _pieces(tokenizer: Any, tokens: Sequence[int]) -> Iterator[str]:
+    before = ""
+    for count in range(1, len(tokens) + 1):
+        text = tokenizer.decode(tokens[:count])
+        if not text.endswith(CUT) or count == len(tokens):
+            yield text[len(before) :]
+            before = text
