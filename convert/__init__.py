@@ -26,6 +26,7 @@ from convert.checkpoint import Params as Params
 from convert.checkpoint import Reader as Reader
 from convert.checkpoint import Spec as Spec
 from convert.checkpoint import Writer as Writer
+from convert.checkpoint import disk_bytes as disk_bytes
 from convert.checkpoint import part_of as part_of
 from convert.checkpoint import parts as parts
 from convert.errors import Change

@@ -71,6 +71,11 @@ class Writer(Protocol):
         ...
 
 
+def disk_bytes(reader: Reader) -> int:
+    """Returns the bytes of the files that hold a checkpoint's weights."""
+    return sum(file.stat().st_size for file in reader.files)
+
+
 def part_of(path: str) -> str:
     """Returns the part that a parameter belongs to: `layers.3`, or a module outside the layers such as
     `embed_tokens`."""

@@ -87,6 +87,9 @@ class Reader:
     Args:
         path: the .gguf file.
 
+    Attributes:
+        config: the content of a config.json that says what the file says.
+
     Raises:
         CheckpointError: the file is damaged, or of another architecture.
     """
@@ -118,7 +121,7 @@ class Reader:
         if "embed_tokens.embedding" not in self.spec:
             raise DamagedError("a tensor is missing", file=path, entry="token_embd.weight")
         self.spec = {p: self.spec[p] for paths in parts(self.spec).values() for p in paths}
-        self._hf_config = self._config()
+        self.config = self._config()
         self._tokenizer = self._tokenizer_fields() if "tokenizer.ggml.model" in self._header else None
 
     @staticmethod
@@ -206,7 +209,7 @@ class Reader:
         """A temporary folder with the configuration and the tokenizer that the file holds."""
         folder = Path(tempfile.mkdtemp(prefix="jaxprune-gguf-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        (folder / "config.json").write_text(json.dumps(self._hf_config, indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
         if self._tokenizer is not None:
             self._save_tokenizer(folder, self._tokenizer)
         return folder

@@ -94,9 +94,9 @@ UNSAID = frozenset(
 """Entries of config.json that say nothing of what a model computes."""
 
 
-def differences(found: Any, wanted: Any) -> Iterator[str]:
-    """Yields the entries in which two configurations of transformers differ."""
-    ours, theirs = found.to_dict(), wanted.to_dict()
+def differences(found: Entries, wanted: Any) -> Iterator[str]:
+    """Yields the entries in which the content of a config.json differs from a configuration of transformers."""
+    ours, theirs = type(wanted).from_dict(found).to_dict(), wanted.to_dict()
     for name in type(wanted)().to_dict().keys() - UNSAID:  # what its class knows
         if name == "hidden_act" and "hidden_activation" in theirs or name == "head_dim" and theirs[name] is None:
             continue  # another entry decides

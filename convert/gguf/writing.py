@@ -139,7 +139,7 @@ class Writer:
         found = reading.Reader(self.place)
         if {path: t.shape for path, t in found.spec.items()} != {path: t.shape for path, t in spec.items()}:
             raise CheckpointError("a GGUF file of it would have other tensors")
-        if different := sorted(settings.differences(load_config(found.assets), self._config)):
+        if different := sorted(settings.differences(found.config, self._config)):
             raise CheckpointError(
                 f"a GGUF file of a {self._model.model_type} model cannot say these entries of config.json: "
                 + ", ".join(different)

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxtyping import DTypeLike
 
-from convert import ownership
+from convert import disk_bytes, ownership
 from convert.destination import Destination, destination, staged
 from convert.hub import resolve
 from convert.paths import inputs_of, require_apart
@@ -112,6 +112,7 @@ def evaluate(
         qualities[name], run = quality, runs[name]
         found[name] = {
             "sparsity": sparsity[name],
+            "disk_bytes": disk_bytes(models[name].reader),
             "run": run and schema.as_json(run),
             "quality": quality.as_json(),
         }

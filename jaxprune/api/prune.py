@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from convert import Writer, fill_checkpoint, writing
+from convert import Writer, disk_bytes, fill_checkpoint, open_checkpoint, writing
 from convert.checked import CheckedReader
 from convert.destination import Destination, destination
 from convert.hub import require_whole
@@ -169,6 +169,8 @@ def prune(
                 for which, quality in evaluator.measure(models, against="dense"):
                     record.evaluation[which] = quality
         record.seconds["total"] = time.perf_counter() - begun
+        made_of = {"dense": model.reader, "pruned": open_checkpoint(result_folder(journal), check=False)}
+        record.disk_bytes = {which: disk_bytes(reader) for which, reader in made_of.items()}
         weights.require_unchanged()
         made, names, fault = _describe(record, result_folder(journal))
         publishing.finish(journal, files | names, run, masks_at)

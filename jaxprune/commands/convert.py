@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.filesize import decimal
 
-from convert import create_checkpoint, is_file, open_checkpoint, parts, require_suitable, writer_for
+from convert import create_checkpoint, disk_bytes, is_file, open_checkpoint, parts, require_suitable, writer_for
 from convert.assets import read_config
 from convert.command import run
 from convert.consistency import check
@@ -79,7 +79,7 @@ def _main(argv: Sequence[str]) -> int:
             write_text(writer.place / RECORD, read_bytes(record).decode("utf-8", "replace"))
             writer.files.add(RECORD)
     size = sum(t.size * t.dtype.itemsize for t in reader.spec.values())
-    written = sum(path.stat().st_size for path in open_checkpoint(place.path).files)
+    written = disk_bytes(open_checkpoint(place.path))
     print(
         f"{given['target']}: {len(reader.spec)} tensors, {decimal(size)}, in {decimal(written)} of files, format {to}"
     )

@@ -22,6 +22,8 @@ from jaxprune.reporting.card import summary
 from jaxprune.sharding import ONE_DEVICE, Devices
 from jaxprune.streaming.observer import Observer
 
+MOST_COLUMNS = 6
+"""Of a table of checkpoints, so that a terminal has room for it."""
 SHORTER = {
     "experts": "a smaller --nsamples or --seqlen",
     "sensitivity": "a smaller --sensitivity-windows",
@@ -92,6 +94,8 @@ class Progress(Observer):
         self._stop()
         if isinstance(result, Evaluation):
             header, rows = result.rows()
+            if len(header) > MOST_COLUMNS:  # a row for each checkpoint then
+                header, *rows = map(list, zip(header, *rows, strict=True))
             print_table(rows, header)
             print_samples(result.qualities)
             return

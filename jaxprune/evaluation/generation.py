@@ -4,7 +4,9 @@ The layers stay on the device where they fit it; else one is there at a time, an
 all texts. What a layer keeps of the texts stays on the device.
 """
 
+import functools
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxprune import hardware
-from jaxprune.models import Layout, Part
+from jaxprune.models import Architecture, Layout, Part
 from jaxprune.models.layout import Cache
 from jaxprune.sharding import fetch
 from jaxprune.streaming.model import StreamedModel, apply
@@ -102,7 +104,7 @@ def _batches(model: StreamedModel, prompts: Sequence[Sequence[int]], most: Seque
     batch: list[int] = []
     for number in order:
         longest = max(longest, len(prompts[number]) + most[number])
-        if batch and (len(batch) + 1) * _bytes_of_text(model, longest) > room:
+        if batch and (len(batch) + 1) * _bytes_of_text(model.architecture, _rounded(longest)) > room:
             yield batch
             batch, longest = [], len(prompts[number]) + most[number]
         batch.append(number)
@@ -110,14 +112,15 @@ def _batches(model: StreamedModel, prompts: Sequence[Sequence[int]], most: Seque
         yield batch
 
 
-def _bytes_of_text(model: StreamedModel, length: int) -> int:
+@functools.lru_cache(maxsize=256)
+def _bytes_of_text(architecture: Architecture, capacity: int) -> int:
     """Returns the bytes that all layers keep of one text."""
-    x = jax.ShapeDtypeStruct((1, 1, model.architecture.width), model.dtype)
+    x = jax.ShapeDtypeStruct((1, 1, architecture.width), architecture.config.dtype)
     lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
     total = 0
-    for layer in model.architecture.layers:
-        _, kept = jax.eval_shape(partial(begin, layer, capacity=_rounded(length)), layer.spec, x, lengths)
-        total += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+    for layer, count in Counter(architecture.layers).items():
+        _, kept = jax.eval_shape(partial(begin, layer, capacity=capacity), layer.spec, x, lengths)
+        total += count * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
     return total
 
 

@@ -23,6 +23,7 @@ class Entry:
         sparsity: zeros of the linear layers over their weights; None where nobody counted.
         quality: what was measured.
         run: the record of the run that made it, or None.
+        disk_bytes: of its files; None where nobody looked.
         number: the number of the checkpoint among those that are not dense; decides its colour.
     """
 
@@ -34,6 +35,7 @@ class Entry:
     sparsity: float | None
     quality: Quality
     run: Run | None
+    disk_bytes: int | None = None
     number: int = 0
 
     def text(self, name: str) -> TextQuality | None:
@@ -81,7 +83,12 @@ def entries(records: Sequence[Record]) -> list[Entry]:
                     samples=entry.quality.samples or before.quality.samples,
                 )
                 main = before if before.run or not entry.run else entry
-                found[entry.key] = dataclasses.replace(main, quality=quality, dense=before.dense or entry.dense)
+                found[entry.key] = dataclasses.replace(
+                    main,
+                    quality=quality,
+                    dense=before.dense or entry.dense,
+                    disk_bytes=before.disk_bytes or entry.disk_bytes,
+                )
     ordered = sorted(found.values(), key=lambda entry: not entry.dense)
     labels = [entry.label for entry in ordered]
     first = sum(entry.dense for entry in ordered)
@@ -97,28 +104,30 @@ def entries(records: Sequence[Record]) -> list[Entry]:
 
 def _entries(record: Record) -> list[Entry]:
     if isinstance(record, Run):
-        measured = record.evaluation
-        dense = [_bare(record.config.ckpt, True, 0.0, measured["dense"])] if "dense" in measured else []
-        return [*dense, _pruned(record.config.out or "", record, measured.get("pruned", Quality()))]
+        measured, size = record.evaluation, record.disk_bytes
+        dense = (
+            [_bare(record.config.ckpt, True, 0.0, measured["dense"], size.get("dense"))] if "dense" in measured else []
+        )
+        return [*dense, _pruned(record.config.out or "", record, measured.get("pruned", Quality()), size.get("pruned"))]
     found = []
     for name, one in record.checkpoints.items():
         is_dense = name == record.against or (not one.run and one.sparsity < 0.01)
         if one.run and not is_dense:
-            found.append(_pruned(name, one.run, one.quality))
+            found.append(_pruned(name, one.run, one.quality, one.disk_bytes))
         else:
-            found.append(_bare(name, is_dense, one.sparsity, one.quality))
+            found.append(_bare(name, is_dense, one.sparsity, one.quality, one.disk_bytes))
     return found
 
 
-def _bare(name: str, dense: bool, sparsity: float, quality: Quality) -> Entry:
+def _bare(name: str, dense: bool, sparsity: float, quality: Quality, size: int | None) -> Entry:
     """Returns a checkpoint of whose making nothing is known."""
     pattern = "" if dense else f"{100 * sparsity:.1f} %"
     label = Path(name).name + (" (dense)" if dense else "")
-    return Entry(name, label, dense, DESCRIPTIONS.get(name, ""), pattern, sparsity, quality, None)
+    return Entry(name, label, dense, DESCRIPTIONS.get(name, ""), pattern, sparsity, quality, None, size)
 
 
-def _pruned(name: str, run: Run, quality: Quality) -> Entry:
-    return Entry(name, Path(name).name, False, run.method_text, run.pattern_text, run.sparsity, quality, run)
+def _pruned(name: str, run: Run, quality: Quality, size: int | None) -> Entry:
+    return Entry(name, Path(name).name, False, run.method_text, run.pattern_text, run.sparsity, quality, run, size)
 
 
 def _finite(tasks: Mapping[str, Mapping[str, float | None]]) -> dict[str, dict[str, float]]:

@@ -24,6 +24,9 @@ from jaxprune.reporting.drawing import (
 from jaxprune.reporting.entries import Entry
 from jaxprune.reporting.schema import Layer
 
+ValueOf = Callable[[Entry], float | None]
+"""What of a checkpoint is plotted; None where it was not measured."""
+
 
 def error_by_layer(entries: Sequence[Entry]) -> Figure:
     """Returns a plot: of one run every linear's error, of several the mean over linear layers."""
@@ -185,7 +188,7 @@ def accuracies(entries: Sequence[Entry]) -> Figure:
 
 
 def quality_by_sparsity(
-    entries: Sequence[Entry], title: str, label: str, value_of: Callable[[Entry], float | None], *, log: bool
+    entries: Sequence[Entry], title: str, label: str, value_of: ValueOf, *, log: bool
 ) -> Figure | None:
     """Returns a line a method over the sparsities; None where there is one sparsity only."""
     pruned = [(entry, value) for entry in entries if not entry.dense and (value := value_of(entry)) is not None]
@@ -208,6 +211,23 @@ def quality_by_sparsity(
         if log:
             logarithmic(axis.yaxis)
         axis.set_xlabel("zeros in the linear layers, %")
+        axis.set_ylabel(label)
+
+    return draw(title, 3.4, plot)
+
+
+def quality_by_size(entries: Sequence[Entry], title: str, label: str, value_of: ValueOf) -> Figure | None:
+    """Returns a point a checkpoint by the bytes of its files; None where all have as many, or nobody looked."""
+    known = [(entry, entry.disk_bytes, value) for entry in entries if (value := value_of(entry)) is not None]
+    points = [(entry, size / 1e6, _plain(value)) for entry, size, value in known if size]
+    if len({round(size, 1) for _, size, _ in points}) < 2:
+        return None
+
+    def plot(axis: Axes) -> None:
+        for entry, size, value in points:
+            axis.plot(size, value, label=_label(entry), **(_style_of(entry) | {"ls": ""}))
+        logarithmic(axis.yaxis)
+        axis.set_xlabel("files, MB")
         axis.set_ylabel(label)
 
     return draw(title, 3.4, plot)

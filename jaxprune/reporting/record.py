@@ -55,6 +55,7 @@ class Record(Observer):
         evaluation: "dense" and "pruned" -> what was measured; empty without evaluation.
         timing: the timing of the first layer with and without compilation, where that was asked for.
         kept_experts: layer index -> the experts that stayed, where some were dropped.
+        disk_bytes: "dense" and "pruned" -> bytes of the checkpoint's files.
         few_tokens: linear layer of an expert -> how many tokens it was given, where these are fewer than its inputs.
     """
 
@@ -69,6 +70,7 @@ class Record(Observer):
     timing: Timing | None = None
     kept_experts: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     few_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
+    disk_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def layer_done(self, result: LayerResult) -> None:
         """Keeps a layer's result without its arrays."""
@@ -136,6 +138,7 @@ class Record(Observer):
             **({"kept_experts": self.kept_experts} if self.kept_experts else {}),
             **({"few_tokens": self.few_tokens} if self.few_tokens else {}),
             "peak_bytes": peak_bytes(),
+            **({"disk_bytes": self.disk_bytes} if self.disk_bytes else {}),
             "layers": [layer.as_json() for layer in self.layers],
             "resumed_layers": self.resumed,
             **environment(),

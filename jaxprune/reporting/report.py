@@ -5,7 +5,7 @@ Everything in it comes from the jaxprune.json of each folder.
 
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -36,6 +36,7 @@ def page(records: Sequence[Record]) -> str:
         tasks=list(dict.fromkeys(task for entry in everything for task in entry.quality.tasks)),
         figures=_figures(everything, texts),
         samples=_samples(everything),
+        verdicts=list(_verdicts(everything, texts)),
         number=drawing.format_number,
         short=figures.short,
         details=[
@@ -56,7 +57,11 @@ def _figures(everything: Sequence[Entry], texts: Sequence[str]) -> list[tuple[st
     for text in texts:
         measured = [entry for entry in everything if entry.text(text)]
         quality.append(figures.perplexities(measured, text))
-        by_sparsity(f"Perplexity of {figures.short(text)}", "perplexity", _value_of(text, "perplexity"))
+        value_of = _value_of(text, "perplexity")
+        by_sparsity(f"Perplexity of {figures.short(text)}", "perplexity", value_of)
+        trade.append(
+            figures.quality_by_size(measured, f"Perplexity of {figures.short(text)} by size", "perplexity", value_of)
+        )
         if compared := [entry for entry in measured if _value_of(text, "kl")(entry) is not None]:
             quality.append(figures.divergences(compared, text))
             by_sparsity(f"KL divergence on {figures.short(text)}", "nats a token", _value_of(text, "kl"))
@@ -74,6 +79,20 @@ def _figures(everything: Sequence[Entry], texts: Sequence[str]) -> list[tuple[st
     sections = {"Quality": quality, "Sparsity against quality": trade, "Pruning": pruning}
     kept = {heading: [plot for plot in plots if plot] for heading, plots in sections.items()}
     return [(heading, plots) for heading, plots in kept.items() if plots]
+
+
+def _verdicts(everything: Sequence[Entry], texts: Sequence[str]) -> Iterator[str]:
+    """Yields a sentence on each checkpoint that was compared with the dense one."""
+    for entry in everything:
+        for text in texts:
+            found = entry.text(text)
+            if found and found.ratio is not None and found.top1 is not None and not entry.dense:
+                zeros = "" if entry.sparsity is None else f", {100 * entry.sparsity:.0f} % zeros"
+                times, same = f"{found.ratio:.2f} times the dense model's", f"{100 * found.top1:.0f} % of the tokens"
+                yield (
+                    f"{entry.label}{zeros}: on {figures.short(text)} its perplexity is {times}, and at {same} both "
+                    "find the same next one the most probable."
+                )
 
 
 def _samples(everything: Sequence[Entry]) -> list[tuple[str, list[tuple[Entry, str, str]]]]:

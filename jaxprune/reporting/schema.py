@@ -164,6 +164,7 @@ class Run(RecipeRecord, Environment):
     seconds: Seconds
     timing: Timing | None = None
     peak_bytes: dict[str, Count] = {}
+    disk_bytes: dict[Literal["dense", "pruned"], Count] = {}
     tuning_text: TuningText | None = None
     divergences: list[tuple[Count, float]] = []
     kept_experts: dict[str, list[Count]] = {}
@@ -176,6 +177,7 @@ class Measured(Schema):
     """A checkpoint of an evaluation; `run` is the record of the run that made it, where there is one."""
 
     sparsity: float = Field(ge=0, le=1)
+    disk_bytes: Count | None = None
     run: Run | None
     quality: Quality
 

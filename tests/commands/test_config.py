@@ -158,7 +158,7 @@ def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
         ("--ckpt x --nsamples 0", "--nsamples must be at least 1"),
         ("--ckpt x --eval-windows -3", "--eval-windows must be at least 1"),
         ("--ckpt x --eval zero-shot --limit 0", "--limit must be at least 1"),
-        ("--ckpt x --eval boolq", "--eval takes ppl, zero-shot or none, not 'boolq'; tasks go to --tasks"),
+        ("--ckpt x --eval boolq", "--eval takes ppl, samples, zero-shot or none, not 'boolq'; tasks go to --tasks"),
         ("--ckpt x --tasks boolq", "--tasks is for --eval zero-shot, but --eval is ppl: pass --eval ppl,zero-shot"),
         ("--ckpt x --eval none --eval-text c4", "--eval-text is for --eval ppl"),
         ("--ckpt x --iterations 0", "iterations must be at least 1"),

@@ -339,3 +339,23 @@ def test_a_browser_shows_it(
 )
 def test_texts_have_short_names(text: str, name: str) -> None:
     assert figures.short(text) == name
+
+
+def test_a_verdict_and_sizes_on_disk_are_shown() -> None:
+    def measured(name: str, size: int | None, **found: float) -> dict[str, Any]:
+        return {"sparsity": 0.5, "disk_bytes": size, "run": None, "quality": quality(**found)}
+
+    checkpoints = {
+        "dense": measured("dense", 200_000_000, perplexity=10.0) | {"sparsity": 0.0},
+        "pruned": measured("pruned", 200_000_000, perplexity=13.0, kl=0.25),
+        "packed": measured("packed", 100_000_000, perplexity=13.0, kl=0.25),
+    }
+    head = {"schema": 2, "kind": "evaluation", "config": {}, "against": "dense"}
+    page = report.page([reading.read(json.dumps(head | {"checkpoints": checkpoints}), "x")])
+    sentence = "pruned, 50 % zeros: on wikitext2 its perplexity is 1.30 times the dense model&#39;s, and at 50 % of"
+    assert sentence in page and "dense, " not in page.partition("<main>")[0]
+    assert "Perplexity of wikitext2 by size" in page
+    for one in checkpoints.values():
+        one["disk_bytes"] = None
+    page = report.page([reading.read(json.dumps(head | {"checkpoints": checkpoints}), "x")])
+    assert "by size" not in page
