@@ -24,6 +24,8 @@ from jaxprune.reporting.drawing import (
 from jaxprune.reporting.entries import Entry
 from jaxprune.reporting.schema import Layer
 
+LEAST_SPAN = 5
+"""Percent of zeros that an axis has room for at least."""
 ValueOf = Callable[[Entry], float | None]
 """What of a checkpoint is plotted; None where it was not measured."""
 
@@ -210,6 +212,9 @@ def quality_by_sparsity(
                 axis.axhline(_plain(value), color=DENSE, ls="--", lw=1, label="dense")
         if log:
             logarithmic(axis.yaxis)
+        low, high = axis.get_xlim()
+        if high - low < LEAST_SPAN:
+            axis.set_xlim((low + high - LEAST_SPAN) / 2, (low + high + LEAST_SPAN) / 2)
         axis.set_xlabel("zeros in the linear layers, %")
         axis.set_ylabel(label)
 
