@@ -20,6 +20,7 @@ from jaxprune import StreamedModel
 from jaxprune.models.rope import Rope
 from tests.helpers import tiny
 from tests.helpers.checkpoints import write_gguf
+from tests.helpers.gguf_files import LLAMA3_ROPE
 from tests.helpers.optional import needs_torch, torch
 
 Q = gguf.GGMLQuantizationType
@@ -47,19 +48,11 @@ def test_tensors_and_tokens_are_those_of_transformers(
 
 
 def test_llama3_rope_factors_become_the_configuration(tmp_path: Path) -> None:
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    config = tiny.config(head_dim=64, rope_parameters=rope)
+    config = tiny.config(head_dim=64, rope_parameters=LLAMA3_ROPE)
     plain = Rope.from_hf({"rope_type": "default", "rope_theta": 500000.0}, 64, 1024).inverse_frequencies(8)[0]
-    scaled = Rope.from_hf(rope, 64, 1024).inverse_frequencies(8)[0]
+    scaled = Rope.from_hf(LLAMA3_ROPE, 64, 1024).inverse_frequencies(8)[0]
     reader = open_checkpoint(write_gguf(tmp_path / "a.gguf", config, Q.F32, factors=plain / scaled))
-    assert read_config(reader.assets)["rope_parameters"] == rope
+    assert read_config(reader.assets)["rope_parameters"] == LLAMA3_ROPE
     other = write_gguf(tmp_path / "b.gguf", config, Q.F32, factors=np.linspace(1, 9, 32, dtype=np.float32))
     with pytest.raises(CheckpointError, match="not Llama 3's"):
         open_checkpoint(other)

@@ -17,19 +17,11 @@ from convert.assets import load_tokenizer
 from convert.gguf.header import Header
 from jaxprune import load
 from tests.helpers import families, tiny
-from tests.helpers.gguf_files import CASES
+from tests.helpers.gguf_files import CASES, LLAMA3_ROPE
 from tests.helpers.optional import needs_torch, torch
 from tests.helpers.zeros import pruned
 
 SOONER = "mixtral", "qwen3_moe", "gemma3_text", "phi3", "granite"
-ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 
 def made(folder: Path, family: str, **others: Any) -> Path:
@@ -79,9 +71,9 @@ def test_logits_are_those_of_transformers(family: str, others: dict[str, Any], t
 
 
 def test_llama3s_factors_come_back(tmp_path: Path) -> None:
-    tiny.save(tmp_path / "hf", tiny.config(rope_parameters=ROPE))
+    tiny.save(tmp_path / "hf", tiny.config(rope_parameters=LLAMA3_ROPE))
     assert main([str(tmp_path / "hf"), str(tmp_path / "made.gguf")]) == 0
-    assert load(tmp_path / "made.gguf").hf_config["rope_parameters"] == ROPE
+    assert load(tmp_path / "made.gguf").hf_config["rope_parameters"] == LLAMA3_ROPE
 
 
 @pytest.mark.parametrize(

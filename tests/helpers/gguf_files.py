@@ -12,6 +12,14 @@ from tests.helpers import families
 from tests.helpers.checkpoints import add_tokenizer, finish
 from tests.helpers.optional import torch
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 WINDOW = {"sliding_window": 20}
 ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
