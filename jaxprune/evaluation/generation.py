@@ -25,6 +25,8 @@ from jaxprune.streaming.observer import SILENT, Observer
 
 SHARE = 0.5
 """Of the memory that is free, the most that layers may take to stay, and that what they keep of texts may take."""
+MOST_TOKENS = 2**14
+"""Tokens of prompts that go through a layer at a time, padding included."""
 BLOCK = 32
 """Windows and capacities are multiples of it, so that few programs serve all lengths."""
 Finished = Callable[[int, list[int]], bool]
@@ -98,13 +100,15 @@ def _free() -> float:
 
 
 def _batches(model: StreamedModel, prompts: Sequence[Sequence[int]], most: Sequence[int]) -> Iterator[Sequence[int]]:
-    """Yields numbers of prompts of similar length, as many as what is kept of them has room."""
+    """Yields numbers of prompts of similar length, as many as have room, and what is kept of them."""
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     room, longest = SHARE * _free() / 2, 0
     batch: list[int] = []
     for number in order:
         longest = max(longest, len(prompts[number]) + most[number])
-        if batch and (len(batch) + 1) * _bytes_of_text(model.architecture, _rounded(longest)) > room:
+        kept = (len(batch) + 1) * _bytes_of_text(model.architecture, _rounded(longest))
+        tokens = (len(batch) + 1) * _rounded(len(prompts[number]))  # the last one is the longest
+        if batch and (kept > room or tokens > MOST_TOKENS):
             yield batch
             batch, longest = [], len(prompts[number]) + most[number]
         batch.append(number)
