@@ -54,7 +54,7 @@ class Writer:
     single_file = True
 
     def __init__(self, place: Path, spec: Spec, assets: Path, *, type: str = "f16") -> None:
-        if type not in KINDS:
+        if (type := type.lower()) not in KINDS:
             problem = f"matrices cannot be stored as {type!r}: {', '.join(KINDS)} can"
             raise CheckpointError(problem, options={"type": Change.OTHER})
         self.files: set[str] = set()

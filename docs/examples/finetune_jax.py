@@ -7,6 +7,7 @@ that does not fit in memory three times over is tuned layer by layer while it is
 """
 
 import argparse
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     args = parser.parse_args(argv)
+    if Path(args.tuned).exists():
+        parser.error(f"{args.tuned} already exists")
 
     model = jaxprune.load(args.pruned)
     embed, layers, head = model.architecture.embed, model.architecture.layers, model.architecture.head
@@ -55,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     for number in range(args.steps):
         tokens = jnp.asarray(np.stack([next(windows) for _ in range(4)]), jnp.int32)
         params, state, value = step(params, state, tokens)
-        if number % 10 == 0:
+        if number % 10 == 0 or number == args.steps - 1:
             print(f"step {number}: loss {value:.4f}")
 
     spec = model.reader.spec
@@ -66,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         for index, (layer, own) in enumerate(zip(layers, params, strict=True)):
             stored = in_checkpoint(index, layer.unstack({path: np.asarray(array) for path, array in own.items()}))
             writer.write({path: array.astype(spec[path].dtype) for path, array in stored.items()})
+    print(f"{args.tuned} is written: jaxprune verify {args.tuned} --zeros-of {args.pruned}")
 
 
 def keep_zeros(updates, params):

@@ -63,6 +63,8 @@ def _main(argv: Sequence[str]) -> int:
     to = wanted.to or ("gguf" if given["target"].endswith(".gguf") else "hf")
     options = {name: value for name in ("type", "zstd") if (value := getattr(wanted, name)) is not None}
     writer_for(to, options)
+    if given["target"].endswith(".gguf") and not is_file(to):
+        raise CheckpointError(f"{to} makes a folder", file=given["target"], options={"to": "gguf"})
     place = destination(given["target"], overwrite=wanted.overwrite, folder=not is_file(to))
     place.check()
     source = resolve(given["source"])

@@ -24,7 +24,7 @@ class EvalOptions:
     eval: str | None = None
     """What to measure: ppl (perplexity of a text; against a dense model also the KL divergence and how often both find
     the same next token the most probable), samples (prompts continued, to read), zero-shot (tasks of lm-eval), several
-    as ppl,zero-shot, or none."""
+    as ppl,zero-shot, or none (default: of a run ppl, of jaxprune evaluate ppl,zero-shot)."""
     eval_text: str | None = None
     """Texts for ppl, separated by commas: wikitext2, c4, wikipedia, or a file as for --calib (default: wikitext2;
     wikipedia for smollm2-135m, other articles than calibration's)."""

@@ -75,7 +75,11 @@ def _main(argv: Sequence[str]) -> None:
 def _show(content: Publication) -> None:
     print_table([(name, decimal(content.size(name))) for name in content.files], ("file", "size"))
     console.print(f"in all {decimal(sum(map(content.size, content.files)))}; the card says of the model:")
-    console.print(content.card.data.to_yaml())
+    data = content.card.data
+    console.print(data.to_yaml())
+    for flag, found in (("--base-model", data.base_model), ("--license", data.license)):
+        if not found:
+            console.print(f"nothing says it, so the hub will not show it: {flag}")
 
 
 def _licence_of(base: Any) -> str | None:

@@ -20,7 +20,7 @@ PROMPTS = (
     "Once upon a time, in a village by the sea, there lived",
     "The best way to learn a new language is to",
     "To make a simple tomato soup, first",
-    "def is_prime(n: int) -> bool:\n    ",
+    "def is_prime(n: int) -> bool:\n",
     "Question: If a train leaves at 3 pm and takes 2 hours, when does it arrive?\nAnswer:",
     "Photosynthesis is the process by which",
     "Dear Ms Miller,\n\nthank you for your letter of 3 May. I am writing to",
@@ -60,8 +60,8 @@ class Prompts:
         self._path, self._chat = path, False
         self._prompts: Sequence[str] = PROMPTS
         if path is not None:
-            if os.path.isdir(path):
-                raise InputError("it is a folder", file=path, wanted="a file of prompts")
+            if os.path.isdir(path) or Path(path).suffix == ".npy":
+                raise InputError("it is no file of prompts", file=path, wanted=".txt, .jsonl, .json or .parquet")
             found = documents(Path(path), "test", MOST + 1)
             self._chat = isinstance(found, Conversations)
             text_lines = Path(path).suffix == ".txt"
@@ -109,7 +109,7 @@ class Prompts:
                 raise InputError(
                     f"prompt {number} has {len(ids)} tokens, and the model only {most} positions",
                     file=self._path,
-                    options={"sample_tokens": Change.LOWER},
+                    options={"sample_tokens": Change.LOWER} if len(ids) < most else {},
                 )
             found.append(ids or [tokenizer.bos_token_id or tokenizer.eos_token_id or 0])
         return found

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from convert import packed
 from convert.errors import CheckpointError
 from convert.files import read_bytes, require_inside, require_regular
 from jaxprune.reporting import reading
@@ -67,7 +68,8 @@ def publication(folder: Path, repository: str, base: str | None, licence: str | 
         files[text] = shown(_text(folder, text)).encode()
     try:
         card = ModelCard(_text(folder, CARD) if CARD in files else "---\ntags: []\n---\n")
-        _complete(card.data, repository, run, base, licence)
+        library = "jaxprune" if packed.MARK in files else "transformers"
+        _complete(card.data, repository, run, base, licence, library)
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise CheckpointError(f"its metadata cannot be read ({str(error)[:200]})", file=folder / CARD) from error
     card = ModelCard(shown(str(card)))
@@ -87,10 +89,12 @@ def _paths(run: Run) -> dict[str, str]:
     return {path: found[path] for path in sorted(found, key=len, reverse=True)}
 
 
-def _complete(data: ModelCardData, repository: str, run: Run | None, base: str | None, licence: str | None) -> None:
+def _complete(
+    data: ModelCardData, repository: str, run: Run | None, base: str | None, licence: str | None, library: str
+) -> None:
     """Adds what the hub shows of a model; what the card's author wrote stays, but for what an option says."""
     data.tags = list(dict.fromkeys([*(data.tags or []), "pruned", "sparse", "jaxprune"]))
-    data.library_name = data.library_name or "transformers"
+    data.library_name = data.library_name or library
     data.pipeline_tag = data.pipeline_tag or "text-generation"
     if base:
         data.base_model = base

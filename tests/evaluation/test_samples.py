@@ -49,7 +49,7 @@ def test_prompts_of_files(checkpoint: Path, tmp_path: Path) -> None:
         ("none.txt", None, "", "missing"),
         ("empty.txt", "\n \n", "", "no text"),
         ("odd.csv", "x", "", "no known kind of text"),
-        ("long.txt", "cat " * 100, "", "positions: lower --sample-tokens"),
+        ("long.txt", "cat " * 100, "", "300 tokens, and the model only 64 positions"),
         ("many.txt", "a\n" * 1001, "", "more than 1000"),
         ("fine.txt", "cat", "--eval ppl", "is for --eval samples"),
         ("fine.txt", "cat", "--sample-tokens 0", "sample-tokens"),
