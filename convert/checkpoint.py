@@ -83,7 +83,7 @@ def part_of(path: str) -> str:
     return f"{first}.{rest.partition('.')[0]}" if first == "layers" else first
 
 
-def parts(spec: Spec) -> dict[str, list[str]]:
+def parts(spec: Iterable[str]) -> dict[str, list[str]]:
     """Returns part -> its parameters' paths, in reading order: embedding, layers by number, final norm, head."""
     grouped: dict[str, list[str]] = {}
     for path in spec:

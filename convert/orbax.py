@@ -123,11 +123,8 @@ class Writer:
         self.files: set[str] = set()
 
     def write(self, params: Mapping[str, np.ndarray]) -> None:
-        grouped: dict[str, dict[str, np.ndarray]] = {}
-        for path, array in params.items():
-            part = part_of(path)
-            grouped.setdefault(part, {})[path.removeprefix(f"{part}.")] = array
-        for part, leaves in grouped.items():
+        for part, paths in parts(params).items():
+            leaves = {path.removeprefix(f"{part}."): params[path] for path in paths}
             save_tree(self.place.resolve() / "params" / part, leaves)
             self.files |= {f"params/{part}/{name}" for name in names(self.place / "params" / part)}
             self._missing.discard(part)

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from convert import packing, planes, schema
 from convert.assets import check_files, read_config
-from convert.checkpoint import Params, Spec, part_of, parts
+from convert.checkpoint import Params, Spec, parts
 from convert.checkpoint import Reader as AnyReader
 from convert.consistency import check_paths
 from convert.errors import Change, CheckpointError, DamagedError, joined
@@ -27,7 +27,7 @@ from convert.names import flax_path, naming_in, naming_of
 from convert.packing import Groups, Mask, Places
 from convert.safetensors_header import Stored, header
 from convert.schema import Count, Schema
-from convert.shards import TensorFile
+from convert.shards import DTYPES, TensorFile
 from convert.writing import write_text
 
 MARK, FOLDER = "packed.json", "packed"
@@ -60,7 +60,7 @@ class _Tensor(Schema):
     """
 
     file: Annotated[str, Field(pattern=rf"^{FOLDER}/[A-Za-z0-9_-]{{1,200}}(\.[0-9]{{1,4}})?\.safetensors$")]
-    dtype: Annotated[str, Field(pattern="^(float64|float32|float16|bfloat16)$")]
+    dtype: Annotated[str, Field(pattern=f"^({'|'.join(DTYPES)})$")]
     shape: Annotated[tuple[Annotated[int, Field(ge=0, le=2**40)], ...], Field(max_length=8, strict=False)]
     layout: Annotated[_Whole | _Mask | _Groups, Field(discriminator="kind")]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -129,7 +129,10 @@ class Reader:
         if problems:
             raise DamagedError(f"it is incomplete or damaged: {joined(problems)}", file=path)
         check_paths(self._tensors, path)
-        spec = {p: _struct(t.shape[::-1] if _transposed(p) else t.shape, t) for p, (_, t) in self._tensors.items()}
+        spec = {
+            param: jax.ShapeDtypeStruct(tensor.shape[:: -1 if _transposed(param) else 1], np.dtype(tensor.dtype))
+            for param, (_, tensor) in self._tensors.items()
+        }
         self.spec: Spec = {p: spec[p] for paths in parts(spec).values() for p in paths}
 
     def _header(self, file: str) -> dict[str, Stored]:
@@ -204,10 +207,7 @@ class Writer:
         raise CheckpointError("packed it would be larger, for none of its kernels has zeros enough: it is not pruned")
 
     def write(self, params: Mapping[str, np.ndarray]) -> None:
-        grouped: dict[str, list[str]] = {}
-        for path in params:
-            grouped.setdefault(part_of(path), []).append(path)
-        for part, paths in grouped.items():
+        for part, paths in parts(params).items():
             file = f"{FOLDER}/{part}.safetensors"
             arrays: dict[str, np.ndarray] = {}
             for path in paths:
@@ -241,10 +241,6 @@ class Writer:
 def _digest(array: Shaped[np.ndarray, "..."]) -> str:
     """Returns the SHA-256 of an array's bytes in C order."""
     return sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
-
-
-def _struct(shape: tuple[int, ...], tensor: _Tensor) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, np.dtype(tensor.dtype))
 
 
 def _transposed(path: str) -> bool:

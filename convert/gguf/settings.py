@@ -22,7 +22,7 @@ def fields_of(model: Model, config: Any) -> Entries:
     Raises:
         CheckpointError: its rotary embedding has no place in a GGUF file.
     """
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = _size_of_head(config)
     rope = _rope_of(config)
     fields: Entries = {
         "vocab_size": config.vocab_size,
@@ -61,6 +61,10 @@ def fields_of(model: Model, config: Any) -> Entries:
     return fields | ({"expert_count": count} if count else {})
 
 
+def _size_of_head(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _rope_of(config: Any) -> Entries:
     """Returns the rotary embedding of the layers that see all tokens."""
     rope = dict(config.rope_parameters)
@@ -72,8 +76,7 @@ def rope_factors(config: Any) -> np.ndarray | None:
     rope = _rope_of(config)
     if rope.get("rope_type") != "llama3":
         return None
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return llama3_factors(head // 2, rope).astype(np.float32)
+    return llama3_factors(_size_of_head(config) // 2, rope).astype(np.float32)
 
 
 def permuted(model: Model, config: Any, path: str, array: np.ndarray) -> np.ndarray:

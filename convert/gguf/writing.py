@@ -61,10 +61,11 @@ class Writer:
         self.place, self._kind = place, KINDS[type]
         config = load_config(assets)
         self._model, self._config = models.of_type(config.model_type, assets), config
+        self._modules = {module: name for name, module in self._model.names().items()}
         self._tensors: dict[str, list[str]] = {}  # name -> the params in it
         for path in spec:
             self._tensors.setdefault(self._name(path), []).append(path)
-        self._kinds = {name: self._kind_of(spec, paths) for name, paths in self._tensors.items()}
+        self._kinds = {name: self._kind_of(name, spec, paths) for name, paths in self._tensors.items()}
         self._missing = set(self._tensors)
         self._write_header(spec, assets)
         self._require_same(spec)
@@ -83,13 +84,12 @@ class Writer:
             module, leaf = f"{parts[0]}.{parts[2].rpartition('.')[0]}".split(".", 2)[2], parts[2].rpartition(".")[2]
         else:
             module, _, leaf = layer[-1].rpartition(".")
-        known = {module: name for name, module in self._model.names().items()}
-        if path.startswith(f"{BESIDE}.") or layer[0] != "layers" or module not in known:
+        if path.startswith(f"{BESIDE}.") or layer[0] != "layers" or module not in self._modules:
             raise CheckpointError(f"a GGUF file of a {self._model.model_type} model has no place for {path}")
-        return f"blk.{layer[1]}.{known[module]}.{'bias' if leaf == 'bias' else 'weight'}"
+        return f"blk.{layer[1]}.{self._modules[module]}.{'bias' if leaf == 'bias' else 'weight'}"
 
-    def _kind_of(self, spec: Spec, paths: list[str]) -> GGMLQuantizationType:
-        if not paths[0].endswith((".kernel", ".embedding")) or "ffn_gate_inp" in self._name(paths[0]):
+    def _kind_of(self, name: str, spec: Spec, paths: list[str]) -> GGMLQuantizationType:
+        if not paths[0].endswith((".kernel", ".embedding")) or "ffn_gate_inp" in name:
             return GGMLQuantizationType.F32
         shape = spec[paths[0]].shape
         row = shape[0] if paths[0].endswith(".kernel") else shape[1]
@@ -100,12 +100,12 @@ class Writer:
         return (len(paths), *shape) if split_expert(paths[0]) else shape
 
     def _write_header(self, spec: Spec, assets: Path) -> None:
-        writer = gguf.GGUFWriter(self.place, gguf.MODEL_ARCH_NAMES[self._model.arch])
+        prefix = gguf.MODEL_ARCH_NAMES[self._model.arch]
+        writer = gguf.GGUFWriter(self.place, prefix)
         writer.add_string("jaxprune.seal", ownership.UNSEALED)  # near the start
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_file_type(FILES[self._kind])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        prefix = gguf.MODEL_ARCH_NAMES[self._model.arch]
         for name, value in settings.fields_of(self._model, self._config).items():
             _add(writer, f"{prefix}.{name}", value)
         for name, value in tokenizers.fields_of(assets, self._config.vocab_size).items():

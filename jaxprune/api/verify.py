@@ -5,7 +5,7 @@ from typing import Any
 
 from convert import open_checkpoint
 from jaxprune.api.load import load
-from jaxprune.errors import Change, InputError
+from jaxprune.errors import Change
 from jaxprune.evaluation import verification
 from jaxprune.evaluation.verification import Verdict
 from jaxprune.reporting import reading, schema
@@ -46,9 +46,6 @@ def verify(
     if pattern is not None:
         expected |= {"pattern": pattern, "wanted": None, "own": {}}
     if zeros_of is not None:
-        try:
-            expected["masks"] = masks.from_checkpoint(open_checkpoint(zeros_of), str(zeros_of))
-        except InputError as error:
-            error.options = {"zeros_of": Change.OTHER}
-            raise
+        other = {"zeros_of": Change.OTHER}
+        expected["masks"] = masks.from_checkpoint(open_checkpoint(zeros_of), str(zeros_of), other)
     return verification.verify(model, against=dense, **expected)

@@ -61,7 +61,7 @@ class Texts:
 
     def ids(self, index: int) -> Int[np.ndarray, "_"]:
         """Returns a document's token ids. A template writes the special tokens itself."""
-        return token_ids(self._tokenizer, self._text(index), special=not self._chat)
+        return token_ids(self._tokenizer, self.text(index), special=not self._chat)
 
     def joined(self, index: int) -> Int[np.ndarray, "_"]:
         """Returns a document's token ids, and those of what is between it and the next."""
@@ -83,15 +83,26 @@ class Texts:
         for index in range(len(self)):
             if index and not self._chat:
                 yield JOIN
-            yield self._text(index)
+            yield self.text(index)
 
-    def _text(self, index: int) -> str:
+    def text(self, index: int, *, begins_answer: bool = False) -> str:
+        """Returns a document, a conversation as the template writes it.
+
+        Args:
+            index: of the document.
+            begins_answer: whether what begins the model's answer stands behind a conversation.
+
+        Raises:
+            InputError: the template takes no such conversation.
+        """
         document = self._documents[index]
         if not self._chat:
             return document
         messages, template = json.loads(document), self._template
         try:
-            return self._tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+            return self._tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=begins_answer
+            )
         except (*_REFUSED, jinja2.TemplateError) as error:
             raise InputError(
                 f"the checkpoint's chat template takes no such conversation ({error})",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from convert.hub import known_names
 from jaxprune import calibration
-from jaxprune.commands.eval_options import EvalOptions, with_defaults
+from jaxprune.commands.eval_options import FLAGS, EvalOptions, with_defaults
 from jaxprune.commands.options import CommandLine, Section, make, require_at_least, require_positive
 from jaxprune.commands.recipe_options import RecipeOptions
 from jaxprune.commands.recorded import recorded
@@ -115,10 +115,7 @@ class Config(EvalOptions):
 GROUPS = {
     "Checkpoint and result": ("ckpt", "out", "overwrite", "resume", "save_masks"),
     "Calibration": ("calib", "nsamples", "seqlen", "pack", "seed"),
-    "Evaluation": (
-        *("eval", "eval_text", "eval_seqlen", "eval_windows", "prompts", "sample_tokens"),
-        *("tasks", "limit", "tasks_data", "backend"),
-    ),
+    "Evaluation": FLAGS,
     "Machine": ("dtype", "device", "devices", "hidden", "scratch", "coordinator", "processes", "process_id"),
     "Before the run": ("dry_run", "device_memory", "target", "unchecked", "timing"),
 }

@@ -15,6 +15,11 @@ from jaxprune.evaluation.tasks import ZERO_SHOT
 
 MEASURES = ("ppl", "samples", "zero-shot")
 SAMPLE_TOKENS = 48
+FLAGS = (
+    *("eval", "eval_text", "eval_seqlen", "eval_windows", "prompts", "sample_tokens"),
+    *("tasks", "limit", "tasks_data", "backend"),
+)
+"""What to measure, in the order of the help."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

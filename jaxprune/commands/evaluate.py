@@ -11,7 +11,7 @@ from convert.paths import inputs_of, paths_of, require_apart
 from jaxprune import calibration
 from jaxprune.api import evaluate as api
 from jaxprune.api.evaluate import Evaluation
-from jaxprune.commands.eval_options import EvalOptions, with_defaults
+from jaxprune.commands.eval_options import FLAGS, EvalOptions, with_defaults
 from jaxprune.commands.options import CommandLine, Section, make
 from jaxprune.commands.progress import Progress
 from jaxprune.commands.terminal import choose_devices, console, keep_memory, run_main
@@ -33,10 +33,7 @@ class Config(EvalOptions):
 
 GROUPS = {
     "Checkpoints and result": ("against", "out", "overwrite"),
-    "What to measure": (
-        *("eval", "eval_text", "eval_seqlen", "eval_windows", "prompts", "sample_tokens"),
-        *("tasks", "limit", "tasks_data", "backend"),
-    ),
+    "What to measure": FLAGS,
     "Machine": ("dtype", "device", "hidden", "scratch"),
 }
 """Heading of the help -> its flags."""

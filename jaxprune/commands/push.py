@@ -61,9 +61,8 @@ def _main(argv: Sequence[str]) -> None:
     if not folder.is_dir():
         raise CheckpointError("it is no folder", file=folder, wanted="the folder of a checkpoint")
     open_checkpoint(folder, check=False)
-    content = publication(folder, repository, wanted.base_model, wanted.license)
-    if content.card.data.license is None and not wanted.dry_run:
-        content = publication(folder, repository, wanted.base_model, _licence_of(content.card.data.base_model))
+    licence_of = (lambda base: None) if wanted.dry_run else _licence_of  # of which the hub is asked
+    content = publication(folder, repository, wanted.base_model, wanted.license, licence_of)
     _show(content)
     where = f"{repository}, {'public' if wanted.public else 'private'}"
     if wanted.dry_run:

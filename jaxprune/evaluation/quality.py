@@ -158,7 +158,7 @@ class Evaluator:
         """
         qualities = self.measure_texts(models, against)
         for name, model in models.items():
-            self.measure_alone(name, model, qualities[name])
+            self.measure_alone(model, qualities[name])
             yield name, qualities[name]
 
     def measure_texts(self, models: Mapping[str, StreamedModel], against: str | None = None) -> dict[str, Quality]:
@@ -188,7 +188,7 @@ class Evaluator:
                     qualities[name].seconds[f"perplexity, {text}"] = time.perf_counter() - start
         return qualities
 
-    def measure_alone(self, name: str, model: StreamedModel, quality: Quality) -> None:
+    def measure_alone(self, model: StreamedModel, quality: Quality) -> None:
         """Adds what a checkpoint makes of the prompts and of the tasks."""
         if self._prompts:
             start = time.perf_counter()

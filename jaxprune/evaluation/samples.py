@@ -1,6 +1,5 @@
 """Prompts continued by models, for people to read: numbers do not tell whether a pruned model is of use, text does."""
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxprune.calibration.documents import Conversations
 from jaxprune.calibration.textfile import documents
+from jaxprune.calibration.texts import Texts
 from jaxprune.errors import Change, InputError
 from jaxprune.evaluation.generation import generate
 from jaxprune.streaming.model import StreamedModel
@@ -57,39 +57,28 @@ class Prompts:
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
-        self._path, self._chat = path, False
+        self._path = path
         self._prompts: Sequence[str] = PROMPTS
         if path is not None:
             if os.path.isdir(path) or Path(path).suffix == ".npy":
                 raise InputError("it is no file of prompts", file=path, wanted=".txt, .jsonl, .json or .parquet")
             found = documents(Path(path), "test", MOST + 1)
-            self._chat = isinstance(found, Conversations)
-            text_lines = Path(path).suffix == ".txt"
-            lines = [line for line in found[0].splitlines() if line.strip()] if text_lines else list(found)
-            if not lines:
+            if Path(path).suffix == ".txt":
+                found = [line for line in found[0].splitlines() if line.strip()]
+            if not found:
                 raise InputError("it holds no text", file=path)
-            if len(lines) > MOST:
+            if len(found) > MOST:
                 raise InputError(f"it holds more than {MOST} prompts", file=path)
-            self._prompts = lines
+            self._prompts = found
 
     def texts(self, tokenizer: Any) -> list[str]:
         """Returns the prompts as a tokenizer's chat template writes them, where they are conversations.
 
         Raises:
-            InputError: it has no chat template.
+            InputError: it has no chat template, or one that takes no such conversation.
         """
-        if not self._chat:
-            return list(self._prompts)
-        try:
-            return [
-                tokenizer.apply_chat_template(json.loads(prompt), tokenize=False, add_generation_prompt=True)
-                for prompt in self._prompts
-            ]
-        except ValueError as error:
-            raise InputError(
-                f"the checkpoint's tokenizer has no chat template for conversations ({str(error)[:100]})",
-                file=self._path,
-            ) from error
+        texts = Texts(str(self._path), self._prompts, tokenizer)
+        return [texts.text(index, begins_answer=True) for index in range(len(texts))]
 
     def ids(self, model: StreamedModel, count: int) -> list[list[int]]:
         """Returns the token ids of the prompts.
@@ -102,9 +91,10 @@ class Prompts:
             InputError: one is longer than the model was made for.
         """
         tokenizer, most = model.tokenizer, model.architecture.config.max_positions
+        chat = isinstance(self._prompts, Conversations)  # a template writes the special tokens itself
         found = []
         for number, text in enumerate(self.texts(tokenizer), 1):
-            ids = tokenizer(text, add_special_tokens=not self._chat, verbose=False)["input_ids"]
+            ids = tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
             if most is not None and len(ids) + count > most:
                 raise InputError(
                     f"prompt {number} has {len(ids)} tokens, and the model only {most} positions",

@@ -8,6 +8,7 @@ from pathlib import Path
 from convert.hub import DESCRIPTIONS
 from jaxprune.evaluation.tasks import mean_accuracy
 from jaxprune.reporting.schema import MeanAccuracy, Quality, Record, Run, TextQuality
+from jaxprune.sparsity.masks import LEAST_ZEROS
 from jaxprune.sparsity.patterns import NMRecord
 
 
@@ -111,7 +112,7 @@ def _entries(record: Record) -> list[Entry]:
         return [*dense, _pruned(record.config.out or "", record, measured.get("pruned", Quality()), size.get("pruned"))]
     found = []
     for name, one in record.checkpoints.items():
-        is_dense = name == record.against or (not one.run and one.sparsity < 0.01)
+        is_dense = name == record.against or (not one.run and one.sparsity < LEAST_ZEROS)
         if one.run and not is_dense:
             found.append(_pruned(name, one.run, one.quality, one.disk_bytes))
         else:

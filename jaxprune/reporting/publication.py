@@ -2,8 +2,9 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -37,14 +38,17 @@ class Publication:
         return len(file) if isinstance(file, bytes) else file.stat().st_size
 
 
-def publication(folder: Path, repository: str, base: str | None, licence: str | None) -> Publication:
+def publication(
+    folder: Path, repository: str, base: str | None, licence: str | None, licence_of: Callable[[Any], str | None]
+) -> Publication:
     """Collects what is sent of a folder; hidden files stay.
 
     Args:
         folder: a checkpoint.
         repository: owner/name.
         base: the repository of the dense model; None: where the run's record says it.
-        licence: the hub's name of the licence; None: what the card says.
+        licence: the hub's name of the licence; None: what the card says, or that of the base.
+        licence_of: the repository of a base -> its licence, where that is known.
 
     Raises:
         CheckpointError: a file cannot be read, or leads outside the folder.
@@ -69,7 +73,8 @@ def publication(folder: Path, repository: str, base: str | None, licence: str | 
     try:
         card = ModelCard(_text(folder, CARD) if CARD in files else "---\ntags: []\n---\n")
         library = "jaxprune" if packed.MARK in files else "transformers"
-        _complete(card.data, repository, run, base, licence, library)
+        _complete(card.data, repository, run, base, library)
+        card.data.license = licence or card.data.license or licence_of(card.data.base_model)
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise CheckpointError(f"its metadata cannot be read ({str(error)[:200]})", file=folder / CARD) from error
     card = ModelCard(shown(str(card)))
@@ -89,17 +94,13 @@ def _paths(run: Run) -> dict[str, str]:
     return {path: found[path] for path in sorted(found, key=len, reverse=True)}
 
 
-def _complete(
-    data: ModelCardData, repository: str, run: Run | None, base: str | None, licence: str | None, library: str
-) -> None:
+def _complete(data: ModelCardData, repository: str, run: Run | None, base: str | None, library: str) -> None:
     """Adds what the hub shows of a model; what the card's author wrote stays, but for what an option says."""
     data.tags = list(dict.fromkeys([*(data.tags or []), "pruned", "sparse", "jaxprune"]))
     data.library_name = data.library_name or library
     data.pipeline_tag = data.pipeline_tag or "text-generation"
     if base:
         data.base_model = base
-    if licence:
-        data.license = licence
     if run and "pruned" in run.evaluation:
         data.model_name = repository.partition("/")[2]
         data.eval_results = list(_results(run.evaluation["pruned"]))

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-LEAST = 0.01
-"""The share of zeros from which on a parameter is taken to be pruned; a dense one has next to none."""
+from jaxprune.sparsity.masks import LEAST_ZEROS
 
 
 def keep_zeros(model: Any) -> dict[str, Any]:
@@ -23,7 +22,7 @@ def keep_zeros(model: Any) -> dict[str, Any]:
     masks = {}
     for name, parameter in model.named_parameters():
         mask = parameter.detach() != 0
-        if parameter.ndim > 1 and (~mask).float().mean() >= LEAST:
+        if parameter.ndim > 1 and (~mask).float().mean() >= LEAST_ZEROS:
             masks[name] = mask
             parameter.register_hook(lambda gradient, mask=mask: torch.where(mask, gradient, torch.zeros_like(gradient)))
     return masks

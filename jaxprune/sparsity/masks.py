@@ -12,7 +12,8 @@ The header's metadata holds the shapes [out, in] as JSON.
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from types import MappingProxyType
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,9 @@ from jaxprune.errors import InputError
 
 FORMAT = "jaxprune masks 1"
 _Shape = Annotated[list[pydantic.PositiveInt], pydantic.Field(min_length=2, max_length=2)]
+LEAST_ZEROS = 0.01
+"""The share of zeros from which on weights are taken to be pruned: dense ones have some by chance, and those of a model
+that was rounded to four bits 0.04 %."""
 FROM_CHECKPOINT, FROM_FILE = "from-checkpoint:", "from-file:"
 
 
@@ -77,24 +81,28 @@ def load(name: str) -> Masks:
     return from_file(expand(name.removeprefix(FROM_FILE)))
 
 
-def from_checkpoint(reader: Reader, name: str = "the checkpoint") -> Masks:
+def from_checkpoint(
+    reader: Reader,
+    name: str = "the checkpoint",
+    options: Mapping[str, Any] = MappingProxyType({"mask": f"{FROM_CHECKPOINT}DIR of a pruned one"}),
+) -> Masks:
     """Takes the zeros of a pruned checkpoint as masks.
 
     Args:
         reader: the reader of the pruned checkpoint.
         name: the checkpoint's name, for errors.
+        options: what would mend it that the checkpoint is not pruned; see `UserError`.
 
     Raises:
         InputError: its layers have next to no zeros, so the checkpoint is not pruned.
     """
     every = list(dict.fromkeys(part for part in map(part_of, reader.spec) if part.startswith("layers.")))
     some = {every[place] for place in (0, len(every) // 2, -1) if every}  # rules may have left others dense
-    # A dense model has some by chance; one that was rounded to four bits, 0.04 %.
-    if (share := max((_share_of_zeros(reader, part) for part in some), default=0.0)) < 0.01:
+    if (share := max((_share_of_zeros(reader, part) for part in some), default=0.0)) < LEAST_ZEROS:
         raise InputError(
             f"{name} has {100 * share:.2g} % zeros at most in its first, middle and last layer: it is not pruned, so "
             "its zeros make no mask",
-            options={"mask": f"{FROM_CHECKPOINT}DIR of a pruned one"},
+            options=options,
         )
 
     def mask(index: int, linear: str) -> StoredMask:

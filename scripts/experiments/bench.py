@@ -199,7 +199,7 @@ class Bench:
                     writer.write(reader.read(paths))
             pruned = self.model.sibling(Path(folder) / "pruned")
             account.evaluation = self._evaluator.measure_texts({"dense": self.model, "pruned": pruned}, "dense")
-            self._evaluator.measure_alone(cell.recipe.slug, pruned, account.evaluation["pruned"])
+            self._evaluator.measure_alone(pruned, account.evaluation["pruned"])
         quality = account.evaluation["pruned"]
         found = {"perplexity": _only_perplexity(quality), "quality": quality.as_json(), "record": account.as_json()}
         return found | figures
