@@ -141,8 +141,11 @@ def writer_for(to: str, options: Mapping[str, Any] = MappingProxyType({})) -> Ca
     writer = _writers().get(to)
     if writer is None:
         raise CheckpointError(f"cannot write {to!r}: {', '.join(_writers())} can be written")
-    if unknown := options.keys() - inspect.signature(writer).parameters.keys():
-        raise CheckpointError(f"checkpoints in {to} have no such option", options=dict.fromkeys(unknown, Change.OMIT))
+    if unknown := sorted(options.keys() - inspect.signature(writer).parameters.keys()):
+        words = ", ".join(name.replace("_", " ") for name in unknown)
+        raise CheckpointError(
+            f"a checkpoint in the format {to} is written without {words}", options=dict.fromkeys(unknown, Change.OMIT)
+        )
     return partial(writer, **options)
 
 

@@ -17,6 +17,7 @@ from jaxprune.errors import Change, InputError
 from jaxprune.methods import Method
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.combine import Crossed, Finished
+from jaxprune.methods.quantization import BITS
 from jaxprune.methods.records import MethodRecord, method_as_json
 from jaxprune.recipe_parts import Experts, Importance, Rule, Tuning, without_effect
 from jaxprune.sparsity import masks
@@ -51,6 +52,8 @@ class Recipe:
             make up for. 0 keeps the layer's own output on its pruned inputs, 1 aims at the dense model's.
         rules: linear layers that stay dense, or have a pattern of their own; of several that name one the last counts.
         experts: what is done to experts as such.
+        quantize: the type, of `methods.quantization.BITS`, on whose grid all linear layers are brought at the very end;
+            None: on none.
 
     Raises:
         InputError: values that exclude each other.
@@ -65,6 +68,7 @@ class Recipe:
     asymmetry: float = 0.0
     rules: tuple[Rule, ...] = ()
     experts: Experts = Experts()
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         if (self.pattern is None) == (self.mask is None):
@@ -73,6 +77,8 @@ class Recipe:
             raise InputError("a rule gives a pattern, where masks that were made elsewhere decide what stays")
         if not 0 <= self.asymmetry <= 1:
             raise InputError(f"asymmetry must lie between 0 and 1, not {self.asymmetry}")
+        if self.quantize not in (None, *BITS):
+            raise InputError(f"quantize must be {' or '.join(BITS)}, not {self.quantize!r}")
         for field, reason in without_effect(self.pattern).items():
             if getattr(self.importance, field):
                 raise InputError(f"{field} changes nothing, for {reason}", options={field: Change.OMIT})
@@ -118,6 +124,7 @@ class Recipe:
             "tuning": self.tuning.as_json(),
             **({"rules": [rule.as_json() for rule in self.rules]} if self.rules else {}),
             **({"experts": dataclasses.asdict(self.experts)} if self.experts != Experts() else {}),
+            **({"quantize": self.quantize} if self.quantize else {}),
         }
 
     def to_json(self) -> str:
@@ -216,6 +223,7 @@ class RecipeRecord(Schema):
     tuning: Tuning = Tuning()
     rules: list[RuleRecord] = []
     experts: Experts = Experts()
+    quantize: str | None = None
 
     def recipe(self) -> Recipe:
         """Returns the recipe.
@@ -234,6 +242,7 @@ class RecipeRecord(Schema):
             self.asymmetry,
             tuple(rule.rule() for rule in self.rules),
             self.experts,
+            self.quantize,
         )
 
     @property
@@ -256,6 +265,7 @@ class RecipeRecord(Schema):
             *[f"windows in {self.tuning.tune_pieces} pieces"] * (self.tuning.tunes and self.tuning.tune_pieces > 1),
             *[f"{percent(self.experts.drop_experts)} % of experts dropped"] * (self.experts.drop_experts > 0),
             *["all tokens to all experts"] * self.experts.route_all,
+            *[f"quantized to {(self.quantize or '').upper()}"] * (self.quantize is not None),
         ]
         return f"{self.preset}: " * (self.preset is not None) + ", ".join(words)
 

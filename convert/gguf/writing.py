@@ -36,6 +36,8 @@ FILES = {
 KINDS = {kind.name.lower(): kind for kind in FILES}
 WIDER = GGMLQuantizationType.F16
 """For matrices whose rows are no whole blocks, as in llama.cpp."""
+LEAST_OF_EMBEDDINGS = GGMLQuantizationType.Q8_0
+"""Of the fewest bits that embedding and head are stored in. llama.cpp gives them six and a half."""
 
 
 class Writer:
@@ -45,7 +47,8 @@ class Writer:
         place: the file to make.
         spec: the shapes and dtypes of what will be written.
         assets: the folder of the checkpoint's configuration and tokenizer.
-        type: how matrices are stored: f32, f16, bf16, q8_0, q5_0, q5_1, q4_0 or q4_1. Vectors are float32.
+        type: how matrices are stored: f32, f16, bf16, q8_0, q5_0, q5_1, q4_0 or q4_1; of embedding and head no smaller
+            one than q8_0. Vectors are float32.
 
     Raises:
         CheckpointError: llama.cpp has no such model, or its file would be another model.
@@ -93,7 +96,8 @@ class Writer:
             return GGMLQuantizationType.F32
         shape = spec[paths[0]].shape
         row = shape[0] if paths[0].endswith(".kernel") else shape[1]
-        return self._kind if row % gguf.GGML_QUANT_SIZES[self._kind][0] == 0 else WIDER
+        kind = max(self._kind, LEAST_OF_EMBEDDINGS, key=_bits_of) if paths[0] in TOP else self._kind
+        return kind if row % gguf.GGML_QUANT_SIZES[kind][0] == 0 else WIDER
 
     def _shape(self, spec: Spec, paths: list[str]) -> tuple[int, ...]:
         shape = spec[paths[0]].shape[:: -1 if paths[0].endswith(".kernel") else 1]
@@ -175,6 +179,12 @@ class Writer:
 
 
 TOP = {path: name for name, path in reading.TOP.items()}
+
+
+def _bits_of(kind: GGMLQuantizationType) -> float:
+    """Returns the bits of a number."""
+    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    return 8 * nbytes / block
 
 
 def _add(writer: gguf.GGUFWriter, name: str, value: Any) -> None:

@@ -30,6 +30,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if Path(args.tuned).exists():
         parser.error(f"{args.tuned} already exists")
+    if not Path(args.text).is_file():
+        parser.error(f"there is no file {args.text}")
+    if args.steps < 1 or args.length < 2:
+        parser.error("there must be a step at least, and windows of two tokens")
 
     model = jaxprune.load(args.pruned)
     embed, layers, head = model.architecture.embed, model.architecture.layers, model.architecture.head

@@ -16,6 +16,7 @@ from jaxprune.evaluation.quality import Quality, table
 from jaxprune.models.parts import every_expert
 from jaxprune.planning.preflight import seconds
 from jaxprune.planning.work import Need
+from jaxprune.pruning.quantized import ERROR
 from jaxprune.pruning.results import LayerResult
 from jaxprune.reporting import schema
 from jaxprune.reporting.card import summary
@@ -30,6 +31,7 @@ SHORTER = {
     "gram": "a smaller --nsamples or --seqlen",
     "solve": "a quicker --method such as wanda",
     "forward": "a smaller --nsamples or --seqlen",
+    "quantize": "a smaller --nsamples or --seqlen",
     "tune": "a smaller --tune-epochs or --tune-tokens",
     "evaluate": "a smaller --eval-windows, or --eval none,",
 }
@@ -143,7 +145,7 @@ def layer_line(layer: LayerResult, count: int) -> str:
     """Returns one line on a finished layer: relative errors in percent, sparsity, seconds."""
     every: dict[str, list[float]] = {}
     for path, kernel in layer.kernels.items():
-        every.setdefault(every_expert(path), []).append(kernel.error)
+        every.setdefault(every_expert(path), []).append(kernel.metrics.get(ERROR, kernel.error))
     labels = short_names(list(every))
     errors = "  ".join(
         f"{label} {100 * sum(found) / len(found):.3g}" for label, found in zip(labels, every.values(), strict=True)

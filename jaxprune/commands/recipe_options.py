@@ -50,6 +50,9 @@ class WholeModel:
     asymmetry: float = 0.0
     """Let every linear layer make up for this share of what its inputs lost in the layers before: 0 keeps its own
     output on its pruned inputs, 1 aims at the dense model's. Takes another forward pass."""
+    quantize: Literal["q4_0", "q5_0"] | None = None
+    """At the very end, bring all linear layers to the grid of this type of a GGUF file, for which the weights that stay
+    make good what each loses: `jaxprune convert OUT OUT.gguf --type q4_0` then writes them as they are."""
     skip: tuple[str, ...] = ()
     """Leave linear layers dense, by name: 'layers.0.*' or '*.down_proj'; may be given several times."""
     rule: tuple[str, ...] = ()
@@ -193,8 +196,8 @@ class RecipeOptions:
             importance = _without(importance, given, useless | without_effect(pattern))
         mask = self._mask if self._given_mask else None
         rules = whole.rules(pattern)
-        experts = make(Experts, values)
-        return Recipe(method, pattern, mask, importance, tuning, whole.preset, whole.asymmetry, rules, experts)
+        parts = whole.preset, whole.asymmetry, rules, make(Experts, values), whole.quantize
+        return Recipe(method, pattern, mask, importance, tuning, *parts)
 
 
 def _set(values: Any) -> dict[str, Any]:

@@ -66,6 +66,7 @@ def of_recipe(recipe: RecipeRecord) -> Iterator[tuple[str, Any]]:
             changed.pop("tune_pieces", None)
         yield from ((name, value) for name, value in changed.items() if value or name != "spread")
     yield "asymmetry", recipe.asymmetry
+    yield "quantize", recipe.quantize
     if recipe.preset and not recipe.importance.spread and isinstance(recipe.pattern, UnstructuredRecord):
         yield "uniform", recipe.pattern.kind == "unstructured"
     yield "preset", recipe.preset

@@ -37,7 +37,7 @@ class Options:
     """List every linear layer."""
 
 
-MOST_PROBLEMS = 50
+MOST_PROBLEMS = 10
 """So many are printed."""
 
 
@@ -97,7 +97,9 @@ def _main(argv: Sequence[str]) -> int:
     loads = (
         "configuration and tokenizer load" if verdict.tokenizer else "the configuration loads, there is no tokenizer"
     )
-    console.print(f"verified: {name}: {facts}; every value is finite, {loads}")
+    nothing = not (run or claimed or wanted.against or wanted.zeros_of)
+    facts += ", without a record of a run or a --pattern to prove" * nothing
+    console.print(f"{'read' if nothing else 'verified'}: {name}: {facts}; every value is finite, {loads}")
     return 0
 
 

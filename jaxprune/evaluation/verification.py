@@ -10,6 +10,7 @@ from jaxtyping import Shaped
 
 from convert import Reader
 from convert.assets import has_tokenizer
+from jaxprune.methods.quantization import BITS, has_grid, off_grid
 from jaxprune.sparsity.masks import Masks, StoredMask
 from jaxprune.sparsity.patterns import NM, Pattern, Sections, Unstructured, by_section
 from jaxprune.streaming.model import StreamedModel
@@ -65,6 +66,7 @@ def verify(
     sections: Mapping[Which, Mapping[str, int]] = MappingProxyType({}),
     total: int | None = None,
     masks: Masks | None = None,
+    quantization: str | None = None,
 ) -> Verdict:
     """Reads every tensor, one at a time, and says what is not as it should be.
 
@@ -78,6 +80,7 @@ def verify(
         sections: zeros of each of the linear layers that lie side by side in one, which must have exactly those.
         total: zeros that all kernels together must have at least.
         masks: where every kernel must be zero at least.
+        quantization: the type of GGUF files that must hold every kernel as it is, if it comes in whole blocks.
 
     Raises:
         InputError, CheckpointError: the checkpoint cannot be read, or is no model.
@@ -101,6 +104,8 @@ def verify(
             its = own[which] if which in own else pattern
             problems += [f"{name} {problem}" for problem in _violations(array, its, (wanted or {}).get(which))]
             problems += [f"{name} {problem}" for problem in _moved(array, masks and masks(*which))]
+            if quantization and not bad and has_grid(len(array)) and (count := off_grid(array, BITS[quantization])):
+                problems.append(f"{name} has {count} weights off the grid of {quantization.upper()}")
         elif dense and name in dense.spec and not _same(array, dense.read([name])[name]):
             problems.append(f"{name} is not the dense checkpoint's, bit for bit")
     if counts is not None:

@@ -19,7 +19,7 @@ where it only updates."""
 UPDATES = {"only": "update"}
 """Metadata of a method's option that matters only where the method updates the weights."""
 
-HELPERS = ("combine", "gram", "linalg", "records")
+HELPERS = ("combine", "gram", "linalg", "quantization", "records")
 """Modules that hold no method of their own."""
 
 Gram = Float[Array, "n n"]

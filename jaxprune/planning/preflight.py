@@ -138,6 +138,8 @@ def programs_of(work: Work) -> Iterator[Program]:
     if recipe.importance.measured:
         yield from programs.of_sensitivity(shapes, recipe.importance.windows_of(work.windows), work.length)
     yield from programs.of_pruning(_routing_all(shapes, recipe), work.windows, work.length, recipe.method, pattern)
+    if recipe.quantize:
+        yield from programs.of_quantization(_routing_all(shapes, recipe), work.windows, work.length, recipe.quantize)
     if recipe.tuning.tunes:
         (_, length), step = work.pieces, recipe.tuning.tune_windows
         epochs = recipe.tuning.visits(*work.pieces) / work.tuned_pieces
@@ -254,11 +256,11 @@ def _disk(work: Work) -> dict[str, int]:
     """Returns what -> bytes on the output's disk."""
     whole = sum(_size(work.spec, path) for path in work.spec)
     layers = sum(_size(work.spec, path) for path in work.spec if path.startswith("layers."))
-    tuned = work.recipe.tuning.tunes
+    tuned, quantized = work.recipe.tuning.tunes, work.recipe.quantize is not None
     hidden = work.states_bytes(work.windows, work.length)
     return {
         "the checkpoint": whole,
-        "layers that are finished": (layers + work.pruned_weights // 8) * (1 + tuned),
+        "layers that are finished": (layers + work.pruned_weights // 8) * (1 + tuned + quantized),
         "hidden states": 2 * hidden * (2 if work.recipe.asymmetry else 1),
         "tuning": 2 * (adam.BYTES * work.pruned_weights * tuned + _best(work)),
     }

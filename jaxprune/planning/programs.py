@@ -1,5 +1,6 @@
 """The compiled programs of a run, with the shapes they are called with."""
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -11,19 +12,22 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct as Shape
 
 from jaxprune.evaluation import text
-from jaxprune.methods import Method, gram
+from jaxprune.methods import Method, gram, quantization
+from jaxprune.methods.magnitude import Magnitude
 from jaxprune.models import Layer
 from jaxprune.planning.program import Flops, Program, Shapes, size_of
 from jaxprune.pruning import adam, experts, gram_matrices, kernel, sensitivity, student
 from jaxprune.pruning.gram_matrices import ExpertTotals
 from jaxprune.pruning.held_out import measured
 from jaxprune.pruning.student import Placement
-from jaxprune.sparsity.patterns import Pattern
+from jaxprune.sparsity.patterns import Pattern, Unstructured
 from jaxprune.streaming.head import CHUNK
 from jaxprune.streaming.model import apply_layer
 
 
-def of_pruning(shapes: Shapes, windows: int, length: int, method: Method, pattern: Pattern) -> Iterator[Program]:
+def of_pruning(
+    shapes: Shapes, windows: int, length: int, method: Method, pattern: Pattern, kind: str | None = None
+) -> Iterator[Program]:
     """Yields the programs of the loop over layers.
 
     Args:
@@ -32,6 +36,7 @@ def of_pruning(shapes: Shapes, windows: int, length: int, method: Method, patter
         length: tokens of a window.
         method: prunes each kernel.
         pattern: the pattern of each kernel.
+        kind: the type on whose grid kernels come behind that; None: on none.
     """
     x = shapes.batch(windows, length)
     passes, in_flight = windows / x.shape[0], 2 * size_of(x)  # one batch on its way in, one on its way out
@@ -53,7 +58,7 @@ def of_pruning(shapes: Shapes, windows: int, length: int, method: Method, patter
                 donated=(3,),
                 beside=sums.flops(shapes, x.shape[0] * length),
             )
-        yield from _of_solves(shapes, layer, count, params, stack, method, pattern)
+        yield from _of_solves(shapes, layer, count, params, stack, method, pattern, kind)
         calls = passes * (count - (layer is shapes.architecture.layers[-1]))  # nothing reads the last layer's output
         forward = partial(apply_layer, layer)
         yield Program("forward", "forward", forward, (params, x, None), calls, in_flight, donated=(1,))
@@ -103,11 +108,12 @@ def _of_solves(
     stack: int,
     method: Method,
     pattern: Pattern,
+    kind: str | None,
 ) -> Iterator[Program]:
     """Yields the programs of the solves of a kind of layers, of which there are so many.
 
     Args:
-        shapes, method, pattern: as for `of_pruning`.
+        shapes, method, pattern, kind: as for `of_pruning`.
         layer: of that kind.
         count: the number of layers.
         params: of a layer.
@@ -126,8 +132,18 @@ def _of_solves(
         for path in paths:
             weight = shapes.devices.abstract(Shape(layer.linears[path][-2:], jnp.float32), -1)
             yield Program("solve", f"solve {path}", solving, (prepared, weight), times, alive - size_of(prepared))
+            if kind:
+                mask = shapes.devices.abstract(Shape(weight.shape, jnp.bool_), -1)
+                moving, whole = partial(quantize, quantization.BITS[kind]), (gram, weight, weight, mask)
+                yield Program("solve", f"quantize {path}", moving, whole, times, alive - size_of(gram))
             arguments = gram, shapes.devices.abstract(Shape(weight.shape, shapes.stored), -1), weight
             yield Program("solve", f"store {path}", kernel.store, arguments, times, alive - size_of(gram))
+
+
+def of_quantization(shapes: Shapes, windows: int, length: int, kind: str) -> Iterator[Program]:
+    """Yields the programs of the loop that brings kernels to a grid; arguments as for `of_pruning`."""
+    for program in of_pruning(shapes, windows, length, Magnitude(), Unstructured(0.0), kind):
+        yield dataclasses.replace(program, phase="quantize")
 
 
 def of_experts(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:
@@ -266,6 +282,11 @@ def of_evaluation(shapes: Shapes, windows: int, length: int) -> Iterator[Program
     divergence = partial(text.divergence, (architecture.head, architecture.head))
     chunks = windows * (length - 1) / chunk
     yield Program("evaluate", "divergence", divergence, ((head, head), (states, states), targets), chunks)
+
+
+def quantize(bits: int, *arguments: jax.Array) -> jax.Array:
+    """Calls `quantization.quantize`, in the order of arguments that `partial` needs."""
+    return quantization.quantize(*arguments, bits)
 
 
 def solve(method: Method, pattern: Pattern, prepared: Any, weight: jax.Array) -> Any:

@@ -38,6 +38,7 @@ def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
         "gram": weights + layers * states,
         "solve": pruned * (stored + 1 / 8),
         "forward": count * pruned * stored + 2 * (layers - 1) * states,
+        "quantize": 2 * weights + pruned * (stored + 1 / 8) + 3 * layers * states,
         "tune": weights + 2 * layers * tuned,
         "evaluate": 2 * (weights + 2 * layers * evaluated),
     }

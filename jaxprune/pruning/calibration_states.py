@@ -4,7 +4,6 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxprune import hardware
-from jaxprune.errors import InputError
 from jaxprune.pruning import kept_states
 from jaxprune.pruning.results import Results
 from jaxprune.streaming.hidden_states import HiddenStates
@@ -57,11 +56,7 @@ class CalibrationStates:
             self._fresh = False
             self._restore(index, finished)
         for before in range(self._position, index):
-            layer = finished.get(before)
-            if layer is None:
-                raise InputError(
-                    f"layer {before} was damaged on the disk while it was used: run the same command again"
-                )
+            layer = finished.require(before)
             part = self._model.architecture.layers[before]
             params = self._model.put_layer(before, part.stack(inside_layer(before, layer.params)))
             self._model.forward(before, params, self.pruned)

@@ -27,7 +27,14 @@ from convert.schema import Schema
 from jaxprune.errors import InputError
 from jaxprune.sharding import barrier, broadcast, is_first_process
 
-EXPERTS, SENSITIVITY, PRUNED, TUNING, TUNED = "experts", "sensitivity", "pruned", "tuning", "tuned"
+EXPERTS, SENSITIVITY, PRUNED, TUNING, TUNED, QUANTIZED = (
+    "experts",
+    "sensitivity",
+    "pruned",
+    "tuning",
+    "tuned",
+    "quantized",
+)
 """The stages of a run, with which the names of entries begin."""
 CURVE = "curve"
 """The entry of a tuning's measures, once it has ended."""

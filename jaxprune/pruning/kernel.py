@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float
 
 from jaxprune.methods import Mask, Method, gram
+from jaxprune.methods.quantization import BITS, quantize
 from jaxprune.sharding import ONE_DEVICE, Devices, fetch
 from jaxprune.sparsity.masks import StoredMask
 from jaxprune.sparsity.patterns import Pattern, Sections, by_section, in_sections
@@ -58,6 +59,7 @@ def prune_and_round(
     outputs: Float[np.ndarray, "m"] | None = None,
     wanted: Float[Array, "n m"] | None = None,
     sections: Sections = (),
+    quantization: str | None = None,
     devices: Devices = ONE_DEVICE,
 ) -> tuple[Float[Array, "n m"], Mask, KernelResult]:
     """Prunes one kernel and rounds it to the dtype that it is stored in.
@@ -75,6 +77,7 @@ def prune_and_round(
         wanted: the kernel whose outputs are wanted; None: the dense kernel's own.
         sections: the linear layers that lie side by side in it, each of which gets its share of an unstructured
             pattern's zeros; none where it is one.
+        quantization: the type, of `quantization.BITS`, on whose grid the pruned weights are to lie; None: on none.
         devices: the devices that the outputs are sharded over.
 
     Returns:
@@ -88,8 +91,12 @@ def prune_and_round(
         choice, zeros = in_sections(target, sections), target.zeros(kernel.shape)
     scale = np.asarray(np.ones(kernel.shape[1]) if outputs is None else outputs, gram_matrix.dtype)[None, :]
     kernel = devices.shard_outputs(kernel)
-    solution = method.solve(prepared, (kernel.astype(gram_matrix.dtype) if wanted is None else wanted) * scale, choice)
-    stored, measured = store(gram_matrix, kernel, solution.weight / scale)
+    wanted = kernel.astype(gram_matrix.dtype) if wanted is None else wanted
+    solution = method.solve(prepared, wanted * scale, choice)
+    weight = solution.weight / scale
+    if quantization:
+        weight = quantize(gram_matrix, wanted, weight, solution.mask, BITS[quantization])
+    stored, measured = store(gram_matrix, kernel, weight)
     values = fetch(measured | solution.metrics)
     found = values.pop("zeros")
     result = KernelResult(

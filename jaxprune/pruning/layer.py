@@ -39,12 +39,14 @@ class Solver:
         weights: the weights of each layer's tokens and outputs; None: all weigh the same.
         asymmetry: share of the inputs' drift from the dense model's that a kernel makes up for; see
             `gram.drifted_target`.
+        quantization: see `prune_and_round`.
     """
 
     method: Method
     target_of: TargetOf
     weights: Sequence[Weights] | None = None
     asymmetry: float = 0.0
+    quantization: str | None = None
 
     def taps(self, index: int, layer: Layer) -> dict[str, tuple[str, ...]]:
         """Returns the taps of a layer that its pruned linear layers read, with these."""
@@ -153,6 +155,7 @@ class SolvedLayer:
                 outputs=weights[self._index].outputs.get(path) if weights else None,
                 wanted=wanted,
                 sections=self._part.sections.get(path, ()),
+                quantization=self._solver.quantization,
                 devices=self._model.devices,
             )
             self.kernels[f"{path}.kernel"], self.masks[path] = fetch((pruned, pack(mask)))

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from convert import Spec, parts
+from convert import Params, Spec, parts
 from jaxprune.errors import InputError
 from jaxprune.methods import Method
 from jaxprune.models import Architecture
@@ -67,25 +67,46 @@ def _visit_layers(
             yield kept
             continue
         seconds: dict[str, float] = {}
-        part = model.architecture.layers[index]
         with timed(seconds, "read"):
             stored = next(read_ahead if index in unfinished else model.layers([index]))
             states.catch_up(index, finished)
-            params = jax.block_until_ready(model.put_layer(index, stored))
-        solved = SolvedLayer(model, index, params, (states.pruned, states.dense), solver, seconds)
-        del params
-        # Only kernels changed; the rest goes out exactly as it came in.
-        pruned = part.unstack(stored) | solved.kernels
+        result = solve_layer(model, index, stored, states, solver, seconds)
         del stored
-        with timed(seconds, "forward"):
-            if index + 1 < model.num_layers:  # nothing reads the last layer's output
-                model.forward(index, model.put_layer(index, part.stack(pruned)), states.pruned)
-        result = LayerResult(index, in_checkpoint(index, pruned), solved.results, solved.masks, seconds)
-        del solved, pruned
         finished.put(result)
         states.passed(index, finished)
         yield result
         del result
+
+
+def solve_layer(
+    model: StreamedModel,
+    index: int,
+    stored: Params,
+    states: CalibrationStates,
+    solver: Solver,
+    seconds: dict[str, float],
+) -> LayerResult:
+    """Solves the kernels of a layer and moves the hidden states through it.
+
+    Args:
+        model: the model that the layer belongs to.
+        index: the index of the layer.
+        stored: its params, on the host, under their paths inside the layer; let go when they are on the device.
+        states: the states before it.
+        solver: how.
+        seconds: those spent on it so far, by phase.
+    """
+    part = model.architecture.layers[index]
+    with timed(seconds, "read"):
+        params = jax.block_until_ready(model.put_layer(index, stored))
+    solved = SolvedLayer(model, index, params, (states.pruned, states.dense), solver, seconds)
+    del params
+    # Only kernels changed; the rest goes out exactly as it came in.
+    pruned = part.unstack(stored) | solved.kernels
+    with timed(seconds, "forward"):
+        if index + 1 < model.num_layers:  # nothing reads the last layer's output
+            model.forward(index, model.put_layer(index, part.stack(pruned)), states.pruned)
+    return LayerResult(index, in_checkpoint(index, pruned), solved.results, solved.masks, seconds)
 
 
 def targets_for(architecture: Architecture, target: Pattern | TargetOf) -> TargetOf:

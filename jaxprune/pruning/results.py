@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from convert import Params
 from convert.errors import DamagedError
 from convert.schema import Count, Schema, check, plain
+from jaxprune.errors import InputError
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.kernel import KernelResult
 
@@ -76,6 +77,16 @@ class Results:
             return []
         layers = [layer for index in range(self._count) if (layer := self.get(index))]
         return layers if len(layers) == self._count else []
+
+    def require(self, index: int) -> LayerResult:
+        """Returns a layer that the run has finished.
+
+        Raises:
+            InputError: it was damaged meanwhile.
+        """
+        if layer := self.get(index):
+            return layer
+        raise InputError(f"layer {index} was damaged on the disk while it was used: run the same command again")
 
     def put(self, layer: LayerResult) -> None:
         """Commits a layer, unless it is there."""

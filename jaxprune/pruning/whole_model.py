@@ -1,7 +1,7 @@
-"""A recipe on a whole model: sensitivities -> sparsities -> the loop over layers -> distillation."""
+"""A recipe on a whole model: sensitivities -> sparsities -> the loop over layers -> distillation -> quantization."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 from jaxtyping import Int
@@ -9,12 +9,14 @@ from jaxtyping import Int
 from convert.names import expert_path
 from jaxprune.calibration.stream import TextStream
 from jaxprune.errors import Change, InputError
+from jaxprune.methods.quantization import has_grid
 from jaxprune.models import Architecture
 from jaxprune.pruning import distillation, kept_tuning
 from jaxprune.pruning.allocation import allocate
 from jaxprune.pruning.distillation import Text, distill
-from jaxprune.pruning.journal import PRUNED, SENSITIVITY, TUNED, TUNING, Journal
+from jaxprune.pruning.journal import PRUNED, QUANTIZED, SENSITIVITY, TUNED, TUNING, Journal
 from jaxprune.pruning.loop import prune_layers, targets_for
+from jaxprune.pruning.quantized import quantize_layers
 from jaxprune.pruning.results import LayerResult, Results
 from jaxprune.pruning.rules import TargetOf, by_rules, with_rules
 from jaxprune.pruning.sensitivity import Weights, measure_sensitivity, weights
@@ -44,8 +46,8 @@ def prune_model(
         stream: the text that is tuned on, where the recipe takes tokens of one.
         seed: the seed of the order of calibration windows in the distillation.
         journal: where all that is finished is kept, and taken from where it is kept already; None: nothing is kept.
-        observer: is told each layer as soon as it is pruned, which with distillation is long before it is yielded; each
-            step; and the seconds of each phase but those in the layers' results.
+        observer: is told each layer as soon as it is pruned, which with distillation is long before it is yielded, and
+            again when it is quantized; each step; and the seconds of each phase but those in the layers' results.
 
     Raises:
         InputError, CheckpointError: recipe, model and tokens do not fit together.
@@ -63,7 +65,9 @@ def prune_model(
     elif tuning.tune_epochs:
         text = distillation.of_windows(tokens, tuning, seed)
     layers = _pruned(model, tokens, recipe, target, named, journal, observer)
-    return _distilled(model, text, layers, tuning, journal, observer) if text else layers
+    if text:
+        layers = _distilled(model, text, layers, tuning, journal, observer)
+    return _quantized(model, tokens, layers, recipe, journal, observer) if recipe.quantize else layers
 
 
 def require_recipe(
@@ -76,6 +80,11 @@ def require_recipe(
         raise InputError("asymmetry is not implemented for models with experts", options={"asymmetry": Change.OMIT})
     if recipe.experts.route_all and not architecture.config.routing:
         raise InputError("the model has no experts to route tokens to", options={"route_all": Change.OMIT})
+    if recipe.quantize and not any(has_grid(shape[0]) for shape in architecture.kernel_shapes().values()):
+        raise InputError(
+            f"{recipe.quantize} has blocks of 32 inputs, and no linear layer comes in whole blocks of 32",
+            options={"quantize": Change.OMIT},
+        )
     if recipe.experts.drop_experts and callable(target):
         _require_masks_of_kept(architecture, target)
     return target, named
@@ -130,11 +139,7 @@ def _distilled(
 ) -> Iterator[LayerResult]:
     finished = Results(journal, TUNED, model.num_layers)
     if kept := finished.all():
-        for point in kept_tuning.curve(journal):
-            observer.divergence_measured(*point)
-        for layer in kept:
-            observer.layer_done(layer)
-        yield from kept
+        yield from _told(kept, journal, observer)
         return
     every = list(layers)
     start = time.perf_counter()
@@ -146,6 +151,45 @@ def _distilled(
         start = time.perf_counter()
     if journal:
         journal.drop(SENSITIVITY, PRUNED, TUNING)
+
+
+def _quantized(
+    model: StreamedModel,
+    tokens: Int[np.ndarray, "w t"],
+    layers: Iterator[LayerResult],
+    recipe: Recipe,
+    journal: Journal | None,
+    observer: Observer,
+) -> Iterator[LayerResult]:
+    assert recipe.quantize
+    finished = Results(journal, QUANTIZED, model.num_layers)
+    if kept := finished.all():
+        yield from _told(kept, journal, observer)
+        return
+    if journal:
+        for _ in layers:
+            pass  # to the end, so that all that those stages hold is let go
+        journal.wait()
+        earlier = Results(journal, TUNED if recipe.tuning.tunes else PRUNED, model.num_layers)
+        every: Iterable[LayerResult] = map(earlier.require, range(model.num_layers))
+    else:
+        every = list(layers)
+    observer.started("quantizing", model.num_layers)
+    routed = model.routing_all() if recipe.experts.route_all else model
+    for layer in quantize_layers(routed, tokens, every, recipe.quantize, finished):
+        observer.layer_done(layer)
+        yield layer
+    if journal:
+        journal.drop(SENSITIVITY, PRUNED, TUNED)
+
+
+def _told(layers: list[LayerResult], journal: Journal | None, observer: Observer) -> list[LayerResult]:
+    """Returns the layers of a stage that an earlier process ended, of which the observer is told."""
+    for point in kept_tuning.curve(journal):
+        observer.divergence_measured(*point)
+    for layer in layers:
+        observer.layer_done(layer)
+    return layers
 
 
 def _by_importance(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from convert.hub import DESCRIPTIONS
 from jaxprune.evaluation.tasks import mean_accuracy
+from jaxprune.recipe import RecipeRecord
 from jaxprune.reporting.schema import MeanAccuracy, Quality, Record, Run, TextQuality
 from jaxprune.sparsity.masks import LEAST_ZEROS
 from jaxprune.sparsity.patterns import NMRecord
@@ -48,7 +49,7 @@ class Entry:
         """What says that two records speak of one checkpoint: how it was made, or its name."""
         if not self.run:
             return self.name
-        made = {"method", "pattern", "preset", "asymmetry", "importance", "tuning", "calibration", "rules", "experts"}
+        made = {*RecipeRecord.model_fields, "calibration"}
         return json.dumps([self.label, self.run.config.ckpt, self.run.model_dump(include=made)], sort_keys=True)
 
     @property

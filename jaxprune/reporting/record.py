@@ -73,8 +73,8 @@ class Record(Observer):
     disk_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def layer_done(self, result: LayerResult) -> None:
-        """Keeps a layer's result without its arrays."""
-        self.layers.append(result.without_arrays())
+        """Keeps a layer's result without its arrays; of one that is quantized in place of the one before."""
+        self.layers[result.index : result.index + 1] = [result.without_arrays()]
         for path, kernel in result.kernels.items():
             if kernel.few_tokens:
                 self.few_tokens[f"layers.{result.index}.{path}"] = int(kernel.metrics["tokens"])

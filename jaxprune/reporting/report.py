@@ -15,6 +15,7 @@ from convert.ownership import UNSEALED, seal
 from convert.writing import write_text
 from jaxprune.reporting import drawing, figures, schema
 from jaxprune.reporting.entries import Entry, entries
+from jaxprune.reporting.published import compared
 from jaxprune.reporting.schema import Record, Run
 
 
@@ -91,7 +92,7 @@ def _verdicts(everything: Sequence[Entry], texts: Sequence[str]) -> Iterator[str
                 times, same = f"{found.ratio:.2f} times the dense model's", f"{100 * found.top1:.0f} % of the tokens"
                 yield (
                     f"{entry.label}{zeros}: on {figures.short(text)} its perplexity is {times}, and at {same} both "
-                    "find the same next one the most probable."
+                    f"find the same next one the most probable. {compared(found.ratio)}"
                 )
 
 

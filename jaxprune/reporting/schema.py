@@ -216,6 +216,7 @@ def expected(run: Run) -> dict[str, Any]:
         "wanted": {which: kernel.wanted for which, kernel in kernels.items()},
         "sections": {which: kernel.sections for which, kernel in kernels.items() if kernel.sections},
         "total": total,
+        "quantization": run.quantize,
     }
 
 

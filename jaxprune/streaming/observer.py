@@ -13,7 +13,7 @@ class Observer:
         """So many layers are about to be visited, or steps to be taken, for what `what` says."""
 
     def layer_done(self, result: Any) -> None:
-        """A layer is pruned; `result` is its `pruning.results.LayerResult`."""
+        """A layer is pruned, or later quantized; `result` is its `pruning.results.LayerResult`."""
 
     def layer_visited(self, index: int) -> None:
         """A layer was visited by what was started last."""

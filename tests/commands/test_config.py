@@ -43,9 +43,10 @@ def test_every_flag_arrives() -> None:
         "--eval-seqlen 8 --eval-windows 2 --tasks boolq,rte --limit 4 --tasks-data d --backend torch "
         "--dtype bfloat16 --device cpu --schedule constant --iterations 30 --selections 4 --damping 0.2 --rho 2.5 "
         "--linear-solve cholesky --finish-steps 7 --token-power 0.25 --asymmetry 0.5 --tune-epochs 3 --tune-rate 0.01 "
-        "--tune-windows 5 --tune-pieces 6".split()
+        "--tune-windows 5 --tune-pieces 6 --quantize q4_0".split()
     )
     assert recipe.importance == Importance(token_power=0.25) and recipe.asymmetry == 0.5
+    assert recipe.quantize == "q4_0"
     assert recipe.tuning == Tuning(3, 0.01, 5, 6)
     _, other = parse("--ckpt x --weigh-outputs --spread 0.1 --sensitivity-windows 3".split())
     assert other.importance == Importance(weigh_outputs=True, spread=0.1, sensitivity_windows=3)

@@ -32,6 +32,7 @@ RECIPES = [
     "--token-power 0.5 --spread 0.2 --asymmetry 0.3",
     "--preset best --sparsity 0.3 --skip layers.0.* --skip *.o_proj --rule *.q_proj=0.75 --rule layers.1.*=2:4",
     "--method wanda --rule *.q_proj=0.75",
+    "--preset fast --quantize q5_0",
 ]
 
 

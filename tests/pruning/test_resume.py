@@ -31,6 +31,7 @@ from tests.helpers.damage import biggest, damage
 LINES = {
     "plain": "--method admm --asymmetry 0.25",
     "best": "--preset best --sparsity 0.6 --tune-windows 2",
+    "quantized": "--method wanda --tune-epochs 1 --quantize q4_0",
     "stream": "--preset best --sparsity 0.6 --tune-tokens 2k --tune-windows 2",
 }
 MOMENTS = {
@@ -141,6 +142,7 @@ KILLS += [("plain", "solve", 17), ("best", "sensitivity", 4)]
 KILLS += [("plain", "Gram, asymmetric", 3), ("plain", "export", 3), ("plain", "forward", 2), ("plain", "states", 2)]
 KILLS += [("plain", "record", 1), ("plain", "random", 0), ("plain", "random", 1), ("best", "commit", 4)]
 KILLS += [("best", "Gram", 3), ("best", "tuning", 22), ("best", "rename", 1), ("stream", "tuning", 52)]
+KILLS += [("quantized", "solve", 50), ("quantized", "commit", 13), ("quantized", "random", 0)]
 KILLS += [("best", "random", number) for number in range(2)]
 
 

@@ -1,0 +1,81 @@
+"""Pruned layers brought to a grid, in a loop of their own: hidden states go through the layers as they are on it."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxprune.methods.magnitude import Magnitude
+from jaxprune.methods.quantization import has_grid
+from jaxprune.models import Architecture
+from jaxprune.pruning.calibration_states import CalibrationStates
+from jaxprune.pruning.kernel import KernelResult
+from jaxprune.pruning.layer import Solver
+from jaxprune.pruning.loop import solve_layer
+from jaxprune.pruning.results import LayerResult, Results
+from jaxprune.pruning.rules import Target
+from jaxprune.sparsity.masks import StoredMask, unpack
+from jaxprune.sparsity.patterns import Unstructured
+from jaxprune.streaming.model import StreamedModel, inside_layer
+
+ERROR = "quantization_error"
+"""The metric that says what a kernel's outputs lost on the way to the grid, as `KernelResult.error` says of pruning."""
+
+
+def quantize_layers(
+    model: StreamedModel,
+    tokens: Int[np.ndarray, "w t"],
+    layers: Iterable[LayerResult],
+    quantization: str,
+    finished: Results,
+) -> Iterator[LayerResult]:
+    """Brings layers to a grid, one after another: their zeros stay, also those of linear layers that are dense.
+
+    Args:
+        model: the dense model.
+        tokens: calibration windows, [windows, length] token ids.
+        layers: all of them, pruned.
+        quantization: the type, of `methods.quantization.BITS`.
+        finished: where layers are kept as soon as they are done, and taken from where they are kept already.
+
+    Yields:
+        The layers; kernels that come in no whole blocks are as they were. Zeros are counted again, `ERROR` is among the
+        metrics, and the seconds are those spent here.
+    """
+    states = CalibrationStates(model, tokens, with_dense=False)
+    for layer in layers:
+        if kept := finished.get(layer.index):
+            yield kept
+            continue
+        states.catch_up(layer.index, finished)
+        solver = Solver(Magnitude(), _Targets(model.architecture, layer), quantization=quantization)
+        solved = solve_layer(model, layer.index, inside_layer(layer.index, layer.params), states, solver, {})
+        kernels = dict(layer.kernels)
+        for path in kernels.keys() & solved.masks.keys():
+            kernels[path] = _merged(kernels[path], solved.kernels[path])
+        seconds = {"quantize": sum(solved.seconds.values())}
+        result = dataclasses.replace(layer, params=solved.params, kernels=kernels, seconds=seconds, resumed=False)
+        finished.put(result)
+        states.passed(layer.index, finished)
+        yield result
+
+
+@dataclasses.dataclass(frozen=True)
+class _Targets:
+    """The masks of a pruned layer's kernels, under which they are brought to a grid."""
+
+    architecture: Architecture
+    layer: LayerResult
+
+    def __call__(self, index: int, path: str) -> Target:
+        inputs, outputs = self.architecture.kernel_shapes(routers=True)[index, path]
+        if self.architecture.is_router(index, path) or not has_grid(inputs):
+            return None
+        packed = self.layer.masks.get(path)
+        return Unstructured(0) if packed is None else StoredMask((inputs, outputs), lambda: unpack(packed, inputs))
+
+
+def _merged(pruned: KernelResult, quantized: KernelResult) -> KernelResult:
+    metrics = pruned.metrics | {ERROR: quantized.error}
+    return pruned._replace(zeros=quantized.zeros, sections=quantized.sections, metrics=metrics)
