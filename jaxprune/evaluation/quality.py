@@ -13,7 +13,7 @@ from jaxprune import calibration
 from jaxprune.errors import Change, InputError
 from jaxprune.evaluation.samples import Prompts, Sample, samples
 from jaxprune.evaluation.tasks import Tasks, mean_accuracy, summarize, with_error
-from jaxprune.evaluation.text import TextQuality, text_quality
+from jaxprune.evaluation.text import TextQuality, short_name, text_quality
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
 
@@ -89,8 +89,10 @@ class Quality:
     def summary(self) -> dict[str, str]:
         """Returns what was measured -> its value, in words."""
         rows = {}
-        for name, text in self.texts.items():
-            windows, length = self.windows[name]
+        shorter = [*map(short_name, self.texts)]
+        for (full, text), own in zip(self.texts.items(), shorter, strict=True):
+            windows, length = self.windows[full]
+            name = own if shorter.count(own) == 1 else full
             rows[f"perplexity of {name} ({windows} x {length} tokens)"] = f"{text.perplexity:.7g}"
             if text.kl is not None and text.ratio is not None and text.top1 is not None:
                 rows[f"{name}: perplexity over the dense model's"] = f"{text.ratio:.4f}"

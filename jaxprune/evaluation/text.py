@@ -6,6 +6,7 @@ Each model visits the device layer by layer; none need fit it, nor the host.
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -140,3 +141,14 @@ def divergence(
     divergences = [kl_divergence(found[0], one) for one in found]
     agreements = [(one == best[0]).astype(jnp.float32) for one in best]
     return jnp.stack(losses, axis=1), jnp.stack(divergences, axis=1), jnp.stack(agreements, axis=1)
+
+
+def short_name(text: str) -> str:
+    """Returns a text's name, or several; of a file the last two parts of its path."""
+    return ",".join(map(_short_path, text.split(",")))
+
+
+def _short_path(text: str) -> str:
+    path = Path(text)
+    named = path if ":" in path.name or not path.name else path.with_suffix("")  # a weight stays
+    return "/".join(named.parts[-2:]) or text

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from jaxprune.evaluation.text import short_name
 from jaxprune.reporting.drawing import (
     AXIS,
     DENSE,
@@ -134,13 +134,13 @@ def time_by_phase(entries: Sequence[Entry]) -> Figure:
 
 def perplexities(entries: Sequence[Entry], text: str) -> Figure:
     values = [getattr(entry.text(text), "perplexity", None) for entry in entries]
-    return _measured(entries, values, f"Perplexity of {short(text)}", "perplexity (lower is better)", log=True)
+    return _measured(entries, values, f"Perplexity of {short_name(text)}", "perplexity (lower is better)", log=True)
 
 
 def divergences(entries: Sequence[Entry], text: str) -> Figure:
     values = [getattr(entry.text(text), "kl", None) for entry in entries]
     return _measured(
-        entries, values, f"KL divergence from the dense model, {short(text)}", "nats a token (lower is better)"
+        entries, values, f"KL divergence from the dense model, {short_name(text)}", "nats a token (lower is better)"
     )
 
 
@@ -284,14 +284,3 @@ def _percents(fractions: Iterable[float | None]) -> list[float]:
 
 def _short(linear: str) -> str:
     return words(linear.rpartition(".")[2].removesuffix("_proj"))
-
-
-def short(text: str) -> str:
-    """Returns a text's name, or several; of a file the last two parts of its path."""
-    return ",".join(map(_short_path, text.split(",")))
-
-
-def _short_path(text: str) -> str:
-    path = Path(text)
-    named = path if ":" in path.name or not path.name else path.with_suffix("")  # a weight stays
-    return "/".join(named.parts[-2:]) or text

@@ -13,6 +13,7 @@ import jinja2
 from convert.destination import Destination, staged
 from convert.ownership import UNSEALED, seal
 from convert.writing import write_text
+from jaxprune.evaluation.text import short_name
 from jaxprune.reporting import drawing, figures, schema
 from jaxprune.reporting.entries import Entry, entries
 from jaxprune.reporting.published import compared
@@ -39,7 +40,7 @@ def page(records: Sequence[Record]) -> str:
         samples=_samples(everything),
         verdicts=list(_verdicts(everything, texts)),
         number=drawing.format_number,
-        short=figures.short,
+        short=short_name,
         details=[
             (_source(record), json.dumps(_without_layers(schema.as_json(record)), indent=1)) for record in records
         ],
@@ -59,13 +60,13 @@ def _figures(everything: Sequence[Entry], texts: Sequence[str]) -> list[tuple[st
         measured = [entry for entry in everything if entry.text(text)]
         quality.append(figures.perplexities(measured, text))
         value_of = _value_of(text, "perplexity")
-        by_sparsity(f"Perplexity of {figures.short(text)}", "perplexity", value_of)
+        by_sparsity(f"Perplexity of {short_name(text)}", "perplexity", value_of)
         trade.append(
-            figures.quality_by_size(measured, f"Perplexity of {figures.short(text)} by size", "perplexity", value_of)
+            figures.quality_by_size(measured, f"Perplexity of {short_name(text)} by size", "perplexity", value_of)
         )
         if compared := [entry for entry in measured if _value_of(text, "kl")(entry) is not None]:
             quality.append(figures.divergences(compared, text))
-            by_sparsity(f"KL divergence on {figures.short(text)}", "nats a token", _value_of(text, "kl"))
+            by_sparsity(f"KL divergence on {short_name(text)}", "nats a token", _value_of(text, "kl"))
     if tested := [entry for entry in everything if entry.accuracy is not None]:
         quality.append(figures.accuracies(tested))
         by_sparsity("Mean accuracy", "mean accuracy (acc)", lambda entry: entry.accuracy, log=False)
@@ -91,7 +92,7 @@ def _verdicts(everything: Sequence[Entry], texts: Sequence[str]) -> Iterator[str
                 zeros = "" if entry.sparsity is None else f", {100 * entry.sparsity:.0f} % zeros"
                 times, same = f"{found.ratio:.2f} times the dense model's", f"{100 * found.top1:.0f} % of the tokens"
                 yield (
-                    f"{entry.label}{zeros}: on {figures.short(text)} its perplexity is {times}, and at {same} both "
+                    f"{entry.label}{zeros}: on {short_name(text)} its perplexity is {times}, and at {same} both "
                     f"find the same next one the most probable. {compared(found.ratio)}"
                 )
 

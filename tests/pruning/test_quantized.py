@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from convert import open_checkpoint
 from convert.__main__ import main as convert
@@ -93,6 +94,20 @@ def test_a_gguf_file_holds_the_checkpoint_bit_for_bit(blocks: Path, text: Path, 
     assert main(again) == 0
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again"))
     assert first == second
+
+
+def test_a_weight_off_the_grid_is_found(
+    blocks: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = ["prune", "--ckpt", blocks, "--calib", text, "--nsamples", 2, "--seqlen", 64, "--eval", "none"]
+    line = ["--method", "magnitude", "--quantize", "q5_0", "--out", str(tmp_path / "out")]
+    assert main([*map(str, run), *line]) == 0
+    stored = load_file(tmp_path / "out/model.safetensors")
+    kernel = stored["model.layers.1.mlp.up_proj.weight"]
+    kernel[3, np.flatnonzero(kernel[3])[0]] *= 1.01
+    save_file(stored, tmp_path / "out/model.safetensors", metadata={"format": "pt"})
+    assert main(["verify", str(tmp_path / "out")]) == 1
+    assert "layers.1.mlp.up_proj.kernel has 1 weights off the grid of Q5_0" in capsys.readouterr().out
 
 
 def test_a_model_without_whole_blocks_is_refused(tmp_path: Path) -> None:

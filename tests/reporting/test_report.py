@@ -13,6 +13,7 @@ import pytest
 
 from convert.errors import UserError
 from jaxprune.commands.report import main as report_main
+from jaxprune.evaluation.text import short_name
 from jaxprune.reporting import figures, reading, report
 from jaxprune.reporting.schema import Record
 
@@ -338,7 +339,7 @@ def test_a_browser_shows_it(
     ],
 )
 def test_texts_have_short_names(text: str, name: str) -> None:
-    assert figures.short(text) == name
+    assert short_name(text) == name
 
 
 def test_a_verdict_and_sizes_on_disk_are_shown() -> None:
