@@ -79,7 +79,7 @@ def quantize(
     mask: Mask,
     bits: int,
     sweeps: int = 10,
-    damping: Scalar = 0.1,
+    damping: Scalar = 0.3,
 ) -> Kernel:
     """Moves pruned weights to a grid; outputs don't interact.
 
