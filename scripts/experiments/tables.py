@@ -9,7 +9,7 @@ from typing import Any
 import pictures
 from experiments import Experiment, pattern_name
 
-from jaxprune.reporting.figures import short
+from jaxprune.evaluation.text import short_name
 
 PHASES = ("gram", "solve", "forward", "sensitivity", "tune")
 Results = Sequence[tuple[Any, dict[str, Any]]]
@@ -80,10 +80,10 @@ def _paper(experiment: Experiment, ckpt: str, cell: Any) -> float | None:
 def _setting(experiment: Experiment, bench: Any, results: Results) -> str:
     """What was run on what, in a sentence without its full stop."""
     windows, length = bench.calibration.shape
-    text = f"{bench.ckpt}, calibrated on {windows} windows of {length} tokens of {short(bench.args.calib)}"
+    text = f"{bench.ckpt}, calibrated on {windows} windows of {length} tokens of {short_name(bench.args.calib)}"
     if experiment.measure in ("perplexity", "accuracy"):
         windows, length = bench.evaluation.shape
-        text += f"; perplexity of {short(bench.args.eval_text)}, {windows} windows of {length} tokens"
+        text += f"; perplexity of {short_name(bench.args.eval_text)}, {windows} windows of {length} tokens"
     if experiment.measure == "accuracy":
         rows = f"the first {bench.options.limit} rows" if bench.options.limit else "all rows"
         text += f"; tasks of lm-eval, {rows} of each, {bench.options.backend} backend"
