@@ -161,7 +161,12 @@ class Recipe:
 
     @property
     def slug(self) -> str:
-        """A short name for files, such as wanda-admm-50; different sparsities have different ones."""
+        """A short name for files, such as wanda-admm-50 or fast-50-q4_0; different sparsities have different ones."""
+        return f"{self._pruning}-{self.quantize}" if self.quantize else self._pruning
+
+    @property
+    def _pruning(self) -> str:
+        """The short name of what is done before the quantization."""
         method = self.method.method if isinstance(self.method, Finished) else self.method
         crossed = [method.selector, method.updater] if isinstance(method, Crossed) else [method]
         how = "-".join(map(methods.name_of, crossed))

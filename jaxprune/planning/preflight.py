@@ -138,13 +138,13 @@ def programs_of(work: Work) -> Iterator[Program]:
     if recipe.importance.measured:
         yield from programs.of_sensitivity(shapes, recipe.importance.windows_of(work.windows), work.length)
     yield from programs.of_pruning(_routing_all(shapes, recipe), work.windows, work.length, recipe.method, pattern)
-    if recipe.quantize:
-        yield from programs.of_quantization(_routing_all(shapes, recipe), work.windows, work.length, recipe.quantize)
     if recipe.tuning.tunes:
         (_, length), step = work.pieces, recipe.tuning.tune_windows
         epochs = recipe.tuning.visits(*work.pieces) / work.tuned_pieces
         held_out = HELD_OUT * (work.length // length) * (recipe.tuning.tune_tokens > 0)
         yield from programs.of_distillation(shapes, work.tuned_pieces, length, epochs, work.placement, step, held_out)
+    if recipe.quantize:
+        yield from programs.of_quantization(_routing_all(shapes, recipe), work.windows, work.length, recipe.quantize)
     if work.evaluation:
         yield from programs.of_evaluation(shapes, *work.evaluation)
 

@@ -118,6 +118,7 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
     assert not recipe("--pattern per-output").importance.measured
     assert not recipe("--mask from-file:m").importance.measured
     assert recipe("--uniform").slug == f"{preset}-uniform-50"
+    assert recipe("--quantize q4_0").slug == f"{preset}-50-q4_0"
     assert made.method == ADMM(damping=0.03) and recipe("--damping 0.2").method == ADMM(damping=0.2)
     assert recipe("--method alps").method == ALPS()
     assert recipe("--mask sparsegpt").method == Crossed(SparseGPT(), ADMM(damping=0.03))
