@@ -51,8 +51,9 @@ class WholeModel:
     """Let every linear layer make up for this share of what its inputs lost in the layers before: 0 keeps its own
     output on its pruned inputs, 1 aims at the dense model's. Takes another forward pass."""
     quantize: Literal["q4_0", "q5_0"] | None = None
-    """At the very end, bring all linear layers to the grid of this type of a GGUF file, for which the weights that stay
-    make good what each loses: `jaxprune convert OUT OUT.gguf --type q4_0` then writes them as they are."""
+    """At the very end, bring all linear layers to the grid of this type of a GGUF file, those that --skip leaves dense
+    too, for a file stores them alike; weights that stay make good what each loses. `jaxprune convert OUT OUT.gguf
+    --type q4_0` then writes them as they are. Rounding to eight bits costs nothing, so there is no q8_0."""
     skip: tuple[str, ...] = ()
     """Leave linear layers dense, by name: 'layers.0.*' or '*.down_proj'; may be given several times."""
     rule: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxprune.evaluation.quality import Quality, table
+from jaxprune.pruning.quantized import ERROR
 from jaxprune.reporting.schema import RECORD, Run
 
 
@@ -18,6 +19,10 @@ def summary(run: Run) -> list[tuple[str, str]]:
         ("calibration", f"{windows} windows of {length} tokens, {run.config.calib}"),
         ("sparsity of the linear layers", f"{100 * run.sparsity:.4f} %"),
     ]
+    if run.quantize and (
+        count := sum(ERROR not in linear.stats for layer in run.layers for linear in layer.linears.values())
+    ):
+        rows.append(("not quantized", f"{count} linear layers, whose inputs are no multiple of 32"))
     if run.resumed_layers:
         rows.append(("resumed", f"{run.resumed_layers} of {len(run.layers)} layers were pruned before"))
     if run.kept_experts:
@@ -43,6 +48,12 @@ def model_card(run: Run, evaluation: Mapping[str, Quality]) -> str:
     if evaluation:
         header, cells = table(evaluation)
         measured = "\n" + "".join(map(_row, [header, ["---"] * len(header), *cells]))
+    quantized = ""
+    if run.quantize:
+        to = f"`jaxprune convert FOLDER FILE.gguf --type {run.quantize}`"
+        quantized = (
+            f"The linear layers lie on the grid of {run.quantize.upper()}, so that {to} writes them as they are.\n"
+        )
     base = f"base_model: {ckpt}\n" if "/" in ckpt and not Path(ckpt).exists() else ""
     return f"""---
 {base}tags:
@@ -55,7 +66,8 @@ def model_card(run: Run, evaluation: Mapping[str, Quality]) -> str:
 
 {_escaped(run.checkpoint)}, pruned in one shot by jaxprune, which implements Boža, "Fast and Effective Weight Update
 for Pruned Large Language Models" (arXiv 2401.02938). The weights are ordinary dense tensors with exact zeros.
-Embeddings, norms and head are those of the dense checkpoint. Everything needed to repeat the run is in {RECORD}.
+Embeddings, norms and head are those of the dense checkpoint. {quantized}Everything needed
+to repeat the run is in {RECORD}.
 
 | | |
 |---|---|

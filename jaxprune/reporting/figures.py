@@ -192,14 +192,15 @@ def accuracies(entries: Sequence[Entry]) -> Figure:
 def quality_by_sparsity(
     entries: Sequence[Entry], title: str, label: str, value_of: ValueOf, *, log: bool
 ) -> Figure | None:
-    """Returns a line a method over the sparsities; None where there is one sparsity only."""
+    """Returns a line a method (a point of a checkpoint without one) over the sparsities; None where these are one."""
     pruned = [(entry, value) for entry in entries if not entry.dense and (value := value_of(entry)) is not None]
     if len({(round(e.sparsity, 3), e.grouped) for e, _ in pruned if e.sparsity is not None}) < 2:
         return None
 
     def plot(axis: Axes) -> None:
-        for number, method in enumerate(dict.fromkeys(entry.method for entry, _ in pruned)):
-            own = [(e.sparsity, value, e) for e, value in pruned if e.method == method and e.sparsity is not None]
+        for number, method in enumerate(dict.fromkeys(entry.method or entry.label for entry, _ in pruned)):
+            same = [(e, value) for e, value in pruned if (e.method or e.label) == method]
+            own = [(e.sparsity, value, e) for e, value in same if e.sparsity is not None]
             points = sorted((100 * sparsity, _plain(value)) for sparsity, value, e in own if not e.grouped)
             grouped = sorted((100 * sparsity, _plain(value)) for sparsity, value, e in own if e.grouped)
             style = series_style(number)

@@ -10,5 +10,5 @@ def compared(ratio: float) -> str:
     ratios, source = published["ratios"], f"{published['model']}, as published, with the preset {published['preset']}"
     below = {pattern: found for pattern, found in ratios.items() if found <= ratio}
     pattern = max(below, key=ratios.get) if below else min(ratios, key=ratios.get)
-    than = "at least" if below else "less than"
-    return f"That is {than} what {source} comes to at {pattern} zeros ({ratios[pattern]:.2f} times)."
+    how = "no better" if below else "better"
+    return f"That is {how} than {source} at {pattern} zeros ({ratios[pattern]:.2f} times)."

@@ -77,10 +77,13 @@ def test_it_is_taken_up_where_it_stopped(blocks: Path, tmp_path: Path, monkeypat
                 np.testing.assert_array_equal(mine.params[name], array, err_msg=name)
 
 
-def test_a_gguf_file_holds_the_checkpoint_bit_for_bit(blocks: Path, text: Path, tmp_path: Path) -> None:
+def test_a_gguf_file_holds_the_checkpoint_bit_for_bit(
+    blocks: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     run = ["prune", "--ckpt", blocks, "--calib", text, "--nsamples", 4, "--seqlen", 64, "--eval", "none"]
     assert main([*map(str, run), "--pattern", "2:4", "--quantize", "q4_0", "--out", str(tmp_path / "out")]) == 0
     assert main(["verify", str(tmp_path / "out")]) == 0
+    assert "on the grid of Q4_0" in capsys.readouterr().out
     assert convert([str(tmp_path / "out"), str(tmp_path / "out.gguf"), "--type", "q4_0"]) == 0
     source, file = open_checkpoint(tmp_path / "out"), open_checkpoint(tmp_path / "out.gguf")
     for name in source.spec:
@@ -89,7 +92,9 @@ def test_a_gguf_file_holds_the_checkpoint_bit_for_bit(blocks: Path, text: Path, 
             np.testing.assert_array_equal(file.read([name])[name], array, err_msg=name)
     record = json.loads((tmp_path / "out/jaxprune.json").read_text())
     assert record["quantize"] == "q4_0" and record["seconds"]["quantize"] > 0
-    assert "quantized to Q4_0" in (tmp_path / "out/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "quantized to Q4_0" in card and "FILE.gguf --type q4_0" in card
+    assert "| not quantized | 3 linear layers" in card  # the down_proj of each layer has 48 inputs
     again = ["prune", "--config", str(tmp_path / "out/jaxprune.json"), "--out", str(tmp_path / "again")]
     assert main(again) == 0
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again"))

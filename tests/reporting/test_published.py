@@ -23,9 +23,9 @@ def test_the_ratios_are_those_of_the_documentation() -> None:
 @pytest.mark.parametrize(
     "ratio, words",
     [
-        (1.1, "is less than what SmolLM2"),
+        (1.1, "is better than SmolLM2"),
         (1.1, "at 50 %"),
-        (1.95, "is at least what SmolLM2"),
+        (1.95, "is no better than SmolLM2"),
         (1.95, "at 50 %"),
         (1.96, "at 60 %"),
     ],
