@@ -1,6 +1,7 @@
 """Convert a checkpoint between formats, one part at a time."""
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -17,8 +18,12 @@ from convert.hub import resolve
 from convert.paths import inputs_of, require_apart
 from convert.writing import write_text
 from jaxprune.commands.options import CommandLine, Section, make
+from jaxprune.reporting import reading
 from jaxprune.reporting.schema import RECORD
 
+log = logging.getLogger(__name__)
+EXACT = {"f32", "f16", "bf16"}
+"""Types of GGUF files that hold a grid of few bits as it is."""
 EXAMPLES = """Examples:
 
     jaxprune convert model.gguf ./model
@@ -36,7 +41,8 @@ class Options:
     """Format of the target: hf, orbax, packed, in which a pruned checkpoint takes less disk, or gguf (default: gguf
     where the target's name ends so, else hf)."""
     type: str | None = None
-    """How a GGUF file stores matrices: f32, f16 (default), bf16, q8_0, q5_1, q5_0, q4_1 or q4_0."""
+    """How a GGUF file stores matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 (default: what the checkpoint was
+    quantized to, else f16)."""
     zstd: int | None = None
     """Level, 1 to 22, at which zstd compresses what is packed (default: 3); 0: not at all."""
     overwrite: bool = False
@@ -71,6 +77,15 @@ def _main(argv: Sequence[str]) -> int:
     place.inputs = tuple(inputs_of(source))
     require_apart({"the source": place.inputs}, {"the target": place.path}, error=CheckpointError)
     reader = open_checkpoint(source)
+    quantization = made.quantize if to == "gguf" and (made := reading.run_of(source)) else None
+    if quantization:
+        options.setdefault("type", quantization)
+        if options["type"].lower() not in EXACT | {quantization}:
+            log.warning(
+                "its linear layers were quantized to %s, and %s rounds them again",
+                quantization.upper(),
+                options["type"],
+            )
     check(reader.spec, read_config(reader.assets))
     require_suitable(to, reader)
     with create_checkpoint(place, reader.spec, reader.assets, to=to, options=options) as writer:

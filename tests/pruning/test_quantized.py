@@ -84,7 +84,10 @@ def test_a_gguf_file_holds_the_checkpoint_bit_for_bit(
     assert main([*map(str, run), "--pattern", "2:4", "--quantize", "q4_0", "--out", str(tmp_path / "out")]) == 0
     assert main(["verify", str(tmp_path / "out")]) == 0
     assert "on the grid of Q4_0" in capsys.readouterr().out
-    assert convert([str(tmp_path / "out"), str(tmp_path / "out.gguf"), "--type", "q4_0"]) == 0
+    assert convert([str(tmp_path / "out"), str(tmp_path / "again.gguf"), "--type", "q8_0"]) == 0
+    assert "quantized to Q4_0, and q8_0 rounds them again" in capsys.readouterr().err
+    assert convert([str(tmp_path / "out"), str(tmp_path / "out.gguf")]) == 0
+    assert not capsys.readouterr().err
     source, file = open_checkpoint(tmp_path / "out"), open_checkpoint(tmp_path / "out.gguf")
     for name in source.spec:
         array = source.read([name])[name]
