@@ -128,6 +128,11 @@ class Tuning:
             return math.ceil(self.tune_epochs * pieces)
         return self.tune_windows * max(1, round(self.tune_tokens / (self.tune_windows * length)))
 
+    def visited(self, pieces: int, length: int) -> int:
+        """Returns the same, each counted once: those of a text of its own are."""
+        visits = self.visits(pieces, length)
+        return visits if self.tune_tokens else min(visits, pieces)
+
 
 @dataclasses.dataclass(frozen=True)
 class Experts:

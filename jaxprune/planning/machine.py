@@ -8,14 +8,14 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.lax import DotAlgorithmPreset, Precision
+from jax.lax import DotAlgorithmPreset
 
 from jaxprune import hardware
+from jaxprune.models.products import product
 from jaxprune.planning.program import BF16X6
 
 
@@ -72,9 +72,13 @@ def _limits() -> Iterator[int]:
 def square_product(kind: str) -> tuple[Callable[[jax.Array, jax.Array], jax.Array], jax.Array]:
     """Returns a compiled product of a kind, see `program.Flops`, and an operand large enough for this device's rate."""
     size = 2048 if hardware.current().on_cpu else 8192
-    precision = DotAlgorithmPreset.BF16_BF16_F32_X6 if kind == BF16X6 else Precision.HIGHEST
-    x = jnp.ones((size, size), jnp.float32 if kind == BF16X6 else kind)
-    return jax.jit(partial(jnp.matmul, precision=precision)), x
+    precision = DotAlgorithmPreset.BF16_BF16_F32_X6.name if kind == BF16X6 else "highest"
+
+    def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision(precision):
+            return product("an,nm->am", a, b)  # as models multiply
+
+    return jax.jit(multiply), jnp.ones((size, size), jnp.float32 if kind == BF16X6 else kind)
 
 
 @functools.cache

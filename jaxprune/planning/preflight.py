@@ -18,7 +18,6 @@ from convert import Spec, formats, part_of
 from convert.assets import read_config
 from convert.hub import resolve
 from jaxprune import hardware
-from jaxprune.calibration.stream import HELD_OUT
 from jaxprune.hardware import Hardware, writing_for
 from jaxprune.models import Architecture, architecture_of, stored_dtype
 from jaxprune.planning import hlo, machine, programs
@@ -139,10 +138,7 @@ def programs_of(work: Work) -> Iterator[Program]:
         yield from programs.of_sensitivity(shapes, recipe.importance.windows_of(work.windows), work.length)
     yield from programs.of_pruning(_routing_all(shapes, recipe), work.windows, work.length, recipe.method, pattern)
     if recipe.tuning.tunes:
-        (_, length), step = work.pieces, recipe.tuning.tune_windows
-        epochs = recipe.tuning.visits(*work.pieces) / work.tuned_pieces
-        held_out = HELD_OUT * (work.length // length) * (recipe.tuning.tune_tokens > 0)
-        yield from programs.of_distillation(shapes, work.tuned_pieces, length, epochs, work.placement, step, held_out)
+        yield from programs.of_distillation(shapes, work.windows, work.length, recipe.tuning, work.placement)
     if recipe.quantize:
         yield from programs.of_quantization(_routing_all(shapes, recipe), work.windows, work.length, recipe.quantize)
     if work.evaluation:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct as Shape
 
+from jaxprune.calibration.stream import HELD_OUT
 from jaxprune.evaluation import text
 from jaxprune.methods import Method, gram, quantization
 from jaxprune.methods.magnitude import Magnitude
@@ -20,6 +21,7 @@ from jaxprune.pruning import adam, experts, gram_matrices, kernel, sensitivity, 
 from jaxprune.pruning.gram_matrices import ExpertTotals
 from jaxprune.pruning.held_out import measured
 from jaxprune.pruning.student import Placement
+from jaxprune.recipe_parts import Tuning
 from jaxprune.sparsity.patterns import Pattern, Unstructured
 from jaxprune.streaming.head import CHUNK
 from jaxprune.streaming.model import apply_layer
@@ -178,35 +180,30 @@ def of_sensitivity(shapes: Shapes, windows: int, length: int) -> Iterator[Progra
 
 
 def of_distillation(
-    shapes: Shapes,
-    windows: int,
-    length: int,
-    epochs: float,
-    placement: Placement,
-    step: int = 1,
-    held_out: int = 0,
+    shapes: Shapes, windows: int, length: int, tuning: Tuning, placement: Placement
 ) -> Iterator[Program]:
     """Yields the programs of the distillation.
 
     Args:
         shapes, windows, length: see `of_pruning`.
-        epochs: visits of each window.
+        tuning: how it is done.
         placement: what stays on the device.
-        step: windows a step.
-        held_out: windows on which the divergence is measured.
     """
-    architecture = shapes.architecture
+    architecture, step = shapes.architecture, tuning.tune_windows
+    held_out = HELD_OUT * tuning.pieces(1, length)[0] if tuning.tune_tokens else 0
+    pieces, length = tuning.pieces(windows, length)
+    steps, visited = math.ceil(tuning.visits(pieces, length) / step), tuning.visited(pieces, length)
     x = shapes.devices.abstract(Shape((step, length, architecture.width), architecture.config.dtype), 0)
-    batch, head = shapes.batch(windows, length), shapes.params(architecture.head.spec, architecture.config.dtype)
-    visits, passes = math.ceil(epochs * windows / step), (min(1.0, epochs) * windows + held_out) / batch.shape[0]
-    measures = len(measured(visits, visits * step * length, held_out * length)) if held_out else 0
+    batch, head = shapes.batch(visited, length), shapes.params(architecture.head.spec, architecture.config.dtype)
+    passes = (visited + held_out) / batch.shape[0]
+    measures = len(measured(steps, steps * step * length, held_out * length)) if held_out else 0
     tuned = [(layer, count, _Tuned.of(shapes, layer, x, placement)) for layer, count in shapes.layers.items()]
     stays = sum(count * one.stays for _, count, one in tuned)
     results = sum(count * one.results for _, count, one in tuned)
     for layer, count, one in tuned:
         forward, visit, in_flight = partial(apply_layer, layer), (one.params, batch, None), 2 * size_of(batch)
         yield Program("tune", "dense forward", forward, visit, count * passes, in_flight + stays, donated=(1,))
-        values, calls = one.kernels.values, count * visits
+        values, calls = one.kernels.values, count * steps
         beside = stays - size_of(values) if placement.state else size_of(values)  # else the next layer's
         if placement.results:
             forward_and_vjp = partial(student.forward_and_vjp, layer)
@@ -228,7 +225,7 @@ def of_distillation(
             yield Program("tune", f"step {name}", adam.step_one, own, calls, others, donated=(0,))
     chunk = Shape((min(CHUNK // 2, step * length), architecture.width), architecture.config.dtype)
     loss, beside = partial(student.head_divergence, architecture.head), stays + results
-    yield Program("tune", "divergence", loss, (head, chunk, chunk), visits * step * length / chunk.shape[0], beside)
+    yield Program("tune", "divergence", loss, (head, chunk, chunk), steps * step * length / chunk.shape[0], beside)
     if held_out:
         alone, chunks = partial(student.divergence_alone, architecture.head), held_out * length / chunk.shape[0]
         yield Program("tune", "held-out divergence", alone, (head, chunk, chunk), measures * chunks, stays)

@@ -74,8 +74,7 @@ class Work:
     @property
     def tuned_pieces(self) -> int:
         """The pieces that a distillation visits, each counted once."""
-        tuning, visits = self.recipe.tuning, self.recipe.tuning.visits(*self.pieces)
-        return visits if tuning.tune_tokens else min(visits, self.pieces[0])
+        return self.recipe.tuning.visited(*self.pieces)
 
     @property
     def pruned_weights(self) -> int:

@@ -49,7 +49,7 @@ def every_program(args: argparse.Namespace) -> list[Program]:
     return [
         *programs.of_pruning(shapes, *sizes, ADMM(), Unstructured(0.7)),
         *programs.of_sensitivity(shapes, *sizes),
-        *programs.of_distillation(shapes, *sizes, tuning.tune_epochs, placement, tuning.tune_windows),
+        *programs.of_distillation(shapes, *sizes, tuning, placement),
     ]
 
 

@@ -95,9 +95,7 @@ def wanted_programs(args: argparse.Namespace) -> Iterator[Program]:
         some = preset.importance.windows_of(args.windows)
         yield from programs.of_sensitivity(shapes, some, args.length)
         placement = Placement(not args.streamed, not args.streamed)
-        yield from programs.of_distillation(
-            shapes, *preset.tuning.pieces(args.windows, args.length), preset.tuning.tune_epochs, placement
-        )
+        yield from programs.of_distillation(shapes, args.windows, args.length, preset.tuning, placement)
 
 
 def fill(program: Program) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from jaxprune.planning import programs
 from jaxprune.planning.program import Shapes
 from jaxprune.planning.targets import target_of, without_cache
 from jaxprune.pruning.student import Placement
+from jaxprune.recipe_parts import Tuning
 from tests.helpers import tiny
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -34,7 +35,7 @@ def test_every_program_compiles(name: str, method: Method, tmp_path: Path) -> No
         every = [*programs.of_pruning(shapes, 16, 1024, method, Unstructured(0.5))]
         if isinstance(method, ADMM):
             every += programs.of_sensitivity(shapes, 16, 1024)
-            every += programs.of_distillation(shapes, 16, 1024, 1, Placement(state=True, results=True))
+            every += programs.of_distillation(shapes, 16, 1024, Tuning(tune_epochs=1), Placement(True, True))
             every += programs.of_evaluation(shapes, 16, 1024)
         for program in every:
             compiled = program.compiled(target.options)

@@ -11,6 +11,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from jaxprune import ADMM, ALPS, Unstructured, load, prune_layers
+from jaxprune.calibration.stream import HELD_OUT
 from jaxprune.hardware import Hardware, writing_for
 from jaxprune.methods.linalg import matmul
 from jaxprune.models.attention import causal_attention
@@ -19,6 +20,7 @@ from jaxprune.planning.program import BF16X6, Program, Shapes, count_flops
 from jaxprune.pruning.gram_matrices import accumulate
 from jaxprune.pruning.sensitivity import backward, measure_sensitivity
 from jaxprune.pruning.student import Placement
+from jaxprune.recipe_parts import Tuning
 from jaxprune.sharding import ONE_DEVICE
 from jaxprune.streaming.hidden_states import batch_size
 from jaxprune.streaming.model import apply_layer
@@ -143,25 +145,37 @@ def test_peaks_are_at_least_what_is_alive(method: object, checkpoint: Path) -> N
 
 
 def test_measures_of_what_is_held_out_are_counted(checkpoint: Path) -> None:
-    """The dense model's pass over four windows of 16 tokens, and two of the pruned model's."""
+    """The dense model's pass over 16 windows of 16 tokens, and two of the pruned model's."""
 
     def count(programs_: Iterable[Program], name: str = "") -> float:
         return sum(sum(p.flops().values()) * p.calls for p in programs_ if not name or p.name == name)
 
-    none, four = (
-        [*programs.of_distillation(shapes(checkpoint), 8, 16, 1, Placement(True, True), held_out=n)] for n in (0, 4)
+    none, stream = (
+        [*programs.of_distillation(shapes(checkpoint), 8, 16, tuning, Placement(True, True))]
+        for tuning in (Tuning(tune_epochs=1), Tuning(tune_tokens=8 * 16))
     )
     window = count(none, "dense forward") / 8
-    assert count(four, "held-out forward") == pytest.approx(2 * 4 * window)
-    assert count(four, "dense forward") == pytest.approx((8 + 4) * window)
-    heads = count(four, "held-out divergence")
-    assert heads == pytest.approx(2 * 4 * 16 * 2 * 2 * 32 * 300, rel=0.01)
-    assert count(four) - count(none) == pytest.approx(3 * 4 * window + heads)
+    assert count(stream, "held-out forward") == pytest.approx(2 * HELD_OUT * window)
+    assert count(stream, "dense forward") == pytest.approx((8 + HELD_OUT) * window)
+    heads = count(stream, "held-out divergence")
+    assert heads == pytest.approx(2 * HELD_OUT * 16 * 2 * 2 * 32 * 300, rel=0.01)
+    assert count(stream) - count(none) == pytest.approx(3 * HELD_OUT * window + heads)
+
+
+def test_pieces_take_a_step_each(checkpoint: Path) -> None:
+    def steps(tuning: Tuning) -> list[float]:
+        every = programs.of_distillation(shapes(checkpoint), 8, 16, tuning, Placement(True, True))
+        return [program.calls for program in every if program.name.startswith("step ")]
+
+    whole, pieces = steps(Tuning(tune_epochs=1)), steps(Tuning(tune_epochs=1, tune_pieces=2))
+    assert pieces == [2 * calls for calls in whole]
 
 
 def test_distillation_is_counted(checkpoint: Path) -> None:
     all_stays = Placement(True, True)
-    half, once = (list(programs.of_distillation(shapes(checkpoint), 8, 16, n, all_stays)) for n in (0.5, 1.0))
+    half, once = (
+        list(programs.of_distillation(shapes(checkpoint), 8, 16, Tuning(tune_epochs=n), all_stays)) for n in (0.5, 1.0)
+    )
     of_half, of_once = (sum(sum(p.flops().values()) * p.calls for p in every) for every in (half, once))
     assert of_once == pytest.approx(2 * of_half)
     assert all(np.isfinite(p.peak_bytes()) for p in once)
