@@ -146,6 +146,7 @@ class Bench:
             if args.rows and cell.row not in ("dense", *args.rows):
                 return None
             start, self._unfinished = time.perf_counter(), file.with_suffix(".unfinished")
+            self._kept = self.out / "checkpoints" / file.stem if args.keep else None
             result = {"resumed": True} if self._unfinished.exists() else {}
             result |= getattr(self, f"_{measure}")(cell)
             result |= {"wall_seconds": time.perf_counter() - start, "hardware": describe_hardware()}
@@ -187,7 +188,8 @@ class Bench:
         account = Record(dataclasses.asdict(config), cell.recipe, self.calibration, self._stream(cell.recipe))
         reader = self.model.reader
         with tempfile.TemporaryDirectory(dir=self.out) as folder:
-            with create_checkpoint(Path(folder) / "pruned", reader.spec, reader.assets) as writer:
+            place = self._kept or Path(folder) / "pruned"
+            with create_checkpoint(place, reader.spec, reader.assets, overwrite=True) as writer:
 
                 def watch(layer: LayerResult) -> None:
                     writer.write(layer.params)
@@ -197,7 +199,7 @@ class Bench:
                 account.divergences = figures["divergences"]
                 for paths in other_params(reader.spec):
                     writer.write(reader.read(paths))
-            pruned = self.model.sibling(Path(folder) / "pruned")
+            pruned = self.model.sibling(place)
             account.evaluation = self._evaluator.measure_texts({"dense": self.model, "pruned": pruned}, "dense")
             self._evaluator.measure_alone(pruned, account.evaluation["pruned"])
         quality = account.evaluation["pruned"]

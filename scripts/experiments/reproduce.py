@@ -71,6 +71,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--patterns", nargs="+", help="measure these only of the experiment's, such as 0.7 or 2:4")
     parser.add_argument("--rows", nargs="+", help="measure these rows only, such as best")
+    parser.add_argument("--keep", action="store_true", help="keep checkpoints that tasks are run on, OUT/checkpoints")
     parser.add_argument("--calib", help="calibration text (default: c4; wikipedia for smollm2-135m)")
     parser.add_argument("--eval-text", help="evaluation text (default: wikitext2; wikipedia for smollm2-135m)")
     parser.add_argument("--nsamples", type=int, help="calibration windows (default: 128)")

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from convert.errors import UserError
-from jaxprune import InputError
+from jaxprune import InputError, load
 from jaxprune.commands.recipe_options import parse
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.student import Student
@@ -66,13 +66,15 @@ def test_an_experiment_leaves_a_table_and_a_picture(
     name: str, driver: tuple[ModuleType, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reproduce, flags = driver
-    run(reproduce, monkeypatch, name, *flags)
+    run(reproduce, monkeypatch, name, *flags, "--keep")
     experiment = reproduce.EXPERIMENTS[name]
     rows = list(csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines()))
     expected = sum(len(experiment.steps) if "{k}" in f else 1 for f in experiment.rows.values())
     expected *= len(experiment.patterns) * (2 if experiment.linears else 1)
     expected -= sum("--uniform" in flags for flags in experiment.rows.values())  # 2:4 is uniform anyway
     assert len(rows) == expected + (experiment.measure in ("perplexity", "accuracy"))
+    kept = [load(folder) for folder in tmp_path.glob("checkpoints/*")]
+    assert len(kept) == expected * (experiment.measure == "accuracy")
     figure = {"perplexity": "perplexity", "error": "relative_error", "seconds": "seconds_solve", "accuracy": "acc mean"}
     assert all(float(row[figure[experiment.measure]]) > 0 for row in rows)
     table = (tmp_path / f"{name}.md").read_text()
