@@ -7,9 +7,9 @@ gradient R = G(W − W₀), inputs are visited in order, all outputs at once, ti
 grid next to w_j − R_j/G_jj, which is the best that it can be while all others stay. Before a block is visited again,
 its scale moves to where the loss is least along the block's weights.
 
-A scale is first the one of 21, around the largest weight's magnitude over 8, under which rounding loses least, inputs
-weighed by G_jj. The largest weight of a block is held at d·(−8): so whoever rounds the weights to Q4_0 finds d and q
-again, for that is how llama.cpp and the gguf package set the scale. Scales have so few significant bits that each d·q
+A scale is first the one of 21, around the largest weight over the least integer, under which rounding loses least,
+inputs weighed by G_jj. The largest weight of a block is held at the least integer, d·(−8) or d·(−16): so whoever rounds
+the weights to that type finds d and q again, for that is how llama.cpp and the gguf package set the scale. Scales have so few significant bits that each d·q
 is a number of bfloat16, float16 and float32: no dtype that a checkpoint is stored in moves a weight off the grid.
 
 References:
@@ -40,7 +40,7 @@ AT_ONCE = 4
 SIGNIFICANT = 8
 """Significant bits of bfloat16, the least of the dtypes that checkpoints are stored in."""
 FACTORS = np.linspace(0.7, 1.2, 21)
-"""Scales that are tried, in units of the largest weight's magnitude over 8."""
+"""Scales that are tried, in units of the largest weight over the least integer."""
 
 
 def has_grid(inputs: int) -> bool:
@@ -103,7 +103,7 @@ def quantize(
     gram = jnp.pad(gram, (0, padding))
     weight, gradient, mask = (jnp.pad(array, ((0, padding), (0, 0))) for array in (start, gradient, mask))
     scales, largest = _first_scales(jnp.diagonal(gram), weight, bits)
-    one, least = (jnp.asarray(number, gram.dtype) for number in (1, -(2 ** (bits - 1))))
+    one = jnp.asarray(1, gram.dtype)
 
     def visit_inputs(first: Array, square: Array, weight: Array, gradient: Array, scale: Array) -> Array:
         """Visits a block's inputs one after another; returns its weights."""
@@ -114,8 +114,7 @@ def quantize(
             weight, gradient = state
             row = square[j]
             best = weight[j] - gradient[j] / jnp.where(row[j] > 0, row[j], one)
-            integer = jnp.clip(jnp.round(best / scale), least, -one - least)
-            value = masked(kept[j], jnp.where(at == j, least, integer) * scale)
+            value = masked(kept[j], _nearest(best, scale, at == j, bits))
             return weight.at[j].set(value), gradient + row[:, None] * (value - weight[j])[None, :]
 
         return lax.fori_loop(0, BLOCK, visit, (weight, gradient))[0]
@@ -155,6 +154,13 @@ def quantize(
     return lax.fori_loop(0, sweeps, visit_all, _State(weight, gradient, scales)).weight[:n]
 
 
+def _nearest(value: Array, scale: Array, held: Array, bits: int) -> Array:
+    """Returns the numbers of the grid next to values; of those that are held, the one with the least integer."""
+    least = jnp.asarray(-(2 ** (bits - 1)), value.dtype)
+    integer = jnp.clip(jnp.round(value / scale), least, -jnp.ones_like(least) - least)
+    return jnp.where(held, least, integer) * scale
+
+
 def _rounded(scale: Array, bits: int) -> Array:
     """Returns scales of so few bits that their products with the integers are exact in bfloat16 and float16."""
     rounded = lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=SIGNIFICANT - bits)
@@ -165,16 +171,13 @@ def _rounded(scale: Array, bits: int) -> Array:
 def _first_scales(diagonal: Float[Array, "n"], weight: Kernel, bits: int) -> tuple[Array, Array]:
     """Returns the scales under which rounding loses least, [b, m], and where blocks have their largest weight."""
     blocks, importance = weight.reshape(-1, BLOCK, weight.shape[1]), diagonal.reshape(-1, BLOCK, 1)
-    least = -(2 ** (bits - 1))
     at = jnp.argmax(jnp.abs(blocks), axis=1).astype(jnp.int32)
-    usual = jnp.take_along_axis(blocks, at[:, None, :], axis=1)[:, 0] / least
-    is_largest = jnp.arange(BLOCK, dtype=jnp.int32)[None, :, None] == at[:, None, :]
+    usual = jnp.take_along_axis(blocks, at[:, None, :], axis=1)[:, 0] / -(2 ** (bits - 1))
+    held = (jnp.arange(BLOCK, dtype=jnp.int32)[None, :, None] == at[:, None, :]) & (blocks != 0)
 
     def consider(best: tuple[Array, Array], factor: Array) -> tuple[tuple[Array, Array], None]:
         scale = _rounded(usual * factor, bits)
-        integers = jnp.clip(jnp.round(blocks / scale[:, None, :]), least, -1 - least)
-        integers = jnp.where(is_largest & (blocks != 0), jnp.asarray(least, weight.dtype), integers)
-        lost = jnp.sum(importance * (blocks - integers * scale[:, None, :]) ** 2, axis=1)
+        lost = jnp.sum(importance * (blocks - _nearest(blocks, scale[:, None, :], held, bits)) ** 2, axis=1)
         return (jnp.minimum(best[0], lost), jnp.where(lost < best[0], scale, best[1])), None
 
     start = jnp.full(usual.shape, jnp.inf, weight.dtype), _rounded(usual, bits)

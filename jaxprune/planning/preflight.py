@@ -256,7 +256,7 @@ def _disk(work: Work) -> dict[str, int]:
     hidden = work.states_bytes(work.windows, work.length)
     return {
         "the checkpoint": whole,
-        "layers that are finished": (layers + work.pruned_weights // 8) * (1 + tuned + quantized),
+        "layers that are finished": (layers + work.pruned_weights // 8) * (1 + (tuned or quantized)),  # each goes when the next is whole
         "hidden states": 2 * hidden * (2 if work.recipe.asymmetry else 1),
         "tuning": 2 * (adam.BYTES * work.pruned_weights * tuned + _best(work)),
     }
