@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 
-from convert.checkpoint import Params, Reader, Spec, parts
+from convert.checkpoint import Params, Reader, Rounding, Spec, parts, rounding
 from convert.errors import DamagedError, UserError
 from convert.names import BESIDE
 
@@ -49,6 +49,10 @@ class CheckedReader:
     @property
     def files(self) -> list[Path]:
         return self._reader.files
+
+    @property
+    def held(self) -> Rounding | None:
+        return rounding(self._reader)
 
     def remember(self, known: Mapping[str, str]) -> None:
         """Takes from now on the digest of each tensor, once, and holds it against what is known of it.

@@ -1,7 +1,7 @@
 """What a checkpoint is to everything else: arrays by path, in parts; what reads one, and what writes one."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -12,6 +12,8 @@ from convert.names import EMBEDDINGS, HEADS
 
 Params = dict[str, np.ndarray]
 Spec = dict[str, jax.ShapeDtypeStruct]
+Rounding = Callable[[str, np.ndarray], np.ndarray]
+"""A param's path and array -> what a format holds of it."""
 
 
 @runtime_checkable
@@ -21,6 +23,8 @@ class Reader(Protocol):
     Attributes:
         spec: shape and stored dtype of every parameter, from headers alone.
         assets: a folder with all that is not weights: config.json, the tokenizer's files, ...
+
+    One of a format that rounds has a method `held` besides; see `rounding`.
     """
 
     spec: Spec
@@ -69,6 +73,11 @@ class Writer(Protocol):
     def finish(self) -> None:
         """Raises CheckpointError if a parameter of the spec was never written."""
         ...
+
+
+def rounding(reader: Reader) -> Rounding | None:
+    """Returns what a reader's format makes of an array, by the param's path; None: it holds every array as it is."""
+    return getattr(reader, "held", None)
 
 
 def disk_bytes(reader: Reader) -> int:

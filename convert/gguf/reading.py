@@ -16,8 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
+import gguf
 import jax
 import numpy as np
+from jaxtyping import Float, Shaped
 from pydantic import Field, model_validator
 
 from convert.assets import DecoderConfig
@@ -145,6 +147,29 @@ class Reader:
                 array = array - np.float32(self._model.offset)
             params[path] = array.T if path.endswith(".kernel") else array
         return params
+
+    def held(self, path: str, array: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+        """Returns what the file would hold of a param, in the type that it has for it.
+
+        Raises:
+            CheckpointError: only llama.cpp rounds to that type.
+        """
+        tensor = self._tensors[path][0]
+        rows = np.ascontiguousarray(array.T if path.endswith(".kernel") else array, np.float32)
+        offset = np.float32(self._model.offset) if path.endswith(".scale") else 0
+        if offset:
+            rows = rows + offset
+        try:
+            rounded = gguf.dequantize(gguf.quantize(rows, tensor.kind), tensor.kind).reshape(rows.shape)
+        except NotImplementedError as error:
+            raise CheckpointError(
+                f"nothing but llama.cpp rounds to {tensor.kind.name}, so it cannot be compared",
+                file=self._path,
+                entry=tensor.name,
+            ) from error
+        if offset:
+            rounded = rounded - offset
+        return rounded.T if path.endswith(".kernel") else rounded
 
     def _paths(self, tensor: Tensor) -> Iterator[tuple[str, int | None]]:
         """Yields the params that a tensor holds, with the index of the expert; none where no model has it."""

@@ -25,7 +25,8 @@ class Options:
     """What the checkpoint has to be."""
 
     against: str | None = None
-    """The dense checkpoint that it was made from: all but the pruned kernels must be the same, bit for bit."""
+    """The dense checkpoint that it was made from: all but the pruned kernels must be the same, bit for bit; of a GGUF
+    file, as its types round them."""
     pattern: str | None = None
     """The pattern that every linear layer must have: unstructured, per-output, or N:M (default: what jaxprune.json
     says; else an N:M that nearly all have)."""

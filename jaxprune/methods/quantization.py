@@ -9,8 +9,9 @@ its scale moves to where the loss is least along the block's weights.
 
 A scale is first the one of 21, around the largest weight over the least integer, under which rounding loses least,
 inputs weighed by G_jj. The largest weight of a block is held at the least integer, d·(−8) or d·(−16): so whoever rounds
-the weights to that type finds d and q again, for that is how llama.cpp and the gguf package set the scale. Scales have so few significant bits that each d·q
-is a number of bfloat16, float16 and float32: no dtype that a checkpoint is stored in moves a weight off the grid.
+the weights to that type finds d and q again, for that is how llama.cpp and the gguf package set the scale. Scales have
+so few significant bits that each d·q is a number of bfloat16, float16 and float32: no dtype that a checkpoint is stored
+in moves a weight off the grid.
 
 References:
     Behdin et al., "QuantEase: Optimization-based Quantization for Language Models" (arXiv 2309.01885), Algorithm 1, of

@@ -253,10 +253,10 @@ def _disk(work: Work) -> dict[str, int]:
     whole = sum(_size(work.spec, path) for path in work.spec)
     layers = sum(_size(work.spec, path) for path in work.spec if path.startswith("layers."))
     tuned, quantized = work.recipe.tuning.tunes, work.recipe.quantize is not None
-    hidden = work.states_bytes(work.windows, work.length)
+    hidden, copies = work.states_bytes(work.windows, work.length), 2 if tuned or quantized else 1
     return {
         "the checkpoint": whole,
-        "layers that are finished": (layers + work.pruned_weights // 8) * (1 + (tuned or quantized)),  # each goes when the next is whole
+        "layers that are finished": (layers + work.pruned_weights // 8) * copies,  # one goes when the next is whole
         "hidden states": 2 * hidden * (2 if work.recipe.asymmetry else 1),
         "tuning": 2 * (adam.BYTES * work.pruned_weights * tuned + _best(work)),
     }

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -74,6 +75,27 @@ def test_what_was_pruned_is_verified(
     verdict = verify(load(pruned[name]), **wanted)
     assert {which: kernel.zeros for which, kernel in verdict.kernels.items()} == counts
     assert {which: count for which, (count, _) in zeros(load(pruned[name])).items()} == counts
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
+def test_what_a_gguf_file_rounds_is_compared_as_it_rounds_it(
+    kind: str, dtype: str, pruned: dict[str, Path], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def stored(folder: Path, name: str, head: float = 1.0) -> Path:
+        def edit(tensors: dict[str, np.ndarray]) -> None:
+            tensors |= {name: tensor.astype(jnp.dtype(dtype)) for name, tensor in tensors.items()}
+            tensors["lm_head.weight"] *= tensors["lm_head.weight"].dtype.type(head)
+
+        return change(folder, tmp_path / name, edit)
+
+    dense, other = stored(checkpoint, "dense"), stored(pruned["2:4"], "other", head=2.0)
+    for source in (stored(pruned["2:4"], "own"), other):
+        assert convert([str(source), f"{source}.gguf", "--type", kind]) == 0
+    assert main([f"{tmp_path}/own.gguf", "--against", str(dense), "--pattern", "2:4"]) == 0
+    assert "9 other tensors compared with" in " ".join(capsys.readouterr().out.split())
+    assert main([f"{other}.gguf", "--against", str(dense)]) == 1
+    assert "problem: lm_head.kernel is not the dense checkpoint's, as its type rounds it" in capsys.readouterr().out
 
 
 def test_a_total_is_all_that_unequal_linears_must_have(pruned: dict[str, Path]) -> None:

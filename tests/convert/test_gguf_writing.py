@@ -7,6 +7,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -14,7 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from convert import open_checkpoint
 from convert.__main__ import main
 from convert.assets import load_tokenizer
+from convert.errors import CheckpointError
 from convert.gguf.header import Header
+from convert.gguf.reading import Reader
 from jaxprune import load
 from tests.helpers import families, tiny
 from tests.helpers.gguf_files import CASES, LLAMA3_ROPE
@@ -129,6 +132,15 @@ def test_what_cannot_be_a_file_is_refused_and_nothing_is_made(
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_what_only_llama_cpp_rounds_to_is_not_compared(checkpoint: Path, tmp_path: Path) -> None:
+    assert main([str(checkpoint), str(tmp_path / "model.gguf"), "--type", "q8_0"]) == 0
+    reader, path = Reader(tmp_path / "model.gguf"), "lm_head.kernel"
+    tensor, expert = reader._tensors[path]
+    reader._tensors[path] = tensor._replace(kind=GGMLQuantizationType.Q6_K), expert
+    with pytest.raises(CheckpointError, match="nothing but llama.cpp rounds to Q6_K"):
+        reader.held(path, np.zeros((256, 8), np.float32))
 
 
 def test_numbers_beyond_float16_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
