@@ -260,13 +260,15 @@ EXPERIMENTS = {
         title="Perplexity by sparsity and by tokens of text",
         measure="accuracy",
         rows={
-            "thorough, 60 thousand tokens": "--preset thorough --tune-tokens 60k",
+            "ADMM-Grad, constant": BASELINES["ADMM-Grad, constant"],
+            "fast": "--preset fast",
+            "best": "--preset best",
             "thorough, 250 thousand tokens": "--preset thorough --tune-tokens 250k",
             "thorough, a million tokens": "--preset thorough",
         },
         patterns=("0.5", "0.6", "0.7", "0.8", "0.9", "0.95", "2:4"),
         picture="quality_by_sparsity",
-        against=("thorough, 60 thousand tokens",),
+        against=("ADMM-Grad, constant",),
     ),
     "ablation": Experiment(
         title="What each part of the presets brings",

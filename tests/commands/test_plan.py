@@ -2,14 +2,33 @@
 
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxprune import __main__ as commands
+from jaxprune.commands import plan
 
 
 def test_what_a_run_would_refuse_a_plan_refuses(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert commands.main(["plan", "--ckpt", str(checkpoint), "--seqlen", "32", "--route-all", "--eval", "none"]) == 2
     assert "the model has no experts to route tokens to: leave --route-all out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "gain", "said"), [([], 2.0, True), ([], 1.2, False), (["bfloat16"], 2.0, False)])
+def test_a_plan_says_where_bfloat16_is_faster(
+    flags: list[str],
+    gain: float,
+    said: bool,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(plan, "matrix_rate", {"float32": 1e11, "bfloat16": gain * 1e11}.__getitem__)
+    dtype = ["--dtype", *flags] if flags else []
+    options = ["--nsamples", "4", "--seqlen", "32", "--eval", "none", "--method", "magnitude", *dtype]
+    with jax.numpy_dtype_promotion("standard"):
+        assert commands.main(["plan", "--ckpt", str(checkpoint), *options]) == 0
+    assert ("2.0 times as fast: --dtype bfloat16" in capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize(
