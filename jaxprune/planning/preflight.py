@@ -26,7 +26,6 @@ from jaxprune.planning.program import Flops, Program, Shapes, outside_bytes
 from jaxprune.planning.transfers import transfers
 from jaxprune.planning.work import GIB, Cost, Need, Work
 from jaxprune.pruning import adam
-from jaxprune.pruning.distillation import DENSE_BYTES
 from jaxprune.pruning.experts import without_experts
 from jaxprune.pruning.sensitivity import HOST_BYTES
 from jaxprune.recipe import Recipe
@@ -238,7 +237,7 @@ def _states(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
     hidden = work.states_bytes(work.windows, work.length)
     found: dict[str, float] = dict.fromkeys(phases, hidden * (2 if work.recipe.asymmetry else 1))
     if "tune" in phases:
-        found["tune"] = min(DENSE_BYTES, work.states_bytes(work.tuned_pieces, work.pieces[1]))
+        found["tune"] = work.states_bytes(work.dense_pieces, work.pieces[1])
     if "sensitivity" in phases:
         some = work.states_bytes(work.recipe.importance.windows_of(work.windows), work.length)
         inputs = (len(work.architecture.layers) + 1) * some

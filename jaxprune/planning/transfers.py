@@ -39,7 +39,7 @@ def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
         "solve": pruned * (stored + 1 / 8),
         "forward": count * pruned * stored + 2 * (layers - 1) * states,
         "quantize": 2 * weights + pruned * (stored + 1 / 8) + 3 * layers * states,
-        "tune": weights + 2 * layers * tuned,
+        "tune": weights * math.ceil(work.tuned_pieces / max(1, work.dense_pieces)) + 2 * layers * tuned,
         "evaluate": 2 * (weights + 2 * layers * evaluated),
     }
     if steps and not work.placement.state:  # values for the forward pass, then values and moments up and down

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,10 +10,12 @@ import numpy as np
 
 from convert import Spec
 from jaxprune import hardware
+from jaxprune.calibration.stream import HELD_OUT
 from jaxprune.models import Architecture
 from jaxprune.planning.machine import device_memory
 from jaxprune.planning.program import Flops
 from jaxprune.planning.targets import Target
+from jaxprune.pruning.distillation import at_a_time
 from jaxprune.pruning.student import Placement, placement_of
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import ONE_DEVICE, Devices
@@ -75,6 +78,15 @@ class Work:
     def tuned_pieces(self) -> int:
         """The pieces that a distillation visits, each counted once."""
         return self.recipe.tuning.visited(*self.pieces)
+
+    @property
+    def dense_pieces(self) -> int:
+        """Those of which the dense model's hidden states are there at a time."""
+        tuning, length = self.recipe.tuning, self.pieces[1]
+        steps = math.ceil(tuning.visits(*self.pieces) / tuning.tune_windows)
+        held_out = HELD_OUT * self.length * (tuning.tune_tokens > 0)
+        most = at_a_time(steps, (tuning.tune_windows, length), held_out, self.states_bytes(1, 1))
+        return min(most, self.tuned_pieces)
 
     @property
     def pruned_weights(self) -> int:

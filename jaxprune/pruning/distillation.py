@@ -127,7 +127,9 @@ def distill(
                 observer.divergence_measured(*point)
     observer.started("tuning", steps, "steps")
     after = measured(steps, steps * math.prod(text.shape), text.held_out.size) if text.held_out is not None else ()
-    for number, (tokens, dense) in enumerate(_with_dense(model, text.batches(begin), text.shape), begin + 1):
+    state = model.architecture.width * model.dtype.itemsize
+    most = at_a_time(steps, text.shape, 0 if text.held_out is None else text.held_out.size, state)
+    for number, (tokens, dense) in enumerate(_with_dense(model, text.batches(begin), most), begin + 1):
         divergence = student.step(tokens, dense, jnp.float32(number), jnp.float32(rate(number - 1)))
         observer.step_done(number, steps, divergence)
         if held_out and number in after:
@@ -143,21 +145,35 @@ def distill(
         yield student.result(index, best[index] if best else student.stored(index))
 
 
-def _with_dense(
-    model: StreamedModel, batches: Iterator[Int[np.ndarray, "b t"]], shape: tuple[int, int]
-) -> Iterator[tuple[Int[np.ndarray, "b t"], Float[np.ndarray, "b t d"]]]:
-    """Yields batches with the dense model's last hidden states of their windows.
+def at_a_time(steps: int, shape: tuple[int, int], held_out: int, state: int) -> int:
+    """Returns of how many windows the dense model's hidden states are computed together.
 
-    These are computed for many windows at a time, for equal ones once.
+    Of a stream they are those between two measures: so little is computed again by a run that goes on.
+
+    Args:
+        steps: how many there are.
+        shape: windows of a step, and tokens of one.
+        held_out: tokens of the windows that are held out; 0: there are none.
+        state: bytes of a token's hidden state.
     """
     count, length = shape
-    most = max(count, int(DENSE_BYTES / (length * model.architecture.width * model.dtype.itemsize)))
+    most = int(DENSE_BYTES / (length * state))
+    if held_out:
+        most = min(most, count * math.ceil(steps / len(measured(steps, steps * count * length, held_out))))
+    return max(count, most)
+
+
+def _with_dense(
+    model: StreamedModel, batches: Iterator[Int[np.ndarray, "b t"]], most: int
+) -> Iterator[tuple[Int[np.ndarray, "b t"], Float[np.ndarray, "b t d"]]]:
+    """Yields batches with the dense model's last hidden states of their windows, computed for so many of these
+    together, for equal ones once."""
     for first in batches:
         numbers: dict[bytes, int] = {}
         chosen = []
         for batch in chain([first], batches):
             chosen.append([numbers.setdefault(window.tobytes(), len(numbers)) for window in batch])
-            if len(numbers) + count > most:
+            if len(numbers) + len(batch) > most:
                 break
         windows = np.stack([np.frombuffer(window, first.dtype) for window in numbers])
         (dense,) = model.final_states(windows)

@@ -22,6 +22,7 @@ from jaxprune.pruning.kept_tuning import Kept
 from jaxprune.pruning.results import LayerResult
 from jaxprune.pruning.student import Placement, Student, placement_of
 from jaxprune.pruning.whole_model import prune_model
+from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT
 from tests.helpers import tiny
 from tests.helpers.command import failing
@@ -290,6 +291,24 @@ def test_the_best_step_on_what_is_held_out_is_kept(
     np.testing.assert_array_equal(kernel(found[0], LINEARS[0]), at_fifth[0])
     assert text.steps == 32 and len(seen.told) == (32 if to_end else 18)
     assert [tokens for tokens, _ in seen.held_out] == [64 * 2 * n for n in range(1, 17 if to_end else 10)]
+
+
+def test_a_stream_is_met_between_two_measures(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dense model's predictions are computed for as much of the text as is tuned on until the next measure."""
+    monkeypatch.setattr(held_out, "SHARE", 1)
+    passes, seen, states_of = [], Steps(), StreamedModel.final_states
+
+    def counted(model: StreamedModel, windows: np.ndarray) -> Any:
+        passes.append((windows.shape, len(seen.told)))
+        return states_of(model, windows)
+
+    monkeypatch.setattr(StreamedModel, "final_states", counted)
+    tuning = Tuning(tune_tokens=8 * 2 * 4 * 32, tune_windows=2, tune_to_end=True)
+    list(distill(load(checkpoint), of_stream(of_ids(tmp_path), tuning), pruned(checkpoint), tuning, observer=seen))
+    assert len(seen.held_out) == 16 and passes[0] == ((4, 32), 0)  # what is held out
+    assert passes[1:] == [((4, 32), 2 * n) for n in range(16)]
 
 
 @pytest.mark.parametrize(("tokens", "count"), [(1000, 2), (8 * 5 * 320, 8), (10**6, 16)])
