@@ -93,6 +93,7 @@ def evaluate(
     if len(short := {_file_name(name) for name in names}) < len(names):
         raise InputError(f"checkpoints of the same name cannot be told apart: {', '.join(sorted(short))}")
     opened = {one.name: one for one in given if isinstance(one, StreamedModel)}
+    _ = measures.loaded  # before a model is fetched
     place = None
     if out is not None:
         sources = [opened[name].source if name in opened else resolve(name) for name in names]

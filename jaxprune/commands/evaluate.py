@@ -57,7 +57,8 @@ def evaluate(config: Config, names: Sequence[str]) -> Evaluation:
     """
     place = destination(config.out, "out", overwrite=config.overwrite)
     place.check()
-    scratch = config.scratch_folder(config.out)
+    scratch, measures = config.scratch_folder(config.out), config.plan()
+    _ = measures.loaded  # before a model is fetched
     choose_devices(config.device)
     texts = (config.eval_text or "").split(",")
     given = [*([config.against] if config.against else []), *names]
@@ -71,11 +72,11 @@ def evaluate(config: Config, names: Sequence[str]) -> Evaluation:
     require_apart(apart, {"out": place.path}, error=InputError, around="scratch")
     for name in dict.fromkeys(given):
         console.print(f"opening {name}")
-    with Progress(tasks=bool(config.plan().tasks)) as progress:
+    with Progress(tasks=bool(measures.tasks)) as progress:
         found = api.evaluate(
             *names,
             against=config.against,
-            measures=config.plan(),
+            measures=measures,
             out=place,
             config=dataclasses.asdict(config),
             inputs=[path for ones in inputs.values() for path in ones],

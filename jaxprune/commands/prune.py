@@ -69,13 +69,14 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
     if recipe.importance.measured or recipe.tuning.tunes:
         keep_memory(large=True)  # both make logits
     devices = choose_devices(config.device, config.devices, config.join)
+    measures = config.plan()
+    _ = measures.loaded  # before a model is fetched
     console.print(f"opening {config.ckpt}")
     model = load(config.ckpt, dtype=config.computation_dtype, devices=devices, scratch=scratch)
     asked = {"calibration": config.calib, "evaluation": config.eval_text, "tasks": config.tasks}
     what = ", ".join(f"{name} {text}" for name, text in asked.items() if text)
     console.print(f"preparing text: {what}")
     windows = windows_of(config, model)
-    measures = config.plan()
     progress = Progress(devices, tasks=bool(measures and measures.tasks))
     with progress:
         result = prune(

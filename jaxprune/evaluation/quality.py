@@ -1,6 +1,7 @@
 """A checkpoint's quality: all that is measured of it."""
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -48,6 +49,16 @@ class Measures:
 
     def __bool__(self) -> bool:
         return bool(self.texts or self.tasks or self.samples)
+
+    @functools.cached_property
+    def loaded(self) -> "tuple[Tasks | None, Prompts | None]":
+        """The tasks and the prompts, where there are any, read once: no model is needed to know that they are sound.
+
+        Raises:
+            InputError: they cannot be used.
+        """
+        tasks = Tasks(self.tasks, self.tasks_data, self.limit) if self.tasks else None
+        return tasks, Prompts(self.prompts) if self.samples else None
 
 
 @dataclasses.dataclass
@@ -136,15 +147,13 @@ class Evaluator:
 
     def __init__(self, measures: Measures, model: StreamedModel, observer: Observer = SILENT) -> None:
         self._measures, self._model, self._observer = measures, model, observer
+        self._tasks, self._prompts = measures.loaded
         self.windows = self._windows_of(model)
         for tokens in self.windows.values():
             model.require_tokens(tokens)
-        self._prompts = Prompts(measures.prompts) if measures.samples else None
         if self._prompts:
             self._prompts.ids(model, measures.samples)
-        self._tasks: Tasks | None = None
-        if measures.tasks:
-            self._tasks = Tasks(measures.tasks, measures.tasks_data, measures.limit)
+        if self._tasks:
             _ = model.tokenizer  # which the tasks need
             self._lm_of = _backend(measures, observer)
 

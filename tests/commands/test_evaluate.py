@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from convert import create_checkpoint, open_checkpoint
 from jaxprune import load
+from jaxprune.__main__ import main as jaxprune
 from jaxprune.calibration import evaluation_windows
 from jaxprune.commands.config import parse as parse_run
 from jaxprune.commands.evaluate import Config, main, parse
@@ -138,6 +139,26 @@ def test_several_texts_have_rows_of_their_own(
     for found in record["checkpoints"][str(pruned)]["quality"]["texts"].values():
         assert f"{found['kl']:.4f}nats" in printed
     assert (tmp_path / "out/report.html").read_text().count("<h3>KL divergence from the dense model") == 2
+
+
+@pytest.mark.parametrize("command", ["evaluate", "prune --calib wikipedia --ckpt"])
+@pytest.mark.parametrize(
+    ("measures", "said"),
+    [("samples --prompts none.txt", "none.txt"), ("zero-shot --tasks bool", "lm-eval has no task 'bool'")],
+)
+def test_tasks_and_prompts_are_read_before_a_model_is_fetched(
+    command: str,
+    measures: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr("convert.hub.resolve", None)
+    monkeypatch.setattr("jaxprune.commands.evaluate.resolve", None)
+    line = f"{command} some/model --eval {measures} --out {tmp_path / 'out'}"
+    assert jaxprune(line.split()) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_runs_record_is_not_replaced(pruned: Path, text: Path, capsys: pytest.CaptureFixture) -> None:
