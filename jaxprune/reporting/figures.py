@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from jaxprune.evaluation.text import short_name
+from jaxprune.pruning.quantized import ERROR
 from jaxprune.reporting.drawing import (
     AXIS,
     DENSE,
@@ -22,7 +23,7 @@ from jaxprune.reporting.drawing import (
     words,
 )
 from jaxprune.reporting.entries import Entry
-from jaxprune.reporting.schema import Layer
+from jaxprune.reporting.schema import Kernel, Layer
 
 LEAST_SPAN = 5
 """Percent of zeros that an axis has room for at least."""
@@ -30,25 +31,33 @@ ValueOf = Callable[[Entry], float | None]
 """What of a checkpoint is plotted; None where it was not measured."""
 
 
-def error_by_layer(entries: Sequence[Entry]) -> Figure:
-    """Returns a plot: of one run every linear's error, of several the mean over linear layers."""
+def error_by_layer(entries: Sequence[Entry], *, of_quantization: bool = False) -> Figure:
+    """Returns a plot: of one run every linear's error, of several the mean over linear layers.
+
+    Args:
+        entries: runs.
+        of_quantization: what was lost on the way to the grid, instead of what pruning lost.
+    """
+
+    def error_of(kernel: Kernel) -> float | None:
+        return kernel.stats.get(ERROR) if of_quantization else kernel.error
 
     def plot(axis: Axes) -> None:
         if len(entries) == 1:
             layers = _layers(entries[0])
             for number, name in enumerate(_linears(entries)):
-                errors = [la.linears[name].error if name in la.linears else None for la in layers]
+                errors = [error_of(la.linears[name]) if name in la.linears else None for la in layers]
                 axis.plot(_numbers(layers), _percents(errors), label=_short(name), **series_style(number))
         else:
             for entry in entries:
-                means = [_mean(linear.error for linear in layer.linears.values()) for layer in _layers(entry)]
+                means = [_mean(error_of(linear) for linear in layer.linears.values()) for layer in _layers(entry)]
                 axis.plot(_numbers(_layers(entry)), _percents(means), label=_label(entry), **_style_of(entry))
         logarithmic(axis.yaxis)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel("layer")
         axis.set_ylabel("relative error of the output, %")
 
-    return draw("Relative error by layer", 3.6, plot)
+    return draw("Relative error" + " of the quantization" * of_quantization + " by layer", 3.6, plot)
 
 
 def error_by_linear(entries: Sequence[Entry]) -> Figure:

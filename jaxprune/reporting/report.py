@@ -75,6 +75,8 @@ def _figures(everything: Sequence[Entry], texts: Sequence[str]) -> list[tuple[st
     if runs:
         plots = figures.error_by_layer, figures.error_by_linear, figures.sparsity_by_layer, figures.time_by_phase
         pruning = [plot(runs) for plot in plots]
+    if quantized := [entry for entry in runs if entry.run and entry.run.quantize]:
+        pruning.append(figures.error_by_layer(quantized, of_quantization=True))
     if tuned := [entry for entry in runs if entry.run and entry.run.divergences]:
         pruning.append(figures.divergence_by_tokens(tuned))
     sections: dict[str, Sequence[drawing.Figure | None]]

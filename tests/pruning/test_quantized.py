@@ -98,6 +98,7 @@ def test_a_gguf_file_holds_the_checkpoint_bit_for_bit(
     card = (tmp_path / "out/README.md").read_text()
     assert "quantized to Q4_0" in card and "FILE.gguf --type q4_0" in card
     assert "| not quantized | 3 linear layers" in card  # the down_proj of each layer has 48 inputs
+    assert "Relative error of the quantization by layer" in (tmp_path / "out/report.html").read_text()
     again = ["prune", "--config", str(tmp_path / "out/jaxprune.json"), "--out", str(tmp_path / "again")]
     assert main(again) == 0
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again"))
