@@ -128,8 +128,12 @@ class Tuning:
             return math.ceil(self.tune_epochs * pieces)
         return self.tune_windows * max(1, round(self.tune_tokens / (self.tune_windows * length)))
 
+    def steps(self, pieces: int, length: int) -> int:
+        """Returns how many steps that takes."""
+        return math.ceil(self.visits(pieces, length) / self.tune_windows)
+
     def visited(self, pieces: int, length: int) -> int:
-        """Returns the same, each counted once: those of a text of its own are."""
+        """Returns how many are visited, each counted once: those of a text of its own are."""
         visits = self.visits(pieces, length)
         return visits if self.tune_tokens else min(visits, pieces)
 

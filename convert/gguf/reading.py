@@ -143,9 +143,7 @@ class Reader:
                 array = tensors[tensor.name][expert]
             if self._model.permuted and re.search(r"\.(q|k)_proj\.", path):
                 array = _unpermute(array, self._heads(path))
-            if self._model.offset and path.endswith(".scale"):
-                array = array - np.float32(self._model.offset)
-            params[path] = array.T if path.endswith(".kernel") else array
+            params[path] = from_file(self._model, path, array)
         return params
 
     def held(self, path: str, array: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
@@ -155,10 +153,7 @@ class Reader:
             CheckpointError: only llama.cpp rounds to that type.
         """
         tensor = self._tensors[path][0]
-        rows = np.ascontiguousarray(array.T if path.endswith(".kernel") else array, np.float32)
-        offset = np.float32(self._model.offset) if path.endswith(".scale") else 0
-        if offset:
-            rows = rows + offset
+        rows = np.ascontiguousarray(to_file(self._model, path, array))
         try:
             rounded = gguf.dequantize(gguf.quantize(rows, tensor.kind), tensor.kind).reshape(rows.shape)
         except NotImplementedError as error:
@@ -167,9 +162,7 @@ class Reader:
                 file=self._path,
                 entry=tensor.name,
             ) from error
-        if offset:
-            rounded = rounded - offset
-        return rounded.T if path.endswith(".kernel") else rounded
+        return from_file(self._model, path, rounded)
 
     def _paths(self, tensor: Tensor) -> Iterator[tuple[str, int | None]]:
         """Yields the params that a tensor holds, with the index of the expert; none where no model has it."""
@@ -335,6 +328,19 @@ class Reader:
             if of.scaling == "yarn":
                 rope["original_max_position_embeddings"] = of.original_context
         return rope
+
+
+def to_file(model: models.Model, path: str, array: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """Returns a param as llama.cpp has it, in float32, but for the order of its rows."""
+    array = (array.T if path.endswith(".kernel") else array).astype(np.float32)
+    return array + np.float32(model.offset) if model.offset and path.endswith(".scale") else array
+
+
+def from_file(model: models.Model, path: str, array: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """Returns the param that `to_file` made so."""
+    if model.offset and path.endswith(".scale"):
+        array = array - np.float32(model.offset)
+    return array.T if path.endswith(".kernel") else array
 
 
 def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:

@@ -157,10 +157,7 @@ class Writer:
 
     def _in_file(self, path: str, array: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
         """Returns a param as llama.cpp has it, in float32."""
-        array = (array.T if path.endswith(".kernel") else array).astype(np.float32)
-        if self._model.offset and path.endswith(".scale"):
-            array = array + np.float32(self._model.offset)
-        return settings.permuted(self._model, self._config, path, array)
+        return settings.permuted(self._model, self._config, path, reading.to_file(self._model, path, array))
 
     def _put(self, name: str, array: Float[np.ndarray, "..."]) -> None:
         kind = self._kinds[name]

@@ -51,7 +51,7 @@ class Measures:
         return bool(self.texts or self.tasks or self.samples)
 
     @functools.cached_property
-    def loaded(self) -> "tuple[Tasks | None, Prompts | None]":
+    def loaded(self) -> tuple[Tasks | None, Prompts | None]:
         """The tasks and the prompts, where there are any, read once: no model is needed to know that they are sound.
 
         Raises:

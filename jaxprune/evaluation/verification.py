@@ -159,11 +159,12 @@ def name_of(which: Which) -> str:
 
 def _differences(reader: Reader, dense: Reader) -> list[str]:
     """Returns the tensors that one of the checkpoints lacks, or that have another shape or dtype."""
+    rounds = rounding(reader) is not None
     problems = [f"{name} is missing: the dense checkpoint has it" for name in dense.spec if name not in reader.spec]
     for name, tensor in reader.spec.items():
         if name not in dense.spec:
             problems.append(f"{name} is surplus: the dense checkpoint lacks it")
-        elif tensor.shape != dense.spec[name].shape or not (rounding(reader) or tensor.dtype == dense.spec[name].dtype):
+        elif tensor.shape != dense.spec[name].shape or not (rounds or tensor.dtype == dense.spec[name].dtype):
             wanted = dense.spec[name]
             problems.append(
                 f"{name} is {tensor.dtype.name}{list(tensor.shape)}, the dense checkpoint's "

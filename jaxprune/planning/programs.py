@@ -1,7 +1,6 @@
 """The compiled programs of a run, with the shapes they are called with."""
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -192,7 +191,7 @@ def of_distillation(
     architecture, step = shapes.architecture, tuning.tune_windows
     held_out = HELD_OUT * tuning.pieces(1, length)[0] if tuning.tune_tokens else 0
     pieces, length = tuning.pieces(windows, length)
-    steps, visited = math.ceil(tuning.visits(pieces, length) / step), tuning.visited(pieces, length)
+    steps, visited = tuning.steps(pieces, length), tuning.visited(pieces, length)
     x = shapes.devices.abstract(Shape((step, length, architecture.width), architecture.config.dtype), 0)
     batch, head = shapes.batch(visited, length), shapes.params(architecture.head.spec, architecture.config.dtype)
     passes = (visited + held_out) / batch.shape[0]

@@ -29,7 +29,7 @@ def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
         work.recipe.importance,
     )
     some = work.states_bytes(importance.windows_of(work.windows), work.length)
-    steps = math.ceil(tuning.visits(*work.pieces) / tuning.tune_windows)
+    steps = tuning.steps(*work.pieces)
     tuned = work.states_bytes(work.tuned_pieces, work.pieces[1])
     evaluated = work.states_bytes(*work.evaluation) if work.evaluation else 0
     found = {

@@ -16,6 +16,7 @@ from jaxprune.planning.machine import device_memory
 from jaxprune.planning.program import Flops
 from jaxprune.planning.targets import Target
 from jaxprune.pruning.distillation import at_a_time
+from jaxprune.pruning.held_out import measured
 from jaxprune.pruning.student import Placement, placement_of
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import ONE_DEVICE, Devices
@@ -82,10 +83,10 @@ class Work:
     @property
     def dense_pieces(self) -> int:
         """Those of which the dense model's hidden states are there at a time."""
-        tuning, length = self.recipe.tuning, self.pieces[1]
-        steps = math.ceil(tuning.visits(*self.pieces) / tuning.tune_windows)
-        held_out = HELD_OUT * self.length * (tuning.tune_tokens > 0)
-        most = at_a_time(steps, (tuning.tune_windows, length), held_out, self.states_bytes(1, 1))
+        tuning, steps = self.recipe.tuning, self.recipe.tuning.steps(*self.pieces)
+        shape = tuning.tune_windows, self.pieces[1]
+        measures = measured(steps, steps * math.prod(shape), HELD_OUT * self.length) if tuning.tune_tokens else ()
+        most = at_a_time(steps, shape, len(measures), self.states_bytes(1, 1))
         return min(most, self.tuned_pieces)
 
     @property

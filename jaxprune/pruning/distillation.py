@@ -72,7 +72,7 @@ def of_stream(stream: TextStream, tuning: Tuning) -> Text:
     """Returns a stream as what is tuned on."""
     count = tuning.tune_windows
     each, length = tuning.pieces(1, stream.length)
-    steps = tuning.visits(each, length) // count
+    steps = tuning.steps(each, length)
 
     def batches(begin: int) -> Iterator[np.ndarray]:
         windows = stream.windows(begin * count // each)
@@ -128,7 +128,7 @@ def distill(
     observer.started("tuning", steps, "steps")
     after = measured(steps, steps * math.prod(text.shape), text.held_out.size) if text.held_out is not None else ()
     state = model.architecture.width * model.dtype.itemsize
-    most = at_a_time(steps, text.shape, 0 if text.held_out is None else text.held_out.size, state)
+    most = at_a_time(steps, text.shape, len(after), state)
     for number, (tokens, dense) in enumerate(_with_dense(model, text.batches(begin), most), begin + 1):
         divergence = student.step(tokens, dense, jnp.float32(number), jnp.float32(rate(number - 1)))
         observer.step_done(number, steps, divergence)
@@ -145,7 +145,7 @@ def distill(
         yield student.result(index, best[index] if best else student.stored(index))
 
 
-def at_a_time(steps: int, shape: tuple[int, int], held_out: int, state: int) -> int:
+def at_a_time(steps: int, shape: tuple[int, int], measures: int, state: int) -> int:
     """Returns of how many windows the dense model's hidden states are computed together.
 
     Of a stream they are those between two measures: so little is computed again by a run that goes on.
@@ -153,13 +153,13 @@ def at_a_time(steps: int, shape: tuple[int, int], held_out: int, state: int) -> 
     Args:
         steps: how many there are.
         shape: windows of a step, and tokens of one.
-        held_out: tokens of the windows that are held out; 0: there are none.
+        measures: how often the divergence on held-out windows is measured; 0: there are none.
         state: bytes of a token's hidden state.
     """
     count, length = shape
     most = int(DENSE_BYTES / (length * state))
-    if held_out:
-        most = min(most, count * math.ceil(steps / len(measured(steps, steps * count * length, held_out))))
+    if measures:
+        most = min(most, count * math.ceil(steps / measures))
     return max(count, most)
 
 
