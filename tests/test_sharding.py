@@ -127,7 +127,7 @@ def keep(kernels, gradients, *args):
 adam.step = keep
 student = Student(model, prune_layers(model, tokens, Magnitude(), Unstructured(0.6)), tokens.shape)
 (dense,) = model.final_states(tokens)
-found["loss"] = np.float64(student.step(tokens, dense.read(slice(None)), np.float32(1), np.float32(0.001)))
+found["loss"] = np.float64(student.step(tokens, dense.read(slice(None)), 1, lambda _: 0.001))
 np.savez(out, **found)
 """
 

@@ -210,7 +210,7 @@ def of_distillation(
         else:
             yield Program("tune", "forward", forward, (values | one.rest, x, None), calls, beside, donated=(1,))
         if held_out:
-            times = count * measures * held_out / batch.shape[0]
+            times = count * (1 + measures) * held_out / batch.shape[0]
             visit = values | one.rest, batch, None
             yield Program("tune", "held-out forward", forward, visit, times, beside + in_flight, donated=(1,))
         pull_back, arguments = partial(student.pull_back, layer), (values, one.rest, one.vjp, x)
@@ -227,7 +227,7 @@ def of_distillation(
     yield Program("tune", "divergence", loss, (head, chunk, chunk), steps * step * length / chunk.shape[0], beside)
     if held_out:
         alone, chunks = partial(student.divergence_alone, architecture.head), held_out * length / chunk.shape[0]
-        yield Program("tune", "held-out divergence", alone, (head, chunk, chunk), measures * chunks, stays)
+        yield Program("tune", "held-out divergence", alone, (head, chunk, chunk), (1 + measures) * chunks, stays)
 
 
 class _Tuned(NamedTuple):

@@ -16,10 +16,10 @@ References:
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain, islice
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Float, Int
@@ -35,6 +35,8 @@ from jaxprune.recipe_parts import Tuning
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
 
+FIRST = 2048
+"""Tokens of the first steps, by whose divergence the rate is chosen."""
 DENSE_BYTES = 2e9
 """The most of the dense model's hidden states that are kept at a time."""
 
@@ -113,24 +115,24 @@ def distill(
         InputError: the loss is not finite.
     """
     student, steps = Student(model, layers, text.shape), text.steps
-    rate = optax.warmup_cosine_decay_schedule(
-        tuning.tune_rate / 10, tuning.tune_rate, min(math.ceil(steps / 8), steps - 1), steps, tuning.tune_rate / 20
-    )
+    rate = Rate(tuning.tune_rate, steps, math.prod(text.shape))
     held_out = HeldOut(model, text.held_out) if text.held_out is not None else None
     begin = 0
+    observer.started("tuning", steps, "steps")
     if kept := kept_tuning.restore(journal, student.state):
-        begin = kept.step
+        begin, rate.before = kept.step, kept.before
         student.restore(kept.moving)
         if held_out:
             held_out.curve, held_out.best = kept.curve, kept.best
             for point in kept.curve:
                 observer.divergence_measured(*point)
-    observer.started("tuning", steps, "steps")
+    elif held_out:
+        observer.divergence_measured(0, held_out.measure(student, 0))
     after = measured(steps, steps * math.prod(text.shape), text.held_out.size) if text.held_out is not None else ()
     state = model.architecture.width * model.dtype.itemsize
     most = at_a_time(steps, text.shape, len(after), state)
     for number, (tokens, dense) in enumerate(_with_dense(model, text.batches(begin), most), begin + 1):
-        divergence = student.step(tokens, dense, jnp.float32(number), jnp.float32(rate(number - 1)))
+        divergence = student.step(tokens, dense, number, partial(rate.of, number))
         observer.step_done(number, steps, divergence)
         if held_out and number in after:
             seen = number * tokens.size
@@ -138,11 +140,40 @@ def distill(
             if not (held_out.falls or tuning.tune_to_end):
                 break
         moving = [kernels.moving for kernels in student.state]
-        kept_tuning.keep(journal, Kept(number, moving, *(held_out.curve, held_out.best) if held_out else ([], None)))
+        curve, best = (held_out.curve, held_out.best) if held_out else ([], None)
+        kept_tuning.keep(journal, Kept(number, moving, rate.before, curve, best))
     kept_tuning.keep_curve(journal, held_out.curve if held_out else [])
     best = held_out.best if held_out else None
     for index in range(model.num_layers):
         yield student.result(index, best[index] if best else student.stored(index))
+
+
+class Rate:
+    """Adam's rate: it rises over the first eighth of the steps and then falls along a cosine.
+
+    The highest is `rate` where the pruned model is a nat of divergence from the dense one, or more, and in proportion
+    less where it is nearer: what has little to make good is soon past it.
+
+    Args:
+        rate: the highest of all.
+        steps: how many there are.
+        tokens: of a step.
+
+    Attributes:
+        before: the mean divergence of the first steps so far, nats.
+    """
+
+    def __init__(self, rate: float, steps: int, tokens: int) -> None:
+        rising = math.ceil(steps / 8)
+        self._of_steps = optax.warmup_cosine_decay_schedule(rate / 10, rate, min(rising, steps - 1), steps, rate / 20)
+        self._first = min(rising, math.ceil(FIRST / tokens))
+        self.before = 0.0
+
+    def of(self, number: int, divergence: float) -> float:
+        """Returns the rate of a step by its number, from 1, and its divergence."""
+        if number <= self._first:
+            self.before += (divergence - self.before) / number
+        return float(self._of_steps(number - 1)) * min(1.0, self.before)
 
 
 def at_a_time(steps: int, shape: tuple[int, int], measures: int, state: int) -> int:

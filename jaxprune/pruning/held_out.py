@@ -13,7 +13,7 @@ from jaxprune.streaming.model import StreamedModel
 PATIENCE = 4
 """So many measures behind the best one, the divergence no longer falls."""
 MEASURES = 16
-"""How often the divergence is measured at most."""
+"""How often the divergence is measured at most, behind the first time, which is before the first step."""
 SHARE = 5
 """What is tuned on between two measures, at least, in tokens over those of the windows that are held out: a measure
 takes a quarter of a step's time a token, so all take a twentieth."""

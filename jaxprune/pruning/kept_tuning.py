@@ -21,12 +21,14 @@ class Kept(NamedTuple):
     Attributes:
         step: the number of the next step.
         moving: of each layer, what steps change.
+        before: the mean divergence of the first steps so far.
         curve: the divergence on held-out windows so far: (tokens that were tuned on, divergence) of each measure.
         best: of each layer, name -> the kernel as it is to be stored from the best step so far; None: there is none.
     """
 
     step: int
     moving: Sequence[dict[str, Moving]]
+    before: float
     curve: list[tuple[int, float]]
     best: Sequence[Params] | None
 
@@ -43,7 +45,8 @@ def keep(journal: Journal | None, kept: Kept) -> None:
                     f"{name}/{field}": a for name, one in fetch(moving).items() for field, a in one._asdict().items()
                 }
                 arrays |= {f"{BEST}/{name}": kernel for name, kernel in kept.best[index].items()} if kept.best else {}
-                journal.put(f"{TUNING}/{kept.step}/{index}", arrays, {"curve": [list(point) for point in kept.curve]})
+                metadata = {"before": kept.before, "curve": [list(point) for point in kept.curve]}
+                journal.put(f"{TUNING}/{kept.step}/{index}", arrays, metadata)
         journal.wait()
     for other in journal.names(TUNING):
         if other != str(kept.step):
@@ -70,8 +73,10 @@ def restore(journal: Journal | None, state: Sequence[Kernels]) -> Kept | None:
             arrays, fields = entry.arrays, Moving._fields
             moving[index] = {n: Moving(*(arrays[f"{n}/{field}"] for field in fields)) for n in state[index].moving}
             best[index] = {path.partition("/")[2]: a for path, a in arrays.items() if path.startswith(f"{BEST}/")}
-        curve = next(iter(found.values())).metadata.get("curve", [])
-        return Kept(step, moving, [(int(n), float(kl)) for n, kl in curve], best if any(best) else None)
+        metadata = next(iter(found.values())).metadata
+        curve = [(int(n), float(kl)) for n, kl in metadata.get("curve", [])]
+        before = metadata.get("before", 1.0)  # by which an earlier version tuned everything
+        return Kept(step, moving, before, curve, best if any(best) else None)
     return None
 
 

@@ -96,8 +96,8 @@ class Student:
         self,
         tokens: Int[np.ndarray, "b t"],
         dense: Float[np.ndarray, "b t d"],
-        number: Float[Array, ""],
-        rate: Float[Array, ""],
+        number: int,
+        rate: Callable[[float], float],
     ) -> float:
         """Moves the kernels by some windows; returns their mean divergence, before.
 
@@ -105,7 +105,7 @@ class Student:
             tokens: the windows.
             dense: the dense model's last hidden states of them.
             number: the number of the step, from 1.
-            rate: its rate.
+            rate: the mean divergence -> its rate.
 
         Raises:
             InputError: the divergence is not finite.
@@ -127,19 +127,21 @@ class Student:
                 "the loss of the distillation holds NaN or infinity",
                 options={"tune_rate": Change.LOWER, "dtype": "float32"},
             )
+        mean = float(divergence.mean(dtype=np.float64))
+        of_step = jnp.float32(number), jnp.float32(rate(mean))
         cotangent = devices.shard_first(gradient.reshape(x.shape))
         going = _Going(self.state)
         from_last = _ahead(reversed(self.state), devices.shard_outputs)
         for index, kernels in zip(reversed(range(len(self.state))), from_last, strict=True):
             layer = architecture.layers[index]
             gradients, cotangent = pull_back(layer, kernels.values, self._rest[index], vjps.pop(), cotangent)
-            moved = adam.step(kernels, gradients, number, rate)
+            moved = adam.step(kernels, gradients, *of_step)
             if self._placement.state:
                 self.state[index] = kernels._replace(moving=devices.shard_outputs(moved))
             else:
                 going.send(index, moved)
         going.arrive()
-        return float(divergence.mean(dtype=np.float64))
+        return mean
 
     def divergence(self, tokens: Int[np.ndarray, "w t"], dense: HiddenStates) -> float:
         """Returns the mean divergence of windows; `dense` are the dense model's last hidden states of them."""

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +15,7 @@ from jaxprune.calibration.stream import TextStream
 from jaxprune.errors import Change
 from jaxprune.pruning import adam, held_out, kept_tuning, student
 from jaxprune.pruning.adam import BETAS, EPSILON
-from jaxprune.pruning.distillation import distill, of_stream, of_windows
+from jaxprune.pruning.distillation import Rate, distill, of_stream, of_windows
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.kept_tuning import Kept
 from jaxprune.pruning.results import LayerResult
@@ -109,14 +108,14 @@ def tuned_by_torch(layers: list[LayerResult], tokens: np.ndarray, order: np.ndar
 def test_steps_are_torchs(checkpoint: Path) -> None:
     tokens = windows()
     layers = pruned(checkpoint)
-    tuning = Tuning(tune_epochs=2, tune_rate=0.01, tune_windows=4)
+    tuning, steps = Tuning(tune_epochs=2, tune_rate=0.01, tune_windows=4), Steps()
+    found = list(tune(checkpoint, layers, tuning, seed=5, observer=steps))
     order = np.random.default_rng(5)
     rows = np.concatenate([order.permutation(12).reshape(-1, 4) for _ in range(2)])
     # Six steps: one to rise from a tenth, then a cosine to a twentieth.
-    falling = [(0.05 + 0.95 * (1 + np.cos(np.pi * k / 5)) / 2) * 0.01 for k in range(5)]
-    expected = tuned_by_torch(layers, tokens, rows, [0.001, *falling])
-    steps = Steps()
-    found = list(tune(checkpoint, layers, tuning, seed=5, observer=steps))
+    shares = [0.1, *(0.05 + 0.95 * (1 + np.cos(np.pi * k / 5)) / 2 for k in range(5))]
+    highest = 0.01 * min(1, steps.told[0])
+    expected = tuned_by_torch(layers, tokens, rows, [highest * share for share in shares])
     for layer, before, theirs in zip(found, layers, expected, strict=True):
         for name in LINEARS:
             moved = np.abs(theirs[name] - kernel(before, name)).max()
@@ -239,6 +238,18 @@ def test_impossible_options_are_refused(bad: dict) -> None:
         Tuning(**bad)
 
 
+@pytest.mark.parametrize(
+    ("divergences", "shares"),
+    [([2.0, 4.0, 0.1], [1, 1, 1]), ([0.5, 0.25, 9.0], [0.5, 0.375, 0.375]), ([0.5, 2.0, 0.1], [0.5, 1, 1])],
+)
+def test_what_is_near_the_dense_model_is_tuned_less(divergences: list[float], shares: list[float]) -> None:
+    """By the mean divergence of the first two steps, of 2048 tokens, up to a nat."""
+    rate = Rate(0.002, 16, 1024)
+    found = [rate.of(number, divergence) for number, divergence in enumerate(divergences, 1)]
+    rising = (0.1, 0.55, 1.0)
+    assert found == pytest.approx([0.002 * share * of_step for share, of_step in zip(shares, rising, strict=True)])
+
+
 def test_a_rate_that_explodes_is_an_error(checkpoint: Path) -> None:
     with pytest.raises(InputError, match="NaN or infinity") as error:
         list(tune(checkpoint, pruned(checkpoint), Tuning(tune_epochs=2, tune_rate=1e30)))
@@ -252,10 +263,10 @@ def test_what_is_kept_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     none, before = adam.init({}), adam.init({"a.kernel": value})
     moving = {"a.kernel": before.moving["a.kernel"]._replace(value=2 * value, rows=np.ones(8, np.float32))}
     journal = Journal(tmp_path)
-    kept_tuning.keep(journal, Kept(3, [{}, moving], [(64, 0.5)], [{}, {"a.kernel": value.astype(np.float16)}]))
+    kept_tuning.keep(journal, Kept(3, [{}, moving], 0.25, [(64, 0.5)], [{}, {"a.kernel": value.astype(np.float16)}]))
     journal.put("tuning/4/1", {"leaf0": value}, {"divergences": []})
     found = kept_tuning.restore(journal, [none, before])
-    assert found and (found.step, found.curve) == (3, [(64, 0.5)])
+    assert found and (found.step, found.before, found.curve) == (3, 0.25, [(64, 0.5)])
     assert found.best and found.best[0] == {} and found.best[1]["a.kernel"].dtype == np.float16
     for one, other in zip(jax.tree.leaves(found.moving), jax.tree.leaves(moving), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -273,7 +284,8 @@ def of_ids(tmp_path: Path, held_out: int = 4) -> TextStream:
 def test_the_best_step_on_what_is_held_out_is_kept(
     to_end: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of sixteen measures the fifth is least; four behind it the tuning stops, unless it is told not to."""
+    """Of the start and sixteen measures the fifth is least; four behind it the tuning stops, unless it is told not
+    to."""
     monkeypatch.setattr(held_out, "SHARE", 1)
     layers, seen = pruned(checkpoint), Steps()
     tuning = Tuning(tune_tokens=32 * 2 * 32, tune_windows=2, tune_to_end=to_end)
@@ -289,8 +301,8 @@ def test_the_best_step_on_what_is_held_out_is_kept(
     monkeypatch.setattr(Student, "divergence", measured)
     found = list(distill(load(checkpoint), text, layers, tuning, observer=seen))
     np.testing.assert_array_equal(kernel(found[0], LINEARS[0]), at_fifth[0])
-    assert text.steps == 32 and len(seen.told) == (32 if to_end else 18)
-    assert [tokens for tokens, _ in seen.held_out] == [64 * 2 * n for n in range(1, 17 if to_end else 10)]
+    assert text.steps == 32 and len(seen.told) == (32 if to_end else 16)
+    assert [tokens for tokens, _ in seen.held_out] == [64 * 2 * n for n in range(17 if to_end else 9)]
 
 
 def test_a_stream_is_met_between_two_measures(
@@ -307,7 +319,7 @@ def test_a_stream_is_met_between_two_measures(
     monkeypatch.setattr(StreamedModel, "final_states", counted)
     tuning = Tuning(tune_tokens=8 * 2 * 4 * 32, tune_windows=2, tune_to_end=True)
     list(distill(load(checkpoint), of_stream(of_ids(tmp_path), tuning), pruned(checkpoint), tuning, observer=seen))
-    assert len(seen.held_out) == 16 and passes[0] == ((4, 32), 0)  # what is held out
+    assert len(seen.held_out) == 17 and passes[0] == ((4, 32), 0)  # what is held out
     assert passes[1:] == [((4, 32), 2 * n) for n in range(16)]
 
 
@@ -325,7 +337,7 @@ def test_the_divergence_is_that_of_the_models(checkpoint: Path, tmp_path: Path) 
     own = Student(model, layers, tokens.shape)
     (dense,) = model.final_states(tokens)
     measured = own.divergence(tokens, dense)
-    assert measured == pytest.approx(own.step(tokens, dense.read(slice(None)), *map(jnp.float32, (1, 0.0))), rel=1e-5)
+    assert measured == pytest.approx(own.step(tokens, dense.read(slice(None)), 1, lambda _: 0.0), rel=1e-5)
     assert 0.001 < measured < 10
 
 
