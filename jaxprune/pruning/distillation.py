@@ -35,6 +35,8 @@ from jaxprune.recipe_parts import Tuning
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
 
+FAR = 0.75
+"""Nats from the dense model, from which on the rate is all that it may be."""
 FIRST = 2048
 """Tokens of the first steps, by whose divergence the rate is chosen."""
 DENSE_BYTES = 2e9
@@ -151,8 +153,8 @@ def distill(
 class Rate:
     """Adam's rate: it rises over the first eighth of the steps and then falls along a cosine.
 
-    The highest is `rate` where the pruned model is a nat of divergence from the dense one, or more, and in proportion
-    less where it is nearer: what has little to make good is soon past it.
+    The highest is `rate` where the pruned model is `FAR` from the dense one, or more, and in proportion less where it
+    is nearer: what has little to make good is soon past it.
 
     Args:
         rate: the highest of all.
@@ -173,7 +175,7 @@ class Rate:
         """Returns the rate of a step by its number, from 1, and its divergence."""
         if number <= self._first:
             self.before += (divergence - self.before) / number
-        return float(self._of_steps(number - 1)) * min(1.0, self.before)
+        return float(self._of_steps(number - 1)) * min(1.0, self.before / FAR)
 
 
 def at_a_time(steps: int, shape: tuple[int, int], measures: int, state: int) -> int:
