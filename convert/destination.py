@@ -60,8 +60,9 @@ class Destination:
         if self._made is not None and self._made == marker_of(path):
             return
         if not self.overwrite:
-            ours = {"overwrite": True} if not self.folder or marker_of(path) else {}
-            raise OccupiedError("it already exists", file=path, options=self._other() | ours)
+            ours = marker_of(path) if self.folder else sealed(path)
+            options = self._other() | ({"overwrite": True} if ours else {})
+            raise OccupiedError("it already exists", file=path, options=options)
         self._require_replaceable()
         self._require_writable()
 

@@ -33,6 +33,7 @@ _EXPORTS = {
     "TextStream": "jaxprune.calibration.stream",
     "load": "jaxprune.api.load",
     "prune_kernel": "jaxprune.api.load",
+    "generate": "jaxprune.api.generate",
     "prune": "jaxprune.api.prune",
     "evaluate": "jaxprune.api.evaluate",
     "verify": "jaxprune.api.verify",
@@ -44,6 +45,7 @@ __all__ = sorted(_EXPORTS)  # noqa: PLE0605
 
 if TYPE_CHECKING:
     from jaxprune.api.evaluate import evaluate as evaluate
+    from jaxprune.api.generate import generate as generate
     from jaxprune.api.load import load as load
     from jaxprune.api.load import prune_kernel as prune_kernel
     from jaxprune.api.prune import prune as prune

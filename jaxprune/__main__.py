@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jaxprune import commands
 
-ORDER = ("prune", "evaluate", "verify", "report", "plan", "snapshot", "solve", "convert", "push", "lm-eval")
+ORDER = ("prune", "evaluate", "verify", "report", "plan", "generate", "snapshot", "solve", "convert", "push", "lm-eval")
 """In which the help names commands; others come behind."""
 
 

@@ -40,7 +40,7 @@ def _main(argv: Sequence[str]) -> None:
     given, config, recipe = read(argv, "jaxprune snapshot", DESCRIPTION, EXAMPLES, own, positionals)
     wanted = make(Options, given)
     require_at_least(wanted, 0, "layer")
-    place = destination(given["file"], "file", overwrite=config.overwrite, folder=False)
+    place = destination(given["file"], overwrite=config.overwrite, folder=False)
     place.check()
     devices = choose_devices(config.device, config.devices, config.join)
     model = load(config.ckpt, dtype=config.computation_dtype, devices=devices)

@@ -18,8 +18,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from convert import open_checkpoint
 from jaxprune import hardware
 from jaxprune.errors import InputError
-from jaxprune.evaluation.generation import generate
 from jaxprune.evaluation.packing import Packed, Request, batches, group, pack
+from jaxprune.streaming.generation import generate
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
 

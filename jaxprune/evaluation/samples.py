@@ -9,7 +9,7 @@ from jaxprune.calibration.documents import Conversations
 from jaxprune.calibration.textfile import documents
 from jaxprune.calibration.texts import Texts
 from jaxprune.errors import Change, InputError
-from jaxprune.evaluation.generation import generate
+from jaxprune.streaming.generation import generate
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
 
@@ -116,7 +116,6 @@ def samples(model: StreamedModel, prompts: Prompts, count: int, observer: Observ
     """
     tokenizer, ids = model.tokenizer, prompts.ids(model, count)
     end = tokenizer.eos_token_id
-    observer.started("samples", count, "tokens")
     made = generate(model, ids, [count] * len(ids), lambda number, tokens: tokens[-1] == end, observer)
     return [
         Sample(text, tuple(_pieces(tokenizer, [token for token in tokens if token != end])))

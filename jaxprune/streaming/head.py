@@ -110,3 +110,13 @@ def score(
 def most_probable(head: Part, params: Mapping[str, Array], states: Float[Array, "n d"]) -> Int[Array, "n"]:
     """Returns the ids of the most probable next tokens."""
     return jnp.argmax(logits(head, params, states), axis=1)
+
+
+@partial(jax.jit, static_argnums=0)
+def drawn(
+    head: Part, params: Mapping[str, Array], states: Float[Array, "n d"], shares: Float[Array, "n"]
+) -> Int[Array, "n"]:
+    """Returns the ids of next tokens as their probabilities have them: of each row the first id that has, together with
+    those before it, more than a share, from 0 to 1, of the probability."""
+    sums = jnp.cumsum(exponentials(logits(head, params, states)).values, axis=1)
+    return jnp.minimum(jnp.sum(sums <= shares[:, None] * sums[:, -1:], axis=1), sums.shape[1] - 1)

@@ -19,7 +19,7 @@ from convert.names import EXPERT_COUNTS
 from jaxprune.calibration import require_ids
 from jaxprune.models import Architecture, Layout, Part, architecture_of
 from jaxprune.sharding import ONE_DEVICE, Devices, fetch
-from jaxprune.streaming.head import TokenScores, in_chunks, most_probable, score
+from jaxprune.streaming.head import TokenScores, drawn, in_chunks, most_probable, score
 from jaxprune.streaming.hidden_states import HiddenStates, batch_size
 from jaxprune.streaming.kept_experts import KeptExperts
 
@@ -277,9 +277,22 @@ class StreamedModel:
         step = partial(score, self.architecture.head, head)
         return TokenScores(*in_chunks(self.devices, step, states, targets))
 
-    def next_tokens(self, head: Mapping[str, Array], states: Shaped[np.ndarray, "n d"]) -> Int[np.ndarray, "n"]:
-        """Returns the ids of the most probable next tokens; arguments as for `score_tokens`."""
-        (ids,) = in_chunks(self.devices, lambda chunk: (most_probable(self.architecture.head, head, chunk),), states)
+    def next_tokens(
+        self,
+        head: Mapping[str, Array],
+        states: Shaped[np.ndarray, "n d"],
+        shares: Float[np.ndarray, "n"] | None = None,
+    ) -> Int[np.ndarray, "n"]:
+        """Returns the ids of next tokens.
+
+        Args:
+            head: params of the head, on the device.
+            states: the last layer's output where each token is predicted.
+            shares: numbers from 0 to 1 by which they are drawn; None: the most probable ones.
+        """
+        function, given = (most_probable, []) if shares is None else (drawn, [shares])
+        step = partial(function, self.architecture.head, head)
+        (ids,) = in_chunks(self.devices, lambda *chunk: (step(*chunk),), states, *given)
         return ids
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from markdown import markdown
 
 import jaxprune
-from jaxprune.evaluation.generation import generate
 from jaxprune.evaluation.samples import Prompts
+from jaxprune.streaming.generation import generate
 from jaxprune.streaming.model import StreamedModel
 
 

@@ -1,4 +1,4 @@
-"""Texts continued greedily, all together, one token of each at a time; keys and values of the tokens before are kept.
+"""Texts continued, all together, one token of each at a time; keys and values of the tokens before are kept.
 
 The layers stay on the device where they fit it; else one is there at a time, and every token reads the model once, for
 all texts. What a layer keeps of the texts stays on the device.
@@ -39,8 +39,10 @@ def generate(
     most: Sequence[int],
     finished: Finished,
     observer: Observer = SILENT,
+    *,
+    seed: int | None = None,
 ) -> list[list[int]]:
-    """Returns the most probable continuation of each prompt, token by token.
+    """Returns a continuation of each prompt.
 
     Args:
         model: continues them.
@@ -48,16 +50,20 @@ def generate(
         most: new tokens of each, at most.
         finished: says where one ends.
         observer: is told each token as a layer that was visited.
+        seed: tokens are drawn as the model has them, by numbers that the seed and the prompt's place fix; None: each
+            is the most probable one.
 
     Raises:
         InputError: ids outside the vocabulary, or more tokens than the model was made for.
     """
     made: list[list[int]] = [[] for _ in prompts]
-    layers = _Layers(model)
-    for numbers in _batches(model, prompts, most):
+    layers, batches = _Layers(model), [*_batches(model, prompts, most)]
+    observer.started("generating", sum(max(most[number] for number in numbers) for numbers in batches), "tokens")
+    for numbers in batches:
         ends = {number: most[number] for number in numbers if most[number] > 0}
         longest = max(len(prompts[number]) + most[number] for number in numbers)
-        tokens = _continued(model, layers, [prompts[number] for number in numbers], longest)
+        shares = None if seed is None else _shares(seed, numbers, max(ends.values(), default=0))
+        tokens = _continued(model, layers, [prompts[number] for number in numbers], longest, shares)
         while ends:
             observer.layer_visited(0)
             for number, token in zip(numbers, next(tokens), strict=True):
@@ -66,6 +72,11 @@ def generate(
                     if len(made[number]) >= ends[number] or finished(number, made[number]):
                         del ends[number]
     return made
+
+
+def _shares(seed: int, numbers: Sequence[int], count: int) -> Float[np.ndarray, "c n"]:
+    """Returns numbers from 0 to 1, a row for each token, by which those of some prompts are drawn."""
+    return np.stack([np.random.default_rng([seed, number]).random(count, np.float32) for number in numbers], axis=1)
 
 
 class _Layers:
@@ -133,7 +144,11 @@ def _rounded(length: int) -> int:
 
 
 def _continued(
-    model: StreamedModel, layers: _Layers, prompts: Sequence[Sequence[int]], longest: int
+    model: StreamedModel,
+    layers: _Layers,
+    prompts: Sequence[Sequence[int]],
+    longest: int,
+    shares: Float[np.ndarray, "c n"] | None,
 ) -> Iterator[list[int]]:
     """Yields the next token of each prompt, then the one after that, and so on."""
     architecture, devices = model.architecture, model.devices
@@ -152,10 +167,10 @@ def _continued(
         x, own = begin(architecture.layers[index], params, x, devices.shard_first(lengths), capacity=capacity)
         kept.append(own)
     x = jnp.take_along_axis(x, jnp.asarray(lengths)[:, None, None] - 1, axis=1)
-    for position in range(int(lengths.max()), capacity + int(lengths.max())):
-        tokens = model.next_tokens(head, fetch(x[:, 0]))
+    for number in range(capacity):
+        tokens = model.next_tokens(head, fetch(x[:, 0]), None if shares is None else shares[number])
         yield tokens.tolist()
-        places = devices.shard_first(np.minimum(lengths + position - lengths.max(), capacity - 1)[:, None])
+        places = devices.shard_first(np.minimum(lengths + number, capacity - 1)[:, None])
         at = Layout(places, jnp.zeros_like(places), jnp.zeros_like(places))
         x = apply(architecture.embed, embed, devices.shard_first(tokens[:, None].astype(np.int32)), at)
         for index, params in layers:

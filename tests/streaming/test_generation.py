@@ -1,13 +1,18 @@
 """Continuations with a cache are those of whole passes, of every family."""
 
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxprune import load
-from jaxprune.evaluation import generation
-from jaxprune.evaluation.generation import generate
+from jaxprune.models import Part
+from jaxprune.streaming import generation
+from jaxprune.streaming.generation import generate
+from jaxprune.streaming.head import drawn
 from jaxprune.streaming.model import StreamedModel
 from tests.helpers import families, tiny
 from tests.helpers.optional import needs_torch
@@ -72,3 +77,30 @@ def test_more_tokens_than_positions_are_refused(tmp_path: Path) -> None:
             generate(model, [list(range(1, 10))], [20], lambda number, made: False)
     with pytest.raises(InputError, match="vocabulary"):
         generate(model, [[1, 100_000]], [2], lambda number, made: False)
+
+
+def test_tokens_are_drawn_as_the_model_has_them(checkpoint: Path) -> None:
+    """A text has those of its seed and place, whatever else is written; they are as frequent as they are probable."""
+    model = load(checkpoint)
+    many = generate(model, [[1, 2, 3]] * 4000, [2] * 4000, lambda number, made: False, seed=0)
+    few = generate(model, [[1, 2, 3]] * 3, [1, 0, 2], lambda number, made: False, seed=0)
+    assert few == [many[0][:1], [], many[2]]
+    assert many != generate(model, [[1, 2, 3]] * 4000, [2] * 4000, lambda number, made: False, seed=1)
+    scores = model.logits(np.array([[1, 2, 3]], np.int32))[0, -1].astype(np.float64)
+    probable = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+    found = np.bincount([first for first, _ in many], minlength=len(probable)) / 4000
+    assert np.abs(found - probable).max() < 4 * np.sqrt(probable.max() / 4000)
+
+
+class Same(nnx.Module):
+    """A head whose logits are the hidden states."""
+
+    def __call__(self, states: Any) -> Any:
+        return states
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.01, 1), (0.24, 1), (0.26, 2), (np.nextafter(np.float32(1), 0), 2)])
+def test_a_share_draws_the_token_that_passes_it(share: float, expected: int) -> None:
+    """Of four tokens with probabilities 0, 1/4, 3/4 and 0."""
+    states = jnp.log(jnp.array([[0, 1, 3, 0]], jnp.float32) + 1e-30)
+    assert drawn(Part(Same, None), {}, states, jnp.array([share], jnp.float32)).tolist() == [expected]

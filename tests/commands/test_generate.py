@@ -1,0 +1,78 @@
+"""`jaxprune generate`: texts that a model writes itself."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxprune import calibration_windows, generate, load
+from jaxprune.commands.generate import main
+from tests.helpers.tiny import write_text
+
+LENGTH = 24
+
+
+def texts_of(file: Path) -> list[str]:
+    return [json.loads(row)["text"] for row in file.read_text("utf-8").splitlines()]
+
+
+def test_what_a_model_writes_is_text_to_prune_it_on(checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    assert main([str(checkpoint), str(file), "--tokens", "200", "--length", str(LENGTH)]) == 0
+    assert len(texts_of(file)) == 9 and len(set(texts_of(file))) == 9
+    model = load(checkpoint)
+    assert generate(model, 200, length=LENGTH) == texts_of(file)
+    assert generate(model, 3 * LENGTH, length=LENGTH) == texts_of(file)[:3]
+    assert generate(model, 200, length=LENGTH, seed=1) != texts_of(file)
+    windows = calibration_windows(str(file), model.tokenizer, count=4, length=16, pack=True)
+    assert windows.shape == (4, 16)
+
+
+def test_texts_begin_with_prompts(checkpoint: Path, tmp_path: Path) -> None:
+    prompts, file = tmp_path / "prompts.jsonl", tmp_path / "own.jsonl"
+    write_text(prompts, documents=3)
+    argv = [str(checkpoint), str(file), "--tokens", "120", "--length", str(LENGTH), "--prompts", str(prompts)]
+    assert main([*argv, "--prompt-tokens", "6"]) == 0
+    tokenizer = load(checkpoint).tokenizer
+    beginnings = {tokenizer.decode(tokenizer(text)["input_ids"][:6]) for text in texts_of(prompts)}
+    assert len(texts_of(file)) == 5
+    assert {text[: len(one)] for text in texts_of(file) for one in beginnings if text.startswith(one)} == beginnings
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("own.jsonl --tokens 0", "--tokens must be at least 1"),
+        ("own.jsonl --length 16", "texts of 16 tokens cannot begin with 16"),
+        ("own.jsonl --prompt-tokens 0", "--prompt-tokens must be at least 1"),
+        ("own.txt", "FILE.jsonl"),
+        ("mine.jsonl", "it already exists"),
+        ("link.jsonl", "symbolic link"),
+        ("folder.jsonl", "it is a folder"),
+        ("no/way.jsonl/own.jsonl", "nothing can be made there"),
+        ("own.jsonl --prompts nowhere.jsonl", "no text 'nowhere.jsonl'"),
+        ("own.jsonl --prompts empty.jsonl", "empty.jsonl"),
+        ("own.jsonl --seed -1", "--seed"),
+        ("own.jsonl --tokens 1k --length 1M", "positions"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_work(
+    line: str,
+    message: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.jsonl").write_text('{"text": "mine"}\n')
+    Path("link.jsonl").symlink_to("mine.jsonl")
+    Path("folder.jsonl").mkdir()
+    Path("empty.jsonl").touch()
+    Path("no").mkdir()
+    Path("no/way.jsonl").touch()
+    before = sorted(Path().rglob("*"))
+    assert main([str(checkpoint), *line.split()]) == 2
+    told = capsys.readouterr().err
+    assert message in " ".join(told.split()) and "--overwrite" not in told and "--file" not in told
+    assert sorted(Path().rglob("*")) == before and texts_of(Path("mine.jsonl")) == ["mine"]
