@@ -11,7 +11,7 @@ from jaxprune import __main__ as commands
 def test_the_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert commands.main([]) == commands.main(["--help"]) == 0
     text = capsys.readouterr().out
-    names = "prune evaluate verify report plan snapshot solve convert push lm-eval".split()
+    names = "prune evaluate verify report plan generate snapshot solve convert push lm-eval".split()
     assert commands.names() == names and all(f"  {name} " in text for name in names)
 
 

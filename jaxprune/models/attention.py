@@ -49,14 +49,14 @@ def causal_attention(
     if isinstance(layout, Cache):
         if layout.before is not None:
             return _attend_cached(query, key, value, layout, how._replace(window=window), sinks)
-        layout.keep(tuple(_padded(x, layout.capacity) for x in (key, value)))
+        layout.keep(tuple(_padded(_by_head(x), layout.capacity) for x in (key, value)))
         layout = None  # what lies behind a text's end is seen by nothing of it
     if layout is None and softcap is None and sinks is None and cudnn_takes(query):
         local = None if window is None or window >= t else (window - 1, 0)
         return jax.nn.dot_product_attention(
             query, key, value, is_causal=True, scale=scale, local_window_size=local, implementation="cudnn"
         )
-    heads = _by_key_head(query, key, value, sinks)
+    heads = _by_key_head(query, _by_head(key), _by_head(value), sinks)
     heads = lax.optimization_barrier(heads)  # else XLA would rotate and transpose the keys again for each segment
     segment = max(SMALLEST, -(-t // (SEGMENTS_ON_CPU if hardware.current().on_cpu else SEGMENTS)))
     bounds = [(start, min(start + segment, t)) for start in range(0, t, segment)]
@@ -90,17 +90,21 @@ class _How(NamedTuple):
     window: int | None
 
 
+def _by_head(x: Float[Array, "b s k d"]) -> Float[Array, "b k s d"]:
+    return x.transpose(0, 2, 1, 3)
+
+
 def _by_key_head(
     query: Float[Array, "b t h d"],
-    key: Float[Array, "b s k d"],
-    value: Float[Array, "b s k d"],
+    key: Float[Array, "b k s d"],
+    value: Float[Array, "b k s d"],
     sinks: Float[Array, "h"] | None,
 ) -> _Heads:
     """Returns heads with those that share a key head together."""
-    (b, t, h, d), k = query.shape, key.shape[2]
+    (b, t, h, d), k = query.shape, key.shape[1]
     rows = query.reshape(b, t, k, h // k, d).transpose(0, 2, 3, 1, 4)
     sunk = None if sinks is None else sinks.reshape(k, -1)
-    return _Heads(rows, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), sunk)
+    return _Heads(rows, key, value, sunk)
 
 
 def _side_by_side(attended: Float[Array, "b k g t d"]) -> Float[Array, "b t h d"]:
@@ -108,8 +112,8 @@ def _side_by_side(attended: Float[Array, "b k g t d"]) -> Float[Array, "b t h d"
     return attended.transpose(0, 3, 1, 2, 4).reshape(b, t, k * g, d)
 
 
-def _padded(x: Float[Array, "b t k d"], length: int) -> Float[Array, "b s k d"]:
-    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
+def _padded(x: Float[Array, "b k t d"], length: int) -> Float[Array, "b k s d"]:
+    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
 
 
 def _attend_cached(
@@ -121,10 +125,10 @@ def _attend_cached(
     sinks: Float[Array, "h"] | None,
 ) -> Float[Array, "b 1 h d"]:
     """Returns the attention of one more token of each text over those before it, and keeps its key and value."""
-    at = jnp.arange(len(query), dtype=jnp.int32), cache.positions[:, 0]
+    at = jnp.arange(len(query), dtype=jnp.int32), slice(None), cache.positions[:, 0]
     keys, values = (old.at[at].set(new[:, 0]) for old, new in zip(cache.take(), (key, value), strict=True))
     cache.keep((keys, values))
-    there, here = jnp.arange(keys.shape[1], dtype=jnp.int32)[None, :], cache.positions
+    there, here = jnp.arange(keys.shape[2], dtype=jnp.int32)[None, :], cache.positions
     visible = there <= here
     if how.window is not None:
         visible &= there > here - jnp.int32(how.window)
