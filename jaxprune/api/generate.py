@@ -1,5 +1,7 @@
 """Text that a model writes itself, to prune it on where there is too little other text."""
 
+from itertools import cycle, islice
+
 import numpy as np
 
 from jaxprune.calibration import open_source
@@ -50,8 +52,9 @@ def generate(
     begun = [[first]] * count
     if prompts is not None:
         texts = open_source(prompts, "train", tokenizer)
-        order = np.random.default_rng(seed).permutation(len(texts))
-        begun = [texts.ids(int(order[n % len(order)]))[:prompt_tokens].tolist() or [first] for n in range(count)]
+        order = np.random.default_rng(seed).permutation(len(texts))[:count]
+        beginnings = [texts.ids(int(document))[:prompt_tokens].tolist() or [first] for document in order]
+        begun = [*islice(cycle(beginnings), count)]
     made = continue_texts(model, begun, [length - len(one) for one in begun], lambda *_: False, observer, seed=seed)
     # A tokenizer writes the first one itself.
     whole = ([*prompt, *new][prompt[0] == first :] for prompt, new in zip(begun, made, strict=True))
