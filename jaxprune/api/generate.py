@@ -1,20 +1,32 @@
 """Text that a model writes itself, to prune it on where there is too little other text."""
 
+import json
+from collections.abc import Sequence
 from itertools import cycle, islice
+from pathlib import Path
 
 import numpy as np
 
+from convert.checked import CheckedReader
+from convert.destination import Destination, destination, staged
+from convert.writing import write_text
 from jaxprune.calibration import open_source
 from jaxprune.errors import Change, InputError
 from jaxprune.evaluation.samples import CUT
-from jaxprune.streaming.generation import generate as continue_texts
+from jaxprune.pruning import identity, publishing, resume
+from jaxprune.pruning.journal import Journal
+from jaxprune.streaming.generation import in_batches
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
+
+TEXTS = "texts"
+"""The stage of a journal with whose name those of its entries begin."""
 
 
 def generate(
     model: StreamedModel,
     tokens: int,
+    out: str | Path | Destination | None = None,
     *,
     length: int = 256,
     prompts: str | None = None,
@@ -30,6 +42,8 @@ def generate(
     Args:
         model: writes them. It does not end them: behind a text's end begins another.
         tokens: of all texts, at least.
+        out: a .jsonl file to make of them. What is finished is kept in `OUT.unfinished` until then, and the same call
+            goes on from there; None: no file is made.
         length: tokens of a text, those of its prompt among them.
         prompts: a source as for `calibration_windows`, with whose documents the texts begin, in an order that the seed
             fixes; None: they begin with the token that texts begin with.
@@ -39,7 +53,9 @@ def generate(
 
     Raises:
         InputError: no such source, or the model was made for shorter texts.
+        CheckpointError: the file cannot be made.
     """
+    place = file_of(out) if out is not None else None
     if not 0 < prompt_tokens < length:
         raise InputError(
             f"texts of {length} tokens cannot begin with {prompt_tokens}",
@@ -47,15 +63,66 @@ def generate(
         )
     if tokens < 1:
         raise InputError(f"tokens must be at least 1, not {tokens}")
-    tokenizer, count = model.tokenizer, -(-tokens // length)
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id or 0
-    begun = [[first]] * count
+    asked: dict[str, object] = {"tokens": tokens, "length": length}
+    begun = [[model.first_token]] * -(-tokens // length)
     if prompts is not None:
-        texts = open_source(prompts, "train", tokenizer)
-        order = np.random.default_rng(seed).permutation(len(texts))[:count]
-        beginnings = [texts.ids(int(document))[:prompt_tokens].tolist() or [first] for document in order]
-        begun = [*islice(cycle(beginnings), count)]
-    made = continue_texts(model, begun, [length - len(one) for one in begun], lambda *_: False, observer, seed=seed)
-    # A tokenizer writes the first one itself.
-    whole = ([*prompt, *new][prompt[0] == first :] for prompt, new in zip(begun, made, strict=True))
-    return [tokenizer.decode(ids).rstrip(CUT) for ids in whole]
+        texts = open_source(prompts, "train", model.tokenizer)
+        asked |= {"prompts": texts.digest(), "prompt_tokens": prompt_tokens}
+        order = np.random.default_rng(seed).permutation(len(texts))[: len(begun)]
+        beginnings = [texts.ids(int(document))[:prompt_tokens].tolist() or begun[0] for document in order]
+        begun = [*islice(cycle(beginnings), len(begun))]
+    if not place:
+        return _texts(model, begun, length, seed, observer)
+    if not isinstance(model.reader, CheckedReader):
+        raise TypeError("a file is made by a model of jaxprune.load, whose weights are looked at when they are read")
+    wanted = identity.of_run(model.reader, model.hf_config, model.dtype, {TEXTS: asked}, seed)
+    with resume.open_journal(place.path, wanted) as journal:
+        weights = identity.KnownWeights(model.reader, journal)
+        made = _texts(model, begun, length, seed, observer, journal)
+        weights.require_unchanged()
+        with staged(place) as file:
+            write_text(file, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in made))
+        publishing.remove(journal)
+    return made
+
+
+def file_of(out: str | Path | Destination) -> Destination:
+    """Returns where texts are to be.
+
+    Raises:
+        InputError: calibration would not know what the file holds.
+        CheckpointError: it cannot be made there.
+    """
+    place = destination(out, "out", folder=False)
+    if place.path.suffix != ".jsonl":
+        raise InputError("--calib knows rows of JSON by their file's name", file=place.path, wanted="FILE.jsonl")
+    place.check()
+    return place
+
+
+def _texts(
+    model: StreamedModel,
+    begun: Sequence[Sequence[int]],
+    length: int,
+    seed: int,
+    observer: Observer,
+    journal: Journal | None = None,
+) -> list[str]:
+    """Returns texts that begin with these tokens; those that the journal has are not written again."""
+    ids = np.zeros((len(begun), length), np.int32)
+    made: set[int] = set()
+    if journal:
+        for entry in (journal.get(f"{TEXTS}/{name}") for name in journal.names(TEXTS)):
+            if entry:
+                ids[entry.arrays["numbers"]] = entry.arrays["ids"]
+                made |= set(entry.arrays["numbers"].tolist())
+    most = [length - len(one) for one in begun]
+    for batch in in_batches(model, begun, most, lambda *_: False, observer, seed=seed, made=made):
+        numbers = np.array([*batch], np.int32)
+        ids[numbers] = [[*begun[number], *new] for number, new in batch.items()]
+        if journal:
+            journal.put(f"{TEXTS}/{numbers.min()}", {"numbers": numbers, "ids": ids[numbers]}, {})
+    if journal:
+        journal.wait()
+    first = model.first_token  # a tokenizer writes it itself
+    return [model.tokenizer.decode(row[int(row[0] == first) :].tolist()).rstrip(CUT) for row in ids]

@@ -58,6 +58,9 @@ class Config(EvalOptions):
     """Calibration text: c4, wikitext2, wikipedia, a file (.jsonl, .json.gz, .parquet, .txt, or .npy of token ids
     [count, length]), or a folder laid out as on the hub (default: c4; wikipedia for smollm2-135m). Rows have text, or
     messages, to which the checkpoint's chat template is applied. Several share the windows: c4:3,chats.jsonl:1."""
+    tune_text: str | None = None
+    """The text that --tune-tokens takes its tokens from, named as for --calib (default: the calibration text), such as
+    text that jaxprune generate had the model write."""
     nsamples: int = 128
     """Calibration windows."""
     seqlen: int = 2048
@@ -88,6 +91,8 @@ class Config(EvalOptions):
         if self.device_memory is not None and not 0 < self.device_memory < math.inf:
             raise InputError(f"--device-memory must be a positive number of GiB, not {self.device_memory}")
         self._require_processes()
+        if self.tune_text and not recipe.tuning.tune_tokens:
+            raise InputError("--tune-text does nothing by itself: pass --tune-tokens or --preset thorough with it")
         default_text = calibration.default_text(self.ckpt)
         filled = with_defaults(self, eval="ppl", eval_text=default_text or "wikitext2", eval_seqlen=self.seqlen)
         return dataclasses.replace(
@@ -114,7 +119,7 @@ class Config(EvalOptions):
 
 GROUPS = {
     "Checkpoint and result": ("ckpt", "out", "overwrite", "resume", "save_masks"),
-    "Calibration": ("calib", "nsamples", "seqlen", "pack", "seed"),
+    "Calibration": ("calib", "tune_text", "nsamples", "seqlen", "pack", "seed"),
     "Evaluation": FLAGS,
     "Machine": ("dtype", "device", "devices", "hidden", "scratch", "coordinator", "processes", "process_id"),
     "Before the run": ("dry_run", "device_memory", "target", "unchecked", "timing"),

@@ -5,9 +5,8 @@ import os
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import numpy as np
-
 from convert.files import existing_parent, expand
+from jaxprune.commands.computation_options import ComputationOptions
 from jaxprune.commands.options import require_at_least, require_positive
 from jaxprune.errors import Change, InputError
 from jaxprune.evaluation.quality import Measures
@@ -23,7 +22,7 @@ FLAGS = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalOptions:
+class EvalOptions(ComputationOptions):
     """Options of every command that evaluates."""
 
     eval: str | None = None
@@ -50,20 +49,10 @@ class EvalOptions:
     """A folder with the tasks' rows, TASK.jsonl or TASK.parquet, for a machine without the hub."""
     backend: Literal["jax", "torch"] = "jax"
     """What runs the tasks: jax streams the model layer by layer; torch holds all of it, in lm-eval's HFLM."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the model's computation; auto is float32 on a CPU and the checkpoint's dtype elsewhere. The result is
-    stored in the checkpoint's dtype in any case."""
-    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
-    """The kind of device to run on; auto takes the best there is, gpu is CUDA's."""
     hidden: Literal["memory", "disk"] = "memory"
     """Where hidden states are between layers: in host memory, or in files of --scratch that take none of it."""
     scratch: str | None = None
     """A folder for --hidden disk (default: where --out is made). Nothing stays in it."""
-
-    @property
-    def computation_dtype(self) -> np.dtype | None:
-        """The dtype of the computation; None: as `StreamedModel` chooses."""
-        return None if self.dtype == "auto" else np.dtype(self.dtype)
 
     @property
     def measures(self) -> list[str]:

@@ -61,7 +61,7 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
     assert config.out and config.calib
     place, masks_place = places(config.out, config.save_masks, overwrite=config.overwrite)
     inputs = {"prompts": paths_of(config.prompts), "tasks_data": paths_of(config.tasks_data)}
-    inputs |= {"calib": calib_paths(config.calib)}
+    inputs |= {"calib": source_paths(config.calib), "tune_text": source_paths(config.tune_text)}
     inputs["eval_text"] = [path for text in (config.eval_text or "").split(",") for path in paths_of(text)]
     require_separate(place, masks_place, recipe, inputs | {"ckpt": paths_of(config.ckpt)}, config.scratch)
     scratch = config.scratch_folder(config.out)
@@ -73,7 +73,8 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
     _ = measures.loaded  # before a model is fetched
     console.print(f"opening {config.ckpt}")
     model = load(config.ckpt, dtype=config.computation_dtype, devices=devices, scratch=scratch)
-    asked = {"calibration": config.calib, "evaluation": config.eval_text, "tasks": config.tasks}
+    asked = {"calibration": config.calib, "tuning": config.tune_text}
+    asked |= {"evaluation": config.eval_text, "tasks": config.tasks}
     what = ", ".join(f"{name} {text}" for name, text in asked.items() if text)
     console.print(f"preparing text: {what}")
     windows = windows_of(config, model)
@@ -101,12 +102,12 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
     return result
 
 
-def calib_paths(calib: str) -> list[Path]:
-    """Returns the paths that --calib names."""
+def source_paths(sources: str | None) -> list[Path]:
+    """Returns the paths that --calib or --tune-text names; none where it is not given."""
     from convert.paths import paths_of
     from jaxprune.calibration import sources_of
 
-    return [path for source in sources_of(calib) for path in paths_of(source)]
+    return [path for source in (sources_of(sources) if sources else ()) for path in paths_of(source)]
 
 
 def windows_of(config: Config, model: "StreamedModel") -> "np.ndarray":
@@ -139,16 +140,17 @@ def stream_of(config: Config, recipe: Recipe, model: "StreamedModel") -> "TextSt
 
     if not recipe.tuning.tune_tokens:
         return None
-    assert config.calib
-    tokenizer, vocab_size = _tokenizer_for(config.calib, model), model.architecture.config.vocab_size
-    return TextStream(config.calib, tokenizer, config.seqlen, config.seed, vocab_size=vocab_size)
+    text = config.tune_text or config.calib
+    assert text
+    tokenizer, vocab_size = _tokenizer_for(text, model), model.architecture.config.vocab_size
+    return TextStream(text, tokenizer, config.seqlen, config.seed, vocab_size=vocab_size)
 
 
-def _tokenizer_for(calib: str, model: "StreamedModel") -> Any:
+def _tokenizer_for(sources: str, model: "StreamedModel") -> Any:
     """Returns the model's tokenizer; None where all that is read are token ids."""
     from jaxprune.calibration import sources_of
 
-    return None if all(source.endswith(".npy") for source in sources_of(calib)) else model.tokenizer
+    return None if all(source.endswith(".npy") for source in sources_of(sources)) else model.tokenizer
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from convert.paths import inputs_of, require_apart
 from jaxprune.api.load import load
 from jaxprune.commands.config import read
 from jaxprune.commands.options import Section, make, require_at_least
-from jaxprune.commands.prune import calib_paths, windows_of
+from jaxprune.commands.prune import source_paths, windows_of
 from jaxprune.commands.terminal import choose_devices, console, run_main
 from jaxprune.errors import InputError
 from jaxprune.pruning import snapshot as snapshots
@@ -44,7 +44,7 @@ def _main(argv: Sequence[str]) -> None:
     place.check()
     devices = choose_devices(config.device, config.devices, config.join)
     model = load(config.ckpt, dtype=config.computation_dtype, devices=devices)
-    inputs = {"ckpt": inputs_of(model.source), "calib": calib_paths(config.calib or "")}
+    inputs = {"ckpt": inputs_of(model.source), "calib": source_paths(config.calib)}
     require_apart(inputs, {"the file": place.path}, error=InputError)
     place.inputs = tuple(path for paths in inputs.values() for path in paths)
     (snapshot,) = snapshots.capture(

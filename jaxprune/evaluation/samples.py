@@ -101,7 +101,7 @@ class Prompts:
                     file=self._path,
                     options={"sample_tokens": Change.LOWER} if len(ids) < most else {},
                 )
-            found.append(ids or [tokenizer.bos_token_id or tokenizer.eos_token_id or 0])
+            found.append(ids or [model.first_token])
         return found
 
 

@@ -17,6 +17,7 @@ def summary(run: Run) -> list[tuple[str, str]]:
         ("method", run.method_text),
         ("pattern", run.pattern_text),
         ("calibration", f"{windows} windows of {length} tokens, {run.config.calib}"),
+        *([("text of the tuning", run.config.tune_text)] if run.config.tune_text else []),
         ("sparsity of the linear layers", f"{100 * run.sparsity:.4f} %"),
     ]
     if run.quantize and (

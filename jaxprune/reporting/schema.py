@@ -131,6 +131,7 @@ class Config(pydantic.BaseModel):
 class RunConfig(Config):
     ckpt: str
     calib: str | None = None
+    tune_text: str | None = None
 
 
 class Environment(Schema):

@@ -7,7 +7,7 @@ all texts. What a layer keeps of the texts stays on the device.
 import functools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -42,7 +42,24 @@ def generate(
     *,
     seed: int | None = None,
 ) -> list[list[int]]:
-    """Returns a continuation of each prompt.
+    """Returns a continuation of each prompt; arguments and errors as for `in_batches`."""
+    made: dict[int, list[int]] = {}
+    for batch in in_batches(model, prompts, most, finished, observer, seed=seed):
+        made |= batch
+    return [made[number] for number in range(len(prompts))]
+
+
+def in_batches(
+    model: StreamedModel,
+    prompts: Sequence[Sequence[int]],
+    most: Sequence[int],
+    finished: Finished,
+    observer: Observer = SILENT,
+    *,
+    seed: int | None = None,
+    made: Set[int] = frozenset(),
+) -> Iterator[dict[int, list[int]]]:
+    """Yields a continuation of each prompt, by its number, as many together as have room.
 
     Args:
         model: continues them.
@@ -52,26 +69,27 @@ def generate(
         observer: is told each token as a layer that was visited.
         seed: tokens are drawn as the model has them, by numbers that the seed and the prompt's place fix; None: each
             is the most probable one.
+        made: numbers of prompts that are left out.
 
     Raises:
         InputError: ids outside the vocabulary, or more tokens than the model was made for.
     """
-    made: list[list[int]] = [[] for _ in prompts]
-    layers, batches = _Layers(model), [*_batches(model, prompts, most)]
+    layers, batches = _Layers(model), [*_batches(model, prompts, most, made)]
     observer.started("generating", sum(max(most[number] for number in numbers) for numbers in batches), "tokens")
     for numbers in batches:
         ends = {number: most[number] for number in numbers if most[number] > 0}
         longest = max(len(prompts[number]) + most[number] for number in numbers)
         shares = None if seed is None else _shares(seed, numbers, max(ends.values(), default=0))
         tokens = _continued(model, layers, [prompts[number] for number in numbers], longest, shares)
+        new: dict[int, list[int]] = {number: [] for number in numbers}
         while ends:
             observer.layer_visited(0)
             for number, token in zip(numbers, next(tokens), strict=True):
                 if number in ends:
-                    made[number].append(token)
-                    if len(made[number]) >= ends[number] or finished(number, made[number]):
+                    new[number].append(token)
+                    if len(new[number]) >= ends[number] or finished(number, new[number]):
                         del ends[number]
-    return made
+        yield new
 
 
 def _shares(seed: int, numbers: Sequence[int], count: int) -> Float[np.ndarray, "c n"]:
@@ -110,9 +128,11 @@ def _free() -> float:
     return float(found.get("bytes_limit", 0) - found.get("bytes_in_use", 0))
 
 
-def _batches(model: StreamedModel, prompts: Sequence[Sequence[int]], most: Sequence[int]) -> Iterator[Sequence[int]]:
+def _batches(
+    model: StreamedModel, prompts: Sequence[Sequence[int]], most: Sequence[int], made: Set[int]
+) -> Iterator[Sequence[int]]:
     """Yields numbers of prompts of similar length, as many as have room, and what is kept of them."""
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    order = sorted(set(range(len(prompts))) - made, key=lambda number: (len(prompts[number]), number))
     room, longest = SHARE * _free() / 2, 0
     batch: list[int] = []
     for number in order:

@@ -105,6 +105,12 @@ class StreamedModel:
         """
         return load_tokenizer(self.reader.assets)
 
+    @property
+    def first_token(self) -> int:
+        """The token id that a text begins with which has no other."""
+        known = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return next((token for token in known if token is not None), 0)
+
     @functools.cached_property
     def hf_config(self) -> dict[str, Any]:
         """The content of config.json."""

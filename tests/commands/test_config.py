@@ -197,6 +197,7 @@ def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
         ("--ckpt x --tune-tokens -1", "tune_tokens must not be negative"),
         ("--ckpt x --tune-tokens 1M --tune-epochs 1", "the calibration windows or tokens of a text, not both"),
         ("--ckpt x --tune-epochs 1 --tune-to-end", "--tune-to-end does nothing by itself: pass --tune-tokens"),
+        ("--ckpt x --preset best --tune-text own.jsonl", "--tune-text does nothing by itself: pass --tune-tokens"),
         ("--ckpt x --seed -1", "--seed must be at least 0, not -1"),
         ("--ckpt x --seqlen 1", "--seqlen must be at least 2"),
         ("--ckpt x --eval-seqlen 1", "--eval-seqlen must be at least 2"),

@@ -28,7 +28,7 @@ RECIPES = [
     "--preset best --pattern 2:4",
     "--preset fast --tune-epochs 2 --tune-rate 0.002 --damping 0.1",
     "--preset fast --tune-epochs 0",
-    "--preset best --tune-tokens 1M --tune-windows 2 --tune-to-end",
+    "--preset best --tune-tokens 1M --tune-windows 2 --tune-to-end --tune-text own.jsonl",
     "--token-power 0.5 --spread 0.2 --asymmetry 0.3",
     "--preset best --sparsity 0.3 --skip layers.0.* --skip *.o_proj --rule *.q_proj=0.75 --rule layers.1.*=2:4",
     "--method wanda --rule *.q_proj=0.75",

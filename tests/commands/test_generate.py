@@ -7,6 +7,9 @@ import pytest
 
 from jaxprune import calibration_windows, generate, load
 from jaxprune.commands.generate import main
+from jaxprune.commands.progress import Progress
+from jaxprune.pruning.journal_folder import journal_folder
+from jaxprune.streaming import generation
 from tests.helpers.tiny import write_text
 
 LENGTH = 24
@@ -18,9 +21,10 @@ def texts_of(file: Path) -> list[str]:
 
 def test_what_a_model_writes_is_text_to_prune_it_on(checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
-    assert main([str(checkpoint), str(file), "--tokens", "200", "--length", str(LENGTH)]) == 0
+    assert main([str(checkpoint), "--out", str(file), "--tokens", "200", "--length", str(LENGTH)]) == 0
     assert len(texts_of(file)) == 9 and len(set(texts_of(file))) == 9
     model = load(checkpoint)
+    assert not journal_folder(file).exists()
     assert generate(model, 200, length=LENGTH) == texts_of(file)
     assert generate(model, 3 * LENGTH, length=LENGTH) == texts_of(file)[:3]
     assert generate(model, 200, length=LENGTH, seed=1) != texts_of(file)
@@ -31,12 +35,40 @@ def test_what_a_model_writes_is_text_to_prune_it_on(checkpoint: Path, tmp_path: 
 def test_texts_begin_with_prompts(checkpoint: Path, tmp_path: Path) -> None:
     prompts, file = tmp_path / "prompts.jsonl", tmp_path / "own.jsonl"
     write_text(prompts, documents=3)
-    argv = [str(checkpoint), str(file), "--tokens", "120", "--length", str(LENGTH), "--prompts", str(prompts)]
+    argv = [str(checkpoint), "--out", str(file), "--tokens", "120", "--length", str(LENGTH), "--prompts", str(prompts)]
     assert main([*argv, "--prompt-tokens", "6"]) == 0
     tokenizer = load(checkpoint).tokenizer
     beginnings = {tokenizer.decode(tokenizer(text)["input_ids"][:6]) for text in texts_of(prompts)}
     assert len(texts_of(file)) == 5
     assert {text[: len(one)] for text in texts_of(file) for one in beginnings if text.startswith(one)} == beginnings
+
+
+def test_what_is_written_is_kept_until_all_is(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(generation, "MOST_TOKENS", 4 * generation.BLOCK)  # four texts at a time
+    file, visits = tmp_path / "own.jsonl", 0
+
+    def stop(self: Progress, index: int) -> None:
+        nonlocal visits
+        visits += 1
+        if visits == 30:  # in the second batch
+            raise KeyboardInterrupt
+
+    argv = [str(checkpoint), "--out", str(file), "--tokens", "200", "--length", str(LENGTH)]
+    with monkeypatch.context() as stopping:
+        stopping.setattr(Progress, "layer_visited", stop)
+        assert main(argv) == 130
+    assert not file.exists() and "the same command goes on from there" in capsys.readouterr().err
+    assert main([*argv, "--seed", "1"]) == 2
+    told = capsys.readouterr().err
+    assert "seed: 0 then, 1 now" in told and "choose another --out" in told
+    taken: list[int] = []
+    monkeypatch.setattr(Progress, "layer_visited", lambda self, index: taken.append(index))
+    assert main(argv) == 0
+    assert len(taken) == 2 * (LENGTH - 1)  # of nine texts, four were written
+    assert generate(load(checkpoint), 200, length=LENGTH) == texts_of(file)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 @pytest.mark.parametrize(
@@ -53,6 +85,7 @@ def test_texts_begin_with_prompts(checkpoint: Path, tmp_path: Path) -> None:
         ("own.jsonl --prompts nowhere.jsonl", "no text 'nowhere.jsonl'"),
         ("own.jsonl --prompts empty.jsonl", "empty.jsonl"),
         ("own.jsonl --seed -1", "--seed"),
+        ("mine.jsonl --prompts mine.jsonl", "it already exists"),
         ("own.jsonl --tokens 1k --length 1M", "positions"),
     ],
 )
@@ -72,7 +105,7 @@ def test_what_cannot_be_written_is_refused_before_work(
     Path("no").mkdir()
     Path("no/way.jsonl").touch()
     before = sorted(Path().rglob("*"))
-    assert main([str(checkpoint), *line.split()]) == 2
+    assert main([str(checkpoint), "--out", *line.split()]) == 2
     told = capsys.readouterr().err
     assert message in " ".join(told.split()) and "--overwrite" not in told and "--file" not in told
     assert sorted(Path().rglob("*")) == before and texts_of(Path("mine.jsonl")) == ["mine"]

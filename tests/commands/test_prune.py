@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert import open_checkpoint
-from jaxprune import load
+from jaxprune import TextStream, load
 from jaxprune.commands.prune import main
 from jaxprune.commands.report import main as report_main
 from jaxprune.commands.verify import main as verify
@@ -114,6 +114,26 @@ def test_the_record_repeats_what_happened(finished: tuple[Path, str]) -> None:
     assert perplexity(load(out), tokens) != perplexity(load(record["config"]["ckpt"]), tokens)
     card = (out / "README.md").read_text()
     assert card.startswith("---\n") and "admm" in card and "| dense | pruned |" in card
+
+
+def test_what_is_tuned_on_may_be_another_text(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.jsonl"
+    tiny.write_text(own, documents=40)
+    line = ["--ckpt", checkpoint, "--calib", text, "--method", "magnitude", "--nsamples", 4, "--seqlen", 32]
+    line += ["--tune-tokens", 64, "--eval", "none"]
+    found = {}
+    for name, given in (("with", ["--tune-text", own]), ("without", [])):
+        done = here(*line, *given, "--out", name, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert (f"tuning {own}" in done.stdout) == (name == "with")
+        found[name] = json.loads((tmp_path / name / "jaxprune.json").read_text())
+    tokenizer = load(checkpoint).tokenizer
+    for name, source in (("with", own), ("without", text)):
+        assert found[name]["tuning_text"]["sha256"] == TextStream(str(source), tokenizer, 32).digest
+    assert found["with"]["calibration"] == found["without"]["calibration"]
+    assert f"| text of the tuning | {own} |" in (tmp_path / "with" / "README.md").read_text()
+    done = here(*line, "--tune-text", own, "--out", own / "out", cwd=tmp_path)
+    assert done.returncode == 2 and own.is_file()
 
 
 @pytest.mark.slow
