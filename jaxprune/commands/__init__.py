@@ -4,5 +4,8 @@ A command's file exposes `main(argv)`, which runs a command line and returns its
 file's, and what `jaxprune --help` says of it is the first sentence of the file's docstring.
 """
 
-HELPERS = ("config", "config_file", "eval_options", "options", "progress", "recipe_options", "recorded", "terminal")
+HELPERS = (
+    *("computation_options", "config", "config_file", "eval_options", "options", "progress", "recipe_options"),
+    *("recorded", "terminal"),
+)
 """Modules that hold no command."""
