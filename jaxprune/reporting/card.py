@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxprune.evaluation.quality import Quality, table
+from jaxprune.evaluation.text import short_name
 from jaxprune.pruning.quantized import ERROR
 from jaxprune.reporting.schema import RECORD, Run
 
@@ -12,12 +13,13 @@ from jaxprune.reporting.schema import RECORD, Run
 def summary(run: Run) -> list[tuple[str, str]]:
     """Returns what a run did and took, as rows of a table."""
     windows, length = run.calibration.windows
+    text = [short_name(run.config.calib)] if run.config.calib else []
     rows = [
         ("checkpoint", run.checkpoint),
         ("method", run.method_text),
         ("pattern", run.pattern_text),
-        ("calibration", f"{windows} windows of {length} tokens, {run.config.calib}"),
-        *([("text of the tuning", run.config.tune_text)] if run.config.tune_text else []),
+        ("calibration", ", ".join([f"{windows} windows of {length} tokens", *text])),
+        *([("text of the tuning", short_name(run.config.tune_text))] if run.config.tune_text else []),
         ("sparsity of the linear layers", f"{100 * run.sparsity:.4f} %"),
     ]
     if run.quantize and (
