@@ -56,11 +56,10 @@ def generate(
         CheckpointError: the file cannot be made.
     """
     place = file_of(out) if out is not None else None
-    if not 0 < prompt_tokens < length:
-        raise InputError(
-            f"texts of {length} tokens cannot begin with {prompt_tokens}",
-            options={"length": Change.RAISE, "prompt_tokens": Change.LOWER},
-        )
+    beginning = 1 if prompts is None else prompt_tokens
+    if not 0 < beginning < length:
+        options = {"length": Change.RAISE} | ({} if prompts is None else {"prompt_tokens": Change.LOWER})
+        raise InputError(f"texts of {length} tokens cannot begin with {beginning}", options=options)
     if tokens < 1:
         raise InputError(f"tokens must be at least 1, not {tokens}")
     asked: dict[str, object] = {"tokens": tokens, "length": length}

@@ -75,7 +75,7 @@ def in_batches(
         InputError: ids outside the vocabulary, or more tokens than the model was made for.
     """
     layers, batches = _Layers(model), [*_batches(model, prompts, most, made)]
-    observer.started("generating", sum(max(most[number] for number in numbers) for numbers in batches), "tokens")
+    observer.started("generating", sum(max(most[number] for number in numbers) for numbers in batches), "steps")
     for numbers in batches:
         ends = {number: most[number] for number in numbers if most[number] > 0}
         longest = max(len(prompts[number]) + most[number] for number in numbers)

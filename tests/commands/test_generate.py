@@ -75,7 +75,8 @@ def test_what_is_written_is_kept_until_all_is(
     ("line", "message"),
     [
         ("own.jsonl --tokens 0", "--tokens must be at least 1"),
-        ("own.jsonl --length 16", "texts of 16 tokens cannot begin with 16"),
+        ("own.jsonl --length 16 --prompts mine.jsonl", "texts of 16 tokens cannot begin with 16"),
+        ("own.jsonl --length 1", "texts of 1 tokens cannot begin with 1: raise --length"),
         ("own.jsonl --prompt-tokens 0", "--prompt-tokens must be at least 1"),
         ("own.txt", "FILE.jsonl"),
         ("mine.jsonl", "it already exists"),
