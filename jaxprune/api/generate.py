@@ -94,7 +94,7 @@ def file_of(out: str | Path | Destination) -> Destination:
     """
     place = destination(out, "out", folder=False)
     if place.path.suffix != ".jsonl":
-        raise InputError("--calib knows rows of JSON by their file's name", file=place.path, wanted="FILE.jsonl")
+        raise InputError("texts are rows of JSON, known by their file's name", file=place.path, wanted="FILE.jsonl")
     place.check()
     return place
 

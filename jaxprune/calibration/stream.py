@@ -106,8 +106,10 @@ class _Source:
         # Where no other document is left, as in a .txt file, which is one, the rest of the last is what is tuned on.
         self._rest = ids[held_out * length :] if not len(self._order) else ids[:0]
         if len(ids) < held_out * length or next(self._epoch(0), None) is None:
+            least = (held_out + 1) * length
             raise InputError(
-                f"{name} has too little text to be tuned on, of which {held_out} windows of {length} are held out",
+                f"{name} has less than the {least} tokens that a tuning needs: {held_out} windows of {length} that are "
+                "held out, and one to be tuned on",
                 options={"seqlen": Change.LOWER, "tune_tokens": Change.OMIT},
             )
         self.held_out = ids[: held_out * length].reshape(held_out, length)

@@ -65,7 +65,7 @@ def _main(argv: Sequence[str]) -> None:
     inputs = {"a checkpoint": inputs_of(model.source), "prompts": paths_of(wanted.prompts)}
     require_apart(inputs, {"out": place.path, "out.unfinished": journal_folder(place.path)}, error=InputError)
     with Progress() as progress:
-        texts = generate(
+        made = generate(
             model,
             wanted.tokens,
             place,
@@ -75,7 +75,8 @@ def _main(argv: Sequence[str]) -> None:
             seed=wanted.seed,
             observer=progress,
         )
-    console.print(f"{wanted.out}: {len(texts)} texts of {wanted.length} tokens")
+    texts = "1 text" if len(made) == 1 else f"{len(made)} texts"
+    console.print(f"{wanted.out}: {texts} of {wanted.length} tokens")
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ class RecipeOptions:
         if self._whole_model:
             yield Section("The whole model", WholeModel)
             yield Section("Importance, by the gradients of the loss", Importance)
-            yield Section("Distillation", Tuning)
+            yield Section("Tuning, towards the dense model's predictions", Tuning)
             yield Section("Experts", Experts)
         for role, cls in self.classes.items():
             about = (inspect.getdoc(cls) or "").partition("\n\n")[0]

@@ -97,6 +97,8 @@ def open_journal(
         token = on_first_process(lambda: _take(folder, out, identity, of_version_1, resume, stack))
         try:
             with contextlib.closing(Journal(folder, folder / work_name(token))) as journal:
+                if is_first_process() and journal.files():
+                    log.warning("going on with what is finished in %s", folder)
                 yield journal
         except BaseException as error:
             if is_first_process() and _leave(folder) and not isinstance(error, AnotherRunError):

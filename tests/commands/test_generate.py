@@ -59,7 +59,8 @@ def test_what_is_written_is_kept_until_all_is(
     with monkeypatch.context() as stopping:
         stopping.setattr(Progress, "layer_visited", stop)
         assert main(argv) == 130
-    assert not file.exists() and "the same command goes on from there" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert not file.exists() and "the same command goes on from there" in told and "going on" not in told
     assert main([*argv, "--seed", "1"]) == 2
     told = capsys.readouterr().err
     assert "seed: 0 then, 1 now" in told and "choose another --out" in told
@@ -67,6 +68,7 @@ def test_what_is_written_is_kept_until_all_is(
     monkeypatch.setattr(Progress, "layer_visited", lambda self, index: taken.append(index))
     assert main(argv) == 0
     assert len(taken) == 2 * (LENGTH - 1)  # of nine texts, four were written
+    assert f"going on with what is finished in {journal_folder(file)}" in capsys.readouterr().err
     assert generate(load(checkpoint), 200, length=LENGTH) == texts_of(file)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
@@ -78,7 +80,7 @@ def test_what_is_written_is_kept_until_all_is(
         ("own.jsonl --length 16 --prompts mine.jsonl", "texts of 16 tokens cannot begin with 16"),
         ("own.jsonl --length 1", "texts of 1 tokens cannot begin with 1: raise --length"),
         ("own.jsonl --prompt-tokens 0", "--prompt-tokens must be at least 1"),
-        ("own.txt", "FILE.jsonl"),
+        ("own.txt", "known by their file's name, wanted FILE.jsonl"),
         ("mine.jsonl", "it already exists"),
         ("link.jsonl", "symbolic link"),
         ("folder.jsonl", "it is a folder"),
