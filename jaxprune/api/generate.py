@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.checked import CheckedReader
 from convert.destination import Destination, destination, staged
 from convert.writing import write_text
 from jaxprune.calibration import open_source
@@ -72,11 +71,10 @@ def generate(
         begun = [*islice(cycle(beginnings), len(begun))]
     if not place:
         return _texts(model, begun, length, seed, observer)
-    if not isinstance(model.reader, CheckedReader):
-        raise TypeError("a file is made by a model of jaxprune.load, whose weights are looked at when they are read")
-    wanted = identity.of_run(model.reader, model.hf_config, model.dtype, {TEXTS: asked}, seed)
+    reader = identity.checked(model.reader)
+    wanted = identity.of_run(reader, model.hf_config, model.dtype, {TEXTS: asked}, seed)
     with resume.open_journal(place.path, wanted) as journal:
-        weights = identity.KnownWeights(model.reader, journal)
+        weights = identity.KnownWeights(reader, journal)
         made = _texts(model, begun, length, seed, observer, journal)
         weights.require_unchanged()
         with staged(place) as file:

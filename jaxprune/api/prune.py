@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Int
 
 from convert import Writer, disk_bytes, fill_checkpoint, open_checkpoint, writing
-from convert.checked import CheckedReader
 from convert.destination import Destination, destination
 from convert.hub import require_whole
 from convert.names import naming_in
@@ -119,8 +118,7 @@ def prune(
         InputError, CheckpointError: something cannot be used; nothing that was there before has changed.
     """
     begun = time.perf_counter() if begun is None else begun
-    if not isinstance(model.reader, CheckedReader):
-        raise TypeError("prune takes a model of jaxprune.load, whose weights are looked at when they are read")
+    reader = identity.checked(model.reader)
     place, masks_place = places(out, masks, overwrite=overwrite)
     place.inputs = require_separate(
         place, masks_place, recipe, {"ckpt": inputs_of(model.source), **inputs}, model.scratch
@@ -131,12 +129,12 @@ def prune(
     asked = {"ckpt": model.name, "calib": "token ids", "out": str(place.path), "seed": seed}
     record = Record(asked | dict(config or {}), recipe, windows, stream)
     observer = Observers(record, observer)
-    wanted = identity.of_run(model.reader, model.hf_config, model.dtype, record.asked(), seed)
+    wanted = identity.of_run(reader, model.hf_config, model.dtype, record.asked(), seed)
     model.require_tokens(windows)
     require_recipe(without_experts(model.architecture, recipe.experts.drop_experts), recipe)
     observer.phase_timed("setup", time.perf_counter() - begun)
     if not unchecked:
-        require_whole(model.reader.files)
+        require_whole(reader.files)
         observer.planned(fit.require_fit(_work(model, windows, recipe, place, evaluator)))
     run, masks_at = resume.run_of(wanted), masks_place.path if masks_place else None
     if broadcast(emptied):
@@ -146,13 +144,13 @@ def prune(
     with resume.open_journal(
         place.path,
         wanted,
-        of_version_1=lambda: identity.of_version_1(model.reader, model.architecture, record.asked_of_version_1(), seed),
+        of_version_1=lambda: identity.of_version_1(reader, model.architecture, record.asked_of_version_1(), seed),
         resume=resume_only,
     ) as journal:
         if publishing.is_finished(journal, place.path, masks_at):
             publishing.publish(journal, place, masks_place)
             return _finished(place.path)
-        weights = identity.KnownWeights(model.reader, journal)
+        weights = identity.KnownWeights(reader, journal)
         if timing:
             with _timed(observer, "timing"):
                 record.timing = jit_versus_eager(model, windows, recipe)
@@ -169,7 +167,7 @@ def prune(
                 for which, quality in evaluator.measure(models, against="dense"):
                     record.evaluation[which] = quality
         record.seconds["total"] = time.perf_counter() - begun
-        made_of = {"dense": model.reader, "pruned": open_checkpoint(result_folder(journal), check=False)}
+        made_of = {"dense": reader, "pruned": open_checkpoint(result_folder(journal), check=False)}
         record.disk_bytes = {which: disk_bytes(reader) for which, reader in made_of.items()}
         weights.require_unchanged()
         made, names, fault = _describe(record, result_folder(journal))

@@ -86,6 +86,17 @@ class KnownWeights:
             ) from error
 
 
+def checked(reader: Reader) -> CheckedReader:
+    """Returns the reader of a model whose files may be made something of.
+
+    Raises:
+        TypeError: it does not look at weights when it reads them.
+    """
+    if not isinstance(reader, CheckedReader):
+        raise TypeError("files are made of a model of jaxprune.load, whose weights are looked at when they are read")
+    return reader
+
+
 def of_run(
     reader: Reader, config: Mapping[str, Any], dtype: np.dtype, asked: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:

@@ -39,13 +39,12 @@ def generate(
     most: Sequence[int],
     finished: Finished,
     observer: Observer = SILENT,
-    *,
-    seed: int | None = None,
 ) -> list[list[int]]:
-    """Returns a continuation of each prompt; arguments and errors as for `in_batches`."""
-    made: dict[int, list[int]] = {}
-    for batch in in_batches(model, prompts, most, finished, observer, seed=seed):
-        made |= batch
+    """Returns the most probable continuation of each prompt, token by token; arguments and errors as for
+    `in_batches`."""
+    made = {
+        number: new for batch in in_batches(model, prompts, most, finished, observer) for number, new in batch.items()
+    }
     return [made[number] for number in range(len(prompts))]
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxprune import load
 from jaxprune.models import Part
 from jaxprune.streaming import generation
-from jaxprune.streaming.generation import generate
+from jaxprune.streaming.generation import generate, in_batches
 from jaxprune.streaming.head import drawn
 from jaxprune.streaming.model import StreamedModel
 from tests.helpers import families, tiny
@@ -82,10 +82,15 @@ def test_more_tokens_than_positions_are_refused(tmp_path: Path) -> None:
 def test_tokens_are_drawn_as_the_model_has_them(checkpoint: Path) -> None:
     """A text has those of its seed and place, whatever else is written; they are as frequent as they are probable."""
     model = load(checkpoint)
-    many = generate(model, [[1, 2, 3]] * 4000, [2] * 4000, lambda number, made: False, seed=0)
-    few = generate(model, [[1, 2, 3]] * 3, [1, 0, 2], lambda number, made: False, seed=0)
+
+    def drawn(most: list[int], seed: int) -> list[list[int]]:
+        batches = in_batches(model, [[1, 2, 3]] * len(most), most, lambda number, made: False, seed=seed)
+        made = {number: new for batch in batches for number, new in batch.items()}
+        return [made[number] for number in range(len(most))]
+
+    many, few = drawn([2] * 4000, 0), drawn([1, 0, 2], 0)
     assert few == [many[0][:1], [], many[2]]
-    assert many != generate(model, [[1, 2, 3]] * 4000, [2] * 4000, lambda number, made: False, seed=1)
+    assert many != drawn([2] * 4000, 1)
     scores = model.logits(np.array([[1, 2, 3]], np.int32))[0, -1].astype(np.float64)
     probable = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
     found = np.bincount([first for first, _ in many], minlength=len(probable)) / 4000
