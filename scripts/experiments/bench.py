@@ -145,18 +145,17 @@ class Bench:
                 return None
             if args.rows and cell.row not in ("dense", *args.rows):
                 return None
-            start, self._unfinished = time.perf_counter(), file.with_suffix(".unfinished")
-            self._kept = self.out / "checkpoints" / file.stem if args.keep else None
-            result = {"resumed": True} if self._unfinished.exists() else {}
-            result |= getattr(self, f"_{measure}")(cell)
+            start, unfinished = time.perf_counter(), _unfinished(file)
+            result = {"resumed": True} if unfinished.exists() else {}
+            result |= getattr(self, f"_{measure}")(cell, file)
             result |= {"wall_seconds": time.perf_counter() - start, "hardware": describe_hardware()}
             with staged(destination(file, folder=False)) as made:
                 write_text(made, json.dumps({"cell": identity, "result": result}, indent=1) + "\n")
-            if self._unfinished.exists():
-                shutil.rmtree(self._unfinished)
+            if unfinished.exists():
+                shutil.rmtree(unfinished)
         return json.loads(file.read_text())["result"]
 
-    def _perplexity(self, cell: Cell) -> dict[str, Any]:
+    def _perplexity(self, cell: Cell, file: Path) -> dict[str, Any]:
         if cell.recipe is None:
             return {"perplexity": perplexity(self.model, self.evaluation)}
         hidden = self.model.embed(self.evaluation)
@@ -164,14 +163,14 @@ class Bench:
         def watch(layer: LayerResult) -> None:
             self.model.forward(layer.index, jax.device_put(inside_layer(layer.index, layer.params)), hidden)
 
-        figures = self._prune(cell.recipe, watch)
+        figures = self._prune(cell.recipe, watch, file)
         return {"perplexity": perplexity_of_states(self.model, hidden, self.evaluation)} | figures
 
-    def _seconds(self, cell: Cell) -> dict[str, Any]:
+    def _seconds(self, cell: Cell, file: Path) -> dict[str, Any]:
         assert cell.recipe is not None
-        return self._prune(cell.recipe, lambda layer: None)
+        return self._prune(cell.recipe, lambda layer: None, file)
 
-    def _accuracy(self, cell: Cell) -> dict[str, Any]:
+    def _accuracy(self, cell: Cell, file: Path) -> dict[str, Any]:
         """Accuracies and perplexity; and for the report a record as a run or an evaluation leaves it."""
         if cell.recipe is None:
             ((_, quality),) = self._evaluator.measure({self.ckpt: self.model})
@@ -188,14 +187,14 @@ class Bench:
         account = Record(dataclasses.asdict(config), cell.recipe, self.calibration, self._stream(cell.recipe))
         reader = self.model.reader
         with tempfile.TemporaryDirectory(dir=self.out) as folder:
-            place = self._kept or Path(folder) / "pruned"
+            place = self.out / "checkpoints" / file.stem if self.args.keep else Path(folder) / "pruned"
             with create_checkpoint(place, reader.spec, reader.assets, overwrite=True) as writer:
 
                 def watch(layer: LayerResult) -> None:
                     writer.write(layer.params)
                     account.layer_done(layer)
 
-                figures = self._prune(cell.recipe, watch)
+                figures = self._prune(cell.recipe, watch, file)
                 account.divergences = figures["divergences"]
                 for paths in other_params(reader.spec):
                     writer.write(reader.read(paths))
@@ -210,15 +209,15 @@ class Bench:
     def _evaluator(self) -> Evaluator:
         return Evaluator(self.options.plan(), self.model)
 
-    def _prune(self, recipe: Recipe, watch: Any) -> dict[str, Any]:
+    def _prune(self, recipe: Recipe, watch: Any, file: Path) -> dict[str, Any]:
         layers = []
         clock = Clock()
         stream = self._stream(recipe)
         with contextlib.ExitStack() as stack:
             journal = None
             if stream:  # hours
-                self._unfinished.mkdir(parents=True, exist_ok=True)
-                journal = stack.enter_context(contextlib.closing(Journal(self._unfinished)))
+                _unfinished(file).mkdir(parents=True, exist_ok=True)
+                journal = stack.enter_context(contextlib.closing(Journal(_unfinished(file))))
             for layer in prune_model(
                 self.model,
                 self.calibration,
@@ -244,7 +243,7 @@ class Bench:
     def _stream(self, recipe: Recipe) -> TextStream | None:
         return stream_of(self.options, recipe, self.model)
 
-    def _error(self, cell: Cell) -> dict[str, Any]:
+    def _error(self, cell: Cell, file: Path) -> dict[str, Any]:
         assert cell.recipe is not None and cell.linear is not None
         layer, linear = cell.linear
         ((_, result, _, _),) = snapshots.solve(self._snapshots[layer].only(linear), cell.recipe)
@@ -257,6 +256,11 @@ class Bench:
             self.model, self.calibration, self.layers, Magnitude(), Unstructured(0.0), prune_before=False
         )
         return {snapshot.layer: snapshot for snapshot in captured}
+
+
+def _unfinished(file: Path) -> Path:
+    """Where a cell's long tuning is kept until the cell's file is there."""
+    return file.with_suffix(".unfinished")
 
 
 def _only_perplexity(quality: Quality) -> float:

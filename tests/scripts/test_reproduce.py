@@ -92,11 +92,11 @@ def test_it_goes_on_where_it_stopped(
     measured = []
     plain = reproduce.Bench._perplexity
 
-    def watched(bench: object, cell: object) -> dict:
+    def watched(bench: object, cell: object, file: Path) -> dict:
         if len(measured) == 3:
             raise KeyboardInterrupt
         measured.append((cell.row, cell.pattern))
-        return plain(bench, cell)
+        return plain(bench, cell, file)
 
     monkeypatch.setattr(reproduce.Bench, "_perplexity", watched)
     with pytest.raises(KeyboardInterrupt):
@@ -131,7 +131,7 @@ def test_what_there_is_by_now_is_shown(
         run(reproduce, monkeypatch, "fig2", *flags, "--only-measured", "--seed", "0")
     measured, of_rows = set(), set()
 
-    def measure(bench: object, cell: object) -> dict:
+    def measure(bench: object, cell: object, file: Path) -> dict:
         measured.add(cell.pattern)
         of_rows.add(cell.row)
         return {"perplexity": 7.0, "error": 0.1, "seconds": {"solve": 1.0}}
