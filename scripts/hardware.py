@@ -21,7 +21,7 @@ from jaxprune.commands.plan import work_of  # noqa: E402
 from jaxprune.commands.terminal import duration  # noqa: E402
 from jaxprune.hardware import writing_for  # noqa: E402
 from jaxprune.planning import fit, preflight  # noqa: E402
-from jaxprune.planning.targets import target_of, without_cache  # noqa: E402
+from jaxprune.planning.targets import TARGETS, target_of, without_cache  # noqa: E402
 from jaxprune.planning.work import GIB, Need  # noqa: E402
 from tests.helpers.public import PUBLIC, sizes  # noqa: E402
 
@@ -32,19 +32,19 @@ MODELS = {
     "LLaMA-2-70B": ("llama", PUBLIC["llama"]["Llama-2-70B"]),
     "Mixtral-8x7B": ("mixtral", PUBLIC["mixtral"]["Mixtral-8x7B"]),
 }
-RECIPES = {"admm": "--method admm", "best": "--preset best"}
+RECIPES = {"admm": "--method admm"} | {name: f"--preset {name}" for name in ("fast", "best", "thorough")}
 COLUMNS = "checkpoint", "recipe", "target", "GiB of a device", "fits", "PFLOP", "host link, TB", "sent, TB", "at least"
 
 
 def planned(model: str, recipe: str, target_name: str) -> tuple[Need, list[str]]:
     """Returns what a run needs on a target, and its row."""
-    name, _, count = target_name.partition("x")
+    name, _, count = (target_name, "", "1") if target_name in TARGETS else target_name.rpartition("x")
     target = target_of(name)
     family, config = MODELS[model]
     with tempfile.TemporaryDirectory() as folder, writing_for(target.hardware), without_cache():
         (Path(folder) / "config.json").write_text(json.dumps({"model_type": family, **config}))
         line = ["--ckpt", folder, "--dtype", "bfloat16", "--seqlen", "2048", "--eval", "none", "--sparsity", "0.7"]
-        work = work_of(*parse([*line, *RECIPES[recipe].split()]), target.devices(int(count or 1)), target)
+        work = work_of(*parse([*line, *RECIPES[recipe].split()]), target.devices(int(count)), target)
         need = preflight.need(work)
     petaflop = sum(sum(flops.values()) for flops in need.flops.values()) / 1e15
     moved, peak = sum(need.transfers.values()) / 1e12, max(need.device.values()) / GIB
