@@ -123,21 +123,6 @@ class Tuning:
             )
         return windows * each, length // each
 
-    def visits(self, pieces: int, length: int) -> int:
-        """Returns how many pieces of a length are visited, where so many are of the calibration windows."""
-        if not self.tune_tokens:
-            return math.ceil(self.tune_epochs * pieces)
-        return self.tune_windows * max(1, round(self.tune_tokens / (self.tune_windows * length)))
-
-    def steps(self, pieces: int, length: int) -> int:
-        """Returns how many steps that takes."""
-        return math.ceil(self.visits(pieces, length) / self.tune_windows)
-
-    def visited(self, pieces: int, length: int) -> int:
-        """Returns how many are visited, each counted once: those of a text of its own are."""
-        visits = self.visits(pieces, length)
-        return visits if self.tune_tokens else min(visits, pieces)
-
 
 @dataclasses.dataclass(frozen=True)
 class Experts:

@@ -1,19 +1,24 @@
 """Text that a model writes itself, to prune it on where there is too little other text."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
 
 from convert.destination import Destination, destination, staged
+from convert.files import read_bytes
 from convert.writing import write_text
-from jaxprune.calibration import open_source
+from jaxprune.calibration import open_source, sources_of
+from jaxprune.calibration.mix import interleaved
+from jaxprune.calibration.texts import Texts
 from jaxprune.errors import Change, InputError
 from jaxprune.evaluation.samples import CUT
 from jaxprune.pruning import identity, publishing, resume
 from jaxprune.pruning.journal import Journal
+from jaxprune.pruning.journal_folder import journal_folder
 from jaxprune.streaming.generation import in_batches
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
@@ -64,23 +69,40 @@ def generate(
     asked: dict[str, object] = {"tokens": tokens, "length": length}
     begun = [[model.first_token]] * -(-tokens // length)
     if prompts is not None:
-        texts = open_source(prompts, "train", model.tokenizer)
-        asked |= {"prompts": texts.digest(), "prompt_tokens": prompt_tokens}
-        order = np.random.default_rng(seed).permutation(len(texts))[: len(begun)]
-        beginnings = [texts.ids(int(document))[:prompt_tokens].tolist() or begun[0] for document in order]
-        begun = [*islice(cycle(beginnings), len(begun))]
+        weights = sources_of(prompts)
+        sources = {name: _documents(name, model) for name in weights}
+        digests = [[weights[name], texts.digest()] for name, texts in sources.items()]
+        asked |= {"prompts": digests, "prompt_tokens": prompt_tokens}
+        beginnings = {name: _beginnings(texts, begun[0], prompt_tokens, seed) for name, texts in sources.items()}
+        begun = [next(beginnings[name]) for name in islice(interleaved(weights), len(begun))]
     if not place:
-        return _texts(model, begun, length, seed, observer)
+        return _decoded(model, _written(model, begun, {}, length, seed, observer))
     reader = identity.checked(model.reader)
     wanted = identity.of_run(reader, model.hf_config, model.dtype, {TEXTS: asked}, seed)
     with resume.open_journal(place.path, wanted) as journal:
-        weights = identity.KnownWeights(reader, journal)
-        made = _texts(model, begun, length, seed, observer, journal)
-        weights.require_unchanged()
-        with staged(place) as file:
-            write_text(file, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in made))
+        known = identity.KnownWeights(reader, journal)
+        if len(kept := _kept(journal)) < len(begun):
+            place.check()
+        made = _decoded(model, _written(model, begun, kept, length, seed, observer, journal))
+        content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in made)
+        if not (os.path.lexists(place.path) and read_bytes(place.path) == content.encode()):  # else only to tidy up
+            known.require_unchanged()
+            with staged(place) as file:
+                write_text(file, content)
         publishing.remove(journal)
     return made
+
+
+def _documents(source: str, model: StreamedModel) -> Texts:
+    if source.endswith(".npy"):
+        raise InputError("it holds token ids: texts begin with documents of text", file=source)
+    return open_source(source, "train", model.tokenizer)
+
+
+def _beginnings(texts: Texts, empty: list[int], tokens: int, seed: int) -> Iterator[list[int]]:
+    """Yields documents' first tokens without end, each once before any comes again."""
+    order = np.random.default_rng(seed).permutation(len(texts))
+    return cycle(texts.ids(int(document))[:tokens].tolist() or empty for document in order)
 
 
 def file_of(out: str | Path | Destination) -> Destination:
@@ -93,33 +115,43 @@ def file_of(out: str | Path | Destination) -> Destination:
     place = destination(out, "out", folder=False)
     if place.path.suffix != ".jsonl":
         raise InputError("texts are rows of JSON, known by their file's name", file=place.path, wanted="FILE.jsonl")
-    place.check()
+    if not (os.path.lexists(place.path) and os.path.lexists(journal_folder(place.path))):
+        place.check()  # else a run may have been stopped when its file was there already
     return place
 
 
-def _texts(
+def _kept(journal: Journal) -> dict[int, list[int]]:
+    """Returns the number of each text that a journal has -> its tokens."""
+    entries = [entry for name in journal.names(TEXTS) if (entry := journal.get(f"{TEXTS}/{name}"))]
+    return {
+        int(number): row.tolist()
+        for entry in entries
+        for number, row in zip(entry.arrays["numbers"], entry.arrays["ids"], strict=True)
+    }
+
+
+def _written(
     model: StreamedModel,
     begun: Sequence[Sequence[int]],
+    texts: Mapping[int, list[int]],
     length: int,
     seed: int,
     observer: Observer,
     journal: Journal | None = None,
-) -> list[str]:
-    """Returns texts that begin with these tokens; those that the journal has are not written again."""
-    ids = np.zeros((len(begun), length), np.int32)
-    made: set[int] = set()
-    if journal:
-        for entry in (journal.get(f"{TEXTS}/{name}") for name in journal.names(TEXTS)):
-            if entry:
-                ids[entry.arrays["numbers"]] = entry.arrays["ids"]
-                made |= set(entry.arrays["numbers"].tolist())
+) -> list[list[int]]:
+    """Returns the tokens of texts that begin with these; those that there are already are not written again."""
+    texts = dict(texts)
     most = [length - len(one) for one in begun]
-    for batch in in_batches(model, begun, most, lambda *_: False, observer, seed=seed, made=made):
-        numbers = np.array([*batch], np.int32)
-        ids[numbers] = [[*begun[number], *new] for number, new in batch.items()]
+    for batch in in_batches(model, begun, most, lambda *_: False, observer, seed=seed, made=set(texts)):
+        texts |= (made := {number: [*begun[number], *new] for number, new in batch.items()})
         if journal:
-            journal.put(f"{TEXTS}/{numbers.min()}", {"numbers": numbers, "ids": ids[numbers]}, {})
+            numbers, ids = (np.array([*values], np.int32) for values in (made.keys(), made.values()))
+            journal.put(f"{TEXTS}/{numbers.min()}", {"numbers": numbers, "ids": ids}, {})
     if journal:
         journal.wait()
+    return [texts[number] for number in range(len(begun))]
+
+
+def _decoded(model: StreamedModel, texts: Sequence[Sequence[int]]) -> list[str]:
     first = model.first_token  # a tokenizer writes it itself
-    return [model.tokenizer.decode(row[int(row[0] == first) :].tolist()).rstrip(CUT) for row in ids]
+    return [model.tokenizer.decode(ids[int(ids[0] == first) :]).rstrip(CUT) for ids in texts]

@@ -31,7 +31,7 @@ from jaxprune.pruning.journal_folder import journal_folder, masks_file, result_f
 from jaxprune.pruning.loop import other_params
 from jaxprune.pruning.results import LayerResult
 from jaxprune.pruning.rules import by_rules
-from jaxprune.pruning.whole_model import prune_model, require_recipe
+from jaxprune.pruning.whole_model import prune_model, require_recipe, require_stream
 from jaxprune.recipe import Recipe
 from jaxprune.reporting import reading, schema
 from jaxprune.reporting.card import model_card
@@ -125,6 +125,7 @@ def prune(
     )
     if masks_place:
         masks_place.inputs = place.inputs
+    require_stream(recipe, stream)
     emptied = resume.check(place, masks_place)
     asked = {"ckpt": model.name, "calib": "token ids", "out": str(place.path), "seed": seed}
     record = Record(asked | dict(config or {}), recipe, windows, stream)

@@ -20,12 +20,14 @@ _BLOCK = 2**22
 """Ids that are looked at, and so in memory, at a time."""
 
 
-def load_windows(source: str, length: int, vocab_size: int | None = None) -> Integer[np.ndarray, "windows length"]:
+def load_windows(
+    source: str, length: int | None, vocab_size: int | None = None
+) -> Integer[np.ndarray, "windows length"]:
     """Returns the first tokens of all windows of a file, mapped into memory, in the file's dtype.
 
     Args:
         source: a .npy file of integers [windows, at least length], of any width and byte order.
-        length: tokens a window.
+        length: tokens a window; None: all that it has.
         vocab_size: ids are below it; None: only what int32 cannot hold is refused.
 
     Raises:
@@ -33,6 +35,8 @@ def load_windows(source: str, length: int, vocab_size: int | None = None) -> Int
     """
     path = expand(source)
     windows = _mapped(path)
+    if length is None:
+        length = windows.shape[1]
     if windows.shape[1] < length:
         raise InputError(
             f"its windows have {windows.shape[1]} tokens, fewer than {length}",

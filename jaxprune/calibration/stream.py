@@ -28,7 +28,8 @@ class TextStream:
 
     Documents are taken in an order drawn from the seed, joined, and cut into windows, so that all of a source comes
     before any of it comes again; then they are taken in another order, and so on. The last ones of the first order are
-    held out: nothing of them is in a window, unless there is no other document. Several sources take turns.
+    held out: nothing of them is in a window, unless what they leave is more than what is held out, as of a book, or
+    there is no other document. Several sources take turns.
 
     Args:
         source: sources; see `calibration_windows`. Of .npy, rows are what documents are of others.
@@ -59,17 +60,23 @@ class TextStream:
     ) -> None:
         if held_out < 0 or length < 2:
             raise InputError(f"windows have at least 2 tokens and 0 or more are held out, not {length} and {held_out}")
-        self.length = length
+        self.length, self._seed = length, seed
         self._weights = sources_of(source)
         counts = shares(self._weights, held_out)
         self._sources = {
-            name: _Source(name, _documents(name, tokenizer, length, vocab_size), length, seed, counts[name])
+            name: _Source(name, _documents(name, tokenizer, vocab_size), length, seed, counts[name])
             for name in self._weights
         }
         self.held_out = np.concatenate([one.held_out for one in self._sources.values()])
         digests = [one.digest for one in self._sources.values()]
         together = repr([*zip(self._weights.values(), digests, strict=True)])
         self.digest = digests[0] if len(digests) == 1 else hashlib.sha256(together.encode()).hexdigest()
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns all that decides the windows, as `reporting.schema.TuningText` has it."""
+        held_out = hashlib.sha256(np.ascontiguousarray(self.held_out, np.int32).tobytes()).hexdigest()
+        found = {"sha256": self.digest, "length": self.length, "seed": self._seed}
+        return found | {"held_out": len(self.held_out), "held_out_sha256": held_out}
 
     def windows(self, begin: int = 0) -> Iterator[Int[np.ndarray, "t"]]:
         """Yields windows without end, from the one of a number on."""
@@ -81,7 +88,7 @@ class TextStream:
                 name, epoch, window = ahead[number % AHEAD].result()
                 ahead[number % AHEAD] = pool.submit(next, windows)
                 if epoch > epochs[name]:  # said when it is used, not when it is made
-                    log.warning("the text %s is at its end: it is taken again, in another order", name)
+                    log.warning("the text %s is at its end: it is taken again", name)
                 epochs[name] = epoch
                 yield window
 
@@ -103,14 +110,17 @@ class _Source:
         while len(ids) < held_out * length and len(self._order):
             ids = np.concatenate([ids, documents.joined(int(self._order[-1]))])
             self._order = self._order[:-1]
-        # Where no other document is left, as in a .txt file, which is one, the rest of the last is what is tuned on.
-        self._rest = ids[held_out * length :] if not len(self._order) else ids[:0]
+        # What the last of them leaves is tuned on where it is a book, or all that there is, as of a .txt file.
+        rest = ids[held_out * length :]
+        self._rest = rest if len(rest) > held_out * length else rest[:0]
+        if next(self._epoch(0), None) is None:
+            self._rest = rest
         if len(ids) < held_out * length or next(self._epoch(0), None) is None:
             least = (held_out + 1) * length
             raise InputError(
                 f"{name} has less than the {least} tokens that a tuning needs: {held_out} windows of {length} that are "
                 "held out, and one to be tuned on",
-                options={"seqlen": Change.LOWER, "tune_tokens": Change.OMIT},
+                options={"tune_text": Change.OTHER, "seqlen": Change.LOWER},
             )
         self.held_out = ids[: held_out * length].reshape(held_out, length)
 
@@ -129,9 +139,9 @@ class _Source:
             ids = ids[whole:]
 
 
-def _documents(source: str, tokenizer: Any, length: int, vocab_size: int | None) -> "Texts | _Rows":
+def _documents(source: str, tokenizer: Any, vocab_size: int | None) -> "Texts | _Rows":
     if source.endswith(".npy"):
-        return _Rows(load_windows(source, length, vocab_size))
+        return _Rows(load_windows(source, None, vocab_size))
     return open_source(source, "train", tokenizer)
 
 

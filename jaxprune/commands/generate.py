@@ -59,6 +59,8 @@ def _main(argv: Sequence[str]) -> None:
     wanted = make(Options, given)
     require_positive(wanted, "tokens", "length", "prompt_tokens")
     require_at_least(wanted, 0, "seed")
+    if "prompt_tokens" in given and wanted.prompts is None:
+        raise InputError("--prompt-tokens does nothing by itself: pass --prompts with it")
     place = file_of(wanted.out)
     keep_memory(large=True)
     model = load(given["checkpoint"], dtype=wanted.computation_dtype, devices=choose_devices(wanted.device))

@@ -137,7 +137,7 @@ def programs_of(work: Work) -> Iterator[Program]:
         yield from programs.of_sensitivity(shapes, recipe.importance.windows_of(work.windows), work.length)
     yield from programs.of_pruning(_routing_all(shapes, recipe), work.windows, work.length, recipe.method, pattern)
     if recipe.tuning.tunes:
-        yield from programs.of_distillation(shapes, work.windows, work.length, recipe.tuning, work.placement)
+        yield from programs.of_distillation(shapes, work.steps, work.placement, (work.held_out, work.length))
     if recipe.quantize:
         yield from programs.of_quantization(_routing_all(shapes, recipe), work.windows, work.length, recipe.quantize)
     if work.evaluation:
@@ -237,7 +237,8 @@ def _states(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
     hidden = work.states_bytes(work.windows, work.length)
     found: dict[str, float] = dict.fromkeys(phases, hidden * (2 if work.recipe.asymmetry else 1))
     if "tune" in phases:
-        found["tune"] = work.states_bytes(work.dense_pieces, work.pieces[1])
+        of_steps = work.states_bytes(max(work.dense_groups), work.steps.length)
+        found["tune"] = of_steps + 2 * work.states_bytes(work.held_out, work.length)  # the dense model's, the student's
     if "sensitivity" in phases:
         some = work.states_bytes(work.recipe.importance.windows_of(work.windows), work.length)
         inputs = (len(work.architecture.layers) + 1) * some

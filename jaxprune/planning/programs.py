@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct as Shape
 
-from jaxprune.calibration.stream import HELD_OUT
 from jaxprune.evaluation import text
 from jaxprune.methods import Method, gram, quantization
 from jaxprune.methods.magnitude import Magnitude
@@ -18,9 +17,8 @@ from jaxprune.models import Layer
 from jaxprune.planning.program import Flops, Program, Shapes, size_of
 from jaxprune.pruning import adam, experts, gram_matrices, kernel, sensitivity, student
 from jaxprune.pruning.gram_matrices import ExpertTotals
-from jaxprune.pruning.held_out import measured
 from jaxprune.pruning.student import Placement
-from jaxprune.recipe_parts import Tuning
+from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.sparsity.patterns import Pattern, Unstructured
 from jaxprune.streaming.head import CHUNK
 from jaxprune.streaming.model import apply_layer
@@ -179,40 +177,40 @@ def of_sensitivity(shapes: Shapes, windows: int, length: int) -> Iterator[Progra
 
 
 def of_distillation(
-    shapes: Shapes, windows: int, length: int, tuning: Tuning, placement: Placement
+    shapes: Shapes, steps: TuningSteps, placement: Placement, held_out: tuple[int, int] = (0, 0)
 ) -> Iterator[Program]:
     """Yields the programs of the distillation.
 
     Args:
-        shapes, windows, length: see `of_pruning`.
-        tuning: how it is done.
+        shapes: see `of_pruning`.
+        steps: how it is done.
         placement: what stays on the device.
+        held_out: windows that are held out, and tokens of one.
     """
-    architecture, step = shapes.architecture, tuning.tune_windows
-    held_out = HELD_OUT * tuning.pieces(1, length)[0] if tuning.tune_tokens else 0
-    pieces, length = tuning.pieces(windows, length)
-    steps, visited = tuning.steps(pieces, length), tuning.visited(pieces, length)
-    x = shapes.devices.abstract(Shape((step, length, architecture.width), architecture.config.dtype), 0)
-    batch, head = shapes.batch(visited, length), shapes.params(architecture.head.spec, architecture.config.dtype)
-    passes = (visited + held_out) / batch.shape[0]
-    measures = len(measured(steps, steps * step * length, held_out * length)) if held_out else 0
+    architecture = shapes.architecture
+    x = shapes.devices.abstract(Shape((*steps.shape, architecture.width), architecture.config.dtype), 0)
+    head = shapes.params(architecture.head.spec, architecture.config.dtype)
+    groups = steps.groups(size_of(x) // steps.tokens)
+    batch, measures = shapes.batch(groups[0], steps.length), 1 + len(steps.measured)
+    whole, held_out_tokens = shapes.batch(*held_out) if held_out[0] else batch, held_out[0] * held_out[1]
     tuned = [(layer, count, _Tuned.of(shapes, layer, x, placement)) for layer, count in shapes.layers.items()]
     stays = sum(count * one.stays for _, count, one in tuned)
     results = sum(count * one.results for _, count, one in tuned)
     for layer, count, one in tuned:
-        forward, visit, in_flight = partial(apply_layer, layer), (one.params, batch, None), 2 * size_of(batch)
-        yield Program("tune", "dense forward", forward, visit, count * passes, in_flight + stays, donated=(1,))
-        values, calls = one.kernels.values, count * steps
+        forward, passes = partial(apply_layer, layer), count * sum(groups) / batch.shape[0]
+        visit, beside = (one.params, batch, None), 2 * size_of(batch) + stays
+        yield Program("tune", "dense forward", forward, visit, passes, beside, donated=(1,))
+        values, calls = one.kernels.values, count * steps.count
         beside = stays - size_of(values) if placement.state else size_of(values)  # else the next layer's
         if placement.results:
             forward_and_vjp = partial(student.forward_and_vjp, layer)
             yield Program("tune", "forward", forward_and_vjp, (values, one.rest, x), calls, beside + results)
         else:
             yield Program("tune", "forward", forward, (values | one.rest, x, None), calls, beside, donated=(1,))
-        if held_out:
-            times = count * (1 + measures) * held_out / batch.shape[0]
-            visit = values | one.rest, batch, None
-            yield Program("tune", "held-out forward", forward, visit, times, beside + in_flight, donated=(1,))
+        if held_out[0]:  # the dense model once, the student with each measure
+            times, visit = count * (1 + measures) * held_out[0] / whole.shape[0], (values | one.rest, whole, None)
+            in_flight = beside + 2 * size_of(whole)
+            yield Program("tune", "held-out forward", forward, visit, times, in_flight, donated=(1,))
         pull_back, arguments = partial(student.pull_back, layer), (values, one.rest, one.vjp, x)
         beside = stays if placement.state else 3 * size_of(one.kernels)  # else one on its way in, one on its way out
         beside += results - one.results
@@ -222,12 +220,14 @@ def of_distillation(
             number, others = Shape((), jnp.float32), beside - size_of(moving) + size_of(values) - size_of(gradient)
             own = moving, one.kernels.fixed[name], gradient, number, number
             yield Program("tune", f"step {name}", adam.step_one, own, calls, others, donated=(0,))
-    chunk = Shape((min(CHUNK // 2, step * length), architecture.width), architecture.config.dtype)
-    loss, beside = partial(student.head_divergence, architecture.head), stays + results
-    yield Program("tune", "divergence", loss, (head, chunk, chunk), steps * step * length / chunk.shape[0], beside)
-    if held_out:
-        alone, chunks = partial(student.divergence_alone, architecture.head), held_out * length / chunk.shape[0]
-        yield Program("tune", "held-out divergence", alone, (head, chunk, chunk), (1 + measures) * chunks, stays)
+    chunk = Shape((min(CHUNK // 2, steps.tokens), architecture.width), architecture.config.dtype)
+    loss, chunks = partial(student.head_divergence, architecture.head), steps.count * steps.tokens / chunk.shape[0]
+    yield Program("tune", "divergence", loss, (head, chunk, chunk), chunks, stays + results)
+    if held_out[0]:
+        alone = partial(student.divergence_alone, architecture.head)
+        chunk = Shape((min(CHUNK // 2, held_out_tokens), architecture.width), architecture.config.dtype)
+        chunks = measures * held_out_tokens / chunk.shape[0]
+        yield Program("tune", "held-out divergence", alone, (head, chunk, chunk), chunks, stays)
 
 
 class _Tuned(NamedTuple):

@@ -1,6 +1,5 @@
 """Bytes that a run moves between the host and its devices: weights, hidden states, and what a distillation keeps."""
 
-import math
 from collections.abc import Collection
 
 import numpy as np
@@ -23,14 +22,12 @@ def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
     weights = count * sum(
         param.size * param.dtype.itemsize for path, param in work.spec.items() if path.startswith("layers.")
     )
-    states, tuning, importance = (
-        work.states_bytes(work.windows, work.length),
-        work.recipe.tuning,
-        work.recipe.importance,
-    )
-    some = work.states_bytes(importance.windows_of(work.windows), work.length)
-    steps = tuning.steps(*work.pieces)
-    tuned = work.states_bytes(work.tuned_pieces, work.pieces[1])
+    states, steps = work.states_bytes(work.windows, work.length), work.steps
+    some = work.states_bytes(work.recipe.importance.windows_of(work.windows), work.length)
+    tuned = work.states_bytes(sum(work.dense_groups), steps.length)
+    held_out = work.states_bytes(work.held_out, work.length)
+    measures = 1 + len(steps.measured) if work.held_out else 0
+    passes = len(work.dense_groups) + (work.held_out > 0)
     evaluated = work.states_bytes(*work.evaluation) if work.evaluation else 0
     found = {
         "experts": weights + 2 * layers * states,
@@ -39,9 +36,9 @@ def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
         "solve": pruned * (stored + 1 / 8),
         "forward": count * pruned * stored + 2 * (layers - 1) * states,
         "quantize": 2 * weights + pruned * (stored + 1 / 8) + 3 * layers * states,
-        "tune": weights * math.ceil(work.tuned_pieces / max(1, work.dense_pieces)) + 2 * layers * tuned,
+        "tune": weights * passes + 2 * layers * (tuned + (1 + measures) * held_out),
         "evaluate": 2 * (weights + 2 * layers * evaluated),
     }
-    if steps and not work.placement.state:  # values for the forward pass, then values and moments up and down
-        found["tune"] += steps * (4 + 2 * adam.BYTES) * pruned
+    if steps.count and not work.placement.state:  # values for the forward pass, then values and moments up and down
+        found["tune"] += (steps.count * (4 + 2 * adam.BYTES) + measures * 4) * pruned
     return {phase: found[phase] for phase in phases}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +14,8 @@ from jaxprune.models import Architecture
 from jaxprune.planning.machine import device_memory
 from jaxprune.planning.program import Flops
 from jaxprune.planning.targets import Target
-from jaxprune.pruning.distillation import at_a_time
-from jaxprune.pruning.held_out import measured
 from jaxprune.pruning.student import Placement, placement_of
+from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import ONE_DEVICE, Devices
 
@@ -63,31 +61,26 @@ class Work:
     def placement(self) -> Placement:
         """What of a distillation stays on the devices."""
         free = self.device_bytes or (None if self.on_cpu else device_memory())
-        window = self.recipe.tuning.tune_windows, self.pieces[1]
-        return placement_of(self.architecture, window, self.devices.count, free)
+        return placement_of(self.architecture, self.steps.shape, self.devices.count, free)
 
     def states_bytes(self, windows: int, length: int) -> int:
         """Returns the bytes of hidden states."""
         return windows * length * self.architecture.width * np.dtype(self.architecture.config.dtype).itemsize
 
     @property
-    def pieces(self) -> tuple[int, int]:
-        """How many pieces a distillation cuts the windows into, and the tokens of one."""
-        return self.recipe.tuning.pieces(self.windows, self.length)
+    def held_out(self) -> int:
+        """Windows that the distillation does not see."""
+        return HELD_OUT if self.recipe.tuning.tune_tokens else 0
+
+    @functools.cached_property
+    def steps(self) -> TuningSteps:
+        """The steps of the distillation."""
+        return TuningSteps.of(self.recipe.tuning, self.windows, self.length, self.held_out * self.length)
 
     @property
-    def tuned_pieces(self) -> int:
-        """The pieces that a distillation visits, each counted once."""
-        return self.recipe.tuning.visited(*self.pieces)
-
-    @property
-    def dense_pieces(self) -> int:
-        """Those of which the dense model's hidden states are there at a time."""
-        tuning, steps = self.recipe.tuning, self.recipe.tuning.steps(*self.pieces)
-        shape = tuning.tune_windows, self.pieces[1]
-        measures = measured(steps, steps * math.prod(shape), HELD_OUT * self.length) if tuning.tune_tokens else ()
-        most = at_a_time(steps, shape, len(measures), self.states_bytes(1, 1))
-        return min(most, self.tuned_pieces)
+    def dense_groups(self) -> list[int]:
+        """Of how many of its windows the dense model's hidden states are computed together, group by group."""
+        return self.steps.groups(self.states_bytes(1, 1))
 
     @property
     def pruned_weights(self) -> int:

@@ -26,11 +26,12 @@ from jaxtyping import Float, Int
 
 from jaxprune.calibration.stream import TextStream
 from jaxprune.pruning import kept_tuning
-from jaxprune.pruning.held_out import HeldOut, measured
+from jaxprune.pruning.held_out import HeldOut
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.kept_tuning import Kept
 from jaxprune.pruning.results import LayerResult
 from jaxprune.pruning.student import Student
+from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.recipe_parts import Tuning
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
@@ -39,22 +40,18 @@ FAR = 0.75
 """Nats from the dense model, from which on the rate is all that it may be."""
 FIRST = 2048
 """Tokens of the first steps, by whose divergence the rate is chosen."""
-DENSE_BYTES = 2e9
-"""The most of the dense model's hidden states that are kept at a time."""
 
 
 class Text(NamedTuple):
     """What is tuned on.
 
     Attributes:
-        steps: how many there are.
-        shape: windows of a step, or pieces of windows, and the tokens of one.
+        steps: in numbers.
         batches: the number of a step -> the windows of that step and of those after it.
         held_out: windows that no step sees; None: there are none.
     """
 
-    steps: int
-    shape: tuple[int, int]
+    steps: TuningSteps
     batches: Callable[[int], Iterator[Int[np.ndarray, "b t"]]]
     held_out: Int[np.ndarray, "h t"] | None
 
@@ -62,30 +59,27 @@ class Text(NamedTuple):
 def of_windows(tokens: Int[np.ndarray, "w t"], tuning: Tuning, seed: int) -> Text:
     """Returns the calibration windows as what is tuned on: every epoch visits all, in an order of its own, and the last
     may end early."""
-    tokens = _pieces(tokens, tuning)
-    windows = len(tokens)
-    count = max(c for c in range(1, min(tuning.tune_windows, windows) + 1) if windows % c == 0)
-    steps = max(1, round(tuning.tune_epochs * windows / count))
+    steps = TuningSteps.of(tuning, *tokens.shape)
+    tokens, visits = _pieces(tokens, tuning), steps.count * steps.windows
     generator = np.random.default_rng(seed)
-    epochs = [generator.permutation(windows).reshape(-1, count) for _ in range(math.ceil(steps * count / windows))]
-    rows = np.concatenate(epochs)[:steps]
-    return Text(steps, (count, tokens.shape[1]), lambda begin: (tokens[chosen] for chosen in rows[begin:]), None)
+    epochs = [generator.permutation(len(tokens)) for _ in range(math.ceil(visits / len(tokens)))]
+    rows = np.concatenate(epochs)[:visits].reshape(steps.count, steps.windows)
+    return Text(steps, lambda begin: (tokens[chosen] for chosen in rows[begin:]), None)
 
 
 def of_stream(stream: TextStream, tuning: Tuning) -> Text:
     """Returns a stream as what is tuned on."""
-    count = tuning.tune_windows
-    each, length = tuning.pieces(1, stream.length)
-    steps = tuning.steps(each, length)
+    steps = TuningSteps.of(tuning, 1, stream.length, stream.held_out.size)
+    count, (each, _) = steps.windows, tuning.pieces(1, stream.length)
 
     def batches(begin: int) -> Iterator[np.ndarray]:
         windows = stream.windows(begin * count // each)
         pieces = chain.from_iterable(_pieces(window[None], tuning) for window in windows)
         rest = islice(pieces, begin * count % each, None)
-        for _ in range(begin, steps):
+        for _ in range(begin, steps.count):
             yield np.stack(list(islice(rest, count)))
 
-    return Text(steps, (count, length), batches, stream.held_out if len(stream.held_out) else None)
+    return Text(steps, batches, stream.held_out if len(stream.held_out) else None)
 
 
 def _pieces(tokens: Int[np.ndarray, "w t"], tuning: Tuning) -> Int[np.ndarray, "p s"]:
@@ -116,11 +110,12 @@ def distill(
     Raises:
         InputError: the loss is not finite.
     """
-    student, steps = Student(model, layers, text.shape), text.steps
-    rate = Rate(tuning.tune_rate, steps, math.prod(text.shape))
+    steps = text.steps
+    student = Student(model, layers, steps.shape)
+    rate = Rate(tuning.tune_rate, steps.count, steps.tokens)
     held_out = HeldOut(model, text.held_out) if text.held_out is not None else None
     begin = 0
-    observer.started("tuning", steps, "steps")
+    observer.started("tuning", steps.count, "steps")
     if kept := kept_tuning.restore(journal, student.state):
         begin, rate.before = kept.step, kept.before
         student.restore(kept.moving)
@@ -130,14 +125,11 @@ def distill(
                 observer.divergence_measured(*point)
     elif held_out:
         observer.divergence_measured(0, held_out.measure(student, 0))
-    after = measured(steps, steps * math.prod(text.shape), text.held_out.size) if text.held_out is not None else ()
-    state = model.architecture.width * model.dtype.itemsize
-    most = at_a_time(steps, text.shape, len(after), state)
-    for number, (tokens, dense) in enumerate(_with_dense(model, text.batches(begin), most), begin + 1):
+    for number, (tokens, dense) in enumerate(_with_dense(model, text, begin), begin + 1):
         divergence = student.step(tokens, dense, number, partial(rate.of, number))
-        observer.step_done(number, steps, divergence)
-        if held_out and number in after:
-            seen = number * tokens.size
+        observer.step_done(number, steps.count, divergence)
+        if held_out and number in steps.measured:
+            seen = number * steps.tokens
             observer.divergence_measured(seen, held_out.measure(student, seen))
             if not (held_out.falls or tuning.tune_to_end):
                 break
@@ -178,37 +170,20 @@ class Rate:
         return float(self._of_steps(number - 1)) * min(1.0, self.before / FAR)
 
 
-def at_a_time(steps: int, shape: tuple[int, int], measures: int, state: int) -> int:
-    """Returns of how many windows the dense model's hidden states are computed together.
-
-    Of a stream they are those between two measures: so little is computed again by a run that goes on.
-
-    Args:
-        steps: how many there are.
-        shape: windows of a step, and tokens of one.
-        measures: how often the divergence on held-out windows is measured; 0: there are none.
-        state: bytes of a token's hidden state.
-    """
-    count, length = shape
-    most = int(DENSE_BYTES / (length * state))
-    if measures:
-        most = min(most, count * math.ceil(steps / measures))
-    return max(count, most)
-
-
 def _with_dense(
-    model: StreamedModel, batches: Iterator[Int[np.ndarray, "b t"]], most: int
+    model: StreamedModel, text: Text, begin: int
 ) -> Iterator[tuple[Int[np.ndarray, "b t"], Float[np.ndarray, "b t d"]]]:
-    """Yields batches with the dense model's last hidden states of their windows, computed for so many of these
-    together, for equal ones once."""
-    for first in batches:
+    """Yields the windows of a step and of those after it, with the dense model's last hidden states of them. These are
+    computed for whole groups of steps, see `TuningSteps.together`, in a group for equal windows once."""
+    together = text.steps.together(model.architecture.width * model.dtype.itemsize)
+    first = begin // together * together
+    batches = text.batches(first)
+    while group := list(islice(batches, together)):
         numbers: dict[bytes, int] = {}
-        chosen = []
-        for batch in chain([first], batches):
-            chosen.append([numbers.setdefault(window.tobytes(), len(numbers)) for window in batch])
-            if len(numbers) + len(batch) > most:
-                break
-        windows = np.stack([np.frombuffer(window, first.dtype) for window in numbers])
+        chosen = [[numbers.setdefault(window.tobytes(), len(numbers)) for window in batch] for batch in group]
+        windows = np.stack([np.frombuffer(window, group[0].dtype) for window in numbers])
         (dense,) = model.final_states(windows)
-        for rows in chosen:
+        for rows in chosen[max(0, begin - first) :]:
             yield windows[rows], dense.read(np.array(rows))
+        first += together
+        del dense  # before the next group's

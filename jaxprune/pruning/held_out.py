@@ -1,6 +1,5 @@
 """Windows that a tuning does not see: the divergence on them, the step at which it was least, and when to stop."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,23 +11,6 @@ from jaxprune.streaming.model import StreamedModel
 
 PATIENCE = 4
 """So many measures behind the best one, the divergence no longer falls."""
-MEASURES = 16
-"""How often the divergence is measured at most, behind the first time, which is before the first step."""
-SHARE = 5
-"""What is tuned on between two measures, at least, in tokens over those of the windows that are held out: a measure
-takes a quarter of a step's time a token, so all take a twentieth."""
-
-
-def measured(steps: int, tokens: int, held_out: int) -> Sequence[int]:
-    """Returns the numbers of the steps, from 1, after which the divergence is measured; the last is one of them.
-
-    Args:
-        steps: how many there are.
-        tokens: of all of them.
-        held_out: tokens of the windows that are held out.
-    """
-    count = min(MEASURES, max(2, tokens // (SHARE * held_out)))
-    return sorted({math.ceil(steps * (number + 1) / count) for number in range(count)})
 
 
 class HeldOut:

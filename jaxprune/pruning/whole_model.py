@@ -54,12 +54,9 @@ def prune_model(
     """
     target, named = require_recipe(model.architecture, recipe)
     model.require_tokens(tokens)
+    require_stream(recipe, stream)
     tuning, text = recipe.tuning, None
-    if tuning.tune_tokens:
-        if stream is None:
-            raise InputError(
-                "the recipe tunes on tokens of a text, and none is given", options={"tune_epochs": Change.OTHER}
-            )
+    if stream:
         model.require_tokens(stream.held_out)
         text = distillation.of_stream(stream, tuning)
     elif tuning.tune_epochs:
@@ -68,6 +65,16 @@ def prune_model(
     if text:
         layers = _distilled(model, text, layers, tuning, journal, observer)
     return _quantized(model, tokens, layers, recipe, journal, observer) if recipe.quantize else layers
+
+
+def require_stream(recipe: Recipe, stream: TextStream | None) -> None:
+    """Raises InputError where there is no text that the recipe tunes on tokens of, or one that it does not use."""
+    if recipe.tuning.tune_tokens and stream is None:
+        raise InputError(
+            "the recipe tunes on tokens of a text: give it as stream", options={"tune_epochs": Change.OTHER}
+        )
+    if stream is not None and not recipe.tuning.tune_tokens:
+        raise InputError("the recipe tunes on no stream of text: leave stream out, or set the tokens to tune on")
 
 
 def require_recipe(

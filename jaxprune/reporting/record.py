@@ -107,11 +107,7 @@ class Record(Observer):
 
     def asked(self) -> dict[str, Any]:
         """Returns the recipe, and what it was applied to, as JSON."""
-        text = (
-            {"tuning_text": {"sha256": self.stream.digest, "held_out": len(self.stream.held_out)}}
-            if self.stream
-            else {}
-        )
+        text = {"tuning_text": self.stream.as_json()} if self.stream else {}
         return self.recipe.as_json() | {"calibration": self._calibration(), **text}
 
     def asked_of_version_1(self) -> dict[str, Any]:

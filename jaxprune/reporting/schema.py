@@ -31,10 +31,14 @@ class Calibration(Schema):
 
 
 class TuningText(Schema):
-    """The digest of the text that was tuned on, and how many windows of it were held out."""
+    """The digest of the text that was tuned on, and what decides which windows it gave: their length, the seed of their
+    order, how many were held out, and the digest of those. Earlier versions kept the first and the fourth."""
 
     sha256: str
+    length: Count | None = None
+    seed: int | None = None
     held_out: Count
+    held_out_sha256: str | None = None
 
 
 class TextQuality(Schema):

@@ -31,6 +31,7 @@ from jaxprune.planning.machine import square_product
 from jaxprune.planning.program import BF16X6, Program, Shapes
 from jaxprune.planning.targets import TARGETS, Target
 from jaxprune.pruning.student import placement_of
+from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.sharding import ONE_DEVICE
 from jaxprune.sparsity.patterns import Unstructured
 
@@ -44,12 +45,13 @@ def target_here() -> Target | None:
 
 def every_program(args: argparse.Namespace) -> list[Program]:
     shapes = Shapes(model(SIZES[args.size], args.dtype), args.dtype, ONE_DEVICE)
-    tuning, sizes = PRESETS["best"].tuning, (args.windows, args.length)
-    placement = placement_of(shapes.architecture, (tuning.tune_windows, args.length), 1, machine.device_memory())
+    sizes = args.windows, args.length
+    steps = TuningSteps.of(PRESETS["best"].tuning, *sizes)
+    placement = placement_of(shapes.architecture, steps.shape, 1, machine.device_memory())
     return [
         *programs.of_pruning(shapes, *sizes, ADMM(), Unstructured(0.7)),
         *programs.of_sensitivity(shapes, *sizes),
-        *programs.of_distillation(shapes, *sizes, tuning, placement),
+        *programs.of_distillation(shapes, steps, placement),
     ]
 
 

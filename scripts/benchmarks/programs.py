@@ -35,6 +35,7 @@ from sizes import SIZES, model
 
 from convert.destination import destination, staged
 from convert.writing import write_text
+from jaxprune.calibration.stream import HELD_OUT
 from jaxprune.commands.terminal import keep_memory
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.gram import gram
@@ -42,6 +43,7 @@ from jaxprune.planning import programs
 from jaxprune.planning.machine import describe_hardware
 from jaxprune.planning.program import Flops, Program, Shape, Shapes
 from jaxprune.pruning.student import Placement
+from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.recipe import PRESETS
 from jaxprune.sharding import ONE_DEVICE
 from jaxprune.sparsity.patterns import Unstructured
@@ -95,7 +97,9 @@ def wanted_programs(args: argparse.Namespace) -> Iterator[Program]:
         some = preset.importance.windows_of(args.windows)
         yield from programs.of_sensitivity(shapes, some, args.length)
         placement = Placement(not args.streamed, not args.streamed)
-        yield from programs.of_distillation(shapes, args.windows, args.length, preset.tuning, placement)
+        held_out = HELD_OUT if preset.tuning.tune_tokens else 0
+        steps = TuningSteps.of(preset.tuning, args.windows, args.length, held_out * args.length)
+        yield from programs.of_distillation(shapes, steps, placement, (held_out, args.length))
 
 
 def fill(program: Program) -> tuple[Any, ...]:

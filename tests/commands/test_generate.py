@@ -8,8 +8,10 @@ import pytest
 from jaxprune import calibration_windows, generate, load
 from jaxprune.commands.generate import main
 from jaxprune.commands.progress import Progress
+from jaxprune.pruning import publishing
 from jaxprune.pruning.journal_folder import journal_folder
 from jaxprune.streaming import generation
+from tests.helpers.command import failing
 from tests.helpers.tiny import write_text
 
 LENGTH = 24
@@ -73,12 +75,40 @@ def test_what_is_written_is_kept_until_all_is(
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
+def test_a_file_that_is_there_when_its_run_is_stopped_is_the_result(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "own.jsonl"
+    argv = [str(checkpoint), "--out", str(file), "--tokens", "100", "--length", str(LENGTH)]
+    with monkeypatch.context() as stopping:
+        stopping.setattr(publishing, "remove", failing(publishing.remove, 1))
+        assert main(argv) == 2
+    written = file.read_bytes()
+    file.write_bytes(written[:-1])
+    assert main(argv) == 2 and "it already exists" in capsys.readouterr().err
+    assert file.read_bytes() == written[:-1]
+    file.write_bytes(written)
+    assert main(argv) == 0
+    assert file.read_bytes() == written and [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_prompts_of_two_texts_take_turns(checkpoint: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        row = json.dumps({"text": f"{name} {name} {name} {name} {name}"})
+        (tmp_path / f"{name}.jsonl").write_text(f"{row}\n")
+    prompts = f"{tmp_path}/a.jsonl:2,{tmp_path}/b.jsonl:1"
+    texts = generate(load(checkpoint), 6 * LENGTH, length=LENGTH, prompts=prompts, prompt_tokens=3)
+    assert sorted(text.strip()[0] for text in texts) == ["a"] * 4 + ["b"] * 2
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("own.jsonl --tokens 0", "--tokens must be at least 1"),
         ("own.jsonl --length 16 --prompts mine.jsonl", "texts of 16 tokens cannot begin with 16"),
         ("own.jsonl --length 1", "texts of 1 tokens cannot begin with 1: raise --length"),
+        ("own.jsonl --prompt-tokens 4", "--prompt-tokens does nothing by itself: pass --prompts with it"),
+        ("own.jsonl --prompts ids.npy", "it holds token ids"),
         ("own.jsonl --prompt-tokens 0", "--prompt-tokens must be at least 1"),
         ("own.txt", "known by their file's name, wanted FILE.jsonl"),
         ("mine.jsonl", "it already exists"),
@@ -105,6 +135,7 @@ def test_what_cannot_be_written_is_refused_before_work(
     Path("link.jsonl").symlink_to("mine.jsonl")
     Path("folder.jsonl").mkdir()
     Path("empty.jsonl").touch()
+    Path("ids.npy").touch()
     Path("no").mkdir()
     Path("no/way.jsonl").touch()
     before = sorted(Path().rglob("*"))

@@ -16,6 +16,7 @@ from jaxprune.models.attention import cudnn_takes
 from jaxprune.planning import programs
 from jaxprune.planning.program import Program, Shapes
 from jaxprune.pruning.student import Placement
+from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.recipe_parts import Tuning
 from jaxprune.sharding import ONE_DEVICE
 from jaxprune.sparsity.patterns import NM, Unstructured
@@ -36,7 +37,7 @@ def all_programs(checkpoint: Path, dtype: str) -> Iterator[Program]:
     yield from programs.of_pruning(shapes, 4, 512, ADMM(), NM(2, 4))
     yield from programs.of_sensitivity(shapes, 4, 512)
     for placement in (Placement(True, True), Placement(True, False), Placement(False, False)):
-        yield from programs.of_distillation(shapes, 4, 512, Tuning(tune_epochs=2), placement)
+        yield from programs.of_distillation(shapes, TuningSteps.of(Tuning(tune_epochs=2), 4, 512), placement)
     yield from programs.of_evaluation(shapes, 4, 512)
 
 
@@ -44,7 +45,7 @@ def test_16_bit_products_on_cpus_have_float32_results(checkpoint: Path) -> None:
     """XLA's CPU backend multiplies no others in 16 bits: it widens their operands first."""
     shapes = Shapes(load(checkpoint, dtype="bfloat16").architecture, "bfloat16", ONE_DEVICE)
     phases = [programs.of_sensitivity(shapes, 4, 512), programs.of_evaluation(shapes, 4, 512)]
-    phases += [programs.of_distillation(shapes, 4, 512, Tuning(tune_epochs=2), Placement(True, True))]
+    phases += [programs.of_distillation(shapes, TuningSteps.of(Tuning(tune_epochs=2), 4, 512), Placement(True, True))]
     with jax.numpy_dtype_promotion("standard"):
         lowered = "\n".join(lower(program, "cpu") for phase in phases for program in phase)
     products = re.findall(r"stablehlo.dot_general .*: (.*)", lowered)

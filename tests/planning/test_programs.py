@@ -20,6 +20,7 @@ from jaxprune.planning.program import BF16X6, Program, Shapes, count_flops
 from jaxprune.pruning.gram_matrices import accumulate
 from jaxprune.pruning.sensitivity import backward, measure_sensitivity
 from jaxprune.pruning.student import Placement
+from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.recipe_parts import Tuning
 from jaxprune.sharding import ONE_DEVICE
 from jaxprune.streaming.hidden_states import batch_size
@@ -144,19 +145,30 @@ def test_peaks_are_at_least_what_is_alive(method: object, checkpoint: Path) -> N
         assert alive < program.peak_bytes() < 60 * (weights + grams), program.name
 
 
+def of_distillation(checkpoint: Path, tuning: Tuning) -> list[Program]:
+    held_out = HELD_OUT if tuning.tune_tokens else 0
+    steps = TuningSteps.of(tuning, 8, 16, held_out * 16)
+    return list(programs.of_distillation(shapes(checkpoint), steps, Placement(True, True), (held_out, 16)))
+
+
 def test_measures_of_what_is_held_out_are_counted(checkpoint: Path) -> None:
     """The dense model's pass over 16 windows of 16 tokens, and three of the pruned model's: before, midway, after."""
 
     def count(programs_: Iterable[Program], name: str = "") -> float:
         return sum(sum(p.flops().values()) * p.calls for p in programs_ if not name or p.name == name)
 
-    none, stream = (
-        [*programs.of_distillation(shapes(checkpoint), 8, 16, tuning, Placement(True, True))]
-        for tuning in (Tuning(tune_epochs=1), Tuning(tune_tokens=8 * 16))
+    none, stream, pieces = (
+        of_distillation(checkpoint, tuning)
+        for tuning in (
+            Tuning(tune_epochs=1),
+            Tuning(tune_tokens=8 * 16),
+            Tuning(tune_tokens=8 * 16, tune_pieces=2, tune_windows=2),
+        )
     )
     window = count(none, "dense forward") / 8
-    assert count(stream, "held-out forward") == pytest.approx(3 * HELD_OUT * window)
-    assert count(stream, "dense forward") == pytest.approx((8 + HELD_OUT) * window)
+    assert count(stream, "held-out forward") == count(pieces, "held-out forward")  # whole windows
+    assert count(stream, "held-out forward") == pytest.approx(4 * HELD_OUT * window)
+    assert count(stream, "dense forward") == pytest.approx(8 * window)
     heads = count(stream, "held-out divergence")
     assert heads == pytest.approx(3 * HELD_OUT * 16 * 2 * 2 * 32 * 300, rel=0.01)
     assert count(stream) - count(none) == pytest.approx(4 * HELD_OUT * window + heads)
@@ -164,7 +176,7 @@ def test_measures_of_what_is_held_out_are_counted(checkpoint: Path) -> None:
 
 def test_pieces_take_a_step_each(checkpoint: Path) -> None:
     def steps(tuning: Tuning) -> list[float]:
-        every = programs.of_distillation(shapes(checkpoint), 8, 16, tuning, Placement(True, True))
+        every = of_distillation(checkpoint, tuning)
         return [program.calls for program in every if program.name.startswith("step ")]
 
     whole, pieces = steps(Tuning(tune_epochs=1)), steps(Tuning(tune_epochs=1, tune_pieces=2))
@@ -172,10 +184,7 @@ def test_pieces_take_a_step_each(checkpoint: Path) -> None:
 
 
 def test_distillation_is_counted(checkpoint: Path) -> None:
-    all_stays = Placement(True, True)
-    half, once = (
-        list(programs.of_distillation(shapes(checkpoint), 8, 16, Tuning(tune_epochs=n), all_stays)) for n in (0.5, 1.0)
-    )
+    half, once = (of_distillation(checkpoint, Tuning(tune_epochs=share)) for share in (0.5, 1.0))
     of_half, of_once = (sum(sum(p.flops().values()) * p.calls for p in every) for every in (half, once))
     assert of_once == pytest.approx(2 * of_half)
     assert all(np.isfinite(p.peak_bytes()) for p in once)

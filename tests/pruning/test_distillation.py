@@ -13,13 +13,14 @@ import pytest
 from jaxprune import ADMM, InputError, Magnitude, Observer, Recipe, Tuning, Unstructured, load, prune_layers
 from jaxprune.calibration.stream import TextStream
 from jaxprune.errors import Change
-from jaxprune.pruning import adam, held_out, kept_tuning, student
+from jaxprune.pruning import adam, kept_tuning, student, tuning_steps
 from jaxprune.pruning.adam import BETAS, EPSILON
 from jaxprune.pruning.distillation import Rate, distill, of_stream, of_windows
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.kept_tuning import Kept
 from jaxprune.pruning.results import LayerResult
 from jaxprune.pruning.student import Placement, Student, placement_of
+from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.pruning.whole_model import prune_model
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT
@@ -196,10 +197,19 @@ def test_epochs_may_end_early(epochs: float, visited: int) -> None:
     tokens, tuning = windows(), Tuning(tune_epochs=epochs)
     text = of_windows(tokens, tuning, 0)
     every = list(text.batches(0))
-    assert text.steps == len(every) == visited and text.held_out is None
+    assert text.steps.count == len(every) == visited and text.held_out is None
     # No window comes twice before all have come once.
     assert len({step.tobytes() for step in every}) == min(visited, len(tokens))
     np.testing.assert_array_equal(list(text.batches(visited - 1)), every[-1:])
+
+
+def test_a_step_takes_as_many_windows_as_it_is_told(checkpoint: Path) -> None:
+    """Also where they do not divide all windows: it takes the first of the next epoch then."""
+    text = of_windows(windows(), Tuning(tune_epochs=2, tune_windows=5), 0)
+    found = np.stack(list(text.batches(0)))
+    assert found.shape == (5, *text.steps.shape) == (5, 5, windows().shape[1])
+    assert len(np.unique(found.reshape(25, -1)[:12], axis=0)) == text.steps.different == len(windows()) == 12
+    assert TuningSteps.of(Tuning(tune_epochs=1, tune_windows=99), 12, 32).shape == (12, 32)
 
 
 def test_windows_are_cut_into_pieces(tmp_path: Path) -> None:
@@ -207,14 +217,14 @@ def test_windows_are_cut_into_pieces(tmp_path: Path) -> None:
     ids = np.arange(5 * 32, dtype=np.int32).reshape(5, 32)
     expected = ids[:, :30].reshape(15, 10)
     text = of_windows(ids, Tuning(tune_epochs=1, tune_pieces=3, tune_windows=3), 0)
-    assert (text.steps, text.shape) == (5, (3, 10))
+    assert (text.steps.count, text.steps.shape) == (5, (3, 10))
     visited = np.concatenate(list(text.batches(0)))
     np.testing.assert_array_equal(visited[np.argsort(visited[:, 0])], expected)
 
     stream, tuning = of_ids(tmp_path), Tuning(tune_tokens=20 * 8, tune_pieces=3, tune_windows=2)
     windows = np.stack([*islice(stream.windows(), 6)])
     text = of_stream(stream, tuning)
-    assert (text.steps, text.shape) == (8, (2, 10)) and text.held_out is stream.held_out
+    assert (text.steps.count, text.steps.shape) == (8, (2, 10)) and text.held_out is stream.held_out
     for begin in range(8):
         found = np.concatenate(list(text.batches(begin)))
         np.testing.assert_array_equal(found, windows[:, :30].reshape(18, 10)[2 * begin : 16])
@@ -286,7 +296,7 @@ def test_the_best_step_on_what_is_held_out_is_kept(
 ) -> None:
     """Of the start and sixteen measures the fifth is least; four behind it the tuning stops, unless it is told not
     to."""
-    monkeypatch.setattr(held_out, "SHARE", 1)
+    monkeypatch.setattr(tuning_steps, "SHARE", 1)
     layers, seen = pruned(checkpoint), Steps()
     tuning = Tuning(tune_tokens=32 * 2 * 32, tune_windows=2, tune_to_end=to_end)
     text = of_stream(of_ids(tmp_path), tuning)
@@ -301,7 +311,7 @@ def test_the_best_step_on_what_is_held_out_is_kept(
     monkeypatch.setattr(Student, "divergence", measured)
     found = list(distill(load(checkpoint), text, layers, tuning, observer=seen))
     np.testing.assert_array_equal(kernel(found[0], LINEARS[0]), at_fifth[0])
-    assert text.steps == 32 and len(seen.told) == (32 if to_end else 16)
+    assert text.steps.count == 32 and len(seen.told) == (32 if to_end else 16)
     assert [tokens for tokens, _ in seen.held_out] == [64 * 2 * n for n in range(17 if to_end else 9)]
 
 
@@ -309,7 +319,7 @@ def test_a_stream_is_met_between_two_measures(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The dense model's predictions are computed for as much of the text as is tuned on until the next measure."""
-    monkeypatch.setattr(held_out, "SHARE", 1)
+    monkeypatch.setattr(tuning_steps, "SHARE", 1)
     passes, seen, states_of = [], Steps(), StreamedModel.final_states
 
     def counted(model: StreamedModel, windows: np.ndarray) -> Any:
@@ -325,9 +335,11 @@ def test_a_stream_is_met_between_two_measures(
 
 @pytest.mark.parametrize(("tokens", "count"), [(1000, 2), (8 * 5 * 320, 8), (10**6, 16)])
 def test_measures_take_a_twentieth_of_the_time_at_most(tokens: int, count: int) -> None:
-    after = held_out.measured(tokens // 32, tokens, 320)
-    assert len(after) == count and after[-1] == tokens // 32 and min(after) >= tokens // 32 // count
-    assert held_out.measured(1, 32, 320) == [1]
+    steps = TuningSteps.of(Tuning(tune_tokens=tokens), 1, 32, 320)
+    after = steps.measured
+    assert steps.count == round(tokens / 32)
+    assert len(after) == count and after[-1] == steps.count and min(after) >= steps.count // count
+    assert TuningSteps.of(Tuning(tune_tokens=32), 1, 32, 320).measured == [1]
 
 
 def test_the_divergence_is_that_of_the_models(checkpoint: Path, tmp_path: Path) -> None:
@@ -354,6 +366,44 @@ def test_a_stream_goes_on_where_it_was_stopped(
         list(distill(load(checkpoint), text, layers, tuning, journal=journal))
     found = list(distill(load(checkpoint), text, layers, tuning, journal=journal, observer=rest))
     assert rest.told == whole.told[9:] and rest.held_out == whole.held_out
+    for one, other in zip(found, expected, strict=True):
+        for path, array in one.params.items():
+            np.testing.assert_array_equal(array, other.params[path])
+    journal.close()
+
+
+@pytest.mark.parametrize("of", ["windows", "stream"])
+@pytest.mark.parametrize("stop", [3, 7, 12])
+def test_a_run_that_goes_on_computes_the_dense_model_for_the_same_windows_together(
+    of: str, stop: int, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shape of a product decides how it is rounded, most of all in bfloat16. It is what plans count, too."""
+    monkeypatch.setattr(Journal, "worth_keeping", lambda *_: True)
+    layers, states_of, model = pruned(checkpoint), StreamedModel.final_states, load(checkpoint)
+    state = model.architecture.width * model.dtype.itemsize
+    monkeypatch.setattr(tuning_steps, "DENSE_BYTES", 5 * 32 * state)
+    tuning = Tuning(tune_epochs=1.5) if of == "windows" else Tuning(tune_tokens=18 * 32)
+    text = of_windows(windows()[:, :32], tuning, 0) if of == "windows" else of_stream(of_ids(tmp_path, 2), tuning)
+    passes: list[np.ndarray] = []
+
+    def counted(model: StreamedModel, windows: np.ndarray) -> Any:
+        passes.append(windows)
+        return states_of(model, windows)
+
+    monkeypatch.setattr(StreamedModel, "final_states", counted)
+    expected, whole = list(distill(model, text, layers, tuning)), passes[of == "stream" :]
+    together = text.steps.together(state)
+    assert together == 5 and [len(found) for found in whole] == text.steps.groups(state) == [5, 5, 5, 3]
+    journal = Journal(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="stopped here"):
+        patch.setattr(Student, "step", failing(Student.step, stop))
+        list(distill(model, text, layers, tuning, journal=journal))
+    passes.clear()
+    found = list(distill(model, text, layers, tuning, journal=journal))
+    again = passes[of == "stream" :]
+    assert len(again) == 4 - (stop - 1) // together
+    for one, other in zip(again, whole[-len(again) :], strict=True):
+        np.testing.assert_array_equal(one, other)
     for one, other in zip(found, expected, strict=True):
         for path, array in one.params.items():
             np.testing.assert_array_equal(array, other.params[path])

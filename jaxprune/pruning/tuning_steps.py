@@ -1,0 +1,94 @@
+"""The steps of a tuning, in numbers: what it takes at a time, and when it looks at what is held out."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from jaxprune import hardware
+from jaxprune.recipe_parts import Tuning
+
+MEASURES = 16
+"""How often the divergence on held-out windows is measured at most, behind the first time, before the first step."""
+SHARE = 5
+"""What is tuned on between two measures, at least, in tokens over those of the windows that are held out: a measure
+takes a quarter of a step's time a token, so all take a twentieth."""
+DENSE_BYTES = 2e9
+"""The most of the dense model's hidden states that are kept at a time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningSteps:
+    """The steps of a tuning.
+
+    Attributes:
+        count: how many there are.
+        windows: of a step, or pieces of windows.
+        length: tokens of one.
+        different: how many of those are visited, each counted once.
+        measured: the numbers of the steps, from 1, after which the divergence on held-out windows is measured; the last
+            is one of them. None where nothing is held out.
+    """
+
+    count: int
+    windows: int
+    length: int
+    different: int
+    measured: Sequence[int]
+
+    @classmethod
+    def of(cls, tuning: Tuning, windows: int, length: int, held_out: int = 0) -> "TuningSteps":
+        """Counts the steps of a tuning.
+
+        Args:
+            tuning: how it is done.
+            windows: the number of calibration windows.
+            length: tokens of a window.
+            held_out: tokens of the windows that are held out.
+        """
+        pieces, length = tuning.pieces(windows, length)
+        if tuning.tune_tokens:
+            each = tuning.tune_windows
+            count = max(1, round(tuning.tune_tokens / (each * length)))
+            different = count * each
+        else:
+            each = min(tuning.tune_windows, pieces)
+            count = max(1, round(tuning.tune_epochs * pieces / each)) if tuning.tunes else 0
+            different = min(count * each, pieces)
+        measures = min(MEASURES, max(2, count * each * length // (SHARE * held_out))) if held_out else 0
+        measured = sorted({math.ceil(count * (number + 1) / measures) for number in range(measures)})
+        return cls(count, each, length, different, measured)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Windows of a step, and tokens of one."""
+        return self.windows, self.length
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.windows * self.length
+
+    def together(self, state: int) -> int:
+        """Returns of how many steps, from the first on, the dense model's hidden states are computed together.
+
+        A run that goes on computes them in the same groups, for the shape of a product decides how it is rounded. Of a
+        stream a group lasts from one measure to the next, so that a run that goes on computes little again.
+
+        Args:
+            state: bytes of a token's hidden state.
+        """
+        most = int(DENSE_BYTES / (self.length * state))
+        if not self.measured and self.different <= most:
+            return max(1, self.count)
+        steps = max(1, most // self.windows)
+        if self.measured:
+            steps = min(steps, math.ceil(self.count / len(self.measured)))
+        batch = max(1, hardware.current().tokens_per_batch // self.length)
+        return steps // batch * batch or steps  # whole batches, of which each layer takes one at a time
+
+    def groups(self, state: int) -> list[int]:
+        """Returns of how many windows, at most, those hidden states are computed for each such group; see
+        `together`."""
+        steps = self.together(state)
+        sizes = [min(steps, self.count - begin) for begin in range(0, self.count, steps)]
+        return [min(size * self.windows, self.different) for size in sizes]
