@@ -69,3 +69,9 @@ writing_for = jax.make_user_context()
 def current() -> Hardware:
     """Returns the hardware that programs are written for; this process's first device where nothing else is said."""
     return writing_for.value or Hardware.of(jax.local_devices()[0])
+
+
+def device_memory() -> int | None:
+    """Returns the bytes of a device that JAX may use, whatever is in use: what is decided by it is decided alike when a
+    run goes on. None where the device does not say, as of a CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

@@ -160,7 +160,9 @@ def prune(
             with _timed(observer, "experts"):
                 record.kept_experts = kept_experts(model, windows, recipe.experts.drop_experts, journal)
                 smaller = model.keeping(record.kept_experts)
-        layers = prune_model(smaller, windows, recipe, stream=stream, seed=seed, journal=journal, observer=observer)
+        layers = prune_model(
+            smaller, windows, recipe, stream=stream, seed=seed, teacher=model, journal=journal, observer=observer
+        )
         files = _write_checkpoint(smaller, layers, recipe, journal, masks_at is not None, observer)
         if evaluator:
             with _timed(observer, "evaluate"):

@@ -7,7 +7,8 @@ from typing import Any
 
 from convert.files import existing_parent
 from jaxprune.errors import Change, InputError
-from jaxprune.planning.machine import device_memory, host_memory
+from jaxprune.hardware import device_memory
+from jaxprune.planning.machine import host_memory
 from jaxprune.planning.preflight import need
 from jaxprune.planning.work import GIB, Need, Work
 from jaxprune.pruning.journal_folder import journal_folder

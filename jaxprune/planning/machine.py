@@ -40,11 +40,6 @@ def peak_bytes() -> dict[str, int]:
     return peaks
 
 
-def device_memory() -> int | None:
-    """Returns the bytes of a device that JAX may use; None where it does not say."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-
-
 def host_memory() -> int | None:
     """Returns the bytes that this process may have in all; None where the system does not say."""
     free = []

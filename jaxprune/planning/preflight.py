@@ -128,7 +128,7 @@ def programs_of(work: Work) -> Iterator[Program]:
     """Yields the programs of a run."""
     tokens = Hardware("gpu").tokens_per_batch if work.device_bytes else None
     shapes = Shapes(work.architecture, stored_dtype(work.spec), work.devices, tokens, work.device_bytes)
-    recipe = work.recipe
+    recipe, whole = work.recipe, shapes
     pattern = recipe.pattern or Unstructured(0.5)  # a given mask takes no more than selecting one
     if share := recipe.experts.drop_experts:
         yield from programs.of_experts(shapes, work.windows, work.length)
@@ -137,7 +137,7 @@ def programs_of(work: Work) -> Iterator[Program]:
         yield from programs.of_sensitivity(shapes, recipe.importance.windows_of(work.windows), work.length)
     yield from programs.of_pruning(_routing_all(shapes, recipe), work.windows, work.length, recipe.method, pattern)
     if recipe.tuning.tunes:
-        yield from programs.of_distillation(shapes, work.steps, work.placement, (work.held_out, work.length))
+        yield from programs.of_distillation(shapes, work.steps, work.placement, (work.held_out, work.length), whole)
     if recipe.quantize:
         yield from programs.of_quantization(_routing_all(shapes, recipe), work.windows, work.length, recipe.quantize)
     if work.evaluation:

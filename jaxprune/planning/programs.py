@@ -177,7 +177,11 @@ def of_sensitivity(shapes: Shapes, windows: int, length: int) -> Iterator[Progra
 
 
 def of_distillation(
-    shapes: Shapes, steps: TuningSteps, placement: Placement, held_out: tuple[int, int] = (0, 0)
+    shapes: Shapes,
+    steps: TuningSteps,
+    placement: Placement,
+    held_out: tuple[int, int] = (0, 0),
+    teacher: Shapes | None = None,
 ) -> Iterator[Program]:
     """Yields the programs of the distillation.
 
@@ -186,6 +190,7 @@ def of_distillation(
         steps: how it is done.
         placement: what stays on the device.
         held_out: windows that are held out, and tokens of one.
+        teacher: of the model towards which is tuned; None: the same.
     """
     architecture = shapes.architecture
     x = shapes.devices.abstract(Shape((*steps.shape, architecture.width), architecture.config.dtype), 0)
@@ -196,11 +201,12 @@ def of_distillation(
     tuned = [(layer, count, _Tuned.of(shapes, layer, x, placement)) for layer, count in shapes.layers.items()]
     stays = sum(count * one.stays for _, count, one in tuned)
     results = sum(count * one.results for _, count, one in tuned)
+    for layer, count in (teacher or shapes).layers.items():
+        passes, beside = count * sum(groups) / batch.shape[0], 2 * size_of(batch) + stays
+        visit = (teacher or shapes).layer_params(layer), batch, None
+        yield Program("tune", "dense forward", partial(apply_layer, layer), visit, passes, beside, donated=(1,))
     for layer, count, one in tuned:
-        forward, passes = partial(apply_layer, layer), count * sum(groups) / batch.shape[0]
-        visit, beside = (one.params, batch, None), 2 * size_of(batch) + stays
-        yield Program("tune", "dense forward", forward, visit, passes, beside, donated=(1,))
-        values, calls = one.kernels.values, count * steps.count
+        forward, values, calls = partial(apply_layer, layer), one.kernels.values, count * steps.count
         beside = stays - size_of(values) if placement.state else size_of(values)  # else the next layer's
         if placement.results:
             forward_and_vjp = partial(student.forward_and_vjp, layer)
@@ -234,7 +240,6 @@ class _Tuned(NamedTuple):
     """What a layer of one kind is called with in a distillation, and how many bytes of it stay on the device: of its
     kernels, and of a step's results."""
 
-    params: dict[str, Shape]
     kernels: adam.Kernels
     rest: dict[str, Shape]
     vjp: Any
@@ -256,7 +261,7 @@ class _Tuned(NamedTuple):
             kept, windows = jax.eval_shape(forward_and_vjp, kernels.values, rest, x)[1], x.shape[:1]
             vjp = jax.tree.map(lambda a: shapes.devices.abstract(a, 0 if a.shape[:1] == windows else None), kept)
         stays = size_of(kernels) if placement.state else 0
-        return cls(params, kernels, rest, vjp, stays, size_of(vjp) if placement.results else 0)
+        return cls(kernels, rest, vjp, stays, size_of(vjp) if placement.results else 0)
 
 
 def _fixed(moving: adam.Moving) -> adam.Fixed:

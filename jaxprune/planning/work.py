@@ -11,7 +11,6 @@ from convert import Spec
 from jaxprune import hardware
 from jaxprune.calibration.stream import HELD_OUT
 from jaxprune.models import Architecture
-from jaxprune.planning.machine import device_memory
 from jaxprune.planning.program import Flops
 from jaxprune.planning.targets import Target
 from jaxprune.pruning.student import Placement, placement_of
@@ -60,7 +59,7 @@ class Work:
     @functools.cached_property
     def placement(self) -> Placement:
         """What of a distillation stays on the devices."""
-        free = self.device_bytes or (None if self.on_cpu else device_memory())
+        free = self.device_bytes or (None if self.on_cpu else hardware.device_memory())
         return placement_of(self.architecture, self.steps.shape, self.devices.count, free)
 
     def states_bytes(self, windows: int, length: int) -> int:

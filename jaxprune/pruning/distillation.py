@@ -94,16 +94,18 @@ def distill(
     layers: Iterable[LayerResult],
     tuning: Tuning,
     *,
+    teacher: StreamedModel | None = None,
     journal: Journal | None = None,
     observer: Observer = SILENT,
 ) -> Iterator[LayerResult]:
     """Tunes pruned layers. Masks stay; so do the results of the kernels, which are those of their solves.
 
     Args:
-        model: the dense model.
+        model: what was pruned.
         text: what is tuned on.
         layers: all layers, as `loop.prune_layers` gives them; each is let go when it is taken up.
         tuning: how.
+        teacher: the model towards which is tuned; None: the one that was pruned.
         journal: where the state is kept now and then, and taken from where it is kept already; None: nothing is kept.
         observer: is told each step, and each measure of the divergence on what is held out.
 
@@ -113,7 +115,8 @@ def distill(
     steps = text.steps
     student = Student(model, layers, steps.shape)
     rate = Rate(tuning.tune_rate, steps.count, steps.tokens)
-    held_out = HeldOut(model, text.held_out) if text.held_out is not None else None
+    teacher = teacher or model
+    held_out = HeldOut(teacher, text.held_out) if text.held_out is not None else None
     begin = 0
     observer.started("tuning", steps.count, "steps")
     if kept := kept_tuning.restore(journal, student.state):
@@ -125,7 +128,7 @@ def distill(
                 observer.divergence_measured(*point)
     elif held_out:
         observer.divergence_measured(0, held_out.measure(student, 0))
-    for number, (tokens, dense) in enumerate(_with_dense(model, text, begin), begin + 1):
+    for number, (tokens, dense) in enumerate(_with_dense(teacher, text, begin), begin + 1):
         divergence = student.step(tokens, dense, number, partial(rate.of, number))
         observer.step_done(number, steps.count, divergence)
         if held_out and number in steps.measured:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxprune import hardware
 from jaxprune.errors import InputError
 from jaxprune.methods import gram
 from jaxprune.models import Layer, Part
@@ -117,8 +118,7 @@ def most_bytes(device_bytes: float | None = None) -> float:
         device_bytes: its memory; None: as this machine's device has it.
     """
     if device_bytes is None:
-        memory = jax.local_devices()[0].memory_stats() or {}
-        device_bytes = memory.get("bytes_limit")
+        device_bytes = hardware.device_memory()
     return CPU_BYTES if device_bytes is None else SHARE * device_bytes
 
 

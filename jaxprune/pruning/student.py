@@ -60,8 +60,7 @@ class Student:
 
     def __init__(self, model: StreamedModel, layers: Iterable[LayerResult], window: tuple[int, int]) -> None:
         architecture = model.architecture
-        memory = (jax.local_devices()[0].memory_stats() or {}) if not hardware.current().on_cpu else None
-        free = None if memory is None else memory.get("bytes_limit", 0) - memory.get("bytes_in_use", 0)
+        free = None if hardware.current().on_cpu else hardware.device_memory() or 0
         self._model = model
         self._placement = placement_of(architecture, window, model.devices.count, free)
         self._results: list[LayerResult] = []

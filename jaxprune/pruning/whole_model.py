@@ -34,17 +34,19 @@ def prune_model(
     *,
     stream: TextStream | None = None,
     seed: int = 0,
+    teacher: StreamedModel | None = None,
     journal: Journal | None = None,
     observer: Observer = SILENT,
 ) -> Iterator[LayerResult]:
     """Yields the layers as they are to be stored, in order; no checkpoint is written.
 
     Args:
-        model: the dense model.
+        model: the dense model, or what is left of it when experts are dropped.
         tokens: calibration windows, [windows, length] token ids.
         recipe: what to do.
         stream: the text that is tuned on, where the recipe takes tokens of one.
         seed: the seed of the order of calibration windows in the distillation.
+        teacher: the model towards which is tuned: with all of its experts; None: the same.
         journal: where all that is finished is kept, and taken from where it is kept already; None: nothing is kept.
         observer: is told each layer as soon as it is pruned, which with distillation is long before it is yielded, and
             again when it is quantized; each step; and the seconds of each phase but those in the layers' results.
@@ -63,7 +65,7 @@ def prune_model(
         text = distillation.of_windows(tokens, tuning, seed)
     layers = _pruned(model, tokens, recipe, target, named, journal, observer)
     if text:
-        layers = _distilled(model, text, layers, tuning, journal, observer)
+        layers = _distilled(model, teacher or model, text, layers, tuning, journal, observer)
     return _quantized(model, tokens, layers, recipe, journal, observer) if recipe.quantize else layers
 
 
@@ -138,6 +140,7 @@ def _pruned(
 
 def _distilled(
     model: StreamedModel,
+    teacher: StreamedModel,
     text: Text,
     layers: Iterator[LayerResult],
     tuning: Tuning,
@@ -151,7 +154,7 @@ def _distilled(
     every = list(layers)
     start = time.perf_counter()
     released = (every.pop(0) for _ in range(len(every)))
-    for layer in distill(model, text, released, tuning, journal=journal, observer=observer):
+    for layer in distill(model, text, released, tuning, teacher=teacher, journal=journal, observer=observer):
         observer.phase_timed("tune", time.perf_counter() - start)
         finished.put(layer)
         yield layer

@@ -24,7 +24,7 @@ from jaxprune.streaming.model import StreamedModel, apply
 from jaxprune.streaming.observer import SILENT, Observer
 
 SHARE = 0.5
-"""Of the memory that is free, the most that layers may take to stay, and that what they keep of texts may take."""
+"""Of the memory, the most that layers may take to stay, and that what they keep of texts may take."""
 MOST_TOKENS = 2**14
 """Tokens of prompts that go through a layer at a time, padding included."""
 BLOCK = 32
@@ -106,7 +106,7 @@ class _Layers:
     def __init__(self, model: StreamedModel) -> None:
         self._model = model
         size = sum(p.size * p.dtype.itemsize for layer in model.architecture.layers for p in layer.spec.values())
-        self._kept: list[Mapping[str, Array]] | None = [] if size < SHARE * _free() else None
+        self._kept: list[Mapping[str, Array]] | None = [] if size < SHARE * _memory() else None
 
     def __iter__(self) -> Iterator[tuple[int, Mapping[str, Array]]]:
         if self._kept:
@@ -119,12 +119,11 @@ class _Layers:
             yield index, own
 
 
-def _free() -> float:
-    """Returns bytes of the device's memory that are free; of a CPU's, all that there are."""
+def _memory() -> int:
+    """Returns bytes of the device's memory; of a CPU's, all that there are."""
     if hardware.current().on_cpu:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    found = jax.local_devices()[0].memory_stats() or {}
-    return float(found.get("bytes_limit", 0) - found.get("bytes_in_use", 0))
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return hardware.device_memory() or 0
 
 
 def _batches(
@@ -132,7 +131,7 @@ def _batches(
 ) -> Iterator[Sequence[int]]:
     """Yields numbers of prompts of similar length, as many as have room, and what is kept of them."""
     order = sorted(set(range(len(prompts))) - made, key=lambda number: (len(prompts[number]), number))
-    room, longest = SHARE * _free() / 2, 0
+    room, longest = SHARE * _memory() / 2, 0
     batch: list[int] = []
     for number in order:
         longest = max(longest, len(prompts[number]) + most[number])

@@ -47,7 +47,7 @@ def every_program(args: argparse.Namespace) -> list[Program]:
     shapes = Shapes(model(SIZES[args.size], args.dtype), args.dtype, ONE_DEVICE)
     sizes = args.windows, args.length
     steps = TuningSteps.of(PRESETS["best"].tuning, *sizes)
-    placement = placement_of(shapes.architecture, steps.shape, 1, machine.device_memory())
+    placement = placement_of(shapes.architecture, steps.shape, 1, hardware.device_memory())
     return [
         *programs.of_pruning(shapes, *sizes, ADMM(), Unstructured(0.7)),
         *programs.of_sensitivity(shapes, *sizes),

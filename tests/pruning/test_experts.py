@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from convert import open_checkpoint
-from jaxprune import load
+from jaxprune import Magnitude, Observer, Recipe, load
+from jaxprune import prune as prune_whole
 from jaxprune.commands.progress import short_names
 from jaxprune.commands.prune import main as prune
 from jaxprune.commands.verify import main as verify
@@ -24,7 +25,7 @@ from jaxprune.pruning.layer import least_damping
 from jaxprune.pruning.loop import prune_layers
 from jaxprune.pruning.rules import by_rules
 from jaxprune.pruning.snapshot import capture
-from jaxprune.recipe_parts import Rule
+from jaxprune.recipe_parts import Experts, Rule, Tuning
 from jaxprune.sparsity.patterns import NM, Unstructured
 from jaxprune.streaming.model import StreamedModel
 from tests.helpers import families
@@ -187,6 +188,28 @@ def test_a_run_drops_experts_and_prunes_the_rest(here: Path, capsys: pytest.Capt
     assert "the masks are of more experts than the 3 of layer 0 that stay" in capsys.readouterr().err
     for name in ("out", "again"):
         assert verify([name]) == 0
+
+
+class First(Observer):
+    """Remembers the divergence before the first step."""
+
+    divergence = 0.0
+
+    def step_done(self, number: int, steps: int, divergence: float) -> None:
+        self.divergence = divergence if number == 1 else self.divergence
+
+
+def test_what_is_left_is_tuned_towards_the_model_with_all_experts(here: Path) -> None:
+    """Before the first step, where hardly a weight is zero, it is as far from that as the dropped experts make it."""
+    model, seen = load("dense"), First()
+    recipe = Recipe(
+        Magnitude(), Unstructured(1e-4), experts=Experts(drop_experts=0.5), tuning=Tuning(tune_epochs=1, tune_windows=4)
+    )
+    prune_whole(model, WINDOWS, recipe, "out", observer=seen)
+    smaller = model.keeping(kept_experts(model, WINDOWS, 0.5))
+    p, q = (jax.nn.log_softmax(one.logits(WINDOWS), axis=-1) for one in (model, smaller))
+    expected = float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1)))
+    assert seen.divergence == pytest.approx(expected, rel=0.02) and expected > 1e-4
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def test_it_does_not_matter_what_has_room(checkpoint: Path, monkeypatch: pytest.
     model = load(checkpoint)
     prompts = [[1, 2, 3], [4], [5, 6]]
     expected = generate(model, prompts, [4, 4, 4], lambda number, made: False)
-    monkeypatch.setattr(generation, "_free", lambda: 1.0)  # a layer at a time, and a text
+    monkeypatch.setattr(generation, "_memory", lambda: 1)  # a layer at a time, and a text
     assert generate(model, prompts, [4, 4, 4], lambda number, made: False) == expected
 
 
