@@ -10,6 +10,7 @@ long each takes over the least time of its products, arguments and results, its 
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -38,7 +39,8 @@ COLUMNS = "checkpoint", "recipe", "target", "GiB of a device", "fits", "PFLOP", 
 
 def planned(model: str, recipe: str, target_name: str) -> tuple[Need, list[str]]:
     """Returns what a run needs on a target, and its row."""
-    name, _, count = (target_name, "", "1") if target_name in TARGETS else target_name.rpartition("x")
+    found = re.fullmatch(r"(.+)x(\d+)", target_name) if target_name not in TARGETS else None
+    name, count = found.groups() if found else (target_name, "1")
     target = target_of(name)
     family, config = MODELS[model]
     with tempfile.TemporaryDirectory() as folder, writing_for(target.hardware), without_cache():

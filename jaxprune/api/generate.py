@@ -85,12 +85,19 @@ def generate(
             place.check()
         made = _decoded(model, _written(model, begun, kept, length, seed, observer, journal))
         content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in made)
-        if not (os.path.lexists(place.path) and read_bytes(place.path) == content.encode()):  # else only to tidy up
+        if not _holds(place.path, content.encode()):  # else there is only to tidy up
             known.require_unchanged()
             with staged(place) as file:
                 write_text(file, content)
         publishing.remove(journal)
     return made
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Returns whether a file is there that has this content."""
+    if not os.path.lexists(path) or path.lstat().st_size != len(content):
+        return False
+    return read_bytes(path, len(content)) == content
 
 
 def _documents(source: str, model: StreamedModel) -> Texts:

@@ -4,12 +4,13 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from convert.paths import inputs_of, paths_of, require_apart
+from convert.paths import inputs_of, require_apart
 from jaxprune.api.generate import file_of, generate
 from jaxprune.api.load import load
 from jaxprune.commands.computation_options import ComputationOptions
 from jaxprune.commands.options import CommandLine, Section, make, require_at_least, require_positive
 from jaxprune.commands.progress import Progress
+from jaxprune.commands.prune import source_paths
 from jaxprune.commands.terminal import choose_devices, console, keep_memory, run_main
 from jaxprune.errors import InputError
 from jaxprune.pruning.journal_folder import journal_folder
@@ -64,7 +65,7 @@ def _main(argv: Sequence[str]) -> None:
     place = file_of(wanted.out)
     keep_memory(large=True)
     model = load(given["checkpoint"], dtype=wanted.computation_dtype, devices=choose_devices(wanted.device))
-    inputs = {"a checkpoint": inputs_of(model.source), "prompts": paths_of(wanted.prompts)}
+    inputs = {"a checkpoint": inputs_of(model.source), "prompts": source_paths(wanted.prompts)}
     require_apart(inputs, {"out": place.path, "out.unfinished": journal_folder(place.path)}, error=InputError)
     with Progress() as progress:
         made = generate(

@@ -103,7 +103,7 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
 
 
 def source_paths(sources: str | None) -> list[Path]:
-    """Returns the paths that --calib or --tune-text names; none where it is not given."""
+    """Returns the paths that --calib, --tune-text or --prompts names; none where it is not given."""
     from convert.paths import paths_of
     from jaxprune.calibration import sources_of
 

@@ -18,7 +18,7 @@ from convert import Spec, formats, part_of
 from convert.assets import read_config
 from convert.hub import resolve
 from jaxprune import hardware
-from jaxprune.hardware import Hardware, writing_for
+from jaxprune.hardware import writing_for
 from jaxprune.models import Architecture, architecture_of, stored_dtype
 from jaxprune.planning import hlo, machine, programs
 from jaxprune.planning.machine import peak_bytes
@@ -126,8 +126,7 @@ def need_of_evaluation(
 
 def programs_of(work: Work) -> Iterator[Program]:
     """Yields the programs of a run."""
-    tokens = Hardware("gpu").tokens_per_batch if work.device_bytes else None
-    shapes = Shapes(work.architecture, stored_dtype(work.spec), work.devices, tokens, work.device_bytes)
+    shapes = Shapes(work.architecture, stored_dtype(work.spec), work.devices, work.batch_tokens, work.device_bytes)
     recipe, whole = work.recipe, shapes
     pattern = recipe.pattern or Unstructured(0.5)  # a given mask takes no more than selecting one
     if share := recipe.experts.drop_experts:
@@ -239,6 +238,8 @@ def _states(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
     if "tune" in phases:
         of_steps = work.states_bytes(max(work.dense_groups), work.steps.length)
         found["tune"] = of_steps + 2 * work.states_bytes(work.held_out, work.length)  # the dense model's, the student's
+        if not work.placement.results:  # the layers' inputs, until their backward pass
+            found["tune"] += len(work.architecture.layers) * work.states_bytes(*work.steps.shape)
     if "sensitivity" in phases:
         some = work.states_bytes(work.recipe.importance.windows_of(work.windows), work.length)
         inputs = (len(work.architecture.layers) + 1) * some

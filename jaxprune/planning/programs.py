@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import ShapeDtypeStruct as Shape
 
 from jaxprune.evaluation import text
@@ -195,16 +196,20 @@ def of_distillation(
     architecture = shapes.architecture
     x = shapes.devices.abstract(Shape((*steps.shape, architecture.width), architecture.config.dtype), 0)
     head = shapes.params(architecture.head.spec, architecture.config.dtype)
-    groups = steps.groups(size_of(x) // steps.tokens)
+    groups = steps.groups(architecture.width * np.dtype(architecture.config.dtype).itemsize, shapes.tokens)
     batch, measures = shapes.batch(groups[0], steps.length), 1 + len(steps.measured)
     whole, held_out_tokens = shapes.batch(*held_out) if held_out[0] else batch, held_out[0] * held_out[1]
     tuned = [(layer, count, _Tuned.of(shapes, layer, x, placement)) for layer, count in shapes.layers.items()]
     stays = sum(count * one.stays for _, count, one in tuned)
     results = sum(count * one.results for _, count, one in tuned)
     for layer, count in (teacher or shapes).layers.items():
-        passes, beside = count * sum(groups) / batch.shape[0], 2 * size_of(batch) + stays
-        visit = (teacher or shapes).layer_params(layer), batch, None
-        yield Program("tune", "dense forward", partial(apply_layer, layer), visit, passes, beside, donated=(1,))
+        forward, params, passes = partial(apply_layer, layer), (teacher or shapes).layer_params(layer), sum(groups)
+        for name, states, windows in (("", batch, passes), (" of what is held out", whole, held_out[0])):
+            calls, beside = count * windows / states.shape[0], 2 * size_of(states) + stays
+            if windows:
+                yield Program(
+                    "tune", f"dense forward{name}", forward, (params, states, None), calls, beside, donated=(1,)
+                )
     for layer, count, one in tuned:
         forward, values, calls = partial(apply_layer, layer), one.kernels.values, count * steps.count
         beside = stays - size_of(values) if placement.state else size_of(values)  # else the next layer's
@@ -213,8 +218,8 @@ def of_distillation(
             yield Program("tune", "forward", forward_and_vjp, (values, one.rest, x), calls, beside + results)
         else:
             yield Program("tune", "forward", forward, (values | one.rest, x, None), calls, beside, donated=(1,))
-        if held_out[0]:  # the dense model once, the student with each measure
-            times, visit = count * (1 + measures) * held_out[0] / whole.shape[0], (values | one.rest, whole, None)
+        if held_out[0]:
+            times, visit = count * measures * held_out[0] / whole.shape[0], (values | one.rest, whole, None)
             in_flight = beside + 2 * size_of(whole)
             yield Program("tune", "held-out forward", forward, visit, times, in_flight, donated=(1,))
         pull_back, arguments = partial(student.pull_back, layer), (values, one.rest, one.vjp, x)

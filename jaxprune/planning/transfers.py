@@ -41,4 +41,6 @@ def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
     }
     if steps.count and not work.placement.state:  # values for the forward pass, then values and moments up and down
         found["tune"] += (steps.count * (4 + 2 * adam.BYTES) + measures * 4) * pruned
+    if steps.count and not work.placement.results:  # each layer's input, down and up again
+        found["tune"] += 2 * layers * steps.count * work.states_bytes(*steps.shape)
     return {phase: found[phase] for phase in phases}

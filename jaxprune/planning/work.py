@@ -10,9 +10,11 @@ import numpy as np
 from convert import Spec
 from jaxprune import hardware
 from jaxprune.calibration.stream import HELD_OUT
+from jaxprune.hardware import Hardware
 from jaxprune.models import Architecture
 from jaxprune.planning.program import Flops
 from jaxprune.planning.targets import Target
+from jaxprune.pruning.experts import without_experts
 from jaxprune.pruning.student import Placement, placement_of
 from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.recipe import Recipe
@@ -56,11 +58,17 @@ class Work:
         """Whether the device's memory is the host's."""
         return hardware.current().on_cpu and self.device_bytes is None
 
+    @property
+    def batch_tokens(self) -> int | None:
+        """Tokens on a device at a time; None: as this machine's takes them."""
+        return Hardware("gpu").tokens_per_batch if self.device_bytes else None
+
     @functools.cached_property
     def placement(self) -> Placement:
         """What of a distillation stays on the devices."""
-        free = self.device_bytes or (None if self.on_cpu else hardware.device_memory())
-        return placement_of(self.architecture, self.steps.shape, self.devices.count, free)
+        memory = self.device_bytes or (None if self.on_cpu else hardware.device_memory() or 0)
+        architecture = without_experts(self.architecture, self.recipe.experts.drop_experts)
+        return placement_of(architecture, self.steps.shape, self.devices.count, memory)
 
     def states_bytes(self, windows: int, length: int) -> int:
         """Returns the bytes of hidden states."""
@@ -79,7 +87,7 @@ class Work:
     @property
     def dense_groups(self) -> list[int]:
         """Of how many of its windows the dense model's hidden states are computed together, group by group."""
-        return self.steps.groups(self.states_bytes(1, 1))
+        return self.steps.groups(self.states_bytes(1, 1), self.batch_tokens)
 
     @property
     def pruned_weights(self) -> int:

@@ -46,7 +46,7 @@ class Text(NamedTuple):
     """What is tuned on.
 
     Attributes:
-        steps: in numbers.
+        steps: they, counted.
         batches: the number of a step -> the windows of that step and of those after it.
         held_out: windows that no step sees; None: there are none.
     """
@@ -180,7 +180,7 @@ def _with_dense(
     computed for whole groups of steps, see `TuningSteps.together`, in a group for equal windows once."""
     together = text.steps.together(model.architecture.width * model.dtype.itemsize)
     first = begin // together * together
-    batches = text.batches(first)
+    batches = text.batches(first) if begin < text.steps.count else iter(())
     while group := list(islice(batches, together)):
         numbers: dict[bytes, int] = {}
         chosen = [[numbers.setdefault(window.tobytes(), len(numbers)) for window in batch] for batch in group]

@@ -50,7 +50,7 @@ class Student:
     """A pruned model whose kernels move.
 
     Args:
-        model: the dense model.
+        model: what was pruned.
         layers: all layers, as `loop.prune_layers` gives them; each is let go when it is taken up.
         window: windows of a step, and tokens of a window.
 
@@ -60,9 +60,9 @@ class Student:
 
     def __init__(self, model: StreamedModel, layers: Iterable[LayerResult], window: tuple[int, int]) -> None:
         architecture = model.architecture
-        free = None if hardware.current().on_cpu else hardware.device_memory() or 0
+        memory = None if hardware.current().on_cpu else hardware.device_memory() or 0
         self._model = model
-        self._placement = placement_of(architecture, window, model.devices.count, free)
+        self._placement = placement_of(architecture, window, model.devices.count, memory)
         self._results: list[LayerResult] = []
         self._rest: list[dict[str, np.ndarray]] = []
         self._dtypes: list[dict[str, np.dtype]] = []
@@ -171,7 +171,7 @@ class Student:
 
 
 def placement_of(
-    architecture: Architecture, window: tuple[int, int], devices: int = 1, free: float | None = None
+    architecture: Architecture, window: tuple[int, int], devices: int = 1, memory: float | None = None
 ) -> Placement:
     """Returns what fits a device, beside what a layer takes while it is visited.
 
@@ -179,7 +179,7 @@ def placement_of(
         architecture: of the model whose kernels are tuned.
         window: windows of a step, and their length.
         devices: how many the kernels are spread over.
-        free: bytes of a device; None: it is a CPU, which has all that the host has.
+        memory: bytes of a device; None: it is a CPU, which has all that the host has.
     """
     dtype = np.dtype(architecture.config.dtype)
     rows = window[0] if window[0] % devices else window[0] // devices
@@ -192,11 +192,11 @@ def placement_of(
         own = _bytes(jax.eval_shape(lambda values: {n: adam.moving_of(v) for n, v in values.items()}, values))
         state, results, largest = state + count * own, results + count * kept, max(largest, own)
         visit = max(visit, 2 * kept + _bytes(values) // 4 * dtype.itemsize)  # and gradients
-    if free is None:
+    if memory is None:
         return Placement(True, results < CPU_BYTES)
     outer = sum(shape.size for part in (architecture.embed, architecture.head) for shape in part.spec.values())
     logits = 6 * 4 * CHUNK // 2 * architecture.config.vocab_size
-    free = SHARE * free - visit - logits - outer * dtype.itemsize
+    free = SHARE * memory - visit - logits - outer * dtype.itemsize
     stays = state / devices < free
     return Placement(stays, results < free - (state if stays else 3 * largest) / devices)
 

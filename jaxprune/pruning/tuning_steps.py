@@ -11,7 +11,7 @@ MEASURES = 16
 """How often the divergence on held-out windows is measured at most, behind the first time, before the first step."""
 SHARE = 5
 """What is tuned on between two measures, at least, in tokens over those of the windows that are held out: a measure
-takes a quarter of a step's time a token, so all take a twentieth."""
+takes a quarter of a step's time a token, so all take about a twentieth, more where the text is short."""
 DENSE_BYTES = 2**31
 """The most of the dense model's hidden states that are kept at a time: of LLaMA-7B those of 128 windows of 2048 tokens
 in 16 bits."""
@@ -69,27 +69,32 @@ class TuningSteps:
         """Tokens of a step."""
         return self.windows * self.length
 
-    def together(self, state: int) -> int:
+    def together(self, state: int, batch_tokens: int | None = None) -> int:
         """Returns of how many steps, from the first on, the dense model's hidden states are computed together.
 
         A run that goes on computes them in the same groups, for the shape of a product decides how it is rounded. Of a
-        stream a group lasts from one measure to the next, so that a run that goes on computes little again.
+        stream a group lasts about as long as from one measure to the next, so that a run that goes on computes little
+        again.
 
         Args:
             state: bytes of a token's hidden state.
+            batch_tokens: tokens that a layer takes at a time; None: as this machine's device does.
         """
         most = DENSE_BYTES // (self.length * state)
         if not self.measured and self.different <= most:
             return max(1, self.count)
+        batch = max(1, (batch_tokens or hardware.current().tokens_per_batch) // self.length)
+        whole = batch // math.gcd(batch, self.windows)  # steps whose windows make whole batches
         steps = max(1, most // self.windows)
+        steps = steps // whole * whole or steps
         if self.measured:
-            steps = min(steps, math.ceil(self.count / len(self.measured)))
-        batch = max(1, hardware.current().tokens_per_batch // self.length)
-        return steps // batch * batch or steps  # whole batches, of which each layer takes one at a time
+            between = math.ceil(self.count / len(self.measured))
+            steps = min(steps, between if between < whole else math.ceil(between / whole) * whole)
+        return steps
 
-    def groups(self, state: int) -> list[int]:
+    def groups(self, state: int, batch_tokens: int | None = None) -> list[int]:
         """Returns of how many windows, at most, those hidden states are computed for each such group; see
         `together`."""
-        steps = self.together(state)
+        steps = self.together(state, batch_tokens)
         sizes = [min(steps, self.count - begin) for begin in range(0, self.count, steps)]
         return [min(size * self.windows, self.different) for size in sizes]

@@ -65,7 +65,7 @@ def prune_model(
         text = distillation.of_windows(tokens, tuning, seed)
     layers = _pruned(model, tokens, recipe, target, named, journal, observer)
     if text:
-        layers = _distilled(model, teacher or model, text, layers, tuning, journal, observer)
+        layers = _distilled(model, teacher, text, layers, tuning, journal, observer)
     return _quantized(model, tokens, layers, recipe, journal, observer) if recipe.quantize else layers
 
 
@@ -140,7 +140,7 @@ def _pruned(
 
 def _distilled(
     model: StreamedModel,
-    teacher: StreamedModel,
+    teacher: StreamedModel | None,
     text: Text,
     layers: Iterator[LayerResult],
     tuning: Tuning,

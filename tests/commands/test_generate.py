@@ -119,6 +119,7 @@ def test_prompts_of_two_texts_take_turns(checkpoint: Path, tmp_path: Path) -> No
         ("own.jsonl --prompts empty.jsonl", "empty.jsonl"),
         ("own.jsonl --seed -1", "--seed"),
         ("mine.jsonl --prompts mine.jsonl", "it already exists"),
+        ("folder/own.jsonl --prompts mine.jsonl:2,folder", "prompts"),
         ("own.jsonl --tokens 1k --length 1M", "positions"),
     ],
 )
@@ -134,6 +135,8 @@ def test_what_cannot_be_written_is_refused_before_work(
     Path("mine.jsonl").write_text('{"text": "mine"}\n')
     Path("link.jsonl").symlink_to("mine.jsonl")
     Path("folder.jsonl").mkdir()
+    Path("folder").mkdir()
+    Path("folder/theirs.jsonl").write_text('{"text": "theirs"}\n')
     Path("empty.jsonl").touch()
     Path("ids.npy").touch()
     Path("no").mkdir()
