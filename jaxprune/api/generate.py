@@ -71,7 +71,7 @@ def generate(
     if prompts is not None:
         weights = sources_of(prompts)
         sources = {name: _documents(name, model) for name in weights}
-        digests = [[weights[name], texts.digest()] for name, texts in sources.items()]
+        digests = [[weights[name], texts.measure()[0]] for name, texts in sources.items()]
         asked |= {"prompts": digests, "prompt_tokens": prompt_tokens}
         beginnings = {name: _beginnings(texts, begun[0], prompt_tokens, seed) for name, texts in sources.items()}
         begun = [next(beginnings[name]) for name in islice(interleaved(weights), len(begun))]

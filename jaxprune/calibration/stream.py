@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, count, islice
 from typing import Any
@@ -43,6 +43,7 @@ class TextStream:
         length: as given.
         held_out: those windows, int32 [held_out, length].
         digest: SHA-256 of all of the text, or of its ids.
+        tokens: about how many come before any text comes again, by how long the tokens of the held-out documents are.
 
     Raises:
         InputError: no such source, or too little text: not one window beside those that are held out.
@@ -71,6 +72,8 @@ class TextStream:
         digests = [one.digest for one in self._sources.values()]
         together = repr([*zip(self._weights.values(), digests, strict=True)])
         self.digest = digests[0] if len(digests) == 1 else hashlib.sha256(together.encode()).hexdigest()
+        whole = sum(self._weights.values())
+        self.tokens = min(int(self._sources[name].tokens * whole / share) for name, share in self._weights.items())
 
     def as_json(self) -> dict[str, Any]:
         """Returns all that decides the windows, as `reporting.schema.TuningText` has it."""
@@ -104,8 +107,8 @@ class _Source:
 
     def __init__(self, name: str, documents: "Texts | _Rows", length: int, seed: int, held_out: int) -> None:
         self._documents, self._length, self._seed = documents, length, seed
-        self.digest = documents.digest()
-        self._order = np.random.default_rng(seed).permutation(len(documents))
+        self.digest, size = documents.measure()
+        order = self._order = np.random.default_rng(seed).permutation(len(documents))
         ids = np.zeros(0, np.int32)
         while len(ids) < held_out * length and len(self._order):
             ids = np.concatenate([ids, documents.joined(int(self._order[-1]))])
@@ -123,6 +126,8 @@ class _Source:
                 options={"tune_text": Change.OTHER, "seqlen": Change.LOWER},
             )
         self.held_out = ids[: held_out * length].reshape(held_out, length)
+        sample = order[len(self._order) :] if held_out else order[:1]
+        self.tokens = documents.tokens_of(size, sample.tolist()) - held_out * length
 
     def windows(self) -> Iterator[tuple[int, Int[np.ndarray, "t"]]]:
         """Yields windows without end, each with the number of its epoch."""
@@ -157,8 +162,11 @@ class _Rows:
     def joined(self, index: int) -> Int[np.ndarray, "_"]:
         return self._rows[index].astype(np.int32)
 
-    def digest(self) -> str:
+    def measure(self) -> tuple[str, int]:
         whole = hashlib.sha256()
         for row in self._rows:
             whole.update(row.astype(np.int32).tobytes())
-        return whole.hexdigest()
+        return whole.hexdigest(), self._rows.size
+
+    def tokens_of(self, size: int, sample: Sequence[int]) -> int:
+        return size

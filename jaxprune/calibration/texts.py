@@ -71,13 +71,23 @@ class Texts:
         """Yields the token ids of all documents as one text."""
         return in_pieces(self._tokenizer, self._fragments(), special=not self._chat)
 
-    def digest(self) -> str:
-        """Returns the SHA-256 of all of the text."""
-        whole = hashlib.sha256()
+    def measure(self) -> tuple[str, int]:
+        """Returns the SHA-256 of all of the text, and its characters."""
+        whole, size = hashlib.sha256(), 0
         for document in self._documents:
             content = document.encode()
             whole.update(len(content).to_bytes(8, "big") + content)
-        return whole.hexdigest()
+            size += len(document)
+        return whole.hexdigest(), size
+
+    def tokens_of(self, characters: int, sample: Sequence[int]) -> int:
+        """Returns about how many tokens so many characters have, by those of some documents."""
+        tokens, size = (sum(map(len, found)) for found in zip(*map(self._both, sample), strict=True))
+        return round(characters * tokens / max(1, size))
+
+    def _both(self, index: int) -> tuple[Int[np.ndarray, "_"], str]:
+        """Returns a document's token ids, and itself."""
+        return self.joined(index), self._documents[index]
 
     def _fragments(self) -> Iterator[str]:
         for index in range(len(self)):

@@ -14,6 +14,7 @@ References:
     Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), for the loss.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -36,6 +37,7 @@ from jaxprune.recipe_parts import Tuning
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
 
+log = logging.getLogger(__name__)
 FAR = 0.75
 """Nats from the dense model, from which on the rate is all that it may be."""
 FIRST = 2048
@@ -70,6 +72,13 @@ def of_windows(tokens: Int[np.ndarray, "w t"], tuning: Tuning, seed: int) -> Tex
 def of_stream(stream: TextStream, tuning: Tuning) -> Text:
     """Returns a stream as what is tuned on."""
     steps = TuningSteps.of(tuning, 1, stream.length, stream.held_out.size)
+    if stream.tokens < steps.count * steps.tokens:
+        log.warning(
+            "the text to tune on has about %s tokens beside those that are held out: %s take it %.1f times",
+            f"{stream.tokens:,}",
+            f"{steps.count * steps.tokens:,}",
+            steps.count * steps.tokens / max(1, stream.tokens),
+        )
     count, (each, _) = steps.windows, tuning.pieces(1, stream.length)
 
     def batches(begin: int) -> Iterator[np.ndarray]:

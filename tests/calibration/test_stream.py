@@ -61,6 +61,17 @@ def test_of_one_document_the_beginning_is_held_out(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.stack(list(islice(found.windows(), 4))).reshape(-1), ids[32 : 32 + 64])
 
 
+def test_a_text_tells_about_how_many_tokens_it_has(rows: Path, tmp_path: Path) -> None:
+    assert stream(rows).tokens == np.load(rows).size - stream(rows).held_out.size
+    tokenizer, text = tiny.tokenizer(), tmp_path / "text.jsonl"
+    tiny.write_text(text, documents=60)
+    found = TextStream(str(text), tokenizer, 16, held_out=4)
+    once = [window for window in islice(found._sources[str(text)].windows(), 10_000) if window[0] == 0]
+    assert found.tokens == pytest.approx(16 * len(once), rel=0.1)
+    both = TextStream(f"{text}:3,{rows}:1", tokenizer, 16, held_out=4)
+    assert both.tokens == pytest.approx(min(found.tokens * 4 / 3, np.load(rows).size * 4), rel=0.1)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_no_book_is_held_out_whole(seed: int, tmp_path: Path) -> None:
     """Of two long documents, one of which has the held-out windows, and of rows longer than a window, all else is

@@ -290,6 +290,13 @@ def of_ids(tmp_path: Path, held_out: int = 4) -> TextStream:
     return TextStream(str(tmp_path / "ids.npy"), None, 32, held_out=held_out)
 
 
+def test_too_short_a_text_is_said_before_the_work(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    of_stream(of_ids(tmp_path), Tuning(tune_tokens=76 * 32))
+    assert not caplog.text
+    of_stream(of_ids(tmp_path), Tuning(tune_tokens=152 * 32))
+    assert "about 2,432 tokens beside those that are held out: 4,864 take it 2.0 times" in caplog.text
+
+
 @pytest.mark.parametrize("to_end", [False, True])
 def test_the_best_step_on_what_is_held_out_is_kept(
     to_end: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
