@@ -68,7 +68,7 @@ class Work:
         """What of a distillation stays on the devices."""
         memory = self.device_bytes or (None if self.on_cpu else hardware.device_memory() or 0)
         architecture = without_experts(self.architecture, self.recipe.experts.drop_experts)
-        return placement_of(architecture, self.steps.shape, self.devices.count, memory)
+        return placement_of(architecture, self.steps.shape, self.devices.count, memory, self.batch_tokens)
 
     def states_bytes(self, windows: int, length: int) -> int:
         """Returns the bytes of hidden states."""

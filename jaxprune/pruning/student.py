@@ -171,33 +171,41 @@ class Student:
 
 
 def placement_of(
-    architecture: Architecture, window: tuple[int, int], devices: int = 1, memory: float | None = None
+    architecture: Architecture,
+    window: tuple[int, int],
+    devices: int = 1,
+    memory: float | None = None,
+    batch_tokens: int | None = None,
 ) -> Placement:
-    """Returns what fits a device, beside what a layer takes while it is visited.
+    """Returns what fits a device, beside what a layer takes while it is visited, and while a batch goes through the
+    dense model.
 
     Args:
         architecture: of the model whose kernels are tuned.
         window: windows of a step, and their length.
         devices: how many the kernels are spread over.
         memory: bytes of a device; None: it is a CPU, which has all that the host has.
+        batch_tokens: tokens of such a batch on each device; None: as this machine's takes them.
     """
     dtype = np.dtype(architecture.config.dtype)
     rows = window[0] if window[0] % devices else window[0] // devices
     x = jax.ShapeDtypeStruct((rows, window[1], architecture.width), dtype)
-    state = results = visit = largest = 0
+    batches = max(1.0, (batch_tokens or hardware.current().tokens_per_batch) / (rows * window[1]))
+    state = results = visit = largest = dense = 0
     for layer, count in Counter(architecture.layers).items():
         values = {f"{path}.kernel": jax.ShapeDtypeStruct(s, jnp.float32) for path, s in layer.linears.items()}
         rest = {name: shape for name, shape in layer.spec.items() if name not in values}
         kept = _bytes(jax.eval_shape(partial(forward_and_vjp, layer), values, rest, x)[1])
         own = _bytes(jax.eval_shape(lambda values: {n: adam.moving_of(v) for n, v in values.items()}, values))
         state, results, largest = state + count * own, results + count * kept, max(largest, own)
-        visit = max(visit, 2 * kept + _bytes(values) // 4 * dtype.itemsize)  # and gradients
+        gradients = weights = _bytes(values) // 4 * dtype.itemsize
+        visit, dense = max(visit, 2 * kept + gradients), max(dense, int(batches * kept) + weights)
     if memory is None:
         return Placement(True, results < CPU_BYTES)
     outer = sum(shape.size for part in (architecture.embed, architecture.head) for shape in part.spec.values())
     logits = 6 * 4 * CHUNK // 2 * architecture.config.vocab_size
     free = SHARE * memory - visit - logits - outer * dtype.itemsize
-    stays = state / devices < free
+    stays = state / devices < min(free, SHARE * memory - dense)
     return Placement(stays, results < free - (state if stays else 3 * largest) / devices)
 
 

@@ -190,6 +190,9 @@ def test_what_fits_stays_on_the_device(checkpoint: Path) -> None:
     assert found[-1] == Placement(state=True, results=True)
     assert placement_of(architecture, (1, 64), 1, 4.0 * weights) == Placement(state=False, results=False)
     assert placement_of(architecture, (1, 64)) == Placement(state=True, results=True)
+    # What stays leaves room for a batch of the dense model.
+    fits = [placement_of(architecture, (1, 64), 1, 1e7, tokens).state for tokens in (64, 2**20)]
+    assert fits == [True, False]
 
 
 @pytest.mark.parametrize(("epochs", "visited"), [(0.5, 6), (1.25, 15), (0.01, 1)])
