@@ -190,22 +190,27 @@ def placement_of(
     dtype = np.dtype(architecture.config.dtype)
     rows = window[0] if window[0] % devices else window[0] // devices
     x = jax.ShapeDtypeStruct((rows, window[1], architecture.width), dtype)
-    batches = max(1.0, (batch_tokens or hardware.current().tokens_per_batch) / (rows * window[1]))
-    state = results = visit = largest = dense = 0
+    state = results = visit = largest = heaviest = widest = 0
     for layer, count in Counter(architecture.layers).items():
         values = {f"{path}.kernel": jax.ShapeDtypeStruct(s, jnp.float32) for path, s in layer.linears.items()}
         rest = {name: shape for name, shape in layer.spec.items() if name not in values}
         kept = _bytes(jax.eval_shape(partial(forward_and_vjp, layer), values, rest, x)[1])
         own = _bytes(jax.eval_shape(lambda values: {n: adam.moving_of(v) for n, v in values.items()}, values))
         state, results, largest = state + count * own, results + count * kept, max(largest, own)
-        gradients = weights = _bytes(values) // 4 * dtype.itemsize
-        visit, dense = max(visit, 2 * kept + gradients), max(dense, int(batches * kept) + weights)
+        weights = _bytes(values) // 4 * dtype.itemsize
+        visit, heaviest = max(visit, 2 * kept + weights), max(heaviest, weights)  # gradients are as large
+        routing = architecture.config.routing
+        for path, shape in layer.linears.items():
+            widest = max(widest, max(shape) * (routing.per_token if routing and path in layer.experts else 1))
     if memory is None:
         return Placement(True, results < CPU_BYTES)
     outer = sum(shape.size for part in (architecture.embed, architecture.head) for shape in part.spec.values())
     logits = 6 * 4 * CHUNK // 2 * architecture.config.vocab_size
     free = SHARE * memory - visit - logits - outer * dtype.itemsize
-    stays = state / devices < min(free, SHARE * memory - dense)
+    # A batch on its way through the dense model: hidden states before and after, gate, up and their product.
+    tokens = batch_tokens or hardware.current().tokens_per_batch
+    batch = tokens * (2 * architecture.width + 3 * widest) * dtype.itemsize
+    stays = state / devices < min(free, SHARE * memory - batch - heaviest - outer * dtype.itemsize)
     return Placement(stays, results < free - (state if stays else 3 * largest) / devices)
 
 
