@@ -111,6 +111,7 @@ from jaxprune import load
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.pruning import adam
 from jaxprune.pruning.loop import prune_layers
+from jaxprune.pruning.placement import Placement
 from jaxprune.pruning.student import Student
 from jaxprune.sharding import Devices, fetch
 from jaxprune.sparsity.patterns import Unstructured
@@ -125,7 +126,7 @@ def keep(kernels, gradients, *args):
     return step(kernels, gradients, *args)
 
 adam.step = keep
-student = Student(model, prune_layers(model, tokens, Magnitude(), Unstructured(0.6)), tokens.shape)
+student = Student(model, prune_layers(model, tokens, Magnitude(), Unstructured(0.6)), Placement(True, True))
 (dense,) = model.final_states(tokens)
 found["loss"] = np.float64(student.step(tokens, dense.read(slice(None)), 1, lambda _: 0.001))
 np.savez(out, **found)

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, count, islice
 from typing import Any
@@ -108,17 +108,17 @@ class _Source:
     def __init__(self, name: str, documents: "Texts | _Rows", length: int, seed: int, held_out: int) -> None:
         self._documents, self._length, self._seed = documents, length, seed
         self.digest, size = documents.measure()
-        order = self._order = np.random.default_rng(seed).permutation(len(documents))
-        ids = np.zeros(0, np.int32)
-        while len(ids) < held_out * length and len(self._order):
-            ids = np.concatenate([ids, documents.joined(int(self._order[-1]))])
-            self._order = self._order[:-1]
+        self._order = np.random.default_rng(seed).permutation(len(documents))
+        ids, taken = np.zeros(0, np.int32), 0
+        while len(self._order) and (not taken or len(ids) < held_out * length):
+            document, self._order = int(self._order[-1]), self._order[:-1]
+            ids, taken = np.concatenate([ids, documents.joined(document)]), taken + documents.size_of(document)
         # What the last of them leaves is tuned on where it is a book, or all that there is, as of a .txt file.
         rest = ids[held_out * length :]
-        self._rest = rest if len(rest) > held_out * length else rest[:0]
-        if next(self._epoch(0), None) is None:
-            self._rest = rest
-        if len(ids) < held_out * length or next(self._epoch(0), None) is None:
+        for self._rest in (rest if len(rest) > held_out * length else rest[:0], rest):
+            if next(self._epoch(0), None) is not None:
+                break
+        else:
             least = (held_out + 1) * length
             raise InputError(
                 f"{name} has less than the {least} tokens that a tuning needs: {held_out} windows of {length} that are "
@@ -126,8 +126,7 @@ class _Source:
                 options={"tune_text": Change.OTHER, "seqlen": Change.LOWER},
             )
         self.held_out = ids[: held_out * length].reshape(held_out, length)
-        sample = order[len(self._order) :] if held_out else order[:1]
-        self.tokens = documents.tokens_of(size, sample.tolist()) - held_out * length
+        self.tokens = round(size * len(ids) / max(1, taken)) - held_out * length
 
     def windows(self) -> Iterator[tuple[int, Int[np.ndarray, "t"]]]:
         """Yields windows without end, each with the number of its epoch."""
@@ -168,5 +167,5 @@ class _Rows:
             whole.update(row.astype(np.int32).tobytes())
         return whole.hexdigest(), self._rows.size
 
-    def tokens_of(self, size: int, sample: Sequence[int]) -> int:
-        return size
+    def size_of(self, index: int) -> int:
+        return self._rows.shape[1]

@@ -80,14 +80,9 @@ class Texts:
             size += len(document)
         return whole.hexdigest(), size
 
-    def tokens_of(self, characters: int, sample: Sequence[int]) -> int:
-        """Returns about how many tokens so many characters have, by those of some documents."""
-        tokens, size = (sum(map(len, found)) for found in zip(*map(self._both, sample), strict=True))
-        return round(characters * tokens / max(1, size))
-
-    def _both(self, index: int) -> tuple[Int[np.ndarray, "_"], str]:
-        """Returns a document's token ids, and itself."""
-        return self.joined(index), self._documents[index]
+    def size_of(self, index: int) -> int:
+        """Returns the characters of a document."""
+        return len(self._documents[index])
 
     def _fragments(self) -> Iterator[str]:
         for index in range(len(self)):

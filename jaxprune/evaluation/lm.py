@@ -70,8 +70,7 @@ class StreamedLM(TemplateLM):
         if max_length is not None and not 0 < max_length <= context:
             raise InputError(f"max_length must be 1 to {context}, the model's context, not {max_length}")
         self.max_length = max_length or context
-        width = self._model.architecture.width
-        self._most_tokens = max(1, int(host_gb * 1e9) // (width * self._model.dtype.itemsize))
+        self._most_tokens = max(1, int(host_gb * 1e9) // self._model.architecture.state_bytes)
         self._observer = observer
 
     @property

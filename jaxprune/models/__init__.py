@@ -61,6 +61,7 @@ class Architecture:
         embed, head: the parts around the layers.
         layers: the decoder layers, from the first; those of one kind are one object.
         width: features of a hidden state.
+        state_bytes: bytes of a token's hidden state.
         spec: path in a checkpoint -> shape and dtype, for the whole model.
     """
 
@@ -81,6 +82,7 @@ class Architecture:
         kinds = {kind: layer(kind) for kind in dict.fromkeys(config.kinds)}
         self.layers = tuple(kinds[kind] for kind in config.kinds)
         self.width: int = jax.eval_shape(self.embed, self.embed.spec, jnp.zeros((1, 1), jnp.int32)).shape[-1]
+        self.state_bytes = self.width * jax.numpy.dtype(config.dtype).itemsize
         self.spec: Spec = dict(self.embed.spec)
         for index, one in enumerate(self.layers):
             self.spec |= {f"layers.{index}.{path}": shape for path, shape in one.stored.items()}

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import ShapeDtypeStruct as Shape
 
 from jaxprune.evaluation import text
@@ -16,9 +15,9 @@ from jaxprune.methods import Method, gram, quantization
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.models import Layer
 from jaxprune.planning.program import Flops, Program, Shapes, size_of
-from jaxprune.pruning import adam, experts, gram_matrices, kernel, sensitivity, student
+from jaxprune.pruning import adam, experts, gram_matrices, kernel, layer_vjp, sensitivity, student
 from jaxprune.pruning.gram_matrices import ExpertTotals
-from jaxprune.pruning.student import Placement
+from jaxprune.pruning.placement import Placement
 from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.sparsity.patterns import Pattern, Unstructured
 from jaxprune.streaming.head import CHUNK
@@ -196,7 +195,7 @@ def of_distillation(
     architecture = shapes.architecture
     x = shapes.devices.abstract(Shape((*steps.shape, architecture.width), architecture.config.dtype), 0)
     head = shapes.params(architecture.head.spec, architecture.config.dtype)
-    groups = steps.groups(architecture.width * np.dtype(architecture.config.dtype).itemsize, shapes.tokens)
+    groups = steps.groups(architecture.state_bytes, shapes.tokens)
     batch, measures = shapes.batch(groups[0], steps.length), 1 + len(steps.measured)
     whole, held_out_tokens = shapes.batch(*held_out) if held_out[0] else batch, held_out[0] * held_out[1]
     tuned = [(layer, count, _Tuned.of(shapes, layer, x, placement)) for layer, count in shapes.layers.items()]
@@ -214,7 +213,7 @@ def of_distillation(
         forward, values, calls = partial(apply_layer, layer), one.kernels.values, count * steps.count
         beside = stays - size_of(values) if placement.state else size_of(values)  # else the next layer's
         if placement.results:
-            forward_and_vjp = partial(student.forward_and_vjp, layer)
+            forward_and_vjp = partial(layer_vjp.forward_and_vjp, layer)
             yield Program("tune", "forward", forward_and_vjp, (values, one.rest, x), calls, beside + results)
         else:
             yield Program("tune", "forward", forward, (values | one.rest, x, None), calls, beside, donated=(1,))
@@ -222,7 +221,7 @@ def of_distillation(
             times, visit = count * measures * held_out[0] / whole.shape[0], (values | one.rest, whole, None)
             in_flight = beside + 2 * size_of(whole)
             yield Program("tune", "held-out forward", forward, visit, times, in_flight, donated=(1,))
-        pull_back, arguments = partial(student.pull_back, layer), (values, one.rest, one.vjp, x)
+        pull_back, arguments = partial(layer_vjp.pull_back, layer), (values, one.rest, one.vjp, x)
         beside = stays if placement.state else 3 * size_of(one.kernels)  # else one on its way in, one on its way out
         beside += results - one.results
         yield Program("tune", "backward", pull_back, arguments, calls, beside - size_of(values))
@@ -260,7 +259,7 @@ class _Tuned(NamedTuple):
         moving = {name: jax.eval_shape(adam.moving_of, value) for name, value in values.items()}
         fixed = {name: _fixed(one) for name, one in moving.items()}
         kernels = jax.tree.map(lambda leaf: shapes.devices.abstract(leaf, -1), adam.Kernels(moving, fixed))
-        forward_and_vjp = partial(student.forward_and_vjp, layer)
+        forward_and_vjp = partial(layer_vjp.forward_and_vjp, layer)
         vjp = x
         if placement.results:
             kept, windows = jax.eval_shape(forward_and_vjp, kernels.values, rest, x)[1], x.shape[:1]

@@ -5,8 +5,6 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from convert import Spec
 from jaxprune import hardware
 from jaxprune.calibration.stream import HELD_OUT
@@ -15,7 +13,7 @@ from jaxprune.models import Architecture
 from jaxprune.planning.program import Flops
 from jaxprune.planning.targets import Target
 from jaxprune.pruning.experts import without_experts
-from jaxprune.pruning.student import Placement, placement_of
+from jaxprune.pruning.placement import Placement, placement_of
 from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import ONE_DEVICE, Devices
@@ -66,13 +64,18 @@ class Work:
     @functools.cached_property
     def placement(self) -> Placement:
         """What of a distillation stays on the devices."""
-        memory = self.device_bytes or (None if self.on_cpu else hardware.device_memory() or 0)
-        architecture = without_experts(self.architecture, self.recipe.experts.drop_experts)
-        return placement_of(architecture, self.steps.shape, self.devices.count, memory, self.batch_tokens)
+        return placement_of(
+            without_experts(self.architecture, self.recipe.experts.drop_experts),
+            self.steps.shape,
+            self.devices.count,
+            teacher=self.architecture,
+            device_bytes=self.device_bytes,
+            batch_tokens=self.batch_tokens,
+        )
 
     def states_bytes(self, windows: int, length: int) -> int:
         """Returns the bytes of hidden states."""
-        return windows * length * self.architecture.width * np.dtype(self.architecture.config.dtype).itemsize
+        return windows * length * self.architecture.state_bytes
 
     @property
     def held_out(self) -> int:
@@ -87,7 +90,7 @@ class Work:
     @property
     def dense_groups(self) -> list[int]:
         """Of how many of its windows the dense model's hidden states are computed together, group by group."""
-        return self.steps.groups(self.states_bytes(1, 1), self.batch_tokens)
+        return self.steps.groups(self.architecture.state_bytes, self.batch_tokens)
 
     @property
     def pruned_weights(self) -> int:

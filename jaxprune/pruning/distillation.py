@@ -30,6 +30,7 @@ from jaxprune.pruning import kept_tuning
 from jaxprune.pruning.held_out import HeldOut
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.kept_tuning import Kept
+from jaxprune.pruning.placement import placement_of
 from jaxprune.pruning.results import LayerResult
 from jaxprune.pruning.student import Student
 from jaxprune.pruning.tuning_steps import TuningSteps
@@ -122,7 +123,10 @@ def distill(
         InputError: the loss is not finite.
     """
     steps = text.steps
-    student = Student(model, layers, steps.shape)
+    placement = placement_of(
+        model.architecture, steps.shape, model.devices.count, teacher=teacher.architecture if teacher else None
+    )
+    student = Student(model, layers, placement)
     rate = Rate(tuning.tune_rate, steps.count, steps.tokens)
     teacher = teacher or model
     held_out = HeldOut(teacher, text.held_out) if text.held_out is not None else None
@@ -187,7 +191,7 @@ def _with_dense(
 ) -> Iterator[tuple[Int[np.ndarray, "b t"], Float[np.ndarray, "b t d"]]]:
     """Yields the windows of a step and of those after it, with the dense model's last hidden states of them. These are
     computed for whole groups of steps, see `TuningSteps.together`, in a group for equal windows once."""
-    together = text.steps.together(model.architecture.width * model.dtype.itemsize)
+    together = text.steps.together(model.architecture.state_bytes)
     first = begin // together * together
     batches = text.batches(first) if begin < text.steps.count else iter(())
     while group := list(islice(batches, together)):

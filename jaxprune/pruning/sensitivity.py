@@ -145,7 +145,7 @@ def tokens_per_batch(forward: int | None = None) -> int:
 
 def _groups(model: StreamedModel, tokens: Int[np.ndarray, "w t"], host_bytes: float) -> Iterator[slice]:
     """Yields the rows whose inputs of all layers fit the host's memory together."""
-    window = (model.num_layers + 1) * tokens.shape[1] * model.architecture.width * model.dtype.itemsize
+    window = (model.num_layers + 1) * tokens.shape[1] * model.architecture.state_bytes
     count = max(1, int(min(len(tokens), host_bytes / window)))
     return (slice(start, start + count) for start in range(0, len(tokens), count))
 

@@ -7,10 +7,9 @@ comes next, and the one that goes. So do a step's intermediate results of all la
 """
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,32 +17,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from convert import Params
-from jaxprune import hardware
 from jaxprune.errors import Change, InputError
-from jaxprune.models import Architecture, Part
+from jaxprune.models import Part
 from jaxprune.pruning import adam
+from jaxprune.pruning.layer_vjp import forward_and_vjp, pull_back
+from jaxprune.pruning.placement import Placement
 from jaxprune.pruning.results import LayerResult
 from jaxprune.sharding import fetch
-from jaxprune.streaming.head import CHUNK, exponentials, in_chunks, kl_divergence, logits
+from jaxprune.streaming.head import exponentials, in_chunks, kl_divergence, logits
 from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.model import StreamedModel, apply, apply_layer, in_checkpoint, inside_layer
-
-CPU_BYTES = 4e9
-"""The most memory for a step's intermediate results where the device is the CPU."""
-SHARE = 0.92
-"""Of a device's memory that is used; the rest is fragmentation."""
-
-
-class Placement(NamedTuple):
-    """What stays on the device.
-
-    Attributes:
-        state: whether kernels and their moments do; else they stay on the host.
-        results: whether a step's intermediate results do; else each layer's forward pass is run again before its vjp.
-    """
-
-    state: bool
-    results: bool
 
 
 class Student:
@@ -52,17 +35,15 @@ class Student:
     Args:
         model: what was pruned.
         layers: all layers, as `loop.prune_layers` gives them; each is let go when it is taken up.
-        window: windows of a step, and tokens of a window.
+        placement: what stays on the device.
 
     Attributes:
         state: of each layer, on the device where it fits.
     """
 
-    def __init__(self, model: StreamedModel, layers: Iterable[LayerResult], window: tuple[int, int]) -> None:
+    def __init__(self, model: StreamedModel, layers: Iterable[LayerResult], placement: Placement) -> None:
         architecture = model.architecture
-        memory = None if hardware.current().on_cpu else hardware.device_memory() or 0
-        self._model = model
-        self._placement = placement_of(architecture, window, model.devices.count, memory)
+        self._model, self._placement = model, placement
         self._results: list[LayerResult] = []
         self._rest: list[dict[str, np.ndarray]] = []
         self._dtypes: list[dict[str, np.dtype]] = []
@@ -170,54 +151,6 @@ class Student:
         return dataclasses.replace(self._results[index], params=in_checkpoint(index, params))
 
 
-def placement_of(
-    architecture: Architecture,
-    window: tuple[int, int],
-    devices: int = 1,
-    memory: float | None = None,
-    batch_tokens: int | None = None,
-) -> Placement:
-    """Returns what fits a device, beside what a layer takes while it is visited, and while a batch goes through the
-    dense model.
-
-    Args:
-        architecture: of the model whose kernels are tuned.
-        window: windows of a step, and their length.
-        devices: how many the kernels are spread over.
-        memory: bytes of a device; None: it is a CPU, which has all that the host has.
-        batch_tokens: tokens of such a batch on each device; None: as this machine's takes them.
-    """
-    dtype = np.dtype(architecture.config.dtype)
-    rows = window[0] if window[0] % devices else window[0] // devices
-    x = jax.ShapeDtypeStruct((rows, window[1], architecture.width), dtype)
-    state = results = visit = largest = heaviest = widest = 0
-    for layer, count in Counter(architecture.layers).items():
-        values = {f"{path}.kernel": jax.ShapeDtypeStruct(s, jnp.float32) for path, s in layer.linears.items()}
-        rest = {name: shape for name, shape in layer.spec.items() if name not in values}
-        kept = _bytes(jax.eval_shape(partial(forward_and_vjp, layer), values, rest, x)[1])
-        own = _bytes(jax.eval_shape(lambda values: {n: adam.moving_of(v) for n, v in values.items()}, values))
-        state, results, largest = state + count * own, results + count * kept, max(largest, own)
-        weights = _bytes(values) // 4 * dtype.itemsize
-        visit, heaviest = max(visit, 2 * kept + weights), max(heaviest, weights)  # gradients are as large
-        routing = architecture.config.routing
-        for path, shape in layer.linears.items():
-            widest = max(widest, max(shape) * (routing.per_token if routing and path in layer.experts else 1))
-    if memory is None:
-        return Placement(True, results < CPU_BYTES)
-    outer = sum(shape.size for part in (architecture.embed, architecture.head) for shape in part.spec.values())
-    logits = 6 * 4 * CHUNK // 2 * architecture.config.vocab_size
-    free = SHARE * memory - visit - logits - outer * dtype.itemsize
-    # A batch on its way through the dense model: hidden states before and after, gate, up and their product.
-    tokens = batch_tokens or hardware.current().tokens_per_batch
-    batch = tokens * (2 * architecture.width + 3 * widest) * dtype.itemsize
-    stays = state / devices < min(free, SHARE * memory - batch - heaviest - outer * dtype.itemsize)
-    return Placement(stays, results < free - (state if stays else 3 * largest) / devices)
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
 def _on_host(tree: Any) -> Any:
     """Returns arrays on the host, where they may lie already."""
     return jax.tree.map(lambda leaf: fetch(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
@@ -277,35 +210,3 @@ def divergence_alone(
 ) -> tuple[Float[Array, "n"]]:
     """Computes KL divergences of tokens."""
     return (kl_divergence(*(exponentials(logits(head, params, own)) for own in (dense, states))),)
-
-
-@partial(jax.jit, static_argnums=0)
-def forward_and_vjp(
-    part: Part, values: Mapping[str, Array], rest: Mapping[str, Array], x: Float[Array, "b t d"]
-) -> tuple[Float[Array, "b t d"], Any]:
-    """Computes a layer's output, and the function from its cotangent to those of the kernels and of the input.
-
-    The kernels themselves are left out of what that function keeps: `pull_back` puts them in again.
-    """
-    output, vjp = jax.vjp(lambda values, x: part({**rest, **values}, x)[0], dict(values), x)
-    vjp.args_res[0] = None
-    return output, vjp
-
-
-@partial(jax.jit, static_argnums=0)
-def pull_back(
-    part: Part, values: Mapping[str, Array], rest: Mapping[str, Array], vjp: Any, cotangent: Float[Array, "b t d"]
-) -> tuple[dict[str, Array], Float[Array, "b t d"]]:
-    """Computes the gradients of a layer's kernels, in the dtype of the computation, and the cotangent of its input.
-
-    Args:
-        part: the layer.
-        values: its kernels.
-        rest: its other params.
-        vjp: the vjp from `forward_and_vjp`, or the layer's input.
-        cotangent: the cotangent of the layer's output.
-    """
-    backward = vjp if callable(vjp) else forward_and_vjp(part, values, rest, vjp)[1]
-    backward.args_res[0] = dict(values)
-    gradients, before = backward(cotangent)
-    return {name: gradient.astype(cotangent.dtype) for name, gradient in gradients.items()}, before

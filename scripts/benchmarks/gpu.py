@@ -30,7 +30,7 @@ from jaxprune.planning import hlo, machine, programs
 from jaxprune.planning.machine import square_product
 from jaxprune.planning.program import BF16X6, Program, Shapes
 from jaxprune.planning.targets import TARGETS, Target
-from jaxprune.pruning.student import placement_of
+from jaxprune.pruning.placement import placement_of
 from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.sharding import ONE_DEVICE
 from jaxprune.sparsity.patterns import Unstructured
@@ -47,7 +47,7 @@ def every_program(args: argparse.Namespace) -> list[Program]:
     shapes = Shapes(model(SIZES[args.size], args.dtype), args.dtype, ONE_DEVICE)
     sizes = args.windows, args.length
     steps = TuningSteps.of(PRESETS["best"].tuning, *sizes)
-    placement = placement_of(shapes.architecture, steps.shape, 1, hardware.device_memory())
+    placement = placement_of(shapes.architecture, steps.shape)
     return [
         *programs.of_pruning(shapes, *sizes, ADMM(), Unstructured(0.7)),
         *programs.of_sensitivity(shapes, *sizes),

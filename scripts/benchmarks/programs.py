@@ -42,7 +42,7 @@ from jaxprune.methods.gram import gram
 from jaxprune.planning import programs
 from jaxprune.planning.machine import describe_hardware
 from jaxprune.planning.program import Flops, Program, Shape, Shapes
-from jaxprune.pruning.student import Placement
+from jaxprune.pruning.placement import Placement
 from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.recipe import PRESETS
 from jaxprune.sharding import ONE_DEVICE

@@ -14,7 +14,8 @@ from jaxprune.models import architecture_of
 from jaxprune.planning import programs
 from jaxprune.planning.program import Shapes
 from jaxprune.planning.targets import target_of, without_cache
-from jaxprune.pruning.student import Placement
+from jaxprune.pruning.placement import Placement
+from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.recipe_parts import Tuning
 from tests.helpers import tiny
 
@@ -35,7 +36,9 @@ def test_every_program_compiles(name: str, method: Method, tmp_path: Path) -> No
         every = [*programs.of_pruning(shapes, 16, 1024, method, Unstructured(0.5))]
         if isinstance(method, ADMM):
             every += programs.of_sensitivity(shapes, 16, 1024)
-            every += programs.of_distillation(shapes, 16, 1024, Tuning(tune_epochs=1), Placement(True, True))
+            every += programs.of_distillation(
+                shapes, TuningSteps.of(Tuning(tune_epochs=1), 16, 1024), Placement(True, True)
+            )
             every += programs.of_evaluation(shapes, 16, 1024)
         for program in every:
             compiled = program.compiled(target.options)

@@ -15,7 +15,7 @@ from jaxprune.hardware import Hardware, writing_for
 from jaxprune.models.attention import cudnn_takes
 from jaxprune.planning import programs
 from jaxprune.planning.program import Program, Shapes
-from jaxprune.pruning.student import Placement
+from jaxprune.pruning.placement import Placement
 from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.recipe_parts import Tuning
 from jaxprune.sharding import ONE_DEVICE

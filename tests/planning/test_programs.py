@@ -18,8 +18,8 @@ from jaxprune.models.attention import causal_attention
 from jaxprune.planning import programs
 from jaxprune.planning.program import BF16X6, Program, Shapes, count_flops
 from jaxprune.pruning.gram_matrices import accumulate
+from jaxprune.pruning.placement import Placement
 from jaxprune.pruning.sensitivity import backward, measure_sensitivity
-from jaxprune.pruning.student import Placement
 from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.recipe_parts import Tuning
 from jaxprune.sharding import ONE_DEVICE

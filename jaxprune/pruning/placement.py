@@ -1,0 +1,111 @@
+"""What of a tuning stays on the device, by what fits beside it."""
+
+from collections import Counter
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import hardware
+from jaxprune.models import Architecture
+from jaxprune.pruning import adam
+from jaxprune.pruning.layer_vjp import forward_and_vjp
+from jaxprune.streaming.head import CHUNK
+
+CPU_BYTES = 4e9
+"""The most memory for a step's intermediate results where the device is the CPU."""
+SHARE = 0.92
+"""Of a device's memory that is used; the rest is fragmentation."""
+
+
+class Placement(NamedTuple):
+    """What stays on the device.
+
+    Attributes:
+        state: whether kernels and their moments do; else they stay on the host.
+        results: whether a step's intermediate results do; else each layer's forward pass is run again before its vjp.
+    """
+
+    state: bool
+    results: bool
+
+
+def placement_of(
+    architecture: Architecture,
+    window: tuple[int, int],
+    devices: int = 1,
+    *,
+    teacher: Architecture | None = None,
+    device_bytes: float | None = None,
+    batch_tokens: int | None = None,
+) -> Placement:
+    """Returns what fits a device, beside what a layer takes while it is visited, and while a batch goes through the
+    dense model.
+
+    Args:
+        architecture: of the model whose kernels are tuned.
+        window: windows of a step, and their length.
+        devices: how many the kernels are spread over.
+        teacher: of the dense model; None: the same.
+        device_bytes: the memory of a device; None: what this machine's has, a CPU all that the host has.
+        batch_tokens: tokens of such a batch on each device; None: as this machine's takes them.
+    """
+    step = _Step.of(architecture, window[0] if window[0] % devices else window[0] // devices, window[1])
+    if device_bytes is None and hardware.current().on_cpu:
+        return Placement(True, step.results < CPU_BYTES)
+    outer = sum(shape.size for part in (architecture.embed, architecture.head) for shape in part.spec.values())
+    logits = 6 * 4 * CHUNK // 2 * architecture.config.vocab_size
+    memory = hardware.device_memory() or 0 if device_bytes is None else device_bytes
+    free = SHARE * memory - outer * np.dtype(architecture.config.dtype).itemsize
+    batch = _batch(teacher or architecture, batch_tokens or hardware.current().tokens_per_batch)
+    room = free - step.visit - logits
+    state = step.state / devices < min(room, free - batch)
+    return Placement(state, step.results < room - (step.state if state else 3 * step.largest) / devices)
+
+
+class _Step(NamedTuple):
+    """Bytes of a step of a tuning.
+
+    Attributes:
+        state: all kernels and their moments.
+        largest: those of one layer, at most.
+        results: the intermediate results of all layers.
+        visit: what a layer takes in its backward pass, at most, beside its kernels and their moments.
+    """
+
+    state: int
+    largest: int
+    results: int
+    visit: int
+
+    @classmethod
+    def of(cls, architecture: Architecture, windows: int, length: int) -> "_Step":
+        dtype = np.dtype(architecture.config.dtype)
+        x = jax.ShapeDtypeStruct((windows, length, architecture.width), dtype)
+        state = largest = results = visit = 0
+        for layer, count in Counter(architecture.layers).items():
+            values = {f"{path}.kernel": jax.ShapeDtypeStruct(s, jnp.float32) for path, s in layer.linears.items()}
+            rest = {name: shape for name, shape in layer.spec.items() if name not in values}
+            kept = _bytes(jax.eval_shape(partial(forward_and_vjp, layer), values, rest, x)[1])
+            own = _bytes(jax.eval_shape(lambda values: {n: adam.moving_of(v) for n, v in values.items()}, values))
+            state, results, largest = state + count * own, results + count * kept, max(largest, own)
+            visit = max(visit, 2 * kept + _bytes(values) // 4 * dtype.itemsize)  # gradients are as large
+        return cls(state, largest, results, visit)
+
+
+def _batch(architecture: Architecture, tokens: int) -> int:
+    """Returns the bytes of a layer of most weights, and of a batch on its way through the widest one: hidden states
+    before and after, gate, up and their product."""
+    routing = architecture.config.routing
+    weights = widest = 0
+    for layer in set(architecture.layers):
+        weights = max(weights, sum(shape.size for shape in layer.spec.values()))
+        for path, shape in layer.linears.items():
+            widest = max(widest, max(shape) * (routing.per_token if routing and path in layer.experts else 1))
+    return (weights + tokens * (2 * architecture.width + 3 * widest)) * np.dtype(architecture.config.dtype).itemsize
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,39 @@
+"""Pruned layers to be tuned, a text to tune on, and what a tuning tells."""
+
+from pathlib import Path
+
+import numpy as np
+
+from jaxprune import ADMM, Observer, Unstructured, load, prune_layers
+from jaxprune.calibration.stream import TextStream
+from jaxprune.pruning.results import LayerResult
+from tests.helpers.shapes import windows
+
+
+class Steps(Observer):
+    """Remembers the divergences of steps, and those on what is held out."""
+
+    def __init__(self) -> None:
+        self.told: list[float] = []
+        self.held_out: list[tuple[int, float]] = []
+
+    def step_done(self, number: int, steps: int, divergence: float) -> None:
+        self.told.append(divergence)
+        assert len(self.told) <= steps
+
+    def divergence_measured(self, tokens: int, divergence: float) -> None:
+        self.held_out.append((tokens, divergence))
+
+
+def pruned(checkpoint: Path, sparsity: float = 0.5) -> list[LayerResult]:
+    return list(prune_layers(load(checkpoint), windows(), ADMM(), Unstructured(sparsity)))
+
+
+def kernel(layer: LayerResult, name: str) -> np.ndarray:
+    return layer.params[f"layers.{layer.index}.{name}.kernel"]
+
+
+def of_ids(tmp_path: Path, held_out: int = 4) -> TextStream:
+    ids = np.random.default_rng(1).integers(0, 300, (80, 32))
+    np.save(tmp_path / "ids.npy", ids)
+    return TextStream(str(tmp_path / "ids.npy"), None, 32, held_out=held_out)

@@ -1,0 +1,35 @@
+"""What of a tuning stays on the device."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from jaxprune import load
+from jaxprune.models import architecture_of
+from jaxprune.pruning.experts import without_experts
+from jaxprune.pruning.placement import Placement, placement_of
+from tests.helpers import families
+
+
+def test_what_fits_stays_on_the_device(checkpoint: Path) -> None:
+    architecture = load(checkpoint).architecture
+    weights = sum(n * m for n, m in architecture.kernel_shapes().values())
+    found = [placement_of(architecture, (1, 64), device_bytes=free) for free in (0, 1e6, 1e7)]
+    assert found[0] == Placement(state=False, results=False)
+    assert found[-1] == Placement(state=True, results=True)
+    assert placement_of(architecture, (1, 64), device_bytes=4.0 * weights) == Placement(state=False, results=False)
+    assert placement_of(architecture, (1, 64)) == Placement(state=True, results=True)
+    # What stays leaves room for a batch of the dense model.
+    fits = [placement_of(architecture, (1, 64), device_bytes=1e7, batch_tokens=n).state for n in (64, 2**20)]
+    assert fits == [True, False]
+
+
+def test_a_model_that_drops_experts_leaves_room_for_the_dense_one(tmp_path: Path) -> None:
+    families.config("qwen3_moe", "mixed", num_local_experts=64, moe_intermediate_size=1024).save_pretrained(tmp_path)
+    dense = architecture_of(tmp_path, jnp.float32)
+    fewer = without_experts(dense, 0.75)
+    fits = [
+        tuple(placement_of(fewer, (1, 8), teacher=t, device_bytes=size, batch_tokens=8).state for t in (None, dense))
+        for size in (3e7, 4.4e7, 1e8)
+    ]
+    assert fits == [(False, False), (True, False), (True, True)]
