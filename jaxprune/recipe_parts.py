@@ -68,7 +68,7 @@ class Tuning:
     """Tune the kept weights of all layers together at the end, towards the dense model's predictions, visiting each
     calibration window so many times; half an epoch visits half of them, or of their pieces."""
     tune_rate: float = 0.001
-    """Adam's highest learning rate, in units of the root mean square of a kernel's kept weights, where the tuning
+    """The highest learning rate, in units of the root mean square of a kernel's kept weights, where the tuning
     begins 0.75 nats of KL divergence from the dense model or more; where it begins nearer, in proportion less. The rate
     rises over the first eighth of the steps and then falls along a cosine."""
     tune_windows: int = 1

@@ -15,7 +15,7 @@ from jaxprune.methods import Method, gram, quantization
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.models import Layer
 from jaxprune.planning.program import Flops, Program, Shapes, size_of
-from jaxprune.pruning import adam, experts, gram_matrices, kernel, layer_vjp, sensitivity, student
+from jaxprune.pruning import adafactor, experts, gram_matrices, kernel, layer_vjp, sensitivity, student
 from jaxprune.pruning.gram_matrices import ExpertTotals
 from jaxprune.pruning.placement import Placement
 from jaxprune.pruning.tuning_steps import TuningSteps
@@ -229,7 +229,7 @@ def of_distillation(
             gradient = shapes.devices.abstract(Shape(moving.value.shape, x.dtype), -1)
             number, others = Shape((), jnp.float32), beside - size_of(moving) + size_of(values) - size_of(gradient)
             own = moving, one.kernels.fixed[name], gradient, number, number
-            yield Program("tune", f"step {name}", adam.step_one, own, calls, others, donated=(0,))
+            yield Program("tune", f"step {name}", adafactor.step_one, own, calls, others, donated=(0,))
     chunk = Shape((min(CHUNK // 2, steps.tokens), architecture.width), architecture.config.dtype)
     loss, chunks = partial(student.head_divergence, architecture.head), steps.count * steps.tokens / chunk.shape[0]
     yield Program("tune", "divergence", loss, (head, chunk, chunk), chunks, stays + results)
@@ -244,7 +244,7 @@ class _Tuned(NamedTuple):
     """What a layer of one kind is called with in a distillation, and how many bytes of it stay on the device: of its
     kernels, and of a step's results."""
 
-    kernels: adam.Kernels
+    kernels: adafactor.Kernels
     rest: dict[str, Shape]
     vjp: Any
     stays: int
@@ -256,9 +256,9 @@ class _Tuned(NamedTuple):
         names = [f"{path}.kernel" for path in layer.linears if path not in layer.routers]
         values = {name: Shape(params[name].shape, jnp.float32) for name in names}
         rest = {name: param for name, param in params.items() if name not in values}
-        moving = {name: jax.eval_shape(adam.moving_of, value) for name, value in values.items()}
+        moving = {name: jax.eval_shape(adafactor.moving_of, value) for name, value in values.items()}
         fixed = {name: _fixed(one) for name, one in moving.items()}
-        kernels = jax.tree.map(lambda leaf: shapes.devices.abstract(leaf, -1), adam.Kernels(moving, fixed))
+        kernels = jax.tree.map(lambda leaf: shapes.devices.abstract(leaf, -1), adafactor.Kernels(moving, fixed))
         forward_and_vjp = partial(layer_vjp.forward_and_vjp, layer)
         vjp = x
         if placement.results:
@@ -268,10 +268,10 @@ class _Tuned(NamedTuple):
         return cls(kernels, rest, vjp, stays, size_of(vjp) if placement.results else 0)
 
 
-def _fixed(moving: adam.Moving) -> adam.Fixed:
+def _fixed(moving: adafactor.Moving) -> adafactor.Fixed:
     *experts, n, m = moving.value.shape
     mask = Shape((*experts, -(-n // 8), m), jnp.uint8)
-    return adam.Fixed(mask, moving.rows, moving.columns, Shape((*experts, 1, 1) if experts else (), jnp.float32))
+    return adafactor.Fixed(mask, moving.rows, moving.columns, Shape((*experts, 1, 1) if experts else (), jnp.float32))
 
 
 def of_evaluation(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:

@@ -1,8 +1,8 @@
 r"""Distillation: the kept weights tuned against the dense model's predictions, end to end, masks fixed.
 
 Layer by layer, pruning keeps each linear layer's own output; what remains is an error that grows through the depth of
-the model. Here the kept weights of all linear layers are tuned together by Adam to minimise, over tokens of text, the
-mean of
+the model. Here the kept weights of all linear layers are tuned together by Adafactor to minimise, over tokens of text,
+the mean of
 
     KL(p‖q) = Σ_v p_v (log p_v − log q_v),
 
@@ -159,7 +159,7 @@ def distill(
 
 
 class Rate:
-    """Adam's rate: it rises over the first eighth of the steps and then falls along a cosine.
+    """The learning rate: it rises over the first eighth of the steps and then falls along a cosine.
 
     The highest is `rate` where the pruned model is `FAR` from the dense one, or more, and in proportion less where it
     is nearer: what has little to make good is soon past it.

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from convert import Params
-from jaxprune.pruning.adam import Kernels, Moving
+from jaxprune.pruning.adafactor import Kernels, Moving
 from jaxprune.pruning.journal import CURVE, TUNING, Journal
 from jaxprune.sharding import fetch
 
@@ -64,7 +64,7 @@ def restore(journal: Journal | None, state: Sequence[Kernels]) -> Kept | None:
     for step in sorted(map(int, journal.names(TUNING)), reverse=True) if journal else ():
         assert journal
         entries = {index: journal.get(f"{TUNING}/{step}/{index}") for index in names}
-        found = {index: entry for index, entry in entries.items() if entry and names[index] <= set(entry.arrays)}
+        found = {index: entry for index, entry in entries.items() if entry and names[index] == _names(entry.arrays)}
         if len(found) < len(names):
             continue
         moving: list[dict[str, Moving]] = [{} for _ in state]
@@ -78,6 +78,10 @@ def restore(journal: Journal | None, state: Sequence[Kernels]) -> Kept | None:
         before = metadata.get("before", 1.0)  # by which an earlier version tuned everything
         return Kept(step, moving, before, curve, best if any(best) else None)
     return None
+
+
+def _names(arrays: Params) -> set[str]:
+    return {path for path in arrays if not path.startswith(f"{BEST}/")}
 
 
 def keep_curve(journal: Journal | None, curve: list[tuple[int, float]]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxprune import hardware
 from jaxprune.models import Architecture
-from jaxprune.pruning import adam
+from jaxprune.pruning import adafactor
 from jaxprune.pruning.layer_vjp import forward_and_vjp
 from jaxprune.streaming.head import CHUNK
 
@@ -24,7 +24,7 @@ class Placement(NamedTuple):
     """What stays on the device.
 
     Attributes:
-        state: whether kernels and their moments do; else they stay on the host.
+        state: whether the kernels do; else they stay on the host.
         results: whether a step's intermediate results do; else each layer's forward pass is run again before its vjp.
     """
 
@@ -69,10 +69,10 @@ class _Step(NamedTuple):
     """Bytes of a step of a tuning.
 
     Attributes:
-        state: all kernels and their moments.
+        state: all kernels.
         largest: those of one layer, at most.
         results: the intermediate results of all layers.
-        visit: what a layer takes in its backward pass, at most, beside its kernels and their moments.
+        visit: what a layer takes in its backward pass, at most, beside its kernels.
     """
 
     state: int
@@ -89,7 +89,7 @@ class _Step(NamedTuple):
             values = {f"{path}.kernel": jax.ShapeDtypeStruct(s, jnp.float32) for path, s in layer.linears.items()}
             rest = {name: shape for name, shape in layer.spec.items() if name not in values}
             kept = _bytes(jax.eval_shape(partial(forward_and_vjp, layer), values, rest, x)[1])
-            own = _bytes(jax.eval_shape(lambda values: {n: adam.moving_of(v) for n, v in values.items()}, values))
+            own = _bytes(jax.eval_shape(lambda values: {n: adafactor.moving_of(v) for n, v in values.items()}, values))
             state, results, largest = state + count * own, results + count * kept, max(largest, own)
             visit = max(visit, 2 * kept + _bytes(values) // 4 * dtype.itemsize)  # gradients are as large
         return cls(state, largest, results, visit)

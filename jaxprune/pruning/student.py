@@ -1,7 +1,7 @@
 """The pruned model while it is tuned towards the dense one: a step, and how far it still is.
 
 The model streams as in pruning: a step's forward pass keeps each layer's input on the host; from the last layer to the
-first, each is run again under `jax.vjp` and updated at once. The kernels and their moments, 6 bytes a pruned weight,
+first, each is run again under `jax.vjp` and updated at once. The kernels, 4 bytes a pruned weight,
 stay on the device where they fit; else the host holds them, and the device one layer's with its gradients, the one that
 comes next, and the one that goes. So do a step's intermediate results of all layers, which saves a second forward pass.
 """
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from convert import Params
 from jaxprune.errors import Change, InputError
 from jaxprune.models import Part
-from jaxprune.pruning import adam
+from jaxprune.pruning import adafactor
 from jaxprune.pruning.layer_vjp import forward_and_vjp, pull_back
 from jaxprune.pruning.placement import Placement
 from jaxprune.pruning.results import LayerResult
@@ -47,7 +47,7 @@ class Student:
         self._results: list[LayerResult] = []
         self._rest: list[dict[str, np.ndarray]] = []
         self._dtypes: list[dict[str, np.dtype]] = []
-        self.state: list[adam.Kernels] = []
+        self.state: list[adafactor.Kernels] = []
         for result in layers:
             layer = architecture.layers[result.index]
             params = layer.stack(inside_layer(result.index, result.params))
@@ -61,14 +61,14 @@ class Student:
             self._results.append(dataclasses.replace(result, params={}))
             self._rest.append(params)
             self._dtypes.append({name: kernel.dtype for name, kernel in kernels.items()})
-            self.state.append(self.place(adam.init(kernels, experts)))
+            self.state.append(self.place(adafactor.init(kernels, experts)))
         self._embed, self._head = (model.params_of(part, cast=True) for part in (architecture.embed, architecture.head))
 
-    def place(self, kernels: adam.Kernels) -> adam.Kernels:
+    def place(self, kernels: adafactor.Kernels) -> adafactor.Kernels:
         """Puts a layer's kernels to where they stay between steps."""
         return self._model.devices.shard_outputs(kernels) if self._placement.state else _on_host(kernels)
 
-    def restore(self, moving: Sequence[dict[str, adam.Moving]]) -> None:
+    def restore(self, moving: Sequence[dict[str, adafactor.Moving]]) -> None:
         """Takes up what steps changed before."""
         self.state = [self.place(own._replace(moving=was)) for own, was in zip(self.state, moving, strict=True)]
 
@@ -115,7 +115,7 @@ class Student:
         for index, kernels in zip(reversed(range(len(self.state))), from_last, strict=True):
             layer = architecture.layers[index]
             gradients, cotangent = pull_back(layer, kernels.values, self._rest[index], vjps.pop(), cotangent)
-            moved = adam.step(kernels, gradients, *of_step)
+            moved = adafactor.step(kernels, gradients, *of_step)
             if self._placement.state:
                 self.state[index] = kernels._replace(moving=devices.shard_outputs(moved))
             else:
@@ -143,7 +143,9 @@ class Student:
     def stored(self, index: int) -> Params:
         """Returns a layer's kernels as they are to be stored, on the host."""
         kernels, devices = self.state[index], self._model.devices
-        return {name: fetch(adam.rounded(kernels, name, dtype, devices)) for name, dtype in self._dtypes[index].items()}
+        return {
+            name: fetch(adafactor.rounded(kernels, name, dtype, devices)) for name, dtype in self._dtypes[index].items()
+        }
 
     def result(self, index: int, stored: Params) -> LayerResult:
         """Returns a layer with such kernels."""
@@ -174,11 +176,11 @@ class _Going:
         state: where they go.
     """
 
-    def __init__(self, state: list[adam.Kernels]) -> None:
+    def __init__(self, state: list[adafactor.Kernels]) -> None:
         self._state = state
-        self._pending: tuple[int, dict[str, adam.Moving]] | None = None
+        self._pending: tuple[int, dict[str, adafactor.Moving]] | None = None
 
-    def send(self, index: int, moved: dict[str, adam.Moving]) -> None:
+    def send(self, index: int, moved: dict[str, adafactor.Moving]) -> None:
         """Sends a layer's, once those before them have arrived."""
         for leaf in jax.tree.leaves(moved):
             leaf.copy_to_host_async()

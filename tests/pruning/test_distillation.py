@@ -12,8 +12,8 @@ import pytest
 
 from jaxprune import InputError, Observer, Tuning, load
 from jaxprune.errors import Change
-from jaxprune.pruning import adam, distillation, kept_tuning, placement, student
-from jaxprune.pruning.adam import BETAS, EPSILON
+from jaxprune.pruning import adafactor, distillation, kept_tuning, placement, student
+from jaxprune.pruning.adafactor import DECAY, EPSILON
 from jaxprune.pruning.distillation import Rate, distill, of_stream, of_windows
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.kept_tuning import Kept
@@ -35,24 +35,22 @@ def tune(
 
 
 class ByTorch:
-    """A weight [out, in] under Adam, its second moment by rows and columns of what is kept."""
+    """A weight [out, in] under Adafactor, its second moment by rows and columns of what is kept."""
 
     def __init__(self, weight: Any) -> None:
         value = weight.detach()
         self.weight, self.kept = weight, (value != 0).float()
         self.unit = value[value != 0].square().mean().sqrt()
-        self.first = torch.zeros_like(value)
         self.of_inputs, self.of_outputs = torch.zeros(value.shape[1]), torch.zeros(value.shape[0])
 
     def step(self, number: int, rate: float) -> None:
         gradient = self.weight.grad * self.kept
-        self.first = BETAS[0] * self.first.bfloat16().float() + (1 - BETAS[0]) * gradient
         for axis, means in ((0, self.of_inputs), (1, self.of_outputs)):
-            means *= BETAS[1]
-            means += (1 - BETAS[1]) * gradient.square().sum(axis) / self.kept.sum(axis).clamp(min=1)
+            means *= DECAY
+            means += (1 - DECAY) * gradient.square().sum(axis) / self.kept.sum(axis).clamp(min=1)
         mean = (self.of_inputs * self.kept.sum(0)).sum() / self.kept.sum()
         second = self.of_outputs[:, None] * self.of_inputs[None, :] / mean
-        step = self.first / (1 - BETAS[0] ** number) / ((second / (1 - BETAS[1] ** number)).sqrt() + EPSILON)
+        step = gradient / ((second / (1 - DECAY**number)).sqrt() + EPSILON)
         self.weight.data -= rate * self.unit * self.kept * step
 
 
@@ -234,7 +232,7 @@ def test_what_is_kept_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """A layer without kernels has no entry; what another version kept is passed over."""
     monkeypatch.setattr(Journal, "worth_keeping", lambda *_: True)
     value = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
-    none, before = adam.init({}), adam.init({"a.kernel": value})
+    none, before = adafactor.init({}), adafactor.init({"a.kernel": value})
     moving = {"a.kernel": before.moving["a.kernel"]._replace(value=2 * value, rows=np.ones(8, np.float32))}
     journal = Journal(tmp_path)
     kept_tuning.keep(journal, Kept(3, [{}, moving], 0.25, [(64, 0.5)], [{}, {"a.kernel": value.astype(np.float16)}]))

@@ -1,14 +1,13 @@
-"""The kernels of a layer under Adam, masks fixed: initialization, a step, rounding.
+"""The kernels of a layer under Adafactor, masks fixed: initialization, a step, rounding.
 
-A kernel's step is in units of the root mean square of its kept weights, so that one rate serves all of
-them, and all models.
-
-Adam's state is 2 bytes a weight, beside the weight's own 4: the first moment is bfloat16, and of the second the means
-over the kept weights of each row and of each column are there, r and c, of which the moment of a weight is
-r_i·c_j / mean. Both moments in float32 would be 8 bytes, and bring nothing; see docs/notes/performance.md.
+A kernel's step is in units of the root mean square of its kept weights, so that one rate serves all of them, and all
+models. It goes along the gradient over the root of its second moment. Of that the means over the kept weights of each
+row and of each column are kept, r and c, of which the moment of a weight is r_i·c_j / mean; of the gradients
+themselves no mean is. So the state is the weights' own 4 bytes, and Adam's 8 more bring nothing: see
+docs/notes/quality.md.
 
 References:
-    Kingma and Ba, "Adam" (arXiv 1412.6980). Shazeer and Stern, "Adafactor" (arXiv 1804.04235), for rows and columns.
+    Shazeer and Stern, "Adafactor" (arXiv 1804.04235).
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,19 +18,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, BFloat16, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from convert import Params
 from jaxprune.methods.linalg import masked
 from jaxprune.pruning.kernel import round_kernel
 from jaxprune.sharding import Devices
 
-BETAS = 0.9, 0.95
-"""Of Adam. There are tens of steps, or a few thousand, so the second moment's memory is short."""
+DECAY = 0.9
+"""Of the second moment, a step. There are tens of steps, or a few thousand, so its memory is short."""
 EPSILON = 1e-8
-"""Of Adam."""
-BYTES = 6
-"""Of a weight and its moments; those of rows and columns are few."""
+"""Beside the root of the second moment."""
+BYTES = 4
+"""Of a weight; the moments of rows and columns are few."""
 
 
 class Moving(NamedTuple):
@@ -39,13 +38,11 @@ class Moving(NamedTuple):
 
     Attributes:
         value: [n, m] float32, or experts' stacked, [e, n, m].
-        first: mean of the gradients.
-        rows: mean of their squares over the kept weights of each input.
+        rows: mean of the gradients' squares over the kept weights of each input.
         columns: over those of each output.
     """
 
     value: Float[Array | np.ndarray, "*e n m"]
-    first: BFloat16[Array | np.ndarray, "*e n m"]
     rows: Float[Array | np.ndarray, "*e n"]
     columns: Float[Array | np.ndarray, "*e m"]
 
@@ -67,7 +64,7 @@ class Fixed(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """The kernels of one layer's pruned linear layers under Adam, by name.
+    """The kernels of one layer's pruned linear layers under Adafactor, by name.
 
     Attributes:
         moving: what steps change.
@@ -99,7 +96,7 @@ def moving_of(value: Float[Array | np.ndarray, "*e n m"]) -> Moving:
     """Returns a kernel before the first step."""
     *experts, n, m = value.shape
     rows, columns = np.zeros((*experts, n), np.float32), np.zeros((*experts, m), np.float32)
-    return Moving(value, np.zeros(value.shape, jnp.bfloat16), rows, columns)
+    return Moving(value, rows, columns)
 
 
 def _fixed(value: Float[np.ndarray, "*e n m"], tuned: Sequence[int | None]) -> Fixed:
@@ -152,18 +149,16 @@ def step_one(
         number: of the step, from 1.
         rate: of the step.
     """
-    beta, gamma = BETAS
     gradient = masked(_unpacked(fixed.mask, gradient.shape[-2]), gradient.astype(jnp.float32))
-    first = beta * kernel.first.astype(jnp.float32) + (1 - beta) * gradient
     square = gradient * gradient
-    rows = gamma * kernel.rows + (1 - gamma) * _mean(jnp.sum(square, axis=-1), fixed.rows)
-    columns = gamma * kernel.columns + (1 - gamma) * _mean(jnp.sum(square, axis=-2), fixed.columns)
+    rows = DECAY * kernel.rows + (1 - DECAY) * _mean(jnp.sum(square, axis=-1), fixed.rows)
+    columns = DECAY * kernel.columns + (1 - DECAY) * _mean(jnp.sum(square, axis=-2), fixed.columns)
     mean = _mean(jnp.sum(rows * fixed.rows, axis=-1, keepdims=True), jnp.sum(fixed.rows, axis=-1, keepdims=True))
     share = columns / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny)
     second = rows[..., :, None] * share[..., None, :]
-    step = (first / (1 - beta**number)) / (jnp.sqrt(second / (1 - gamma**number)) + EPSILON)
+    step = gradient / (jnp.sqrt(second / (1 - DECAY**number)) + EPSILON)
     value = kernel.value - rate * fixed.unit * step  # 0 where nothing is kept
-    return Moving(value, first.astype(jnp.bfloat16), rows, columns)
+    return Moving(value, rows, columns)
 
 
 def _mean(total: Float[Array, "*s"], count: Float[Array, "*s"]) -> Float[Array, "*s"]:
