@@ -25,7 +25,6 @@ from jaxprune.planning.machine import peak_bytes
 from jaxprune.planning.program import Flops, Program, Shapes, outside_bytes
 from jaxprune.planning.transfers import transfers
 from jaxprune.planning.work import GIB, Cost, Need, Work
-from jaxprune.pruning import adafactor
 from jaxprune.pruning.experts import without_experts
 from jaxprune.pruning.sensitivity import HOST_BYTES
 from jaxprune.recipe import Recipe
@@ -226,7 +225,7 @@ def _host(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
     if "tune" in phases:
         found["tune"] += sum(_size(work.spec, path) for path in work.spec) + work.pruned_weights // 8
         if not work.placement.state:
-            found["tune"] += adafactor.BYTES * work.pruned_weights
+            found["tune"] += work.tuned_bytes
         found["tune"] += _best(work)
     return found
 
@@ -259,7 +258,7 @@ def _disk(work: Work) -> dict[str, int]:
         "the checkpoint": whole,
         "layers that are finished": (layers + work.pruned_weights // 8) * copies,  # one goes when the next is whole
         "hidden states": 2 * hidden * (2 if work.recipe.asymmetry else 1),
-        "tuning": 2 * (adafactor.BYTES * work.pruned_weights * tuned + _best(work)),
+        "tuning": 2 * (work.tuned_bytes * tuned + _best(work)),
     }
 
 

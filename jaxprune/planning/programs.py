@@ -254,7 +254,7 @@ class _Tuned(NamedTuple):
     def of(cls, shapes: Shapes, layer: Layer, x: Shape, placement: Placement) -> "_Tuned":
         params = shapes.layer_params(layer)
         names = [f"{path}.kernel" for path in layer.linears if path not in layer.routers]
-        values = {name: Shape(params[name].shape, jnp.float32) for name in names}
+        values = {name: Shape(params[name].shape, adafactor.dtype_of(x.dtype)) for name in names}
         rest = {name: param for name, param in params.items() if name not in values}
         moving = {name: jax.eval_shape(adafactor.moving_of, value) for name, value in values.items()}
         fixed = {name: _fixed(one) for name, one in moving.items()}

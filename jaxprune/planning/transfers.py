@@ -5,7 +5,6 @@ from collections.abc import Collection
 import numpy as np
 
 from jaxprune.planning.work import Work
-from jaxprune.pruning import adafactor
 
 
 def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
@@ -40,7 +39,7 @@ def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
         "evaluate": 2 * (weights + 2 * layers * evaluated),
     }
     if steps.count and not work.placement.state:  # values for the forward pass, then up and down
-        found["tune"] += (steps.count * (4 + 2 * adafactor.BYTES) + measures * 4) * pruned
+        found["tune"] += (3 * steps.count + measures) * work.tuned_bytes
     if steps.count and not work.placement.results:  # each layer's input, down and up again
         found["tune"] += 2 * layers * steps.count * work.states_bytes(*steps.shape)
     return {phase: found[phase] for phase in phases}

@@ -5,6 +5,8 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from convert import Spec
 from jaxprune import hardware
 from jaxprune.calibration.stream import HELD_OUT
@@ -12,6 +14,7 @@ from jaxprune.hardware import Hardware
 from jaxprune.models import Architecture
 from jaxprune.planning.program import Flops
 from jaxprune.planning.targets import Target
+from jaxprune.pruning import adafactor
 from jaxprune.pruning.experts import without_experts
 from jaxprune.pruning.placement import Placement, placement_of
 from jaxprune.pruning.tuning_steps import TuningSteps
@@ -91,6 +94,11 @@ class Work:
     def dense_groups(self) -> list[int]:
         """Of how many of its windows the dense model's hidden states are computed together, group by group."""
         return self.steps.groups(self.architecture.state_bytes, self.batch_tokens)
+
+    @property
+    def tuned_bytes(self) -> int:
+        """Bytes of all kernels that are pruned, while they are tuned."""
+        return adafactor.dtype_of(np.dtype(self.architecture.config.dtype)).itemsize * self.pruned_weights
 
     @property
     def pruned_weights(self) -> int:

@@ -3,11 +3,13 @@
 A kernel's step is in units of the root mean square of its kept weights, so that one rate serves all of them, and all
 models. It goes along the gradient over the root of its second moment. Of that the means over the kept weights of each
 row and of each column are kept, r and c, of which the moment of a weight is r_i·c_j / mean; of the gradients
-themselves no mean is. So the state is the weights' own 4 bytes, and Adam's 8 more bring nothing: see
-docs/notes/quality.md.
+themselves no mean is. In a computation in bfloat16 the weights are bfloat16, too: a step is far smaller than their
+spacing, so it is rounded up as often as it is near the value above. So the state is the weights' own 2 bytes; Adam's
+moments and float32 would be 12, and bring nothing: see docs/notes/quality.md.
 
 References:
-    Shazeer and Stern, "Adafactor" (arXiv 1804.04235).
+    Shazeer and Stern, "Adafactor" (arXiv 1804.04235). Roberts, "The unreasonable effectiveness of quasirandom
+    sequences" (2018), for the additive sequence in three dimensions by which is rounded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,15 +31,16 @@ DECAY = 0.9
 """Of the second moment, a step. There are tens of steps, or a few thousand, so its memory is short."""
 EPSILON = 1e-8
 """Beside the root of the second moment."""
-BYTES = 4
-"""Of a weight; the moments of rows and columns are few."""
+SEQUENCE = tuple(round(2**32 / 1.2207440846057596**k) for k in (1, 2, 3))
+"""Of a kernel's inputs, its outputs, and steps: powers of the root of x⁴ = x + 1, over 2³². What they add up to, modulo
+1, fills the interval evenly along each of them."""
 
 
 class Moving(NamedTuple):
     """What a step changes of one kernel.
 
     Attributes:
-        value: [n, m] float32, or experts' stacked, [e, n, m].
+        value: [n, m] float32 or bfloat16, or experts' stacked, [e, n, m].
         rows: mean of the gradients' squares over the kept weights of each input.
         columns: over those of each output.
     """
@@ -80,16 +83,24 @@ class Kernels(NamedTuple):
         return {name: moving.value for name, moving in self.moving.items()}
 
 
-def init(kernels: Params, experts: Mapping[str, Sequence[int | None]] = MappingProxyType({})) -> Kernels:
+def init(
+    kernels: Params, dtype: np.dtype, experts: Mapping[str, Sequence[int | None]] = MappingProxyType({})
+) -> Kernels:
     """Initializes a layer's pruned kernels before the first step, on the host.
 
     Args:
         kernels: name -> the kernel; experts' are stacked.
+        dtype: of the computation.
         experts: name -> the experts whose kernels are tuned, where they are stacked; the others stay as they are.
     """
     values = {name: kernel.astype(np.float32) for name, kernel in kernels.items()}
     fixed = {name: _fixed(value, experts[name] if value.ndim == 3 else ()) for name, value in values.items()}
-    return Kernels({name: moving_of(value) for name, value in values.items()}, fixed)
+    return Kernels({name: moving_of(value.astype(dtype_of(dtype))) for name, value in values.items()}, fixed)
+
+
+def dtype_of(dtype: np.dtype) -> np.dtype:
+    """Returns the dtype of the weights in a computation."""
+    return dtype if dtype == jnp.bfloat16 else np.dtype(np.float32)
 
 
 def moving_of(value: Float[Array | np.ndarray, "*e n m"]) -> Moving:
@@ -157,8 +168,17 @@ def step_one(
     share = columns / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny)
     second = rows[..., :, None] * share[..., None, :]
     step = gradient / (jnp.sqrt(second / (1 - DECAY**number)) + EPSILON)
-    value = kernel.value - rate * fixed.unit * step  # 0 where nothing is kept
-    return Moving(value, rows, columns)
+    value = kernel.value.astype(jnp.float32) - rate * fixed.unit * step  # 0 where nothing is kept
+    return Moving(_dithered(value, number) if kernel.value.dtype == jnp.bfloat16 else value, rows, columns)
+
+
+def _dithered(value: Float[Array, "*e n m"], number: Float[Array, ""]) -> Float[Array, "*e n m"]:
+    """Rounds to bfloat16, away from zero or towards it, so that the values of many steps are right in the mean."""
+    row, column = (jax.lax.broadcasted_iota(jnp.uint32, value.shape, value.ndim - axis) for axis in (2, 1))
+    of_row, of_column, of_step = (jnp.uint32(one) for one in SEQUENCE)
+    dither = of_row * row + of_column * column + of_step * number.astype(jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(value, jnp.uint32) + (dither >> 16)
+    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 def _mean(total: Float[Array, "*s"], count: Float[Array, "*s"]) -> Float[Array, "*s"]:
@@ -167,7 +187,7 @@ def _mean(total: Float[Array, "*s"], count: Float[Array, "*s"]) -> Float[Array, 
 
 def rounded(kernels: Kernels, name: str, dtype: np.dtype, devices: Devices) -> Float[Array, "*e n m"]:
     """Rounds a kernel to the dtype that it is stored in; every weight that is kept stays other than zero."""
-    value = devices.shard_outputs(kernels.moving[name].value)
+    value = devices.shard_outputs(kernels.moving[name].value).astype(jnp.float32)
     return round_kernel(value, _unpacked(kernels.fixed[name].mask, value.shape[-2]), dtype)
 
 

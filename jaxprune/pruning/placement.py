@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import hardware
@@ -83,15 +82,16 @@ class _Step(NamedTuple):
     @classmethod
     def of(cls, architecture: Architecture, windows: int, length: int) -> "_Step":
         dtype = np.dtype(architecture.config.dtype)
+        weight = adafactor.dtype_of(dtype)
         x = jax.ShapeDtypeStruct((windows, length, architecture.width), dtype)
         state = largest = results = visit = 0
         for layer, count in Counter(architecture.layers).items():
-            values = {f"{path}.kernel": jax.ShapeDtypeStruct(s, jnp.float32) for path, s in layer.linears.items()}
+            values = {f"{path}.kernel": jax.ShapeDtypeStruct(s, weight) for path, s in layer.linears.items()}
             rest = {name: shape for name, shape in layer.spec.items() if name not in values}
             kept = _bytes(jax.eval_shape(partial(forward_and_vjp, layer), values, rest, x)[1])
             own = _bytes(jax.eval_shape(lambda values: {n: adafactor.moving_of(v) for n, v in values.items()}, values))
             state, results, largest = state + count * own, results + count * kept, max(largest, own)
-            visit = max(visit, 2 * kept + _bytes(values) // 4 * dtype.itemsize)  # gradients are as large
+            visit = max(visit, 2 * kept + _bytes(values) // weight.itemsize * dtype.itemsize)  # gradients are as large
         return cls(state, largest, results, visit)
 
 

@@ -1,9 +1,9 @@
 """The pruned model while it is tuned towards the dense one: a step, and how far it still is.
 
 The model streams as in pruning: a step's forward pass keeps each layer's input on the host; from the last layer to the
-first, each is run again under `jax.vjp` and updated at once. The kernels, 4 bytes a pruned weight,
-stay on the device where they fit; else the host holds them, and the device one layer's with its gradients, the one that
-comes next, and the one that goes. So do a step's intermediate results of all layers, which saves a second forward pass.
+first, each is run again under `jax.vjp` and updated at once. The kernels, 2 bytes a pruned weight in bfloat16, stay on
+the device where they fit; else the host holds them, and the device one layer's with its gradients, the one that comes
+next, and the one that goes. So do a step's intermediate results of all layers, which saves a second forward pass.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ class Student:
             self._results.append(dataclasses.replace(result, params={}))
             self._rest.append(params)
             self._dtypes.append({name: kernel.dtype for name, kernel in kernels.items()})
-            self.state.append(self.place(adafactor.init(kernels, experts)))
+            self.state.append(self.place(adafactor.init(kernels, model.dtype, experts)))
         self._embed, self._head = (model.params_of(part, cast=True) for part in (architecture.embed, architecture.head))
 
     def place(self, kernels: adafactor.Kernels) -> adafactor.Kernels:
