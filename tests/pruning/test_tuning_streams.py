@@ -1,8 +1,10 @@
 """A tuning on a stream of text: what is held out, what is kept, and how it goes on."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -80,18 +82,27 @@ def test_the_divergence_is_that_of_the_models(checkpoint: Path, tmp_path: Path) 
     assert 0.001 < measured < 10
 
 
+@pytest.fixture
+def promotion() -> Iterator[None]:
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own attention promotes implicitly
+        yield
+
+
+@pytest.mark.usefixtures("promotion")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_stream_goes_on_where_it_was_stopped(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Journal, "worth_keeping", lambda *_: True)
     layers, tuning = pruned(checkpoint), Tuning(tune_tokens=16 * 32)
     text, whole, rest = of_stream(of_ids(tmp_path), tuning), Steps(), Steps()
-    expected = list(distill(load(checkpoint), text, layers, tuning, observer=whole))
+    model = load(checkpoint, dtype=dtype)
+    expected = list(distill(model, text, layers, tuning, observer=whole))
     journal = Journal(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(InputError, match="stopped here"):
         patch.setattr(Student, "step", failing(Student.step, 10))
-        list(distill(load(checkpoint), text, layers, tuning, journal=journal))
-    found = list(distill(load(checkpoint), text, layers, tuning, journal=journal, observer=rest))
+        list(distill(model, text, layers, tuning, journal=journal))
+    found = list(distill(model, text, layers, tuning, journal=journal, observer=rest))
     assert rest.told == whole.told[9:] and rest.held_out == whole.held_out
     for one, other in zip(found, expected, strict=True):
         for path, array in one.params.items():
