@@ -1,5 +1,7 @@
 """Causal attention whose memory grows with the window, not with its square."""
 
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -59,8 +61,12 @@ def causal_attention(
     heads = _by_key_head(query, _by_head(key), _by_head(value), sinks)
     heads = lax.optimization_barrier(heads)  # else XLA would rotate and transpose the keys again for each segment
     segment = max(SMALLEST, -(-t // (SEGMENTS_ON_CPU if hardware.current().on_cpu else SEGMENTS)))
-    bounds = [(start, min(start + segment, t)) for start in range(0, t, segment)]
-    parts = [_attend_segment(heads, start, end, layout, how) for start, end in bounds]
+    starts = range(0, t, segment)
+    ends = tuple(min(start + segment, t) for start in starts)
+    queries = lax.split(heads.query, [end - start for start, end in zip(starts, ends, strict=True)], axis=3)
+    seen = zip(queries, _up_to(heads.key, ends), _up_to(heads.value, ends), strict=True)
+    segments = [_Heads(*three, heads.sinks) for three in seen]
+    parts = [_attend_segment(one, start, layout, how) for one, start in zip(segments, starts, strict=True)]
     return _side_by_side(jnp.concatenate(parts, axis=3))
 
 
@@ -112,6 +118,25 @@ def _side_by_side(attended: Float[Array, "b k g t d"]) -> Float[Array, "b t h d"
     return attended.transpose(0, 3, 1, 2, 4).reshape(b, t, k * g, d)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _up_to(x: Float[Array, "b k t d"], ends: tuple[int, ...]) -> list[Float[Array, "b k _ d"]]:
+    """Returns what comes before each end. Its gradient is summed in float32, and in place: JAX's own pads each part."""
+    return [x[:, :, :end] for end in ends]
+
+
+def _sum_up_to(
+    ends: tuple[int, ...], _: None, gradients: Sequence[Float[Array, "b k _ d"]]
+) -> tuple[Float[Array, "b k t d"]]:
+    *shorter, whole = gradients
+    total = whole.astype(jnp.promote_types(whole.dtype, jnp.float32))
+    for end, gradient in zip(ends[:-1], shorter, strict=True):
+        total = total.at[:, :, :end].add(gradient.astype(total.dtype))
+    return (total.astype(whole.dtype),)
+
+
+_up_to.defvjp(lambda x, ends: (_up_to(x, ends), None), _sum_up_to)
+
+
 def _padded(x: Float[Array, "b k t d"], length: int) -> Float[Array, "b k s d"]:
     return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
 
@@ -135,23 +160,23 @@ def _attend_cached(
     return _side_by_side(_attend(_by_key_head(query, keys, values, sinks), visible[:, None, None], how))
 
 
-def _attend_segment(heads: _Heads, start: int, end: int, layout: Layout | None, how: _How) -> Float[Array, "b k g _ d"]:
-    """Returns the attention of the queries from `start` to `end` over the tokens that they see, or some more."""
+def _attend_segment(heads: _Heads, start: int, layout: Layout | None, how: _How) -> Float[Array, "b k g _ d"]:
+    """Returns the attention of queries, the first of which is token `start`, over what is there up to their end."""
     # A packed text's tokens may lie anywhere before; without a layout none lies further back than the window.
     first = 0 if how.window is None or layout is not None else max(0, start - how.window + 1)
-    seen = heads._replace(key=heads.key[:, :, first:end], value=heads.value[:, :, first:end])
-    if end - start <= LARGEST:
-        block = seen._replace(query=seen.query[:, :, :, start:end])
-        return _attend(block, _visible(jnp.int32(start), end - start, (first, end), layout, how.window), how)
+    seen = heads._replace(key=heads.key[:, :, first:], value=heads.value[:, :, first:])
+    count, keys = heads.query.shape[3], (first, heads.key.shape[2])
+    if count <= LARGEST:
+        return _attend(seen, _visible(jnp.int32(start), count, keys, layout, how.window), how)
 
     def attend(begin: Array) -> Array:
         block = seen._replace(query=lax.dynamic_slice_in_dim(seen.query, begin, LARGEST, axis=3))
-        return _attend(block, _visible(begin, LARGEST, (first, end), layout, how.window), how)
+        return _attend(block, _visible(jnp.int32(start) + begin, LARGEST, keys, layout, how.window), how)
 
     # The last block may overlap the one before it, so that every block has the same shape.
-    starts = jnp.minimum(jnp.arange(start, end, LARGEST, dtype=jnp.int32), jnp.int32(end - LARGEST))
+    starts = jnp.minimum(jnp.arange(0, count, LARGEST, dtype=jnp.int32), jnp.int32(count - LARGEST))
     blocks = lax.map(attend, starts)
-    rest = end - start - LARGEST * (len(blocks) - 1)
+    rest = count - LARGEST * (len(blocks) - 1)
     return jnp.concatenate([*blocks[:-1], blocks[-1][:, :, :, LARGEST - rest :]], axis=3)
 
 

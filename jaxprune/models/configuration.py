@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import DTypeLike
+from jaxtyping import Array, DTypeLike, Float
 from pydantic import Field
 
 from convert.assets import Count, Positions, Positive, Size, Vocabulary
@@ -28,6 +28,16 @@ ACTIVATIONS = {
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Types of layers, as configurations name them."""
+
+
+def gated(activation: str, gate: Float[Array, "*s"], up: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """Returns activation(gate)·up, computed in float32 at least; its gradient keeps these two arrays alone."""
+    dtype = jnp.promote_types(gate.dtype, jnp.float32)
+
+    def product(gate: Array, up: Array) -> Array:
+        return (ACTIVATIONS[activation](gate.astype(dtype)) * up.astype(dtype)).astype(gate.dtype)
+
+    return jax.checkpoint(product)(gate, up)
 
 
 class Entries(Schema):

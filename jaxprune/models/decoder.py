@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxprune.models.attention import causal_attention
-from jaxprune.models.configuration import ACTIVATIONS, Config, Kind
+from jaxprune.models.configuration import Config, Kind, gated
 from jaxprune.models.experts import EXPERT_INPUTS, SparseMLP
 from jaxprune.models.layout import Layout
 from jaxprune.models.products import all_but_kernels, times_embedding, times_kernel
@@ -161,7 +161,7 @@ class GatedMLP(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
-        y = ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x)
+        y = gated(self.activation, self.gate_proj(x), self.up_proj(x))
         return self.down_proj(y), {"mlp_hidden": y}
 
 
@@ -176,7 +176,7 @@ class FusedMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
         gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-        y = ACTIVATIONS[self.activation](gate) * up
+        y = gated(self.activation, gate, up)
         return self.down_proj(y), {"mlp_hidden": y}
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxprune.models.blocks import Plan, Routed, collect, dispatch, grouped, plan
-from jaxprune.models.configuration import ACTIVATIONS, Config, Routing
+from jaxprune.models.configuration import Config, Routing, gated
 from jaxprune.models.parts import ROUTER_TAP
 from jaxprune.sparsity.patterns import Sections
 
@@ -67,7 +67,7 @@ class GatedExperts(nnx.Module):
 
     def __call__(self, x: Float[Array, "N B n"], rows: Rows) -> tuple[Float[Array, "N B n"], Float[Array, "N B h"]]:
         gate, up, down = (getattr(self, name) for name in self.names)
-        hidden = ACTIVATIONS[self.activation](gate(x, rows)) * up(x, rows)
+        hidden = gated(self.activation, gate(x, rows), up(x, rows))
         return down(hidden, rows), hidden
 
 

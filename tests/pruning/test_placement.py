@@ -30,6 +30,6 @@ def test_a_model_that_drops_experts_leaves_room_for_the_dense_one(tmp_path: Path
     fewer = without_experts(dense, 0.75)
     fits = [
         tuple(placement_of(fewer, (1, 8), teacher=t, device_bytes=size, batch_tokens=8).state for t in (None, dense))
-        for size in (3e7, 3.8e7, 1e8)
+        for size in (2.8e7, 3.6e7, 1e8)
     ]
     assert fits == [(False, False), (True, False), (True, True)]
