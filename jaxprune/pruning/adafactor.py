@@ -187,7 +187,7 @@ def _mean(total: Float[Array, "*s"], count: Float[Array, "*s"]) -> Float[Array, 
 
 def rounded(kernels: Kernels, name: str, dtype: np.dtype, devices: Devices) -> Float[Array, "*e n m"]:
     """Rounds a kernel to the dtype that it is stored in; every weight that is kept stays other than zero."""
-    value = devices.shard_outputs(kernels.moving[name].value).astype(jnp.float32)
+    value = devices.shard_outputs(kernels.moving[name].value)
     return round_kernel(value, _unpacked(kernels.fixed[name].mask, value.shape[-2]), dtype)
 
 

@@ -43,6 +43,7 @@ def _record(cell: Any, result: dict[str, Any], paper: float | None) -> dict[str,
         "linear": cell.linear and cell.linear[1],
         "perplexity": _digits(result.get("perplexity")),
         "paper": paper,
+        **_compared(result),
         **_accuracies(result),
         "relative_error": _digits(result.get("error")),
         **{f"seconds_{phase}": _digits(seconds.get(phase), 4) for phase in PHASES},
@@ -52,6 +53,14 @@ def _record(cell: Any, result: dict[str, Any], paper: float | None) -> dict[str,
 def _seconds(result: dict[str, Any]) -> dict[str, float]:
     """The seconds of each phase; none where the cell went on from an earlier run, whose share is not known."""
     return {} if result.get("resumed") else result.get("seconds", {})
+
+
+def _compared(result: dict[str, Any]) -> dict[str, str | None]:
+    """What the text says beside the dense model: divergence in nats, and the same most probable tokens in percent."""
+    if "quality" not in result:
+        return {}
+    (text,) = result["quality"]["texts"].values()
+    return {"kl": _digits(text.get("kl")), "top1": _digits(100 * text["top1"] if "top1" in text else None)}
 
 
 def _accuracies(result: dict[str, Any]) -> dict[str, str | None]:

@@ -1,6 +1,7 @@
 """The Flax model against transformers' LlamaForCausalLM, whole and by submodule, in float32."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,18 @@ def test_attention_in_blocks_is_attention(length: int) -> None:
     q, k, v = (jnp.asarray(generator.normal(size=(windows, length, h, 8)), jnp.float32) for h in (4, 2, 2))
     expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
     np.testing.assert_allclose(causal_attention(q, k, v), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("length", "window"), [(64, None), (65, 20), (700, None), (700, 100), (4200, None)])
+def test_attention_in_blocks_has_the_gradients_of_attention(length: int, window: int | None) -> None:
+    generator = np.random.default_rng(0)
+    q, k, v, cotangent = (jnp.asarray(generator.normal(size=(1, length, h, 8)), jnp.float32) for h in (4, 2, 2, 4))
+    local = None if window is None else (window - 1, 0)
+    plain = partial(jax.nn.dot_product_attention, is_causal=True, local_window_size=local)
+    expected = jax.vjp(plain, q, k, v)[1](cotangent)
+    found = jax.jit(lambda: jax.vjp(partial(causal_attention, window=window), q, k, v)[1](cotangent))()
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
 
 
 def test_attention_memory_grows_with_the_window_not_its_square() -> None:
