@@ -257,7 +257,7 @@ EXPERIMENTS = {
         against=tuple(BASELINES),
     ),
     "budgets": Experiment(
-        title="Perplexity by sparsity and by tokens of text",
+        title="Perplexity by time and by tokens of text",
         measure="accuracy",
         rows={
             "ADMM-Grad, constant": BASELINES["ADMM-Grad, constant"],
@@ -267,7 +267,7 @@ EXPERIMENTS = {
             "thorough, a million tokens": "--preset thorough",
         },
         patterns=("0.5", "0.6", "0.7", "0.8", "0.9", "0.95", "2:4"),
-        picture="quality_by_sparsity",
+        picture="quality_by_minutes",
         against=("ADMM-Grad, constant",),
     ),
     "ablation": Experiment(

@@ -27,9 +27,14 @@ STYLE = {
 COLORS = ["#888888", "#c08a00", "#7cb342", "#00796b", "#26418f", "#8e44ad", "#d1495b", "#e07a1f", "#111111", "#17a2c9"]
 MARKERS = "osD^vP*XhH"
 PHASES = {"gram": "forward pass and Gram matrices", "solve": "solver", "forward": "second forward pass"}
-PARTIAL = "quality_by_sparsity", "gains"
+PARTIAL = "quality_by_sparsity", "quality_by_minutes", "gains"
 """Pictures that can be made of some of an experiment's cells."""
 Results = Sequence[tuple[Any, dict[str, Any]]]
+
+
+def seconds_of(result: dict[str, Any]) -> dict[str, float]:
+    """The seconds of each phase; none where the cell went on from an earlier run, whose share is not known."""
+    return {} if result.get("resumed") else result.get("seconds", {})
 
 
 def draw(experiment: Experiment, ckpt: str, results: Results, setting: str, stem: Path) -> list[Path]:
@@ -155,6 +160,28 @@ def _quality_by_sparsity(experiment: Experiment, results: Results) -> tuple[Figu
     (dense,) = (r["perplexity"] for c, r in results if c.row == "dense")
     axis.axhline(dense, color="#999999", ls=":", lw=1.5, label=f"dense, {dense:.1f}")
     _logarithmic(axis, "perplexity")
+    return figure, experiment.title
+
+
+def _quality_by_minutes(experiment: Experiment, results: Results) -> tuple[Figure, str]:
+    """A line a pattern, on it a point a row, at its median time: time hardly depends on the pattern."""
+    perplexities = {(c.row, c.pattern): r["perplexity"] for c, r in results}
+    known = [(c.row, sum(seconds_of(r).values()) / 60) for c, r in results if c.pattern and seconds_of(r)]
+    minutes = {row: statistics.median(m for other, m in known if other == row) for row, _ in known}
+    figure, (axis,) = _figure(9.5, 6.4, below=0.65)
+    for number, pattern in enumerate(experiment.patterns):
+        points = [(m, perplexities[row, pattern]) for row, m in minutes.items() if (row, pattern) in perplexities]
+        if points:
+            style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+            axis.plot(*zip(*points, strict=True), label=pattern_name(pattern), lw=1.6, **style)
+    dense = perplexities["dense", ""]
+    axis.axhline(dense, color="#999999", ls=":", lw=1.5, label=f"dense, {dense:.1f}")
+    axis.set_xscale("log")
+    _logarithmic(axis, "perplexity")
+    labels = ["\n".join([f"{float(f'{m:.2g}'):g}", *row.split(", ")]) for row, m in minutes.items()]
+    axis.set_xticks(list(minutes.values()), labels)
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel("minutes to prune (log), median over the patterns")
     return figure, experiment.title
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pictures
 from experiments import Experiment, pattern_name
+from pictures import draw, seconds_of
 
 from jaxprune.evaluation.text import short_name
 
@@ -29,12 +29,12 @@ def write(name: str, experiment: Experiment, bench: Any, results: Results) -> li
     setting = _setting(experiment, bench, results)
     lines = [f"# {experiment.title}", "", f"{setting}.", "", *_tables(experiment, bench.ckpt, results), ""]
     stem.with_suffix(".md").write_text("\n".join(lines))
-    drawn = pictures.draw(experiment, bench.ckpt, results, setting, stem)
+    drawn = draw(experiment, bench.ckpt, results, setting, stem)
     return [stem.with_suffix(".csv"), stem.with_suffix(".md"), *drawn]
 
 
 def _record(cell: Any, result: dict[str, Any], paper: float | None) -> dict[str, Any]:
-    seconds = _seconds(result)
+    seconds = seconds_of(result)
     return {
         "row": cell.row,
         "pattern": cell.pattern,
@@ -48,11 +48,6 @@ def _record(cell: Any, result: dict[str, Any], paper: float | None) -> dict[str,
         "relative_error": _digits(result.get("error")),
         **{f"seconds_{phase}": _digits(seconds.get(phase), 4) for phase in PHASES},
     }
-
-
-def _seconds(result: dict[str, Any]) -> dict[str, float]:
-    """The seconds of each phase; none where the cell went on from an earlier run, whose share is not known."""
-    return {} if result.get("resumed") else result.get("seconds", {})
 
 
 def _compared(result: dict[str, Any]) -> dict[str, str | None]:
@@ -151,7 +146,7 @@ def _against(experiment: Experiment, found: dict[tuple[str, str], dict[str, Any]
         return f"{ratios[row, pattern]:.3f}" if (row, pattern) in ratios else ""
 
     def duration(row: str, pattern: str) -> str:
-        own, first = (sum(_seconds(found.get((name, pattern), {})).values()) for name in (row, experiment.against[0]))
+        own, first = (sum(seconds_of(found.get((name, pattern), {})).values()) for name in (row, experiment.against[0]))
         return (f"{own:.0f} s" + (f" ({own / first:.2f})" if first else "")) if own else ""
 
     def cells(value: Callable[[str, str], str]) -> list[list[str]]:

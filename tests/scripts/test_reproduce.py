@@ -230,6 +230,26 @@ def test_gains_are_drawn_of_what_there_is(modules: dict[str, ModuleType]) -> Non
     assert (points.get_label(), list(points.get_xdata())) == ("70 %", [1.25, 1.0, 0.8, 0.75])
 
 
+def test_quality_by_minutes_places_rows_at_their_median_time(modules: dict[str, ModuleType]) -> None:
+    reproduce, pictures = modules["reproduce"], modules["pictures"]
+    experiment = reproduce.EXPERIMENTS["budgets"]
+    cells = {(cell.row, cell.pattern): cell for cell in reproduce.cells(experiment, 30)}
+    found = {("dense", ""): (20.0, 0)}
+    found |= {("fast", pattern): (40.0, 60 * m) for pattern, m in (("0.5", 2), ("0.7", 3), ("0.8", 9))}
+    found |= {("best", "0.7"): (35.0, 360)}
+    results = [
+        (cells[key], {"perplexity": value, "seconds": {"gram": 0.75 * seconds, "tune": 0.25 * seconds}})
+        for key, (value, seconds) in found.items()
+    ]
+    resumed = {"perplexity": 30.0, "seconds": {"tune": 1.0}, "resumed": True}  # by how much is not known
+    results.append((cells["thorough, a million tokens", "0.7"], resumed))
+    figure, _ = pictures._quality_by_minutes(experiment, results)
+    (axis,) = figure.axes
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines}
+    assert lines["70 %"] == ([3.0, 6.0], [40.0, 35.0]) and lines["80 %"] == ([3.0], [40.0])
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["3\nfast", "6\nbest"]
+
+
 def test_every_row_of_every_experiment_is_a_recipe(modules: dict[str, ModuleType]) -> None:
     for experiment in modules["experiments"].EXPERIMENTS.values():
         made = list(modules["reproduce"].cells(experiment, 30))
