@@ -27,9 +27,10 @@ class TextStream:
     """Windows of token ids, made in the background as they are asked for.
 
     Documents are taken in an order drawn from the seed, joined, and cut into windows, so that all of a source comes
-    before any of it comes again; then they are taken in another order, and so on. The last ones of the first order are
-    held out: nothing of them is in a window, unless what they leave is more than what is held out, as of a book, or
-    there is no other document. Several sources take turns.
+    before any of it comes again; then they are taken in another order, and so on. The first order begins at the end of
+    that by which `calibration_windows` takes documents, so that those of the calibration come last; what comes before
+    all is held out: nothing of these documents is in a window, unless what they leave is more than what is held out,
+    as of a book, or there is no other document. Several sources take turns.
 
     Args:
         source: sources; see `calibration_windows`. Of .npy, rows are what documents are of others.
@@ -108,10 +109,10 @@ class _Source:
     def __init__(self, name: str, documents: "Texts | _Rows", length: int, seed: int, held_out: int) -> None:
         self._documents, self._length, self._seed = documents, length, seed
         self.digest, size = documents.measure()
-        self._order = np.random.default_rng(seed).permutation(len(documents))
+        self._order = np.random.default_rng(seed).permutation(len(documents))[::-1]
         ids, taken = np.zeros(0, np.int32), 0
         while len(self._order) and (not taken or len(ids) < held_out * length):
-            document, self._order = int(self._order[-1]), self._order[:-1]
+            document, self._order = int(self._order[0]), self._order[1:]
             ids, taken = np.concatenate([ids, documents.joined(document)]), taken + documents.size_of(document)
         # What the last of them leaves is tuned on where it is a book, or all that there is, as of a .txt file.
         rest = ids[held_out * length :]

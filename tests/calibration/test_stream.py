@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxprune import InputError
+from jaxprune import InputError, calibration_windows
 from jaxprune.calibration.stream import TextStream
 from tests.helpers import tiny
 
@@ -47,9 +47,16 @@ def test_documents_are_joined_and_cut(tmp_path: Path) -> None:
     tokenizer = tiny.tokenizer()
     found = TextStream(str(tmp_path / "texts.jsonl"), tokenizer, 16, held_out=2)
     assert found.held_out.shape == (2, 16)
-    order = np.random.default_rng(0).permutation(12)
-    ids = [i for n in order[:3] for part in (texts[n], "\n\n") for i in tokenizer(part)["input_ids"]]
+    order = np.random.default_rng(0).permutation(12)[::-1]
+    ids = [i for n in order[1:4] for part in (texts[n], "\n\n") for i in tokenizer(part)["input_ids"]]
+    np.testing.assert_array_equal(found.held_out.reshape(-1), tokenizer(texts[order[0]])["input_ids"][:32])
     np.testing.assert_array_equal(np.stack(list(islice(found.windows(), 4))).reshape(-1), ids[: 4 * 16])
+
+
+def test_what_calibrates_comes_last(rows: Path) -> None:
+    calibrating = {int(window[0]) for window in calibration_windows(str(rows), None, count=5, length=16)}
+    first = [int(window[0]) for window in islice(stream(rows).windows(), 16)]
+    assert set(first[-5:]) == calibrating
 
 
 def test_of_one_document_the_beginning_is_held_out(tmp_path: Path) -> None:
