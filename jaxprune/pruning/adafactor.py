@@ -3,7 +3,7 @@
 A kernel's step is in units of the root mean square of its kept weights, so that one rate serves all of them, and all
 models. It goes along the gradient over the root of its second moment. Of that the means over the kept weights of each
 row and of each column are kept, r and c, of which the moment of a weight is r_i·c_j / mean; of the gradients
-themselves no mean is. In a computation in bfloat16 the weights are bfloat16, too: a step is far smaller than their
+themselves no mean is. In a computation in 16 bits the weights have 16 bits, too: a step is far smaller than their
 spacing, so it is rounded up as often as it is near the value above. So the state is the weights' own 2 bytes; Adam's
 moments and float32 would be 12, and bring nothing: see docs/notes/quality.md.
 
@@ -40,7 +40,7 @@ class Moving(NamedTuple):
     """What a step changes of one kernel.
 
     Attributes:
-        value: [n, m] float32 or bfloat16, or experts' stacked, [e, n, m].
+        value: [n, m] float32, bfloat16 or float16, or experts' stacked, [e, n, m].
         rows: mean of the gradients' squares over the kept weights of each input.
         columns: over those of each output.
     """
@@ -100,7 +100,7 @@ def init(
 
 def dtype_of(dtype: np.dtype) -> np.dtype:
     """Returns the dtype of the weights in a computation."""
-    return dtype if dtype == jnp.bfloat16 else np.dtype(np.float32)
+    return dtype if dtype.itemsize == 2 else np.dtype(np.float32)
 
 
 def moving_of(value: Float[Array | np.ndarray, "*e n m"]) -> Moving:
@@ -169,16 +169,20 @@ def step_one(
     second = rows[..., :, None] * share[..., None, :]
     step = gradient / (jnp.sqrt(second / (1 - DECAY**number)) + EPSILON)
     value = kernel.value.astype(jnp.float32) - rate * fixed.unit * step  # 0 where nothing is kept
-    return Moving(_dithered(value, number) if kernel.value.dtype == jnp.bfloat16 else value, rows, columns)
+    return Moving(_dithered(value, kernel.value.dtype, number), rows, columns)
 
 
-def _dithered(value: Float[Array, "*e n m"], number: Float[Array, ""]) -> Float[Array, "*e n m"]:
-    """Rounds to bfloat16, away from zero or towards it, so that the values of many steps are right in the mean."""
+def _dithered(value: Float[Array, "*e n m"], dtype: np.dtype, number: Float[Array, ""]) -> Float[Array, "*e n m"]:
+    """Rounds to a dtype, away from zero or towards it, so that the values of many steps are right in the mean."""
+    dropped = jnp.finfo(value.dtype).nmant - jnp.finfo(dtype).nmant
+    if not dropped:
+        return value
     row, column = (jax.lax.broadcasted_iota(jnp.uint32, value.shape, value.ndim - axis) for axis in (2, 1))
     of_row, of_column, of_step = (jnp.uint32(one) for one in SEQUENCE)
     dither = of_row * row + of_column * column + of_step * number.astype(jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(value, jnp.uint32) + (dither >> 16)
-    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+    bits = jax.lax.bitcast_convert_type(value, jnp.uint32) + (dither >> jnp.uint32(32 - dropped))
+    kept = bits & jnp.uint32(2**32 - 2**dropped)
+    return jax.lax.bitcast_convert_type(kept, jnp.float32).astype(dtype)
 
 
 def _mean(total: Float[Array, "*s"], count: Float[Array, "*s"]) -> Float[Array, "*s"]:

@@ -1,7 +1,7 @@
 """The pruned model while it is tuned towards the dense one: a step, and how far it still is.
 
 The model streams as in pruning: a step's forward pass keeps each layer's input on the host; from the last layer to the
-first, each is run again under `jax.vjp` and updated at once. The kernels, 2 bytes a pruned weight in bfloat16, stay on
+first, each is run again under `jax.vjp` and updated at once. The kernels, 2 bytes a pruned weight in 16 bits, stay on
 the device where they fit; else the host holds them, and the device one layer's with its gradients, the one that comes
 next, and the one that goes. So do a step's intermediate results of all layers, which saves a second forward pass.
 """

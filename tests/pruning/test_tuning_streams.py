@@ -89,7 +89,7 @@ def promotion() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("promotion")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_stream_goes_on_where_it_was_stopped(
     dtype: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
