@@ -10,7 +10,7 @@ A family file exposes
   and hidden states; the layer returns its output and its taps;
 - `inputs(config, kind)`, the linear layers to prune: the name of a tap -> the linear layers whose input it is.
 
-`configuration`, `decoder` and `experts` hold what most families share.
+`configuration`, `activations`, `decoder` and `experts` hold what most families share.
 """
 
 import dataclasses
@@ -37,6 +37,7 @@ from jaxprune.models.layout import Layout
 from jaxprune.models.parts import Layer, Part
 
 HELPERS = (
+    "activations",
     "attention",
     "blocks",
     "configuration",

@@ -64,9 +64,8 @@ def causal_attention(
     starts = range(0, t, segment)
     ends = tuple(min(start + segment, t) for start in starts)
     queries = lax.split(heads.query, [end - start for start, end in zip(starts, ends, strict=True)], axis=3)
-    seen = zip(queries, _up_to(heads.key, ends), _up_to(heads.value, ends), strict=True)
-    segments = [_Heads(*three, heads.sinks) for three in seen]
-    parts = [_attend_segment(one, start, layout, how) for one, start in zip(segments, starts, strict=True)]
+    segments = zip(starts, queries, _up_to(heads.key, ends), _up_to(heads.value, ends), strict=True)
+    parts = [_attend_segment(_Heads(q, k, v, heads.sinks), start, layout, how) for start, q, k, v in segments]
     return _side_by_side(jnp.concatenate(parts, axis=3))
 
 

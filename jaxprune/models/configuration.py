@@ -4,40 +4,19 @@ import dataclasses
 from collections.abc import Callable, Collection
 from typing import Annotated, Any, Literal, TypeVar
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import DTypeLike
 from pydantic import Field
 
 from convert.assets import Count, Positions, Positive, Size, Vocabulary
 from convert.errors import CheckpointError
 from convert.schema import Schema, check
 from jaxprune.errors import InputError
+from jaxprune.models.activations import require_activation
 from jaxprune.models.rope import Rope
 
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "relu": jax.nn.relu,
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
-}
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Types of layers, as configurations name them."""
-
-
-def gated(activation: str, gate: Float[Array, "*s"], up: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """Returns activation(gate)·up, computed in float32 at least; its gradient keeps these two arrays alone."""
-    dtype = jnp.promote_types(gate.dtype, jnp.float32)
-
-    def product(gate: Array, up: Array) -> Array:
-        return (ACTIVATIONS[activation](gate.astype(dtype)) * up.astype(dtype)).astype(gate.dtype)
-
-    return jax.checkpoint(product)(gate, up)
 
 
 class Entries(Schema):
@@ -242,12 +221,6 @@ class Config:
 
 
 C = TypeVar("C", bound=Config)
-
-
-def require_activation(name: str | None) -> None:
-    """Raises InputError for an activation that is not implemented."""
-    if name not in ACTIVATIONS:
-        raise InputError(f"activation {name!r} is not implemented; {', '.join(ACTIVATIONS)} are")
 
 
 def head_size(hf: Entries) -> int:

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxprune.models.activations import gated
 from jaxprune.models.attention import causal_attention
-from jaxprune.models.configuration import Config, Kind, gated
+from jaxprune.models.configuration import Config, Kind
 from jaxprune.models.experts import EXPERT_INPUTS, SparseMLP
 from jaxprune.models.layout import Layout
 from jaxprune.models.products import all_but_kernels, times_embedding, times_kernel

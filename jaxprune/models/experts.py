@@ -14,8 +14,9 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from jaxprune.models.activations import gated
 from jaxprune.models.blocks import Plan, Routed, collect, dispatch, grouped, plan
-from jaxprune.models.configuration import Config, Routing, gated
+from jaxprune.models.configuration import Config, Routing
 from jaxprune.models.parts import ROUTER_TAP
 from jaxprune.sparsity.patterns import Sections
 

@@ -14,7 +14,8 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from jaxprune.models import configuration, decoder
-from jaxprune.models.configuration import ACTIVATIONS, Kind
+from jaxprune.models.activations import ACTIVATIONS
+from jaxprune.models.configuration import Kind
 from jaxprune.models.decoder import LayerNorm, Taps, fused, in_turn, linear
 from jaxprune.models.layout import Layout
 from jaxprune.models.products import times_embedding

@@ -17,7 +17,8 @@ from convert.assets import Count, Positions, Size, Vocabulary
 from convert.schema import Schema
 from jaxprune.errors import InputError
 from jaxprune.models import configuration, decoder
-from jaxprune.models.configuration import ACTIVATIONS, Kind
+from jaxprune.models.activations import ACTIVATIONS, require_activation
+from jaxprune.models.configuration import Kind
 from jaxprune.models.decoder import ATTENTION_INPUTS, LayerNorm, linear
 from jaxprune.models.layout import Layout
 from jaxprune.models.products import times_embedding
@@ -66,7 +67,7 @@ class Config(configuration.Config):
         head_dim, rest = divmod(read.hidden_size, read.num_attention_heads)
         if rest:
             raise InputError(f"{read.hidden_size} features cannot be split into {read.num_attention_heads} heads")
-        configuration.require_activation(read.activation_function)
+        require_activation(read.activation_function)
         return cls(
             vocab_size=read.vocab_size,
             hidden_size=read.hidden_size,

@@ -17,6 +17,7 @@ from jaxtyping import Array, DTypeLike, Float
 from convert.assets import Count, Size
 from jaxprune.errors import InputError
 from jaxprune.models import configuration, decoder
+from jaxprune.models.activations import ACTIVATIONS
 from jaxprune.models.configuration import FULL, Kind
 from jaxprune.models.decoder import Embed, GatedMLP, Head, RMSNorm, Taps, fused, in_turn, linear
 from jaxprune.models.experts import SparseMLP
@@ -172,7 +173,7 @@ class DeltaNet(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t h"]]:
         config = self.config
         mixed, gate, rate, decay = self.project(x)
-        mixed = configuration.ACTIVATIONS[config.activation](self.conv1d(mixed, layout))
+        mixed = ACTIVATIONS[config.activation](self.conv1d(mixed, layout))
         query, key, value = (
             part.reshape(*x.shape[:2], -1, size).astype(jnp.float32)
             for part, size in zip(

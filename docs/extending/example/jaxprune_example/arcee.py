@@ -6,7 +6,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxprune.models import decoder
-from jaxprune.models.configuration import ACTIVATIONS, Config, Kind
+from jaxprune.models.activations import ACTIVATIONS
+from jaxprune.models.configuration import Config, Kind
 from jaxprune.models.decoder import ATTENTION_INPUTS, Embed, Head, Taps, linear
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
