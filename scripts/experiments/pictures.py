@@ -157,8 +157,7 @@ def _few_ticks(axis: Axes, low: float, high: float) -> None:
 
 def _quality_by_sparsity(experiment: Experiment, results: Results) -> tuple[Figure, str]:
     figure, axis = _rows_by_pattern(experiment, {(c.row, c.pattern): r["perplexity"] for c, r in results})
-    (dense,) = (r["perplexity"] for c, r in results if c.row == "dense")
-    axis.axhline(dense, color="#999999", ls=":", lw=1.5, label=f"dense, {dense:.1f}")
+    _dense_line(axis, results)
     _logarithmic(axis, "perplexity")
     return figure, experiment.title
 
@@ -174,8 +173,7 @@ def _quality_by_minutes(experiment: Experiment, results: Results) -> tuple[Figur
         if points:
             style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
             axis.plot(*zip(*points, strict=True), label=pattern_name(pattern), lw=1.6, **style)
-    dense = perplexities["dense", ""]
-    axis.axhline(dense, color="#999999", ls=":", lw=1.5, label=f"dense, {dense:.1f}")
+    _dense_line(axis, results)
     axis.set_xscale("log")
     _logarithmic(axis, "perplexity")
     labels = ["\n".join([f"{float(f'{m:.2g}'):g}", *row.split(", ")]) for row, m in minutes.items()]
@@ -221,6 +219,11 @@ def _errors_by_sparsity(experiment: Experiment, results: Results) -> tuple[Figur
     figure, axis = _rows_by_pattern(experiment, ratios)
     _logarithmic(axis, f"mean error over that of {unit}")
     return figure, "Error of layers on the same inputs"
+
+
+def _dense_line(axis: Axes, results: Results) -> None:
+    (dense,) = (r["perplexity"] for c, r in results if c.row == "dense")
+    axis.axhline(dense, color="#999999", ls=":", lw=1.5, label=f"dense, {dense:.1f}")
 
 
 def _logarithmic(axis: Axes, label: str) -> None:

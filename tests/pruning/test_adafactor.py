@@ -1,0 +1,33 @@
+"""Adafactor on weights of 16 bits."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprune.pruning import adafactor
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_steps_of_16_bit_weights_are_right_in_the_mean(dtype: type) -> None:
+    """Far smaller than the spacing of the weights, and what is zero stays it."""
+    value = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
+    value[::2] = 0
+    kernels = adafactor.init({"a": value}, np.dtype(dtype))
+    begin = np.asarray(kernels.moving["a"].value, np.float32)
+    rate, gradient = jnp.float32(1e-4), jnp.asarray(np.sign(value), dtype)
+    for number in range(1, 1001):
+        moving = adafactor.step(kernels, {"a": gradient}, jnp.float32(number), rate)
+        kernels = kernels._replace(moving=moving)
+    found = np.asarray(kernels.moving["a"].value, np.float32)
+    assert kernels.moving["a"].value.dtype == dtype and (found == 0).tolist() == (value == 0).tolist()
+    # All gradients have the same size, so a step is the rate in units of the root mean square.
+    unit = np.sqrt(np.mean(begin[begin != 0] ** 2))
+    np.testing.assert_allclose((begin - found) / unit, 0.1 * np.sign(value), atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_what_needs_no_rounding_is_not_rounded(dtype: type) -> None:
+    value = np.asarray(jnp.linspace(-3, 3, 48, dtype=dtype), np.float32).reshape(8, 6)
+    kernels = adafactor.init({"a": value}, np.dtype(dtype))
+    moving = adafactor.step(kernels, {"a": jnp.zeros((8, 6), dtype)}, jnp.float32(7), jnp.float32(1))
+    np.testing.assert_array_equal(np.asarray(moving["a"].value, np.float32), value)
