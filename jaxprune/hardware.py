@@ -5,6 +5,9 @@ from typing import Any
 
 import jax
 
+HEADROOM = 0.92
+"""Share of a device's memory that a program may use: the rest is fragmentation."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:

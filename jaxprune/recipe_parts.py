@@ -92,8 +92,8 @@ class Tuning:
                 "a tuning takes the calibration windows or tokens of a text, not both",
                 options={"tune_epochs": 0, "tune_tokens": Change.OMIT},
             )
-        if not 0 < self.tune_rate < math.inf:
-            raise InputError(f"tune_rate must be finite and positive, not {self.tune_rate}")
+        if not 0 < self.tune_rate <= 1:
+            raise InputError(f"tune_rate must be above 0 and at most 1, not {self.tune_rate}")
         if self.tune_windows < 1:
             raise InputError(f"tune_windows must be at least 1, not {self.tune_windows}")
         if self.tune_pieces < 1:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxprune.errors import InputError
@@ -26,7 +27,7 @@ def require_activation(name: str | None) -> None:
 
 def gated(activation: str, gate: Float[Array, "*s"], up: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """Returns activation(gate)·up, computed in float32 at least; its gradient keeps these two arrays alone."""
-    dtype = jnp.promote_types(gate.dtype, jnp.float32)
+    dtype = np.promote_types(gate.dtype, np.float32)
 
     def product(gate: Array, up: Array) -> Array:
         return (ACTIVATIONS[activation](gate.astype(dtype)) * up.astype(dtype)).astype(gate.dtype)

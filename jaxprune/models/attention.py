@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
@@ -127,7 +128,7 @@ def _sum_up_to(
     ends: tuple[int, ...], _: None, gradients: Sequence[Float[Array, "b k _ d"]]
 ) -> tuple[Float[Array, "b k t d"]]:
     *shorter, whole = gradients
-    total = whole.astype(jnp.promote_types(whole.dtype, jnp.float32))
+    total = whole.astype(np.promote_types(whole.dtype, np.float32))
     for end, gradient in zip(ends[:-1], shorter, strict=True):
         total = total.at[:, :, :end].add(gradient.astype(total.dtype))
     return (total.astype(whole.dtype),)
@@ -184,7 +185,7 @@ def _attend(heads: _Heads, visible: Bool[Array, "_ 1 q s"], how: _How) -> Float[
     float32 (or float64)."""
     query, key, value, sinks = heads
     b, k, g, q, d = query.shape
-    float32 = jnp.promote_types(query.dtype, jnp.float32)
+    float32 = np.promote_types(query.dtype, np.float32)
     scores = product("bkqd,bksd->bkqs", query.reshape(b, k, g * q, d), key, float32)
     scores = scores.reshape(b, k, g, q, -1) * jnp.asarray(how.scale, float32)
     if how.softcap is not None:

@@ -7,14 +7,11 @@ from typing import Any
 
 from convert.files import existing_parent
 from jaxprune.errors import Change, InputError
-from jaxprune.hardware import device_memory
+from jaxprune.hardware import HEADROOM, device_memory
 from jaxprune.planning.machine import host_memory
 from jaxprune.planning.preflight import need
 from jaxprune.planning.work import GIB, Need, Work
 from jaxprune.pruning.journal_folder import journal_folder
-
-HEADROOM = 0.92
-"""Share of a device's memory that a program may use: the rest is fragmentation."""
 
 
 class Shortage(InputError):

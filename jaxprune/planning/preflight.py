@@ -223,9 +223,9 @@ def _host(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
         for phase in ("gram", "solve", "forward"):
             found[phase] += 2 * energies * work.recipe.importance.weighs
     if "tune" in phases:
-        found["tune"] += sum(_size(work.spec, path) for path in work.spec) + work.pruned_weights // 8
+        found["tune"] += sum(_size(work.spec, path) for path in work.spec) + work.mask_bytes
         if not work.placement.state:
-            found["tune"] += work.tuned_bytes
+            found["tune"] += work.tuned_bytes + work.mask_bytes
         found["tune"] += _best(work)
     return found
 
@@ -256,7 +256,7 @@ def _disk(work: Work) -> dict[str, int]:
     hidden, copies = work.states_bytes(work.windows, work.length), 2 if tuned or quantized else 1
     return {
         "the checkpoint": whole,
-        "layers that are finished": (layers + work.pruned_weights // 8) * copies,  # one goes when the next is whole
+        "layers that are finished": (layers + work.mask_bytes) * copies,  # one goes when the next is whole
         "hidden states": 2 * hidden * (2 if work.recipe.asymmetry else 1),
         "tuning": 2 * (work.tuned_bytes * tuned + _best(work)),
     }

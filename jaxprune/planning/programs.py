@@ -253,12 +253,10 @@ class _Tuned(NamedTuple):
     @classmethod
     def of(cls, shapes: Shapes, layer: Layer, x: Shape, placement: Placement) -> "_Tuned":
         params = shapes.layer_params(layer)
-        names = [f"{path}.kernel" for path in layer.linears if path not in layer.routers]
-        values = {name: Shape(params[name].shape, adafactor.dtype_of(x.dtype)) for name in names}
-        rest = {name: param for name, param in params.items() if name not in values}
-        moving = {name: jax.eval_shape(adafactor.moving_of, value) for name, value in values.items()}
-        fixed = {name: _fixed(one) for name, one in moving.items()}
-        kernels = jax.tree.map(lambda leaf: shapes.devices.abstract(leaf, -1), adafactor.Kernels(moving, fixed))
+        linears = {f"{path}.kernel": shape for path, shape in layer.linears.items() if path not in layer.routers}
+        kernels = adafactor.shapes(linears, x.dtype)
+        kernels = jax.tree.map(lambda leaf: shapes.devices.abstract(leaf, -1), kernels)
+        rest = {name: param for name, param in params.items() if name not in linears}
         forward_and_vjp = partial(layer_vjp.forward_and_vjp, layer)
         vjp = x
         if placement.results:
@@ -266,12 +264,6 @@ class _Tuned(NamedTuple):
             vjp = jax.tree.map(lambda a: shapes.devices.abstract(a, 0 if a.shape[:1] == windows else None), kept)
         stays = size_of(kernels) if placement.state else 0
         return cls(kernels, rest, vjp, stays, size_of(vjp) if placement.results else 0)
-
-
-def _fixed(moving: adafactor.Moving) -> adafactor.Fixed:
-    *experts, n, m = moving.value.shape
-    mask = Shape((*experts, -(-n // 8), m), jnp.uint8)
-    return adafactor.Fixed(mask, moving.rows, moving.columns, Shape((*experts, 1, 1) if experts else (), jnp.float32))
 
 
 def of_evaluation(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:

@@ -32,14 +32,14 @@ def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
         "experts": weights + 2 * layers * states,
         "sensitivity": 2 * weights + 5 * layers * some,  # forward, then back: inputs and gradients up, gradients down
         "gram": weights + layers * states,
-        "solve": pruned * (stored + 1 / 8),
+        "solve": pruned * stored + work.mask_bytes,
         "forward": count * pruned * stored + 2 * (layers - 1) * states,
-        "quantize": 2 * weights + pruned * (stored + 1 / 8) + 3 * layers * states,
+        "quantize": 2 * weights + pruned * stored + work.mask_bytes + 3 * layers * states,
         "tune": weights * passes + 2 * layers * (tuned + (1 + measures) * held_out),
         "evaluate": 2 * (weights + 2 * layers * evaluated),
     }
-    if steps.count and not work.placement.state:  # values for the forward pass, then up and down
-        found["tune"] += (3 * steps.count + measures) * work.tuned_bytes
+    if steps.count and not work.placement.state:  # values for the forward pass; then up, with masks, and down
+        found["tune"] += (3 * steps.count + measures) * work.tuned_bytes + steps.count * work.mask_bytes
     if steps.count and not work.placement.results:  # each layer's input, down and up again
         found["tune"] += 2 * layers * steps.count * work.states_bytes(*steps.shape)
     return {phase: found[phase] for phase in phases}

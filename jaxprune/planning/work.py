@@ -98,7 +98,12 @@ class Work:
     @property
     def tuned_bytes(self) -> int:
         """Bytes of all kernels that are pruned, while they are tuned."""
-        return adafactor.dtype_of(np.dtype(self.architecture.config.dtype)).itemsize * self.pruned_weights
+        return adafactor.weight_dtype(np.dtype(self.architecture.config.dtype)).itemsize * self.pruned_weights
+
+    @property
+    def mask_bytes(self) -> int:
+        """Bytes of all masks, a bit a weight."""
+        return self.pruned_weights // 8
 
     @property
     def pruned_weights(self) -> int:

@@ -3,9 +3,10 @@
 A kernel's step is in units of the root mean square of its kept weights, so that one rate serves all of them, and all
 models. It goes along the gradient over the root of its second moment. Of that the means over the kept weights of each
 row and of each column are kept, r and c, of which the moment of a weight is r_i·c_j / mean; of the gradients
-themselves no mean is. In a computation in 16 bits the weights have 16 bits, too: a step is far smaller than their
-spacing, so it is rounded up as often as it is near the value above. So the state is the weights' own 2 bytes; Adam's
-moments and float32 would be 12, and bring nothing: see docs/notes/quality.md.
+themselves no mean is. In a computation in 16 bits the weights have 16 bits, too: a step is hardly larger than their
+spacing, in bfloat16 far smaller, so it is rounded up as often as it is near the value above. So the state is the
+weights' own 2 bytes; with Adam's moments, in float32, it would be 12, for a few tenths of a percent of the divergence
+at most: see docs/notes/quality.md.
 
 References:
     Shazeer and Stern, "Adafactor" (arXiv 1804.04235). Roberts, "The unreasonable effectiveness of quasirandom
@@ -55,14 +56,14 @@ class Fixed(NamedTuple):
 
     Attributes:
         mask: bits of the nonzero values, eight inputs a byte, [ceil(n / 8), m]: TPUs unpack them so as they go.
-        rows: how many are kept of each input.
-        columns: of each output.
-        unit: root mean square of the kept weights; of experts one each, [e, 1, 1], 0 for those that stay as they are.
+        row_counts: how many are kept of each input.
+        column_counts: of each output.
+        unit: root mean square of the kept weights; of experts one each, [e, 1, 1], 0 for those that do not move.
     """
 
     mask: UInt8[Array | np.ndarray, "*e _ m"]
-    rows: Float[Array | np.ndarray, "*e n"]
-    columns: Float[Array | np.ndarray, "*e m"]
+    row_counts: Float[Array | np.ndarray, "*e n"]
+    column_counts: Float[Array | np.ndarray, "*e m"]
     unit: Float[Array | np.ndarray, "*u"]
 
 
@@ -91,30 +92,40 @@ def init(
     Args:
         kernels: name -> the kernel; experts' are stacked.
         dtype: of the computation.
-        experts: name -> the experts whose kernels are tuned, where they are stacked; the others stay as they are.
+        experts: name -> the experts whose kernels are tuned, where they are stacked; the others do not move.
     """
     values = {name: kernel.astype(np.float32) for name, kernel in kernels.items()}
     fixed = {name: _fixed(value, experts[name] if value.ndim == 3 else ()) for name, value in values.items()}
-    return Kernels({name: moving_of(value.astype(dtype_of(dtype))) for name, value in values.items()}, fixed)
+    moving = {}
+    for name, value in values.items():
+        rows, columns = np.zeros_like(fixed[name].row_counts), np.zeros_like(fixed[name].column_counts)
+        moving[name] = Moving(value.astype(weight_dtype(dtype)), rows, columns)
+    return Kernels(moving, fixed)
 
 
-def dtype_of(dtype: np.dtype) -> np.dtype:
+def shapes(kernels: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> Kernels:
+    """Returns shapes and dtypes of what `init` makes, by the shapes of the kernels."""
+
+    def array(*shape: int, dtype: Any = np.float32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    moving, fixed = {}, {}
+    for name, (*e, n, m) in kernels.items():
+        means = counts = array(*e, n), array(*e, m)
+        moving[name] = Moving(array(*e, n, m, dtype=weight_dtype(dtype)), *means)
+        fixed[name] = Fixed(array(*e, -(-n // 8), m, dtype=np.uint8), *counts, array(*e, 1, 1) if e else array())
+    return Kernels(moving, fixed)
+
+
+def weight_dtype(dtype: np.dtype) -> np.dtype:
     """Returns the dtype of the weights in a computation."""
     return dtype if dtype.itemsize == 2 else np.dtype(np.float32)
-
-
-def moving_of(value: Float[Array | np.ndarray, "*e n m"]) -> Moving:
-    """Returns a kernel before the first step."""
-    *experts, n, m = value.shape
-    rows, columns = np.zeros((*experts, n), np.float32), np.zeros((*experts, m), np.float32)
-    return Moving(value, rows, columns)
 
 
 def _fixed(value: Float[np.ndarray, "*e n m"], tuned: Sequence[int | None]) -> Fixed:
     kept = value != 0
     unit = _unit(value) if value.ndim == 2 else _units(value, tuned)
-    rows, columns = (kept.sum(axis, dtype=np.float32) for axis in (-1, -2))
-    return Fixed(np.packbits(kept, axis=-2), rows, columns, unit)
+    return Fixed(np.packbits(kept, axis=-2), kept.sum(-1, dtype=np.float32), kept.sum(-2, dtype=np.float32), unit)
 
 
 def _unit(value: Float[np.ndarray, "n m"]) -> Any:
@@ -162,9 +173,10 @@ def step_one(
     """
     gradient = masked(_unpacked(fixed.mask, gradient.shape[-2]), gradient.astype(jnp.float32))
     square = gradient * gradient
-    rows = DECAY * kernel.rows + (1 - DECAY) * _mean(jnp.sum(square, axis=-1), fixed.rows)
-    columns = DECAY * kernel.columns + (1 - DECAY) * _mean(jnp.sum(square, axis=-2), fixed.columns)
-    mean = _mean(jnp.sum(rows * fixed.rows, axis=-1, keepdims=True), jnp.sum(fixed.rows, axis=-1, keepdims=True))
+    counts, total = fixed.row_counts, jnp.sum(fixed.row_counts, axis=-1, keepdims=True)
+    rows = DECAY * kernel.rows + (1 - DECAY) * _mean(jnp.sum(square, axis=-1), counts)
+    columns = DECAY * kernel.columns + (1 - DECAY) * _mean(jnp.sum(square, axis=-2), fixed.column_counts)
+    mean = _mean(jnp.sum(rows * counts, axis=-1, keepdims=True), total)
     share = columns / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny)
     second = rows[..., :, None] * share[..., None, :]
     step = gradient / (jnp.sqrt(second / (1 - DECAY**number)) + EPSILON)

@@ -120,7 +120,7 @@ def distill(
         observer: is told each step, and each measure of the divergence on what is held out.
 
     Raises:
-        InputError: the loss is not finite.
+        InputError: the loss is not finite, or a kernel in the end.
     """
     steps = text.steps
     placement = placement_of(
@@ -154,6 +154,8 @@ def distill(
         kept_tuning.keep(journal, Kept(number, moving, rate.before, curve, best))
     kept_tuning.keep_curve(journal, held_out.curve if held_out else [])
     best = held_out.best if held_out else None
+    if not best:  # that of a measure is finite
+        student.require_finite()
     for index in range(model.num_layers):
         yield student.result(index, best[index] if best else student.stored(index))
 

@@ -1,5 +1,6 @@
 """The state of a tuning in a run's journal, and its measures. Layers without pruned kernels have no state."""
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from jaxprune.pruning.adafactor import Kernels, Moving
 from jaxprune.pruning.journal import CURVE, TUNING, Journal
 from jaxprune.sharding import fetch
 
+log = logging.getLogger(__name__)
 BEST = "best"
 """Before the names of the kernels that were best."""
 
@@ -19,7 +21,7 @@ class Kept(NamedTuple):
     """What a tuning goes on with.
 
     Attributes:
-        step: the number of the next step.
+        step: the number of the last step.
         moving: of each layer, what steps change.
         before: the mean divergence of the first steps so far.
         curve: the divergence on held-out windows so far: (tokens that were tuned on, divergence) of each measure.
@@ -34,7 +36,7 @@ class Kept(NamedTuple):
 
 
 def keep(journal: Journal | None, kept: Kept) -> None:
-    """Keeps the state before a step, if the work since the last time was long enough."""
+    """Keeps the state after a step, if the work since the last time was long enough."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves((kept.moving, kept.best)))
     if not (journal and journal.worth_keeping(size)):
         return
@@ -55,7 +57,7 @@ def keep(journal: Journal | None, kept: Kept) -> None:
 
 def restore(journal: Journal | None, state: Sequence[Kernels]) -> Kept | None:
     """Returns what was kept of kernels; None where nothing was. What a version with another optimizer kept is passed
-    over."""
+    over, which is said."""
     names = {
         index: {f"{name}/{field}" for name in kernels.moving for field in Moving._fields}
         for index, kernels in enumerate(state)
@@ -66,6 +68,8 @@ def restore(journal: Journal | None, state: Sequence[Kernels]) -> Kept | None:
         entries = {index: journal.get(f"{TUNING}/{step}/{index}") for index in names}
         found = {index: entry for index, entry in entries.items() if entry and names[index] == _names(entry.arrays)}
         if len(found) < len(names):
+            if entries and all(entries.values()):
+                log.warning("the tuning begins again: what was kept of it is of another version of jaxprune")
             continue
         moving: list[dict[str, Moving]] = [{} for _ in state]
         best: list[Params] = [{} for _ in state]

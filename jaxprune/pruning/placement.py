@@ -15,8 +15,6 @@ from jaxprune.streaming.head import CHUNK
 
 CPU_BYTES = 4e9
 """The most memory for a step's intermediate results where the device is the CPU."""
-SHARE = 0.92
-"""Of a device's memory that is used; the rest is fragmentation."""
 
 
 class Placement(NamedTuple):
@@ -57,7 +55,7 @@ def placement_of(
     outer = sum(shape.size for part in (architecture.embed, architecture.head) for shape in part.spec.values())
     logits = 6 * 4 * CHUNK // 2 * architecture.config.vocab_size
     memory = hardware.device_memory() or 0 if device_bytes is None else device_bytes
-    free = SHARE * memory - outer * np.dtype(architecture.config.dtype).itemsize
+    free = hardware.HEADROOM * memory - outer * np.dtype(architecture.config.dtype).itemsize
     batch = _batch(teacher or architecture, batch_tokens or hardware.current().tokens_per_batch)
     room = free - step.visit - logits
     state = step.state / devices < min(room, free - batch)
@@ -68,7 +66,7 @@ class _Step(NamedTuple):
     """Bytes of a step of a tuning.
 
     Attributes:
-        state: all kernels.
+        state: all kernels, with their masks.
         largest: those of one layer, at most.
         results: the intermediate results of all layers.
         visit: what a layer takes in its backward pass, at most, beside its kernels.
@@ -82,16 +80,15 @@ class _Step(NamedTuple):
     @classmethod
     def of(cls, architecture: Architecture, windows: int, length: int) -> "_Step":
         dtype = np.dtype(architecture.config.dtype)
-        weight = adafactor.dtype_of(dtype)
         x = jax.ShapeDtypeStruct((windows, length, architecture.width), dtype)
         state = largest = results = visit = 0
         for layer, count in Counter(architecture.layers).items():
-            values = {f"{path}.kernel": jax.ShapeDtypeStruct(s, weight) for path, s in layer.linears.items()}
-            rest = {name: shape for name, shape in layer.spec.items() if name not in values}
-            kept = _bytes(jax.eval_shape(partial(forward_and_vjp, layer), values, rest, x)[1])
-            own = _bytes(jax.eval_shape(lambda values: {n: adafactor.moving_of(v) for n, v in values.items()}, values))
+            kernels = adafactor.shapes({f"{path}.kernel": shape for path, shape in layer.linears.items()}, dtype)
+            rest = {name: shape for name, shape in layer.spec.items() if name not in kernels.values}
+            kept = _bytes(jax.eval_shape(partial(forward_and_vjp, layer), kernels.values, rest, x)[1])
+            own, weights = _bytes(kernels), sum(value.size for value in kernels.values.values())
             state, results, largest = state + count * own, results + count * kept, max(largest, own)
-            visit = max(visit, 2 * kept + _bytes(values) // weight.itemsize * dtype.itemsize)  # gradients are as large
+            visit = max(visit, 2 * kept + weights * dtype.itemsize)  # gradients are as large
         return cls(state, largest, results, visit)
 
 

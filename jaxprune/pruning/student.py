@@ -50,15 +50,16 @@ class Student:
         self.state: list[adafactor.Kernels] = []
         for result in layers:
             layer = architecture.layers[result.index]
-            params = layer.stack(inside_layer(result.index, result.params))
-            sources = [layer.sources[path] for path in result.masks]  # others stay dense
-            kernels = {
-                f"{name}.kernel": params.pop(f"{name}.kernel") for name in dict.fromkeys(s.name for s in sources)
-            }
-            experts: dict[str, list[int | None]] = {f"{s.name}.kernel": [] for s in sources}
-            for source in sources:
-                experts[f"{source.name}.kernel"].append(source.expert)
-            self._results.append(dataclasses.replace(result, params={}))
+            own = inside_layer(result.index, result.params)
+            params = layer.stack(own)
+            experts: dict[str, list[int | None]] = {}  # others stay dense
+            for path in result.masks:
+                experts.setdefault(f"{layer.sources[path].name}.kernel", []).append(layer.sources[path].expert)
+            kernels = {name: params.pop(name) for name in experts}
+            # Experts that stay dense go with their stack, in the computation's dtype, but are stored as they were.
+            dense = layer.unstack(kernels).keys() - {f"{path}.kernel" for path in result.masks}
+            beside = in_checkpoint(result.index, {path: own[path] for path in dense})
+            self._results.append(dataclasses.replace(result, params=beside))
             self._rest.append(params)
             self._dtypes.append({name: kernel.dtype for name, kernel in kernels.items()})
             self.state.append(self.place(adafactor.init(kernels, model.dtype, experts)))
@@ -102,12 +103,7 @@ class Student:
                 x = apply_layer(layer, others | values, x)
             vjps.append(vjp)
         divergence, gradient = self._divergence(fetch(x), dense, head_divergence)
-        if not np.isfinite(divergence).all():
-            raise InputError(
-                "the loss of the distillation holds NaN or infinity",
-                options={"tune_rate": Change.LOWER, "dtype": "float32"},
-            )
-        mean = float(divergence.mean(dtype=np.float64))
+        mean = _finite_mean(divergence)
         of_step = jnp.float32(number), jnp.float32(rate(mean))
         cotangent = devices.shard_first(gradient.reshape(x.shape))
         going = _Going(self.state)
@@ -124,13 +120,23 @@ class Student:
         return mean
 
     def divergence(self, tokens: Int[np.ndarray, "w t"], dense: HiddenStates) -> float:
-        """Returns the mean divergence of windows; `dense` are the dense model's last hidden states of them."""
+        """Returns the mean divergence of windows; `dense` are the dense model's last hidden states of them.
+
+        Raises:
+            InputError: it is not finite.
+        """
         states = self._model.embed(tokens)
         values_of_layers = _ahead((kernels.values for kernels in self.state), self._model.devices.shard_outputs)
         for index, (values, others) in enumerate(zip(values_of_layers, self._rest, strict=True)):
             self._model.forward(index, others | values, states)
         found = [self._divergence(states.read(rows), dense.read(rows), divergence_alone)[0] for rows in states.slices()]
-        return float(np.concatenate(found).mean(dtype=np.float64))
+        return _finite_mean(np.concatenate(found))
+
+    def require_finite(self) -> None:
+        """Raises InputError where a kernel holds NaN or infinity."""
+        for kernels in self.state:
+            if not all(jnp.isfinite(value).all() for value in kernels.values.values()):
+                raise _not_finite("a kernel")
 
     def _divergence(
         self, states: Float[np.ndarray, "b t d"], dense: Float[np.ndarray, "b t d"], function: Callable[..., Any]
@@ -150,7 +156,19 @@ class Student:
     def result(self, index: int, stored: Params) -> LayerResult:
         """Returns a layer with such kernels."""
         params = self._model.architecture.layers[index].unstack(self._rest[index] | stored)
-        return dataclasses.replace(self._results[index], params=in_checkpoint(index, params))
+        params = in_checkpoint(index, params) | self._results[index].params
+        return dataclasses.replace(self._results[index], params=params)
+
+
+def _finite_mean(divergence: Float[np.ndarray, "_"]) -> float:
+    if not np.isfinite(divergence).all():
+        raise _not_finite("the loss")
+    return float(divergence.mean(dtype=np.float64))
+
+
+def _not_finite(what: str) -> InputError:
+    options = {"tune_rate": Change.LOWER, "dtype": "float32"}
+    return InputError(f"{what} of the distillation holds NaN or infinity", options=options)
 
 
 def _on_host(tree: Any) -> Any:

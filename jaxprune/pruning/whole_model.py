@@ -14,7 +14,7 @@ from jaxprune.models import Architecture
 from jaxprune.pruning import distillation, kept_tuning
 from jaxprune.pruning.allocation import allocate
 from jaxprune.pruning.distillation import Text, distill
-from jaxprune.pruning.journal import PRUNED, QUANTIZED, SENSITIVITY, TUNED, TUNING, Journal
+from jaxprune.pruning.journal import CURVE, PRUNED, QUANTIZED, SENSITIVITY, TUNED, TUNING, Journal
 from jaxprune.pruning.loop import prune_layers, targets_for
 from jaxprune.pruning.quantized import quantize_layers
 from jaxprune.pruning.results import LayerResult, Results
@@ -151,6 +151,8 @@ def _distilled(
     if kept := finished.all():
         yield from _told(kept, journal, observer)
         return
+    if journal:  # of a tuning that is done again all layers are kept, and its measures
+        journal.drop(TUNED, CURVE)
     every = list(layers)
     start = time.perf_counter()
     released = (every.pop(0) for _ in range(len(every)))

@@ -166,7 +166,8 @@ def _quality_by_minutes(experiment: Experiment, results: Results) -> tuple[Figur
     """A line a pattern, on it a point a row, at its median time: time hardly depends on the pattern."""
     perplexities = {(c.row, c.pattern): r["perplexity"] for c, r in results}
     known = [(c.row, sum(seconds_of(r).values()) / 60) for c, r in results if c.pattern and seconds_of(r)]
-    minutes = {row: statistics.median(m for other, m in known if other == row) for row, _ in known}
+    medians = {row: statistics.median(m for other, m in known if other == row) for row, _ in known}
+    minutes = dict(sorted(medians.items(), key=lambda item: item[1]))
     figure, (axis,) = _figure(9.5, 6.4, below=0.65)
     for number, pattern in enumerate(experiment.patterns):
         points = [(m, perplexities[row, pattern]) for row, m in minutes.items() if (row, pattern) in perplexities]

@@ -46,8 +46,7 @@ def test_16_bit_products_on_cpus_have_float32_results(checkpoint: Path) -> None:
     shapes = Shapes(load(checkpoint, dtype="bfloat16").architecture, "bfloat16", ONE_DEVICE)
     phases = [programs.of_sensitivity(shapes, 4, 512), programs.of_evaluation(shapes, 4, 512)]
     phases += [programs.of_distillation(shapes, TuningSteps.of(Tuning(tune_epochs=2), 4, 512), Placement(True, True))]
-    with jax.numpy_dtype_promotion("standard"):
-        lowered = "\n".join(lower(program, "cpu") for phase in phases for program in phase)
+    lowered = "\n".join(lower(program, "cpu") for phase in phases for program in phase)
     products = re.findall(r"stablehlo.dot_general .*: (.*)", lowered)
     assert len(products) > 20
     assert all(re.fullmatch(r"\(tensor<\S*xbf16>, tensor<\S*xbf16>\) -> tensor<\S*xf32>", p) for p in products)
@@ -63,8 +62,7 @@ def test_16_bit_products_on_cpus_have_float32_results(checkpoint: Path) -> None:
     ],
 )
 def test_every_program_lowers_for_accelerators_and_keeps_float32(platform: str, dtype: str, checkpoint: Path) -> None:
-    with jax.numpy_dtype_promotion("standard"):
-        lowered = [(program, lower(program, platform)) for program in all_programs(checkpoint, dtype)]
+    lowered = [(program, lower(program, platform)) for program in all_programs(checkpoint, dtype)]
     exact = [text for program, text in lowered if dtype == "float32" or program.phase == "solve"]
     others = [text for program, text in lowered if dtype == "bfloat16" and program.phase != "solve"]
     assert not re.search(

@@ -201,6 +201,7 @@ def test_windows_are_cut_into_pieces(tmp_path: Path) -> None:
         {"tune_epochs": -1},
         {"tune_epochs": float("nan")},
         {"tune_rate": 0.0},
+        {"tune_rate": 1.5},
         {"tune_windows": 0},
         {"tune_pieces": 0},
     ],
@@ -222,10 +223,25 @@ def test_what_is_near_the_dense_model_is_tuned_less(divergences: list[float], sh
     assert found == pytest.approx([0.002 * share * of_step for share, of_step in zip(shares, rising, strict=True)])
 
 
-def test_a_rate_that_explodes_is_an_error(checkpoint: Path) -> None:
-    with pytest.raises(InputError, match="NaN or infinity") as error:
-        list(tune(checkpoint, pruned(checkpoint), Tuning(tune_epochs=2, tune_rate=1e30)))
-    assert error.value.options["tune_rate"] is Change.LOWER
+def test_what_is_not_finite_is_an_error_when_it_is_met(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the next step, by what is held out, and by the last step's kernels."""
+
+    def broken(kernels: adafactor.Kernels, gradients: dict, *_: object) -> dict:
+        gradients.clear()
+        return {name: m._replace(value=m.value * np.float32(np.inf)) for name, m in kernels.moving.items()}
+
+    monkeypatch.setattr(adafactor, "step", broken)
+    layers = pruned(checkpoint)
+    for epochs, match in ((1, "the loss of the"), (1 / len(windows()), "a kernel of the")):
+        steps = Steps()
+        with pytest.raises(InputError, match=f"{match} distillation holds NaN or infinity") as error:
+            list(tune(checkpoint, layers, Tuning(tune_epochs=epochs), observer=steps))
+        assert error.value.options["tune_rate"] is Change.LOWER and len(steps.told) == 1
+    model, held_out = load(checkpoint), windows()[:2]
+    own = student.Student(model, layers, Placement(True, True))
+    own.state[0] = own.state[0]._replace(moving=broken(own.state[0], {}))
+    with pytest.raises(InputError, match="the loss of the distillation"):
+        own.divergence(held_out, model.final_states(held_out)[0])
 
 
 def test_what_is_kept_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

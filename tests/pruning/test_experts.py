@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from convert import open_checkpoint
-from jaxprune import Magnitude, Observer, Recipe, load
+from jaxprune import Magnitude, Observer, Recipe, load, prune_model
 from jaxprune import prune as prune_whole
 from jaxprune.commands.progress import short_names
 from jaxprune.commands.prune import main as prune
@@ -210,6 +210,19 @@ def test_what_is_left_is_tuned_towards_the_model_with_all_experts(here: Path) ->
     p, q = (jax.nn.log_softmax(one.logits(WINDOWS), axis=-1) for one in (model, smaller))
     expected = float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1)))
     assert seen.divergence == pytest.approx(expected, rel=0.02) and expected > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_experts_that_stay_dense_are_not_tuned(dtype: type, here: Path) -> None:
+    """Their stack moves, in a computation of 16 bits rounded to them; they are stored as they were."""
+    model = load("dense", dtype=dtype)
+    rules = (Rule("*.experts.1.*", None),)
+    recipe = Recipe(Magnitude(), Unstructured(0.5), rules=rules, tuning=Tuning(tune_epochs=1, tune_windows=4))
+    before = model.reader.read([path for path in model.reader.spec if ".experts." in path])
+    for layer in prune_model(model, WINDOWS, recipe):
+        experts = {path: array for path, array in layer.params.items() if ".experts." in path}
+        same = {path: np.array_equal(array[array != 0], before[path][array != 0]) for path, array in experts.items()}
+        assert all(equal == (".experts.1." in path) for path, equal in same.items())
 
 
 @pytest.mark.slow

@@ -3,12 +3,19 @@
 from pathlib import Path
 
 import jax.numpy as jnp
+import pytest
 
 from jaxprune import load
+from jaxprune.hardware import HEADROOM
 from jaxprune.models import architecture_of
+from jaxprune.planning import programs
+from jaxprune.planning.program import Shapes, size_of
 from jaxprune.pruning.experts import without_experts
 from jaxprune.pruning.placement import Placement, placement_of
-from tests.helpers import families
+from jaxprune.pruning.tuning_steps import TuningSteps
+from jaxprune.recipe_parts import Tuning
+from jaxprune.sharding import ONE_DEVICE
+from tests.helpers import families, tiny
 
 
 def test_what_fits_stays_on_the_device(checkpoint: Path) -> None:
@@ -33,3 +40,22 @@ def test_a_model_that_drops_experts_leaves_room_for_the_dense_one(tmp_path: Path
         for size in (2.8e7, 3.6e7, 1e8)
     ]
     assert fits == [(False, False), (True, False), (True, True)]
+
+
+@pytest.mark.parametrize("wanted", [Placement(state=True, results=False), Placement(state=True, results=True)])
+def test_what_just_fits_a_device_fits_as_runs_are_planned(wanted: Placement, tmp_path: Path) -> None:
+    tiny.config(hidden_size=1024, intermediate_size=4096, num_hidden_layers=80).save_pretrained(tmp_path)
+    architecture = architecture_of(tmp_path, jnp.bfloat16)
+    steps = TuningSteps.of(Tuning(tune_epochs=2), 8, 512)
+
+    def place(device_bytes: float) -> Placement:
+        return placement_of(architecture, steps.shape, device_bytes=device_bytes, batch_tokens=2048)
+
+    low, high = 1e6, 1e11
+    while high > 1.001 * low:
+        between = (low * high) ** 0.5
+        low, high = (low, between) if place(between) >= wanted else (between, high)
+    assert place(high) == wanted
+    shapes = Shapes(architecture, jnp.bfloat16, ONE_DEVICE, 2048, high)
+    for program in programs.of_distillation(shapes, steps, wanted):
+        assert program.resident + size_of(program.arguments) < HEADROOM * high, program.name

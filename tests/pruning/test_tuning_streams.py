@@ -1,10 +1,8 @@
 """A tuning on a stream of text: what is held out, what is kept, and how it goes on."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -82,13 +80,6 @@ def test_the_divergence_is_that_of_the_models(checkpoint: Path, tmp_path: Path) 
     assert 0.001 < measured < 10
 
 
-@pytest.fixture
-def promotion() -> Iterator[None]:
-    with jax.numpy_dtype_promotion("standard"):  # JAX's own attention promotes implicitly
-        yield
-
-
-@pytest.mark.usefixtures("promotion")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_stream_goes_on_where_it_was_stopped(
     dtype: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -12,7 +12,7 @@ from jaxprune.pruning import whole_model
 from jaxprune.pruning.allocation import allocate
 from jaxprune.pruning.distillation import distill, of_windows
 from jaxprune.pruning.journal import Journal
-from jaxprune.pruning.results import LayerResult
+from jaxprune.pruning.results import LayerResult, Results
 from jaxprune.pruning.sensitivity import Weights, measure_sensitivity, weights
 from tests.helpers.damage import biggest, damage
 from tests.helpers.shapes import windows
@@ -93,6 +93,25 @@ def test_tuned_layers_are_taken_up_or_where_one_is_damaged_made_again(checkpoint
     assert not any(layer.resumed for layer in third)
     for layers in (again, third):
         assert_same(layers, first)
+
+
+def test_a_tuning_that_begins_again_mixes_no_layers(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped when the first tuned layer was kept, by a version whose optimizer had another state."""
+    monkeypatch.setattr(Journal, "worth_keeping", lambda *_: True)
+    line = "--sparsity 0.6 --tune-epochs 1 --tune-windows 3"
+    with contextlib.closing(Journal(tmp_path)) as journal:
+        next(prune_model(load(checkpoint), windows(), parse(line.split()), journal=journal))
+        entry = journal.get("tuning/4/0")
+        assert entry
+        journal.drop("tuning/4/0")
+        journal.put("tuning/4/0", {f"{path}.second": array for path, array in entry.arrays.items()}, entry.metadata)
+        monkeypatch.setattr(whole_model.distillation, "FAR", 1e9)  # it tunes otherwise
+        found = by_recipe(checkpoint, line, journal=journal)
+        kept = [Results(journal, "tuned", 3).require(index) for index in range(3)]
+    assert_same(kept, found)
+    assert "the tuning begins again" in caplog.text
 
 
 def test_weights_change_the_mask_but_not_an_outputs_own_update(checkpoint: Path) -> None:

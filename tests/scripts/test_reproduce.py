@@ -243,6 +243,7 @@ def test_quality_by_minutes_places_rows_at_their_median_time(modules: dict[str, 
     ]
     resumed = {"perplexity": 30.0, "seconds": {"tune": 1.0}, "resumed": True}  # by how much is not known
     results.append((cells["thorough, a million tokens", "0.7"], resumed))
+    results.insert(1, (cells["best", "0.5"], {"perplexity": 31.0, "seconds": {"tune": 360}}))  # before those of fast
     figure, _ = pictures._quality_by_minutes(experiment, results)
     (axis,) = figure.axes
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines}
