@@ -223,10 +223,13 @@ def _host(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
         for phase in ("gram", "solve", "forward"):
             found[phase] += 2 * energies * work.recipe.importance.weighs
     if "tune" in phases:
-        found["tune"] += sum(_size(work.spec, path) for path in work.spec) + work.mask_bytes
+        kernels = work.pruned_weights * stored_dtype(work.spec).itemsize
+        found["tune"] += sum(_size(work.spec, path) for path in work.spec) - kernels + work.mask_bytes + _best(work)
+        # What was pruned is there at first; layer by layer the tuning's state takes its place, on the host or the device.
         if not work.placement.state:
-            found["tune"] += work.tuned_bytes + work.mask_bytes
-        found["tune"] += _best(work)
+            found["tune"] += max(kernels, work.tuned_bytes) + work.mask_bytes
+        else:
+            found["tune"] += max(0, kernels - work.tuned_bytes) if work.on_cpu else kernels
     return found
 
 

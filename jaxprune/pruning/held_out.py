@@ -35,6 +35,7 @@ class HeldOut:
         """Measures the divergence after so many tokens; keeps the student's kernels where it was never less."""
         divergence = student.divergence(self._windows, self._dense)
         if all(divergence < other for _, other in self.curve):
+            self.best = None  # so that there is never more than one
             self.best = [student.stored(index) for index in range(len(student.state))]
         self.curve.append((tokens, divergence))
         return divergence
