@@ -223,9 +223,9 @@ def _host(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
         for phase in ("gram", "solve", "forward"):
             found[phase] += 2 * energies * work.recipe.importance.weighs
     if "tune" in phases:
-        kernels = work.pruned_weights * stored_dtype(work.spec).itemsize
+        kernels = work.pruned_bytes
         found["tune"] += sum(_size(work.spec, path) for path in work.spec) - kernels + work.mask_bytes + _best(work)
-        # What was pruned is there at first; layer by layer the tuning's state takes its place, on the host or the device.
+        # The pruned kernels are there at first; layer by layer the tuning's state takes their place, here or there.
         if not work.placement.state:
             found["tune"] += max(kernels, work.tuned_bytes) + work.mask_bytes
         else:
@@ -267,7 +267,7 @@ def _disk(work: Work) -> dict[str, int]:
 
 def _best(work: Work) -> int:
     """Returns the bytes of the kernels that were best on windows held out."""
-    return work.pruned_weights * stored_dtype(work.spec).itemsize * (work.recipe.tuning.tune_tokens > 0)
+    return work.pruned_bytes * (work.recipe.tuning.tune_tokens > 0)
 
 
 def _size(spec: Spec, path: str) -> int:

@@ -2,8 +2,6 @@
 
 from collections.abc import Collection
 
-import numpy as np
-
 from jaxprune.planning.work import Work
 
 
@@ -16,8 +14,7 @@ def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
         work: what the run is asked to do.
         phases: of the run.
     """
-    count, layers, pruned = work.devices.count, len(work.architecture.layers), work.pruned_weights
-    stored = np.dtype(next(iter(work.spec.values())).dtype).itemsize
+    count, layers, pruned = work.devices.count, len(work.architecture.layers), work.pruned_bytes
     weights = count * sum(
         param.size * param.dtype.itemsize for path, param in work.spec.items() if path.startswith("layers.")
     )
@@ -32,9 +29,9 @@ def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
         "experts": weights + 2 * layers * states,
         "sensitivity": 2 * weights + 5 * layers * some,  # forward, then back: inputs and gradients up, gradients down
         "gram": weights + layers * states,
-        "solve": pruned * stored + work.mask_bytes,
-        "forward": count * pruned * stored + 2 * (layers - 1) * states,
-        "quantize": 2 * weights + pruned * stored + work.mask_bytes + 3 * layers * states,
+        "solve": pruned + work.mask_bytes,
+        "forward": count * pruned + 2 * (layers - 1) * states,
+        "quantize": 2 * weights + pruned + work.mask_bytes + 3 * layers * states,
         "tune": weights * passes + 2 * layers * (tuned + (1 + measures) * held_out),
         "evaluate": 2 * (weights + 2 * layers * evaluated),
     }

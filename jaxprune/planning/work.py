@@ -11,7 +11,7 @@ from convert import Spec
 from jaxprune import hardware
 from jaxprune.calibration.stream import HELD_OUT
 from jaxprune.hardware import Hardware
-from jaxprune.models import Architecture
+from jaxprune.models import Architecture, stored_dtype
 from jaxprune.planning.program import Flops
 from jaxprune.planning.targets import Target
 from jaxprune.pruning import adafactor
@@ -99,6 +99,11 @@ class Work:
     def tuned_bytes(self) -> int:
         """Bytes of all kernels that are pruned, while they are tuned."""
         return adafactor.weight_dtype(np.dtype(self.architecture.config.dtype)).itemsize * self.pruned_weights
+
+    @property
+    def pruned_bytes(self) -> int:
+        """Bytes of all kernels that are pruned, as they are stored."""
+        return stored_dtype(self.spec).itemsize * self.pruned_weights
 
     @property
     def mask_bytes(self) -> int:
