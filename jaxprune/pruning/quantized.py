@@ -2,13 +2,15 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import numpy as np
 from jaxtyping import Int
 
+from convert import Params
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.quantization import has_grid
-from jaxprune.models import Architecture
+from jaxprune.models import Layer
 from jaxprune.pruning.calibration_states import CalibrationStates
 from jaxprune.pruning.kernel import KernelResult
 from jaxprune.pruning.layer import Solver
@@ -49,8 +51,10 @@ def quantize_layers(
             yield kept
             continue
         states.catch_up(layer.index, finished)
-        solver = Solver(Magnitude(), _Targets(model.architecture, layer), quantization=quantization)
-        solved = solve_layer(model, layer.index, inside_layer(layer.index, layer.params), states, solver, {})
+        part = model.architecture.layers[layer.index]
+        solver = Solver(Magnitude(), partial(_target, part, layer.masks), quantization=quantization)
+        stored = part.stack(inside_layer(layer.index, layer.params))
+        solved = solve_layer(model, layer.index, stored, states, solver, {})
         kernels = dict(layer.kernels)
         for path in kernels.keys() & solved.masks.keys():
             kernels[path] = _merged(kernels[path], solved.kernels[path])
@@ -61,19 +65,13 @@ def quantize_layers(
         yield result
 
 
-@dataclasses.dataclass(frozen=True)
-class _Targets:
-    """The masks of a pruned layer's kernels, under which they are brought to a grid."""
-
-    architecture: Architecture
-    layer: LayerResult
-
-    def __call__(self, index: int, path: str) -> Target:
-        inputs, outputs = self.architecture.kernel_shapes(routers=True)[index, path]
-        if self.architecture.is_router(index, path) or not has_grid(inputs):
-            return None
-        packed = self.layer.masks.get(path)
-        return Unstructured(0) if packed is None else StoredMask((inputs, outputs), lambda: unpack(packed, inputs))
+def _target(part: Layer, masks: Params, _: int, path: str) -> Target:
+    """Returns the mask of a pruned kernel, under which it is brought to a grid; None: it stays as it is."""
+    inputs, outputs = part.kernels[path]
+    if path in part.routers or not has_grid(inputs):
+        return None
+    packed = masks.get(path)
+    return Unstructured(0) if packed is None else StoredMask((inputs, outputs), lambda: unpack(packed, inputs))
 
 
 def _merged(pruned: KernelResult, quantized: KernelResult) -> KernelResult:

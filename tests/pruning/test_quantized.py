@@ -13,12 +13,14 @@ from convert.__main__ import main as convert
 from jaxprune import InputError, Recipe, load, prune_model
 from jaxprune.__main__ import main
 from jaxprune.commands.recipe_options import parse
+from jaxprune.methods.quantization import off_grid
 from jaxprune.pruning import quantized
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.quantized import ERROR
 from jaxprune.pruning.results import LayerResult
-from tests.helpers import tiny
+from tests.helpers import families, tiny
 from tests.helpers.command import failing
+from tests.helpers.optional import needs_torch
 from tests.helpers.shapes import windows
 
 LINE = "--sparsity 0.6 --tune-epochs 1 --tune-windows 3 --rule *.q_proj=2:4 --skip layers.1.*"
@@ -52,6 +54,14 @@ def test_zeros_stay_and_all_else_is_on_the_grid(blocks: Path) -> None:
             kernel = after[path]
             assert kernel.zeros == np.count_nonzero(array == 0) and kernel.wanted == before[path].wanted
             assert kernel.error == before[path].error and 1e-4 < kernel.metrics[ERROR] < 0.03
+
+
+@needs_torch
+def test_kernels_of_experts_are_on_the_grid(tmp_path: Path) -> None:
+    families.save(tmp_path, families.config("olmoe", "plain"))
+    for layer in by_recipe(tmp_path, "--method wanda --sparsity 0.5 --quantize q4_0"):
+        path = "mlp.experts.3.up_proj"
+        assert off_grid(layer.params[f"layers.{layer.index}.{path}.kernel"], 4) == 0 and layer[path].metrics[ERROR] > 0
 
 
 def test_it_is_taken_up_where_it_stopped(blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
