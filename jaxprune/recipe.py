@@ -141,13 +141,10 @@ class Recipe:
         return parse(VersionedRecord, text, file="", error=InputError).recipe()
 
     @property
-    def _parts(self) -> dict[str, Any]:
-        return {"importance": self.importance, "tuning": self.tuning, "experts": self.experts}
-
-    @property
     def record(self) -> "RecipeRecord":
         """The recipe as records keep it."""
-        return check(RecipeRecord, self.as_json() | self._parts, file="")
+        parts = {"importance": self.importance, "tuning": self.tuning, "experts": self.experts}
+        return check(RecipeRecord, self.as_json() | parts, file="")
 
     @property
     def pattern_text(self) -> str:

@@ -7,8 +7,7 @@ References:
 
 from collections.abc import Sequence
 
-from jaxprune.calibration import hub as _hub
-from jaxprune.calibration import textfile
+from jaxprune.calibration import hub, textfile
 
 FILES = {
     "train": "en/c4-train.00000-of-01024.json.gz",
@@ -17,4 +16,4 @@ FILES = {
 
 
 def documents(split: str) -> Sequence[str]:
-    return textfile.documents(_hub.fetch("allenai/c4", FILES[split]), split, None if split == "train" else 1100)
+    return textfile.documents(hub.fetch("allenai/c4", FILES[split]), split, None if split == "train" else 1100)

@@ -13,8 +13,8 @@ from io import BufferedIOBase, BufferedReader
 from pathlib import Path
 from typing import IO, Any, cast, overload
 
-from convert.errors import NoRoomError
 from convert.files import open_regular
+from convert.writing import failing
 from jaxprune.errors import InputError
 
 DOCUMENT_BYTES = 2**27
@@ -42,10 +42,8 @@ class Documents(Sequence[str]):
         self._ends = array("q", [0])
         for text in texts:
             content = text.encode()
-            try:
+            with failing(Path(tempfile.gettempdir())):
                 self._file.write(content)
-            except OSError as error:
-                raise NoRoomError(f"it cannot be written ({error.strerror})", file=tempfile.gettempdir()) from error
             self._ends.append(self._ends[-1] + len(content))
 
     def __len__(self) -> int:
@@ -129,10 +127,8 @@ def seekable(file: BufferedIOBase, path: Path) -> Iterator[BufferedIOBase]:
         while part := file.read(2**20):
             if copy.tell() + len(part) > UNPACKED_BYTES:
                 raise InputError("it is too large once unpacked", file=path, wanted=_most(UNPACKED_BYTES))
-            try:
+            with failing(Path(tempfile.gettempdir())):
                 copy.write(part)
-            except OSError as error:
-                raise NoRoomError(f"it cannot be written ({error.strerror})", file=tempfile.gettempdir()) from error
         copy.seek(0)
         yield cast(BufferedIOBase, copy)
 

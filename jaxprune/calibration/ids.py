@@ -77,17 +77,7 @@ def _mapped(path: Path) -> np.ndarray:
             version = np.lib.format.read_magic(file)
             read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
             shape, fortran, dtype = read(file, max_header_size=HEADER_CHARACTERS)
-        # What Python's parser, which reads the header's dictionary, raises beside ValueError.
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            KeyError,
-            SyntaxError,
-            MemoryError,
-            RecursionError,
-            tokenize.TokenError,
-        ):
+        except (OSError, ValueError, KeyError, *_PARSER_ERRORS):
             raise InputError("its header is none of a .npy file", file=path) from None
         offset, size = file.tell(), os.fstat(file.fileno()).st_size
     if dtype.kind not in "iu":

@@ -2,7 +2,7 @@
 
 A .txt file is one document; in the others each row's `text` is one or, where the first row has none, each row's
 `messages`, which are a conversation. A .json file is as .jsonl, or one array of rows.
-A row in memory is all that reading takes, and `_documents.IN_MEMORY` bytes of text; a document, or an array of rows,
+A row in memory is all that reading takes, and `documents.IN_MEMORY` bytes of text; a document, or an array of rows,
 may hold 128 MiB, a file 16 GiB once it is unpacked.
 """
 

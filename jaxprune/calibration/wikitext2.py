@@ -6,13 +6,12 @@ References:
 
 from collections.abc import Sequence
 
-from jaxprune.calibration import hub as _hub
-from jaxprune.calibration import textfile
+from jaxprune.calibration import hub, textfile
 from jaxprune.calibration.texts import JOIN
 
 PACK = True
 
 
 def documents(split: str) -> Sequence[str]:
-    path = _hub.fetch("Salesforce/wikitext", f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet")
+    path = hub.fetch("Salesforce/wikitext", f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet")
     return [JOIN.join(textfile.documents(path, split))]

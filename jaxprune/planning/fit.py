@@ -41,7 +41,7 @@ def shortages(need: Need, work: Work) -> Iterator[Shortage]:
 
 def device_shortages(need: Need, work: Work) -> Iterator[Shortage]:
     """Yields what does not fit on a device."""
-    device = work.device_bytes or (None if work.on_cpu else device_memory())
+    device = work.device_bytes or device_memory()
     for phase, size in need.device.items():
         if device is not None and size > HEADROOM * device:
             remedies: dict[str, Any] = {"seqlen": Change.LOWER}
@@ -81,13 +81,13 @@ def _host_and_disk(need: Need, work: Work) -> Iterator[Shortage]:
                 f"{states / GIB:.1f} GiB are needed in {work.scratch}, {has / GIB:.1f} are free",
                 options={"scratch": Change.OTHER},
             )
-    if room is not None and disk > room:
+    if disk > room:
         yield Shortage(
             f"{disk / GIB:.1f} GiB of disk are needed, {room / GIB:.1f} are free there", options={"out": Change.OTHER}
         )
 
 
-def free_disk(work: Work) -> int | None:
+def free_disk(work: Work) -> int:
     """Returns the bytes that the output's disk has free, with what the run has there already."""
     own = sum(path.stat().st_size for path in journal_folder(work.out).rglob("*") if path.is_file())
     return shutil.disk_usage(existing_parent(work.out)).free + own

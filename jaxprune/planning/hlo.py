@@ -158,21 +158,21 @@ def _updates(user: Instruction, name: str) -> bool:
 
 def _parsed(root: bool, name: str, rest: str) -> Instruction:
     """Returns an instruction of a line, behind the name of its result."""
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else len(re.match(r"\S*", rest)[0])  # type: ignore[index]
+    end = _closing(rest) + 1 if rest.startswith("(") else len(re.match(r"\S*", rest)[0])  # type: ignore[index]
     shape, rest = rest[:end], rest[end:].lstrip()
     opcode, _, rest = rest.partition("(")
-    end = _closing("(" + rest, 0) - 1
+    end = _closing("(" + rest) - 1
     called = [one.strip().lstrip("%") for group in _CALLED.findall(rest[end:]) for one in group.split(",")]
     trips = _TRIPS.search(rest)
     operands = tuple(re.findall(r"%([\w.\-]+)", rest[:end]))
     return Instruction(name, root, opcode.strip(), _size(shape), operands, tuple(called), int(trips[1]) if trips else 1)
 
 
-def _closing(text: str, start: int) -> int:
+def _closing(text: str) -> int:
     """Returns the place of the parenthesis that closes the one at the start."""
     depth = 0
-    for place in range(start, len(text)):
-        depth += (text[place] == "(") - (text[place] == ")")
+    for place, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
         if depth == 0:
             return place
     return len(text) - 1

@@ -209,8 +209,8 @@ class _Costs:
 def _host(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
     """Returns phase -> host memory besides what the device needs and the hidden states."""
     sizes = Counter[str]()
-    for path in work.spec:
-        sizes[part_of(path)] += _size(work.spec, path)
+    for path, param in work.spec.items():
+        sizes[part_of(path)] += param.size * param.dtype.itemsize
     layer = max(size for part, size in sizes.items() if part.startswith("layers."))
     # One layer being pruned, one read ahead, one as it goes out, one being committed, and that one's copy; experts are
     # stacked, which copies them as they come in.
@@ -224,7 +224,7 @@ def _host(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
             found[phase] += 2 * energies * work.recipe.importance.weighs
     if "tune" in phases:
         kernels = work.pruned_bytes
-        found["tune"] += sum(_size(work.spec, path) for path in work.spec) - kernels + work.mask_bytes + _best(work)
+        found["tune"] += work.stored_bytes() - kernels + work.mask_bytes + _best(work)
         # The pruned kernels are there at first; layer by layer the tuning's state takes their place, here or there.
         if not work.placement.state:
             found["tune"] += max(kernels, work.tuned_bytes) + work.mask_bytes
@@ -253,12 +253,11 @@ def _states(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
 
 def _disk(work: Work) -> dict[str, int]:
     """Returns what -> bytes on the output's disk."""
-    whole = sum(_size(work.spec, path) for path in work.spec)
-    layers = sum(_size(work.spec, path) for path in work.spec if path.startswith("layers."))
     tuned, quantized = work.recipe.tuning.tunes, work.recipe.quantize is not None
+    layers = work.stored_bytes("layers.")
     hidden, copies = work.states_bytes(work.windows, work.length), 2 if tuned or quantized else 1
     return {
-        "the checkpoint": whole,
+        "the checkpoint": work.stored_bytes(),
         "layers that are finished": (layers + work.mask_bytes) * copies,  # one goes when the next is whole
         "hidden states": 2 * hidden * (2 if work.recipe.asymmetry else 1),
         "tuning": 2 * (work.tuned_bytes * tuned + _best(work)),
@@ -268,10 +267,6 @@ def _disk(work: Work) -> dict[str, int]:
 def _best(work: Work) -> int:
     """Returns the bytes of the kernels that were best on windows held out."""
     return work.pruned_bytes * (work.recipe.tuning.tune_tokens > 0)
-
-
-def _size(spec: Spec, path: str) -> int:
-    return spec[path].size * spec[path].dtype.itemsize
 
 
 def seconds(need: Need, devices: Devices = ONE_DEVICE) -> dict[str, float]:

@@ -90,7 +90,7 @@ class Program:
         """The program as JAX traces it; a function of the run's own is compiled for the run as well."""
         function = self.function
         if isinstance(function, partial) and hasattr(function.func, "trace"):
-            return function.func.trace(*function.args, *self.arguments)
+            return function.func.trace(*function.args, *self.arguments, **function.keywords)
         return jax.jit(function, donate_argnums=self.donated).trace(*self.arguments)
 
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct as Shape
 
 from jaxprune.evaluation import text
-from jaxprune.methods import Method, gram, quantization
+from jaxprune.methods import Method, gram
 from jaxprune.methods.magnitude import Magnitude
+from jaxprune.methods.quantization import BITS, quantize
 from jaxprune.models import Layer
 from jaxprune.planning.program import Flops, Program, Shapes, size_of
 from jaxprune.pruning import adafactor, experts, gram_matrices, kernel, layer_vjp, sensitivity, student
@@ -133,7 +134,7 @@ def _of_solves(
             yield Program("solve", f"solve {path}", solving, (prepared, weight), times, alive - size_of(prepared))
             if kind:
                 mask = shapes.devices.abstract(Shape(weight.shape, jnp.bool_), -1)
-                moving, whole = partial(quantize, quantization.BITS[kind]), (gram, weight, weight, mask)
+                moving, whole = partial(quantize, bits=BITS[kind]), (gram, weight, weight, mask)
                 yield Program("solve", f"quantize {path}", moving, whole, times, alive - size_of(gram))
             arguments = gram, shapes.devices.abstract(Shape(weight.shape, shapes.stored), -1), weight
             yield Program("solve", f"store {path}", kernel.store, arguments, times, alive - size_of(gram))
@@ -187,7 +188,7 @@ def of_distillation(
 
     Args:
         shapes: see `of_pruning`.
-        steps: how it is done.
+        steps: the steps of the tuning.
         placement: what stays on the device.
         held_out: windows that are held out, and tokens of one.
         teacher: of the model towards which is tuned; None: the same.
@@ -253,10 +254,8 @@ class _Tuned(NamedTuple):
     @classmethod
     def of(cls, shapes: Shapes, layer: Layer, x: Shape, placement: Placement) -> "_Tuned":
         params = shapes.layer_params(layer)
-        linears = {f"{path}.kernel": shape for path, shape in layer.linears.items() if path not in layer.routers}
-        kernels = adafactor.shapes(linears, x.dtype)
-        kernels = jax.tree.map(lambda leaf: shapes.devices.abstract(leaf, -1), kernels)
-        rest = {name: param for name, param in params.items() if name not in linears}
+        kernels = jax.tree.map(lambda leaf: shapes.devices.abstract(leaf, -1), adafactor.shapes(layer, x.dtype))
+        rest = {name: param for name, param in params.items() if name not in kernels.moving}
         forward_and_vjp = partial(layer_vjp.forward_and_vjp, layer)
         vjp = x
         if placement.results:
@@ -279,11 +278,6 @@ def of_evaluation(shapes: Shapes, windows: int, length: int) -> Iterator[Program
     divergence = partial(text.divergence, (architecture.head, architecture.head))
     chunks = windows * (length - 1) / chunk
     yield Program("evaluate", "divergence", divergence, ((head, head), (states, states), targets), chunks)
-
-
-def quantize(bits: int, *arguments: jax.Array) -> jax.Array:
-    """Calls `quantization.quantize`, in the order of arguments that `partial` needs."""
-    return quantization.quantize(*arguments, bits)
 
 
 def solve(method: Method, pattern: Pattern, prepared: Any, weight: jax.Array) -> Any:

@@ -15,9 +15,7 @@ def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
         phases: of the run.
     """
     count, layers, pruned = work.devices.count, len(work.architecture.layers), work.pruned_bytes
-    weights = count * sum(
-        param.size * param.dtype.itemsize for path, param in work.spec.items() if path.startswith("layers.")
-    )
+    weights = count * work.stored_bytes("layers.")
     states, steps = work.states_bytes(work.windows, work.length), work.steps
     some = work.states_bytes(work.recipe.importance.windows_of(work.windows), work.length)
     tuned = work.states_bytes(sum(work.dense_groups), steps.length)

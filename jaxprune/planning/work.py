@@ -80,6 +80,10 @@ class Work:
         """Returns the bytes of hidden states."""
         return windows * length * self.architecture.state_bytes
 
+    def stored_bytes(self, below: str = "") -> int:
+        """Returns the bytes of the checkpoint's params whose paths begin so, as they are stored."""
+        return sum(p.size * p.dtype.itemsize for path, p in self.spec.items() if path.startswith(below))
+
     @property
     def held_out(self) -> int:
         """Windows that the distillation does not see."""

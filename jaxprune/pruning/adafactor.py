@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from convert import Params
 from jaxprune.methods.linalg import masked
+from jaxprune.models import Layer
 from jaxprune.pruning.kernel import round_kernel
 from jaxprune.sharding import Devices
 
@@ -103,13 +104,14 @@ def init(
     return Kernels(moving, fixed)
 
 
-def shapes(kernels: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> Kernels:
-    """Returns shapes and dtypes of what `init` makes, by the shapes of the kernels."""
+def shapes(layer: Layer, dtype: np.dtype) -> Kernels:
+    """Returns shapes and dtypes of what `init` makes of a layer's kernels, all but its routers'."""
 
     def array(*shape: int, dtype: Any = np.float32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     moving, fixed = {}, {}
+    kernels = {f"{path}.kernel": shape for path, shape in layer.linears.items() if path not in layer.routers}
     for name, (*e, n, m) in kernels.items():
         means = counts = array(*e, n), array(*e, m)
         moving[name] = Moving(array(*e, n, m, dtype=weight_dtype(dtype)), *means)

@@ -106,16 +106,15 @@ def share_zeros(histograms: Int[np.ndarray, "l bins"], zeros: int, spread: float
     """
     sizes = histograms.sum(axis=1, dtype=np.int64)
     target = zeros / sizes.sum()
-    least = np.ceil(np.maximum(target - spread, 0) * sizes).astype(np.int64)
-    most = np.floor(np.minimum(target + spread, 1) * sizes).astype(np.int64)
     # Rounding must not leave the target itself out of reach.
-    least, most = np.minimum(least, np.floor(target * sizes)), np.maximum(most, np.ceil(target * sizes))
+    least = np.minimum(np.ceil(np.maximum(target - spread, 0) * sizes), np.floor(target * sizes)).astype(np.int64)
+    most = np.maximum(np.floor(np.minimum(target + spread, 1) * sizes), np.ceil(target * sizes)).astype(np.int64)
     below = np.zeros((len(sizes), histograms.shape[1] + 1), np.int64)
     np.cumsum(histograms, axis=1, out=below[:, 1:])
-    below = np.clip(below, least[:, None], most[:, None]).astype(np.int64)
+    below = np.clip(below, least[:, None], most[:, None])
     after = int(np.searchsorted(below.sum(axis=0), zeros))
     if after == 0:
-        return _top_up(least.astype(np.int64), most.astype(np.int64), zeros)
+        return _top_up(least, most, zeros)
     return _top_up(below[:, after - 1], below[:, after], zeros)
 
 

@@ -38,7 +38,7 @@ class CalibrationStates:
 
     def passed(self, index: int, finished: Results) -> None:
         """Says that the states moved through a layer; keeps them in the journal where that is worth its time."""
-        self._position, self._fresh = index + 1, False
+        self._position = index + 1
         if finished.journal and self._position < self._model.num_layers:
             kept_states.keep(finished.journal, finished.stage, self._position, self._named())
 

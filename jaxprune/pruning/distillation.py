@@ -49,7 +49,7 @@ class Text(NamedTuple):
     """What is tuned on.
 
     Attributes:
-        steps: they, counted.
+        steps: how many steps there are, and of what size.
         batches: the number of a step -> the windows of that step and of those after it.
         held_out: windows that no step sees; None: there are none.
     """
@@ -122,13 +122,10 @@ def distill(
     Raises:
         InputError: the loss is not finite, or a kernel in the end.
     """
-    steps = text.steps
-    placement = placement_of(
-        model.architecture, steps.shape, model.devices.count, teacher=teacher.architecture if teacher else None
-    )
+    steps, teacher = text.steps, teacher or model
+    placement = placement_of(model.architecture, steps.shape, model.devices.count, teacher=teacher.architecture)
     student = Student(model, layers, placement)
     rate = Rate(tuning.tune_rate, steps.count, steps.tokens)
-    teacher = teacher or model
     held_out = HeldOut(teacher, text.held_out) if text.held_out is not None else None
     begin = 0
     observer.started("tuning", steps.count, "steps")

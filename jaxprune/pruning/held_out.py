@@ -44,4 +44,4 @@ class HeldOut:
     def falls(self) -> bool:
         """Whether the divergence still falls."""
         divergences = [divergence for _, divergence in self.curve]
-        return len(divergences) - int(np.argmin(divergences)) <= PATIENCE if divergences else True
+        return len(divergences) - int(np.argmin(divergences)) <= PATIENCE

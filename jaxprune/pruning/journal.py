@@ -99,7 +99,7 @@ class Journal:
         return broadcast(self.note(name).exists() and (self.folder / name).exists())
 
     def names(self, stage: str) -> list[str]:
-        """Returns the names of a stage's entries or own stages, without the stage's own."""
+        """Returns the names of a stage's entries, or of the stages inside it, without `STAGE/` before them."""
         found = (path.name for path in (self.folder / stage).glob("*") if path.is_dir() and "." not in path.name)
         return broadcast(sorted(found))
 

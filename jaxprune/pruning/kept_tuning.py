@@ -68,7 +68,7 @@ def restore(journal: Journal | None, state: Sequence[Kernels]) -> Kept | None:
         entries = {index: journal.get(f"{TUNING}/{step}/{index}") for index in names}
         found = {index: entry for index, entry in entries.items() if entry and names[index] == _names(entry.arrays)}
         if len(found) < len(names):
-            if entries and all(entries.values()):
+            if all(entries.values()):
                 log.warning("the tuning begins again: what was kept of it is of another version of jaxprune")
             continue
         moving: list[dict[str, Moving]] = [{} for _ in state]
@@ -90,7 +90,7 @@ def _names(arrays: Params) -> set[str]:
 
 def keep_curve(journal: Journal | None, curve: list[tuple[int, float]]) -> None:
     """Keeps the measures of a tuning that has ended; its state goes once all layers are tuned."""
-    if journal and curve and journal.get(CURVE) is None:
+    if journal and curve:
         tokens, divergences = zip(*curve, strict=True)
         journal.put(CURVE, {"tokens": np.array(tokens), "divergences": np.array(divergences)}, {})
 

@@ -5,7 +5,6 @@ tokens -> embed -> hidden states (host)
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import jax
 import numpy as np
@@ -18,7 +17,7 @@ from jaxprune.models import Architecture
 from jaxprune.pruning.calibration_states import CalibrationStates
 from jaxprune.pruning.layer import SolvedLayer, Solver, timed
 from jaxprune.pruning.results import LayerResult, Results
-from jaxprune.pruning.rules import Target, TargetOf
+from jaxprune.pruning.rules import TargetOf, by_rules, with_rules
 from jaxprune.pruning.sensitivity import Weights
 from jaxprune.sparsity.masks import StoredMask
 from jaxprune.sparsity.patterns import Pattern
@@ -63,7 +62,7 @@ def _visit_layers(
     unfinished = [index for index in range(model.num_layers) if index not in finished]
     read_ahead = model.layers(unfinished)
     for index in range(model.num_layers):
-        if index not in unfinished and (kept := finished.get(index)):
+        if kept := finished.get(index):
             yield kept
             continue
         seconds: dict[str, float] = {}
@@ -91,7 +90,7 @@ def solve_layer(
     Args:
         model: the model that the layer belongs to.
         index: the index of the layer.
-        stored: its params, on the host, under their paths inside the layer; let go when they are on the device.
+        stored: its params, on the host, as its program takes them.
         states: the states before it.
         solver: how.
         seconds: those spent on it so far, by phase.
@@ -111,21 +110,11 @@ def solve_layer(
 
 def targets_for(architecture: Architecture, target: Pattern | TargetOf) -> TargetOf:
     """Returns the target of each linear layer, once it is known to fit; errors as for `require_fit`."""
-
-    target_of: TargetOf
-    if isinstance(target, Pattern):
-        target_of = partial(_usual, architecture, target)
-    else:
-        target_of = target
+    target_of = with_rules(target, by_rules(architecture, ())) if isinstance(target, Pattern) else target
     for (index, path), shape in architecture.kernel_shapes(routers=True).items():
         if (wanted := target_of(index, path)) is not None:
             require_fit(wanted, index, path, shape)
     return target_of
-
-
-def _usual(architecture: Architecture, pattern: Pattern, index: int, path: str) -> Target:
-    """Returns the target of a linear layer where all have one pattern."""
-    return None if architecture.is_router(index, path) else pattern
 
 
 def require_fit(target: Pattern | StoredMask, index: int, path: str, shape: tuple[int, ...]) -> None:

@@ -83,7 +83,7 @@ class _Step(NamedTuple):
         x = jax.ShapeDtypeStruct((windows, length, architecture.width), dtype)
         state = largest = results = visit = 0
         for layer, count in Counter(architecture.layers).items():
-            kernels = adafactor.shapes({f"{path}.kernel": shape for path, shape in layer.linears.items()}, dtype)
+            kernels = adafactor.shapes(layer, dtype)
             rest = {name: shape for name, shape in layer.spec.items() if name not in kernels.values}
             kept = _bytes(jax.eval_shape(partial(forward_and_vjp, layer), kernels.values, rest, x)[1])
             own, weights = _bytes(kernels), sum(value.size for value in kernels.values.values())

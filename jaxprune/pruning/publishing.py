@@ -59,8 +59,7 @@ def _finish(journal: Journal, files: Iterable[str], run: str, masks_at: Path | N
 
 def is_finished(journal: Journal, out: Path, masks_at: Path | None) -> bool:
     """Returns whether an earlier process made the whole result, so that it only has to be published; what is left of a
-    result
-    that is not whole, or not what is asked for, is removed."""
+    result that is not whole, or not what is asked for, is removed."""
     return on_first_process(lambda: _is_finished(journal, out, masks_at))
 
 

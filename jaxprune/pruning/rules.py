@@ -37,15 +37,13 @@ def by_rules(architecture: Architecture, rules: Sequence[Rule]) -> Mapping[tuple
     return found
 
 
-def with_rules(target: Pattern | TargetOf, named: Mapping[tuple[int, str], Pattern | None]) -> Pattern | TargetOf:
+def with_rules(target: Pattern | TargetOf, named: Mapping[tuple[int, str], Pattern | None]) -> TargetOf:
     """Returns the target of each linear layer: its own where a rule names it.
 
     Args:
         target: of the others.
         named: as `by_rules` gives it.
     """
-    if not named:
-        return target
 
     def target_of(index: int, path: str) -> Target:
         if (index, path) in named:

@@ -13,7 +13,6 @@ References:
     1503.05671), for the factors; Kunstner et al. (arXiv 1905.12558), on the empirical Fisher matrix, which this is.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -99,7 +98,6 @@ def measure_sensitivity(
     model: StreamedModel,
     tokens: Int[np.ndarray, "w t"],
     *,
-    host_bytes: float | None = None,
     journal: Journal | None = None,
 ) -> list[Sensitivity]:
     """Measures the sensitivities of all layers, in order.
@@ -107,16 +105,12 @@ def measure_sensitivity(
     Args:
         model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
-        host_bytes: the most for the layers' inputs, though one window is always taken; None: `HOST_BYTES` in memory,
-            and as much as they need on a disk.
         journal: where each layer's is kept, and taken from where it is kept already; None: nothing is kept.
 
     Raises:
         InputError: model and tokens do not fit together, or the loss has no finite gradient.
     """
-    if host_bytes is None:
-        host_bytes = math.inf if model.scratch else HOST_BYTES
-    groups = _groups(model, tokens, host_bytes)
+    groups = _groups(model, tokens)
     each = [_reverse(model, tokens[rows], journal, f"{SENSITIVITY}/{n}") for n, rows in enumerate(groups)]
     if journal:
         journal.wait()
@@ -125,13 +119,8 @@ def measure_sensitivity(
 
 def _of_windows(parts: Sequence[Sensitivity]) -> Sensitivity:
     """Returns a layer's sensitivity over the windows of all parts."""
-    first, *others = parts
-    return Sensitivity(
-        {tap: np.concatenate([part.tokens[tap] for part in parts]) for tap in first.tokens},
-        {path: sum((part.outputs[path] for part in others), found) for path, found in first.outputs.items()},
-        {tap: sum((part.inputs[tap] for part in others), found) for tap, found in first.inputs.items()},
-        {tap: sum((part.given[tap] for part in others), found) for tap, found in first.given.items()},
-    )
+    tokens = {tap: np.concatenate([part.tokens[tap] for part in parts]) for tap in parts[0].tokens}
+    return Sensitivity(tokens, *jax.tree.map(lambda *arrays: sum(arrays), *(part[1:] for part in parts)))
 
 
 def tokens_per_batch(forward: int | None = None) -> int:
@@ -143,10 +132,10 @@ def tokens_per_batch(forward: int | None = None) -> int:
     return max(1, (forward or hardware.current().tokens_per_batch) // 4)
 
 
-def _groups(model: StreamedModel, tokens: Int[np.ndarray, "w t"], host_bytes: float) -> Iterator[slice]:
-    """Yields the rows whose inputs of all layers fit the host's memory together."""
+def _groups(model: StreamedModel, tokens: Int[np.ndarray, "w t"]) -> Iterator[slice]:
+    """Yields the rows whose inputs of all layers fit `HOST_BYTES` together, one at least; on a disk, all."""
     window = (model.num_layers + 1) * tokens.shape[1] * model.architecture.state_bytes
-    count = max(1, int(min(len(tokens), host_bytes / window)))
+    count = len(tokens) if model.scratch else max(1, int(min(len(tokens), HOST_BYTES / window)))
     return (slice(start, start + count) for start in range(0, len(tokens), count))
 
 

@@ -27,7 +27,7 @@ class TuningSteps:
         length: tokens of one.
         different: how many of those are visited, each counted once.
         measured: the numbers of the steps, from 1, after which the divergence on held-out windows is measured; the last
-            is one of them. None where nothing is held out.
+            is one of them. Empty where nothing is held out.
     """
 
     count: int

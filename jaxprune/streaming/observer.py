@@ -1,5 +1,7 @@
 """What happens while a model is pruned or measured, for whoever wants to know: progress bars, records, callbacks."""
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 
@@ -40,39 +42,14 @@ class Observers(Observer):
     """
 
     def __init__(self, *observers: Observer) -> None:
-        self._observers = observers
+        for name in vars(Observer):
+            if not name.startswith("_"):
+                setattr(self, name, partial(_tell, observers, name))
 
-    def planned(self, need: Any) -> None:
-        for one in self._observers:
-            one.planned(need)
 
-    def started(self, what: str, count: int, unit: str = "layers") -> None:
-        for one in self._observers:
-            one.started(what, count, unit)
-
-    def layer_done(self, result: Any) -> None:
-        for one in self._observers:
-            one.layer_done(result)
-
-    def layer_visited(self, index: int) -> None:
-        for one in self._observers:
-            one.layer_visited(index)
-
-    def phase_timed(self, phase: str, seconds: float) -> None:
-        for one in self._observers:
-            one.phase_timed(phase, seconds)
-
-    def finished(self, result: Any) -> None:
-        for one in self._observers:
-            one.finished(result)
-
-    def step_done(self, number: int, steps: int, divergence: float) -> None:
-        for one in self._observers:
-            one.step_done(number, steps, divergence)
-
-    def divergence_measured(self, tokens: int, divergence: float) -> None:
-        for one in self._observers:
-            one.divergence_measured(tokens, divergence)
+def _tell(observers: Sequence[Observer], name: str, *args: Any, **kwargs: Any) -> None:
+    for one in observers:
+        getattr(one, name)(*args, **kwargs)
 
 
 SILENT = Observer()

@@ -104,18 +104,12 @@ class Bench:
         self.depth = self.model.num_layers
         self.layers = sorted({int(share * self.depth) for share in experiment.linears})
         self.calibration = windows_of(self.options, self.model)
-        self._evaluation_of = functools.cache(
-            lambda: calibration.evaluation_windows(
-                args.eval_text,
-                None if args.eval_text.endswith(".npy") else self.model.tokenizer,
-                self.options.eval_seqlen,
-                self.options.eval_windows,
-            )
-        )
 
-    @property
+    @functools.cached_property
     def evaluation(self) -> np.ndarray:
-        return self._evaluation_of()
+        text, options = self.args.eval_text, self.options
+        tokenizer = None if text.endswith(".npy") else self.model.tokenizer
+        return calibration.evaluation_windows(text, tokenizer, options.eval_seqlen, options.eval_windows)
 
     def setup(self, measure: str) -> dict[str, Any]:
         """What decides a cell's outcome beside its recipe."""

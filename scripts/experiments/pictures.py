@@ -30,6 +30,7 @@ PHASES = {"gram": "forward pass and Gram matrices", "solve": "solver", "forward"
 PARTIAL = "quality_by_sparsity", "quality_by_minutes", "gains"
 """Pictures that can be made of some of an experiment's cells."""
 Results = Sequence[tuple[Any, dict[str, Any]]]
+"""Cells and what was measured of them."""
 
 
 def seconds_of(result: dict[str, Any]) -> dict[str, float]:

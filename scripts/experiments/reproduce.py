@@ -22,7 +22,7 @@ from tables import write
 
 from convert.schema import to_text
 from convert.writing import write_text
-from jaxprune import InputError
+from jaxprune import InputError, calibration
 from jaxprune.commands import recipe_options
 from jaxprune.commands.terminal import keep_compilations, keep_memory
 from jaxprune.recipe import Recipe
@@ -35,8 +35,7 @@ def cells(experiment: Experiment, layers: int, *, small: bool = False) -> Iterat
         yield Cell("dense", "", None, None)
     linears: list[tuple[int, str] | None] = [None]
     if experiment.measure == "error":
-        every = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-        names = [f"self_attn.{n}" for n in every[0]] + [f"mlp.{n}" for n in every[1]]
+        names = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
         linears = [
             (int(share * layers), name) for share, wanted in experiment.linears.items() for name in wanted or names
         ]
@@ -90,9 +89,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--patterns {other.pop()}: {name} has {', '.join(EXPERIMENTS[name].patterns)}")
         if other := set(args.rows or ()) - set(EXPERIMENTS[name].rows):
             parser.error(f"--rows {other.pop()!r}: {name} has {', '.join(map(repr, EXPERIMENTS[name].rows))}")
-    hubless = args.ckpt == "smollm2-135m"
-    args.calib = args.calib or ("wikipedia" if hubless else "c4")
-    args.eval_text = args.eval_text or ("wikipedia" if hubless else "wikitext2")
+    default_text = calibration.default_text(args.ckpt)
+    args.calib = args.calib or default_text or "c4"
+    args.eval_text = args.eval_text or default_text or "wikitext2"
     return args
 
 

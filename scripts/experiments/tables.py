@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments import Experiment, pattern_name
-from pictures import draw, seconds_of
+from pictures import Results, draw, seconds_of
 
 from jaxprune.evaluation.text import short_name
 
 PHASES = ("gram", "solve", "forward", "sensitivity", "tune")
-Results = Sequence[tuple[Any, dict[str, Any]]]
-"""Cells and what was measured of them."""
 REACHED = 10
 """ADMM iterations whose error the other updates are to reach, in the table of steps."""
 
