@@ -3,10 +3,13 @@
 A kernel's step is in units of the root mean square of its kept weights, so that one rate serves all of them, and all
 models. It goes along the gradient over the root of its second moment. Of that the means over the kept weights of each
 row and of each column are kept, r and c, of which the moment of a weight is r_i·c_j / mean; of the gradients
-themselves no mean is. In a computation in 16 bits the weights have 16 bits, too: a step is hardly larger than their
-spacing, in bfloat16 far smaller, so it is rounded up as often as it is near the value above. So the state is the
-weights' own 2 bytes; with Adam's moments, in float32, it would be 12, for a few tenths of a percent of the divergence
-at most: see docs/notes/quality.md.
+themselves no mean is. So a text unlike those before it would make a step several times as large as others, from which a
+very sparse model is long to recover: no step is larger than 1 in the root mean square.
+
+In a computation in 16 bits the weights have 16 bits, too: a step is hardly larger than their spacing, in bfloat16 far
+smaller, so it is rounded up as often as it is near the value above. So the state is the weights' own 2 bytes; with
+Adam's moments, in float32, it would be 12, for a few tenths of a percent of the divergence at most: see
+docs/notes/quality.md.
 
 References:
     Shazeer and Stern, "Adafactor" (arXiv 1804.04235). Roberts, "The unreasonable effectiveness of quasirandom
@@ -31,8 +34,8 @@ from jaxprune.sharding import Devices
 
 DECAY = 0.9
 """Of the second moment, a step. There are tens of steps, or a few thousand, so its memory is short."""
-EPSILON = 1e-8
-"""Beside the root of the second moment."""
+EPSILON = 1e-30
+"""Beside the squares of the gradients."""
 SEQUENCE = tuple(round(2**32 / 1.2207440846057596**k) for k in (1, 2, 3))
 """Of a kernel's inputs, its outputs, and steps: powers of the root of x⁴ = x + 1, over 2³². What they add up to, modulo
 1, fills the interval evenly along each of them."""
@@ -174,14 +177,15 @@ def step_one(
         rate: of the step.
     """
     gradient = masked(_unpacked(fixed.mask, gradient.shape[-2]), gradient.astype(jnp.float32))
-    square = gradient * gradient
+    square = gradient * gradient + EPSILON
     counts, total = fixed.row_counts, jnp.sum(fixed.row_counts, axis=-1, keepdims=True)
     rows = DECAY * kernel.rows + (1 - DECAY) * _mean(jnp.sum(square, axis=-1), counts)
     columns = DECAY * kernel.columns + (1 - DECAY) * _mean(jnp.sum(square, axis=-2), fixed.column_counts)
     mean = _mean(jnp.sum(rows * counts, axis=-1, keepdims=True), total)
-    share = columns / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny)
-    second = rows[..., :, None] * share[..., None, :]
-    step = gradient / (jnp.sqrt(second / (1 - DECAY**number)) + EPSILON)
+    of_rows, of_columns = jax.lax.rsqrt(rows / (1 - DECAY**number)), jax.lax.rsqrt(columns / jnp.maximum(mean, EPSILON))
+    step = gradient * of_rows[..., :, None] * of_columns[..., None, :]
+    size = jnp.sqrt(_mean(jnp.sum(step * step, axis=(-2, -1), keepdims=True), total[..., None]))
+    rate = rate / jnp.maximum(1, size)
     value = kernel.value.astype(jnp.float32) - rate * fixed.unit * step  # 0 where nothing is kept
     return Moving(_dithered(value, kernel.value.dtype, number), rows, columns)
 

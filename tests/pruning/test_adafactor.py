@@ -1,4 +1,4 @@
-"""Adafactor on weights of 16 bits."""
+"""Steps of Adafactor: their size, and how weights of 16 bits are rounded."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,3 +31,21 @@ def test_what_needs_no_rounding_is_not_rounded(dtype: type) -> None:
     kernels = adafactor.init({"a": value}, np.dtype(dtype))
     moving = adafactor.step(kernels, {"a": jnp.zeros((8, 6), dtype)}, jnp.float32(7), jnp.float32(1))
     np.testing.assert_array_equal(np.asarray(moving["a"].value, np.float32), value)
+
+
+def test_no_step_is_larger_than_the_rate() -> None:
+    """The second expert's last gradient is a hundred times as large as those before it; the third is not tuned."""
+    generator = np.random.default_rng(0)
+    value = generator.standard_normal((3, 8, 6)).astype(np.float32) * (generator.random((3, 8, 6)) < 0.5)
+    kernels = adafactor.init({"a": value.astype(np.float32)}, np.dtype(np.float32), {"a": [0, 1]})
+    sizes = []
+    for number in range(1, 9):
+        gradient = generator.standard_normal(value.shape).astype(np.float32)
+        gradient[1] *= 100 if number == 8 else 1
+        before = np.asarray(kernels.moving["a"].value).copy()
+        step = jnp.float32(number), jnp.float32(0.01)
+        kernels = kernels._replace(moving=adafactor.step(kernels, {"a": jnp.asarray(gradient)}, *step))
+        moved, unit = np.asarray(kernels.moving["a"].value) - before, [np.sqrt(np.mean(v[v != 0] ** 2)) for v in value]
+        sizes.append([np.sqrt(np.mean(m[v != 0] ** 2)) / u / 0.01 for m, v, u in zip(moved, value, unit, strict=True)])
+    assert np.max(sizes) == pytest.approx(1, rel=1e-3) and np.min(np.array(sizes)[:, :2]) > 0.5
+    assert sizes[-1][1] == pytest.approx(1, rel=1e-3) and np.max(np.array(sizes)[:, 2]) == 0

@@ -47,11 +47,12 @@ class ByTorch:
         gradient = self.weight.grad * self.kept
         for axis, means in ((0, self.of_inputs), (1, self.of_outputs)):
             means *= DECAY
-            means += (1 - DECAY) * gradient.square().sum(axis) / self.kept.sum(axis).clamp(min=1)
+            means += (1 - DECAY) * (gradient.square() + EPSILON).sum(axis) / self.kept.sum(axis).clamp(min=1)
         mean = (self.of_inputs * self.kept.sum(0)).sum() / self.kept.sum()
         second = self.of_outputs[:, None] * self.of_inputs[None, :] / mean
-        step = gradient / ((second / (1 - DECAY**number)).sqrt() + EPSILON)
-        self.weight.data -= rate * self.unit * self.kept * step
+        step = gradient / (second / (1 - DECAY**number)).sqrt()
+        size = (step.square().sum() / self.kept.sum()).sqrt()
+        self.weight.data -= rate * self.unit * step / size.clamp(min=1)
 
 
 def tuned_by_torch(layers: list[LayerResult], tokens: np.ndarray, order: np.ndarray, rates: list[float]) -> list[dict]:
