@@ -4,7 +4,7 @@ A kernel's step is in units of the root mean square of its kept weights, so that
 models. It goes along the gradient over the root of its second moment. Of that the means over the kept weights of each
 row and of each column are kept, r and c, of which the moment of a weight is r_i·c_j / mean; of the gradients
 themselves no mean is. So a text unlike those before it would make a step several times as large as others, from which a
-very sparse model is long to recover: no step is larger than 1 in the root mean square.
+very sparse model is long to recover: where the root mean square of a step is above 1, the step is divided by it.
 
 In a computation in 16 bits the weights have 16 bits, too: a step is hardly larger than their spacing, in bfloat16 far
 smaller, so it is rounded up as often as it is near the value above. So the state is the weights' own 2 bytes; with
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, UInt8
 
 from convert import Params
@@ -177,15 +178,21 @@ def step_one(
         rate: of the step.
     """
     gradient = masked(_unpacked(fixed.mask, gradient.shape[-2]), gradient.astype(jnp.float32))
-    square = gradient * gradient + EPSILON
-    counts, total = fixed.row_counts, jnp.sum(fixed.row_counts, axis=-1, keepdims=True)
-    rows = DECAY * kernel.rows + (1 - DECAY) * _mean(jnp.sum(square, axis=-1), counts)
-    columns = DECAY * kernel.columns + (1 - DECAY) * _mean(jnp.sum(square, axis=-2), fixed.column_counts)
-    mean = _mean(jnp.sum(rows * counts, axis=-1, keepdims=True), total)
-    of_rows, of_columns = jax.lax.rsqrt(rows / (1 - DECAY**number)), jax.lax.rsqrt(columns / jnp.maximum(mean, EPSILON))
-    step = gradient * of_rows[..., :, None] * of_columns[..., None, :]
-    size = jnp.sqrt(_mean(jnp.sum(step * step, axis=(-2, -1), keepdims=True), total[..., None]))
-    rate = rate / jnp.maximum(1, size)
+    square, count = gradient * gradient + EPSILON, jnp.sum(fixed.row_counts, axis=-1, keepdims=True)
+
+    def mean_of(rows: Array) -> Array:
+        return _mean(jnp.sum(rows * fixed.row_counts, axis=-1, keepdims=True), count)
+
+    of_rows = _mean(jnp.sum(square, axis=-1), fixed.row_counts)
+    of_columns = _mean(jnp.sum(square, axis=-2), fixed.column_counts)
+    rows = DECAY * kernel.rows + (1 - DECAY) * of_rows
+    columns = DECAY * kernel.columns + (1 - DECAY) * of_columns
+    warm, mean = 1 - DECAY**number, jnp.maximum(mean_of(rows), EPSILON)
+    step = gradient * lax.rsqrt(rows / warm)[..., :, None] * lax.rsqrt(columns / mean)[..., None, :]
+    # Its mean square, as if the squares of the gradient, too, were of_rows·of_columns / their mean.
+    by_columns = _mean(jnp.sum(of_columns / columns * fixed.column_counts, axis=-1, keepdims=True), count)
+    size = mean_of(of_rows / rows) * by_columns * warm * mean / jnp.maximum(mean_of(of_rows), EPSILON)
+    rate = rate * lax.rsqrt(jnp.maximum(1, size))[..., None]
     value = kernel.value.astype(jnp.float32) - rate * fixed.unit * step  # 0 where nothing is kept
     return Moving(_dithered(value, kernel.value.dtype, number), rows, columns)
 
@@ -195,12 +202,12 @@ def _dithered(value: Float[Array, "*e n m"], dtype: np.dtype, number: Float[Arra
     dropped = jnp.finfo(value.dtype).nmant - jnp.finfo(dtype).nmant
     if not dropped:
         return value
-    row, column = (jax.lax.broadcasted_iota(jnp.uint32, value.shape, value.ndim - axis) for axis in (2, 1))
+    row, column = (lax.broadcasted_iota(jnp.uint32, value.shape, value.ndim - axis) for axis in (2, 1))
     of_row, of_column, of_step = (jnp.uint32(one) for one in SEQUENCE)
     dither = of_row * row + of_column * column + of_step * number.astype(jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(value, jnp.uint32) + (dither >> jnp.uint32(32 - dropped))
+    bits = lax.bitcast_convert_type(value, jnp.uint32) + (dither >> jnp.uint32(32 - dropped))
     kept = bits & jnp.uint32(2**32 - 2**dropped)
-    return jax.lax.bitcast_convert_type(kept, jnp.float32).astype(dtype)
+    return lax.bitcast_convert_type(kept, jnp.float32).astype(dtype)
 
 
 def _mean(total: Float[Array, "*s"], count: Float[Array, "*s"]) -> Float[Array, "*s"]:

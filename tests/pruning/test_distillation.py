@@ -45,14 +45,17 @@ class ByTorch:
 
     def step(self, number: int, rate: float) -> None:
         gradient = self.weight.grad * self.kept
-        for axis, means in ((0, self.of_inputs), (1, self.of_outputs)):
-            means *= DECAY
-            means += (1 - DECAY) * (gradient.square() + EPSILON).sum(axis) / self.kept.sum(axis).clamp(min=1)
-        mean = (self.of_inputs * self.kept.sum(0)).sum() / self.kept.sum()
-        second = self.of_outputs[:, None] * self.of_inputs[None, :] / mean
-        step = gradient / (second / (1 - DECAY**number)).sqrt()
-        size = (step.square().sum() / self.kept.sum()).sqrt()
-        self.weight.data -= rate * self.unit * step / size.clamp(min=1)
+        square, count = gradient.square() + EPSILON, self.kept.sum()
+        by_inputs, by_outputs = (square.sum(axis) / self.kept.sum(axis).clamp(min=1) for axis in (0, 1))
+        self.of_inputs = DECAY * self.of_inputs + (1 - DECAY) * by_inputs
+        self.of_outputs = DECAY * self.of_outputs + (1 - DECAY) * by_outputs
+        warm, means = 1 - DECAY**number, []
+        for inputs, outputs in ((self.of_inputs, self.of_outputs), (by_inputs, by_outputs)):
+            means.append(outputs[:, None] * inputs[None, :] / ((inputs * self.kept.sum(0)).sum() / count))
+        second = means[0] / warm
+        # Counts of rows and columns, as if what is kept were spread evenly.
+        size = (means[1] / second * self.kept.sum(1)[:, None] * self.kept.sum(0)[None, :] / count).sum() / count
+        self.weight.data -= rate * self.unit * gradient / second.sqrt() / size.sqrt().clamp(min=1)
 
 
 def tuned_by_torch(layers: list[LayerResult], tokens: np.ndarray, order: np.ndarray, rates: list[float]) -> list[dict]:
