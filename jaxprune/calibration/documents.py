@@ -39,10 +39,10 @@ class Documents(Sequence[str]):
     def __init__(self, texts: Iterable[str]) -> None:
         self._file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)
         weakref.finalize(self, self._file.close)
-        self._ends = array("q", [0])
+        self._ends, folder = array("q", [0]), Path(tempfile.gettempdir())
         for text in texts:
             content = text.encode()
-            with failing(Path(tempfile.gettempdir())):
+            with failing(folder):
                 self._file.write(content)
             self._ends.append(self._ends[-1] + len(content))
 

@@ -180,18 +180,18 @@ def step_one(
     gradient = masked(_unpacked(fixed.mask, gradient.shape[-2]), gradient.astype(jnp.float32))
     square, count = gradient * gradient + EPSILON, jnp.sum(fixed.row_counts, axis=-1, keepdims=True)
 
-    def mean_of(rows: Array) -> Array:
-        return _mean(jnp.sum(rows * fixed.row_counts, axis=-1, keepdims=True), count)
+    def mean_of(means: Array, counts: Array) -> Array:
+        return _mean(jnp.sum(means * counts, axis=-1, keepdims=True), count)
 
     of_rows = _mean(jnp.sum(square, axis=-1), fixed.row_counts)
     of_columns = _mean(jnp.sum(square, axis=-2), fixed.column_counts)
     rows = DECAY * kernel.rows + (1 - DECAY) * of_rows
     columns = DECAY * kernel.columns + (1 - DECAY) * of_columns
-    warm, mean = 1 - DECAY**number, jnp.maximum(mean_of(rows), EPSILON)
+    warm, mean = 1 - DECAY**number, jnp.maximum(mean_of(rows, fixed.row_counts), EPSILON)
     step = gradient * lax.rsqrt(rows / warm)[..., :, None] * lax.rsqrt(columns / mean)[..., None, :]
     # Its mean square, as if the squares of the gradient, too, were of_rows·of_columns / their mean.
-    by_columns = _mean(jnp.sum(of_columns / columns * fixed.column_counts, axis=-1, keepdims=True), count)
-    size = mean_of(of_rows / rows) * by_columns * warm * mean / jnp.maximum(mean_of(of_rows), EPSILON)
+    ratios = mean_of(of_rows / rows, fixed.row_counts) * mean_of(of_columns / columns, fixed.column_counts)
+    size = ratios * warm * mean / jnp.maximum(mean_of(of_rows, fixed.row_counts), EPSILON)
     rate = rate * lax.rsqrt(jnp.maximum(1, size))[..., None]
     value = kernel.value.astype(jnp.float32) - rate * fixed.unit * step  # 0 where nothing is kept
     return Moving(_dithered(value, kernel.value.dtype, number), rows, columns)
