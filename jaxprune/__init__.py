@@ -18,6 +18,7 @@ _EXPORTS = {
     "keep_zeros": "jaxprune.sparsity.finetuning",
     "Unstructured": "jaxprune.sparsity.patterns",
     "PRESETS": "jaxprune.recipe",
+    "Experts": "jaxprune.recipe_parts",
     "Importance": "jaxprune.recipe_parts",
     "Recipe": "jaxprune.recipe",
     "Rule": "jaxprune.recipe_parts",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from jaxprune.pruning.whole_model import prune_model as prune_model
     from jaxprune.recipe import PRESETS as PRESETS
     from jaxprune.recipe import Recipe as Recipe
+    from jaxprune.recipe_parts import Experts as Experts
     from jaxprune.recipe_parts import Importance as Importance
     from jaxprune.recipe_parts import Rule as Rule
     from jaxprune.recipe_parts import Tuning as Tuning

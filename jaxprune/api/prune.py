@@ -210,7 +210,6 @@ def _work(
     place: Destination,
     evaluator: Evaluator | None,
 ) -> Work:
-    texts = [tokens.shape for tokens in evaluator.windows.values()] if evaluator else []
     architecture = model.architecture
     if architecture.config.routing:
         architecture = architecture.routed(mesh=None)
@@ -220,7 +219,7 @@ def _work(
         recipe,
         len(windows),
         windows.shape[1],
-        max(texts, default=None),
+        [tokens.shape for tokens in evaluator.windows.values()] if evaluator else [],
         place.path,
         model.scratch,
         model.devices,

@@ -55,6 +55,7 @@ def plan(config: Config, recipe: Recipe) -> int:
     console.print(f"disk, GiB, at most: {disk}; kept in the end: {need.kept / GIB:.2f}")
     if work.scratch:
         console.print(f"scratch, GiB, at most: {max(need.scratch.values()) / GIB:.2f}")
+    _say_uncounted(config)
     if times:
         console.print(f"time: from the matrix rate of {describe_hardware()}, measured now; {longest(times)}")
         if work.on_cpu and np.dtype(work.architecture.config.dtype) == np.float32:
@@ -102,8 +103,14 @@ def _plan_for_targets(config: Config, recipe: Recipe) -> int:
         print_table(summary, ["target", "device, GiB", "fits", "at least"])
     for problem in problems:
         console.print(f"does not fit: {problem}")
+    _say_uncounted(config)
     console.print("times are predictions at the data sheets' rates, without compilation or anything that the host does")
     return int(bool(problems))
+
+
+def _say_uncounted(config: Config) -> None:
+    if uncounted := [name for name in config.measures if name != "ppl"]:
+        console.print(f"not counted: --eval {','.join(uncounted)}")
 
 
 def target_table(need: Need) -> tuple[list[str], list[list[str]]]:
@@ -140,17 +147,15 @@ def work_of(config: Config, recipe: Recipe, devices: Devices, target: Target | N
     spec, architecture = preflight.shapes_of(config.ckpt, config.computation_dtype)
     architecture.require_length(config.seqlen)
     require_recipe(without_experts(architecture, recipe.experts.drop_experts), recipe)
-    evaluation = None
-    if "ppl" in config.measures:
-        length = config.eval_seqlen or config.seqlen
-        evaluation = config.eval_windows or max(1, EVALUATION_TOKENS // length), length
+    length = config.eval_seqlen or config.seqlen
+    text = config.eval_windows or max(1, EVALUATION_TOKENS // length), length
     return Work(
         spec,
         architecture,
         recipe,
         config.nsamples,
         config.seqlen,
-        evaluation,
+        [text] * len(config.plan().texts),
         Path(expand(config.out)).absolute(),
         config.scratch_folder(config.out),
         devices,

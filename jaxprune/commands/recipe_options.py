@@ -41,7 +41,7 @@ class Flags:
 class WholeModel:
     """The flags that only matter where a whole model is pruned."""
 
-    preset: Literal["fast", "best", "thorough"] | None = None
+    preset: str | None = None
     """Options that serve most: all weigh outputs by the loss's gradients, give every linear layer a sparsity of its
     own and tune the kept weights; best for longer than fast, and thorough on a million tokens (see --tune-tokens), for
     which --dry-run says how long it takes. Options given beside it win."""
@@ -113,7 +113,7 @@ class RecipeOptions:
         names = f"Methods: {', '.join(methods.names())}; --method NAME --help shows a method's own options."
         yield Section("Pruning", Flags, help=names)
         if self._whole_model:
-            yield Section("The whole model", WholeModel)
+            yield Section("The whole model", WholeModel, help=f"Presets: {', '.join(PRESETS)}.")
             yield Section("Importance, by the gradients of the loss", Importance)
             yield Section("Tuning, towards the dense model's predictions", Tuning)
             yield Section("Experts", Experts)
@@ -140,11 +140,17 @@ class RecipeOptions:
         return self._recipe(make(WholeModel, values), given, values)
 
     def _preset(self, name: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the flags that a preset sets."""
+        """Returns the flags that a preset sets.
+
+        Raises:
+            InputError: there is no such preset.
+        """
         if name is None:
             return {}
+        if name not in PRESETS:
+            raise InputError(f"--preset takes {', '.join(PRESETS)}, not {name!r}")
         preset = PRESETS[name]
-        flags = _set(preset.importance) | _set(preset.tuning)
+        flags = {"asymmetry": preset.asymmetry} | _set(preset.importance) | _set(preset.tuning)
         if given.get("token_power"):  # needs all windows
             del flags["sensitivity_windows"]
         if given.get("tune_tokens"):

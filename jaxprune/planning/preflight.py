@@ -138,8 +138,8 @@ def programs_of(work: Work) -> Iterator[Program]:
         yield from programs.of_distillation(shapes, work.steps, work.placement, (work.held_out, work.length), whole)
     if recipe.quantize:
         yield from programs.of_quantization(_routing_all(shapes, recipe), work.windows, work.length, recipe.quantize)
-    if work.evaluation:
-        yield from programs.of_evaluation(shapes, *work.evaluation)
+    for windows, length in work.texts:
+        yield from programs.of_evaluation(shapes, windows, length)
 
 
 def _routing_all(shapes: Shapes, recipe: Recipe) -> Shapes:
@@ -246,8 +246,8 @@ def _states(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
         some = work.states_bytes(work.recipe.importance.windows_of(work.windows), work.length)
         inputs = (len(work.architecture.layers) + 1) * some
         found["sensitivity"] = 2 * some + (inputs if work.scratch else min(HOST_BYTES, inputs))
-    if work.evaluation:
-        found["evaluate"] = 2 * work.states_bytes(*work.evaluation)
+    if work.texts:
+        found["evaluate"] = 2 * max(work.states_bytes(*text) for text in work.texts)
     return {phase: size / jax.process_count() for phase, size in found.items()}
 
 

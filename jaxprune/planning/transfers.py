@@ -22,7 +22,7 @@ def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
     held_out = work.states_bytes(work.held_out, work.length)
     measures = 1 + len(steps.measured) if work.held_out else 0
     passes = len(work.dense_groups) + (work.held_out > 0)
-    evaluated = work.states_bytes(*work.evaluation) if work.evaluation else 0
+    evaluated = sum(work.states_bytes(*text) for text in work.texts)
     found = {
         "experts": weights + 2 * layers * states,
         "sensitivity": 2 * weights + 5 * layers * some,  # forward, then back: inputs and gradients up, gradients down
@@ -31,7 +31,7 @@ def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
         "forward": count * pruned + 2 * (layers - 1) * states,
         "quantize": 2 * weights + pruned + work.mask_bytes + 3 * layers * states,
         "tune": weights * passes + 2 * layers * (tuned + (1 + measures) * held_out),
-        "evaluate": 2 * (weights + 2 * layers * evaluated),
+        "evaluate": 2 * (len(work.texts) * weights + 2 * layers * evaluated),
     }
     if steps.count and not work.placement.state:  # values for the forward pass; then up, with masks, and down
         found["tune"] += (3 * steps.count + measures) * work.tuned_bytes + steps.count * work.mask_bytes

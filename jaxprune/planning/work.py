@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ class Work:
         recipe: what is done to it.
         windows: the number of calibration windows.
         length: tokens of a calibration window.
-        evaluation: windows and tokens of a window of the text that is evaluated; None: there is none.
+        texts: windows and tokens of a window of each text that is evaluated.
         out: the folder that the run makes.
         scratch: the folder of hidden states; None: they are in host memory.
         devices: the devices that it runs on.
@@ -47,7 +48,7 @@ class Work:
     recipe: Recipe
     windows: int
     length: int
-    evaluation: tuple[int, int] | None
+    texts: Sequence[tuple[int, int]]
     out: Path
     scratch: Path | None = None
     devices: Devices = ONE_DEVICE

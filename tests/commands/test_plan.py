@@ -29,6 +29,20 @@ def test_a_plan_says_where_bfloat16_is_faster(
     assert ("2.0 times as fast: --dtype bfloat16" in capsys.readouterr().out) == said
 
 
+def test_every_text_is_counted_and_what_is_not_is_named(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def planned(*flags: str) -> tuple[float, str]:
+        options = ["--nsamples", "4", "--seqlen", "32", "--eval-windows", "4", "--device-memory", "16", *flags]
+        assert commands.main(["plan", "--ckpt", str(checkpoint), *options]) == 0
+        printed = capsys.readouterr().out
+        [row] = [line for line in printed.splitlines() if "evaluate" in line]
+        return float(row.split()[-2]), printed
+
+    one, printed = planned("--eval-text", "wikipedia")
+    assert "not counted" not in printed
+    two, printed = planned("--eval-text", "wikipedia,wikitext2", "--eval", "ppl,zero-shot,samples")
+    assert two == pytest.approx(2 * one, rel=0.01) and "not counted: --eval zero-shot,samples" in printed
+
+
 @pytest.mark.parametrize(
     ("command", "device", "status", "said"),
     [

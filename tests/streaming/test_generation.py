@@ -60,12 +60,17 @@ def test_it_does_not_matter_what_has_room(checkpoint: Path, monkeypatch: pytest.
     assert generate(model, prompts, [4, 4, 4], lambda number, made: False) == expected
 
 
-def test_a_layer_is_read_once_where_all_fit(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("more", "times"), [(1, 1), (-1, 5)])
+def test_layers_stay_where_they_fit_though_few_texts_do(
+    more: int, times: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, reads = load(checkpoint), []
+    layers = sum(p.size * p.dtype.itemsize for layer in model.architecture.layers for p in layer.spec.values())
+    monkeypatch.setattr(generation, "_memory", lambda: layers / generation.STAY + more)
     read = StreamedModel._read_layer
     monkeypatch.setattr(StreamedModel, "_read_layer", lambda self, index: (reads.append(index), read(self, index))[1])
-    generate(model, [[1, 2, 3]], [4], lambda number, made: False)
-    assert sorted(reads) == [0, 1, 2]
+    generate(model, [[1, 2, 3]], [5], lambda number, made: False)
+    assert sorted(reads) == sorted([0, 1, 2] * times)
 
 
 def test_more_tokens_than_positions_are_refused(tmp_path: Path) -> None:
