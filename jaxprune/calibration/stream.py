@@ -127,7 +127,7 @@ class _Source:
                 options={"tune_text": Change.OTHER, "seqlen": Change.LOWER},
             )
         self.held_out = ids[: held_out * length].reshape(held_out, length)
-        self.tokens = round(size * len(ids) / max(1, taken)) - held_out * length
+        self.tokens = round(size * len(ids) / max(1, taken)) - len(ids) + len(self._rest)
 
     def windows(self) -> Iterator[tuple[int, Int[np.ndarray, "t"]]]:
         """Yields windows without end, each with the number of its epoch."""

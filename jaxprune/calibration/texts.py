@@ -72,9 +72,15 @@ class Texts:
         return in_pieces(self._tokenizer, self._fragments(), special=not self._chat)
 
     def measure(self) -> tuple[str, int]:
-        """Returns the SHA-256 of all of the text, and its characters."""
+        """Returns the SHA-256 of all of the text, and its characters.
+
+        Raises:
+            InputError: the template does not take a conversation.
+        """
         whole, size = hashlib.sha256(), 0
-        for document in self._documents:
+        for index, document in enumerate(self._documents):
+            if self._chat:
+                self.text(index)
             content = document.encode()
             whole.update(len(content).to_bytes(8, "big") + content)
             size += len(document)

@@ -225,6 +225,8 @@ def _host(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
     if "tune" in phases:
         kernels = work.pruned_bytes
         found["tune"] += work.stored_bytes() - kernels + work.mask_bytes + _best(work)
+        if not work.placement.results:  # the layers' inputs, until their backward pass
+            found["tune"] += len(work.architecture.layers) * work.states_bytes(*work.steps.shape)
         # The pruned kernels are there at first; layer by layer the tuning's state takes their place, here or there.
         if not work.placement.state:
             found["tune"] += max(kernels, work.tuned_bytes) + work.mask_bytes
@@ -240,8 +242,6 @@ def _states(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
     if "tune" in phases:
         of_steps = work.states_bytes(max(work.dense_groups), work.steps.length)
         found["tune"] = of_steps + 2 * work.states_bytes(work.held_out, work.length)  # the dense model's, the student's
-        if not work.placement.results:  # the layers' inputs, until their backward pass
-            found["tune"] += len(work.architecture.layers) * work.states_bytes(*work.steps.shape)
     if "sensitivity" in phases:
         some = work.states_bytes(work.recipe.importance.windows_of(work.windows), work.length)
         inputs = (len(work.architecture.layers) + 1) * some

@@ -200,7 +200,8 @@ def of_distillation(
     batch, measures = shapes.batch(groups[0], steps.length), 1 + len(steps.measured)
     whole, held_out_tokens = shapes.batch(*held_out) if held_out[0] else batch, held_out[0] * held_out[1]
     tuned = [(layer, count, _Tuned.of(shapes, layer, x, placement)) for layer, count in shapes.layers.items()]
-    stays = sum(count * one.stays for _, count, one in tuned)
+    ends = size_of(head) + size_of(shapes.params(architecture.embed.spec, architecture.config.dtype))
+    stays = ends + sum(count * one.stays for _, count, one in tuned)
     results = sum(count * one.results for _, count, one in tuned)
     for layer, count in (teacher or shapes).layers.items():
         forward, params, passes = partial(apply_layer, layer), (teacher or shapes).layer_params(layer), sum(groups)
@@ -212,7 +213,7 @@ def of_distillation(
                 )
     for layer, count, one in tuned:
         forward, values, calls = partial(apply_layer, layer), one.kernels.values, count * steps.count
-        beside = stays - size_of(values) if placement.state else size_of(values)  # else the next layer's
+        beside = stays - size_of(values) if placement.state else stays + size_of(values)  # else the next layer's
         if placement.results:
             forward_and_vjp = partial(layer_vjp.forward_and_vjp, layer)
             yield Program("tune", "forward", forward_and_vjp, (values, one.rest, x), calls, beside + results)
@@ -223,7 +224,8 @@ def of_distillation(
             in_flight = beside + 2 * size_of(whole)
             yield Program("tune", "held-out forward", forward, visit, times, in_flight, donated=(1,))
         pull_back, arguments = partial(layer_vjp.pull_back, layer), (values, one.rest, one.vjp, x)
-        beside = stays if placement.state else 3 * size_of(one.kernels)  # else one on its way in, one on its way out
+        # Where it does not stay, one layer's is on its way in, and one on its way out.
+        beside = stays if placement.state else stays + 3 * size_of(one.kernels)
         beside += results - one.results
         yield Program("tune", "backward", pull_back, arguments, calls, beside - size_of(values))
         for name, moving in one.kernels.moving.items():
@@ -233,12 +235,12 @@ def of_distillation(
             yield Program("tune", f"step {name}", adafactor.step_one, own, calls, others, donated=(0,))
     chunk = Shape((min(CHUNK // 2, steps.tokens), architecture.width), architecture.config.dtype)
     loss, chunks = partial(student.head_divergence, architecture.head), steps.count * steps.tokens / chunk.shape[0]
-    yield Program("tune", "divergence", loss, (head, chunk, chunk), chunks, stays + results)
+    yield Program("tune", "divergence", loss, (head, chunk, chunk), chunks, stays + results - size_of(head))
     if held_out[0]:
         alone = partial(student.divergence_alone, architecture.head)
         chunk = Shape((min(CHUNK // 2, held_out_tokens), architecture.width), architecture.config.dtype)
         chunks = measures * held_out_tokens / chunk.shape[0]
-        yield Program("tune", "held-out divergence", alone, (head, chunk, chunk), chunks, stays)
+        yield Program("tune", "held-out divergence", alone, (head, chunk, chunk), chunks, stays - size_of(head))
 
 
 class _Tuned(NamedTuple):

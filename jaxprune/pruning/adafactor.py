@@ -206,8 +206,8 @@ def _dithered(value: Float[Array, "*e n m"], dtype: np.dtype, number: Float[Arra
     of_row, of_column, of_step = (jnp.uint32(one) for one in SEQUENCE)
     dither = of_row * row + of_column * column + of_step * number.astype(jnp.uint32)
     bits = lax.bitcast_convert_type(value, jnp.uint32) + (dither >> jnp.uint32(32 - dropped))
-    kept = bits & jnp.uint32(2**32 - 2**dropped)
-    return lax.bitcast_convert_type(kept, jnp.float32).astype(dtype)
+    kept = lax.bitcast_convert_type(bits & jnp.uint32(2**32 - 2**dropped), jnp.float32)
+    return jnp.where(jnp.isnan(value), value, kept).astype(dtype)  # the bits of a NaN may become those of 0
 
 
 def _mean(total: Float[Array, "*s"], count: Float[Array, "*s"]) -> Float[Array, "*s"]:

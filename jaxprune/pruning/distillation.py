@@ -127,17 +127,8 @@ def distill(
     student = Student(model, layers, placement)
     rate = Rate(tuning.tune_rate, steps.count, steps.tokens)
     held_out = HeldOut(teacher, text.held_out) if text.held_out is not None else None
-    begin = 0
     observer.started("tuning", steps.count, "steps")
-    if kept := kept_tuning.restore(journal, student.state):
-        begin, rate.before = kept.step, kept.before
-        student.restore(kept.moving)
-        if held_out:
-            held_out.curve, held_out.best = kept.curve, kept.best
-            for point in kept.curve:
-                observer.divergence_measured(*point)
-    elif held_out:
-        observer.divergence_measured(0, held_out.measure(student, 0))
+    begin = _begun(journal, student, rate, held_out, observer)
     for number, (tokens, dense) in enumerate(_with_dense(teacher, text, begin), begin + 1):
         divergence = student.step(tokens, dense, number, partial(rate.of, number))
         observer.step_done(number, steps.count, divergence)
@@ -146,15 +137,32 @@ def distill(
             observer.divergence_measured(seen, held_out.measure(student, seen))
             if not (held_out.falls or tuning.tune_to_end):
                 break
-        moving = [kernels.moving for kernels in student.state]
-        curve, best = (held_out.curve, held_out.best) if held_out else ([], None)
-        kept_tuning.keep(journal, Kept(number, moving, rate.before, curve, best))
+        measured = (held_out.curve, held_out.best) if held_out else ([], None)
+        kept_tuning.keep(journal, student.state, Kept(number, rate.before, *measured))
+        del measured  # there is to be one best at a time
     kept_tuning.keep_curve(journal, held_out.curve if held_out else [])
     best = held_out.best if held_out else None
     if not best:  # that of a measure is finite
         student.require_finite()
     for index in range(model.num_layers):
         yield student.result(index, best[index] if best else student.stored(index))
+
+
+def _begun(
+    journal: Journal | None, student: Student, rate: "Rate", held_out: HeldOut | None, observer: Observer
+) -> int:
+    """Takes up what was kept of a tuning, or measures what is held out before the first step; returns the number of the
+    steps that were made."""
+    kept = kept_tuning.restore(journal, student.state, student.restore)
+    if kept:
+        rate.before = kept.before
+    if held_out and kept:
+        held_out.curve, held_out.best = kept.curve, kept.best
+        for point in kept.curve:
+            observer.divergence_measured(*point)
+    elif held_out:
+        observer.divergence_measured(0, held_out.measure(student, 0))
+    return kept.step if kept else 0
 
 
 class Rate:

@@ -40,6 +40,7 @@ def keep(journal: Journal, stage: str, position: int, states: Mapping[str, Hidde
     """
     if not journal.worth_keeping(sum(math.prod(one.shape) * one.dtype.itemsize for one in states.values())):
         return
+    journal.wait()  # what they are behind or before is committed first, and nothing else meanwhile
     before, name = _positions(journal, stage), f"{stage}/states.{position}"
     with journal.keeping():
         if not is_first_process():

@@ -1,7 +1,7 @@
 """Pruned layers brought to a grid, in a loop of their own: hidden states go through the layers as they are on it."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -28,7 +28,7 @@ ERROR = "quantization_error"
 def quantize_layers(
     model: StreamedModel,
     tokens: Int[np.ndarray, "w t"],
-    layers: Iterable[LayerResult],
+    pruned: Callable[[int], LayerResult],
     quantization: str,
     finished: Results,
 ) -> Iterator[LayerResult]:
@@ -37,7 +37,7 @@ def quantize_layers(
     Args:
         model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
-        layers: all of them, pruned.
+        pruned: the index of a layer -> it, pruned.
         quantization: the type, of `methods.quantization.BITS`.
         finished: where layers are kept as soon as they are done, and taken from where they are kept already.
 
@@ -46,22 +46,22 @@ def quantize_layers(
         metrics, and the seconds are those spent here.
     """
     states = CalibrationStates(model, tokens, with_dense=False)
-    for layer in layers:
-        if kept := finished.get(layer.index):
+    for index, part in enumerate(model.architecture.layers):
+        if kept := finished.get(index):
             yield kept
             continue
-        states.catch_up(layer.index, finished)
-        part = model.architecture.layers[layer.index]
+        layer = pruned(index)
+        states.catch_up(index, finished)
         solver = Solver(Magnitude(), partial(_target, part, layer.masks), quantization=quantization)
-        stored = part.stack(inside_layer(layer.index, layer.params))
-        solved = solve_layer(model, layer.index, stored, states, solver, {})
+        stored = part.stack(inside_layer(index, layer.params))
+        solved = solve_layer(model, index, stored, states, solver, {})
         kernels = dict(layer.kernels)
         for path in kernels.keys() & solved.masks.keys():
             kernels[path] = _merged(kernels[path], solved.kernels[path])
         seconds = {"quantize": sum(solved.seconds.values())}
         result = dataclasses.replace(layer, params=solved.params, kernels=kernels, seconds=seconds, resumed=False)
         finished.put(result)
-        states.passed(layer.index, finished)
+        states.passed(index, finished)
         yield result
 
 

@@ -71,12 +71,10 @@ class Results:
     def __contains__(self, index: int) -> bool:
         return self.journal is not None and f"{self.stage}/{index}" in self.journal
 
-    def all(self) -> list[LayerResult]:
-        """Returns all layers in order; none where one is missing or damaged."""
-        if not all(index in self for index in range(self._count)):
-            return []
-        layers = [layer for index in range(self._count) if (layer := self.get(index))]
-        return layers if len(layers) == self._count else []
+    def whole(self) -> bool:
+        """Returns whether all layers are there, each as it was written."""
+        every = range(self._count)
+        return all(index in self for index in every) and all(self.get(index) is not None for index in every)
 
     def require(self, index: int) -> LayerResult:
         """Returns a layer that the run has finished.

@@ -110,8 +110,10 @@ def measure_sensitivity(
     Raises:
         InputError: model and tokens do not fit together, or the loss has no finite gradient.
     """
-    groups = _groups(model, tokens)
-    each = [_reverse(model, tokens[rows], journal, f"{SENSITIVITY}/{n}") for n, rows in enumerate(groups)]
+    each = [
+        _reverse(model, tokens[rows], journal, f"{SENSITIVITY}/{rows.start}-{rows.stop}")
+        for rows in _groups(model, tokens)
+    ]
     if journal:
         journal.wait()
     return [_of_windows(layer) for layer in zip(*each, strict=True)]
@@ -136,7 +138,7 @@ def _groups(model: StreamedModel, tokens: Int[np.ndarray, "w t"]) -> Iterator[sl
     """Yields the rows whose inputs of all layers fit `HOST_BYTES` together, one at least; on a disk, all."""
     window = (model.num_layers + 1) * tokens.shape[1] * model.architecture.state_bytes
     count = len(tokens) if model.scratch else max(1, int(min(len(tokens), HOST_BYTES / window)))
-    return (slice(start, start + count) for start in range(0, len(tokens), count))
+    return (slice(start, min(start + count, len(tokens))) for start in range(0, len(tokens), count))
 
 
 def _reverse(

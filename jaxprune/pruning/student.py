@@ -7,7 +7,7 @@ next, and the one that goes. So do a step's intermediate results of all layers, 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -69,9 +69,9 @@ class Student:
         """Puts a layer's kernels to where they stay between steps."""
         return self._model.devices.shard_outputs(kernels) if self._placement.state else _on_host(kernels)
 
-    def restore(self, moving: Sequence[dict[str, adafactor.Moving]]) -> None:
-        """Takes up what steps changed before."""
-        self.state = [self.place(own._replace(moving=was)) for own, was in zip(self.state, moving, strict=True)]
+    def restore(self, index: int, moving: dict[str, adafactor.Moving]) -> None:
+        """Takes up what steps changed of a layer before."""
+        self.state[index] = self.place(self.state[index]._replace(moving=moving))
 
     def step(
         self,
@@ -102,6 +102,7 @@ class Student:
                 vjp = np.array(fetch(x))  # a copy, for x is donated
                 x = apply_layer(layer, others | values, x)
             vjps.append(vjp)
+            del vjp
         divergence, gradient = self._divergence(fetch(x), dense, head_divergence)
         mean = _finite_mean(divergence)
         of_step = jnp.float32(number), jnp.float32(rate(mean))
@@ -110,7 +111,9 @@ class Student:
         from_last = _ahead(reversed(self.state), devices.shard_outputs)
         for index, kernels in zip(reversed(range(len(self.state))), from_last, strict=True):
             layer = architecture.layers[index]
-            gradients, cotangent = pull_back(layer, kernels.values, self._rest[index], vjps.pop(), cotangent)
+            vjp = vjps.pop() if self._placement.results else devices.shard_first(vjps.pop())
+            gradients, cotangent = pull_back(layer, kernels.values, self._rest[index], vjp, cotangent)
+            del vjp
             moved = adafactor.step(kernels, gradients, *of_step)
             if self._placement.state:
                 self.state[index] = kernels._replace(moving=devices.shard_outputs(moved))

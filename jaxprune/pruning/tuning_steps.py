@@ -9,7 +9,7 @@ from jaxprune.recipe_parts import Tuning
 
 MEASURES = 16
 """How often the divergence on held-out windows is measured at most, behind the first time, before the first step."""
-SHARE = 5
+BETWEEN = 5
 """What is tuned on between two measures, at least, in tokens over those of the windows that are held out: a measure
 takes a quarter of a step's time a token, so all take about a twentieth, more where the text is short."""
 DENSE_BYTES = 2**31
@@ -55,7 +55,7 @@ class TuningSteps:
             each = min(tuning.tune_windows, pieces)
             count = max(1, round(tuning.tune_epochs * pieces / each)) if tuning.tunes else 0
             different = min(count * each, pieces)
-        measures = min(MEASURES, max(2, count * each * length // (SHARE * held_out))) if held_out else 0
+        measures = min(MEASURES, max(2, count * each * length // (BETWEEN * held_out))) if held_out else 0
         measured = sorted({math.ceil(count * (number + 1) / measures) for number in range(measures)})
         return cls(count, each, length, different, measured)
 
@@ -69,7 +69,7 @@ class TuningSteps:
         """Tokens of a step."""
         return self.windows * self.length
 
-    def together(self, state: int, batch_tokens: int | None = None) -> int:
+    def together(self, state_bytes: int, batch_tokens: int | None = None) -> int:
         """Returns of how many steps, from the first on, the dense model's hidden states are computed together.
 
         A run that goes on computes them in the same groups, for the shape of a product decides how it is rounded. Of a
@@ -77,10 +77,10 @@ class TuningSteps:
         again.
 
         Args:
-            state: bytes of a token's hidden state.
+            state_bytes: of a token's hidden state.
             batch_tokens: tokens that a layer takes at a time; None: as this machine's device does.
         """
-        most = DENSE_BYTES // (self.length * state)
+        most = DENSE_BYTES // (self.length * state_bytes)
         if not self.measured and self.different <= most:
             return max(1, self.count)
         batch = max(1, (batch_tokens or hardware.current().tokens_per_batch) // self.length)
@@ -92,9 +92,9 @@ class TuningSteps:
             steps = min(steps, between if between < whole else math.ceil(between / whole) * whole)
         return steps
 
-    def groups(self, state: int, batch_tokens: int | None = None) -> list[int]:
+    def groups(self, state_bytes: int, batch_tokens: int | None = None) -> list[int]:
         """Returns of how many windows, at most, those hidden states are computed for each such group; see
         `together`."""
-        steps = self.together(state, batch_tokens)
+        steps = self.together(state_bytes, batch_tokens)
         sizes = [min(steps, self.count - begin) for begin in range(0, self.count, steps)]
         return [min(size * self.windows, self.different) for size in sizes]

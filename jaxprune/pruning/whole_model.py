@@ -1,7 +1,7 @@
 """A recipe on a whole model: sensitivities -> sparsities -> the loop over layers -> distillation -> quantization."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from jaxtyping import Int
@@ -148,8 +148,8 @@ def _distilled(
     observer: Observer,
 ) -> Iterator[LayerResult]:
     finished = Results(journal, TUNED, model.num_layers)
-    if kept := finished.all():
-        yield from _told(kept, journal, observer)
+    if finished.whole():
+        yield from _told(finished, model, observer)
         return
     if journal:  # of a tuning that is done again all layers are kept, and its measures
         journal.drop(TUNED, CURVE)
@@ -175,33 +175,33 @@ def _quantized(
 ) -> Iterator[LayerResult]:
     assert recipe.quantize
     finished = Results(journal, QUANTIZED, model.num_layers)
-    if kept := finished.all():
-        yield from _told(kept, journal, observer)
+    if finished.whole():
+        yield from _told(finished, model, observer)
         return
     if journal:
         for _ in layers:
             pass  # to the end, so that all that those stages hold is let go
         journal.wait()
-        earlier = Results(journal, TUNED if recipe.tuning.tunes else PRUNED, model.num_layers)
-        every: Iterable[LayerResult] = map(earlier.require, range(model.num_layers))
+        pruned = Results(journal, TUNED if recipe.tuning.tunes else PRUNED, model.num_layers).require
     else:
-        every = list(layers)
+        pruned = list(layers).__getitem__
     observer.started("quantizing", model.num_layers)
     routed = model.routing_all() if recipe.experts.route_all else model
-    for layer in quantize_layers(routed, tokens, every, recipe.quantize, finished):
+    for layer in quantize_layers(routed, tokens, pruned, recipe.quantize, finished):
         observer.layer_done(layer)
         yield layer
     if journal:
         journal.drop(SENSITIVITY, PRUNED, TUNED)
 
 
-def _told(layers: list[LayerResult], journal: Journal | None, observer: Observer) -> list[LayerResult]:
-    """Returns the layers of a stage that an earlier process ended, of which the observer is told."""
-    for point in kept_tuning.curve(journal):
+def _told(finished: Results, model: StreamedModel, observer: Observer) -> Iterator[LayerResult]:
+    """Yields the layers of a stage that an earlier process ended, of which the observer is told."""
+    for point in kept_tuning.curve(finished.journal):
         observer.divergence_measured(*point)
-    for layer in layers:
+    for index in range(model.num_layers):
+        layer = finished.require(index)
         observer.layer_done(layer)
-    return layers
+        yield layer
 
 
 def _by_importance(

@@ -116,7 +116,7 @@ class Bench:
         texts = {"calibration": self.calibration}
         if measure in ("perplexity", "accuracy"):
             texts["evaluation"] = self.evaluation
-        setup = {"checkpoint": self.ckpt, "dtype": str(self.model.dtype), "measure": measure}
+        setup = {"checkpoint": self.ckpt, "dtype": str(self.model.dtype), "measure": measure, "seed": self.args.seed}
         setup |= {name: [*tokens.shape, _digest(tokens)] for name, tokens in texts.items()}
         if measure == "accuracy":
             setup |= {name: getattr(self.options, name) for name in ("tasks", "limit", "backend")}
@@ -129,6 +129,8 @@ class Bench:
             identity["recipe"] = "dense"
         else:
             identity |= cell.recipe.as_json()
+            if stream := self._stream(cell.recipe):
+                identity["tuning_text"] = stream.as_json()
         if cell.linear:
             identity["linear"] = list(cell.linear)
         name = "dense" if cell.recipe is None else cell.recipe.slug

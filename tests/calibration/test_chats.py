@@ -95,6 +95,16 @@ def test_bad_conversations_are_refused(rows: list[Any], tokenizer: Any, said: st
     assert said in str(error.value) and "chats.jsonl" in str(error.value)
 
 
+def test_a_stream_looks_at_all_conversations_before_the_first(tmp_path: Path) -> None:
+    rows = [{"messages": talk(number)} for number in range(40)]
+    rows[17]["messages"][0]["role"] = "system"
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
+    with pytest.raises(InputError, match="conversation 18: .*no system role"):
+        TextStream(str(path), chat_tokenizer(strict), 16, held_out=2)
+
+
 def ids_of(path: Path, value: int, rows: int = 40) -> str:
     np.save(path, np.full((rows, 16), value))
     return str(path)

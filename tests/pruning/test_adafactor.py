@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from jaxprune.pruning import adafactor
 
@@ -31,6 +32,15 @@ def test_what_needs_no_rounding_is_not_rounded(dtype: type) -> None:
     kernels = adafactor.init({"a": value}, np.dtype(dtype))
     moving = adafactor.step(kernels, {"a": jnp.zeros((8, 6), dtype)}, jnp.float32(7), jnp.float32(1))
     np.testing.assert_array_equal(np.asarray(moving["a"].value, np.float32), value)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0x7F800000])
+def test_a_weight_that_is_no_number_stays_none(bits: int, dtype: type) -> None:
+    """Whatever the bits of NaN are: on NVIDIA's GPUs they are all set. The last is infinity."""
+    value = jnp.full((8, 6), lax.bitcast_convert_type(jnp.uint32(bits), jnp.float32))
+    for number in range(1, 9):
+        assert not np.isfinite(np.asarray(adafactor._dithered(value, np.dtype(dtype), jnp.float32(number)))).any()
 
 
 def test_no_step_is_much_larger_than_the_rate() -> None:

@@ -32,7 +32,7 @@ def test_the_best_step_on_what_is_held_out_is_kept(
 ) -> None:
     """Of the start and sixteen measures the fifth is least; four behind it the tuning stops, unless it is told not
     to."""
-    monkeypatch.setattr(tuning_steps, "SHARE", 1)
+    monkeypatch.setattr(tuning_steps, "BETWEEN", 1)
     layers, seen = pruned(checkpoint), Steps()
     tuning = Tuning(tune_tokens=32 * 2 * 32, tune_windows=2, tune_to_end=to_end)
     text = of_stream(of_ids(tmp_path), tuning)
@@ -55,7 +55,7 @@ def test_a_stream_is_met_between_two_measures(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The dense model's predictions are computed for as much of the text as is tuned on until the next measure."""
-    monkeypatch.setattr(tuning_steps, "SHARE", 1)
+    monkeypatch.setattr(tuning_steps, "BETWEEN", 1)
     passes, seen, states_of = [], Steps(), StreamedModel.final_states
 
     def counted(model: StreamedModel, windows: np.ndarray) -> Any:
