@@ -116,10 +116,10 @@ class _Source:
             ids, taken = np.concatenate([ids, documents.joined(document)]), taken + documents.size_of(document)
         # What the last of them leaves is tuned on where it is a book, or all that there is, as of a .txt file.
         rest = ids[held_out * length :]
-        for self._rest in (rest if len(rest) > held_out * length else rest[:0], rest):
-            if next(self._epoch(0), None) is not None:
-                break
-        else:
+        self._rest = rest if len(rest) > held_out * length else rest[:0]
+        if next(self._epoch(0), None) is None:
+            self._rest = rest
+        if next(self._epoch(0), None) is None:
             least = (held_out + 1) * length
             raise InputError(
                 f"{name} has less than the {least} tokens that a tuning needs: {held_out} windows of {length} that are "

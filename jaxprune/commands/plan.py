@@ -134,7 +134,7 @@ def target_table(need: Need) -> tuple[list[str], list[list[str]]]:
     sent = [f"{sum(need.exchanged.values()) / 1e9:.4g}"] * several
     rows.append([*last, *sent, f"{moved[1] / 1e9:.4g}", duration(sum(need.seconds.values()))])
     others = ["sent to others, GB"] * several
-    return ["", "device, GiB", "TFLOP", "moved on it, TB", *others, "to and from it, GB", "at least"], rows
+    return ["", "device, GiB", "TFLOP", "in its memory, TB", *others, "from and to the host, GB", "at least"], rows
 
 
 def work_of(config: Config, recipe: Recipe, devices: Devices, target: Target | None = None) -> Work:
