@@ -62,8 +62,9 @@ def _figure(
 
 
 def _plain(axis: Any) -> None:
-    """Plain numbers on a logarithmic axis."""
+    """Plain numbers on a logarithmic axis, at its major ticks alone."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _shades(rows: Sequence[str]) -> dict[str, Any]:
@@ -133,7 +134,6 @@ def _quality_by_time(experiment: Experiment, results: Results) -> tuple[Figure, 
         axis.set_yscale("log")
         for which in (axis.xaxis, axis.yaxis):
             _plain(which)
-            which.set_minor_formatter(NullFormatter())
         values = [r["perplexity"] for c, r in results if c.pattern == pattern]
         _few_ticks(axis, 0.9 * min(values), 1.12 * max(values))
         axis.set_title(f"{pattern_name(pattern)} sparsity", fontsize=10)
@@ -204,7 +204,6 @@ def _gains(experiment: Experiment, results: Results) -> tuple[Figure, str]:
         [tick for tick in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.5, 2) if low <= tick <= high]
     )
     _plain(axis.xaxis)
-    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel(f"perplexity over that of the better of {' and '.join(experiment.against)} (log; lower is better)")
     axis.legend(fontsize=8.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), title="zeros")
     return figure, experiment.title
@@ -232,7 +231,6 @@ def _logarithmic(axis: Axes, label: str) -> None:
     """A logarithmic y axis, and the legend beside it."""
     axis.set_yscale("log")
     _plain(axis.yaxis)
-    axis.yaxis.set_minor_formatter(NullFormatter())
     low, high = axis.get_ylim()
     _few_ticks(axis, low, high)
     axis.set_ylabel(f"{label} (log; lower is better)")
