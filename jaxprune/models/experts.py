@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxprune.models.activations import gated
-from jaxprune.models.blocks import Plan, Routed, collect, dispatch, grouped, plan
+from jaxprune.models.blocks import EMPTY, Plan, Routed, collect, dispatch, grouped, plan
 from jaxprune.models.configuration import Config, Routing
 from jaxprune.models.parts import ROUTER_TAP
 from jaxprune.sparsity.patterns import Sections
@@ -49,7 +49,10 @@ class ExpertLinear(nnx.Module):
     def __call__(self, x: Float[Array, "N B n"], rows: Rows) -> Float[Array, "N B m"]:
         owner = rows.plan.owner
         y = grouped(x, self.kernel[...], owner, jax.config.jax_default_matmul_precision, rows.mesh)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)[owner][:, None, :]
+        if self.bias is None:
+            return y
+        bias = self.bias[...].astype(y.dtype)[owner][:, None, :]
+        return y + jnp.where((rows.plan.choice < EMPTY)[..., None], bias, jnp.zeros((), y.dtype))  # empty rows stay 0
 
 
 class GatedExperts(nnx.Module):

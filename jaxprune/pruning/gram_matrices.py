@@ -195,11 +195,17 @@ def gram_matrices(
     return Grams(layer, found), drifts
 
 
+def summed(layer: Layer, tap: str, experts: Sequence[int], devices: Devices) -> range:
+    """Returns the experts that there are sums for, where those of some are wanted: all from the first to the last; on
+    several devices, over which all of a layer are spread evenly, all."""
+    return range(layer.experts[layer.reads[tap][0]]) if devices.count > 1 else range(min(experts), max(experts) + 1)
+
+
 def expert_totals(layer: Layer, tap: str, experts: Sequence[int], devices: Devices) -> ExpertTotals:
-    """Returns empty sums for all experts from the first of some to the last."""
-    n, count = layer.features(tap), max(experts) + 1 - min(experts)
-    tokens, first = devices.replicate((np.zeros(count, np.int32), np.int32(min(experts))))
-    return ExpertTotals(devices.zeros((count, n, n)), tokens, first)
+    """Returns empty sums, of `summed`."""
+    n, every = layer.features(tap), summed(layer, tap, experts, devices)
+    tokens, first = devices.replicate((np.zeros(len(every), np.int32), np.int32(every.start)))
+    return ExpertTotals(devices.zeros((len(every), n, n)), tokens, first)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)

@@ -13,6 +13,7 @@ from jaxprune.commands.evaluate import main as evaluate
 from jaxprune.commands.prune import main as prune
 from jaxprune.commands.verify import main as verify
 from jaxprune.models import Layout
+from jaxprune.models.blocks import EMPTY, Routed
 from jaxprune.pruning import layer
 from jaxprune.pruning.sensitivity import measure_sensitivity
 from tests.helpers import families
@@ -110,6 +111,21 @@ def test_gradients_are_those_of_torch(family: str, variant: str, tmp_path: Path)
     assert found.keys() - unused == squares.keys() - unused  # every linear layer of transformers' module is pruned
     for name, expected in squares.items():
         np.testing.assert_allclose(found[name], expected, rtol=1e-3, atol=1e-4 * expected.max(), err_msg=name)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])
+def test_rows_that_no_token_has_are_zero(family: str, tmp_path: Path) -> None:
+    """What linear layers of experts read is summed without asking which rows are filled."""
+    families.save(tmp_path, families.config(family, next(iter(families.VARIANTS[family]))))
+    model = load(tmp_path)
+    layer = model.architecture.layers[0]
+    x = jnp.asarray(model.embed(np.random.default_rng(0).integers(0, 300, (2, 40), np.int32)).array)
+    _, taps = layer(model.put_layer(0, next(model.layers())), x)
+    routed = [tap for tap in taps.values() if isinstance(tap, Routed)]
+    assert len(routed) == 3
+    for tap in routed:
+        empty = np.asarray(tap.plan.choice) == EMPTY
+        assert empty.any() and np.asarray(tap.x)[~empty].any() and not np.asarray(tap.x)[empty].any()
 
 
 @pytest.mark.slow
