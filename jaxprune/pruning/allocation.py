@@ -25,6 +25,8 @@ from jaxprune.streaming.model import StreamedModel
 
 BIN_BITS = 16
 """Of a float32 saliency; weights whose leading 16 bits agree (within 1/128) are told apart by interpolation."""
+Histogram = tuple[int, Int[np.ndarray, "_"]]
+"""How many weights have which saliency: the first bin, the least salient, and the counts from there on."""
 
 
 def allocate(
@@ -46,7 +48,8 @@ def allocate(
     Raises:
         InputError: they cannot.
     """
-    linears, histograms, sizes, fixed, every = [], [], [], 0, 0
+    linears, sizes, fixed, every = [], [], 0, 0
+    histograms: list[Histogram] = []
     for index, (params, layer) in enumerate(zip(model.layers(), sensitivity, strict=True)):
         part = model.architecture.layers[index]
         for tap, paths in part.inputs.items():
@@ -70,23 +73,14 @@ def allocate(
         raise InputError(
             f"a sparsity of {sparsity:g} in total leaves {left} zeros for {others}", options={"sparsity": Change.OTHER}
         )
-    zeros = share_zeros(_aligned(histograms), left, spread)
+    zeros = share_zeros(histograms, left, spread)
     return {linear: int(z) / size for linear, z, size in zip(linears, zeros, sizes, strict=True)}
 
 
-def _used(histogram: Int[np.ndarray, "bins"]) -> tuple[int, Int[np.ndarray, "_"]]:
-    """Returns the first bin that is not empty, and those from there to the last one: a model may have many experts."""
+def _used(histogram: Int[np.ndarray, "bins"]) -> Histogram:
+    """Returns the part of a histogram that is not empty: a model may have many experts."""
     filled = np.flatnonzero(histogram)
     return int(filled[0]), histogram[filled[0] : filled[-1] + 1].copy()
-
-
-def _aligned(histograms: Sequence[tuple[int, Int[np.ndarray, "_"]]]) -> Int[np.ndarray, "l bins"]:
-    """Returns histograms over the same bins, the first and the last of which are empty in all."""
-    first = min(start for start, _ in histograms) - 1
-    found = np.zeros((len(histograms), max(start + len(used) for start, used in histograms) - first + 1), np.int32)
-    for row, (start, used) in zip(found, histograms, strict=True):
-        row[start - first : start - first + len(used)] = used
-    return found
 
 
 def _share_of_tokens(layer: Sensitivity, tap: str, source: str) -> np.float32:
@@ -96,26 +90,37 @@ def _share_of_tokens(layer: Sensitivity, tap: str, source: str) -> np.float32:
     return np.float32(layer.tokens[source].size) / np.maximum(layer.given[tap][0], np.float32(1))
 
 
-def share_zeros(histograms: Int[np.ndarray, "l bins"], zeros: int, spread: float) -> Int[np.ndarray, "l"]:
-    """Returns the zeros of each linear: its weights below one threshold, within bounds, so that the total is exact.
+def share_zeros(histograms: Sequence[Histogram], zeros: int, spread: float) -> Int[np.ndarray, "l"]:
+    """Returns the zeros of each linear: its weights below one threshold, within bounds, so that the total is exact. One
+    weight of each stays, unless that leaves too few zeros.
 
     Args:
-        histograms: numbers of weights by saliency, the least salient first.
+        histograms: of each linear.
         zeros: the number of zeros in total.
         spread: see `allocate`.
     """
-    sizes = histograms.sum(axis=1, dtype=np.int64)
+    sizes = np.array([counts.sum(dtype=np.int64) for _, counts in histograms])
     target = zeros / sizes.sum()
     # Rounding must not leave the target itself out of reach.
     least = np.minimum(np.ceil(np.maximum(target - spread, 0) * sizes), np.floor(target * sizes)).astype(np.int64)
-    most = np.maximum(np.floor(np.minimum(target + spread, 1) * sizes), np.ceil(target * sizes)).astype(np.int64)
-    below = np.zeros((len(sizes), histograms.shape[1] + 1), np.int64)
-    np.cumsum(histograms, axis=1, out=below[:, 1:])
-    below = np.clip(below, least[:, None], most[:, None])
-    after = int(np.searchsorted(below.sum(axis=0), zeros))
+    most = np.maximum(np.minimum(np.floor((target + spread) * sizes), sizes - 1), np.ceil(target * sizes))
+    most = most.astype(np.int64)
+    first = min(start for start, _ in histograms)
+    bins = max(start + len(counts) for start, counts in histograms) - first
+    below = np.zeros(bins + 1, np.int64)  # how many zeros all have if those before a bin are
+    for (start, counts), low, high in zip(histograms, least, most, strict=True):
+        own = np.zeros(bins + 1, np.int64)
+        own[start - first + 1 : start - first + 1 + len(counts)] = counts
+        below += np.clip(np.cumsum(own), low, high)
+    after = int(np.searchsorted(below, zeros))
     if after == 0:
         return _top_up(least, most, zeros)
-    return _top_up(below[:, after - 1], below[:, after], zeros)
+
+    def before(end: int) -> Int[np.ndarray, "l"]:
+        own = [counts[: max(0, end + first - start)].sum(dtype=np.int64) for start, counts in histograms]
+        return np.clip(own, least, most)
+
+    return _top_up(before(after - 1), before(after), zeros)
 
 
 def _top_up(start: Int[np.ndarray, "l"], end: Int[np.ndarray, "l"], total: int) -> Int[np.ndarray, "l"]:

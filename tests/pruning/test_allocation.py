@@ -23,7 +23,7 @@ def test_totals_are_exact_within_bounds(sparsity: float, spread: float, seed: in
     counts = histograms(seed=seed)
     sizes = counts.sum(axis=1)
     zeros = round(sparsity * sizes.sum())
-    found = share_zeros(counts, zeros, spread)
+    found = share_zeros([(3, row) for row in counts], zeros, spread)
     assert found.sum() == zeros
     share = zeros / sizes.sum()
     slack = 1 / sizes  # a whole weight
@@ -35,12 +35,18 @@ def test_one_threshold_where_nothing_bounds_it() -> None:
     counts = histograms()
     threshold = 17
     zeros = counts[:, :threshold].sum(axis=1)
-    np.testing.assert_array_equal(share_zeros(counts, int(zeros.sum()), 0.99), zeros)
+    np.testing.assert_array_equal(share_zeros([(0, row) for row in counts], int(zeros.sum()), 0.99), zeros)
 
 
 def test_weights_of_one_bin_are_shared_in_proportion() -> None:
-    found = share_zeros(np.array([[0, 100, 900], [0, 300, 700]]), 200, 0.99)
+    found = share_zeros([(7, np.array([100, 900])), (6, np.array([0, 300, 700]))], 200, 0.99)
     np.testing.assert_array_equal(found, [50, 150])
+
+
+def test_a_linear_that_does_not_matter_keeps_a_weight() -> None:
+    """As an expert that no token of the windows comes to: all of its weights lie in the first bin."""
+    found = share_zeros([(0, np.array([100])), (9, np.array([50, 50]))], 140, 0.3)
+    np.testing.assert_array_equal(found, [99, 41])
 
 
 def test_the_threshold_is_one_of_saliencies(checkpoint: Path) -> None:
