@@ -95,7 +95,7 @@ class Devices:
         if self.mesh is None:
             return jnp.zeros(shape, jnp.float32)
         spec = self._spec(shape, 0 if len(shape) == 3 else None)
-        return jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=NamedSharding(self.mesh, spec))()
+        return jnp.zeros(shape, jnp.float32, device=NamedSharding(self.mesh, spec))
 
     def abstract(self, shape: jax.ShapeDtypeStruct, axis: int | None) -> jax.ShapeDtypeStruct:
         """Returns a shape with the sharding that an array of it gets; `axis` is sharded, None: it is replicated."""

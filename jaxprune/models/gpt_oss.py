@@ -15,11 +15,10 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from convert.assets import Count, Positive
-from jaxprune.models import configuration
+from jaxprune.models import configuration, decoder
 from jaxprune.models.configuration import Kind, Routing
-from jaxprune.models.decoder import ATTENTION_INPUTS, Attention, Embed, Head, RMSNorm, Taps, in_turn, linear
+from jaxprune.models.decoder import ATTENTION_INPUTS, Embed, Head, Taps, linear
 from jaxprune.models.experts import ROUTER_TAP, ExpertLinear, Rows, mixture, routing_of
-from jaxprune.models.layout import Layout
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
@@ -95,15 +94,7 @@ class MLP(nnx.Module):
         return mixture(self.config, self.router, self.experts, x)
 
 
-class DecoderLayer(nnx.Module):
+class DecoderLayer(decoder.DecoderLayer):
     """LLaMA's layer with sinks and experts."""
 
-    def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config, rngs)
-        self.self_attn = Attention(config, kind, rngs)
-        self.post_attention_layernorm = RMSNorm(config, rngs)
-        self.mlp = MLP(config, rngs)
-
-    def __call__(self, x: Float[Array, "b t d"], layout: Layout | None = None) -> tuple[Float[Array, "b t d"], Taps]:
-        before = self.input_layernorm, self.post_attention_layernorm
-        return in_turn(x, layout, self.self_attn, self.mlp, before=before)
+    experts = MLP

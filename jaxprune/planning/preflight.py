@@ -82,17 +82,17 @@ def need(work: Work, within: float = 0.0) -> Need:
     moved = transfers(work, list(phases))
     kept, seconds = disk["the checkpoint"], costs.seconds(moved)
     return Need(
-        costs.peaks,
-        host,
-        disk,
-        states,
-        kept,
-        costs.flops,
-        moved,
-        costs.traffic,
-        costs.exchanged,
-        seconds,
-        tuple(costs.programs),
+        device=costs.peaks,
+        host=host,
+        disk=disk,
+        scratch=states,
+        kept=kept,
+        flops=costs.flops,
+        transfers=moved,
+        traffic=costs.traffic,
+        exchanged=costs.exchanged,
+        seconds=seconds,
+        costs=tuple(costs.programs),
     )
 
 
@@ -133,13 +133,14 @@ def programs_of(work: Work) -> Iterator[Program]:
         shapes = dataclasses.replace(shapes, architecture=without_experts(work.architecture, share))
     if recipe.importance.measured:
         yield from programs.of_sensitivity(shapes, recipe.importance.windows_of(work.windows), work.length)
-    yield from programs.of_pruning(_routing_all(shapes, recipe), work.windows, work.length, recipe.method, pattern)
+    sizes, drifts = (work.windows, work.length), recipe.asymmetry > 0
+    yield from programs.of_pruning(_routing_all(shapes, recipe), *sizes, recipe.method, pattern, asymmetry=drifts)
     if recipe.tuning.tunes:
         yield from programs.of_distillation(shapes, work.steps, work.placement, (work.held_out, work.length), whole)
     if recipe.quantize:
         yield from programs.of_quantization(_routing_all(shapes, recipe), work.windows, work.length, recipe.quantize)
     for windows, length in work.texts:
-        yield from programs.of_evaluation(shapes, windows, length)
+        yield from programs.of_evaluation(shapes, windows, length, whole)
 
 
 def _routing_all(shapes: Shapes, recipe: Recipe) -> Shapes:

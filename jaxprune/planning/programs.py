@@ -12,6 +12,7 @@ from jax import ShapeDtypeStruct as Shape
 
 from jaxprune.evaluation import text
 from jaxprune.methods import Method, gram
+from jaxprune.methods.gram import drifted_target
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.quantization import BITS, quantize
 from jaxprune.models import Layer
@@ -20,13 +21,21 @@ from jaxprune.pruning import adafactor, experts, gram_matrices, kernel, layer_vj
 from jaxprune.pruning.gram_matrices import ExpertTotals
 from jaxprune.pruning.placement import Placement
 from jaxprune.pruning.tuning_steps import TuningSteps
+from jaxprune.sharding import Devices
 from jaxprune.sparsity.patterns import Pattern, Unstructured
 from jaxprune.streaming.head import CHUNK
 from jaxprune.streaming.model import apply_layer
 
 
 def of_pruning(
-    shapes: Shapes, windows: int, length: int, method: Method, pattern: Pattern, kind: str | None = None
+    shapes: Shapes,
+    windows: int,
+    length: int,
+    method: Method,
+    pattern: Pattern,
+    kind: str | None = None,
+    *,
+    asymmetry: bool = False,
 ) -> Iterator[Program]:
     """Yields the programs of the loop over layers.
 
@@ -37,6 +46,7 @@ def of_pruning(
         method: prunes each kernel.
         pattern: the pattern of each kernel.
         kind: the type on whose grid kernels come behind that; None: on none.
+        asymmetry: whether the dense model goes along, and kernels make up for what their inputs lost.
     """
     x = shapes.batch(windows, length)
     passes, in_flight = windows / x.shape[0], 2 * size_of(x)  # one batch on its way in, one on its way out
@@ -44,21 +54,24 @@ def of_pruning(
         params = shapes.layer_params(layer)
         wanted = [tap for tap, paths in layer.inputs.items() if not layer.routers.issuperset(paths)]
         most, stack = gram_matrices.most_bytes(shapes.device_bytes), 0
-        alike = Counter(_Sums.of(layer, group) for group in gram_matrices.groups(layer, wanted, most, shapes.devices))
-        for sums, groups in alike.items():
+        taken = gram_matrices.groups(layer, wanted, most, shapes.devices)
+        for sums, groups in Counter(_Sums.of(layer, group, shapes.devices) for group in taken).items():
             totals = sums.totals(shapes)
             stack = max(stack, size_of([total for total in totals.values() if isinstance(total, ExpertTotals)]))
+            add: Any = gram_matrices.accumulate_drift if asymmetry else gram_matrices.accumulate
+            states, every = (x, x) if asymmetry else (x,), (totals, totals) if asymmetry else (totals,)
+            arguments = params, *states, {}, *every
             yield Program(
                 "gram",
                 "forward and Gram matrices",
-                partial(gram_matrices.accumulate, layer),
-                (params, x, {}, totals),
+                partial(add, layer),
+                arguments,
                 count * passes * groups,
-                in_flight,
-                donated=(3,),
+                in_flight * (1 + asymmetry),
+                donated=tuple(range(len(arguments) - len(every), len(arguments))),
                 beside=sums.flops(shapes, x.shape[0] * length),
             )
-        yield from _of_solves(shapes, layer, count, params, stack, method, pattern, kind)
+        yield from _of_solves(shapes, layer, count, params, stack, method, pattern, kind, asymmetry)
         calls = passes * (count - (layer is shapes.architecture.layers[-1]))  # nothing reads the last layer's output
         forward = partial(apply_layer, layer)
         yield Program("forward", "forward", forward, (params, x, None), calls, in_flight, donated=(1,))
@@ -71,13 +84,12 @@ class _Sums(NamedTuple):
     experts: tuple[tuple[str, int, int], ...]
 
     @classmethod
-    def of(cls, layer: Layer, taps: list[str]) -> "_Sums":
+    def of(cls, layer: Layer, taps: list[str], devices: Devices) -> "_Sums":
         programs = layer.programs_of(taps)
         widths = {tap: layer.features(tap) for tap in programs}
-        plain = tuple((tap, widths[tap]) for tap, some in programs.items() if some is None)
-        return cls(
-            plain, tuple((tap, widths[tap], max(some) + 1 - min(some)) for tap, some in programs.items() if some)
-        )
+        counts = {tap: len(gram_matrices.summed(layer, tap, some, devices)) for tap, some in programs.items() if some}
+        plain = tuple((tap, widths[tap]) for tap in programs if tap not in counts)
+        return cls(plain, tuple((tap, widths[tap], count) for tap, count in counts.items()))
 
     def totals(self, shapes: Shapes) -> gram_matrices.Totals:
         """Returns what the sums are added to: where there are several devices, each has its share."""
@@ -109,11 +121,12 @@ def _of_solves(
     method: Method,
     pattern: Pattern,
     kind: str | None,
+    asymmetry: bool,
 ) -> Iterator[Program]:
     """Yields the programs of the solves of a kind of layers, of which there are so many.
 
     Args:
-        shapes, method, pattern, kind: as for `of_pruning`.
+        shapes, method, pattern, kind, asymmetry: as for `of_pruning`.
         layer: of that kind.
         count: the number of layers.
         params: of a layer.
@@ -126,18 +139,22 @@ def _of_solves(
         gram, times = waiting.pop(tap), count * layer.experts.get(paths[0], 1)
         prepared = jax.tree.map(lambda leaf: shapes.devices.abstract(leaf, None), jax.eval_shape(method.prepare, gram))
         plain = [one for name, one in waiting.items() if reads[name][0] not in layer.experts]
-        shared = size_of(params) + size_of(plain) + stack
+        shared = size_of(params) + size_of(plain) * (1 + asymmetry) + size_of(gram) * asymmetry + stack
         alive = shared + size_of(gram) + size_of(prepared)
         yield Program("solve", f"prepare {tap}", method.prepare, (gram,), times, shared)
         for path in paths:
             weight = shapes.devices.abstract(Shape(layer.linears[path][-2:], jnp.float32), -1)
+            if asymmetry:
+                whole = gram, gram, weight, Shape((), jnp.float32)
+                yield Program("solve", f"target of {path}", drifted_target, whole, times, alive - 2 * size_of(gram))
             yield Program("solve", f"solve {path}", solving, (prepared, weight), times, alive - size_of(prepared))
             if kind:
                 mask = shapes.devices.abstract(Shape(weight.shape, jnp.bool_), -1)
                 moving, whole = partial(quantize, bits=BITS[kind]), (gram, weight, weight, mask)
                 yield Program("solve", f"quantize {path}", moving, whole, times, alive - size_of(gram))
             arguments = gram, shapes.devices.abstract(Shape(weight.shape, shapes.stored), -1), weight
-            yield Program("solve", f"store {path}", kernel.store, arguments, times, alive - size_of(gram))
+            beside = alive - size_of(gram) + size_of(Shape(weight.shape, jnp.bool_))  # the mask
+            yield Program("solve", f"store {path}", kernel.store, arguments, times, beside)
 
 
 def of_quantization(shapes: Shapes, windows: int, length: int, kind: str) -> Iterator[Program]:
@@ -267,12 +284,17 @@ class _Tuned(NamedTuple):
         return cls(kernels, rest, vjp, stays, size_of(vjp) if placement.results else 0)
 
 
-def of_evaluation(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:
-    """Yields the programs that compare the pruned model with the dense one on a text; arguments as for `of_pruning`."""
+def of_evaluation(shapes: Shapes, windows: int, length: int, dense: Shapes | None = None) -> Iterator[Program]:
+    """Yields the programs that compare the pruned model with the dense one on a text; other arguments as for
+    `of_pruning`.
+
+    Args:
+        dense: the dense model's shapes; None: the same.
+    """
     architecture, x = shapes.architecture, shapes.batch(windows, length)
-    for layer, count in shapes.layers.items():
+    for layer, count in (Counter(shapes.layers) + Counter((dense or shapes).layers)).items():
         params, forward = shapes.layer_params(layer), partial(apply_layer, layer)
-        calls, resident = 2 * count * windows / x.shape[0], 2 * size_of(x) + size_of(params)
+        calls, resident = count * windows / x.shape[0], 2 * size_of(x) + size_of(params)
         yield Program("evaluate", "forward", forward, (params, x, None), calls, resident, donated=(1,))
     chunk = min(CHUNK // 2, windows * (length - 1))
     head = shapes.params(architecture.head.spec, shapes.stored)

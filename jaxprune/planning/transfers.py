@@ -26,7 +26,7 @@ def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
     found = {
         "experts": weights + 2 * layers * states,
         "sensitivity": 2 * weights + 5 * layers * some,  # forward, then back: inputs and gradients up, gradients down
-        "gram": weights + layers * states,
+        "gram": weights + (3 if work.recipe.asymmetry else 1) * layers * states,  # the dense model's go and come, too
         "solve": pruned + work.mask_bytes,
         "forward": count * pruned + 2 * (layers - 1) * states,
         "quantize": 2 * weights + pruned + work.mask_bytes + 3 * layers * states,

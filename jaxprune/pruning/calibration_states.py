@@ -60,6 +60,7 @@ class CalibrationStates:
             part = self._model.architecture.layers[before]
             params = self._model.put_layer(before, part.stack(inside_layer(before, layer.params)))
             self._model.forward(before, params, self.pruned)
+            del params  # before the next are there
             if self.dense:
                 (stored,) = self._model.layers([before])
                 self._model.forward(before, self._model.put_layer(before, stored), self.dense)

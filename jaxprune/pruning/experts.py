@@ -90,6 +90,7 @@ def _saliencies(
             found[index] = total / np.maximum(given, 1)
         if index + 1 < model.num_layers:
             model.forward(index, own, hidden)
+        del own  # before the next is there
     if journal:
         journal.put(name, {str(index): saliency for index, saliency in found.items()}, {})
     return found

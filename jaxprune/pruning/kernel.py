@@ -85,19 +85,20 @@ def prune_and_round(
     """
     choice: Pattern | Mask
     if isinstance(target, StoredMask):
-        mask = target.read()
-        choice, zeros = devices.shard_outputs(mask), mask.size - int(np.count_nonzero(mask))
+        given = target.read()
+        choice, zeros = devices.shard_outputs(given), given.size - int(np.count_nonzero(given))
     else:
         choice, zeros = in_sections(target, sections), target.zeros(kernel.shape)
-    scale = np.asarray(np.ones(kernel.shape[1]) if outputs is None else outputs, gram_matrix.dtype)[None, :]
+    scale = None if outputs is None else np.asarray(outputs, gram_matrix.dtype)[None, :]
     kernel = devices.shard_outputs(kernel)
-    wanted = kernel.astype(gram_matrix.dtype) if wanted is None else wanted
-    solution = method.solve(prepared, wanted * scale, choice)
-    weight = solution.weight / scale
+    weight = kernel.astype(gram_matrix.dtype) if wanted is None else wanted
+    wanted = weight if quantization else None  # nothing that is as large as a kernel stays longer than it is needed
+    weight, mask, metrics = method.solve(prepared, weight if scale is None else weight * scale, choice)
+    weight = weight if scale is None else weight / scale
     if quantization:
-        weight = quantize(gram_matrix, wanted, weight, solution.mask, BITS[quantization])
+        weight = quantize(gram_matrix, wanted, weight, mask, BITS[quantization])
     stored, measured = store(gram_matrix, kernel, weight)
-    values = fetch(measured | solution.metrics)
+    values = fetch(measured | metrics)
     found = values.pop("zeros")
     result = KernelResult(
         error=float(values.pop("error")),
@@ -107,7 +108,7 @@ def prune_and_round(
         metrics={name: float(value) for name, value in values.items()},
         sections=by_section(found, sections),
     )
-    return stored, solution.mask, result
+    return stored, mask, result
 
 
 @jax.jit

@@ -112,6 +112,7 @@ class SolvedLayer:
                 kernel = part.sources[path].of(params, ".kernel")
                 self.results[path] = dense_result(kernel, part.sections.get(path, ()))
         self.results = {path: self.results[path] for path in part.kernels if path in self.results}
+        del self._params  # the pruned ones follow
 
     def _solve(self, paths: Sequence[str], inputs: "_Inputs") -> None:
         """Prunes the kernels of the linear layers that share an input, with as much damping as they need."""
@@ -140,12 +141,9 @@ class SolvedLayer:
         """Prunes the kernels of the linear layers that share an input."""
         prepared, weights = method.prepare(inputs.gram), self._solver.weights
         for path in paths:
-            kernel, wanted = self._part.sources[path].of(self._params, ".kernel"), None
+            kernel = self._part.sources[path].of(self._params, ".kernel")
             target = self._solver.target_of(self._index, path)
             assert target is not None
-            if inputs.drift is not None:
-                dense = kernel.astype(inputs.gram.dtype)
-                wanted = gram.drifted_target(inputs.gram, inputs.drift, dense, self._solver.asymmetry)
             pruned, mask, self.results[path] = prune_and_round(
                 method,
                 prepared,
@@ -153,12 +151,20 @@ class SolvedLayer:
                 kernel,
                 target,
                 outputs=weights[self._index].outputs.get(path) if weights else None,
-                wanted=wanted,
+                wanted=self._wanted(kernel, inputs),
                 sections=self._part.sections.get(path, ()),
                 quantization=self._solver.quantization,
                 devices=self._model.devices,
             )
             self.kernels[f"{path}.kernel"], self.masks[path] = fetch((pruned, pack(mask)))
+            del kernel, pruned, mask  # before the next
+
+    def _wanted(self, kernel: Float[Array, "n m"], inputs: "_Inputs") -> Float[Array, "n m"] | None:
+        """Returns the kernel whose outputs are wanted; None: the dense one."""
+        if inputs.drift is None:
+            return None
+        dense = kernel.astype(inputs.gram.dtype)
+        return gram.drifted_target(inputs.gram, inputs.drift, dense, self._solver.asymmetry)
 
 
 class _Inputs(NamedTuple):

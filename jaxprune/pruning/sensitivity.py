@@ -209,7 +209,7 @@ def _differentiate_loss(model: StreamedModel, states: HiddenStates, tokens: Int[
     for rows in states.slices():
         last, targets = states.read(rows), tokens[rows, 1:].reshape(-1).astype(np.int32)
         predicting = last[:, :-1].reshape(len(targets), -1)
-        (gradient,) = in_chunks(model.devices, lambda *chunk: (step(*chunk),), predicting, targets)
+        (gradient,) = in_chunks(model.devices, step, predicting, targets)
         gradients = np.zeros_like(last)  # nothing follows the last token
         gradients[:, :-1] = gradient.reshape(last[:, :-1].shape)
         states.write(rows, gradients)
@@ -243,13 +243,12 @@ def _require_finite(layer: Sensitivity) -> None:
 @partial(jax.jit, static_argnums=0)
 def loss_gradient(
     head: Part, params: Mapping[str, Array], states: Float[Array, "n d"], targets: Int[Array, "n"]
-) -> Float[Array, "n d"]:
+) -> tuple[Float[Array, "n d"]]:
     """Returns the gradient of Σ −log softmax(scores)[target]: by the scores, softmax(scores) less one at the target."""
     scores, vjp = jax.vjp(lambda states: logits(head, params, states), states)
     exponential = exponentials(scores)
     wanted = jnp.arange(scores.shape[1], dtype=targets.dtype)[None, :] == targets[:, None]
-    (gradient,) = vjp(exponential.values / exponential.total - wanted.astype(scores.dtype))
-    return gradient
+    return vjp(exponential.values / exponential.total - wanted.astype(scores.dtype))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)

@@ -1,7 +1,7 @@
 """A recipe on a whole model: sensitivities -> sparsities -> the loop over layers -> distillation -> quantization."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from jaxtyping import Int
@@ -182,9 +182,10 @@ def _quantized(
         for _ in layers:
             pass  # to the end, so that all that those stages hold is let go
         journal.wait()
-        pruned = Results(journal, TUNED if recipe.tuning.tunes else PRUNED, model.num_layers).require
+        earlier = Results(journal, TUNED if recipe.tuning.tunes else PRUNED, model.num_layers)
+        pruned: Callable[[int], LayerResult] = earlier.require
     else:
-        pruned = list(layers).__getitem__
+        pruned = {layer.index: layer for layer in layers}.__getitem__
     observer.started("quantizing", model.num_layers)
     routed = model.routing_all() if recipe.experts.route_all else model
     for layer in quantize_layers(routed, tokens, pruned, recipe.quantize, finished):

@@ -44,6 +44,7 @@ def in_chunks(
     """
     count = len(arrays[0])
     size = min(max(1, CHUNK // models), count)
+    size += -size % devices.count  # the last chunk is padded anyway
     results: list[Sequence[Array]] = []
     for start in range(0, count, size):
         if len(results) > 1:
@@ -107,16 +108,20 @@ def score(
 
 
 @partial(jax.jit, static_argnums=0)
-def most_probable(head: Part, params: Mapping[str, Array], states: Float[Array, "n d"]) -> Int[Array, "n"]:
-    """Returns the ids of the most probable next tokens."""
-    return jnp.argmax(logits(head, params, states), axis=1)
+def most_probable(
+    head: Part, params: Mapping[str, Array], states: Float[Array, "n d"]
+) -> tuple[Int[Array, "n"], Bool[Array, "n"]]:
+    """Returns the ids of the most probable next tokens, and whether the logits are finite."""
+    scores = logits(head, params, states)
+    return jnp.argmax(scores, axis=1), jnp.isfinite(jnp.max(scores, axis=1))
 
 
 @partial(jax.jit, static_argnums=0)
 def drawn(
     head: Part, params: Mapping[str, Array], states: Float[Array, "n d"], shares: Float[Array, "n"]
-) -> Int[Array, "n"]:
+) -> tuple[Int[Array, "n"], Bool[Array, "n"]]:
     """Returns the ids of next tokens as their probabilities have them: of each row the first id that has, together with
-    those before it, more than a share, from 0 to 1, of the probability."""
+    those before it, more than a share, from 0 to 1, of the probability; and whether the logits are finite."""
     sums = jnp.cumsum(exponentials(logits(head, params, states)).values, axis=1)
-    return jnp.minimum(jnp.sum(sums <= shares[:, None] * sums[:, -1:], axis=1), sums.shape[1] - 1)
+    ids = jnp.minimum(jnp.sum(sums <= shares[:, None] * sums[:, -1:], axis=1), sums.shape[1] - 1)
+    return ids, jnp.isfinite(sums[:, -1])

@@ -17,6 +17,7 @@ from convert import Params, Reader, open_checkpoint
 from convert.assets import load_tokenizer, read_config
 from convert.names import EXPERT_COUNTS
 from jaxprune.calibration import require_ids
+from jaxprune.errors import InputError
 from jaxprune.models import Architecture, Layout, Part, architecture_of
 from jaxprune.sharding import ONE_DEVICE, Devices, fetch
 from jaxprune.streaming.head import TokenScores, drawn, in_chunks, most_probable, score
@@ -252,6 +253,7 @@ class StreamedModel:
             own = self.put_layer(index, params)
             for hidden, layout in zip(states, every, strict=True):
                 self.forward(index, own, hidden, layout)
+            del own  # before the next is there
         return states
 
     def logits(self, tokens: Int[np.ndarray, "w t"]) -> Shaped[np.ndarray, "w t v"]:
@@ -295,10 +297,14 @@ class StreamedModel:
             head: params of the head, on the device.
             states: the last layer's output where each token is predicted.
             shares: numbers from 0 to 1 by which they are drawn; None: the most probable ones.
+
+        Raises:
+            InputError: the predictions hold NaN or infinity.
         """
         function, given = (most_probable, []) if shares is None else (drawn, [shares])
-        step = partial(function, self.architecture.head, head)
-        (ids,) = in_chunks(self.devices, lambda *chunk: (step(*chunk),), states, *given)
+        ids, finite = in_chunks(self.devices, partial(function, self.architecture.head, head), states, *given)
+        if not finite.all():
+            raise InputError("the model's predictions hold NaN or infinity", options={"dtype": "float32"})
         return ids
 
 

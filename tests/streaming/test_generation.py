@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxprune import load
+from jaxprune import InputError, load
 from jaxprune.models import Part
 from jaxprune.streaming import generation
 from jaxprune.streaming.generation import generate, in_batches
@@ -74,8 +74,6 @@ def test_layers_stay_where_they_fit_though_few_texts_do(
 
 
 def test_more_tokens_than_positions_are_refused(tmp_path: Path) -> None:
-    from jaxprune import InputError
-
     model = load(tiny.save(tmp_path / "hf", tiny.config(max_position_embeddings=16)))
     if model.architecture.config.max_positions is not None:
         with pytest.raises(InputError, match="16 positions"):
@@ -113,4 +111,16 @@ class Same(nnx.Module):
 def test_a_share_draws_the_token_that_passes_it(share: float, expected: int) -> None:
     """Of four tokens with probabilities 0, 1/4, 3/4 and 0."""
     states = jnp.log(jnp.array([[0, 1, 3, 0]], jnp.float32) + 1e-30)
-    assert drawn(Part(Same, None), {}, states, jnp.array([share], jnp.float32)).tolist() == [expected]
+    ids, finite = drawn(Part(Same, None), {}, states, jnp.array([share], jnp.float32))
+    assert ids.tolist() == [expected] and finite.all()
+
+
+@pytest.mark.parametrize("shares", [None, np.full(3, 0.5, np.float32)])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_predictions_that_are_no_numbers_are_an_error(bad: float, shares: Any, checkpoint: Path) -> None:
+    model = load(checkpoint)
+    head, states = model.params_of(model.architecture.head), np.zeros((3, model.architecture.width), np.float32)
+    assert len(model.next_tokens(head, states, shares)) == 3
+    states[1, 2] = bad
+    with pytest.raises(InputError, match="NaN or infinity"):
+        model.next_tokens(head, states, shares)
