@@ -158,7 +158,8 @@ class Embed(nnx.Module):
     def __call__(self, tokens: Int[Array, "b t"], layout: Layout | None = None) -> Float[Array, "b t d"]:
         x = self.embed_tokens(tokens)
         positions = layout.positions if layout else jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        places = self.embed_positions(jnp.asarray(positions) + OFFSET)
+        last = self.embed_positions.num_embeddings - 1  # beyond it are padding's, of which NaN would come
+        places = self.embed_positions(jnp.minimum(jnp.asarray(positions) + OFFSET, last))
         return (self.project_in(x) if self.projected else x) + places
 
 
