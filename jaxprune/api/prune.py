@@ -37,7 +37,7 @@ from jaxprune.reporting import reading, schema
 from jaxprune.reporting.card import model_card
 from jaxprune.reporting.record import Record, write_record
 from jaxprune.sharding import barrier, broadcast, is_first_process, on_first_process
-from jaxprune.sparsity.masks import MaskWriter, source_of
+from jaxprune.sparsity.masks import MaskWriter, digest_of, source_of
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer, Observers
 
@@ -130,9 +130,10 @@ def prune(
     asked = {"ckpt": model.name, "calib": "token ids", "out": str(place.path), "seed": seed}
     record = Record(asked | dict(config or {}), recipe, windows, stream)
     observer = Observers(record, observer)
-    wanted = identity.of_run(reader, model.hf_config, model.dtype, record.asked(), seed)
     model.require_tokens(windows)
     require_recipe(without_experts(model.architecture, recipe.experts.drop_experts), recipe)
+    given = {"masks": {"sha256": digest_of(recipe.mask)}} if recipe.mask else {}
+    wanted = identity.of_run(reader, model.hf_config, model.dtype, record.asked() | given, seed)
     observer.phase_timed("setup", time.perf_counter() - begun)
     if not unchecked:
         require_whole(reader.files)

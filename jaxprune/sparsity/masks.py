@@ -9,6 +9,7 @@ bit:
 The header's metadata holds the shapes [out, in] as JSON.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ from convert import Reader, open_checkpoint, part_of, schema
 from convert.errors import DamagedError
 from convert.files import expand, require_regular
 from convert.names import TEXT, Naming
-from convert.ownership import UNSEALED, seal
+from convert.ownership import UNSEALED, digest, seal
 from convert.paths import paths_of
 from convert.shards import TensorFile
 from jaxprune.errors import InputError
@@ -65,6 +66,15 @@ def source_of(name: str) -> Path | None:
     """Returns the file or the folder that a mask's name names; None where it names none that is here."""
     found = paths_of(name.removeprefix(FROM_CHECKPOINT).removeprefix(FROM_FILE)) if is_stored(name) else []
     return found[0] if found else None
+
+
+def digest_of(name: str) -> str:
+    """Returns the SHA-256 of all that the masks of a name are read from; errors as for `load`."""
+    if name.startswith(FROM_CHECKPOINT):
+        files = sorted(open_checkpoint(name.removeprefix(FROM_CHECKPOINT), check=False).files)
+    else:
+        files = [expand(name.removeprefix(FROM_FILE))]
+    return hashlib.sha256("".join(map(digest, files)).encode()).hexdigest()
 
 
 def load(name: str) -> Masks:
