@@ -8,7 +8,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from convert import open_checkpoint
-from convert.errors import CheckpointError
+from convert.errors import Change, CheckpointError
 from convert.files import expand
 from convert.hub import http_errors
 from jaxprune.commands.options import CommandLine, Section, make
@@ -31,7 +31,7 @@ class Options:
     """What is sent, and how it is shown."""
 
     public: bool = False
-    """Let everybody see it (default: it is private)."""
+    """Let everybody see it (default: it is private). A repository that is there already has to be so."""
     base_model: str | None = None
     """The hub's repository of the dense model (default: that of the run's --ckpt, where it is one)."""
     license: str | None = None
@@ -100,7 +100,13 @@ def _send(content: Publication, repository: str, wanted: Options) -> str:
     hub = HfApi(library_name="jaxprune")
     try:
         if hub.repo_exists(repository):
-            there = set(hub.list_repo_files(repository)) - EMPTY
+            info = hub.model_info(repository)
+            if info.private == wanted.public:
+                visibility, change = ("private", Change.OMIT) if info.private else ("public", True)
+                raise CheckpointError(
+                    f"the repository is {visibility} already", file=repository, options={"public": change}
+                )
+            there = {file.rfilename for file in info.siblings or ()} - EMPTY
             if there and not wanted.overwrite:
                 raise CheckpointError(
                     f"the repository has {len(there)} files already", file=repository, options={"overwrite": True}

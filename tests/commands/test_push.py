@@ -71,12 +71,29 @@ def test_a_dry_run_sends_nothing(pruned: Path, hub: Hub, capsys: pytest.CaptureF
 def test_a_repository_with_files_gets_a_commit_only_if_told(
     pruned: Path, hub: Hub, capsys: pytest.CaptureFixture
 ) -> None:
-    hub.repositories["me/tiny"] = (False, {".gitattributes": b"", "precious": b"x"})
+    hub.repositories["me/tiny"] = (True, {".gitattributes": b"", "precious": b"x"})
     assert main([str(pruned), "me/tiny"]) == 2
     assert "1 files already: pass --overwrite" in capsys.readouterr().err
     assert set(hub.repositories["me/tiny"][1]) == {".gitattributes", "precious"}
     assert main([str(pruned), "me/tiny", "--overwrite"]) == 0
     assert {"precious", "config.json"} <= hub.repositories["me/tiny"][1].keys()
+    assert "(me/tiny, private)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("private", "flags", "message"),
+    [
+        (False, [], "the repository is public already: pass --public"),
+        (True, ["--public"], "the repository is private already: leave --public out"),
+    ],
+)
+def test_a_repository_that_others_see_otherwise_than_asked_gets_nothing(
+    private: bool, flags: list[str], message: str, pruned: Path, hub: Hub, capsys: pytest.CaptureFixture
+) -> None:
+    hub.repositories["me/tiny"] = (private, {"precious": b"x"})
+    assert main([str(pruned), "me/tiny", "--overwrite", *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert set(hub.repositories["me/tiny"][1]) == {"precious"}
 
 
 @pytest.mark.parametrize("status", [401, 403, 500])
