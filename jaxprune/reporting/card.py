@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from convert.hub import repository_of
 from jaxprune.evaluation.quality import Quality, table
 from jaxprune.evaluation.text import short_name
 from jaxprune.pruning.quantized import ERROR
@@ -57,7 +58,7 @@ def model_card(run: Run, evaluation: Mapping[str, Quality]) -> str:
         quantized = (
             f"The linear layers lie on the grid of {run.quantize.upper()}, so that {to} writes them as they are.\n"
         )
-    base = f"base_model: {ckpt}\n" if "/" in ckpt and not Path(ckpt).exists() else ""
+    base = f"base_model: {repository}\n" if (repository := repository_of(ckpt)) else ""
     return f"""---
 {base}tags:
 - pruned
@@ -65,9 +66,9 @@ def model_card(run: Run, evaluation: Mapping[str, Quality]) -> str:
 - jaxprune
 ---
 
-# {_escaped(Path(ckpt).name)}, pruned to {_escaped(run.pattern_text)}
+# {escaped(Path(ckpt).name)}, pruned to {escaped(run.pattern_text)}
 
-{_escaped(run.checkpoint)}, pruned in one shot by jaxprune, which implements Boža, "Fast and Effective Weight Update
+{escaped(run.checkpoint)}, pruned in one shot by jaxprune, which implements Boža, "Fast and Effective Weight Update
 for Pruned Large Language Models" (arXiv 2401.02938). The weights are ordinary dense tensors with exact zeros.
 Embeddings, norms and head are those of the dense checkpoint. {quantized}Everything needed
 to repeat the run is in {RECORD}.
@@ -79,10 +80,10 @@ to repeat the run is in {RECORD}.
 
 def _row(cells: Sequence[str]) -> str:
     """Returns a row of a Markdown table."""
-    return f"| {' | '.join(map(_escaped, cells))} |\n"
+    return f"| {' | '.join(map(escaped, cells))} |\n"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Returns a name on one line, none of whose characters is Markdown's or HTML's."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return re.sub(r"([\\|`*\[\]$])", r"\\\1", line).replace("&", "&amp;").replace("<", "&lt;")

@@ -1,6 +1,9 @@
 """What of a folder goes to the hub: its files, the model card with the hub's metadata, and no path of this machine."""
 
 import dataclasses
+import fnmatch
+import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -8,16 +11,22 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from markupsafe import escape
 
 from convert import packed
 from convert.errors import CheckpointError
 from convert.files import read_bytes, require_inside, require_regular
+from convert.hub import repository_of
 from jaxprune.reporting import reading
+from jaxprune.reporting.card import escaped
 from jaxprune.reporting.schema import RECORD, RECORD_BYTES, REPORT, Quality, Run
+from jaxprune.sparsity.masks import FROM_CHECKPOINT
+from jaxprune.sparsity.patterns import GivenRecord
 
 CARD = "README.md"
-TEXTS = {CARD: 2**22, RECORD: RECORD_BYTES, REPORT: 2**28}
-"""Files of ours that may name paths of this machine -> the most bytes that they hold."""
+TASKS = "lm-eval-*.json"
+TEXTS = {CARD: 2**22, RECORD: RECORD_BYTES, REPORT: 2**28, TASKS: RECORD_BYTES}
+"""Files of ours that may name paths of this machine, as patterns -> the most bytes that they hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,17 +70,21 @@ def publication(
             require_regular(path)
             files[name.as_posix()] = path
     run = reading.run_of(folder)
-    own = _paths(run) if run else {}
+    own = _paths(run, base) if run else {}
 
     def shown(text: str) -> str:
         for path, name in own.items():
-            text = text.replace(path, name)
+            text = re.sub(path, name.replace("\\", r"\\"), text)
         return text
 
-    for text in files.keys() & TEXTS.keys():
-        files[text] = shown(_text(folder, text)).encode()
+    for pattern, most in TEXTS.items():
+        for text in fnmatch.filter(files, pattern):
+            content = shown(_text(folder / text, most))
+            if pattern == TASKS:  # which names temporary files too
+                content = re.sub(r'"[/~][^"\n]*/([^"/\n]+)"', r'"\1"', content)
+            files[text] = content.encode()
     try:
-        card = ModelCard(_text(folder, CARD) if CARD in files else "---\ntags: []\n---\n")
+        card = ModelCard(_text(folder / CARD, TEXTS[CARD]) if CARD in files else "---\ntags: []\n---\n")
         library = "jaxprune" if packed.MARK in files else "transformers"
         _complete(card.data, repository, run, base, library)
         card.data.license = licence or card.data.license or licence_of(card.data.base_model)
@@ -82,16 +95,39 @@ def publication(
     return Publication(dict(sorted(files.items())), card)
 
 
-def _text(folder: Path, name: str) -> str:
-    return read_bytes(folder / name, TEXTS[name]).decode("utf-8", "replace")
+def _text(path: Path, most: int) -> str:
+    return read_bytes(path, most).decode("utf-8", "replace")
 
 
-def _paths(run: Run) -> dict[str, str]:
-    """Returns the paths of this machine that a run's options name -> their last parts; the longest first."""
-    config = run.config.model_dump()
-    words = [word for value in config.values() if isinstance(value, str) for word in re.split(r"[,:]", value)]
-    found = {word: Path(word).name for word in words if Path(word).is_absolute()}
-    return {path: found[path] for path in sorted(found, key=len, reverse=True)}
+def _paths(run: Run, base: str | None) -> dict[str, str]:
+    """Returns patterns of the paths of this machine that a run's record names -> their last parts, the longest first.
+
+    Args:
+        run: the record.
+        base: a repository, which a folder here may be called after.
+    """
+    ckpt, mask = run.config.ckpt, run.pattern.mask if isinstance(run.pattern, GivenRecord) else ""
+    texts = [value for value in run.config.model_dump().values() if isinstance(value, str)]
+    texts += [text for quality in run.evaluation.values() for text in quality.texts]
+    words = {word for text in texts for word in re.split(r"[,:]", text)}
+    words |= {ckpt, run.config.out or "", mask.partition(":")[2]}
+    found: dict[str, str] = {}
+    for word in words - {base, *filter(repository_of, (ckpt, mask.removeprefix(FROM_CHECKPOINT)))}:
+        if "/" in word and (name := Path(word).name):
+            for path in (word, os.path.expanduser(word)):
+                found |= zip(_spellings(path), _spellings(name), strict=True)
+    return {_pattern(path): found[path] for path in sorted(found, key=len, reverse=True)}
+
+
+def _spellings(name: str) -> list[str]:
+    """Returns a name as Markdown, JSON and HTML have it."""
+    in_json = json.dumps(name)[1:-1]
+    return [escaped(name), in_json, str(escape(name)), str(escape(in_json)), name]
+
+
+def _pattern(path: str) -> str:
+    """Returns a regular expression for a path; a short one may be part of something else."""
+    return re.escape(path) if re.match("/[^/]+/", path) else rf"(?<![\w.~<-]){re.escape(path)}(?![\w-])"
 
 
 def _complete(data: ModelCardData, repository: str, run: Run | None, base: str | None, library: str) -> None:

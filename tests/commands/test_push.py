@@ -1,6 +1,8 @@
 """A checkpoint goes to a hub on this machine: what is sent, and what is not."""
 
+import html
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,8 @@ from huggingface_hub import constants
 
 from jaxprune.commands.prune import main as prune
 from jaxprune.commands.push import main
+from jaxprune.reporting import reading
+from jaxprune.reporting.card import model_card
 from tests.helpers.hub_server import Hub, serving
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own
@@ -59,6 +63,47 @@ def test_a_folder_is_sent_with_its_card(pruned: Path, text: Path, hub: Hub, caps
     for name in ("README.md", "jaxprune.json", "report.html"):  # no path of this machine
         assert [line for line in files[name].splitlines() if str(text.parent).encode() in line] == [], name
     assert str(text) in (pruned / "jaxprune.json").read_text()
+
+
+def test_no_path_of_this_machine_is_sent(pruned: Path, hub: Hub, tmp_path: Path) -> None:
+    shutil.copytree(pruned, tmp_path / "copy")
+    record = json.loads((pruned / "jaxprune.json").read_text())
+    named = {
+        "ckpt": "~/secret/dense",
+        "calib": "c4:3,secret/café & [b].jsonl:1",
+        "prompts": "../secret/prompts.txt",
+        "out": "/pre",
+    }
+    record["config"] |= named
+    record["pattern"] = {"kind": "given", "mask": "from-checkpoint:/secret/me/mask"}
+    text = json.dumps(record)
+    tasks = {"configs": {"rte": {"dataset_kwargs": {"data_files": {"rows": "/secret/jaxprune-tasks-1/0.jsonl"}}}}}
+    (tmp_path / "copy/jaxprune.json").write_text(text)
+    (tmp_path / "copy/report.html").write_text(f"<pre>{html.escape(text)}</pre>")
+    card = reading.read(text, "").model_copy(update={"evaluation": {}})
+    (tmp_path / "copy/README.md").write_text(model_card(card, {}) + os.path.expanduser("~/secret/dense"))
+    (tmp_path / "copy/lm-eval-pruned.json").write_text(json.dumps(tasks))
+    assert main([str(tmp_path / "copy"), "me/tiny"]) == 0
+    files = hub.repositories["me/tiny"][1]
+    for name in ("README.md", "jaxprune.json", "report.html", "lm-eval-pruned.json"):
+        assert b"secret" not in files[name], name
+    assert files["report.html"].endswith(b"</pre>")
+    sent = json.loads(files["jaxprune.json"])
+    assert sent["pattern"]["mask"] == "from-checkpoint:mask" and sent["config"]["calib"] == "c4:3,café & [b].jsonl:1"
+    assert json.loads(files["lm-eval-pruned.json"])["configs"]["rte"]["dataset_kwargs"]["data_files"] == {
+        "rows": "0.jsonl"
+    }
+
+
+@pytest.mark.parametrize(
+    ("ckpt", "base"),
+    [("llama-7b", "huggyllama/llama-7b"), ("owner/model", "owner/model"), ("~/x", None), ("a/b/c", None), ("x", None)],
+)
+def test_the_card_names_the_repository_of_the_dense_model(ckpt: str, base: str | None, pruned: Path) -> None:
+    run = reading.run_of(pruned)
+    assert run
+    card = model_card(run.model_copy(update={"config": run.config.model_copy(update={"ckpt": ckpt})}), {})
+    assert metadata(card.encode()).get("base_model") == base
 
 
 def test_a_dry_run_sends_nothing(pruned: Path, hub: Hub, capsys: pytest.CaptureFixture) -> None:
