@@ -99,7 +99,7 @@ def evaluate(
         sources = [opened[name].source if name in opened else resolve(name) for name in names]
         place = _place(out, [*inputs, *(path for source in sources for path in inputs_of(source))])
     models = {name: opened.get(name) or load(name, dtype=dtype, scratch=scratch) for name in names}
-    runs = {name: reading.run_of(name) for name in names}
+    runs = {name: reading.run_of(model.source) for name, model in models.items()}
     first = against.name if isinstance(against, StreamedModel) else None if against is None else str(against)
     evaluator = Evaluator(measures, models[names[0]], observer)
     if texts_of := [tokens.shape for tokens in evaluator.windows.values()]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import open_checkpoint
+from convert.hub import resolve
 from jaxprune.api.load import load
 from jaxprune.errors import Change
 from jaxprune.evaluation import verification
@@ -35,12 +36,13 @@ def verify(
         InputError, CheckpointError: a checkpoint cannot be read, or is no model.
     """
     if isinstance(checkpoint, StreamedModel):
-        model, name = checkpoint, checkpoint.name
+        model = checkpoint
     else:  # what is not finite is counted
-        model, name = StreamedModel(open_checkpoint(checkpoint, check=False)), str(checkpoint)
+        source = resolve(checkpoint)
+        model = StreamedModel(open_checkpoint(source, check=False), source=source)
     dense = against if isinstance(against, StreamedModel) or against is None else load(against)
     expected: dict[str, Any] = {}
-    if run := reading.run_of(name):
+    if run := reading.run_of(model.source):
         expected = schema.expected(run)
         if dense and run.kept_experts:
             dense = dense.keeping({int(index): kept for index, kept in run.kept_experts.items()})

@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from convert.hub import resolve
 from jaxprune.api.verify import verify
 from jaxprune.commands.options import CommandLine, Section, make
 from jaxprune.commands.terminal import console, print_table, run_main
@@ -75,10 +76,11 @@ def _main(argv: Sequence[str]) -> int:
     name, pattern = given["checkpoint"], None
     if wanted.pattern is not None or wanted.sparsity is not None:
         pattern = parse_pattern(wanted.pattern or "unstructured", wanted.sparsity)
-    run = reading.run_of(name)
+    source = resolve(name)
+    run = reading.run_of(source)
     recorded = None if run is None or run.importance.spread else run.pattern.pattern()
     claimed = pattern or recorded
-    verdict = verify(name, against=wanted.against, pattern=pattern, zeros_of=wanted.zeros_of)
+    verdict = verify(source, against=wanted.against, pattern=pattern, zeros_of=wanted.zeros_of)
     print_table(_rows(verdict.kernels, wanted.all), ("linear layer", "tensors", "zeros", "pattern"))
     for problem in verdict.problems[:MOST_PROBLEMS]:
         console.print(f"problem: {problem}")

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import create_checkpoint
-from jaxprune import NM, Magnitude, Recipe, Unstructured, load, prune_layers
+from jaxprune import NM, Magnitude, Recipe, Unstructured, evaluate, load, prune_layers
 from jaxprune.commands.convert import main as convert
 from jaxprune.commands.prune import main as run
 from jaxprune.commands.verify import main
@@ -23,6 +23,7 @@ from jaxprune.reporting.record import Record, write_record
 from jaxprune.reporting.schema import expected
 from jaxprune.sparsity.patterns import Pattern
 from tests.helpers import tiny
+from tests.helpers.checkpoints import cache
 
 PATTERNS = {"2:4": NM(2, 4), "50 %": Unstructured(0.5), "60 % per output": Unstructured(0.6, per_output=True)}
 
@@ -75,6 +76,19 @@ def test_what_was_pruned_is_verified(
     verdict = verify(load(pruned[name]), **wanted)
     assert {which: kernel.zeros for which, kernel in verdict.kernels.items()} == counts
     assert {which: count for which, (count, _) in zeros(load(pruned[name])).items()} == counts
+
+
+def test_what_is_on_the_hub_has_its_record_too(
+    pruned: dict[str, Path], text: Path, hub: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(pruned["2:4"], cache(hub, "me/tiny"), dirs_exist_ok=True)
+    assert main(["me/tiny"]) == 0
+    said = capsys.readouterr().out
+    assert "verified: me/tiny" in said and "2:4" in said and "without a record" not in said
+    out = hub.with_name("evaluation")
+    evaluate("me/tiny", texts=[str(text)], seqlen=16, windows=1, out=out)
+    measured = reading.load(out)
+    assert isinstance(measured, schema.Evaluation) and measured.checkpoints["me/tiny"].run
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
