@@ -1,5 +1,6 @@
 """Text that a model writes itself, to prune it on where there is too little other text."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,18 +67,15 @@ def generate(
         raise InputError(f"texts of {length} tokens cannot begin with {beginning}", options=options)
     if tokens < 1:
         raise InputError(f"tokens must be at least 1, not {tokens}")
-    asked: dict[str, object] = {"tokens": tokens, "length": length}
     begun = [[model.first_token]] * -(-tokens // length)
     if prompts is not None:
         weights = sources_of(prompts)
-        sources = {name: _documents(name, model) for name in weights}
-        digests = [[weights[name], texts.measure()[0]] for name, texts in sources.items()]
-        asked |= {"prompts": digests, "prompt_tokens": prompt_tokens}
-        beginnings = {name: _beginnings(texts, begun[0], prompt_tokens, seed) for name, texts in sources.items()}
+        beginnings = {name: _beginnings(_documents(name, model), begun[0], prompt_tokens, seed) for name in weights}
         begun = [next(beginnings[name]) for name in islice(interleaved(weights), len(begun))]
     if not place:
         return _decoded(model, _written(model, begun, {}, length, seed, observer))
     reader = identity.checked(model.reader)
+    asked = {"tokens": tokens, "length": length, "begun": hashlib.sha256(json.dumps(begun).encode()).hexdigest()}
     wanted = identity.of_run(reader, model.hf_config, model.dtype, {TEXTS: asked}, seed)
     with resume.open_journal(place.path, wanted) as journal:
         known = identity.KnownWeights(reader, journal)

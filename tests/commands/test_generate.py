@@ -1,6 +1,7 @@
 """`jaxprune generate`: texts that a model writes itself."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,27 @@ def test_a_file_that_is_there_when_its_run_is_stopped_is_the_result(
     file.write_bytes(written)
     assert main(argv) == 0
     assert file.read_bytes() == written and [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_beginnings_that_have_changed_are_noticed(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here by another tokenizer, of the same prompts."""
+    model, prompts, file = tmp_path / "model", tmp_path / "prompts.jsonl", tmp_path / "own.jsonl"
+    shutil.copytree(checkpoint, model)
+    write_text(prompts, documents=3)
+    argv = [str(model), "--out", str(file), "--tokens", "100", "--length", str(LENGTH), "--prompts", str(prompts)]
+    with monkeypatch.context() as stopping:
+        stopping.setattr(publishing, "remove", failing(publishing.remove, 1))
+        assert main(argv) == 2
+    file.unlink()
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer | {"normalizer": {"type": "Prepend", "prepend": "z"}}))
+    capsys.readouterr()
+    assert main(argv) == 2
+    assert "texts.begun: " in capsys.readouterr().err
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert main(argv) == 0
 
 
 def test_prompts_of_two_texts_take_turns(checkpoint: Path, tmp_path: Path) -> None:
