@@ -14,7 +14,7 @@ from convert import stored
 from convert.errors import CheckpointError, DamagedError
 from convert.files import leads_outside, read_bytes, require_inside, require_regular
 from convert.names import INSIDE
-from convert.schema import Schema, check, decode
+from convert.schema import Schema, as_text, check, decode
 from convert.writing import failing
 
 log = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ def copy_assets(source: Path, target: Path, changes: Mapping[str, Any] = Mapping
     """Copies configuration and tokenizer files; weights, their index and model cards stay behind.
 
     In config.json the entries of `changes` get their values, and that on quantization is left out. A link to a file
-    outside the checkpoint is not followed, and a warning says so.
+    outside the checkpoint is not followed, a file whose name is no text stays behind, and a warning says so.
 
     Raises:
         CheckpointError: a file is no regular one, tokenizer.json is damaged, or nothing can be written.
@@ -200,6 +200,9 @@ def copy_assets(source: Path, target: Path, changes: Mapping[str, Any] = Mapping
             continue
         if leads_outside(path, source):
             log.warning("%s was not copied: it is a link to %s, outside the checkpoint", path, path.resolve())
+            continue
+        if as_text(path.name) != path.name:
+            log.warning("%s was not copied: its name is no UTF-8", as_text(str(path)))
             continue
         require_regular(path)
         if path.name == "tokenizer.json":

@@ -180,6 +180,13 @@ def test_links_that_lead_outside(folder: Path, tmp_path: Path, caplog: pytest.Lo
         shutil.move(tmp_path / name, folder / name)
 
 
+def test_a_file_whose_name_is_no_text_stays(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (folder / os.fsdecode(b"caf\xe9.txt")).write_text("")
+    assert main([str(folder), str(tmp_path / "copy")]) == 0
+    assert "was not copied: its name is no UTF-8" in capsys.readouterr().err
+    assert not list((tmp_path / "copy").glob("caf*"))
+
+
 def test_records_of_an_earlier_run_are_not_copied(folder: Path, tmp_path: Path) -> None:
     for name in ("params.json", "jaxprune.json", ".marker.json", "lm-eval-dense.json", INDEX):
         (folder / name).write_text("{}")
