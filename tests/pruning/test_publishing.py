@@ -320,7 +320,7 @@ def line(checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.Monke
         ("--out new --save-masks link", "symbolic link"),
         ("--out new --save-masks data --overwrite", "a folder"),
         ("--out data/../ckpt/inside", "inside"),
-        ("--out new --mask from-file:new/masks", ""),
+        ("--out new --mask from-file:new/masks", "new/masks: it is missing"),
         ("--out data/notes/out", "Not a directory"),
     ],
 )
