@@ -153,14 +153,14 @@ def prune(
             publishing.publish(journal, place, masks_place)
             return _finished(place.path)
         weights = identity.KnownWeights(reader, journal)
-        if timing:
-            with _timed(observer, "timing"):
-                record.timing = jit_versus_eager(model, windows, recipe)
         smaller = model
         if recipe.experts.drop_experts:
             with _timed(observer, "experts"):
                 record.kept_experts = kept_experts(model, windows, recipe.experts.drop_experts, journal)
                 smaller = model.keeping(record.kept_experts)
+        if timing:
+            with _timed(observer, "timing"):
+                record.timing = jit_versus_eager(smaller, windows, recipe)
         layers = prune_model(
             smaller, windows, recipe, stream=stream, seed=seed, teacher=model, journal=journal, observer=observer
         )

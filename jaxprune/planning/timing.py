@@ -9,6 +9,8 @@ from jaxtyping import Int
 
 from jaxprune.pruning.loop import prune_layers
 from jaxprune.pruning.results import LayerResult
+from jaxprune.pruning.rules import with_rules
+from jaxprune.pruning.whole_model import require_recipe
 from jaxprune.recipe import Recipe
 from jaxprune.streaming.model import StreamedModel
 
@@ -35,9 +37,9 @@ def jit_versus_eager(model: StreamedModel, tokens: Int[np.ndarray, "w t"], recip
     Args:
         model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
-        recipe: its method and pattern are used; gradients and distillation are not.
+        recipe: its method, pattern and rules are used; gradients and distillation are not.
     """
-    target = recipe.target()
+    target = with_rules(*require_recipe(model.architecture, recipe))
 
     def once() -> tuple[LayerResult, dict[str, float]]:
         layers = prune_layers(model, tokens, recipe.method, target, asymmetry=recipe.asymmetry)
