@@ -16,7 +16,7 @@ from convert.destination import Destination, destination
 from convert.hub import require_whole
 from convert.names import naming_in
 from convert.paths import inputs_of, paths_of, require_apart
-from convert.schema import as_text
+from convert.schema import as_text, check, plain
 from convert.writing import failing
 from jaxprune.calibration.stream import TextStream
 from jaxprune.errors import InputError
@@ -106,7 +106,7 @@ def prune(
         evaluator: measures the dense and the pruned checkpoint; None: nothing is measured.
         timing: first prune the first layer compiled and under `jax.disable_jit`, and record the seconds of both.
         unchecked: begin even where the run would not fit, and without comparing weights of the hub with their digests.
-        config: what was asked for, for the record; None: names of the checkpoint and of the folder.
+        config: what was asked for, texts and numbers for the record; None: names of the checkpoint and of the folder.
         inputs: what else is read, by the name of its option: neither `out` nor `masks` may lie there.
         begun: `time.perf_counter()` when the work began that led here; None: now.
         observer: is told what happens.
@@ -129,6 +129,7 @@ def prune(
     emptied = resume.check(place, masks_place)
     asked = {"ckpt": model.name, "calib": "token ids", "out": str(place.path), "seed": seed}
     record = Record(asked | dict(config or {}), recipe, windows, stream)
+    check(schema.RunConfig, plain(record.config), file="", entry="config", error=InputError)
     observer = Observers(record, observer)
     model.require_tokens(windows)
     require_recipe(without_experts(model.architecture, recipe.experts.drop_experts), recipe)

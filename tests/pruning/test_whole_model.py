@@ -6,7 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxprune import ADMM, Importance, InputError, Observer, Unstructured, Wanda, load, prune_layers, prune_model
+from jaxprune import (
+    ADMM,
+    Importance,
+    InputError,
+    Magnitude,
+    Observer,
+    Recipe,
+    Unstructured,
+    Wanda,
+    load,
+    prune,
+    prune_layers,
+    prune_model,
+)
 from jaxprune.commands.recipe_options import parse
 from jaxprune.pruning import whole_model
 from jaxprune.pruning.allocation import allocate
@@ -142,3 +155,10 @@ def test_what_does_not_fit_is_refused_before_work(line: str, checkpoint: Path, m
 def test_tokens_of_another_vocabulary_are_refused_before_work(checkpoint: Path) -> None:
     with pytest.raises(InputError, match="lies outside the vocabulary, found 555"):
         prune_model(load(checkpoint), windows() + 300, parse(["--preset", "fast"]))
+
+
+def test_options_that_no_record_can_hold_are_refused_before_work(checkpoint: Path, tmp_path: Path) -> None:
+    for value in ({"a": 1}, tmp_path):
+        with pytest.raises(InputError, match="config.note: an entry cannot be used"):
+            prune(load(checkpoint), windows(2, 16), Recipe(Magnitude()), tmp_path / "out", config={"note": value})
+    assert not any(tmp_path.iterdir())
