@@ -134,7 +134,8 @@ def _of_solves(
     """
     reads = {tap: paths for tap, paths in layer.reads.items() if not layer.routers.issuperset(paths)}
     waiting = {tap: shapes.devices.abstract(Shape((layer.features(tap),) * 2, jnp.float32), None) for tap in reads}
-    solving = partial(solve, method, pattern)  # compiled once for all of a shape
+    # Compiled once for all of a shape. Where the pattern does not fit, a rule gives another, or none.
+    solving, otherwise = (partial(solve, method, one) for one in (pattern, Unstructured(pattern.sparsity)))
     for tap, paths in reads.items():
         gram, times = waiting.pop(tap), count * layer.experts.get(paths[0], 1)
         prepared = jax.tree.map(lambda leaf: shapes.devices.abstract(leaf, None), jax.eval_shape(method.prepare, gram))
@@ -147,7 +148,8 @@ def _of_solves(
             if asymmetry:
                 whole = gram, gram, weight, Shape((), jnp.float32)
                 yield Program("solve", f"target of {path}", drifted_target, whole, times, alive - 2 * size_of(gram))
-            yield Program("solve", f"solve {path}", solving, (prepared, weight), times, alive - size_of(prepared))
+            by = otherwise if pattern.group and weight.shape[0] % pattern.group else solving
+            yield Program("solve", f"solve {path}", by, (prepared, weight), times, alive - size_of(prepared))
             if kind:
                 mask = shapes.devices.abstract(Shape(weight.shape, jnp.bool_), -1)
                 moving, whole = partial(quantize, bits=BITS[kind]), (gram, weight, weight, mask)

@@ -13,6 +13,13 @@ def test_what_a_run_would_refuse_a_plan_refuses(checkpoint: Path, capsys: pytest
     assert "the model has no experts to route tokens to: leave --route-all out" in capsys.readouterr().err
 
 
+def test_what_stays_dense_need_not_fit_the_pattern(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["plan", "--ckpt", str(checkpoint), "--seqlen", "32", "--eval", "none", "--method", "wanda"]
+    assert commands.main([*line, "--pattern", "16:32"]) == 2
+    assert "a kernel has 48" in capsys.readouterr().err
+    assert commands.main([*line, "--pattern", "16:32", "--skip", "*.down_proj"]) == 0
+
+
 @pytest.mark.parametrize(("flags", "gain", "said"), [([], 2.0, True), ([], 1.2, False), (["bfloat16"], 2.0, False)])
 def test_a_plan_says_where_bfloat16_is_faster(
     flags: list[str],
