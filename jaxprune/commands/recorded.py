@@ -8,8 +8,7 @@ from jaxprune.commands.options import CommandLine
 from jaxprune.commands.recipe_options import RecipeOptions
 from jaxprune.errors import InputError
 from jaxprune.methods.records import CrossedRecord, FinishedRecord, PlainRecord
-from jaxprune.recipe import PRESETS, RecipeRecord
-from jaxprune.recipe_parts import Importance, Tuning
+from jaxprune.recipe import PRESETS, Recipe, RecipeRecord
 from jaxprune.reporting import reading, schema
 from jaxprune.sparsity.patterns import GivenRecord, NMRecord, UnstructuredRecord
 
@@ -56,10 +55,11 @@ def of_recipe(recipe: RecipeRecord) -> Iterator[tuple[str, Any]]:
     elif not isinstance(recipe.pattern, GivenRecord):
         yield "pattern", recipe.pattern.kind
         yield "sparsity", recipe.pattern.sparsity
-    preset = PRESETS.get(recipe.preset or "")
+    preset = PRESETS.get(recipe.preset or "", Recipe())
     for options, usual in (
-        (recipe.importance, preset.importance if preset else Importance()),
-        (recipe.tuning, preset.tuning if preset else Tuning()),
+        (recipe.importance, preset.importance),
+        (recipe.tuning, preset.tuning),
+        (recipe.experts, preset.experts),
     ):
         changed = {name: value for name, value in vars(options).items() if value != getattr(usual, name)}
         if not recipe.tuning.tunes:

@@ -22,7 +22,7 @@ from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.sparsegpt import SparseGPT
 from jaxprune.methods.wanda import Wanda
 from jaxprune.recipe import PRESETS, Recipe
-from jaxprune.recipe_parts import Importance, Tuning
+from jaxprune.recipe_parts import Experts, Importance, Tuning
 from jaxprune.sparsity.patterns import NM, Unstructured
 
 
@@ -264,7 +264,7 @@ def test_help_explains_every_flag(name: str, capsys: pytest.CaptureFixture) -> N
         parse(["--method", name, "--help"])
     assert ended.value.code == 0
     text = re.sub(r"[\s│]", "", capsys.readouterr().out)
-    for cls in (Config, Flags, WholeModel, Importance, Tuning, methods.load(name)):
+    for cls in (Config, Flags, WholeModel, Importance, Tuning, Experts, methods.load(name)):
         docs = field_docs(cls)
         for field in dataclasses.fields(cls):
             assert f"--{field.name.replace('_', '-')}" in text, field.name

@@ -1,7 +1,10 @@
 """Options in files, and those of records."""
 
+import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +13,7 @@ from jaxprune import InputError
 from jaxprune.commands import evaluate, solve
 from jaxprune.commands.config import parse
 from jaxprune.commands.recorded import of_recipe
+from jaxprune.recipe import Recipe
 from jaxprune.reporting import reading, schema
 
 RECIPES = [
@@ -17,7 +21,7 @@ RECIPES = [
     "--sparsity 0.6",
     "--pattern per-output --method wanda",
     "--pattern 2:4 --method alps",
-    "--schedule constant --iterations 7 --damping 0.2",
+    "--schedule constant --iterations 7 --selections 3 --damping 0.2 --rho 2.5 --linear-solve cholesky",
     "--mask wanda --update exact",
     "--mask sparsegpt --update admm --mask-damping 0.02 --iterations 5",
     "--method sparsegpt --finish-steps 5",
@@ -33,6 +37,8 @@ RECIPES = [
     "--preset best --sparsity 0.3 --skip layers.0.* --skip *.o_proj --rule *.q_proj=0.75 --rule layers.1.*=2:4",
     "--method wanda --rule *.q_proj=0.75",
     "--preset fast --quantize q5_0",
+    "--preset fast --tune-pieces 2 --drop-experts 0.25 --route-all",
+    "--weigh-outputs --sensitivity-windows 3",
 ]
 
 
@@ -44,6 +50,24 @@ def test_options_of_a_recipe_make_it_again(flags: str) -> None:
         flag, several = f"--{name.replace('_', '-')}", value if isinstance(value, list) else [value]
         words += [flag if one is True else f"{flag}={one}" for one in several if one is not None and one is not False]
     assert parse(["--ckpt", "model", *words])[1] == recipe
+
+
+def test_every_option_of_a_recipe_is_among_them() -> None:
+    def changed(options: Any, usual: Any) -> Iterator[tuple[type, str]]:
+        for name, value in vars(options).items():
+            if value != getattr(usual, name):
+                yield type(options), name
+            if dataclasses.is_dataclass(value) and type(value) is type(getattr(usual, name)):
+                yield from changed(value, getattr(usual, name))
+
+    def every(options: Any) -> Iterator[tuple[type, str]]:
+        for name, value in vars(options).items():
+            yield type(options), name
+            if dataclasses.is_dataclass(value):
+                yield from every(value)
+
+    recipes = [parse(["--ckpt", "model", *flags.split()])[1] for flags in RECIPES]
+    assert {*every(Recipe())} == {which for recipe in recipes for which in changed(recipe, Recipe())}
 
 
 @pytest.mark.parametrize("name", ["2of4", "best", "given", "per-output", "unstructured"])
