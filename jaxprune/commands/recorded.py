@@ -1,11 +1,12 @@
 """The options that repeat a record's run."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxprune import methods
 from jaxprune.commands.options import CommandLine
-from jaxprune.commands.recipe_options import RecipeOptions
+from jaxprune.commands.recipe_options import RecipeOptions, parse
 from jaxprune.errors import InputError
 from jaxprune.methods.records import CrossedRecord, FinishedRecord, PlainRecord
 from jaxprune.recipe import PRESETS, Recipe, RecipeRecord
@@ -24,13 +25,25 @@ def recorded(content: bytes, path: Path) -> Mapping[str, Any]:
         path: the path of its file, for errors.
 
     Raises:
-        InputError, CheckpointError: it is that of an evaluation, or damaged.
+        InputError, CheckpointError: it is that of an evaluation, or damaged, or no options make its recipe.
     """
     record = reading.read(content, path)
     if not isinstance(record, schema.Run):
         raise InputError("it is the record of an evaluation", file=path, wanted="that of a run, or options")
+    wanted, made = record.recipe(), parse([*words(of_recipe(record))])
+    if lost := [name for name, value in vars(wanted).items() if value != getattr(made, name)]:
+        raise InputError("no options make this part of its recipe", file=path, entry=lost[0])
     options = record.config.model_dump()
     return {name: value for name, value in options.items() if name not in NOT_REPEATED} | dict(of_recipe(record))
+
+
+def words(options: Iterable[tuple[str, Any]]) -> Iterator[str]:
+    """Yields options as a command line has them; what is null or false is not given."""
+    for name, value in options:
+        flag = f"--{name.replace('_', '-')}"
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and one is not False:
+                yield flag if one is True else f"{flag}={one}"
 
 
 def of_recipe(recipe: RecipeRecord) -> Iterator[tuple[str, Any]]:
@@ -42,14 +55,16 @@ def of_recipe(recipe: RecipeRecord) -> Iterator[tuple[str, Any]]:
     crossed = isinstance(method, CrossedRecord)
     parts = {"mask": method.mask, "update": method.update} if isinstance(method, CrossedRecord) else {"update": method}
     named = {role: part for role, part in parts.items() if isinstance(part, PlainRecord)}
-    words = {role if crossed or given else "method": part.name for role, part in named.items()}
+    roles = {role if crossed or given else "method": part.name for role, part in named.items()}
     if isinstance(recipe.pattern, GivenRecord):
-        words["mask"] = recipe.pattern.mask
-    yield from words.items()
-    chosen = RecipeOptions(CommandLine([f"--{name}={value}" for name, value in words.items()]))
-    for role, part in named.items():
+        roles["mask"] = recipe.pattern.mask
+    yield from roles.items()
+    chosen = RecipeOptions(CommandLine([*words(roles.items())]))
+    for role, cls in chosen.classes.items():
         flag_of = chosen.flag_of(role)
-        yield from ((flag, value) for name, value in part.options.items() if (flag := flag_of(name)))
+        for part in named.values():
+            if methods.load(part.name) is cls:
+                yield from ((flag, value) for name, value in part.options.items() if (flag := flag_of(name)))
     if isinstance(recipe.pattern, NMRecord):
         yield "pattern", str(recipe.pattern)
     elif not isinstance(recipe.pattern, GivenRecord):

@@ -12,9 +12,16 @@ from convert.errors import UserError
 from jaxprune import InputError
 from jaxprune.commands import evaluate, solve
 from jaxprune.commands.config import parse
-from jaxprune.commands.recorded import of_recipe
-from jaxprune.recipe import Recipe
+from jaxprune.commands.recorded import of_recipe, words
+from jaxprune.methods.admm import ADMM
+from jaxprune.methods.combine import Crossed, Finished
+from jaxprune.methods.exact import Exact
+from jaxprune.methods.sparsegpt import SparseGPT
+from jaxprune.methods.wanda import Wanda
+from jaxprune.recipe import PRESETS, Recipe
+from jaxprune.recipe_parts import Importance, Rule
 from jaxprune.reporting import reading, schema
+from jaxprune.sparsity.patterns import Unstructured
 
 RECIPES = [
     "",
@@ -45,11 +52,7 @@ RECIPES = [
 @pytest.mark.parametrize("flags", RECIPES)
 def test_options_of_a_recipe_make_it_again(flags: str) -> None:
     _, recipe = parse(["--ckpt", "model", *flags.split()])
-    words = []
-    for name, value in of_recipe(recipe.record):
-        flag, several = f"--{name.replace('_', '-')}", value if isinstance(value, list) else [value]
-        words += [flag if one is True else f"{flag}={one}" for one in several if one is not None and one is not False]
-    assert parse(["--ckpt", "model", *words])[1] == recipe
+    assert parse(["--ckpt", "model", *words(of_recipe(recipe.record))])[1] == recipe
 
 
 def test_every_option_of_a_recipe_is_among_them() -> None:
@@ -78,6 +81,32 @@ def test_records_are_run_again(name: str, tmp_path: Path) -> None:
     assert isinstance(run, schema.Run)
     assert (recipe.pattern_text, recipe.method_text) == (run.pattern_text, run.method_text)
     assert (config.ckpt, config.nsamples, config.seed) == (run.config.ckpt, run.config.nsamples, run.config.seed)
+
+
+ONLY_IN_PYTHON = {
+    "rules": [
+        Recipe(rules=(Rule("layers.0.*"), Rule("*.q_proj", Unstructured(0.75)))),
+        Recipe(rules=(Rule("*.q_proj", Unstructured(0.75, per_output=True)),)),
+    ],
+    "importance": [
+        dataclasses.replace(PRESETS["fast"], importance=Importance(spread=0.3, sensitivity_windows=8)),
+        dataclasses.replace(PRESETS["fast"], importance=Importance(weigh_outputs=True, spread=0.3)),
+    ],
+    "method": [
+        Recipe(Finished(ADMM(), Exact(steps=3, damping=0.5))),
+        Recipe(Crossed(ADMM(), ADMM(damping=0.5))),
+        Recipe(Crossed(Crossed(Wanda(), ADMM()), SparseGPT())),
+    ],
+}
+
+
+@pytest.mark.parametrize(("part", "recipe"), [(part, one) for part, ones in ONLY_IN_PYTHON.items() for one in ones])
+def test_recipes_that_no_options_make_are_not_repeated(part: str, recipe: Recipe, tmp_path: Path) -> None:
+    file = Path(__file__).parents[1] / "reporting/records/unstructured.json"
+    record = schema.as_json(reading.read(file.read_bytes(), file))
+    (tmp_path / "jaxprune.json").write_text(json.dumps(record | recipe.as_json()))
+    with pytest.raises(InputError, match=f"jaxprune.json: {part}: no options make this part"):
+        parse(["--config", str(tmp_path / "jaxprune.json")])
 
 
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])
