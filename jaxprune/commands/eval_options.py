@@ -19,6 +19,12 @@ FLAGS = (
     *("tasks", "limit", "tasks_data", "backend"),
 )
 """What to measure, in the order of the help."""
+MEASURE_OF = {
+    **dict.fromkeys(("eval_text", "eval_seqlen", "eval_windows"), "ppl"),
+    **dict.fromkeys(("prompts", "sample_tokens"), "samples"),
+    **dict.fromkeys(("tasks", "limit", "tasks_data", "backend"), "zero-shot"),
+}
+"""Option -> the measure that it is for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,10 +107,7 @@ class EvalOptions(ComputationOptions):
             raise InputError("--scratch is for --hidden disk: pass both, or neither")
         if unknown := [name for name in self.measures if name not in MEASURES]:
             raise InputError(f"--eval takes {', '.join(MEASURES)} or none, not {unknown[0]!r}; tasks go to --tasks")
-        needs = dict.fromkeys(("eval_text", "eval_seqlen", "eval_windows"), "ppl")
-        needs |= dict.fromkeys(("prompts", "sample_tokens"), "samples")
-        needs |= dict.fromkeys(("tasks", "limit", "tasks_data", "backend"), "zero-shot")
-        for name, measure in needs.items():
+        for name, measure in MEASURE_OF.items():
             if getattr(self, name) not in (None, "jax") and measure not in self.measures:
                 raise InputError(
                     f"--{name.replace('_', '-')} is for --eval {measure}, but --eval is {self.eval}: "

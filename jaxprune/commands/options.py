@@ -14,6 +14,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Group, MissingArgumentError, Parameter, UnknownOptionError
@@ -25,6 +26,8 @@ from jaxprune.errors import InputError, UserError
 
 FlagOf = Callable[[str], str | None]
 """A field's name -> the flag's name without dashes, in Python's spelling; None: no flag."""
+Recorded = Callable[[bytes, Path, Mapping[str, str]], Mapping[str, Any]]
+"""The content of a record, its path, and flag -> value of those beside it -> the options of its run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,31 +54,28 @@ class CommandLine:
 
     Args:
         argv: the words.
-        recorded: the content of a file that holds a record, and its path -> the options of the record's run; None: the
-            command takes no record.
+        recorded: reads a file that holds a record; None: the command takes no record.
 
     Raises:
         InputError: the file holds no options.
         CheckpointError: it cannot be read.
     """
 
-    def __init__(self, argv: Sequence[str], recorded: config_file.Recorded | None = None) -> None:
+    def __init__(self, argv: Sequence[str], recorded: Recorded | None = None) -> None:
         self._argv = list(argv)
-        name = self.value("config")
-        self._file = expand(name) if name else None
-        self._stored = config_file.load(self._file, recorded) if self._file else {}
+        self._given: dict[str, str] = {}
+        for word, following in itertools.zip_longest(self._argv, self._argv[1:], fillvalue=""):
+            if word.startswith("--"):
+                flag, equals, value = word[2:].partition("=")
+                self._given[flag.replace("-", "_")] = value if equals else following
+        self._file = expand(name) if (name := self._given.get("config")) else None
+        beside = (lambda content, path: recorded(content, path, self._given)) if recorded else None
+        self._stored = config_file.load(self._file, beside) if self._file else {}
 
     def value(self, flag: str) -> str | None:
         """Returns a flag's value without reading the rest; None where it is not given."""
-        found = None
-        for word, following in itertools.zip_longest(self._argv, self._argv[1:]):
-            if word == f"--{flag}":
-                found = following
-            elif word.startswith(f"--{flag}="):
-                found = word.partition("=")[2]
-        if found is None and flag != "config" and flag in self._stored:
-            found = str(self._stored[flag])
-        return found
+        stored = self._stored.get(flag)
+        return self._given.get(flag, None if stored is None else str(stored))
 
     def read(
         self,

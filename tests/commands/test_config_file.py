@@ -11,7 +11,7 @@ import pytest
 from convert.errors import UserError
 from jaxprune import InputError
 from jaxprune.commands import evaluate, solve
-from jaxprune.commands.config import parse
+from jaxprune.commands.config import Config, parse
 from jaxprune.commands.recorded import of_recipe, words
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.combine import Crossed, Finished
@@ -81,6 +81,53 @@ def test_records_are_run_again(name: str, tmp_path: Path) -> None:
     assert isinstance(run, schema.Run)
     assert (recipe.pattern_text, recipe.method_text) == (run.pattern_text, run.method_text)
     assert (config.ckpt, config.nsamples, config.seed) == (run.config.ckpt, run.config.nsamples, run.config.seed)
+
+
+@pytest.mark.parametrize(
+    ("flags", "beside", "same"),
+    [
+        ("--eval ppl --eval-text c4 --eval-seqlen 9", "--eval none", "--eval none"),
+        ("--eval ppl --eval-windows 2", "--eval samples --sample-tokens 3", "--eval samples --sample-tokens 3"),
+        ("--eval ppl,zero-shot --tasks rte --limit 2 --backend torch", "--eval ppl", "--eval ppl"),
+        ("--pattern 2:4", "--sparsity 0.7", "--sparsity 0.7"),
+        ("--pattern 2:4", "--sparsity 0.50", "--pattern 2:4"),
+        ("--sparsity 0.7", "--pattern 2:4", "--pattern 2:4"),
+        ("--sparsity 0.7", "--pattern per-output", "--pattern per-output --sparsity 0.7"),
+        ("--sparsity 0.7 --spread 0.2 --sensitivity-windows 2", "--pattern 2:4", "--pattern 2:4"),
+        ("--spread 0.2 --sensitivity-windows 2", "--spread 0", ""),
+        ("--preset fast --spread 0.2", "--uniform", "--preset fast --uniform"),
+        ("--spread 0.2 --sensitivity-windows 2", "--token-power 0.5", "--spread 0.2 --token-power 0.5"),
+        ("--sparsity 0.7 --rule *.q_proj=0.8 --spread 0.2", "--mask from-file:m", "--mask from-file:m"),
+        ("--iterations 7 --finish-steps 3", "--method wanda", "--method wanda --pattern unstructured --finish-steps 3"),
+        ("--iterations 7", "--method admm", "--iterations 7"),
+        ("--iterations 7 --schedule constant", "--mask alps", "--mask alps --update admm --update-iterations 7"),
+        (
+            "--method sparsegpt --block 64",
+            "--update exact --steps 3",
+            "--mask sparsegpt --update exact --block 64 --steps 3",
+        ),
+        (
+            "--mask sparsegpt --update admm --mask-damping 0.3",
+            "--update exact",
+            "--mask sparsegpt --update exact --mask-damping 0.3",
+        ),
+        ("--mask wanda --update exact --steps 3", "--method alps", "--method alps --pattern per-output"),
+        ("--mask from-file:m --update gradient", "--method alps", "--mask from-file:m --method alps"),
+        ("--iterations 7", "--mask wanda --update exact", "--mask wanda --update exact --pattern unstructured"),
+        ("--tune-epochs 2 --tune-rate 0.1", "--tune-tokens 9k", "--tune-tokens 9k --tune-rate 0.1"),
+        ("--tune-epochs 2 --tune-rate 0.1 --tune-pieces 2", "--tune-epochs 0", ""),
+        ("--preset thorough --tune-to-end --tune-text t", "--tune-epochs 2", "--preset thorough --tune-epochs 2"),
+    ],
+)
+def test_flags_win_over_a_record(flags: str, beside: str, same: str, tmp_path: Path) -> None:
+    def parsed(line: str) -> tuple[Config, Recipe]:
+        return parse(["--ckpt", "model", "--out", "out", *line.split()])
+
+    config, recipe = parsed(flags)
+    file = Path(__file__).parents[1] / "reporting/records/unstructured.json"
+    record = schema.as_json(reading.read(file.read_bytes(), file)) | {"config": dataclasses.asdict(config)}
+    (tmp_path / "jaxprune.json").write_text(json.dumps(record | recipe.as_json()))
+    assert parsed(f"--config {tmp_path / 'jaxprune.json'} {beside}") == parsed(same)
 
 
 ONLY_IN_PYTHON = {
