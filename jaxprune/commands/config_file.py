@@ -1,5 +1,6 @@
 """Files of options: what --config names."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,15 @@ YAML_BYTES, JSON_BYTES = 2**20, 64 * 2**20
 """The most that such a file may hold; .json, as a record, that of a thousand layers."""
 Recorded = Callable[[bytes, Path], Mapping[str, Any]]
 """The content of a record and its path -> the options of its run."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 2:4 as text, which YAML 1.1 takes for a number of base 60."""
+
+    yaml_implicit_resolvers = {
+        first: [("tag:yaml.org,2002:str", re.compile(r"[-+0-9_.]+:")), *known]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def load(path: Path, recorded: Recorded | None) -> dict[str, Any]:
@@ -33,7 +43,7 @@ def load(path: Path, recorded: Recorded | None) -> dict[str, Any]:
         found: Any = decode(content, file=path, error=InputError)
     else:
         try:
-            found = yaml.safe_load(content)
+            found = yaml.load(content, _Loader)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise InputError(f"it holds no options ({' '.join(str(error).split())[:200]})", file=path) from None
     if not isinstance(found, dict):

@@ -189,6 +189,13 @@ def test_files_that_hold_no_options_are_refused(content: str, message: str, tmp_
         parse(["--config", str(file)])
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "10:16", "1:2"])
+def test_a_pattern_of_a_file_is_text(pattern: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(f"ckpt: model\npattern: {pattern}\nrule: ['*.q_proj=1:4']\nseed: 3\n")
+    config, recipe = parse(["--config", str(tmp_path / "run.yaml")])
+    assert (str(recipe.pattern), config.seed) == (pattern, 3)
+
+
 def test_every_command_takes_options_from_a_file(tmp_path: Path) -> None:
     file, record = tmp_path / "options.yaml", tmp_path / "jaxprune.json"
     file.write_text("eval: ppl\neval-seqlen: 64\nout: elsewhere\n")
