@@ -13,7 +13,7 @@ import numpy as np
 from jaxprune import calibration
 from jaxprune.errors import Change, InputError
 from jaxprune.evaluation.samples import Prompts, Sample, samples
-from jaxprune.evaluation.tasks import Tasks, mean_accuracy, summarize, with_error
+from jaxprune.evaluation.tasks import Tasks, groups_of, mean_accuracy, summarize, with_error
 from jaxprune.evaluation.text import TextQuality, short_name, text_quality
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
@@ -69,6 +69,7 @@ class Quality:
         texts: text -> what the model makes of it.
         windows: text -> windows, tokens a window.
         tasks: task -> metric -> value; see `tasks.summarize`.
+        groups: the names in it that are groups of tasks.
         samples: prompts and what the model makes of them.
         lm_eval: the results as lm-eval gives them, samples included; None without tasks.
         seconds: the seconds by what was measured; texts are measured for all checkpoints at once.
@@ -77,6 +78,7 @@ class Quality:
     texts: dict[str, TextQuality] = dataclasses.field(default_factory=dict)
     windows: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     tasks: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    groups: list[str] = dataclasses.field(default_factory=list)
     samples: list[Sample] = dataclasses.field(default_factory=list)
     lm_eval: dict[str, Any] | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -88,10 +90,11 @@ class Quality:
             values = {key: value for key, value in found._asdict().items() if value is not None}
             finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
             texts[name] = {"windows": list(self.windows[name])} | finite
-        mean = mean_accuracy(self.tasks)
+        mean = mean_accuracy(self.tasks, self.groups)
         return {
             "texts": texts,
             "tasks": self.tasks,
+            **({"groups": self.groups} if self.groups else {}),
             **({"mean_accuracy": mean} if mean else {}),
             **({"samples": [sample._asdict() for sample in self.samples]} if self.samples else {}),
             "seconds": self.seconds,
@@ -115,7 +118,7 @@ class Quality:
                     name, _, filtered = metric.partition(",")
                     error = metrics.get(f"{name}_stderr{',' * bool(filtered)}{filtered}")
                     rows[f"{task}, {metric}"] = with_error(value, error)
-        if mean := mean_accuracy(self.tasks):
+        if mean := mean_accuracy(self.tasks, self.groups):
             rows["mean acc"] = with_error(mean["acc"], mean.get("acc_stderr"))
         return rows
 
@@ -208,7 +211,7 @@ class Evaluator:
         if self._tasks:
             start = time.perf_counter()
             quality.lm_eval = self._tasks.run(self._lm_of(model))
-            quality.tasks = summarize(quality.lm_eval)
+            quality.tasks, quality.groups = summarize(quality.lm_eval), groups_of(quality.lm_eval)
             quality.seconds[f"zero-shot, {self._measures.backend}"] = time.perf_counter() - start
 
     def _windows_of(self, model: StreamedModel) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +90,22 @@ def summarize(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return summary
 
 
-def mean_accuracy(summary: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def groups_of(results: Mapping[str, Any]) -> list[str]:
+    """Returns the names in lm-eval's results that are groups: what they have comes from their tasks."""
+    return [name for name in results["results"] if name in results.get("group_subtasks", {})]
+
+
+def mean_accuracy(summary: Mapping[str, Mapping[str, float]], groups: Collection[str] = ()) -> dict[str, float]:
     """Returns the plain mean of `acc` over the tasks that have it, as in the paper's table 4, and its standard error.
+
+    Args:
+        summary: of tasks and groups, as `summarize` returns it.
+        groups: the names in it that are groups, whose tasks count instead.
 
     Returns:
         `acc`, and `acc_stderr` where all tasks have one; empty without any accuracy.
     """
-    tasks = [values for values in summary.values() if "acc" in values]
+    tasks = [values for name, values in summary.items() if "acc" in values and name not in groups]
     if not tasks:
         return {}
     mean = {"acc": sum(values["acc"] for values in tasks) / len(tasks)}

@@ -78,10 +78,12 @@ def entries(records: Sequence[Record]) -> list[Entry]:
                 found[entry.key] = entry
             else:
                 tasks = {**before.quality.tasks, **entry.quality.tasks}
+                groups = sorted({*before.quality.groups, *entry.quality.groups})
                 quality = Quality(
                     texts={**before.quality.texts, **entry.quality.texts},
                     tasks=tasks,
-                    mean_accuracy=MeanAccuracy(**mean_accuracy(_finite(tasks))),
+                    groups=groups,
+                    mean_accuracy=MeanAccuracy(**mean_accuracy(_finite(tasks), groups)),
                     samples=entry.quality.samples or before.quality.samples,
                 )
                 main = before if before.run or not entry.run else entry

@@ -68,6 +68,7 @@ class Quality(Schema):
 
     texts: dict[str, TextQuality] = {}
     tasks: dict[str, dict[str, float | None]] = {}
+    groups: list[str] = []
     mean_accuracy: MeanAccuracy = MeanAccuracy()
     samples: list[Sample] = []
     seconds: Seconds = {}

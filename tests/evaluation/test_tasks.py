@@ -12,7 +12,8 @@ from convert import open_checkpoint
 from jaxprune import StreamedModel
 from jaxprune.errors import InputError
 from jaxprune.evaluation.lm import StreamedLM
-from jaxprune.evaluation.tasks import ZERO_SHOT, Tasks, mean_accuracy, summarize
+from jaxprune.evaluation.quality import Quality
+from jaxprune.evaluation.tasks import ZERO_SHOT, Tasks, groups_of, mean_accuracy, summarize
 from tests.helpers import rows
 from tests.helpers.optional import needs_torch, torch
 
@@ -68,6 +69,18 @@ def test_the_mean_and_its_error() -> None:
     tasks = {"a": {"acc": 0.5, "acc_stderr": 0.03}, "b": {"acc": 0.7, "acc_stderr": 0.04}}
     assert mean_accuracy(tasks) == pytest.approx({"acc": 0.6, "acc_stderr": 0.025})
     assert mean_accuracy(tasks | {"c": {"acc": 0.9}}) == pytest.approx({"acc": 0.7})
+
+
+def test_the_mean_is_that_of_tasks_and_not_of_their_groups() -> None:
+    accuracies = {"mmlu": 0.5, "mmlu_stem": 0.4, "mmlu_law": 0.6, "boolq": 0.8}
+    results = {
+        "results": {name: {"acc,none": acc} for name, acc in accuracies.items()},
+        "group_subtasks": {"mmlu": ["mmlu_stem", "mmlu_law"]},
+    }
+    quality = Quality(tasks=summarize(results), groups=groups_of(results))
+    assert quality.groups == ["mmlu"] and quality.summary()["mmlu, acc"] == "0.5000"
+    assert quality.summary()["mean acc"] == "0.6000"
+    assert quality.as_json()["mean_accuracy"] == pytest.approx({"acc": 0.6})
 
 
 def test_filters_are_part_of_a_metrics_name() -> None:

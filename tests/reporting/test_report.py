@@ -123,7 +123,8 @@ def test_records_of_one_checkpoint_are_merged() -> None:
 def test_the_mean_is_that_of_the_merged_tasks() -> None:
     rte = {
         "texts": {},
-        "tasks": {"rte": {"acc": 0.9, "acc_stderr": 0.03}},
+        "tasks": {"glue": {"acc": 0.2}, "rte": {"acc": 0.9, "acc_stderr": 0.03}},
+        "groups": ["glue"],
         "mean_accuracy": {"acc": 0.9},
         "seconds": {},
     }
