@@ -12,13 +12,14 @@ import numpy as np
 from jaxtyping import Array, Float
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import has_bos_prefix
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from convert import open_checkpoint
 from jaxprune import hardware
 from jaxprune.errors import InputError
 from jaxprune.evaluation.packing import Packed, Request, batches, group, pack
+from jaxprune.evaluation.tasks import samples
 from jaxprune.streaming.generation import generate
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
@@ -139,12 +140,12 @@ class StreamedLM(TemplateLM):
             InputError: a request wants sampling.
         """
         prompts, stops, most_of = [], [], []
-        for context, options in (request.args for request in requests):
-            if options.get("do_sample") and options.get("temperature", 1.0) > 0:
+        for context, given in (request.args for request in requests):
+            options = normalize_gen_kwargs(given)
+            if samples(options):
                 raise InputError("the JAX backend generates greedily, but a task samples", options={"backend": "torch"})
-            most = int(options.get("max_gen_toks", 256))
-            until = options.get("until") or []
-            stops.append([until] if isinstance(until, str) else list(until))
+            most = options["max_gen_toks"]
+            stops.append(options["until"])
             prompts.append(self.tok_encode(context)[-max(1, self.max_length - most) :] or [self.prefix_token_id])
             most_of.append(min(most, self.max_length - len(prompts[-1])))
 

@@ -114,6 +114,11 @@ def mean_accuracy(summary: Mapping[str, Mapping[str, float]], groups: Collection
     return mean
 
 
+def samples(options: Mapping[str, Any]) -> bool:
+    """Returns whether the options of a generation, as `normalize_gen_kwargs` of lm-eval returns them, want sampling."""
+    return options["do_sample"] and options.get("temperature", 1.0) > 0
+
+
 def with_error(value: float, error: float | None) -> str:
     """Returns a value and its standard error, where there is one."""
     return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")

@@ -106,8 +106,21 @@ def test_generation_is_hflms(checkpoint: Path, reference: Any) -> None:
     found = StreamedLM(checkpoint).generate_until(requests)
     assert found == reference.generate_until(requests, disable_tqdm=True)
     assert any(found)
+
+
+@needs_torch
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
+def test_the_length_of_a_generation_has_hflms_names(name: str, checkpoint: Path, reference: Any) -> None:
+    requests = instances("generate_until", [("The cat sat on", {"until": "\n\n", name: 3})])
+    assert StreamedLM(checkpoint).generate_until(requests) == reference.generate_until(requests, disable_tqdm=True)
+
+
+@pytest.mark.parametrize("options", [{"do_sample": True}, {"temperature": 0.5}], ids=str)
+def test_a_generation_that_samples_is_refused(options: dict[str, Any], checkpoint: Path) -> None:
     with pytest.raises(InputError, match="generates greedily"):
-        StreamedLM(checkpoint).generate_until(instances("generate_until", [("A", {"do_sample": True})]))
+        StreamedLM(checkpoint).generate_until(instances("generate_until", [("A", options)]))
+    options = {"max_gen_toks": 1, "do_sample": False, "temperature": 0.5}
+    assert StreamedLM(checkpoint).generate_until(instances("generate_until", [("A", options)]))
 
 
 def test_the_model_is_read_once_and_few_shapes_are_compiled(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
