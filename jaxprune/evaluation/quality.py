@@ -57,7 +57,8 @@ class Measures:
         Raises:
             InputError: they cannot be used.
         """
-        tasks = Tasks(self.tasks, self.tasks_data, self.limit) if self.tasks else None
+        greedy = self.backend == "jax"
+        tasks = Tasks(self.tasks, self.tasks_data, self.limit, greedy=greedy) if self.tasks else None
         return tasks, Prompts(self.prompts) if self.samples else None
 
 

@@ -36,12 +36,15 @@ class Tasks:
         data: a folder with rows of some of them, one NAME.jsonl or NAME.parquet a task; the others come from the hub or
             its cache.
         limit: rows of each task; None: all.
+        greedy: whether the model that they are for only generates greedily.
 
     Raises:
-        InputError: lm-eval is not installed, a task is unknown, or its rows cannot be loaded.
+        InputError: lm-eval is not installed, a task is unknown or cannot be run, or its rows cannot be loaded.
     """
 
-    def __init__(self, names: Sequence[str], data: str | Path | None = None, limit: int | None = None) -> None:
+    def __init__(
+        self, names: Sequence[str], data: str | Path | None = None, limit: int | None = None, *, greedy: bool = False
+    ) -> None:
         manager = _task_manager()
         if unknown := [name for name in names if name not in manager.task_index]:
             near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)
@@ -59,7 +62,8 @@ class Tasks:
         for name in names:
             file = data and _rows_of(name, data)
             self._specs.append(_local(name, file, manager, folder) if file else name)
-            _require_loads(name, self._specs[-1], manager, file)
+            for one, task in _loaded(name, self._specs[-1], manager, file).items():
+                _require_runs(one, task, greedy)
 
     def run(self, model: Any) -> dict[str, Any]:
         """Returns lm-eval's results of a model, samples included.
@@ -179,8 +183,12 @@ def _local(name: str, file: Path, manager: Any, folder: Path) -> str:
     return str(path)
 
 
-def _require_loads(name: str, spec: str, manager: Any, file: Path | None) -> None:
-    """Raises InputError where lm-eval cannot load a task, or its rows do not say which choice is right."""
+def _loaded(name: str, spec: str, manager: Any, file: Path | None) -> Mapping[str, Any]:
+    """Returns lm-eval's tasks of a name, by name.
+
+    Raises:
+        InputError: they cannot be loaded, or their rows do not say which choice is right.
+    """
     try:
         loaded = manager.load([spec])
         faults = [] if file is None or name in SCHEMAS else [_fault(task) for task in loaded["tasks"].values()]
@@ -194,6 +202,17 @@ def _require_loads(name: str, spec: str, manager: Any, file: Path | None) -> Non
         ) from error
     for fault in filter(None, faults):
         raise InputError(f"lm-eval's task {name} finds no right choice", file=file, entry=fault)
+    return loaded["tasks"]
+
+
+def _require_runs(name: str, task: Any, greedy: bool) -> None:
+    """Raises InputError for a task that would fail only once the model is there."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    if getattr(task, "UNSAFE_CODE", False):
+        raise InputError(f"task {name} would run code that a model writes, which is not done here")
+    if greedy and samples(normalize_gen_kwargs(task.config.generation_kwargs or {})):
+        raise InputError(f"the JAX backend generates greedily, but task {name} samples", options={"backend": "torch"})
 
 
 def _fault(task: Any) -> str | None:

@@ -1,5 +1,6 @@
 """The paper's tasks on local rows: stock prompts and metrics, both backends, item for item."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from convert import open_checkpoint
 from jaxprune import StreamedModel
 from jaxprune.errors import InputError
 from jaxprune.evaluation.lm import StreamedLM
-from jaxprune.evaluation.quality import Quality
+from jaxprune.evaluation.quality import Measures, Quality
 from jaxprune.evaluation.tasks import ZERO_SHOT, Tasks, groups_of, mean_accuracy, summarize
 from tests.helpers import rows
 from tests.helpers.optional import needs_torch, torch
@@ -101,6 +102,19 @@ def test_what_cannot_be_loaded_is_one_error(tmp_path: Path, monkeypatch: pytest.
     (data / "piqa.jsonl").write_text('{"goal": "no choices"}\n')
     with pytest.raises(InputError, match="its rows are not what lm-eval's task piqa reads"):
         Tasks(["piqa"], data)
+
+
+def test_tasks_that_would_fail_once_the_model_is_there_are_refused_before(tmp_path: Path) -> None:
+    row = {"question": "How many cats?", "answer": "One. #### 1"}
+    (tmp_path / "gsm8k_cot_self_consistency.jsonl").write_text(json.dumps(row) + "\n")
+    measures = Measures(tasks=("gsm8k_cot_self_consistency",), tasks_data=tmp_path)
+    with pytest.raises(InputError, match="generates greedily, but task gsm8k_cot_self_consistency samples"):
+        _ = measures.loaded
+    assert dataclasses.replace(measures, backend="torch").loaded[0]
+    row = {"input_prompt": "a", "reference_output": "b", "metadata": "{}"}
+    (tmp_path / "longproc_pseudo_to_code_0.5k.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match="task longproc_pseudo_to_code_0.5k would run code that a model writes"):
+        Tasks(["longproc_pseudo_to_code_0.5k"], tmp_path)
 
 
 @needs_torch
