@@ -46,7 +46,7 @@ class Verdict(NamedTuple):
     Attributes:
         kernels: (layer index, path of the linear layer) -> what it is.
         problems: one line each; none if the checkpoint is what it should be.
-        compared: number of other tensors that were compared with the dense checkpoint's.
+        compared: number of tensors, others and kernels that stay dense, that were compared with the dense checkpoint's.
         tokenizer: whether there is a tokenizer, which loads.
     """
 
@@ -75,7 +75,7 @@ def verify(
         model: pruned.
         against: the dense one.
         pattern: the pattern that every kernel must have. None: an N:M, if nine in ten kernels have it.
-        own: kernels that need not have it, but another one, or None.
+        own: kernels that need not have it, but another one; None: they stay dense.
         counts: zeros that every kernel was left with; it must have exactly those.
         wanted: zeros that every kernel must have at least.
         sections: zeros of each of the linear layers that lie side by side in one, which must have exactly those.
@@ -96,6 +96,7 @@ def verify(
     names |= {name_of(which): which for which in counts or {} if which in every}  # routers that were pruned, too
     problems = _differences(reader, dense) if dense else []
     kernels: dict[Which, StoredKernel] = {}
+    compared = 0
     for name in reader.spec:
         array = reader.read([name])[name]
         if bad := int(np.size(array) - np.count_nonzero(np.isfinite(array))):
@@ -108,7 +109,10 @@ def verify(
             problems += [f"{name} {problem}" for problem in _moved(array, masks and masks(*which))]
             if quantization and not bad and has_grid(len(array)) and (count := off_grid(array, BITS[quantization])):
                 problems.append(f"{name} has {count} weights off the grid of {quantization.upper()}")
-        elif dense and name in dense.spec:
+            if quantization or which not in own or its is not None:
+                continue
+        compared += dense is not None
+        if dense and name in dense.spec:
             its_own = dense.read([name])[name]
             if not _same(array, held(name, its_own) if held else its_own):
                 how = "as its type rounds it" if held else "bit for bit"
@@ -121,7 +125,7 @@ def verify(
         problems.append(f"the kernels have {found} zeros in total, {total - found} fewer than were wanted")
     if pattern is None:
         problems += _outliers({which: kernel for which, kernel in kernels.items() if which not in own})
-    return Verdict(kernels, problems, len(reader.spec) - len(kernels) if dense else 0, tokenizer)
+    return Verdict(kernels, problems, compared, tokenizer)
 
 
 def zeros(model: StreamedModel) -> dict[Which, tuple[int, int]]:

@@ -250,6 +250,19 @@ def test_an_outlier_is_found_without_a_record(
     assert "layers.1.mlp.up_proj.kernel is not 2:4 along its inputs, as 20 others are" in capsys.readouterr().out
 
 
+def test_a_linear_that_stays_dense_is_the_dense_one(
+    checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 1, "--seqlen", 8, "--eval", "none"]
+    flags += ["--method", "magnitude", "--skip", "*.up_proj", "--out", tmp_path / "out"]
+    assert run(list(map(str, flags))) == 0
+    assert main([str(tmp_path / "out"), "--against", str(checkpoint)]) == 0
+    assert "12 other tensors compared with" in " ".join(capsys.readouterr().out.split())
+    folder = change(tmp_path / "out", tmp_path / "broken", lambda tensors: np.multiply(tensors[UP], 2, tensors[UP]))
+    assert main([str(folder), "--against", str(checkpoint)]) == 1
+    assert "layers.1.mlp.up_proj.kernel is not the dense checkpoint's, bit for bit" in capsys.readouterr().out
+
+
 def test_a_wrong_output_is_named(pruned: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = change(pruned["60 % per output"], tmp_path / "broken", lambda tensors: tensors[UP][7].fill(1))
     assert main([str(folder)]) == 1
