@@ -74,7 +74,8 @@ def verify(
     Args:
         model: pruned.
         against: the dense one.
-        pattern: the pattern that every kernel must have. None: an N:M, if nine in ten kernels have it.
+        pattern: the pattern that every kernel must have. None: an N:M, if nine in ten kernels have it and there is no
+            `total`.
         own: kernels that need not have it, but another one; None: they stay dense.
         counts: zeros that every kernel was left with; it must have exactly those.
         wanted: zeros that every kernel must have at least.
@@ -123,7 +124,7 @@ def verify(
     found = sum(kernel.zeros for kernel in kernels.values())
     if total is not None and found < total:
         problems.append(f"the kernels have {found} zeros in total, {total - found} fewer than were wanted")
-    if pattern is None:
+    if pattern is None and total is None:
         problems += _outliers({which: kernel for which, kernel in kernels.items() if which not in own})
     return Verdict(kernels, problems, compared, tokenizer)
 

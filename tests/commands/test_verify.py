@@ -248,6 +248,7 @@ def test_an_outlier_is_found_without_a_record(
     (folder / "jaxprune.json").unlink()
     assert main([str(folder)]) == 1
     assert "layers.1.mlp.up_proj.kernel is not 2:4 along its inputs, as 20 others are" in capsys.readouterr().out
+    assert verify(load(folder), total=1).problems == []  # only a sparsity is claimed
 
 
 def test_a_linear_that_stays_dense_is_the_dense_one(
