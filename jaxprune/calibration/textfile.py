@@ -91,15 +91,22 @@ def read_rows(row: type[S], path: Path) -> Iterator[S]:
         InputError: the file cannot be read, or a row is not what it has to be; its line and entry are named.
     """
     with unpacked(path) as file:
-        yield from (parquet_rows if _kind(path) == ".parquet" else json_rows)(row, file, path)
+        yield from (parquet_rows if kind_of(path) == ".parquet" else json_rows)(row, file, path)
+
+
+def kind_of(path: Path) -> str | None:
+    """Returns which of `FORMATS` a file's name says that it has, packed or not; None: none of them."""
+    name = path.name.removesuffix(path.suffix) if path.suffix in COMPRESSED else path.name
+    suffix = Path(name).suffix
+    return suffix if suffix in FORMATS else None
 
 
 def _holds_conversations(path: Path) -> bool:
-    if _kind(path) is None:
+    if kind_of(path) is None:
         raise InputError(
             "its name says no known kind of text", file=path, wanted=f"{', '.join(FORMATS)} (also packed), or .npy"
         )
-    first = None if _kind(path) == ".txt" else next(read_rows(First, path), None)
+    first = None if kind_of(path) == ".txt" else next(read_rows(First, path), None)
     return first is not None and first.text is None and first.messages is not None
 
 
@@ -109,17 +116,11 @@ def _conversations(path: Path) -> Iterator[str]:
 
 
 def _texts(path: Path) -> Iterator[str]:
-    if _kind(path) == ".txt":
+    if kind_of(path) == ".txt":
         with unpacked(path) as file:
             yield _txt(file, path)
     else:
         yield from (row.text for row in read_rows(Row, path))
-
-
-def _kind(path: Path) -> str | None:
-    name = path.name.removesuffix(path.suffix) if path.suffix in COMPRESSED else path.name
-    suffix = Path(name).suffix
-    return suffix if suffix in FORMATS else None
 
 
 def _txt(file: BufferedIOBase, path: Path) -> str:
@@ -143,7 +144,7 @@ def _files(folder: Path, split: str) -> list[Path]:
         there = f"it has {', '.join(sorted(found))}" if found else f"it has no {', '.join(FORMATS)} files"
         raise InputError(f"it has no {split} split, {there}", file=folder)
     files = sorted(found[chosen])
-    if len({_kind(file) for file in files}) > 1:
+    if len({kind_of(file) for file in files}) > 1:
         raise InputError(f"its {chosen} split has files of several kinds", file=folder, wanted="one kind, or one file")
     if len(folders := sorted({str(file.parent.relative_to(folder)) for file in files})) > 1:
         raise InputError(
@@ -162,7 +163,7 @@ def _text_files(folder: Path) -> Iterator[Path]:
             seen += 1
             if seen > MOST_FILES:
                 raise InputError("it holds too many files", file=folder, wanted=f"at most {MOST_FILES}")
-            if not name.startswith(".") and _kind(Path(name)):
+            if not name.startswith(".") and kind_of(Path(name)):
                 yield Path(parent) / name
 
 

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from convert.files import expand
 from jaxprune.calibration.documents import Conversations
-from jaxprune.calibration.textfile import documents
+from jaxprune.calibration.textfile import documents, kind_of
 from jaxprune.calibration.texts import Texts
 from jaxprune.errors import Change, InputError
 from jaxprune.streaming.generation import generate
@@ -53,17 +54,18 @@ class Prompts:
         path: .txt, a prompt a line, or a file of texts or conversations as for calibration; None: the dozen.
 
     Raises:
-        InputError: the file cannot be used.
+        InputError, CheckpointError: the file cannot be used.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
         self._path = path
         self._prompts: Sequence[str] = PROMPTS
         if path is not None:
-            if os.path.isdir(path) or Path(path).suffix == ".npy":
+            path = expand(path)
+            if os.path.isdir(path) or path.suffix == ".npy":
                 raise InputError("it is no file of prompts", file=path, wanted=".txt, .jsonl, .json or .parquet")
-            found = documents(Path(path), "test", MOST + 1)
-            if Path(path).suffix == ".txt":
+            found = documents(path, "test", MOST + 1)
+            if kind_of(path) == ".txt":
                 found = [line for line in found[0].splitlines() if line.strip()]
             if not found:
                 raise InputError("it holds no text", file=path)

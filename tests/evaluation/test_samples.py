@@ -1,5 +1,6 @@
 """Prompts, and what models make of them."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -29,10 +30,13 @@ def test_pieces_are_the_continuation(checkpoint: Path) -> None:
         assert "".join(sample.pieces) == model.tokenizer.decode(made)
 
 
-def test_prompts_of_files(checkpoint: Path, tmp_path: Path) -> None:
+def test_prompts_of_files(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load(checkpoint).tokenizer
     (tmp_path / "lines.txt").write_text("the cat\n\n a dog \n")
-    assert Prompts(tmp_path / "lines.txt").texts(tokenizer) == ["the cat", " a dog "]
+    (tmp_path / "packed.txt.gz").write_bytes(gzip.compress((tmp_path / "lines.txt").read_bytes()))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in (tmp_path / "lines.txt", tmp_path / "packed.txt.gz", "~/lines.txt"):
+        assert Prompts(path).texts(tokenizer) == ["the cat", " a dog "]
     (tmp_path / "rows.jsonl").write_text('{"text": "a\\nb"}\n{"text": "c"}\n')
     assert Prompts(tmp_path / "rows.jsonl").texts(tokenizer) == ["a\nb", "c"]
     rows = [{"messages": [{"role": "user", "content": "hello"}]}]
