@@ -97,7 +97,9 @@ class Recipe:
             if sparsity is not None:
                 raise InputError(f"one sparsity is enough: {pattern} and {sparsity} are given")
             pattern, sparsity = None, pattern
-        if pattern is None:
+        if pattern is None and isinstance(self.pattern, NM):
+            pattern = str(self.pattern)
+        elif pattern is None:
             per_output = isinstance(self.pattern, Unstructured) and self.pattern.per_output
             pattern = "per-output" if per_output else "unstructured"
         found = parse_pattern(pattern, sparsity) if isinstance(pattern, str) else pattern

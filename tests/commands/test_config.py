@@ -100,6 +100,9 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
     assert made == PRESETS[preset].at(sparsity=0.7) == PRESETS[preset].at(0.7)
     with pytest.raises(InputError, match="one sparsity is enough"):
         PRESETS[preset].at(0.7, 0.5)
+    assert Recipe(pattern=NM(2, 4)).at() == Recipe(pattern=NM(2, 4)).at(0.5) == Recipe(pattern=NM(2, 4))
+    with pytest.raises(InputError, match="2:4 has a sparsity of 0.5, not 0.7"):
+        Recipe(pattern=NM(2, 4)).at(0.7)
     assert (made.pattern_text, made.slug) == ("70 % in total", f"{preset}-70")
     assert made.method_text.startswith(f"{preset}: admm, ")
     assert recipe("--tune-epochs 7 --spread 0.05").tuning.tune_epochs == 7
