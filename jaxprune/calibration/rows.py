@@ -26,8 +26,8 @@ def json_rows(row: type[S], file: BufferedIOBase, path: Path) -> Iterator[S]:
     Raises:
         InputError: a row is not what it has to be; its line and entry are named.
     """
-    for number, line in lines(file, path):
-        if number == 1 and line.lstrip().startswith(b"["):
+    for place, (number, line) in enumerate(lines(file, path)):
+        if place == 0 and line.lstrip().startswith(b"["):
             try:
                 yield from pydantic.TypeAdapter(list[row]).validate_json(line + whole(file, path))  # type: ignore[valid-type]
             except pydantic.ValidationError as problem:

@@ -107,6 +107,8 @@ def test_marks_and_line_ends_of_other_systems(tmp_path: Path) -> None:
     assert list(textfile.documents(tmp_path / "a.txt", "train")) == ["a\nb\nc"]
     (tmp_path / "a.json").write_text(json.dumps([{"text": "a"}, {"text": "b", "score": None}], indent=1))
     assert list(textfile.documents(tmp_path / "a.json", "train")) == ["a", "b"]
+    (tmp_path / "b.json").write_text('\n\n[{"text": "a"},\n{"text": "b"}]')
+    assert list(textfile.documents(tmp_path / "b.json", "train")) == ["a", "b"]
 
 
 @pytest.mark.parametrize("pack", [bz2, gzip, lzma])
