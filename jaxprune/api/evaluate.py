@@ -92,7 +92,10 @@ def evaluate(
     names = list(dict.fromkeys(one.name if isinstance(one, StreamedModel) else str(one) for one in given))
     if len(short := {_file_name(name) for name in names}) < len(names):
         raise InputError(f"checkpoints of the same name cannot be told apart: {', '.join(sorted(short))}")
-    opened = {one.name: one for one in given if isinstance(one, StreamedModel)}
+    opened: dict[str, StreamedModel] = {}
+    for one in given:
+        if isinstance(one, StreamedModel) and opened.setdefault(one.name, one) is not one:
+            raise InputError(f"two models of the same name cannot be told apart: {one.name}")
     _ = measures.loaded  # before a model is fetched
     place = None
     if out is not None:

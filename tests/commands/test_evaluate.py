@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from convert import create_checkpoint, open_checkpoint
-from jaxprune import load
+from jaxprune import InputError, evaluate, load
 from jaxprune.__main__ import main as jaxprune
 from jaxprune.calibration import evaluation_windows
 from jaxprune.commands.config import parse as parse_run
@@ -34,6 +34,13 @@ def pruned(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactor
     flags = ["--ckpt", checkpoint, "--out", out, "--method", "wanda", "--sparsity", 0.6, "--calib", text]
     run(*parse_run([*map(str, flags), "--nsamples", "4", "--seqlen", "32", "--eval", "none"]))
     return out
+
+
+def test_two_models_of_one_name_are_not_taken_for_one(checkpoint: Path, text: Path) -> None:
+    model, other = load(checkpoint), load(checkpoint)
+    with pytest.raises(InputError, match=f"two models of the same name cannot be told apart: {checkpoint}"):
+        evaluate(model, against=other, texts=[str(text)], seqlen=32, windows=1)
+    assert list(evaluate(model, model, texts=[str(text)], seqlen=32, windows=1).qualities) == [str(checkpoint)]
 
 
 @pytest.mark.slow
