@@ -68,6 +68,7 @@ class StreamedLM(TemplateLM):
         self._model = pretrained
         self.tokenizer = pretrained.tokenizer
         context = pretrained.hf_config.get("max_position_embeddings", MAX_LENGTH)
+        context = min(context, pretrained.architecture.config.max_positions or context)
         if max_length is not None and not 0 < max_length <= context:
             raise InputError(f"max_length must be 1 to {context}, the model's context, not {max_length}")
         self.max_length = max_length or context

@@ -15,7 +15,7 @@ from jaxprune import StreamedModel
 from jaxprune.commands.lm_eval import main as lm_eval_main
 from jaxprune.errors import InputError
 from jaxprune.evaluation.lm import StreamedLM
-from tests.helpers import rows, tiny
+from tests.helpers import families, rows, tiny
 from tests.helpers.optional import needs_torch, torch
 
 if torch:
@@ -75,6 +75,14 @@ def test_models_with_short_contexts(change: dict[str, Any], tmp_path: Path) -> N
     reference = HFLM(pretrained=str(folder), dtype="float32", device="cpu", logits_cache=False, batch_size=4)
     expected = reference.loglikelihood(requests, disable_tqdm=True)
     np.testing.assert_allclose([x for x, _ in found], [x for x, _ in expected], rtol=1e-4, atol=1e-4)
+
+
+@needs_torch
+def test_texts_are_cut_to_what_the_model_takes(tmp_path: Path) -> None:
+    families.save(tmp_path / "hf", families.config("ministral3", "plain"))  # stretched from 128 positions to 256
+    model = StreamedLM(tmp_path / "hf")
+    assert model.max_length == 128
+    assert len(model.loglikelihood(instances("loglikelihood", TEXTS))) == len(TEXTS)
 
 
 @needs_torch
