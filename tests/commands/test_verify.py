@@ -16,7 +16,7 @@ from jaxprune import NM, Magnitude, Recipe, Unstructured, evaluate, load, prune_
 from jaxprune.commands.convert import main as convert
 from jaxprune.commands.prune import main as run
 from jaxprune.commands.verify import main
-from jaxprune.evaluation.verification import StoredKernel, verify, zeros
+from jaxprune.evaluation.verification import verify, zeros
 from jaxprune.pruning.loop import other_params
 from jaxprune.reporting import reading, schema
 from jaxprune.reporting.record import Record, write_record
@@ -288,9 +288,11 @@ def test_what_cannot_be_read_is_one_error(
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_n_of_m_is_found_on_both_axes(checkpoint: Path) -> None:
-    kernels = verify(load(checkpoint)).kernels
-    assert all(kernel == StoredKernel(kernel.zeros, kernel.size, ()) for kernel in kernels.values())
+def test_n_of_m_is_found_on_both_axes(pruned: dict[str, Path], checkpoint: Path, tmp_path: Path) -> None:
+    assert {kernel.found for kernel in verify(load(checkpoint)).kernels.values()} == {()}
+    kernels = verify(load(change(pruned["2:4"], tmp_path / "changed", transpose_groups))).kernels
+    assert kernels[1, "mlp.up_proj"].found == ((2, 4, "outputs"),)
+    assert kernels[1, "mlp.gate_proj"].found == ((2, 4, "inputs"),)
 
 
 def test_zeros_that_a_fine_tuning_lost_are_counted(

@@ -136,8 +136,15 @@ def test_the_model_is_read_once_and_few_shapes_are_compiled(checkpoint: Path, mo
     asked: list[str] = []
     read = reader.read
     monkeypatch.setattr(reader, "read", lambda paths: asked.extend(paths) or read(paths))
-    texts = [(f"The cat {'sat ' * (number % 7)}on", f" {'mat ' * (number % 5 + 1)}") for number in range(300)]
-    StreamedLM(StreamedModel(reader)).loglikelihood(instances("loglikelihood", texts))
+    model = StreamedModel(reader)
+    shapes: list[tuple[int, ...]] = []
+    states = model.final_states
+    monkeypatch.setattr(
+        model, "final_states", lambda *texts, **rest: shapes.extend(t.shape for t in texts) or states(*texts, **rest)
+    )
+    texts = [(f"The cat {'sat ' * (number % 70 * 5)}on", f" {'mat ' * (number % 5 + 1)}") for number in range(300)]
+    StreamedLM(model).loglikelihood(instances("loglikelihood", texts))
+    assert [length for _, length in shapes] == [256, 512, 1024]
     layers = [path for path in asked if path.startswith("layers.")]
     assert len(layers) == len(set(layers)) == sum(path.startswith("layers.") for path in reader.spec)
 
