@@ -50,6 +50,7 @@ def of_pruning(
     """
     x = shapes.batch(windows, length)
     passes, in_flight = windows / x.shape[0], 2 * size_of(x)  # one batch on its way in, one on its way out
+    models = 2 if asymmetry else 1
     for layer, count in shapes.layers.items():
         params = shapes.layer_params(layer)
         wanted = [tap for tap, paths in layer.inputs.items() if not layer.routers.issuperset(paths)]
@@ -59,16 +60,15 @@ def of_pruning(
             totals = sums.totals(shapes)
             stack = max(stack, size_of([total for total in totals.values() if isinstance(total, ExpertTotals)]))
             add: Any = gram_matrices.accumulate_drift if asymmetry else gram_matrices.accumulate
-            states, every = (x, x) if asymmetry else (x,), (totals, totals) if asymmetry else (totals,)
-            arguments = params, *states, {}, *every
+            arguments = params, *[x] * models, {}, *[totals] * models
             yield Program(
                 "gram",
                 "forward and Gram matrices",
                 partial(add, layer),
                 arguments,
                 count * passes * groups,
-                in_flight * (1 + asymmetry),
-                donated=tuple(range(len(arguments) - len(every), len(arguments))),
+                in_flight * models,
+                donated=tuple(range(len(arguments)))[-models:],
                 beside=sums.flops(shapes, x.shape[0] * length),
             )
         yield from _of_solves(shapes, layer, count, params, stack, method, pattern, kind, asymmetry)

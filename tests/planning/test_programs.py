@@ -135,6 +135,20 @@ def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.zeros(shape.shape, shape.dtype)
 
 
+def test_a_dense_model_that_goes_along_is_counted(checkpoint: Path) -> None:
+    def named(asymmetry: bool) -> dict[str, Program]:
+        every = programs.of_pruning(shapes(checkpoint), 4, 16, ADMM(), Unstructured(0.5), asymmetry=asymmetry)
+        return {program.name: program for program in every}
+
+    alone, along = named(False), named(True)
+    targets = {f"target of {name.removeprefix('solve ')}" for name in alone if name.startswith("solve ")}
+    assert targets and along.keys() == alone.keys() | targets
+    name = "forward and Gram matrices"
+    assert sum(along[name].flops().values()) > 2 * sum(alone[name].flops().values())
+    assert along[name].peak_bytes() > alone[name].peak_bytes()
+    assert all(along[target].peak_bytes() > 0 for target in targets)
+
+
 @pytest.mark.parametrize("method", [ADMM(), ALPS()])
 def test_peaks_are_at_least_what_is_alive(method: object, checkpoint: Path) -> None:
     layer = load(checkpoint).architecture.layers[0]
