@@ -17,7 +17,9 @@ from jaxprune.calibration.texts import Texts
 from jaxprune.errors import Change, InputError
 
 HELD_OUT = 16
-"""Windows that are held out."""
+"""Windows that are held out, of up to 512 tokens."""
+LEAST_HELD_OUT = 4
+"""Of longer ones fewer, for as many tokens, down to so many."""
 AHEAD = 16
 """Windows that are made before they are asked for."""
 log = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ class TextStream:
         tokenizer: a transformers tokenizer; not used for .npy.
         length: tokens a window.
         seed: the seed of the orders.
-        held_out: how many windows are held out.
+        held_out: how many windows are held out; None: by their length, see `windows_held_out`.
         vocab_size: ids of .npy have to be below it; None: below 2^31.
 
     Attributes:
@@ -57,9 +59,10 @@ class TextStream:
         length: int,
         seed: int = 0,
         *,
-        held_out: int = HELD_OUT,
+        held_out: int | None = None,
         vocab_size: int | None = None,
     ) -> None:
+        held_out = windows_held_out(length) if held_out is None else held_out
         if held_out < 0 or length < 2:
             raise InputError(f"windows have at least 2 tokens and 0 or more are held out, not {length} and {held_out}")
         self.length, self._seed = length, seed
@@ -101,6 +104,11 @@ class TextStream:
         streams = {name: one.windows() for name, one in self._sources.items()}
         for name in interleaved(self._weights):
             yield name, *next(streams[name])
+
+
+def windows_held_out(length: int) -> int:
+    """Returns how many windows of a length are held out."""
+    return max(LEAST_HELD_OUT, min(HELD_OUT, HELD_OUT * 512 // length))
 
 
 class _Source:

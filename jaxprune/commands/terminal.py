@@ -113,10 +113,12 @@ def choose_devices(device: str, count: int | None = None, together: Join | None 
 
 
 def progress_bar() -> Progress:
-    """Returns a progress bar, each of whose tasks has a `unit` that it counts."""
+    """Returns a progress bar, each of whose tasks has a `unit` that it counts. What is left is by the pace of the
+    last ten minutes: a layer may take some of them."""
     unit = TextColumn("{task.fields[unit]}", markup=False)
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), unit
-    return Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console)
+    counts = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), unit
+    times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+    return Progress(*counts, *times, console=console, speed_estimate_period=600)
 
 
 def print_table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:

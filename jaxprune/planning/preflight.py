@@ -32,7 +32,10 @@ from jaxprune.sharding import ONE_DEVICE, Devices
 from jaxprune.sparsity.patterns import Unstructured
 
 SHARE_OF_RATE = {"sensitivity": 0.6, "tune": 0.7, "evaluate": 0.5}
-"""Share of the matrix rate that a phase reaches; 0.75 where not named. From docs/performance.md."""
+"""Share of the matrix rate that the float32 products of a phase reach; 0.75 where not named. These are of a CPU, from
+docs/performance.md."""
+SHARE_IN_16_BITS = 0.45
+"""That of products in 16 bits, of whatever phase, beside which the rest weighs more."""
 LIBRARIES = 1.0 * GIB
 """Host memory of Python, JAX, transformers, Orbax and compiled programs; 0.85 to 1.05 GiB were measured."""
 
@@ -271,12 +274,12 @@ def _best(work: Work) -> int:
 
 
 def seconds(need: Need, devices: Devices = ONE_DEVICE) -> dict[str, float]:
-    """Predicts how long each phase takes, from the matrix rate of this machine, measured once a process."""
-    dtypes = sorted({dtype for flops in need.flops.values() for dtype in flops})
-    rates = {dtype: machine.matrix_rate(dtype) for dtype in dtypes}
-    return {
-        phase: sum(count / rates[dtype] for dtype, count in flops.items())
-        / devices.count
-        / SHARE_OF_RATE.get(phase, 0.75)
-        for phase, flops in need.flops.items()
-    }
+    """Predicts how long each phase takes, from the matrix rate of this machine, measured once a process; a CPU that is
+    divided into devices has no more than one."""
+    count = 1 if hardware.current().on_cpu else devices.count
+
+    def of(phase: str, dtype: str, flops: int) -> float:
+        share = SHARE_IN_16_BITS if dtype in ("bfloat16", "float16") else SHARE_OF_RATE.get(phase, 0.75)
+        return flops / (machine.matrix_rate(dtype) * share * count)
+
+    return {phase: sum(of(phase, *one) for one in flops.items()) for phase, flops in need.flops.items()}

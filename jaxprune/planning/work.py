@@ -10,7 +10,7 @@ import numpy as np
 
 from convert import Spec
 from jaxprune import hardware
-from jaxprune.calibration.stream import HELD_OUT
+from jaxprune.calibration.stream import windows_held_out
 from jaxprune.hardware import Hardware
 from jaxprune.models import Architecture, stored_dtype
 from jaxprune.planning.program import Flops
@@ -88,7 +88,7 @@ class Work:
     @property
     def held_out(self) -> int:
         """Windows that the distillation does not see."""
-        return HELD_OUT if self.recipe.tuning.tune_tokens else 0
+        return windows_held_out(self.length) if self.recipe.tuning.tune_tokens else 0
 
     @functools.cached_property
     def steps(self) -> TuningSteps:

@@ -9,13 +9,18 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from jaxprune.commands.prune import main
 from jaxprune.errors import Change
+from jaxprune.hardware import Hardware, writing_for
 from jaxprune.planning import fit, preflight
-from jaxprune.planning.work import GIB
+from jaxprune.planning.program import Flops
+from jaxprune.planning.work import GIB, Need
+from jaxprune.sharding import AXIS, Devices
 from tests.helpers import tiny
 from tests.helpers.command import jaxprune
 from tests.helpers.plans import need_of, work_of
@@ -65,6 +70,25 @@ def test_what_is_needed_grows_as_it_must(checkpoint: Path, monkeypatch: pytest.M
     assert best.device.keys() == {"sensitivity", "gram", "solve", "forward", "tune"}
     assert sum(best.flops["solve"].values()) == sum(few.flops["solve"].values())
     assert sum(best.disk.values()) > sum(few.disk.values())
+    works = [
+        work_of("--ckpt", checkpoint, "--nsamples", 8, *shared, "--preset", "thorough", "--tune-tokens", tokens)
+        for tokens in ("128k", "256k")  # each with 16 measures
+    ]
+    short, long = map(preflight.need, works)
+    assert short.disk["tuning"] - best.disk["tuning"] == 2 * works[0].pruned_bytes  # the best so far
+    assert long.disk == short.disk and long.device == short.device
+    assert long.flops["tune"]["float32"] == pytest.approx(2 * short.flops["tune"]["float32"], rel=0.1)
+
+
+def test_the_time_is_by_the_rate_of_each_kind_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.machine, "matrix_rate", {"float32": 1e11, "bfloat16": 4e11}.__getitem__)
+    flops = {"solve": Flops({"float32": 15 * 10**10}), "tune": Flops({"bfloat16": 18 * 10**11, "float32": 7 * 10**10})}
+    need = Need({}, {}, {}, {}, 0, flops)
+    assert preflight.seconds(need) == pytest.approx({"solve": 2, "tune": 11})
+    several = Devices(Mesh(np.array(8 * jax.devices()[:1]), (AXIS,)))
+    assert preflight.seconds(need, several) == preflight.seconds(need)  # eight parts of one CPU
+    with writing_for(Hardware("gpu")):
+        assert preflight.seconds(need, several) == pytest.approx({"solve": 0.25, "tune": 11 / 8})
 
 
 def test_the_bound_is_above_the_compilers_count(checkpoint: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from jaxprune import ADMM, ALPS, Unstructured, load, prune_layers
-from jaxprune.calibration.stream import HELD_OUT
+from jaxprune.calibration.stream import HELD_OUT, windows_held_out
 from jaxprune.hardware import Hardware, writing_for
 from jaxprune.methods.linalg import matmul
 from jaxprune.models.attention import causal_attention
@@ -160,7 +160,7 @@ def test_peaks_are_at_least_what_is_alive(method: object, checkpoint: Path) -> N
 
 
 def of_distillation(checkpoint: Path, tuning: Tuning) -> list[Program]:
-    held_out = HELD_OUT if tuning.tune_tokens else 0
+    held_out = windows_held_out(16) if tuning.tune_tokens else 0
     steps = TuningSteps.of(tuning, 8, 16, held_out * 16)
     return list(programs.of_distillation(shapes(checkpoint), steps, Placement(True, True), (held_out, 16)))
 
