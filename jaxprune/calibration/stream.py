@@ -2,9 +2,10 @@
 
 import hashlib
 import logging
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, count, islice
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,8 @@ class TextStream:
     before any of it comes again; then they are taken in another order, and so on. The first order begins at the end of
     that by which `calibration_windows` takes documents, so that those of the calibration come last; what comes before
     all is held out: nothing of these documents is in a window, unless what they leave is more than what is held out,
-    as of a book, or there is no other document. Several sources take turns.
+    as of a book, or there is no other document: that comes first, its windows in an order of the seed's, too. Several
+    sources take turns.
 
     Args:
         source: sources; see `calibration_windows`. Of .npy, rows are what documents are of others.
@@ -87,8 +89,10 @@ class TextStream:
 
     def windows(self, begin: int = 0) -> Iterator[Int[np.ndarray, "t"]]:
         """Yields windows without end, from the one of a number on."""
-        windows = islice(self._windows(), begin, None)
-        with ThreadPoolExecutor(1, thread_name_prefix="text") as pool:
+        stopped = threading.Event()
+        windows = self._windows(begin, stopped)
+        pool = ThreadPoolExecutor(1, thread_name_prefix="text")
+        try:
             ahead = [pool.submit(next, windows) for _ in range(AHEAD)]
             epochs = dict.fromkeys(self._sources, 0)
             for number in count():
@@ -98,12 +102,19 @@ class TextStream:
                     log.warning("the text %s is at its end: it is taken again", name)
                 epochs[name] = epoch
                 yield window
+        finally:
+            stopped.set()  # what is before the first window may be long
+            pool.shutdown(cancel_futures=True)
 
-    def _windows(self) -> Iterator[tuple[str, int, Int[np.ndarray, "t"]]]:
-        """Yields the source and the epoch of each window with it."""
+    def _windows(self, begin: int, stopped: threading.Event) -> Iterator[tuple[str, int, Int[np.ndarray, "t"]]]:
+        """Yields the source and the epoch of each window with it, from the one of a number on."""
         streams = {name: one.windows() for name, one in self._sources.items()}
-        for name in interleaved(self._weights):
-            yield name, *next(streams[name])
+        for number, name in enumerate(interleaved(self._weights)):
+            if stopped.is_set():
+                return
+            window = next(streams[name])
+            if number >= begin:
+                yield name, *window
 
 
 def windows_held_out(length: int) -> int:
@@ -143,13 +154,18 @@ class _Source:
 
     def _epoch(self, number: int) -> Iterator[Int[np.ndarray, "t"]]:
         """Yields the windows of all of the text; what is left at its end is left out."""
-        order = np.random.default_rng([self._seed, number]).permutation(self._order) if number else self._order
-        ids = np.zeros(0, np.int32)
-        for more in chain([self._rest], (self._documents.joined(int(document)) for document in order)):
-            ids = np.concatenate([ids, more])
-            whole = len(ids) // self._length * self._length
-            yield from ids[:whole].reshape(-1, self._length)
-            ids = ids[whole:]
+        generator = np.random.default_rng([self._seed, number])
+        order = generator.permutation(self._order) if number else self._order
+        rest, ids = self._cut(self._rest)
+        yield from (rest[row] for row in generator.permutation(len(rest)))
+        for document in order:
+            windows, ids = self._cut(np.concatenate([ids, self._documents.joined(int(document))]))
+            yield from windows
+
+    def _cut(self, ids: Int[np.ndarray, "_"]) -> tuple[Int[np.ndarray, "w t"], Int[np.ndarray, "_"]]:
+        """Returns the windows of ids, and what is left of them."""
+        whole = len(ids) // self._length * self._length
+        return ids[:whole].reshape(-1, self._length), ids[whole:]
 
 
 def _documents(source: str, tokenizer: Any, vocab_size: int | None) -> "Texts | _Rows":

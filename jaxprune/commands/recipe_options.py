@@ -153,7 +153,7 @@ class RecipeOptions:
         flags = {"asymmetry": preset.asymmetry} | _set(preset.importance) | _set(preset.tuning)
         if given.get("token_power"):  # needs all windows
             del flags["sensitivity_windows"]
-        if given.get("tune_tokens"):
+        if "tune_tokens" in given:  # 0: no tuning at all
             flags.pop("tune_epochs", None)
         if "tune_epochs" in given:
             flags.pop("tune_tokens", None)

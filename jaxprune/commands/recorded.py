@@ -73,7 +73,7 @@ def meaningless(recipe: RecipeRecord, given: Mapping[str, str]) -> set[str]:
         found.add("sensitivity_windows")
     if "tune_epochs" in given:
         found.add("tune_tokens")
-    elif "tune_tokens" in given and on("tune_tokens"):
+    elif "tune_tokens" in given:
         found.add("tune_epochs")
     if not on("tune_tokens"):
         found |= {"tune_to_end", "tune_text"}

@@ -57,7 +57,7 @@ def device_shortages(need: Need, work: Work) -> Iterator[Shortage]:
 
 def _untuned(work: Work) -> dict[str, Any]:
     """Returns the options that leave the distillation out."""
-    return {"tune_epochs": 0} | ({"tune_tokens": 0} if work.recipe.tuning.tune_tokens else {})
+    return {"tune_tokens" if work.recipe.tuning.tune_tokens else "tune_epochs": 0}
 
 
 def _host_and_disk(need: Need, work: Work) -> Iterator[Shortage]:

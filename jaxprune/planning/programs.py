@@ -232,7 +232,7 @@ def of_distillation(
                 )
     for layer, count, one in tuned:
         forward, values, calls = partial(apply_layer, layer), one.kernels.values, count * steps.count
-        beside = stays - size_of(values) if placement.state else stays + size_of(values)  # else the next layer's
+        beside = stays - size_of(values) if placement.state else stays + 2 * size_of(values)  # those of the next two
         if placement.results:
             forward_and_vjp = partial(layer_vjp.forward_and_vjp, layer)
             yield Program("tune", "forward", forward_and_vjp, (values, one.rest, x), calls, beside + results)

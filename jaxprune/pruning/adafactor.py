@@ -99,7 +99,8 @@ def init(
         dtype: of the computation.
         experts: name -> the experts whose kernels are tuned, where they are stacked; the others do not move.
     """
-    values = {name: kernel.astype(np.float32) for name, kernel in kernels.items()}
+    # In one order in memory, which decides how sums are rounded, wherever a run was stopped.
+    values = {name: kernel.astype(np.float32, order="C") for name, kernel in kernels.items()}
     fixed = {name: _fixed(value, experts[name] if value.ndim == 3 else ()) for name, value in values.items()}
     moving = {}
     for name, value in values.items():

@@ -32,7 +32,7 @@ from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.kept_tuning import Kept
 from jaxprune.pruning.placement import placement_of
 from jaxprune.pruning.results import LayerResult
-from jaxprune.pruning.student import Student
+from jaxprune.pruning.student import Student, require_finite
 from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.recipe_parts import Tuning
 from jaxprune.streaming.model import StreamedModel
@@ -142,8 +142,7 @@ def distill(
         del measured  # there is to be one best at a time
     kept_tuning.keep_curve(journal, held_out.curve if held_out else [])
     best = held_out.best if held_out else None
-    if not best:  # that of a measure is finite
-        student.require_finite()
+    require_finite(best or (kernels.values for kernels in student.state))
     for index in range(model.num_layers):
         yield student.result(index, best[index] if best else student.stored(index))
 

@@ -45,7 +45,7 @@ class Student:
         architecture = model.architecture
         self._model, self._placement = model, placement
         self._results: list[LayerResult] = []
-        self._rest: list[dict[str, np.ndarray]] = []
+        self._rest: list[dict[str, Any]] = []  # what is not tuned, on the device where the state stays
         self._dtypes: list[dict[str, np.dtype]] = []
         self.state: list[adafactor.Kernels] = []
         for result in layers:
@@ -60,7 +60,7 @@ class Student:
             dense = layer.unstack(kernels).keys() - {f"{path}.kernel" for path in result.masks}
             beside = in_checkpoint(result.index, {path: own[path] for path in dense})
             self._results.append(dataclasses.replace(result, params=beside))
-            self._rest.append(params)
+            self._rest.append(model.devices.replicate(params) if placement.state else params)
             self._dtypes.append({name: kernel.dtype for name, kernel in kernels.items()})
             self.state.append(self.place(adafactor.init(kernels, model.dtype, experts)))
         self._embed, self._head = (model.params_of(part, cast=True) for part in (architecture.embed, architecture.head))
@@ -135,12 +135,6 @@ class Student:
         found = [self._divergence(states.read(rows), dense.read(rows), divergence_alone)[0] for rows in states.slices()]
         return _finite_mean(np.concatenate(found))
 
-    def require_finite(self) -> None:
-        """Raises InputError where a kernel holds NaN or infinity."""
-        for kernels in self.state:
-            if not all(jnp.isfinite(value).all() for value in kernels.values.values()):
-                raise _not_finite("a kernel")
-
     def _divergence(
         self, states: Float[np.ndarray, "b t d"], dense: Float[np.ndarray, "b t d"], function: Callable[..., Any]
     ) -> list[np.ndarray]:
@@ -158,9 +152,16 @@ class Student:
 
     def result(self, index: int, stored: Params) -> LayerResult:
         """Returns a layer with such kernels."""
-        params = self._model.architecture.layers[index].unstack(self._rest[index] | stored)
+        params = self._model.architecture.layers[index].unstack(fetch(self._rest[index]) | stored)
         params = in_checkpoint(index, params) | self._results[index].params
         return dataclasses.replace(self._results[index], params=params)
+
+
+def require_finite(layers: Iterable[Mapping[str, Any]]) -> None:
+    """Raises InputError where a layer's kernels hold NaN or infinity: those of experts may be in no loss."""
+    for kernels in layers:
+        if not all(jnp.isfinite(kernel).all() for kernel in kernels.values()):
+            raise _not_finite("a kernel")
 
 
 def _finite_mean(divergence: Float[np.ndarray, "_"]) -> float:

@@ -1,6 +1,10 @@
 """A text as a stream: every token once an epoch, in an order of the seed, and nothing of what is held out."""
 
 import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -65,7 +69,31 @@ def test_of_one_document_the_beginning_is_held_out(tmp_path: Path) -> None:
     found = TextStream(str(tmp_path / "text.txt"), tokenizer, 16, held_out=2)
     ids = tokenizer(text)["input_ids"]
     np.testing.assert_array_equal(found.held_out.reshape(-1), ids[:32])
-    np.testing.assert_array_equal(np.stack(list(islice(found.windows(), 4))).reshape(-1), ids[32 : 32 + 64])
+    rest = [*map(tuple, np.array(ids[32 : len(ids) // 16 * 16]).reshape(-1, 16).tolist())]
+    first, second = ([*map(tuple, part)] for part in np.split(np.stack([*islice(found.windows(), 2 * len(rest))]), 2))
+    assert sorted(first) == sorted(second) == sorted(rest) and len({*map(tuple, (first, second, rest))}) == 3
+    other = TextStream(str(tmp_path / "text.txt"), tokenizer, 16, 1, held_out=2)
+    assert [*map(tuple, islice(other.windows(), len(rest)))] != first
+    np.testing.assert_array_equal(np.stack([*islice(found.windows(7), 3)]), first[7:10])
+
+
+def test_what_is_passed_over_does_not_hold_up_a_run_that_stops(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, passed = stream(rows), []
+    [source] = found._sources.values()
+    windows = source.windows()
+
+    def slowly() -> Iterator[tuple[int, np.ndarray]]:
+        for window in windows:
+            passed.append(window)
+            if len(passed) == 50:
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.001)
+            yield window
+
+    monkeypatch.setattr(source, "windows", slowly)
+    with pytest.raises(KeyboardInterrupt):
+        next(found.windows(10_000))
+    assert len(passed) < 5000
 
 
 def test_a_text_tells_about_how_many_tokens_it_has(rows: Path, tmp_path: Path) -> None:

@@ -111,7 +111,8 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
         fixed = recipe(line)
         assert (fixed.importance.spread, fixed.pattern_text) == (0.0, target)
         assert fixed.importance.weigh_outputs and fixed.tuning == made.tuning
-    assert recipe("--tune-epochs 0").tuning == recipe("--tune-tokens 0 --tune-epochs 0").tuning == Tuning()
+    assert recipe("--tune-epochs 0").tuning == recipe("--tune-tokens 0").tuning == Tuning()
+    assert recipe("--tune-tokens 0 --tune-epochs 0").tuning == Tuning()
     pieces = made.tuning.tune_pieces
     assert recipe("--tune-tokens 250k").tuning == Tuning(tune_tokens=250_000, tune_pieces=pieces)
     assert (f"windows in {pieces} pieces" in made.method_text) == (pieces > 1)

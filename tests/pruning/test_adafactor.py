@@ -59,3 +59,16 @@ def test_no_step_is_much_larger_than_the_rate() -> None:
         sizes.append([np.sqrt(np.mean(m[v != 0] ** 2)) / u / 0.01 for m, v, u in zip(moved, value, unit, strict=True)])
     assert np.max(sizes) < 1.1 and np.min(np.array(sizes)[:, :2]) > 0.5  # the last would be 3
     assert sizes[-1][1] > 0.9 and np.max(np.array(sizes)[:, 2]) == 0
+
+
+def test_the_state_does_not_depend_on_where_a_run_was_stopped() -> None:
+    """What a reader gives is transposed in memory, what a journal gives is not."""
+    kernels = np.random.default_rng(0).standard_normal((20, 300, 200)).astype(np.float32)
+    cases = [*((kernel, {}) for kernel in kernels), (kernels, {"kernel": range(20)})]
+    for value, experts in cases:
+        one, other = (
+            adafactor.init({"kernel": array}, np.dtype(np.float32), experts).fixed["kernel"]
+            for array in (value, np.ascontiguousarray(value.swapaxes(-1, -2)).swapaxes(-1, -2))
+        )
+        for field in one._fields:
+            np.testing.assert_array_equal(getattr(one, field), getattr(other, field), strict=True)

@@ -80,6 +80,18 @@ def test_the_divergence_is_that_of_the_models(checkpoint: Path, tmp_path: Path) 
     assert 0.001 < measured < 10
 
 
+def test_a_kernel_that_is_not_finite_is_not_kept(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no held-out token comes to it, as to an expert's."""
+    layers, tuning, stored = pruned(checkpoint), Tuning(tune_tokens=4 * 32), Student.stored
+    monkeypatch.setattr(
+        Student, "stored", lambda *one: {name: np.full_like(kernel, np.nan) for name, kernel in stored(*one).items()}
+    )
+    with pytest.raises(InputError, match="a kernel of the distillation holds NaN"):
+        list(distill(load(checkpoint), of_stream(of_ids(tmp_path), tuning), layers, tuning))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_stream_goes_on_where_it_was_stopped(
     dtype: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
