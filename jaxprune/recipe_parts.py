@@ -77,8 +77,9 @@ class Tuning:
     """Cut each window that is tuned on into so many pieces, for as many times more steps on as much text. Four pieces
     take about 1.35 times as long in all; where weights do not fit the device and come from the host, nearly four."""
     tune_tokens: int = 0
-    """Tune on so many tokens of the calibration text instead, such as 250k or 1M: all of it in an order drawn from the
-    seed, but for 16 windows or, where they are long, 8 thousand tokens, on which the divergence is measured."""
+    """Tune on so many tokens of the calibration text instead, such as 250k or 1M (0: no tuning): all of it in an
+    order drawn from the seed, but for 16 windows or, where they are long, 8 thousand tokens, on which the divergence is
+    measured."""
     tune_to_end: bool = False
     """Tune on all --tune-tokens, also when the divergence on the windows that are held out no longer falls."""
 

@@ -7,6 +7,7 @@ split, which evaluates; the two never share a document. Where the documents are 
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -129,17 +130,27 @@ def open_source(source: str, split: str, tokenizer: Any) -> Texts:
     Raises:
         InputError: no such source, or it cannot be read.
     """
-    package = sys.modules[__name__]
-    if source not in plugins.names(package):
+    if path := file_of(source):
         from jaxprune.calibration import textfile
 
-        path = expand(source)
-        if not os.path.exists(path):
-            named = ", ".join(plugins.names(package))
-            raise InputError(f"no text {source!r}", wanted=f"a file, a folder, or one of {named}")
         return Texts(source, textfile.documents(path, split), tokenizer)
-    module = plugins.load(package, source)
+    module = plugins.load(sys.modules[__name__], source)
     return Texts(source, module.documents(split), tokenizer, pack=getattr(module, "PACK", False))
+
+
+def file_of(source: str) -> Path | None:
+    """Returns the path of a source that is a file or a folder; None of one that has a name.
+
+    Raises:
+        InputError: no such source.
+    """
+    names = plugins.names(sys.modules[__name__])
+    if source in names:
+        return None
+    path = expand(source)
+    if not os.path.exists(path):
+        raise InputError(f"no text {source!r}", wanted=f"a file, a folder, or one of {', '.join(names)}")
+    return path
 
 
 def sources_of(text: str) -> dict[str, float]:

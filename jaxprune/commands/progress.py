@@ -29,10 +29,10 @@ SHORTER = {
     "experts": "a smaller --nsamples or --seqlen",
     "sensitivity": "a smaller --sensitivity-windows",
     "gram": "a smaller --nsamples or --seqlen",
-    "solve": "a quicker --method such as wanda",
+    "solve": "a quicker --method (wanda, or magnitude)",
     "forward": "a smaller --nsamples or --seqlen",
     "quantize": "a smaller --nsamples or --seqlen",
-    "tune": "a smaller --tune-epochs or --tune-tokens",
+    "tune": "less to tune on (--tune-epochs, or --tune-tokens)",
     "evaluate": "a smaller --eval-windows, or --eval none,",
 }
 """Phase -> what makes it shorter."""
@@ -68,7 +68,8 @@ class Progress(Observer):
         """Says how long the run will take, by this machine's matrix rate, and which phase takes most."""
         times = seconds(need, self._devices)
         total = duration(sum(times.values()))
-        console.print(f"this takes about {total}{', beside the tasks of lm-eval' * self._tasks}; {longest(times)}")
+        beside = "compilation and the tasks of lm-eval" if self._tasks else "compilation"
+        console.print(f"this takes about {total}, beside {beside}; {longest(times)}")
 
     def started(self, what: str, count: int, unit: str = "layers") -> None:
         """Begins a new progress bar."""
@@ -110,14 +111,20 @@ class Progress(Observer):
             print_table(rows, header)
             print_samples(result.evaluation)
 
+    def tuning_resumed(self, step: int) -> None:
+        """Says where the tuning goes on."""
+        if self._bar:
+            self._bar.console.print(f"the tuning goes on with step {step + 1}")
+
     def step_done(self, number: int, steps: int, divergence: float) -> None:
-        """Moves the bar on; says the mean divergence of each quarter of the steps."""
+        """Moves the bar on; says the mean divergence over each quarter of the steps."""
         self._divergences.append(divergence)
         if self._bar:
             self._bar.update(self._task, completed=number)
             if number * 4 // steps > (number - 1) * 4 // steps:
-                mean = sum(self._divergences) / len(self._divergences)
-                self._bar.console.print(f"tuning, step {number} of {steps}: KL divergence {mean:.4f} nats so far")
+                mean, first = sum(self._divergences) / len(self._divergences), number - len(self._divergences) + 1
+                of = f"tuning, steps {first} to {number} of {steps}"
+                self._bar.console.print(f"{of}: KL divergence {mean:.4f} nats on the text that is tuned on")
                 self._divergences = []
 
     def divergence_measured(self, tokens: int, divergence: float) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from jaxprune.recipe import Recipe
 if TYPE_CHECKING:
     import numpy as np
 
+    from convert.destination import Destination
     from jaxprune.api.prune import PruningResult
     from jaxprune.calibration.stream import TextStream
     from jaxprune.streaming.model import StreamedModel
@@ -35,6 +36,7 @@ def _main(argv: Sequence[str]) -> int:
     if config.dry_run:
         from jaxprune.commands.plan import plan
 
+        _require_free(config, recipe)
         return plan(config, recipe)
     run(config, recipe)
     return 0
@@ -51,21 +53,14 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
     """
     begun = time.perf_counter()
     # Here, for they take a second, which --help and a mistyped flag need not wait for.
-    from convert.paths import paths_of
     from jaxprune.api.load import load
-    from jaxprune.api.prune import places, prune, require_separate
+    from jaxprune.api.prune import prune
     from jaxprune.commands.progress import Progress
     from jaxprune.evaluation.quality import Evaluator
-    from jaxprune.pruning import resume
 
-    assert config.out and config.calib
-    place, masks_place = places(config.out, config.save_masks, overwrite=config.overwrite)
-    inputs = {"prompts": paths_of(config.prompts), "tasks_data": paths_of(config.tasks_data)}
-    inputs |= {"calib": source_paths(config.calib), "tune_text": source_paths(config.tune_text)}
-    inputs["eval_text"] = [path for text in (config.eval_text or "").split(",") for path in paths_of(text)]
-    require_separate(place, masks_place, recipe, inputs | {"ckpt": paths_of(config.ckpt)}, config.scratch)
+    place, masks_place, inputs = _require_free(config, recipe)
+    assert config.out
     scratch = config.scratch_folder(config.out)
-    resume.check(place, masks_place)
     if recipe.importance.measured or recipe.tuning.tunes:
         keep_memory(large=True)  # both make logits
     devices = choose_devices(config.device, config.devices, config.join)
@@ -102,12 +97,41 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
     return result
 
 
-def source_paths(sources: str | None) -> list[Path]:
-    """Returns the paths that --calib, --tune-text or --prompts names; none where it is not given."""
-    from convert.paths import paths_of
-    from jaxprune.calibration import sources_of
+def _require_free(
+    config: Config, recipe: Recipe
+) -> "tuple[Destination, Destination | None, Mapping[str, Sequence[Path]]]":
+    """Makes sure that there is text, and that the results may be put where they are to be.
 
-    return [path for source in (sources_of(sources) if sources else ()) for path in paths_of(source)]
+    Returns:
+        Where the checkpoint and the masks are to be, and option -> the paths that it names.
+
+    Raises:
+        InputError, CheckpointError: no such text, or something is there already.
+    """
+    from convert.paths import paths_of
+    from jaxprune.api.prune import places, require_separate
+    from jaxprune.pruning import resume
+
+    assert config.out and config.calib
+    place, masks_place = places(config.out, config.save_masks, overwrite=config.overwrite)
+    inputs = {"prompts": paths_of(config.prompts), "tasks_data": paths_of(config.tasks_data)}
+    inputs |= {"calib": source_paths(config.calib), "tune_text": source_paths(config.tune_text)}
+    inputs["eval_text"] = [path for text in (config.eval_text or "").split(",") for path in paths_of(text)]
+    require_separate(place, masks_place, recipe, inputs | {"ckpt": paths_of(config.ckpt)}, config.scratch)
+    resume.check(place, masks_place)
+    return place, masks_place, inputs
+
+
+def source_paths(sources: str | None) -> list[Path]:
+    """Returns the paths that --calib, --tune-text or --prompts names; none where it is not given.
+
+    Raises:
+        InputError: there is no such source.
+    """
+    from jaxprune.calibration import file_of, sources_of
+
+    files = (file_of(source) for source in (sources_of(sources) if sources else ()))
+    return [path for path in files if path]
 
 
 def windows_of(config: Config, model: "StreamedModel") -> "np.ndarray":

@@ -154,6 +154,7 @@ def _begun(
     steps that were made."""
     kept = kept_tuning.restore(journal, student.state, student.restore)
     if kept:
+        observer.tuning_resumed(kept.step)
         rate.before = kept.before
     if held_out and kept:
         held_out.curve, held_out.best = kept.curve, kept.best

@@ -23,6 +23,9 @@ class Observer:
     def phase_timed(self, phase: str, seconds: float) -> None:
         """A phase took so many more seconds; those of a single layer are in its result."""
 
+    def tuning_resumed(self, step: int) -> None:
+        """The tuning goes on behind a step that an earlier process made; its measures are told again."""
+
     def finished(self, result: Any) -> None:
         """The result is in its place: an `api.prune.PruningResult` or an `api.evaluate.Evaluation`."""
 

@@ -76,3 +76,18 @@ def test_a_plan_is_a_table_and_an_exit_status(
     assert ("about" in out) == (not device)  # nothing is known of how fast another device is
     assert ("most of it is" in out) == (not device)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_refuses_what_the_run_would(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").write_text("mine")
+    for flags, said in (
+        (["--out", tmp_path / "other", "--calib", tmp_path / "none.jsonl:2,wikipedia"], "no text"),
+        (["--out", tmp_path / "other", "--preset", "thorough", "--tune-text", tmp_path / "none.jsonl"], "no text"),
+        (["--out", tmp_path / "out"], "it already exists"),
+    ):
+        assert commands.main([*map(str, ["prune", "--dry-run", "--ckpt", checkpoint, "--eval", "none", *flags])]) == 2
+        assert said in capsys.readouterr().err
+    assert (tmp_path / "out/mine").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1

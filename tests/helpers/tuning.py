@@ -16,10 +16,14 @@ class Steps(Observer):
     def __init__(self) -> None:
         self.told: list[float] = []
         self.held_out: list[tuple[int, float]] = []
+        self.resumed: list[int] = []
 
     def step_done(self, number: int, steps: int, divergence: float) -> None:
         self.told.append(divergence)
         assert len(self.told) <= steps
+
+    def tuning_resumed(self, step: int) -> None:
+        self.resumed.append(step)
 
     def divergence_measured(self, tokens: int, divergence: float) -> None:
         self.held_out.append((tokens, divergence))

@@ -107,6 +107,7 @@ def test_a_stream_goes_on_where_it_was_stopped(
         list(distill(model, text, layers, tuning, journal=journal))
     found = list(distill(model, text, layers, tuning, journal=journal, observer=rest))
     assert rest.told == whole.told[9:] and rest.held_out == whole.held_out
+    assert (whole.resumed, rest.resumed) == ([], [9])
     for one, other in zip(found, expected, strict=True):
         for path, array in one.params.items():
             np.testing.assert_array_equal(array, other.params[path])
