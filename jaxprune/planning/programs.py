@@ -23,7 +23,7 @@ from jaxprune.pruning.placement import Placement
 from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.sharding import Devices
 from jaxprune.sparsity.patterns import Pattern, Unstructured
-from jaxprune.streaming.head import CHUNK
+from jaxprune.streaming.head import rows_at_a_time
 from jaxprune.streaming.model import apply_layer
 
 
@@ -189,7 +189,7 @@ def of_sensitivity(shapes: Shapes, windows: int, length: int) -> Iterator[Progra
         yield Program("sensitivity", "forward", forward, arguments, count * passes, 2 * size_of(x), donated=(1,))
         backward = partial(sensitivity.backward, layer)
         yield Program("sensitivity", "backward", backward, (params, x, x), count * passes, 2 * size_of(x), donated=(2,))
-    chunk = min(CHUNK, x.shape[0] // shapes.devices.count * (length - 1))
+    chunk = rows_at_a_time(x.shape[0] * (length - 1), devices=shapes.devices.count)
     states = Shape((chunk, architecture.width), architecture.config.dtype)
     loss, chunks = partial(sensitivity.loss_gradient, architecture.head), windows * (length - 1) / chunk
     arguments = head, states, Shape((chunk,), jnp.int32)
@@ -252,12 +252,13 @@ def of_distillation(
             number, others = Shape((), jnp.float32), beside - size_of(moving) + size_of(values) - size_of(gradient)
             own = moving, one.kernels.fixed[name], gradient, number, number
             yield Program("tune", f"step {name}", adafactor.step_one, own, calls, others, donated=(0,))
-    chunk = Shape((min(CHUNK // 2, steps.tokens), architecture.width), architecture.config.dtype)
+    rows = partial(rows_at_a_time, models=2, devices=shapes.devices.count)
+    chunk = Shape((rows(steps.tokens), architecture.width), architecture.config.dtype)
     loss, chunks = partial(student.head_divergence, architecture.head), steps.count * steps.tokens / chunk.shape[0]
     yield Program("tune", "divergence", loss, (head, chunk, chunk), chunks, stays + results - size_of(head))
     if held_out[0]:
         alone = partial(student.divergence_alone, architecture.head)
-        chunk = Shape((min(CHUNK // 2, held_out_tokens), architecture.width), architecture.config.dtype)
+        chunk = Shape((rows(held_out_tokens), architecture.width), architecture.config.dtype)
         chunks = measures * held_out_tokens / chunk.shape[0]
         yield Program("tune", "held-out divergence", alone, (head, chunk, chunk), chunks, stays - size_of(head))
 
@@ -298,7 +299,7 @@ def of_evaluation(shapes: Shapes, windows: int, length: int, dense: Shapes | Non
         params, forward = shapes.layer_params(layer), partial(apply_layer, layer)
         calls, resident = count * windows / x.shape[0], 2 * size_of(x) + size_of(params)
         yield Program("evaluate", "forward", forward, (params, x, None), calls, resident, donated=(1,))
-    chunk = min(CHUNK // 2, windows * (length - 1))
+    chunk = rows_at_a_time(windows * (length - 1), models=2, devices=shapes.devices.count)
     head = shapes.params(architecture.head.spec, shapes.stored)
     states, targets = Shape((chunk, architecture.width), architecture.config.dtype), Shape((chunk,), jnp.int32)
     divergence = partial(text.divergence, (architecture.head, architecture.head))

@@ -28,6 +28,13 @@ class TokenScores(NamedTuple):
     greedy: Bool[np.ndarray, "n"]
 
 
+def rows_at_a_time(count: int, models: int = 1, devices: int = 1) -> int:
+    """Returns how many of so many rows `in_chunks` takes at a time, a multiple of the devices: the last are padded
+    anyway."""
+    size = min(max(1, CHUNK // models), count)
+    return size + -size % devices
+
+
 def in_chunks(
     devices: Devices, step: Callable[..., Sequence[Array]], *arrays: Shaped[np.ndarray, "n *_"], models: int = 1
 ) -> list[np.ndarray]:
@@ -43,8 +50,7 @@ def in_chunks(
         The results of all chunks, joined, on the host.
     """
     count = len(arrays[0])
-    size = min(max(1, CHUNK // models), count)
-    size += -size % devices.count  # the last chunk is padded anyway
+    size = rows_at_a_time(count, models, devices.count)
     results: list[Sequence[Array]] = []
     for start in range(0, count, size):
         if len(results) > 1:

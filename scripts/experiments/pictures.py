@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from experiments import Experiment, pattern_name
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
 
 STYLE = {
     "font.size": 10,
@@ -164,17 +164,25 @@ def _quality_by_sparsity(experiment: Experiment, results: Results) -> tuple[Figu
 
 
 def _quality_by_minutes(experiment: Experiment, results: Results) -> tuple[Figure, str]:
-    """A line a pattern, on it a point a row, at its median time: time hardly depends on the pattern."""
+    """A line a pattern, on it a point a row, at its median time: time hardly depends on the pattern. Below them, a line
+    a pattern, the divergence on held-out text while the row of most tokens is tuned."""
     perplexities = {(c.row, c.pattern): r["perplexity"] for c, r in results}
     known = [(c.row, sum(seconds_of(r).values()) / 60) for c, r in results if c.pattern and seconds_of(r)]
     medians = {row: statistics.median(m for other, m in known if other == row) for row, _ in known}
     minutes = dict(sorted(medians.items(), key=lambda item: item[1]))
-    figure, (axis,) = _figure(9.5, 6.4, below=0.65)
+    curves = {c.pattern: r["divergences"] for c, r in results if r.get("divergences")}
+    figure, (axis, *others) = _figure(9.5, 6.4 + 3.6 * bool(curves), rows=1 + bool(curves), below=0.65)
     for number, pattern in enumerate(experiment.patterns):
         points = [(m, perplexities[row, pattern]) for row, m in minutes.items() if (row, pattern) in perplexities]
+        style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
         if points:
-            style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
             axis.plot(*zip(*points, strict=True), label=pattern_name(pattern), lw=1.6, **style)
+        for below in others:
+            below.plot(*zip(*curves.get(pattern, []), strict=True), lw=1.6, **style)
+    for below in others:
+        below.set_xlabel("tokens tuned on")
+        below.xaxis.set_major_formatter(EngFormatter(sep=""))
+        below.set_ylabel("KL divergence on held-out text, nats")
     _dense_line(axis, results)
     axis.set_xscale("log")
     _logarithmic(axis, "perplexity")

@@ -130,6 +130,7 @@ def test_what_is_tuned_on_may_be_another_text(checkpoint: Path, text: Path, tmp_
     tokenizer = load(checkpoint).tokenizer
     for name, source in (("with", own), ("without", text)):
         assert found[name]["tuning_text"]["sha256"] == TextStream(str(source), tokenizer, 32).digest
+        assert [tokens for tokens, _ in found[name]["divergences"]] == [0, 32, 64]
     assert found["with"]["calibration"] == found["without"]["calibration"]
     assert f"| text of the tuning | {tmp_path.name}/own |" in (tmp_path / "with" / "README.md").read_text()
     done = here(*line, "--tune-text", own, "--out", own / "out", cwd=tmp_path)

@@ -242,10 +242,13 @@ def test_quality_by_minutes_places_rows_at_their_median_time(modules: dict[str, 
         for key, (value, seconds) in found.items()
     ]
     resumed = {"perplexity": 30.0, "seconds": {"tune": 1.0}, "resumed": True}  # by how much is not known
+    resumed["divergences"] = [[0, 1.2], [1000, 0.8]]
     results.append((cells["thorough, a million tokens", "0.7"], resumed))
     results.insert(1, (cells["best", "0.5"], {"perplexity": 31.0, "seconds": {"tune": 360}}))  # before those of fast
     figure, _ = pictures._quality_by_minutes(experiment, results)
-    (axis,) = figure.axes
+    axis, below = figure.axes
+    (curve,) = below.lines
+    assert (list(curve.get_xdata()), list(curve.get_ydata())) == ([0, 1000], [1.2, 0.8])
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines}
     assert lines["70 %"] == ([3.0, 6.0], [40.0, 35.0]) and lines["80 %"] == ([3.0], [40.0])
     assert [label.get_text() for label in axis.get_xticklabels()] == ["3\nfast", "6\nbest"]
