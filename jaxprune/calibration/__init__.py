@@ -130,7 +130,7 @@ def open_source(source: str, split: str, tokenizer: Any) -> Texts:
     Raises:
         InputError: no such source, or it cannot be read.
     """
-    if path := file_of(source):
+    if path := path_of_source(source):
         from jaxprune.calibration import textfile
 
         return Texts(source, textfile.documents(path, split), tokenizer)
@@ -138,7 +138,7 @@ def open_source(source: str, split: str, tokenizer: Any) -> Texts:
     return Texts(source, module.documents(split), tokenizer, pack=getattr(module, "PACK", False))
 
 
-def file_of(source: str) -> Path | None:
+def path_of_source(source: str) -> Path | None:
     """Returns the path of a source that is a file or a folder; None of one that has a name.
 
     Raises:

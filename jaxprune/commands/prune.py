@@ -36,7 +36,7 @@ def _main(argv: Sequence[str]) -> int:
     if config.dry_run:
         from jaxprune.commands.plan import plan
 
-        _require_free(config, recipe)
+        _checked_paths(config, recipe)
         return plan(config, recipe)
     run(config, recipe)
     return 0
@@ -58,7 +58,7 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
     from jaxprune.commands.progress import Progress
     from jaxprune.evaluation.quality import Evaluator
 
-    place, masks_place, inputs = _require_free(config, recipe)
+    place, masks_place, inputs = _checked_paths(config, recipe)
     assert config.out
     scratch = config.scratch_folder(config.out)
     if recipe.importance.measured or recipe.tuning.tunes:
@@ -97,7 +97,7 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
     return result
 
 
-def _require_free(
+def _checked_paths(
     config: Config, recipe: Recipe
 ) -> "tuple[Destination, Destination | None, Mapping[str, Sequence[Path]]]":
     """Makes sure that there is text, and that the results may be put where they are to be.
@@ -128,10 +128,10 @@ def source_paths(sources: str | None) -> list[Path]:
     Raises:
         InputError: there is no such source.
     """
-    from jaxprune.calibration import file_of, sources_of
+    from jaxprune.calibration import path_of_source, sources_of
 
-    files = (file_of(source) for source in (sources_of(sources) if sources else ()))
-    return [path for path in files if path]
+    paths = map(path_of_source, sources_of(sources) if sources else ())
+    return [path for path in paths if path]
 
 
 def windows_of(config: Config, model: "StreamedModel") -> "np.ndarray":

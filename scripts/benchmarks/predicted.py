@@ -61,9 +61,10 @@ def _rate() -> float:
 
 
 def main() -> None:
+    windows_alone = [name for name, recipe in PRESETS.items() if not recipe.tuning.tune_tokens]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt", default="smollm2-135m")
-    parser.add_argument("--preset", choices=("fast", "best"), default="fast")
+    parser.add_argument("--preset", choices=windows_alone, default="fast")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     args = parser.parse_args()
