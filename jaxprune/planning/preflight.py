@@ -139,7 +139,8 @@ def programs_of(work: Work) -> Iterator[Program]:
     sizes, drifts = (work.windows, work.length), recipe.asymmetry > 0
     yield from programs.of_pruning(_routing_all(shapes, recipe), *sizes, recipe.method, pattern, asymmetry=drifts)
     if recipe.tuning.tunes:
-        yield from programs.of_distillation(shapes, work.steps, work.placement, (work.held_out, work.length), whole)
+        held_out = work.held_out, work.length
+        yield from programs.of_distillation(shapes, work.steps, work.placement, held_out, whole, pattern)
     if recipe.quantize:
         yield from programs.of_quantization(_routing_all(shapes, recipe), work.windows, work.length, recipe.quantize)
     for windows, length in work.texts:
@@ -264,7 +265,7 @@ def _disk(work: Work) -> dict[str, int]:
         "the checkpoint": work.stored_bytes(),
         "layers that are finished": (layers + work.mask_bytes) * copies,  # one goes when the next is whole
         "hidden states": 2 * hidden * (2 if work.recipe.asymmetry else 1),
-        "tuning": 2 * (work.tuned_bytes * tuned + _best(work)),
+        "tuning": 2 * ((work.tuned_bytes + work.mask_bytes) * tuned + _best(work)),
     }
 
 

@@ -1,6 +1,7 @@
 """The compiled programs of a run, with the shapes they are called with."""
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -17,7 +18,7 @@ from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.quantization import BITS, quantize
 from jaxprune.models import Layer
 from jaxprune.planning.program import Flops, Program, Shapes, size_of
-from jaxprune.pruning import adafactor, experts, gram_matrices, kernel, layer_vjp, sensitivity, student
+from jaxprune.pruning import adafactor, experts, gram_matrices, kernel, layer_vjp, moving_masks, sensitivity, student
 from jaxprune.pruning.gram_matrices import ExpertTotals
 from jaxprune.pruning.placement import Placement
 from jaxprune.pruning.tuning_steps import TuningSteps
@@ -202,6 +203,7 @@ def of_distillation(
     placement: Placement,
     held_out: tuple[int, int] = (0, 0),
     teacher: Shapes | None = None,
+    pattern: Pattern | None = None,
 ) -> Iterator[Program]:
     """Yields the programs of the distillation.
 
@@ -211,6 +213,7 @@ def of_distillation(
         placement: what stays on the device.
         held_out: windows that are held out, and tokens of one.
         teacher: of the model towards which is tuned; None: the same.
+        pattern: of each kernel, where masks move; None: half of the weights.
     """
     architecture = shapes.architecture
     x = shapes.devices.abstract(Shape((*steps.shape, architecture.width), architecture.config.dtype), 0)
@@ -232,7 +235,9 @@ def of_distillation(
                 )
     for layer, count, one in tuned:
         forward, values, calls = partial(apply_layer, layer), one.kernels.values, count * steps.count
+        masked_too = size_of(values) * bool(steps.choices)  # kernels with what is masked, and without it
         beside = stays - size_of(values) if placement.state else stays + 2 * size_of(values)  # those of the next two
+        beside += masked_too
         if placement.results:
             forward_and_vjp = partial(layer_vjp.forward_and_vjp, layer)
             yield Program("tune", "forward", forward_and_vjp, (values, one.rest, x), calls, beside + results)
@@ -246,12 +251,19 @@ def of_distillation(
         # Where it does not stay, one layer's is on its way in, and one on its way out.
         beside = stays if placement.state else stays + 3 * size_of(one.kernels)
         beside += results - one.results
-        yield Program("tune", "backward", pull_back, arguments, calls, beside - size_of(values))
-        for name, moving in one.kernels.moving.items():
-            gradient = shapes.devices.abstract(Shape(moving.value.shape, x.dtype), -1)
-            number, others = Shape((), jnp.float32), beside - size_of(moving) + size_of(values) - size_of(gradient)
-            own = moving, one.kernels.fixed[name], gradient, number, number
-            yield Program("tune", f"step {name}", adafactor.step_one, own, calls, others, donated=(0,))
+        yield Program("tune", "backward", pull_back, arguments, calls, beside - size_of(values) + masked_too)
+        for name, own in one.kernels.moving.items():
+            gradient, fixed = shapes.devices.abstract(Shape(own.value.shape, x.dtype), -1), one.kernels.fixed[name]
+            number, others = Shape((), jnp.float32), beside - size_of(own) + size_of(values) - size_of(gradient)
+            of_step, last = (own, fixed, gradient, number, number), steps.last_choice
+            step, moving = adafactor.step_one, partial(adafactor.step_one, masks_move=True)
+            yield Program("tune", f"step {name}", step, of_step, count * (steps.count - last), others, donated=(0,))
+            if last:
+                yield Program("tune", f"step of all {name}", moving, of_step, count * last, others, donated=(0,))
+                times = 2 * last + (held_out[0] > 0) * (1 + sum(number < last for number in steps.measured))
+                masked, of_mask = adafactor.masked_value, (own.value, fixed.mask)
+                yield Program("tune", f"masked {name}", masked, of_mask, count * times, others)
+                yield _of_choice(name, own, pattern or Unstructured(0.5), count * len(steps.choices), others)
     rows = partial(rows_at_a_time, models=2, devices=shapes.devices.count)
     chunk = Shape((rows(steps.tokens), architecture.width), architecture.config.dtype)
     loss, chunks = partial(student.head_divergence, architecture.head), steps.count * steps.tokens / chunk.shape[0]
@@ -261,6 +273,15 @@ def of_distillation(
         chunk = Shape((rows(held_out_tokens), architecture.width), architecture.config.dtype)
         chunks = measures * held_out_tokens / chunk.shape[0]
         yield Program("tune", "held-out divergence", alone, (head, chunk, chunk), chunks, stays - size_of(head))
+
+
+def _of_choice(name: str, kernel: adafactor.Moving, pattern: Pattern, choices: int, resident: int) -> Program:
+    """Returns the program that chooses a kernel's mask anew, expert by expert."""
+    experts = kernel.value.shape[:-2]
+    one = jax.tree.map(lambda leaf: Shape(leaf.shape[len(experts) :], leaf.dtype), kernel)
+    inputs = one.value.shape[0]
+    by = Unstructured(pattern.sparsity) if pattern.group and inputs % pattern.group else pattern
+    return Program("tune", f"mask of {name}", partial(choose, by), (one,), choices * math.prod(experts), resident)
 
 
 class _Tuned(NamedTuple):
@@ -305,6 +326,11 @@ def of_evaluation(shapes: Shapes, windows: int, length: int, dense: Shapes | Non
     divergence = partial(text.divergence, (architecture.head, architecture.head))
     chunks = windows * (length - 1) / chunk
     yield Program("evaluate", "divergence", divergence, ((head, head), (states, states), targets), chunks)
+
+
+def choose(pattern: Pattern, kernel: adafactor.Moving) -> jax.Array:
+    """Chooses a mask, by a pattern's own count of zeros."""
+    return moving_masks.chosen(kernel, pattern.selector(kernel.value.shape))
 
 
 def solve(method: Method, pattern: Pattern, prepared: Any, weight: jax.Array) -> Any:

@@ -1,4 +1,4 @@
-"""The kernels of a layer under Adafactor, masks fixed: initialization, a step, rounding.
+"""The kernels of a layer under Adafactor: initialization, a step, rounding.
 
 A kernel's step is in units of the root mean square of its kept weights, so that one rate serves all of them, and all
 models. It goes along the gradient over the root of its second moment. Of that the means over the kept weights of each
@@ -35,6 +35,9 @@ from jaxprune.sharding import Devices
 
 DECAY = 0.9
 """Of the second moment, a step. There are tens of steps, or a few thousand, so its memory is short."""
+SHARES_DECAY = 0.98
+"""Of the shares by which masks are chosen, a step. Each step counts the same in them, however large its gradients are:
+one text unlike the others would decide what is kept, else."""
 EPSILON = 1e-30
 """Beside the squares of the gradients."""
 SEQUENCE = tuple(round(2**32 / 1.2207440846057596**k) for k in (1, 2, 3))
@@ -47,21 +50,25 @@ class Moving(NamedTuple):
 
     Attributes:
         value: [n, m] float32, bfloat16 or float16, or experts' stacked, [e, n, m].
-        rows: mean of the gradients' squares over the kept weights of each input.
+        rows: mean of the gradients' squares over the weights of each input that move.
         columns: over those of each output.
+        row_shares: what an input's were over the mean of the kernel, in the mean of more steps; 0 where masks stay.
+        column_shares: what an output's were.
     """
 
     value: Float[Array | np.ndarray, "*e n m"]
     rows: Float[Array | np.ndarray, "*e n"]
     columns: Float[Array | np.ndarray, "*e m"]
+    row_shares: Float[Array | np.ndarray, "*e n"]
+    column_shares: Float[Array | np.ndarray, "*e m"]
 
 
 class Fixed(NamedTuple):
     """What no step changes of one kernel.
 
     Attributes:
-        mask: bits of the nonzero values, eight inputs a byte, [ceil(n / 8), m]: TPUs unpack them so as they go.
-        row_counts: how many are kept of each input.
+        mask: bits of the weights that are kept, eight inputs a byte, [ceil(n / 8), m]: TPUs unpack them so as they go.
+        row_counts: how many weights of each input move: those that are kept, or all while masks move.
         column_counts: of each output.
         unit: root mean square of the kept weights; of experts one each, [e, 1, 1], 0 for those that do not move.
     """
@@ -88,6 +95,11 @@ class Kernels(NamedTuple):
         """Name -> the kernel."""
         return {name: moving.value for name, moving in self.moving.items()}
 
+    @property
+    def masks(self) -> dict[str, Any]:
+        """Name -> the bits of its mask."""
+        return {name: fixed.mask for name, fixed in self.fixed.items()}
+
 
 def init(
     kernels: Params, dtype: np.dtype, experts: Mapping[str, Sequence[int | None]] = MappingProxyType({})
@@ -104,8 +116,8 @@ def init(
     fixed = {name: _fixed(value, experts[name] if value.ndim == 3 else ()) for name, value in values.items()}
     moving = {}
     for name, value in values.items():
-        rows, columns = np.zeros_like(fixed[name].row_counts), np.zeros_like(fixed[name].column_counts)
-        moving[name] = Moving(value.astype(weight_dtype(dtype)), rows, columns)
+        means = [np.zeros_like(counts) for counts in 2 * (fixed[name].row_counts, fixed[name].column_counts)]
+        moving[name] = Moving(value.astype(weight_dtype(dtype)), *means)
     return Kernels(moving, fixed)
 
 
@@ -119,7 +131,7 @@ def shapes(layer: Layer, dtype: np.dtype) -> Kernels:
     kernels = {f"{path}.kernel": shape for path, shape in layer.linears.items() if path not in layer.routers}
     for name, (*e, n, m) in kernels.items():
         means = counts = array(*e, n), array(*e, m)
-        moving[name] = Moving(array(*e, n, m, dtype=weight_dtype(dtype)), *means)
+        moving[name] = Moving(array(*e, n, m, dtype=weight_dtype(dtype)), *means, *means)
         fixed[name] = Fixed(array(*e, -(-n // 8), m, dtype=np.uint8), *counts, array(*e, 1, 1) if e else array())
     return Kernels(moving, fixed)
 
@@ -145,7 +157,11 @@ def _units(values: Float[np.ndarray, "e n m"], tuned: Sequence[int | None]) -> F
 
 
 def step(
-    kernels: Kernels, gradients: dict[str, Float[Array, "*e n m"]], number: Float[Array, ""], rate: Float[Array, ""]
+    kernels: Kernels,
+    gradients: dict[str, Float[Array, "*e n m"]],
+    number: Float[Array, ""],
+    rate: Float[Array, ""],
+    masks_move: bool = False,
 ) -> dict[str, Moving]:
     """Takes a step along the gradients, kernel by kernel.
 
@@ -154,20 +170,22 @@ def step(
         gradients: by the kernels' values; empty when this returns.
         number: the number of the step, from 1.
         rate: the rate of the step.
+        masks_move: whether weights move that are masked.
     """
     return {
-        name: step_one(moving, kernels.fixed[name], gradients.pop(name), number, rate)
+        name: step_one(moving, kernels.fixed[name], gradients.pop(name), number, rate, masks_move)
         for name, moving in kernels.moving.items()
     }
 
 
-@partial(jax.jit, donate_argnums=0)
+@partial(jax.jit, donate_argnums=0, static_argnums=5)
 def step_one(
     kernel: Moving,
     fixed: Fixed,
     gradient: Float[Array, "*e n m"],
     number: Float[Array, ""],
     rate: Float[Array, ""],
+    masks_move: bool = False,
 ) -> Moving:
     """Takes a step with one kernel.
 
@@ -177,8 +195,11 @@ def step_one(
         gradient: by its values.
         number: of the step, from 1.
         rate: of the step.
+        masks_move: whether weights move that are masked.
     """
-    gradient = masked(_unpacked(fixed.mask, gradient.shape[-2]), gradient.astype(jnp.float32))
+    gradient = gradient.astype(jnp.float32)
+    if not masks_move:
+        gradient = masked(unpacked(fixed.mask, gradient.shape[-2]), gradient)
     square, count = gradient * gradient + EPSILON, jnp.sum(fixed.row_counts, axis=-1, keepdims=True)
 
     def mean_of(means: Array, counts: Array) -> Array:
@@ -194,8 +215,15 @@ def step_one(
     ratios = mean_of(of_rows / rows, fixed.row_counts) * mean_of(of_columns / columns, fixed.column_counts)
     size = ratios * warm * mean / jnp.maximum(mean_of(of_rows, fixed.row_counts), EPSILON)
     rate = rate * lax.rsqrt(jnp.maximum(1, size))[..., None]
-    value = kernel.value.astype(jnp.float32) - rate * fixed.unit * step  # 0 where nothing is kept
-    return Moving(_dithered(value, kernel.value.dtype, number), rows, columns)
+    value = kernel.value.astype(jnp.float32) - rate * fixed.unit * step  # 0 where nothing moves
+    value = _dithered(value, kernel.value.dtype, number)
+    if not masks_move:
+        return kernel._replace(value=value, rows=rows, columns=columns)
+    mean = mean_of(of_rows, fixed.row_counts)
+    weight = jnp.where(mean > 2 * EPSILON, 1 - SHARES_DECAY, 0)  # an expert may have no tokens
+    row_shares = kernel.row_shares + weight * (of_rows / mean - kernel.row_shares)
+    column_shares = kernel.column_shares + weight * (of_columns / mean - kernel.column_shares)
+    return Moving(value, rows, columns, row_shares, column_shares)
 
 
 def _dithered(value: Float[Array, "*e n m"], dtype: np.dtype, number: Float[Array, ""]) -> Float[Array, "*e n m"]:
@@ -217,9 +245,16 @@ def _mean(total: Float[Array, "*s"], count: Float[Array, "*s"]) -> Float[Array, 
 
 def rounded(kernels: Kernels, name: str, dtype: np.dtype, devices: Devices) -> Float[Array, "*e n m"]:
     """Rounds a kernel to the dtype that it is stored in; every weight that is kept stays other than zero."""
-    value = devices.shard_outputs(kernels.moving[name].value)
-    return round_kernel(value, _unpacked(kernels.fixed[name].mask, value.shape[-2]), dtype)
+    value, mask = devices.shard_outputs((kernels.moving[name].value, kernels.fixed[name].mask))
+    return round_kernel(masked_value(value, mask), unpacked(mask, value.shape[-2]), dtype)
 
 
-def _unpacked(bits: UInt8[Array | np.ndarray, "*e _ m"], count: int) -> Bool[Array, "*e n m"]:
+@jax.jit
+def masked_value(value: Float[Array, "*e n m"], mask: UInt8[Array, "*e _ m"]) -> Float[Array, "*e n m"]:
+    """Returns a kernel without the values that are masked, as the forward pass takes it."""
+    return masked(unpacked(mask, value.shape[-2]), value)
+
+
+def unpacked(bits: UInt8[Array | np.ndarray, "*e _ m"], count: int) -> Bool[Array, "*e n m"]:
+    """Returns the mask of so many inputs of its bits."""
     return jnp.unpackbits(bits, axis=-2, count=count).astype(bool)

@@ -1,4 +1,4 @@
-r"""Distillation: the kept weights tuned against the dense model's predictions, end to end, masks fixed.
+r"""Distillation: the kept weights tuned against the dense model's predictions, end to end.
 
 Layer by layer, pruning keeps each linear layer's own output; what remains is an error that grows through the depth of
 the model. Here the kept weights of all linear layers are tuned together by Adafactor to minimise, over tokens of text,
@@ -6,9 +6,10 @@ the mean of
 
     KL(p‖q) = Σ_v p_v (log p_v − log q_v),
 
-p and q the next-token distributions of the dense and of the pruned model. Norms, embedding and head stay. The text is
-that of the calibration windows, or a stream of its own. Of a stream some windows are held out, and what is kept in the
-end is the step at which the divergence on those was least.
+p and q the next-token distributions of the dense and of the pruned model. Norms, embedding and head stay; masks stay,
+too, or move over the first part of the steps: see `moving_masks`. The text is that of the calibration windows, or a
+stream of its own. Of a stream some windows are held out, and what is kept in the end is the step at which the
+divergence on those was least, with the masks of that step.
 
 References:
     Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), for the loss.
@@ -32,6 +33,7 @@ from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.kept_tuning import Kept
 from jaxprune.pruning.placement import placement_of
 from jaxprune.pruning.results import LayerResult
+from jaxprune.pruning.rules import TargetOf
 from jaxprune.pruning.student import Student, require_finite
 from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.recipe_parts import Tuning
@@ -104,17 +106,19 @@ def distill(
     layers: Iterable[LayerResult],
     tuning: Tuning,
     *,
+    target_of: TargetOf | None = None,
     teacher: StreamedModel | None = None,
     journal: Journal | None = None,
     observer: Observer = SILENT,
 ) -> Iterator[LayerResult]:
-    """Tunes pruned layers. Masks stay; so do the results of the kernels, which are those of their solves.
+    """Tunes pruned layers. What became of the kernels stays as their solves have it, but for zeros where masks move.
 
     Args:
         model: what was pruned.
         text: what is tuned on.
         layers: all layers, as `loop.prune_layers` gives them; each is let go when it is taken up.
         tuning: how.
+        target_of: (layer index, path of the linear layer) -> its pattern, where masks move.
         teacher: the model towards which is tuned; None: the one that was pruned.
         journal: where the state is kept now and then, and taken from where it is kept already; None: nothing is kept.
         observer: is told each step, and each measure of the divergence on what is held out.
@@ -123,19 +127,28 @@ def distill(
         InputError: the loss is not finite, or a kernel in the end.
     """
     steps, teacher = text.steps, teacher or model
-    placement = placement_of(model.architecture, steps.shape, model.devices.count, teacher=teacher.architecture)
-    student = Student(model, layers, placement)
+    placement = placement_of(
+        model.architecture,
+        steps.shape,
+        model.devices.count,
+        masks_move=bool(steps.choices),
+        teacher=teacher.architecture,
+    )
+    assert target_of or not steps.choices
+    student = Student(model, layers, placement, target_of if steps.choices else None)
     rate = Rate(tuning.tune_rate, steps.count, steps.tokens)
     held_out = HeldOut(teacher, text.held_out) if text.held_out is not None else None
     observer.started("tuning", steps.count, "steps")
-    begin = _begun(journal, student, rate, held_out, observer)
+    begin = _begun(journal, student, steps, rate, held_out, observer)
     for number, (tokens, dense) in enumerate(_with_dense(teacher, text, begin), begin + 1):
-        divergence = student.step(tokens, dense, number, partial(rate.of, number))
+        divergence = student.step(tokens, dense, number, partial(rate.of, number), number in steps.choices)
+        if number == steps.last_choice:
+            student.settle()
         observer.step_done(number, steps.count, divergence)
         if held_out and number in steps.measured:
             seen = number * steps.tokens
             observer.divergence_measured(seen, held_out.measure(student, seen))
-            if not (held_out.falls or tuning.tune_to_end):
+            if not (student.masks_move or tuning.tune_to_end or held_out.falls(steps.last_choice * steps.tokens)):
                 break
         measured = (held_out.curve, held_out.best) if held_out else ([], None)
         kept_tuning.keep(journal, student.state, Kept(number, rate.before, *measured))
@@ -148,7 +161,12 @@ def distill(
 
 
 def _begun(
-    journal: Journal | None, student: Student, rate: "Rate", held_out: HeldOut | None, observer: Observer
+    journal: Journal | None,
+    student: Student,
+    steps: TuningSteps,
+    rate: "Rate",
+    held_out: HeldOut | None,
+    observer: Observer,
 ) -> int:
     """Takes up what was kept of a tuning, or measures what is held out before the first step; returns the number of the
     steps that were made."""
@@ -156,6 +174,8 @@ def _begun(
     if kept:
         observer.tuning_resumed(kept.step)
         rate.before = kept.before
+        if student.masks_move and kept.step >= steps.last_choice:
+            student.settle()
     if held_out and kept:
         held_out.curve, held_out.best = kept.curve, kept.best
         for point in kept.curve:

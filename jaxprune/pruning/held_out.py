@@ -40,8 +40,8 @@ class HeldOut:
         self.curve.append((tokens, divergence))
         return divergence
 
-    @property
-    def falls(self) -> bool:
-        """Whether the divergence still falls."""
-        divergences = [divergence for _, divergence in self.curve]
-        return len(divergences) - int(np.argmin(divergences)) <= PATIENCE
+    def falls(self, begin: int) -> bool:
+        """Returns whether the divergence still falls, by measures after so many tokens and more: while masks move, it
+        may rise for a while."""
+        best = min(range(len(self.curve)), key=lambda place: self.curve[place][1])
+        return sum(tokens >= begin for tokens, _ in self.curve[best + 1 :]) < PATIENCE

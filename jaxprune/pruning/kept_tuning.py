@@ -14,6 +14,8 @@ from jaxprune.pruning.journal import CURVE, TUNING, Entry, Journal
 from jaxprune.sharding import fetch
 
 log = logging.getLogger(__name__)
+MASK = "mask"
+"""After the name of a kernel: the bits of its mask."""
 BEST = "best"
 """Before the names of the kernels that were best."""
 
@@ -35,15 +37,18 @@ class Kept(NamedTuple):
 
 
 def keep(journal: Journal | None, state: Sequence[Kernels], kept: Kept) -> None:
-    """Keeps what steps changed of each layer's kernels, if the work since the last time was long enough."""
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(([kernels.moving for kernels in state], kept.best)))
+    """Keeps what steps changed of each layer's kernels, and their masks, if the work since the last time was long
+    enough."""
+    changed = [(kernels.moving, kernels.masks) for kernels in state]
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves((changed, kept.best)))
     if not (journal and journal.worth_keeping(size)):
         return
     with journal.keeping():
         for index, kernels in enumerate(state):
             if kernels.moving:
-                moving = fetch(kernels.moving)
+                moving, masks = fetch((kernels.moving, kernels.masks))
                 arrays = {f"{name}/{field}": a for name, one in moving.items() for field, a in one._asdict().items()}
+                arrays |= {f"{name}/{MASK}": mask for name, mask in masks.items()}
                 arrays |= {f"{BEST}/{name}": kernel for name, kernel in kept.best[index].items()} if kept.best else {}
                 metadata = {"before": kept.before, "curve": [list(point) for point in kept.curve]}
                 journal.put(f"{TUNING}/{kept.step}/{index}", arrays, metadata)
@@ -54,7 +59,7 @@ def keep(journal: Journal | None, state: Sequence[Kernels], kept: Kept) -> None:
 
 
 def restore(
-    journal: Journal | None, state: Sequence[Kernels], take: Callable[[int, dict[str, Moving]], None]
+    journal: Journal | None, state: Sequence[Kernels], take: Callable[[int, dict[str, Moving], Params], None]
 ) -> Kept | None:
     """Returns what was kept of a tuning; None where nothing was. What a version with another optimizer kept is passed
     over, which is said.
@@ -62,10 +67,10 @@ def restore(
     Args:
         journal: where it was kept; None: nowhere.
         state: the kernels of each layer before the first step.
-        take: is given a layer's index and what steps changed of it, one layer after the other.
+        take: is given a layer's index, what steps changed of it, and the bits of its masks, one layer after the other.
     """
     names = {
-        index: {f"{name}/{field}" for name in kernels.moving for field in Moving._fields}
+        index: {f"{name}/{field}" for name in kernels.moving for field in (*Moving._fields, MASK)}
         for index, kernels in enumerate(state)
         if kernels.moving
     }
@@ -86,7 +91,7 @@ def restore(
             arrays, metadata = entry.arrays, entry.metadata
             moving = {n: Moving(*(arrays[f"{n}/{field}"] for field in Moving._fields)) for n in state[index].moving}
             best[index] = {path.partition("/")[2]: a for path, a in arrays.items() if path.startswith(f"{BEST}/")}
-            take(index, moving)
+            take(index, moving, {name: arrays[f"{name}/{MASK}"] for name in moving})
         curve = [(int(n), float(kl)) for n, kl in metadata.get("curve", [])]
         before = metadata.get("before", 1.0)  # by which an earlier version tuned everything
         return Kept(step, before, curve, best if any(best) else None)

@@ -19,10 +19,13 @@ from jaxtyping import Array, Float, Int
 from convert import Params
 from jaxprune.errors import Change, InputError
 from jaxprune.models import Part
-from jaxprune.pruning import adafactor
+from jaxprune.pruning import adafactor, moving_masks
+from jaxprune.pruning.adafactor import Kernels, Moving
 from jaxprune.pruning.layer_vjp import forward_and_vjp, pull_back
+from jaxprune.pruning.moving_masks import Selectors
 from jaxprune.pruning.placement import Placement
 from jaxprune.pruning.results import LayerResult
+from jaxprune.pruning.rules import TargetOf
 from jaxprune.sharding import fetch
 from jaxprune.streaming.head import exponentials, in_chunks, kl_divergence, logits
 from jaxprune.streaming.hidden_states import HiddenStates
@@ -36,18 +39,28 @@ class Student:
         model: what was pruned.
         layers: all layers, as `loop.prune_layers` gives them; each is let go when it is taken up.
         placement: what stays on the device.
+        target_of: (layer index, path of the linear layer) -> its pattern, in which its mask may move; None: masks stay.
 
     Attributes:
         state: of each layer, on the device where it fits.
+        masks_move: whether weights move that are masked; not once `settle` was called.
     """
 
-    def __init__(self, model: StreamedModel, layers: Iterable[LayerResult], placement: Placement) -> None:
-        architecture = model.architecture
+    def __init__(
+        self,
+        model: StreamedModel,
+        layers: Iterable[LayerResult],
+        placement: Placement,
+        target_of: TargetOf | None = None,
+    ) -> None:
+        architecture, self.masks_move = model.architecture, target_of is not None
         self._model, self._placement = model, placement
         self._results: list[LayerResult] = []
         self._rest: list[dict[str, Any]] = []  # what is not tuned, on the device where the state stays
         self._dtypes: list[dict[str, np.dtype]] = []
-        self.state: list[adafactor.Kernels] = []
+        self._selectors: list[Selectors] = []  # where masks may move
+        self.state: list[Kernels] = []
+        dense_layers = model.layers() if target_of else iter(())
         for result in layers:
             layer = architecture.layers[result.index]
             own = inside_layer(result.index, result.params)
@@ -62,16 +75,27 @@ class Student:
             self._results.append(dataclasses.replace(result, params=beside))
             self._rest.append(model.devices.replicate(params) if placement.state else params)
             self._dtypes.append({name: kernel.dtype for name, kernel in kernels.items()})
-            self.state.append(self.place(adafactor.init(kernels, model.dtype, experts)))
+            state = adafactor.init(kernels, model.dtype, experts)
+            if target_of:
+                state = moving_masks.begin(state, next(dense_layers))
+                self._selectors.append(moving_masks.selectors_of(layer, result, target_of))
+            self.state.append(self.place(state))
         self._embed, self._head = (model.params_of(part, cast=True) for part in (architecture.embed, architecture.head))
 
-    def place(self, kernels: adafactor.Kernels) -> adafactor.Kernels:
+    def place(self, kernels: Kernels) -> Kernels:
         """Puts a layer's kernels to where they stay between steps."""
         return self._model.devices.shard_outputs(kernels) if self._placement.state else _on_host(kernels)
 
-    def restore(self, index: int, moving: dict[str, adafactor.Moving]) -> None:
-        """Takes up what steps changed of a layer before."""
-        self.state[index] = self.place(self.state[index]._replace(moving=moving))
+    def restore(self, index: int, moving: dict[str, Moving], masks: Mapping[str, Any]) -> None:
+        """Takes up what steps changed of a layer before, and the bits of its masks."""
+        fixed = {name: one._replace(mask=masks[name]) for name, one in self.state[index].fixed.items()}
+        self.state[index] = self.place(Kernels(moving, fixed))
+
+    def settle(self) -> None:
+        """Lets masks no longer move."""
+        for index, kernels in enumerate(_ahead(self.state, self._model.devices.shard_outputs)):
+            self.state[index] = self.place(moving_masks.settle(kernels))
+        self.masks_move = False
 
     def step(
         self,
@@ -79,6 +103,7 @@ class Student:
         dense: Float[np.ndarray, "b t d"],
         number: int,
         rate: Callable[[float], float],
+        choose: bool = False,
     ) -> float:
         """Moves the kernels by some windows; returns their mean divergence, before.
 
@@ -87,6 +112,7 @@ class Student:
             dense: the dense model's last hidden states of them.
             number: the number of the step, from 1.
             rate: the mean divergence -> its rate.
+            choose: masks anew, after the step.
 
         Raises:
             InputError: the divergence is not finite.
@@ -94,8 +120,7 @@ class Student:
         devices, architecture = self._model.devices, self._model.architecture
         x = apply(architecture.embed, self._embed, devices.shard_first(tokens))
         vjps: list[Any] = []  # of the layers, or their inputs
-        values_of_layers = _ahead((kernels.values for kernels in self.state), devices.shard_outputs)
-        for layer, values, others in zip(architecture.layers, values_of_layers, self._rest, strict=True):
+        for layer, values, others in zip(architecture.layers, self._values_of_layers(), self._rest, strict=True):
             if self._placement.results:
                 x, vjp = forward_and_vjp(layer, values, others, x)
             else:
@@ -112,15 +137,31 @@ class Student:
         for index, kernels in zip(reversed(range(len(self.state))), from_last, strict=True):
             layer = architecture.layers[index]
             vjp = vjps.pop() if self._placement.results else devices.shard_first(vjps.pop())
-            gradients, cotangent = pull_back(layer, kernels.values, self._rest[index], vjp, cotangent)
-            del vjp
-            moved = adafactor.step(kernels, gradients, *of_step)
+            values = self._values(kernels.values, kernels.masks)
+            gradients, cotangent = pull_back(layer, values, self._rest[index], vjp, cotangent)
+            del vjp, values
+            moved = adafactor.step(kernels, gradients, *of_step, self.masks_move)
+            changed: dict[str, Any] = {"moving": moved}
+            if choose:
+                changed["fixed"] = moving_masks.choose(Kernels(moved, kernels.fixed), self._selectors[index])
             if self._placement.state:
-                self.state[index] = kernels._replace(moving=devices.shard_outputs(moved))
+                self.state[index] = kernels._replace(**devices.shard_outputs(changed))
             else:
-                going.send(index, moved)
+                going.send(index, changed)
         going.arrive()
         return mean
+
+    def _values(self, values: dict[str, Array], masks: dict[str, Array]) -> dict[str, Array]:
+        """Returns kernels on the device as the forward pass takes them."""
+        if not self.masks_move:
+            return values
+        return {name: adafactor.masked_value(value, masks[name]) for name, value in values.items()}
+
+    def _values_of_layers(self) -> Iterator[dict[str, Array]]:
+        """Yields each layer's kernels on the device as the forward pass takes them."""
+        state = ((kernels.values, kernels.masks if self.masks_move else {}) for kernels in self.state)
+        for values, masks in _ahead(state, self._model.devices.shard_outputs):
+            yield self._values(values, masks)
 
     def divergence(self, tokens: Int[np.ndarray, "w t"], dense: HiddenStates) -> float:
         """Returns the mean divergence of windows; `dense` are the dense model's last hidden states of them.
@@ -129,8 +170,7 @@ class Student:
             InputError: it is not finite.
         """
         states = self._model.embed(tokens)
-        values_of_layers = _ahead((kernels.values for kernels in self.state), self._model.devices.shard_outputs)
-        for index, (values, others) in enumerate(zip(values_of_layers, self._rest, strict=True)):
+        for index, (values, others) in enumerate(zip(self._values_of_layers(), self._rest, strict=True)):
             self._model.forward(index, others | values, states)
         found = [self._divergence(states.read(rows), dense.read(rows), divergence_alone)[0] for rows in states.slices()]
         return _finite_mean(np.concatenate(found))
@@ -152,9 +192,11 @@ class Student:
 
     def result(self, index: int, stored: Params) -> LayerResult:
         """Returns a layer with such kernels."""
-        params = self._model.architecture.layers[index].unstack(fetch(self._rest[index]) | stored)
+        layer = self._model.architecture.layers[index]
+        params = layer.unstack(fetch(self._rest[index]) | stored)
         params = in_checkpoint(index, params) | self._results[index].params
-        return dataclasses.replace(self._results[index], params=params)
+        result = dataclasses.replace(self._results[index], params=params)
+        return moving_masks.with_own_masks(layer, result) if self._selectors else result
 
 
 def require_finite(layers: Iterable[Mapping[str, Any]]) -> None:
@@ -198,22 +240,22 @@ class _Going:
         state: where they go.
     """
 
-    def __init__(self, state: list[adafactor.Kernels]) -> None:
+    def __init__(self, state: list[Kernels]) -> None:
         self._state = state
-        self._pending: tuple[int, dict[str, adafactor.Moving]] | None = None
+        self._pending: tuple[int, dict[str, Any]] | None = None
 
-    def send(self, index: int, moved: dict[str, adafactor.Moving]) -> None:
-        """Sends a layer's, once those before them have arrived."""
-        for leaf in jax.tree.leaves(moved):
+    def send(self, index: int, changed: dict[str, Any]) -> None:
+        """Sends what has changed of a layer's, by the field, once those before them have arrived."""
+        for leaf in jax.tree.leaves(changed):
             leaf.copy_to_host_async()
         self.arrive()
-        self._pending = index, moved
+        self._pending = index, changed
 
     def arrive(self) -> None:
         """Returns when they are there."""
         if self._pending:
-            index, moved = self._pending
-            self._state[index] = self._state[index]._replace(moving=fetch(moved))
+            index, changed = self._pending
+            self._state[index] = self._state[index]._replace(**fetch(changed))
             self._pending = None
 
 

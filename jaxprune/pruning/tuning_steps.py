@@ -12,6 +12,8 @@ MEASURES = 16
 BETWEEN = 5
 """What is tuned on between two measures, at least, in tokens over those of the windows that are held out: a measure
 takes a quarter of a step's time a token, so all take about a twentieth, more where the text is short."""
+CHOICES = 8
+"""How often masks that move are chosen anew, at most."""
 DENSE_BYTES = 2**31
 """The most of the dense model's hidden states that are kept at a time: of LLaMA-7B those of 128 windows of 2048 tokens
 in 16 bits."""
@@ -28,6 +30,7 @@ class TuningSteps:
         different: how many of those are visited, each counted once.
         measured: the numbers of the steps, from 1, after which the divergence on held-out windows is measured; the last
             is one of them. Empty where nothing is held out.
+        choices: those after which masks are chosen anew; behind the last of them they stay. Empty where they always do.
     """
 
     count: int
@@ -35,6 +38,7 @@ class TuningSteps:
     length: int
     different: int
     measured: Sequence[int]
+    choices: Sequence[int] = ()
 
     @classmethod
     def of(cls, tuning: Tuning, windows: int, length: int, held_out: int = 0) -> "TuningSteps":
@@ -56,13 +60,18 @@ class TuningSteps:
             count = max(1, round(tuning.tune_epochs * pieces / each)) if tuning.tunes else 0
             different = min(count * each, pieces)
         measures = min(MEASURES, max(2, count * each * length // (BETWEEN * held_out))) if held_out else 0
-        measured = sorted({math.ceil(count * (number + 1) / measures) for number in range(measures)})
-        return cls(count, each, length, different, measured)
+        moving = round(tuning.tune_masks * count)
+        return cls(count, each, length, different, _parts(count, measures), _parts(moving, CHOICES if moving else 0))
 
     @property
     def shape(self) -> tuple[int, int]:
         """Windows of a step, and tokens of one."""
         return self.windows, self.length
+
+    @property
+    def last_choice(self) -> int:
+        """The number of the step behind which masks stay; 0: they always do."""
+        return self.choices[-1] if self.choices else 0
 
     @property
     def tokens(self) -> int:
@@ -98,3 +107,9 @@ class TuningSteps:
         steps = self.together(state_bytes, batch_tokens)
         sizes = [min(steps, self.count - begin) for begin in range(0, self.count, steps)]
         return [min(size * self.windows, self.different) for size in sizes]
+
+
+def _parts(count: int, parts: int) -> Sequence[int]:
+    """Returns the last number of each of so many parts, about equal, of the numbers from 1; fewer where there are
+    fewer."""
+    return sorted({math.ceil(count * (number + 1) / parts) for number in range(parts)})

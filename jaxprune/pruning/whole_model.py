@@ -65,7 +65,8 @@ def prune_model(
         text = distillation.of_windows(tokens, tuning, seed)
     layers = _pruned(model, tokens, recipe, target, named, journal, observer)
     if text:
-        layers = _distilled(model, teacher, text, layers, tuning, journal, observer)
+        target_of = with_rules(target, named)
+        layers = _distilled(model, teacher, text, layers, tuning, target_of, journal, observer)
     return _quantized(model, tokens, layers, recipe, journal, observer) if recipe.quantize else layers
 
 
@@ -144,6 +145,7 @@ def _distilled(
     text: Text,
     layers: Iterator[LayerResult],
     tuning: Tuning,
+    target_of: TargetOf,
     journal: Journal | None,
     observer: Observer,
 ) -> Iterator[LayerResult]:
@@ -156,8 +158,12 @@ def _distilled(
     every = list(layers)
     start = time.perf_counter()
     released = (every.pop(0) for _ in range(len(every)))
-    for layer in distill(model, text, released, tuning, teacher=teacher, journal=journal, observer=observer):
+    tuned = distill(
+        model, text, released, tuning, target_of=target_of, teacher=teacher, journal=journal, observer=observer
+    )
+    for layer in tuned:
         observer.phase_timed("tune", time.perf_counter() - start)
+        observer.layer_tuned(layer)
         finished.put(layer)
         yield layer
         start = time.perf_counter()

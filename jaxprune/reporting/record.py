@@ -81,6 +81,10 @@ class Record(Observer):
         for phase, seconds in result.seconds.items():
             self.phase_timed(phase, seconds)
 
+    def layer_tuned(self, result: LayerResult) -> None:
+        """Keeps what became of a layer's kernels where masks moved."""
+        self.layers[result.index] = result.without_arrays()
+
     def divergence_measured(self, tokens: int, divergence: float) -> None:
         """Keeps a measure."""
         self.divergences.append((tokens, divergence))

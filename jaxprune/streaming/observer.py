@@ -26,6 +26,9 @@ class Observer:
     def tuning_resumed(self, step: int) -> None:
         """The tuning goes on behind a step that an earlier process made; its measures are told again."""
 
+    def layer_tuned(self, result: Any) -> None:
+        """A layer's kernels are tuned; `result` is its `pruning.results.LayerResult` behind that."""
+
     def finished(self, result: Any) -> None:
         """The result is in its place: an `api.prune.PruningResult` or an `api.evaluate.Evaluation`."""
 

@@ -39,6 +39,8 @@ RECIPES = [
     "--preset best --pattern 2:4",
     "--preset fast --tune-epochs 2 --tune-rate 0.002 --damping 0.1",
     "--preset fast --tune-epochs 0",
+    "--preset thorough --tune-masks 0.25",
+    "--preset thorough --mask from-file:m",
     "--preset best --tune-tokens 1M --tune-windows 2 --tune-to-end --tune-text own.jsonl",
     "--token-power 0.5 --spread 0.2 --asymmetry 0.3",
     "--preset best --sparsity 0.3 --skip layers.0.* --skip *.o_proj --rule *.q_proj=0.75 --rule layers.1.*=2:4",
@@ -116,6 +118,8 @@ def test_records_are_run_again(name: str, tmp_path: Path) -> None:
         ("--iterations 7", "--mask wanda --update exact", "--mask wanda --update exact --pattern unstructured"),
         ("--tune-epochs 2 --tune-rate 0.1", "--tune-tokens 9k", "--tune-tokens 9k --tune-rate 0.1"),
         ("--tune-epochs 2 --tune-rate 0.1 --tune-pieces 2", "--tune-epochs 0", ""),
+        ("--tune-epochs 2 --tune-masks 0.5", "--tune-epochs 0", ""),
+        ("--tune-epochs 2 --tune-masks 0.5", "--mask from-file:m", "--mask from-file:m --tune-epochs 2"),
         ("--preset thorough --tune-to-end --tune-text t", "--tune-epochs 2", "--preset thorough --tune-epochs 2"),
     ],
 )

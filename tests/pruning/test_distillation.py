@@ -1,6 +1,5 @@
 """Distillation against torch's autograd."""
 
-import copy
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 from jaxprune import InputError, Observer, Tuning, load
 from jaxprune.errors import Change
 from jaxprune.pruning import adafactor, distillation, kept_tuning, placement, student
-from jaxprune.pruning.adafactor import DECAY, EPSILON
 from jaxprune.pruning.distillation import Rate, distill, of_stream, of_windows
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.kept_tuning import Kept
@@ -22,9 +20,10 @@ from jaxprune.pruning.results import LayerResult
 from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.streaming.observer import SILENT
 from tests.helpers import tiny
-from tests.helpers.optional import needs_torch, torch
+from tests.helpers.optional import needs_torch
 from tests.helpers.shapes import LINEARS, windows
 from tests.helpers.tuning import Steps, kernel, of_ids, pruned
+from tests.helpers.tuning_by_torch import tuned_by_torch
 
 
 def tune(
@@ -32,53 +31,6 @@ def tune(
 ) -> Iterator[LayerResult]:
     text = of_windows(windows(), tuning, seed)
     return distill(load(checkpoint), text, layers, tuning, observer=observer)
-
-
-class ByTorch:
-    """A weight [out, in] under Adafactor, its second moment by rows and columns of what is kept."""
-
-    def __init__(self, weight: Any) -> None:
-        value = weight.detach()
-        self.weight, self.kept = weight, (value != 0).float()
-        self.unit = value[value != 0].square().mean().sqrt()
-        self.of_inputs, self.of_outputs = torch.zeros(value.shape[1]), torch.zeros(value.shape[0])
-
-    def step(self, number: int, rate: float) -> None:
-        gradient = self.weight.grad * self.kept
-        square, count = gradient.square() + EPSILON, self.kept.sum()
-        by_inputs, by_outputs = (square.sum(axis) / self.kept.sum(axis).clamp(min=1) for axis in (0, 1))
-        self.of_inputs = DECAY * self.of_inputs + (1 - DECAY) * by_inputs
-        self.of_outputs = DECAY * self.of_outputs + (1 - DECAY) * by_outputs
-        warm, means = 1 - DECAY**number, []
-        for inputs, outputs in ((self.of_inputs, self.of_outputs), (by_inputs, by_outputs)):
-            means.append(outputs[:, None] * inputs[None, :] / ((inputs * self.kept.sum(0)).sum() / count))
-        second = means[0] / warm
-        # Counts of rows and columns, as if what is kept were spread evenly.
-        size = (means[1] / second * self.kept.sum(1)[:, None] * self.kept.sum(0)[None, :] / count).sum() / count
-        self.weight.data -= rate * self.unit * gradient / second.sqrt() / size.sqrt().clamp(min=1)
-
-
-def tuned_by_torch(layers: list[LayerResult], tokens: np.ndarray, order: np.ndarray, rates: list[float]) -> list[dict]:
-    dense = tiny.model(tiny.config())
-    model = copy.deepcopy(dense)
-    weights, kernels = {}, []
-    for layer in layers:
-        for name in LINEARS:
-            parameter = model.model.layers[layer.index].get_submodule(name).weight
-            value = torch.tensor(kernel(layer, name).T.copy())
-            parameter.data.copy_(value)
-            weights[layer.index, name] = parameter
-            kernels.append(ByTorch(parameter))
-    for number, (rows, rate) in enumerate(zip(order, rates, strict=True), 1):
-        ids = torch.tensor(tokens[rows], dtype=torch.long)
-        with torch.no_grad():
-            target = torch.log_softmax(dense(ids).logits, -1)
-        found = torch.log_softmax(model(ids).logits, -1)
-        model.zero_grad()
-        torch.sum(target.exp() * (target - found)).backward()
-        for kernel_of_torch in kernels:
-            kernel_of_torch.step(number, rate)
-    return [{n: weights[layer.index, n].detach().numpy().T for n in LINEARS} for layer in layers]
 
 
 @needs_torch
@@ -208,6 +160,8 @@ def test_windows_are_cut_into_pieces(tmp_path: Path) -> None:
         {"tune_rate": 1.5},
         {"tune_windows": 0},
         {"tune_pieces": 0},
+        {"tune_masks": -0.1},
+        {"tune_masks": 1.1},
     ],
 )
 def test_impossible_options_are_refused(bad: dict) -> None:
@@ -259,9 +213,9 @@ def test_what_is_kept_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     kept_tuning.keep(journal, [none, before._replace(moving=moving)], kept)
     journal.put("tuning/4/1", {"leaf0": value}, {"divergences": []})
     taken: dict[int, Any] = {}
-    found = kept_tuning.restore(journal, [none, before], taken.__setitem__)
+    found = kept_tuning.restore(journal, [none, before], lambda index, *state: taken.update({index: state}))
     assert found and (found.step, found.before, found.curve) == (3, 0.25, [(64, 0.5)])
     assert found.best and found.best[0] == {} and found.best[1]["a.kernel"].dtype == np.float16
-    jax.tree.map(np.testing.assert_array_equal, taken, {1: moving})
-    assert kept_tuning.restore(None, [none, before], taken.__setitem__) is None
+    jax.tree.map(np.testing.assert_array_equal, taken, {1: (moving, before.masks)})
+    assert kept_tuning.restore(None, [none, before], lambda *_: None) is None
     journal.close()

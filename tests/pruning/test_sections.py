@@ -16,7 +16,9 @@ from jaxprune.commands.verify import main as verify
 from jaxprune.methods.sparsegpt import SparseGPT
 from jaxprune.pruning import snapshot as snapshots
 from jaxprune.pruning.loop import LayerResult
+from jaxprune.pruning.whole_model import prune_model
 from jaxprune.recipe import Recipe
+from jaxprune.recipe_parts import Tuning
 from jaxprune.sparsity.patterns import InSections, by_section, in_sections
 from tests.helpers import tiny
 from tests.helpers.shapes import windows
@@ -69,6 +71,18 @@ def test_fused_linear_layers_are_pruned_as_those_they_are(pair: tuple[Path, Path
         np.testing.assert_allclose(other[path], kernel, rtol=1e-3, atol=1e-4, err_msg=path)
     assert together["self_attn.qkv_proj"].sections == {"query": 640, "key": 320, "value": 320}
     assert together["mlp.gate_up_proj"].sections == {"gate": 960, "up": 960}
+
+
+def test_masks_that_move_stay_in_their_sections(pair: tuple[Path, Path]) -> None:
+    tuning = Tuning(tune_epochs=2, tune_rate=0.05, tune_masks=0.6)
+    recipe = Recipe(ADMM(), Unstructured(0.625), tuning=tuning)
+    before = list(prune_layers(load(pair[1]), TOKENS, ADMM(), Unstructured(0.625)))
+    for one, other in zip(before, prune_model(load(pair[1]), TOKENS, recipe), strict=True):
+        for path in one.kernels:
+            first, last = (layer.params[f"layers.{layer.index}.{path}.kernel"] == 0 for layer in (one, other))
+            sections = load(pair[1]).architecture.layers[one.index].sections.get(path, ())
+            assert not np.array_equal(first, last)
+            assert by_section(last.sum(axis=0), sections) == other[path].sections == one[path].sections
 
 
 def test_a_snapshot_knows_them(pair: tuple[Path, Path], tmp_path: Path) -> None:

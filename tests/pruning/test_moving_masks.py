@@ -1,0 +1,216 @@
+"""Masks that move while weights are tuned: which are chosen, their counts, and how a tuning goes on."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from convert import open_checkpoint
+from jaxprune import ADMM, InputError, Magnitude, Recipe, Tuning, Unstructured, load, prune_layers
+from jaxprune.commands.prune import main as prune
+from jaxprune.commands.verify import main as verify
+from jaxprune.errors import Change
+from jaxprune.pruning import adafactor, distillation, moving_masks, tuning_steps
+from jaxprune.pruning.distillation import Rate, distill, of_stream, of_windows
+from jaxprune.pruning.journal import Journal
+from jaxprune.pruning.placement import Placement
+from jaxprune.pruning.results import LayerResult
+from jaxprune.pruning.student import Student
+from jaxprune.pruning.whole_model import prune_model
+from jaxprune.recipe_parts import Rule
+from jaxprune.sparsity.masks import from_file, unpack
+from jaxprune.sparsity.patterns import NM, Pattern
+from jaxprune.streaming.observer import SILENT, Observer
+from tests.helpers import families, tiny
+from tests.helpers.command import failing
+from tests.helpers.optional import needs_torch
+from tests.helpers.shapes import LINEARS, windows
+from tests.helpers.tuning import Steps, kernel, of_ids, pruned
+from tests.helpers.tuning_by_torch import tuned_by_torch
+
+MOVING = Tuning(tune_epochs=2, tune_rate=0.02, tune_windows=2, tune_masks=0.6)
+"""Of its twelve steps masks move over seven, with a choice after each."""
+HALF = Unstructured(0.5)
+
+
+def tune(
+    checkpoint: Path,
+    layers: list[LayerResult],
+    tuning: Tuning = MOVING,
+    pattern: Pattern = HALF,
+    observer: Observer = SILENT,
+) -> Iterator[LayerResult]:
+    text = of_windows(windows(), tuning, 0)
+    return distill(load(checkpoint), text, layers, tuning, target_of=lambda *_: pattern, observer=observer)
+
+
+def own_masks(layer: LayerResult) -> dict[str, np.ndarray]:
+    return {path: unpack(mask, len(kernel(layer, path))) for path, mask in layer.masks.items()}
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.7), Unstructured(0.7, per_output=True), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_each_kernel_keeps_as_many_in_its_pattern(pattern: Pattern, dtype: str, tmp_path: Path) -> None:
+    path = tiny.save(tmp_path, tiny.config(), dtype=dtype)
+    layers = list(prune_layers(load(path), windows(), ADMM(), pattern))
+    moved = 0
+    for before, after in zip(layers, tune(path, layers, pattern=pattern), strict=True):
+        for name in LINEARS:
+            stored, masks = kernel(after, name), [own_masks(layer)[name] for layer in (before, after)]
+            np.testing.assert_array_equal(stored != 0, masks[1])
+            assert stored.dtype == np.dtype(dtype)
+            assert np.count_nonzero(stored == 0) == after[name].zeros == pattern.zeros(stored.shape)
+            if isinstance(pattern, NM):
+                assert (masks[1].reshape(-1, 4, stored.shape[1]).sum(1) == 2).all()
+            elif pattern.per_output:
+                assert len({*masks[1].sum(0)}) == 1
+            moved += np.count_nonzero(masks[1] & ~masks[0])
+    assert moved > 50
+
+
+def test_what_is_kept_matters_most_to_the_loss() -> None:
+    """Whether its weight is large, or the gradients of its input and of its output are."""
+    generator = np.random.default_rng(0)
+    value, rows, columns = (generator.random(shape).astype(np.float32) for shape in ((24, 16), 24, 16))
+    selector = Unstructured(0.6).selector(value.shape)
+    own = adafactor.Moving(*map(jnp.asarray, (value, 0 * rows, 0 * columns, rows, columns)))
+    bits = np.asarray(moving_masks.chosen(own, selector))
+    saliency = value**2 * np.outer(rows, columns)
+    least = np.sort(saliency, axis=None)[round(0.6 * value.size)]
+    np.testing.assert_array_equal(np.asarray(adafactor.unpacked(bits, 24)), saliency >= least)
+
+
+@needs_torch
+def test_weights_that_are_masked_move_along(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in torch: from half of the dense model's on, by the gradient of the masked kernel, until the last choice."""
+    monkeypatch.setattr(tuning_steps, "CHOICES", 2)
+    tuning, steps = Tuning(tune_epochs=2, tune_rate=0.01, tune_windows=4, tune_masks=0.6), Steps()
+    layers, tokens = pruned(checkpoint), windows()
+    found = list(tune(checkpoint, layers, tuning, observer=steps))
+    order = np.random.default_rng(0)
+    rows = np.concatenate([order.permutation(12).reshape(-1, 4) for _ in range(2)])
+    rate = Rate(0.01, 6, tokens[:4].size)
+    rates = [rate.of(number, divergence) for number, divergence in enumerate(steps.told, 1)]
+    expected = tuned_by_torch(layers, tokens, rows, rates, choices=(2, 4))
+    moved = 0
+    for layer, before, theirs in zip(found, layers, expected, strict=True):
+        for name in LINEARS:
+            one, other = kernel(layer, name), theirs[name]
+            both = (one != 0) & (other != 0)
+            assert np.count_nonzero((one != 0) != (other != 0)) <= 0.002 * one.size, name
+            difference, far = np.abs(one - other)[both], np.abs(other - kernel(before, name))[both].max()
+            assert difference.mean() < 0.001 * far and difference.max() < 0.02 * far, name
+            moved += np.count_nonzero(both & (kernel(before, name) == 0))
+    assert moved > 50
+
+
+def test_it_is_the_same_where_the_host_holds_the_weights(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, found = pruned(checkpoint), []
+    for state in (True, False):
+        monkeypatch.setattr(distillation, "placement_of", lambda *_, state=state, **__: Placement(state, results=False))
+        found.append(list(tune(checkpoint, layers)))
+    for one, other in zip(*found, strict=True):
+        for name in LINEARS:
+            np.testing.assert_array_equal(kernel(one, name), kernel(other, name))
+
+
+@pytest.mark.parametrize("stop", [4, 8, 11])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tuning_goes_on_where_it_was_stopped(
+    dtype: str, stop: int, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two choices, right behind the last one, and later."""
+    monkeypatch.setattr(Journal, "worth_keeping", lambda *_: True)
+    monkeypatch.setattr(tuning_steps, "CHOICES", 3)
+    tuning = Tuning(tune_tokens=12 * 32, tune_masks=0.6)
+    text, model, layers = of_stream(of_ids(tmp_path), tuning), load(checkpoint, dtype=dtype), pruned(checkpoint)
+    assert text.steps.choices == [3, 5, 7]
+    expected = list(distill(model, text, layers, tuning, target_of=lambda *_: HALF))
+    journal = Journal(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="stopped here"):
+        patch.setattr(Student, "step", failing(Student.step, stop))
+        list(distill(model, text, layers, tuning, target_of=lambda *_: HALF, journal=journal))
+    found = list(distill(model, text, layers, tuning, target_of=lambda *_: HALF, journal=journal))
+    for one, other in zip(found, expected, strict=True):
+        assert one.kernels == other.kernels
+        for arrays in ("params", "masks"):
+            for path, array in getattr(one, arrays).items():
+                np.testing.assert_array_equal(array, getattr(other, arrays)[path])
+    journal.close()
+
+
+def test_only_measures_behind_the_last_choice_stop_it(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start is the best of seventeen measures, ten of them with masks that move: the fourth of the others ends it.
+    What is kept are the masks of the start."""
+    monkeypatch.setattr(tuning_steps, "BETWEEN", 1)
+    monkeypatch.setattr(Student, "divergence", lambda *_: float(len(seen.held_out)))
+    tuning, seen = Tuning(tune_tokens=32 * 2 * 32, tune_windows=2, tune_masks=0.6), Steps()
+    layers = pruned(checkpoint)
+    text = of_stream(of_ids(tmp_path), tuning)
+    found = list(distill(load(checkpoint), text, layers, tuning, target_of=lambda *_: HALF, observer=seen))
+    assert [tokens // 64 for tokens, _ in seen.held_out] == [*range(0, 27, 2)]
+    for one, before in zip(found, layers, strict=True):
+        for name, mask in own_masks(before).items():
+            np.testing.assert_array_equal(own_masks(one)[name], mask)
+
+
+def test_rules_and_dense_experts_stay(tmp_path: Path) -> None:
+    """Experts have patterns of their own; one stays dense, so does a layer."""
+    families.save(tmp_path / "dense", families.config("qwen3_moe", "mixed"))
+    model = load(tmp_path / "dense")
+    experts = sorted(path for path in model.architecture.layers[-1].kernels if ".experts." in path)
+    dense, other = experts[0], experts[1]
+    rules = Rule("layers.0.*"), Rule(f"*.{dense}"), Rule(f"*.{other}", NM(2, 4))
+    recipe = Recipe(Magnitude(), Unstructured(0.6), rules=rules, tuning=MOVING)
+    tokens, moved = windows() % 300, 0
+    own = Recipe(Magnitude(), Unstructured(0.6), rules=rules)
+    for before, after in zip(prune_model(model, tokens, own), prune_model(model, tokens, recipe), strict=True):
+        assert before.masks.keys() == after.masks.keys()
+        for path in before.kernels:
+            first, last = (kernel(layer, path) for layer in (before, after))
+            if path not in before.masks:
+                np.testing.assert_array_equal(first, last)
+                continue
+            moved += np.count_nonzero((last != 0) & (first == 0))
+            assert np.count_nonzero(last == 0) == after[path].zeros == after[path].wanted
+            if path == other:
+                assert (np.count_nonzero(last.reshape(-1, 4, last.shape[1]), axis=1) == 2).all()
+    assert moved > 50
+
+
+def test_given_masks_are_refused(checkpoint: Path) -> None:
+    with pytest.raises(InputError, match="cannot move while the weights are tuned") as error:
+        Recipe(pattern=None, mask=f"from-checkpoint:{checkpoint}", tuning=MOVING)
+    assert error.value.options == {"tune_masks": Change.OMIT}
+
+
+def test_a_run_keeps_and_records_the_masks_of_its_end(checkpoint: Path, tmp_path: Path) -> None:
+    """A kernel whose output is dead has more zeros than its pattern wants; once they move, it has as many."""
+    dense, out, file = tmp_path / "dense", tmp_path / "out", tmp_path / "masks.safetensors"
+    shutil.copytree(checkpoint, dense)
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3] = 0.0
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 300, (40, 32), np.int32))
+    line = ["--ckpt", dense, "--calib", tmp_path / "ids.npy", "--nsamples", 4, "--seqlen", 32, "--eval", "none"]
+    line += ["--tune-tokens", 12 * 32, "--tune-masks", 0.6, "--tune-rate", 0.05, "--tune-to-end"]
+    line += ["--pattern", "per-output"]
+    assert prune([str(word) for word in (*line, "--save-masks", file, "--out", out)]) == 0
+    assert verify([str(out), "--against", str(dense)]) == 0
+    record = json.loads((out / "jaxprune.json").read_text())
+    stored, masks, moved = open_checkpoint(out), from_file(file), []
+    for layer in record["layers"]:
+        for path, linear in layer["linears"].items():
+            kernel = stored.read([f"layers.{layer['index']}.{path}.kernel"])[f"layers.{layer['index']}.{path}.kernel"]
+            np.testing.assert_array_equal(masks(layer["index"], path).read(), kernel != 0)
+            assert linear["zeros"] == np.count_nonzero(kernel == 0) == linear["wanted"]
+            moved.append(linear["stats"][moving_masks.MOVED])
+    assert max(moved) > 0.01
+    assert "kept weights that the solves had masked" in (out / "README.md").read_text()
