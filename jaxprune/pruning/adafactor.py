@@ -220,7 +220,7 @@ def step_one(
     if not masks_move:
         return kernel._replace(value=value, rows=rows, columns=columns)
     mean = mean_of(of_rows, fixed.row_counts)
-    weight = jnp.where(mean > 2 * EPSILON, 1 - SHARES_DECAY, 0)  # an expert may have no tokens
+    weight = (1 - SHARES_DECAY) * (mean > 2 * EPSILON).astype(jnp.float32)  # an expert may have no tokens
     row_shares = kernel.row_shares + weight * (of_rows / mean - kernel.row_shares)
     column_shares = kernel.column_shares + weight * (of_columns / mean - kernel.column_shares)
     return Moving(value, rows, columns, row_shares, column_shares)
