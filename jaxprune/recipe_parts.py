@@ -82,8 +82,8 @@ class Tuning:
     measured."""
     tune_masks: float = 0.0
     """Over this share of the steps, from the first on, choose the masks anew, eight times at most: each linear layer
-    keeps as many weights as it did, in its pattern, those that matter most to the loss (0: masks stay). Weights that
-    are masked begin at half of the dense model's, and move along."""
+    keeps as many weights as its pattern wants, those that matter most to the loss (0: masks stay). Weights that are
+    masked begin at half of the dense model's, and move along."""
     tune_to_end: bool = False
     """Tune on all --tune-tokens, also when the divergence on the windows that are held out no longer falls."""
 

@@ -177,13 +177,14 @@ def test_two_processes_tune_on_a_text_as_one(line: list[object], tmp_path: Path)
     """Eight windows a step, four of each process."""
     np.save(tmp_path / "text.npy", np.random.default_rng(1).integers(0, 300, (40, 64), np.int32))
     own = [*line, "--preset", "best", "--sparsity", 0.6, "--tune-tokens", 3 * 8 * 64, "--tune-windows", 8]
+    own += ["--tune-masks", 0.6]
     own[own.index("--calib") + 1] = tmp_path / "text.npy"
     finish(*pair([*own, "--out", tmp_path / "out"]))
     run_all([*own, "--out", tmp_path / "single"])
     assert_close(tmp_path / "out", tmp_path / "single", far=2e-3)
     curves = [json.loads((tmp_path / name / "jaxprune.json").read_text())["divergences"] for name in ("out", "single")]
     np.testing.assert_allclose(*curves, rtol=1e-3)
-    assert len(curves[0]) == 2
+    assert len(curves[0]) == 3
 
 
 @pytest.mark.slow

@@ -257,13 +257,15 @@ def of_distillation(
             number, others = Shape((), jnp.float32), beside - size_of(own) + size_of(values) - size_of(gradient)
             of_step, last = (own, fixed, gradient, number, number), steps.last_choice
             step, moving = adafactor.step_one, partial(adafactor.step_one, masks_move=True)
-            yield Program("tune", f"step {name}", step, of_step, count * (steps.count - last), others, donated=(0,))
+            if last < steps.count:
+                yield Program("tune", f"step {name}", step, of_step, count * (steps.count - last), others, donated=(0,))
             if last:
                 yield Program("tune", f"step of all {name}", moving, of_step, count * last, others, donated=(0,))
                 times = 2 * last + (held_out[0] > 0) * (1 + sum(number < last for number in steps.measured))
                 masked, of_mask = adafactor.masked_value, (own.value, fixed.mask)
                 yield Program("tune", f"masked {name}", masked, of_mask, count * times, others)
-                yield _of_choice(name, own, pattern or Unstructured(0.5), count * len(steps.choices), others)
+                yield _of_choice(shapes, name, own, pattern or Unstructured(0.5), count * len(steps.choices), others)
+                yield Program("tune", f"settled {name}", moving_masks.settled, (own, fixed), count, others)
     rows = partial(rows_at_a_time, models=2, devices=shapes.devices.count)
     chunk = Shape((rows(steps.tokens), architecture.width), architecture.config.dtype)
     loss, chunks = partial(student.head_divergence, architecture.head), steps.count * steps.tokens / chunk.shape[0]
@@ -275,13 +277,19 @@ def of_distillation(
         yield Program("tune", "held-out divergence", alone, (head, chunk, chunk), chunks, stays - size_of(head))
 
 
-def _of_choice(name: str, kernel: adafactor.Moving, pattern: Pattern, choices: int, resident: int) -> Program:
+def _of_choice(
+    shapes: Shapes, name: str, kernel: adafactor.Moving, pattern: Pattern, choices: int, resident: int
+) -> Program:
     """Returns the program that chooses a kernel's mask anew, expert by expert."""
-    experts = kernel.value.shape[:-2]
-    one = jax.tree.map(lambda leaf: Shape(leaf.shape[len(experts) :], leaf.dtype), kernel)
-    inputs = one.value.shape[0]
+    *experts, inputs, outputs = kernel.value.shape
+
+    def single(shape: Any, dtype: Any) -> Any:
+        return shapes.devices.abstract(Shape(shape, dtype), -1)
+
+    one = jax.tree.map(lambda leaf: single(leaf.shape[len(experts) :], leaf.dtype), kernel)
+    own = single((-(-inputs // 8), outputs), jnp.uint8)
     by = Unstructured(pattern.sparsity) if pattern.group and inputs % pattern.group else pattern
-    return Program("tune", f"mask of {name}", partial(choose, by), (one,), choices * math.prod(experts), resident)
+    return Program("tune", f"mask of {name}", partial(choose, by), (one, own), choices * math.prod(experts), resident)
 
 
 class _Tuned(NamedTuple):
@@ -328,9 +336,9 @@ def of_evaluation(shapes: Shapes, windows: int, length: int, dense: Shapes | Non
     yield Program("evaluate", "divergence", divergence, ((head, head), (states, states), targets), chunks)
 
 
-def choose(pattern: Pattern, kernel: adafactor.Moving) -> jax.Array:
+def choose(pattern: Pattern, kernel: adafactor.Moving, mask: jax.Array) -> jax.Array:
     """Chooses a mask, by a pattern's own count of zeros."""
-    return moving_masks.chosen(kernel, pattern.selector(kernel.value.shape))
+    return moving_masks.chosen(kernel, mask, pattern.selector(kernel.value.shape))
 
 
 def solve(method: Method, pattern: Pattern, prepared: Any, weight: jax.Array) -> Any:

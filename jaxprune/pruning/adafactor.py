@@ -36,8 +36,8 @@ from jaxprune.sharding import Devices
 DECAY = 0.9
 """Of the second moment, a step. There are tens of steps, or a few thousand, so its memory is short."""
 SHARES_DECAY = 0.98
-"""Of the shares by which masks are chosen, a step. Each step counts the same in them, however large its gradients are:
-one text unlike the others would decide what is kept, else."""
+"""Of the shares by which masks are chosen, a step. Each step counts the same in them, however large its gradients are;
+otherwise one text unlike the others decides what is kept."""
 EPSILON = 1e-30
 """Beside the squares of the gradients."""
 SEQUENCE = tuple(round(2**32 / 1.2207440846057596**k) for k in (1, 2, 3))
@@ -70,7 +70,8 @@ class Fixed(NamedTuple):
         mask: bits of the weights that are kept, eight inputs a byte, [ceil(n / 8), m]: TPUs unpack them so as they go.
         row_counts: how many weights of each input move: those that are kept, or all while masks move.
         column_counts: of each output.
-        unit: root mean square of the kept weights; of experts one each, [e, 1, 1], 0 for those that do not move.
+        unit: root mean square of the weights that were kept at first; of experts one each, [e, 1, 1], 0 for those that
+            do not move.
     """
 
     mask: UInt8[Array | np.ndarray, "*e _ m"]
@@ -213,16 +214,16 @@ def step_one(
     step = gradient * lax.rsqrt(rows / warm)[..., :, None] * lax.rsqrt(columns / mean)[..., None, :]
     # Its mean square, as if the squares of the gradient, too, were of_rows·of_columns / their mean.
     ratios = mean_of(of_rows / rows, fixed.row_counts) * mean_of(of_columns / columns, fixed.column_counts)
-    size = ratios * warm * mean / jnp.maximum(mean_of(of_rows, fixed.row_counts), EPSILON)
+    of_all = jnp.maximum(mean_of(of_rows, fixed.row_counts), EPSILON)
+    size = ratios * warm * mean / of_all
     rate = rate * lax.rsqrt(jnp.maximum(1, size))[..., None]
     value = kernel.value.astype(jnp.float32) - rate * fixed.unit * step  # 0 where nothing moves
     value = _dithered(value, kernel.value.dtype, number)
     if not masks_move:
         return kernel._replace(value=value, rows=rows, columns=columns)
-    mean = mean_of(of_rows, fixed.row_counts)
-    weight = (1 - SHARES_DECAY) * (mean > 2 * EPSILON).astype(jnp.float32)  # an expert may have no tokens
-    row_shares = kernel.row_shares + weight * (of_rows / mean - kernel.row_shares)
-    column_shares = kernel.column_shares + weight * (of_columns / mean - kernel.column_shares)
+    weight = (1 - SHARES_DECAY) * (of_all > 2 * EPSILON).astype(jnp.float32)  # an expert may have no tokens
+    row_shares = kernel.row_shares + weight * (of_rows / of_all - kernel.row_shares)
+    column_shares = kernel.column_shares + weight * (of_columns / of_all - kernel.column_shares)
     return Moving(value, rows, columns, row_shares, column_shares)
 
 

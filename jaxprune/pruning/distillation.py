@@ -27,6 +27,7 @@ import optax
 from jaxtyping import Float, Int
 
 from jaxprune.calibration.stream import TextStream
+from jaxprune.errors import InputError
 from jaxprune.pruning import kept_tuning
 from jaxprune.pruning.held_out import HeldOut
 from jaxprune.pruning.journal import Journal
@@ -111,7 +112,7 @@ def distill(
     journal: Journal | None = None,
     observer: Observer = SILENT,
 ) -> Iterator[LayerResult]:
-    """Tunes pruned layers. What became of the kernels stays as their solves have it, but for zeros where masks move.
+    """Tunes pruned layers. Masks and what became of the kernels stay as their solves have them, unless masks move.
 
     Args:
         model: what was pruned.
@@ -124,7 +125,7 @@ def distill(
         observer: is told each step, and each measure of the divergence on what is held out.
 
     Raises:
-        InputError: the loss is not finite, or a kernel in the end.
+        InputError: the loss is not finite, or a kernel in the end; masks are to move, but in no pattern.
     """
     steps, teacher = text.steps, teacher or model
     placement = placement_of(
@@ -134,7 +135,8 @@ def distill(
         masks_move=bool(steps.choices),
         teacher=teacher.architecture,
     )
-    assert target_of or not steps.choices
+    if steps.choices and target_of is None:
+        raise InputError("masks move in patterns: give them as target_of", options={"tune_masks": 0})
     student = Student(model, layers, placement, target_of if steps.choices else None)
     rate = Rate(tuning.tune_rate, steps.count, steps.tokens)
     held_out = HeldOut(teacher, text.held_out) if text.held_out is not None else None

@@ -3,8 +3,8 @@
 Meanwhile every weight has a value, those that are masked as well, from half of the dense model's on. The forward pass
 takes the masked kernel, and all weights move along the gradient by it. A kernel then keeps those weights w_ij for which
 w_ij²·r_i·c_j is largest, r and c the shares of the inputs and of the outputs in the gradients' squares over some tens
-of steps: what the loss would lose without them, to the second order. It keeps as many as it did, in its own pattern, so
-each is chosen where its step is taken. In the end the values that are masked become zero.
+of steps: what the loss would lose without them, to the second order. It keeps as many as its pattern wants, so each is
+chosen where its step is taken. In the end the values that are masked become zero.
 
 From the dense model's whole values on, too many weights would change place; from zero on, none: see
 docs/notes/quality.md.
@@ -16,7 +16,7 @@ References:
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,12 +38,12 @@ BEGIN = 0.5
 """Where masked weights begin, in those of the dense model."""
 MOVED = "moved"
 """Among the metrics of a kernel: the share of its kept weights that its solve had masked."""
-Selectors = dict[str, Sequence[Selector | None]]
-"""Name of a kernel -> what chooses its mask, or those of the experts that are stacked in it; None: it stays dense."""
+Selectors = Mapping[str, Sequence[Selector | None]]
+"""Name of a kernel -> what chooses its mask, or those of the experts that are stacked in it; None: it stays."""
 
 
 def selectors_of(layer: Layer, result: LayerResult, target_of: TargetOf) -> Selectors:
-    """Returns what chooses the masks of a pruned layer: as many zeros as each kernel has, in its pattern.
+    """Returns what chooses the masks of a pruned layer: as many zeros as were wanted of each kernel, in its pattern.
 
     Args:
         layer: its kind.
@@ -53,14 +53,14 @@ def selectors_of(layer: Layer, result: LayerResult, target_of: TargetOf) -> Sele
     found: dict[str, list[Selector | None]] = {}
     for path, shape in layer.kernels.items():
         one, (name, _) = None, layer.sources[path]
-        if path in result.masks:
-            pattern, kernel = target_of(result.index, path), result.kernels[path]
+        if path in result.masks and (kernel := result.kernels[path]).wanted < kernel.size:
+            pattern = target_of(result.index, path)
             assert isinstance(pattern, Pattern)
-            if isinstance(pattern, Unstructured) and not pattern.per_output:  # or a sparsity by `allocate`
+            if isinstance(pattern, Unstructured) and not pattern.per_output:  # its sparsity may be `allocate`'s
                 pattern = Unstructured(kernel.wanted / kernel.size)
             one = in_sections(pattern, layer.sections.get(path, ())).selector(shape)
         found.setdefault(f"{name}.kernel", []).append(one)
-    return {name: selectors for name, selectors in found.items() if any(selectors)}
+    return found
 
 
 def begin(kernels: Kernels, dense: Params) -> Kernels:
@@ -91,23 +91,28 @@ def choose(kernels: Kernels, selectors: Selectors) -> dict[str, Fixed]:
     """
     fixed = {}
     for name, one in kernels.fixed.items():
-        moving, (first, *_) = kernels.moving[name], selectors[name]
-        if moving.value.ndim == 2:
-            assert first is not None
-            mask = chosen(moving, first)
-        else:
-            experts = (jax.tree.map(lambda leaf, at=at: leaf[at], (moving, one.mask)) for at in range(len(one.mask)))
-            masks = [own if s is None else chosen(m, s) for (m, own), s in zip(experts, selectors[name], strict=True)]
-            mask = jnp.stack(masks)
-        fixed[name] = one._replace(mask=mask)
+        parts: list[tuple[Moving, Array]] = [(kernels.moving[name], one.mask)]
+        if stacked := one.mask.ndim == 3:
+            parts = [jax.tree.map(lambda leaf, at=at: leaf[at], parts[0]) for at in range(len(one.mask))]
+        masks = [own if s is None else chosen(m, own, s) for (m, own), s in zip(parts, selectors[name], strict=True)]
+        mask = jnp.stack(masks) if stacked else masks[0]
+        # One at a time: several processes would wait for each other in different ones, for they exchange counts.
+        fixed[name] = one._replace(mask=jax.block_until_ready(mask))
     return fixed
 
 
 @jax.jit
-def chosen(kernel: Moving, selector: Selector) -> UInt8[Array, "_ m"]:
-    """Returns the bits, as `Fixed` has them, of the mask of the weights that matter most to the loss."""
+def chosen(kernel: Moving, mask: UInt8[Array, "_ m"], selector: Selector) -> UInt8[Array, "_ m"]:
+    """Returns the bits, as `Fixed` has them, of the mask of the weights that matter most to the loss.
+
+    Args:
+        kernel: one, not stacked.
+        mask: its own, which it keeps where there was no gradient yet: an expert may have had no tokens.
+        selector: what chooses.
+    """
     of_gradients = kernel.row_shares[:, None] * kernel.column_shares[None, :]
-    return jnp.packbits(selector(jnp.square(kernel.value.astype(jnp.float32)) * of_gradients), axis=-2)
+    new = jnp.packbits(selector(jnp.square(kernel.value.astype(jnp.float32)) * of_gradients), axis=-2)
+    return jnp.where(jnp.any(kernel.row_shares > 0), new, mask)
 
 
 def settle(kernels: Kernels) -> Kernels:

@@ -128,6 +128,7 @@ class Student:
                 x = apply_layer(layer, others | values, x)
             vjps.append(vjp)
             del vjp
+        del values, others  # the last layer's, which masked may be copies
         divergence, gradient = self._divergence(fetch(x), dense, head_divergence)
         mean = _finite_mean(divergence)
         of_step = jnp.float32(number), jnp.float32(rate(mean))

@@ -60,7 +60,7 @@ class TuningSteps:
             count = max(1, round(tuning.tune_epochs * pieces / each)) if tuning.tunes else 0
             different = min(count * each, pieces)
         measures = min(MEASURES, max(2, count * each * length // (BETWEEN * held_out))) if held_out else 0
-        moving = round(tuning.tune_masks * count)
+        moving = min(count, max(1, round(tuning.tune_masks * count))) if tuning.tune_masks else 0
         return cls(count, each, length, different, _parts(count, measures), _parts(moving, CHOICES if moving else 0))
 
     @property

@@ -42,6 +42,8 @@ def test_every_program_compiles(name: str, method: Method, tmp_path: Path) -> No
         for program in every:
             compiled = program.compiled(target.options)
             text = compiled.as_text() or ""
+            on = {device for one in jax.tree.leaves(compiled.input_shardings) for device in one.device_set}
+            assert on <= {shapes.devices.device}, program.name
             libraries = 2**23  # what they ask for besides
             assert program.peak_bytes(compiled) <= program.most_bytes() + libraries, program.name
             assert "f64[" not in text, program.name

@@ -79,10 +79,13 @@ def test_what_is_kept_matters_most_to_the_loss() -> None:
     value, rows, columns = (generator.random(shape).astype(np.float32) for shape in ((24, 16), 24, 16))
     selector = Unstructured(0.6).selector(value.shape)
     own = adafactor.Moving(*map(jnp.asarray, (value, 0 * rows, 0 * columns, rows, columns)))
-    bits = np.asarray(moving_masks.chosen(own, selector))
+    before = jnp.asarray(np.packbits(generator.random(value.shape) < 0.4, axis=0))
+    bits = np.asarray(moving_masks.chosen(own, before, selector))
     saliency = value**2 * np.outer(rows, columns)
     least = np.sort(saliency, axis=None)[round(0.6 * value.size)]
     np.testing.assert_array_equal(np.asarray(adafactor.unpacked(bits, 24)), saliency >= least)
+    unseen = own._replace(row_shares=jnp.zeros(24, jnp.float32), column_shares=jnp.zeros(16, jnp.float32))
+    np.testing.assert_array_equal(moving_masks.chosen(unseen, before, selector), before)
 
 
 @needs_torch
@@ -183,6 +186,19 @@ def test_rules_and_dense_experts_stay(tmp_path: Path) -> None:
             if path == other:
                 assert (np.count_nonzero(last.reshape(-1, 4, last.shape[1]), axis=1) == 2).all()
     assert moved > 50
+
+
+def test_kernels_that_are_wholly_zero_stay(checkpoint: Path) -> None:
+    rule = Rule("*.v_proj", Unstructured(0.99999))
+    recipe = Recipe(Magnitude(), HALF, rules=(rule,), tuning=MOVING)
+    for layer in prune_model(load(checkpoint), windows(), recipe):
+        assert not kernel(layer, "self_attn.v_proj").any()
+        assert layer["mlp.up_proj"].zeros == layer["mlp.up_proj"].size // 2
+
+
+def test_masks_move_in_patterns(checkpoint: Path) -> None:
+    with pytest.raises(InputError, match="give them as target_of"):
+        list(distill(load(checkpoint), of_windows(windows(), MOVING, 0), [], MOVING))
 
 
 def test_given_masks_are_refused(checkpoint: Path) -> None:
