@@ -91,8 +91,12 @@ def test_what_is_passed_over_does_not_hold_up_a_run_that_stops(rows: Path, monke
             yield window
 
     monkeypatch.setattr(source, "windows", slowly)
-    with pytest.raises(KeyboardInterrupt):
-        next(found.windows(10_000))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(found.windows(10_000))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(passed) < 5000
 
 
