@@ -146,7 +146,7 @@ np.savez(out, **found)
 
 
 def test_a_steps_gradients_are_those_of_one_device(line: list[object], tmp_path: Path) -> None:
-    """Eight windows, one a device; the masks that are chosen behind it are the same."""
+    """Eight windows, one a device; the masks that are chosen behind it are the same, but for ties by rounding."""
     for count in (1, 8):
         flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}", "JAX_PLATFORMS": "cpu"}
         run_code(GRADIENTS, line[1], count, tmp_path / f"{count}.npz", **flags)

@@ -233,6 +233,7 @@ def of_distillation(
                 yield Program(
                     "tune", f"dense forward{name}", forward, (params, states, None), calls, beside, donated=(1,)
                 )
+    last, step, moving = steps.last_choice, adafactor.step_one, partial(adafactor.step_one, masks_move=True)
     for layer, count, one in tuned:
         forward, values, calls = partial(apply_layer, layer), one.kernels.values, count * steps.count
         masked_too = size_of(values) * bool(steps.choices)  # kernels with what is masked, and without it
@@ -255,8 +256,7 @@ def of_distillation(
         for name, own in one.kernels.moving.items():
             gradient, fixed = shapes.devices.abstract(Shape(own.value.shape, x.dtype), -1), one.kernels.fixed[name]
             number, others = Shape((), jnp.float32), beside - size_of(own) + size_of(values) - size_of(gradient)
-            of_step, last = (own, fixed, gradient, number, number), steps.last_choice
-            step, moving = adafactor.step_one, partial(adafactor.step_one, masks_move=True)
+            of_step = own, fixed, gradient, number, number
             if last < steps.count:
                 yield Program("tune", f"step {name}", step, of_step, count * (steps.count - last), others, donated=(0,))
             if last:

@@ -94,10 +94,12 @@ def choose(kernels: Kernels, selectors: Selectors) -> dict[str, Fixed]:
         parts: list[tuple[Moving, Array]] = [(kernels.moving[name], one.mask)]
         if stacked := one.mask.ndim == 3:
             parts = [jax.tree.map(lambda leaf, at=at: leaf[at], parts[0]) for at in range(len(one.mask))]
-        masks = [own if s is None else chosen(m, own, s) for (m, own), s in zip(parts, selectors[name], strict=True)]
-        mask = jnp.stack(masks) if stacked else masks[0]
         # One at a time: several processes would wait for each other in different ones, for they exchange counts.
-        fixed[name] = one._replace(mask=jax.block_until_ready(mask))
+        masks = [
+            own if selector is None else jax.block_until_ready(chosen(moving, own, selector))
+            for (moving, own), selector in zip(parts, selectors[name], strict=True)
+        ]
+        fixed[name] = one._replace(mask=jnp.stack(masks) if stacked else masks[0])
     return fixed
 
 

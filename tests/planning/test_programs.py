@@ -200,8 +200,8 @@ def test_pieces_take_a_step_each(checkpoint: Path) -> None:
 
 
 def test_masks_that_move_are_counted(checkpoint: Path) -> None:
-    """Of ten steps six move all weights, in three of sixteen layers' kernels: forward and back each takes the masked
-    kernels, and so do the measures before the last choice."""
+    """Of ten steps six move all weights of three layers: forward and back each takes the masked kernels, and so do the
+    measures before the last choice."""
 
     def calls(tuning: Tuning, name: str) -> set[float]:
         return {program.calls for program in of_distillation(checkpoint, tuning) if program.name.startswith(name)}
