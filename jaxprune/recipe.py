@@ -79,10 +79,10 @@ class Recipe:
             raise InputError(f"asymmetry must lie between 0 and 1, not {self.asymmetry}")
         if self.quantize not in (None, *BITS):
             raise InputError(f"quantize must be {' or '.join(BITS)}, not {self.quantize!r}")
-        if self.pattern is None and self.tuning.tune_masks:
+        if self.pattern is None and self.tuning.tune_zeros:
             raise InputError(
-                "masks that were made elsewhere stay where they are: they cannot move while the weights are tuned",
-                options={"tune_masks": Change.OMIT},
+                "masks that were made elsewhere have all their zeros: none can come while the weights are tuned",
+                options={"tune_zeros": Change.OMIT},
             )
         for field, reason in without_effect(self.pattern).items():
             if getattr(self.importance, field):
@@ -198,7 +198,7 @@ PRESETS: Mapping[str, Recipe] = MappingProxyType(
         "thorough": Recipe(
             ADMM(damping=0.03),
             importance=_PRESET,
-            tuning=Tuning(tune_tokens=1_000_000, tune_pieces=2, tune_masks=0.6),
+            tuning=Tuning(tune_tokens=1_000_000, tune_pieces=2, tune_zeros=0.0625),
             preset="thorough",
         ),
     }
@@ -271,8 +271,8 @@ class RecipeRecord(Schema):
             *[f"asymmetry {self.asymmetry:g}"] * (self.asymmetry > 0),
             *[f"{self.tuning.tune_epochs:g} epochs of tuning"] * (self.tuning.tune_epochs > 0),
             *[f"tuned on {self.tuning.tune_tokens:,} tokens"] * (self.tuning.tune_tokens > 0),
-            *[f"masks moving over {percent(self.tuning.tune_masks)} % of it"]
-            * (self.tuning.tunes and self.tuning.tune_masks > 0),
+            *[f"{percent(self.tuning.tune_zeros)} % of the zeros come meanwhile"]
+            * (self.tuning.tunes and self.tuning.tune_zeros > 0),
             *[f"windows in {self.tuning.tune_pieces} pieces"] * (self.tuning.tunes and self.tuning.tune_pieces > 1),
             *[f"{percent(self.experts.drop_experts)} % of experts dropped"] * (self.experts.drop_experts > 0),
             *["all tokens to all experts"] * self.experts.route_all,

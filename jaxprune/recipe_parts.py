@@ -80,10 +80,9 @@ class Tuning:
     """Tune on so many tokens of the calibration text instead, such as 250k or 1M (0: no tuning): all of it in an
     order drawn from the seed, but for 16 windows or, where they are long, 8 thousand tokens, on which the divergence is
     measured."""
-    tune_masks: float = 0.0
-    """Over this share of the steps, from the first on, choose the masks anew, eight times at most: each linear layer
-    keeps as many weights as its pattern wants, those that matter most to the loss (0: masks stay). Weights that are
-    masked begin at half of the dense model's, and move along."""
+    tune_zeros: float = 0.0
+    """Leave this share of the zeros of each linear layer to the tuning: they come eight times over the first 60 % of
+    its steps, fewer each time, where the loss is least sensitive by then (0: the solves make all)."""
     tune_to_end: bool = False
     """Tune on all --tune-tokens, also when the divergence on the windows that are held out no longer falls."""
 
@@ -99,8 +98,8 @@ class Tuning:
             )
         if not 0 < self.tune_rate <= 1:
             raise InputError(f"tune_rate must be above 0 and at most 1, not {self.tune_rate}")
-        if not 0 <= self.tune_masks <= 1:
-            raise InputError(f"tune_masks must be at least 0 and at most 1, not {self.tune_masks}")
+        if not 0 <= self.tune_zeros <= 1:
+            raise InputError(f"tune_zeros must be at least 0 and at most 1, not {self.tune_zeros}")
         if self.tune_windows < 1:
             raise InputError(f"tune_windows must be at least 1, not {self.tune_windows}")
         if self.tune_pieces < 1:
@@ -108,7 +107,7 @@ class Tuning:
 
     def as_json(self) -> dict[str, Any]:
         """Returns the fields; later ones only where they are set, so that runs of earlier versions go on."""
-        later = {"tune_tokens": 0, "tune_to_end": False, "tune_pieces": 1, "tune_masks": 0.0}
+        later = {"tune_tokens": 0, "tune_to_end": False, "tune_pieces": 1, "tune_zeros": 0.0}
         return {name: value for name, value in dataclasses.asdict(self).items() if value != later.get(name)}
 
     @property

@@ -33,7 +33,7 @@ CASES = {
     "crossed, with a finish": f"--ckpt {CKPT} --mask wanda --update exact --finish-steps 5 --asymmetry 0.3",
     "fast 70 %": f"--ckpt {CKPT} --preset fast --sparsity 0.7",
     "best 70 %": f"--ckpt {CKPT} --preset best --sparsity 0.7",
-    "thorough 70 %": f"--ckpt {CKPT} --preset thorough --sparsity 0.7 --tune-tokens 4k --save-masks moved-masks",
+    "thorough 70 %": f"--ckpt {CKPT} --preset thorough --sparsity 0.7 --tune-tokens 4k --save-masks late-zeros",
     "tokens weighed": f"--ckpt {CKPT} --sparsity 0.6 --token-power 0.5 --weigh-outputs",
     "bfloat16": f"--ckpt {CKPT} --sparsity 0.5 --dtype bfloat16",
     "hidden states on a disk": f"--ckpt {CKPT} --preset fast --sparsity 0.7 --hidden disk",

@@ -117,7 +117,7 @@ import sys
 import numpy as np
 from jaxprune import load
 from jaxprune.methods.magnitude import Magnitude
-from jaxprune.pruning import adafactor
+from jaxprune.pruning import adafactor, late_zeros
 from jaxprune.pruning.loop import prune_layers
 from jaxprune.pruning.placement import Placement
 from jaxprune.pruning.student import Student
@@ -135,10 +135,10 @@ def keep(kernels, gradients, *args):
 
 adafactor.step = keep
 pattern = Unstructured(0.6)
-layers = prune_layers(model, tokens, Magnitude(), pattern)
-student = Student(model, layers, Placement(True, True), lambda *_: pattern)
+layers = prune_layers(model, tokens, Magnitude(), late_zeros.of_solves(lambda *_: pattern, 0.25))
+student = Student(model, layers, Placement(True, True), late_zeros.LateZeros(lambda *_: pattern, 0.25, 1))
 (dense,) = model.final_states(tokens)
-found["loss"] = np.float64(student.step(tokens, dense.read(slice(None)), 1, lambda _: 0.001, choose=True))
+found["loss"] = np.float64(student.step(tokens, dense.read(slice(None)), 1, lambda _: 0.001, pruning=0))
 for index, kernels in enumerate(student.state):
     found |= {f"mask {index} {name}": np.unpackbits(fetch(mask)) for name, mask in kernels.masks.items()}
 np.savez(out, **found)
@@ -146,7 +146,7 @@ np.savez(out, **found)
 
 
 def test_a_steps_gradients_are_those_of_one_device(line: list[object], tmp_path: Path) -> None:
-    """Eight windows, one a device; the masks that are chosen behind it are the same, but for ties by rounding."""
+    """Eight windows, one a device; the zeros that come behind it are the same, but for ties by rounding."""
     for count in (1, 8):
         flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}", "JAX_PLATFORMS": "cpu"}
         run_code(GRADIENTS, line[1], count, tmp_path / f"{count}.npz", **flags)
@@ -177,7 +177,7 @@ def test_two_processes_tune_on_a_text_as_one(line: list[object], tmp_path: Path)
     """Eight windows a step, four of each process."""
     np.save(tmp_path / "text.npy", np.random.default_rng(1).integers(0, 300, (40, 64), np.int32))
     own = [*line, "--preset", "best", "--sparsity", 0.6, "--tune-tokens", 3 * 8 * 64, "--tune-windows", 8]
-    own += ["--tune-masks", 0.6]
+    own += ["--tune-zeros", 0.25]
     own[own.index("--calib") + 1] = tmp_path / "text.npy"
     finish(*pair([*own, "--out", tmp_path / "out"]))
     run_all([*own, "--out", tmp_path / "single"])

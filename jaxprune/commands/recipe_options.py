@@ -158,7 +158,7 @@ class RecipeOptions:
         if "tune_epochs" in given:
             flags.pop("tune_tokens", None)
         if not any({**flags, **given}.get(name) for name in ("tune_epochs", "tune_tokens")):
-            for name in ("tune_pieces", "tune_masks"):
+            for name in ("tune_pieces", "tune_zeros"):
                 flags.pop(name, None)
         for role in self.classes:
             flag_of = self.flag_of(role)
@@ -196,8 +196,8 @@ class RecipeOptions:
             if flags.pattern is not None or flags.sparsity is not None:
                 raise InputError(f"--mask {self._mask} decides which weights stay: leave --pattern and --sparsity out")
             importance, pattern = _without(importance, given, without_effect(None)), None
-            if not given.get("tune_masks"):  # a preset's
-                tuning = dataclasses.replace(tuning, tune_masks=0.0)
+            if not given.get("tune_zeros"):  # a preset's
+                tuning = dataclasses.replace(tuning, tune_zeros=0.0)
         else:
             pattern = parse_pattern(
                 flags.pattern or ("per-output" if method.per_output else "unstructured"), flags.sparsity
@@ -240,7 +240,7 @@ def _require_use(whole: "WholeModel", given: Mapping[str, Any], importance: Impo
         "tune_rate": ("--tune-epochs or --tune-tokens", tuning.tunes),
         "tune_windows": ("--tune-epochs or --tune-tokens", tuning.tunes),
         "tune_pieces": ("--tune-epochs or --tune-tokens", tuning.tunes),
-        "tune_masks": ("--tune-epochs or --tune-tokens", tuning.tunes),
+        "tune_zeros": ("--tune-epochs or --tune-tokens", tuning.tunes),
         "tune_to_end": ("--tune-tokens", tuning.tune_tokens > 0),
     }
     for name, (needed, there) in alone.items():

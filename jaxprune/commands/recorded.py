@@ -58,7 +58,7 @@ def meaningless(recipe: RecipeRecord, given: Mapping[str, str]) -> set[str]:
     if "target" in given:
         found.add("device")
     if masks.is_stored(given.get("mask", "")):
-        found |= {"pattern", "sparsity", "rule", "tune_masks", *without_effect(None)}
+        found |= {"pattern", "sparsity", "rule", "tune_zeros", *without_effect(None)}
     elif "pattern" in given:
         pattern = parse_pattern(given["pattern"])
         found |= {*["sparsity"] * isinstance(pattern, NM), *without_effect(pattern)}
@@ -78,7 +78,7 @@ def meaningless(recipe: RecipeRecord, given: Mapping[str, str]) -> set[str]:
     if not on("tune_tokens"):
         found |= {"tune_to_end", "tune_text"}
     if not on("tune_epochs", "tune_tokens"):
-        found |= {"tune_rate", "tune_windows", "tune_pieces", "tune_masks"}
+        found |= {"tune_rate", "tune_windows", "tune_pieces", "tune_zeros"}
     return found
 
 
@@ -123,7 +123,7 @@ def of_recipe(recipe: RecipeRecord, given: Mapping[str, str] = MappingProxyType(
     ):
         changed = {name: value for name, value in vars(options).items() if value != getattr(usual, name)}
         if not recipe.tuning.tunes:
-            for name in ("tune_pieces", "tune_masks"):
+            for name in ("tune_pieces", "tune_zeros"):
                 changed.pop(name, None)
         yield from ((name, value) for name, value in changed.items() if value or name != "spread")
     yield "asymmetry", recipe.asymmetry

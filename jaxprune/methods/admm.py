@@ -38,7 +38,7 @@ from jaxtyping import Array, Float
 from jaxprune.errors import InputError
 from jaxprune.methods import SELECTS, Gram, Kernel, Mask, Solution
 from jaxprune.methods.linalg import Scalar, inverse, masked, matmul, precondition
-from jaxprune.sparsity.patterns import Pattern
+from jaxprune.sparsity.patterns import Pattern, cubic
 from jaxprune.sparsity.selection import Selector
 
 LinearSolve = Literal["inverse", "cholesky"]
@@ -95,10 +95,8 @@ class ADMM:
 
     def progress(self) -> list[float]:
         """Returns the fractions of the final sparsity at the selections: 1 − (1 − (i+1)/k_s)³, or 1 throughout."""
-        steps = range(max(min(self.selections, self.iterations), 1))
-        if self.schedule == "constant":
-            return [1.0 for _ in steps]
-        return [1 - (1 - (i + 1) / len(steps)) ** 3 for i in steps]
+        steps = max(min(self.selections, self.iterations), 1)
+        return [1.0] * steps if self.schedule == "constant" else cubic(steps)
 
     def prepare(self, gram: Gram) -> Prepared:
         return _prepare(gram, self.damping, self.rho, self.linear_solve)

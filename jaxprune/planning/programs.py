@@ -18,12 +18,12 @@ from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.quantization import BITS, quantize
 from jaxprune.models import Layer
 from jaxprune.planning.program import Flops, Program, Shapes, size_of
-from jaxprune.pruning import adafactor, experts, gram_matrices, kernel, layer_vjp, moving_masks, sensitivity, student
+from jaxprune.pruning import adafactor, experts, gram_matrices, kernel, late_zeros, layer_vjp, sensitivity, student
 from jaxprune.pruning.gram_matrices import ExpertTotals
 from jaxprune.pruning.placement import Placement
 from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.sharding import Devices
-from jaxprune.sparsity.patterns import Pattern, Unstructured
+from jaxprune.sparsity.patterns import Pattern, Unstructured, cubic
 from jaxprune.streaming.head import rows_at_a_time
 from jaxprune.streaming.model import apply_layer
 
@@ -213,7 +213,7 @@ def of_distillation(
         placement: what stays on the device.
         held_out: windows that are held out, and tokens of one.
         teacher: of the model towards which is tuned; None: the same.
-        pattern: of each kernel, where masks move; None: half of the weights.
+        pattern: of each kernel, where zeros come late; None: half of the weights.
     """
     architecture = shapes.architecture
     x = shapes.devices.abstract(Shape((*steps.shape, architecture.width), architecture.config.dtype), 0)
@@ -233,12 +233,9 @@ def of_distillation(
                 yield Program(
                     "tune", f"dense forward{name}", forward, (params, states, None), calls, beside, donated=(1,)
                 )
-    last, step, moving = steps.last_choice, adafactor.step_one, partial(adafactor.step_one, masks_move=True)
     for layer, count, one in tuned:
         forward, values, calls = partial(apply_layer, layer), one.kernels.values, count * steps.count
-        masked_too = size_of(values) * bool(steps.choices)  # kernels with what is masked, and without it
         beside = stays - size_of(values) if placement.state else stays + 2 * size_of(values)  # those of the next two
-        beside += masked_too
         if placement.results:
             forward_and_vjp = partial(layer_vjp.forward_and_vjp, layer)
             yield Program("tune", "forward", forward_and_vjp, (values, one.rest, x), calls, beside + results)
@@ -252,20 +249,14 @@ def of_distillation(
         # Where it does not stay, one layer's is on its way in, and one on its way out.
         beside = stays if placement.state else stays + 3 * size_of(one.kernels)
         beside += results - one.results
-        yield Program("tune", "backward", pull_back, arguments, calls, beside - size_of(values) + masked_too)
+        yield Program("tune", "backward", pull_back, arguments, calls, beside - size_of(values))
         for name, own in one.kernels.moving.items():
             gradient, fixed = shapes.devices.abstract(Shape(own.value.shape, x.dtype), -1), one.kernels.fixed[name]
             number, others = Shape((), jnp.float32), beside - size_of(own) + size_of(values) - size_of(gradient)
             of_step = own, fixed, gradient, number, number
-            if last < steps.count:
-                yield Program("tune", f"step {name}", step, of_step, count * (steps.count - last), others, donated=(0,))
-            if last:
-                yield Program("tune", f"step of all {name}", moving, of_step, count * last, others, donated=(0,))
-                times = 2 * last + (held_out[0] > 0) * (1 + sum(number < last for number in steps.measured))
-                masked, of_mask = adafactor.masked_value, (own.value, fixed.mask)
-                yield Program("tune", f"masked {name}", masked, of_mask, count * times, others)
-                yield _of_choice(shapes, name, own, pattern or Unstructured(0.5), count * len(steps.choices), others)
-                yield Program("tune", f"settled {name}", moving_masks.settled, (own, fixed), count, others)
+            yield Program("tune", f"step {name}", adafactor.step_one, of_step, calls, others, donated=(0,))
+            if times := len(steps.prunings):
+                yield _of_pruning_on(shapes, name, (own, fixed), pattern or Unstructured(0.5), times, count, others)
     rows = partial(rows_at_a_time, models=2, devices=shapes.devices.count)
     chunk = Shape((rows(steps.tokens), architecture.width), architecture.config.dtype)
     loss, chunks = partial(student.head_divergence, architecture.head), steps.count * steps.tokens / chunk.shape[0]
@@ -277,19 +268,24 @@ def of_distillation(
         yield Program("tune", "held-out divergence", alone, (head, chunk, chunk), chunks, stays - size_of(head))
 
 
-def _of_choice(
-    shapes: Shapes, name: str, kernel: adafactor.Moving, pattern: Pattern, choices: int, resident: int
+def _of_pruning_on(
+    shapes: Shapes,
+    name: str,
+    kernel: tuple[adafactor.Moving, adafactor.Fixed],
+    pattern: Pattern,
+    times: int,
+    count: int,
+    resident: int,
 ) -> Program:
-    """Returns the program that chooses a kernel's mask anew, expert by expert."""
-    *experts, inputs, outputs = kernel.value.shape
+    """Returns the program that makes more of a kernel's weights zero, expert by expert."""
+    *experts, inputs, _ = kernel[0].value.shape
 
-    def single(shape: Any, dtype: Any) -> Any:
-        return shapes.devices.abstract(Shape(shape, dtype), -1)
+    def single(leaf: Any) -> Any:
+        return shapes.devices.abstract(Shape(leaf.shape[len(experts) :], leaf.dtype), -1)
 
-    one = jax.tree.map(lambda leaf: single(leaf.shape[len(experts) :], leaf.dtype), kernel)
-    own = single((-(-inputs // 8), outputs), jnp.uint8)
     by = Unstructured(pattern.sparsity) if pattern.group and inputs % pattern.group else pattern
-    return Program("tune", f"mask of {name}", partial(choose, by), (one, own), choices * math.prod(experts), resident)
+    pruned, arguments = partial(prune_on, by, times), jax.tree.map(single, kernel)
+    return Program("tune", f"late zeros of {name}", pruned, arguments, count * times * math.prod(experts), resident)
 
 
 class _Tuned(NamedTuple):
@@ -336,9 +332,9 @@ def of_evaluation(shapes: Shapes, windows: int, length: int, dense: Shapes | Non
     yield Program("evaluate", "divergence", divergence, ((head, head), (states, states), targets), chunks)
 
 
-def choose(pattern: Pattern, kernel: adafactor.Moving, mask: jax.Array) -> jax.Array:
-    """Chooses a mask, by a pattern's own count of zeros."""
-    return moving_masks.chosen(kernel, mask, pattern.selector(kernel.value.shape))
+def prune_on(pattern: Pattern, times: int, kernel: adafactor.Moving, fixed: adafactor.Fixed) -> Any:
+    """Makes more of a kernel's weights zero, by a pattern's own counts."""
+    return late_zeros.pruned(kernel, fixed, pattern.selector(kernel.value.shape, cubic(times)), jnp.int32(0))
 
 
 def solve(method: Method, pattern: Pattern, prepared: Any, weight: jax.Array) -> Any:

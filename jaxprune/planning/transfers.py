@@ -33,13 +33,9 @@ def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
         "tune": weights * passes + 2 * layers * (tuned + (1 + measures) * held_out),
         "evaluate": 2 * (len(work.texts) * weights + 2 * layers * evaluated),
     }
-    if steps.count and not work.placement.state:  # values for the forward pass; then up and down
-        settled = 2 * bool(steps.choices)  # masks stay from there on: all goes up and down once
-        found["tune"] += (3 * steps.count + measures + settled) * work.tuned_bytes
-        # Masks go up once a step; where they move also for a forward pass, and down where they are chosen.
-        measured = settled // 2 * (measures > 0) + sum(number < steps.last_choice for number in steps.measured)
-        masks = steps.count + steps.last_choice + measured + len(steps.choices) + settled
-        found["tune"] += masks * work.mask_bytes
+    if steps.count and not work.placement.state:  # values for the forward pass; then up, with masks, and down
+        found["tune"] += (3 * steps.count + measures) * work.tuned_bytes
+        found["tune"] += (steps.count + len(steps.prunings)) * work.mask_bytes
     if steps.count and not work.placement.results:  # each layer's input, down and up again
         found["tune"] += 2 * layers * steps.count * work.states_bytes(*steps.shape)
     return {phase: found[phase] for phase in phases}

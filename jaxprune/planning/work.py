@@ -72,7 +72,6 @@ class Work:
             without_experts(self.architecture, self.recipe.experts.drop_experts),
             self.steps.shape,
             self.devices.count,
-            masks_move=bool(self.steps.choices),
             teacher=self.architecture,
             device_bytes=self.device_bytes,
             batch_tokens=self.batch_tokens,

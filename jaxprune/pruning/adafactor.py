@@ -36,8 +36,8 @@ from jaxprune.sharding import Devices
 DECAY = 0.9
 """Of the second moment, a step. There are tens of steps, or a few thousand, so its memory is short."""
 SHARES_DECAY = 0.98
-"""Of the shares by which masks are chosen, a step. Each step counts the same in them, however large its gradients are;
-otherwise one text unlike the others decides what is kept."""
+"""Of the shares by which is chosen what is kept where zeros come late, a step. Each step counts the same in them,
+however large its gradients are; otherwise one text unlike the others decides."""
 EPSILON = 1e-30
 """Beside the squares of the gradients."""
 SEQUENCE = tuple(round(2**32 / 1.2207440846057596**k) for k in (1, 2, 3))
@@ -50,9 +50,9 @@ class Moving(NamedTuple):
 
     Attributes:
         value: [n, m] float32, bfloat16 or float16, or experts' stacked, [e, n, m].
-        rows: mean of the gradients' squares over the weights of each input that move.
+        rows: mean of the gradients' squares over the kept weights of each input.
         columns: over those of each output.
-        row_shares: what an input's were over the mean of the kernel, in the mean of more steps; 0 where masks stay.
+        row_shares: what an input's were over the mean of the kernel, in the mean of more steps.
         column_shares: what an output's were.
     """
 
@@ -64,11 +64,11 @@ class Moving(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """What no step changes of one kernel.
+    """What no step changes of one kernel, but where zeros come late.
 
     Attributes:
         mask: bits of the weights that are kept, eight inputs a byte, [ceil(n / 8), m]: TPUs unpack them so as they go.
-        row_counts: how many weights of each input move: those that are kept, or all while masks move.
+        row_counts: how many are kept of each input.
         column_counts: of each output.
         unit: root mean square of the weights that were kept at first; of experts one each, [e, 1, 1], 0 for those that
             do not move.
@@ -85,7 +85,7 @@ class Kernels(NamedTuple):
 
     Attributes:
         moving: what steps change.
-        fixed: what they do not.
+        fixed: what they do not; see `Fixed`.
     """
 
     moving: dict[str, Moving]
@@ -143,9 +143,20 @@ def weight_dtype(dtype: np.dtype) -> np.dtype:
 
 
 def _fixed(value: Float[np.ndarray, "*e n m"], tuned: Sequence[int | None]) -> Fixed:
-    kept = value != 0
     unit = _unit(value) if value.ndim == 2 else _units(value, tuned)
-    return Fixed(np.packbits(kept, axis=-2), kept.sum(-1, dtype=np.float32), kept.sum(-2, dtype=np.float32), unit)
+    return with_mask(unit, np.packbits(value != 0, axis=-2), value.shape[-2])
+
+
+def with_mask(unit: Any, mask: UInt8[np.ndarray, "*e _ m"], inputs: int) -> Fixed:
+    """Returns what no step changes of a kernel with such a mask, on the host.
+
+    Args:
+        unit: see `Fixed`.
+        mask: its bits.
+        inputs: of the kernel.
+    """
+    kept = np.unpackbits(mask, axis=-2, count=inputs)
+    return Fixed(mask, kept.sum(-1, dtype=np.float32), kept.sum(-2, dtype=np.float32), unit)
 
 
 def _unit(value: Float[np.ndarray, "n m"]) -> Any:
@@ -162,7 +173,6 @@ def step(
     gradients: dict[str, Float[Array, "*e n m"]],
     number: Float[Array, ""],
     rate: Float[Array, ""],
-    masks_move: bool = False,
 ) -> dict[str, Moving]:
     """Takes a step along the gradients, kernel by kernel.
 
@@ -171,22 +181,20 @@ def step(
         gradients: by the kernels' values; empty when this returns.
         number: the number of the step, from 1.
         rate: the rate of the step.
-        masks_move: whether weights move that are masked.
     """
     return {
-        name: step_one(moving, kernels.fixed[name], gradients.pop(name), number, rate, masks_move)
+        name: step_one(moving, kernels.fixed[name], gradients.pop(name), number, rate)
         for name, moving in kernels.moving.items()
     }
 
 
-@partial(jax.jit, donate_argnums=0, static_argnums=5)
+@partial(jax.jit, donate_argnums=0)
 def step_one(
     kernel: Moving,
     fixed: Fixed,
     gradient: Float[Array, "*e n m"],
     number: Float[Array, ""],
     rate: Float[Array, ""],
-    masks_move: bool = False,
 ) -> Moving:
     """Takes a step with one kernel.
 
@@ -196,11 +204,8 @@ def step_one(
         gradient: by its values.
         number: of the step, from 1.
         rate: of the step.
-        masks_move: whether weights move that are masked.
     """
-    gradient = gradient.astype(jnp.float32)
-    if not masks_move:
-        gradient = masked(unpacked(fixed.mask, gradient.shape[-2]), gradient)
+    gradient = masked(unpacked(fixed.mask, gradient.shape[-2]), gradient.astype(jnp.float32))
     square, count = gradient * gradient + EPSILON, jnp.sum(fixed.row_counts, axis=-1, keepdims=True)
 
     def mean_of(means: Array, counts: Array) -> Array:
@@ -217,14 +222,11 @@ def step_one(
     of_all = jnp.maximum(mean_of(of_rows, fixed.row_counts), EPSILON)
     size = ratios * warm * mean / of_all
     rate = rate * lax.rsqrt(jnp.maximum(1, size))[..., None]
-    value = kernel.value.astype(jnp.float32) - rate * fixed.unit * step  # 0 where nothing moves
-    value = _dithered(value, kernel.value.dtype, number)
-    if not masks_move:
-        return kernel._replace(value=value, rows=rows, columns=columns)
+    value = kernel.value.astype(jnp.float32) - rate * fixed.unit * step  # 0 where nothing is kept
     weight = (1 - SHARES_DECAY) * (of_all > 2 * EPSILON).astype(jnp.float32)  # an expert may have no tokens
     row_shares = kernel.row_shares + weight * (of_rows / of_all - kernel.row_shares)
     column_shares = kernel.column_shares + weight * (of_columns / of_all - kernel.column_shares)
-    return Moving(value, rows, columns, row_shares, column_shares)
+    return Moving(_dithered(value, kernel.value.dtype, number), rows, columns, row_shares, column_shares)
 
 
 def _dithered(value: Float[Array, "*e n m"], dtype: np.dtype, number: Float[Array, ""]) -> Float[Array, "*e n m"]:
@@ -247,13 +249,7 @@ def _mean(total: Float[Array, "*s"], count: Float[Array, "*s"]) -> Float[Array, 
 def rounded(kernels: Kernels, name: str, dtype: np.dtype, devices: Devices) -> Float[Array, "*e n m"]:
     """Rounds a kernel to the dtype that it is stored in; every weight that is kept stays other than zero."""
     value, mask = devices.shard_outputs((kernels.moving[name].value, kernels.fixed[name].mask))
-    return round_kernel(masked_value(value, mask), unpacked(mask, value.shape[-2]), dtype)
-
-
-@jax.jit
-def masked_value(value: Float[Array, "*e n m"], mask: UInt8[Array, "*e _ m"]) -> Float[Array, "*e n m"]:
-    """Returns a kernel without the values that are masked, as the forward pass takes it."""
-    return masked(unpacked(mask, value.shape[-2]), value)
+    return round_kernel(value, unpacked(mask, value.shape[-2]), dtype)
 
 
 def unpacked(bits: UInt8[Array | np.ndarray, "*e _ m"], count: int) -> Bool[Array, "*e n m"]:

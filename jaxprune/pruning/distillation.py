@@ -6,10 +6,10 @@ the mean of
 
     KL(p‖q) = Σ_v p_v (log p_v − log q_v),
 
-p and q the next-token distributions of the dense and of the pruned model. Norms, embedding and head stay; masks stay,
-too, or move over the first part of the steps: see `moving_masks`. The text is that of the calibration windows, or a
-stream of its own. Of a stream some windows are held out, and what is kept in the end is the step at which the
-divergence on those was least, with the masks of that step.
+p and q the next-token distributions of the dense and of the pruned model. Norms, embedding and head stay, and what is
+zero does. A share of the zeros may come over the first part of the steps: see `late_zeros`. The text is that of the
+calibration windows, or a stream of its own. Of a stream some windows are held out, and what is kept in the end is the
+step at which the divergence on those was least, of those behind which no more zeros came.
 
 References:
     Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), for the loss.
@@ -32,6 +32,7 @@ from jaxprune.pruning import kept_tuning
 from jaxprune.pruning.held_out import HeldOut
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.kept_tuning import Kept
+from jaxprune.pruning.late_zeros import LateZeros
 from jaxprune.pruning.placement import placement_of
 from jaxprune.pruning.results import LayerResult
 from jaxprune.pruning.rules import TargetOf
@@ -112,45 +113,41 @@ def distill(
     journal: Journal | None = None,
     observer: Observer = SILENT,
 ) -> Iterator[LayerResult]:
-    """Tunes pruned layers. Masks and what became of the kernels stay as their solves have them, unless masks move.
+    """Tunes pruned layers. Masks and what became of the kernels stay as their solves have them, unless zeros come late.
 
     Args:
         model: what was pruned.
         text: what is tuned on.
         layers: all layers, as `loop.prune_layers` gives them; each is let go when it is taken up.
         tuning: how.
-        target_of: (layer index, path of the linear layer) -> its pattern, where masks move.
+        target_of: (layer index, path of the linear layer) -> its pattern, where zeros come late.
         teacher: the model towards which is tuned; None: the one that was pruned.
         journal: where the state is kept now and then, and taken from where it is kept already; None: nothing is kept.
         observer: is told each step, and each measure of the divergence on what is held out.
 
     Raises:
-        InputError: the loss is not finite, or a kernel in the end; masks are to move, but in no pattern.
+        InputError: the loss is not finite, or a kernel in the end; zeros are to come late, but in no pattern.
     """
     steps, teacher = text.steps, teacher or model
-    placement = placement_of(
-        model.architecture,
-        steps.shape,
-        model.devices.count,
-        masks_move=bool(steps.choices),
-        teacher=teacher.architecture,
-    )
-    if steps.choices and target_of is None:
-        raise InputError("masks move in patterns: give them as target_of", options={"tune_masks": 0})
-    student = Student(model, layers, placement, target_of if steps.choices else None)
+    placement = placement_of(model.architecture, steps.shape, model.devices.count, teacher=teacher.architecture)
+    late = None
+    if steps.prunings:
+        if target_of is None:
+            raise InputError("zeros come late in patterns: give them as target_of", options={"tune_zeros": 0})
+        late = LateZeros(target_of, tuning.tune_zeros, len(steps.prunings))
+    student = Student(model, layers, placement, late)
     rate = Rate(tuning.tune_rate, steps.count, steps.tokens)
-    held_out = HeldOut(teacher, text.held_out) if text.held_out is not None else None
+    settled = steps.last_pruning * steps.tokens
+    held_out = HeldOut(teacher, text.held_out, settled) if text.held_out is not None else None
     observer.started("tuning", steps.count, "steps")
-    begin = _begun(journal, student, steps, rate, held_out, observer)
+    begin, prunings = _begun(journal, student, rate, held_out, observer), {n: i for i, n in enumerate(steps.prunings)}
     for number, (tokens, dense) in enumerate(_with_dense(teacher, text, begin), begin + 1):
-        divergence = student.step(tokens, dense, number, partial(rate.of, number), number in steps.choices)
-        if number == steps.last_choice:
-            student.settle()
+        divergence = student.step(tokens, dense, number, partial(rate.of, number), prunings.get(number))
         observer.step_done(number, steps.count, divergence)
         if held_out and number in steps.measured:
             seen = number * steps.tokens
             observer.divergence_measured(seen, held_out.measure(student, seen))
-            if not (student.masks_move or tuning.tune_to_end or held_out.falls(steps.last_choice * steps.tokens)):
+            if not (tuning.tune_to_end or held_out.falls):
                 break
         measured = (held_out.curve, held_out.best) if held_out else ([], None)
         kept_tuning.keep(journal, student.state, Kept(number, rate.before, *measured))
@@ -163,12 +160,7 @@ def distill(
 
 
 def _begun(
-    journal: Journal | None,
-    student: Student,
-    steps: TuningSteps,
-    rate: "Rate",
-    held_out: HeldOut | None,
-    observer: Observer,
+    journal: Journal | None, student: Student, rate: "Rate", held_out: HeldOut | None, observer: Observer
 ) -> int:
     """Takes up what was kept of a tuning, or measures what is held out before the first step; returns the number of the
     steps that were made."""
@@ -176,8 +168,6 @@ def _begun(
     if kept:
         observer.tuning_resumed(kept.step)
         rate.before = kept.before
-        if student.masks_move and kept.step >= steps.last_choice:
-            student.settle()
     if held_out and kept:
         held_out.curve, held_out.best = kept.curve, kept.best
         for point in kept.curve:

@@ -19,14 +19,16 @@ class HeldOut:
     Args:
         model: the dense model.
         windows: token ids, [windows, length].
+        begin: measures after so many tokens count, and after more: before, the student has too few zeros.
 
     Attributes:
         curve: (tokens that were tuned on, divergence) of each measure.
-        best: of each layer, name -> the kernel as it is to be stored from the best measure; None: there is none.
+        best: of each layer, name -> the kernel as it is to be stored from the best measure that counts; None: there is
+            none.
     """
 
-    def __init__(self, model: StreamedModel, windows: Int[np.ndarray, "h t"]) -> None:
-        self._windows = windows
+    def __init__(self, model: StreamedModel, windows: Int[np.ndarray, "h t"], begin: int) -> None:
+        self._windows, self._begin = windows, begin
         (self._dense,) = model.final_states(windows)
         self.curve: list[tuple[int, float]] = []
         self.best: Sequence[Params] | None = None
@@ -34,14 +36,17 @@ class HeldOut:
     def measure(self, student: Student, tokens: int) -> float:
         """Measures the divergence after so many tokens; keeps the student's kernels where it was never less."""
         divergence = student.divergence(self._windows, self._dense)
-        if all(divergence < other for _, other in self.curve):
+        if tokens >= self._begin and all(divergence < other for other in self._counting()):
             self.best = None  # so that there is never more than one
             self.best = [student.stored(index) for index in range(len(student.state))]
         self.curve.append((tokens, divergence))
         return divergence
 
-    def falls(self, begin: int) -> bool:
-        """Returns whether the divergence still falls, by measures after so many tokens and more: while masks move, it
-        may rise for a while."""
-        best = min(range(len(self.curve)), key=lambda place: self.curve[place][1])
-        return sum(tokens >= begin for tokens, _ in self.curve[best + 1 :]) < PATIENCE
+    def _counting(self) -> list[float]:
+        return [divergence for tokens, divergence in self.curve if tokens >= self._begin]
+
+    @property
+    def falls(self) -> bool:
+        """Whether the divergence still falls, or no measure counts yet."""
+        divergences = self._counting()
+        return not divergences or len(divergences) - int(np.argmin(divergences)) <= PATIENCE

@@ -19,13 +19,12 @@ from jaxtyping import Array, Float, Int
 from convert import Params
 from jaxprune.errors import Change, InputError
 from jaxprune.models import Part
-from jaxprune.pruning import adafactor, moving_masks
+from jaxprune.pruning import adafactor, late_zeros
 from jaxprune.pruning.adafactor import Kernels, Moving
+from jaxprune.pruning.late_zeros import LateZeros, Selectors
 from jaxprune.pruning.layer_vjp import forward_and_vjp, pull_back
-from jaxprune.pruning.moving_masks import Selectors
 from jaxprune.pruning.placement import Placement
 from jaxprune.pruning.results import LayerResult
-from jaxprune.pruning.rules import TargetOf
 from jaxprune.sharding import fetch
 from jaxprune.streaming.head import exponentials, in_chunks, kl_divergence, logits
 from jaxprune.streaming.hidden_states import HiddenStates
@@ -39,11 +38,10 @@ class Student:
         model: what was pruned.
         layers: all layers, as `loop.prune_layers` gives them; each is let go when it is taken up.
         placement: what stays on the device.
-        target_of: (layer index, path of the linear layer) -> its pattern, in which its mask may move; None: masks stay.
+        late: zeros that come late; None: none do.
 
     Attributes:
         state: of each layer, on the device where it fits.
-        masks_move: whether weights move that are masked; not once `settle` was called.
     """
 
     def __init__(
@@ -51,16 +49,15 @@ class Student:
         model: StreamedModel,
         layers: Iterable[LayerResult],
         placement: Placement,
-        target_of: TargetOf | None = None,
+        late: LateZeros | None = None,
     ) -> None:
-        architecture, self.masks_move = model.architecture, target_of is not None
+        architecture = model.architecture
         self._model, self._placement = model, placement
         self._results: list[LayerResult] = []
         self._rest: list[dict[str, Any]] = []  # what is not tuned, on the device where the state stays
         self._dtypes: list[dict[str, np.dtype]] = []
-        self._selectors: list[Selectors] = []  # where masks may move
+        self._selectors: list[Selectors] = []  # where zeros come late
         self.state: list[Kernels] = []
-        dense_layers = model.layers() if target_of else iter(())
         for result in layers:
             layer = architecture.layers[result.index]
             own = inside_layer(result.index, result.params)
@@ -75,11 +72,9 @@ class Student:
             self._results.append(dataclasses.replace(result, params=beside))
             self._rest.append(model.devices.replicate(params) if placement.state else params)
             self._dtypes.append({name: kernel.dtype for name, kernel in kernels.items()})
-            state = adafactor.init(kernels, model.dtype, experts)
-            if target_of:
-                state = moving_masks.begin(state, next(dense_layers))
-                self._selectors.append(moving_masks.selectors_of(layer, result, target_of))
-            self.state.append(self.place(state))
+            if late:
+                self._selectors.append(late.selectors(layer, result))
+            self.state.append(self.place(adafactor.init(kernels, model.dtype, experts)))
         self._embed, self._head = (model.params_of(part, cast=True) for part in (architecture.embed, architecture.head))
 
     def place(self, kernels: Kernels) -> Kernels:
@@ -88,14 +83,11 @@ class Student:
 
     def restore(self, index: int, moving: dict[str, Moving], masks: Mapping[str, Any]) -> None:
         """Takes up what steps changed of a layer before, and the bits of its masks."""
-        fixed = {name: one._replace(mask=masks[name]) for name, one in self.state[index].fixed.items()}
+        units = {name: fetch(one.unit) for name, one in self.state[index].fixed.items()}
+        fixed = {
+            name: adafactor.with_mask(unit, masks[name], moving[name].value.shape[-2]) for name, unit in units.items()
+        }
         self.state[index] = self.place(Kernels(moving, fixed))
-
-    def settle(self) -> None:
-        """Lets masks no longer move."""
-        for index, kernels in enumerate(_ahead(self.state, self._model.devices.shard_outputs)):
-            self.state[index] = self.place(moving_masks.settle(kernels))
-        self.masks_move = False
 
     def step(
         self,
@@ -103,7 +95,7 @@ class Student:
         dense: Float[np.ndarray, "b t d"],
         number: int,
         rate: Callable[[float], float],
-        choose: bool = False,
+        pruning: int | None = None,
     ) -> float:
         """Moves the kernels by some windows; returns their mean divergence, before.
 
@@ -112,7 +104,7 @@ class Student:
             dense: the dense model's last hidden states of them.
             number: the number of the step, from 1.
             rate: the mean divergence -> its rate.
-            choose: masks anew, after the step.
+            pruning: where zeros come late, behind this step, how often they came before; None: they do not.
 
         Raises:
             InputError: the divergence is not finite.
@@ -120,7 +112,7 @@ class Student:
         devices, architecture = self._model.devices, self._model.architecture
         x = apply(architecture.embed, self._embed, devices.shard_first(tokens))
         vjps: list[Any] = []  # of the layers, or their inputs
-        for layer, values, others in zip(architecture.layers, self._values_of_layers(), self._rest, strict=True):
+        for layer, values, others in zip(architecture.layers, self._values(), self._rest, strict=True):
             if self._placement.results:
                 x, vjp = forward_and_vjp(layer, values, others, x)
             else:
@@ -128,7 +120,7 @@ class Student:
                 x = apply_layer(layer, others | values, x)
             vjps.append(vjp)
             del vjp
-        del values, others  # the last layer's, which masked may be copies
+        del values, others  # the last layer's
         divergence, gradient = self._divergence(fetch(x), dense, head_divergence)
         mean = _finite_mean(divergence)
         of_step = jnp.float32(number), jnp.float32(rate(mean))
@@ -138,13 +130,12 @@ class Student:
         for index, kernels in zip(reversed(range(len(self.state))), from_last, strict=True):
             layer = architecture.layers[index]
             vjp = vjps.pop() if self._placement.results else devices.shard_first(vjps.pop())
-            values = self._values(kernels.values, kernels.masks)
-            gradients, cotangent = pull_back(layer, values, self._rest[index], vjp, cotangent)
-            del vjp, values
-            moved = adafactor.step(kernels, gradients, *of_step, self.masks_move)
-            changed: dict[str, Any] = {"moving": moved}
-            if choose:
-                changed["fixed"] = moving_masks.choose(Kernels(moved, kernels.fixed), self._selectors[index])
+            gradients, cotangent = pull_back(layer, kernels.values, self._rest[index], vjp, cotangent)
+            del vjp
+            changed: dict[str, Any] = {"moving": adafactor.step(kernels, gradients, *of_step)}
+            if pruning is not None:
+                kernels = kernels._replace(**changed)
+                changed = late_zeros.prune(kernels, self._selectors[index], pruning)._asdict()
             if self._placement.state:
                 self.state[index] = kernels._replace(**devices.shard_outputs(changed))
             else:
@@ -152,17 +143,9 @@ class Student:
         going.arrive()
         return mean
 
-    def _values(self, values: dict[str, Array], masks: dict[str, Array]) -> dict[str, Array]:
-        """Returns kernels on the device as the forward pass takes them."""
-        if not self.masks_move:
-            return values
-        return {name: adafactor.masked_value(value, masks[name]) for name, value in values.items()}
-
-    def _values_of_layers(self) -> Iterator[dict[str, Array]]:
-        """Yields each layer's kernels on the device as the forward pass takes them."""
-        state = ((kernels.values, kernels.masks if self.masks_move else {}) for kernels in self.state)
-        for values, masks in _ahead(state, self._model.devices.shard_outputs):
-            yield self._values(values, masks)
+    def _values(self) -> Iterator[dict[str, Array]]:
+        """Yields each layer's kernels on the device."""
+        return _ahead((kernels.values for kernels in self.state), self._model.devices.shard_outputs)
 
     def divergence(self, tokens: Int[np.ndarray, "w t"], dense: HiddenStates) -> float:
         """Returns the mean divergence of windows; `dense` are the dense model's last hidden states of them.
@@ -171,7 +154,7 @@ class Student:
             InputError: it is not finite.
         """
         states = self._model.embed(tokens)
-        for index, (values, others) in enumerate(zip(self._values_of_layers(), self._rest, strict=True)):
+        for index, (values, others) in enumerate(zip(self._values(), self._rest, strict=True)):
             self._model.forward(index, others | values, states)
         found = [self._divergence(states.read(rows), dense.read(rows), divergence_alone)[0] for rows in states.slices()]
         return _finite_mean(np.concatenate(found))
@@ -197,7 +180,7 @@ class Student:
         params = layer.unstack(fetch(self._rest[index]) | stored)
         params = in_checkpoint(index, params) | self._results[index].params
         result = dataclasses.replace(self._results[index], params=params)
-        return moving_masks.with_own_masks(layer, result) if self._selectors else result
+        return late_zeros.with_own_masks(layer, result) if self._selectors else result
 
 
 def require_finite(layers: Iterable[Mapping[str, Any]]) -> None:

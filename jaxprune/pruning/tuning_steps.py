@@ -12,8 +12,10 @@ MEASURES = 16
 BETWEEN = 5
 """What is tuned on between two measures, at least, in tokens over those of the windows that are held out: a measure
 takes a quarter of a step's time a token, so all take about a twentieth, more where the text is short."""
-CHOICES = 8
-"""How often masks that move are chosen anew, at most."""
+PRUNINGS = 8
+"""How often late zeros come, at most."""
+PRUNING = 0.6
+"""Over this share of the steps, from the first on, they come."""
 DENSE_BYTES = 2**31
 """The most of the dense model's hidden states that are kept at a time: of LLaMA-7B those of 128 windows of 2048 tokens
 in 16 bits."""
@@ -30,7 +32,7 @@ class TuningSteps:
         different: how many of those are visited, each counted once.
         measured: the numbers of the steps, from 1, after which the divergence on held-out windows is measured; the last
             is one of them. Empty where nothing is held out.
-        choices: those after which masks are chosen anew; behind the last of them they stay. Empty where they always do.
+        prunings: those after which late zeros come; see `late_zeros`. Empty where the solves made all.
     """
 
     count: int
@@ -38,7 +40,7 @@ class TuningSteps:
     length: int
     different: int
     measured: Sequence[int]
-    choices: Sequence[int] = ()
+    prunings: Sequence[int] = ()
 
     @classmethod
     def of(cls, tuning: Tuning, windows: int, length: int, held_out: int = 0) -> "TuningSteps":
@@ -60,8 +62,9 @@ class TuningSteps:
             count = max(1, round(tuning.tune_epochs * pieces / each)) if tuning.tunes else 0
             different = min(count * each, pieces)
         measures = min(MEASURES, max(2, count * each * length // (BETWEEN * held_out))) if held_out else 0
-        moving = min(count, max(1, round(tuning.tune_masks * count))) if tuning.tune_masks else 0
-        return cls(count, each, length, different, _parts(count, measures), _parts(moving, CHOICES if moving else 0))
+        pruning = min(count, max(1, round(PRUNING * count))) if tuning.tune_zeros else 0
+        prunings = _parts(pruning, PRUNINGS if pruning else 0)
+        return cls(count, each, length, different, _parts(count, measures), prunings)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,9 +72,9 @@ class TuningSteps:
         return self.windows, self.length
 
     @property
-    def last_choice(self) -> int:
-        """The number of the step behind which masks stay; 0: they always do."""
-        return self.choices[-1] if self.choices else 0
+    def last_pruning(self) -> int:
+        """The number of the step behind which no more zeros come; 0: none do."""
+        return self.prunings[-1] if self.prunings else 0
 
     @property
     def tokens(self) -> int:

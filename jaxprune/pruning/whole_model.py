@@ -11,7 +11,7 @@ from jaxprune.calibration.stream import TextStream
 from jaxprune.errors import Change, InputError
 from jaxprune.methods.quantization import has_grid
 from jaxprune.models import Architecture
-from jaxprune.pruning import distillation, kept_tuning
+from jaxprune.pruning import distillation, kept_tuning, late_zeros
 from jaxprune.pruning.allocation import allocate
 from jaxprune.pruning.distillation import Text, distill
 from jaxprune.pruning.journal import CURVE, PRUNED, QUANTIZED, SENSITIVITY, TUNED, TUNING, Journal
@@ -65,8 +65,7 @@ def prune_model(
         text = distillation.of_windows(tokens, tuning, seed)
     layers = _pruned(model, tokens, recipe, target, named, journal, observer)
     if text:
-        target_of = with_rules(target, named)
-        layers = _distilled(model, teacher, text, layers, tuning, target_of, journal, observer)
+        layers = _distilled(model, teacher, text, layers, tuning, with_rules(target, named), journal, observer)
     return _quantized(model, tokens, layers, recipe, journal, observer) if recipe.quantize else layers
 
 
@@ -125,11 +124,12 @@ def _pruned(
     observer: Observer,
 ) -> Iterator[LayerResult]:
     target, layer_weights = _by_importance(model, tokens, recipe.importance, target, named, journal, observer)
+    target_of, late = with_rules(target, named), recipe.tuning.tune_zeros * recipe.tuning.tunes
     layers = prune_layers(
         model.routing_all() if recipe.experts.route_all else model,
         tokens,
         recipe.method,
-        with_rules(target, named),
+        late_zeros.of_solves(target_of, late) if late else target_of,
         weights=layer_weights,
         asymmetry=recipe.asymmetry,
         finished=Results(journal, PRUNED, model.num_layers),

@@ -7,7 +7,6 @@ from pathlib import Path
 from convert.hub import repository_of
 from jaxprune.evaluation.quality import Quality, table
 from jaxprune.evaluation.text import short_name
-from jaxprune.pruning.moving_masks import MOVED
 from jaxprune.pruning.quantized import ERROR
 from jaxprune.reporting.schema import RECORD, Run
 
@@ -24,13 +23,9 @@ def summary(run: Run) -> list[tuple[str, str]]:
         *([("text of the tuning", short_name(run.config.tune_text))] if run.config.tune_text else []),
         ("sparsity of the linear layers", f"{100 * run.sparsity:.4f} %"),
     ]
-    linears = [linear for layer in run.layers for linear in layer.linears.values()]
-    if moving := [linear for linear in linears if MOVED in linear.stats]:
-        kept = [linear.size - linear.zeros for linear in moving]
-        moved = sum(count * (linear.stats[MOVED] or 0.0) for count, linear in zip(kept, moving, strict=True))
-        share = moved / max(1, sum(kept))
-        rows.append(("kept weights that the solves had masked", f"{100 * share:.2f} %"))
-    if run.quantize and (count := sum(ERROR not in linear.stats for linear in linears)):
+    if run.quantize and (
+        count := sum(ERROR not in linear.stats for layer in run.layers for linear in layer.linears.values())
+    ):
         rows.append(("not quantized", f"{count} linear layers, whose inputs are no multiple of 32"))
     if run.resumed_layers:
         rows.append(("resumed", f"{run.resumed_layers} of {len(run.layers)} layers were pruned before"))

@@ -82,7 +82,7 @@ class Record(Observer):
             self.phase_timed(phase, seconds)
 
     def layer_tuned(self, result: LayerResult) -> None:
-        """Keeps what became of a layer's kernels, which is another where masks moved."""
+        """Keeps what became of a layer's kernels, which is another where zeros came late."""
         self.layers[result.index] = result.without_arrays()
 
     def divergence_measured(self, tokens: int, divergence: float) -> None:

@@ -144,8 +144,43 @@ class InSections:
         return str(self.pattern)
 
 
+@dataclasses.dataclass(frozen=True)
+class Partly:
+    """A pattern of whose zeros only a share is made yet; `zeros` are those of the end.
+
+    Attributes:
+        pattern: the pattern.
+        share: that share.
+    """
+
+    pattern: Pattern
+    share: float
+
+    @property
+    def sparsity(self) -> float:
+        return self.pattern.sparsity
+
+    @property
+    def group(self) -> int | None:
+        return self.pattern.group
+
+    def selector(self, shape: tuple[int, ...], progress: Sequence[float] = (1.0,)) -> Selector:
+        return self.pattern.selector(shape, [self.share * p for p in progress])
+
+    def zeros(self, shape: tuple[int, ...]) -> int:
+        return self.pattern.zeros(shape)
+
+    def as_json(self) -> dict[str, Any]:
+        return self.pattern.as_json()
+
+    def __str__(self) -> str:
+        return str(self.pattern)
+
+
 def in_sections(pattern: Pattern, sections: Sections) -> Pattern:
     """Returns the pattern of a linear layer that is several side by side; only unstructured ones are another."""
+    if isinstance(pattern, Partly):
+        return Partly(in_sections(pattern.pattern, sections), pattern.share)
     if sections and isinstance(pattern, Unstructured) and not pattern.per_output:
         return InSections(pattern, tuple(width for _, width in sections))
     return pattern
@@ -198,6 +233,11 @@ class NM:
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
+
+
+def cubic(steps: int) -> list[float]:
+    """Returns the fractions of the final sparsity at steps of a gradual schedule: 1 − (1 − (i+1)/steps)³."""
+    return [1 - (1 - (i + 1) / steps) ** 3 for i in range(steps)]
 
 
 def parse_pattern(text: str, sparsity: float | None = None) -> Pattern:

@@ -43,11 +43,11 @@ def test_every_flag_arrives() -> None:
         "--eval-seqlen 8 --eval-windows 2 --tasks boolq,rte --limit 4 --tasks-data d --backend torch "
         "--dtype bfloat16 --device cpu --schedule constant --iterations 30 --selections 4 --damping 0.2 --rho 2.5 "
         "--linear-solve cholesky --finish-steps 7 --token-power 0.25 --asymmetry 0.5 --tune-epochs 3 --tune-rate 0.01 "
-        "--tune-windows 5 --tune-pieces 6 --tune-masks 0.7 --quantize q4_0".split()
+        "--tune-windows 5 --tune-pieces 6 --tune-zeros 0.7 --quantize q4_0".split()
     )
     assert recipe.importance == Importance(token_power=0.25) and recipe.asymmetry == 0.5
     assert recipe.quantize == "q4_0"
-    assert recipe.tuning == Tuning(3, 0.01, 5, 6, tune_masks=0.7)
+    assert recipe.tuning == Tuning(3, 0.01, 5, 6, tune_zeros=0.7)
     _, other = parse("--ckpt x --weigh-outputs --spread 0.1 --sensitivity-windows 3".split())
     assert other.importance == Importance(weigh_outputs=True, spread=0.1, sensitivity_windows=3)
     assert recipe.method == Finished(ADMM("constant", 30, 4, 0.2, 2.5, "cholesky"), Exact(steps=7))
@@ -113,13 +113,13 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
         assert fixed.importance.weigh_outputs and fixed.tuning == made.tuning
     assert recipe("--tune-epochs 0").tuning == recipe("--tune-tokens 0").tuning == Tuning()
     assert recipe("--tune-tokens 0 --tune-epochs 0").tuning == Tuning()
-    pieces, moving = made.tuning.tune_pieces, made.tuning.tune_masks
-    assert recipe("--tune-tokens 250k").tuning == Tuning(tune_tokens=250_000, tune_pieces=pieces, tune_masks=moving)
+    pieces, late = made.tuning.tune_pieces, made.tuning.tune_zeros
+    assert recipe("--tune-tokens 250k").tuning == Tuning(tune_tokens=250_000, tune_pieces=pieces, tune_zeros=late)
     assert (f"windows in {pieces} pieces" in made.method_text) == (pieces > 1)
     for count in (1, 3):
         assert recipe(f"--tune-pieces {count}").tuning == dataclasses.replace(made.tuning, tune_pieces=count)
-    # Given masks do not move.
-    assert recipe("--mask from-file:m").tuning == dataclasses.replace(made.tuning, tune_masks=0.0)
+    # Given masks have all their zeros.
+    assert recipe("--mask from-file:m").tuning == dataclasses.replace(made.tuning, tune_zeros=0.0)
     # No reverse pass where nothing would come of it.
     assert not recipe("--pattern per-output").importance.measured
     assert not recipe("--mask from-file:m").importance.measured
@@ -199,9 +199,9 @@ def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
         ("--ckpt x --preset fast --uniform --spread 0.1", "--uniform wants one sparsity"),
         ("--ckpt x --mask from-file:m --spread 0.1", "decide which weights stay: leave --spread out"),
         ("--ckpt x --asymmetry 1.5", "asymmetry must lie between 0 and 1"),
-        ("--ckpt x --tune-masks 0.5", "--tune-masks does nothing by itself: pass --tune-epochs or --tune-tokens"),
-        ("--ckpt x --tune-tokens 1k --tune-masks 1.5", "tune_masks must be at least 0 and at most 1, not 1.5"),
-        ("--ckpt x --preset best --mask from-file:m --tune-masks 0.5", "stay where they are: they cannot move"),
+        ("--ckpt x --tune-zeros 0.5", "--tune-zeros does nothing by itself: pass --tune-epochs or --tune-tokens"),
+        ("--ckpt x --tune-tokens 1k --tune-zeros 1.5", "tune_zeros must be at least 0 and at most 1, not 1.5"),
+        ("--ckpt x --preset best --mask from-file:m --tune-zeros 0.5", "have all their zeros: none can come"),
         ("--ckpt x --tune-epochs -1", "tune_epochs must be finite and not negative"),
         ("--ckpt x --tune-tokens -1", "tune_tokens must not be negative"),
         ("--ckpt x --tune-tokens 1M --tune-epochs 1", "the calibration windows or tokens of a text, not both"),

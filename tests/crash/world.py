@@ -37,7 +37,7 @@ class Line(NamedTuple):
 
 QUICK = "--method magnitude --unchecked"
 LINES = {
-    "best": Line(RUN, "--preset best --sparsity 0.6 --tune-windows 2 --tune-epochs 2 --tune-masks 0.5"),
+    "best": Line(RUN, "--preset best --sparsity 0.6 --tune-windows 2 --tune-epochs 2 --tune-zeros 0.5"),
     "admm": Line(RUN, "--method admm --asymmetry 0.25"),
     "quick": Line(RUN, QUICK),
     "overwrite": Line(RUN, f"{QUICK} --overwrite", f"{QUICK} --sparsity 0.3"),

@@ -36,7 +36,7 @@ def test_every_program_compiles(name: str, method: Method, tmp_path: Path) -> No
         every = [*programs.of_pruning(shapes, 16, 1024, method, Unstructured(0.5))]
         if isinstance(method, ADMM):
             every += programs.of_sensitivity(shapes, 16, 1024)
-            steps = TuningSteps.of(Tuning(tune_epochs=1, tune_masks=0.5), 16, 1024)
+            steps = TuningSteps.of(Tuning(tune_epochs=1, tune_zeros=0.5), 16, 1024)
             every += programs.of_distillation(shapes, steps, Placement(True, True), pattern=NM(2, 4))
             every += programs.of_evaluation(shapes, 16, 1024)
         for program in every:

@@ -37,7 +37,7 @@ def all_programs(checkpoint: Path, dtype: str) -> Iterator[Program]:
     yield from programs.of_pruning(shapes, 4, 512, ADMM(), NM(2, 4))
     yield from programs.of_sensitivity(shapes, 4, 512)
     for placement in (Placement(True, True), Placement(True, False), Placement(False, False)):
-        steps = TuningSteps.of(Tuning(tune_epochs=2, tune_masks=0.5), 4, 512)
+        steps = TuningSteps.of(Tuning(tune_epochs=2, tune_zeros=0.5), 4, 512)
         yield from programs.of_distillation(shapes, steps, placement)
     yield from programs.of_evaluation(shapes, 4, 512)
 

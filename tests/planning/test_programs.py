@@ -1,6 +1,5 @@
 """What a run costs, counted beforehand: FLOPs by hand, programs against the run's own, memory against allocation."""
 
-import math
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -199,22 +198,15 @@ def test_pieces_take_a_step_each(checkpoint: Path) -> None:
     assert pieces == [2 * calls for calls in whole]
 
 
-def test_masks_that_move_are_counted(checkpoint: Path) -> None:
-    """Of ten steps six move all weights of three layers: forward and back each takes the masked kernels, and so do the
-    measures before the last choice."""
+def test_late_zeros_are_counted(checkpoint: Path) -> None:
+    """Of three layers, behind the first six of ten steps."""
 
     def calls(tuning: Tuning, name: str) -> set[float]:
         return {program.calls for program in of_distillation(checkpoint, tuning) if program.name.startswith(name)}
 
-    stays, moves = (Tuning(tune_tokens=10 * 16, tune_masks=share) for share in (0.0, 0.6))
-    assert calls(stays, "step ") == {3 * 10} and not calls(stays, "masked ") | calls(stays, "mask of ")
-    assert calls(moves, "step of all ") == {3 * 6} and calls(moves, "step ") == {3 * 6, 3 * 4}
-    assert calls(moves, "masked ") == {3 * (2 * 6 + 2)} and calls(moves, "mask of ") == {3 * 6}
-    step, masked = (
-        max(p.peak_bytes() for p in of_distillation(checkpoint, one) if p.name == "backward") for one in (stays, moves)
-    )
-    kernels = 4 * sum(math.prod(shape) for shape in load(checkpoint).architecture.layers[0].kernels.values())
-    assert masked - step == kernels
+    none, some = (Tuning(tune_tokens=10 * 16, tune_zeros=share) for share in (0.0, 0.125))
+    assert calls(none, "step ") == calls(some, "step ") == {3 * 10}
+    assert not calls(none, "late zeros of ") and calls(some, "late zeros of ") == {3 * 6}
 
 
 def test_distillation_is_counted(checkpoint: Path) -> None:

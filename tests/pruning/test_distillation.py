@@ -160,8 +160,8 @@ def test_windows_are_cut_into_pieces(tmp_path: Path) -> None:
         {"tune_rate": 1.5},
         {"tune_windows": 0},
         {"tune_pieces": 0},
-        {"tune_masks": -0.1},
-        {"tune_masks": 1.1},
+        {"tune_zeros": -0.1},
+        {"tune_zeros": 1.1},
     ],
 )
 def test_impossible_options_are_refused(bad: dict) -> None:

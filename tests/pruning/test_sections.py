@@ -73,8 +73,8 @@ def test_fused_linear_layers_are_pruned_as_those_they_are(pair: tuple[Path, Path
     assert together["mlp.gate_up_proj"].sections == {"gate": 960, "up": 960}
 
 
-def test_masks_that_move_stay_in_their_sections(pair: tuple[Path, Path]) -> None:
-    tuning = Tuning(tune_epochs=2, tune_rate=0.05, tune_masks=0.6)
+def test_late_zeros_are_those_of_their_sections(pair: tuple[Path, Path]) -> None:
+    tuning = Tuning(tune_epochs=2, tune_rate=0.05, tune_zeros=0.25)
     recipe = Recipe(ADMM(), Unstructured(0.625), tuning=tuning)
     before = list(prune_layers(load(pair[1]), TOKENS, ADMM(), Unstructured(0.625)))
     for one, other in zip(before, prune_model(load(pair[1]), TOKENS, recipe), strict=True):

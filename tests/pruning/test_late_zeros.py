@@ -1,4 +1,4 @@
-"""Masks that move while weights are tuned: which are chosen, their counts, and how a tuning goes on."""
+"""Zeros that come while weights are tuned: which, their counts, and how a tuning goes on."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from jaxprune import ADMM, InputError, Magnitude, Recipe, Tuning, Unstructured, 
 from jaxprune.commands.prune import main as prune
 from jaxprune.commands.verify import main as verify
 from jaxprune.errors import Change
-from jaxprune.pruning import adafactor, distillation, moving_masks, tuning_steps
+from jaxprune.pruning import adafactor, distillation, late_zeros, tuning_steps
 from jaxprune.pruning.distillation import Rate, distill, of_stream, of_windows
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.placement import Placement
@@ -24,24 +24,29 @@ from jaxprune.pruning.student import Student
 from jaxprune.pruning.whole_model import prune_model
 from jaxprune.recipe_parts import Rule
 from jaxprune.sparsity.masks import from_file, unpack
-from jaxprune.sparsity.patterns import NM, Pattern
+from jaxprune.sparsity.patterns import NM, Pattern, cubic
 from jaxprune.streaming.observer import SILENT, Observer
 from tests.helpers import families, tiny
 from tests.helpers.command import failing
 from tests.helpers.optional import needs_torch
 from tests.helpers.shapes import LINEARS, windows
-from tests.helpers.tuning import Steps, kernel, of_ids, pruned
+from tests.helpers.tuning import Steps, kernel, of_ids
 from tests.helpers.tuning_by_torch import tuned_by_torch
 
-MOVING = Tuning(tune_epochs=2, tune_rate=0.02, tune_windows=2, tune_masks=0.6)
-"""Of its twelve steps masks move over seven, with a choice after each."""
+LATE = Tuning(tune_epochs=2, tune_rate=0.02, tune_windows=2, tune_zeros=0.25)
+"""Zeros come after each of the first seven of its twelve steps."""
 HALF = Unstructured(0.5)
+
+
+def solved(checkpoint: Path, pattern: Pattern = HALF) -> list[LayerResult]:
+    target_of = late_zeros.of_solves(lambda *_: pattern, LATE.tune_zeros)
+    return list(prune_layers(load(checkpoint), windows(), ADMM(), target_of))
 
 
 def tune(
     checkpoint: Path,
     layers: list[LayerResult],
-    tuning: Tuning = MOVING,
+    tuning: Tuning = LATE,
     pattern: Pattern = HALF,
     observer: Observer = SILENT,
 ) -> Iterator[LayerResult]:
@@ -55,52 +60,61 @@ def own_masks(layer: LayerResult) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.7), Unstructured(0.7, per_output=True), NM(2, 4)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_each_kernel_keeps_as_many_in_its_pattern(pattern: Pattern, dtype: str, tmp_path: Path) -> None:
+def test_each_kernel_gets_as_many_in_its_pattern(pattern: Pattern, dtype: str, tmp_path: Path) -> None:
     path = tiny.save(tmp_path, tiny.config(), dtype=dtype)
-    layers = list(prune_layers(load(path), windows(), ADMM(), pattern))
-    moved = 0
+    layers = solved(path, pattern)
     for before, after in zip(layers, tune(path, layers, pattern=pattern), strict=True):
         for name in LINEARS:
             stored, masks = kernel(after, name), [own_masks(layer)[name] for layer in (before, after)]
             np.testing.assert_array_equal(stored != 0, masks[1])
             assert stored.dtype == np.dtype(dtype)
-            assert np.count_nonzero(stored == 0) == after[name].zeros == pattern.zeros(stored.shape)
+            wanted = pattern.zeros(stored.shape)
+            assert np.count_nonzero(stored == 0) == after[name].zeros == after[name].wanted == wanted
+            assert abs(before[name].zeros - 0.75 * wanted) <= 0.5 * stored.shape[1] and before[name].wanted == wanted
             if isinstance(pattern, NM):
                 assert (masks[1].reshape(-1, 4, stored.shape[1]).sum(1) == 2).all()
             elif pattern.per_output:
                 assert len({*masks[1].sum(0)}) == 1
-            moved += np.count_nonzero(masks[1] & ~masks[0])
-    assert moved > 50
+            assert not (masks[1] & ~masks[0]).any()
 
 
 def test_what_is_kept_matters_most_to_the_loss() -> None:
-    """Whether its weight is large, or the gradients of its input and of its output are."""
+    """Whether its weight is large, or the gradients of its input and of its output are; what is zero stays so, also
+    where other weights have no gradient."""
     generator = np.random.default_rng(0)
-    value, rows, columns = (generator.random(shape).astype(np.float32) for shape in ((24, 16), 24, 16))
-    selector = Unstructured(0.6).selector(value.shape)
-    own = adafactor.Moving(*map(jnp.asarray, (value, 0 * rows, 0 * columns, rows, columns)))
-    before = jnp.asarray(np.packbits(generator.random(value.shape) < 0.4, axis=0))
-    bits = np.asarray(moving_masks.chosen(own, before, selector))
-    saliency = value**2 * np.outer(rows, columns)
-    least = np.sort(saliency, axis=None)[round(0.6 * value.size)]
-    np.testing.assert_array_equal(np.asarray(adafactor.unpacked(bits, 24)), saliency >= least)
-    unseen = own._replace(row_shares=jnp.zeros(24, jnp.float32), column_shares=jnp.zeros(16, jnp.float32))
-    np.testing.assert_array_equal(moving_masks.chosen(unseen, before, selector), before)
+    before = generator.random((24, 16)) < 0.6
+    value = (generator.random(before.shape) + 0.1).astype(np.float32) * before
+    rows, columns = (generator.random(count).astype(np.float32) for count in before.shape)
+    rows[:8] = 0
+    selector = HALF.selector(value.shape, [0.9, 1.0])
+    moving = adafactor.Moving(*map(jnp.asarray, (value, 0 * rows, 0 * columns, rows, columns)))
+    fixed = adafactor.with_mask(np.float32(1), np.packbits(before, axis=0), 24)
+    for time, zeros in ((0, 173), (1, 192)):
+        now, then = late_zeros.pruned(moving, fixed, selector, np.int32(time))
+        kept = np.asarray(adafactor.unpacked(then.mask, 24))
+        assert (~kept).sum() == zeros and not (kept & ~before).any()
+        np.testing.assert_array_equal(now.value, value * kept)
+        np.testing.assert_array_equal(then.row_counts, kept.sum(1))
+        np.testing.assert_array_equal(then.column_counts, kept.sum(0))
+        saliency = value**2 * np.outer(rows, columns)
+        assert saliency[kept].min() >= saliency[before & ~kept].max()
+    unseen = moving._replace(row_shares=jnp.zeros(24, jnp.float32), column_shares=jnp.zeros(16, jnp.float32))
+    kept = np.asarray(adafactor.unpacked(late_zeros.pruned(unseen, fixed, selector, np.int32(1))[1].mask, 24))
+    np.testing.assert_array_equal(kept, value >= np.sort(value, axis=None)[192])
 
 
 @needs_torch
-def test_weights_that_are_masked_move_along(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in torch: from half of the dense model's on, by the gradient of the masked kernel, until the last choice."""
-    monkeypatch.setattr(tuning_steps, "CHOICES", 2)
-    tuning, steps = Tuning(tune_epochs=2, tune_rate=0.01, tune_windows=4, tune_masks=0.6), Steps()
-    layers, tokens = pruned(checkpoint), windows()
+def test_steps_and_zeros_are_torchs(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning_steps, "PRUNINGS", 2)
+    tuning, steps = Tuning(tune_epochs=2, tune_rate=0.01, tune_windows=4, tune_zeros=0.25), Steps()
+    layers, tokens = solved(checkpoint), windows()
     found = list(tune(checkpoint, layers, tuning, observer=steps))
     order = np.random.default_rng(0)
     rows = np.concatenate([order.permutation(12).reshape(-1, 4) for _ in range(2)])
     rate = Rate(0.01, 6, tokens[:4].size)
     rates = [rate.of(number, divergence) for number, divergence in enumerate(steps.told, 1)]
-    expected = tuned_by_torch(layers, tokens, rows, rates, choices=(2, 4))
-    moved = 0
+    first, last = (0.5 * (0.75 + 0.25 * share) for share in cubic(2))
+    expected = tuned_by_torch(layers, tokens, rows, rates, {2: first, 4: last})
     for layer, before, theirs in zip(found, layers, expected, strict=True):
         for name in LINEARS:
             one, other = kernel(layer, name), theirs[name]
@@ -108,12 +122,10 @@ def test_weights_that_are_masked_move_along(checkpoint: Path, monkeypatch: pytes
             assert np.count_nonzero((one != 0) != (other != 0)) <= 0.002 * one.size, name
             difference, far = np.abs(one - other)[both], np.abs(other - kernel(before, name))[both].max()
             assert difference.mean() < 0.001 * far and difference.max() < 0.02 * far, name
-            moved += np.count_nonzero(both & (kernel(before, name) == 0))
-    assert moved > 50
 
 
 def test_it_is_the_same_where_the_host_holds_the_weights(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layers, found = pruned(checkpoint), []
+    layers, found = solved(checkpoint), []
     for state in (True, False):
         monkeypatch.setattr(distillation, "placement_of", lambda *_, state=state, **__: Placement(state, results=False))
         found.append(list(tune(checkpoint, layers)))
@@ -127,12 +139,12 @@ def test_it_is_the_same_where_the_host_holds_the_weights(checkpoint: Path, monke
 def test_a_tuning_goes_on_where_it_was_stopped(
     dtype: str, stop: int, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between two choices, right behind the last one, and later."""
+    """Between two times that zeros come, right behind the last one, and later."""
     monkeypatch.setattr(Journal, "worth_keeping", lambda *_: True)
-    monkeypatch.setattr(tuning_steps, "CHOICES", 3)
-    tuning = Tuning(tune_tokens=12 * 32, tune_masks=0.6)
-    text, model, layers = of_stream(of_ids(tmp_path), tuning), load(checkpoint, dtype=dtype), pruned(checkpoint)
-    assert text.steps.choices == [3, 5, 7]
+    monkeypatch.setattr(tuning_steps, "PRUNINGS", 3)
+    tuning = Tuning(tune_tokens=12 * 32, tune_zeros=0.25)
+    text, model, layers = of_stream(of_ids(tmp_path), tuning), load(checkpoint, dtype=dtype), solved(checkpoint)
+    assert text.steps.prunings == [3, 5, 7]
     expected = list(distill(model, text, layers, tuning, target_of=lambda *_: HALF))
     journal = Journal(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(InputError, match="stopped here"):
@@ -147,21 +159,19 @@ def test_a_tuning_goes_on_where_it_was_stopped(
     journal.close()
 
 
-def test_only_measures_behind_the_last_choice_stop_it(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The start is the best of seventeen measures, ten of them with masks that move: the fourth of the others ends it.
-    What is kept are the masks of the start."""
+def test_measures_count_with_all_zeros(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start is the best of seventeen measures, but ten of them lack zeros. The first of the others is the best of
+    those; four more end it."""
     monkeypatch.setattr(tuning_steps, "BETWEEN", 1)
     monkeypatch.setattr(Student, "divergence", lambda *_: float(len(seen.held_out)))
-    tuning, seen = Tuning(tune_tokens=32 * 2 * 32, tune_windows=2, tune_masks=0.6), Steps()
-    layers = pruned(checkpoint)
-    text = of_stream(of_ids(tmp_path), tuning)
+    tuning, seen = Tuning(tune_tokens=32 * 2 * 32, tune_windows=2, tune_zeros=0.25), Steps()
+    text, layers = of_stream(of_ids(tmp_path), tuning), solved(checkpoint)
+    assert text.steps.last_pruning == 19
     found = list(distill(load(checkpoint), text, layers, tuning, target_of=lambda *_: HALF, observer=seen))
-    assert [tokens // 64 for tokens, _ in seen.held_out] == [*range(0, 27, 2)]
-    for one, before in zip(found, layers, strict=True):
-        for name, mask in own_masks(before).items():
-            np.testing.assert_array_equal(own_masks(one)[name], mask)
+    assert [tokens // 64 for tokens, _ in seen.held_out] == [*range(0, 29, 2)]
+    for one in found:
+        for name in LINEARS:
+            assert one[name].zeros == one[name].size // 2
 
 
 def test_rules_and_dense_experts_stay(tmp_path: Path) -> None:
@@ -171,8 +181,8 @@ def test_rules_and_dense_experts_stay(tmp_path: Path) -> None:
     experts = sorted(path for path in model.architecture.layers[-1].kernels if ".experts." in path)
     dense, other = experts[0], experts[1]
     rules = Rule("layers.0.*"), Rule(f"*.{dense}"), Rule(f"*.{other}", NM(2, 4))
-    recipe = Recipe(Magnitude(), Unstructured(0.6), rules=rules, tuning=MOVING)
-    tokens, moved = windows() % 300, 0
+    recipe = Recipe(Magnitude(), Unstructured(0.6), rules=rules, tuning=LATE)
+    tokens, different = windows() % 300, 0
     own = Recipe(Magnitude(), Unstructured(0.6), rules=rules)
     for before, after in zip(prune_model(model, tokens, own), prune_model(model, tokens, recipe), strict=True):
         assert before.masks.keys() == after.masks.keys()
@@ -181,34 +191,41 @@ def test_rules_and_dense_experts_stay(tmp_path: Path) -> None:
             if path not in before.masks:
                 np.testing.assert_array_equal(first, last)
                 continue
-            moved += np.count_nonzero((last != 0) & (first == 0))
-            assert np.count_nonzero(last == 0) == after[path].zeros == after[path].wanted
+            different += np.count_nonzero((last != 0) & (first == 0))
+            assert np.count_nonzero(last == 0) == after[path].zeros == after[path].wanted == before[path].wanted
             if path == other:
                 assert (np.count_nonzero(last.reshape(-1, 4, last.shape[1]), axis=1) == 2).all()
-    assert moved > 50
+    assert different > 50
 
 
-def test_kernels_that_are_wholly_zero_stay(checkpoint: Path) -> None:
+def test_kernels_may_become_wholly_zero(checkpoint: Path) -> None:
     rule = Rule("*.v_proj", Unstructured(0.99999))
-    recipe = Recipe(Magnitude(), HALF, rules=(rule,), tuning=MOVING)
+    recipe = Recipe(Magnitude(), HALF, rules=(rule,), tuning=LATE)
     for layer in prune_model(load(checkpoint), windows(), recipe):
         assert not kernel(layer, "self_attn.v_proj").any()
         assert layer["mlp.up_proj"].zeros == layer["mlp.up_proj"].size // 2
 
 
-def test_masks_move_in_patterns(checkpoint: Path) -> None:
+def test_all_zeros_may_come_late(checkpoint: Path) -> None:
+    recipe = Recipe(pattern=NM(2, 4), tuning=Tuning(tune_epochs=2, tune_zeros=1))
+    for layer in prune_model(load(checkpoint), windows(), recipe):
+        for name in LINEARS:
+            assert layer[name].zeros == layer[name].size // 2 and layer[name].error < 1e-6
+
+
+def test_zeros_come_late_in_patterns(checkpoint: Path) -> None:
     with pytest.raises(InputError, match="give them as target_of"):
-        list(distill(load(checkpoint), of_windows(windows(), MOVING, 0), [], MOVING))
+        list(distill(load(checkpoint), of_windows(windows(), LATE, 0), [], LATE))
 
 
 def test_given_masks_are_refused(checkpoint: Path) -> None:
-    with pytest.raises(InputError, match="cannot move while the weights are tuned") as error:
-        Recipe(pattern=None, mask=f"from-checkpoint:{checkpoint}", tuning=MOVING)
-    assert error.value.options == {"tune_masks": Change.OMIT}
+    with pytest.raises(InputError, match="have all their zeros") as error:
+        Recipe(pattern=None, mask=f"from-checkpoint:{checkpoint}", tuning=LATE)
+    assert error.value.options == {"tune_zeros": Change.OMIT}
 
 
 def test_a_run_keeps_and_records_the_masks_of_its_end(checkpoint: Path, tmp_path: Path) -> None:
-    """A kernel whose output is dead has more zeros than its pattern wants; once they move, it has as many."""
+    """A kernel whose output is dead has more zeros than its pattern wants, and keeps them."""
     dense, out, file = tmp_path / "dense", tmp_path / "out", tmp_path / "masks.safetensors"
     shutil.copytree(checkpoint, dense)
     tensors = load_file(dense / "model.safetensors")
@@ -216,17 +233,17 @@ def test_a_run_keeps_and_records_the_masks_of_its_end(checkpoint: Path, tmp_path
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 300, (40, 32), np.int32))
     line = ["--ckpt", dense, "--calib", tmp_path / "ids.npy", "--nsamples", 4, "--seqlen", 32, "--eval", "none"]
-    line += ["--tune-tokens", 12 * 32, "--tune-masks", 0.6, "--tune-rate", 0.05, "--tune-to-end"]
+    line += ["--tune-tokens", 12 * 32, "--tune-zeros", 0.25, "--tune-rate", 0.05, "--tune-to-end"]
     line += ["--pattern", "per-output"]
     assert prune([str(word) for word in (*line, "--save-masks", file, "--out", out)]) == 0
     assert verify([str(out), "--against", str(dense)]) == 0
     record = json.loads((out / "jaxprune.json").read_text())
-    stored, masks, moved = open_checkpoint(out), from_file(file), []
+    stored, masks = open_checkpoint(out), from_file(file)
     for layer in record["layers"]:
         for path, linear in layer["linears"].items():
             kernel = stored.read([f"layers.{layer['index']}.{path}.kernel"])[f"layers.{layer['index']}.{path}.kernel"]
             np.testing.assert_array_equal(masks(layer["index"], path).read(), kernel != 0)
-            assert linear["zeros"] == np.count_nonzero(kernel == 0) == linear["wanted"]
-            moved.append(linear["stats"][moving_masks.MOVED])
-    assert max(moved) > 0.01
-    assert "kept weights that the solves had masked" in (out / "README.md").read_text()
+            dead = len(kernel) // 2 * ((layer["index"], path) == (1, "mlp.down_proj"))
+            assert linear["zeros"] == np.count_nonzero(kernel == 0) == linear["wanted"] + dead
+    assert "12.5" not in (out / "README.md").read_text()
+    assert "25 % of the zeros come meanwhile" in (out / "README.md").read_text()

@@ -1,0 +1,151 @@
+"""Late zeros: a share of each kernel's zeros that its solve leaves, and that come while the kernels are tuned.
+
+They come a few times over the first part of the steps, fewer each time, as 1 − (1 − t)³ grows. A kernel then keeps
+those weights w_ij for which w_ij²·r_i·c_j is largest, r and c the shares of the inputs and of the outputs in the
+gradients' squares over some tens of steps: what the loss would lose without them, to the second order. In the end it
+has as many zeros as its pattern wants, so each is pruned where its step is taken; what is zero stays so.
+
+References:
+    LeCun, Denker and Solla, "Optimal Brain Damage" (NIPS 1989), for the saliency. Zhu and Gupta, "To prune, or not to
+    prune" (arXiv 1710.01878), for the schedule.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from jaxprune.methods.linalg import masked
+from jaxprune.models import Layer
+from jaxprune.pruning.adafactor import Fixed, Kernels, Moving, unpacked
+from jaxprune.pruning.results import LayerResult
+from jaxprune.pruning.rules import Target, TargetOf
+from jaxprune.sharding import fetch
+from jaxprune.sparsity.masks import pack
+from jaxprune.sparsity.patterns import Partly, Pattern, Unstructured, by_section, cubic, in_sections
+from jaxprune.sparsity.selection import Selector
+
+Selectors = Mapping[str, Sequence[Selector | None]]
+"""Name of a kernel -> what prunes it on, or the experts that are stacked in it; None: it stays as it is."""
+
+
+def of_solves(target_of: TargetOf, share: float) -> TargetOf:
+    """Returns the targets of the solves.
+
+    Args:
+        target_of: (layer index, path of the linear layer) -> its target in the end.
+        share: that of all zeros which the solves leave.
+    """
+
+    def solved(index: int, path: str) -> Target:
+        target = target_of(index, path)
+        return Partly(target, 1 - share) if isinstance(target, Pattern) else target
+
+    return solved
+
+
+class LateZeros(NamedTuple):
+    """Zeros that come late.
+
+    Attributes:
+        target_of: (layer index, path of the linear layer) -> its pattern in the end.
+        share: that of all zeros which the solves left.
+        times: how often they come.
+    """
+
+    target_of: TargetOf
+    share: float
+    times: int
+
+    def selectors(self, layer: Layer, result: LayerResult) -> Selectors:
+        """Returns what prunes a layer on: in the end as many zeros as were wanted of each kernel, in its pattern.
+
+        Args:
+            layer: its kind.
+            result: what became of it, with the zeros that its solves made.
+        """
+        progress = [1 - self.share * (1 - made) for made in cubic(self.times)]
+        found: dict[str, list[Selector | None]] = {}
+        for path, shape in layer.kernels.items():
+            one, (name, _) = None, layer.sources[path]
+            if path in result.masks:
+                pattern, kernel = self.target_of(result.index, path), result.kernels[path]
+                assert isinstance(pattern, Pattern)
+                if isinstance(pattern, Unstructured) and not pattern.per_output:  # its sparsity may be `allocate`'s
+                    pattern = Unstructured(min(kernel.wanted / kernel.size, math.nextafter(1, 0)))
+                one = in_sections(pattern, layer.sections.get(path, ())).selector(shape, progress)
+            found.setdefault(f"{name}.kernel", []).append(one)
+        return found
+
+
+def prune(kernels: Kernels, selectors: Selectors, time: int) -> Kernels:
+    """Returns a layer's kernels with more zeros; on the device.
+
+    Args:
+        kernels: not to be used again.
+        selectors: name -> what prunes it, or its experts.
+        time: how often zeros came before.
+    """
+    moving, fixed = dict(kernels.moving), dict(kernels.fixed)
+    for name, chosen in selectors.items():
+        if name not in moving:
+            continue
+        one = moving[name], fixed[name]
+        parts = [one] if one[0].value.ndim == 2 else [_expert(one, index) for index in range(len(chosen))]
+        # One at a time: several processes would wait for each other in different ones, for they exchange counts.
+        parts = [
+            part if selector is None else jax.block_until_ready(pruned(*part, selector, np.int32(time)))
+            for part, selector in zip(parts, chosen, strict=True)
+        ]
+        if one[0].value.ndim == 3:
+            parts = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)]
+        moving[name], fixed[name] = parts[0]
+    return Kernels(moving, fixed)
+
+
+def _expert(stacked: tuple[Moving, Fixed], index: int) -> tuple[Moving, Fixed]:
+    return jax.tree.map(lambda leaf: leaf[index], stacked)
+
+
+@jax.jit
+def pruned(kernel: Moving, fixed: Fixed, selector: Selector, time: Int[Array | np.ndarray, ""]) -> tuple[Moving, Fixed]:
+    """Returns a kernel, not stacked, without the weights that matter least to the loss.
+
+    Args:
+        kernel: what steps change of it.
+        fixed: what they do not.
+        selector: how many zeros it is to have, and in which pattern.
+        time: how often zeros came before.
+    """
+    kept = unpacked(fixed.mask, kernel.value.shape[-2])
+    of_gradients = kernel.row_shares[:, None] * kernel.column_shares[None, :]
+    # There may have been no gradient yet: an expert may have had no tokens.
+    saliency = jnp.square(kernel.value.astype(jnp.float32)) * jnp.where(jnp.any(of_gradients > 0), of_gradients, 1)
+    # What is zero goes first, whatever else matters as little.
+    saliency = masked(kept, jnp.maximum(saliency, jnp.finfo(jnp.float32).tiny))
+    kept &= selector(saliency, time)
+    rows, columns = (jnp.sum(kept, axis=axis, dtype=jnp.float32) for axis in (-1, -2))
+    fixed = fixed._replace(mask=jnp.packbits(kept, axis=-2), row_counts=rows, column_counts=columns)
+    return kernel._replace(value=masked(kept, kernel.value)), fixed
+
+
+def with_own_masks(layer: Layer, result: LayerResult) -> LayerResult:
+    """Returns a layer with the masks that its kernels have now, and with their zeros.
+
+    Args:
+        layer: its kind.
+        result: what became of it, with the masks of its solves.
+    """
+    masks, kernels = {}, dict(result.kernels)
+    for path in result.masks:
+        kept = result.params[f"layers.{result.index}.{path}.kernel"] != 0
+        zeros = np.count_nonzero(~kept, axis=0)
+        masks[path] = fetch(pack(jnp.asarray(kept)))
+        sections = by_section(zeros, layer.sections.get(path, ()))
+        kernels[path] = kernels[path]._replace(zeros=int(zeros.sum()), sections=sections)
+    return dataclasses.replace(result, masks=masks, kernels=kernels)
