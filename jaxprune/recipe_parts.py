@@ -81,8 +81,8 @@ class Tuning:
     order drawn from the seed, but for 16 windows or, where they are long, 8 thousand tokens, on which the divergence is
     measured."""
     tune_zeros: float = 0.0
-    """Leave this share of the zeros of each linear layer to the tuning: they come eight times over the first 60 % of
-    its steps, fewer each time, where the loss is least sensitive by then (0: the solves make all)."""
+    """Leave this share of the zeros of each linear layer to the tuning: they come up to eight times over the first
+    60 % of its steps, fewer each time, where the loss is least sensitive by then (0: the solves make all)."""
     tune_to_end: bool = False
     """Tune on all --tune-tokens, also when the divergence on the windows that are held out no longer falls."""
 

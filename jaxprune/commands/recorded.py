@@ -1,5 +1,6 @@
 """The options that repeat a record's run."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -35,6 +36,11 @@ def recorded(content: bytes, path: Path, given: Mapping[str, str]) -> Mapping[st
     record = reading.read(content, path)
     if not isinstance(record, schema.Run):
         raise InputError("it is the record of an evaluation", file=path, wanted="that of a run, or options")
+    raw = json.loads(content)
+    for part in ("importance", "tuning", "experts"):
+        if other := [name for name in raw.get(part) or () if name not in vars(getattr(record, part))]:
+            entry = f"{part}.{other[0]}"
+            raise InputError("this version of jaxprune has no such part of a recipe", file=path, entry=entry)
     wanted, made = record.recipe(), parse([*words(of_recipe(record))])
     if lost := [name for name, value in vars(wanted).items() if value != getattr(made, name)]:
         raise InputError("no options make this part of its recipe", file=path, entry=lost[0])

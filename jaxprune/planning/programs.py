@@ -256,7 +256,7 @@ def of_distillation(
             of_step = own, fixed, gradient, number, number
             yield Program("tune", f"step {name}", adafactor.step_one, of_step, calls, others, donated=(0,))
             if times := len(steps.prunings):
-                yield _of_pruning_on(shapes, name, (own, fixed), pattern or Unstructured(0.5), times, count, others)
+                yield _of_pruning_on(name, (own, fixed), pattern or Unstructured(0.5), times, count, others)
     rows = partial(rows_at_a_time, models=2, devices=shapes.devices.count)
     chunk = Shape((rows(steps.tokens), architecture.width), architecture.config.dtype)
     loss, chunks = partial(student.head_divergence, architecture.head), steps.count * steps.tokens / chunk.shape[0]
@@ -269,7 +269,6 @@ def of_distillation(
 
 
 def _of_pruning_on(
-    shapes: Shapes,
     name: str,
     kernel: tuple[adafactor.Moving, adafactor.Fixed],
     pattern: Pattern,
@@ -278,14 +277,11 @@ def _of_pruning_on(
     resident: int,
 ) -> Program:
     """Returns the program that makes more of a kernel's weights zero, expert by expert."""
-    *experts, inputs, _ = kernel[0].value.shape
-
-    def single(leaf: Any) -> Any:
-        return shapes.devices.abstract(Shape(leaf.shape[len(experts) :], leaf.dtype), -1)
-
+    *experts, inputs, outputs = kernel[0].value.shape
     by = Unstructured(pattern.sparsity) if pattern.group and inputs % pattern.group else pattern
-    pruned, arguments = partial(prune_on, by, times), jax.tree.map(single, kernel)
-    return Program("tune", f"late zeros of {name}", pruned, arguments, count * times * math.prod(experts), resident)
+    pruned, expert = partial(prune_on, by, times, (inputs, outputs)), [Shape((), jnp.int32)] * len(experts)
+    arguments, calls = (*kernel, *expert), count * times * math.prod(experts)
+    return Program("tune", f"late zeros of {name}", pruned, arguments, calls, resident, donated=(0, 1))
 
 
 class _Tuned(NamedTuple):
@@ -332,9 +328,16 @@ def of_evaluation(shapes: Shapes, windows: int, length: int, dense: Shapes | Non
     yield Program("evaluate", "divergence", divergence, ((head, head), (states, states), targets), chunks)
 
 
-def prune_on(pattern: Pattern, times: int, kernel: adafactor.Moving, fixed: adafactor.Fixed) -> Any:
-    """Makes more of a kernel's weights zero, by a pattern's own counts."""
-    return late_zeros.pruned(kernel, fixed, pattern.selector(kernel.value.shape, cubic(times)), jnp.int32(0))
+def prune_on(
+    pattern: Pattern,
+    times: int,
+    shape: tuple[int, int],
+    kernel: adafactor.Moving,
+    fixed: adafactor.Fixed,
+    expert: jax.Array | None = None,
+) -> Any:
+    """Makes more of a kernel's weights zero, or of an expert's, by a pattern's own counts."""
+    return late_zeros.pruned(kernel, fixed, pattern.selector(shape, cubic(times)), jnp.int32(0), expert)
 
 
 def solve(method: Method, pattern: Pattern, prepared: Any, weight: jax.Array) -> Any:

@@ -137,12 +137,13 @@ def distill(
         late = LateZeros(target_of, tuning.tune_zeros, len(steps.prunings))
     student = Student(model, layers, placement, late)
     rate = Rate(tuning.tune_rate, steps.count, steps.tokens)
-    settled = steps.last_pruning * steps.tokens
-    held_out = HeldOut(teacher, text.held_out, settled) if text.held_out is not None else None
+    all_there = steps.last_pruning * steps.tokens
+    held_out = HeldOut(teacher, text.held_out, all_there) if text.held_out is not None else None
     observer.started("tuning", steps.count, "steps")
-    begin, prunings = _begun(journal, student, rate, held_out, observer), {n: i for i, n in enumerate(steps.prunings)}
+    begin = _begun(journal, student, rate, held_out, observer)
+    times = {number: time for time, number in enumerate(steps.prunings)}
     for number, (tokens, dense) in enumerate(_with_dense(teacher, text, begin), begin + 1):
-        divergence = student.step(tokens, dense, number, partial(rate.of, number), prunings.get(number))
+        divergence = student.step(tokens, dense, number, partial(rate.of, number), times.get(number))
         observer.step_done(number, steps.count, divergence)
         if held_out and number in steps.measured:
             seen = number * steps.tokens

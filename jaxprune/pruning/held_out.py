@@ -34,7 +34,8 @@ class HeldOut:
         self.best: Sequence[Params] | None = None
 
     def measure(self, student: Student, tokens: int) -> float:
-        """Measures the divergence after so many tokens; keeps the student's kernels where it was never less."""
+        """Measures the divergence after so many tokens; keeps the student's kernels where it counts, and none was as
+        small."""
         divergence = student.divergence(self._windows, self._dense)
         if tokens >= self._begin and all(divergence < other for other in self._counting()):
             self.best = None  # so that there is never more than one

@@ -1,9 +1,10 @@
 """Late zeros: a share of each kernel's zeros that its solve leaves, and that come while the kernels are tuned.
 
-They come a few times over the first part of the steps, fewer each time, as 1 − (1 − t)³ grows. A kernel then keeps
-those weights w_ij for which w_ij²·r_i·c_j is largest, r and c the shares of the inputs and of the outputs in the
-gradients' squares over some tens of steps: what the loss would lose without them, to the second order. In the end it
-has as many zeros as its pattern wants, so each is pruned where its step is taken; what is zero stays so.
+They come a few times over the first part of the steps, fewer each time: after a share t of these times 1 − (1 − t)³
+of them are there. A kernel then keeps those weights w_ij for which w_ij²·r_i·c_j is largest, r and c the shares of the
+inputs and of the outputs in the gradients' squares over some tens of steps: what the loss would lose without them, to
+the second order. In the end it has as many zeros as its pattern wants. Counts are each kernel's own, so that it is
+pruned where its step is taken; what is zero stays so.
 
 References:
     LeCun, Denker and Solla, "Optimal Brain Damage" (NIPS 1989), for the saliency. Zhu and Gupta, "To prune, or not to
@@ -13,6 +14,7 @@ References:
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -92,40 +94,46 @@ def prune(kernels: Kernels, selectors: Selectors, time: int) -> Kernels:
         time: how often zeros came before.
     """
     moving, fixed = dict(kernels.moving), dict(kernels.fixed)
-    for name, chosen in selectors.items():
-        if name not in moving:
-            continue
+    for name in moving:
         one = moving[name], fixed[name]
-        parts = [one] if one[0].value.ndim == 2 else [_expert(one, index) for index in range(len(chosen))]
-        # One at a time: several processes would wait for each other in different ones, for they exchange counts.
-        parts = [
-            part if selector is None else jax.block_until_ready(pruned(*part, selector, np.int32(time)))
-            for part, selector in zip(parts, chosen, strict=True)
-        ]
-        if one[0].value.ndim == 3:
-            parts = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)]
-        moving[name], fixed[name] = parts[0]
+        for expert, selector in enumerate(selectors[name]):
+            if selector is not None:
+                which = np.int32(expert) if one[0].value.ndim == 3 else None
+                one = pruned(*one, selector, np.int32(time), which)
+        # One kernel at a time: several processes would wait for each other in different ones, for they exchange counts.
+        moving[name], fixed[name] = jax.block_until_ready(one)
     return Kernels(moving, fixed)
 
 
-def _expert(stacked: tuple[Moving, Fixed], index: int) -> tuple[Moving, Fixed]:
-    return jax.tree.map(lambda leaf: leaf[index], stacked)
-
-
-@jax.jit
-def pruned(kernel: Moving, fixed: Fixed, selector: Selector, time: Int[Array | np.ndarray, ""]) -> tuple[Moving, Fixed]:
-    """Returns a kernel, not stacked, without the weights that matter least to the loss.
+@partial(jax.jit, donate_argnums=(0, 1))
+def pruned(
+    kernel: Moving,
+    fixed: Fixed,
+    selector: Selector,
+    time: Int[Array | np.ndarray, ""],
+    expert: Int[Array | np.ndarray, ""] | None = None,
+) -> tuple[Moving, Fixed]:
+    """Returns a kernel without the weights that matter least to the loss.
 
     Args:
-        kernel: what steps change of it.
-        fixed: what they do not.
+        kernel: what steps change of it; not to be used again.
+        fixed: what they do not; neither.
         selector: how many zeros it is to have, and in which pattern.
         time: how often zeros came before.
+        expert: whose kernel of those that are stacked in it is meant; None: none are.
     """
+    if expert is None:
+        return _pruned(kernel, fixed, selector, time)
+    one, its = jax.tree.map(lambda leaf: leaf[expert], (kernel, fixed))
+    return jax.tree.map(lambda leaf, new: leaf.at[expert].set(new), (kernel, fixed), _pruned(one, its, selector, time))
+
+
+def _pruned(kernel: Moving, fixed: Fixed, selector: Selector, time: Int[Array, ""]) -> tuple[Moving, Fixed]:
     kept = unpacked(fixed.mask, kernel.value.shape[-2])
     of_gradients = kernel.row_shares[:, None] * kernel.column_shares[None, :]
     # There may have been no gradient yet: an expert may have had no tokens.
-    saliency = jnp.square(kernel.value.astype(jnp.float32)) * jnp.where(jnp.any(of_gradients > 0), of_gradients, 1)
+    of_gradients = jnp.where(jnp.any(of_gradients > 0), of_gradients, jnp.float32(1))
+    saliency = jnp.square(kernel.value.astype(jnp.float32)) * of_gradients
     # What is zero goes first, whatever else matters as little.
     saliency = masked(kept, jnp.maximum(saliency, jnp.finfo(jnp.float32).tiny))
     kept &= selector(saliency, time)

@@ -124,7 +124,7 @@ def _pruned(
     observer: Observer,
 ) -> Iterator[LayerResult]:
     target, layer_weights = _by_importance(model, tokens, recipe.importance, target, named, journal, observer)
-    target_of, late = with_rules(target, named), recipe.tuning.tune_zeros * recipe.tuning.tunes
+    target_of, late = with_rules(target, named), recipe.tuning.tune_zeros if recipe.tuning.tunes else 0.0
     layers = prune_layers(
         model.routing_all() if recipe.experts.route_all else model,
         tokens,

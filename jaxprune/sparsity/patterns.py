@@ -146,7 +146,7 @@ class InSections:
 
 @dataclasses.dataclass(frozen=True)
 class Partly:
-    """A pattern of whose zeros only a share is made yet; `zeros` are those of the end.
+    """A pattern of whose zeros only a share is made yet; `zeros` and `sparsity` are those of the end.
 
     Attributes:
         pattern: the pattern.

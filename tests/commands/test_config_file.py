@@ -160,6 +160,15 @@ def test_recipes_that_no_options_make_are_not_repeated(part: str, recipe: Recipe
         parse(["--config", str(tmp_path / "jaxprune.json")])
 
 
+def test_recipes_of_another_version_are_not_repeated_in_part(tmp_path: Path) -> None:
+    file = Path(__file__).parents[1] / "reporting/records/unstructured.json"
+    record = schema.as_json(reading.read(file.read_bytes(), file))
+    record["tuning"] |= {"tune_otherwise": 0.5}
+    (tmp_path / "jaxprune.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="tuning.tune_otherwise: this version of jaxprune has no such part"):
+        parse(["--config", str(tmp_path / "jaxprune.json")])
+
+
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])
 def test_flags_win_over_a_file(suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"run{suffix}"
