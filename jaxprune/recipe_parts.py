@@ -82,7 +82,8 @@ class Tuning:
     measured."""
     tune_zeros: float = 0.0
     """Leave this share of the zeros of each linear layer to the tuning: they come up to eight times over the first
-    60 % of its steps, fewer each time, where the loss is least sensitive by then (0: the solves make all)."""
+    60 % of its steps, fewer each time, where the loss is least sensitive by then (0: the solves make all, as they do
+    for N:M)."""
     tune_to_end: bool = False
     """Tune on all --tune-tokens, also when the divergence on the windows that are held out no longer falls."""
 

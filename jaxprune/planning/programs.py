@@ -255,8 +255,9 @@ def of_distillation(
             number, others = Shape((), jnp.float32), beside - size_of(own) + size_of(values) - size_of(gradient)
             of_step = own, fixed, gradient, number, number
             yield Program("tune", f"step {name}", adafactor.step_one, of_step, calls, others, donated=(0,))
-            if times := len(steps.prunings):
-                yield _of_pruning_on(name, (own, fixed), pattern or Unstructured(0.5), times, count, others)
+            by = pattern or Unstructured(0.5)
+            if steps.prunings and by.group is None:
+                yield _of_pruning_on(name, (own, fixed), by, len(steps.prunings), count, others)
     rows = partial(rows_at_a_time, models=2, devices=shapes.devices.count)
     chunk = Shape((rows(steps.tokens), architecture.width), architecture.config.dtype)
     loss, chunks = partial(student.head_divergence, architecture.head), steps.count * steps.tokens / chunk.shape[0]
@@ -278,8 +279,7 @@ def _of_pruning_on(
 ) -> Program:
     """Returns the program that makes more of a kernel's weights zero, expert by expert."""
     *experts, inputs, outputs = kernel[0].value.shape
-    by = Unstructured(pattern.sparsity) if pattern.group and inputs % pattern.group else pattern
-    pruned, expert = partial(prune_on, by, times, (inputs, outputs)), [Shape((), jnp.int32)] * len(experts)
+    pruned, expert = partial(prune_on, pattern, times, (inputs, outputs)), [Shape((), jnp.int32)] * len(experts)
     arguments, calls = (*kernel, *expert), count * times * math.prod(experts)
     return Program("tune", f"late zeros of {name}", pruned, arguments, calls, resident, donated=(0, 1))
 

@@ -4,7 +4,8 @@ They come a few times over the first part of the steps, fewer each time: after a
 of them are there. A kernel then keeps those weights w_ij for which w_ij²·r_i·c_j is largest, r and c the shares of the
 inputs and of the outputs in the gradients' squares over some tens of steps: what the loss would lose without them, to
 the second order. In the end it has as many zeros as its pattern wants. Counts are each kernel's own, so that it is
-pruned where its step is taken; what is zero stays so.
+pruned where its step is taken; what is zero stays so. Patterns in groups of inputs, N:M, have all their zeros from the
+solves: what is left of a group is there for a reason, which a solve knows how to make good.
 
 References:
     LeCun, Denker and Solla, "Optimal Brain Damage" (NIPS 1989), for the saliency. Zhu and Gupta, "To prune, or not to
@@ -46,7 +47,7 @@ def of_solves(target_of: TargetOf, share: float) -> TargetOf:
 
     def solved(index: int, path: str) -> Target:
         target = target_of(index, path)
-        return Partly(target, 1 - share) if isinstance(target, Pattern) else target
+        return Partly(target, 1 - share) if isinstance(target, Pattern) and target.group is None else target
 
     return solved
 
@@ -80,7 +81,8 @@ class LateZeros(NamedTuple):
                 assert isinstance(pattern, Pattern)
                 if isinstance(pattern, Unstructured) and not pattern.per_output:  # its sparsity may be `allocate`'s
                     pattern = Unstructured(min(kernel.wanted / kernel.size, math.nextafter(1, 0)))
-                one = in_sections(pattern, layer.sections.get(path, ())).selector(shape, progress)
+                if pattern.group is None:
+                    one = in_sections(pattern, layer.sections.get(path, ())).selector(shape, progress)
             found.setdefault(f"{name}.kernel", []).append(one)
         return found
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxprune import ADMM, NM, SparseGPT, Unstructured
+from jaxprune import ADMM, SparseGPT, Unstructured
 from jaxprune.hardware import writing_for
 from jaxprune.methods import Method
 from jaxprune.models import architecture_of
@@ -37,7 +37,7 @@ def test_every_program_compiles(name: str, method: Method, tmp_path: Path) -> No
         if isinstance(method, ADMM):
             every += programs.of_sensitivity(shapes, 16, 1024)
             steps = TuningSteps.of(Tuning(tune_epochs=1, tune_zeros=0.5), 16, 1024)
-            every += programs.of_distillation(shapes, steps, Placement(True, True), pattern=NM(2, 4))
+            every += programs.of_distillation(shapes, steps, Placement(True, True))
             every += programs.of_evaluation(shapes, 16, 1024)
         for program in every:
             compiled = program.compiled(target.options)
