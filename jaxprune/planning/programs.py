@@ -233,6 +233,7 @@ def of_distillation(
                 yield Program(
                     "tune", f"dense forward{name}", forward, (params, states, None), calls, beside, donated=(1,)
                 )
+    by = pattern or Unstructured(0.5)
     for layer, count, one in tuned:
         forward, values, calls = partial(apply_layer, layer), one.kernels.values, count * steps.count
         beside = stays - size_of(values) if placement.state else stays + 2 * size_of(values)  # those of the next two
@@ -255,7 +256,6 @@ def of_distillation(
             number, others = Shape((), jnp.float32), beside - size_of(own) + size_of(values) - size_of(gradient)
             of_step = own, fixed, gradient, number, number
             yield Program("tune", f"step {name}", adafactor.step_one, of_step, calls, others, donated=(0,))
-            by = pattern or Unstructured(0.5)
             if steps.prunings and by.group is None:
                 yield _of_pruning_on(name, (own, fixed), by, len(steps.prunings), count, others)
     rows = partial(rows_at_a_time, models=2, devices=shapes.devices.count)

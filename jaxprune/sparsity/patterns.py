@@ -110,29 +110,18 @@ class Unstructured:
 
 
 @dataclasses.dataclass(frozen=True)
-class InSections:
-    """An unstructured pattern for each of the linear layers that lie side by side in one.
+class _Within:
+    """A pattern whose zeros are selected in a way of its own; all else of it stays."""
 
-    Each section has its share of the kernel's zeros: to a weight, what it would have as a linear layer of its own.
-    """
-
-    pattern: Unstructured
-    widths: tuple[int, ...]
+    pattern: Pattern
 
     @property
     def sparsity(self) -> float:
         return self.pattern.sparsity
 
     @property
-    def group(self) -> None:
-        return None
-
-    def selector(self, shape: tuple[int, ...], progress: Sequence[float] = (1.0,)) -> Selector:
-        ends = [round(self.zeros(shape) * part / sum(self.widths)) for part in itertools.accumulate(self.widths)]
-        final = np.diff(ends, prepend=0)  # sums to the kernel's, as the sections' own rounded numbers need not
-        # In proportion to the final numbers, no step adds more than the inputs that it is about have weights.
-        steps = np.array([np.round(p * final) for p in progress], np.int32)
-        return Selector(jnp.asarray(steps), KeepInSections(self.widths))
+    def group(self) -> int | None:
+        return self.pattern.group
 
     def zeros(self, shape: tuple[int, ...]) -> int:
         return self.pattern.zeros(shape)
@@ -145,7 +134,25 @@ class InSections:
 
 
 @dataclasses.dataclass(frozen=True)
-class Partly:
+class InSections(_Within):
+    """An unstructured pattern for each of the linear layers that lie side by side in one.
+
+    Each section has its share of the kernel's zeros: to a weight, what it would have as a linear layer of its own.
+    """
+
+    pattern: Unstructured
+    widths: tuple[int, ...]
+
+    def selector(self, shape: tuple[int, ...], progress: Sequence[float] = (1.0,)) -> Selector:
+        ends = [round(self.zeros(shape) * part / sum(self.widths)) for part in itertools.accumulate(self.widths)]
+        final = np.diff(ends, prepend=0)  # sums to the kernel's, as the sections' own rounded numbers need not
+        # In proportion to the final numbers, no step adds more than the inputs that it is about have weights.
+        steps = np.array([np.round(p * final) for p in progress], np.int32)
+        return Selector(jnp.asarray(steps), KeepInSections(self.widths))
+
+
+@dataclasses.dataclass(frozen=True)
+class Partly(_Within):
     """A pattern of whose zeros only a share is made yet; `zeros` and `sparsity` are those of the end.
 
     Attributes:
@@ -153,28 +160,10 @@ class Partly:
         share: that share.
     """
 
-    pattern: Pattern
     share: float
-
-    @property
-    def sparsity(self) -> float:
-        return self.pattern.sparsity
-
-    @property
-    def group(self) -> int | None:
-        return self.pattern.group
 
     def selector(self, shape: tuple[int, ...], progress: Sequence[float] = (1.0,)) -> Selector:
         return self.pattern.selector(shape, [self.share * p for p in progress])
-
-    def zeros(self, shape: tuple[int, ...]) -> int:
-        return self.pattern.zeros(shape)
-
-    def as_json(self) -> dict[str, Any]:
-        return self.pattern.as_json()
-
-    def __str__(self) -> str:
-        return str(self.pattern)
 
 
 def in_sections(pattern: Pattern, sections: Sections) -> Pattern:
