@@ -79,13 +79,9 @@ class Recipe:
             raise InputError(f"asymmetry must lie between 0 and 1, not {self.asymmetry}")
         if self.quantize not in (None, *BITS):
             raise InputError(f"quantize must be {' or '.join(BITS)}, not {self.quantize!r}")
-        if self.pattern is None and self.tuning.tune_zeros:
-            raise InputError(
-                "masks that were made elsewhere have all their zeros: none can come while the weights are tuned",
-                options={"tune_zeros": Change.OMIT},
-            )
+        values = vars(self.importance) | vars(self.tuning)
         for field, reason in without_effect(self.pattern).items():
-            if getattr(self.importance, field):
+            if values[field]:
                 raise InputError(f"{field} changes nothing, for {reason}", options={field: Change.OMIT})
 
     def at(self, pattern: Pattern | str | float | None = None, sparsity: float | None = None) -> "Recipe":
@@ -108,8 +104,9 @@ class Recipe:
             per_output = isinstance(self.pattern, Unstructured) and self.pattern.per_output
             pattern = "per-output" if per_output else "unstructured"
         found = parse_pattern(pattern, sparsity) if isinstance(pattern, str) else pattern
-        importance = self.importance.without(without_effect(found))
-        return dataclasses.replace(self, pattern=found, mask=None, importance=importance)
+        useless = without_effect(found)
+        importance, tuning = self.importance.without(useless), self.tuning.without(useless)
+        return dataclasses.replace(self, pattern=found, mask=None, importance=importance, tuning=tuning)
 
     def target(self) -> Pattern | masks.Masks:
         """Returns the pattern, or the masks that were made elsewhere.

@@ -3,7 +3,7 @@
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 from jaxprune.errors import Change, InputError
@@ -54,9 +54,9 @@ class Importance:
         """Whether a reverse pass is needed."""
         return self.weighs or self.spread > 0
 
-    def without(self, names: Iterable[str]) -> "Importance":
+    def without(self, names: Collection[str]) -> "Importance":
         """Returns the same with these fields deciding nothing; the default where no reverse pass is then needed."""
-        rest = dataclasses.replace(self, **{name: type(getattr(self, name))() for name in names})
+        rest = dataclasses.replace(self, **_defaults(Importance, names))
         return rest if rest.measured else Importance()
 
 
@@ -111,6 +111,10 @@ class Tuning:
         later = {"tune_tokens": 0, "tune_to_end": False, "tune_pieces": 1, "tune_zeros": 0.0}
         return {name: value for name, value in dataclasses.asdict(self).items() if value != later.get(name)}
 
+    def without(self, names: Collection[str]) -> "Tuning":
+        """Returns the same with these fields deciding nothing."""
+        return dataclasses.replace(self, **_defaults(Tuning, names))
+
     @property
     def tunes(self) -> bool:
         """Whether anything is tuned."""
@@ -147,12 +151,20 @@ class Experts:
             raise InputError(f"drop_experts must be at least 0 and below 1, not {self.drop_experts}")
 
 
+def _defaults(part: type[Importance | Tuning], names: Collection[str]) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(part) if field.name in names}
+
+
 def without_effect(pattern: Pattern | None) -> dict[str, str]:
-    """Returns the fields of `Importance` that change nothing under a pattern (None: given masks), with the reason."""
+    """Returns the fields of `Importance` and `Tuning` that change nothing under a pattern (None: given masks), with the
+    reason."""
     if pattern is None:
-        return dict.fromkeys(("spread", "weigh_outputs"), "the given masks decide which weights stay")
+        return dict.fromkeys(("spread", "weigh_outputs", "tune_zeros"), "the given masks decide which weights stay")
     if isinstance(pattern, NM):
-        return {"spread": f"pattern {pattern} is the same for every linear layer"}
+        return {
+            "spread": f"pattern {pattern} is the same for every linear layer",
+            "tune_zeros": f"pattern {pattern} has all its zeros from the solves",
+        }
     if isinstance(pattern, Unstructured) and pattern.per_output:
         return dict.fromkeys(("spread", "weigh_outputs"), "per-output patterns compare within each output only")
     return {}

@@ -195,15 +195,16 @@ class RecipeOptions:
         if self._given_mask:
             if flags.pattern is not None or flags.sparsity is not None:
                 raise InputError(f"--mask {self._mask} decides which weights stay: leave --pattern and --sparsity out")
-            importance, pattern = _without(importance, given, without_effect(None)), None
-            if not given.get("tune_zeros"):  # a preset's
-                tuning = dataclasses.replace(tuning, tune_zeros=0.0)
+            pattern, useless = None, without_effect(None)
         else:
             pattern = parse_pattern(
                 flags.pattern or ("per-output" if method.per_output else "unstructured"), flags.sparsity
             )
             useless = {"spread": "--uniform wants one sparsity for every linear layer"} if whole.uniform else {}
-            importance = _without(importance, given, useless | without_effect(pattern))
+            useless |= without_effect(pattern)
+        if asked := [name for name in useless if given.get(name)]:
+            raise InputError(f"{useless[asked[0]]}: leave --{asked[0].replace('_', '-')} out")
+        importance, tuning = importance.without(useless), tuning.without(useless)  # what a preset sets
         mask = self._mask if self._given_mask else None
         rules = whole.rules(pattern)
         parts = whole.preset, whole.asymmetry, rules, make(Experts, values), whole.quantize
@@ -214,22 +215,6 @@ def _set(values: Any) -> dict[str, Any]:
     """Returns the fields of a dataclass that have other values than their defaults."""
     found = {field.name: (getattr(values, field.name), field.default) for field in dataclasses.fields(values)}
     return {name: value for name, (value, default) in found.items() if value != default}
-
-
-def _without(importance: Importance, given: Mapping[str, Any], useless: Mapping[str, str]) -> Importance:
-    """Drops what a preset sets where it changes nothing.
-
-    Args:
-        importance: with the preset's values.
-        given: the flags that the user gave.
-        useless: field -> why it changes nothing.
-
-    Raises:
-        InputError: the user gave one of them.
-    """
-    if asked := [name for name in useless if given.get(name)]:
-        raise InputError(f"{useless[asked[0]]}: leave --{asked[0].replace('_', '-')} out")
-    return importance.without(useless)
 
 
 def _require_use(whole: "WholeModel", given: Mapping[str, Any], importance: Importance, tuning: Tuning) -> None:

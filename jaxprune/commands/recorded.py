@@ -64,7 +64,7 @@ def meaningless(recipe: RecipeRecord, given: Mapping[str, str]) -> set[str]:
     if "target" in given:
         found.add("device")
     if masks.is_stored(given.get("mask", "")):
-        found |= {"pattern", "sparsity", "rule", "tune_zeros", *without_effect(None)}
+        found |= {"pattern", "sparsity", "rule", *without_effect(None)}
     elif "pattern" in given:
         pattern = parse_pattern(given["pattern"])
         found |= {*["sparsity"] * isinstance(pattern, NM), *without_effect(pattern)}

@@ -107,10 +107,12 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
     assert made.method_text.startswith(f"{preset}: admm, ")
     assert recipe("--tune-epochs 7 --spread 0.05").tuning.tune_epochs == 7
     assert recipe("--tune-epochs 7 --spread 0.05").importance.spread == 0.05
-    for line, target in (("--uniform", "50 %"), ("--pattern 2:4", "2:4")):
+    # N:M has all its zeros from the solves.
+    for line, target, late in (("--uniform", "50 %", made.tuning.tune_zeros), ("--pattern 2:4", "2:4", 0.0)):
         fixed = recipe(line)
         assert (fixed.importance.spread, fixed.pattern_text) == (0.0, target)
-        assert fixed.importance.weigh_outputs and fixed.tuning == made.tuning
+        assert fixed.importance.weigh_outputs and fixed.tuning == dataclasses.replace(made.tuning, tune_zeros=late)
+    assert fixed == made.at("2:4")
     assert recipe("--tune-epochs 0").tuning == recipe("--tune-tokens 0").tuning == Tuning()
     assert recipe("--tune-tokens 0 --tune-epochs 0").tuning == Tuning()
     pieces, late = made.tuning.tune_pieces, made.tuning.tune_zeros
@@ -197,11 +199,12 @@ def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
         ("--ckpt x --sensitivity-windows 4", "--sensitivity-windows does nothing by itself"),
         ("--ckpt x --tune-rate 0.1", "--tune-rate does nothing by itself: pass --tune-epochs or --tune-tokens"),
         ("--ckpt x --preset fast --uniform --spread 0.1", "--uniform wants one sparsity"),
+        ("--ckpt x --preset thorough --pattern 2:4 --tune-zeros 0.1", "from the solves: leave --tune-zeros out"),
+        ("--ckpt x --tune-epochs 1 --mask from-file:m --tune-zeros 0.1", "weights stay: leave --tune-zeros out"),
         ("--ckpt x --mask from-file:m --spread 0.1", "decide which weights stay: leave --spread out"),
         ("--ckpt x --asymmetry 1.5", "asymmetry must lie between 0 and 1"),
         ("--ckpt x --tune-zeros 0.5", "--tune-zeros does nothing by itself: pass --tune-epochs or --tune-tokens"),
         ("--ckpt x --tune-tokens 1k --tune-zeros 1.5", "tune_zeros must be at least 0 and at most 1, not 1.5"),
-        ("--ckpt x --preset best --mask from-file:m --tune-zeros 0.5", "have all their zeros: none can come"),
         ("--ckpt x --tune-epochs -1", "tune_epochs must be finite and not negative"),
         ("--ckpt x --tune-tokens -1", "tune_tokens must not be negative"),
         ("--ckpt x --tune-tokens 1M --tune-epochs 1", "the calibration windows or tokens of a text, not both"),

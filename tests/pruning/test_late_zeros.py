@@ -233,9 +233,12 @@ def test_zeros_come_late_in_patterns(checkpoint: Path) -> None:
         list(distill(load(checkpoint), of_windows(windows(), LATE, 0), [], LATE))
 
 
-def test_given_masks_are_refused(checkpoint: Path) -> None:
-    with pytest.raises(InputError, match="have all their zeros") as error:
-        Recipe(pattern=None, mask=f"from-checkpoint:{checkpoint}", tuning=LATE)
+@pytest.mark.parametrize(
+    ("pattern", "mask", "reason"), [(None, "from-file:masks", "the given masks decide"), (NM(2, 4), None, "the solves")]
+)
+def test_late_zeros_are_refused_where_none_can_come(pattern: NM | None, mask: str | None, reason: str) -> None:
+    with pytest.raises(InputError, match=f"tune_zeros changes nothing, for .*{reason}") as error:
+        Recipe(pattern=pattern, mask=mask, tuning=LATE)
     assert error.value.options == {"tune_zeros": Change.OMIT}
 
 
