@@ -21,6 +21,12 @@ DENSE_BYTES = 2**31
 in 16 bits."""
 
 
+def all_zeros_there(tuning: Tuning, tokens: int) -> bool:
+    """Returns whether all zeros are there, to within a step, after so many tokens of a stream."""
+    late = tuning.tune_zeros and tuning.tune_tokens
+    return not late or tokens / tuning.tune_tokens >= PRUNING
+
+
 @dataclasses.dataclass(frozen=True)
 class TuningSteps:
     """The steps of a tuning.

@@ -9,6 +9,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from jaxprune.evaluation.text import short_name
 from jaxprune.pruning.quantized import ERROR
+from jaxprune.pruning.tuning_steps import all_zeros_there
 from jaxprune.reporting.drawing import (
     AXIS,
     DENSE,
@@ -103,21 +104,22 @@ def sparsity_by_layer(entries: Sequence[Entry]) -> Figure:
 
 
 def divergence_by_tokens(entries: Sequence[Entry]) -> Figure:
-    """Returns a plot of the divergence on text held out against the tokens that were tuned on."""
+    """Returns a plot of the divergence on text held out against the tokens that were tuned on; dotted where zeros are
+    still to come."""
 
     def plot(axis: Axes) -> None:
+        late = False
         for entry in entries:
             points = entry.run.divergences if entry.run else []
-            tokens, divergences = zip(*points, strict=True)
-            axis.plot(
-                [_plain(count) for count in tokens],
-                [*map(_plain, divergences)],
-                label=_label(entry),
-                **_style_of(entry),
-            )
+            whole = [point for point in points if entry.run and all_zeros_there(entry.run.tuning, point[0])]
+            before = points[: len(points) - len(whole) + 1] if whole != points else []
+            late |= bool(before)
+            for part, style in ((before, {"ls": ":"}), (whole, {"label": _label(entry)})):
+                x, y = ([_plain(point[place]) for point in part] for place in (0, 1))
+                axis.plot(x, y, **style, **_style_of(entry))
         axis.set_xlim(left=0)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.set_xlabel("tokens tuned on")
+        axis.set_xlabel("tokens tuned on" + " (dotted: zeros are still to come)" * late)
         axis.set_ylabel("nats a token (lower is better)")
 
     return draw("KL divergence on text held out", 3.0, plot)

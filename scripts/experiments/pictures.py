@@ -14,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
 
+from jaxprune.pruning.tuning_steps import all_zeros_there
+
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -170,7 +172,7 @@ def _quality_by_minutes(experiment: Experiment, results: Results) -> tuple[Figur
     known = [(c.row, sum(seconds_of(r).values()) / 60) for c, r in results if c.pattern and seconds_of(r)]
     medians = {row: statistics.median(m for other, m in known if other == row) for row, _ in known}
     minutes = dict(sorted(medians.items(), key=lambda item: item[1]))
-    curves = {c.pattern: r["divergences"] for c, r in results if r.get("divergences")}
+    curves = {c.pattern: (c, r["divergences"]) for c, r in results if c.recipe and r.get("divergences")}
     figure, (axis, *others) = _figure(9.5, 6.4 + 3.6 * bool(curves), rows=1 + bool(curves), below=0.65)
     for number, pattern in enumerate(experiment.patterns):
         points = [(m, perplexities[row, pattern]) for row, m in minutes.items() if (row, pattern) in perplexities]
@@ -178,9 +180,13 @@ def _quality_by_minutes(experiment: Experiment, results: Results) -> tuple[Figur
         if points:
             axis.plot(*zip(*points, strict=True), label=pattern_name(pattern), lw=1.6, **style)
         for below in others:
-            below.plot(*zip(*curves.get(pattern, []), strict=True), lw=1.6, **style)
+            if pattern in curves:
+                cell, points = curves[pattern]
+                whole = [point for point in points if all_zeros_there(cell.recipe.tuning, point[0])]
+                below.plot(*zip(*points, strict=True), lw=1.6, ls=":", **style)
+                below.plot(*zip(*whole, strict=True), lw=1.6, **style)
     for below in others:
-        below.set_xlabel("tokens tuned on")
+        below.set_xlabel("tokens tuned on (dotted: zeros are still to come)")
         below.xaxis.set_major_formatter(EngFormatter(sep=""))
         below.set_ylabel("KL divergence on held-out text, nats")
     _dense_line(axis, results)
