@@ -135,6 +135,10 @@ class Tuning:
         return windows * each, length // each
 
 
+HOW_TUNED = tuple(name for name in vars(Tuning()) if name not in ("tune_epochs", "tune_tokens"))
+"""The fields of `Tuning` that matter only where something is tuned."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Experts:
     """What is done to a model's experts beside pruning their linear layers."""

@@ -12,7 +12,7 @@ from jaxprune.methods import Method
 from jaxprune.methods.combine import Crossed, Finished
 from jaxprune.methods.exact import Exact
 from jaxprune.recipe import PRESETS, Recipe
-from jaxprune.recipe_parts import Experts, Importance, Rule, Tuning, without_effect
+from jaxprune.recipe_parts import HOW_TUNED, Experts, Importance, Rule, Tuning, without_effect
 from jaxprune.sparsity import masks
 from jaxprune.sparsity.patterns import Pattern, Unstructured, parse_pattern
 
@@ -158,8 +158,7 @@ class RecipeOptions:
         if "tune_epochs" in given:
             flags.pop("tune_tokens", None)
         if not any({**flags, **given}.get(name) for name in ("tune_epochs", "tune_tokens")):
-            for name in ("tune_pieces", "tune_zeros"):
-                flags.pop(name, None)
+            flags = {name: value for name, value in flags.items() if name not in HOW_TUNED}
         for role in self.classes:
             flag_of = self.flag_of(role)
             if isinstance(preset.method, self.classes[role]):
@@ -222,10 +221,7 @@ def _require_use(whole: "WholeModel", given: Mapping[str, Any], importance: Impo
     alone = {
         "uniform": ("--preset", whole.preset is not None),
         "sensitivity_windows": ("--preset, --weigh-outputs or --spread", importance.measured),
-        "tune_rate": ("--tune-epochs or --tune-tokens", tuning.tunes),
-        "tune_windows": ("--tune-epochs or --tune-tokens", tuning.tunes),
-        "tune_pieces": ("--tune-epochs or --tune-tokens", tuning.tunes),
-        "tune_zeros": ("--tune-epochs or --tune-tokens", tuning.tunes),
+        **dict.fromkeys(HOW_TUNED, ("--tune-epochs or --tune-tokens", tuning.tunes)),
         "tune_to_end": ("--tune-tokens", tuning.tune_tokens > 0),
     }
     for name, (needed, there) in alone.items():

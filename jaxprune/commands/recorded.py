@@ -13,7 +13,7 @@ from jaxprune.commands.recipe_options import RecipeOptions, parse
 from jaxprune.errors import InputError
 from jaxprune.methods.records import CrossedRecord, FinishedRecord, PlainRecord
 from jaxprune.recipe import PRESETS, Recipe, RecipeRecord
-from jaxprune.recipe_parts import without_effect
+from jaxprune.recipe_parts import HOW_TUNED, without_effect
 from jaxprune.reporting import reading, schema
 from jaxprune.sparsity import masks
 from jaxprune.sparsity.patterns import NM, GivenRecord, NMRecord, UnstructuredRecord, parse_pattern
@@ -84,7 +84,7 @@ def meaningless(recipe: RecipeRecord, given: Mapping[str, str]) -> set[str]:
     if not on("tune_tokens"):
         found |= {"tune_to_end", "tune_text"}
     if not on("tune_epochs", "tune_tokens"):
-        found |= {"tune_rate", "tune_windows", "tune_pieces", "tune_zeros"}
+        found |= {*HOW_TUNED}
     return found
 
 
@@ -128,10 +128,8 @@ def of_recipe(recipe: RecipeRecord, given: Mapping[str, str] = MappingProxyType(
         (recipe.experts, preset.experts),
     ):
         changed = {name: value for name, value in vars(options).items() if value != getattr(usual, name)}
-        if not recipe.tuning.tunes:
-            for name in ("tune_pieces", "tune_zeros"):
-                changed.pop(name, None)
-        yield from ((name, value) for name, value in changed.items() if value or name != "spread")
+        unused = {*["spread"] * (not recipe.importance.spread), *HOW_TUNED * (not recipe.tuning.tunes)}
+        yield from ((name, value) for name, value in changed.items() if name not in unused)
     yield "asymmetry", recipe.asymmetry
     yield "quantize", recipe.quantize
     if recipe.preset and not recipe.importance.spread and isinstance(recipe.pattern, UnstructuredRecord):
