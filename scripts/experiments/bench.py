@@ -10,6 +10,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from experiments import Experiment
 from convert import create_checkpoint
 from convert.destination import destination, staged
 from convert.writing import write_text
-from jaxprune import Magnitude, Observer, TextStream, Unstructured, calibration, load, prune_model
+from jaxprune import Magnitude, TextStream, Unstructured, calibration, load, prune_model
 from jaxprune.commands.config import Config
 from jaxprune.commands.prune import stream_of, windows_of
 from jaxprune.evaluation.quality import Evaluator, Quality
@@ -49,20 +50,6 @@ class Cell:
     step: int | None
     recipe: Recipe | None
     linear: tuple[int, str] | None = None
-
-
-class Clock(Observer):
-    """Adds up the seconds of phases; keeps the divergences on text that is held out."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.divergences: list[tuple[int, float]] = []
-
-    def divergence_measured(self, tokens: int, divergence: float) -> None:
-        self.divergences.append((tokens, divergence))
-
-    def phase_timed(self, phase: str, seconds: float) -> None:
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
 
 class Bench:
@@ -159,12 +146,12 @@ class Bench:
         def watch(layer: LayerResult) -> None:
             self.model.forward(layer.index, jax.device_put(inside_layer(layer.index, layer.params)), hidden)
 
-        figures = self._prune(cell.recipe, watch, file)
-        return {"perplexity": perplexity_of_states(self.model, hidden, self.evaluation)} | figures
+        account = self._prune(cell.recipe, watch, file)
+        return {"perplexity": perplexity_of_states(self.model, hidden, self.evaluation)} | _figures(account)
 
     def _seconds(self, cell: Cell, file: Path) -> dict[str, Any]:
         assert cell.recipe is not None
-        return self._prune(cell.recipe, lambda layer: None, file)
+        return _figures(self._prune(cell.recipe, lambda layer: None, file))
 
     def _accuracy(self, cell: Cell, file: Path) -> dict[str, Any]:
         """Accuracies and perplexity; and for the report a record as a run or an evaluation leaves it."""
@@ -179,19 +166,11 @@ class Bench:
             }
             record |= {"checkpoints": {self.ckpt: one}, **environment()}
             return {"perplexity": _only_perplexity(quality), "quality": one["quality"], "record": record}
-        config = dataclasses.replace(self.options, out=cell.recipe.slug)
-        account = Record(dataclasses.asdict(config), cell.recipe, self.calibration, self._stream(cell.recipe))
         reader = self.model.reader
         with tempfile.TemporaryDirectory(dir=self.out) as folder:
             place = self.out / "checkpoints" / file.stem if self.args.keep else Path(folder) / "pruned"
             with create_checkpoint(place, reader.spec, reader.assets, overwrite=True) as writer:
-
-                def watch(layer: LayerResult) -> None:
-                    writer.write(layer.params)
-                    account.layer_done(layer)
-
-                figures = self._prune(cell.recipe, watch, file)
-                account.divergences = figures["divergences"]
+                account = self._prune(cell.recipe, lambda layer: writer.write(layer.params), file)
                 for paths in other_params(reader.spec):
                     writer.write(reader.read(paths))
             pruned = self.model.sibling(place)
@@ -199,16 +178,16 @@ class Bench:
             self._evaluator.measure_alone(pruned, account.evaluation["pruned"])
         quality = account.evaluation["pruned"]
         found = {"perplexity": _only_perplexity(quality), "quality": quality.as_json(), "record": account.as_json()}
-        return found | figures
+        return found | _figures(account)
 
     @functools.cached_property
     def _evaluator(self) -> Evaluator:
         return Evaluator(self.options.plan(), self.model)
 
-    def _prune(self, recipe: Recipe, watch: Any, file: Path) -> dict[str, Any]:
-        layers = []
-        clock = Clock()
-        stream = self._stream(recipe)
+    def _prune(self, recipe: Recipe, watch: Callable[[LayerResult], None], file: Path) -> Record:
+        """Prunes the model; `watch` is given each layer."""
+        stream, config = self._stream(recipe), dataclasses.replace(self.options, out=recipe.slug)
+        account = Record(dataclasses.asdict(config), recipe, self.calibration, stream)
         with contextlib.ExitStack() as stack:
             journal = None
             if stream:  # hours
@@ -221,20 +200,14 @@ class Bench:
                 stream=stream,
                 seed=self.args.seed,
                 journal=journal,
-                observer=clock,
+                observer=account,
             ):
                 watch(layer)
-                layers.append(layer.without_arrays())
-        errors = {f"{layer.index}.{path}": kernel.error for layer in layers for path, kernel in layer.kernels.items()}
         # Medians leave out the first layer's compilation and the machine's hiccups.
+        layers = account.layers
         for phase in layers[0].seconds:
-            clock.phase_timed(phase, statistics.median(layer.seconds[phase] for layer in layers) * len(layers))
-        return {
-            "error": statistics.mean(errors.values()),
-            "errors": errors,
-            "seconds": clock.seconds,
-            "divergences": clock.divergences,
-        }
+            account.seconds[phase] = statistics.median(layer.seconds[phase] for layer in layers) * len(layers)
+        return account
 
     def _stream(self, recipe: Recipe) -> TextStream | None:
         return stream_of(self.options, recipe, self.model)
@@ -252,6 +225,14 @@ class Bench:
             self.model, self.calibration, self.layers, Magnitude(), Unstructured(0.0), prune_before=False
         )
         return {snapshot.layer: snapshot for snapshot in captured}
+
+
+def _figures(account: Record) -> dict[str, Any]:
+    """What is kept of a pruning."""
+    kernels = {f"{layer.index}.{path}": kernel for layer in account.layers for path, kernel in layer.kernels.items()}
+    errors = {name: kernel.error for name, kernel in kernels.items()}
+    figures = {"seconds": account.seconds, "divergences": account.divergences}
+    return {"error": statistics.mean(errors.values()), "errors": errors} | figures
 
 
 def _unfinished(file: Path) -> Path:
