@@ -19,7 +19,7 @@ from jaxprune.methods.admm import ADMM
 from jaxprune.methods.combine import Crossed, Finished
 from jaxprune.methods.quantization import BITS
 from jaxprune.methods.records import MethodRecord, method_as_json
-from jaxprune.recipe_parts import Experts, Importance, Rule, Tuning, without_effect
+from jaxprune.recipe_parts import Experts, Importance, Rule, Tuning, late_sparsity, without_effect
 from jaxprune.sparsity import masks
 from jaxprune.sparsity.patterns import (
     NM,
@@ -195,7 +195,7 @@ PRESETS: Mapping[str, Recipe] = MappingProxyType(
         "thorough": Recipe(
             ADMM(damping=0.03),
             importance=_PRESET,
-            tuning=Tuning(tune_tokens=1_000_000, tune_pieces=2, tune_zeros=0.0625),
+            tuning=Tuning(tune_tokens=1_000_000, tune_pieces=2, tune_zeros=0.2),
             preset="thorough",
         ),
     }
@@ -260,6 +260,7 @@ class RecipeRecord(Schema):
     @property
     def method_text(self) -> str:
         """The method and what is done beside it, in words."""
+        late = late_sparsity(self.tuning, self.pattern.pattern())
         words = [
             str(self.method),
             *["tokens weighed"] * (self.importance.token_power > 0),
@@ -268,8 +269,7 @@ class RecipeRecord(Schema):
             *[f"asymmetry {self.asymmetry:g}"] * (self.asymmetry > 0),
             *[f"{self.tuning.tune_epochs:g} epochs of tuning"] * (self.tuning.tune_epochs > 0),
             *[f"tuned on {self.tuning.tune_tokens:,} tokens"] * (self.tuning.tune_tokens > 0),
-            *[f"{percent(self.tuning.tune_zeros)} % of the zeros come meanwhile"]
-            * (self.tuning.tunes and self.tuning.tune_zeros > 0),
+            *[f"the last {percent(late)} % of the weights go meanwhile"] * (late > 0),
             *[f"windows in {self.tuning.tune_pieces} pieces"] * (self.tuning.tunes and self.tuning.tune_pieces > 1),
             *[f"{percent(self.experts.drop_experts)} % of experts dropped"] * (self.experts.drop_experts > 0),
             *["all tokens to all experts"] * self.experts.route_all,

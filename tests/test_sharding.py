@@ -117,12 +117,13 @@ import sys
 import numpy as np
 from jaxprune import load
 from jaxprune.methods.magnitude import Magnitude
-from jaxprune.pruning import adafactor, late_zeros
+from jaxprune.pruning import adafactor
+from jaxprune.pruning.late_zeros import LateZeros
 from jaxprune.pruning.loop import prune_layers
 from jaxprune.pruning.placement import Placement
 from jaxprune.pruning.student import Student
 from jaxprune.sharding import Devices, fetch
-from jaxprune.sparsity.patterns import Unstructured
+from jaxprune.sparsity.patterns import Unstructured, partly
 
 folder, count, out = sys.argv[1:]
 model = load(folder, devices=Devices.first(int(count)))
@@ -135,8 +136,8 @@ def keep(kernels, gradients, *args):
 
 adafactor.step = keep
 pattern = Unstructured(0.6)
-layers = prune_layers(model, tokens, Magnitude(), late_zeros.of_solves(lambda *_: pattern, 0.25))
-student = Student(model, layers, Placement(True, True), late_zeros.LateZeros(lambda *_: pattern, 0.25, 1))
+layers = prune_layers(model, tokens, Magnitude(), partly(pattern, 0.15))
+student = Student(model, layers, Placement(True, True), LateZeros(lambda *_: pattern, 1))
 (dense,) = model.final_states(tokens)
 found["loss"] = np.float64(student.step(tokens, dense.read(slice(None)), 1, lambda _: 0.001, pruning=0))
 for index, kernels in enumerate(student.state):
@@ -177,7 +178,7 @@ def test_two_processes_tune_on_a_text_as_one(line: list[object], tmp_path: Path)
     """Eight windows a step, four of each process."""
     np.save(tmp_path / "text.npy", np.random.default_rng(1).integers(0, 300, (40, 64), np.int32))
     own = [*line, "--preset", "best", "--sparsity", 0.6, "--tune-tokens", 3 * 8 * 64, "--tune-windows", 8]
-    own += ["--tune-zeros", 0.25]
+    own += ["--tune-zeros", 0.75]
     own[own.index("--calib") + 1] = tmp_path / "text.npy"
     finish(*pair([*own, "--out", tmp_path / "out"]))
     run_all([*own, "--out", tmp_path / "single"])

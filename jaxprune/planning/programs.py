@@ -256,7 +256,7 @@ def of_distillation(
             number, others = Shape((), jnp.float32), beside - size_of(own) + size_of(values) - size_of(gradient)
             of_step = own, fixed, gradient, number, number
             yield Program("tune", f"step {name}", adafactor.step_one, of_step, calls, others, donated=(0,))
-            if steps.prunings and by.group is None:
+            if steps.prunings:
                 yield _of_pruning_on(name, (own, fixed), by, len(steps.prunings), count, others)
     rows = partial(rows_at_a_time, models=2, devices=shapes.devices.count)
     chunk = Shape((rows(steps.tokens), architecture.width), architecture.config.dtype)

@@ -20,6 +20,7 @@ from jaxprune.pruning.experts import without_experts
 from jaxprune.pruning.placement import Placement, placement_of
 from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.recipe import Recipe
+from jaxprune.recipe_parts import effective_tuning
 from jaxprune.sharding import ONE_DEVICE, Devices
 
 GIB = 2**30
@@ -93,7 +94,8 @@ class Work:
     @functools.cached_property
     def steps(self) -> TuningSteps:
         """The steps of the distillation."""
-        return TuningSteps.of(self.recipe.tuning, self.windows, self.length, self.held_out * self.length)
+        tuning = effective_tuning(self.recipe.tuning, self.recipe.pattern)
+        return TuningSteps.of(tuning, self.windows, self.length, self.held_out * self.length)
 
     @property
     def dense_groups(self) -> list[int]:

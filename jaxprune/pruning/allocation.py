@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from jaxprune.errors import Change, InputError
 from jaxprune.pruning.sensitivity import Sensitivity
 from jaxprune.sharding import fetch
-from jaxprune.sparsity.patterns import Pattern
+from jaxprune.sparsity.patterns import Pattern, Unstructured, partly
 from jaxprune.streaming.model import StreamedModel
 
 BIN_BITS = 16
@@ -35,8 +35,9 @@ def allocate(
     sparsity: float,
     spread: float,
     named: Mapping[tuple[int, str], Pattern | None] = MappingProxyType({}),
-) -> dict[tuple[int, str], float]:
-    """Returns (layer index, path of the linear) -> its sparsity, of all that have no pattern of their own.
+    late: float = 0.0,
+) -> dict[tuple[int, str], Pattern]:
+    """Returns (layer index, path of the linear) -> its pattern, of all that have none of their own.
 
     Args:
         model: the dense model.
@@ -44,6 +45,8 @@ def allocate(
         sparsity: the sparsity of all linear layers together; zeros are rounded to the nearest whole weight.
         spread: the most by which a linear's sparsity may differ from what the others have to have for it.
         named: linear layers with a pattern of their own, or None: those stay dense. The others make up for them.
+        late: of that sparsity what is not to be there yet: a linear has those zeros by now that a threshold for the
+            rest of it gives.
 
     Raises:
         InputError: they cannot.
@@ -73,8 +76,11 @@ def allocate(
         raise InputError(
             f"a sparsity of {sparsity:g} in total leaves {left} zeros for {others}", options={"sparsity": Change.OTHER}
         )
-    zeros = share_zeros(histograms, left, spread)
-    return {linear: int(z) / size for linear, z, size in zip(linears, zeros, sizes, strict=True)}
+    in_the_end = share_zeros(histograms, left, spread)
+    by_now = np.minimum(share_zeros(histograms, max(0, left - round(late * every)), spread), in_the_end)
+    counts = zip(by_now, in_the_end, sizes, strict=True)
+    patterns = [partly(Unstructured(int(z) / size), int(z - now) / size) for now, z, size in counts]
+    return dict(zip(linears, patterns, strict=True))
 
 
 def _used(histogram: Int[np.ndarray, "bins"]) -> Histogram:

@@ -134,7 +134,7 @@ def distill(
     if steps.prunings:
         if target_of is None:
             raise InputError("zeros come late in patterns: give them as target_of", options={"tune_zeros": 0})
-        late = LateZeros(target_of, tuning.tune_zeros, len(steps.prunings))
+        late = LateZeros(target_of, len(steps.prunings))
     student = Student(model, layers, placement, late)
     rate = Rate(tuning.tune_rate, steps.count, steps.tokens)
     all_there = steps.last_pruning * steps.tokens

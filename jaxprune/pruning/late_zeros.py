@@ -1,11 +1,10 @@
-"""Late zeros: a share of each kernel's zeros that its solve leaves, and that come while the kernels are tuned.
+"""Late zeros: those that a kernel's solve leaves, and that come while the kernels are tuned.
 
 They come a few times over the first part of the steps, fewer each time: after a share t of these times 1 − (1 − t)³
 of them are there. A kernel then keeps those weights w_ij for which w_ij²·r_i·c_j is largest, r and c the shares of the
 inputs and of the outputs in the gradients' squares over some tens of steps: what the loss would lose without them, to
 the second order. In the end it has as many zeros as its pattern wants. Counts are each kernel's own, so that it is
-pruned where its step is taken; what is zero stays so. Patterns in groups of inputs, N:M, have all their zeros from the
-solves: what is left of a group is there for a reason, which a solve knows how to make good.
+pruned where its step is taken; what is zero stays so.
 
 References:
     LeCun, Denker and Solla, "Optimal Brain Damage" (NIPS 1989), for the saliency. Zhu and Gupta, "To prune, or not to
@@ -27,29 +26,14 @@ from jaxprune.methods.linalg import masked
 from jaxprune.models import Layer
 from jaxprune.pruning.adafactor import Fixed, Kernels, Moving, unpacked
 from jaxprune.pruning.results import LayerResult
-from jaxprune.pruning.rules import Target, TargetOf
+from jaxprune.pruning.rules import TargetOf
 from jaxprune.sharding import fetch
 from jaxprune.sparsity.masks import pack
-from jaxprune.sparsity.patterns import Partly, Pattern, Unstructured, by_section, cubic, in_sections
+from jaxprune.sparsity.patterns import Unstructured, by_section, cubic, in_sections
 from jaxprune.sparsity.selection import Selector
 
 Selectors = Mapping[str, Sequence[Selector | None]]
 """Name of a kernel -> what prunes it on, or the experts that are stacked in it; None: it stays as it is."""
-
-
-def of_solves(target_of: TargetOf, share: float) -> TargetOf:
-    """Returns the targets of the solves.
-
-    Args:
-        target_of: (layer index, path of the linear layer) -> its target in the end.
-        share: that of all zeros which the solves leave.
-    """
-
-    def solved(index: int, path: str) -> Target:
-        target = target_of(index, path)
-        return Partly(target, 1 - share) if isinstance(target, Pattern) and target.group is None else target
-
-    return solved
 
 
 class LateZeros(NamedTuple):
@@ -57,12 +41,10 @@ class LateZeros(NamedTuple):
 
     Attributes:
         target_of: (layer index, path of the linear layer) -> its pattern in the end.
-        share: that of all zeros which the solves left.
         times: how often they come.
     """
 
     target_of: TargetOf
-    share: float
     times: int
 
     def selectors(self, layer: Layer, result: LayerResult) -> Selectors:
@@ -72,16 +54,17 @@ class LateZeros(NamedTuple):
             layer: its kind.
             result: what became of it, with the zeros that its solves made.
         """
-        progress = [1 - self.share * (1 - made) for made in cubic(self.times)]
         found: dict[str, list[Selector | None]] = {}
         for path, shape in layer.kernels.items():
             one, (name, _) = None, layer.sources[path]
             if path in result.masks:
-                pattern, kernel = self.target_of(result.index, path), result.kernels[path]
-                assert isinstance(pattern, Pattern)
-                if isinstance(pattern, Unstructured) and not pattern.per_output:  # its sparsity may be `allocate`'s
-                    pattern = Unstructured(min(kernel.wanted / kernel.size, math.nextafter(1, 0)))
-                if pattern.group is None:
+                kernel, kept = result.kernels[path], int(np.bitwise_count(result.masks[path]).sum())
+                if (late := kept - (kernel.size - kernel.wanted)) > 0:
+                    pattern = self.target_of(result.index, path)
+                    assert isinstance(pattern, Unstructured)
+                    if not pattern.per_output:  # its sparsity may be `allocate`'s
+                        pattern = Unstructured(min(kernel.wanted / kernel.size, math.nextafter(1, 0)))
+                    progress = [1 - late / kernel.wanted * (1 - made) for made in cubic(self.times)]
                     one = in_sections(pattern, layer.sections.get(path, ())).selector(shape, progress)
             found.setdefault(f"{name}.kernel", []).append(one)
         return found

@@ -11,7 +11,7 @@ from jaxprune.calibration.stream import TextStream
 from jaxprune.errors import Change, InputError
 from jaxprune.methods.quantization import has_grid
 from jaxprune.models import Architecture
-from jaxprune.pruning import distillation, kept_tuning, late_zeros
+from jaxprune.pruning import distillation, kept_tuning
 from jaxprune.pruning.allocation import allocate
 from jaxprune.pruning.distillation import Text, distill
 from jaxprune.pruning.journal import CURVE, PRUNED, QUANTIZED, SENSITIVITY, TUNED, TUNING, Journal
@@ -21,8 +21,8 @@ from jaxprune.pruning.results import LayerResult, Results
 from jaxprune.pruning.rules import TargetOf, by_rules, with_rules
 from jaxprune.pruning.sensitivity import Weights, measure_sensitivity, weights
 from jaxprune.recipe import Recipe
-from jaxprune.recipe_parts import Importance, Tuning
-from jaxprune.sparsity.patterns import Pattern, Unstructured
+from jaxprune.recipe_parts import Importance, Tuning, effective_tuning, late_sparsity
+from jaxprune.sparsity.patterns import Pattern, Unstructured, partly
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
 
@@ -57,7 +57,7 @@ def prune_model(
     target, named = require_recipe(model.architecture, recipe)
     model.require_tokens(tokens)
     require_stream(recipe, stream)
-    tuning, text = recipe.tuning, None
+    tuning, text = effective_tuning(recipe.tuning, recipe.pattern), None
     if stream:
         model.require_tokens(stream.held_out)
         text = distillation.of_stream(stream, tuning)
@@ -123,13 +123,13 @@ def _pruned(
     journal: Journal | None,
     observer: Observer,
 ) -> Iterator[LayerResult]:
-    target, layer_weights = _by_importance(model, tokens, recipe.importance, target, named, journal, observer)
-    target_of, late = with_rules(target, named), recipe.tuning.tune_zeros if recipe.tuning.tunes else 0.0
+    late = late_sparsity(recipe.tuning, recipe.pattern)
+    target, layer_weights = _by_importance(model, tokens, recipe.importance, target, late, named, journal, observer)
     layers = prune_layers(
         model.routing_all() if recipe.experts.route_all else model,
         tokens,
         recipe.method,
-        late_zeros.of_solves(target_of, late) if late else target_of,
+        with_rules(target, named),
         weights=layer_weights,
         asymmetry=recipe.asymmetry,
         finished=Results(journal, PRUNED, model.num_layers),
@@ -216,11 +216,16 @@ def _by_importance(
     tokens: Int[np.ndarray, "w t"],
     importance: Importance,
     target: Pattern | TargetOf,
+    late: float,
     named: Mapping[tuple[int, str], Pattern | None],
     journal: Journal | None,
     observer: Observer,
 ) -> tuple[Pattern | TargetOf, list[Weights] | None]:
-    """Returns the target of each kernel that no rule names, and the weights of each layer."""
+    """Returns the target of each kernel that no rule names, without the sparsity that comes late, and the weights of
+    each layer."""
+    if late and not importance.spread:
+        assert isinstance(target, Unstructured)
+        target = partly(target, late)
     if not importance.measured:
         return target, None
     start = time.perf_counter()
@@ -229,10 +234,10 @@ def _by_importance(
     sensitivity = measure_sensitivity(model, some, journal=journal)
     if importance.spread:
         assert isinstance(target, Unstructured)
-        sparsities = allocate(model, sensitivity, target.sparsity, importance.spread, named)
+        patterns = allocate(model, sensitivity, target.sparsity, importance.spread, named, late)
 
         def own(index: int, path: str) -> Pattern:
-            return Unstructured(sparsities[index, path])
+            return patterns[index, path]
 
         target = own
     observer.phase_timed("sensitivity", time.perf_counter() - start)

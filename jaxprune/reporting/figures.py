@@ -10,6 +10,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from jaxprune.evaluation.text import short_name
 from jaxprune.pruning.quantized import ERROR
 from jaxprune.pruning.tuning_steps import all_zeros_there
+from jaxprune.recipe_parts import Tuning, effective_tuning
 from jaxprune.reporting.drawing import (
     AXIS,
     DENSE,
@@ -111,7 +112,8 @@ def divergence_by_tokens(entries: Sequence[Entry]) -> Figure:
         late = False
         for entry in entries:
             points = entry.run.divergences if entry.run else []
-            whole = [point for point in points if entry.run and all_zeros_there(entry.run.tuning, point[0])]
+            tuning = effective_tuning(entry.run.tuning, entry.run.pattern.pattern()) if entry.run else Tuning()
+            whole = [point for point in points if all_zeros_there(tuning, point[0])]
             before = points[: len(points) - len(whole) + 1] if whole != points else []
             late |= bool(before)
             for part, style in ((before, {"ls": ":"}), (whole, {"label": _label(entry)})):

@@ -166,6 +166,11 @@ class Partly(_Within):
         return self.pattern.selector(shape, [self.share * p for p in progress])
 
 
+def partly(pattern: Pattern, late: float) -> Pattern:
+    """Returns a pattern without so much of its sparsity yet."""
+    return Partly(pattern, 1 - late / pattern.sparsity) if late else pattern
+
+
 def in_sections(pattern: Pattern, sections: Sections) -> Pattern:
     """Returns the pattern of a linear layer that is several side by side; only unstructured ones are another."""
     if isinstance(pattern, Partly):

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
 
 from jaxprune.pruning.tuning_steps import all_zeros_there
+from jaxprune.recipe_parts import effective_tuning
 
 STYLE = {
     "font.size": 10,
@@ -182,7 +183,8 @@ def _quality_by_minutes(experiment: Experiment, results: Results) -> tuple[Figur
         for below in others:
             if pattern in curves:
                 cell, points = curves[pattern]
-                whole = [point for point in points if all_zeros_there(cell.recipe.tuning, point[0])]
+                tuning = effective_tuning(cell.recipe.tuning, cell.recipe.pattern)
+                whole = [point for point in points if all_zeros_there(tuning, point[0])]
                 below.plot(*zip(*points, strict=True), lw=1.6, ls=":", **style)
                 below.plot(*zip(*whole, strict=True), lw=1.6, **style)
     for below in others:

@@ -11,12 +11,16 @@ from tests.helpers.shapes import windows
 
 
 class Steps(Observer):
-    """Remembers the divergences of steps, and those on what is held out."""
+    """Remembers the divergences of steps, those on what is held out, and what the solves made."""
 
     def __init__(self) -> None:
         self.told: list[float] = []
         self.held_out: list[tuple[int, float]] = []
         self.resumed: list[int] = []
+        self.layers: list[LayerResult] = []
+
+    def layer_done(self, result: LayerResult) -> None:
+        self.layers.append(result)
 
     def step_done(self, number: int, steps: int, divergence: float) -> None:
         self.told.append(divergence)

@@ -53,7 +53,7 @@ def test_the_threshold_is_one_of_saliencies(checkpoint: Path) -> None:
     """Against sorting all saliencies of the model."""
     model = load(checkpoint)
     sensitivity = measure_sensitivity(model, windows(6, 40, 3))
-    found = allocate(model, sensitivity, 0.6, 0.95)
+    found = {linear: pattern.sparsity for linear, pattern in allocate(model, sensitivity, 0.6, 0.95).items()}
     saliencies = {}
     for index, layer in enumerate(sensitivity):
         for tap, paths in INPUTS.items():

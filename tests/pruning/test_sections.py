@@ -74,7 +74,7 @@ def test_fused_linear_layers_are_pruned_as_those_they_are(pair: tuple[Path, Path
 
 
 def test_late_zeros_are_those_of_their_sections(pair: tuple[Path, Path]) -> None:
-    tuning = Tuning(tune_epochs=2, tune_rate=0.05, tune_zeros=0.01)
+    tuning = Tuning(tune_epochs=2, tune_rate=0.05, tune_zeros=0.05)
     recipe = Recipe(ADMM(), Unstructured(0.625), tuning=tuning)
     before = list(prune_layers(load(pair[1]), TOKENS, ADMM(), Unstructured(0.625)))
     for one, other in zip(before, prune_model(load(pair[1]), TOKENS, recipe), strict=True):

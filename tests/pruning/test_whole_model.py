@@ -71,11 +71,9 @@ def test_all_parts_together(checkpoint: Path) -> None:
     recipe = parse(line.split())
     chosen = tokens[[0, 1, 3, 4, 6, 7, 9, 10]]  # eight of twelve, evenly spaced
     sensitivity = measure_sensitivity(model, chosen)
-    sparsities = allocate(model, sensitivity, 0.6, 0.2)
+    patterns = allocate(model, sensitivity, 0.6, 0.2)
     weighing = [weights(layer, recipe.importance) for layer in sensitivity]
-    layers = list(
-        prune_layers(model, tokens, recipe.method, lambda *which: Unstructured(sparsities[which]), weights=weighing)
-    )
+    layers = list(prune_layers(model, tokens, recipe.method, lambda *which: patterns[which], weights=weighing))
     expected = list(distill(model, of_windows(tokens, recipe.tuning, 7), layers, recipe.tuning))
     told = Told()
     found = by_recipe(checkpoint, line, seed=7, observer=told)

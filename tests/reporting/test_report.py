@@ -168,12 +168,13 @@ def test_what_a_tuning_did_is_a_curve() -> None:
 def test_measures_before_all_zeros_are_there_are_marked() -> None:
     points = [[tokens, 0.5] for tokens in (0, 500, 700, 1000)]
 
-    def dotted(**tuning: float) -> int:
-        found = report.entries(parsed(run_record(divergences=points, tuning=tuning)))[1:]
+    def dotted(pattern: str = "60 %", **tuning: float) -> int:
+        found = report.entries(parsed(run_record(pattern=pattern, divergences=points, tuning=tuning)))[1:]
         return figures.divergence_by_tokens(found).svg.count("stroke-dasharray")
 
     assert dotted(tune_tokens=1000, tune_zeros=0.5) == dotted(tune_tokens=10**400, tune_zeros=0.5) == 1
     assert not dotted(tune_tokens=1000) and not dotted(tune_tokens=0, tune_zeros=0.5)
+    assert not dotted("50 %", tune_tokens=1000, tune_zeros=0.5)
 
 
 def test_one_sparsity_makes_no_curve() -> None:
