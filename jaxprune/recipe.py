@@ -195,7 +195,7 @@ PRESETS: Mapping[str, Recipe] = MappingProxyType(
         "thorough": Recipe(
             ADMM(damping=0.03),
             importance=_PRESET,
-            tuning=Tuning(tune_tokens=1_000_000, tune_pieces=2, tune_zeros=0.2),
+            tuning=Tuning(tune_tokens=1_000_000, tune_pieces=2, tune_zeros=0.25),
             preset="thorough",
         ),
     }

@@ -137,9 +137,9 @@ def keep(kernels, gradients, *args):
 adafactor.step = keep
 pattern = Unstructured(0.6)
 layers = prune_layers(model, tokens, Magnitude(), partly(pattern, 0.15))
-student = Student(model, layers, Placement(True, True), LateZeros(lambda *_: pattern, 1))
+student = Student(model, layers, Placement(True, True), LateZeros(lambda *_: pattern, [1]))
 (dense,) = model.final_states(tokens)
-found["loss"] = np.float64(student.step(tokens, dense.read(slice(None)), 1, lambda _: 0.001, pruning=0))
+found["loss"] = np.float64(student.step(tokens, dense.read(slice(None)), 1, lambda _: 0.001))
 for index, kernels in enumerate(student.state):
     found |= {f"mask {index} {name}": np.unpackbits(fetch(mask)) for name, mask in kernels.masks.items()}
 np.savez(out, **found)

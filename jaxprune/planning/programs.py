@@ -237,6 +237,8 @@ def of_distillation(
     for layer, count, one in tuned:
         forward, values, calls = partial(apply_layer, layer), one.kernels.values, count * steps.count
         beside = stays - size_of(values) if placement.state else stays + 2 * size_of(values)  # those of the next two
+        copy = size_of(values) * bool(steps.prunings)  # without what is masked; in the forward pass of two layers
+        beside += 2 * copy
         if placement.results:
             forward_and_vjp = partial(layer_vjp.forward_and_vjp, layer)
             yield Program("tune", "forward", forward_and_vjp, (values, one.rest, x), calls, beside + results)
@@ -250,13 +252,16 @@ def of_distillation(
         # Where it does not stay, one layer's is on its way in, and one on its way out.
         beside = stays if placement.state else stays + 3 * size_of(one.kernels)
         beside += results - one.results
-        yield Program("tune", "backward", pull_back, arguments, calls, beside - size_of(values))
+        yield Program("tune", "backward", pull_back, arguments, calls, beside - size_of(values) + copy)
         for name, own in one.kernels.moving.items():
             gradient, fixed = shapes.devices.abstract(Shape(own.value.shape, x.dtype), -1), one.kernels.fixed[name]
             number, others = Shape((), jnp.float32), beside - size_of(own) + size_of(values) - size_of(gradient)
             of_step = own, fixed, gradient, number, number
             yield Program("tune", f"step {name}", adafactor.step_one, of_step, calls, others, donated=(0,))
             if steps.prunings:
+                before = 1 + sum(number < steps.last_pruning for number in steps.measured) if held_out[0] else 0
+                times = count * (2 * steps.last_pruning + before)
+                yield Program("tune", f"kept of {name}", adafactor.kept, (own.value, fixed.mask), times, others)
                 yield _of_pruning_on(name, (own, fixed), by, len(steps.prunings), count, others)
     rows = partial(rows_at_a_time, models=2, devices=shapes.devices.count)
     chunk = Shape((rows(steps.tokens), architecture.width), architecture.config.dtype)

@@ -73,6 +73,7 @@ class Work:
             without_experts(self.architecture, self.recipe.experts.drop_experts),
             self.steps.shape,
             self.devices.count,
+            late_zeros=bool(self.steps.prunings),
             teacher=self.architecture,
             device_bytes=self.device_bytes,
             batch_tokens=self.batch_tokens,

@@ -68,7 +68,8 @@ class Fixed(NamedTuple):
 
     Attributes:
         mask: bits of the weights that are kept, eight inputs a byte, [ceil(n / 8), m]: TPUs unpack them so as they go.
-        row_counts: how many are kept of each input.
+            All that move, unless zeros are still to come: then what is masked moves along, and may be kept again.
+        row_counts: how many weights of each input move.
         column_counts: of each output.
         unit: root mean square of the weights that were kept at first; of experts one each, [e, 1, 1], 0 for those that
             do not move.
@@ -93,7 +94,7 @@ class Kernels(NamedTuple):
 
     @property
     def values(self) -> dict[str, Any]:
-        """Name -> the kernel."""
+        """Name -> the kernel, with what is masked and moves along."""
         return {name: moving.value for name, moving in self.moving.items()}
 
     @property
@@ -144,19 +145,19 @@ def weight_dtype(dtype: np.dtype) -> np.dtype:
 
 def _fixed(value: Float[np.ndarray, "*e n m"], tuned: Sequence[int | None]) -> Fixed:
     unit = _unit(value) if value.ndim == 2 else _units(value, tuned)
-    return with_mask(unit, np.packbits(value != 0, axis=-2), value.shape[-2])
+    return with_mask(unit, np.packbits(value != 0, axis=-2), value)
 
 
-def with_mask(unit: Any, mask: UInt8[np.ndarray, "*e _ m"], inputs: int) -> Fixed:
+def with_mask(unit: Any, mask: UInt8[np.ndarray, "*e _ m"], value: Float[np.ndarray, "*e n m"]) -> Fixed:
     """Returns what no step changes of a kernel with such a mask, on the host.
 
     Args:
         unit: see `Fixed`.
         mask: its bits.
-        inputs: of the kernel.
+        value: the kernel; what is not zero of it moves.
     """
-    kept = np.unpackbits(mask, axis=-2, count=inputs)
-    return Fixed(mask, kept.sum(-1, dtype=np.float32), kept.sum(-2, dtype=np.float32), unit)
+    moves = value != 0
+    return Fixed(mask, moves.sum(-1, dtype=np.float32), moves.sum(-2, dtype=np.float32), unit)
 
 
 def _unit(value: Float[np.ndarray, "n m"]) -> Any:
@@ -205,7 +206,7 @@ def step_one(
         number: of the step, from 1.
         rate: of the step.
     """
-    gradient = masked(unpacked(fixed.mask, gradient.shape[-2]), gradient.astype(jnp.float32))
+    gradient = masked(kernel.value != 0, gradient.astype(jnp.float32))
     square, count = gradient * gradient + EPSILON, jnp.sum(fixed.row_counts, axis=-1, keepdims=True)
 
     def mean_of(means: Array, counts: Array) -> Array:
@@ -250,6 +251,12 @@ def rounded(kernels: Kernels, name: str, dtype: np.dtype, devices: Devices) -> F
     """Rounds a kernel to the dtype that it is stored in; every weight that is kept stays other than zero."""
     value, mask = devices.shard_outputs((kernels.moving[name].value, kernels.fixed[name].mask))
     return round_kernel(value, unpacked(mask, value.shape[-2]), dtype)
+
+
+@jax.jit
+def kept(value: Float[Array, "*e n m"], mask: UInt8[Array, "*e _ m"]) -> Float[Array, "*e n m"]:
+    """Returns a kernel without what is masked of it."""
+    return masked(unpacked(mask, value.shape[-2]), value)
 
 
 def unpacked(bits: UInt8[Array | np.ndarray, "*e _ m"], count: int) -> Bool[Array, "*e n m"]:

@@ -129,21 +129,22 @@ def distill(
         InputError: the loss is not finite, or a kernel in the end; zeros are to come late, but in no pattern.
     """
     steps, teacher = text.steps, teacher or model
-    placement = placement_of(model.architecture, steps.shape, model.devices.count, teacher=teacher.architecture)
-    late = None
+    late, devices = None, model.devices.count
+    placement = placement_of(
+        model.architecture, steps.shape, devices, late_zeros=bool(steps.prunings), teacher=teacher.architecture
+    )
     if steps.prunings:
         if target_of is None:
             raise InputError("zeros come late in patterns: give them as target_of", options={"tune_zeros": 0})
-        late = LateZeros(target_of, len(steps.prunings))
+        late = LateZeros(target_of, steps.prunings)
     student = Student(model, layers, placement, late)
     rate = Rate(tuning.tune_rate, steps.count, steps.tokens)
     all_there = steps.last_pruning * steps.tokens
     held_out = HeldOut(teacher, text.held_out, all_there) if text.held_out is not None else None
     observer.started("tuning", steps.count, "steps")
     begin = _begun(journal, student, rate, held_out, observer)
-    times = {number: time for time, number in enumerate(steps.prunings)}
     for number, (tokens, dense) in enumerate(_with_dense(teacher, text, begin), begin + 1):
-        divergence = student.step(tokens, dense, number, partial(rate.of, number), times.get(number))
+        divergence = student.step(tokens, dense, number, partial(rate.of, number))
         observer.step_done(number, steps.count, divergence)
         if held_out and number in steps.measured:
             seen = number * steps.tokens

@@ -3,12 +3,14 @@
 They come a few times over the first part of the steps, fewer each time: after a share t of these times 1 − (1 − t)³
 of them are there. A kernel then keeps those weights w_ij for which w_ij²·r_i·c_j is largest, r and c the shares of the
 inputs and of the outputs in the gradients' squares over some tens of steps: what the loss would lose without them, to
-the second order. In the end it has as many zeros as its pattern wants. Counts are each kernel's own, so that it is
-pruned where its step is taken; what is zero stays so.
+the second order. Until the last time, those that it does not keep move along the gradient as if it did, and are judged
+anew each time; what its solve made zero stays so. In the end it has as many zeros as its pattern wants. Counts are each
+kernel's own, so that it is pruned where its step is taken.
 
 References:
     LeCun, Denker and Solla, "Optimal Brain Damage" (NIPS 1989), for the saliency. Zhu and Gupta, "To prune, or not to
-    prune" (arXiv 1710.01878), for the schedule.
+    prune" (arXiv 1710.01878), for the schedule. Lin et al., "Dynamic Model Pruning with Feedback" (arXiv 2006.07253),
+    for masked weights that move along.
 """
 
 import dataclasses
@@ -24,7 +26,7 @@ from jaxtyping import Array, Int
 
 from jaxprune.methods.linalg import masked
 from jaxprune.models import Layer
-from jaxprune.pruning.adafactor import Fixed, Kernels, Moving, unpacked
+from jaxprune.pruning.adafactor import Fixed, Kernels, Moving
 from jaxprune.pruning.results import LayerResult
 from jaxprune.pruning.rules import TargetOf
 from jaxprune.sharding import fetch
@@ -41,11 +43,11 @@ class LateZeros(NamedTuple):
 
     Attributes:
         target_of: (layer index, path of the linear layer) -> its pattern in the end.
-        times: how often they come.
+        after: the numbers of the steps behind which they come.
     """
 
     target_of: TargetOf
-    times: int
+    after: Sequence[int]
 
     def selectors(self, layer: Layer, result: LayerResult) -> Selectors:
         """Returns what prunes a layer on: in the end as many zeros as were wanted of each kernel, in its pattern.
@@ -64,7 +66,7 @@ class LateZeros(NamedTuple):
                     assert isinstance(pattern, Unstructured)
                     if not pattern.per_output:  # its sparsity may be `allocate`'s
                         pattern = Unstructured(min(kernel.wanted / kernel.size, math.nextafter(1, 0)))
-                    progress = [1 - late / kernel.wanted * (1 - made) for made in cubic(self.times)]
+                    progress = [1 - late / kernel.wanted * (1 - made) for made in cubic(len(self.after))]
                     one = in_sections(pattern, layer.sections.get(path, ())).selector(shape, progress)
             found.setdefault(f"{name}.kernel", []).append(one)
         return found
@@ -98,12 +100,12 @@ def pruned(
     time: Int[Array | np.ndarray, ""],
     expert: Int[Array | np.ndarray, ""] | None = None,
 ) -> tuple[Moving, Fixed]:
-    """Returns a kernel without the weights that matter least to the loss.
+    """Returns a kernel with a mask of the weights that matter most to the loss; the last time without the others.
 
     Args:
         kernel: what steps change of it; not to be used again.
         fixed: what they do not; neither.
-        selector: how many zeros it is to have, and in which pattern.
+        selector: how many zeros it is to have each time, and in which pattern.
         time: how often zeros came before.
         expert: whose kernel of those that are stacked in it is meant; None: none are.
     """
@@ -114,17 +116,17 @@ def pruned(
 
 
 def _pruned(kernel: Moving, fixed: Fixed, selector: Selector, time: Int[Array, ""]) -> tuple[Moving, Fixed]:
-    kept = unpacked(fixed.mask, kernel.value.shape[-2])
+    moves = kernel.value != 0
     of_gradients = kernel.row_shares[:, None] * kernel.column_shares[None, :]
     # There may have been no gradient yet: an expert may have had no tokens.
     of_gradients = jnp.where(jnp.any(of_gradients > 0), of_gradients, jnp.float32(1))
     saliency = jnp.square(kernel.value.astype(jnp.float32)) * of_gradients
     # What is zero goes first, whatever else matters as little.
-    saliency = masked(kept, jnp.maximum(saliency, jnp.finfo(jnp.float32).tiny))
-    kept &= selector(saliency, time)
-    rows, columns = (jnp.sum(kept, axis=axis, dtype=jnp.float32) for axis in (-1, -2))
+    kept = moves & selector(masked(moves, jnp.maximum(saliency, jnp.finfo(jnp.float32).tiny)), time)
+    moves = jnp.where(time + 1 == len(selector.zeros), kept, moves)
+    rows, columns = (jnp.sum(moves, axis=axis, dtype=jnp.float32) for axis in (-1, -2))
     fixed = fixed._replace(mask=jnp.packbits(kept, axis=-2), row_counts=rows, column_counts=columns)
-    return kernel._replace(value=masked(kept, kernel.value)), fixed
+    return kernel._replace(value=masked(moves, kernel.value)), fixed
 
 
 def with_own_masks(layer: Layer, result: LayerResult) -> LayerResult:

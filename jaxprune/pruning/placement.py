@@ -34,6 +34,7 @@ def placement_of(
     window: tuple[int, int],
     devices: int = 1,
     *,
+    late_zeros: bool = False,
     teacher: Architecture | None = None,
     device_bytes: float | None = None,
     batch_tokens: int | None = None,
@@ -45,12 +46,13 @@ def placement_of(
         architecture: of the model whose kernels are tuned.
         window: windows of a step, and their length.
         devices: how many the kernels are spread over.
+        late_zeros: whether a layer's kernels are there without what is masked, too.
         teacher: of the dense model; None: the same.
         device_bytes: the memory of a device; None: what this machine's has, a CPU all that the host has.
         batch_tokens: tokens of such a batch on each device; None: as this machine's takes them.
     """
     windows = window[0] if window[0] % devices else window[0] // devices
-    step = _Step.of(architecture, windows, window[1])
+    step = _Step.of(architecture, windows, window[1], late_zeros)
     if device_bytes is None and hardware.current().on_cpu:
         return Placement(True, step.results < CPU_BYTES)
     outer = sum(shape.size for part in (architecture.embed, architecture.head) for shape in part.spec.values())
@@ -79,7 +81,7 @@ class _Step(NamedTuple):
     visit: int
 
     @classmethod
-    def of(cls, architecture: Architecture, windows: int, length: int) -> "_Step":
+    def of(cls, architecture: Architecture, windows: int, length: int, late_zeros: bool) -> "_Step":
         dtype = np.dtype(architecture.config.dtype)
         x = jax.ShapeDtypeStruct((windows, length, architecture.width), dtype)
         state = largest = results = visit = 0
@@ -89,7 +91,7 @@ class _Step(NamedTuple):
             kept = _bytes(jax.eval_shape(partial(forward_and_vjp, layer), kernels.values, rest, x)[1])
             own, weights = _bytes(kernels), sum(value.size for value in kernels.values.values())
             state, results, largest = state + count * own, results + count * kept, max(largest, own)
-            visit = max(visit, 2 * kept + weights * dtype.itemsize)  # gradients are as large
+            visit = max(visit, 2 * kept + (1 + late_zeros) * weights * dtype.itemsize)  # gradients are as large
         return cls(state, largest, results, visit)
 
 

@@ -7,6 +7,7 @@ next, and the one that goes. So do a step's intermediate results of all layers, 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -56,6 +57,7 @@ class Student:
         self._results: list[LayerResult] = []
         self._rest: list[dict[str, Any]] = []  # what is not tuned, on the device where the state stays
         self._dtypes: list[dict[str, np.dtype]] = []
+        self._late, self._zeros_to_come = late, False
         self._selectors: list[Selectors] = []  # where zeros come late
         self.state: list[Kernels] = []
         for result in layers:
@@ -84,9 +86,7 @@ class Student:
     def restore(self, index: int, moving: dict[str, Moving], masks: Mapping[str, Any]) -> None:
         """Takes up what steps changed of a layer before, and the bits of its masks."""
         units = {name: fetch(one.unit) for name, one in self.state[index].fixed.items()}
-        fixed = {
-            name: adafactor.with_mask(unit, masks[name], moving[name].value.shape[-2]) for name, unit in units.items()
-        }
+        fixed = {name: adafactor.with_mask(unit, masks[name], moving[name].value) for name, unit in units.items()}
         self.state[index] = self.place(Kernels(moving, fixed))
 
     def step(
@@ -95,7 +95,6 @@ class Student:
         dense: Float[np.ndarray, "b t d"],
         number: int,
         rate: Callable[[float], float],
-        pruning: int | None = None,
     ) -> float:
         """Moves the kernels by some windows; returns their mean divergence, before.
 
@@ -104,15 +103,16 @@ class Student:
             dense: the dense model's last hidden states of them.
             number: the number of the step, from 1.
             rate: the mean divergence -> its rate.
-            pruning: where zeros come late, behind this step, how often they came before; None: they do not.
 
         Raises:
             InputError: the divergence is not finite.
         """
         devices, architecture = self._model.devices, self._model.architecture
+        after = self._late.after if self._late else ()
+        self._zeros_to_come = number <= max(after, default=0)
         x = apply(architecture.embed, self._embed, devices.shard_first(tokens))
         vjps: list[Any] = []  # of the layers, or their inputs
-        for layer, values, others in zip(architecture.layers, self._values(), self._rest, strict=True):
+        for layer, values, others in zip(architecture.layers, self._kept_of_layers(), self._rest, strict=True):
             if self._placement.results:
                 x, vjp = forward_and_vjp(layer, values, others, x)
             else:
@@ -120,7 +120,7 @@ class Student:
                 x = apply_layer(layer, others | values, x)
             vjps.append(vjp)
             del vjp
-        del values, others  # the last layer's
+        del values, others  # the last layer's, which may be copies
         divergence, gradient = self._divergence(fetch(x), dense, head_divergence)
         mean = _finite_mean(divergence)
         of_step = jnp.float32(number), jnp.float32(rate(mean))
@@ -130,12 +130,13 @@ class Student:
         for index, kernels in zip(reversed(range(len(self.state))), from_last, strict=True):
             layer = architecture.layers[index]
             vjp = vjps.pop() if self._placement.results else devices.shard_first(vjps.pop())
-            gradients, cotangent = pull_back(layer, kernels.values, self._rest[index], vjp, cotangent)
-            del vjp
+            values = self._kept(kernels.values, kernels.masks)
+            gradients, cotangent = pull_back(layer, values, self._rest[index], vjp, cotangent)
+            del vjp, values
             changed: dict[str, Any] = {"moving": adafactor.step(kernels, gradients, *of_step)}
-            if pruning is not None:
-                kernels = kernels._replace(**changed)
-                changed = late_zeros.prune(kernels, self._selectors[index], pruning)._asdict()
+            if number in after:
+                kernels, time = kernels._replace(**changed), after.index(number)
+                changed = late_zeros.prune(kernels, self._selectors[index], time)._asdict()
             if self._placement.state:
                 self.state[index] = kernels._replace(**devices.shard_outputs(changed))
             else:
@@ -143,9 +144,16 @@ class Student:
         going.arrive()
         return mean
 
-    def _values(self) -> Iterator[dict[str, Array]]:
-        """Yields each layer's kernels on the device."""
-        return _ahead((kernels.values for kernels in self.state), self._model.devices.shard_outputs)
+    def _kept(self, values: dict[str, Array], masks: dict[str, Array]) -> dict[str, Array]:
+        """Returns kernels on the device as the model has them: without what is masked and moves along."""
+        if not self._zeros_to_come:
+            return values
+        return {name: adafactor.kept(value, masks[name]) for name, value in values.items()}
+
+    def _kept_of_layers(self) -> Iterator[dict[str, Array]]:
+        """Yields those of each layer."""
+        state = ((kernels.values, kernels.masks if self._zeros_to_come else {}) for kernels in self.state)
+        return itertools.starmap(self._kept, _ahead(state, self._model.devices.shard_outputs))
 
     def divergence(self, tokens: Int[np.ndarray, "w t"], dense: HiddenStates) -> float:
         """Returns the mean divergence of windows; `dense` are the dense model's last hidden states of them.
@@ -154,7 +162,7 @@ class Student:
             InputError: it is not finite.
         """
         states = self._model.embed(tokens)
-        for index, (values, others) in enumerate(zip(self._values(), self._rest, strict=True)):
+        for index, (values, others) in enumerate(zip(self._kept_of_layers(), self._rest, strict=True)):
             self._model.forward(index, others | values, states)
         found = [self._divergence(states.read(rows), dense.read(rows), divergence_alone)[0] for rows in states.slices()]
         return _finite_mean(np.concatenate(found))

@@ -16,7 +16,7 @@ from tests.helpers.tuning import kernel
 
 
 class Weight:
-    """A weight [out, in] under Adafactor, its second moment by rows and columns of what is kept.
+    """A weight [out, in] under Adafactor, its second moment by rows and columns of what moves.
 
     Args:
         parameter: the model's.
@@ -24,35 +24,42 @@ class Weight:
     """
 
     def __init__(self, parameter: Any, value: Any) -> None:
-        self.parameter, self.kept = parameter, (value != 0).float()
+        self.parameter, self.value, self.moves = parameter, value, (value != 0).float()
         self.unit = value[value != 0].square().mean().sqrt()
         self.of_inputs, self.of_outputs = torch.zeros(value.shape[1]), torch.zeros(value.shape[0])
         self.share_of_inputs, self.share_of_outputs = torch.zeros(value.shape[1]), torch.zeros(value.shape[0])
-        self.parameter.data = value
+        self.keep(self.moves)
+
+    def keep(self, kept: Any) -> None:
+        """Gives the model what is kept."""
+        self.parameter.data = self.value * kept
 
     def step(self, number: int, rate: float) -> None:
-        gradient = self.parameter.grad * self.kept
-        square, count = gradient.square() + EPSILON, self.kept.sum()
-        by_inputs, by_outputs = (square.sum(axis) / self.kept.sum(axis).clamp(min=1) for axis in (0, 1))
+        gradient = self.parameter.grad * self.moves
+        square, count = gradient.square() + EPSILON, self.moves.sum()
+        by_inputs, by_outputs = (square.sum(axis) / self.moves.sum(axis).clamp(min=1) for axis in (0, 1))
         self.of_inputs = DECAY * self.of_inputs + (1 - DECAY) * by_inputs
         self.of_outputs = DECAY * self.of_outputs + (1 - DECAY) * by_outputs
-        mean = (by_inputs * self.kept.sum(0)).sum() / count
+        mean = (by_inputs * self.moves.sum(0)).sum() / count
         self.share_of_inputs = SHARES_DECAY * self.share_of_inputs + (1 - SHARES_DECAY) * by_inputs / mean
         self.share_of_outputs = SHARES_DECAY * self.share_of_outputs + (1 - SHARES_DECAY) * by_outputs / mean
         warm, means = 1 - DECAY**number, []
         for inputs, outputs in ((self.of_inputs, self.of_outputs), (by_inputs, by_outputs)):
-            means.append(outputs[:, None] * inputs[None, :] / ((inputs * self.kept.sum(0)).sum() / count))
+            means.append(outputs[:, None] * inputs[None, :] / ((inputs * self.moves.sum(0)).sum() / count))
         second = means[0] / warm
         # Counts of rows and columns, as if what is kept were spread evenly.
-        size = (means[1] / second * self.kept.sum(1)[:, None] * self.kept.sum(0)[None, :] / count).sum() / count
-        self.parameter.data -= rate * self.unit * gradient / second.sqrt() / size.sqrt().clamp(min=1)
+        size = (means[1] / second * self.moves.sum(1)[:, None] * self.moves.sum(0)[None, :] / count).sum() / count
+        self.value = self.value - rate * self.unit * gradient / second.sqrt() / size.sqrt().clamp(min=1)
+        self.keep((self.parameter.data != 0).float())
 
-    def prune(self, sparsity: float) -> None:
-        """Makes so many of the weights zero, those that matter least."""
-        saliency = self.parameter.data.square() * self.share_of_outputs[:, None] * self.share_of_inputs[None, :]
+    def prune(self, sparsity: float, last: bool) -> None:
+        """Keeps all but so many of the weights, those that matter least; the last time these become zero."""
+        saliency = self.value.square() * self.share_of_outputs[:, None] * self.share_of_inputs[None, :]
         least = torch.sort(saliency.flatten()).values[round(sparsity * saliency.numel())]
-        self.kept = (saliency >= least).float()
-        self.parameter.data *= self.kept
+        kept = (saliency >= least).float()
+        if last:
+            self.value, self.moves = self.value * kept, kept
+        self.keep(kept)
 
 
 def tuned_by_torch(
@@ -89,5 +96,5 @@ def tuned_by_torch(
         for weight in weights.values():
             weight.step(number, rate)
             if number in prunings:
-                weight.prune(prunings[number])
+                weight.prune(prunings[number], number == max(prunings))
     return [{n: weights[layer.index, n].parameter.detach().numpy().T for n in LINEARS} for layer in layers]

@@ -93,16 +93,24 @@ def test_what_is_kept_matters_most_to_the_loss() -> None:
     rows[0] = 0
     selector = Unstructured(0.5).selector(value.shape, [0.9, 1.0])
     moving = adafactor.Moving(*map(jnp.asarray, (value, 0 * rows, 0 * columns, rows, columns)))
-    fixed = adafactor.with_mask(np.float32(1), np.packbits(before, axis=0), 24)
+    fixed = adafactor.with_mask(np.float32(1), np.packbits(before, axis=0), value)
     for time, zeros in ((0, 173), (1, 192)):
         now, then = late_zeros.pruned(*jax.tree.map(jnp.array, (moving, fixed)), selector, np.int32(time))
         kept = np.asarray(adafactor.unpacked(then.mask, 24))
         assert (~kept).sum() == zeros and not (kept & ~before).any()
-        np.testing.assert_array_equal(now.value, value * kept)
-        np.testing.assert_array_equal(then.row_counts, kept.sum(1))
-        np.testing.assert_array_equal(then.column_counts, kept.sum(0))
+        moves = kept if time else before
+        np.testing.assert_array_equal(now.value, value * moves)
+        np.testing.assert_array_equal(adafactor.kept(now.value, then.mask), value * kept)
+        np.testing.assert_array_equal(then.row_counts, moves.sum(1))
+        np.testing.assert_array_equal(then.column_counts, moves.sum(0))
         saliency = value**2 * np.outer(rows, columns)
         assert saliency[kept].min() >= saliency[before & ~kept].max() > 0
+    # What is not kept may be kept later.
+    now, then = late_zeros.pruned(*jax.tree.map(jnp.array, (moving, fixed)), selector, np.int32(0))
+    for_now = before & ~np.asarray(adafactor.unpacked(then.mask, 24)) & (rows[:, None] > 0)
+    grown = now._replace(value=jnp.where(for_now, 100, now.value))
+    kept = np.asarray(adafactor.unpacked(late_zeros.pruned(grown, then, selector, np.int32(1))[1].mask, 24))
+    assert for_now.any() and kept[for_now].all()
     unseen = moving._replace(row_shares=jnp.zeros(24, jnp.float32), column_shares=jnp.zeros(16, jnp.float32))
     kept = np.asarray(adafactor.unpacked(late_zeros.pruned(unseen, fixed, selector, np.int32(1))[1].mask, 24))
     np.testing.assert_array_equal(kept, value >= np.sort(value, axis=None)[192])
@@ -110,7 +118,7 @@ def test_what_is_kept_matters_most_to_the_loss() -> None:
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.7), Unstructured(0.7, per_output=True)], ids=str)
 def test_they_come_by_a_cubic(pattern: Unstructured, checkpoint: Path) -> None:
-    (result, *_), late = solved(checkpoint, pattern), late_zeros.LateZeros(lambda *_: pattern, 4)
+    (result, *_), late = solved(checkpoint, pattern), late_zeros.LateZeros(lambda *_: pattern, range(1, 5))
     found = late.selectors(load(checkpoint).architecture.layers[0], result)
     assert found.keys() == {f"{name}.kernel" for name in LINEARS}
     for name in LINEARS:
