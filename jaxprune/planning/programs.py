@@ -259,8 +259,7 @@ def of_distillation(
             of_step = own, fixed, gradient, number, number
             yield Program("tune", f"step {name}", adafactor.step_one, of_step, calls, others, donated=(0,))
             if steps.prunings:
-                before = 1 + sum(number < steps.last_pruning for number in steps.measured) if held_out[0] else 0
-                times = count * (2 * steps.last_pruning + before)
+                times = count * (2 * steps.last_pruning + steps.measured_early)
                 yield Program("tune", f"kept of {name}", adafactor.kept, (own.value, fixed.mask), times, others)
                 yield _of_pruning_on(name, (own, fixed), by, len(steps.prunings), count, others)
     rows = partial(rows_at_a_time, models=2, devices=shapes.devices.count)

@@ -36,8 +36,7 @@ def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
     if steps.count and not work.placement.state:  # values for the forward pass; then up, with masks, and down
         found["tune"] += (3 * steps.count + measures) * work.tuned_bytes
         # While zeros are to come masks go up for the forward pass, too, and down behind those that bring some.
-        measured = sum(number < steps.last_pruning for number in steps.measured)
-        masks = steps.count + steps.last_pruning + measured + len(steps.prunings)
+        masks = steps.count + steps.last_pruning + steps.measured_early + len(steps.prunings)
         found["tune"] += masks * work.mask_bytes
     if steps.count and not work.placement.results:  # each layer's input, down and up again
         found["tune"] += 2 * layers * steps.count * work.states_bytes(*steps.shape)

@@ -77,7 +77,9 @@ def allocate(
             f"a sparsity of {sparsity:g} in total leaves {left} zeros for {others}", options={"sparsity": Change.OTHER}
         )
     in_the_end = share_zeros(histograms, left, spread)
-    by_now = np.minimum(share_zeros(histograms, max(0, left - round(late * every)), spread), in_the_end)
+    by_now = in_the_end
+    if late:
+        by_now = np.minimum(share_zeros(histograms, max(0, left - round(late * every)), spread), in_the_end)
     counts = zip(by_now, in_the_end, sizes, strict=True)
     patterns = [partly(Unstructured(int(z) / size), int(z - now) / size) for now, z, size in counts]
     return dict(zip(linears, patterns, strict=True))

@@ -83,6 +83,11 @@ class TuningSteps:
         return self.prunings[-1] if self.prunings else 0
 
     @property
+    def measured_early(self) -> int:
+        """How many measures are taken between the first step and the last zeros."""
+        return sum(number < self.last_pruning for number in self.measured)
+
+    @property
     def tokens(self) -> int:
         """Tokens of a step."""
         return self.windows * self.length
