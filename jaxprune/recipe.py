@@ -185,19 +185,16 @@ class Recipe:
         return f"{how}-{percent(self.pattern.sparsity)}"
 
 
-_PRESET = Importance(weigh_outputs=True, spread=0.3, sensitivity_windows=8)
+_IMPORTANCE = Importance(weigh_outputs=True, spread=0.3, sensitivity_windows=8)
+_TUNINGS = {
+    "fast": Tuning(tune_epochs=0.3125, tune_pieces=4, tune_zeros=0.25),
+    "best": Tuning(tune_epochs=2.0, tune_zeros=0.25),
+    "thorough": Tuning(tune_tokens=1_000_000, tune_pieces=2, tune_zeros=0.25),
+}
 PRESETS: Mapping[str, Recipe] = MappingProxyType(
     {
-        "fast": Recipe(
-            ADMM(damping=0.03), importance=_PRESET, tuning=Tuning(tune_epochs=0.3125, tune_pieces=4), preset="fast"
-        ),
-        "best": Recipe(ADMM(damping=0.03), importance=_PRESET, tuning=Tuning(tune_epochs=2.0), preset="best"),
-        "thorough": Recipe(
-            ADMM(damping=0.03),
-            importance=_PRESET,
-            tuning=Tuning(tune_tokens=1_000_000, tune_pieces=2, tune_zeros=0.25),
-            preset="thorough",
-        ),
+        name: Recipe(ADMM(damping=0.03), importance=_IMPORTANCE, tuning=tuning, preset=name)
+        for name, tuning in _TUNINGS.items()
     }
 )
 """Recipes that serve most: all weigh outputs by the loss's gradients, give every linear layer a sparsity of its own

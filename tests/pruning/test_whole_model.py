@@ -27,6 +27,7 @@ from jaxprune.pruning.distillation import distill, of_windows
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.results import LayerResult, Results
 from jaxprune.pruning.sensitivity import Weights, measure_sensitivity, weights
+from jaxprune.recipe_parts import late_sparsity
 from tests.helpers.damage import biggest, damage
 from tests.helpers.shapes import windows
 
@@ -71,10 +72,12 @@ def test_all_parts_together(checkpoint: Path) -> None:
     recipe = parse(line.split())
     chosen = tokens[[0, 1, 3, 4, 6, 7, 9, 10]]  # eight of twelve, evenly spaced
     sensitivity = measure_sensitivity(model, chosen)
-    patterns = allocate(model, sensitivity, 0.6, 0.2)
+    pattern = Unstructured(0.6)
+    patterns = allocate(model, sensitivity, 0.6, 0.2, late=late_sparsity(recipe.tuning, pattern))
     weighing = [weights(layer, recipe.importance) for layer in sensitivity]
     layers = list(prune_layers(model, tokens, recipe.method, lambda *which: patterns[which], weights=weighing))
-    expected = list(distill(model, of_windows(tokens, recipe.tuning, 7), layers, recipe.tuning))
+    text = of_windows(tokens, recipe.tuning, 7)
+    expected = list(distill(model, text, layers, recipe.tuning, target_of=lambda *_: pattern))
     told = Told()
     found = by_recipe(checkpoint, line, seed=7, observer=told)
     assert_same(found, expected)
