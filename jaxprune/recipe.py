@@ -187,7 +187,7 @@ class Recipe:
 
 _IMPORTANCE = Importance(weigh_outputs=True, spread=0.3, sensitivity_windows=8)
 _TUNINGS = {
-    "fast": Tuning(tune_epochs=0.3125, tune_pieces=4, tune_zeros=0.25),
+    "fast": Tuning(tune_epochs=0.3125, tune_pieces=4),
     "best": Tuning(tune_epochs=2.0, tune_zeros=0.25),
     "thorough": Tuning(tune_tokens=1_000_000, tune_pieces=2, tune_zeros=0.25),
 }

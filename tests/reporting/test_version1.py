@@ -114,8 +114,8 @@ def test_what_version_1_never_wrote_is_one_error(entry: str, value: object) -> N
 
 @pytest.mark.parametrize("line", IDENTITIES)
 def test_the_identity_of_a_journal_is_what_version_1_wrote(line: str) -> None:
-    earlier = ["--tune-zeros", "0"] if "--preset" in line else []  # they left no zeros to the tuning then
-    earlier += ["--tune-pieces", "1"] if "fast" in line else []  # and cut no windows
+    earlier = ["--tune-zeros", "0"] if "best" in line else []  # it left no zeros to the tuning then
+    earlier += ["--tune-pieces", "1"] if "fast" in line else []  # and it cut no windows
     recipe = parse([*line.split(), *earlier])
     record = Record({}, recipe, np.arange(12, dtype=np.int32).reshape(3, 4))
     assert record.asked_of_version_1() == IDENTITIES[line]
