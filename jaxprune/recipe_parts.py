@@ -78,11 +78,10 @@ class Tuning:
     take about 1.35 times as long in all; where weights do not fit the device and come from the host, nearly four."""
     tune_tokens: int = 0
     """Tune on so many tokens of the calibration text instead, such as 250k or 1M (0: no tuning): all of it in an
-    order drawn from the seed, but for 16 windows or, where they are long, 8 thousand tokens, on which the divergence is
-    measured."""
+    order drawn from the seed, but for 16 windows, of long ones fewer, on which the divergence is measured."""
     tune_zeros: float = 0.0
     """Leave this share of the sparsity above one half to the tuning: at 90 % a quarter, 0.25, is 10 %, so that the
-    solves prune to 80 %. The other zeros come up to eight times over the first 60 % of the steps, fewer each time,
+    solves prune to 80 %. The other zeros come in eight rounds during the first 60 % of the steps, fewer each time,
     where the loss is least sensitive by then (0: the solves make all, as for N:M and where --rule gives a pattern)."""
     tune_to_end: bool = False
     """Tune on all --tune-tokens, also when the divergence on the windows that are held out no longer falls."""

@@ -40,6 +40,7 @@ class Section:
         flag_of: names of the flags; by default the fields'.
         help: below the heading.
         only: the fields of this section; None: all that no other section has named.
+        defaults: of flags, where they are not their fields'.
     """
 
     title: str
@@ -47,6 +48,7 @@ class Section:
     flag_of: FlagOf = str
     help: str = ""
     only: tuple[str, ...] | None = None
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class CommandLine:
@@ -182,16 +184,17 @@ def _flags(sections: Sequence[Section]) -> Iterable[inspect.Parameter]:
         for field in dataclasses.fields(section.options):
             wanted = field.name in section.only if section.only else field.name not in claimed
             if wanted and (flag := section.flag_of(field.name)):
-                flags[flag] = _parameter(section.options, field, flag, group)
+                flags[flag] = _parameter(section, field, flag, group)
     yield from flags.values()
 
 
-def _parameter(cls: type, field: dataclasses.Field, flag: str, group: Group) -> inspect.Parameter:
-    kind, text = typing.get_type_hints(cls)[field.name], field_docs(cls)[field.name]
+def _parameter(section: Section, field: dataclasses.Field, flag: str, group: Group) -> inspect.Parameter:
+    kind, text = typing.get_type_hints(section.options)[field.name], field_docs(section.options)[field.name]
+    default = section.defaults.get(flag, field.default)
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    elif field.default not in (dataclasses.MISSING, ()) and kind is not bool:
-        text += f" (default: {field.default})"
+    elif default not in (dataclasses.MISSING, ()) and default is not False:
+        text += f" (default: {default})"
     converter = {int: whole, float: real, str: named}.get(kind)
     note = Parameter(
         name=f"--{flag.replace('_', '-')}",

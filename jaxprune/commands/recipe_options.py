@@ -43,8 +43,8 @@ class WholeModel:
 
     preset: str | None = None
     """Options that serve most: all weigh outputs by the loss's gradients, give every linear layer a sparsity of its
-    own and tune the kept weights; best for longer than fast, and thorough on a million tokens (see --tune-tokens), for
-    which --dry-run says how long it takes. Options given beside it win."""
+    own, but for N:M, and tune the kept weights; best for longer than fast, and thorough on a million tokens (see
+    --tune-tokens), for which --dry-run says how long it takes. Options given beside it win."""
     uniform: bool = False
     """The same sparsity for every linear layer, whatever the preset says."""
     asymmetry: float = 0.0
@@ -101,7 +101,7 @@ class RecipeOptions:
         method, mask, update = (line.value(name) for name in ("method", "mask", "update"))
         if method and mask and update:
             raise InputError("--mask and --update together say all that --method does: leave one of the three out")
-        self._whole_model = whole_model
+        self._whole_model, self._chosen = whole_model, line.value("preset")
         self._mask, self._update = mask or method or "admm", update or method or "admm"
         self._given_mask = masks.is_stored(self._mask)
         self.classes: dict[str, type] = {"update": methods.load(self._update)}
@@ -111,15 +111,17 @@ class RecipeOptions:
     def sections(self) -> Iterator[Section]:
         """Yields the flags, by heading."""
         names = f"Methods: {', '.join(methods.names())}; --method NAME --help shows a method's own options."
+        own = self._preset(self._chosen, {}) if self._chosen in PRESETS else {}
         yield Section("Pruning", Flags, help=names)
         if self._whole_model:
-            yield Section("The whole model", WholeModel, help=f"Presets: {', '.join(PRESETS)}.")
-            yield Section("Importance, by the gradients of the loss", Importance)
-            yield Section("Tuning, towards the dense model's predictions", Tuning)
+            presets = f"Presets: {', '.join(PRESETS)}; --preset NAME --help shows what one sets as defaults."
+            yield Section("The whole model", WholeModel, help=presets)
+            yield Section("Importance, by the gradients of the loss", Importance, defaults=own)
+            yield Section("Tuning, towards the dense model's predictions", Tuning, defaults=own)
             yield Section("Experts", Experts)
         for role, cls in self.classes.items():
-            about = (inspect.getdoc(cls) or "").partition("\n\n")[0]
-            yield Section(f"Method {self._name(role)}", cls, self.flag_of(role), " ".join(about.split()))
+            about = " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
+            yield Section(f"Method {self._name(role)}", cls, self.flag_of(role), about, defaults=own)
 
     @staticmethod
     def elsewhere(flag: str) -> str:

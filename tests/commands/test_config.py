@@ -270,6 +270,15 @@ def test_unknown_flags_and_values_are_errors_of_the_users(line: str, capsys: pyt
     assert said.startswith("error: ") and said.count("\n") == 1
 
 
+def test_help_beside_a_preset_has_its_defaults(capsys: pytest.CaptureFixture) -> None:
+    for line, there in (("--preset thorough --help", True), ("--help", False)):
+        with pytest.raises(SystemExit):
+            parse(line.split())
+        text = re.sub(r"[\s│]", "", capsys.readouterr().out)
+        for default in (0.03, True, 0.3, 1_000_000, 0.25):
+            assert (f"(default:{default})" in text) == there
+
+
 @pytest.mark.parametrize("name", methods.names())
 def test_help_explains_every_flag(name: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:
