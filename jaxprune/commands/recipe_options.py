@@ -101,7 +101,7 @@ class RecipeOptions:
         method, mask, update = (line.value(name) for name in ("method", "mask", "update"))
         if method and mask and update:
             raise InputError("--mask and --update together say all that --method does: leave one of the three out")
-        self._whole_model, self._chosen = whole_model, line.value("preset")
+        self._whole_model, self._preset_name = whole_model, line.value("preset")
         self._mask, self._update = mask or method or "admm", update or method or "admm"
         self._given_mask = masks.is_stored(self._mask)
         self.classes: dict[str, type] = {"update": methods.load(self._update)}
@@ -111,7 +111,7 @@ class RecipeOptions:
     def sections(self) -> Iterator[Section]:
         """Yields the flags, by heading."""
         names = f"Methods: {', '.join(methods.names())}; --method NAME --help shows a method's own options."
-        own = self._preset(self._chosen, {}) if self._chosen in PRESETS else {}
+        own = self._preset(self._preset_name, {}) if self._preset_name in PRESETS else {}
         yield Section("Pruning", Flags, help=names)
         if self._whole_model:
             presets = f"Presets: {', '.join(PRESETS)}; --preset NAME --help shows what one sets as defaults."
