@@ -85,9 +85,14 @@ def add_grouped(
 
 @partial(jax.jit, donate_argnums=0)
 def symmetric(total: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """Returns the symmetric matrix of a total that was added up to its diagonal; the total is donated."""
+    """Returns the symmetric matrix of a total that was added up to its diagonal; the total is donated.
+
+    A block on the diagonal is mirrored too: not every matrix product gives XᵀX the same rounding on both sides.
+    """
     for rows in _blocks(len(total)):
         total = total.at[: rows.start, rows].set(total[rows, : rows.start].T)
+        block = total[rows, rows]
+        total = total.at[rows, rows].set(jnp.tril(block) + jnp.tril(block, -1).T)
     return total
 
 

@@ -16,6 +16,13 @@ def test_gram_is_float32_accurate(dtype: jnp.dtype, width: int) -> None:
     np.testing.assert_allclose(gram, exact.T @ exact, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("width", [12, 519])
+def test_what_is_below_the_diagonal_stands_above_it_too(width: int) -> None:
+    total = np.random.default_rng(0).normal(size=(width, width)).astype(np.float32)
+    expected = np.tril(total) + np.tril(total, -1).T
+    np.testing.assert_array_equal(stats.symmetric(jnp.asarray(total)), expected)
+
+
 def test_batches_add_up_to_the_gram_of_all() -> None:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 10, 300)))
     total = jnp.zeros((300, 300))
