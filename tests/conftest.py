@@ -21,11 +21,18 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-# XLA takes a third of the time to compile without optimizing, and without its newer code for fused loops, as long as it
-# has the older. Command lines in processes of their own have both, unless `xla.quick` says otherwise.
+# XLA takes a third of the time to compile without optimizing, without its newer code for fused loops, as long as it has
+# the older, and on one thread where others have work too. Command lines in processes of their own have all that, unless
+# `xla.quick` says otherwise.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ[xla.FLAGS] = " ".join(
-        filter(xla.knows, ["--xla_cpu_use_fusion_emitters=false", "--xla_backend_optimization_level=0"])
+        flag
+        for flag in (
+            "--xla_cpu_use_fusion_emitters=false",
+            "--xla_backend_optimization_level=0",
+            "--xla_cpu_parallel_codegen_split_count=1",
+        )
+        if xla.knows(flag)
     )
 flags = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = f"{flags} {os.environ[xla.FLAGS]}".strip()  # XLA takes a blank for the name of a file

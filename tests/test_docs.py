@@ -34,8 +34,10 @@ ROOT = Path(__file__).parents[1]
 PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]}
 RUN = """
 import json, sys
-for block in json.load(sys.stdin):
-    exec(compile(block, "<block>", "exec"), {"__name__": "__main__"})
+for page in json.load(sys.stdin):
+    print("\\f", end="")
+    for block in page:
+        exec(compile(block, "<block>", "exec"), {"__name__": "__main__"})
 """
 
 
@@ -43,18 +45,26 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)
 
 
-def run_python(page: str, checkpoint: Path, folder: Path) -> list[str]:
-    """Runs a page's examples, on a small checkpoint instead of SmolLM2, and returns the lines that they print."""
-    code = [text.replace('load("smollm2-135m")', f"load({str(checkpoint)!r})") for text in blocks(page, "python")]
+def run_python(pages: list[str], checkpoint: Path, folder: Path) -> list[list[str]]:
+    """Runs pages' examples, on a small checkpoint instead of SmolLM2, and returns the lines that those of each print.
+
+    All run in one process, in which JAX begins once.
+    """
+    small = f"load({str(checkpoint)!r})"
+    code = [[text.replace('load("smollm2-135m")', small) for text in blocks(page, "python")] for page in pages]
     command = [sys.executable, "-W", "error::UserWarning", "-c", RUN]
     environment = os.environ | xla.quick()
     done = subprocess.run(command, input=json.dumps(code), cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return [printed.splitlines() for printed in done.stdout.split("\f")[1:]]
 
 
 def test_the_readmes_examples_run_and_their_result_is_used(checkpoint: Path, tmp_path: Path) -> None:
-    first, second, *rest, last = run_python("README.md", checkpoint, tmp_path)
+    masks = MaskWriter(tmp_path / "masks.safetensors", {(0, "mlp.up_proj"): (12, 20)})
+    masks.write(0, {"mlp.up_proj": np.zeros((20, 2), np.uint8)})
+    masks.finish()
+    pages = ["README.md", "docs/guide/use.md", "docs/guide/fine-tune.md", "docs/extending/family.md"]
+    (first, second, *rest, last), *others = run_python(pages[: None if torch else 1], checkpoint, tmp_path)
     assert first.startswith("0.5 0.") and second == "[]" and "perplexity of wikipedia" in "".join(rest)
     assert last.startswith("0.5 ")
     if torch is None:
@@ -68,20 +78,15 @@ def test_the_readmes_examples_run_and_their_result_is_used(checkpoint: Path, tmp
     for path, linear in linears:
         groups = (linear.weight == 0).reshape(linear.out_features, -1, 4).sum(dim=2)
         assert (groups == 2).all(), path
-    masks = MaskWriter(tmp_path / "masks.safetensors", {(0, "mlp.up_proj"): (12, 20)})
-    masks.write(0, {"mlp.up_proj": np.zeros((20, 2), np.uint8)})
-    masks.finish()
-    assert run_python("docs/guide/use.md", checkpoint, tmp_path)[-1].endswith(" zeros")
-    assert run_python("docs/guide/fine-tune.md", checkpoint, tmp_path)[-2:] == [
-        "21 parameters keep their zeros",
-        "1 masks",
-    ]
-    assert run_python("docs/extending/family.md", checkpoint, tmp_path)[-1] == "True"
+    use, tuned, family = others
+    assert use[-1].endswith(" zeros")
+    assert tuned[-2:] == ["21 parameters keep their zeros", "1 masks"]
+    assert family[-1] == "True"
 
 
 @pytest.mark.slow
 def test_the_guides_python_runs(checkpoint: Path, tmp_path: Path) -> None:
-    problems, errors, recipe, kernel, module = run_python("docs/guide/python.md", checkpoint, tmp_path)
+    ((problems, errors, recipe, kernel, module),) = run_python(["docs/guide/python.md"], checkpoint, tmp_path)
     assert problems == "[] 0.5" and errors.startswith("0 0.") and "; 2 0." in errors
     assert recipe.startswith("best: alps") and "1 epochs of tuning" in recipe
     assert kernel.startswith("0.5 ") and module == "(4096, 64) 0.5"

@@ -91,7 +91,8 @@ def test_the_family_computes_what_transformers_does(installed: Path, arcee: Path
         "import numpy, sys, jaxprune; from tests.helpers.logits import logits; model = jaxprune.load(sys.argv[1]);"
         "numpy.save('logits.npy', logits(model, numpy.load('tokens.npy').astype('int32'))[0])"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(installed), str(Path(__file__).parents[1])])}
+    paths = os.pathsep.join([str(installed), str(Path(__file__).parents[1])])
+    environment = os.environ | xla.quick() | {"PYTHONPATH": paths}
     command = [sys.executable, "-c", code, str(arcee)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.helpers import families, tiny
+from tests.helpers import families, tiny, xla
 from tests.helpers.command import free_port
 from tests.helpers.optional import needs_torch
 
 
 def command(line: list[object], **environment: str) -> subprocess.Popen:
     argv = [sys.executable, "-m", "jaxprune.run", *map(str, line)]
-    settings = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
+    settings = os.environ | xla.quick() | {"HF_HUB_OFFLINE": "1"} | environment
     return subprocess.Popen(argv, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -56,7 +56,7 @@ def run_code(code: str, *args: object, **environment: str) -> None:
     """Runs Python code in a process of its own."""
     argv = [sys.executable, "-c", code, *map(str, args)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    finish(subprocess.Popen(argv, env=os.environ | environment, text=True, **pipes))
+    finish(subprocess.Popen(argv, env=os.environ | xla.quick() | environment, text=True, **pipes))
 
 
 def run_all(*lines: list[object]) -> None:
@@ -149,8 +149,8 @@ np.savez(out, **found)
 def test_a_steps_gradients_are_those_of_one_device(line: list[object], tmp_path: Path) -> None:
     """Eight windows, one a device; the zeros that come behind it are the same, but for ties by rounding."""
     for count in (1, 8):
-        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}", "JAX_PLATFORMS": "cpu"}
-        run_code(GRADIENTS, line[1], count, tmp_path / f"{count}.npz", **flags)
+        flags = f"{xla.quick()['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+        run_code(GRADIENTS, line[1], count, tmp_path / f"{count}.npz", XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
     one, eight = (np.load(tmp_path / f"{count}.npz") for count in (1, 8))
     assert len(one.files) == 2 * 3 * 7 + 1 and one.files == eight.files
     for name in one.files:

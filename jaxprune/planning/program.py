@@ -64,7 +64,7 @@ class Program:
 
     def most_bytes(self) -> int:
         """Returns no less than a call's device memory, without compiling: as if every intermediate result stayed."""
-        return self.resident + size_of(self.arguments) + _produced(self._traced.jaxpr.jaxpr)
+        return self.resident + size_of(self.arguments) + _produced(self._traced.jaxpr)
 
     def compiled(self, options: Mapping[str, Any] = MappingProxyType({})) -> jax.stages.Compiled:
         """Compiles the program, for the devices that its arguments lie on; options are the compiler's."""
@@ -101,6 +101,11 @@ def outside_bytes(compiled: jax.stages.Compiled) -> int:
     return memory.argument_size_in_bytes + memory.output_size_in_bytes
 
 
+_once = functools.lru_cache(4096)
+"""JAX traces a function once for the same shapes, so programs share most of what is inside them."""
+
+
+@_once
 def count_flops(jaxpr: ClosedJaxpr | Jaxpr) -> Flops:
     """Counts the FLOPs of the products and factorizations that a program's results need.
 
@@ -110,6 +115,9 @@ def count_flops(jaxpr: ClosedJaxpr | Jaxpr) -> Flops:
 
     Args:
         jaxpr: the program.
+
+    Returns:
+        The count, which is not to be changed: it is that of the next call, too.
     """
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     needed = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
@@ -150,13 +158,15 @@ def _flops_of(equation: JaxprEqn) -> Flops:
     return Flops({BF16X6 if by_parts else operand.dtype.name: count})
 
 
-def _produced(jaxpr: Jaxpr) -> int:
+@_once
+def _produced(jaxpr: ClosedJaxpr | Jaxpr) -> int:
     """Returns the bytes of the results of all equations; those of a loop's body count once."""
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     total = 0
     for equation in jaxpr.eqns:
         total += sum(_bytes_of(v.aval) for v in equation.outvars if hasattr(v.aval, "dtype"))
         for inner in _inside(equation):
-            total += _produced(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
+            total += _produced(inner)
     return total
 
 

@@ -15,7 +15,7 @@ from jaxprune import StreamedModel
 from jaxprune.commands.lm_eval import main as lm_eval_main
 from jaxprune.errors import InputError
 from jaxprune.evaluation.lm import StreamedLM
-from tests.helpers import families, rows, tiny
+from tests.helpers import families, rows, tiny, xla
 from tests.helpers.optional import needs_torch, torch
 
 if torch:
@@ -189,7 +189,7 @@ def test_the_jax_backend_needs_no_torch(checkpoint: Path, tmp_path: Path) -> Non
     data = rows.write(tmp_path / "rows")
     options = ["--eval", "zero-shot", "--tasks", "rte,openbookqa", "--tasks-data", data, "--out", tmp_path / "out"]
     command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, [checkpoint, *options])]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | xla.quick())
     assert done.stdout.splitlines()[-1] == "[0, 2]", done.stderr
     assert "openbookqa, acc_norm" in done.stdout
     assert "pip install 'jaxprune[torch]'" in done.stderr.splitlines()[-1]
@@ -234,6 +234,7 @@ def test_lm_evals_own_command_line_knows_the_model(checkpoint: Path, tmp_path: P
     )
     command = [sys.executable, "-m", "jaxprune", "lm-eval", "run", "--model", "jaxprune", "--tasks", "mine"]
     command += ["--model_args", f"pretrained={checkpoint}", "--include_path", str(task), "--output_path", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    environment = os.environ | xla.quick() | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "|acc" in done.stdout.replace(" ", "")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprune import InputError
+from tests.helpers import xla
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "ctypes.dlsym"}
 """Audit events of file operations."""
@@ -19,7 +20,7 @@ EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "
 def jaxprune(*args: object, cwd: Path) -> subprocess.CompletedProcess:
     """Runs a command line of `python -m jaxprune.run`."""
     command = [sys.executable, "-m", "jaxprune.run", *map(str, args)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    environment = os.environ | xla.quick() | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 

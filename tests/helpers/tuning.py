@@ -1,5 +1,7 @@
 """Pruned layers to be tuned, a text to tune on, and what a tuning tells."""
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,12 @@ class Steps(Observer):
 
     def divergence_measured(self, tokens: int, divergence: float) -> None:
         self.held_out.append((tokens, divergence))
+
+
+def kept_at(number: int) -> Callable[..., bool]:
+    """For `Journal.worth_keeping`, which asks the clock: the step of that number from now is kept, and no other."""
+    steps = itertools.count(1)
+    return lambda *_: next(steps) == number
 
 
 def pruned(checkpoint: Path, sparsity: float = 0.5) -> list[LayerResult]:

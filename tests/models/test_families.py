@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -120,7 +121,7 @@ def test_rows_that_no_token_has_are_zero(family: str, tmp_path: Path) -> None:
     model = load(tmp_path)
     layer = model.architecture.layers[0]
     x = jnp.asarray(model.embed(np.random.default_rng(0).integers(0, 300, (2, 40), np.int32)).array)
-    _, taps = layer(model.put_layer(0, next(model.layers())), x)
+    _, taps = jax.jit(layer)(model.put_layer(0, next(model.layers())), x)
     routed = [tap for tap in taps.values() if isinstance(tap, Routed)]
     assert len(routed) == 3
     for tap in routed:

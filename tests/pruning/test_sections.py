@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -127,9 +128,10 @@ def test_each_section_has_its_share(widths: tuple[int, ...], outputs: int, spars
     assert isinstance(pattern, InSections)
     steps = [0.1, 0.5, 0.9, 1.0]
     selector, owner = pattern.selector(scores.shape, steps), np.repeat(np.arange(len(widths)), widths)
+    select = jax.jit(lambda selector, scores, step: selector(scores, step))
     before = np.zeros(len(widths), int)
     for step in range(len(steps)):
-        mask = np.asarray(selector(jnp.asarray(scores), step))
+        mask = np.asarray(select(selector, scores, step))
         zeros = by_section((~mask).sum(axis=0), sections)
         for index, count in enumerate(zeros.values()):
             columns = np.resize(owner, outputs) == index
