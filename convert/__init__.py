@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from convert.checkpoint import Params as Params
 from convert.checkpoint import Reader as Reader
@@ -29,12 +29,10 @@ from convert.checkpoint import Writer as Writer
 from convert.checkpoint import disk_bytes as disk_bytes
 from convert.checkpoint import part_of as part_of
 from convert.checkpoint import parts as parts
+from convert.destination import Destination
 from convert.errors import Change
 from convert.errors import CheckpointError as CheckpointError
 from convert.errors import DamagedError as DamagedError
-
-if TYPE_CHECKING:
-    from convert.destination import Destination
 
 
 def formats() -> dict[str, ModuleType]:
@@ -75,7 +73,7 @@ def open_checkpoint(name: str | Path, *, check: bool = True) -> Reader:
 
 @contextmanager
 def create_checkpoint(
-    place: "str | Path | Destination",
+    place: str | Path | Destination,
     spec: Spec,
     assets: Path,
     *,

@@ -5,14 +5,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import jaxtyping
 import pytest
 
-import tests.helpers.typecheck  # noqa: F401  found by its name below
-from tests.helpers import xla
+from tests.helpers import typecheck, xla
 
-# Shapes and dtypes in signatures are checked at every call.
-jaxtyping.install_import_hook(["jaxprune", "convert"], "tests.helpers.typecheck.check")
+# Types in signatures are checked at every call. Shapes are where a module has any: that takes many times as long.
+typecheck.install(Path(__file__).parents[1])
 
 # What one process compiles the others take: those that pytest-xdist starts, and command lines.
 CACHE = "JAX_COMPILATION_CACHE_DIR"

@@ -3,19 +3,24 @@
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 
 import pytest
 
 from tests.crash import cases, places
 from tests.crash.operations import available
 from tests.crash.world import LINES, Worlds
+from tests.helpers import xla
 
 pytestmark = pytest.mark.skipif(bool(available()), reason=available())
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
-    return Worlds(tmp_path_factory.mktemp("crash") / "worlds")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in xla.quick().items():
+            patch.setenv(name, value)
+        yield Worlds(tmp_path_factory.mktemp("crash") / "worlds")
 
 
 def middle(worlds: Worlds, name: str, phase: str, wanted: cases.Wanted = cases.changes) -> str:

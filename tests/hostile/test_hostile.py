@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from convert import CheckpointError
-from tests.helpers import tiny
+from tests.helpers import tiny, xla
 from tests.helpers.checkpoints import write_gguf
 from tests.hostile import answers, json_edits, mutations, room, targets, watchdog
 from tests.hostile.mutations import Case, Edit
@@ -31,7 +31,7 @@ COMMANDS = ("run", "resume", "convert-hf", "convert-gguf", "verify", "solve", "r
 
 @pytest.fixture(scope="module", autouse=True)
 def forked() -> None:
-    watchdog.prepare(room.PRELOAD, room.ENVIRONMENT)
+    watchdog.prepare(room.PRELOAD, room.ENVIRONMENT | xla.quick())
 
 
 def misbehave(folder: Path) -> Callable[[str], Outcome]:
@@ -55,7 +55,7 @@ def misbehave(folder: Path) -> Callable[[str], Outcome]:
 
 def test_the_watchdog_ends_what_hangs_grows_or_dies() -> None:
     names = ["fine", "hangs", "grows", "dies", "panics", "fine too"]
-    limits = Limits(seconds=1.5, first=1.5, memory=9e8)
+    limits = Limits(seconds=2.5, first=2.5, memory=9e8)
     found = {result.case: result.outcome for result in watchdog.watch(names, misbehave, limits)}
     assert found.keys() == set(names)
     assert [found[name].status for name in names] == ["succeeded", *["failed"] * 4, "succeeded"]
