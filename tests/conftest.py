@@ -1,6 +1,7 @@
 """Fixtures: a small random checkpoint, text, and the project's data folder."""
 
 import os
+import gc
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,7 +17,7 @@ typecheck.install(Path(__file__).parents[1])
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ[CACHE] = tempfile.mkdtemp(prefix="jaxprune-tests-")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"  # what takes less is compiled as soon as read
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 # XLA takes a third of the time to compile without optimizing, without its newer code for fused loops, as long as it has
@@ -38,6 +39,7 @@ os.environ["XLA_FLAGS"] = f"{flags} {os.environ[xla.FLAGS]}".strip()  # XLA take
 import jax  # noqa: E402
 
 jax.devices()  # reads the flags
+gc.set_threshold(20_000)  # what JAX traces stays, and is looked through again and again
 os.environ["XLA_FLAGS"] = flags
 
 jax.config.update("jax_enable_x64", True)
