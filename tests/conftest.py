@@ -1,7 +1,7 @@
 """Fixtures: a small random checkpoint, text, and the project's data folder."""
 
-import os
 import gc
+import os
 import shutil
 import tempfile
 from pathlib import Path
