@@ -1,6 +1,5 @@
 """Fixtures: a small random checkpoint, text, and the project's data folder."""
 
-import gc
 import os
 import shutil
 import tempfile
@@ -39,7 +38,6 @@ os.environ["XLA_FLAGS"] = f"{flags} {os.environ[xla.FLAGS]}".strip()  # XLA take
 import jax  # noqa: E402
 
 jax.devices()  # reads the flags
-gc.set_threshold(20_000)  # what JAX traces stays, and is looked through again and again
 os.environ["XLA_FLAGS"] = flags
 
 jax.config.update("jax_enable_x64", True)

@@ -187,7 +187,7 @@ print([main(sys.argv[1:]), main([*sys.argv[1:], "--overwrite", "--backend", "tor
 
 def test_the_jax_backend_needs_no_torch(checkpoint: Path, tmp_path: Path) -> None:
     data = rows.write(tmp_path / "rows")
-    options = ["--eval", "zero-shot", "--tasks", "rte,openbookqa", "--tasks-data", data, "--out", tmp_path / "out"]
+    options = ["--eval", "zero-shot", "--tasks", "openbookqa", "--tasks-data", data, "--out", tmp_path / "out"]
     command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, [checkpoint, *options])]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | xla.quick())
     assert done.stdout.splitlines()[-1] == "[0, 2]", done.stderr
