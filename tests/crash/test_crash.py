@@ -51,12 +51,14 @@ def test_kills_in_a_chain(worlds: Worlds) -> None:
     assert cases.killed(worlds, "quick", middle(worlds, "quick", "tidying"), times=4) == []
 
 
-@pytest.mark.parametrize("phase", ["layer", "record"])
+@pytest.mark.parametrize("phase", ["layer", pytest.param("record", marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_line_after_which_a_command_goes_on(worlds: Worlds, phase: str) -> None:
     assert cases.full(worlds, "quick", middle(worlds, "quick", phase, cases.grows)) == []
 
 
-@pytest.mark.parametrize(("number", "phase"), [(signal.SIGINT, "layer"), (signal.SIGTERM, "record")])
+@pytest.mark.parametrize(
+    ("number", "phase"), [(signal.SIGTERM, "record"), pytest.param(signal.SIGINT, "layer", marks=pytest.mark.slow)]
+)
 def test_a_signal_is_one_line_after_which_a_command_goes_on(worlds: Worlds, number: int, phase: str) -> None:
     assert cases.stopped(worlds, "quick", middle(worlds, "quick", phase), number) == []
 
@@ -65,7 +67,7 @@ def test_one_of_two_runs_makes_the_result(worlds: Worlds) -> None:
     assert cases.raced(worlds, ["quick", "quick"], "^mkdir work/out") == []
 
 
-@pytest.mark.parametrize("what", ["file", "empty folder"])
+@pytest.mark.parametrize("what", [pytest.param("file", marks=pytest.mark.slow), "empty folder"])
 def test_what_appears_at_the_place_of_a_result_stays(worlds: Worlds, what: str) -> None:
     assert cases.appeared(worlds, "quick", what, "^rename.* -> work/out ") == []
 

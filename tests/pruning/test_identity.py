@@ -172,7 +172,7 @@ def test_a_journal_of_schema_2_goes_on(stopped: list[str], tmp_path: Path, capsy
     assert "whether config.json is still the same is not known" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("source", ["from-file:masks", "from-checkpoint:given"])
+@pytest.mark.parametrize("source", ["from-file:masks", pytest.param("from-checkpoint:given", marks=pytest.mark.slow)])
 def test_changed_masks_are_noticed(
     source: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -162,7 +162,9 @@ def test_it_is_the_same_where_the_host_holds_the_weights(checkpoint: Path, monke
             np.testing.assert_array_equal(kernel(one, name), kernel(other, name))
 
 
-@pytest.mark.parametrize(("dtype", "stop"), [("float32", 8), ("bfloat16", 4), ("bfloat16", 11)])
+@pytest.mark.parametrize(
+    ("dtype", "stop"), [pytest.param("float32", 8, marks=pytest.mark.slow), ("bfloat16", 4), ("bfloat16", 11)]
+)
 def test_a_tuning_goes_on_where_it_was_stopped(
     dtype: str, stop: int, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
