@@ -60,11 +60,11 @@ class Program:
 
     def flops(self) -> Flops:
         """Counts the FLOPs of one call."""
-        return count_flops(self._traced.jaxpr) + self.beside
+        return count_flops(self._traced.jaxpr.jaxpr) + self.beside
 
     def most_bytes(self) -> int:
         """Returns no less than a call's device memory, without compiling: as if every intermediate result stayed."""
-        return self.resident + size_of(self.arguments) + _produced(self._traced.jaxpr)
+        return self.resident + size_of(self.arguments) + _produced(self._traced.jaxpr.jaxpr)
 
     def compiled(self, options: Mapping[str, Any] = MappingProxyType({})) -> jax.stages.Compiled:
         """Compiles the program, for the devices that its arguments lie on; options are the compiler's."""
@@ -159,9 +159,8 @@ def _flops_of(equation: JaxprEqn) -> Flops:
 
 
 @_once
-def _produced(jaxpr: ClosedJaxpr | Jaxpr) -> int:
+def _produced(jaxpr: Jaxpr) -> int:
     """Returns the bytes of the results of all equations; those of a loop's body count once."""
-    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     total = 0
     for equation in jaxpr.eqns:
         total += sum(_bytes_of(v.aval) for v in equation.outvars if hasattr(v.aval, "dtype"))
@@ -170,10 +169,11 @@ def _produced(jaxpr: ClosedJaxpr | Jaxpr) -> int:
     return total
 
 
-def _inside(equation: JaxprEqn) -> list[ClosedJaxpr | Jaxpr]:
-    """Returns the programs inside an equation."""
+def _inside(equation: JaxprEqn) -> list[Jaxpr]:
+    """Returns the programs inside an equation, without their constants, which no count needs."""
     values = (value if isinstance(value, tuple) else (value,) for value in equation.params.values())
-    return [one for one in chain.from_iterable(values) if isinstance(one, ClosedJaxpr | Jaxpr)]
+    every = [one for one in chain.from_iterable(values) if isinstance(one, ClosedJaxpr | Jaxpr)]
+    return [one.jaxpr if isinstance(one, ClosedJaxpr) else one for one in every]
 
 
 @dataclasses.dataclass(frozen=True)
