@@ -24,8 +24,8 @@ class Importance:
     """Give every linear layer a sparsity of its own, by one threshold over the whole model, this far at most from the
     one asked for, which holds in total."""
     sensitivity_windows: int | None = None
-    """Take the gradients from so many of the calibration windows, evenly spaced (default: all, which --token-power
-    needs)."""
+    """Take the gradients from so many of the calibration windows, evenly spaced, instead of all, which --token-power
+    needs."""
 
     def __post_init__(self) -> None:
         if self.sensitivity_windows is not None and self.sensitivity_windows < 1:
@@ -77,8 +77,8 @@ class Tuning:
     """Cut each window that is tuned on into so many pieces, for as many times more steps on as much text. Four pieces
     take about 1.35 times as long in all; where weights do not fit the device and come from the host, nearly four."""
     tune_tokens: int = 0
-    """Tune on so many tokens of the calibration text instead, such as 250k or 1M (0: no tuning): all of it in an
-    order drawn from the seed, but for 16 windows, of long ones fewer, on which the divergence is measured."""
+    """Tune on so many tokens of the calibration text instead, such as 250k or 1M: all of it in an order drawn
+    from the seed, but for 16 windows, of long ones fewer, on which the divergence is measured."""
     tune_zeros: float = 0.0
     """Leave this share of the sparsity above one half to the tuning: at 90 % a quarter, 0.25, is 10 %, so that the
     solves prune to 80 %. The other zeros come in up to eight rounds during the first 60 % of the steps, fewer each

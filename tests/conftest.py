@@ -24,13 +24,11 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # `xla.quick` says otherwise.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ[xla.FLAGS] = " ".join(
-        flag
-        for flag in (
+        xla.known(
             "--xla_cpu_use_fusion_emitters=false",
             "--xla_backend_optimization_level=0",
             "--xla_cpu_parallel_codegen_split_count=1",
         )
-        if xla.knows(flag)
     )
 flags = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = f"{flags} {os.environ[xla.FLAGS]}".strip()  # XLA takes a blank for the name of a file

@@ -94,13 +94,13 @@ class TextStream:
         pool = ThreadPoolExecutor(1, thread_name_prefix="text")
         try:
             ahead = [pool.submit(next, windows) for _ in range(AHEAD)]
-            epochs = dict.fromkeys(self._sources, 0)
+            ended = set()
             for number in count():
                 name, epoch, window = ahead[number % AHEAD].result()
                 ahead[number % AHEAD] = pool.submit(next, windows)
-                if epoch > epochs[name]:  # said when it is used, not when it is made
-                    log.warning("the text %s is at its end: it is taken again", name)
-                epochs[name] = epoch
+                if epoch and name not in ended:  # said when it is used, not when it is made
+                    log.warning("the text %s is at its end: it is taken again, as often as it takes", name)
+                    ended.add(name)
                 yield window
         finally:
             stopped.set()  # what is before the first window may be long

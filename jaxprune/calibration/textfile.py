@@ -31,6 +31,8 @@ SPLITS = {
 """Split -> the words in a file's or a folder's name that say so, as on the hub."""
 MOST_FILES = 100_000
 """Files of a folder that are looked at."""
+WANTED = 'rows as {"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
+"""What a file of rows has to have."""
 
 
 class Row(schema.Schema):
@@ -107,6 +109,8 @@ def _holds_conversations(path: Path) -> bool:
             "its name says no known kind of text", file=path, wanted=f"{', '.join(FORMATS)} (also packed), or .npy"
         )
     first = None if kind_of(path) == ".txt" else next(read_rows(First, path), None)
+    if first is not None and not first.model_fields_set:
+        raise InputError("its first row has neither text nor messages", file=path, wanted=WANTED)
     return first is not None and first.text is None and first.messages is not None
 
 

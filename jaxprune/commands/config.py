@@ -92,7 +92,7 @@ class Config(EvalOptions):
             raise InputError(f"--device-memory must be a positive number of GiB, not {self.device_memory}")
         self._require_processes()
         if self.tune_text and not recipe.tuning.tune_tokens:
-            wanted = "pass --tune-tokens or --preset thorough with it, or leave it out"
+            wanted = "pass --tune-tokens with it, and not 0, or leave it out"
             raise InputError(f"--tune-text does nothing by itself: {wanted}")
         default_text = calibration.default_text(self.ckpt)
         filled = with_defaults(self, eval="ppl", eval_text=default_text or "wikitext2", eval_seqlen=self.seqlen)

@@ -193,14 +193,14 @@ def _parameter(section: Section, field: dataclasses.Field, flag: str, group: Gro
     default = section.defaults.get(flag, field.default)
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    elif default not in (dataclasses.MISSING, ()) and default is not False:
+    if default not in (dataclasses.MISSING, (), None) and default is not False:
         text += f" (default: {default})"
     converter = {int: whole, float: real, str: named}.get(kind)
     note = Parameter(
         name=f"--{flag.replace('_', '-')}",
         help=text,
         group=group,
-        negative="",
+        negative=f"--no-{flag.replace('_', '-')}" if default is True else "",
         show_default=False,
         converter=_convert(converter) if converter else None,
         allow_leading_hyphen=kind in (int, float),

@@ -96,13 +96,16 @@ def _plan_for_targets(config: Config, recipe: Recipe) -> int:
         console.print(f"{count} × {target.words}")
         print_table(rows, header)
         short = list(fit.device_shortages(need, work))
-        problems += [f"{name}: {worded(one)}" for one in short]
+        for one in short:  # without the compiler it is the most that a program could need
+            told = f"does not fit: {name}: {worded(one)}"
+            problems.append(told if target.has_compiler else f"may not fit, the compiler would tell: {name}: {one}")
         needed = f"{_gib(max(need.device.values()))} of {_gib(target.usable)}"
-        summary.append([name, needed, "no" if short else "yes", duration(sum(need.seconds.values()))])
+        fits = ("no" if target.has_compiler else "perhaps") if short else "yes"
+        summary.append([name, needed, fits, duration(sum(need.seconds.values()))])
     if len(summary) > 1:
         print_table(summary, ["target", "device, GiB", "fits", "at least"])
     for problem in problems:
-        console.print(f"does not fit: {problem}")
+        console.print(problem)
     _say_uncounted(config)
     console.print("times are predictions at the data sheets' rates, without compilation or anything that the host does")
     return int(bool(problems))

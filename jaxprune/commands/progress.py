@@ -18,6 +18,8 @@ from jaxprune.planning.preflight import seconds
 from jaxprune.planning.work import Need
 from jaxprune.pruning.quantized import ERROR
 from jaxprune.pruning.results import LayerResult
+from jaxprune.pruning.tuning_steps import all_zeros_there
+from jaxprune.recipe_parts import Tuning
 from jaxprune.reporting import schema
 from jaxprune.reporting.card import summary
 from jaxprune.sharding import ONE_DEVICE, Devices
@@ -44,10 +46,11 @@ class Progress(Observer):
     Args:
         devices: the devices that the work runs on.
         tasks: whether tasks of lm-eval are part of it, whose time is not foreseen.
+        tuning: the tuning that is part of it, as `effective_tuning` has it; None: there is none.
     """
 
-    def __init__(self, devices: Devices = ONE_DEVICE, *, tasks: bool = False) -> None:
-        self._devices, self._tasks = devices, tasks
+    def __init__(self, devices: Devices = ONE_DEVICE, *, tasks: bool = False, tuning: Tuning | None = None) -> None:
+        self._devices, self._tasks, self._tuning = devices, tasks, tuning or Tuning()
         self._bar: Bar | None = None
         self._task = TaskID(0)
         self._count = 0
@@ -130,7 +133,8 @@ class Progress(Observer):
     def divergence_measured(self, tokens: int, divergence: float) -> None:
         """Prints a line on the text that is held out."""
         if self._bar:
-            self._bar.console.print(f"tuned on {tokens:,} tokens: KL divergence {divergence:.4f} nats on text held out")
+            line = f"tuned on {tokens:,} tokens: KL divergence {divergence:.4f} nats on text held out"
+            self._bar.console.print(line + ", zeros are still to come" * (not all_zeros_there(self._tuning, tokens)))
 
 
 def print_samples(qualities: Mapping[str, Quality]) -> None:

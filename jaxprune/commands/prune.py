@@ -11,6 +11,7 @@ from convert.errors import InputError
 from jaxprune.commands.config import Config, parse
 from jaxprune.commands.terminal import choose_devices, console, keep_memory, run_main
 from jaxprune.recipe import Recipe
+from jaxprune.recipe_parts import effective_tuning
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,7 +74,8 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
     what = ", ".join(f"{name} {text}" for name, text in asked.items() if text)
     console.print(f"preparing text: {what}")
     windows = windows_of(config, model)
-    progress = Progress(devices, tasks=bool(measures and measures.tasks))
+    tuning = effective_tuning(recipe.tuning, recipe.pattern)
+    progress = Progress(devices, tasks=bool(measures and measures.tasks), tuning=tuning)
     with progress:
         result = prune(
             model,

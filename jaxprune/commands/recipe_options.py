@@ -145,7 +145,7 @@ class RecipeOptions:
         """Returns the flags that a preset sets.
 
         Raises:
-            InputError: there is no such preset.
+            InputError: there is no such preset; a tuning is left out that it has not.
         """
         if name is None:
             return {}
@@ -155,10 +155,12 @@ class RecipeOptions:
         flags = {"asymmetry": preset.asymmetry} | _set(preset.importance) | _set(preset.tuning)
         if given.get("token_power"):  # needs all windows
             del flags["sensitivity_windows"]
-        if "tune_tokens" in given:  # 0: no tuning at all
-            flags.pop("tune_epochs", None)
-        if "tune_epochs" in given:
-            flags.pop("tune_tokens", None)
+        for one, other in (("tune_epochs", "tune_tokens"), ("tune_tokens", "tune_epochs")):
+            if one in given and other in flags and other not in given:
+                if not given[one]:
+                    tuned, without = (f"--{kind.replace('_', '-')}" for kind in (other, one))
+                    raise InputError(f"--preset {name} has {tuned}: {tuned} 0 leaves its tuning out, not {without} 0")
+                del flags[other]
         if not any({**flags, **given}.get(name) for name in ("tune_epochs", "tune_tokens")):
             flags = {name: value for name, value in flags.items() if name not in HOW_TUNED}
         for role in self.classes:

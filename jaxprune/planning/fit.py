@@ -9,7 +9,7 @@ from convert.files import existing_parent
 from jaxprune.errors import Change, InputError
 from jaxprune.hardware import HEADROOM, device_memory
 from jaxprune.planning.machine import host_memory
-from jaxprune.planning.preflight import need
+from jaxprune.planning.preflight import best_step_bytes, need
 from jaxprune.planning.work import GIB, Need, Work
 from jaxprune.pruning.journal_folder import journal_folder
 
@@ -65,12 +65,17 @@ def _host_and_disk(need: Need, work: Work) -> Iterator[Shortage]:
     host, phase = max((size + work.on_cpu * need.device[phase], phase) for phase, size in need.host.items())
     free = host_memory()
     if free is not None and host > free:
-        remedies: dict[str, Any] = {"nsamples": Change.LOWER, "seqlen": Change.LOWER}
-        remedies |= {"hidden": "disk"} if work.scratch is None else {}
-        remedies |= _untuned(work) if phase == "tune" else {}
-        yield Shortage(
-            f"{phase} needs {host / GIB:.1f} GiB of host memory, of which {free / GIB:.1f} are free", options=remedies
-        )
+        problem = f"{phase} needs {host / GIB:.1f} GiB of host memory, of which {free / GIB:.1f} are free"
+        states = need.scratch[phase] if work.scratch is None else 0
+        remedies: dict[str, Any] = {"hidden": "disk"} if states else {}
+        if phase != "tune":
+            remedies = {"nsamples": Change.LOWER, "seqlen": Change.LOWER} | remedies
+        else:  # a few windows' states at a time; most is weights
+            remedies = (remedies if host - states <= free else {}) | _untuned(work)
+            if host - (best := best_step_bytes(work)) <= free:
+                problem += f", {best / GIB:.1f} of them to keep the weights of the best step, as epochs do not"
+                remedies = {"tune_epochs": 2} | remedies
+        yield Shortage(problem, options=remedies)
     disk, room = sum(need.disk.values()), free_disk(work)
     if work.scratch:
         states, has = max(need.scratch.values()), shutil.disk_usage(work.scratch).free

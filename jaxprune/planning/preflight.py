@@ -229,7 +229,7 @@ def _host(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
             found[phase] += 2 * energies * work.recipe.importance.weighs
     if "tune" in phases:
         kernels = work.pruned_bytes
-        found["tune"] += work.stored_bytes() - kernels + work.mask_bytes + _best(work)
+        found["tune"] += work.stored_bytes() - kernels + work.mask_bytes + best_step_bytes(work)
         if not work.placement.results:  # the layers' inputs, until their backward pass
             found["tune"] += len(work.architecture.layers) * work.states_bytes(*work.steps.shape)
         # The pruned kernels are there at first; layer by layer the tuning's state takes their place, here or there.
@@ -265,12 +265,12 @@ def _disk(work: Work) -> dict[str, int]:
         "the checkpoint": work.stored_bytes(),
         "layers that are finished": (layers + work.mask_bytes) * copies,  # one goes when the next is whole
         "hidden states": 2 * hidden * (2 if work.recipe.asymmetry else 1),
-        "tuning": 2 * ((work.tuned_bytes + work.mask_bytes) * tuned + _best(work)),
+        "tuning": 2 * ((work.tuned_bytes + work.mask_bytes) * tuned + best_step_bytes(work)),
     }
 
 
-def _best(work: Work) -> int:
-    """Returns the bytes of the kernels that were best on windows held out."""
+def best_step_bytes(work: Work) -> int:
+    """Returns the bytes of the kernels that were best on windows held out, which a tuning by epochs does not keep."""
     return work.pruned_bytes * (work.recipe.tuning.tune_tokens > 0)
 
 

@@ -79,7 +79,8 @@ def of_stream(stream: TextStream, tuning: Tuning) -> Text:
     steps = TuningSteps.of(tuning, 1, stream.length, stream.held_out.size)
     if stream.tokens < steps.count * steps.tokens:
         log.warning(
-            "the text to tune on has about %s tokens beside those that are held out: %s take it %.1f times",
+            "the text to tune on has about %s tokens beside those that are held out, and the tuning takes %s: it sees "
+            "them %.1f times (more text would bring more)",
             f"{stream.tokens:,}",
             f"{steps.count * steps.tokens:,}",
             steps.count * steps.tokens / max(1, stream.tokens),

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 from jaxprune import hardware
+from jaxprune.errors import Change, InputError
 from jaxprune.recipe_parts import Tuning
 
 MEASURES = 16
@@ -57,10 +58,18 @@ class TuningSteps:
             windows: the number of calibration windows.
             length: tokens of a window.
             held_out: tokens of the windows that are held out.
+
+        Raises:
+            InputError: a step takes more tokens than there are to be; a piece would have one token.
         """
         pieces, length = tuning.pieces(windows, length)
         if tuning.tune_tokens:
             each = tuning.tune_windows
+            if each * length > tuning.tune_tokens:
+                raise InputError(
+                    f"a step of the tuning takes {each * length:,} tokens, more than the {tuning.tune_tokens:,} of all",
+                    options={"tune_tokens": Change.RAISE, "tune_windows": Change.LOWER},
+                )
             count = max(1, round(tuning.tune_tokens / (each * length)))
             different = count * each
         else:

@@ -40,6 +40,7 @@ GOOD = b'{"text": "a cat"}\n'
         ("a.jsonl", b"\n\r\n  \n", "it holds no text"),
         ("a.jsonl", b'{"text": ""}\n', "it holds no text"),
         ("a.jsonl", GOOD + b'\n{"words": "x"}', r"line 3\.text: an entry is missing"),
+        ("a.jsonl", b'{"conversations": []}', "its first row has neither text nor messages, wanted rows as"),
         ("a.jsonl", GOOD + b'{"text": null}', r"line 2\.text: an entry cannot be used, found None, wanted a valid"),
         ("a.jsonl", GOOD + b'{"text": 5}', r"line 2\.text: .*found 5"),
         ("a.jsonl", GOOD + b'{"text": ["a"]}', r"line 2\.text: .*found \['a'\]"),
@@ -73,7 +74,7 @@ def test_what_is_no_text_is_one_line(name: str, content: bytes, message: str, tm
 @pytest.mark.parametrize(
     ("column", "message"),
     [
-        ({"words": ["a"]}, r"text: a column is missing, found \['words'\]"),
+        ({"words": ["a"]}, "its first row has neither text nor messages, wanted rows as"),
         ({"text": ["a", None]}, r"row 2\.text: an entry cannot be used, found None"),
         ({"text": [1, 2]}, r"row 1\.text: an entry cannot be used, found 1"),
         ({"text": [["a"]]}, r"row 1\.text: .*found \['a'\]"),
@@ -87,6 +88,12 @@ def test_columns_of_parquet_files(column: dict[str, Any], message: str, tmp_path
     content = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(content[:-20])
     refused("no .parquet file, or damaged", tmp_path / "a.parquet")
+
+
+def test_a_later_file_without_text_says_what_it_has(tmp_path: Path) -> None:
+    for number, name in enumerate(("text", "words")):
+        parquet.write_table(pyarrow.table({name: ["a"]}), tmp_path / f"{number}.parquet")
+    refused(r"1\.parquet: text: a column is missing, found \['words'\]", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a[1].jsonl", "*.jsonl", "a?{b}.jsonl", "a::b.jsonl", "x%20 $HOME.jsonl"])

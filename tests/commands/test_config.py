@@ -107,13 +107,17 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
     assert made.method_text.startswith(f"{preset}: admm, ")
     assert recipe("--tune-epochs 7 --spread 0.05").tuning.tune_epochs == 7
     assert recipe("--tune-epochs 7 --spread 0.05").importance.spread == 0.05
+    assert not recipe("--no-weigh-outputs").importance.weigh_outputs
     # N:M has all its zeros from the solves.
     for line, target, late in (("--uniform", "50 %", made.tuning.tune_zeros), ("--pattern 2:4", "2:4", 0.0)):
         fixed = recipe(line)
         assert (fixed.importance.spread, fixed.pattern_text) == (0.0, target)
         assert fixed.importance.weigh_outputs and fixed.tuning == dataclasses.replace(made.tuning, tune_zeros=late)
     assert fixed == made.at("2:4")
-    assert recipe("--tune-epochs 0").tuning == recipe("--tune-tokens 0").tuning == Tuning()
+    own, other = ("tokens", "epochs") if made.tuning.tune_tokens else ("epochs", "tokens")
+    assert recipe(f"--tune-{own} 0").tuning == Tuning()
+    with pytest.raises(InputError, match=f"--tune-{own} 0 leaves its tuning out, not --tune-{other} 0"):
+        recipe(f"--tune-{other} 0")
     assert recipe("--tune-tokens 0 --tune-epochs 0").tuning == Tuning()
     pieces, late = made.tuning.tune_pieces, made.tuning.tune_zeros
     assert recipe("--tune-tokens 250k").tuning == Tuning(tune_tokens=250_000, tune_pieces=pieces, tune_zeros=late)
@@ -275,8 +279,9 @@ def test_help_beside_a_preset_has_its_defaults(capsys: pytest.CaptureFixture) ->
         with pytest.raises(SystemExit):
             parse(line.split())
         text = re.sub(r"[\s│]", "", capsys.readouterr().out)
-        for default in (0.03, True, 0.3, 1_000_000, 0.25):
+        for default in (0.03, True, 0.3, 8, 1_000_000, 0.25):
             assert (f"(default:{default})" in text) == there
+    assert text.count("(default:") > 20 and not re.search(r"\(default:[^)]*\)\(default", text)
 
 
 @pytest.mark.parametrize("name", methods.names())

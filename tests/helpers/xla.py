@@ -13,12 +13,14 @@ def quick() -> dict[str, str]:
     return {"XLA_FLAGS": os.environ[FLAGS]}
 
 
-def knows(flag: str) -> bool:
-    """Whether this version of XLA has a flag, given as `--name=value`.
+def known(*flags: str) -> list[str]:
+    """Returns those of some flags, each as `--name=value`, that this version of XLA has.
 
     XLA ends a process that sets a flag unknown to it, so the question takes a process of its own. The names in the
     library's bytes do not answer it: those of removed flags stay there as reserved.
     """
-    environment = os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=environment, capture_output=True)
-    return done.returncode == 0
+    if done.returncode == 0:
+        return list(flags)
+    return [flag for one in flags for flag in known(one)] if len(flags) > 1 else []

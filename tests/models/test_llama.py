@@ -124,7 +124,7 @@ def test_submodules_and_taps_are_those_of_transformers(checkpoint: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "length", [64, 65, 256, 257, 300, 512, 700, 4200]
+    "length", [64, 65, 256, 257, *(pytest.param(one, marks=pytest.mark.slow) for one in (300, 512, 700)), 4200]
 )  # the last one has segments of several blocks
 def test_attention_in_blocks_is_attention(length: int) -> None:
     generator = np.random.default_rng(0)
@@ -139,11 +139,11 @@ def test_attention_in_blocks_is_attention(length: int) -> None:
     [
         (64, None, jnp.float32, 2e-5),
         (65, 20, jnp.float32, 2e-5),
-        (700, None, jnp.float32, 2e-5),
+        pytest.param(700, None, jnp.float32, 2e-5, marks=pytest.mark.slow),
         (700, 100, jnp.float32, 2e-5),
         (4200, None, jnp.float32, 2e-5),
         (700, None, jnp.bfloat16, 0.05),
-        (700, 100, jnp.float16, 0.008),
+        pytest.param(700, 100, jnp.float16, 0.008, marks=pytest.mark.slow),
     ],
 )
 def test_attention_in_blocks_has_the_gradients_of_attention(

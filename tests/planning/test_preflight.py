@@ -124,6 +124,23 @@ def test_what_does_not_fit_is_said_before_the_work(
     assert (tmp_path / "out").exists()
 
 
+def test_where_a_tuning_needs_too_much_only_what_would_be_enough_is_named(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = work_of("--ckpt", checkpoint, "--nsamples", 8, "--seqlen", 64, "--tune-tokens", 16 * 64)
+    need = Need({"tune": 0}, {"tune": 10 * GIB}, {}, {"tune": 2 * GIB}, 0, {})
+    monkeypatch.setattr(fit, "free_disk", lambda _: GIB)
+    monkeypatch.setattr(fit, "best_step_bytes", lambda _: 4 * GIB)
+    for free, options in ((9, ["tune_epochs", "hidden", "tune_tokens"]), (7, ["tune_epochs", "tune_tokens"])):
+        monkeypatch.setattr(fit, "host_memory", lambda free=free: free * GIB)
+        (short,) = fit.shortages(need, work)
+        assert [*short.options] == options
+        assert "10.0 GiB of host memory, of which" in str(short) and "4.0 of them to keep the weights" in str(short)
+    monkeypatch.setattr(fit, "host_memory", lambda: 5 * GIB)
+    (short,) = fit.shortages(need, work)
+    assert short.options == {"tune_tokens": 0} and "weights" not in str(short)
+
+
 @pytest.mark.slow
 def test_the_memory_of_a_run_is_foreseen(tmp_path: Path) -> None:
     """Host memory of a run that is more than the libraries' own, within a fifth."""

@@ -33,6 +33,12 @@ def test_without_a_compiler_a_plan_counts(
     out = capsys.readouterr().out
     assert "pip install 'jaxprune[plan-x]'" in out and "1 × NVIDIA H100" in out and "1 × TPU v5e" in out
     assert out.count("│ gram") == 2 and "predictions at the data sheets' rates" in out
+    small = dataclasses.replace(without["v5e"], memory=1e5)
+    monkeypatch.setattr(targets, "TARGETS", without | {"v5e": small})
+    assert main(line(checkpoint, "h100,v5e")) == 1
+    out = capsys.readouterr().out
+    assert "may not fit, the compiler would tell: v5e: gram needs" in out and "does not fit" not in out
+    assert "lower --seqlen" not in out and "perhaps" in out
     assert main([*line(checkpoint, "v5e"), "--devices", "8"]) == 2
     assert "several TPU v5e need their compiler: pip install 'jaxprune[plan-x]'" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -276,7 +277,9 @@ def test_late_zeros_are_refused_where_none_can_come(pattern: NM | None, mask: st
     assert error.value.options == {"tune_zeros": Change.OMIT}
 
 
-def test_a_run_keeps_and_records_the_masks_of_its_end(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_run_keeps_and_records_the_masks_of_its_end(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """A kernel whose output is dead has more zeros than its pattern wants, and keeps them."""
     dense, out, file = tmp_path / "dense", tmp_path / "out", tmp_path / "masks.safetensors"
     shutil.copytree(checkpoint, dense)
@@ -288,6 +291,11 @@ def test_a_run_keeps_and_records_the_masks_of_its_end(checkpoint: Path, tmp_path
     line += ["--tune-tokens", 12 * 32, "--tune-zeros", 0.75, "--tune-rate", 0.05, "--tune-to-end"]
     line += ["--pattern", "per-output", "--sparsity", 0.75]
     assert prune([str(word) for word in (*line, "--save-masks", file, "--out", out)]) == 0
+    measured = re.findall(
+        r"tuned on (\d+) tokens: KL divergence \S+ nats on text held out(,?)", " ".join(capsys.readouterr().out.split())
+    )
+    assert measured[0][0] == "0" and measured[-1][0] == str(12 * 32)
+    assert [bool(to_come) for _, to_come in measured] == [int(tokens) < 0.6 * 12 * 32 for tokens, _ in measured]
     assert verify([str(out), "--against", str(dense)]) == 0
     record = json.loads((out / "jaxprune.json").read_text())
     stored, masks = open_checkpoint(out), from_file(file)
