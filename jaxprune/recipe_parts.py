@@ -82,8 +82,8 @@ class Tuning:
     tune_zeros: float = 0.0
     """Leave this share of the sparsity above one half to the tuning: at 90 % a quarter, 0.25, is 10 %, so that the
     solves prune to 80 %. The other zeros come in up to eight rounds during the first 60 % of the steps, fewer each
-    time, where the loss is least sensitive by then (0: the solves make all, as for N:M and where --rule gives a
-    pattern)."""
+    time, where the loss is least sensitive by then (0: the solves make all, as for N:M and for linear layers to which
+    --rule gives a pattern)."""
     tune_to_end: bool = False
     """Tune on all --tune-tokens, also when the divergence on the windows that are held out no longer falls."""
 
