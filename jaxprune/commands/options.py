@@ -196,11 +196,12 @@ def _parameter(section: Section, field: dataclasses.Field, flag: str, group: Gro
     if default not in (dataclasses.MISSING, (), None) and default is not False:
         text += f" (default: {default})"
     converter = {int: whole, float: real, str: named}.get(kind)
+    spelt = flag.replace("_", "-")
     note = Parameter(
-        name=f"--{flag.replace('_', '-')}",
+        name=f"--{spelt}",
         help=text,
         group=group,
-        negative=f"--no-{flag.replace('_', '-')}" if default is True else "",
+        negative=f"--no-{spelt}" if default is True else "",
         show_default=False,
         converter=_convert(converter) if converter else None,
         allow_leading_hyphen=kind in (int, float),

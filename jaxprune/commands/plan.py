@@ -96,11 +96,13 @@ def _plan_for_targets(config: Config, recipe: Recipe) -> int:
         console.print(f"{count} × {target.words}")
         print_table(rows, header)
         short = list(fit.device_shortages(need, work))
-        for one in short:  # without the compiler it is the most that a program could need
-            told = f"does not fit: {name}: {worded(one)}"
-            problems.append(told if target.has_compiler else f"may not fit, the compiler would tell: {name}: {one}")
+        if target.has_compiler:
+            fits = "no" if short else "yes"
+            problems += [f"does not fit: {name}: {worded(one)}" for one in short]
+        else:  # the most that its programs could need
+            fits = "perhaps" if short else "yes"
+            problems += [f"may not fit, the compiler would tell: {name}: {one}" for one in short]
         needed = f"{_gib(max(need.device.values()))} of {_gib(target.usable)}"
-        fits = ("no" if target.has_compiler else "perhaps") if short else "yes"
         summary.append([name, needed, fits, duration(sum(need.seconds.values()))])
     if len(summary) > 1:
         print_table(summary, ["target", "device, GiB", "fits", "at least"])

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from jaxprune import methods
 from jaxprune.commands.options import CommandLine, Section, make, real
-from jaxprune.errors import InputError
+from jaxprune.errors import Change, InputError
 from jaxprune.methods import Method
 from jaxprune.methods.combine import Crossed, Finished
 from jaxprune.methods.exact import Exact
@@ -158,8 +158,10 @@ class RecipeOptions:
         for one, other in (("tune_epochs", "tune_tokens"), ("tune_tokens", "tune_epochs")):
             if one in given and other in flags and other not in given:
                 if not given[one]:
-                    tuned, without = (f"--{kind.replace('_', '-')}" for kind in (other, one))
-                    raise InputError(f"--preset {name} has {tuned}: {tuned} 0 leaves its tuning out, not {without} 0")
+                    kind = one.removeprefix("tune_")
+                    raise InputError(
+                        f"the tuning of --preset {name} has no {kind}", options={other: 0, one: Change.OMIT}
+                    )
                 del flags[other]
         if not any({**flags, **given}.get(name) for name in ("tune_epochs", "tune_tokens")):
             flags = {name: value for name, value in flags.items() if name not in HOW_TUNED}

@@ -66,15 +66,18 @@ def _host_and_disk(need: Need, work: Work) -> Iterator[Shortage]:
     free = host_memory()
     if free is not None and host > free:
         problem = f"{phase} needs {host / GIB:.1f} GiB of host memory, of which {free / GIB:.1f} are free"
-        states = need.scratch[phase] if work.scratch is None else 0
-        remedies: dict[str, Any] = {"hidden": "disk"} if states else {}
-        if phase != "tune":
-            remedies = {"nsamples": Change.LOWER, "seqlen": Change.LOWER} | remedies
-        else:  # a few windows' states at a time; most is weights
-            remedies = (remedies if host - states <= free else {}) | _untuned(work)
+        in_memory = work.scratch is None  # the hidden states
+        remedies: dict[str, Any] = {}
+        if phase == "tune":  # most is weights: only what is enough
             if host - (best := best_step_bytes(work)) <= free:
                 problem += f", {best / GIB:.1f} of them to keep the weights of the best step, as epochs do not"
-                remedies = {"tune_epochs": 2} | remedies
+                remedies["tune_epochs"] = 2
+            if in_memory and host - need.scratch[phase] <= free:
+                remedies["hidden"] = "disk"
+            remedies |= _untuned(work)
+        else:
+            remedies |= {"nsamples": Change.LOWER, "seqlen": Change.LOWER}
+            remedies |= {"hidden": "disk"} if in_memory else {}
         yield Shortage(problem, options=remedies)
     disk, room = sum(need.disk.values()), free_disk(work)
     if work.scratch:

@@ -11,7 +11,7 @@ from jaxprune.commands.config import Config, parse
 from jaxprune.commands.options import field_docs
 from jaxprune.commands.prune import main
 from jaxprune.commands.recipe_options import Flags, WholeModel
-from jaxprune.errors import InputError
+from jaxprune.errors import Change, InputError
 from jaxprune.methods import Method
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.alps import ALPS
@@ -116,8 +116,9 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
     assert fixed == made.at("2:4")
     own, other = ("tokens", "epochs") if made.tuning.tune_tokens else ("epochs", "tokens")
     assert recipe(f"--tune-{own} 0").tuning == Tuning()
-    with pytest.raises(InputError, match=f"--tune-{own} 0 leaves its tuning out, not --tune-{other} 0"):
+    with pytest.raises(InputError, match=f"the tuning of --preset {preset} has no {other}") as error:
         recipe(f"--tune-{other} 0")
+    assert error.value.options == {f"tune_{own}": 0, f"tune_{other}": Change.OMIT}
     assert recipe("--tune-tokens 0 --tune-epochs 0").tuning == Tuning()
     pieces, late = made.tuning.tune_pieces, made.tuning.tune_zeros
     assert recipe("--tune-tokens 250k").tuning == Tuning(tune_tokens=250_000, tune_pieces=pieces, tune_zeros=late)
