@@ -50,6 +50,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+    # The longest tests are of the whole product: first, so that none runs alone at the end.
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
 
 
 def pytest_unconfigure() -> None:
