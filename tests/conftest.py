@@ -19,6 +19,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"  # what takes less is compiled as soon as read
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+# PyTorch's and NumPy's threads would wait for those of the other processes, and they wait by running in circles.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 # XLA takes a third of the time to compile without optimizing, without its newer code for fused loops, as long as it has
 # the older, and on one thread where others have work too. Command lines in processes of their own have all that, unless
 # `xla.quick` says otherwise.

@@ -57,7 +57,7 @@ def keep_largest(scores: Scores, zeros: Int[Array, ""]) -> Mask:
 
 def keep_largest_per_output(scores: Scores, zeros: Int[Array, ""]) -> Mask:
     """Keeps all but the smallest scores of each output."""
-    return _keep(scores, zeros, axis=(0,))
+    return _keep(scores.T, zeros, axis=(1,)).T  # a row's scores lie together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +110,9 @@ def _keep(scores: Scores, zeros: Int[Array, ""], axis: tuple[int, ...]) -> Mask:
     keep, short = bits >= threshold, zeros - below
 
     def break_ties() -> Mask:
-        index = lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+        index = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         if axis == (0, 1):
-            index = index * scores.shape[1] + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+            index += scores.shape[1] * lax.broadcasted_iota(jnp.int32, scores.shape, 0)
         last_first = jnp.where(bits == threshold, scores.size - index, scores.size + 1)
         return keep & (last_first >= _threshold(last_first, short, axis)[0])
 
@@ -121,7 +121,7 @@ def _keep(scores: Scores, zeros: Int[Array, ""], axis: tuple[int, ...]) -> Mask:
 
 
 class _Bracket(NamedTuple):
-    """A threshold lies in low ≤ threshold < high. Shapes [1, 1], or [1, m] for a threshold an output.
+    """A threshold lies in low ≤ threshold < high. Shapes [1, 1], or [n, 1] for a threshold a row.
 
     Attributes:
         low, high: keys.
@@ -136,7 +136,7 @@ class _Bracket(NamedTuple):
 
 def _threshold(
     keys: Int[Array, "n m"], zeros: Int[Array, "*_"], axis: tuple[int, ...]
-) -> tuple[Int[Array, "1 _"], Int[Array, "1 _"]]:
+) -> tuple[Int[Array, "_ 1"], Int[Array, "_ 1"]]:
     """Returns a threshold below which `zeros` non-negative keys lie, and how many do: fewer only where keys are equal.
 
     Interpolation search on the counts: a pass over the keys counts below seven candidates at once. The first are
@@ -144,64 +144,68 @@ def _threshold(
     between the nearest candidates, at multiples of the standard deviation of that guess. One is always the middle, so
     that each pass at least halves what is left whatever the keys.
     """
-    size = keys.size if axis == (0, 1) else keys.shape[0]
+    size = keys.size if axis == (0, 1) else keys.shape[1]
     floating = jnp.float64 if keys.dtype == jnp.int64 else jnp.float32
-    low = jnp.zeros_like(keys[:1, :1] if axis == (0, 1) else keys[:1])
+    far = jnp.asarray(_FAR, floating)[None]
+    low = jnp.zeros_like(keys[:1, :1] if axis == (0, 1) else keys[:, :1])
     high = jnp.full_like(low, jnp.iinfo(keys.dtype).max)
     none = jnp.zeros(low.shape, jnp.int32)
     bracket = _Bracket(low, high, none, jnp.full_like(none, size + 1))
 
-    def narrow(bracket: _Bracket, candidates: Sequence[Array]) -> _Bracket:
-        candidates = [jnp.clip(c, bracket.low + 1, bracket.high - 1) for c in candidates]
-        low, high, below_low, below_high = bracket
-        for candidate, below in zip(candidates, _counts_below(keys, candidates, axis), strict=True):
-            fits = below <= zeros
-            up, down = fits & (candidate > low), ~fits & (candidate < high)
-            low, below_low = jnp.where(up, candidate, low), jnp.where(up, below, below_low)
-            high, below_high = jnp.where(down, candidate, high), jnp.where(down, below, below_high)
-        return _Bracket(low, high, below_low, below_high)
+    def narrow(bracket: _Bracket, candidates: Int[Array, "_ c"]) -> _Bracket:
+        candidates = jnp.clip(candidates, bracket.low + 1, bracket.high - 1)
+        below = _counts_below(keys, candidates, axis)
+        fits = below <= zeros
+        return _Bracket(
+            low=jnp.max(jnp.where(fits, candidates, bracket.low), 1, keepdims=True),
+            high=jnp.min(jnp.where(fits, bracket.high, candidates), 1, keepdims=True),
+            below_low=jnp.max(jnp.where(fits, below, bracket.below_low), 1, keepdims=True),
+            below_high=jnp.min(jnp.where(fits, bracket.below_high, below), 1, keepdims=True),
+        )
 
     def spread(fraction: Array, count: Array) -> Array:
         """Returns the standard deviation of how many of `count` keys lie below a quantile."""
         return jnp.sqrt(fraction * (1 - fraction) * count)
 
-    def unfinished(bracket: _Bracket) -> Bool[Array, ""]:
+    def unfinished(state: tuple[_Bracket, Array]) -> Bool[Array, ""]:
+        bracket, _ = state
         return jnp.any((bracket.high - bracket.low > 1) & (bracket.below_low != zeros))
 
-    def interpolate(bracket: _Bracket) -> _Bracket:
+    def search(state: tuple[_Bracket, Array]) -> tuple[_Bracket, Array]:
+        bracket = narrow(*state)
         low, high, below_low, below_high = bracket
         width, inside = (high - low).astype(floating), (below_high - below_low).astype(floating)
         fraction = ((zeros - below_low).astype(floating) + 0.5) / inside
         unit = jnp.maximum(width * spread(fraction, inside) / inside, 1)
-        guesses = [low + jnp.clip(fraction * width + far * unit, 0, width).astype(keys.dtype) for far in _FAR]
-        return narrow(bracket, [low + (high - low) // 2, *guesses])
+        guesses = low + jnp.clip(fraction * width + far * unit, 0, width).astype(keys.dtype)
+        return bracket, jnp.concatenate([low + (high - low) // 2, guesses], axis=1)
 
     sample = _sorted_sample(keys, size, axis)
-    count = sample.shape[0]
+    count = sample.shape[1]
     fraction = jnp.max(zeros).astype(floating) / size
-    ranks = [fraction * count + far * spread(fraction, jnp.asarray(count, floating)) for far in (*_FAR, 0.0)]
-    quantiles = [sample[jnp.clip(rank.astype(jnp.int32), 0, count - 1)][None, :] for rank in ranks]
-    bracket = lax.while_loop(unfinished, interpolate, narrow(bracket, quantiles))
-    return bracket.low, bracket.below_low
+    ranks = fraction * count + jnp.append(far[0], 0) * spread(fraction, jnp.asarray(count, floating))
+    quantiles = sample[:, jnp.clip(ranks.astype(jnp.int32), 0, count - 1)]
+    (low, _, below_low, _), _ = lax.while_loop(unfinished, search, (bracket, quantiles))
+    return low, below_low
 
 
 _FAR = (-6.0, -1.5, -0.3, 0.3, 1.5, 6.0)
 """Where candidates lie around a guess, in its standard deviations."""
 
 
-def _sorted_sample(keys: Int[Array, "n m"], size: int, axis: tuple[int, ...]) -> Int[Array, "s _"]:
-    """Returns about 4·√size keys. The odd stride visits all outputs."""
+def _sorted_sample(keys: Int[Array, "n m"], size: int, axis: tuple[int, ...]) -> Int[Array, "_ s"]:
+    """Returns about 4·√size keys. The odd stride visits all columns."""
     stride = (math.isqrt(size) // 4) | 1
     if axis != (0, 1):
-        return jnp.sort(keys[::stride], axis=0)
+        return jnp.sort(keys[:, ::stride], axis=1)
     rows, columns = jnp.divmod(jnp.arange(0, size, stride, dtype=jnp.int32), keys.shape[1])
-    return jnp.sort(keys.at[rows, columns].get(mode="promise_in_bounds")[:, None], axis=0)
+    return jnp.sort(keys.at[rows, columns].get(mode="promise_in_bounds")[None], axis=1)
 
 
-def _counts_below(keys: Int[Array, "n m"], candidates: Sequence[Array], axis: tuple[int, ...]) -> Sequence[Array]:
+def _counts_below(keys: Int[Array, "n m"], candidates: Int[Array, "_ c"], axis: tuple[int, ...]) -> Int[Array, "_ c"]:
     """Returns how many keys lie below each candidate, in one pass: XLA makes one loop of a reduction of several
     arrays."""
-    below = tuple((keys < candidate).astype(jnp.int32) for candidate in candidates)
+    below = tuple((keys < candidate).astype(jnp.int32) for candidate in jnp.split(candidates, candidates.shape[1], 1))
     zeros = tuple(jnp.zeros((), jnp.int32) for _ in below)
     counts = lax.reduce(below, zeros, lambda a, b: tuple(map(lax.add, a, b)), axis)
-    return [count.reshape(candidates[0].shape) for count in counts]
+    return jnp.stack(counts, axis=-1).reshape(candidates.shape)

@@ -21,9 +21,12 @@ def test_pieces_are_the_continuation(checkpoint: Path) -> None:
     assert [sample.prompt for sample in found] == list(PROMPTS)
     for sample in found:
         ids = model.tokenizer(sample.prompt)["input_ids"]
+        window = np.zeros((1, 128), np.int32)  # of one length for all, so one program: what comes later is not seen
+        window[0, : len(ids)] = ids
         made = []
-        for _ in range(6):
-            made.append(int(model.logits(np.array([ids + made], np.int32))[0, -1].argmax()))
+        for at in range(len(ids), len(ids) + 6):
+            made.append(int(model.logits(window)[0, at - 1].argmax()))
+            window[0, at] = made[-1]
             if made[-1] == model.tokenizer.eos_token_id:
                 made.pop()
                 break

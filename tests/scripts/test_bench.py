@@ -1,5 +1,6 @@
 """The benchmark measures what it says, and the other ways that it compares with prune alike."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -23,6 +24,12 @@ def bench(*flags: object, cwd: Path) -> dict:
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads((cwd / "figures.json").read_text()) | {"printed": done.stdout}
+
+
+@needs_torch
+@pytest.mark.parametrize("name", sorted(file.stem for file in SCRIPTS.glob("*.py") if file.stem != "__main__"))
+def test_what_a_benchmark_imports_is_there(name: str) -> None:
+    importlib.import_module(name)
 
 
 @pytest.mark.slow
