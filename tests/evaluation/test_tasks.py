@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import typing
 from pathlib import Path
 
 import datasets
@@ -14,7 +15,7 @@ from jaxprune import StreamedModel
 from jaxprune.errors import InputError
 from jaxprune.evaluation.lm import StreamedLM
 from jaxprune.evaluation.quality import Measures, Quality
-from jaxprune.evaluation.tasks import ZERO_SHOT, Tasks, groups_of, mean_accuracy, summarize
+from jaxprune.evaluation.tasks import ZERO_SHOT, Tasks, groups_of, mean_accuracy, summarize, task_manager
 from tests.helpers import rows
 from tests.helpers.optional import needs_torch, torch
 
@@ -24,7 +25,7 @@ if torch:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Tasks:
-    return Tasks(ZERO_SHOT, rows.write(tmp_path_factory.mktemp("tasks") / "rows"))
+    return Tasks(list(ZERO_SHOT), rows.write(tmp_path_factory.mktemp("tasks") / "rows"))
 
 
 @needs_torch
@@ -53,6 +54,24 @@ def test_prompts_are_the_stock_ones(tasks: Tasks, checkpoint: Path) -> None:
     assert first["winogrande"][1][1] == " was big."
     assert len(first["hellaswag"]) == len(first["arc_easy"]) == 4
     assert all(shots == 0 for shots in results["n-shot"].values())
+
+
+def test_the_papers_tasks_are_found_without_reading_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, every = task_manager(papers_only=True).task_index, task_manager(papers_only=False).task_index
+    assert [few[name] for name in ZERO_SHOT] == [every[name] for name in ZERO_SHOT]
+    assert 7 <= len(few) < 50 < len(every)
+
+    asked = []
+
+    class Elsewhere:
+        task_index: typing.ClassVar[dict[str, object]] = {}
+
+        def __init__(self, **options: object) -> None:
+            asked.append(options)
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", Elsewhere)
+    task_manager.__wrapped__(papers_only=True)
+    assert [bool(options) for options in asked] == [True, False]
 
 
 def test_accuracies_are_counted(tasks: Tasks, checkpoint: Path) -> None:
