@@ -150,7 +150,7 @@ def save_tree(path: Path, arrays: Params) -> None:
     """
     tree = traverse_util.unflatten_dict({name: np.asarray(a, order="C") for name, a in arrays.items()}, sep=".")
     try:
-        with _spelled_for_tensorstore(path) as writable:
+        with _spelled_for_tensorstore(path) as writable, _patient():
             _orbax().save(writable, tree, overwrite=True)
     except (OSError, ValueError, RuntimeError) as error:  # tensorstore reports a full disk as a ValueError, at length
         full = os.strerror(errno.ENOSPC)
@@ -213,6 +213,14 @@ def _spelled_for_tensorstore(path: Path) -> Iterator[Path]:
         link = Path(folder) / "parent"
         link.symlink_to(path.parent)
         yield link / path.name
+
+
+def _patient() -> Any:
+    """Returns the context of a save that outlasts a sleep: Orbax gives its own writes up by the clock on the wall."""
+    context = _orbax().Context()
+    context.asynchronous.timeout_secs = 7 * 24 * 3600
+    context.asynchronous.create_directories_asynchronously = False  # which would wait for five minutes at most
+    return context
 
 
 def _orbax() -> Any:

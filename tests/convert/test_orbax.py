@@ -1,6 +1,8 @@
+import itertools
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from orbax.checkpoint import v1 as ocp
 
 from convert import CheckpointError, open_checkpoint
 from convert.__main__ import main
+from convert.orbax import load_tree, save_tree
 from tests.helpers import tiny
 from tests.helpers.checkpoints import same, tensors
 
@@ -100,3 +103,12 @@ def test_the_manifest_names_the_parts(checkpoint: Path, tmp_path: Path) -> None:
     assert main([str(checkpoint), str(tmp_path / "orbax"), "--to", "orbax"]) == 0
     manifest = json.loads((tmp_path / "orbax" / "params.json").read_text())
     assert manifest == {"parts": ["embed_tokens", "layers.0", "layers.1", "layers.2", "norm", "lm_head"]}
+
+
+@pytest.mark.parametrize("look", range(5, 50, 5))
+def test_a_save_outlasts_a_sleep(look: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, looks = time.time, itertools.count()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: clock() + 24 * 3600 * (next(looks) > look))
+        save_tree(tmp_path / "tree", {"a.b": np.ones(3)})
+    np.testing.assert_array_equal(load_tree(tmp_path / "tree")["a.b"], np.ones(3))
