@@ -4,6 +4,7 @@ The text is Wikipedia's, CC BY-SA; the wheel is gensim's, which ships the articl
 """
 
 import bz2
+import functools
 from collections.abc import Sequence
 from xml.etree import ElementTree
 
@@ -12,6 +13,7 @@ from convert.wheels import WIKIPEDIA, fetch
 PACK = True
 
 
+@functools.cache  # a run asks for the text that it is evaluated on more than once, and its markup takes seconds
 def documents(split: str) -> Sequence[str]:
     import mwparserfromhell
 
