@@ -1,5 +1,6 @@
 """Fixtures: a small random checkpoint, text, and the project's data folder."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -55,6 +56,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in slow]
     # The longest tests are of the whole product: first, so that none runs alone at the end.
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Has what is left of a file's tests left out of later garbage collections: JAX keeps millions of objects."""
+    if nextitem and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_unconfigure() -> None:

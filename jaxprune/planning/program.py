@@ -88,10 +88,10 @@ class Program:
     @functools.cached_property
     def _traced(self) -> Any:
         """The program as JAX traces it; a function of the run's own is compiled for the run as well."""
-        function = self.function
-        if isinstance(function, partial) and hasattr(function.func, "trace"):
+        function = self.function if isinstance(self.function, partial) else partial(self.function)
+        if hasattr(function.func, "trace"):
             return function.func.trace(*function.args, *self.arguments, **function.keywords)
-        return jax.jit(function, donate_argnums=self.donated).trace(*self.arguments)
+        return jax.jit(self.function, donate_argnums=self.donated).trace(*self.arguments)
 
 
 def outside_bytes(compiled: jax.stages.Compiled) -> int:

@@ -283,9 +283,10 @@ def _of_pruning_on(
 ) -> Program:
     """Returns the program that makes more of a kernel's weights zero, expert by expert."""
     *experts, inputs, outputs = kernel[0].value.shape
-    pruned, expert = partial(prune_on, pattern, times, (inputs, outputs)), [Shape((), jnp.int32)] * len(experts)
-    arguments, calls = (*kernel, *expert), count * times * math.prod(experts)
-    return Program("tune", f"late zeros of {name}", pruned, arguments, calls, resident, donated=(0, 1))
+    selector = jax.eval_shape(lambda: pattern.selector((inputs, outputs), cubic(times)))
+    arguments = *kernel, selector, *[Shape((), jnp.int32)] * (1 + len(experts))  # the time, and which expert
+    calls = count * times * math.prod(experts)
+    return Program("tune", f"late zeros of {name}", late_zeros.pruned, arguments, calls, resident, donated=(0, 1))
 
 
 class _Tuned(NamedTuple):
@@ -330,18 +331,6 @@ def of_evaluation(shapes: Shapes, windows: int, length: int, dense: Shapes | Non
     divergence = partial(text.divergence, (architecture.head, architecture.head))
     chunks = windows * (length - 1) / chunk
     yield Program("evaluate", "divergence", divergence, ((head, head), (states, states), targets), chunks)
-
-
-def prune_on(
-    pattern: Pattern,
-    times: int,
-    shape: tuple[int, int],
-    kernel: adafactor.Moving,
-    fixed: adafactor.Fixed,
-    expert: jax.Array | None = None,
-) -> Any:
-    """Makes more of a kernel's weights zero, or of an expert's, by a pattern's own counts."""
-    return late_zeros.pruned(kernel, fixed, pattern.selector(shape, cubic(times)), jnp.int32(0), expert)
 
 
 def solve(method: Method, pattern: Pattern, prepared: Any, weight: jax.Array) -> Any:

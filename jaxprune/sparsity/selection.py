@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,12 @@ class Selector:
     """Selects the mask of one kernel.
 
     Attributes:
-        zeros: numbers of zeros, one a step of a gradual schedule, the last one final. Of the whole kernel,
-            of each output for `per_output` patterns, or one a section of the outputs.
+        zeros: [steps, *sections], numbers of zeros, one a step of a gradual schedule, the last one final. Of the whole
+            kernel, of each output for `per_output` patterns, or one a section of the outputs.
         rule: (scores, zeros) -> mask.
     """
 
-    zeros: Int[Array, "steps *sections"]
+    zeros: Any  # as JAX also makes such trees of other things than arrays
     rule: Rule = dataclasses.field(metadata={"static": True})
 
     def __call__(self, scores: Scores, step: int | Int[Array, ""] = -1) -> Mask:
