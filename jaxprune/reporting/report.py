@@ -3,6 +3,7 @@
 Everything in it comes from the jaxprune.json of each folder.
 """
 
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,13 +25,7 @@ def page(records: Sequence[Record]) -> str:
     """Returns the report's HTML."""
     everything = entries(records)
     texts = list(dict.fromkeys(text for entry in everything for text in entry.quality.texts))
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("jaxprune.reporting", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.jinja").render(
+    return _template().render(
         title=_title(everything),
         entries=everything,
         runs=[entry for entry in everything if entry.run],
@@ -46,6 +41,13 @@ def page(records: Sequence[Record]) -> str:
         ],
         hardware=sorted({record.hardware for record in records if record.hardware}),
     )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    loader = jinja2.PackageLoader("jaxprune.reporting", "templates")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("report.html.jinja")
 
 
 def _figures(everything: Sequence[Entry], texts: Sequence[str]) -> list[tuple[str, list[drawing.Figure]]]:

@@ -57,7 +57,7 @@ def test_prompts_are_the_stock_ones(tasks: Tasks, checkpoint: Path) -> None:
 
 
 def test_the_papers_tasks_are_found_without_reading_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    few, every = task_manager(papers_only=True).task_index, task_manager(papers_only=False).task_index
+    few, every = task_manager(True).task_index, task_manager(False).task_index
     assert [few[name] for name in ZERO_SHOT] == [every[name] for name in ZERO_SHOT]
     assert 7 <= len(few) < 50 < len(every)
 
@@ -70,7 +70,7 @@ def test_the_papers_tasks_are_found_without_reading_all(monkeypatch: pytest.Monk
             asked.append(options)
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", Elsewhere)
-    task_manager.__wrapped__(papers_only=True)
+    task_manager.__wrapped__(True)
     assert [bool(options) for options in asked] == [True, False]
 
 
