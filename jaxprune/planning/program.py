@@ -42,7 +42,7 @@ class Program:
         phase: the phase of the run that calls it.
         name: what it computes.
         function: the function to be compiled.
-        arguments: shapes and dtypes.
+        arguments: shapes and dtypes; arrays where the time of a call depends on their values.
         calls: how often it is called in a run.
         resident: bytes on the device meanwhile which are not its arguments.
         donated: numbers of the arguments whose memory it may reuse.

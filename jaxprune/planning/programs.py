@@ -283,7 +283,7 @@ def _of_pruning_on(
 ) -> Program:
     """Returns the program that makes more of a kernel's weights zero, expert by expert."""
     *experts, inputs, outputs = kernel[0].value.shape
-    selector = jax.eval_shape(lambda: pattern.selector((inputs, outputs), cubic(times)))
+    selector = pattern.selector((inputs, outputs), cubic(times))
     arguments = *kernel, selector, *[Shape((), jnp.int32)] * (1 + len(experts))  # the time, and which expert
     calls = count * times * math.prod(experts)
     return Program("tune", f"late zeros of {name}", late_zeros.pruned, arguments, calls, resident, donated=(0, 1))

@@ -103,10 +103,12 @@ def wanted_programs(args: argparse.Namespace) -> Iterator[Program]:
 
 
 def fill(program: Program) -> tuple[Any, ...]:
-    """Arguments of a program's shapes."""
+    """Arguments of a program's shapes; what is an array stays."""
     generator = np.random.default_rng(0)
 
-    def array(shape: Shape) -> jax.Array:
+    def array(shape: Shape | jax.Array) -> jax.Array:
+        if isinstance(shape, jax.Array):
+            return shape
         if jnp.issubdtype(shape.dtype, jnp.floating):
             return jnp.asarray(generator.standard_normal(shape.shape, np.float32) * 0.1, shape.dtype)
         return jnp.zeros(shape.shape, shape.dtype)
