@@ -4,7 +4,6 @@ import gc
 import os
 import shutil
 import tempfile
-import types
 from pathlib import Path
 
 import pytest
@@ -69,15 +68,6 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def pytest_unconfigure() -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(os.environ[CACHE], ignore_errors=True)
-
-
-@pytest.fixture(autouse=True)
-def plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the plots of reports put together and not rendered, which takes half a second a run, but where they are
-    tested."""
-    if request.path.parent.name not in ("reporting", "scripts", "tests"):
-        blank = types.SimpleNamespace(print_svg=lambda file, **_: file.write('<svg width="1" height="1"/>'))
-        monkeypatch.setattr("jaxprune.reporting.drawing.FigureCanvasSVG", lambda _: blank)
 
 
 @pytest.fixture(scope="session")
