@@ -5,9 +5,11 @@ entry point whose group is the package's name, such as `jaxprune.methods`, and w
 """
 
 import difflib
+import functools
 import importlib
-import importlib.metadata
 import pkgutil
+import sys
+from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 
 from convert.errors import InputError
@@ -56,5 +58,11 @@ def _modules(package: ModuleType) -> list[str]:
     return [name for name in found if not name.startswith("_") and name not in helpers]
 
 
-def _entry_points(package: ModuleType) -> dict[str, importlib.metadata.EntryPoint]:
-    return {entry.name: entry for entry in importlib.metadata.entry_points(group=package.__name__)}
+def _entry_points(package: ModuleType) -> dict[str, EntryPoint]:
+    return _installed(package.__name__, tuple(sys.path))
+
+
+@functools.cache
+def _installed(group: str, path: tuple[str, ...]) -> dict[str, EntryPoint]:
+    """Returns a group's entry points of what is under `sys.path`: a file of every distribution is read for it."""
+    return {entry.name: entry for entry in entry_points(group=group)}

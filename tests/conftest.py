@@ -7,11 +7,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from xdist import is_xdist_controller
 
 from tests.helpers import typecheck, xla
-
-# Types in signatures are checked at every call. Shapes are where a module has any: that takes many times as long.
-typecheck.install(Path(__file__).parents[1])
 
 # What one process compiles the others take: those that pytest-xdist starts, and command lines.
 CACHE = "JAX_COMPILATION_CACHE_DIR"
@@ -34,19 +32,23 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
             "--xla_cpu_parallel_codegen_split_count=1",
         )
     )
-flags = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = f"{flags} {os.environ[xla.FLAGS]}".strip()  # XLA takes a blank for the name of a file
 
-import jax  # noqa: E402
 
-jax.devices()  # reads the flags
-os.environ["XLA_FLAGS"] = flags
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Prepares the processes that run tests; the one that hands them out need not import anything of that."""
+    if is_xdist_controller(session):
+        return
+    # Types in signatures are checked at every call. Shapes are where a module has any: that takes many times as long.
+    typecheck.install(Path(__file__).parents[1])
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} {os.environ[xla.FLAGS]}".strip()  # XLA takes a blank for the name of a file
+    import jax
 
-jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
-
-from tests.helpers import tiny  # noqa: E402
+    jax.devices()  # reads the flags
+    os.environ["XLA_FLAGS"] = flags
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -73,6 +75,8 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float32 LLaMA of 3 layers with a tokenizer, as a Hugging Face folder."""
+    from tests.helpers import tiny
+
     return tiny.save(tmp_path_factory.mktemp("checkpoint"), tiny.config())
 
 
@@ -88,6 +92,8 @@ def data() -> Path:
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text file of 200 documents."""
+    from tests.helpers import tiny
+
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
     tiny.write_text(path, documents=200)
     return path

@@ -13,9 +13,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import ArceeConfig, ArceeForCausalLM
 
-from jaxprune import NM, Unstructured, gram
+from jaxprune import NM, Unstructured, gram, load
+from jaxprune.__main__ import main as jaxprune
 from jaxprune.methods.wanda import Wanda
 from tests.helpers import tiny, xla
+from tests.helpers.logits import logits
 from tests.helpers.optional import needs_torch, torch
 
 EXAMPLE = Path(__file__).parents[1] / "docs/extending/example"
@@ -49,16 +51,20 @@ def arcee(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def jaxprune(*args: object, installed: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | xla.quick() | {"PYTHONPATH": str(installed), "COLUMNS": "200"}
-    command = [sys.executable, "-m", "jaxprune", *map(str, args)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def importable(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The installed example, in this process too."""
+    monkeypatch.syspath_prepend(installed)
 
 
-def test_a_package_of_somebody_else_prunes(installed: Path, arcee: Path, tmp_path: Path) -> None:
+def test_a_package_of_somebody_else_prunes(
+    installed: Path, importable: None, arcee: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     flags = "--method rescaled --largest 2 --pattern 2:4 --calib pydoc --nsamples 4 --seqlen 32 --eval ppl"
     text = "--eval-text pydoc --eval-seqlen 32 --eval-windows 2 --out pruned"
-    done = jaxprune("prune", "--ckpt", arcee, *flags.split(), *text.split(), installed=installed, cwd=tmp_path)
+    command = [sys.executable, "-m", "jaxprune", "prune", "--ckpt", str(arcee), *flags.split(), *text.split()]
+    environment = os.environ | xla.quick() | {"PYTHONPATH": str(installed)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "pruned/jaxprune.json").read_text())
     assert (record["method"]["name"], record["method"]["options"]) == ("rescaled", {"largest": 2.0})
@@ -67,38 +73,31 @@ def test_a_package_of_somebody_else_prunes(installed: Path, arcee: Path, tmp_pat
     assert len(kernels) == 3 * 6
     for name in kernels:
         assert ((tensors[name].reshape(-1, 4) == 0).sum(axis=1) == 2).all(), name
-    verified = jaxprune("verify", "pruned", "--against", arcee, installed=installed, cwd=tmp_path)
-    assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert jaxprune(["verify", str(tmp_path / "pruned"), "--against", str(arcee)]) == 0, capsys.readouterr()
 
 
-def test_it_is_offered_by_the_help(installed: Path, tmp_path: Path) -> None:
-    done = jaxprune("prune", "--method", "rescaled", "--help", installed=installed, cwd=tmp_path)
-    assert done.returncode == 0 and "--largest" in done.stdout and "The largest factor" in done.stdout
+def test_it_is_offered_by_the_help(importable: None, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="^0$"):
+        jaxprune("prune --method rescaled --help".split())
+    printed = capsys.readouterr().out
+    assert "--largest" in printed and "The largest factor" in printed
 
 
-def test_without_it_one_line_says_what_is_missing(arcee: Path, tmp_path: Path) -> None:
+def test_without_it_one_line_says_what_is_missing(arcee: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for flags in (["--method", "rescaled"], []):
-        done = jaxprune("prune", "--ckpt", arcee, *flags, "--out", "pruned", installed=tmp_path, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1
-        assert ("rescaled" if flags else "arcee") in done.stderr
+        assert jaxprune(["prune", "--ckpt", str(arcee), *flags, "--out", str(tmp_path / "pruned")]) == 2
+        printed = capsys.readouterr().err
+        assert printed.count("\n") == 1
+        assert ("rescaled" if flags else "arcee") in printed
 
 
 @needs_torch
-def test_the_family_computes_what_transformers_does(installed: Path, arcee: Path, tmp_path: Path) -> None:
+def test_the_family_computes_what_transformers_does(importable: None, arcee: Path) -> None:
     tokens = np.random.default_rng(0).integers(0, 300, (2, 50))
-    np.save(tmp_path / "tokens.npy", tokens)
-    code = (
-        "import numpy, sys, jaxprune; from tests.helpers.logits import logits; model = jaxprune.load(sys.argv[1]);"
-        "numpy.save('logits.npy', logits(model, numpy.load('tokens.npy').astype('int32'))[0])"
-    )
-    paths = os.pathsep.join([str(installed), str(Path(__file__).parents[1])])
-    environment = os.environ | xla.quick() | {"PYTHONPATH": paths}
-    command = [sys.executable, "-c", code, str(arcee)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    found, _ = logits(load(arcee), tokens.astype(np.int32))
     with torch.no_grad():
         expected = ArceeForCausalLM.from_pretrained(arcee).eval().double()(torch.tensor(tokens)).logits.numpy()
-    assert np.abs(np.load(tmp_path / "logits.npy") - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.9, per_output=True), NM(2, 4)], ids=str)

@@ -125,32 +125,32 @@ from jaxprune.pruning.student import Student
 from jaxprune.sharding import Devices, fetch
 from jaxprune.sparsity.patterns import Unstructured, partly
 
-folder, count, out = sys.argv[1:]
-model = load(folder, devices=Devices.first(int(count)))
+folder, out = sys.argv[1:]
 tokens = np.load(f"{folder}/ids.npy")[:8]
-found, step = {}, adafactor.step
+pattern, step = Unstructured(0.6), adafactor.step
 
-def keep(kernels, gradients, *args):
-    found.update({f"{len(found)} {name}": np.array(fetch(gradient)) for name, gradient in gradients.items()})
-    return step(kernels, gradients, *args)
+for count in (1, 8):
+    model, found = load(folder, devices=Devices.first(count)), {}
 
-adafactor.step = keep
-pattern = Unstructured(0.6)
-layers = prune_layers(model, tokens, Magnitude(), partly(pattern, 0.15))
-student = Student(model, layers, Placement(True, True), LateZeros(lambda *_: pattern, [1]))
-(dense,) = model.final_states(tokens)
-found["loss"] = np.float64(student.step(tokens, dense.read(slice(None)), 1, lambda _: 0.001))
-for index, kernels in enumerate(student.state):
-    found |= {f"mask {index} {name}": np.unpackbits(fetch(mask)) for name, mask in kernels.masks.items()}
-np.savez(out, **found)
+    def keep(kernels, gradients, *args):
+        found.update({f"{len(found)} {name}": np.array(fetch(gradient)) for name, gradient in gradients.items()})
+        return step(kernels, gradients, *args)
+
+    adafactor.step = keep
+    layers = prune_layers(model, tokens, Magnitude(), partly(pattern, 0.15))
+    student = Student(model, layers, Placement(True, True), LateZeros(lambda *_: pattern, [1]))
+    (dense,) = model.final_states(tokens)
+    found["loss"] = np.float64(student.step(tokens, dense.read(slice(None)), 1, lambda _: 0.001))
+    for index, kernels in enumerate(student.state):
+        found |= {f"mask {index} {name}": np.unpackbits(fetch(mask)) for name, mask in kernels.masks.items()}
+    np.savez(f"{out}/{count}.npz", **found)
 """
 
 
 def test_a_steps_gradients_are_those_of_one_device(line: list[object], tmp_path: Path) -> None:
     """Eight windows, one a device; the zeros that come behind it are the same, but for ties by rounding."""
-    for count in (1, 8):
-        flags = f"{xla.quick()['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
-        run_code(GRADIENTS, line[1], count, tmp_path / f"{count}.npz", XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+    flags = f"{xla.quick()['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    run_code(GRADIENTS, line[1], tmp_path, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
     one, eight = (np.load(tmp_path / f"{count}.npz") for count in (1, 8))
     assert len(one.files) == 2 * 3 * 7 + 1 and one.files == eight.files
     for name in one.files:

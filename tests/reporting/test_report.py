@@ -245,17 +245,16 @@ def test_no_name_keeps_a_report_from_being_drawn(name: str) -> None:
     assert page.count("<svg") >= 8 and page.count("<html") == 1
 
 
-@pytest.mark.parametrize("perplexity", [None, 1e-300, 1.0, 10.0, 1e12, 1e308])
-@pytest.mark.parametrize("error", [None, 0.0, 1e-30, 0.5, 1e308])
-def test_no_number_keeps_a_plot_from_being_drawn(perplexity: float | None, error: float | None) -> None:
+@pytest.mark.parametrize("number", [None, 0.0, 1e-300, 1e-30, 0.5, 1.0, 10.0, 1e12, 1e308])
+def test_no_number_keeps_a_plot_from_being_drawn(number: float | None) -> None:
     """Not finite (null), 0, one value, equal values, values of all sizes."""
     records = [run_record(out, pattern=pattern) for out, pattern in (("a", "50 %"), ("b", "70 %"))]
     for record in records:
-        record["evaluation"]["pruned"]["texts"]["wikitext2"] |= {"perplexity": perplexity, "kl": error}
+        record["evaluation"]["pruned"]["texts"]["wikitext2"] |= {"perplexity": number or None, "kl": number}
         for layer in record["layers"]:
             for linear in layer["linears"].values():
-                linear["error"] = error
-        record["seconds"] = {"solve": error}
+                linear["error"] = number
+        record["seconds"] = {"solve": number}
     found = report.entries(parsed(*records))
     runs = found[1:]
     plots = [figures.perplexities(found, "wikitext2"), figures.divergences(runs, "wikitext2")]

@@ -11,9 +11,8 @@ PACK = True
 def documents(split: str) -> Sequence[str]:
     """Returns one document a module; every fourth is of the "test" split, which evaluates."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    texts = [docstrings(file) for file in files]
-    found = [text for text in texts if text]
-    return [text for index, text in enumerate(found) if (index % 4 == 3) == (split == "test")]
+    wanted = [file for index, file in enumerate(files) if (index % 4 == 3) == (split == "test")]
+    return [text for file in wanted if (text := docstrings(file))]
 
 
 def docstrings(file: Path) -> str:
