@@ -2,6 +2,7 @@
 
 import gc
 import os
+import resource
 import shutil
 import tempfile
 from pathlib import Path
@@ -56,13 +57,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
-    # The longest tests are of the whole product: first, so that none runs alone at the end.
-    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+    # What forks comes before this process grows; the longest tests are of the whole product: none ends alone.
+    whole = Path(__file__).parent
+    items.sort(key=lambda item: (not item.get_closest_marker("forks"), item.path.parent != whole))
+
+
+GIB = 2**30
+forget_at = 2 * GIB
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Has what is left of a file's tests left out of later garbage collections: JAX keeps millions of objects."""
+    """Has what is left of a file's tests left out of later garbage collections: JAX keeps millions of objects.
+
+    For each GiB that the process has grown it forgets them, and the programs that they belong to: there are hosts that
+    take seconds to give a machine new memory.
+    """
+    global forget_at
     if nextitem and nextitem.path != item.path:
+        if (peak := 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) > forget_at:
+            import jax
+
+            gc.unfreeze()
+            jax.clear_caches()
+            forget_at = peak + GIB
         gc.collect()
         gc.freeze()
 

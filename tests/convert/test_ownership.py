@@ -211,6 +211,7 @@ def test_renames_replace_nothing(calls: str, tmp_path: Path) -> None:
     assert content(tmp_path) == {"new": b"other", "one": "folder", "one/other": "folder", "one/other/file": b"one"}
 
 
+@pytest.mark.forks
 @pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning", "ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("folder", [True, False])
 def test_a_kill_leaves_the_old_result_or_the_new_one(folder: bool, tmp_path: Path) -> None:

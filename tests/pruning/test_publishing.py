@@ -81,6 +81,7 @@ def work(out: Path, masks: Path | None = None, *, overwrite: bool = False, text:
 
 
 @pytest.mark.usefixtures("plain")
+@pytest.mark.forks
 @pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning", "ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.slow)])

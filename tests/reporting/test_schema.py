@@ -59,16 +59,16 @@ def places(tree: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 def changed(record: dict[str, Any], way: tuple[Any, ...], content: str | None) -> str:
     """The JSON of a record with another text in an entry's place; None: without the entry."""
-    record = copy.deepcopy(record)
     *path, last = way
-    parent: Any = record
+    copied = parent = copy.copy(record)
     for part in path:
+        parent[part] = copy.copy(parent[part])
         parent = parent[part]
     if content is None:
         del parent[last]
-        return json.dumps(record)
+        return json.dumps(copied)
     parent[last] = "here it goes"
-    return json.dumps(record).replace('"here it goes"', content)
+    return json.dumps(copied).replace('"here it goes"', content)
 
 
 @pytest.mark.parametrize("wrong", WRONG)
