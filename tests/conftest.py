@@ -2,7 +2,6 @@
 
 import gc
 import os
-import resource
 import shutil
 import tempfile
 from pathlib import Path
@@ -74,9 +73,11 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """
     global forget_at
     if nextitem and nextitem.path != item.path:
-        if (peak := 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) > forget_at:
-            import jax
+        import jax
 
+        from jaxprune.planning.machine import peak_bytes
+
+        if (peak := peak_bytes()["host"]) > forget_at:
             gc.unfreeze()
             jax.clear_caches()
             forget_at = peak + GIB
