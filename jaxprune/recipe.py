@@ -266,7 +266,7 @@ class RecipeRecord(Schema):
             *[f"asymmetry {self.asymmetry:g}"] * (self.asymmetry > 0),
             *[f"{self.tuning.tune_epochs:g} epochs of tuning"] * (self.tuning.tune_epochs > 0),
             *[f"tuned on {self.tuning.tune_tokens:,} tokens"] * (self.tuning.tune_tokens > 0),
-            *[f"the last {percent(late)} % of the weights go meanwhile"] * (late > 0),
+            *[f"the last {100 * late:g} % of the weights go meanwhile"] * (late > 0),
             *[f"windows in {self.tuning.tune_pieces} pieces"] * (self.tuning.tunes and self.tuning.tune_pieces > 1),
             *[f"{percent(self.experts.drop_experts)} % of experts dropped"] * (self.experts.drop_experts > 0),
             *["all tokens to all experts"] * self.experts.route_all,

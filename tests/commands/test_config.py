@@ -105,6 +105,8 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
         Recipe(pattern=NM(2, 4)).at(0.7)
     assert (made.pattern_text, made.slug) == ("70 % in total", f"{preset}-70")
     assert made.method_text.startswith(f"{preset}: admm, ")
+    # A quarter of 20 %, which floats make 4.999999999999999 %.
+    assert (", the last 5 % of the weights go meanwhile" in made.method_text) == (made.tuning.tune_zeros > 0)
     assert recipe("--tune-epochs 7 --spread 0.05").tuning.tune_epochs == 7
     assert recipe("--tune-epochs 7 --spread 0.05").importance.spread == 0.05
     assert not recipe("--no-weigh-outputs").importance.weigh_outputs
