@@ -89,6 +89,7 @@ def entries(records: Sequence[Record]) -> list[Entry]:
                 main = before if before.run or not entry.run else entry
                 found[entry.key] = dataclasses.replace(
                     main,
+                    sparsity=entry.sparsity if main.sparsity is None else main.sparsity,
                     quality=quality,
                     dense=before.dense or entry.dense,
                     disk_bytes=before.disk_bytes or entry.disk_bytes,
@@ -110,7 +111,7 @@ def _entries(record: Record) -> list[Entry]:
     if isinstance(record, Run):
         measured, size = record.evaluation, record.disk_bytes
         dense = (
-            [_bare(record.config.ckpt, True, 0.0, measured["dense"], size.get("dense"))] if "dense" in measured else []
+            [_bare(record.config.ckpt, True, None, measured["dense"], size.get("dense"))] if "dense" in measured else []
         )
         return [*dense, _pruned(record.config.out or "", record, measured.get("pruned", Quality()), size.get("pruned"))]
     found = []
@@ -123,9 +124,9 @@ def _entries(record: Record) -> list[Entry]:
     return found
 
 
-def _bare(name: str, dense: bool, sparsity: float, quality: Quality, size: int | None) -> Entry:
+def _bare(name: str, dense: bool, sparsity: float | None, quality: Quality, size: int | None) -> Entry:
     """Returns a checkpoint of whose making nothing is known."""
-    pattern = "" if dense else f"{100 * sparsity:.1f} %"
+    pattern = "" if dense or sparsity is None else f"{100 * sparsity:.1f} %"
     label = Path(name).name + (" (dense)" if dense else "")
     return Entry(name, label, dense, DESCRIPTIONS.get(name, ""), pattern, sparsity, quality, None, size)
 

@@ -99,6 +99,7 @@ def test_a_run_is_a_dense_and_a_pruned_entry() -> None:
     dense, pruned = report.entries(parsed(run_record()))
     assert (dense.name, dense.dense, dense.label) == ("llama-7b", True, "llama-7b (dense)")
     assert dense.accuracy == pytest.approx(0.525)
+    assert dense.sparsity is None  # nobody counted its zeros
     assert (pruned.label, pruned.method, pruned.pattern, pruned.sparsity) == ("pruned", "admm", "50 %", 0.5)
     assert pruned.quality.texts["wikitext2"].kl == 0.25 and pruned.text("c4") is None
 
@@ -118,6 +119,12 @@ def test_records_of_one_checkpoint_are_merged() -> None:
     assert found[0].quality.texts.keys() == {"c4", "wikitext2"}
     assert found[1].run and found[1].quality.texts["wikitext2"].kl == 0.2
     assert found[2].pattern == "41.0 %" and found[2].number == 1
+
+
+def test_the_zeros_of_a_dense_checkpoint_are_those_that_were_counted() -> None:
+    counted = evaluation_record({"llama-7b": {"sparsity": 0.0003, "run": None, "quality": quality(10.0)}})
+    for records in ((run_record(), counted), (counted, run_record())):
+        assert report.entries(parsed(*records))[0].sparsity == 0.0003
 
 
 def test_the_mean_is_that_of_the_merged_tasks() -> None:
