@@ -30,13 +30,24 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help lists what there is")
 
 
-def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> int:
+def run(
+    command: Callable[[Sequence[str]], int | None],
+    argv: Sequence[str] | None,
+    ended: Callable[[int, str], None] = lambda status, text: None,
+) -> int:
     """Runs a command line; returns its exit status.
 
     Args:
         command: takes the arguments; returns the exit status, None for 0.
         argv: the arguments; None: this process's own.
+        ended: takes the exit status and the error's line, "" where there is none, once that is printed.
     """
+    status, text = _run(command, argv)
+    ended(status, text)
+    return status
+
+
+def _run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> tuple[int, str]:
     for stream in (sys.stdout, sys.stderr):  # a file's name need not be text
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -44,23 +55,24 @@ def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | No
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         with shown_warnings():
-            return command(sys.argv[1:] if argv is None else argv) or 0
+            return command(sys.argv[1:] if argv is None else argv) or 0, ""
     except UserError as error:
         _print_notes(error)
-        print(f"error: {worded(error)}", file=sys.stderr)
-        return USER_ERROR
+        text = worded(error)
+        print(f"error: {text}", file=sys.stderr)
+        return USER_ERROR, text
     except KeyboardInterrupt as error:
         _print_notes(error)
         print("stopped", file=sys.stderr)
-        return STOPPED
-    except Exception:
+        return STOPPED, "it was stopped"
+    except Exception as error:
         traceback.print_exc()
         print(
             "this is a defect of jaxprune, and nothing that you did: please report it, with the lines above and the "
             "command",
             file=sys.stderr,
         )
-        return DEFECT
+        return DEFECT, f"a defect of jaxprune ({one_line(repr(error))}), see its output"
     finally:
         signal.signal(signal.SIGTERM, before)
 

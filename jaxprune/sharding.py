@@ -6,7 +6,6 @@ and gives its own devices their shards; what comes back is gathered on every hos
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxprune.errors import Change, InputError, UserError
+from jaxprune.errors import Change, InputError
 
 AXIS = "devices"
 MOST_DEVICES = 256
@@ -133,65 +132,6 @@ def fetch(tree: Any) -> Any:
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return jax.tree.map(_gather, tree)
-
-
-def join(coordinator: str, processes: int | None, number: int | None) -> None:
-    """Makes this process one of several, each with devices of its own.
-
-    Args:
-        coordinator: host:port of the first process; auto: what SLURM, Open MPI or a TPU pod's metadata say.
-        processes: how many there are; None: as auto finds.
-        number: the number of this one, from 0; None: as auto finds.
-
-    Raises:
-        InputError: the others cannot be reached.
-    """
-    try:
-        jax.distributed.initialize(None if coordinator == "auto" else coordinator, processes, number)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(
-            f"cannot join the other processes at {coordinator} ({error})", options={"coordinator": Change.OTHER}
-        ) from error
-
-
-def is_first_process() -> bool:
-    """Returns whether this process is the one that writes files."""
-    return jax.process_index() == 0
-
-
-def broadcast(value: Any) -> Any:
-    """Returns the first process's value on all processes: JSON of up to 64 KiB. All processes have to call it."""
-    if jax.process_count() == 1:
-        return value
-    text = json.dumps(value).encode() if is_first_process() else b""
-    buffer = np.zeros(2**16, np.uint8)
-    buffer[: len(text)] = np.frombuffer(text, np.uint8)
-    return json.loads(bytes(multihost_utils.broadcast_one_to_all(buffer)).rstrip(b"\0"))
-
-
-def barrier() -> None:
-    """Returns when all processes have called it."""
-    broadcast(None)
-
-
-def on_first_process(action: Callable[[], Any]) -> Any:
-    """Runs an action on the first process; returns its JSON value, or raises its error, on all of them.
-
-    Raises:
-        InputError: as the action raised an error of the user's.
-    """
-    if jax.process_count() == 1:
-        return action()
-    value, fault = None, ""
-    if is_first_process():
-        try:
-            value = action()
-        except UserError as error:
-            fault = str(error)
-    value, fault = broadcast([value, fault])
-    if fault:
-        raise InputError(fault)
-    return value
 
 
 def _placed(shape: jax.ShapeDtypeStruct, device: jax.Device | None) -> jax.ShapeDtypeStruct:

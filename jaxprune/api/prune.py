@@ -24,6 +24,7 @@ from jaxprune.evaluation.quality import Evaluator, Quality
 from jaxprune.planning import fit
 from jaxprune.planning.timing import jit_versus_eager
 from jaxprune.planning.work import Work
+from jaxprune.processes.collective import barrier, broadcast, is_first_process, on_first_process, require_same
 from jaxprune.pruning import identity, publishing, resume
 from jaxprune.pruning.experts import kept_experts, without_experts
 from jaxprune.pruning.journal import Journal
@@ -36,7 +37,6 @@ from jaxprune.recipe import Recipe
 from jaxprune.reporting import reading, schema
 from jaxprune.reporting.card import model_card
 from jaxprune.reporting.record import Record, write_record
-from jaxprune.sharding import barrier, broadcast, is_first_process, on_first_process
 from jaxprune.sparsity.masks import MaskWriter, digest_of, source_of
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer, Observers
@@ -135,6 +135,7 @@ def prune(
     require_recipe(without_experts(model.architecture, recipe.experts.drop_experts), recipe)
     given = {"masks": {"sha256": digest_of(recipe.mask)}} if recipe.mask else {}
     wanted = identity.of_run(reader, model.hf_config, model.dtype, record.asked() | given, seed)
+    require_same(lambda: wanted | {"weights": identity.sample(reader)})
     observer.phase_timed("setup", time.perf_counter() - begun)
     if not unchecked:
         require_whole(reader.files)
@@ -175,6 +176,7 @@ def prune(
         made_of = {"dense": reader, "pruned": open_checkpoint(result_folder(journal), check=False)}
         record.disk_bytes = {which: disk_bytes(reader) for which, reader in made_of.items()}
         weights.require_unchanged()
+        require_same(lambda: {"weights": dict(reader.digests)})
         made, names, fault = _describe(record, result_folder(journal))
         publishing.finish(journal, files | names, run, masks_at)
         publishing.publish(journal, place, masks_place)

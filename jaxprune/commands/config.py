@@ -10,12 +10,18 @@ from typing import Any, Literal
 from convert.hub import known_names
 from jaxprune import calibration
 from jaxprune.commands.eval_options import FLAGS, EvalOptions, with_defaults
-from jaxprune.commands.options import CommandLine, Section, make, require_at_least, require_positive
+from jaxprune.commands.options import CommandLine, Section, make, require_at_least, require_positive, whole
 from jaxprune.commands.recipe_options import RecipeOptions
 from jaxprune.commands.recorded import recorded
 from jaxprune.errors import InputError
+from jaxprune.processes.control import Group
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import MOST_DEVICES
+
+MOST_PORT = 2**16 - 1
+"""The port after the coordinator's is used as well."""
+OF_A_PROCESS = ("coordinator", "process_id", "scratch")
+"""Options that may differ between the processes of a run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +42,7 @@ class Config(EvalOptions):
     """Devices of each process (default: all there are; on a CPU, which can be divided, 1)."""
     coordinator: str | None = None
     """One run on several hosts: host:port of the first process, with --processes and --process-id; or auto, which asks
-    SLURM, Open MPI or a TPU pod. All hosts must see --ckpt and --out."""
+    SLURM, Open MPI or a TPU pod. The port after it is used as well. All hosts must see --ckpt and --out."""
     processes: int | None = None
     """How many processes there are, usually one a host."""
     process_id: int | None = None
@@ -72,10 +78,19 @@ class Config(EvalOptions):
     timing: Literal["jit-vs-eager"] | None = None
     """First prune the first layer compiled and under jax.disable_jit, and show the seconds of both."""
 
-    @property
-    def join(self) -> tuple[str, int | None, int | None] | None:
-        """What `sharding.join` takes; None: this is the only process."""
-        return (self.coordinator, self.processes, self.process_id) if self.coordinator else None
+    def meeting(self, recipe: Recipe) -> tuple[Group, dict[str, Any]] | None:
+        """Returns the processes of the run, and what all of them have to be asked alike; None: this is the only one.
+
+        Raises:
+            InputError: `auto` does not find them.
+        """
+        if self.coordinator is None:
+            return None
+        from jaxprune.reporting.record import versions  # takes a second to import
+
+        options = {name: value for name, value in dataclasses.asdict(self).items() if name not in OF_A_PROCESS}
+        asked = {**options, **recipe.as_json(), "versions": versions()}
+        return Group.of(self.coordinator, self.processes, self.process_id), asked
 
     def resolved(self, recipe: Recipe) -> "Config":
         """Returns the same run with the defaults that depend on other options filled in.
@@ -90,7 +105,7 @@ class Config(EvalOptions):
             raise InputError(f"--devices must be at most {MOST_DEVICES}, not {self.devices}")
         if self.device_memory is not None and not 0 < self.device_memory < math.inf:
             raise InputError(f"--device-memory must be a positive number of GiB, not {self.device_memory}")
-        self._require_processes()
+        _require_processes(self.coordinator, self.processes, self.process_id)
         if self.tune_text and not recipe.tuning.tune_tokens:
             wanted = "pass --tune-tokens with it, and not 0, or leave it out"
             raise InputError(f"--tune-text does nothing by itself: {wanted}")
@@ -102,20 +117,34 @@ class Config(EvalOptions):
             calib=self.calib or default_text or "c4",
         )
 
-    def _require_processes(self) -> None:
-        """Raises InputError for a coordinator or numbers of processes that cannot be."""
-        numbers = [self.processes is not None, self.process_id is not None]
-        if any(numbers) if self.coordinator in (None, "auto") else not all(numbers):
-            raise InputError("--coordinator HOST:PORT, --processes and --process-id go together, or --coordinator auto")
-        if self.coordinator is None or self.processes is None or self.process_id is None:
-            return
-        host, _, port = self.coordinator.rpartition(":")
-        if not re.fullmatch(r"[\w.-]+|\[[0-9A-Fa-f:.%\w]+\]", host) or not re.fullmatch(r"[0-9]{1,5}", port):
-            raise InputError(f"--coordinator takes HOST:PORT or auto, not {self.coordinator!r}")
-        if not 0 < int(port) < 2**16:
-            raise InputError(f"--coordinator takes a port from 1 to {2**16 - 1}, not {port}")
-        if self.process_id >= self.processes:
-            raise InputError(f"--process-id must be below --processes, {self.processes}, not {self.process_id}")
+
+def _require_processes(coordinator: str | None, processes: int | None, number: int | None) -> None:
+    """Raises InputError for a coordinator or numbers of processes that cannot be."""
+    numbers = [processes is not None, number is not None]
+    if any(numbers) if coordinator in (None, "auto") else not all(numbers):
+        raise InputError("--coordinator HOST:PORT, --processes and --process-id go together, or --coordinator auto")
+    if coordinator is None or processes is None or number is None:
+        return
+    host, _, port = coordinator.rpartition(":")
+    if not re.fullmatch(r"[\w.-]+|\[[0-9A-Fa-f:.%\w]+\]", host) or not re.fullmatch(r"[0-9]{1,5}", port):
+        raise InputError(f"--coordinator takes HOST:PORT or auto, not {coordinator!r}")
+    if not 0 < int(port) < MOST_PORT:
+        raise InputError(f"--coordinator takes a port from 1 to {MOST_PORT - 1}, not {port}")
+    if not 0 <= number < processes:
+        raise InputError(f"--process-id must be below --processes, {processes}, not {number}")
+
+
+def group_of(argv: Sequence[str]) -> Group | None:
+    """Returns the processes of a command line that need not be valid otherwise; None: it does not say them."""
+    try:
+        line = CommandLine(argv, recorded)
+        coordinator = line.value("coordinator")
+        texts = [line.value(name) for name in ("processes", "process_id")]
+        processes, number = (whole(text) if text else None for text in texts)
+        _require_processes(coordinator, processes, number)
+        return Group.of(coordinator, processes, number) if coordinator else None
+    except ValueError:  # UserError is one
+        return None
 
 
 GROUPS = {

@@ -9,7 +9,7 @@ import numpy as np
 from convert.command import worded
 from convert.errors import InputError
 from convert.files import expand
-from jaxprune.commands.config import Config, read
+from jaxprune.commands.config import Config, group_of, read
 from jaxprune.commands.progress import longest
 from jaxprune.commands.terminal import choose_devices, console, duration, print_table, run_main
 from jaxprune.hardware import writing_for
@@ -35,7 +35,7 @@ WORTH_A_WORD = 1.3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit status: 0 if the run fits, else 1."""
-    return run_main(lambda argv: plan(*read(argv, "jaxprune plan", DESCRIPTION, EXAMPLES)[1:]), argv)
+    return run_main(lambda argv: plan(*read(argv, "jaxprune plan", DESCRIPTION, EXAMPLES)[1:]), argv, group_of)
 
 
 def plan(config: Config, recipe: Recipe) -> int:
@@ -46,7 +46,7 @@ def plan(config: Config, recipe: Recipe) -> int:
     """
     if config.target:
         return _plan_for_targets(config, recipe)
-    work = work_of(config, recipe, choose_devices(config.device, config.devices, config.join))
+    work = work_of(config, recipe, choose_devices(config.device, config.devices, config.meeting(recipe)))
     need = preflight.need(work)
     times = {} if work.device_bytes else preflight.seconds(need, work.devices)
     header, rows = table(need, work, times)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.errors import InputError
-from jaxprune.commands.config import Config, parse
+from jaxprune.commands.config import Config, group_of, parse
 from jaxprune.commands.terminal import choose_devices, console, keep_memory, run_main
 from jaxprune.recipe import Recipe
 from jaxprune.recipe_parts import effective_tuning
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit status."""
-    return run_main(_main, argv)
+    return run_main(_main, argv, group_of)
 
 
 def _main(argv: Sequence[str]) -> int:
@@ -64,7 +64,7 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
     scratch = config.scratch_folder(config.out)
     if recipe.importance.measured or recipe.tuning.tunes:
         keep_memory(large=True)  # both make logits
-    devices = choose_devices(config.device, config.devices, config.join)
+    devices = choose_devices(config.device, config.devices, config.meeting(recipe))
     measures = config.plan()
     _ = measures.loaded  # before a model is fetched
     console.print(f"opening {config.ckpt}")

@@ -2,9 +2,13 @@
 
 import ctypes
 import logging
+import os
 import platform
 import signal
-from collections.abc import Callable, Iterable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import jax
 import platformdirs
@@ -12,27 +16,70 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from convert.command import run, terminate
-from convert.errors import CheckpointError
+from convert.command import USER_ERROR, one_line, run, terminate
+from convert.errors import CheckpointError, UserError
 from convert.wheels import require_cache
 from jaxprune.errors import InputError
-from jaxprune.sharding import Devices, is_first_process, join
+from jaxprune.processes import control
+from jaxprune.sharding import Devices
 
 CACHE_BYTES = 2**30
 """Of compiled programs; the longest unused go first."""
+REASON_SECONDS = 5
+"""How long a process with an unexpected error waits to learn that another process is the reason."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8  # of glibc's malloc.h
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
 
-def run_main(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> int:
-    """Runs a command line; returns the exit status, see `convert.command`."""
-    keep_memory()
+def run_main(
+    command: Callable[[Sequence[str]], int | None],
+    argv: Sequence[str] | None,
+    group_of: Callable[[Sequence[str]], control.Group | None] = lambda argv: None,
+) -> int:
+    """Runs a command line; returns the exit status, see `convert.command`. Several processes of one run end together.
+
+    Args:
+        command: takes the arguments; makes this process one of several by `choose_devices`.
+        argv: the arguments; None: this process's own.
+        group_of: the arguments of a command that failed before that -> the processes that wait for this one.
+    """
+    words = sys.argv[1:] if argv is None else argv
 
     def prepared(argv: Sequence[str]) -> int | None:
         keep_compilations()
-        return command(argv)
+        try:
+            return command(argv)
+        except UserError:
+            raise
+        except Exception:
+            if control.is_joined():  # where another process's failure is the reason, it ends this one meanwhile
+                time.sleep(REASON_SECONDS)
+            raise
 
-    return run(prepared, argv)
+    def ended(status: int, text: str) -> None:
+        if control.is_joined():
+            control.leave(status, text)
+            if status:
+                _exit(status)  # JAX would wait for the others
+        elif status and (group := group_of(words)):
+            control.refuse(group, status, text)
+
+    keep_memory()
+    return run(prepared, words, ended)
+
+
+def end_with(failure: control.Failure) -> NoReturn:
+    """Ends this process because another one of its run failed; `control.End`."""
+    console.show_cursor()
+    print(f"error: {one_line(str(failure))}", file=sys.stderr)
+    _exit(USER_ERROR if failure.status is None else failure.status)
+
+
+def _exit(status: int) -> NoReturn:
+    """Ends this process at once: no other thread of it can be made to end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def keep_memory(*, large: bool = False) -> None:
@@ -78,30 +125,30 @@ def keep_compilations() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-Join = tuple[str, int | None, int | None]
-"""Arguments of `sharding.join`."""
-
-
-def choose_devices(device: str, count: int | None = None, together: Join | None = None) -> Devices:
+def choose_devices(
+    device: str, count: int | None = None, meeting: tuple[control.Group, Mapping[str, Any]] | None = None
+) -> Devices:
     """Makes JAX use one kind of device, and returns the devices.
 
     Args:
         device: the kind: auto, cpu, gpu or tpu.
         count: the number of devices; None: all there are.
-        together: how to become one of several processes; None: this is the only one.
+        meeting: the processes, of which this one is to become one, and what it was asked, see `control.join`; None:
+            it is the only one.
 
     Raises:
-        InputError: there is none, or there are fewer.
+        InputError: there is none, or there are fewer, or the processes do not come together.
     """
     if count:
         jax.config.update("jax_num_cpu_devices", count)
-        count = None if together else count
+        count = None if meeting else count
     if device != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
-    if together:
-        join(*together)
+    if meeting:
+        group, asked = meeting
+        control.join(group, asked, end_with)
         signal.signal(signal.SIGTERM, terminate)  # JAX has put a handler of its own there, which only takes note
-        console.quiet = not is_first_process()
+        console.quiet = group.number > 0
     try:
         jax.devices()
     # Of a plugin that finds no hardware, JAX says so; of one that is not installed, only an assertion fails.

@@ -9,13 +9,14 @@ system's own account of the files (size, times, inode) has changed.
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from convert import Params, Reader, Spec, parts, schema
-from convert.checked import ChangedError, CheckedReader, Signature
+from convert.checked import ChangedError, CheckedReader, Signature, digest
 from jaxprune.errors import Change
 from jaxprune.models import Architecture
 from jaxprune.pruning.journal import WEIGHTS, AnotherRunError, Journal
@@ -117,6 +118,14 @@ def of_run(
         "seed": seed,
         **asked,
     }
+
+
+def sample(reader: Reader) -> dict[str, str]:
+    """Returns the digest of the smallest tensor beside the layers, the final norm: fine-tuned checkpoints of the same
+    shapes have others."""
+    beside = [path for part, paths in parts(reader.spec).items() if not part.startswith("layers.") for path in paths]
+    path = min(beside, key=lambda path: math.prod(reader.spec[path].shape))
+    return {path: digest(reader.read([path])[path])}
 
 
 def of_version_1(reader: Reader, architecture: Architecture, asked: Mapping[str, Any], seed: int) -> dict[str, Any]:

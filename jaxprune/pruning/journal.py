@@ -25,7 +25,7 @@ from convert.orbax import load_tree, save_tree
 from convert.ownership import Listed
 from convert.schema import Schema
 from jaxprune.errors import InputError
-from jaxprune.sharding import barrier, broadcast, is_first_process
+from jaxprune.processes.collective import barrier, broadcast, is_first_process
 
 EXPERTS, SENSITIVITY, PRUNED, TUNING, TUNED, QUANTIZED = (
     "experts",

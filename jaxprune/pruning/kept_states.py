@@ -19,8 +19,8 @@ from convert import ownership
 from convert.errors import UserError
 from convert.files import require_regular
 from convert.writing import failing
+from jaxprune.processes.collective import broadcast, is_first_process
 from jaxprune.pruning.journal import Journal, read_note
-from jaxprune.sharding import broadcast, is_first_process
 from jaxprune.streaming.hidden_states import HiddenStates
 
 log = logging.getLogger(__name__)

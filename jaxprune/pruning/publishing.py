@@ -10,6 +10,7 @@ from convert import ownership, writing
 from convert.destination import Destination
 from convert.errors import UserError, joined
 from convert.ownership import MARKER, Listed
+from jaxprune.processes.collective import on_first_process
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.journal_folder import (
     FINISHED,
@@ -23,7 +24,6 @@ from jaxprune.pruning.journal_folder import (
     masks_file,
     result_folder,
 )
-from jaxprune.sharding import on_first_process
 
 log = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from convert.ownership import MARKER, Listed
 from convert.schema import decode
 from convert.writing import failing
 from jaxprune.errors import InputError
+from jaxprune.processes.collective import flat, is_first_process, on_first_process
 from jaxprune.pruning import adoption
 from jaxprune.pruning.journal import AnotherRunError, Journal
 from jaxprune.pruning.journal_folder import (
@@ -37,7 +38,6 @@ from jaxprune.pruning.journal_folder import (
     work_name,
 )
 from jaxprune.pruning.publishing import remove
-from jaxprune.sharding import is_first_process, on_first_process
 
 log = logging.getLogger(__name__)
 
@@ -222,7 +222,7 @@ def _require_same(folder: Path, identity: Mapping[str, Any], of_version_1: Calla
     if "masks" in wanted and "masks" not in written:
         log.warning("%s is an earlier version's: whether the given masks are still the same is not known", folder)
         del wanted["masks"]
-    found, wanted = _flat(written), _flat(wanted)
+    found, wanted = flat(written), flat(wanted)
     differences = [
         f"{name}: {found.get(name, 'nothing')} then, {wanted.get(name, 'nothing')} now"
         for name in sorted(found.keys() | wanted.keys())
@@ -235,11 +235,3 @@ def _require_same(folder: Path, identity: Mapping[str, Any], of_version_1: Calla
             file=folder,
             options=OTHER,
         )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested dictionaries as one, with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

@@ -179,11 +179,16 @@ def write_record(
 def environment() -> dict[str, Any]:
     """Returns the content of `schema.Environment`: what software and hardware this process runs on."""
     return {
-        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": versions(),
         "machine": platform.machine(),
         "devices": sorted({d.device_kind for d in jax.local_devices()}),
         "hardware": describe_hardware(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Returns the versions of what results depend on; None: it is not installed."""
+    return {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 
 def _version(package: str) -> str | None:
