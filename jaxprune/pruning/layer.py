@@ -93,6 +93,8 @@ class SolvedLayer:
         part, weights = model.architecture.layers[index], solver.weights
         self._model, self._index, self._part, self._params, self._solver = model, index, part, params, solver
         taps, tokens = solver.taps(index, part), weights[index].tokens if weights else None
+        if not taps and states[1]:  # no Gram matrices are summed, which otherwise moves the dense states
+            model.forward(index, params, states[1])
         for group in groups(part, list(taps), most_bytes(), model.devices):
             with timed(seconds, "gram"):
                 try:

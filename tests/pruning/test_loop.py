@@ -29,6 +29,7 @@ from jaxprune.pruning.gram_matrices import accumulate
 from jaxprune.pruning.kernel import store
 from jaxprune.pruning.loop import other_params
 from jaxprune.pruning.results import LayerResult
+from jaxprune.pruning.rules import with_rules
 from jaxprune.streaming.hidden_states import HiddenStates, batch_size
 from jaxprune.streaming.model import apply_layer
 from tests.helpers import oracles, tiny
@@ -274,6 +275,18 @@ def test_a_linear_makes_up_for_its_inputs_drift(checkpoint: Path) -> None:
     (first, plain), (same, better) = distance(0.0), distance(1.0)
     assert same == pytest.approx(first, rel=1e-4)  # nothing has drifted before the first layer
     assert better < 0.98 * plain
+
+
+def test_inputs_do_not_drift_behind_dense_layers(checkpoint: Path) -> None:
+    def second(asymmetry: float) -> LayerResult:
+        dense_first = with_rules(Unstructured(0.5), {(0, path): None for path in LINEARS})
+        _, layer, *_ = prune_layers(load(checkpoint), windows(), ADMM(), dense_first, asymmetry=asymmetry)
+        return layer
+
+    plain, aimed = second(0.0), second(0.5)
+    for path, kernel in plain.kernels.items():
+        if path.startswith("self_attn.") and path != "self_attn.o_proj":  # nothing is pruned before them
+            assert aimed[path].error == pytest.approx(kernel.error, rel=1e-3), path
 
 
 def test_damping_is_raised_where_a_solve_fails(checkpoint: Path) -> None:
