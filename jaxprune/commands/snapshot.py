@@ -2,7 +2,8 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from convert.destination import destination
 from convert.paths import inputs_of, require_apart
@@ -10,22 +11,25 @@ from jaxprune.api.load import load
 from jaxprune.commands.config import read
 from jaxprune.commands.options import Section, make, require_at_least
 from jaxprune.commands.prune import source_paths, windows_of
-from jaxprune.commands.terminal import choose_devices, console, run_main
+from jaxprune.commands.terminal import choose_devices, console, keep_memory, run_main
 from jaxprune.errors import Change, InputError
 from jaxprune.pruning import snapshot as snapshots
-from jaxprune.pruning.rules import with_rules
-from jaxprune.pruning.whole_model import require_recipe
 from jaxprune.sparsity.masks import source_of
 
-DESCRIPTION = "Save what pruning one layer starts from, as the run with these flags meets it: see jaxprune solve."
+DESCRIPTION = (
+    "Save what pruning one layer starts from in the run with these flags, before any tuning: see jaxprune solve."
+)
 EXAMPLES = """Examples:
 
-    jaxprune snapshot layer5.safetensors --layer 5 --ckpt smollm2-135m --nsamples 32 --seqlen 512"""
-OTHERS = (
-    *("preset", "asymmetry", "token_power", "weigh_outputs", "spread", "drop_experts", "route_all"),
-    *("resume", "save_masks", "coordinator", "dry_run", "device_memory", "target"),
-)
-"""Flags of a run that a snapshot is not taken of, or that ask for something else."""
+    jaxprune snapshot layer5.safetensors --layer 5 --ckpt smollm2-135m --nsamples 32 --seqlen 512
+    jaxprune snapshot layer5.safetensors --layer 5 --config pruned/jaxprune.json"""
+OTHERS = {
+    "resume": "a snapshot saves no progress that a later command could resume",
+    "save_masks": "a snapshot is taken before any mask of its layer is selected",
+    "coordinator": "one process takes a snapshot",
+    **dict.fromkeys(("dry_run", "device_memory", "target"), "a snapshot is not planned: use jaxprune plan"),
+}
+"""Flags of a run that ask for something else -> why a snapshot cannot have them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,28 +52,33 @@ def _main(argv: Sequence[str]) -> None:
     given, config, recipe = read(argv, "jaxprune snapshot", DESCRIPTION, EXAMPLES, own, positionals)
     wanted = make(Options, given)
     require_at_least(wanted, 0, "layer")
-    if refused := [name for name in OTHERS if given.get(name)]:
-        raise InputError("a snapshot cannot be taken with it", options=dict.fromkeys(refused[:1], Change.OMIT))
+    _require_known(argv, given)
     place = destination(given["file"], overwrite=config.overwrite, folder=False)
     place.check()
     scratch = config.scratch_folder(given["file"])
+    if recipe.importance.measured:
+        keep_memory(large=True)  # it makes logits
     devices = choose_devices(config.device, config.devices)
     model = load(config.ckpt, dtype=config.computation_dtype, devices=devices, scratch=scratch)
     inputs = {"ckpt": inputs_of(model.source), "calib": source_paths(config.calib)}
     inputs["mask"] = [given_mask] if (given_mask := source_of(recipe.mask or "")) else []
     require_apart(inputs, {"the file": place.path}, error=InputError)
     place.inputs = tuple(path for paths in inputs.values() for path in paths)
-    target, named = require_recipe(model.architecture, recipe)
-    (snapshot,) = snapshots.capture(
-        model,
-        windows_of(config, model),
-        [wanted.layer],
-        recipe.method,
-        with_rules(target, named),
-        prune_before=not wanted.dense_before,
-    )
+    windows = windows_of(config, model)
+    snapshot = snapshots.capture(model, windows, wanted.layer, recipe, prune_before=not wanted.dense_before)
     snapshots.save(place, snapshot)
     console.print(f"{given['file']}: {', '.join(snapshot.kernels)}")
+
+
+def _require_known(argv: Sequence[str], given: Mapping[str, Any]) -> None:
+    """Raises InputError for an option that a snapshot cannot have: a flag, or an entry of the file of options."""
+    for name, reason in OTHERS.items():
+        if not given.get(name):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if any(word.partition("=")[0] == flag for word in argv):
+            raise InputError(reason, options={name: Change.OMIT})
+        raise InputError(f"{reason}: remove this entry", file=given["config"], entry=name)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_main(_run, argv)
 
 
-def parse(argv: Sequence[str]) -> tuple[Path, Options, Recipe]:
-    """Reads a command line: the file, what to solve of it, and how.
+def parse(argv: Sequence[str]) -> tuple[Path, Options, Recipe, bool]:
+    """Reads a command line.
+
+    Returns:
+        The file, what to solve of it, how, and whether a pattern, a sparsity or masks are given.
 
     Raises:
         UserError: a flag or a value that cannot be used.
@@ -46,17 +49,20 @@ def parse(argv: Sequence[str]) -> tuple[Path, Options, Recipe]:
     chosen = RecipeOptions(line, whole_model=False)
     given = line.read(
         "jaxprune solve",
-        "Prune one layer from a file of its Gram matrices and kernels, which `jaxprune snapshot` makes.",
+        "Prune one layer from a file of its Gram matrices and kernels, which `jaxprune snapshot` makes. Without "
+        "--pattern, --sparsity and masks of your own, each linear layer gets its pattern of the snapshot's run.",
         [Section("Layer and result", Options), *chosen.sections()],
         positionals={"file": "The layer's file."},
         examples="Examples:\n\n    jaxprune solve layer5.safetensors --mask wanda --update exact",
         elsewhere=chosen.elsewhere,
     )
-    return Path(given["file"]), make(Options, given), chosen.recipe(given)
+    recipe = chosen.recipe(given)
+    is_given = recipe.mask is not None or not given.keys().isdisjoint(("pattern", "sparsity"))
+    return Path(given["file"]), make(Options, given), recipe, is_given
 
 
 def _run(argv: Sequence[str]) -> None:
-    file, asked, recipe = parse(argv)
+    file, asked, recipe, is_given = parse(argv)
     file = expand(file)
     place = destination(asked.out, "out", overwrite=asked.overwrite, folder=False) if asked.out else None
     if place:
@@ -68,10 +74,12 @@ def _run(argv: Sequence[str]) -> None:
     if asked.linear:
         snapshot = snapshot.only(asked.linear)
     kernels = dict(snapshot.kernels)
-    print(f"layer {snapshot.layer}, {recipe.method_text}, {recipe.pattern_text}")
+    patterns = {} if is_given else snapshot.patterns
+    target = (lambda index, path: patterns[path]) if patterns else recipe.target()
+    print(f"layer {snapshot.layer}, {recipe.method_text}, {'patterns of its run' if patterns else recipe.pattern_text}")
     columns = "{:<20} {:>14} {:>14} {:>10} {:>8}  {}"
     print(columns.format("linear layer", "n × m", "relative error", "sparsity", "seconds", "metrics"))
-    for path, result, seconds, kernel in snapshots.solve(snapshot, recipe):
+    for path, result, seconds, kernel in snapshots.solve(snapshot, recipe.method, target):
         kernels[path] = np.asarray(kernel)
         shape = " × ".join(map(str, kernel.shape))
         sparsity = f"{100 * result.zeros / result.size:.2f} %"

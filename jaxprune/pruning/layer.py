@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -20,8 +21,9 @@ from jaxprune.pruning.gram_matrices import gram_matrices, groups, most_bytes
 from jaxprune.pruning.kernel import KernelResult, dense_result, prune_and_round
 from jaxprune.pruning.rules import TargetOf
 from jaxprune.pruning.sensitivity import Weights
-from jaxprune.sharding import fetch
-from jaxprune.sparsity.masks import pack
+from jaxprune.sharding import ONE_DEVICE, Devices, fetch
+from jaxprune.sparsity.masks import StoredMask, pack
+from jaxprune.sparsity.patterns import Pattern, Sections
 from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.model import StreamedModel
 
@@ -55,6 +57,10 @@ class Solver:
             for tap, paths in layer.inputs.items()
         }
         return {tap: paths for tap, paths in pruned.items() if paths}
+
+    def outputs(self, index: int) -> Mapping[str, Float[np.ndarray, "m"]]:
+        """Returns the weights of a layer's outputs, by the path of the linear layer; none where all weigh the same."""
+        return self.weights[index].outputs if self.weights else {}
 
 
 class SolvedLayer:
@@ -90,86 +96,38 @@ class SolvedLayer:
         self.kernels: Params = {}
         self.masks: dict[str, UInt8[np.ndarray, "m _"]] = {}
         self.results: dict[str, KernelResult] = {}
-        part, weights = model.architecture.layers[index], solver.weights
-        self._model, self._index, self._part, self._params, self._solver = model, index, part, params, solver
-        taps, tokens = solver.taps(index, part), weights[index].tokens if weights else None
-        if not taps and states[1]:  # no Gram matrices are summed, which otherwise moves the dense states
-            model.forward(index, params, states[1])
-        for group in groups(part, list(taps), most_bytes(), model.devices):
-            with timed(seconds, "gram"):
-                try:
-                    grams, drifts = gram_matrices(model, index, params, *states, tokens, group)
-                    jax.block_until_ready((grams.totals, drifts))
-                except InputError as error:
-                    error.problem = f"layer {index}: {error.problem}"
-                    raise
+        part, outputs = model.architecture.layers[index], solver.outputs(index)
+        solve = partial(
+            solve_kernels,
+            method=solver.method,
+            asymmetry=solver.asymmetry,
+            quantization=solver.quantization,
+            devices=model.devices,
+        )
+        for tap, inputs in layer_inputs(model, index, params, states, solver, seconds):
+            linears = {
+                path: Linear(partial(part.sources[path].of, params, ".kernel"), target, outputs.get(path), sections)
+                for path in part.inputs[tap]
+                if (target := solver.target_of(index, path)) is not None
+                for sections in [part.sections.get(path, ())]
+            }
             with timed(seconds, "solve"):
-                for tap in group:
-                    given, matrix = grams.tokens(tap), model.devices.replicate(grams.take(tap))
-                    self._solve(taps[tap], _Inputs(given, matrix, drifts.pop(tap, None)))
-                    del matrix
-            del grams, drifts  # before those of the next group are made
+                for path, kernel, mask, result in solve(inputs, linears):
+                    self.kernels[f"{path}.kernel"], self.masks[path], self.results[path] = kernel, mask, result
+            if bad := [path for path in linears if not math.isfinite(self.results[path].error)]:
+                raise InputError(
+                    f"layer {index}: {', '.join(bad)} cannot be solved, even with {DAMPING[-1]} times the damping",
+                    options={"nsamples": Change.RAISE, "damping": Change.RAISE},
+                )
+            del inputs, linears  # before the next are made
         for path in part.kernels:
             if solver.target_of(index, path) is None and path not in part.routers:
-                kernel = part.sources[path].of(params, ".kernel")
-                self.results[path] = dense_result(kernel, part.sections.get(path, ()))
+                dense = part.sources[path].of(params, ".kernel")
+                self.results[path] = dense_result(dense, part.sections.get(path, ()))
         self.results = {path: self.results[path] for path in part.kernels if path in self.results}
-        del self._params  # the pruned ones follow
-
-    def _solve(self, paths: Sequence[str], inputs: "_Inputs") -> None:
-        """Prunes the kernels of the linear layers that share an input, with as much damping as they need."""
-        least = 1 if inputs.tokens is None else least_damping(inputs.tokens, len(inputs.gram))
-        if inputs.tokens == 0:  # nothing is known: all inputs count the same
-            inputs = inputs._replace(gram=jnp.eye(len(inputs.gram), dtype=inputs.gram.dtype))
-        for times in (least * raised for raised in DAMPING):
-            method = self._solver.method
-            self._attempt(paths, inputs, method if times == 1 else with_more_damping(method, times))
-            bad = [path for path in paths if not math.isfinite(self.results[path].error)]
-            if not bad:
-                break
-        else:
-            raise InputError(
-                f"layer {self._index}: {', '.join(bad)} cannot be solved, even with {DAMPING[-1]} times the damping",
-                options={"nsamples": Change.RAISE, "damping": Change.RAISE},
-            )
-        found = {"damping_times": float(times)} if times > 1 else {}
-        if inputs.tokens is not None:
-            found |= {"tokens": float(inputs.tokens), "inputs": float(len(inputs.gram))}
-        for path in paths:
-            metrics = self.results[path].metrics | found
-            self.results[path] = self.results[path]._replace(metrics=metrics)
-
-    def _attempt(self, paths: Sequence[str], inputs: "_Inputs", method: Method) -> None:
-        """Prunes the kernels of the linear layers that share an input."""
-        prepared, weights = method.prepare(inputs.gram), self._solver.weights
-        for path in paths:
-            kernel = self._part.sources[path].of(self._params, ".kernel")
-            target = self._solver.target_of(self._index, path)
-            assert target is not None
-            pruned, mask, self.results[path] = prune_and_round(
-                method,
-                prepared,
-                inputs.gram,
-                kernel,
-                target,
-                outputs=weights[self._index].outputs.get(path) if weights else None,
-                wanted=self._wanted(kernel, inputs),
-                sections=self._part.sections.get(path, ()),
-                quantization=self._solver.quantization,
-                devices=self._model.devices,
-            )
-            self.kernels[f"{path}.kernel"], self.masks[path] = fetch((pruned, pack(mask)))
-            del kernel, pruned, mask  # before the next
-
-    def _wanted(self, kernel: Float[Array, "n m"], inputs: "_Inputs") -> Float[Array, "n m"] | None:
-        """Returns the kernel whose outputs are wanted; None: the dense one."""
-        if inputs.drift is None:
-            return None
-        dense = kernel.astype(inputs.gram.dtype)
-        return gram.drifted_target(inputs.gram, inputs.drift, dense, self._solver.asymmetry)
 
 
-class _Inputs(NamedTuple):
+class Inputs(NamedTuple):
     """What is known of the inputs that some linear layers share.
 
     Attributes:
@@ -181,6 +139,116 @@ class _Inputs(NamedTuple):
     tokens: int | None
     gram: Float[Array, "n n"]
     drift: Float[Array, "n n"] | None
+
+
+class Linear(NamedTuple):
+    """What the solve of one linear layer starts from, beside its inputs.
+
+    Attributes:
+        kernel: returns the dense kernel [n_in, n_out], on the device.
+        target: its pattern, or its mask.
+        outputs: see `prune_and_round`.
+        sections: see `prune_and_round`.
+    """
+
+    kernel: Callable[[], Float[Array, "n m"]]
+    target: Pattern | StoredMask
+    outputs: Float[np.ndarray, "m"] | None = None
+    sections: Sections = ()
+
+
+def layer_inputs(
+    model: StreamedModel,
+    index: int,
+    params: Mapping[str, Array],
+    states: tuple[HiddenStates, HiddenStates | None],
+    solver: Solver,
+    seconds: dict[str, float],
+) -> Iterator[tuple[str, Inputs]]:
+    """Yields the inputs of a layer's pruned linear layers by their taps: all that its solves know of the model.
+
+    Args: as for `SolvedLayer`.
+
+    Raises:
+        InputError: a Gram matrix is not finite.
+    """
+    part, tokens = model.architecture.layers[index], solver.weights[index].tokens if solver.weights else None
+    taps = list(solver.taps(index, part))
+    if not taps and states[1]:  # no Gram matrices are summed, which otherwise moves the dense states
+        model.forward(index, params, states[1])
+    for group in groups(part, taps, most_bytes(), model.devices):
+        with timed(seconds, "gram"):
+            try:
+                grams, drifts = gram_matrices(model, index, params, *states, tokens, group)
+                jax.block_until_ready((grams.totals, drifts))
+            except InputError as error:
+                error.problem = f"layer {index}: {error.problem}"
+                raise
+        for tap in group:
+            yield tap, Inputs(grams.tokens(tap), model.devices.replicate(grams.take(tap)), drifts.pop(tap, None))
+        del grams, drifts  # before those of the next group are made
+
+
+def solve_kernels(
+    inputs: Inputs,
+    linears: Mapping[str, Linear],
+    method: Method,
+    *,
+    asymmetry: float = 0.0,
+    quantization: str | None = None,
+    devices: Devices = ONE_DEVICE,
+) -> Iterator[tuple[str, Float[np.ndarray, "n m"], UInt8[np.ndarray, "m _"], KernelResult]]:
+    """Prunes the kernels of the linear layers that share an input, with as much damping as they need.
+
+    Args:
+        inputs: the inputs.
+        linears: path -> linear layer.
+        method: the pruning method.
+        asymmetry: see `Solver`.
+        quantization: see `prune_and_round`.
+        devices: see `prune_and_round`.
+
+    Yields:
+        Path, pruned kernel in its stored dtype, packed mask, and result. If an error is not finite, all paths follow
+        again with more damping; use the last result of each path. Its error is not finite if no damping is enough.
+    """
+    least = 1 if inputs.tokens is None else least_damping(inputs.tokens, len(inputs.gram))
+    if inputs.tokens == 0:  # nothing is known: all inputs count the same
+        inputs = inputs._replace(gram=jnp.eye(len(inputs.gram), dtype=inputs.gram.dtype))
+    for times in (least * raised for raised in DAMPING):
+        damped = method if times == 1 else with_more_damping(method, times)
+        prepared, finite = damped.prepare(inputs.gram), True
+        found = {"damping_times": float(times)} if times > 1 else {}
+        if inputs.tokens is not None:
+            found |= {"tokens": float(inputs.tokens), "inputs": float(len(inputs.gram))}
+        for path, linear in linears.items():
+            kernel = linear.kernel()
+            pruned, mask, result = prune_and_round(
+                damped,
+                prepared,
+                inputs.gram,
+                kernel,
+                linear.target,
+                outputs=linear.outputs,
+                wanted=_wanted(kernel, inputs, asymmetry),
+                sections=linear.sections,
+                quantization=quantization,
+                devices=devices,
+            )
+            solved = fetch((pruned, pack(mask)))
+            del kernel, pruned, mask  # before the next
+            finite &= math.isfinite(result.error)
+            yield path, *solved, result._replace(metrics=result.metrics | found)
+        if finite:
+            return
+        del prepared  # before it is made again
+
+
+def _wanted(kernel: Float[Array, "n m"], inputs: Inputs, asymmetry: float) -> Float[Array, "n m"] | None:
+    """Returns the kernel whose outputs are wanted; None: the dense one."""
+    if inputs.drift is None:
+        return None
+    return gram.drifted_target(inputs.gram, inputs.drift, kernel.astype(inputs.gram.dtype), asymmetry)
 
 
 def least_damping(tokens: int, inputs: int) -> int:

@@ -53,12 +53,20 @@ def prune_layers(
     """
     solver = Solver(method, targets_for(model.architecture, target), weights, asymmetry)
     states = CalibrationStates(model, tokens, with_dense=asymmetry > 0)
-    return _visit_layers(model, states, solver, finished or Results(None, "", model.num_layers))
+    return visit_layers(model, states, solver, finished or Results(None, "", model.num_layers))
 
 
-def _visit_layers(
+def visit_layers(
     model: StreamedModel, states: CalibrationStates, solver: Solver, finished: Results
 ) -> Iterator[LayerResult]:
+    """Yields the pruned layers, in order; when a layer is yielded, the states are those before the next one.
+
+    Args:
+        model: the dense model.
+        states: the states before the first layer.
+        solver: how layers are pruned.
+        finished: see `prune_layers`.
+    """
     unfinished = [index for index in range(model.num_layers) if index not in finished]
     read_ahead = model.layers(unfinished)
     for index in range(model.num_layers):

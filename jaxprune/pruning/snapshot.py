@@ -1,14 +1,26 @@
-"""A snapshot of a layer in a file: the Gram matrices of its inputs, and its dense kernels.
+"""A snapshot of a layer in a file: what the solves of its linear layers start from.
 
-For research on methods without a model, and for bug reports. The file is safetensors: `gram.<tap>` is a Gram matrix
-[n, n], `<linear>.kernel` a kernel [n_in, n_out] in its stored dtype; the metadata's `inputs` says which linear layers
-read which tap, its `sections` which of them are several side by side, as name -> outputs of each.
+For research on methods without a model, and for bug reports. The file is safetensors:
+
+| tensor | shape | what |
+|---|---|---|
+| `gram.<tap>` | [n, n] | Gram matrix of the inputs, weighed as in the run |
+| `drift.<tap>` | [n, n] | drift of the inputs, where `asymmetry` is above 0; see `gram_matrices` |
+| `<linear>.kernel` | [n, m] | dense kernel, in its stored dtype |
+| `outputs.<linear>` | [m] | weights of the outputs, where they are weighed; see `prune_and_round` |
+
+All but kernels are float32. The metadata's `inputs` says which linear layers read which tap, its `tokens` how many
+tokens an expert was given, its `sections` which linear layers are several side by side, as name -> outputs of each, and
+its `patterns` the pattern of each in the run, with the share of its zeros that the solve makes.
 """
 
+import dataclasses
+import itertools
 import json
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
@@ -31,18 +43,21 @@ from convert.ownership import UNSEALED, seal
 from convert.shards import TensorFile
 from jaxprune.errors import Change, InputError
 from jaxprune.methods import Method
-from jaxprune.pruning.gram_matrices import gram_matrices, groups, most_bytes
-from jaxprune.pruning.kernel import KernelResult, prune_and_round
-from jaxprune.pruning.layer import SolvedLayer, Solver
-from jaxprune.pruning.loop import require_fit, targets_for
-from jaxprune.pruning.rules import TargetOf
+from jaxprune.pruning.calibration_states import CalibrationStates
+from jaxprune.pruning.experts import kept_experts, without_experts
+from jaxprune.pruning.kernel import KernelResult
+from jaxprune.pruning.layer import Inputs, Linear, Solver, layer_inputs, solve_kernels
+from jaxprune.pruning.loop import require_fit, visit_layers
+from jaxprune.pruning.results import Results
+from jaxprune.pruning.rules import with_rules
+from jaxprune.pruning.whole_model import require_recipe, solving
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import fetch
-from jaxprune.sparsity.patterns import Pattern, Sections
-from jaxprune.streaming.hidden_states import HiddenStates
+from jaxprune.sparsity.masks import StoredMask
+from jaxprune.sparsity.patterns import NMRecord, Partly, Pattern, Sections, UnstructuredRecord
 from jaxprune.streaming.model import StreamedModel
 
-FORMAT = "jaxprune layer 1"
+FORMAT = "jaxprune layer 2"
 
 
 class Snapshot(NamedTuple):
@@ -54,6 +69,11 @@ class Snapshot(NamedTuple):
         grams: tap -> Gram matrix of what it taps.
         kernels: linear layer -> dense kernel [n_in, n_out].
         sections: linear layer that is several side by side -> those; see `patterns.Sections`.
+        patterns: linear layer -> its pattern in the run; empty where masks were given.
+        outputs: linear layer -> weights of its outputs; empty where all weigh the same. See `prune_and_round`.
+        tokens: tap of an expert -> number of tokens that it was given.
+        drifts: tap -> drift of its inputs; empty where `asymmetry` is 0. See `gram_matrices`.
+        asymmetry: see `layer.Solver`.
     """
 
     layer: int
@@ -61,6 +81,11 @@ class Snapshot(NamedTuple):
     grams: dict[str, Float[np.ndarray, "n n"]]
     kernels: dict[str, Float[np.ndarray, "n m"]]
     sections: Mapping[str, Sections] = MappingProxyType({})
+    patterns: Mapping[str, Pattern] = MappingProxyType({})
+    outputs: Mapping[str, Float[np.ndarray, "m"]] = MappingProxyType({})
+    tokens: Mapping[str, int] = MappingProxyType({})
+    drifts: Mapping[str, Float[np.ndarray, "n n"]] = MappingProxyType({})
+    asymmetry: float = 0.0
 
     def only(self, path: str) -> "Snapshot":
         """Returns the snapshot of one linear layer.
@@ -71,91 +96,132 @@ class Snapshot(NamedTuple):
         if path not in self.kernels:
             raise InputError(f"there is no linear layer {path!r}: the file has {', '.join(self.kernels)}")
         (tap,) = (tap for tap, paths in self.inputs.items() if path in paths)
-        sections = {path: self.sections[path]} if path in self.sections else {}
-        return Snapshot(self.layer, {tap: (path,)}, {tap: self.grams[tap]}, {path: self.kernels[path]}, sections)
+
+        def one(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: values[name]} if name in values else {}
+
+        return self._replace(
+            inputs={tap: (path,)},
+            grams=one(tap, self.grams),
+            kernels=one(path, self.kernels),
+            sections=one(path, self.sections),
+            patterns=one(path, self.patterns),
+            outputs=one(path, self.outputs),
+            tokens=one(tap, self.tokens),
+            drifts=one(tap, self.drifts),
+        )
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The tensors of the file, by name."""
+        arrays = {f"gram.{tap}": gram for tap, gram in self.grams.items()}
+        arrays |= {f"drift.{tap}": drift for tap, drift in self.drifts.items()}
+        arrays |= {f"outputs.{linear}": weights for linear, weights in self.outputs.items()}
+        return arrays | {f"{linear}.kernel": kernel for linear, kernel in self.kernels.items()}
 
 
 def capture(
     model: StreamedModel,
     tokens: Int[np.ndarray, "w t"],
-    layers: Collection[int],
-    method: Method,
-    target: Pattern | TargetOf,
+    layer: int,
+    recipe: Recipe,
     *,
-    prune_before: bool,
-) -> Iterator[Snapshot]:
-    """Yields snapshots of some layers, in order.
+    prune_before: bool = True,
+) -> Snapshot:
+    """Returns what the solves of a layer start from in a run; what follows them, such as tuning, is not done.
 
     Args:
         model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
-        layers: indices of the wanted layers.
-        method: prunes the layers before, so that a snapshot is that of a run with this method and target.
-        target: as `method`.
+        layer: the index of the layer.
+        recipe: that of the run.
         prune_before: False: the layers before stay dense.
 
     Raises:
-        InputError: there is no such layer, or model, tokens and target do not fit together.
+        InputError: there is no such layer, or it stays dense, or model, tokens and recipe do not fit together.
     """
-    last = max(layers)
-    if last >= model.num_layers:
-        raise InputError(f"there is no layer {last}: the checkpoint has {model.num_layers} layers, from 0")
-    solver = Solver(method, targets_for(model.architecture, target))
-    hidden = model.embed(tokens)
-    order = range(last + 1)
-    for index, stored in zip(order, model.layers(order), strict=True):
-        params, part = model.put_layer(index, stored), model.architecture.layers[index]
-        own = part.unstack(stored)
-        if index in layers:
-            inputs = {tap: paths for tap, paths in part.inputs.items() if not part.routers.issuperset(paths)}
-            kernels = {path: np.asarray(own[f"{path}.kernel"]) for paths in inputs.values() for path in paths}
-            grams = _every_gram(model, index, params, hidden, list(inputs))
-            yield Snapshot(index, inputs, grams, kernels, part.sections)
-        if index < last:
-            if prune_before:
-                solved = SolvedLayer(model, index, params, (hidden, None), solver, {})
-                params = model.put_layer(index, part.stack(own | solved.kernels))
-            model.forward(index, params, hidden)
+    if layer >= model.num_layers:
+        raise InputError(f"there is no layer {layer}: the checkpoint has {model.num_layers} layers, from 0")
+    model.require_tokens(tokens)
+    dropped = recipe.experts.drop_experts
+    targets = require_recipe(without_experts(model.architecture, dropped), recipe)
+    if dropped:
+        model = model.keeping(kept_experts(model, tokens, dropped))
+    if not Solver(recipe.method, with_rules(*targets)).taps(layer, model.architecture.layers[layer]):
+        raise InputError(f"the rules leave layer {layer} dense", options=dict.fromkeys(("layer", "skip"), Change.OTHER))
+    model, states, solver = solving(model, tokens, recipe, targets)
+    before = solver if prune_before else dataclasses.replace(solver, target_of=lambda index, path: None)
+    for _ in itertools.islice(visit_layers(model, states, before, Results(None, "", model.num_layers)), layer):
+        pass  # the states move
+    return _of_layer(model, states, solver, layer)
 
 
-def _every_gram(
-    model: StreamedModel, index: int, params: Mapping[str, jax.Array], hidden: HiddenStates, taps: list[str]
-) -> dict[str, Float[np.ndarray, "n n"]]:
-    layer = model.architecture.layers[index]
-    found: dict[str, Float[np.ndarray, "n n"]] = {}
-    for group in groups(layer, taps, most_bytes(), model.devices):
-        grams, _ = gram_matrices(model, index, params, hidden, taps=group)
-        found |= {tap: fetch(grams.take(tap)) for tap in group}
-    return found
+def _of_layer(model: StreamedModel, states: CalibrationStates, solver: Solver, index: int) -> Snapshot:
+    """Returns the snapshot of the layer that the states have reached."""
+    part, (stored,) = model.architecture.layers[index], model.layers([index])
+    params, own, taps = model.put_layer(index, stored), part.unstack(stored), solver.taps(index, part)
+    paths = [path for some in taps.values() for path in some]
+    grams, drifts, tokens = {}, {}, {}
+    for tap, inputs in layer_inputs(model, index, params, (states.pruned, states.dense), solver, {}):
+        grams[tap] = fetch(inputs.gram)
+        if inputs.drift is not None:
+            drifts[tap] = fetch(inputs.drift)
+        if inputs.tokens is not None:
+            tokens[tap] = inputs.tokens
+        del inputs  # before the next are made
+    targets = {path: solver.target_of(index, path) for path in paths}
+    return Snapshot(
+        index,
+        taps,
+        grams,
+        kernels={path: np.asarray(own[f"{path}.kernel"]) for path in paths},
+        sections={path: part.sections[path] for path in paths if path in part.sections},
+        patterns={path: target for path, target in targets.items() if isinstance(target, Pattern)},
+        outputs={path: weights for path, weights in solver.outputs(index).items() if path in paths},
+        tokens=tokens,
+        drifts=drifts,
+        asymmetry=solver.asymmetry,
+    )
 
 
-def solve(snapshot: Snapshot, recipe: Recipe) -> Iterator[tuple[str, KernelResult, float, jax.Array]]:
+def solve(
+    snapshot: Snapshot, method: Method, target: Pattern | Callable[[int, str], Pattern | StoredMask]
+) -> Iterator[tuple[str, KernelResult, float, Float[np.ndarray, "n m"]]]:
     """Prunes the kernels of a snapshot: yields each one's path, result, seconds and pruned kernel.
 
     The time of preparation (once an input) is counted to the first linear layer that has the input.
 
+    Args:
+        snapshot: the snapshot.
+        method: the pruning method.
+        target: a pattern for all linear layers, or (layer index, path) -> its own or its mask.
+
     Raises:
-        InputError: the recipe's pattern or mask does not fit the kernels, or one cannot be solved.
+        InputError: the pattern or the mask does not fit the kernels, or one cannot be solved.
     """
-    given = recipe.target()
-    targets = {path: given(snapshot.layer, path) if callable(given) else given for path in snapshot.kernels}
-    for path, target in targets.items():
-        require_fit(target, snapshot.layer, path, snapshot.kernels[path].shape)
+    linears = {}
+    for path, kernel in snapshot.kernels.items():
+        wanted = target(snapshot.layer, path) if callable(target) else target
+        require_fit(wanted, snapshot.layer, path, kernel.shape)
+        weights, sections = snapshot.outputs.get(path), snapshot.sections.get(path, ())
+        linears[path] = Linear(partial(jnp.asarray, kernel), wanted, weights, sections)
     for tap, paths in snapshot.inputs.items():
-        start = time.perf_counter()
-        gram = jnp.asarray(snapshot.grams[tap])
-        prepared = recipe.method.prepare(gram)
-        for path in paths:
-            kernel = jnp.asarray(snapshot.kernels[path])
-            sections = snapshot.sections.get(path, ())
-            stored, _, result = prune_and_round(recipe.method, prepared, gram, kernel, targets[path], sections=sections)
+        found: dict[str, tuple[KernelResult, Float[np.ndarray, "n m"]]] = {}
+        seconds, start = dict.fromkeys(paths, 0.0), time.perf_counter()
+        given = {"gram": snapshot.grams[tap], "drift": snapshot.drifts.get(tap)}
+        inputs = Inputs(snapshot.tokens.get(tap), **jax.tree.map(jnp.asarray, given))
+        some = {path: linears[path] for path in paths}
+        for path, stored, _, result in solve_kernels(inputs, some, method, asymmetry=snapshot.asymmetry):
+            found[path] = result, stored
+            seconds[path] += time.perf_counter() - start
+            start = time.perf_counter()
+        for path, (result, stored) in found.items():
             if not math.isfinite(result.error):
                 raise InputError(
                     f"{path} cannot be solved, its weights come out as NaN or infinity",
                     options={"damping": Change.RAISE},
                 )
-            yield path, result, time.perf_counter() - start, stored
-            start = time.perf_counter()
+            yield path, result, seconds[path], stored
 
 
 def save(place: str | Path | Destination, snapshot: Snapshot) -> None:
@@ -164,24 +230,42 @@ def save(place: str | Path | Destination, snapshot: Snapshot) -> None:
     Raises:
         CheckpointError: there is something that is not replaced, or it cannot be written.
     """
-    arrays = {f"gram.{tap}": gram for tap, gram in snapshot.grams.items()}
-    arrays |= {f"{linear}.kernel": kernel for linear, kernel in snapshot.kernels.items()}
+    arrays = snapshot.arrays
+    header = {
+        "layer": snapshot.layer,
+        "inputs": snapshot.inputs,
+        "sections": {path: dict(sections) for path, sections in snapshot.sections.items()},
+        "patterns": {path: _pattern_as_json(pattern) for path, pattern in snapshot.patterns.items()},
+        "tokens": dict(snapshot.tokens),
+        "asymmetry": snapshot.asymmetry,
+    }
     with staged(destination(place, folder=False)) as path:
         file = TensorFile(
             path,
             {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()},
-            {
-                "seal": UNSEALED,
-                "format": FORMAT,
-                "layer": str(snapshot.layer),
-                "inputs": json.dumps(snapshot.inputs),
-                "sections": json.dumps({path: dict(sections) for path, sections in snapshot.sections.items()}),
-            },
+            {"seal": UNSEALED, "format": FORMAT} | {name: json.dumps(value) for name, value in header.items()},
         )
         for name, array in arrays.items():
             file.write(name, array)
         file.finish()
         seal(path)
+
+
+class _Pattern(schema.Schema):
+    """The pattern of a linear layer."""
+
+    pattern: Annotated[UnstructuredRecord | NMRecord, pydantic.Field(discriminator="kind")]
+    share: float = pydantic.Field(ge=0, le=1)
+
+    def made(self) -> Pattern:
+        """Returns the pattern that the solve takes."""
+        pattern = self.pattern.pattern()
+        return pattern if self.share == 1 else Partly(pattern, self.share)
+
+
+def _pattern_as_json(pattern: Pattern) -> dict[str, Any]:
+    """Returns the content of `_Pattern`."""
+    return {"pattern": pattern.as_json(), "share": pattern.share if isinstance(pattern, Partly) else 1.0}
 
 
 class _Metadata(schema.Schema):
@@ -190,6 +274,9 @@ class _Metadata(schema.Schema):
     layer: Annotated[str, pydantic.Field(pattern="^[0-9]{1,9}$")]
     inputs: pydantic.Json[dict[str, list[str]]]
     sections: pydantic.Json[dict[str, dict[str, Size]]] = {}
+    patterns: pydantic.Json[dict[str, _Pattern]] = {}
+    tokens: pydantic.Json[dict[str, schema.Count]] = {}
+    asymmetry: pydantic.Json[Annotated[float, pydantic.Field(ge=0, le=1)]] = 0.0
 
 
 def load(path: Path) -> Snapshot:
@@ -206,49 +293,88 @@ def load(path: Path) -> Snapshot:
             if metadata.pop("format", None) != FORMAT:
                 raise InputError("it holds no layer's snapshot", file=path, wanted="one that `jaxprune snapshot` made")
             header = schema.check(_Metadata, metadata, file=path, entry="__metadata__")
-            inputs = {tap: tuple(linears) for tap, linears in header.inputs.items()}
-            sections = {linear: tuple(those.items()) for linear, those in header.sections.items()}
-            _require_shapes(path, inputs, sections, {name: opened.get_slice(name) for name in opened.keys()})
-            grams = {tap: opened.get_tensor(f"gram.{tap}") for tap in inputs}
-            kernels = {p: opened.get_tensor(f"{p}.kernel") for paths in inputs.values() for p in paths}
+            slices = {name: opened.get_slice(name) for name in opened.keys()}
+            names = _require_shapes(path, header, slices)
+            snapshot = _read(header, {name: opened.get_tensor(name) for name in names})
     except (OSError, SafetensorError) as error:
         raise InputError(f"it cannot be read ({error})", file=path) from error
-    for name, array in ({f"gram.{tap}": a for tap, a in grams.items()} | kernels).items():
+    for name, array in snapshot.arrays.items():
         if not np.isfinite(np.asarray(array, np.float32)).all():
             raise InputError("it holds NaN or infinity", file=path, entry=name)
-    for tap, gram in grams.items():
+    for tap, gram in snapshot.grams.items():
         if reason := why_no_gram(gram):
             raise InputError(f"it is no Gram matrix, {reason}", file=path, entry=f"gram.{tap}")
-    return Snapshot(int(header.layer), inputs, grams, kernels, sections)
+    for linear, weights in snapshot.outputs.items():
+        if not (weights > 0).all():
+            raise InputError("a weight of an output is not positive", file=path, entry=f"outputs.{linear}")
+    return snapshot
 
 
-def _require_shapes(
-    path: Path, inputs: Mapping[str, Sequence[str]], sections: Mapping[str, Sections], slices: Mapping[str, Any]
-) -> None:
-    """Raises DamagedError where tensors are missing, or are not what the header's inputs and sections need."""
-    linears = [linear for paths in inputs.values() for linear in paths]
+def _read(header: _Metadata, tensors: Mapping[str, np.ndarray]) -> Snapshot:
+    """Returns the snapshot of a file whose header and tensors agree."""
+    linears = [linear for paths in header.inputs.values() for linear in paths]
+    return Snapshot(
+        int(header.layer),
+        {tap: tuple(paths) for tap, paths in header.inputs.items()},
+        grams={tap: tensors[f"gram.{tap}"] for tap in header.inputs},
+        kernels={linear: tensors[f"{linear}.kernel"] for linear in linears},
+        sections={linear: tuple(those.items()) for linear, those in header.sections.items()},
+        patterns={linear: record.made() for linear, record in header.patterns.items()},
+        outputs={linear: tensors[f"outputs.{linear}"] for linear in linears if f"outputs.{linear}" in tensors},
+        tokens=header.tokens,
+        drifts={tap: tensors[f"drift.{tap}"] for tap in header.inputs if header.asymmetry},
+        asymmetry=header.asymmetry,
+    )
+
+
+def _require_shapes(path: Path, header: _Metadata, slices: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the snapshot's tensors; raises DamagedError where one is missing, or does not fit."""
+    linears = [linear for paths in header.inputs.values() for linear in paths]
     if not linears or len(set(linears)) < len(linears):
         raise DamagedError("linear layers are missing, or there twice", file=path, entry="inputs", found=linears)
-    names = [f"gram.{tap}" for tap in inputs] + [f"{linear}.kernel" for linear in linears]
+    if header.patterns and header.patterns.keys() != set(linears):
+        raise DamagedError("linear layers are missing, or unknown", file=path, entry="patterns", found=header.patterns)
+    if unknown := header.tokens.keys() - header.inputs.keys():
+        raise DamagedError("there are no such inputs", file=path, entry="tokens", found=sorted(unknown))
+    names = [f"{kind}.{tap}" for kind in ("gram", *["drift"] * (header.asymmetry > 0)) for tap in header.inputs]
+    outputs = [f"outputs.{linear}" for linear in linears]
+    names += [f"{linear}.kernel" for linear in linears] + outputs * any(name in slices for name in outputs)
     if missing := [name for name in names if name not in slices]:
         raise DamagedError("a tensor is missing", file=path, entry=missing[0])
     for name in names:
         dtype = slices[name].get_dtype()
-        if dtype not in (("F32",) if name.startswith("gram.") else ("F32", "F16", "BF16")):
+        if dtype not in (("F32", "F16", "BF16") if name.endswith(".kernel") else ("F32",)):
             raise DamagedError("a tensor's dtype cannot be used", file=path, entry=name, found=dtype)
-    for tap, paths in inputs.items():
+    for tap, paths in header.inputs.items():
         gram = slices[f"gram.{tap}"].get_shape()
         if len(gram) != 2 or gram[0] != gram[1] or not gram[0]:
             raise DamagedError("a Gram matrix is not square", file=path, entry=f"gram.{tap}", found=gram)
+        if f"drift.{tap}" in names and (drift := slices[f"drift.{tap}"].get_shape()) != gram:
+            raise DamagedError("its shape is wrong", file=path, entry=f"drift.{tap}", found=drift, wanted=f"{gram}")
         for linear in paths:
-            kernel = slices[f"{linear}.kernel"].get_shape()
-            if len(kernel) != 2 or kernel[0] != gram[0] or not kernel[1]:
-                wanted = f"[{gram[0]}, outputs], as the Gram matrix of its inputs has it"
-                raise DamagedError("a kernel's shape is wrong", file=path, entry=linear, found=kernel, wanted=wanted)
-            widths = [width for _, width in sections.get(linear, ())]
-            if linear in sections and (not widths or kernel[1] % sum(widths)):
-                wanted = f"outputs that sum to a divisor of {kernel[1]}"
-                raise DamagedError("sections do not fit", file=path, entry=linear, found=widths, wanted=wanted)
+            _require_linear(path, header, linear, gram[0], slices)
+    return names
+
+
+def _require_linear(path: Path, header: _Metadata, linear: str, inputs: int, slices: Mapping[str, Any]) -> None:
+    """Raises DamagedError where what the file holds of a linear layer does not fit its number of inputs."""
+    kernel = slices[f"{linear}.kernel"].get_shape()
+    if len(kernel) != 2 or kernel[0] != inputs or not kernel[1]:
+        wanted = f"[{inputs}, outputs], as the Gram matrix of its inputs has it"
+        raise DamagedError("a kernel's shape is wrong", file=path, entry=linear, found=kernel, wanted=wanted)
+    name = f"outputs.{linear}"
+    if name in slices and (weights := slices[name].get_shape()) != [kernel[1]]:
+        wanted = f"[{kernel[1]}], one of each output"
+        raise DamagedError("the number of weights is wrong", file=path, entry=name, found=weights, wanted=wanted)
+    widths = list(header.sections.get(linear, {}).values())
+    if linear in header.sections and (not widths or kernel[1] % sum(widths)):
+        wanted = f"outputs that sum to a divisor of {kernel[1]}"
+        raise DamagedError("sections do not fit", file=path, entry=linear, found=widths, wanted=wanted)
+    try:
+        if linear in header.patterns:
+            header.patterns[linear].made().zeros(tuple(kernel))
+    except InputError as error:
+        raise DamagedError(error.problem, file=path, entry=f"patterns.{linear}") from None
 
 
 def why_no_gram(gram: Float[np.ndarray, "n n"]) -> str:

@@ -13,9 +13,11 @@ from jaxprune.methods.quantization import has_grid
 from jaxprune.models import Architecture
 from jaxprune.pruning import distillation, kept_tuning
 from jaxprune.pruning.allocation import allocate
+from jaxprune.pruning.calibration_states import CalibrationStates
 from jaxprune.pruning.distillation import Text, distill
 from jaxprune.pruning.journal import CURVE, PRUNED, QUANTIZED, SENSITIVITY, TUNED, TUNING, Journal
-from jaxprune.pruning.loop import prune_layers, targets_for
+from jaxprune.pruning.layer import Solver
+from jaxprune.pruning.loop import targets_for, visit_layers
 from jaxprune.pruning.quantized import quantize_layers
 from jaxprune.pruning.results import LayerResult, Results
 from jaxprune.pruning.rules import TargetOf, by_rules, with_rules
@@ -25,6 +27,9 @@ from jaxprune.recipe_parts import Importance, Tuning, effective_tuning, late_spa
 from jaxprune.sparsity.patterns import Pattern, Unstructured, partly
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
+
+Targets = tuple[Pattern | TargetOf, Mapping[tuple[int, str], Pattern | None]]
+"""The target of linear layers, and that of those that rules name."""
 
 
 def prune_model(
@@ -54,7 +59,7 @@ def prune_model(
     Raises:
         InputError, CheckpointError: recipe, model and tokens do not fit together.
     """
-    target, named = require_recipe(model.architecture, recipe)
+    targets = require_recipe(model.architecture, recipe)
     model.require_tokens(tokens)
     require_stream(recipe, stream)
     tuning, text = effective_tuning(recipe.tuning, recipe.pattern), None
@@ -63,9 +68,9 @@ def prune_model(
         text = distillation.of_stream(stream, tuning)
     elif tuning.tune_epochs:
         text = distillation.of_windows(tokens, tuning, seed)
-    layers = _pruned(model, tokens, recipe, target, named, journal, observer)
+    layers = _pruned(model, tokens, recipe, targets, journal, observer)
     if text:
-        layers = _distilled(model, teacher, text, layers, tuning, with_rules(target, named), journal, observer)
+        layers = _distilled(model, teacher, text, layers, tuning, with_rules(*targets), journal, observer)
     return _quantized(model, tokens, layers, recipe, journal, observer) if recipe.quantize else layers
 
 
@@ -79,9 +84,7 @@ def require_stream(recipe: Recipe, stream: TextStream | None) -> None:
         raise InputError("the recipe tunes on no stream of text: leave stream out, or set the tokens to tune on")
 
 
-def require_recipe(
-    architecture: Architecture, recipe: Recipe
-) -> tuple[Pattern | TargetOf, Mapping[tuple[int, str], Pattern | None]]:
+def require_recipe(architecture: Architecture, recipe: Recipe) -> Targets:
     """Returns the target of linear layers, and that of those that rules name; errors as for `prune_model`."""
     target, named = recipe.target(), by_rules(architecture, recipe.rules)
     targets_for(architecture, with_rules(target, named))
@@ -118,25 +121,37 @@ def _pruned(
     model: StreamedModel,
     tokens: Int[np.ndarray, "w t"],
     recipe: Recipe,
-    target: Pattern | TargetOf,
-    named: Mapping[tuple[int, str], Pattern | None],
+    targets: Targets,
     journal: Journal | None,
     observer: Observer,
 ) -> Iterator[LayerResult]:
-    late = late_sparsity(recipe.tuning, recipe.pattern)
-    target, layer_weights = _by_importance(model, tokens, recipe.importance, target, late, named, journal, observer)
-    layers = prune_layers(
-        model.routing_all() if recipe.experts.route_all else model,
-        tokens,
-        recipe.method,
-        with_rules(target, named),
-        weights=layer_weights,
-        asymmetry=recipe.asymmetry,
-        finished=Results(journal, PRUNED, model.num_layers),
-    )
-    for layer in layers:
+    visited, states, solver = solving(model, tokens, recipe, targets, journal, observer)
+    for layer in visit_layers(visited, states, solver, Results(journal, PRUNED, model.num_layers)):
         observer.layer_done(layer)
         yield layer
+
+
+def solving(
+    model: StreamedModel,
+    tokens: Int[np.ndarray, "w t"],
+    recipe: Recipe,
+    targets: Targets,
+    journal: Journal | None = None,
+    observer: Observer = SILENT,
+) -> tuple[StreamedModel, CalibrationStates, Solver]:
+    """Returns what `visit_layers` takes to prune a model by a recipe, before any tuning.
+
+    Args:
+        model, tokens, recipe, journal, observer: as for `prune_model`.
+        targets: as `require_recipe` returns them.
+    """
+    target, named = targets
+    late = late_sparsity(recipe.tuning, recipe.pattern)
+    target, layer_weights = _by_importance(model, tokens, recipe.importance, target, late, named, journal, observer)
+    target_of = targets_for(model.architecture, with_rules(target, named))
+    solver = Solver(recipe.method, target_of, layer_weights, recipe.asymmetry)
+    visited = model.routing_all() if recipe.experts.route_all else model
+    return visited, CalibrationStates(visited, tokens, with_dense=recipe.asymmetry > 0), solver
 
 
 def _distilled(

@@ -215,16 +215,18 @@ class Bench:
     def _error(self, cell: Cell, file: Path) -> dict[str, Any]:
         assert cell.recipe is not None and cell.linear is not None
         layer, linear = cell.linear
-        ((_, result, _, _),) = snapshots.solve(self._snapshots[layer].only(linear), cell.recipe)
+        snapshot = self._snapshots[layer].only(linear)
+        ((_, result, _, _),) = snapshots.solve(snapshot, cell.recipe.method, cell.recipe.target())
         return {"error": result.error}
 
     @functools.cached_property
     def _snapshots(self) -> dict[int, snapshots.Snapshot]:
         """The wanted layers' snapshots, behind dense layers."""
-        captured = snapshots.capture(
-            self.model, self.calibration, self.layers, Magnitude(), Unstructured(0.0), prune_before=False
-        )
-        return {snapshot.layer: snapshot for snapshot in captured}
+        recipe = Recipe(Magnitude(), Unstructured(0.0))
+        return {
+            layer: snapshots.capture(self.model, self.calibration, layer, recipe, prune_before=False)
+            for layer in self.layers
+        }
 
 
 def _figures(account: Record) -> dict[str, Any]:

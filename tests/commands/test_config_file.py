@@ -215,8 +215,8 @@ def test_every_command_takes_options_from_a_file(tmp_path: Path) -> None:
     config, names = evaluate.parse(["model", "--config", str(file), "--out", "here"])
     assert (names, config.eval, config.eval_seqlen, config.out) == (["model"], "ppl", 64, "here")
     file.write_text("mask: wanda\nupdate: exact\nsparsity: 0.7\n")
-    _, _, recipe = solve.parse(["layer.safetensors", "--config", str(file)])
-    assert recipe.slug == "wanda-exact-70"
+    _, _, recipe, is_given = solve.parse(["layer.safetensors", "--config", str(file)])
+    assert recipe.slug == "wanda-exact-70" and is_given
     record.write_bytes((Path(__file__).parents[1] / "reporting/records/best.json").read_bytes())
     with pytest.raises(InputError, match="only prune, plan and snapshot repeat"):
         evaluate.parse(["model", "--config", str(record)])

@@ -89,8 +89,12 @@ def problem(path: str) -> None:
 
     found = snapshots.load(Path(path))
     require(found.layer >= 0 and found.kernels and found.grams, "an empty problem")
-    for array in (*found.kernels.values(), *found.grams.values()):
-        require(array.ndim == 2 and np.isfinite(np.asarray(array, np.float64)).all(), "a matrix that is none")
+    for name, array in found.arrays.items():
+        require(array.ndim == (1 if name.startswith("outputs.") else 2), f"{name} has other dimensions")
+        require(np.isfinite(np.asarray(array, np.float64)).all(), f"{name} is not finite")
+    require(0 <= found.asymmetry <= 1 and all(count >= 0 for count in found.tokens.values()), "an impossible number")
+    for linear, pattern in found.patterns.items():
+        require(0 <= pattern.zeros(found.kernels[linear].shape) <= found.kernels[linear].size, "an impossible pattern")
 
 
 def record(path: str) -> None:
@@ -167,9 +171,14 @@ def measured(case: Case, base: Path) -> None:
 
 def solved(case: Case, base: Path) -> None:
     from jaxprune.pruning import snapshot as snapshots
+    from jaxprune.sparsity.patterns import Partly
 
-    for name, kernel in snapshots.load(Path("out")).kernels.items():
-        require(np.isfinite(kernel).all() and 2 * np.count_nonzero(kernel == 0) >= kernel.size, f"{name} is not pruned")
+    layer = snapshots.load(Path("out"))
+    for name, kernel in layer.kernels.items():
+        zeros = layer.patterns[name].zeros(kernel.shape) if layer.patterns else kernel.size / 2
+        if isinstance(layer.patterns.get(name), Partly):
+            zeros = 0
+        require(np.isfinite(kernel).all() and np.count_nonzero(kernel == 0) >= zeros, f"{name} is not pruned")
 
 
 def verified(case: Case, base: Path) -> None:

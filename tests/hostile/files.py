@@ -21,7 +21,7 @@ def build(base: Path) -> None:
     import pyarrow.parquet
 
     from convert.__main__ import main as convert
-    from jaxprune import Magnitude, Unstructured, load
+    from jaxprune import Importance, Magnitude, Recipe, load
     from jaxprune.commands.evaluate import main as evaluate
     from jaxprune.commands.prune import main as run
     from jaxprune.pruning import snapshot as snapshots
@@ -65,8 +65,8 @@ def build(base: Path) -> None:
         require(evaluate([*"pruned --against hf --out evaluation".split(), *MEASURE.split()]) == 0, "evaluate")
         tokens = np.load("ids.npy").astype(np.int32)
         model = load("hf")
-        (layer,) = snapshots.capture(model, tokens, [1], Magnitude(), Unstructured(0.5), prune_before=False)
-        snapshots.save(Path("layer.safetensors"), layer)
+        recipe = Recipe(Magnitude(), importance=Importance(weigh_outputs=True), asymmetry=0.5)
+        snapshots.save(Path("layer.safetensors"), snapshots.capture(model, tokens, 1, recipe))
         _interrupted([*line, "--out", "out"])
         mutations.odd_paths(Path("odd"))
 

@@ -156,7 +156,7 @@ def test_a_router_is_pruned_by_its_own_name_and_skipped_by_any(folder: Path) -> 
 
 
 def test_a_snapshot_has_no_routers(folder: Path) -> None:
-    (snapshot,) = capture(load(folder), WINDOWS, [2], ADMM(), Unstructured(0.5), prune_before=False)
+    snapshot = capture(load(folder), WINDOWS, 2, Recipe(), prune_before=False)
     assert len(snapshot.kernels) == 4 + 3 * 6 and "mlp.gate" not in snapshot.kernels
 
 

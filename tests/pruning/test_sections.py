@@ -86,11 +86,11 @@ def test_late_zeros_are_those_of_their_sections(pair: tuple[Path, Path]) -> None
 
 
 def test_a_snapshot_knows_them(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    (made,) = snapshots.capture(load(pair[1]), TOKENS, [1], ADMM(), Unstructured(0.5), prune_before=True)
+    made = snapshots.capture(load(pair[1]), TOKENS, 1, Recipe())
     snapshots.save(tmp_path / "layer.safetensors", made)
     read = snapshots.load(tmp_path / "layer.safetensors")
     assert dict(read.sections) == dict(made.sections) and len(read.sections) == 2
-    found = {path: result.sections for path, result, _, _ in snapshots.solve(read, Recipe())}
+    found = {path: result.sections for path, result, _, _ in snapshots.solve(read, ADMM(), Unstructured(0.5))}
     assert found["mlp.gate_up_proj"] == {"gate": 768, "up": 768} and not found["mlp.down_proj"]
     assert read.only("mlp.down_proj").sections == {}
 
