@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from io import BufferedReader
 
 import numpy as np
-from backports import zstd
 from jaxtyping import Shaped, UInt8
 
 from convert.errors import DamagedError
 from convert.safetensors_header import Stored
 from convert.shards import STORED
+from convert.zstd import zstd
 
 PAYS = 0.97
 """A plane is compressed where no more than this share of it remains."""

@@ -8,13 +8,14 @@ import tempfile
 import weakref
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from io import BufferedIOBase, BufferedReader
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import BufferedIOBase
 from pathlib import Path
 from typing import IO, Any, cast, overload
 
 from convert.files import open_regular
 from convert.writing import failing
+from convert.zstd import zstd
 from jaxprune.errors import InputError
 
 DOCUMENT_BYTES = 2**27
@@ -23,7 +24,15 @@ UNPACKED_BYTES = 2**34
 """The most that a file may hold once it is unpacked."""
 IN_MEMORY = 2**26
 """Bytes of documents in memory; more go to a temporary file, of which nothing stays."""
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+COMPRESSED: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": zstd.open,
+}
+"""Suffix -> what opens such a file; all of them read streams that follow each other in one file."""
+DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
+"""What these raise while they read a file that is damaged."""
 
 
 class Documents(Sequence[str]):
@@ -77,7 +86,7 @@ def unpacked(path: Path) -> Iterator[BufferedIOBase]:
         try:
             with _unpacker(path, file) as content:
                 yield content
-        except _errors(path) as error:
+        except DAMAGED as error:
             raise InputError(f"it cannot be unpacked or read ({error})", file=path) from error
 
 
@@ -134,25 +143,8 @@ def seekable(file: BufferedIOBase, path: Path) -> Iterator[BufferedIOBase]:
 
 
 def _unpacker(path: Path, file: IO[bytes]) -> contextlib.AbstractContextManager[BufferedIOBase]:
-    if path.suffix == ".zst":
-        reader = _zstandard(path).ZstdDecompressor().stream_reader(file, read_across_frames=True)
-        return BufferedReader(reader)
-    opened: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix)
+    opened = COMPRESSED.get(path.suffix)
     return cast(BufferedIOBase, opened(file)) if opened else contextlib.nullcontext(cast(BufferedIOBase, file))
-
-
-def _zstandard(path: Path) -> Any:
-    try:
-        import zstandard
-    except ImportError:
-        raise InputError("only zstandard can unpack it: pip install zstandard", file=path) from None
-    return zstandard
-
-
-def _errors(path: Path) -> tuple[type[Exception], ...]:
-    """Returns what the unpackers raise for damaged content."""
-    zstandard = (_zstandard(path).ZstdError,) if path.suffix == ".zst" else ()
-    return (OSError, EOFError, zlib.error, lzma.LZMAError, *zstandard)
 
 
 def _most(count: int) -> str:

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from backports import zstd
 from markdown import markdown
 
 from convert import Reader, create_checkpoint, open_checkpoint, parts
 from convert.packing import places_of
+from convert.zstd import zstd
 
 
 def main() -> None:

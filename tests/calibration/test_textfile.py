@@ -15,11 +15,11 @@ from pyarrow import parquet
 
 from convert.command import worded
 from convert.errors import UserError
+from convert.zstd import zstd
 from jaxprune import calibration
 from jaxprune.calibration import documents as _documents
 from jaxprune.calibration import textfile
 from jaxprune.calibration.documents import Documents
-from jaxprune.errors import InputError
 from tests.helpers import tiny
 
 
@@ -63,6 +63,9 @@ GOOD = b'{"text": "a cat"}\n'
         ("a.jsonl.gz", gzip.compress(GOOD, mtime=0)[:-12], "it cannot be unpacked or read"),
         ("a.jsonl.bz2", bz2.compress(GOOD)[:-12], "it cannot be unpacked or read"),
         ("a.jsonl.xz", lzma.compress(GOOD)[:-12], "it cannot be unpacked or read"),
+        ("a.jsonl.zst", b"not packed", "it cannot be unpacked or read"),
+        ("a.jsonl.zst", zstd.compress(GOOD) + zstd.compress(GOOD)[:-5], "it cannot be unpacked or read"),
+        ("a.txt.zst", zstd.compress(GOOD)[:-5], "it cannot be unpacked or read"),
         ("a.parquet.gz", gzip.compress(b"PAR1", mtime=0), "it is no .parquet file, or damaged"),
     ],
 )
@@ -118,11 +121,11 @@ def test_marks_and_line_ends_of_other_systems(tmp_path: Path) -> None:
     assert list(textfile.documents(tmp_path / "b.json", "train")) == ["a", "b"]
 
 
-@pytest.mark.parametrize("pack", [bz2, gzip, lzma])
+@pytest.mark.parametrize("pack", [bz2, gzip, lzma, zstd])
 def test_packed_files(pack: Any, tmp_path: Path) -> None:
-    suffix = {"bz2": "bz2", "gzip": "gz", "lzma": "xz"}[pack.__name__]
-    (tmp_path / f"a.jsonl.{suffix}").write_bytes(pack.compress(GOOD * 3))
-    assert list(textfile.documents(tmp_path / f"a.jsonl.{suffix}", "train")) == ["a cat"] * 3
+    suffix = {bz2: "bz2", gzip: "gz", lzma: "xz", zstd: "zst"}[pack]
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(pack.compress(GOOD * 3) + pack.compress(GOOD))
+    assert list(textfile.documents(tmp_path / f"a.jsonl.{suffix}", "train")) == ["a cat"] * 4
     parquet.write_table(pyarrow.table({"text": ["a", "b"]}), tmp_path / "a.parquet")
     (tmp_path / f"a.parquet.{suffix}").write_bytes(pack.compress((tmp_path / "a.parquet").read_bytes()))
     assert list(textfile.documents(tmp_path / f"a.parquet.{suffix}", "train")) == ["a", "b"]
@@ -141,6 +144,8 @@ def test_what_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest
     ):
         (tmp_path / name).write_bytes(gzip.compress(content, mtime=0))
         refused(message, tmp_path / name)
+        (tmp_path / name).with_suffix(".zst").write_bytes(zstd.compress(content))
+        refused(message, (tmp_path / name).with_suffix(".zst"))
 
 
 def test_documents_come_back_from_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,10 +203,3 @@ def test_too_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for number in range(4):
         (tmp_path / f"{number}.jsonl").write_bytes(GOOD)
     refused("it holds too many files, wanted at most 3", tmp_path)
-
-
-def test_zstandard_is_asked_for_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
-    (tmp_path / "a.jsonl.zst").write_bytes(b"x")
-    with pytest.raises(InputError, match="only zstandard can unpack it: pip install zstandard"):
-        textfile.documents(tmp_path / "a.jsonl.zst", "train")
