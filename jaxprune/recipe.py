@@ -89,14 +89,16 @@ class Recipe:
 
         Args:
             pattern: or its name: unstructured, per-output, or N:M such as 2:4; or a sparsity; None: the recipe's kind.
-            sparsity: fraction of zeros; None: 0.5, or what N:M has.
+            sparsity: fraction of zeros, where the pattern has none; None: 0.5, or what N:M has.
 
         Raises:
-            InputError: there is no such pattern, or it has another sparsity.
+            InputError: there is no such pattern, it has another sparsity, or two sparsities are given.
         """
+        if isinstance(pattern, NM):  # the same rule as for its name
+            pattern = str(pattern)
+        if not (pattern is None or isinstance(pattern, str) or sparsity is None):
+            raise InputError(f"one sparsity is enough: {pattern} and {sparsity} are given")
         if isinstance(pattern, int | float):
-            if sparsity is not None:
-                raise InputError(f"one sparsity is enough: {pattern} and {sparsity} are given")
             pattern, sparsity = None, pattern
         if pattern is None and isinstance(self.pattern, NM):
             pattern = str(self.pattern)

@@ -101,6 +101,12 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
     with pytest.raises(InputError, match="one sparsity is enough"):
         PRESETS[preset].at(0.7, 0.5)
     assert Recipe(pattern=NM(2, 4)).at() == Recipe(pattern=NM(2, 4)).at(0.5) == Recipe(pattern=NM(2, 4))
+    with pytest.raises(InputError, match="one sparsity is enough: 50 % and 0.7 are given"):
+        PRESETS[preset].at(Unstructured(0.5), sparsity=0.7)
+    assert PRESETS[preset].at(NM(2, 4), sparsity=0.5) == PRESETS[preset].at("2:4", sparsity=0.5)
+    for pattern in (None, "2:4", NM(2, 4)):
+        with pytest.raises(InputError, match="2:4 has a sparsity of 0.5, not 0.7"):
+            Recipe(pattern=NM(2, 4)).at(pattern, sparsity=0.7)
     with pytest.raises(InputError, match="2:4 has a sparsity of 0.5, not 0.7"):
         Recipe(pattern=NM(2, 4)).at(0.7)
     assert (made.pattern_text, made.slug) == ("70 % in total", f"{preset}-70")
