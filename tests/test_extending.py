@@ -15,7 +15,9 @@ from transformers import ArceeConfig, ArceeForCausalLM
 
 from jaxprune import NM, Unstructured, gram, load
 from jaxprune.__main__ import main as jaxprune
+from jaxprune.commands.solve import parse as parse_solve
 from jaxprune.methods.wanda import Wanda
+from jaxprune.reporting import reading, schema
 from tests.helpers import tiny, xla
 from tests.helpers.logits import logits
 from tests.helpers.optional import needs_torch, torch
@@ -89,6 +91,46 @@ def test_without_it_one_line_says_what_is_missing(arcee: Path, tmp_path: Path, c
         printed = capsys.readouterr().err
         assert printed.count("\n") == 1
         assert ("rescaled" if flags else "arcee") in printed
+
+
+NOISY = '''
+import dataclasses
+
+from jaxprune.methods.wanda import Wanda
+
+
+@dataclasses.dataclass(frozen=True)
+class Noisy(Wanda):
+    """Wanda, with an option that has the name of a run's."""
+
+    seed: int = 7
+    """The seed of the noise."""
+'''
+
+
+def test_an_option_of_a_runs_name_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Neither the method nor the run is given the other's value; a command without such a flag takes the method."""
+    (tmp_path / "noisy.py").write_text(NOISY)
+    about = tmp_path / "noisy-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: noisy\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[jaxprune.methods]\nnoisy = noisy\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    lines = ["prune --ckpt x", "plan --ckpt x", "snapshot file --layer 0 --ckpt x", "prune"]
+    for line in lines:
+        assert jaxprune([*line.split(), "--method", "noisy", "--seed", "3"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "two flags of" in error and "--seed" in error and "'Method noisy' and one of 'Calibration'" in error
+    _, _, recipe = parse_solve(["file", "--method", "noisy", "--seed", "3"])
+    assert recipe.method.seed == 3  # type: ignore[attr-defined]
+    records = Path(__file__).parent / "reporting/records"
+    record = schema.as_json(reading.load(records / "unstructured.json")) | recipe.as_json()
+    (tmp_path / "jaxprune.json").write_text(json.dumps(record))
+    assert jaxprune(["--config", str(tmp_path / "jaxprune.json"), "--out", str(tmp_path / "out")]) == 2
+    assert "two flags of jaxprune prune have the name --seed" in capsys.readouterr().err
 
 
 @needs_torch

@@ -13,7 +13,7 @@ import math
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +39,7 @@ class Section:
         options: a dataclass.
         flag_of: names of the flags; by default the fields'.
         help: below the heading.
-        only: the fields of this section; None: all that no other section has named.
+        only: the fields of this section; None: all that no other section of the same dataclass has named.
         defaults: of flags, where they are not their fields'.
     """
 
@@ -105,7 +105,7 @@ class CommandLine:
             Flag's name, in Python's spelling, -> value, for all that was given and nothing else.
 
         Raises:
-            UserError: a flag or a value that cannot be used.
+            UserError: a flag or a value that cannot be used, or two flags have one name.
             SystemExit: after --help.
         """
         positionals = positionals or {}
@@ -114,7 +114,7 @@ class CommandLine:
             del args, kwargs
 
         words = [_positional(name, text, several and name == [*positionals][-1]) for name, text in positionals.items()]
-        flags = _flags([*sections, Section("Options", ConfigFile)])
+        flags = _flags(command, positionals, [*sections, Section("Options", ConfigFile)])
         collect.__signature__ = inspect.Signature([*words, *flags])  # type: ignore[attr-defined]
         collect.__doc__ = description
         app = App(
@@ -175,17 +175,33 @@ def _positional(name: str, text: str, several: bool) -> inspect.Parameter:
     return inspect.Parameter(name, kind, annotation=Annotated[str, note])
 
 
-def _flags(sections: Sequence[Section]) -> Iterable[inspect.Parameter]:
-    """Yields the flags of all sections; of two of one name the later one counts."""
-    flags = {}
-    claimed = {name for section in sections for name in section.only or ()}
+def _flags(command: str, positionals: Iterable[str], sections: Sequence[Section]) -> Iterator[inspect.Parameter]:
+    """Yields the flags of all sections.
+
+    Args:
+        command: the name of the command, such as `jaxprune plan`.
+        positionals: the names of what comes without a flag.
+        sections: the flags.
+
+    Raises:
+        InputError: two flags have one name. Only a method of another package can cause it: a test reads the flags of
+            each command with each of our methods.
+    """
+    titles = dict.fromkeys(["help", *positionals], command)
+    claimed = {(section.options, name) for section in sections for name in section.only or ()}
     for number, section in enumerate(sections, 1):
         group = Group(section.title, help=section.help, sort_key=number)
         for field in dataclasses.fields(section.options):
-            wanted = field.name in section.only if section.only else field.name not in claimed
+            wanted = field.name in section.only if section.only else (section.options, field.name) not in claimed
             if wanted and (flag := section.flag_of(field.name)):
-                flags[flag] = _parameter(section, field, flag, group)
-    yield from flags.values()
+                if flag in titles:
+                    both = f"one of {titles[flag]!r} and one of {section.title!r}"
+                    raise InputError(
+                        f"two flags of {command} have the name --{flag.replace('_', '-')}, {both}: rename the option "
+                        "of the method"
+                    )
+                titles[flag] = section.title
+                yield _parameter(section, field, flag, group)
 
 
 def _parameter(section: Section, field: dataclasses.Field, flag: str, group: Group) -> inspect.Parameter:

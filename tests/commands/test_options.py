@@ -1,8 +1,56 @@
-"""Numbers on a command line are finite and of a size that can be used."""
+"""Numbers on a command line are finite and of a size that can be used; no two flags have one name."""
+
+import dataclasses
 
 import pytest
 
-from jaxprune.commands.options import real, whole
+from jaxprune import InputError, methods
+from jaxprune.__main__ import main
+from jaxprune.commands.options import CommandLine, Section, real, whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """Options of a method."""
+
+    seed: int = 0
+    """The seed of the noise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Options of a run."""
+
+    seed: int = 0
+    """The seed of the text."""
+    length: int = 8
+    """The length of the text."""
+
+
+@pytest.mark.parametrize("only", [None, ("seed",)])
+@pytest.mark.parametrize("positional", ["file", "seed"])
+def test_two_flags_of_one_name_are_an_error(only: tuple[str, ...] | None, positional: str) -> None:
+    """Also where a section names its fields, which leave the sections of the same dataclass alone."""
+    sections = [Section("Noise", Noise), Section("Text", Text, only=only)]
+    first = "and one of 'Text'" if positional == "file" else "one of 'draw' and one of 'Noise'"
+    with pytest.raises(InputError, match=f"two flags of draw have the name --seed, .*{first}: rename"):
+        CommandLine(["x", "--seed", "3"]).read("draw", "", sections, positionals={positional: "A file."})
+
+
+def test_a_section_without_names_has_the_fields_that_others_of_its_dataclass_leave() -> None:
+    sections = [Section("First", Text, only=("length",)), Section("Rest", Text)]
+    assert CommandLine(["--length", "3", "--seed=4"]).read("draw", "", sections) == {"length": 3, "seed": 4}
+
+
+@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("command", ["prune", "plan", "snapshot", "solve"])
+def test_no_method_has_an_option_of_a_commands_name(
+    command: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for line in (["--method", name], ["--mask", name], ["--update", name]):
+        with pytest.raises(SystemExit, match="^0$"):
+            main([command, *line, "--help"])
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("text", "value"), [("0", 0), ("-7", -7), ("2147483647", 2**31 - 1)])
