@@ -169,8 +169,8 @@ def prune(
         files = _write_checkpoint(smaller, layers, recipe, journal, masks_at is not None, observer)
         if evaluator:
             with _timed(observer, "evaluate"):
-                models = {"dense": model, "pruned": model.sibling(result_folder(journal))}
-                for which, quality in evaluator.measure(models, against="dense"):
+                pruned = model.sibling(result_folder(journal), f"pruned {model.short_name}")
+                for which, quality in evaluator.measure({"dense": model, "pruned": pruned}, against="dense"):
                     record.evaluation[which] = quality
         record.seconds["total"] = time.perf_counter() - begun
         made_of = {"dense": reader, "pruned": open_checkpoint(result_folder(journal), check=False)}

@@ -14,7 +14,7 @@ import jax
 import platformdirs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from convert.command import USER_ERROR, one_line, run, terminate
 from convert.errors import CheckpointError, UserError
@@ -163,7 +163,8 @@ def progress_bar() -> Progress:
     """Returns a progress bar, each of whose tasks has a `unit` that it counts. What is left is by the pace of the
     last ten minutes: a layer may take some of them."""
     unit = TextColumn("{task.fields[unit]}", markup=False)
-    counts = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), unit
+    what = TextColumn("{task.description}", markup=False, table_column=Column())  # wraps on a narrow terminal
+    counts = what, BarColumn(bar_width=10), MofNCompleteColumn(), unit
     times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
     return Progress(*counts, *times, console=console, speed_estimate_period=600)
 

@@ -159,7 +159,7 @@ class StreamedLM(TemplateLM):
         def finished(number: int, tokens: list[int]) -> bool:
             return tokens[-1] == self.eot_token_id or bool(cuts(number, text_of(tokens)))
 
-        made = map(text_of, generate(self._model, prompts, most_of, finished))
+        made = map(text_of, generate(self._model, prompts, most_of, finished, self._observer))
         done = [text[: min(cuts(number, text), default=len(text))] for number, text in enumerate(made)]
         for request, text in zip(requests, done, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
@@ -183,7 +183,10 @@ class StreamedLM(TemplateLM):
         model = self._model
         for batch in batches(group(requests, self.max_length), self._most_tokens):
             packed = pack(requests, batch, self.max_length, hardware.current().tokens_per_batch)
-            self._observer.started("tasks", model.num_layers)
+            count = sum(one.size for one in batch)
+            self._observer.started(
+                f"log-likelihoods of the tasks' answers by {model.short_name}, {count:,} tokens", model.num_layers
+            )
             states = model.final_states(
                 *(windows.tokens for windows in packed),
                 layouts=[windows.layout for windows in packed],

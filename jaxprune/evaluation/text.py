@@ -67,14 +67,15 @@ def text_quality(
                 f"models of {first[0]} layers and {first[1]} tokens, and of {other[0]} layers and {other[1]} tokens "
                 "cannot be compared: give the dense checkpoint that the pruned one was made from"
             )
-    observer.started(f"perplexity, {name}", sum(model.num_layers for model in models))
-    states = [
-        hidden
-        for model in models
-        for hidden in model.final_states(tokens, visit=lambda index, states: observer.layer_visited(index))
-    ]
+    on = f"on {short_name(name)}, {tokens.size:,} tokens"
+    states: list[HiddenStates] = []
+    for model in models:
+        observer.started(f"perplexity of {model.short_name} {on}", model.num_layers)
+        states += model.final_states(tokens, visit=lambda index, states: observer.layer_visited(index))
     heads = tuple(model.params_of(model.architecture.head) for model in models)
-    return _compare(models, heads, states, tokens)
+    what = "KL divergence from" if len(models) > 1 else "log-likelihoods by"
+    observer.started(f"{what} {models[0].short_name} {on}", len(states[0].slices()), "batches")
+    return _compare(models, heads, states, tokens, observer)
 
 
 def perplexity(model: StreamedModel, tokens: Int[np.ndarray, "w t"]) -> float:
@@ -96,24 +97,26 @@ def _compare(
     heads: tuple[Mapping[str, Array], ...],
     states: Sequence[HiddenStates],
     tokens: Int[np.ndarray, "w t"],
+    observer: Observer = SILENT,
 ) -> list[TextQuality]:
     parts = tuple(model.architecture.head for model in models)
     losses, divergences, agreements = np.zeros((3, len(models)))
-    for rows in states[0].slices():
+    for number, rows in enumerate(states[0].slices()):
         targets = tokens[rows, 1:].reshape(-1).astype(np.int32)
         last = [hidden.read(rows)[:, :-1].reshape(len(targets), -1) for hidden in states]
         if len(models) == 1:
             losses -= models[0].score_tokens(heads[0], last[0], targets).log_prob.sum(dtype=np.float64)
-            continue
-        found = in_chunks(
-            models[0].devices,
-            lambda t, *chunk: divergence(parts, heads, chunk, t),
-            targets,
-            *last,
-            models=len(models),
-        )
-        for total, values in zip((losses, divergences, agreements), found, strict=True):
-            total += values.sum(axis=0, dtype=np.float64)
+        else:
+            found = in_chunks(
+                models[0].devices,
+                lambda t, *chunk: divergence(parts, heads, chunk, t),
+                targets,
+                *last,
+                models=len(models),
+            )
+            for total, values in zip((losses, divergences, agreements), found, strict=True):
+                total += values.sum(axis=0, dtype=np.float64)
+        observer.layer_visited(number)
     count = tokens.shape[0] * (tokens.shape[1] - 1)
     # A model pruned to rubble may have a mean loss whose exponential overflows.
     perplexities = [math.inf if mean >= 700 else math.exp(mean) for mean in losses / count]

@@ -78,7 +78,9 @@ def in_batches(
     """
     layers = _Layers(model)
     batches = [*_batches(model, prompts, most, made, TEXTS * layers.room)]
-    observer.started("generating", sum(max(most[number] for number in numbers) for numbers in batches), "steps")
+    count, longest = sum(map(len, batches)), max((most[number] for numbers in batches for number in numbers), default=0)
+    what = f"generating {count} texts of at most {longest} tokens with {model.short_name}"
+    observer.started(what, sum(max(most[number] for number in numbers) for numbers in batches), "steps")
     for numbers in batches:
         ends = {number: most[number] for number in numbers if most[number] > 0}
         longest = max(len(prompts[number]) + most[number] for number in numbers)

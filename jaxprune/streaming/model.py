@@ -65,9 +65,9 @@ class StreamedModel:
             architecture = architecture.routed(mesh=devices.mesh)
         self.architecture: Architecture = architecture
 
-    def sibling(self, folder: Path) -> "StreamedModel":
-        """Opens another checkpoint of the same architecture on the same devices."""
-        return StreamedModel(open_checkpoint(folder), self.dtype, self.devices, self.scratch, str(folder), folder)
+    def sibling(self, folder: Path, name: str = "") -> "StreamedModel":
+        """Opens another checkpoint of the same architecture on the same devices; see the class for the arguments."""
+        return StreamedModel(open_checkpoint(folder), self.dtype, self.devices, self.scratch, name, folder)
 
     def keeping(self, kept: Mapping[int, Sequence[int]]) -> "StreamedModel":
         """Returns the model without the other experts.
@@ -86,6 +86,11 @@ class StreamedModel:
         other = copy.copy(self)
         other.architecture = self.architecture.routed(route_all=True)
         return other
+
+    @property
+    def short_name(self) -> str:
+        """The last part of the name: of a path the file's or folder's own name, without a hub's owner."""
+        return Path(self.name).absolute().name
 
     @property
     def num_layers(self) -> int:

@@ -12,13 +12,19 @@ class Observer:
         """The work is known to fit; `need` is what it takes (`planning.work.Need`)."""
 
     def started(self, what: str, count: int, unit: str = "layers") -> None:
-        """So many layers are about to be visited, or steps to be taken, for what `what` says."""
+        """Work begins that visits layers, or takes steps or batches.
+
+        Args:
+            what: what is done, in words: which model, on which text, on how many tokens.
+            count: number of layers, steps or batches.
+            unit: what is counted.
+        """
 
     def layer_done(self, result: Any) -> None:
         """A layer is pruned, or later quantized; `result` is its `pruning.results.LayerResult`."""
 
     def layer_visited(self, index: int) -> None:
-        """A layer was visited by what was started last."""
+        """One of the layers, steps or batches of what was started last is done."""
 
     def phase_timed(self, phase: str, seconds: float) -> None:
         """A phase took so many more seconds; those of a single layer are in its result."""
