@@ -25,6 +25,8 @@ NOT_COPIED = ("*.index.json", "params.json", "packed.json", "jaxprune.json", "lm
 """Patterns of names among those: lists of the weights, and what tools of ours or others wrote about one folder."""
 SETTINGS = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"}
 VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"}
+DTYPE_ENTRIES = ("dtype", "torch_dtype")
+"""Entries of config.json that name the weights' dtype; transformers 4 wrote the second."""
 TEXT_INSIDE = ("gemma3", "qwen3_5")
 """Model types that hold a text model among others, which alone is pruned."""
 CONFIG_BYTES, TOKENIZER_BYTES = 2**22, 2**26
@@ -137,7 +139,7 @@ def _text_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
     except Exception as error:  # transformers validates with errors of many kinds
         reason = f"{type(error).__name__}: {error}"[:300]
         raise CheckpointError(f"it cannot be used ({reason})", file=path) from error
-    given = {name: config[name] for name in ("dtype", "torch_dtype", "tie_word_embeddings") if name in config}
+    given = {name: config[name] for name in (*DTYPE_ENTRIES, "tie_word_embeddings") if name in config}
     found = {name: value for name, value in (text | given).items() if value is not None}
     return found | {INSIDE: config["model_type"]}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 
-from convert.checkpoint import Params, Reader, Rounding, Spec, parts, rounding
+from convert.checkpoint import Params, Reader, Rounding, Spec, parts, preferred_dtype, rounding
 from convert.errors import DamagedError, UserError
 from convert.names import BESIDE
 
@@ -53,6 +53,10 @@ class CheckedReader:
     @property
     def held(self) -> Rounding | None:
         return rounding(self._reader)
+
+    @property
+    def save_dtype(self) -> np.dtype | None:
+        return preferred_dtype(self._reader)
 
     def remember(self, known: Mapping[str, str]) -> None:
         """Takes from now on the digest of each tensor, once, and holds it against what is known of it.

@@ -24,7 +24,8 @@ class Reader(Protocol):
         spec: shape and stored dtype of every parameter, from headers alone.
         assets: a folder with all that is not weights: config.json, the tokenizer's files, ...
 
-    One of a format that rounds has a method `held` besides; see `rounding`.
+    One of a format that rounds has a method `held` besides; see `rounding`. One of a format that decodes its weights to
+    a wider dtype has a `save_dtype` besides; see `preferred_dtype`.
     """
 
     spec: Spec
@@ -78,6 +79,11 @@ class Writer(Protocol):
 def rounding(reader: Reader) -> Rounding | None:
     """Returns what a reader's format makes of an array, by the param's path; None: it holds every array as it is."""
     return getattr(reader, "held", None)
+
+
+def preferred_dtype(reader: Reader) -> np.dtype | None:
+    """Returns the dtype in which results of a reader's checkpoint are stored; None: each param in its own."""
+    return getattr(reader, "save_dtype", None)
 
 
 def disk_bytes(reader: Reader) -> int:

@@ -7,10 +7,12 @@ References:
 """
 
 import json
+import math
 import re
 import shutil
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +20,9 @@ from typing import Annotated, Any
 
 import gguf
 import jax
+import jax.numpy as jnp
 import numpy as np
+from gguf import GGMLQuantizationType
 from jaxtyping import Float, Shaped
 from pydantic import Field, model_validator
 
@@ -38,6 +42,12 @@ TOP = {
 }
 # llama.cpp stores the frequency factors of Llama 3's rope, which the configuration of the model describes.
 ROPE_FACTORS = "rope_freqs.weight"
+PLAIN = {
+    GGMLQuantizationType.F32: np.dtype(np.float32),
+    GGMLQuantizationType.F16: np.dtype(np.float16),
+    GGMLQuantizationType.BF16: np.dtype(jnp.bfloat16),
+}
+"""Types whose numbers are those of a dtype."""
 TokenId = Annotated[int, Field(ge=0, lt=2**22)]
 
 
@@ -163,6 +173,14 @@ class Reader:
                 entry=tensor.name,
             ) from error
         return from_file(self._model, path, rounded)
+
+    @property
+    def save_dtype(self) -> np.dtype:
+        """The dtype of most weights, in which results are stored; float16 for quantized weights."""
+        sizes: Counter[GGMLQuantizationType] = Counter()
+        for tensor in self._header.tensors:
+            sizes[tensor.kind] += math.prod(tensor.shape)
+        return PLAIN.get(max(sizes, key=lambda kind: sizes[kind]), np.dtype(np.float16))
 
     def _paths(self, tensor: Tensor) -> Iterator[tuple[str, int | None]]:
         """Yields the params that a tensor holds, with the index of the expert; none where no model has it."""

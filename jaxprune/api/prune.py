@@ -9,9 +9,10 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import DTypeLike, Int
 
-from convert import Writer, disk_bytes, fill_checkpoint, open_checkpoint, writing
+from convert import Spec, Writer, disk_bytes, fill_checkpoint, open_checkpoint, writing
+from convert.casting import saving_dtype
 from convert.destination import Destination, destination
 from convert.hub import require_whole
 from convert.names import naming_in
@@ -80,6 +81,7 @@ def prune(
     overwrite: bool = False,
     resume_only: bool = False,
     seed: int = 0,
+    save_dtype: DTypeLike | None = None,
     evaluator: Evaluator | None = None,
     timing: bool = False,
     unchecked: bool = False,
@@ -103,6 +105,8 @@ def prune(
         overwrite: replace `out` and `masks` if they are earlier results that nobody changed.
         resume_only: insist on going on with a run that was stopped.
         seed: the seed of the order of calibration windows in the distillation.
+        save_dtype: the dtype that the weights of the result are stored in, float16, bfloat16 or float32; None: as the
+            checkpoint stores them, float16 for a quantized GGUF file.
         evaluator: measures the dense and the pruned checkpoint; None: nothing is measured.
         timing: first prune the first layer compiled and under `jax.disable_jit`, and record the seconds of both.
         unchecked: begin even where the run would not fit, and without comparing weights of the hub with their digests.
@@ -132,14 +136,18 @@ def prune(
     check(schema.RunConfig, plain(record.config), file="", entry="config", error=InputError)
     observer = Observers(record, observer)
     model.require_tokens(windows)
+    dtype = saving_dtype(reader, save_dtype)
     require_recipe(without_experts(model.architecture, recipe.experts.drop_experts), recipe)
+    saved = model if dtype is None else model.saved_as(dtype)
+    stored = {} if dtype is None else {"save_dtype": dtype.name}
+    record.save_dtype = stored.get("save_dtype")
     given = {"masks": {"sha256": digest_of(recipe.mask)}} if recipe.mask else {}
-    wanted = identity.of_run(reader, model.hf_config, model.dtype, record.asked() | given, seed)
+    wanted = identity.of_run(reader, model.hf_config, model.dtype, record.asked() | given | stored, seed)
     require_same(lambda: wanted | {"weights": identity.sample(reader)})
     observer.phase_timed("setup", time.perf_counter() - begun)
     if not unchecked:
         require_whole(reader.files)
-        observer.planned(fit.require_fit(_work(model, windows, recipe, place, evaluator)))
+        observer.planned(fit.require_fit(_work(model, saved.reader.spec, windows, recipe, place, evaluator)))
     run, masks_at = resume.run_of(wanted), masks_place.path if masks_place else None
     if broadcast(emptied):
         if on_first_process(lambda: resume.tidy_up(place.path, run, masks_at)):
@@ -148,25 +156,26 @@ def prune(
     with resume.open_journal(
         place.path,
         wanted,
-        of_version_1=lambda: identity.of_version_1(reader, model.architecture, record.asked_of_version_1(), seed),
+        of_version_1=lambda: identity.of_version_1(
+            reader, model.architecture, record.asked_of_version_1() | stored, seed
+        ),
         resume=resume_only,
     ) as journal:
         if publishing.is_finished(journal, place.path, masks_at):
             publishing.publish(journal, place, masks_place)
             return _finished(place.path)
         weights = identity.KnownWeights(reader, journal)
-        smaller = model
         if recipe.experts.drop_experts:
             with _timed(observer, "experts"):
                 record.kept_experts = kept_experts(model, windows, recipe.experts.drop_experts, journal)
-                smaller = model.keeping(record.kept_experts)
+                saved = saved.keeping(record.kept_experts)
         if timing:
             with _timed(observer, "timing"):
-                record.timing = jit_versus_eager(smaller, windows, recipe)
+                record.timing = jit_versus_eager(saved, windows, recipe)
         layers = prune_model(
-            smaller, windows, recipe, stream=stream, seed=seed, teacher=model, journal=journal, observer=observer
+            saved, windows, recipe, stream=stream, seed=seed, teacher=model, journal=journal, observer=observer
         )
-        files = _write_checkpoint(smaller, layers, recipe, journal, masks_at is not None, observer)
+        files = _write_checkpoint(saved, layers, recipe, journal, masks_at is not None, observer)
         if evaluator:
             with _timed(observer, "evaluate"):
                 pruned = model.sibling(result_folder(journal), f"pruned {model.short_name}")
@@ -209,6 +218,7 @@ def _finished(folder: Path) -> PruningResult | None:
 
 def _work(
     model: StreamedModel,
+    saved: Spec,
     windows: Int[np.ndarray, "w t"],
     recipe: Recipe,
     place: Destination,
@@ -219,6 +229,7 @@ def _work(
         architecture = architecture.routed(mesh=None)
     return Work(
         model.reader.spec,
+        saved,
         architecture,
         recipe,
         len(windows),

@@ -58,6 +58,8 @@ class Config(EvalOptions):
     unchecked: bool = False
     """Begin even where the run would not fit by our count, and without comparing weights from the hub with their
     digests."""
+    save_dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    """The dtype that --out is stored in (default: the checkpoint's; float16 for a quantized GGUF file)."""
     save_masks: str | None = None
     """A file for the masks, packed bits in safetensors, for fine-tuning that keeps them."""
     calib: str | None = None
@@ -148,7 +150,7 @@ def group_of(argv: Sequence[str]) -> Group | None:
 
 
 GROUPS = {
-    "Checkpoint and result": ("ckpt", "out", "overwrite", "resume", "save_masks"),
+    "Checkpoint and result": ("ckpt", "out", "overwrite", "resume", "save_dtype", "save_masks"),
     "Calibration": ("calib", "tune_text", "nsamples", "seqlen", "pack", "seed"),
     "Evaluation": FLAGS,
     "Machine": ("dtype", "device", "devices", "hidden", "scratch", "coordinator", "processes", "process_id"),

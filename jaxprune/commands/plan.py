@@ -149,13 +149,14 @@ def work_of(config: Config, recipe: Recipe, devices: Devices, target: Target | N
         InputError, CheckpointError: there is not even that, or the windows are longer than the model takes.
     """
     assert config.out
-    spec, architecture = preflight.shapes_of(config.ckpt, config.computation_dtype)
+    spec, saved, architecture = preflight.shapes_of(config.ckpt, config.computation_dtype, config.save_dtype)
     architecture.require_length(config.seqlen)
     require_recipe(without_experts(architecture, recipe.experts.drop_experts), recipe)
     length = config.eval_seqlen or config.seqlen
     text = config.eval_windows or max(1, EVALUATION_TOKENS // length), length
     return Work(
         spec,
+        saved,
         architecture,
         recipe,
         config.nsamples,

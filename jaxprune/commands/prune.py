@@ -86,6 +86,7 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
             stream=stream_of(config, recipe, model),
             resume_only=config.resume,
             seed=config.seed,
+            save_dtype=config.save_dtype,
             evaluator=Evaluator(measures, model, progress) if measures else None,
             timing=config.timing is not None,
             unchecked=config.unchecked,

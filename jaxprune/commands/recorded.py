@@ -45,6 +45,8 @@ def recorded(content: bytes, path: Path, given: Mapping[str, str]) -> Mapping[st
     if lost := [name for name, value in vars(wanted).items() if value != getattr(made, name)]:
         raise InputError("no options make this part of its recipe", file=path, entry=lost[0])
     options = record.config.model_dump() | dict(of_recipe(record, given))
+    if "ckpt" not in given:  # another checkpoint may have another default
+        options["save_dtype"] = record.save_dtype or options.get("save_dtype")
     left_out = {*NOT_REPEATED, *meaningless(record, given)}
     return {name: value for name, value in options.items() if name not in left_out}
 

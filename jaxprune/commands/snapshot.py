@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from convert.casting import saving_dtype
 from convert.destination import destination
 from convert.paths import inputs_of, require_apart
 from jaxprune.api.load import load
@@ -60,6 +61,8 @@ def _main(argv: Sequence[str]) -> None:
         keep_memory(large=True)  # it makes logits
     devices = choose_devices(config.device, config.devices)
     model = load(config.ckpt, dtype=config.computation_dtype, devices=devices, scratch=scratch)
+    if dtype := saving_dtype(model.reader, config.save_dtype):
+        model = model.saved_as(dtype)
     inputs = {"ckpt": inputs_of(model.source), "calib": source_paths(config.calib)}
     inputs["mask"] = [given_mask] if (given_mask := source_of(recipe.mask or "")) else []
     require_apart(inputs, {"the file": place.path}, error=InputError)

@@ -93,6 +93,7 @@ def _main(argv: Sequence[str]) -> int:
     facts += " along the inputs (columns of the stored [out, in])" * isinstance(claimed, NM)
     if wanted.against:
         facts += f", {verdict.compared} other tensors compared with {wanted.against}"
+        facts += f" in {verdict.dtype.name}" if verdict.dtype else ""
     if run and run.quantize and not verdict.problems:
         facts += f", on the grid of {run.quantize.upper()}"
     facts += f", all zeros of {wanted.zeros_of} kept" * bool(wanted.zeros_of and not verdict.problems)

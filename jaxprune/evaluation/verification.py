@@ -10,6 +10,7 @@ from jaxtyping import Shaped
 
 from convert import Reader
 from convert.assets import has_tokenizer
+from convert.casting import cast_spec, common_dtype, saving_dtype
 from convert.checkpoint import rounding
 from jaxprune.methods.quantization import BITS, has_grid, off_grid
 from jaxprune.sparsity.masks import Masks, StoredMask
@@ -48,12 +49,14 @@ class Verdict(NamedTuple):
         problems: one line each; none if the checkpoint is what it should be.
         compared: number of tensors, others and kernels that stay dense, that were compared with the dense checkpoint's.
         tokenizer: whether there is a tokenizer, which loads.
+        dtype: the dtype that the dense tensors were rounded to before they were compared; None: they have it.
     """
 
     kernels: dict[Which, StoredKernel]
     problems: list[str]
     compared: int = 0
     tokenizer: bool = True
+    dtype: np.dtype | None = None
 
 
 def verify(
@@ -88,14 +91,14 @@ def verify(
         InputError, CheckpointError: the checkpoint cannot be read, or is no model.
     """
     reader, dense = model.reader, against.reader if against else None
-    held = rounding(reader)
+    dtype = _dtype_of_both(reader, dense) if dense else None
     tokenizer = any(map(has_tokenizer, [reader.assets, *([dense.assets] if dense else [])]))
     if tokenizer:
         _ = model.tokenizer  # which has to load
     names = {name_of(which): which for which in model.architecture.kernel_shapes()}
     every = model.architecture.kernel_shapes(routers=True)
     names |= {name_of(which): which for which in counts or {} if which in every}  # routers that were pruned, too
-    problems = _differences(reader, dense) if dense else []
+    problems = _differences(reader, dense, dtype) if dense else []
     kernels: dict[Which, StoredKernel] = {}
     compared = 0
     for name in reader.spec:
@@ -115,8 +118,9 @@ def verify(
         compared += dense is not None
         if dense and name in dense.spec:
             its_own = dense.read([name])[name]
-            if not _same(array, held(name, its_own) if held else its_own):
-                how = "as its type rounds it" if held else "bit for bit"
+            if not any(_same(array, one) for one in _as_stored(name, its_own, reader, dense, dtype)):
+                how = f"rounded to {dtype.name}" if dtype else "bit for bit"
+                how = "as its type rounds it" if rounding(reader) else how
                 problems.append(f"{name} is not the dense checkpoint's, {how}")
     if counts is not None:
         problems += _miscounted(kernels, counts)
@@ -126,7 +130,7 @@ def verify(
         problems.append(f"the kernels have {found} zeros in total, {total - found} fewer than were wanted")
     if pattern is None and total is None:
         problems += _outliers({which: kernel for which, kernel in kernels.items() if which not in own})
-    return Verdict(kernels, problems, compared, tokenizer)
+    return Verdict(kernels, problems, compared, tokenizer, dtype)
 
 
 def zeros(model: StreamedModel) -> dict[Which, tuple[int, int]]:
@@ -162,15 +166,35 @@ def name_of(which: Which) -> str:
     return f"layers.{which[0]}.{which[1]}.kernel"
 
 
-def _differences(reader: Reader, dense: Reader) -> list[str]:
+def _dtype_of_both(reader: Reader, dense: Reader) -> np.dtype | None:
+    """Returns the dtype that a dense checkpoint is rounded to for a comparison; None: it stays as it is."""
+    dtype = None if rounding(reader) else common_dtype(reader.spec)
+    return None if dtype is None or cast_spec(dense.spec, dtype) == dense.spec else dtype
+
+
+def _as_stored(
+    name: str, array: Shaped[np.ndarray, "..."], reader: Reader, dense: Reader, dtype: np.dtype | None
+) -> Iterator[Shaped[np.ndarray, "..."]]:
+    """Yields a dense tensor as the pruned checkpoint may have it. A file of a format that rounds is made from the dense
+    tensor, or from that tensor in the dtype that runs save."""
+    if held := rounding(reader):
+        yield held(name, array)
+        dtype = saving_dtype(dense)
+    with np.errstate(over="ignore"):  # infinity is no pruned checkpoint's
+        cast = array if dtype is None else array.astype(cast_spec({name: dense.spec[name]}, dtype)[name].dtype)
+    yield held(name, cast) if held else cast
+
+
+def _differences(reader: Reader, dense: Reader, dtype: np.dtype | None) -> list[str]:
     """Returns the tensors that one of the checkpoints lacks, or that have another shape or dtype."""
     rounds = rounding(reader) is not None
     problems = [f"{name} is missing: the dense checkpoint has it" for name in dense.spec if name not in reader.spec]
+    spec = dense.spec if dtype is None else cast_spec(dense.spec, dtype)
     for name, tensor in reader.spec.items():
-        if name not in dense.spec:
+        if name not in spec:
             problems.append(f"{name} is surplus: the dense checkpoint lacks it")
-        elif tensor.shape != dense.spec[name].shape or not (rounds or tensor.dtype == dense.spec[name].dtype):
-            wanted = dense.spec[name]
+        elif tensor.shape != spec[name].shape or not (rounds or tensor.dtype == spec[name].dtype):
+            wanted = spec[name]
             problems.append(
                 f"{name} is {tensor.dtype.name}{list(tensor.shape)}, the dense checkpoint's "
                 f"{wanted.dtype.name}{list(wanted.shape)}"

@@ -13,9 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import DTypeLike
 
 from convert import Spec, formats, part_of
 from convert.assets import read_config
+from convert.casting import cast_spec, saving_dtype
 from convert.hub import resolve
 from jaxprune import hardware
 from jaxprune.hardware import writing_for
@@ -40,12 +42,17 @@ LIBRARIES = 1.0 * GIB
 """Host memory of Python, JAX, transformers, Orbax and compiled programs; 0.85 to 1.05 GiB were measured."""
 
 
-def shapes_of(ckpt: str, dtype: np.dtype | None) -> tuple[Spec, Architecture]:
-    """Returns a checkpoint's params and architecture, from headers, or from config.json where there is nothing else.
+def shapes_of(
+    ckpt: str, dtype: np.dtype | None, save_dtype: DTypeLike | None = None
+) -> tuple[Spec, Spec, Architecture]:
+    """Returns a checkpoint's params, those of its results, and its architecture.
+
+    They come from headers, or from config.json where there is nothing else.
 
     Args:
         ckpt: its name, as for `convert.open_checkpoint`.
         dtype: the dtype of the computation; None: as in `StreamedModel`.
+        save_dtype: the dtype of the results; None: the checkpoint decides, as in `casting.saving_dtype`.
 
     Raises:
         InputError, CheckpointError: there is not even that.
@@ -54,11 +61,14 @@ def shapes_of(ckpt: str, dtype: np.dtype | None) -> tuple[Spec, Architecture]:
     for module in formats().values():
         if hasattr(module, "Reader") and module.Reader.accepts(path):
             reader = module.Reader(path)
-            return reader.spec, architecture_of(reader.assets, dtype, reader.spec)
+            saved = saving_dtype(reader, save_dtype)
+            cast = cast_spec(reader.spec, saved) if saved else reader.spec
+            return reader.spec, cast, architecture_of(reader.assets, dtype, reader.spec)
     written = read_config(path)
     stored = np.dtype(written.get("dtype") or written.get("torch_dtype") or "float16")
     architecture = architecture_of(path, dtype or stored)
-    return {path: jax.ShapeDtypeStruct(t.shape, stored) for path, t in architecture.spec.items()}, architecture
+    spec = cast_spec(architecture.spec, stored)
+    return spec, cast_spec(spec, save_dtype or stored), architecture
 
 
 def need(work: Work, within: float = 0.0) -> Need:
@@ -128,11 +138,11 @@ def need_of_evaluation(
 
 def programs_of(work: Work) -> Iterator[Program]:
     """Yields the programs of a run."""
-    shapes = Shapes(work.architecture, stored_dtype(work.spec), work.devices, work.batch_tokens, work.device_bytes)
-    recipe, whole = work.recipe, shapes
+    whole = Shapes(work.architecture, stored_dtype(work.spec), work.devices, work.batch_tokens, work.device_bytes)
+    recipe, shapes = work.recipe, dataclasses.replace(whole, stored=stored_dtype(work.saved))
     pattern = recipe.pattern or Unstructured(0.5)  # a given mask takes no more than selecting one
     if share := recipe.experts.drop_experts:
-        yield from programs.of_experts(shapes, work.windows, work.length)
+        yield from programs.of_experts(whole, work.windows, work.length)
         shapes = dataclasses.replace(shapes, architecture=without_experts(work.architecture, share))
     if recipe.importance.measured:
         yield from programs.of_sensitivity(shapes, recipe.importance.windows_of(work.windows), work.length)
@@ -213,14 +223,13 @@ class _Costs:
 
 def _host(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
     """Returns phase -> host memory besides what the device needs and the hidden states."""
-    sizes = Counter[str]()
-    for path, param in work.spec.items():
-        sizes[part_of(path)] += param.size * param.dtype.itemsize
-    layer = max(size for part, size in sizes.items() if part.startswith("layers."))
+    layer = _layer_bytes(work.saved)
     # One layer being pruned, one read ahead, one as it goes out, one being committed, and that one's copy; experts are
     # stacked, which copies them as they come in.
     copies = 7 if any(layer.experts for layer in work.architecture.layers) else 5
     found = dict.fromkeys(phases, max(peak_bytes()["host"], LIBRARIES) + copies * layer)
+    if work.saved != work.spec:  # one that is read ahead, before it is cast
+        found = {phase: size + _layer_bytes(work.spec) for phase, size in found.items()}
     if "sensitivity" in phases:
         some = work.recipe.importance.windows_of(work.windows)
         energies = 4 * sum(len(layer.reads) for layer in work.architecture.layers) * some * work.length
@@ -238,6 +247,14 @@ def _host(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:
         else:
             found["tune"] += max(0, kernels - work.tuned_bytes) if work.on_cpu else kernels
     return found
+
+
+def _layer_bytes(spec: Spec) -> int:
+    """Returns the bytes of the largest layer's params."""
+    sizes = Counter[str]()
+    for path, param in spec.items():
+        sizes[part_of(path)] += param.size * param.dtype.itemsize
+    return max(size for part, size in sizes.items() if part.startswith("layers."))
 
 
 def _states(work: Work, phases: Mapping[str, Any]) -> dict[str, float]:

@@ -15,7 +15,7 @@ def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
         phases: of the run.
     """
     count, layers, pruned = work.devices.count, len(work.architecture.layers), work.pruned_bytes
-    weights = count * work.stored_bytes("layers.")
+    weights, dense = count * work.stored_bytes("layers."), count * work.dense_bytes("layers.")
     states, steps = work.states_bytes(work.windows, work.length), work.steps
     some = work.states_bytes(work.recipe.importance.windows_of(work.windows), work.length)
     tuned = work.states_bytes(sum(work.dense_groups), steps.length)
@@ -24,14 +24,14 @@ def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
     passes = len(work.dense_groups) + (work.held_out > 0)
     evaluated = sum(work.states_bytes(*text) for text in work.texts)
     found = {
-        "experts": weights + 2 * layers * states,
+        "experts": dense + 2 * layers * states,
         "sensitivity": 2 * weights + 5 * layers * some,  # forward, then back: inputs and gradients up, gradients down
         "gram": weights + (3 if work.recipe.asymmetry else 1) * layers * states,  # the dense model's go and come, too
         "solve": pruned + work.mask_bytes,
         "forward": count * pruned + 2 * (layers - 1) * states,
         "quantize": 2 * weights + pruned + work.mask_bytes + 3 * layers * states,
-        "tune": weights * passes + 2 * layers * (tuned + (1 + measures) * held_out),
-        "evaluate": 2 * (len(work.texts) * weights + 2 * layers * evaluated),
+        "tune": dense * passes + 2 * layers * (tuned + (1 + measures) * held_out),
+        "evaluate": len(work.texts) * (dense + weights) + 4 * layers * evaluated,
     }
     if steps.count and not work.placement.state:  # values for the forward pass; then up, with masks, and down
         found["tune"] += (3 * steps.count + measures) * work.tuned_bytes

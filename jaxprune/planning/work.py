@@ -32,6 +32,7 @@ class Work:
 
     Attributes:
         spec: the shapes and dtypes of the dense checkpoint.
+        saved: the same for the result, before experts are dropped.
         architecture: the architecture of the model.
         recipe: what is done to it.
         windows: the number of calibration windows.
@@ -45,6 +46,7 @@ class Work:
     """
 
     spec: Spec
+    saved: Spec
     architecture: Architecture
     recipe: Recipe
     windows: int
@@ -84,8 +86,12 @@ class Work:
         return windows * length * self.architecture.state_bytes
 
     def stored_bytes(self, below: str = "") -> int:
-        """Returns the bytes of the checkpoint's params whose paths begin so, as they are stored."""
-        return sum(p.size * p.dtype.itemsize for path, p in self.spec.items() if path.startswith(below))
+        """Returns the bytes of the result's params whose paths begin so, as they are stored."""
+        return _bytes_of(self.saved, below)
+
+    def dense_bytes(self, below: str = "") -> int:
+        """Returns the bytes of the dense checkpoint's params whose paths begin so, as they are read."""
+        return _bytes_of(self.spec, below)
 
     @property
     def held_out(self) -> int:
@@ -111,7 +117,7 @@ class Work:
     @property
     def pruned_bytes(self) -> int:
         """Bytes of all kernels that are pruned, as they are stored."""
-        return stored_dtype(self.spec).itemsize * self.pruned_weights
+        return stored_dtype(self.saved).itemsize * self.pruned_weights
 
     @property
     def mask_bytes(self) -> int:
@@ -122,6 +128,10 @@ class Work:
     def pruned_weights(self) -> int:
         """Weights of all kernels that are pruned."""
         return sum(n * m for n, m in self.architecture.kernel_shapes().values())
+
+
+def _bytes_of(spec: Spec, below: str) -> int:
+    return sum(p.size * p.dtype.itemsize for path, p in spec.items() if path.startswith(below))
 
 
 class Cost(NamedTuple):

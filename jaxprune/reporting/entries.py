@@ -49,7 +49,7 @@ class Entry:
         """What says that two records speak of one checkpoint: how it was made, or its name."""
         if not self.run:
             return self.name
-        made = {*RecipeRecord.model_fields, "calibration"}
+        made = {*RecipeRecord.model_fields, "calibration", "save_dtype"}
         return json.dumps([self.label, self.run.config.ckpt, self.run.model_dump(include=made)], sort_keys=True)
 
     @property

@@ -56,6 +56,7 @@ class Record(Observer):
         timing: the timing of the first layer with and without compilation, where that was asked for.
         kept_experts: layer index -> the experts that stayed, where some were dropped.
         disk_bytes: "dense" and "pruned" -> bytes of the checkpoint's files.
+        save_dtype: the dtype that the weights were cast to; None: each param has the dense checkpoint's.
         few_tokens: linear layer of an expert -> how many tokens it was given, where these are fewer than its inputs.
     """
 
@@ -71,6 +72,7 @@ class Record(Observer):
     kept_experts: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     few_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
     disk_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+    save_dtype: str | None = None
 
     def layer_done(self, result: LayerResult) -> None:
         """Keeps a layer's result without its arrays; of one that is quantized in place of the one before."""
@@ -130,6 +132,7 @@ class Record(Observer):
             "config": dict(self.config),
             "checkpoint": self.checkpoint,
             **self.asked(),
+            **({"save_dtype": self.save_dtype} if self.save_dtype else {}),
             "sparsity": self.sparsity,
             "evaluation": {which: quality.as_json() for which, quality in self.evaluation.items()},
             "seconds": self.seconds,

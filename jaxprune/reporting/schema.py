@@ -165,6 +165,7 @@ class Run(RecipeRecord, Environment):
     config: RunConfig
     checkpoint: str = ""
     calibration: Calibration
+    save_dtype: Literal["float16", "bfloat16", "float32"] | None = None
     sparsity: float = Field(ge=0, le=1)
     evaluation: dict[Literal["dense", "pruned"], Quality]
     seconds: Seconds

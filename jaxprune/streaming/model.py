@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int, Shaped
 
 from convert import Params, Reader, open_checkpoint
-from convert.assets import load_tokenizer, read_config
+from convert.assets import DTYPE_ENTRIES, load_tokenizer, read_config
+from convert.casting import CastReader
 from convert.names import EXPERT_COUNTS
 from jaxprune.calibration import require_ids
 from jaxprune.errors import InputError
@@ -77,8 +78,24 @@ class StreamedModel:
         """
         routers = {index: layer.scorers for index, layer in enumerate(self.architecture.layers)}
         count = max(map(len, kept.values()))
-        changes = {name: count for name in EXPERT_COUNTS if name in self.hf_config}
+        changes = dict(self.changes) | {name: count for name in EXPERT_COUNTS if name in self.hf_config}
         reader = KeptExperts(self.reader, kept, routers)
+        return StreamedModel(reader, self.dtype, self.devices, self.scratch, self.name, self.source, changes)
+
+    def saved_as(self, dtype: DTypeLike) -> "StreamedModel":
+        """Returns the model with weights that are stored in another dtype; the dtype of the computation stays.
+
+        Args:
+            dtype: the dtype that the weights are rounded to.
+
+        Raises:
+            InputError: a norm, a bias or an embedding holds a number that is too large for the dtype. Kernels are
+                checked when they are read.
+        """
+        reader = CastReader(self.reader, dtype)
+        reader.require_range()
+        names = [name for name in DTYPE_ENTRIES if name in self.hf_config] or DTYPE_ENTRIES[:1]
+        changes = dict(self.changes) | dict.fromkeys(names, np.dtype(dtype).name)
         return StreamedModel(reader, self.dtype, self.devices, self.scratch, self.name, self.source, changes)
 
     def routing_all(self) -> "StreamedModel":

@@ -43,7 +43,7 @@ def run(ckpt: str, args: argparse.Namespace) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         text, out = Path(folder) / "text.npy", Path(folder) / "out"
         np.save(text, tokens)
-        work = Work(model.reader.spec, model.architecture, recipe, *size, [size], out)
+        work = Work(model.reader.spec, model.reader.spec, model.architecture, recipe, *size, [size], out)
         need = preflight.need(work, within=float("inf"))  # no program is compiled
         for _ in range(2):  # the first one compiles
             rates = [_rate()]
