@@ -58,10 +58,10 @@ def run_main(
 
     def ended(status: int, text: str) -> None:
         if control.is_joined():
-            control.leave(status, text)
-            if status:
+            control.leave(status if text else 0, text)  # 1 without an error is an answer: "does not fit"
+            if text:
                 _exit(status)  # JAX would wait for the others
-        elif status and (group := group_of(words)):
+        elif text and (group := group_of(words)):
             control.refuse(group, status, text)
 
     keep_memory()

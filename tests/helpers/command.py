@@ -1,5 +1,6 @@
 """Command lines in processes of their own, and functions that fail or die when they are told to."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -65,7 +66,11 @@ def killed(action: Callable[[], None], number: int) -> bool:
 
 
 def free_port() -> int:
-    """A port that nothing listens at."""
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        return server.getsockname()[1]
+    """A port that nothing listens at, and neither at the one after it."""
+    while True:
+        with socket.socket() as one, socket.socket() as other:
+            one.bind(("localhost", 0))
+            port = one.getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError):
+                other.bind(("localhost", port + 1))
+                return port
