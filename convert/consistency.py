@@ -11,11 +11,13 @@ from typing import Any
 
 from convert.checkpoint import Spec, parts
 from convert.errors import CheckpointError, DamagedError, joined
-from convert.names import EXPERT_COUNTS, HEADS, PREFIXES, TIED
+from convert.names import EXPERT_COUNTS, HEADS, PREFIXES, RECURRENT, TIED
 
 
 def check(spec: Spec, config: dict[str, Any]) -> None:
-    """Compares the layers with each other, and counts and sizes with the configuration.
+    """Compares layers of the same kind with each other, and counts and sizes with the configuration.
+
+    A layer has attention or a recurrent module, and these are the two kinds.
 
     The time it takes grows with the number of tensors, not with layers times names.
 
@@ -33,7 +35,10 @@ def check(spec: Spec, config: dict[str, Any]) -> None:
             part: {leaf: shape for leaf, shape in shapes.items() if not leaf.startswith("mlp.")}
             for part, shapes in layers.items()
         }
-    problems = _odd_ones(layers)
+    kinds: dict[bool, dict[str, dict[str, tuple[int, ...]]]] = {}
+    for part, shapes in layers.items():
+        kinds.setdefault(any(leaf.startswith(RECURRENT) for leaf in shapes), {})[part] = shapes
+    problems = [problem for alike in kinds.values() for problem in _odd_ones(alike)]
     wanted = {f"layers.{i}" for i in range(config["num_hidden_layers"])}
     problems += [f"missing: all of {part}" for part in sorted(wanted - layers.keys())]
     problems += [f"surplus: all of {part}" for part in sorted(layers.keys() - wanted)]
@@ -55,7 +60,7 @@ def check(spec: Spec, config: dict[str, Any]) -> None:
 
 
 def _odd_ones(layers: dict[str, dict[str, tuple[int, ...]]]) -> list[str]:
-    """Returns what a layer has otherwise than most of them."""
+    """Returns the tensors in which a layer differs from most layers of its kind."""
     counts: dict[str, Counter[tuple[int, ...]]] = {}
     for shapes in layers.values():
         for leaf, shape in shapes.items():

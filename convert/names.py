@@ -17,6 +17,8 @@ TIED = ("cohere2", "gemma2", "gemma3_text", "opt", "smollm3")
 """Model types whose head is the embedding where the configuration does not say."""
 EXPERT_COUNTS = "num_experts", "num_local_experts", "n_routed_experts"
 """Entries of a configuration that hold the number of experts."""
+RECURRENT = "linear_attn."
+"""Prefix of a recurrent module's tensors inside a layer, such as those of the gated delta rule."""
 STACKED = ("gpt_oss",)
 """Model types whose experts' kernels are one tensor."""
 BESIDE = "beside"
