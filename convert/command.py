@@ -141,7 +141,7 @@ def _quiet_libraries() -> None:
     # Of a damaged pytree Orbax leaves work undone beside the error.
     warnings.filterwarnings("ignore", r"coroutine '\w*TypeHandler\.\w+' was never awaited", RuntimeWarning)
     # What goes wrong in them ends in an error of ours; asyncio tells of Orbax's tasks beside the one that failed first.
-    for name in ("absl", "asyncio", "huggingface_hub", "lm_eval"):
+    for name in ("absl", "asyncio", "huggingface_hub", "lm_eval", "matplotlib"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if not isinstance(sys.unraisablehook, _Unraisable):
         sys.unraisablehook = _Unraisable(sys.unraisablehook)

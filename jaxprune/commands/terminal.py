@@ -1,7 +1,6 @@
 """What all command lines share: output, progress bars, exit status."""
 
 import ctypes
-import logging
 import os
 import platform
 import signal
@@ -11,14 +10,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
-import platformdirs
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from convert.cache import cache_folder, require_cache, warn_without_cache
 from convert.command import USER_ERROR, one_line, run, terminate
 from convert.errors import CheckpointError, UserError
-from convert.wheels import require_cache
 from jaxprune.errors import InputError
 from jaxprune.processes import control
 from jaxprune.sharding import Devices
@@ -111,9 +109,9 @@ def keep_compilations() -> None:
     folder = jax.config.jax_compilation_cache_dir
     if "://" not in (folder or ""):  # such as gs://bucket/folder
         try:
-            kept = require_cache(folder or platformdirs.user_cache_dir("jaxprune"))
+            kept = require_cache(folder or cache_folder())
         except CheckpointError as error:
-            logging.getLogger(__name__).warning("compiled programs are not kept: %s", error)
+            warn_without_cache(str(error))
             jax.config.update("jax_enable_compilation_cache", False)
             return
     if folder is None:

@@ -3,7 +3,6 @@
 import difflib
 import functools
 import json
-import logging
 import math
 import os
 import shutil
@@ -15,9 +14,9 @@ from typing import Any
 
 import yaml
 
+from convert.cache import hub_cache, require_cache, warn_without_cache
 from convert.errors import CheckpointError
 from convert.files import expand
-from convert.wheels import require_cache
 from jaxprune.errors import InputError
 from jaxprune.evaluation.rows import SCHEMAS, require_rows
 
@@ -48,6 +47,7 @@ class Tasks:
 
     Raises:
         InputError: lm-eval is not installed, a task is unknown or cannot be run, or its rows cannot be loaded.
+        CheckpointError: there is no cache for rows of the hub.
     """
 
     def __init__(
@@ -69,6 +69,8 @@ class Tasks:
         self._specs: list[str] = []
         for name in names:
             file = data and _rows_of(name, data)
+            if not file:
+                hub_cache(f"the rows of task {name}")
             self._specs.append(_local(name, file, manager, folder) if file else name)
             for one, task in _loaded(name, self._specs[-1], manager, file).items():
                 _require_runs(one, task, greedy)
@@ -248,5 +250,5 @@ def _require_dataset_cache(folder: Path) -> None:
     try:
         require_cache(config.HF_DATASETS_CACHE)
     except CheckpointError as error:
-        logging.getLogger(__name__).warning("datasets are not kept: %s", error)
+        warn_without_cache(str(error))
         config.HF_DATASETS_CACHE = folder / "cache"

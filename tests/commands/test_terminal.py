@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import xla
+
 FAULTS = """
 import resource, statistics, sys
 from jaxprune.commands.terminal import keep_memory
@@ -99,6 +101,51 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == (0, "2\n")
         said = done.stderr.splitlines()
         assert len(said) == (name != "good")
-        assert all(line.startswith("warning: compiled programs are not kept: the cache folder") for line in said)
+        assert all(line.startswith("warning: continuing without a cache: the cache folder") for line in said)
     assert list((tmp_path / "good").iterdir())
     assert (tmp_path / "file").read_text() == ""
+
+
+HOMELESS = """
+import pwd, sys
+
+def unknown(uid):
+    raise KeyError(uid)
+
+pwd.getpwuid = unknown
+from jaxprune.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+"""A command of a user whom the system does not know, as in a container that runs under an arbitrary user id."""
+PLACES = ("HOME", "JAX_COMPILATION_CACHE_DIR", "JAXPRUNE_CACHE", "MPLCONFIGDIR")
+
+
+def homeless(line: str, folder: Path) -> subprocess.CompletedProcess:
+    settings = {k: v for k, v in os.environ.items() if k not in PLACES and not k.startswith(("HF_", "XDG_"))}
+    settings |= xla.quick() | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", HOMELESS, *line.split()]
+    return subprocess.run(command, capture_output=True, text=True, env=settings, cwd=folder, timeout=300)
+
+
+WARNING = "warning: continuing without a cache: no home folder is known: set HOME, or JAXPRUNE_CACHE and HF_HOME\n"
+
+
+def test_without_a_home_folder_there_is_no_cache(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    options = f"--calib {text} --nsamples 1 --seqlen 16 --eval none --out pruned"
+    done = homeless(f"prune --ckpt {checkpoint} {options}", tmp_path)
+    assert (done.returncode, done.stderr) == (0, WARNING)
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("verify llama-7b", "huggyllama/llama-7b"),
+        ("evaluate {checkpoint} --eval zero-shot --tasks boolq", "the rows of task boolq"),
+    ],
+)
+def test_what_needs_the_hubs_cache_says_what_to_set(line: str, wanted: str, checkpoint: Path, tmp_path: Path) -> None:
+    done = homeless(line.format(checkpoint=checkpoint), tmp_path)
+    problem = "it cannot be downloaded: no home folder is known: set HOME, or JAXPRUNE_CACHE and HF_HOME"
+    assert (done.returncode, done.stderr) == (2, f"{WARNING}error: {wanted}: {problem}\n")
+    assert list(tmp_path.iterdir()) == []
