@@ -27,6 +27,7 @@ from convert.checkpoint import Reader as Reader
 from convert.checkpoint import Spec as Spec
 from convert.checkpoint import Writer as Writer
 from convert.checkpoint import disk_bytes as disk_bytes
+from convert.checkpoint import parameters as parameters
 from convert.checkpoint import part_of as part_of
 from convert.checkpoint import parts as parts
 from convert.destination import Destination

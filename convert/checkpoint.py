@@ -91,6 +91,11 @@ def disk_bytes(reader: Reader) -> int:
     return sum(file.stat().st_size for file in reader.files)
 
 
+def parameters(spec: Spec) -> int:
+    """Returns how many numbers the params of a checkpoint are."""
+    return sum(tensor.size for tensor in spec.values())
+
+
 def part_of(path: str) -> str:
     """Returns the part that a parameter belongs to: `layers.3`, or a module outside the layers such as
     `embed_tokens`."""

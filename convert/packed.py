@@ -31,6 +31,8 @@ from convert.shards import DTYPES, TensorFile
 from convert.writing import write_text
 
 MARK, FOLDER = "packed.json", "packed"
+SAMPLED = 2**20
+"""Elements of a tensor of which `estimated_bytes` packs all."""
 
 
 class _Whole(Schema):
@@ -218,8 +220,7 @@ class Writer:
                 self._tensors[name] = _Tensor(
                     file=file, dtype=array.dtype.name, shape=array.shape, layout=_layout(places), sha256=digest
                 )
-                whole = [array] if places is None else packing.pack(array, places)
-                for key, one in zip(self._tensors[name].arrays(name), whole, strict=True):
+                for key, one in zip(self._tensors[name].arrays(name), _parts(array, places), strict=True):
                     arrays |= planes.split(key, one, self._level)
             (self.place / FOLDER).mkdir(exist_ok=True)
             spec = {key: jax.ShapeDtypeStruct(array.shape, array.dtype) for key, array in arrays.items()}
@@ -236,6 +237,30 @@ class Writer:
         write_text(self.place / MARK, index.model_dump_json(indent=1) + "\n")
         write_text(self.place / "README.md", Path(__file__).with_suffix(".md").read_text("utf-8"))
         self.files |= {MARK, "README.md"}
+
+
+def estimated_bytes(params: Params, zstd: int = 3) -> int:
+    """Returns about how many bytes params take packed, without what the files say of them.
+
+    Of a tensor with more than `SAMPLED` elements some rows, evenly spaced, stand for all.
+
+    Args:
+        params: params of a checkpoint.
+        zstd: as for `Writer`.
+    """
+    total = 0.0
+    for path, param in params.items():
+        array = param.T if _transposed(path) else param
+        some = np.ascontiguousarray(array[:: -(-array.size // SAMPLED)] if array.size > SAMPLED else array)
+        places = packing.places_of(some) if _transposed(path) else None
+        arrays = [one for part in _parts(some, places) for one in planes.split("", part, zstd).values()]
+        total += sum(one.nbytes for one in arrays) * (array.size / max(1, some.size))
+    return round(total)
+
+
+def _parts(array: Shaped[np.ndarray, "..."], places: Places | None) -> tuple[Shaped[np.ndarray, "..."], ...]:
+    """Returns the arrays that make a tensor."""
+    return (array,) if places is None else packing.pack(array, places)
 
 
 def _digest(array: Shaped[np.ndarray, "..."]) -> str:

@@ -4,6 +4,7 @@ Names, orders and settings are those that llama.cpp's own converter gives a mode
 What the file would say otherwise than the checkpoint is refused.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,9 @@ class Writer:
         self.place, self._kind = place, KINDS[type]
         config = load_config(assets)
         self._model, self._config = models.of_type(config.model_type, assets), config
-        self._modules = {module: name for name, module in self._model.names().items()}
-        self._tensors: dict[str, list[str]] = {}  # name -> the params in it
-        for path in spec:
-            self._tensors.setdefault(self._name(path), []).append(path)
-        self._kinds = {name: self._kind_of(name, spec, paths) for name, paths in self._tensors.items()}
+        self._tensors = _tensors_of(spec, self._model)
+        self._names = {path: name for name, paths in self._tensors.items() for path in paths}
+        self._kinds = {name: _kind_of(name, spec, paths, self._kind) for name, paths in self._tensors.items()}
         self._missing = set(self._tensors)
         self._write_header(spec, assets)
         self._require_same(spec)
@@ -77,31 +76,6 @@ class Writer:
     def require_suitable(reader: AnyReader) -> None:
         """Raises CheckpointError where llama.cpp has no such model."""
         models.of_type(load_config(reader.assets).model_type, reader.assets)
-
-    def _name(self, path: str) -> str:
-        """Returns the name of the tensor that holds a param."""
-        if path in TOP:
-            return TOP[path]
-        layer, parts = path.split(".", 2), split_expert(path)
-        if parts:
-            module, leaf = f"{parts[0]}.{parts[2].rpartition('.')[0]}".split(".", 2)[2], parts[2].rpartition(".")[2]
-        else:
-            module, _, leaf = layer[-1].rpartition(".")
-        if path.startswith(f"{BESIDE}.") or layer[0] != "layers" or module not in self._modules:
-            raise CheckpointError(f"a GGUF file of a {self._model.model_type} model has no place for {path}")
-        return f"blk.{layer[1]}.{self._modules[module]}.{'bias' if leaf == 'bias' else 'weight'}"
-
-    def _kind_of(self, name: str, spec: Spec, paths: list[str]) -> GGMLQuantizationType:
-        if not paths[0].endswith((".kernel", ".embedding")) or "ffn_gate_inp" in name:
-            return GGMLQuantizationType.F32
-        shape = spec[paths[0]].shape
-        row = shape[0] if paths[0].endswith(".kernel") else shape[1]
-        kind = max(self._kind, LEAST_OF_EMBEDDINGS, key=_bits_of) if paths[0] in TOP else self._kind
-        return kind if row % gguf.GGML_QUANT_SIZES[kind][0] == 0 else WIDER
-
-    def _shape(self, spec: Spec, paths: list[str]) -> tuple[int, ...]:
-        shape = spec[paths[0]].shape[:: -1 if paths[0].endswith(".kernel") else 1]
-        return (len(paths), *shape) if split_expert(paths[0]) else shape
 
     def _write_header(self, spec: Spec, assets: Path) -> None:
         prefix = gguf.MODEL_ARCH_NAMES[self._model.arch]
@@ -119,10 +93,9 @@ class Writer:
             self._tensors[reading.ROPE_FACTORS], self._kinds[reading.ROPE_FACTORS] = [], GGMLQuantizationType.F32
         sizes = {}
         for name, paths in self._tensors.items():
-            shape = self._shape(spec, paths) if paths or factors is None else factors.shape
+            shape = _shape(spec, paths) if paths or factors is None else factors.shape
             kind = self._kinds[name]
-            block, nbytes = gguf.GGML_QUANT_SIZES[kind]
-            sizes[name] = int(np.prod(shape)) // block * nbytes
+            sizes[name] = _nbytes(shape, kind)
             writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], raw_dtype=kind)
         with failing(self.place):
             writer.write_header_to_file()
@@ -150,7 +123,7 @@ class Writer:
             )
 
     def write(self, params: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
-        for name in dict.fromkeys(map(self._name, params)):
+        for name in dict.fromkeys(self._names[path] for path in params):
             arrays = [self._in_file(path, params[path]) for path in self._tensors[name]]
             self._put(name, np.stack(arrays) if split_expert(self._tensors[name][0]) else arrays[0])
             self._missing.discard(name)
@@ -176,6 +149,66 @@ class Writer:
 
 
 TOP = {path: name for name, path in reading.TOP.items()}
+
+
+def tensor_bytes(spec: Spec, assets: Path, type: str) -> int:
+    """Returns the bytes of all tensors of a file; its header, with the tokenizer, comes on top.
+
+    Args:
+        spec: the shapes and dtypes of what would be written.
+        assets: the folder of the checkpoint's configuration.
+        type: as for `Writer`.
+
+    Raises:
+        CheckpointError: llama.cpp has no such model.
+    """
+    tensors = _tensors_of(spec, models.of_type(load_config(assets).model_type, assets))
+    kinds = {name: _kind_of(name, spec, paths, KINDS[type]) for name, paths in tensors.items()}
+    return sum(_nbytes(_shape(spec, paths), kinds[name]) for name, paths in tensors.items())
+
+
+def _tensors_of(spec: Spec, model: models.Model) -> dict[str, list[str]]:
+    """Returns name -> the params in the tensor of that name."""
+    modules = {module: name for name, module in model.names().items()}
+    tensors: dict[str, list[str]] = {}
+    for path in spec:
+        tensors.setdefault(_name_of(path, model, modules), []).append(path)
+    return tensors
+
+
+def _name_of(path: str, model: models.Model, modules: Mapping[str, str]) -> str:
+    """Returns the name of the tensor that holds a param."""
+    if path in TOP:
+        return TOP[path]
+    layer, parts = path.split(".", 2), split_expert(path)
+    if parts:
+        module, leaf = f"{parts[0]}.{parts[2].rpartition('.')[0]}".split(".", 2)[2], parts[2].rpartition(".")[2]
+    else:
+        module, _, leaf = layer[-1].rpartition(".")
+    if path.startswith(f"{BESIDE}.") or layer[0] != "layers" or module not in modules:
+        raise CheckpointError(f"a GGUF file of a {model.model_type} model has no place for {path}")
+    return f"blk.{layer[1]}.{modules[module]}.{'bias' if leaf == 'bias' else 'weight'}"
+
+
+def _kind_of(name: str, spec: Spec, paths: list[str], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+    """Returns how a tensor is stored in a file whose matrices are stored as `wanted`."""
+    if not paths[0].endswith((".kernel", ".embedding")) or "ffn_gate_inp" in name:
+        return GGMLQuantizationType.F32
+    shape = spec[paths[0]].shape
+    row = shape[0] if paths[0].endswith(".kernel") else shape[1]
+    kind = max(wanted, LEAST_OF_EMBEDDINGS, key=_bits_of) if paths[0] in TOP else wanted
+    return kind if row % gguf.GGML_QUANT_SIZES[kind][0] == 0 else WIDER
+
+
+def _shape(spec: Spec, paths: list[str]) -> tuple[int, ...]:
+    """Returns the shape of a tensor, the fastest axis last."""
+    shape = spec[paths[0]].shape[:: -1 if paths[0].endswith(".kernel") else 1]
+    return (len(paths), *shape) if split_expert(paths[0]) else shape
+
+
+def _nbytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
+    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    return math.prod(shape) // block * nbytes
 
 
 def _bits_of(kind: GGMLQuantizationType) -> float:

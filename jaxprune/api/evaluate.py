@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxtyping import DTypeLike
 
-from convert import disk_bytes, ownership
+from convert import disk_bytes, ownership, parameters
 from convert.destination import Destination, destination, staged
 from convert.hub import resolve
 from convert.paths import inputs_of, require_apart
@@ -117,6 +117,7 @@ def evaluate(
         found[name] = {
             "sparsity": sparsity[name],
             "disk_bytes": disk_bytes(models[name].reader),
+            "parameters": parameters(models[name].reader.spec),
             "run": run and schema.as_json(run),
             "quality": quality.as_json(),
         }

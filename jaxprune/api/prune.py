@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import DTypeLike, Int
 
-from convert import Spec, Writer, disk_bytes, fill_checkpoint, open_checkpoint, writing
+from convert import Reader, Spec, Writer, disk_bytes, fill_checkpoint, open_checkpoint, parameters, writing
 from convert.casting import saving_dtype
 from convert.destination import Destination, destination
+from convert.gguf.writing import tensor_bytes
 from convert.hub import require_whole
 from convert.names import naming_in
+from convert.packed import estimated_bytes
 from convert.paths import inputs_of, paths_of, require_apart
 from convert.schema import as_text, check, plain
 from convert.writing import failing
 from jaxprune.calibration.stream import TextStream
-from jaxprune.errors import InputError
+from jaxprune.errors import CheckpointError, InputError
 from jaxprune.evaluation.quality import Evaluator, Quality
 from jaxprune.planning import fit
 from jaxprune.planning.timing import jit_versus_eager
@@ -41,6 +43,9 @@ from jaxprune.reporting.record import Record, write_record
 from jaxprune.sparsity.masks import MaskWriter, digest_of, source_of
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer, Observers
+
+GGUF_TYPES = ("f16", "q8_0", "q5_0", "q4_0")
+"""The types of GGUF files that keep zeros, whose sizes a record has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +180,7 @@ def prune(
         layers = prune_model(
             saved, windows, recipe, stream=stream, seed=seed, teacher=model, journal=journal, observer=observer
         )
-        files = _write_checkpoint(saved, layers, recipe, journal, masks_at is not None, observer)
+        files, packed = _write_checkpoint(saved, layers, recipe, journal, masks_at is not None, observer)
         if evaluator:
             with _timed(observer, "evaluate"):
                 pruned = model.sibling(result_folder(journal), f"pruned {model.short_name}")
@@ -184,6 +189,8 @@ def prune(
         record.seconds["total"] = time.perf_counter() - begun
         made_of = {"dense": reader, "pruned": open_checkpoint(result_folder(journal), check=False)}
         record.disk_bytes = {which: disk_bytes(reader) for which, reader in made_of.items()}
+        record.parameters = {which: parameters(reader.spec) for which, reader in made_of.items()}
+        record.converted_bytes = _converted_bytes(made_of["pruned"], packed)
         weights.require_unchanged()
         require_same(lambda: {"weights": dict(reader.digests)})
         made, names, fault = _describe(record, result_folder(journal))
@@ -292,8 +299,10 @@ def _write_checkpoint(
     journal: Journal,
     with_masks: bool,
     observer: Observer,
-) -> set[str]:
-    """Writes checkpoint and masks to where the journal wants them; returns the checkpoint's files."""
+) -> tuple[set[str], int]:
+    """Writes checkpoint and masks to where the journal wants them; returns the checkpoint's files, and about how many
+    bytes its params would take packed."""
+    packed = 0
     writer: Writer | None = None
     mask_writer: MaskWriter | None = None
     with contextlib.ExitStack() as stack:
@@ -313,16 +322,28 @@ def _write_checkpoint(
             with _timed(observer, "write"):
                 if writer:
                     writer.write(layer.params)
+                    packed += estimated_bytes(layer.params)
                 if mask_writer:
                     mask_writer.write(layer.index, layer.masks)
         if writer:
             with _timed(observer, "write"):
                 for paths in other_params(model.reader.spec):
-                    writer.write(model.reader.read(paths))
+                    params = model.reader.read(paths)
+                    writer.write(params)
+                    packed += estimated_bytes(params)
         if mask_writer:
             mask_writer.finish()
     barrier()  # the checkpoint is complete
-    return writer.files if writer else set()
+    return writer.files if writer else set(), packed
+
+
+def _converted_bytes(reader: Reader, packed: int) -> dict[str, int]:
+    """Returns what a pruned checkpoint takes in other formats, see `schema.Run.converted_bytes`."""
+    stored = sum(tensor.size * tensor.dtype.itemsize for tensor in reader.spec.values())
+    sizes = {"packed": packed} if packed < stored else {}
+    with contextlib.suppress(CheckpointError):  # llama.cpp does not have every model
+        sizes |= {kind: tensor_bytes(reader.spec, reader.assets, kind) for kind in GGUF_TYPES}
+    return sizes
 
 
 def _pruned_shapes(model: StreamedModel, recipe: Recipe) -> dict[tuple[int, str], tuple[int, ...]]:

@@ -35,9 +35,33 @@ def summary(run: Run) -> list[tuple[str, str]]:
         rows.append(
             ("experts' linear layers with fewer tokens than inputs", f"{len(run.few_tokens)}, named in {RECORD}")
         )
+    rows += [(what, size) for what, size in sizes(run).items()]
     rows += [(f"time, {phase}", f"{seconds or 0:.1f} s") for phase, seconds in run.seconds.items()]
     rows += [(f"peak memory, {where}", f"{size / 1e9:.2f} GB") for where, size in run.peak_bytes.items()]
     return rows
+
+
+def sizes(run: Run) -> dict[str, str]:
+    """Returns what the weights of a run's result take: as they are stored, packed, and in GGUF files."""
+    if "pruned" not in run.disk_bytes:
+        return {}
+    found = {"weights": f"{megabytes(run.disk_bytes['pruned'])}{f', {run.save_dtype}' if run.save_dtype else ''}"}
+    others = dict(run.converted_bytes)
+    if packed := others.pop("packed", None):
+        found["packed"] = f"about {megabytes(packed)}"
+    if others:
+        found["as GGUF"] = "about " + ", ".join(f"{megabytes(size)} ({kind.upper()})" for kind, size in others.items())
+    return found
+
+
+def sizes_text(run: Run) -> str:
+    """Returns the same as a clause; "" where nobody counted."""
+    return "; ".join(f"{what} {size}" for what, size in sizes(run).items())
+
+
+def megabytes(size: int) -> str:
+    """Returns bytes in MB, three digits or more."""
+    return f"{size / 1e6:.3g} MB" if size < 1e8 else f"{size / 1e6:,.0f} MB"
 
 
 def model_card(run: Run, evaluation: Mapping[str, Quality]) -> str:
@@ -58,6 +82,7 @@ def model_card(run: Run, evaluation: Mapping[str, Quality]) -> str:
         quantized = (
             f"The linear layers lie on the grid of {run.quantize.upper()}, so that {to} writes them as they are.\n"
         )
+    rounded = f", rounded to {run.save_dtype}" if run.save_dtype else ""
     base = f"base_model: {repository}\n" if (repository := repository_of(ckpt)) else ""
     return f"""---
 {base}tags:
@@ -70,7 +95,7 @@ def model_card(run: Run, evaluation: Mapping[str, Quality]) -> str:
 
 {escaped(run.checkpoint)}, pruned in one shot by jaxprune, which implements Boža, "Fast and Effective Weight Update
 for Pruned Large Language Models" (arXiv 2401.02938). The weights are ordinary dense tensors with exact zeros.
-Embeddings, norms and head are those of the dense checkpoint. {quantized}Everything needed
+Embeddings, norms and head are those of the dense checkpoint{rounded}. {quantized}Everything needed
 to repeat the run is in {RECORD}.
 
 | | |

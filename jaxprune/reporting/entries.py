@@ -4,13 +4,17 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from convert.hub import DESCRIPTIONS
 from jaxprune.evaluation.tasks import mean_accuracy
 from jaxprune.recipe import RecipeRecord
+from jaxprune.reporting.card import sizes_text
 from jaxprune.reporting.schema import MeanAccuracy, Quality, Record, Run, TextQuality
 from jaxprune.sparsity.masks import LEAST_ZEROS
 from jaxprune.sparsity.patterns import NMRecord
+
+WHICH: tuple[Literal["dense", "pruned"], ...] = ("dense", "pruned")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Entry:
         quality: what was measured.
         run: the record of the run that made it, or None.
         disk_bytes: of its files; None where nobody looked.
+        parameters: numbers in it; None where nobody counted.
         number: the number of the checkpoint among those that are not dense; decides its colour.
     """
 
@@ -38,6 +43,7 @@ class Entry:
     quality: Quality
     run: Run | None
     disk_bytes: int | None = None
+    parameters: int | None = None
     number: int = 0
 
     def text(self, name: str) -> TextQuality | None:
@@ -61,6 +67,16 @@ class Entry:
     def seconds(self) -> Mapping[str, float]:
         """Of the run, by phase."""
         return {phase: value for phase, value in (self.run.seconds if self.run else {}).items() if value is not None}
+
+    @property
+    def bytes_in_16_bits(self) -> int | None:
+        """What its params take in 16 bits each, so that checkpoints of several dtypes can be compared."""
+        return None if self.parameters is None else 2 * self.parameters
+
+    @property
+    def sizes(self) -> str:
+        """What it takes in other formats, in words; "" where nobody counted."""
+        return sizes_text(self.run) if self.run else ""
 
     @property
     def grouped(self) -> bool:
@@ -93,6 +109,7 @@ def entries(records: Sequence[Record]) -> list[Entry]:
                     quality=quality,
                     dense=before.dense or entry.dense,
                     disk_bytes=before.disk_bytes or entry.disk_bytes,
+                    parameters=before.parameters or entry.parameters,
                 )
     ordered = sorted(found.values(), key=lambda entry: not entry.dense)
     labels = [entry.label for entry in ordered]
@@ -109,30 +126,34 @@ def entries(records: Sequence[Record]) -> list[Entry]:
 
 def _entries(record: Record) -> list[Entry]:
     if isinstance(record, Run):
-        measured, size = record.evaluation, record.disk_bytes
-        dense = (
-            [_bare(record.config.ckpt, True, None, measured["dense"], size.get("dense"))] if "dense" in measured else []
-        )
-        return [*dense, _pruned(record.config.out or "", record, measured.get("pruned", Quality()), size.get("pruned"))]
+        measured = record.evaluation
+        sizes = {which: (record.disk_bytes.get(which), record.parameters.get(which)) for which in WHICH}
+        pruned = _pruned(record.config.out or "", record, measured.get("pruned", Quality()), *sizes["pruned"])
+        if "dense" not in measured:
+            return [pruned]
+        return [_bare(record.config.ckpt, True, None, measured["dense"], *sizes["dense"]), pruned]
     found = []
     for name, one in record.checkpoints.items():
         is_dense = name == record.against or (not one.run and one.sparsity < LEAST_ZEROS)
         if one.run and not is_dense:
-            found.append(_pruned(name, one.run, one.quality, one.disk_bytes))
+            found.append(_pruned(name, one.run, one.quality, one.disk_bytes, one.parameters))
         else:
-            found.append(_bare(name, is_dense, one.sparsity, one.quality, one.disk_bytes))
+            found.append(_bare(name, is_dense, one.sparsity, one.quality, one.disk_bytes, one.parameters))
     return found
 
 
-def _bare(name: str, dense: bool, sparsity: float | None, quality: Quality, size: int | None) -> Entry:
+def _bare(
+    name: str, dense: bool, sparsity: float | None, quality: Quality, size: int | None, parameters: int | None
+) -> Entry:
     """Returns a checkpoint of whose making nothing is known."""
     pattern = "" if dense or sparsity is None else f"{100 * sparsity:.1f} %"
     label = Path(name).name + (" (dense)" if dense else "")
-    return Entry(name, label, dense, DESCRIPTIONS.get(name, ""), pattern, sparsity, quality, None, size)
+    return Entry(name, label, dense, DESCRIPTIONS.get(name, ""), pattern, sparsity, quality, None, size, parameters)
 
 
-def _pruned(name: str, run: Run, quality: Quality, size: int | None) -> Entry:
-    return Entry(name, Path(name).name, False, run.method_text, run.pattern_text, run.sparsity, quality, run, size)
+def _pruned(name: str, run: Run, quality: Quality, size: int | None, parameters: int | None) -> Entry:
+    how = run.method_text, run.pattern_text
+    return Entry(name, Path(name).name, False, *how, run.sparsity, quality, run, size, parameters)
 
 
 def _finite(tasks: Mapping[str, Mapping[str, float | None]]) -> dict[str, dict[str, float]]:

@@ -236,8 +236,8 @@ def quality_by_sparsity(
 
 
 def quality_by_size(entries: Sequence[Entry], title: str, label: str, value_of: ValueOf) -> Figure | None:
-    """Returns a point a checkpoint by the bytes of its files; None where all have as many, or nobody looked."""
-    known = [(entry, entry.disk_bytes, value) for entry in entries if (value := value_of(entry)) is not None]
+    """Returns a point a checkpoint by its size in 16 bits; None where all are as large, or nobody counted."""
+    known = [(entry, entry.bytes_in_16_bits, value) for entry in entries if (value := value_of(entry)) is not None]
     points = [(entry, size / 1e6, _plain(value)) for entry, size, value in known if size]
     if len({round(size, 1) for _, size, _ in points}) < 2:
         return None
@@ -246,7 +246,7 @@ def quality_by_size(entries: Sequence[Entry], title: str, label: str, value_of: 
         for entry, size, value in points:
             axis.plot(size, value, label=_label(entry), **(_style_of(entry) | {"ls": ""}))
         logarithmic(axis.yaxis)
-        axis.set_xlabel("files, MB")
+        axis.set_xlabel("weights in 16 bits, MB")
         axis.set_ylabel(label)
 
     return draw(title, 3.4, plot)

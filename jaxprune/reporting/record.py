@@ -56,6 +56,8 @@ class Record(Observer):
         timing: the timing of the first layer with and without compilation, where that was asked for.
         kept_experts: layer index -> the experts that stayed, where some were dropped.
         disk_bytes: "dense" and "pruned" -> bytes of the checkpoint's files.
+        parameters: "dense" and "pruned" -> numbers in the checkpoint.
+        converted_bytes: see `schema.Run`.
         save_dtype: the dtype that the weights were cast to; None: each param has the dense checkpoint's.
         few_tokens: linear layer of an expert -> how many tokens it was given, where these are fewer than its inputs.
     """
@@ -72,6 +74,8 @@ class Record(Observer):
     kept_experts: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     few_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
     disk_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+    parameters: dict[str, int] = dataclasses.field(default_factory=dict)
+    converted_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
     save_dtype: str | None = None
 
     def layer_done(self, result: LayerResult) -> None:
@@ -142,6 +146,8 @@ class Record(Observer):
             **({"few_tokens": self.few_tokens} if self.few_tokens else {}),
             "peak_bytes": peak_bytes(),
             **({"disk_bytes": self.disk_bytes} if self.disk_bytes else {}),
+            **({"parameters": self.parameters} if self.parameters else {}),
+            **({"converted_bytes": self.converted_bytes} if self.converted_bytes else {}),
             "layers": [layer.as_json() for layer in self.layers],
             "resumed_layers": self.resumed,
             **environment(),

@@ -16,6 +16,7 @@ from convert.ownership import UNSEALED, seal
 from convert.writing import write_text
 from jaxprune.evaluation.text import short_name
 from jaxprune.reporting import drawing, figures, schema
+from jaxprune.reporting.card import megabytes
 from jaxprune.reporting.entries import Entry, entries
 from jaxprune.reporting.published import compared
 from jaxprune.reporting.schema import Record, Run
@@ -35,6 +36,7 @@ def page(records: Sequence[Record]) -> str:
         samples=_samples(everything),
         verdicts=list(_verdicts(everything, texts)),
         number=drawing.format_number,
+        megabytes=megabytes,
         short=short_name,
         details=[
             (_source(record), json.dumps(_without_layers(schema.as_json(record)), indent=1)) for record in records

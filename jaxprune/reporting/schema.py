@@ -158,7 +158,15 @@ class Timing(Schema):
 
 
 class Run(RecipeRecord, Environment):
-    """The record of a run."""
+    """The record of a run.
+
+    Attributes:
+        disk_bytes: of the files that hold the weights.
+        parameters: numbers in the checkpoint, which compare sizes at one dtype.
+        save_dtype: the dtype that the weights were cast to; None: each param has the dense checkpoint's.
+        converted_bytes: `packed`, or the type of a GGUF file -> about how many bytes the pruned checkpoint takes so,
+            without the tokenizer.
+    """
 
     version: Literal[2] = Field(alias="schema")
     kind: Literal["run"]
@@ -172,6 +180,8 @@ class Run(RecipeRecord, Environment):
     timing: Timing | None = None
     peak_bytes: dict[str, Count] = {}
     disk_bytes: dict[Literal["dense", "pruned"], Count] = {}
+    parameters: dict[Literal["dense", "pruned"], Count] = {}
+    converted_bytes: dict[str, Count] = {}
     tuning_text: TuningText | None = None
     divergences: list[tuple[Count, float]] = []
     kept_experts: dict[str, list[Count]] = {}
@@ -185,6 +195,7 @@ class Measured(Schema):
 
     sparsity: float = Field(ge=0, le=1)
     disk_bytes: Count | None = None
+    parameters: Count | None = None
     run: Run | None
     quality: Quality
 
