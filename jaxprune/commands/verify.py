@@ -26,8 +26,8 @@ class Options:
     """What the checkpoint has to be."""
 
     against: str | None = None
-    """The dense checkpoint that it was made from: all but the pruned kernels must be the same, bit for bit; of a GGUF
-    file, as its types round them."""
+    """The dense checkpoint that it was made from: all but the pruned kernels must be the same, bit for bit. Its tensors
+    are first rounded to the pruned checkpoint's dtype; for a GGUF file, to the file's types."""
     pattern: str | None = None
     """The pattern that every linear layer must have: unstructured, per-output, or N:M (default: what jaxprune.json
     says; else an N:M that nearly all have)."""

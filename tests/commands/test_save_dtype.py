@@ -14,9 +14,12 @@ from safetensors.numpy import load_file, save_file
 import jaxprune as jp
 from convert import Params, Spec, create_checkpoint, open_checkpoint
 from convert.casting import CastReader, cast
+from convert.gguf.header import Header
+from convert.packed import Reader as Packed
 from jaxprune.__main__ import main
 from jaxprune.pruning import layer as solving
 from jaxprune.pruning.snapshot import load as load_snapshot
+from jaxprune.reporting import reading
 from tests.helpers import families, tiny
 from tests.helpers.checkpoints import content, tensors, write_gguf
 from tests.helpers.command import failing
@@ -229,6 +232,27 @@ def test_a_gguf_file_of_a_result_is_verified(kind: str, dtype: str, here: Path) 
     save_file(stored, "out/model.safetensors", metadata={"format": "pt"})
     assert main(["convert", "out", "other.gguf", "--type", kind]) == 0
     assert main(["verify", "other.gguf", "--against", "q.gguf"]) == 1
+
+
+def test_records_and_reports_say_what_a_result_takes(here: Path) -> None:
+    assert main(["prune", *RUN, "--out", "out"]) == 0
+    run = reading.run_of(here / "out")
+    assert run and run.disk_bytes["dense"] == Path("q.gguf").stat().st_size
+    assert run.disk_bytes["pruned"] == Path("out/model.safetensors").stat().st_size
+    count = sum(array.size for array in tensors(here / "out").values())
+    assert run.parameters == {"dense": count, "pruned": count}
+    assert main(["convert", "out", "packed", "--to", "packed"]) == 0
+    packed = Packed(here / "packed")
+    converted = dict(run.converted_bytes)
+    assert converted.pop("packed") == sum(map(packed.stored_bytes, packed.spec))
+    assert converted.keys() == {"f16", "q8_0", "q5_0", "q4_0"}
+    for kind, size in converted.items():
+        assert main(["convert", "out", f"{kind}.gguf", "--type", kind]) == 0
+        assert size == sum(tensor.size for tensor in Header(here / f"{kind}.gguf").tensors)
+    page, card = Path("out/report.html").read_text(), Path("out/README.md").read_text()
+    assert "by size" not in page  # both have as many parameters
+    assert ", float16; packed about" in page and "(Q8_0)" in page
+    assert "| as GGUF | about" in card and "are those of the dense checkpoint, rounded to float16." in card
 
 
 @needs_torch

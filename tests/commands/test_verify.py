@@ -271,11 +271,15 @@ def test_a_wrong_output_is_named(pruned: dict[str, Path], tmp_path: Path, capsys
 
 
 def test_tensors_that_are_not_the_dense_ones(pruned: dict[str, Path], checkpoint: Path, tmp_path: Path) -> None:
-    half = change(checkpoint, tmp_path / "half", lambda t: t.update({NORM: t[NORM].astype(np.float16)}))
+    def halve(tensors: dict[str, np.ndarray]) -> None:
+        tensors[NORM] = (tensors[NORM] * np.float32(1.0001)).astype(np.float16)
+
+    name, half = "layers.2.input_layernorm.scale", change(checkpoint, tmp_path / "half", halve)
     problems = verify(load(pruned["50 %"]), against=load(half)).problems
-    assert any(
-        "layers.2.input_layernorm.scale is float32[32], the dense checkpoint's float16[32]" in p for p in problems
-    )
+    assert problems == [f"{name} is not the dense checkpoint's, rounded to float32"]
+    mixed = change(pruned["50 %"], tmp_path / "mixed", halve)
+    problems = verify(load(mixed), against=load(checkpoint)).problems
+    assert f"{name} is float16[32], the dense checkpoint's float32[32]" in problems
 
 
 @pytest.mark.parametrize("missing", ["tokenizer.json", "config.json", "model.safetensors"])

@@ -43,6 +43,18 @@ def test_names_of_all_families_come_back(family: str, tmp_path: Path) -> None:
     assert same(tensors(source), tensors(tmp_path / "back"))
 
 
+@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
+def test_some_rows_stand_for_a_large_tensor(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny.config(hidden_size=128, intermediate_size=256, num_hidden_layers=1)
+    source = pruned(tiny.save(tmp_path / "dense", config, dtype="float16"), tmp_path / "pruned", pattern)
+    assert main([str(source), str(tmp_path / "small"), "--to", "packed"]) == 0
+    reader = packed.Reader(tmp_path / "small")
+    params, whole = reader.read(reader.spec), sum(map(reader.stored_bytes, reader.spec))
+    assert packed.estimated_bytes(params) == whole
+    monkeypatch.setattr(packed, "SAMPLED", 2**13)
+    assert packed.estimated_bytes(params) == pytest.approx(whole, rel=0.05)
+
+
 def test_the_readme_unpacks_without_jaxprune(source: Path, tmp_path: Path) -> None:
     other = pruned(tiny.save(tmp_path / "dense", tiny.config(), dtype="bfloat16"), tmp_path / "other", "2:4")
     for number, (checkpoint, level) in enumerate([(source, "0"), (source, "19"), (other, "3")]):

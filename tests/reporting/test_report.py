@@ -362,20 +362,26 @@ def test_texts_have_short_names(text: str, name: str) -> None:
 
 
 def test_a_verdict_and_sizes_on_disk_are_shown() -> None:
-    def measured(name: str, size: int | None, **found: float) -> dict[str, Any]:
-        return {"sparsity": 0.5, "disk_bytes": size, "run": None, "quality": quality(**found)}
+    def measured(size: int, parameters: int, **found: float) -> dict[str, Any]:
+        sizes = {"disk_bytes": size, "parameters": parameters}
+        return {"sparsity": 0.5, "run": None, "quality": quality(**found)} | sizes
 
     checkpoints = {
-        "dense": measured("dense", 200_000_000, perplexity=10.0) | {"sparsity": 0.0},
-        "pruned": measured("pruned", 200_000_000, perplexity=13.0, kl=0.25),
-        "packed": measured("packed", 100_000_000, perplexity=13.0, kl=0.25),
+        "dense": measured(60_000_000, 100_000_000, perplexity=10.0) | {"sparsity": 0.0},
+        "pruned": measured(400_000_000, 100_000_000, perplexity=13.0, kl=0.25),
+        "fewer": measured(150_000_000, 75_000_000, perplexity=13.0, kl=0.25),
     }
     head = {"schema": 2, "kind": "evaluation", "config": {}, "against": "dense"}
     page = report.page([reading.read(json.dumps(head | {"checkpoints": checkpoints}), "x")])
     sentence = "pruned, 50 % zeros: on wikitext2 its perplexity is 1.30 times the dense model&#39;s, and at 50 % of"
     assert sentence in page and "dense, " not in page.partition("<main>")[0]
     assert "Perplexity of wikitext2 by size" in page
-    for one in checkpoints.values():
-        one["disk_bytes"] = None
+    for sizes in ("200 MB</td><td>60 MB", "200 MB</td><td>400 MB", "150 MB</td><td>150 MB"):
+        assert f"<td>{sizes}</td>" in page
+    del checkpoints["fewer"]  # the others have as many parameters, and only their files differ
     page = report.page([reading.read(json.dumps(head | {"checkpoints": checkpoints}), "x")])
-    assert "by size" not in page
+    assert "by size" not in page and "<td>200 MB</td><td>400 MB</td>" in page
+    for one in checkpoints.values():
+        del one["parameters"]  # as earlier versions wrote it
+    page = report.page([reading.read(json.dumps(head | {"checkpoints": checkpoints}), "x")])
+    assert "by size" not in page and "16 bits" not in page
