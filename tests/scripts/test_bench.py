@@ -21,7 +21,7 @@ sys.path.append(str(SCRIPTS))
 
 def bench(*flags: object, cwd: Path) -> dict:
     command = [sys.executable, str(SCRIPTS), "programs", *map(str, flags), "--json", "figures.json"]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return json.loads((cwd / "figures.json").read_text()) | {"printed": done.stdout}
 
