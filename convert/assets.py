@@ -246,8 +246,8 @@ def load_tokenizer(assets: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(assets, local_files_only=True, trust_remote_code=False)
         tokenizer("a b")  # some settings are only looked at here
         vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
-    except BaseException as error:  # transformers and tokenizers raise anything; a panic in Rust is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+    except BaseException as error:  # transformers and tokenizers raise anything
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         reason = f"{type(error).__name__}: {error}"[:300]
         raise CheckpointError(f"the tokenizer cannot be read ({reason})", file=assets) from error
@@ -260,6 +260,35 @@ def load_tokenizer(assets: Path) -> Any:
     if most >= size:  # many fine-tuned models have a padding token that no text holds
         log.warning("%s: the tokenizer adds tokens up to id %d; the model knows %d", assets, most, size)
     return tokenizer
+
+
+def encode(tokenizer: Any, text: str, **options: Any) -> Any:
+    """Returns what a tokenizer makes of a text: a mapping with `input_ids`. All texts are tokenized here.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        text: to tokenize. One that is longer than the model's context is no reason to warn: windows are cut later.
+        options: of the tokenizer.
+
+    Raises:
+        CheckpointError: the tokenizer fails, as one whose regular expression needs too many steps for the text.
+    """
+    try:
+        return tokenizer(text, verbose=False, **options)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        begin = repr(text[:40])
+        raise CheckpointError(
+            f"its tokenizer fails at a text that begins with {begin} ({str(error)[:200]}): take the tokenizer files "
+            "that the model's authors publish, or leave that text out",
+            file=tokenizer.name_or_path,
+        ) from error
+
+
+def is_panic(error: BaseException) -> bool:
+    """Returns whether an error is a panic of a library in Rust: no Exception, of a class that cannot be imported."""
+    return type(error).__name__ == "PanicException"
 
 
 def _others(folder: Path) -> Iterator[Path]:

@@ -26,7 +26,7 @@ from gguf import GGMLQuantizationType
 from jaxtyping import Float, Shaped
 from pydantic import Field, model_validator
 
-from convert.assets import DecoderConfig
+from convert.assets import DecoderConfig, is_panic
 from convert.checkpoint import Params, Spec, parts
 from convert.errors import CheckpointError, DamagedError, joined
 from convert.gguf import models, settings
@@ -280,8 +280,8 @@ class Reader:
                 **special,
             )
             tokenizer.save_pretrained(folder)
-        except BaseException as error:  # tokenizers raises anything; a panic in Rust is no Exception
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        except BaseException as error:  # tokenizers raises anything
+            if not isinstance(error, Exception) and not is_panic(error):
                 raise
             reason = f"{type(error).__name__}: {error}"[:200]
             raise DamagedError(f"its tokenizer cannot be read ({reason})", file=self._path) from error

@@ -13,7 +13,7 @@ from typing import Any
 
 from gguf import TokenType
 
-from convert.assets import has_tokenizer, load_tokenizer
+from convert.assets import encode, has_tokenizer, load_tokenizer
 from convert.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def fields_of(assets: Path, size: int) -> dict[str, Any]:
     }.items():
         if number is not None and number < size:
             fields[f"ggml.{name}_token_id"] = number
-    ids = tokenizer("a")["input_ids"]
+    ids = encode(tokenizer, "a")["input_ids"]
     fields["ggml.add_bos_token"] = bool(ids) and ids[0] == tokenizer.bos_token_id
     fields["ggml.add_eos_token"] = bool(ids) and ids[-1] == tokenizer.eos_token_id
     if isinstance(template := getattr(tokenizer, "chat_template", None), str):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from convert.assets import encode
 from jaxprune.errors import InputError
 
 PIECE = 2**18
@@ -121,12 +122,11 @@ def _seam(tokens: _Tokens, following: _Tokens, start: int) -> tuple[int, int] | 
 
 
 def _whole(tokenizer: Any, text: str, special: bool) -> Int[np.ndarray, "n"]:
-    # verbose=False: windows are cut later, so a text longer than the model's context is no reason to warn.
-    return np.array(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"], np.int32)
+    return np.array(encode(tokenizer, text, add_special_tokens=special)["input_ids"], np.int32)
 
 
 def _encode(tokenizer: Any, text: str, special: bool) -> _Tokens:
-    made = tokenizer(text, add_special_tokens=special, verbose=False, return_offsets_mapping=True)
+    made = encode(tokenizer, text, add_special_tokens=special, return_offsets_mapping=True)
     offsets = np.array(made["offset_mapping"], np.int64).reshape(-1, 2)
     return _Tokens(np.array(made["input_ids"], np.int32), offsets[:, 0], offsets[:, 1])
 

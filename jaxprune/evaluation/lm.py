@@ -16,6 +16,7 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from convert import open_checkpoint
+from convert.assets import encode
 from jaxprune import hardware
 from jaxprune.errors import InputError
 from jaxprune.evaluation.packing import Packed, Request, batches, group, pack
@@ -93,8 +94,7 @@ class StreamedLM(TemplateLM):
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
             special = False
         options = {} if special is None else {"add_special_tokens": special}
-        # verbose=False: texts are cut to the model's context later, so that a longer one is no reason to warn.
-        return self.tokenizer(string, verbose=False, **options)["input_ids"]
+        return encode(self.tokenizer, string, **options)["input_ids"]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return self.tokenizer.apply_chat_template(

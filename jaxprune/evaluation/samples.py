@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from convert.assets import encode
 from convert.files import expand
 from jaxprune.calibration.documents import Conversations
 from jaxprune.calibration.textfile import documents, kind_of
@@ -96,7 +97,7 @@ class Prompts:
         chat = isinstance(self._prompts, Conversations)  # a template writes the special tokens itself
         found = []
         for number, text in enumerate(self.texts(tokenizer), 1):
-            ids = tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
+            ids = encode(tokenizer, text, add_special_tokens=not chat)["input_ids"]
             if most is not None and len(ids) + count > most:
                 raise InputError(
                     f"prompt {number} has {len(ids)} tokens, and the model only {most} positions",

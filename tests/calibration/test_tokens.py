@@ -1,6 +1,9 @@
 """Long texts in pieces: the ids of the whole, whatever the tokenizer, and memory that does not grow with the text."""
 
+import json
 import random
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,10 +11,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from convert import open_checkpoint
+from convert import CheckpointError, open_checkpoint
 from convert.assets import load_tokenizer
+from jaxprune import load
 from jaxprune.calibration import tokens as _tokens
+from jaxprune.commands.prune import main
 from jaxprune.errors import InputError
+from jaxprune.evaluation.samples import Prompts
 from tests.helpers import tiny
 
 WORDS = [
@@ -115,3 +121,50 @@ def test_a_tokenizer_that_does_not_say_where_tokens_lie_gets_the_whole(monkeypat
     assert _tokens.token_ids(Slow(), "a" * 2048).tolist() == [97] * 2048
     with pytest.raises(InputError, match="cannot take it in pieces"):
         _tokens.token_ids(Slow(), "a" * 2049)
+
+
+@pytest.fixture
+def panicking(tmp_path: Path) -> Path:
+    """A checkpoint whose tokenizer panics at many a and a b: its regular expression tries all ways to divide them."""
+    folder = tiny.save(tmp_path / "panicking", tiny.config())
+    content = json.loads((folder / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, content["pre_tokenizer"]]}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+PANIC = (
+    "panicking: its tokenizer fails at a text that begins with 'the cat a{32}' \\(Onig: .*retry-limit-in-match "
+    "over\\): take the tokenizer files that the model's authors publish, or leave that text out"
+)
+
+
+@pytest.mark.parametrize("size", [_tokens.PIECE, 20])
+def test_a_panic_of_a_tokenizer_is_an_error(size: int, panicking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tokens, "PIECE", size)
+    tokenizer = load_tokenizer(panicking)
+    assert len(_tokens.token_ids(tokenizer, "the cat"))
+    with pytest.raises(CheckpointError, match="its tokenizer fails at a text that begins with"):
+        _tokens.token_ids(tokenizer, "the cat " + "a" * 60 + "b")
+
+
+def test_a_panic_of_a_tokenizer_is_one_line(panicking: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the cat " + "a" * 60 + "b")
+    options = ["--nsamples", "1", "--seqlen", "16", "--pack", "--eval", "none", "--out", str(tmp_path / "out")]
+    assert main(["--ckpt", str(panicking), "--calib", str(prompts), *options]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert re.fullmatch(f"error: {re.escape(str(tmp_path))}/{PANIC}", line), line
+    with pytest.raises(CheckpointError, match=PANIC):
+        Prompts(prompts).ids(load(panicking), 4)
+
+
+def test_a_stop_while_a_text_is_tokenized_is_none(panicking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*texts: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    tokenizer = load_tokenizer(panicking)
+    monkeypatch.setattr(type(tokenizer), "__call__", stop)
+    with pytest.raises(KeyboardInterrupt):
+        _tokens.token_ids(tokenizer, "the cat")
