@@ -5,9 +5,9 @@ A recipe is equal to another of the same values, hashable, and goes to JSON and 
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
@@ -51,6 +51,7 @@ class Recipe:
         asymmetry: the share, from 0 to 1, of what a linear layer's inputs lost in the layers before that its weights
             make up for. 0 keeps the layer's own output on its pruned inputs, 1 aims at the dense model's.
         rules: linear layers that stay dense, or have a pattern of their own; of several that name one the last counts.
+            Rules that name every linear layer decide alone, whatever the pattern is.
         experts: what is done to experts as such.
         quantize: the type, of `methods.quantization.BITS`, on whose grid all linear layers are brought at the very end;
             None: on none.
@@ -174,17 +175,20 @@ class Recipe:
         crossed = [method.selector, method.updater] if isinstance(method, Crossed) else [method]
         how = "-".join(map(methods.name_of, crossed))
         dropped = f"-without-{percent(self.experts.drop_experts)}" * (self.experts.drop_experts > 0)
-        if dropped and any(rule == Rule("*") for rule in self.rules):  # nothing is pruned
-            return f"experts{dropped}"
+        patterns = self.record.patterns_of_all
+        if patterns and not any(patterns):
+            return f"experts{dropped}" if dropped else "dense"
         how += dropped
         if self.pattern is None:
             return f"{how}-given-mask"
         if self.preset:
             uniform = self.pattern == Unstructured(self.pattern.sparsity) and not self.importance.spread
             how = self.preset + "-uniform" * uniform + dropped
-        if isinstance(self.pattern, NM):
-            return f"{how}-{self.pattern.n}of{self.pattern.m}"
-        return f"{how}-{percent(self.pattern.sparsity)}"
+        if len(patterns) > 1:
+            return f"{how}-rules"
+        pattern = next(iter(patterns), self.pattern)
+        assert pattern is not None
+        return f"{how}-{pattern.n}of{pattern.m}" if isinstance(pattern, NM) else f"{how}-{percent(pattern.sparsity)}"
 
 
 _IMPORTANCE = Importance(weigh_outputs=True, spread=0.3, sensitivity_windows=8)
@@ -201,6 +205,24 @@ PRESETS: Mapping[str, Recipe] = MappingProxyType(
 )
 """Recipes that serve most: all weigh outputs by the loss's gradients, give every linear layer a sparsity of its own
 and tune the kept weights; best tunes them for longer than fast, and thorough on a text of its own."""
+
+
+def decided_by(patterns: Collection[Pattern | None], recipe: "Recipe | RecipeRecord") -> dict[str, Any]:
+    """Returns the fields of a recipe that have other values, because rules name every linear layer.
+
+    No sparsity is allocated then, and no zeros are left to the tuning. Where all linear layers stay dense, nothing is
+    measured and nothing is tuned.
+
+    Args:
+        patterns: those that the rules give; None: dense.
+        recipe: the recipe.
+    """
+    if not any(patterns):
+        return {"importance": Importance(), "tuning": Tuning(), "asymmetry": 0.0}
+    return {
+        "importance": recipe.importance.without(["spread"]),
+        "tuning": recipe.tuning.without(["tune_zeros"]),
+    }
 
 
 class RuleRecord(Schema):
@@ -251,17 +273,38 @@ class RecipeRecord(Schema):
         )
 
     @property
+    def patterns_of_all(self) -> frozenset[Pattern | None]:
+        """The patterns that rules give, where they are known to name every linear layer: of the last rule `*`, and of
+        those after it. None: dense. Empty: some linear layers may have the recipe's pattern."""
+        every = [place for place, rule in enumerate(self.rules) if rule.names == "*"]
+        return frozenset(one.rule().pattern for one in self.rules[every[-1] :]) if every else frozenset()
+
+    @property
+    def effective(self) -> Self:
+        """The recipe without what changes nothing, because rules name every linear layer."""
+        patterns = self.patterns_of_all
+        return self.model_copy(update=decided_by(patterns, self)) if patterns else self
+
+    @property
+    def all_dense(self) -> bool:
+        """Whether rules are known to leave every linear layer dense."""
+        return self.patterns_of_all == {None}
+
+    @property
     def pattern_text(self) -> str:
-        """The pattern or the masks' source, in words."""
+        """The pattern or the masks' source, in words; the rules alone where they name every linear layer."""
         total = f"{self.pattern}" + " in total" * (self.importance.spread > 0)
-        return ", ".join([total, *map(str, self.rules)])
+        return ", ".join([*[total] * (not self.patterns_of_all), *map(str, self.rules)])
 
     @property
     def method_text(self) -> str:
         """The method and what is done beside it, in words."""
+        return self.effective._method_text()
+
+    def _method_text(self) -> str:
         late = late_sparsity(self.tuning, self.pattern.pattern())
         words = [
-            str(self.method),
+            "linear layers left dense" if self.all_dense else str(self.method),
             *["tokens weighed"] * (self.importance.token_power > 0),
             *["outputs weighed"] * self.importance.weigh_outputs,
             *[f"sparsities within {self.importance.spread:g}"] * (self.importance.spread > 0),

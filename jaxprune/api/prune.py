@@ -34,7 +34,7 @@ from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.journal_folder import journal_folder, masks_file, result_folder
 from jaxprune.pruning.loop import other_params
 from jaxprune.pruning.results import LayerResult
-from jaxprune.pruning.rules import by_rules
+from jaxprune.pruning.rules import by_rules, effective_recipe
 from jaxprune.pruning.whole_model import prune_model, require_recipe, require_stream
 from jaxprune.recipe import Recipe
 from jaxprune.reporting import reading, schema
@@ -232,6 +232,7 @@ def _work(
     evaluator: Evaluator | None,
 ) -> Work:
     architecture = model.architecture
+    recipe = effective_recipe(without_experts(architecture, recipe.experts.drop_experts), recipe)
     if architecture.config.routing:
         architecture = architecture.routed(mesh=None)
     return Work(

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from convert.hub import known_names
 from jaxprune import calibration
@@ -167,6 +167,26 @@ EXAMPLES = f"""Examples:
 Known checkpoints: {", ".join(known_names())}."""
 
 
+COMMAND = "jaxprune prune", "Prune a checkpoint in one shot, layer by layer, and measure what it cost.", EXAMPLES
+"""Name, description and examples."""
+
+
+class Asked(NamedTuple):
+    """A command line that takes the options of a run.
+
+    Attributes:
+        given: all that was given.
+        config: the options of the run.
+        recipe: its recipe.
+        sparsity: the sparsity that the user typed; None: the recipe's is a default, a preset's or a record's.
+    """
+
+    given: dict[str, Any]
+    config: Config
+    recipe: Recipe
+    sparsity: float | None
+
+
 def parse(argv: Sequence[str]) -> tuple[Config, Recipe]:
     """Reads a command line of `jaxprune prune`.
 
@@ -174,8 +194,8 @@ def parse(argv: Sequence[str]) -> tuple[Config, Recipe]:
         UserError: a flag or a value that cannot be used.
         SystemExit: after --help.
     """
-    description = "Prune a checkpoint in one shot, layer by layer, and measure what it cost."
-    return read(argv, "jaxprune prune", description, EXAMPLES)[1:]
+    asked = read(argv, *COMMAND)
+    return asked.config, asked.recipe
 
 
 def read(
@@ -185,7 +205,7 @@ def read(
     examples: str,
     own: Sequence[Section] = (),
     positionals: Mapping[str, str] | None = None,
-) -> tuple[dict[str, Any], Config, Recipe]:
+) -> Asked:
     """Reads a command line that takes the options of a run.
 
     Args:
@@ -195,9 +215,6 @@ def read(
         examples: shown below the help.
         own: flags of its own.
         positionals: name -> help text of what comes without a flag.
-
-    Returns:
-        All that was given, the run's options, and its recipe.
 
     Raises:
         UserError: a flag or a value that cannot be used.
@@ -211,4 +228,5 @@ def read(
         command, description, sections, positionals=positionals, examples=examples, elsewhere=chosen.elsewhere
     )
     recipe = chosen.recipe(given)
-    return given, make(Config, given).resolved(recipe), recipe
+    sparsity = given.get("sparsity") if line.typed("sparsity") else None
+    return Asked(given, make(Config, given).resolved(recipe), recipe, sparsity)

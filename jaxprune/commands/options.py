@@ -71,8 +71,18 @@ class CommandLine:
                 flag, equals, value = word[2:].partition("=")
                 self._given[flag.replace("-", "_")] = value if equals else following
         self._file = expand(name) if (name := self._given.get("config")) else None
-        beside = (lambda content, path: recorded(content, path, self._given)) if recorded else None
-        self._stored = config_file.load(self._file, beside) if self._file else {}
+        self._repeats = False
+
+        def repeated(content: bytes, path: Path) -> Mapping[str, Any]:
+            assert recorded
+            self._repeats = True
+            return recorded(content, path, self._given)
+
+        self._stored = config_file.load(self._file, repeated if recorded else None) if self._file else {}
+
+    def typed(self, flag: str) -> bool:
+        """Returns whether the user gave a flag, on the command line or in a file of options, which no record is."""
+        return flag in self._given or (flag in self._stored and not self._repeats)
 
     def value(self, flag: str) -> str | None:
         """Returns a flag's value without reading the rest; None where it is not given."""

@@ -11,6 +11,7 @@ from convert.errors import InputError
 from convert.files import expand
 from jaxprune.commands.config import Config, group_of, read
 from jaxprune.commands.progress import longest
+from jaxprune.commands.prune import require_typed
 from jaxprune.commands.terminal import choose_devices, console, duration, print_table, run_main
 from jaxprune.hardware import writing_for
 from jaxprune.planning import fit, preflight
@@ -18,6 +19,7 @@ from jaxprune.planning.machine import describe_hardware, matrix_rate
 from jaxprune.planning.targets import Target, target_of, without_cache
 from jaxprune.planning.work import GIB, Need, Work
 from jaxprune.pruning.experts import without_experts
+from jaxprune.pruning.rules import effective_recipe
 from jaxprune.pruning.whole_model import require_recipe
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import Devices
@@ -38,15 +40,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_main(lambda argv: plan(*read(argv, "jaxprune plan", DESCRIPTION, EXAMPLES)[1:]), argv, group_of)
 
 
-def plan(config: Config, recipe: Recipe) -> int:
+def plan(config: Config, recipe: Recipe, sparsity: float | None = None) -> int:
     """Prints what a run would need; returns the exit status.
+
+    Args:
+        config: the options of the run.
+        recipe: its recipe.
+        sparsity: the sparsity that the user typed, if any: see `rules.require_sparsity`.
 
     Raises:
         InputError, CheckpointError: something cannot be used.
     """
     if config.target:
-        return _plan_for_targets(config, recipe)
-    work = work_of(config, recipe, choose_devices(config.device, config.devices, config.meeting(recipe)))
+        return _plan_for_targets(config, recipe, sparsity)
+    devices = choose_devices(config.device, config.devices, config.meeting(recipe))
+    require_typed(config, recipe, sparsity)
+    work = work_of(config, recipe, devices)
     need = preflight.need(work)
     times = {} if work.device_bytes else preflight.seconds(need, work.devices)
     header, rows = table(need, work, times)
@@ -70,11 +79,12 @@ def plan(config: Config, recipe: Recipe) -> int:
     return int(bool(problems))
 
 
-def _plan_for_targets(config: Config, recipe: Recipe) -> int:
+def _plan_for_targets(config: Config, recipe: Recipe, sparsity: float | None) -> int:
     """Prints what a run would need and take on hardware that need not be here; returns the exit status."""
     for name, given in (("device", config.device != "auto"), ("device-memory", config.device_memory is not None)):
         if given:
             raise InputError(f"--target says what the hardware is: leave --{name} out")
+    require_typed(config, recipe, sparsity)
     names = [name.strip() for name in (config.target or "").split(",")]
     targets, count = {name: target_of(name) for name in names}, config.devices or 1
     for target in targets.values():
@@ -151,14 +161,15 @@ def work_of(config: Config, recipe: Recipe, devices: Devices, target: Target | N
     assert config.out
     spec, saved, architecture = preflight.shapes_of(config.ckpt, config.computation_dtype, config.save_dtype)
     architecture.require_length(config.seqlen)
-    require_recipe(without_experts(architecture, recipe.experts.drop_experts), recipe)
+    pruned = without_experts(architecture, recipe.experts.drop_experts)
+    require_recipe(pruned, recipe)
     length = config.eval_seqlen or config.seqlen
     text = config.eval_windows or max(1, EVALUATION_TOKENS // length), length
     return Work(
         spec,
         saved,
         architecture,
-        recipe,
+        effective_recipe(pruned, recipe),
         config.nsamples,
         config.seqlen,
         [text] * len(config.plan().texts),

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.errors import InputError
-from jaxprune.commands.config import Config, group_of, parse
+from jaxprune.commands.config import COMMAND, Config, group_of, read
 from jaxprune.commands.terminal import choose_devices, console, keep_memory, run_main
 from jaxprune.recipe import Recipe
-from jaxprune.recipe_parts import effective_tuning
+from jaxprune.recipe_parts import Tuning, effective_tuning
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    config, recipe = parse(argv)
+    _, config, recipe, sparsity = read(argv, *COMMAND)
     for name in ("device_memory", "target"):
         if getattr(config, name) is not None and not config.dry_run:
             raise InputError(
@@ -38,13 +38,18 @@ def _main(argv: Sequence[str]) -> int:
         from jaxprune.commands.plan import plan
 
         _checked_paths(config, recipe)
-        return plan(config, recipe)
-    run(config, recipe)
+        return plan(config, recipe, sparsity)
+    run(config, recipe, sparsity)
     return 0
 
 
-def run(config: Config, recipe: Recipe) -> "PruningResult | None":
+def run(config: Config, recipe: Recipe, sparsity: float | None = None) -> "PruningResult | None":
     """Prunes, exports and evaluates; everything that can be checked is checked before the work starts.
+
+    Args:
+        config: the options of the run.
+        recipe: its recipe.
+        sparsity: the sparsity that the user typed, if any: see `rules.require_sparsity`.
 
     Returns:
         The result; None where an earlier process of the run had only to be tidied up after.
@@ -65,6 +70,7 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
     if recipe.importance.measured or recipe.tuning.tunes:
         keep_memory(large=True)  # both make logits
     devices = choose_devices(config.device, config.devices, config.meeting(recipe))
+    require_typed(config, recipe, sparsity)
     measures = config.plan()
     _ = measures.loaded  # before a model is fetched
     console.print(f"opening {config.ckpt}")
@@ -74,8 +80,7 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
     what = ", ".join(f"{name} {text}" for name, text in asked.items() if text)
     console.print(f"preparing text: {what}")
     windows = windows_of(config, model)
-    tuning = effective_tuning(recipe.tuning, recipe.pattern)
-    progress = Progress(devices, tasks=bool(measures and measures.tasks), tuning=tuning)
+    progress = Progress(devices, tasks=bool(measures and measures.tasks), tuning=_tuning_of(recipe, model))
     with progress:
         result = prune(
             model,
@@ -98,6 +103,15 @@ def run(config: Config, recipe: Recipe) -> "PruningResult | None":
     if result is None or result.repeated:
         console.print(f"{place.path} was finished already")
     return result
+
+
+def _tuning_of(recipe: Recipe, model: "StreamedModel") -> Tuning:
+    """Returns the tuning of a recipe without what changes nothing on a model."""
+    from jaxprune.pruning.experts import without_experts
+    from jaxprune.pruning.rules import effective_recipe
+
+    pruned = without_experts(model.architecture, recipe.experts.drop_experts)
+    return effective_tuning(effective_recipe(pruned, recipe).tuning, recipe.pattern)
 
 
 def _checked_paths(
@@ -123,6 +137,23 @@ def _checked_paths(
     require_separate(place, masks_place, recipe, inputs | {"ckpt": paths_of(config.ckpt)}, config.scratch)
     resume.check(place, masks_place)
     return place, masks_place, inputs
+
+
+def require_typed(config: Config, recipe: Recipe, sparsity: float | None) -> None:
+    """Raises InputError where rules miss the sparsity that the user typed; config.json is enough to know.
+
+    Args:
+        config: the options of the run; its devices are chosen already.
+        recipe: its recipe.
+        sparsity: the sparsity; None: none was typed.
+    """
+    from jaxprune.planning.preflight import shapes_of
+    from jaxprune.pruning.experts import without_experts
+    from jaxprune.pruning.rules import require_sparsity
+
+    if sparsity is not None and recipe.rules:
+        _, architecture = shapes_of(config.ckpt, config.computation_dtype)
+        require_sparsity(without_experts(architecture, recipe.experts.drop_experts), recipe, sparsity)
 
 
 def source_paths(sources: str | None) -> list[Path]:

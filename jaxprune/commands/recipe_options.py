@@ -59,7 +59,8 @@ class WholeModel:
     rule: tuple[str, ...] = ()
     """Give linear layers a pattern of their own: NAMES=SPARSITY or NAMES=N:M, such as '*.q_proj=0.8' or
     'layers.2[0-9].*=2:4'; may be given several times, and of two that name a linear layer the later counts. Where
-    sparsities are spread, the others make up for it, so that --sparsity holds in total."""
+    sparsities are spread, the others make up for it, so that --sparsity holds in total. Rules that name every linear
+    layer decide alone."""
 
     def rules(self, pattern: Pattern | None) -> tuple[Rule, ...]:
         """Returns the rules beside a pattern; skipped linear layers stay dense whatever else names them.

@@ -11,7 +11,7 @@ from convert.paths import inputs_of, require_apart
 from jaxprune.api.load import load
 from jaxprune.commands.config import read
 from jaxprune.commands.options import Section, make, require_at_least
-from jaxprune.commands.prune import source_paths, windows_of
+from jaxprune.commands.prune import require_typed, source_paths, windows_of
 from jaxprune.commands.terminal import choose_devices, console, keep_memory, run_main
 from jaxprune.errors import Change, InputError
 from jaxprune.pruning import snapshot as snapshots
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> None:
     own, positionals = [Section("Layer", Options)], {"file": "The file to make."}
-    given, config, recipe = read(argv, "jaxprune snapshot", DESCRIPTION, EXAMPLES, own, positionals)
+    given, config, recipe, sparsity = read(argv, "jaxprune snapshot", DESCRIPTION, EXAMPLES, own, positionals)
     wanted = make(Options, given)
     require_at_least(wanted, 0, "layer")
     _require_known(argv, given)
@@ -60,6 +60,7 @@ def _main(argv: Sequence[str]) -> None:
     if recipe.importance.measured:
         keep_memory(large=True)  # it makes logits
     devices = choose_devices(config.device, config.devices)
+    require_typed(config, recipe, sparsity)
     model = load(config.ckpt, dtype=config.computation_dtype, devices=devices, scratch=scratch)
     if dtype := saving_dtype(model.reader, config.save_dtype):
         model = model.saved_as(dtype)

@@ -78,7 +78,8 @@ def _main(argv: Sequence[str]) -> int:
         pattern = parse_pattern(wanted.pattern or "unstructured", wanted.sparsity)
     source = resolve(name)
     run = reading.run_of(source)
-    recorded = None if run is None or run.importance.spread else run.pattern.pattern()
+    by_pattern = run is not None and not run.importance.spread and not run.patterns_of_all
+    recorded = run.pattern.pattern() if run and by_pattern else None
     claimed = pattern or recorded
     verdict = verify(source, against=wanted.against, pattern=pattern, zeros_of=wanted.zeros_of)
     print_table(_rows(verdict.kernels, wanted.all), ("linear layer", "tensors", "zeros", "pattern"))

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxprune.errors import Change, InputError
+from jaxprune.pruning.rules import Counts, count_weights
 from jaxprune.pruning.sensitivity import Sensitivity
 from jaxprune.sharding import fetch
 from jaxprune.sparsity.patterns import Pattern, Unstructured, partly
@@ -49,40 +50,53 @@ def allocate(
             rest of it gives.
 
     Raises:
-        InputError: they cannot.
+        InputError: as for `zeros_to_allocate`.
     """
-    linears, sizes, fixed, every = [], [], 0, 0
+    counts = count_weights(model.architecture, named)
+    zeros = zeros_to_allocate(counts, sparsity)
+    if not counts.unnamed:
+        return {}
+    linears: list[tuple[int, str]] = []
     histograms: list[Histogram] = []
     for index, (params, layer) in enumerate(zip(model.layers(), sensitivity, strict=True)):
         part = model.architecture.layers[index]
         for tap, paths in part.inputs.items():
             for path in paths:
-                shape = part.kernels[path]
-                if path in part.routers and named.get((index, path)) is None:
-                    continue
-                every += shape[0] * shape[1]
-                if (index, path) in named:
-                    pattern = named[index, path]
-                    fixed += pattern.zeros(shape) if pattern else 0
+                if (index, path) not in counts.unnamed:
                     continue
                 kernel = model.devices.replicate(part.sources[path].of(params, ".kernel"))
                 inputs = layer.inputs[tap] * _share_of_tokens(layer, tap, part.sources[tap].name)
                 histograms.append(_used(fetch(_histogram(kernel, inputs, layer.outputs[path]))))
                 linears.append((index, path))
-                sizes.append(kernel.size)
-    left = round(sparsity * every) - fixed
-    if not 0 <= left < sum(sizes):
-        others = f"the {sum(sizes)} weights that no rule names"
-        raise InputError(
-            f"a sparsity of {sparsity:g} in total leaves {left} zeros for {others}", options={"sparsity": Change.OTHER}
-        )
-    in_the_end = share_zeros(histograms, left, spread)
+    in_the_end = share_zeros(histograms, zeros, spread)
     by_now = in_the_end
     if late:
-        by_now = np.minimum(share_zeros(histograms, max(0, left - round(late * every)), spread), in_the_end)
-    counts = zip(by_now, in_the_end, sizes, strict=True)
-    patterns = [partly(Unstructured(int(z) / size), int(z - now) / size) for now, z, size in counts]
+        by_now = np.minimum(share_zeros(histograms, max(0, zeros - round(late * counts.weights)), spread), in_the_end)
+    sizes = [counts.unnamed[which] for which in linears]
+    each = zip(by_now, in_the_end, sizes, strict=True)
+    patterns = [partly(Unstructured(int(z) / size), int(z - now) / size) for now, z, size in each]
     return dict(zip(linears, patterns, strict=True))
+
+
+def zeros_to_allocate(counts: Counts, sparsity: float) -> int:
+    """Returns the number of zeros that linear layers which no rule names have to have together; 0 where there are none.
+
+    Args:
+        counts: of the model and the rules.
+        sparsity: the sparsity of all linear layers together.
+
+    Raises:
+        InputError: they cannot have so few or so many.
+    """
+    zeros, weights = round(sparsity * counts.weights) - counts.zeros, sum(counts.unnamed.values())
+    if not counts.unnamed:
+        return 0
+    if not 0 <= zeros < weights:
+        raise InputError(
+            f"a sparsity of {sparsity:g} in total leaves {zeros} zeros for the {weights} weights that no rule names",
+            options={"sparsity": Change.OTHER},
+        )
+    return zeros
 
 
 def _used(histogram: Int[np.ndarray, "bins"]) -> Histogram:

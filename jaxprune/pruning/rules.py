@@ -1,10 +1,14 @@
 """Rules by name on a model: which linear layers stay dense, and which have a pattern of their own."""
 
+import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
-from jaxprune.errors import InputError
+from jaxprune.errors import Change, InputError
 from jaxprune.models import Architecture
+from jaxprune.recipe import Recipe, decided_by
 from jaxprune.recipe_parts import Rule
 from jaxprune.sparsity.masks import StoredMask
 from jaxprune.sparsity.patterns import Pattern
@@ -51,3 +55,69 @@ def with_rules(target: Pattern | TargetOf, named: Mapping[tuple[int, str], Patte
         return target(index, path) if callable(target) else target
 
     return target_of
+
+
+class Counts(NamedTuple):
+    """Weights of linear layers by shapes alone; a router counts only where a rule gives it a pattern.
+
+    Attributes:
+        weights: of all linear layers.
+        zeros: that rules give.
+        rounding: the most that `zeros` differs from the rules' fractions by rounding to whole weights.
+        unnamed: linear layers that no rule names -> their weights.
+    """
+
+    weights: int
+    zeros: int
+    rounding: float
+    unnamed: dict[tuple[int, str], int]
+
+
+def count_weights(architecture: Architecture, named: Mapping[tuple[int, str], Pattern | None]) -> Counts:
+    """Counts the weights of linear layers, and the zeros that rules give.
+
+    Args:
+        architecture: the architecture of the model.
+        named: as `by_rules` gives it.
+    """
+    weights, zeros, rounding, unnamed = 0, 0, 0.0, {}
+    for which, shape in architecture.kernel_shapes(routers=True).items():
+        pattern = named.get(which)
+        if pattern is None and architecture.is_router(*which):
+            continue
+        weights += math.prod(shape)
+        if which not in named:
+            unnamed[which] = math.prod(shape)
+        elif pattern:
+            zeros += pattern.zeros(shape)
+            rounding += abs(pattern.zeros(shape) - pattern.sparsity * math.prod(shape))
+    return Counts(weights, zeros, rounding, unnamed)
+
+
+def require_sparsity(architecture: Architecture, recipe: Recipe, sparsity: float) -> None:
+    """Raises InputError where rules name every linear layer and miss the sparsity that the user asked for.
+
+    Args:
+        architecture: the architecture of the model.
+        recipe: its rules decide.
+        sparsity: the fraction of zeros of all linear layers together.
+    """
+    counts = count_weights(architecture, by_rules(architecture, recipe.rules))
+    if not counts.unnamed and abs(counts.zeros - sparsity * counts.weights) > counts.rounding + 0.5:
+        raise InputError(
+            f"the rules name every linear layer and give a sparsity of {counts.zeros / counts.weights} in total, "
+            f"not {sparsity}",
+            options={"sparsity": Change.OMIT},
+        )
+
+
+def effective_recipe(architecture: Architecture, recipe: Recipe) -> Recipe:
+    """Returns the recipe without what changes nothing on a model, because rules name every linear layer.
+
+    Raises:
+        InputError: a rule names no linear layer.
+    """
+    named = by_rules(architecture, recipe.rules)
+    if architecture.kernel_shapes().keys() - named.keys():
+        return recipe
+    return dataclasses.replace(recipe, **decided_by(named.values(), recipe))

@@ -49,7 +49,7 @@ from jaxprune.pruning.kernel import KernelResult
 from jaxprune.pruning.layer import Inputs, Linear, Solver, layer_inputs, solve_kernels
 from jaxprune.pruning.loop import require_fit, visit_layers
 from jaxprune.pruning.results import Results
-from jaxprune.pruning.rules import with_rules
+from jaxprune.pruning.rules import effective_recipe, with_rules
 from jaxprune.pruning.whole_model import require_recipe, solving
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import fetch
@@ -149,7 +149,7 @@ def capture(
         model = model.keeping(kept_experts(model, tokens, dropped))
     if not Solver(recipe.method, with_rules(*targets)).taps(layer, model.architecture.layers[layer]):
         raise InputError(f"the rules leave layer {layer} dense", options=dict.fromkeys(("layer", "skip"), Change.OTHER))
-    model, states, solver = solving(model, tokens, recipe, targets)
+    model, states, solver = solving(model, tokens, effective_recipe(model.architecture, recipe), targets)
     before = solver if prune_before else dataclasses.replace(solver, target_of=lambda index, path: None)
     for _ in itertools.islice(visit_layers(model, states, before, Results(None, "", model.num_layers)), layer):
         pass  # the states move

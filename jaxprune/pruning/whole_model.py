@@ -12,7 +12,7 @@ from jaxprune.errors import Change, InputError
 from jaxprune.methods.quantization import has_grid
 from jaxprune.models import Architecture
 from jaxprune.pruning import distillation, kept_tuning
-from jaxprune.pruning.allocation import allocate
+from jaxprune.pruning.allocation import allocate, zeros_to_allocate
 from jaxprune.pruning.calibration_states import CalibrationStates
 from jaxprune.pruning.distillation import Text, distill
 from jaxprune.pruning.journal import CURVE, PRUNED, QUANTIZED, SENSITIVITY, TUNED, TUNING, Journal
@@ -20,7 +20,7 @@ from jaxprune.pruning.layer import Solver
 from jaxprune.pruning.loop import targets_for, visit_layers
 from jaxprune.pruning.quantized import quantize_layers
 from jaxprune.pruning.results import LayerResult, Results
-from jaxprune.pruning.rules import TargetOf, by_rules, with_rules
+from jaxprune.pruning.rules import TargetOf, by_rules, count_weights, effective_recipe, with_rules
 from jaxprune.pruning.sensitivity import Weights, measure_sensitivity, weights
 from jaxprune.recipe import Recipe
 from jaxprune.recipe_parts import Importance, Tuning, effective_tuning, late_sparsity
@@ -62,8 +62,9 @@ def prune_model(
     targets = require_recipe(model.architecture, recipe)
     model.require_tokens(tokens)
     require_stream(recipe, stream)
+    recipe = effective_recipe(model.architecture, recipe)
     tuning, text = effective_tuning(recipe.tuning, recipe.pattern), None
-    if stream:
+    if stream and tuning.tunes:
         model.require_tokens(stream.held_out)
         text = distillation.of_stream(stream, tuning)
     elif tuning.tune_epochs:
@@ -88,6 +89,9 @@ def require_recipe(architecture: Architecture, recipe: Recipe) -> Targets:
     """Returns the target of linear layers, and that of those that rules name; errors as for `prune_model`."""
     target, named = recipe.target(), by_rules(architecture, recipe.rules)
     targets_for(architecture, with_rules(target, named))
+    if recipe.importance.spread:
+        assert isinstance(target, Unstructured)
+        zeros_to_allocate(count_weights(architecture, named), target.sparsity)
     if recipe.asymmetry and architecture.config.routing:
         raise InputError("asymmetry is not implemented for models with experts", options={"asymmetry": Change.OMIT})
     if recipe.experts.route_all and not architecture.config.routing:

@@ -83,18 +83,22 @@ def model_card(run: Run, evaluation: Mapping[str, Quality]) -> str:
             f"The linear layers lie on the grid of {run.quantize.upper()}, so that {to} writes them as they are.\n"
         )
     rounded = f", rounded to {run.save_dtype}" if run.save_dtype else ""
+    tags, heading = ["pruned", "sparse", "jaxprune"], f"pruned to {run.pattern_text}"
+    did = (
+        'pruned in one shot by jaxprune, which implements Boža, "Fast and Effective Weight Update\n'
+        'for Pruned Large Language Models" (arXiv 2401.02938). The weights are ordinary dense tensors with exact zeros.'
+    )
+    if run.all_dense:
+        tags, heading = ["jaxprune"], "linear layers left dense"
+        did = "written by jaxprune, which left its linear layers dense."
     base = f"base_model: {repository}\n" if (repository := repository_of(ckpt)) else ""
     return f"""---
 {base}tags:
-- pruned
-- sparse
-- jaxprune
----
+{"".join(f"- {tag}{chr(10)}" for tag in tags)}---
 
-# {escaped(Path(ckpt).name)}, pruned to {escaped(run.pattern_text)}
+# {escaped(Path(ckpt).name)}, {escaped(heading)}
 
-{escaped(run.checkpoint)}, pruned in one shot by jaxprune, which implements Boža, "Fast and Effective Weight Update
-for Pruned Large Language Models" (arXiv 2401.02938). The weights are ordinary dense tensors with exact zeros.
+{escaped(run.checkpoint)}, {did}
 Embeddings, norms and head are those of the dense checkpoint{rounded}. {quantized}Everything needed
 to repeat the run is in {RECORD}.
 

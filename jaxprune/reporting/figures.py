@@ -112,7 +112,8 @@ def divergence_by_tokens(entries: Sequence[Entry]) -> Figure:
         late = False
         for entry in entries:
             points = entry.run.divergences if entry.run else []
-            tuning = effective_tuning(entry.run.tuning, entry.run.pattern.pattern()) if entry.run else Tuning()
+            run = entry.run and entry.run.effective
+            tuning = effective_tuning(run.tuning, run.pattern.pattern()) if run else Tuning()
             whole = [point for point in points if all_zeros_there(tuning, point[0])]
             before = points[: len(points) - len(whole) + 1] if whole != points else []
             late |= bool(before)

@@ -13,6 +13,7 @@ from convert.schema import Count, Schema, parse, to_text
 from jaxprune.methods.records import Scalar
 from jaxprune.models.parts import every_expert
 from jaxprune.recipe import RecipeRecord
+from jaxprune.sparsity.patterns import Pattern
 
 RECORD, REPORT = "jaxprune.json", "report.html"
 VERSION = 2
@@ -189,6 +190,19 @@ class Run(RecipeRecord, Environment):
     layers: list[Layer]
     resumed_layers: Count = 0
 
+    @property
+    def named(self) -> dict[tuple[int, str], Pattern | None]:
+        """(layer index, path of the linear layer) -> the pattern of the last rule that names it; None: it is dense."""
+        rules = [one.rule() for one in self.rules]
+        every = [(layer.index, path) for layer in self.layers for path in layer.linears]
+        return {which: rule.pattern for rule in rules for which in every if rule.matches(*which)}
+
+    @property
+    def patterns_of_all(self) -> frozenset[Pattern | None]:
+        """The patterns that rules give where they name every linear layer of the model; else empty."""
+        named, every = self.named, sum(len(layer.linears) for layer in self.layers)
+        return frozenset(named.values()) if len(named) == every else frozenset()
+
 
 class Measured(Schema):
     """A checkpoint of an evaluation; `run` is the record of the run that made it, where there is one."""
@@ -222,14 +236,12 @@ def expected(run: Run) -> dict[str, Any]:
     """Returns what a run's record says of its checkpoint, as `evaluation.verification.verify` takes it."""
     kernels = {(layer.index, path): kernel for layer in run.layers for path, kernel in layer.linears.items()}
     pattern, total = run.pattern.pattern(), None
-    if pattern and run.importance.spread:  # every kernel had a sparsity of its own
+    if pattern and run.effective.importance.spread:  # every kernel had a sparsity of its own
         total = round(pattern.sparsity * sum(kernel.size for kernel in kernels.values()))
         pattern = None
-    rules = [one.rule() for one in run.rules]
-    named = {which: rule.pattern for rule in rules for which in kernels if rule.matches(*which)}
     return {
         "pattern": pattern,
-        "own": named,
+        "own": run.named,
         "counts": {which: kernel.zeros for which, kernel in kernels.items()},
         "wanted": {which: kernel.wanted for which, kernel in kernels.items()},
         "sections": {which: kernel.sections for which, kernel in kernels.items() if kernel.sections},

@@ -140,6 +140,10 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
     assert not recipe("--mask from-file:m").importance.measured
     assert recipe("--uniform").slug == f"{preset}-uniform-50"
     assert recipe("--quantize q4_0").slug == f"{preset}-50-q4_0"
+    assert recipe("--rule *=0.7").slug == f"{preset}-70" and recipe("--rule *=2:4").slug == f"{preset}-2of4"
+    assert recipe("--rule *=0.7 --skip *.mlp.*").slug == f"{preset}-rules"
+    assert recipe("--rule *.mlp.*=0.7 --skip * --quantize q4_0").slug == "dense-q4_0"
+    assert recipe("--drop-experts 0.25 --skip *").slug == "experts-without-25"
     assert made.method == ADMM(damping=0.03) and recipe("--damping 0.2").method == ADMM(damping=0.2)
     assert recipe("--method alps").method == ALPS()
     assert recipe("--mask sparsegpt").method == Crossed(SparseGPT(), ADMM(damping=0.03))

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxprune import load
-from jaxprune.pruning.allocation import allocate, share_zeros
+from jaxprune import InputError, load
+from jaxprune.pruning.allocation import allocate, share_zeros, zeros_to_allocate
+from jaxprune.pruning.rules import Counts
 from jaxprune.pruning.sensitivity import measure_sensitivity
 from tests.helpers.shapes import INPUTS, windows
 
@@ -69,3 +70,20 @@ def test_the_threshold_is_one_of_saliencies(checkpoint: Path) -> None:
     total = sum(round(found[linear] * size) for linear, size in sizes.items())
     assert total == round(0.6 * sum(sizes.values()))
     assert max(found.values()) - min(found.values()) > 0.1
+
+
+@pytest.mark.parametrize(("sparsity", "zeros"), [(0.5, 2), (0.525, 3), (0.45, 0), (0.674, 9), (0.42, -1), (0.7, 10)])
+def test_what_is_left_for_the_others(sparsity: float, zeros: int) -> None:
+    """40 weights, 30 of them named with 18 zeros; a weight of the others has to stay."""
+    counts = Counts(40, 18, 0.0, {(0, "mlp.up_proj"): 10})
+    if 0 <= zeros < 10:
+        assert zeros_to_allocate(counts, sparsity) == zeros
+    else:
+        with pytest.raises(InputError, match=f"leaves {zeros} zeros for the 10 weights that no rule names"):
+            zeros_to_allocate(counts, sparsity)
+
+
+def test_nothing_is_allocated_where_rules_name_every_linear_layer(checkpoint: Path) -> None:
+    model = load(checkpoint)
+    sensitivity = measure_sensitivity(model, windows(2, 16))
+    assert allocate(model, sensitivity, 0.6, 0.3, dict.fromkeys(model.architecture.kernel_shapes())) == {}

@@ -1,5 +1,6 @@
 """Rules by name: linear layers that stay dense, and such with a pattern of their own."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,11 +9,16 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxprune import NM, InputError, Recipe, Rule, Unstructured, load, prune_model
-from jaxprune.commands.config import parse
-from jaxprune.commands.prune import main
+from jaxprune.__main__ import main as jaxprune
+from jaxprune.commands.config import COMMAND, parse, read
+from jaxprune.commands.prune import main, require_typed
 from jaxprune.commands.verify import main as verify
 from jaxprune.methods.wanda import Wanda
-from jaxprune.pruning.rules import by_rules
+from jaxprune.pruning import whole_model
+from jaxprune.pruning.rules import by_rules, count_weights, effective_recipe, require_sparsity
+from jaxprune.recipe import PRESETS
+from jaxprune.reporting import reading
+from tests.helpers import families
 from tests.helpers.shapes import windows
 
 LINE = ["--skip", "layers.0.*", "--skip", "*.o_proj", "--rule", "*.q_proj=0.75", "--rule=layers.[12].mlp.down_proj=2:4"]
@@ -83,9 +89,170 @@ def test_rules_that_cannot_be(line: str, message: str) -> None:
         parse(["--ckpt", "x", *line.split()])
 
 
+@pytest.fixture
+def no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reverse pass of the dense model is an error."""
+    monkeypatch.setattr(whole_model, "measure_sensitivity", lambda *_, **__: pytest.fail("a reverse pass"))
+
+
+@pytest.mark.parametrize("command", [["prune"], ["prune", "--dry-run"], ["plan"]])
+@pytest.mark.usefixtures("no_gradients")
 def test_rules_that_leave_too_few_weights_are_an_error(
-    checkpoint: Path, ids: Path, capsys: pytest.CaptureFixture
+    command: list[str], checkpoint: Path, ids: Path, capsys: pytest.CaptureFixture
 ) -> None:
     line = ["--ckpt", checkpoint, "--calib", ids, "--nsamples", 4, "--seqlen", 32, "--eval", "none", "--preset", "fast"]
-    assert main([*map(str, line), "--sparsity", "0.7", "--skip", "*.mlp.*", "--out", str(ids.parent / "out")]) == 2
-    assert "that no rule names" in capsys.readouterr().err
+    line += ["--sparsity", 0.7, "--skip", "*.mlp.*", "--out", ids.parent / "out"]
+    assert jaxprune([*command, *map(str, line)]) == 2
+    assert "leaves 16128 zeros for the 9216 weights that no rule names" in capsys.readouterr().err
+    assert [path.name for path in ids.parent.iterdir()] == ["ids.npy"]
+
+
+def pruned(line: str, checkpoint: Path, ids: Path) -> Path:
+    """The folder of a run, which verifies, and which its record repeats."""
+    folder, own = ids.parent / "out", ids.parent / "again"
+    flags = f"--calib {ids} --nsamples 4 --seqlen 32 --eval none --overwrite {line}".split()
+    assert main(["--ckpt", str(checkpoint), *flags, "--out", str(folder)]) == 0
+    assert verify([str(folder), "--against", str(checkpoint)]) == 0
+    assert main(["--config", str(folder / "jaxprune.json"), "--overwrite", "--out", str(own)]) == 0
+    assert (own / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    return folder
+
+
+@pytest.mark.usefixtures("no_gradients")
+def test_nothing_is_done_where_all_stay_dense(checkpoint: Path, ids: Path, capsys: pytest.CaptureFixture) -> None:
+    out = pruned("--preset best --asymmetry 0.5 --skip *", checkpoint, ids)
+    assert "0.0000 % zeros, * dense, 30 other tensors" in " ".join(capsys.readouterr().out.split())
+    dense, found = (load_file(folder / "model.safetensors") for folder in (checkpoint, out))
+    assert found.keys() == dense.keys() and all(np.array_equal(found[name], dense[name]) for name in dense)
+    record = json.loads((out / "jaxprune.json").read_text())
+    assert record["sparsity"] == 0 and not {"sensitivity", "tune"} & record["seconds"].keys()
+    assert record["importance"]["spread"] == 0.3 and record["tuning"]["tune_epochs"] == 2  # as asked
+    run = reading.run_of(out)
+    assert run
+    assert (run.pattern_text, run.method_text) == ("* dense", "best: linear layers left dense")
+    card, report = (out / "README.md").read_text(), (out / "report.html").read_text()
+    assert (
+        "linear layers left dense\n" in card and "pruned" not in card and "sparse" not in card.replace("sparsity", "")
+    )
+    assert "50 %" not in card + report and "in total" not in card + report
+
+
+@pytest.mark.usefixtures("no_gradients")
+def test_what_stays_dense_is_quantized(checkpoint: Path, ids: Path) -> None:
+    out = pruned("--preset fast --skip * --quantize q4_0", checkpoint, ids)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert len(np.unique(load_file(out / "model.safetensors")[name][0])) <= 16
+    run = reading.run_of(out)
+    assert run and run.method_text == "fast: linear layers left dense, quantized to Q4_0"
+
+
+@pytest.mark.parametrize("preset", ["fast", "best"])
+def test_rules_that_name_every_linear_layer_decide(preset: str, checkpoint: Path, ids: Path) -> None:
+    """As the same sparsity of all does, of which no part is left to the tuning."""
+    rules = "--rule *.self_attn.*=0.7 --rule *.mlp.*=0.7"
+    out = pruned(f"--preset {preset} {rules}", checkpoint, ids)
+    found, run = (out / "model.safetensors").read_bytes(), reading.run_of(out)
+    assert run and run.pattern_text == "*.self_attn.* 70 %, *.mlp.* 70 %"
+    assert "sparsities within" not in run.method_text and "go meanwhile" not in run.method_text
+    assert "outputs weighed" in run.method_text and "epochs of tuning" in run.method_text
+    assert (
+        found
+        == (
+            pruned(f"--preset {preset} --sparsity 0.7 --uniform --tune-zeros 0", checkpoint, ids) / "model.safetensors"
+        ).read_bytes()
+    )
+
+
+@pytest.mark.usefixtures("no_gradients")
+def test_nothing_is_measured_for_an_allocation_of_nothing(checkpoint: Path, ids: Path) -> None:
+    pruned("--spread 0.3 --rule *=0.7", checkpoint, ids)
+
+
+@pytest.mark.usefixtures("no_gradients")
+def test_a_recipe_of_the_library_lets_the_rules_decide(checkpoint: Path) -> None:
+    rules = Rule("*.self_attn.*"), Rule("*.mlp.*")
+    recipe, model = dataclasses.replace(PRESETS["best"].at(0.7), rules=rules), load(checkpoint)
+    tokens = windows(2, 16)
+    for layer, params in zip(prune_model(model, tokens, recipe), model.layers(), strict=True):
+        assert all(np.array_equal(array, params[name.split(".", 2)[2]]) for name, array in layer.params.items())
+    assert effective_recipe(model.architecture, recipe) == Recipe(
+        recipe.method, recipe.pattern, preset="best", rules=rules
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "given"),
+    [
+        ("--preset fast --sparsity 0.7 --rule *=0.5", "0.5"),
+        ("--preset fast --sparsity 0.5 --skip *", "0.0"),
+        ("--method wanda --sparsity 0.5 --rule *=2:4 --rule *.down_proj=0.6", "0.5"),
+        ("--config typed.yaml --rule *.mlp.*=0.5 --rule *.self_attn.*=0.8", "0.6"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command", ["prune", "prune --dry-run", "plan", "plan --target h100", "snapshot file --layer 0"]
+)
+def test_a_typed_sparsity_that_rules_miss_is_an_error_before_any_work(
+    command: str,
+    line: str,
+    given: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """config.json is enough: there are no weights, and no text."""
+    if command.startswith("snapshot"):
+        line = line.replace("--preset fast ", "")
+    monkeypatch.chdir(tmp_path)
+    Path("typed.yaml").write_text("sparsity: 0.75\n")
+    Path("model").mkdir()
+    Path("model/config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    np.save("ids.npy", windows(1, 4))
+    options = "--ckpt model --calib ids.npy --nsamples 1 --seqlen 4 --eval none"
+    assert jaxprune([*command.split(), *options.split(), *line.split()]) == 2
+    error = capsys.readouterr().err
+    assert f"the rules name every linear layer and give a sparsity of {given}" in error
+    assert error.endswith("leave --sparsity out\n") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "typed"),
+    [
+        ("--preset fast --sparsity 0.7 --rule *=0.7", 0.7),
+        ("--method wanda --sparsity 0.7 --rule *=0.7", 0.7),  # 22 of 32 and 34 of 48 of each output
+        ("--preset best --pattern 2:4 --sparsity 0.5 --rule *=2:4", 0.5),
+        ("--sparsity 0.7 --rule *.mlp.*=0.5", 0.7),  # not all are named
+        ("--skip * --sparsity 0", 0.0),
+        ("--preset fast --rule *=0.9", None),
+        ("--pattern 2:4 --skip *", None),
+    ],
+)
+def test_a_typed_sparsity_that_rules_give(line: str, typed: float | None, checkpoint: Path) -> None:
+    asked = read(["--ckpt", str(checkpoint), *line.split()], *COMMAND)
+    assert asked.sparsity == typed
+    require_typed(asked.config, asked.recipe, asked.sparsity)
+
+
+def test_a_records_sparsity_is_not_typed() -> None:
+    record = Path(__file__).parents[1] / "reporting/records/best.json"
+    asked = read(["--config", str(record), "--skip", "*"], *COMMAND)
+    assert asked.sparsity is None and asked.recipe.pattern
+    assert read(["--config", str(record), "--sparsity", "0.6"], *COMMAND).sparsity == 0.6
+
+
+def test_routers_count_where_a_rule_gives_them_a_pattern(tmp_path: Path) -> None:
+    families.save(tmp_path, families.config("qwen3_moe", "mixed"))
+    architecture = load(tmp_path).architecture
+    shapes = architecture.kernel_shapes(routers=True)
+    gates = {which for which in shapes if architecture.is_router(*which)}
+    assert gates
+    every = sum(n * m for which, (n, m) in shapes.items() if which not in gates)
+    dense = Recipe(rules=(Rule("*"),))
+    require_sparsity(architecture, dense, 0.0)
+    assert count_weights(architecture, by_rules(architecture, dense.rules)) == (every, 0, 0.0, {})
+    named = by_rules(architecture, (Rule("*.gate", Unstructured(0.5)),))
+    counts = count_weights(architecture, named)
+    assert counts.weights == every + sum(n * m for n, m in (shapes[which] for which in gates))
+    assert counts.zeros == sum(round(n * m / 2) for n, m in (shapes[which] for which in gates))
+    assert counts.unnamed.keys() == shapes.keys() - gates
