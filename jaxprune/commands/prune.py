@@ -152,7 +152,7 @@ def require_typed(config: Config, recipe: Recipe, sparsity: float | None) -> Non
     from jaxprune.pruning.rules import require_sparsity
 
     if sparsity is not None and recipe.rules:
-        _, architecture = shapes_of(config.ckpt, config.computation_dtype)
+        *_, architecture = shapes_of(config.ckpt, config.computation_dtype)
         require_sparsity(without_experts(architecture, recipe.experts.drop_experts), recipe, sparsity)
 
 
