@@ -125,7 +125,7 @@ def test_every_command_line_is_taken(line: str, tmp_path: Path, monkeypatch: pyt
             raise Parsed
 
         monkeypatch.setattr(CommandLine, "read", read_then_stop)
-        monkeypatch.setattr("jaxprune.commands.terminal.run", lambda command, argv: command(argv))
+        monkeypatch.setattr("jaxprune.commands.terminal.run", lambda command, argv, ended: command(argv))
         monkeypatch.setattr("jaxprune.commands.convert.run", lambda command, argv: command(argv))
         with pytest.raises(Parsed):
             importlib.import_module(f"jaxprune.commands.{name}").main(rest)
