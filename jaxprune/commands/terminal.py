@@ -63,6 +63,7 @@ def run_main(
             control.refuse(group, status, text)
 
     keep_memory()
+    jax.config.update("jax_traceback_filtering", "off")  # the filter adds notes to errors, which users would read
     return run(prepared, words, ended)
 
 

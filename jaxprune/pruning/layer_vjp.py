@@ -1,13 +1,18 @@
 """A layer's backward pass, apart from its forward pass."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
 from jaxtyping import Array, Float
 
+from jaxprune.errors import UserError
 from jaxprune.models import Part
+
+TESTED = "0.10 to 0.12"
+"""The versions of JAX whose VJP objects are known to work."""
 
 
 @partial(jax.jit, static_argnums=0)
@@ -16,11 +21,41 @@ def forward_and_vjp(
 ) -> tuple[Float[Array, "b t d"], Any]:
     """Computes a layer's output, and the function from its cotangent to those of the kernels and of the input.
 
-    The kernels themselves are left out of what that function keeps: `pull_back` puts them in again.
+    That function does not hold the kernels: `pull_back` adds them again.
+
+    Raises:
+        UserError: this version of JAX cannot leave them out.
     """
-    output, vjp = jax.vjp(lambda values, x: part({**rest, **values}, x)[0], dict(values), x)
-    vjp.args_res[0] = None
+    return _vjp_without_kernels(lambda values, x: part({**rest, **values}, x)[0], dict(values), x)
+
+
+def _vjp_without_kernels(
+    function: Callable[[Any, Any], Any], kernels: dict[str, Array], x: Float[Array, "b t d"]
+) -> tuple[Float[Array, "b t d"], Any]:
+    """Returns the function's output and its `jax.vjp`, with the kernels left out of `args_res`.
+
+    JAX 0.11 added `saveable_args` and documented `args_res`: https://docs.jax.dev/en/latest/301/vjp-objects.html.
+    JAX 0.10 has the same `args_res`, undocumented.
+    """
+    documented = "saveable_args" in inspect.signature(jax.vjp).parameters
+    saveable: dict[str, Any] = {"saveable_args": (False, True)} if documented else {}
+    vjp: Any
+    output, vjp = jax.vjp(function, kernels, x, **saveable)
+    if not documented and _has_args_res(vjp):
+        vjp.args_res[0] = None
+    own = {id(kernel) for kernel in kernels.values()}
+    if not _has_args_res(vjp) or any(id(leaf) in own for leaf in jax.tree.leaves(vjp)):
+        raise UserError(
+            f"the jax.vjp of JAX {jax.__version__} does not leave kernels out of its saved state, as distillation "
+            f"needs: install JAX {TESTED}"
+        )
     return output, vjp
+
+
+def _has_args_res(vjp: Any) -> bool:
+    """Returns whether a VJP object holds the saved values of both arguments in a list."""
+    saved = getattr(vjp, "args_res", None)
+    return isinstance(saved, list) and len(saved) == 2
 
 
 @partial(jax.jit, static_argnums=0)

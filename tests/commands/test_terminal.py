@@ -149,3 +149,21 @@ def test_what_needs_the_hubs_cache_says_what_to_set(line: str, wanted: str, chec
     problem = "it cannot be downloaded: no home folder is known: set HOME, or JAXPRUNE_CACHE and HF_HOME"
     assert (done.returncode, done.stderr) == (2, f"{WARNING}error: {wanted}: {problem}\n")
     assert list(tmp_path.iterdir()) == []
+
+
+TRACED = """
+import sys, jax
+from jaxprune.commands.terminal import run_main
+from jaxprune.errors import UserError
+
+@jax.jit
+def traced(x):
+    raise UserError("it cannot be used")
+
+sys.exit(run_main(lambda argv: traced(1), []))
+"""
+
+
+def test_an_error_while_jax_traces_is_one_line() -> None:
+    done = subprocess.run([sys.executable, "-c", TRACED], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: it cannot be used\n")
