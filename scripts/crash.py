@@ -1,6 +1,6 @@
 """Kills, full disks, signals, leaping clocks and races at the file operations of small runs, for as long as it takes.
 
-    python scripts/crash.py [--every N] [--only TEXT] [--jobs N] [--repeat CASE]
+    python scripts/crash.py [--every N] [--cases N] [--only TEXT] [--jobs N] [--repeat CASE]
 
 Every case is named "what/line/operation": what happens to which command line (of tests/crash/world.py), and where. It
 prints a table and how to repeat what failed; the exit status is 1 where something did.
@@ -112,6 +112,7 @@ def attempt(case: Case) -> tuple[Faults, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, help="take every so many operations of each phase")
+    parser.add_argument("--cases", type=int, help="at most so many, from all that are found evenly (default: all)")
     parser.add_argument("--only", default="", help="what happens, to which line, or in which phase")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cases at a time")
     parser.add_argument("--repeat", help="only the case of this name")
@@ -128,6 +129,7 @@ def main() -> int:
 
     every = all_cases(worlds, 1 if args.repeat else args.every, wanted)
     chosen = [case for case in every if args.only in f"{case} {case.phase}" and args.repeat in (None, str(case))]
+    chosen = evenly(chosen, args.cases)
     rows: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
     failed: dict[str, list[str]] = {}
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -141,8 +143,15 @@ def main() -> int:
             spent = time.monotonic() - begin
             print(f"\r{number} of {len(chosen)}, {len(failed)} failed, {spent:.0f} s ", end="", flush=True)
     print_table(rows)
-    print(f"{len(chosen)} cases in {time.monotonic() - begin:.0f} s, {len(failed)} failed; worlds are in {folder}")
+    spent = time.monotonic() - begin
+    print(f"{len(chosen)} of {len(every)} cases in {spent:.0f} s, {len(failed)} failed; worlds are in {folder}")
     return int(bool(failed))
+
+
+def evenly(every: list[Case], most: int | None) -> list[Case]:
+    """Returns at most so many cases, at even distances, so that each kind has its share; None: all of them."""
+    count = len(every) if most is None else min(most, len(every))
+    return [every[number * len(every) // count] for number in range(count)]
 
 
 def count(row: Counter[str], faults: Faults, seconds: float) -> None:
