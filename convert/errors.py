@@ -35,7 +35,11 @@ class UserError(ValueError):
         found: what is there, where that says more than `problem`; `MISSING` where nothing is.
         wanted: what should be there, in words, or "".
         options: option's name, as in Python, -> the value that would mend it, or a `Change`.
+        again: when the same command can succeed and use the work that was finished before the error: a clause such as
+            "once there is room,"; None: it cannot. A caller that knows more than the class sets it.
     """
+
+    again: str | None = None
 
     def __init__(
         self,
@@ -71,13 +75,19 @@ class CheckpointError(UserError):
 class DamagedError(CheckpointError):
     """A file whose content cannot be what its author wrote; it has to be fetched or made again."""
 
+    again = "once the file is replaced,"
+
 
 class NoRoomError(CheckpointError):
     """A disk that is full, or a folder that cannot be written."""
 
+    again = "once there is room,"
+
 
 class OccupiedError(CheckpointError):
     """A place that is taken by something which is not ours to replace."""
+
+    again = "once that place is free,"
 
 
 def joined(problems: list[str], most: int = 8) -> str:

@@ -97,7 +97,9 @@ def sync(path: Path) -> None:
 def failed(problem: OSError, path: Path, what: str = "written") -> CheckpointError:
     """Returns the error of a file that could not be written or read."""
     kind = NoRoomError if problem.errno in _FULL else CheckpointError
-    return kind(f"it cannot be {what} ({problem.strerror or problem})", file=path)
+    error = kind(f"it cannot be {what} ({problem.strerror or problem})", file=path)
+    error.again = error.again or f"once it can be {what},"
+    return error
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from convert.paths import inputs_of, paths_of, require_apart
 from convert.schema import as_text, check, plain
 from convert.writing import failing
 from jaxprune.calibration.stream import TextStream
-from jaxprune.errors import CheckpointError, InputError
+from jaxprune.errors import CheckpointError, InputError, UserError
 from jaxprune.evaluation.quality import Evaluator, Quality
 from jaxprune.planning import fit
 from jaxprune.planning.timing import jit_versus_eager
@@ -182,7 +182,7 @@ def prune(
         )
         files, packed = _write_checkpoint(saved, layers, recipe, journal, masks_at is not None, observer)
         if evaluator:
-            with _timed(observer, "evaluate"):
+            with _timed(observer, "evaluate"), _continued_otherwise():
                 pruned = model.sibling(result_folder(journal), f"pruned {model.short_name}")
                 for which, quality in evaluator.measure({"dense": model, "pruned": pruned}, against="dense"):
                     record.evaluation[which] = quality
@@ -352,6 +352,16 @@ def _pruned_shapes(model: StreamedModel, recipe: Recipe) -> dict[tuple[int, str]
     named = by_rules(model.architecture, recipe.rules)
     shapes = model.architecture.kernel_shapes(routers=True).items()
     return {which: shape for which, shape in shapes if which not in named or named[which] is not None}
+
+
+@contextlib.contextmanager
+def _continued_otherwise() -> Iterator[None]:
+    """Lets errors of the evaluation say how to use the checkpoint that is finished: its options are not the run's."""
+    try:
+        yield
+    except UserError as error:
+        error.again = error.again or "with other options of the evaluation, or without it,"
+        raise
 
 
 @contextlib.contextmanager

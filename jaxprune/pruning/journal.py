@@ -50,6 +50,12 @@ class AnotherRunError(InputError):
     """What a journal keeps was made from something else than what there is now."""
 
 
+class DamagedEntryError(InputError):
+    """An entry of a journal was damaged while the run used it."""
+
+    again = "without what is damaged,"
+
+
 class Entry(NamedTuple):
     """What a journal keeps under one name.
 

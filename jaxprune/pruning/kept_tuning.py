@@ -8,9 +8,8 @@ import jax
 import numpy as np
 
 from convert import Params
-from jaxprune.errors import InputError
 from jaxprune.pruning.adafactor import Kernels, Moving
-from jaxprune.pruning.journal import CURVE, TUNING, Entry, Journal
+from jaxprune.pruning.journal import CURVE, TUNING, DamagedEntryError, Entry, Journal
 from jaxprune.sharding import fetch
 
 log = logging.getLogger(__name__)
@@ -87,7 +86,9 @@ def restore(
         for index in names:
             entry = journal.get(f"{TUNING}/{step}/{index}")
             if entry is None:
-                raise InputError("the tuning was damaged on the disk while it was used: run the same command again")
+                raise DamagedEntryError(
+                    "the tuning was damaged on the disk while it was used: run the same command again"
+                )
             arrays, metadata = entry.arrays, entry.metadata
             moving = {n: Moving(*(arrays[f"{n}/{field}"] for field in Moving._fields)) for n in state[index].moving}
             best[index] = {path.partition("/")[2]: a for path, a in arrays.items() if path.startswith(f"{BEST}/")}

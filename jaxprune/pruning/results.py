@@ -11,8 +11,7 @@ from jaxtyping import UInt8
 from convert import Params
 from convert.errors import DamagedError
 from convert.schema import Count, Schema, check, plain
-from jaxprune.errors import InputError
-from jaxprune.pruning.journal import Journal
+from jaxprune.pruning.journal import DamagedEntryError, Journal
 from jaxprune.pruning.kernel import KernelResult
 
 log = logging.getLogger(__name__)
@@ -80,11 +79,11 @@ class Results:
         """Returns a layer that the run has finished.
 
         Raises:
-            InputError: it was damaged meanwhile.
+            DamagedEntryError: it was damaged meanwhile.
         """
         if layer := self.get(index):
             return layer
-        raise InputError(f"layer {index} was damaged on the disk while it was used: run the same command again")
+        raise DamagedEntryError(f"layer {index} was damaged on the disk while it was used: run the same command again")
 
     def put(self, layer: LayerResult) -> None:
         """Commits a layer, unless it is there."""

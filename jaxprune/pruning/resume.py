@@ -101,8 +101,10 @@ def open_journal(
                     log.warning("going on with what is finished in %s", folder)
                 yield journal
         except BaseException as error:
-            if is_first_process() and _leave(folder) and not isinstance(error, AnotherRunError):
-                error.add_note(f"what is finished is kept in {folder}: the same command goes on from there")
+            again = getattr(error, "again", "")  # a stop or a defect says nothing against running again
+            if is_first_process() and _leave(folder) and again is not None:
+                when = f"{again} the same command continues from it".lstrip()
+                error.add_note(f"finished work is saved in {folder}: {when}")
             raise
 
 

@@ -17,8 +17,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Int, Shaped
 
+from convert.errors import NoRoomError
 from jaxprune import hardware
-from jaxprune.errors import Change, InputError
+from jaxprune.errors import Change
 from jaxprune.sharding import ONE_DEVICE, Devices, fetch
 
 EVERY = -1
@@ -45,7 +46,7 @@ class HiddenStates:
             mapped memory go.
 
     Raises:
-        InputError: the disk has no room for them.
+        NoRoomError: the disk has no room for them.
     """
 
     def __init__(
@@ -197,7 +198,7 @@ def _mapped(folder: Path, size: int) -> mmap.mmap:
                 file.truncate(size)
             return mmap.mmap(file.fileno(), size)
     except OSError as error:
-        raise InputError(
+        raise NoRoomError(
             f"cannot keep {size / 2**30:.2f} GiB of hidden states here ({error.strerror})",
             file=folder,
             options={"scratch": Change.OTHER, "nsamples": Change.LOWER, "seqlen": Change.LOWER},

@@ -63,7 +63,7 @@ def test_what_is_written_is_kept_until_all_is(
         stopping.setattr(Progress, "layer_visited", stop)
         assert main(argv) == 130
     told = capsys.readouterr().err
-    assert not file.exists() and "the same command goes on from there" in told and "going on" not in told
+    assert not file.exists() and "the same command continues from it" in told and "going on" not in told
     assert main([*argv, "--seed", "1"]) == 2
     told = capsys.readouterr().err
     assert "seed: 0 then, 1 now" in told and "choose another --out" in told

@@ -334,4 +334,4 @@ def test_bad_input_is_one_error_and_harms_nothing(
     after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     # Layers that were finished before the error are kept.
     assert {p: content for p, content in after.items() if "out.unfinished" not in p.parts} == before
-    assert ("kept in" in said) == (tmp_path / "out.unfinished").exists() == (name == "nan")
+    assert ("finished work is saved in" in said) == (tmp_path / "out.unfinished").exists() == (name == "nan")

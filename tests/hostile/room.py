@@ -37,7 +37,7 @@ ENVIRONMENT = {
     "COLUMNS": "200",
 }
 
-NOTE = "what is finished is kept in "
+NOTE = "finished work is saved in "
 """Begins the one line beside warnings that may stand before or after an error."""
 LONGEST = 2000 + len("error: ")
 _BUILDING = Limits(600, first=600, memory=8e9)

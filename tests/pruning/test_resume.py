@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -285,12 +286,65 @@ def test_a_signal_stops_a_run_cleanly(
         patch.setattr(layer, "prune_and_round", signalled)
         assert main(argv) == 130
     said = capsys.readouterr().err
-    assert "the same command goes on from there" in said and said.endswith("stopped\n")
+    assert "the same command continues from it" in said and said.endswith("stopped\n")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.unfinished"]
     kept = [MARKER, "lock", "pruned", "run.json", "weights"]
     assert sorted(p.name for p in (tmp_path / "out.unfinished").iterdir()) == kept
     assert main(argv) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["masks", "out"]
+
+
+def edited(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Changes the tensors of a checkpoint of one file."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_damaged_checkpoint_is_pruned_further_once_it_is_replaced(
+    line: list[str], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    damaged = shutil.copytree(checkpoint, tmp_path / "damaged")
+    edited(damaged, lambda tensors: tensors["model.norm.weight"].__setitem__(3, np.nan))
+    argv = [*line, "--ckpt", str(damaged), "--out", str(tmp_path / "out")]
+    assert main(argv) == 2
+    note, error = capsys.readouterr().err.splitlines()[-2:]
+    assert note == (
+        f"finished work is saved in {tmp_path}/out.unfinished: once the file is replaced, the same command continues "
+        "from it"
+    )
+    assert error.startswith(f"error: {damaged}: norm.scale[3]: ")
+    shutil.copyfile(checkpoint / "model.safetensors", damaged / "model.safetensors")
+    assert main(argv) == 0
+    assert "going on with what is finished" in capsys.readouterr().err
+
+
+def test_an_error_that_another_try_meets_again_suggests_none(
+    line: list[str], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    large = shutil.copytree(checkpoint, tmp_path / "large")
+    edited(large, lambda tensors: tensors["model.layers.2.input_layernorm.weight"].__imul__(np.float32(1e30)))
+    argv = [*line, "--ckpt", str(large), "--out", str(tmp_path / "out")]
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert "error: layer 2: the activations hold NaN or infinity" in said
+    assert (tmp_path / "out.unfinished").exists() and "the same command" not in said
+
+
+def test_an_error_of_the_evaluation_says_how_to_use_what_is_pruned(
+    line: list[str], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    argv = [*line, "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxprune.evaluation.quality.text_quality", failing(lambda *a, **k: None, 1))
+        assert main([*argv, "--eval", "ppl", "--eval-text", str(text), "--eval-windows", "2"]) == 2
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        f"finished work is saved in {tmp_path}/out.unfinished: with other options of the evaluation, or without it, "
+        "the same command continues from it",
+        "error: stopped here",
+    ]
+    assert main(argv) == 0
+    assert "going on with what is finished" in capsys.readouterr().err
 
 
 def test_a_journal_goes_when_nothing_is_written_into_it(

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxprune import InputError
+from convert.errors import NoRoomError
 from jaxprune.commands.prune import main
 from jaxprune.errors import Change
 from jaxprune.planning import preflight
@@ -107,7 +107,7 @@ def test_what_is_not_worked_on_takes_no_memory(tmp_path: Path) -> None:
 def test_too_small_a_disk_is_an_error(tmp_path: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], check=True)
     try:
-        with pytest.raises(InputError, match="cannot keep 0.12 GiB") as error:
+        with pytest.raises(NoRoomError, match="cannot keep 0.12 GiB") as error:
             HiddenStates((64, 1024, 512), np.dtype(np.float32), batch=4, folder=tmp_path)
         assert error.value.file == tmp_path and error.value.options["scratch"] is Change.OTHER
     finally:
