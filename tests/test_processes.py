@@ -251,7 +251,7 @@ where, how = sys.argv[1:3]
 def end(*args, **options):
     if how == "change":
         found = before(*args, **options)
-        return {path: 2 * array for path, array in found.items()} if isinstance(found, dict) else found + 1
+        return {path: 2 * array for path, array in found.items()} if isinstance(found, dict) else found[::-1]
     if how == "error":
         from jaxprune.errors import InputError
         raise InputError("stopped here")

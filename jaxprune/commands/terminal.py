@@ -19,6 +19,7 @@ from convert.command import USER_ERROR, one_line, run, terminate
 from convert.errors import CheckpointError, UserError
 from jaxprune.errors import InputError
 from jaxprune.processes import control
+from jaxprune.processes.collective import FirstProcessError
 from jaxprune.sharding import Devices
 
 CACHE_BYTES = 2**30
@@ -49,9 +50,9 @@ def run_main(
             return command(argv)
         except UserError:
             raise
-        except Exception:
+        except Exception as error:
             if control.is_joined():  # where another process's failure is the reason, it ends this one meanwhile
-                time.sleep(REASON_SECONDS)
+                time.sleep(4 * REASON_SECONDS if isinstance(error, FirstProcessError) else REASON_SECONDS)
             raise
 
     def ended(status: int, text: str) -> None:

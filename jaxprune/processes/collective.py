@@ -20,6 +20,10 @@ BROADCAST_BYTES = 2**16
 """The most that `broadcast` can send: an array of this size goes to all processes, whatever the value's length."""
 
 
+class FirstProcessError(RuntimeError):
+    """What the first process did for all of them failed there, by no error of the user's."""
+
+
 def is_first_process() -> bool:
     """Returns whether this process is the one that writes files."""
     return jax.process_index() == 0
@@ -44,7 +48,8 @@ def on_first_process(action: Callable[[], Any]) -> Any:
         Its value, JSON, on all processes.
 
     Raises:
-        Exception: the action's error, on all processes. Where it is no `UserError`, the others raise a RuntimeError.
+        Exception: the action's error, on all processes. Where it is no `UserError`, the others raise
+            `FirstProcessError`.
     """
     if jax.process_count() == 1:
         return action()
@@ -54,7 +59,7 @@ def on_first_process(action: Callable[[], Any]) -> Any:
             value = action()
         except Exception as error:
             fault = error
-    shared = fault if isinstance(fault, UserError) else fault and RuntimeError(f"the first process failed: {fault!r}")
+    shared = fault if isinstance(fault, UserError) else fault and FirstProcessError(repr(fault))
     if error_there := pickle.loads(_broadcast_bytes(pickle.dumps(shared))):
         raise fault or error_there
     return broadcast(value)
