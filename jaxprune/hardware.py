@@ -1,19 +1,12 @@
 """The hardware that programs are written for: this process's, or another while a run is planned for it."""
 
 import dataclasses
-import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 
 HEADROOM = 0.92
 """Share of a device's memory that a program may use: the rest is fragmentation."""
-CPU_BYTES, CPU_FRACTION = 4e9, 0.25
-"""The most memory for values that could be computed again, and the most of the host's, where the device is the CPU."""
-SYSTEM = Path("/")
-"""Where the system describes itself: /proc and /sys."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,30 +78,3 @@ def device_memory() -> int | None:
     """Returns the bytes of a device that JAX may use, whatever is in use: what is decided by it is decided alike when a
     run goes on. None where the device does not say, as of a CPU."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-
-
-def host_memory() -> int:
-    """Returns the bytes of memory that this process may have: the machine's, or what its control groups allow it.
-
-    It is the same however much is in use, so that a resumed run decides alike.
-    """
-    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_group_limits()])
-
-
-def cpu_bytes() -> float:
-    """Returns the most bytes for values that could be computed again, where the device is the CPU."""
-    return min(CPU_BYTES, CPU_FRACTION * host_memory())
-
-
-def _group_limits() -> Iterator[int]:
-    """Yields the bytes that this process's control groups, of version 1 or 2, allow it; only Linux has them."""
-    groups = SYSTEM / "proc/self/cgroup"
-    for line in groups.read_text().splitlines() if groups.exists() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            group = SYSTEM / "sys/fs/cgroup" / controllers / path.lstrip("/")
-            file = "memory.limit_in_bytes" if controllers else "memory.max"
-            for folder in (group, *group.parents):  # in a container its own group may be seen as the root
-                limit = folder / file
-                if limit.exists() and (text := limit.read_text().strip()) != "max":
-                    yield int(text)

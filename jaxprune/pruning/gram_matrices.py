@@ -22,8 +22,10 @@ from jaxprune.sharding import ONE_DEVICE, Devices, fetch
 from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.model import StreamedModel
 
+CPU_BYTES = 4e9
+"""The most memory for experts' Gram matrices where the device is the CPU."""
 SHARE = 0.25
-"""The most of a device's memory for experts' Gram matrices, where it is no CPU."""
+"""The most of a device's memory for them elsewhere."""
 
 
 class ExpertTotals(NamedTuple):
@@ -117,7 +119,7 @@ def most_bytes(device_bytes: float | None = None) -> float:
     """
     if device_bytes is None:
         device_bytes = hardware.device_memory()
-    return hardware.cpu_bytes() if device_bytes is None else SHARE * device_bytes
+    return CPU_BYTES if device_bytes is None else SHARE * device_bytes
 
 
 def gram_matrices(

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxprune import InputError, Observer, Tuning, hardware, load
+from jaxprune import InputError, Observer, Tuning, load
 from jaxprune.errors import Change
-from jaxprune.pruning import adafactor, distillation, kept_tuning, student
+from jaxprune.pruning import adafactor, distillation, kept_tuning, placement, student
 from jaxprune.pruning.distillation import Rate, distill, of_stream, of_windows
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.kept_tuning import Kept
@@ -97,7 +97,7 @@ def test_layers_are_run_again_where_little_fits(checkpoint: Path, monkeypatch: p
     monkeypatch.setattr(student, "apply_layer", lambda *args: calls.append(1) or real(*args))
     kept = run()
     assert calls == []
-    monkeypatch.setattr(hardware, "CPU_BYTES", 0)
+    monkeypatch.setattr(placement, "CPU_BYTES", 0)
     again = run()
     assert len(calls) == 3 * len(windows())
     monkeypatch.setattr(distillation, "placement_of", lambda *_, **__: Placement(state=False, results=False))
