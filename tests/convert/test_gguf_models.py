@@ -39,12 +39,7 @@ def test_every_architecture_is_tried() -> None:
     assert {architecture for architecture, _ in CASES.values()} == MODELS.keys()
 
 
-SOONER = "mixtral", "qwen3_moe", "gemma3_text", "phi3", "granite"
-
-
-@pytest.mark.parametrize(
-    "family", [one if one in SOONER else pytest.param(one, marks=pytest.mark.slow) for one in CASES]
-)
+@pytest.mark.parametrize("family", CASES)
 def test_what_is_read_is_what_it_was_written_from(family: str, tmp_path: Path) -> None:
     file, _ = made(tmp_path, family)
     source, found = open_checkpoint(tmp_path / "hf"), open_checkpoint(file)

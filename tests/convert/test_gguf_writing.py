@@ -24,8 +24,6 @@ from tests.helpers.gguf_files import CASES, LLAMA3_ROPE
 from tests.helpers.optional import needs_torch, torch
 from tests.helpers.zeros import pruned
 
-SOONER = "mixtral", "qwen3_moe", "gemma3_text", "phi3", "granite"
-
 
 def made(folder: Path, family: str, **others: Any) -> Path:
     from transformers import AutoConfig
@@ -36,9 +34,7 @@ def made(folder: Path, family: str, **others: Any) -> Path:
 
 
 @needs_torch
-@pytest.mark.parametrize(
-    "family", [one if one in SOONER else pytest.param(one, marks=pytest.mark.slow) for one in CASES]
-)
+@pytest.mark.parametrize("family", CASES)
 def test_what_is_read_back_is_the_checkpoint(family: str, tmp_path: Path) -> None:
     source = open_checkpoint(made(tmp_path, family))
     assert main([str(tmp_path / "hf"), str(tmp_path / "made.gguf"), "--type", "f32"]) == 0

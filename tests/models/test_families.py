@@ -34,15 +34,11 @@ def often(*often: str) -> list[Any]:
     return [case if case[0] in often else pytest.param(*case, marks=pytest.mark.slow) for case in FIRST]
 
 
-EVERY = [case if case in FIRST else pytest.param(*case, marks=pytest.mark.slow) for case in families.CASES]
-"""All variants, of which the first of each family is tried in every run of the tests."""
-
-
 def test_every_family_is_tried() -> None:
     assert plugins.names(models) == sorted(families.VARIANTS)
 
 
-@pytest.mark.parametrize(("family", "variant"), EVERY)
+@pytest.mark.parametrize(("family", "variant"), families.CASES)
 def test_logits_are_those_of_transformers(family: str, variant: str, tmp_path: Path) -> None:
     reference = families.save(tmp_path, families.config(family, variant))
     tokens = np.random.default_rng(0).integers(0, 300, (2, 100))
@@ -55,7 +51,7 @@ def test_logits_are_those_of_transformers(family: str, variant: str, tmp_path: P
     assert np.abs(found - expected).max() < max(least, 1e-4 * max(1.0, np.abs(expected).max()))
 
 
-@pytest.mark.parametrize(("family", "variant"), often(*SOONER))
+@pytest.mark.parametrize(("family", "variant"), FIRST)
 def test_logits_in_bfloat16_are_near(family: str, variant: str, tmp_path: Path) -> None:
     reference = families.save(tmp_path, families.config(family, variant), dtype="bfloat16")
     tokens = np.random.default_rng(0).integers(0, 300, (2, 60))

@@ -123,9 +123,8 @@ def test_submodules_and_taps_are_those_of_transformers(checkpoint: Path) -> None
     np.testing.assert_allclose(taps["mlp_input"], outputs["post_attention_layernorm"], atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "length", [64, 65, 256, 257, *(pytest.param(one, marks=pytest.mark.slow) for one in (300, 512, 700)), 4200]
-)  # the last one has segments of several blocks
+# The last one has segments of several blocks.
+@pytest.mark.parametrize("length", [64, 65, 256, 257, 300, 512, 700, 4200])
 def test_attention_in_blocks_is_attention(length: int) -> None:
     generator = np.random.default_rng(0)
     windows, heads = (1, (2, 1, 1)) if length > 1000 else (2, (4, 2, 2))  # all pairs of tokens take 70 MB a head
@@ -139,11 +138,11 @@ def test_attention_in_blocks_is_attention(length: int) -> None:
     [
         (64, None, jnp.float32, 2e-5),
         (65, 20, jnp.float32, 2e-5),
-        pytest.param(700, None, jnp.float32, 2e-5, marks=pytest.mark.slow),
+        (700, None, jnp.float32, 2e-5),
         (700, 100, jnp.float32, 2e-5),
         (4200, None, jnp.float32, 2e-5),
         (700, None, jnp.bfloat16, 0.05),
-        pytest.param(700, 100, jnp.float16, 0.008, marks=pytest.mark.slow),
+        (700, 100, jnp.float16, 0.008),
     ],
 )
 def test_attention_in_blocks_has_the_gradients_of_attention(

@@ -14,14 +14,9 @@ from tests.helpers import public
 from tests.helpers.families import linears
 from tests.helpers.optional import needs_torch, torch
 
-SOONER = {"SmolLM2-135M", "Qwen2.5-0.5B", "gemma-3-270m", "Phi-4-mini", "pythia-70m", "opt-350m", "EXAONE-4.0-1.2B"}
-
 
 @needs_torch
-@pytest.mark.parametrize(
-    ("family", "name"),
-    [case if case[1] in SOONER else pytest.param(*case, marks=pytest.mark.slow) for case in public.CASES],
-)
+@pytest.mark.parametrize(("family", "name"), public.CASES)
 def test_shapes_are_those_of_transformers(family: str, name: str, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
