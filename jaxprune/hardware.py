@@ -1,12 +1,21 @@
 """The hardware that programs are written for: this process's, or another while a run is planned for it."""
 
 import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax
 
 HEADROOM = 0.92
 """Share of a device's memory that a program may use: the rest is fragmentation."""
+CPU_BYTES = 4e9
+"""The most memory on a CPU for data that can also be computed in parts."""
+CPU_FRACTION = 1 / 3
+"""The most of the host's memory for it. It is less than `CPU_BYTES` below 12 GB: machines with 16 GB, of which the
+system reserves some, get all of `CPU_BYTES`."""
+PROC = Path("/proc/self")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,3 +87,42 @@ def device_memory() -> int | None:
     """Returns the bytes of a device that JAX may use, whatever is in use: what is decided by it is decided alike when a
     run goes on. None where the device does not say, as of a CPU."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def host_memory() -> int:
+    """Returns the bytes of the host's memory that this process may use: all of it, or less by its control groups.
+
+    It does not depend on what is free, so that a resumed run decides alike.
+    """
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_cgroup_limits()])
+
+
+def cpu_budget() -> float:
+    """Returns the most bytes on a CPU for data that can also be computed in parts."""
+    return min(CPU_BYTES, CPU_FRACTION * host_memory())
+
+
+def _cgroup_limits() -> Iterator[int]:
+    """Yields the limits in bytes of this process's control groups, of version 1 or 2, and of the groups above them."""
+    groups, mounts = PROC / "cgroup", PROC / "mountinfo"
+    if not (groups.exists() and mounts.exists()):  # macOS has none
+        return
+    paths = dict(line.split(":", 2)[1:] for line in groups.read_text().splitlines())
+    paths |= {name: path for names, path in paths.items() for name in names.split(",")}
+    for line in mounts.read_text().splitlines():
+        mount, _, filesystem = line.partition(" - ")
+        root, folder = mount.split()[3:5]
+        kind, *_, options = filesystem.split()
+        if kind == "cgroup2":
+            controller, file = "", "memory.max"
+        elif kind == "cgroup" and "memory" in options.split(","):
+            controller, file = "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        path = PurePosixPath(paths.get(controller, "/"))
+        # A container may see its own group as the root of the mount, and read the path outside of it.
+        inside = path.relative_to(root) if path.is_relative_to(root) else PurePosixPath()
+        for group in (inside, *inside.parents):
+            limit = Path(folder) / group / file
+            if limit.exists() and (text := limit.read_text().strip()) != "max":
+                yield int(text)

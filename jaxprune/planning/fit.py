@@ -8,7 +8,7 @@ from typing import Any
 from convert.files import existing_parent
 from jaxprune.errors import Change, InputError
 from jaxprune.hardware import HEADROOM, device_memory
-from jaxprune.planning.machine import host_memory
+from jaxprune.planning.machine import available_memory
 from jaxprune.planning.preflight import best_step_bytes, need
 from jaxprune.planning.work import GIB, Need, Work
 from jaxprune.pruning.journal_folder import journal_folder
@@ -24,7 +24,7 @@ def require_fit(work: Work) -> Need:
     Raises:
         InputError: it does not; all that is short is named.
     """
-    within = (host_memory() if work.on_cpu else device_memory()) or 0
+    within = (available_memory() if work.on_cpu else device_memory()) or 0
     found = need(work, within / 4)
     if short := list(shortages(found, work)):
         problems = "; ".join(str(one) for one in short)
@@ -63,8 +63,8 @@ def _untuned(work: Work) -> dict[str, Any]:
 def _host_and_disk(need: Need, work: Work) -> Iterator[Shortage]:
     """Yields what does not fit in host memory, or on a disk."""
     host, phase = max((size + work.on_cpu * need.device[phase], phase) for phase, size in need.host.items())
-    free = host_memory()
-    if free is not None and host > free:
+    free = available_memory()
+    if host > free:
         problem = f"{phase} needs {host / GIB:.1f} GiB of host memory, of which {free / GIB:.1f} are free"
         in_memory = work.scratch is None  # the hidden states
         remedies: dict[str, Any] = {}

@@ -7,7 +7,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -40,28 +40,13 @@ def peak_bytes() -> dict[str, int]:
     return peaks
 
 
-def host_memory() -> int | None:
-    """Returns the bytes that this process may have in all; None where the system does not say."""
-    free = []
-    info = Path("/proc/meminfo")
-    if info.exists():
-        found = dict(line.split(":") for line in info.read_text().splitlines())
-        free.append(int(found["MemAvailable"].split()[0]) * 1024 + peak_bytes()["host"])
-    return min([*free, *_limits()], default=None)
-
-
-def _limits() -> Iterator[int]:
-    """Yields the bytes that this process's control groups, of version 1 or 2, allow it."""
-    groups = Path("/proc/self/cgroup")
-    for line in groups.read_text().splitlines() if groups.exists() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            group = Path("/sys/fs/cgroup") / controllers / path.lstrip("/")
-            file = "memory.limit_in_bytes" if controllers else "memory.max"
-            for folder in (group, *group.parents):  # in a container its own group may be seen as the root
-                limit = folder / file
-                if limit.exists() and (text := limit.read_text().strip()) != "max":
-                    yield int(text)
+def available_memory() -> int:
+    """Returns the bytes of the host's memory that this process may have now, with what it has."""
+    most, info = hardware.host_memory(), Path("/proc/meminfo")
+    if not info.exists():
+        return most
+    found = dict(line.split(":") for line in info.read_text().splitlines())
+    return min(most, int(found["MemAvailable"].split()[0]) * 1024 + peak_bytes()["host"])
 
 
 def square_product(kind: str) -> tuple[Callable[[jax.Array, jax.Array], jax.Array], jax.Array]:

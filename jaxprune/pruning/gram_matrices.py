@@ -22,10 +22,8 @@ from jaxprune.sharding import ONE_DEVICE, Devices, fetch
 from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.model import StreamedModel
 
-CPU_BYTES = 4e9
-"""The most memory for experts' Gram matrices where the device is the CPU."""
 SHARE = 0.25
-"""The most of a device's memory for them elsewhere."""
+"""The most of a device's memory for experts' Gram matrices; see `hardware.cpu_budget` for a CPU."""
 
 
 class ExpertTotals(NamedTuple):
@@ -119,7 +117,7 @@ def most_bytes(device_bytes: float | None = None) -> float:
     """
     if device_bytes is None:
         device_bytes = hardware.device_memory()
-    return CPU_BYTES if device_bytes is None else SHARE * device_bytes
+    return hardware.cpu_budget() if device_bytes is None else SHARE * device_bytes
 
 
 def gram_matrices(

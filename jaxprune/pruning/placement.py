@@ -13,9 +13,6 @@ from jaxprune.pruning import adafactor
 from jaxprune.pruning.layer_vjp import forward_and_vjp
 from jaxprune.streaming.head import CHUNK
 
-CPU_BYTES = 4e9
-"""The most memory for a step's intermediate results where the device is the CPU."""
-
 
 class Placement(NamedTuple):
     """What stays on the device.
@@ -54,7 +51,7 @@ def placement_of(
     windows = window[0] if window[0] % devices else window[0] // devices
     step = _Step.of(architecture, windows, window[1], late_zeros)
     if device_bytes is None and hardware.current().on_cpu:
-        return Placement(True, step.results < CPU_BYTES)
+        return Placement(True, step.results < hardware.cpu_budget())
     outer = sum(shape.size for part in (architecture.embed, architecture.head) for shape in part.spec.values())
     logits = 6 * 4 * CHUNK // 2 * architecture.config.vocab_size
     memory = hardware.device_memory() or 0 if device_bytes is None else device_bytes

@@ -5,7 +5,6 @@ all texts. What a layer keeps of the texts stays on the device.
 """
 
 import functools
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
@@ -131,9 +130,9 @@ class _Layers:
 
 
 def _memory() -> int:
-    """Returns bytes of the device's memory; of a CPU's two thirds of all that there are."""
+    """Returns the bytes of the device's memory; on a CPU, two thirds of the host's."""
     if hardware.current().on_cpu:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 2 // 3
+        return hardware.host_memory() * 2 // 3
     return hardware.device_memory() or 0
 
 

@@ -100,7 +100,7 @@ def test_the_bound_is_above_the_compilers_count(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("host_memory", 2**20, "GiB of host memory, of which 0.0 are free: lower --nsamples, or lower --seqlen"),
+        ("available_memory", 2**20, "GiB of host memory, of which 0.0 are free: lower --nsamples, or lower --seqlen"),
         ("free_disk", 2**10, "GiB of disk are needed, 0.0 are free there: choose another --out"),
     ],
 )
@@ -132,11 +132,11 @@ def test_where_a_tuning_needs_too_much_only_what_would_be_enough_is_named(
     monkeypatch.setattr(fit, "free_disk", lambda _: GIB)
     monkeypatch.setattr(fit, "best_step_bytes", lambda _: 4 * GIB)
     for free, options in ((9, ["tune_epochs", "hidden", "tune_tokens"]), (7, ["tune_epochs", "tune_tokens"])):
-        monkeypatch.setattr(fit, "host_memory", lambda free=free: free * GIB)
+        monkeypatch.setattr(fit, "available_memory", lambda free=free: free * GIB)
         (short,) = fit.shortages(need, work)
         assert [*short.options] == options
         assert "10.0 GiB of host memory, of which" in str(short) and "4.0 of them to keep the weights" in str(short)
-    monkeypatch.setattr(fit, "host_memory", lambda: 5 * GIB)
+    monkeypatch.setattr(fit, "available_memory", lambda: 5 * GIB)
     (short,) = fit.shortages(need, work)
     assert short.options == {"tune_tokens": 0} and "weights" not in str(short)
 

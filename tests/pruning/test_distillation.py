@@ -11,7 +11,7 @@ import pytest
 
 from jaxprune import InputError, Observer, Tuning, load
 from jaxprune.errors import Change
-from jaxprune.pruning import adafactor, distillation, kept_tuning, placement, student
+from jaxprune.pruning import adafactor, distillation, kept_tuning, student
 from jaxprune.pruning.distillation import Rate, distill, of_stream, of_windows
 from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.kept_tuning import Kept
@@ -19,7 +19,7 @@ from jaxprune.pruning.placement import Placement
 from jaxprune.pruning.results import LayerResult
 from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.streaming.observer import SILENT
-from tests.helpers import tiny
+from tests.helpers import cgroups, tiny
 from tests.helpers.optional import needs_torch
 from tests.helpers.shapes import LINEARS, windows
 from tests.helpers.tuning import Steps, kernel, of_ids, pruned
@@ -87,7 +87,9 @@ def test_it_is_deterministic_in_its_seed(checkpoint: Path) -> None:
     assert not np.array_equal(first(0), first(1))
 
 
-def test_layers_are_run_again_where_little_fits(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_are_run_again_where_little_fits(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layers, calls = pruned(checkpoint), []
 
     def run() -> list[LayerResult]:
@@ -97,7 +99,7 @@ def test_layers_are_run_again_where_little_fits(checkpoint: Path, monkeypatch: p
     monkeypatch.setattr(student, "apply_layer", lambda *args: calls.append(1) or real(*args))
     kept = run()
     assert calls == []
-    monkeypatch.setattr(placement, "CPU_BYTES", 0)
+    cgroups.limit(tmp_path, monkeypatch, 2**10)
     again = run()
     assert len(calls) == 3 * len(windows())
     monkeypatch.setattr(distillation, "placement_of", lambda *_, **__: Placement(state=False, results=False))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from convert import open_checkpoint
-from jaxprune import Magnitude, Observer, Recipe, load, prune_model
+from jaxprune import Magnitude, Observer, Recipe, hardware, load, prune_model
 from jaxprune import prune as prune_whole
 from jaxprune.commands.progress import short_names
 from jaxprune.commands.prune import main as prune
@@ -28,7 +28,7 @@ from jaxprune.pruning.snapshot import capture
 from jaxprune.recipe_parts import Experts, Rule, Tuning
 from jaxprune.sparsity.patterns import NM, Unstructured
 from jaxprune.streaming.model import StreamedModel
-from tests.helpers import families
+from tests.helpers import cgroups, families
 from tests.helpers.command import failing
 from tests.helpers.optional import needs_torch, torch
 
@@ -88,10 +88,12 @@ def test_gram_matrices_are_of_the_tokens_routed_there_by_squared_shares(folder: 
         np.testing.assert_allclose(grams.take(tap), gram, rtol=1e-4, atol=1e-4 * np.abs(gram).max(), err_msg=tap)
 
 
-def test_some_experts_at_a_time_give_the_same_bits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_experts_at_a_time_give_the_same_bits(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load(folder)
     whole = list(prune_layers(model, WINDOWS, ADMM(), Unstructured(0.5)))
-    monkeypatch.setattr(solving, "most_bytes", lambda: 2.5 * 4 * 32**2)
+    cgroups.limit(tmp_path, monkeypatch, int(2.5 * 4 * 32**2 / hardware.CPU_FRACTION) + 1)
     layer = model.architecture.layers[0]
     sizes = [len(group) for group in groups(layer, list(layer.inputs), solving.most_bytes())]
     assert len(sizes) > 4 and sum(sizes) == len(layer.inputs)

@@ -15,7 +15,7 @@ from jaxprune.pruning.placement import Placement, placement_of
 from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.recipe_parts import Tuning
 from jaxprune.sharding import ONE_DEVICE
-from tests.helpers import families, tiny
+from tests.helpers import cgroups, families, tiny
 
 
 def test_what_fits_stays_on_the_device(checkpoint: Path) -> None:
@@ -29,6 +29,15 @@ def test_what_fits_stays_on_the_device(checkpoint: Path) -> None:
     # What stays leaves room for a batch of the dense model.
     fits = [placement_of(architecture, (1, 64), device_bytes=1e7, batch_tokens=n).state for n in (64, 2**20)]
     assert fits == [True, False]
+
+
+def test_results_do_not_stay_where_a_container_has_little_memory(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architecture = load(checkpoint).architecture
+    assert placement_of(architecture, (4, 64)) == Placement(state=True, results=True)
+    cgroups.limit(tmp_path, monkeypatch, 2**20)
+    assert placement_of(architecture, (4, 64)) == Placement(state=True, results=False)
 
 
 def test_a_model_that_drops_experts_leaves_room_for_the_dense_one(tmp_path: Path) -> None:

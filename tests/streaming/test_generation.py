@@ -14,7 +14,7 @@ from jaxprune.streaming import generation
 from jaxprune.streaming.generation import generate, in_batches
 from jaxprune.streaming.head import drawn
 from jaxprune.streaming.model import StreamedModel
-from tests.helpers import families, tiny
+from tests.helpers import cgroups, families, tiny
 from tests.helpers.optional import needs_torch
 
 FAMILIES = ["llama", "gemma2", "gpt_oss", "qwen3_next", "opt", "mixtral"]
@@ -58,6 +58,23 @@ def test_it_does_not_matter_what_has_room(checkpoint: Path, monkeypatch: pytest.
     expected = generate(model, prompts, [4, 4, 4], lambda number, made: False)
     monkeypatch.setattr(generation, "_memory", lambda: 1)  # a layer at a time, and a text
     assert generate(model, prompts, [4, 4, 4], lambda number, made: False) == expected
+
+
+def test_batches_are_smaller_where_a_container_has_little_memory(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompts = load(checkpoint), [[1, 2, 3], [4], [5, 6], [7]]
+
+    def batches() -> list[dict[int, list[int]]]:
+        return list(in_batches(model, prompts, [4] * 4, lambda number, made: False))
+
+    (expected,) = batches()
+    size = sum(p.size * p.dtype.itemsize for layer in model.architecture.layers for p in layer.spec.values())
+    text = generation._bytes_of_text(model.architecture, generation.BLOCK)
+    cgroups.limit(tmp_path, monkeypatch, (size + 5 * text) * 3 // 2)  # room for five texts, half of which they get
+    found = batches()
+    assert [len(batch) for batch in found] == [2, 2]
+    assert {number: new for batch in found for number, new in batch.items()} == expected
 
 
 @pytest.mark.parametrize(("more", "times"), [(1, 1), (-1, 5)])
