@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import DTypeLike, Float
+from jaxtyping import DTypeLike, Shaped
 
 from convert.checkpoint import Params, Reader, Spec, preferred_dtype
 from convert.errors import Change, InputError
@@ -67,7 +67,7 @@ def cast_spec(spec: Spec, dtype: DTypeLike) -> Spec:
     }
 
 
-def cast(path: str, array: Float[np.ndarray, "..."], dtype: DTypeLike) -> Float[np.ndarray, "..."]:
+def cast(path: str, array: Shaped[np.ndarray, "..."], dtype: DTypeLike) -> Shaped[np.ndarray, "..."]:
     """Returns an array in another dtype, each number rounded to the nearest.
 
     Args:
