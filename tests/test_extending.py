@@ -124,7 +124,7 @@ def test_an_option_of_a_runs_name_is_one_line(
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert "two flags of" in error and "--seed" in error and "'Method noisy' and one of 'Calibration'" in error
-    _, _, recipe = parse_solve(["file", "--method", "noisy", "--seed", "3"])
+    _, _, recipe, _ = parse_solve(["file", "--method", "noisy", "--seed", "3"])
     assert recipe.method.seed == 3  # type: ignore[attr-defined]
     records = Path(__file__).parent / "reporting/records"
     record = schema.as_json(reading.load(records / "unstructured.json")) | recipe.as_json()

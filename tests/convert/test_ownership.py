@@ -289,7 +289,7 @@ ALLOWED = {
     "convert/ownership.py": FORBIDDEN,
     "convert/renaming.py": FORBIDDEN,
     "convert/gguf/reading.py": {"rmtree"},  # of a temporary folder
-    "convert/wheels.py": {"rmtree"},  # of a temporary folder
+    "convert/cache.py": {"rmtree"},  # of a temporary folder
     "jaxprune/evaluation/tasks.py": {"rmtree"},  # of a temporary folder
 }
 
