@@ -335,11 +335,11 @@ REASONS = {
 QUICK = [("pruning", "error", 1, 2), ("store", "defect", 0, 2), ("opening", "kill", 0, 2)]
 ENDS = [
     (phase, how, who, 2)
-    for phase, other in zip(PHASES, itertools.cycle(("kill", "terminate", "defect")), strict=False)
-    for how in ("error", other)
+    for phase, how in zip(PHASES, itertools.cycle(("kill", "error", "terminate", "defect")), strict=False)
     for who in range(1 if phase in OF_THE_FIRST else 2)
 ]
-ENDS += [("pruning", "defect", 1, 2), *(("pruning", how, who, 4) for how in REASONS for who in (0, 2))]
+ENDS += [("pruning", how, who, 4) for how in REASONS for who in (0, 2)]
+ENDS += [end for end in QUICK if end not in ENDS]
 
 
 @pytest.mark.parametrize(
