@@ -127,7 +127,7 @@ def finite(folder: str) -> dict[str, np.ndarray]:
 
 
 def pruned(dense: str) -> Callable[[Case, Path], None]:
-    """A check of `out`: all tensors finite, exact zeros, all else as in the dense checkpoint."""
+    """A check of `out`: all tensors finite, exact zeros, all else as in the dense checkpoint, in the result's dtype."""
 
     def check(case: Case, base: Path) -> None:
         found, before = finite("out"), finite(dense)
@@ -136,7 +136,8 @@ def pruned(dense: str) -> Callable[[Case, Path], None]:
             if "_proj.kernel" in name:
                 require(2 * np.count_nonzero(array == 0) >= array.size, f"{name} has too few zeros")
             else:
-                require(array.tobytes() == before[name].tobytes(), f"{name} is not the dense checkpoint's")
+                expected = before[name].astype(array.dtype)
+                require(array.tobytes() == expected.tobytes(), f"{name} is not the dense checkpoint's")
         damaged = case.target == "resume" and case.edits  # what has changed in a journal stays, and a warning says so
         require(damaged or not Path("out.unfinished").exists(), "a journal is left")
         loads(Path("out/jaxprune.json"))
