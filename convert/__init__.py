@@ -1,15 +1,17 @@
 """Files <-> arrays: checkpoints of language models as Flax params, one part at a time.
 
-A checkpoint is a flat mapping from Flax paths to arrays: the checkpoint's own names without the leading
-`model.`, with Flax's leaf names, so `model.layers.3.mlp.up_proj.weight` is `layers.3.mlp.up_proj.kernel`.
-Kernels are [in, out]. `flax.traverse_util.unflatten_dict(params, sep=".")` nests them.
+A checkpoint is a flat mapping from Flax paths to arrays: the checkpoint's own names without the
+leading `model.`, with Flax's leaf names, so `model.layers.3.mlp.up_proj.weight` is
+`layers.3.mlp.up_proj.kernel`. Kernels are [in, out]. `flax.traverse_util.unflatten_dict(params,
+sep=".")` nests them.
 
 A format is a module of this package that exposes a `Reader`, a `Writer`, or both:
 
-- `Reader(path)` looks at headers only; `Reader.accepts(path)` says whether the format knows the path.
-- `Writer(place, spec, assets)` fills an empty folder, or makes a file if its `single_file` is true. Further arguments,
-  by name, are options of the format; `Writer.require_suitable(reader)`, where it is there, refuses what the format
-  cannot hold.
+- `Reader(path)` looks at headers only; `Reader.accepts(path)` says whether the format knows the
+  path.
+- `Writer(place, spec, assets)` fills an empty folder, or makes a file if its `single_file` is true.
+  Further arguments, by name, are options of the format; `Writer.require_suitable(reader)`, where it
+  is there, refuses what the format cannot hold.
 """
 
 import importlib
@@ -46,7 +48,11 @@ def formats() -> dict[str, ModuleType]:
         home = getattr(getattr(module, name, None), "__module__", "")
         return f"{home}.".startswith(f"{module.__name__}.")
 
-    return {name: module for name, module in modules.items() if own(module, "Reader") or own(module, "Writer")}
+    return {
+        name: module
+        for name, module in modules.items()
+        if own(module, "Reader") or own(module, "Writer")
+    }
 
 
 def open_checkpoint(name: str | Path, *, check: bool = True) -> Reader:
@@ -67,7 +73,8 @@ def open_checkpoint(name: str | Path, *, check: bool = True) -> Reader:
         if hasattr(module, "Reader") and module.Reader.accepts(path):
             return CheckedReader(module.Reader(path)) if check else module.Reader(path)
     raise CheckpointError(
-        f"{path} is no checkpoint: expected a folder with config.json and *.safetensors, a .gguf file, "
+        f"{path} is no checkpoint: expected a folder with config.json and *.safetensors, a .gguf "
+        "file, "
         "or a folder that `jaxprune convert --to orbax` or `--to packed` wrote"
     )
 
@@ -85,8 +92,8 @@ def create_checkpoint(
     """Writes a checkpoint that appears at its place only when it is complete; see `destination`.
 
     Args:
-        place: a folder (of some formats a file) that does not exist, or is replaced at the end where `overwrite` is set
-            and it is ours.
+        place: a folder (of some formats a file) that does not exist, or is replaced at the end
+            where `overwrite` is set and it is ours.
         spec: what will be written.
         assets: the folder whose other files (configuration, tokenizer) go with the weights.
         to: the format.
@@ -94,7 +101,8 @@ def create_checkpoint(
         options: of the format, by name.
 
     Raises:
-        CheckpointError: there is something that is not replaced, it cannot be written, or the disk is too small.
+        CheckpointError: there is something that is not replaced, it cannot be written, or the disk
+            is too small.
     """
     from convert import ownership
     from convert.destination import destination, staged
@@ -118,7 +126,8 @@ def fill_checkpoint(
     changes: Mapping[str, Any] = MappingProxyType({}),
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[Writer]:
-    """Writes a checkpoint into an empty folder, or to a file; arguments and errors as for `create_checkpoint`.
+    """Writes a checkpoint into an empty folder, or to a file; arguments and errors as for
+    `create_checkpoint`.
 
     Args:
         place, spec, assets, to, options: see there.
@@ -135,15 +144,19 @@ def fill_checkpoint(
     writer.finish()
 
 
-def writer_for(to: str, options: Mapping[str, Any] = MappingProxyType({})) -> Callable[[Path, Spec, Path], Writer]:
-    """Returns what writes a format; CheckpointError where it cannot be written, or has no such options."""
+def writer_for(
+    to: str, options: Mapping[str, Any] = MappingProxyType({})
+) -> Callable[[Path, Spec, Path], Writer]:
+    """Returns what writes a format; CheckpointError where it cannot be written, or has no such
+    options."""
     writer = _writers().get(to)
     if writer is None:
         raise CheckpointError(f"cannot write {to!r}: {', '.join(_writers())} can be written")
     if unknown := sorted(options.keys() - inspect.signature(writer).parameters.keys()):
         words = ", ".join(name.replace("_", " ") for name in unknown)
         raise CheckpointError(
-            f"a checkpoint in the format {to} is written without {words}", options=dict.fromkeys(unknown, Change.OMIT)
+            f"a checkpoint in the format {to} is written without {words}",
+            options=dict.fromkeys(unknown, Change.OMIT),
         )
     return partial(writer, **options)
 
@@ -154,7 +167,8 @@ def is_file(to: str) -> bool:
 
 
 def require_suitable(to: str, reader: Reader) -> None:
-    """Raises CheckpointError where a format cannot hold a checkpoint, before anything is written."""
+    """Raises CheckpointError where a format cannot hold a checkpoint, before anything is
+    written."""
     require = getattr(_writers()[to], "require_suitable", None)
     if require:
         require(reader)

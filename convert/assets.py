@@ -22,15 +22,22 @@ log = logging.getLogger(__name__)
 SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 """Of the files that belong to a checkpoint besides its weights."""
 NOT_COPIED = ("*.index.json", "params.json", "packed.json", "jaxprune.json", "lm-eval-*.json", ".*")
-"""Patterns of names among those: lists of the weights, and what tools of ours or others wrote about one folder."""
-SETTINGS = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"}
+"""Patterns of names among those: lists of the weights, and what tools of ours or others wrote about
+one folder."""
+SETTINGS = {
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+}
 VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"}
 DTYPE_ENTRIES = ("dtype", "torch_dtype")
 """Entries of config.json that name the weights' dtype; transformers 4 wrote the second."""
 TEXT_INSIDE = ("gemma3", "qwen3_5")
 """Model types that hold a text model among others, which alone is pruned."""
 CONFIG_BYTES, TOKENIZER_BYTES = 2**22, 2**26
-"""The most that a configuration, and a file of a tokenizer, may hold; the largest vocabularies have half of it."""
+"""The most that a configuration, and a file of a tokenizer, may hold; the largest vocabularies have
+half of it."""
 
 Size = Annotated[int, Field(ge=1, le=2**20)]
 """Features of a vector; the widest published models have a twentieth of it."""
@@ -43,7 +50,8 @@ TokenId = Annotated[int, Field(ge=-1, lt=2**22)]
 
 
 class DecoderConfig(Schema):
-    """The entries of config.json that every decoder has; a family checks its own (`jaxprune.models`)."""
+    """The entries of config.json that every decoder has; a family checks its own
+    (`jaxprune.models`)."""
 
     model_type: str
     vocab_size: Vocabulary
@@ -94,7 +102,8 @@ class TokenizerConfig(Schema):
 
 
 def read_config(assets: Path) -> dict[str, Any]:
-    """Returns the content of config.json; entries are of the types and in the ranges of `DecoderConfig`.
+    """Returns the content of config.json; entries are of the types and in the ranges of
+    `DecoderConfig`.
 
     How its weights are quantized is left out: they are dequantized when they are read.
 
@@ -112,10 +121,14 @@ def read_config(assets: Path) -> dict[str, Any]:
     except ValueError:
         raise DamagedError("it holds a number that is too large", file=path) from None
     if missing := [
-        name for name, field in DecoderConfig.model_fields.items() if field.is_required() and name not in config
+        name
+        for name, field in DecoderConfig.model_fields.items()
+        if field.is_required() and name not in config
     ]:
         found = f"model type {config.get('model_type')!r}"
-        raise CheckpointError("an entry that a decoder has is missing", file=path, entry=missing[0], found=found)
+        raise CheckpointError(
+            "an entry that a decoder has is missing", file=path, entry=missing[0], found=found
+        )
     checked = check(DecoderConfig, config, file=path)
     if checked.quantization_config is not None:
         stored.require_known(checked.quantization_config, path)
@@ -124,14 +137,16 @@ def read_config(assets: Path) -> dict[str, Any]:
 
 
 def quantization(assets: Path) -> stored.Fp8 | stored.MxFp4 | None:
-    """Returns how the weights of a checkpoint are quantized; None: they are not. Errors as for `read_config`."""
+    """Returns how the weights of a checkpoint are quantized; None: they are not. Errors as for
+    `read_config`."""
     path = assets / "config.json"
     entry = decode(read_bytes(path, CONFIG_BYTES), file=path).get("quantization_config")
     return stored.require_known(entry, path) if isinstance(entry, dict) else None
 
 
 def _text_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Returns the configuration of the text model inside another one, and that one's model type under `INSIDE`."""
+    """Returns the configuration of the text model inside another one, and that one's model type
+    under `INSIDE`."""
     from transformers import CONFIG_MAPPING
 
     try:
@@ -139,13 +154,16 @@ def _text_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
     except Exception as error:  # transformers validates with errors of many kinds
         reason = f"{type(error).__name__}: {error}"[:300]
         raise CheckpointError(f"it cannot be used ({reason})", file=path) from error
-    given = {name: config[name] for name in (*DTYPE_ENTRIES, "tie_word_embeddings") if name in config}
+    given = {
+        name: config[name] for name in (*DTYPE_ENTRIES, "tie_word_embeddings") if name in config
+    }
     found = {name: value for name, value in (text | given).items() if value is not None}
     return found | {INSIDE: config["model_type"]}
 
 
 def load_config(assets: Path, changes: Mapping[str, Any] = MappingProxyType({})) -> Any:
-    """Returns the configuration as transformers' class for its model type, made of what `read_config` has checked.
+    """Returns the configuration as transformers' class for its model type, made of what
+    `read_config` has checked.
 
     Args:
         assets: the folder of config.json.
@@ -158,28 +176,39 @@ def load_config(assets: Path, changes: Mapping[str, Any] = MappingProxyType({}))
 
     config = read_config(assets) | dict(changes)
     if config["model_type"] not in CONFIG_MAPPING:
-        raise CheckpointError("an unknown model type", file=assets / "config.json", found=config["model_type"])
+        raise CheckpointError(
+            "an unknown model type", file=assets / "config.json", found=config["model_type"]
+        )
     try:
         return CONFIG_MAPPING[config["model_type"]].from_dict(config)
     except Exception as error:  # transformers validates with errors of many kinds
         reason = f"{type(error).__name__}: {error}"[:300]
-        raise CheckpointError(f"it cannot be used ({reason})", file=assets / "config.json") from error
+        raise CheckpointError(
+            f"it cannot be used ({reason})", file=assets / "config.json"
+        ) from error
 
 
 def check_files(assets: Path) -> None:
-    """Looks at the files besides the weights that libraries open by name, so that none of them makes them wait.
+    """Looks at the files besides the weights that libraries open by name, so that none of them
+    makes them wait.
 
     Raises:
-        CheckpointError: one is no regular file or too large, or settings of the tokenizer or of generation cannot be
-            used.
+        CheckpointError: one is no regular file or too large, or settings of the tokenizer or of
+            generation cannot be used.
     """
     for path in _others(assets):
         if path.name == "config.json":
             continue
         size = require_regular(path).st_size
-        named = path.name in SETTINGS | VOCABULARIES or path.suffix in (".model", ".tiktoken", ".jinja")
+        named = path.name in SETTINGS | VOCABULARIES or path.suffix in (
+            ".model",
+            ".tiktoken",
+            ".jinja",
+        )
         if named and size > TOKENIZER_BYTES:
-            raise CheckpointError("it is too large", file=path, found=size, wanted=f"at most {TOKENIZER_BYTES} bytes")
+            raise CheckpointError(
+                "it is too large", file=path, found=size, wanted=f"at most {TOKENIZER_BYTES} bytes"
+            )
         if path.name in SETTINGS:
             settings = decode(read_bytes(path, TOKENIZER_BYTES), file=path)
             if path.name == "tokenizer_config.json":
@@ -188,20 +217,28 @@ def check_files(assets: Path) -> None:
             check(GenerationConfig, decode(read_bytes(path, CONFIG_BYTES), file=path), file=path)
 
 
-def copy_assets(source: Path, target: Path, changes: Mapping[str, Any] = MappingProxyType({})) -> None:
+def copy_assets(
+    source: Path, target: Path, changes: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """Copies configuration and tokenizer files; weights, their index and model cards stay behind.
 
-    In config.json the entries of `changes` get their values, and that on quantization is left out. A link to a file
-    outside the checkpoint is not followed, a file whose name is no text stays behind, and a warning says so.
+    In config.json the entries of `changes` get their values, and that on quantization is left out.
+    A link to a file outside the checkpoint is not followed, a file whose name is no text stays
+    behind, and a warning says so.
 
     Raises:
-        CheckpointError: a file is no regular one, tokenizer.json is damaged, or nothing can be written.
+        CheckpointError: a file is no regular one, tokenizer.json is damaged, or nothing can be
+            written.
     """
     for path in _others(source):
         if any(path.match(pattern) for pattern in NOT_COPIED):
             continue
         if leads_outside(path, source):
-            log.warning("%s was not copied: it is a link to %s, outside the checkpoint", path, path.resolve())
+            log.warning(
+                "%s was not copied: it is a link to %s, outside the checkpoint",
+                path,
+                path.resolve(),
+            )
             continue
         if as_text(path.name) != path.name:
             log.warning("%s was not copied: its name is no UTF-8", as_text(str(path)))
@@ -209,30 +246,38 @@ def copy_assets(source: Path, target: Path, changes: Mapping[str, Any] = Mapping
         require_regular(path)
         if path.name == "tokenizer.json":
             decode(read_bytes(path, TOKENIZER_BYTES), file=path)
-        # Files in a hub cache are links to blobs; copyfile copies what they point to, with this user's mode.
+        # Files in a hub cache are links to blobs; copyfile copies what they point to, with this
+        # user's mode.
         with failing(target / path.name):
             shutil.copyfile(path, target / path.name)
     config = decode(read_bytes(source / "config.json", CONFIG_BYTES), file=source / "config.json")
     if config.pop("quantization_config", None) is not None or changes:
         config |= changes
         with failing(target / "config.json"):
-            (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            (target / "config.json").write_text(
+                json.dumps(config, indent=2) + "\n", encoding="utf-8"
+            )
 
 
 def has_tokenizer(assets: Path) -> bool:
     """Returns whether a folder has what a tokenizer cannot do without."""
-    return any((assets / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
+    return any(
+        (assets / name).exists()
+        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    )
 
 
 def load_tokenizer(assets: Path) -> Any:
     """Returns the tokenizer of a checkpoint, by transformers; no code from the checkpoint is run.
 
     Raises:
-        CheckpointError: there is none, it cannot be read, or its vocabulary is larger than the model's.
+        CheckpointError: there is none, it cannot be read, or its vocabulary is larger than the
+            model's.
     """
     if not has_tokenizer(assets):
         raise CheckpointError(
-            f"{assets} has no tokenizer: add the model's tokenizer files, or give the calibration text as token "
+            f"{assets} has no tokenizer: add the model's tokenizer files, or give the calibration "
+            "text as token "
             "ids in a .npy file"
         )
     size = read_config(assets)["vocab_size"]
@@ -241,9 +286,12 @@ def load_tokenizer(assets: Path) -> Any:
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.CRITICAL)  # what it would say of a damaged file is in the error
+    # what it would say of a damaged file is in the error
+    transformers_logging.set_verbosity(logging.CRITICAL)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(assets, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            assets, local_files_only=True, trust_remote_code=False
+        )
         tokenizer("a b")  # some settings are only looked at here
         vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
     except BaseException as error:  # transformers and tokenizers raise anything
@@ -256,22 +304,29 @@ def load_tokenizer(assets: Path) -> Any:
     token, most = max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
     if most >= size and token not in added:
         wanted = f"ids below the model's vocabulary of {size}"
-        raise CheckpointError("the tokenizer is another model's", file=assets, entry=token, found=most, wanted=wanted)
+        raise CheckpointError(
+            "the tokenizer is another model's", file=assets, entry=token, found=most, wanted=wanted
+        )
     if most >= size:  # many fine-tuned models have a padding token that no text holds
-        log.warning("%s: the tokenizer adds tokens up to id %d; the model knows %d", assets, most, size)
+        log.warning(
+            "%s: the tokenizer adds tokens up to id %d; the model knows %d", assets, most, size
+        )
     return tokenizer
 
 
 def encode(tokenizer: Any, text: str, **options: Any) -> Any:
-    """Returns what a tokenizer makes of a text: a mapping with `input_ids`. All texts are tokenized here.
+    """Returns what a tokenizer makes of a text: a mapping with `input_ids`. All texts are tokenized
+    here.
 
     Args:
         tokenizer: a transformers tokenizer.
-        text: to tokenize. One that is longer than the model's context is no reason to warn: windows are cut later.
+        text: to tokenize. One that is longer than the model's context is no reason to warn: windows
+            are cut later.
         options: of the tokenizer.
 
     Raises:
-        CheckpointError: the tokenizer fails, as one whose regular expression needs too many steps for the text.
+        CheckpointError: the tokenizer fails, as one whose regular expression needs too many steps
+            for the text.
     """
     try:
         return tokenizer(text, verbose=False, **options)
@@ -280,14 +335,16 @@ def encode(tokenizer: Any, text: str, **options: Any) -> Any:
             raise
         begin = repr(text[:40])
         raise CheckpointError(
-            f"its tokenizer fails at a text that begins with {begin} ({str(error)[:200]}): take the tokenizer files "
+            f"its tokenizer fails at a text that begins with {begin} ({str(error)[:200]}): take "
+            "the tokenizer files "
             "that the model's authors publish, or leave that text out",
             file=tokenizer.name_or_path,
         ) from error
 
 
 def is_panic(error: BaseException) -> bool:
-    """Returns whether an error is a panic of a library in Rust: no Exception, of a class that cannot be imported."""
+    """Returns whether an error is a panic of a library in Rust: no Exception, of a class that
+    cannot be imported."""
     return type(error).__name__ == "PanicException"
 
 

@@ -30,7 +30,8 @@ def hub_cache(wanted: str) -> Path:
         wanted: what is looked for there, for the error.
 
     Raises:
-        CheckpointError: no home folder is known. huggingface_hub would make a folder named ~ in the current one.
+        CheckpointError: no home folder is known. huggingface_hub would make a folder named ~ in the
+            current one.
     """
     from huggingface_hub import constants
 
@@ -64,7 +65,8 @@ def warn_without_cache(reason: str) -> None:
 
 @functools.cache
 def temporary_cache(reason: str) -> Path:
-    """Returns a folder of this process, in place of a cache that cannot be used; a warning says why."""
+    """Returns a folder of this process, in place of a cache that cannot be used; a warning says
+    why."""
     warn_without_cache(reason)
     folder = Path(tempfile.mkdtemp(prefix="jaxprune-cache-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

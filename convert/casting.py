@@ -18,7 +18,8 @@ WIDER = {"float16": "bfloat16", "bfloat16": "float32"}
 
 
 class CastReader:
-    """Reads a checkpoint's params in another dtype; params that are not floating-point numbers stay as they are.
+    """Reads a checkpoint's params in another dtype; params that are not floating-point numbers stay
+    as they are.
 
     Args:
         reader: reads the checkpoint.
@@ -62,12 +63,16 @@ class CastReader:
 def cast_spec(spec: Spec, dtype: DTypeLike) -> Spec:
     """Returns a checkpoint's shapes and dtypes when its floating-point numbers are cast."""
     return {
-        path: jax.ShapeDtypeStruct(tensor.shape, np.dtype(dtype) if _is_float(tensor.dtype) else tensor.dtype)
+        path: jax.ShapeDtypeStruct(
+            tensor.shape, np.dtype(dtype) if _is_float(tensor.dtype) else tensor.dtype
+        )
         for path, tensor in spec.items()
     }
 
 
-def cast(path: str, array: Shaped[np.ndarray, "..."], dtype: DTypeLike) -> Shaped[np.ndarray, "..."]:
+def cast(
+    path: str, array: Shaped[np.ndarray, "..."], dtype: DTypeLike
+) -> Shaped[np.ndarray, "..."]:
     """Returns an array in another dtype, each number rounded to the nearest.
 
     Args:

@@ -1,4 +1,5 @@
-"""Tensors checked once each, while they stream by: finite, and the same that a stopped run met before it stopped."""
+"""Tensors checked once each, while they stream by: finite, and the same that a stopped run met
+before it stopped."""
 
 import hashlib
 import os
@@ -16,7 +17,8 @@ from convert.names import BESIDE
 BLOCK = 2**17
 """Elements that are looked at together: they stay in a processor's cache."""
 Signature = dict[str, list[int]]
-"""File -> its size, the times of its last changes in nanoseconds, and its inode: equal ones mean equal content."""
+"""File -> its size, the times of its last changes in nanoseconds, and its inode: equal ones mean
+equal content."""
 
 
 class ChangedError(UserError):
@@ -30,7 +32,8 @@ class CheckedReader:
         reader: reads them.
 
     Attributes:
-        digests: path -> SHA-256 of each tensor met since `remember` was called, and of those given to it.
+        digests: path -> SHA-256 of each tensor met since `remember` was called, and of those given
+            to it.
     """
 
     def __init__(self, reader: Reader) -> None:
@@ -59,7 +62,8 @@ class CheckedReader:
         return preferred_dtype(self._reader)
 
     def remember(self, known: Mapping[str, str]) -> None:
-        """Takes from now on the digest of each tensor, once, and holds it against what is known of it.
+        """Takes from now on the digest of each tensor, once, and holds it against what is known of
+        it.
 
         Args:
             known: path -> digest, as in `digests`.
@@ -112,7 +116,8 @@ class CheckedReader:
         self._met.clear()
         for paths in parts(self.spec).values():
             for path in paths:
-                if path in self.digests:  # one at a time: none is needed, and an embedding may be large
+                # one at a time: none is needed, and an embedding may be large
+                if path in self.digests:
                     self.read([path])
 
     def signature(self) -> Signature:
@@ -120,14 +125,23 @@ class CheckedReader:
         found = {}
         for path in self.files:
             status = os.stat(path)
-            found[str(path.resolve())] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+            found[str(path.resolve())] = [
+                status.st_size,
+                status.st_mtime_ns,
+                status.st_ctime_ns,
+                status.st_ino,
+            ]
         return found
 
 
 def require_finite(path: str, array: Shaped[np.ndarray, "..."], file: Path | None = None) -> None:
     """Raises DamagedError with the place of the first NaN or infinity."""
     bits = _flat(array).view(f"u{array.itemsize}")
-    exponent = {2: 0xF800 if array.dtype == np.float16 else 0xFF00, 4: 0xFF000000, 8: 0xFFE0000000000000}
+    exponent = {
+        2: 0xF800 if array.dtype == np.float16 else 0xFF00,
+        4: 0xFF000000,
+        8: 0xFFE0000000000000,
+    }
     least = exponent[array.itemsize]  # bits of infinity, without the sign
     buffer = np.empty(min(BLOCK, bits.size), bits.dtype)
     for start in range(0, bits.size, BLOCK):
@@ -153,6 +167,6 @@ def digest(array: Shaped[np.ndarray, "..."]) -> str:
 
 
 def _flat(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "_"]:
-    """Returns the elements in the order in which they lie in memory: a kernel is a stored tensor's transpose, not a
-    copy."""
+    """Returns the elements in the order in which they lie in memory: a kernel is a stored tensor's
+    transpose, not a copy."""
     return np.asarray(array if array.flags.c_contiguous else array.T, order="C").reshape(-1)

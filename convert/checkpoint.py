@@ -1,4 +1,5 @@
-"""What a checkpoint is to everything else: arrays by path, in parts; what reads one, and what writes one."""
+"""What a checkpoint is to everything else: arrays by path, in parts; what reads one, and what
+writes one."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -24,8 +25,8 @@ class Reader(Protocol):
         spec: shape and stored dtype of every parameter, from headers alone.
         assets: a folder with all that is not weights: config.json, the tokenizer's files, ...
 
-    One of a format that rounds has a method `held` besides; see `rounding`. One of a format that decodes its weights to
-    a wider dtype has a `save_dtype` besides; see `preferred_dtype`.
+    One of a format that rounds has a method `held` besides; see `rounding`. One of a format that
+    decodes its weights to a wider dtype has a `save_dtype` besides; see `preferred_dtype`.
     """
 
     spec: Spec
@@ -49,13 +50,15 @@ class Reader(Protocol):
 
 @runtime_checkable
 class Writer(Protocol):
-    """A checkpoint that is written part by part, in any order; nothing but the last part is held in memory.
+    """A checkpoint that is written part by part, in any order; nothing but the last part is held in
+    memory.
 
     Args:
-        place: where it is made: an empty folder; or a file that is not there yet, of a format whose Writer has a
-            `single_file` that is true.
+        place: where it is made: an empty folder; or a file that is not there yet, of a format whose
+            Writer has a `single_file` that is true.
         spec: the shapes and dtypes of what will be written.
-        assets: a folder with configuration and tokenizer. They are copied beside what is written in a folder.
+        assets: a folder with configuration and tokenizer. They are copied beside what is written in
+            a folder.
 
     Attributes:
         place: as given.
@@ -68,7 +71,8 @@ class Writer(Protocol):
     def __init__(self, place: Path, spec: Spec, assets: Path) -> None: ...
 
     def write(self, params: Mapping[str, np.ndarray]) -> None:
-        """Writes whole parts (a part is the embedding, a decoder layer, the final norm or the head)."""
+        """Writes whole parts (a part is the embedding, a decoder layer, the final norm or the
+        head)."""
         ...
 
     def finish(self) -> None:
@@ -77,12 +81,14 @@ class Writer(Protocol):
 
 
 def rounding(reader: Reader) -> Rounding | None:
-    """Returns what a reader's format makes of an array, by the param's path; None: it holds every array as it is."""
+    """Returns what a reader's format makes of an array, by the param's path; None: it holds every
+    array as it is."""
     return getattr(reader, "held", None)
 
 
 def preferred_dtype(reader: Reader) -> np.dtype | None:
-    """Returns the dtype in which results of a reader's checkpoint are stored; None: each param in its own."""
+    """Returns the dtype in which results of a reader's checkpoint are stored; None: each param in
+    its own."""
     return getattr(reader, "save_dtype", None)
 
 
@@ -97,14 +103,15 @@ def parameters(spec: Spec) -> int:
 
 
 def part_of(path: str) -> str:
-    """Returns the part that a parameter belongs to: `layers.3`, or a module outside the layers such as
-    `embed_tokens`."""
+    """Returns the part that a parameter belongs to: `layers.3`, or a module outside the layers such
+    as `embed_tokens`."""
     first, _, rest = path.partition(".")
     return f"{first}.{rest.partition('.')[0]}" if first == "layers" else first
 
 
 def parts(spec: Iterable[str]) -> dict[str, list[str]]:
-    """Returns part -> its parameters' paths, in reading order: embedding, layers by number, final norm, head."""
+    """Returns part -> its parameters' paths, in reading order: embedding, layers by number, final
+    norm, head."""
     grouped: dict[str, list[str]] = {}
     for path in spec:
         grouped.setdefault(part_of(path), []).append(path)

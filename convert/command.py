@@ -1,4 +1,5 @@
-"""What all command lines share: one line and exit status 2 for an error of the user's, a traceback for one of ours."""
+"""What all command lines share: one line and exit status 2 for an error of the user's, a traceback
+for one of ours."""
 
 import argparse
 import contextlib
@@ -40,14 +41,17 @@ def run(
     Args:
         command: takes the arguments; returns the exit status, None for 0.
         argv: the arguments; None: this process's own.
-        ended: takes the exit status and the error's line, "" where there is none, once that is printed.
+        ended: takes the exit status and the error's line, "" where there is none, once that is
+            printed.
     """
     status, text = _run(command, argv)
     ended(status, text)
     return status
 
 
-def _run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> tuple[int, str]:
+def _run(
+    command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None
+) -> tuple[int, str]:
     for stream in (sys.stdout, sys.stderr):  # a file's name need not be text
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -68,7 +72,8 @@ def _run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
     except Exception as error:
         traceback.print_exc()
         print(
-            "this is a defect of jaxprune, and nothing that you did: please report it, with the lines above and the "
+            "this is a defect of jaxprune, and nothing that you did: please report it, with the "
+            "lines above and the "
             "command",
             file=sys.stderr,
         )
@@ -89,8 +94,8 @@ def terminate(*_: object) -> NoReturn:
 
 
 def worded(error: UserError) -> str:
-    """Returns the error and what to do about it, on one line, without characters that could move a terminal's
-    cursor."""
+    """Returns the error and what to do about it, on one line, without characters that could move a
+    terminal's cursor."""
     text = str(error)
     remedies = [_remedy(name, value) for name, value in error.options.items()]
     if isinstance(error, DamagedError):
@@ -103,7 +108,8 @@ def worded(error: UserError) -> str:
 
 
 def one_line(text: str) -> str:
-    """Returns text of any content on one line, without characters that could move a terminal's cursor."""
+    """Returns text of any content on one line, without characters that could move a terminal's
+    cursor."""
     text = re.sub(r":\s*\n\s*", ": ", text)
     line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
     line = line if len(line) <= MOST else f"{line[: MOST - 1]}…"
@@ -119,7 +125,8 @@ class _Handler(logging.Handler):
 
 @contextlib.contextmanager
 def shown_warnings() -> Iterator[None]:
-    """Shows what the loggers `convert` and `jaxprune` warn of, once: libraries give the root logger handlers too."""
+    """Shows what the loggers `convert` and `jaxprune` warn of, once: libraries give the root logger
+    handlers too."""
     handler = _Handler(logging.WARNING)
     loggers = [logging.getLogger(name) for name in ("convert", "jaxprune")]
     for logger in loggers:
@@ -139,8 +146,11 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     # Of a damaged pytree Orbax leaves work undone beside the error.
-    warnings.filterwarnings("ignore", r"coroutine '\w*TypeHandler\.\w+' was never awaited", RuntimeWarning)
-    # What goes wrong in them ends in an error of ours; asyncio tells of Orbax's tasks beside the one that failed first.
+    warnings.filterwarnings(
+        "ignore", r"coroutine '\w*TypeHandler\.\w+' was never awaited", RuntimeWarning
+    )
+    # What goes wrong in them ends in an error of ours; asyncio tells of Orbax's tasks beside the
+    # one that failed first.
     for name in ("absl", "asyncio", "huggingface_hub", "lm_eval", "matplotlib"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if not isinstance(sys.unraisablehook, _Unraisable):
@@ -148,7 +158,8 @@ def _quiet_libraries() -> None:
 
 
 class _Unraisable:
-    """A hook that passes over what tensorstore's threads say when Orbax's event loop is closed after a failed read.
+    """A hook that passes over what tensorstore's threads say when Orbax's event loop is closed
+    after a failed read.
 
     Args:
         before: the hook for everything else.
@@ -158,7 +169,10 @@ class _Unraisable:
         self._before = before
 
     def __call__(self, found: Any) -> None:
-        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+        if not (
+            isinstance(found.exc_value, RuntimeError)
+            and str(found.exc_value) == "Event loop is closed"
+        ):
             self._before(found)
 
 

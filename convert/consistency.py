@@ -1,6 +1,7 @@
 """Whether a checkpoint agrees with itself and its configuration, from headers alone.
 
-What one architecture needs in particular is checked by jaxprune.models; this holds for every decoder.
+What one architecture needs in particular is checked by jaxprune.models; this holds for every
+decoder.
 """
 
 import re
@@ -15,7 +16,8 @@ from convert.names import EXPERT_COUNTS, HEADS, PREFIXES, RECURRENT, TIED
 
 
 def check(spec: Spec, config: dict[str, Any]) -> None:
-    """Compares layers of the same kind with each other, and counts and sizes with the configuration.
+    """Compares layers of the same kind with each other, and counts and sizes with the
+    configuration.
 
     A layer has attention or a recurrent module, and these are the two kinds.
 
@@ -29,7 +31,11 @@ def check(spec: Spec, config: dict[str, Any]) -> None:
         CheckpointError: missing, surplus and misshapen tensors, in one message.
     """
     grouped = parts(spec)
-    layers = {part: _shapes(spec, part, paths) for part, paths in grouped.items() if part.startswith("layers.")}
+    layers = {
+        part: _shapes(spec, part, paths)
+        for part, paths in grouped.items()
+        if part.startswith("layers.")
+    }
     if any(config.get(name) for name in EXPERT_COUNTS):  # which layers have them, the family knows
         layers = {
             part: {leaf: shape for leaf, shape in shapes.items() if not leaf.startswith("mlp.")}
@@ -54,7 +60,10 @@ def check(spec: Spec, config: dict[str, Any]) -> None:
             problems.append(f"missing: all of {' or '.join(names)}")
         for path in (path for part in found for path in grouped[part]):
             if size not in spec[path].shape:
-                problems.append(f"misshapen: {path} is {list(spec[path].shape)}, without the configuration's {size}")
+                problems.append(
+                    f"misshapen: {path} is {list(spec[path].shape)}, without the configuration's "
+                    f"{size}"
+                )
     if problems:
         raise CheckpointError(f"the checkpoint's tensors do not fit together: {joined(problems)}")
 
@@ -66,7 +75,9 @@ def _odd_ones(layers: dict[str, dict[str, tuple[int, ...]]]) -> list[str]:
         for leaf, shape in shapes.items():
             counts.setdefault(leaf, Counter())[shape] += 1
     usual = {  # leaves that half of the layers or more have, so there are few
-        leaf: shapes.most_common(1)[0][0] for leaf, shapes in counts.items() if 2 * shapes.total() >= len(layers)
+        leaf: shapes.most_common(1)[0][0]
+        for leaf, shapes in counts.items()
+        if 2 * shapes.total() >= len(layers)
     }
     problems = []
     for part, shapes in layers.items():
@@ -75,9 +86,13 @@ def _odd_ones(layers: dict[str, dict[str, tuple[int, ...]]]) -> list[str]:
             if found is None:
                 problems.append(f"missing: {part}.{leaf} {list(shape)}")
             elif found != shape:
-                problems.append(f"misshapen: {part}.{leaf} is {list(found)}, in most layers {list(shape)}")
+                problems.append(
+                    f"misshapen: {part}.{leaf} is {list(found)}, in most layers {list(shape)}"
+                )
         for leaf in shapes.keys() - usual.keys():
-            problems.append(f"surplus: {part}.{leaf} {list(shapes[leaf])}, which the other layers lack")
+            problems.append(
+                f"surplus: {part}.{leaf} {list(shapes[leaf])}, which the other layers lack"
+            )
     return problems
 
 
@@ -86,7 +101,8 @@ def _shapes(spec: Spec, part: str, paths: list[str]) -> dict[str, tuple[int, ...
 
 
 def check_paths(paths: Iterable[str], file: Path) -> None:
-    """Makes sure that paths of params can be nested, and can name files: `layers.3.mlp.up_proj.kernel`.
+    """Makes sure that paths of params can be nested, and can name files:
+    `layers.3.mlp.up_proj.kernel`.
 
     Args:
         paths: the paths of a whole checkpoint.
@@ -102,4 +118,6 @@ def check_paths(paths: Iterable[str], file: Path) -> None:
         steps = path.split(".")
         for count in range(1, len(steps)):
             if (shorter := ".".join(steps[:count])) in known:
-                raise DamagedError(f"a tensor's name is the beginning of another: {shorter}", file=file, entry=path)
+                raise DamagedError(
+                    f"a tensor's name is the beginning of another: {shorter}", file=file, entry=path
+                )

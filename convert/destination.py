@@ -12,7 +12,15 @@ from pathlib import Path
 from convert import renaming
 from convert.errors import Change, CheckpointError, OccupiedError, UserError
 from convert.files import expand
-from convert.ownership import marker_of, prove, remove_empty, remove_folder, remove_own, remove_sealed, sealed
+from convert.ownership import (
+    marker_of,
+    prove,
+    remove_empty,
+    remove_folder,
+    remove_own,
+    remove_sealed,
+    sealed,
+)
 from convert.writing import failing, sync
 
 
@@ -41,7 +49,8 @@ class Destination:
         """Makes sure that the result may be put there.
 
         Raises:
-            CheckpointError: something is there that may not be replaced, or nothing can be written there.
+            CheckpointError: something is there that may not be replaced, or nothing can be written
+                there.
         """
         path = self.path
         try:
@@ -51,12 +60,16 @@ class Destination:
             return
         except (OSError, ValueError) as problem:
             reason = problem.strerror if isinstance(problem, OSError) else problem
-            raise CheckpointError(f"nothing can be made there ({reason})", file=path, options=self._other()) from None
+            raise CheckpointError(
+                f"nothing can be made there ({reason})", file=path, options=self._other()
+            ) from None
         if stat.S_ISLNK(found.st_mode):
             raise self.occupied("it is a symbolic link, which is not replaced")
         if stat.S_ISDIR(found.st_mode) != self.folder:
             kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a file"
-            raise self.occupied(f"it is {kind}, and {'a folder' if self.folder else 'a file'} is to be made")
+            raise self.occupied(
+                f"it is {kind}, and {'a folder' if self.folder else 'a file'} is to be made"
+            )
         if self._made is not None and self._made == marker_of(path):
             return
         if not self.overwrite:
@@ -75,7 +88,9 @@ class Destination:
     def _require_writable(self) -> None:
         parent = next(p for p in self.path.parents if os.path.lexists(p))
         if not parent.is_dir():
-            raise CheckpointError("it is no folder, so nothing can be made in it", file=parent, options=self._other())
+            raise CheckpointError(
+                "it is no folder, so nothing can be made in it", file=parent, options=self._other()
+            )
         if not os.access(parent, os.W_OK | os.X_OK):
             raise CheckpointError("it cannot be written into", file=parent, options=self._other())
 
@@ -94,13 +109,18 @@ class Destination:
                 prove(self.path)
             elif not sealed(self.path):
                 raise OccupiedError(
-                    "it is not, or not any more, a file as jaxprune wrote it, so it is not replaced: move or remove it "
+                    "it is not, or not any more, a file as jaxprune wrote it, so it is not "
+                    "replaced: move or remove it "
                     "yourself",
                     file=self.path,
                 )
         except OccupiedError as error:
             raise OccupiedError(
-                error.problem, file=error.file, entry=error.entry, found=error.found, options=self._other()
+                error.problem,
+                file=error.file,
+                entry=error.entry,
+                found=error.found,
+                options=self._other(),
             ) from None
 
     def publish(self, finished: Path) -> None:
@@ -110,8 +130,8 @@ class Destination:
             finished: a folder with its marker, or a file with its seal, on the same disk.
 
         Raises:
-            OccupiedError: something that may not be replaced is there, which was not when the work began. The result
-                stays where it is.
+            OccupiedError: something that may not be replaced is there, which was not when the work
+                began. The result stays where it is.
             CheckpointError: it cannot be put there.
         """
         try:
@@ -125,18 +145,22 @@ class Destination:
             if not os.path.lexists(finished):
                 raise
             raise type(error)(
-                f"{error.problem}; the finished result is kept in {finished}, and {self.again}", file=error.file
+                f"{error.problem}; the finished result is kept in {finished}, and {self.again}",
+                file=error.file,
             ) from error
         self._made = marker_of(self.path)
 
     @contextlib.contextmanager
     def _near(self, finished: Path) -> Iterator[Path]:
-        """Yields the finished result on the disk of its place: a file that is elsewhere is copied."""
+        """Yields the finished result on the disk of its place: a file that is elsewhere is
+        copied."""
         parent = self.path.parent
         if self.folder or os.lstat(finished).st_dev == os.stat(parent).st_dev:
             yield finished
             return
-        with tempfile.TemporaryDirectory(prefix=f".{self.path.name[:60]}.", suffix=".partial", dir=parent) as own:
+        with tempfile.TemporaryDirectory(
+            prefix=f".{self.path.name[:60]}.", suffix=".partial", dir=parent
+        ) as own:
             near = Path(own) / self.path.name
             shutil.copyfile(finished, near)
             sync(near)
@@ -147,7 +171,9 @@ class Destination:
         try:
             renaming.rename_new(finished, self.path)
         except FileExistsError as problem:
-            raise self.occupied("something appeared there meanwhile, which is not replaced") from problem
+            raise self.occupied(
+                "something appeared there meanwhile, which is not replaced"
+            ) from problem
 
     def _exchange(self, finished: Path) -> None:
         renaming.exchange(finished, self.path)
@@ -159,14 +185,22 @@ class Destination:
 
 
 def destination(
-    path: str | Path | Destination, option: str | None = None, *, overwrite: bool = False, folder: bool = True
+    path: str | Path | Destination,
+    option: str | None = None,
+    *,
+    overwrite: bool = False,
+    folder: bool = True,
 ) -> Destination:
     """Returns a `Destination` at a path as a user gives it, or one as it is.
 
     Raises:
         CheckpointError: there is no such place.
     """
-    return path if isinstance(path, Destination) else Destination(absolute(path), option, overwrite, folder)
+    return (
+        path
+        if isinstance(path, Destination)
+        else Destination(absolute(path), option, overwrite, folder)
+    )
 
 
 def absolute(path: str | Path) -> Path:
@@ -184,7 +218,8 @@ def absolute(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def staged(place: Destination) -> Iterator[Path]:
-    """Yields where to make a result, an empty folder or a file that is not there yet; puts it in its place at the end.
+    """Yields where to make a result, an empty folder or a file that is not there yet; puts it in
+    its place at the end.
 
     The block marks or seals it. After an error it is removed.
 
@@ -194,7 +229,11 @@ def staged(place: Destination) -> Iterator[Path]:
     place.check()
     with failing(place.path.parent):
         place.path.parent.mkdir(parents=True, exist_ok=True)
-        own = Path(tempfile.mkdtemp(prefix=f".{place.path.name[:60]}.", suffix=".partial", dir=place.path.parent))
+        own = Path(
+            tempfile.mkdtemp(
+                prefix=f".{place.path.name[:60]}.", suffix=".partial", dir=place.path.parent
+            )
+        )
     finished = own / place.path.name
     try:
         if place.folder:

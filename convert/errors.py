@@ -1,4 +1,5 @@
-"""Errors that a user can mend. They carry fields; only a command line words the remedy and names its flag."""
+"""Errors that a user can mend. They carry fields; only a command line words the remedy and names
+its flag."""
 
 from collections.abc import Mapping
 from enum import Enum
@@ -35,8 +36,9 @@ class UserError(ValueError):
         found: what is there, where that says more than `problem`; `MISSING` where nothing is.
         wanted: what should be there, in words, or "".
         options: option's name, as in Python, -> the value that would mend it, or a `Change`.
-        again: when the same command can succeed and use the work that was finished before the error: a clause such as
-            "once there is room,"; None: it cannot. A caller that knows more than the class sets it.
+        again: when the same command can succeed and use the work that was finished before the
+            error: a clause such as "once there is room,"; None: it cannot. A caller that knows more
+            than the class sets it.
     """
 
     again: str | None = None
@@ -51,12 +53,22 @@ class UserError(ValueError):
         wanted: str = "",
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.problem, self.file, self.entry, self.found, self.wanted = problem, file, entry, found, wanted
+        self.problem, self.file, self.entry, self.found, self.wanted = (
+            problem,
+            file,
+            entry,
+            found,
+            wanted,
+        )
         self.options = dict(options or {})
         super().__init__(problem)
 
     def __str__(self) -> str:
-        entry = self.entry if len(self.entry) <= 200 else f"{self.entry[:180]}… ({len(self.entry)} characters)"
+        entry = (
+            self.entry
+            if len(self.entry) <= 200
+            else f"{self.entry[:180]}… ({len(self.entry)} characters)"
+        )
         place = ": ".join(str(part) for part in (self.file, entry) if part not in (None, ""))
         text = f"{place}: {self.problem}" if place else self.problem
         if self.found is not MISSING:

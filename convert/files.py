@@ -15,7 +15,8 @@ def expand(path: str | Path) -> Path:
     """Returns the path, with a leading `~` or `~user` as that user's home folder.
 
     Raises:
-        CheckpointError: there is no such user, no home folder is known, or no file can have such a name.
+        CheckpointError: there is no such user, no home folder is known, or no file can have such a
+            name.
     """
     if not str(path):
         raise CheckpointError("a path is empty")
@@ -23,7 +24,9 @@ def expand(path: str | Path) -> Path:
         found = Path(path).expanduser()
         impossible = b"\0" in os.fsencode(found)
     except RuntimeError:
-        raise CheckpointError("no home folder is known for its ~", file=path, wanted="a path without ~") from None
+        raise CheckpointError(
+            "no home folder is known for its ~", file=path, wanted="a path without ~"
+        ) from None
     except UnicodeEncodeError:
         impossible = True
     if impossible:
@@ -37,7 +40,8 @@ def existing_parent(path: Path) -> Path:
 
 
 def require_regular(path: str | Path, error: type[UserError] = CheckpointError) -> os.stat_result:
-    """Returns a regular file's status, links followed; nothing is opened, so a FIFO or a device cannot make it wait.
+    """Returns a regular file's status, links followed; nothing is opened, so a FIFO or a device
+    cannot make it wait.
 
     Args:
         path: the path of the file.
@@ -73,15 +77,20 @@ def open_regular(path: str | Path, error: type[UserError] = CheckpointError) -> 
         raise error(f"it cannot be read ({problem.strerror})", file=path) from problem
 
 
-def read_bytes(path: str | Path, most: int = JSON_BYTES, error: type[UserError] = CheckpointError) -> bytes:
-    """Returns the content of a regular file that holds at most so many bytes; errors as for `require_regular`."""
+def read_bytes(
+    path: str | Path, most: int = JSON_BYTES, error: type[UserError] = CheckpointError
+) -> bytes:
+    """Returns the content of a regular file that holds at most so many bytes; errors as for
+    `require_regular`."""
     with open_regular(path, error) as file:
         try:
             content = file.read(most + 1)
         except OSError as problem:
             raise error(f"it cannot be read ({problem.strerror})", file=path) from problem
     if len(content) > most:
-        raise DamagedError("it is larger than such a file can be", file=path, wanted=f"at most {most} bytes")
+        raise DamagedError(
+            "it is larger than such a file can be", file=path, wanted=f"at most {most} bytes"
+        )
     return content
 
 
@@ -94,7 +103,11 @@ def leads_outside(path: Path, folder: Path) -> bool:
         target, root = path.resolve(strict=True), folder.resolve()
     except (OSError, RuntimeError, ValueError):  # nothing is there, or a loop of links
         return False
-    blobs = [root.parents[1] / "blobs"] if len(root.parents) > 1 and root.parent.name == "snapshots" else []
+    blobs = (
+        [root.parents[1] / "blobs"]
+        if len(root.parents) > 1 and root.parent.name == "snapshots"
+        else []
+    )
     return not any(target.is_relative_to(home) for home in [root, *blobs])
 
 
@@ -102,7 +115,8 @@ def require_inside(path: Path, folder: Path) -> None:
     """Raises CheckpointError where `leads_outside` says so."""
     if leads_outside(path, folder):
         raise CheckpointError(
-            f"it is a link that leads outside the checkpoint's folder, to {path.resolve()}", file=path
+            f"it is a link that leads outside the checkpoint's folder, to {path.resolve()}",
+            file=path,
         )
 
 

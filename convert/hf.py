@@ -1,4 +1,5 @@
-"""Hugging Face folders: config.json, tokenizer, *.safetensors (one file, or shards with an index)."""
+"""Hugging Face folders: config.json, tokenizer, *.safetensors (one file, or shards with an
+index)."""
 
 import logging
 import os
@@ -26,7 +27,8 @@ log = logging.getLogger(__name__)
 
 INDEX_BYTES = 2**26
 """The most that an index may hold; those of the largest models have a third of it."""
-# Older checkpoints store the rotary frequencies and causal masks; like transformers, the model computes them.
+# Older checkpoints store the rotary frequencies and causal masks; like transformers, the model
+# computes them.
 BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 
@@ -47,13 +49,19 @@ class Reader:
         self._files = _headers(path)
         naming, quantized = naming_of(config, self._files), quantization(path)
         if quantized is not None:
-            log.warning("%s is in %s: it is read as bfloat16, and so are results written", path, quantized.quant_method)
+            log.warning(
+                "%s is in %s: it is read as bfloat16, and so are results written",
+                path,
+                quantized.quant_method,
+            )
         problems = []
         self._params: dict[str, stored.Param] = {}
         given: dict[str, str] = {}
         for name in self._files:
             bare = naming.bare(name)
-            if name.endswith(BUFFERS) or (bare == "lm_head.weight" and config.get("tie_word_embeddings")):
+            if name.endswith(BUFFERS) or (
+                bare == "lm_head.weight" and config.get("tie_word_embeddings")
+            ):
                 continue
             try:
                 found = list(self._params_of(name, bare, naming, quantized))
@@ -73,7 +81,8 @@ class Reader:
     def _params_of(
         self, name: str, bare: str, naming: Naming, quantized: stored.Fp8 | stored.MxFp4 | None
     ) -> Iterator[tuple[str, stored.Param]]:
-        """Yields path and param of all that a tensor holds; nothing of one that only belongs to another."""
+        """Yields path and param of all that a tensor holds; nothing of one that only belongs to
+        another."""
         _, tensor = self._files[name]
         if naming.stacked and (match := stored.STACKED.fullmatch(bare)):
             if match.group(3) != stored.EXPONENTS:
@@ -83,7 +92,10 @@ class Reader:
         elif isinstance(quantized, stored.Fp8) and tensor.dtype == "F8_E4M3":
             _, scales = self._files.get(name + stored.SCALES, (None, None))
             path, blocks = flax_path(bare, 2), quantized.weight_block_size
-            yield path, stored.fp8(name, tensor, scales, blocks, transposed=path.endswith(".kernel"))
+            yield (
+                path,
+                stored.fp8(name, tensor, scales, blocks, transposed=path.endswith(".kernel")),
+            )
         else:
             path = flax_path(bare, len(tensor.shape))
             yield path, stored.plain(name, tensor, transposed=path.endswith(".kernel"))
@@ -106,7 +118,8 @@ class Reader:
 
 
 class Writer:
-    """Writes safetensors with Hugging Face's names, one file up to 5 GB and shards with an index above."""
+    """Writes safetensors with Hugging Face's names, one file up to 5 GB and shards with an index
+    above."""
 
     def __init__(self, folder: Path, spec: Spec, assets: Path) -> None:
         self.place = folder
@@ -117,7 +130,9 @@ class Writer:
             shape, alone = spec[paths[0]].shape, naming.hf_name(paths[0]) == name
             if paths[0].endswith(".kernel") and alone:
                 shape = shape[::-1]
-            shapes[name] = jax.ShapeDtypeStruct(shape if alone else (len(paths), *shape), spec[paths[0]].dtype)
+            shapes[name] = jax.ShapeDtypeStruct(
+                shape if alone else (len(paths), *shape), spec[paths[0]].dtype
+            )
         self._shards = ShardWriter(folder, shapes)
 
     def write(self, params: Mapping[str, np.ndarray]) -> None:
@@ -129,7 +144,8 @@ class Writer:
 
 
 class _Index(Schema):
-    """model.safetensors.index.json; the names of files are checked one by one, for there are many."""
+    """model.safetensors.index.json; the names of files are checked one by one, for there are
+    many."""
 
     weight_map: dict[str, Any]
 
@@ -139,13 +155,19 @@ def _weight_map(path: Path) -> dict[str, str]:
     index = check(_Index, decode(read_bytes(path, INDEX_BYTES), file=path), file=path)
     for name, file in index.weight_map.items():
         if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]{1,200}\.safetensors", file):
-            entry, wanted = f"weight_map.{name}", "the name of a safetensors file beside it, none outside the folder"
-            raise DamagedError("a shard's name cannot be used", file=path, entry=entry, found=file, wanted=wanted)
+            entry, wanted = (
+                f"weight_map.{name}",
+                "the name of a safetensors file beside it, none outside the folder",
+            )
+            raise DamagedError(
+                "a shard's name cannot be used", file=path, entry=entry, found=file, wanted=wanted
+            )
     return index.weight_map
 
 
 def _headers(folder: Path) -> dict[str, tuple[Path, Stored]]:
-    """Returns tensor name -> file, and what its header says; every problem of the folder is in one error."""
+    """Returns tensor name -> file, and what its header says; every problem of the folder is in one
+    error."""
     problems = []
     index, weight_map = folder / INDEX, {}
     if os.path.lexists(index):
@@ -155,10 +177,13 @@ def _headers(folder: Path) -> dict[str, tuple[Path, Stored]]:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(
-            f"{folder} has only pickled weights, which can run code when loaded. Turn them into safetensors "
+            f"{folder} has only pickled weights, which can run code when loaded. Turn them into "
+            "safetensors "
             "(torch loads them with weights_only):\n"
-            '  pip install torch transformers && python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors')\"\n"
+            '  pip install torch transformers && python -c "from transformers import '
+            "AutoModelForCausalLM as M; "
+            f"M.from_pretrained('{folder}', "
+            f"dtype='auto').save_pretrained('{folder}-safetensors')\"\n"
             "then copy the tokenizer files beside them"
         )
     tensors: dict[str, tuple[Path, Stored]] = {}
@@ -177,7 +202,9 @@ def _headers(folder: Path) -> dict[str, tuple[Path, Stored]]:
             if name not in tensors:
                 problems.append(f"{name} is in the index but not in {shard}")
             elif tensors[name][0].name != shard:
-                problems.append(f"{name} is in {tensors[name][0].name}, not in {shard} as the index says")
+                problems.append(
+                    f"{name} is in {tensors[name][0].name}, not in {shard} as the index says"
+                )
         problems += [f"{name} is not in the index" for name in tensors if name not in weight_map]
     if problems:
         raise DamagedError(f"it is incomplete or damaged: {joined(problems)}", file=folder)

@@ -38,7 +38,15 @@ REPOSITORIES = {
 }
 """Known names of hub repositories; `owner/name` reaches any other."""
 
-UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+UNWRITABLE = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+}
 FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -48,11 +56,16 @@ def known_names() -> list[str]:
 
 def described(name: str) -> str:
     """Returns a checkpoint's name, and what is behind it where the name does not say."""
-    return f"{name} ({DESCRIPTIONS[name]})" if name in DESCRIPTIONS and not Path(name).exists() else name
+    return (
+        f"{name} ({DESCRIPTIONS[name]})"
+        if name in DESCRIPTIONS and not Path(name).exists()
+        else name
+    )
 
 
 def repository_of(name: str) -> str | None:
-    """Returns the repository of the hub that a checkpoint's name means; None where it means something else."""
+    """Returns the repository of the hub that a checkpoint's name means; None where it means
+    something else."""
     repository = REPOSITORIES.get(name, name)
     known = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*/[A-Za-z0-9_-][A-Za-z0-9_.-]*", repository)
     return repository if known and not paths_of(name) else None
@@ -66,7 +79,8 @@ def resolve(name: str | Path, *, weights: bool = True) -> Path:
         weights: whether those of the hub are needed; else config.json is enough.
 
     Raises:
-        CheckpointError: unknown name, or the hub cannot be reached and its cache lacks the repository.
+        CheckpointError: unknown name, or the hub cannot be reached and its cache lacks the
+            repository.
     """
     text = str(name)
     if not text:
@@ -81,7 +95,8 @@ def resolve(name: str | Path, *, weights: bool = True) -> Path:
     near = difflib.get_close_matches(text, known_names(), n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise CheckpointError(
-        f"no checkpoint {text!r}: give a folder, a .gguf file, a hub repository owner/name, or one of "
+        f"no checkpoint {text!r}: give a folder, a .gguf file, a hub repository owner/name, or one "
+        "of "
         f"{', '.join(known_names())}.{hint}"
     )
 
@@ -90,7 +105,8 @@ def _is_there(path: Path) -> bool:
     """Returns whether a file or folder has this name.
 
     Raises:
-        CheckpointError: that cannot be told: the name is too long, a loop of links, a folder that cannot be searched.
+        CheckpointError: that cannot be told: the name is too long, a loop of links, a folder that
+            cannot be searched.
     """
     try:
         path.stat()
@@ -106,9 +122,11 @@ def _is_there(path: Path) -> bool:
 
 
 def require_whole(files: Iterable[Path]) -> None:
-    """Compares weights that came from the hub with their digests: the hub's cache names a large file after its SHA-256.
+    """Compares weights that came from the hub with their digests: the hub's cache names a large
+    file after its SHA-256.
 
-    Files that are named otherwise, such as those of a folder of the user's, have no digest and are passed over.
+    Files that are named otherwise, such as those of a folder of the user's, have no digest and are
+    passed over.
 
     Args:
         files: those of a checkpoint's weights.
@@ -123,13 +141,14 @@ def require_whole(files: Iterable[Path]) -> None:
             damaged.append(f"{path.name}, stored as {blob}")
     if damaged:
         raise CheckpointError(
-            "the content of these files is not what the hub has: remove them, and they are fetched again: "
-            + joined(damaged)
+            "the content of these files is not what the hub has: remove them, and they are fetched "
+            "again: " + joined(damaged)
         )
 
 
 def http_errors() -> tuple[type[Exception], ...]:
-    """Returns what huggingface_hub raises where the hub refuses or cannot be reached, whatever HTTP library it has."""
+    """Returns what huggingface_hub raises where the hub refuses or cannot be reached, whatever HTTP
+    library it has."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return OSError, *(one for one in HfHubHTTPError.__mro__ if one.__name__ == "HTTPError")
@@ -148,7 +167,8 @@ def _snapshot(repository: str, weights: bool) -> Path:
     from convert import open_checkpoint
 
     hub_cache(repository)
-    # A complete copy in the cache needs no network: asking an unreachable hub first would cost half a minute.
+    # A complete copy in the cache needs no network: asking an unreachable hub first would cost half
+    # a minute.
     try:
         cached = Path(snapshot_download(repository, allow_patterns=FILES, local_files_only=True))
         open_checkpoint(cached, check=False)
@@ -168,19 +188,26 @@ def _snapshot(repository: str, weights: bool) -> Path:
         return Path(snapshot_download(repository, allow_patterns=FILES))
     except GatedRepoError as error:
         raise CheckpointError(
-            f"{repository} asks for its licence to be accepted: open its page on the hub, accept it there, then run "
+            f"{repository} asks for its licence to be accepted: open its page on the hub, accept "
+            "it there, then run "
             "`hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"no folder and no hub repository {repository!r}: check the spelling; for a private one run `hf auth login`"
+            f"no folder and no hub repository {repository!r}: check the spelling; for a private "
+            "one run `hf auth login`"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        if not isinstance(error, LocalEntryNotFoundError) and getattr(error, "errno", None) in UNWRITABLE:
+        if (
+            not isinstance(error, LocalEntryNotFoundError)
+            and getattr(error, "errno", None) in UNWRITABLE
+        ):
             raise _cache_error(repository, error) from error
         raise CheckpointError(
-            f"there is no folder {repository}, it is not complete in the hub's cache, and the hub cannot be reached. "
-            "Connect to it once; or download the repository elsewhere and pass its folder; or try smollm2-135m, which "
+            f"there is no folder {repository}, it is not complete in the hub's cache, and the hub "
+            "cannot be reached. "
+            "Connect to it once; or download the repository elsewhere and pass its folder; or try "
+            "smollm2-135m, which "
             "needs no hub"
         ) from error
 
@@ -189,6 +216,7 @@ def _cache_error(repository: str, error: OSError) -> CheckpointError:
     from huggingface_hub import constants
 
     problem = (
-        f"the hub's cache cannot be used for {repository} ({error.strerror}): let HF_HUB_CACHE name another folder"
+        f"the hub's cache cannot be used for {repository} ({error.strerror}): let HF_HUB_CACHE "
+        "name another folder"
     )
     return CheckpointError(problem, file=constants.HF_HUB_CACHE)

@@ -1,7 +1,8 @@
 """Names of tensors in Hugging Face checkpoints <-> paths of Flax params.
 
-A path is the tensor's name without the prefix of the text model, with Flax's name of the leaf. Tensors of other models
-beside the text model, such as a vision tower, have their own names as paths, below `beside`.
+A path is the tensor's name without the prefix of the text model, with Flax's name of the leaf.
+Tensors of other models beside the text model, such as a vision tower, have their own names as
+paths, below `beside`.
 """
 
 import dataclasses
@@ -33,9 +34,12 @@ class Naming:
     Attributes:
         prefix: what the text model's names begin with, but for the head's.
         head: what the head's names begin with.
-        alone: whether there is nothing beside the text model; then some checkpoints lack the prefix in part or whole.
-        stacked: whether the kernels of all experts of a layer are one tensor, [experts, n_in, n_out].
-        beside: what the names of modules for multi-token prediction begin with, which are beside the text model.
+        alone: whether there is nothing beside the text model; then some checkpoints lack the prefix
+            in part or whole.
+        stacked: whether the kernels of all experts of a layer are one tensor, [experts, n_in,
+            n_out].
+        beside: what the names of modules for multi-token prediction begin with, which are beside
+            the text model.
     """
 
     prefix: str = "model."
@@ -55,7 +59,9 @@ class Naming:
         head = name.removeprefix(self.head)
         if head.startswith(HEADS):
             return head
-        return name.removeprefix(self.prefix) if name.startswith(self.prefix) else f"{BESIDE}.{name}"
+        return (
+            name.removeprefix(self.prefix) if name.startswith(self.prefix) else f"{BESIDE}.{name}"
+        )
 
     def hf_name(self, path: str) -> str:
         """Returns the checkpoint's name of a path, such as `model.norm.weight` of `norm.scale`."""
@@ -76,15 +82,24 @@ def naming_of(config: Mapping[str, Any], beside: Iterable[str]) -> Naming:
     """Returns how the tensors of a checkpoint are called.
 
     Args:
-        config: as `assets.read_config` gives it, with `inside` where the text model is among others.
-        beside: names of tensors. Those of other models tell which of two ways it is, and a layer behind the last one
-            that has an `eh_proj` is a module for multi-token prediction.
+        config: as `assets.read_config` gives it, with `inside` where the text model is among
+            others.
+        beside: names of tensors. Those of other models tell which of two ways it is, and a layer
+            behind the last one that has an `eh_proj` is a module for multi-token prediction.
     """
     if not config.get(INSIDE):
         kind = config["model_type"]
-        found = (re.match(r"((?:model\.)?layers\.([0-9]{1,9})\.)eh_proj\.", name) for name in beside)
-        further = {match[1] for match in found if match and int(match[2]) >= config["num_hidden_layers"]}
-        return Naming(PREFIXES.get(kind, "model."), stacked=kind in STACKED, beside=(*Naming.beside, *sorted(further)))
+        found = (
+            re.match(r"((?:model\.)?layers\.([0-9]{1,9})\.)eh_proj\.", name) for name in beside
+        )
+        further = {
+            match[1] for match in found if match and int(match[2]) >= config["num_hidden_layers"]
+        }
+        return Naming(
+            PREFIXES.get(kind, "model."),
+            stacked=kind in STACKED,
+            beside=(*Naming.beside, *sorted(further)),
+        )
     names = [name for name in beside if not name.startswith(Naming.beside)]
     newer = all(name.startswith(("model.", "lm_head.")) for name in names)
     return Naming("model.language_model.", "", False) if newer else OLDER
@@ -107,13 +122,15 @@ def naming_in(config: Mapping[str, Any], paths: Iterable[str]) -> Naming:
 
 
 def split_expert(path: str) -> tuple[str, int, str] | None:
-    """Returns what stands before and behind an expert's number, and the number between; None: it is no expert's."""
+    """Returns what stands before and behind an expert's number, and the number between; None: it is
+    no expert's."""
     match = re.fullmatch(r"(.*\.experts)\.([0-9]+)\.(.+)", path)
     return (match[1], int(match[2]), match[3]) if match else None
 
 
 def expert_path(path: str, expert: int | None) -> str:
-    """Returns the path of an expert's linear layer, such as `mlp.experts.3.up_proj`; None: it is no expert's."""
+    """Returns the path of an expert's linear layer, such as `mlp.experts.3.up_proj`; None: it is no
+    expert's."""
     if expert is None:
         return path
     parent, _, name = path.rpartition(".")

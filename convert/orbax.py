@@ -1,6 +1,8 @@
-"""Orbax checkpoints: one Orbax pytree a part (`params/layers.3`), so that a layer is read and written alone.
+"""Orbax checkpoints: one Orbax pytree a part (`params/layers.3`), so that a layer is read and
+written alone.
 
-`params/<part>` holds the part's params nested as Flax has them; configuration and tokenizer are beside it.
+`params/<part>` holds the part's params nested as Flax has them; configuration and tokenizer are
+beside it.
 """
 
 import contextlib
@@ -32,14 +34,16 @@ MARK = "params.json"
 MOST_FILES = 10_000
 """Files of a part; Orbax writes about ten."""
 MOST_RATIO, FREE_BYTES = 1000, 2**28
-"""What a part's arrays may hold: so many bytes, and so many times the bytes that its compressed files have."""
+"""What a part's arrays may hold: so many bytes, and so many times the bytes that its compressed
+files have."""
 
 
 class _Manifest(Schema):
     """params.json."""
 
     parts: Annotated[
-        list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,200}(\.[0-9]{1,4})?$")]], Field(max_length=10_000)
+        list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,200}(\.[0-9]{1,4})?$")]],
+        Field(max_length=10_000),
     ]
 
 
@@ -78,9 +82,13 @@ class Reader:
             }
         declared = sum(math.prod(t.shape) * t.dtype.itemsize for t in leaves.values())
         if declared > FREE_BYTES + MOST_RATIO * stored:
-            raise DamagedError("its arrays are larger than its files can hold", file=folder, found=declared)
+            raise DamagedError(
+                "its arrays are larger than its files can hold", file=folder, found=declared
+            )
         if odd := [path for path, t in leaves.items() if t.dtype.name not in DTYPES]:
-            raise CheckpointError(f"only {', '.join(DTYPES)} can be read", file=folder, entry=odd[0])
+            raise CheckpointError(
+                f"only {', '.join(DTYPES)} can be read", file=folder, entry=odd[0]
+            )
         return leaves
 
     @property
@@ -102,7 +110,11 @@ class Reader:
             folder = self._folder / "params" / part
             shapes = {path: t for path, t in self.spec.items() if part_of(path) == part}
             abstract = traverse_util.unflatten_dict(
-                {path.removeprefix(f"{part}."): np.empty(t.shape, t.dtype) for path, t in shapes.items()}, sep="."
+                {
+                    path.removeprefix(f"{part}."): np.empty(t.shape, t.dtype)
+                    for path, t in shapes.items()
+                },
+                sep=".",
             )
             _size(folder)
             with _reading(folder) as readable:
@@ -131,7 +143,9 @@ class Writer:
 
     def finish(self) -> None:
         if self._missing:
-            raise CheckpointError(f"the checkpoint is incomplete, never written: {', '.join(sorted(self._missing))}")
+            raise CheckpointError(
+                f"the checkpoint is incomplete, never written: {', '.join(sorted(self._missing))}"
+            )
         write_text(self.place / MARK, json.dumps({"parts": list(self._parts)}, indent=2) + "\n")
         self.files.add(MARK)
 
@@ -139,7 +153,8 @@ class Writer:
 def save_tree(path: Path, arrays: Params) -> None:
     """Saves arrays as one pytree, which appears at `path` by a rename; what was there is replaced.
 
-    Where a run has several processes all of them must call it: Orbax makes them wait for each other.
+    Where a run has several processes all of them must call it: Orbax makes them wait for each
+    other.
 
     Args:
         path: absolute.
@@ -148,11 +163,14 @@ def save_tree(path: Path, arrays: Params) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    tree = traverse_util.unflatten_dict({name: np.asarray(a, order="C") for name, a in arrays.items()}, sep=".")
+    tree = traverse_util.unflatten_dict(
+        {name: np.asarray(a, order="C") for name, a in arrays.items()}, sep="."
+    )
     try:
         with _spelled_for_tensorstore(path) as writable, _patient():
             _orbax().save(writable, tree, overwrite=True)
-    except (OSError, ValueError, RuntimeError) as error:  # tensorstore reports a full disk as a ValueError, at length
+    # tensorstore reports a full disk as a ValueError, at length
+    except (OSError, ValueError, RuntimeError) as error:
         full = os.strerror(errno.ENOSPC)
         if full in str(error):
             raise NoRoomError(f"it cannot be written ({full})", file=path) from error
@@ -168,14 +186,19 @@ def load_tree(path: Path) -> Params:
     _size(path)
     with _reading(path) as readable:
         tree = _orbax().load(readable)
-        return {name: np.asarray(array) for name, array in traverse_util.flatten_dict(tree, sep=".").items()}
+        return {
+            name: np.asarray(array)
+            for name, array in traverse_util.flatten_dict(tree, sep=".").items()
+        }
 
 
 def _size(folder: Path) -> int:
-    """Returns the bytes of a pytree's files; all that Orbax may open is looked at first, so that nothing makes it wait.
+    """Returns the bytes of a pytree's files; all that Orbax may open is looked at first, so that
+    nothing makes it wait.
 
     Raises:
-        DamagedError: the folder is missing, or something in it is neither a folder nor a regular file.
+        DamagedError: the folder is missing, or something in it is neither a folder nor a regular
+            file.
     """
     total, seen = 0, 0
     if not folder.is_dir():
@@ -190,7 +213,8 @@ def _size(folder: Path) -> int:
 
 @contextlib.contextmanager
 def _reading(folder: Path) -> Iterator[Path]:
-    """Yields the path by which to read; turns what is raised for a damaged pytree, errors of every kind, into one."""
+    """Yields the path by which to read; turns what is raised for a damaged pytree, errors of every
+    kind, into one."""
     try:
         with _spelled_for_tensorstore(folder) as readable:
             yield readable
@@ -203,7 +227,8 @@ def _reading(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _spelled_for_tensorstore(path: Path) -> Iterator[Path]:
-    r"""Yields the path, or a link to it where its name would not do: tensorstore takes \ for /, and only UTF-8."""
+    r"""Yields the path, or a link to it where its name would not do: tensorstore takes \ for /, and
+    only UTF-8."""
     name = str(path)
     if "\\" not in name and name == name.encode("utf-8", "replace").decode():
         yield path
@@ -216,10 +241,12 @@ def _spelled_for_tensorstore(path: Path) -> Iterator[Path]:
 
 
 def _patient() -> Any:
-    """Returns the context of a save that outlasts a sleep: Orbax gives its own writes up by the clock on the wall."""
+    """Returns the context of a save that outlasts a sleep: Orbax gives its own writes up by the
+    clock on the wall."""
     context = _orbax().Context()
     context.asynchronous.timeout_secs = 7 * 24 * 3600
-    context.asynchronous.create_directories_asynchronously = False  # which would wait for five minutes at most
+    # which would wait for five minutes at most
+    context.asynchronous.create_directories_asynchronously = False
     return context
 
 

@@ -1,12 +1,14 @@
-"""The one place where anything on the user's disks is replaced or deleted; `destination` says where results go.
+"""The one place where anything on the user's disks is replaced or deleted; `destination` says where
+results go.
 
-jaxprune replaces or removes only what carries its marker and holds nothing but the files that the marker lists, each
-of the size and SHA-256 that it had when it was written. It never replaces an input, a folder that holds one, the
-current or the home folder, the root or a mount point, and nothing that appeared while it worked.
+jaxprune replaces or removes only what carries its marker and holds nothing but the files that the
+marker lists, each of the size and SHA-256 that it had when it was written. It never replaces an
+input, a folder that holds one, the current or the home folder, the root or a mount point, and
+nothing that appeared while it worked.
 
-A folder's marker is the file `MARKER` in it, which is written last. A single file carries its own: a seal near its
-start, `SEAL` and the SHA-256 of the file with zeros in that place. Files that a user has removed from a folder do not
-matter, for nothing of theirs is lost.
+A folder's marker is the file `MARKER` in it, which is written last. A single file carries its own:
+a seal near its start, `SEAL` and the SHA-256 of the file with zeros in that place. Files that a
+user has removed from a folder do not matter, for nothing of theirs is lost.
 
 What is half-written lies in a folder of its own, with a random name that nobody else uses.
 """
@@ -67,7 +69,11 @@ class Marker(Schema):
     @pydantic.field_validator("files")
     @classmethod
     def _inside(cls, files: dict[str, Listed]) -> dict[str, Listed]:
-        if outside := [name for name in files if not name or Path(name).is_absolute() or ".." in Path(name).parts]:
+        if outside := [
+            name
+            for name in files
+            if not name or Path(name).is_absolute() or ".." in Path(name).parts
+        ]:
             raise ValueError(f"a path inside the folder, not {outside[0]!r}")
         return files
 
@@ -88,18 +94,31 @@ def digest(path: Path, prefix: str = "") -> str:
         return _digests[signature]
 
 
-def remember(path: Path, hashed: str, prefix: str = "", signature: tuple[int, ...] | None = None) -> None:
-    """Says what a file's digest is, where that is known from writing it; `digest` need not read it."""
+def remember(
+    path: Path, hashed: str, prefix: str = "", signature: tuple[int, ...] | None = None
+) -> None:
+    """Says what a file's digest is, where that is known from writing it; `digest` need not read
+    it."""
     _digests[signature or _signature(os.stat(path), prefix)] = hashed
 
 
 def _signature(found: os.stat_result, prefix: str) -> tuple[int, ...]:
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns, hash(prefix)
+    return (
+        found.st_dev,
+        found.st_ino,
+        found.st_size,
+        found.st_mtime_ns,
+        found.st_ctime_ns,
+        hash(prefix),
+    )
 
 
 def listed(folder: Path, names: Iterable[str]) -> dict[str, Listed]:
     """Returns the files of a folder as they are now."""
-    return {name: Listed(size=(folder / name).stat().st_size, sha256=digest(folder / name)) for name in sorted(names)}
+    return {
+        name: Listed(size=(folder / name).stat().st_size, sha256=digest(folder / name))
+        for name in sorted(names)
+    }
 
 
 def mark(folder: Path, kind: str, names: Iterable[str]) -> None:
@@ -108,18 +127,22 @@ def mark(folder: Path, kind: str, names: Iterable[str]) -> None:
     Args:
         folder: finished.
         kind: the kind of folder.
-        names: relative paths of the files that were written; what else is there stays somebody else's.
+        names: relative paths of the files that were written; what else is there stays somebody
+            else's.
     """
     with failing(folder):
         files = listed(folder, names)
         for path in {folder / name for name in files} | {(folder / name).parent for name in files}:
             sync(path)
-        write_text(folder / MARKER, Marker(kind=kind, files=files).model_dump_json(exclude_defaults=False))
+        write_text(
+            folder / MARKER, Marker(kind=kind, files=files).model_dump_json(exclude_defaults=False)
+        )
         sync(folder)
 
 
 def marker_of(folder: Path) -> str | None:
-    """Returns the digest of a folder's marker, which stands for the whole folder; None where there is none."""
+    """Returns the digest of a folder's marker, which stands for the whole folder; None where there
+    is none."""
     try:
         return digest(folder / MARKER)
     except UserError:
@@ -130,11 +153,13 @@ def prove(folder: Path) -> Marker:
     """Returns the marker of a folder that holds nothing but what jaxprune wrote.
 
     Raises:
-        OccupiedError: something in it is not, or not any more, what jaxprune wrote; the first such file is named.
+        OccupiedError: something in it is not, or not any more, what jaxprune wrote; the first such
+            file is named.
     """
     if not os.path.lexists(folder / MARKER):
         raise OccupiedError(
-            "it carries no list of the files that jaxprune wrote, as a folder of somebody else's, or of an earlier "
+            "it carries no list of the files that jaxprune wrote, as a folder of somebody else's, "
+            "or of an earlier "
             "version, so it is not replaced (move or remove it yourself)",
             file=folder,
         )
@@ -143,22 +168,27 @@ def prove(folder: Path) -> Marker:
     for name, file in marker.files.items():
         if os.path.lexists(folder / name) and not unchanged(folder / name, file):
             raise OccupiedError(
-                "it has changed since jaxprune wrote it, so its folder is not replaced: move or remove that yourself",
+                "it has changed since jaxprune wrote it, so its folder is not replaced: move or "
+                "remove that yourself",
                 file=folder / name,
             )
     return marker
 
 
 def require_listed(folder: Path, names: Collection[str]) -> None:
-    """Raises OccupiedError for the first file, link or folder that is neither among the names nor holds one of them."""
+    """Raises OccupiedError for the first file, link or folder that is neither among the names nor
+    holds one of them."""
     for name in strange(folder, names):
         raise OccupiedError(
-            "jaxprune did not write it, so its folder is neither replaced nor removed: move it away", file=folder / name
+            "jaxprune did not write it, so its folder is neither replaced nor removed: move it "
+            "away",
+            file=folder / name,
         )
 
 
 def strange(folder: Path, names: Collection[str]) -> Iterator[str]:
-    """Yields the relative paths of what is neither among the names nor a folder that leads to one of them, in order."""
+    """Yields the relative paths of what is neither among the names nor a folder that leads to one
+    of them, in order."""
     holding = {str(parent) for name in names for parent in Path(name).parents}
     for place, folders, files in os.walk(folder, onerror=require_readable):
         folders.sort()
@@ -179,13 +209,18 @@ def unchanged(path: Path, file: Listed) -> bool:
     """Returns whether a file is a regular one with the size and the content that it had."""
     try:
         found = os.lstat(path)
-        return stat.S_ISREG(found.st_mode) and found.st_size == file.size and digest(path, file.prefix) == file.sha256
+        return (
+            stat.S_ISREG(found.st_mode)
+            and found.st_size == file.size
+            and digest(path, file.prefix) == file.sha256
+        )
     except (OSError, UserError):
         return False
 
 
 def remove_listed(folder: Path, files: Mapping[str, Listed]) -> None:
-    """Removes those of the files that are as they were, and then the folders inside that are empty."""
+    """Removes those of the files that are as they were, and then the folders inside that are
+    empty."""
     for name, file in files.items():
         with contextlib.suppress(OSError):  # then it stays, which the caller sees
             if unchanged(folder / name, file):
@@ -213,7 +248,10 @@ def is_hollow(folder: Path) -> bool:
     """Returns whether a path is a folder without a file in it, at any depth."""
     if folder.is_symlink() or not folder.is_dir():
         return False
-    return not any(files or any(os.path.islink(Path(p) / n) for n in inner) for p, inner, files in os.walk(folder))
+    return not any(
+        files or any(os.path.islink(Path(p) / n) for n in inner)
+        for p, inner, files in os.walk(folder)
+    )
 
 
 def remove_hollow(folder: Path) -> bool:
@@ -225,7 +263,8 @@ def remove_hollow(folder: Path) -> bool:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder that holds nothing but what its marker lists; the marker goes last, so that a kill leaves proof.
+    """Removes a folder that holds nothing but what its marker lists; the marker goes last, so that
+    a kill leaves proof.
 
     Raises:
         OccupiedError: see `prove`.
@@ -239,7 +278,8 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_own(path: Path) -> None:
-    """Removes what lies under a random name that this program made up, half-written files included; or nothing."""
+    """Removes what lies under a random name that this program made up, half-written files included;
+    or nothing."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     elif os.path.lexists(path):

@@ -1,8 +1,9 @@
-"""Pruned checkpoints on less disk: of kernels with zeros the places and values of the others, all else as it is.
+"""Pruned checkpoints on less disk: of kernels with zeros the places and values of the others, all
+else as it is.
 
-`packed.json` says of each tensor how it lies in the folder `packed`, in one safetensors file a part (a decoder layer,
-the embedding, ...); README.md in the folder describes that to whoever has no jaxprune. `packing` has the codes, and
-`planes` what zstd does with them.
+`packed.json` says of each tensor how it lies in the folder `packed`, in one safetensors file a part
+(a decoder layer, the embedding, ...); README.md in the folder describes that to whoever has no
+jaxprune. `packing` has the codes, and `planes` what zstd does with them.
 """
 
 import os
@@ -61,9 +62,13 @@ class _Tensor(Schema):
         sha256: of the tensor's bytes in a checkpoint that is not packed: little-endian, in C order.
     """
 
-    file: Annotated[str, Field(pattern=rf"^{FOLDER}/[A-Za-z0-9_-]{{1,200}}(\.[0-9]{{1,4}})?\.safetensors$")]
+    file: Annotated[
+        str, Field(pattern=rf"^{FOLDER}/[A-Za-z0-9_-]{{1,200}}(\.[0-9]{{1,4}})?\.safetensors$")
+    ]
     dtype: Annotated[str, Field(pattern=f"^({'|'.join(DTYPES)})$")]
-    shape: Annotated[tuple[Annotated[int, Field(ge=0, le=2**40)], ...], Field(max_length=8, strict=False)]
+    shape: Annotated[
+        tuple[Annotated[int, Field(ge=0, le=2**40)], ...], Field(max_length=8, strict=False)
+    ]
     layout: Annotated[_Whole | _Mask | _Groups, Field(discriminator="kind")]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -75,12 +80,15 @@ class _Tensor(Schema):
         return Mask(self.layout.kept) if isinstance(self.layout, _Mask) else None
 
     def arrays(self, name: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Returns name -> shape and dtype of the arrays that make the tensor; those of the places come first."""
+        """Returns name -> shape and dtype of the arrays that make the tensor; those of the places
+        come first."""
         dtype, places = np.dtype(self.dtype), self.places
         if places is None:
             return {name: (self.shape, dtype)}
         if len(self.shape) != 2 or (isinstance(places, Groups) and not places.fits(self.matrix)):
-            raise DamagedError("its layout does not fit its shape", entry=name, found=list(self.shape))
+            raise DamagedError(
+                "its layout does not fit its shape", entry=name, found=list(self.shape)
+            )
         where = (places.nbytes(self.matrix),), np.dtype(np.uint8)
         return {f"{name}.places": where, f"{name}.values": ((places.count(self.matrix),), dtype)}
 
@@ -115,7 +123,10 @@ class Reader:
         check_files(path)
         tensors = schema.read(_Index, path / MARK).tensors
         naming = naming_of(config, tensors)
-        self._headers = {file: self._header(file) for file in sorted({tensor.file for tensor in tensors.values()})}
+        self._headers = {
+            file: self._header(file)
+            for file in sorted({tensor.file for tensor in tensors.values()})
+        }
         self._tensors: dict[str, tuple[str, _Tensor]] = {}
         problems = []
         for name, tensor in tensors.items():
@@ -132,7 +143,9 @@ class Reader:
             raise DamagedError(f"it is incomplete or damaged: {joined(problems)}", file=path)
         check_paths(self._tensors, path)
         spec = {
-            param: jax.ShapeDtypeStruct(tensor.shape[:: -1 if _transposed(param) else 1], np.dtype(tensor.dtype))
+            param: jax.ShapeDtypeStruct(
+                tensor.shape[:: -1 if _transposed(param) else 1], np.dtype(tensor.dtype)
+            )
             for param, (_, tensor) in self._tensors.items()
         }
         self.spec: Spec = {p: spec[p] for paths in parts(spec).values() for p in paths}
@@ -158,7 +171,11 @@ class Reader:
         name, tensor = self._tensors[path]
         stored = self._headers[tensor.file]
         arrays = tensor.arrays(name).items()
-        return sum(stored[part].nbytes for array, whole in arrays for part in planes.tensors_of(array, *whole, stored))
+        return sum(
+            stored[part].nbytes
+            for array, whole in arrays
+            for part in planes.tensors_of(array, *whole, stored)
+        )
 
     def read(self, paths: Iterable[str]) -> Params:
         return {path: self._read(path) for path in paths}
@@ -173,7 +190,11 @@ class Reader:
                     for array, whole in tensor.arrays(name).items()
                 ]
             places = tensor.places
-            array = arrays[0] if places is None else packing.unpack(arrays[0], arrays[1], places, tensor.matrix)
+            array = (
+                arrays[0]
+                if places is None
+                else packing.unpack(arrays[0], arrays[1], places, tensor.matrix)
+            )
         except (OSError, ValueError) as error:
             raise DamagedError(f"it cannot be read ({error})", file=file, entry=name) from error
         if _digest(array) != tensor.sha256:
@@ -202,11 +223,14 @@ class Writer:
 
     @staticmethod
     def require_suitable(reader: AnyReader) -> None:
-        """Raises CheckpointError where no kernel would become smaller, of a checkpoint that is not pruned."""
+        """Raises CheckpointError where no kernel would become smaller, of a checkpoint that is not
+        pruned."""
         for path in reader.spec:
             if path.endswith(".kernel") and packing.places_of(reader.read([path])[path].T):
                 return
-        raise CheckpointError("packed it would be larger, for none of its kernels has zeros enough: it is not pruned")
+        raise CheckpointError(
+            "packed it would be larger, for none of its kernels has zeros enough: it is not pruned"
+        )
 
     def write(self, params: Mapping[str, np.ndarray]) -> None:
         for part, paths in parts(params).items():
@@ -218,12 +242,20 @@ class Writer:
                 places = packing.places_of(array) if _transposed(path) else None
                 digest = _digest(array)
                 self._tensors[name] = _Tensor(
-                    file=file, dtype=array.dtype.name, shape=array.shape, layout=_layout(places), sha256=digest
+                    file=file,
+                    dtype=array.dtype.name,
+                    shape=array.shape,
+                    layout=_layout(places),
+                    sha256=digest,
                 )
-                for key, one in zip(self._tensors[name].arrays(name), _parts(array, places), strict=True):
+                for key, one in zip(
+                    self._tensors[name].arrays(name), _parts(array, places), strict=True
+                ):
                     arrays |= planes.split(key, one, self._level)
             (self.place / FOLDER).mkdir(exist_ok=True)
-            spec = {key: jax.ShapeDtypeStruct(array.shape, array.dtype) for key, array in arrays.items()}
+            spec = {
+                key: jax.ShapeDtypeStruct(array.shape, array.dtype) for key, array in arrays.items()
+            }
             tensors = TensorFile(self.place / file, spec, {})
             for key, array in arrays.items():
                 tensors.write(key, array)
@@ -231,8 +263,12 @@ class Writer:
             self.files.add(file)
 
     def finish(self) -> None:
-        if missing := sorted(path for path in self._spec if self._naming.hf_name(path) not in self._tensors):
-            raise CheckpointError(f"the checkpoint is incomplete, never written: {', '.join(missing[:5])}")
+        if missing := sorted(
+            path for path in self._spec if self._naming.hf_name(path) not in self._tensors
+        ):
+            raise CheckpointError(
+                f"the checkpoint is incomplete, never written: {', '.join(missing[:5])}"
+            )
         index = _Index(tensors=self._tensors)
         write_text(self.place / MARK, index.model_dump_json(indent=1) + "\n")
         write_text(self.place / "README.md", Path(__file__).with_suffix(".md").read_text("utf-8"))
@@ -251,14 +287,20 @@ def estimated_bytes(params: Params, zstd: int = 3) -> int:
     total = 0.0
     for path, param in params.items():
         array = param.T if _transposed(path) else param
-        some = np.ascontiguousarray(array[:: -(-array.size // SAMPLED)] if array.size > SAMPLED else array)
+        some = np.ascontiguousarray(
+            array[:: -(-array.size // SAMPLED)] if array.size > SAMPLED else array
+        )
         places = packing.places_of(some) if _transposed(path) else None
-        arrays = [one for part in _parts(some, places) for one in planes.split("", part, zstd).values()]
+        arrays = [
+            one for part in _parts(some, places) for one in planes.split("", part, zstd).values()
+        ]
         total += sum(one.nbytes for one in arrays) * (array.size / max(1, some.size))
     return round(total)
 
 
-def _parts(array: Shaped[np.ndarray, "..."], places: Places | None) -> tuple[Shaped[np.ndarray, "..."], ...]:
+def _parts(
+    array: Shaped[np.ndarray, "..."], places: Places | None
+) -> tuple[Shaped[np.ndarray, "..."], ...]:
     """Returns the arrays that make a tensor."""
     return (array,) if places is None else packing.pack(array, places)
 

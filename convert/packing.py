@@ -1,9 +1,10 @@
 """Arrays that are mostly zeros, in fewer bytes: where the others are, and their values.
 
-Elements along the last axis are grouped where that takes fewer bits than a mask: of each m at most n are not 0, and the
-places of n, those of zeros among them where there are fewer, are one of C(m, n) combinations, in so many whole bits as
-number all of them. Combinations are numbered from 0 by their masks, read as numbers with the first element in the
-lowest bit, in rising order. A negative zero is no zero here: what comes back is what went in, bit for bit.
+Elements along the last axis are grouped where that takes fewer bits than a mask: of each m at most
+n are not 0, and the places of n, those of zeros among them where there are fewer, are one of C(m,
+n) combinations, in so many whole bits as number all of them. Combinations are numbered from 0 by
+their masks, read as numbers with the first element in the lowest bit, in rising order. A negative
+zero is no zero here: what comes back is what went in, bit for bit.
 """
 
 import dataclasses
@@ -38,18 +39,25 @@ class Mask:
         """Returns the bytes that say which are kept."""
         return shape[0] * -(-shape[1] // 8)
 
-    def pack(self, nonzero: Bool[np.ndarray, "r n"]) -> tuple[UInt8[np.ndarray, "_"], Bool[np.ndarray, "r n"]]:
+    def pack(
+        self, nonzero: Bool[np.ndarray, "r n"]
+    ) -> tuple[UInt8[np.ndarray, "_"], Bool[np.ndarray, "r n"]]:
         """Returns the bytes of some rows, and which elements of theirs are kept."""
         return np.packbits(nonzero, axis=1, bitorder="little").reshape(-1), nonzero
 
-    def unpack(self, packed: UInt8[np.ndarray, "_"], shape: tuple[int, int]) -> Bool[np.ndarray, "r n"]:
+    def unpack(
+        self, packed: UInt8[np.ndarray, "_"], shape: tuple[int, int]
+    ) -> Bool[np.ndarray, "r n"]:
         """Returns which elements of some rows are kept."""
-        return np.unpackbits(packed.reshape(shape[0], -1), axis=1, count=shape[1], bitorder="little").view(bool)
+        return np.unpackbits(
+            packed.reshape(shape[0], -1), axis=1, count=shape[1], bitorder="little"
+        ).view(bool)
 
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """The number of a combination for each group, in `bits` bits, the lowest first, without gaps between the groups.
+    """The number of a combination for each group, in `bits` bits, the lowest first, without gaps
+    between the groups.
 
     Attributes:
         n: kept of each group.
@@ -76,7 +84,9 @@ class Groups:
         """Returns the bytes that say which are kept."""
         return -(-math.prod(shape) // self.m * self.bits // 8)
 
-    def pack(self, nonzero: Bool[np.ndarray, "r n"]) -> tuple[UInt8[np.ndarray, "_"], Bool[np.ndarray, "r n"]]:
+    def pack(
+        self, nonzero: Bool[np.ndarray, "r n"]
+    ) -> tuple[UInt8[np.ndarray, "_"], Bool[np.ndarray, "r n"]]:
         """Returns the bytes of some rows, and which elements of theirs are kept."""
         numbers = _numbers(self.n, self.m)[_groups(nonzero, self.m)]
         as_bytes = numbers.astype("<u2").view(np.uint8).reshape(-1, 2)
@@ -84,10 +94,14 @@ class Groups:
         kept = np.take(_masks(self.n, self.m), numbers, axis=0)  # many times as fast as indexing
         return np.packbits(bits.reshape(-1), bitorder="little"), kept.reshape(nonzero.shape)
 
-    def unpack(self, packed: UInt8[np.ndarray, "_"], shape: tuple[int, int]) -> Bool[np.ndarray, "r n"]:
+    def unpack(
+        self, packed: UInt8[np.ndarray, "_"], shape: tuple[int, int]
+    ) -> Bool[np.ndarray, "r n"]:
         """Returns which elements of some rows are kept; ValueError where the bytes cannot be."""
         groups, masks = math.prod(shape) // self.m, _masks(self.n, self.m)
-        bits = np.unpackbits(packed, count=groups * self.bits, bitorder="little").reshape(groups, self.bits)
+        bits = np.unpackbits(packed, count=groups * self.bits, bitorder="little").reshape(
+            groups, self.bits
+        )
         numbers = np.zeros(groups, np.uint16)
         for place in range(self.bits):
             numbers |= bits[:, place].astype(np.uint16) << place
@@ -118,13 +132,16 @@ def places_of(array: Shaped[np.ndarray, "r n"]) -> Places | None:
     return best if nbytes(best) < array.nbytes else None
 
 
-def pack(array: Shaped[np.ndarray, "r n"], places: Places) -> tuple[UInt8[np.ndarray, "_"], Shaped[np.ndarray, "_"]]:
+def pack(
+    array: Shaped[np.ndarray, "r n"], places: Places
+) -> tuple[UInt8[np.ndarray, "_"], Shaped[np.ndarray, "_"]]:
     """Returns the bytes of the places, and the values there in the order of the array."""
     bits, packed, values = _bits(array), [], []
     for rows in _blocks(array.shape):
         where, kept = places.pack(bits[rows] != 0)
         packed.append(where)
-        values.append(bits[rows].reshape(-1)[np.flatnonzero(kept)])  # four times as fast as by a mask
+        # four times as fast as by a mask
+        values.append(bits[rows].reshape(-1)[np.flatnonzero(kept)])
     return np.concatenate(packed), np.concatenate(values).view(array.dtype)
 
 
@@ -185,17 +202,22 @@ def _masks(n: int, m: int) -> Bool[np.ndarray, "k m"]:
     """Returns the masks with n of m, by the numbers of their combinations."""
     every = np.arange(2**m, dtype="<u2")
     return np.unpackbits(
-        every[np.bitwise_count(every) == n].view(np.uint8).reshape(-1, 2), axis=1, count=m, bitorder="little"
+        every[np.bitwise_count(every) == n].view(np.uint8).reshape(-1, 2),
+        axis=1,
+        count=m,
+        bitorder="little",
     ).view(bool)
 
 
 @functools.cache
 def _numbers(n: int, m: int) -> UInt[np.ndarray, "_"]:
-    """Returns the number of a group's combination by the group's mask; those with fewer than n take the first zeros."""
+    """Returns the number of a group's combination by the group's mask; those with fewer than n take
+    the first zeros."""
     every = np.arange(2**m, dtype=np.int64)
     full = every.copy()
     for _ in range(n):
-        full = np.where(np.bitwise_count(full) < n, full | (full + 1), full)  # sets the lowest bit that is not set
+        # sets the lowest bit that is not set
+        full = np.where(np.bitwise_count(full) < n, full | (full + 1), full)
     numbers = np.zeros(2**m, np.uint16)
     numbers[np.bitwise_count(every) == n] = np.arange(math.comb(m, n))
     return np.where(np.bitwise_count(full) == n, numbers[full], 0).astype(np.uint16)

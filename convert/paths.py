@@ -8,15 +8,20 @@ from convert.errors import Change, UserError
 
 
 def require_apart(
-    inputs: Mapping[str, Iterable[Path]], outputs: Mapping[str, Path], *, error: type[UserError], around: str = ""
+    inputs: Mapping[str, Iterable[Path]],
+    outputs: Mapping[str, Path],
+    *,
+    error: type[UserError],
+    around: str = "",
 ) -> None:
-    """Refuses an output that is, holds or lies in an input or another output. Links are followed, also where the end of
-    a path does not exist yet, and parents compared as what they are, however they are spelled.
+    """Refuses an output that is, holds or lies in an input or another output. Links are followed,
+    also where the end of a path does not exist yet, and parents compared as what they are, however
+    they are spelled.
 
     Args:
         inputs: option -> what is read for it; what does not exist cannot be met.
-        outputs: option -> what is made for it. `x.y` is made on behalf of the option x. Names that are no identifiers
-            are words.
+        outputs: option -> what is made for it. `x.y` is made on behalf of the option x. Names that
+            are no identifiers are words.
         error: the class to raise.
         around: an input that outputs may lie in, such as a folder for scratch files.
 
@@ -43,7 +48,8 @@ def paths_of(text: str | None) -> list[Path]:
 
 
 def inputs_of(path: Path) -> list[Path]:
-    """Returns what is read when a path is: the path, and what the links in a folder lead to, as in the hub's cache."""
+    """Returns what is read when a path is: the path, and what the links in a folder lead to, as in
+    the hub's cache."""
     found = [path]
     if path.is_dir():
         found += [one for one in path.iterdir() if one.is_symlink()]
@@ -62,7 +68,9 @@ def _require_apart(
     else:
         return
     names = [name.partition(".")[0] for name in (option, other)]
-    raise error(relation, file=path, options={name: Change.OTHER for name in names if name.isidentifier()})
+    raise error(
+        relation, file=path, options={name: Change.OTHER for name in names if name.isidentifier()}
+    )
 
 
 def contains(folder: Path, path: Path) -> bool:
@@ -82,7 +90,8 @@ def _anchored(path: Path) -> tuple[Path, list[str]]:
 
 
 def _ways(path: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Yields all that exists on the way to a path, from its end on, each with the names that lead on from it."""
+    """Yields all that exists on the way to a path, from its end on, each with the names that lead
+    on from it."""
     real = Path(os.path.realpath(path))
     for place in (real, *real.parents):
         if os.path.exists(place):
@@ -92,4 +101,6 @@ def _ways(path: Path) -> Iterator[tuple[Path, list[str]]]:
 def _minds_case(folder: Path) -> bool:
     """Returns whether names that differ in case are different names there."""
     other = folder.with_name(folder.name.swapcase())
-    return other.name == folder.name or not (os.path.exists(other) and os.path.samefile(other, folder))
+    return other.name == folder.name or not (
+        os.path.exists(other) and os.path.samefile(other, folder)
+    )

@@ -1,8 +1,9 @@
-"""The bytes of an array in a safetensors file: as they are, or those that zstd makes smaller in planes.
+"""The bytes of an array in a safetensors file: as they are, or those that zstd makes smaller in
+planes.
 
-Plane k holds byte k of every element, the least significant first: those of a float's sign and exponent are much alike,
-those of its mantissa not. Of an array `x`, the file holds `x`, or for each k a tensor of bytes: `x.plane<k>` as it is,
-or `x.plane<k>.zst`, one zstd frame.
+Plane k holds byte k of every element, the least significant first: those of a float's sign and
+exponent are much alike, those of its mantissa not. Of an array `x`, the file holds `x`, or for each
+k a tensor of bytes: `x.plane<k>` as it is, or `x.plane<k>.zst`, one zstd frame.
 """
 
 from collections.abc import Mapping
@@ -19,12 +20,15 @@ from convert.zstd import zstd
 PAYS = 0.97
 """A plane is compressed where no more than this share of it remains."""
 MOST_RATIO = 1000
-"""How many times larger than a frame its plane may be: a file cannot ask for more memory than that."""
+"""How many times larger than a frame its plane may be: a file cannot ask for more memory than
+that."""
 LEVELS = range(0, 23)
 """Of zstd; 0: nothing is compressed."""
 
 
-def split(name: str, array: Shaped[np.ndarray, "..."], level: int) -> dict[str, Shaped[np.ndarray, "..."]]:
+def split(
+    name: str, array: Shaped[np.ndarray, "..."], level: int
+) -> dict[str, Shaped[np.ndarray, "..."]]:
     """Returns the tensors that hold an array.
 
     Args:
@@ -44,7 +48,9 @@ def split(name: str, array: Shaped[np.ndarray, "..."], level: int) -> dict[str, 
     return found if any(key.endswith(".zst") for key in found) else {name: array}
 
 
-def tensors_of(name: str, shape: tuple[int, ...], dtype: np.dtype, stored: Mapping[str, Stored]) -> tuple[str, ...]:
+def tensors_of(
+    name: str, shape: tuple[int, ...], dtype: np.dtype, stored: Mapping[str, Stored]
+) -> tuple[str, ...]:
     """Returns the names of the tensors that hold an array: its own, or one a plane.
 
     Args:
@@ -101,7 +107,9 @@ def join(
     planes = np.empty((count, dtype.itemsize), np.uint8)
     for number, name in enumerate(names):
         if name.endswith(".zst"):
-            planes[:, number] = _decompressed(_read(file, stored[name], stored[name].shape[0]), count)
+            planes[:, number] = _decompressed(
+                _read(file, stored[name], stored[name].shape[0]), count
+            )
         else:
             planes[:, number] = _read(file, stored[name], count)
     return planes.reshape(-1).view(dtype).reshape(shape)

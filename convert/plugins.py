@@ -1,7 +1,8 @@
 """Plugins by name: the modules of a package, and those that other installed packages offer for it.
 
-A package's public modules are its plugins, but for those that its `HELPERS` names. Another distribution adds one by an
-entry point whose group is the package's name, such as `jaxprune.methods`, and whose value is a module.
+A package's public modules are its plugins, but for those that its `HELPERS` names. Another
+distribution adds one by an entry point whose group is the package's name, such as
+`jaxprune.methods`, and whose value is a module.
 """
 
 import difflib
@@ -25,7 +26,8 @@ def load(package: ModuleType, name: str) -> ModuleType:
 
     Args:
         package: the package whose plugin it is.
-        name: the name of the plugin; a module of the package comes before another distribution's of the same name.
+        name: the name of the plugin; a module of the package comes before another distribution's of
+            the same name.
 
     Raises:
         InputError: there is no such plugin, or another distribution's cannot be imported.
@@ -36,7 +38,9 @@ def load(package: ModuleType, name: str) -> ModuleType:
         try:
             return entry.load()
         except Exception as error:  # other people's code
-            raise InputError(f"{entry.value}, which is installed as {name!r}, cannot be imported ({error})") from error
+            raise InputError(
+                f"{entry.value}, which is installed as {name!r}, cannot be imported ({error})"
+            ) from error
     known = names(package)
     kind = package.__name__.rpartition(".")[2]
     near = difflib.get_close_matches(name, known, n=1)
@@ -64,5 +68,6 @@ def _entry_points(package: ModuleType) -> dict[str, EntryPoint]:
 
 @functools.cache
 def _installed(group: str, path: tuple[str, ...]) -> dict[str, EntryPoint]:
-    """Returns a group's entry points of what is under `sys.path`: a file of every distribution is read for it."""
+    """Returns a group's entry points of what is under `sys.path`: a file of every distribution is
+    read for it."""
     return {entry.name: entry for entry in entry_points(group=group)}

@@ -6,7 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-_NEW, _EXCHANGE = (4, 2) if sys.platform == "darwin" else (1, 2)  # RENAME_EXCL, _SWAP; RENAME_NOREPLACE, _EXCHANGE
+# RENAME_EXCL, _SWAP; RENAME_NOREPLACE, _EXCHANGE
+_NEW, _EXCHANGE = (4, 2) if sys.platform == "darwin" else (1, 2)
 _AT_FDCWD = -100
 _UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
@@ -14,8 +15,8 @@ _UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 def rename_new(source: Path, target: Path) -> None:
     """Renames a file or a folder to where nothing is.
 
-    Where the disk (NFS, for example) has no such call, the name is claimed first: by an empty folder, over which only a
-    folder can be renamed, or by a second link of the file.
+    Where the disk (NFS, for example) has no such call, the name is claimed first: by an empty
+    folder, over which only a folder can be renamed, or by a second link of the file.
 
     Raises:
         FileExistsError: something is there.
@@ -34,8 +35,8 @@ def rename_new(source: Path, target: Path) -> None:
 def exchange(one: Path, other: Path) -> None:
     """Exchanges two files or two folders.
 
-    Where the disk has no such call, `other` is moved aside first; a kill between leaves it there, as NAME.old beside
-    `one`.
+    Where the disk has no such call, `other` is moved aside first; a kill between leaves it there,
+    as NAME.old beside `one`.
 
     Raises:
         OSError: they cannot be exchanged.
@@ -49,7 +50,8 @@ def exchange(one: Path, other: Path) -> None:
 
 
 def _rename(source: Path, target: Path, flag: int) -> bool:
-    """Returns whether the system's call did it; False where there is no such call, or the disk does not know it."""
+    """Returns whether the system's call did it; False where there is no such call, or the disk does
+    not know it."""
     library = ctypes.CDLL(None, use_errno=True)
     paths = os.fsencode(source), os.fsencode(target)
     if sys.platform == "darwin":

@@ -1,7 +1,8 @@
 """Headers of safetensors files, read and checked before the library maps the file.
 
 References:
-    https://huggingface.co/docs/safetensors (format: 8 bytes of header length, JSON header, tensor bytes).
+    https://huggingface.co/docs/safetensors (format: 8 bytes of header length, JSON header, tensor
+    bytes).
 """
 
 import math
@@ -16,7 +17,9 @@ from convert.files import open_regular
 from convert.schema import Schema, check, decode
 
 BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(
+        ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8
+    ),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
@@ -37,7 +40,8 @@ class Tensor(Schema):
 
 
 class Stored(NamedTuple):
-    """A tensor of a file: dtype as safetensors names it, shape, and where its bytes begin in the file."""
+    """A tensor of a file: dtype as safetensors names it, shape, and where its bytes begin in the
+    file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -50,7 +54,8 @@ class Stored(NamedTuple):
 
 
 def header(path: Path) -> dict[str, Stored]:
-    """Returns tensor name -> dtype and shape, in the order of the data, which they fill without a gap.
+    """Returns tensor name -> dtype and shape, in the order of the data, which they fill without a
+    gap.
 
     Raises:
         CheckpointError: it is no regular file.
@@ -62,11 +67,16 @@ def header(path: Path) -> dict[str, Stored]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(size - 8, MOST):
-            raise DamagedError(f"no safetensors file, or cut short: a header of {length} bytes in {size}", file=path)
+            raise DamagedError(
+                f"no safetensors file, or cut short: a header of {length} bytes in {size}",
+                file=path,
+            )
         content = file.read(length)
     entries = decode(content, file=path)
     metadata = entries.pop("__metadata__", {})  # free text, which nothing here reads
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(text, str) for text in metadata.values()
+    ):
         raise DamagedError("it holds something else than text", file=path, entry="__metadata__")
     tensors = {name: check(Tensor, entry, file=path, entry=name) for name, entry in entries.items()}
     end = 0
@@ -75,7 +85,11 @@ def header(path: Path) -> dict[str, Stored]:
             raise DamagedError("its dtype is unknown", file=path, entry=name, found=tensor.dtype)
         first, last = tensor.data_offsets
         if first != end:
-            problem = "its data overlap another tensor's" if first < end else "there is a gap before its data"
+            problem = (
+                "its data overlap another tensor's"
+                if first < end
+                else "there is a gap before its data"
+            )
             raise DamagedError(problem, file=path, entry=name)
         bits = math.prod(tensor.shape) * BITS[tensor.dtype]
         if bits != (last - first) * 8:
@@ -83,7 +97,12 @@ def header(path: Path) -> dict[str, Stored]:
             raise DamagedError(problem, file=path, entry=name)
         end = last
     if end != size - 8 - length:
-        problem = f"it is truncated, or has bytes of no tensor: {size} bytes, wanted {8 + length + end}"
+        problem = (
+            f"it is truncated, or has bytes of no tensor: {size} bytes, wanted {8 + length + end}"
+        )
         raise DamagedError(problem, file=path)
     begin = 8 + length
-    return {name: Stored(t.dtype, tuple(t.shape), begin + t.data_offsets[0]) for name, t in tensors.items()}
+    return {
+        name: Stored(t.dtype, tuple(t.shape), begin + t.data_offsets[0])
+        for name, t in tensors.items()
+    }

@@ -1,7 +1,8 @@
-"""One schema for each file that comes from elsewhere: what lies behind `parse` has the types and ranges it declares.
+"""One schema for each file that comes from elsewhere: what lies behind `parse` has the types and
+ranges it declares.
 
-Schemas are pydantic models: its errors name the place, what was found and what was wanted as data, its parser refuses
-NaN, bounds depth, and is the one that most Python projects have already.
+Schemas are pydantic models: its errors name the place, what was found and what was wanted as data,
+its parser refuses NaN, bounds depth, and is the one that most Python projects have already.
 """
 
 import json
@@ -22,9 +23,12 @@ _CHOICE = r"(constrained-\w+|list\[.*\]|dict\[.*\])$"
 
 
 class Schema(pydantic.BaseModel):
-    """A JSON object. Types are exact (no "3" for 3), numbers finite, unknown entries passed over."""
+    """A JSON object. Types are exact (no "3" for 3), numbers finite, unknown entries passed
+    over."""
 
-    model_config = pydantic.ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(
+        strict=True, frozen=True, extra="ignore", allow_inf_nan=False
+    )
 
 
 S = TypeVar("S", bound=pydantic.BaseModel)
@@ -32,7 +36,9 @@ Count = Annotated[int, pydantic.Field(ge=0, le=2**53)]
 """A number of things, exact as a float too."""
 
 
-def read(schema: type[S], path: Path, *, most: int = JSON_BYTES, error: type[UserError] = DamagedError) -> S:
+def read(
+    schema: type[S], path: Path, *, most: int = JSON_BYTES, error: type[UserError] = DamagedError
+) -> S:
     """Returns a JSON file as its schema has it.
 
     Args:
@@ -42,13 +48,17 @@ def read(schema: type[S], path: Path, *, most: int = JSON_BYTES, error: type[Use
         error: the class to raise where the content is not what it has to be.
 
     Raises:
-        UserError: it cannot be read, is no JSON, or is not what the schema says; entry, found and wanted say where.
+        UserError: it cannot be read, is no JSON, or is not what the schema says; entry, found and
+            wanted say where.
     """
     return parse(schema, read_bytes(path, most), file=path, error=error)
 
 
-def decode(content: str | bytes, *, file: str | Path, error: type[UserError] = DamagedError) -> dict[str, Any]:
-    """Returns a JSON object of bounded depth, without NaN; for files whose entries are checked one at a time."""
+def decode(
+    content: str | bytes, *, file: str | Path, error: type[UserError] = DamagedError
+) -> dict[str, Any]:
+    """Returns a JSON object of bounded depth, without NaN; for files whose entries are checked one
+    at a time."""
     try:
         value = pydantic_core.from_json(content, allow_inf_nan=False)
     except ValueError as problem:
@@ -59,7 +69,12 @@ def decode(content: str | bytes, *, file: str | Path, error: type[UserError] = D
 
 
 def parse(
-    schema: type[S], content: str | bytes, *, file: str | Path, entry: str = "", error: type[UserError] = DamagedError
+    schema: type[S],
+    content: str | bytes,
+    *,
+    file: str | Path,
+    entry: str = "",
+    error: type[UserError] = DamagedError,
 ) -> S:
     """Returns JSON text as its schema has it; errors as for `read`."""
     try:
@@ -69,7 +84,12 @@ def parse(
 
 
 def check(
-    schema: type[S], value: Any, *, file: str | Path, entry: str = "", error: type[UserError] = DamagedError
+    schema: type[S],
+    value: Any,
+    *,
+    file: str | Path,
+    entry: str = "",
+    error: type[UserError] = DamagedError,
 ) -> S:
     """Returns a decoded value as its schema has it; errors as for `read`."""
     try:
@@ -81,7 +101,11 @@ def check(
 
 
 def refused(
-    problem: pydantic.ValidationError, *, file: str | Path, entry: str = "", error: type[UserError] = DamagedError
+    problem: pydantic.ValidationError,
+    *,
+    file: str | Path,
+    entry: str = "",
+    error: type[UserError] = DamagedError,
 ) -> UserError:
     """Returns the first of pydantic's errors as one of ours."""
     first = problem.errors(include_url=False, include_context=False)[0]
@@ -93,9 +117,16 @@ def refused(
     if first["type"] == "missing":
         return error("an entry is missing", file=file, entry=place)
     more = f" ({problem.error_count()} entries are)" if problem.error_count() > 1 else ""
-    whole = first["type"] == "value_error" and isinstance(first["input"], dict)  # of no use to show all of it
+    # of no use to show all of it
+    whole = first["type"] == "value_error" and isinstance(first["input"], dict)
     found = MISSING if whole else first["input"]
-    return error(f"an entry cannot be used{more}", file=file, entry=place, found=found, wanted=_lower(first["msg"]))
+    return error(
+        f"an entry cannot be used{more}",
+        file=file,
+        entry=place,
+        found=found,
+        wanted=_lower(first["msg"]),
+    )
 
 
 def _lower(text: str) -> str:
@@ -104,7 +135,8 @@ def _lower(text: str) -> str:
 
 
 def to_text(value: Any) -> str:
-    """Returns JSON text for any parser: what is not finite is null, and what is no text (a file's name) is escaped."""
+    """Returns JSON text for any parser: what is not finite is null, and what is no text (a file's
+    name) is escaped."""
     return json.dumps(plain(value), indent=1, allow_nan=False) + "\n"
 
 

@@ -1,11 +1,13 @@
-"""safetensors files written in place: headers first, then tensors in any order, so that memory stays flat.
+"""safetensors files written in place: headers first, then tensors in any order, so that memory
+stays flat.
 
-The safetensors library writes a file from a whole dictionary of arrays; here a tensor is written when it is
-ready and forgotten. The files are planned from shapes alone and their disk space is reserved at the start, so
-a disk that is too small is known before any work.
+The safetensors library writes a file from a whole dictionary of arrays; here a tensor is written
+when it is ready and forgotten. The files are planned from shapes alone and their disk space is
+reserved at the start, so a disk that is too small is known before any work.
 
 References:
-    https://huggingface.co/docs/safetensors (format: 8 bytes of header length, JSON header, tensor bytes).
+    https://huggingface.co/docs/safetensors (format: 8 bytes of header length, JSON header, tensor
+    bytes).
 """
 
 import json
@@ -38,7 +40,9 @@ class TensorFile:
         CheckpointError: not enough disk space.
     """
 
-    def __init__(self, path: Path, spec: Mapping[str, jax.ShapeDtypeStruct], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self, path: Path, spec: Mapping[str, jax.ShapeDtypeStruct], metadata: Mapping[str, str]
+    ) -> None:
         self._path, self._spec = path, spec
         self._written: set[str] = set()
         # Wide dtypes first: every tensor then starts at a multiple of its item size.
@@ -84,13 +88,16 @@ class TensorFile:
             CheckpointError: some were not.
         """
         if missing := sorted(self._spec.keys() - self._written):
-            raise CheckpointError(f"{self._path.name} is incomplete, never written: {', '.join(missing[:5])}")
+            raise CheckpointError(
+                f"{self._path.name} is incomplete, never written: {', '.join(missing[:5])}"
+            )
         with failing(self._path):
             sync(self._path)
 
 
 class ShardWriter:
-    """Writes tensors under their names in a checkpoint, as model.safetensors or as shards with an index.
+    """Writes tensors under their names in a checkpoint, as model.safetensors or as shards with an
+    index.
 
     Args:
         folder: an empty folder.
@@ -102,7 +109,10 @@ class ShardWriter:
     """
 
     def __init__(
-        self, folder: Path, spec: dict[str, jax.ShapeDtypeStruct], max_shard_size: int = MAX_SHARD_SIZE
+        self,
+        folder: Path,
+        spec: dict[str, jax.ShapeDtypeStruct],
+        max_shard_size: int = MAX_SHARD_SIZE,
     ) -> None:
         plan = split_state_dict_into_shards_factory(
             spec,
@@ -114,7 +124,9 @@ class ShardWriter:
             file: TensorFile(folder / file, {name: spec[name] for name in names}, {"format": "pt"})
             for file, names in plan.filename_to_tensors.items()
         }
-        self._file_of = {name: file for file, names in plan.filename_to_tensors.items() for name in names}
+        self._file_of = {
+            name: file for file, names in plan.filename_to_tensors.items() for name in names
+        }
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")

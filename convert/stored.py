@@ -1,13 +1,15 @@
-"""How the params of a checkpoint lie in its tensors: as they are, quantized, or those of all experts in one tensor.
+"""How the params of a checkpoint lie in its tensors: as they are, quantized, or those of all
+experts in one tensor.
 
 Quantized params are dequantized when they are read, to bfloat16:
 
 - fp8 with block scales, a tensor `x.weight` beside `x.weight_scale_inv` (DeepSeek's format, "fp8");
-- MXFP4, tensors `x_blocks` and `x_scales` (OCP's microscaling format, "mxfp4"): 32 values of 4 bits share an exponent.
+- MXFP4, tensors `x_blocks` and `x_scales` (OCP's microscaling format, "mxfp4"): 32 values of 4 bits
+  share an exponent.
 
 References:
-    DeepSeek-AI, "DeepSeek-V3 Technical Report" (arXiv 2412.19437), section 3.3; Open Compute Project, "OCP Microscaling
-    Formats (MX) Specification", version 1.0.
+    DeepSeek-AI, "DeepSeek-V3 Technical Report" (arXiv 2412.19437), section 3.3; Open Compute
+    Project, "OCP Microscaling Formats (MX) Specification", version 1.0.
 """
 
 import contextlib
@@ -44,7 +46,9 @@ class Fp8(Schema):
     """The entry `quantization_config` of checkpoints in fp8 with block scales."""
 
     quant_method: Literal["fp8"]
-    weight_block_size: list[Annotated[int, Field(ge=1, le=2**20)]] = Field(min_length=2, max_length=2)
+    weight_block_size: list[Annotated[int, Field(ge=1, le=2**20)]] = Field(
+        min_length=2, max_length=2
+    )
 
 
 class MxFp4(Schema):
@@ -63,11 +67,14 @@ def require_known(entry: Mapping[str, Any], file: Path) -> Fp8 | MxFp4:
     known: dict[str, type[Fp8] | type[MxFp4]] = {"fp8": Fp8, "mxfp4": MxFp4}
     if not isinstance(method, str) or method not in known:
         raise CheckpointError(
-            f"the checkpoint is quantized ({method}), which cannot be read; take the unquantized checkpoint, or one in "
+            f"the checkpoint is quantized ({method}), which cannot be read; take the unquantized "
+            "checkpoint, or one in "
             "fp8 with block scales, in MXFP4, or a GGUF file",
             file=file,
         )
-    return check(known[method], dict(entry), file=file, entry="quantization_config", error=CheckpointError)
+    return check(
+        known[method], dict(entry), file=file, entry="quantization_config", error=CheckpointError
+    )
 
 
 class Tensors:
@@ -78,12 +85,15 @@ class Tensors:
         stack: closes the files.
     """
 
-    def __init__(self, files: Mapping[str, tuple[Path, Stored]], stack: contextlib.ExitStack) -> None:
+    def __init__(
+        self, files: Mapping[str, tuple[Path, Stored]], stack: contextlib.ExitStack
+    ) -> None:
         self._files, self._stack = files, stack
         self._open: dict[Path, Any] = {}
 
     def get(self, name: str, index: int | None = None) -> Shaped[np.ndarray, "..."]:
-        """Returns a tensor, or what it has at an index of its first axis; fp8 as the bytes that it is.
+        """Returns a tensor, or what it has at an index of its first axis; fp8 as the bytes that it
+        is.
 
         Raises:
             DamagedError: the file cannot be read.
@@ -116,7 +126,9 @@ class Param(NamedTuple):
     read: Callable[[Tensors], Shaped[np.ndarray, "..."]]
 
 
-def read_all(params: Mapping[str, Param], paths: Iterable[str], files: Mapping[str, tuple[Path, Stored]]) -> Params:
+def read_all(
+    params: Mapping[str, Param], paths: Iterable[str], files: Mapping[str, tuple[Path, Stored]]
+) -> Params:
     """Reads params.
 
     Raises:
@@ -135,17 +147,23 @@ def plain(name: str, stored: Stored, *, transposed: bool) -> Param:
     """
     shape = stored.shape[::-1] if transposed else stored.shape
     spec = jax.ShapeDtypeStruct(shape, dtype_of(name, stored))
-    return Param(spec, (name,), lambda tensors: tensors.get(name).T if transposed else tensors.get(name))
+    return Param(
+        spec, (name,), lambda tensors: tensors.get(name).T if transposed else tensors.get(name)
+    )
 
 
 def dtype_of(name: str, stored: Stored) -> np.dtype:
     """Returns the dtype of a tensor; CheckpointError where it is none that can be pruned."""
     if stored.dtype not in NUMPY:
-        raise CheckpointError(f"{name} is stored as {stored.dtype}; only {', '.join(NUMPY)} can be pruned")
+        raise CheckpointError(
+            f"{name} is stored as {stored.dtype}; only {', '.join(NUMPY)} can be pruned"
+        )
     return NUMPY[stored.dtype]
 
 
-def fp8(name: str, weight: Stored, scales: Stored | None, blocks: Sequence[int], *, transposed: bool) -> Param:
+def fp8(
+    name: str, weight: Stored, scales: Stored | None, blocks: Sequence[int], *, transposed: bool
+) -> Param:
     """Returns the param of a tensor in fp8 and its block scales.
 
     Args:
@@ -159,9 +177,20 @@ def fp8(name: str, weight: Stored, scales: Stored | None, blocks: Sequence[int],
         CheckpointError: the scales are missing, or are not as many as the blocks.
     """
     wanted = tuple(-(-size // block) for size, block in zip(weight.shape, blocks, strict=False))
-    if len(weight.shape) != 2 or scales is None or scales.shape != wanted or scales.dtype not in NUMPY:
-        found = "there are none" if scales is None else f"{name}{SCALES} is {scales.dtype}{list(scales.shape)}"
-        raise CheckpointError(f"{name} is fp8 {list(weight.shape)} and needs block scales {list(wanted)}, but {found}")
+    if (
+        len(weight.shape) != 2
+        or scales is None
+        or scales.shape != wanted
+        or scales.dtype not in NUMPY
+    ):
+        found = (
+            "there are none"
+            if scales is None
+            else f"{name}{SCALES} is {scales.dtype}{list(scales.shape)}"
+        )
+        raise CheckpointError(
+            f"{name} is fp8 {list(weight.shape)} and needs block scales {list(wanted)}, but {found}"
+        )
 
     def read(tensors: Tensors) -> Shaped[np.ndarray, "n m"]:
         values = from_fp8(tensors.get(name), tensors.get(name + SCALES), blocks)
@@ -183,7 +212,9 @@ def from_fp8(
     return values
 
 
-def from_mxfp4(codes: UInt8[np.ndarray, "m k 16"], exponents: UInt8[np.ndarray, "m k"]) -> Shaped[np.ndarray, "m n"]:
+def from_mxfp4(
+    codes: UInt8[np.ndarray, "m k 16"], exponents: UInt8[np.ndarray, "m k"]
+) -> Shaped[np.ndarray, "m n"]:
     """Dequantizes MXFP4 to bfloat16: of the two values of a byte the first is in the lower bits."""
     values = np.empty((*codes.shape, 2), np.float32)
     values[..., 0], values[..., 1] = FP4[codes & 15], FP4[codes >> 4]
@@ -191,7 +222,9 @@ def from_mxfp4(codes: UInt8[np.ndarray, "m k 16"], exponents: UInt8[np.ndarray, 
     return values.reshape(len(codes), -1).astype(BFLOAT16)
 
 
-def stacked(bare: str, name: str, files: Mapping[str, tuple[Path, Stored]]) -> Iterator[tuple[str, Param]]:
+def stacked(
+    bare: str, name: str, files: Mapping[str, tuple[Path, Stored]]
+) -> Iterator[tuple[str, Param]]:
     """Yields the params of experts, path by path, of a tensor that holds those of all.
 
     Args:
@@ -203,9 +236,17 @@ def stacked(bare: str, name: str, files: Mapping[str, tuple[Path, Stored]]) -> I
         CheckpointError: it cannot be such a tensor.
     """
     stored = files[name][1]
-    kind, axes = (BLOCKS, 4) if bare.endswith(BLOCKS) else ("_bias", 2) if bare.endswith("_bias") else ("", 3)
+    kind, axes = (
+        (BLOCKS, 4)
+        if bare.endswith(BLOCKS)
+        else ("_bias", 2)
+        if bare.endswith("_bias")
+        else ("", 3)
+    )
     if len(stored.shape) != axes:
-        raise CheckpointError(f"{name} is {list(stored.shape)}, must have {axes} axes, experts first")
+        raise CheckpointError(
+            f"{name} is {list(stored.shape)}, must have {axes} axes, experts first"
+        )
     module = bare.removesuffix(kind)
     for expert in range(stored.shape[0]):
         path = f"{expert_path(module, expert)}.{'bias' if kind == '_bias' else 'kernel'}"
@@ -225,7 +266,9 @@ def _mxfp4(name: str, scales: str, files: Mapping[str, tuple[Path, Stored]], exp
     exponents = files[scales][1] if scales in files else None
     fit = exponents is not None and (exponents.dtype, exponents.shape) == ("U8", stored.shape[:3])
     if stored.dtype != "U8" or stored.shape[3] != 16 or not fit:
-        raise CheckpointError(f"{name} is {stored.dtype}{list(stored.shape)}, and {scales} does not fit it")
+        raise CheckpointError(
+            f"{name} is {stored.dtype}{list(stored.shape)}, and {scales} does not fit it"
+        )
     spec = jax.ShapeDtypeStruct((32 * stored.shape[2], stored.shape[1]), BFLOAT16)
 
     def read(tensors: Tensors) -> Shaped[np.ndarray, "n m"]:
@@ -238,7 +281,8 @@ STACKED = re.compile(r"(.*\.experts)\.([^.]+?)(_bias|_blocks|_scales)?")
 
 
 def tensors_of(paths: Iterable[str], naming: Naming) -> dict[str, list[str]]:
-    """Returns tensor name -> the paths of the params that it holds: one, or those of all experts in order."""
+    """Returns tensor name -> the paths of the params that it holds: one, or those of all experts in
+    order."""
     found: dict[str, list[str]] = {}
     for path in paths:
         parts = split_expert(path) if naming.stacked else None
@@ -247,7 +291,9 @@ def tensors_of(paths: Iterable[str], naming: Naming) -> dict[str, list[str]]:
         else:
             experts, _, behind = parts
             module, _, leaf = behind.partition(".")
-            found.setdefault(f"{naming.prefix}{experts}.{module}{'_bias' * (leaf == 'bias')}", []).append(path)
+            found.setdefault(
+                f"{naming.prefix}{experts}.{module}{'_bias' * (leaf == 'bias')}", []
+            ).append(path)
     return {name: sorted(paths, key=_expert_of) for name, paths in found.items()}
 
 
@@ -256,7 +302,9 @@ def _expert_of(path: str) -> int:
     return parts[1] if parts else 0
 
 
-def to_tensor(paths: Sequence[str], params: Mapping[str, Shaped[np.ndarray, "..."]], naming: Naming) -> np.ndarray:
+def to_tensor(
+    paths: Sequence[str], params: Mapping[str, Shaped[np.ndarray, "..."]], naming: Naming
+) -> np.ndarray:
     """Returns a tensor of the params that it holds, as `tensors_of` names them."""
     if naming.stacked and split_expert(paths[0]):
         return np.stack([params[path] for path in paths])

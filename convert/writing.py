@@ -1,4 +1,5 @@
-"""Files that are being made: written through to the disk, and put in their place where nothing is."""
+"""Files that are being made: written through to the disk, and put in their place where nothing
+is."""
 
 import contextlib
 import errno
@@ -34,7 +35,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def reserve(path: Path, size: int) -> None:
-    """Takes the disk space that a file will need, so that a disk that is too small is known before any work.
+    """Takes the disk space that a file will need, so that a disk that is too small is known before
+    any work.
 
     Raises:
         NoRoomError: there is none.
@@ -46,7 +48,9 @@ def reserve(path: Path, size: int) -> None:
             else:  # macOS
                 file.truncate(size)
     except OSError as error:
-        raise NoRoomError(f"no room for {size / 1e9:.2f} GB ({error.strerror})", file=path.parent) from error
+        raise NoRoomError(
+            f"no room for {size / 1e9:.2f} GB ({error.strerror})", file=path.parent
+        ) from error
 
 
 def put_text(path: Path, text: str, work: Path) -> None:
@@ -78,7 +82,9 @@ def put(work: Path, path: Path) -> None:
         try:
             renaming.rename_new(work, path)
         except FileExistsError:
-            raise OccupiedError("jaxprune did not write it, so it is not replaced: move it away", file=path) from None
+            raise OccupiedError(
+                "jaxprune did not write it, so it is not replaced: move it away", file=path
+            ) from None
         sync(path.parent)
 
 
@@ -88,7 +94,8 @@ def sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as problem:
-        if problem.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some disks have no folders to sync
+        # some disks have no folders to sync
+        if problem.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
             raise
     finally:
         os.close(descriptor)
@@ -113,4 +120,6 @@ def failing(path: Path, what: str = "written") -> Iterator[None]:
 
 def require_readable(problem: OSError) -> NoReturn:
     """Raises CheckpointError for a folder that cannot be looked through; `os.walk` calls it."""
-    raise CheckpointError(f"it cannot be looked through ({problem.strerror})", file=problem.filename) from problem
+    raise CheckpointError(
+        f"it cannot be looked through ({problem.strerror})", file=problem.filename
+    ) from problem

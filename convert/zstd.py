@@ -1,4 +1,5 @@
-"""The zstd module: of the standard library from Python 3.14 on, before that of the package backports.zstd."""
+"""The zstd module: of the standard library from Python 3.14 on, before that of the package
+backports.zstd."""
 
 import sys
 

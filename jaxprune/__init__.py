@@ -1,4 +1,5 @@
-"""Post-training pruning of language models in JAX. What is heavy is imported when it is first used."""
+"""Post-training pruning of language models in JAX. What is heavy is imported when it is first
+used."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,5 @@
-"""python -m jaxprune COMMAND ...: one table of commands, which imports nothing but the one that is asked for."""
+"""python -m jaxprune COMMAND ...: one table of commands, which imports nothing but the one that is
+asked for."""
 
 import ast
 import difflib
@@ -11,12 +12,25 @@ from pathlib import Path
 
 from jaxprune import commands
 
-ORDER = ("prune", "evaluate", "verify", "report", "plan", "generate", "snapshot", "solve", "convert", "push", "lm-eval")
+ORDER = (
+    "prune",
+    "evaluate",
+    "verify",
+    "report",
+    "plan",
+    "generate",
+    "snapshot",
+    "solve",
+    "convert",
+    "push",
+    "lm-eval",
+)
 """In which the help names commands; others come behind."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns its exit status. One that begins with a flag is `jaxprune prune`'s."""
+    """Runs a command line; returns its exit status. One that begins with a flag is `jaxprune
+    prune`'s."""
     given = list(sys.argv[1:] if argv is None else argv)
     first = given[0] if given else "--help"
     if first in ("-h", "--help"):

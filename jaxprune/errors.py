@@ -1,4 +1,5 @@
-"""Errors that a user can mend: of values here, of files in `convert.errors`. They carry fields, and name no flags."""
+"""Errors that a user can mend: of values here, of files in `convert.errors`. They carry fields, and
+name no flags."""
 
 from convert.errors import Change as Change
 from convert.errors import CheckpointError as CheckpointError

@@ -1,4 +1,5 @@
-"""The hardware that programs are written for: this process's, or another while a run is planned for it."""
+"""The hardware that programs are written for: this process's, or another while a run is planned for
+it."""
 
 import dataclasses
 import os
@@ -13,8 +14,8 @@ HEADROOM = 0.92
 CPU_BYTES = 4e9
 """The most memory on a CPU for data that can also be computed in parts."""
 CPU_FRACTION = 1 / 3
-"""The most of the host's memory for it. It is less than `CPU_BYTES` below 12 GB: machines with 16 GB, of which the
-system reserves some, get all of `CPU_BYTES`."""
+"""The most of the host's memory for it. It is less than `CPU_BYTES` below 12 GB: machines with 16
+GB, of which the system reserves some, get all of `CPU_BYTES`."""
 PROC = Path("/proc/self")
 
 
@@ -26,7 +27,8 @@ class Hardware:
         platform: cpu, gpu, tpu, or what else JAX calls it.
         capability: the compute capability of an NVIDIA GPU, such as 9.0; 0: it is none.
         cudnn: whether cuDNN is there to be called.
-        stands_in: whether it is a CPU whose compiler stands in for that of a device that is elsewhere.
+        stands_in: whether it is a CPU whose compiler stands in for that of a device that is
+            elsewhere.
     """
 
     platform: str
@@ -48,14 +50,14 @@ class Hardware:
 
     @property
     def float32_results(self) -> bool:
-        """Whether products of 16-bit arrays have float32 results, rounded afterwards: XLA's CPU backend multiplies no
-        others in 16 bits, which AMX and AVX-512 do several times as fast."""
+        """Whether products of 16-bit arrays have float32 results, rounded afterwards: XLA's CPU
+        backend multiplies no others in 16 bits, which AMX and AVX-512 do several times as fast."""
         return self.on_cpu and not self.stands_in
 
     @property
     def tokens_per_batch(self) -> int:
-        """Tokens on a device at a time. On a CPU, what fits its cache: four times as many take 1.2 times as long a
-        token."""
+        """Tokens on a device at a time. On a CPU, what fits its cache: four times as many take 1.2
+        times as long a token."""
         return 1024 if self.on_cpu else 16384
 
     @property
@@ -67,30 +69,36 @@ class Hardware:
     def float32_products(self) -> jax.lax.Precision | jax.lax.DotAlgorithmPreset:
         """How float32 matrices are multiplied with float32's accuracy.
 
-        By six products of bfloat16 parts on NVIDIA's data-centre GPUs (8.0, 9.0, 10.x), whose tensor cores are more
-        than six times as fast as their float32 units; those of other cards are not. A TPU's highest precision is that.
+        By six products of bfloat16 parts on NVIDIA's data-centre GPUs (8.0, 9.0, 10.x), whose
+        tensor cores are more than six times as fast as their float32 units; those of other cards
+        are not. A TPU's highest precision is that.
         """
         by_parts = self.capability in (8.0, 9.0) or 10 <= self.capability < 11
-        return jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6 if by_parts else jax.lax.Precision.HIGHEST
+        return (
+            jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6 if by_parts else jax.lax.Precision.HIGHEST
+        )
 
 
 writing_for = jax.make_user_context()
-"""`with writing_for(hardware):` programs are written for it; JAX traces them anew, whatever it has traced before."""
+"""`with writing_for(hardware):` programs are written for it; JAX traces them anew, whatever it has
+traced before."""
 
 
 def current() -> Hardware:
-    """Returns the hardware that programs are written for; this process's first device where nothing else is said."""
+    """Returns the hardware that programs are written for; this process's first device where nothing
+    else is said."""
     return writing_for.value or Hardware.of(jax.local_devices()[0])
 
 
 def device_memory() -> int | None:
-    """Returns the bytes of a device that JAX may use, whatever is in use: what is decided by it is decided alike when a
-    run goes on. None where the device does not say, as of a CPU."""
+    """Returns the bytes of a device that JAX may use, whatever is in use: what is decided by it is
+    decided alike when a run goes on. None where the device does not say, as of a CPU."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def host_memory() -> int:
-    """Returns the bytes of the host's memory that this process may use: all of it, or less by its control groups.
+    """Returns the bytes of the host's memory that this process may use: all of it, or less by its
+    control groups.
 
     It does not depend on what is free, so that a resumed run decides alike.
     """
@@ -103,7 +111,8 @@ def cpu_budget() -> float:
 
 
 def _cgroup_limits() -> Iterator[int]:
-    """Yields the limits in bytes of this process's control groups, of version 1 or 2, and of the groups above them."""
+    """Yields the limits in bytes of this process's control groups, of version 1 or 2, and of the
+    groups above them."""
     groups, mounts = PROC / "cgroup", PROC / "mountinfo"
     if not (groups.exists() and mounts.exists()):  # macOS has none
         return
@@ -120,7 +129,8 @@ def _cgroup_limits() -> Iterator[int]:
         else:
             continue
         path = PurePosixPath(paths.get(controller, "/"))
-        # A container may see its own group as the root of the mount, and read the path outside of it.
+        # A container may see its own group as the root of the mount, and read the path outside of
+        # it.
         inside = path.relative_to(root) if path.is_relative_to(root) else PurePosixPath()
         for group in (inside, *inside.parents):
             limit = Path(folder) / group / file

@@ -44,17 +44,20 @@ class Recipe:
     Attributes:
         method: selects masks and updates weights, or only updates where the masks are given.
         pattern: the pattern of every linear layer; None: the masks are given.
-        mask: name of the given masks, `from-checkpoint:DIR` or `from-file:FILE`; None where there is a pattern.
+        mask: name of the given masks, `from-checkpoint:DIR` or `from-file:FILE`; None where there
+            is a pattern.
         importance: what is weighed by the loss's gradients.
         tuning: what is done when all linear layers are pruned.
         preset: the name of the preset that it was made from, or None.
-        asymmetry: the share, from 0 to 1, of what a linear layer's inputs lost in the layers before that its weights
-            make up for. 0 keeps the layer's own output on its pruned inputs, 1 aims at the dense model's.
-        rules: linear layers that stay dense, or have a pattern of their own; of several that name one the last counts.
-            Rules that name every linear layer decide alone, whatever the pattern is.
+        asymmetry: the share, from 0 to 1, of what a linear layer's inputs lost in the layers before
+            that its weights make up for. 0 keeps the layer's own output on its pruned inputs, 1
+            aims at the dense model's.
+        rules: linear layers that stay dense, or have a pattern of their own; of several that name
+            one the last counts. Rules that name every linear layer decide alone, whatever the
+            pattern is.
         experts: what is done to experts as such.
-        quantize: the type, of `methods.quantization.BITS`, on whose grid all linear layers are brought at the very end;
-            None: on none.
+        quantize: the type, of `methods.quantization.BITS`, on whose grid all linear layers are
+            brought at the very end; None: on none.
 
     Raises:
         InputError: values that exclude each other.
@@ -75,7 +78,9 @@ class Recipe:
         if (self.pattern is None) == (self.mask is None):
             raise InputError("a recipe has either a pattern or masks that were made elsewhere")
         if self.pattern is None and any(rule.pattern for rule in self.rules):
-            raise InputError("a rule gives a pattern, where masks that were made elsewhere decide what stays")
+            raise InputError(
+                "a rule gives a pattern, where masks that were made elsewhere decide what stays"
+            )
         if not 0 <= self.asymmetry <= 1:
             raise InputError(f"asymmetry must lie between 0 and 1, not {self.asymmetry}")
         if self.quantize not in (None, *BITS):
@@ -83,17 +88,23 @@ class Recipe:
         values = vars(self.importance) | vars(self.tuning)
         for field, reason in without_effect(self.pattern).items():
             if values[field]:
-                raise InputError(f"{field} changes nothing, for {reason}", options={field: Change.OMIT})
+                raise InputError(
+                    f"{field} changes nothing, for {reason}", options={field: Change.OMIT}
+                )
 
-    def at(self, pattern: Pattern | str | float | None = None, sparsity: float | None = None) -> "Recipe":
+    def at(
+        self, pattern: Pattern | str | float | None = None, sparsity: float | None = None
+    ) -> "Recipe":
         """Returns the recipe with another pattern; what would have no effect under it is left out.
 
         Args:
-            pattern: or its name: unstructured, per-output, or N:M such as 2:4; or a sparsity; None: the recipe's kind.
+            pattern: or its name: unstructured, per-output, or N:M such as 2:4; or a sparsity; None:
+                the recipe's kind.
             sparsity: fraction of zeros, where the pattern has none; None: 0.5, or what N:M has.
 
         Raises:
-            InputError: there is no such pattern, it has another sparsity, or two sparsities are given.
+            InputError: there is no such pattern, it has another sparsity, or two sparsities are
+                given.
         """
         if isinstance(pattern, NM):  # the same rule as for its name
             pattern = str(pattern)
@@ -109,7 +120,9 @@ class Recipe:
         found = parse_pattern(pattern, sparsity) if isinstance(pattern, str) else pattern
         useless = without_effect(found)
         importance, tuning = self.importance.without(useless), self.tuning.without(useless)
-        return dataclasses.replace(self, pattern=found, mask=None, importance=importance, tuning=tuning)
+        return dataclasses.replace(
+            self, pattern=found, mask=None, importance=importance, tuning=tuning
+        )
 
     def target(self) -> Pattern | masks.Masks:
         """Returns the pattern, or the masks that were made elsewhere.
@@ -121,7 +134,9 @@ class Recipe:
 
     def as_json(self) -> dict[str, Any]:
         """Returns the content of `RecipeRecord`."""
-        pattern = {"kind": "given", "mask": self.mask} if self.pattern is None else self.pattern.as_json()
+        pattern = (
+            {"kind": "given", "mask": self.mask} if self.pattern is None else self.pattern.as_json()
+        )
         return {
             "method": method_as_json(self.method),
             "pattern": pattern,
@@ -143,7 +158,8 @@ class Recipe:
         """Returns the recipe of a JSON text.
 
         Raises:
-            InputError: it is no recipe, or of another version; a method or one of its options is not known.
+            InputError: it is no recipe, or of another version; a method or one of its options is
+                not known.
         """
         return parse(VersionedRecord, text, file="", error=InputError).recipe()
 
@@ -165,7 +181,8 @@ class Recipe:
 
     @property
     def slug(self) -> str:
-        """A short name for files, such as wanda-admm-50 or fast-50-q4_0; different sparsities have different ones."""
+        """A short name for files, such as wanda-admm-50 or fast-50-q4_0; different sparsities have
+        different ones."""
         return f"{self._pruning}-{self.quantize}" if self.quantize else self._pruning
 
     @property
@@ -182,13 +199,19 @@ class Recipe:
         if self.pattern is None:
             return f"{how}-given-mask"
         if self.preset:
-            uniform = self.pattern == Unstructured(self.pattern.sparsity) and not self.importance.spread
+            uniform = (
+                self.pattern == Unstructured(self.pattern.sparsity) and not self.importance.spread
+            )
             how = self.preset + "-uniform" * uniform + dropped
         if len(patterns) > 1:
             return f"{how}-rules"
         pattern = next(iter(patterns), self.pattern)
         assert pattern is not None
-        return f"{how}-{pattern.n}of{pattern.m}" if isinstance(pattern, NM) else f"{how}-{percent(pattern.sparsity)}"
+        return (
+            f"{how}-{pattern.n}of{pattern.m}"
+            if isinstance(pattern, NM)
+            else f"{how}-{percent(pattern.sparsity)}"
+        )
 
 
 _IMPORTANCE = Importance(weigh_outputs=True, spread=0.3, sensitivity_windows=8)
@@ -203,15 +226,18 @@ PRESETS: Mapping[str, Recipe] = MappingProxyType(
         for name, tuning in _TUNINGS.items()
     }
 )
-"""Recipes that serve most: all weigh outputs by the loss's gradients, give every linear layer a sparsity of its own
-and tune the kept weights; best tunes them for longer than fast, and thorough on a text of its own."""
+"""Recipes that serve most: all weigh outputs by the loss's gradients, give every linear layer a
+sparsity of its own and tune the kept weights; best tunes them for longer than fast, and thorough on
+a text of its own."""
 
 
-def decided_by(patterns: Collection[Pattern | None], recipe: "Recipe | RecipeRecord") -> dict[str, Any]:
+def decided_by(
+    patterns: Collection[Pattern | None], recipe: "Recipe | RecipeRecord"
+) -> dict[str, Any]:
     """Returns the fields of a recipe that have other values, because rules name every linear layer.
 
-    No sparsity is allocated then, and no zeros are left to the tuning. Where all linear layers stay dense, nothing is
-    measured and nothing is tuned.
+    No sparsity is allocated then, and no zeros are left to the tuning. Where all linear layers stay
+    dense, nothing is measured and nothing is tuned.
 
     Args:
         patterns: those that the rules give; None: dense.
@@ -240,7 +266,8 @@ class RuleRecord(Schema):
 
 
 class RecipeRecord(Schema):
-    """The JSON of a recipe. It is read without the methods that it names, which need not be installed."""
+    """The JSON of a recipe. It is read without the methods that it names, which need not be
+    installed."""
 
     method: MethodRecord
     pattern: PatternRecord
@@ -274,10 +301,15 @@ class RecipeRecord(Schema):
 
     @property
     def patterns_of_all(self) -> frozenset[Pattern | None]:
-        """The patterns that rules give, where they are known to name every linear layer: of the last rule `*`, and of
-        those after it. None: dense. Empty: some linear layers may have the recipe's pattern."""
+        """The patterns that rules give, where they are known to name every linear layer: of the
+        last rule `*`, and of those after it. None: dense. Empty: some linear layers may have the
+        recipe's pattern."""
         every = [place for place, rule in enumerate(self.rules) if rule.names == "*"]
-        return frozenset(one.rule().pattern for one in self.rules[every[-1] :]) if every else frozenset()
+        return (
+            frozenset(one.rule().pattern for one in self.rules[every[-1] :])
+            if every
+            else frozenset()
+        )
 
     @property
     def effective(self) -> Self:
@@ -292,7 +324,8 @@ class RecipeRecord(Schema):
 
     @property
     def pattern_text(self) -> str:
-        """The pattern or the masks' source, in words; the rules alone where they name every linear layer."""
+        """The pattern or the masks' source, in words; the rules alone where they name every linear
+        layer."""
         total = f"{self.pattern}" + " in total" * (self.importance.spread > 0)
         return ", ".join([*[total] * (not self.patterns_of_all), *map(str, self.rules)])
 
@@ -312,8 +345,10 @@ class RecipeRecord(Schema):
             *[f"{self.tuning.tune_epochs:g} epochs of tuning"] * (self.tuning.tune_epochs > 0),
             *[f"tuned on {self.tuning.tune_tokens:,} tokens"] * (self.tuning.tune_tokens > 0),
             *[f"the last {100 * late:g} % of the weights go meanwhile"] * (late > 0),
-            *[f"windows in {self.tuning.tune_pieces} pieces"] * (self.tuning.tunes and self.tuning.tune_pieces > 1),
-            *[f"{percent(self.experts.drop_experts)} % of experts dropped"] * (self.experts.drop_experts > 0),
+            *[f"windows in {self.tuning.tune_pieces} pieces"]
+            * (self.tuning.tunes and self.tuning.tune_pieces > 1),
+            *[f"{percent(self.experts.drop_experts)} % of experts dropped"]
+            * (self.experts.drop_experts > 0),
             *["all tokens to all experts"] * self.experts.route_all,
             *[f"quantized to {(self.quantize or '').upper()}"] * (self.quantize is not None),
         ]

@@ -15,21 +15,23 @@ class Importance:
     """What a reverse pass of the dense model decides."""
 
     token_power: float = 0.0
-    """Weigh each token in a linear layer's Gram matrix by the squared gradient of the loss by the layer's outputs, to
-    this power; 0 weighs all the same."""
+    """Weigh each token in a linear layer's Gram matrix by the squared gradient of the loss by the
+    layer's outputs, to this power; 0 weighs all the same."""
     weigh_outputs: bool = False
-    """Weigh each output of a linear layer by the squared gradient of the loss, so that masks over a whole kernel go
-    where the loss is sensitive."""
+    """Weigh each output of a linear layer by the squared gradient of the loss, so that masks over a
+    whole kernel go where the loss is sensitive."""
     spread: float = 0.0
-    """Give every linear layer a sparsity of its own, by one threshold over the whole model, this far at most from the
-    one asked for, which holds in total."""
+    """Give every linear layer a sparsity of its own, by one threshold over the whole model, this
+    far at most from the one asked for, which holds in total."""
     sensitivity_windows: int | None = None
-    """Take the gradients from so many of the calibration windows, evenly spaced, instead of all, which --token-power
-    needs."""
+    """Take the gradients from so many of the calibration windows, evenly spaced, instead of all,
+    which --token-power needs."""
 
     def __post_init__(self) -> None:
         if self.sensitivity_windows is not None and self.sensitivity_windows < 1:
-            raise InputError(f"sensitivity_windows must be at least 1, not {self.sensitivity_windows}")
+            raise InputError(
+                f"sensitivity_windows must be at least 1, not {self.sensitivity_windows}"
+            )
         if self.token_power and self.sensitivity_windows:
             raise InputError(
                 "tokens can be weighed only by the gradients of all windows",
@@ -55,7 +57,8 @@ class Importance:
         return self.weighs or self.spread > 0
 
     def without(self, names: Collection[str]) -> "Importance":
-        """Returns the same with these fields deciding nothing; the default where no reverse pass is then needed."""
+        """Returns the same with these fields deciding nothing; the default where no reverse pass is
+        then needed."""
         rest = dataclasses.replace(self, **_defaults(Importance, names))
         return rest if rest.measured else Importance()
 
@@ -65,27 +68,32 @@ class Tuning:
     """Distillation: the kept weights tuned together at the end."""
 
     tune_epochs: float = 0.0
-    """Tune the kept weights of all layers together at the end, towards the dense model's predictions, visiting each
-    calibration window so many times; half an epoch visits half of them, or of their pieces."""
+    """Tune the kept weights of all layers together at the end, towards the dense model's
+    predictions, visiting each calibration window so many times; half an epoch visits half of them,
+    or of their pieces."""
     tune_rate: float = 0.001
-    """The highest learning rate, in units of the root mean square of a kernel's kept weights, where the tuning
-    begins 0.75 nats of KL divergence from the dense model or more; where it begins nearer, in proportion less. The rate
-    rises over the first eighth of the steps and then falls along a cosine."""
+    """The highest learning rate, in units of the root mean square of a kernel's kept weights, where
+    the tuning begins 0.75 nats of KL divergence from the dense model or more; where it begins
+    nearer, in proportion less. The rate rises over the first eighth of the steps and then falls
+    along a cosine."""
     tune_windows: int = 1
     """How many windows a step takes; with --tune-pieces, how many pieces."""
     tune_pieces: int = 1
-    """Cut each window that is tuned on into so many pieces, for as many times more steps on as much text. Four pieces
-    take about 1.35 times as long in all; where weights do not fit the device and come from the host, nearly four."""
+    """Cut each window that is tuned on into so many pieces, for as many times more steps on as much
+    text. Four pieces take about 1.35 times as long in all; where weights do not fit the device and
+    come from the host, nearly four."""
     tune_tokens: int = 0
-    """Tune on so many tokens of the calibration text instead, such as 250k or 1M: all of it in an order drawn
-    from the seed, but for 16 windows, of long ones fewer, on which the divergence is measured."""
+    """Tune on so many tokens of the calibration text instead, such as 250k or 1M: all of it in an
+    order drawn from the seed, but for 16 windows, of long ones fewer, on which the divergence is
+    measured."""
     tune_zeros: float = 0.0
-    """Leave this share of the sparsity above one half to the tuning: at 90 % a quarter, 0.25, is 10 %, so that the
-    solves prune to 80 %. The other zeros come in up to eight rounds during the first 60 % of the steps, fewer each
-    time, where the loss is least sensitive by then (0: the solves make all, as for N:M and for linear layers to which
-    --rule gives a pattern)."""
+    """Leave this share of the sparsity above one half to the tuning: at 90 % a quarter, 0.25, is 10
+    %, so that the solves prune to 80 %. The other zeros come in up to eight rounds during the first
+    60 % of the steps, fewer each time, where the loss is least sensitive by then (0: the solves
+    make all, as for N:M and for linear layers to which --rule gives a pattern)."""
     tune_to_end: bool = False
-    """Tune on all --tune-tokens, also when the divergence on the windows that are held out no longer falls."""
+    """Tune on all --tune-tokens, also when the divergence on the windows that are held out no
+    longer falls."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.tune_epochs < math.inf:
@@ -107,9 +115,14 @@ class Tuning:
             raise InputError(f"tune_pieces must be at least 1, not {self.tune_pieces}")
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the fields; later ones only where they are set, so that runs of earlier versions go on."""
+        """Returns the fields; later ones only where they are set, so that runs of earlier versions
+        go on."""
         later = {"tune_tokens": 0, "tune_to_end": False, "tune_pieces": 1, "tune_zeros": 0.0}
-        return {name: value for name, value in dataclasses.asdict(self).items() if value != later.get(name)}
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if value != later.get(name)
+        }
 
     def without(self, names: Collection[str]) -> "Tuning":
         """Returns the same with these fields deciding nothing."""
@@ -161,15 +174,18 @@ class Experts:
     """What is done to a model's experts beside pruning their linear layers."""
 
     drop_experts: float = 0.0
-    """Before anything else, drop this share of the experts of every layer: those of least saliency, which is the mean
-    over an expert's tokens of its share in the output times the norm of its own output (REAP)."""
+    """Before anything else, drop this share of the experts of every layer: those of least saliency,
+    which is the mean over an expert's tokens of its share in the output times the norm of its own
+    output (REAP)."""
     route_all: bool = False
-    """In calibration, let every token pass every expert, weighed by what the router would give it; otherwise an expert
-    sees only the tokens that are routed to it."""
+    """In calibration, let every token pass every expert, weighed by what the router would give it;
+    otherwise an expert sees only the tokens that are routed to it."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop_experts < 1:
-            raise InputError(f"drop_experts must be at least 0 and below 1, not {self.drop_experts}")
+            raise InputError(
+                f"drop_experts must be at least 0 and below 1, not {self.drop_experts}"
+            )
 
 
 def _defaults(part: type[Importance | Tuning], names: Collection[str]) -> dict[str, Any]:
@@ -177,17 +193,21 @@ def _defaults(part: type[Importance | Tuning], names: Collection[str]) -> dict[s
 
 
 def without_effect(pattern: Pattern | None) -> dict[str, str]:
-    """Returns the fields of `Importance` and `Tuning` that change nothing under a pattern (None: given masks), with the
-    reason."""
+    """Returns the fields of `Importance` and `Tuning` that change nothing under a pattern (None:
+    given masks), with the reason."""
     if pattern is None:
-        return dict.fromkeys(("spread", "weigh_outputs", "tune_zeros"), "the given masks decide which weights stay")
+        return dict.fromkeys(
+            ("spread", "weigh_outputs", "tune_zeros"), "the given masks decide which weights stay"
+        )
     if isinstance(pattern, NM):
         return {
             "spread": f"pattern {pattern} is the same for every linear layer",
             "tune_zeros": f"pattern {pattern} has all its zeros from the solves",
         }
     if isinstance(pattern, Unstructured) and pattern.per_output:
-        return dict.fromkeys(("spread", "weigh_outputs"), "per-output patterns compare within each output only")
+        return dict.fromkeys(
+            ("spread", "weigh_outputs"), "per-output patterns compare within each output only"
+        )
     return {}
 
 
@@ -196,7 +216,8 @@ class Rule:
     """A pattern of their own for some linear layers.
 
     Attributes:
-        names: which, as a shell pattern of names such as layers.3.mlp.down_proj: `*.q_proj`, `layers.2[0-9].*`.
+        names: which, as a shell pattern of names such as layers.3.mlp.down_proj: `*.q_proj`,
+            `layers.2[0-9].*`.
         pattern: theirs; None: they stay dense.
     """
 
@@ -204,7 +225,8 @@ class Rule:
     pattern: Pattern | None = None
 
     def matches(self, index: int, path: str) -> bool:
-        """Returns whether it names a linear layer, given by its decoder layer's index and its path there."""
+        """Returns whether it names a linear layer, given by its decoder layer's index and its path
+        there."""
         return fnmatch.fnmatchcase(f"layers.{index}.{path}", self.names)
 
     def as_json(self) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The devices of a run as one mesh, and how arrays lie on it.
 
-Windows are sharded over the mesh, params are replicated, solves are sharded over outputs. Everything that goes to the
-devices or comes back goes through here. With several hosts each process runs the same program on the same host arrays
-and gives its own devices their shards; what comes back is gathered on every host.
+Windows are sharded over the mesh, params are replicated, solves are sharded over outputs.
+Everything that goes to the devices or comes back goes through here. With several hosts each process
+runs the same program on the same host arrays and gives its own devices their shards; what comes
+back is gathered on every host.
 """
 
 import dataclasses
@@ -19,7 +20,8 @@ from jaxprune.errors import Change, InputError
 
 AXIS = "devices"
 MOST_DEVICES = 256
-"""Most devices of a process. A CPU can be divided into any number of them, each of which takes memory and threads."""
+"""Most devices of a process. A CPU can be divided into any number of them, each of which takes
+memory and threads."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +29,10 @@ class Devices:
     """The devices that a run uses.
 
     Attributes:
-        mesh: a mesh of one axis, over all of them; None: one device alone, where nothing is sharded.
-        device: that one, where programs are compiled for it and it need not be there; None: JAX's default device.
+        mesh: a mesh of one axis, over all of them; None: one device alone, where nothing is
+            sharded.
+        device: that one, where programs are compiled for it and it need not be there; None: JAX's
+            default device.
     """
 
     mesh: Mesh | None = None
@@ -47,13 +51,21 @@ class Devices:
         there = jax.devices()
         if count is not None and not 1 <= count <= len(there):
             found = ", ".join(map(str, there[:8]))
-            raise InputError(f"JAX finds {len(there)} devices ({found}), not {count}", options={"devices": len(there)})
+            raise InputError(
+                f"JAX finds {len(there)} devices ({found}), not {count}",
+                options={"devices": len(there)},
+            )
         if jax.process_count() > 1 and count not in (None, len(there)):
             raise InputError(
-                f"several processes use all their devices, {len(there)}, not {count}", options={"devices": Change.OMIT}
+                f"several processes use all their devices, {len(there)}, not {count}",
+                options={"devices": Change.OMIT},
             )
         chosen = there[: count or len(there)]
-        return cls(Mesh(np.array(chosen), (AXIS,), axis_types=(AxisType.Auto,)) if len(chosen) > 1 else None)
+        return cls(
+            Mesh(np.array(chosen), (AXIS,), axis_types=(AxisType.Auto,))
+            if len(chosen) > 1
+            else None
+        )
 
     @property
     def count(self) -> int:
@@ -63,18 +75,26 @@ class Devices:
     @property
     def processes(self) -> list[int]:
         """The process of each device in use."""
-        return [device.process_index for device in self.mesh.devices.flat] if self.mesh else [jax.process_index()]
+        return (
+            [device.process_index for device in self.mesh.devices.flat]
+            if self.mesh
+            else [jax.process_index()]
+        )
 
     def replicate(self, tree: Any) -> Any:
         """Puts arrays on every device, whole."""
         return self._put(tree, PartitionSpec()) if self.mesh else jax.device_put(tree)
 
     def shard_first(self, tree: Any) -> Any:
-        """Shards the first axis of arrays, windows or experts, over the devices; replicates those that cannot be."""
+        """Shards the first axis of arrays, windows or experts, over the devices; replicates those
+        that cannot be."""
         return jax.tree.map(lambda array: self._shard(array, 0), tree)
 
-    def assemble_first(self, shape: tuple[int, ...], dtype: np.dtype, part: Callable[[slice], np.ndarray]) -> jax.Array:
-        """Puts an array on the devices as `shard_first` does, of which each process has the parts of its own.
+    def assemble_first(
+        self, shape: tuple[int, ...], dtype: np.dtype, part: Callable[[slice], np.ndarray]
+    ) -> jax.Array:
+        """Puts an array on the devices as `shard_first` does, of which each process has the parts
+        of its own.
 
         Args:
             shape: of the whole.
@@ -83,21 +103,26 @@ class Devices:
         """
         assert self.mesh is not None
         sharding = NamedSharding(self.mesh, self._spec(shape, 0))
-        return jax.make_array_from_callback(shape, sharding, lambda index: part(index[0]), dtype=dtype)
+        return jax.make_array_from_callback(
+            shape, sharding, lambda index: part(index[0]), dtype=dtype
+        )
 
     def shard_outputs(self, tree: Any) -> Any:
-        """Shards the last axis of arrays over the devices; replicates arrays that cannot be split evenly."""
+        """Shards the last axis of arrays over the devices; replicates arrays that cannot be split
+        evenly."""
         return jax.tree.map(lambda array: self._shard(array, -1), tree)
 
     def zeros(self, shape: tuple[int, ...]) -> jax.Array:
-        """Makes float32 zeros; those of three axes are sharded over the first, where it can be split evenly."""
+        """Makes float32 zeros; those of three axes are sharded over the first, where it can be
+        split evenly."""
         if self.mesh is None:
             return jnp.zeros(shape, jnp.float32)
         spec = self._spec(shape, 0 if len(shape) == 3 else None)
         return jnp.zeros(shape, jnp.float32, device=NamedSharding(self.mesh, spec))
 
     def abstract(self, shape: jax.ShapeDtypeStruct, axis: int | None) -> jax.ShapeDtypeStruct:
-        """Returns a shape with the sharding that an array of it gets; `axis` is sharded, None: it is replicated."""
+        """Returns a shape with the sharding that an array of it gets; `axis` is sharded, None: it
+        is replicated."""
         if self.mesh is None:
             return _placed(shape, self.device)
         sharding = NamedSharding(self.mesh, self._spec(shape.shape, axis))

@@ -2,8 +2,9 @@
 
     python scripts/chats.py TASKS OUT
 
-TASKS holds arc_challenge.jsonl, arc_easy.jsonl, boolq.jsonl, hellaswag.jsonl and openbookqa.jsonl, as for --tasks-data.
-OUT/train.jsonl and OUT/test.jsonl get every second row each, one conversation a line, under "messages".
+TASKS holds arc_challenge.jsonl, arc_easy.jsonl, boolq.jsonl, hellaswag.jsonl and openbookqa.jsonl,
+as for --tasks-data. OUT/train.jsonl and OUT/test.jsonl get every second row each, one conversation
+a line, under "messages".
 """
 
 import argparse
@@ -26,7 +27,10 @@ def _chosen(question: str, row: dict[str, Any]) -> tuple[str, str]:
 TASKS: dict[str, Callable[[dict[str, Any]], tuple[str, str]]] = {
     "arc_challenge": lambda row: _chosen(row["question"], row),
     "arc_easy": lambda row: _chosen(row["question"], row),
-    "boolq": lambda row: (f"{row['passage']}\n\n{row['question']}?", "Yes." if row["label"] else "No."),
+    "boolq": lambda row: (
+        f"{row['passage']}\n\n{row['question']}?",
+        "Yes." if row["label"] else "No.",
+    ),
     "hellaswag": lambda row: (f"What comes next? {row['ctx']}", row["endings"][int(row["label"])]),
     "openbookqa": lambda row: _chosen(row["question_stem"], row),
 }
@@ -35,7 +39,9 @@ TASKS: dict[str, Callable[[dict[str, Any]], tuple[str, str]]] = {
 
 def main() -> None:
     """Writes both files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("tasks", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
@@ -43,7 +49,9 @@ def main() -> None:
     for name, of_row in TASKS.items():
         for line in (args.tasks / f"{name}.jsonl").read_text().splitlines():
             said = zip(("user", "assistant"), of_row(json.loads(line)), strict=True)
-            chats.append(json.dumps({"messages": [{"role": role, "content": text} for role, text in said]}))
+            chats.append(
+                json.dumps({"messages": [{"role": role, "content": text} for role, text in said]})
+            )
     order = np.random.default_rng(0).permutation(len(chats))
     for number, split in enumerate(("train", "test")):
         with staged(destination(args.out / f"{split}.jsonl", folder=False)) as made:

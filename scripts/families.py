@@ -1,10 +1,11 @@
-"""Model families: how far their logits are from transformers', and which public checkpoints they take.
+"""Model families: how far their logits are from transformers', and which public checkpoints they
+take.
 
     python scripts/families.py
 
-Prints a table. Logits are compared on tiny random checkpoints, in float32 against transformers in float64. Public
-checkpoints are taken by their configuration: shapes only, through the plan of a run of ADMM on 128 windows of 2048
-tokens in bfloat16, whose FLOPs are shown.
+Prints a table. Logits are compared on tiny random checkpoints, in float32 against transformers in
+float64. Public checkpoints are taken by their configuration: shapes only, through the plan of a run
+of ADMM on 128 windows of 2048 tokens in bfloat16, whose FLOPs are shown.
 """
 
 import json
@@ -45,8 +46,21 @@ def difference(family: str) -> float:
 def planned(family: str, name: str) -> str:
     """A checkpoint's weights in billions, and the FLOPs of its run."""
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps({"model_type": family, **public.PUBLIC[family][name]}))
-        line = ["--ckpt", folder, "--dtype", "bfloat16", "--seqlen", "2048", "--eval", "none", "--device-memory", "80"]
+        (Path(folder) / "config.json").write_text(
+            json.dumps({"model_type": family, **public.PUBLIC[family][name]})
+        )
+        line = [
+            "--ckpt",
+            folder,
+            "--dtype",
+            "bfloat16",
+            "--seqlen",
+            "2048",
+            "--eval",
+            "none",
+            "--device-memory",
+            "80",
+        ]
         work = work_of(*parse(line), ONE_DEVICE)
         weights = sum(np.prod(param.shape) for param in work.spec.values()) / 1e9
         flops = need(work, within=math.inf).flops.values()  # no program is compiled
@@ -54,7 +68,9 @@ def planned(family: str, name: str) -> str:
 
 
 def main() -> None:
-    print("| family | lines | largest difference of a logit | checkpoints (weights, PFLOP of a run) |")
+    print(
+        "| family | lines | largest difference of a logit | checkpoints (weights, PFLOP of a run) |"
+    )
     print("|---|---:|---:|---|")
     for family in sorted(public.PUBLIC):
         lines = len((MODELS / f"{family}.py").read_text().splitlines())

@@ -3,9 +3,10 @@
     pip install 'jaxprune[plan-gpu]' 'jaxprune[plan-tpu]'
     JAX_PLATFORMS=cpu python scripts/hardware.py --targets h100 h100x8 v5e v5ex8 --programs
 
-Prints Markdown tables. Checkpoints are taken by their configuration, in bfloat16, 128 windows of 2048 tokens, 70 %
-sparsity, no evaluation. A target's name may end in the number of devices. --programs adds a table of the programs: how
-long each takes over the least time of its products, arguments and results, its instructions, and its compilation.
+Prints Markdown tables. Checkpoints are taken by their configuration, in bfloat16, 128 windows of
+2048 tokens, 70 % sparsity, no evaluation. A target's name may end in the number of devices.
+--programs adds a table of the programs: how long each takes over the least time of its products,
+arguments and results, its instructions, and its compilation.
 """
 
 import argparse
@@ -28,13 +29,28 @@ from tests.helpers.public import PUBLIC, sizes  # noqa: E402
 
 MODELS = {
     "SmolLM2-135M": ("llama", PUBLIC["llama"]["SmolLM2-135M"]),
-    "Llama-3.1-8B": ("llama", PUBLIC["llama"]["Llama-3.1-8B"] | {"max_position_embeddings": 131072}),
+    "Llama-3.1-8B": (
+        "llama",
+        PUBLIC["llama"]["Llama-3.1-8B"] | {"max_position_embeddings": 131072},
+    ),
     "LLaMA-2-7B": ("llama", sizes(4096, 11008, 32, 32, 32, 32000, max_position_embeddings=4096)),
     "LLaMA-2-70B": ("llama", PUBLIC["llama"]["Llama-2-70B"]),
     "Mixtral-8x7B": ("mixtral", PUBLIC["mixtral"]["Mixtral-8x7B"]),
 }
-RECIPES = {"admm": "--method admm"} | {name: f"--preset {name}" for name in ("fast", "best", "thorough")}
-COLUMNS = "checkpoint", "recipe", "target", "GiB of a device", "fits", "PFLOP", "host link, TB", "sent, TB", "at least"
+RECIPES = {"admm": "--method admm"} | {
+    name: f"--preset {name}" for name in ("fast", "best", "thorough")
+}
+COLUMNS = (
+    "checkpoint",
+    "recipe",
+    "target",
+    "GiB of a device",
+    "fits",
+    "PFLOP",
+    "host link, TB",
+    "sent, TB",
+    "at least",
+)
 
 
 def planned(model: str, recipe: str, target_name: str) -> tuple[Need, list[str]]:
@@ -45,28 +61,58 @@ def planned(model: str, recipe: str, target_name: str) -> tuple[Need, list[str]]
     family, config = MODELS[model]
     with tempfile.TemporaryDirectory() as folder, writing_for(target.hardware), without_cache():
         (Path(folder) / "config.json").write_text(json.dumps({"model_type": family, **config}))
-        line = ["--ckpt", folder, "--dtype", "bfloat16", "--seqlen", "2048", "--eval", "none", "--sparsity", "0.7"]
-        work = work_of(*parse([*line, *RECIPES[recipe].split()]), target.devices(int(count)), target)
+        line = [
+            "--ckpt",
+            folder,
+            "--dtype",
+            "bfloat16",
+            "--seqlen",
+            "2048",
+            "--eval",
+            "none",
+            "--sparsity",
+            "0.7",
+        ]
+        work = work_of(
+            *parse([*line, *RECIPES[recipe].split()]), target.devices(int(count)), target
+        )
         need = preflight.need(work)
     petaflop = sum(sum(flops.values()) for flops in need.flops.values()) / 1e15
     moved, peak = sum(need.transfers.values()) / 1e12, max(need.device.values()) / GIB
     phases = ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in need.seconds.items())
     fits = "no" if list(fit.device_shortages(need, work)) else "yes"
-    row = [model, recipe, target_name, f"{peak:.1f} of {target.usable / GIB:.0f}", fits, f"{petaflop:.3g}"]
+    row = [
+        model,
+        recipe,
+        target_name,
+        f"{peak:.1f} of {target.usable / GIB:.0f}",
+        fits,
+        f"{petaflop:.3g}",
+    ]
     sent = sum(need.exchanged.values()) / 1e12
-    return need, [*row, f"{moved:.3g}", f"{sent:.3g}", f"{duration(sum(need.seconds.values()))}: {phases}"]
+    return need, [
+        *row,
+        f"{moved:.3g}",
+        f"{sent:.3g}",
+        f"{duration(sum(need.seconds.values()))}: {phases}",
+    ]
 
 
 def print_programs(title: str, need: Need) -> None:
     """Prints what each program costs; those that were compiled for another are left out."""
     print(f"\n{title}: {sum(cost.compilation for cost in need.costs):.0f} s of compilation\n")
-    print("| phase | program | calls | ms of a call | over its bound | instructions | compiled in, s |")
+    print(
+        "| phase | program | calls | ms of a call | over its bound | instructions | compiled in, s "
+        "|"
+    )
     print("|---|---|---:|---:|---:|---:|---:|")
     for cost in need.costs:
         if cost.compilation > 0.05:
             times = f"{1e3 * cost.seconds:.3g} | {cost.seconds / cost.bound:.2f}"
             rest = f"{cost.instructions} | {cost.compilation:.1f}"
-            print(f"| {cost.phase} | {cost.name} | {cost.calls:.0f} | {times} | {rest} |", flush=True)
+            print(
+                f"| {cost.phase} | {cost.name} | {cost.calls:.0f} | {times} | {rest} |", flush=True
+            )
     print()
 
 

@@ -1,11 +1,13 @@
-"""How methods rank on small models of several families, trained here: perplexities at 50 % and 70 %, two seeds.
+"""How methods rank on small models of several families, trained here: perplexities at 50 % and 70
+%, two seeds.
 
     JAXPRUNE_DATA=... python scripts/trained.py --out DIR [--steps 500] [--seeds 0 1]
 
-A model of some million weights of each family is trained by transformers on C4's text, with a vocabulary of its own,
-and pruned by Wanda, SparseGPT and ADMM on other text of C4; the perplexity is that of text that neither saw. With
-experts, what dropping a quarter of them does is measured, too, and ADMM with all tokens for all experts. Prints a
-table; a difference below the spread of the seeds is a tie.
+A model of some million weights of each family is trained by transformers on C4's text, with a
+vocabulary of its own, and pruned by Wanda, SparseGPT and ADMM on other text of C4; the perplexity
+is that of text that neither saw. With experts, what dropping a quarter of them does is measured,
+too, and ADMM with all tokens for all experts. Prints a table; a difference below the spread of the
+seeds is a tie.
 """
 
 import argparse
@@ -68,11 +70,15 @@ def ids() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     file = Path(os.environ["JAXPRUNE_DATA"]) / "c4/c4-train-sample.jsonl"
     documents = [json.loads(line)["text"] for line in file.read_text().splitlines()]
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(documents[:1800], VOCABULARY, show_progress=False, special_tokens=["<end>"])
+    tokenizer.train_from_iterator(
+        documents[:1800], VOCABULARY, show_progress=False, special_tokens=["<end>"]
+    )
     parts = []
     for some in (documents[:1750], documents[1750:1850], documents[1850:]):
         joined = [token for text in some for token in (*tokenizer.encode(text).ids, 0)]
-        parts.append(np.array(joined[: len(joined) // LENGTH * LENGTH], np.int32).reshape(-1, LENGTH))
+        parts.append(
+            np.array(joined[: len(joined) // LENGTH * LENGTH], np.int32).reshape(-1, LENGTH)
+        )
     return parts[0], parts[1], parts[2]
 
 
@@ -82,7 +88,9 @@ def train(family: str, seed: int, windows: np.ndarray, steps: int, folder: Path)
     config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family]})
     model = AutoModelForCausalLM.from_config(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    order = np.random.default_rng(seed).permutation(len(windows) * 9)[: steps * 8].reshape(-1, 8) % len(windows)
+    order = np.random.default_rng(seed).permutation(len(windows) * 9)[: steps * 8].reshape(
+        -1, 8
+    ) % len(windows)
     begun = time.perf_counter()
     for step, rows in enumerate(order):
         rate = min(1, (step + 1) / 40) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
@@ -96,11 +104,16 @@ def train(family: str, seed: int, windows: np.ndarray, steps: int, folder: Path)
         optimizer.step()
         if (step + 1) % 100 == 0:
             spent = time.perf_counter() - begun
-            print(f"# {family} {seed} step {step + 1} loss {loss.item():.3f} {spent:.0f} s", flush=True)
+            print(
+                f"# {family} {seed} step {step + 1} loss {loss.item():.3f} {spent:.0f} s",
+                flush=True,
+            )
     model.save_pretrained(folder)
 
 
-def measured(folder: Path, out: Path, calibration: np.ndarray, text: np.ndarray) -> dict[str, float]:
+def measured(
+    folder: Path, out: Path, calibration: np.ndarray, text: np.ndarray
+) -> dict[str, float]:
     """The perplexities of a dense model and of what is made of it."""
     found = {"dense": perplexity(load(folder), text)}
     recipes = {
@@ -123,15 +136,23 @@ def measured(folder: Path, out: Path, calibration: np.ndarray, text: np.ndarray)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="a folder for the models; trained ones there are used")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="a folder for the models; trained ones there are used",
+    )
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     args = parser.parse_args()
     training, calibration, text = ids()
     print(
-        f"# {training.size} tokens to train on, {calibration.size} to prune with, {text.size} to evaluate on",
+        f"# {training.size} tokens to train on, {calibration.size} to prune with, {text.size} to "
+        "evaluate on",
         flush=True,
     )
     print("| family | what | " + " | ".join(f"seed {seed}" for seed in args.seeds) + " |")
@@ -146,7 +167,10 @@ def main() -> None:
             for name, value in every.items():
                 rows.setdefault(name, []).append(value)
         for name, values in rows.items():
-            print(f"| {family} | {name} | " + " | ".join(f"{value:.2f}" for value in values) + " |", flush=True)
+            print(
+                f"| {family} | {name} | " + " | ".join(f"{value:.2f}" for value in values) + " |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

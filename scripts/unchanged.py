@@ -2,9 +2,10 @@
 
     python scripts/unchanged.py REVISION --ckpt smollm2-135m --layers 3
 
-A checkpoint of the first layers of another one is pruned in many ways by both, each in processes of its own. Compared
-are the SHA-256 of all weights and masks, and the numbers of the records: errors and zeros of every linear, and what was
-evaluated. Both have to run on one machine, for bytes differ between processors. The exit status is 1 where any differs.
+A checkpoint of the first layers of another one is pruned in many ways by both, each in processes of
+its own. Compared are the SHA-256 of all weights and masks, and the numbers of the records: errors
+and zeros of every linear, and what was evaluated. Both have to run on one machine, for bytes differ
+between processors. The exit status is 1 where any differs.
 """
 
 import argparse
@@ -30,10 +31,12 @@ CASES = {
     "sparsegpt 50 %": f"--ckpt {CKPT} --method sparsegpt --sparsity 0.5",
     "wanda 50 %": f"--ckpt {CKPT} --method wanda --sparsity 0.5 --save-masks masks",
     "admm 2:4": f"--ckpt {CKPT} --method admm --pattern 2:4",
-    "crossed, with a finish": f"--ckpt {CKPT} --mask wanda --update exact --finish-steps 5 --asymmetry 0.3",
+    "crossed, with a finish": f"--ckpt {CKPT} --mask wanda --update exact --finish-steps 5 "
+    "--asymmetry 0.3",
     "fast 70 %": f"--ckpt {CKPT} --preset fast --sparsity 0.7",
     "best 70 %": f"--ckpt {CKPT} --preset best --sparsity 0.7",
-    "thorough 70 %": f"--ckpt {CKPT} --preset thorough --sparsity 0.7 --tune-tokens 4k --save-masks late-zeros",
+    "thorough 70 %": f"--ckpt {CKPT} --preset thorough --sparsity 0.7 --tune-tokens 4k "
+    "--save-masks late-zeros",
     "tokens weighed": f"--ckpt {CKPT} --sparsity 0.6 --token-power 0.5 --weigh-outputs",
     "bfloat16": f"--ckpt {CKPT} --sparsity 0.5 --dtype bfloat16",
     "hidden states on a disk": f"--ckpt {CKPT} --preset fast --sparsity 0.7 --hidden disk",
@@ -53,14 +56,20 @@ def shortened(source: str, layers: int, folder: Path) -> None:
     from convert import create_checkpoint, open_checkpoint, parts
 
     reader = open_checkpoint(source)
-    kept = [path for path in reader.spec if not path.startswith("layers.") or int(path.split(".")[1]) < layers]
+    kept = [
+        path
+        for path in reader.spec
+        if not path.startswith("layers.") or int(path.split(".")[1]) < layers
+    ]
     spec = {path: reader.spec[path] for path in kept}
     with tempfile.TemporaryDirectory() as assets:
         for file in reader.assets.iterdir():
             if file.suffix in (".json", ".txt", ".model") and "index" not in file.name:
                 (Path(assets) / file.name).write_bytes(file.read_bytes())
         config = json.loads((reader.assets / "config.json").read_text())
-        (Path(assets) / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+        (Path(assets) / "config.json").write_text(
+            json.dumps(config | {"num_hidden_layers": layers})
+        )
         for name, to in {CKPT: "hf", "orbax": "orbax"}.items():
             with create_checkpoint(folder / name, spec, Path(assets), to=to) as writer:
                 for paths in parts(spec).values():
@@ -80,15 +89,22 @@ def _shard(folder: Path) -> None:
             (target / file.name).write_bytes(file.read_bytes())
     tensors = load_file(folder / CKPT / "model.safetensors")
     names = sorted(tensors)
-    files = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    files = {
+        "model-00001-of-00002.safetensors": names[::2],
+        "model-00002-of-00002.safetensors": names[1::2],
+    }
     for file, own in files.items():
         save_file({name: tensors[name] for name in own}, target / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: file for file, own in files.items() for name in own}}
+    index = {
+        "metadata": {},
+        "weight_map": {name: file for file, own in files.items() for name in own},
+    }
     (target / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def run(tree: Path, folder: Path, line: list[str], wait: Callable[[], bool] | None = None) -> float:
-    """Runs a command line of a tree; kills it as soon as what `wait` waits for is there. Returns its seconds.
+    """Runs a command line of a tree; kills it as soon as what `wait` waits for is there. Returns
+    its seconds.
 
     Raises:
         RuntimeError: it failed.
@@ -97,7 +113,11 @@ def run(tree: Path, folder: Path, line: list[str], wait: Callable[[], bool] | No
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "jaxprune.run", *line], cwd=folder, env=environment, stdout=log, stderr=log
+            [sys.executable, "-m", "jaxprune.run", *line],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=log,
         )
         while wait and process.poll() is None:
             if wait():
@@ -106,7 +126,9 @@ def run(tree: Path, folder: Path, line: list[str], wait: Callable[[], bool] | No
             time.sleep(0.01)
         status = process.wait()
     if status and not (wait and status == -signal.SIGKILL):
-        raise RuntimeError(f"{' '.join(line)} ended with {status}:\n{(folder / 'log').read_text()[-2000:]}")
+        raise RuntimeError(
+            f"{' '.join(line)} ended with {status}:\n{(folder / 'log').read_text()[-2000:]}"
+        )
     return time.perf_counter() - start
 
 
@@ -135,10 +157,16 @@ def made(tree: Path, folder: Path, name: str, line: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("revision", help="of git, with which this tree is compared")
-    parser.add_argument("--ckpt", default="smollm2-135m", help="whose first layers are taken (default: %(default)s)")
-    parser.add_argument("--gguf", default="smollm2-135m", help="a GGUF, as it is (default: %(default)s)")
+    parser.add_argument(
+        "--ckpt", default="smollm2-135m", help="whose first layers are taken (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--gguf", default="smollm2-135m", help="a GGUF, as it is (default: %(default)s)"
+    )
     parser.add_argument("--layers", type=int, default=3, help="so many (default: %(default)s)")
     parser.add_argument("--only", default="", help="cases with this in their name")
     args = parser.parse_args()
@@ -152,14 +180,20 @@ def main() -> int:
                 (base / which).mkdir()
             shortened(args.ckpt, args.layers, base / "then")
             for checkpoint in (CKPT, "orbax", "sharded"):
-                subprocess.run(["cp", "-a", base / "then" / checkpoint, base / "now" / checkpoint], check=True)
+                subprocess.run(
+                    ["cp", "-a", base / "then" / checkpoint, base / "now" / checkpoint], check=True
+                )
             print("| | weights | numbers | seconds then | now |\n|---|---|---|---|---|")
             for case, line in CASES.items():
                 if args.only in case:
                     line = line.replace("{gguf}", args.gguf)
-                    then, now = (made(tree, base / which, case, line) for which, tree in trees.items())
+                    then, now = (
+                        made(tree, base / which, case, line) for which, tree in trees.items()
+                    )
                     files = then["files"] == now["files"]
-                    numbers = all(then[key] == now[key] for key in ("linears", "sparsity", "evaluation"))
+                    numbers = all(
+                        then[key] == now[key] for key in ("linears", "sparsity", "evaluation")
+                    )
                     same &= files and numbers
                     words = ["the same" if equal else "OTHERS" for equal in (files, numbers)]
                     seconds = f"{then['seconds']:.1f} | {now['seconds']:.1f}"

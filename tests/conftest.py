@@ -15,15 +15,17 @@ from tests.helpers import typecheck, xla
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ[CACHE] = tempfile.mkdtemp(prefix="jaxprune-tests-")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"  # what takes less is compiled as soon as read
+# what takes less is compiled as soon as read
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-# PyTorch's and NumPy's threads would wait for those of the other processes, and they wait by running in circles.
+# PyTorch's and NumPy's threads would wait for those of the other processes, and they wait by
+# running in circles.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# XLA takes a third of the time to compile without optimizing, without its newer code for fused loops, as long as it has
-# the older, and on one thread where others have work too. Command lines in processes of their own have all that, unless
-# `xla.quick` says otherwise.
+# XLA takes a third of the time to compile without optimizing, without its newer code for fused
+# loops, as long as it has the older, and on one thread where others have work too. Command lines in
+# processes of their own have all that, unless `xla.quick` says otherwise.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ[xla.FLAGS] = " ".join(
         xla.known(
@@ -35,13 +37,16 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Prepares the processes that run tests; the one that hands them out need not import anything of that."""
+    """Prepares the processes that run tests; the one that hands them out need not import anything
+    of that."""
     if is_xdist_controller(session):
         return
-    # Types in signatures are checked at every call. Shapes are where a module has any: that takes many times as long.
+    # Types in signatures are checked at every call. Shapes are where a module has any: that takes
+    # many times as long.
     typecheck.install(Path(__file__).parents[1])
     flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} {os.environ[xla.FLAGS]}".strip()  # XLA takes a blank for the name of a file
+    # XLA takes a blank for the name of a file
+    os.environ["XLA_FLAGS"] = f"{flags} {os.environ[xla.FLAGS]}".strip()
     import jax
 
     jax.devices()  # reads the flags
@@ -52,11 +57,16 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    slow = [] if os.environ.get("JAXPRUNE_SLOW") else [item for item in items if item.get_closest_marker("slow")]
+    slow = (
+        []
+        if os.environ.get("JAXPRUNE_SLOW")
+        else [item for item in items if item.get_closest_marker("slow")]
+    )
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
-    # What forks comes before this process grows; the longest tests are of the whole product: none ends alone.
+    # What forks comes before this process grows; the longest tests are of the whole product: none
+    # ends alone.
     whole = Path(__file__).parent
     items.sort(key=lambda item: (not item.get_closest_marker("forks"), item.path.parent != whole))
 
@@ -66,10 +76,11 @@ forget_at = 2 * GIB
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Has what is left of a file's tests left out of later garbage collections: JAX keeps millions of objects.
+    """Has what is left of a file's tests left out of later garbage collections: JAX keeps millions
+    of objects.
 
-    For each GiB that the process has grown it forgets them, and the programs that they belong to: there are hosts that
-    take seconds to give a machine new memory.
+    For each GiB that the process has grown it forgets them, and the programs that they belong to:
+    there are hosts that take seconds to give a machine new memory.
     """
     global forget_at
     if nextitem and nextitem.path != item.path:

@@ -32,14 +32,18 @@ def run(example: str, *args: object) -> str:
     "example, flags",
     [
         ("finetune_jax.py", ["--rate", "0.01"]),
-        pytest.param("finetune_pytorch.py", ["--rate", "0.01"], marks=[needs_torch, pytest.mark.slow]),
+        pytest.param(
+            "finetune_pytorch.py", ["--rate", "0.01"], marks=[needs_torch, pytest.mark.slow]
+        ),
         pytest.param("finetune_pytorch.py", ["--rate", "0.01", "--lora"], marks=needs_torch),
     ],
 )
 def test_a_fine_tuning_learns_and_keeps_the_zeros(
     example: str, flags: list[str], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    source = pruned(tiny.save(tmp_path / "dense", tiny.config(), dtype="float32"), tmp_path / "pruned")
+    source = pruned(
+        tiny.save(tmp_path / "dense", tiny.config(), dtype="float32"), tmp_path / "pruned"
+    )
     run(example, source, text, tmp_path / "tuned", "--steps", 20, "--length", 32, *flags)
     assert main(["verify", str(tmp_path / "tuned"), "--zeros-of", str(source)]) == 0
     assert "all zeros of" in " ".join(capsys.readouterr().out.split())

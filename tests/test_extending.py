@@ -1,4 +1,5 @@
-"""The example of docs/extending, installed by pip as a package of somebody else: a method, a family, a text source."""
+"""The example of docs/extending, installed by pip as a package of somebody else: a method, a
+family, a text source."""
 
 import json
 import os
@@ -30,7 +31,16 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of installed packages that holds the example alone."""
     folder = tmp_path_factory.mktemp("installed")
     source = shutil.copytree(EXAMPLE, tmp_path_factory.mktemp("source") / "example")
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+    ]
     done = subprocess.run([*command, folder, source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
@@ -45,7 +55,8 @@ def arcee(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kept = {name: tensor for name, tensor in tensors.items() if "gate_proj" not in name}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     same = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+        "num_key_value_heads "
         "max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id eos_token_id dtype"
     ).split()
     options = {name: getattr(llama, name) for name in same} | {"dtype": "float32"}
@@ -62,11 +73,25 @@ def importable(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_package_of_somebody_else_prunes(
     installed: Path, importable: None, arcee: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    flags = "--method rescaled --largest 2 --pattern 2:4 --calib pydoc --nsamples 4 --seqlen 32 --eval ppl"
+    flags = (
+        "--method rescaled --largest 2 --pattern 2:4 --calib pydoc --nsamples 4 --seqlen 32 --eval "
+        "ppl"
+    )
     text = "--eval-text pydoc --eval-seqlen 32 --eval-windows 2 --out pruned"
-    command = [sys.executable, "-m", "jaxprune", "prune", "--ckpt", str(arcee), *flags.split(), *text.split()]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxprune",
+        "prune",
+        "--ckpt",
+        str(arcee),
+        *flags.split(),
+        *text.split(),
+    ]
     environment = os.environ | xla.quick() | {"PYTHONPATH": str(installed)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "pruned/jaxprune.json").read_text())
     assert (record["method"]["name"], record["method"]["options"]) == ("rescaled", {"largest": 2.0})
@@ -75,7 +100,9 @@ def test_a_package_of_somebody_else_prunes(
     assert len(kernels) == 3 * 6
     for name in kernels:
         assert ((tensors[name].reshape(-1, 4) == 0).sum(axis=1) == 2).all(), name
-    assert jaxprune(["verify", str(tmp_path / "pruned"), "--against", str(arcee)]) == 0, capsys.readouterr()
+    assert jaxprune(["verify", str(tmp_path / "pruned"), "--against", str(arcee)]) == 0, (
+        capsys.readouterr()
+    )
 
 
 def test_it_is_offered_by_the_help(importable: None, capsys: pytest.CaptureFixture) -> None:
@@ -85,9 +112,14 @@ def test_it_is_offered_by_the_help(importable: None, capsys: pytest.CaptureFixtu
     assert "--largest" in printed and "The largest factor" in printed
 
 
-def test_without_it_one_line_says_what_is_missing(arcee: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_without_it_one_line_says_what_is_missing(
+    arcee: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     for flags in (["--method", "rescaled"], []):
-        assert jaxprune(["prune", "--ckpt", str(arcee), *flags, "--out", str(tmp_path / "pruned")]) == 2
+        assert (
+            jaxprune(["prune", "--ckpt", str(arcee), *flags, "--out", str(tmp_path / "pruned")])
+            == 2
+        )
         printed = capsys.readouterr().err
         assert printed.count("\n") == 1
         assert ("rescaled" if flags else "arcee") in printed
@@ -111,7 +143,8 @@ class Noisy(Wanda):
 def test_an_option_of_a_runs_name_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """Neither the method nor the run is given the other's value; a command without such a flag takes the method."""
+    """Neither the method nor the run is given the other's value; a command without such a flag
+    takes the method."""
     (tmp_path / "noisy.py").write_text(NOISY)
     about = tmp_path / "noisy-1.0.dist-info"
     about.mkdir()
@@ -123,13 +156,19 @@ def test_an_option_of_a_runs_name_is_one_line(
         assert jaxprune([*line.split(), "--method", "noisy", "--seed", "3"]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
-        assert "two flags of" in error and "--seed" in error and "'Method noisy' and one of 'Calibration'" in error
+        assert (
+            "two flags of" in error
+            and "--seed" in error
+            and "'Method noisy' and one of 'Calibration'" in error
+        )
     _, _, recipe, _ = parse_solve(["file", "--method", "noisy", "--seed", "3"])
     assert recipe.method.seed == 3  # type: ignore[attr-defined]
     records = Path(__file__).parent / "reporting/records"
     record = schema.as_json(reading.load(records / "unstructured.json")) | recipe.as_json()
     (tmp_path / "jaxprune.json").write_text(json.dumps(record))
-    assert jaxprune(["--config", str(tmp_path / "jaxprune.json"), "--out", str(tmp_path / "out")]) == 2
+    assert (
+        jaxprune(["--config", str(tmp_path / "jaxprune.json"), "--out", str(tmp_path / "out")]) == 2
+    )
     assert "two flags of jaxprune prune have the name --seed" in capsys.readouterr().err
 
 
@@ -138,12 +177,21 @@ def test_the_family_computes_what_transformers_does(importable: None, arcee: Pat
     tokens = np.random.default_rng(0).integers(0, 300, (2, 50))
     found, _ = logits(load(arcee), tokens.astype(np.int32))
     with torch.no_grad():
-        expected = ArceeForCausalLM.from_pretrained(arcee).eval().double()(torch.tensor(tokens)).logits.numpy()
+        expected = (
+            ArceeForCausalLM.from_pretrained(arcee)
+            .eval()
+            .double()(torch.tensor(tokens))
+            .logits.numpy()
+        )
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.9, per_output=True), NM(2, 4)], ids=str)
-def test_the_method_is_not_worse_than_wanda(pattern: Unstructured | NM, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "pattern", [Unstructured(0.5), Unstructured(0.9, per_output=True), NM(2, 4)], ids=str
+)
+def test_the_method_is_not_worse_than_wanda(
+    pattern: Unstructured | NM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(EXAMPLE)
     from jaxprune_example.rescaled import Rescaled  # type: ignore[import-not-found]
 

@@ -35,7 +35,9 @@ from tests.helpers import cgroups
 def test_float32_is_multiplied_by_parts_where_that_is_faster(
     platform: str, capability: str | None, expected: object
 ) -> None:
-    with writing_for(Hardware.of(types.SimpleNamespace(platform=platform, compute_capability=capability))):
+    with writing_for(
+        Hardware.of(types.SimpleNamespace(platform=platform, compute_capability=capability))
+    ):
         assert linalg.exact_products(jnp.float32) == expected
         assert linalg.exact_products(jnp.float64) == Precision.HIGHEST
 
@@ -72,7 +74,8 @@ def test_six_products_of_parts_are_as_good_as_float32() -> None:
     found = sum((linalg.matmul(left[i], right[j]) for i, j in pairs), jnp.zeros((), jnp.float32))
     exact = a.astype(np.float64) @ b.astype(np.float64)
     errors = [
-        np.linalg.norm(np.asarray(value) - exact) for value in (found, linalg.matmul(jnp.asarray(a), jnp.asarray(b)))
+        np.linalg.norm(np.asarray(value) - exact)
+        for value in (found, linalg.matmul(jnp.asarray(a), jnp.asarray(b)))
     ]
     assert errors[0] < 1.5 * errors[1]
 
@@ -91,7 +94,8 @@ MIB = 2**20
         ({"a": 9 * MIB, "a/b": 7 * MIB}, "/a/b", "/", 7 * MIB),
         ({"a": 9 * MIB, "a/b": None, "a/b/c": 11 * MIB}, "/a/b/c", "/", 9 * MIB),
         ({"a": 9 * MIB, "other": 7 * MIB, "a/b": 5 * MIB}, "/a", "/", 9 * MIB),
-        # A container: it sees its own group as the root, and the path as it is outside, inside, or below another root.
+        # A container: it sees its own group as the root, and the path as it is outside, inside, or
+        # below another root.
         ({"": 9 * MIB}, "/docker/123", "/docker/123", 9 * MIB),
         ({"": 9 * MIB}, "/", "/docker/123", 9 * MIB),
         ({"": 9 * MIB, "c": 7 * MIB}, "/pods/p/c", "/pods/p", 7 * MIB),
@@ -100,7 +104,13 @@ MIB = 2**20
     ],
 )
 def test_memory_is_what_control_groups_allow(
-    limits: dict, path: str, root: str, expected: int, version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limits: dict,
+    path: str,
+    root: str,
+    expected: int,
+    version: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     known = {group: NONE[version] if limit is None else limit for group, limit in limits.items()}
     cgroups.fake(tmp_path, monkeypatch, version, known, path, root)

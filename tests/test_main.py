@@ -34,18 +34,26 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         (["--sparsity", "0.5"], "--ckpt is missing"),
         (["prune", "--ckpt"], "--ckpt requires an argument"),
         (["verify"], "CHECKPOINT is missing"),
-        (["prune", "--ckpt", "x", "--method", "wanda", "--iterations", "3"], "an option of --method admm"),
+        (
+            ["prune", "--ckpt", "x", "--method", "wanda", "--iterations", "3"],
+            "an option of --method admm",
+        ),
         (["solve", "x", "--method=wanda", "--iterations=3"], "an option of --method admm"),
     ],
 )
-def test_a_mistyped_word_is_one_line(line: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistyped_word_is_one_line(
+    line: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert commands.main(line) == 2
     found = capsys.readouterr().err
     assert message in found and found.startswith("error: ") and found.count("\n") == 1
 
 
 def test_importing_it_imports_nothing_heavy() -> None:
-    code = "import sys, jaxprune, jaxprune.__main__; print({'jax', 'numpy', 'transformers'} & sys.modules.keys())"
+    code = (
+        "import sys, jaxprune, jaxprune.__main__; print({'jax', 'numpy', 'transformers'} & "
+        "sys.modules.keys())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

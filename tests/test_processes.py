@@ -1,4 +1,5 @@
-"""Several processes of one run end together: the connection between them, and whole runs of which one ends early."""
+"""Several processes of one run end together: the connection between them, and whole runs of which
+one ends early."""
 
 import contextlib
 import itertools
@@ -55,7 +56,10 @@ def meet(*hellos: dict[str, Any], processes: int | None = None, seconds: float =
     """Has processes meet, the first of them number 0."""
     port = free_port()
     count = processes or len(hellos)
-    threads = [Met(Group("localhost", port, count, number), hello, seconds) for number, hello in enumerate(hellos)]
+    threads = [
+        Met(Group("localhost", port, count, number), hello, seconds)
+        for number, hello in enumerate(hellos)
+    ]
     return [thread.joined() for thread in threads]
 
 
@@ -119,7 +123,8 @@ class Processes:
         self.met = meet(*[{"asked": {}}] * count)
         self.ends: list[list[Failure]] = [[] for _ in self.met]
         self.controls = [
-            Control(one.group, one.connections, self._noting(number)) for number, one in enumerate(self.met)
+            Control(one.group, one.connections, self._noting(number))
+            for number, one in enumerate(self.met)
         ]
         for own in self.controls:
             own.listen()
@@ -136,7 +141,10 @@ class Processes:
     def close(self, number: int) -> None:
         """Closes a process's connections, as the system does when it ends."""
         for connection in self.met[number].connections.values():
-            with socket.socket(fileno=os.dup(connection.fileno())) as own, contextlib.suppress(OSError):
+            with (
+                socket.socket(fileno=os.dup(connection.fileno())) as own,
+                contextlib.suppress(OSError),
+            ):
                 own.shutdown(socket.SHUT_RDWR)  # the other side may have closed it
 
     def wait(self, *numbers: int) -> None:
@@ -196,7 +204,10 @@ def test_a_failure_still_ends_a_process_that_has_succeeded() -> None:
 def test_differences_are_named_by_dotted_names() -> None:
     first = {"recipe": {"method": "admm", "rules": []}, "seed": 0}
     second = {"recipe": {"method": "wanda", "rules": []}}
-    expected = ["recipe.method: admm in process 0, wanda in process 1", "seed: 0 in process 0, nothing in process 1"]
+    expected = [
+        "recipe.method: admm in process 0, wanda in process 1",
+        "seed: 0 in process 0, nothing in process 1",
+    ]
     assert differences([first, second]) == expected and differences([first, first]) == []
 
 
@@ -211,8 +222,14 @@ def test_one_process_compares_nothing() -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("--ckpt x --sparsity 7 --coordinator h:5 --processes 2 --process-id 1", Group("h", 5, 2, 1)),
-        ("--ckpt x --coordinator [::1]:5 --processes 2 --process-id 0 --no-such-flag", Group("::1", 5, 2, 0)),
+        (
+            "--ckpt x --sparsity 7 --coordinator h:5 --processes 2 --process-id 1",
+            Group("h", 5, 2, 1),
+        ),
+        (
+            "--ckpt x --coordinator [::1]:5 --processes 2 --process-id 0 --no-such-flag",
+            Group("::1", 5, 2, 0),
+        ),
         ("--ckpt x --sparsity 7", None),
         ("--ckpt x --coordinator h:5 --processes 2", None),
         ("--ckpt x --coordinator h:5 --processes 2 --process-id 2", None),
@@ -236,7 +253,11 @@ def test_slurm_says_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     found = Group.of("auto", None, None)
-    assert (found.host, found.processes, found.number) == ("here", 4, 3) and 1024 < found.port < 2**16 - 1
+    assert (found.host, found.processes, found.number) == (
+        "here",
+        4,
+        3,
+    ) and 1024 < found.port < 2**16 - 1
 
 
 def test_auto_outside_a_cluster_is_an_error() -> None:
@@ -251,13 +272,16 @@ where, how = sys.argv[1:3]
 def end(*args, **options):
     if how == "change":
         found = before(*args, **options)
-        return {path: 2 * array for path, array in found.items()} if isinstance(found, dict) else found[::-1]
+        if isinstance(found, dict):
+            return {path: 2 * array for path, array in found.items()}
+        return found[::-1]
     if how == "error":
         from jaxprune.errors import InputError
         raise InputError("stopped here")
     if how == "defect":
         raise RuntimeError("broken here")
-    os.kill(os.getpid(), {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "abort": signal.SIGABRT}[how])
+    ends = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "abort": signal.SIGABRT}
+    os.kill(os.getpid(), ends[how])
 if where:
     module, *path, name = where.split("/")
     owner = importlib.import_module(module)
@@ -289,24 +313,57 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     folder = tmp_path_factory.mktemp("processes")
     tiny.save(folder, tiny.config(num_hidden_layers=2))
     np.save(folder / "ids.npy", np.random.default_rng(0).integers(0, 300, (8, 32), np.int32))
-    options = ["--ckpt", folder, "--calib", folder / "ids.npy", "--nsamples", 8, "--seqlen", 32, "--device", "cpu"]
+    options = [
+        "--ckpt",
+        folder,
+        "--calib",
+        folder / "ids.npy",
+        "--nsamples",
+        8,
+        "--seqlen",
+        32,
+        "--device",
+        "cpu",
+    ]
     options += ["--preset", "best", "--sparsity", 0.6, "--tune-epochs", 0.5, "--devices", 1]
     return [*options, "--eval-text", folder / "ids.npy", "--eval-windows", 2]
 
 
 def run_processes(
-    line: list[object], out: Path, who: int, where: str, how: str, count: int = 2, own: tuple[object, ...] = ()
+    line: list[object],
+    out: Path,
+    who: int,
+    where: str,
+    how: str,
+    count: int = 2,
+    own: tuple[object, ...] = (),
 ) -> tuple[list[int], list[str], float]:
     """Runs processes of one run, of which one ends early, or has options of its own.
 
     Returns:
-        Exit statuses, what was printed on stderr, and the seconds from the first end to the last one.
+        Exit statuses, what was printed on stderr, and the seconds from the first end to the last
+        one.
     """
-    shared = [*line, "--out", out, "--save-masks", f"{out}-masks", "--coordinator", f"localhost:{free_port()}"]
+    shared = [
+        *line,
+        "--out",
+        out,
+        "--save-masks",
+        f"{out}-masks",
+        "--coordinator",
+        f"localhost:{free_port()}",
+    ]
     running, ends = [], {}
     for number in range(count):
         hooks = (where, how) if number == who else ("", "")
-        options = [*shared, "--processes", count, "--process-id", number, *(own if number == who else ())]
+        options = [
+            *shared,
+            "--processes",
+            count,
+            "--process-id",
+            number,
+            *(own if number == who else ()),
+        ]
         argv = [sys.executable, "-c", CODE, *hooks, *map(str, options)]
         environment = os.environ | xla.quick() | {"HF_HUB_OFFLINE": "1"}
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
@@ -335,7 +392,9 @@ REASONS = {
 QUICK = [("pruning", "error", 1, 2), ("store", "defect", 0, 2), ("opening", "kill", 0, 2)]
 ENDS = [
     (phase, how, who, 2)
-    for phase, how in zip(PHASES, itertools.cycle(("kill", "error", "terminate", "defect")), strict=False)
+    for phase, how in zip(
+        PHASES, itertools.cycle(("kill", "error", "terminate", "defect")), strict=False
+    )
     for who in range(1 if phase in OF_THE_FIRST else 2)
 ]
 ENDS += [("pruning", how, who, 4) for how in REASONS for who in (0, 2)]
@@ -349,7 +408,9 @@ ENDS += [end for end in QUICK if end not in ENDS]
 def test_all_processes_end_with_one(
     phase: str, how: str, who: int, count: int, line: list[object], tmp_path: Path
 ) -> None:
-    statuses, printed, seconds = run_processes(line, tmp_path / "out", who, PHASES[phase], how, count)
+    statuses, printed, seconds = run_processes(
+        line, tmp_path / "out", who, PHASES[phase], how, count
+    )
     status, reason = REASONS[how]
     assert seconds < WITHIN
     assert statuses[who] == (-9 if how == "kill" else status), printed[who]
@@ -358,7 +419,9 @@ def test_all_processes_end_with_one(
         errors = [text for text in printed[number].splitlines() if text.startswith("error: ")]
         # An error of the user's on the first process alone is raised on all.
         alone = phase in OF_THE_FIRST and errors == ["error: stopped here"]
-        assert alone or errors == [error for error in errors if f"process {who} of this run: {reason}" in error], errors
+        assert alone or errors == [
+            error for error in errors if f"process {who} of this run: {reason}" in error
+        ], errors
         assert len(errors) == 1 and "Traceback" not in printed[number], printed[number]
     assert not (tmp_path / "out").exists()
 
@@ -366,8 +429,15 @@ def test_all_processes_end_with_one(
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        pytest.param(("--seed", 1), "asked different things: seed: 0 in process 0, 1 in process 1", id="seed"),
-        pytest.param(("--ckpt", "nowhere"), "in process 0, nowhere in process 1", id="ckpt", marks=pytest.mark.slow),
+        pytest.param(
+            ("--seed", 1), "asked different things: seed: 0 in process 0, 1 in process 1", id="seed"
+        ),
+        pytest.param(
+            ("--ckpt", "nowhere"),
+            "in process 0, nowhere in process 1",
+            id="ckpt",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(("--sparsity", 7), "process 1 of this run: ", id="impossible"),
     ],
 )
@@ -389,7 +459,9 @@ def test_options_that_differ_are_refused_on_all(
         ("convert.checked/CheckedReader/read", "weights.norm"),
     ],
 )
-def test_other_text_or_weights_are_refused_on_all(where: str, named: str, line: list[object], tmp_path: Path) -> None:
+def test_other_text_or_weights_are_refused_on_all(
+    where: str, named: str, line: list[object], tmp_path: Path
+) -> None:
     """As on two hosts without a common disk."""
     statuses, printed, _ = run_processes(line, tmp_path / "out", 1, where, "change")
     assert statuses == [2, 2], printed

@@ -1,4 +1,5 @@
-"""Several devices against one: eight CPU devices in a process of their own, and two processes of four."""
+"""Several devices against one: eight CPU devices in a process of their own, and two processes of
+four."""
 
 import json
 import os
@@ -19,7 +20,9 @@ from tests.helpers.optional import needs_torch
 def command(line: list[object], **environment: str) -> subprocess.Popen:
     argv = [sys.executable, "-m", "jaxprune.run", *map(str, line)]
     settings = os.environ | xla.quick() | {"HF_HUB_OFFLINE": "1"} | environment
-    return subprocess.Popen(argv, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        argv, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finish(*processes: subprocess.Popen) -> None:
@@ -30,10 +33,15 @@ def finish(*processes: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def line(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """Eleven windows on eight devices, and 6 key-value heads' outputs, 40 features and 72 inner ones, of which not all
-    can be split."""
+    """Eleven windows on eight devices, and 6 key-value heads' outputs, 40 features and 72 inner
+    ones, of which not all can be split."""
     folder = tmp_path_factory.mktemp("wide")
-    size = {"hidden_size": 40, "intermediate_size": 72, "num_attention_heads": 4, "num_key_value_heads": 1}
+    size = {
+        "hidden_size": 40,
+        "intermediate_size": 72,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+    }
     tiny.save(folder, tiny.config(**size))
     ids = np.random.default_rng(0).integers(0, 300, (11, 64), np.int32)
     np.save(folder / "ids.npy", ids)
@@ -42,7 +50,18 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
 
 
 RECIPES = {
-    "best": ["--preset", "best", "--sparsity", 0.6, "--asymmetry", 0.25, "--token-power", 0.5, "--tune-epochs", 0.4],
+    "best": [
+        "--preset",
+        "best",
+        "--sparsity",
+        0.6,
+        "--asymmetry",
+        0.25,
+        "--token-power",
+        0.5,
+        "--tune-epochs",
+        0.4,
+    ],
     "Wanda": ["--method", "wanda", "--pattern", "2:4", "--finish-steps", 2],
 }
 TOGETHER = """
@@ -76,13 +95,16 @@ def assert_close(out: Path, single: Path, far: float = 2e-4) -> None:
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
         assert ((found[name] == 0) == (weight == 0)).all(), name
-        np.testing.assert_allclose(found[name], weight, rtol=2e-3, atol=far * np.abs(weight).max(), err_msg=name)
+        np.testing.assert_allclose(
+            found[name], weight, rtol=2e-3, atol=far * np.abs(weight).max(), err_msg=name
+        )
 
 
 @pytest.mark.slow
 def test_eight_devices_do_as_one(line: list[object], tmp_path: Path) -> None:
     run_all([*line, *RECIPES["best"], "--devices", 8, "--out", tmp_path / "out"])
-    # A gradient near zero may have another sign, and the first steps are as long whatever a gradient's size.
+    # A gradient near zero may have another sign, and the first steps are as long whatever a
+    # gradient's size.
     assert_close(tmp_path / "out", single("best", line, tmp_path), far=2e-3)
 
 
@@ -99,10 +121,24 @@ def test_eight_devices_do_as_one(line: list[object], tmp_path: Path) -> None:
 )
 def test_experts_on_four_devices_do_as_on_one(recipe: str, tmp_path: Path) -> None:
     """Eight experts are spread over four devices; of the eleven windows three are left over."""
-    sizes = {"num_experts": 8, "num_local_experts": 8, "num_hidden_layers": 2, "mlp_only_layers": []}
+    sizes = {
+        "num_experts": 8,
+        "num_local_experts": 8,
+        "num_hidden_layers": 2,
+        "mlp_only_layers": [],
+    }
     families.save(tmp_path / "dense", families.config("qwen3_moe", "mixed", **sizes))
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 300, (11, 64), np.int32))
-    line = ["--ckpt", tmp_path / "dense", "--calib", tmp_path / "ids.npy", "--nsamples", 11, "--seqlen", 64]
+    line = [
+        "--ckpt",
+        tmp_path / "dense",
+        "--calib",
+        tmp_path / "ids.npy",
+        "--nsamples",
+        11,
+        "--seqlen",
+        64,
+    ]
     line += ["--eval", "none", "--device", "cpu", *recipe.split()]
     run_all([*line, "--out", tmp_path / "one"])
     run_all([*line, "--devices", 4, "--out", tmp_path / "four"])
@@ -133,7 +169,8 @@ for count in (1, 8):
     model, found = load(folder, devices=Devices.first(count)), {}
 
     def keep(kernels, gradients, *args):
-        found.update({f"{len(found)} {name}": np.array(fetch(gradient)) for name, gradient in gradients.items()})
+        for name, gradient in gradients.items():
+            found[f"{len(found)} {name}"] = np.array(fetch(gradient))
         return step(kernels, gradients, *args)
 
     adafactor.step = keep
@@ -142,29 +179,40 @@ for count in (1, 8):
     (dense,) = model.final_states(tokens)
     found["loss"] = np.float64(student.step(tokens, dense.read(slice(None)), 1, lambda _: 0.001))
     for index, kernels in enumerate(student.state):
-        found |= {f"mask {index} {name}": np.unpackbits(fetch(mask)) for name, mask in kernels.masks.items()}
+        for name, mask in kernels.masks.items():
+            found[f"mask {index} {name}"] = np.unpackbits(fetch(mask))
     np.savez(f"{out}/{count}.npz", **found)
 """
 
 
 def test_a_steps_gradients_are_those_of_one_device(line: list[object], tmp_path: Path) -> None:
-    """Eight windows, one a device; the zeros that come behind it are the same, but for ties by rounding."""
+    """Eight windows, one a device; the zeros that come behind it are the same, but for ties by
+    rounding."""
     flags = f"{xla.quick()['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     run_code(GRADIENTS, line[1], tmp_path, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
     one, eight = (np.load(tmp_path / f"{count}.npz") for count in (1, 8))
     assert len(one.files) == 2 * 3 * 7 + 1 and one.files == eight.files
     for name in one.files:
         if name.startswith("mask"):
-            assert one[name].sum() == eight[name].sum() > 0 and (one[name] != eight[name]).mean() < 0.002, name
+            assert (
+                one[name].sum() == eight[name].sum() > 0
+                and (one[name] != eight[name]).mean() < 0.002
+            ), name
             continue
         assert np.abs(one[name]).max() > 0
-        np.testing.assert_allclose(eight[name], one[name], rtol=0, atol=1e-5 * np.abs(one[name]).max(), err_msg=name)
+        np.testing.assert_allclose(
+            eight[name], one[name], rtol=0, atol=1e-5 * np.abs(one[name]).max(), err_msg=name
+        )
 
 
 def errors(out: Path) -> dict[str, float]:
     """The errors of all linear layers, as the record has them."""
     layers = json.loads((out / "jaxprune.json").read_text())["layers"]
-    return {f"{layer['index']}.{path}": one["error"] for layer in layers for path, one in layer["linears"].items()}
+    return {
+        f"{layer['index']}.{path}": one["error"]
+        for layer in layers
+        for path, one in layer["linears"].items()
+    }
 
 
 def pair(line: list[object]) -> list[subprocess.Popen]:
@@ -177,13 +225,26 @@ def pair(line: list[object]) -> list[subprocess.Popen]:
 def test_two_processes_tune_on_a_text_as_one(line: list[object], tmp_path: Path) -> None:
     """Eight windows a step, four of each process."""
     np.save(tmp_path / "text.npy", np.random.default_rng(1).integers(0, 300, (40, 64), np.int32))
-    own = [*line, "--preset", "best", "--sparsity", 0.6, "--tune-tokens", 3 * 8 * 64, "--tune-windows", 8]
+    own = [
+        *line,
+        "--preset",
+        "best",
+        "--sparsity",
+        0.6,
+        "--tune-tokens",
+        3 * 8 * 64,
+        "--tune-windows",
+        8,
+    ]
     own += ["--tune-zeros", 0.75]
     own[own.index("--calib") + 1] = tmp_path / "text.npy"
     finish(*pair([*own, "--out", tmp_path / "out"]))
     run_all([*own, "--out", tmp_path / "single"])
     assert_close(tmp_path / "out", tmp_path / "single", far=2e-3)
-    curves = [json.loads((tmp_path / name / "jaxprune.json").read_text())["divergences"] for name in ("out", "single")]
+    curves = [
+        json.loads((tmp_path / name / "jaxprune.json").read_text())["divergences"]
+        for name in ("out", "single")
+    ]
     np.testing.assert_allclose(*curves, rtol=1e-3)
     assert len(curves[0]) == 3
 
@@ -196,7 +257,9 @@ def test_two_processes_do_as_one(killed: bool, line: list[object], tmp_path: Pat
         processes = pair(argv)
         deadline = time.monotonic() + 300
         while not (tmp_path / "out.unfinished/pruned/0.json").exists():
-            assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+            assert time.monotonic() < deadline and all(
+                process.poll() is None for process in processes
+            )
             time.sleep(0.05)
         for process in processes:
             process.kill()
@@ -204,4 +267,6 @@ def test_two_processes_do_as_one(killed: bool, line: list[object], tmp_path: Pat
     finish(*pair(argv))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert_close(tmp_path / "out", single("Wanda", line, tmp_path))
-    assert (json.loads((tmp_path / "out/jaxprune.json").read_text())["resumed_layers"] >= 1) == killed
+    assert (
+        json.loads((tmp_path / "out/jaxprune.json").read_text())["resumed_layers"] >= 1
+    ) == killed

@@ -28,12 +28,16 @@ def stories(data: Path) -> tuple[Path, np.ndarray]:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     torch.manual_seed(0)
     start = torch.full((48, 1), 1)
-    told = model.generate(start, max_new_tokens=127, min_new_tokens=127, do_sample=True, top_k=0, pad_token_id=0)
+    told = model.generate(
+        start, max_new_tokens=127, min_new_tokens=127, do_sample=True, top_k=0, pad_token_id=0
+    )
     return folder, told.numpy().astype(np.int32)
 
 
 @pytest.mark.slow
-def test_better_methods_give_better_models(stories: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+def test_better_methods_give_better_models(
+    stories: tuple[Path, np.ndarray], tmp_path: Path
+) -> None:
     folder, tokens = stories
     calibration, held_out = tokens[:32], tokens[32:]
     model = load(folder)

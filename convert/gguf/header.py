@@ -1,7 +1,8 @@
-"""Headers of GGUF files: every count, length and offset is held against the file's size before anything is made of it.
+"""Headers of GGUF files: every count, length and offset is held against the file's size before
+anything is made of it.
 
-The gguf package's reader makes Python objects of each element of each array, and believes what a damaged file says.
-Here arrays are passed over, and decoded when they are asked for.
+The gguf package's reader makes Python objects of each element of each array, and believes what a
+damaged file says. Here arrays are passed over, and decoded when they are asked for.
 
 References:
     https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -22,12 +23,25 @@ from convert.files import open_regular
 FIELDS, TENSORS = 2**16, 2**17
 """The most of each that a header may have; models of a thousand layers have a tenth of it."""
 ELEMENTS = 2**22
-"""The most strings in all arrays of a header together; vocabularies and their merges have a tenth of it."""
+"""The most strings in all arrays of a header together; vocabularies and their merges have a tenth
+of it."""
 NAME_BYTES, TEXT_BYTES = 2**16, 2**24
 """Of a name, and of a string."""
 DIMS, ALIGNMENT = 4, 2**16
 
-SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
 STRING, ARRAY = 8, 9
 
 
@@ -55,11 +69,18 @@ class Tensor(NamedTuple):
         """
         content = np.fromfile(path, np.uint8, self.size, offset=self.start)
         if content.size != self.size:
-            raise DamagedError("the file was cut short while it was read", file=path, entry=self.name)
-        plain = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}
+            raise DamagedError(
+                "the file was cut short while it was read", file=path, entry=self.name
+            )
+        plain = {
+            gguf.GGMLQuantizationType.F32: np.float32,
+            gguf.GGMLQuantizationType.F16: np.float16,
+        }
         content = content.view(plain.get(self.kind, np.uint8)).reshape(*self.shape[:0:-1], -1)
         with np.errstate(all="ignore"):  # a scale that is not finite shows in the result
-            return np.asarray(gguf.dequantize(content, self.kind), np.float32).reshape(self.shape[::-1])
+            return np.asarray(gguf.dequantize(content, self.kind), np.float32).reshape(
+                self.shape[::-1]
+            )
 
 
 class _Array(NamedTuple):
@@ -93,10 +114,15 @@ class Header:
             self._damaged("only versions 2 and 3, little-endian, can be read", found=version)
         tensors, fields = self._number("<Q"), self._number("<Q")
         # The smallest field takes 13 bytes, the smallest tensor's entry 33.
-        for what, count, least, most in (("tensors", tensors, 33, TENSORS), ("fields", fields, 13, FIELDS)):
+        for what, count, least, most in (
+            ("tensors", tensors, 33, TENSORS),
+            ("fields", fields, 13, FIELDS),
+        ):
             if count > min(most, (self._size - self._at) // least):
                 self._damaged(
-                    f"it cannot hold so many {what}", found=count, wanted=f"at most {most}, and room for them"
+                    f"it cannot hold so many {what}",
+                    found=count,
+                    wanted=f"at most {most}, and room for them",
                 )
         self._fields: dict[str, Any] = {}
         for _ in range(fields):
@@ -119,7 +145,12 @@ class Header:
         if value.kind == STRING:
             return [self._string(TEXT_BYTES) for _ in range(value.length)]
         if value.length > ELEMENTS:
-            self._damaged("the array is too long", entry=name, found=value.length, wanted=f"at most {ELEMENTS}")
+            self._damaged(
+                "the array is too long",
+                entry=name,
+                found=value.length,
+                wanted=f"at most {ELEMENTS}",
+            )
         return np.frombuffer(self._data, SCALARS[value.kind], value.length, value.start).tolist()
 
     def _value(self, name: str) -> Any:
@@ -137,15 +168,24 @@ class Header:
             self._elements += count
             if self._elements > ELEMENTS or count > (self._size - start) // 8:
                 wanted = f"at most {ELEMENTS} in all, and room for them"
-                self._damaged("it cannot hold so many strings", entry=name, found=count, wanted=wanted)
+                self._damaged(
+                    "it cannot hold so many strings", entry=name, found=count, wanted=wanted
+                )
             self._at = self._after_strings(count)
         else:
-            self._damaged("only arrays of numbers and of strings can be read", entry=name, found=item)
+            self._damaged(
+                "only arrays of numbers and of strings can be read", entry=name, found=item
+            )
         return _Array(item, count, start)
 
     def _after_strings(self, count: int) -> int:
         """Returns the offset behind so many strings."""
-        at, last, data, length = self._at, self._size - 8, self._data, struct.Struct("<Q").unpack_from
+        at, last, data, length = (
+            self._at,
+            self._size - 8,
+            self._data,
+            struct.Struct("<Q").unpack_from,
+        )
         for _ in range(count):
             if at > last:
                 break
@@ -157,16 +197,27 @@ class Header:
     def _info(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string(NAME_BYTES)
         if not 1 <= (dims := self._number("<I")) <= DIMS:
-            self._damaged("a tensor's number of dimensions cannot be", entry=name, found=dims, wanted=f"1 to {DIMS}")
+            self._damaged(
+                "a tensor's number of dimensions cannot be",
+                entry=name,
+                found=dims,
+                wanted=f"1 to {DIMS}",
+            )
         shape = tuple(self._number("<Q") for _ in range(dims))
         return name, shape, self._number("<I"), self._number("<Q")
 
     def _places(self, infos: list[tuple[str, tuple[int, ...], int, int]]) -> Iterator[Tensor]:
         """Checks that the tensors lie in the file, one behind the other."""
         alignment = self._fields.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-        if type(alignment) is not int or not 0 < alignment <= ALIGNMENT or alignment & (alignment - 1):
+        if (
+            type(alignment) is not int
+            or not 0 < alignment <= ALIGNMENT
+            or alignment & (alignment - 1)
+        ):
             wanted = f"a power of two up to {ALIGNMENT}"
-            self._damaged("the alignment cannot be", entry="general.alignment", found=alignment, wanted=wanted)
+            self._damaged(
+                "the alignment cannot be", entry="general.alignment", found=alignment, wanted=wanted
+            )
         begin = -(-self._at // alignment) * alignment
         names, spans = set(), []
         for name, shape, raw, offset in infos:
@@ -182,11 +233,17 @@ class Header:
             for length in shape:
                 elements *= length
             if not elements or shape[0] % block:
-                self._damaged(f"a tensor of {kind.name} cannot have such a shape", entry=name, found=list(shape))
+                self._damaged(
+                    f"a tensor of {kind.name} cannot have such a shape",
+                    entry=name,
+                    found=list(shape),
+                )
             size, start = elements // block * block_bytes, begin + offset
             if start + size > self._size or offset % alignment:
                 wanted = f"bytes {start} to {start + size}"
-                self._damaged("a tensor does not lie in the file", entry=name, found=self._size, wanted=wanted)
+                self._damaged(
+                    "a tensor does not lie in the file", entry=name, found=self._size, wanted=wanted
+                )
             spans.append((start, start + size, name))
             yield Tensor(name, shape, kind, start, size)
         spans.sort()

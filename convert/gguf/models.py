@@ -1,6 +1,8 @@
-"""Which models GGUF files can hold, and how llama.cpp's converter changes their names, values and settings.
+"""Which models GGUF files can hold, and how llama.cpp's converter changes their names, values and
+settings.
 
-Names of tensors are those of the gguf package's tables, of which a model takes those of its own modules.
+Names of tensors are those of the gguf package's tables, of which a model takes those of its own
+modules.
 
 References:
     https://github.com/ggml-org/llama.cpp/blob/master/docs/development/HOWTO-add-model.md
@@ -19,7 +21,8 @@ from convert.schema import Schema
 
 
 class Fields(Schema):
-    """The fields that describe a model, under their names in the file without the architecture's."""
+    """The fields that describe a model, under their names in the file without the
+    architecture's."""
 
     hidden: Size = Field(alias="embedding_length")
     intermediate: Size | None = Field(None, alias="feed_forward_length")
@@ -56,7 +59,9 @@ ATTENTION = "input_layernorm", *(f"self_attn.{name}_proj" for name in "qkvo")
 QK_NORMS = "self_attn.q_norm", "self_attn.k_norm"
 MLP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 EXPERTS = "mlp.gate", *(f"mlp.experts.{name}_proj" for name in ("gate", "up", "down"))
-NORMS = tuple(f"{name}_layernorm" for name in ("post_attention", "pre_feedforward", "post_feedforward"))
+NORMS = tuple(
+    f"{name}_layernorm" for name in ("post_attention", "pre_feedforward", "post_feedforward")
+)
 
 
 def _nothing(fields: Fields) -> Entries:
@@ -72,7 +77,8 @@ class Model:
         arch: the gguf package's name of the architecture.
         modules: inside a layer, as in Hugging Face's checkpoints.
         entries: fields of the file -> entries of config.json that LLaMA's configuration lacks.
-        permuted: whether the rows of queries and keys lie as llama.cpp rotates them, pairs side by side.
+        permuted: whether the rows of queries and keys lie as llama.cpp rotates them, pairs side by
+            side.
         offset: what is added to the weights of norms.
     """
 
@@ -118,7 +124,8 @@ def _qwen3_moe(fields: Fields) -> Entries:
 
 
 def _gemma(fields: Fields) -> Entries:
-    """Of the largest of both families, llama.cpp takes the scale of scores from the width of a head's share."""
+    """Of the largest of both families, llama.cpp takes the scale of scores from the width of a
+    head's share."""
     largest = fields.layers in (46, 62)
     return {
         "hidden_activation": "gelu_pytorch_tanh",
@@ -134,7 +141,9 @@ def _gemma3(fields: Fields) -> Entries:
     if fields.scaling == "linear":
         full |= {"rope_type": "linear", "factor": fields.scaling_factor}
     local = {"rope_type": "default", "rope_theta": 10000.0}
-    return _gemma(fields) | {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
+    return _gemma(fields) | {
+        "rope_parameters": {"full_attention": full, "sliding_attention": local}
+    }
 
 
 def _phi3(fields: Fields) -> Entries:
@@ -159,20 +168,43 @@ MODELS: Mapping[str, Model] = {
     "qwen2": Model("qwen2", "Qwen2ForCausalLM", ARCH.QWEN2, LLAMA),
     "qwen3": Model("qwen3", "Qwen3ForCausalLM", ARCH.QWEN3, (*LLAMA, *QK_NORMS)),
     "qwen3moe": Model(
-        "qwen3_moe", "Qwen3MoeForCausalLM", ARCH.QWEN3MOE, (*ATTENTION, *QK_NORMS, NORMS[0], *EXPERTS), _qwen3_moe
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        ARCH.QWEN3MOE,
+        (*ATTENTION, *QK_NORMS, NORMS[0], *EXPERTS),
+        _qwen3_moe,
     ),
-    "gemma2": Model("gemma2", "Gemma2ForCausalLM", ARCH.GEMMA2, (*ATTENTION, *NORMS, *MLP), _gemma, offset=1.0),
+    "gemma2": Model(
+        "gemma2", "Gemma2ForCausalLM", ARCH.GEMMA2, (*ATTENTION, *NORMS, *MLP), _gemma, offset=1.0
+    ),
     "gemma3": Model(
-        "gemma3_text", "Gemma3ForCausalLM", ARCH.GEMMA3, (*ATTENTION, *QK_NORMS, *NORMS, *MLP), _gemma3, offset=1.0
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        ARCH.GEMMA3,
+        (*ATTENTION, *QK_NORMS, *NORMS, *MLP),
+        _gemma3,
+        offset=1.0,
     ),
     "phi3": Model(
         "phi3",
         "Phi3ForCausalLM",
         ARCH.PHI3,
-        ("input_layernorm", "self_attn.qkv_proj", "self_attn.o_proj", NORMS[0], "mlp.gate_up_proj", "mlp.down_proj"),
+        (
+            "input_layernorm",
+            "self_attn.qkv_proj",
+            "self_attn.o_proj",
+            NORMS[0],
+            "mlp.gate_up_proj",
+            "mlp.down_proj",
+        ),
         _phi3,
     ),
-    "olmo2": Model("olmo2", "Olmo2ForCausalLM", ARCH.OLMO2, (*ATTENTION[1:], *QK_NORMS, NORMS[0], NORMS[2], *MLP)),
+    "olmo2": Model(
+        "olmo2",
+        "Olmo2ForCausalLM",
+        ARCH.OLMO2,
+        (*ATTENTION[1:], *QK_NORMS, NORMS[0], NORMS[2], *MLP),
+    ),
     "granite": Model("granite", "GraniteForCausalLM", ARCH.GRANITE, LLAMA, _granite, permuted=True),
     "smollm3": Model("smollm3", "SmolLM3ForCausalLM", ARCH.SMOLLM3, LLAMA, permuted=True),
 }
@@ -181,7 +213,12 @@ MIXTRAL = Model(
     "mixtral",
     "MixtralForCausalLM",
     ARCH.LLAMA,
-    (*ATTENTION, NORMS[0], "block_sparse_moe.gate", *(f"block_sparse_moe.experts.w{number}" for number in (1, 2, 3))),
+    (
+        *ATTENTION,
+        NORMS[0],
+        "block_sparse_moe.gate",
+        *(f"block_sparse_moe.experts.w{number}" for number in (1, 2, 3)),
+    ),
     _mixtral,
     permuted=True,
 )
@@ -197,11 +234,16 @@ def model_of(architecture: object, experts: int, path: Any) -> Model:
     if architecture not in MODELS:
         known = f"one of {', '.join(MODELS)}"
         raise CheckpointError(
-            "GGUF files of this architecture cannot be read", file=path, found=architecture, wanted=known
+            "GGUF files of this architecture cannot be read",
+            file=path,
+            found=architecture,
+            wanted=known,
         )
     model = MIXTRAL if architecture == "llama" and experts else MODELS[str(architecture)]
     if experts and "_exps" not in "".join(model.names()):
-        raise CheckpointError(f"GGUF files of {architecture} with experts cannot be read", file=path)
+        raise CheckpointError(
+            f"GGUF files of {architecture} with experts cannot be read", file=path
+        )
     return model
 
 
@@ -214,6 +256,9 @@ def of_type(model_type: str, path: Any) -> Model:
     known = {model.model_type: model for model in (*MODELS.values(), MIXTRAL)}
     if model_type not in known:
         raise CheckpointError(
-            "GGUF files of this model cannot be written", file=path, found=model_type, wanted=", ".join(known)
+            "GGUF files of this model cannot be written",
+            file=path,
+            found=model_type,
+            wanted=", ".join(known),
         )
     return known[model_type]

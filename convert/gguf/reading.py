@@ -1,4 +1,5 @@
-"""GGUF files, the format of llama.cpp, read: dequantized to float32 by the gguf package, without torch.
+"""GGUF files, the format of llama.cpp, read: dequantized to float32 by the gguf package, without
+torch.
 
 The tensors are those that transformers loads from the same file, bit for bit.
 
@@ -40,7 +41,8 @@ TOP = {
     "output_norm.weight": "norm.scale",
     "output.weight": "lm_head.kernel",
 }
-# llama.cpp stores the frequency factors of Llama 3's rope, which the configuration of the model describes.
+# llama.cpp stores the frequency factors of Llama 3's rope, which the configuration of the model
+# describes.
 ROPE_FACTORS = "rope_freqs.weight"
 PLAIN = {
     GGMLQuantizationType.F32: np.dtype(np.float32),
@@ -52,7 +54,8 @@ TokenId = Annotated[int, Field(ge=0, lt=2**22)]
 
 
 class _Tokenizer(Schema):
-    """The fields of the tokenizer, without `tokenizer.ggml.`; arrays that go with the tokens have their length."""
+    """The fields of the tokenizer, without `tokenizer.ggml.`; arrays that go with the tokens have
+    their length."""
 
     model: str
     pre: str | None = None
@@ -110,9 +113,15 @@ class Reader:
         self._path, self._header = path, Header(path)
         architecture = self._header.get("general.architecture")
         prefix = f"{architecture}."
-        experts = self._header.get(f"{prefix}expert_count") if f"{prefix}expert_count" in self._header else 0
+        experts = (
+            self._header.get(f"{prefix}expert_count")
+            if f"{prefix}expert_count" in self._header
+            else 0
+        )
         self._model = models.model_of(architecture, experts, path)
-        self._of = self._fields(Fields, [str(field.alias) for field in Fields.model_fields.values()], prefix)
+        self._of = self._fields(
+            Fields, [str(field.alias) for field in Fields.model_fields.values()], prefix
+        )
         self._names = self._model.names()
         self._tensors: dict[str, tuple[Tensor, int | None]] = {}
         self._factors: Tensor | None = None
@@ -127,14 +136,20 @@ class Reader:
                 unknown.append(tensor.name)
             for flax, expert in found:
                 self._tensors[flax] = tensor, expert
-                self.spec[flax] = jax.ShapeDtypeStruct(self._shape(flax, tensor, expert), np.float32)
+                self.spec[flax] = jax.ShapeDtypeStruct(
+                    self._shape(flax, tensor, expert), np.float32
+                )
         if unknown:
-            raise CheckpointError(f"no {self._model.model_type} model has such tensors: {joined(unknown)}", file=path)
+            raise CheckpointError(
+                f"no {self._model.model_type} model has such tensors: {joined(unknown)}", file=path
+            )
         if "embed_tokens.embedding" not in self.spec:
             raise DamagedError("a tensor is missing", file=path, entry="token_embd.weight")
         self.spec = {p: self.spec[p] for paths in parts(self.spec).values() for p in paths}
         self.config = self._config()
-        self._tokenizer = self._tokenizer_fields() if "tokenizer.ggml.model" in self._header else None
+        self._tokenizer = (
+            self._tokenizer_fields() if "tokenizer.ggml.model" in self._header else None
+        )
 
     @staticmethod
     def accepts(path: Path) -> bool:
@@ -142,7 +157,8 @@ class Reader:
 
     def read(self, paths: Iterable[str]) -> Params:
         params: Params = {}
-        tensors: dict[str, np.ndarray] = {}  # those of all experts, of which each is dequantized once
+        # those of all experts, of which each is dequantized once
+        tensors: dict[str, np.ndarray] = {}
         for path in paths:
             tensor, expert = self._tensors[path]
             if expert is None:
@@ -165,7 +181,9 @@ class Reader:
         tensor = self._tensors[path][0]
         rows = np.ascontiguousarray(to_file(self._model, path, array))
         try:
-            rounded = gguf.dequantize(gguf.quantize(rows, tensor.kind), tensor.kind).reshape(rows.shape)
+            rounded = gguf.dequantize(gguf.quantize(rows, tensor.kind), tensor.kind).reshape(
+                rows.shape
+            )
         except NotImplementedError as error:
             raise CheckpointError(
                 f"nothing but llama.cpp rounds to {tensor.kind.name}, so it cannot be compared",
@@ -183,7 +201,8 @@ class Reader:
         return PLAIN.get(max(sizes, key=lambda kind: sizes[kind]), np.dtype(np.float16))
 
     def _paths(self, tensor: Tensor) -> Iterator[tuple[str, int | None]]:
-        """Yields the params that a tensor holds, with the index of the expert; none where no model has it."""
+        """Yields the params that a tensor holds, with the index of the expert; none where no model
+        has it."""
         if tensor.name in TOP:
             yield TOP[tensor.name], None
             return
@@ -198,7 +217,10 @@ class Reader:
             if match[3] == "weight":
                 yield f"layers.{match[1]}.{module}.scale", None
         else:
-            yield f"layers.{match[1]}.{module}." + ("kernel" if match[3] == "weight" else "bias"), None
+            yield (
+                f"layers.{match[1]}.{module}." + ("kernel" if match[3] == "weight" else "bias"),
+                None,
+            )
 
     @property
     def files(self) -> list[Path]:
@@ -209,7 +231,8 @@ class Reader:
             return tensor.dequantize(self._path)
         except NotImplementedError as error:
             raise CheckpointError(
-                f"{tensor.kind.name} cannot be dequantized by the gguf package: take a file of another quantization",
+                f"{tensor.kind.name} cannot be dequantized by the gguf package: take a file of "
+                "another quantization",
                 file=self._path,
                 entry=tensor.name,
             ) from error
@@ -217,7 +240,8 @@ class Reader:
             raise DamagedError(f"it cannot be read ({error.strerror})", file=self._path) from error
 
     def _shape(self, flax: str, tensor: Tensor, expert: int | None) -> tuple[int, ...]:
-        """Returns the shape that a param has: of kernels and embeddings two axes, of all else one."""
+        """Returns the shape that a param has: of kernels and embeddings two axes, of all else
+        one."""
         shape = tensor.shape  # ggml lists the fastest axis first: [in, out], or [in, out, experts]
         if expert is not None:
             if len(shape) != 3 or shape[2] != self._of.experts:
@@ -254,11 +278,14 @@ class Reader:
         found = self._fields(_Tokenizer, list(_Tokenizer.model_fields), "tokenizer.ggml.")
         if len(found.tokens) > (size := self.spec["embed_tokens.embedding"].shape[0]):
             entry, wanted = "tokenizer.ggml.tokens", f"at most the model's vocabulary of {size}"
-            raise DamagedError("more tokens than embeddings", file=self._path, entry=entry, wanted=wanted)
+            raise DamagedError(
+                "more tokens than embeddings", file=self._path, entry=entry, wanted=wanted
+            )
         return found
 
     def _save_tokenizer(self, folder: Path, found: _Tokenizer) -> None:
-        """Builds the tokenizer as transformers does, but from fields read here: its own reader of GGUF needs torch."""
+        """Builds the tokenizer as transformers does, but from fields read here: its own reader of
+        GGUF needs torch."""
         from transformers import PreTrainedTokenizerFast
         from transformers.integrations.gguf import convert_gguf_tokenizer
 
@@ -284,15 +311,20 @@ class Reader:
             if not isinstance(error, Exception) and not is_panic(error):
                 raise
             reason = f"{type(error).__name__}: {error}"[:200]
-            raise DamagedError(f"its tokenizer cannot be read ({reason})", file=self._path) from error
-        # transformers 4 does not know the class name that transformers 5 writes; both know this one.
+            raise DamagedError(
+                f"its tokenizer cannot be read ({reason})", file=self._path
+            ) from error
+        # transformers 4 does not know the class name that transformers 5 writes; both know this
+        # one.
         file = folder / "tokenizer_config.json"
         settings = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
         file.write_text(json.dumps(settings, indent=2) + "\n")
 
     def _fields(self, schema: type[S], names: list[str], prefix: str = "") -> S:
         """Returns the named fields that are there, as a schema has them."""
-        found = {name: self._header.get(prefix + name) for name in names if prefix + name in self._header}
+        found = {
+            name: self._header.get(prefix + name) for name in names if prefix + name in self._header
+        }
         return check(schema, found, file=self._path, entry=prefix.rstrip("."))
 
     def _heads(self, path: str) -> int:
@@ -312,7 +344,8 @@ class Reader:
             "num_key_value_heads": of.kv_heads or of.heads,
             "head_dim": of.size_of_head,
             "max_position_embeddings": of.context,
-            # Stored as float32; the shortest decimal that rounds to it is what the model's authors wrote.
+            # Stored as float32; the shortest decimal that rounds to it is what the model's authors
+            # wrote.
             "rms_norm_eps": float(str(np.float32(of.epsilon))),
             "hidden_act": "silu",
             "attention_bias": "layers.0.self_attn.q_proj.bias" in self.spec,
@@ -330,10 +363,12 @@ class Reader:
         rope: dict[str, Any] = {"rope_theta": of.rope_base, "rope_type": "default"}
         if self._factors is not None:
             factors = self._dequantized(self._factors).reshape(-1)
-            # The file has the outcome, not the recipe: all published Llama 3 models use this one but for its factor.
+            # The file has the outcome, not the recipe: all published Llama 3 models use this one
+            # but for its factor.
             rope |= {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0}
             rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-            with np.errstate(all="ignore"):  # no number of such a formula is near what is not finite
+            # no number of such a formula is near what is not finite
+            with np.errstate(all="ignore"):
                 known = np.allclose(factors, settings.llama3_factors(len(factors), rope), rtol=1e-3)
             if not known:
                 raise CheckpointError(
@@ -348,13 +383,17 @@ class Reader:
         return rope
 
 
-def to_file(model: models.Model, path: str, array: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+def to_file(
+    model: models.Model, path: str, array: Shaped[np.ndarray, "..."]
+) -> Float[np.ndarray, "..."]:
     """Returns a param as llama.cpp has it, in float32, but for the order of its rows."""
     array = (array.T if path.endswith(".kernel") else array).astype(np.float32)
     return array + np.float32(model.offset) if model.offset and path.endswith(".scale") else array
 
 
-def from_file(model: models.Model, path: str, array: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+def from_file(
+    model: models.Model, path: str, array: Float[np.ndarray, "..."]
+) -> Float[np.ndarray, "..."]:
     """Returns the param that `to_file` made so."""
     if model.offset and path.endswith(".scale"):
         array = array - np.float32(model.offset)
@@ -362,5 +401,6 @@ def from_file(model: models.Model, path: str, array: Float[np.ndarray, "..."]) -
 
 
 def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
-    """Returns the rows of a head from llama.cpp's order (pairs side by side) to Hugging Face's (halves)."""
+    """Returns the rows of a head from llama.cpp's order (pairs side by side) to Hugging Face's
+    (halves)."""
     return array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)

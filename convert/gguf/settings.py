@@ -31,7 +31,8 @@ def fields_of(model: Model, config: Any) -> Entries:
         "block_count": config.num_hidden_layers,
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "attention.head_count_kv": getattr(config, "num_key_value_heads", None)
+        or config.num_attention_heads,
         "attention.key_length": head,
         "attention.value_length": head,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
@@ -42,7 +43,9 @@ def fields_of(model: Model, config: Any) -> Entries:
     if kind in ("linear", "yarn"):
         fields |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
         if kind == "yarn":
-            fields["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+            fields["rope.scaling.original_context_length"] = rope[
+                "original_max_position_embeddings"
+            ]
     elif kind not in ("default", "llama3"):
         raise CheckpointError(f"a GGUF file has no place for a rotary embedding of the kind {kind}")
     optional = {
@@ -56,8 +59,14 @@ def fields_of(model: Model, config: Any) -> Entries:
         "expert_used_count": "num_experts_per_tok",
         "expert_feed_forward_length": "moe_intermediate_size",
     }
-    fields |= {name: found for name, entry in optional.items() if (found := getattr(config, entry, None)) is not None}
-    count = next((getattr(config, name) for name in EXPERT_COUNTS if getattr(config, name, None)), None)
+    fields |= {
+        name: found
+        for name, entry in optional.items()
+        if (found := getattr(config, entry, None)) is not None
+    }
+    count = next(
+        (getattr(config, name) for name in EXPERT_COUNTS if getattr(config, name, None)), None
+    )
     return fields | ({"expert_count": count} if count else {})
 
 
@@ -88,27 +97,38 @@ def permuted(model: Model, config: Any, path: str, array: np.ndarray) -> np.ndar
 
 
 UNSAID = frozenset(
-    "architectures dtype torch_dtype transformers_version initializer_range use_cache cache_implementation "
-    "attention_dropout embd_pdrop resid_pdrop hidden_dropout pretraining_tp _name_or_path bos_token_id eos_token_id "
-    "pad_token_id router_aux_loss_coef router_jitter_noise output_router_logits is_llama_config max_window_layers "
-    "transformers.js_config id2label label2id chunk_size_feed_forward return_dict output_hidden_states "
+    "architectures dtype torch_dtype transformers_version initializer_range use_cache "
+    "cache_implementation "
+    "attention_dropout embd_pdrop resid_pdrop hidden_dropout pretraining_tp _name_or_path "
+    "bos_token_id eos_token_id "
+    "pad_token_id router_aux_loss_coef router_jitter_noise output_router_logits is_llama_config "
+    "max_window_layers "
+    "transformers.js_config id2label label2id chunk_size_feed_forward return_dict "
+    "output_hidden_states "
     "output_attentions problem_type is_encoder_decoder".split()
 )
 """Entries of config.json that say nothing of what a model computes."""
 
 
 def differences(found: Entries, wanted: Any) -> Iterator[str]:
-    """Yields the entries in which the content of a config.json differs from a configuration of transformers."""
+    """Yields the entries in which the content of a config.json differs from a configuration of
+    transformers."""
     ours, theirs = type(wanted).from_dict(found).to_dict(), wanted.to_dict()
     for name in type(wanted)().to_dict().keys() - UNSAID:  # what its class knows
-        if name == "hidden_act" and "hidden_activation" in theirs or name == "head_dim" and theirs[name] is None:
+        if (
+            name == "hidden_act"
+            and "hidden_activation" in theirs
+            or name == "head_dim"
+            and theirs[name] is None
+        ):
             continue  # another entry decides
         if not _equal(ours.get(name), theirs.get(name)):
             yield name
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Returns whether two values are the same but for float32's rounding; an entry that is None need not be there."""
+    """Returns whether two values are the same but for float32's rounding; an entry that is None
+    need not be there."""
     if isinstance(a, dict) and isinstance(b, dict):
         return all(_equal(a.get(name), b.get(name)) for name in a.keys() | b.keys())
     if isinstance(a, float | int) and isinstance(b, float | int) and not isinstance(a, bool):

@@ -1,8 +1,8 @@
 """A checkpoint's tokenizer, as the fields of a GGUF file.
 
-A vocabulary of bytes with merges is llama.cpp's `gpt2`; one with SentencePiece's space and bytes as tokens is its
-`llama`, which merges by the scores of tokens instead of an order of pairs. How a text is cut before it is merged has a
-name in llama.cpp, not a rule.
+A vocabulary of bytes with merges is llama.cpp's `gpt2`; one with SentencePiece's space and bytes as
+tokens is its `llama`, which merges by the scores of tokens instead of an order of pairs. How a text
+is cut before it is merged has a name in llama.cpp, not a rule.
 """
 
 import json
@@ -45,23 +45,35 @@ def fields_of(assets: Path, size: int) -> dict[str, Any]:
     tokenizer = load_tokenizer(assets)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise CheckpointError(f"llama.cpp has no tokenizer of the kind {type(tokenizer).__name__}", file=assets)
+        raise CheckpointError(
+            f"llama.cpp has no tokenizer of the kind {type(tokenizer).__name__}", file=assets
+        )
     content: dict[str, Any] = json.loads(backend.to_str())
     model = content["model"]
     if model["type"] != "BPE":
-        raise CheckpointError(f"llama.cpp has no tokenizer of the kind {model['type']}", file=assets)
+        raise CheckpointError(
+            f"llama.cpp has no tokenizer of the kind {model['type']}", file=assets
+        )
     added = {token["id"]: token for token in content["added_tokens"]}
     tokens = {number: token for token, number in model["vocab"].items()}
     tokens |= {number: token["content"] for number, token in added.items()}
     listed = [tokens.get(number, f"[PAD{number}]") for number in range(size)]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    types = list(map(int, _types(listed, tokens, added, tokenizer.unk_token_id, bool(model["byte_fallback"]))))
+    types = list(
+        map(
+            int, _types(listed, tokens, added, tokenizer.unk_token_id, bool(model["byte_fallback"]))
+        )
+    )
     fields: dict[str, Any] = {"ggml.tokens": listed, "ggml.token_type": types}
     if model["byte_fallback"]:
         fields |= {"ggml.model": "llama", "ggml.scores": _scores(listed, merges)}
         fields["ggml.add_space_prefix"] = tokenizer.tokenize("a")[:1] == ["▁a"]
     else:
-        fields |= {"ggml.model": "gpt2", "ggml.pre": _cut(content["pre_tokenizer"]), "ggml.merges": merges}
+        fields |= {
+            "ggml.model": "gpt2",
+            "ggml.pre": _cut(content["pre_tokenizer"]),
+            "ggml.merges": merges,
+        }
     for name, number in {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
@@ -79,7 +91,11 @@ def fields_of(assets: Path, size: int) -> dict[str, Any]:
 
 
 def _types(
-    listed: list[str], known: dict[int, str], added: dict[int, dict[str, Any]], unknown: int | None, as_bytes: bool
+    listed: list[str],
+    known: dict[int, str],
+    added: dict[int, dict[str, Any]],
+    unknown: int | None,
+    as_bytes: bool,
 ) -> Iterator[TokenType]:
     for number, token in enumerate(listed):
         if number not in known:
@@ -95,7 +111,8 @@ def _types(
 
 
 def _scores(listed: list[str], merges: list[str]) -> list[float]:
-    """Returns a score for each token, so that merging the best first is merging in the order of the pairs."""
+    """Returns a score for each token, so that merging the best first is merging in the order of the
+    pairs."""
     order: dict[str, int] = {}
     for number, pair in enumerate(merges):
         order.setdefault(pair.replace(" ", ""), number)
@@ -118,6 +135,7 @@ def _cut(rule: dict[str, Any] | None) -> str:
     name = CUTS.get(tuple(found))
     if name is None:
         log.warning(
-            "llama.cpp's name for how this tokenizer cuts a text is not known here: numbers and signs may differ"
+            "llama.cpp's name for how this tokenizer cuts a text is not known here: numbers and "
+            "signs may differ"
         )
     return name or UNKNOWN_CUT

@@ -1,7 +1,7 @@
 """GGUF files, written: what llama.cpp runs, with exact zeros where the checkpoint has them.
 
-Names, orders and settings are those that llama.cpp's own converter gives a model, of those models that `models` has.
-What the file would say otherwise than the checkpoint is refused.
+Names, orders and settings are those that llama.cpp's own converter gives a model, of those models
+that `models` has. What the file would say otherwise than the checkpoint is refused.
 """
 
 import math
@@ -48,8 +48,8 @@ class Writer:
         place: the file to make.
         spec: the shapes and dtypes of what will be written.
         assets: the folder of the checkpoint's configuration and tokenizer.
-        type: how matrices are stored: f32, f16, bf16, q8_0, q5_0, q5_1, q4_0 or q4_1; of embedding and head no smaller
-            one than q8_0. Vectors are float32.
+        type: how matrices are stored: f32, f16, bf16, q8_0, q5_0, q5_1, q4_0 or q4_1; of embedding
+            and head no smaller one than q8_0. Vectors are float32.
 
     Raises:
         CheckpointError: llama.cpp has no such model, or its file would be another model.
@@ -67,7 +67,9 @@ class Writer:
         self._model, self._config = models.of_type(config.model_type, assets), config
         self._tensors = _tensors_of(spec, self._model)
         self._names = {path: name for name, paths in self._tensors.items() for path in paths}
-        self._kinds = {name: _kind_of(name, spec, paths, self._kind) for name, paths in self._tensors.items()}
+        self._kinds = {
+            name: _kind_of(name, spec, paths, self._kind) for name, paths in self._tensors.items()
+        }
         self._missing = set(self._tensors)
         self._write_header(spec, assets)
         self._require_same(spec)
@@ -90,7 +92,10 @@ class Writer:
             _add(writer, f"tokenizer.{name}", value)
         factors = settings.rope_factors(self._config)
         if factors is not None:
-            self._tensors[reading.ROPE_FACTORS], self._kinds[reading.ROPE_FACTORS] = [], GGMLQuantizationType.F32
+            self._tensors[reading.ROPE_FACTORS], self._kinds[reading.ROPE_FACTORS] = (
+                [],
+                GGMLQuantizationType.F32,
+            )
         sizes = {}
         for name, paths in self._tensors.items():
             shape = _shape(spec, paths) if paths or factors is None else factors.shape
@@ -112,14 +117,17 @@ class Writer:
             self._put(reading.ROPE_FACTORS, factors)
 
     def _require_same(self, spec: Spec) -> None:
-        """Raises CheckpointError where what was written would be read as another model than the checkpoint's."""
+        """Raises CheckpointError where what was written would be read as another model than the
+        checkpoint's."""
         found = reading.Reader(self.place)
-        if {path: t.shape for path, t in found.spec.items()} != {path: t.shape for path, t in spec.items()}:
+        if {path: t.shape for path, t in found.spec.items()} != {
+            path: t.shape for path, t in spec.items()
+        }:
             raise CheckpointError("a GGUF file of it would have other tensors")
         if different := sorted(settings.differences(found.config, self._config)):
             raise CheckpointError(
-                f"a GGUF file of a {self._model.model_type} model cannot say these entries of config.json: "
-                + ", ".join(different)
+                f"a GGUF file of a {self._model.model_type} model cannot say these entries of "
+                "config.json: " + ", ".join(different)
             )
 
     def write(self, params: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
@@ -130,12 +138,19 @@ class Writer:
 
     def _in_file(self, path: str, array: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
         """Returns a param as llama.cpp has it, in float32."""
-        return settings.permuted(self._model, self._config, path, reading.to_file(self._model, path, array))
+        return settings.permuted(
+            self._model, self._config, path, reading.to_file(self._model, path, array)
+        )
 
     def _put(self, name: str, array: Float[np.ndarray, "..."]) -> None:
         kind = self._kinds[name]
-        if kind == GGMLQuantizationType.F16 and np.abs(array).max(initial=0) > np.finfo(np.float16).max:
-            raise CheckpointError(f"{name} has numbers that float16 cannot hold", options={"type": "bf16"})
+        if (
+            kind == GGMLQuantizationType.F16
+            and np.abs(array).max(initial=0) > np.finfo(np.float16).max
+        ):
+            raise CheckpointError(
+                f"{name} has numbers that float16 cannot hold", options={"type": "bf16"}
+            )
         content = gguf.quantize(np.ascontiguousarray(array), kind)
         with failing(self.place), self.place.open("r+b") as file:
             file.seek(self._starts[name])
@@ -143,7 +158,9 @@ class Writer:
 
     def finish(self) -> None:
         if self._missing:
-            raise CheckpointError(f"the file is incomplete, never written: {', '.join(sorted(self._missing)[:5])}")
+            raise CheckpointError(
+                f"the file is incomplete, never written: {', '.join(sorted(self._missing)[:5])}"
+            )
         with failing(self.place):
             sync(self.place)
 
@@ -182,7 +199,10 @@ def _name_of(path: str, model: models.Model, modules: Mapping[str, str]) -> str:
         return TOP[path]
     layer, parts = path.split(".", 2), split_expert(path)
     if parts:
-        module, leaf = f"{parts[0]}.{parts[2].rpartition('.')[0]}".split(".", 2)[2], parts[2].rpartition(".")[2]
+        module, leaf = (
+            f"{parts[0]}.{parts[2].rpartition('.')[0]}".split(".", 2)[2],
+            parts[2].rpartition(".")[2],
+        )
     else:
         module, _, leaf = layer[-1].rpartition(".")
     if path.startswith(f"{BESIDE}.") or layer[0] != "layers" or module not in modules:
@@ -190,7 +210,9 @@ def _name_of(path: str, model: models.Model, modules: Mapping[str, str]) -> str:
     return f"blk.{layer[1]}.{modules[module]}.{'bias' if leaf == 'bias' else 'weight'}"
 
 
-def _kind_of(name: str, spec: Spec, paths: list[str], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+def _kind_of(
+    name: str, spec: Spec, paths: list[str], wanted: GGMLQuantizationType
+) -> GGMLQuantizationType:
     """Returns how a tensor is stored in a file whose matrices are stored as `wanted`."""
     if not paths[0].endswith((".kernel", ".embedding")) or "ffn_gate_inp" in name:
         return GGMLQuantizationType.F32

@@ -1,9 +1,11 @@
-"""Fine-tunes the decoder layers of a pruned checkpoint with optax, the whole model in memory, and keeps its zeros.
+"""Fine-tunes the decoder layers of a pruned checkpoint with optax, the whole model in memory, and
+keeps its zeros.
 
     python finetune_jax.py PRUNED TEXT.jsonl TUNED
 
-TEXT.jsonl has one document a line, under "text". `jaxprune verify TUNED --zeros-of PRUNED` proves the outcome. A model
-that does not fit in memory three times over is tuned layer by layer while it is pruned: `jaxprune --tune-tokens`.
+TEXT.jsonl has one document a line, under "text". `jaxprune verify TUNED --zeros-of PRUNED` proves
+the outcome. A model that does not fit in memory three times over is tuned layer by layer while it
+is pruned: `jaxprune --tune-tokens`.
 """
 
 import argparse
@@ -20,7 +22,9 @@ from jaxprune.streaming.model import in_checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pruned")
     parser.add_argument("text")
     parser.add_argument("tuned")
@@ -36,9 +40,14 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("there must be a step at least, and windows of two tokens")
 
     model = jaxprune.load(args.pruned)
-    embed, layers, head = model.architecture.embed, model.architecture.layers, model.architecture.head
+    embed, layers, head = (
+        model.architecture.embed,
+        model.architecture.layers,
+        model.architecture.head,
+    )
     embed_params, head_params = model.params_of(embed), model.params_of(head)
-    params = [model.put_layer(index, layer) for index, layer in enumerate(model.layers())]  # these are trained
+    # these are trained
+    params = [model.put_layer(index, layer) for index, layer in enumerate(model.layers())]
 
     def loss(params, tokens):
         x = embed(embed_params, tokens)
@@ -71,7 +80,9 @@ def main(argv: list[str] | None = None) -> None:
             if not part.startswith("layers."):
                 writer.write(model.reader.read(paths))
         for index, (layer, own) in enumerate(zip(layers, params, strict=True)):
-            stored = in_checkpoint(index, layer.unstack({path: np.asarray(array) for path, array in own.items()}))
+            stored = in_checkpoint(
+                index, layer.unstack({path: np.asarray(array) for path, array in own.items()})
+            )
             writer.write({path: array.astype(spec[path].dtype) for path, array in stored.items()})
     print(f"{args.tuned} is written: jaxprune verify {args.tuned} --zeros-of {args.pruned}")
 

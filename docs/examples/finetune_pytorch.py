@@ -1,8 +1,10 @@
-"""Fine-tunes a pruned checkpoint with transformers' Trainer, all weights or LoRA adapters, and keeps its zeros.
+"""Fine-tunes a pruned checkpoint with transformers' Trainer, all weights or LoRA adapters, and
+keeps its zeros.
 
     python finetune_pytorch.py PRUNED TEXT.jsonl TUNED [--lora]
 
-TEXT.jsonl has one document a line, under "text". `jaxprune verify TUNED --zeros-of PRUNED` proves the outcome.
+TEXT.jsonl has one document a line, under "text". `jaxprune verify TUNED --zeros-of PRUNED` proves
+the outcome.
 """
 
 import argparse
@@ -24,7 +26,9 @@ import jaxprune
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pruned")
     parser.add_argument("text")
     parser.add_argument("tuned")
@@ -40,14 +44,21 @@ def main(argv: list[str] | None = None) -> None:
     stored = model.config.dtype
     masks = jaxprune.keep_zeros(model)  # this line keeps the zeros
     if args.lora:
-        model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
-        layers = {name: layer for name, layer in model.base_model.model.named_modules() if isinstance(layer, LoraLayer)}
+        model = get_peft_model(
+            model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+        )
+        layers = {
+            name: layer
+            for name, layer in model.base_model.model.named_modules()
+            if isinstance(layer, LoraLayer)
+        }
         for name, layer in layers.items():
             layer.forward = masked(layer, masks.get(f"{name}.weight"))
 
     texts = datasets.load_dataset("json", data_files=args.text, split="train")
     tokens = texts.map(
-        lambda row: tokenizer(row["text"], truncation=True, max_length=args.length), remove_columns=texts.column_names
+        lambda row: tokenizer(row["text"], truncation=True, max_length=args.length),
+        remove_columns=texts.column_names,
     )
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
@@ -66,14 +77,17 @@ def main(argv: list[str] | None = None) -> None:
     if args.lora:
         with torch.no_grad():
             for name, layer in layers.items():
-                layer.base_layer.weight += masks[f"{name}.weight"] * layer.get_delta_weight("default")
+                layer.base_layer.weight += masks[f"{name}.weight"] * layer.get_delta_weight(
+                    "default"
+                )
         model = model.unload()
     model.to(stored).save_pretrained(args.tuned)
     tokenizer.save_pretrained(args.tuned)
 
 
 def masked(layer, mask):
-    """Returns a forward pass in which an adapter changes only weights that are kept, as they will when it is merged."""
+    """Returns a forward pass in which an adapter changes only weights that are kept, as they will
+    when it is merged."""
 
     def forward(x):
         weight = layer.base_layer.weight + mask * layer.get_delta_weight("default")

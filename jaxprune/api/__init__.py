@@ -1,1 +1,2 @@
-"""What the commands call, and `jaxprune` exports: a model is loaded, pruned, evaluated and verified."""
+"""What the commands call, and `jaxprune` exports: a model is loaded, pruned, evaluated and
+verified."""

@@ -36,7 +36,9 @@ class Evaluation:
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Returns header and rows of a table: a column for each checkpoint."""
-        header, rows = table({_file_name(name): quality for name, quality in self.qualities.items()})
+        header, rows = table(
+            {_file_name(name): quality for name, quality in self.qualities.items()}
+        )
         zeros = [f"{100 * share:.4f} %" for share in self.sparsity.values()]
         return header, [["zeros of the linear layers", *zeros], *rows]
 
@@ -66,7 +68,8 @@ def evaluate(
     scratch: Path | None = None,
     observer: Observer = SILENT,
 ) -> Evaluation:
-    """Measures checkpoints, dense or pruned: perplexity and KL divergence on texts, accuracy on tasks.
+    """Measures checkpoints, dense or pruned: perplexity and KL divergence on texts, accuracy on
+    tasks.
 
     Args:
         checkpoints: models, or names as for `load`.
@@ -77,7 +80,8 @@ def evaluate(
         seqlen: tokens of a window of text.
         windows: the most windows of a text; None: all.
         limit: the most rows of a task; None: all.
-        out: a folder to make with a record and a report, written anew after each checkpoint; None: none is made.
+        out: a folder to make with a record and a report, written anew after each checkpoint; None:
+            none is made.
         config: what was asked for, for the record.
         inputs: paths that must not be replaced, besides the checkpoints.
         dtype: the dtype of the computation of checkpoints that are given by name.
@@ -89,9 +93,13 @@ def evaluate(
     """
     measures = measures or Measures(tuple(texts), seqlen, windows, tuple(tasks), limit=limit)
     given = [*([against] if against is not None else []), *checkpoints]
-    names = list(dict.fromkeys(one.name if isinstance(one, StreamedModel) else str(one) for one in given))
+    names = list(
+        dict.fromkeys(one.name if isinstance(one, StreamedModel) else str(one) for one in given)
+    )
     if len(short := {_file_name(name) for name in names}) < len(names):
-        raise InputError(f"checkpoints of the same name cannot be told apart: {', '.join(sorted(short))}")
+        raise InputError(
+            f"checkpoints of the same name cannot be told apart: {', '.join(sorted(short))}"
+        )
     opened: dict[str, StreamedModel] = {}
     for one in given:
         if isinstance(one, StreamedModel) and opened.setdefault(one.name, one) is not one:
@@ -103,13 +111,26 @@ def evaluate(
         place = _place(out, [*inputs, *(path for source in sources for path in inputs_of(source))])
     models = {name: opened.get(name) or load(name, dtype=dtype, scratch=scratch) for name in names}
     runs = {name: reading.run_of(model.source) for name, model in models.items()}
-    first = against.name if isinstance(against, StreamedModel) else None if against is None else str(against)
+    first = (
+        against.name
+        if isinstance(against, StreamedModel)
+        else None
+        if against is None
+        else str(against)
+    )
     evaluator = Evaluator(measures, models[names[0]], observer)
     if texts_of := [tokens.shape for tokens in evaluator.windows.values()]:
         some = models[names[0]]
-        observer.planned(preflight.need_of_evaluation(some.reader.spec, some.architecture, texts_of, len(models)))
+        observer.planned(
+            preflight.need_of_evaluation(some.reader.spec, some.architecture, texts_of, len(models))
+        )
     sparsity = {name: _share(zeros(model).values()) for name, model in models.items()}
-    record = {"schema": schema.VERSION, "kind": "evaluation", "config": dict(config or {}), "against": first}
+    record = {
+        "schema": schema.VERSION,
+        "kind": "evaluation",
+        "config": dict(config or {}),
+        "against": first,
+    }
     found: dict[str, Any] = {}
     qualities, fault = {}, None
     for name, quality in evaluator.measure(models, first):
@@ -124,7 +145,9 @@ def evaluate(
         if place:  # what is measured is kept, whatever becomes of the rest
             with staged(place) as folder:
                 named = {_file_name(one): quality for one, quality in qualities.items()}
-                files, fault = write_record(folder, record | {"checkpoints": found} | environment(), named)
+                files, fault = write_record(
+                    folder, record | {"checkpoints": found} | environment(), named
+                )
                 ownership.mark(folder, "evaluation", files)
     result = Evaluation(qualities, sparsity)
     observer.finished(result)

@@ -41,17 +41,17 @@ def generate(
 ) -> list[str]:
     """Returns texts drawn from a model's own distribution, of one length in tokens.
 
-    Over such text the divergence that `jaxprune.prune` tunes by is the one between the two models' whole texts. See Liu
-    et al., "LLM-QAT" (arXiv 2305.17888).
+    Over such text the divergence that `jaxprune.prune` tunes by is the one between the two models'
+    whole texts. See Liu et al., "LLM-QAT" (arXiv 2305.17888).
 
     Args:
         model: writes them. It does not end them: behind a text's end begins another.
         tokens: of all texts, at least.
-        out: a .jsonl file to make of them. What is finished is kept in `OUT.unfinished` until then, and the same call
-            goes on from there; None: no file is made.
+        out: a .jsonl file to make of them. What is finished is kept in `OUT.unfinished` until then,
+            and the same call goes on from there; None: no file is made.
         length: tokens of a text, those of its prompt among them.
-        prompts: a source as for `calibration_windows`, with whose documents the texts begin, in an order that the seed
-            fixes; None: they begin with the token that texts begin with.
+        prompts: a source as for `calibration_windows`, with whose documents the texts begin, in an
+            order that the seed fixes; None: they begin with the token that texts begin with.
         prompt_tokens: of a document.
         seed: of the tokens, which text by text it fixes.
         observer: is told each token of all texts.
@@ -63,19 +63,28 @@ def generate(
     place = file_of(out) if out is not None else None
     beginning = 1 if prompts is None else prompt_tokens
     if not 0 < beginning < length:
-        options = {"length": Change.RAISE} | ({} if prompts is None else {"prompt_tokens": Change.LOWER})
+        options = {"length": Change.RAISE} | (
+            {} if prompts is None else {"prompt_tokens": Change.LOWER}
+        )
         raise InputError(f"texts of {length} tokens cannot begin with {beginning}", options=options)
     if tokens < 1:
         raise InputError(f"tokens must be at least 1, not {tokens}")
     begun = [[model.first_token]] * -(-tokens // length)
     if prompts is not None:
         weights = sources_of(prompts)
-        beginnings = {name: _beginnings(_documents(name, model), begun[0], prompt_tokens, seed) for name in weights}
+        beginnings = {
+            name: _beginnings(_documents(name, model), begun[0], prompt_tokens, seed)
+            for name in weights
+        }
         begun = [next(beginnings[name]) for name in islice(interleaved(weights), len(begun))]
     if not place:
         return _decoded(model, _written(model, begun, {}, length, seed, observer))
     reader = identity.checked(model.reader)
-    asked = {"tokens": tokens, "length": length, "begun": hashlib.sha256(json.dumps(begun).encode()).hexdigest()}
+    asked = {
+        "tokens": tokens,
+        "length": length,
+        "begun": hashlib.sha256(json.dumps(begun).encode()).hexdigest(),
+    }
     wanted = identity.of_run(reader, model.hf_config, model.dtype, {TEXTS: asked}, seed)
     with resume.open_journal(place.path, wanted) as journal:
         known = identity.KnownWeights(reader, journal)
@@ -119,7 +128,11 @@ def file_of(out: str | Path | Destination) -> Destination:
     """
     place = destination(out, "out", folder=False)
     if place.path.suffix != ".jsonl":
-        raise InputError("texts are rows of JSON, known by their file's name", file=place.path, wanted="FILE.jsonl")
+        raise InputError(
+            "texts are rows of JSON, known by their file's name",
+            file=place.path,
+            wanted="FILE.jsonl",
+        )
     if not (os.path.lexists(place.path) and os.path.lexists(journal_folder(place.path))):
         place.check()  # else a run may have been stopped when its file was there already
     return place
@@ -144,13 +157,18 @@ def _written(
     observer: Observer,
     journal: Journal | None = None,
 ) -> list[list[int]]:
-    """Returns the tokens of texts that begin with these; those that there are already are not written again."""
+    """Returns the tokens of texts that begin with these; those that there are already are not
+    written again."""
     texts = dict(texts)
     most = [length - len(one) for one in begun]
-    for batch in in_batches(model, begun, most, lambda *_: False, observer, seed=seed, made=set(texts)):
+    for batch in in_batches(
+        model, begun, most, lambda *_: False, observer, seed=seed, made=set(texts)
+    ):
         texts |= (made := {number: [*begun[number], *new] for number, new in batch.items()})
         if journal:
-            numbers, ids = (np.array([*values], np.int32) for values in (made.keys(), made.values()))
+            numbers, ids = (
+                np.array([*values], np.int32) for values in (made.keys(), made.values())
+            )
             journal.put(f"{TEXTS}/{numbers.min()}", {"numbers": numbers, "ids": ids}, {})
     if journal:
         journal.wait()

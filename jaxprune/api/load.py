@@ -24,7 +24,8 @@ def load(
 
     Args:
         checkpoint: a folder, a .gguf file, a known name such as llama-7b, or owner/name of a hub.
-        dtype: the dtype of the computation; None: float32 on a CPU, the kernels' stored dtype elsewhere.
+        dtype: the dtype of the computation; None: float32 on a CPU, the kernels' stored dtype
+            elsewhere.
         devices: the devices that the model runs on.
         scratch: a folder for hidden states; None: they are kept in memory.
 
@@ -34,7 +35,9 @@ def load(
     """
     source = resolve(checkpoint)
     reader = CheckedReader(open_checkpoint(source, check=False))
-    return StreamedModel(reader, dtype, devices, Path(scratch) if scratch else None, str(checkpoint), source)
+    return StreamedModel(
+        reader, dtype, devices, Path(scratch) if scratch else None, str(checkpoint), source
+    )
 
 
 def prune_kernel(
@@ -46,7 +49,8 @@ def prune_kernel(
         kernel: the dense kernel, [inputs, outputs].
         gram: the Gram matrix of its inputs, XᵀX, float32; see `methods.gram.gram`.
         method: the pruning method.
-        target: a pattern; or a mask [inputs, outputs], True = kept, under which the method only updates the weights.
+        target: a pattern; or a mask [inputs, outputs], True = kept, under which the method only
+            updates the weights.
 
     Raises:
         InputError: the pattern is impossible for the kernel's shape.

@@ -1,4 +1,5 @@
-"""A checkpoint pruned into a folder: all is checked, pruned, measured, recorded and put in its place."""
+"""A checkpoint pruned into a folder: all is checked, pruned, measured, recorded and put in its
+place."""
 
 import contextlib
 import dataclasses
@@ -11,7 +12,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import DTypeLike, Int
 
-from convert import Reader, Spec, Writer, disk_bytes, fill_checkpoint, open_checkpoint, parameters, writing
+from convert import (
+    Reader,
+    Spec,
+    Writer,
+    disk_bytes,
+    fill_checkpoint,
+    open_checkpoint,
+    parameters,
+    writing,
+)
 from convert.casting import saving_dtype
 from convert.destination import Destination, destination
 from convert.gguf.writing import tensor_bytes
@@ -27,7 +37,13 @@ from jaxprune.evaluation.quality import Evaluator, Quality
 from jaxprune.planning import fit
 from jaxprune.planning.timing import jit_versus_eager
 from jaxprune.planning.work import Work
-from jaxprune.processes.collective import barrier, broadcast, is_first_process, on_first_process, require_same
+from jaxprune.processes.collective import (
+    barrier,
+    broadcast,
+    is_first_process,
+    on_first_process,
+    require_same,
+)
 from jaxprune.pruning import identity, publishing, resume
 from jaxprune.pruning.experts import kept_experts, without_experts
 from jaxprune.pruning.journal import Journal
@@ -71,7 +87,8 @@ class PruningResult:
 
     @property
     def layers(self) -> Sequence[schema.Layer]:
-        """The results of the layers; `layers[3]["mlp.down_proj"].error` is a kernel's relative error."""
+        """The results of the layers; `layers[3]["mlp.down_proj"].error` is a kernel's relative
+        error."""
         return self.record.layers
 
 
@@ -95,10 +112,11 @@ def prune(
     begun: float | None = None,
     observer: Observer = SILENT,
 ) -> PruningResult | None:
-    """Prunes a checkpoint into a folder, in Hugging Face's format, with a record, a model card and a report.
+    """Prunes a checkpoint into a folder, in Hugging Face's format, with a record, a model card and
+    a report.
 
-    What is finished is kept in `OUT.unfinished` until the end: the same call goes on with a run that was stopped, and
-    ends in the same bytes.
+    What is finished is kept in `OUT.unfinished` until the end: the same call goes on with a run
+    that was stopped, and ends in the same bytes.
 
     Args:
         model: the dense model, from `load`.
@@ -110,13 +128,17 @@ def prune(
         overwrite: replace `out` and `masks` if they are earlier results that nobody changed.
         resume_only: insist on going on with a run that was stopped.
         seed: the seed of the order of calibration windows in the distillation.
-        save_dtype: the dtype that the weights of the result are stored in, float16, bfloat16 or float32; None: as the
-            checkpoint stores them, float16 for a quantized GGUF file.
+        save_dtype: the dtype that the weights of the result are stored in, float16, bfloat16 or
+            float32; None: as the checkpoint stores them, float16 for a quantized GGUF file.
         evaluator: measures the dense and the pruned checkpoint; None: nothing is measured.
-        timing: first prune the first layer compiled and under `jax.disable_jit`, and record the seconds of both.
-        unchecked: begin even where the run would not fit, and without comparing weights of the hub with their digests.
-        config: what was asked for, texts and numbers for the record; None: names of the checkpoint and of the folder.
-        inputs: what else is read, by the name of its option: neither `out` nor `masks` may lie there.
+        timing: first prune the first layer compiled and under `jax.disable_jit`, and record the
+            seconds of both.
+        unchecked: begin even where the run would not fit, and without comparing weights of the hub
+            with their digests.
+        config: what was asked for, texts and numbers for the record; None: names of the checkpoint
+            and of the folder.
+        inputs: what else is read, by the name of its option: neither `out` nor `masks` may lie
+            there.
         begun: `time.perf_counter()` when the work began that led here; None: now.
         observer: is told what happens.
 
@@ -124,7 +146,8 @@ def prune(
         The result; None where an earlier process of the run had only to be tidied up after.
 
     Raises:
-        InputError, CheckpointError: something cannot be used; nothing that was there before has changed.
+        InputError, CheckpointError: something cannot be used; nothing that was there before has
+            changed.
     """
     begun = time.perf_counter() if begun is None else begun
     reader = identity.checked(model.reader)
@@ -147,12 +170,16 @@ def prune(
     stored = {} if dtype is None else {"save_dtype": dtype.name}
     record.save_dtype = stored.get("save_dtype")
     given = {"masks": {"sha256": digest_of(recipe.mask)}} if recipe.mask else {}
-    wanted = identity.of_run(reader, model.hf_config, model.dtype, record.asked() | given | stored, seed)
+    wanted = identity.of_run(
+        reader, model.hf_config, model.dtype, record.asked() | given | stored, seed
+    )
     require_same(lambda: wanted | {"weights": identity.sample(reader)})
     observer.phase_timed("setup", time.perf_counter() - begun)
     if not unchecked:
         require_whole(reader.files)
-        observer.planned(fit.require_fit(_work(model, saved.reader.spec, windows, recipe, place, evaluator)))
+        observer.planned(
+            fit.require_fit(_work(model, saved.reader.spec, windows, recipe, place, evaluator))
+        )
     run, masks_at = resume.run_of(wanted), masks_place.path if masks_place else None
     if broadcast(emptied):
         if on_first_process(lambda: resume.tidy_up(place.path, run, masks_at)):
@@ -172,19 +199,32 @@ def prune(
         weights = identity.KnownWeights(reader, journal)
         if recipe.experts.drop_experts:
             with _timed(observer, "experts"):
-                record.kept_experts = kept_experts(model, windows, recipe.experts.drop_experts, journal)
+                record.kept_experts = kept_experts(
+                    model, windows, recipe.experts.drop_experts, journal
+                )
                 saved = saved.keeping(record.kept_experts)
         if timing:
             with _timed(observer, "timing"):
                 record.timing = jit_versus_eager(saved, windows, recipe)
         layers = prune_model(
-            saved, windows, recipe, stream=stream, seed=seed, teacher=model, journal=journal, observer=observer
+            saved,
+            windows,
+            recipe,
+            stream=stream,
+            seed=seed,
+            teacher=model,
+            journal=journal,
+            observer=observer,
         )
-        files, packed = _write_checkpoint(saved, layers, recipe, journal, masks_at is not None, observer)
+        files, packed = _write_checkpoint(
+            saved, layers, recipe, journal, masks_at is not None, observer
+        )
         if evaluator:
             with _timed(observer, "evaluate"), _continued_otherwise():
                 pruned = model.sibling(result_folder(journal), f"pruned {model.short_name}")
-                for which, quality in evaluator.measure({"dense": model, "pruned": pruned}, against="dense"):
+                for which, quality in evaluator.measure(
+                    {"dense": model, "pruned": pruned}, against="dense"
+                ):
                     record.evaluation[which] = quality
         record.seconds["total"] = time.perf_counter() - begun
         made_of = {"dense": reader, "pruned": open_checkpoint(result_folder(journal), check=False)}
@@ -250,7 +290,10 @@ def _work(
 
 
 def places(
-    out: str | Path | Destination, masks: str | Path | Destination | None, *, overwrite: bool = False
+    out: str | Path | Destination,
+    masks: str | Path | Destination | None,
+    *,
+    overwrite: bool = False,
 ) -> tuple[Destination, Destination | None]:
     """Returns where the result of a run is to be, and its masks.
 
@@ -258,7 +301,9 @@ def places(
         CheckpointError: there are no such places.
     """
     place = destination(out, "out", overwrite=overwrite)
-    return place, masks and destination(masks, "save_masks", overwrite=overwrite, folder=False) or None
+    return place, masks and destination(
+        masks, "save_masks", overwrite=overwrite, folder=False
+    ) or None
 
 
 def require_separate(
@@ -301,8 +346,8 @@ def _write_checkpoint(
     with_masks: bool,
     observer: Observer,
 ) -> tuple[set[str], int]:
-    """Writes checkpoint and masks to where the journal wants them; returns the checkpoint's files, and about how many
-    bytes its params would take packed."""
+    """Writes checkpoint and masks to where the journal wants them; returns the checkpoint's files,
+    and about how many bytes its params would take packed."""
     packed = 0
     writer: Writer | None = None
     mask_writer: MaskWriter | None = None
@@ -312,11 +357,15 @@ def _write_checkpoint(
             with failing(folder):
                 folder.mkdir(parents=True)
             writer = stack.enter_context(
-                fill_checkpoint(folder, model.reader.spec, model.reader.assets, changes=model.changes)
+                fill_checkpoint(
+                    folder, model.reader.spec, model.reader.assets, changes=model.changes
+                )
             )
             if with_masks:
                 mask_writer = MaskWriter(
-                    masks_file(journal), _pruned_shapes(model, recipe), naming_in(model.hf_config, model.reader.spec)
+                    masks_file(journal),
+                    _pruned_shapes(model, recipe),
+                    naming_in(model.hf_config, model.reader.spec),
                 )
         observer.started("pruning", model.num_layers)
         for layer in layers:
@@ -351,12 +400,15 @@ def _pruned_shapes(model: StreamedModel, recipe: Recipe) -> dict[tuple[int, str]
     """Returns (layer index, path) -> shape of the kernels that do not stay dense."""
     named = by_rules(model.architecture, recipe.rules)
     shapes = model.architecture.kernel_shapes(routers=True).items()
-    return {which: shape for which, shape in shapes if which not in named or named[which] is not None}
+    return {
+        which: shape for which, shape in shapes if which not in named or named[which] is not None
+    }
 
 
 @contextlib.contextmanager
 def _continued_otherwise() -> Iterator[None]:
-    """Lets errors of the evaluation say how to use the checkpoint that is finished: its options are not the run's."""
+    """Lets errors of the evaluation say how to use the checkpoint that is finished: its options are
+    not the run's."""
     try:
         yield
     except UserError as error:

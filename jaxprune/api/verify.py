@@ -26,11 +26,13 @@ def verify(
 
     Args:
         checkpoint: a model, or a name as for `load`.
-        against: the dense model: all but the pruned kernels must be the same, bit for bit. Its tensors are first
-            rounded to the pruned checkpoint's dtype; for a GGUF file, to the file's types.
-        pattern: the pattern that every kernel must have; None: what the checkpoint's record says, else an N:M that
-            nearly all have.
-        zeros_of: the name of a pruned checkpoint, whose zeros must be zeros here, as after a fine-tuning.
+        against: the dense model: all but the pruned kernels must be the same, bit for bit. Its
+            tensors are first rounded to the pruned checkpoint's dtype; for a GGUF file, to the
+            file's types.
+        pattern: the pattern that every kernel must have; None: what the checkpoint's record says,
+            else an N:M that nearly all have.
+        zeros_of: the name of a pruned checkpoint, whose zeros must be zeros here, as after a
+            fine-tuning.
 
     Raises:
         InputError, CheckpointError: a checkpoint cannot be read, or is no model.

@@ -1,8 +1,8 @@
 """Text for calibration and evaluation, one source a file.
 
-A source file exposes `documents(split)`: the texts of its "train" split, which calibrates, or of its "test"
-split, which evaluates; the two never share a document. Where the documents are usually too short for a window,
-`PACK = True` joins them always.
+A source file exposes `documents(split)`: the texts of its "train" split, which calibrates, or of
+its "test" split, which evaluates; the two never share a document. Where the documents are usually
+too short for a window, `PACK = True` joins them always.
 """
 
 import os
@@ -27,7 +27,8 @@ HELPERS = ("documents", "hub", "ids", "mix", "rows", "stream", "textfile", "text
 
 
 def default_text(ckpt: str) -> str | None:
-    """Returns the text for a checkpoint that needs no hub: one that needs none either; None for other checkpoints."""
+    """Returns the text for a checkpoint that needs no hub: one that needs none either; None for
+    other checkpoints."""
     return "wikipedia" if ckpt == "smollm2-135m" else None
 
 
@@ -43,13 +44,15 @@ def calibration_windows(
 ) -> Int[np.ndarray, "count length"]:
     """Samples calibration windows.
 
-    Documents are taken in an order drawn from the seed. One that is longer than a window gives one window, at a
-    place drawn from the seed; shorter ones are skipped, as Wanda and SparseGPT do on C4. Where `pack` is set (or
-    the source always packs, as conversations do), documents are joined instead, and cut into windows.
+    Documents are taken in an order drawn from the seed. One that is longer than a window gives one
+    window, at a place drawn from the seed; shorter ones are skipped, as Wanda and SparseGPT do on
+    C4. Where `pack` is set (or the source always packs, as conversations do), documents are joined
+    instead, and cut into windows.
 
     Args:
-        source: a source's name, or a path that `textfile` can read; .npy holds windows of token ids. Several are
-            separated by commas, and share the windows evenly or as they say: `c4:3,chats.jsonl:1`.
+        source: a source's name, or a path that `textfile` can read; .npy holds windows of token
+            ids. Several are separated by commas, and share the windows evenly or as they say:
+            `c4:3,chats.jsonl:1`.
         tokenizer: a transformers tokenizer; not used for .npy.
         count: windows.
         length: tokens a window.
@@ -64,28 +67,43 @@ def calibration_windows(
         InputError: no such source, or too little text; the message says how many windows there are.
     """
     if count < 1 or length < 2:
-        raise InputError(f"at least 1 window of at least 2 tokens is needed, not {count} of {length}")
+        raise InputError(
+            f"at least 1 window of at least 2 tokens is needed, not {count} of {length}"
+        )
     weights = sources_of(source)
     counts = shares(weights, count)
     if none := [one for one, share in counts.items() if not share]:
-        raise InputError(f"of {count} windows none is of {none[0]}", options={"nsamples": Change.RAISE})
+        raise InputError(
+            f"of {count} windows none is of {none[0]}", options={"nsamples": Change.RAISE}
+        )
     found = {
         one: _windows_of(one, tokenizer, share, length, seed, pack=pack, vocab_size=vocab_size)
         for one, share in counts.items()
     }
     places = np.concatenate([(np.arange(share) + 0.5) / share for share in counts.values()])
-    return np.concatenate([*found.values()])[np.argsort(places, kind="stable")]  # sources take turns
+    # sources take turns
+    return np.concatenate([*found.values()])[np.argsort(places, kind="stable")]
 
 
 def _windows_of(
-    source: str, tokenizer: Any, count: int, length: int, seed: int, *, pack: bool, vocab_size: int | None
+    source: str,
+    tokenizer: Any,
+    count: int,
+    length: int,
+    seed: int,
+    *,
+    pack: bool,
+    vocab_size: int | None,
 ) -> Int[np.ndarray, "count length"]:
     """Samples windows of one source; see `calibration_windows`."""
     generator = np.random.default_rng(seed)
     if source.endswith(".npy"):
         windows = load_windows(source, length, vocab_size)
         if len(windows) < count:
-            raise InputError(f"{source} holds {len(windows)} windows, not {count}", options={"nsamples": len(windows)})
+            raise InputError(
+                f"{source} holds {len(windows)} windows, not {count}",
+                options={"nsamples": len(windows)},
+            )
         return windows[np.sort(generator.permutation(len(windows))[:count])].astype(np.int32)
     texts = open_source(source, "train", tokenizer)
     order = generator.permutation(len(texts))
@@ -94,9 +112,15 @@ def _windows_of(
 
 
 def evaluation_windows(
-    source: str, tokenizer: Any, length: int, limit: int | None = None, *, vocab_size: int | None = None
+    source: str,
+    tokenizer: Any,
+    length: int,
+    limit: int | None = None,
+    *,
+    vocab_size: int | None = None,
 ) -> Int[np.ndarray, "windows length"]:
-    """Returns consecutive windows of a source's test split: documents joined by a blank line, tokenized as one text.
+    """Returns consecutive windows of a source's test split: documents joined by a blank line,
+    tokenized as one text.
 
     Args:
         source: see `calibration_windows`; a file is its own test split.
@@ -118,7 +142,8 @@ def evaluation_windows(
             break
     if total < length:
         raise InputError(
-            f"{source} has {total} tokens to evaluate on, less than one window", options={"eval_seqlen": Change.LOWER}
+            f"{source} has {total} tokens to evaluate on, less than one window",
+            options={"eval_seqlen": Change.LOWER},
         )
     windows = np.concatenate(found)[: total // length * length].reshape(-1, length)
     return windows[:limit]
@@ -149,7 +174,9 @@ def path_of_source(source: str) -> Path | None:
         return None
     path = expand(source)
     if not os.path.exists(path):
-        raise InputError(f"no text {source!r}", wanted=f"a file, a folder, or one of {', '.join(names)}")
+        raise InputError(
+            f"no text {source!r}", wanted=f"a file, a folder, or one of {', '.join(names)}"
+        )
     return path
 
 
@@ -159,15 +186,23 @@ def sources_of(text: str) -> dict[str, float]:
     Raises:
         InputError: a weight is not positive, or a source is named twice.
     """
-    return weights_of(text, lambda name: name in plugins.names(sys.modules[__name__]) or bool(paths_of(name)))
+    return weights_of(
+        text, lambda name: name in plugins.names(sys.modules[__name__]) or bool(paths_of(name))
+    )
 
 
 def _one_a_document(
-    source: str, texts: Texts, order: np.ndarray, count: int, length: int, generator: np.random.Generator
+    source: str,
+    texts: Texts,
+    order: np.ndarray,
+    count: int,
+    length: int,
+    generator: np.random.Generator,
 ) -> np.ndarray:
     if count > len(texts):
         raise InputError(
-            f"{source} has {len(texts)} documents, but {count} windows are wanted, each from a document of its own",
+            f"{source} has {len(texts)} documents, but {count} windows are wanted, each from a "
+            "document of its own",
             options={"nsamples": Change.LOWER, "pack": True},
         )
     windows: list[np.ndarray] = []
@@ -180,13 +215,23 @@ def _one_a_document(
         if len(windows) == count:
             return np.stack(windows)
     raise InputError(
-        f"{source} has {len(windows)} documents longer than {length} tokens, but {count} windows are wanted",
-        options={**({"nsamples": len(windows)} if windows else {}), "seqlen": Change.LOWER, "pack": True},
+        f"{source} has {len(windows)} documents longer than {length} tokens, but {count} windows "
+        "are wanted",
+        options={
+            **({"nsamples": len(windows)} if windows else {}),
+            "seqlen": Change.LOWER,
+            "pack": True,
+        },
     )
 
 
 def _packed(
-    source: str, texts: Texts, order: np.ndarray, count: int, length: int, generator: np.random.Generator
+    source: str,
+    texts: Texts,
+    order: np.ndarray,
+    count: int,
+    length: int,
+    generator: np.random.Generator,
 ) -> np.ndarray:
     found: list[np.ndarray] = []
     total = 0

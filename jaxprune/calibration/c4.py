@@ -1,8 +1,9 @@
 """C4, English: the first shard of the training split calibrates, the first of validation evaluates.
 
 References:
-    Raffel et al., "Exploring the Limits of Transfer Learning", JMLR 2020 (arXiv 1910.10683). The choice of shards
-    and the 1100 validation documents are those of SparseGPT's and Wanda's published scripts.
+    Raffel et al., "Exploring the Limits of Transfer Learning", JMLR 2020 (arXiv 1910.10683). The
+    choice of shards and the 1100 validation documents are those of SparseGPT's and Wanda's
+    published scripts.
 """
 
 from collections.abc import Sequence
@@ -16,4 +17,6 @@ FILES = {
 
 
 def documents(split: str) -> Sequence[str]:
-    return textfile.documents(hub.fetch("allenai/c4", FILES[split]), split, None if split == "train" else 1100)
+    return textfile.documents(
+        hub.fetch("allenai/c4", FILES[split]), split, None if split == "train" else 1100
+    )

@@ -36,7 +36,8 @@ DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 
 
 class Documents(Sequence[str]):
-    """Texts, of which `IN_MEMORY` bytes and an offset each are in memory, and the rest in a temporary file.
+    """Texts, of which `IN_MEMORY` bytes and an offset each are in memory, and the rest in a
+    temporary file.
 
     Args:
         texts: the documents, taken one by one.
@@ -100,9 +101,16 @@ def lines(file: BufferedIOBase, path: Path) -> Iterator[tuple[int, bytes]]:
     while line := file.readline(DOCUMENT_BYTES + 1):
         number, total = number + 1, total + len(line)
         if len(line) > DOCUMENT_BYTES:
-            raise InputError("a line is too long", file=path, entry=f"line {number}", wanted=_most(DOCUMENT_BYTES))
+            raise InputError(
+                "a line is too long",
+                file=path,
+                entry=f"line {number}",
+                wanted=_most(DOCUMENT_BYTES),
+            )
         if total > UNPACKED_BYTES:
-            raise InputError("it is too large once unpacked", file=path, wanted=_most(UNPACKED_BYTES))
+            raise InputError(
+                "it is too large once unpacked", file=path, wanted=_most(UNPACKED_BYTES)
+            )
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if line.strip():
@@ -117,13 +125,16 @@ def whole(file: BufferedIOBase, path: Path) -> bytes:
     """
     content = file.read(DOCUMENT_BYTES + 1)
     if len(content) > DOCUMENT_BYTES:
-        raise InputError("it is too large to be read whole", file=path, wanted=_most(DOCUMENT_BYTES))
+        raise InputError(
+            "it is too large to be read whole", file=path, wanted=_most(DOCUMENT_BYTES)
+        )
     return content
 
 
 @contextlib.contextmanager
 def seekable(file: BufferedIOBase, path: Path) -> Iterator[BufferedIOBase]:
-    """Yields a file whose places can be reached at once: itself, or, where it is packed, a temporary copy.
+    """Yields a file whose places can be reached at once: itself, or, where it is packed, a
+    temporary copy.
 
     Raises:
         InputError: it is too large once unpacked.
@@ -135,7 +146,9 @@ def seekable(file: BufferedIOBase, path: Path) -> Iterator[BufferedIOBase]:
     with tempfile.TemporaryFile() as copy:
         while part := file.read(2**20):
             if copy.tell() + len(part) > UNPACKED_BYTES:
-                raise InputError("it is too large once unpacked", file=path, wanted=_most(UNPACKED_BYTES))
+                raise InputError(
+                    "it is too large once unpacked", file=path, wanted=_most(UNPACKED_BYTES)
+                )
             with failing(Path(tempfile.gettempdir())):
                 copy.write(part)
         copy.seek(0)
@@ -144,7 +157,11 @@ def seekable(file: BufferedIOBase, path: Path) -> Iterator[BufferedIOBase]:
 
 def _unpacker(path: Path, file: IO[bytes]) -> contextlib.AbstractContextManager[BufferedIOBase]:
     opened = COMPRESSED.get(path.suffix)
-    return cast(BufferedIOBase, opened(file)) if opened else contextlib.nullcontext(cast(BufferedIOBase, file))
+    return (
+        cast(BufferedIOBase, opened(file))
+        if opened
+        else contextlib.nullcontext(cast(BufferedIOBase, file))
+    )
 
 
 def _most(count: int) -> str:

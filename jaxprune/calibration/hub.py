@@ -8,9 +8,11 @@ from jaxprune.errors import InputError
 
 
 def fetch(repository: str, filename: str) -> Path:
-    """Returns the local path of one file of a dataset, downloaded the first time; works offline once it is cached.
+    """Returns the local path of one file of a dataset, downloaded the first time; works offline
+    once it is cached.
 
-    Where the cache cannot be written the file is kept for this process only, and a warning is logged.
+    Where the cache cannot be written the file is kept for this process only, and a warning is
+    logged.
 
     Raises:
         InputError: it is not cached and the hub cannot be reached.
@@ -25,7 +27,8 @@ def fetch(repository: str, filename: str) -> Path:
         return Path(hf_hub_download(repository, filename, repo_type="dataset", cache_dir=_cache()))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise InputError(
-            f"{filename} of the dataset {repository} is not in the hub's cache and the hub cannot be reached. Connect "
+            f"{filename} of the dataset {repository} is not in the hub's cache and the hub cannot "
+            "be reached. Connect "
             "to it once, or pass a text file of your own, or wikipedia, which needs no hub"
         ) from error
 

@@ -1,4 +1,5 @@
-"""Windows of token ids in a .npy file: its header held against its size, its ids against the vocabulary."""
+"""Windows of token ids in a .npy file: its header held against its size, its ids against the
+vocabulary."""
 
 import math
 import os
@@ -31,7 +32,8 @@ def load_windows(
         vocab_size: ids are below it; None: only what int32 cannot hold is refused.
 
     Raises:
-        InputError: it is no such file, or an id lies outside the vocabulary; the first one's place is named.
+        InputError: it is no such file, or an id lies outside the vocabulary; the first one's place
+            is named.
     """
     path = expand(source)
     windows = _mapped(path)
@@ -46,11 +48,18 @@ def load_windows(
     windows = windows[:, :length]
     rows = max(1, _BLOCK // length)
     for start in range(0, len(windows), rows):
-        require_ids(windows[start : start + rows], MOST_IDS if vocab_size is None else vocab_size, path, start)
+        require_ids(
+            windows[start : start + rows],
+            MOST_IDS if vocab_size is None else vocab_size,
+            path,
+            start,
+        )
     return windows
 
 
-def require_ids(windows: Integer[np.ndarray, "w t"], most: int, file: Path | None = None, first: int = 0) -> None:
+def require_ids(
+    windows: Integer[np.ndarray, "w t"], most: int, file: Path | None = None, first: int = 0
+) -> None:
     """Raises InputError where an id is negative, or not below `most`.
 
     Args:
@@ -75,15 +84,30 @@ def _mapped(path: Path) -> np.ndarray:
     with open_regular(path, InputError) as file:
         try:
             version = np.lib.format.read_magic(file)
-            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+            read = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
             shape, fortran, dtype = read(file, max_header_size=HEADER_CHARACTERS)
         except (OSError, ValueError, KeyError, *_PARSER_ERRORS):
             raise InputError("its header is none of a .npy file", file=path) from None
         offset, size = file.tell(), os.fstat(file.fileno()).st_size
     if dtype.kind not in "iu":
-        raise InputError("it does not hold integers", file=path, found=str(dtype), wanted="int8 to int64, or unsigned")
+        raise InputError(
+            "it does not hold integers",
+            file=path,
+            found=str(dtype),
+            wanted="int8 to int64, or unsigned",
+        )
     if len(shape) != 2 or not all(type(axis) is int and axis > 0 for axis in shape):
-        raise InputError("it does not hold windows of tokens", file=path, found=list(shape), wanted="[windows, length]")
+        raise InputError(
+            "it does not hold windows of tokens",
+            file=path,
+            found=list(shape),
+            wanted="[windows, length]",
+        )
     if (needed := offset + math.prod(shape) * dtype.itemsize) > size:
-        raise InputError(f"it has {size} bytes, but its header declares {needed}: it was cut", file=path)
+        raise InputError(
+            f"it has {size} bytes, but its header declares {needed}: it was cut", file=path
+        )
     return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")

@@ -10,7 +10,8 @@ _WEIGHED = re.compile(r"(.*):([^:/\\]+)")
 
 
 def weights_of(text: str, exists: Callable[[str], bool]) -> dict[str, float]:
-    """Returns the sources that a text such as `c4:3,chats.jsonl:1` names, each with its weight; 1 where it says none.
+    """Returns the sources that a text such as `c4:3,chats.jsonl:1` names, each with its weight; 1
+    where it says none.
 
     Args:
         text: names with weights, separated by commas; or one name, whatever it holds.
@@ -26,7 +27,11 @@ def weights_of(text: str, exists: Callable[[str], bool]) -> dict[str, float]:
         match = None if exists(part) else _WEIGHED.fullmatch(part)
         name, weight = match.groups() if match else (part, "1")
         if not name or name in found:
-            raise InputError(f"{text!r} names {name!r} twice" if name else f"{text!r} has a source without a name")
+            raise InputError(
+                f"{text!r} names {name!r} twice"
+                if name
+                else f"{text!r} has a source without a name"
+            )
         try:
             found[name] = float(weight)
         except ValueError:
@@ -46,8 +51,10 @@ def interleaved(weights: Mapping[str, float]) -> Iterator[str]:
 
 
 def shares(weights: Mapping[str, float], count: int) -> dict[str, int]:
-    """Returns how many of so many windows are of each source: the nearest whole numbers of this total."""
+    """Returns how many of so many windows are of each source: the nearest whole numbers of this
+    total."""
     exact = {name: count * weight / sum(weights.values()) for name, weight in weights.items()}
     found = {name: math.floor(share) for name, share in exact.items()}
-    rest = sorted(weights, key=lambda name: found[name] - exact[name])  # the largest remainder first
+    # the largest remainder first
+    rest = sorted(weights, key=lambda name: found[name] - exact[name])
     return found | {name: found[name] + 1 for name in rest[: count - sum(found.values())]}

@@ -46,13 +46,17 @@ def parquet_rows(row: type[S], file: BufferedIOBase, path: Path) -> Iterator[S]:
             opened = parquet.ParquetFile(content)
             names = opened.schema_arrow.names
             fields = row.model_fields
-            if missing := [name for name, field in fields.items() if field.is_required() and name not in names]:
+            if missing := [
+                name for name, field in fields.items() if field.is_required() and name not in names
+            ]:
                 raise InputError("a column is missing", file=path, entry=missing[0], found=names)
             number = 0
             for batch in opened.iter_batches(batch_size=256, columns=[*fields] or None):
                 for values in batch.to_pylist():
                     number += 1
-                    yield schema.check(row, values, file=path, entry=f"row {number}", error=InputError)
+                    yield schema.check(
+                        row, values, file=path, entry=f"row {number}", error=InputError
+                    )
     except UserError:
         raise
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,5 @@
-"""A text as a stream of windows, in an order that a seed fixes: what a model is tuned on, however much that is."""
+"""A text as a stream of windows, in an order that a seed fixes: what a model is tuned on, however
+much that is."""
 
 import hashlib
 import logging
@@ -29,12 +30,13 @@ log = logging.getLogger(__name__)
 class TextStream:
     """Windows of token ids, made in the background as they are asked for.
 
-    Documents are taken in an order drawn from the seed, joined, and cut into windows, so that all of a source comes
-    before any of it comes again; then they are taken in another order, and so on. The first order begins at the end of
-    that by which `calibration_windows` takes documents, so that those of the calibration come last; what comes before
-    all is held out: nothing of these documents is in a window, unless what they leave is more than what is held out,
-    as of a book, or there is no other document: that comes first, its windows in an order of the seed's, too. Several
-    sources take turns.
+    Documents are taken in an order drawn from the seed, joined, and cut into windows, so that all
+    of a source comes before any of it comes again; then they are taken in another order, and so on.
+    The first order begins at the end of that by which `calibration_windows` takes documents, so
+    that those of the calibration come last; what comes before all is held out: nothing of these
+    documents is in a window, unless what they leave is more than what is held out, as of a book, or
+    there is no other document: that comes first, its windows in an order of the seed's, too.
+    Several sources take turns.
 
     Args:
         source: sources; see `calibration_windows`. Of .npy, rows are what documents are of others.
@@ -48,10 +50,12 @@ class TextStream:
         length: as given.
         held_out: those windows, int32 [held_out, length].
         digest: SHA-256 of all of the text, or of its ids.
-        tokens: about how many come before any text comes again, by how long the tokens of the held-out documents are.
+        tokens: about how many come before any text comes again, by how long the tokens of the
+            held-out documents are.
 
     Raises:
-        InputError: no such source, or too little text: not one window beside those that are held out.
+        InputError: no such source, or too little text: not one window beside those that are held
+            out.
     """
 
     def __init__(
@@ -66,7 +70,10 @@ class TextStream:
     ) -> None:
         held_out = windows_held_out(length) if held_out is None else held_out
         if held_out < 0 or length < 2:
-            raise InputError(f"windows have at least 2 tokens and 0 or more are held out, not {length} and {held_out}")
+            raise InputError(
+                f"windows have at least 2 tokens and 0 or more are held out, not {length} and "
+                f"{held_out}"
+            )
         self.length, self._seed = length, seed
         self._weights = sources_of(source)
         counts = shares(self._weights, held_out)
@@ -77,13 +84,19 @@ class TextStream:
         self.held_out = np.concatenate([one.held_out for one in self._sources.values()])
         digests = [one.digest for one in self._sources.values()]
         together = repr([*zip(self._weights.values(), digests, strict=True)])
-        self.digest = digests[0] if len(digests) == 1 else hashlib.sha256(together.encode()).hexdigest()
+        self.digest = (
+            digests[0] if len(digests) == 1 else hashlib.sha256(together.encode()).hexdigest()
+        )
         whole = sum(self._weights.values())
-        self.tokens = min(int(self._sources[name].tokens * whole / share) for name, share in self._weights.items())
+        self.tokens = min(
+            int(self._sources[name].tokens * whole / share) for name, share in self._weights.items()
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Returns all that decides the windows, as `reporting.schema.TuningText` has it."""
-        held_out = hashlib.sha256(np.ascontiguousarray(self.held_out, np.int32).tobytes()).hexdigest()
+        held_out = hashlib.sha256(
+            np.ascontiguousarray(self.held_out, np.int32).tobytes()
+        ).hexdigest()
         found = {"sha256": self.digest, "length": self.length, "seed": self._seed}
         return found | {"held_out": len(self.held_out), "held_out_sha256": held_out}
 
@@ -99,14 +112,18 @@ class TextStream:
                 name, epoch, window = ahead[number % AHEAD].result()
                 ahead[number % AHEAD] = pool.submit(next, windows)
                 if epoch and name not in ended:  # said when it is used, not when it is made
-                    log.warning("the text %s is at its end: it is taken again, as often as it takes", name)
+                    log.warning(
+                        "the text %s is at its end: it is taken again, as often as it takes", name
+                    )
                     ended.add(name)
                 yield window
         finally:
             stopped.set()  # what is before the first window may be long
             pool.shutdown(cancel_futures=True)
 
-    def _windows(self, begin: int, stopped: threading.Event) -> Iterator[tuple[str, int, Int[np.ndarray, "t"]]]:
+    def _windows(
+        self, begin: int, stopped: threading.Event
+    ) -> Iterator[tuple[str, int, Int[np.ndarray, "t"]]]:
         """Yields the source and the epoch of each window with it, from the one of a number on."""
         streams = {name: one.windows() for name, one in self._sources.items()}
         for number, name in enumerate(interleaved(self._weights)):
@@ -125,15 +142,21 @@ def windows_held_out(length: int) -> int:
 class _Source:
     """One source of a stream; arguments and errors as for `TextStream`."""
 
-    def __init__(self, name: str, documents: "Texts | _Rows", length: int, seed: int, held_out: int) -> None:
+    def __init__(
+        self, name: str, documents: "Texts | _Rows", length: int, seed: int, held_out: int
+    ) -> None:
         self._documents, self._length, self._seed = documents, length, seed
         self.digest, size = documents.measure()
         self._order = np.random.default_rng(seed).permutation(len(documents))[::-1]
         ids, taken = np.zeros(0, np.int32), 0
         while len(self._order) and (not taken or len(ids) < held_out * length):
             document, self._order = int(self._order[0]), self._order[1:]
-            ids, taken = np.concatenate([ids, documents.joined(document)]), taken + documents.size_of(document)
-        # What the last of them leaves is tuned on where it is a book, or all that there is, as of a .txt file.
+            ids, taken = (
+                np.concatenate([ids, documents.joined(document)]),
+                taken + documents.size_of(document),
+            )
+        # What the last of them leaves is tuned on where it is a book, or all that there is, as of a
+        # .txt file.
         rest = ids[held_out * length :]
         self._rest = rest if len(rest) > held_out * length else rest[:0]
         if next(self._epoch(0), None) is None:
@@ -141,7 +164,8 @@ class _Source:
         if next(self._epoch(0), None) is None:
             least = (held_out + 1) * length
             raise InputError(
-                f"{name} has less than the {least} tokens that a tuning needs: {held_out} windows of {length} that are "
+                f"{name} has less than the {least} tokens that a tuning needs: {held_out} windows "
+                f"of {length} that are "
                 "held out, and one to be tuned on",
                 options={"tune_text": Change.OTHER, "seqlen": Change.LOWER},
             )
@@ -162,7 +186,9 @@ class _Source:
             windows, ids = self._cut(np.concatenate([ids, self._documents.joined(int(document))]))
             yield from windows
 
-    def _cut(self, ids: Int[np.ndarray, "_"]) -> tuple[Int[np.ndarray, "w t"], Int[np.ndarray, "_"]]:
+    def _cut(
+        self, ids: Int[np.ndarray, "_"]
+    ) -> tuple[Int[np.ndarray, "w t"], Int[np.ndarray, "_"]]:
         """Returns the windows of ids, and what is left of them."""
         whole = len(ids) // self._length * self._length
         return ids[:whole].reshape(-1, self._length), ids[whole:]

@@ -1,9 +1,10 @@
-"""The user's own text: .jsonl, .json, .parquet, .txt, packed or not, or a folder as hub datasets are laid out.
+"""The user's own text: .jsonl, .json, .parquet, .txt, packed or not, or a folder as hub datasets
+are laid out.
 
-A .txt file is one document; in the others each row's `text` is one or, where the first row has none, each row's
-`messages`, which are a conversation. A .json file is as .jsonl, or one array of rows.
-A row in memory is all that reading takes, and `documents.IN_MEMORY` bytes of text; a document, or an array of rows,
-may hold 128 MiB, a file 16 GiB once it is unpacked.
+A .txt file is one document; in the others each row's `text` is one or, where the first row has
+none, each row's `messages`, which are a conversation. A .json file is as .jsonl, or one array of
+rows. A row in memory is all that reading takes, and `documents.IN_MEMORY` bytes of text; a
+document, or an array of rows, may hold 128 MiB, a file 16 GiB once it is unpacked.
 """
 
 import json
@@ -62,7 +63,8 @@ class First(schema.Schema):
 
 
 def documents(path: Path, split: str, most: int | None = None) -> Sequence[str]:
-    """Returns the texts of a file, whatever the split, or of a folder's split; or their `Conversations`.
+    """Returns the texts of a file, whatever the split, or of a folder's split; or their
+    `Conversations`.
 
     Args:
         path: the path of the file or the folder.
@@ -70,7 +72,8 @@ def documents(path: Path, split: str, most: int | None = None) -> Sequence[str]:
         most: the first so many; None: all.
 
     Raises:
-        InputError: an unknown kind of file, a row without text, text that is none, or too much of it.
+        InputError: an unknown kind of file, a row without text, text that is none, or too much of
+            it.
         NoRoomError: no room for a temporary file.
     """
     files = _files(path, split) if os.path.isdir(path) else [path]
@@ -90,14 +93,16 @@ def read_rows(row: type[S], path: Path) -> Iterator[S]:
         path: the path of the file.
 
     Raises:
-        InputError: the file cannot be read, or a row is not what it has to be; its line and entry are named.
+        InputError: the file cannot be read, or a row is not what it has to be; its line and entry
+            are named.
     """
     with unpacked(path) as file:
         yield from (parquet_rows if kind_of(path) == ".parquet" else json_rows)(row, file, path)
 
 
 def kind_of(path: Path) -> str | None:
-    """Returns which of `FORMATS` a file's name says that it has, packed or not; None: none of them."""
+    """Returns which of `FORMATS` a file's name says that it has, packed or not; None: none of
+    them."""
     name = path.name.removesuffix(path.suffix) if path.suffix in COMPRESSED else path.name
     suffix = Path(name).suffix
     return suffix if suffix in FORMATS else None
@@ -106,7 +111,9 @@ def kind_of(path: Path) -> str | None:
 def _holds_conversations(path: Path) -> bool:
     if kind_of(path) is None:
         raise InputError(
-            "its name says no known kind of text", file=path, wanted=f"{', '.join(FORMATS)} (also packed), or .npy"
+            "its name says no known kind of text",
+            file=path,
+            wanted=f"{', '.join(FORMATS)} (also packed), or .npy",
         )
     first = None if kind_of(path) == ".txt" else next(read_rows(First, path), None)
     if first is not None and not first.model_fields_set:
@@ -143,30 +150,49 @@ def _files(folder: Path, split: str) -> list[Path]:
     found: dict[str, list[Path]] = {}
     for file in _text_files(folder):
         found.setdefault(_split_of(file.relative_to(folder)), []).append(file)
-    chosen = split if split in found else "validation" if split == "test" and "validation" in found else None
+    chosen = (
+        split
+        if split in found
+        else "validation"
+        if split == "test" and "validation" in found
+        else None
+    )
     if chosen is None:
-        there = f"it has {', '.join(sorted(found))}" if found else f"it has no {', '.join(FORMATS)} files"
+        there = (
+            f"it has {', '.join(sorted(found))}"
+            if found
+            else f"it has no {', '.join(FORMATS)} files"
+        )
         raise InputError(f"it has no {split} split, {there}", file=folder)
     files = sorted(found[chosen])
     if len({kind_of(file) for file in files}) > 1:
-        raise InputError(f"its {chosen} split has files of several kinds", file=folder, wanted="one kind, or one file")
+        raise InputError(
+            f"its {chosen} split has files of several kinds",
+            file=folder,
+            wanted="one kind, or one file",
+        )
     if len(folders := sorted({str(file.parent.relative_to(folder)) for file in files})) > 1:
         raise InputError(
-            f"its {chosen} split lies in several folders", file=folder, found=folders, wanted="one of them"
+            f"its {chosen} split lies in several folders",
+            file=folder,
+            found=folders,
+            wanted="one of them",
         )
     return files
 
 
 def _text_files(folder: Path) -> Iterator[Path]:
-    """Yields the files below a folder whose names say that they hold text; hidden ones and links to folders are left
-    out."""
+    """Yields the files below a folder whose names say that they hold text; hidden ones and links to
+    folders are left out."""
     seen = 0
     for parent, folders, names in os.walk(folder, onerror=_unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             seen += 1
             if seen > MOST_FILES:
-                raise InputError("it holds too many files", file=folder, wanted=f"at most {MOST_FILES}")
+                raise InputError(
+                    "it holds too many files", file=folder, wanted=f"at most {MOST_FILES}"
+                )
             if not name.startswith(".") and kind_of(Path(name)):
                 yield Path(parent) / name
 
@@ -176,7 +202,8 @@ def _unreadable(error: OSError) -> None:
 
 
 def _split_of(path: Path) -> str:
-    """Returns the split that a file's name, else its folders' names, speak of; train where they speak of none."""
+    """Returns the split that a file's name, else its folders' names, speak of; train where they
+    speak of none."""
     for name in (path.name, *reversed(path.parts[:-1])):
         words = re.split(r"[^a-z]+", name.lower())
         for split, said in SPLITS.items():

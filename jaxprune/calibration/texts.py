@@ -1,4 +1,5 @@
-"""Documents as a tokenizer sees them: text as it is, conversations under the tokenizer's chat template."""
+"""Documents as a tokenizer sees them: text as it is, conversations under the tokenizer's chat
+template."""
 
 import datetime
 import hashlib
@@ -15,14 +16,18 @@ from jaxprune.calibration.tokens import in_pieces, token_ids
 from jaxprune.errors import InputError
 
 JOIN = "\n\n"
-"""Between documents that share a window, for calibration as for evaluation; conversations follow each other at once."""
+"""Between documents that share a window, for calibration as for evaluation; conversations follow
+each other at once."""
 TODAY = datetime.datetime(2024, 7, 26, 12)
 """For templates that write the date: the same run gives the same windows on another day."""
-_DATED = "".join(f".replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in "aAbBdeHIjmMpSyY")
+_DATED = "".join(
+    f".replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in "aAbBdeHIjmMpSyY"
+)
 _NOW = f"{{% macro strftime_now(format) %}}{{{{ format{_DATED} }}}}{{% endmacro %}}"
 """Before a template: what writes the date there."""
 _REFUSED = (ArithmeticError, LookupError, RecursionError, TypeError, ValueError)
-"""What a template raises, beside jinja2's own errors, where it computes with what is not as it expects."""
+"""What a template raises, beside jinja2's own errors, where it computes with what is not as it
+expects."""
 
 
 class Texts:
@@ -41,7 +46,9 @@ class Texts:
         InputError: the tokenizer has no chat template for conversations.
     """
 
-    def __init__(self, source: str, documents: Sequence[str], tokenizer: Any, *, pack: bool = False) -> None:
+    def __init__(
+        self, source: str, documents: Sequence[str], tokenizer: Any, *, pack: bool = False
+    ) -> None:
         self._source, self._documents, self._tokenizer = source, documents, tokenizer
         self._chat = isinstance(documents, Conversations)
         self.pack = pack or self._chat
@@ -51,10 +58,13 @@ class Texts:
                 self._template = _NOW + tokenizer.get_chat_template()
             except ValueError:  # there is none, or there are several and none is the default
                 raise InputError(
-                    f"{source} holds conversations, and the checkpoint's tokenizer has no chat template",
+                    f"{source} holds conversations, and the checkpoint's tokenizer has no chat "
+                    "template",
                     wanted="rows with text, or a checkpoint that is tuned for chat",
                 ) from None
-        self._join = np.zeros(0, np.int32) if self._chat else token_ids(tokenizer, JOIN, special=False)
+        self._join = (
+            np.zeros(0, np.int32) if self._chat else token_ids(tokenizer, JOIN, special=False)
+        )
 
     def __len__(self) -> int:
         return len(self._documents)
@@ -112,7 +122,10 @@ class Texts:
         messages, template = json.loads(document), self._template
         try:
             return self._tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=begins_answer
+                messages,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=begins_answer,
             )
         except (*_REFUSED, jinja2.TemplateError) as error:
             raise InputError(

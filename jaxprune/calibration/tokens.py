@@ -1,11 +1,12 @@
 """Text -> token ids, in pieces: memory that depends on the pieces' size, and the ids of the whole.
 
-A tokenizer keeps some 100 bytes a character until it is done. Here it sees pieces of `PIECE` characters. Each begins
-`OVERLAP` characters before the place where the piece before it ends, and that place, a seam, is one at which both say
-the same: a token ends there, and the `AGREE` tokens before it and after it are equal and lie at the same characters.
-What a tokenizer finds depends on the text through the state at a token's end and a few characters ahead (pre-tokenizers
-match from the left; a merge, or a path through a unigram lattice, cannot cross a place that no token crosses), so that
-from a seam on both pieces and the whole text agree.
+A tokenizer keeps some 100 bytes a character until it is done. Here it sees pieces of `PIECE`
+characters. Each begins `OVERLAP` characters before the place where the piece before it ends, and
+that place, a seam, is one at which both say the same: a token ends there, and the `AGREE` tokens
+before it and after it are equal and lie at the same characters. What a tokenizer finds depends on
+the text through the state at a token's end and a few characters ahead (pre-tokenizers match from
+the left; a merge, or a path through a unigram lattice, cannot cross a place that no token crosses),
+so that from a seam on both pieces and the whole text agree.
 """
 
 import re
@@ -43,8 +44,9 @@ class _Tokens(NamedTuple):
 def token_ids(tokenizer: Any, text: str, *, special: bool = True) -> Int[np.ndarray, "n"]:
     """Returns a text's token ids, int32.
 
-    Takes memory for the ids and for one piece's tokens, some 100 bytes a character. Where there is no seam the piece
-    grows, up to `LONGEST` characters; a tokenizer that does not say where tokens lie gets texts of so many at once.
+    Takes memory for the ids and for one piece's tokens, some 100 bytes a character. Where there is
+    no seam the piece grows, up to `LONGEST` characters; a tokenizer that does not say where tokens
+    lie gets texts of so many at once.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -57,13 +59,16 @@ def token_ids(tokenizer: Any, text: str, *, special: bool = True) -> Int[np.ndar
     return np.concatenate(list(in_pieces(tokenizer, [text], special=special)))
 
 
-def in_pieces(tokenizer: Any, fragments: Iterable[str], *, special: bool = True) -> Iterator[Int[np.ndarray, "_"]]:
-    """Yields the token ids of the text that the fragments make together, from its beginning; arguments as for
-    `token_ids`."""
+def in_pieces(
+    tokenizer: Any, fragments: Iterable[str], *, special: bool = True
+) -> Iterator[Int[np.ndarray, "_"]]:
+    """Yields the token ids of the text that the fragments make together, from its beginning;
+    arguments as for `token_ids`."""
     source = (text[at : at + PIECE] for text in fragments for at in range(0, len(text), PIECE))
     size = PIECE
     text = _filled("", source, size)
-    if len(text) > size and not getattr(tokenizer, "is_fast", False):  # it does not say where its tokens lie
+    # it does not say where its tokens lie
+    if len(text) > size and not getattr(tokenizer, "is_fast", False):
         text = _filled(text, source, LONGEST)
         if len(text) > LONGEST:
             raise _too_long("and its tokenizer cannot take it in pieces")
@@ -91,7 +96,8 @@ def in_pieces(tokenizer: Any, fragments: Iterable[str], *, special: bool = True)
 
 
 def _filled(text: str, source: Iterator[str], size: int) -> str:
-    """Returns the text with enough of the source behind it to be longer than `size`, or all of it."""
+    """Returns the text with enough of the source behind it to be longer than `size`, or all of
+    it."""
     parts, length = [text], len(text)
     while length <= size and (part := next(source, None)) is not None:
         parts.append(part)
@@ -100,16 +106,22 @@ def _filled(text: str, source: Iterator[str], size: int) -> str:
 
 
 def _starts(text: str, size: int) -> Iterator[int]:
-    """Yields beginnings of a following piece, `OVERLAP` characters before a seam in the last quarter of a piece."""
-    found = [match.start() for match in _PLACES.finditer(text, max(OVERLAP, size * 3 // 4), size - OVERLAP)]
+    """Yields beginnings of a following piece, `OVERLAP` characters before a seam in the last
+    quarter of a piece."""
+    found = [
+        match.start()
+        for match in _PLACES.finditer(text, max(OVERLAP, size * 3 // 4), size - OVERLAP)
+    ]
     yield from (place - OVERLAP for place in found[: -TRIES - 1 : -1])
 
 
 def _seam(tokens: _Tokens, following: _Tokens, start: int) -> tuple[int, int] | None:
-    """Returns the numbers of the first tokens at or after a seam in two pieces that agree around it; None: they do
-    not."""
+    """Returns the numbers of the first tokens at or after a seam in two pieces that agree around
+    it; None: they do not."""
     place = start + OVERLAP
-    one, other = (int(np.argmax(t.starts >= at)) for t, at in ((tokens, place), (following, OVERLAP)))
+    one, other = (
+        int(np.argmax(t.starts >= at)) for t, at in ((tokens, place), (following, OVERLAP))
+    )
     if min(one, other) < AGREE or tokens.ends[one - 1] > place:
         return None
     here, there = (slice(number - AGREE, number + AGREE) for number in (one, other))

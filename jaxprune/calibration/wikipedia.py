@@ -1,4 +1,5 @@
-"""106 English Wikipedia articles out of a wheel, so that no hub is needed: half calibrate, the others evaluate.
+"""106 English Wikipedia articles out of a wheel, so that no hub is needed: half calibrate, the
+others evaluate.
 
 The text is Wikipedia's, CC BY-SA; the wheel is gensim's, which ships the articles as test data.
 """
@@ -13,7 +14,8 @@ from convert.wheels import WIKIPEDIA, fetch
 PACK = True
 
 
-@functools.cache  # a run asks for the text that it is evaluated on more than once, and its markup takes seconds
+# a run asks for the text that it is evaluated on more than once, and its markup takes seconds
+@functools.cache
 def documents(split: str) -> Sequence[str]:
     import mwparserfromhell
 

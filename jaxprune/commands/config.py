@@ -10,7 +10,14 @@ from typing import Any, Literal, NamedTuple
 from convert.hub import known_names
 from jaxprune import calibration
 from jaxprune.commands.eval_options import FLAGS, EvalOptions, with_defaults
-from jaxprune.commands.options import CommandLine, Section, make, require_at_least, require_positive, whole
+from jaxprune.commands.options import (
+    CommandLine,
+    Section,
+    make,
+    require_at_least,
+    require_positive,
+    whole,
+)
 from jaxprune.commands.recipe_options import RecipeOptions
 from jaxprune.commands.recorded import recorded
 from jaxprune.errors import InputError
@@ -29,46 +36,52 @@ class Config(EvalOptions):
     """Everything that decides a run's outcome, but for the recipe."""
 
     ckpt: str
-    """The dense checkpoint: a known name such as llama-7b, a folder, a .gguf file, or owner/name on the hub; here or in
-    --config."""
+    """The dense checkpoint: a known name such as llama-7b, a folder, a .gguf file, or owner/name on
+    the hub; here or in --config."""
     out: str | None = None
-    """The folder to make (default: named after checkpoint, method and pattern, in the current folder)."""
+    """The folder to make (default: named after checkpoint, method and pattern, in the current
+    folder)."""
     overwrite: bool = False
-    """Replace --out (and --save-masks) if it exists; it is replaced only once the new one is complete."""
+    """Replace --out (and --save-masks) if it exists; it is replaced only once the new one is
+    complete."""
     resume: bool = False
-    """Insist on going on with a run that was stopped. The same command goes on by itself wherever there is something to
-    go on with: what is finished is kept in OUT.unfinished until the run ends."""
+    """Insist on going on with a run that was stopped. The same command goes on by itself wherever
+    there is something to go on with: what is finished is kept in OUT.unfinished until the run
+    ends."""
     devices: int | None = None
     """Devices of each process (default: all there are; on a CPU, which can be divided, 1)."""
     coordinator: str | None = None
-    """One run on several hosts: host:port of the first process, with --processes and --process-id; or auto, which asks
-    SLURM, Open MPI or a TPU pod. The port after it is used as well. All hosts must see --ckpt and --out."""
+    """One run on several hosts: host:port of the first process, with --processes and --process-id;
+    or auto, which asks SLURM, Open MPI or a TPU pod. The port after it is used as well. All hosts
+    must see --ckpt and --out."""
     processes: int | None = None
     """How many processes there are, usually one a host."""
     process_id: int | None = None
     """The number of this one, from 0."""
     dry_run: bool = False
-    """Only say what the run would need (device and host memory, disk, FLOPs, time), and whether it fits. config.json
-    and the headers of the weights are enough, or config.json alone."""
+    """Only say what the run would need (device and host memory, disk, FLOPs, time), and whether it
+    fits. config.json and the headers of the weights are enough, or config.json alone."""
     device_memory: float | None = None
     """GiB of a device, instead of what this machine's device has: to plan for another one."""
     target: str | None = None
-    """Plan for hardware that need not be here, with its own compiler where that is installed: h100, a100, rtx4090, v5e,
-    v5p, v6e, or several of them. --devices says how many."""
+    """Plan for hardware that need not be here, with its own compiler where that is installed: h100,
+    a100, rtx4090, v5e, v5p, v6e, or several of them. --devices says how many."""
     unchecked: bool = False
-    """Begin even where the run would not fit by our count, and without comparing weights from the hub with their
-    digests."""
+    """Begin even where the run would not fit by our count, and without comparing weights from the
+    hub with their digests."""
     save_dtype: Literal["float16", "bfloat16", "float32"] | None = None
-    """The dtype that --out is stored in (default: the checkpoint's; float16 for a quantized GGUF file)."""
+    """The dtype that --out is stored in (default: the checkpoint's; float16 for a quantized GGUF
+    file)."""
     save_masks: str | None = None
     """A file for the masks, packed bits in safetensors, for fine-tuning that keeps them."""
     calib: str | None = None
-    """Calibration text: c4, wikitext2, wikipedia, a file (.jsonl, .json.gz, .parquet, .txt, or .npy of token ids
-    [count, length]), or a folder laid out as on the hub (default: c4; wikipedia for smollm2-135m). Rows have text, or
-    messages, to which the checkpoint's chat template is applied. Several share the windows: c4:3,chats.jsonl:1."""
+    """Calibration text: c4, wikitext2, wikipedia, a file (.jsonl, .json.gz, .parquet, .txt, or .npy
+    of token ids [count, length]), or a folder laid out as on the hub (default: c4; wikipedia for
+    smollm2-135m). Rows have text, or messages, to which the checkpoint's chat template is applied.
+    Several share the windows: c4:3,chats.jsonl:1."""
     tune_text: str | None = None
-    """The text that --tune-tokens takes its tokens from, named as for --calib (default: the calibration text), such as
-    text that jaxprune generate had the model write."""
+    """The text that --tune-tokens takes its tokens from, named as for --calib (default: the
+    calibration text), such as text that jaxprune generate had the model write."""
     nsamples: int = 128
     """Calibration windows."""
     seqlen: int = 2048
@@ -78,10 +91,12 @@ class Config(EvalOptions):
     seed: int = 0
     """Decides which calibration windows are taken; a run is deterministic in it."""
     timing: Literal["jit-vs-eager"] | None = None
-    """First prune the first layer compiled and under jax.disable_jit, and show the seconds of both."""
+    """First prune the first layer compiled and under jax.disable_jit, and show the seconds of
+    both."""
 
     def meeting(self, recipe: Recipe) -> tuple[Group, dict[str, Any]] | None:
-        """Returns the processes of the run, and what all of them have to be asked alike; None: this is the only one.
+        """Returns the processes of the run, and what all of them have to be asked alike; None: this
+        is the only one.
 
         Raises:
             InputError: `auto` does not find them.
@@ -90,7 +105,11 @@ class Config(EvalOptions):
             return None
         from jaxprune.reporting.record import versions  # takes a second to import
 
-        options = {name: value for name, value in dataclasses.asdict(self).items() if name not in OF_A_PROCESS}
+        options = {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in OF_A_PROCESS
+        }
         asked = {**options, **recipe.as_json(), "versions": versions()}
         return Group.of(self.coordinator, self.processes, self.process_id), asked
 
@@ -106,16 +125,21 @@ class Config(EvalOptions):
         if self.devices is not None and self.devices > MOST_DEVICES:
             raise InputError(f"--devices must be at most {MOST_DEVICES}, not {self.devices}")
         if self.device_memory is not None and not 0 < self.device_memory < math.inf:
-            raise InputError(f"--device-memory must be a positive number of GiB, not {self.device_memory}")
+            raise InputError(
+                f"--device-memory must be a positive number of GiB, not {self.device_memory}"
+            )
         _require_processes(self.coordinator, self.processes, self.process_id)
         if self.tune_text and not recipe.tuning.tune_tokens:
             wanted = "pass --tune-tokens with it, and not 0, or leave it out"
             raise InputError(f"--tune-text does nothing by itself: {wanted}")
         default_text = calibration.default_text(self.ckpt)
-        filled = with_defaults(self, eval="ppl", eval_text=default_text or "wikitext2", eval_seqlen=self.seqlen)
+        filled = with_defaults(
+            self, eval="ppl", eval_text=default_text or "wikitext2", eval_seqlen=self.seqlen
+        )
         return dataclasses.replace(
             filled,
-            out=self.out or f"{Path(self.ckpt).absolute().name.removesuffix('.gguf')}-{recipe.slug}",
+            out=self.out
+            or f"{Path(self.ckpt).absolute().name.removesuffix('.gguf')}-{recipe.slug}",
             calib=self.calib or default_text or "c4",
         )
 
@@ -124,11 +148,16 @@ def _require_processes(coordinator: str | None, processes: int | None, number: i
     """Raises InputError for a coordinator or numbers of processes that cannot be."""
     numbers = [processes is not None, number is not None]
     if any(numbers) if coordinator in (None, "auto") else not all(numbers):
-        raise InputError("--coordinator HOST:PORT, --processes and --process-id go together, or --coordinator auto")
+        raise InputError(
+            "--coordinator HOST:PORT, --processes and --process-id go together, or --coordinator "
+            "auto"
+        )
     if coordinator is None or processes is None or number is None:
         return
     host, _, port = coordinator.rpartition(":")
-    if not re.fullmatch(r"[\w.-]+|\[[0-9A-Fa-f:.%\w]+\]", host) or not re.fullmatch(r"[0-9]{1,5}", port):
+    if not re.fullmatch(r"[\w.-]+|\[[0-9A-Fa-f:.%\w]+\]", host) or not re.fullmatch(
+        r"[0-9]{1,5}", port
+    ):
         raise InputError(f"--coordinator takes HOST:PORT or auto, not {coordinator!r}")
     if not 0 < int(port) < MOST_PORT:
         raise InputError(f"--coordinator takes a port from 1 to {MOST_PORT - 1}, not {port}")
@@ -137,7 +166,8 @@ def _require_processes(coordinator: str | None, processes: int | None, number: i
 
 
 def group_of(argv: Sequence[str]) -> Group | None:
-    """Returns the processes of a command line that need not be valid otherwise; None: it does not say them."""
+    """Returns the processes of a command line that need not be valid otherwise; None: it does not
+    say them."""
     try:
         line = CommandLine(argv, recorded)
         coordinator = line.value("coordinator")
@@ -153,7 +183,16 @@ GROUPS = {
     "Checkpoint and result": ("ckpt", "out", "overwrite", "resume", "save_dtype", "save_masks"),
     "Calibration": ("calib", "tune_text", "nsamples", "seqlen", "pack", "seed"),
     "Evaluation": FLAGS,
-    "Machine": ("dtype", "device", "devices", "hidden", "scratch", "coordinator", "processes", "process_id"),
+    "Machine": (
+        "dtype",
+        "device",
+        "devices",
+        "hidden",
+        "scratch",
+        "coordinator",
+        "processes",
+        "process_id",
+    ),
     "Before the run": ("dry_run", "device_memory", "target", "unchecked", "timing"),
 }
 """Heading of the help -> its flags."""
@@ -167,7 +206,11 @@ EXAMPLES = f"""Examples:
 Known checkpoints: {", ".join(known_names())}."""
 
 
-COMMAND = "jaxprune prune", "Prune a checkpoint in one shot, layer by layer, and measure what it cost.", EXAMPLES
+COMMAND = (
+    "jaxprune prune",
+    "Prune a checkpoint in one shot, layer by layer, and measure what it cost.",
+    EXAMPLES,
+)
 """Name, description and examples."""
 
 
@@ -178,7 +221,8 @@ class Asked(NamedTuple):
         given: all that was given.
         config: the options of the run.
         recipe: its recipe.
-        sparsity: the sparsity that the user typed; None: the recipe's is a default, a preset's or a record's.
+        sparsity: the sparsity that the user typed; None: the recipe's is a default, a preset's or a
+            record's.
     """
 
     given: dict[str, Any]
@@ -222,10 +266,17 @@ def read(
     """
     line = CommandLine(argv, recorded)
     chosen = RecipeOptions(line)
-    first, calibration_, *others = (Section(title, Config, only=names) for title, names in GROUPS.items())
+    first, calibration_, *others = (
+        Section(title, Config, only=names) for title, names in GROUPS.items()
+    )
     sections = [*own, first, *chosen.sections(), calibration_, *others]
     given = line.read(
-        command, description, sections, positionals=positionals, examples=examples, elsewhere=chosen.elsewhere
+        command,
+        description,
+        sections,
+        positionals=positionals,
+        examples=examples,
+        elsewhere=chosen.elsewhere,
     )
     recipe = chosen.recipe(given)
     sparsity = given.get("sparsity") if line.typed("sparsity") else None

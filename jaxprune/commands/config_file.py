@@ -45,24 +45,37 @@ def load(path: Path, recorded: Recorded | None) -> dict[str, Any]:
         try:
             found = yaml.load(content, _Loader)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise InputError(f"it holds no options ({' '.join(str(error).split())[:200]})", file=path) from None
+            raise InputError(
+                f"it holds no options ({' '.join(str(error).split())[:200]})", file=path
+            ) from None
     if not isinstance(found, dict):
-        raise InputError("it holds no options", file=path, wanted="names and values, such as sparsity: 0.7")
+        raise InputError(
+            "it holds no options", file=path, wanted="names and values, such as sparsity: 0.7"
+        )
     if found.get("kind") in ("run", "evaluation"):
         if recorded is None:
-            raise InputError("it is a record, which only prune, plan and snapshot repeat", file=path, wanted="options")
+            raise InputError(
+                "it is a record, which only prune, plan and snapshot repeat",
+                file=path,
+                wanted="options",
+            )
         found = recorded(content, path)
     return dict(_texts(found, path))
 
 
 def _texts(found: Mapping[Any, Any], path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields name and value as on a command line, True for a flag without one; what is null, false or an empty list is
-    not given."""
+    """Yields name and value as on a command line, True for a flag without one; what is null, false
+    or an empty list is not given."""
     for name, value in found.items():
         several = isinstance(value, list) and all(isinstance(one, str) for one in value)
-        if not isinstance(name, str) or not (several or isinstance(value, bool | int | float | str | None)):
-            raise InputError("an option has no single value", file=path, entry=str(plain(name)), found=value)
-        if isinstance(value, int) and abs(value) >= 2**64:  # Python prints no number of thousands of digits
+        if not isinstance(name, str) or not (
+            several or isinstance(value, bool | int | float | str | None)
+        ):
+            raise InputError(
+                "an option has no single value", file=path, entry=str(plain(name)), found=value
+            )
+        # Python prints no number of thousands of digits
+        if isinstance(value, int) and abs(value) >= 2**64:
             raise InputError("the number is too large", file=path, entry=name)
         if value is not None and value is not False and value != []:
             yield name.replace("-", "_"), value if value is True or several else str(value)

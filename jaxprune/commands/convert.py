@@ -7,7 +7,15 @@ from collections.abc import Sequence
 
 from rich.filesize import decimal
 
-from convert import create_checkpoint, disk_bytes, is_file, open_checkpoint, parts, require_suitable, writer_for
+from convert import (
+    create_checkpoint,
+    disk_bytes,
+    is_file,
+    open_checkpoint,
+    parts,
+    require_suitable,
+    writer_for,
+)
 from convert.assets import read_config
 from convert.command import run
 from convert.consistency import check
@@ -38,11 +46,11 @@ class Options:
     """How the result is written."""
 
     to: str | None = None
-    """Format of the target: hf, orbax, packed, in which a pruned checkpoint takes less disk, or gguf (default: gguf
-    where the target's name ends so, else hf)."""
+    """Format of the target: hf, orbax, packed, in which a pruned checkpoint takes less disk, or
+    gguf (default: gguf where the target's name ends so, else hf)."""
     type: str | None = None
-    """How a GGUF file stores matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 (default: what the checkpoint was
-    quantized to, else f16)."""
+    """How a GGUF file stores matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0 (default:
+    what the checkpoint was quantized to, else f16)."""
     zstd: int | None = None
     """Level, 1 to 22, at which zstd compresses what is packed (default: 3); 0: not at all."""
     overwrite: bool = False
@@ -60,14 +68,17 @@ def _main(argv: Sequence[str]) -> int:
         "Convert a checkpoint between formats, one decoder layer at a time.",
         [Section("Result", Options)],
         positionals={
-            "source": "A folder, a .gguf file, a known name such as llama-7b, or owner/name of a hub.",
+            "source": "A folder, a .gguf file, a known name such as llama-7b, or owner/name of a "
+            "hub.",
             "target": "The folder to make; of GGUF the file.",
         },
         examples=EXAMPLES,
     )
     wanted = make(Options, given)
     to = wanted.to or ("gguf" if given["target"].endswith(".gguf") else "hf")
-    options = {name: value for name in ("type", "zstd") if (value := getattr(wanted, name)) is not None}
+    options = {
+        name: value for name in ("type", "zstd") if (value := getattr(wanted, name)) is not None
+    }
     writer_for(to, options)
     if given["target"].endswith(".gguf") and not is_file(to):
         raise CheckpointError(f"{to} makes a folder", file=given["target"], options={"to": "gguf"})
@@ -98,7 +109,8 @@ def _main(argv: Sequence[str]) -> int:
     size = sum(t.size * t.dtype.itemsize for t in reader.spec.values())
     written = disk_bytes(open_checkpoint(place.path))
     print(
-        f"{given['target']}: {len(reader.spec)} tensors, {decimal(size)}, in {decimal(written)} of files, format {to}"
+        f"{given['target']}: {len(reader.spec)} tensors, {decimal(size)}, in {decimal(written)} of "
+        f"files, format {to}"
     )
     return 0
 

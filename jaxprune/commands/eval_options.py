@@ -32,31 +32,35 @@ class EvalOptions(ComputationOptions):
     """Options of every command that evaluates."""
 
     eval: str | None = None
-    """What to measure: ppl (perplexity of a text; against a dense model also the KL divergence and how often both find
-    the same next token the most probable), samples (prompts continued, to read), zero-shot (tasks of lm-eval), several
-    as ppl,zero-shot, or none (default: of a run ppl, of jaxprune evaluate ppl,zero-shot)."""
+    """What to measure: ppl (perplexity of a text; against a dense model also the KL divergence and
+    how often both find the same next token the most probable), samples (prompts continued, to
+    read), zero-shot (tasks of lm-eval), several as ppl,zero-shot, or none (default: of a run ppl,
+    of jaxprune evaluate ppl,zero-shot)."""
     eval_text: str | None = None
-    """Texts for ppl, separated by commas: wikitext2, c4, wikipedia, or a file as for --calib (default: wikitext2;
-    wikipedia for smollm2-135m, other articles than calibration's)."""
+    """Texts for ppl, separated by commas: wikitext2, c4, wikipedia, or a file as for --calib
+    (default: wikitext2; wikipedia for smollm2-135m, other articles than calibration's)."""
     eval_seqlen: int | None = None
     """Tokens of an evaluation window (default: --seqlen, else 2048)."""
     eval_windows: int | None = None
     """Evaluate on the first so many windows of a text only (default: all)."""
     prompts: str | None = None
-    """A file of prompts for samples: .txt, one a line, or texts or conversations as for --calib (default: a dozen)."""
+    """A file of prompts for samples: .txt, one a line, or texts or conversations as for --calib
+    (default: a dozen)."""
     sample_tokens: int | None = None
     """Tokens of a sample, at most (default: 48)."""
     tasks: str | None = None
-    """Tasks for zero-shot, separated by commas: any of lm-eval's (default: the paper's seven, boolq, rte, hellaswag,
-    winogrande, arc_easy, arc_challenge and openbookqa)."""
+    """Tasks for zero-shot, separated by commas: any of lm-eval's (default: the paper's seven,
+    boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge and openbookqa)."""
     limit: int | None = None
     """Only the first so many rows of each task (default: all)."""
     tasks_data: str | None = None
     """A folder with the tasks' rows, TASK.jsonl or TASK.parquet, for a machine without the hub."""
     backend: Literal["jax", "torch"] = "jax"
-    """What runs the tasks: jax streams the model layer by layer; torch holds all of it, in lm-eval's HFLM."""
+    """What runs the tasks: jax streams the model layer by layer; torch holds all of it, in
+    lm-eval's HFLM."""
     hidden: Literal["memory", "disk"] = "memory"
-    """Where hidden states are between layers: in host memory, or in files of --scratch that take none of it."""
+    """Where hidden states are between layers: in host memory, or in files of --scratch that take
+    none of it."""
     scratch: str | None = None
     """A folder for --hidden disk (default: where --out is made). Nothing stays in it."""
 
@@ -95,7 +99,9 @@ class EvalOptions(ComputationOptions):
         folder = expand(self.scratch) if self.scratch else existing_parent(expand(out))
         if not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
             raise InputError(
-                "it is not a folder that can be written into", file=folder, options={"scratch": Change.OTHER}
+                "it is not a folder that can be written into",
+                file=folder,
+                options={"scratch": Change.OTHER},
             )
         return folder
 
@@ -106,11 +112,15 @@ class EvalOptions(ComputationOptions):
         if self.scratch and self.hidden != "disk":
             raise InputError("--scratch is for --hidden disk: pass both, or neither")
         if unknown := [name for name in self.measures if name not in MEASURES]:
-            raise InputError(f"--eval takes {', '.join(MEASURES)} or none, not {unknown[0]!r}; tasks go to --tasks")
+            raise InputError(
+                f"--eval takes {', '.join(MEASURES)} or none, not {unknown[0]!r}; tasks go to "
+                "--tasks"
+            )
         for name, measure in MEASURE_OF.items():
             if getattr(self, name) not in (None, "jax") and measure not in self.measures:
                 raise InputError(
-                    f"--{name.replace('_', '-')} is for --eval {measure}, but --eval is {self.eval}: "
+                    f"--{name.replace('_', '-')} is for --eval {measure}, but --eval is "
+                    f"{self.eval}: "
                     f"pass --eval {','.join([*self.measures, measure])}"
                 )
 

@@ -24,7 +24,8 @@ class Config(EvalOptions):
     """Options of an evaluation."""
 
     against: str | None = None
-    """The dense checkpoint, for KL divergence and its own figures (default: the others are not compared)."""
+    """The dense checkpoint, for KL divergence and its own figures (default: the others are not
+    compared)."""
     out: str = "evaluation"
     """The folder for jaxprune.json, report.html and lm-eval's results."""
     overwrite: bool = False
@@ -103,8 +104,14 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
         examples=EXAMPLES,
     )
     names = given["checkpoints"]
-    text = calibration.default_text(names[0]) or calibration.default_text(given.get("against", "")) or "wikitext2"
-    config = with_defaults(make(Config, given), eval="ppl,zero-shot", eval_text=text, eval_seqlen=2048)
+    text = (
+        calibration.default_text(names[0])
+        or calibration.default_text(given.get("against", ""))
+        or "wikitext2"
+    )
+    config = with_defaults(
+        make(Config, given), eval="ppl,zero-shot", eval_text=text, eval_seqlen=2048
+    )
     return config, names
 
 

@@ -27,14 +27,16 @@ class Options(ComputationOptions):
     """What is written."""
 
     out: str
-    """The file to make: rows of JSON, for --calib and --tune-text. It is there when all of it is written; until then
-    OUT.unfinished keeps what is, and the same command goes on from there."""
+    """The file to make: rows of JSON, for --calib and --tune-text. It is there when all of it is
+    written; until then OUT.unfinished keeps what is, and the same command goes on from there."""
     tokens: int = 1_100_000
-    """Of all texts, such as 250k or 1M; by default what --preset thorough tunes on, and what it holds out."""
+    """Of all texts, such as 250k or 1M; by default what --preset thorough tunes on, and what it
+    holds out."""
     length: int = 256
     """Tokens of a text."""
     prompts: str | None = None
-    """A text whose documents give the beginnings, as for --calib (default: the model begins by itself)."""
+    """A text whose documents give the beginnings, as for --calib (default: the model begins by
+    itself)."""
     prompt_tokens: int = 16
     """Tokens of a beginning."""
     seed: int = 0
@@ -64,9 +66,13 @@ def _main(argv: Sequence[str]) -> None:
         raise InputError("--prompt-tokens does nothing by itself: pass --prompts with it")
     place = file_of(wanted.out)
     keep_memory(large=True)
-    model = load(given["checkpoint"], dtype=wanted.computation_dtype, devices=choose_devices(wanted.device))
+    model = load(
+        given["checkpoint"], dtype=wanted.computation_dtype, devices=choose_devices(wanted.device)
+    )
     inputs = {"a checkpoint": inputs_of(model.source), "prompts": source_paths(wanted.prompts)}
-    require_apart(inputs, {"out": place.path, "out.unfinished": journal_folder(place.path)}, error=InputError)
+    require_apart(
+        inputs, {"out": place.path, "out.unfinished": journal_folder(place.path)}, error=InputError
+    )
     with Progress() as progress:
         made = generate(
             model,

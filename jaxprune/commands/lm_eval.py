@@ -30,7 +30,8 @@ def _main(argv: Sequence[str]) -> None:
     except ConnectionError as error:  # of datasets and the hub
         reason = str(error).partition("\n")[0]
         raise InputError(
-            f"what lm-eval needs cannot be fetched ({reason}): connect to the hub once, or have jaxprune evaluate "
+            f"what lm-eval needs cannot be fetched ({reason}): connect to the hub once, or have "
+            "jaxprune evaluate "
             "--tasks-data read a task's rows from a folder"
         ) from error
 

@@ -1,7 +1,9 @@
-"""Command lines by cyclopts: one field of a dataclass = one flag, and the docstring under it is the flag's help text.
+"""Command lines by cyclopts: one field of a dataclass = one flag, and the docstring under it is the
+flag's help text.
 
-Cyclopts is chosen over tyro and jsonargparse because its errors are data (so that each is one line of ours), it leaves
-out what was not given (so that what a preset sets can tell), and its help is in groups; all three read dataclasses.
+Cyclopts is chosen over tyro and jsonargparse because its errors are data (so that each is one line
+of ours), it leaves out what was not given (so that what a preset sets can tell), and its help is in
+groups; all three read dataclasses.
 """
 
 import ast
@@ -27,7 +29,8 @@ from jaxprune.errors import InputError, UserError
 FlagOf = Callable[[str], str | None]
 """A field's name -> the flag's name without dashes, in Python's spelling; None: no flag."""
 Recorded = Callable[[bytes, Path, Mapping[str, str]], Mapping[str, Any]]
-"""The content of a record, its path, and flag -> value of those beside it -> the options of its run."""
+"""The content of a record, its path, and flag -> value of those beside it -> the options of its
+run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Section:
         options: a dataclass.
         flag_of: names of the flags; by default the fields'.
         help: below the heading.
-        only: the fields of this section; None: all that no other section of the same dataclass has named.
+        only: the fields of this section; None: all that no other section of the same dataclass has
+            named.
         defaults: of flags, where they are not their fields'.
     """
 
@@ -78,10 +82,13 @@ class CommandLine:
             self._repeats = True
             return recorded(content, path, self._given)
 
-        self._stored = config_file.load(self._file, repeated if recorded else None) if self._file else {}
+        self._stored = (
+            config_file.load(self._file, repeated if recorded else None) if self._file else {}
+        )
 
     def typed(self, flag: str) -> bool:
-        """Returns whether the user gave a flag, on the command line or in a file of options, which no record is."""
+        """Returns whether the user gave a flag, on the command line or in a file of options, which
+        no record is."""
         return flag in self._given or (flag in self._stored and not self._repeats)
 
     def value(self, flag: str) -> str | None:
@@ -123,7 +130,10 @@ class CommandLine:
         def collect(*args: Any, **kwargs: Any) -> None:
             del args, kwargs
 
-        words = [_positional(name, text, several and name == [*positionals][-1]) for name, text in positionals.items()]
+        words = [
+            _positional(name, text, several and name == [*positionals][-1])
+            for name, text in positionals.items()
+        ]
         flags = _flags(command, positionals, [*sections, Section("Options", ConfigFile)])
         collect.__signature__ = inspect.Signature([*words, *flags])  # type: ignore[attr-defined]
         collect.__doc__ = description
@@ -175,8 +185,8 @@ class ConfigFile:
     """The flag that all commands have."""
 
     config: str | None = None
-    """A file of options, .yaml or .json, named as the flags; flags given beside it win. For prune, plan and snapshot
-    also the jaxprune.json of a run, which is then repeated."""
+    """A file of options, .yaml or .json, named as the flags; flags given beside it win. For prune,
+    plan and snapshot also the jaxprune.json of a run, which is then repeated."""
 
 
 def _positional(name: str, text: str, several: bool) -> inspect.Parameter:
@@ -185,7 +195,9 @@ def _positional(name: str, text: str, several: bool) -> inspect.Parameter:
     return inspect.Parameter(name, kind, annotation=Annotated[str, note])
 
 
-def _flags(command: str, positionals: Iterable[str], sections: Sequence[Section]) -> Iterator[inspect.Parameter]:
+def _flags(
+    command: str, positionals: Iterable[str], sections: Sequence[Section]
+) -> Iterator[inspect.Parameter]:
     """Yields the flags of all sections.
 
     Args:
@@ -194,28 +206,38 @@ def _flags(command: str, positionals: Iterable[str], sections: Sequence[Section]
         sections: the flags.
 
     Raises:
-        InputError: two flags have one name. Only a method of another package can cause it: a test reads the flags of
-            each command with each of our methods.
+        InputError: two flags have one name. Only a method of another package can cause it: a test
+            reads the flags of each command with each of our methods.
     """
     titles = dict.fromkeys(["help", *positionals], command)
     claimed = {(section.options, name) for section in sections for name in section.only or ()}
     for number, section in enumerate(sections, 1):
         group = Group(section.title, help=section.help, sort_key=number)
         for field in dataclasses.fields(section.options):
-            wanted = field.name in section.only if section.only else (section.options, field.name) not in claimed
+            wanted = (
+                field.name in section.only
+                if section.only
+                else (section.options, field.name) not in claimed
+            )
             if wanted and (flag := section.flag_of(field.name)):
                 if flag in titles:
                     both = f"one of {titles[flag]!r} and one of {section.title!r}"
                     raise InputError(
-                        f"two flags of {command} have the name --{flag.replace('_', '-')}, {both}: rename the option "
+                        f"two flags of {command} have the name --{flag.replace('_', '-')}, {both}: "
+                        "rename the option "
                         "of the method"
                     )
                 titles[flag] = section.title
                 yield _parameter(section, field, flag, group)
 
 
-def _parameter(section: Section, field: dataclasses.Field, flag: str, group: Group) -> inspect.Parameter:
-    kind, text = typing.get_type_hints(section.options)[field.name], field_docs(section.options)[field.name]
+def _parameter(
+    section: Section, field: dataclasses.Field, flag: str, group: Group
+) -> inspect.Parameter:
+    kind, text = (
+        typing.get_type_hints(section.options)[field.name],
+        field_docs(section.options)[field.name],
+    )
     default = section.defaults.get(flag, field.default)
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
@@ -249,11 +271,18 @@ def _convert(function: Callable[[str], Any]) -> Callable[[Any, Sequence[Any]], A
 def make(cls: Any, given: Mapping[str, Any], flag_of: FlagOf = str) -> Any:
     """Makes a dataclass of what `read` returned."""
     flags = {field.name: flag_of(field.name) for field in dataclasses.fields(cls)}
-    return cls(**{field: given[flag] for field, flag in flags.items() if flag is not None and flag in given})
+    return cls(
+        **{
+            field: given[flag]
+            for field, flag in flags.items()
+            if flag is not None and flag in given
+        }
+    )
 
 
 def whole(text: str) -> int:
-    """Reads a whole number that fits 32 bits, as sizes and seeds have to; k behind it are thousands, M millions.
+    """Reads a whole number that fits 32 bits, as sizes and seeds have to; k behind it are
+    thousands, M millions.
 
     Raises:
         ValueError: it is none.
@@ -284,7 +313,8 @@ def real(text: str) -> float:
 
 
 def named(text: str) -> str:
-    """Reads a name, which is not empty: `--out "$OUT"` without OUT is a mistake, and no wish for the default.
+    """Reads a name, which is not empty: `--out "$OUT"` without OUT is a mistake, and no wish for
+    the default.
 
     Raises:
         ValueError: it is empty.
@@ -320,6 +350,8 @@ def field_docs(cls: type) -> dict[str, str]:
         assert isinstance(body, ast.ClassDef)
         for field, after in zip(body.body, body.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant), field.target.id
+                assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant), (
+                    field.target.id
+                )
                 docs[field.target.id] = " ".join(str(after.value.value).split())
     return docs

@@ -24,7 +24,9 @@ from jaxprune.pruning.whole_model import require_recipe
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import Devices
 
-DESCRIPTION = "Say what a run would need, and whether it fits; it takes the flags of jaxprune prune."
+DESCRIPTION = (
+    "Say what a run would need, and whether it fits; it takes the flags of jaxprune prune."
+)
 EXAMPLES = """Examples:
 
     jaxprune plan --ckpt llama2-70b --device-memory 16 --dtype bfloat16
@@ -37,7 +39,9 @@ WORTH_A_WORD = 1.3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit status: 0 if the run fits, else 1."""
-    return run_main(lambda argv: plan(*read(argv, "jaxprune plan", DESCRIPTION, EXAMPLES)[1:]), argv, group_of)
+    return run_main(
+        lambda argv: plan(*read(argv, "jaxprune plan", DESCRIPTION, EXAMPLES)[1:]), argv, group_of
+    )
 
 
 def plan(config: Config, recipe: Recipe, sparsity: float | None = None) -> int:
@@ -66,11 +70,15 @@ def plan(config: Config, recipe: Recipe, sparsity: float | None = None) -> int:
         console.print(f"scratch, GiB, at most: {max(need.scratch.values()) / GIB:.2f}")
     _say_uncounted(config)
     if times:
-        console.print(f"time: from the matrix rate of {describe_hardware()}, measured now; {longest(times)}")
+        console.print(
+            f"time: from the matrix rate of {describe_hardware()}, measured now; {longest(times)}"
+        )
         if work.on_cpu and np.dtype(work.architecture.config.dtype) == np.float32:
             gain = matrix_rate("bfloat16") / matrix_rate("float32")
             if gain > WORTH_A_WORD:
-                console.print(f"its products in bfloat16 are {gain:.1f} times as fast: --dtype bfloat16")
+                console.print(
+                    f"its products in bfloat16 are {gain:.1f} times as fast: --dtype bfloat16"
+                )
     problems = list(fit.shortages(need, work))
     for problem in problems:
         console.print(f"does not fit: {worded(problem)}")
@@ -80,8 +88,12 @@ def plan(config: Config, recipe: Recipe, sparsity: float | None = None) -> int:
 
 
 def _plan_for_targets(config: Config, recipe: Recipe, sparsity: float | None) -> int:
-    """Prints what a run would need and take on hardware that need not be here; returns the exit status."""
-    for name, given in (("device", config.device != "auto"), ("device-memory", config.device_memory is not None)):
+    """Prints what a run would need and take on hardware that need not be here; returns the exit
+    status."""
+    for name, given in (
+        ("device", config.device != "auto"),
+        ("device-memory", config.device_memory is not None),
+    ):
         if given:
             raise InputError(f"--target says what the hardware is: leave --{name} out")
     require_typed(config, recipe, sparsity)
@@ -92,7 +104,8 @@ def _plan_for_targets(config: Config, recipe: Recipe, sparsity: float | None) ->
             if count > 1:
                 raise InputError(f"several {target.words} need their compiler: {target.install}")
             console.print(
-                f"the compiler of {target.words} is not installed ({target.install}): memory is counted as "
+                f"the compiler of {target.words} is not installed ({target.install}): memory is "
+                "counted as "
                 "if every intermediate result stayed, and what programs move is not known"
             )
     summary: list[list[str]] = []
@@ -119,7 +132,10 @@ def _plan_for_targets(config: Config, recipe: Recipe, sparsity: float | None) ->
     for problem in problems:
         console.print(problem)
     _say_uncounted(config)
-    console.print("times are predictions at the data sheets' rates, without compilation or anything that the host does")
+    console.print(
+        "times are predictions at the data sheets' rates, without compilation or anything that the "
+        "host does"
+    )
     return int(bool(problems))
 
 
@@ -145,21 +161,37 @@ def target_table(need: Need) -> tuple[list[str], list[list[str]]]:
     ]
     every = sum(sum(flops.values()) for flops in need.flops.values())
     moved = [sum(one.values()) for one in (need.traffic, need.transfers)]
-    last = ["all", _gib(max(need.device.values())), _tera(every), f"{moved[0] / 1e12:.4g}" * bool(need.traffic)]
+    last = [
+        "all",
+        _gib(max(need.device.values())),
+        _tera(every),
+        f"{moved[0] / 1e12:.4g}" * bool(need.traffic),
+    ]
     sent = [f"{sum(need.exchanged.values()) / 1e9:.4g}"] * several
     rows.append([*last, *sent, f"{moved[1] / 1e9:.4g}", duration(sum(need.seconds.values()))])
     others = ["sent to others, GB"] * several
-    return ["", "device, GiB", "TFLOP", "in its memory, TB", *others, "from and to the host, GB", "at least"], rows
+    return [
+        "",
+        "device, GiB",
+        "TFLOP",
+        "in its memory, TB",
+        *others,
+        "from and to the host, GB",
+        "at least",
+    ], rows
 
 
 def work_of(config: Config, recipe: Recipe, devices: Devices, target: Target | None = None) -> Work:
     """Returns what a run is asked to do, from headers or config.json alone.
 
     Raises:
-        InputError, CheckpointError: there is not even that, or the windows are longer than the model takes.
+        InputError, CheckpointError: there is not even that, or the windows are longer than the
+            model takes.
     """
     assert config.out
-    spec, saved, architecture = preflight.shapes_of(config.ckpt, config.computation_dtype, config.save_dtype)
+    spec, saved, architecture = preflight.shapes_of(
+        config.ckpt, config.computation_dtype, config.save_dtype
+    )
     architecture.require_length(config.seqlen)
     pruned = without_experts(architecture, recipe.experts.drop_experts)
     require_recipe(pruned, recipe)
@@ -182,7 +214,8 @@ def work_of(config: Config, recipe: Recipe, devices: Devices, target: Target | N
 
 
 def table(need: Need, work: Work, times: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
-    """Returns header and rows: what each phase needs, and how many seconds it takes, where that is known."""
+    """Returns header and rows: what each phase needs, and how many seconds it takes, where that is
+    known."""
     rows = []
     for phase, device in need.device.items():
         row = [phase, _gib(device), _gib(need.host[phase] + work.on_cpu * device)]

@@ -49,7 +49,9 @@ class Progress(Observer):
         tuning: the tuning that is part of it, as `effective_tuning` has it; None: there is none.
     """
 
-    def __init__(self, devices: Devices = ONE_DEVICE, *, tasks: bool = False, tuning: Tuning | None = None) -> None:
+    def __init__(
+        self, devices: Devices = ONE_DEVICE, *, tasks: bool = False, tuning: Tuning | None = None
+    ) -> None:
         self._devices, self._tasks, self._tuning = devices, tasks, tuning or Tuning()
         self._bar: Bar | None = None
         self._task = TaskID(0)
@@ -68,7 +70,8 @@ class Progress(Observer):
             self._bar = None
 
     def planned(self, need: Need) -> None:
-        """Says how long the run will take, by this machine's matrix rate, and which phase takes most."""
+        """Says how long the run will take, by this machine's matrix rate, and which phase takes
+        most."""
         times = seconds(need, self._devices)
         total = duration(sum(times.values()))
         beside = "compilation and the tasks of lm-eval" if self._tasks else "compilation"
@@ -125,25 +128,40 @@ class Progress(Observer):
         if self._bar:
             self._bar.update(self._task, completed=number)
             if number * 4 // steps > (number - 1) * 4 // steps:
-                mean, first = sum(self._divergences) / len(self._divergences), number - len(self._divergences) + 1
+                mean, first = (
+                    sum(self._divergences) / len(self._divergences),
+                    number - len(self._divergences) + 1,
+                )
                 of = f"tuning, steps {first} to {number} of {steps}"
-                self._bar.console.print(f"{of}: KL divergence {mean:.4f} nats on the text that is tuned on")
+                self._bar.console.print(
+                    f"{of}: KL divergence {mean:.4f} nats on the text that is tuned on"
+                )
                 self._divergences = []
 
     def divergence_measured(self, tokens: int, divergence: float) -> None:
         """Prints a line on the text that is held out."""
         if self._bar:
-            line = f"tuned on {tokens:,} tokens: KL divergence {divergence:.4f} nats on text held out"
-            self._bar.console.print(line + ", zeros are still to come" * (not all_zeros_there(self._tuning, tokens)))
+            line = (
+                f"tuned on {tokens:,} tokens: KL divergence {divergence:.4f} nats on text held out"
+            )
+            self._bar.console.print(
+                line + ", zeros are still to come" * (not all_zeros_there(self._tuning, tokens))
+            )
 
 
 def print_samples(qualities: Mapping[str, Quality]) -> None:
     """Prints prompts with the continuations of all checkpoints below them."""
-    columns = [[(name, sample) for sample in quality.samples] for name, quality in qualities.items() if quality.samples]
+    columns = [
+        [(name, sample) for sample in quality.samples]
+        for name, quality in qualities.items()
+        if quality.samples
+    ]
     for row in zip(*columns, strict=True):
         console.print(f"\n{json.dumps(row[0][1].prompt, ensure_ascii=False)}")
         for name, sample in row:
-            console.print(f"  {Path(name).name}: {json.dumps(''.join(sample.pieces), ensure_ascii=False)}")
+            console.print(
+                f"  {Path(name).name}: {json.dumps(''.join(sample.pieces), ensure_ascii=False)}"
+            )
 
 
 def longest(times: Mapping[str, float]) -> str:
@@ -159,21 +177,36 @@ def layer_line(layer: LayerResult, count: int) -> str:
         every.setdefault(every_expert(path), []).append(kernel.metrics.get(ERROR, kernel.error))
     labels = short_names(list(every))
     errors = "  ".join(
-        f"{label} {100 * sum(found) / len(found):.3g}" for label, found in zip(labels, every.values(), strict=True)
+        f"{label} {100 * sum(found) / len(found):.3g}"
+        for label, found in zip(labels, every.values(), strict=True)
     )
-    zeros, size = (sum(getattr(kernel, name) for kernel in layer.kernels.values()) for name in ("zeros", "size"))
+    zeros, size = (
+        sum(getattr(kernel, name) for kernel in layer.kernels.values())
+        for name in ("zeros", "size")
+    )
     seconds = "  ".join(f"{phase} {value:.1f}" for phase, value in layer.seconds.items())
     few = {path: kernel for path, kernel in layer.kernels.items() if kernel.few_tokens}
     least = min((kernel.metrics["tokens"] for kernel in few.values()), default=0)
-    seconds += f"  {len(few)} linear layers of experts were given fewer tokens than they have inputs" * bool(few)
+    seconds += (
+        f"  {len(few)} linear layers of experts were given fewer tokens than they have inputs"
+        * bool(few)
+    )
     seconds += f", at least {least:g}" * bool(few)
-    others = [kernel.metrics.get("damping_times", 1) for path, kernel in layer.kernels.items() if path not in few]
+    others = [
+        kernel.metrics.get("damping_times", 1)
+        for path, kernel in layer.kernels.items()
+        if path not in few
+    ]
     seconds += f"  damping raised {max(others):g} times" * (max(others, default=1) > 1)
-    return f"layer {layer.index + 1}/{count}  error %: {errors}  sparsity {100 * zeros / size:.2f} %  s: {seconds}"
+    return (
+        f"layer {layer.index + 1}/{count}  error %: {errors}  sparsity {100 * zeros / size:.2f} %  "
+        f"s: {seconds}"
+    )
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """Returns the last words of linear layers' paths, as many as tell them apart, such as `experts.up`."""
+    """Returns the last words of linear layers' paths, as many as tell them apart, such as
+    `experts.up`."""
     words = [path.removesuffix("_proj").replace(".*", "").split(".") for path in paths]
     return [
         next(
@@ -187,10 +220,22 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 def timing_table(timing: schema.Timing) -> tuple[list[str], list[list[str]]]:
     """Returns header and rows of a table: a phase each."""
-    header = ["first layer", "compiled, first time, s", "compiled, s", "eager, s", "eager / compiled"]
+    header = [
+        "first layer",
+        "compiled, first time, s",
+        "compiled, s",
+        "eager, s",
+        "eager / compiled",
+    ]
     rows = []
     for phase, jit in timing.jit.items():
         first, eager = timing.first[phase], timing.eager[phase]
         values: Sequence[Any] = (first or 0.0, jit or 0.0, eager or 0.0)
-        rows.append([phase, *(f"{value:.2f}" for value in values), f"{values[2] / max(values[1], 1e-9):.2f}"])
+        rows.append(
+            [
+                phase,
+                *(f"{value:.2f}" for value in values),
+                f"{values[2] / max(values[1], 1e-9):.2f}",
+            ]
+        )
     return header, rows

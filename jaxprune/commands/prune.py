@@ -32,7 +32,8 @@ def _main(argv: Sequence[str]) -> int:
     for name in ("device_memory", "target"):
         if getattr(config, name) is not None and not config.dry_run:
             raise InputError(
-                f"--{name.replace('_', '-')} is for jaxprune plan and --dry-run: a run takes what is there"
+                f"--{name.replace('_', '-')} is for jaxprune plan and --dry-run: a run takes what "
+                "is there"
             )
     if config.dry_run:
         from jaxprune.commands.plan import plan
@@ -44,7 +45,8 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def run(config: Config, recipe: Recipe, sparsity: float | None = None) -> "PruningResult | None":
-    """Prunes, exports and evaluates; everything that can be checked is checked before the work starts.
+    """Prunes, exports and evaluates; everything that can be checked is checked before the work
+    starts.
 
     Args:
         config: the options of the run.
@@ -80,7 +82,9 @@ def run(config: Config, recipe: Recipe, sparsity: float | None = None) -> "Pruni
     what = ", ".join(f"{name} {text}" for name, text in asked.items() if text)
     console.print(f"preparing text: {what}")
     windows = windows_of(config, model)
-    progress = Progress(devices, tasks=bool(measures and measures.tasks), tuning=_tuning_of(recipe, model))
+    progress = Progress(
+        devices, tasks=bool(measures and measures.tasks), tuning=_tuning_of(recipe, model)
+    )
     with progress:
         result = prune(
             model,
@@ -133,14 +137,19 @@ def _checked_paths(
     place, masks_place = places(config.out, config.save_masks, overwrite=config.overwrite)
     inputs = {"prompts": paths_of(config.prompts), "tasks_data": paths_of(config.tasks_data)}
     inputs |= {"calib": source_paths(config.calib), "tune_text": source_paths(config.tune_text)}
-    inputs["eval_text"] = [path for text in (config.eval_text or "").split(",") for path in paths_of(text)]
-    require_separate(place, masks_place, recipe, inputs | {"ckpt": paths_of(config.ckpt)}, config.scratch)
+    inputs["eval_text"] = [
+        path for text in (config.eval_text or "").split(",") for path in paths_of(text)
+    ]
+    require_separate(
+        place, masks_place, recipe, inputs | {"ckpt": paths_of(config.ckpt)}, config.scratch
+    )
     resume.check(place, masks_place)
     return place, masks_place, inputs
 
 
 def require_typed(config: Config, recipe: Recipe, sparsity: float | None) -> None:
-    """Raises InputError where rules miss the sparsity that the user typed; config.json is enough to know.
+    """Raises InputError where rules miss the sparsity that the user typed; config.json is enough to
+    know.
 
     Args:
         config: the options of the run; its devices are chosen already.
@@ -153,7 +162,9 @@ def require_typed(config: Config, recipe: Recipe, sparsity: float | None) -> Non
 
     if sparsity is not None and recipe.rules:
         *_, architecture = shapes_of(config.ckpt, config.computation_dtype)
-        require_sparsity(without_experts(architecture, recipe.experts.drop_experts), recipe, sparsity)
+        require_sparsity(
+            without_experts(architecture, recipe.experts.drop_experts), recipe, sparsity
+        )
 
 
 def source_paths(sources: str | None) -> list[Path]:
@@ -208,7 +219,9 @@ def _tokenizer_for(sources: str, model: "StreamedModel") -> Any:
     """Returns the model's tokenizer; None where all that is read are token ids."""
     from jaxprune.calibration import sources_of
 
-    return None if all(source.endswith(".npy") for source in sources_of(sources)) else model.tokenizer
+    return (
+        None if all(source.endswith(".npy") for source in sources_of(sources)) else model.tokenizer
+    )
 
 
 if __name__ == "__main__":

@@ -31,11 +31,14 @@ class Options:
     """What is sent, and how it is shown."""
 
     public: bool = False
-    """Let everybody see it (default: it is private). A repository that is there already has to be so."""
+    """Let everybody see it (default: it is private). A repository that is there already has to be
+    so."""
     base_model: str | None = None
-    """The hub's repository of the dense model (default: that of the run's --ckpt, where it is one)."""
+    """The hub's repository of the dense model (default: that of the run's --ckpt, where it is
+    one)."""
     license: str | None = None
-    """The hub's name of the licence, such as apache-2.0 (default: that of the base model on the hub)."""
+    """The hub's name of the licence, such as apache-2.0 (default: that of the base model on the
+    hub)."""
     overwrite: bool = False
     """Add a commit to a repository that has files already."""
     dry_run: bool = False
@@ -73,7 +76,9 @@ def _main(argv: Sequence[str]) -> None:
 
 def _show(content: Publication) -> None:
     print_table([(name, decimal(content.size(name))) for name in content.files], ("file", "size"))
-    console.print(f"in all {decimal(sum(map(content.size, content.files)))}; the card says of the model:")
+    console.print(
+        f"in all {decimal(sum(map(content.size, content.files)))}; the card says of the model:"
+    )
     data = content.card.data
     console.print(data.to_yaml())
     for flag, found in (("--base-model", data.base_model), ("--license", data.license)):
@@ -104,17 +109,23 @@ def _send(content: Publication, repository: str, wanted: Options) -> str:
             if info.private == wanted.public:
                 visibility, change = ("private", Change.OMIT) if info.private else ("public", True)
                 raise CheckpointError(
-                    f"the repository is {visibility} already", file=repository, options={"public": change}
+                    f"the repository is {visibility} already",
+                    file=repository,
+                    options={"public": change},
                 )
             there = {file.rfilename for file in info.siblings or ()} - EMPTY
             if there and not wanted.overwrite:
                 raise CheckpointError(
-                    f"the repository has {len(there)} files already", file=repository, options={"overwrite": True}
+                    f"the repository has {len(there)} files already",
+                    file=repository,
+                    options={"overwrite": True},
                 )
         else:
             hub.create_repo(repository, private=not wanted.public)
         additions = [CommitOperationAdd(name, file) for name, file in content.files.items()]
-        return str(hub.create_commit(repository, additions, commit_message="Pruned by jaxprune").commit_url)
+        return str(
+            hub.create_commit(repository, additions, commit_message="Pruned by jaxprune").commit_url
+        )
     except RAISED as error:
         found = error.__cause__ if isinstance(error, RuntimeError) else error
         if not isinstance(found, HTTP_ERRORS):
@@ -122,7 +133,11 @@ def _send(content: Publication, repository: str, wanted: Options) -> str:
         status = getattr(getattr(found, "response", None), "status_code", None)
         reason = (str(found).strip().splitlines() or [type(found).__name__])[-1][:300]
         hint = ": run `hf auth login` with a token that may write" if status in (401, 403) else ""
-        problem = f"the hub refused it ({reason}){hint}" if status else f"the hub cannot be reached ({reason})"
+        problem = (
+            f"the hub refused it ({reason}){hint}"
+            if status
+            else f"the hub cannot be reached ({reason})"
+        )
         raise CheckpointError(problem, file=repository) from error
 
 

@@ -18,7 +18,9 @@ from jaxprune.reporting import reading, schema
 from jaxprune.sparsity import masks
 from jaxprune.sparsity.patterns import NM, GivenRecord, NMRecord, UnstructuredRecord, parse_pattern
 
-NOT_REPEATED = "out overwrite resume save_masks scratch dry_run config coordinator processes process_id".split()
+NOT_REPEATED = (
+    "out overwrite resume save_masks scratch dry_run config coordinator processes process_id"
+).split()
 """Options of a record's run that say where it was made, not what."""
 
 
@@ -31,16 +33,23 @@ def recorded(content: bytes, path: Path, given: Mapping[str, str]) -> Mapping[st
         given: flags beside it, which win.
 
     Raises:
-        InputError, CheckpointError: it is that of an evaluation, or damaged, or no options make its recipe.
+        InputError, CheckpointError: it is that of an evaluation, or damaged, or no options make its
+            recipe.
     """
     record = reading.read(content, path)
     if not isinstance(record, schema.Run):
-        raise InputError("it is the record of an evaluation", file=path, wanted="that of a run, or options")
+        raise InputError(
+            "it is the record of an evaluation", file=path, wanted="that of a run, or options"
+        )
     raw = json.loads(content)
     for part in ("importance", "tuning", "experts"):
-        if other := [name for name in raw.get(part) or () if name not in vars(getattr(record, part))]:
+        if other := [
+            name for name in raw.get(part) or () if name not in vars(getattr(record, part))
+        ]:
             entry = f"{part}.{other[0]}"
-            raise InputError("this version of jaxprune has no such part of a recipe", file=path, entry=entry)
+            raise InputError(
+                "this version of jaxprune has no such part of a recipe", file=path, entry=entry
+            )
     wanted, made = record.recipe(), parse([*words(of_recipe(record))])
     if lost := [name for name, value in vars(wanted).items() if value != getattr(made, name)]:
         raise InputError("no options make this part of its recipe", file=path, entry=lost[0])
@@ -58,7 +67,8 @@ def meaningless(recipe: RecipeRecord, given: Mapping[str, str]) -> set[str]:
 
     def on(*names: str) -> bool:
         return any(
-            given[name] not in ("0", "0.0") if name in given else name not in found and values[name] for name in names
+            given[name] not in ("0", "0.0") if name in given else name not in found and values[name]
+            for name in names
         )
 
     if (measures := given.get("eval")) is not None:
@@ -77,7 +87,11 @@ def meaningless(recipe: RecipeRecord, given: Mapping[str, str]) -> set[str]:
             found.add("pattern")
     if "uniform" in given:
         found.add("spread")
-    if "token_power" in given and on("token_power") or not on("token_power", "weigh_outputs", "spread"):
+    if (
+        "token_power" in given
+        and on("token_power")
+        or not on("token_power", "weigh_outputs", "spread")
+    ):
         found.add("sensitivity_windows")
     if "tune_epochs" in given:
         found.add("tune_tokens")
@@ -99,16 +113,25 @@ def words(options: Iterable[tuple[str, Any]]) -> Iterator[str]:
                 yield flag if one is True else f"{flag}={one}"
 
 
-def of_recipe(recipe: RecipeRecord, given: Mapping[str, str] = MappingProxyType({})) -> Iterator[tuple[str, Any]]:
-    """Yields the options that make a recipe, name and value; of methods, those that flags beside them leave."""
+def of_recipe(
+    recipe: RecipeRecord, given: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[tuple[str, Any]]:
+    """Yields the options that make a recipe, name and value; of methods, those that flags beside
+    them leave."""
     method, stored_mask = recipe.method, isinstance(recipe.pattern, GivenRecord)
     if isinstance(method, FinishedRecord):
         yield "finish_steps", method.finish.get("steps")
         method = method.finished
     crossed = isinstance(method, CrossedRecord)
-    parts = {"mask": method.mask, "update": method.update} if isinstance(method, CrossedRecord) else {"update": method}
+    parts = (
+        {"mask": method.mask, "update": method.update}
+        if isinstance(method, CrossedRecord)
+        else {"update": method}
+    )
     named = {role: part for role, part in parts.items() if isinstance(part, PlainRecord)}
-    roles = {role if crossed or stored_mask else "method": part.name for role, part in named.items()}
+    roles = {
+        role if crossed or stored_mask else "method": part.name for role, part in named.items()
+    }
     if isinstance(recipe.pattern, GivenRecord):
         roles["mask"] = recipe.pattern.mask
     yield from (roles := _beside(roles, given)).items()
@@ -117,7 +140,9 @@ def of_recipe(recipe: RecipeRecord, given: Mapping[str, str] = MappingProxyType(
         flag_of = chosen.flag_of(role)
         for part in named.values():
             if methods.load(part.name) is cls:
-                yield from ((flag, value) for name, value in part.options.items() if (flag := flag_of(name)))
+                yield from (
+                    (flag, value) for name, value in part.options.items() if (flag := flag_of(name))
+                )
     if isinstance(recipe.pattern, NMRecord):
         yield "pattern", str(recipe.pattern)
     elif not isinstance(recipe.pattern, GivenRecord):
@@ -129,16 +154,28 @@ def of_recipe(recipe: RecipeRecord, given: Mapping[str, str] = MappingProxyType(
         (recipe.tuning, preset.tuning),
         (recipe.experts, preset.experts),
     ):
-        changed = {name: value for name, value in vars(options).items() if value != getattr(usual, name)}
-        unused = {*["spread"] * (not recipe.importance.spread), *HOW_TUNED * (not recipe.tuning.tunes)}
+        changed = {
+            name: value for name, value in vars(options).items() if value != getattr(usual, name)
+        }
+        unused = {
+            *["spread"] * (not recipe.importance.spread),
+            *HOW_TUNED * (not recipe.tuning.tunes),
+        }
         yield from ((name, value) for name, value in changed.items() if name not in unused)
     yield "asymmetry", recipe.asymmetry
     yield "quantize", recipe.quantize
-    if recipe.preset and not recipe.importance.spread and isinstance(recipe.pattern, UnstructuredRecord):
+    if (
+        recipe.preset
+        and not recipe.importance.spread
+        and isinstance(recipe.pattern, UnstructuredRecord)
+    ):
         yield "uniform", recipe.pattern.kind == "unstructured"
     yield "preset", recipe.preset
     yield "skip", [rule.names for rule in recipe.rules if rule.pattern is None]
-    yield "rule", [f"{rule.names}={_pattern(rule.pattern)}" for rule in recipe.rules if rule.pattern]
+    yield (
+        "rule",
+        [f"{rule.names}={_pattern(rule.pattern)}" for rule in recipe.rules if rule.pattern],
+    )
 
 
 def _beside(roles: Mapping[str, str], given: Mapping[str, str]) -> dict[str, str]:
@@ -147,7 +184,10 @@ def _beside(roles: Mapping[str, str], given: Mapping[str, str]) -> dict[str, str
         roles = {role: name for role, name in roles.items() if masks.is_stored(name)}
     elif {"mask", "update"} <= given.keys():
         roles = {}
-    return {**roles, **{role: given[role] for role in ("method", "mask", "update") if role in given}}
+    return {
+        **roles,
+        **{role: given[role] for role in ("method", "mask", "update") if role in given},
+    }
 
 
 def _pattern(pattern: UnstructuredRecord | NMRecord) -> str:

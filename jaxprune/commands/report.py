@@ -38,11 +38,16 @@ def _main(argv: Sequence[str]) -> None:
         [Section("Result", Options)],
         positionals={"folders": "Folders of runs and of evaluations."},
         several=True,
-        examples="Examples:\n\n    jaxprune report ./pruned-a ./pruned-b evaluation --out report.html",
+        examples="Examples:\n\n    jaxprune report ./pruned-a ./pruned-b evaluation --out "
+        "report.html",
     )
     folders, page_options = [Path(folder) for folder in given["folders"]], make(Options, given)
     place = destination(page_options.out, "out", overwrite=page_options.overwrite, folder=False)
-    require_apart({"the record": [folder / RECORD for folder in folders]}, {"out": place.path}, error=InputError)
+    require_apart(
+        {"the record": [folder / RECORD for folder in folders]},
+        {"out": place.path},
+        error=InputError,
+    )
     place.check()
     save(place, page([reading.load(folder) for folder in folders]))
     console.print(os.path.relpath(place.path))

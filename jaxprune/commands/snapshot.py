@@ -18,7 +18,8 @@ from jaxprune.pruning import snapshot as snapshots
 from jaxprune.sparsity.masks import source_of
 
 DESCRIPTION = (
-    "Save what pruning one layer starts from in the run with these flags, before any tuning: see jaxprune solve."
+    "Save what pruning one layer starts from in the run with these flags, before any tuning: see "
+    "jaxprune solve."
 )
 EXAMPLES = """Examples:
 
@@ -28,7 +29,9 @@ OTHERS = {
     "resume": "a snapshot saves no progress that a later command could resume",
     "save_masks": "a snapshot is taken before any mask of its layer is selected",
     "coordinator": "one process takes a snapshot",
-    **dict.fromkeys(("dry_run", "device_memory", "target"), "a snapshot is not planned: use jaxprune plan"),
+    **dict.fromkeys(
+        ("dry_run", "device_memory", "target"), "a snapshot is not planned: use jaxprune plan"
+    ),
 }
 """Flags of a run that ask for something else -> why a snapshot cannot have them."""
 
@@ -50,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> None:
     own, positionals = [Section("Layer", Options)], {"file": "The file to make."}
-    given, config, recipe, sparsity = read(argv, "jaxprune snapshot", DESCRIPTION, EXAMPLES, own, positionals)
+    given, config, recipe, sparsity = read(
+        argv, "jaxprune snapshot", DESCRIPTION, EXAMPLES, own, positionals
+    )
     wanted = make(Options, given)
     require_at_least(wanted, 0, "layer")
     _require_known(argv, given)
@@ -69,13 +74,16 @@ def _main(argv: Sequence[str]) -> None:
     require_apart(inputs, {"the file": place.path}, error=InputError)
     place.inputs = tuple(path for paths in inputs.values() for path in paths)
     windows = windows_of(config, model)
-    snapshot = snapshots.capture(model, windows, wanted.layer, recipe, prune_before=not wanted.dense_before)
+    snapshot = snapshots.capture(
+        model, windows, wanted.layer, recipe, prune_before=not wanted.dense_before
+    )
     snapshots.save(place, snapshot)
     console.print(f"{given['file']}: {', '.join(snapshot.kernels)}")
 
 
 def _require_known(argv: Sequence[str], given: Mapping[str, Any]) -> None:
-    """Raises InputError for an option that a snapshot cannot have: a flag, or an entry of the file of options."""
+    """Raises InputError for an option that a snapshot cannot have: a flag, or an entry of the file
+    of options."""
     for name, reason in OTHERS.items():
         if not given.get(name):
             continue

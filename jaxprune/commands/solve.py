@@ -49,8 +49,10 @@ def parse(argv: Sequence[str]) -> tuple[Path, Options, Recipe, bool]:
     chosen = RecipeOptions(line, whole_model=False)
     given = line.read(
         "jaxprune solve",
-        "Prune one layer from a file of its Gram matrices and kernels, which `jaxprune snapshot` makes. Without "
-        "--pattern, --sparsity and masks of your own, each linear layer gets its pattern of the snapshot's run.",
+        "Prune one layer from a file of its Gram matrices and kernels, which `jaxprune snapshot` "
+        "makes. Without "
+        "--pattern, --sparsity and masks of your own, each linear layer gets its pattern of the "
+        "snapshot's run.",
         [Section("Layer and result", Options), *chosen.sections()],
         positionals={"file": "The layer's file."},
         examples="Examples:\n\n    jaxprune solve layer5.safetensors --mask wanda --update exact",
@@ -64,7 +66,11 @@ def parse(argv: Sequence[str]) -> tuple[Path, Options, Recipe, bool]:
 def _run(argv: Sequence[str]) -> None:
     file, asked, recipe, is_given = parse(argv)
     file = expand(file)
-    place = destination(asked.out, "out", overwrite=asked.overwrite, folder=False) if asked.out else None
+    place = (
+        destination(asked.out, "out", overwrite=asked.overwrite, folder=False)
+        if asked.out
+        else None
+    )
     if place:
         given = masks.source_of(recipe.mask or "")
         inputs = {"the file": [file]} | ({"mask": [given]} if given else {})
@@ -76,15 +82,23 @@ def _run(argv: Sequence[str]) -> None:
     kernels = dict(snapshot.kernels)
     patterns = {} if is_given else snapshot.patterns
     target = (lambda index, path: patterns[path]) if patterns else recipe.target()
-    print(f"layer {snapshot.layer}, {recipe.method_text}, {'patterns of its run' if patterns else recipe.pattern_text}")
+    print(
+        f"layer {snapshot.layer}, {recipe.method_text}, "
+        f"{'patterns of its run' if patterns else recipe.pattern_text}"
+    )
     columns = "{:<20} {:>14} {:>14} {:>10} {:>8}  {}"
-    print(columns.format("linear layer", "n × m", "relative error", "sparsity", "seconds", "metrics"))
+    print(
+        columns.format("linear layer", "n × m", "relative error", "sparsity", "seconds", "metrics")
+    )
     for path, result, seconds, kernel in snapshots.solve(snapshot, recipe.method, target):
         kernels[path] = np.asarray(kernel)
         shape = " × ".join(map(str, kernel.shape))
         sparsity = f"{100 * result.zeros / result.size:.2f} %"
         metrics = ", ".join(f"{name} {value:.3g}" for name, value in result.metrics.items())
-        print(columns.format(path, shape, f"{result.error:.6f}", sparsity, f"{seconds:.2f}", metrics), flush=True)
+        print(
+            columns.format(path, shape, f"{result.error:.6f}", sparsity, f"{seconds:.2f}", metrics),
+            flush=True,
+        )
     if place:
         snapshots.save(place, snapshot._replace(kernels=kernels))
 

@@ -11,7 +11,14 @@ from typing import Any, NoReturn
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column, Table
 
 from convert.cache import cache_folder, require_cache, warn_without_cache
@@ -35,12 +42,14 @@ def run_main(
     argv: Sequence[str] | None,
     group_of: Callable[[Sequence[str]], control.Group | None] = lambda argv: None,
 ) -> int:
-    """Runs a command line; returns the exit status, see `convert.command`. Several processes of one run end together.
+    """Runs a command line; returns the exit status, see `convert.command`. Several processes of one
+    run end together.
 
     Args:
         command: takes the arguments; makes this process one of several by `choose_devices`.
         argv: the arguments; None: this process's own.
-        group_of: the arguments of a command that failed before that -> the processes that wait for this one.
+        group_of: the arguments of a command that failed before that -> the processes that wait for
+            this one.
     """
     words = sys.argv[1:] if argv is None else argv
 
@@ -51,20 +60,25 @@ def run_main(
         except UserError:
             raise
         except Exception as error:
-            if control.is_joined():  # where another process's failure is the reason, it ends this one meanwhile
-                time.sleep(4 * REASON_SECONDS if isinstance(error, FirstProcessError) else REASON_SECONDS)
+            # where another process's failure is the reason, it ends this one meanwhile
+            if control.is_joined():
+                time.sleep(
+                    4 * REASON_SECONDS if isinstance(error, FirstProcessError) else REASON_SECONDS
+                )
             raise
 
     def ended(status: int, text: str) -> None:
         if control.is_joined():
-            control.leave(status if text else 0, text)  # 1 without an error is an answer: "does not fit"
+            # 1 without an error is an answer: "does not fit"
+            control.leave(status if text else 0, text)
             if text:
                 _exit(status)  # JAX would wait for the others
         elif text and (group := group_of(words)):
             control.refuse(group, status, text)
 
     keep_memory()
-    jax.config.update("jax_traceback_filtering", "off")  # the filter adds notes to errors, which users would read
+    # the filter adds notes to errors, which users would read
+    jax.config.update("jax_traceback_filtering", "off")
     return run(prepared, words, ended)
 
 
@@ -83,28 +97,36 @@ def _exit(status: int) -> NoReturn:
 
 
 def keep_memory(*, large: bool = False) -> None:
-    """Has glibc keep freed memory, all of it in one arena, for what is allocated next; does nothing elsewhere.
+    """Has glibc keep freed memory, all of it in one arena, for what is allocated next; does nothing
+    elsewhere.
 
-    On a CPU, XLA's programs take and free megabytes in every call. By default glibc returns much of that to the system,
-    which clears every page anew, and keeps the rest in arenas that cannot use each other's. Arenas are made as threads
-    allocate, so this comes before JAX's first computation.
+    On a CPU, XLA's programs take and free megabytes in every call. By default glibc returns much of
+    that to the system, which clears every page anew, and keeps the rest in arenas that cannot use
+    each other's. Arenas are made as threads allocate, so this comes before JAX's first computation.
 
     Args:
-        large: keep blocks of 32 MB and more too, from now on: for phases that take and free logits over and over.
-            Elsewhere they are returned, for large arrays of many sizes would leave holes between them.
+        large: keep blocks of 32 MB and more too, from now on: for phases that take and free logits
+            over and over. Elsewhere they are returned, for large arrays of many sizes would leave
+            holes between them.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
-        for parameter, value in ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**31 - 1)):
+        for parameter, value in (
+            (M_ARENA_MAX, 1),
+            (M_MMAP_THRESHOLD, 2**25),
+            (M_TRIM_THRESHOLD, 2**31 - 1),
+        ):
             libc.mallopt(parameter, value)
         if large:
             libc.mallopt(M_MMAP_MAX, 0)
 
 
 def keep_compilations() -> None:
-    """Keeps what XLA compiles in the user's cache folder, so that another run finds it; else says that it does not.
+    """Keeps what XLA compiles in the user's cache folder, so that another run finds it; else says
+    that it does not.
 
-    JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+    JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps
+    nothing.
     """
     if not jax.config.jax_enable_compilation_cache:
         return
@@ -126,15 +148,17 @@ def keep_compilations() -> None:
 
 
 def choose_devices(
-    device: str, count: int | None = None, meeting: tuple[control.Group, Mapping[str, Any]] | None = None
+    device: str,
+    count: int | None = None,
+    meeting: tuple[control.Group, Mapping[str, Any]] | None = None,
 ) -> Devices:
     """Makes JAX use one kind of device, and returns the devices.
 
     Args:
         device: the kind: auto, cpu, gpu or tpu.
         count: the number of devices; None: all there are.
-        meeting: the processes, of which this one is to become one, and what it was asked, see `control.join`; None:
-            it is the only one.
+        meeting: the processes, of which this one is to become one, and what it was asked, see
+            `control.join`; None: it is the only one.
 
     Raises:
         InputError: there is none, or there are fewer, or the processes do not come together.
@@ -147,23 +171,29 @@ def choose_devices(
     if meeting:
         group, asked = meeting
         control.join(group, asked, end_with)
-        signal.signal(signal.SIGTERM, terminate)  # JAX has put a handler of its own there, which only takes note
+        # JAX has put a handler of its own there, which only takes note
+        signal.signal(signal.SIGTERM, terminate)
         console.quiet = group.number > 0
     try:
         jax.devices()
-    # Of a plugin that finds no hardware, JAX says so; of one that is not installed, only an assertion fails.
+    # Of a plugin that finds no hardware, JAX says so; of one that is not installed, only an
+    # assertion fails.
     except (RuntimeError, AssertionError) as error:
         kind = "device" if device == "auto" else device
-        reason = next(iter(str(error).splitlines()), "it needs jaxprune[cuda] or jaxprune[tpu], and the hardware")
+        reason = next(
+            iter(str(error).splitlines()),
+            "it needs jaxprune[cuda] or jaxprune[tpu], and the hardware",
+        )
         raise InputError(f"JAX finds no {kind} ({reason})", options={"device": "cpu"}) from error
     return Devices.first(count)
 
 
 def progress_bar() -> Progress:
-    """Returns a progress bar, each of whose tasks has a `unit` that it counts. What is left is by the pace of the
-    last ten minutes: a layer may take some of them."""
+    """Returns a progress bar, each of whose tasks has a `unit` that it counts. What is left is by
+    the pace of the last ten minutes: a layer may take some of them."""
     unit = TextColumn("{task.fields[unit]}", markup=False)
-    what = TextColumn("{task.description}", markup=False, table_column=Column())  # wraps on a narrow terminal
+    # wraps on a narrow terminal
+    what = TextColumn("{task.description}", markup=False, table_column=Column())
     counts = what, BarColumn(bar_width=10), MofNCompleteColumn(), unit
     times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
     return Progress(*counts, *times, console=console, speed_estimate_period=600)

@@ -26,11 +26,12 @@ class Options:
     """What the checkpoint has to be."""
 
     against: str | None = None
-    """The dense checkpoint that it was made from: all but the pruned kernels must be the same, bit for bit. Its tensors
-    are first rounded to the pruned checkpoint's dtype; for a GGUF file, to the file's types."""
+    """The dense checkpoint that it was made from: all but the pruned kernels must be the same, bit
+    for bit. Its tensors are first rounded to the pruned checkpoint's dtype; for a GGUF file, to the
+    file's types."""
     pattern: str | None = None
-    """The pattern that every linear layer must have: unstructured, per-output, or N:M (default: what jaxprune.json
-    says; else an N:M that nearly all have)."""
+    """The pattern that every linear layer must have: unstructured, per-output, or N:M (default:
+    what jaxprune.json says; else an N:M that nearly all have)."""
     sparsity: float | None = None
     """The fraction of zeros that every linear layer must have at least (default: as --pattern)."""
     zeros_of: str | None = None
@@ -43,7 +44,9 @@ MOST_PROBLEMS = 10
 """So many are printed."""
 
 
-def _rows(kernels: Mapping[Which, StoredKernel], every: bool) -> Iterator[tuple[str, str, str, str]]:
+def _rows(
+    kernels: Mapping[Which, StoredKernel], every: bool
+) -> Iterator[tuple[str, str, str, str]]:
     """Yields a row of each linear, or of all layers' linear layers of one name."""
     grouped: dict[str, list[StoredKernel]] = {}
     for which, linear in kernels.items():
@@ -56,18 +59,25 @@ def _rows(kernels: Mapping[Which, StoredKernel], every: bool) -> Iterator[tuple[
             for (n, m, axis), count in found.items()
         ]
         low, high = f"{min(shares):.4f} %", f"{max(shares):.4f} %"
-        yield name, str(len(members)), low if low == high else f"{low} to {high}", ", ".join(words) or "unstructured"
+        yield (
+            name,
+            str(len(members)),
+            low if low == high else f"{low} to {high}",
+            ", ".join(words) or "unstructured",
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit status: 0 if the checkpoint is what it should be, else 1."""
+    """Runs a command line; returns the exit status: 0 if the checkpoint is what it should be, else
+    1."""
     return run_main(_main, argv)
 
 
 def _main(argv: Sequence[str]) -> int:
     given = CommandLine(argv).read(
         "jaxprune verify",
-        "Prove from the stored tensors what a pruned checkpoint claims. Exit status: 0 verified, 1 not.",
+        "Prove from the stored tensors what a pruned checkpoint claims. Exit status: 0 verified, 1 "
+        "not.",
         [Section("What it has to be", Options)],
         positionals={"checkpoint": "A folder, a .gguf file, a known name, or owner/name of a hub."},
         examples=EXAMPLES,
@@ -87,7 +97,9 @@ def _main(argv: Sequence[str]) -> int:
         console.print(f"problem: {problem}")
     if (more := len(verdict.problems) - MOST_PROBLEMS) > 0:
         console.print(f"and {more} problems more")
-    total = [sum(getattr(kernel, of) for kernel in verdict.kernels.values()) for of in ("zeros", "size")]
+    total = [
+        sum(getattr(kernel, of) for kernel in verdict.kernels.values()) for of in ("zeros", "size")
+    ]
     facts = f"{len(verdict.kernels)} linear layers, {100 * total[0] / total[1]:.4f} % zeros"
     words = str(claimed) if claimed else run.pattern_text if run else ""
     facts += f", {words}" * bool(words)
@@ -97,16 +109,22 @@ def _main(argv: Sequence[str]) -> int:
         facts += f" in {verdict.dtype.name}" if verdict.dtype else ""
     if run and run.quantize and not verdict.problems:
         facts += f", on the grid of {run.quantize.upper()}"
-    facts += f", all zeros of {wanted.zeros_of} kept" * bool(wanted.zeros_of and not verdict.problems)
+    facts += f", all zeros of {wanted.zeros_of} kept" * bool(
+        wanted.zeros_of and not verdict.problems
+    )
     if verdict.problems:
         console.print(f"not verified, {len(verdict.problems)} problems: {name}: {facts}")
         return 1
     loads = (
-        "configuration and tokenizer load" if verdict.tokenizer else "the configuration loads, there is no tokenizer"
+        "configuration and tokenizer load"
+        if verdict.tokenizer
+        else "the configuration loads, there is no tokenizer"
     )
     nothing = not (run or claimed or wanted.against or wanted.zeros_of)
     facts += ", without a record of a run or a --pattern to prove" * nothing
-    console.print(f"{'read' if nothing else 'verified'}: {name}: {facts}; every value is finite, {loads}")
+    console.print(
+        f"{'read' if nothing else 'verified'}: {name}: {facts}; every value is finite, {loads}"
+    )
     return 0
 
 

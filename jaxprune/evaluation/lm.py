@@ -1,7 +1,7 @@
 """A checkpoint as lm-eval's model, in JAX: no torch, and one layer on the device at a time.
 
-All requests go through the model together, layer by layer, their hidden states on the host, so that a model is read
-once however many requests there are.
+All requests go through the model together, layer by layer, their hidden states on the host, so that
+a model is read once however many requests there are.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,13 +35,15 @@ class StreamedLM(TemplateLM):
 
     Args:
         pretrained: a model, or a checkpoint's name as for `convert.open_checkpoint`.
-        dtype: the dtype of the computation; auto as in `StreamedModel`. That of a model which is open stays.
-        max_length: the longest text; of longer ones the beginning is dropped. None: the context that the model was
-            made for.
-        host_gb: the most memory for hidden states, in 10^9 bytes; more requests read the model more than once.
+        dtype: the dtype of the computation; auto as in `StreamedModel`. That of a model which is
+            open stays.
+        max_length: the longest text; of longer ones the beginning is dropped. None: the context
+            that the model was made for.
+        host_gb: the most memory for hidden states, in 10^9 bytes; more requests read the model more
+            than once.
         observer: is told how far the work is.
-        batch_size, max_batch_size, device: lm-eval's command line passes them; batches are chosen here, and devices by
-            JAX, so that only their defaults are taken.
+        batch_size, max_batch_size, device: lm-eval's command line passes them; batches are chosen
+            here, and devices by JAX, so that only their defaults are taken.
 
     Raises:
         InputError, CheckpointError: the checkpoint cannot be used.
@@ -61,17 +63,26 @@ class StreamedLM(TemplateLM):
     ) -> None:
         super().__init__()
         if str(batch_size) not in ("None", "1", "auto") or max_batch_size is not None:
-            raise InputError("jaxprune chooses the batch by the number of tokens: leave the batch size out")
+            raise InputError(
+                "jaxprune chooses the batch by the number of tokens: leave the batch size out"
+            )
         if device not in (None, "cuda:0"):
-            raise InputError(f"JAX chooses the device: leave {device!r} out, or set JAX_PLATFORMS to cpu, cuda or tpu")
+            raise InputError(
+                f"JAX chooses the device: leave {device!r} out, or set JAX_PLATFORMS to cpu, cuda "
+                "or tpu"
+            )
         if isinstance(pretrained, str | Path):
-            pretrained = StreamedModel(open_checkpoint(pretrained), None if dtype == "auto" else np.dtype(dtype))
+            pretrained = StreamedModel(
+                open_checkpoint(pretrained), None if dtype == "auto" else np.dtype(dtype)
+            )
         self._model = pretrained
         self.tokenizer = pretrained.tokenizer
         context = pretrained.hf_config.get("max_position_embeddings", MAX_LENGTH)
         context = min(context, pretrained.architecture.config.max_positions or context)
         if max_length is not None and not 0 < max_length <= context:
-            raise InputError(f"max_length must be 1 to {context}, the model's context, not {max_length}")
+            raise InputError(
+                f"max_length must be 1 to {context}, the model's context, not {max_length}"
+            )
         self.max_length = max_length or context
         self._most_tokens = max(1, int(host_gb * 1e9) // self._model.architecture.state_bytes)
         self._observer = observer
@@ -82,21 +93,31 @@ class StreamedLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        return (
+            self.eot_token_id
+            if self.tokenizer.bos_token_id is None
+            else self.tokenizer.bos_token_id
+        )
 
     @property
     def tokenizer_name(self) -> str:
         return self.tokenizer.name_or_path.replace("/", "__")
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
         """Returns the token ids; a text that begins with BOS gets no second one."""
         special = add_special_tokens
-        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
+        if add_special_tokens is None and has_bos_prefix(
+            string, self.tokenizer.decode(self.prefix_token_id)
+        ):
             special = False
         options = {} if special is None else {"add_special_tokens": special}
         return encode(self.tokenizer, string, **options)["input_ids"]
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -110,7 +131,9 @@ class StreamedLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        scores = self._score([Request(context, continuation) for _, context, continuation in requests])
+        scores = self._score(
+            [Request(context, continuation) for _, context, continuation in requests]
+        )
         for (asked, _, _), score in zip(requests, scores, strict=True):
             if asked is not None:
                 self.cache_hook.add_partial("loglikelihood", asked, score)
@@ -144,14 +167,22 @@ class StreamedLM(TemplateLM):
         for context, given in (request.args for request in requests):
             options = normalize_gen_kwargs(given)
             if samples(options):
-                raise InputError("the JAX backend generates greedily, but a task samples", options={"backend": "torch"})
+                raise InputError(
+                    "the JAX backend generates greedily, but a task samples",
+                    options={"backend": "torch"},
+                )
             most = options["max_gen_toks"]
             stops.append(options["until"])
-            prompts.append(self.tok_encode(context)[-max(1, self.max_length - most) :] or [self.prefix_token_id])
+            prompts.append(
+                self.tok_encode(context)[-max(1, self.max_length - most) :]
+                or [self.prefix_token_id]
+            )
             most_of.append(min(most, self.max_length - len(prompts[-1])))
 
         def text_of(tokens: list[int]) -> str:
-            return self.tokenizer.decode([t for t in tokens if t != self.eot_token_id], skip_special_tokens=True)
+            return self.tokenizer.decode(
+                [t for t in tokens if t != self.eot_token_id], skip_special_tokens=True
+            )
 
         def cuts(number: int, text: str) -> list[int]:
             return [text.find(stop) for stop in stops[number] if stop and stop in text]
@@ -160,13 +191,16 @@ class StreamedLM(TemplateLM):
             return tokens[-1] == self.eot_token_id or bool(cuts(number, text_of(tokens)))
 
         made = map(text_of, generate(self._model, prompts, most_of, finished, self._observer))
-        done = [text[: min(cuts(number, text), default=len(text))] for number, text in enumerate(made)]
+        done = [
+            text[: min(cuts(number, text), default=len(text))] for number, text in enumerate(made)
+        ]
         for request, text in zip(requests, done, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return done
 
     def _score(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
-        """Returns the log-likelihood of each continuation, and whether it is what greedy generation gives."""
+        """Returns the log-likelihood of each continuation, and whether it is what greedy generation
+        gives."""
         totals, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
         for windows, head, states in self._predictions(requests):
             scores = self._model.score_tokens(head, states, windows.targets)
@@ -179,13 +213,15 @@ class StreamedLM(TemplateLM):
     def _predictions(
         self, requests: Sequence[Request]
     ) -> Iterator[tuple[Packed, Mapping[str, Array], Float[np.ndarray, "_ d"]]]:
-        """Yields windows, the head's params on the device, and the last layer's output where tokens are predicted."""
+        """Yields windows, the head's params on the device, and the last layer's output where tokens
+        are predicted."""
         model = self._model
         for batch in batches(group(requests, self.max_length), self._most_tokens):
             packed = pack(requests, batch, self.max_length, hardware.current().tokens_per_batch)
             count = sum(one.size for one in batch)
             self._observer.started(
-                f"log-likelihoods of the tasks' answers by {model.short_name}, {count:,} tokens", model.num_layers
+                f"log-likelihoods of the tasks' answers by {model.short_name}, {count:,} tokens",
+                model.num_layers,
             )
             states = model.final_states(
                 *(windows.tokens for windows in packed),

@@ -1,8 +1,10 @@
-"""Many short texts in few windows: requests with one context share it, and windows are filled to the brim.
+"""Many short texts in few windows: requests with one context share it, and windows are filled to
+the brim.
 
-A multiple-choice question asks for the probability of each answer after the same context. Scored one by one, the
-context is computed once an answer, and short rows are padded to the longest. Here a context is laid down once, its
-answers behind it, and several such groups in one window; `models.Layout` tells the attention which tokens see which.
+A multiple-choice question asks for the probability of each answer after the same context. Scored
+one by one, the context is computed once an answer, and short rows are padded to the longest. Here a
+context is laid down once, its answers behind it, and several such groups in one window;
+`models.Layout` tells the attention which tokens see which.
 """
 
 import bisect
@@ -36,7 +38,8 @@ class Group(NamedTuple):
 
     Attributes:
         context: the common tokens.
-        branches: continuations without their last token, which predicts nothing -> requests, by number.
+        branches: continuations without their last token, which predicts nothing -> requests, by
+            number.
         size: tokens of it all.
     """
 
@@ -69,7 +72,8 @@ def group(requests: Sequence[Request], longest: int) -> list[Group]:
 
     Args:
         requests: the requests to be scored.
-        longest: tokens of the longest window; of longer texts the beginning is dropped, as lm-eval does.
+        longest: tokens of the longest window; of longer texts the beginning is dropped, as lm-eval
+            does.
 
     Raises:
         InputError: a continuation that does not fit, or is empty.
@@ -78,7 +82,8 @@ def group(requests: Sequence[Request], longest: int) -> list[Group]:
     for number, (context, continuation) in enumerate(requests):
         if not context or not 0 < len(continuation) <= longest:
             raise InputError(
-                f"a text cannot be scored, its context has {len(context)} tokens and what follows {len(continuation)}",
+                f"a text cannot be scored, its context has {len(context)} tokens and what follows "
+                f"{len(continuation)}",
                 wanted=f"at least 1, and at most {longest} that follow",
             )
         kept = tuple(context)[-(longest + 1 - len(continuation)) :]
@@ -111,14 +116,17 @@ def batches(groups: Sequence[Group], most: int) -> Iterator[list[Group]]:
         yield batch
 
 
-def pack(requests: Sequence[Request], groups: Sequence[Group], longest: int, tokens_per_batch: int) -> list[Packed]:
+def pack(
+    requests: Sequence[Request], groups: Sequence[Group], longest: int, tokens_per_batch: int
+) -> list[Packed]:
     """Lays groups into windows, the largest first, each where it leaves the least room.
 
     Args:
         requests: all requests, by number.
         groups: the groups to be laid down.
         longest: tokens of the longest window.
-        tokens_per_batch: windows come in batches of one size, of at most so many tokens; empty ones fill the last.
+        tokens_per_batch: windows come in batches of one size, of at most so many tokens; empty ones
+            fill the last.
 
     Returns:
         One `Packed` a length of window, the shortest first.
@@ -146,8 +154,11 @@ def pack(requests: Sequence[Request], groups: Sequence[Group], longest: int, tok
     ]
 
 
-def _fill(requests: Sequence[Request], windows: Sequence[Sequence[Group]], length: int, batch: int) -> Packed:
-    # Few empty windows and few distinct shapes: batches of one size, which is a multiple of an eighth of the largest.
+def _fill(
+    requests: Sequence[Request], windows: Sequence[Sequence[Group]], length: int, batch: int
+) -> Packed:
+    # Few empty windows and few distinct shapes: batches of one size, which is a multiple of an
+    # eighth of the largest.
     step, batches = max(1, batch // 8), -(-len(windows) // batch)
     count = batches * -(-len(windows) // (batches * step)) * step
     tokens = np.zeros((count, length), np.int32)
@@ -160,10 +171,14 @@ def _fill(requests: Sequence[Request], windows: Sequence[Sequence[Group]], lengt
             last = len(flat) - 1
             for which, (branch, askers) in enumerate(branches.items(), 1):
                 columns = [last, *range(len(flat), len(flat) + len(branch))]
-                flat += [(token, at, number, which) for at, token in enumerate(branch, len(context))]
+                flat += [
+                    (token, at, number, which) for at, token in enumerate(branch, len(context))
+                ]
                 for asker in askers:
                     targets = requests[asker].continuation
-                    places += [(asker, row, c, target) for c, target in zip(columns, targets, strict=True)]
+                    places += [
+                        (asker, row, c, target) for c, target in zip(columns, targets, strict=True)
+                    ]
         for field, values in zip((tokens, *layout), np.array(flat, np.int32).T, strict=True):
             field[row, : len(flat)] = values
     request, rows, columns, targets = np.array(places, np.int64).T

@@ -52,13 +52,16 @@ class Measures:
 
     @functools.cached_property
     def loaded(self) -> tuple[Tasks | None, Prompts | None]:
-        """The tasks and the prompts, where there are any, read once: no model is needed to know that they are sound.
+        """The tasks and the prompts, where there are any, read once: no model is needed to know
+        that they are sound.
 
         Raises:
             InputError: they cannot be used.
         """
         greedy = self.backend == "jax"
-        tasks = Tasks(self.tasks, self.tasks_data, self.limit, greedy=greedy) if self.tasks else None
+        tasks = (
+            Tasks(self.tasks, self.tasks_data, self.limit, greedy=greedy) if self.tasks else None
+        )
         return tasks, Prompts(self.prompts) if self.samples else None
 
 
@@ -131,7 +134,9 @@ def table(qualities: Mapping[str, Quality]) -> tuple[list[str], list[list[str]]]
     # What only a pruned checkpoint has comes right after the dense one's row above it.
     longest = max(columns.values(), key=len, default={})
     ordered = [*longest, *(label for label in labels if label not in longest)]
-    return ["", *columns], [[label, *(column.get(label, "") for column in columns.values())] for label in ordered]
+    return ["", *columns], [
+        [label, *(column.get(label, "") for column in columns.values())] for label in ordered
+    ]
 
 
 class Evaluator:
@@ -139,7 +144,8 @@ class Evaluator:
 
     Args:
         measures: what to measure.
-        model: the model whose tokenizer makes the windows; the dense model where others are compared with it.
+        model: the model whose tokenizer makes the windows; the dense model where others are
+            compared with it.
         observer: is told how far the work is.
 
     Attributes:
@@ -149,7 +155,9 @@ class Evaluator:
         InputError, CheckpointError: a text or a task cannot be used with this model.
     """
 
-    def __init__(self, measures: Measures, model: StreamedModel, observer: Observer = SILENT) -> None:
+    def __init__(
+        self, measures: Measures, model: StreamedModel, observer: Observer = SILENT
+    ) -> None:
         self._measures, self._model, self._observer = measures, model, observer
         self._tasks, self._prompts = measures.loaded
         self.windows = self._windows_of(model)
@@ -161,7 +169,9 @@ class Evaluator:
             _ = model.tokenizer  # which the tasks need
             self._lm_of = _backend(measures, observer)
 
-    def measure(self, models: Mapping[str, StreamedModel], against: str | None = None) -> Iterator[tuple[str, Quality]]:
+    def measure(
+        self, models: Mapping[str, StreamedModel], against: str | None = None
+    ) -> Iterator[tuple[str, Quality]]:
         """Yields each checkpoint's quality, as soon as it is known.
 
         Args:
@@ -169,18 +179,23 @@ class Evaluator:
             against: name of the dense one, with which the others are compared; None: there is none.
 
         Raises:
-            InputError, CheckpointError: a checkpoint cannot be used, or not compared with the dense one.
+            InputError, CheckpointError: a checkpoint cannot be used, or not compared with the dense
+                one.
         """
         qualities = self.measure_texts(models, against)
         for name, model in models.items():
             self.measure_alone(model, qualities[name])
             yield name, qualities[name]
 
-    def measure_texts(self, models: Mapping[str, StreamedModel], against: str | None = None) -> dict[str, Quality]:
-        """Returns name -> what the checkpoint makes of the texts; arguments and errors as for `measure`."""
+    def measure_texts(
+        self, models: Mapping[str, StreamedModel], against: str | None = None
+    ) -> dict[str, Quality]:
+        """Returns name -> what the checkpoint makes of the texts; arguments and errors as for
+        `measure`."""
         qualities = {name: Quality() for name in models}
         windows = {
-            name: self.windows if model is self._model else self._windows_of(model) for name, model in models.items()
+            name: self.windows if model is self._model else self._windows_of(model)
+            for name, model in models.items()
         }
         groups = [[name] for name in models]
         if against is not None:
@@ -188,9 +203,12 @@ class Evaluator:
         for text in self.windows:
             for first, *others in groups:
                 tokens = windows[first][text]
-                if different := [name for name in others if not np.array_equal(windows[name][text], tokens)]:
+                if different := [
+                    name for name in others if not np.array_equal(windows[name][text], tokens)
+                ]:
                     raise InputError(
-                        f"{different[0]} splits {text} into other tokens than {first}: they have different tokenizers, "
+                        f"{different[0]} splits {text} into other tokens than {first}: they have "
+                        "different tokenizers, "
                         "so that their predictions cannot be compared",
                         options={"against": Change.OMIT},
                     )
@@ -228,7 +246,9 @@ class Evaluator:
                 for source in self._measures.texts
             }
         except InputError as error:
-            error.options = {"eval_" * (name == "seqlen") + name: value for name, value in error.options.items()}
+            error.options = {
+                "eval_" * (name == "seqlen") + name: value for name, value in error.options.items()
+            }
             raise
 
 
@@ -238,7 +258,9 @@ def _backend(measures: Measures, observer: Observer) -> Callable[[StreamedModel]
         try:
             from jaxprune.evaluation.torch_lm import hflm
         except ImportError as error:
-            raise InputError(f"the torch backend needs PyTorch ({error}): pip install 'jaxprune[torch]'") from error
+            raise InputError(
+                f"the torch backend needs PyTorch ({error}): pip install 'jaxprune[torch]'"
+            ) from error
         return lambda model: hflm(model.reader, model.dtype, measures.device)
     from jaxprune.evaluation.lm import StreamedLM
 

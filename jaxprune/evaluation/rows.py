@@ -1,4 +1,5 @@
-"""Rows of lm-eval's tasks in files of the user's: one schema a task, with the entries that its prompts read."""
+"""Rows of lm-eval's tasks in files of the user's: one schema a task, with the entries that its
+prompts read."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +37,9 @@ class HellaSwag(Schema):
     @pydantic.field_validator("label")
     @classmethod
     def _is_an_ending(cls, label: int | str, info: Any) -> int | str:
-        return _among(label, [str(number) for number in range(len(info.data.get("endings", ())))], str(label))
+        return _among(
+            label, [str(number) for number in range(len(info.data.get("endings", ())))], str(label)
+        )
 
 
 class WinoGrande(Schema):
@@ -65,7 +68,9 @@ class MultipleChoice(Schema):
     @pydantic.field_validator("answerKey")
     @classmethod
     def _is_a_label(cls, key: str, info: Any) -> str:
-        return _among(key, info.data["choices"].label, key.lstrip()) if "choices" in info.data else key
+        return (
+            _among(key, info.data["choices"].label, key.lstrip()) if "choices" in info.data else key
+        )
 
 
 class ARC(MultipleChoice):
@@ -92,7 +97,8 @@ SCHEMAS: Mapping[str, type[Schema]] = {
 
 
 def require_rows(task: str, path: Path) -> None:
-    """Raises InputError where a file is not one of a task's rows; file, line and entry of the first fault are named."""
+    """Raises InputError where a file is not one of a task's rows; file, line and entry of the first
+    fault are named."""
     if not sum(1 for _ in read_rows(SCHEMAS.get(task, AnyRow), path)):
         raise InputError("it holds no rows", file=path)
 

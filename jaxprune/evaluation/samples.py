@@ -1,4 +1,5 @@
-"""Prompts continued by models, for people to read: numbers do not tell whether a pruned model is of use, text does."""
+"""Prompts continued by models, for people to read: numbers do not tell whether a pruned model is of
+use, text does."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,8 @@ PROMPTS = (
     "The main causes of the First World War were",
     "English: Good morning, how are you?\nFrench:",
 )
-"""Facts, stories, instructions, code, arithmetic, letters: a dozen ways to find out what is left of a model."""
+"""Facts, stories, instructions, code, arithmetic, letters: a dozen ways to find out what is left of
+a model."""
 MOST = 1000
 """Prompts of a file."""
 CUT = "\ufffd"
@@ -41,7 +43,8 @@ class Sample(NamedTuple):
 
     Attributes:
         prompt: as the model was given it.
-        pieces: the continuation, token by token; tokens that make one character together are one piece.
+        pieces: the continuation, token by token; tokens that make one character together are one
+            piece.
     """
 
     prompt: str
@@ -52,7 +55,8 @@ class Prompts:
     """Prompts, of a file or the dozen that are always there.
 
     Args:
-        path: .txt, a prompt a line, or a file of texts or conversations as for calibration; None: the dozen.
+        path: .txt, a prompt a line, or a file of texts or conversations as for calibration; None:
+            the dozen.
 
     Raises:
         InputError, CheckpointError: the file cannot be used.
@@ -64,7 +68,9 @@ class Prompts:
         if path is not None:
             path = expand(path)
             if os.path.isdir(path) or path.suffix == ".npy":
-                raise InputError("it is no file of prompts", file=path, wanted=".txt, .jsonl, .json or .parquet")
+                raise InputError(
+                    "it is no file of prompts", file=path, wanted=".txt, .jsonl, .json or .parquet"
+                )
             found = documents(path, "test", MOST + 1)
             if kind_of(path) == ".txt":
                 found = [line for line in found[0].splitlines() if line.strip()]
@@ -75,7 +81,8 @@ class Prompts:
             self._prompts = found
 
     def texts(self, tokenizer: Any) -> list[str]:
-        """Returns the prompts as a tokenizer's chat template writes them, where they are conversations.
+        """Returns the prompts as a tokenizer's chat template writes them, where they are
+        conversations.
 
         Raises:
             InputError: it has no chat template, or one that takes no such conversation.
@@ -94,7 +101,8 @@ class Prompts:
             InputError: one is longer than the model was made for.
         """
         tokenizer, most = model.tokenizer, model.architecture.config.max_positions
-        chat = isinstance(self._prompts, Conversations)  # a template writes the special tokens itself
+        # a template writes the special tokens itself
+        chat = isinstance(self._prompts, Conversations)
         found = []
         for number, text in enumerate(self.texts(tokenizer), 1):
             ids = encode(tokenizer, text, add_special_tokens=not chat)["input_ids"]
@@ -108,7 +116,9 @@ class Prompts:
         return found
 
 
-def samples(model: StreamedModel, prompts: Prompts, count: int, observer: Observer = SILENT) -> list[Sample]:
+def samples(
+    model: StreamedModel, prompts: Prompts, count: int, observer: Observer = SILENT
+) -> list[Sample]:
     """Returns greedy continuations of prompts.
 
     Args:
@@ -119,7 +129,9 @@ def samples(model: StreamedModel, prompts: Prompts, count: int, observer: Observ
     """
     tokenizer, ids = model.tokenizer, prompts.ids(model, count)
     end = tokenizer.eos_token_id
-    made = generate(model, ids, [count] * len(ids), lambda number, tokens: tokens[-1] == end, observer)
+    made = generate(
+        model, ids, [count] * len(ids), lambda number, tokens: tokens[-1] == end, observer
+    )
     return [
         Sample(text, tuple(_pieces(tokenizer, [token for token in tokens if token != end])))
         for text, tokens in zip(prompts.texts(tokenizer), made, strict=True)

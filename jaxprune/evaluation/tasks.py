@@ -29,7 +29,8 @@ ZERO_SHOT = {
     "arc_challenge": "arc",
     "openbookqa": "openbookqa",
 }
-"""The paper's tasks, in its order, and where lm-eval has each: to find any other it reads 27 thousand files."""
+"""The paper's tasks, in its order, and where lm-eval has each: to find any other it reads 27
+thousand files."""
 FEWSHOT_SEED = 1234
 """lm-eval's default."""
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -40,18 +41,24 @@ class Tasks:
 
     Args:
         names: the names of lm-eval's tasks or groups.
-        data: a folder with rows of some of them, one NAME.jsonl or NAME.parquet a task; the others come from the hub or
-            its cache.
+        data: a folder with rows of some of them, one NAME.jsonl or NAME.parquet a task; the others
+            come from the hub or its cache.
         limit: rows of each task; None: all.
         greedy: whether the model that they are for only generates greedily.
 
     Raises:
-        InputError: lm-eval is not installed, a task is unknown or cannot be run, or its rows cannot be loaded.
+        InputError: lm-eval is not installed, a task is unknown or cannot be run, or its rows cannot
+            be loaded.
         CheckpointError: there is no cache for rows of the hub.
     """
 
     def __init__(
-        self, names: Sequence[str], data: str | Path | None = None, limit: int | None = None, *, greedy: bool = False
+        self,
+        names: Sequence[str],
+        data: str | Path | None = None,
+        limit: int | None = None,
+        *,
+        greedy: bool = False,
     ) -> None:
         manager = task_manager(ZERO_SHOT.keys() >= set(names))
         if unknown := [name for name in names if name not in manager.task_index]:
@@ -83,7 +90,8 @@ class Tasks:
         """
         from lm_eval.evaluator import evaluate
 
-        # Bootstrapped errors would be computed by forked processes, which JAX's threads do not survive.
+        # Bootstrapped errors would be computed by forked processes, which JAX's threads do not
+        # survive.
         os.environ.setdefault("DISABLE_MULTIPROC", "1")
         loaded = self._manager.load(self._specs)
         for task in loaded["tasks"].values():
@@ -95,22 +103,31 @@ class Tasks:
 
 
 def summarize(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Returns task or group -> metric -> value, with `<metric>_stderr` beside it, from lm-eval's results."""
+    """Returns task or group -> metric -> value, with `<metric>_stderr` beside it, from lm-eval's
+    results."""
     summary: dict[str, dict[str, float]] = {}
     for task, values in results["results"].items():
-        metrics = {key: value for key, value in values.items() if "," in key and isinstance(value, int | float)}
+        metrics = {
+            key: value
+            for key, value in values.items()
+            if "," in key and isinstance(value, int | float)
+        }
         # lm-eval writes metric,filter; none is the usual filter.
         summary[task] = {key.removesuffix(",none"): float(value) for key, value in metrics.items()}
     return summary
 
 
 def groups_of(results: Mapping[str, Any]) -> list[str]:
-    """Returns the names in lm-eval's results that are groups: what they have comes from their tasks."""
+    """Returns the names in lm-eval's results that are groups: what they have comes from their
+    tasks."""
     return [name for name in results["results"] if name in results.get("group_subtasks", {})]
 
 
-def mean_accuracy(summary: Mapping[str, Mapping[str, float]], groups: Collection[str] = ()) -> dict[str, float]:
-    """Returns the plain mean of `acc` over the tasks that have it, as in the paper's table 4, and its standard error.
+def mean_accuracy(
+    summary: Mapping[str, Mapping[str, float]], groups: Collection[str] = ()
+) -> dict[str, float]:
+    """Returns the plain mean of `acc` over the tasks that have it, as in the paper's table 4, and
+    its standard error.
 
     Args:
         summary: of tasks and groups, as `summarize` returns it.
@@ -124,12 +141,15 @@ def mean_accuracy(summary: Mapping[str, Mapping[str, float]], groups: Collection
         return {}
     mean = {"acc": sum(values["acc"] for values in tasks) / len(tasks)}
     if all("acc_stderr" in values for values in tasks):
-        mean["acc_stderr"] = math.sqrt(sum(values["acc_stderr"] ** 2 for values in tasks)) / len(tasks)
+        mean["acc_stderr"] = math.sqrt(sum(values["acc_stderr"] ** 2 for values in tasks)) / len(
+            tasks
+        )
     return mean
 
 
 def samples(options: Mapping[str, Any]) -> bool:
-    """Returns whether the options of a generation, as `normalize_gen_kwargs` of lm-eval returns them, want sampling."""
+    """Returns whether the options of a generation, as `normalize_gen_kwargs` of lm-eval returns
+    them, want sampling."""
     return options["do_sample"] and options.get("temperature", 1.0) > 0
 
 
@@ -159,7 +179,9 @@ def task_manager(papers_only: bool) -> Any:
     except ImportError as error:
         raise not_installed(error) from error
     if papers_only:
-        folders = [Path(tasks.__file__).parent / folder for folder in dict.fromkeys(ZERO_SHOT.values())]
+        folders = [
+            Path(tasks.__file__).parent / folder for folder in dict.fromkeys(ZERO_SHOT.values())
+        ]
         index = tasks.TaskManager(include_path=folders, include_defaults=False)
         if index.task_index.keys() >= ZERO_SHOT.keys():  # another version may have them elsewhere
             return index
@@ -167,8 +189,8 @@ def task_manager(papers_only: bool) -> Any:
 
 
 def _rows_of(name: str, data: Path) -> Path | None:
-    """Returns the file of a task's rows in a folder, once its rows are known to be the task's; None where there is
-    none."""
+    """Returns the file of a task's rows in a folder, once its rows are known to be the task's; None
+    where there is none."""
     files = (data / f"{name}{suffix}" for suffix in FORMATS)
     file = next((file for file in files if os.path.lexists(file)), None)
     if file:
@@ -178,7 +200,8 @@ def _rows_of(name: str, data: Path) -> Path | None:
 
 def _local(name: str, file: Path, manager: Any, folder: Path) -> str:
     """Returns a copy of the stock task that reads local rows."""
-    copied = folder / f"{len(list(folder.iterdir()))}{file.suffix}"  # datasets takes some characters for patterns
+    # datasets takes some characters for patterns
+    copied = folder / f"{len(list(folder.iterdir()))}{file.suffix}"
     shutil.copyfile(file, copied)
     entry = manager.task_index[name]
     splits = [key for key in entry.cfg or {} if key.endswith("_split")]
@@ -206,13 +229,21 @@ def _loaded(name: str, spec: str, manager: Any, file: Path | None) -> Mapping[st
     """
     try:
         loaded = manager.load([spec])
-        faults = [] if file is None or name in SCHEMAS else [_fault(task) for task in loaded["tasks"].values()]
-    except Exception as error:  # datasets, the hub, lm-eval and a task's own templates raise errors of many kinds
+        faults = (
+            []
+            if file is None or name in SCHEMAS
+            else [_fault(task) for task in loaded["tasks"].values()]
+        )
+    # datasets, the hub, lm-eval and a task's own templates raise errors of many kinds
+    except Exception as error:
         reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
         if file:
-            raise InputError(f"its rows are not what lm-eval's task {name} reads ({reason})", file=file) from error
+            raise InputError(
+                f"its rows are not what lm-eval's task {name} reads ({reason})", file=file
+            ) from error
         raise InputError(
-            f"the rows of task {name} cannot be loaded ({reason}); connect to the hub once, or give them in a folder",
+            f"the rows of task {name} cannot be loaded ({reason}); connect to the hub once, or "
+            "give them in a folder",
             options={"tasks_data": "DIR"},
         ) from error
     for fault in filter(None, faults):
@@ -227,24 +258,30 @@ def _require_runs(name: str, task: Any, greedy: bool) -> None:
     if getattr(task, "UNSAFE_CODE", False):
         raise InputError(f"task {name} would run code that a model writes, which is not done here")
     if greedy and samples(normalize_gen_kwargs(task.config.generation_kwargs or {})):
-        raise InputError(f"the JAX backend generates greedily, but task {name} samples", options={"backend": "torch"})
+        raise InputError(
+            f"the JAX backend generates greedily, but task {name} samples",
+            options={"backend": "torch"},
+        )
 
 
 def _fault(task: Any) -> str | None:
-    """Returns the first row of a multiple-choice task that names none of its choices, which lm-eval would count as
-    wrong."""
+    """Returns the first row of a multiple-choice task that names none of its choices, which lm-eval
+    would count as wrong."""
     if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input:
         return None
     for number, row in enumerate(task.eval_docs, 1):
         choices, target = task.doc_to_choice(row), task.doc_to_target(row)
         right = target if isinstance(target, list) else [target]
-        if not right or not all(one in choices or (isinstance(one, int) and 0 <= one < len(choices)) for one in right):
+        if not right or not all(
+            one in choices or (isinstance(one, int) and 0 <= one < len(choices)) for one in right
+        ):
             return f"row {number}"
     return None
 
 
 def _require_dataset_cache(folder: Path) -> None:
-    """Has datasets keep what it makes in a folder of this process, where its own cache cannot be written."""
+    """Has datasets keep what it makes in a folder of this process, where its own cache cannot be
+    written."""
     from datasets import config
 
     try:

@@ -1,4 +1,5 @@
-"""Perplexity of a text, and how far a pruned model's predictions are from the dense model's, by streaming.
+"""Perplexity of a text, and how far a pruned model's predictions are from the dense model's, by
+streaming.
 
 Each model visits the device layer by layer; none need fit it, nor the host.
 """
@@ -26,11 +27,11 @@ class TextQuality(NamedTuple):
     """How well a model predicts a text.
 
     Attributes:
-        perplexity: exp of the mean loss over all tokens but each window's first; inf where it overflows, NaN where the
-            model's predictions are.
+        perplexity: exp of the mean loss over all tokens but each window's first; inf where it
+            overflows, NaN where the model's predictions are.
         ratio: perplexity over the dense model's.
-        kl: mean over the same tokens of KL(p‖q) = Σ p (log p − log q) in nats, p the dense model's distribution of the
-            next token, q this model's.
+        kl: mean over the same tokens of KL(p‖q) = Σ p (log p − log q) in nats, p the dense model's
+            distribution of the next token, q this model's.
         top1: share of the tokens at which both models find the same next token the most probable.
     """
 
@@ -49,8 +50,8 @@ def text_quality(
 ) -> list[TextQuality]:
     """Measures how well several models predict a text, and compares the others with the first.
 
-    Windows are scored on their own, so windows of another length give another number. The hidden states of all models
-    are in host memory together; the device holds one layer at a time.
+    Windows are scored on their own, so windows of another length give another number. The hidden
+    states of all models are in host memory together; the device holds one layer at a time.
 
     Args:
         models: the dense model, then pruned ones.
@@ -59,19 +60,23 @@ def text_quality(
         observer: is told how far the work is.
 
     Raises:
-        InputError: a model or the tokens cannot be used, or the models differ in depth or vocabulary.
+        InputError: a model or the tokens cannot be used, or the models differ in depth or
+            vocabulary.
     """
     for model in models[1:]:
         if (first := _size(models[0])) != (other := _size(model)):
             raise InputError(
-                f"models of {first[0]} layers and {first[1]} tokens, and of {other[0]} layers and {other[1]} tokens "
+                f"models of {first[0]} layers and {first[1]} tokens, and of {other[0]} layers and "
+                f"{other[1]} tokens "
                 "cannot be compared: give the dense checkpoint that the pruned one was made from"
             )
     on = f"on {short_name(name)}, {tokens.size:,} tokens"
     states: list[HiddenStates] = []
     for model in models:
         observer.started(f"perplexity of {model.short_name} {on}", model.num_layers)
-        states += model.final_states(tokens, visit=lambda index, states: observer.layer_visited(index))
+        states += model.final_states(
+            tokens, visit=lambda index, states: observer.layer_visited(index)
+        )
     heads = tuple(model.params_of(model.architecture.head) for model in models)
     what = "KL divergence from" if len(models) > 1 else "log-likelihoods by"
     observer.started(f"{what} {models[0].short_name} {on}", len(states[0].slices()), "batches")
@@ -83,9 +88,13 @@ def perplexity(model: StreamedModel, tokens: Int[np.ndarray, "w t"]) -> float:
     return text_quality([model], tokens)[0].perplexity
 
 
-def perplexity_of_states(model: StreamedModel, hidden: HiddenStates, tokens: Int[np.ndarray, "w t"]) -> float:
+def perplexity_of_states(
+    model: StreamedModel, hidden: HiddenStates, tokens: Int[np.ndarray, "w t"]
+) -> float:
     """Computes the perplexity from the last layer's output."""
-    return _compare([model], (model.params_of(model.architecture.head),), [hidden], tokens)[0].perplexity
+    return _compare([model], (model.params_of(model.architecture.head),), [hidden], tokens)[
+        0
+    ].perplexity
 
 
 def _size(model: StreamedModel) -> tuple[int, int]:
@@ -105,7 +114,9 @@ def _compare(
         targets = tokens[rows, 1:].reshape(-1).astype(np.int32)
         last = [hidden.read(rows)[:, :-1].reshape(len(targets), -1) for hidden in states]
         if len(models) == 1:
-            losses -= models[0].score_tokens(heads[0], last[0], targets).log_prob.sum(dtype=np.float64)
+            losses -= (
+                models[0].score_tokens(heads[0], last[0], targets).log_prob.sum(dtype=np.float64)
+            )
         else:
             found = in_chunks(
                 models[0].devices,
@@ -124,7 +135,9 @@ def _compare(
     return [
         first,
         *(
-            TextQuality(own.perplexity, own.perplexity / first.perplexity, kl / count, agreed / count)
+            TextQuality(
+                own.perplexity, own.perplexity / first.perplexity, kl / count, agreed / count
+            )
             for own, kl, agreed in zip(others, divergences[1:], agreements[1:], strict=True)
         ),
     ]
@@ -137,10 +150,14 @@ def divergence(
     states: tuple[Float[Array, "n _"], ...],
     targets: Int[Array, "n"],
 ) -> tuple[Float[Array, "n models"], Float[Array, "n models"], Float[Array, "n models"]]:
-    """Computes losses, KL divergences from the first model, and whether its most probable token is theirs."""
+    """Computes losses, KL divergences from the first model, and whether its most probable token is
+    theirs."""
     found = [exponentials(logits(*one)) for one in zip(heads, params, states, strict=True)]
     best = [jnp.argmax(one.scores, axis=1) for one in found]
-    losses = [one.log_total[:, 0] - jnp.take_along_axis(one.scores, targets[:, None], axis=1)[:, 0] for one in found]
+    losses = [
+        one.log_total[:, 0] - jnp.take_along_axis(one.scores, targets[:, None], axis=1)[:, 0]
+        for one in found
+    ]
     divergences = [kl_divergence(found[0], one) for one in found]
     agreements = [(one == best[0]).astype(jnp.float32) for one in best]
     return jnp.stack(losses, axis=1), jnp.stack(divergences, axis=1), jnp.stack(agreements, axis=1)

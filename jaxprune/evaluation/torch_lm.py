@@ -15,7 +15,8 @@ CPU_BATCH = 16
 
 
 def hflm(reader: Reader, dtype: np.dtype, device: str = "auto") -> Any:
-    """Makes lm-eval's HFLM of a checkpoint; its params are converted in memory, and looked at for NaN on the way.
+    """Makes lm-eval's HFLM of a checkpoint; its params are converted in memory, and looked at for
+    NaN on the way.
 
     Args:
         reader: the checkpoint.
@@ -28,7 +29,9 @@ def hflm(reader: Reader, dtype: np.dtype, device: str = "auto") -> Any:
     """
     found = "gpu" if torch.cuda.is_available() else "cpu"
     if device not in ("auto", "cpu", found):
-        raise InputError(f"PyTorch finds no {device} here", options={"device": "cpu", "backend": "jax"})
+        raise InputError(
+            f"PyTorch finds no {device} here", options={"device": "cpu", "backend": "jax"}
+        )
     chosen = found if device == "auto" else device
     options: dict[str, Any] = {"device": {"gpu": "cuda"}.get(chosen, chosen)}
     options["batch_size"] = CPU_BATCH if chosen == "cpu" else "auto"

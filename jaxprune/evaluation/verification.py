@@ -31,7 +31,8 @@ class StoredKernel(NamedTuple):
     Attributes:
         zeros: exact zeros.
         size: weights.
-        found: (N, M, axis) of each N:M that it has, with N at most half of M: for each axis that of the smallest M.
+        found: (N, M, axis) of each N:M that it has, with N at most half of M: for each axis that of
+            the smallest M.
         sections: zeros of each of the linear layers that lie side by side in it.
     """
 
@@ -47,9 +48,11 @@ class Verdict(NamedTuple):
     Attributes:
         kernels: (layer index, path of the linear layer) -> what it is.
         problems: one line each; none if the checkpoint is what it should be.
-        compared: number of tensors, others and kernels that stay dense, that were compared with the dense checkpoint's.
+        compared: number of tensors, others and kernels that stay dense, that were compared with the
+            dense checkpoint's.
         tokenizer: whether there is a tokenizer, which loads.
-        dtype: the dtype that the dense tensors were rounded to before they were compared; None: they have it.
+        dtype: the dtype that the dense tensors were rounded to before they were compared; None:
+            they have it.
     """
 
     kernels: dict[Which, StoredKernel]
@@ -77,15 +80,17 @@ def verify(
     Args:
         model: pruned.
         against: the dense one.
-        pattern: the pattern that every kernel must have. None: an N:M, if nine in ten kernels have it and there is no
-            `total`.
+        pattern: the pattern that every kernel must have. None: an N:M, if nine in ten kernels have
+            it and there is no `total`.
         own: kernels that need not have it, but another one; None: they stay dense.
         counts: zeros that every kernel was left with; it must have exactly those.
         wanted: zeros that every kernel must have at least.
-        sections: zeros of each of the linear layers that lie side by side in one, which must have exactly those.
+        sections: zeros of each of the linear layers that lie side by side in one, which must have
+            exactly those.
         total: zeros that all kernels together must have at least.
         masks: where every kernel must be zero at least.
-        quantization: the type of GGUF files that must hold every kernel as it is, if it comes in whole blocks.
+        quantization: the type of GGUF files that must hold every kernel as it is, if it comes in
+            whole blocks.
 
     Raises:
         InputError, CheckpointError: the checkpoint cannot be read, or is no model.
@@ -97,7 +102,8 @@ def verify(
         _ = model.tokenizer  # which has to load
     names = {name_of(which): which for which in model.architecture.kernel_shapes()}
     every = model.architecture.kernel_shapes(routers=True)
-    names |= {name_of(which): which for which in counts or {} if which in every}  # routers that were pruned, too
+    # routers that were pruned, too
+    names |= {name_of(which): which for which in counts or {} if which in every}
     problems = _differences(reader, dense, dtype) if dense else []
     kernels: dict[Which, StoredKernel] = {}
     compared = 0
@@ -107,18 +113,32 @@ def verify(
             problems.append(f"{name} holds {bad} values that are NaN or infinite")
         if name in names:
             which = names[name]
-            kernels[which] = _examine(array, model.architecture.layers[which[0]].sections.get(which[1], ()))
+            kernels[which] = _examine(
+                array, model.architecture.layers[which[0]].sections.get(which[1], ())
+            )
             its = own[which] if which in own else pattern
-            problems += [f"{name} {problem}" for problem in _violations(array, its, (wanted or {}).get(which))]
+            problems += [
+                f"{name} {problem}"
+                for problem in _violations(array, its, (wanted or {}).get(which))
+            ]
             problems += [f"{name} {problem}" for problem in _moved(array, masks and masks(*which))]
-            if quantization and not bad and has_grid(len(array)) and (count := off_grid(array, BITS[quantization])):
-                problems.append(f"{name} has {count} weights off the grid of {quantization.upper()}")
+            if (
+                quantization
+                and not bad
+                and has_grid(len(array))
+                and (count := off_grid(array, BITS[quantization]))
+            ):
+                problems.append(
+                    f"{name} has {count} weights off the grid of {quantization.upper()}"
+                )
             if quantization or which not in own or its is not None:
                 continue
         compared += dense is not None
         if dense and name in dense.spec:
             its_own = dense.read([name])[name]
-            if not any(_same(array, one) for one in _as_stored(name, its_own, reader, dense, dtype)):
+            if not any(
+                _same(array, one) for one in _as_stored(name, its_own, reader, dense, dtype)
+            ):
                 how = f"rounded to {dtype.name}" if dtype else "bit for bit"
                 how = "as its type rounds it" if rounding(reader) else how
                 problems.append(f"{name} is not the dense checkpoint's, {how}")
@@ -127,14 +147,19 @@ def verify(
         problems += _misplaced(kernels, sections)
     found = sum(kernel.zeros for kernel in kernels.values())
     if total is not None and found < total:
-        problems.append(f"the kernels have {found} zeros in total, {total - found} fewer than were wanted")
+        problems.append(
+            f"the kernels have {found} zeros in total, {total - found} fewer than were wanted"
+        )
     if pattern is None and total is None:
-        problems += _outliers({which: kernel for which, kernel in kernels.items() if which not in own})
+        problems += _outliers(
+            {which: kernel for which, kernel in kernels.items() if which not in own}
+        )
     return Verdict(kernels, problems, compared, tokenizer, dtype)
 
 
 def zeros(model: StreamedModel) -> dict[Which, tuple[int, int]]:
-    """Counts the kernels' zeros: (layer index, path of the linear layer) -> its zeros, its weights."""
+    """Counts the kernels' zeros: (layer index, path of the linear layer) -> its zeros, its
+    weights."""
     counts = {}
     for which in model.architecture.kernel_shapes():
         kernel = model.reader.read([name_of(which)])[name_of(which)]
@@ -142,7 +167,9 @@ def zeros(model: StreamedModel) -> dict[Which, tuple[int, int]]:
     return counts
 
 
-def _miscounted(kernels: Mapping[Which, StoredKernel], counts: Mapping[Which, int]) -> Iterator[str]:
+def _miscounted(
+    kernels: Mapping[Which, StoredKernel], counts: Mapping[Which, int]
+) -> Iterator[str]:
     """Yields the kernels whose zeros are not those that a record counted."""
     for which in sorted(kernels.keys() | counts.keys()):
         if which not in counts:
@@ -150,15 +177,23 @@ def _miscounted(kernels: Mapping[Which, StoredKernel], counts: Mapping[Which, in
         elif which not in kernels:
             yield f"{name_of(which)} is missing: the record has it"
         elif kernels[which].zeros != counts[which]:
-            yield f"{name_of(which)} has {kernels[which].zeros} zeros, not {counts[which]} as the record says"
+            yield (
+                f"{name_of(which)} has {kernels[which].zeros} zeros, not {counts[which]} as the "
+                "record says"
+            )
 
 
-def _misplaced(kernels: Mapping[Which, StoredKernel], wanted: Mapping[Which, Mapping[str, int]]) -> Iterator[str]:
-    """Yields the kernels that have as many zeros as a record counted, but not in the sections that it counted them."""
+def _misplaced(
+    kernels: Mapping[Which, StoredKernel], wanted: Mapping[Which, Mapping[str, int]]
+) -> Iterator[str]:
+    """Yields the kernels that have as many zeros as a record counted, but not in the sections that
+    it counted them."""
     for which, counted in wanted.items():
         found = kernels[which].sections if which in kernels else counted
         if found != counted and sum(found.values()) == sum(counted.values()):
-            yield f"{name_of(which)} has {dict(found)} zeros, not {dict(counted)} as the record says"
+            yield (
+                f"{name_of(which)} has {dict(found)} zeros, not {dict(counted)} as the record says"
+            )
 
 
 def name_of(which: Which) -> str:
@@ -167,28 +202,42 @@ def name_of(which: Which) -> str:
 
 
 def _dtype_of_both(reader: Reader, dense: Reader) -> np.dtype | None:
-    """Returns the dtype that a dense checkpoint is rounded to for a comparison; None: it stays as it is."""
+    """Returns the dtype that a dense checkpoint is rounded to for a comparison; None: it stays as
+    it is."""
     dtype = None if rounding(reader) else common_dtype(reader.spec)
     return None if dtype is None or cast_spec(dense.spec, dtype) == dense.spec else dtype
 
 
 def _as_stored(
-    name: str, array: Shaped[np.ndarray, "..."], reader: Reader, dense: Reader, dtype: np.dtype | None
+    name: str,
+    array: Shaped[np.ndarray, "..."],
+    reader: Reader,
+    dense: Reader,
+    dtype: np.dtype | None,
 ) -> Iterator[Shaped[np.ndarray, "..."]]:
-    """Yields a dense tensor as the pruned checkpoint may have it. A file of a format that rounds is made from the dense
-    tensor, or from that tensor in the dtype that runs save."""
+    """Yields a dense tensor as the pruned checkpoint may have it. A file of a format that rounds is
+    made from the dense tensor, or from that tensor in the dtype that runs save."""
     if held := rounding(reader):
         yield held(name, array)
         dtype = saving_dtype(dense)
     with np.errstate(over="ignore"):  # infinity is no pruned checkpoint's
-        cast = array if dtype is None else array.astype(cast_spec({name: dense.spec[name]}, dtype)[name].dtype)
+        cast = (
+            array
+            if dtype is None
+            else array.astype(cast_spec({name: dense.spec[name]}, dtype)[name].dtype)
+        )
     yield held(name, cast) if held else cast
 
 
 def _differences(reader: Reader, dense: Reader, dtype: np.dtype | None) -> list[str]:
-    """Returns the tensors that one of the checkpoints lacks, or that have another shape or dtype."""
+    """Returns the tensors that one of the checkpoints lacks, or that have another shape or
+    dtype."""
     rounds = rounding(reader) is not None
-    problems = [f"{name} is missing: the dense checkpoint has it" for name in dense.spec if name not in reader.spec]
+    problems = [
+        f"{name} is missing: the dense checkpoint has it"
+        for name in dense.spec
+        if name not in reader.spec
+    ]
     spec = dense.spec if dtype is None else cast_spec(dense.spec, dtype)
     for name, tensor in reader.spec.items():
         if name not in spec:
@@ -225,14 +274,17 @@ def _most(kept: Shaped[np.ndarray, "n m"], size: int, axis: int) -> int | None:
 
 
 def _groups(kept: Shaped[np.ndarray, "n m"], size: int, axis: int) -> np.ndarray:
-    """Returns how many of every `size` consecutive weights along an axis are kept: [groups, others]."""
+    """Returns how many of every `size` consecutive weights along an axis are kept: [groups,
+    others]."""
     along = kept if axis == 0 else kept.T
     return along.reshape(-1, size, along.shape[1]).sum(axis=1)
 
 
-def _violations(kernel: Shaped[np.ndarray, "n m"], pattern: Pattern | None, wanted: int | None) -> Iterator[str]:
-    """Yields what a kernel lacks of its pattern, and of the zeros that it had to get (None: as many as the
-    pattern's)."""
+def _violations(
+    kernel: Shaped[np.ndarray, "n m"], pattern: Pattern | None, wanted: int | None
+) -> Iterator[str]:
+    """Yields what a kernel lacks of its pattern, and of the zeros that it had to get (None: as many
+    as the pattern's)."""
     kept = kernel != 0
     found = int(np.count_nonzero(~kept))
     if isinstance(pattern, NM):
@@ -246,17 +298,22 @@ def _violations(kernel: Shaped[np.ndarray, "n m"], pattern: Pattern | None, want
                 hint = f"; it is {pattern} along the outputs instead, as if transposed"
             group, output = bad[0]
             yield (
-                f"is not {pattern} along its inputs: {len(bad)} groups keep more than {pattern.n}, the first at inputs "
+                f"is not {pattern} along its inputs: {len(bad)} groups keep more than {pattern.n}, "
+                "the first at inputs "
                 f"{group * pattern.m} to {(group + 1) * pattern.m - 1} of output {output}{hint}"
             )
     elif isinstance(pattern, Unstructured):
         least = pattern.zeros(kept.shape)
         if pattern.per_output:
-            # A record of version 1 has six digits of the sparsity: what it counted decides where they are too few.
+            # A record of version 1 has six digits of the sparsity: what it counted decides where
+            # they are too few.
             least = min(least, least if wanted is None else wanted) // kept.shape[1]
             short = np.flatnonzero((~kept).sum(axis=0) < least)
             if len(short):
-                yield f"has fewer than {least} zeros in {len(short)} outputs, the first of them {short[0]}"
+                yield (
+                    f"has fewer than {least} zeros in {len(short)} outputs, the first of them "
+                    f"{short[0]}"
+                )
         elif wanted is None and found < least:
             yield f"has {found} zeros, {least - found} fewer than {pattern} of {kept.size} weights"
     if wanted is not None and found < wanted:
@@ -279,8 +336,11 @@ def _outliers(kernels: Mapping[Which, StoredKernel]) -> list[str]:
     problems = []
     for (n, m, axis), count in common.items():
         if 0.9 * len(kernels) <= count < len(kernels):
-            without = [which for which, kernel in kernels.items() if (n, m, axis) not in kernel.found]
+            without = [
+                which for which, kernel in kernels.items() if (n, m, axis) not in kernel.found
+            ]
             problems += [
-                f"{name_of(which)} is not {n}:{m} along its {axis}, as {count} others are" for which in without
+                f"{name_of(which)} is not {n}:{m} along its {axis}, as {count} others are"
+                for which in without
             ]
     return problems

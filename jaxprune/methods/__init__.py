@@ -1,4 +1,5 @@
-"""Pruning methods, one a file. A method knows one kernel and the Gram matrix of its inputs, nothing else.
+"""Pruning methods, one a file. A method knows one kernel and the Gram matrix of its inputs, nothing
+else.
 
 `combine` makes methods of methods: one's mask with another's update, or any method with a finish.
 """
@@ -13,8 +14,8 @@ from convert import plugins
 from jaxprune.sparsity.patterns import Pattern
 
 SELECTS = {"only": "mask"}
-"""Metadata of a method's option that matters only where the method selects the mask; the command line does not offer it
-where it only updates."""
+"""Metadata of a method's option that matters only where the method selects the mask; the command
+line does not offer it where it only updates."""
 
 UPDATES = {"only": "update"}
 """Metadata of a method's option that matters only where the method updates the weights."""
@@ -45,12 +46,14 @@ class Solution(NamedTuple):
 class Method(Protocol):
     """A frozen dataclass (so hashable); its fields become flags.
 
-    `solve` runs under no jit of its own: it may look at the pattern with plain Python and calls jitted functions.
+    `solve` runs under no jit of its own: it may look at the pattern with plain Python and calls
+    jitted functions.
     """
 
     @property
     def per_output(self) -> bool:
-        """Whether the published method compares scores within each output; used where the user does not say."""
+        """Whether the published method compares scores within each output; used where the user does
+        not say."""
         ...
 
     def prepare(self, gram: Gram) -> Any:
@@ -67,7 +70,8 @@ class Method(Protocol):
         Args:
             prepared: what `prepare` gave.
             weight: the dense kernel, in the Gram matrix's dtype.
-            pattern: a pattern that the method selects a mask of, or the mask itself, under which it only updates.
+            pattern: a pattern that the method selects a mask of, or the mask itself, under which it
+                only updates.
         """
         ...
 
@@ -101,7 +105,8 @@ def load(name: str) -> type:
 
 
 def with_more_damping(method: Any, times: float) -> Any:
-    """Returns the method with all its dampings so many times as large, those of the methods it is made of included.
+    """Returns the method with all its dampings so many times as large, those of the methods it is
+    made of included.
 
     A damping counts as at least 1e-6 of the mean diagonal here: below, float32 does not see it.
     """

@@ -1,27 +1,30 @@
 r"""ADMM: masked least squares by the alternating direction method of multipliers.
 
-Minimises ‖XW₀ − XW‖²_F over W that are zero outside a mask. With H = XᵀX and D = diag(√H_jj) the problem is
-first scaled to unit diagonal, G = D⁻¹HD⁻¹ and W ← DW, and damped, G ← G + λ·mean(diag G)·I. B = G·W₀ is taken
-after damping, so λ acts as a ridge towards the dense weights. From W = W₀, U = 0 each iteration is
+Minimises ‖XW₀ − XW‖²_F over W that are zero outside a mask. With H = XᵀX and D = diag(√H_jj) the
+problem is first scaled to unit diagonal, G = D⁻¹HD⁻¹ and W ← DW, and damped, G ← G + λ·mean(diag
+G)·I. B = G·W₀ is taken after damping, so λ acts as a ridge towards the dense weights. From W = W₀,
+U = 0 each iteration is
 
     M = mask of the largest |W + U|            (the first iterations only)
     Z = M ∘ (W + U)
     U = U + W − Z
     W = (G + ρI)⁻¹ (B + ρ(Z − U))
 
-and the result is D⁻¹(M ∘ (W + U)). G + ρI does not change, so it is factorized once for all kernels that
-share their inputs, and an iteration costs one product of n·n by n·m.
+and the result is D⁻¹(M ∘ (W + U)). G + ρI does not change, so it is factorized once for all kernels
+that share their inputs, and an iteration costs one product of n·n by n·m.
 
-The code keeps V = W + U instead of U. U is then zero where M keeps and V elsewhere, so that Z − U is ±V, plus where M
-keeps, and the result is D⁻¹(M ∘ W). It keeps W − W₀ instead of W: B + ρ(Z − U) is (G + ρI)W₀ + ρ(Z − U − W₀), so that
+The code keeps V = W + U instead of U. U is then zero where M keeps and V elsewhere, so that Z − U
+is ±V, plus where M keeps, and the result is D⁻¹(M ∘ W). It keeps W − W₀ instead of W: B + ρ(Z − U)
+is (G + ρI)W₀ + ρ(Z − U − W₀), so that
 
     W − W₀ = (G + ρI)⁻¹ ρ(Z − U − W₀)
 
-which needs neither B nor G, and does not round what the large eigenvalues of G first blow up and then shrink.
+which needs neither B nor G, and does not round what the large eigenvalues of G first blow up and
+then shrink.
 
 References:
-    Boža, "Fast and Effective Weight Update for Pruned Large Language Models", TMLR 2024 (arXiv 2401.02938),
-    Algorithm 1.
+    Boža, "Fast and Effective Weight Update for Pruned Large Language Models", TMLR 2024 (arXiv
+    2401.02938), Algorithm 1.
 """
 
 import dataclasses
@@ -58,23 +61,26 @@ class Prepared(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ADMM:
-    """Selects the mask gradually while it re-solves the kept weights; with a given mask it only re-solves."""
+    """Selects the mask gradually while it re-solves the kept weights; with a given mask it only
+    re-solves."""
 
     schedule: Literal["cubic", "constant"] = dataclasses.field(default="cubic", metadata=SELECTS)
-    """How the sparsity of a gradually selected mask grows: cubic, as the paper writes it, or constant (the final
-    sparsity at every selection), as its published code runs for unstructured patterns."""
+    """How the sparsity of a gradually selected mask grows: cubic, as the paper writes it, or
+    constant (the final sparsity at every selection), as its published code runs for unstructured
+    patterns."""
     iterations: int = 20
     """ADMM iterations (k in the paper)."""
     selections: int = dataclasses.field(default=15, metadata=SELECTS)
-    """Iterations that select the mask anew, from the first (k_s in the paper); at most all, and the rest keep the last
-    mask. 0 selects it once, from the dense weights."""
+    """Iterations that select the mask anew, from the first (k_s in the paper); at most all, and the
+    rest keep the last mask. 0 selects it once, from the dense weights."""
     damping: float = 0.1
-    """Ridge towards the dense weights, in units of the mean diagonal of the scaled Gram matrix (lambda)."""
+    """Ridge towards the dense weights, in units of the mean diagonal of the scaled Gram matrix
+    (lambda)."""
     rho: float = 1.0
     """ADMM penalty factor."""
     linear_solve: LinearSolve = "inverse"
-    """How an iteration applies (G + rho I)^-1: an explicit inverse, or two triangular solves with its Cholesky
-    factor."""
+    """How an iteration applies (G + rho I)^-1: an explicit inverse, or two triangular solves with
+    its Cholesky factor."""
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
@@ -85,7 +91,10 @@ class ADMM:
             raise InputError(f"damping must be finite and not negative, not {self.damping}")
         if not 0 < self.rho < math.inf:
             raise InputError(f"rho must be finite and positive, not {self.rho}")
-        for value, choices in ((self.schedule, ("cubic", "constant")), (self.linear_solve, get_args(LinearSolve))):
+        for value, choices in (
+            (self.schedule, ("cubic", "constant")),
+            (self.linear_solve, get_args(LinearSolve)),
+        ):
             if value not in choices:
                 raise InputError(f"{value!r} is not one of {', '.join(choices)}")
 
@@ -94,7 +103,8 @@ class ADMM:
         return False
 
     def progress(self) -> list[float]:
-        """Returns the fractions of the final sparsity at the selections: 1 − (1 − (i+1)/k_s)³, or 1 throughout."""
+        """Returns the fractions of the final sparsity at the selections: 1 − (1 − (i+1)/k_s)³, or 1
+        throughout."""
         steps = max(min(self.selections, self.iterations), 1)
         return [1.0] * steps if self.schedule == "constant" else cubic(steps)
 
@@ -103,17 +113,23 @@ class ADMM:
 
     def solve(self, prepared: Prepared, weight: Kernel, pattern: Pattern | Mask) -> Solution:
         if not isinstance(pattern, Pattern):
-            return _solve(prepared, weight, pattern, self.rho, self.iterations, 0, self.linear_solve)
+            return _solve(
+                prepared, weight, pattern, self.rho, self.iterations, 0, self.linear_solve
+            )
         selector = pattern.selector(weight.shape, self.progress())
         selections = min(self.selections, self.iterations)
-        return _solve(prepared, weight, selector, self.rho, self.iterations, selections, self.linear_solve)
+        return _solve(
+            prepared, weight, selector, self.rho, self.iterations, selections, self.linear_solve
+        )
 
 
 @partial(jax.jit, static_argnames="linear_solve")
 def _prepare(gram: Gram, damping: Scalar, rho: Scalar, linear_solve: LinearSolve) -> Prepared:
     scale, gram = precondition(gram, damping)
     gram = gram + jnp.asarray(rho, gram.dtype) * jnp.eye(len(gram), dtype=gram.dtype)
-    return Prepared(scale, inverse(gram) if linear_solve == "inverse" else jnp.linalg.cholesky(gram))
+    return Prepared(
+        scale, inverse(gram) if linear_solve == "inverse" else jnp.linalg.cholesky(gram)
+    )
 
 
 @partial(jax.jit, static_argnames=("iterations", "selections", "linear_solve"))
@@ -126,7 +142,8 @@ def _solve(
     selections: int,
     linear_solve: LinearSolve,
 ) -> Solution:
-    """Iterates under a given mask, or under one that a selector selects anew in the first `selections` iterations."""
+    """Iterates under a given mask, or under one that a selector selects anew in the first
+    `selections` iterations."""
     scale = prepared.scale[:, None]
     rho = jnp.asarray(rho, weight.dtype)
     dense = scale * weight
@@ -146,7 +163,9 @@ def _solve(
     state = jnp.zeros_like(dense), dense, jnp.ones(dense.shape, bool)
     if isinstance(select, Selector) and selections:
 
-        def select_and_iterate(i: int | Array, state: tuple[Kernel, Kernel, Mask]) -> tuple[Kernel, Kernel, Mask]:
+        def select_and_iterate(
+            i: int | Array, state: tuple[Kernel, Kernel, Mask]
+        ) -> tuple[Kernel, Kernel, Mask]:
             v = sum_of(*state)
             return iterate(v, select(jnp.abs(v), i))
 
@@ -156,10 +175,14 @@ def _solve(
         state = iterate(dense, mask)
         selections = 1
 
-    def iterate_again(_: int | Array, state: tuple[Kernel, Kernel, Mask]) -> tuple[Kernel, Kernel, Mask]:
+    def iterate_again(
+        _: int | Array, state: tuple[Kernel, Kernel, Mask]
+    ) -> tuple[Kernel, Kernel, Mask]:
         return iterate(sum_of(*state), state[2])
 
     moved, _, mask = lax.fori_loop(selections, iterations, iterate_again, state)
     w = dense + moved
-    lost = jnp.linalg.norm(masked(~mask, w)) / jnp.maximum(jnp.linalg.norm(w), jnp.finfo(w.dtype).tiny)
+    lost = jnp.linalg.norm(masked(~mask, w)) / jnp.maximum(
+        jnp.linalg.norm(w), jnp.finfo(w.dtype).tiny
+    )
     return Solution(masked(mask, w) / scale, mask, {"primal_residual": lost})

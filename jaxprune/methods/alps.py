@@ -1,21 +1,23 @@
 r"""ALPS: ADMM with a growing penalty until the support settles, then conjugate gradients on it.
 
-In scaled coordinates (G = D⁻¹(H + ridge)D⁻¹ with unit diagonal, W₀ ← DW₀, B = GW₀), P keeping the largest by
-magnitude, from D = P(W₀), V = 0 and ρ = 0.1 an iteration is
+In scaled coordinates (G = D⁻¹(H + ridge)D⁻¹ with unit diagonal, W₀ ← DW₀, B = GW₀), P keeping the
+largest by magnitude, from D = P(W₀), V = 0 and ρ = 0.1 an iteration is
 
     W = (G + ρI)⁻¹ (B − V + ρD)
     D = P(W + V/ρ)
     V = V + ρ(W − D)
 
-Every third iteration ρ grows, the more the more of the support changed, until nothing changes. The support of P(W) is
-the mask, and at most ten steps of conjugate gradients on it finish the weights.
+Every third iteration ρ grows, the more the more of the support changed, until nothing changes. The
+support of P(W) is the mask, and at most ten steps of conjugate gradients on it finish the weights.
 
-G = QΛQᵀ is computed once for all kernels that share their inputs, so (G + ρI)⁻¹ = Q(Λ + ρ)⁻¹Qᵀ for any ρ. It is formed
-once per ρ, for three products by n·m: 2n³ + 6n²m FLOPs, instead of 12n²m with Q and Qᵀ applied one after the other.
+G = QΛQᵀ is computed once for all kernels that share their inputs, so (G + ρI)⁻¹ = Q(Λ + ρ)⁻¹Qᵀ for
+any ρ. It is formed once per ρ, for three products by n·m: 2n³ + 6n²m FLOPs, instead of 12n²m with Q
+and Qᵀ applied one after the other.
 
 References:
-    Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models", NeurIPS
-    2024 (arXiv 2406.07831), algorithm 1 and its published code, for the numbers of the ρ update.
+    Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language
+    Models", NeurIPS 2024 (arXiv 2406.07831), algorithm 1 and its published code, for the numbers of
+    the ρ update.
 """
 
 import dataclasses
@@ -29,7 +31,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.errors import InputError
 from jaxprune.methods import SELECTS, UPDATES, Gram, Kernel, Mask, Solution
-from jaxprune.methods.linalg import Scalar, add_ridge, conjugate_gradients, masked, matmul, precondition
+from jaxprune.methods.linalg import (
+    Scalar,
+    add_ridge,
+    conjugate_gradients,
+    masked,
+    matmul,
+    precondition,
+)
 from jaxprune.sparsity.patterns import Pattern
 from jaxprune.sparsity.selection import Selector
 
@@ -79,7 +88,8 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ALPS:
-    """Selects the mask by ADMM with a growing penalty, then solves on it; with a given mask it only solves."""
+    """Selects the mask by ADMM with a growing penalty, then solves on it; with a given mask it only
+    solves."""
 
     iterations: int = dataclasses.field(default=300, metadata=SELECTS)
     """The most ADMM iterations; they end when the mask settles."""
@@ -88,19 +98,25 @@ class ALPS:
     cg_steps: int = dataclasses.field(default=10, metadata=UPDATES)
     """The most conjugate-gradient steps on the mask."""
     cg_tolerance: float = dataclasses.field(default=1e-4, metadata=UPDATES)
-    """Of the gradient of each output, relative to the one at zero weights; conjugate gradients end there."""
+    """Of the gradient of each output, relative to the one at zero weights; conjugate gradients end
+    there."""
     damping: float = 0.01
     """Ridge, in units of the mean diagonal of the unscaled Gram matrix."""
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.cg_steps < 0:
             raise InputError(
-                f"iterations must be at least 1 and cg_steps not negative, not {self.iterations} and {self.cg_steps}"
+                f"iterations must be at least 1 and cg_steps not negative, not {self.iterations} "
+                f"and {self.cg_steps}"
             )
         if not (0 < self.rho < math.inf and 0 < self.damping < math.inf):
-            raise InputError(f"rho and damping must be finite and positive, not {self.rho} and {self.damping}")
+            raise InputError(
+                f"rho and damping must be finite and positive, not {self.rho} and {self.damping}"
+            )
         if not 0 <= self.cg_tolerance < math.inf:
-            raise InputError(f"cg_tolerance must be finite and not negative, not {self.cg_tolerance}")
+            raise InputError(
+                f"cg_tolerance must be finite and not negative, not {self.cg_tolerance}"
+            )
 
     @property
     def per_output(self) -> bool:
@@ -123,12 +139,18 @@ def _prepare(gram: Gram, damping: Scalar) -> Prepared:
     scale, gram = precondition(add_ridge(gram, damping), 0.0)
     values, vectors = jnp.linalg.eigh(gram)
     # Rounding can leave a tiny eigenvalue negative.
-    return Prepared(scale, gram, jnp.maximum(values, jnp.finfo(gram.dtype).eps * values[-1]), vectors)
+    return Prepared(
+        scale, gram, jnp.maximum(values, jnp.finfo(gram.dtype).eps * values[-1]), vectors
+    )
 
 
 @jax.jit
 def _search(
-    prepared: Prepared, weight: Kernel, select: Selector, iterations: int | Int[Array, ""], rho: Scalar
+    prepared: Prepared,
+    weight: Kernel,
+    select: Selector,
+    iterations: int | Int[Array, ""],
+    rho: Scalar,
 ) -> tuple[Kernel, Mask, dict[str, Array]]:
     """Returns the support that ADMM settles on, with its weights and figures."""
     scale = prepared.scale[:, None]
@@ -157,10 +179,14 @@ def _search(
         w, kept, dual, support = lax.fori_loop(0, turns, iterate, current)
 
         changes = jnp.sum(support != state.support, dtype=jnp.int32)
-        share = changes.astype(rho.dtype) / jnp.maximum(count, jnp.ones_like(count)).astype(rho.dtype)
+        share = changes.astype(rho.dtype) / jnp.maximum(count, jnp.ones_like(count)).astype(
+            rho.dtype
+        )
         settling = state.settling | (share > 0.005)
         some = changes > 0
-        growth = jnp.where(share > 0.1, 1.3, jnp.where(share > 0.005, 1.2, jnp.where(some, 1.1, 1.0)))
+        growth = jnp.where(
+            share > 0.1, 1.3, jnp.where(share > 0.005, 1.2, jnp.where(some, 1.1, 1.0))
+        )
         factor = jnp.where(settling, growth, 0.2).astype(rho.dtype)
         # Too large a penalty holds the first support fast: start over with a smaller one.
         again = ~settling & some
@@ -186,7 +212,9 @@ def _search(
         checks=jnp.zeros((), jnp.int32),
         done=jnp.zeros((), bool),
     )
-    end = lax.while_loop(lambda state: ~state.done & (state.checks * CHECK < iterations), check, start)
+    end = lax.while_loop(
+        lambda state: ~state.done & (state.checks * CHECK < iterations), check, start
+    )
     mask = select(jnp.abs(end.weight))
     metrics = {"rho": end.rho, "checks": end.checks.astype(dense.dtype)}
     return masked(mask, end.weight) / scale, mask, metrics
@@ -203,5 +231,7 @@ def _finish(
     metrics: dict[str, Array],
 ) -> Solution:
     scale = prepared.scale[:, None]
-    minimum = conjugate_gradients(prepared.gram, scale * weight, scale * start, mask, steps, tolerance)
+    minimum = conjugate_gradients(
+        prepared.gram, scale * weight, scale * start, mask, steps, tolerance
+    )
     return Solution(minimum.weight / scale, mask, metrics | {"cg_residual": minimum.residual})

@@ -35,7 +35,8 @@ class Crossed:
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """A method whose weights are brought nearer to the optimum under its mask by conjugate gradients.
+    """A method whose weights are brought nearer to the optimum under its mask by conjugate
+    gradients.
 
     Attributes:
         method: gives the mask and the weights to start from.

@@ -1,13 +1,14 @@
 r"""Gradient descent on the kept weights, by Adam or SGD: the baselines that ADMM is compared with.
 
-Minimises tr((W − W₀)ᵀ G (W − W₀)) over W that are zero outside a mask, in ADMM's coordinates (scaled and damped, see
-`admm`), by steps along 2·M ∘ (GW − B), B = GW₀. Weights are counted in units of their root mean square, so a learning
-rate means the same for every kernel and any number of tokens.
+Minimises tr((W − W₀)ᵀ G (W − W₀)) over W that are zero outside a mask, in ADMM's coordinates
+(scaled and damped, see `admm`), by steps along 2·M ∘ (GW − B), B = GW₀. Weights are counted in
+units of their root mean square, so a learning rate means the same for every kernel and any number
+of tokens.
 
 References:
     Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015 (arXiv 1412.6980).
-    Boža, "Fast and Effective Weight Update for Pruned Large Language Models", TMLR 2024 (arXiv 2401.02938),
-    section 4.1.
+    Boža, "Fast and Effective Weight Update for Pruned Large Language Models", TMLR 2024 (arXiv
+    2401.02938), section 4.1.
 """
 
 import dataclasses
@@ -39,8 +40,8 @@ class Gradient:
     steps: int = dataclasses.field(default=100, metadata=UPDATES)
     """Steps along the full gradient."""
     learning_rate: float = dataclasses.field(default=0.01, metadata=UPDATES)
-    """Of the weights in units of their root mean square. SGD diverges above 1 over the largest eigenvalue of the scaled
-    Gram matrix."""
+    """Of the weights in units of their root mean square. SGD diverges above 1 over the largest
+    eigenvalue of the scaled Gram matrix."""
     damping: float = dataclasses.field(default=0.1, metadata=UPDATES)
     """Ridge towards the dense weights, in units of the mean diagonal of the scaled Gram matrix."""
 
@@ -85,7 +86,8 @@ def _descend(
     def step(_: int | Array, state: tuple[Kernel, optax.OptState]) -> tuple[Kernel, optax.OptState]:
         kept, memory = state
         gradient = 2 * masked(mask, matmul(prepared.gram, kept) - target)
-        with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction mixes integers and floats
+        # Adam's bias correction mixes integers and floats
+        with jax.numpy_dtype_promotion("standard"):
             change, memory = descent.update(gradient, memory)
         return kept + change, memory
 

@@ -1,4 +1,5 @@
-"""What the pruner measures of a linear: the Gram matrix of its inputs, how far they drifted, its relative error."""
+"""What the pruner measures of a linear: the Gram matrix of its inputs, how far they drifted, its
+relative error."""
 
 from functools import partial
 
@@ -10,19 +11,25 @@ from jaxtyping import Array, Float, Int
 from jaxprune.methods.linalg import Scalar, exact_products, matmul, precondition, quadratic
 
 
-def gram(x: Float[Array, "*tokens n"], weights: Float[Array, "*tokens"] | None = None) -> Float[Array, "n n"]:
+def gram(
+    x: Float[Array, "*tokens n"], weights: Float[Array, "*tokens"] | None = None
+) -> Float[Array, "n n"]:
     """Returns XᵀX, or Xᵀ diag(w) X, in float32 (float64 for float64 inputs); see `add_gram`."""
     dtype = x.dtype if x.dtype == jnp.float64 else jnp.float32
     return symmetric(add_gram(jnp.zeros((x.shape[-1],) * 2, dtype), x, weights))
 
 
 def add_gram(
-    total: Float[Array, "n n"], x: Float[Array, "*tokens n"], weights: Float[Array, "*tokens"] | None = None
+    total: Float[Array, "n n"],
+    x: Float[Array, "*tokens n"],
+    weights: Float[Array, "*tokens"] | None = None,
 ) -> Float[Array, "n n"]:
-    """Returns the total with XᵀX, or Xᵀ diag(w) X, added in blocks up to the diagonal; `symmetric` gives the rest.
+    """Returns the total with XᵀX, or Xᵀ diag(w) X, added in blocks up to the diagonal; `symmetric`
+    gives the rest.
 
-    Products of two 16-bit floats are exact in float32, so 16-bit inputs are multiplied as they are, on the
-    matrix units, and only the accumulation is float32. float32 inputs are multiplied with float32's accuracy.
+    Products of two 16-bit floats are exact in float32, so 16-bit inputs are multiplied as they are,
+    on the matrix units, and only the accumulation is float32. float32 inputs are multiplied with
+    float32's accuracy.
 
     Args:
         total: float32, or float64 for float64 inputs.
@@ -54,7 +61,8 @@ def add_grouped(
     weights: Float[Array, "blocks rows"],
     group: Int[Array, "blocks"],
 ) -> Float[Array, "g n n"]:
-    """Returns the totals with each block's Xᵀ diag(w) X added to that of its group, up to the diagonal.
+    """Returns the totals with each block's Xᵀ diag(w) X added to that of its group, up to the
+    diagonal.
 
     Blocks from the first to the last that have a group are visited, the others cost nothing.
 
@@ -85,9 +93,11 @@ def add_grouped(
 
 @partial(jax.jit, donate_argnums=0)
 def symmetric(total: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """Returns the symmetric matrix of a total that was added up to its diagonal; the total is donated.
+    """Returns the symmetric matrix of a total that was added up to its diagonal; the total is
+    donated.
 
-    A block on the diagonal is mirrored too: not every matrix product gives XᵀX the same rounding on both sides.
+    A block on the diagonal is mirrored too: not every matrix product gives XᵀX the same rounding on
+    both sides.
     """
     for rows in _blocks(len(total)):
         total = total.at[: rows.start, rows].set(total[rows, : rows.start].T)
@@ -97,14 +107,15 @@ def symmetric(total: Float[Array, "n n"]) -> Float[Array, "n n"]:
 
 
 def _blocks(n: int) -> list[slice]:
-    """Returns a symmetric matrix's rows in four blocks, fewer where it is small: those up to the diagonal are 5/8 of
-    it."""
+    """Returns a symmetric matrix's rows in four blocks, fewer where it is small: those up to the
+    diagonal are 5/8 of it."""
     count = min(4, max(1, n // 128))
     return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
 
 
 def products(n: int) -> int:
-    """Returns how many products of two numbers `add_gram` and `add_grouped` take for a token of n features."""
+    """Returns how many products of two numbers `add_gram` and `add_grouped` take for a token of n
+    features."""
     return sum((rows.stop - rows.start) * rows.stop for rows in _blocks(n))
 
 
@@ -114,8 +125,8 @@ def add_drift(
     dense: Float[Array, "*tokens n"],
     weights: Float[Array, "*tokens"] | None = None,
 ) -> Float[Array, "n n"]:
-    """Returns the total with X̂ᵀ(X − X̂), or X̂ᵀ diag(w) (X − X̂), added: how far the inputs X̂ behind pruned layers
-    are from X.
+    """Returns the total with X̂ᵀ(X − X̂), or X̂ᵀ diag(w) (X − X̂), added: how far the inputs X̂
+    behind pruned layers are from X.
 
     Args:
         total: float32, or float64 for float64 inputs.
@@ -132,12 +143,17 @@ def add_drift(
 
 @jax.jit
 def drifted_target(
-    gram: Float[Array, "n n"], drift: Float[Array, "n n"], kernel: Float[Array, "n m"], share: Scalar
+    gram: Float[Array, "n n"],
+    drift: Float[Array, "n n"],
+    kernel: Float[Array, "n m"],
+    share: Scalar,
 ) -> Float[Array, "n m"]:
-    """Returns W + α(Ĝ + λI)⁻¹X̂ᵀ(X − X̂)W: the kernel whose outputs on X̂ make up for a share of what the inputs lost.
+    """Returns W + α(Ĝ + λI)⁻¹X̂ᵀ(X − X̂)W: the kernel whose outputs on X̂ make up for a share of
+    what the inputs lost.
 
-    Least squares for the outputs X̂W + α(X − X̂)W, of which α = 1 is the dense model's and α = 0 the kernel's own. λ is
-    0.03 in units of the mean diagonal of Ĝ scaled to unit diagonal, towards W.
+    Least squares for the outputs X̂W + α(X − X̂)W, of which α = 1 is the dense model's and α = 0
+    the kernel's own. λ is 0.03 in units of the mean diagonal of Ĝ scaled to unit diagonal, towards
+    W.
 
     Args:
         gram: Ĝ = X̂ᵀX̂.
@@ -148,13 +164,17 @@ def drifted_target(
     scale, scaled = precondition(gram, 0.03)
     factor = jnp.linalg.cholesky(scaled)
     missing = matmul(drift, kernel) / scale[:, None]
-    return kernel + jnp.asarray(share, gram.dtype) * cho_solve((factor, True), missing) / scale[:, None]
+    return (
+        kernel
+        + jnp.asarray(share, gram.dtype) * cho_solve((factor, True), missing) / scale[:, None]
+    )
 
 
 def relative_error(
     gram: Float[Array, "n n"], dense: Float[Array, "n m"], pruned: Float[Array, "n m"]
 ) -> Float[Array, ""]:
-    """Returns ‖XW − XŴ‖²_F / ‖XW‖²_F from H = XᵀX; 0 where the dense output is zero and so is the pruned one."""
+    """Returns ‖XW − XŴ‖²_F / ‖XW‖²_F from H = XᵀX; 0 where the dense output is zero and so is the
+    pruned one."""
     dense, pruned = dense.astype(gram.dtype), pruned.astype(gram.dtype)
     loss, scale = quadratic(gram, dense - pruned), quadratic(gram, dense)
     # Rounding can leave a loss that is truly zero slightly negative.

@@ -1,4 +1,5 @@
-"""Matrix products that keep float32 accuracy on every backend, and the least-squares problem that methods share."""
+"""Matrix products that keep float32 accuracy on every backend, and the least-squares problem that
+methods share."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,8 +16,8 @@ Scalar = float | Float[Array, ""]
 
 
 def exact_products(dtype: DTypeLike) -> lax.Precision | lax.DotAlgorithmPreset:
-    """Returns how matrices of a dtype are multiplied without the TF32 (GPU) or bfloat16 (TPU) rounding of JAX's default
-    precision."""
+    """Returns how matrices of a dtype are multiplied without the TF32 (GPU) or bfloat16 (TPU)
+    rounding of JAX's default precision."""
     return hardware.current().float32_products if dtype == jnp.float32 else lax.Precision.HIGHEST
 
 
@@ -27,7 +28,8 @@ def matmul(a: Float[Array, "*_ n k"], b: Float[Array, "*_ k m"]) -> Float[Array,
 
 def quadratic(gram: Float[Array, "n n"], kernel: Float[Array, "n m"]) -> Float[Array, ""]:
     """Returns tr(kernelᵀ · gram · kernel), which is ‖X·kernel‖²_F where gram = XᵀX."""
-    # Not vdot: it flattens its operands, which gathers kernels that are split over devices, and runs on one core.
+    # Not vdot: it flattens its operands, which gathers kernels that are split over devices, and
+    # runs on one core.
     return jnp.sum(kernel * matmul(gram, kernel))
 
 
@@ -67,13 +69,15 @@ Factor = Callable[[Float[Array, "n n"]], Float[Array, "n n"]]
 def inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
     """Returns the inverse of a symmetric positive definite matrix, A⁻¹ = L⁻ᵀL⁻¹ with L⁻¹ by halves.
 
-    These are 2n³ FLOPs, nearly all in products. Inverting the quarters themselves would take 4/3·n³, but there the
-    errors of one quarter grow with the condition of the next: at a condition of 200 float32 was left with three digits.
+    These are 2n³ FLOPs, nearly all in products. Inverting the quarters themselves would take
+    4/3·n³, but there the errors of one quarter grow with the condition of the next: at a condition
+    of 200 float32 was left with three digits.
 
-    What is not halved any more is factorized as suits the hardware that the program is compiled for. A CPU calls no
-    LAPACK: where other work runs on the machine, OpenBLAS's threads wait for each other a hundred times longer than
-    they work. A GPU's cuSOLVER takes a quarter of the matrix, so that the program is small. A TPU, whose Cholesky
-    factorization is one of 128 × 128, takes an eighth, by blocks in a loop.
+    What is not halved any more is factorized as suits the hardware that the program is compiled
+    for. A CPU calls no LAPACK: where other work runs on the machine, OpenBLAS's threads wait for
+    each other a hundred times longer than they work. A GPU's cuSOLVER takes a quarter of the
+    matrix, so that the program is small. A TPU, whose Cholesky factorization is one of 128 × 128,
+    takes an eighth, by blocks in a loop.
 
     References:
         Higham, "Accuracy and Stability of Numerical Algorithms", 2nd edition, 13.2 and 14.3.
@@ -100,8 +104,8 @@ def by_halves(matrix: Float[Array, "n n"], leaf: int, factor: Factor) -> Float[A
 def _inverse_factor(matrix: Float[Array, "n n"], leaf: int, factor: Factor) -> Float[Array, "n n"]:
     """Returns L⁻¹ of A = LLᵀ.
 
-    With A, B, C the quarters of the matrix, P = L⁻¹ of A and K = BᵀPᵀ, the lower right quarter is Q = L⁻¹ of C − KKᵀ,
-    and the lower left one −QKP.
+    With A, B, C the quarters of the matrix, P = L⁻¹ of A and K = BᵀPᵀ, the lower right quarter is Q
+    = L⁻¹ of C − KKᵀ, and the lower left one −QKP.
     """
     n = len(matrix)
     if n <= leaf:
@@ -111,7 +115,12 @@ def _inverse_factor(matrix: Float[Array, "n n"], leaf: int, factor: Factor) -> F
     matrix = matrix.at[:half, :half].set(_inverse_factor(matrix[:half, :half], leaf, factor))
     k = matmul(matrix[half:, :half], matrix[:half, :half].T)
     q = _inverse_factor(matrix[half:, half:] - matmul(k, k.T), leaf, factor)
-    matrix = matrix.at[half:, half:].set(q).at[half:, :half].set(-matmul(q, matmul(k, matrix[:half, :half])))
+    matrix = (
+        matrix.at[half:, half:]
+        .set(q)
+        .at[half:, :half]
+        .set(-matmul(q, matmul(k, matrix[:half, :half])))
+    )
     return matrix.at[:half, half:].set(0)
 
 
@@ -128,15 +137,20 @@ def _gram_of_triangle(factor: Float[Array, "n n"], leaf: int) -> Float[Array, "n
 
 
 def solve_cholesky(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """Returns L⁻¹ of A = LLᵀ, by the factorization and the triangular solve of the backend's library."""
-    return solve_triangular(jnp.linalg.cholesky(matrix), jnp.eye(len(matrix), dtype=matrix.dtype), lower=True)
+    """Returns L⁻¹ of A = LLᵀ, by the factorization and the triangular solve of the backend's
+    library."""
+    return solve_triangular(
+        jnp.linalg.cholesky(matrix), jnp.eye(len(matrix), dtype=matrix.dtype), lower=True
+    )
 
 
 def eliminate_blocks(matrix: Float[Array, "n n"], block: int = 128) -> Float[Array, "n n"]:
-    """Returns L⁻¹ of A = LLᵀ, by elimination of so many rows at a time in a loop, all in products of fixed shapes.
+    """Returns L⁻¹ of A = LLᵀ, by elimination of so many rows at a time in a loop, all in products
+    of fixed shapes.
 
-    As in `eliminate` the identity beside the matrix becomes L⁻¹; here it takes the place of the columns that are
-    eliminated. The program is the same whatever n is, for n·n·block FLOPs twice a step, 2n³ in all.
+    As in `eliminate` the identity beside the matrix becomes L⁻¹; here it takes the place of the
+    columns that are eliminated. The program is the same whatever n is, for n·n·block FLOPs twice a
+    step, 2n³ in all.
     """
     n, size = len(matrix), -(-len(matrix) // block) * block
     rest = jnp.arange(size, dtype=jnp.int32) >= n  # padded by an identity
@@ -164,10 +178,14 @@ def eliminate(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
 
     def step(i: int | Array, state: Array) -> Array:
         row = state[i] / jnp.sqrt(state[i, i])
-        factors = jnp.where(jnp.arange(n) > i, state[:, i] / jnp.sqrt(state[i, i]), jnp.zeros((), state.dtype))
+        factors = jnp.where(
+            jnp.arange(n) > i, state[:, i] / jnp.sqrt(state[i, i]), jnp.zeros((), state.dtype)
+        )
         return (state - factors[:, None] * row[None, :]).at[i].set(row)
 
-    return lax.fori_loop(0, n, step, jnp.concatenate([matrix, jnp.eye(n, dtype=matrix.dtype)], axis=1))[:, n:]
+    return lax.fori_loop(
+        0, n, step, jnp.concatenate([matrix, jnp.eye(n, dtype=matrix.dtype)], axis=1)
+    )[:, n:]
 
 
 class Minimum(NamedTuple):
@@ -194,9 +212,10 @@ def conjugate_gradients(
 ) -> Minimum:
     """Minimises tr((W₀ − W)ᵀ G (W₀ − W)) over all W that are zero outside the mask.
 
-    Every column is a problem of its own, with step lengths of its own; all are advanced by the same product of
-    n·n by n·m. Preconditioned by diag G. A column that has reached the tolerance rests. G may be singular: the
-    problem is always consistent, so a minimum is reached, though not a unique one.
+    Every column is a problem of its own, with step lengths of its own; all are advanced by the same
+    product of n·n by n·m. Preconditioned by diag G. A column that has reached the tolerance rests.
+    G may be singular: the problem is always consistent, so a minimum is reached, though not a
+    unique one.
 
     Args:
         gram: G, symmetric and positive semidefinite.
@@ -204,7 +223,8 @@ def conjugate_gradients(
         start: W to begin from; zero outside the mask.
         mask: True = kept.
         steps: the most steps.
-        tolerance: the tolerance of the relative residual at which a column is done; 0: all steps are taken.
+        tolerance: the tolerance of the relative residual at which a column is done; 0: all steps
+            are taken.
 
     References:
         Saad, "Iterative Methods for Sparse Linear Systems", 2003, algorithm 9.1.
@@ -229,7 +249,9 @@ def conjugate_gradients(
         step, _, residual, *_ = state
         return (step < steps) & jnp.any(jnp.linalg.norm(residual, axis=0) > limit)
 
-    def advance(state: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array, Array]:
+    def advance(
+        state: tuple[Array, Array, Array, Array, Array],
+    ) -> tuple[Array, Array, Array, Array, Array]:
         step, weight, residual, direction, energy = state
         image = masked(mask, matmul(gram, direction))
         active = jnp.linalg.norm(residual, axis=0) > limit

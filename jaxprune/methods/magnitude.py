@@ -24,7 +24,11 @@ class Magnitude:
 
     def solve(self, prepared: None, weight: Kernel, pattern: Pattern | Mask) -> Solution:
         del prepared  # unused
-        mask = _select(weight, pattern.selector(weight.shape)) if isinstance(pattern, Pattern) else pattern
+        mask = (
+            _select(weight, pattern.selector(weight.shape))
+            if isinstance(pattern, Pattern)
+            else pattern
+        )
         return Solution(masked(mask, weight), mask, {})
 
 

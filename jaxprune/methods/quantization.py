@@ -1,21 +1,23 @@
 r"""Weights on the grid of llama.cpp's Q4_0 or Q5_0, under a mask, by coordinate descent.
 
-Q4_0 stores blocks of 32 consecutive inputs of an output as d·q: a scale d, and integers q from −8 to 7, of which 0 is
-an exact zero; Q5_0's integers go from −16 to 15. Rounding to the grid loses what neighbours could make good. Here
-‖XW₀ − XW‖²_F is minimised over weights that are zero outside the mask and on the grid inside it. With G = XᵀX and the
-gradient R = G(W − W₀), inputs are visited in order, all outputs at once, time and again: w_j becomes the value of the
-grid next to w_j − R_j/G_jj, which is the best that it can be while all others stay. Before a block is visited again,
+Q4_0 stores blocks of 32 consecutive inputs of an output as d·q: a scale d, and integers q from −8
+to 7, of which 0 is an exact zero; Q5_0's integers go from −16 to 15. Rounding to the grid loses
+what neighbours could make good. Here ‖XW₀ − XW‖²_F is minimised over weights that are zero outside
+the mask and on the grid inside it. With G = XᵀX and the gradient R = G(W − W₀), inputs are visited
+in order, all outputs at once, time and again: w_j becomes the value of the grid next to w_j −
+R_j/G_jj, which is the best that it can be while all others stay. Before a block is visited again,
 its scale moves to where the loss is least along the block's weights.
 
-A scale is first the one of 21, around the largest weight over the least integer, under which rounding loses least,
-inputs weighed by G_jj. The largest weight of a block is held at the least integer, d·(−8) or d·(−16): so whoever rounds
-the weights to that type finds d and q again, for that is how llama.cpp and the gguf package set the scale. Scales have
-so few significant bits that each d·q is a number of bfloat16, float16 and float32: no dtype that a checkpoint is stored
-in moves a weight off the grid.
+A scale is first the one of 21, around the largest weight over the least integer, under which
+rounding loses least, inputs weighed by G_jj. The largest weight of a block is held at the least
+integer, d·(−8) or d·(−16): so whoever rounds the weights to that type finds d and q again, for that
+is how llama.cpp and the gguf package set the scale. Scales have so few significant bits that each
+d·q is a number of bfloat16, float16 and float32: no dtype that a checkpoint is stored in moves a
+weight off the grid.
 
 References:
-    Behdin et al., "QuantEase: Optimization-based Quantization for Language Models" (arXiv 2309.01885), Algorithm 1, of
-    which this is, with fixed zeros and moving scales.
+    Behdin et al., "QuantEase: Optimization-based Quantization for Language Models" (arXiv
+    2309.01885), Algorithm 1, of which this is, with fixed zeros and moving scales.
 """
 
 from collections.abc import Mapping
@@ -45,7 +47,8 @@ FACTORS = np.linspace(0.7, 1.2, 21)
 
 
 def has_grid(inputs: int) -> bool:
-    """Returns whether a kernel of so many inputs comes in whole blocks; others are stored in float16."""
+    """Returns whether a kernel of so many inputs comes in whole blocks; others are stored in
+    float16."""
     return inputs % BLOCK == 0
 
 
@@ -64,8 +67,12 @@ class _State(NamedTuple):
 
 
 def off_grid(weight: Float[np.ndarray, "n m"], bits: int) -> int:
-    """Counts the weights of a kernel that a file with integers of so many bits would not hold as they are."""
-    blocks, least = np.asarray(weight, np.float32).reshape(-1, BLOCK, weight.shape[1]), np.float32(-(2 ** (bits - 1)))
+    """Counts the weights of a kernel that a file with integers of so many bits would not hold as
+    they are."""
+    blocks, least = (
+        np.asarray(weight, np.float32).reshape(-1, BLOCK, weight.shape[1]),
+        np.float32(-(2 ** (bits - 1))),
+    )
     at = np.abs(blocks).argmax(axis=1)[:, None, :]
     scale = (np.take_along_axis(blocks, at, axis=1) / least).astype(np.float16).astype(np.float32)
     integers = np.round(blocks / np.where(scale == 0, 1, scale)).clip(least, -1 - least)
@@ -102,11 +109,15 @@ def quantize(
     gram = gram + jnp.diag(ridge)
     gradient = matmul(gram, start - wanted)
     gram = jnp.pad(gram, (0, padding))
-    weight, gradient, mask = (jnp.pad(array, ((0, padding), (0, 0))) for array in (start, gradient, mask))
+    weight, gradient, mask = (
+        jnp.pad(array, ((0, padding), (0, 0))) for array in (start, gradient, mask)
+    )
     scales, largest = _first_scales(jnp.diagonal(gram), weight, bits)
     one = jnp.asarray(1, gram.dtype)
 
-    def visit_inputs(first: Array, square: Array, weight: Array, gradient: Array, scale: Array) -> Array:
+    def visit_inputs(
+        first: Array, square: Array, weight: Array, gradient: Array, scale: Array
+    ) -> Array:
         """Visits a block's inputs one after another; returns its weights."""
         kept = lax.dynamic_slice_in_dim(mask, first, BLOCK)
         at = largest[first // BLOCK]
@@ -129,12 +140,16 @@ def quantize(
         def visit_block(i: int | Array, inner: _State) -> _State:
             columns = lax.dynamic_slice_in_dim(square, i * BLOCK, BLOCK, axis=1)
             own = lax.dynamic_slice_in_dim(columns, i * BLOCK, BLOCK)
-            before, gradient = (lax.dynamic_slice_in_dim(array, i * BLOCK, BLOCK) for array in inner[:2])
+            before, gradient = (
+                lax.dynamic_slice_in_dim(array, i * BLOCK, BLOCK) for array in inner[:2]
+            )
             block = first // BLOCK + i
             scale = inner.scales[block]
             moved = jnp.where(sweep > 0, _moved(scale, own, before, gradient, bits), scale)
             scaled = before * (moved / scale)[None, :]
-            after = visit_inputs(block * BLOCK, own, scaled, gradient + matmul(own, scaled - before), moved)
+            after = visit_inputs(
+                block * BLOCK, own, scaled, gradient + matmul(own, scaled - before), moved
+            )
             return _State(
                 lax.dynamic_update_slice_in_dim(inner.weight, after, i * BLOCK, axis=0),
                 inner.gradient + matmul(columns, after - before),
@@ -142,7 +157,9 @@ def quantize(
             )
 
         before, slope = (lax.dynamic_slice_in_dim(array, first, size) for array in state[:2])
-        after, _, scales = lax.fori_loop(0, AT_ONCE, visit_block, _State(before, slope, state.scales))
+        after, _, scales = lax.fori_loop(
+            0, AT_ONCE, visit_block, _State(before, slope, state.scales)
+        )
         return _State(
             lax.dynamic_update_slice_in_dim(state.weight, after, first, axis=0),
             state.gradient + matmul(rows.T, after - before),
@@ -156,21 +173,26 @@ def quantize(
 
 
 def _nearest(value: Array, scale: Array, held: Array, bits: int) -> Array:
-    """Returns the numbers of the grid next to values; of those that are held, the one with the least integer."""
+    """Returns the numbers of the grid next to values; of those that are held, the one with the
+    least integer."""
     least = jnp.asarray(-(2 ** (bits - 1)), value.dtype)
     integer = jnp.clip(jnp.round(value / scale), least, -jnp.ones_like(least) - least)
     return jnp.where(held, least, integer) * scale
 
 
 def _rounded(scale: Array, bits: int) -> Array:
-    """Returns scales of so few bits that their products with the integers are exact in bfloat16 and float16."""
+    """Returns scales of so few bits that their products with the integers are exact in bfloat16 and
+    float16."""
     rounded = lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=SIGNIFICANT - bits)
     smallest = jnp.asarray(2.0 ** (bits - SIGNIFICANT - 16), scale.dtype)  # float16's step is 2^-24
-    return jnp.where(jnp.abs(rounded) < smallest, jnp.where(rounded < 0, -smallest, smallest), rounded)
+    return jnp.where(
+        jnp.abs(rounded) < smallest, jnp.where(rounded < 0, -smallest, smallest), rounded
+    )
 
 
 def _first_scales(diagonal: Float[Array, "n"], weight: Kernel, bits: int) -> tuple[Array, Array]:
-    """Returns the scales under which rounding loses least, [b, m], and where blocks have their largest weight."""
+    """Returns the scales under which rounding loses least, [b, m], and where blocks have their
+    largest weight."""
     blocks, importance = weight.reshape(-1, BLOCK, weight.shape[1]), diagonal.reshape(-1, BLOCK, 1)
     at = jnp.argmax(jnp.abs(blocks), axis=1).astype(jnp.int32)
     usual = jnp.take_along_axis(blocks, at[:, None, :], axis=1)[:, 0] / -(2 ** (bits - 1))
@@ -178,7 +200,9 @@ def _first_scales(diagonal: Float[Array, "n"], weight: Kernel, bits: int) -> tup
 
     def consider(best: tuple[Array, Array], factor: Array) -> tuple[tuple[Array, Array], None]:
         scale = _rounded(usual * factor, bits)
-        lost = jnp.sum(importance * (blocks - _nearest(blocks, scale[:, None, :], held, bits)) ** 2, axis=1)
+        lost = jnp.sum(
+            importance * (blocks - _nearest(blocks, scale[:, None, :], held, bits)) ** 2, axis=1
+        )
         return (jnp.minimum(best[0], lost), jnp.where(lost < best[0], scale, best[1])), None
 
     start = jnp.full(usual.shape, jnp.inf, weight.dtype), _rounded(usual, bits)
@@ -187,9 +211,15 @@ def _first_scales(diagonal: Float[Array, "n"], weight: Kernel, bits: int) -> tup
 
 
 def _moved(scale: Array, square: Array, weight: Array, gradient: Array, bits: int) -> Array:
-    """Returns a block's scales where the loss along its weights is least; as they are where rounding spoils that."""
-    along, curvature = jnp.sum(weight * gradient, axis=0), jnp.sum(weight * matmul(square, weight), axis=0)
+    """Returns a block's scales where the loss along its weights is least; as they are where
+    rounding spoils that."""
+    along, curvature = (
+        jnp.sum(weight * gradient, axis=0),
+        jnp.sum(weight * matmul(square, weight), axis=0),
+    )
     one = jnp.ones_like(along)
-    moved = _rounded(scale * jnp.clip(one - along / jnp.where(curvature > 0, curvature, one), 0.5, 2.0), bits)
+    moved = _rounded(
+        scale * jnp.clip(one - along / jnp.where(curvature > 0, curvature, one), 0.5, 2.0), bits
+    )
     step = moved / scale - one
     return jnp.where(step * (2 * along + step * curvature) < 0, moved, scale)

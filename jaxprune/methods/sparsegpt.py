@@ -1,17 +1,20 @@
-r"""SparseGPT: inputs are pruned one after another, and each error is spread over the inputs still to come.
+r"""SparseGPT: inputs are pruned one after another, and each error is spread over the inputs still
+to come.
 
-With H = XᵀX, damped, and R the upper Cholesky factor of H⁻¹ = RᵀR, inputs are visited in order. Pruning input j of
-an output leaves the error e = (w_j − m_j·w_j)/R_jj, which the later inputs make good: w_k −= R_jk·e. Inputs come in
-blocks: within one the later inputs are updated at once, behind it in one product. A block's mask is selected as it
-is entered, by w_j²/R²_jj (the loss of removing a weight on its own), over all outputs together; N:M patterns select
-each group as it is entered. Weights of inputs already visited are final.
+With H = XᵀX, damped, and R the upper Cholesky factor of H⁻¹ = RᵀR, inputs are visited in order.
+Pruning input j of an output leaves the error e = (w_j − m_j·w_j)/R_jj, which the later inputs make
+good: w_k −= R_jk·e. Inputs come in blocks: within one the later inputs are updated at once, behind
+it in one product. A block's mask is selected as it is entered, by w_j²/R²_jj (the loss of removing
+a weight on its own), over all outputs together; N:M patterns select each group as it is entered.
+Weights of inputs already visited are final.
 
-The factor 2/N of the published H cancels in R_jk/R_jj and in the order of scores, and is left out; the diagonal that a
-dead input (H_jj = 0) gets is the mean one instead of 1, so that nothing depends on the unit of the activations.
+The factor 2/N of the published H cancels in R_jk/R_jj and in the order of scores, and is left out;
+the diagonal that a dead input (H_jj = 0) gets is the mean one instead of 1, so that nothing depends
+on the unit of the activations.
 
 References:
-    Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", ICML 2023 (arXiv
-    2301.00774), Algorithm 1.
+    Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
+    ICML 2023 (arXiv 2301.00774), Algorithm 1.
 """
 
 import dataclasses
@@ -46,7 +49,8 @@ class Prepared(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SparseGPT:
-    """Prunes input by input and lets later inputs make good the error; with a given mask it only updates."""
+    """Prunes input by input and lets later inputs make good the error; with a given mask it only
+    updates."""
 
     block: int = 128
     """Inputs whose mask is selected at once (N:M patterns: the nearest multiple of M below)."""
@@ -84,21 +88,30 @@ def _prepare(gram: Gram, damping: Scalar) -> Prepared:
     mean = jnp.mean(jnp.diagonal(gram))
     mean = jnp.where(mean > 0, mean, jnp.ones_like(mean))
     damped = add_ridge(gram, damping) + jnp.diag(jnp.where(alive, jnp.zeros_like(mean), mean))
-    # H = UUᵀ with U upper triangular is the Cholesky factorization of H turned end for end; then R = U⁻¹.
+    # H = UUᵀ with U upper triangular is the Cholesky factorization of H turned end for end; then R
+    # = U⁻¹.
     upper = jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
     return Prepared(solve_triangular(upper, jnp.eye(len(gram), dtype=gram.dtype)), alive)
 
 
 @partial(jax.jit, static_argnames=("block", "group"))
-def _solve(prepared: Prepared, weight: Kernel, select: Selector | Mask, block: int, group: int) -> Solution:
+def _solve(
+    prepared: Prepared, weight: Kernel, select: Selector | Mask, block: int, group: int
+) -> Solution:
     """Visits the inputs block by block, under a given mask or under one selected group by group."""
     n, m = weight.shape
     padding = -n % block
     weight = masked(jnp.broadcast_to(prepared.alive[:, None], weight.shape), weight)
     weight = jnp.pad(weight, ((0, padding), (0, 0)))
     # Padded inputs have R_jj = 1 and nothing else: they neither receive errors nor cause any.
-    factor = jnp.pad(prepared.factor, (0, padding)) + jnp.diag((jnp.arange(n + padding) >= n).astype(weight.dtype))
-    mask = jnp.zeros(weight.shape, bool) if isinstance(select, Selector) else jnp.pad(select, ((0, padding), (0, 0)))
+    factor = jnp.pad(prepared.factor, (0, padding)) + jnp.diag(
+        (jnp.arange(n + padding) >= n).astype(weight.dtype)
+    )
+    mask = (
+        jnp.zeros(weight.shape, bool)
+        if isinstance(select, Selector)
+        else jnp.pad(select, ((0, padding), (0, 0)))
+    )
     within = jnp.arange(block, dtype=jnp.int32)
 
     def visit_block(number: int | Array, state: tuple[Kernel, Mask]) -> tuple[Kernel, Mask]:
@@ -107,18 +120,24 @@ def _solve(prepared: Prepared, weight: Kernel, select: Selector | Mask, block: i
         rows = lax.dynamic_slice_in_dim(factor, start, block)
         square = lax.dynamic_slice_in_dim(rows, start, block, axis=1)
 
-        def visit_group(index: int | Array, state: tuple[Kernel, Mask, Kernel]) -> tuple[Kernel, Mask, Kernel]:
+        def visit_group(
+            index: int | Array, state: tuple[Kernel, Mask, Kernel]
+        ) -> tuple[Kernel, Mask, Kernel]:
             values, mask, errors = state
             if isinstance(select, Selector):
                 chosen = lax.dynamic_slice_in_dim(values, index * group, group)
                 roots = lax.dynamic_slice_in_dim(jnp.diagonal(square), index * group, group)
                 real = start + index * group + jnp.arange(group, dtype=jnp.int32) < n
-                scores = jnp.where(real[:, None], jnp.abs(chosen / roots[:, None]), jnp.full_like(chosen, jnp.inf))
+                scores = jnp.where(
+                    real[:, None], jnp.abs(chosen / roots[:, None]), jnp.full_like(chosen, jnp.inf)
+                )
                 mask = lax.dynamic_update_slice_in_dim(
                     mask, select(scores, start // group + index), index * group, axis=0
                 )
 
-            def visit_input(offset: int | Array, state: tuple[Kernel, Kernel]) -> tuple[Kernel, Kernel]:
+            def visit_input(
+                offset: int | Array, state: tuple[Kernel, Kernel]
+            ) -> tuple[Kernel, Kernel]:
                 values, errors = state
                 j = index * group + offset
                 row = lax.dynamic_index_in_dim(square, j, keepdims=False)

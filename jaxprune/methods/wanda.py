@@ -1,7 +1,8 @@
 """Wanda: the smallest |W_ij|·‖X_i‖₂ of each output go, the rest stay as they are.
 
 References:
-    Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024 (arXiv 2306.11695).
+    Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024
+    (arXiv 2306.11695).
 """
 
 import dataclasses
@@ -28,13 +29,16 @@ class Wanda:
         """Returns the norms ‖X_i‖₂ of the inputs."""
         return jnp.sqrt(jnp.diagonal(gram))
 
-    def solve(self, prepared: Float[Array, "n"], weight: Kernel, pattern: Pattern | Mask) -> Solution:
+    def solve(
+        self, prepared: Float[Array, "n"], weight: Kernel, pattern: Pattern | Mask
+    ) -> Solution:
         mask = select(prepared, weight, pattern) if isinstance(pattern, Pattern) else pattern
         return Solution(masked(mask, weight), mask, {})
 
 
 def select(norms: Float[Array, "n"], weight: Kernel, pattern: Pattern) -> Mask:
-    """Returns Wanda's mask of one kernel; methods that only update select so where no mask is given."""
+    """Returns Wanda's mask of one kernel; methods that only update select so where no mask is
+    given."""
     return _select(norms, weight, pattern.selector(weight.shape))
 
 

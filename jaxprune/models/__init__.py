@@ -1,14 +1,17 @@
-"""Model families, one a file, named as Hugging Face's `model_type`. A family knows names and shapes.
+"""Model families, one a file, named as Hugging Face's `model_type`. A family knows names and
+shapes.
 
 A family file exposes
 
-- `Config` with `from_hf(hf_config, dtype)`, a frozen dataclass with at least `kinds` (one for each layer, hashable:
-  layers of one kind share a module and its compiled programs), `vocab_size`, `max_positions` (of a window; None: no
-  limit) and `dtype` (of the computation);
-- the flax.nnx modules `Embed` and `Head`, made from `(config, rngs)`, and `DecoderLayer`, made from `(config, kind,
-  rngs)`, with attributes named as in the checkpoint. The embedding and the layer take a `Layout` or None beside tokens
-  and hidden states; the layer returns its output and its taps;
-- `inputs(config, kind)`, the linear layers to prune: the name of a tap -> the linear layers whose input it is.
+- `Config` with `from_hf(hf_config, dtype)`, a frozen dataclass with at least `kinds` (one for each
+  layer, hashable: layers of one kind share a module and its compiled programs), `vocab_size`,
+  `max_positions` (of a window; None: no limit) and `dtype` (of the computation);
+- the flax.nnx modules `Embed` and `Head`, made from `(config, rngs)`, and `DecoderLayer`, made from
+  `(config, kind, rngs)`, with attributes named as in the checkpoint. The embedding and the layer
+  take a `Layout` or None beside tokens and hidden states; the layer returns its output and its
+  taps;
+- `inputs(config, kind)`, the linear layers to prune: the name of a tap -> the linear layers whose
+  input it is.
 
 `configuration`, `activations`, `decoder` and `experts` hold what most families share.
 """
@@ -82,7 +85,9 @@ class Architecture:
         self.embed, self.head = part(family.Embed), part(family.Head)
         kinds = {kind: layer(kind) for kind in dict.fromkeys(config.kinds)}
         self.layers = tuple(kinds[kind] for kind in config.kinds)
-        self.width: int = jax.eval_shape(self.embed, self.embed.spec, jnp.zeros((1, 1), jnp.int32)).shape[-1]
+        self.width: int = jax.eval_shape(
+            self.embed, self.embed.spec, jnp.zeros((1, 1), jnp.int32)
+        ).shape[-1]
         self.state_bytes = self.width * jax.numpy.dtype(config.dtype).itemsize
         self.spec: Spec = dict(self.embed.spec)
         for index, one in enumerate(self.layers):
@@ -109,42 +114,54 @@ class Architecture:
     def routed(self, **changes: Any) -> "Architecture":
         """Returns the same with other values of its `Routing`."""
         config, routing = self.config, self.config.routing
-        return build(self._name, dataclasses.replace(config, routing=dataclasses.replace(routing, **changes)))
+        return build(
+            self._name, dataclasses.replace(config, routing=dataclasses.replace(routing, **changes))
+        )
 
     def require_length(self, length: int) -> None:
         """Raises InputError for windows that are longer than the model was made for."""
         most = self.config.max_positions
         if most is not None and length > most:
-            raise InputError(f"windows of {length} tokens are longer than the model's {most} positions; shorten them")
+            raise InputError(
+                f"windows of {length} tokens are longer than the model's {most} positions; shorten "
+                "them"
+            )
 
 
 @functools.cache
 def build(family: str, config: Any) -> Architecture:
-    """Builds the architecture of a family, once a configuration, so that its compiled functions are found again."""
+    """Builds the architecture of a family, once a configuration, so that its compiled functions are
+    found again."""
     return Architecture(family, config)
 
 
 def architecture_of(
-    assets: Path, dtype: DTypeLike | None, spec: Spec | None = None, changes: Mapping[str, Any] = MappingProxyType({})
+    assets: Path,
+    dtype: DTypeLike | None,
+    spec: Spec | None = None,
+    changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> Architecture:
-    """Returns the architecture that config.json describes, once the checkpoint's tensors are known to fit.
+    """Returns the architecture that config.json describes, once the checkpoint's tensors are known
+    to fit.
 
     Args:
         assets: the folder of config.json.
-        dtype: the dtype of the computation. None: float32 on CPU, the kernels' stored dtype elsewhere; it must be given
-            where there is no `spec`.
+        dtype: the dtype of the computation. None: float32 on CPU, the kernels' stored dtype
+            elsewhere; it must be given where there is no `spec`.
         spec: the shapes and dtypes of the checkpoint; None: there is only a configuration.
         changes: entries of config.json that are taken to have other values.
 
     Raises:
-        InputError: an unknown architecture, something in it that is not implemented, or tensors that do not
-            fit; all of them in one message.
+        InputError: an unknown architecture, something in it that is not implemented, or tensors
+            that do not fit; all of them in one message.
     """
     model_type = read_config(assets)["model_type"]
     known = plugins.names(sys.modules[__name__])
     if model_type not in known:
         page = "docs/extending/family.md says how to add one"
-        raise InputError(f"model type {model_type!r} is not supported; supported: {', '.join(known)}; {page}")
+        raise InputError(
+            f"model type {model_type!r} is not supported; supported: {', '.join(known)}; {page}"
+        )
     family = plugins.load(sys.modules[__name__], model_type)
     if dtype is None:
         assert spec is not None
@@ -176,6 +193,7 @@ def _check(found: Spec, wanted: Spec, folder: Path) -> None:
     ]
     if problems:
         raise InputError(
-            f"the checkpoint does not fit its config.json (kernels shown as [in, out]): {joined(problems, most=20)}",
+            "the checkpoint does not fit its config.json (kernels shown as [in, out]): "
+            f"{joined(problems, most=20)}",
             file=folder,
         )

@@ -26,7 +26,8 @@ def require_activation(name: str | None) -> None:
 
 
 def gated(activation: str, gate: Float[Array, "*s"], up: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """Returns activation(gate)·up, computed in float32 at least; its gradient keeps these two arrays alone."""
+    """Returns activation(gate)·up, computed in float32 at least; its gradient keeps these two
+    arrays alone."""
     dtype = np.promote_types(gate.dtype, np.float32)
 
     def product(gate: Array, up: Array) -> Array:

@@ -1,8 +1,9 @@
-"""Apertus: LLaMA with normalized queries and keys, and a feed-forward network without a gate, whose activation has
-weights of its own (Hugging Face's ApertusForCausalLM).
+"""Apertus: LLaMA with normalized queries and keys, and a feed-forward network without a gate, whose
+activation has weights of its own (Hugging Face's ApertusForCausalLM).
 
 References:
-    Swiss AI Initiative, "Apertus" (arXiv 2509.14233); the activation: Huang and Schlag (arXiv 2411.13010).
+    Swiss AI Initiative, "Apertus" (arXiv 2509.14233); the activation: Huang and Schlag (arXiv
+    2411.13010).
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,16 @@ from jaxtyping import Array, DTypeLike, Float
 
 from jaxprune.models import configuration
 from jaxprune.models.configuration import Kind
-from jaxprune.models.decoder import ATTENTION_INPUTS, Attention, Embed, Head, RMSNorm, Taps, in_turn, linear
+from jaxprune.models.decoder import (
+    ATTENTION_INPUTS,
+    Attention,
+    Embed,
+    Head,
+    RMSNorm,
+    Taps,
+    in_turn,
+    linear,
+)
 from jaxprune.models.layout import Layout
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
@@ -43,7 +53,8 @@ def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
 
 
 class XIELU(nnx.Module):
-    """An activation: quadratic above zero, exponential below, in float32 whatever the dtype around it."""
+    """An activation: quadratic above zero, exponential below, in float32 whatever the dtype around
+    it."""
 
     def __init__(self) -> None:
         self.alpha_p, self.alpha_n = nnx.Param(jnp.zeros((1,))), nnx.Param(jnp.zeros((1,)))
@@ -82,6 +93,8 @@ class DecoderLayer(nnx.Module):
         self.feedforward_layernorm = RMSNorm(config, rngs)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x: Float[Array, "b t d"], layout: Layout | None = None) -> tuple[Float[Array, "b t d"], Taps]:
+    def __call__(
+        self, x: Float[Array, "b t d"], layout: Layout | None = None
+    ) -> tuple[Float[Array, "b t d"], Taps]:
         before = self.attention_layernorm, self.feedforward_layernorm
         return in_turn(x, layout, self.self_attn, self.mlp, before=before)

@@ -1,11 +1,13 @@
 """The way of tokens to the experts that they take, and back, and products with experts' kernels.
 
-The choices of all tokens, sorted by expert, lie in blocks of rows that belong to one expert each, so that shapes do not
-depend on the routing, every choice has its row, and products cost what their rows cost: at most one block an expert is
-not full. Both ways are gathers, and so are their gradients: no sum depends on the order of threads.
+The choices of all tokens, sorted by expert, lie in blocks of rows that belong to one expert each,
+so that shapes do not depend on the routing, every choice has its row, and products cost what their
+rows cost: at most one block an expert is not full. Both ways are gathers, and so are their
+gradients: no sum depends on the order of threads.
 
-On several devices each has its tokens, and the kernels of its experts. Tokens stay; kernels go around, from each device
-to its neighbour, and each multiplies its blocks with those that it holds at a time.
+On several devices each has its tokens, and the kernels of its experts. Tokens stay; kernels go
+around, from each device to its neighbour, and each multiplies its blocks with those that it holds
+at a time.
 
 References:
     Gale et al., "MegaBlocks" (arXiv 2211.15841), for products by blocks.
@@ -35,10 +37,12 @@ Product = Callable[[Array, Array], Array]
 class Plan(NamedTuple):
     """Which rows the choices of T tokens, k each, have in N blocks of B rows.
 
-    On several devices, each has a plan of its own tokens, and its numbers are its own; experts' are not.
+    On several devices, each has a plan of its own tokens, and its numbers are its own; experts' are
+    not.
 
     Attributes:
-        owner: the expert of each block; of those that are empty, behind all others, as many as there are experts.
+        owner: the expert of each block; of those that are empty, behind all others, as many as
+            there are experts.
         choice: of each row, token·k + number of its choice; `EMPTY` where a row is empty.
         row: of each choice.
     """
@@ -48,7 +52,9 @@ class Plan(NamedTuple):
     row: Int[Array, "T k"]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("x", "plan", "share"), meta_fields=("mesh",))
+@partial(
+    jax.tree_util.register_dataclass, data_fields=("x", "plan", "share"), meta_fields=("mesh",)
+)
 @dataclasses.dataclass(frozen=True)
 class Routed:
     """A tap of experts: what their linear layers read.
@@ -74,11 +80,15 @@ class Routed:
         return self._of_rows(jnp.broadcast_to(values.reshape(-1, 1), self.plan.row.shape))
 
     def _of_rows(self, values: Float[Array, "T k"]) -> Float[Array, "N B"]:
-        return on_each(self.mesh, lambda values, choice: filled(values.reshape(-1), choice))(values, self.plan.choice)
+        return on_each(self.mesh, lambda values, choice: filled(values.reshape(-1), choice))(
+            values, self.plan.choice
+        )
 
     def sum_of_rows(self, values: Float[Array, "N B"]) -> Float[Array, "T"]:
         """Returns each token's sum of values of its rows."""
-        return on_each(self.mesh, lambda values, row: jnp.sum(values.reshape(-1)[row], axis=1))(values, self.plan.row)
+        return on_each(self.mesh, lambda values, row: jnp.sum(values.reshape(-1)[row], axis=1))(
+            values, self.plan.row
+        )
 
     def by_expert(self, values: Float[Array, "N m"], experts: int) -> Float[Array, "e m"]:
         """Returns each expert's sum of values of its blocks."""
@@ -91,7 +101,8 @@ class Routed:
 
 
 def on_each(mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function that does the same on every device with its part of each array's first axis."""
+    """Returns a function that does the same on every device with its part of each array's first
+    axis."""
     if mesh is None:
         return function
     spec = PartitionSpec(AXIS)
@@ -109,16 +120,26 @@ def _plan(chosen: Int[Array, "T k"], experts: int) -> Plan:
     size = block_size(count, experts)
     of_choice = chosen.reshape(-1).astype(jnp.int32)
     order = jnp.argsort(of_choice, stable=True).astype(jnp.int32)
-    sizes = jnp.sum(of_choice[None, :] == jnp.arange(experts, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
+    sizes = jnp.sum(
+        of_choice[None, :] == jnp.arange(experts, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32
+    )
     blocks = (sizes + jnp.int32(size - 1)) // jnp.int32(size)
     first, start = _before(blocks), _before(sizes)  # block and position of each expert's first row
     numbers = jnp.arange(count // size + experts, dtype=jnp.int32)
     owner = jnp.sum(first[None, 1:] <= numbers[:, None], axis=1, dtype=jnp.int32)
     owner = jnp.where(numbers < first[-1] + blocks[-1], owner, jnp.int32(experts))
-    within = (numbers - first[owner])[:, None] * jnp.int32(size) + jnp.arange(size, dtype=jnp.int32)[None, :]
-    position = jnp.where(within < filled(sizes, owner)[:, None], start[owner][:, None] + within, jnp.int32(count))
+    within = (numbers - first[owner])[:, None] * jnp.int32(size) + jnp.arange(
+        size, dtype=jnp.int32
+    )[None, :]
+    position = jnp.where(
+        within < filled(sizes, owner)[:, None], start[owner][:, None] + within, jnp.int32(count)
+    )
     choice = filled(order, position, EMPTY)
-    rank = jnp.zeros(count, jnp.int32).at[order].set(jnp.arange(count, dtype=jnp.int32), unique_indices=True)
+    rank = (
+        jnp.zeros(count, jnp.int32)
+        .at[order]
+        .set(jnp.arange(count, dtype=jnp.int32), unique_indices=True)
+    )
     row = first[of_choice] * jnp.int32(size) + rank - start[of_choice]
     return Plan(owner, choice, row.reshape(tokens, k))
 
@@ -196,21 +217,31 @@ def grouped(
         mesh: the devices that blocks and experts are spread over; None: one.
     """
     product = partial(_forward, precision=precision)
-    return on_each(mesh, partial(_products if mesh is None else _ring_products, product=product))(rows, kernels, owner)
+    return on_each(mesh, partial(_products if mesh is None else _ring_products, product=product))(
+        rows, kernels, owner
+    )
 
 
-def _forward(x: Float[Array, "B n"], kernel: Float[Array, "n m"], precision: Any) -> Float[Array, "B m"]:
+def _forward(
+    x: Float[Array, "B n"], kernel: Float[Array, "n m"], precision: Any
+) -> Float[Array, "B m"]:
     return jnp.matmul(x, kernel.astype(x.dtype), precision=precision)
 
 
-def _backward(gradient: Float[Array, "B m"], kernel: Float[Array, "n m"], precision: Any) -> Float[Array, "B n"]:
+def _backward(
+    gradient: Float[Array, "B m"], kernel: Float[Array, "n m"], precision: Any
+) -> Float[Array, "B n"]:
     return jnp.matmul(gradient, kernel.astype(gradient.dtype).T, precision=precision)
 
 
 def _products(
-    rows: Float[Array, "N B n"], kernels: Float[Array, "e _ _"], owner: Int[Array, "N"], product: Product
+    rows: Float[Array, "N B n"],
+    kernels: Float[Array, "e _ _"],
+    owner: Int[Array, "N"],
+    product: Product,
 ) -> Float[Array, "N B m"]:
-    """Returns the products of blocks with their experts' kernels; empty blocks are not multiplied."""
+    """Returns the products of blocks with their experts' kernels; empty blocks are not
+    multiplied."""
 
     def one(block: tuple[Array, Array]) -> Array:
         x, expert = block
@@ -219,13 +250,18 @@ def _products(
             return product(x, lax.dynamic_index_in_dim(kernels, expert, keepdims=False))
 
         shape = jax.eval_shape(multiplied)
-        return lax.cond(expert < len(kernels), multiplied, lambda: jnp.zeros(shape.shape, shape.dtype))
+        return lax.cond(
+            expert < len(kernels), multiplied, lambda: jnp.zeros(shape.shape, shape.dtype)
+        )
 
     return lax.map(one, (rows, owner))
 
 
 def _ring_products(
-    rows: Float[Array, "N B n"], kernels: Float[Array, "e _ _"], owner: Int[Array, "N"], product: Product
+    rows: Float[Array, "N B n"],
+    kernels: Float[Array, "e _ _"],
+    owner: Int[Array, "N"],
+    product: Product,
 ) -> Float[Array, "N B m"]:
     """Returns the same on each of several devices, which holds the kernels of some experts."""
     shape = jax.eval_shape(lambda: product(rows[0], kernels[0]))
@@ -270,8 +306,12 @@ def _range(owner: Int[Array, "N"], first: Array, count: int) -> tuple[Array, Arr
     return jnp.sum(before, dtype=jnp.int32), jnp.sum(up_to, dtype=jnp.int32)
 
 
-def _add_product(total: Float[Array, "n m"], x: Array, gradient: Array, precision: Any) -> Float[Array, "n m"]:
-    return total + jnp.matmul(x.T, gradient, precision=precision, preferred_element_type=total.dtype)
+def _add_product(
+    total: Float[Array, "n m"], x: Array, gradient: Array, precision: Any
+) -> Float[Array, "n m"]:
+    return total + jnp.matmul(
+        x.T, gradient, precision=precision, preferred_element_type=total.dtype
+    )
 
 
 def _of_kernels(
@@ -285,7 +325,9 @@ def _of_kernels(
 
     def add(total: Array, block: tuple[Array, Array, Array]) -> tuple[Array, None]:
         x, g, expert = block
-        added = _add_product(lax.dynamic_index_in_dim(total, expert, keepdims=False), x, g, precision)
+        added = _add_product(
+            lax.dynamic_index_in_dim(total, expert, keepdims=False), x, g, precision
+        )
         return lax.dynamic_update_index_in_dim(total, added, expert, axis=0), None
 
     return lax.scan(add, jnp.zeros(kernels.shape, kernels.dtype), (rows, gradient, owner))[0]
@@ -312,12 +354,19 @@ def _ring_of_kernels(
 
 
 def _grouped_backward(
-    precision: Any, mesh: Mesh | None, kept: tuple[Array, Array, Array], gradient: Float[Array, "N B m"]
+    precision: Any,
+    mesh: Mesh | None,
+    kept: tuple[Array, Array, Array],
+    gradient: Float[Array, "N B m"],
 ) -> tuple[Array, Array, None]:
-    """Returns the gradients by rows and by kernels, in loops of their own: of two, one is often not needed."""
+    """Returns the gradients by rows and by kernels, in loops of their own: of two, one is often not
+    needed."""
     rows, kernels, owner = kept
     of_kernels = partial(_of_kernels if mesh is None else _ring_of_kernels, precision=precision)
-    products = partial(_products if mesh is None else _ring_products, product=partial(_backward, precision=precision))
+    products = partial(
+        _products if mesh is None else _ring_products,
+        product=partial(_backward, precision=precision),
+    )
     total = on_each(mesh, of_kernels)(rows, gradient, kernels, owner)
     return on_each(mesh, products)(gradient, kernels, owner), total, None
 

@@ -1,5 +1,5 @@
-"""Command R7B and its kin: attention and feed-forward network side by side, windows in three layers of four, and a
-rotation in these only (Hugging Face's Cohere2ForCausalLM).
+"""Command R7B and its kin: attention and feed-forward network side by side, windows in three layers
+of four, and a rotation in these only (Hugging Face's Cohere2ForCausalLM).
 
 References:
     Cohere, "Command A" (arXiv 2504.00698).
@@ -34,13 +34,28 @@ class Config(configuration.Config):
         """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
         read = configuration.entries(Entries, hf)
         rope = configuration.rope_of(read, interleaved=True)
-        return cls.of(read, dtype, rope=lambda kind: rope if kind == SLIDING else None, logit_scale=read.logit_scale)
+        return cls.of(
+            read,
+            dtype,
+            rope=lambda kind: rope if kind == SLIDING else None,
+            logit_scale=read.logit_scale,
+        )
 
 
 def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
     """Returns the linear layers to prune: tap -> those that read it."""
-    reading = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"
-    return {"input": reading, "attention_output": ("self_attn.o_proj",), "mlp_hidden": ("mlp.down_proj",)}
+    reading = (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+    )
+    return {
+        "input": reading,
+        "attention_output": ("self_attn.o_proj",),
+        "mlp_hidden": ("mlp.down_proj",),
+    }
 
 
 class DecoderLayer(nnx.Module):
@@ -51,7 +66,9 @@ class DecoderLayer(nnx.Module):
         self.self_attn = Attention(config, kind, rngs)
         self.mlp = GatedMLP(config, rngs)
 
-    def __call__(self, x: Float[Array, "b t d"], layout: Layout | None = None) -> tuple[Float[Array, "b t d"], Taps]:
+    def __call__(
+        self, x: Float[Array, "b t d"], layout: Layout | None = None
+    ) -> tuple[Float[Array, "b t d"], Taps]:
         y = self.input_layernorm(x)
         attended, attention_output = self.self_attn(y, layout)
         fed, own = self.mlp(y)

@@ -42,8 +42,8 @@ class Entries(Schema):
 
 
 class LayerEntries(Entries):
-    """The same, and the types of layers, of families that heed them: others pass over that entry, as transformers
-    does."""
+    """The same, and the types of layers, of families that heed them: others pass over that entry,
+    as transformers does."""
 
     layer_types: list[str] | None = None
 
@@ -91,7 +91,8 @@ class Routing:
         size: the hidden features of an expert.
         normalized: whether the shares of the experts that a token takes are made to sum to 1.
         shared: the hidden features of the expert that all tokens take; 0: there is none.
-        one_by_one: whether each expert has a share of its own, by the logistic function, and not all of them one.
+        one_by_one: whether each expert has a share of its own, by the logistic function, and not
+            all of them one.
         scale: factor of the shares.
         route_all: whether taps hold every token for every expert, whatever the router chooses.
         mesh: the devices that experts and windows are spread over; None: one.
@@ -118,10 +119,11 @@ class Config:
         qkv_bias, output_bias, mlp_bias: whether those linear layers have one.
         qk_norm: over what queries and keys are normalized: each head, all heads together, or None.
         attention_scale: of the scores; None: 1/√head_dim.
-        attention_softcap, logit_softcap: c of c·tanh(x/c), for scores and logits; None: they are taken as they are.
+        attention_softcap, logit_softcap: c of c·tanh(x/c), for scores and logits; None: they are
+            taken as they are.
         sinks: whether each head has the score of a token that is not there.
-        embedding_scale, residual_scale, logit_scale: factors of the embedding, of what is added to the hidden states,
-            and of the logits.
+        embedding_scale, residual_scale, logit_scale: factors of the embedding, of what is added to
+            the hidden states, and of the logits.
         norm_offset: what is added to a norm's weight.
         routing: how tokens are sent to experts; None: there are none.
         dtype: the dtype of the computation; parameters may be stored in another.
@@ -197,7 +199,9 @@ class Config:
             raise InputError("rms_norm_eps is missing in the model's configuration")
         kv_heads = hf.num_key_value_heads or hf.num_attention_heads
         if hf.num_attention_heads % kv_heads:
-            raise InputError(f"{hf.num_attention_heads} attention heads cannot share {kv_heads} key-value heads")
+            raise InputError(
+                f"{hf.num_attention_heads} attention heads cannot share {kv_heads} key-value heads"
+            )
         every = None if rope else rope_of(hf)
         kinds = layer_kinds(hf, rope or (lambda _: every))
         stretches = any(kind.rope is not None and kind.rope.stretches for kind in kinds)
@@ -231,7 +235,10 @@ def head_size(hf: Entries) -> int:
     """
     size, rest = divmod(hf.hidden_size, hf.num_attention_heads)
     if hf.head_dim is None and (rest or size % 2):
-        raise InputError(f"{hf.hidden_size} features cannot be split into {hf.num_attention_heads} heads of even size")
+        raise InputError(
+            f"{hf.hidden_size} features cannot be split into {hf.num_attention_heads} heads of "
+            "even size"
+        )
     return hf.head_dim or size
 
 
@@ -242,14 +249,20 @@ def with_window(config: C, window: int | None) -> C:
 
 
 def with_experts(config: C, routing: Routing, dense: Collection[int] = ()) -> C:
-    """Returns the configuration with experts in all layers but some, which are given by their indices.
+    """Returns the configuration with experts in all layers but some, which are given by their
+    indices.
 
     Raises:
         InputError: a token takes more experts than there are.
     """
     if routing.per_token > routing.experts:
-        raise InputError(f"num_experts_per_tok is {routing.per_token}, but there are {routing.experts} experts")
-    kinds = (dataclasses.replace(kind, experts=index not in dense) for index, kind in enumerate(config.kinds))
+        raise InputError(
+            f"num_experts_per_tok is {routing.per_token}, but there are {routing.experts} experts"
+        )
+    kinds = (
+        dataclasses.replace(kind, experts=index not in dense)
+        for index, kind in enumerate(config.kinds)
+    )
     return dataclasses.replace(config, kinds=tuple(kinds), routing=routing)
 
 
@@ -269,7 +282,9 @@ def layer_kinds(hf: Entries, rope: Callable[[str], Rope | None]) -> tuple[Kind, 
     if unknown := sorted({*types} - {FULL, SLIDING}):
         raise InputError(f"layer type {unknown[0]!r} is not implemented; {FULL} and {SLIDING} are")
     if SLIDING in types and not hf.sliding_window:
-        raise InputError(f"layers of type {SLIDING} need sliding_window in the model's configuration")
+        raise InputError(
+            f"layers of type {SLIDING} need sliding_window in the model's configuration"
+        )
     return tuple(Kind(rope(one), hf.sliding_window if one == SLIDING else None) for one in types)
 
 

@@ -1,10 +1,11 @@
 """What most decoders share: norms, attention, feed-forward networks, embedding and head.
 
-A family composes these and says where it differs. Attributes of modules carry Hugging Face's names, so that a
-parameter's path is its name in a checkpoint.
+A family composes these and says where it differs. Attributes of modules carry Hugging Face's names,
+so that a parameter's path is its name in a checkpoint.
 
 References:
-    Touvron et al., arXiv 2302.13971 and 2307.09288; grouped-query attention: Ainslie et al., arXiv 2305.13245.
+    Touvron et al., arXiv 2302.13971 and 2307.09288; grouped-query attention: Ainslie et al., arXiv
+    2305.13245.
 """
 
 from collections.abc import Callable, Mapping
@@ -56,13 +57,19 @@ class LayerNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...].astype(jnp.float32)[None, None, :]
+        y = (
+            centred
+            * jax.lax.rsqrt(variance + self.epsilon)
+            * self.scale[...].astype(jnp.float32)[None, None, :]
+        )
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)[None, None, :]
         return y.astype(x.dtype)
 
 
-def linear(config: Config, n_in: int, n_out: int, rngs: nnx.Rngs, *, bias: bool = False) -> nnx.Linear:
+def linear(
+    config: Config, n_in: int, n_out: int, rngs: nnx.Rngs, *, bias: bool = False
+) -> nnx.Linear:
     """Makes a linear layer that computes in the configuration's dtype."""
     return nnx.Linear(
         n_in,
@@ -76,7 +83,13 @@ def linear(config: Config, n_in: int, n_out: int, rngs: nnx.Rngs, *, bias: bool 
 
 
 def fused(
-    config: Config, n_in: int, sections: Mapping[str, int], rngs: nnx.Rngs, *, repeats: int = 1, bias: bool = False
+    config: Config,
+    n_in: int,
+    sections: Mapping[str, int],
+    rngs: nnx.Rngs,
+    *,
+    repeats: int = 1,
+    bias: bool = False,
 ) -> nnx.Linear:
     """Makes a linear layer that is several side by side.
 
@@ -85,7 +98,8 @@ def fused(
         n_in: the inputs.
         sections: name -> outputs of each.
         rngs: for the parameters' values.
-        repeats: how many times the sections come, one after the other, as where a head's lie together.
+        repeats: how many times the sections come, one after the other, as where a head's lie
+            together.
         bias: whether it has one.
     """
     module = linear(config, n_in, repeats * sum(sections.values()), rngs, bias=bias)
@@ -103,9 +117,15 @@ class Attention(nnx.Module):
         self.v_proj = linear(config, config.hidden_size, kv_width, rngs, bias=config.qkv_bias)
         self.o_proj = linear(config, width, config.hidden_size, rngs, bias=config.output_bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(config, rngs, width if config.qk_norm == "all" else config.head_dim)
-            self.k_norm = RMSNorm(config, rngs, kv_width if config.qk_norm == "all" else config.head_dim)
-        self.sinks = nnx.Param(jnp.zeros((config.num_heads,), jnp.float32)) if config.sinks else None
+            self.q_norm = RMSNorm(
+                config, rngs, width if config.qk_norm == "all" else config.head_dim
+            )
+            self.k_norm = RMSNorm(
+                config, rngs, kv_width if config.qk_norm == "all" else config.head_dim
+            )
+        self.sinks = (
+            nnx.Param(jnp.zeros((config.num_heads,), jnp.float32)) if config.sinks else None
+        )
         self.config, self.kind = config, kind
 
     def __call__(
@@ -134,7 +154,8 @@ def attend(
     layout: Layout | None,
     sinks: Float[Array, "h"] | None = None,
 ) -> Float[Array, "b t _"]:
-    """Rotates queries and keys as the kind of layer wants, and attends; returns the heads side by side."""
+    """Rotates queries and keys as the kind of layer wants, and attends; returns the heads side by
+    side."""
     if kind.rope is not None:
         where = (layout.positions, layout.capacity) if layout else ()
         query, key = kind.rope.rotate(query, *where), kind.rope.rotate(key, *where)
@@ -189,10 +210,15 @@ ATTENTION_INPUTS: Mapping[str, tuple[str, ...]] = {
 
 
 def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
-    """Returns the linear layers of `Attention`, and of `GatedMLP` or `SparseMLP`: tap -> those that read it."""
+    """Returns the linear layers of `Attention`, and of `GatedMLP` or `SparseMLP`: tap -> those that
+    read it."""
     if kind.experts:
         return {**ATTENTION_INPUTS, **EXPERT_INPUTS}
-    return {**ATTENTION_INPUTS, "mlp_input": ("mlp.gate_proj", "mlp.up_proj"), "mlp_hidden": ("mlp.down_proj",)}
+    return {
+        **ATTENTION_INPUTS,
+        "mlp_input": ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp_hidden": ("mlp.down_proj",),
+    }
 
 
 def same(x: Array) -> Array:
@@ -229,12 +255,17 @@ def in_turn(
     before_attention, x = x, x + after[0](y)
     mlp_input = before[1](before_attention if parallel else x)
     y, own = mlp(mlp_input)
-    taps = {"attention_input": attention_input, "attention_output": attention_output, "mlp_input": mlp_input}
+    taps = {
+        "attention_input": attention_input,
+        "attention_output": attention_output,
+        "mlp_input": mlp_input,
+    }
     return x + after[1](y), taps | own
 
 
 class DecoderLayer(nnx.Module):
-    """LLaMA's layer: a norm before the attention, and one before the feed-forward network, or the experts.
+    """LLaMA's layer: a norm before the attention, and one before the feed-forward network, or the
+    experts.
 
     A family whose layer has other modules in their places names their classes.
     """
@@ -250,7 +281,9 @@ class DecoderLayer(nnx.Module):
         self.mlp = (self.experts if kind.experts else self.feed_forward)(config, rngs)
         self.scale = config.residual_scale
 
-    def __call__(self, x: Float[Array, "b t d"], layout: Layout | None = None) -> tuple[Float[Array, "b t d"], Taps]:
+    def __call__(
+        self, x: Float[Array, "b t d"], layout: Layout | None = None
+    ) -> tuple[Float[Array, "b t d"], Taps]:
         def scaled(y: Array) -> Array:
             return y if self.scale == 1 else y * y.dtype.type(self.scale)
 
@@ -262,16 +295,21 @@ class Embed(nnx.Module):
     """Token ids [b, t] -> hidden states [b, t, hidden]."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, dtype=config.dtype, rngs=rngs)
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size, config.hidden_size, dtype=config.dtype, rngs=rngs
+        )
         self.scale = config.embedding_scale
 
-    def __call__(self, tokens: Int[Array, "b t"], layout: Layout | None = None) -> Float[Array, "b t d"]:
+    def __call__(
+        self, tokens: Int[Array, "b t"], layout: Layout | None = None
+    ) -> Float[Array, "b t d"]:
         x = self.embed_tokens(tokens)
         return x if self.scale == 1 else x * jnp.asarray(self.scale, x.dtype)
 
 
 class Head(nnx.Module):
-    """Hidden states [b, t, hidden] -> logits [b, t, vocabulary]; a tied head is the embedding, transposed."""
+    """Hidden states [b, t, hidden] -> logits [b, t, vocabulary]; a tied head is the embedding,
+    transposed."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs, norm: nnx.Module | None = None):
         self.norm = norm or RMSNorm(config, rngs)
@@ -283,7 +321,11 @@ class Head(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         x = self.norm(x)
-        logits = times_embedding(x, self.embed_tokens.embedding[...]) if self.config.tied else self.lm_head(x)
+        logits = (
+            times_embedding(x, self.embed_tokens.embedding[...])
+            if self.config.tied
+            else self.lm_head(x)
+        )
         return scaled_logits(self.config, logits)
 
 

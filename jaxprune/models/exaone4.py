@@ -1,5 +1,5 @@
-"""EXAONE 4: OLMo 2's layers with queries and keys normalized within each head; where some layers attend to a window,
-the others have no rotation (Hugging Face's Exaone4ForCausalLM).
+"""EXAONE 4: OLMo 2's layers with queries and keys normalized within each head; where some layers
+attend to a window, the others have no rotation (Hugging Face's Exaone4ForCausalLM).
 
 References:
     LG AI Research, "EXAONE 4.0" (arXiv 2507.11407).
@@ -25,4 +25,9 @@ class Config(configuration.Config):
         """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
         read = configuration.entries(configuration.LayerEntries, hf)
         every, whole = configuration.rope_of(read), read.sliding_window is None
-        return cls.of(read, dtype, rope=lambda kind: every if whole or kind == SLIDING else None, qk_norm="head")
+        return cls.of(
+            read,
+            dtype,
+            rope=lambda kind: every if whole or kind == SLIDING else None,
+            qk_norm="head",
+        )

@@ -39,9 +39,12 @@ class Rows(NamedTuple):
 
 
 class ExpertLinear(nnx.Module):
-    """A linear layer of each expert, their kernels stacked; of sections where it is several side by side."""
+    """A linear layer of each expert, their kernels stacked; of sections where it is several side by
+    side."""
 
-    def __init__(self, experts: int, n_in: int, n_out: int, *, bias: bool = False, sections: Sections = ()):
+    def __init__(
+        self, experts: int, n_in: int, n_out: int, *, bias: bool = False, sections: Sections = ()
+    ):
         self.sections = sections
         self.kernel = nnx.Param(jnp.zeros((experts, n_in, n_out), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((experts, n_out), jnp.float32)) if bias else None
@@ -52,11 +55,13 @@ class ExpertLinear(nnx.Module):
         if self.bias is None:
             return y
         bias = self.bias[...].astype(y.dtype)[owner][:, None, :]
-        return y + jnp.where((rows.plan.choice < EMPTY)[..., None], bias, jnp.zeros((), y.dtype))  # empty rows stay 0
+        # empty rows stay 0
+        return y + jnp.where((rows.plan.choice < EMPTY)[..., None], bias, jnp.zeros((), y.dtype))
 
 
 class GatedExperts(nnx.Module):
-    """Gated feed-forward networks; returns the outputs of all rows and the input of the last linear layer."""
+    """Gated feed-forward networks; returns the outputs of all rows and the input of the last linear
+    layer."""
 
     def __init__(self, config: Config, names: tuple[str, str, str] = GATED):
         routing = routing_of(config)
@@ -69,7 +74,9 @@ class GatedExperts(nnx.Module):
             setattr(self, name, ExpertLinear(routing.experts, n_in, n_out))
         self.names, self.activation = names, config.activation
 
-    def __call__(self, x: Float[Array, "N B n"], rows: Rows) -> tuple[Float[Array, "N B n"], Float[Array, "N B h"]]:
+    def __call__(
+        self, x: Float[Array, "N B n"], rows: Rows
+    ) -> tuple[Float[Array, "N B n"], Float[Array, "N B h"]]:
         gate, up, down = (getattr(self, name) for name in self.names)
         hidden = gated(self.activation, gate(x, rows), up(x, rows))
         return down(hidden, rows), hidden
@@ -88,18 +95,20 @@ def mixture(
     x: Float[Array, "b t d"],
     correction: Float[Array, "e"] | None = None,
 ) -> tuple[Float[Array, "b t d"], dict[str, Any]]:
-    """Sends each token to the experts that its router chooses, and adds up their outputs by their shares.
+    """Sends each token to the experts that its router chooses, and adds up their outputs by their
+    shares.
 
     Args:
         config: of the model.
         router: hidden states -> a score of each expert.
-        experts: blocks of rows and their experts -> outputs, and the input of the last linear layer.
+        experts: blocks of rows and their experts -> outputs, and the input of the last linear
+            layer.
         x: hidden states.
         correction: what is added to each expert's share where experts are chosen; None: nothing.
 
     Returns:
-        The sum, and the taps: what the router reads, what experts read, the input of their last linear layer, and
-        their outputs.
+        The sum, and the taps: what the router reads, what experts read, the input of their last
+        linear layer, and their outputs.
     """
     routing, tokens = routing_of(config), x.reshape(-1, x.shape[-1])
     scores = router(x).reshape(len(tokens), -1).astype(jnp.float32)
@@ -109,7 +118,11 @@ def mixture(
     else:
         _, chosen = lax.top_k(shares + correction.astype(shares.dtype)[None, :], routing.per_token)
         share = jnp.take_along_axis(shares, chosen, axis=-1)
-    total = jnp.sum(share, axis=-1, keepdims=True) if routing.normalized else jnp.ones_like(share[:, :1])
+    total = (
+        jnp.sum(share, axis=-1, keepdims=True)
+        if routing.normalized
+        else jnp.ones_like(share[:, :1])
+    )
     total = total if routing.scale == 1 else total / jnp.float32(routing.scale)
     share = share / total
     mesh = mesh_of(routing, len(x))
@@ -120,20 +133,29 @@ def mixture(
         rows = dispatch(tokens, way, mesh)
         y, hidden = experts(rows, Rows(way, mesh))
         taps = {"expert_input": rows, "expert_hidden": hidden, OUTPUT_TAP: y}
-        return collect(y, way, mesh), {name: Routed(tap, way, share, mesh) for name, tap in taps.items()}
+        return collect(y, way, mesh), {
+            name: Routed(tap, way, share, mesh) for name, tap in taps.items()
+        }
 
     y, taps = through(chosen, share)
     if routing.route_all:  # for calibration only: the output does not depend on it
-        every = jnp.broadcast_to(jnp.arange(routing.experts, dtype=jnp.int32)[None, :], shares.shape)
+        every = jnp.broadcast_to(
+            jnp.arange(routing.experts, dtype=jnp.int32)[None, :], shares.shape
+        )
         _, taps = through(every, shares / total)
     y = jnp.sum(y * share.astype(y.dtype)[:, :, None], axis=1, dtype=y.dtype)
     return y.reshape(x.shape), {ROUTER_TAP: x, **taps}
 
 
 def mesh_of(routing: Routing, windows: int) -> Mesh | None:
-    """Returns the devices that windows and experts are spread over; None where either cannot be split evenly."""
+    """Returns the devices that windows and experts are spread over; None where either cannot be
+    split evenly."""
     mesh = routing.mesh
-    return mesh if mesh is not None and not (windows % mesh.size or routing.experts % mesh.size) else None
+    return (
+        mesh
+        if mesh is not None and not (windows % mesh.size or routing.experts % mesh.size)
+        else None
+    )
 
 
 EXPERT_INPUTS = {
@@ -145,11 +167,16 @@ EXPERT_INPUTS = {
 
 
 class SparseMLP(nnx.Module):
-    """Gated feed-forward networks, of which each token takes a few; returns its output and its taps."""
+    """Gated feed-forward networks, of which each token takes a few; returns its output and its
+    taps."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs, names: tuple[str, str, str] = GATED):
         self.gate = nnx.Linear(
-            config.hidden_size, routing_of(config).experts, use_bias=False, dtype=config.dtype, rngs=rngs
+            config.hidden_size,
+            routing_of(config).experts,
+            use_bias=False,
+            dtype=config.dtype,
+            rngs=rngs,
         )
         self.experts = GatedExperts(config, names)
         self.config = config

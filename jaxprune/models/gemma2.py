@@ -1,5 +1,5 @@
-"""Gemma 2: norms before and after each block, windows in every other layer, capped scores and logits (Hugging Face's
-Gemma2ForCausalLM).
+"""Gemma 2: norms before and after each block, windows in every other layer, capped scores and
+logits (Hugging Face's Gemma2ForCausalLM).
 
 References:
     Gemma Team, "Gemma 2" (arXiv 2408.00118).
@@ -47,7 +47,9 @@ def options(read: Entries) -> dict[str, Any]:
         InputError: something in it is not implemented.
     """
     if read.use_bidirectional_attention:
-        raise InputError("use_bidirectional_attention is not implemented; the attention has to be causal")
+        raise InputError(
+            "use_bidirectional_attention is not implemented; the attention has to be causal"
+        )
     return {
         "norm_offset": 1.0,
         "attention_scale": read.query_pre_attn_scalar**-0.5,
@@ -67,7 +69,9 @@ class DecoderLayer(nnx.Module):
         self.mlp = GatedMLP(config, rngs)
         self.post_feedforward_layernorm = RMSNorm(config, rngs)
 
-    def __call__(self, x: Float[Array, "b t d"], layout: Layout | None = None) -> tuple[Float[Array, "b t d"], Taps]:
+    def __call__(
+        self, x: Float[Array, "b t d"], layout: Layout | None = None
+    ) -> tuple[Float[Array, "b t d"], Taps]:
         before = self.input_layernorm, self.pre_feedforward_layernorm
         after = self.post_attention_layernorm, self.post_feedforward_layernorm
         return in_turn(x, layout, self.self_attn, self.mlp, before=before, after=after)

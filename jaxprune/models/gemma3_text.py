@@ -1,5 +1,5 @@
-"""Gemma 3's text model: Gemma 2 with normalized queries and keys, five layers of six with a window, and a rotation of
-their own for these (Hugging Face's Gemma3ForCausalLM).
+"""Gemma 3's text model: Gemma 2 with normalized queries and keys, five layers of six with a window,
+and a rotation of their own for these (Hugging Face's Gemma3ForCausalLM).
 
 References:
     Gemma Team, "Gemma 3 Technical Report" (arXiv 2503.19786).
@@ -23,4 +23,10 @@ class Config(configuration.Config):
     def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
         """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
         read = configuration.entries(gemma2.Entries, hf)
-        return cls.of(read, dtype, rope=configuration.rope_by_type(read), qk_norm="head", **gemma2.options(read))
+        return cls.of(
+            read,
+            dtype,
+            rope=configuration.rope_by_type(read),
+            qk_norm="head",
+            **gemma2.options(read),
+        )

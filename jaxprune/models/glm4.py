@@ -1,5 +1,5 @@
-"""GLM 4 (0414): norms before and after each block, and a rotation of half of a head's features, in pairs side by side
-(Hugging Face's Glm4ForCausalLM).
+"""GLM 4 (0414): norms before and after each block, and a rotation of half of a head's features, in
+pairs side by side (Hugging Face's Glm4ForCausalLM).
 
 References:
     Team GLM, "ChatGLM" (arXiv 2406.12793).
@@ -13,7 +13,16 @@ from jaxtyping import Array, DTypeLike, Float
 
 from jaxprune.models import configuration
 from jaxprune.models.configuration import Kind
-from jaxprune.models.decoder import ATTENTION_INPUTS, Attention, Embed, FusedMLP, Head, RMSNorm, Taps, in_turn
+from jaxprune.models.decoder import (
+    ATTENTION_INPUTS,
+    Attention,
+    Embed,
+    FusedMLP,
+    Head,
+    RMSNorm,
+    Taps,
+    in_turn,
+)
 from jaxprune.models.layout import Layout
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
@@ -32,7 +41,11 @@ class Config(configuration.Config):
 
 def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
     """Returns the linear layers to prune: tap -> those that read it."""
-    return {**ATTENTION_INPUTS, "mlp_input": ("mlp.gate_up_proj",), "mlp_hidden": ("mlp.down_proj",)}
+    return {
+        **ATTENTION_INPUTS,
+        "mlp_input": ("mlp.gate_up_proj",),
+        "mlp_hidden": ("mlp.down_proj",),
+    }
 
 
 class DecoderLayer(nnx.Module):
@@ -42,11 +55,14 @@ class DecoderLayer(nnx.Module):
         self.input_layernorm = RMSNorm(config, rngs)
         self.self_attn = Attention(config, kind, rngs)
         self.post_self_attn_layernorm = RMSNorm(config, rngs)
-        self.post_attention_layernorm = RMSNorm(config, rngs)  # before the feed-forward network, whatever its name
+        # before the feed-forward network, whatever its name
+        self.post_attention_layernorm = RMSNorm(config, rngs)
         self.mlp = FusedMLP(config, rngs)
         self.post_mlp_layernorm = RMSNorm(config, rngs)
 
-    def __call__(self, x: Float[Array, "b t d"], layout: Layout | None = None) -> tuple[Float[Array, "b t d"], Taps]:
+    def __call__(
+        self, x: Float[Array, "b t d"], layout: Layout | None = None
+    ) -> tuple[Float[Array, "b t d"], Taps]:
         before = self.input_layernorm, self.post_attention_layernorm
         after = self.post_self_attn_layernorm, self.post_mlp_layernorm
         return in_turn(x, layout, self.self_attn, self.mlp, before=before, after=after)

@@ -1,8 +1,10 @@
-"""GLM 4.5 to 4.7: many experts, scored one by one, and one that all tokens take (Hugging Face's Glm4MoeForCausalLM).
+"""GLM 4.5 to 4.7: many experts, scored one by one, and one that all tokens take (Hugging Face's
+Glm4MoeForCausalLM).
 
 References:
-    GLM-4.5 Team, "GLM-4.5: Agentic, Reasoning, and Coding (ARC) Foundation Models" (arXiv 2508.06471); the router:
-    DeepSeek-AI, "DeepSeek-V3 Technical Report" (arXiv 2412.19437), section 2.1.2.
+    GLM-4.5 Team, "GLM-4.5: Agentic, Reasoning, and Coding (ARC) Foundation Models" (arXiv
+    2508.06471); the router: DeepSeek-AI, "DeepSeek-V3 Technical Report" (arXiv 2412.19437), section
+    2.1.2.
 """
 
 from collections.abc import Mapping
@@ -65,7 +67,8 @@ class Config(configuration.Config):
 
 
 def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
-    """Returns the linear layers of `Attention`, and of `GatedMLP` or `MLP`: tap -> those that read it."""
+    """Returns the linear layers of `Attention`, and of `GatedMLP` or `MLP`: tap -> those that read
+    it."""
     usual = decoder.inputs(config, kind)
     if not kind.experts:
         return usual
@@ -87,7 +90,8 @@ class Router(nnx.Linear):
 
 
 class MLP(nnx.Module):
-    """Experts of which each token takes a few, beside one that all take; returns its output and its taps."""
+    """Experts of which each token takes a few, beside one that all take; returns its output and its
+    taps."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.gate, self.experts = Router(config, rngs), GatedExperts(config)

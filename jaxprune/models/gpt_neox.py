@@ -1,5 +1,5 @@
-"""GPT-NeoX and Pythia: LayerNorm, attention and feed-forward network side by side, one linear layer for queries, keys
-and values (Hugging Face's GPTNeoXForCausalLM).
+"""GPT-NeoX and Pythia: LayerNorm, attention and feed-forward network side by side, one linear layer
+for queries, keys and values (Hugging Face's GPTNeoXForCausalLM).
 
 References:
     Black et al., "GPT-NeoX-20B" (arXiv 2204.06745); Biderman et al., "Pythia" (arXiv 2304.01373).
@@ -34,7 +34,8 @@ class Config(configuration.Config):
     """See `configuration.Config`.
 
     Attributes:
-        parallel: whether the feed-forward network reads the layer's input, and not what the attention made of it.
+        parallel: whether the feed-forward network reads the layer's input, and not what the
+            attention made of it.
     """
 
     parallel: bool
@@ -58,12 +59,15 @@ def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
 
 
 class Attention(nnx.Module):
-    """Causal attention; returns its output and the input of `dense`. A head's query, key and value lie together."""
+    """Causal attention; returns its output and the input of `dense`. A head's query, key and value
+    lie together."""
 
     def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
         width, bias = config.hidden_size, config.qkv_bias
         sections = dict.fromkeys(("query", "key", "value"), width // config.num_heads)
-        self.query_key_value = fused(config, width, sections, rngs, repeats=config.num_heads, bias=bias)
+        self.query_key_value = fused(
+            config, width, sections, rngs, repeats=config.num_heads, bias=bias
+        )
         self.dense = linear(config, width, width, rngs, bias=bias)
         self.config, self.kind = config, kind
 
@@ -80,8 +84,12 @@ class MLP(nnx.Module):
     """Feed-forward network; returns its output and its tap."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        self.dense_h_to_4h = linear(config, config.hidden_size, config.intermediate_size, rngs, bias=True)
-        self.dense_4h_to_h = linear(config, config.intermediate_size, config.hidden_size, rngs, bias=True)
+        self.dense_h_to_4h = linear(
+            config, config.hidden_size, config.intermediate_size, rngs, bias=True
+        )
+        self.dense_4h_to_h = linear(
+            config, config.intermediate_size, config.hidden_size, rngs, bias=True
+        )
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
@@ -90,7 +98,8 @@ class MLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """A layer whose attention and feed-forward network have norms of their own, and mostly the same input."""
+    """A layer whose attention and feed-forward network have norms of their own, and mostly the same
+    input."""
 
     def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
         self.input_layernorm = LayerNorm(config, rngs)
@@ -99,7 +108,9 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config, rngs)
         self.parallel = config.parallel
 
-    def __call__(self, x: Float[Array, "b t d"], layout: Layout | None = None) -> tuple[Float[Array, "b t d"], Taps]:
+    def __call__(
+        self, x: Float[Array, "b t d"], layout: Layout | None = None
+    ) -> tuple[Float[Array, "b t d"], Taps]:
         before = self.input_layernorm, self.post_attention_layernorm
         return in_turn(x, layout, self.attention, self.mlp, before=before, parallel=self.parallel)
 
@@ -108,9 +119,13 @@ class Embed(nnx.Module):
     """Token ids [b, t] -> hidden states [b, t, hidden]."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        self.embed_in = nnx.Embed(config.vocab_size, config.hidden_size, dtype=config.dtype, rngs=rngs)
+        self.embed_in = nnx.Embed(
+            config.vocab_size, config.hidden_size, dtype=config.dtype, rngs=rngs
+        )
 
-    def __call__(self, tokens: Int[Array, "b t"], layout: Layout | None = None) -> Float[Array, "b t d"]:
+    def __call__(
+        self, tokens: Int[Array, "b t"], layout: Layout | None = None
+    ) -> Float[Array, "b t d"]:
         return self.embed_in(tokens)
 
 

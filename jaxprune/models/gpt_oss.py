@@ -1,8 +1,10 @@
-"""gpt-oss: experts whose gate and up projections are one linear layer, biases everywhere, windows in every other layer,
-and in each head the score of a token that is not there (Hugging Face's GptOssForCausalLM).
+"""gpt-oss: experts whose gate and up projections are one linear layer, biases everywhere, windows
+in every other layer, and in each head the score of a token that is not there (Hugging Face's
+GptOssForCausalLM).
 
 References:
-    OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card" (arXiv 2508.10925); attention sinks: Xiao et al. (arXiv 2309.17453).
+    OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card" (arXiv 2508.10925); attention sinks: Xiao et al.
+    (arXiv 2309.17453).
 """
 
 import dataclasses
@@ -64,7 +66,8 @@ def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
 
 
 class Experts(nnx.Module):
-    """Gated feed-forward networks; returns the outputs of all rows and the input of the last linear layer."""
+    """Gated feed-forward networks; returns the outputs of all rows and the input of the last linear
+    layer."""
 
     def __init__(self, config: Config):
         routing, width = routing_of(config), config.hidden_size
@@ -74,7 +77,9 @@ class Experts(nnx.Module):
         self.down_proj = ExpertLinear(routing.experts, routing.size, width, bias=True)
         self.alpha, self.limit = config.alpha, config.limit
 
-    def __call__(self, x: Float[Array, "N B n"], rows: Rows) -> tuple[Float[Array, "N B n"], Float[Array, "N B h"]]:
+    def __call__(
+        self, x: Float[Array, "N B n"], rows: Rows
+    ) -> tuple[Float[Array, "N B n"], Float[Array, "N B h"]]:
         both = self.gate_up_proj(x, rows)
         alpha, limit = (jnp.asarray(value, both.dtype) for value in (self.alpha, self.limit))
         gate, up = jnp.minimum(both[..., ::2], limit), jnp.clip(both[..., 1::2], -limit, limit)
@@ -86,7 +91,9 @@ class MLP(nnx.Module):
     """The router and its experts; returns its output and its taps."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        self.router = linear(config, config.hidden_size, routing_of(config).experts, rngs, bias=True)
+        self.router = linear(
+            config, config.hidden_size, routing_of(config).experts, rngs, bias=True
+        )
         self.experts = Experts(config)
         self.config = config
 

@@ -1,5 +1,5 @@
-"""Granite 3: LLaMA with factors of the embedding, the scores, what each block adds, and the logits (Hugging Face's
-GraniteForCausalLM).
+"""Granite 3: LLaMA with factors of the embedding, the scores, what each block adds, and the logits
+(Hugging Face's GraniteForCausalLM).
 
 References:
     Granite Team, "Granite 3.0 Language Models", 2024; the factors: Yang et al. (arXiv 2203.03466).

@@ -1,4 +1,5 @@
-"""LLaMA 1, 2, 3 and the many models of their architecture (Hugging Face's LlamaForCausalLM): all is `decoder`'s.
+"""LLaMA 1, 2, 3 and the many models of their architecture (Hugging Face's LlamaForCausalLM): all is
+`decoder`'s.
 
 References:
     Touvron et al., arXiv 2302.13971 and 2307.09288.

@@ -1,7 +1,8 @@
-"""Ministral 3: Mistral for contexts that its rotation stretches to (Hugging Face's Ministral3ForCausalLM).
+"""Ministral 3: Mistral for contexts that its rotation stretches to (Hugging Face's
+Ministral3ForCausalLM).
 
-Beyond the context that it was first trained on, transformers scales queries by their position; up to there the factor
-is 1, and longer windows are not taken.
+Beyond the context that it was first trained on, transformers scales queries by their position; up
+to there the factor is 1, and longer windows are not taken.
 
 References:
     Mistral AI, "Ministral 3", 2025, as released.

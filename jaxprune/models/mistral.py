@@ -1,4 +1,5 @@
-"""Mistral: LLaMA whose tokens may see a window of the last ones only (Hugging Face's MistralForCausalLM).
+"""Mistral: LLaMA whose tokens may see a window of the last ones only (Hugging Face's
+MistralForCausalLM).
 
 References:
     Jiang et al., "Mistral 7B" (arXiv 2310.06825).

@@ -58,6 +58,8 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config, rngs)
         self.block_sparse_moe = SparseMLP(config, rngs, names=("w1", "w3", "w2"))
 
-    def __call__(self, x: Float[Array, "b t d"], layout: Layout | None = None) -> tuple[Float[Array, "b t d"], Taps]:
+    def __call__(
+        self, x: Float[Array, "b t d"], layout: Layout | None = None
+    ) -> tuple[Float[Array, "b t d"], Taps]:
         before = self.input_layernorm, self.post_attention_layernorm
         return in_turn(x, layout, self.self_attn, self.block_sparse_moe, before=before)

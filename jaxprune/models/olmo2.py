@@ -1,5 +1,5 @@
-"""OLMo 2: norms behind the blocks instead of before them, and of all queries and keys together (Hugging Face's
-Olmo2ForCausalLM).
+"""OLMo 2: norms behind the blocks instead of before them, and of all queries and keys together
+(Hugging Face's Olmo2ForCausalLM).
 
 References:
     Team OLMo, "2 OLMo 2 Furious" (arXiv 2501.00656).
@@ -36,6 +36,8 @@ class DecoderLayer(nnx.Module):
         self.mlp = GatedMLP(config, rngs)
         self.post_feedforward_layernorm = RMSNorm(config, rngs)
 
-    def __call__(self, x: Float[Array, "b t d"], layout: Layout | None = None) -> tuple[Float[Array, "b t d"], Taps]:
+    def __call__(
+        self, x: Float[Array, "b t d"], layout: Layout | None = None
+    ) -> tuple[Float[Array, "b t d"], Taps]:
         after = self.post_attention_layernorm, self.post_feedforward_layernorm
         return in_turn(x, layout, self.self_attn, self.mlp, after=after)

@@ -1,5 +1,5 @@
-"""OLMo 3: OLMo 2 with windows in three layers of four, and a rotation of their own for these (Hugging Face's
-Olmo3ForCausalLM).
+"""OLMo 3: OLMo 2 with windows in three layers of four, and a rotation of their own for these
+(Hugging Face's Olmo3ForCausalLM).
 
 References:
     Team OLMo, "Olmo 3" (arXiv 2512.13961).

@@ -1,4 +1,5 @@
-"""OLMoE: LLaMA with experts, and norms of all queries and of all keys together (Hugging Face's OlmoeForCausalLM).
+"""OLMoE: LLaMA with experts, and norms of all queries and of all keys together (Hugging Face's
+OlmoeForCausalLM).
 
 References:
     Muennighoff et al., "OLMoE: Open Mixture-of-Experts Language Models" (arXiv 2409.02060).
@@ -35,5 +36,7 @@ class Config(configuration.Config):
         read = configuration.entries(Entries, hf)
         if read.clip_qkv is not None:
             raise InputError(f"clip_qkv {read.clip_qkv:g} is not implemented; null is")
-        routing = Routing(read.num_experts, read.num_experts_per_tok, read.intermediate_size, read.norm_topk_prob)
+        routing = Routing(
+            read.num_experts, read.num_experts_per_tok, read.intermediate_size, read.norm_topk_prob
+        )
         return configuration.with_experts(cls.of(read, dtype, qk_norm="all"), routing)

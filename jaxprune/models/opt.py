@@ -1,4 +1,5 @@
-"""OPT: LayerNorm, learned positions, a feed-forward network without a gate (Hugging Face's OPTForCausalLM).
+"""OPT: LayerNorm, learned positions, a feed-forward network without a gate (Hugging Face's
+OPTForCausalLM).
 
 References:
     Zhang et al., "OPT: Open Pre-trained Transformer Language Models" (arXiv 2205.01068).
@@ -51,7 +52,8 @@ class Config(configuration.Config):
     """See `configuration.Config`.
 
     Attributes:
-        embedding_size: features of the embedding and of the head, which others are made of by a projection.
+        embedding_size: features of the embedding and of the head, which others are made of by a
+            projection.
         norm_before: whether norms come before the blocks, and not behind them.
         final_norm: whether there is one before the head.
     """
@@ -66,7 +68,9 @@ class Config(configuration.Config):
         read = configuration.entries(Entries, hf)
         head_dim, rest = divmod(read.hidden_size, read.num_attention_heads)
         if rest:
-            raise InputError(f"{read.hidden_size} features cannot be split into {read.num_attention_heads} heads")
+            raise InputError(
+                f"{read.hidden_size} features cannot be split into {read.num_attention_heads} heads"
+            )
         require_activation(read.activation_function)
         return cls(
             vocab_size=read.vocab_size,
@@ -93,7 +97,12 @@ class Config(configuration.Config):
 def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
     """Returns the linear layers to prune: tap -> those that read it."""
     output = ("self_attn.out_proj",)
-    return {**ATTENTION_INPUTS, "attention_output": output, "mlp_input": ("fc1",), "mlp_hidden": ("fc2",)}
+    return {
+        **ATTENTION_INPUTS,
+        "attention_output": output,
+        "mlp_input": ("fc1",),
+        "mlp_hidden": ("fc2",),
+    }
 
 
 class Attention(nnx.Module):
@@ -117,13 +126,18 @@ class Attention(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """A layer with norms before its blocks, or, in the model of 350 million weights, behind them."""
+    """A layer with norms before its blocks, or, in the model of 350 million weights, behind
+    them."""
 
     def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
         self.self_attn = Attention(config, kind, rngs)
         self.self_attn_layer_norm = LayerNorm(config, rngs)
-        self.fc1 = linear(config, config.hidden_size, config.intermediate_size, rngs, bias=config.mlp_bias)
-        self.fc2 = linear(config, config.intermediate_size, config.hidden_size, rngs, bias=config.mlp_bias)
+        self.fc1 = linear(
+            config, config.hidden_size, config.intermediate_size, rngs, bias=config.mlp_bias
+        )
+        self.fc2 = linear(
+            config, config.intermediate_size, config.hidden_size, rngs, bias=config.mlp_bias
+        )
         self.final_layer_norm = LayerNorm(config, rngs)
         self.norm_before, self.activation = config.norm_before, config.activation
 
@@ -149,22 +163,32 @@ class Embed(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         positions = config.max_positions or 0
-        self.embed_tokens = nnx.Embed(config.vocab_size, config.embedding_size, dtype=config.dtype, rngs=rngs)
-        self.embed_positions = nnx.Embed(positions + OFFSET, config.hidden_size, dtype=config.dtype, rngs=rngs)
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size, config.embedding_size, dtype=config.dtype, rngs=rngs
+        )
+        self.embed_positions = nnx.Embed(
+            positions + OFFSET, config.hidden_size, dtype=config.dtype, rngs=rngs
+        )
         self.projected = config.embedding_size != config.hidden_size
         if self.projected:
             self.project_in = linear(config, config.embedding_size, config.hidden_size, rngs)
 
-    def __call__(self, tokens: Int[Array, "b t"], layout: Layout | None = None) -> Float[Array, "b t d"]:
+    def __call__(
+        self, tokens: Int[Array, "b t"], layout: Layout | None = None
+    ) -> Float[Array, "b t d"]:
         x = self.embed_tokens(tokens)
-        positions = layout.positions if layout else jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        last = self.embed_positions.num_embeddings - 1  # beyond it are padding's, of which NaN would come
+        positions = (
+            layout.positions if layout else jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        )
+        # beyond it are padding's, of which NaN would come
+        last = self.embed_positions.num_embeddings - 1
         places = self.embed_positions(jnp.minimum(jnp.asarray(positions) + OFFSET, last))
         return (self.project_in(x) if self.projected else x) + places
 
 
 class Head(nnx.Module):
-    """Hidden states [b, t, hidden] -> logits [b, t, vocabulary]; a tied head is the embedding, transposed."""
+    """Hidden states [b, t, hidden] -> logits [b, t, vocabulary]; a tied head is the embedding,
+    transposed."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.config = config
@@ -173,7 +197,9 @@ class Head(nnx.Module):
         if config.embedding_size != config.hidden_size:
             self.project_out = linear(config, config.hidden_size, config.embedding_size, rngs)
         if config.tied:
-            self.embed_tokens = nnx.Embed(config.vocab_size, config.embedding_size, dtype=config.dtype, rngs=rngs)
+            self.embed_tokens = nnx.Embed(
+                config.vocab_size, config.embedding_size, dtype=config.dtype, rngs=rngs
+            )
         else:
             self.lm_head = linear(config, config.embedding_size, config.vocab_size, rngs)
 
@@ -182,4 +208,8 @@ class Head(nnx.Module):
             x = self.final_layer_norm(x)
         if self.config.embedding_size != self.config.hidden_size:
             x = self.project_out(x)
-        return times_embedding(x, self.embed_tokens.embedding[...]) if self.config.tied else self.lm_head(x)
+        return (
+            times_embedding(x, self.embed_tokens.embedding[...])
+            if self.config.tied
+            else self.lm_head(x)
+        )

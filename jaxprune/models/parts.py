@@ -1,8 +1,10 @@
-"""Modules as functions of their params: the parts of a model, and how a layer's linear layers are called.
+"""Modules as functions of their params: the parts of a model, and how a layer's linear layers are
+called.
 
-Experts' kernels are stacked inside a layer, [experts, n_in, n_out], so that its program does not grow with them.
-In a checkpoint, and for everything that names linear layers, each expert has its own: the kernels of
-`mlp.experts.up_proj` are those of `mlp.experts.0.up_proj`, `mlp.experts.1.up_proj`, and so on.
+Experts' kernels are stacked inside a layer, [experts, n_in, n_out], so that its program does not
+grow with them. In a checkpoint, and for everything that names linear layers, each expert has its
+own: the kernels of `mlp.experts.up_proj` are those of `mlp.experts.0.up_proj`,
+`mlp.experts.1.up_proj`, and so on.
 """
 
 import functools
@@ -33,21 +35,26 @@ class Part:
         module = nnx.eval_shape(make)
         self._graph, state = nnx.split(module)
         self._sections = {
-            ".".join(map(str, path)): m.sections for path, m in nnx.iter_modules(module) if getattr(m, "sections", ())
+            ".".join(map(str, path)): m.sections
+            for path, m in nnx.iter_modules(module)
+            if getattr(m, "sections", ())
         }
         self._precision = precision
         self.spec: Spec = traverse_util.flatten_dict(nnx.to_pure_dict(state), sep=".")
 
     def __call__(
-        self, params: Mapping[str, jax.Array], *args: Any, probes: Mapping[str, jax.Array] | None = None
+        self,
+        params: Mapping[str, jax.Array],
+        *args: Any,
+        probes: Mapping[str, jax.Array] | None = None,
     ) -> Any:
         """Calls the module with these params; to be traced under jit.
 
         Args:
             params: path inside the module -> array.
             args: the arguments of the module.
-            probes: path of a submodule -> array that is added to its output. The gradient of a probe of zeros is the
-                gradient of that output.
+            probes: path of a submodule -> array that is added to its output. The gradient of a
+                probe of zeros is the gradient of that output.
         """
         module = nnx.merge(self._graph, traverse_util.unflatten_dict(params, sep="."))
         for path, probe in (probes or {}).items():
@@ -72,7 +79,8 @@ class _Probed:
 
 
 class Source(NamedTuple):
-    """Where a linear layer's kernel, or the Gram matrix of its inputs, is found in a layer's program.
+    """Where a linear layer's kernel, or the Gram matrix of its inputs, is found in a layer's
+    program.
 
     Attributes:
         name: the path of the module, or the tap.
@@ -93,12 +101,15 @@ class Layer(Part):
 
     Attributes:
         spec: path inside the module -> shape and dtype, experts stacked.
-        stored: path inside the layer, as in a checkpoint -> shape and dtype, each expert for itself.
+        stored: path inside the layer, as in a checkpoint -> shape and dtype, each expert for
+            itself.
         linears: path of a module -> shape of its kernel, [n_in, n_out] or [experts, n_in, n_out].
         reads: tap -> the modules whose input it is.
         experts: path of a module whose kernels are stacked -> their number.
-        kernels: linear layer, as in a checkpoint -> shape [n_in, n_out] of its kernel, for all that can be pruned.
-        inputs: tap -> linear layers whose input it is; an expert's taps are its own, such as `expert_input.3`.
+        kernels: linear layer, as in a checkpoint -> shape [n_in, n_out] of its kernel, for all that
+            can be pruned.
+        inputs: tap -> linear layers whose input it is; an expert's taps are its own, such as
+            `expert_input.3`.
         sources: linear layer or tap, as in a checkpoint -> where the layer's program has it.
         routers: linear layers that stay dense unless a rule names them.
         scorers: those of them that have an output for each expert.
@@ -106,11 +117,16 @@ class Layer(Part):
     """
 
     def __init__(
-        self, make: Callable[[], nnx.Module], precision: str | None, reads: Mapping[str, tuple[str, ...]]
+        self,
+        make: Callable[[], nnx.Module],
+        precision: str | None,
+        reads: Mapping[str, tuple[str, ...]],
     ) -> None:
         super().__init__(make, precision)
         self.reads = reads
-        self.linears = {path: self.spec[f"{path}.kernel"].shape for paths in reads.values() for path in paths}
+        self.linears = {
+            path: self.spec[f"{path}.kernel"].shape for paths in reads.values() for path in paths
+        }
         self.experts = {path: shape[0] for path, shape in self.linears.items() if len(shape) == 3}
         self.routers = frozenset(reads.get(ROUTER_TAP, ()))
         count = max(self.experts.values(), default=0)
@@ -145,10 +161,13 @@ class Layer(Part):
         module, _, leaf = path.rpartition(".")
         if module not in self.experts:
             return (path,)
-        return tuple(f"{expert_path(module, expert)}.{leaf}" for expert in range(self.experts[module]))
+        return tuple(
+            f"{expert_path(module, expert)}.{leaf}" for expert in range(self.experts[module])
+        )
 
     def stack(self, params: Mapping[str, np.ndarray]) -> Params:
-        """Returns params as the program takes them, of those that a checkpoint has; only experts' are copied."""
+        """Returns params as the program takes them, of those that a checkpoint has; only experts'
+        are copied."""
         return {
             path: params[path] if names == (path,) else _stacked([params[name] for name in names])
             for path, names in self._members.items()
@@ -163,11 +182,17 @@ class Layer(Part):
         return found
 
     def apart(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns arrays of modules or taps by linear layers or taps as in a checkpoint: experts' are split up."""
-        return {name: source.of(arrays) for name, source in self.sources.items() if source.name in arrays}
+        """Returns arrays of modules or taps by linear layers or taps as in a checkpoint: experts'
+        are split up."""
+        return {
+            name: source.of(arrays)
+            for name, source in self.sources.items()
+            if source.name in arrays
+        }
 
     def programs_of(self, taps: Iterable[str]) -> dict[str, list[int] | None]:
-        """Returns the program's taps -> the experts of these taps; None: there are no experts in it."""
+        """Returns the program's taps -> the experts of these taps; None: there are no experts in
+        it."""
         found: dict[str, list[int] | None] = {}
         for tap in taps:
             name, expert = self.sources[tap]
@@ -181,7 +206,8 @@ class Layer(Part):
 
 
 def every_expert(path: str) -> str:
-    """Returns a name for the linear layers of all experts that are called as this one: `mlp.experts.*.up_proj`."""
+    """Returns a name for the linear layers of all experts that are called as this one:
+    `mlp.experts.*.up_proj`."""
     parts = split_expert(path)
     return path if parts is None else f"{parts[0]}.*.{parts[2]}"
 
@@ -191,7 +217,8 @@ def _one_of(stack: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def _stacked(arrays: list[Shaped[np.ndarray, "..."]]) -> Shaped[np.ndarray, "e ..."]:
-    """Stacks arrays; kernels lie in memory as a checkpoint's tensors do, transposed, and stay that way."""
+    """Stacks arrays; kernels lie in memory as a checkpoint's tensors do, transposed, and stay that
+    way."""
     if arrays[0].ndim == 2 and not arrays[0].flags.c_contiguous:
         return np.stack([array.T for array in arrays]).transpose(0, 2, 1)
     return np.stack(arrays)

@@ -1,5 +1,5 @@
-"""Phi 3 and 4: LLaMA with one linear layer for queries, keys and values, and one for gate and up projection (Hugging
-Face's Phi3ForCausalLM).
+"""Phi 3 and 4: LLaMA with one linear layer for queries, keys and values, and one for gate and up
+projection (Hugging Face's Phi3ForCausalLM).
 
 References:
     Abdin et al., "Phi-3 Technical Report" (arXiv 2404.14219).
@@ -28,7 +28,9 @@ class Config(configuration.Config):
         """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
         read = configuration.entries(configuration.Entries, hf)
         rope = configuration.rope_of(read, partial=True)
-        return configuration.with_window(cls.of(read, dtype, rope=lambda _: rope), read.sliding_window)
+        return configuration.with_window(
+            cls.of(read, dtype, rope=lambda _: rope), read.sliding_window
+        )
 
 
 def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
@@ -45,7 +47,10 @@ class Attention(nnx.Module):
     """Causal grouped-query attention; returns its output and the input of o_proj."""
 
     def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
-        self.width, self.kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.width, self.kv_width = (
+            config.num_heads * config.head_dim,
+            config.num_kv_heads * config.head_dim,
+        )
         sections = {"query": self.width, "key": self.kv_width, "value": self.kv_width}
         self.qkv_proj = fused(config, config.hidden_size, sections, rngs)
         self.o_proj = linear(config, self.width, config.hidden_size, rngs)

@@ -20,4 +20,9 @@ class Config(configuration.Config):
     @classmethod
     def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
         """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
-        return cls.of(configuration.entries(configuration.LayerEntries, hf), dtype, qkv_bias=True, output_bias=False)
+        return cls.of(
+            configuration.entries(configuration.LayerEntries, hf),
+            dtype,
+            qkv_bias=True,
+            output_bias=False,
+        )

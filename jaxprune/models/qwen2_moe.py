@@ -19,7 +19,8 @@ __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
 
 class Entries(qwen3_moe.Entries, configuration.LayerEntries):
-    """The entries of config.json that the family reads. Where no window is used, transformers gives one of 0 tokens."""
+    """The entries of config.json that the family reads. Where no window is used, transformers gives
+    one of 0 tokens."""
 
     qkv_bias: bool
     shared_expert_intermediate_size: Size

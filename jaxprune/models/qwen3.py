@@ -1,4 +1,5 @@
-"""Qwen 3: LLaMA whose queries and keys are normalized within each head (Hugging Face's Qwen3ForCausalLM).
+"""Qwen 3: LLaMA whose queries and keys are normalized within each head (Hugging Face's
+Qwen3ForCausalLM).
 
 References:
     Yang et al., "Qwen3 Technical Report" (arXiv 2505.09388).

@@ -1,8 +1,9 @@
-"""Qwen 3.5, its text model: the gated delta rule in three layers of four, attention with a gate in the others (Hugging
-Face's Qwen3_5ForCausalLM, and inside Qwen3_5ForConditionalGeneration).
+"""Qwen 3.5, its text model: the gated delta rule in three layers of four, attention with a gate in
+the others (Hugging Face's Qwen3_5ForCausalLM, and inside Qwen3_5ForConditionalGeneration).
 
 References:
-    Qwen Team, "Qwen3.5", 2026, as released; Yang, Kautz and Hatamizadeh, "Gated Delta Networks" (arXiv 2412.06464).
+    Qwen Team, "Qwen3.5", 2026, as released; Yang, Kautz and Hatamizadeh, "Gated Delta Networks"
+    (arXiv 2412.06464).
 """
 
 import dataclasses
@@ -61,13 +62,20 @@ class Config(configuration.Config):
         read = configuration.entries(Entries, hf)
         types = read.layer_types or []
         if unknown := sorted({*types} - {FULL, RECURRENT}):
-            raise InputError(f"layer type {unknown[0]!r} is not implemented; {FULL} and {RECURRENT} are")
+            raise InputError(
+                f"layer type {unknown[0]!r} is not implemented; {FULL} and {RECURRENT} are"
+            )
         if read.linear_num_value_heads % read.linear_num_key_heads:
             raise InputError(
-                f"{read.linear_num_key_heads} key heads cannot serve {read.linear_num_value_heads} value heads"
+                f"{read.linear_num_key_heads} key heads cannot serve {read.linear_num_value_heads} "
+                "value heads"
             )
         # Of text alone, the three rotations of images are one.
-        given = {name: value for name, value in read.rope_parameters.items() if not name.startswith("mrope")}
+        given = {
+            name: value
+            for name, value in read.rope_parameters.items()
+            if not name.startswith("mrope")
+        }
         read = read.model_copy(update={"rope_parameters": given, "layer_types": None})
         rope = configuration.rope_of(read, partial=True)
         config = cls.of(
@@ -84,7 +92,10 @@ class Config(configuration.Config):
         )
         if len(types) != len(config.kinds):
             raise InputError(f"layer_types has {len(types)} entries for {len(config.kinds)} layers")
-        kinds = (Kind(None) if one == RECURRENT else kind for one, kind in zip(types, config.kinds, strict=True))
+        kinds = (
+            Kind(None) if one == RECURRENT else kind
+            for one, kind in zip(types, config.kinds, strict=True)
+        )
         return dataclasses.replace(config, kinds=tuple(kinds))
 
 
@@ -98,12 +109,20 @@ def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
 
 
 class Attention(decoder.Attention):
-    """Causal grouped-query attention whose output is gated; returns its output and the input of o_proj."""
+    """Causal grouped-query attention whose output is gated; returns its output and the input of
+    o_proj."""
 
     def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
         super().__init__(config, kind, rngs)
         sections = {"query": config.head_dim, "gate": config.head_dim}
-        self.q_proj = fused(config, config.hidden_size, sections, rngs, repeats=config.num_heads, bias=config.qkv_bias)
+        self.q_proj = fused(
+            config,
+            config.hidden_size,
+            sections,
+            rngs,
+            repeats=config.num_heads,
+            bias=config.qkv_bias,
+        )
 
     def __call__(
         self, x: Float[Array, "b t d"], layout: Layout | None
@@ -135,7 +154,9 @@ class GatedNorm(nnx.Module):
     def __init__(self, width: int, epsilon: float):
         self.scale, self.epsilon = nnx.Param(jnp.ones((width,), jnp.float32)), epsilon
 
-    def __call__(self, x: Float[Array, "b t m v"], gate: Float[Array, "b t m v"]) -> Float[Array, "b t m v"]:
+    def __call__(
+        self, x: Float[Array, "b t m v"], gate: Float[Array, "b t m v"]
+    ) -> Float[Array, "b t m v"]:
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
         y = self.scale[...].astype(jnp.float32)[None, None, None] * x32
@@ -165,7 +186,8 @@ class DeltaNet(nnx.Module):
         self.in_proj_a = linear(config, width, config.value_heads, rngs)
 
     def project(self, x: Float[Array, "b t d"]) -> tuple[Array, Array, Array, Array]:
-        """Returns queries, keys and values side by side, the gate, and what rates and decays are made of."""
+        """Returns queries, keys and values side by side, the gate, and what rates and decays are
+        made of."""
         return self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_b(x), self.in_proj_a(x)
 
     def __call__(
@@ -187,7 +209,9 @@ class DeltaNet(nnx.Module):
         decay = -speed * jax.nn.softplus(decay.astype(jnp.float32) + shift)
         rate = jax.nn.sigmoid(rate).astype(jnp.float32)
         query = _normalized(query) * jnp.float32(config.key_size**-0.5)
-        y = gated_delta_rule(Inputs(query, _normalized(key), value, decay, rate), layout).astype(x.dtype)
+        y = gated_delta_rule(Inputs(query, _normalized(key), value, decay, rate), layout).astype(
+            x.dtype
+        )
         y = self.norm(y, gate.reshape(y.shape)).reshape(*x.shape[:2], -1)
         return self.out_proj(y), y
 
@@ -197,7 +221,8 @@ def _normalized(x: Float[Array, "b t h d"]) -> Float[Array, "b t h d"]:
 
 
 class DecoderLayer(nnx.Module):
-    """LLaMA's layer, with the delta rule or attention; a family with other modules names their classes."""
+    """LLaMA's layer, with the delta rule or attention; a family with other modules names their
+    classes."""
 
     recurrence: type = DeltaNet
     experts: type = SparseMLP
@@ -212,7 +237,9 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config, rngs)
         self.mlp = (self.experts if kind.experts else GatedMLP)(config, rngs)
 
-    def __call__(self, x: Float[Array, "b t d"], layout: Layout | None = None) -> tuple[Float[Array, "b t d"], Taps]:
+    def __call__(
+        self, x: Float[Array, "b t d"], layout: Layout | None = None
+    ) -> tuple[Float[Array, "b t d"], Taps]:
         before = self.input_layernorm, self.post_attention_layernorm
         mixing = self.linear_attn if self.recurrent else self.self_attn
         return in_turn(x, layout, mixing, self.mlp, before=before)

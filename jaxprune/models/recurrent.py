@@ -1,15 +1,16 @@
 r"""The gated delta rule: attention whose memory is a matrix, with a causal convolution before it.
 
-A head's memory S, [d_k, d_v], is S_t = exp(g_t) (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ, and its output S_tᵀ q_t. In
-chunks of tokens the products of many updates are a triangular system each, solved for all chunks at once; a scan over
-the chunks carries the memory.
+A head's memory S, [d_k, d_v], is S_t = exp(g_t) (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ, and its
+output S_tᵀ q_t. In chunks of tokens the products of many updates are a triangular system each,
+solved for all chunks at once; a scan over the chunks carries the memory.
 
-Texts that share a window, and continuations that share a beginning, each have a memory of their own: there the scan
-goes token by token, and a continuation takes up the memory at the end of its beginning.
+Texts that share a window, and continuations that share a beginning, each have a memory of their
+own: there the scan goes token by token, and a continuation takes up the memory at the end of its
+beginning.
 
 References:
-    Yang, Kautz and Hatamizadeh, "Gated Delta Networks" (arXiv 2412.06464), equation 10; the chunks: Yang et al. (arXiv
-    2406.06484), section 3.
+    Yang, Kautz and Hatamizadeh, "Gated Delta Networks" (arXiv 2412.06464), equation 10; the chunks:
+    Yang et al. (arXiv 2406.06484), section 3.
 """
 
 from typing import NamedTuple
@@ -31,7 +32,8 @@ class Inputs(NamedTuple):
 
     Attributes:
         query, key: of norm 1, queries divided by √d_k.
-        value: as many heads as there are memories; query and key heads serve several of them each, in order.
+        value: as many heads as there are memories; query and key heads serve several of them each,
+            in order.
         decay: g, at most 0.
         rate: β, between 0 and 1.
     """
@@ -51,7 +53,9 @@ def gated_delta_rule(inputs: Inputs, layout: Layout | None = None) -> Float[Arra
         layout: where it holds several texts; or a cache, where texts are continued.
     """
     shared = inputs.value.shape[2] // inputs.key.shape[2]
-    inputs = inputs._replace(query=jnp.repeat(inputs.query, shared, 2), key=jnp.repeat(inputs.key, shared, 2))
+    inputs = inputs._replace(
+        query=jnp.repeat(inputs.query, shared, 2), key=jnp.repeat(inputs.key, shared, 2)
+    )
     if isinstance(layout, Cache):
         return _continued(inputs, layout)
     return _by_chunks(inputs)[0] if layout is None else _by_tokens(inputs, layout)
@@ -100,7 +104,9 @@ def _by_chunks(inputs: Inputs) -> tuple[Float[Array, "b t m v"], Float[Array, "b
     def step(memory: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
         written, read, query, attended, key, left = chunk
         new = written - jnp.matmul(read, memory, precision="highest")
-        out = jnp.matmul(query, memory, precision="highest") + jnp.matmul(attended, new, precision="highest")
+        out = jnp.matmul(query, memory, precision="highest") + jnp.matmul(
+            attended, new, precision="highest"
+        )
         added = jnp.einsum("...td,...tv->...dv", key, new, precision="highest")
         return memory * left + added, out
 
@@ -111,7 +117,9 @@ def _by_chunks(inputs: Inputs) -> tuple[Float[Array, "b t m v"], Float[Array, "b
 
 def _by_tokens(inputs: Inputs, layout: Layout) -> Float[Array, "b t m v"]:
     begins, forks, shared = _changes(layout)
-    steps = jax.tree.map(lambda x: jnp.moveaxis(jnp.asarray(x), 1, 0), (inputs, begins, forks, shared))
+    steps = jax.tree.map(
+        lambda x: jnp.moveaxis(jnp.asarray(x), 1, 0), (inputs, begins, forks, shared)
+    )
 
     def step(state: tuple[Array, Array], token: tuple) -> tuple[tuple[Array, Array], Array]:
         (memory, beginning), (one, begins, forks, shared) = state, token
@@ -128,8 +136,11 @@ def _by_tokens(inputs: Inputs, layout: Layout) -> Float[Array, "b t m v"]:
     return jnp.moveaxis(out, 0, 1)
 
 
-def _updated(memory: Float[Array, "b m k v"], one: Inputs) -> tuple[Float[Array, "b m k v"], Float[Array, "b m v"]]:
-    """Returns the memories after one more token of each text, and its outputs; `one` has no axis of tokens."""
+def _updated(
+    memory: Float[Array, "b m k v"], one: Inputs
+) -> tuple[Float[Array, "b m k v"], Float[Array, "b m v"]]:
+    """Returns the memories after one more token of each text, and its outputs; `one` has no axis of
+    tokens."""
     memory = memory * jnp.exp(one.decay)[..., None, None]
     held = jnp.sum(memory * one.key[..., None], axis=-2)
     new = (one.value - held) * one.rate[..., None]
@@ -143,7 +154,8 @@ def _nothing(inputs: Inputs) -> Float[Array, "b m k v"]:
 
 
 def _changes(layout: Layout) -> tuple[Bool[Array, "b t"], Bool[Array, "b t"], Bool[Array, "b t"]]:
-    """Returns whether a group begins with a token, whether a continuation does, and whether it is of a beginning."""
+    """Returns whether a group begins with a token, whether a continuation does, and whether it is
+    of a beginning."""
     group, branch = jnp.asarray(layout.group), jnp.asarray(layout.branch)
     shared = branch == jnp.zeros_like(branch)
     first = jnp.ones((len(group), 1), bool)
@@ -152,7 +164,9 @@ def _changes(layout: Layout) -> tuple[Bool[Array, "b t"], Bool[Array, "b t"], Bo
     return begins, forks, shared
 
 
-def convolve(x: Float[Array, "b t c"], kernel: Float[Array, "c w"], layout: Layout | None) -> Float[Array, "b t c"]:
+def convolve(
+    x: Float[Array, "b t c"], kernel: Float[Array, "c w"], layout: Layout | None
+) -> Float[Array, "b t c"]:
     """Returns the causal convolution of each feature: with a token and those before it in its text.
 
     Args:
@@ -173,7 +187,10 @@ def convolve(x: Float[Array, "b t c"], kernel: Float[Array, "c w"], layout: Layo
         layout = None
     before = jnp.arange(t, dtype=jnp.int32)[None] - jnp.int32(1)
     before = jnp.where(before < 0, jnp.int32(t), before) if layout is None else _before(layout)
-    place, y = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], before.shape), jnp.zeros_like(x)
+    place, y = (
+        jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], before.shape),
+        jnp.zeros_like(x),
+    )
     for weights in kernel.T[::-1]:
         taken = jnp.take_along_axis(x, place[:, :, None], axis=1, mode="fill", fill_value=0)
         y = y + taken * weights[None, None, :].astype(x.dtype)
@@ -182,7 +199,8 @@ def convolve(x: Float[Array, "b t c"], kernel: Float[Array, "c w"], layout: Layo
 
 
 def _before(layout: Layout) -> Int[Array, "b t"]:
-    """Returns which token comes before each in its text; as many as there are tokens, where none does."""
+    """Returns which token comes before each in its text; as many as there are tokens, where none
+    does."""
     begins, forks, shared = _changes(layout)
     number = jnp.arange(begins.shape[1], dtype=jnp.int32)[None]
     none = jnp.int32(begins.shape[1])

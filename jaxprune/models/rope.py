@@ -1,8 +1,8 @@
 """Rotary position embedding in the kinds that Hugging Face configurations name.
 
 References:
-    Su et al., "RoFormer" (arXiv 2104.09864); dynamic and yarn: Peng et al., "YaRN" (arXiv 2309.00071); llama3:
-    "The Llama 3 Herd of Models" (arXiv 2407.21783), as released.
+    Su et al., "RoFormer" (arXiv 2104.09864); dynamic and yarn: Peng et al., "YaRN" (arXiv
+    2309.00071); llama3: "The Llama 3 Herd of Models" (arXiv 2407.21783), as released.
 """
 
 import dataclasses
@@ -53,7 +53,8 @@ class Rope:
         kind: one of KINDS.
         size: features of a head that are rotated, from the first; the others stay.
         max_positions: the longest context that the model was made for.
-        parameters: what the configuration says of the kind, as sorted items so that the object is hashable.
+        parameters: what the configuration says of the kind, as sorted items so that the object is
+            hashable.
         interleaved: whether features 2i and 2i + 1 are a pair, and not i and i + size/2.
     """
 
@@ -85,7 +86,9 @@ class Rope:
         Raises:
             InputError: a kind or an option that is not implemented, or a parameter that is missing.
         """
-        read = check(Parameters, dict(parameters), file="", entry="rope_parameters", error=CheckpointError)
+        read = check(
+            Parameters, dict(parameters), file="", entry="rope_parameters", error=CheckpointError
+        )
         kind = read.rope_type
         if kind not in KINDS:
             raise InputError(f"rope type {kind!r} is not implemented; {', '.join(KINDS)} are")
@@ -95,22 +98,34 @@ class Rope:
             "default": (),
             "linear": ("factor",),
             "dynamic": ("factor",),
-            "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+            "llama3": (
+                "factor",
+                "low_freq_factor",
+                "high_freq_factor",
+                "original_max_position_embeddings",
+            ),
             "yarn": ("factor", "original_max_position_embeddings"),
             "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
         }[kind]
         given = read.model_dump(exclude_none=True)
         if missing := [name for name in ("rope_theta", *needed) if name not in given]:
-            raise InputError(f"rope type {kind!r} needs {', '.join(missing)} in the model's configuration")
+            raise InputError(
+                f"rope type {kind!r} needs {', '.join(missing)} in the model's configuration"
+            )
         if kind == "llama3" and given["low_freq_factor"] >= given["high_freq_factor"]:
-            raise InputError("rope type 'llama3' needs a low_freq_factor below its high_freq_factor")
+            raise InputError(
+                "rope type 'llama3' needs a low_freq_factor below its high_freq_factor"
+            )
         size = int(head_dim * (read.partial_rotary_factor or 1.0))
         if size < 2 or size % 2:
             raise InputError(f"{size} of {head_dim} features of a head cannot be rotated in pairs")
         for name in ("short_factor", "long_factor"):
             if kind == "longrope" and len(given[name]) != size // 2:
                 raise InputError(f"{name} must have {size // 2} entries, not {len(given[name])}")
-        hashable = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        hashable = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in given.items()
+        }
         return cls(kind, size, max_positions, tuple(sorted(hashable.items())), interleaved)
 
     @property
@@ -119,7 +134,8 @@ class Rope:
         return self.kind == "dynamic"
 
     def inverse_frequencies(self, length: int) -> tuple[np.ndarray, float]:
-        """Returns radians per position, float32 [size / 2], and the factor of cosine and sine, at a length."""
+        """Returns radians per position, float32 [size / 2], and the factor of cosine and sine, at a
+        length."""
         p = dict(self.parameters)
         base, d = p["rope_theta"], self.size
         if self.kind == "dynamic" and length > self.max_positions:
@@ -143,7 +159,8 @@ class Rope:
         positions: Int[Array | np.ndarray, "b t"] | None = None,
         length: int | None = None,
     ) -> Float[Array, "b t h d"]:
-        """Rotates the i-th pair of features of position t by t times the i-th frequency, in float32.
+        """Rotates the i-th pair of features of position t by t times the i-th frequency, in
+        float32.
 
         Args:
             x: queries or keys.
@@ -167,9 +184,11 @@ class Rope:
         return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated
 
 
-def _longrope(inverse: np.ndarray, p: Mapping[str, Any], max_positions: int, length: int) -> tuple[np.ndarray, float]:
-    """Returns the frequencies, each divided by a factor of its own, which depend on the window's length; and the
-    factor of cosine and sine."""
+def _longrope(
+    inverse: np.ndarray, p: Mapping[str, Any], max_positions: int, length: int
+) -> tuple[np.ndarray, float]:
+    """Returns the frequencies, each divided by a factor of its own, which depend on the window's
+    length; and the factor of cosine and sine."""
     context = p["original_max_position_embeddings"]
     stretch = p.get("factor") or max_positions / context
     factors = np.asarray(p["long_factor" if length > context else "short_factor"], np.float32)
@@ -180,16 +199,21 @@ def _longrope(inverse: np.ndarray, p: Mapping[str, Any], max_positions: int, len
 
 
 def _llama3(inverse: np.ndarray, p: Mapping[str, Any]) -> np.ndarray:
-    """Returns the frequencies with long wavelengths interpolated, short ones kept, those between blended."""
-    low, high, context = p["low_freq_factor"], p["high_freq_factor"], p["original_max_position_embeddings"]
+    """Returns the frequencies with long wavelengths interpolated, short ones kept, those between
+    blended."""
+    low, high, context = (
+        p["low_freq_factor"],
+        p["high_freq_factor"],
+        p["original_max_position_embeddings"],
+    )
     rotations = context * inverse / (2 * math.pi)
     keep = np.clip((rotations - low) / (high - low), 0, 1)
     return (keep * inverse + (1 - keep) * inverse / p["factor"]).astype(np.float32)
 
 
 def _yarn(inverse: np.ndarray, base: float, p: Mapping[str, Any]) -> tuple[np.ndarray, float]:
-    """Returns the frequencies, those of features that turn often in the original context kept, slow ones interpolated,
-    with a ramp between; and the factor."""
+    """Returns the frequencies, those of features that turn often in the original context kept, slow
+    ones interpolated, with a ramp between; and the factor."""
     factor, context = p["factor"], p["original_max_position_embeddings"]
     dim = 2 * len(inverse)
 

@@ -14,7 +14,8 @@ from jaxprune.models.parts import ROUTER_TAP
 
 
 class SharedMLP(SparseMLP):
-    """Experts beside one that all tokens take, each its own share of it; returns the output and its taps."""
+    """Experts beside one that all tokens take, each its own share of it; returns the output and its
+    taps."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         super().__init__(config, rngs)
@@ -28,7 +29,8 @@ class SharedMLP(SparseMLP):
 
 
 def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
-    """Returns the linear layers of `Attention`, and of `GatedMLP` or `SharedMLP`: tap -> those that read it."""
+    """Returns the linear layers of `Attention`, and of `GatedMLP` or `SharedMLP`: tap -> those that
+    read it."""
     usual = decoder.inputs(config, kind)
     if not kind.experts:
         return usual

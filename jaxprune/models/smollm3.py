@@ -1,7 +1,8 @@
 """SmolLM 3: LLaMA whose every fourth layer has no rotation (Hugging Face's SmolLM3ForCausalLM).
 
 References:
-    Bakouch et al., "SmolLM3", 2025, as released; layers without rotation: Yang et al. (arXiv 2501.18795).
+    Bakouch et al., "SmolLM3", 2025, as released; layers without rotation: Yang et al. (arXiv
+    2501.18795).
 """
 
 import dataclasses
@@ -32,11 +33,14 @@ class Config(configuration.Config):
         read = configuration.entries(Entries, hf)
         if len(read.no_rope_layers) < read.num_hidden_layers:
             raise InputError(
-                f"no_rope_layers has {len(read.no_rope_layers)} entries for {read.num_hidden_layers} layers"
+                f"no_rope_layers has {len(read.no_rope_layers)} entries for "
+                f"{read.num_hidden_layers} layers"
             )
         config = cls.of(read, dtype)
         kinds = (
-            configuration.Kind(kind.rope if rotated else None, kind.window if read.use_sliding_window else None)
+            configuration.Kind(
+                kind.rope if rotated else None, kind.window if read.use_sliding_window else None
+            )
             for kind, rotated in zip(config.kinds, read.no_rope_layers, strict=False)
         )
         return dataclasses.replace(config, kinds=tuple(kinds))

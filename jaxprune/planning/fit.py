@@ -1,4 +1,5 @@
-"""Whether what a run needs is there: memory of devices and of the host, and disk; and what to change where not."""
+"""Whether what a run needs is there: memory of devices and of the host, and disk; and what to
+change where not."""
 
 import os
 import shutil
@@ -29,7 +30,9 @@ def require_fit(work: Work) -> Need:
     if short := list(shortages(found, work)):
         problems = "; ".join(str(one) for one in short)
         options = {name: value for one in short for name, value in one.options.items()}
-        raise InputError(f"the run does not fit: {problems}", options={**options, "unchecked": True})
+        raise InputError(
+            f"the run does not fit: {problems}", options={**options, "unchecked": True}
+        )
     return found
 
 
@@ -50,7 +53,8 @@ def device_shortages(need: Need, work: Work) -> Iterator[Shortage]:
             elif phase == "tune":
                 remedies = _untuned(work) | {"seqlen": Change.LOWER}
             yield Shortage(
-                f"{phase} needs {size / GIB:.1f} GiB on a device, of which {HEADROOM * device / GIB:.1f} can be had",
+                f"{phase} needs {size / GIB:.1f} GiB on a device, of which "
+                f"{HEADROOM * device / GIB:.1f} can be had",
                 options=remedies,
             )
 
@@ -62,15 +66,22 @@ def _untuned(work: Work) -> dict[str, Any]:
 
 def _host_and_disk(need: Need, work: Work) -> Iterator[Shortage]:
     """Yields what does not fit in host memory, or on a disk."""
-    host, phase = max((size + work.on_cpu * need.device[phase], phase) for phase, size in need.host.items())
+    host, phase = max(
+        (size + work.on_cpu * need.device[phase], phase) for phase, size in need.host.items()
+    )
     free = available_memory()
     if host > free:
-        problem = f"{phase} needs {host / GIB:.1f} GiB of host memory, of which {free / GIB:.1f} are free"
+        problem = (
+            f"{phase} needs {host / GIB:.1f} GiB of host memory, of which {free / GIB:.1f} are free"
+        )
         in_memory = work.scratch is None  # the hidden states
         remedies: dict[str, Any] = {}
         if phase == "tune":  # most is weights: only what is enough
             if host - (best := best_step_bytes(work)) <= free:
-                problem += f", {best / GIB:.1f} of them to keep the weights of the best step, as epochs do not"
+                problem += (
+                    f", {best / GIB:.1f} of them to keep the weights of the best step, as epochs "
+                    "do not"
+                )
                 remedies["tune_epochs"] = 2
             if in_memory and host - need.scratch[phase] <= free:
                 remedies["hidden"] = "disk"
@@ -91,7 +102,8 @@ def _host_and_disk(need: Need, work: Work) -> Iterator[Shortage]:
             )
     if disk > room:
         yield Shortage(
-            f"{disk / GIB:.1f} GiB of disk are needed, {room / GIB:.1f} are free there", options={"out": Change.OTHER}
+            f"{disk / GIB:.1f} GiB of disk are needed, {room / GIB:.1f} are free there",
+            options={"out": Change.OTHER},
         )
 
 

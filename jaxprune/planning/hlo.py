@@ -1,8 +1,9 @@
-"""The bytes that a compiled program moves between memory and compute units, and between devices, by its text.
+"""The bytes that a compiled program moves between memory and compute units, and between devices, by
+its text.
 
-XLA's own analysis counts a loop's body once, and is not there for GPUs. Here an instruction reads its operands and
-writes its result; of an array that is sliced, or updated in part, only that part counts. What lies in a TPU's vector
-memory (memory space 1) costs nothing.
+XLA's own analysis counts a loop's body once, and is not there for GPUs. Here an instruction reads
+its operands and writes its result; of an array that is sliced, or updated in part, only that part
+counts. What lies in a TPU's vector memory (memory space 1) costs nothing.
 """
 
 import math
@@ -10,7 +11,19 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4}
+BYTES = {
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+}
 BYTES |= {"f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "f8e4m3fn": 1, "f8e5m2": 1}
 FREE = {
     "parameter",
@@ -39,7 +52,8 @@ _ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](\{[^}]*\})?")
 _LINE = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = (.*)")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _CALLED = re.compile(
-    r"(?:calls|to_apply|body|branch_computations|true_computation|false_computation)=\{?([^,}\s]+(?:, %[^,}\s]+)*)"
+    r"(?:calls|to_apply|body|branch_computations|true_computation|false_computation)="
+    r"\{?([^,}\s]+(?:, %[^,}\s]+)*)"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"([0-9]+)"\}')
 
@@ -89,7 +103,8 @@ class Module:
                 self.computations[current].append(_parsed(bool(found[1]), found[2], found[3]))
 
     def instructions(self) -> int:
-        """Returns the number of instructions, those of computations that are fused into one included."""
+        """Returns the number of instructions, those of computations that are fused into one
+        included."""
         return sum(map(len, self.computations.values()))
 
     def traffic(self, computation: str | None = None) -> float:
@@ -99,7 +114,8 @@ class Module:
         return sum(self._traffic_of(one, sizes) for one in own)
 
     def exchanged(self, computation: str | None = None) -> float:
-        """Returns the bytes that each device sends to others in a call, in rings; of alternatives, the most."""
+        """Returns the bytes that each device sends to others in a call, in rings; of alternatives,
+        the most."""
         own = self.computations[self.entry if computation is None else computation]
         sizes = {one.name: one.size for one in own}
         return sum(self._exchanged_by(one, sizes) for one in own)
@@ -108,12 +124,17 @@ class Module:
         opcode = one.opcode.removesuffix("-start")
         if opcode in COLLECTIVES:
             given = sum(sizes.get(name, 0.0) for name in one.operands)
-            made = one.size - given * (one.opcode != opcode and opcode != "all-reduce")  # a start returns both
-            return {"all-reduce": 2 * given, "all-gather": made - given, "reduce-scatter": given - made}.get(
-                opcode, given
-            )
+            # a start returns both
+            made = one.size - given * (one.opcode != opcode and opcode != "all-reduce")
+            return {
+                "all-reduce": 2 * given,
+                "all-gather": made - given,
+                "reduce-scatter": given - made,
+            }.get(opcode, given)
         inside = [self.exchanged(name) for name in one.called if name in self.computations]
-        return one.trips * (max(inside, default=0.0) if one.opcode == "conditional" else sum(inside))
+        return one.trips * (
+            max(inside, default=0.0) if one.opcode == "conditional" else sum(inside)
+        )
 
     def _traffic_of(self, one: Instruction, sizes: dict[str, float]) -> float:
         if one.opcode in FREE:
@@ -138,12 +159,18 @@ class Module:
         for one in own.values():
             if one.opcode == "parameter":
                 users = [other for other in own.values() if one.name in other.operands]
-                if users and all(user.opcode in PARTS and user.operands[0] == one.name for user in users):
+                if users and all(
+                    user.opcode in PARTS and user.operands[0] == one.name for user in users
+                ):
                     yield sum(user.size for user in users)
                 elif not all(_updates(user, one.name) for user in users):
                     yield one.size
             if one.root:
-                results = [own.get(operand, one) for operand in one.operands] if one.opcode == "tuple" else [one]
+                results = (
+                    [own.get(operand, one) for operand in one.operands]
+                    if one.opcode == "tuple"
+                    else [one]
+                )
                 for result in results:
                     while result.opcode == "bitcast" and result.operands[0] in own:
                         result = own[result.operands[0]]
@@ -162,10 +189,20 @@ def _parsed(root: bool, name: str, rest: str) -> Instruction:
     shape, rest = rest[:end], rest[end:].lstrip()
     opcode, _, rest = rest.partition("(")
     end = _closing("(" + rest) - 1
-    called = [one.strip().lstrip("%") for group in _CALLED.findall(rest[end:]) for one in group.split(",")]
+    called = [
+        one.strip().lstrip("%") for group in _CALLED.findall(rest[end:]) for one in group.split(",")
+    ]
     trips = _TRIPS.search(rest)
     operands = tuple(re.findall(r"%([\w.\-]+)", rest[:end]))
-    return Instruction(name, root, opcode.strip(), _size(shape), operands, tuple(called), int(trips[1]) if trips else 1)
+    return Instruction(
+        name,
+        root,
+        opcode.strip(),
+        _size(shape),
+        operands,
+        tuple(called),
+        int(trips[1]) if trips else 1,
+    )
 
 
 def _closing(text: str) -> int:
@@ -179,7 +216,8 @@ def _closing(text: str) -> int:
 
 
 def _size(shape: str) -> float:
-    """Returns the bytes of a shape, or of a tuple's arrays, that lie in the device's main memory."""
+    """Returns the bytes of a shape, or of a tuple's arrays, that lie in the device's main
+    memory."""
     return sum(
         BYTES.get(dtype, 0) * math.prod(int(n) for n in axes.split(",") if n)
         for dtype, axes, layout in _ARRAY.findall(shape)

@@ -27,7 +27,10 @@ def describe_hardware() -> str:
     info = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} {'core' if cores == 1 else 'cores'} of {models[0] if models else platform.machine()}"
+    return (
+        f"{cores} {'core' if cores == 1 else 'cores'} of "
+        f"{models[0] if models else platform.machine()}"
+    )
 
 
 def peak_bytes() -> dict[str, int]:
@@ -50,7 +53,8 @@ def available_memory() -> int:
 
 
 def square_product(kind: str) -> tuple[Callable[[jax.Array, jax.Array], jax.Array], jax.Array]:
-    """Returns a compiled product of a kind, see `program.Flops`, and an operand large enough for this device's rate."""
+    """Returns a compiled product of a kind, see `program.Flops`, and an operand large enough for
+    this device's rate."""
     size = 2048 if hardware.current().on_cpu else 8192
     precision = DotAlgorithmPreset.BF16_BF16_F32_X6.name if kind == BF16X6 else "highest"
 
@@ -63,7 +67,8 @@ def square_product(kind: str) -> tuple[Callable[[jax.Array, jax.Array], jax.Arra
 
 @functools.cache
 def matrix_rate(kind: str) -> float:
-    """Measures the FLOP/s of this device in square products of a kind, once; see `program.Flops`."""
+    """Measures the FLOP/s of this device in square products of a kind, once; see
+    `program.Flops`."""
     product, x = square_product(kind)
     seconds = []
     for _ in range(3):

@@ -1,7 +1,9 @@
-"""A compiled program: the FLOPs and the memory of a call, before anything is run, and the shapes of a run.
+"""A compiled program: the FLOPs and the memory of a call, before anything is run, and the shapes of
+a run.
 
-FLOPs are those of matrix products and factorizations, counted in the program itself, so that what a program skips is
-not counted. Bytes are those of the compiler's own memory analysis. Neither needs weights, text or the device's time.
+FLOPs are those of matrix products and factorizations, counted in the program itself, so that what a
+program skips is not counted. Bytes are those of the compiler's own memory analysis. Neither needs
+weights, text or the device's time.
 """
 
 import dataclasses
@@ -26,8 +28,8 @@ from jaxprune.sharding import Devices
 from jaxprune.streaming.hidden_states import batch_size
 
 Flops = Counter[str]
-"""Kind of products -> floating-point operations: the dtype of the operands, for each runs at a rate of its own, or
-`BF16X6`."""
+"""Kind of products -> floating-point operations: the dtype of the operands, for each runs at a rate
+of its own, or `BF16X6`."""
 BF16X6 = "bf16x6"
 """Products of float32 by six of bfloat16 parts."""
 CUDNN = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
@@ -63,31 +65,40 @@ class Program:
         return count_flops(self._traced.jaxpr.jaxpr) + self.beside
 
     def most_bytes(self) -> int:
-        """Returns no less than a call's device memory, without compiling: as if every intermediate result stayed."""
+        """Returns no less than a call's device memory, without compiling: as if every intermediate
+        result stayed."""
         return self.resident + size_of(self.arguments) + _produced(self._traced.jaxpr.jaxpr)
 
     def compiled(self, options: Mapping[str, Any] = MappingProxyType({})) -> jax.stages.Compiled:
-        """Compiles the program, for the devices that its arguments lie on; options are the compiler's."""
+        """Compiles the program, for the devices that its arguments lie on; options are the
+        compiler's."""
         return self._traced.lower().compile(compiler_options=dict(options))
 
     def peak_bytes(self, compiled: jax.stages.Compiled | None = None) -> int:
-        """Returns the device memory during a call: arguments, results and intermediate results, and what else is there.
+        """Returns the device memory during a call: arguments, results and intermediate results, and
+        what else is there.
 
         The compiler decides it, so the program is compiled, not run; None: it is compiled here.
         """
         compiled = compiled or self.compiled()
         memory = compiled.memory_analysis()
         assert memory is not None
-        return self.resident + outside_bytes(compiled) + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+        return (
+            self.resident
+            + outside_bytes(compiled)
+            + memory.temp_size_in_bytes
+            - memory.alias_size_in_bytes
+        )
 
     def lowered(self, platform: str) -> str:
-        """Lowers to StableHLO for a platform, cuda or tpu for example, which need not be there; it is written for
-        `hardware.current`."""
+        """Lowers to StableHLO for a platform, cuda or tpu for example, which need not be there; it
+        is written for `hardware.current`."""
         return self._traced.lower(lowering_platforms=(platform,)).as_text()
 
     @functools.cached_property
     def _traced(self) -> Any:
-        """The program as JAX traces it; a function of the run's own is compiled for the run as well."""
+        """The program as JAX traces it; a function of the run's own is compiled for the run as
+        well."""
         function = self.function if isinstance(self.function, partial) else partial(self.function)
         if hasattr(function.func, "trace"):
             return function.func.trace(*function.args, *self.arguments, **function.keywords)
@@ -109,9 +120,10 @@ _once = functools.lru_cache(4096)
 def count_flops(jaxpr: ClosedJaxpr | Jaxpr) -> Flops:
     """Counts the FLOPs of the products and factorizations that a program's results need.
 
-    A product of n·k by k·m is 2nkm; a Cholesky factorization n³/3; a triangular solve n²m; eigenvectors about 9n³.
-    A loop whose number of iterations depends on the data counts as one iteration. cuDNN's causal attention counts the
-    pairs of tokens that see each other: two products of each, five for its gradient.
+    A product of n·k by k·m is 2nkm; a Cholesky factorization n³/3; a triangular solve n²m;
+    eigenvectors about 9n³. A loop whose number of iterations depends on the data counts as one
+    iteration. cuDNN's causal attention counts the pairs of tokens that see each other: two products
+    of each, five for its gradient.
 
     Args:
         jaxpr: the program.
@@ -136,7 +148,9 @@ def _flops_of(equation: JaxprEqn) -> Flops:
         if name == "cond":
             return max(inner, key=lambda flops: sum(flops.values()))
         times = params["length"] if name == "scan" else 1
-        return Flops({dtype: times * sum(flops[dtype] for flops in inner) for dtype in set().union(*inner)})
+        return Flops(
+            {dtype: times * sum(flops[dtype] for flops in inner) for dtype in set().union(*inner)}
+        )
     if name not in ("dot_general", "cholesky", "triangular_solve", "eigh", *CUDNN):
         return Flops()
     operand: Any = equation.invars[0].aval
@@ -201,7 +215,10 @@ class Shapes:
 
     def params(self, spec: Mapping[str, Any], dtype: DTypeLike) -> dict[str, Shape]:
         """Returns replicated params."""
-        return {path: self.devices.abstract(Shape(param.shape, dtype), None) for path, param in spec.items()}
+        return {
+            path: self.devices.abstract(Shape(param.shape, dtype), None)
+            for path, param in spec.items()
+        }
 
     def layer_params(self, layer: Layer) -> dict[str, Shape]:
         """Returns a layer's params, experts sharded."""
@@ -218,7 +235,9 @@ class Shapes:
 
     def batch(self, windows: int, length: int, tokens: int | None = None) -> Shape:
         """Returns the hidden states of one step over so many windows."""
-        return self.states(batch_size(windows, length, tokens or self.tokens, self.devices.count), length)
+        return self.states(
+            batch_size(windows, length, tokens or self.tokens, self.devices.count), length
+        )
 
 
 def size_of(tree: Any) -> int:
@@ -229,6 +248,7 @@ def size_of(tree: Any) -> int:
 def _bytes_of(leaf: Any) -> int:
     sharding = getattr(leaf, "sharding", None)
     shape = leaf.shape
-    if isinstance(sharding, NamedSharding) and not sharding.mesh.manual_axes:  # else it is a device's own already
+    # else it is a device's own already
+    if isinstance(sharding, NamedSharding) and not sharding.mesh.manual_axes:
         shape = sharding.shard_shape(shape)
     return math.prod(shape) * leaf.dtype.itemsize

@@ -1,8 +1,8 @@
 """Hardware that is not here, and its compilers: what a run would need and take there.
 
-The compilers come with `jaxprune[plan-gpu]` and `jaxprune[plan-tpu]`, and need no driver and no device. Numbers are
-those of the data sheets: NVIDIA's H100 (SXM), A100 (80 GB, SXM) and GeForce RTX 4090, Google Cloud's TPU v5e, v5p and
-v6e. Rates are of dense products, whose sums are float32.
+The compilers come with `jaxprune[plan-gpu]` and `jaxprune[plan-tpu]`, and need no driver and no
+device. Numbers are those of the data sheets: NVIDIA's H100 (SXM), A100 (80 GB, SXM) and GeForce RTX
+4090, Google Cloud's TPU v5e, v5p and v6e. Rates are of dense products, whose sums are float32.
 """
 
 import contextlib
@@ -57,12 +57,19 @@ class Target:
 
     @property
     def usable(self) -> float:
-        """The bytes of its memory that JAX takes: three quarters of a GPU's, unless its environment says otherwise."""
-        share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75") if self.hardware.platform == "gpu" else 1
+        """The bytes of its memory that JAX takes: three quarters of a GPU's, unless its environment
+        says otherwise."""
+        share = (
+            os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
+            if self.hardware.platform == "gpu"
+            else 1
+        )
         try:
             return self.memory * float(share)
         except ValueError as error:
-            raise InputError(f"XLA_PYTHON_CLIENT_MEM_FRACTION is {share!r}, not a number") from error
+            raise InputError(
+                f"XLA_PYTHON_CLIENT_MEM_FRACTION is {share!r}, not a number"
+            ) from error
 
     @property
     def install(self) -> str:
@@ -87,9 +94,11 @@ class Target:
         return Devices(Mesh(np.array(found), (AXIS,), axis_types=(AxisType.Auto,)))
 
     def seconds(self, flops: Mapping[str, float], traffic: float, exchanged: float = 0.0) -> float:
-        """Returns the time of a program at full rates: that of its products, of what it moves, or of what it sends to
-        other devices, whichever is longest."""
-        products = sum(count / self.rates.get(dtype, self.rates["float32"]) for dtype, count in flops.items())
+        """Returns the time of a program at full rates: that of its products, of what it moves, or
+        of what it sends to other devices, whichever is longest."""
+        products = sum(
+            count / self.rates.get(dtype, self.rates["float32"]) for dtype, count in flops.items()
+        )
         return max(products, traffic / self.bandwidth, exchanged / self.network)
 
 
@@ -102,7 +111,8 @@ def _is_installed(module: str) -> bool:
 
 @contextlib.contextmanager
 def without_cache() -> Iterator[None]:
-    """Compiles without JAX's cache of compiled programs: programs for devices that are not here cannot be read back."""
+    """Compiles without JAX's cache of compiled programs: programs for devices that are not here
+    cannot be read back."""
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
@@ -134,7 +144,8 @@ def _environment(target: Target) -> Iterator[None]:
 
 
 def _gpu(name: str, words: str, **card: Any) -> Target:
-    """Describes one of NVIDIA's GPUs: `card` has the rest of `Target`, and what the compiler wants to know."""
+    """Describes one of NVIDIA's GPUs: `card` has the rest of `Target`, and what the compiler wants
+    to know."""
     compiler = "jax_cuda12_plugin"
     major, minor = card["capability"].split(".")
     description = f"""
@@ -167,13 +178,20 @@ def _gpu(name: str, words: str, **card: Any) -> Target:
     def describe(count: int) -> list[Any]:
         return list(
             topologies.get_topology_desc(
-                platform="cuda", topology_name=name, target_config=description, topology=f"1x1x{count}"
+                platform="cuda",
+                topology_name=name,
+                target_config=description,
+                topology=f"1x1x{count}",
             ).devices
         )
 
     return Target(
         words,
-        Hardware("gpu", float(card["capability"]), cudnn=_is_installed(compiler) and _is_installed("nvidia.cudnn")),
+        Hardware(
+            "gpu",
+            float(card["capability"]),
+            cudnn=_is_installed(compiler) and _is_installed("nvidia.cudnn"),
+        ),
         card["memory"],
         card["bandwidth"],
         card["link"],
@@ -191,7 +209,9 @@ def _tpu(generation: str, words: str, shapes: Mapping[int, str], **chip: float) 
     def describe(count: int) -> list[Any]:
         if count not in shapes:
             known = ", ".join(map(str, shapes))
-            raise InputError(f"{words} is described in {known}, not {count}", options={"devices": Change.OTHER})
+            raise InputError(
+                f"{words} is described in {known}, not {count}", options={"devices": Change.OTHER}
+            )
         one = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
         name = f"{generation}:{shapes[count]}"
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **one).devices)
@@ -211,7 +231,12 @@ def _tpu(generation: str, words: str, shapes: Mapping[int, str], **chip: float) 
 
 
 def _rates(half: float, single: float) -> dict[str, float]:
-    return {"bfloat16": half * TERA, "float16": half * TERA, "float32": single * TERA, BF16X6: half * TERA / 6}
+    return {
+        "bfloat16": half * TERA,
+        "float16": half * TERA,
+        "float32": single * TERA,
+        BF16X6: half * TERA / 6,
+    }
 
 
 FLAT, CUBE = {1: "1x1", 4: "2x2", 8: "2x4"}, {1: "1x1x1", 4: "2x2x1", 8: "2x2x2"}
@@ -298,7 +323,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         ),
     }
 )
-"""Name -> hardware that can be planned for. Of TPUs' hosts the link is assumed: no data sheet names it."""
+"""Name -> hardware that can be planned for. Of TPUs' hosts the link is assumed: no data sheet names
+it."""
 
 
 def target_of(name: str) -> Target:

@@ -1,4 +1,5 @@
-"""What compilation brings: the first layer pruned with and without it, on the run's own weights and text."""
+"""What compilation brings: the first layer pruned with and without it, on the run's own weights and
+text."""
 
 import time
 from typing import NamedTuple
@@ -31,7 +32,9 @@ class Timing(NamedTuple):
     equal: float
 
 
-def jit_versus_eager(model: StreamedModel, tokens: Int[np.ndarray, "w t"], recipe: Recipe) -> Timing:
+def jit_versus_eager(
+    model: StreamedModel, tokens: Int[np.ndarray, "w t"], recipe: Recipe
+) -> Timing:
     """Prunes the first layer three times; nothing is kept.
 
     Args:

@@ -1,4 +1,5 @@
-"""Bytes that a run moves between the host and its devices: weights, hidden states, and what a distillation keeps."""
+"""Bytes that a run moves between the host and its devices: weights, hidden states, and what a
+distillation keeps."""
 
 from collections.abc import Collection
 
@@ -8,7 +9,8 @@ from jaxprune.planning.work import Work
 def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
     """Returns phase -> bytes to all devices and back.
 
-    A window's hidden states go to one device; a layer's weights go to each. Between phases of a layer its weights stay.
+    A window's hidden states go to one device; a layer's weights go to each. Between phases of a
+    layer its weights stay.
 
     Args:
         work: what the run is asked to do.
@@ -25,17 +27,21 @@ def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
     evaluated = sum(work.states_bytes(*text) for text in work.texts)
     found = {
         "experts": dense + 2 * layers * states,
-        "sensitivity": 2 * weights + 5 * layers * some,  # forward, then back: inputs and gradients up, gradients down
-        "gram": weights + (3 if work.recipe.asymmetry else 1) * layers * states,  # the dense model's go and come, too
+        # forward, then back: inputs and gradients up, gradients down
+        "sensitivity": 2 * weights + 5 * layers * some,
+        # the dense model's go and come, too
+        "gram": weights + (3 if work.recipe.asymmetry else 1) * layers * states,
         "solve": pruned + work.mask_bytes,
         "forward": count * pruned + 2 * (layers - 1) * states,
         "quantize": 2 * weights + pruned + work.mask_bytes + 3 * layers * states,
         "tune": dense * passes + 2 * layers * (tuned + (1 + measures) * held_out),
         "evaluate": len(work.texts) * (dense + weights) + 4 * layers * evaluated,
     }
-    if steps.count and not work.placement.state:  # values for the forward pass; then up, with masks, and down
+    # values for the forward pass; then up, with masks, and down
+    if steps.count and not work.placement.state:
         found["tune"] += (3 * steps.count + measures) * work.tuned_bytes
-        # While zeros are to come masks go up for the forward pass, too, and down behind those that bring some.
+        # While zeros are to come masks go up for the forward pass, too, and down behind those that
+        # bring some.
         masks = steps.count + steps.last_pruning + steps.measured_early + len(steps.prunings)
         found["tune"] += masks * work.mask_bytes
     if steps.count and not work.placement.results:  # each layer's input, down and up again

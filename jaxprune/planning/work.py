@@ -41,7 +41,8 @@ class Work:
         out: the folder that the run makes.
         scratch: the folder of hidden states; None: they are in host memory.
         devices: the devices that it runs on.
-        device_bytes: the bytes of a device, instead of what this machine's device has: to plan for another one.
+        device_bytes: the bytes of a device, instead of what this machine's device has: to plan for
+            another one.
         target: the hardware to plan for; None: this machine's, or any other of so much memory.
     """
 
@@ -90,7 +91,8 @@ class Work:
         return _bytes_of(self.saved, below)
 
     def dense_bytes(self, below: str = "") -> int:
-        """Returns the bytes of the dense checkpoint's params whose paths begin so, as they are read."""
+        """Returns the bytes of the dense checkpoint's params whose paths begin so, as they are
+        read."""
         return _bytes_of(self.spec, below)
 
     @property
@@ -106,13 +108,17 @@ class Work:
 
     @property
     def dense_groups(self) -> list[int]:
-        """Of how many of its windows the dense model's hidden states are computed together, group by group."""
+        """Of how many of its windows the dense model's hidden states are computed together, group
+        by group."""
         return self.steps.groups(self.architecture.state_bytes, self.batch_tokens)
 
     @property
     def tuned_bytes(self) -> int:
         """Bytes of all kernels that are pruned, while they are tuned."""
-        return adafactor.weight_dtype(np.dtype(self.architecture.config.dtype)).itemsize * self.pruned_weights
+        return (
+            adafactor.weight_dtype(np.dtype(self.architecture.config.dtype)).itemsize
+            * self.pruned_weights
+        )
 
     @property
     def pruned_bytes(self) -> int:
@@ -167,7 +173,8 @@ class Need:
         flops: phase -> FLOPs by dtype.
         transfers: phase -> bytes between host and device, each way counted.
         traffic: phase -> bytes that programs move on the device; none where that is not known.
-        exchanged: phase -> bytes that programs send from a device to others; none where that is not known.
+        exchanged: phase -> bytes that programs send from a device to others; none where that is not
+            known.
         seconds: phase -> the least time of its programs and transfers on a target, at full rates.
         costs: of each program, where a target's compiler has compiled it.
     """

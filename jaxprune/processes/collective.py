@@ -1,4 +1,5 @@
-"""What the processes of a run do together, by JAX's collectives: every process has to call these functions.
+"""What the processes of a run do together, by JAX's collectives: every process has to call these
+functions.
 
 Each process runs the same program on the same host arrays. The first one writes files.
 """
@@ -17,7 +18,8 @@ from convert.errors import joined
 from jaxprune.errors import InputError, UserError
 
 BROADCAST_BYTES = 2**16
-"""The most that `broadcast` can send: an array of this size goes to all processes, whatever the value's length."""
+"""The most that `broadcast` can send: an array of this size goes to all processes, whatever the
+value's length."""
 
 
 class FirstProcessError(RuntimeError):
@@ -48,8 +50,8 @@ def on_first_process(action: Callable[[], Any]) -> Any:
         Its value, JSON, on all processes.
 
     Raises:
-        Exception: the action's error, on all processes. Where it is no `UserError`, the others raise
-            `FirstProcessError`.
+        Exception: the action's error, on all processes. Where it is no `UserError`, the others
+            raise `FirstProcessError`.
     """
     if jax.process_count() == 1:
         return action()
@@ -84,18 +86,22 @@ def require_same(inputs: Callable[[], Mapping[str, Any]]) -> None:
     rows = multihost_utils.process_allgather(row)
     found = [json.loads(bytes(row[:length])) for row, length in zip(rows, lengths, strict=True)]
     if different := differences(found):
-        raise InputError(f"the processes of this run do not have the same inputs: {joined(different)}")
+        raise InputError(
+            f"the processes of this run do not have the same inputs: {joined(different)}"
+        )
 
 
 def differences(asked: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns where mappings, one a process, differ from the first one's, as clauses.
 
     Args:
-        asked: what each process was asked, by its number; nested mappings are compared entry by entry.
+        asked: what each process was asked, by its number; nested mappings are compared entry by
+            entry.
     """
     first, *others = map(flat, asked)
     return [
-        f"{name}: {first.get(name, 'nothing')} in process 0, {other.get(name, 'nothing')} in process {number}"
+        f"{name}: {first.get(name, 'nothing')} in process 0, {other.get(name, 'nothing')} in "
+        f"process {number}"
         for number, other in enumerate(others, 1)
         for name in sorted(first.keys() | other.keys())
         if first.get(name) != other.get(name)
@@ -106,7 +112,11 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns nested mappings as one, with dotted names."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        found |= (
+            flat(value, f"{prefix}{name}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{name}": value}
+        )
     return found
 
 
@@ -117,9 +127,12 @@ def _short(value: Any) -> Any:
 
 
 def _broadcast_bytes(content: bytes) -> bytes:
-    """Returns the first process's bytes on all processes; a length precedes them in an array of fixed size."""
+    """Returns the first process's bytes on all processes; a length precedes them in an array of
+    fixed size."""
     if len(content) > BROADCAST_BYTES:
-        raise ValueError(f"{len(content)} bytes cannot be sent to the other processes, at most {BROADCAST_BYTES}")
+        raise ValueError(
+            f"{len(content)} bytes cannot be sent to the other processes, at most {BROADCAST_BYTES}"
+        )
     buffer = np.zeros(8 + BROADCAST_BYTES, np.uint8)
     buffer[:8] = np.frombuffer(len(content).to_bytes(8), np.uint8)
     buffer[8 : 8 + len(content)] = np.frombuffer(content, np.uint8)

@@ -1,9 +1,10 @@
 """The connection that makes the processes of a run end together.
 
-JAX aborts a process in which it misses another one, after minutes and with a stack trace. So the processes meet first:
-each connects to the first one, at the port after the coordinator's, and says what it was asked. Where all were asked
-the same, JAX starts, and the connections stay open. A process that fails says so, and the connection of one that is
-killed closes: the first process passes that on, and every process ends.
+JAX aborts a process in which it misses another one, after minutes and with a stack trace. So the
+processes meet first: each connects to the first one, at the port after the coordinator's, and says
+what it was asked. Where all were asked the same, JAX starts, and the connections stay open. A
+process that fails says so, and the connection of one that is killed closes: the first process
+passes that on, and every process ends.
 """
 
 import contextlib
@@ -52,7 +53,8 @@ class Group(NamedTuple):
 
     @classmethod
     def of(cls, coordinator: str, processes: int | None, number: int | None) -> "Group":
-        """Returns the group of a coordinator, host:port, or of `auto`: what SLURM, Open MPI or a TPU pod says.
+        """Returns the group of a coordinator, host:port, or of `auto`: what SLURM, Open MPI or a
+        TPU pod says.
 
         Raises:
             InputError: nothing says it.
@@ -78,7 +80,11 @@ class Failure(NamedTuple):
     text: str
 
     def __str__(self) -> str:
-        return self.text if self.process is None else f"process {self.process} of this run: {self.text}"
+        return (
+            self.text
+            if self.process is None
+            else f"process {self.process} of this run: {self.text}"
+        )
 
 
 End = Callable[[Failure], NoReturn]
@@ -86,7 +92,8 @@ End = Callable[[Failure], NoReturn]
 
 
 class Control:
-    """The connections of this process: the first process has one to each of the others, those have one to the first.
+    """The connections of this process: the first process has one to each of the others, those have
+    one to the first.
 
     Args:
         group: the processes.
@@ -119,10 +126,11 @@ class Control:
             self._wait(PARTING_SECONDS)
 
     def notice_aborts(self) -> None:
-        """Ends this process in order where JAX aborts it because the first process, its coordinator, is gone.
+        """Ends this process in order where JAX aborts it because the first process, its
+        coordinator, is gone.
 
-        The abort comes from a thread of JAX's at the moment when the connection breaks, so no Python thread is faster.
-        Any other abort takes its course.
+        The abort comes from a thread of JAX's at the moment when the connection breaks, so no
+        Python thread is faster. Any other abort takes its course.
         """
 
         def aborted(_: int) -> None:
@@ -133,7 +141,8 @@ class Control:
         ctypes.CDLL(None).signal(signal.SIGABRT, self._handler)
 
     def _is_first_lost(self) -> bool:
-        """Returns whether the connection to the first process is closed, or closes within two seconds."""
+        """Returns whether the connection to the first process is closed, or closes within two
+        seconds."""
         with socket.socket(fileno=os.dup(self._connections[0].fileno())) as own:
             readable, _, _ = select.select([own], [], [], 2)
             try:
@@ -171,13 +180,15 @@ class Control:
                 connection.send_bytes(json.dumps(failure._asdict()).encode())
 
     def _wait(self, seconds: float | None) -> None:
-        """Waits until each of the other processes has said how it ends, or has closed its connection."""
+        """Waits until each of the other processes has said how it ends, or has closed its
+        connection."""
         with self._changed:
             self._changed.wait_for(lambda: self._connections.keys() <= self._finished, seconds)
 
 
 _control: Control | None = None
-"""One a process, as JAX's own connection to the others is: signals and exit statuses are the process's, too."""
+"""One a process, as JAX's own connection to the others is: signals and exit statuses are the
+process's, too."""
 _meets = False
 """Whether the meeting has begun, in which the others learn of what goes wrong."""
 
@@ -203,7 +214,10 @@ def join(group: Group, asked: Mapping[str, Any], end: End) -> None:
     address = f"[{group.host}]" if ":" in group.host else group.host
     try:
         jax.distributed.initialize(
-            f"{address}:{group.port}", group.processes, group.number, initialization_timeout=MEETING_SECONDS
+            f"{address}:{group.port}",
+            group.processes,
+            group.number,
+            initialization_timeout=MEETING_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
         raise InputError(
@@ -213,7 +227,8 @@ def join(group: Group, asked: Mapping[str, Any], end: End) -> None:
 
 
 def leave(status: int, text: str) -> None:
-    """Tells the other processes how this one ends, see `Control.leave`; does nothing where it is the only one.
+    """Tells the other processes how this one ends, see `Control.leave`; does nothing where it is
+    the only one.
 
     Args:
         status: the exit status.
@@ -247,7 +262,8 @@ def _connect(group: Group, hello: Mapping[str, Any], seconds: float) -> dict[int
         except OSError as error:
             if time.monotonic() > deadline:
                 raise InputError(
-                    f"the first process did not answer at {group.host}:{address[1]} within {seconds:g} s ({error})",
+                    f"the first process did not answer at {group.host}:{address[1]} within "
+                    f"{seconds:g} s ({error})",
                     options={"coordinator": Change.OTHER},
                 ) from None
             time.sleep(0.2)
@@ -261,7 +277,9 @@ def _connect(group: Group, hello: Mapping[str, Any], seconds: float) -> dict[int
     return {0: connection}
 
 
-def _wait_for_others(group: Group, hello: Mapping[str, Any], seconds: float) -> dict[int, Connection]:
+def _wait_for_others(
+    group: Group, hello: Mapping[str, Any], seconds: float
+) -> dict[int, Connection]:
     """Accepts the other processes, compares what all were asked, and answers."""
     met: dict[int, tuple[Connection, Mapping[str, Any]]] = {}
     failures = [Failure(**hello["failure"])] if "failure" in hello else []
@@ -289,21 +307,30 @@ def _wait_for_others(group: Group, hello: Mapping[str, Any], seconds: float) -> 
         failures = _disagreements(group, hello, met, seconds)
     for connection, _ in met.values():
         with contextlib.suppress(OSError):
-            connection.send_bytes(json.dumps({"failure": failures[0]._asdict()} if failures else {}).encode())
+            connection.send_bytes(
+                json.dumps({"failure": failures[0]._asdict()} if failures else {}).encode()
+            )
     if failures:
         raise InputError(str(failures[0]))
     return {number: connection for number, (connection, _) in met.items()}
 
 
 def _disagreements(
-    group: Group, hello: Mapping[str, Any], met: Mapping[int, tuple[Connection, Mapping[str, Any]]], seconds: float
+    group: Group,
+    hello: Mapping[str, Any],
+    met: Mapping[int, tuple[Connection, Mapping[str, Any]]],
+    seconds: float,
 ) -> list[Failure]:
     """Returns why processes that have met cannot work together."""
     if missing := [number for number in range(1, group.processes) if number not in met]:
         return [Failure(missing[0], None, f"it did not come within {seconds:g} s")]
     asked = [hello["asked"], *(met[number][1].get("asked", {}) for number in sorted(met))]
     different = differences(asked)
-    return [Failure(None, None, f"the processes were asked different things: {joined(different)}")] if different else []
+    return (
+        [Failure(None, None, f"the processes were asked different things: {joined(different)}")]
+        if different
+        else []
+    )
 
 
 def _server(port: int) -> socket.socket:
@@ -314,9 +341,13 @@ def _server(port: int) -> socket.socket:
     """
     both = socket.has_dualstack_ipv6()
     try:
-        return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+        return socket.create_server(
+            ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
+        )
     except OSError as error:
-        raise InputError(f"cannot listen at port {port} ({error})", options={"coordinator": Change.OTHER}) from error
+        raise InputError(
+            f"cannot listen at port {port} ({error})", options={"coordinator": Change.OTHER}
+        ) from error
 
 
 def _connection(connected: socket.socket) -> Connection:
@@ -329,7 +360,8 @@ def _connection(connected: socket.socket) -> Connection:
 
 
 def _receive(connection: Connection, seconds: float | None = None) -> dict[str, Any] | None:
-    """Returns a message; None where the connection is closed, or nothing comes in time, or something else."""
+    """Returns a message; None where the connection is closed, or nothing comes in time, or
+    something else."""
     try:
         if seconds is not None and not connection.poll(seconds):
             return None
@@ -340,7 +372,8 @@ def _receive(connection: Connection, seconds: float | None = None) -> dict[str, 
 
 
 def _detected() -> tuple[str, int, int]:
-    """Returns the coordinator, the number of processes and this one's, as JAX finds them in the environment.
+    """Returns the coordinator, the number of processes and this one's, as JAX finds them in the
+    environment.
 
     JAX has no public function for it: `jax.distributed.initialize` looks there, and starts at once.
     """
@@ -351,8 +384,12 @@ def _detected() -> tuple[str, int, int]:
         coordinator, processes, number, *_ = detect(None, None, None, None, None, MEETING_SECONDS)
     except Exception as error:
         raise InputError(
-            f"JAX {jax.__version__} cannot find the other processes ({error})", options={"coordinator": Change.OTHER}
+            f"JAX {jax.__version__} cannot find the other processes ({error})",
+            options={"coordinator": Change.OTHER},
         ) from error
     if coordinator is None or processes is None or number is None:
-        raise InputError("neither SLURM, Open MPI nor a TPU pod is found here", options={"coordinator": Change.OTHER})
+        raise InputError(
+            "neither SLURM, Open MPI nor a TPU pod is found here",
+            options={"coordinator": Change.OTHER},
+        )
     return coordinator, processes, number

@@ -1,1 +1,2 @@
-"""A whole model pruned: the loop over layers, what decides their masks, distillation, and going on after a crash."""
+"""A whole model pruned: the loop over layers, what decides their masks, distillation, and going on
+after a crash."""

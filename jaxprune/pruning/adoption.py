@@ -1,4 +1,5 @@
-"""Journals without a marker, as version 0.1.0 left them: what in them is provably ours, so that their runs go on."""
+"""Journals without a marker, as version 0.1.0 left them: what in them is provably ours, so that
+their runs go on."""
 
 import json
 import os
@@ -70,7 +71,11 @@ def adopted(folder: Path) -> Adopted:
     entries = Journal(folder).files()
     files = ownership.listed(folder, [IDENTITY])
     for name in EMPTY:
-        if (folder / name).is_file() and not (folder / name).is_symlink() and (folder / name).stat().st_size == 0:
+        if (
+            (folder / name).is_file()
+            and not (folder / name).is_symlink()
+            and (folder / name).stat().st_size == 0
+        ):
             files |= ownership.listed(folder, [name])
     states: dict[str, Listed] = {}
     for path in folder.rglob(STATES):
@@ -82,16 +87,27 @@ def _states(folder: Path, path: Path, identity: Identity) -> dict[str, Listed]:
     """Returns the files of kept states, where their digests are right; else nothing."""
     try:
         digests = json.loads(read_bytes(path))
-        found = {str((path.parent / name).relative_to(folder)): (name, digest) for name, digest in digests.items()}
+        found = {
+            str((path.parent / name).relative_to(folder)): (name, digest)
+            for name, digest in digests.items()
+        }
     except (UserError, ValueError, AttributeError, TypeError):
         return {}
     files = {}
     for relative, (name, digest) in found.items():
-        if Path(name).name != name or not isinstance(digest, str) or not os.path.lexists(path.parent / name):
+        if (
+            Path(name).name != name
+            or not isinstance(digest, str)
+            or not os.path.lexists(path.parent / name)
+        ):
             return {}
         size = (path.parent / name).lstat().st_size
-        ways = (Listed(size=size, sha256=digest, prefix=prefix) for prefix in _prefixes(size, identity))
-        proven = next((listed for listed in ways if ownership.unchanged(path.parent / name, listed)), None)
+        ways = (
+            Listed(size=size, sha256=digest, prefix=prefix) for prefix in _prefixes(size, identity)
+        )
+        proven = next(
+            (listed for listed in ways if ownership.unchanged(path.parent / name, listed)), None
+        )
         if proven is None:
             return {}
         files[relative] = proven

@@ -1,9 +1,10 @@
 r"""A sparsity of its own for every linear, by one threshold over all of them.
 
-The saliency of a weight is W²_ij · Σ_t x²_ti · c_j: what zeroing it alone costs the model's loss, to second order and
-with the diagonals of both Kronecker factors of its curvature (see `sensitivity`). In these units linear layers are
-comparable, so one threshold over the whole model says how many weights each of them loses. A linear stays within a
-distance of the target, and the total is exact.
+The saliency of a weight is W²_ij · Σ_t x²_ti · c_j: what zeroing it alone costs the model's loss,
+to second order and with the diagonals of both Kronecker factors of its curvature (see
+`sensitivity`). In these units linear layers are comparable, so one threshold over the whole model
+says how many weights each of them loses. A linear stays within a distance of the target, and the
+total is exact.
 
 References:
     LeCun et al., "Optimal Brain Damage", NeurIPS 1989, for the saliency.
@@ -25,9 +26,11 @@ from jaxprune.sparsity.patterns import Pattern, Unstructured, partly
 from jaxprune.streaming.model import StreamedModel
 
 BIN_BITS = 16
-"""Of a float32 saliency; weights whose leading 16 bits agree (within 1/128) are told apart by interpolation."""
+"""Of a float32 saliency; weights whose leading 16 bits agree (within 1/128) are told apart by
+interpolation."""
 Histogram = tuple[int, Int[np.ndarray, "_"]]
-"""How many weights have which saliency: the first bin, the least salient, and the counts from there on."""
+"""How many weights have which saliency: the first bin, the least salient, and the counts from there
+on."""
 
 
 def allocate(
@@ -43,11 +46,14 @@ def allocate(
     Args:
         model: the dense model.
         sensitivity: the sensitivity of its layers.
-        sparsity: the sparsity of all linear layers together; zeros are rounded to the nearest whole weight.
-        spread: the most by which a linear's sparsity may differ from what the others have to have for it.
-        named: linear layers with a pattern of their own, or None: those stay dense. The others make up for them.
-        late: of that sparsity what is not to be there yet: a linear has those zeros by now that a threshold for the
-            rest of it gives.
+        sparsity: the sparsity of all linear layers together; zeros are rounded to the nearest whole
+            weight.
+        spread: the most by which a linear's sparsity may differ from what the others have to have
+            for it.
+        named: linear layers with a pattern of their own, or None: those stay dense. The others make
+            up for them.
+        late: of that sparsity what is not to be there yet: a linear has those zeros by now that a
+            threshold for the rest of it gives.
 
     Raises:
         InputError: as for `zeros_to_allocate`.
@@ -71,7 +77,10 @@ def allocate(
     in_the_end = share_zeros(histograms, zeros, spread)
     by_now = in_the_end
     if late:
-        by_now = np.minimum(share_zeros(histograms, max(0, zeros - round(late * counts.weights)), spread), in_the_end)
+        by_now = np.minimum(
+            share_zeros(histograms, max(0, zeros - round(late * counts.weights)), spread),
+            in_the_end,
+        )
     sizes = [counts.unnamed[which] for which in linears]
     each = zip(by_now, in_the_end, sizes, strict=True)
     patterns = [partly(Unstructured(int(z) / size), int(z - now) / size) for now, z, size in each]
@@ -79,7 +88,8 @@ def allocate(
 
 
 def zeros_to_allocate(counts: Counts, sparsity: float) -> int:
-    """Returns the number of zeros that linear layers which no rule names have to have together; 0 where there are none.
+    """Returns the number of zeros that linear layers which no rule names have to have together; 0
+    where there are none.
 
     Args:
         counts: of the model and the rules.
@@ -93,7 +103,8 @@ def zeros_to_allocate(counts: Counts, sparsity: float) -> int:
         return 0
     if not 0 <= zeros < weights:
         raise InputError(
-            f"a sparsity of {sparsity:g} in total leaves {zeros} zeros for the {weights} weights that no rule names",
+            f"a sparsity of {sparsity:g} in total leaves {zeros} zeros for the {weights} weights "
+            "that no rule names",
             options={"sparsity": Change.OTHER},
         )
     return zeros
@@ -106,15 +117,16 @@ def _used(histogram: Int[np.ndarray, "bins"]) -> Histogram:
 
 
 def _share_of_tokens(layer: Sensitivity, tap: str, source: str) -> np.float32:
-    """Returns how many times more tokens all are than those of an expert: Σ x² Σ g² over T tokens is T times Σ x²g²."""
+    """Returns how many times more tokens all are than those of an expert: Σ x² Σ g² over T tokens
+    is T times Σ x²g²."""
     if tap not in layer.given:
         return np.float32(1)
     return np.float32(layer.tokens[source].size) / np.maximum(layer.given[tap][0], np.float32(1))
 
 
 def share_zeros(histograms: Sequence[Histogram], zeros: int, spread: float) -> Int[np.ndarray, "l"]:
-    """Returns the zeros of each linear: its weights below one threshold, within bounds, so that the total is exact. One
-    weight of each stays, unless that leaves too few zeros.
+    """Returns the zeros of each linear: its weights below one threshold, within bounds, so that the
+    total is exact. One weight of each stays, unless that leaves too few zeros.
 
     Args:
         histograms: of each linear.
@@ -124,8 +136,12 @@ def share_zeros(histograms: Sequence[Histogram], zeros: int, spread: float) -> I
     sizes = np.array([counts.sum(dtype=np.int64) for _, counts in histograms])
     target = zeros / sizes.sum()
     # Rounding must not leave the target itself out of reach.
-    least = np.minimum(np.ceil(np.maximum(target - spread, 0) * sizes), np.floor(target * sizes)).astype(np.int64)
-    most = np.maximum(np.minimum(np.floor((target + spread) * sizes), sizes - 1), np.ceil(target * sizes))
+    least = np.minimum(
+        np.ceil(np.maximum(target - spread, 0) * sizes), np.floor(target * sizes)
+    ).astype(np.int64)
+    most = np.maximum(
+        np.minimum(np.floor((target + spread) * sizes), sizes - 1), np.ceil(target * sizes)
+    )
     most = most.astype(np.int64)
     first = min(start for start, _ in histograms)
     bins = max(start + len(counts) for start, counts in histograms) - first
@@ -139,14 +155,20 @@ def share_zeros(histograms: Sequence[Histogram], zeros: int, spread: float) -> I
         return _top_up(least, most, zeros)
 
     def before(end: int) -> Int[np.ndarray, "l"]:
-        own = [counts[: max(0, end + first - start)].sum(dtype=np.int64) for start, counts in histograms]
+        own = [
+            counts[: max(0, end + first - start)].sum(dtype=np.int64)
+            for start, counts in histograms
+        ]
         return np.clip(own, least, most)
 
     return _top_up(before(after - 1), before(after), zeros)
 
 
-def _top_up(start: Int[np.ndarray, "l"], end: Int[np.ndarray, "l"], total: int) -> Int[np.ndarray, "l"]:
-    """Returns whole numbers between start and end at the same fraction of the way, with this total."""
+def _top_up(
+    start: Int[np.ndarray, "l"], end: Int[np.ndarray, "l"], total: int
+) -> Int[np.ndarray, "l"]:
+    """Returns whole numbers between start and end at the same fraction of the way, with this
+    total."""
     missing, room = total - int(start.sum()), end - start
     exact = room * (missing / max(1, int(room.sum())))
     added = np.floor(exact).astype(np.int64)

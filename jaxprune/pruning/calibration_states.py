@@ -1,4 +1,5 @@
-"""The hidden states of the calibration windows on their way through the layers, and through those pruned already."""
+"""The hidden states of the calibration windows on their way through the layers, and through those
+pruned already."""
 
 import numpy as np
 from jaxtyping import Int
@@ -11,7 +12,8 @@ from jaxprune.streaming.model import StreamedModel, inside_layer
 
 
 class CalibrationStates:
-    """Hidden states behind the pruned layers, and where they are asked for those behind the dense layers.
+    """Hidden states behind the pruned layers, and where they are asked for those behind the dense
+    layers.
 
     Args:
         model: the dense model.
@@ -26,24 +28,30 @@ class CalibrationStates:
         InputError: see `StreamedModel.embed`.
     """
 
-    def __init__(self, model: StreamedModel, tokens: Int[np.ndarray, "w t"], *, with_dense: bool) -> None:
+    def __init__(
+        self, model: StreamedModel, tokens: Int[np.ndarray, "w t"], *, with_dense: bool
+    ) -> None:
         self._model, self._tokens = model, tokens
         self._position = 0  # number of layers that the states are behind
         self._fresh = True
         routing, at_a_time = model.architecture.config.routing, None
         if routing and routing.route_all:  # as many rows as when each token takes a few experts
-            at_a_time = max(1, hardware.current().tokens_per_batch * routing.per_token // routing.experts)
+            at_a_time = max(
+                1, hardware.current().tokens_per_batch * routing.per_token // routing.experts
+            )
         self.pruned = model.embed(tokens, at_a_time=at_a_time)
         self.dense = model.embed(tokens) if with_dense else None
 
     def passed(self, index: int, finished: Results) -> None:
-        """Says that the states moved through a layer; keeps them in the journal where that is worth its time."""
+        """Says that the states moved through a layer; keeps them in the journal where that is worth
+        its time."""
         self._position = index + 1
         if finished.journal and self._position < self._model.num_layers:
             kept_states.keep(finished.journal, finished.stage, self._position, self._named())
 
     def catch_up(self, index: int, finished: Results) -> None:
-        """Moves the states on to a layer's input, through layers that an earlier process of the run pruned.
+        """Moves the states on to a layer's input, through layers that an earlier process of the run
+        pruned.
 
         Args:
             index: the index of the layer.
@@ -68,7 +76,9 @@ class CalibrationStates:
 
     def _restore(self, index: int, finished: Results) -> None:
         """Takes up the states that the journal kept, where they are of use for a layer."""
-        position = kept_states.position(finished.journal, finished.stage) if finished.journal else None
+        position = (
+            kept_states.position(finished.journal, finished.stage) if finished.journal else None
+        )
         if finished.journal is None or position is None or position > index:
             return
         if kept_states.restore(finished.journal, finished.stage, self._named()):

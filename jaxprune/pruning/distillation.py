@@ -1,15 +1,16 @@
 r"""Distillation: the kept weights tuned against the dense model's predictions, end to end.
 
-Layer by layer, pruning keeps each linear layer's own output; what remains is an error that grows through the depth of
-the model. Here the kept weights of all linear layers are tuned together by Adafactor to minimise, over tokens of text,
-the mean of
+Layer by layer, pruning keeps each linear layer's own output; what remains is an error that grows
+through the depth of the model. Here the kept weights of all linear layers are tuned together by
+Adafactor to minimise, over tokens of text, the mean of
 
     KL(p‖q) = Σ_v p_v (log p_v − log q_v),
 
-p and q the next-token distributions of the dense and of the pruned model. Norms, embedding and head stay, and what is
-zero does. A share of the zeros may come over the first part of the steps: see `late_zeros`. The text is that of the
-calibration windows, or a stream of its own. Of a stream some windows are held out, and what is kept in the end is the
-step at which the divergence on those was least, of those behind which no more zeros came.
+p and q the next-token distributions of the dense and of the pruned model. Norms, embedding and head
+stay, and what is zero does. A share of the zeros may come over the first part of the steps: see
+`late_zeros`. The text is that of the calibration windows, or a stream of its own. Of a stream some
+windows are held out, and what is kept in the end is the step at which the divergence on those was
+least, of those behind which no more zeros came.
 
 References:
     Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), for the loss.
@@ -64,8 +65,8 @@ class Text(NamedTuple):
 
 
 def of_windows(tokens: Int[np.ndarray, "w t"], tuning: Tuning, seed: int) -> Text:
-    """Returns the calibration windows as what is tuned on: every epoch visits all, in an order of its own, and the last
-    may end early."""
+    """Returns the calibration windows as what is tuned on: every epoch visits all, in an order of
+    its own, and the last may end early."""
     steps = TuningSteps.of(tuning, *tokens.shape)
     tokens, visits = _pieces(tokens, tuning), steps.count * steps.windows
     generator = np.random.default_rng(seed)
@@ -79,7 +80,8 @@ def of_stream(stream: TextStream, tuning: Tuning) -> Text:
     steps = TuningSteps.of(tuning, 1, stream.length, stream.held_out.size)
     if stream.tokens < steps.count * steps.tokens:
         log.warning(
-            "the text to tune on has about %s tokens beside those that are held out, and the tuning takes %s: it sees "
+            "the text to tune on has about %s tokens beside those that are held out, and the "
+            "tuning takes %s: it sees "
             "them %.1f times (more text would bring more)",
             f"{stream.tokens:,}",
             f"{steps.count * steps.tokens:,}",
@@ -114,7 +116,8 @@ def distill(
     journal: Journal | None = None,
     observer: Observer = SILENT,
 ) -> Iterator[LayerResult]:
-    """Tunes pruned layers. Masks and what became of the kernels stay as their solves have them, unless zeros come late.
+    """Tunes pruned layers. Masks and what became of the kernels stay as their solves have them,
+    unless zeros come late.
 
     Args:
         model: what was pruned.
@@ -123,20 +126,28 @@ def distill(
         tuning: how.
         target_of: (layer index, path of the linear layer) -> its pattern, where zeros come late.
         teacher: the model towards which is tuned; None: the one that was pruned.
-        journal: where the state is kept now and then, and taken from where it is kept already; None: nothing is kept.
+        journal: where the state is kept now and then, and taken from where it is kept already;
+            None: nothing is kept.
         observer: is told each step, and each measure of the divergence on what is held out.
 
     Raises:
-        InputError: the loss is not finite, or a kernel in the end; zeros are to come late, but in no pattern.
+        InputError: the loss is not finite, or a kernel in the end; zeros are to come late, but in
+            no pattern.
     """
     steps, teacher = text.steps, teacher or model
     late, devices = None, model.devices.count
     placement = placement_of(
-        model.architecture, steps.shape, devices, late_zeros=bool(steps.prunings), teacher=teacher.architecture
+        model.architecture,
+        steps.shape,
+        devices,
+        late_zeros=bool(steps.prunings),
+        teacher=teacher.architecture,
     )
     if steps.prunings:
         if target_of is None:
-            raise InputError("zeros come late in patterns: give them as target_of", options={"tune_zeros": 0})
+            raise InputError(
+                "zeros come late in patterns: give them as target_of", options={"tune_zeros": 0}
+            )
         late = LateZeros(target_of, steps.prunings)
     student = Student(model, layers, placement, late)
     rate = Rate(tuning.tune_rate, steps.count, steps.tokens)
@@ -163,10 +174,14 @@ def distill(
 
 
 def _begun(
-    journal: Journal | None, student: Student, rate: "Rate", held_out: HeldOut | None, observer: Observer
+    journal: Journal | None,
+    student: Student,
+    rate: "Rate",
+    held_out: HeldOut | None,
+    observer: Observer,
 ) -> int:
-    """Takes up what was kept of a tuning, or measures what is held out before the first step; returns the number of the
-    steps that were made."""
+    """Takes up what was kept of a tuning, or measures what is held out before the first step;
+    returns the number of the steps that were made."""
     kept = kept_tuning.restore(journal, student.state, student.restore)
     if kept:
         observer.tuning_resumed(kept.step)
@@ -183,8 +198,8 @@ def _begun(
 class Rate:
     """The learning rate: it rises over the first eighth of the steps and then falls along a cosine.
 
-    The highest is `rate` where the pruned model is `FAR` from the dense one, or more, and in proportion less where it
-    is nearer: what has little to make good is soon past it.
+    The highest is `rate` where the pruned model is `FAR` from the dense one, or more, and in
+    proportion less where it is nearer: what has little to make good is soon past it.
 
     Args:
         rate: the highest of all.
@@ -197,7 +212,9 @@ class Rate:
 
     def __init__(self, rate: float, steps: int, tokens: int) -> None:
         rising = math.ceil(steps / 8)
-        self._of_steps = optax.warmup_cosine_decay_schedule(rate / 10, rate, min(rising, steps - 1), steps, rate / 20)
+        self._of_steps = optax.warmup_cosine_decay_schedule(
+            rate / 10, rate, min(rising, steps - 1), steps, rate / 20
+        )
         self._first = min(rising, math.ceil(FIRST / tokens))
         self.before = 0.0
 
@@ -211,14 +228,18 @@ class Rate:
 def _with_dense(
     model: StreamedModel, text: Text, begin: int
 ) -> Iterator[tuple[Int[np.ndarray, "b t"], Float[np.ndarray, "b t d"]]]:
-    """Yields the windows of a step and of those after it, with the dense model's last hidden states of them. These are
-    computed for whole groups of steps, see `TuningSteps.together`, in a group for equal windows once."""
+    """Yields the windows of a step and of those after it, with the dense model's last hidden states
+    of them. These are computed for whole groups of steps, see `TuningSteps.together`, in a group
+    for equal windows once."""
     together = text.steps.together(model.architecture.state_bytes)
     first = begin // together * together
     batches = text.batches(first) if begin < text.steps.count else iter(())
     while group := list(islice(batches, together)):
         numbers: dict[bytes, int] = {}
-        chosen = [[numbers.setdefault(window.tobytes(), len(numbers)) for window in batch] for batch in group]
+        chosen = [
+            [numbers.setdefault(window.tobytes(), len(numbers)) for window in batch]
+            for batch in group
+        ]
         windows = np.stack([np.frombuffer(window, group[0].dtype) for window in numbers])
         (dense,) = model.final_states(windows)
         for rows in chosen[max(0, begin - first) :]:

@@ -1,10 +1,11 @@
 """Which experts of a model matter least, so that they can be dropped whole.
 
-The saliency of an expert is the mean, over the tokens that are routed to it, of its share in the layer's output times
-the norm of its own output.
+The saliency of an expert is the mean, over the tokens that are routed to it, of its share in the
+layer's output times the norm of its own output.
 
 References:
-    Lasby et al., "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression" (arXiv 2510.13999).
+    Lasby et al., "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression" (arXiv
+    2510.13999).
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,10 @@ from jaxprune.streaming.model import StreamedModel
 
 
 def kept_experts(
-    model: StreamedModel, tokens: Int[np.ndarray, "w t"], share: float, journal: Journal | None = None
+    model: StreamedModel,
+    tokens: Int[np.ndarray, "w t"],
+    share: float,
+    journal: Journal | None = None,
 ) -> dict[int, list[int]]:
     """Returns the experts that stay when a share of those of least saliency goes from every layer.
 
@@ -32,7 +36,8 @@ def kept_experts(
         model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
         share: of the experts of each layer, rounded to the nearest whole number.
-        journal: where the saliencies are kept, and taken from where they are kept already; None: nothing is kept.
+        journal: where the saliencies are kept, and taken from where they are kept already; None:
+            nothing is kept.
 
     Returns:
         Layer index -> experts in order, of the layers that have them.
@@ -60,7 +65,8 @@ def require_experts(architecture: Architecture, share: float) -> int:
     count = round(share * routing.experts)
     if routing.experts - count < routing.per_token:
         raise InputError(
-            f"of {routing.experts} experts {routing.experts - count} would be left, but a token takes "
+            f"of {routing.experts} experts {routing.experts - count} would be left, but a token "
+            "takes "
             f"{routing.per_token}",
             options={"drop_experts": Change.LOWER},
         )
@@ -68,7 +74,8 @@ def require_experts(architecture: Architecture, share: float) -> int:
 
 
 def without_experts(architecture: Architecture, share: float) -> Architecture:
-    """Returns the architecture when a share of the experts is dropped; errors as for `require_experts`."""
+    """Returns the architecture when a share of the experts is dropped; errors as for
+    `require_experts`."""
     if not share:
         return architecture
     count = require_experts(architecture, share)
@@ -86,7 +93,9 @@ def _saliencies(
         layer, own = model.architecture.layers[index], model.put_layer(index, params)
         if layer.experts:
             sums = [fetch(norms(layer, own, x)) for x in hidden.batches()]
-            total, given = (np.sum(one, axis=0, dtype=np.float64) for one in zip(*sums, strict=True))
+            total, given = (
+                np.sum(one, axis=0, dtype=np.float64) for one in zip(*sums, strict=True)
+            )
             found[index] = total / np.maximum(given, 1)
         if index + 1 < model.num_layers:
             model.forward(index, own, hidden)
@@ -100,7 +109,8 @@ def _saliencies(
 def norms(
     layer: Layer, params: Mapping[str, Array], x: Float[Array, "b t d"]
 ) -> tuple[Float[Array, "e"], Float[Array, "e"]]:
-    """Returns each expert's sum of shares times norms of outputs over its tokens, and how many these are."""
+    """Returns each expert's sum of shares times norms of outputs over its tokens, and how many
+    these are."""
     _, taps = layer(params, x)
     output, experts = taps[OUTPUT_TAP], max(layer.experts.values())
     rows = jnp.linalg.norm(output.x.astype(jnp.float32), axis=-1) * jnp.sqrt(output.weights())

@@ -1,6 +1,8 @@
-"""The Gram matrices of a layer's inputs, summed over the calibration windows in one pass of the dense layer.
+"""The Gram matrices of a layer's inputs, summed over the calibration windows in one pass of the
+dense layer.
 
-Those of experts are stacked, and where there are too many of them for the device, some experts' are summed at a time.
+Those of experts are stacked, and where there are too many of them for the device, some experts' are
+summed at a time.
 """
 
 import math
@@ -79,11 +81,14 @@ class Grams:
         return gram.symmetric(self.totals[name].gram[expert - self._tokens[name][0]])
 
 
-def groups(layer: Layer, taps: Sequence[str], most: float, devices: Devices = ONE_DEVICE) -> Iterator[list[str]]:
-    """Yields taps whose Gram matrices are summed together: experts' within `most` bytes, from the first to the last of
-    a group, though one is always taken, and all others with the first group.
+def groups(
+    layer: Layer, taps: Sequence[str], most: float, devices: Devices = ONE_DEVICE
+) -> Iterator[list[str]]:
+    """Yields taps whose Gram matrices are summed together: experts' within `most` bytes, from the
+    first to the last of a group, though one is always taken, and all others with the first group.
 
-    On several devices, which hold the sums of some experts each, those of all experts are summed together.
+    On several devices, which hold the sums of some experts each, those of all experts are summed
+    together.
 
     Args:
         layer: the layer.
@@ -93,13 +98,19 @@ def groups(layer: Layer, taps: Sequence[str], most: float, devices: Devices = ON
     """
     if devices.count > 1:
         most = math.inf
-    group, spans = [tap for tap in taps if layer.sources[tap].expert is None], dict[str, tuple[int, int]]()
+    group, spans = (
+        [tap for tap in taps if layer.sources[tap].expert is None],
+        dict[str, tuple[int, int]](),
+    )
     for tap in taps:
         name, expert = layer.sources[tap]
         if expert is None:
             continue
         wider = spans | {name: (spans.get(name, (expert, expert))[0], expert)}
-        size = sum(4 * layer.features(own) ** 2 * (last + 1 - first) for own, (first, last) in wider.items())
+        size = sum(
+            4 * layer.features(own) ** 2 * (last + 1 - first)
+            for own, (first, last) in wider.items()
+        )
         if spans and size > most:
             yield group
             group, wider = [], {name: (expert, expert)}
@@ -136,22 +147,26 @@ def gram_matrices(
         index: the index of the layer.
         params: the params of the dense layer, on the device.
         hidden: states before the layer.
-        dense: states before the layer of the dense model, which move on to those behind it; None: there are none.
+        dense: states before the layer of the dense model, which move on to those behind it; None:
+            there are none.
         weights: tap -> w, one weight a token; taps that are not in it weigh all tokens the same.
         taps: the inputs whose Gram matrices are wanted; None: all.
 
     Returns:
-        The Gram matrices, and the drifts X̂ᵀ(X − X̂) of the inputs X̂ from those of the dense model, X; no drifts where
-        `dense` is None. An expert's have the tokens that are routed to it, each weighed by the square of its share in
-        the layer's output.
+        The Gram matrices, and the drifts X̂ᵀ(X − X̂) of the inputs X̂ from those of the dense
+        model, X; no drifts where `dense` is None. An expert's have the tokens that are routed to
+        it, each weighed by the square of its share in the layer's output.
 
     Raises:
-        InputError: NaN or infinity in the layer's activations; weights are looked at when they are read.
+        InputError: NaN or infinity in the layer's activations; weights are looked at when they are
+            read.
     """
     devices, layer = model.devices, model.architecture.layers[index]
     wanted = layer.programs_of(layer.inputs if taps is None else taps)
     weights = {tap: weight for tap, weight in (weights or {}).items() if tap in wanted}
-    experts = {tap: expert_totals(layer, tap, some, devices) for tap, some in wanted.items() if some}
+    experts = {
+        tap: expert_totals(layer, tap, some, devices) for tap, some in wanted.items() if some
+    }
     widths = {tap: layer.features(tap) for tap, some in wanted.items() if some is None}
     sums: dict[int, tuple[Totals, Totals]] = {}
 
@@ -160,7 +175,10 @@ def gram_matrices(
         parts = 1 if (rows.stop - rows.start) % devices.count else devices.count
         if parts not in sums:
             shapes = {tap: (n, n) if parts == 1 else (parts, n, n) for tap, n in widths.items()}
-            zeros = [{tap: devices.zeros(shape) for tap, shape in shapes.items()} for _ in range(1 + bool(dense))]
+            zeros = [
+                {tap: devices.zeros(shape) for tap, shape in shapes.items()}
+                for _ in range(1 + bool(dense))
+            ]
             sums[parts] = zeros[0], zeros[1] if dense else {}
         return parts, *sums.pop(parts)
 
@@ -170,7 +188,9 @@ def gram_matrices(
     def move_dense(states: Array, rows: slice) -> Array:
         x = hidden.batch(rows)
         parts, grams, drifts = totals_for(rows)
-        after, *sums[parts] = accumulate_drift(layer, params, x, states, weights_of(rows), grams, drifts)
+        after, *sums[parts] = accumulate_drift(
+            layer, params, x, states, weights_of(rows), grams, drifts
+        )
         return after
 
     if dense:
@@ -186,7 +206,8 @@ def gram_matrices(
     found = {tap: gram.symmetric(plain.pop(tap)) for tap in list(plain)} | experts
     if bad := [tap for tap, good in fetch(_finite(found)).items() if not good]:
         raise InputError(
-            f"the activations hold NaN or infinity in {', '.join(sorted(bad))}, by odd calibration text or too narrow "
+            f"the activations hold NaN or infinity in {', '.join(sorted(bad))}, by odd calibration "
+            "text or too narrow "
             "a dtype",
             options={"dtype": "float32"},
         )
@@ -194,9 +215,13 @@ def gram_matrices(
 
 
 def summed(layer: Layer, tap: str, experts: Sequence[int], devices: Devices) -> range:
-    """Returns the experts that there are sums for, where those of some are wanted: all from the first to the last; on
-    several devices, over which all of a layer are spread evenly, all."""
-    return range(layer.experts[layer.reads[tap][0]]) if devices.count > 1 else range(min(experts), max(experts) + 1)
+    """Returns the experts that there are sums for, where those of some are wanted: all from the
+    first to the last; on several devices, over which all of a layer are spread evenly, all."""
+    return (
+        range(layer.experts[layer.reads[tap][0]])
+        if devices.count > 1
+        else range(min(experts), max(experts) + 1)
+    )
 
 
 def expert_totals(layer: Layer, tap: str, experts: Sequence[int], devices: Devices) -> ExpertTotals:
@@ -228,16 +253,21 @@ def accumulate(
 
 
 def _add_routed(total: ExpertTotals, tap: Routed, weights: Array | None) -> ExpertTotals:
-    """Adds the rows of experts, weighed by their share in the layer's output, squared, and by their tokens' weights."""
+    """Adds the rows of experts, weighed by their share in the layer's output, squared, and by their
+    tokens' weights."""
     of_rows = tap.weights()
     if weights is not None:
         of_rows = of_rows * tap.rows_of_tokens(weights)
     group = _group(tap.plan.owner, total.first, len(total.tokens))
     own = jnp.arange(len(total.tokens), dtype=jnp.int32)[:, None] == group[None, :]
     filled = tap.filled().astype(jnp.int32)[:, 0]
-    tokens = total.tokens + jnp.sum(jnp.where(own, filled[None, :], jnp.int32(0)), axis=1, dtype=jnp.int32)
+    tokens = total.tokens + jnp.sum(
+        jnp.where(own, filled[None, :], jnp.int32(0)), axis=1, dtype=jnp.int32
+    )
     if tap.mesh is None:
-        return total._replace(gram=gram.add_grouped(total.gram, tap.x, of_rows, group), tokens=tokens)
+        return total._replace(
+            gram=gram.add_grouped(total.gram, tap.x, of_rows, group), tokens=tokens
+        )
     added = on_each(tap.mesh, _add_around)(total.gram, tap.x, of_rows, tap.plan.owner)
     return total._replace(gram=added, tokens=tokens)
 
@@ -249,7 +279,10 @@ def _group(owner: Int[Array, "N"], first: Array, count: int) -> Int[Array, "N"]:
 
 
 def _add_around(
-    total: Float[Array, "e n n"], x: Float[Array, "N B n"], weights: Float[Array, "N B"], owner: Int[Array, "N"]
+    total: Float[Array, "e n n"],
+    x: Float[Array, "N B n"],
+    weights: Float[Array, "N B"],
+    owner: Int[Array, "N"],
 ) -> Float[Array, "e n n"]:
     """Adds each device's rows to the sums of all experts, which go around."""
 
@@ -269,11 +302,15 @@ def accumulate_drift(
     grams: dict[str, Array],
     drifts: dict[str, Array],
 ) -> tuple[Float[Array, "b t d"], dict[str, Array], dict[str, Array]]:
-    """Does the same for the states behind pruned layers, x, and those behind dense ones, which move on."""
+    """Does the same for the states behind pruned layers, x, and those behind dense ones, which move
+    on."""
     (_, taps), (after, dense_taps) = layer(params, x), layer(params, dense)
-    grams = {tap: _add(gram.add_gram, total, taps[tap], weights.get(tap)) for tap, total in grams.items()}
+    grams = {
+        tap: _add(gram.add_gram, total, taps[tap], weights.get(tap)) for tap, total in grams.items()
+    }
     drifts = {
-        tap: _add(gram.add_drift, total, taps[tap], dense_taps[tap], weights.get(tap)) for tap, total in drifts.items()
+        tap: _add(gram.add_drift, total, taps[tap], dense_taps[tap], weights.get(tap))
+        for tap, total in drifts.items()
     }
     return after, grams, drifts
 

@@ -1,4 +1,5 @@
-"""Windows that a tuning does not see: the divergence on them, the step at which it was least, and when to stop."""
+"""Windows that a tuning does not see: the divergence on them, the step at which it was least, and
+when to stop."""
 
 from collections.abc import Sequence
 
@@ -19,12 +20,13 @@ class HeldOut:
     Args:
         model: the dense model.
         windows: token ids, [windows, length].
-        begin: measures after so many tokens count, and after more: before, the student has too few zeros.
+        begin: measures after so many tokens count, and after more: before, the student has too few
+            zeros.
 
     Attributes:
         curve: (tokens that were tuned on, divergence) of each measure.
-        best: of each layer, name -> the kernel as it is to be stored from the best measure that counts; None: there is
-            none.
+        best: of each layer, name -> the kernel as it is to be stored from the best measure that
+            counts; None: there is none.
     """
 
     def __init__(self, model: StreamedModel, windows: Int[np.ndarray, "h t"], begin: int) -> None:
@@ -34,8 +36,8 @@ class HeldOut:
         self.best: Sequence[Params] | None = None
 
     def measure(self, student: Student, tokens: int) -> float:
-        """Measures the divergence after so many tokens; keeps the student's kernels where it counts, and none was as
-        small."""
+        """Measures the divergence after so many tokens; keeps the student's kernels where it
+        counts, and none was as small."""
         divergence = student.divergence(self._windows, self._dense)
         if tokens >= self._begin and all(divergence < other for other in self._counting()):
             self.best = None  # so that there is never more than one

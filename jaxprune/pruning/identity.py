@@ -1,9 +1,10 @@
 """Whose a journal is: all that decides a run's outcome, and the weights that it met.
 
-What is known at once (options, calibration windows, configuration, names, shapes and dtypes of all tensors) is compared
-before any work. Contents are compared as they are read: a run keeps the digest of every tensor beside its journal, and
-when it goes on, no tensor may have another. Tensors of layers that are pruned already are read again only where the
-system's own account of the files (size, times, inode) has changed.
+What is known at once (options, calibration windows, configuration, names, shapes and dtypes of all
+tensors) is compared before any work. Contents are compared as they are read: a run keeps the digest
+of every tensor beside its journal, and when it goes on, no tensor may have another. Tensors of
+layers that are pruned already are read again only where the system's own account of the files
+(size, times, inode) has changed.
 """
 
 import hashlib
@@ -54,7 +55,10 @@ class KnownWeights:
     def __init__(self, reader: CheckedReader, journal: Journal) -> None:
         self._reader, self._journal = reader, journal
         self._signature = reader.signature()
-        notes = [schema.check(Weights, note, file=journal.folder, entry=WEIGHTS) for note in journal.weights()]
+        notes = [
+            schema.check(Weights, note, file=journal.folder, entry=WEIGHTS)
+            for note in journal.weights()
+        ]
         known = {path: found for note in notes for path, found in note.digests.items()}
         reader.remember(known)
         self._kept = set(known)
@@ -94,7 +98,10 @@ def checked(reader: Reader) -> CheckedReader:
         TypeError: it does not look at weights when it reads them.
     """
     if not isinstance(reader, CheckedReader):
-        raise TypeError("files are made of a model of jaxprune.load, whose weights are looked at when they are read")
+        raise TypeError(
+            "files are made of a model of jaxprune.load, whose weights are looked at when they are "
+            "read"
+        )
     return reader
 
 
@@ -121,36 +128,59 @@ def of_run(
 
 
 def sample(reader: Reader) -> dict[str, str]:
-    """Returns the digest of the smallest tensor beside the layers, the final norm: fine-tuned checkpoints of the same
-    shapes have others."""
-    beside = [path for part, paths in parts(reader.spec).items() if not part.startswith("layers.") for path in paths]
+    """Returns the digest of the smallest tensor beside the layers, the final norm: fine-tuned
+    checkpoints of the same shapes have others."""
+    beside = [
+        path
+        for part, paths in parts(reader.spec).items()
+        if not part.startswith("layers.")
+        for path in paths
+    ]
     path = min(beside, key=lambda path: math.prod(reader.spec[path].shape))
     return {path: digest(reader.read([path])[path])}
 
 
-def of_version_1(reader: Reader, architecture: Architecture, asked: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Returns the same as the first version wrote it, whose journals are still taken up; `asked` in its form."""
+def of_version_1(
+    reader: Reader, architecture: Architecture, asked: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
+    """Returns the same as the first version wrote it, whose journals are still taken up; `asked` in
+    its form."""
     log.warning(
-        "what is finished is an earlier version's, which kept digests of the first and last layers only; whether the "
+        "what is finished is an earlier version's, which kept digests of the first and last layers "
+        "only; whether the "
         "other weights are still the same is not known"
     )
     grouped = parts(reader.spec)
     layers = [part for part in grouped if part.startswith("layers.")]
-    content = reader.read([path for part in {layers[0], layers[-1], "norm"} & grouped.keys() for path in grouped[part]])
+    content = reader.read(
+        [
+            path
+            for part in {layers[0], layers[-1], "norm"} & grouped.keys()
+            for path in grouped[part]
+        ]
+    )
     checkpoint = hashlib.sha256(_headers(reader.spec) + _digest(content).encode()).hexdigest()
-    return {"checkpoint": checkpoint, "computation": np.dtype(architecture.config.dtype).name, "seed": seed, **asked}
+    return {
+        "checkpoint": checkpoint,
+        "computation": np.dtype(architecture.config.dtype).name,
+        "seed": seed,
+        **asked,
+    }
 
 
 def _headers(spec: Spec) -> bytes:
     """Returns all names, shapes and dtypes, to be digested."""
-    return json.dumps({path: [list(t.shape), t.dtype.name] for path, t in sorted(spec.items())}).encode()
+    return json.dumps(
+        {path: [list(t.shape), t.dtype.name] for path, t in sorted(spec.items())}
+    ).encode()
 
 
 def _digest(arrays: Params) -> str:
     """Returns the digest of version 1: of arrays in their logical order."""
     whole = hashlib.sha256()
     for name in sorted(arrays):
-        array = np.asarray(arrays[name], order="C")  # ascontiguousarray makes 1-d arrays of 0-d ones
+        # ascontiguousarray makes 1-d arrays of 0-d ones
+        array = np.asarray(arrays[name], order="C")
         whole.update(f"{name} {array.dtype.name} {array.shape};".encode())
         whole.update(array.reshape(-1).view(np.uint8).data)
     return whole.hexdigest()

@@ -1,8 +1,9 @@
-"""What a run has finished, on disk: entries that appear whole or not at all, and are checked when they are read.
+"""What a run has finished, on disk: entries that appear whole or not at all, and are checked when
+they are read.
 
-A journal is a folder. An entry holds arrays and metadata under a name such as `pruned/12`: one Orbax pytree, and beside
-it a note with the metadata and the digests of the pytree's files. What a note lists, as long as it is as it was, and
-nothing else in the folder, is the journal's to remove.
+A journal is a folder. An entry holds arrays and metadata under a name such as `pruned/12`: one
+Orbax pytree, and beside it a note with the metadata and the digests of the pytree's files. What a
+note lists, as long as it is as it was, and nothing else in the folder, is the journal's to remove.
 """
 
 import contextlib
@@ -39,9 +40,11 @@ EXPERTS, SENSITIVITY, PRUNED, TUNING, TUNED, QUANTIZED = (
 CURVE = "curve"
 """The entry of a tuning's measures, once it has ended."""
 WEIGHTS = "weights"
-"""Where notes without an entry say what is known of the dense weights; see `identity.KnownWeights`."""
+"""Where notes without an entry say what is known of the dense weights; see
+`identity.KnownWeights`."""
 PATIENCE = 20
-"""Large states are kept when the work since the last time took so many times longer than keeping them."""
+"""Large states are kept when the work since the last time took so many times longer than keeping
+them."""
 _BYTES_PER_SECOND = 5e8  # assumed of a disk until it has been seen
 log = logging.getLogger(__name__)
 
@@ -91,7 +94,8 @@ class Journal:
 
     Attributes:
         folder, work: as given.
-        newly_known: returns what the next entry depends on, to be kept before it; None where there is nothing new.
+        newly_known: returns what the next entry depends on, to be kept before it; None where there
+            is nothing new.
     """
 
     def __init__(self, folder: Path, work: Path | None = None) -> None:
@@ -105,8 +109,13 @@ class Journal:
         return broadcast(self.note(name).exists() and (self.folder / name).exists())
 
     def names(self, stage: str) -> list[str]:
-        """Returns the names of a stage's entries, or of the stages inside it, without `STAGE/` before them."""
-        found = (path.name for path in (self.folder / stage).glob("*") if path.is_dir() and "." not in path.name)
+        """Returns the names of a stage's entries, or of the stages inside it, without `STAGE/`
+        before them."""
+        found = (
+            path.name
+            for path in (self.folder / stage).glob("*")
+            if path.is_dir() and "." not in path.name
+        )
         return broadcast(sorted(found))
 
     def put(self, name: str, arrays: Params, metadata: Mapping[str, Any]) -> None:
@@ -116,7 +125,8 @@ class Journal:
             CheckpointError: the one before it could not be written.
         """
         self.wait()
-        if jax.process_count() > 1:  # Orbax makes them wait for each other, so not beside other work
+        # Orbax makes them wait for each other, so not beside other work
+        if jax.process_count() > 1:
             self._write(name, arrays, metadata)
             barrier()
         else:
@@ -170,7 +180,8 @@ class Journal:
         ownership.remove_listed(self.folder, self._files_of(name))
 
     def files(self) -> dict[str, Listed]:
-        """Returns all files of entries, by relative path, as their notes list them; a note follows what it lists."""
+        """Returns all files of entries, by relative path, as their notes list them; a note follows
+        what it lists."""
         found: dict[str, Listed] = {}
         for name, _ in self._notes():
             found |= self._files_of(name)
@@ -183,7 +194,9 @@ class Journal:
             folders[:] = [name for name in folders if Path(place) / name != self.work]
             for path in (Path(place) / file for file in files if file.endswith(".json")):
                 with contextlib.suppress(UserError):
-                    found.append((str(path.relative_to(self.folder).with_suffix("")), read_note(path)))
+                    found.append(
+                        (str(path.relative_to(self.folder).with_suffix("")), read_note(path))
+                    )
         return sorted(found, key=lambda note: note[0])
 
     def _files_of(self, name: str) -> dict[str, Listed]:
@@ -197,11 +210,14 @@ class Journal:
         found = {}
         for file, hashed in files.items():
             path = self.folder / file
-            found[file] = Listed(size=path.lstat().st_size if os.path.lexists(path) else 0, sha256=hashed)
+            found[file] = Listed(
+                size=path.lstat().st_size if os.path.lexists(path) else 0, sha256=hashed
+            )
         return found
 
     def worth_keeping(self, size: int) -> bool:
-        """Returns whether so much has been done since states were last kept that keeping so many bytes costs little."""
+        """Returns whether so much has been done since states were last kept that keeping so many
+        bytes costs little."""
         cost = self._cost or size / _BYTES_PER_SECOND
         return broadcast(time.monotonic() - self._last_kept > PATIENCE * cost)
 
@@ -217,7 +233,11 @@ class Journal:
         staged = self.staging_place(name)
         save_tree(staged, arrays)
         if is_first_process():
-            self.commit(name, {file: ownership.digest(staged / file) for file in writing.names(staged)}, metadata)
+            self.commit(
+                name,
+                {file: ownership.digest(staged / file) for file in writing.names(staged)},
+                metadata,
+            )
 
     def staging_place(self, name: str) -> Path:
         """Returns where an entry is made before it is whole; nothing is there."""
@@ -227,7 +247,8 @@ class Journal:
         return staged
 
     def commit(self, name: str, files: Mapping[str, str], metadata: Mapping[str, Any]) -> None:
-        """Moves a whole entry to its place. Its note goes first, so that nothing is there that no note lists.
+        """Moves a whole entry to its place. Its note goes first, so that nothing is there that no
+        note lists.
 
         Args:
             name: the name of the entry, which was made at its staging place.
@@ -257,12 +278,15 @@ class Journal:
         return sorted((self.folder / WEIGHTS).glob("*.json"))
 
     def vacate(self, name: str) -> None:
-        """Makes room for an entry: what is there is removed, or put aside where it is not as it was written."""
+        """Makes room for an entry: what is there is removed, or put aside where it is not as it was
+        written."""
         self.remove(name)
         for path in (self.note(name), self.folder / name):
             if os.path.lexists(path) and not ownership.remove_hollow(path):
                 number = 0
-                while os.path.lexists(aside := self.aside / f"{path.relative_to(self.folder)}.{number}"):
+                while os.path.lexists(
+                    aside := self.aside / f"{path.relative_to(self.folder)}.{number}"
+                ):
                     number += 1
                 writing.put(path, aside)
 

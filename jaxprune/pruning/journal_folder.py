@@ -1,8 +1,9 @@
-"""The folder OUT.unfinished beside the checkpoint to be, where a run keeps what is finished: what may be in it.
+"""The folder OUT.unfinished beside the checkpoint to be, where a run keeps what is finished: what
+may be in it.
 
-The folder holds its marker, with a random token; run.json, which says what run it is; entries (see `journal`); and
-work-TOKEN, where all is made: entries that are being written, and the result. finished.json says that the result
-is complete; from then on it is only moved to its place.
+The folder holds its marker, with a random token; run.json, which says what run it is; entries (see
+`journal`); and work-TOKEN, where all is made: entries that are being written, and the result.
+finished.json says that the result is complete; from then on it is only moved to its place.
 """
 
 import contextlib
@@ -95,10 +96,14 @@ def look(out: Path) -> Finished | None:
     except FileNotFoundError:
         return None
     except OSError as problem:
-        raise CheckpointError(f"it cannot be used ({problem.strerror})", file=folder, options=OTHER) from None
+        raise CheckpointError(
+            f"it cannot be used ({problem.strerror})", file=folder, options=OTHER
+        ) from None
     if not stat.S_ISDIR(found.st_mode):
         kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "a file"
-        raise OccupiedError(f"it is {kind}, where the run keeps what is finished", file=folder, options=OTHER)
+        raise OccupiedError(
+            f"it is {kind}, where the run keeps what is finished", file=folder, options=OTHER
+        )
     marker = marker_of(folder)
     if marker is None:
         if is_new(folder) or adoption.is_journal(folder):
@@ -111,7 +116,8 @@ def look(out: Path) -> Finished | None:
                 options=OTHER,
             )
     else:
-        with contextlib.suppress(FileNotFoundError):  # another process works there, as the lock will tell
+        # another process works there, as the lock will tell
+        with contextlib.suppress(FileNotFoundError):
             require_listed(folder, marker)
     return finished_of(folder, marker)
 
@@ -128,9 +134,19 @@ def is_new(folder: Path) -> bool:
 
 
 def require_listed(folder: Path, marker: JournalMarker) -> None:
-    """Raises OccupiedError for the first file in the journal that is not its own; what has changed is left aside."""
+    """Raises OccupiedError for the first file in the journal that is not its own; what has changed
+    is left aside."""
     journal = Journal(folder, folder / work_name(marker.token))
-    names = {MARKER, NEW_MARKER, LOCK, IDENTITY, FINISHED, *marker.files, *marker.others, *journal.files()}
+    names = {
+        MARKER,
+        NEW_MARKER,
+        LOCK,
+        IDENTITY,
+        FINISHED,
+        *marker.files,
+        *marker.others,
+        *journal.files(),
+    }
     own = {journal.work.name, journal.aside.name}
     damaged: set[str] = set()  # notes that list nothing any more
     for name in ownership.strange(folder, names):
@@ -149,7 +165,8 @@ def require_listed(folder: Path, marker: JournalMarker) -> None:
             damaged.add(name)
             continue
         raise OccupiedError(
-            "jaxprune did not write it, and the run's folder for what is finished is to be removed in the end: move it "
+            "jaxprune did not write it, and the run's folder for what is finished is to be removed "
+            "in the end: move it "
             "away",
             file=folder / name,
             options=OTHER,

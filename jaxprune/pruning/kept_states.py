@@ -38,7 +38,9 @@ def keep(journal: Journal, stage: str, position: int, states: Mapping[str, Hidde
     Raises:
         CheckpointError: they cannot be written.
     """
-    if not journal.worth_keeping(sum(math.prod(one.shape) * one.dtype.itemsize for one in states.values())):
+    if not journal.worth_keeping(
+        sum(math.prod(one.shape) * one.dtype.itemsize for one in states.values())
+    ):
         return
     journal.wait()  # what they are behind or before is committed first, and nothing else meanwhile
     before, name = _positions(journal, stage), f"{stage}/states.{position}"
@@ -64,7 +66,8 @@ def position(journal: Journal, stage: str) -> int | None:
 
 
 def restore(journal: Journal, stage: str, states: Mapping[str, HiddenStates]) -> bool:
-    """Fills states with those kept for a stage; returns whether they are whole, else what they hold is of no use."""
+    """Fills states with those kept for a stage; returns whether they are whole, else what they hold
+    is of no use."""
     kept = position(journal, stage)
     if kept is None:
         return False
@@ -86,14 +89,20 @@ def restore(journal: Journal, stage: str, states: Mapping[str, HiddenStates]) ->
 
 
 def _positions(journal: Journal, stage: str) -> list[int]:
-    found = (path.name.partition(".")[2] for path in (journal.folder / stage).glob("states.*") if path.is_dir())
+    found = (
+        path.name.partition(".")[2]
+        for path in (journal.folder / stage).glob("states.*")
+        if path.is_dir()
+    )
     numbers = (int(number) for number in found if number.isdecimal())
     return [number for number in numbers if journal.note(f"{stage}/states.{number}").exists()]
 
 
 def _shapes(states: Mapping[str, HiddenStates]) -> dict[str, Any]:
     """Returns what hidden states are, as JSON."""
-    return {kind: {"dtype": one.dtype.name, "shape": list(one.shape)} for kind, one in states.items()}
+    return {
+        kind: {"dtype": one.dtype.name, "shape": list(one.shape)} for kind, one in states.items()
+    }
 
 
 def _write(path: Path, states: HiddenStates) -> str:

@@ -21,13 +21,16 @@ class KernelResult(NamedTuple):
     """What became of one kernel.
 
     Attributes:
-        error: ‖XW − XŴ‖² / ‖XW‖² of the weights as solved and stored, before any distillation, on the calibration
-            tokens as the solve weighs them.
+        error: ‖XW − XŴ‖² / ‖XW‖² of the weights as solved and stored, before any distillation, on
+            the calibration tokens as the solve weighs them.
         zeros: exact zeros of the stored kernel.
-        wanted: zeros that the pattern or the given mask wants; a weight that it keeps may be zero all the same.
+        wanted: zeros that the pattern or the given mask wants; a weight that it keeps may be zero
+            all the same.
         size: weights of the kernel.
-        metrics: what the method reports; of an expert also how many tokens it was given, and its inputs.
-        sections: zeros of each of the linear layers that lie side by side in it; none where it is one.
+        metrics: what the method reports; of an expert also how many tokens it was given, and its
+            inputs.
+        sections: zeros of each of the linear layers that lie side by side in it; none where it is
+            one.
     """
 
     error: float
@@ -64,8 +67,8 @@ def prune_and_round(
 ) -> tuple[Float[Array, "n m"], Mask, KernelResult]:
     """Prunes one kernel and rounds it to the dtype that it is stored in.
 
-    With weights c of the outputs the method solves for W C^½, C = diag(c). Each output's update stays the same, but a
-    mask over the whole kernel goes where the loss is sensitive.
+    With weights c of the outputs the method solves for W C^½, C = diag(c). Each output's update
+    stays the same, but a mask over the whole kernel goes where the loss is sensitive.
 
     Args:
         method: the pruning method.
@@ -75,9 +78,10 @@ def prune_and_round(
         target: a pattern, or a mask made elsewhere.
         outputs: √c, one weight an output; None: all weigh the same.
         wanted: the kernel whose outputs are wanted; None: the dense kernel's own.
-        sections: the linear layers that lie side by side in it, each of which gets its share of an unstructured
-            pattern's zeros; none where it is one.
-        quantization: the type, of `quantization.BITS`, on whose grid the pruned weights are to lie; None: on none.
+        sections: the linear layers that lie side by side in it, each of which gets its share of an
+            unstructured pattern's zeros; none where it is one.
+        quantization: the type, of `quantization.BITS`, on whose grid the pruned weights are to lie;
+            None: on none.
         devices: the devices that the outputs are sharded over.
 
     Returns:
@@ -92,8 +96,11 @@ def prune_and_round(
     scale = None if outputs is None else np.asarray(outputs, gram_matrix.dtype)[None, :]
     kernel = devices.shard_outputs(kernel)
     weight = kernel.astype(gram_matrix.dtype) if wanted is None else wanted
-    wanted = weight if quantization else None  # nothing that is as large as a kernel stays longer than it is needed
-    weight, mask, metrics = method.solve(prepared, weight if scale is None else weight * scale, choice)
+    # nothing that is as large as a kernel stays longer than it is needed
+    wanted = weight if quantization else None
+    weight, mask, metrics = method.solve(
+        prepared, weight if scale is None else weight * scale, choice
+    )
     weight = weight if scale is None else weight / scale
     if quantization:
         weight = quantize(gram_matrix, wanted, weight, mask, BITS[quantization])
@@ -113,7 +120,8 @@ def prune_and_round(
 
 @jax.jit
 def store(gram_matrix: Array, dense: Array, weight: Array) -> tuple[Array, dict[str, Array]]:
-    """Rounds a kernel to the dense one's dtype; measures what the layer's output lost by it, and zeros by output."""
+    """Rounds a kernel to the dense one's dtype; measures what the layer's output lost by it, and
+    zeros by output."""
     stored = round_kernel(weight, weight != 0, dense.dtype)
     zeros = jnp.sum(stored == 0, axis=0, dtype=jnp.int32)
     return stored, {"error": gram.relative_error(gram_matrix, dense, stored), "zeros": zeros}
@@ -122,7 +130,8 @@ def store(gram_matrix: Array, dense: Array, weight: Array) -> tuple[Array, dict[
 def round_kernel(
     weight: Float[Array, "*e n m"], kept: Bool[Array, "*e n m"], dtype: DTypeLike
 ) -> Float[Array, "*e n m"]:
-    """Rounds a kernel to a dtype; no kept weight rounds to zero, so that the count of zeros stays exact."""
+    """Rounds a kernel to a dtype; no kept weight rounds to zero, so that the count of zeros stays
+    exact."""
     stored = weight.astype(dtype)
     least = jnp.asarray(_smallest(stored.dtype), dtype)
     return jnp.where(kept & (stored == 0), jnp.where(weight < 0, -least, least), stored)

@@ -1,16 +1,17 @@
 """Late zeros: those that a kernel's solve leaves, and that come while the kernels are tuned.
 
-They come a few times over the first part of the steps, fewer each time: after a share t of these times 1 − (1 − t)³
-of them are there. A kernel then keeps those weights w_ij for which w_ij²·r_i·c_j is largest, r and c the shares of the
-inputs and of the outputs in the gradients' squares over some tens of steps: what the loss would lose without them, to
-the second order. Until the last time, those that it does not keep move along the gradient as if it did, and are judged
-anew each time; what its solve made zero stays so. In the end it has as many zeros as its pattern wants. Counts are each
-kernel's own, so that it is pruned where its step is taken.
+They come a few times over the first part of the steps, fewer each time: after a share t of these
+times 1 − (1 − t)³ of them are there. A kernel then keeps those weights w_ij for which w_ij²·r_i·c_j
+is largest, r and c the shares of the inputs and of the outputs in the gradients' squares over some
+tens of steps: what the loss would lose without them, to the second order. Until the last time,
+those that it does not keep move along the gradient as if it did, and are judged anew each time;
+what its solve made zero stays so. In the end it has as many zeros as its pattern wants. Counts are
+each kernel's own, so that it is pruned where its step is taken.
 
 References:
-    LeCun, Denker and Solla, "Optimal Brain Damage" (NIPS 1989), for the saliency. Zhu and Gupta, "To prune, or not to
-    prune" (arXiv 1710.01878), for the schedule. Lin et al., "Dynamic Model Pruning with Feedback" (arXiv 2006.07253),
-    for masked weights that move along.
+    LeCun, Denker and Solla, "Optimal Brain Damage" (NIPS 1989), for the saliency. Zhu and Gupta,
+    "To prune, or not to prune" (arXiv 1710.01878), for the schedule. Lin et al., "Dynamic Model
+    Pruning with Feedback" (arXiv 2006.07253), for masked weights that move along.
 """
 
 import dataclasses
@@ -35,7 +36,8 @@ from jaxprune.sparsity.patterns import Unstructured, by_section, cubic, in_secti
 from jaxprune.sparsity.selection import Selector
 
 Selectors = Mapping[str, Sequence[Selector | None]]
-"""Name of a kernel -> what prunes it on, or the experts that are stacked in it; None: it stays as it is."""
+"""Name of a kernel -> what prunes it on, or the experts that are stacked in it; None: it stays as
+it is."""
 
 
 class LateZeros(NamedTuple):
@@ -50,7 +52,8 @@ class LateZeros(NamedTuple):
     after: Sequence[int]
 
     def selectors(self, layer: Layer, result: LayerResult) -> Selectors:
-        """Returns what prunes a layer on: in the end as many zeros as were wanted of each kernel, in its pattern.
+        """Returns what prunes a layer on: in the end as many zeros as were wanted of each kernel,
+        in its pattern.
 
         Args:
             layer: its kind.
@@ -65,9 +68,15 @@ class LateZeros(NamedTuple):
                     pattern = self.target_of(result.index, path)
                     assert isinstance(pattern, Unstructured)
                     if not pattern.per_output:  # its sparsity may be `allocate`'s
-                        pattern = Unstructured(min(kernel.wanted / kernel.size, math.nextafter(1, 0)))
-                    progress = [1 - late / kernel.wanted * (1 - made) for made in cubic(len(self.after))]
-                    one = in_sections(pattern, layer.sections.get(path, ())).selector(shape, progress)
+                        pattern = Unstructured(
+                            min(kernel.wanted / kernel.size, math.nextafter(1, 0))
+                        )
+                    progress = [
+                        1 - late / kernel.wanted * (1 - made) for made in cubic(len(self.after))
+                    ]
+                    one = in_sections(pattern, layer.sections.get(path, ())).selector(
+                        shape, progress
+                    )
             found.setdefault(f"{name}.kernel", []).append(one)
         return found
 
@@ -87,7 +96,8 @@ def prune(kernels: Kernels, selectors: Selectors, time: int) -> Kernels:
             if selector is not None:
                 which = np.int32(expert) if one[0].value.ndim == 3 else None
                 one = pruned(*one, selector, np.int32(time), which)
-        # One kernel at a time: several processes would wait for each other in different ones, for they exchange counts.
+        # One kernel at a time: several processes would wait for each other in different ones, for
+        # they exchange counts.
         moving[name], fixed[name] = jax.block_until_ready(one)
     return Kernels(moving, fixed)
 
@@ -100,7 +110,8 @@ def pruned(
     time: Int[Array | np.ndarray, ""],
     expert: Int[Array | np.ndarray, ""] | None = None,
 ) -> tuple[Moving, Fixed]:
-    """Returns a kernel with a mask of the weights that matter most to the loss; the last time without the others.
+    """Returns a kernel with a mask of the weights that matter most to the loss; the last time
+    without the others.
 
     Args:
         kernel: what steps change of it; not to be used again.
@@ -112,10 +123,16 @@ def pruned(
     if expert is None:
         return _pruned(kernel, fixed, selector, time)
     one, its = jax.tree.map(lambda leaf: leaf[expert], (kernel, fixed))
-    return jax.tree.map(lambda leaf, new: leaf.at[expert].set(new), (kernel, fixed), _pruned(one, its, selector, time))
+    return jax.tree.map(
+        lambda leaf, new: leaf.at[expert].set(new),
+        (kernel, fixed),
+        _pruned(one, its, selector, time),
+    )
 
 
-def _pruned(kernel: Moving, fixed: Fixed, selector: Selector, time: Int[Array, ""]) -> tuple[Moving, Fixed]:
+def _pruned(
+    kernel: Moving, fixed: Fixed, selector: Selector, time: Int[Array, ""]
+) -> tuple[Moving, Fixed]:
     moves = kernel.value != 0
     of_gradients = kernel.row_shares[:, None] * kernel.column_shares[None, :]
     # There may have been no gradient yet: an expert may have had no tokens.

@@ -1,4 +1,5 @@
-"""One layer pruned: Gram matrices of its inputs -> solves -> kernels on the host, for some inputs after others."""
+"""One layer pruned: Gram matrices of its inputs -> solves -> kernels on the host, for some inputs
+after others."""
 
 import contextlib
 import dataclasses
@@ -59,7 +60,8 @@ class Solver:
         return {tap: paths for tap, paths in pruned.items() if paths}
 
     def outputs(self, index: int) -> Mapping[str, Float[np.ndarray, "m"]]:
-        """Returns the weights of a layer's outputs, by the path of the linear layer; none where all weigh the same."""
+        """Returns the weights of a layer's outputs, by the path of the linear layer; none where all
+        weigh the same."""
         return self.weights[index].outputs if self.weights else {}
 
 
@@ -70,13 +72,14 @@ class SolvedLayer:
         model: the model that the layer belongs to.
         index: the index of the layer.
         params: the params of the dense layer, on the device.
-        states: before the layer, behind pruned layers and, where there are any, behind dense ones, which move on.
+        states: before the layer, behind pruned layers and, where there are any, behind dense ones,
+            which move on.
         solver: how.
         seconds: to which those by phase are added.
 
     Attributes:
-        kernels: name of a kernel as in a checkpoint, inside the layer -> the pruned kernel in its stored dtype, on the
-            host.
+        kernels: name of a kernel as in a checkpoint, inside the layer -> the pruned kernel in its
+            stored dtype, on the host.
         masks: path of the linear layer -> its packed mask; none of one that stays dense.
         results: path -> what became of its kernel.
 
@@ -106,17 +109,27 @@ class SolvedLayer:
         )
         for tap, inputs in layer_inputs(model, index, params, states, solver, seconds):
             linears = {
-                path: Linear(partial(part.sources[path].of, params, ".kernel"), target, outputs.get(path), sections)
+                path: Linear(
+                    partial(part.sources[path].of, params, ".kernel"),
+                    target,
+                    outputs.get(path),
+                    sections,
+                )
                 for path in part.inputs[tap]
                 if (target := solver.target_of(index, path)) is not None
                 for sections in [part.sections.get(path, ())]
             }
             with timed(seconds, "solve"):
                 for path, kernel, mask, result in solve(inputs, linears):
-                    self.kernels[f"{path}.kernel"], self.masks[path], self.results[path] = kernel, mask, result
+                    self.kernels[f"{path}.kernel"], self.masks[path], self.results[path] = (
+                        kernel,
+                        mask,
+                        result,
+                    )
             if bad := [path for path in linears if not math.isfinite(self.results[path].error)]:
                 raise InputError(
-                    f"layer {index}: {', '.join(bad)} cannot be solved, even with {DAMPING[-1]} times the damping",
+                    f"layer {index}: {', '.join(bad)} cannot be solved, even with {DAMPING[-1]} "
+                    "times the damping",
                     options={"nsamples": Change.RAISE, "damping": Change.RAISE},
                 )
             del inputs, linears  # before the next are made
@@ -165,16 +178,21 @@ def layer_inputs(
     solver: Solver,
     seconds: dict[str, float],
 ) -> Iterator[tuple[str, Inputs]]:
-    """Yields the inputs of a layer's pruned linear layers by their taps: all that its solves know of the model.
+    """Yields the inputs of a layer's pruned linear layers by their taps: all that its solves know
+    of the model.
 
     Args: as for `SolvedLayer`.
 
     Raises:
         InputError: a Gram matrix is not finite.
     """
-    part, tokens = model.architecture.layers[index], solver.weights[index].tokens if solver.weights else None
+    part, tokens = (
+        model.architecture.layers[index],
+        solver.weights[index].tokens if solver.weights else None,
+    )
     taps = list(solver.taps(index, part))
-    if not taps and states[1]:  # no Gram matrices are summed, which otherwise moves the dense states
+    # no Gram matrices are summed, which otherwise moves the dense states
+    if not taps and states[1]:
         model.forward(index, params, states[1])
     for group in groups(part, taps, most_bytes(), model.devices):
         with timed(seconds, "gram"):
@@ -185,7 +203,14 @@ def layer_inputs(
                 error.problem = f"layer {index}: {error.problem}"
                 raise
         for tap in group:
-            yield tap, Inputs(grams.tokens(tap), model.devices.replicate(grams.take(tap)), drifts.pop(tap, None))
+            yield (
+                tap,
+                Inputs(
+                    grams.tokens(tap),
+                    model.devices.replicate(grams.take(tap)),
+                    drifts.pop(tap, None),
+                ),
+            )
         del grams, drifts  # before those of the next group are made
 
 
@@ -198,7 +223,8 @@ def solve_kernels(
     quantization: str | None = None,
     devices: Devices = ONE_DEVICE,
 ) -> Iterator[tuple[str, Float[np.ndarray, "n m"], UInt8[np.ndarray, "m _"], KernelResult]]:
-    """Prunes the kernels of the linear layers that share an input, with as much damping as they need.
+    """Prunes the kernels of the linear layers that share an input, with as much damping as they
+    need.
 
     Args:
         inputs: the inputs.
@@ -209,8 +235,9 @@ def solve_kernels(
         devices: see `prune_and_round`.
 
     Yields:
-        Path, pruned kernel in its stored dtype, packed mask, and result. If an error is not finite, all paths follow
-        again with more damping; use the last result of each path. Its error is not finite if no damping is enough.
+        Path, pruned kernel in its stored dtype, packed mask, and result. If an error is not finite,
+        all paths follow again with more damping; use the last result of each path. Its error is not
+        finite if no damping is enough.
     """
     least = 1 if inputs.tokens is None else least_damping(inputs.tokens, len(inputs.gram))
     if inputs.tokens == 0:  # nothing is known: all inputs count the same
@@ -244,16 +271,20 @@ def solve_kernels(
         del prepared  # before it is made again
 
 
-def _wanted(kernel: Float[Array, "n m"], inputs: Inputs, asymmetry: float) -> Float[Array, "n m"] | None:
+def _wanted(
+    kernel: Float[Array, "n m"], inputs: Inputs, asymmetry: float
+) -> Float[Array, "n m"] | None:
     """Returns the kernel whose outputs are wanted; None: the dense one."""
     if inputs.drift is None:
         return None
-    return gram.drifted_target(inputs.gram, inputs.drift, kernel.astype(inputs.gram.dtype), asymmetry)
+    return gram.drifted_target(
+        inputs.gram, inputs.drift, kernel.astype(inputs.gram.dtype), asymmetry
+    )
 
 
 def least_damping(tokens: int, inputs: int) -> int:
-    """Returns how many times the damping is taken for an expert: 1, or more where its tokens are fewer than its inputs,
-    as many times as they are fewer, in powers of 2."""
+    """Returns how many times the damping is taken for an expert: 1, or more where its tokens are
+    fewer than its inputs, as many times as they are fewer, in powers of 2."""
     return min(DAMPING[-1], 2 ** math.ceil(math.log2(max(1.0, inputs / max(1, tokens)))))
 
 

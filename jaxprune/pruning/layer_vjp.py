@@ -19,7 +19,8 @@ TESTED = "0.10 to 0.12"
 def forward_and_vjp(
     part: Part, values: Mapping[str, Array], rest: Mapping[str, Array], x: Float[Array, "b t d"]
 ) -> tuple[Float[Array, "b t d"], Any]:
-    """Computes a layer's output, and the function from its cotangent to those of the kernels and of the input.
+    """Computes a layer's output, and the function from its cotangent to those of the kernels and of
+    the input.
 
     That function does not hold the kernels: `pull_back` adds them again.
 
@@ -34,8 +35,9 @@ def _vjp_without_kernels(
 ) -> tuple[Float[Array, "b t d"], Any]:
     """Returns the function's output and its `jax.vjp`, with the kernels left out of `args_res`.
 
-    JAX 0.11 added `saveable_args` and documented `args_res`: https://docs.jax.dev/en/latest/301/vjp-objects.html.
-    JAX 0.10 has the same `args_res`, undocumented.
+    JAX 0.11 added `saveable_args` and documented `args_res`:
+    https://docs.jax.dev/en/latest/301/vjp-objects.html. JAX 0.10 has the same `args_res`,
+    undocumented.
     """
     documented = "saveable_args" in inspect.signature(jax.vjp).parameters
     saveable: dict[str, Any] = {"saveable_args": (False, True)} if documented else {}
@@ -46,7 +48,8 @@ def _vjp_without_kernels(
     own = {id(kernel) for kernel in kernels.values()}
     if not _has_args_res(vjp) or any(id(leaf) in own for leaf in jax.tree.leaves(vjp)):
         raise UserError(
-            f"the jax.vjp of JAX {jax.__version__} does not leave kernels out of its saved state, as distillation "
+            f"the jax.vjp of JAX {jax.__version__} does not leave kernels out of its saved state, "
+            "as distillation "
             f"needs: install JAX {TESTED}"
         )
     return output, vjp
@@ -60,9 +63,14 @@ def _has_args_res(vjp: Any) -> bool:
 
 @partial(jax.jit, static_argnums=0)
 def pull_back(
-    part: Part, values: Mapping[str, Array], rest: Mapping[str, Array], vjp: Any, cotangent: Float[Array, "b t d"]
+    part: Part,
+    values: Mapping[str, Array],
+    rest: Mapping[str, Array],
+    vjp: Any,
+    cotangent: Float[Array, "b t d"],
 ) -> tuple[dict[str, Array], Float[Array, "b t d"]]:
-    """Computes the gradients of a layer's kernels, in the dtype of the computation, and the cotangent of its input.
+    """Computes the gradients of a layer's kernels, in the dtype of the computation, and the
+    cotangent of its input.
 
     Args:
         part: the layer.

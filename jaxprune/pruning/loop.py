@@ -40,16 +40,19 @@ def prune_layers(
         model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
         method: the pruning method.
-        target: a pattern for all linear layers, or (layer index, path) -> its own, which may be a mask made elsewhere.
+        target: a pattern for all linear layers, or (layer index, path) -> its own, which may be a
+            mask made elsewhere.
         weights: the weights of the layers' tokens and outputs; see `sensitivity.weights`.
         asymmetry: see `Solver`. Above 0 the dense model goes along: another forward pass.
-        finished: where layers are kept as soon as they are pruned, and taken from where they are kept already.
+        finished: where layers are kept as soon as they are pruned, and taken from where they are
+            kept already.
 
     Returns:
         An iterator over the layers' results. A layer is pruned when its result is asked for.
 
     Raises:
-        InputError: model, tokens and target do not fit together; raised here, before the first layer.
+        InputError: model, tokens and target do not fit together; raised here, before the first
+            layer.
     """
     solver = Solver(method, targets_for(model.architecture, target), weights, asymmetry)
     states = CalibrationStates(model, tokens, with_dense=asymmetry > 0)
@@ -59,7 +62,8 @@ def prune_layers(
 def visit_layers(
     model: StreamedModel, states: CalibrationStates, solver: Solver, finished: Results
 ) -> Iterator[LayerResult]:
-    """Yields the pruned layers, in order; when a layer is yielded, the states are those before the next one.
+    """Yields the pruned layers, in order; when a layer is yielded, the states are those before the
+    next one.
 
     Args:
         model: the dense model.
@@ -117,21 +121,28 @@ def solve_layer(
 
 
 def targets_for(architecture: Architecture, target: Pattern | TargetOf) -> TargetOf:
-    """Returns the target of each linear layer, once it is known to fit; errors as for `require_fit`."""
-    target_of = with_rules(target, by_rules(architecture, ())) if isinstance(target, Pattern) else target
+    """Returns the target of each linear layer, once it is known to fit; errors as for
+    `require_fit`."""
+    target_of = (
+        with_rules(target, by_rules(architecture, ())) if isinstance(target, Pattern) else target
+    )
     for (index, path), shape in architecture.kernel_shapes(routers=True).items():
         if (wanted := target_of(index, path)) is not None:
             require_fit(wanted, index, path, shape)
     return target_of
 
 
-def require_fit(target: Pattern | StoredMask, index: int, path: str, shape: tuple[int, ...]) -> None:
-    """Raises InputError where a pattern is impossible for a kernel's shape, or a mask has another."""
+def require_fit(
+    target: Pattern | StoredMask, index: int, path: str, shape: tuple[int, ...]
+) -> None:
+    """Raises InputError where a pattern is impossible for a kernel's shape, or a mask has
+    another."""
     if isinstance(target, Pattern):
         target.selector(shape)
     elif target.shape != shape:
         raise InputError(
-            f"the mask of layers.{index}.{path} is {list(target.shape)}, but its kernel [in, out] is {list(shape)}: "
+            f"the mask of layers.{index}.{path} is {list(target.shape)}, but its kernel [in, out] "
+            f"is {list(shape)}: "
             "the mask was made for another model"
         )
 

@@ -52,14 +52,16 @@ def _finish(journal: Journal, files: Iterable[str], run: str, masks_at: Path | N
         token=marker.token,
         run=run,
         result=ownership.digest(result_folder(journal) / MARKER),
-        masks=Masks(path=str(masks_at), sha256=ownership.digest(masks_file(journal))) if masks_at else None,
+        masks=Masks(path=str(masks_at), sha256=ownership.digest(masks_file(journal)))
+        if masks_at
+        else None,
     )
     writing.put_text(journal.folder / FINISHED, finished.model_dump_json(), journal.work / FINISHED)
 
 
 def is_finished(journal: Journal, out: Path, masks_at: Path | None) -> bool:
-    """Returns whether an earlier process made the whole result, so that it only has to be published; what is left of a
-    result that is not whole, or not what is asked for, is removed."""
+    """Returns whether an earlier process made the whole result, so that it only has to be
+    published; what is left of a result that is not whole, or not what is asked for, is removed."""
     return on_first_process(lambda: _is_finished(journal, out, masks_at))
 
 
@@ -67,7 +69,9 @@ def _is_finished(journal: Journal, out: Path, masks_at: Path | None) -> bool:
     finished = finished_of(journal.folder, marker_of(journal.folder))
     if finished is None:
         return False
-    if finished.made(masks_at) and (finished.is_published(out) or _is_whole(journal, out, finished)):
+    if finished.made(masks_at) and (
+        finished.is_published(out) or _is_whole(journal, out, finished)
+    ):
         return True
     ownership.remove_own(journal.folder / FINISHED)
     ownership.remove_own(journal.work)
@@ -90,7 +94,8 @@ def publish(journal: Journal, place: Destination, masks_place: Destination | Non
     """Moves the finished result to its place, and removes the journal.
 
     Raises:
-        OccupiedError: something appeared there. The result is kept, and the same command goes on from there.
+        OccupiedError: something appeared there. The result is kept, and the same command goes on
+            from there.
     """
     on_first_process(lambda: _publish(journal, place, masks_place))
 
@@ -109,7 +114,8 @@ def _publish(journal: Journal, place: Destination, masks_place: Destination | No
 
 
 def remove(journal: Journal) -> None:
-    """Removes all of a journal that is its own; finished.json goes last, so that a kill before leaves no doubt."""
+    """Removes all of a journal that is its own; finished.json goes last, so that a kill before
+    leaves no doubt."""
     folder, marker = journal.folder, marker_of(journal.folder)
     ownership.remove_listed(folder, journal.files())
     with contextlib.suppress(UserError):  # what was replaced
@@ -123,4 +129,6 @@ def remove(journal: Journal) -> None:
     for name in (NEW_MARKER, MARKER, FINISHED):
         ownership.remove_own(folder / name)
     if not ownership.remove_empty(folder) and left:
-        log.warning("left in %s, as jaxprune did not write it, or it has changed: %s", folder, joined(left))
+        log.warning(
+            "left in %s, as jaxprune did not write it, or it has changed: %s", folder, joined(left)
+        )

@@ -1,4 +1,5 @@
-"""Pruned layers brought to a grid, in a loop of their own: hidden states go through the layers as they are on it."""
+"""Pruned layers brought to a grid, in a loop of their own: hidden states go through the layers as
+they are on it."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -22,7 +23,8 @@ from jaxprune.sparsity.patterns import Unstructured
 from jaxprune.streaming.model import StreamedModel, inside_layer
 
 ERROR = "quantization_error"
-"""The metric that says what a kernel's outputs lost on the way to the grid, as `KernelResult.error` says of pruning."""
+"""The metric that says what a kernel's outputs lost on the way to the grid, as `KernelResult.error`
+says of pruning."""
 
 
 def quantize_layers(
@@ -32,18 +34,20 @@ def quantize_layers(
     quantization: str,
     finished: Results,
 ) -> Iterator[LayerResult]:
-    """Brings layers to a grid, one after another: their zeros stay, also those of linear layers that are dense.
+    """Brings layers to a grid, one after another: their zeros stay, also those of linear layers
+    that are dense.
 
     Args:
         model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
         pruned: the index of a layer -> it, pruned.
         quantization: the type, of `methods.quantization.BITS`.
-        finished: where layers are kept as soon as they are done, and taken from where they are kept already.
+        finished: where layers are kept as soon as they are done, and taken from where they are kept
+            already.
 
     Yields:
-        The layers; kernels that come in no whole blocks are as they were. Zeros are counted again, `ERROR` is among the
-        metrics, and the seconds are those spent here.
+        The layers; kernels that come in no whole blocks are as they were. Zeros are counted again,
+        `ERROR` is among the metrics, and the seconds are those spent here.
     """
     states = CalibrationStates(model, tokens, with_dense=False)
     for index, part in enumerate(model.architecture.layers):
@@ -59,19 +63,26 @@ def quantize_layers(
         for path in kernels.keys() & solved.masks.keys():
             kernels[path] = _merged(kernels[path], solved.kernels[path])
         seconds = {"quantize": sum(solved.seconds.values())}
-        result = dataclasses.replace(layer, params=solved.params, kernels=kernels, seconds=seconds, resumed=False)
+        result = dataclasses.replace(
+            layer, params=solved.params, kernels=kernels, seconds=seconds, resumed=False
+        )
         finished.put(result)
         states.passed(index, finished)
         yield result
 
 
 def _target(part: Layer, masks: Params, _: int, path: str) -> Target:
-    """Returns the mask of a pruned kernel, under which it is brought to a grid; None: it stays as it is."""
+    """Returns the mask of a pruned kernel, under which it is brought to a grid; None: it stays as
+    it is."""
     inputs, outputs = part.kernels[path]
     if path in part.routers or not has_grid(inputs):
         return None
     packed = masks.get(path)
-    return Unstructured(0) if packed is None else StoredMask((inputs, outputs), lambda: unpack(packed, inputs))
+    return (
+        Unstructured(0)
+        if packed is None
+        else StoredMask((inputs, outputs), lambda: unpack(packed, inputs))
+    )
 
 
 def _merged(pruned: KernelResult, quantized: KernelResult) -> KernelResult:

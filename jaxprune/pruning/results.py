@@ -23,7 +23,8 @@ class LayerResult:
 
     Attributes:
         index: the index of the layer, from 0.
-        params: all params of the layer, on the host, as they are to be stored; paths as in the checkpoint.
+        params: all params of the layer, on the host, as they are to be stored; paths as in the
+            checkpoint.
         kernels: path of the linear layer inside the decoder layer -> what became of its kernel.
         masks: path of the linear layer -> its mask, packed as in a mask file; see `sparsity.masks`.
         seconds: the seconds by phase; `read` is the time spent waiting for the reader.
@@ -45,11 +46,14 @@ class LayerResult:
         return dataclasses.replace(self, params={}, masks={})
 
     def as_json(self) -> dict[str, Any]:
-        """Returns all but the arrays, as journals and records keep it; see `reporting.schema.Layer`."""
+        """Returns all but the arrays, as journals and records keep it; see
+        `reporting.schema.Layer`."""
         kernels = {}
         for path, kernel in self.kernels.items():
             values = kernel._asdict().items()
-            kernels[path] = {"stats" if name == "metrics" else name: value for name, value in values}
+            kernels[path] = {
+                "stats" if name == "metrics" else name: value for name, value in values
+            }
             if not kernel.sections:
                 del kernels[path]["sections"]
         return plain({"index": self.index, "seconds": self.seconds, "linears": kernels})
@@ -73,7 +77,9 @@ class Results:
     def whole(self) -> bool:
         """Returns whether all layers are there, each as it was written."""
         every = range(self._count)
-        return all(index in self for index in every) and all(self.get(index) is not None for index in every)
+        return all(index in self for index in every) and all(
+            self.get(index) is not None for index in every
+        )
 
     def require(self, index: int) -> LayerResult:
         """Returns a layer that the run has finished.
@@ -83,7 +89,9 @@ class Results:
         """
         if layer := self.get(index):
             return layer
-        raise DamagedEntryError(f"layer {index} was damaged on the disk while it was used: run the same command again")
+        raise DamagedEntryError(
+            f"layer {index} was damaged on the disk while it was used: run the same command again"
+        )
 
     def put(self, layer: LayerResult) -> None:
         """Commits a layer, unless it is there."""
@@ -107,13 +115,18 @@ class Results:
             kind, _, rest = path.partition(".")
             arrays[kind][rest] = array
         kernels = {path: kernel.result() for path, kernel in found.linears.items()}
-        return LayerResult(index, arrays["params"], kernels, arrays["masks"], found.seconds, resumed=True)
+        return LayerResult(
+            index, arrays["params"], kernels, arrays["masks"], found.seconds, resumed=True
+        )
 
     def _checked(self, metadata: dict[str, Any], name: str) -> "_Layer | None":
-        """Returns what `LayerResult.as_json` gave; None where it is something else, which is said."""
+        """Returns what `LayerResult.as_json` gave; None where it is something else, which is
+        said."""
         assert self.journal
         try:
-            return check(_Layer, metadata, file=self.journal.folder / f"{name}.json", entry="figures")
+            return check(
+                _Layer, metadata, file=self.journal.folder / f"{name}.json", entry="figures"
+            )
         except DamagedError as error:
             log.warning("%s; it will be made again", error)
             return None
@@ -128,10 +141,13 @@ class _Kernel(Schema):
     sections: dict[str, Count] = {}
 
     def result(self) -> KernelResult:
-        """Returns what became of a kernel. A journal of version 1 says what was found only, which counts as wanted."""
+        """Returns what became of a kernel. A journal of version 1 says what was found only, which
+        counts as wanted."""
         wanted = self.zeros if self.wanted is None else self.wanted
         metrics = {name: _number(value) for name, value in self.stats.items()}
-        return KernelResult(_number(self.error), self.zeros, wanted, self.size, metrics, self.sections)
+        return KernelResult(
+            _number(self.error), self.zeros, wanted, self.size, metrics, self.sections
+        )
 
 
 class _Layer(Schema):

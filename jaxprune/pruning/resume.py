@@ -1,4 +1,5 @@
-"""Going on with a run that was stopped: whose journal lies beside the checkpoint to be, and who may write it."""
+"""Going on with a run that was stopped: whose journal lies beside the checkpoint to be, and who may
+write it."""
 
 import contextlib
 import fcntl
@@ -46,15 +47,23 @@ def check(place: Destination, masks_place: Destination | None) -> bool:
     """Makes sure that a run may make what it makes, unless an earlier process of it did.
 
     Returns:
-        Whether its journal is as a kill right before its end leaves it: nothing is in it, and the result stands.
+        Whether its journal is as a kill right before its end leaves it: nothing is in it, and the
+        result stands.
 
     Raises:
         CheckpointError: see `Destination.check` and `look`.
     """
     finished, folder = look(place.path), journal_folder(place.path)
-    if os.path.lexists(folder) and marker_of(folder) is None and is_new(folder) and ownership.marker_of(place.path):
+    if (
+        os.path.lexists(folder)
+        and marker_of(folder) is None
+        and is_new(folder)
+        and ownership.marker_of(place.path)
+    ):
         return True
-    if masks_place and not (finished and finished.made(masks_place.path) and finished.masks_are_published()):
+    if masks_place and not (
+        finished and finished.made(masks_place.path) and finished.masks_are_published()
+    ):
         masks_place.check()
     if not (finished and finished.is_published(place.path)):
         place.check()
@@ -62,7 +71,8 @@ def check(place: Destination, masks_place: Destination | None) -> bool:
 
 
 def tidy_up(out: Path, run: str, masks_at: Path | None) -> bool:
-    """Removes such a journal, if result and masks are this run's, as far as can be known; whether they are."""
+    """Removes such a journal, if result and masks are this run's, as far as can be known; whether
+    they are."""
     if ownership.prove(out).kind != f"run {run}" or (masks_at and not ownership.sealed(masks_at)):
         return False
     folder = journal_folder(out)
@@ -85,11 +95,13 @@ def open_journal(
     Args:
         out: the folder that the run makes.
         identity: all that decides its outcome, as JSON.
-        of_version_1: gives the same as version 1 wrote it, in whose journals `identity` is looked for.
+        of_version_1: gives the same as version 1 wrote it, in whose journals `identity` is looked
+            for.
         resume: whether there must be something to go on with.
 
     Raises:
-        InputError: the journal belongs to another run, or another process works on it, or there is none to resume.
+        InputError: the journal belongs to another run, or another process works on it, or there is
+            none to resume.
         CheckpointError: it cannot be written.
     """
     folder = journal_folder(out)
@@ -101,7 +113,8 @@ def open_journal(
                     log.warning("going on with what is finished in %s", folder)
                 yield journal
         except BaseException as error:
-            again = getattr(error, "again", "")  # a stop or a defect says nothing against running again
+            # a stop or a defect says nothing against running again
+            again = getattr(error, "again", "")
             if is_first_process() and _leave(folder) and again is not None:
                 when = f"{again} the same command continues from it".lstrip()
                 error.add_note(f"finished work is saved in {folder}: {when}")
@@ -118,7 +131,9 @@ def _take(
 ) -> str:
     """Locks the folder of a journal and tidies it up; its token. Errors as for `open_journal`."""
     if resume and not (folder / IDENTITY).exists() and look(out) is None:
-        raise InputError(f"there is nothing to go on with at {folder}", options={"resume": Change.OMIT})
+        raise InputError(
+            f"there is nothing to go on with at {folder}", options={"resume": Change.OMIT}
+        )
     with failing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     stack.enter_context(_locked(folder))
@@ -153,12 +168,15 @@ def run_of(identity: Mapping[str, Any]) -> str:
 def _begin(folder: Path, identity: str) -> JournalMarker:
     """Writes the marker of a journal, which adopts what is there of an earlier version's."""
     old = None
-    if (finished := finished_of(folder, None)) is not None:  # all but the last two files were removed
+    # all but the last two files were removed
+    if (finished := finished_of(folder, None)) is not None:
         marker = JournalMarker(kind=KIND, files={}, token=finished.token)
     elif adoption.is_journal(folder):
         old = adoption.adopted(folder)
         files = old.files | old.states
-        marker = JournalMarker(kind=KIND, files=files, token=secrets.token_hex(8), others=old.others)
+        marker = JournalMarker(
+            kind=KIND, files=files, token=secrets.token_hex(8), others=old.others
+        )
     else:
         content = identity.encode()
         listed = Listed(size=len(content), sha256=hashlib.sha256(content).hexdigest())
@@ -183,7 +201,9 @@ def _locked(folder: Path) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OccupiedError("it is no regular file, where the run keeps its lock", file=path, options=OTHER)
+            raise OccupiedError(
+                "it is no regular file, where the run keeps its lock", file=path, options=OTHER
+            )
         with failing(path):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -191,7 +211,9 @@ def _locked(folder: Path) -> Iterator[None]:
             except (BlockingIOError, FileNotFoundError):
                 gone = True
         if gone:
-            raise InputError(f"another process is working on {folder}: let it finish", options=OTHER)
+            raise InputError(
+                f"another process is working on {folder}: let it finish", options=OTHER
+            )
         yield
     finally:
         os.close(descriptor)
@@ -212,17 +234,24 @@ def _leave(folder: Path) -> bool:
     return kept
 
 
-def _require_same(folder: Path, identity: Mapping[str, Any], of_version_1: Callable[[], Mapping[str, Any]]) -> None:
+def _require_same(
+    folder: Path, identity: Mapping[str, Any], of_version_1: Callable[[], Mapping[str, Any]]
+) -> None:
     """Raises AnotherRunError where a journal is another run's, and says what differs."""
     written = decode(read_bytes(folder / IDENTITY), file=folder / IDENTITY)
     wanted = json.loads(json.dumps(identity if "schema" in written else of_version_1()))
     if written.get("schema") == 2:  # it kept the configuration as the model's modules had it then
-        log.warning("%s is an earlier version's: whether config.json is still the same is not known", folder)
+        log.warning(
+            "%s is an earlier version's: whether config.json is still the same is not known", folder
+        )
         for identity_ in (written, wanted):
             for name in ("schema", "model", "config.json", "computation"):
                 identity_.pop(name, None)
     if "masks" in wanted and "masks" not in written:
-        log.warning("%s is an earlier version's: whether the given masks are still the same is not known", folder)
+        log.warning(
+            "%s is an earlier version's: whether the given masks are still the same is not known",
+            folder,
+        )
         del wanted["masks"]
     found, wanted = flat(written), flat(wanted)
     differences = [
@@ -232,7 +261,8 @@ def _require_same(folder: Path, identity: Mapping[str, Any], of_version_1: Calla
     ]
     if differences:
         raise AnotherRunError(
-            f"it was left by another run, whose options were others: {joined(differences)}; it goes on where "
+            f"it was left by another run, whose options were others: {joined(differences)}; it "
+            "goes on where "
             "they are given again; for a new one",
             file=folder,
             options=OTHER,

@@ -1,4 +1,5 @@
-"""Rules by name on a model: which linear layers stay dense, and which have a pattern of their own."""
+"""Rules by name on a model: which linear layers stay dense, and which have a pattern of their
+own."""
 
 import dataclasses
 import difflib
@@ -19,8 +20,11 @@ TargetOf = Callable[[int, str], Target]
 """(layer index, path of the linear layer) -> its target."""
 
 
-def by_rules(architecture: Architecture, rules: Sequence[Rule]) -> Mapping[tuple[int, str], Pattern | None]:
-    """Returns the linear layers that rules name, with their patterns; the last rule that names one counts.
+def by_rules(
+    architecture: Architecture, rules: Sequence[Rule]
+) -> Mapping[tuple[int, str], Pattern | None]:
+    """Returns the linear layers that rules name, with their patterns; the last rule that names one
+    counts.
 
     Routers stay dense unless a rule gives their own name and a pattern, such as `*.mlp.gate`.
 
@@ -28,20 +32,28 @@ def by_rules(architecture: Architecture, rules: Sequence[Rule]) -> Mapping[tuple
         InputError: a rule names no linear layer.
     """
     every = architecture.kernel_shapes(routers=True)
-    found: dict[tuple[int, str], Pattern | None] = {which: None for which in every if architecture.is_router(*which)}
+    found: dict[tuple[int, str], Pattern | None] = {
+        which: None for which in every if architecture.is_router(*which)
+    }
     for rule in rules:
         named = [which for which in every if rule.matches(*which)]
-        if rule.pattern and rule.names.endswith("*"):  # all that is below a name is no name of a router
+        # all that is below a name is no name of a router
+        if rule.pattern and rule.names.endswith("*"):
             named = [which for which in named if not architecture.is_router(*which)]
         if not named:
             names = [f"layers.{index}.{path}" for index, path in every]
             near = difflib.get_close_matches(rule.names, names, n=3, cutoff=0.3) or names[:3]
-            raise InputError(f"no linear layer is named {rule.names!r}", wanted=f"names such as {', '.join(near)}")
+            raise InputError(
+                f"no linear layer is named {rule.names!r}",
+                wanted=f"names such as {', '.join(near)}",
+            )
         found |= dict.fromkeys(named, rule.pattern)
     return found
 
 
-def with_rules(target: Pattern | TargetOf, named: Mapping[tuple[int, str], Pattern | None]) -> TargetOf:
+def with_rules(
+    target: Pattern | TargetOf, named: Mapping[tuple[int, str], Pattern | None]
+) -> TargetOf:
     """Returns the target of each linear layer: its own where a rule names it.
 
     Args:
@@ -58,12 +70,14 @@ def with_rules(target: Pattern | TargetOf, named: Mapping[tuple[int, str], Patte
 
 
 class Counts(NamedTuple):
-    """Weights of linear layers by shapes alone; a router counts only where a rule gives it a pattern.
+    """Weights of linear layers by shapes alone; a router counts only where a rule gives it a
+    pattern.
 
     Attributes:
         weights: of all linear layers.
         zeros: that rules give.
-        rounding: the most that `zeros` differs from the rules' fractions by rounding to whole weights.
+        rounding: the most that `zeros` differs from the rules' fractions by rounding to whole
+            weights.
         unnamed: linear layers that no rule names -> their weights.
     """
 
@@ -73,7 +87,9 @@ class Counts(NamedTuple):
     unnamed: dict[tuple[int, str], int]
 
 
-def count_weights(architecture: Architecture, named: Mapping[tuple[int, str], Pattern | None]) -> Counts:
+def count_weights(
+    architecture: Architecture, named: Mapping[tuple[int, str], Pattern | None]
+) -> Counts:
     """Counts the weights of linear layers, and the zeros that rules give.
 
     Args:
@@ -95,7 +111,8 @@ def count_weights(architecture: Architecture, named: Mapping[tuple[int, str], Pa
 
 
 def require_sparsity(architecture: Architecture, recipe: Recipe, sparsity: float) -> None:
-    """Raises InputError where rules name every linear layer and miss the sparsity that the user asked for.
+    """Raises InputError where rules name every linear layer and miss the sparsity that the user
+    asked for.
 
     Args:
         architecture: the architecture of the model.
@@ -105,14 +122,16 @@ def require_sparsity(architecture: Architecture, recipe: Recipe, sparsity: float
     counts = count_weights(architecture, by_rules(architecture, recipe.rules))
     if not counts.unnamed and abs(counts.zeros - sparsity * counts.weights) > counts.rounding + 0.5:
         raise InputError(
-            f"the rules name every linear layer and give a sparsity of {counts.zeros / counts.weights} in total, "
+            "the rules name every linear layer and give a sparsity of "
+            f"{counts.zeros / counts.weights} in total, "
             f"not {sparsity}",
             options={"sparsity": Change.OMIT},
         )
 
 
 def effective_recipe(architecture: Architecture, recipe: Recipe) -> Recipe:
-    """Returns the recipe without what changes nothing on a model, because rules name every linear layer.
+    """Returns the recipe without what changes nothing on a model, because rules name every linear
+    layer.
 
     Raises:
         InputError: a rule names no linear layer.

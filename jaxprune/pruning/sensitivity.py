@@ -1,16 +1,20 @@
-r"""What matters to the model's loss: one streamed reverse pass of the dense model over the calibration windows.
+r"""What matters to the model's loss: one streamed reverse pass of the dense model over the
+calibration windows.
 
-With g the gradients of the next-token loss ℓ (summed over tokens) by the outputs of a linear, X its inputs, the
-curvature of the loss in its kernel is about A ⊗ C (K-FAC): A = Xᵀ diag(w) X with w_t = (Σ_j g²_tj)^p, and C = diag(c)
-with c_j = Σ_t g²_tj. Only ratios of these numbers are used, so the scale of the loss does not matter.
+With g the gradients of the next-token loss ℓ (summed over tokens) by the outputs of a linear, X its
+inputs, the curvature of the loss in its kernel is about A ⊗ C (K-FAC): A = Xᵀ diag(w) X with w_t =
+(Σ_j g²_tj)^p, and C = diag(c) with c_j = Σ_t g²_tj. Only ratios of these numbers are used, so the
+scale of the loss does not matter.
 
-Layer inputs are kept on the host, and each layer is run again under `jax.vjp`, from the last to the first, so that the
-device holds one layer, as in the forward direction. Gradients of kernels are not needed: a pass costs three forward
-passes (forward, forward again, and the products with the transposed kernels) and the head's.
+Layer inputs are kept on the host, and each layer is run again under `jax.vjp`, from the last to the
+first, so that the device holds one layer, as in the forward direction. Gradients of kernels are not
+needed: a pass costs three forward passes (forward, forward again, and the products with the
+transposed kernels) and the head's.
 
 References:
-    Martens and Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML 2015 (arXiv
-    1503.05671), for the factors; Kunstner et al. (arXiv 1905.12558), on the empirical Fisher matrix, which this is.
+    Martens and Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature",
+    ICML 2015 (arXiv 1503.05671), for the factors; Kunstner et al. (arXiv 1905.12558), on the
+    empirical Fisher matrix, which this is.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +39,8 @@ from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.model import StreamedModel
 
 HOST_BYTES = 8e9
-"""The most memory for the layers' inputs; more windows are taken in groups, each of which reads the model again."""
+"""The most memory for the layers' inputs; more windows are taken in groups, each of which reads the
+model again."""
 
 
 class Sensitivity(NamedTuple):
@@ -44,8 +49,8 @@ class Sensitivity(NamedTuple):
     In a program's result experts' are stacked.
 
     Attributes:
-        tokens: tap -> [windows, length], Σ_j g²_tj over the outputs j of all linear layers that read the tap; those of
-            experts together.
+        tokens: tap -> [windows, length], Σ_j g²_tj over the outputs j of all linear layers that
+            read the tap; those of experts together.
         outputs: linear -> [m], c_j = Σ_t g²_tj.
         inputs: tap -> [n], Σ_t x²_ti.
         given: tap of an expert -> [1], how many tokens it was given.
@@ -61,7 +66,8 @@ class Weights(NamedTuple):
     """What the solves of one layer weigh. float32.
 
     Attributes:
-        tokens: tap -> w, [windows, length], of mean 1; its Gram matrix is Xᵀ diag(w) X. Empty: all are 1.
+        tokens: tap -> w, [windows, length], of mean 1; its Gram matrix is Xᵀ diag(w) X. Empty: all
+            are 1.
         outputs: linear -> √c, [m], of mean square 1. Empty: all are 1.
     """
 
@@ -72,8 +78,8 @@ class Weights(NamedTuple):
 def weights(layer: Sensitivity, importance: Importance) -> Weights:
     """Returns the weights that sensitivities give: w_t = (Σ_j g²_tj)^p and √c_j, normalised.
 
-    An output that the loss does not depend on, such as one that only feeds dead units, gets a millionth of the root
-    mean square, not zero: its kernel's column is divided by its weight again.
+    An output that the loss does not depend on, such as one that only feeds dead units, gets a
+    millionth of the root mean square, not zero: its kernel's column is divided by its weight again.
 
     Args:
         layer: its sensitivity.
@@ -89,9 +95,13 @@ def weights(layer: Sensitivity, importance: Importance) -> Weights:
         return (values / values.mean()).astype(np.float32)
 
     power = importance.token_power
-    tokens = {tap: normalised(energy, power) for tap, energy in layer.tokens.items()} if power else {}
+    tokens = (
+        {tap: normalised(energy, power) for tap, energy in layer.tokens.items()} if power else {}
+    )
     outputs = layer.outputs if importance.weigh_outputs else {}
-    return Weights(tokens, {path: np.sqrt(normalised(energy, 1.0)) for path, energy in outputs.items()})
+    return Weights(
+        tokens, {path: np.sqrt(normalised(energy, 1.0)) for path, energy in outputs.items()}
+    )
 
 
 def measure_sensitivity(
@@ -105,7 +115,8 @@ def measure_sensitivity(
     Args:
         model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
-        journal: where each layer's is kept, and taken from where it is kept already; None: nothing is kept.
+        journal: where each layer's is kept, and taken from where it is kept already; None: nothing
+            is kept.
 
     Raises:
         InputError: model and tokens do not fit together, or the loss has no finite gradient.
@@ -122,11 +133,14 @@ def measure_sensitivity(
 def _of_windows(parts: Sequence[Sensitivity]) -> Sensitivity:
     """Returns a layer's sensitivity over the windows of all parts."""
     tokens = {tap: np.concatenate([part.tokens[tap] for part in parts]) for tap in parts[0].tokens}
-    return Sensitivity(tokens, *jax.tree.map(lambda *arrays: sum(arrays), *(part[1:] for part in parts)))
+    return Sensitivity(
+        tokens, *jax.tree.map(lambda *arrays: sum(arrays), *(part[1:] for part in parts))
+    )
 
 
 def tokens_per_batch(forward: int | None = None) -> int:
-    """Returns how many tokens are on the device at a time: a vjp holds about four times what a forward pass holds.
+    """Returns how many tokens are on the device at a time: a vjp holds about four times what a
+    forward pass holds.
 
     Args:
         forward: as many in a forward pass; None: what suits the device.
@@ -135,7 +149,8 @@ def tokens_per_batch(forward: int | None = None) -> int:
 
 
 def _groups(model: StreamedModel, tokens: Int[np.ndarray, "w t"]) -> Iterator[slice]:
-    """Yields the rows whose inputs of all layers fit `HOST_BYTES` together, one at least; on a disk, all."""
+    """Yields the rows whose inputs of all layers fit `HOST_BYTES` together, one at least; on a
+    disk, all."""
     window = (model.num_layers + 1) * tokens.shape[1] * model.architecture.state_bytes
     count = len(tokens) if model.scratch else max(1, int(min(len(tokens), HOST_BYTES / window)))
     return (slice(start, min(start + count, len(tokens))) for start in range(0, len(tokens), count))
@@ -144,7 +159,8 @@ def _groups(model: StreamedModel, tokens: Int[np.ndarray, "w t"]) -> Iterator[sl
 def _reverse(
     model: StreamedModel, tokens: Int[np.ndarray, "w t"], journal: Journal | None, stage: str
 ) -> list[Sensitivity]:
-    """Returns the sensitivities of all layers for some tokens; those that are kept already are taken as they are."""
+    """Returns the sensitivities of all layers for some tokens; those that are kept already are
+    taken as they are."""
     count = model.num_layers
     found = {index: kept for index in range(count) if (kept := _kept(journal, stage, index))}
     missing = [index for index in reversed(range(count)) if index not in found]
@@ -167,7 +183,11 @@ def _reverse(
         layer = _reverse_layer(model, index, model.put_layer(index, params), inputs.pop(), states)
         _require_finite(layer)
         if journal and index not in found:
-            arrays = {f"{kind}.{name}": array for kind, part in layer._asdict().items() for name, array in part.items()}
+            arrays = {
+                f"{kind}.{name}": array
+                for kind, part in layer._asdict().items()
+                for name, array in part.items()
+            }
             journal.put(f"{stage}/{index}", arrays, {})
             kept_states.keep(journal, stage, index, {"gradient": states})
         found[index] = layer
@@ -175,9 +195,14 @@ def _reverse(
 
 
 def _kept_gradient(
-    model: StreamedModel, tokens: Int[np.ndarray, "w t"], journal: Journal | None, stage: str, missing: int
+    model: StreamedModel,
+    tokens: Int[np.ndarray, "w t"],
+    journal: Journal | None,
+    stage: str,
+    missing: int,
 ) -> tuple[int, HiddenStates | None]:
-    """Returns the number of layers below the kept gradient, and it; all layers and None where none is of use.
+    """Returns the number of layers below the kept gradient, and it; all layers and None where none
+    is of use.
 
     Args:
         model, tokens, journal, stage: as for `_reverse`.
@@ -202,7 +227,9 @@ def _kept(journal: Journal | None, stage: str, index: int) -> Sensitivity | None
     return Sensitivity(**parts)
 
 
-def _differentiate_loss(model: StreamedModel, states: HiddenStates, tokens: Int[np.ndarray, "w t"]) -> None:
+def _differentiate_loss(
+    model: StreamedModel, states: HiddenStates, tokens: Int[np.ndarray, "w t"]
+) -> None:
     """Replaces the last layer's output by the gradient of the loss by it."""
     head = model.params_of(model.architecture.head, cast=True)
     step = partial(loss_gradient, model.architecture.head, head)
@@ -216,7 +243,11 @@ def _differentiate_loss(model: StreamedModel, states: HiddenStates, tokens: Int[
 
 
 def _reverse_layer(
-    model: StreamedModel, index: int, params: Mapping[str, Array], inputs: HiddenStates, gradients: HiddenStates
+    model: StreamedModel,
+    index: int,
+    params: Mapping[str, Array],
+    inputs: HiddenStates,
+    gradients: HiddenStates,
 ) -> Sensitivity:
     """Moves the gradients through one layer, from its output to its input."""
     layer = model.architecture.layers[index]
@@ -235,7 +266,8 @@ def _reverse_layer(
 def _require_finite(layer: Sensitivity) -> None:
     if not all(np.isfinite(array).all() for part in layer for array in part.values()):
         raise InputError(
-            "the gradients of the loss hold NaN or infinity, by odd calibration text or too narrow a dtype",
+            "the gradients of the loss hold NaN or infinity, by odd calibration text or too narrow "
+            "a dtype",
             options={"dtype": "float32"},
         )
 
@@ -244,7 +276,8 @@ def _require_finite(layer: Sensitivity) -> None:
 def loss_gradient(
     head: Part, params: Mapping[str, Array], states: Float[Array, "n d"], targets: Int[Array, "n"]
 ) -> tuple[Float[Array, "n d"]]:
-    """Returns the gradient of Σ −log softmax(scores)[target]: by the scores, softmax(scores) less one at the target."""
+    """Returns the gradient of Σ −log softmax(scores)[target]: by the scores, softmax(scores) less
+    one at the target."""
     scores, vjp = jax.vjp(lambda states: logits(head, params, states), states)
     exponential = exponentials(scores)
     wanted = jnp.arange(scores.shape[1], dtype=targets.dtype)[None, :] == targets[:, None]
@@ -258,14 +291,17 @@ def backward(
     x: Float[Array, "b t d"],
     gradient: Float[Array, "b t d"],
 ) -> tuple[Float[Array, "b t d"], Sensitivity]:
-    """Returns the gradient by the layer's input, and the batch's sensitivity (its arrays on the device)."""
+    """Returns the gradient by the layer's input, and the batch's sensitivity (its arrays on the
+    device)."""
     tapped = jax.eval_shape(lambda params, x: layer(params, x)[1], params, x)
     probes = {
         path: jnp.zeros((*_rows(tapped[tap]).shape[:-1], layer.linears[path][-1]), x.dtype)
         for tap, paths in layer.reads.items()
         for path in paths
     }
-    _, vjp, taps = jax.vjp(lambda x, probes: layer(params, x, probes=probes), x, probes, has_aux=True)
+    _, vjp, taps = jax.vjp(
+        lambda x, probes: layer(params, x, probes=probes), x, probes, has_aux=True
+    )
     before, outputs = vjp(gradient)
     squares = {path: jnp.square(g.astype(jnp.float32)) for path, g in outputs.items()}
     found = Sensitivity({}, {}, {}, {})
@@ -275,8 +311,13 @@ def backward(
         if isinstance(taps[tap], Routed):
             found.tokens[tap] = taps[tap].sum_of_rows(energy).reshape(x.shape[:2])
             by_expert = partial(taps[tap].by_expert, experts=layer.experts[paths[0]])
-            found.outputs.update({path: by_expert(jnp.sum(squares[path], axis=1)) for path in paths})
-            found.inputs[tap], found.given[tap] = by_expert(jnp.sum(inputs, axis=1)), by_expert(taps[tap].filled())
+            found.outputs.update(
+                {path: by_expert(jnp.sum(squares[path], axis=1)) for path in paths}
+            )
+            found.inputs[tap], found.given[tap] = (
+                by_expert(jnp.sum(inputs, axis=1)),
+                by_expert(taps[tap].filled()),
+            )
         else:
             found.tokens[tap], found.inputs[tap] = energy, jnp.sum(inputs, axis=(0, 1))
             found.outputs.update({path: jnp.sum(squares[path], axis=(0, 1)) for path in paths})

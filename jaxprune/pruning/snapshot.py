@@ -9,9 +9,10 @@ For research on methods without a model, and for bug reports. The file is safete
 | `<linear>.kernel` | [n, m] | dense kernel, in its stored dtype |
 | `outputs.<linear>` | [m] | weights of the outputs, where they are weighed; see `prune_and_round` |
 
-All but kernels are float32. The metadata's `inputs` says which linear layers read which tap, its `tokens` how many
-tokens an expert was given, its `sections` which linear layers are several side by side, as name -> outputs of each, and
-its `patterns` the pattern of each in the run, with the share of its zeros that the solve makes.
+All but kernels are float32. The metadata's `inputs` says which linear layers read which tap, its
+`tokens` how many tokens an expert was given, its `sections` which linear layers are several side by
+side, as name -> outputs of each, and its `patterns` the pattern of each in the run, with the share
+of its zeros that the solve makes.
 """
 
 import dataclasses
@@ -70,7 +71,8 @@ class Snapshot(NamedTuple):
         kernels: linear layer -> dense kernel [n_in, n_out].
         sections: linear layer that is several side by side -> those; see `patterns.Sections`.
         patterns: linear layer -> its pattern in the run; empty where masks were given.
-        outputs: linear layer -> weights of its outputs; empty where all weigh the same. See `prune_and_round`.
+        outputs: linear layer -> weights of its outputs; empty where all weigh the same. See
+            `prune_and_round`.
         tokens: tap of an expert -> number of tokens that it was given.
         drifts: tap -> drift of its inputs; empty where `asymmetry` is 0. See `gram_matrices`.
         asymmetry: see `layer.Solver`.
@@ -94,7 +96,9 @@ class Snapshot(NamedTuple):
             InputError: there is no such linear layer.
         """
         if path not in self.kernels:
-            raise InputError(f"there is no linear layer {path!r}: the file has {', '.join(self.kernels)}")
+            raise InputError(
+                f"there is no linear layer {path!r}: the file has {', '.join(self.kernels)}"
+            )
         (tap,) = (tap for tap, paths in self.inputs.items() if path in paths)
 
         def one(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +132,8 @@ def capture(
     *,
     prune_before: bool = True,
 ) -> Snapshot:
-    """Returns what the solves of a layer start from in a run; what follows them, such as tuning, is not done.
+    """Returns what the solves of a layer start from in a run; what follows them, such as tuning, is
+    not done.
 
     Args:
         model: the dense model.
@@ -138,31 +143,53 @@ def capture(
         prune_before: False: the layers before stay dense.
 
     Raises:
-        InputError: there is no such layer, or it stays dense, or model, tokens and recipe do not fit together.
+        InputError: there is no such layer, or it stays dense, or model, tokens and recipe do not
+            fit together.
     """
     if layer >= model.num_layers:
-        raise InputError(f"there is no layer {layer}: the checkpoint has {model.num_layers} layers, from 0")
+        raise InputError(
+            f"there is no layer {layer}: the checkpoint has {model.num_layers} layers, from 0"
+        )
     model.require_tokens(tokens)
     dropped = recipe.experts.drop_experts
     targets = require_recipe(without_experts(model.architecture, dropped), recipe)
     if dropped:
         model = model.keeping(kept_experts(model, tokens, dropped))
-    if not Solver(recipe.method, with_rules(*targets)).taps(layer, model.architecture.layers[layer]):
-        raise InputError(f"the rules leave layer {layer} dense", options=dict.fromkeys(("layer", "skip"), Change.OTHER))
-    model, states, solver = solving(model, tokens, effective_recipe(model.architecture, recipe), targets)
-    before = solver if prune_before else dataclasses.replace(solver, target_of=lambda index, path: None)
-    for _ in itertools.islice(visit_layers(model, states, before, Results(None, "", model.num_layers)), layer):
+    if not Solver(recipe.method, with_rules(*targets)).taps(
+        layer, model.architecture.layers[layer]
+    ):
+        raise InputError(
+            f"the rules leave layer {layer} dense",
+            options=dict.fromkeys(("layer", "skip"), Change.OTHER),
+        )
+    model, states, solver = solving(
+        model, tokens, effective_recipe(model.architecture, recipe), targets
+    )
+    before = (
+        solver if prune_before else dataclasses.replace(solver, target_of=lambda index, path: None)
+    )
+    for _ in itertools.islice(
+        visit_layers(model, states, before, Results(None, "", model.num_layers)), layer
+    ):
         pass  # the states move
     return _of_layer(model, states, solver, layer)
 
 
-def _of_layer(model: StreamedModel, states: CalibrationStates, solver: Solver, index: int) -> Snapshot:
+def _of_layer(
+    model: StreamedModel, states: CalibrationStates, solver: Solver, index: int
+) -> Snapshot:
     """Returns the snapshot of the layer that the states have reached."""
     part, (stored,) = model.architecture.layers[index], model.layers([index])
-    params, own, taps = model.put_layer(index, stored), part.unstack(stored), solver.taps(index, part)
+    params, own, taps = (
+        model.put_layer(index, stored),
+        part.unstack(stored),
+        solver.taps(index, part),
+    )
     paths = [path for some in taps.values() for path in some]
     grams, drifts, tokens = {}, {}, {}
-    for tap, inputs in layer_inputs(model, index, params, (states.pruned, states.dense), solver, {}):
+    for tap, inputs in layer_inputs(
+        model, index, params, (states.pruned, states.dense), solver, {}
+    ):
         grams[tap] = fetch(inputs.gram)
         if inputs.drift is not None:
             drifts[tap] = fetch(inputs.drift)
@@ -211,7 +238,9 @@ def solve(
         given = {"gram": snapshot.grams[tap], "drift": snapshot.drifts.get(tap)}
         inputs = Inputs(snapshot.tokens.get(tap), **jax.tree.map(jnp.asarray, given))
         some = {path: linears[path] for path in paths}
-        for path, stored, _, result in solve_kernels(inputs, some, method, asymmetry=snapshot.asymmetry):
+        for path, stored, _, result in solve_kernels(
+            inputs, some, method, asymmetry=snapshot.asymmetry
+        ):
             found[path] = result, stored
             seconds[path] += time.perf_counter() - start
             start = time.perf_counter()
@@ -235,7 +264,9 @@ def save(place: str | Path | Destination, snapshot: Snapshot) -> None:
         "layer": snapshot.layer,
         "inputs": snapshot.inputs,
         "sections": {path: dict(sections) for path, sections in snapshot.sections.items()},
-        "patterns": {path: _pattern_as_json(pattern) for path, pattern in snapshot.patterns.items()},
+        "patterns": {
+            path: _pattern_as_json(pattern) for path, pattern in snapshot.patterns.items()
+        },
         "tokens": dict(snapshot.tokens),
         "asymmetry": snapshot.asymmetry,
     }
@@ -243,7 +274,8 @@ def save(place: str | Path | Destination, snapshot: Snapshot) -> None:
         file = TensorFile(
             path,
             {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()},
-            {"seal": UNSEALED, "format": FORMAT} | {name: json.dumps(value) for name, value in header.items()},
+            {"seal": UNSEALED, "format": FORMAT}
+            | {name: json.dumps(value) for name, value in header.items()},
         )
         for name, array in arrays.items():
             file.write(name, array)
@@ -265,7 +297,10 @@ class _Pattern(schema.Schema):
 
 def _pattern_as_json(pattern: Pattern) -> dict[str, Any]:
     """Returns the content of `_Pattern`."""
-    return {"pattern": pattern.as_json(), "share": pattern.share if isinstance(pattern, Partly) else 1.0}
+    return {
+        "pattern": pattern.as_json(),
+        "share": pattern.share if isinstance(pattern, Partly) else 1.0,
+    }
 
 
 class _Metadata(schema.Schema):
@@ -283,7 +318,8 @@ def load(path: Path) -> Snapshot:
     """Reads a snapshot's file.
 
     Raises:
-        InputError: it is no such file, or a Gram matrix is none: not symmetric, not finite, not positive semidefinite.
+        InputError: it is no such file, or a Gram matrix is none: not symmetric, not finite, not
+            positive semidefinite.
         DamagedError: its header and its tensors disagree.
     """
     require_regular(path, InputError)
@@ -291,7 +327,11 @@ def load(path: Path) -> Snapshot:
         with safe_open(path, framework="numpy") as opened:
             metadata = opened.metadata() or {}
             if metadata.pop("format", None) != FORMAT:
-                raise InputError("it holds no layer's snapshot", file=path, wanted="one that `jaxprune snapshot` made")
+                raise InputError(
+                    "it holds no layer's snapshot",
+                    file=path,
+                    wanted="one that `jaxprune snapshot` made",
+                )
             header = schema.check(_Metadata, metadata, file=path, entry="__metadata__")
             slices = {name: opened.get_slice(name) for name in opened.keys()}
             names = _require_shapes(path, header, slices)
@@ -306,7 +346,9 @@ def load(path: Path) -> Snapshot:
             raise InputError(f"it is no Gram matrix, {reason}", file=path, entry=f"gram.{tap}")
     for linear, weights in snapshot.outputs.items():
         if not (weights > 0).all():
-            raise InputError("a weight of an output is not positive", file=path, entry=f"outputs.{linear}")
+            raise InputError(
+                "a weight of an output is not positive", file=path, entry=f"outputs.{linear}"
+            )
     return snapshot
 
 
@@ -320,7 +362,11 @@ def _read(header: _Metadata, tensors: Mapping[str, np.ndarray]) -> Snapshot:
         kernels={linear: tensors[f"{linear}.kernel"] for linear in linears},
         sections={linear: tuple(those.items()) for linear, those in header.sections.items()},
         patterns={linear: record.made() for linear, record in header.patterns.items()},
-        outputs={linear: tensors[f"outputs.{linear}"] for linear in linears if f"outputs.{linear}" in tensors},
+        outputs={
+            linear: tensors[f"outputs.{linear}"]
+            for linear in linears
+            if f"outputs.{linear}" in tensors
+        },
         tokens=header.tokens,
         drifts={tap: tensors[f"drift.{tap}"] for tap in header.inputs if header.asymmetry},
         asymmetry=header.asymmetry,
@@ -328,48 +374,79 @@ def _read(header: _Metadata, tensors: Mapping[str, np.ndarray]) -> Snapshot:
 
 
 def _require_shapes(path: Path, header: _Metadata, slices: Mapping[str, Any]) -> list[str]:
-    """Returns the names of the snapshot's tensors; raises DamagedError where one is missing, or does not fit."""
+    """Returns the names of the snapshot's tensors; raises DamagedError where one is missing, or
+    does not fit."""
     linears = [linear for paths in header.inputs.values() for linear in paths]
     if not linears or len(set(linears)) < len(linears):
-        raise DamagedError("linear layers are missing, or there twice", file=path, entry="inputs", found=linears)
+        raise DamagedError(
+            "linear layers are missing, or there twice", file=path, entry="inputs", found=linears
+        )
     if header.patterns and header.patterns.keys() != set(linears):
-        raise DamagedError("linear layers are missing, or unknown", file=path, entry="patterns", found=header.patterns)
+        raise DamagedError(
+            "linear layers are missing, or unknown",
+            file=path,
+            entry="patterns",
+            found=header.patterns,
+        )
     if unknown := header.tokens.keys() - header.inputs.keys():
-        raise DamagedError("there are no such inputs", file=path, entry="tokens", found=sorted(unknown))
-    names = [f"{kind}.{tap}" for kind in ("gram", *["drift"] * (header.asymmetry > 0)) for tap in header.inputs]
+        raise DamagedError(
+            "there are no such inputs", file=path, entry="tokens", found=sorted(unknown)
+        )
+    names = [
+        f"{kind}.{tap}"
+        for kind in ("gram", *["drift"] * (header.asymmetry > 0))
+        for tap in header.inputs
+    ]
     outputs = [f"outputs.{linear}" for linear in linears]
-    names += [f"{linear}.kernel" for linear in linears] + outputs * any(name in slices for name in outputs)
+    names += [f"{linear}.kernel" for linear in linears] + outputs * any(
+        name in slices for name in outputs
+    )
     if missing := [name for name in names if name not in slices]:
         raise DamagedError("a tensor is missing", file=path, entry=missing[0])
     for name in names:
         dtype = slices[name].get_dtype()
         if dtype not in (("F32", "F16", "BF16") if name.endswith(".kernel") else ("F32",)):
-            raise DamagedError("a tensor's dtype cannot be used", file=path, entry=name, found=dtype)
+            raise DamagedError(
+                "a tensor's dtype cannot be used", file=path, entry=name, found=dtype
+            )
     for tap, paths in header.inputs.items():
         gram = slices[f"gram.{tap}"].get_shape()
         if len(gram) != 2 or gram[0] != gram[1] or not gram[0]:
-            raise DamagedError("a Gram matrix is not square", file=path, entry=f"gram.{tap}", found=gram)
+            raise DamagedError(
+                "a Gram matrix is not square", file=path, entry=f"gram.{tap}", found=gram
+            )
         if f"drift.{tap}" in names and (drift := slices[f"drift.{tap}"].get_shape()) != gram:
-            raise DamagedError("its shape is wrong", file=path, entry=f"drift.{tap}", found=drift, wanted=f"{gram}")
+            raise DamagedError(
+                "its shape is wrong", file=path, entry=f"drift.{tap}", found=drift, wanted=f"{gram}"
+            )
         for linear in paths:
             _require_linear(path, header, linear, gram[0], slices)
     return names
 
 
-def _require_linear(path: Path, header: _Metadata, linear: str, inputs: int, slices: Mapping[str, Any]) -> None:
-    """Raises DamagedError where what the file holds of a linear layer does not fit its number of inputs."""
+def _require_linear(
+    path: Path, header: _Metadata, linear: str, inputs: int, slices: Mapping[str, Any]
+) -> None:
+    """Raises DamagedError where what the file holds of a linear layer does not fit its number of
+    inputs."""
     kernel = slices[f"{linear}.kernel"].get_shape()
     if len(kernel) != 2 or kernel[0] != inputs or not kernel[1]:
         wanted = f"[{inputs}, outputs], as the Gram matrix of its inputs has it"
-        raise DamagedError("a kernel's shape is wrong", file=path, entry=linear, found=kernel, wanted=wanted)
+        raise DamagedError(
+            "a kernel's shape is wrong", file=path, entry=linear, found=kernel, wanted=wanted
+        )
     name = f"outputs.{linear}"
     if name in slices and (weights := slices[name].get_shape()) != [kernel[1]]:
         wanted = f"[{kernel[1]}], one of each output"
-        raise DamagedError("the number of weights is wrong", file=path, entry=name, found=weights, wanted=wanted)
+        raise DamagedError(
+            "the number of weights is wrong", file=path, entry=name, found=weights, wanted=wanted
+        )
     widths = list(header.sections.get(linear, {}).values())
     if linear in header.sections and (not widths or kernel[1] % sum(widths)):
         wanted = f"outputs that sum to a divisor of {kernel[1]}"
-        raise DamagedError("sections do not fit", file=path, entry=linear, found=widths, wanted=wanted)
+        raise DamagedError(
+            "sections do not fit", file=path, entry=linear, found=widths, wanted=wanted
+        )
     try:
         if linear in header.patterns:
             header.patterns[linear].made().zeros(tuple(kernel))
@@ -378,10 +455,12 @@ def _require_linear(path: Path, header: _Metadata, linear: str, inputs: int, sli
 
 
 def why_no_gram(gram: Float[np.ndarray, "n n"]) -> str:
-    """Returns why a finite float32 matrix cannot be a sum of products x xᵀ; "" where it can, up to rounding.
+    """Returns why a finite float32 matrix cannot be a sum of products x xᵀ; "" where it can, up to
+    rounding.
 
-    With a diagonal of ones (the inputs' norms divided out) all entries lie between -1 and 1, and after a small ridge a
-    Cholesky factorization exists. Rounding of all entries by a few units moves eigenvalues by some √n of them.
+    With a diagonal of ones (the inputs' norms divided out) all entries lie between -1 and 1, and
+    after a small ridge a Cholesky factorization exists. Rounding of all entries by a few units
+    moves eigenvalues by some √n of them.
     """
     n = len(gram)
     tolerance = np.float32(32 * np.sqrt(n) * np.finfo(np.float32).eps)
@@ -399,8 +478,11 @@ def why_no_gram(gram: Float[np.ndarray, "n n"]) -> str:
             row, column = (int(i) for i in np.unravel_index(difference.argmax(), difference.shape))
             return f"it is not symmetric at [{start + row}, {column}]"
         if np.abs(scaled[rows]).max() > 1 + tolerance:
-            row, column = (int(i) for i in np.unravel_index(np.abs(scaled[rows]).argmax(), difference.shape))
+            row, column = (
+                int(i) for i in np.unravel_index(np.abs(scaled[rows]).argmax(), difference.shape)
+            )
             return f"its entry [{start + row}, {column}] is larger than the diagonal allows"
     scaled[np.diag_indices(n)] = 1 + tolerance
-    _, pivot = spotrf(scaled.T, lower=True, overwrite_a=True)  # its transpose is Fortran's, and so not copied
+    # its transpose is Fortran's, and so not copied
+    _, pivot = spotrf(scaled.T, lower=True, overwrite_a=True)
     return f"it is not positive semidefinite: pivot {pivot - 1} is negative" if pivot else ""

@@ -1,9 +1,10 @@
 """The pruned model while it is tuned towards the dense one: a step, and how far it still is.
 
-The model streams as in pruning: a step's forward pass keeps each layer's input on the host; from the last layer to the
-first, each is run again under `jax.vjp` and updated at once. The kernels, 2 bytes a pruned weight in 16 bits, stay on
-the device where they fit; else the host holds them, and the device one layer's with its gradients, the one that comes
-next, and the one that goes. So do a step's intermediate results of all layers, which saves a second forward pass.
+The model streams as in pruning: a step's forward pass keeps each layer's input on the host; from
+the last layer to the first, each is run again under `jax.vjp` and updated at once. The kernels, 2
+bytes a pruned weight in 16 bits, stay on the device where they fit; else the host holds them, and
+the device one layer's with its gradients, the one that comes next, and the one that goes. So do a
+step's intermediate results of all layers, which saves a second forward pass.
 """
 
 import dataclasses
@@ -55,7 +56,8 @@ class Student:
         architecture = model.architecture
         self._model, self._placement = model, placement
         self._results: list[LayerResult] = []
-        self._rest: list[dict[str, Any]] = []  # what is not tuned, on the device where the state stays
+        # what is not tuned, on the device where the state stays
+        self._rest: list[dict[str, Any]] = []
         self._dtypes: list[dict[str, np.dtype]] = []
         self._late, self._zeros_to_come = late, False
         self._selectors: list[Selectors] = []  # where zeros come late
@@ -66,9 +68,12 @@ class Student:
             params = layer.stack(own)
             experts: dict[str, list[int | None]] = {}  # others stay dense
             for path in result.masks:
-                experts.setdefault(f"{layer.sources[path].name}.kernel", []).append(layer.sources[path].expert)
+                experts.setdefault(f"{layer.sources[path].name}.kernel", []).append(
+                    layer.sources[path].expert
+                )
             kernels = {name: params.pop(name) for name in experts}
-            # Experts that stay dense go with their stack, in the computation's dtype, but are stored as they were.
+            # Experts that stay dense go with their stack, in the computation's dtype, but are
+            # stored as they were.
             dense = layer.unstack(kernels).keys() - {f"{path}.kernel" for path in result.masks}
             beside = in_checkpoint(result.index, {path: own[path] for path in dense})
             self._results.append(dataclasses.replace(result, params=beside))
@@ -77,16 +82,25 @@ class Student:
             if late:
                 self._selectors.append(late.selectors(layer, result))
             self.state.append(self.place(adafactor.init(kernels, model.dtype, experts)))
-        self._embed, self._head = (model.params_of(part, cast=True) for part in (architecture.embed, architecture.head))
+        self._embed, self._head = (
+            model.params_of(part, cast=True) for part in (architecture.embed, architecture.head)
+        )
 
     def place(self, kernels: Kernels) -> Kernels:
         """Puts a layer's kernels to where they stay between steps."""
-        return self._model.devices.shard_outputs(kernels) if self._placement.state else _on_host(kernels)
+        return (
+            self._model.devices.shard_outputs(kernels)
+            if self._placement.state
+            else _on_host(kernels)
+        )
 
     def restore(self, index: int, moving: dict[str, Moving], masks: Mapping[str, Any]) -> None:
         """Takes up what steps changed of a layer before, and the bits of its masks."""
         units = {name: fetch(one.unit) for name, one in self.state[index].fixed.items()}
-        fixed = {name: adafactor.with_mask(unit, masks[name], moving[name].value) for name, unit in units.items()}
+        fixed = {
+            name: adafactor.with_mask(unit, masks[name], moving[name].value)
+            for name, unit in units.items()
+        }
         self.state[index] = self.place(Kernels(moving, fixed))
 
     def step(
@@ -112,7 +126,9 @@ class Student:
         self._zeros_to_come = number <= max(after, default=0)
         x = apply(architecture.embed, self._embed, devices.shard_first(tokens))
         vjps: list[Any] = []  # of the layers, or their inputs
-        for layer, values, others in zip(architecture.layers, self._kept_of_layers(), self._rest, strict=True):
+        for layer, values, others in zip(
+            architecture.layers, self._kept_of_layers(), self._rest, strict=True
+        ):
             if self._placement.results:
                 x, vjp = forward_and_vjp(layer, values, others, x)
             else:
@@ -145,41 +161,57 @@ class Student:
         return mean
 
     def _kept(self, values: dict[str, Array], masks: dict[str, Array]) -> dict[str, Array]:
-        """Returns kernels on the device as the model has them: without what is masked and moves along."""
+        """Returns kernels on the device as the model has them: without what is masked and moves
+        along."""
         if not self._zeros_to_come:
             return values
         return {name: adafactor.kept(value, masks[name]) for name, value in values.items()}
 
     def _kept_of_layers(self) -> Iterator[dict[str, Array]]:
         """Yields those of each layer."""
-        state = ((kernels.values, kernels.masks if self._zeros_to_come else {}) for kernels in self.state)
+        state = (
+            (kernels.values, kernels.masks if self._zeros_to_come else {}) for kernels in self.state
+        )
         return itertools.starmap(self._kept, _ahead(state, self._model.devices.shard_outputs))
 
     def divergence(self, tokens: Int[np.ndarray, "w t"], dense: HiddenStates) -> float:
-        """Returns the mean divergence of windows; `dense` are the dense model's last hidden states of them.
+        """Returns the mean divergence of windows; `dense` are the dense model's last hidden states
+        of them.
 
         Raises:
             InputError: it is not finite.
         """
         states = self._model.embed(tokens)
-        for index, (values, others) in enumerate(zip(self._kept_of_layers(), self._rest, strict=True)):
+        for index, (values, others) in enumerate(
+            zip(self._kept_of_layers(), self._rest, strict=True)
+        ):
             self._model.forward(index, others | values, states)
-        found = [self._divergence(states.read(rows), dense.read(rows), divergence_alone)[0] for rows in states.slices()]
+        found = [
+            self._divergence(states.read(rows), dense.read(rows), divergence_alone)[0]
+            for rows in states.slices()
+        ]
         return _finite_mean(np.concatenate(found))
 
     def _divergence(
-        self, states: Float[np.ndarray, "b t d"], dense: Float[np.ndarray, "b t d"], function: Callable[..., Any]
+        self,
+        states: Float[np.ndarray, "b t d"],
+        dense: Float[np.ndarray, "b t d"],
+        function: Callable[..., Any],
     ) -> list[np.ndarray]:
-        """Returns what a function of the head, its params, and rows of hidden states gives for all tokens."""
+        """Returns what a function of the head, its params, and rows of hidden states gives for all
+        tokens."""
         head = self._model.architecture.head
         rows = [array.reshape(-1, array.shape[-1]) for array in (states, dense)]
-        return in_chunks(self._model.devices, lambda *chunk: function(head, self._head, *chunk), *rows, models=2)
+        return in_chunks(
+            self._model.devices, lambda *chunk: function(head, self._head, *chunk), *rows, models=2
+        )
 
     def stored(self, index: int) -> Params:
         """Returns a layer's kernels as they are to be stored, on the host."""
         kernels, devices = self.state[index], self._model.devices
         return {
-            name: fetch(adafactor.rounded(kernels, name, dtype, devices)) for name, dtype in self._dtypes[index].items()
+            name: fetch(adafactor.rounded(kernels, name, dtype, devices))
+            for name, dtype in self._dtypes[index].items()
         }
 
     def result(self, index: int, stored: Params) -> LayerResult:
@@ -192,7 +224,8 @@ class Student:
 
 
 def require_finite(layers: Iterable[Mapping[str, Any]]) -> None:
-    """Raises InputError where a layer's kernels hold NaN or infinity: those of experts may be in no loss."""
+    """Raises InputError where a layer's kernels hold NaN or infinity: those of experts may be in no
+    loss."""
     for kernels in layers:
         if not all(jnp.isfinite(kernel).all() for kernel in kernels.values()):
             raise _not_finite("a kernel")
@@ -237,7 +270,8 @@ class _Going:
         self._pending: tuple[int, dict[str, Any]] | None = None
 
     def send(self, index: int, changed: dict[str, Any]) -> None:
-        """Sends what has changed of a layer's, by the field, once those before them have arrived."""
+        """Sends what has changed of a layer's, by the field, once those before them have
+        arrived."""
         for leaf in jax.tree.leaves(changed):
             leaf.copy_to_host_async()
         self.arrive()
@@ -255,7 +289,8 @@ class _Going:
 def head_divergence(
     head: Part, params: Mapping[str, Array], states: Float[Array, "n d"], dense: Float[Array, "n d"]
 ) -> tuple[Float[Array, "n"], Float[Array, "n d"]]:
-    """Computes KL divergences of tokens, and the gradient of their sum by the pruned model's last states."""
+    """Computes KL divergences of tokens, and the gradient of their sum by the pruned model's last
+    states."""
     scores, vjp = jax.vjp(lambda states: logits(head, params, states), states)
     p, q = exponentials(logits(head, params, dense)), exponentials(scores)
     (gradient,) = vjp(q.values / q.total - p.values / p.total)

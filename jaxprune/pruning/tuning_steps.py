@@ -1,4 +1,5 @@
-"""The steps of a tuning, in numbers: what it takes at a time, and when it looks at what is held out."""
+"""The steps of a tuning, in numbers: what it takes at a time, and when it looks at what is held
+out."""
 
 import dataclasses
 import math
@@ -9,17 +10,19 @@ from jaxprune.errors import Change, InputError
 from jaxprune.recipe_parts import Tuning
 
 MEASURES = 16
-"""How often the divergence on held-out windows is measured at most, behind the first time, before the first step."""
+"""How often the divergence on held-out windows is measured at most, behind the first time, before
+the first step."""
 BETWEEN = 5
-"""What is tuned on between two measures, at least, in tokens over those of the windows that are held out: a measure
-takes a quarter of a step's time a token, so all take about a twentieth, more where the text is short."""
+"""What is tuned on between two measures, at least, in tokens over those of the windows that are
+held out: a measure takes a quarter of a step's time a token, so all take about a twentieth, more
+where the text is short."""
 PRUNINGS = 8
 """How often late zeros come, at most."""
 PRUNING = 0.6
 """Over this share of the steps, from the first on, they come."""
 DENSE_BYTES = 2**31
-"""The most of the dense model's hidden states that are kept at a time: of LLaMA-7B those of 128 windows of 2048 tokens
-in 16 bits."""
+"""The most of the dense model's hidden states that are kept at a time: of LLaMA-7B those of 128
+windows of 2048 tokens in 16 bits."""
 
 
 def all_zeros_there(tuning: Tuning, tokens: int) -> bool:
@@ -37,9 +40,10 @@ class TuningSteps:
         windows: of a step, or pieces of windows.
         length: tokens of one.
         different: how many of those are visited, each counted once.
-        measured: the numbers of the steps, from 1, after which the divergence on held-out windows is measured; the last
-            is one of them. Empty where nothing is held out.
-        prunings: those after which late zeros come; see `late_zeros`. Empty where the solves made all.
+        measured: the numbers of the steps, from 1, after which the divergence on held-out windows
+            is measured; the last is one of them. Empty where nothing is held out.
+        prunings: those after which late zeros come; see `late_zeros`. Empty where the solves made
+            all.
     """
 
     count: int
@@ -67,7 +71,8 @@ class TuningSteps:
             each = tuning.tune_windows
             if each * length > tuning.tune_tokens:
                 raise InputError(
-                    f"a step of the tuning takes {each * length:,} tokens, more than the {tuning.tune_tokens:,} of all",
+                    f"a step of the tuning takes {each * length:,} tokens, more than the "
+                    f"{tuning.tune_tokens:,} of all",
                     options={"tune_tokens": Change.RAISE, "tune_windows": Change.LOWER},
                 )
             count = max(1, round(tuning.tune_tokens / (each * length)))
@@ -76,7 +81,9 @@ class TuningSteps:
             each = min(tuning.tune_windows, pieces)
             count = max(1, round(tuning.tune_epochs * pieces / each)) if tuning.tunes else 0
             different = min(count * each, pieces)
-        measures = min(MEASURES, max(2, count * each * length // (BETWEEN * held_out))) if held_out else 0
+        measures = (
+            min(MEASURES, max(2, count * each * length // (BETWEEN * held_out))) if held_out else 0
+        )
         pruning = min(count, max(1, round(PRUNING * count))) if tuning.tune_zeros else 0
         prunings = _parts(pruning, PRUNINGS if pruning else 0)
         return cls(count, each, length, different, _parts(count, measures), prunings)
@@ -102,11 +109,12 @@ class TuningSteps:
         return self.windows * self.length
 
     def together(self, state_bytes: int, batch_tokens: int | None = None) -> int:
-        """Returns of how many steps, from the first on, the dense model's hidden states are computed together.
+        """Returns of how many steps, from the first on, the dense model's hidden states are
+        computed together.
 
-        A run that goes on computes them in the same groups, for the shape of a product decides how it is rounded. Of a
-        stream a group lasts about as long as from one measure to the next, so that a run that goes on computes little
-        again.
+        A run that goes on computes them in the same groups, for the shape of a product decides how
+        it is rounded. Of a stream a group lasts about as long as from one measure to the next, so
+        that a run that goes on computes little again.
 
         Args:
             state_bytes: of a token's hidden state.
@@ -125,14 +133,14 @@ class TuningSteps:
         return steps
 
     def groups(self, state_bytes: int, batch_tokens: int | None = None) -> list[int]:
-        """Returns of how many windows, at most, those hidden states are computed for each such group; see
-        `together`."""
+        """Returns of how many windows, at most, those hidden states are computed for each such
+        group; see `together`."""
         steps = self.together(state_bytes, batch_tokens)
         sizes = [min(steps, self.count - begin) for begin in range(0, self.count, steps)]
         return [min(size * self.windows, self.different) for size in sizes]
 
 
 def _parts(count: int, parts: int) -> Sequence[int]:
-    """Returns the last number of each of so many parts, about equal, of the numbers from 1; fewer where there are
-    fewer."""
+    """Returns the last number of each of so many parts, about equal, of the numbers from 1; fewer
+    where there are fewer."""
     return sorted({math.ceil(count * (number + 1) / parts) for number in range(parts)})

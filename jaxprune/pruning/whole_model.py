@@ -1,4 +1,5 @@
-"""A recipe on a whole model: sensitivities -> sparsities -> the loop over layers -> distillation -> quantization."""
+"""A recipe on a whole model: sensitivities -> sparsities -> the loop over layers -> distillation ->
+quantization."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -52,9 +53,11 @@ def prune_model(
         stream: the text that is tuned on, where the recipe takes tokens of one.
         seed: the seed of the order of calibration windows in the distillation.
         teacher: the model towards which is tuned: with all of its experts; None: the same.
-        journal: where all that is finished is kept, and taken from where it is kept already; None: nothing is kept.
-        observer: is told each layer as soon as it is pruned, which with distillation is long before it is yielded, and
-            again when it is quantized; each step; and the seconds of each phase but those in the layers' results.
+        journal: where all that is finished is kept, and taken from where it is kept already; None:
+            nothing is kept.
+        observer: is told each layer as soon as it is pruned, which with distillation is long before
+            it is yielded, and again when it is quantized; each step; and the seconds of each phase
+            but those in the layers' results.
 
     Raises:
         InputError, CheckpointError: recipe, model and tokens do not fit together.
@@ -71,34 +74,51 @@ def prune_model(
         text = distillation.of_windows(tokens, tuning, seed)
     layers = _pruned(model, tokens, recipe, targets, journal, observer)
     if text:
-        layers = _distilled(model, teacher, text, layers, tuning, with_rules(*targets), journal, observer)
-    return _quantized(model, tokens, layers, recipe, journal, observer) if recipe.quantize else layers
+        layers = _distilled(
+            model, teacher, text, layers, tuning, with_rules(*targets), journal, observer
+        )
+    return (
+        _quantized(model, tokens, layers, recipe, journal, observer) if recipe.quantize else layers
+    )
 
 
 def require_stream(recipe: Recipe, stream: TextStream | None) -> None:
-    """Raises InputError where there is no text that the recipe tunes on tokens of, or one that it does not use."""
+    """Raises InputError where there is no text that the recipe tunes on tokens of, or one that it
+    does not use."""
     if recipe.tuning.tune_tokens and stream is None:
         raise InputError(
-            "the recipe tunes on tokens of a text: give it as stream", options={"tune_epochs": Change.OTHER}
+            "the recipe tunes on tokens of a text: give it as stream",
+            options={"tune_epochs": Change.OTHER},
         )
     if stream is not None and not recipe.tuning.tune_tokens:
-        raise InputError("the recipe tunes on no stream of text: leave stream out, or set the tokens to tune on")
+        raise InputError(
+            "the recipe tunes on no stream of text: leave stream out, or set the tokens to tune on"
+        )
 
 
 def require_recipe(architecture: Architecture, recipe: Recipe) -> Targets:
-    """Returns the target of linear layers, and that of those that rules name; errors as for `prune_model`."""
+    """Returns the target of linear layers, and that of those that rules name; errors as for
+    `prune_model`."""
     target, named = recipe.target(), by_rules(architecture, recipe.rules)
     targets_for(architecture, with_rules(target, named))
     if recipe.importance.spread:
         assert isinstance(target, Unstructured)
         zeros_to_allocate(count_weights(architecture, named), target.sparsity)
     if recipe.asymmetry and architecture.config.routing:
-        raise InputError("asymmetry is not implemented for models with experts", options={"asymmetry": Change.OMIT})
-    if recipe.experts.route_all and not architecture.config.routing:
-        raise InputError("the model has no experts to route tokens to", options={"route_all": Change.OMIT})
-    if recipe.quantize and not any(has_grid(shape[0]) for shape in architecture.kernel_shapes().values()):
         raise InputError(
-            f"{recipe.quantize} has blocks of 32 inputs, and no linear layer comes in whole blocks of 32",
+            "asymmetry is not implemented for models with experts",
+            options={"asymmetry": Change.OMIT},
+        )
+    if recipe.experts.route_all and not architecture.config.routing:
+        raise InputError(
+            "the model has no experts to route tokens to", options={"route_all": Change.OMIT}
+        )
+    if recipe.quantize and not any(
+        has_grid(shape[0]) for shape in architecture.kernel_shapes().values()
+    ):
+        raise InputError(
+            f"{recipe.quantize} has blocks of 32 inputs, and no linear layer comes in whole blocks "
+            "of 32",
             options={"quantize": Change.OMIT},
         )
     if recipe.experts.drop_experts and callable(target):
@@ -107,7 +127,8 @@ def require_recipe(architecture: Architecture, recipe: Recipe) -> Targets:
 
 
 def _require_masks_of_kept(architecture: Architecture, masks: TargetOf) -> None:
-    """Raises InputError for masks of more experts than stay: which of them would be whose is not known."""
+    """Raises InputError for masks of more experts than stay: which of them would be whose is not
+    known."""
     for index, layer in enumerate(architecture.layers):
         for path, count in layer.experts.items():
             try:
@@ -115,7 +136,8 @@ def _require_masks_of_kept(architecture: Architecture, masks: TargetOf) -> None:
             except InputError:
                 continue  # as it should be
             raise InputError(
-                f"the masks are of more experts than the {count} of layer {index} that stay: drop experts first, and "
+                f"the masks are of more experts than the {count} of layer {index} that stay: drop "
+                "experts first, and "
                 "give the result as checkpoint",
                 options={"drop_experts": Change.OMIT},
             )
@@ -151,7 +173,9 @@ def solving(
     """
     target, named = targets
     late = late_sparsity(recipe.tuning, recipe.pattern)
-    target, layer_weights = _by_importance(model, tokens, recipe.importance, target, late, named, journal, observer)
+    target, layer_weights = _by_importance(
+        model, tokens, recipe.importance, target, late, named, journal, observer
+    )
     target_of = targets_for(model.architecture, with_rules(target, named))
     solver = Solver(recipe.method, target_of, layer_weights, recipe.asymmetry)
     visited = model.routing_all() if recipe.experts.route_all else model
@@ -178,7 +202,14 @@ def _distilled(
     start = time.perf_counter()
     released = (every.pop(0) for _ in range(len(every)))
     tuned = distill(
-        model, text, released, tuning, target_of=target_of, teacher=teacher, journal=journal, observer=observer
+        model,
+        text,
+        released,
+        tuning,
+        target_of=target_of,
+        teacher=teacher,
+        journal=journal,
+        observer=observer,
     )
     for layer in tuned:
         observer.phase_timed("tune", time.perf_counter() - start)
@@ -240,8 +271,8 @@ def _by_importance(
     journal: Journal | None,
     observer: Observer,
 ) -> tuple[Pattern | TargetOf, list[Weights] | None]:
-    """Returns the target of each kernel that no rule names, without the sparsity that comes late, and the weights of
-    each layer."""
+    """Returns the target of each kernel that no rule names, without the sparsity that comes late,
+    and the weights of each layer."""
     if late and not importance.spread:
         assert isinstance(target, Unstructured)
         target = partly(target, late)
@@ -260,5 +291,7 @@ def _by_importance(
 
         target = own
     observer.phase_timed("sensitivity", time.perf_counter() - start)
-    layer_weights = [weights(layer, importance) for layer in sensitivity] if importance.weighs else None
+    layer_weights = (
+        [weights(layer, importance) for layer in sensitivity] if importance.weighs else None
+    )
     return target, layer_weights

@@ -20,37 +20,54 @@ def summary(run: Run) -> list[tuple[str, str]]:
         ("method", run.method_text),
         ("pattern", run.pattern_text),
         ("calibration", ", ".join([f"{windows} windows of {length} tokens", *text])),
-        *([("text of the tuning", short_name(run.config.tune_text))] if run.config.tune_text else []),
+        *(
+            [("text of the tuning", short_name(run.config.tune_text))]
+            if run.config.tune_text
+            else []
+        ),
         ("sparsity of the linear layers", f"{100 * run.sparsity:.4f} %"),
     ]
     if run.quantize and (
-        count := sum(ERROR not in linear.stats for layer in run.layers for linear in layer.linears.values())
+        count := sum(
+            ERROR not in linear.stats for layer in run.layers for linear in layer.linears.values()
+        )
     ):
         rows.append(("not quantized", f"{count} linear layers, whose inputs are no multiple of 32"))
     if run.resumed_layers:
-        rows.append(("resumed", f"{run.resumed_layers} of {len(run.layers)} layers were pruned before"))
+        rows.append(
+            ("resumed", f"{run.resumed_layers} of {len(run.layers)} layers were pruned before")
+        )
     if run.kept_experts:
         rows.append(("experts kept", f"{len(next(iter(run.kept_experts.values())))} a layer"))
     if run.few_tokens:
         rows.append(
-            ("experts' linear layers with fewer tokens than inputs", f"{len(run.few_tokens)}, named in {RECORD}")
+            (
+                "experts' linear layers with fewer tokens than inputs",
+                f"{len(run.few_tokens)}, named in {RECORD}",
+            )
         )
     rows += [(what, size) for what, size in sizes(run).items()]
     rows += [(f"time, {phase}", f"{seconds or 0:.1f} s") for phase, seconds in run.seconds.items()]
-    rows += [(f"peak memory, {where}", f"{size / 1e9:.2f} GB") for where, size in run.peak_bytes.items()]
+    rows += [
+        (f"peak memory, {where}", f"{size / 1e9:.2f} GB") for where, size in run.peak_bytes.items()
+    ]
     return rows
 
 
 def sizes(run: Run) -> dict[str, str]:
-    """Returns what the weights of a run's result take: as they are stored, packed, and in GGUF files."""
+    """Returns what the weights of a run's result take: as they are stored, packed, and in GGUF
+    files."""
     if "pruned" not in run.disk_bytes:
         return {}
-    found = {"weights": f"{megabytes(run.disk_bytes['pruned'])}{f', {run.save_dtype}' if run.save_dtype else ''}"}
+    dtype = f", {run.save_dtype}" if run.save_dtype else ""
+    found = {"weights": f"{megabytes(run.disk_bytes['pruned'])}{dtype}"}
     others = dict(run.converted_bytes)
     if packed := others.pop("packed", None):
         found["packed"] = f"about {megabytes(packed)}"
     if others:
-        found["as GGUF"] = "about " + ", ".join(f"{megabytes(size)} ({kind.upper()})" for kind, size in others.items())
+        found["as GGUF"] = "about " + ", ".join(
+            f"{megabytes(size)} ({kind.upper()})" for kind, size in others.items()
+        )
     return found
 
 
@@ -80,13 +97,15 @@ def model_card(run: Run, evaluation: Mapping[str, Quality]) -> str:
     if run.quantize:
         to = f"`jaxprune convert FOLDER FILE.gguf --type {run.quantize}`"
         quantized = (
-            f"The linear layers lie on the grid of {run.quantize.upper()}, so that {to} writes them as they are.\n"
+            f"The linear layers lie on the grid of {run.quantize.upper()}, "
+            f"so that {to} writes them as they are.\n"
         )
     rounded = f", rounded to {run.save_dtype}" if run.save_dtype else ""
     tags, heading = ["pruned", "sparse", "jaxprune"], f"pruned to {run.pattern_text}"
     did = (
         'pruned in one shot by jaxprune, which implements Boža, "Fast and Effective Weight Update\n'
-        'for Pruned Large Language Models" (arXiv 2401.02938). The weights are ordinary dense tensors with exact zeros.'
+        'for Pruned Large Language Models" (arXiv 2401.02938). The weights are ordinary dense '
+        "tensors with exact zeros."
     )
     if run.all_dense:
         tags, heading = ["jaxprune"], "linear layers left dense"

@@ -66,7 +66,8 @@ class Figure(NamedTuple):
 def draw(title: str, height: float, plot: Callable[[Axes], None]) -> Figure:
     """Draws on one pair of axes; the legend, where there is one, goes below them."""
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}), warnings.catch_warnings():
-        # matplotlib's font has no Chinese, a box stands for it; and names may leave the plot no room.
+        # matplotlib's font has no Chinese, a box stands for it; and names may leave the plot no
+        # room.
         warnings.filterwarnings("ignore", "Glyph .* missing|constrained_layout not applied")
         figure = Canvas(figsize=(WIDTH, height), layout="constrained")
         axis = figure.add_subplot()
@@ -95,13 +96,16 @@ def _inline(svg: str, title: str) -> Markup:
 
 
 def logarithmic(axis: Any) -> None:
-    """Makes an axis logarithmic, with plain numbers, at 1, 2 and 5 where it spans little; linear where all are 0."""
+    """Makes an axis logarithmic, with plain numbers, at 1, 2 and 5 where it spans little; linear
+    where all are 0."""
     if not axis.get_minpos() < math.inf:
         return
     (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")
     low, high = sorted(axis.get_view_interval())
     for multiples in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 5), (1,)):
-        ticks = [m * 10.0**e for e in range(-9, 10) for m in multiples if low <= m * 10.0**e <= high]
+        ticks = [
+            m * 10.0**e for e in range(-9, 10) for m in multiples if low <= m * 10.0**e <= high
+        ]
         if len(ticks) <= 7:
             break
     if len(ticks) < 2:
@@ -117,11 +121,12 @@ def series_style(number: int) -> dict[str, Any]:
 
 
 def words(name: str, most: int = 26) -> str:
-    """Returns a name of somebody else's as a plot bears it: without its middle where it is long, so that it leaves
-    room."""
+    """Returns a name of somebody else's as a plot bears it: without its middle where it is long, so
+    that it leaves room."""
     name = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
     name = name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"
-    return f" {name}" if name.startswith("_") else name  # matplotlib's legends leave out what begins with _
+    # matplotlib's legends leave out what begins with _
+    return f" {name}" if name.startswith("_") else name
 
 
 def format_number(value: float | None) -> str:

@@ -56,7 +56,9 @@ class Entry:
         if not self.run:
             return self.name
         made = {*RecipeRecord.model_fields, "calibration", "save_dtype"}
-        return json.dumps([self.label, self.run.config.ckpt, self.run.model_dump(include=made)], sort_keys=True)
+        return json.dumps(
+            [self.label, self.run.config.ckpt, self.run.model_dump(include=made)], sort_keys=True
+        )
 
     @property
     def accuracy(self) -> float | None:
@@ -66,11 +68,16 @@ class Entry:
     @property
     def seconds(self) -> Mapping[str, float]:
         """Of the run, by phase."""
-        return {phase: value for phase, value in (self.run.seconds if self.run else {}).items() if value is not None}
+        return {
+            phase: value
+            for phase, value in (self.run.seconds if self.run else {}).items()
+            if value is not None
+        }
 
     @property
     def bytes_in_16_bits(self) -> int | None:
-        """What its params take in 16 bits each, so that checkpoints of several dtypes can be compared."""
+        """What its params take in 16 bits each, so that checkpoints of several dtypes can be
+        compared."""
         return None if self.parameters is None else 2 * self.parameters
 
     @property
@@ -85,7 +92,8 @@ class Entry:
 
 
 def entries(records: Sequence[Record]) -> list[Entry]:
-    """Returns the checkpoints of records, dense ones first; a checkpoint in several records is one entry."""
+    """Returns the checkpoints of records, dense ones first; a checkpoint in several records is one
+    entry."""
     found: dict[str, Entry] = {}
     for record in records:
         for entry in _entries(record):
@@ -127,8 +135,12 @@ def entries(records: Sequence[Record]) -> list[Entry]:
 def _entries(record: Record) -> list[Entry]:
     if isinstance(record, Run):
         measured = record.evaluation
-        sizes = {which: (record.disk_bytes.get(which), record.parameters.get(which)) for which in WHICH}
-        pruned = _pruned(record.config.out or "", record, measured.get("pruned", Quality()), *sizes["pruned"])
+        sizes = {
+            which: (record.disk_bytes.get(which), record.parameters.get(which)) for which in WHICH
+        }
+        pruned = _pruned(
+            record.config.out or "", record, measured.get("pruned", Quality()), *sizes["pruned"]
+        )
         if "dense" not in measured:
             return [pruned]
         return [_bare(record.config.ckpt, True, None, measured["dense"], *sizes["dense"]), pruned]
@@ -138,27 +150,48 @@ def _entries(record: Record) -> list[Entry]:
         if one.run and not is_dense:
             found.append(_pruned(name, one.run, one.quality, one.disk_bytes, one.parameters))
         else:
-            found.append(_bare(name, is_dense, one.sparsity, one.quality, one.disk_bytes, one.parameters))
+            found.append(
+                _bare(name, is_dense, one.sparsity, one.quality, one.disk_bytes, one.parameters)
+            )
     return found
 
 
 def _bare(
-    name: str, dense: bool, sparsity: float | None, quality: Quality, size: int | None, parameters: int | None
+    name: str,
+    dense: bool,
+    sparsity: float | None,
+    quality: Quality,
+    size: int | None,
+    parameters: int | None,
 ) -> Entry:
     """Returns a checkpoint of whose making nothing is known."""
     pattern = "" if dense or sparsity is None else f"{100 * sparsity:.1f} %"
     label = Path(name).name + (" (dense)" if dense else "")
-    return Entry(name, label, dense, DESCRIPTIONS.get(name, ""), pattern, sparsity, quality, None, size, parameters)
+    return Entry(
+        name,
+        label,
+        dense,
+        DESCRIPTIONS.get(name, ""),
+        pattern,
+        sparsity,
+        quality,
+        None,
+        size,
+        parameters,
+    )
 
 
-def _pruned(name: str, run: Run, quality: Quality, size: int | None, parameters: int | None) -> Entry:
+def _pruned(
+    name: str, run: Run, quality: Quality, size: int | None, parameters: int | None
+) -> Entry:
     how = run.method_text, run.pattern_text
     return Entry(name, Path(name).name, False, *how, run.sparsity, quality, run, size, parameters)
 
 
 def _finite(tasks: Mapping[str, Mapping[str, float | None]]) -> dict[str, dict[str, float]]:
     return {
-        task: {name: value for name, value in metrics.items() if value is not None} for task, metrics in tasks.items()
+        task: {name: value for name, value in metrics.items() if value is not None}
+        for task, metrics in tasks.items()
     }
 
 

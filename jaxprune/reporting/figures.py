@@ -1,4 +1,5 @@
-"""A report's plots, as SVG that takes its colours from the page, so that they follow its light or dark look."""
+"""A report's plots, as SVG that takes its colours from the page, so that they follow its light or
+dark look."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -48,18 +49,32 @@ def error_by_layer(entries: Sequence[Entry], *, of_quantization: bool = False) -
         if len(entries) == 1:
             layers = _layers(entries[0])
             for number, name in enumerate(_linears(entries)):
-                errors = [error_of(la.linears[name]) if name in la.linears else None for la in layers]
-                axis.plot(_numbers(layers), _percents(errors), label=_short(name), **series_style(number))
+                errors = [
+                    error_of(la.linears[name]) if name in la.linears else None for la in layers
+                ]
+                axis.plot(
+                    _numbers(layers), _percents(errors), label=_short(name), **series_style(number)
+                )
         else:
             for entry in entries:
-                means = [_mean(error_of(linear) for linear in layer.linears.values()) for layer in _layers(entry)]
-                axis.plot(_numbers(_layers(entry)), _percents(means), label=_label(entry), **_style_of(entry))
+                means = [
+                    _mean(error_of(linear) for linear in layer.linears.values())
+                    for layer in _layers(entry)
+                ]
+                axis.plot(
+                    _numbers(_layers(entry)),
+                    _percents(means),
+                    label=_label(entry),
+                    **_style_of(entry),
+                )
         logarithmic(axis.yaxis)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel("layer")
         axis.set_ylabel("relative error of the output, %")
 
-    return draw("Relative error" + " of the quantization" * of_quantization + " by layer", 3.6, plot)
+    return draw(
+        "Relative error" + " of the quantization" * of_quantization + " by layer", 3.6, plot
+    )
 
 
 def error_by_linear(entries: Sequence[Entry]) -> Figure:
@@ -71,9 +86,13 @@ def error_by_linear(entries: Sequence[Entry]) -> Figure:
             shift = 0.7 * ((number + 0.5) / len(entries) - 0.5)
             style, means, places = _style_of(entry), [], []
             for place, name in enumerate(names):
-                found = [layer.linears[name].error for layer in _layers(entry) if name in layer.linears]
+                found = [
+                    layer.linears[name].error for layer in _layers(entry) if name in layer.linears
+                ]
                 if errors := _percents(error for error in found if error is not None):
-                    axis.hlines(place + shift, min(errors), max(errors), color=style["color"], lw=1.2)
+                    axis.hlines(
+                        place + shift, min(errors), max(errors), color=style["color"], lw=1.2
+                    )
                     means.append(sum(errors) / len(errors))
                     places.append(place + shift)
             axis.plot(means, places, **style, ls="", label=_label(entry))
@@ -99,14 +118,16 @@ def sparsity_by_layer(entries: Sequence[Entry]) -> Figure:
         axis.set_ylim(max(0, min(every) - 5), min(100, max(every) + 5))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel("layer")
-        axis.set_ylabel("zeros, % (dots: single linear layers)" if len(entries) == 1 else "zeros, %")
+        axis.set_ylabel(
+            "zeros, % (dots: single linear layers)" if len(entries) == 1 else "zeros, %"
+        )
 
     return draw("Sparsity by layer", 3.0, plot)
 
 
 def divergence_by_tokens(entries: Sequence[Entry]) -> Figure:
-    """Returns a plot of the divergence on text held out against the tokens that were tuned on; dotted where zeros are
-    still to come."""
+    """Returns a plot of the divergence on text held out against the tokens that were tuned on;
+    dotted where zeros are still to come."""
 
     def plot(axis: Axes) -> None:
         late = False
@@ -129,13 +150,21 @@ def divergence_by_tokens(entries: Sequence[Entry]) -> Figure:
 
 
 def time_by_phase(entries: Sequence[Entry]) -> Figure:
-    phases = list(dict.fromkeys(phase for entry in entries for phase in entry.seconds if phase != "total"))
+    phases = list(
+        dict.fromkeys(phase for entry in entries for phase in entry.seconds if phase != "total")
+    )
 
     def plot(axis: Axes) -> None:
         start = [0.0] * len(entries)
         for number, phase in enumerate(phases):
             values = [_plain(entry.seconds.get(phase, 0.0)) for entry in entries]
-            axis.barh(range(len(entries)), values, left=start, label=words(phase), color=SERIES[number % len(SERIES)])
+            axis.barh(
+                range(len(entries)),
+                values,
+                left=start,
+                label=words(phase),
+                color=SERIES[number % len(SERIES)],
+            )
             start = [a + b for a, b in zip(start, values, strict=True)]
         for place, total in enumerate(start):
             axis.text(total, place, f"  {total:.0f} s", va="center", fontsize=8)
@@ -148,18 +177,32 @@ def time_by_phase(entries: Sequence[Entry]) -> Figure:
 
 def perplexities(entries: Sequence[Entry], text: str) -> Figure:
     values = [getattr(entry.text(text), "perplexity", None) for entry in entries]
-    return _measured(entries, values, f"Perplexity of {short_name(text)}", "perplexity (lower is better)", log=True)
+    return _measured(
+        entries,
+        values,
+        f"Perplexity of {short_name(text)}",
+        "perplexity (lower is better)",
+        log=True,
+    )
 
 
 def divergences(entries: Sequence[Entry], text: str) -> Figure:
     values = [getattr(entry.text(text), "kl", None) for entry in entries]
     return _measured(
-        entries, values, f"KL divergence from the dense model, {short_name(text)}", "nats a token (lower is better)"
+        entries,
+        values,
+        f"KL divergence from the dense model, {short_name(text)}",
+        "nats a token (lower is better)",
     )
 
 
 def _measured(
-    entries: Sequence[Entry], values: Sequence[float | None], title: str, label: str, *, log: bool = False
+    entries: Sequence[Entry],
+    values: Sequence[float | None],
+    title: str,
+    label: str,
+    *,
+    log: bool = False,
 ) -> Figure:
     """Returns a point and its value for each checkpoint; None stands for infinity."""
 
@@ -168,7 +211,10 @@ def _measured(
         high = max([*known, 1e-9]) if known else 1.0
         low = max(min(known) / 1.25, 1e-9) if log and known else 0.0
         for place, (entry, value) in enumerate(zip(entries, values, strict=True)):
-            style, end = _style_of(entry) | {"marker": "o", "ms": 7}, high if value is None else max(low, _plain(value))
+            style, end = (
+                _style_of(entry) | {"marker": "o", "ms": 7},
+                high if value is None else max(low, _plain(value)),
+            )
             if value is not None:
                 axis.plot([low, end], [place, place], color=style["color"], lw=1.2)
                 axis.plot(end, place, **style)
@@ -184,17 +230,29 @@ def _measured(
 
 def accuracies(entries: Sequence[Entry]) -> Figure:
     """Returns a plot of the accuracy by task, with standard errors, and the mean."""
-    tasks = list(dict.fromkeys(task for entry in entries for task, m in entry.quality.tasks.items() if "acc" in m))
+    tasks = list(
+        dict.fromkeys(
+            task for entry in entries for task, m in entry.quality.tasks.items() if "acc" in m
+        )
+    )
 
     def plot(axis: Axes) -> None:
         for number, entry in enumerate(entries):
             shift = 0.7 * ((number + 0.5) / len(entries) - 0.5)
-            found = [entry.quality.tasks.get(task, {}) for task in tasks] + [entry.quality.mean_accuracy.model_dump()]
-            known = {place: metrics for place, metrics in enumerate(found) if metrics.get("acc") is not None}
+            found = [entry.quality.tasks.get(task, {}) for task in tasks] + [
+                entry.quality.mean_accuracy.model_dump()
+            ]
+            known = {
+                place: metrics
+                for place, metrics in enumerate(found)
+                if metrics.get("acc") is not None
+            }
             places = [place + shift for place in known]
             values = _percents(metrics["acc"] for metrics in known.values())
             errors = _percents(abs(metrics.get("acc_stderr") or 0.0) for metrics in known.values())
-            axis.errorbar(values, places, xerr=errors, label=_label(entry), **_style_of(entry) | {"ls": ""})
+            axis.errorbar(
+                values, places, xerr=errors, label=_label(entry), **_style_of(entry) | {"ls": ""}
+            )
         axis.set_yticks(range(len(tasks) + 1), [*map(words, tasks), "mean"])
         axis.axhline(len(tasks) - 0.5, color=AXIS, lw=0.6)
         axis.invert_yaxis()
@@ -206,19 +264,32 @@ def accuracies(entries: Sequence[Entry]) -> Figure:
 def quality_by_sparsity(
     entries: Sequence[Entry], title: str, label: str, value_of: ValueOf, *, log: bool
 ) -> Figure | None:
-    """Returns a line a method (a point of a checkpoint without one) over the sparsities; None where these are one."""
-    pruned = [(entry, value) for entry in entries if not entry.dense and (value := value_of(entry)) is not None]
+    """Returns a line a method (a point of a checkpoint without one) over the sparsities; None where
+    these are one."""
+    pruned = [
+        (entry, value)
+        for entry in entries
+        if not entry.dense and (value := value_of(entry)) is not None
+    ]
     if len({(round(e.sparsity, 3), e.grouped) for e, _ in pruned if e.sparsity is not None}) < 2:
         return None
 
     def plot(axis: Axes) -> None:
-        for number, method in enumerate(dict.fromkeys(entry.method or entry.label for entry, _ in pruned)):
+        for number, method in enumerate(
+            dict.fromkeys(entry.method or entry.label for entry, _ in pruned)
+        ):
             same = [(e, value) for e, value in pruned if (e.method or e.label) == method]
             own = [(e.sparsity, value, e) for e, value in same if e.sparsity is not None]
-            points = sorted((100 * sparsity, _plain(value)) for sparsity, value, e in own if not e.grouped)
-            grouped = sorted((100 * sparsity, _plain(value)) for sparsity, value, e in own if e.grouped)
+            points = sorted(
+                (100 * sparsity, _plain(value)) for sparsity, value, e in own if not e.grouped
+            )
+            grouped = sorted(
+                (100 * sparsity, _plain(value)) for sparsity, value, e in own if e.grouped
+            )
             style = series_style(number)
-            axis.plot(*zip(*points, strict=True) if points else ([], []), label=words(method, 60), **style)
+            axis.plot(
+                *zip(*points, strict=True) if points else ([], []), label=words(method, 60), **style
+            )
             if grouped:
                 style |= {"ls": "", "mfc": "none", "ms": 6}
                 axis.plot(*zip(*grouped, strict=True), label=f"{words(method, 60)}, N:M", **style)
@@ -236,9 +307,16 @@ def quality_by_sparsity(
     return draw(title, 3.4, plot)
 
 
-def quality_by_size(entries: Sequence[Entry], title: str, label: str, value_of: ValueOf) -> Figure | None:
-    """Returns a point a checkpoint by its size in 16 bits; None where all are as large, or nobody counted."""
-    known = [(entry, entry.bytes_in_16_bits, value) for entry in entries if (value := value_of(entry)) is not None]
+def quality_by_size(
+    entries: Sequence[Entry], title: str, label: str, value_of: ValueOf
+) -> Figure | None:
+    """Returns a point a checkpoint by its size in 16 bits; None where all are as large, or nobody
+    counted."""
+    known = [
+        (entry, entry.bytes_in_16_bits, value)
+        for entry in entries
+        if (value := value_of(entry)) is not None
+    ]
     points = [(entry, size / 1e6, _plain(value)) for entry, size, value in known if size]
     if len({round(size, 1) for _, size, _ in points}) < 2:
         return None
@@ -278,7 +356,11 @@ def _numbers(layers: Sequence[Layer]) -> list[int]:
 
 
 def _linears(entries: Sequence[Entry]) -> list[str]:
-    return list(dict.fromkeys(name for entry in entries for layer in _layers(entry) for name in layer.linears))
+    return list(
+        dict.fromkeys(
+            name for entry in entries for layer in _layers(entry) for name in layer.linears
+        )
+    )
 
 
 def _plain(value: float | None) -> float:

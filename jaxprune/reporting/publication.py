@@ -1,4 +1,5 @@
-"""What of a folder goes to the hub: its files, the model card with the hub's metadata, and no path of this machine."""
+"""What of a folder goes to the hub: its files, the model card with the hub's metadata, and no path
+of this machine."""
 
 import dataclasses
 import fnmatch
@@ -26,7 +27,8 @@ from jaxprune.sparsity.patterns import GivenRecord
 CARD = "README.md"
 TASKS = "lm-eval-*.json"
 TEXTS = {CARD: 2**22, RECORD: RECORD_BYTES, REPORT: 2**28, TASKS: RECORD_BYTES}
-"""Files of ours that may name paths of this machine, as patterns -> the most bytes that they hold."""
+"""Files of ours that may name paths of this machine, as patterns -> the most bytes that they
+hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,11 @@ class Publication:
 
 
 def publication(
-    folder: Path, repository: str, base: str | None, licence: str | None, licence_of: Callable[[Any], str | None]
+    folder: Path,
+    repository: str,
+    base: str | None,
+    licence: str | None,
+    licence_of: Callable[[Any], str | None],
 ) -> Publication:
     """Collects what is sent of a folder; hidden files stay.
 
@@ -84,12 +90,16 @@ def publication(
                 content = re.sub(r'"[/~][^"\n]*/([^"/\n]+)"', r'"\1"', content)
             files[text] = content.encode()
     try:
-        card = ModelCard(_text(folder / CARD, TEXTS[CARD]) if CARD in files else "---\ntags: []\n---\n")
+        card = ModelCard(
+            _text(folder / CARD, TEXTS[CARD]) if CARD in files else "---\ntags: []\n---\n"
+        )
         library = "jaxprune" if packed.MARK in files else "transformers"
         _complete(card.data, repository, run, base, library)
         card.data.license = licence or card.data.license or licence_of(card.data.base_model)
     except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise CheckpointError(f"its metadata cannot be read ({str(error)[:200]})", file=folder / CARD) from error
+        raise CheckpointError(
+            f"its metadata cannot be read ({str(error)[:200]})", file=folder / CARD
+        ) from error
     card = ModelCard(shown(str(card)))
     files[CARD] = str(card).encode()
     return Publication(dict(sorted(files.items())), card)
@@ -100,7 +110,8 @@ def _text(path: Path, most: int) -> str:
 
 
 def _paths(run: Run, base: str | None) -> dict[str, str]:
-    """Returns patterns of the paths of this machine that a run's record names -> their last parts, the longest first.
+    """Returns patterns of the paths of this machine that a run's record names -> their last parts,
+    the longest first.
 
     Args:
         run: the record.
@@ -127,11 +138,18 @@ def _spellings(name: str) -> list[str]:
 
 def _pattern(path: str) -> str:
     """Returns a regular expression for a path; a short one may be part of something else."""
-    return re.escape(path) if re.match("/[^/]+/", path) else rf"(?<![\w.~<-]){re.escape(path)}(?![\w-])"
+    return (
+        re.escape(path)
+        if re.match("/[^/]+/", path)
+        else rf"(?<![\w.~<-]){re.escape(path)}(?![\w-])"
+    )
 
 
-def _complete(data: ModelCardData, repository: str, run: Run | None, base: str | None, library: str) -> None:
-    """Adds what the hub shows of a model; what the card's author wrote stays, but for what an option says."""
+def _complete(
+    data: ModelCardData, repository: str, run: Run | None, base: str | None, library: str
+) -> None:
+    """Adds what the hub shows of a model; what the card's author wrote stays, but for what an
+    option says."""
     data.tags = list(dict.fromkeys([*(data.tags or []), "pruned", "sparse", "jaxprune"]))
     data.library_name = data.library_name or library
     data.pipeline_tag = data.pipeline_tag or "text-generation"
@@ -153,7 +171,9 @@ def _results(quality: Quality) -> Iterator[EvalResult]:
                     dataset_type=re.split(r"[/.]", name)[0],
                     dataset_name=f"{name}, {windows} windows of {length} tokens",
                     metric_type=metric,
-                    metric_name="perplexity" if metric == "perplexity" else "KL divergence from the dense model, nats",
+                    metric_name="perplexity"
+                    if metric == "perplexity"
+                    else "KL divergence from the dense model, nats",
                     metric_value=value,
                 )
     for task, metrics in quality.tasks.items():
@@ -171,4 +191,6 @@ def _results(quality: Quality) -> Iterator[EvalResult]:
 def require_repository(name: str) -> None:
     """Raises CheckpointError for what is no owner/name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}", name):
-        raise CheckpointError("no repository of the hub has such a name", file=name, wanted="owner/name")
+        raise CheckpointError(
+            "no repository of the hub has such a name", file=name, wanted="owner/name"
+        )

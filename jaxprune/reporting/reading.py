@@ -36,13 +36,22 @@ def read(content: str | bytes, file: str | Path) -> Record:
         return version1.upgraded(content, head.kind, file)
     if head.version != VERSION:
         raise DamagedError(
-            "it was written by another version of jaxprune", file=file, entry="schema", found=head.version, wanted="2"
+            "it was written by another version of jaxprune",
+            file=file,
+            entry="schema",
+            found=head.version,
+            wanted="2",
         )
-    return parse(Run, content, file=file) if head.kind == "run" else parse(Evaluation, content, file=file)
+    return (
+        parse(Run, content, file=file)
+        if head.kind == "run"
+        else parse(Evaluation, content, file=file)
+    )
 
 
 def run_of(checkpoint: str | Path) -> Run | None:
-    """Reads the record of the run that made a checkpoint; None where it has none; errors as for `load`."""
+    """Reads the record of the run that made a checkpoint; None where it has none; errors as for
+    `load`."""
     folder = next(iter(paths_of(str(checkpoint))), None)
     if folder is None or not os.path.lexists(folder / RECORD):
         return None

@@ -1,4 +1,5 @@
-"""The account of a run as it goes on, and the files that it and an evaluation leave: jaxprune.json, report.html."""
+"""The account of a run as it goes on, and the files that it and an evaluation leave: jaxprune.json,
+report.html."""
 
 import dataclasses
 import hashlib
@@ -49,17 +50,21 @@ class Record(Observer):
         recipe: what is done to the model.
         tokens: calibration windows.
         stream: the text that is tuned on, beside them; None: there is none.
-        divergences: tokens that were tuned on, and then the divergence on text held out, of each measure.
+        divergences: tokens that were tuned on, and then the divergence on text held out, of each
+            measure.
         layers: results of the layers so far, without arrays.
         seconds: the seconds by phase.
         evaluation: "dense" and "pruned" -> what was measured; empty without evaluation.
-        timing: the timing of the first layer with and without compilation, where that was asked for.
+        timing: the timing of the first layer with and without compilation, where that was asked
+            for.
         kept_experts: layer index -> the experts that stayed, where some were dropped.
         disk_bytes: "dense" and "pruned" -> bytes of the checkpoint's files.
         parameters: "dense" and "pruned" -> numbers in the checkpoint.
         converted_bytes: see `schema.Run`.
-        save_dtype: the dtype that the weights were cast to; None: each param has the dense checkpoint's.
-        few_tokens: linear layer of an expert -> how many tokens it was given, where these are fewer than its inputs.
+        save_dtype: the dtype that the weights were cast to; None: each param has the dense
+            checkpoint's.
+        few_tokens: linear layer of an expert -> how many tokens it was given, where these are fewer
+            than its inputs.
     """
 
     config: Mapping[str, Any]
@@ -79,7 +84,8 @@ class Record(Observer):
     save_dtype: str | None = None
 
     def layer_done(self, result: LayerResult) -> None:
-        """Keeps a layer's result without its arrays; of one that is quantized in place of the one before."""
+        """Keeps a layer's result without its arrays; of one that is quantized in place of the one
+        before."""
         self.layers[result.index : result.index + 1] = [result.without_arrays()]
         for path, kernel in result.kernels.items():
             if kernel.few_tokens:
@@ -108,11 +114,14 @@ class Record(Observer):
     def sparsity(self) -> float:
         """Zeros of all pruned kernels over their weights."""
         kernels = [kernel for layer in self.layers for kernel in layer.kernels.values()]
-        return sum(kernel.zeros for kernel in kernels) / max(1, sum(kernel.size for kernel in kernels))
+        return sum(kernel.zeros for kernel in kernels) / max(
+            1, sum(kernel.size for kernel in kernels)
+        )
 
     @property
     def resumed(self) -> int:
-        """Layers that an earlier process of the run pruned; what else it spent its time on is not counted."""
+        """Layers that an earlier process of the run pruned; what else it spent its time on is not
+        counted."""
         return sum(layer.resumed for layer in self.layers)
 
     def asked(self) -> dict[str, Any]:
@@ -126,7 +135,10 @@ class Record(Observer):
 
     def _calibration(self) -> dict[str, Any]:
         ids = np.ascontiguousarray(self.tokens, np.int32)
-        return {"windows": list(self.tokens.shape), "sha256": hashlib.sha256(ids.tobytes()).hexdigest()}
+        return {
+            "windows": list(self.tokens.shape),
+            "sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
+        }
 
     def as_json(self) -> dict[str, Any]:
         """Returns the content of `schema.Run`."""
@@ -141,7 +153,11 @@ class Record(Observer):
             "evaluation": {which: quality.as_json() for which, quality in self.evaluation.items()},
             "seconds": self.seconds,
             **({"timing": self.timing._asdict()} if self.timing else {}),
-            **({"divergences": [list(point) for point in self.divergences]} if self.divergences else {}),
+            **(
+                {"divergences": [list(point) for point in self.divergences]}
+                if self.divergences
+                else {}
+            ),
             **({"kept_experts": self.kept_experts} if self.kept_experts else {}),
             **({"few_tokens": self.few_tokens} if self.few_tokens else {}),
             "peak_bytes": peak_bytes(),
@@ -165,8 +181,8 @@ def write_record(
         qualities: checkpoint -> what was measured of it.
 
     Returns:
-        The files' names, and what kept the report from being drawn, for the caller to raise when all else is in its
-        place.
+        The files' names, and what kept the report from being drawn, for the caller to raise when
+        all else is in its place.
     """
     from jaxprune.reporting import report  # with matplotlib, which is slow to import
 
@@ -174,19 +190,23 @@ def write_record(
     files = {RECORD: content}
     for name, quality in qualities.items():
         if quality.lm_eval:
-            files[lm_eval_file(name)] = convert_schema.to_text(json.loads(without_samples(quality.lm_eval)))
+            files[lm_eval_file(name)] = convert_schema.to_text(
+                json.loads(without_samples(quality.lm_eval))
+            )
     for name, text in files.items():
         write_text(folder / name, text)
     try:
         page = report.page([reading.read(content, folder / RECORD)])
-    except Exception as error:  # a defect of ours, which must not cost what took hours: the caller raises it later
+    # a defect of ours, which must not cost what took hours: the caller raises it later
+    except Exception as error:
         return set(files), error
     write_text(folder / REPORT, page)
     return {*files, REPORT}, None
 
 
 def environment() -> dict[str, Any]:
-    """Returns the content of `schema.Environment`: what software and hardware this process runs on."""
+    """Returns the content of `schema.Environment`: what software and hardware this process runs
+    on."""
     return {
         "versions": versions(),
         "machine": platform.machine(),
@@ -208,7 +228,8 @@ def _version(package: str) -> str | None:
 
 
 def lm_eval_file(name: str) -> str:
-    """Returns the name of the file of lm-eval's results; one of a very long name is told apart by a digest."""
+    """Returns the name of the file of lm-eval's results; one of a very long name is told apart by a
+    digest."""
     name = convert_schema.as_text(name).replace("/", "-")
     if len(name.encode()) > 200:
         name = f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"

@@ -39,7 +39,8 @@ def page(records: Sequence[Record]) -> str:
         megabytes=megabytes,
         short=short_name,
         details=[
-            (_source(record), json.dumps(_without_layers(schema.as_json(record)), indent=1)) for record in records
+            (_source(record), json.dumps(_without_layers(schema.as_json(record)), indent=1))
+            for record in records
         ],
         hardware=sorted({record.hardware for record in records if record.hardware}),
     )
@@ -48,17 +49,27 @@ def page(records: Sequence[Record]) -> str:
 @functools.cache
 def _template() -> jinja2.Template:
     loader = jinja2.PackageLoader("jaxprune.reporting", "templates")
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.get_template("report.html.jinja")
 
 
-def _figures(everything: Sequence[Entry], texts: Sequence[str]) -> list[tuple[str, list[drawing.Figure]]]:
+def _figures(
+    everything: Sequence[Entry], texts: Sequence[str]
+) -> list[tuple[str, list[drawing.Figure]]]:
     """Returns headings and the plots below them."""
     quality: list[drawing.Figure] = []
     trade: list[drawing.Figure | None] = []
 
-    def by_sparsity(title: str, label: str, value_of: Callable[[Entry], float | None], log: bool = True) -> None:
-        trade.append(figures.quality_by_sparsity(everything, f"{title} by sparsity", label, value_of, log=log))
+    def by_sparsity(
+        title: str, label: str, value_of: Callable[[Entry], float | None], log: bool = True
+    ) -> None:
+        trade.append(
+            figures.quality_by_sparsity(
+                everything, f"{title} by sparsity", label, value_of, log=log
+            )
+        )
 
     for text in texts:
         measured = [entry for entry in everything if entry.text(text)]
@@ -66,18 +77,27 @@ def _figures(everything: Sequence[Entry], texts: Sequence[str]) -> list[tuple[st
         value_of = _value_of(text, "perplexity")
         by_sparsity(f"Perplexity of {short_name(text)}", "perplexity", value_of)
         trade.append(
-            figures.quality_by_size(measured, f"Perplexity of {short_name(text)} by size", "perplexity", value_of)
+            figures.quality_by_size(
+                measured, f"Perplexity of {short_name(text)} by size", "perplexity", value_of
+            )
         )
         if compared := [entry for entry in measured if _value_of(text, "kl")(entry) is not None]:
             quality.append(figures.divergences(compared, text))
-            by_sparsity(f"KL divergence on {short_name(text)}", "nats a token", _value_of(text, "kl"))
+            by_sparsity(
+                f"KL divergence on {short_name(text)}", "nats a token", _value_of(text, "kl")
+            )
     if tested := [entry for entry in everything if entry.accuracy is not None]:
         quality.append(figures.accuracies(tested))
         by_sparsity("Mean accuracy", "mean accuracy (acc)", lambda entry: entry.accuracy, log=False)
     runs = [entry for entry in everything if entry.run and entry.run.layers]
     pruning = []
     if runs:
-        plots = figures.error_by_layer, figures.error_by_linear, figures.sparsity_by_layer, figures.time_by_phase
+        plots = (
+            figures.error_by_layer,
+            figures.error_by_linear,
+            figures.sparsity_by_layer,
+            figures.time_by_phase,
+        )
         pruning = [plot(runs) for plot in plots]
     if quantized := [entry for entry in runs if entry.run and entry.run.quantize]:
         pruning.append(figures.error_by_layer(quantized, of_quantization=True))
@@ -96,16 +116,20 @@ def _verdicts(everything: Sequence[Entry], texts: Sequence[str]) -> Iterator[str
             found = entry.text(text)
             if found and found.ratio is not None and found.top1 is not None and not entry.dense:
                 zeros = "" if entry.sparsity is None else f", {100 * entry.sparsity:.0f} % zeros"
-                times, same = f"{found.ratio:.2f} times the dense model's", f"{100 * found.top1:.0f} % of the tokens"
+                times, same = (
+                    f"{found.ratio:.2f} times the dense model's",
+                    f"{100 * found.top1:.0f} % of the tokens",
+                )
                 yield (
-                    f"{entry.label}{zeros}: on {short_name(text)} its perplexity is {times}, and at {same} both "
+                    f"{entry.label}{zeros}: on {short_name(text)} its perplexity is {times}, and "
+                    f"at {same} both "
                     f"find the same next one the most probable. {compared(found.ratio)}"
                 )
 
 
 def _samples(everything: Sequence[Entry]) -> list[tuple[str, list[tuple[Entry, str, str]]]]:
-    """Returns prompts, each with the checkpoints that continued it: what is the same as the dense one's, if that is the
-    first of them, and the rest."""
+    """Returns prompts, each with the checkpoints that continued it: what is the same as the dense
+    one's, if that is the first of them, and the rest."""
     found: dict[str, list[tuple[Entry, list[str]]]] = {}
     for entry in everything:
         for sample in entry.quality.samples:
@@ -124,7 +148,9 @@ def _samples(everything: Sequence[Entry]) -> list[tuple[str, list[tuple[Entry, s
 
 def _common(a: Sequence[str], b: Sequence[str]) -> int:
     """Returns how many pieces are the same from the first on."""
-    return sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(a, b, strict=False)))
+    return sum(
+        1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(a, b, strict=False))
+    )
 
 
 def _value_of(text: str, name: str) -> Callable[[Entry], float | None]:

@@ -1,7 +1,7 @@
 """What jaxprune.json holds, version 2.
 
-Numbers are numbers: words for people are made from them and never read back. `reading` reads files of this version and,
-through `version1`, those of the first.
+Numbers are numbers: words for people are made from them and never read back. `reading` reads files
+of this version and, through `version1`, those of the first.
 """
 
 from typing import Any, Literal
@@ -32,8 +32,9 @@ class Calibration(Schema):
 
 
 class TuningText(Schema):
-    """The digest of the text that was tuned on, and what decides which windows it gave: their length, the seed of their
-    order, how many were held out, and the digest of those. Earlier versions kept the first and the fourth."""
+    """The digest of the text that was tuned on, and what decides which windows it gave: their
+    length, the seed of their order, how many were held out, and the digest of those. Earlier
+    versions kept the first and the fourth."""
 
     sha256: str
     length: Count | None = None
@@ -43,7 +44,8 @@ class TuningText(Schema):
 
 
 class TextQuality(Schema):
-    """What a checkpoint makes of a text; null stands for a number that is not finite, or was not measured."""
+    """What a checkpoint makes of a text; null stands for a number that is not finite, or was not
+    measured."""
 
     windows: tuple[Count, Count]
     perplexity: float | None = Field(default=None, gt=0)
@@ -111,17 +113,23 @@ class Layer(Schema):
         return sum(linear.size for linear in self.linears.values())
 
     def with_experts_together(self) -> "Layer":
-        """Returns the layer with the linear layers of all experts that are called the same as one: mean errors."""
+        """Returns the layer with the linear layers of all experts that are called the same as one:
+        mean errors."""
         grouped: dict[str, list[Kernel]] = {}
         for path, linear in self.linears.items():
             grouped.setdefault(every_expert(path), []).append(linear)
-        linears = {path: ones[0] if len(ones) == 1 else _together(ones) for path, ones in grouped.items()}
+        linears = {
+            path: ones[0] if len(ones) == 1 else _together(ones) for path, ones in grouped.items()
+        }
         return self.model_copy(update={"linears": linears})
 
 
 def _together(linears: list[Kernel]) -> Kernel:
     errors = [linear.error for linear in linears if linear.error is not None]
-    sums = {name: sum(getattr(linear, name) for linear in linears) for name in ("zeros", "wanted", "size")}
+    sums = {
+        name: sum(getattr(linear, name) for linear in linears)
+        for name in ("zeros", "wanted", "size")
+    }
     return Kernel(error=sum(errors) / len(errors) if errors else None, **sums)
 
 
@@ -164,9 +172,10 @@ class Run(RecipeRecord, Environment):
     Attributes:
         disk_bytes: of the files that hold the weights.
         parameters: numbers in the checkpoint, which compare sizes at one dtype.
-        save_dtype: the dtype that the weights were cast to; None: each param has the dense checkpoint's.
-        converted_bytes: `packed`, or the type of a GGUF file -> about how many bytes the pruned checkpoint takes so,
-            without the tokenizer.
+        save_dtype: the dtype that the weights were cast to; None: each param has the dense
+            checkpoint's.
+        converted_bytes: `packed`, or the type of a GGUF file -> about how many bytes the pruned
+            checkpoint takes so, without the tokenizer.
     """
 
     version: Literal[2] = Field(alias="schema")
@@ -192,20 +201,23 @@ class Run(RecipeRecord, Environment):
 
     @property
     def named(self) -> dict[tuple[int, str], Pattern | None]:
-        """(layer index, path of the linear layer) -> the pattern of the last rule that names it; None: it is dense."""
+        """(layer index, path of the linear layer) -> the pattern of the last rule that names it;
+        None: it is dense."""
         rules = [one.rule() for one in self.rules]
         every = [(layer.index, path) for layer in self.layers for path in layer.linears]
         return {which: rule.pattern for rule in rules for which in every if rule.matches(*which)}
 
     @property
     def patterns_of_all(self) -> frozenset[Pattern | None]:
-        """The patterns that rules give where they name every linear layer of the model; else empty."""
+        """The patterns that rules give where they name every linear layer of the model; else
+        empty."""
         named, every = self.named, sum(len(layer.linears) for layer in self.layers)
         return frozenset(named.values()) if len(named) == every else frozenset()
 
 
 class Measured(Schema):
-    """A checkpoint of an evaluation; `run` is the record of the run that made it, where there is one."""
+    """A checkpoint of an evaluation; `run` is the record of the run that made it, where there is
+    one."""
 
     sparsity: float = Field(ge=0, le=1)
     disk_bytes: Count | None = None
@@ -233,8 +245,13 @@ def run_of_json(value: dict[str, Any]) -> Run:
 
 
 def expected(run: Run) -> dict[str, Any]:
-    """Returns what a run's record says of its checkpoint, as `evaluation.verification.verify` takes it."""
-    kernels = {(layer.index, path): kernel for layer in run.layers for path, kernel in layer.linears.items()}
+    """Returns what a run's record says of its checkpoint, as `evaluation.verification.verify` takes
+    it."""
+    kernels = {
+        (layer.index, path): kernel
+        for layer in run.layers
+        for path, kernel in layer.linears.items()
+    }
     pattern, total = run.pattern.pattern(), None
     if pattern and run.effective.importance.spread:  # every kernel had a sparsity of its own
         total = round(pattern.sparsity * sum(kernel.size for kernel in kernels.values()))
@@ -244,7 +261,9 @@ def expected(run: Run) -> dict[str, Any]:
         "own": run.named,
         "counts": {which: kernel.zeros for which, kernel in kernels.items()},
         "wanted": {which: kernel.wanted for which, kernel in kernels.items()},
-        "sections": {which: kernel.sections for which, kernel in kernels.items() if kernel.sections},
+        "sections": {
+            which: kernel.sections for which, kernel in kernels.items() if kernel.sections
+        },
         "total": total,
         "quantization": run.quantize,
     }

@@ -1,4 +1,5 @@
-"""Records and journals of version 1, which kept patterns and methods as prose: the only place that reads prose."""
+"""Records and journals of version 1, which kept patterns and methods as prose: the only place that
+reads prose."""
 
 import dataclasses
 import math
@@ -81,7 +82,9 @@ class Evaluation(schema.Environment):
     checkpoints: dict[str, Measured]
 
 
-def upgraded(content: str | bytes, kind: Literal["run", "evaluation"], file: str | Path) -> schema.Record:
+def upgraded(
+    content: str | bytes, kind: Literal["run", "evaluation"], file: str | Path
+) -> schema.Record:
     """Returns a record of version 1 as version 2 has it.
 
     Raises:
@@ -98,7 +101,9 @@ def upgraded(content: str | bytes, kind: Literal["run", "evaluation"], file: str
         }
         for name, one in record.checkpoints.items()
     }
-    return check(schema.Evaluation, _fields(record) | {"schema": 2, "checkpoints": checkpoints}, file=file)
+    return check(
+        schema.Evaluation, _fields(record) | {"schema": 2, "checkpoints": checkpoints}, file=file
+    )
 
 
 def _fields(record: Schema) -> dict[str, Any]:
@@ -108,7 +113,8 @@ def _fields(record: Schema) -> dict[str, Any]:
 def _run(run: Run, file: str | Path) -> dict[str, Any]:
     pattern, off = _pattern(run, file)
     layers = [
-        _fields(layer) | {"linears": {path: _linear(one, pattern, off) for path, one in layer.linears.items()}}
+        _fields(layer)
+        | {"linears": {path: _linear(one, pattern, off) for path, one in layer.linears.items()}}
         for layer in run.layers
     ]
     return _fields(run) | {
@@ -121,32 +127,47 @@ def _run(run: Run, file: str | Path) -> dict[str, Any]:
 
 
 def _pattern(run: Run, file: str | Path) -> tuple[dict[str, Any], float | None]:
-    """Returns the pattern, and how far off its sparsity, of six digits, may be; None: each linear layer had its own."""
+    """Returns the pattern, and how far off its sparsity, of six digits, may be; None: each linear
+    layer had its own."""
     if match := re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", run.pattern):
         return {"kind": "nm", "n": int(match[1]), "m": int(match[2])}, 0.0
     if match := re.fullmatch(r"the mask (.+)", run.pattern, re.DOTALL):
         return {"kind": "given", "mask": match[1]}, None
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e-[0-9]+)?) %( in total| per output)?", run.pattern)
+    match = re.fullmatch(
+        r"([0-9]+(?:\.[0-9]+)?(?:e-[0-9]+)?) %( in total| per output)?", run.pattern
+    )
     if not match or not float(match[1]) < 100:
-        raise DamagedError("its pattern is none that version 1 wrote", file=file, entry="pattern", found=run.pattern)
+        raise DamagedError(
+            "its pattern is none that version 1 wrote",
+            file=file,
+            entry="pattern",
+            found=run.pattern,
+        )
     percent = float(match[1])
     off = 10.0 ** (math.floor(math.log10(percent)) - 5) / 200 if percent else 0.0
     sparsity = float(Decimal(match[1]) / 100)
     kind = "per-output" if match[2] == " per output" else "unstructured"
     if match[2] == " in total":
         linears = [linear for layer in run.layers for linear in layer.linears.values()]
-        zeros, size = sum(linear.zeros for linear in linears), sum(linear.size for linear in linears)
+        zeros, size = (
+            sum(linear.zeros for linear in linears),
+            sum(linear.size for linear in linears),
+        )
         if size and zeros != round(sparsity * size) and abs(zeros / size - sparsity) <= off:
             sparsity = zeros / size  # the total was exact, so this gives the digits back
     return {"kind": kind, "sparsity": sparsity}, None if match[2] else off
 
 
 def _linear(linear: Linear, pattern: Mapping[str, Any], off: float | None) -> dict[str, Any]:
-    """Returns a linear's entry with the zeros that were wanted: those it has, unless they are not the pattern's."""
+    """Returns a linear's entry with the zeros that were wanted: those it has, unless they are not
+    the pattern's."""
     wanted = linear.zeros
     if pattern["kind"] == "nm":
         wanted = linear.size // pattern["m"] * (pattern["m"] - pattern["n"])
-    elif off is not None and abs(linear.zeros - pattern["sparsity"] * linear.size) > off * linear.size + 0.5:
+    elif (
+        off is not None
+        and abs(linear.zeros - pattern["sparsity"] * linear.size) > off * linear.size + 0.5
+    ):
         wanted = round(pattern["sparsity"] * linear.size)
     return _fields(linear) | {"wanted": wanted}
 
@@ -162,8 +183,14 @@ def _method(method: Method, preset: str | None, file: str | Path) -> dict[str, A
             "update": _method(method.update, None, file),
         }
     if method.method and method.finish is not None:
-        return {"kind": "finished", "method": _method(method.method, None, file), "finish": method.finish}
-    raise DamagedError("it is no method that version 1 wrote", file=file, entry="method", found=method.name)
+        return {
+            "kind": "finished",
+            "method": _method(method.method, None, file),
+            "finish": method.finish,
+        }
+    raise DamagedError(
+        "it is no method that version 1 wrote", file=file, entry="method", found=method.name
+    )
 
 
 def recipe_as_json(recipe: Recipe) -> dict[str, Any]:
@@ -184,10 +211,18 @@ def recipe_as_json(recipe: Recipe) -> dict[str, Any]:
 def _described(method: Any) -> dict[str, Any]:
     if isinstance(method, Crossed):
         selector, updater = _described(method.selector), _described(method.updater)
-        return {"name": f"{selector['name']} mask, {updater['name']} update", "mask": selector, "update": updater}
+        return {
+            "name": f"{selector['name']} mask, {updater['name']} update",
+            "mask": selector,
+            "update": updater,
+        }
     if isinstance(method, Finished):
         inner, finish = _described(method.method), dataclasses.asdict(method.finish)
-        return {"name": f"{inner['name']}, {finish['steps']} steps to finish", "method": inner, "finish": finish}
+        return {
+            "name": f"{inner['name']}, {finish['steps']} steps to finish",
+            "method": inner,
+            "finish": finish,
+        }
     return {"name": methods.name_of(method), "options": dataclasses.asdict(method)}
 
 

@@ -1,8 +1,8 @@
 """Masks that come from elsewhere, and masks that outlive a run.
 
-A mask file is one safetensors file: for every pruned linear layer, under its weight's name in a Hugging Face
-checkpoint, the bits of its mask [out, in] (1 = kept), packed along the inputs, eight a byte, the first in the lowest
-bit:
+A mask file is one safetensors file: for every pruned linear layer, under its weight's name in a
+Hugging Face checkpoint, the bits of its mask [out, in] (1 = kept), packed along the inputs, eight a
+byte, the first in the lowest bit:
 
     numpy.unpackbits(tensor, axis=1, count=n_in, bitorder="little")
 
@@ -35,8 +35,8 @@ from jaxprune.errors import InputError
 FORMAT = "jaxprune masks 1"
 _Shape = Annotated[list[pydantic.PositiveInt], pydantic.Field(min_length=2, max_length=2)]
 LEAST_ZEROS = 0.01
-"""The share of zeros from which on weights are taken to be pruned: dense ones have some by chance, and those of a model
-that was rounded to four bits 0.04 %."""
+"""The share of zeros from which on weights are taken to be pruned: dense ones have some by chance,
+and those of a model that was rounded to four bits 0.04 %."""
 FROM_CHECKPOINT, FROM_FILE = "from-checkpoint:", "from-file:"
 
 
@@ -63,8 +63,13 @@ def is_stored(name: str) -> bool:
 
 
 def source_of(name: str) -> Path | None:
-    """Returns the file or the folder that a mask's name names; None where it names none that is here."""
-    found = paths_of(name.removeprefix(FROM_CHECKPOINT).removeprefix(FROM_FILE)) if is_stored(name) else []
+    """Returns the file or the folder that a mask's name names; None where it names none that is
+    here."""
+    found = (
+        paths_of(name.removeprefix(FROM_CHECKPOINT).removeprefix(FROM_FILE))
+        if is_stored(name)
+        else []
+    )
     return found[0] if found else None
 
 
@@ -86,7 +91,9 @@ def load(name: str) -> Masks:
     if name.startswith(FROM_CHECKPOINT):
         path = name.removeprefix(FROM_CHECKPOINT)
         if not path:
-            raise InputError(f"{FROM_CHECKPOINT} names no checkpoint", options={"mask": f"{FROM_CHECKPOINT}DIR"})
+            raise InputError(
+                f"{FROM_CHECKPOINT} names no checkpoint", options={"mask": f"{FROM_CHECKPOINT}DIR"}
+            )
         return from_checkpoint(open_checkpoint(path), path)
     return from_file(expand(name.removeprefix(FROM_FILE)))
 
@@ -94,7 +101,9 @@ def load(name: str) -> Masks:
 def from_checkpoint(
     reader: Reader,
     name: str = "the checkpoint",
-    options: Mapping[str, Any] = MappingProxyType({"mask": f"{FROM_CHECKPOINT}DIR of a pruned one"}),
+    options: Mapping[str, Any] = MappingProxyType(
+        {"mask": f"{FROM_CHECKPOINT}DIR of a pruned one"}
+    ),
 ) -> Masks:
     """Takes the zeros of a pruned checkpoint as masks.
 
@@ -106,11 +115,15 @@ def from_checkpoint(
     Raises:
         InputError: its layers have next to no zeros, so the checkpoint is not pruned.
     """
-    every = list(dict.fromkeys(part for part in map(part_of, reader.spec) if part.startswith("layers.")))
-    some = {every[place] for place in (0, len(every) // 2, -1) if every}  # rules may have left others dense
+    every = list(
+        dict.fromkeys(part for part in map(part_of, reader.spec) if part.startswith("layers."))
+    )
+    # rules may have left others dense
+    some = {every[place] for place in (0, len(every) // 2, -1) if every}
     if (share := max((_share_of_zeros(reader, part) for part in some), default=0.0)) < LEAST_ZEROS:
         raise InputError(
-            f"{name} has {100 * share:.2g} % zeros at most in its first, middle and last layer: it is not pruned, so "
+            f"{name} has {100 * share:.2g} % zeros at most in its first, middle and last layer: it "
+            "is not pruned, so "
             "its zeros make no mask",
             options=options,
         )
@@ -119,14 +132,21 @@ def from_checkpoint(
         path = f"layers.{index}.{linear}.kernel"
         if path not in reader.spec:
             raise InputError(f"{name}, which gives the mask, has no {path}")
-        return StoredMask(reader.spec[path].shape, lambda: np.asarray(reader.read([path])[path] != 0))
+        return StoredMask(
+            reader.spec[path].shape, lambda: np.asarray(reader.read([path])[path] != 0)
+        )
 
     return mask
 
 
 def _share_of_zeros(reader: Reader, part: str) -> float:
-    kernels = reader.read([path for path in reader.spec if part_of(path) == part and path.endswith(".kernel")])
-    zeros, size = (sum(count(a) for a in kernels.values()) for count in (lambda a: int((a == 0).sum()), np.size))
+    kernels = reader.read(
+        [path for path in reader.spec if part_of(path) == part and path.endswith(".kernel")]
+    )
+    zeros, size = (
+        sum(count(a) for a in kernels.values())
+        for count in (lambda a: int((a == 0).sum()), np.size)
+    )
     return zeros / max(1, size)
 
 
@@ -141,7 +161,8 @@ def from_file(file: Path) -> Masks:
 
     Raises:
         InputError: it is no such file.
-        DamagedError: its header and its tensors disagree; when a mask is read, bits beyond its inputs are set.
+        DamagedError: its header and its tensors disagree; when a mask is read, bits beyond its
+            inputs are set.
     """
     require_regular(file, InputError)
     try:
@@ -156,7 +177,9 @@ def from_file(file: Path) -> Masks:
     header = schema.check(_Metadata, metadata, file=file, entry="__metadata__")
     shapes = {name: (out, n) for name, (out, n) in header.shapes.items()}
     wanted = {name: ("U8", _packed_shape(shape)) for name, shape in shapes.items()}
-    if bad := sorted(n for n in packed_as.keys() | wanted.keys() if packed_as.get(n) != wanted.get(n)):
+    if bad := sorted(
+        n for n in packed_as.keys() | wanted.keys() if packed_as.get(n) != wanted.get(n)
+    ):
         raise DamagedError(f"its masks and their shapes disagree: {', '.join(bad[:5])}", file=file)
 
     names = {f"layers.{name.partition('layers.')[2]}": name for name in shapes}
@@ -166,7 +189,8 @@ def from_file(file: Path) -> Masks:
         if name is None:
             one = f"layers.{index}.{linear}"
             raise InputError(
-                f"it has no mask for {one}: it was made for another model, or by a run that left this layer dense",
+                f"it has no mask for {one}: it was made for another model, or by a run that left "
+                "this layer dense",
                 file=file,
                 options={"skip": f"{one} and whatever else was"},
             )
@@ -196,11 +220,18 @@ class MaskWriter:
         CheckpointError: no room.
     """
 
-    def __init__(self, path: Path, shapes: Mapping[tuple[int, str], tuple[int, ...]], naming: Naming = TEXT) -> None:
+    def __init__(
+        self, path: Path, shapes: Mapping[tuple[int, str], tuple[int, ...]], naming: Naming = TEXT
+    ) -> None:
         self._naming = naming
         stored = {_name(*which, naming): (shape[1], shape[0]) for which, shape in shapes.items()}
-        spec = {n: jax.ShapeDtypeStruct(tuple(_packed_shape(s)), np.dtype(np.uint8)) for n, s in stored.items()}
-        self._file = TensorFile(path, spec, {"seal": UNSEALED, "format": FORMAT, "shapes": json.dumps(stored)})
+        spec = {
+            n: jax.ShapeDtypeStruct(tuple(_packed_shape(s)), np.dtype(np.uint8))
+            for n, s in stored.items()
+        }
+        self._file = TensorFile(
+            path, spec, {"seal": UNSEALED, "format": FORMAT, "shapes": json.dumps(stored)}
+        )
         self._path = path
 
     def write(self, index: int, masks: Mapping[str, UInt8[np.ndarray, "m _"]]) -> None:

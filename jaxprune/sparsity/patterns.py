@@ -1,7 +1,7 @@
 """Sparsity patterns: which weights of a kernel may be kept, and how many are zero.
 
-A pattern is what the user asks for (`Unstructured(0.5)`, `NM(2, 4)`). For one kernel shape it makes a `Selector`, which
-selects masks under jit.
+A pattern is what the user asks for (`Unstructured(0.5)`, `NM(2, 4)`). For one kernel shape it makes
+a `Selector`, which selects masks under jit.
 """
 
 import dataclasses
@@ -29,11 +29,13 @@ from jaxprune.sparsity.selection import (
 )
 
 Sections = tuple[tuple[str, int], ...]
-"""The linear layers that lie side by side in one: (name, outputs) of each; they repeat until the outputs end."""
+"""The linear layers that lie side by side in one: (name, outputs) of each; they repeat until the
+outputs end."""
 
 
 def percent(fraction: float) -> str:
-    """Writes a fraction in percent with all its digits, so that two fractions never read the same."""
+    """Writes a fraction in percent with all its digits, so that two fractions never read the
+    same."""
     return f"{(Decimal(repr(float(fraction))) * 100).normalize():f}"
 
 
@@ -64,7 +66,8 @@ class Pattern(Protocol):
         ...
 
     def zeros(self, shape: tuple[int, ...]) -> int:
-        """Returns the number of zeros of a kernel of this [n_in, n_out] shape; errors as for `selector`."""
+        """Returns the number of zeros of a kernel of this [n_in, n_out] shape; errors as for
+        `selector`."""
         ...
 
     def as_json(self) -> dict[str, Any]:
@@ -77,8 +80,10 @@ class Unstructured:
     """Any weights; the smallest scores of the whole kernel, or of each output column, go.
 
     Attributes:
-        sparsity: fraction of zeros, 0 ≤ sparsity < 1. The count is rounded to the nearest whole weight.
-        per_output: compare scores within each output, as Wanda does, instead of over the whole kernel.
+        sparsity: fraction of zeros, 0 ≤ sparsity < 1. The count is rounded to the nearest whole
+            weight.
+        per_output: compare scores within each output, as Wanda does, instead of over the whole
+            kernel.
     """
 
     sparsity: float
@@ -103,7 +108,10 @@ class Unstructured:
         return round(self.sparsity * (shape[0] * shape[1]))
 
     def as_json(self) -> dict[str, Any]:
-        return {"kind": "per-output" if self.per_output else "unstructured", "sparsity": self.sparsity}
+        return {
+            "kind": "per-output" if self.per_output else "unstructured",
+            "sparsity": self.sparsity,
+        }
 
     def __str__(self) -> str:
         return f"{percent(self.sparsity)} %" + " per output" * self.per_output
@@ -137,23 +145,30 @@ class _Within:
 class InSections(_Within):
     """An unstructured pattern for each of the linear layers that lie side by side in one.
 
-    Each section has its share of the kernel's zeros: to a weight, what it would have as a linear layer of its own.
+    Each section has its share of the kernel's zeros: to a weight, what it would have as a linear
+    layer of its own.
     """
 
     pattern: Unstructured
     widths: tuple[int, ...]
 
     def selector(self, shape: tuple[int, ...], progress: Sequence[float] = (1.0,)) -> Selector:
-        ends = [round(self.zeros(shape) * part / sum(self.widths)) for part in itertools.accumulate(self.widths)]
-        final = np.diff(ends, prepend=0)  # sums to the kernel's, as the sections' own rounded numbers need not
-        # In proportion to the final numbers, no step adds more than the inputs that it is about have weights.
+        ends = [
+            round(self.zeros(shape) * part / sum(self.widths))
+            for part in itertools.accumulate(self.widths)
+        ]
+        # sums to the kernel's, as the sections' own rounded numbers need not
+        final = np.diff(ends, prepend=0)
+        # In proportion to the final numbers, no step adds more than the inputs that it is about
+        # have weights.
         steps = np.array([np.round(p * final) for p in progress], np.int32)
         return Selector(jnp.asarray(steps), KeepInSections(self.widths))
 
 
 @dataclasses.dataclass(frozen=True)
 class Partly(_Within):
-    """A pattern of whose zeros only a share is made yet; `zeros` and `sparsity` are those of the end.
+    """A pattern of whose zeros only a share is made yet; `zeros` and `sparsity` are those of the
+    end.
 
     Attributes:
         pattern: the pattern.
@@ -172,7 +187,8 @@ def partly(pattern: Pattern, late: float) -> Pattern:
 
 
 def in_sections(pattern: Pattern, sections: Sections) -> Pattern:
-    """Returns the pattern of a linear layer that is several side by side; only unstructured ones are another."""
+    """Returns the pattern of a linear layer that is several side by side; only unstructured ones
+    are another."""
     if isinstance(pattern, Partly):
         return Partly(in_sections(pattern.pattern, sections), pattern.share)
     if sections and isinstance(pattern, Unstructured) and not pattern.per_output:
@@ -192,8 +208,8 @@ def by_section(columns: Int[np.ndarray, "m"], sections: Sections) -> dict[str, i
 class NM:
     """N of every M consecutive inputs of an output are kept (2:4 is n = 2, m = 4).
 
-    While a gradual schedule is under way, the N largest of each group are protected and the smallest of all
-    other weights go until the kernel's zeros are as many as the step wants.
+    While a gradual schedule is under way, the N largest of each group are protected and the
+    smallest of all other weights go until the kernel's zeros are as many as the step wants.
     """
 
     n: int
@@ -201,7 +217,10 @@ class NM:
 
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m:
-            raise InputError(f"an N:M pattern keeps N of every M weights, 0 < N < M; {self.n}:{self.m} is not one")
+            raise InputError(
+                f"an N:M pattern keeps N of every M weights, 0 < N < M; {self.n}:{self.m} is not "
+                "one"
+            )
 
     @property
     def sparsity(self) -> float:
@@ -230,7 +249,8 @@ class NM:
 
 
 def cubic(steps: int) -> list[float]:
-    """Returns the fractions of the final sparsity at steps of a gradual schedule: 1 − (1 − (i+1)/steps)³."""
+    """Returns the fractions of the final sparsity at steps of a gradual schedule: 1 − (1 −
+    (i+1)/steps)³."""
     return [1 - (1 - (i + 1) / steps) ** 3 for i in range(steps)]
 
 
@@ -250,7 +270,8 @@ def parse_pattern(text: str, sparsity: float | None = None) -> Pattern:
         pattern = NM(int(match[1]), int(match[2]))
         if sparsity is not None and not abs(sparsity - pattern.sparsity) <= 1e-6:
             raise InputError(
-                f"{text} has a sparsity of {pattern.sparsity:g}, not {sparsity}", options={"sparsity": Change.OMIT}
+                f"{text} has a sparsity of {pattern.sparsity:g}, not {sparsity}",
+                options={"sparsity": Change.OMIT},
             )
         return pattern
     raise InputError(f"unknown pattern {text!r}: use unstructured, per-output, or N:M such as 2:4")
@@ -292,7 +313,8 @@ class NMRecord(Schema):
 
 
 class GivenRecord(Schema):
-    """The JSON of masks that were made elsewhere; `mask` is their name, as `masks.load` takes it."""
+    """The JSON of masks that were made elsewhere; `mask` is their name, as `masks.load` takes
+    it."""
 
     kind: Literal["given"]
     mask: str

@@ -1,8 +1,9 @@
 """Selection of the weights that are kept, with exact counts, under jit.
 
-The numbers of zeros are arrays, so that kernels of one shape and different sparsities share one compilation. Selecting
-the k-th smallest score needs no sort of all: the bits of a non-negative float order like an integer, and a threshold
-among them is found by counting, in four or five passes, how many scores lie below some candidates.
+The numbers of zeros are arrays, so that kernels of one shape and different sparsities share one
+compilation. Selecting the k-th smallest score needs no sort of all: the bits of a non-negative
+float order like an integer, and a threshold among them is found by counting, in four or five
+passes, how many scores lie below some candidates.
 """
 
 import dataclasses
@@ -28,8 +29,9 @@ class Selector:
     """Selects the mask of one kernel.
 
     Attributes:
-        zeros: [steps, *sections], numbers of zeros, one a step of a gradual schedule, the last one final. Of the whole
-            kernel, of each output for `per_output` patterns, or one a section of the outputs.
+        zeros: [steps, *sections], numbers of zeros, one a step of a gradual schedule, the last one
+            final. Of the whole kernel, of each output for `per_output` patterns, or one a section
+            of the outputs.
         rule: (scores, zeros) -> mask.
     """
 
@@ -37,16 +39,21 @@ class Selector:
     rule: Rule = dataclasses.field(metadata={"static": True})
 
     def __call__(self, scores: Scores, step: int | Int[Array, ""] = -1) -> Mask:
-        """Returns the mask (True = kept) without the smallest non-negative scores; of equal ones the last by index."""
+        """Returns the mask (True = kept) without the smallest non-negative scores; of equal ones
+        the last by index."""
         return self.rule(scores, self.zeros[step])
 
     def increments(self) -> "Selector":
-        """Returns the selector whose steps have the zeros that each step of this one adds to those before it."""
-        return dataclasses.replace(self, zeros=jnp.diff(self.zeros, axis=0, prepend=jnp.zeros_like(self.zeros[:1])))
+        """Returns the selector whose steps have the zeros that each step of this one adds to those
+        before it."""
+        return dataclasses.replace(
+            self, zeros=jnp.diff(self.zeros, axis=0, prepend=jnp.zeros_like(self.zeros[:1]))
+        )
 
 
 def counts(size: int, fraction: float, progress: Sequence[float]) -> Int[Array, "steps"]:
-    """Returns the zeros of each step of a schedule: fractions of a fraction of the size, rounded."""
+    """Returns the zeros of each step of a schedule: fractions of a fraction of the size,
+    rounded."""
     return jnp.asarray(np.array([round(fraction * p * size) for p in progress], np.int32))
 
 
@@ -65,7 +72,8 @@ class KeepInSections:
     """Keeps all but the smallest scores of each section of the outputs; see `patterns.InSections`.
 
     Attributes:
-        widths: outputs of each section, one section after the other; they repeat until the outputs end.
+        widths: outputs of each section, one section after the other; they repeat until the outputs
+            end.
     """
 
     widths: tuple[int, ...]
@@ -99,7 +107,8 @@ class KeepInGroups:
 
 
 def _order(scores: Scores) -> Int[Array, "n m"]:
-    """Returns integers in the order of the scores; backends that flush subnormal floats still tell them apart."""
+    """Returns integers in the order of the scores; backends that flush subnormal floats still tell
+    them apart."""
     return lax.bitcast_convert_type(scores, jnp.int64 if scores.dtype == jnp.float64 else jnp.int32)
 
 
@@ -125,7 +134,8 @@ class _Bracket(NamedTuple):
 
     Attributes:
         low, high: keys.
-        below_low, below_high: how many keys are smaller; at most the wanted number, and more than it.
+        below_low, below_high: how many keys are smaller; at most the wanted number, and more than
+            it.
     """
 
     low: Array
@@ -137,12 +147,14 @@ class _Bracket(NamedTuple):
 def _threshold(
     keys: Int[Array, "n m"], zeros: Int[Array, "*_"], axis: tuple[int, ...]
 ) -> tuple[Int[Array, "_ 1"], Int[Array, "_ 1"]]:
-    """Returns a threshold below which `zeros` non-negative keys lie, and how many do: fewer only where keys are equal.
+    """Returns a threshold below which `zeros` non-negative keys lie, and how many do: fewer only
+    where keys are equal.
 
-    Interpolation search on the counts: a pass over the keys counts below seven candidates at once. The first are
-    quantiles of a sample; the later ones surround the place where the count would be right if keys were evenly spread
-    between the nearest candidates, at multiples of the standard deviation of that guess. One is always the middle, so
-    that each pass at least halves what is left whatever the keys.
+    Interpolation search on the counts: a pass over the keys counts below seven candidates at once.
+    The first are quantiles of a sample; the later ones surround the place where the count would be
+    right if keys were evenly spread between the nearest candidates, at multiples of the standard
+    deviation of that guess. One is always the middle, so that each pass at least halves what is
+    left whatever the keys.
     """
     size = keys.size if axis == (0, 1) else keys.shape[1]
     floating = jnp.float64 if keys.dtype == jnp.int64 else jnp.float32
@@ -183,7 +195,9 @@ def _threshold(
     sample = _sorted_sample(keys, size, axis)
     count = sample.shape[1]
     fraction = jnp.max(zeros).astype(floating) / size
-    ranks = fraction * count + jnp.append(far[0], 0) * spread(fraction, jnp.asarray(count, floating))
+    ranks = fraction * count + jnp.append(far[0], 0) * spread(
+        fraction, jnp.asarray(count, floating)
+    )
     quantiles = sample[:, jnp.clip(ranks.astype(jnp.int32), 0, count - 1)]
     (low, _, below_low, _), _ = lax.while_loop(unfinished, search, (bracket, quantiles))
     return low, below_low
@@ -202,10 +216,15 @@ def _sorted_sample(keys: Int[Array, "n m"], size: int, axis: tuple[int, ...]) ->
     return jnp.sort(keys.at[rows, columns].get(mode="promise_in_bounds")[None], axis=1)
 
 
-def _counts_below(keys: Int[Array, "n m"], candidates: Int[Array, "_ c"], axis: tuple[int, ...]) -> Int[Array, "_ c"]:
-    """Returns how many keys lie below each candidate, in one pass: XLA makes one loop of a reduction of several
-    arrays."""
-    below = tuple((keys < candidate).astype(jnp.int32) for candidate in jnp.split(candidates, candidates.shape[1], 1))
+def _counts_below(
+    keys: Int[Array, "n m"], candidates: Int[Array, "_ c"], axis: tuple[int, ...]
+) -> Int[Array, "_ c"]:
+    """Returns how many keys lie below each candidate, in one pass: XLA makes one loop of a
+    reduction of several arrays."""
+    below = tuple(
+        (keys < candidate).astype(jnp.int32)
+        for candidate in jnp.split(candidates, candidates.shape[1], 1)
+    )
     zeros = tuple(jnp.zeros((), jnp.int32) for _ in below)
     counts = lax.reduce(below, zeros, lambda a, b: tuple(map(lax.add, a, b)), axis)
     return jnp.stack(counts, axis=-1).reshape(candidates.shape)

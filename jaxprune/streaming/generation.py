@@ -1,7 +1,8 @@
-"""Texts continued, all together, one token of each at a time; keys and values of the tokens before are kept.
+"""Texts continued, all together, one token of each at a time; keys and values of the tokens before
+are kept.
 
-The layers stay on the device where they fit it; else one is there at a time, and every token reads the model once, for
-all texts. What a layer keeps of the texts stays on the device.
+The layers stay on the device where they fit it; else one is there at a time, and every token reads
+the model once, for all texts. What a layer keeps of the texts stays on the device.
 """
 
 import functools
@@ -23,8 +24,9 @@ from jaxprune.streaming.model import StreamedModel, apply
 from jaxprune.streaming.observer import SILENT, Observer
 
 STAY = 0.75
-"""Of the memory, the most that layers may take to stay: from a device's own memory they are read tens of times as fast
-as from the host's, so few texts at a time beside them are sooner done than many without."""
+"""Of the memory, the most that layers may take to stay: from a device's own memory they are read
+tens of times as fast as from the host's, so few texts at a time beside them are sooner done than
+many without."""
 TEXTS = 0.5
 """Of the memory that is left then, the most that may be kept of texts."""
 MOST_TOKENS = 2**14
@@ -42,10 +44,12 @@ def generate(
     finished: Finished,
     observer: Observer = SILENT,
 ) -> list[list[int]]:
-    """Returns the most probable continuation of each prompt, token by token; arguments and errors as for
-    `in_batches`."""
+    """Returns the most probable continuation of each prompt, token by token; arguments and errors
+    as for `in_batches`."""
     made = {
-        number: new for batch in in_batches(model, prompts, most, finished, observer) for number, new in batch.items()
+        number: new
+        for batch in in_batches(model, prompts, most, finished, observer)
+        for number, new in batch.items()
     }
     return [made[number] for number in range(len(prompts))]
 
@@ -68,8 +72,8 @@ def in_batches(
         most: new tokens of each, at most.
         finished: says where one ends.
         observer: is told each token as a layer that was visited.
-        seed: tokens are drawn as the model has them, by numbers that the seed and the prompt's place fix; None: each
-            is the most probable one.
+        seed: tokens are drawn as the model has them, by numbers that the seed and the prompt's
+            place fix; None: each is the most probable one.
         made: numbers of prompts that are left out.
 
     Raises:
@@ -77,9 +81,14 @@ def in_batches(
     """
     layers = _Layers(model)
     batches = [*_batches(model, prompts, most, made, TEXTS * layers.room)]
-    count, longest = sum(map(len, batches)), max((most[number] for numbers in batches for number in numbers), default=0)
+    count, longest = (
+        sum(map(len, batches)),
+        max((most[number] for numbers in batches for number in numbers), default=0),
+    )
     what = f"generating {count} texts of at most {longest} tokens with {model.short_name}"
-    observer.started(what, sum(max(most[number] for number in numbers) for numbers in batches), "steps")
+    observer.started(
+        what, sum(max(most[number] for number in numbers) for numbers in batches), "steps"
+    )
     for numbers in batches:
         ends = {number: most[number] for number in numbers if most[number] > 0}
         longest = max(len(prompts[number]) + most[number] for number in numbers)
@@ -97,8 +106,12 @@ def in_batches(
 
 
 def _shares(seed: int, numbers: Sequence[int], count: int) -> Float[np.ndarray, "c n"]:
-    """Returns numbers from 0 to 1, a row for each token, by which those of some prompts are drawn."""
-    return np.stack([np.random.default_rng([seed, number]).random(count, np.float32) for number in numbers], axis=1)
+    """Returns numbers from 0 to 1, a row for each token, by which those of some prompts are
+    drawn."""
+    return np.stack(
+        [np.random.default_rng([seed, number]).random(count, np.float32) for number in numbers],
+        axis=1,
+    )
 
 
 class _Layers:
@@ -113,7 +126,11 @@ class _Layers:
 
     def __init__(self, model: StreamedModel) -> None:
         self._model, memory = model, _memory()
-        size = sum(p.size * p.dtype.itemsize for layer in model.architecture.layers for p in layer.spec.values())
+        size = sum(
+            p.size * p.dtype.itemsize
+            for layer in model.architecture.layers
+            for p in layer.spec.values()
+        )
         stay = size <= STAY * memory
         self._kept: list[Mapping[str, Array]] | None = [] if stay else None
         self.room = memory - stay * size
@@ -137,10 +154,16 @@ def _memory() -> int:
 
 
 def _batches(
-    model: StreamedModel, prompts: Sequence[Sequence[int]], most: Sequence[int], made: Set[int], room: float
+    model: StreamedModel,
+    prompts: Sequence[Sequence[int]],
+    most: Sequence[int],
+    made: Set[int],
+    room: float,
 ) -> Iterator[Sequence[int]]:
     """Yields numbers of prompts of similar length, as many as what is kept of them has room for."""
-    order = sorted(set(range(len(prompts))) - made, key=lambda number: (len(prompts[number]), number))
+    order = sorted(
+        set(range(len(prompts))) - made, key=lambda number: (len(prompts[number]), number)
+    )
     longest = 0
     batch: list[int] = []
     for number in order:
@@ -192,7 +215,9 @@ def _continued(
     x = apply(architecture.embed, embed, devices.shard_first(windows))
     kept: list[Any] = []
     for index, params in layers:
-        x, own = begin(architecture.layers[index], params, x, devices.shard_first(lengths), capacity=capacity)
+        x, own = begin(
+            architecture.layers[index], params, x, devices.shard_first(lengths), capacity=capacity
+        )
         kept.append(own)
     x = jnp.take_along_axis(x, jnp.asarray(lengths)[:, None, None] - 1, axis=1)
     for number in range(capacity):
@@ -200,7 +225,9 @@ def _continued(
         yield tokens.tolist()
         places = devices.shard_first(np.minimum(lengths + number, capacity - 1)[:, None])
         at = Layout(places, jnp.zeros_like(places), jnp.zeros_like(places))
-        x = apply(architecture.embed, embed, devices.shard_first(tokens[:, None].astype(np.int32)), at)
+        x = apply(
+            architecture.embed, embed, devices.shard_first(tokens[:, None].astype(np.int32)), at
+        )
         for index, params in layers:
             layer = architecture.layers[index]
             x, kept[index] = go_on(layer, params, x, places, kept[index], capacity=capacity)
@@ -208,7 +235,12 @@ def _continued(
 
 @partial(jax.jit, static_argnums=0, static_argnames="capacity")
 def begin(
-    layer: Part, params: Mapping[str, Array], x: Float[Array, "b t d"], lengths: Int[Array, "b"], *, capacity: int
+    layer: Part,
+    params: Mapping[str, Array],
+    x: Float[Array, "b t d"],
+    lengths: Int[Array, "b"],
+    *,
+    capacity: int,
 ) -> tuple[Float[Array, "b t d"], tuple[Any, ...]]:
     """Applies a layer to the beginnings of texts; returns what it keeps of them, too.
 

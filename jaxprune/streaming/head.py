@@ -29,16 +29,20 @@ class TokenScores(NamedTuple):
 
 
 def rows_at_a_time(count: int, models: int = 1, devices: int = 1) -> int:
-    """Returns how many of so many rows `in_chunks` takes at a time, a multiple of the devices: the last are padded
-    anyway."""
+    """Returns how many of so many rows `in_chunks` takes at a time, a multiple of the devices: the
+    last are padded anyway."""
     size = min(max(1, CHUNK // models), count)
     return size + -size % devices
 
 
 def in_chunks(
-    devices: Devices, step: Callable[..., Sequence[Array]], *arrays: Shaped[np.ndarray, "n *_"], models: int = 1
+    devices: Devices,
+    step: Callable[..., Sequence[Array]],
+    *arrays: Shaped[np.ndarray, "n *_"],
+    models: int = 1,
 ) -> list[np.ndarray]:
-    """Applies a function of rows to chunks of one size, the last one padded, so that it compiles once.
+    """Applies a function of rows to chunks of one size, the last one padded, so that it compiles
+    once.
 
     Args:
         devices: the devices that the rows of a chunk are sharded over.
@@ -54,7 +58,8 @@ def in_chunks(
     results: list[Sequence[Array]] = []
     for start in range(0, count, size):
         if len(results) > 1:
-            jax.block_until_ready(results[-2])  # else the logits of many chunks could be on the device at once
+            # else the logits of many chunks could be on the device at once
+            jax.block_until_ready(results[-2])
         parts = [array[start : start + size] for array in arrays]
         padding = size - len(parts[0])
         if padding:
@@ -63,10 +68,15 @@ def in_chunks(
         for array in result:
             array.copy_to_host_async()
         results.append(result)
-    return [np.concatenate([fetch(part) for part in parts])[:count] for parts in zip(*results, strict=True)]
+    return [
+        np.concatenate([fetch(part) for part in parts])[:count]
+        for parts in zip(*results, strict=True)
+    ]
 
 
-def logits(head: Part, params: Mapping[str, Array], states: Float[Array, "n d"]) -> Float[Array, "n v"]:
+def logits(
+    head: Part, params: Mapping[str, Array], states: Float[Array, "n d"]
+) -> Float[Array, "n v"]:
     """Computes logits in float32; to be traced under jit."""
     return head(params, states[None])[0].astype(jnp.float32)
 
@@ -96,8 +106,10 @@ def exponentials(scores: Float[Array, "n v"]) -> Exponentials:
 
 
 def kl_divergence(p: Exponentials, q: Exponentials) -> Float[Array, "n"]:
-    """Computes KL(p‖q) = Σ_v p_v (log p_v − log q_v) of each row, in nats; to be traced under jit."""
-    apart = jnp.sum(p.values * (p.scores - q.scores), axis=1) / p.total[:, 0]  # Σ p (log p − log q), but for the totals
+    """Computes KL(p‖q) = Σ_v p_v (log p_v − log q_v) of each row, in nats; to be traced under
+    jit."""
+    # Σ p (log p − log q), but for the totals
+    apart = jnp.sum(p.values * (p.scores - q.scores), axis=1) / p.total[:, 0]
     return apart + (q.log_total - p.log_total)[:, 0]
 
 
@@ -108,7 +120,8 @@ def score(
     """Computes the fields of `TokenScores`."""
     scores = logits(head, params, states)
     picked = jnp.take_along_axis(scores, targets[:, None], axis=1)[:, 0]
-    # argmax instead of a comparison with the maximum: of equal logits the first is the greedy choice.
+    # argmax instead of a comparison with the maximum: of equal logits the first is the greedy
+    # choice.
     greedy = jnp.argmax(scores, axis=1).astype(targets.dtype) == targets
     return picked - jax.nn.logsumexp(scores, axis=1), greedy
 
@@ -126,8 +139,9 @@ def most_probable(
 def drawn(
     head: Part, params: Mapping[str, Array], states: Float[Array, "n d"], shares: Float[Array, "n"]
 ) -> tuple[Int[Array, "n"], Bool[Array, "n"]]:
-    """Returns the ids of next tokens as their probabilities have them: of each row the first id that has, together with
-    those before it, more than a share, from 0 to 1, of the probability; and whether the logits are finite."""
+    """Returns the ids of next tokens as their probabilities have them: of each row the first id
+    that has, together with those before it, more than a share, from 0 to 1, of the probability; and
+    whether the logits are finite."""
     sums = jnp.cumsum(exponentials(logits(head, params, states)).values, axis=1)
     ids = jnp.minimum(jnp.sum(sums <= shares[:, None] * sums[:, -1:], axis=1), sums.shape[1] - 1)
     return ids, jnp.isfinite(sums[:, -1])

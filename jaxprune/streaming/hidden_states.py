@@ -1,7 +1,7 @@
 """Hidden states that live on the host between layers, and visit the device a few windows at a time.
 
-On the host they are in memory, or in files that are mapped into memory. Of mapped states only what is being worked on
-is in memory: rows are copied out of them, and let go at once.
+On the host they are in memory, or in files that are mapped into memory. Of mapped states only what
+is being worked on is in memory: rows are copied out of them, and let go at once.
 """
 
 import itertools
@@ -29,21 +29,22 @@ EVERY = -1
 class HiddenStates:
     """Hidden states [windows, length, width] in the model's dtype, on the host, updated in place.
 
-    Of several processes each keeps the windows that its devices are given, and those that all devices are given.
+    Of several processes each keeps the windows that its devices are given, and those that all
+    devices are given.
 
     Args:
         shape: [windows, length, width].
         dtype: the dtype of the states.
-        batch: windows on a device at a time; where there is one device it must divide the number of windows, so that
-            every step has one shape and compiles once.
+        batch: windows on a device at a time; where there is one device it must divide the number of
+            windows, so that every step has one shape and compiles once.
         devices: the devices that they visit.
-        folder: where they are kept in a file; None: in memory. The file has no name, so that nothing is left of it
-            however the process ends.
+        folder: where they are kept in a file; None: in memory. The file has no name, so that
+            nothing is left of it however the process ends.
 
     Attributes:
         shape, dtype: of all states.
-        array: those that this process keeps. What reads or writes much of them does so by the methods, which let
-            mapped memory go.
+        array: those that this process keeps. What reads or writes much of them does so by the
+            methods, which let mapped memory go.
 
     Raises:
         NoRoomError: the disk has no room for them.
@@ -75,12 +76,17 @@ class HiddenStates:
     def slices(self) -> list[slice]:
         """Returns the rows of each batch.
 
-        A batch is as many windows as all devices take at a time; what is left of them is split as far as it can be, so
-        that there are at most three shapes to compile.
+        A batch is as many windows as all devices take at a time; what is left of them is split as
+        far as it can be, so that there are at most three shapes to compile.
         """
         windows, step = self.shape[0], self._batch * self._devices.count
         rest = windows % step
-        cuts = [*range(0, windows - rest, step), windows - rest, windows - rest % self._devices.count, windows]
+        cuts = [
+            *range(0, windows - rest, step),
+            windows - rest,
+            windows - rest % self._devices.count,
+            windows,
+        ]
         return [slice(start, end) for start, end in itertools.pairwise(cuts) if start < end]
 
     def _owners_of(self, rows: slice) -> Int[np.ndarray, "r"]:
@@ -91,7 +97,8 @@ class HiddenStates:
         return np.repeat(processes, count // len(processes))
 
     def read(self, rows: slice | np.ndarray) -> Shaped[np.ndarray, "r t d"]:
-        """Returns some windows: a view where the states are in memory and the rows a slice, else a copy.
+        """Returns some windows: a view where the states are in memory and the rows a slice, else a
+        copy.
 
         All processes have to ask for them.
         """
@@ -103,15 +110,22 @@ class HiddenStates:
             self.release()
         return found
 
-    def pick(self, rows: Int[np.ndarray, "n"], columns: Int[np.ndarray, "n"]) -> Shaped[np.ndarray, "n d"]:
-        """Returns single tokens' states: those of the n-th row and column. All processes have to ask for them."""
+    def pick(
+        self, rows: Int[np.ndarray, "n"], columns: Int[np.ndarray, "n"]
+    ) -> Shaped[np.ndarray, "n d"]:
+        """Returns single tokens' states: those of the n-th row and column. All processes have to
+        ask for them."""
         if jax.process_count() > 1:
-            return self._gathered(rows, lambda own: self.array[own, columns[self._place[rows] >= 0]])
+            return self._gathered(
+                rows, lambda own: self.array[own, columns[self._place[rows] >= 0]]
+            )
         found = self.array[rows, columns]
         self.release()
         return found
 
-    def _gathered(self, rows: slice | np.ndarray, own: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    def _gathered(
+        self, rows: slice | np.ndarray, own: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
         """Returns what `own` returns of this process's rows for the rows of all."""
         place, owners = self._place[rows], self._owners[rows]
         here = own(place[place >= 0])
@@ -149,7 +163,9 @@ class HiddenStates:
         if jax.process_count() == 1:
             return self._devices.shard_first(self.read(rows))
         shape, place = (rows.stop - rows.start, *self.shape[1:]), self._place[rows]
-        found = self._devices.assemble_first(shape, self.dtype, lambda some: self.array[place[some]])
+        found = self._devices.assemble_first(
+            shape, self.dtype, lambda some: self.array[place[some]]
+        )
         self.release()
         return found
 
@@ -188,8 +204,8 @@ class HiddenStates:
 
 
 def _mapped(folder: Path, size: int) -> mmap.mmap:
-    """Returns a file without a name, mapped into memory. It takes its room at once: a later lack would kill the
-    process."""
+    """Returns a file without a name, mapped into memory. It takes its room at once: a later lack
+    would kill the process."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             if hasattr(os, "posix_fallocate"):
@@ -206,7 +222,8 @@ def _mapped(folder: Path, size: int) -> mmap.mmap:
 
 
 def batch_size(windows: int, length: int, tokens: int | None = None, devices: int = 1) -> int:
-    """Returns the most windows on a device at a time that divide all of them and keep a batch near a number of tokens.
+    """Returns the most windows on a device at a time that divide all of them and keep a batch near
+    a number of tokens.
 
     Several devices need not divide them: see `HiddenStates.slices`.
 

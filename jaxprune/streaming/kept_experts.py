@@ -11,7 +11,8 @@ from convert.names import split_expert
 
 
 class KeptExperts:
-    """Reads a checkpoint's params but for those of some experts; the others are numbered anew, and routers with them.
+    """Reads a checkpoint's params but for those of some experts; the others are numbered anew, and
+    routers with them.
 
     Args:
         reader: reads the whole checkpoint.
@@ -20,7 +21,10 @@ class KeptExperts:
     """
 
     def __init__(
-        self, reader: Reader, kept: Mapping[int, Sequence[int]], routers: Mapping[int, Collection[str]]
+        self,
+        reader: Reader,
+        kept: Mapping[int, Sequence[int]],
+        routers: Mapping[int, Collection[str]],
     ) -> None:
         self._reader, self._kept, self._routers = reader, kept, routers
         self._paths: dict[str, str] = {}

@@ -1,4 +1,5 @@
-"""A checkpoint's model that streams: one layer's params on the device, the next one read in the background."""
+"""A checkpoint's model that streams: one layer's params on the device, the next one read in the
+background."""
 
 import copy
 import functools
@@ -31,7 +32,8 @@ class StreamedModel:
 
     Args:
         reader: the reader of the checkpoint.
-        dtype: the dtype of the computation; None: float32 on a CPU, the kernels' stored dtype elsewhere.
+        dtype: the dtype of the computation; None: float32 on a CPU, the kernels' stored dtype
+            elsewhere.
         devices: the devices that it runs on.
         scratch: a folder for hidden states; None: they are kept in memory.
         name: the name of the checkpoint, as it was given.
@@ -43,8 +45,8 @@ class StreamedModel:
         architecture: its parts and shapes.
 
     Raises:
-        InputError: an unknown architecture, something in it that is not implemented, or tensors that do not fit; all of
-            them in one message.
+        InputError: an unknown architecture, something in it that is not implemented, or tensors
+            that do not fit; all of them in one message.
     """
 
     def __init__(
@@ -67,8 +69,11 @@ class StreamedModel:
         self.architecture: Architecture = architecture
 
     def sibling(self, folder: Path, name: str = "") -> "StreamedModel":
-        """Opens another checkpoint of the same architecture on the same devices; see the class for the arguments."""
-        return StreamedModel(open_checkpoint(folder), self.dtype, self.devices, self.scratch, name, folder)
+        """Opens another checkpoint of the same architecture on the same devices; see the class for
+        the arguments."""
+        return StreamedModel(
+            open_checkpoint(folder), self.dtype, self.devices, self.scratch, name, folder
+        )
 
     def keeping(self, kept: Mapping[int, Sequence[int]]) -> "StreamedModel":
         """Returns the model without the other experts.
@@ -78,35 +83,44 @@ class StreamedModel:
         """
         routers = {index: layer.scorers for index, layer in enumerate(self.architecture.layers)}
         count = max(map(len, kept.values()))
-        changes = dict(self.changes) | {name: count for name in EXPERT_COUNTS if name in self.hf_config}
+        changes = dict(self.changes) | {
+            name: count for name in EXPERT_COUNTS if name in self.hf_config
+        }
         reader = KeptExperts(self.reader, kept, routers)
-        return StreamedModel(reader, self.dtype, self.devices, self.scratch, self.name, self.source, changes)
+        return StreamedModel(
+            reader, self.dtype, self.devices, self.scratch, self.name, self.source, changes
+        )
 
     def saved_as(self, dtype: DTypeLike) -> "StreamedModel":
-        """Returns the model with weights that are stored in another dtype; the dtype of the computation stays.
+        """Returns the model with weights that are stored in another dtype; the dtype of the
+        computation stays.
 
         Args:
             dtype: the dtype that the weights are rounded to.
 
         Raises:
-            InputError: a norm, a bias or an embedding holds a number that is too large for the dtype. Kernels are
-                checked when they are read.
+            InputError: a norm, a bias or an embedding holds a number that is too large for the
+                dtype. Kernels are checked when they are read.
         """
         reader = CastReader(self.reader, dtype)
         reader.require_range()
         names = [name for name in DTYPE_ENTRIES if name in self.hf_config] or DTYPE_ENTRIES[:1]
         changes = dict(self.changes) | dict.fromkeys(names, np.dtype(dtype).name)
-        return StreamedModel(reader, self.dtype, self.devices, self.scratch, self.name, self.source, changes)
+        return StreamedModel(
+            reader, self.dtype, self.devices, self.scratch, self.name, self.source, changes
+        )
 
     def routing_all(self) -> "StreamedModel":
-        """Returns the model with taps of experts that hold every token for every expert; its outputs are the same."""
+        """Returns the model with taps of experts that hold every token for every expert; its
+        outputs are the same."""
         other = copy.copy(self)
         other.architecture = self.architecture.routed(route_all=True)
         return other
 
     @property
     def short_name(self) -> str:
-        """The last part of the name: of a path the file's or folder's own name, without a hub's owner."""
+        """The last part of the name: of a path the file's or folder's own name, without a hub's
+        owner."""
         return Path(self.name).absolute().name
 
     @property
@@ -140,12 +154,14 @@ class StreamedModel:
         return read_config(self.reader.assets) | dict(self.changes)
 
     def require_tokens(self, tokens: Int[np.ndarray, "w t"]) -> None:
-        """Raises InputError for token ids outside the vocabulary, or windows longer than the model was made for."""
+        """Raises InputError for token ids outside the vocabulary, or windows longer than the model
+        was made for."""
         require_ids(tokens, self.architecture.config.vocab_size)
         self.architecture.require_length(tokens.shape[1])
 
     def layers(self, order: Sequence[int] | None = None) -> Iterator[Params]:
-        """Yields the decoder layers' params on the host, as their programs take them; one is read ahead of its use.
+        """Yields the decoder layers' params on the host, as their programs take them; one is read
+        ahead of its use.
 
         Args:
             order: indices of the layers; None: all, from the first.
@@ -163,17 +179,24 @@ class StreamedModel:
 
     def _read_layer(self, index: int) -> Params:
         layer = self.architecture.layers[index]
-        return layer.stack(inside_layer(index, self.reader.read([f"layers.{index}.{path}" for path in layer.stored])))
+        return layer.stack(
+            inside_layer(
+                index, self.reader.read([f"layers.{index}.{path}" for path in layer.stored])
+            )
+        )
 
     def put_layer(self, index: int, params: Params) -> dict[str, Array]:
-        """Puts a layer's params on the devices: experts are sharded over them, all else is replicated.
+        """Puts a layer's params on the devices: experts are sharded over them, all else is
+        replicated.
 
         Args:
             index: the index of the layer.
             params: as its program takes them.
         """
         experts = self.architecture.layers[index].experts
-        stacks = {path: array for path, array in params.items() if path.rpartition(".")[0] in experts}
+        stacks = {
+            path: array for path, array in params.items() if path.rpartition(".")[0] in experts
+        }
         rest = {path: array for path, array in params.items() if path not in stacks}
         return self.devices.replicate(rest) | self.devices.shard_first(stacks)
 
@@ -223,7 +246,11 @@ class StreamedModel:
         return hidden
 
     def forward(
-        self, index: int, params: Mapping[str, Any], hidden: HiddenStates, layout: Layout | None = None
+        self,
+        index: int,
+        params: Mapping[str, Any],
+        hidden: HiddenStates,
+        layout: Layout | None = None,
     ) -> None:
         """Moves hidden states through one decoder layer.
 
@@ -249,10 +276,12 @@ class StreamedModel:
         at_a_time: int | None = None,
         visit: Callable[[int, list[HiddenStates]], None] = lambda index, states: None,
     ) -> list[HiddenStates]:
-        """Embeds windows and moves them through the layers; each layer is read once for all of them.
+        """Embeds windows and moves them through the layers; each layer is read once for all of
+        them.
 
         Args:
-            tokens: token ids of windows, [windows, length]; several arrays may have several lengths.
+            tokens: token ids of windows, [windows, length]; several arrays may have several
+                lengths.
             layouts: the layouts of each of them, where they hold several texts.
             layers: how many, from the first; None: all.
             at_a_time: see `embed`.
@@ -279,7 +308,8 @@ class StreamedModel:
         return states
 
     def logits(self, tokens: Int[np.ndarray, "w t"]) -> Shaped[np.ndarray, "w t v"]:
-        """Computes the logits of windows, all of which are kept on the host: for few tokens, as in tests.
+        """Computes the logits of windows, all of which are kept on the host: for few tokens, as in
+        tests.
 
         Args:
             tokens: token ids of windows, [windows, length].
@@ -292,12 +322,18 @@ class StreamedModel:
         """
         (states,) = self.final_states(tokens)
         head = self.params_of(self.architecture.head)
-        return np.concatenate([fetch(apply(self.architecture.head, head, batch)) for batch in states.batches()])
+        return np.concatenate(
+            [fetch(apply(self.architecture.head, head, batch)) for batch in states.batches()]
+        )
 
     def score_tokens(
-        self, head: Mapping[str, Array], states: Shaped[np.ndarray, "n d"], targets: Int[np.ndarray, "n"]
+        self,
+        head: Mapping[str, Array],
+        states: Shaped[np.ndarray, "n d"],
+        targets: Int[np.ndarray, "n"],
     ) -> TokenScores:
-        """Scores tokens, a chunk at a time: the logits of one chunk, [1024, vocabulary], are the largest array.
+        """Scores tokens, a chunk at a time: the logits of one chunk, [1024, vocabulary], are the
+        largest array.
 
         Args:
             head: params of the head, on the device.
@@ -324,9 +360,13 @@ class StreamedModel:
             InputError: the predictions hold NaN or infinity.
         """
         function, given = (most_probable, []) if shares is None else (drawn, [shares])
-        ids, finite = in_chunks(self.devices, partial(function, self.architecture.head, head), states, *given)
+        ids, finite = in_chunks(
+            self.devices, partial(function, self.architecture.head, head), states, *given
+        )
         if not finite.all():
-            raise InputError("the model's predictions hold NaN or infinity", options={"dtype": "float32"})
+            raise InputError(
+                "the model's predictions hold NaN or infinity", options={"dtype": "float32"}
+            )
         return ids
 
 

@@ -1,4 +1,5 @@
-"""What happens while a model is pruned or measured, for whoever wants to know: progress bars, records, callbacks."""
+"""What happens while a model is pruned or measured, for whoever wants to know: progress bars,
+records, callbacks."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -6,7 +7,8 @@ from typing import Any
 
 
 class Observer:
-    """Is told what happens; each method does nothing here, so that a subclass defines only those that it wants."""
+    """Is told what happens; each method does nothing here, so that a subclass defines only those
+    that it wants."""
 
     def planned(self, need: Any) -> None:
         """The work is known to fit; `need` is what it takes (`planning.work.Need`)."""
@@ -30,20 +32,24 @@ class Observer:
         """A phase took so many more seconds; those of a single layer are in its result."""
 
     def tuning_resumed(self, step: int) -> None:
-        """The tuning goes on behind a step that an earlier process made; its measures are told again."""
+        """The tuning goes on behind a step that an earlier process made; its measures are told
+        again."""
 
     def layer_tuned(self, result: Any) -> None:
-        """A layer's kernels are tuned; `result` is its `pruning.results.LayerResult` behind that."""
+        """A layer's kernels are tuned; `result` is its `pruning.results.LayerResult` behind
+        that."""
 
     def finished(self, result: Any) -> None:
-        """The result is in its place: an `api.prune.PruningResult` or an `api.evaluate.Evaluation`."""
+        """The result is in its place: an `api.prune.PruningResult` or an
+        `api.evaluate.Evaluation`."""
 
     def step_done(self, number: int, steps: int, divergence: float) -> None:
-        """A step of the distillation is over, the one of a number from 1 of so many; the mean KL divergence of its
-        tokens was this before it, in nats."""
+        """A step of the distillation is over, the one of a number from 1 of so many; the mean KL
+        divergence of its tokens was this before it, in nats."""
 
     def divergence_measured(self, tokens: int, divergence: float) -> None:
-        """The distillation has taken so many tokens; the mean KL divergence on text held out is this, in nats."""
+        """The distillation has taken so many tokens; the mean KL divergence on text held out is
+        this, in nats."""
 
 
 class Observers(Observer):

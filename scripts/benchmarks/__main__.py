@@ -7,11 +7,14 @@ from pathlib import Path
 
 from jaxprune.errors import UserError
 
-FILES = {file.stem: ast.parse(file.read_text()) for file in sorted(Path(__file__).parent.glob("*.py"))}
+FILES = {
+    file.stem: ast.parse(file.read_text()) for file in sorted(Path(__file__).parent.glob("*.py"))
+}
 FOUND = {
     name: (ast.get_docstring(tree) or "").splitlines()[0]
     for name, tree in FILES.items()
-    if name != "__main__" and any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)
+    if name != "__main__"
+    and any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)
 }
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""A process of its own for a measurement, so that no other's memory, threads or settings are in it."""
+"""A process of its own for a measurement, so that no other's memory, threads or settings are in
+it."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -9,7 +10,8 @@ Result = TypeVar("Result")
 
 
 def alone(function: Callable[..., Result], *arguments: object) -> Result:
-    """What the function returns, called in a new process. Function, arguments and result are pickled.
+    """What the function returns, called in a new process. Function, arguments and result are
+    pickled.
 
     Raises:
         BrokenProcessPool: if the process dies, for lack of memory for example.

@@ -1,11 +1,12 @@
-"""A layer of few large experts against one of many small ones, of equal weights: seconds by phase of a pruning run.
+"""A layer of few large experts against one of many small ones, of equal weights: seconds by phase
+of a pruning run.
 
     python scripts/benchmarks experts --experts 8 64 --repeats 3
 
-A random checkpoint of Mixtral's shape, scaled down, is made for each number of experts, with as many hidden features
-and as many of them taken by a token. Runs alternate; printed are medians, and the share of what is neither
-solve nor forward pass (one is in the Gram matrices' time): their products, reading, stacking and keeping kernels.
-The FLOPs are those that `jaxprune plan` counts.
+A random checkpoint of Mixtral's shape, scaled down, is made for each number of experts, with as
+many hidden features and as many of them taken by a token. Runs alternate; printed are medians, and
+the share of what is neither solve nor forward pass (one is in the Gram matrices' time): their
+products, reading, stacking and keeping kernels. The FLOPs are those that `jaxprune plan` counts.
 """
 
 import argparse
@@ -59,9 +60,16 @@ def checkpoint(folder: Path, experts: int, hidden: int, width: int, per_token: f
     for path, tensor in architecture_of(folder, np.float32).spec.items():
         scale = 1.0 if path.endswith(".scale") else tensor.shape[0] ** -0.5
         noise = generator.normal(size=tensor.shape) * scale
-        params[path] = (np.ones(tensor.shape) if path.endswith(".scale") else noise).astype(np.float32)
-    tensors = {name: to_tensor(paths, params, TEXT) for name, paths in tensors_of(params, TEXT).items()}
-    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, folder / "model.safetensors")
+        params[path] = (np.ones(tensor.shape) if path.endswith(".scale") else noise).astype(
+            np.float32
+        )
+    tensors = {
+        name: to_tensor(paths, params, TEXT) for name, paths in tensors_of(params, TEXT).items()
+    }
+    save_file(
+        {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+    )
 
 
 def seconds(folder: Path, tokens: np.ndarray) -> dict[str, float]:
@@ -75,11 +83,17 @@ def seconds(folder: Path, tokens: np.ndarray) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--width", type=int, default=14336, help="hidden features of all experts together")
-    parser.add_argument("--per-token", type=float, default=0.25, help="share of the experts that a token takes")
+    parser.add_argument(
+        "--width", type=int, default=14336, help="hidden features of all experts together"
+    )
+    parser.add_argument(
+        "--per-token", type=float, default=0.25, help="share of the experts that a token takes"
+    )
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -95,9 +109,13 @@ def main() -> None:
                 runs[count].append(seconds(folder, tokens))
         rows = []
         for count, folder in folders.items():
-            median = {phase: statistics.median(run[phase] for run in runs[count]) for phase in (*PHASES, "rest")}
+            median = {
+                phase: statistics.median(run[phase] for run in runs[count])
+                for phase in (*PHASES, "rest")
+            }
             total = sum(median.values())
-            within_gram = median["forward"] * LAYERS / (LAYERS - 1)  # of all layers: the last is not run again
+            # of all layers: the last is not run again
+            within_gram = median["forward"] * LAYERS / (LAYERS - 1)
             outside = total - median["solve"] - median["forward"] - within_gram
             shapes = Shapes(load(folder).architecture, np.float32, ONE_DEVICE)
             flops = {"gram": 0.0, "solve": 0.0, "forward": 0.0}
@@ -105,8 +123,15 @@ def main() -> None:
                 flops[program.phase] += program.calls * sum(program.flops().values())
             rates = [f"{flops[phase] / 1e9 / median[phase]:.0f}" for phase in flops]
             times = [f"{median[phase]:.2f}" for phase in (*PHASES, "rest")]
-            rows.append([str(count), *times, f"{total:.2f}", f"{100 * outside / total:.0f} %", *rates])
-    header = ["experts", *(f"{phase}, s" for phase in (*PHASES, "rest")), "all, s", "outside solves and forward passes"]
+            rows.append(
+                [str(count), *times, f"{total:.2f}", f"{100 * outside / total:.0f} %", *rates]
+            )
+    header = [
+        "experts",
+        *(f"{phase}, s" for phase in (*PHASES, "rest")),
+        "all, s",
+        "outside solves and forward passes",
+    ]
     header += [f"{phase}, GFLOP/s" for phase in ("gram", "solve", "forward")]
     print("\n".join(markdown(header, rows)))
 

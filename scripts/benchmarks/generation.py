@@ -1,4 +1,5 @@
-"""Prompts continued with keys and values kept, beside a whole pass for each token: seconds, and their ratio."""
+"""Prompts continued with keys and values kept, beside a whole pass for each token: seconds, and
+their ratio."""
 
 import argparse
 import time
@@ -34,9 +35,15 @@ def main() -> None:
     first, second = found.values()
     count = len(prompts) * args.tokens
     rows = [[name, f"{took:.1f}", f"{count / took:.0f}"] for name, took in seconds.items()]
-    print("\n".join(markdown([f"{count} tokens of {args.ckpt}", "seconds", "tokens a second"], rows)))
+    print(
+        "\n".join(markdown([f"{count} tokens of {args.ckpt}", "seconds", "tokens a second"], rows))
+    )
     took = list(seconds.values())
-    same = sum(a == b for one, other in zip(first, second, strict=True) for a, b in zip(one, other, strict=True))
+    same = sum(
+        a == b
+        for one, other in zip(first, second, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
     print(f"\n{took[1] / took[0]:.1f} times as fast; {same} of {count} tokens are the same")
 
 
@@ -54,8 +61,12 @@ def whole(model: StreamedModel, prompts: list[list[int]], count: int) -> list[li
     rows = np.arange(len(prompts))
     for made in range(count):
         (states,) = model.final_states(windows)
-        windows[rows, lengths + made] = model.next_tokens(head, states.pick(rows, lengths + made - 1))
-    return [row[length : length + count].tolist() for row, length in zip(windows, lengths, strict=True)]
+        windows[rows, lengths + made] = model.next_tokens(
+            head, states.pick(rows, lengths + made - 1)
+        )
+    return [
+        row[length : length + count].tolist() for row, length in zip(windows, lengths, strict=True)
+    ]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""A GPU, or a TPU, in ten minutes: every program of a run of LLaMA-2-7B, measured against what was predicted.
+"""A GPU, or a TPU, in ten minutes: every program of a run of LLaMA-2-7B, measured against what was
+predicted.
 
     python scripts/benchmarks gpu
 
-Prints four tables: rates of square products of each kind against the data sheet's; each program of ADMM and of `best`
-on 128 windows of 2048 tokens in bfloat16, on random weights, with the data sheet's time, that at the measured rates,
-and the time it took; the phases' sums; and a layer pruned by jaxprune, by jaxprune without compilation, and by the way
-of the well-known PyTorch scripts on the same card (which takes `jaxprune[torch]` with a build of torch for it).
+Prints four tables: rates of square products of each kind against the data sheet's; each program of
+ADMM and of `best` on 128 windows of 2048 tokens in bfloat16, on random weights, with the data
+sheet's time, that at the measured rates, and the time it took; the phases' sums; and a layer pruned
+by jaxprune, by jaxprune without compilation, and by the way of the well-known PyTorch scripts on
+the same card (which takes `jaxprune[torch]` with a build of torch for it).
 """
 
 import argparse
@@ -39,7 +41,14 @@ from jaxprune.sparsity.patterns import Unstructured
 def target_here() -> Target | None:
     """Returns the target that this machine's device is, if it is one."""
     kind = jax.local_devices()[0].device_kind.lower()
-    names = {"h100": "h100", "a100": "a100", "4090": "rtx4090", "v5 lite": "v5e", "v5p": "v5p", "v6 lite": "v6e"}
+    names = {
+        "h100": "h100",
+        "a100": "a100",
+        "4090": "rtx4090",
+        "v5 lite": "v5e",
+        "v5p": "v5p",
+        "v6 lite": "v6e",
+    }
     return next((TARGETS[name] for part, name in names.items() if part in kind), None)
 
 
@@ -65,8 +74,16 @@ def table_of_rates(target: Target | None) -> tuple[Rate, list[str]]:
         rows.append([kind, f"{rate[kind] / 1e12:.3g}", sheet])
     if BF16X6 in kinds:
         x = square_product("float32")[1]
-        product = jax.jit(partial(jnp.matmul, precision=jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3))
-        rows.append(["tf32x3", f"{2 * len(x) ** 3 / min(timed(product, x, x) for _ in range(3)) / 1e12:.3g}", ""])
+        product = jax.jit(
+            partial(jnp.matmul, precision=jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3)
+        )
+        rows.append(
+            [
+                "tf32x3",
+                f"{2 * len(x) ** 3 / min(timed(product, x, x) for _ in range(3)) / 1e12:.3g}",
+                "",
+            ]
+        )
     return rate, markdown(["products", "TFLOP/s", "data sheet"], rows)
 
 
@@ -88,7 +105,11 @@ def table_of_programs(every: list[Program], rate: Rate, target: Target | None) -
         measured[program.phase] += took * program.calls
     columns = ["phase", "program", "calls", "data sheet, ms", "measured rates, ms", "measured, ms"]
     sums = [[phase, f"{predicted[phase]:.1f}", f"{took:.1f}"] for phase, took in measured.items()]
-    return [*markdown(columns, rows), "", *markdown(["phase", "data sheet, s", "measured, s"], sums)]
+    return [
+        *markdown(columns, rows),
+        "",
+        *markdown(["phase", "data sheet, s", "measured, s"], sums),
+    ]
 
 
 def measure(args: argparse.Namespace) -> list[str]:
@@ -105,11 +126,24 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--against", nargs="*", choices=["torch", "op-by-op", "eager"], default=["torch", "op-by-op"])
+    parser.add_argument(
+        "--against",
+        nargs="*",
+        choices=["torch", "op-by-op", "eager"],
+        default=["torch", "op-by-op"],
+    )
     args = parser.parse_args()
     print("\n".join(alone(measure, args)), flush=True)  # the others need the device to themselves
     if args.against:
-        line = ["programs", "--size", args.size, "--dtype", args.dtype, "--windows", str(min(16, args.windows))]
+        line = [
+            "programs",
+            "--size",
+            args.size,
+            "--dtype",
+            args.dtype,
+            "--windows",
+            str(min(16, args.windows)),
+        ]
         line += ["--length", str(args.length), "--layers", "1", "--against", *args.against]
         print("", flush=True)
         subprocess.run([sys.executable, Path(__file__).parent, *line], check=True)

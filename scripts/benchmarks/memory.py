@@ -33,8 +33,10 @@ tokens = np.random.default_rng(0).integers(0, 1000, (16, 256)).astype(np.int32)
 with create_checkpoint(target, reader.spec, reader.assets) as out:
     for layer in prune_layers(model, tokens, ADMM(iterations=2, selections=1), Unstructured(0.5)):
         out.write(layer.params)
-        status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-        print(json.dumps([int(status[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM")]), flush=True)
+        lines = Path("/proc/self/status").read_text().splitlines()
+    status = dict(line.split(":") for line in lines)
+        sizes = [int(status[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM")]
+    print(json.dumps(sizes), flush=True)
     for paths in other_params(reader.spec):
         out.write(reader.read(paths))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -45,7 +47,9 @@ def main() -> None:
     sizes = {"narrow": Size(1024, 2816, 0, 8, 8), "wide": Size(2048, 5632, 0, 16, 16), **SIZES}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[10, 40])
-    parser.add_argument("--size", choices=sizes, default="narrow", help="narrow is of width 1024, wide of 2048")
+    parser.add_argument(
+        "--size", choices=sizes, default="narrow", help="narrow is of width 1024, wide of 2048"
+    )
     parser.add_argument("--stored", default="float32", help="of the params")
     parser.add_argument("--curve", action="store_true", help="print the memory after each layer")
     args = parser.parse_args()
@@ -55,9 +59,14 @@ def main() -> None:
     for layers in args.layers:
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder) / "dense", Path(folder) / "pruned"
-            written = write_checkpoint(source, size._replace(layers=layers, vocabulary=1000), args.stored)
+            written = write_checkpoint(
+                source, size._replace(layers=layers, vocabulary=1000), args.stored
+            )
             done = subprocess.run(
-                [sys.executable, "-c", RUN, str(source), str(target)], capture_output=True, text=True, check=True
+                [sys.executable, "-c", RUN, str(source), str(target)],
+                capture_output=True,
+                text=True,
+                check=True,
             )
         *curve, last = done.stdout.splitlines()
         peak = float(last)

@@ -1,4 +1,5 @@
-"""Pruned checkpoints as safetensors, packed, packed and compressed: bytes, and the speed of both ways on one core."""
+"""Pruned checkpoints as safetensors, packed, packed and compressed: bytes, and the speed of both
+ways on one core."""
 
 import argparse
 import os
@@ -23,7 +24,8 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     args = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # zstd and numpy have one thread, readers none beside
+        # zstd and numpy have one thread, readers none beside
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     rows = []
     for dtype in args.dtypes:
         for checkpoint in args.checkpoints:
@@ -32,8 +34,17 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 dense = written(open_checkpoint(args.dense), Path(folder) / "dense", dtype, "hf")[0]
                 size = compressed(dense, Path(folder) / "dense.tar.zst")
-                rows.append([dtype, args.dense, "tar.zst of it", f"{size / 1e6:.1f} MB", "", "", ""])
-    print("\n".join(markdown(["dtype", "checkpoint", "as", "files", "of the pruned linears", "write", "read"], rows)))
+                rows.append(
+                    [dtype, args.dense, "tar.zst of it", f"{size / 1e6:.1f} MB", "", "", ""]
+                )
+    print(
+        "\n".join(
+            markdown(
+                ["dtype", "checkpoint", "as", "files", "of the pruned linears", "write", "read"],
+                rows,
+            )
+        )
+    )
 
 
 def measured(checkpoint: Path, dtype: str) -> Iterator[list[str]]:
@@ -45,7 +56,8 @@ def measured(checkpoint: Path, dtype: str) -> Iterator[list[str]]:
         linears = {
             path
             for path in whole.spec
-            if path.endswith(".kernel") and places_of(np.ascontiguousarray(whole.read([path])[path].T))
+            if path.endswith(".kernel")
+            and places_of(np.ascontiguousarray(whole.read([path])[path].T))
         }
         pruned = bytes_of(whole.spec[path] for path in linears)
         ways = [("safetensors", whole, seconds)]
@@ -64,11 +76,22 @@ def measured(checkpoint: Path, dtype: str) -> Iterator[list[str]]:
                 f"{dense / 1e6 / read(reader):.0f} MB/s",
             ]
         size = compressed(whole, folder / "pruned.tar.zst")
-        yield [dtype, checkpoint.name, "tar.zst of the safetensors", f"{size / 1e6:.1f} MB", "", "", ""]
+        yield [
+            dtype,
+            checkpoint.name,
+            "tar.zst of the safetensors",
+            f"{size / 1e6:.1f} MB",
+            "",
+            "",
+            "",
+        ]
 
 
-def written(source: Reader, folder: Path, dtype: str, to: str, **options: int) -> tuple[Reader, float]:
-    """Writes a checkpoint, rounded to a dtype; returns it, and the seconds without reading its source."""
+def written(
+    source: Reader, folder: Path, dtype: str, to: str, **options: int
+) -> tuple[Reader, float]:
+    """Writes a checkpoint, rounded to a dtype; returns it, and the seconds without reading its
+    source."""
     spec = {path: type(t)(t.shape, np.dtype(dtype)) for path, t in source.spec.items()}
     seconds = 0.0
     with create_checkpoint(folder, spec, source.assets, to=to, options=options) as writer:
@@ -91,7 +114,8 @@ def read(reader: Reader) -> float:
 
 
 def compressed(reader: Reader, target: Path) -> int:
-    """Returns the bytes of a checkpoint's files in a tar archive that zstd has compressed as usual."""
+    """Returns the bytes of a checkpoint's files in a tar archive that zstd has compressed as
+    usual."""
     with zstd.open(target, "wb") as stream, tarfile.open(fileobj=stream, mode="w|") as archive:
         for file in reader.files:
             archive.add(file, file.name)
@@ -101,7 +125,11 @@ def compressed(reader: Reader, target: Path) -> int:
 def size_of(reader: Reader, paths: Iterable[str]) -> int:
     """Returns the bytes that some params take in a checkpoint's files."""
     inner = getattr(reader, "stored_bytes", None)
-    return sum(inner(path) for path in paths) if inner else bytes_of(reader.spec[path] for path in paths)
+    return (
+        sum(inner(path) for path in paths)
+        if inner
+        else bytes_of(reader.spec[path] for path in paths)
+    )
 
 
 def bytes_of(tensors: Iterable[np.ndarray]) -> int:

@@ -1,9 +1,11 @@
-"""Predicted against measured seconds of each phase, with shares of the matrix rate taken from another model's run.
+"""Predicted against measured seconds of each phase, with shares of the matrix rate taken from
+another model's run.
 
     python scripts/benchmarks predicted --ckpt smollm2-135m
 
-A random LLaMA of other shapes is pruned with a preset and evaluated; each phase's share of the machine's matrix rate
-is what its FLOPs say. The checkpoint's phases are predicted with these shares, and then measured.
+A random LLaMA of other shapes is pruned with a preset and evaluated; each phase's share of the
+machine's matrix rate is what its FLOPs say. The checkpoint's phases are predicted with these
+shares, and then measured.
 """
 
 import argparse
@@ -43,7 +45,9 @@ def run(ckpt: str, args: argparse.Namespace) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         text, out = Path(folder) / "text.npy", Path(folder) / "out"
         np.save(text, tokens)
-        work = Work(model.reader.spec, model.reader.spec, model.architecture, recipe, *size, [size], out)
+        work = Work(
+            model.reader.spec, model.reader.spec, model.architecture, recipe, *size, [size], out
+        )
         need = preflight.need(work, within=float("inf"))  # no program is compiled
         for _ in range(2):  # the first one compiles
             rates = [_rate()]
@@ -78,7 +82,18 @@ def main() -> None:
         predicted = flops / own.rate / share
         took = own.seconds[phase]
         ratio = f"{predicted / took:.2f}"
-        rows.append([phase, f"{flops / 1e12:.2f}", f"{share:.2f}", f"{predicted:.1f}", f"{took:.1f}", ratio])
-    head = ["phase", "TFLOP", "share of the rate, other model's", "predicted, s", "measured, s", "predicted / measured"]
-    print(f"{machine.describe_hardware()}, {own.rate / 1e9:.0f} GFLOP/s; {args.ckpt}, {args.preset}\n")
+        rows.append(
+            [phase, f"{flops / 1e12:.2f}", f"{share:.2f}", f"{predicted:.1f}", f"{took:.1f}", ratio]
+        )
+    head = [
+        "phase",
+        "TFLOP",
+        "share of the rate, other model's",
+        "predicted, s",
+        "measured, s",
+        "predicted / measured",
+    ]
+    print(
+        f"{machine.describe_hardware()}, {own.rate / 1e9:.0f} GFLOP/s; {args.ckpt}, {args.preset}\n"
+    )
     print("\n".join(markdown(head, rows)))

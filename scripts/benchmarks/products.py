@@ -1,9 +1,11 @@
-"""How float32 products are made, float32 or parts of 16-bit floats: the errors of solves, and perplexities.
+"""How float32 products are made, float32 or parts of 16-bit floats: the errors of solves, and
+perplexities.
 
-On an H100 products of three bfloat16 parts (six products, `bf16x6`) or of two TF32 parts (three, `tf32x3`) run on the
-tensor cores. Here they are made of float32 products of the same parts, which any machine has: sums are float32 either
-way. First each linear layer of some layers is solved on the dense model's Gram matrices, where rounding is the only
-difference, and with float64 as the oracle; then, with --seeds, whole models are pruned and measured.
+On an H100 products of three bfloat16 parts (six products, `bf16x6`) or of two TF32 parts (three,
+`tf32x3`) run on the tensor cores. Here they are made of float32 products of the same parts, which
+any machine has: sums are float32 either way. First each linear layer of some layers is solved on
+the dense model's Gram matrices, where rounding is the only difference, and with float64 as the
+oracle; then, with --seeds, whole models are pruned and measured.
 
     python scripts/benchmarks products --ckpt smollm2-135m --layers 0 10 20 29 --seeds 0 1
 """
@@ -28,7 +30,11 @@ from jaxprune.pruning.gram_matrices import gram_matrices
 from jaxprune.sparsity.patterns import NM, Pattern, Unstructured
 
 METHODS = {"admm": admm.ADMM(), "alps": alps.ALPS(), "sparsegpt": sparsegpt.SparseGPT()}
-PATTERNS: dict[str, Pattern] = {"50 %": Unstructured(0.5), "70 %": Unstructured(0.7), "2:4": NM(2, 4)}
+PATTERNS: dict[str, Pattern] = {
+    "50 %": Unstructured(0.5),
+    "70 %": Unstructured(0.7),
+    "2:4": NM(2, 4),
+}
 MODULES = linalg, admm, alps, gradient, gram, sparsegpt
 MATMUL = linalg.matmul
 
@@ -43,7 +49,8 @@ def parts(x: Array, count: int, bits: int) -> list[Array]:
 
 
 def by_parts(a: Array, b: Array, *, count: int, bits: int) -> Array:
-    """Returns a @ b by products of parts, without those that float32 would not hold; the smallest are added first."""
+    """Returns a @ b by products of parts, without those that float32 would not hold; the smallest
+    are added first."""
     left, right = parts(a, count, bits), parts(b, count, bits)
     places = [(i, j) for i in range(count) for j in range(count) if i + j < count]
     total = jnp.zeros((), a.dtype)
@@ -84,11 +91,14 @@ def problems(args: argparse.Namespace) -> Iterator[tuple[np.ndarray, np.ndarray]
 
 
 def windows(args: argparse.Namespace, seed: int) -> np.ndarray:
-    return calibration_windows(args.calib, load(args.ckpt).tokenizer, args.nsamples, args.seqlen, seed, pack=True)
+    return calibration_windows(
+        args.calib, load(args.ckpt).tokenizer, args.nsamples, args.seqlen, seed, pack=True
+    )
 
 
 def solved(matrix: np.ndarray, kernel: np.ndarray, dtype: type) -> dict[tuple[str, str], float]:
-    """Returns (method, pattern) -> the relative error of a linear layer's outputs, computed in float64."""
+    """Returns (method, pattern) -> the relative error of a linear layer's outputs, computed in
+    float64."""
     found = {}
     with jax.enable_x64(True):
         exact = jnp.asarray(matrix, np.float64), jnp.asarray(kernel, np.float64)
@@ -113,12 +123,29 @@ def table_of_solves(args: argparse.Namespace) -> list[str]:
     rows = []
     for kind in KINDS:
         for which in found[kind][0]:
-            own, exact, plain = (np.array([one[which] for one in found[k]]) for k in (kind, "float64", "float32"))
+            own, exact, plain = (
+                np.array([one[which] for one in found[k]]) for k in (kind, "float64", "float32")
+            )
             far, off = np.abs(own / plain - 1), np.abs(own / exact - 1)
-            sums = f"{abs(own.sum() / plain.sum() - 1):.1e}", f"{abs(own.sum() / exact.sum() - 1):.1e}"
+            sums = (
+                f"{abs(own.sum() / plain.sum() - 1):.1e}",
+                f"{abs(own.sum() / exact.sum() - 1):.1e}",
+            )
             rows.append([kind, *which, f"{far.max():.1e}", sums[0], f"{off.max():.1e}", sums[1]])
-    head = ["products", "method", "pattern", "from float32's errors, at most", "all", "from float64's, at most", "all"]
-    return [f"{len(every)} linear layers, relative differences of their errors", "", *markdown(head, rows)]
+    head = [
+        "products",
+        "method",
+        "pattern",
+        "from float32's errors, at most",
+        "all",
+        "from float64's, at most",
+        "all",
+    ]
+    return [
+        f"{len(every)} linear layers, relative differences of their errors",
+        "",
+        *markdown(head, rows),
+    ]
 
 
 def table_of_models(args: argparse.Namespace) -> list[str]:
@@ -132,13 +159,22 @@ def table_of_models(args: argparse.Namespace) -> list[str]:
             recipe = Recipe(METHODS["admm"], pattern=PATTERNS["50 %"])
             with tempfile.TemporaryDirectory() as folder:
                 out, evaluator = Path(folder) / "out", Evaluator(measures, model)
-                result = prune(model, windows(args, seed), recipe, out, seed=seed, evaluator=evaluator)
+                result = prune(
+                    model, windows(args, seed), recipe, out, seed=seed, evaluator=evaluator
+                )
             (text,) = result.evaluation["pruned"].texts.values()
             first = first or text.perplexity
-            rows.append([str(seed), kind, f"{text.perplexity:.4f}", f"{text.perplexity / first - 1:+.2%}"])
+            rows.append(
+                [str(seed), kind, f"{text.perplexity:.4f}", f"{text.perplexity / first - 1:+.2%}"]
+            )
             print(rows[-1], file=sys.stderr, flush=True)
     use(MATMUL)
-    return ["", "admm, 50 %", "", *markdown(["seed", "products", "perplexity", "from float32's"], rows)]
+    return [
+        "",
+        "admm, 50 %",
+        "",
+        *markdown(["seed", "products", "perplexity", "from float32's"], rows),
+    ]
 
 
 def main() -> None:
@@ -149,7 +185,9 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--seeds", type=int, nargs="*", default=[], help="seeds of whole models")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["float32", "bf16x6"], help="of whole models")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=["float32", "bf16x6"], help="of whole models"
+    )
     parser.add_argument("--eval-text", default="wikipedia")
     parser.add_argument("--eval-windows", type=int, default=32)
     args = parser.parse_args()

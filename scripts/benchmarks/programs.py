@@ -1,19 +1,23 @@
-"""What each compiled program of a run costs: seconds, FLOPs, share of the machine's matrix rate, device memory.
+"""What each compiled program of a run costs: seconds, FLOPs, share of the machine's matrix rate,
+device memory.
 
     python scripts/benchmarks programs --size smollm2-135m --preset best
     python scripts/benchmarks programs --size llama-7b --windows 2 --only solve
     python scripts/benchmarks programs --kernel 4096x11008
-    python scripts/benchmarks programs --size llama2-70b --dtype bfloat16 --windows 128 --length 2048 --count-only
+    python scripts/benchmarks programs --size llama2-70b --dtype bfloat16 --windows 128 --length
+    2048 --count-only
 
-The programs are those that a run calls, with the shapes of that run, on random weights and states; times are of a whole
-run's calls. The matrix rate is that of square products in the same process, measured between the programs; float32
-means float32 accuracy. --count-only compiles the programs for their memory and runs none.
+The programs are those that a run calls, with the shapes of that run, on random weights and states;
+times are of a whole run's calls. The matrix rate is that of square products in the same process,
+measured between the programs; float32 means float32 accuracy. --count-only compiles the programs
+for their memory and runs none.
 
     python scripts/benchmarks programs --ckpt smollm2-135m --against torch eager op-by-op --layers 1
-    python scripts/benchmarks programs --size llama-7b --windows 128 --length 2048 --against torch --layers 1
+    python scripts/benchmarks programs --size llama-7b --windows 128 --length 2048 --against torch
+    --layers 1
 
-With --against whole runs are compared in turn, each in a process of its own; see versus.py. With --compile and
---growth, what compilation costs and how time grows with layers and tokens.
+With --against whole runs are compared in turn, each in a process of its own; see versus.py. With
+--compile and --growth, what compilation costs and how time grows with layers and tokens.
 """
 
 import argparse
@@ -110,7 +114,9 @@ def fill(program: Program) -> tuple[Any, ...]:
         if isinstance(shape, jax.Array):
             return shape
         if jnp.issubdtype(shape.dtype, jnp.floating):
-            return jnp.asarray(generator.standard_normal(shape.shape, np.float32) * 0.1, shape.dtype)
+            return jnp.asarray(
+                generator.standard_normal(shape.shape, np.float32) * 0.1, shape.dtype
+            )
         return jnp.zeros(shape.shape, shape.dtype)
 
     def positive(shape: Shape) -> jax.Array:
@@ -131,7 +137,10 @@ def measure(wanted: list[Program], repeat: int) -> tuple[list[float], Rate]:
     seconds = []
     for program in wanted:
         rate.measure()
-        arguments, function = fill(program), jax.jit(program.function, donate_argnums=program.donated)
+        arguments, function = (
+            fill(program),
+            jax.jit(program.function, donate_argnums=program.donated),
+        )
         every = [timed(function, *arguments, donated=program.donated) for _ in range(repeat)]
         seconds.append(statistics.median(every))
     rate.measure()
@@ -142,24 +151,51 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     """Measures, prints the table, and returns what it holds."""
     wanted = [p for p in wanted_programs(args) if args.only in (None, p.phase)]
     seconds, rate = (None, None) if args.count_only else measure(wanted, args.repeat)
-    header = ["phase", "program", "calls", "GFLOP", "seconds", "GFLOP/s", "share of the rate", "peak, MB"]
+    header = [
+        "phase",
+        "program",
+        "calls",
+        "GFLOP",
+        "seconds",
+        "GFLOP/s",
+        "share of the rate",
+        "peak, MB",
+    ]
     rows: list[list[str]] = []
     found = []
     for index, program in enumerate(wanted):
         flops, peak = program.flops(), program.peak_bytes()
-        one = {"phase": program.phase, "program": program.name, "calls": program.calls, "flops": flops, "peak": peak}
+        one = {
+            "phase": program.phase,
+            "program": program.name,
+            "calls": program.calls,
+            "flops": flops,
+            "peak": peak,
+        }
         if seconds and rate:
-            one |= {"seconds": seconds[index] * program.calls, "floor": rate.floor(flops) * program.calls}
+            one |= {
+                "seconds": seconds[index] * program.calls,
+                "floor": rate.floor(flops) * program.calls,
+            }
         found.append(one)
     phases = list(dict.fromkeys(program.phase for program in wanted))
     totals = [_total(phase, [one for one in found if one["phase"] == phase]) for phase in phases]
     totals.append(_total("all", [one for one in found if one["phase"] != "part"]))
     for one in [*found, *totals]:
         count = sum(one["flops"].values()) * (one["calls"] or 1)
-        cells = [one["phase"], one["program"], f"{one['calls']:g}" if one["calls"] else "", f"{count / 1e9:.0f}"]
+        cells = [
+            one["phase"],
+            one["program"],
+            f"{one['calls']:g}" if one["calls"] else "",
+            f"{count / 1e9:.0f}",
+        ]
         if "seconds" in one:
             took = one["seconds"]
-            cells += [f"{took:.2f}", f"{count / took / 1e9:.0f}", f"{100 * one['floor'] / took:.0f} %"]
+            cells += [
+                f"{took:.2f}",
+                f"{count / took / 1e9:.0f}",
+                f"{100 * one['floor'] / took:.0f} %",
+            ]
         else:
             cells += ["", "", ""]
         rows.append([*cells, f"{one['peak'] / 2**20:.0f}"])
@@ -179,27 +215,45 @@ def _total(phase: str, ones: list[dict[str, Any]]) -> dict[str, Any]:
     flops: Flops = Flops()
     for one in ones:
         flops.update({dtype: count * one["calls"] for dtype, count in one["flops"].items()})
-    total = {"phase": phase, "program": "total", "calls": 0, "flops": flops, "peak": max(one["peak"] for one in ones)}
+    total = {
+        "phase": phase,
+        "program": "total",
+        "calls": 0,
+        "flops": flops,
+        "peak": max(one["peak"] for one in ones),
+    }
     if "seconds" in ones[0]:
         total |= {name: sum(one[name] for one in ones) for name in ("seconds", "floor")}
     return total
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="smollm2-135m", help="a model by size, with random weights")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--size", choices=SIZES, default="smollm2-135m", help="a model by size, with random weights"
+    )
     parser.add_argument("--ckpt", help="a checkpoint, for comparisons on real weights")
     parser.add_argument("--calib", help="its calibration text (default: random tokens)")
-    parser.add_argument("--kernel", nargs="+", metavar="NxM", help="the solve alone, for kernels of these shapes")
+    parser.add_argument(
+        "--kernel", nargs="+", metavar="NxM", help="the solve alone, for kernels of these shapes"
+    )
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--batch", type=int, help="windows at a time (default: as a run takes them)")
+    parser.add_argument(
+        "--batch", type=int, help="windows at a time (default: as a run takes them)"
+    )
     parser.add_argument("--layers", type=int, help="so many layers only")
     parser.add_argument("--dtype", default="float32", help="of the computation")
     parser.add_argument("--stored", default="bfloat16", help="of the params")
     parser.add_argument("--preset", choices=PRESETS, help="also the programs that a preset adds")
-    parser.add_argument("--streamed", action="store_true", help="its tuning keeps one layer on the device, not all")
-    parser.add_argument("--only", choices=["gram", "solve", "forward", "sensitivity", "tune", "part"])
+    parser.add_argument(
+        "--streamed", action="store_true", help="its tuning keeps one layer on the device, not all"
+    )
+    parser.add_argument(
+        "--only", choices=["gram", "solve", "forward", "sensitivity", "tune", "part"]
+    )
     parser.add_argument("--count-only", action="store_true")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--against", nargs="+", choices=versus.WAYS, default=[])
@@ -207,7 +261,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--growth", action="store_true", help="time by layers and tokens instead")
     parser.add_argument("--json", help="a file for the figures")
     args = parser.parse_args()
-    if args.kernel and not all(re.fullmatch(r"[1-9]\d*x[1-9]\d*", kernel) for kernel in args.kernel):
+    if args.kernel and not all(
+        re.fullmatch(r"[1-9]\d*x[1-9]\d*", kernel) for kernel in args.kernel
+    ):
         parser.error("--kernel wants shapes such as 4096x11008")
     return args
 
@@ -218,7 +274,8 @@ def main() -> None:
         place = destination(args.json, "json", folder=False)
         place.check()
     keep_memory(large=args.preset is not None)  # as the command line does
-    print(f"{alone(describe_hardware)}; jax {jax.__version__}\n")  # other processes may need the device to themselves
+    # other processes may need the device to themselves
+    print(f"{alone(describe_hardware)}; jax {jax.__version__}\n")
     if args.against:
         found = versus.compare(args)
     elif args.compile:

@@ -1,7 +1,8 @@
 """ADMM pruning in PyTorch the way well-known pruning scripts are written, to compare jaxprune with.
 
-Windows pass one at a time; every linear has a hook that adds up its own Gram matrix and an inverse of its own; each
-iteration that selects a mask calls topk on the flattened matrix; a second pass over the windows feeds the next layer.
+Windows pass one at a time; every linear has a hook that adds up its own Gram matrix and an inverse
+of its own; each iteration that selects a mask calls topk on the flattened matrix; a second pass
+over the windows feeds the next layer.
 """
 
 import time
@@ -31,7 +32,9 @@ class Clock:
 
 
 @torch.no_grad()
-def prune_layers(layers: Sequence[nn.Module], states: list[Tensor], rotary: nn.Module, sparsity: float) -> Clock:
+def prune_layers(
+    layers: Sequence[nn.Module], states: list[Tensor], rotary: nn.Module, sparsity: float
+) -> Clock:
     """Prunes decoder layers of transformers in place.
 
     Args:
@@ -44,7 +47,9 @@ def prune_layers(layers: Sequence[nn.Module], states: list[Tensor], rotary: nn.M
     angles = rotary(states[0], positions)
     clock = Clock()
     for layer in layers:
-        linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        linears = {
+            name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)
+        }
         grams = {name: _Gram(module) for name, module in linears.items()}
         hooks = [module.register_forward_hook(grams[name].add) for name, module in linears.items()]
         for x in states:
@@ -69,7 +74,9 @@ def admm(gram: Tensor, weight: Tensor, sparsity: float) -> Tensor:
     weight = weight * norm[:, None]
     gram.diagonal().add_(DAMPING * gram.diagonal().mean())
     target = gram @ weight
-    inverse = torch.linalg.inv(gram + RHO * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    inverse = torch.linalg.inv(
+        gram + RHO * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    )
     u = torch.zeros_like(weight)
     zeros = round(sparsity * weight.numel())
     for iteration in range(ITERATIONS):

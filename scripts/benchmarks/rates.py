@@ -13,7 +13,8 @@ from jaxprune.planning.program import Flops
 
 
 class Rate:
-    """The machine's matrix rate, FLOP/s by kind of products: the median of all measurements so far."""
+    """The machine's matrix rate, FLOP/s by kind of products: the median of all measurements so
+    far."""
 
     def __init__(self, kinds: set[str]) -> None:
         self._products = {kind: square_product(kind) for kind in sorted(kinds | {"float32"})}
@@ -36,7 +37,8 @@ class Rate:
 
 
 def timed(function: Callable[..., Any], *arguments: Any, donated: tuple[int, ...] = ()) -> float:
-    """Seconds of a call, results ready, after one that compiles; donated arguments are copied beforehand."""
+    """Seconds of a call, results ready, after one that compiles; donated arguments are copied
+    beforehand."""
     for _ in range(2):
         given = [jax.tree.map(jnp.copy, a) if i in donated else a for i, a in enumerate(arguments)]
         jax.block_until_ready(given)

@@ -49,6 +49,7 @@ def main() -> None:
                 masks.append(jax.block_until_ready(way()))
                 times[name].append(1e3 * (time.perf_counter() - start))
             assert (masks[0] == masks[1]).all()
-        a, b = (statistics.median(values[1:]) for values in times.values())  # the first run compiles
+        # the first run compiles
+        a, b = (statistics.median(values[1:]) for values in times.values())
         of = "each output" if per_output else "the kernel"
         print(f"| {shape[0]} × {shape[1]} | {of} | {a:.1f} | {b:.1f} | {b / a:.1f} |", flush=True)

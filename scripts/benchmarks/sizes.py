@@ -16,7 +16,8 @@ from jaxprune.models.rope import Rope
 
 
 class Size(NamedTuple):
-    """Of a LLaMA: features, inner features, layers, heads, key-value heads, vocabulary, longest window."""
+    """Of a LLaMA: features, inner features, layers, heads, key-value heads, vocabulary, longest
+    window."""
 
     width: int
     inner: int
@@ -62,14 +63,17 @@ def write_checkpoint(folder: Path, size: Size, stored: str = "float32") -> int:
     assets.mkdir()
     hf = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": size.vocabulary,
-        "hidden_size": size.width, "intermediate_size": size.inner, "num_hidden_layers": size.layers,
-        "num_attention_heads": size.heads, "num_key_value_heads": size.kv_heads,
-        "max_position_embeddings": size.positions, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-        "dtype": stored,
+        "hidden_size": size.width, "intermediate_size": size.inner,
+        "num_hidden_layers": size.layers, "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads, "max_position_embeddings": size.positions,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "dtype": stored,
     }  # fmt: skip
     (assets / "config.json").write_text(json.dumps(hf))
     dtype = jnp.dtype(stored)
-    spec = {path: jax.ShapeDtypeStruct(p.shape, dtype) for path, p in model(size, "float32").spec.items()}
+    spec = {
+        path: jax.ShapeDtypeStruct(p.shape, dtype)
+        for path, p in model(size, "float32").spec.items()
+    }
     generator = np.random.default_rng(0)
     with create_checkpoint(folder, spec, assets) as out:
         for paths in parts(spec).values():
@@ -78,7 +82,8 @@ def write_checkpoint(folder: Path, size: Size, stored: str = "float32") -> int:
 
 
 def _random(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """A kernel or embedding of standard deviation n^-½, so that activations keep their size; a norm's ones."""
+    """A kernel or embedding of standard deviation n^-½, so that activations keep their size; a
+    norm's ones."""
     if len(shape) == 1:
         return np.ones(shape, np.float32)
     return generator.standard_normal(shape, np.float32) * np.float32(shape[0] ** -0.5)

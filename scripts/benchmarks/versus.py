@@ -1,4 +1,5 @@
-"""Whole runs side by side: jaxprune, the way of the well-known PyTorch scripts, and jaxprune without compilation."""
+"""Whole runs side by side: jaxprune, the way of the well-known PyTorch scripts, and jaxprune
+without compilation."""
 
 import argparse
 import contextlib
@@ -81,7 +82,8 @@ class Floor(NamedTuple):
 
 def jaxprune_way(task: Task) -> Outcome:
     keep_memory()  # as the command line does
-    loop = importlib.import_module("jaxprune.pruning.loop")  # looked up now, for `op_by_op` replaces it
+    # looked up now, for `op_by_op` replaces it
+    loop = importlib.import_module("jaxprune.pruning.loop")
     model = importlib.import_module("jaxprune.api.load").load(task.ckpt, dtype=task.dtype)
     spent: dict[str, float] = {}
     kernels = {}
@@ -127,7 +129,8 @@ def eager_way(task: Task) -> Outcome:
 
 
 def op_by_op_way(task: Task) -> Outcome:
-    """With jaxprune imported anew under a jax.jit that does nothing; JAX's own functions stay compiled."""
+    """With jaxprune imported anew under a jax.jit that does nothing; JAX's own functions stay
+    compiled."""
 
     def leave(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
         return function
@@ -141,7 +144,11 @@ def op_by_op_way(task: Task) -> Outcome:
     return jaxprune_way(task)
 
 
-WAYS: dict[str, Callable[[Task], Outcome]] = {"torch": torch_way, "eager": eager_way, "op-by-op": op_by_op_way}
+WAYS: dict[str, Callable[[Task], Outcome]] = {
+    "torch": torch_way,
+    "eager": eager_way,
+    "op-by-op": op_by_op_way,
+}
 
 
 def measured(task: Task) -> tuple[Outcome, Floor]:
@@ -167,7 +174,8 @@ def _flops(task: Task) -> Flops:
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs jaxprune and the other ways in turn, each in a process of its own; prints a table, returns its figures.
+    """Runs jaxprune and the other ways in turn, each in a process of its own; prints a table,
+    returns its figures.
 
     This process leaves the device alone, for JAX would take most of its memory.
     """
@@ -179,18 +187,36 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             for name in others:
                 others[name].append(alone(WAYS[name], task))
     first, floor = min(ours, key=lambda run: run[0].seconds["all"])
-    best = {name: min(outcomes, key=lambda outcome: outcome.seconds["all"]) for name, outcomes in others.items()}
+    best = {
+        name: min(outcomes, key=lambda outcome: outcome.seconds["all"])
+        for name, outcomes in others.items()
+    }
     rows = []
     for name, (seconds, kernels) in {"jaxprune": first, **best}.items():
         phases = [f"{seconds[phase]:.1f}" for phase in ("gram", "solve", "forward", "all")]
         ratio = seconds["all"] / first.seconds["all"]
         rows.append([name, *phases, f"{ratio:.2f}", *_agreement(first.kernels, kernels)])
-    header = ["way", "gram, s", "solve, s", "forward, s", "all, s", "over jaxprune's", "equal masks", "difference"]
+    header = [
+        "way",
+        "gram, s",
+        "solve, s",
+        "forward, s",
+        "all, s",
+        "over jaxprune's",
+        "equal masks",
+        "difference",
+    ]
     windows, length = task.tokens.shape
-    print(f"{task.layers} layers, {windows} windows of {length} tokens, {task.dtype}; the best of {args.repeat}\n")
+    print(
+        f"{task.layers} layers, {windows} windows of {length} tokens, {task.dtype}; the best of "
+        f"{args.repeat}\n"
+    )
     print("\n".join(markdown(header, rows)))
     share = first.seconds["all"] / floor.seconds
-    print(f"\nMatrix rate: {floor.rate}. {sum(floor.flops.values()) / 1e12:.2f} TFLOP at that rate are")
+    print(
+        f"\nMatrix rate: {floor.rate}. {sum(floor.flops.values()) / 1e12:.2f} TFLOP at that rate "
+        "are"
+    )
     print(f"{floor.seconds:.1f} s, the floor; jaxprune takes {share:.2f} times as long.")
     print("Difference: relative, of the first layer's kernels.")
     found = {"jaxprune": [outcome for outcome, _ in ours], **others}
@@ -204,7 +230,9 @@ def _agreement(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> li
     share = equal / sum(kernel.size for kernel in ours.values())
     first = [path for path in ours if path.startswith("layers.0.")]
     pairs = [(ours[path].astype(np.float32), theirs[path].astype(np.float32)) for path in first]
-    difference = sum(float(((a - b) ** 2).sum()) for a, b in pairs) / sum(float((a**2).sum()) for a, _ in pairs)
+    difference = sum(float(((a - b) ** 2).sum()) for a, b in pairs) / sum(
+        float((a**2).sum()) for a, _ in pairs
+    )
     return [f"{100 * share:.3f} %", f"{difference**0.5:.1e}"]
 
 
@@ -215,7 +243,9 @@ def _task(args: argparse.Namespace) -> Iterator[Task]:
         if not ckpt:
             ckpt = str(Path(folder) / "dense")
             size = SIZES[args.size]._replace(vocabulary=1000)
-            write_checkpoint(Path(ckpt), size._replace(layers=args.layers or size.layers), stored=args.stored)
+            write_checkpoint(
+                Path(ckpt), size._replace(layers=args.layers or size.layers), stored=args.stored
+            )
         streamed = load(ckpt, dtype=args.dtype)
         of = streamed.architecture
         if args.calib:
@@ -257,21 +287,51 @@ def compilation(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         dense, tokens = Path(folder) / "dense", Path(folder) / "tokens.npy"
         size = SIZES[args.size]
-        write_checkpoint(dense, size._replace(layers=args.layers or 4, vocabulary=1000), stored=args.stored)
-        np.save(tokens, np.random.default_rng(0).integers(0, 1000, (args.windows, args.length), np.int32))
-        flags = ["--ckpt", dense, "--calib", tokens, "--nsamples", args.windows, "--seqlen", args.length]
-        flags += ["--dtype", args.dtype, "--eval", "none", "--overwrite", "--out", Path(folder) / "pruned"]
+        write_checkpoint(
+            dense, size._replace(layers=args.layers or 4, vocabulary=1000), stored=args.stored
+        )
+        np.save(
+            tokens,
+            np.random.default_rng(0).integers(0, 1000, (args.windows, args.length), np.int32),
+        )
+        flags = [
+            "--ckpt",
+            dense,
+            "--calib",
+            tokens,
+            "--nsamples",
+            args.windows,
+            "--seqlen",
+            args.length,
+        ]
+        flags += [
+            "--dtype",
+            args.dtype,
+            "--eval",
+            "none",
+            "--overwrite",
+            "--out",
+            Path(folder) / "pruned",
+        ]
         flags += ["--preset", args.preset] if args.preset else []
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(Path(folder) / "cache")}
         for run in ("cold", "warm"):
             start = time.perf_counter()
             command = [sys.executable, "-c", _COUNT, *map(str, flags)]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=True
+            )
             counts = json.loads(done.stdout.splitlines()[-1]) | {"all": time.perf_counter() - start}
             found[run] = counts
             numbers = [str(counts["misses"]), str(counts["hits"])]
             rows.append([run, *numbers, f"{counts['seconds']:.1f}", f"{counts['all']:.1f}"])
-    header = ["run", "compiled", "found in the cache", "compiling or loading, s", "whole process, s"]
+    header = [
+        "run",
+        "compiled",
+        "found in the cache",
+        "compiling or loading, s",
+        "whole process, s",
+    ]
     print("\n".join(markdown(header, rows)))
     return found
 
@@ -295,10 +355,20 @@ def growth(args: argparse.Namespace) -> dict[str, Any]:
             tokens = np.random.default_rng(0).integers(0, 1000, (windows, args.length), np.int32)
             task = Task(str(dense), tokens, layers, args.dtype)
             jaxprune_way(task._replace(layers=1))  # compiles
-            spent = min((jaxprune_way(task).seconds for _ in range(args.repeat)), key=lambda s: s["all"])
+            spent = min(
+                (jaxprune_way(task).seconds for _ in range(args.repeat)), key=lambda s: s["all"]
+            )
             found.append({"layers": layers, "windows": windows, "seconds": spent})
             phases = [f"{spent[phase] / layers:.3f}" for phase in ("gram", "solve", "forward")]
-            rows.append([str(layers), str(windows), f"{spent['all']:.2f}", f"{spent['all'] / layers:.3f}", *phases])
+            rows.append(
+                [
+                    str(layers),
+                    str(windows),
+                    f"{spent['all']:.2f}",
+                    f"{spent['all'] / layers:.3f}",
+                    *phases,
+                ]
+            )
     header = ["layers", "windows", "all, s", "a layer, s", "gram", "solve", "forward"]
     print("\n".join(markdown(header, rows)))
     return {"growth": found}

@@ -37,7 +37,14 @@ from jaxprune.reporting import schema
 from jaxprune.reporting.record import Record, environment
 from jaxprune.streaming.model import inside_layer
 
-SMALL = {"nsamples": 16, "seqlen": 512, "eval_seqlen": 512, "eval_windows": 16, "pack": True, "limit": 500}
+SMALL = {
+    "nsamples": 16,
+    "seqlen": 512,
+    "eval_seqlen": 512,
+    "eval_windows": 16,
+    "pack": True,
+    "limit": 500,
+}
 """What --small changes: minutes on two cores with a model of 135M weights."""
 
 
@@ -57,7 +64,8 @@ class Bench:
 
     Args:
         args: of the command line.
-        experiment: gives the tokens of a window, where the command line does not say, and the layers to look at.
+        experiment: gives the tokens of a window, where the command line does not say, and the
+            layers to look at.
     """
 
     def __init__(self, args: argparse.Namespace, experiment: Experiment) -> None:
@@ -96,14 +104,21 @@ class Bench:
     def evaluation(self) -> np.ndarray:
         text, options = self.args.eval_text, self.options
         tokenizer = None if text.endswith(".npy") else self.model.tokenizer
-        return calibration.evaluation_windows(text, tokenizer, options.eval_seqlen, options.eval_windows)
+        return calibration.evaluation_windows(
+            text, tokenizer, options.eval_seqlen, options.eval_windows
+        )
 
     def setup(self, measure: str) -> dict[str, Any]:
         """What decides a cell's outcome beside its recipe."""
         texts = {"calibration": self.calibration}
         if measure in ("perplexity", "accuracy"):
             texts["evaluation"] = self.evaluation
-        setup = {"checkpoint": self.ckpt, "dtype": str(self.model.dtype), "measure": measure, "seed": self.args.seed}
+        setup = {
+            "checkpoint": self.ckpt,
+            "dtype": str(self.model.dtype),
+            "measure": measure,
+            "seed": self.args.seed,
+        }
         setup |= {name: [*tokens.shape, _digest(tokens)] for name, tokens in texts.items()}
         if measure == "accuracy":
             setup |= {name: getattr(self.options, name) for name in ("tasks", "limit", "backend")}
@@ -121,7 +136,11 @@ class Bench:
         if cell.linear:
             identity["linear"] = list(cell.linear)
         name = "dense" if cell.recipe is None else cell.recipe.slug
-        file = self.out / "cells" / f"{measure}-{name}-{_digest(json.dumps(identity, sort_keys=True))}.json"
+        file = (
+            self.out
+            / "cells"
+            / f"{measure}-{name}-{_digest(json.dumps(identity, sort_keys=True))}.json"
+        )
         if not file.exists():
             args = self.args
             if args.only_measured or (args.patterns and cell.pattern not in ("", *args.patterns)):
@@ -144,17 +163,22 @@ class Bench:
         hidden = self.model.embed(self.evaluation)
 
         def watch(layer: LayerResult) -> None:
-            self.model.forward(layer.index, jax.device_put(inside_layer(layer.index, layer.params)), hidden)
+            self.model.forward(
+                layer.index, jax.device_put(inside_layer(layer.index, layer.params)), hidden
+            )
 
         account = self._prune(cell.recipe, watch, file)
-        return {"perplexity": perplexity_of_states(self.model, hidden, self.evaluation)} | _figures(account)
+        return {"perplexity": perplexity_of_states(self.model, hidden, self.evaluation)} | _figures(
+            account
+        )
 
     def _seconds(self, cell: Cell, file: Path) -> dict[str, Any]:
         assert cell.recipe is not None
         return _figures(self._prune(cell.recipe, lambda layer: None, file))
 
     def _accuracy(self, cell: Cell, file: Path) -> dict[str, Any]:
-        """Accuracies and perplexity; and for the report a record as a run or an evaluation leaves it."""
+        """Accuracies and perplexity; and for the report a record as a run or an evaluation leaves
+        it."""
         if cell.recipe is None:
             ((_, quality),) = self._evaluator.measure({self.ckpt: self.model})
             one = {"sparsity": 0.0, "run": None, "quality": quality.as_json()}
@@ -165,19 +189,31 @@ class Bench:
                 "against": self.ckpt,
             }
             record |= {"checkpoints": {self.ckpt: one}, **environment()}
-            return {"perplexity": _only_perplexity(quality), "quality": one["quality"], "record": record}
+            return {
+                "perplexity": _only_perplexity(quality),
+                "quality": one["quality"],
+                "record": record,
+            }
         reader = self.model.reader
         with tempfile.TemporaryDirectory(dir=self.out) as folder:
-            place = self.out / "checkpoints" / file.stem if self.args.keep else Path(folder) / "pruned"
+            place = (
+                self.out / "checkpoints" / file.stem if self.args.keep else Path(folder) / "pruned"
+            )
             with create_checkpoint(place, reader.spec, reader.assets, overwrite=True) as writer:
                 account = self._prune(cell.recipe, lambda layer: writer.write(layer.params), file)
                 for paths in other_params(reader.spec):
                     writer.write(reader.read(paths))
             pruned = self.model.sibling(place)
-            account.evaluation = self._evaluator.measure_texts({"dense": self.model, "pruned": pruned}, "dense")
+            account.evaluation = self._evaluator.measure_texts(
+                {"dense": self.model, "pruned": pruned}, "dense"
+            )
             self._evaluator.measure_alone(pruned, account.evaluation["pruned"])
         quality = account.evaluation["pruned"]
-        found = {"perplexity": _only_perplexity(quality), "quality": quality.as_json(), "record": account.as_json()}
+        found = {
+            "perplexity": _only_perplexity(quality),
+            "quality": quality.as_json(),
+            "record": account.as_json(),
+        }
         return found | _figures(account)
 
     @functools.cached_property
@@ -206,7 +242,9 @@ class Bench:
         # Medians leave out the first layer's compilation and the machine's hiccups.
         layers = account.layers
         for phase in layers[0].seconds:
-            account.seconds[phase] = statistics.median(layer.seconds[phase] for layer in layers) * len(layers)
+            account.seconds[phase] = statistics.median(
+                layer.seconds[phase] for layer in layers
+            ) * len(layers)
         return account
 
     def _stream(self, recipe: Recipe) -> TextStream | None:
@@ -224,14 +262,20 @@ class Bench:
         """The wanted layers' snapshots, behind dense layers."""
         recipe = Recipe(Magnitude(), Unstructured(0.0))
         return {
-            layer: snapshots.capture(self.model, self.calibration, layer, recipe, prune_before=False)
+            layer: snapshots.capture(
+                self.model, self.calibration, layer, recipe, prune_before=False
+            )
             for layer in self.layers
         }
 
 
 def _figures(account: Record) -> dict[str, Any]:
     """What is kept of a pruning."""
-    kernels = {f"{layer.index}.{path}": kernel for layer in account.layers for path, kernel in layer.kernels.items()}
+    kernels = {
+        f"{layer.index}.{path}": kernel
+        for layer in account.layers
+        for path, kernel in layer.kernels.items()
+    }
     errors = {name: kernel.error for name, kernel in kernels.items()}
     figures = {"seconds": account.seconds, "divergences": account.divergences}
     return {"error": statistics.mean(errors.values()), "errors": errors} | figures
@@ -248,5 +292,9 @@ def _only_perplexity(quality: Quality) -> float:
 
 
 def _digest(content: np.ndarray | str) -> str:
-    data = content.encode() if isinstance(content, str) else np.ascontiguousarray(content, np.int32).tobytes()
+    data = (
+        content.encode()
+        if isinstance(content, str)
+        else np.ascontiguousarray(content, np.int32).tobytes()
+    )
     return hashlib.sha256(data).hexdigest()[:12]

@@ -1,8 +1,10 @@
-"""The experiments of Boža, "Fast and Effective Weight Update for Pruned Large Language Models" (TMLR 2024), as data.
+"""The experiments of Boža, "Fast and Effective Weight Update for Pruned Large Language Models"
+(TMLR 2024), as data.
 
-A row is a recipe, written as its flags; {k} in it stands for a number of steps, {schedule} for the one that the paper's
-published code follows: constant for unstructured patterns, cubic for N:M. An experiment crosses its rows with its
-patterns. Numbers of the paper, by checkpoint, row and pattern, are WikiText-2 perplexities, or accuracies in percent.
+A row is a recipe, written as its flags; {k} in it stands for a number of steps, {schedule} for the
+one that the paper's published code follows: constant for unstructured patterns, cubic for N:M. An
+experiment crosses its rows with its patterns. Numbers of the paper, by checkpoint, row and pattern,
+are WikiText-2 perplexities, or accuracies in percent.
 """
 
 import dataclasses
@@ -18,19 +20,22 @@ class Experiment:
 
     Attributes:
         title: heads the table and the picture.
-        measure: perplexity (a whole checkpoint is pruned), seconds (the same, without evaluation), accuracy (the same,
-            with lm-eval's tasks), or error (single layers are pruned, with the dense layers before them, so that all
-            rows see the same inputs).
+        measure: perplexity (a whole checkpoint is pruned), seconds (the same, without evaluation),
+            accuracy (the same, with lm-eval's tasks), or error (single layers are pruned, with the
+            dense layers before them, so that all rows see the same inputs).
         rows: label -> flags of the recipe.
         patterns: fractions of zeros, or N:M.
         picture: which of the pictures shows it.
         steps: what {k} stands for in the rows that have it.
         small_steps: row -> the same under --small, where that is less.
-        linears: share of the layers that come before -> linears of that layer; for `error`. Empty: all linears.
+        linears: share of the layers that come before -> linears of that layer; for `error`. Empty:
+            all linears.
         seqlen: tokens of a window, where the paper's are not the usual 2048.
         small_patterns: the patterns under --small, where they are fewer.
-        against: rows that the others are compared with, in perplexity and (the first of them) in seconds.
-        paper: checkpoint -> (row, pattern) -> the paper's perplexity, or its accuracies by task and their mean.
+        against: rows that the others are compared with, in perplexity and (the first of them) in
+            seconds.
+        paper: checkpoint -> (row, pattern) -> the paper's perplexity, or its accuracies by task and
+            their mean.
     """
 
     title: str
@@ -46,8 +51,11 @@ class Experiment:
     against: tuple[str, ...] = ()
     paper: Mapping[str, Mapping[tuple[str, str], Any]] = dataclasses.field(default_factory=dict)
 
-    def over_best(self, perplexities: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], float]:
-        """(row, pattern) -> the perplexity over that of the best of the rows in `against`, where any was measured."""
+    def over_best(
+        self, perplexities: Mapping[tuple[str, str], float]
+    ) -> dict[tuple[str, str], float]:
+        """(row, pattern) -> the perplexity over that of the best of the rows in `against`, where
+        any was measured."""
         best: dict[str, float] = {}
         for (row, pattern), value in perplexities.items():
             if row in self.against:
@@ -71,7 +79,8 @@ BASELINES = {"ADMM-Grad, constant": "--method admm --schedule constant", "ALPS":
 ALL_METHODS = {
     "magnitude": "--method magnitude",
     "Wanda": WANDA,
-    "Wanda mask, Adam (20 steps)": "--mask wanda --update gradient --steps 20",  # the cost of ADMM's 20 iterations
+    # the cost of ADMM's 20 iterations
+    "Wanda mask, Adam (20 steps)": "--mask wanda --update gradient --steps 20",
     "Wanda mask, ADMM (ADMM1)": ADMM1,
     "Wanda mask, exact": "--mask wanda --update exact",
     "SparseGPT": SPARSEGPT,
@@ -80,14 +89,21 @@ ALL_METHODS = {
 }
 
 
-def _table5(dense: float, **rows: tuple[float, float, float, float]) -> dict[tuple[str, str], float]:
+def _table5(
+    dense: float, **rows: tuple[float, float, float, float]
+) -> dict[tuple[str, str], float]:
     names = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "admm": "ADMM-Grad"}
     patterns = ("0.5", "0.6", "0.8", "2:4")
-    paper = {(names[row], p): value for row, values in rows.items() for p, value in zip(patterns, values, strict=True)}
+    paper = {
+        (names[row], p): value
+        for row, values in rows.items()
+        for p, value in zip(patterns, values, strict=True)
+    }
     return paper | {("dense", ""): dense}
 
 
-# Accuracy on boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge and openbookqa, and their mean.
+# Accuracy on boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge and openbookqa, and their
+# mean.
 TABLE4_DENSE = (75.05, 66.43, 56.92, 69.93, 75.34, 41.89, 34.40, 59.99)
 TABLE4 = {
     "0.5": {
@@ -124,7 +140,10 @@ EXPERIMENTS = {
         measure="error",
         rows={
             "ADMM": f"{ADMM1} --iterations {{k}}",
-            **{f"Adam, rate {rate}": f"{GRADIENT} --learning-rate {rate}" for rate in (0.1, 0.03, 0.01, 0.003)},
+            **{
+                f"Adam, rate {rate}": f"{GRADIENT} --learning-rate {rate}"
+                for rate in (0.1, 0.03, 0.01, 0.003)
+            },
             **{
                 f"SGD, rate {rate}": f"{GRADIENT} --optimizer sgd --learning-rate {rate}"
                 for rate in (0.03, 0.01, 0.003, 0.001)
@@ -176,7 +195,8 @@ EXPERIMENTS = {
             "Wanda mask, ADMM update": ADMM1,
             "SparseGPT mask, SparseGPT update": SPARSEGPT,
             "SparseGPT mask, ADMM update": "--mask sparsegpt --update admm",
-            "ADMM-Grad mask, SparseGPT update": "--mask admm --schedule {schedule} --update sparsegpt",
+            "ADMM-Grad mask, SparseGPT update": "--mask admm --schedule {schedule} --update "
+            "sparsegpt",
             "ADMM-Grad mask, ADMM update": ADMM_GRAD,
         },
         patterns=("0.6",),
@@ -204,7 +224,11 @@ EXPERIMENTS = {
         small_patterns=("0.5",),
         paper={
             "llama-7b": {("dense", ""): TABLE4_DENSE}
-            | {(row, pattern): values for pattern, rows in TABLE4.items() for row, values in rows.items()}
+            | {
+                (row, pattern): values
+                for pattern, rows in TABLE4.items()
+                for row, values in rows.items()
+            }
         },
     ),
     "table5": Experiment(
@@ -303,7 +327,8 @@ EXPERIMENTS = {
         rows={
             **{row: flags for row, flags in ALL_METHODS.items() if row != "ADMM-Grad"},
             "ADMM-Grad, constant": "--method admm --schedule constant",
-            "ADMM-Grad, cubic, 10 steps to finish": "--method admm --schedule cubic --finish-steps 10",
+            "ADMM-Grad, cubic, 10 steps to finish": "--method admm --schedule cubic --finish-steps "
+            "10",
             "ADMM-Grad, cubic": "--method admm --schedule cubic",
         },
         patterns=("0.5", "0.6", "0.7", "0.8", "2:4"),

@@ -27,9 +27,24 @@ STYLE = {
     "figure.dpi": 130,
     "svg.hashsalt": "jaxprune",
 }
-COLORS = ["#888888", "#c08a00", "#7cb342", "#00796b", "#26418f", "#8e44ad", "#d1495b", "#e07a1f", "#111111", "#17a2c9"]
+COLORS = [
+    "#888888",
+    "#c08a00",
+    "#7cb342",
+    "#00796b",
+    "#26418f",
+    "#8e44ad",
+    "#d1495b",
+    "#e07a1f",
+    "#111111",
+    "#17a2c9",
+]
 MARKERS = "osD^vP*XhH"
-PHASES = {"gram": "forward pass and Gram matrices", "solve": "solver", "forward": "second forward pass"}
+PHASES = {
+    "gram": "forward pass and Gram matrices",
+    "solve": "solver",
+    "forward": "second forward pass",
+}
 PARTIAL = "quality_by_sparsity", "quality_by_minutes", "gains"
 """Pictures that can be made of some of an experiment's cells."""
 Results = Sequence[tuple[Any, dict[str, Any]]]
@@ -37,20 +52,35 @@ Results = Sequence[tuple[Any, dict[str, Any]]]
 
 
 def seconds_of(result: dict[str, Any]) -> dict[str, float]:
-    """The seconds of each phase; none where the cell went on from an earlier run, whose share is not known."""
+    """The seconds of each phase; none where the cell went on from an earlier run, whose share is
+    not known."""
     return {} if result.get("resumed") else result.get("seconds", {})
 
 
-def draw(experiment: Experiment, ckpt: str, results: Results, setting: str, stem: Path) -> list[Path]:
+def draw(
+    experiment: Experiment, ckpt: str, results: Results, setting: str, stem: Path
+) -> list[Path]:
     """Draws an experiment's picture as PNG and SVG; returns their paths."""
-    draw_it: Callable[[Experiment, Results], tuple[Figure, str]] = globals()[f"_{experiment.picture}"]
+    draw_it: Callable[[Experiment, Results], tuple[Figure, str]] = globals()[
+        f"_{experiment.picture}"
+    ]
     with plt.rc_context(STYLE):
         figure, title = draw_it(experiment, results)
         figure.suptitle(f"{title}: {ckpt}", fontsize=12, fontweight="bold")
-        figure.text(0.5, 0.005, setting.replace("; ", "\n"), ha="center", va="bottom", fontsize=7.5, color="#555555")
+        figure.text(
+            0.5,
+            0.005,
+            setting.replace("; ", "\n"),
+            ha="center",
+            va="bottom",
+            fontsize=7.5,
+            color="#555555",
+        )
         paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
         for path in paths:
-            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
+            figure.savefig(
+                path, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None}
+            )
         plt.close(figure)
     return paths
 
@@ -59,7 +89,9 @@ def _figure(
     width: float, height: float, rows: int = 1, columns: int = 1, below: float = 0.45
 ) -> tuple[Figure, Sequence[Axes]]:
     """A figure with room for the title above and the setting below, in inches."""
-    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width, height), squeeze=False, layout="constrained"
+    )
     figure.get_layout_engine().set(rect=(0, below / height, 1, 1 - (below + 0.05) / height))
     return figure, axes.ravel()
 
@@ -77,7 +109,9 @@ def _shades(rows: Sequence[str]) -> dict[str, Any]:
     for family, shades in families.items():
         members = [row for row in rows if row.startswith(family)]
         for number, row in enumerate(members):
-            colors[row] = shades(0.95 - 0.6 * number / max(1, len(members) - 1) if len(members) > 1 else 0.7)
+            colors[row] = shades(
+                0.95 - 0.6 * number / max(1, len(members) - 1) if len(members) > 1 else 0.7
+            )
     return colors
 
 
@@ -86,17 +120,34 @@ def _convergence(experiment: Experiment, results: Results) -> tuple[Figure, str]
     figure, axes = _figure(11, 8.4, -(-len(linears) // 2), 2)
     colors = _shades(list(experiment.rows))
     for axis, linear in zip(axes, linears, strict=True):
-        found = {(cell.row, cell.step): 100 * r["error"] for cell, r in results if cell.linear == linear}
+        found = {
+            (cell.row, cell.step): 100 * r["error"] for cell, r in results if cell.linear == linear
+        }
         lines = [value for (row, step), value in found.items() if row == "ADMM"]
         for row, flags in experiment.rows.items():
             if "{k}" in flags:
                 values = [found[row, step] for step in experiment.steps]
                 width = 2.6 if row == "ADMM" else 1.3
-                axis.plot(experiment.steps, values, color=colors[row], lw=width, marker=".", label=row, zorder=width)
+                axis.plot(
+                    experiment.steps,
+                    values,
+                    color=colors[row],
+                    lw=width,
+                    marker=".",
+                    label=row,
+                    zorder=width,
+                )
             else:
-                style = {"ls": "--", "color": "black"} if "SparseGPT" in row else {"ls": ":", "color": "#999999"}
+                style = (
+                    {"ls": "--", "color": "black"}
+                    if "SparseGPT" in row
+                    else {"ls": ":", "color": "#999999"}
+                )
                 axis.axhline(found[row, None], lw=1.5, label=row, **style)
-        low, high = found["exact optimum, no ridge", None], max(found["SparseGPT's update", None], max(lines))
+        low, high = (
+            found["exact optimum, no ridge", None],
+            max(found["SparseGPT's update", None], max(lines)),
+        )
         axis.set_ylim(low - 0.05 * (high - low), low + 1.6 * (high - low))
         axis.set_xscale("log")
         _plain(axis.xaxis)
@@ -105,7 +156,10 @@ def _convergence(experiment: Experiment, results: Results) -> tuple[Figure, str]
         axis.set_ylabel("relative error of the output, %")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=8.5, frameon=False)
-    return figure, f"How fast updates converge under Wanda's {pattern_name(experiment.patterns[0])} mask"
+    return (
+        figure,
+        f"How fast updates converge under Wanda's {pattern_name(experiment.patterns[0])} mask",
+    )
 
 
 def _quality_by_time(experiment: Experiment, results: Results) -> tuple[Figure, str]:
@@ -121,7 +175,15 @@ def _quality_by_time(experiment: Experiment, results: Results) -> tuple[Figure, 
             cells = [(c.step, r) for c, r in results if (c.row, c.pattern) == (row, pattern)]
             x, y = [r["seconds"]["solve"] for _, r in cells], [r["perplexity"] for _, r in cells]
             if "{k}" not in flags:
-                axis.plot(x, y, "s" if "own" not in row else "*", ms=9, color=colors[row], label=row, ls="")
+                axis.plot(
+                    x,
+                    y,
+                    "s" if "own" not in row else "*",
+                    ms=9,
+                    color=colors[row],
+                    label=row,
+                    ls="",
+                )
                 continue
             axis.plot(x, y, "o-", color=colors[row], label=f"{row} (steps beside the points)")
             for step, px, py in zip((step for step, _ in cells), x, y, strict=True):
@@ -152,7 +214,9 @@ def _few_ticks(axis: Axes, low: float, high: float) -> None:
         ticks = [t for t in MaxNLocator(6).tick_values(low, high) if low <= t <= high]
     else:
         for multiples in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8), (1, 2, 5), (1,)):
-            ticks = [m * 10.0**e for e in range(-3, 7) for m in multiples if low <= m * 10.0**e <= high]
+            ticks = [
+                m * 10.0**e for e in range(-3, 7) for m in multiples if low <= m * 10.0**e <= high
+            ]
             if len(ticks) < 12:
                 break
     axis.set_yticks(ticks)
@@ -160,23 +224,36 @@ def _few_ticks(axis: Axes, low: float, high: float) -> None:
 
 
 def _quality_by_sparsity(experiment: Experiment, results: Results) -> tuple[Figure, str]:
-    figure, axis = _rows_by_pattern(experiment, {(c.row, c.pattern): r["perplexity"] for c, r in results})
+    figure, axis = _rows_by_pattern(
+        experiment, {(c.row, c.pattern): r["perplexity"] for c, r in results}
+    )
     _dense_line(axis, results)
     _logarithmic(axis, "perplexity")
     return figure, experiment.title
 
 
 def _quality_by_minutes(experiment: Experiment, results: Results) -> tuple[Figure, str]:
-    """A line a pattern, on it a point a row, at its median time: time hardly depends on the pattern. Below them, a line
-    a pattern, the divergence on held-out text while the row of most tokens is tuned."""
+    """A line a pattern, on it a point a row, at its median time: time hardly depends on the
+    pattern. Below them, a line a pattern, the divergence on held-out text while the row of most
+    tokens is tuned."""
     perplexities = {(c.row, c.pattern): r["perplexity"] for c, r in results}
-    known = [(c.row, sum(seconds_of(r).values()) / 60) for c, r in results if c.pattern and seconds_of(r)]
+    known = [
+        (c.row, sum(seconds_of(r).values()) / 60) for c, r in results if c.pattern and seconds_of(r)
+    ]
     medians = {row: statistics.median(m for other, m in known if other == row) for row, _ in known}
     minutes = dict(sorted(medians.items(), key=lambda item: item[1]))
-    curves = {c.pattern: (c, r["divergences"]) for c, r in results if c.recipe and r.get("divergences")}
-    figure, (axis, *others) = _figure(9.5, 6.4 + 3.6 * bool(curves), rows=1 + bool(curves), below=0.65)
+    curves = {
+        c.pattern: (c, r["divergences"]) for c, r in results if c.recipe and r.get("divergences")
+    }
+    figure, (axis, *others) = _figure(
+        9.5, 6.4 + 3.6 * bool(curves), rows=1 + bool(curves), below=0.65
+    )
     for number, pattern in enumerate(experiment.patterns):
-        points = [(m, perplexities[row, pattern]) for row, m in minutes.items() if (row, pattern) in perplexities]
+        points = [
+            (m, perplexities[row, pattern])
+            for row, m in minutes.items()
+            if (row, pattern) in perplexities
+        ]
         style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
         if points:
             axis.plot(*zip(*points, strict=True), label=pattern_name(pattern), lw=1.6, **style)
@@ -202,12 +279,17 @@ def _quality_by_minutes(experiment: Experiment, results: Results) -> tuple[Figur
 
 
 def _gains(experiment: Experiment, results: Results) -> tuple[Figure, str]:
-    """A line a row, on it a point a pattern: the perplexity over that of the best of the rows compared with."""
+    """A line a row, on it a point a pattern: the perplexity over that of the best of the rows
+    compared with."""
     ratios = experiment.over_best({(c.row, c.pattern): r["perplexity"] for c, r in results})
     rows = [row for row in experiment.rows if any((row, p) in ratios for p in experiment.patterns)]
     figure, (axis,) = _figure(9.5, 1.6 + 0.3 * len(rows))
     for number, pattern in enumerate(experiment.patterns):
-        points = [(ratios[row, pattern], place) for place, row in enumerate(rows) if (row, pattern) in ratios]
+        points = [
+            (ratios[row, pattern], place)
+            for place, row in enumerate(rows)
+            if (row, pattern) in ratios
+        ]
         if points:
             style = {"color": COLORS[2 * number], "marker": MARKERS[number]}
             axis.plot(*zip(*points, strict=True), ls="", label=pattern_name(pattern), **style)
@@ -217,11 +299,20 @@ def _gains(experiment: Experiment, results: Results) -> tuple[Figure, str]:
     axis.set_xscale("log")
     low, high = axis.get_xlim()
     axis.set_xticks(
-        [tick for tick in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.5, 2) if low <= tick <= high]
+        [
+            tick
+            for tick in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.5, 2)
+            if low <= tick <= high
+        ]
     )
     _plain(axis.xaxis)
-    axis.set_xlabel(f"perplexity over that of the better of {' and '.join(experiment.against)} (log; lower is better)")
-    axis.legend(fontsize=8.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), title="zeros")
+    axis.set_xlabel(
+        f"perplexity over that of the better of {' and '.join(experiment.against)} (log; lower is "
+        "better)"
+    )
+    axis.legend(
+        fontsize=8.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), title="zeros"
+    )
     return figure, experiment.title
 
 
@@ -232,14 +323,17 @@ def _errors_by_sparsity(experiment: Experiment, results: Results) -> tuple[Figur
             values = [r["error"] for c, r in results if (c.row, c.pattern) == (row, pattern)]
             means[row, pattern] = statistics.mean(values)
     unit = list(experiment.rows)[-1]
-    ratios = {(row, pattern): value / means[unit, pattern] for (row, pattern), value in means.items()}
+    ratios = {
+        (row, pattern): value / means[unit, pattern] for (row, pattern), value in means.items()
+    }
     figure, axis = _rows_by_pattern(experiment, ratios)
     _logarithmic(axis, f"mean error over that of {unit}")
     return figure, "Error of layers on the same inputs"
 
 
 def _dense_line(axis: Axes, results: Results) -> None:
-    for dense in (r["perplexity"] for c, r in results if c.row == "dense"):  # one, once it is measured
+    # one, once it is measured
+    for dense in (r["perplexity"] for c, r in results if c.row == "dense"):
         axis.axhline(dense, color="#999999", ls=":", lw=1.5, label=f"dense, {dense:.1f}")
 
 
@@ -253,7 +347,9 @@ def _logarithmic(axis: Axes, label: str) -> None:
     axis.legend(fontsize=8.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
-def _rows_by_pattern(experiment: Experiment, values: dict[tuple[str, str], float]) -> tuple[Figure, Axes]:
+def _rows_by_pattern(
+    experiment: Experiment, values: dict[tuple[str, str], float]
+) -> tuple[Figure, Axes]:
     """Lines over the sparsities, and points at N:M patterns in a column of their own."""
     figure, (axis,) = _figure(9.5, 5.6, below=0.65 if experiment.measure == "accuracy" else 0.45)
     plain = [p for p in experiment.patterns if ":" not in p]
@@ -265,10 +361,14 @@ def _rows_by_pattern(experiment: Experiment, values: dict[tuple[str, str], float
         if not any((row, p) in values for p in experiment.patterns):
             continue
         there = [p for p in plain if (row, p) in values]
-        axis.plot([places[p] for p in there], [values[row, p] for p in there], label=row, lw=1.6, **style)
+        axis.plot(
+            [places[p] for p in there], [values[row, p] for p in there], label=row, lw=1.6, **style
+        )
         shift = 0.05 * (number - (len(experiment.rows) - 1) / 2)
         there = [p for p in grouped if (row, p) in values]
-        axis.plot([places[p] + shift for p in there], [values[row, p] for p in there], ls="", **style)
+        axis.plot(
+            [places[p] + shift for p in there], [values[row, p] for p in there], ls="", **style
+        )
     axis.set_xticks(list(places.values()), [pattern_name(p) for p in places])
     if plain and grouped:
         axis.axvline(len(plain) - 0.35, color="#cccccc", lw=1)
@@ -302,15 +402,31 @@ def _accuracies(experiment: Experiment, results: Results) -> tuple[Figure, str]:
     tasks = [*results[0][1]["quality"]["tasks"], "mean"]
     patterns = list(dict.fromkeys(cell.pattern for cell, _ in results if cell.pattern))
     figure, axes = _figure(max(9.5, 4.2 * len(patterns)), 5.6, 1, len(patterns), below=0.62)
-    colors = {"dense": "#888888", "Wanda": "#c08a00", "SparseGPT": "#26418f", "ADMM-Grad": "#d1495b"}
+    colors = {
+        "dense": "#888888",
+        "Wanda": "#c08a00",
+        "SparseGPT": "#26418f",
+        "ADMM-Grad": "#d1495b",
+    }
     for axis, pattern in zip(axes, patterns, strict=True):
         shown = [(cell.row, result) for cell, result in results if cell.pattern in ("", pattern)]
         for number, (row, result) in enumerate(shown):
-            found = [result["quality"]["tasks"].get(task, result["quality"]["mean_accuracy"]) for task in tasks]
+            found = [
+                result["quality"]["tasks"].get(task, result["quality"]["mean_accuracy"])
+                for task in tasks
+            ]
             places = [place + 0.18 * (number - (len(shown) - 1) / 2) for place in range(len(tasks))]
             values = [100 * metrics["acc"] for metrics in found]
             errors = [100 * metrics.get("acc_stderr", 0.0) for metrics in found]
-            axis.errorbar(values, places, xerr=errors, fmt=MARKERS[number], color=colors[row], label=row, lw=1.3)
+            axis.errorbar(
+                values,
+                places,
+                xerr=errors,
+                fmt=MARKERS[number],
+                color=colors[row],
+                label=row,
+                lw=1.3,
+            )
         axis.set_yticks(range(len(tasks)), tasks)
         axis.axhline(len(tasks) - 1.5, color="#cccccc", lw=1)
         axis.invert_yaxis()
@@ -324,12 +440,20 @@ def _durations(experiment: Experiment, results: Results) -> tuple[Figure, str]:
     figure, (axis,) = _figure(9, 3.8)
     names = [c.row for c, _ in results][::-1]
     start = [0.0] * len(names)
-    for (phase, label), color in zip(PHASES.items(), ("#b8c4d6", "#d1495b", "#dde3ec"), strict=True):
+    for (phase, label), color in zip(
+        PHASES.items(), ("#b8c4d6", "#d1495b", "#dde3ec"), strict=True
+    ):
         values = [r["seconds"][phase] for _, r in results][::-1]
         axis.barh(names, values, left=start, color=color, label=label)
         start = [s + v for s, v in zip(start, values, strict=True)]
     for name, total, (_, result) in zip(names, start, list(results)[::-1], strict=True):
-        axis.text(total, name, f"  {total:.0f} s, solver {result['seconds']['solve']:.0f} s", va="center", fontsize=9)
+        axis.text(
+            total,
+            name,
+            f"  {total:.0f} s, solver {result['seconds']['solve']:.0f} s",
+            va="center",
+            fontsize=9,
+        )
     axis.set_xlim(0, 1.25 * max(start))
     axis.grid(axis="y", visible=False)
     axis.set_xlabel("seconds, all layers")

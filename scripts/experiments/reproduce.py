@@ -1,14 +1,15 @@
-"""Runs an experiment of the paper on a checkpoint: a CSV, a Markdown table, and a picture (PNG, SVG).
+"""Runs an experiment of the paper on a checkpoint: a CSV, a Markdown table, and a picture (PNG,
+SVG).
 
     python scripts/experiments table1 --ckpt llama-7b --out results
     python scripts/experiments fig1 table3 --ckpt smollm2-135m --small --out results
 
-Experiments: fig1, fig2, table1, table2, table3, table4, table5 of the paper, and ours: over all methods, methods
-(perplexity) and layers (error on the same inputs); presets, what each part of them brings, ablation, and what more
-text brings, budgets. Every cell is kept in OUT/cells as soon as it is measured, and measured once: the same command
-goes on where it stopped, also inside a cell that tunes on a text, and experiments share their cells. --patterns 0.7
-measures that sparsity only, --rows best that row, --only-measured nothing: all look at what there is by now of the
-rest.
+Experiments: fig1, fig2, table1, table2, table3, table4, table5 of the paper, and ours: over all
+methods, methods (perplexity) and layers (error on the same inputs); presets, what each part of them
+brings, ablation, and what more text brings, budgets. Every cell is kept in OUT/cells as soon as it
+is measured, and measured once: the same command goes on where it stopped, also inside a cell that
+tunes on a text, and experiments share their cells. --patterns 0.7 measures that sparsity only,
+--rows best that row, --only-measured nothing: all look at what there is by now of the rest.
 """
 
 import argparse
@@ -35,9 +36,13 @@ def cells(experiment: Experiment, layers: int, *, small: bool = False) -> Iterat
         yield Cell("dense", "", None, None)
     linears: list[tuple[int, str] | None] = [None]
     if experiment.measure == "error":
-        names = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
+        names = [f"self_attn.{n}_proj" for n in "qkvo"] + [
+            f"mlp.{n}_proj" for n in ("gate", "up", "down")
+        ]
         linears = [
-            (int(share * layers), name) for share, wanted in experiment.linears.items() for name in wanted or names
+            (int(share * layers), name)
+            for share, wanted in experiment.linears.items()
+            for name in wanted or names
         ]
     for pattern in (small and experiment.small_patterns) or experiment.patterns:
         for row, flags in experiment.rows.items():
@@ -60,35 +65,67 @@ def _recipe(flags: str, pattern: str) -> Recipe:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line's options, with the defaults that depend on the checkpoint filled in."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", choices=EXPERIMENTS, metavar="NAME", help=", ".join(EXPERIMENTS))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="+", choices=EXPERIMENTS, metavar="NAME", help=", ".join(EXPERIMENTS)
+    )
     parser.add_argument("--ckpt", required=True, help="the dense checkpoint, as jaxprune --ckpt")
     parser.add_argument("--out", required=True, help="folder for cells, tables and pictures")
     parser.add_argument("--small", action="store_true", help=f"smaller settings: {SMALL}")
     parser.add_argument(
-        "--only-measured", action="store_true", help="tables and pictures of the cells there are by now"
+        "--only-measured",
+        action="store_true",
+        help="tables and pictures of the cells there are by now",
     )
-    parser.add_argument("--patterns", nargs="+", help="measure these only of the experiment's, such as 0.7 or 2:4")
+    parser.add_argument(
+        "--patterns", nargs="+", help="measure these only of the experiment's, such as 0.7 or 2:4"
+    )
     parser.add_argument("--rows", nargs="+", help="measure these rows only, such as best")
-    parser.add_argument("--keep", action="store_true", help="keep checkpoints that tasks are run on, OUT/checkpoints")
-    parser.add_argument("--calib", help="calibration text (default: c4; wikipedia for smollm2-135m)")
-    parser.add_argument("--eval-text", help="evaluation text (default: wikitext2; wikipedia for smollm2-135m)")
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="keep checkpoints that tasks are run on, OUT/checkpoints",
+    )
+    parser.add_argument(
+        "--calib", help="calibration text (default: c4; wikipedia for smollm2-135m)"
+    )
+    parser.add_argument(
+        "--eval-text", help="evaluation text (default: wikitext2; wikipedia for smollm2-135m)"
+    )
     parser.add_argument("--nsamples", type=int, help="calibration windows (default: 128)")
-    parser.add_argument("--seqlen", type=int, help="tokens of a calibration window (default: as in the paper)")
-    parser.add_argument("--pack", action="store_true", help="join documents to fill calibration windows")
-    parser.add_argument("--eval-seqlen", type=int, help="tokens of an evaluation window (default: --seqlen)")
-    parser.add_argument("--eval-windows", type=int, help="evaluate on the first so many windows (default: all)")
+    parser.add_argument(
+        "--seqlen", type=int, help="tokens of a calibration window (default: as in the paper)"
+    )
+    parser.add_argument(
+        "--pack", action="store_true", help="join documents to fill calibration windows"
+    )
+    parser.add_argument(
+        "--eval-seqlen", type=int, help="tokens of an evaluation window (default: --seqlen)"
+    )
+    parser.add_argument(
+        "--eval-windows", type=int, help="evaluate on the first so many windows (default: all)"
+    )
     parser.add_argument("--limit", type=int, help="rows of each task (default: all)")
     parser.add_argument("--tasks-data", help="folder with the tasks' rows (default: the hub's)")
-    parser.add_argument("--backend", choices=["jax", "torch"], default="jax", help="what runs the tasks")
+    parser.add_argument(
+        "--backend", choices=["jax", "torch"], default="jax", help="what runs the tasks"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    parser.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto"
+    )
     args = parser.parse_args(argv)
     for name in args.names:
         if other := set(args.patterns or ()) - set(EXPERIMENTS[name].patterns):
-            parser.error(f"--patterns {other.pop()}: {name} has {', '.join(EXPERIMENTS[name].patterns)}")
+            parser.error(
+                f"--patterns {other.pop()}: {name} has {', '.join(EXPERIMENTS[name].patterns)}"
+            )
         if other := set(args.rows or ()) - set(EXPERIMENTS[name].rows):
-            parser.error(f"--rows {other.pop()!r}: {name} has {', '.join(map(repr, EXPERIMENTS[name].rows))}")
+            parser.error(
+                f"--rows {other.pop()!r}: {name} has {', '.join(map(repr, EXPERIMENTS[name].rows))}"
+            )
     default_text = calibration.default_text(args.ckpt)
     args.calib = args.calib or default_text or "c4"
     args.eval_text = args.eval_text or default_text or "wikitext2"
@@ -117,10 +154,14 @@ def run(name: str, experiment: Experiment, bench: Bench) -> None:
         value = f"{result.get('perplexity', result.get('error')):.6g}"
         if "quality" in result:
             value += f", accuracy {result['quality']['mean_accuracy']['acc']:.4f}"
-        print(f"{name} {number}/{len(wanted)}: {cell.row}{steps} {cell.pattern}{where}: {value}", flush=True)
+        print(
+            f"{name} {number}/{len(wanted)}: {cell.row}{steps} {cell.pattern}{where}: {value}",
+            flush=True,
+        )
     if not results or (len(results) < len(wanted) and experiment.picture not in PARTIAL):
         raise InputError(
-            f"{len(results)} of {name}'s {len(wanted)} cells are measured: leave out what leaves the others out"
+            f"{len(results)} of {name}'s {len(wanted)} cells are measured: leave out what leaves "
+            "the others out"
         )
     for file in write(name, experiment, bench, results):
         print(file)

@@ -25,7 +25,14 @@ def write(name: str, experiment: Experiment, bench: Any, results: Results) -> li
         writer.writeheader()
         writer.writerows(rows)
     setting = _setting(experiment, bench, results)
-    lines = [f"# {experiment.title}", "", f"{setting}.", "", *_tables(experiment, bench.ckpt, results), ""]
+    lines = [
+        f"# {experiment.title}",
+        "",
+        f"{setting}.",
+        "",
+        *_tables(experiment, bench.ckpt, results),
+        "",
+    ]
     stem.with_suffix(".md").write_text("\n".join(lines))
     drawn = draw(experiment, bench.ckpt, results, setting, stem)
     return [stem.with_suffix(".csv"), stem.with_suffix(".md"), *drawn]
@@ -49,18 +56,24 @@ def _record(cell: Any, result: dict[str, Any], paper: float | None) -> dict[str,
 
 
 def _compared(result: dict[str, Any]) -> dict[str, str | None]:
-    """What the text says beside the dense model: divergence in nats, and the same most probable tokens in percent."""
+    """What the text says beside the dense model: divergence in nats, and the same most probable
+    tokens in percent."""
     if "quality" not in result:
         return {}
     (text,) = result["quality"]["texts"].values()
-    return {"kl": _digits(text.get("kl")), "top1": _digits(100 * text["top1"] if "top1" in text else None)}
+    return {
+        "kl": _digits(text.get("kl")),
+        "top1": _digits(100 * text["top1"] if "top1" in text else None),
+    }
 
 
 def _accuracies(result: dict[str, Any]) -> dict[str, str | None]:
     """Accuracies by task and their mean, in percent."""
     if "quality" not in result:
         return {}
-    found = {task: metrics for task, metrics in result["quality"]["tasks"].items() if "acc" in metrics}
+    found = {
+        task: metrics for task, metrics in result["quality"]["tasks"].items() if "acc" in metrics
+    }
     found["mean"] = result["quality"]["mean_accuracy"]
     return {
         f"{name} {task}": _digits(100 * metrics[name]) if name in metrics else None
@@ -82,10 +95,16 @@ def _paper(experiment: Experiment, ckpt: str, cell: Any) -> float | None:
 def _setting(experiment: Experiment, bench: Any, results: Results) -> str:
     """What was run on what, in a sentence without its full stop."""
     windows, length = bench.calibration.shape
-    text = f"{bench.ckpt}, calibrated on {windows} windows of {length} tokens of {short_name(bench.args.calib)}"
+    text = (
+        f"{bench.ckpt}, calibrated on {windows} windows of {length} tokens of "
+        f"{short_name(bench.args.calib)}"
+    )
     if experiment.measure in ("perplexity", "accuracy"):
         windows, length = bench.evaluation.shape
-        text += f"; perplexity of {short_name(bench.args.eval_text)}, {windows} windows of {length} tokens"
+        text += (
+            f"; perplexity of {short_name(bench.args.eval_text)}, {windows} windows of {length} "
+            "tokens"
+        )
     if experiment.measure == "accuracy":
         rows = f"the first {bench.options.limit} rows" if bench.options.limit else "all rows"
         text += f"; tasks of lm-eval, {rows} of each, {bench.options.backend} backend"
@@ -99,8 +118,14 @@ def _tables(experiment: Experiment, ckpt: str, results: Results) -> list[str]:
         quality = _by_pattern(experiment, ckpt, results) if experiment.against else []
         return [*quality, "", *_zero_shot(experiment, ckpt, results)]
     if experiment.measure == "error":
-        return _convergence(experiment, results) if experiment.steps else _errors(experiment, results)
-    return _by_steps(experiment, results) if experiment.steps else _by_pattern(experiment, ckpt, results)
+        return (
+            _convergence(experiment, results) if experiment.steps else _errors(experiment, results)
+        )
+    return (
+        _by_steps(experiment, results)
+        if experiment.steps
+        else _by_pattern(experiment, ckpt, results)
+    )
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -112,18 +137,28 @@ def _by_pattern(experiment: Experiment, ckpt: str, results: Results) -> list[str
     """Perplexities and mean errors, rows by patterns."""
     found = {(cell.row, cell.pattern): result for cell, result in results}
     paper = experiment.paper.get(ckpt, {})
-    measured = [row for row in experiment.rows if any((row, pattern) in found for pattern in experiment.patterns)]
+    measured = [
+        row
+        for row in experiment.rows
+        if any((row, pattern) in found for pattern in experiment.patterns)
+    ]
 
     def perplexity(row: str, pattern: str) -> str:
         beside = f" (paper {paper[row, pattern]:g})" if (row, pattern) in paper else ""
-        return f"{found[row, pattern]['perplexity']:.2f}{beside}" if (row, pattern) in found else "not run"
+        return (
+            f"{found[row, pattern]['perplexity']:.2f}{beside}"
+            if (row, pattern) in found
+            else "not run"
+        )
 
     def error(row: str, pattern: str) -> str:
         return f"{100 * found[row, pattern]['error']:.3f}" if (row, pattern) in found else "not run"
 
     header = ["perplexity", *map(pattern_name, experiment.patterns)]
     rows = [["dense", perplexity("dense", "")] + [""] * (len(experiment.patterns) - 1)]
-    rows += [[row, *(perplexity(row, pattern) for pattern in experiment.patterns)] for row in measured]
+    rows += [
+        [row, *(perplexity(row, pattern) for pattern in experiment.patterns)] for row in measured
+    ]
     lines = markdown(header, rows)
     errors = [[row, *(error(row, pattern) for pattern in experiment.patterns)] for row in measured]
     return [
@@ -136,7 +171,9 @@ def _by_pattern(experiment: Experiment, ckpt: str, results: Results) -> list[str
     ]
 
 
-def _against(experiment: Experiment, found: dict[tuple[str, str], dict[str, Any]], rows: Sequence[str]) -> list[str]:
+def _against(
+    experiment: Experiment, found: dict[tuple[str, str], dict[str, Any]], rows: Sequence[str]
+) -> list[str]:
     """Perplexities over the best of some rows', and durations over the first's."""
     ratios = experiment.over_best({key: result["perplexity"] for key, result in found.items()})
 
@@ -144,7 +181,10 @@ def _against(experiment: Experiment, found: dict[tuple[str, str], dict[str, Any]
         return f"{ratios[row, pattern]:.3f}" if (row, pattern) in ratios else ""
 
     def duration(row: str, pattern: str) -> str:
-        own, first = (sum(seconds_of(found.get((name, pattern), {})).values()) for name in (row, experiment.against[0]))
+        own, first = (
+            sum(seconds_of(found.get((name, pattern), {})).values())
+            for name in (row, experiment.against[0])
+        )
         return (f"{own:.0f} s" + (f" ({own / first:.2f})" if first else "")) if own else ""
 
     def cells(value: Callable[[str, str], str]) -> list[list[str]]:
@@ -165,7 +205,8 @@ def _against(experiment: Experiment, found: dict[tuple[str, str], dict[str, Any]
 
 
 def _zero_shot(experiment: Experiment, ckpt: str, results: Results) -> list[str]:
-    """Accuracies in percent, with standard errors, and the paper's beside them; then what a text says."""
+    """Accuracies in percent, with standard errors, and the paper's beside them; then what a text
+    says."""
     tasks = list(results[0][1]["quality"]["tasks"])
     paper = experiment.paper.get(ckpt, {})
     rows, texts = [], []
@@ -173,10 +214,15 @@ def _zero_shot(experiment: Experiment, ckpt: str, results: Results) -> list[str]
         quality = result["quality"]
         found = [quality["tasks"][task] for task in tasks] + [quality["mean_accuracy"]]
         beside = paper.get((cell.row, cell.pattern), [None] * len(found))
-        values = [_with_error(m) + (f" (paper {p:g})" if p else "") for m, p in zip(found, beside, strict=True)]
+        values = [
+            _with_error(m) + (f" (paper {p:g})" if p else "")
+            for m, p in zip(found, beside, strict=True)
+        ]
         rows.append([pattern_name(cell.pattern) if cell.pattern else "", cell.row, *values])
         for text in quality["texts"].values():
-            compared = [f"{text['kl']:.4f}", f"{100 * text['top1']:.2f} %"] if "kl" in text else ["", ""]
+            compared = (
+                [f"{text['kl']:.4f}", f"{100 * text['top1']:.2f} %"] if "kl" in text else ["", ""]
+            )
             texts.append([*rows[-1][:2], f"{text['perplexity']:.2f}", *compared])
     return [
         "Accuracy (acc) in percent, zero-shot, with its standard error:",
@@ -184,7 +230,14 @@ def _zero_shot(experiment: Experiment, ckpt: str, results: Results) -> list[str]
         *markdown(["zeros", "method", *tasks, "mean"], rows),
         "",
         *markdown(
-            ["zeros", "method", "perplexity", "KL divergence from dense, nats", "same most probable token"], texts
+            [
+                "zeros",
+                "method",
+                "perplexity",
+                "KL divergence from dense, nats",
+                "same most probable token",
+            ],
+            texts,
         ),
     ]
 
@@ -198,7 +251,11 @@ def _by_steps(experiment: Experiment, results: Results) -> list[str]:
     """Perplexity and time in the solver, by row and steps."""
     found = {(cell.row, cell.step, cell.pattern): result for cell, result in results}
     header = ["update", "steps"]
-    header += [f"{pattern_name(p)}: {what}" for p in experiment.patterns for what in ("perplexity", "solver, s")]
+    header += [
+        f"{pattern_name(p)}: {what}"
+        for p in experiment.patterns
+        for what in ("perplexity", "solver, s")
+    ]
     rows = []
     for row, step in dict.fromkeys((row, step) for row, step, pattern in found if pattern):
         line = [row, "" if step is None else str(step)]
@@ -224,7 +281,8 @@ def _durations(results: Results) -> list[str]:
 
 
 def _errors(experiment: Experiment, results: Results) -> list[str]:
-    """Relative errors in percent, rows by patterns: the mean over all linears, then layer by layer."""
+    """Relative errors in percent, rows by patterns: the mean over all linears, then layer by
+    layer."""
     lines = []
     layers = sorted({cell.linear[0] for cell, _ in results})
     for layer in (None, *layers):
@@ -235,11 +293,16 @@ def _errors(experiment: Experiment, results: Results) -> list[str]:
                 values = [
                     result["error"]
                     for cell, result in results
-                    if (cell.row, cell.pattern) == (row, pattern) and layer in (None, cell.linear[0])
+                    if (cell.row, cell.pattern) == (row, pattern)
+                    and layer in (None, cell.linear[0])
                 ]
                 line.append(f"{100 * statistics.mean(values):.3f}")
             rows.append(line)
-        title = f"mean error, %, layers {', '.join(map(str, layers))}" if layer is None else f"layer {layer}"
+        title = (
+            f"mean error, %, layers {', '.join(map(str, layers))}"
+            if layer is None
+            else f"layer {layer}"
+        )
         lines += [*markdown([title, *map(pattern_name, experiment.patterns)], rows), ""]
     return lines
 
@@ -249,11 +312,16 @@ def _percent(error: float) -> str:
 
 
 def _convergence(experiment: Experiment, results: Results) -> list[str]:
-    """Errors in percent by steps, for each linear; and the steps that each update needs for ADMM's error at ten."""
+    """Errors in percent by steps, for each linear; and the steps that each update needs for ADMM's
+    error at ten."""
     shown = [step for step in experiment.steps if step in (1, 2, 5, 10, 20, 50, 100, 200)]
     lines, needed = [], []
     for linear in dict.fromkeys(cell.linear for cell, _ in results):
-        found = {(cell.row, cell.step): result["error"] for cell, result in results if cell.linear == linear}
+        found = {
+            (cell.row, cell.step): result["error"]
+            for cell, result in results
+            if cell.linear == linear
+        }
         rows = []
         for row in experiment.rows:
             if (row, None) in found:

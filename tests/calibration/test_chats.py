@@ -25,7 +25,10 @@ def chat_tokenizer(template: Any = TEMPLATE) -> Any:
 
 
 def talk(number: int, turns: int = 8) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[turn % 2], "content": f"say {number} {turn}"} for turn in range(turns)]
+    return [
+        {"role": ("user", "assistant")[turn % 2], "content": f"say {number} {turn}"}
+        for turn in range(turns)
+    ]
 
 
 def chats(path: Path, count: int = 12, **others: Any) -> str:
@@ -54,7 +57,9 @@ def test_a_text_of_conversations_is_evaluated_on_under_the_template_too(tmp_path
     tokenizer = chat_tokenizer()
     windows = calibration.evaluation_windows(chats(tmp_path / "a.jsonl"), tokenizer, 32, 2)
     text = "".join(f"<{m['role']}>{m['content']}</s>" for m in talk(0) + talk(1))
-    np.testing.assert_array_equal(windows.reshape(-1), tokenizer(text, add_special_tokens=False)["input_ids"][:64])
+    np.testing.assert_array_equal(
+        windows.reshape(-1), tokenizer(text, add_special_tokens=False)["input_ids"][:64]
+    )
 
 
 def test_rows_with_text_are_taken_as_text(tmp_path: Path) -> None:
@@ -63,7 +68,9 @@ def test_rows_with_text_are_taken_as_text(tmp_path: Path) -> None:
     assert "plain text" in tiny.tokenizer().decode(windows.reshape(-1))
 
 
-def test_a_template_writes_the_same_date_every_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_writes_the_same_date_every_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dated = chat_tokenizer("{{ strftime_now('%d %B %Y') }}" + TEMPLATE)
     windows = calibration.calibration_windows(chats(tmp_path / "a.jsonl"), dated, 4, 32)
     text = dated.decode(windows.reshape(-1))
@@ -74,10 +81,18 @@ def test_a_template_writes_the_same_date_every_day(tmp_path: Path, monkeypatch: 
     ("rows", "tokenizer", "said"),
     [
         ([{"messages": talk(0)}], tiny.tokenizer(), "no chat template"),
-        ([{"messages": talk(0)}], chat_tokenizer("{{ raise_exception('no system role') }}"), "no system role"),
+        (
+            [{"messages": talk(0)}],
+            chat_tokenizer("{{ raise_exception('no system role') }}"),
+            "no system role",
+        ),
         ([{"messages": talk(0)}], chat_tokenizer("{% for %}"), "takes no such conversation"),
         ([{"messages": talk(0)}], chat_tokenizer("{{ 1 // 0 }}"), "takes no such conversation"),
-        ([{"messages": talk(0)}], chat_tokenizer("{{ messages + 1 }}"), "takes no such conversation"),
+        (
+            [{"messages": talk(0)}],
+            chat_tokenizer("{{ messages + 1 }}"),
+            "takes no such conversation",
+        ),
         ([{"messages": talk(0)}], chat_tokenizer({"tool_use": TEMPLATE}), "no chat template"),
         ([{"messages": talk(0)}, {"text": "a"}], chat_tokenizer(), "line 2"),
         ([{"messages": talk(0)}, {"messages": []}], chat_tokenizer(), "messages"),
@@ -87,7 +102,9 @@ def test_a_template_writes_the_same_date_every_day(tmp_path: Path, monkeypatch: 
         ([{"text": "a"}, {"messages": talk(0)}], chat_tokenizer(), "line 2"),
     ],
 )
-def test_bad_conversations_are_refused(rows: list[Any], tokenizer: Any, said: str, tmp_path: Path) -> None:
+def test_bad_conversations_are_refused(
+    rows: list[Any], tokenizer: Any, said: str, tmp_path: Path
+) -> None:
     path = tmp_path / "chats.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(InputError) as error:
@@ -100,7 +117,10 @@ def test_a_stream_looks_at_all_conversations_before_the_first(tmp_path: Path) ->
     rows[17]["messages"][0]["role"] = "system"
     path = tmp_path / "chats.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
+    strict = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        + TEMPLATE
+    )
     with pytest.raises(InputError, match="conversation 18: .*no system role"):
         TextStream(str(path), chat_tokenizer(strict), 16, held_out=2)
 
@@ -114,18 +134,26 @@ def test_sources_share_windows_in_proportion(tmp_path: Path) -> None:
     one, other = ids_of(tmp_path / "one.npy", 1), ids_of(tmp_path / "other.npy", 2)
     windows = calibration.calibration_windows(f"{one}:3,{other}:1", None, 16, 16)
     assert [int(window[0]) for window in windows] == [1, 1, 2, 1] * 4
-    assert (calibration.calibration_windows(f"{one},{other}", None, 4, 16)[:, 0] == [1, 2, 1, 2]).all()
+    assert (
+        calibration.calibration_windows(f"{one},{other}", None, 4, 16)[:, 0] == [1, 2, 1, 2]
+    ).all()
     stream = TextStream(f"{one}:3,{other}:1", None, 16, held_out=8)
     assert np.bincount(stream.held_out[:, 0]).tolist() == [0, 6, 2]
     found = np.stack(list(islice(stream.windows(), 100)))
     assert np.bincount(found[:, 0]).tolist() == [0, 75, 25]
     np.testing.assert_array_equal(found[33:], np.stack(list(islice(stream.windows(33), 67))))
-    digests = {stream.digest, TextStream(f"{one}:2,{other}:1", None, 16).digest, TextStream(one, None, 16).digest}
+    digests = {
+        stream.digest,
+        TextStream(f"{one}:2,{other}:1", None, 16).digest,
+        TextStream(one, None, 16).digest,
+    }
     assert len(digests) == 3
 
 
 def test_chats_and_text_mix(tmp_path: Path) -> None:
-    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": "plain words " * 20}) for _ in range(8)))
+    (tmp_path / "text.jsonl").write_text(
+        "\n".join(json.dumps({"text": "plain words " * 20}) for _ in range(8))
+    )
     source = f"{chats(tmp_path / 'chats.jsonl')},{tmp_path / 'text.jsonl'}"
     tokenizer = chat_tokenizer()
     windows = calibration.calibration_windows(source, tokenizer, 4, 32, pack=True)
@@ -139,7 +167,9 @@ def test_a_name_that_exists_is_one_source() -> None:
 
 def test_shares_are_whole_and_near() -> None:
     assert shares({"a": 1, "b": 1, "c": 1}, 16) == {"a": 6, "b": 5, "c": 5}
-    assert shares({"a": 9, "b": 1}, 4) == {"a": 4, "b": 0} and shares({"a": 0.1}, 10**9) == {"a": 10**9}
+    assert shares({"a": 9, "b": 1}, 4) == {"a": 4, "b": 0} and shares({"a": 0.1}, 10**9) == {
+        "a": 10**9
+    }
 
 
 def test_sources_take_turns_in_proportion() -> None:

@@ -1,4 +1,5 @@
-"""Windows of token ids in .npy files: taken as they are, or refused with the place of what is wrong."""
+"""Windows of token ids in .npy files: taken as they are, or refused with the place of what is
+wrong."""
 
 import os
 import re
@@ -14,10 +15,14 @@ from jaxprune import calibration
 from jaxprune.errors import InputError
 
 
-def refused(message: str, path: Path, count: int = 1, length: int = 4, vocab_size: int | None = 100) -> None:
+def refused(
+    message: str, path: Path, count: int = 1, length: int = 4, vocab_size: int | None = 100
+) -> None:
     """Expects the same line of calibration and of evaluation."""
     for windows in (
-        lambda: calibration.calibration_windows(str(path), None, count, length, 0, vocab_size=vocab_size),
+        lambda: calibration.calibration_windows(
+            str(path), None, count, length, 0, vocab_size=vocab_size
+        ),
         lambda: calibration.evaluation_windows(str(path), None, length, vocab_size=vocab_size),
     ):
         with pytest.raises(InputError) as caught:
@@ -33,7 +38,13 @@ def save(path: Path, array: Any) -> Path:
 def test_ids_are_taken_as_they_are(tmp_path: Path) -> None:
     ids = np.arange(60).reshape(6, 10)
     for number, stored in enumerate(
-        [ids, ids.astype(np.uint8), ids.astype(">i2"), ids.astype(np.uint64), np.asfortranarray(ids.astype(np.int32))]
+        [
+            ids,
+            ids.astype(np.uint8),
+            ids.astype(">i2"),
+            ids.astype(np.uint64),
+            np.asfortranarray(ids.astype(np.int32)),
+        ]
     ):
         path = str(save(tmp_path / f"{number}.npy", stored))
         windows = calibration.calibration_windows(path, None, 6, 10, seed=0)
@@ -41,21 +52,33 @@ def test_ids_are_taken_as_they_are(tmp_path: Path) -> None:
         np.testing.assert_array_equal(windows, ids)
         some = calibration.calibration_windows(path, None, 2, 5, seed=0)
         assert all((row == ids[:, :5]).all(axis=1).any() for row in some)
-        np.testing.assert_array_equal(calibration.evaluation_windows(path, None, 8, limit=3), ids[:3, :8])
+        np.testing.assert_array_equal(
+            calibration.evaluation_windows(path, None, 8, limit=3), ids[:3, :8]
+        )
 
 
 @pytest.mark.parametrize(
-    ("dtype", "value"), [("i8", 2**32 + 5), ("i8", 100), ("u8", 2**63 + 1), ("i4", -1), ("i8", -(2**40)), (">u4", 100)]
+    ("dtype", "value"),
+    [("i8", 2**32 + 5), ("i8", 100), ("u8", 2**63 + 1), ("i4", -1), ("i8", -(2**40)), (">u4", 100)],
 )
-def test_the_first_id_outside_the_vocabulary_is_named(dtype: str, value: int, tmp_path: Path) -> None:
+def test_the_first_id_outside_the_vocabulary_is_named(
+    dtype: str, value: int, tmp_path: Path
+) -> None:
     ids = np.full((5, 8), 99, dtype)
     ids[3, 2] = ids[4, 1] = value
-    refused(f"window 3, position 2: .*, found {value}, wanted 0 to 99", save(tmp_path / "ids.npy", ids))
+    refused(
+        f"window 3, position 2: .*, found {value}, wanted 0 to 99", save(tmp_path / "ids.npy", ids)
+    )
     if not 0 <= value < 2**31:
         refused("window 3, position 2", tmp_path / "ids.npy", vocab_size=None)
     ids[3, 2] = ids[4, 1] = 99
     save(tmp_path / "ids.npy", ids)
-    assert calibration.calibration_windows(str(tmp_path / "ids.npy"), None, 5, 8, 0, vocab_size=100).max() == 99
+    assert (
+        calibration.calibration_windows(
+            str(tmp_path / "ids.npy"), None, 5, 8, 0, vocab_size=100
+        ).max()
+        == 99
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,7 +97,9 @@ def test_the_first_id_outside_the_vocabulary_is_named(dtype: str, value: int, tm
         (np.ones((3, 3), int), "its windows have 3 tokens, fewer than 4: pass --seqlen 3"),
     ],
 )
-def test_what_is_no_windows_of_ids_is_refused(array: np.ndarray, message: str, tmp_path: Path) -> None:
+def test_what_is_no_windows_of_ids_is_refused(
+    array: np.ndarray, message: str, tmp_path: Path
+) -> None:
     refused(message, save(tmp_path / "ids.npy", array))
 
 
@@ -87,7 +112,12 @@ def test_too_few_windows(tmp_path: Path) -> None:
 
 def header(text: str, version: tuple[int, int] = (1, 0)) -> bytes:
     content = text.encode("latin1")
-    return b"\x93NUMPY" + bytes(version) + struct.pack("<H" if version == (1, 0) else "<I", len(content)) + content
+    return (
+        b"\x93NUMPY"
+        + bytes(version)
+        + struct.pack("<H" if version == (1, 0) else "<I", len(content))
+        + content
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,7 +127,8 @@ def header(text: str, version: tuple[int, int] = (1, 0)) -> bytes:
         b"nothing",
         header(""),
         header("{'descr': '<i8', 'fortran_order': False, 'shape': (3, 4)}")[:30],
-        header("{'descr': '|O', 'fortran_order': False, 'shape': (3, 4)}") + b"cos\nsystem\n(S'true'\ntR.",
+        header("{'descr': '|O', 'fortran_order': False, 'shape': (3, 4)}")
+        + b"cos\nsystem\n(S'true'\ntR.",
         header("{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000, 1000000000)}"),
         header("{'descr': '<i8', 'fortran_order': False, 'shape': (" + "9" * 5000 + ", 4)}"),
         header("{'descr': '<i8', 'fortran_order': False, 'shape': (-3, -4)}") + bytes(96),
@@ -109,11 +140,14 @@ def header(text: str, version: tuple[int, int] = (1, 0)) -> bytes:
         header("(" * 9000),
         header("(" * 2000 + ")" * 2000),
         header("{'a': '''"),
-        header("{'descr': '<i8', 'fortran_order': False, 'shape': (3, 4)}", (2, 0))[:9] + b"\xff\xff\xff",
+        header("{'descr': '<i8', 'fortran_order': False, 'shape': (3, 4)}", (2, 0))[:9]
+        + b"\xff\xff\xff",
         header("{}", (9, 9)),
     ],
 )
-def test_other_headers_are_refused_before_anything_is_allocated(content: bytes, tmp_path: Path) -> None:
+def test_other_headers_are_refused_before_anything_is_allocated(
+    content: bytes, tmp_path: Path
+) -> None:
     (tmp_path / "ids.npy").write_bytes(content)
     refused("ids.npy: it", tmp_path / "ids.npy")
 
@@ -122,5 +156,10 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.npy")
     (tmp_path / "folder.npy").mkdir()
     (tmp_path / "loop.npy").symlink_to(tmp_path / "loop.npy")
-    for name, message in {"fifo": "a FIFO", "folder": "a folder", "loop": "cannot be read", "none": "missing"}.items():
+    for name, message in {
+        "fifo": "a FIFO",
+        "folder": "a folder",
+        "loop": "cannot be read",
+        "none": "missing",
+    }.items():
         refused(message, tmp_path / f"{name}.npy")

@@ -46,23 +46,30 @@ def test_every_kind_of_file_gives_the_same_windows(name: str, tmp_path: Path) ->
     path = str(write(tmp_path / name))
     windows = calibration.calibration_windows(path, TOKENIZER, 3, 50, seed=0)
     assert windows.dtype == np.int32 and windows.shape == (3, 50)
-    reference = calibration.calibration_windows(str(write(tmp_path / "reference.jsonl")), TOKENIZER, 3, 50, seed=0)
+    reference = calibration.calibration_windows(
+        str(write(tmp_path / "reference.jsonl")), TOKENIZER, 3, 50, seed=0
+    )
     np.testing.assert_array_equal(windows, reference)
     for window in windows:
         assert "cat sat. The cat sat." in TOKENIZER.decode(window)
 
 
 def test_a_text_file_is_one_document(tmp_path: Path) -> None:
-    windows = calibration.calibration_windows(str(write(tmp_path / "a.txt")), TOKENIZER, 1, 50, seed=0)
+    windows = calibration.calibration_windows(
+        str(write(tmp_path / "a.txt")), TOKENIZER, 1, 50, seed=0
+    )
     assert windows.shape == (1, 50)
-    packed = calibration.calibration_windows(str(tmp_path / "a.txt"), TOKENIZER, 4, 50, seed=0, pack=True)
+    packed = calibration.calibration_windows(
+        str(tmp_path / "a.txt"), TOKENIZER, 4, 50, seed=0, pack=True
+    )
     assert packed.shape == (4, 50)
 
 
 def test_windows_depend_on_the_seed_alone(text: Path) -> None:
     for pack in (False, True):
         first, again, other = (
-            calibration.calibration_windows(str(text), TOKENIZER, 8, 64, seed=seed, pack=pack) for seed in (3, 3, 4)
+            calibration.calibration_windows(str(text), TOKENIZER, 8, 64, seed=seed, pack=pack)
+            for seed in (3, 3, 4)
         )
         np.testing.assert_array_equal(first, again)
         assert (first != other).any()
@@ -80,12 +87,19 @@ def test_a_document_gives_one_window_and_short_ones_none(tmp_path: Path) -> None
     lengths = [len(TOKENIZER(t)["input_ids"]) for t in TEXTS]
     enough = sum(length > 100 for length in lengths)
     path = str(write(tmp_path / "a.jsonl"))
-    assert calibration.calibration_windows(path, TOKENIZER, enough, 100, seed=1).shape == (enough, 100)
+    assert calibration.calibration_windows(path, TOKENIZER, enough, 100, seed=1).shape == (
+        enough,
+        100,
+    )
     with refused(
-        f"has {enough} documents longer than 100.*pass --nsamples {enough}, or lower --seqlen, or pass --pack"
+        f"has {enough} documents longer than 100.*pass --nsamples {enough}, or lower --seqlen, or "
+        "pass --pack"
     ):
         calibration.calibration_windows(path, TOKENIZER, enough + 1, 100, seed=1)
-    with refused(f"has {len(TEXTS)} documents, but {10**9} windows are wanted.*lower --nsamples, or pass --pack"):
+    with refused(
+        f"has {len(TEXTS)} documents, but {10**9} windows are wanted.*lower --nsamples, or pass "
+        "--pack"
+    ):
         calibration.calibration_windows(path, TOKENIZER, 10**9, 100, seed=1)
 
 
@@ -102,7 +116,9 @@ def test_evaluation_is_the_whole_text_tokenized_once(tmp_path: Path) -> None:
     ids = TOKENIZER("\n\n".join(TEXTS))["input_ids"]
     windows = calibration.evaluation_windows(path, TOKENIZER, 70)
     np.testing.assert_array_equal(windows.ravel(), ids[: len(ids) // 70 * 70])
-    np.testing.assert_array_equal(calibration.evaluation_windows(path, TOKENIZER, 70, limit=2), windows[:2])
+    np.testing.assert_array_equal(
+        calibration.evaluation_windows(path, TOKENIZER, 70, limit=2), windows[:2]
+    )
     with refused("less than one window: lower --eval-seqlen"):
         calibration.evaluation_windows(path, TOKENIZER, 100_000)
 
@@ -160,4 +176,11 @@ def test_real_c4_and_wikitext(data: Path) -> None:
     assert calibration.calibration_windows(
         str(data / "c4/c4-train-sample.jsonl"), TOKENIZER, 32, 512, seed=0
     ).shape == (32, 512)
-    assert len(calibration.evaluation_windows(str(data / "wikitext2/validation.jsonl"), TOKENIZER, 1024)) > 100
+    assert (
+        len(
+            calibration.evaluation_windows(
+                str(data / "wikitext2/validation.jsonl"), TOKENIZER, 1024
+            )
+        )
+        > 100
+    )

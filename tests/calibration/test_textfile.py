@@ -1,4 +1,5 @@
-"""Text of the user's own: what is no text is one error that names its place, and nothing waits or fills the memory."""
+"""Text of the user's own: what is no text is one error that names its place, and nothing waits or
+fills the memory."""
 
 import bz2
 import gzip
@@ -35,13 +36,25 @@ GOOD = b'{"text": "a cat"}\n'
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.pdf", b"x", "its name says no known kind of text, wanted .jsonl, .json, .parquet, .txt"),
+        (
+            "a.pdf",
+            b"x",
+            "its name says no known kind of text, wanted .jsonl, .json, .parquet, .txt",
+        ),
         ("a.jsonl", b"", "it holds no text"),
         ("a.jsonl", b"\n\r\n  \n", "it holds no text"),
         ("a.jsonl", b'{"text": ""}\n', "it holds no text"),
         ("a.jsonl", GOOD + b'\n{"words": "x"}', r"line 3\.text: an entry is missing"),
-        ("a.jsonl", b'{"conversations": []}', "its first row has neither text nor messages, wanted rows as"),
-        ("a.jsonl", GOOD + b'{"text": null}', r"line 2\.text: an entry cannot be used, found None, wanted a valid"),
+        (
+            "a.jsonl",
+            b'{"conversations": []}',
+            "its first row has neither text nor messages, wanted rows as",
+        ),
+        (
+            "a.jsonl",
+            GOOD + b'{"text": null}',
+            r"line 2\.text: an entry cannot be used, found None, wanted a valid",
+        ),
         ("a.jsonl", GOOD + b'{"text": 5}', r"line 2\.text: .*found 5"),
         ("a.jsonl", GOOD + b'{"text": ["a"]}', r"line 2\.text: .*found \['a'\]"),
         ("a.jsonl", GOOD + b'{"text": NaN}', r"line 2\.text: .*found nan"),
@@ -51,7 +64,11 @@ GOOD = b'{"text": "a cat"}\n'
         ("a.jsonl", GOOD + b'{"text": "\\ud800"}', "line 2: it is not valid JSON"),
         ("a.jsonl", GOOD + b'{"text": "\xff"}', "line 2: it is not valid JSON"),
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "line 1: it is not valid JSON"),
-        ("a.json", b'[{"text": "a"}, {"text": null}]', r"1\.text: an entry cannot be used, found None"),
+        (
+            "a.json",
+            b'[{"text": "a"}, {"text": null}]',
+            r"1\.text: an entry cannot be used, found None",
+        ),
         ("a.json", b'[{"text": "a"},', "it is not valid JSON"),
         ("a.json", b"[]", "it holds no text"),
         ("a.txt", b"", "it holds no text"),
@@ -64,12 +81,18 @@ GOOD = b'{"text": "a cat"}\n'
         ("a.jsonl.bz2", bz2.compress(GOOD)[:-12], "it cannot be unpacked or read"),
         ("a.jsonl.xz", lzma.compress(GOOD)[:-12], "it cannot be unpacked or read"),
         ("a.jsonl.zst", b"not packed", "it cannot be unpacked or read"),
-        ("a.jsonl.zst", zstd.compress(GOOD) + zstd.compress(GOOD)[:-5], "it cannot be unpacked or read"),
+        (
+            "a.jsonl.zst",
+            zstd.compress(GOOD) + zstd.compress(GOOD)[:-5],
+            "it cannot be unpacked or read",
+        ),
         ("a.txt.zst", zstd.compress(GOOD)[:-5], "it cannot be unpacked or read"),
         ("a.parquet.gz", gzip.compress(b"PAR1", mtime=0), "it is no .parquet file, or damaged"),
     ],
 )
-def test_what_is_no_text_is_one_line(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+def test_what_is_no_text_is_one_line(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_bytes(content)
     refused(f"{re.escape(name)}: .*{message}" if message[0] != "i" else message, tmp_path / name)
 
@@ -99,7 +122,9 @@ def test_a_later_file_without_text_says_what_it_has(tmp_path: Path) -> None:
     refused(r"1\.parquet: text: a column is missing, found \['words'\]", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["a[1].jsonl", "*.jsonl", "a?{b}.jsonl", "a::b.jsonl", "x%20 $HOME.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["a[1].jsonl", "*.jsonl", "a?{b}.jsonl", "a::b.jsonl", "x%20 $HOME.jsonl"]
+)
 def test_a_name_is_taken_literally(name: str, tmp_path: Path) -> None:
     (tmp_path / "a1.jsonl").write_bytes(b'{"text": "another"}\n')
     (tmp_path / name).write_bytes(GOOD)
@@ -115,7 +140,9 @@ def test_marks_and_line_ends_of_other_systems(tmp_path: Path) -> None:
     assert list(textfile.documents(tmp_path / "a.jsonl", "train")) == ["a\r\nb", "c"]
     (tmp_path / "a.txt").write_bytes("\ufeffa\r\nb\rc".encode())
     assert list(textfile.documents(tmp_path / "a.txt", "train")) == ["a\nb\nc"]
-    (tmp_path / "a.json").write_text(json.dumps([{"text": "a"}, {"text": "b", "score": None}], indent=1))
+    (tmp_path / "a.json").write_text(
+        json.dumps([{"text": "a"}, {"text": "b", "score": None}], indent=1)
+    )
     assert list(textfile.documents(tmp_path / "a.json", "train")) == ["a", "b"]
     (tmp_path / "b.json").write_text('\n\n[{"text": "a"},\n{"text": "b"}]')
     assert list(textfile.documents(tmp_path / "b.json", "train")) == ["a", "b"]
@@ -127,18 +154,26 @@ def test_packed_files(pack: Any, tmp_path: Path) -> None:
     (tmp_path / f"a.jsonl.{suffix}").write_bytes(pack.compress(GOOD * 3) + pack.compress(GOOD))
     assert list(textfile.documents(tmp_path / f"a.jsonl.{suffix}", "train")) == ["a cat"] * 4
     parquet.write_table(pyarrow.table({"text": ["a", "b"]}), tmp_path / "a.parquet")
-    (tmp_path / f"a.parquet.{suffix}").write_bytes(pack.compress((tmp_path / "a.parquet").read_bytes()))
+    (tmp_path / f"a.parquet.{suffix}").write_bytes(
+        pack.compress((tmp_path / "a.parquet").read_bytes())
+    )
     assert list(textfile.documents(tmp_path / f"a.parquet.{suffix}", "train")) == ["a", "b"]
 
 
-def test_what_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_unpacks_to_too_much_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_documents, "DOCUMENT_BYTES", 2**20)
     monkeypatch.setattr(_documents, "UNPACKED_BYTES", 2**22)
     monkeypatch.setattr(_documents, "IN_MEMORY", 2**20)
     for name, content, message in (
         ("a.jsonl.gz", bytes(2**21), "line 1: a line is too long, wanted at most 1048576 bytes"),
         ("b.jsonl.gz", GOOD * 2**18, "it is too large once unpacked, wanted at most 4194304 bytes"),
-        ("a.txt.gz", b"a" * 2**21, "it is too large to be read whole, wanted at most 1048576 bytes"),
+        (
+            "a.txt.gz",
+            b"a" * 2**21,
+            "it is too large to be read whole, wanted at most 1048576 bytes",
+        ),
         ("a.json.gz", b"[\n" + b" " * 2**21, "it is too large to be read whole"),
         ("a.parquet.gz", bytes(2**23), "it is too large once unpacked"),
     ):
@@ -153,7 +188,13 @@ def test_documents_come_back_from_the_disk(monkeypatch: pytest.MonkeyPatch) -> N
     for most in (2**20, 100):
         monkeypatch.setattr(_documents, "IN_MEMORY", most)
         kept = Documents(texts)
-        assert (len(kept), list(kept), kept[3], kept[-2], kept[1:5]) == (80, texts, "🙂", "東京" * 100, texts[1:5])
+        assert (len(kept), list(kept), kept[3], kept[-2], kept[1:5]) == (
+            80,
+            texts,
+            "🙂",
+            "東京" * 100,
+            texts[1:5],
+        )
         with pytest.raises(IndexError):
             kept[80]
 

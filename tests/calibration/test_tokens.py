@@ -1,4 +1,5 @@
-"""Long texts in pieces: the ids of the whole, whatever the tokenizer, and memory that does not grow with the text."""
+"""Long texts in pieces: the ids of the whole, whatever the tokenizer, and memory that does not grow
+with the text."""
 
 import json
 import random
@@ -8,7 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from convert import CheckpointError, open_checkpoint
@@ -41,7 +50,10 @@ def text(generator: random.Random, words: int) -> str:
     """Words of many scripts, more or less apart, with long runs now and then."""
     parts = []
     for _ in range(words):
-        parts += [generator.choice(WORDS), generator.choice(SPACES) if generator.random() < 0.9 else ""]
+        parts += [
+            generator.choice(WORDS),
+            generator.choice(SPACES) if generator.random() < 0.9 else "",
+        ]
         if generator.random() < 0.002:
             parts.append(generator.choice([" ", "a", "ab", "\n", "."]) * generator.randint(1, 3000))
     return "".join(parts)
@@ -49,19 +61,27 @@ def text(generator: random.Random, words: int) -> str:
 
 def wrapped(made: Tokenizer) -> PreTrainedTokenizerFast:
     """With tokens around a text, as LLaMA's."""
-    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def llama() -> PreTrainedTokenizerFast:
-    """As LLaMA's first: BPE over the whole text, spaces as ▁ and one before it, bytes for what is unknown."""
+    """As LLaMA's first: BPE over the whole text, spaces as ▁ and one before it, bytes for what is
+    unknown."""
     made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    made.pre_tokenizer = pre_tokenizers.Metaspace()  # for the training only, as merges within words are learnt
+    # for the training only, as merges within words are learnt
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
     made.train_from_iterator(tiny.sentences(random.Random(0), 500), trainer)
     made.pre_tokenizer = None
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     return wrapped(made)
 
 
@@ -72,7 +92,10 @@ def unigram() -> PreTrainedTokenizerFast:
     made.pre_tokenizer = pre_tokenizers.Metaspace()
     made.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
-        vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
+        vocab_size=200,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        unk_token="<unk>",
+        show_progress=False,
     )
     made.train_from_iterator(tiny.sentences(random.Random(0), 500), trainer)
     return wrapped(made)
@@ -97,7 +120,9 @@ def test_pieces_give_the_ids_of_the_whole(make: Any, monkeypatch: pytest.MonkeyP
         pieces = list(_tokens.in_pieces(tokenizer, fragments, special=bool(number % 2)))
         assert len(pieces) > 1
         np.testing.assert_array_equal(np.concatenate(pieces), whole)
-        np.testing.assert_array_equal(_tokens.token_ids(tokenizer, content, special=bool(number % 2)), whole)
+        np.testing.assert_array_equal(
+            _tokens.token_ids(tokenizer, content, special=bool(number % 2)), whole
+        )
 
 
 def test_where_nothing_can_be_cut_the_piece_grows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,13 +130,19 @@ def test_where_nothing_can_be_cut_the_piece_grows(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(_tokens, "PIECE", 512)
     tokenizer = tiny.tokenizer()
     content = "a cat " * 200 + "a" * 5000 + " the cat" * 200
-    np.testing.assert_array_equal(_tokens.token_ids(tokenizer, content), tokenizer(content)["input_ids"])
+    np.testing.assert_array_equal(
+        _tokens.token_ids(tokenizer, content), tokenizer(content)["input_ids"]
+    )
     monkeypatch.setattr(_tokens, "LONGEST", 2048)
-    with pytest.raises(InputError, match="no white space at which it can be cut, wanted at most 2048 characters"):
+    with pytest.raises(
+        InputError, match="no white space at which it can be cut, wanted at most 2048 characters"
+    ):
         _tokens.token_ids(tokenizer, content)
 
 
-def test_a_tokenizer_that_does_not_say_where_tokens_lie_gets_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_that_does_not_say_where_tokens_lie_gets_the_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Slow:
         def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
             return {"input_ids": [ord(c) for c in text]}
@@ -125,23 +156,35 @@ def test_a_tokenizer_that_does_not_say_where_tokens_lie_gets_the_whole(monkeypat
 
 @pytest.fixture
 def panicking(tmp_path: Path) -> Path:
-    """A checkpoint whose tokenizer panics at many a and a b: its regular expression tries all ways to divide them."""
+    """A checkpoint whose tokenizer panics at many a and a b: its regular expression tries all ways
+    to divide them."""
     folder = tiny.save(tmp_path / "panicking", tiny.config())
     content = json.loads((folder / "tokenizer.json").read_text())
-    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
-    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, content["pre_tokenizer"]]}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": "(a+)+$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    content["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [split, content["pre_tokenizer"]],
+    }
     (folder / "tokenizer.json").write_text(json.dumps(content))
     return folder
 
 
 PANIC = (
-    "panicking: its tokenizer fails at a text that begins with 'the cat a{32}' \\(Onig: .*retry-limit-in-match "
+    "panicking: its tokenizer fails at a text that begins with 'the cat a{32}' \\(Onig: "
+    ".*retry-limit-in-match "
     "over\\): take the tokenizer files that the model's authors publish, or leave that text out"
 )
 
 
 @pytest.mark.parametrize("size", [_tokens.PIECE, 20])
-def test_a_panic_of_a_tokenizer_is_an_error(size: int, panicking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_panic_of_a_tokenizer_is_an_error(
+    size: int, panicking: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_tokens, "PIECE", size)
     tokenizer = load_tokenizer(panicking)
     assert len(_tokens.token_ids(tokenizer, "the cat"))
@@ -149,10 +192,22 @@ def test_a_panic_of_a_tokenizer_is_an_error(size: int, panicking: Path, monkeypa
         _tokens.token_ids(tokenizer, "the cat " + "a" * 60 + "b")
 
 
-def test_a_panic_of_a_tokenizer_is_one_line(panicking: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_panic_of_a_tokenizer_is_one_line(
+    panicking: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("the cat " + "a" * 60 + "b")
-    options = ["--nsamples", "1", "--seqlen", "16", "--pack", "--eval", "none", "--out", str(tmp_path / "out")]
+    options = [
+        "--nsamples",
+        "1",
+        "--seqlen",
+        "16",
+        "--pack",
+        "--eval",
+        "none",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main(["--ckpt", str(panicking), "--calib", str(prompts), *options]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.fullmatch(f"error: {re.escape(str(tmp_path))}/{PANIC}", line), line
@@ -160,7 +215,9 @@ def test_a_panic_of_a_tokenizer_is_one_line(panicking: Path, tmp_path: Path, cap
         Prompts(prompts).ids(load(panicking), 4)
 
 
-def test_a_stop_while_a_text_is_tokenized_is_none(panicking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_while_a_text_is_tokenized_is_none(
+    panicking: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(*texts: object, **options: object) -> None:
         raise KeyboardInterrupt
 

@@ -38,11 +38,16 @@ def test_defaults_are_the_papers() -> None:
 
 def test_every_flag_arrives() -> None:
     config, recipe = parse(
-        "--ckpt x/y --out o --overwrite --save-masks m --method admm --sparsity 0.7 --pattern per-output "
-        "--calib wikitext2 --nsamples 3 --seqlen 9 --pack --seed 5 --eval ppl,zero-shot --eval-text c4,t "
-        "--eval-seqlen 8 --eval-windows 2 --tasks boolq,rte --limit 4 --tasks-data d --backend torch "
-        "--dtype bfloat16 --device cpu --schedule constant --iterations 30 --selections 4 --damping 0.2 --rho 2.5 "
-        "--linear-solve cholesky --finish-steps 7 --token-power 0.25 --asymmetry 0.5 --tune-epochs 3 --tune-rate 0.01 "
+        "--ckpt x/y --out o --overwrite --save-masks m --method admm --sparsity 0.7 --pattern "
+        "per-output "
+        "--calib wikitext2 --nsamples 3 --seqlen 9 --pack --seed 5 --eval ppl,zero-shot "
+        "--eval-text c4,t "
+        "--eval-seqlen 8 --eval-windows 2 --tasks boolq,rte --limit 4 --tasks-data d --backend "
+        "torch "
+        "--dtype bfloat16 --device cpu --schedule constant --iterations 30 --selections 4 "
+        "--damping 0.2 --rho 2.5 "
+        "--linear-solve cholesky --finish-steps 7 --token-power 0.25 --asymmetry 0.5 --tune-epochs "
+        "3 --tune-rate 0.01 "
         "--tune-windows 5 --tune-pieces 6 --tune-zeros 0.7 --quantize q4_0".split()
     )
     assert recipe.importance == Importance(token_power=0.25) and recipe.asymmetry == 0.5
@@ -53,9 +58,10 @@ def test_every_flag_arrives() -> None:
     assert recipe.method == Finished(ADMM("constant", 30, 4, 0.2, 2.5, "cholesky"), Exact(steps=7))
     assert recipe.pattern == Unstructured(0.7, per_output=True)
     assert config == Config(
-        ckpt="x/y", out="o", overwrite=True, save_masks="m", calib="wikitext2", nsamples=3, seqlen=9, pack=True, seed=5,
-        eval="ppl,zero-shot", eval_text="c4,t", eval_seqlen=8, eval_windows=2, tasks="boolq,rte", limit=4,
-        tasks_data="d", backend="torch", dtype="bfloat16", device="cpu",
+        ckpt="x/y", out="o", overwrite=True, save_masks="m", calib="wikitext2",
+        nsamples=3, seqlen=9, pack=True, seed=5, eval="ppl,zero-shot", eval_text="c4,t",
+        eval_seqlen=8, eval_windows=2, tasks="boolq,rte", limit=4, tasks_data="d",
+        backend="torch", dtype="bfloat16", device="cpu",
     )  # fmt: skip
 
 
@@ -69,7 +75,11 @@ def test_methods_are_chosen_and_crossed() -> None:
     assert method("--mask wanda --update wanda") == Wanda()
     assert method("--method magnitude") == Magnitude()
     assert method("--mask wanda --iterations 25") == Crossed(Wanda(), ADMM(iterations=25))
-    assert method("--mask wanda --update admm") == method("--method wanda --update admm") == Crossed(Wanda(), ADMM())
+    assert (
+        method("--mask wanda --update admm")
+        == method("--method wanda --update admm")
+        == Crossed(Wanda(), ADMM())
+    )
     assert method("--mask sparsegpt --update exact") == Crossed(SparseGPT(), Exact())
     assert method("--update exact") == Crossed(ADMM(), Exact())
     assert method("--method exact --steps 3") == Exact(steps=3)
@@ -83,10 +93,12 @@ def test_options_that_both_methods_have_are_told_apart() -> None:
     crossed = method("--mask sparsegpt --update admm --mask-damping 0.3 --update-damping 0.4")
     assert crossed == Crossed(SparseGPT(damping=0.3), ADMM(damping=0.4))
     # Wanda's selection, which the gradient method takes, knows no damping: there is one only.
-    assert method("--mask gradient --update admm --damping 0.4") == Crossed(Gradient(), ADMM(damping=0.4))
-    assert method("--mask alps --update sparsegpt --iterations 9 --block 64 --mask-damping 0.02") == Crossed(
-        ALPS(iterations=9, damping=0.02), SparseGPT(block=64)
+    assert method("--mask gradient --update admm --damping 0.4") == Crossed(
+        Gradient(), ADMM(damping=0.4)
     )
+    assert method(
+        "--mask alps --update sparsegpt --iterations 9 --block 64 --mask-damping 0.02"
+    ) == Crossed(ALPS(iterations=9, damping=0.02), SparseGPT(block=64))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -95,12 +107,19 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
         return parse(f"--ckpt x --preset {preset} {line}".split())[1]
 
     made = recipe("--sparsity 0.7")
-    assert made.importance.spread == PRESETS[preset].importance.spread == 0.3 and made.importance.weigh_outputs
+    assert (
+        made.importance.spread == PRESETS[preset].importance.spread == 0.3
+        and made.importance.weigh_outputs
+    )
     assert made.tuning == PRESETS[preset].tuning
     assert made == PRESETS[preset].at(sparsity=0.7) == PRESETS[preset].at(0.7)
     with pytest.raises(InputError, match="one sparsity is enough"):
         PRESETS[preset].at(0.7, 0.5)
-    assert Recipe(pattern=NM(2, 4)).at() == Recipe(pattern=NM(2, 4)).at(0.5) == Recipe(pattern=NM(2, 4))
+    assert (
+        Recipe(pattern=NM(2, 4)).at()
+        == Recipe(pattern=NM(2, 4)).at(0.5)
+        == Recipe(pattern=NM(2, 4))
+    )
     with pytest.raises(InputError, match="one sparsity is enough: 50 % and 0.7 are given"):
         PRESETS[preset].at(Unstructured(0.5), sparsity=0.7)
     assert PRESETS[preset].at(NM(2, 4), sparsity=0.5) == PRESETS[preset].at("2:4", sparsity=0.5)
@@ -112,27 +131,40 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
     assert (made.pattern_text, made.slug) == ("70 % in total", f"{preset}-70")
     assert made.method_text.startswith(f"{preset}: admm, ")
     # A quarter of 20 %, which floats make 4.999999999999999 %.
-    assert (", the last 5 % of the weights go meanwhile" in made.method_text) == (made.tuning.tune_zeros > 0)
+    assert (", the last 5 % of the weights go meanwhile" in made.method_text) == (
+        made.tuning.tune_zeros > 0
+    )
     assert recipe("--tune-epochs 7 --spread 0.05").tuning.tune_epochs == 7
     assert recipe("--tune-epochs 7 --spread 0.05").importance.spread == 0.05
     assert not recipe("--no-weigh-outputs").importance.weigh_outputs
     # N:M has all its zeros from the solves.
-    for line, target, late in (("--uniform", "50 %", made.tuning.tune_zeros), ("--pattern 2:4", "2:4", 0.0)):
+    for line, target, late in (
+        ("--uniform", "50 %", made.tuning.tune_zeros),
+        ("--pattern 2:4", "2:4", 0.0),
+    ):
         fixed = recipe(line)
         assert (fixed.importance.spread, fixed.pattern_text) == (0.0, target)
-        assert fixed.importance.weigh_outputs and fixed.tuning == dataclasses.replace(made.tuning, tune_zeros=late)
+        assert fixed.importance.weigh_outputs and fixed.tuning == dataclasses.replace(
+            made.tuning, tune_zeros=late
+        )
     assert fixed == made.at("2:4")
     own, other = ("tokens", "epochs") if made.tuning.tune_tokens else ("epochs", "tokens")
     assert recipe(f"--tune-{own} 0").tuning == Tuning()
-    with pytest.raises(InputError, match=f"the tuning of --preset {preset} has no {other}") as error:
+    with pytest.raises(
+        InputError, match=f"the tuning of --preset {preset} has no {other}"
+    ) as error:
         recipe(f"--tune-{other} 0")
     assert error.value.options == {f"tune_{own}": 0, f"tune_{other}": Change.OMIT}
     assert recipe("--tune-tokens 0 --tune-epochs 0").tuning == Tuning()
     pieces, late = made.tuning.tune_pieces, made.tuning.tune_zeros
-    assert recipe("--tune-tokens 250k").tuning == Tuning(tune_tokens=250_000, tune_pieces=pieces, tune_zeros=late)
+    assert recipe("--tune-tokens 250k").tuning == Tuning(
+        tune_tokens=250_000, tune_pieces=pieces, tune_zeros=late
+    )
     assert (f"windows in {pieces} pieces" in made.method_text) == (pieces > 1)
     for count in (1, 3):
-        assert recipe(f"--tune-pieces {count}").tuning == dataclasses.replace(made.tuning, tune_pieces=count)
+        assert recipe(f"--tune-pieces {count}").tuning == dataclasses.replace(
+            made.tuning, tune_pieces=count
+        )
     # Given masks have all their zeros.
     assert recipe("--mask from-file:m").tuning == dataclasses.replace(made.tuning, tune_zeros=0.0)
     # No reverse pass where nothing would come of it.
@@ -140,7 +172,10 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
     assert not recipe("--mask from-file:m").importance.measured
     assert recipe("--uniform").slug == f"{preset}-uniform-50"
     assert recipe("--quantize q4_0").slug == f"{preset}-50-q4_0"
-    assert recipe("--rule *=0.7").slug == f"{preset}-70" and recipe("--rule *=2:4").slug == f"{preset}-2of4"
+    assert (
+        recipe("--rule *=0.7").slug == f"{preset}-70"
+        and recipe("--rule *=2:4").slug == f"{preset}-2of4"
+    )
     assert recipe("--rule *=0.7 --skip *.mlp.*").slug == f"{preset}-rules"
     assert recipe("--rule *.mlp.*=0.7 --skip * --quantize q4_0").slug == "dense-q4_0"
     assert recipe("--drop-experts 0.25 --skip *").slug == "experts-without-25"
@@ -164,7 +199,9 @@ def test_a_method_compares_scores_as_it_was_published() -> None:
     def pattern(line: str) -> object:
         return parse(f"--ckpt x {line}".split())[1].pattern
 
-    assert pattern("--method wanda") == pattern("--mask wanda") == Unstructured(0.5, per_output=True)
+    assert (
+        pattern("--method wanda") == pattern("--mask wanda") == Unstructured(0.5, per_output=True)
+    )
     assert pattern("--method wanda --pattern unstructured") == Unstructured(0.5)
     assert pattern("--method sparsegpt") == pattern("--method alps") == Unstructured(0.5)
     assert pattern("--pattern 2:4 --sparsity 0.5") == NM(2, 4)
@@ -185,8 +222,14 @@ def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
         ("--ckpt x --nsamples 0", "--nsamples must be at least 1"),
         ("--ckpt x --eval-windows -3", "--eval-windows must be at least 1"),
         ("--ckpt x --eval zero-shot --limit 0", "--limit must be at least 1"),
-        ("--ckpt x --eval boolq", "--eval takes ppl, samples, zero-shot or none, not 'boolq'; tasks go to --tasks"),
-        ("--ckpt x --tasks boolq", "--tasks is for --eval zero-shot, but --eval is ppl: pass --eval ppl,zero-shot"),
+        (
+            "--ckpt x --eval boolq",
+            "--eval takes ppl, samples, zero-shot or none, not 'boolq'; tasks go to --tasks",
+        ),
+        (
+            "--ckpt x --tasks boolq",
+            "--tasks is for --eval zero-shot, but --eval is ppl: pass --eval ppl,zero-shot",
+        ),
         ("--ckpt x --eval none --eval-text c4", "--eval-text is for --eval ppl"),
         ("--ckpt x --iterations 0", "iterations must be at least 1"),
         ("--ckpt x --pattern 2:4 --sparsity 0.7", "2:4 has a sparsity of 0.5, not 0.7"),
@@ -200,7 +243,10 @@ def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
         ("--ckpt x --method sparsegpt --block 0", "block must be at least 1"),
         ("--ckpt x --method sparsegpt --damping 0", "damping must be finite and positive"),
         ("--ckpt x --method alps --rho 0", "rho and damping must be finite and positive"),
-        ("--ckpt x --method gradient --learning-rate 0", "learning_rate must be finite and positive"),
+        (
+            "--ckpt x --method gradient --learning-rate 0",
+            "learning_rate must be finite and positive",
+        ),
         ("--ckpt x --method exact --steps 0", "steps must be at least 1"),
         ("--ckpt x --spread 1", "spread must be at least 0 and below 1"),
         ("--ckpt x --sensitivity-windows 0", "sensitivity_windows must be at least 1"),
@@ -209,24 +255,60 @@ def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
             "tokens can be weighed only by the gradients of all windows",
         ),
         ("--ckpt x --token-power -1", "token_power must be finite and not negative"),
-        ("--ckpt x --pattern 2:4 --spread 0.1", "2:4 is the same for every linear layer: leave --spread out"),
-        ("--ckpt x --preset fast --pattern per-output --spread 0.1", "compare within each output only: leave --spread"),
-        ("--ckpt x --method wanda --weigh-outputs", "compare within each output only: leave --weigh-outputs out"),
+        (
+            "--ckpt x --pattern 2:4 --spread 0.1",
+            "2:4 is the same for every linear layer: leave --spread out",
+        ),
+        (
+            "--ckpt x --preset fast --pattern per-output --spread 0.1",
+            "compare within each output only: leave --spread",
+        ),
+        (
+            "--ckpt x --method wanda --weigh-outputs",
+            "compare within each output only: leave --weigh-outputs out",
+        ),
         ("--ckpt x --uniform", "--uniform does nothing by itself: pass --preset"),
         ("--ckpt x --sensitivity-windows 4", "--sensitivity-windows does nothing by itself"),
-        ("--ckpt x --tune-rate 0.1", "--tune-rate does nothing by itself: pass --tune-epochs or --tune-tokens"),
+        (
+            "--ckpt x --tune-rate 0.1",
+            "--tune-rate does nothing by itself: pass --tune-epochs or --tune-tokens",
+        ),
         ("--ckpt x --preset fast --uniform --spread 0.1", "--uniform wants one sparsity"),
-        ("--ckpt x --preset thorough --pattern 2:4 --tune-zeros 0.1", "from the solves: leave --tune-zeros out"),
-        ("--ckpt x --tune-epochs 1 --mask from-file:m --tune-zeros 0.1", "weights stay: leave --tune-zeros out"),
-        ("--ckpt x --mask from-file:m --spread 0.1", "decide which weights stay: leave --spread out"),
+        (
+            "--ckpt x --preset thorough --pattern 2:4 --tune-zeros 0.1",
+            "from the solves: leave --tune-zeros out",
+        ),
+        (
+            "--ckpt x --tune-epochs 1 --mask from-file:m --tune-zeros 0.1",
+            "weights stay: leave --tune-zeros out",
+        ),
+        (
+            "--ckpt x --mask from-file:m --spread 0.1",
+            "decide which weights stay: leave --spread out",
+        ),
         ("--ckpt x --asymmetry 1.5", "asymmetry must lie between 0 and 1"),
-        ("--ckpt x --tune-zeros 0.5", "--tune-zeros does nothing by itself: pass --tune-epochs or --tune-tokens"),
-        ("--ckpt x --tune-tokens 1k --tune-zeros 1.5", "tune_zeros must be at least 0 and at most 1, not 1.5"),
+        (
+            "--ckpt x --tune-zeros 0.5",
+            "--tune-zeros does nothing by itself: pass --tune-epochs or --tune-tokens",
+        ),
+        (
+            "--ckpt x --tune-tokens 1k --tune-zeros 1.5",
+            "tune_zeros must be at least 0 and at most 1, not 1.5",
+        ),
         ("--ckpt x --tune-epochs -1", "tune_epochs must be finite and not negative"),
         ("--ckpt x --tune-tokens -1", "tune_tokens must not be negative"),
-        ("--ckpt x --tune-tokens 1M --tune-epochs 1", "the calibration windows or tokens of a text, not both"),
-        ("--ckpt x --tune-epochs 1 --tune-to-end", "--tune-to-end does nothing by itself: pass --tune-tokens"),
-        ("--ckpt x --preset best --tune-text own.jsonl", "--tune-text does nothing by itself: pass --tune-tokens"),
+        (
+            "--ckpt x --tune-tokens 1M --tune-epochs 1",
+            "the calibration windows or tokens of a text, not both",
+        ),
+        (
+            "--ckpt x --tune-epochs 1 --tune-to-end",
+            "--tune-to-end does nothing by itself: pass --tune-tokens",
+        ),
+        (
+            "--ckpt x --preset best --tune-text own.jsonl",
+            "--tune-text does nothing by itself: pass --tune-tokens",
+        ),
         ("--ckpt x --seed -1", "--seed must be at least 0, not -1"),
         ("--ckpt x --seqlen 1", "--seqlen must be at least 2"),
         ("--ckpt x --eval-seqlen 1", "--eval-seqlen must be at least 2"),
@@ -234,15 +316,33 @@ def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
         ("--ckpt x --devices 1000000", "--devices must be at most 256, not 1000000"),
         ("--ckpt x --device-memory 0", "--device-memory must be a positive number of GiB, not 0.0"),
         ("--ckpt x --device-memory -3", "--device-memory must be a positive number of GiB"),
-        ("--ckpt x --coordinator h:1 --processes 2 --process-id 2", "--process-id must be below --processes, 2, not 2"),
-        ("--ckpt x --coordinator h:1 --processes 2 --process-id -1", "--process-id must be at least 0"),
-        ("--ckpt x --coordinator h:1 --processes 0 --process-id 0", "--processes must be at least 1"),
-        ("--ckpt x --coordinator h:70000 --processes 2 --process-id 0", "takes a port from 1 to 65534, not 70000"),
+        (
+            "--ckpt x --coordinator h:1 --processes 2 --process-id 2",
+            "--process-id must be below --processes, 2, not 2",
+        ),
+        (
+            "--ckpt x --coordinator h:1 --processes 2 --process-id -1",
+            "--process-id must be at least 0",
+        ),
+        (
+            "--ckpt x --coordinator h:1 --processes 0 --process-id 0",
+            "--processes must be at least 1",
+        ),
+        (
+            "--ckpt x --coordinator h:70000 --processes 2 --process-id 0",
+            "takes a port from 1 to 65534, not 70000",
+        ),
         ("--ckpt x --coordinator h:0 --processes 2 --process-id 0", "takes a port from 1 to 65534"),
-        ("--ckpt x --coordinator h --processes 2 --process-id 0", "takes HOST:PORT or auto, not 'h'"),
+        (
+            "--ckpt x --coordinator h --processes 2 --process-id 0",
+            "takes HOST:PORT or auto, not 'h'",
+        ),
         ("--ckpt x --coordinator :1 --processes 2 --process-id 0", "takes HOST:PORT or auto"),
         ("--ckpt x --coordinator a/b:1 --processes 2 --process-id 0", "takes HOST:PORT or auto"),
-        ("--ckpt x --coordinator h:1", "--coordinator HOST:PORT, --processes and --process-id go together"),
+        (
+            "--ckpt x --coordinator h:1",
+            "--coordinator HOST:PORT, --processes and --process-id go together",
+        ),
     ],
 )
 def test_impossible_values_are_one_error(line: str, message: str) -> None:
@@ -279,7 +379,9 @@ def test_impossible_values_are_one_error(line: str, message: str) -> None:
         "--ckpt x --device-memory inf",
     ],
 )
-def test_unknown_flags_and_values_are_errors_of_the_users(line: str, capsys: pytest.CaptureFixture) -> None:
+def test_unknown_flags_and_values_are_errors_of_the_users(
+    line: str, capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(UserError):
         parse(line.split())
     assert main(line.split()) == 2

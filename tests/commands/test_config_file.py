@@ -28,7 +28,8 @@ RECIPES = [
     "--sparsity 0.6",
     "--pattern per-output --method wanda",
     "--pattern 2:4 --method alps",
-    "--schedule constant --iterations 7 --selections 3 --damping 0.2 --rho 2.5 --linear-solve cholesky",
+    "--schedule constant --iterations 7 --selections 3 --damping 0.2 --rho 2.5 --linear-solve "
+    "cholesky",
     "--mask wanda --update exact",
     "--mask sparsegpt --update admm --mask-damping 0.02 --iterations 5",
     "--method sparsegpt --finish-steps 5",
@@ -43,7 +44,8 @@ RECIPES = [
     "--preset thorough --mask from-file:m",
     "--preset best --tune-tokens 1M --tune-windows 2 --tune-to-end --tune-text own.jsonl",
     "--token-power 0.5 --spread 0.2 --asymmetry 0.3",
-    "--preset best --sparsity 0.3 --skip layers.0.* --skip *.o_proj --rule *.q_proj=0.75 --rule layers.1.*=2:4",
+    "--preset best --sparsity 0.3 --skip layers.0.* --skip *.o_proj --rule *.q_proj=0.75 --rule "
+    "layers.1.*=2:4",
     "--method wanda --rule *.q_proj=0.75",
     "--preset fast --quantize q5_0",
     "--preset fast --tune-pieces 2 --drop-experts 0.25 --route-all",
@@ -72,7 +74,9 @@ def test_every_option_of_a_recipe_is_among_them() -> None:
                 yield from every(value)
 
     recipes = [parse(["--ckpt", "model", *flags.split()])[1] for flags in RECIPES]
-    assert {*every(Recipe())} == {which for recipe in recipes for which in changed(recipe, Recipe())}
+    assert {*every(Recipe())} == {
+        which for recipe in recipes for which in changed(recipe, Recipe())
+    }
 
 
 @pytest.mark.parametrize("name", ["2of4", "best", "given", "per-output", "unstructured"])
@@ -82,14 +86,22 @@ def test_records_are_run_again(name: str, tmp_path: Path) -> None:
     run = reading.read(record.read_bytes(), record)
     assert isinstance(run, schema.Run)
     assert (recipe.pattern_text, recipe.method_text) == (run.pattern_text, run.method_text)
-    assert (config.ckpt, config.nsamples, config.seed) == (run.config.ckpt, run.config.nsamples, run.config.seed)
+    assert (config.ckpt, config.nsamples, config.seed) == (
+        run.config.ckpt,
+        run.config.nsamples,
+        run.config.seed,
+    )
 
 
 @pytest.mark.parametrize(
     ("flags", "beside", "same"),
     [
         ("--eval ppl --eval-text c4 --eval-seqlen 9", "--eval none", "--eval none"),
-        ("--eval ppl --eval-windows 2", "--eval samples --sample-tokens 3", "--eval samples --sample-tokens 3"),
+        (
+            "--eval ppl --eval-windows 2",
+            "--eval samples --sample-tokens 3",
+            "--eval samples --sample-tokens 3",
+        ),
         ("--eval ppl,zero-shot --tasks rte --limit 2 --backend torch", "--eval ppl", "--eval ppl"),
         ("--pattern 2:4", "--sparsity 0.7", "--sparsity 0.7"),
         ("--pattern 2:4", "--sparsity 0.50", "--pattern 2:4"),
@@ -98,11 +110,27 @@ def test_records_are_run_again(name: str, tmp_path: Path) -> None:
         ("--sparsity 0.7 --spread 0.2 --sensitivity-windows 2", "--pattern 2:4", "--pattern 2:4"),
         ("--spread 0.2 --sensitivity-windows 2", "--spread 0", ""),
         ("--preset fast --spread 0.2", "--uniform", "--preset fast --uniform"),
-        ("--spread 0.2 --sensitivity-windows 2", "--token-power 0.5", "--spread 0.2 --token-power 0.5"),
-        ("--sparsity 0.7 --rule *.q_proj=0.8 --spread 0.2", "--mask from-file:m", "--mask from-file:m"),
-        ("--iterations 7 --finish-steps 3", "--method wanda", "--method wanda --pattern unstructured --finish-steps 3"),
+        (
+            "--spread 0.2 --sensitivity-windows 2",
+            "--token-power 0.5",
+            "--spread 0.2 --token-power 0.5",
+        ),
+        (
+            "--sparsity 0.7 --rule *.q_proj=0.8 --spread 0.2",
+            "--mask from-file:m",
+            "--mask from-file:m",
+        ),
+        (
+            "--iterations 7 --finish-steps 3",
+            "--method wanda",
+            "--method wanda --pattern unstructured --finish-steps 3",
+        ),
         ("--iterations 7", "--method admm", "--iterations 7"),
-        ("--iterations 7 --schedule constant", "--mask alps", "--mask alps --update admm --update-iterations 7"),
+        (
+            "--iterations 7 --schedule constant",
+            "--mask alps",
+            "--mask alps --update admm --update-iterations 7",
+        ),
         (
             "--method sparsegpt --block 64",
             "--update exact --steps 3",
@@ -113,14 +141,34 @@ def test_records_are_run_again(name: str, tmp_path: Path) -> None:
             "--update exact",
             "--mask sparsegpt --update exact --mask-damping 0.3",
         ),
-        ("--mask wanda --update exact --steps 3", "--method alps", "--method alps --pattern per-output"),
-        ("--mask from-file:m --update gradient", "--method alps", "--mask from-file:m --method alps"),
-        ("--iterations 7", "--mask wanda --update exact", "--mask wanda --update exact --pattern unstructured"),
+        (
+            "--mask wanda --update exact --steps 3",
+            "--method alps",
+            "--method alps --pattern per-output",
+        ),
+        (
+            "--mask from-file:m --update gradient",
+            "--method alps",
+            "--mask from-file:m --method alps",
+        ),
+        (
+            "--iterations 7",
+            "--mask wanda --update exact",
+            "--mask wanda --update exact --pattern unstructured",
+        ),
         ("--tune-epochs 2 --tune-rate 0.1", "--tune-tokens 9k", "--tune-tokens 9k --tune-rate 0.1"),
         ("--tune-epochs 2 --tune-rate 0.1 --tune-pieces 2", "--tune-epochs 0", ""),
         ("--tune-epochs 2 --tune-zeros 0.5", "--tune-epochs 0", ""),
-        ("--tune-epochs 2 --tune-zeros 0.5", "--mask from-file:m", "--mask from-file:m --tune-epochs 2"),
-        ("--preset thorough --tune-to-end --tune-text t", "--tune-epochs 2", "--preset thorough --tune-epochs 2"),
+        (
+            "--tune-epochs 2 --tune-zeros 0.5",
+            "--mask from-file:m",
+            "--mask from-file:m --tune-epochs 2",
+        ),
+        (
+            "--preset thorough --tune-to-end --tune-text t",
+            "--tune-epochs 2",
+            "--preset thorough --tune-epochs 2",
+        ),
     ],
 )
 def test_flags_win_over_a_record(flags: str, beside: str, same: str, tmp_path: Path) -> None:
@@ -129,7 +177,9 @@ def test_flags_win_over_a_record(flags: str, beside: str, same: str, tmp_path: P
 
     config, recipe = parsed(flags)
     file = Path(__file__).parents[1] / "reporting/records/unstructured.json"
-    record = schema.as_json(reading.read(file.read_bytes(), file)) | {"config": dataclasses.asdict(config)}
+    record = schema.as_json(reading.read(file.read_bytes(), file)) | {
+        "config": dataclasses.asdict(config)
+    }
     (tmp_path / "jaxprune.json").write_text(json.dumps(record | recipe.as_json()))
     assert parsed(f"--config {tmp_path / 'jaxprune.json'} {beside}") == parsed(same)
 
@@ -140,7 +190,9 @@ ONLY_IN_PYTHON = {
         Recipe(rules=(Rule("*.q_proj", Unstructured(0.75, per_output=True)),)),
     ],
     "importance": [
-        dataclasses.replace(PRESETS["fast"], importance=Importance(spread=0.3, sensitivity_windows=8)),
+        dataclasses.replace(
+            PRESETS["fast"], importance=Importance(spread=0.3, sensitivity_windows=8)
+        ),
         dataclasses.replace(PRESETS["fast"], importance=Importance(weigh_outputs=True, spread=0.3)),
     ],
     "method": [
@@ -151,8 +203,12 @@ ONLY_IN_PYTHON = {
 }
 
 
-@pytest.mark.parametrize(("part", "recipe"), [(part, one) for part, ones in ONLY_IN_PYTHON.items() for one in ones])
-def test_recipes_that_no_options_make_are_not_repeated(part: str, recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "recipe"), [(part, one) for part, ones in ONLY_IN_PYTHON.items() for one in ones]
+)
+def test_recipes_that_no_options_make_are_not_repeated(
+    part: str, recipe: Recipe, tmp_path: Path
+) -> None:
     file = Path(__file__).parents[1] / "reporting/records/unstructured.json"
     record = schema.as_json(reading.read(file.read_bytes(), file))
     (tmp_path / "jaxprune.json").write_text(json.dumps(record | recipe.as_json()))
@@ -165,15 +221,28 @@ def test_recipes_of_another_version_are_not_repeated_in_part(tmp_path: Path) -> 
     record = schema.as_json(reading.read(file.read_bytes(), file))
     record["tuning"] |= {"tune_otherwise": 0.5}
     (tmp_path / "jaxprune.json").write_text(json.dumps(record))
-    with pytest.raises(InputError, match="tuning.tune_otherwise: this version of jaxprune has no such part"):
+    with pytest.raises(
+        InputError, match="tuning.tune_otherwise: this version of jaxprune has no such part"
+    ):
         parse(["--config", str(tmp_path / "jaxprune.json")])
 
 
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])
 def test_flags_win_over_a_file(suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"run{suffix}"
-    options = {"ckpt": "model", "sparsity": 0.7, "nsamples": 5, "pack": True, "eval": "none", "eval_text": None}
-    lines = json.dumps(options) if suffix == ".json" else "".join(f"{k}: {json.dumps(v)}\n" for k, v in options.items())
+    options = {
+        "ckpt": "model",
+        "sparsity": 0.7,
+        "nsamples": 5,
+        "pack": True,
+        "eval": "none",
+        "eval_text": None,
+    }
+    lines = (
+        json.dumps(options)
+        if suffix == ".json"
+        else "".join(f"{k}: {json.dumps(v)}\n" for k, v in options.items())
+    )
     file.write_text(lines)
     config, recipe = parse(["--config", str(file), "--nsamples", "6", "--sparsity=0.8"])
     assert (config.ckpt, config.nsamples, config.pack, config.eval) == ("model", 6, True, "none")
@@ -204,7 +273,9 @@ def test_files_that_hold_no_options_are_refused(content: str, message: str, tmp_
 
 @pytest.mark.parametrize("pattern", ["2:4", "10:16", "1:2"])
 def test_a_pattern_of_a_file_is_text(pattern: str, tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(f"ckpt: model\npattern: {pattern}\nrule: ['*.q_proj=1:4']\nseed: 3\n")
+    (tmp_path / "run.yaml").write_text(
+        f"ckpt: model\npattern: {pattern}\nrule: ['*.q_proj=1:4']\nseed: 3\n"
+    )
     config, recipe = parse(["--config", str(tmp_path / "run.yaml")])
     assert (str(recipe.pattern), config.seed) == (pattern, 3)
 

@@ -31,16 +31,31 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pruned(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("made") / "pruned"
-    flags = ["--ckpt", checkpoint, "--out", out, "--method", "wanda", "--sparsity", 0.6, "--calib", text]
+    flags = [
+        "--ckpt",
+        checkpoint,
+        "--out",
+        out,
+        "--method",
+        "wanda",
+        "--sparsity",
+        0.6,
+        "--calib",
+        text,
+    ]
     run(*parse_run([*map(str, flags), "--nsamples", "4", "--seqlen", "32", "--eval", "none"]))
     return out
 
 
 def test_two_models_of_one_name_are_not_taken_for_one(checkpoint: Path, text: Path) -> None:
     model, other = load(checkpoint), load(checkpoint)
-    with pytest.raises(InputError, match=f"two models of the same name cannot be told apart: {checkpoint}"):
+    with pytest.raises(
+        InputError, match=f"two models of the same name cannot be told apart: {checkpoint}"
+    ):
         evaluate(model, against=other, texts=[str(text)], seqlen=32, windows=1)
-    assert list(evaluate(model, model, texts=[str(text)], seqlen=32, windows=1).qualities) == [str(checkpoint)]
+    assert list(evaluate(model, model, texts=[str(text)], seqlen=32, windows=1).qualities) == [
+        str(checkpoint)
+    ]
 
 
 @pytest.mark.slow
@@ -51,19 +66,34 @@ def test_several_checkpoints_are_measured_against_the_dense_one(
     with create_checkpoint(tmp_path / "orbax", reader.spec, reader.assets, to="orbax") as writer:
         writer.write(reader.read(reader.spec))
     flags = ["--against", checkpoint, "--eval-text", text, "--eval-seqlen", 32, "--eval-windows", 5]
-    flags += ["--tasks", "openbookqa,boolq,arc_easy", "--tasks-data", data, "--limit", 2, "--out", tmp_path / "out"]
+    flags += [
+        "--tasks",
+        "openbookqa,boolq,arc_easy",
+        "--tasks-data",
+        data,
+        "--limit",
+        2,
+        "--out",
+        tmp_path / "out",
+    ]
     command = [sys.executable, "-m", "jaxprune", "evaluate", pruned, tmp_path / "orbax", *flags]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "this takes about" in done.stdout and "beside compilation and the tasks of lm-eval" in done.stdout
+    assert (
+        "this takes about" in done.stdout
+        and "beside compilation and the tasks of lm-eval" in done.stdout
+    )
     record = json.loads((tmp_path / "out/jaxprune.json").read_text())
     assert list(record["checkpoints"]) == [str(checkpoint), str(pruned), str(tmp_path / "orbax")]
     found = {Path(name).name: one for name, one in record["checkpoints"].items()}
     assert record["schema"] == found["pruned"]["run"]["schema"] == 2
     assert found["pruned"]["run"]["pattern"] == {"kind": "per-output", "sparsity": 0.6}
     assert found["orbax"]["run"] is None
-    assert found["pruned"]["sparsity"] == pytest.approx(0.6, abs=0.02) and found["orbax"]["sparsity"] == 0
+    assert (
+        found["pruned"]["sparsity"] == pytest.approx(0.6, abs=0.02)
+        and found["orbax"]["sparsity"] == 0
+    )
     tokens = evaluation_windows(str(text), AutoTokenizer.from_pretrained(checkpoint), 32, 5)
     for name, folder in (("pruned", pruned), (checkpoint.name, checkpoint)):
         measured = found[name]["quality"]["texts"][str(text)]
@@ -75,10 +105,15 @@ def test_several_checkpoints_are_measured_against_the_dense_one(
     assert ours == theirs | {"ratio": 1.0, "kl": 0.0, "top1": 1.0}
     assert same["tasks"] == found[checkpoint.name]["quality"]["tasks"]
     assert same["tasks"].keys() == {"openbookqa", "boolq", "arc_easy"}
-    assert same["mean_accuracy"]["acc"] == pytest.approx(sum(m["acc"] for m in same["tasks"].values()) / 3)
+    assert same["mean_accuracy"]["acc"] == pytest.approx(
+        sum(m["acc"] for m in same["tasks"].values()) / 3
+    )
     for name in found:
         lm_eval = json.loads((tmp_path / f"out/lm-eval-{name}.json").read_text())
-        assert lm_eval["results"]["boolq"]["acc,none"] == found[name]["quality"]["tasks"]["boolq"]["acc"]
+        assert (
+            lm_eval["results"]["boolq"]["acc,none"]
+            == found[name]["quality"]["tasks"]["boolq"]["acc"]
+        )
         assert lm_eval["n-samples"]["boolq"] == {"original": 3, "effective": 2}
         assert "samples" not in lm_eval
     page = (tmp_path / "out/report.html").read_text()
@@ -105,7 +140,9 @@ def test_the_backends_agree(checkpoint: Path, data: Path, tmp_path: Path) -> Non
     assert tasks["jax"] == tasks["torch"] and list(tasks["jax"]) == list(ZERO_SHOT)
 
 
-def test_a_run_ends_with_an_evaluation(checkpoint: Path, text: Path, data: Path, tmp_path: Path) -> None:
+def test_a_run_ends_with_an_evaluation(
+    checkpoint: Path, text: Path, data: Path, tmp_path: Path
+) -> None:
     flags = [
         "--ckpt",
         checkpoint,
@@ -118,7 +155,18 @@ def test_a_run_ends_with_an_evaluation(checkpoint: Path, text: Path, data: Path,
         "--calib",
         text,
     ]
-    flags += ["--nsamples", 4, "--seqlen", 32, "--eval", "ppl,zero-shot", "--eval-text", text, "--eval-windows", 3]
+    flags += [
+        "--nsamples",
+        4,
+        "--seqlen",
+        32,
+        "--eval",
+        "ppl,zero-shot",
+        "--eval-text",
+        text,
+        "--eval-windows",
+        3,
+    ]
     flags += ["--tasks", "rte,openbookqa", "--tasks-data", data]
     record = run(*parse_run(list(map(str, flags))))
     dense, pruned = record.evaluation["dense"], record.evaluation["pruned"]
@@ -126,7 +174,13 @@ def test_a_run_ends_with_an_evaluation(checkpoint: Path, text: Path, data: Path,
     assert pruned.texts[str(text)].ratio > 1 and pruned.texts[str(text)].kl > 0
     assert dense.tasks.keys() == pruned.tasks.keys() == {"rte", "openbookqa"}
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"jaxprune.json", "report.html", "lm-eval-dense.json", "lm-eval-pruned.json", "README.md"} <= names
+    assert {
+        "jaxprune.json",
+        "report.html",
+        "lm-eval-dense.json",
+        "lm-eval-pruned.json",
+        "README.md",
+    } <= names
     card = (tmp_path / "out/README.md").read_text()
     assert "|  | dense | pruned |" in card and "| openbookqa, acc_norm |" in card
     page = (tmp_path / "out/report.html").read_text()
@@ -138,20 +192,34 @@ def test_several_texts_have_rows_of_their_own(
 ) -> None:
     other = tmp_path / "other.jsonl"
     tiny.write_text(other, documents=30, seed=9)
-    flags = ["--eval", "ppl", "--eval-text", f"{text},{other}", "--eval-seqlen", 32, "--eval-windows", 3]
+    flags = [
+        "--eval",
+        "ppl",
+        "--eval-text",
+        f"{text},{other}",
+        "--eval-seqlen",
+        32,
+        "--eval-windows",
+        3,
+    ]
     flags += ["--against", checkpoint, "--out", tmp_path / "out"]
     assert main([str(pruned), *map(str, flags)]) == 0
     printed = "".join(capsys.readouterr().out.split())
     record = json.loads((tmp_path / "out/jaxprune.json").read_text())
     for found in record["checkpoints"][str(pruned)]["quality"]["texts"].values():
         assert f"{found['kl']:.4f}nats" in printed
-    assert (tmp_path / "out/report.html").read_text().count("<h3>KL divergence from the dense model") == 2
+    assert (tmp_path / "out/report.html").read_text().count(
+        "<h3>KL divergence from the dense model"
+    ) == 2
 
 
 @pytest.mark.parametrize("command", ["evaluate", "prune --calib wikipedia --ckpt"])
 @pytest.mark.parametrize(
     ("measures", "said"),
-    [("samples --prompts none.txt", "none.txt"), ("zero-shot --tasks bool", "lm-eval has no task 'bool'")],
+    [
+        ("samples --prompts none.txt", "none.txt"),
+        ("zero-shot --tasks bool", "lm-eval has no task 'bool'"),
+    ],
 )
 def test_tasks_and_prompts_are_read_before_a_model_is_fetched(
     command: str,
@@ -168,9 +236,21 @@ def test_tasks_and_prompts_are_read_before_a_model_is_fetched(
     assert said in capsys.readouterr().err
 
 
-def test_a_runs_record_is_not_replaced(pruned: Path, text: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_runs_record_is_not_replaced(
+    pruned: Path, text: Path, capsys: pytest.CaptureFixture
+) -> None:
     before = (pruned / "jaxprune.json").read_bytes()
-    flags = ["--eval", "ppl", "--eval-text", text, "--eval-seqlen", 32, "--out", pruned, "--overwrite"]
+    flags = [
+        "--eval",
+        "ppl",
+        "--eval-text",
+        text,
+        "--eval-seqlen",
+        32,
+        "--out",
+        pruned,
+        "--overwrite",
+    ]
     assert main([str(pruned), *map(str, flags)]) == 2
     assert "choose another --out" in capsys.readouterr().err
     assert (pruned / "jaxprune.json").read_bytes() == before
@@ -180,7 +260,11 @@ def test_defaults() -> None:
     config, names = parse(["a", "b"])
     assert names == ["a", "b"]
     assert config == Config(
-        eval="ppl,zero-shot", eval_text="wikitext2", eval_seqlen=2048, tasks=",".join(ZERO_SHOT), backend="jax"
+        eval="ppl,zero-shot",
+        eval_text="wikitext2",
+        eval_seqlen=2048,
+        tasks=",".join(ZERO_SHOT),
+        backend="jax",
     )
     assert parse(["smollm2-135m", "--eval", "ppl"])[0].eval_text == "wikipedia"
     assert parse(["x", "--against", "smollm2-135m", "--eval", "ppl"])[0].tasks is None
@@ -250,7 +334,12 @@ def bad(name: str, checkpoint: Path, text: Path, folder: Path) -> list[object]:
     ],
 )
 def test_bad_input_is_one_error_and_harms_nothing(
-    name: str, message: str, checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    name: str,
+    message: str,
+    checkpoint: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     flags = bad(name, checkpoint, text, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -24,7 +24,9 @@ def texts_of(file: Path) -> list[str]:
 
 def test_what_a_model_writes_is_text_to_prune_it_on(checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
-    assert main([str(checkpoint), "--out", str(file), "--tokens", "200", "--length", str(LENGTH)]) == 0
+    assert (
+        main([str(checkpoint), "--out", str(file), "--tokens", "200", "--length", str(LENGTH)]) == 0
+    )
     assert len(texts_of(file)) == 9 and len(set(texts_of(file))) == 9
     model = load(checkpoint)
     assert not journal_folder(file).exists()
@@ -38,16 +40,31 @@ def test_what_a_model_writes_is_text_to_prune_it_on(checkpoint: Path, tmp_path: 
 def test_texts_begin_with_prompts(checkpoint: Path, tmp_path: Path) -> None:
     prompts, file = tmp_path / "prompts.jsonl", tmp_path / "own.jsonl"
     write_text(prompts, documents=3)
-    argv = [str(checkpoint), "--out", str(file), "--tokens", "120", "--length", str(LENGTH), "--prompts", str(prompts)]
+    argv = [
+        str(checkpoint),
+        "--out",
+        str(file),
+        "--tokens",
+        "120",
+        "--length",
+        str(LENGTH),
+        "--prompts",
+        str(prompts),
+    ]
     assert main([*argv, "--prompt-tokens", "6"]) == 0
     tokenizer = load(checkpoint).tokenizer
     beginnings = {tokenizer.decode(tokenizer(text)["input_ids"][:6]) for text in texts_of(prompts)}
     assert len(texts_of(file)) == 5
-    assert {text[: len(one)] for text in texts_of(file) for one in beginnings if text.startswith(one)} == beginnings
+    assert {
+        text[: len(one)] for text in texts_of(file) for one in beginnings if text.startswith(one)
+    } == beginnings
 
 
 def test_what_is_written_is_kept_until_all_is(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(generation, "MOST_TOKENS", 4 * generation.BLOCK)  # four texts at a time
     file, visits = tmp_path / "own.jsonl", 0
@@ -63,7 +80,11 @@ def test_what_is_written_is_kept_until_all_is(
         stopping.setattr(Progress, "layer_visited", stop)
         assert main(argv) == 130
     told = capsys.readouterr().err
-    assert not file.exists() and "the same command continues from it" in told and "going on" not in told
+    assert (
+        not file.exists()
+        and "the same command continues from it" in told
+        and "going on" not in told
+    )
     assert main([*argv, "--seed", "1"]) == 2
     told = capsys.readouterr().err
     assert "seed: 0 then, 1 now" in told and "choose another --out" in told
@@ -77,7 +98,10 @@ def test_what_is_written_is_kept_until_all_is(
 
 
 def test_a_file_that_is_there_when_its_run_is_stopped_is_the_result(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = tmp_path / "own.jsonl"
     argv = [str(checkpoint), "--out", str(file), "--tokens", "100", "--length", str(LENGTH)]
@@ -90,23 +114,40 @@ def test_a_file_that_is_there_when_its_run_is_stopped_is_the_result(
     assert file.read_bytes() == written[:-1]
     file.write_bytes(written)
     assert main(argv) == 0
-    assert file.read_bytes() == written and [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert file.read_bytes() == written and [path.name for path in tmp_path.iterdir()] == [
+        file.name
+    ]
 
 
 def test_beginnings_that_have_changed_are_noticed(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Here by another tokenizer, of the same prompts."""
     model, prompts, file = tmp_path / "model", tmp_path / "prompts.jsonl", tmp_path / "own.jsonl"
     shutil.copytree(checkpoint, model)
     write_text(prompts, documents=3)
-    argv = [str(model), "--out", str(file), "--tokens", "100", "--length", str(LENGTH), "--prompts", str(prompts)]
+    argv = [
+        str(model),
+        "--out",
+        str(file),
+        "--tokens",
+        "100",
+        "--length",
+        str(LENGTH),
+        "--prompts",
+        str(prompts),
+    ]
     with monkeypatch.context() as stopping:
         stopping.setattr(publishing, "remove", failing(publishing.remove, 1))
         assert main(argv) == 2
     file.unlink()
     tokenizer = json.loads((model / "tokenizer.json").read_text())
-    (model / "tokenizer.json").write_text(json.dumps(tokenizer | {"normalizer": {"type": "Prepend", "prepend": "z"}}))
+    (model / "tokenizer.json").write_text(
+        json.dumps(tokenizer | {"normalizer": {"type": "Prepend", "prepend": "z"}})
+    )
     capsys.readouterr()
     assert main(argv) == 2
     assert "texts.begun: " in capsys.readouterr().err
@@ -129,7 +170,10 @@ def test_prompts_of_two_texts_take_turns(checkpoint: Path, tmp_path: Path) -> No
         ("own.jsonl --tokens 0", "--tokens must be at least 1"),
         ("own.jsonl --length 16 --prompts mine.jsonl", "texts of 16 tokens cannot begin with 16"),
         ("own.jsonl --length 1", "texts of 1 tokens cannot begin with 1: raise --length"),
-        ("own.jsonl --prompt-tokens 4", "--prompt-tokens does nothing by itself: pass --prompts with it"),
+        (
+            "own.jsonl --prompt-tokens 4",
+            "--prompt-tokens does nothing by itself: pass --prompts with it",
+        ),
         ("own.jsonl --prompts ids.npy", "it holds token ids"),
         ("own.jsonl --prompt-tokens 0", "--prompt-tokens must be at least 1"),
         ("own.txt", "known by their file's name, wanted FILE.jsonl"),

@@ -1,4 +1,5 @@
-"""Numbers on a command line are finite and of a size that can be used; no two flags have one name."""
+"""Numbers on a command line are finite and of a size that can be used; no two flags have one
+name."""
 
 import dataclasses
 
@@ -30,16 +31,24 @@ class Text:
 @pytest.mark.parametrize("only", [None, ("seed",)])
 @pytest.mark.parametrize("positional", ["file", "seed"])
 def test_two_flags_of_one_name_are_an_error(only: tuple[str, ...] | None, positional: str) -> None:
-    """Also where a section names its fields, which leave the sections of the same dataclass alone."""
+    """Also where a section names its fields, which leave the sections of the same dataclass
+    alone."""
     sections = [Section("Noise", Noise), Section("Text", Text, only=only)]
     first = "and one of 'Text'" if positional == "file" else "one of 'draw' and one of 'Noise'"
-    with pytest.raises(InputError, match=f"two flags of draw have the name --seed, .*{first}: rename"):
-        CommandLine(["x", "--seed", "3"]).read("draw", "", sections, positionals={positional: "A file."})
+    with pytest.raises(
+        InputError, match=f"two flags of draw have the name --seed, .*{first}: rename"
+    ):
+        CommandLine(["x", "--seed", "3"]).read(
+            "draw", "", sections, positionals={positional: "A file."}
+        )
 
 
 def test_a_section_without_names_has_the_fields_that_others_of_its_dataclass_leave() -> None:
     sections = [Section("First", Text, only=("length",)), Section("Rest", Text)]
-    assert CommandLine(["--length", "3", "--seed=4"]).read("draw", "", sections) == {"length": 3, "seed": 4}
+    assert CommandLine(["--length", "3", "--seed=4"]).read("draw", "", sections) == {
+        "length": 3,
+        "seed": 4,
+    }
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -58,7 +67,9 @@ def test_whole_numbers(text: str, value: int) -> None:
     assert whole(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "x", "1.5", "nan", "inf", "1e3", "0x10", "2147483648", str(-(2**40)), "9" * 5000])
+@pytest.mark.parametrize(
+    "text", ["", "x", "1.5", "nan", "inf", "1e3", "0x10", "2147483648", str(-(2**40)), "9" * 5000]
+)
 def test_what_is_no_whole_number_that_can_be_used(text: str) -> None:
     with pytest.raises(ValueError, match="no whole number|too large: at most 2147483647") as caught:
         whole(text)
@@ -70,7 +81,9 @@ def test_numbers(text: str, value: float) -> None:
     assert real(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "x", "nan", "inf", "-inf", "infinity", "1e999", "9" * 5000, "--"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "nan", "inf", "-inf", "infinity", "1e999", "9" * 5000, "--"]
+)
 def test_what_is_no_finite_number(text: str) -> None:
     with pytest.raises(ValueError, match="is no finite number") as caught:
         real(text)

@@ -33,10 +33,23 @@ def here(*args: object, cwd: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def finished(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def finished(
+    checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
     """A finished run's folder and what it printed."""
     cwd = tmp_path_factory.mktemp("run")
-    options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 6, "--seqlen", 64, "--eval-text", text]
+    options = [
+        "--ckpt",
+        checkpoint,
+        "--calib",
+        text,
+        "--nsamples",
+        6,
+        "--seqlen",
+        64,
+        "--eval-text",
+        text,
+    ]
     done = jaxprune(*options, "--eval-windows", 5, "--out", "out", "--seed", 3, cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -47,7 +60,10 @@ def test_it_prints_a_line_a_layer_and_a_table(finished: tuple[Path, str]) -> Non
     _, printed = finished
     for number in (1, 2, 3):
         (line,) = (line for line in printed.splitlines() if line.startswith(f"layer {number}/3"))
-        assert all(word in line for word in ("error %", "gate", "down", "sparsity 50.00 %", "gram", "solve"))
+        assert all(
+            word in line
+            for word in ("error %", "gate", "down", "sparsity 50.00 %", "gram", "solve")
+        )
     rows = (
         "perplexity of",
         "perplexity over the dense model's",
@@ -63,7 +79,9 @@ def test_it_prints_a_line_a_layer_and_a_table(finished: tuple[Path, str]) -> Non
 
 
 @needs_torch
-def test_the_result_is_a_hugging_face_checkpoint(finished: tuple[Path, str], checkpoint: Path) -> None:
+def test_the_result_is_a_hugging_face_checkpoint(
+    finished: tuple[Path, str], checkpoint: Path
+) -> None:
     out, _ = finished
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     assert model.dtype == torch.float32
@@ -75,7 +93,10 @@ def test_the_result_is_a_hugging_face_checkpoint(finished: tuple[Path, str], che
             np.testing.assert_array_equal(tensor, dense[name], name)
     tokenizer = AutoTokenizer.from_pretrained(out)
     ids = tokenizer("The cat sat on", return_tensors="pt")
-    assert model.generate(**ids, max_new_tokens=5, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+    assert (
+        model.generate(**ids, max_new_tokens=5, do_sample=False).shape[1]
+        > ids["input_ids"].shape[1]
+    )
 
 
 def test_the_record_repeats_what_happened(finished: tuple[Path, str]) -> None:
@@ -105,9 +126,9 @@ def test_the_record_repeats_what_happened(finished: tuple[Path, str]) -> None:
     (text,) = measured["pruned"]
     assert f"{measured['pruned'][text]['perplexity']:.7g}" in printed
     assert measured["pruned"][text]["windows"] == [5, 64]
-    assert measured["dense"][text]["perplexity"] * measured["pruned"][text]["ratio"] == pytest.approx(
-        measured["pruned"][text]["perplexity"]
-    )
+    assert measured["dense"][text]["perplexity"] * measured["pruned"][text][
+        "ratio"
+    ] == pytest.approx(measured["pruned"][text]["perplexity"])
     assert (out / "report.html").read_text().startswith("<!doctype html>")
     assert record["seconds"]["total"] > record["seconds"]["solve"] > 0
     tokens = np.zeros((1, 8), np.int32)
@@ -119,7 +140,18 @@ def test_the_record_repeats_what_happened(finished: tuple[Path, str]) -> None:
 def test_what_is_tuned_on_may_be_another_text(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     own = tmp_path / "own.jsonl"
     tiny.write_text(own, documents=40)
-    line = ["--ckpt", checkpoint, "--calib", text, "--method", "magnitude", "--nsamples", 4, "--seqlen", 32]
+    line = [
+        "--ckpt",
+        checkpoint,
+        "--calib",
+        text,
+        "--method",
+        "magnitude",
+        "--nsamples",
+        4,
+        "--seqlen",
+        32,
+    ]
     line += ["--tune-tokens", 64, "--eval", "none"]
     found = {}
     for name, given in (("with", ["--tune-text", own]), ("without", [])):
@@ -132,7 +164,10 @@ def test_what_is_tuned_on_may_be_another_text(checkpoint: Path, text: Path, tmp_
         assert found[name]["tuning_text"]["sha256"] == TextStream(str(source), tokenizer, 32).digest
         assert [tokens for tokens, _ in found[name]["divergences"]] == [0, 32, 64]
     assert found["with"]["calibration"] == found["without"]["calibration"]
-    assert f"| text of the tuning | {tmp_path.name}/own |" in (tmp_path / "with" / "README.md").read_text()
+    assert (
+        f"| text of the tuning | {tmp_path.name}/own |"
+        in (tmp_path / "with" / "README.md").read_text()
+    )
     done = here(*line, "--tune-text", own, "--out", own / "out", cwd=tmp_path)
     assert done.returncode == 2 and own.is_file()
 
@@ -142,31 +177,79 @@ def test_the_same_seed_gives_the_same_bytes(
     finished: tuple[Path, str], checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
     out, _ = finished
-    options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 6, "--seqlen", 64, "--eval", "none"]
+    options = [
+        "--ckpt",
+        checkpoint,
+        "--calib",
+        text,
+        "--nsamples",
+        6,
+        "--seqlen",
+        64,
+        "--eval",
+        "none",
+    ]
     assert jaxprune(*options, "--out", "again", "--seed", 3, cwd=tmp_path).returncode == 0
-    assert (tmp_path / "again/model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (
+        out / "model.safetensors"
+    ).read_bytes()
     assert "perplexity" not in (tmp_path / "again/README.md").read_text()
 
 
 def test_a_report_that_cannot_be_drawn_costs_nothing_else(
-    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    checkpoint: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    """A defect of ours in the drawing: the result is published, then told; drawing it anew needs the record only."""
+    """A defect of ours in the drawing: the result is published, then told; drawing it anew needs
+    the record only."""
     monkeypatch.setattr(report, "page", lambda records: 1 // 0)
     out = tmp_path / "$x_{|_%"
-    options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 2, "--seqlen", 16, "--eval", "none"]
+    options = [
+        "--ckpt",
+        checkpoint,
+        "--calib",
+        text,
+        "--nsamples",
+        2,
+        "--seqlen",
+        16,
+        "--eval",
+        "none",
+    ]
     assert main([*map(str, options), "--method", "magnitude", "--out", str(out)]) == 70
     said = capsys.readouterr()
-    assert "ZeroDivisionError" in said.err and "please report it" in said.err and "│ result" in said.out
+    assert (
+        "ZeroDivisionError" in said.err
+        and "please report it" in said.err
+        and "│ result" in said.out
+    )
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
-    assert {"jaxprune.json", "README.md", "model.safetensors"} <= {path.name for path in out.iterdir()}
+    assert {"jaxprune.json", "README.md", "model.safetensors"} <= {
+        path.name for path in out.iterdir()
+    }
     monkeypatch.undo()
     assert verify([str(out), "--against", str(checkpoint)]) == 0
     assert report_main([str(out), "--out", str(tmp_path / "page.html")]) == 0
 
 
-def test_two_of_four_with_another_methods_mask(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 4, "--seqlen", 32, "--eval", "none"]
+def test_two_of_four_with_another_methods_mask(
+    checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    options = [
+        "--ckpt",
+        checkpoint,
+        "--calib",
+        text,
+        "--nsamples",
+        4,
+        "--seqlen",
+        32,
+        "--eval",
+        "none",
+    ]
     done = here(*options, "--mask", "wanda", "--pattern", "2:4", "--out", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for name, tensor in load_file(tmp_path / "out/model.safetensors").items():
@@ -176,13 +259,38 @@ def test_two_of_four_with_another_methods_mask(checkpoint: Path, text: Path, tmp
     record = json.loads((tmp_path / "out/jaxprune.json").read_text())
     assert record["pattern"] == {"kind": "nm", "n": 2, "m": 4}
     assert record["method"]["kind"] == "crossed"
-    assert (record["method"]["mask"]["name"], record["method"]["update"]["name"]) == ("wanda", "admm")
+    assert (record["method"]["mask"]["name"], record["method"]["update"]["name"]) == (
+        "wanda",
+        "admm",
+    )
 
 
-def test_the_best_preset(finished: tuple[Path, str], checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 6, "--seqlen", 64, "--eval-text", text]
+def test_the_best_preset(
+    finished: tuple[Path, str], checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    options = [
+        "--ckpt",
+        checkpoint,
+        "--calib",
+        text,
+        "--nsamples",
+        6,
+        "--seqlen",
+        64,
+        "--eval-text",
+        text,
+    ]
     options += ["--eval-windows", 5, "--seed", 3]
-    done = here(*options, "--preset", "best", "--save-masks", "masks.safetensors", "--out", "out", cwd=tmp_path)
+    done = here(
+        *options,
+        "--preset",
+        "best",
+        "--save-masks",
+        "masks.safetensors",
+        "--out",
+        "out",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert "tuning, steps 10 to 12 of 12: KL divergence" in done.stdout
     record = json.loads((tmp_path / "out/jaxprune.json").read_text())
@@ -190,7 +298,9 @@ def test_the_best_preset(finished: tuple[Path, str], checkpoint: Path, text: Pat
     assert record["importance"]["weigh_outputs"] and record["tuning"]["tune_epochs"] > 0
     assert {"sensitivity", "gram", "solve", "forward", "tune"} <= record["seconds"].keys()
     linears = [linear for layer in record["layers"] for linear in layer["linears"].values()]
-    assert 2 * sum(linear["zeros"] for linear in linears) == sum(linear["size"] for linear in linears)
+    assert 2 * sum(linear["zeros"] for linear in linears) == sum(
+        linear["size"] for linear in linears
+    )
     assert len({linear["zeros"] / linear["size"] for linear in linears}) > 3
     assert verify([str(tmp_path / "out"), "--against", str(checkpoint)]) == 0
     masks = from_file(tmp_path / "masks.safetensors")
@@ -210,10 +320,31 @@ def test_the_best_preset(finished: tuple[Path, str], checkpoint: Path, text: Pat
 def test_masks_are_saved_and_taken_up_again(
     finished: tuple[Path, str], checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
-    """Another method's masks, by file and by checkpoint: the same zeros, and an error at or below the original's."""
-    options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 6, "--seqlen", 64, "--eval", "none"]
+    """Another method's masks, by file and by checkpoint: the same zeros, and an error at or below
+    the original's."""
+    options = [
+        "--ckpt",
+        checkpoint,
+        "--calib",
+        text,
+        "--nsamples",
+        6,
+        "--seqlen",
+        64,
+        "--eval",
+        "none",
+    ]
     options += ["--seed", 3]
-    done = here(*options, "--out", "first", "--method", "sparsegpt", "--save-masks", "m.safetensors", cwd=tmp_path)
+    done = here(
+        *options,
+        "--out",
+        "first",
+        "--method",
+        "sparsegpt",
+        "--save-masks",
+        "m.safetensors",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     sources = {"by-file": "from-file:m.safetensors", "by-checkpoint": "from-checkpoint:first"}
     first = load_file(tmp_path / "first/model.safetensors")
@@ -302,10 +433,17 @@ def bad_input(name: str, checkpoint: Path, text: Path, folder: Path) -> list[obj
         ("impossible pattern", "divisible by 7"),
         ("too little text", "200 documents, but 5000 windows are wanted"),
         ("window too long", "longer than the model's 1024 positions"),
-        ("nan", "layers.2.self_attn.o_proj.kernel[3, 3]: it holds a number that is not finite, found nan"),
+        (
+            "nan",
+            "layers.2.self_attn.o_proj.kernel[3, 3]: it holds a number that is not finite, found "
+            "nan",
+        ),
         ("truncated", "model.safetensors: it is truncated"),
         ("no tokenizer", "has no tokenizer"),
-        ("dense mask", "has 0 % zeros at most in its first, middle and last layer: it is not pruned"),
+        (
+            "dense mask",
+            "has 0 % zeros at most in its first, middle and last layer: it is not pruned",
+        ),
         ("mask of another model", "the mask was made for another model"),
         ("no mask file", "nowhere.safetensors: it is missing"),
         ("no gpu", "JAX finds no tpu"),
@@ -334,4 +472,8 @@ def test_bad_input_is_one_error_and_harms_nothing(
     after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     # Layers that were finished before the error are kept.
     assert {p: content for p, content in after.items() if "out.unfinished" not in p.parts} == before
-    assert ("finished work is saved in" in said) == (tmp_path / "out.unfinished").exists() == (name == "nan")
+    assert (
+        ("finished work is saved in" in said)
+        == (tmp_path / "out.unfinished").exists()
+        == (name == "nan")
+    )

@@ -17,16 +17,20 @@ from jaxprune.reporting import reading
 from jaxprune.reporting.card import model_card
 from tests.helpers.hub_server import Hub, serving
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own
+# huggingface_hub's own
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
 def pruned(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("push") / "pruned"
     line = (
-        f"--ckpt {checkpoint} --method magnitude --calib {text} --nsamples 2 --seqlen 16 --eval ppl --eval-text {text}"
+        f"--ckpt {checkpoint} --method magnitude --calib {text} --nsamples 2 --seqlen 16 --eval "
+        f"ppl --eval-text {text}"
     )
-    assert prune([*line.split(), "--eval-seqlen", "16", "--eval-windows", "2", "--out", str(out)]) == 0
+    assert (
+        prune([*line.split(), "--eval-seqlen", "16", "--eval-windows", "2", "--out", str(out)]) == 0
+    )
     return out
 
 
@@ -40,7 +44,9 @@ def metadata(card: bytes) -> dict:
     return yaml.safe_load(card.decode().split("---")[1])
 
 
-def test_a_folder_is_sent_with_its_card(pruned: Path, text: Path, hub: Hub, capsys: pytest.CaptureFixture) -> None:
+def test_a_folder_is_sent_with_its_card(
+    pruned: Path, text: Path, hub: Hub, capsys: pytest.CaptureFixture
+) -> None:
     hub.licences["owner/base"] = "apache-2.0"
     assert main([str(pruned), "me/tiny", "--base-model", "owner/base"]) == 0
     private, files = hub.repositories["me/tiny"]
@@ -55,13 +61,18 @@ def test_a_folder_is_sent_with_its_card(pruned: Path, text: Path, hub: Hub, caps
     )
     assert {"pruned", "sparse", "jaxprune"} <= set(found["tags"])
     (result,) = found["model-index"][0]["results"]
-    assert result["metrics"][0]["type"] == "perplexity" and result["metrics"][1]["type"] == "kl_divergence"
+    assert (
+        result["metrics"][0]["type"] == "perplexity"
+        and result["metrics"][1]["type"] == "kl_divergence"
+    )
     recorded = json.loads((pruned / "jaxprune.json").read_text())["evaluation"]["pruned"]["texts"]
     assert result["metrics"][0]["value"] == next(iter(recorded.values()))["perplexity"]
     said = capsys.readouterr().out
     assert f"{hub.address}/me/tiny/commit/" in said and "private" in said
     for name in ("README.md", "jaxprune.json", "report.html"):  # no path of this machine
-        assert [line for line in files[name].splitlines() if str(text.parent).encode() in line] == [], name
+        assert [
+            line for line in files[name].splitlines() if str(text.parent).encode() in line
+        ] == [], name
     assert str(text) in (pruned / "jaxprune.json").read_text()
 
 
@@ -77,11 +88,17 @@ def test_no_path_of_this_machine_is_sent(pruned: Path, hub: Hub, tmp_path: Path)
     record["config"] |= named
     record["pattern"] = {"kind": "given", "mask": "from-checkpoint:/secret/me/mask"}
     text = json.dumps(record)
-    tasks = {"configs": {"rte": {"dataset_kwargs": {"data_files": {"rows": "/secret/jaxprune-tasks-1/0.jsonl"}}}}}
+    tasks = {
+        "configs": {
+            "rte": {"dataset_kwargs": {"data_files": {"rows": "/secret/jaxprune-tasks-1/0.jsonl"}}}
+        }
+    }
     (tmp_path / "copy/jaxprune.json").write_text(text)
     (tmp_path / "copy/report.html").write_text(f"<pre>{html.escape(text)}</pre>")
     card = reading.read(text, "").model_copy(update={"evaluation": {}})
-    (tmp_path / "copy/README.md").write_text(model_card(card, {}) + os.path.expanduser("~/secret/dense"))
+    (tmp_path / "copy/README.md").write_text(
+        model_card(card, {}) + os.path.expanduser("~/secret/dense")
+    )
     (tmp_path / "copy/lm-eval-pruned.json").write_text(json.dumps(tasks))
     assert main([str(tmp_path / "copy"), "me/tiny"]) == 0
     files = hub.repositories["me/tiny"][1]
@@ -89,20 +106,33 @@ def test_no_path_of_this_machine_is_sent(pruned: Path, hub: Hub, tmp_path: Path)
         assert b"secret" not in files[name], name
     assert files["report.html"].endswith(b"</pre>")
     sent = json.loads(files["jaxprune.json"])
-    assert sent["pattern"]["mask"] == "from-checkpoint:mask" and sent["config"]["calib"] == "c4:3,café & [b].jsonl:1"
-    assert json.loads(files["lm-eval-pruned.json"])["configs"]["rte"]["dataset_kwargs"]["data_files"] == {
-        "rows": "0.jsonl"
-    }
+    assert (
+        sent["pattern"]["mask"] == "from-checkpoint:mask"
+        and sent["config"]["calib"] == "c4:3,café & [b].jsonl:1"
+    )
+    assert json.loads(files["lm-eval-pruned.json"])["configs"]["rte"]["dataset_kwargs"][
+        "data_files"
+    ] == {"rows": "0.jsonl"}
 
 
 @pytest.mark.parametrize(
     ("ckpt", "base"),
-    [("llama-7b", "huggyllama/llama-7b"), ("owner/model", "owner/model"), ("~/x", None), ("a/b/c", None), ("x", None)],
+    [
+        ("llama-7b", "huggyllama/llama-7b"),
+        ("owner/model", "owner/model"),
+        ("~/x", None),
+        ("a/b/c", None),
+        ("x", None),
+    ],
 )
-def test_the_card_names_the_repository_of_the_dense_model(ckpt: str, base: str | None, pruned: Path) -> None:
+def test_the_card_names_the_repository_of_the_dense_model(
+    ckpt: str, base: str | None, pruned: Path
+) -> None:
     run = reading.run_of(pruned)
     assert run
-    card = model_card(run.model_copy(update={"config": run.config.model_copy(update={"ckpt": ckpt})}), {})
+    card = model_card(
+        run.model_copy(update={"config": run.config.model_copy(update={"ckpt": ckpt})}), {}
+    )
     assert metadata(card.encode()).get("base_model") == base
 
 
@@ -133,7 +163,12 @@ def test_a_repository_with_files_gets_a_commit_only_if_told(
     ],
 )
 def test_a_repository_that_others_see_otherwise_than_asked_gets_nothing(
-    private: bool, flags: list[str], message: str, pruned: Path, hub: Hub, capsys: pytest.CaptureFixture
+    private: bool,
+    flags: list[str],
+    message: str,
+    pruned: Path,
+    hub: Hub,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     hub.repositories["me/tiny"] = (private, {"precious": b"x"})
     assert main([str(pruned), "me/tiny", "--overwrite", *flags]) == 2
@@ -143,7 +178,11 @@ def test_a_repository_that_others_see_otherwise_than_asked_gets_nothing(
 
 @pytest.mark.parametrize("status", [401, 403, 500])
 def test_a_hub_that_refuses_is_one_line(
-    status: int, pruned: Path, hub: Hub, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    status: int,
+    pruned: Path,
+    hub: Hub,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hub.refuses = status
     monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -181,7 +220,13 @@ def test_a_checkpoint_without_record_or_card_is_sent(checkpoint: Path, hub: Hub)
     ],
 )
 def test_what_cannot_be_sent_is_refused(
-    folder: str, repository: str, message: str, pruned: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture
+    folder: str,
+    repository: str,
+    message: str,
+    pruned: Path,
+    hub: Hub,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     (tmp_path / "empty").mkdir()
     shutil.copytree(pruned, tmp_path / "pruned")

@@ -1,4 +1,5 @@
-"""The dtype that results are stored in: float16 for a quantized GGUF file, unless an option says otherwise."""
+"""The dtype that results are stored in: float16 for a quantized GGUF file, unless an option says
+otherwise."""
 
 import json
 import shutil
@@ -77,7 +78,12 @@ def test_a_result_is_float16_with_exact_zeros(here: Path) -> None:
         for path, kernel in layer.linears.items():
             found = int(np.count_nonzero(pruned[f"layers.{index}.{path}.kernel"] == 0))
             assert found == kernel.zeros == kernel.size // 2
-    for name in ("embed_tokens.embedding", "norm.scale", "layers.1.input_layernorm.scale", "lm_head.kernel"):
+    for name in (
+        "embed_tokens.embedding",
+        "norm.scale",
+        "layers.1.input_layernorm.scale",
+        "lm_head.kernel",
+    ):
         assert dense[name].dtype == np.float32
         np.testing.assert_array_equal(pruned[name], dense[name].astype(np.float16))
     verdict = jp.verify("out", against="q.gguf")
@@ -96,7 +102,8 @@ def test_kernels_are_solved_from_rounded_weights(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [(Q.F32, "float32"), (Q.F16, "float16"), (Q.BF16, "bfloat16"), (Q.Q8_0, "float16")]
+    ("kind", "dtype"),
+    [(Q.F32, "float32"), (Q.F16, "float16"), (Q.BF16, "bfloat16"), (Q.Q8_0, "float16")],
 )
 def test_a_file_decides_the_dtype_of_its_results(
     kind: gguf.GGMLQuantizationType, dtype: str, here: Path, capsys: pytest.CaptureFixture
@@ -115,15 +122,21 @@ def test_an_option_decides_and_the_record_repeats_it(dtype: str, here: Path) -> 
     assert dtypes(here / "out") == {dtype} and dtype_in_config(here / "out") == dtype
     assert main(["verify", "out", "--against", "q.gguf"]) == 0
     assert main(["prune", "--config", "out/jaxprune.json", "--out", "again"]) == 0
-    assert Path("out/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
+    assert (
+        Path("out/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
+    )
 
 
 def test_a_default_is_repeated_with_its_checkpoint_only(here: Path, checkpoint: Path) -> None:
     assert main(["prune", *RUN, "--out", "out"]) == 0
     record = Path("out/jaxprune.json")
     assert main(["prune", "--config", str(record), "--out", "again"]) == 0
-    assert Path("out/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
-    assert main(["prune", "--config", str(record), "--ckpt", str(checkpoint), "--out", "other"]) == 0
+    assert (
+        Path("out/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
+    )
+    assert (
+        main(["prune", "--config", str(record), "--ckpt", str(checkpoint), "--out", "other"]) == 0
+    )
     assert dtypes(here / "other") == dtypes(checkpoint) == {"float32"}
 
 
@@ -140,7 +153,9 @@ def test_any_checkpoint_can_be_cast(here: Path, checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
-def test_an_untouched_tensor_that_differs_is_a_problem(name: str, here: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_untouched_tensor_that_differs_is_a_problem(
+    name: str, here: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert main(["prune", *RUN, "--out", "out"]) == 0
     broken = changed(here / "out", here / "broken", name, 7)
     assert main(["verify", str(broken), "--against", "q.gguf"]) == 1
@@ -157,7 +172,10 @@ def test_a_number_beyond_the_range_is_one_error(here: Path, capsys: pytest.Captu
     run = ["prune", *RUN, "--ckpt", "large.gguf"]
     assert main([*run, "--out", "out"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: layers.2.input_layernorm.scale: float16 cannot hold") and "70000.0" in line
+    assert (
+        line.startswith("error: layers.2.input_layernorm.scale: float16 cannot hold")
+        and "70000.0" in line
+    )
     assert line.endswith(": pass --save-dtype bfloat16")
     assert not list(here.glob("out*"))
     assert main([*run, "--save-dtype", "bfloat16", "--out", "out"]) == 0
@@ -173,7 +191,9 @@ def test_a_kernel_beyond_the_range_is_an_error() -> None:
 
 def test_only_some_dtypes_can_be_stored(here: Path) -> None:
     recipe = jp.Recipe(jp.Magnitude(), jp.Unstructured(0.5))
-    with pytest.raises(jp.InputError, match="no result can be stored in int8: float16, bfloat16, float32"):
+    with pytest.raises(
+        jp.InputError, match="no result can be stored in int8: float16, bfloat16, float32"
+    ):
         jp.prune(jp.load("q.gguf"), WINDOWS, recipe, "out", save_dtype=np.int8)
 
 
@@ -210,11 +230,23 @@ def test_what_reads_a_float16_result_finds_the_same(here: Path, text: Path) -> N
     for mask in ("from-checkpoint:out", "from-file:masks.safetensors"):
         target = mask.partition(":")[0]
         line = ["--mask", mask, "--update", "admm", "--out", target]
-        assert main(["prune", *[word for word in RUN if word not in ("--method", "wanda")], *line]) == 0
+        assert (
+            main(["prune", *[word for word in RUN if word not in ("--method", "wanda")], *line])
+            == 0
+        )
         assert main(["verify", target, "--zeros-of", "out"]) == 0
     assert main(["convert", "out", "packed", "--to", "packed"]) == 0
     assert main(["verify", "packed", "--against", "q.gguf"]) == 0
-    evaluation = ["--eval", "ppl", "--eval-text", str(text), "--eval-seqlen", "16", "--eval-windows", "1"]
+    evaluation = [
+        "--eval",
+        "ppl",
+        "--eval-text",
+        str(text),
+        "--eval-seqlen",
+        "16",
+        "--eval-windows",
+        "1",
+    ]
     assert main(["evaluate", "out", "--against", "q.gguf", *evaluation]) == 0
     assert main(["snapshot", "layer.safetensors", "--layer", "1", *RUN[:-2]]) == 0
     snapshot = load_snapshot(here / "layer.safetensors")
@@ -252,13 +284,27 @@ def test_records_and_reports_say_what_a_result_takes(here: Path) -> None:
     page, card = Path("out/report.html").read_text(), Path("out/README.md").read_text()
     assert "by size" not in page  # both have as many parameters
     assert ", float16; packed about" in page and "(Q8_0)" in page
-    assert "| as GGUF | about" in card and "are those of the dense checkpoint, rounded to float16." in card
+    assert (
+        "| as GGUF | about" in card
+        and "are those of the dense checkpoint, rounded to float16." in card
+    )
 
 
 @needs_torch
 def test_dropped_experts_and_a_cast_go_together(here: Path) -> None:
     families.save(here / "experts", families.config("qwen3_moe", "mixed"))
-    run = ["prune", *RUN, "--ckpt", "experts", "--drop-experts", "0.5", "--save-dtype", "bfloat16", "--out", "out"]
+    run = [
+        "prune",
+        *RUN,
+        "--ckpt",
+        "experts",
+        "--drop-experts",
+        "0.5",
+        "--save-dtype",
+        "bfloat16",
+        "--out",
+        "out",
+    ]
     assert main(run) == 0
     config = json.loads(Path("out/config.json").read_text())
     assert config["dtype"] == "bfloat16" and jp.load("out").architecture.config.routing.experts == 3

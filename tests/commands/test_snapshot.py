@@ -12,7 +12,11 @@ from jaxprune.streaming import hidden_states
 
 
 def test_a_layer_is_saved_and_solved(
-    checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     flags = ["--ckpt", str(checkpoint), "--calib", str(text), "--nsamples", "4", "--seqlen", "32"]
@@ -54,15 +58,23 @@ def test_it_is_of_the_run_with_these_flags(
     np.testing.assert_allclose(late, gram("--sparsity 0.5"), rtol=1e-5)
     assert not np.allclose(late, gram("--sparsity 0.75"), rtol=1e-2)
     in_memory, mapped, folders = taken(), hidden_states._mapped, []
-    monkeypatch.setattr(hidden_states, "_mapped", lambda *args: folders.append(args[0]) or mapped(*args))
+    monkeypatch.setattr(
+        hidden_states, "_mapped", lambda *args: folders.append(args[0]) or mapped(*args)
+    )
     assert taken("--hidden", "disk") == in_memory and folders == [tmp_path]
 
 
 def test_a_run_is_repeated_up_to_a_layer(
-    checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    line = f"--ckpt {checkpoint} --calib {text} --nsamples 4 --seqlen 32 --preset best --sparsity 0.9"
+    line = (
+        f"--ckpt {checkpoint} --calib {text} --nsamples 4 --seqlen 32 --preset best --sparsity 0.9"
+    )
     tuned = ["--tune-tokens", "1k", "--tune-text", str(text), "--save-masks", "m", "--out", "run"]
     assert prune.main([*line.split(), *tuned, "--eval", "none"]) == 0
     capsys.readouterr()
@@ -75,12 +87,22 @@ def test_a_run_is_repeated_up_to_a_layer(
 
 
 @pytest.mark.parametrize(
-    "flag", "--dry-run --coordinator=auto --save-masks=m --resume --target=h100 --device-memory=9".split()
+    "flag",
+    "--dry-run --coordinator=auto --save-masks=m --resume --target=h100 --device-memory=9".split(),
 )
 def test_what_it_cannot_be_taken_with_is_refused(
     flag: str, checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = [str(tmp_path / "l"), "--layer", "0", "--ckpt", str(checkpoint), "--calib", str(text), flag]
+    line = [
+        str(tmp_path / "l"),
+        "--layer",
+        "0",
+        "--ckpt",
+        str(checkpoint),
+        "--calib",
+        str(text),
+        flag,
+    ]
     assert snapshot.main(line) == 2
     assert f"leave {flag.partition('=')[0]} out" in capsys.readouterr().err
     name, _, value = flag.removeprefix("--").partition("=")
@@ -88,23 +110,46 @@ def test_what_it_cannot_be_taken_with_is_refused(
     file.write_text(f"{name}: {value or 'true'}\n")
     assert snapshot.main([*line[:-1], "--config", str(file)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {file}: {name.replace('-', '_')}: ") and error.endswith(": remove this entry\n")
+    assert error.startswith(f"error: {file}: {name.replace('-', '_')}: ") and error.endswith(
+        ": remove this entry\n"
+    )
     assert not (tmp_path / "l").exists()
 
 
 def test_masks_decide_what_stays_and_are_not_replaced(
-    checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    flags = ["--ckpt", str(checkpoint), "--calib", str(text), "--nsamples", "2", "--seqlen", "16", "--eval", "none"]
+    flags = [
+        "--ckpt",
+        str(checkpoint),
+        "--calib",
+        str(text),
+        "--nsamples",
+        "2",
+        "--seqlen",
+        "16",
+        "--eval",
+        "none",
+    ]
     assert prune.main([*flags, "--method", "magnitude", "--out", "out", "--save-masks", "m"]) == 0
     before = Path("m").read_bytes()
     given = ["--mask", "from-file:m", "--update", "exact", "--overwrite"]
     assert snapshot.main(["m", "--layer", "1", *flags, *given]) == 2
     assert "it is also what is given as mask" in capsys.readouterr().err
     assert Path("m").read_bytes() == before
-    assert snapshot.main(["l", "--layer", "1", *flags, *given]) == 0 and not snapshots.load(Path("l")).patterns
+    assert (
+        snapshot.main(["l", "--layer", "1", *flags, *given]) == 0
+        and not snapshots.load(Path("l")).patterns
+    )
     assert solve.main(["l", *given[:-1]]) == 0
     assert "patterns of its run" not in capsys.readouterr().out
     assert snapshot.main(["l", "--layer", "1", *flags, "--skip", "layers.1.*", "--overwrite"]) == 2
-    assert "the rules leave layer 1 dense: choose another --layer, or choose another --skip" in capsys.readouterr().err
+    assert (
+        "the rules leave layer 1 dense: choose another --layer, or choose another --skip"
+        in capsys.readouterr().err
+    )

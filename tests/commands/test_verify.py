@@ -25,7 +25,11 @@ from jaxprune.sparsity.patterns import Pattern
 from tests.helpers import tiny
 from tests.helpers.checkpoints import cache
 
-PATTERNS = {"2:4": NM(2, 4), "50 %": Unstructured(0.5), "60 % per output": Unstructured(0.6, per_output=True)}
+PATTERNS = {
+    "2:4": NM(2, 4),
+    "50 %": Unstructured(0.5),
+    "60 % per output": Unstructured(0.6, per_output=True),
+}
 
 
 def make(out: Path, dense: Path, pattern: Pattern, *, record: bool = False) -> Path:
@@ -48,7 +52,10 @@ def make(out: Path, dense: Path, pattern: Pattern, *, record: bool = False) -> P
 @pytest.fixture(scope="module")
 def pruned(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pruned")
-    return {name: make(folder / str(n), checkpoint, p, record=True) for n, (name, p) in enumerate(PATTERNS.items())}
+    return {
+        name: make(folder / str(n), checkpoint, p, record=True)
+        for n, (name, p) in enumerate(PATTERNS.items())
+    }
 
 
 def change(source: Path, target: Path, edit: Callable[[dict[str, np.ndarray]], object]) -> Path:
@@ -94,7 +101,12 @@ def test_what_is_on_the_hub_has_its_record_too(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
 def test_what_a_gguf_file_rounds_is_compared_as_it_rounds_it(
-    kind: str, dtype: str, pruned: dict[str, Path], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    kind: str,
+    dtype: str,
+    pruned: dict[str, Path],
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     def stored(folder: Path, name: str, head: float = 1.0) -> Path:
         def edit(tensors: dict[str, np.ndarray]) -> None:
@@ -109,7 +121,10 @@ def test_what_a_gguf_file_rounds_is_compared_as_it_rounds_it(
     assert main([f"{tmp_path}/own.gguf", "--against", str(dense), "--pattern", "2:4"]) == 0
     assert "9 other tensors compared with" in " ".join(capsys.readouterr().out.split())
     assert main([f"{other}.gguf", "--against", str(dense)]) == 1
-    assert "problem: lm_head.kernel is not the dense checkpoint's, as its type rounds it" in capsys.readouterr().out
+    assert (
+        "problem: lm_head.kernel is not the dense checkpoint's, as its type rounds it"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_total_is_all_that_unequal_linears_must_have(pruned: dict[str, Path]) -> None:
@@ -130,11 +145,16 @@ def test_a_total_is_all_that_unequal_linears_must_have(pruned: dict[str, Path]) 
     assert problem == f"the kernels have {size // 2} zeros in total, 1 fewer than were wanted"
 
 
-def test_a_sparsity_of_seven_digits_is_verified(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_sparsity_of_seven_digits_is_verified(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """512 × 1024 weights at 0.6666667 have one zero less than at the 0.666667 of six digits."""
     size = 512 * 1024
     assert round(0.6666667 * size) == round(float(f"{0.6666667:g}") * size) - 1
-    dense = tiny.save(tmp_path / "dense", tiny.config(hidden_size=512, intermediate_size=1024, num_hidden_layers=1))
+    dense = tiny.save(
+        tmp_path / "dense",
+        tiny.config(hidden_size=512, intermediate_size=1024, num_hidden_layers=1),
+    )
     flags = ["--ckpt", dense, "--calib", text, "--nsamples", 1, "--seqlen", 8, "--eval", "none"]
     flags += ["--method", "magnitude", "--sparsity", 0.6666667, "--out", tmp_path / "out"]
     assert run(list(map(str, flags))) == 0
@@ -151,7 +171,10 @@ def test_a_sparsity_of_seven_digits_is_verified(text: Path, tmp_path: Path, caps
         tensors[name][tuple(np.argwhere(tensors[name] == 0)[0])] = 1.0
 
     assert main([str(change(tmp_path / "out", tmp_path / "broken", revive))]) == 1
-    assert f"has {linear['zeros'] - 1} zeros, 1 fewer than were wanted of {size} weights" in capsys.readouterr().out
+    assert (
+        f"has {linear['zeros'] - 1} zeros, 1 fewer than were wanted of {size} weights"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_record_of_another_checkpoint_is_noticed(pruned: dict[str, Path]) -> None:
@@ -164,7 +187,9 @@ def test_a_record_of_another_checkpoint_is_noticed(pruned: dict[str, Path]) -> N
     ]
 
 
-def test_a_record_is_not_needed(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_record_is_not_needed(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     folder = make(tmp_path / "pruned", checkpoint, NM(2, 4))
     assert not (folder / "jaxprune.json").exists()
     for file in folder.glob("*token*"):
@@ -206,9 +231,13 @@ def spoil(tensors: dict[str, np.ndarray]) -> None:
 BROKEN: dict[str, tuple[Callable[[dict[str, np.ndarray]], object], str]] = {
     "a weight came back": (
         resurrect,
-        "layers.1.mlp.up_proj.kernel is not 2:4 along its inputs: 1 groups keep more than 2, the first at inputs",
+        "layers.1.mlp.up_proj.kernel is not 2:4 along its inputs: 1 groups keep more than 2, the "
+        "first at inputs",
     ),
-    "groups along the outputs": (transpose_groups, "it is 2:4 along the outputs instead, as if transposed"),
+    "groups along the outputs": (
+        transpose_groups,
+        "it is 2:4 along the outputs instead, as if transposed",
+    ),
     "a norm changed": (
         lambda tensors: np.add.at(tensors[NORM].view(np.int32), 3, 1),
         "layers.2.input_layernorm.scale is not the dense checkpoint's, bit for bit",
@@ -230,7 +259,11 @@ BROKEN: dict[str, tuple[Callable[[dict[str, np.ndarray]], object], str]] = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_broken_is_named(
-    name: str, pruned: dict[str, Path], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    name: str,
+    pruned: dict[str, Path],
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     edit, message = BROKEN[name]
     folder = change(pruned["2:4"], tmp_path / "broken", edit)
@@ -247,30 +280,57 @@ def test_an_outlier_is_found_without_a_record(
     folder = change(pruned["2:4"], tmp_path / "broken", resurrect)
     (folder / "jaxprune.json").unlink()
     assert main([str(folder)]) == 1
-    assert "layers.1.mlp.up_proj.kernel is not 2:4 along its inputs, as 20 others are" in capsys.readouterr().out
+    assert (
+        "layers.1.mlp.up_proj.kernel is not 2:4 along its inputs, as 20 others are"
+        in capsys.readouterr().out
+    )
     assert verify(load(folder), total=1).problems == []  # only a sparsity is claimed
 
 
 def test_a_linear_that_stays_dense_is_the_dense_one(
     checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    flags = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 1, "--seqlen", 8, "--eval", "none"]
+    flags = [
+        "--ckpt",
+        checkpoint,
+        "--calib",
+        text,
+        "--nsamples",
+        1,
+        "--seqlen",
+        8,
+        "--eval",
+        "none",
+    ]
     flags += ["--method", "magnitude", "--skip", "*.up_proj", "--out", tmp_path / "out"]
     assert run(list(map(str, flags))) == 0
     assert main([str(tmp_path / "out"), "--against", str(checkpoint)]) == 0
     assert "12 other tensors compared with" in " ".join(capsys.readouterr().out.split())
-    folder = change(tmp_path / "out", tmp_path / "broken", lambda tensors: np.multiply(tensors[UP], 2, tensors[UP]))
+    folder = change(
+        tmp_path / "out",
+        tmp_path / "broken",
+        lambda tensors: np.multiply(tensors[UP], 2, tensors[UP]),
+    )
     assert main([str(folder), "--against", str(checkpoint)]) == 1
-    assert "layers.1.mlp.up_proj.kernel is not the dense checkpoint's, bit for bit" in capsys.readouterr().out
+    assert (
+        "layers.1.mlp.up_proj.kernel is not the dense checkpoint's, bit for bit"
+        in capsys.readouterr().out
+    )
 
 
-def test_a_wrong_output_is_named(pruned: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    folder = change(pruned["60 % per output"], tmp_path / "broken", lambda tensors: tensors[UP][7].fill(1))
+def test_a_wrong_output_is_named(
+    pruned: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = change(
+        pruned["60 % per output"], tmp_path / "broken", lambda tensors: tensors[UP][7].fill(1)
+    )
     assert main([str(folder)]) == 1
     assert "has fewer than 19 zeros in 1 outputs, the first of them 7" in capsys.readouterr().out
 
 
-def test_tensors_that_are_not_the_dense_ones(pruned: dict[str, Path], checkpoint: Path, tmp_path: Path) -> None:
+def test_tensors_that_are_not_the_dense_ones(
+    pruned: dict[str, Path], checkpoint: Path, tmp_path: Path
+) -> None:
     def halve(tensors: dict[str, np.ndarray]) -> None:
         tensors[NORM] = (tensors[NORM] * np.float32(1.0001)).astype(np.float16)
 
@@ -292,7 +352,9 @@ def test_what_cannot_be_read_is_one_error(
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_n_of_m_is_found_on_both_axes(pruned: dict[str, Path], checkpoint: Path, tmp_path: Path) -> None:
+def test_n_of_m_is_found_on_both_axes(
+    pruned: dict[str, Path], checkpoint: Path, tmp_path: Path
+) -> None:
     assert {kernel.found for kernel in verify(load(checkpoint)).kernels.values()} == {()}
     kernels = verify(load(change(pruned["2:4"], tmp_path / "changed", transpose_groups))).kernels
     assert kernels[1, "mlp.up_proj"].found == ((2, 4, "outputs"),)
@@ -323,7 +385,9 @@ def test_zeros_that_a_fine_tuning_lost_are_counted(
     )
 
 
-def test_a_packed_checkpoint_is_verified_by_its_record(pruned: dict[str, Path], tmp_path: Path) -> None:
+def test_a_packed_checkpoint_is_verified_by_its_record(
+    pruned: dict[str, Path], tmp_path: Path
+) -> None:
     assert convert([str(pruned["50 %"]), str(tmp_path / "packed"), "--to", "packed"]) == 0
     assert reading.run_of(str(tmp_path / "packed"))
     assert main([str(tmp_path / "packed")]) == 0

@@ -18,7 +18,9 @@ DTYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("shape", [(3, 70_001), (7,), (2, 3, 5)])
-def test_the_first_number_that_is_not_finite_is_named(dtype: type, bad: float, shape: tuple[int, ...]) -> None:
+def test_the_first_number_that_is_not_finite_is_named(
+    dtype: type, bad: float, shape: tuple[int, ...]
+) -> None:
     largest = ml_dtypes.finfo(dtype).max
     array = np.full(shape, largest, dtype)
     array.reshape(-1)[::2] = -largest
@@ -39,7 +41,12 @@ def test_nothing_to_look_at_is_finite() -> None:
 
 def test_digests_tell_dtypes_shapes_and_bytes_apart() -> None:
     array = np.arange(12, dtype=np.float32).reshape(3, 4)
-    others = [array.T, array.reshape(4, 3), array.astype(np.float16), np.where(array == 5, 6, array)]
+    others = [
+        array.T,
+        array.reshape(4, 3),
+        array.astype(np.float16),
+        np.where(array == 5, 6, array),
+    ]
     assert len({digest(one) for one in [array, *others]}) == 5
     assert digest(array) == digest(array.copy())
     assert digest(np.float32([0.0])) != digest(np.float32([-0.0]))
@@ -59,7 +66,9 @@ def test_each_tensor_is_looked_at_once(checkpoint: Path, monkeypatch: pytest.Mon
     assert len(looked) == len(reader.spec) == len(reader.digests)
 
 
-@pytest.mark.parametrize("name", ["embed_tokens.embedding", "layers.1.mlp.up_proj.kernel", "norm.scale"])
+@pytest.mark.parametrize(
+    "name", ["embed_tokens.embedding", "layers.1.mlp.up_proj.kernel", "norm.scale"]
+)
 def test_a_tensor_that_changed_is_named(name: str, tmp_path: Path) -> None:
     folder = tiny.save(tmp_path, tiny.config())
     before = open_checkpoint(folder)

@@ -10,7 +10,9 @@ import pytest
 from convert.command import run
 
 
-def test_a_warning_is_one_line_whatever_handlers_libraries_install(capsys: pytest.CaptureFixture) -> None:
+def test_a_warning_is_one_line_whatever_handlers_libraries_install(
+    capsys: pytest.CaptureFixture,
+) -> None:
     other = logging.StreamHandler(sys.stderr)
 
     def command(argv: Sequence[str]) -> None:
@@ -32,7 +34,10 @@ def test_what_orbax_leaves_behind_is_passed_over_and_nothing_else(
     monkeypatch.setattr(sys, "unraisablehook", passed_on.append)
     for _ in range(2):
         assert run(lambda argv: 0, []) == 0
-    others = [SimpleNamespace(exc_value=error) for error in (RuntimeError("x"), ValueError("Event loop is closed"))]
+    others = [
+        SimpleNamespace(exc_value=error)
+        for error in (RuntimeError("x"), ValueError("Event loop is closed"))
+    ]
     for found in [SimpleNamespace(exc_value=RuntimeError("Event loop is closed")), *others]:
         sys.unraisablehook(found)  # type: ignore[arg-type]
     assert passed_on == others and capsys.readouterr().err == ""

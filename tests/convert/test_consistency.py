@@ -13,13 +13,16 @@ from tests.helpers import families
 
 
 def spec_of(family: str, variant: str, folder: Path) -> Spec:
-    """Writes config.json to the folder; returns the shapes and dtypes of a checkpoint that fits it."""
+    """Writes config.json to the folder; returns the shapes and dtypes of a checkpoint that fits
+    it."""
     families.config(family, variant).save_pretrained(folder)
     return dict(architecture_of(folder, np.float32).spec)
 
 
 @pytest.mark.parametrize(("family", "variant"), families.CASES)
-def test_a_complete_checkpoint_of_every_family_passes(family: str, variant: str, tmp_path: Path) -> None:
+def test_a_complete_checkpoint_of_every_family_passes(
+    family: str, variant: str, tmp_path: Path
+) -> None:
     spec = spec_of(family, variant, tmp_path)
     check(spec, read_config(tmp_path))
 
@@ -34,7 +37,9 @@ def test_a_complete_checkpoint_of_every_family_passes(family: str, variant: str,
         ("layers.1.mlp.up_proj.", r"missing: layers\.1\.mlp\.up_proj\.kernel"),
     ],
 )
-def test_tensors_missing_from_a_layer_of_either_kind_are_named(removed: str, message: str, tmp_path: Path) -> None:
+def test_tensors_missing_from_a_layer_of_either_kind_are_named(
+    removed: str, message: str, tmp_path: Path
+) -> None:
     types = ["linear_attention", "linear_attention", "full_attention", "full_attention"]
     config = families.config("qwen3_5_text", "tied", num_hidden_layers=4, layer_types=types)
     config.save_pretrained(tmp_path)

@@ -1,4 +1,5 @@
-"""Checkpoints of other people: whatever stands in place of a file, one clear error before anything waits or is made."""
+"""Checkpoints of other people: whatever stands in place of a file, one clear error before anything
+waits or is made."""
 
 import json
 import logging
@@ -76,9 +77,13 @@ def test_entries_of_the_wrong_type_or_size_are_named(
 
 
 @pytest.mark.parametrize("text", ["NaN", "1e999", "9" * 5000, "[" * 5000, '"\\ud800"', "", "{"])
-def test_json_that_no_parser_should_take(text: str, folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_json_that_no_parser_should_take(
+    text: str, folder: Path, capsys: pytest.CaptureFixture
+) -> None:
     config = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(config.replace('"attention_dropout": 0.0', f'"attention_dropout": {text}'))
+    (folder / "config.json").write_text(
+        config.replace('"attention_dropout": 0.0', f'"attention_dropout": {text}')
+    )
     assert "config.json: it " in refused(folder, capsys)
 
 
@@ -86,8 +91,9 @@ def test_missing_entries_name_the_model_type(folder: Path, capsys: pytest.Captur
     config = json.loads((folder / "config.json").read_text())
     del config["hidden_size"]
     (folder / "config.json").write_text(json.dumps(config))
-    assert "hidden_size: an entry that a decoder has is missing, found \"model type 'llama'\"" in refused(
-        folder, capsys
+    assert (
+        "hidden_size: an entry that a decoder has is missing, found \"model type 'llama'\""
+        in refused(folder, capsys)
     )
 
 
@@ -100,14 +106,29 @@ def test_null_is_no_quantization(folder: Path) -> None:
     ("changes", "message"),
     [
         ({"head_dim": 7}, "head_dim|rotary"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_parameters.rope_theta"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
+            "rope_parameters.rope_theta",
+        ),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": "2"}}, "factor"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 0, "truncate": True}}, "factor"),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1e4,
+                    "factor": 0,
+                    "truncate": True,
+                }
+            },
+            "factor",
+        ),
         ({"rope_parameters": {"rope_type": 5, "rope_theta": 1e4}}, "rope_type"),
         ({"hidden_act": "tanh"}, "activation 'tanh'"),
     ],
 )
-def test_entries_of_the_family_are_checked(changes: dict[str, Any], message: str, folder: Path) -> None:
+def test_entries_of_the_family_are_checked(
+    changes: dict[str, Any], message: str, folder: Path
+) -> None:
     edit(folder / "config.json", **changes)
     with pytest.raises(ValueError, match=message) as error:
         StreamedModel(open_checkpoint(folder))
@@ -145,24 +166,42 @@ def put(kind: str, path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["FIFO", "device", "socket", "loop", "folder"])
 @pytest.mark.parametrize(
-    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", WEIGHTS, INDEX]
+    "name",
+    [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        WEIGHTS,
+        INDEX,
+    ],
 )
 def test_only_regular_files_are_opened(
-    name: str, kind: str, folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    kind: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(folder)  # a socket's path may have a hundred characters
     put(kind, folder / name)
     said = refused(folder, capsys)
-    assert name in said and ("wanted a regular file" in said or "links" in said or "leads outside" in said)
+    assert name in said and (
+        "wanted a regular file" in said or "links" in said or "leads outside" in said
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_files_without_permission_are_one_error(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_files_without_permission_are_one_error(
+    folder: Path, capsys: pytest.CaptureFixture
+) -> None:
     (folder / "tokenizer.json").chmod(0)
     assert "tokenizer.json: it cannot be read (no permission)" in refused(folder, capsys)
 
 
-def test_links_that_lead_outside(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_links_that_lead_outside(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "secret.txt").write_text("secret")
     (folder / "notes.txt").symlink_to(tmp_path / "secret.txt")
     (folder / "inside.txt").symlink_to("config.json")
@@ -170,7 +209,10 @@ def test_links_that_lead_outside(folder: Path, tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING, "convert"):
         copy_assets(folder, tmp_path / "copy")
     assert "notes.txt was not copied" in caplog.text and "secret.txt" in caplog.text
-    assert not (tmp_path / "copy/notes.txt").exists() and not (tmp_path / "copy/inside.txt").is_symlink()
+    assert (
+        not (tmp_path / "copy/notes.txt").exists()
+        and not (tmp_path / "copy/inside.txt").is_symlink()
+    )
     for name in (WEIGHTS, "config.json"):
         shutil.move(folder / name, tmp_path / name)
         (folder / name).symlink_to(tmp_path / name)
@@ -180,7 +222,9 @@ def test_links_that_lead_outside(folder: Path, tmp_path: Path, caplog: pytest.Lo
         shutil.move(tmp_path / name, folder / name)
 
 
-def test_a_file_whose_name_is_no_text_stays(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_file_whose_name_is_no_text_stays(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     (folder / os.fsdecode(b"caf\xe9.txt")).write_text("")
     assert main([str(folder), str(tmp_path / "copy")]) == 0
     assert "was not copied: its name is no UTF-8" in capsys.readouterr().err
@@ -193,13 +237,20 @@ def test_records_of_an_earlier_run_are_not_copied(folder: Path, tmp_path: Path) 
     (tmp_path / "copy").mkdir()
     copy_assets(folder, tmp_path / "copy")
     names = {path.name for path in (tmp_path / "copy").iterdir()}
-    assert names == {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert names == {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
 
 
 # --- weights
 
 
-@pytest.mark.parametrize("shard", ["../x.safetensors", "/x.safetensors", "a\0.safetensors", "x.bin", "", 5])
+@pytest.mark.parametrize(
+    "shard", ["../x.safetensors", "/x.safetensors", "a\0.safetensors", "x.bin", "", 5]
+)
 def test_shards_lie_in_the_folder(shard: Any, folder: Path, capsys: pytest.CaptureFixture) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
     assert "weight_map.model.norm.weight: a shard's name cannot be used" in refused(folder, capsys)
@@ -222,7 +273,9 @@ NORM, HEAD = "model.norm.weight", "lm_head.weight"
         (lambda h: h.pop(NORM), "gap|truncated"),
     ],
 )
-def test_headers_are_held_against_the_file(change: Callable[[dict], None], message: str, folder: Path) -> None:
+def test_headers_are_held_against_the_file(
+    change: Callable[[dict], None], message: str, folder: Path
+) -> None:
     content = (folder / WEIGHTS).read_bytes()
     length = struct.unpack("<Q", content[:8])[0]
     described = json.loads(content[8 : 8 + length])
@@ -254,7 +307,8 @@ def test_two_names_for_one_param_are_both_named(
 
 
 @pytest.mark.parametrize(
-    "name", ["model./tmp/x.weight", "../x.weight", "layers.\u00b2.x.weight", "weight", f"a.{'9' * 5000}"]
+    "name",
+    ["model./tmp/x.weight", "../x.weight", "layers.\u00b2.x.weight", "weight", f"a.{'9' * 5000}"],
 )
 def test_names_cannot_lead_anywhere(name: str, folder: Path, capsys: pytest.CaptureFixture) -> None:
     stored = load_file(folder / WEIGHTS)
@@ -262,14 +316,17 @@ def test_names_cannot_lead_anywhere(name: str, folder: Path, capsys: pytest.Capt
     assert "no tensor of a model has such a name" in refused(folder, capsys)
 
 
-def test_a_name_is_not_the_beginning_of_another(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_name_is_not_the_beginning_of_another(
+    folder: Path, capsys: pytest.CaptureFixture
+) -> None:
     stored = load_file(folder / WEIGHTS)
     save_file(stored | {"model.layers.0.mlp": np.ones(3, np.float32)}, folder / WEIGHTS)
     assert "is the beginning of another" in refused(folder, capsys)
 
 
 def test_comparing_layers_takes_time_by_tensors(tmp_path: Path) -> None:
-    # 4000 layers of one tensor each, no two of one name: layers times names would be 16 million comparisons.
+    # 4000 layers of one tensor each, no two of one name: layers times names would be 16 million
+    # comparisons.
     names = {f"model.layers.{i}.x{i}.weight": np.ones(1, np.float32) for i in range(4000)}
     save_file(names, tmp_path / WEIGHTS)
     needed = {"model_type": "llama", "vocab_size": 1, "hidden_size": 1, "num_attention_heads": 1}
@@ -286,11 +343,15 @@ def test_a_tokenizer_of_more_tokens_is_refused(folder: Path) -> None:
     content = json.loads((folder / "tokenizer.json").read_text())
     content["model"]["vocab"]["the"] = 5000
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="another model's, found 5000, wanted ids below .* of 300"):
+    with pytest.raises(
+        CheckpointError, match="another model's, found 5000, wanted ids below .* of 300"
+    ):
         load_tokenizer(folder)
 
 
-def test_tokens_that_a_tokenizer_adds_are_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tokens_that_a_tokenizer_adds_are_a_warning(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tokenizer = load_tokenizer(folder)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(folder)
@@ -306,13 +367,17 @@ def test_tokens_that_a_tokenizer_adds_are_a_warning(folder: Path, caplog: pytest
         ("tokenizer.json", '{"model": NaN}'),
         (
             "tokenizer.json",
-            '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": 3, "merges": []}}',
+            '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": 3, "merges": '
+            "[]}}",
         ),
         ("tokenizer_config.json", "[]"),
         ("tokenizer_config.json", '{"tokenizer_class": 3}'),
         ("tokenizer_config.json", '{"model_max_length": "1024"}'),
         ("tokenizer_config.json", '{"model_input_names": 3}'),
-        ("tokenizer_config.json", '{"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["evil.X", null]}}'),
+        (
+            "tokenizer_config.json",
+            '{"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["evil.X", null]}}',
+        ),
         ("special_tokens_map.json", "\xff"),
     ],
 )
@@ -323,7 +388,9 @@ def test_damaged_tokenizers_are_one_error(file: str, text: str, folder: Path) ->
         load_tokenizer(folder)
 
 
-def test_a_panic_is_an_error_and_a_stop_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_panic_is_an_error_and_a_stop_is_none(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class PanicException(BaseException):  # pyo3's
         pass
 
@@ -333,7 +400,9 @@ def test_a_panic_is_an_error_and_a_stop_is_none(folder: Path, monkeypatch: pytes
 
         return load
 
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", raising(PanicException("index out of bounds")))
+    monkeypatch.setattr(
+        "transformers.AutoTokenizer.from_pretrained", raising(PanicException("index out of bounds"))
+    )
     with pytest.raises(CheckpointError, match="PanicException: index out of bounds"):
         load_tokenizer(folder)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", raising(KeyboardInterrupt()))
@@ -341,8 +410,12 @@ def test_a_panic_is_an_error_and_a_stop_is_none(folder: Path, monkeypatch: pytes
         load_tokenizer(folder)
 
 
-@pytest.mark.parametrize("text", ["[]", '{"eos_token_id": "</s>"}', '{"temperature": NaN}', '{"top_p": -1}', "{"])
-def test_generation_settings_are_checked(text: str, folder: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "text", ["[]", '{"eos_token_id": "</s>"}', '{"temperature": NaN}', '{"top_p": -1}', "{"]
+)
+def test_generation_settings_are_checked(
+    text: str, folder: Path, capsys: pytest.CaptureFixture
+) -> None:
     (folder / "generation_config.json").write_text(text)
     assert "generation_config.json: " in refused(folder, capsys)
 
@@ -383,11 +456,15 @@ def test_home_folders_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert expand("~/x") == tmp_path / "x" and expand("x~") == Path("x~")
 
 
-def test_a_cache_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_used_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def denied(*args: object, **options: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", denied)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(CheckpointError, match="hub: the hub's cache cannot be used for .* HF_HUB_CACHE"):
+    with pytest.raises(
+        CheckpointError, match="hub: the hub's cache cannot be used for .* HF_HUB_CACHE"
+    ):
         resolve("llama-7b")

@@ -1,4 +1,5 @@
-"""Damaged files: whatever their bytes, an error that says so or a checkpoint, and no more memory than they warrant."""
+"""Damaged files: whatever their bytes, an error that says so or a checkpoint, and no more memory
+than they warrant."""
 
 import json
 import os
@@ -76,9 +77,24 @@ def damages(draw: Callable) -> Callable[[bytes], bytes]:
 @st.composite
 def headers(draw: Callable) -> Callable[[dict], None]:
     """A function that changes a safetensors file's header, which stays JSON."""
-    which, field = draw(st.integers(0, 100)), draw(st.sampled_from(["dtype", "shape", "data_offsets", None]))
-    number = st.one_of(st.integers(-(2**65), 2**65), st.integers(-3, 100), st.floats(), st.text(max_size=3), st.none())
-    value = draw(st.one_of(number, st.lists(number, max_size=4), st.sampled_from(["F32", "F4", "I64", "BF16", "BOOL"])))
+    which, field = (
+        draw(st.integers(0, 100)),
+        draw(st.sampled_from(["dtype", "shape", "data_offsets", None])),
+    )
+    number = st.one_of(
+        st.integers(-(2**65), 2**65),
+        st.integers(-3, 100),
+        st.floats(),
+        st.text(max_size=3),
+        st.none(),
+    )
+    value = draw(
+        st.one_of(
+            number,
+            st.lists(number, max_size=4),
+            st.sampled_from(["F32", "F4", "I64", "BF16", "BOOL"]),
+        )
+    )
 
     def change(header: dict) -> None:
         name = sorted(header)[which % len(header)]
@@ -91,7 +107,8 @@ def headers(draw: Callable) -> Callable[[dict], None]:
 
 
 def survive(path: Path, size: int) -> bool:
-    """Whether a damaged file is refused; it must not ask for memory that its size does not warrant."""
+    """Whether a damaged file is refused; it must not ask for memory that its size does not
+    warrant."""
     tracemalloc.start()
     try:
         load(path)
@@ -114,7 +131,11 @@ def test_damaged_bytes(kind: str, files: dict[str, Path], tmp_path: Path) -> Non
         (tmp_path / "config.json").write_bytes(files[kind].with_name("config.json").read_bytes())
 
     @settings(
-        max_examples=EXAMPLES, deadline=10_000, database=None, suppress_health_check=list(HealthCheck), derandomize=True
+        max_examples=EXAMPLES,
+        deadline=10_000,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
     )
     @given(damages())
     def each(damage: Callable[[bytes], bytes]) -> None:
@@ -128,19 +149,27 @@ def test_damaged_bytes(kind: str, files: dict[str, Path], tmp_path: Path) -> Non
 
 def test_damaged_safetensors_headers(files: dict[str, Path], tmp_path: Path) -> None:
     content = files["safetensors"].read_bytes()
-    (tmp_path / "config.json").write_bytes(files["safetensors"].with_name("config.json").read_bytes())
+    (tmp_path / "config.json").write_bytes(
+        files["safetensors"].with_name("config.json").read_bytes()
+    )
     length = struct.unpack("<Q", content[:8])[0]
     counts = [0, 0]
 
     @settings(
-        max_examples=EXAMPLES, deadline=10_000, database=None, suppress_health_check=list(HealthCheck), derandomize=True
+        max_examples=EXAMPLES,
+        deadline=10_000,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
     )
     @given(headers())
     def each(change: Callable[[dict], None]) -> None:
         header = json.loads(content[8 : 8 + length])
         change(header)
         text = json.dumps(header).encode()
-        (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+        (tmp_path / "model.safetensors").write_bytes(
+            struct.pack("<Q", len(text)) + text + content[8 + length :]
+        )
         counts[survive(tmp_path, len(content))] += 1
 
     each()

@@ -29,7 +29,9 @@ Q = gguf.GGMLQuantizationType
 @needs_torch
 @pytest.mark.parametrize("kind", [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The given NumPy array is not writable")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore:The given NumPy array is not writable"
+)
 def test_tensors_and_tokens_are_those_of_transformers(
     kind: gguf.GGMLQuantizationType, tied: bool, tmp_path: Path
 ) -> None:
@@ -41,7 +43,9 @@ def test_tensors_and_tokens_are_those_of_transformers(
     expected = reference.state_dict()
     for name, tensor in mine.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
-    ids = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")("The cat sat.")["input_ids"]
+    ids = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")("The cat sat.")[
+        "input_ids"
+    ]
     assert load_tokenizer(tmp_path / "hf")("The cat sat.")["input_ids"] == ids
     assert mine.config.rms_norm_eps == 1e-5
     StreamedModel(open_checkpoint(path))
@@ -49,11 +53,15 @@ def test_tensors_and_tokens_are_those_of_transformers(
 
 def test_llama3_rope_factors_become_the_configuration(tmp_path: Path) -> None:
     config = tiny.config(head_dim=64, rope_parameters=LLAMA3_ROPE)
-    plain = Rope.from_hf({"rope_type": "default", "rope_theta": 500000.0}, 64, 1024).inverse_frequencies(8)[0]
+    plain = Rope.from_hf(
+        {"rope_type": "default", "rope_theta": 500000.0}, 64, 1024
+    ).inverse_frequencies(8)[0]
     scaled = Rope.from_hf(LLAMA3_ROPE, 64, 1024).inverse_frequencies(8)[0]
     reader = open_checkpoint(write_gguf(tmp_path / "a.gguf", config, Q.F32, factors=plain / scaled))
     assert read_config(reader.assets)["rope_parameters"] == LLAMA3_ROPE
-    other = write_gguf(tmp_path / "b.gguf", config, Q.F32, factors=np.linspace(1, 9, 32, dtype=np.float32))
+    other = write_gguf(
+        tmp_path / "b.gguf", config, Q.F32, factors=np.linspace(1, 9, 32, dtype=np.float32)
+    )
     with pytest.raises(CheckpointError, match="not Llama 3's"):
         open_checkpoint(other)
 
@@ -93,7 +101,13 @@ def info(name: str, dims: list[int], kind: int = 0, offset: int = 0) -> bytes:
     return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
 
 
-def file(path: Path, fields: Sequence[bytes] = (), infos: Sequence[bytes] = (), data: int = 0, **told: int) -> Path:
+def file(
+    path: Path,
+    fields: Sequence[bytes] = (),
+    infos: Sequence[bytes] = (),
+    data: int = 0,
+    **told: int,
+) -> Path:
     """A file of these fields and tensors; `told` are counts that differ from them."""
     counts = told.get("tensors", len(infos)), told.get("count", len(fields))
     header = struct.pack("<4sIQQ", b"GGUF", 3, *counts) + b"".join([*fields, *infos])
@@ -109,9 +123,15 @@ ALIGNMENT = "general.alignment"
     [
         ({"tensors": 10**12, "data": 1000}, "so many tensors, found 1000000000000"),
         ({"count": 10**12, "data": 1000}, "so many fields, found 1000000000000"),
-        ({"fields": [strings("x", 4_000_000)], "data": 2**22}, "x: .* so many strings, found 4000000"),
+        (
+            {"fields": [strings("x", 4_000_000)], "data": 2**22},
+            "x: .* so many strings, found 4000000",
+        ),
         ({"fields": [strings("x", ELEMENTS + 1)], "data": 10**3}, f"at most {ELEMENTS} in all"),
-        ({"fields": [field("x", 9, struct.pack("<IQ", 9, 1))]}, "only arrays of numbers and of strings"),
+        (
+            {"fields": [field("x", 9, struct.pack("<IQ", 9, 1))]},
+            "only arrays of numbers and of strings",
+        ),
         ({"fields": [field("x", 9, struct.pack("<IQ", 0, 2**63))]}, "too early"),
         ({"fields": [field("x", 8, struct.pack("<Q", 2**63))]}, "a string is too long"),
         ({"fields": [field("x", 8, struct.pack("<Q", 2) + b"\xff\xff")]}, "not UTF-8"),
@@ -119,7 +139,10 @@ ALIGNMENT = "general.alignment"
         ({"fields": [field("x", 0, b"1")] * 2}, "x: .*given twice"),
         ({"fields": [field(ALIGNMENT, 4, struct.pack("<I", 0))]}, "alignment cannot be, found 0"),
         ({"fields": [field(ALIGNMENT, 4, struct.pack("<I", 48))]}, "alignment cannot be, found 48"),
-        ({"fields": [field(ALIGNMENT, 4, struct.pack("<I", 2**31))]}, "alignment cannot be, found 2147483648"),
+        (
+            {"fields": [field(ALIGNMENT, 4, struct.pack("<I", 2**31))]},
+            "alignment cannot be, found 2147483648",
+        ),
         ({"infos": [info("x", [100])]}, "x: .*does not lie in the file"),
         ({"infos": [info("x", [2**40, 2**40])], "data": 99}, "x: .*does not lie in the file"),
         ({"infos": [info("x", [4], offset=2**63)], "data": 99}, "x: .*does not lie in the file"),
@@ -132,7 +155,9 @@ ALIGNMENT = "general.alignment"
         ({"infos": [info("x", [9]), info("y", [4], offset=32)], "data": 99}, "y: .*overlaps"),
     ],
 )
-def test_what_a_header_declares_is_held_against_the_files_size(options: dict, message: str, tmp_path: Path) -> None:
+def test_what_a_header_declares_is_held_against_the_files_size(
+    options: dict, message: str, tmp_path: Path
+) -> None:
     path = file(tmp_path / "x.gguf", **options)
     tracemalloc.start()
     start = time.perf_counter()
@@ -151,7 +176,9 @@ def test_arrays_cost_nothing_until_they_are_asked_for(tmp_path: Path) -> None:
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
     assert header.get("x") == [""] * 100_000
-    numbers = Header(file(tmp_path / "y.gguf", [field("y", 9, struct.pack("<IQ3f", 6, 3, 1, 2, 3))]))
+    numbers = Header(
+        file(tmp_path / "y.gguf", [field("y", 9, struct.pack("<IQ3f", 6, 3, 1, 2, 3))])
+    )
     assert numbers.get("y") == [1.0, 2.0, 3.0] and numbers.get("z") is None
 
 
@@ -161,9 +188,17 @@ def test_arrays_cost_nothing_until_they_are_asked_for(tmp_path: Path) -> None:
         ("llama.block_count", struct.pack("<I", 10**9), "llama.block_count: .*found 1000000000"),
         ("llama.embedding_length", struct.pack("<I", 0), "llama.embedding_length: .*found 0"),
         ("llama.attention.head_count_kv", struct.pack("<I", 7), "not whole heads"),
-        ("llama.attention.layer_norm_rms_epsilon", struct.pack("<f", float("nan")), "epsilon: .*found nan"),
+        (
+            "llama.attention.layer_norm_rms_epsilon",
+            struct.pack("<f", float("nan")),
+            "epsilon: .*found nan",
+        ),
         ("llama.rope.freq_base", struct.pack("<f", float("inf")), "freq_base: .*found inf"),
-        ("tokenizer.ggml.eos_token_id", struct.pack("<I", 300), "eos_token_id to be one of 300 tokens"),
+        (
+            "tokenizer.ggml.eos_token_id",
+            struct.pack("<I", 300),
+            "eos_token_id to be one of 300 tokens",
+        ),
     ],
 )
 def test_fields_are_checked(name: str, value: bytes, message: str, tmp_path: Path) -> None:
@@ -172,7 +207,8 @@ def test_fields_are_checked(name: str, value: bytes, message: str, tmp_path: Pat
     content[at : at + 4] = value
     (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
-        _ = open_checkpoint(tmp_path / "x.gguf").assets  # the tokenizer is made when it is asked for
+        # the tokenizer is made when it is asked for
+        _ = open_checkpoint(tmp_path / "x.gguf").assets
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "device"])

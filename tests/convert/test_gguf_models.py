@@ -1,4 +1,5 @@
-"""GGUF files of model families: what is read is what they were written from, and what transformers reads."""
+"""GGUF files of model families: what is read is what they were written from, and what transformers
+reads."""
 
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,18 @@ from tests.helpers.optional import needs_torch
 
 pytestmark = [
     needs_torch,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The given NumPy array is not writable"),
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning", "ignore:The given NumPy array is not writable"
+    ),
 ]
-LOADED: dict[str, dict[str, Any]] = {"qwen2": {}, "qwen3": {"head_dim": 128}, "gemma2": {}, "gemma3_text": {}}
-"""Dense families that transformers reads from such files, with sizes that it takes from no field of them."""
+LOADED: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "qwen3": {"head_dim": 128},
+    "gemma2": {},
+    "gemma3_text": {},
+}
+"""Dense families that transformers reads from such files, with sizes that it takes from no field of
+them."""
 
 
 def made(folder: Path, family: str, **others: Any) -> tuple[Path, Any]:
@@ -51,7 +60,9 @@ def test_what_is_read_is_what_it_was_written_from(family: str, tmp_path: Path) -
         np.testing.assert_array_equal(found.read([path])[path], expected, err_msg=path)
     tokens = np.random.default_rng(0).integers(0, 300, (2, 60), np.int32)
     expected = load(tmp_path / "hf").logits(tokens)
-    np.testing.assert_allclose(load(file).logits(tokens), expected, atol=1e-5 * np.abs(expected).max(), rtol=1e-4)
+    np.testing.assert_allclose(
+        load(file).logits(tokens), expected, atol=1e-5 * np.abs(expected).max(), rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("family", LOADED)
@@ -77,7 +88,9 @@ def test_experts_are_those_that_transformers_loads(tmp_path: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name)
     reader = open_checkpoint(file)
     for expert in range(6):
-        both = theirs.get_parameter("model.layers.1.mlp.experts.gate_up_proj")[expert].detach().numpy()
+        both = (
+            theirs.get_parameter("model.layers.1.mlp.experts.gate_up_proj")[expert].detach().numpy()
+        )
         for name, expected in zip(("gate_proj", "up_proj"), np.split(both, 2), strict=True):
             path = f"layers.1.mlp.experts.{expert}.{name}.kernel"
             np.testing.assert_array_equal(reader.read([path])[path].T, expected)

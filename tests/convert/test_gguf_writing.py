@@ -1,4 +1,5 @@
-"""GGUF files that are written: what is read back, by this package and by transformers, is the checkpoint."""
+"""GGUF files that are written: what is read back, by this package and by transformers, is the
+checkpoint."""
 
 import json
 from pathlib import Path
@@ -48,14 +49,21 @@ def test_what_is_read_back_is_the_checkpoint(family: str, tmp_path: Path) -> Non
     tokens = np.random.default_rng(0).integers(0, 300, (2, 60), np.int32)
     expected = load(tmp_path / "hf").logits(tokens)
     np.testing.assert_allclose(
-        load(tmp_path / "made.gguf").logits(tokens), expected, atol=1e-5 * np.abs(expected).max(), rtol=1e-4
+        load(tmp_path / "made.gguf").logits(tokens),
+        expected,
+        atol=1e-5 * np.abs(expected).max(),
+        rtol=1e-4,
     )
 
 
 @needs_torch
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The given NumPy array is not writable")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore:The given NumPy array is not writable"
+)
 @pytest.mark.parametrize("family, others", [("llama", {"attention_bias": False}), ("qwen2", {})])
-def test_logits_are_those_of_transformers(family: str, others: dict[str, Any], tmp_path: Path) -> None:
+def test_logits_are_those_of_transformers(
+    family: str, others: dict[str, Any], tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = made(tmp_path, family, **others)
@@ -77,7 +85,15 @@ def test_llama3s_factors_come_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "kind, most",
-    [("f32", 0), ("f16", 5e-4), ("bf16", 4e-3), ("q8_0", 5e-3), ("q5_0", 0.05), ("q4_0", 0.15), ("q4_1", 0.15)],
+    [
+        ("f32", 0),
+        ("f16", 5e-4),
+        ("bf16", 4e-3),
+        ("q8_0", 5e-3),
+        ("q5_0", 0.05),
+        ("q4_0", 0.15),
+        ("q4_1", 0.15),
+    ],
 )
 def test_zeros_stay_where_a_type_has_zero(kind: str, most: float, tmp_path: Path) -> None:
     config = tiny.config(hidden_size=64, intermediate_size=96)
@@ -91,7 +107,9 @@ def test_zeros_stay_where_a_type_has_zero(kind: str, most: float, tmp_path: Path
         kept &= not found[array == 0].any()
     assert kept == (kind != "q4_1")
     kinds = {tensor.name: tensor.kind.name for tensor in Header(tmp_path / "made.gguf").tensors}
-    assert {*kinds.values()} >= {"F32", kind.upper()} and kinds["blk.1.ffn_up.weight"] == kind.upper()
+    assert {*kinds.values()} >= {"F32", kind.upper()} and kinds[
+        "blk.1.ffn_up.weight"
+    ] == kind.upper()
     of_embedding = kind.upper() if kind in ("f32", "f16", "bf16") else "Q8_0"
     assert kinds["token_embd.weight"] == kinds["output.weight"] == of_embedding
 
@@ -109,13 +127,21 @@ def test_rows_that_are_no_whole_blocks_are_float16(tmp_path: Path) -> None:
         ({}, "--type q3_k", "f32, f16"),
         ({}, "--zstd 3", "leave --zstd out"),
         ({"hidden_act": "relu"}, "", "hidden_act"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "", "dynamic"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "",
+            "dynamic",
+        ),
         ({"model_type": "opt"}, "", "cannot be written, found 'opt'"),
         (None, "", "no tokenizer"),
     ],
 )
 def test_what_cannot_be_a_file_is_refused_and_nothing_is_made(
-    entries: dict[str, Any] | None, line: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+    entries: dict[str, Any] | None,
+    line: str,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     source = tiny.save(tmp_path / "hf", tiny.config())
     if entries is None:
@@ -149,7 +175,9 @@ def test_numbers_beyond_float16_are_refused(tmp_path: Path, capsys: pytest.Captu
     assert main([str(source), str(tmp_path / "made.gguf"), "--type", "bf16"]) == 0
 
 
-def test_a_file_of_ours_is_replaced_and_a_changed_one_is_not(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_file_of_ours_is_replaced_and_a_changed_one_is_not(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     line = [str(checkpoint), str(tmp_path / "made.gguf")]
     assert main(line) == 0
     assert main(line) == 2
@@ -161,21 +189,30 @@ def test_a_file_of_ours_is_replaced_and_a_changed_one_is_not(checkpoint: Path, t
 
 
 def sentencepiece() -> PreTrainedTokenizerFast:
-    """As the fast tokenizers of Llama 2 and Gemma are: SentencePiece's space, unknown characters as bytes."""
+    """As the fast tokenizers of Llama 2 and Gemma are: SentencePiece's space, unknown characters as
+    bytes."""
     made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=380,
         special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
         show_progress=False,
     )
     generator = np.random.default_rng(0)
-    made.train_from_iterator([" ".join(generator.choice(tiny.WORDS, 8)) for _ in range(500)], trainer)
+    made.train_from_iterator(
+        [" ".join(generator.choice(tiny.WORDS, 8)) for _ in range(500)], trainer
+    )
     content = json.loads(made.to_str())
     content["added_tokens"] = content["added_tokens"][:3]  # bytes are ordinary tokens
     made = Tokenizer.from_str(json.dumps(content))
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
@@ -201,14 +238,27 @@ def test_tokens_are_the_same(kind: str, tmp_path: Path) -> None:
     "steps, name",
     [
         ([pre_tokenizers.ByteLevel(add_prefix_space=False)], "gpt-2"),
-        ([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)], "smollm"),
-        ([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)], "default"),
+        (
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ],
+            "smollm",
+        ),
+        (
+            [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+            "default",
+        ),
     ],
 )
-def test_cuts_have_llama_cpps_names(steps: list[Any], name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_cuts_have_llama_cpps_names(
+    steps: list[Any], name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     source = tiny.save(tmp_path / "hf", tiny.config())
     tokenizer = tiny.tokenizer()
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    tokenizer.backend_tokenizer.pre_tokenizer = (
+        pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    )
     tokenizer.save_pretrained(source)
     assert main([str(source), str(tmp_path / "made.gguf")]) == 0
     assert Header(tmp_path / "made.gguf").get("tokenizer.ggml.pre") == name

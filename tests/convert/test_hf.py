@@ -26,7 +26,9 @@ from tests.helpers.checkpoints import same, tensors
 @pytest.mark.parametrize("sharded", [False, True])
 def test_round_trip_is_bit_for_bit(dtype: str, tied: bool, sharded: bool, tmp_path: Path) -> None:
     config = tiny.config(tie_word_embeddings=tied, attention_bias=True, mlp_bias=True)
-    source = tiny.save(tmp_path / "source", config, dtype=dtype, max_shard_size="20KB" if sharded else "1GB")
+    source = tiny.save(
+        tmp_path / "source", config, dtype=dtype, max_shard_size="20KB" if sharded else "1GB"
+    )
     assert (source / "model.safetensors.index.json").exists() == sharded
     assert main([str(source), str(tmp_path / "copy")]) == 0
     assert same(tensors(source), tensors(tmp_path / "copy"))
@@ -34,11 +36,15 @@ def test_round_trip_is_bit_for_bit(dtype: str, tied: bool, sharded: bool, tmp_pa
         assert (tmp_path / "copy" / name).read_bytes() == (source / name).read_bytes()
 
 
-def test_mixed_dtypes_and_shards_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixed_dtypes_and_shards_with_an_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = tiny.save(tmp_path / "source", tiny.config(), dtype="bfloat16")
     mixed = {k: v.astype(np.float32) if "norm" in k else v for k, v in tensors(source).items()}
     save_file(mixed, source / "model.safetensors", metadata={"format": "pt"})
-    monkeypatch.setattr("convert.hf.ShardWriter", functools.partial(ShardWriter, max_shard_size=20_000))
+    monkeypatch.setattr(
+        "convert.hf.ShardWriter", functools.partial(ShardWriter, max_shard_size=20_000)
+    )
     reader = open_checkpoint(source)
     with create_checkpoint(tmp_path / "copy", reader.spec, reader.assets) as writer:
         for paths in reversed(parts(reader.spec).values()):
@@ -51,7 +57,9 @@ def test_mixed_dtypes_and_shards_with_an_index(tmp_path: Path, monkeypatch: pyte
     assert again.spec == reader.spec
 
 
-def test_kernels_are_inputs_by_outputs_and_contiguous_on_disk(checkpoint: Path, tmp_path: Path) -> None:
+def test_kernels_are_inputs_by_outputs_and_contiguous_on_disk(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     reader = open_checkpoint(checkpoint)
     path = "layers.0.mlp.up_proj.kernel"
     stored = tensors(checkpoint)["model.layers.0.mlp.up_proj.weight"]
@@ -77,9 +85,15 @@ def test_files_have_the_umasks_mode(checkpoint: Path, tmp_path: Path) -> None:
 def test_old_buffers_and_stored_tied_heads_are_passed_over(tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "source", tiny.config(tie_word_embeddings=True))
     stored = tensors(source)
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4), "lm_head.weight": np.ones((300, 32))}
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4),
+        "lm_head.weight": np.ones((300, 32)),
+    }
     save_file(stored | extra, source / "model.safetensors", metadata={"format": "pt"})
-    assert open_checkpoint(source).spec.keys() == StreamedModel(open_checkpoint(source)).architecture.spec.keys()
+    assert (
+        open_checkpoint(source).spec.keys()
+        == StreamedModel(open_checkpoint(source)).architecture.spec.keys()
+    )
 
 
 def broken(source: Path, target: Path, damage: str) -> Path:
@@ -166,9 +180,14 @@ def test_missing_surplus_and_misshapen_tensors_come_in_one_message(
         assert "misshapen: layers.2.mlp.down_proj.kernel is [32, 48]" in text
 
 
-def test_a_configuration_of_another_size_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_configuration_of_another_size_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     source = tiny.save(tmp_path / "source", tiny.config())
-    config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 4, "vocab_size": 301}
+    config = json.loads((source / "config.json").read_text()) | {
+        "num_hidden_layers": 4,
+        "vocab_size": 301,
+    }
     (source / "config.json").write_text(json.dumps(config))
     assert main([str(source), str(tmp_path / "copy")]) == 2
     text = capsys.readouterr().err
@@ -180,14 +199,18 @@ def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "source", tiny.config())
     config = json.loads((source / "config.json").read_text()) | {"model_type": "mamba"}
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="'mamba' is not supported; supported: .*llama, .*family.md says how"):
+    with pytest.raises(
+        InputError, match="'mamba' is not supported; supported: .*llama, .*family.md says how"
+    ):
         StreamedModel(open_checkpoint(source))
 
 
 def test_quantized_weights_are_refused(tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "source", tiny.config())
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    (source / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq"}})
+    )
     with pytest.raises(CheckpointError, match="quantized \\(gptq\\)"):
         open_checkpoint(source)
     (source / "config.json").write_text(json.dumps(config))
@@ -198,7 +221,9 @@ def test_quantized_weights_are_refused(tmp_path: Path) -> None:
         open_checkpoint(source)
 
 
-def test_an_existing_target_is_never_touched(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_existing_target_is_never_touched(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     target = tmp_path / "target"
     target.mkdir()
     (target / "precious").write_text("kept")
@@ -219,12 +244,17 @@ def test_an_interrupted_write_leaves_nothing(checkpoint: Path, tmp_path: Path) -
         create_checkpoint(tmp_path / "out", reader.spec, reader.assets) as writer,
     ):
         writer.write(reader.read(["norm.scale"]))
-    with pytest.raises(KeyboardInterrupt), create_checkpoint(tmp_path / "out", reader.spec, reader.assets):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        create_checkpoint(tmp_path / "out", reader.spec, reader.assets),
+    ):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_known_at_the_start(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_known_at_the_start(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(fd: int, offset: int, size: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -238,7 +268,9 @@ def test_a_full_disk_is_known_at_the_start(checkpoint: Path, tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_reading_a_layer_reads_only_that_layer(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_a_layer_reads_only_that_layer(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened: list[str] = []
 
     class Spy:

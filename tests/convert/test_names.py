@@ -51,18 +51,32 @@ def test_unknown_names_get_a_hint() -> None:
 
 
 def test_the_table_holds_what_the_readme_promises() -> None:
-    assert {"llama-7b", "llama-13b", "llama2-7b", "llama2-13b", "llama2-70b", "smollm2-135m"} <= set(known_names())
+    assert {
+        "llama-7b",
+        "llama-13b",
+        "llama2-7b",
+        "llama2-13b",
+        "llama2-70b",
+        "smollm2-135m",
+    } <= set(known_names())
     assert not EMBEDDED.keys() & REPOSITORIES.keys()
 
 
-def test_a_wheels_member_is_fetched_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wheels_member_is_fetched_once_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("JAXPRUNE_CACHE", str(tmp_path / "cache"))
     index = tmp_path / "index"
     index.mkdir()
     with zipfile.ZipFile(index / "toy-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("toy/data.txt", "hello")
-        wheel.writestr("toy-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
-        wheel.writestr("toy-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            "toy-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n"
+        )
+        wheel.writestr(
+            "toy-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         wheel.writestr("toy-1.0.dist-info/RECORD", "")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -71,7 +85,9 @@ def test_a_wheels_member_is_fetched_once_and_checked(tmp_path: Path, monkeypatch
     path = fetch(member)
     assert path.read_text() == "hello"
 
-    monkeypatch.setattr(wheels.subprocess, "run", lambda *a, **k: pytest.fail("the cache was not used"))
+    monkeypatch.setattr(
+        wheels.subprocess, "run", lambda *a, **k: pytest.fail("the cache was not used")
+    )
     assert fetch(member) == path
     monkeypatch.undo()
     monkeypatch.setenv("JAXPRUNE_CACHE", str(tmp_path / "cache"))
@@ -99,7 +115,18 @@ def test_a_bit_flipped_in_the_cache_is_found(
     content = bytearray(shard.read_bytes())
     content[-40] ^= 1
     shard.resolve().write_bytes(content)
-    argv = ["--ckpt", "llama-7b", "--calib", str(text), "--nsamples", "2", "--seqlen", "32", "--eval", "none"]
+    argv = [
+        "--ckpt",
+        "llama-7b",
+        "--calib",
+        str(text),
+        "--nsamples",
+        "2",
+        "--seqlen",
+        "32",
+        "--eval",
+        "none",
+    ]
     assert main([*argv, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert "not what the hub has" in said and f"{shard.name}, stored as {shard.resolve()}" in said

@@ -56,7 +56,9 @@ def test_a_relative_folder_is_read_and_its_manifest_stays(
 
 
 @pytest.mark.parametrize("name", ["a\\b", os.fsdecode(b"a\xffb")])
-def test_a_folder_whose_name_tensorstore_cannot_spell(name: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_folder_whose_name_tensorstore_cannot_spell(
+    name: str, checkpoint: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / name
     assert main([str(checkpoint), str(folder), "--to", "orbax"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -80,8 +82,14 @@ def fifo(path: Path) -> None:
     [
         (lambda o: fifo(o / "params/norm/fifo"), "fifo: it is a FIFO"),
         (lambda o: (o / "params/norm/loop").symlink_to("loop"), "links"),
-        (lambda o: next((o / "params/norm").rglob("_METADATA")).write_text("[[["), "norm: it cannot be read"),
-        (lambda o: next((o / "params/norm").rglob("_METADATA")).unlink(), "norm: it cannot be read"),
+        (
+            lambda o: next((o / "params/norm").rglob("_METADATA")).write_text("[[["),
+            "norm: it cannot be read",
+        ),
+        (
+            lambda o: next((o / "params/norm").rglob("_METADATA")).unlink(),
+            "norm: it cannot be read",
+        ),
         (lambda o: (o / "params.json").write_text('{"parts": ["../../x"]}'), "parts.0"),
         (lambda o: (o / "params.json").write_text('{"parts": ["/x"]}'), "parts.0"),
         (lambda o: (o / "params.json").write_text('{"parts": 3}'), "parts"),
@@ -92,7 +100,9 @@ def fifo(path: Path) -> None:
         (bomb, "larger than its files can hold, found 301989888"),
     ],
 )
-def test_damage_is_one_error(damage: Callable[[Path], object], message: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_damage_is_one_error(
+    damage: Callable[[Path], object], message: str, checkpoint: Path, tmp_path: Path
+) -> None:
     assert main([str(checkpoint), str(tmp_path / "orbax"), "--to", "orbax"]) == 0
     damage(tmp_path / "orbax")
     with pytest.raises(CheckpointError, match=message):
@@ -102,11 +112,15 @@ def test_damage_is_one_error(damage: Callable[[Path], object], message: str, che
 def test_the_manifest_names_the_parts(checkpoint: Path, tmp_path: Path) -> None:
     assert main([str(checkpoint), str(tmp_path / "orbax"), "--to", "orbax"]) == 0
     manifest = json.loads((tmp_path / "orbax" / "params.json").read_text())
-    assert manifest == {"parts": ["embed_tokens", "layers.0", "layers.1", "layers.2", "norm", "lm_head"]}
+    assert manifest == {
+        "parts": ["embed_tokens", "layers.0", "layers.1", "layers.2", "norm", "lm_head"]
+    }
 
 
 @pytest.mark.parametrize("look", range(5, 50, 5))
-def test_a_save_outlasts_a_sleep(look: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_outlasts_a_sleep(
+    look: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock, looks = time.time, itertools.count()
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: clock() + 24 * 3600 * (next(looks) > look))

@@ -1,4 +1,5 @@
-"""What may be replaced and removed: nothing but what jaxprune wrote, at whatever moment somebody interferes."""
+"""What may be replaced and removed: nothing but what jaxprune wrote, at whatever moment somebody
+interferes."""
 
 import ast
 import os
@@ -69,14 +70,23 @@ def spoil_by_linked_folder(out: Path) -> None:
 
 
 def spoil_the_marker(out: Path) -> None:
-    (out / MARKER).write_text('{"version": 1, "kind": "x", "files": {"../precious": {"size": 4, "sha256": "0"}}}')
+    (out / MARKER).write_text(
+        '{"version": 1, "kind": "x", "files": {"../precious": {"size": 4, "sha256": "0"}}}'
+    )
 
 
 def remove_the_marker(out: Path) -> None:
     (out / MARKER).unlink()
 
 
-SPOILERS = [spoil_by_file, spoil_by_folder, spoil_by_change, spoil_by_length, spoil_by_link, spoil_by_linked_folder]
+SPOILERS = [
+    spoil_by_file,
+    spoil_by_folder,
+    spoil_by_change,
+    spoil_by_length,
+    spoil_by_link,
+    spoil_by_linked_folder,
+]
 SPOILERS += [spoil_the_marker, remove_the_marker]
 
 
@@ -105,26 +115,38 @@ def test_files_that_a_user_removed_do_not_matter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", SPOILERS)
-def test_what_changes_while_we_work_is_not_replaced(spoil: Callable[[Path], None], tmp_path: Path) -> None:
+def test_what_changes_while_we_work_is_not_replaced(
+    spoil: Callable[[Path], None], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     make(out, "old")
     place = again(out)
-    with pytest.raises(OccupiedError, match="the finished result is kept in") as error, staged(place) as folder:
+    with (
+        pytest.raises(OccupiedError, match="the finished result is kept in") as error,
+        staged(place) as folder,
+    ):
         write_text(folder / "model", "new")
         mark(folder, "test", ["model"])
         spoil(out)
         before = content(out)
     assert content(out) == before
-    kept = next(Path(word.rstrip(",")) for word in str(error.value).split() if word.endswith("partial/out,"))
+    kept = next(
+        Path(word.rstrip(",")) for word in str(error.value).split() if word.endswith("partial/out,")
+    )
     assert (kept / "model").read_text() == "new"
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "full", "link", "dangling link"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_what_appears_while_we_work_is_not_replaced(kind: str, overwrite: bool, tmp_path: Path) -> None:
+def test_what_appears_while_we_work_is_not_replaced(
+    kind: str, overwrite: bool, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     place = destination(out, "out", overwrite=overwrite)
-    with pytest.raises(OccupiedError, match="the finished result is kept in"), staged(place) as folder:
+    with (
+        pytest.raises(OccupiedError, match="the finished result is kept in"),
+        staged(place) as folder,
+    ):
         mark(folder, "test", [])
         if kind == "file":
             out.write_text("theirs")
@@ -151,7 +173,9 @@ def test_a_place_that_cannot_be_is_refused_at_the_start(tmp_path: Path) -> None:
             again(tmp_path / name, folder=False).check()
 
 
-def test_inputs_and_where_one_stands_are_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_and_where_one_stands_are_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     make(out)
     for path in (out, out / "model"):
@@ -208,7 +232,12 @@ def test_renames_replace_nothing(calls: str, tmp_path: Path) -> None:
     renaming.exchange(tmp_path / "one", tmp_path / "other")
     renaming.rename_new(tmp_path / "one/file", tmp_path / "new")
     renaming.rename_new(tmp_path / "other", tmp_path / "one/other")
-    assert content(tmp_path) == {"new": b"other", "one": "folder", "one/other": "folder", "one/other/file": b"one"}
+    assert content(tmp_path) == {
+        "new": b"other",
+        "one": "folder",
+        "one/other": "folder",
+        "one/other/file": b"one",
+    }
 
 
 @pytest.mark.forks
@@ -223,7 +252,9 @@ def test_a_kill_leaves_the_old_result_or_the_new_one(folder: bool, tmp_path: Pat
         place.mkdir()
         (place / "bystander").write_text("kept")
         made(destination(place / "out", folder=folder), "old")
-        died = killed(lambda place=place: made(again(place / "out", folder=folder), "newer"), number)  # type: ignore[misc]
+        died = killed(
+            lambda place=place: made(again(place / "out", folder=folder), "newer"), number
+        )  # type: ignore[misc]
         text = (place / "out" / file).read_text().split("\n")[-1]
         assert text in ("old", "newer") and (place / "bystander").read_text() == "kept"
         seen.add(text)
@@ -284,7 +315,18 @@ def test_the_command_line_replaces_its_own_result_only(
     assert (source / "model.safetensors").read_bytes() == before["source/model.safetensors"]
 
 
-FORBIDDEN = {"rmtree", "unlink", "rename", "renames", "rmdir", "remove", "removedirs", "replace", "move", "truncate"}
+FORBIDDEN = {
+    "rmtree",
+    "unlink",
+    "rename",
+    "renames",
+    "rmdir",
+    "remove",
+    "removedirs",
+    "replace",
+    "move",
+    "truncate",
+}
 ALLOWED = {
     "convert/ownership.py": FORBIDDEN,
     "convert/renaming.py": FORBIDDEN,
@@ -301,7 +343,11 @@ def test_one_module_owns_every_replacement_and_deletion() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr in FORBIDDEN:
                 on = ast.unparse(node.value)
-                if node.attr in ("replace", "remove") and on not in ("os", "shutil") and on.split(".")[-1] != "path":
+                if (
+                    node.attr in ("replace", "remove")
+                    and on not in ("os", "shutil")
+                    and on.split(".")[-1] != "path"
+                ):
                     continue  # of strings, lists, dataclasses and hidden states
                 if node.attr == "truncate" and on == "file":
                     continue

@@ -23,11 +23,18 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
 @pytest.mark.parametrize("level", [0, 3])
-def test_there_and_back_is_bit_for_bit(dtype: str, pattern: str, level: int, tmp_path: Path) -> None:
-    source = pruned(tiny.save(tmp_path / "dense", tiny.config(), dtype=dtype), tmp_path / "pruned", pattern)
+def test_there_and_back_is_bit_for_bit(
+    dtype: str, pattern: str, level: int, tmp_path: Path
+) -> None:
+    source = pruned(
+        tiny.save(tmp_path / "dense", tiny.config(), dtype=dtype), tmp_path / "pruned", pattern
+    )
     assert main([str(source), str(tmp_path / "small"), "--to", "packed", "--zstd", str(level)]) == 0
     assert open_checkpoint(tmp_path / "small").spec == open_checkpoint(source).spec
-    kinds = {t["layout"]["kind"] for t in json.loads((tmp_path / "small/packed.json").read_text())["tensors"].values()}
+    kinds = {
+        t["layout"]["kind"]
+        for t in json.loads((tmp_path / "small/packed.json").read_text())["tensors"].values()
+    }
     assert kinds == {"whole", "groups" if ":" in pattern else "mask"}
     assert main([str(tmp_path / "small"), str(tmp_path / "back")]) == 0
     assert same(tensors(source), tensors(tmp_path / "back"))
@@ -36,7 +43,9 @@ def test_there_and_back_is_bit_for_bit(dtype: str, pattern: str, level: int, tmp
 
 @pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "opt"])
 def test_names_of_all_families_come_back(family: str, tmp_path: Path) -> None:
-    families.save(tmp_path / "dense", families.config(family, next(iter(families.VARIANTS[family]))))
+    families.save(
+        tmp_path / "dense", families.config(family, next(iter(families.VARIANTS[family])))
+    )
     source = pruned(tmp_path / "dense", tmp_path / "pruned")
     assert main([str(source), str(tmp_path / "small"), "--to", "packed"]) == 0
     assert main([str(tmp_path / "small"), str(tmp_path / "back")]) == 0
@@ -44,9 +53,13 @@ def test_names_of_all_families_come_back(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
-def test_some_rows_stand_for_a_large_tensor(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_rows_stand_for_a_large_tensor(
+    pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny.config(hidden_size=128, intermediate_size=256, num_hidden_layers=1)
-    source = pruned(tiny.save(tmp_path / "dense", config, dtype="float16"), tmp_path / "pruned", pattern)
+    source = pruned(
+        tiny.save(tmp_path / "dense", config, dtype="float16"), tmp_path / "pruned", pattern
+    )
     assert main([str(source), str(tmp_path / "small"), "--to", "packed"]) == 0
     reader = packed.Reader(tmp_path / "small")
     params, whole = reader.read(reader.spec), sum(map(reader.stored_bytes, reader.spec))
@@ -56,21 +69,31 @@ def test_some_rows_stand_for_a_large_tensor(pattern: str, tmp_path: Path, monkey
 
 
 def test_the_readme_unpacks_without_jaxprune(source: Path, tmp_path: Path) -> None:
-    other = pruned(tiny.save(tmp_path / "dense", tiny.config(), dtype="bfloat16"), tmp_path / "other", "2:4")
+    other = pruned(
+        tiny.save(tmp_path / "dense", tiny.config(), dtype="bfloat16"), tmp_path / "other", "2:4"
+    )
     for number, (checkpoint, level) in enumerate([(source, "0"), (source, "19"), (other, "3")]):
         folder = tmp_path / str(number)
         assert main([str(checkpoint), str(folder), "--to", "packed", "--zstd", level]) == 0
         (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
         found: dict[str, Callable[..., np.ndarray]] = {}
         exec(code, found)
-        assert same({name: found["unpacked"](folder, name) for name in tensors(checkpoint)}, tensors(checkpoint))
+        assert same(
+            {name: found["unpacked"](folder, name) for name in tensors(checkpoint)},
+            tensors(checkpoint),
+        )
 
 
 def test_zstd_makes_it_smaller(source: Path, tmp_path: Path) -> None:
     sizes = []
     for level in (0, 3):
-        assert main([str(source), str(tmp_path / str(level)), "--to", "packed", "--zstd", str(level)]) == 0
-        sizes.append(sum(file.stat().st_size for file in open_checkpoint(tmp_path / str(level)).files))
+        assert (
+            main([str(source), str(tmp_path / str(level)), "--to", "packed", "--zstd", str(level)])
+            == 0
+        )
+        sizes.append(
+            sum(file.stat().st_size for file in open_checkpoint(tmp_path / str(level)).files)
+        )
     assert sizes[1] < 0.95 * sizes[0]
 
 
@@ -83,7 +106,8 @@ def test_what_is_not_pruned_is_refused_before_anything_is_made(
 
 
 @pytest.mark.parametrize(
-    "line, message", [("--to hf --zstd 3", "leave --zstd out"), ("--to packed --zstd 23", "choose another --zstd")]
+    "line, message",
+    [("--to hf --zstd 3", "leave --zstd out"), ("--to packed --zstd 23", "choose another --zstd")],
 )
 def test_levels_that_cannot_be(
     line: str, message: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -114,15 +138,29 @@ def test_a_flipped_byte_is_one_line(level: str, source: Path, tmp_path: Path) ->
     [
         ("version", 2, "version"),
         ("format", "other", "format"),
-        ("tensors.model.layers.0.mlp.up_proj.weight.shape", [2**40, 2**39], "incomplete or damaged"),
-        ("tensors.model.layers.0.mlp.up_proj.weight.layout", {"kind": "groups", "n": 4, "m": 4}, "layout"),
-        ("tensors.model.layers.0.mlp.up_proj.weight.layout", {"kind": "mask", "kept": 2**50}, "another than the index"),
+        (
+            "tensors.model.layers.0.mlp.up_proj.weight.shape",
+            [2**40, 2**39],
+            "incomplete or damaged",
+        ),
+        (
+            "tensors.model.layers.0.mlp.up_proj.weight.layout",
+            {"kind": "groups", "n": 4, "m": 4},
+            "layout",
+        ),
+        (
+            "tensors.model.layers.0.mlp.up_proj.weight.layout",
+            {"kind": "mask", "kept": 2**50},
+            "another than the index",
+        ),
         ("tensors.model.layers.0.mlp.up_proj.weight.layout", {"kind": "whole"}, "missing"),
         ("tensors.model.layers.0.mlp.up_proj.weight.file", "../x.safetensors", "file"),
         ("tensors.model.layers.0.mlp.up_proj.weight.file", "packed/x.safetensors", "missing"),
     ],
 )
-def test_an_index_that_lies_is_one_line(entry: str, value: object, message: str, source: Path, tmp_path: Path) -> None:
+def test_an_index_that_lies_is_one_line(
+    entry: str, value: object, message: str, source: Path, tmp_path: Path
+) -> None:
     assert main([str(source), str(tmp_path / "small"), "--to", "packed", "--zstd", "0"]) == 0
     index = json.loads((tmp_path / "small/packed.json").read_text())
     place, key = index, entry
@@ -141,7 +179,9 @@ def test_a_frame_of_more_than_it_should_hold_is_refused(
     monkeypatch.setattr(packed.planes, "PAYS", 2.0)  # whatever it is, it is compressed
     compress = packed.planes.zstd.compress
     more = bytes(10**6)
-    monkeypatch.setattr(packed.planes.zstd, "compress", lambda plane, level: compress(bytes(plane) + more, level))
+    monkeypatch.setattr(
+        packed.planes.zstd, "compress", lambda plane, level: compress(bytes(plane) + more, level)
+    )
     assert main([str(source), str(tmp_path / "small"), "--to", "packed"]) == 0
     reader = open_checkpoint(tmp_path / "small")
     with pytest.raises(DamagedError, match="something else than"):

@@ -29,7 +29,15 @@ def test_every_bit_comes_back(shape: tuple[int, int], density: float, dtype: str
 
 @pytest.mark.parametrize(
     "n, m, most",
-    [(2, 4, 0.547), (1, 4, 0.282), (4, 8, 0.555), (2, 8, 0.29), (1, 2, 0.532), (8, 16, 0.555), (3, 4, 0.783)],
+    [
+        (2, 4, 0.547),
+        (1, 4, 0.282),
+        (4, 8, 0.555),
+        (2, 8, 0.29),
+        (1, 2, 0.532),
+        (8, 16, 0.555),
+        (3, 4, 0.783),
+    ],
 )
 def test_groups_take_the_bits_of_their_combinations(n: int, m: int, most: float) -> None:
     places, share = round_trip(grouped((320, 640), n, m))

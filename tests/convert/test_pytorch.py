@@ -17,13 +17,18 @@ pytestmark = needs_torch
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_is_what_transformers_loads(tied: bool, dtype: str, tmp_path: Path) -> None:
-    folder = tiny.save(tmp_path / "model", tiny.config(tie_word_embeddings=tied, attention_bias=True), dtype=dtype)
+    folder = tiny.save(
+        tmp_path / "model", tiny.config(tie_word_embeddings=tied, attention_bias=True), dtype=dtype
+    )
     reader = open_checkpoint(folder)
     made = to_torch(reader.read(reader.spec), reader.assets, dtype)
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     assert made.dtype == getattr(torch, dtype) and not made.training
     assert made.state_dict().keys() == expected.state_dict().keys()
-    assert all(torch.equal(tensor, made.state_dict()[name]) for name, tensor in expected.state_dict().items())
+    assert all(
+        torch.equal(tensor, made.state_dict()[name])
+        for name, tensor in expected.state_dict().items()
+    )
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(made(tokens).logits, expected(tokens).logits)

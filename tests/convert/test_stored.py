@@ -1,4 +1,5 @@
-"""Quantized checkpoints, and experts in one tensor: what is read, what is written, what is refused."""
+"""Quantized checkpoints, and experts in one tensor: what is read, what is written, what is
+refused."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +20,12 @@ from tests.helpers.optional import needs_torch, torch
 
 pytestmark = needs_torch
 BLOCKS = [20, 12]
-FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": BLOCKS, "activation_scheme": "dynamic"}
+FP8 = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "weight_block_size": BLOCKS,
+    "activation_scheme": "dynamic",
+}
 LINE = "--calib ids.npy --nsamples 2 --seqlen 40 --eval none --method wanda --out out".split()
 
 
@@ -34,17 +40,28 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+    )
 
 
 def in_fp8(tensors: dict[str, Any]) -> None:
     """Quantizes the linear layers of decoder layers but the first."""
-    for name in [name for name, t in tensors.items() if ".layers." in name and ".0." not in name and t.dim() == 2]:
+    for name in [
+        name
+        for name, t in tensors.items()
+        if ".layers." in name and ".0." not in name and t.dim() == 2
+    ]:
         weight = tensors[name].float()
-        rows, columns = (-(-size // block) for size, block in zip(weight.shape, BLOCKS, strict=True))
+        rows, columns = (
+            -(-size // block) for size, block in zip(weight.shape, BLOCKS, strict=True)
+        )
         scales = torch.rand(rows, columns) + 0.5
         whole = scales.repeat_interleave(BLOCKS[0], 0).repeat_interleave(BLOCKS[1], 1)
-        tensors[name] = (weight / whole[: weight.shape[0], : weight.shape[1]]).to(torch.float8_e4m3fn)
+        tensors[name] = (weight / whole[: weight.shape[0], : weight.shape[1]]).to(
+            torch.float8_e4m3fn
+        )
         tensors[f"{name}_scale_inv"] = scales
 
 
@@ -52,8 +69,12 @@ def in_mxfp4(tensors: dict[str, Any]) -> None:
     """Replaces experts' kernels by random codes."""
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
         experts, n_in, n_out = tensors.pop(name).shape
-        tensors[f"{name}_blocks"] = torch.randint(0, 256, (experts, n_out, n_in // 32, 16), dtype=torch.uint8)
-        tensors[f"{name}_scales"] = torch.randint(118, 124, (experts, n_out, n_in // 32), dtype=torch.uint8)
+        tensors[f"{name}_blocks"] = torch.randint(
+            0, 256, (experts, n_out, n_in // 32, 16), dtype=torch.uint8
+        )
+        tensors[f"{name}_scales"] = torch.randint(
+            118, 124, (experts, n_out, n_in // 32), dtype=torch.uint8
+        )
 
 
 def checkpoint(folder: Path, family: str, **entries: Any) -> Path:
@@ -78,9 +99,14 @@ def mxfp4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     np.save("ids.npy", np.random.default_rng(0).integers(0, 300, (2, 40)))
     types = ["sliding_attention", "full_attention"]
-    folder = checkpoint(tmp_path / "dense", "gpt_oss", intermediate_size=64, num_hidden_layers=2, layer_types=types)
+    folder = checkpoint(
+        tmp_path / "dense", "gpt_oss", intermediate_size=64, num_hidden_layers=2, layer_types=types
+    )
     rewrite(folder, in_mxfp4)
-    set_config(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["model.norm"]})
+    set_config(
+        folder,
+        quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["model.norm"]},
+    )
     return folder
 
 
@@ -139,11 +165,17 @@ def test_a_checkpoint_in_mxfp4_is_pruned_to_one_in_bfloat16(
 
     tensors = load_file(mxfp4 / "model.safetensors")
     name = "model.layers.1.mlp.experts.gate_up_proj"
-    expected = convert_moe_packed_tensors(tensors[f"{name}_blocks"], tensors[f"{name}_scales"]).float().numpy()
+    expected = (
+        convert_moe_packed_tensors(tensors[f"{name}_blocks"], tensors[f"{name}_scales"])
+        .float()
+        .numpy()
+    )
     model = pruned_and_loaded(tmp_path, capsys, "mxfp4")
     found = model.model.layers[1].mlp.experts.gate_up_proj.float().detach().numpy()
     assert found.shape == expected.shape
-    assert np.array_equal(found[found != 0], expected[found != 0]) and 0.5 <= (found == 0).mean() < 0.6
+    assert (
+        np.array_equal(found[found != 0], expected[found != 0]) and 0.5 <= (found == 0).mean() < 0.6
+    )
 
 
 def without_scales(tensors: dict[str, Any]) -> None:
@@ -156,9 +188,12 @@ def with_fewer_scales(tensors: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"), [(without_scales, "there are none"), (with_fewer_scales, "needs block scales")]
+    ("change", "words"),
+    [(without_scales, "there are none"), (with_fewer_scales, "needs block scales")],
 )
-def test_scales_that_do_not_fit_are_named(fp8: Path, change: Callable[[dict[str, Any]], None], words: str) -> None:
+def test_scales_that_do_not_fit_are_named(
+    fp8: Path, change: Callable[[dict[str, Any]], None], words: str
+) -> None:
     rewrite(fp8, change)
     with pytest.raises(CheckpointError, match=words) as caught:
         open_checkpoint(fp8)
@@ -198,8 +233,12 @@ def flat_experts(tensors: dict[str, Any]) -> None:
     tensors[name] = tensors[name].flatten(2)
 
 
-@pytest.mark.parametrize(("change", "words"), [(cut_exponents, "does not fit"), (flat_experts, "4 axes")])
-def test_blocks_that_do_not_fit_are_named(mxfp4: Path, change: Callable[[dict[str, Any]], None], words: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "words"), [(cut_exponents, "does not fit"), (flat_experts, "4 axes")]
+)
+def test_blocks_that_do_not_fit_are_named(
+    mxfp4: Path, change: Callable[[dict[str, Any]], None], words: str
+) -> None:
     rewrite(mxfp4, change)
     with pytest.raises(CheckpointError, match=words):
         open_checkpoint(mxfp4)

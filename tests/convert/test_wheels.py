@@ -41,14 +41,20 @@ def test_a_member_is_kept(member: Member, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("place", ["file", "file/folder", "~nobody-of-this-name/cache"])
 def test_without_a_cache_the_work_goes_on(
-    place: str, member: Member, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    place: str,
+    member: Member,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (tmp_path / "file").write_text("precious")
     monkeypatch.setenv("JAXPRUNE_CACHE", place if place.startswith("~") else str(tmp_path / place))
     with caplog.at_level(logging.WARNING):
         path = fetch(member)
     assert path.read_text() == "a member"
-    assert [record.message.partition(":")[0] for record in caplog.records] == ["continuing without a cache"]
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "continuing without a cache"
+    ]
     assert fetch(member) == path
     assert (tmp_path / "file").read_text() == "precious"
 

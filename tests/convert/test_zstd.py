@@ -1,4 +1,5 @@
-"""pyproject.toml installs backports.zstd for a Python whose standard library has no zstd, and only there."""
+"""pyproject.toml installs backports.zstd for a Python whose standard library has no zstd, and only
+there."""
 
 import runpy
 import sys
@@ -12,10 +13,15 @@ from jaxprune.calibration import documents
 
 @pytest.mark.parametrize("user", [planes, documents])
 @pytest.mark.parametrize(
-    ("version", "package", "other"), [((3, 14), "compression", "backports"), ((3, 13), "backports", "compression")]
+    ("version", "package", "other"),
+    [((3, 14), "compression", "backports"), ((3, 13), "backports", "compression")],
 )
 def test_the_module_is_the_one_that_this_python_has(
-    version: tuple[int, int], package: str, other: str, user: ModuleType, monkeypatch: pytest.MonkeyPatch
+    version: tuple[int, int],
+    package: str,
+    other: str,
+    user: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     parent, module = ModuleType(package), ModuleType(f"{package}.zstd")
     parent.zstd, module.open, module.ZstdError = module, open, Exception  # type: ignore[attr-defined]

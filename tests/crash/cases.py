@@ -1,4 +1,5 @@
-"""What happens to a command at one of its file operations, and what must hold then and after the same command again."""
+"""What happens to a command at one of its file operations, and what must hold then and after the
+same command again."""
 
 import contextlib
 import errno
@@ -38,17 +39,22 @@ PHASES = {
 
 
 def phase(operation: Operation) -> str:
-    return next((name for name, pattern in PHASES.items() if re.search(pattern, str(operation))), "other")
+    return next(
+        (name for name, pattern in PHASES.items() if re.search(pattern, str(operation))), "other"
+    )
 
 
 Wanted = Callable[[Operation], bool]
 
 
 def points(reference: Reference, wanted: Wanted) -> dict[str, list[Operation]]:
-    """Phase -> the operations that something can happen at; one read a phase, for reading changes nothing."""
+    """Phase -> the operations that something can happen at; one read a phase, for reading changes
+    nothing."""
     found: dict[str, list[Operation]] = defaultdict(list)
     for operation in reference.operations:
-        opens = wanted is changes and str(operation).startswith("read models") and operation.times == 1
+        opens = (
+            wanted is changes and str(operation).startswith("read models") and operation.times == 1
+        )
         if wanted(operation) or opens:
             found[phase(operation)].append(operation)
     return found
@@ -84,7 +90,8 @@ class At:
 
 
 def killed(worlds: Worlds, name: str, which: str | int, times: int = 1) -> list[str] | None:
-    """Kills a command at an operation, its successors at random ones; returns what is wrong, None: it did not come."""
+    """Kills a command at an operation, its successors at random ones; returns what is wrong, None:
+    it did not come."""
     world, reference = worlds.new(name), worlds.reference(name)
     generator, faults = random.Random(f"{name} {which}"), []
     for attempt in range(times):
@@ -103,11 +110,14 @@ def killed(worlds: Worlds, name: str, which: str | int, times: int = 1) -> list[
 
 
 def full(worlds: Worlds, name: str, which: str, error: int = errno.ENOSPC) -> list[str] | None:
-    """The disk is full (or, error EROFS, cannot be written) from an operation on; then there is room again."""
+    """The disk is full (or, error EROFS, cannot be written) from an operation on; then there is
+    room again."""
     return _hindered(worlds, name, At(which, error, lasting=True), 2, "error: ")
 
 
-def stopped(worlds: Worlds, name: str, which: str, number: int = signal.SIGTERM) -> list[str] | None:
+def stopped(
+    worlds: Worlds, name: str, which: str, number: int = signal.SIGTERM
+) -> list[str] | None:
     """A signal asks a command to stop."""
     return _hindered(worlds, name, At(which, -number), 130, "stopped")
 
@@ -124,7 +134,8 @@ def _hindered(worlds: Worlds, name: str, at: At, wanted: int, line: str) -> list
 
 
 def raced(worlds: Worlds, names: list[str], gate: str, apart: bool = False) -> list[str]:
-    """Commands race for one result, or for one file of masks, from their first operations that look alike.
+    """Commands race for one result, or for one file of masks, from their first operations that look
+    alike.
 
     Args:
         worlds: makes one.
@@ -156,16 +167,24 @@ def raced(worlds: Worlds, names: list[str], gate: str, apart: bool = False) -> l
         statuses.append(command.wait())
         barrier.abort()
     # Equal masks that are there already are as good as one's own.
-    faults = [] if statuses.count(0) == 1 or (apart and 0 in statuses) else [f"exit statuses {statuses}"]
+    faults = (
+        [] if statuses.count(0) == 1 or (apart and 0 in statuses) else [f"exit statuses {statuses}"]
+    )
     for command, status in zip(commands, statuses, strict=True):
         faults += said(command, status, 2, "error: ") if status else []
     winner = worlds.reference(names[statuses.index(0)]) if 0 in statuses else reference
     if apart:
-        return faults + world.faults() + ([] if digest(world.masks) == reference.masks else ["the masks differ"])
+        return (
+            faults
+            + world.faults()
+            + ([] if digest(world.masks) == reference.masks else ["the masks differ"])
+        )
     if names[0] == names[-1]:
         return faults + world.unfinished(*winner[:2])
     kept = timeless(contents(world.out)) if world.out.is_dir() else None
-    return faults + world.faults() + ([] if kept == winner.result else ["the winner's result differs"])
+    return (
+        faults + world.faults() + ([] if kept == winner.result else ["the winner's result differs"])
+    )
 
 
 def appeared(worlds: Worlds, name: str, what: str, gate: str, place: str = "out") -> list[str]:
@@ -180,7 +199,11 @@ def appeared(worlds: Worlds, name: str, what: str, gate: str, place: str = "out"
 
     command = world.start(LINES[name], answer)
     status = command.wait()
-    faults = ([] if done else ["the operation did not come"]) + said(command, status, 2, "error: ") + world.faults()
+    faults = (
+        ([] if done else ["the operation did not come"])
+        + said(command, status, 2, "error: ")
+        + world.faults()
+    )
     with tempfile.TemporaryDirectory() as folder:
         make(what, Path(folder, "wanted"))
         if not os.path.lexists(path) or seen(path) != seen(Path(folder, "wanted")):
@@ -206,11 +229,18 @@ def make(what: str, path: Path) -> None:
 
 
 def seen(path: Path) -> Any:
-    return os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else contents(path)
+    return (
+        os.readlink(path)
+        if path.is_symlink()
+        else path.read_bytes()
+        if path.is_file()
+        else contents(path)
+    )
 
 
 def leapt(worlds: Worlds, name: str, which: str, years: float) -> list[str] | None:
-    """The clock leaps at an operation, and what is there then comes from all times when the command is run again."""
+    """The clock leaps at an operation, and what is there then comes from all times when the command
+    is run again."""
     world, reference = worlds.new(name), worlds.reference(name)
     seconds, wrong = years * 365 * 24 * 3600, clock()
     at = At(which, 0)
@@ -234,7 +264,8 @@ def leapt(worlds: Worlds, name: str, which: str, years: float) -> list[str] | No
 
 
 def goes_on(world: World, name: str, reference: Reference, *, tidy: bool = True) -> list[str]:
-    """The same command again, where it is not yet finished: its result is that of one that nothing happened to."""
+    """The same command again, where it is not yet finished: its result is that of one that nothing
+    happened to."""
     wanted = reference.result, reference.masks
     if world.unfinished(*wanted):
         command = world.start(LINES[name])
@@ -249,7 +280,8 @@ def goes_on(world: World, name: str, reference: Reference, *, tidy: bool = True)
 def said(command: Command, status: int, wanted: int, begin: str) -> list[str]:
     """What is wrong with how a command ended: with this exit status and one line."""
     printed = command.printed()
-    ends = re.findall(r"error: |stopped$", printed, re.MULTILINE)  # a progress bar may stand before it on the line
+    # a progress bar may stand before it on the line
+    ends = re.findall(r"error: |stopped$", printed, re.MULTILINE)
     if status == wanted and ends == [begin] and "Traceback" not in printed:
         return []
     return [f"exit status {status}, printed: {printed[-1500:]}"]

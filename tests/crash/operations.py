@@ -1,8 +1,8 @@
 """A process's file operations, seen and answered one by one before they are carried out.
 
-The kernel hands the calls of all threads and languages to a supervisor (seccomp's user notification; Linux 5.5 or
-newer, no privileges): Python's own, those of C++ and Rust, and those made by number. A process that is killed at a call
-leaves its files exactly as they were before it.
+The kernel hands the calls of all threads and languages to a supervisor (seccomp's user
+notification; Linux 5.5 or newer, no privileges): Python's own, those of C++ and Rust, and those
+made by number. A process that is killed at a call leaves its files exactly as they were before it.
 """
 
 import ctypes
@@ -20,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-# Call -> its numbers on x86-64 and aarch64, and its arguments: a file's descriptor, or (folder's descriptor, path).
+# Call -> its numbers on x86-64 and aarch64, and its arguments: a file's descriptor, or (folder's
+# descriptor, path).
 CALLS: dict[str, tuple[int, int | None, tuple]] = {
     "write": (1, 64, (0,)),
     "pwrite64": (18, 68, (0,)),
@@ -53,9 +54,25 @@ CALLS: dict[str, tuple[int, int | None, tuple]] = {
     "fchmodat": (268, 53, ((0, 1),)),
     "utimensat": (280, 88, ((0, 1),)),
 }
-MACHINE = {"x86_64": 0, "aarch64": 1}.get(platform.machine()) if platform.system() == "Linux" else None
-NUMBERS = {} if MACHINE is None else {CALLS[name][MACHINE]: name for name in CALLS if CALLS[name][MACHINE] is not None}
-GROWING = {"write", "pwrite64", "writev", "pwritev", "sendfile", "copy_file_range", "ftruncate", "fallocate", "mkdir"}
+MACHINE = (
+    {"x86_64": 0, "aarch64": 1}.get(platform.machine()) if platform.system() == "Linux" else None
+)
+NUMBERS = (
+    {}
+    if MACHINE is None
+    else {CALLS[name][MACHINE]: name for name in CALLS if CALLS[name][MACHINE] is not None}
+)
+GROWING = {
+    "write",
+    "pwrite64",
+    "writev",
+    "pwritev",
+    "sendfile",
+    "copy_file_range",
+    "ftruncate",
+    "fallocate",
+    "mkdir",
+}
 GROWING |= {"mkdirat", "link", "linkat", "symlink", "symlinkat"}
 """Calls that need room, beside those that make a file."""
 IDLE = {"read", "fsync", "fdatasync"}
@@ -93,8 +110,9 @@ class Operation(NamedTuple):
 
 
 Answer = Callable[[Operation], int | None]
-"""What becomes of an operation: None, it is carried out; a positive number, it ends with that error; the negative
-number of a signal, the process gets that, before the operation where it is SIGKILL and just after it otherwise."""
+"""What becomes of an operation: None, it is carried out; a positive number, it ends with that
+error; the negative number of a signal, the process gets that, before the operation where it is
+SIGKILL and just after it otherwise."""
 
 
 def available() -> str:
@@ -106,17 +124,26 @@ def available() -> str:
 
 
 def install() -> int:
-    """Has a supervisor answer all file operations of this process from now on; returns the descriptor for that."""
+    """Has a supervisor answer all file operations of this process from now on; returns the
+    descriptor for that."""
 
     class Instruction(ctypes.Structure):
-        _fields_ = [("code", ctypes.c_ushort), ("jt", ctypes.c_ubyte), ("jf", ctypes.c_ubyte), ("k", ctypes.c_uint)]
+        _fields_ = [
+            ("code", ctypes.c_ushort),
+            ("jt", ctypes.c_ubyte),
+            ("jf", ctypes.c_ubyte),
+            ("k", ctypes.c_uint),
+        ]
 
     class Program(ctypes.Structure):
         _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.POINTER(Instruction))]
 
     load, equal, give, ask, allow = 0x20, 0x15, 0x06, 0x7FC00000, 0x7FFF0000
     numbers = list(NUMBERS)
-    code = [(load, 0, 0, 0), *((equal, len(numbers) - i, 0, number) for i, number in enumerate(numbers))]
+    code = [
+        (load, 0, 0, 0),
+        *((equal, len(numbers) - i, 0, number) for i, number in enumerate(numbers)),
+    ]
     code += [(give, 0, 0, allow), (give, 0, 0, ask)]
     program = Program(len(code), (Instruction * len(code))(*(Instruction(*one) for one in code)))
     libc = ctypes.CDLL(None, use_errno=True)
@@ -155,14 +182,20 @@ def supervise(main: int, listener: int, folder: Path, answer: Answer) -> None:
             if given == -signal.SIGKILL:
                 os.kill(main, signal.SIGKILL)
                 continue
-            fcntl.ioctl(listener, SEND, struct.pack("Qqii", cookie, 0, -max(given, 0), 0 if given > 0 else GO_ON))
+            fcntl.ioctl(
+                listener,
+                SEND,
+                struct.pack("Qqii", cookie, 0, -max(given, 0), 0 if given > 0 else GO_ON),
+            )
             if given < 0:
                 os.kill(main, -given)
         except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
             continue
 
 
-def _operation(pid: int, call: str, arguments: list[int], folder: Path, seen: Counter[str]) -> Operation | None:
+def _operation(
+    pid: int, call: str, arguments: list[int], folder: Path, seen: Counter[str]
+) -> Operation | None:
     paths = [_path(pid, arguments, which) for which in CALLS[call][2]]
     inside = [path for path in paths if Path(path).is_relative_to(folder)]
     if not inside:

@@ -12,7 +12,8 @@ Prepared = tuple[str, dict[str, Path], Path | None]
 
 
 def _tuned(world: World) -> None:
-    with open(world.out / "model.safetensors", "r+b") as file:  # same size, as fine-tuning in place leaves it
+    # same size, as fine-tuning in place leaves it
+    with open(world.out / "model.safetensors", "r+b") as file:
         file.seek(-1, os.SEEK_END)
         last = file.read(1)
         file.seek(-1, os.SEEK_END)
@@ -50,15 +51,47 @@ def _add(name: str) -> Callable[[World], None]:
 
 PLACES: dict[str, tuple[str, Callable[[World], None], Callable[[World], Prepared]]] = {
     "the checkpoint": ("overwrite", _nothing, lambda w: ("overwrite", {"out": w.checkpoint}, None)),
-    "the checkpoint's parent": ("overwrite", _nothing, lambda w: ("overwrite", {"out": w.checkpoint.parent}, None)),
-    "inside the checkpoint": ("quick", _nothing, lambda w: ("quick", {"out": w.checkpoint / "out"}, None)),
-    "the current folder": ("overwrite", _nothing, lambda w: ("overwrite", {"out": Path(".")}, w.work / "models")),
-    "a folder of the user's": ("overwrite", _nothing, lambda w: ("overwrite", {"out": w.work / "models"}, None)),
-    "a result with another file": ("overwrite", _add("out/notes"), lambda w: ("overwrite", {}, None)),
-    "a result that was fine-tuned in place": ("overwrite", _tuned, lambda w: ("overwrite", {}, None)),
-    "a result without a list of its files": ("overwrite", _earlier_version, lambda w: ("overwrite", {}, None)),
+    "the checkpoint's parent": (
+        "overwrite",
+        _nothing,
+        lambda w: ("overwrite", {"out": w.checkpoint.parent}, None),
+    ),
+    "inside the checkpoint": (
+        "quick",
+        _nothing,
+        lambda w: ("quick", {"out": w.checkpoint / "out"}, None),
+    ),
+    "the current folder": (
+        "overwrite",
+        _nothing,
+        lambda w: ("overwrite", {"out": Path(".")}, w.work / "models"),
+    ),
+    "a folder of the user's": (
+        "overwrite",
+        _nothing,
+        lambda w: ("overwrite", {"out": w.work / "models"}, None),
+    ),
+    "a result with another file": (
+        "overwrite",
+        _add("out/notes"),
+        lambda w: ("overwrite", {}, None),
+    ),
+    "a result that was fine-tuned in place": (
+        "overwrite",
+        _tuned,
+        lambda w: ("overwrite", {}, None),
+    ),
+    "a result without a list of its files": (
+        "overwrite",
+        _earlier_version,
+        lambda w: ("overwrite", {}, None),
+    ),
     "a link to a result": ("overwrite", _linked_result, lambda w: ("overwrite", {}, None)),
-    "a dangling link": ("quick", lambda w: make("dangling link", w.out), lambda w: ("quick", {}, None)),
+    "a dangling link": (
+        "quick",
+        lambda w: make("dangling link", w.out),
+        lambda w: ("quick", {}, None),
+    ),
     "files in OUT.unfinished": ("quick", _used_journal, lambda w: ("quick", {}, None)),
     "OUT.unfinished a link": ("quick", _linked_journal, lambda w: ("quick", {}, None)),
     "masks in OUT": ("quick", _nothing, lambda w: ("quick", {"masks": w.out / "masks"}, None)),
@@ -68,8 +101,16 @@ PLACES: dict[str, tuple[str, Callable[[World], None], Callable[[World], Prepared
         _nothing,
         lambda w: ("overwrite", {"masks": w.work / "notes.txt"}, None),
     ),
-    "convert: the checkpoint": ("convert", _nothing, lambda w: ("convert-over", {"out": w.checkpoint}, None)),
-    "convert: its parent": ("convert", _nothing, lambda w: ("convert-over", {"out": w.checkpoint.parent}, None)),
+    "convert: the checkpoint": (
+        "convert",
+        _nothing,
+        lambda w: ("convert-over", {"out": w.checkpoint}, None),
+    ),
+    "convert: its parent": (
+        "convert",
+        _nothing,
+        lambda w: ("convert-over", {"out": w.checkpoint.parent}, None),
+    ),
     "convert: a folder of the user's": (
         "convert",
         _nothing,

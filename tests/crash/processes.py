@@ -1,4 +1,5 @@
-"""Command lines in processes of their own, whose imports are done, under the eyes of a supervisor."""
+"""Command lines in processes of their own, whose imports are done, under the eyes of a
+supervisor."""
 
 import importlib
 import multiprocessing
@@ -15,12 +16,23 @@ from typing import Any
 from jaxprune.pruning import journal
 from tests.crash.operations import Answer, install, supervise
 
-PRELOADED = ["jaxprune.run", "convert.__main__", "orbax.checkpoint.experimental.v1", "datasets", "torch", "lm_eval"]
-PRELOADED += ["transformers.models.llama.configuration_llama", "transformers.models.auto.tokenization_auto"]
+PRELOADED = [
+    "jaxprune.run",
+    "convert.__main__",
+    "orbax.checkpoint.experimental.v1",
+    "datasets",
+    "torch",
+    "lm_eval",
+]
+PRELOADED += [
+    "transformers.models.llama.configuration_llama",
+    "transformers.models.auto.tokenization_auto",
+]
 PRELOADED += ["tests.crash.processes", "matplotlib.pyplot"]
 
 
-_FORKING = threading.Lock()  # multiprocessing looks after all children in whatever thread it is called
+# multiprocessing looks after all children in whatever thread it is called
+_FORKING = threading.Lock()
 
 
 class Command:
@@ -33,17 +45,28 @@ class Command:
         answer: see `operations.supervise`.
         log: a new file for what it prints, outside of the folder.
         current: the current folder.
-        clock: seconds by which its time of day is wrong, now and whenever that changes; see `clock`.
+        clock: seconds by which its time of day is wrong, now and whenever that changes; see
+            `clock`.
     """
 
     def __init__(
-        self, module: str, argv: list[str], folder: Path, answer: Answer, log: Path, *, current: Path, clock: Any = None
+        self,
+        module: str,
+        argv: list[str],
+        folder: Path,
+        answer: Answer,
+        log: Path,
+        *,
+        current: Path,
+        clock: Any = None,
     ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         ours, theirs = context.Pipe()
         self._log, self._error = log, []
-        self._process = context.Process(target=_run, args=(theirs, os.getpid(), module, argv, log, current, clock))
+        self._process = context.Process(
+            target=_run, args=(theirs, os.getpid(), module, argv, log, current, clock)
+        )
         with _FORKING:
             self._process.start()
         listener = recv_handle(ours)
@@ -83,7 +106,13 @@ class Command:
 
 
 def _run(
-    connection: Connection, parent: int, module: str, argv: list[str], log: Path, current: Path, clock: Any
+    connection: Connection,
+    parent: int,
+    module: str,
+    argv: list[str],
+    log: Path,
+    current: Path,
+    clock: Any,
 ) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
@@ -92,7 +121,10 @@ def _run(
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     if clock:
         real = time.time
-        time.time, time.time_ns = lambda: real() + clock.value, lambda: int((real() + clock.value) * 1e9)
+        time.time, time.time_ns = (
+            lambda: real() + clock.value,
+            lambda: int((real() + clock.value) * 1e9),
+        )
     main = importlib.import_module(module).main
     listener = install()
     send_handle(connection, listener, parent)

@@ -1,4 +1,5 @@
-"""Commands that are killed, stopped, hindered or overtaken at their file operations lose nothing, and go on."""
+"""Commands that are killed, stopped, hindered or overtaken at their file operations lose nothing,
+and go on."""
 
 import os
 import signal
@@ -24,7 +25,8 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
 
 
 def middle(worlds: Worlds, name: str, phase: str, wanted: cases.Wanted = cases.changes) -> str:
-    """The operation in the middle of a phase, of those that every run has: tensorstore splits its data by the clock."""
+    """The operation in the middle of a phase, of those that every run has: tensorstore splits its
+    data by the clock."""
     found = [str(one) for one in cases.points(worlds.reference(name), wanted)[phase]]
     found = [one for one in found if "/d/*" not in one] or found
     return found[len(found) // 2]
@@ -32,17 +34,23 @@ def middle(worlds: Worlds, name: str, phase: str, wanted: cases.Wanted = cases.c
 
 KILLS = [("overwrite", "export")]
 KILLS += [("convert-over", "tidying")]
-MORE = [("overwrite", phase) for phase in ("reading", "states", "layer", "masks", "journal", "record")]
+MORE = [
+    ("overwrite", phase) for phase in ("reading", "states", "layer", "masks", "journal", "record")
+]
 MORE += [("best", "sensitivity"), ("best", "tuning"), ("best", "tuned layer")]
 
 
-@pytest.mark.parametrize(("name", "phase"), [*KILLS, *(pytest.param(*one, marks=pytest.mark.slow) for one in MORE)])
+@pytest.mark.parametrize(
+    ("name", "phase"), [*KILLS, *(pytest.param(*one, marks=pytest.mark.slow) for one in MORE)]
+)
 def test_a_killed_command_goes_on_to_the_same_bytes(worlds: Worlds, name: str, phase: str) -> None:
     assert cases.killed(worlds, name, middle(worlds, name, phase)) == []
 
 
 @pytest.mark.parametrize("name", ["overwrite", "convert-over"])
-def test_a_kill_while_publishing_leaves_the_earlier_result_or_the_new_one(worlds: Worlds, name: str) -> None:
+def test_a_kill_while_publishing_leaves_the_earlier_result_or_the_new_one(
+    worlds: Worlds, name: str
+) -> None:
     for operation in cases.points(worlds.reference(name), cases.changes)["publish"]:
         assert cases.killed(worlds, name, str(operation)) == []
 
@@ -57,9 +65,12 @@ def test_a_full_disk_is_one_line_after_which_a_command_goes_on(worlds: Worlds, p
 
 
 @pytest.mark.parametrize(
-    ("number", "phase"), [(signal.SIGTERM, "record"), pytest.param(signal.SIGINT, "layer", marks=pytest.mark.slow)]
+    ("number", "phase"),
+    [(signal.SIGTERM, "record"), pytest.param(signal.SIGINT, "layer", marks=pytest.mark.slow)],
 )
-def test_a_signal_is_one_line_after_which_a_command_goes_on(worlds: Worlds, number: int, phase: str) -> None:
+def test_a_signal_is_one_line_after_which_a_command_goes_on(
+    worlds: Worlds, number: int, phase: str
+) -> None:
     assert cases.stopped(worlds, "quick", middle(worlds, "quick", phase), number) == []
 
 

@@ -1,4 +1,5 @@
-"""A folder as users have it, with a checkpoint, runs in it, and what must hold whatever happens to them."""
+"""A folder as users have it, with a checkpoint, runs in it, and what must hold whatever happens to
+them."""
 
 import hashlib
 import itertools
@@ -17,7 +18,8 @@ from tests.helpers import tiny
 TIMES = {"jaxprune.json", "report.html", "README.md", ".jaxprune-files.json"}
 """Files of a result that tell the time, or the digests of those that do."""
 HALF = re.compile(r"work/\.out\.\w{8}\.partial(/|$)")
-"""What a conversion leaves that is killed: nobody can prove whose it is, so it stays. A run's are in its journal."""
+"""What a conversion leaves that is killed: nobody can prove whose it is, so it stays. A run's are
+in its journal."""
 RUN, CONVERT = "jaxprune.run", "convert.__main__"
 
 
@@ -37,7 +39,9 @@ class Line(NamedTuple):
 
 QUICK = "--method magnitude --unchecked"
 LINES = {
-    "best": Line(RUN, "--preset best --sparsity 0.6 --tune-windows 2 --tune-epochs 2 --tune-zeros 0.5"),
+    "best": Line(
+        RUN, "--preset best --sparsity 0.6 --tune-windows 2 --tune-epochs 2 --tune-zeros 0.5"
+    ),
     "admm": Line(RUN, "--method admm --asymmetry 0.25"),
     "quick": Line(RUN, QUICK),
     "overwrite": Line(RUN, f"{QUICK} --overwrite", f"{QUICK} --sparsity 0.3"),
@@ -77,12 +81,21 @@ class World:
         ckpt, out = places.get("ckpt", self.checkpoint), places.get("out", self.out)
         if line.module == CONVERT:
             return [str(ckpt), str(out), *more]
-        files = {"ckpt": ckpt, "calib": self.text, "out": out, "save-masks": places.get("masks", self.masks)}
+        files = {
+            "ckpt": ckpt,
+            "calib": self.text,
+            "out": out,
+            "save-masks": places.get("masks", self.masks),
+        }
         named = [text for name, path in files.items() for text in (f"--{name}", str(path))]
         return [*named, *"--nsamples 4 --seqlen 32 --eval none".split(), *more]
 
     def start(
-        self, line: Line, answer: Answer = lambda operation: None, argv: list[str] | None = None, **how: Any
+        self,
+        line: Line,
+        answer: Answer = lambda operation: None,
+        argv: list[str] | None = None,
+        **how: Any,
     ) -> Command:
         """Starts a command line; see `Command`."""
         log = self._logs / f"{self.folder.name}-{next(self._number)}"
@@ -99,7 +112,8 @@ class World:
         ]
 
     def half_replaced(self, new: dict[str, str]) -> list[str]:
-        """What is wrong with an earlier result that is replaced: not whole at its place, nor both beside it."""
+        """What is wrong with an earlier result that is replaced: not whole at its place, nor both
+        beside it."""
         if not self.old:
             return []
         found = [contents(path) for path in [self.out, *self.work.rglob("*/")] if path.is_dir()]
@@ -149,10 +163,19 @@ class Worlds:
         self._making = threading.RLock()
         (folder / "logs").mkdir(parents=True)
         models, work = folder / "template/models", folder / "template/work"
-        tiny.save(models / "tiny", tiny.config(num_hidden_layers=2, hidden_size=16, intermediate_size=24))
+        tiny.save(
+            models / "tiny", tiny.config(num_hidden_layers=2, hidden_size=16, intermediate_size=24)
+        )
         tiny.write_text(models / "text.jsonl", documents=100)
         (models / "tiny/notes.md").write_text("kept beside the weights")
-        for name in ("notes.txt", "out.txt", "masks.old", ".hidden", "out.unfinished.txt", "models/mine.bin"):
+        for name in (
+            "notes.txt",
+            "out.txt",
+            "masks.old",
+            ".hidden",
+            "out.unfinished.txt",
+            "models/mine.bin",
+        ):
             (work / name).parent.mkdir(parents=True, exist_ok=True)
             (work / name).write_text(f"the user's own {name}")
         (work / "notes.txt").chmod(0o600)
@@ -216,7 +239,11 @@ def snapshot(folder: Path, skip: set[Path]) -> dict[str, tuple]:
 
 def contents(folder: Path) -> dict[str, str]:
     """Digests of a folder's files, by relative path."""
-    return {str(path.relative_to(folder)): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): digest(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def timeless(found: dict[str, str]) -> dict[str, str]:

@@ -44,23 +44,38 @@ def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
     return [Instance(kind, {}, args, number) for number, args in enumerate(arguments)]
 
 
-# Without its cache of logits, which takes a text that two requests split at different places for one and the same.
+# Without its cache of logits, which takes a text that two requests split at different places for
+# one and the same.
 @pytest.fixture(scope="module")
 def reference(checkpoint: Path) -> Any:
-    return HFLM(pretrained=str(checkpoint), dtype="float32", device="cpu", logits_cache=False, batch_size=4)
+    return HFLM(
+        pretrained=str(checkpoint), dtype="float32", device="cpu", logits_cache=False, batch_size=4
+    )
 
 
 @needs_torch
 @pytest.mark.parametrize("options", [{}, {"host_gb": 2e-5}, {"max_length": 40}], ids=str)
-def test_loglikelihoods_are_hflms(options: dict[str, Any], checkpoint: Path, reference: Any) -> None:
+def test_loglikelihoods_are_hflms(
+    options: dict[str, Any], checkpoint: Path, reference: Any
+) -> None:
     ours, theirs = StreamedLM(checkpoint, **options), reference
     if "max_length" in options:
         theirs = HFLM(
-            pretrained=str(checkpoint), dtype="float32", device="cpu", logits_cache=False, batch_size=4, **options
+            pretrained=str(checkpoint),
+            dtype="float32",
+            device="cpu",
+            logits_cache=False,
+            batch_size=4,
+            **options,
         )
     requests = instances("loglikelihood", TEXTS)
-    found, expected = ours.loglikelihood(requests), theirs.loglikelihood(requests, disable_tqdm=True)
-    np.testing.assert_allclose([x for x, _ in found], [x for x, _ in expected], rtol=1e-4, atol=1e-4)
+    found, expected = (
+        ours.loglikelihood(requests),
+        theirs.loglikelihood(requests, disable_tqdm=True),
+    )
+    np.testing.assert_allclose(
+        [x for x, _ in found], [x for x, _ in expected], rtol=1e-4, atol=1e-4
+    )
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
@@ -72,14 +87,19 @@ def test_models_with_short_contexts(change: dict[str, Any], tmp_path: Path) -> N
     folder = tiny.save(tmp_path / "short", tiny.config(max_position_embeddings=48, **change))
     requests = instances("loglikelihood", TEXTS)
     found = StreamedLM(folder).loglikelihood(requests)
-    reference = HFLM(pretrained=str(folder), dtype="float32", device="cpu", logits_cache=False, batch_size=4)
+    reference = HFLM(
+        pretrained=str(folder), dtype="float32", device="cpu", logits_cache=False, batch_size=4
+    )
     expected = reference.loglikelihood(requests, disable_tqdm=True)
-    np.testing.assert_allclose([x for x, _ in found], [x for x, _ in expected], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        [x for x, _ in found], [x for x, _ in expected], rtol=1e-4, atol=1e-4
+    )
 
 
 @needs_torch
 def test_texts_are_cut_to_what_the_model_takes(tmp_path: Path) -> None:
-    families.save(tmp_path / "hf", families.config("ministral3", "plain"))  # stretched from 128 positions to 256
+    # stretched from 128 positions to 256
+    families.save(tmp_path / "hf", families.config("ministral3", "plain"))
     model = StreamedLM(tmp_path / "hf")
     assert model.max_length == 128
     assert len(model.loglikelihood(instances("loglikelihood", TEXTS))) == len(TEXTS)
@@ -89,7 +109,8 @@ def test_texts_are_cut_to_what_the_model_takes(tmp_path: Path) -> None:
 def test_greedy_continuations_are_found_out(checkpoint: Path, reference: Any) -> None:
     context = "The cat sat on"
     (made,) = reference.generate_until(
-        instances("generate_until", [(context, {"until": [], "max_gen_toks": 4})]), disable_tqdm=True
+        instances("generate_until", [(context, {"until": [], "max_gen_toks": 4})]),
+        disable_tqdm=True,
     )
     requests = instances("loglikelihood", [(context, made), (context, made[:-1] + "~")])
     assert [greedy for _, greedy in StreamedLM(checkpoint).loglikelihood(requests)] == [
@@ -100,9 +121,13 @@ def test_greedy_continuations_are_found_out(checkpoint: Path, reference: Any) ->
 @needs_torch
 def test_rolling_loglikelihoods_are_hflms(checkpoint: Path, reference: Any) -> None:
     requests = instances(
-        "loglikelihood_rolling", [("The cat sat on the mat. " * 400,), ("The dog",), ("A tree. " * 9,)]
+        "loglikelihood_rolling",
+        [("The cat sat on the mat. " * 400,), ("The dog",), ("A tree. " * 9,)],
     )
-    found, expected = StreamedLM(checkpoint).loglikelihood_rolling(requests), reference.loglikelihood_rolling(requests)
+    found, expected = (
+        StreamedLM(checkpoint).loglikelihood_rolling(requests),
+        reference.loglikelihood_rolling(requests),
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -117,10 +142,16 @@ def test_generation_is_hflms(checkpoint: Path, reference: Any) -> None:
 
 
 @needs_torch
-@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
-def test_the_length_of_a_generation_has_hflms_names(name: str, checkpoint: Path, reference: Any) -> None:
+@pytest.mark.parametrize(
+    "name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"]
+)
+def test_the_length_of_a_generation_has_hflms_names(
+    name: str, checkpoint: Path, reference: Any
+) -> None:
     requests = instances("generate_until", [("The cat sat on", {"until": "\n\n", name: 3})])
-    assert StreamedLM(checkpoint).generate_until(requests) == reference.generate_until(requests, disable_tqdm=True)
+    assert StreamedLM(checkpoint).generate_until(requests) == reference.generate_until(
+        requests, disable_tqdm=True
+    )
 
 
 @pytest.mark.parametrize("options", [{"do_sample": True}, {"temperature": 0.5}], ids=str)
@@ -131,7 +162,9 @@ def test_a_generation_that_samples_is_refused(options: dict[str, Any], checkpoin
     assert StreamedLM(checkpoint).generate_until(instances("generate_until", [("A", options)]))
 
 
-def test_the_model_is_read_once_and_few_shapes_are_compiled(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_is_read_once_and_few_shapes_are_compiled(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reader = open_checkpoint(checkpoint)
     asked: list[str] = []
     read = reader.read
@@ -140,13 +173,20 @@ def test_the_model_is_read_once_and_few_shapes_are_compiled(checkpoint: Path, mo
     shapes: list[tuple[int, ...]] = []
     states = model.final_states
     monkeypatch.setattr(
-        model, "final_states", lambda *texts, **rest: shapes.extend(t.shape for t in texts) or states(*texts, **rest)
+        model,
+        "final_states",
+        lambda *texts, **rest: shapes.extend(t.shape for t in texts) or states(*texts, **rest),
     )
-    texts = [(f"The cat {'sat ' * (number % 70 * 5)}on", f" {'mat ' * (number % 5 + 1)}") for number in range(300)]
+    texts = [
+        (f"The cat {'sat ' * (number % 70 * 5)}on", f" {'mat ' * (number % 5 + 1)}")
+        for number in range(300)
+    ]
     StreamedLM(model).loglikelihood(instances("loglikelihood", texts))
     assert [length for _, length in shapes] == [256, 512, 1024]
     layers = [path for path in asked if path.startswith("layers.")]
-    assert len(layers) == len(set(layers)) == sum(path.startswith("layers.") for path in reader.spec)
+    assert (
+        len(layers) == len(set(layers)) == sum(path.startswith("layers.") for path in reader.spec)
+    )
 
 
 def test_options_that_mean_nothing_are_refused(checkpoint: Path) -> None:
@@ -161,12 +201,16 @@ def test_options_that_mean_nothing_are_refused(checkpoint: Path) -> None:
 
 @needs_torch
 @pytest.mark.parametrize("to", ["hf", "orbax"])
-def test_hflm_of_any_format_is_the_same_model(to: str, checkpoint: Path, reference: Any, tmp_path: Path) -> None:
+def test_hflm_of_any_format_is_the_same_model(
+    to: str, checkpoint: Path, reference: Any, tmp_path: Path
+) -> None:
     reader = open_checkpoint(checkpoint)
     with create_checkpoint(tmp_path / to, reader.spec, reader.assets, to=to) as writer:
         writer.write(reader.read(reader.spec))
     requests = instances("loglikelihood", TEXTS[:5])
-    found = hflm(open_checkpoint(tmp_path / to), np.dtype("float32")).loglikelihood(requests, disable_tqdm=True)
+    found = hflm(open_checkpoint(tmp_path / to), np.dtype("float32")).loglikelihood(
+        requests, disable_tqdm=True
+    )
     expected = reference.loglikelihood(requests, disable_tqdm=True)
     np.testing.assert_allclose([x for x, _ in found], [x for x, _ in expected], rtol=1e-6)
 
@@ -174,7 +218,9 @@ def test_hflm_of_any_format_is_the_same_model(to: str, checkpoint: Path, referen
 WITHOUT_TORCH = """
 import importlib.util, sys
 find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] == "torch" else find(name, *rest)
+importlib.util.find_spec = lambda name, *rest: (
+    None if name.split(".")[0] == "torch" else find(name, *rest)
+)
 class Hide:
     def find_spec(self, name, *rest):
         if name.split(".")[0] == "torch":
@@ -187,7 +233,16 @@ print([main(sys.argv[1:]), main([*sys.argv[1:], "--overwrite", "--backend", "tor
 
 def test_the_jax_backend_needs_no_torch(checkpoint: Path, tmp_path: Path) -> None:
     data = rows.write(tmp_path / "rows")
-    options = ["--eval", "zero-shot", "--tasks", "openbookqa", "--tasks-data", data, "--out", tmp_path / "out"]
+    options = [
+        "--eval",
+        "zero-shot",
+        "--tasks",
+        "openbookqa",
+        "--tasks-data",
+        data,
+        "--out",
+        tmp_path / "out",
+    ]
     command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, [checkpoint, *options])]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | xla.quick())
     assert done.stdout.splitlines()[-1] == "[0, 2]", done.stderr
@@ -204,7 +259,9 @@ sys.exit(main())
 
 
 def test_lm_eval_is_asked_for_where_it_is_missing() -> None:
-    done = subprocess.run([sys.executable, "-c", WITHOUT_LM_EVAL, "run"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LM_EVAL, "run"], capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error: zero-shot tasks need lm-eval")
     assert "pip install 'jaxprune[eval]'" in done.stderr
@@ -224,7 +281,10 @@ def test_lm_evals_own_command_line_without_a_network_is_one_line(
 
 
 def test_lm_evals_own_command_line_knows_the_model(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = rows.write(tmp_path / "rows")
     task = tmp_path / "task"
@@ -234,7 +294,15 @@ def test_lm_evals_own_command_line_knows_the_model(
         f"dataset_kwargs: {{data_files: {{test: {data / 'openbookqa.jsonl'}}}}}\n"
         'doc_to_text: question_stem\ndoc_to_target: 2\ndoc_to_choice: "{{choices.text}}"\n'
     )
-    command = ["run", "--model", "jaxprune", "--tasks", "mine", "--model_args", f"pretrained={checkpoint}"]
+    command = [
+        "run",
+        "--model",
+        "jaxprune",
+        "--tasks",
+        "mine",
+        "--model_args",
+        f"pretrained={checkpoint}",
+    ]
     command += ["--include_path", str(task), "--output_path", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["jaxprune"])
     assert lm_eval_main(command) == 0

@@ -10,16 +10,22 @@ from jaxprune.streaming.hidden_states import batch_size
 
 def requests(count: int, seed: int, longest: int) -> list[Request]:
     generator = np.random.default_rng(seed)
-    contexts = [tuple(generator.integers(1, 9, generator.integers(1, longest)).tolist()) for _ in range(count // 3 + 1)]
+    contexts = [
+        tuple(generator.integers(1, 9, generator.integers(1, longest)).tolist())
+        for _ in range(count // 3 + 1)
+    ]
     made = []
     for _ in range(count):
-        continuation = tuple(generator.integers(1, 9, generator.integers(1, min(12, longest))).tolist())
+        continuation = tuple(
+            generator.integers(1, 9, generator.integers(1, min(12, longest))).tolist()
+        )
         made.append(Request(contexts[generator.integers(len(contexts))], continuation))
     return made
 
 
 def read_back(packed: list[Packed], count: int) -> dict[int, list[tuple[list[int], int]]]:
-    """Request -> for each predicted token what is seen where it is predicted, in order of positions, and the token."""
+    """Request -> for each predicted token what is seen where it is predicted, in order of
+    positions, and the token."""
     found: dict[int, list[tuple[list[int], int]]] = {number: [] for number in range(count)}
     for windows in packed:
         layout = windows.layout
@@ -63,7 +69,12 @@ def test_every_token_sees_its_own_text(count: int, longest: int) -> None:
 
 
 def test_a_context_is_laid_down_once() -> None:
-    asked = [Request((1, 2, 3), (4,)), Request((1, 2, 3), (5,)), Request((1, 2, 3), (4, 6)), Request((1, 2, 3), (4,))]
+    asked = [
+        Request((1, 2, 3), (4,)),
+        Request((1, 2, 3), (5,)),
+        Request((1, 2, 3), (4, 6)),
+        Request((1, 2, 3), (4,)),
+    ]
     (one,) = group(asked, 100)
     assert one.branches == {(): [0, 1, 3], (4,): [2]} and one.size == 4
     (packed,) = pack(asked, [one], 100, 1024)
@@ -75,7 +86,9 @@ def test_groups_that_do_not_fit_are_split() -> None:
     asked = [Request((1,) * 6, (token, token, token)) for token in range(2, 9)]
     groups = group(asked, 10)
     assert [one.size for one in groups] == [10, 10, 10, 8]
-    assert sorted(number for one in groups for numbers in one.branches.values() for number in numbers) == list(range(7))
+    assert sorted(
+        number for one in groups for numbers in one.branches.values() for number in numbers
+    ) == list(range(7))
 
 
 def test_windows_are_filled() -> None:

@@ -1,4 +1,5 @@
-"""Rows of tasks: those that lm-eval would count as wrong, or not understand, are refused with their place."""
+"""Rows of tasks: those that lm-eval would count as wrong, or not understand, are refused with their
+place."""
 
 import json
 import os
@@ -47,9 +48,13 @@ def write(folder: Path, task: str, change: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize(("task", "change", "entry"), FAULTS)
-def test_a_row_that_cannot_be_scored_is_refused(task: str, change: dict[str, Any], entry: str, tmp_path: Path) -> None:
+def test_a_row_that_cannot_be_scored_is_refused(
+    task: str, change: dict[str, Any], entry: str, tmp_path: Path
+) -> None:
     path = write(tmp_path, task, change)
-    with pytest.raises(UserError, match=re.escape(f"{task}.jsonl: line 3.{entry}: an entry cannot be used")):
+    with pytest.raises(
+        UserError, match=re.escape(f"{task}.jsonl: line 3.{entry}: an entry cannot be used")
+    ):
         require_rows(task, path)
 
 
@@ -59,7 +64,9 @@ def test_every_entry_that_is_read_has_to_be_there(task: str, tmp_path: Path) -> 
     for entry in SCHEMAS[task].model_fields:
         path = write(tmp_path, task, {})
         lines = path.read_text().splitlines()
-        lines[1] = json.dumps({name: value for name, value in rows.ROWS[task][0].items() if name != entry})
+        lines[1] = json.dumps(
+            {name: value for name, value in rows.ROWS[task][0].items() if name != entry}
+        )
         path.write_text("\n".join(lines))
         with pytest.raises(UserError, match=f"line 2.{entry}: an entry is missing"):
             require_rows(task, path)
@@ -96,6 +103,8 @@ def test_tasks_without_a_schema_need_a_right_choice_too(tmp_path: Path) -> None:
     row = {"goal": "to sit", "sol1": "use a mat", "sol2": "use a tree", "label": 1}
     (tmp_path / "piqa.jsonl").write_text(json.dumps(row) + "\n")
     Tasks(["piqa"], tmp_path)
-    (tmp_path / "piqa.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"label": -1}) + "\n")
+    (tmp_path / "piqa.jsonl").write_text(
+        json.dumps(row) + "\n" + json.dumps(row | {"label": -1}) + "\n"
+    )
     with pytest.raises(UserError, match="row 2: lm-eval's task piqa finds no right choice"):
         Tasks(["piqa"], tmp_path)

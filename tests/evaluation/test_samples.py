@@ -21,7 +21,8 @@ def test_pieces_are_the_continuation(checkpoint: Path) -> None:
     assert [sample.prompt for sample in found] == list(PROMPTS)
     for sample in found:
         ids = model.tokenizer(sample.prompt)["input_ids"]
-        window = np.zeros((1, 128), np.int32)  # of one length for all, so one program: what comes later is not seen
+        # of one length for all, so one program: what comes later is not seen
+        window = np.zeros((1, 128), np.int32)
         window[0, : len(ids)] = ids
         made = []
         for at in range(len(ids), len(ids) + 6):
@@ -33,7 +34,9 @@ def test_pieces_are_the_continuation(checkpoint: Path) -> None:
         assert "".join(sample.pieces) == model.tokenizer.decode(made)
 
 
-def test_prompts_of_files(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_of_files(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = load(checkpoint).tokenizer
     (tmp_path / "lines.txt").write_text("the cat\n\n a dog \n")
     (tmp_path / "packed.txt.gz").write_bytes(gzip.compress((tmp_path / "lines.txt").read_bytes()))
@@ -46,7 +49,9 @@ def test_prompts_of_files(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(InputError, match="chat template"):
         Prompts(tmp_path / "chats.jsonl").texts(tokenizer)
-    tokenizer.chat_template = "{{ messages[0]['content'] }}{% if add_generation_prompt %}|{% endif %}"
+    tokenizer.chat_template = (
+        "{{ messages[0]['content'] }}{% if add_generation_prompt %}|{% endif %}"
+    )
     assert Prompts(tmp_path / "chats.jsonl").texts(tokenizer) == ["hello|"]
 
 
@@ -63,7 +68,12 @@ def test_prompts_of_files(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.
     ],
 )
 def test_prompts_that_cannot_be_used_are_one_line(
-    name: str, content: str | None, line: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+    name: str,
+    content: str | None,
+    line: str,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     source = tiny.save(tmp_path / "hf", tiny.config(max_position_embeddings=64))
     if content is not None:
@@ -75,10 +85,15 @@ def test_prompts_that_cannot_be_used_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_report_shows_them_side_by_side(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_report_shows_them_side_by_side(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     other = pruned(checkpoint, tmp_path / "pruned", "0.5")
     (tmp_path / "mine.txt").write_text("the <b>cat</b>\nan old dog\n")
-    line = f"{other} --against {checkpoint} --eval samples --sample-tokens 5 --prompts {tmp_path / 'mine.txt'}"
+    line = (
+        f"{other} --against {checkpoint} --eval samples --sample-tokens 5 --prompts "
+        f"{tmp_path / 'mine.txt'}"
+    )
     assert main([*line.split(), "--out", str(tmp_path / "out")]) == 0
     record = reading.load(tmp_path / "out")
     found = {name: measured.quality.samples for name, measured in record.checkpoints.items()}

@@ -15,7 +15,14 @@ from jaxprune import StreamedModel
 from jaxprune.errors import InputError
 from jaxprune.evaluation.lm import StreamedLM
 from jaxprune.evaluation.quality import Measures, Quality
-from jaxprune.evaluation.tasks import ZERO_SHOT, Tasks, groups_of, mean_accuracy, summarize, task_manager
+from jaxprune.evaluation.tasks import (
+    ZERO_SHOT,
+    Tasks,
+    groups_of,
+    mean_accuracy,
+    summarize,
+    task_manager,
+)
 from tests.helpers import rows
 from tests.helpers.optional import needs_torch, torch
 
@@ -32,7 +39,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Tasks:
 def test_both_backends_agree_item_for_item(tasks: Tasks, checkpoint: Path) -> None:
     reader = open_checkpoint(checkpoint)
     ours, theirs = (
-        tasks.run(model) for model in (StreamedLM(StreamedModel(reader)), hflm(reader, np.dtype("float32")))
+        tasks.run(model)
+        for model in (StreamedLM(StreamedModel(reader)), hflm(reader, np.dtype("float32")))
     )
     assert list(ours["samples"]) == list(ZERO_SHOT)
     for task, samples in ours["samples"].items():
@@ -41,15 +49,23 @@ def test_both_backends_agree_item_for_item(tasks: Tasks, checkpoint: Path) -> No
             assert mine["arguments"] == other["arguments"]
             assert all(mine[metric] == other[metric] for metric in mine["metrics"])
             scores = zip(mine["filtered_resps"], other["filtered_resps"], strict=True)
-            assert all(a == pytest.approx(b, rel=1e-4, abs=1e-4) and g == h for (a, g), (b, h) in scores)
+            assert all(
+                a == pytest.approx(b, rel=1e-4, abs=1e-4) and g == h for (a, g), (b, h) in scores
+            )
     assert summarize(ours) == summarize(theirs)
 
 
 def test_prompts_are_the_stock_ones(tasks: Tasks, checkpoint: Path) -> None:
     results = tasks.run(StreamedLM(checkpoint))
     first = {task: samples[0]["arguments"] for task, samples in results["samples"].items()}
-    assert first["boolq"][0] == ("The cat sat on the mat.\nQuestion: did the cat sit on the mat?\nAnswer:", " no")
-    assert first["rte"][1] == ("The cat sat.\nQuestion: A cat sat. True or False?\nAnswer:", " False")
+    assert first["boolq"][0] == (
+        "The cat sat on the mat.\nQuestion: did the cat sit on the mat?\nAnswer:",
+        " no",
+    )
+    assert first["rte"][1] == (
+        "The cat sat.\nQuestion: A cat sat. True or False?\nAnswer:",
+        " False",
+    )
     assert first["openbookqa"][2] == ("The cat sat on", " the old mat")
     assert first["winogrande"][1][1] == " was big."
     assert len(first["hellaswag"]) == len(first["arc_easy"]) == 4
@@ -104,11 +120,19 @@ def test_the_mean_is_that_of_tasks_and_not_of_their_groups() -> None:
 
 
 def test_filters_are_part_of_a_metrics_name() -> None:
-    results = {"results": {"gsm8k": {"exact_match,strict": 0.5, "exact_match_stderr,strict": 0.1, "alias": "gsm8k"}}}
-    assert summarize(results) == {"gsm8k": {"exact_match,strict": 0.5, "exact_match_stderr,strict": 0.1}}
+    results = {
+        "results": {
+            "gsm8k": {"exact_match,strict": 0.5, "exact_match_stderr,strict": 0.1, "alias": "gsm8k"}
+        }
+    }
+    assert summarize(results) == {
+        "gsm8k": {"exact_match,strict": 0.5, "exact_match_stderr,strict": 0.1}
+    }
 
 
-def test_what_cannot_be_loaded_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_loaded_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     data = rows.write(tmp_path / "rows")
@@ -116,7 +140,9 @@ def test_what_cannot_be_loaded_is_one_error(tmp_path: Path, monkeypatch: pytest.
         Tasks(["hellaswagg"], data)
     with pytest.raises(InputError, match="nowhere: it is no folder"):
         Tasks(["boolq"], tmp_path / "nowhere")
-    with pytest.raises(InputError, match="rows of task piqa cannot be loaded .*; connect to the hub once"):
+    with pytest.raises(
+        InputError, match="rows of task piqa cannot be loaded .*; connect to the hub once"
+    ):
         Tasks(["piqa"], data)
     (data / "piqa.jsonl").write_text('{"goal": "no choices"}\n')
     with pytest.raises(InputError, match="its rows are not what lm-eval's task piqa reads"):
@@ -127,22 +153,30 @@ def test_tasks_that_would_fail_once_the_model_is_there_are_refused_before(tmp_pa
     row = {"question": "How many cats?", "answer": "One. #### 1"}
     (tmp_path / "gsm8k_cot_self_consistency.jsonl").write_text(json.dumps(row) + "\n")
     measures = Measures(tasks=("gsm8k_cot_self_consistency",), tasks_data=tmp_path)
-    with pytest.raises(InputError, match="generates greedily, but task gsm8k_cot_self_consistency samples"):
+    with pytest.raises(
+        InputError, match="generates greedily, but task gsm8k_cot_self_consistency samples"
+    ):
         _ = measures.loaded
     assert dataclasses.replace(measures, backend="torch").loaded[0]
     row = {"input_prompt": "a", "reference_output": "b", "metadata": "{}"}
     (tmp_path / "longproc_pseudo_to_code_0.5k.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(InputError, match="task longproc_pseudo_to_code_0.5k would run code that a model writes"):
+    with pytest.raises(
+        InputError, match="task longproc_pseudo_to_code_0.5k would run code that a model writes"
+    ):
         Tasks(["longproc_pseudo_to_code_0.5k"], tmp_path)
 
 
 @needs_torch
 def test_word_perplexity_is_hflms(checkpoint: Path, tmp_path: Path) -> None:
-    pages = [{"page": " = A cat = \n\n The cat sat on the mat .\n" * 40}, {"page": " = A dog = \n\n It ran .\n"}]
+    pages = [
+        {"page": " = A cat = \n\n The cat sat on the mat .\n" * 40},
+        {"page": " = A dog = \n\n It ran .\n"},
+    ]
     (tmp_path / "wikitext.jsonl").write_text("".join(json.dumps(page) + "\n" for page in pages))
     tasks, reader = Tasks(["wikitext"], tmp_path), open_checkpoint(checkpoint)
     ours, theirs = (
-        summarize(tasks.run(m)) for m in (StreamedLM(StreamedModel(reader)), hflm(reader, np.dtype("float32")))
+        summarize(tasks.run(m))
+        for m in (StreamedLM(StreamedModel(reader)), hflm(reader, np.dtype("float32")))
     )
     assert {"word_perplexity", "byte_perplexity", "bits_per_byte"} <= ours["wikitext"].keys()
     for metric, value in theirs["wikitext"].items():

@@ -30,13 +30,21 @@ def test_it_is_that_of_transformers(
 def test_a_trained_model(data: Path) -> None:
     folder = data / "models/stories260K"
     tokens = np.random.default_rng(1).integers(0, 512, (4, 256)).astype(np.int32)
-    assert perplexity(load(folder), tokens) == pytest.approx(perplexity_by_transformers(folder, tokens), rel=1e-4)
+    assert perplexity(load(folder), tokens) == pytest.approx(
+        perplexity_by_transformers(folder, tokens), rel=1e-4
+    )
 
 
 def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
-        return model(torch.tensor(tokens, dtype=torch.long)).logits[:, :-1].double().log_softmax(dim=-1).numpy()
+        return (
+            model(torch.tensor(tokens, dtype=torch.long))
+            .logits[:, :-1]
+            .double()
+            .log_softmax(dim=-1)
+            .numpy()
+        )
 
 
 @needs_torch
@@ -56,7 +64,12 @@ def test_divergence_is_that_of_the_whole_distributions(
         others.append(tmp_path / str(seed))
     found = text_quality([load(folder) for folder in (checkpoint, *others)], tokens)
     p = logits(checkpoint, tokens)
-    assert found[0] == (pytest.approx(perplexity_by_transformers(checkpoint, tokens), rel=1e-5), None, None, None)
+    assert found[0] == (
+        pytest.approx(perplexity_by_transformers(checkpoint, tokens), rel=1e-5),
+        None,
+        None,
+        None,
+    )
     for one, folder in zip(found[1:], others, strict=True):
         q = logits(folder, tokens)
         assert one.perplexity == pytest.approx(perplexity_by_transformers(folder, tokens), rel=1e-5)

@@ -34,7 +34,9 @@ def fake(
         (mounted / group / FILES[version]).write_text(f"{limit}\n")
     proc = folder / "proc"
     proc.mkdir()
-    memory = f"4:hugetlb,memory:{path}\n3:cpu,cpuacct:/other\n0::/" if version == 1 else f"0::{path}"
+    memory = (
+        f"4:hugetlb,memory:{path}\n3:cpu,cpuacct:/other\n0::/" if version == 1 else f"0::{path}"
+    )
     (proc / "cgroup").write_text(f"{memory}\n")
     kind = "cgroup cgroup rw,hugetlb,memory" if version == 1 else "cgroup2 cgroup2 rw"
     (proc / "mountinfo").write_text(

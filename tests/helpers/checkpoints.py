@@ -34,7 +34,9 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     def content(tensor: np.ndarray) -> tuple:
         return tensor.dtype, tensor.shape, tensor.tobytes()
 
-    return {name: content(t) for name, t in a.items()} == {name: content(t) for name, t in b.items()}
+    return {name: content(t) for name, t in a.items()} == {
+        name: content(t) for name, t in b.items()
+    }
 
 
 def add_tokenizer(writer: gguf.GGUFWriter) -> None:
@@ -58,7 +60,11 @@ def finish(writer: gguf.GGUFWriter) -> None:
 
 
 def write_gguf(
-    path: Path, config: LlamaConfig, kind: gguf.GGMLQuantizationType, *, factors: np.ndarray | None = None
+    path: Path,
+    config: LlamaConfig,
+    kind: gguf.GGMLQuantizationType,
+    *,
+    factors: np.ndarray | None = None,
 ) -> Path:
     """A random model as llama.cpp's converter would write it."""
     writer = gguf.GGUFWriter(path, "llama")
@@ -77,8 +83,12 @@ def write_gguf(
         if parts[1] == "layers":
             module = ".".join(parts[3:-1])
             if module in ("self_attn.q_proj", "self_attn.k_proj"):
-                heads = config.num_attention_heads if "q_proj" in module else config.num_key_value_heads
-                array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+                heads = (
+                    config.num_attention_heads if "q_proj" in module else config.num_key_value_heads
+                )
+                array = (
+                    array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+                )
             target = f"blk.{parts[2]}.{NAMES[module]}.weight"
         else:
             target = TOP[".".join(parts[:-1])] + ".weight"
@@ -105,5 +115,11 @@ def content(folder: Path) -> dict[str, bytes | str]:
     found: dict[str, bytes | str] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        found[name] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else "folder"
+        found[name] = (
+            os.readlink(path)
+            if path.is_symlink()
+            else path.read_bytes()
+            if path.is_file()
+            else "folder"
+        )
     return found

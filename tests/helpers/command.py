@@ -22,7 +22,9 @@ def jaxprune(*args: object, cwd: Path) -> subprocess.CompletedProcess:
     """Runs a command line of `python -m jaxprune.run`."""
     command = [sys.executable, "-m", "jaxprune.run", *map(str, args)]
     environment = os.environ | xla.quick() | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def failing(function: Callable, number: int) -> Callable:
@@ -40,7 +42,8 @@ def failing(function: Callable, number: int) -> Callable:
 
 
 def killed(action: Callable[[], None], number: int) -> bool:
-    """Runs an action in a child process, which dies right before its file operation of that number; whether it did."""
+    """Runs an action in a child process, which dies right before its file operation of that number;
+    whether it did."""
     child = os.fork()
     if child == 0:
         count = 0

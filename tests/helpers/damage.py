@@ -5,7 +5,9 @@ from pathlib import Path
 
 def biggest(folder: Path) -> Path:
     """The largest file in a folder."""
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    return max(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
 
 
 def damage(file: Path, how: str) -> None:

@@ -1,4 +1,5 @@
-"""Tiny random checkpoints with experts, made without PyTorch: plain, in fp8, in MXFP4, and as a GGUF file."""
+"""Tiny random checkpoints with experts, made without PyTorch: plain, in fp8, in MXFP4, and as a
+GGUF file."""
 
 import json
 import struct
@@ -44,18 +45,27 @@ def save(folder: Path, family: str, quantization: dict[str, Any] | None = None) 
     }
     tensors: dict[str, np.ndarray] = {}
     for name, paths in tensors_of(params, naming).items():
-        array, method = np.ascontiguousarray(to_tensor(paths, params, naming)), (quantization or {}).get("quant_method")
+        array, method = (
+            np.ascontiguousarray(to_tensor(paths, params, naming)),
+            (quantization or {}).get("quant_method"),
+        )
         if method == "fp8" and ".experts." in name:
             tensors[name] = array.astype(ml_dtypes.float8_e4m3fn)
-            tensors[f"{name}_scale_inv"] = np.full([size // 16 for size in array.shape], 0.5, np.float32)
+            tensors[f"{name}_scale_inv"] = np.full(
+                [size // 16 for size in array.shape], 0.5, np.float32
+            )
         elif method == "mxfp4" and name.endswith("_proj") and ".experts." in name:
             experts, n_in, n_out = array.shape
-            tensors[f"{name}_blocks"] = generator.integers(0, 256, (experts, n_out, n_in // 32, 16), np.uint8)
+            tensors[f"{name}_blocks"] = generator.integers(
+                0, 256, (experts, n_out, n_in // 32, 16), np.uint8
+            )
             tensors[f"{name}_scales"] = np.full((experts, n_out, n_in // 32), 125, np.uint8)
         else:
             tensors[name] = array
     if quantization:
-        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+        (folder / "config.json").write_text(
+            json.dumps(config | {"quantization_config": quantization})
+        )
     write(folder / "model.safetensors", tensors)
     tiny.tokenizer().save_pretrained(folder)
     return folder
@@ -66,7 +76,11 @@ def write(path: Path, tensors: dict[str, np.ndarray]) -> None:
     header, data = {}, b""
     for name, array in sorted(tensors.items(), key=lambda item: -item[1].itemsize):
         start, data = len(data), data + array.tobytes()
-        header[name] = {"dtype": DTYPES[array.dtype.name], "shape": array.shape, "data_offsets": [start, len(data)]}
+        header[name] = {
+            "dtype": DTYPES[array.dtype.name],
+            "shape": array.shape,
+            "data_offsets": [start, len(data)],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
@@ -75,6 +89,10 @@ def write(path: Path, tensors: dict[str, np.ndarray]) -> None:
 def save_gguf(path: Path, folder: Path) -> Path:
     """Saves a GGUF file with experts, in float32."""
     save(folder, "qwen3_moe")
-    entries = CONFIG | {"model_type": "qwen3_moe", "rms_norm_eps": 1e-6, "rope_parameters": {"rope_theta": 1e4}}
+    entries = CONFIG | {
+        "model_type": "qwen3_moe",
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_theta": 1e4},
+    }
     entries["rope_parameters"] |= {"rope_type": "default"}
     return gguf_files.write(path, folder, SimpleNamespace(**entries), "qwen3moe")

@@ -1,4 +1,5 @@
-"""Tiny random checkpoints of every model family, with a variant for what its configurations can say."""
+"""Tiny random checkpoints of every model family, with a variant for what its configurations can
+say."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,7 +53,12 @@ YARN = {
     "truncate": False,
     "original_max_position_embeddings": 64,
 }
-EXPERTS = {"num_experts": 6, "num_local_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+EXPERTS = {
+    "num_experts": 6,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
 SCORED = {
     "n_routed_experts": 6,
     "num_experts_per_tok": 2,
@@ -67,11 +73,19 @@ DELTA = {
     "linear_value_head_dim": 12,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+    },
 }
 VARIANTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
     "llama": {"plain": {}},
-    "mistral": {"window": WINDOW, "full": {"sliding_window": None}, "head_dim": {**WINDOW, "head_dim": 16}},
+    "mistral": {
+        "window": WINDOW,
+        "full": {"sliding_window": None},
+        "head_dim": {**WINDOW, "head_dim": 16},
+    },
     "qwen2": {
         "plain": {},
         "tied": {"tie_word_embeddings": True},
@@ -79,7 +93,12 @@ VARIANTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
     },
     "qwen3": {"plain": {"head_dim": 16}, "bias": {"attention_bias": True, "head_dim": 8}},
     "gemma2": {
-        "plain": {**ALTERNATING, "head_dim": 16, "query_pre_attn_scalar": 24, "tie_word_embeddings": True},
+        "plain": {
+            **ALTERNATING,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "tie_word_embeddings": True,
+        },
         "no caps": {
             **ALTERNATING,
             "head_dim": 8,
@@ -89,7 +108,12 @@ VARIANTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
         },
     },
     "gemma3_text": {
-        "plain": {**ALTERNATING, "head_dim": 16, "query_pre_attn_scalar": 24, "tie_word_embeddings": True},
+        "plain": {
+            **ALTERNATING,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "tie_word_embeddings": True,
+        },
         "scaled": {
             **ALTERNATING,
             "head_dim": 8,
@@ -126,17 +150,41 @@ VARIANTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
     },
     "gpt_neox": {
         "plain": {},
-        "in turn": {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new"},
-        "whole": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
+        "in turn": {
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "hidden_act": "gelu_new",
+        },
+        "whole": {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 1.0,
+            }
+        },
     },
     "opt": {
         "plain": {"ffn_dim": 48, "word_embed_proj_dim": 32, "tie_word_embeddings": True},
-        "350m": {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False, "tie_word_embeddings": True},
+        "350m": {
+            "ffn_dim": 48,
+            "word_embed_proj_dim": 16,
+            "do_layer_norm_before": False,
+            "tie_word_embeddings": True,
+        },
         "no bias": {"ffn_dim": 48, "word_embed_proj_dim": 32, "enable_bias": False},
     },
-    "seed_oss": {"plain": {"head_dim": 16}, "output bias": {"head_dim": 8, "attention_out_bias": True}},
-    "exaone4": {"plain": ALTERNATING, "whole": {"sliding_window": None, "layer_types": ["full_attention"] * 3}},
-    "ministral3": {"plain": {"head_dim": 16, "rope_parameters": STRETCHED}, "window": {**WINDOW, "head_dim": 8}},
+    "seed_oss": {
+        "plain": {"head_dim": 16},
+        "output bias": {"head_dim": 8, "attention_out_bias": True},
+    },
+    "exaone4": {
+        "plain": ALTERNATING,
+        "whole": {"sliding_window": None, "layer_types": ["full_attention"] * 3},
+    },
+    "ministral3": {
+        "plain": {"head_dim": 16, "rope_parameters": STRETCHED},
+        "window": {**WINDOW, "head_dim": 8},
+    },
     "apertus": {"plain": {}},
     "mixtral": {"plain": EXPERTS, "window": {**EXPERTS, **WINDOW, "num_local_experts": 3}},
     "qwen3_moe": {
@@ -145,13 +193,25 @@ VARIANTS: Mapping[str, Mapping[str, dict[str, Any]]] = {
     },
     "qwen2_moe": {
         "mixed": {**EXPERTS, "shared_expert_intermediate_size": 40, "mlp_only_layers": [1]},
-        "window": {**EXPERTS, "shared_expert_intermediate_size": 8, "use_sliding_window": True, **ALTERNATING},
+        "window": {
+            **EXPERTS,
+            "shared_expert_intermediate_size": 8,
+            "use_sliding_window": True,
+            **ALTERNATING,
+        },
     },
     "glm4_moe": {
         "plain": {**SCORED, "use_qk_norm": True, "attention_bias": True},
-        "two shared": {**SCORED, "n_shared_experts": 2, "first_k_dense_replace": 0, "norm_topk_prob": False},
+        "two shared": {
+            **SCORED,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 0,
+            "norm_topk_prob": False,
+        },
     },
-    "qwen3_next": {"plain": {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 40, "norm_topk_prob": True}},
+    "qwen3_next": {
+        "plain": {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 40, "norm_topk_prob": True}
+    },
     "olmoe": {"plain": EXPERTS, "normalized": {**EXPERTS, "norm_topk_prob": True}},
     "gpt_oss": {"plain": {**EXPERTS, **ALTERNATING, "head_dim": 16, "rope_parameters": YARN}},
     "qwen3_5_text": {
@@ -172,13 +232,18 @@ def config(family: str, variant: str, **changes: Any) -> Any:
 
 
 def model(config: Any, seed: int = 0) -> Any:
-    """A random model of transformers', every parameter of which matters: norms and biases are not neutral."""
+    """A random model of transformers', every parameter of which matters: norms and biases are not
+    neutral."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    made = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager").eval()
+    made = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
     with torch.no_grad():
-        corrections = (buffer for name, buffer in made.named_buffers() if name.endswith("correction_bias"))
+        corrections = (
+            buffer for name, buffer in made.named_buffers() if name.endswith("correction_bias")
+        )
         for parameter in (*made.parameters(), *corrections):
             parameter.copy_(parameter * (parameter.dim() == 1) + 0.3 * torch.randn_like(parameter))
     return made
@@ -188,8 +253,8 @@ class Squares(torch.overrides.TorchFunctionMode if torch else object):  # type: 
     """While it is entered, watches the products with the kernels of a model's layers.
 
     Attributes:
-        squares: of each linear layer, as jaxprune calls it, the squared gradients by its outputs, summed over tokens,
-            once a backward pass is through.
+        squares: of each linear layer, as jaxprune calls it, the squared gradients by its outputs,
+            summed over tokens, once a backward pass is through.
     """
 
     def __init__(self, model: Any) -> None:
@@ -209,7 +274,8 @@ class Squares(torch.overrides.TorchFunctionMode if torch else object):  # type: 
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.Tensor.type and args[0].data_ptr() in self._names:  # a router's kernel, in float32
+        # a router's kernel, in float32
+        if func is torch.Tensor.type and args[0].data_ptr() in self._names:
             self._cast.append(result)  # which keeps its place in memory
             self._names[result.data_ptr()] = self._names[args[0].data_ptr()]
         products = torch.nn.functional.linear, torch.Tensor.matmul, torch.Tensor.__matmul__
@@ -225,9 +291,16 @@ class Squares(torch.overrides.TorchFunctionMode if torch else object):  # type: 
 def linears(path: str, family: str) -> list[str]:
     """The linear layers of a kernel of transformers' module, as checkpoints call them."""
     fused = path.endswith("experts.gate_up_proj") and family != "gpt_oss"
-    parts = [path.replace("gate_up_proj", one) for one in ("gate_proj", "up_proj")] if fused else [path]
+    parts = (
+        [path.replace("gate_up_proj", one) for one in ("gate_proj", "up_proj")] if fused else [path]
+    )
     if family == "mixtral":
-        for theirs, ours in {"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}.items():
+        for theirs, ours in {
+            "mlp": "block_sparse_moe",
+            "gate_proj": "w1",
+            "up_proj": "w3",
+            "down_proj": "w2",
+        }.items():
             parts = [part.replace(theirs, ours) for part in parts]
     return parts
 

@@ -1,4 +1,5 @@
-"""GGUF files of tiny random models of several families, as llama.cpp's converter would write them."""
+"""GGUF files of tiny random models of several families, as llama.cpp's converter would write
+them."""
 
 import re
 from pathlib import Path
@@ -25,7 +26,12 @@ ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
 }
-FACTORS = {"embedding_multiplier": 6.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 3.0}
+FACTORS = {
+    "embedding_multiplier": 6.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 3.0,
+}
 EXPERTS_OF = families.EXPERTS | {"norm_topk_prob": True}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"attention_bias": True}),
@@ -33,8 +39,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3_moe": ("qwen3moe", {**EXPERTS_OF, "head_dim": 16}),
-    "gemma2": ("gemma2", {**WINDOW, "head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}),
-    "gemma3_text": ("gemma3", {**WINDOW, "head_dim": 16, "query_pre_attn_scalar": 16, "rope_parameters": ROPES}),
+    "gemma2": (
+        "gemma2",
+        {**WINDOW, "head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True},
+    ),
+    "gemma3_text": (
+        "gemma3",
+        {**WINDOW, "head_dim": 16, "query_pre_attn_scalar": 16, "rope_parameters": ROPES},
+    ),
     "phi3": ("phi3", WINDOW),
     "olmo2": ("olmo2", {}),
     "granite": ("granite", FACTORS),
@@ -64,11 +76,24 @@ def write(path: Path, folder: Path, config: Any, architecture: str) -> Path:
         module, _, leaf = name.rpartition(".")
         if match := EXPERT.fullmatch(module):
             parent, number, last = match.groups()
-            stacks.setdefault(f"{table.get_name(f'{parent}.experts.{last}')}.{leaf}", {})[int(number)] = array
+            stacks.setdefault(f"{table.get_name(f'{parent}.experts.{last}')}.{leaf}", {})[
+                int(number)
+            ] = array
             continue
-        if re.search(r"\.[qk]_proj$", module) and config.model_type in ("llama", "mixtral", "granite", "smollm3"):
-            heads = config.num_attention_heads if module.endswith("q_proj") else config.num_key_value_heads
-            array = array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+        if re.search(r"\.[qk]_proj$", module) and config.model_type in (
+            "llama",
+            "mixtral",
+            "granite",
+            "smollm3",
+        ):
+            heads = (
+                config.num_attention_heads
+                if module.endswith("q_proj")
+                else config.num_key_value_heads
+            )
+            array = (
+                array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+            )
         if module.endswith("norm") and config.model_type.startswith("gemma"):
             array = array + np.float32(1)
         writer.add_tensor(f"{table.get_name(module)}.{leaf}", np.ascontiguousarray(array))
@@ -87,7 +112,9 @@ def _fields(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    writer.add_key_length(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":

@@ -60,22 +60,46 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             name = re.sub(r"^/api/models/([^/]+/[^/?]+).*", r"\1", self.path)
             if "/tree/" in self.path and name in hub.repositories:
                 files = hub.repositories[name][1]
-                self.answer([{"type": "file", "path": p, "size": len(c), "oid": "0"} for p, c in files.items()])
+                self.answer(
+                    [
+                        {"type": "file", "path": p, "size": len(c), "oid": "0"}
+                        for p, c in files.items()
+                    ]
+                )
             elif name in hub.repositories:
                 files = [{"rfilename": path} for path in hub.repositories[name][1]]
-                self.answer({"id": name, "siblings": files, "private": hub.repositories[name][0], "sha": "0" * 40})
+                self.answer(
+                    {
+                        "id": name,
+                        "siblings": files,
+                        "private": hub.repositories[name][0],
+                        "sha": "0" * 40,
+                    }
+                )
             elif name in hub.licences:
-                self.answer({"id": name, "siblings": [], "cardData": {"license": hub.licences[name]}})
+                self.answer(
+                    {"id": name, "siblings": [], "cardData": {"license": hub.licences[name]}}
+                )
             else:
-                self.answer({"error": "not found"}, 404, X_Error_Code="RepoNotFound", X_Error_Message="not found")
+                self.answer(
+                    {"error": "not found"},
+                    404,
+                    X_Error_Code="RepoNotFound",
+                    X_Error_Message="not found",
+                )
 
         def do_POST(self) -> None:  # noqa: N802
             content = self.body()
             if self.path == "/api/repos/create":
                 made = json.loads(content)
-                name = f"{made['organization']}/{made['name']}" if made.get("organization") else made["name"]
+                name = (
+                    f"{made['organization']}/{made['name']}"
+                    if made.get("organization")
+                    else made["name"]
+                )
                 hub.repositories[name] = (
-                    made.get("visibility", "private" if made.get("private") else "public") == "private",
+                    made.get("visibility", "private" if made.get("private") else "public")
+                    == "private",
                     {},
                 )
                 self.answer({"url": f"{hub.address}/{name}", "name": name, "id": name})
@@ -86,7 +110,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                         "files": [
                             {
                                 "path": file["path"],
-                                "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                                "uploadMode": "lfs"
+                                if file["path"].endswith(".safetensors")
+                                else "regular",
                                 "shouldIgnore": False,
                                 "oid": None,
                             }
@@ -99,7 +125,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     {
                         **one,
                         "authenticated": True,
-                        "actions": {"upload": {"href": f"{hub.address}/put/{one['oid']}", "header": {}}},
+                        "actions": {
+                            "upload": {"href": f"{hub.address}/put/{one['oid']}", "header": {}}
+                        },
                     }
                     for one in json.loads(content)["objects"]
                 ]
@@ -117,7 +145,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     elif entry["key"] == "lfsFile":
                         files[entry["value"]["path"]] = hub.large[entry["value"]["oid"]]
                 address = f"{hub.address}/{name}/commit/{'1' * 40}"
-                self.answer({"success": True, "commitOid": "1" * 40, "commitUrl": address, "hookOutput": ""})
+                self.answer(
+                    {"success": True, "commitOid": "1" * 40, "commitUrl": address, "hookOutput": ""}
+                )
             else:
                 self.answer({})
 

@@ -7,4 +7,6 @@ try:
 except ModuleNotFoundError:
     torch = None
 
-needs_torch = pytest.mark.skipif(torch is None, reason="compares with PyTorch, which the extra `test` brings")
+needs_torch = pytest.mark.skipif(
+    torch is None, reason="compares with PyTorch, which the extra `test` brings"
+)

@@ -12,7 +12,8 @@ def keep_largest(scores: np.ndarray, zeros: int) -> np.ndarray:
 
 
 def select(scores: np.ndarray, pattern: str, fraction: float, sparsity: float) -> np.ndarray:
-    """The mask at `fraction` of the final sparsity; `pattern` is unstructured, per-output or N:M."""
+    """The mask at `fraction` of the final sparsity; `pattern` is unstructured, per-output or
+    N:M."""
     rows, columns = scores.shape
     if pattern == "unstructured":
         return keep_largest(scores, round(sparsity * fraction * scores.size))
@@ -94,9 +95,13 @@ def sparsegpt(
                     keep[j:last] = select(scores, pattern, 1.0, sparsity)
                 elif pattern == "per-output":
                     zeros = round(sparsity * last) - round(sparsity * j)
-                    keep[j:last] = np.stack([keep_largest(scores[:, k], zeros) for k in range(m)], axis=1)
+                    keep[j:last] = np.stack(
+                        [keep_largest(scores[:, k], zeros) for k in range(m)], axis=1
+                    )
                 else:
-                    keep[j:last] = keep_largest(scores, round(sparsity * last * m) - round(sparsity * j * m))
+                    keep[j:last] = keep_largest(
+                        scores, round(sparsity * last * m) - round(sparsity * j * m)
+                    )
             errors[j - start] = (w[j] - w[j] * keep[j]) / r[j, j]
             w[j + 1 : end] -= np.outer(r[j, j + 1 : end], errors[j - start])
             w[j] *= keep[j]
@@ -114,7 +119,8 @@ def alps(
     rho: float = 0.1,
     cg_steps: int = 10,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Algorithm 1 of Meng et al. 2024 with its published update of the penalty: the pruned kernel and its mask."""
+    """Algorithm 1 of Meng et al. 2024 with its published update of the penalty: the pruned kernel
+    and its mask."""
     h = gram + 0.01 * np.mean(np.diag(gram)) * np.eye(len(gram))
     scale = np.sqrt(np.diag(h)) + 1e-8
     g = h / np.outer(scale, scale)
@@ -166,7 +172,9 @@ def alps(
     return w / scale[:, None], mask
 
 
-def masked_least_squares(gram: np.ndarray, weight: np.ndarray, mask: np.ndarray, damping: float) -> np.ndarray:
+def masked_least_squares(
+    gram: np.ndarray, weight: np.ndarray, mask: np.ndarray, damping: float
+) -> np.ndarray:
     """The exact minimum, column by column, of the damped problem that ADMM solves."""
     scale = np.sqrt(np.diag(gram)) + 1e-8
     g = gram / np.outer(scale, scale)
@@ -186,7 +194,13 @@ def correlated(generator: np.random.Generator, tokens: int, n: int) -> np.ndarra
 
 
 def decaying(generator: np.random.Generator, tokens: int, n: int) -> np.ndarray:
-    """Strongly correlated activations: the spectrum falls as a power, and channels differ a little in size."""
+    """Strongly correlated activations: the spectrum falls as a power, and channels differ a little
+    in size."""
     rotation, _ = np.linalg.qr(generator.normal(size=(n, n)))
     spectrum = np.arange(1, n + 1.0) ** -0.7
-    return generator.normal(size=(tokens, n)) * spectrum @ rotation * np.exp(0.5 * generator.normal(size=n))
+    return (
+        generator.normal(size=(tokens, n))
+        * spectrum
+        @ rotation
+        * np.exp(0.5 * generator.normal(size=n))
+    )

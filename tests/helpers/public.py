@@ -1,4 +1,5 @@
-"""Configurations of public checkpoints: what their config.json says of shapes, of rope and of windows."""
+"""Configurations of public checkpoints: what their config.json says of shapes, of rope and of
+windows."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +31,11 @@ def experts(
     hidden: int, inner: int, layers: int, heads: int, kv_heads: int, expert: int, **others: Any
 ) -> dict[str, Any]:
     known = {"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
-    known |= {"moe_intermediate_size": expert, "max_position_embeddings": 40960, "sliding_window": None}
+    known |= {
+        "moe_intermediate_size": expert,
+        "max_position_embeddings": 40960,
+        "sliding_window": None,
+    }
     return sizes(hidden, inner, layers, heads, kv_heads, 151936, **known | others)
 
 
@@ -70,7 +75,10 @@ def opt(hidden: int, layers: int, heads: int, **others: Any) -> dict[str, Any]:
 
 PHI_LONG = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [4.0] * 48}
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
-GEMMA2, GEMMA3 = {"head_dim": 256, "query_pre_attn_scalar": 256}, {"head_dim": 256, "query_pre_attn_scalar": 256}
+GEMMA2, GEMMA3 = (
+    {"head_dim": 256, "query_pre_attn_scalar": 256},
+    {"head_dim": 256, "query_pre_attn_scalar": 256},
+)
 QWEN3, BIG = {"head_dim": 128}, {"head_dim": 128, **UNTIED}
 PUBLIC: Mapping[str, Mapping[str, dict[str, Any]]] = {
     "llama": {
@@ -81,9 +89,15 @@ PUBLIC: Mapping[str, Mapping[str, dict[str, Any]]] = {
         "SmolLM2-135M": sizes(576, 1536, 30, 9, 3, 49152, **TIED),
     },
     "mistral": {
-        "Mistral-7B-v0.1": sizes(4096, 14336, 32, 32, 8, 32000, sliding_window=4096, rope_theta=1e4),
-        "Mistral-Nemo": sizes(5120, 14336, 40, 32, 8, 131072, head_dim=128, sliding_window=None, rope_theta=1e6),
-        "Mistral-Small-24B": sizes(5120, 32768, 40, 32, 8, 131072, head_dim=128, sliding_window=None, rope_theta=1e8),
+        "Mistral-7B-v0.1": sizes(
+            4096, 14336, 32, 32, 8, 32000, sliding_window=4096, rope_theta=1e4
+        ),
+        "Mistral-Nemo": sizes(
+            5120, 14336, 40, 32, 8, 131072, head_dim=128, sliding_window=None, rope_theta=1e6
+        ),
+        "Mistral-Small-24B": sizes(
+            5120, 32768, 40, 32, 8, 131072, head_dim=128, sliding_window=None, rope_theta=1e8
+        ),
     },
     "ministral3": {
         "Ministral-3-8B": sizes(4096, 14336, 34, 32, 8, 131072, head_dim=128),
@@ -109,15 +123,29 @@ PUBLIC: Mapping[str, Mapping[str, dict[str, Any]]] = {
     "gemma2": {
         "gemma-2-2b": sizes(2304, 9216, 26, 8, 4, 256000, **GEMMA2),
         "gemma-2-9b": sizes(3584, 14336, 42, 16, 8, 256000, **GEMMA2),
-        "gemma-2-27b": sizes(4608, 36864, 46, 32, 16, 256000, head_dim=128, query_pre_attn_scalar=144),
+        "gemma-2-27b": sizes(
+            4608, 36864, 46, 32, 16, 256000, head_dim=128, query_pre_attn_scalar=144
+        ),
     },
     "gemma3_text": {
         "gemma-3-270m": sizes(640, 2048, 18, 4, 1, 262144, sliding_window=512, **GEMMA3),
         "gemma-3-1b": sizes(1152, 6912, 26, 4, 1, 262144, sliding_window=512, **GEMMA3),
-        "gemma-3-4b, its text model": sizes(2560, 10240, 34, 8, 4, 262208, sliding_window=1024, **GEMMA3),
-        "gemma-3-12b, its text model": sizes(3840, 15360, 48, 16, 8, 262208, sliding_window=1024, **GEMMA3),
+        "gemma-3-4b, its text model": sizes(
+            2560, 10240, 34, 8, 4, 262208, sliding_window=1024, **GEMMA3
+        ),
+        "gemma-3-12b, its text model": sizes(
+            3840, 15360, 48, 16, 8, 262208, sliding_window=1024, **GEMMA3
+        ),
         "gemma-3-27b, its text model": sizes(
-            5376, 21504, 62, 32, 16, 262208, head_dim=128, query_pre_attn_scalar=168, sliding_window=1024
+            5376,
+            21504,
+            62,
+            32,
+            16,
+            262208,
+            head_dim=128,
+            query_pre_attn_scalar=168,
+            sliding_window=1024,
         ),
     },
     "phi3": {
@@ -191,15 +219,35 @@ PUBLIC: Mapping[str, Mapping[str, dict[str, Any]]] = {
         ),
     },
     "cohere2": {
-        "c4ai-command-r7b": sizes(4096, 14336, 32, 32, 8, 256000, sliding_window=4096, logit_scale=0.25),
-        "c4ai-command-a": sizes(12288, 36864, 64, 96, 8, 256000, sliding_window=4096, logit_scale=0.25),
+        "c4ai-command-r7b": sizes(
+            4096, 14336, 32, 32, 8, 256000, sliding_window=4096, logit_scale=0.25
+        ),
+        "c4ai-command-a": sizes(
+            12288, 36864, 64, 96, 8, 256000, sliding_window=4096, logit_scale=0.25
+        ),
     },
     "glm4": {
         "GLM-4-9B-0414": sizes(
-            4096, 13696, 40, 32, 2, 151552, head_dim=128, partial_rotary_factor=0.5, attention_bias=True
+            4096,
+            13696,
+            40,
+            32,
+            2,
+            151552,
+            head_dim=128,
+            partial_rotary_factor=0.5,
+            attention_bias=True,
         ),
         "GLM-4-32B-0414": sizes(
-            6144, 23040, 61, 48, 2, 151552, head_dim=128, partial_rotary_factor=0.5, attention_bias=False
+            6144,
+            23040,
+            61,
+            48,
+            2,
+            151552,
+            head_dim=128,
+            partial_rotary_factor=0.5,
+            attention_bias=False,
         ),
     },
     "mixtral": {
@@ -212,7 +260,9 @@ PUBLIC: Mapping[str, Mapping[str, dict[str, Any]]] = {
         "Qwen3-235B-A22B": experts(4096, 12288, 94, 64, 4, 1536),
         "Qwen3-Coder-480B-A35B": experts(6144, 8192, 62, 96, 8, 2560, num_experts=160),
     },
-    "olmoe": {"OLMoE-1B-7B": sizes(2048, 1024, 16, 16, 16, 50304, num_experts=64, num_experts_per_tok=8)},
+    "olmoe": {
+        "OLMoE-1B-7B": sizes(2048, 1024, 16, 16, 16, 50304, num_experts=64, num_experts_per_tok=8)
+    },
     "gpt_oss": {
         "gpt-oss-20b": sizes(2880, 2880, 24, 64, 8, 201088, head_dim=64, num_local_experts=32),
         "gpt-oss-120b": sizes(2880, 2880, 36, 64, 8, 201088, head_dim=64, num_local_experts=128),
@@ -222,10 +272,14 @@ PUBLIC: Mapping[str, Mapping[str, dict[str, Any]]] = {
         "Qwen2-57B-A14B": sizes(3584, 18944, 28, 28, 4, 151936, **shared(64, 8, 2560, 20480)),
     },
     "qwen3_next": {
-        "Qwen3-Next-80B-A3B": sizes(2048, 5120, 48, 16, 2, 151936, head_dim=256, **shared(512, 10, 512, 512)),
+        "Qwen3-Next-80B-A3B": sizes(
+            2048, 5120, 48, 16, 2, 151936, head_dim=256, **shared(512, 10, 512, 512)
+        ),
     },
     "glm4_moe": {
-        "GLM-4.5-Air": sizes(4096, 10944, 46, 96, 8, 151552, head_dim=128, attention_bias=True, n_routed_experts=128),
+        "GLM-4.5-Air": sizes(
+            4096, 10944, 46, 96, 8, 151552, head_dim=128, attention_bias=True, n_routed_experts=128
+        ),
         "GLM-4.5": sizes(
             5120,
             12288,
@@ -242,11 +296,22 @@ PUBLIC: Mapping[str, Mapping[str, dict[str, Any]]] = {
             routed_scaling_factor=2.5,
         ),
     },
-    "qwen3_5_text": {"Qwen3.5-9B, its text model": sizes(4096, 12288, 32, 16, 4, 248320, head_dim=256)},
+    "qwen3_5_text": {
+        "Qwen3.5-9B, its text model": sizes(4096, 12288, 32, 16, 4, 248320, head_dim=256)
+    },
     "seed_oss": {"Seed-OSS-36B": sizes(5120, 27648, 64, 80, 8, 155136, head_dim=128)},
     "exaone4": {
         "EXAONE-4.0-1.2B": sizes(
-            2048, 4096, 30, 32, 8, 102400, head_dim=64, sliding_window=None, layer_types=["full_attention"] * 30, **TIED
+            2048,
+            4096,
+            30,
+            32,
+            8,
+            102400,
+            head_dim=64,
+            sliding_window=None,
+            layer_types=["full_attention"] * 30,
+            **TIED,
         ),
         "EXAONE-4.0-32B": sizes(5120, 27392, 64, 40, 8, 102400, sliding_window=4096),
     },

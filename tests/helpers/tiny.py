@@ -13,7 +13,9 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "a the cat dog sat ran on under mat house and then it was very big small old new red blue tree".split()
+WORDS = (
+    "a the cat dog sat ran on under mat house and then it was very big small old new red blue tree"
+).split()
 
 
 def config(**changes: Any) -> LlamaConfig:
@@ -36,7 +38,10 @@ def config(**changes: Any) -> LlamaConfig:
 def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """The names and shapes that LlamaForCausalLM saves."""
     width, inner = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    queries, keys = (
+        config.num_attention_heads * config.head_dim,
+        config.num_key_value_heads * config.head_dim,
+    )
     linears = {
         "self_attn.q_proj": (queries, width),
         "self_attn.k_proj": (keys, width),
@@ -61,7 +66,8 @@ def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def weights(config: LlamaConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random float32 tensors, every one of which matters: norms and biases are not at their neutral start."""
+    """Random float32 tensors, every one of which matters: norms and biases are not at their neutral
+    start."""
     generator = np.random.default_rng(seed)
     return {
         name: (("norm" in name) + 0.3 * generator.normal(size=shape)).astype(np.float32)
@@ -81,7 +87,9 @@ def model(config: LlamaConfig, seed: int = 0) -> LlamaForCausalLM:
     return made
 
 
-def save(folder: Path, config: LlamaConfig, *, dtype: str = "float32", max_shard_size: str = "1GB") -> Path:
+def save(
+    folder: Path, config: LlamaConfig, *, dtype: str = "float32", max_shard_size: str = "1GB"
+) -> Path:
     """Saves a random model, laid out as transformers does it, and a tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(config)
@@ -118,7 +126,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def sentences(generator: random.Random, count: int) -> list[str]:
-    return [" ".join(generator.choices(WORDS, k=generator.randint(3, 12))).capitalize() + "." for _ in range(count)]
+    return [
+        " ".join(generator.choices(WORDS, k=generator.randint(3, 12))).capitalize() + "."
+        for _ in range(count)
+    ]
 
 
 def write_text(path: Path, documents: int, seed: int = 1) -> None:

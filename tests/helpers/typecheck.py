@@ -14,7 +14,8 @@ check = beartype.beartype(conf=CONF)
 
 
 def install(root: Path) -> None:
-    """Has signatures checked of what is imported from now on: by beartype, and by jaxtyping where modules name shapes.
+    """Has signatures checked of what is imported from now on: by beartype, and by jaxtyping where
+    modules name shapes.
 
     jaxtyping also passes over names that a module has for type checkers only.
     """
@@ -22,7 +23,12 @@ def install(root: Path) -> None:
     shaped = []
     for file in (file for package in PACKAGES for file in (root / package).rglob("*.py")):
         module = file.parent if file.stem == "__init__" else file.with_suffix("")
-        shapes = re.search("^from jaxtyping import (?!DTypeLike$)|^if TYPE_CHECKING", file.read_text(), re.MULTILINE)
-        if shapes and module.parent != root:  # a package's own name would stand for all of its modules
+        shapes = re.search(
+            "^from jaxtyping import (?!DTypeLike$)|^if TYPE_CHECKING",
+            file.read_text(),
+            re.MULTILINE,
+        )
+        # a package's own name would stand for all of its modules
+        if shapes and module.parent != root:
             shaped.append(".".join(module.relative_to(root).parts))
     jaxtyping.install_import_hook(shaped, f"{__name__}.check")

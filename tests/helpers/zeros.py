@@ -10,7 +10,9 @@ from convert import create_checkpoint, open_checkpoint, parts
 
 def zeroed(shape: tuple[int, int], density: float, dtype: str, seed: int = 0) -> np.ndarray:
     generator = np.random.default_rng(seed)
-    array = generator.standard_normal(shape).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    array = generator.standard_normal(shape).astype(
+        ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    )
     array[generator.random(shape) >= density] = 0
     return array
 
@@ -32,7 +34,9 @@ def pruned(source: Path, target: Path, pattern: str = "0.6") -> Path:
                 if path.startswith("layers.") and path.endswith(".kernel"):
                     shape = params[path].shape[::-1]
                     n, _, m = pattern.partition(":")
-                    like = grouped(shape, int(n), int(m)) if m else zeroed(shape, float(n), "float32")
+                    like = (
+                        grouped(shape, int(n), int(m)) if m else zeroed(shape, float(n), "float32")
+                    )
                     kernel = np.where(like.T != 0, params[path], 0).astype(params[path].dtype)
                     kernel[np.unravel_index(np.abs(kernel).argmax(), kernel.shape)] = -0.0
                     params[path] = kernel

@@ -1,4 +1,5 @@
-"""What a right answer is: of each function that opens and checks a file, and of what each command makes.
+"""What a right answer is: of each function that opens and checks a file, and of what each command
+makes.
 
 All work in the current folder, which `files.build` describes. A wrong answer raises `Wrong`.
 """
@@ -15,7 +16,8 @@ import numpy as np
 from tests.hostile.mutations import Case
 
 NEUTRAL = ("generation_config.json", "chat_template.jinja", "out.unfinished/")
-"""Files that cannot change what a run makes of the weights: it ends in the same bytes, or is refused."""
+"""Files that cannot change what a run makes of the weights: it ends in the same bytes, or is
+refused."""
 
 
 class Wrong(AssertionError):
@@ -31,7 +33,8 @@ def require(condition: object, problem: str) -> None:
 
 
 def checkpoint(path: str) -> None:
-    """All that is done before a checkpoint is pruned; and its tensors are those that were announced."""
+    """All that is done before a checkpoint is pruned; and its tensors are those that were
+    announced."""
     from convert import open_checkpoint
     from convert.assets import load_tokenizer, read_config
     from convert.consistency import check
@@ -40,10 +43,15 @@ def checkpoint(path: str) -> None:
     reader = open_checkpoint(path)
     check(reader.spec, read_config(reader.assets))
     model = StreamedModel(reader).architecture
-    require(model.spec.keys() == reader.spec.keys(), "the model has other params than the checkpoint")
+    require(
+        model.spec.keys() == reader.spec.keys(), "the model has other params than the checkpoint"
+    )
     for name, array in reader.read(reader.spec).items():
         wanted = reader.spec[name]
-        require((array.shape, array.dtype) == (wanted.shape, wanted.dtype), f"{name} is not what was announced")
+        require(
+            (array.shape, array.dtype) == (wanted.shape, wanted.dtype),
+            f"{name} is not what was announced",
+        )
     ids = load_tokenizer(reader.assets)("The cat sat on the mat.")["input_ids"]
     require(all(type(one) is int and one >= 0 for one in ids), f"token ids are {ids}")
 
@@ -81,7 +89,10 @@ def masks(path: str) -> None:
         for linear in ("self_attn.q_proj", "mlp.down_proj"):
             mask = stored(layer, linear)
             array = mask.read()
-            require(array.dtype == bool and array.shape == tuple(mask.shape), "a mask is not what was announced")
+            require(
+                array.dtype == bool and array.shape == tuple(mask.shape),
+                "a mask is not what was announced",
+            )
 
 
 def problem(path: str) -> None:
@@ -90,11 +101,19 @@ def problem(path: str) -> None:
     found = snapshots.load(Path(path))
     require(found.layer >= 0 and found.kernels and found.grams, "an empty problem")
     for name, array in found.arrays.items():
-        require(array.ndim == (1 if name.startswith("outputs.") else 2), f"{name} has other dimensions")
+        require(
+            array.ndim == (1 if name.startswith("outputs.") else 2), f"{name} has other dimensions"
+        )
         require(np.isfinite(np.asarray(array, np.float64)).all(), f"{name} is not finite")
-    require(0 <= found.asymmetry <= 1 and all(count >= 0 for count in found.tokens.values()), "an impossible number")
+    require(
+        0 <= found.asymmetry <= 1 and all(count >= 0 for count in found.tokens.values()),
+        "an impossible number",
+    )
     for linear, pattern in found.patterns.items():
-        require(0 <= pattern.zeros(found.kernels[linear].shape) <= found.kernels[linear].size, "an impossible pattern")
+        require(
+            0 <= pattern.zeros(found.kernels[linear].shape) <= found.kernels[linear].size,
+            "an impossible pattern",
+        )
 
 
 def record(path: str) -> None:
@@ -122,12 +141,16 @@ def finite(folder: str) -> dict[str, np.ndarray]:
     reader = open_checkpoint(folder)
     tensors = reader.read(reader.spec)
     for name, array in tensors.items():
-        require(np.isfinite(np.asarray(array, np.float64)).all(), f"{folder}: {name} has values that are not finite")
+        require(
+            np.isfinite(np.asarray(array, np.float64)).all(),
+            f"{folder}: {name} has values that are not finite",
+        )
     return tensors
 
 
 def pruned(dense: str) -> Callable[[Case, Path], None]:
-    """A check of `out`: all tensors finite, exact zeros, all else as in the dense checkpoint, in the result's dtype."""
+    """A check of `out`: all tensors finite, exact zeros, all else as in the dense checkpoint, in
+    the result's dtype."""
 
     def check(case: Case, base: Path) -> None:
         found, before = finite("out"), finite(dense)
@@ -137,13 +160,19 @@ def pruned(dense: str) -> Callable[[Case, Path], None]:
                 require(2 * np.count_nonzero(array == 0) >= array.size, f"{name} has too few zeros")
             else:
                 expected = before[name].astype(array.dtype)
-                require(array.tobytes() == expected.tobytes(), f"{name} is not the dense checkpoint's")
-        damaged = case.target == "resume" and case.edits  # what has changed in a journal stays, and a warning says so
+                require(
+                    array.tobytes() == expected.tobytes(), f"{name} is not the dense checkpoint's"
+                )
+        # what has changed in a journal stays, and a warning says so
+        damaged = case.target == "resume" and case.edits
         require(damaged or not Path("out.unfinished").exists(), "a journal is left")
         loads(Path("out/jaxprune.json"))
         if dense == "hf" and all(any(name in edit.file for name in NEUTRAL) for edit in case.edits):
             weights = Path("out/model.safetensors").read_bytes()
-            require(weights == (base / "pruned/model.safetensors").read_bytes(), "other bytes than undisturbed")
+            require(
+                weights == (base / "pruned/model.safetensors").read_bytes(),
+                "other bytes than undisturbed",
+            )
 
     return check
 
@@ -154,7 +183,9 @@ def converted(source: str) -> Callable[[Case, Path], None]:
 
         reader, made = open_checkpoint(source), open_checkpoint("out")
         tensors, copies = reader.read(reader.spec), made.read(made.spec)
-        same = tensors.keys() == copies.keys() and all(a.tobytes() == copies[n].tobytes() for n, a in tensors.items())
+        same = tensors.keys() == copies.keys() and all(
+            a.tobytes() == copies[n].tobytes() for n, a in tensors.items()
+        )
         require(same, "the copy has other tensors")
 
     return check
@@ -179,7 +210,10 @@ def solved(case: Case, base: Path) -> None:
         zeros = layer.patterns[name].zeros(kernel.shape) if layer.patterns else kernel.size / 2
         if isinstance(layer.patterns.get(name), Partly):
             zeros = 0
-        require(np.isfinite(kernel).all() and np.count_nonzero(kernel == 0) >= zeros, f"{name} is not pruned")
+        require(
+            np.isfinite(kernel).all() and np.count_nonzero(kernel == 0) >= zeros,
+            f"{name} is not pruned",
+        )
 
 
 def verified(case: Case, base: Path) -> None:
@@ -198,7 +232,10 @@ def plausible(case: Case, base: Path) -> None:
 
     takes = options(TARGETS[case.target].module)
     for flag, kind, _ in case.edits:
-        require(kind not in ("nan", "infinity") or takes.get(flag) not in ("N", "X"), f"{flag} may be {kind}")
+        require(
+            kind not in ("nan", "infinity") or takes.get(flag) not in ("N", "X"),
+            f"{flag} may be {kind}",
+        )
     if Path("out/model.safetensors").exists():
         require(main(["out"]) == 0, "what was made is not verified")
 

@@ -1,4 +1,5 @@
-"""The files that are damaged: a tiny checkpoint in each format, and all else that a command reads."""
+"""The files that are damaged: a tiny checkpoint in each format, and all else that a command
+reads."""
 
 import contextlib
 import gzip
@@ -51,7 +52,10 @@ def build(base: Path) -> None:
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), "text.parquet")
         words = PRUNE.split()
         flags = zip(words[::2], words[1::2], strict=True)
-        options = {flag.removeprefix("--"): value for flag, value in [*flags, ("--ckpt", "hf"), ("--seqlen", 16)]}
+        options = {
+            flag.removeprefix("--"): value
+            for flag, value in [*flags, ("--ckpt", "hf"), ("--seqlen", 16)]
+        }
         Path("options.json").write_text(json.dumps(options))
         np.save("ids.npy", np.random.default_rng(0).integers(0, 300, (8, 16)))
         task_rows.write(Path("rows"))
@@ -62,7 +66,10 @@ def build(base: Path) -> None:
         line = f"--ckpt hf {PRUNE}".split()
         require(run([*line, "--out", "pruned", "--save-masks", "masks.safetensors"]) == 0, "run")
         require(convert(["pruned", "packed", "--to", "packed"]) == 0, "convert")
-        require(evaluate([*"pruned --against hf --out evaluation".split(), *MEASURE.split()]) == 0, "evaluate")
+        require(
+            evaluate([*"pruned --against hf --out evaluation".split(), *MEASURE.split()]) == 0,
+            "evaluate",
+        )
         tokens = np.load("ids.npy").astype(np.int32)
         model = load("hf")
         recipe = Recipe(Magnitude(), importance=Importance(weigh_outputs=True), asymmetry=0.5)
@@ -75,6 +82,9 @@ def _interrupted(line: list[str]) -> None:
     """A run that is stopped when all of it is written: its journal is left."""
     from jaxprune.commands.prune import main as run
 
-    with mock.patch("convert.hf.Writer.finish", side_effect=KeyboardInterrupt), open(os.devnull, "w") as null:
+    with (
+        mock.patch("convert.hf.Writer.finish", side_effect=KeyboardInterrupt),
+        open(os.devnull, "w") as null,
+    ):
         with contextlib.redirect_stderr(null):
             require(run(line) == 130 and Path("out.unfinished").exists(), "no journal is left")

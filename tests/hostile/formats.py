@@ -22,8 +22,8 @@ class Format(NamedTuple):
 
     Attributes:
         edits: content -> (kind, place) of each change.
-        apply: (content, kind, place) -> the changed content; ValueError, LookupError or TypeError where that is
-            impossible, as it may be after another change.
+        apply: (content, kind, place) -> the changed content; ValueError, LookupError or TypeError
+            where that is impossible, as it may be after another change.
     """
 
     edits: Callable[[bytes], Iterator[tuple[str, str]]]
@@ -114,7 +114,11 @@ def _safetensors_apply(content: bytes, kind: str, place: str) -> bytes:
         value = bytes.fromhex(_PAYLOADS[tree[name]["dtype"]].get(kind.removeprefix("payload-"), ""))
         # Somewhere in the middle of the tensor, or all of it zero.
         at = start + (end - start) // 2 // 8 * 8
-        data = data[:at] + value + data[at + len(value) :] if value else data[:start] + bytes(end - start) + data[end:]
+        data = (
+            data[:at] + value + data[at + len(value) :]
+            if value
+            else data[:start] + bytes(end - start) + data[end:]
+        )
     else:
         return _pack(change_json(header, kind, place), data)
     return _pack(json.dumps(tree), data)
@@ -122,8 +126,8 @@ def _safetensors_apply(content: bytes, kind: str, place: str) -> bytes:
 
 @functools.lru_cache(4)
 def _spans(content: bytes) -> tuple[list[tuple[str, int, int, bool]], int, int]:
-    """The pieces of a GGUF file's header, as (name, offset, size, whether it begins an entry), and where the header and
-    the padding behind it end.
+    """The pieces of a GGUF file's header, as (name, offset, size, whether it begins an entry), and
+    where the header and the padding behind it end.
     """
     import gguf
 
@@ -147,8 +151,12 @@ def _gguf_edits(content: bytes) -> Iterator[tuple[str, str]]:
     entries = [at for _, at, _, first in spans if first]
     for name, at, size, first in spans:
         place = f"{name}@{at}+{size}"
-        yield from ((kind, place) for kind in ("cut", "zeros", "ones", "top", "more", "less", "random", "nan"))
-        # And where the entry, all of them, and the padding end: what an earlier edit has damaged is not parsed again.
+        yield from (
+            (kind, place)
+            for kind in ("cut", "zeros", "ones", "top", "more", "less", "random", "nan")
+        )
+        # And where the entry, all of them, and the padding end: what an earlier edit has damaged is
+        # not parsed again.
         place += f"~{min((start for start in entries if start > at), default=end)}~{end}~{data}"
         if first and name == "general.architecture.0":
             yield "strings", f"{place}*4000000"
@@ -167,11 +175,18 @@ def _gguf_apply(content: bytes, kind: str, place: str) -> bytes:
     if kind in ("removed", "twice", "strings"):
         next_at, end, data = map(int, ends)
         entry = content[at:next_at]
-        now = {"removed": b"", "twice": entry * 2, "strings": entry + _strings(int(repeat or 0))}[kind]
+        now = {"removed": b"", "twice": entry * 2, "strings": entry + _strings(int(repeat or 0))}[
+            kind
+        ]
         header = content[:at] + now + content[next_at:end]
-        count = 8 if place.startswith(("blk.", "token_embd.", "output")) else 16  # where the header counts its kind
+        # where the header counts its kind
+        count = 8 if place.startswith(("blk.", "token_embd.", "output")) else 16
         (number,) = struct.unpack_from("<Q", header, count)
-        header = header[:count] + struct.pack("<Q", number + (-1 if kind == "removed" else 1)) + header[count + 8 :]
+        header = (
+            header[:count]
+            + struct.pack("<Q", number + (-1 if kind == "removed" else 1))
+            + header[count + 8 :]
+        )
         return header + bytes(-len(header) % 32) + content[data:]
     changed = {
         "zeros": bytes(size),
@@ -210,7 +225,9 @@ _ARRAYS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "no-columns": lambda ids: ids[:, :0],
     "one-row": lambda ids: ids[:1],
     **{
-        f"id{value}": lambda ids, value=value: np.where(ids == ids[1, 3], np.array(value, np.asarray(value).dtype), ids)
+        f"id{value}": lambda ids, value=value: np.where(
+            ids == ids[1, 3], np.array(value, np.asarray(value).dtype), ids
+        )
         for value in (-1, 299, 300, 2**31, 2**32 + 5, 2**63 - 1, 2**63, 2**64 - 1)
     },
 }
@@ -218,9 +235,19 @@ _ARRAYS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 def _npy_edits(content: bytes) -> Iterator[tuple[str, str]]:
     yield from ((kind, "") for kind in _ARRAYS)
-    for shape in ("()", "(-1, 16)", "(10**18, 16)", "(4294967296, 4294967296)", "(8, 16.0)", "x", "(" * 5000):
+    for shape in (
+        "()",
+        "(-1, 16)",
+        "(10**18, 16)",
+        "(4294967296, 4294967296)",
+        "(8, 16.0)",
+        "x",
+        "(" * 5000,
+    ):
         yield "shape", shape
-    yield from (("descr", d) for d in ("|O", "<f2", "<i16", "<V8", "<U1000000000", "x", "<M8[s]", "|S0"))
+    yield from (
+        ("descr", d) for d in ("|O", "<f2", "<i16", "<V8", "<U1000000000", "x", "<M8[s]", "|S0")
+    )
     yield from (("length", str(length)) for length in (0, 1, 10, 65535))
     yield from (("version", str(version)) for version in (0, 2, 3, 255))
 
@@ -284,7 +311,11 @@ def _unpacked(content: bytes) -> bytes:
 
 
 def _text_apply(content: bytes, kind: str, place: str) -> bytes:
-    return {"blank": b"\n \n" * 100, "line": b"the cat sat " * 200_000, "controls": bytes(range(32)) * 500}[kind]
+    return {
+        "blank": b"\n \n" * 100,
+        "line": b"the cat sat " * 200_000,
+        "controls": bytes(range(32)) * 500,
+    }[kind]
 
 
 NO_EDITS = Format(lambda content: iter(()), lambda content, kind, place: content)
@@ -296,7 +327,9 @@ FORMATS = {
     "npy": Format(_npy_edits, _npy_apply),
     "parquet": Format(lambda content: ((kind, "") for kind in _TABLES), _parquet_apply),
     "gz": Format(_gzip_edits, _gzip_apply),
-    "txt": Format(lambda content: ((kind, "") for kind in ("blank", "line", "controls")), _text_apply),
+    "txt": Format(
+        lambda content: ((kind, "") for kind in ("blank", "line", "controls")), _text_apply
+    ),
 }
 
 

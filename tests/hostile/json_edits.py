@@ -1,4 +1,5 @@
-"""Changes of JSON: values in place of others, some of which no encoder writes, and entries that go or come twice."""
+"""Changes of JSON: values in place of others, some of which no encoder writes, and entries that go
+or come twice."""
 
 import json
 from collections.abc import Iterator
@@ -67,8 +68,15 @@ def change_json(text: str, kind: str, pointer: str) -> str:
 
 
 def pointers(tree: Any, prefix: str = "", most: int = 4) -> Iterator[str]:
-    """The places in a JSON value; of long lists, and of long objects such as vocabularies, a few from end to end."""
-    items = list(tree.items()) if isinstance(tree, dict) else list(enumerate(tree)) if isinstance(tree, list) else []
+    """The places in a JSON value; of long lists, and of long objects such as vocabularies, a few
+    from end to end."""
+    items = (
+        list(tree.items())
+        if isinstance(tree, dict)
+        else list(enumerate(tree))
+        if isinstance(tree, list)
+        else []
+    )
     if len(items) > (48 if isinstance(tree, dict) else most):
         items = [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
     for key, value in items:

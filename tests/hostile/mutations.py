@@ -1,7 +1,8 @@
-"""Cases as data: what is changed in a file, a path or a command line, printed, read back and done again.
+"""Cases as data: what is changed in a file, a path or a command line, printed, read back and done
+again.
 
-An `Edit` names a file, a kind of change and a place in the file; a `Case` is a target and its edits. Nothing else
-decides what a case does, so that its printed form alone repeats it.
+An `Edit` names a file, a kind of change and a place in the file; a `Case` is a target and its
+edits. Nothing else decides what a case does, so that its printed form alone repeats it.
 """
 
 import os
@@ -58,7 +59,9 @@ _BYTES: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "zeroed": lambda content, _: bytes(len(content)),
     "utf-16": lambda content, _: content.decode("latin1").encode("utf-16"),
     "utf-8-sig": lambda content, _: b"\xef\xbb\xbf" + content,
-    "latin-1": lambda content, _: content[: len(content) // 2].replace(b"e", b"\xe9") + content[len(content) // 2 :],
+    "latin-1": lambda content, _: (
+        content[: len(content) // 2].replace(b"e", b"\xe9") + content[len(content) // 2 :]
+    ),
     "overlong": lambda content, _: content.replace(b'"', b"\xc0\xa2", 3),
 }
 
@@ -74,7 +77,11 @@ def _flipped(content: bytes, chance: random.Random) -> bytes:
 def _spliced(content: bytes, chance: random.Random) -> bytes:
     at = chance.randrange(len(content))
     end = at + chance.choice([1, 4, 8, 64])
-    return content[:at] + chance.choice([b"", chance.randbytes(8), b"\xff" * (end - at)]) + content[end:]
+    return (
+        content[:at]
+        + chance.choice([b"", chance.randbytes(8), b"\xff" * (end - at)])
+        + content[end:]
+    )
 
 
 RANDOM = {"flipped": _flipped, "spliced": _spliced}
@@ -83,7 +90,8 @@ SEEDS = 40
 
 
 def _socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as made:  # it stays in the folder; its own name may be too long for the call
+    # it stays in the folder; its own name may be too long for the call
+    with socket.socket(socket.AF_UNIX) as made:
         there = os.open(path.parent, os.O_RDONLY)
         made.bind(f"/proc/self/fd/{there}/{path.name}")
         os.close(there)
@@ -117,7 +125,8 @@ def edits_of(root: Path, file: str) -> Iterator[Edit]:
 
 
 def apply(root: Path, edit: Edit) -> None:
-    """Changes a file; its place is left as it is where the change is impossible, as it may be after another one."""
+    """Changes a file; its place is left as it is where the change is impossible, as it may be after
+    another one."""
     path = root / edit.file
     if edit.kind in PATHS:
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)

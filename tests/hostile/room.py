@@ -1,4 +1,5 @@
-"""A working folder in which cases are tried, one after another, and put back in order after each."""
+"""A working folder in which cases are tried, one after another, and put back in order after
+each."""
 
 import functools
 import importlib
@@ -24,7 +25,13 @@ PRELOAD = (
     "jaxprune.commands.solve",
     "jaxprune.commands.verify",
 )
-PRELOAD += ("convert.__main__", "transformers", "transformers.models.llama", "orbax.checkpoint", "datasets")
+PRELOAD += (
+    "convert.__main__",
+    "transformers",
+    "transformers.models.llama",
+    "orbax.checkpoint",
+    "datasets",
+)
 PRELOAD += ("lm_eval.evaluator", "lm_eval.tasks")
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -69,7 +76,9 @@ class Room:
         shutil.rmtree(self._top, ignore_errors=True)
         self._top.mkdir(parents=True)
         (self._top / "precious").write_text("above")
-        shutil.copytree(self.base, self._work, symlinks=True, ignore=lambda *_: ["odd", "out.unfinished"])
+        shutil.copytree(
+            self.base, self._work, symlinks=True, ignore=lambda *_: ["odd", "out.unfinished"]
+        )
         mutations.odd_paths(self._work / "odd")
         os.chdir(self._work)
         self._whole = inventory(self._top)
@@ -103,7 +112,9 @@ class Room:
             target.call()
         except UserError as error:
             line = f"error: {worded(error)}"
-            return Outcome("failed", f"message: {line}") if _unfit(line) else Outcome("refused", line)
+            return (
+                Outcome("failed", f"message: {line}") if _unfit(line) else Outcome("refused", line)
+            )
         return Outcome("succeeded")
 
     def _run(self, target: Target, case: Case) -> Outcome:
@@ -134,21 +145,29 @@ class Room:
     def _changes(self, before: Mapping[str, Any], case: Case) -> str:
         """What a case has changed outside its own output; files of the user's count there too."""
         after = inventory(self._top)
-        named = [mutations.ARGUMENTS[edit.kind] for edit in case.edits] if case.target.endswith("-line") else []
+        named = (
+            [mutations.ARGUMENTS[edit.kind] for edit in case.edits]
+            if case.target.endswith("-line")
+            else []
+        )
 
         def own(name: str) -> bool:
-            if name not in before and any(value and name.startswith(f"work/{value}") for value in named):
+            if name not in before and any(
+                value and name.startswith(f"work/{value}") for value in named
+            ):
                 return True
             return name.startswith("work/out") and "precious" not in name
 
         changed = [n for n in {*before, *after} if before.get(n) != after.get(n) and not own(n)]
         words = {True: "appeared", False: "changed"}
         return ", ".join(
-            f"{name} {words[name not in before] if name in after else 'is gone'}" for name in sorted(changed)[:5]
+            f"{name} {words[name not in before] if name in after else 'is gone'}"
+            for name in sorted(changed)[:5]
         )
 
     def _restore(self) -> None:
-        """Puts back what a case and its edits have changed; all of it where that is more than files."""
+        """Puts back what a case and its edits have changed; all of it where that is more than
+        files."""
         for name in self._cache.iterdir():
             shutil.rmtree(name, ignore_errors=True)
         try:
@@ -173,10 +192,11 @@ class Room:
 
 
 def inventory(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Relative path -> what tells whether a file was replaced, written or made accessible to others.
+    """Relative path -> what tells whether a file was replaced, written or made accessible to
+    others.
 
-    The time of its last change is the system's own: unlike the time of the last write, nobody can put it back, so that
-    equal ones mean an equal content.
+    The time of its last change is the system's own: unlike the time of the last write, nobody can
+    put it back, so that equal ones mean an equal content.
     """
     found: dict[str, tuple[int, ...]] = {}
 
@@ -197,7 +217,8 @@ def inventory(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def judged(status: Any, said: str, may_deny: bool) -> Outcome:
     """What a command's exit status and its stderr amount to."""
-    lines = [line for line in said.splitlines() if line.strip() and not re.search(r"\d%\|", line)]  # progress bars
+    # progress bars
+    lines = [line for line in said.splitlines() if line.strip() and not re.search(r"\d%\|", line)]
     errors = [line for line in lines if line.startswith("error: ")]
     noise = [line for line in lines if not line.startswith(("error: ", "warning: ", NOTE))]
     if "Traceback (most recent call last)" in said:
@@ -207,7 +228,11 @@ def judged(status: Any, said: str, may_deny: bool) -> Outcome:
     if status == 0 and not errors or status == 1 and may_deny and not errors:
         return Outcome("succeeded" if status == 0 else "refused")
     if status == 2 and len(errors) == 1:
-        return Outcome("failed", f"message: {errors[0]}") if _unfit(errors[0]) else Outcome("refused", errors[0])
+        return (
+            Outcome("failed", f"message: {errors[0]}")
+            if _unfit(errors[0])
+            else Outcome("refused", errors[0])
+        )
     return Outcome("failed", f"exit status {status} with {len(errors)} errors: {said[:500]}")
 
 
@@ -247,8 +272,11 @@ def draw(base: Path, names: Sequence[str], count: int, seed: int) -> list[str]:
     return drawn.outcome.detail.splitlines()
 
 
-def _plan(base: Path, names: Sequence[str], count: int, seed: int, folder: Path) -> Callable[[str], Outcome]:
-    """A worker that builds what is not there, and draws cases; it keeps the heavy libraries out of the caller."""
+def _plan(
+    base: Path, names: Sequence[str], count: int, seed: int, folder: Path
+) -> Callable[[str], Outcome]:
+    """A worker that builds what is not there, and draws cases; it keeps the heavy libraries out of
+    the caller."""
 
     _share_compilations(base)
 

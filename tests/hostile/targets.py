@@ -1,4 +1,5 @@
-"""Everything that reads a file of somebody else's: which files, by which function or command; and cases of it."""
+"""Everything that reads a file of somebody else's: which files, by which function or command; and
+cases of it."""
 
 import contextlib
 import functools
@@ -12,7 +13,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.hostile import answers, mutations
-from tests.hostile.answers import converted, finite, measured, nothing, pruned, reported, solved, verified
+from tests.hostile.answers import (
+    converted,
+    finite,
+    measured,
+    nothing,
+    pruned,
+    reported,
+    solved,
+    verified,
+)
 from tests.hostile.mutations import Case, Edit
 
 PRUNE = "--calib text.jsonl --nsamples 3 --seqlen 16 --eval none"
@@ -57,8 +67,16 @@ CALLS: Mapping[str, Target] = {
     "gguf-experts": _call(answers.checkpoint, "experts.gguf"),
     "fp8": _call(answers.checkpoint, "fp8", "fp8/*"),
     "mxfp4": _call(answers.checkpoint, "mxfp4", "mxfp4/*"),
-    "orbax": _call(answers.checkpoint_anywhere, "orbax", "orbax/params.json", "orbax/params/**/*", "orbax/config.json"),
-    "packed": _call(answers.checkpoint, "packed", "packed/packed.json", "packed/packed/*", "packed/config.json"),
+    "orbax": _call(
+        answers.checkpoint_anywhere,
+        "orbax",
+        "orbax/params.json",
+        "orbax/params/**/*",
+        "orbax/config.json",
+    ),
+    "packed": _call(
+        answers.checkpoint, "packed", "packed/packed.json", "packed/packed/*", "packed/config.json"
+    ),
     "npy": _call(answers.windows, "ids.npy"),
     "jsonl": _call(answers.windows, "text.jsonl"),
     "gz": _call(answers.windows, "text.json.gz"),
@@ -71,16 +89,25 @@ CALLS: Mapping[str, Target] = {
     "rows": _call(answers.rows, "rows", "rows/*"),
 }
 RUNS: Mapping[str, Target] = {
-    "run": _command("jaxprune.run", f"--ckpt hf {PRUNE} --out out", pruned("hf"), "hf/*", "text.jsonl"),
+    "run": _command(
+        "jaxprune.run", f"--ckpt hf {PRUNE} --out out", pruned("hf"), "hf/*", "text.jsonl"
+    ),
     "run-best": _command(
         "jaxprune.run",
-        f"--ckpt hf --calib ids.npy --nsamples 3 --seqlen 16 {MEASURE} --preset best --out out --save-masks out.masks",
+        f"--ckpt hf --calib ids.npy --nsamples 3 --seqlen 16 {MEASURE} --preset best --out out "
+        "--save-masks out.masks",
         lambda case, base: answers.loads(Path("out/jaxprune.json")) and finite("out") and None,
         *("hf/config.json", "hf/model.safetensors", "ids.npy"),
     ),
-    "run-gguf": _command("jaxprune.run", f"--ckpt q8.gguf {PRUNE} --out out", pruned("q8.gguf"), "q8.gguf"),
+    "run-gguf": _command(
+        "jaxprune.run", f"--ckpt q8.gguf {PRUNE} --out out", pruned("q8.gguf"), "q8.gguf"
+    ),
     "run-orbax": _command(
-        "jaxprune.run", f"--ckpt orbax {PRUNE} --out out", pruned("orbax"), "orbax/params.json", "orbax/params/**/*"
+        "jaxprune.run",
+        f"--ckpt orbax {PRUNE} --out out",
+        pruned("orbax"),
+        "orbax/params.json",
+        "orbax/params/**/*",
     ),
     "run-masks": _command(
         "jaxprune.run",
@@ -88,39 +115,67 @@ RUNS: Mapping[str, Target] = {
         lambda case, base: finite("out") and None,
         "masks.safetensors",
     ),
-    "resume": _command("jaxprune.run", f"--ckpt hf {PRUNE} --out out", pruned("hf"), "out.unfinished/**/*"),
+    "resume": _command(
+        "jaxprune.run", f"--ckpt hf {PRUNE} --out out", pruned("hf"), "out.unfinished/**/*"
+    ),
     "overwrite": _command("jaxprune.run", f"--ckpt hf {PRUNE} --overwrite --out out", pruned("hf")),
-    "plan": _command("jaxprune.run", f"--ckpt hf {PRUNE} --dry-run", nothing, "hf/config.json", may_deny=True),
-    "options": _command("jaxprune.commands.plan", "--config options.json", nothing, "options.json", may_deny=True),
+    "plan": _command(
+        "jaxprune.run", f"--ckpt hf {PRUNE} --dry-run", nothing, "hf/config.json", may_deny=True
+    ),
+    "options": _command(
+        "jaxprune.commands.plan", "--config options.json", nothing, "options.json", may_deny=True
+    ),
     "again": _command(
         "jaxprune.run",
         "--config pruned/jaxprune.json --out out",
         lambda case, base: finite("out") and None,
         "pruned/jaxprune.json",
     ),
-    "convert-hf": _command("convert.__main__", "shards out --to orbax", converted("shards"), "shards/*"),
+    "convert-hf": _command(
+        "convert.__main__", "shards out --to orbax", converted("shards"), "shards/*"
+    ),
     "convert-gguf": _command("convert.__main__", "f32.gguf out", converted("f32.gguf"), "f32.gguf"),
     "convert-orbax": _command("convert.__main__", "orbax out", converted("orbax"), "orbax/**/*"),
     "convert-packed": _command(
-        "convert.__main__", "packed out", converted("packed"), "packed/packed.json", "packed/packed/*"
+        "convert.__main__",
+        "packed out",
+        converted("packed"),
+        "packed/packed.json",
+        "packed/packed/*",
     ),
     "evaluate": _command(
         "jaxprune.commands.evaluate",
         f"pruned --against hf {MEASURE} --out out",
         measured,
-        *("hf/config.json", "hf/model.safetensors", "pruned/jaxprune.json", "pruned/model.safetensors", "ids.npy"),
+        *(
+            "hf/config.json",
+            "hf/model.safetensors",
+            "pruned/jaxprune.json",
+            "pruned/model.safetensors",
+            "ids.npy",
+        ),
     ),
     "tasks": _command(
-        "jaxprune.commands.evaluate", "hf --eval zero-shot --tasks rte --tasks-data rows --out out", measured, "rows/*"
+        "jaxprune.commands.evaluate",
+        "hf --eval zero-shot --tasks rte --tasks-data rows --out out",
+        measured,
+        "rows/*",
     ),
     "verify": _command(
         "jaxprune.commands.verify",
         "pruned --against hf",
         verified,
-        *("pruned/jaxprune.json", "pruned/model.safetensors", "hf/model.safetensors", "pruned/config.json"),
+        *(
+            "pruned/jaxprune.json",
+            "pruned/model.safetensors",
+            "hf/model.safetensors",
+            "pruned/config.json",
+        ),
         may_deny=True,
     ),
-    "solve": _command("jaxprune.commands.solve", "layer.safetensors --out out", solved, "layer.safetensors"),
+    "solve": _command(
+        "jaxprune.commands.solve", "layer.safetensors --out out", solved, "layer.safetensors"
+    ),
     "report": _command(
         "jaxprune.commands.report",
         "pruned evaluation --out out",
@@ -158,14 +213,22 @@ def _file_edits(base: Path, target: Target) -> Iterator[Edit]:
 def files(base: Path, target: Target) -> list[str]:
     """The files that a target's patterns name."""
     found = dict.fromkeys(path for pattern in target.files for path in sorted(base.glob(pattern)))
-    return [str(path.relative_to(base)) for path in found if path.is_file() and "precious" not in path.name]
+    return [
+        str(path.relative_to(base))
+        for path in found
+        if path.is_file() and "precious" not in path.name
+    ]
 
 
 def _line_edits(target: Target) -> Iterator[Edit]:
     """Each value in place of each argument, and each option of the command with each value."""
     words = target.line.split()
     for kind in mutations.ARGUMENTS:
-        yield from (Edit(str(place), kind) for place in range(len(words)) if not words[place].startswith("--"))
+        yield from (
+            Edit(str(place), kind)
+            for place in range(len(words))
+            if not words[place].startswith("--")
+        )
         yield from (Edit(flag, kind) for flag in options(target.module))
 
 
@@ -180,8 +243,8 @@ def options(module: str) -> dict[str, str]:
 
 
 def cases(base: Path, names: Sequence[str], count: int, seed: int) -> list[str]:
-    """Distinct cases, as many of each target as of another: it undisturbed, then all single edits, of each of its files
-    in turn; when there are no more of them, two at a time.
+    """Distinct cases, as many of each target as of another: it undisturbed, then all single edits,
+    of each of its files in turn; when there are no more of them, two at a time.
     """
     chance = random.Random(seed)
     drawn: dict[str, None] = {}
@@ -205,5 +268,7 @@ def _endless(base: Path, name: str, chance: random.Random) -> Iterator[Case]:
     while every:
         (first,), (second,) = chance.choice(every).edits, chance.choice(every).edits
         if not name.endswith("-line") and chance.random() < 0.5:
-            second = Edit(second.file, chance.choice(list(mutations.RANDOM)), str(chance.randrange(10**9)))
+            second = Edit(
+                second.file, chance.choice(list(mutations.RANDOM)), str(chance.randrange(10**9))
+            )
         yield Case(name, (first, second))

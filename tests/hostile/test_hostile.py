@@ -25,7 +25,16 @@ from tests.hostile.watchdog import Limits, Outcome
 
 OPENING, WHOLE = 70, 10
 """Cases in CI; scripts/hostile.py has as many as one wants."""
-COMMANDS = ("run", "resume", "convert-hf", "convert-gguf", "verify", "solve", "run-line", "verify-line")
+COMMANDS = (
+    "run",
+    "resume",
+    "convert-hf",
+    "convert-gguf",
+    "verify",
+    "solve",
+    "run-line",
+    "verify-line",
+)
 """Those that take a moment once they are compiled."""
 
 
@@ -39,7 +48,8 @@ def misbehave(folder: Path) -> Callable[[str], Outcome]:
 
     def work(case: str) -> Outcome:
         if case == "hangs":
-            signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))  # as C code that looks at no signal
+            # as C code that looks at no signal
+            signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))
             time.sleep(60)
         elif case == "grows":
             kept = [np.ones(2**22) for _ in range(25)]
@@ -61,7 +71,12 @@ def test_the_watchdog_ends_what_hangs_grows_or_dies() -> None:
     found = {result.case: result.outcome for result in watchdog.watch(names, misbehave, limits)}
     assert found.keys() == set(names)
     assert [found[name].status for name in names] == ["succeeded", *["failed"] * 4, "succeeded"]
-    for name, said in {"hangs": "hang:", "grows": "memory:", "dies": "exit code -11", "panics": "a panic"}.items():
+    for name, said in {
+        "hangs": "hang:",
+        "grows": "memory:",
+        "dies": "exit code -11",
+        "panics": "a panic",
+    }.items():
         assert said in found[name].detail, name
 
 
@@ -71,7 +86,9 @@ def mistaken() -> dict[str, Target]:
     def refuse(problem: str) -> None:
         raise CheckpointError(problem)
 
-    def command(said: str, status: Any, make: Callable[[], object] = lambda: None) -> Callable[[Any], Any]:
+    def command(
+        said: str, status: Any, make: Callable[[], object] = lambda: None
+    ) -> Callable[[Any], Any]:
         def main(argv: Any) -> Any:
             make()
             print(said, file=sys.stderr)
@@ -110,7 +127,9 @@ def mistaken() -> dict[str, Target]:
         answers.require(not Path("out").exists(), "it is wrong")
 
     made = {name: Target(("a.json",), call) for name, call in calls.items()}
-    return made | {name: Target(("a.json",), None, f"hostile_{name}", "", check) for name in commands}
+    return made | {
+        name: Target(("a.json",), None, f"hostile_{name}", "", check) for name in commands
+    }
 
 
 def enter(base: Path, folder: Path) -> Callable[[str], Outcome]:
@@ -128,7 +147,11 @@ def test_a_room_notices_every_mistake_and_is_put_back_in_order(tmp_path: Path) -
     cases = [str(Case(name, (Edit("a.json", "null", "/n"),))) for name in names]
     results = watchdog.watch(cases, functools.partial(enter, base), Limits(20, first=20), workers=1)
     found = {result.case.split()[0]: result.outcome for result in results}
-    assert {name for name in names if found[name].status != "failed"} == {"good", "refuses", "good-command"}
+    assert {name for name in names if found[name].status != "failed"} == {
+        "good",
+        "refuses",
+        "good-command",
+    }
     for name, said in {
         "writes": "work/precious changed",
         "deletes": "precious is gone",
@@ -157,7 +180,11 @@ def test_nearly_every_edit_changes_its_file_and_the_same_one_changes_it_alike(
     for name, content in contents.items():
         path = tmp_path / name
         path.write_bytes(content)
-        edits = [edit for edit in mutations.edits_of(tmp_path, name) if edit.kind not in ("blanks", "deep")]
+        edits = [
+            edit
+            for edit in mutations.edits_of(tmp_path, name)
+            if edit.kind not in ("blanks", "deep")
+        ]
         assert len(set(edits)) == len(edits) > 50, name
 
         def applied(edit: Edit, path: Path = path, content: bytes = content) -> bytes:
@@ -166,7 +193,9 @@ def test_nearly_every_edit_changes_its_file_and_the_same_one_changes_it_alike(
             mutations.apply(tmp_path, edit)
             return path.read_bytes()
 
-        some = [edit for edit in edits if edit.kind not in mutations.PATHS][:: max(1, len(edits) // 150)]
+        some = [edit for edit in edits if edit.kind not in mutations.PATHS][
+            :: max(1, len(edits) // 150)
+        ]
         changed = [applied(edit) for edit in some]
         same = [edit for edit, now in zip(some, changed, strict=True) if now == content]
         assert len(same) < 0.1 * len(some), same
@@ -181,7 +210,12 @@ def test_a_case_is_what_it_prints() -> None:
 
 def test_json_is_changed_where_the_pointer_says() -> None:
     text = '{"a": {"b/c": [1, 2]}}'
-    assert list(json_edits.pointers(json.loads(text))) == ["/a", "/a/b~1c", "/a/b~1c/0", "/a/b~1c/1"]
+    assert list(json_edits.pointers(json.loads(text))) == [
+        "/a",
+        "/a/b~1c",
+        "/a/b~1c/0",
+        "/a/b~1c/1",
+    ]
     assert json.loads(json_edits.change_json(text, "removed", "/a/b~1c/0")) == {"a": {"b/c": [2]}}
     assert json_edits.change_json(text, "nan", "/a/b~1c/1") == '{"a": {"b/c": [1, NaN]}}'
     assert json_edits.change_json(text, "twice", "/a/b~1c") == '{"a": {"b/c": [1, 2], "b/c": 0}}'
@@ -191,7 +225,10 @@ def hostile(base: Path, names: tuple[str, ...], count: int) -> Iterator[str]:
     """What fails of so many cases, and how to repeat it."""
     for result in room.attempt_all(base, names, count, 0, Limits(10, first=30)):
         if result.outcome.status == "failed":
-            yield f"{result.outcome.detail}\nrepeat it: python scripts/hostile.py --repeat '{result.case}'"
+            yield (
+                f"{result.outcome.detail}\nrepeat it: python scripts/hostile.py --repeat "
+                f"'{result.case}'"
+            )
 
 
 def test_hostile_input_is_refused_in_one_line_or_handled_right(tmp_path: Path) -> None:

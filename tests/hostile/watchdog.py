@@ -1,7 +1,9 @@
-"""Worker processes under a watchdog that ends those that take too long or too much memory, C code included.
+"""Worker processes under a watchdog that ends those that take too long or too much memory, C code
+included.
 
-A worker handles one case after another; the watchdog looks at its clock and at its resident memory every few
-milliseconds. A worker that is ended, or ends by itself, fails the case it was at, and another takes its place.
+A worker handles one case after another; the watchdog looks at its clock and at its resident memory
+every few milliseconds. A worker that is ended, or ends by itself, fails the case it was at, and
+another takes its place.
 """
 
 import contextlib
@@ -59,7 +61,8 @@ class Limits(NamedTuple):
     """What one case may take.
 
     Attributes:
-        seconds: of processor time; of the clock, `WAITING` times as many, for the machine may be busy with other work.
+        seconds: of processor time; of the clock, `WAITING` times as many, for the machine may be
+            busy with other work.
         first: the same, for a worker's first case of a target, which imports and compiles.
         memory: bytes, resident, of the worker with all that it has imported.
     """
@@ -73,7 +76,8 @@ class _Worker:
     """A process, and the case that it is at; a case begins with its target's name.
 
     Args:
-        make: gives the function that handles cases, in the process; called with an empty folder of the worker's own.
+        make: gives the function that handles cases, in the process; called with an empty folder of
+            the worker's own.
         root: where that folder is made.
     """
 
@@ -81,7 +85,9 @@ class _Worker:
         self.folder = Path(tempfile.mkdtemp(dir=root))
         self.pipe, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("forkserver")
-        self._process = context.Process(target=_serve, args=(theirs, make, self.folder), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, make, self.folder), daemon=True
+        )
         self._process.start()
         theirs.close()
         self.case: str | None = None
@@ -102,7 +108,9 @@ class _Worker:
             return f"memory: more than {limits.memory / 1e9:g} GB"
         allowed = PATIENCE
         if self.case is not None:
-            allowed = limits.first if self.used[self.case.partition(" ")[0]] == 1 else limits.seconds
+            allowed = (
+                limits.first if self.used[self.case.partition(" ")[0]] == 1 else limits.seconds
+            )
         late = time.monotonic() - self.since > WAITING * allowed
         late |= processor_seconds(self._process.pid) - self.spent > allowed
         return f"hang: more than {allowed:g} s" if late else ""
@@ -112,13 +120,18 @@ class _Worker:
         assert self._process.pid
         self.pipe.close()
         if self.case is None:
-            self._process.join(2)  # it goes when nobody is at the other end, and leaves nothing behind
+            # it goes when nobody is at the other end, and leaves nothing behind
+            self._process.join(2)
         if self._process.is_alive():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.kill()
         self._process.join()
-        said = (self.folder / LOG).read_text(errors="replace")[:5000] if (self.folder / LOG).exists() else ""
+        said = (
+            (self.folder / LOG).read_text(errors="replace")[:5000]
+            if (self.folder / LOG).exists()
+            else ""
+        )
         shutil.rmtree(self.folder, ignore_errors=True)
         return f"it died with exit code {self._process.exitcode}\n{said}"
 
@@ -144,7 +157,9 @@ def prepare(preload: Sequence[str], environment: Mapping[str, str]) -> None:
     """Starts the process that workers are forked from, with modules imported; once a process."""
     multiprocessing.set_forkserver_preload(list(preload))
     before = dict(os.environ)
-    os.environ |= dict(environment) | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *_python_path()])}
+    os.environ |= dict(environment) | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *_python_path()])
+    }
     try:
         forkserver.ensure_running()
     finally:
@@ -178,7 +193,9 @@ def watch(
         root = Path(name)
         try:
             while waiting or any(worker.case is not None for worker in pool):
-                while len(pool) < min(workers, len(waiting) + sum(worker.case is not None for worker in pool)):
+                while len(pool) < min(
+                    workers, len(waiting) + sum(worker.case is not None for worker in pool)
+                ):
                     pool.append(_Worker(make, root))
                 connection.wait([worker.pipe for worker in pool], timeout=0.02)
                 for worker in list(pool):

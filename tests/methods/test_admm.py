@@ -29,13 +29,22 @@ def test_every_iteration_is_the_papers(schedule: str, pattern: str, linear_solve
     every = pattern == "unstructured" and linear_solve == "inverse"
     for iterations in range(1, 21) if every else (2, 15, 20):
         method = ADMM(
-            schedule=schedule, iterations=iterations, selections=min(15, iterations), linear_solve=linear_solve
+            schedule=schedule,
+            iterations=iterations,
+            selections=min(15, iterations),
+            linear_solve=linear_solve,
         )
         solution = method.solve(
             method.prepare(jnp.asarray(gram)), jnp.asarray(weight), parse_pattern(pattern, sparsity)
         )
         expected, mask = oracles.admm(
-            gram, weight, pattern, sparsity, schedule=schedule, iterations=iterations, selections=min(15, iterations)
+            gram,
+            weight,
+            pattern,
+            sparsity,
+            schedule=schedule,
+            iterations=iterations,
+            selections=min(15, iterations),
         )
         np.testing.assert_array_equal(solution.mask, mask)
         np.testing.assert_allclose(solution.weight, expected, rtol=1e-9, atol=1e-12)
@@ -46,9 +55,20 @@ def test_other_parameters_and_fixed_masks(damping: float, rho: float) -> None:
     gram, weight = problem(1)
     mask = np.random.default_rng(2).random(weight.shape) < 0.4
     method = ADMM(damping=damping, rho=rho, iterations=7, selections=0)
-    solution = method.solve(method.prepare(jnp.asarray(gram)), jnp.asarray(weight), jnp.asarray(mask))
+    solution = method.solve(
+        method.prepare(jnp.asarray(gram)), jnp.asarray(weight), jnp.asarray(mask)
+    )
     expected, _ = oracles.admm(
-        gram, weight, "", 0, schedule="", iterations=7, selections=0, damping=damping, rho=rho, mask=mask
+        gram,
+        weight,
+        "",
+        0,
+        schedule="",
+        iterations=7,
+        selections=0,
+        damping=damping,
+        rho=rho,
+        mask=mask,
     )
     np.testing.assert_array_equal(solution.mask, mask)
     np.testing.assert_allclose(solution.weight, expected, rtol=1e-9, atol=1e-12)
@@ -59,7 +79,9 @@ def test_a_fixed_mask_converges_to_the_exact_optimum(linear_solve: str) -> None:
     gram, weight = problem(3)
     mask = np.random.default_rng(4).random(weight.shape) < 0.5
     method = ADMM(iterations=5000, linear_solve=linear_solve)
-    solution = method.solve(method.prepare(jnp.asarray(gram)), jnp.asarray(weight), jnp.asarray(mask))
+    solution = method.solve(
+        method.prepare(jnp.asarray(gram)), jnp.asarray(weight), jnp.asarray(mask)
+    )
     exact = oracles.masked_least_squares(gram, weight, mask, damping=0.1)
     np.testing.assert_allclose(solution.weight, exact, rtol=1e-6, atol=1e-9)
     assert solution.metrics["primal_residual"] < 1e-7
@@ -69,13 +91,19 @@ def test_float32_is_close_to_float64() -> None:
     gram, weight = problem(5)
     method = ADMM()
     solution = method.solve(
-        method.prepare(jnp.asarray(gram, jnp.float32)), jnp.asarray(weight, jnp.float32), Unstructured(0.5)
+        method.prepare(jnp.asarray(gram, jnp.float32)),
+        jnp.asarray(weight, jnp.float32),
+        Unstructured(0.5),
     )
-    expected, mask = oracles.admm(gram, weight, "unstructured", 0.5, schedule="cubic", iterations=20, selections=15)
+    expected, mask = oracles.admm(
+        gram, weight, "unstructured", 0.5, schedule="cubic", iterations=20, selections=15
+    )
     assert solution.weight.dtype == jnp.float32
     assert np.mean(np.asarray(solution.mask) != mask) < 0.01
     same = np.asarray(solution.mask) == mask
-    np.testing.assert_allclose(np.asarray(solution.weight)[same], expected[same], rtol=5e-3, atol=5e-3)
+    np.testing.assert_allclose(
+        np.asarray(solution.weight)[same], expected[same], rtol=5e-3, atol=5e-3
+    )
 
 
 def test_no_selections_is_one_shot_from_the_dense_weights() -> None:
@@ -93,7 +121,9 @@ def test_iterations_are_a_loop_to_the_compiler() -> None:
     for iterations in (20, 200):
         method = ADMM(iterations=iterations)
         prepared = method.prepare(jnp.asarray(gram))
-        jaxpr = jax.make_jaxpr(lambda p, w, m=method: m.solve(p, w, Unstructured(0.5)))(prepared, jnp.asarray(weight))
+        jaxpr = jax.make_jaxpr(lambda p, w, m=method: m.solve(p, w, Unstructured(0.5)))(
+            prepared, jnp.asarray(weight)
+        )
         sizes.append(len(str(jaxpr)))
     assert abs(sizes[0] - sizes[1]) < 50
 

@@ -1,4 +1,5 @@
-"""What holds for every method, tested on every file of the package and on the documentation's example."""
+"""What holds for every method, tested on every file of the package and on the documentation's
+example."""
 
 import dataclasses
 import sys
@@ -40,7 +41,8 @@ PATTERNS = [
     ("2:5", 0.6),
 ]
 SCALE_FREE = sorted(METHODS.keys() - {"magnitude", "sparsegpt", "sparsegpt, small blocks", "alps"})
-"""Magnitude looks at no inputs; SparseGPT and ALPS add a ridge in the inputs' own units, as published."""
+"""Magnitude looks at no inputs; SparseGPT and ALPS add a ridge in the inputs' own units, as
+published."""
 N, M = 40, 24  # 40 is no multiple of 16 or 128
 
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
@@ -73,7 +75,9 @@ def require_exact(mask: np.ndarray, pattern: Pattern) -> None:
 @every_method
 @pytest.mark.parametrize(("pattern", "sparsity"), PATTERNS)
 @pytest.mark.parametrize("tokens", [300, 20])  # 20 tokens: a singular Gram matrix
-def test_counts_are_exact_and_weights_finite(method: Method, pattern: str, sparsity: float, tokens: int) -> None:
+def test_counts_are_exact_and_weights_finite(
+    method: Method, pattern: str, sparsity: float, tokens: int
+) -> None:
     gram, weight = problem(tokens)
     wanted = parse_pattern(pattern, sparsity)
     solution = method.solve(method.prepare(gram), weight, wanted)
@@ -107,7 +111,8 @@ def test_updating_is_not_worse_than_masking(method: Method, pattern: str, sparsi
     gram, weight = problem()
     solution = method.solve(method.prepare(gram), weight, parse_pattern(pattern, sparsity))
     masked = jnp.where(solution.mask, weight, jnp.zeros_like(weight))
-    # SparseGPT settles inputs one after another, damped: with next to nothing kept it may lose a little.
+    # SparseGPT settles inputs one after another, damped: with next to nothing kept it may lose a
+    # little.
     slack = 1e-3 if isinstance(method, SparseGPT) else 1e-6
     assert error(gram, weight, solution.weight) <= error(gram, weight, masked) * (1 + slack) + 1e-9
 
@@ -141,7 +146,9 @@ def test_rescaling_an_input_does_not_change_the_pruned_function(name: str) -> No
     gram, weight = problem()
     factor = jnp.asarray(2.0 ** np.random.default_rng(3).integers(-3, 4, N), jnp.float32)[:, None]
     solution = method.solve(method.prepare(gram), weight, Unstructured(0.5))
-    scaled = method.solve(method.prepare(gram * factor * factor.T), weight / factor, Unstructured(0.5))
+    scaled = method.solve(
+        method.prepare(gram * factor * factor.T), weight / factor, Unstructured(0.5)
+    )
     np.testing.assert_array_equal(scaled.mask, solution.mask)
     np.testing.assert_allclose(scaled.weight * factor, solution.weight, rtol=1e-3, atol=1e-3)
 
@@ -173,7 +180,8 @@ def test_any_mask_meets_any_update(selector: str, updater: str) -> None:
 
 @every_method
 def test_it_is_one_loop_to_the_compiler(method: Method) -> None:
-    """Twice the inputs and four times the outputs, or more steps, don't give the compiler a longer program.
+    """Twice the inputs and four times the outputs, or more steps, don't give the compiler a longer
+    program.
 
     ADMM's inverse by halves does grow, up to 64 leaves at 8192 inputs.
     """
@@ -186,7 +194,10 @@ def test_it_is_one_loop_to_the_compiler(method: Method) -> None:
     assert abs(size(method, 8192, 32) - size(method, 16384, 128)) < 20
     counts = {f.name for f in dataclasses.fields(method)} & {"steps", "iterations", "cg_steps"}
     for name in counts:
-        assert abs(size(dataclasses.replace(method, **{name: 77}), 256, 32) - size(method, 256, 32)) < 20
+        assert (
+            abs(size(dataclasses.replace(method, **{name: 77}), 256, 32) - size(method, 256, 32))
+            < 20
+        )
 
 
 @every_method

@@ -25,19 +25,25 @@ def problem(seed: int = 0, tokens: int = 200) -> tuple[np.ndarray, np.ndarray, n
 def test_it_is_least_squares_on_the_kept_weights(damping: float) -> None:
     gram, weight, mask = problem()
     method = Exact(damping=damping, tolerance=1e-12)
-    solution = method.solve(method.prepare(jnp.asarray(gram)), jnp.asarray(weight), jnp.asarray(mask))
+    solution = method.solve(
+        method.prepare(jnp.asarray(gram)), jnp.asarray(weight), jnp.asarray(mask)
+    )
     expected = oracles.masked_least_squares(gram, weight, mask, damping=damping)
     np.testing.assert_allclose(solution.weight, expected, rtol=1e-6, atol=1e-9)
     assert solution.metrics["cg_residual"] <= 1e-12
     assert solution.metrics["cg_steps"] < 500
 
 
-@pytest.mark.parametrize("tokens", [200, 60, 20])  # 20 tokens: a singular Gram matrix, and many optima
+# 20 tokens: a singular Gram matrix, and many optima
+@pytest.mark.parametrize("tokens", [200, 60, 20])
 def test_no_update_has_a_smaller_error(tokens: int) -> None:
     gram, weight, mask = (jnp.asarray(a) for a in problem(1, tokens))
     gram, weight = gram.astype(jnp.float32), weight.astype(jnp.float32)
     best = oracles.masked_least_squares(
-        np.asarray(gram, np.float64) + 1e-9 * np.eye(N), np.asarray(weight, np.float64), np.asarray(mask), 0.0
+        np.asarray(gram, np.float64) + 1e-9 * np.eye(N),
+        np.asarray(weight, np.float64),
+        np.asarray(mask),
+        0.0,
     )
     method = Exact()
     solution = method.solve(method.prepare(gram), weight, mask)
@@ -47,7 +53,9 @@ def test_no_update_has_a_smaller_error(tokens: int) -> None:
     )
     assert found <= least * 1.001 + 1e-7
     longer = ADMM(iterations=200)
-    assert found <= float(relative_error(gram, weight, longer.solve(longer.prepare(gram), weight, mask).weight))
+    assert found <= float(
+        relative_error(gram, weight, longer.solve(longer.prepare(gram), weight, mask).weight)
+    )
 
 
 def test_a_finish_keeps_the_mask_and_lowers_the_error_step_by_step() -> None:
@@ -69,7 +77,9 @@ def test_each_output_rests_once_it_is_done() -> None:
     prepared = method.prepare(jnp.asarray(gram))
     together = method.solve(prepared, jnp.asarray(weight), jnp.asarray(mask)).weight
     for column in (0, 7):
-        alone = method.solve(prepared, jnp.asarray(weight[:, [column]]), jnp.asarray(mask[:, [column]])).weight
+        alone = method.solve(
+            prepared, jnp.asarray(weight[:, [column]]), jnp.asarray(mask[:, [column]])
+        ).weight
         np.testing.assert_allclose(together[:, [column]], alone, rtol=1e-10, atol=1e-13)
 
 

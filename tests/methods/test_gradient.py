@@ -17,7 +17,14 @@ def problem(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def descend(
-    gram: np.ndarray, weight: np.ndarray, mask: np.ndarray, *, optimizer: str, steps: int, rate: float, damping: float
+    gram: np.ndarray,
+    weight: np.ndarray,
+    mask: np.ndarray,
+    *,
+    optimizer: str,
+    steps: int,
+    rate: float,
+    damping: float,
 ) -> np.ndarray:
     scale = np.sqrt(np.diag(gram)) + 1e-8
     g = gram / np.outer(scale, scale)
@@ -42,8 +49,12 @@ def descend(
 def test_it_is_the_textbooks(optimizer: str, rate: float, steps: int) -> None:
     gram, weight, mask = problem()
     method = Gradient(optimizer=optimizer, steps=steps, learning_rate=rate, damping=0.05)
-    solution = method.solve(method.prepare(jnp.asarray(gram)), jnp.asarray(weight), jnp.asarray(mask))
-    expected = descend(gram, weight, mask, optimizer=optimizer, steps=steps, rate=rate, damping=0.05)
+    solution = method.solve(
+        method.prepare(jnp.asarray(gram)), jnp.asarray(weight), jnp.asarray(mask)
+    )
+    expected = descend(
+        gram, weight, mask, optimizer=optimizer, steps=steps, rate=rate, damping=0.05
+    )
     np.testing.assert_array_equal(solution.mask, mask)
     np.testing.assert_allclose(solution.weight, expected, rtol=1e-6, atol=1e-9)
 
@@ -52,7 +63,9 @@ def test_it_is_the_textbooks(optimizer: str, rate: float, steps: int) -> None:
 def test_many_steps_reach_the_optimum(optimizer: str, rate: float) -> None:
     gram, weight, mask = problem(1)
     method = Gradient(optimizer=optimizer, steps=5000, learning_rate=rate)
-    solution = method.solve(method.prepare(jnp.asarray(gram)), jnp.asarray(weight), jnp.asarray(mask))
+    solution = method.solve(
+        method.prepare(jnp.asarray(gram)), jnp.asarray(weight), jnp.asarray(mask)
+    )
     exact = oracles.masked_least_squares(gram, weight, mask, damping=0.1)
     assert np.linalg.norm(solution.weight - exact) < 0.01 * np.linalg.norm(exact)
     assert solution.metrics["gradient"] < 0.01
@@ -61,5 +74,7 @@ def test_many_steps_reach_the_optimum(optimizer: str, rate: float) -> None:
 def test_the_unit_of_the_activations_does_not_matter() -> None:
     gram, weight, mask = (jnp.asarray(a) for a in problem(2))
     method = Gradient()
-    once, more = (method.solve(method.prepare(scale * gram), weight, mask).weight for scale in (1.0, 1e4))
+    once, more = (
+        method.solve(method.prepare(scale * gram), weight, mask).weight for scale in (1.0, 1e4)
+    )
     np.testing.assert_allclose(once, more, rtol=1e-5, atol=1e-7)

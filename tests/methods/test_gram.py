@@ -47,7 +47,9 @@ def test_relative_error_is_that_of_the_outputs() -> None:
     pruned = w * (generator.random(w.shape) < 0.5)
     expected = np.sum((x @ w - x @ pruned) ** 2) / np.sum((x @ w) ** 2)
     gram = jnp.asarray(x.T @ x)
-    np.testing.assert_allclose(stats.relative_error(gram, jnp.asarray(w), jnp.asarray(pruned)), expected)
+    np.testing.assert_allclose(
+        stats.relative_error(gram, jnp.asarray(w), jnp.asarray(pruned)), expected
+    )
     assert stats.relative_error(gram, jnp.asarray(w), jnp.asarray(w)) == 0
     assert stats.relative_error(jnp.zeros_like(gram), jnp.asarray(w), jnp.asarray(pruned)) == 0
 
@@ -60,9 +62,12 @@ def test_a_drifted_target_is_the_damped_least_squares_one() -> None:
     h, scale = x.T @ (weights[:, None] * x), np.sqrt(np.diag(x.T @ (weights[:, None] * x)))
     for share in (0.0, 0.25, 1.0):
         wanted = x @ kernel + share * (dense - x) @ kernel
-        # Least squares for the wanted outputs, and towards the kernel in coordinates of unit diagonal.
+        # Least squares for the wanted outputs, and towards the kernel in coordinates of unit
+        # diagonal.
         ridge = 0.03 * np.diag(scale**2)
         expected = np.linalg.solve(h + ridge, x.T @ (weights[:, None] * wanted) + ridge @ kernel)
-        moved = stats.add_drift(jnp.zeros((6, 6)), jnp.asarray(x), jnp.asarray(dense), jnp.asarray(weights))
+        moved = stats.add_drift(
+            jnp.zeros((6, 6)), jnp.asarray(x), jnp.asarray(dense), jnp.asarray(weights)
+        )
         found = stats.drifted_target(jnp.asarray(h), moved, jnp.asarray(kernel), share)
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)

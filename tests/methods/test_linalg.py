@@ -4,7 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.methods.linalg import Factor, by_halves, eliminate, eliminate_blocks, inverse, solve_cholesky
+from jaxprune.methods.linalg import (
+    Factor,
+    by_halves,
+    eliminate,
+    eliminate_blocks,
+    inverse,
+    solve_cholesky,
+)
 from tests.helpers import oracles
 
 
@@ -22,7 +29,9 @@ FACTORS = {"cpu": eliminate, "tpu": eliminate_blocks, "default": solve_cholesky}
 @pytest.mark.parametrize("n", [1, 129, 300])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_inverse(n: int, dtype: type) -> None:
-    require_inverse(positive(n, 1.0), np.asarray(inverse(jnp.asarray(positive(n, 1.0), dtype))), dtype)
+    require_inverse(
+        positive(n, 1.0), np.asarray(inverse(jnp.asarray(positive(n, 1.0), dtype))), dtype
+    )
 
 
 @pytest.mark.parametrize("factor", FACTORS.values(), ids=FACTORS)
@@ -30,22 +39,27 @@ def test_inverse(n: int, dtype: type) -> None:
 def test_inverse_by_halves(n: int, leaf: int, factor: Factor) -> None:
     for dtype in (np.float64, np.float32):
         matrix = positive(n, 1.0)
-        require_inverse(matrix, np.asarray(by_halves(jnp.asarray(matrix, dtype), leaf, factor)), dtype)
+        require_inverse(
+            matrix, np.asarray(by_halves(jnp.asarray(matrix, dtype), leaf, factor)), dtype
+        )
 
 
 def require_inverse(matrix: np.ndarray, found: np.ndarray, dtype: type) -> None:
     assert found.dtype == dtype
-    np.testing.assert_allclose(matrix @ found, np.eye(len(matrix)), atol=1e-11 if dtype == np.float64 else 2e-5)
+    np.testing.assert_allclose(
+        matrix @ found, np.eye(len(matrix)), atol=1e-11 if dtype == np.float64 else 2e-5
+    )
 
 
 @pytest.mark.parametrize("factor", FACTORS.values(), ids=FACTORS)
 @pytest.mark.parametrize("rank", [1, 10])
 def test_float32_inverses_are_as_accurate_as_a_factorizations(rank: int, factor: Factor) -> None:
-    """Inputs of few directions and some noise, like an attention output's: inverting quarters loses all digits here."""
+    """Inputs of few directions and some noise, like an attention output's: inverting quarters loses
+    all digits here."""
     generator = np.random.default_rng(0)
-    x = generator.normal(size=(900, rank)) @ generator.normal(size=(rank, 300)) + 0.01 * generator.normal(
-        size=(900, 300)
-    )
+    x = generator.normal(size=(900, rank)) @ generator.normal(
+        size=(rank, 300)
+    ) + 0.01 * generator.normal(size=(900, 300))
     gram = x.T @ x
     scale = np.sqrt(np.diag(gram))
     matrix = gram / np.outer(scale, scale) + 1.1 * np.eye(300)
@@ -62,4 +76,6 @@ def test_float32_inverses_are_as_accurate_as_a_factorizations(rank: int, factor:
 def test_inverse_of_an_ill_conditioned_matrix() -> None:
     matrix = positive(200, 1e-7)
     assert np.linalg.cond(matrix) > 1e5
-    np.testing.assert_allclose(matrix @ np.asarray(inverse(jnp.asarray(matrix))), np.eye(200), atol=1e-8)
+    np.testing.assert_allclose(
+        matrix @ np.asarray(inverse(jnp.asarray(matrix))), np.eye(200), atol=1e-8
+    )

@@ -1,4 +1,5 @@
-"""Coordinate descent on the grids of GGUF files, held to the gguf package's rounding and to plain NumPy."""
+"""Coordinate descent on the grids of GGUF files, held to the gguf package's rounding and to plain
+NumPy."""
 
 import gguf
 import jax
@@ -16,12 +17,18 @@ N, M = 5 * BLOCK, 24
 every_kind = pytest.mark.parametrize("kind", BITS)
 
 
-def problem(tokens: int = 500, n: int = N, seed: int = 0) -> tuple[jnp.ndarray, jnp.ndarray, jnp.ndarray]:
+def problem(
+    tokens: int = 500, n: int = N, seed: int = 0
+) -> tuple[jnp.ndarray, jnp.ndarray, jnp.ndarray]:
     """Returns a Gram matrix, a kernel whose outputs are wanted, and a mask."""
     generator = np.random.default_rng(seed)
     x = oracles.correlated(generator, tokens, n)
     weight, mask = generator.normal(size=(n, M)), generator.random((n, M)) < 0.5
-    return jnp.asarray(x.T @ x, jnp.float32), jnp.asarray(weight * mask, jnp.float32), jnp.asarray(mask)
+    return (
+        jnp.asarray(x.T @ x, jnp.float32),
+        jnp.asarray(weight * mask, jnp.float32),
+        jnp.asarray(mask),
+    )
 
 
 def rounded(weight: np.ndarray, kind: str) -> np.ndarray:
@@ -31,7 +38,10 @@ def rounded(weight: np.ndarray, kind: str) -> np.ndarray:
 
 
 def loss(gram: jnp.ndarray, wanted: jnp.ndarray, weight: np.ndarray, damping: float = 0.0) -> float:
-    g, difference = np.asarray(gram, np.float64), np.asarray(wanted, np.float64) - np.asarray(weight, np.float64)
+    g, difference = (
+        np.asarray(gram, np.float64),
+        np.asarray(wanted, np.float64) - np.asarray(weight, np.float64),
+    )
     g = g + damping * np.diag(np.diag(g))
     return float(np.sum(difference * (g @ difference)))
 
@@ -46,7 +56,9 @@ def test_a_file_holds_the_weights_exactly(kind: str, dtype: type, n: int) -> Non
     np.testing.assert_array_equal(stored, found)
     np.testing.assert_array_equal(rounded(stored, kind), found)
     assert off_grid(stored, BITS[kind]) == 0
-    assert off_grid(np.asarray(weight), BITS[kind]) == np.count_nonzero(rounded(weight, kind) != np.asarray(weight))
+    assert off_grid(np.asarray(weight), BITS[kind]) == np.count_nonzero(
+        rounded(weight, kind) != np.asarray(weight)
+    )
     assert (found[~np.asarray(mask)] == 0).all()
     assert np.count_nonzero(found) > 0.95 * np.count_nonzero(rounded(np.asarray(weight), kind))
 
@@ -97,7 +109,10 @@ def test_dead_inputs_empty_blocks_and_odd_sizes_do_no_harm(size: float) -> None:
     alive = jnp.asarray(np.arange(N) % 5 != 0)
     mask = mask.at[:BLOCK, 0].set(False)
     weight = jnp.where(mask, weight * jnp.float32(size), jnp.zeros_like(weight))
-    for g in (jnp.where(alive[:, None] & alive[None, :], gram, jnp.zeros_like(gram)), jnp.zeros_like(gram)):
+    for g in (
+        jnp.where(alive[:, None] & alive[None, :], gram, jnp.zeros_like(gram)),
+        jnp.zeros_like(gram),
+    ):
         found = np.asarray(quantize(g, weight, weight, mask, 4))
         assert np.isfinite(found).all() and (found[~np.asarray(mask)] == 0).all()
         assert np.abs(found).max() <= 2 * max(5 * size, 2**-15)
@@ -107,7 +122,8 @@ def test_dead_inputs_empty_blocks_and_odd_sizes_do_no_harm(size: float) -> None:
 def test_it_is_one_loop_to_the_compiler() -> None:
     def size(n: int, m: int) -> int:
         shapes = (
-            jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (((n, n), "f4"), ((n, m), "f4"), ((n, m), "?"))
+            jax.ShapeDtypeStruct(shape, dtype)
+            for shape, dtype in (((n, n), "f4"), ((n, m), "f4"), ((n, m), "?"))
         )
         traced = jax.make_jaxpr(lambda g, w, k: quantize(g, w, w, k, 4))
         return str(traced(*shapes)).count(" = ")

@@ -29,10 +29,14 @@ def problem(n: int, tokens: int = 300, seed: int = 0) -> tuple[np.ndarray, np.nd
         ("2:12", 5 / 6, 8, 12),  # a group larger than the block
     ],
 )
-def test_it_is_the_papers(n: int, pattern: str, sparsity: float, block: int, group_block: int) -> None:
+def test_it_is_the_papers(
+    n: int, pattern: str, sparsity: float, block: int, group_block: int
+) -> None:
     gram, weight = problem(n)
     method = SparseGPT(block=block)
-    solution = method.solve(method.prepare(jnp.asarray(gram)), jnp.asarray(weight), parse_pattern(pattern, sparsity))
+    solution = method.solve(
+        method.prepare(jnp.asarray(gram)), jnp.asarray(weight), parse_pattern(pattern, sparsity)
+    )
     expected, mask = oracles.sparsegpt(gram, weight, pattern, sparsity, block=min(group_block, n))
     np.testing.assert_array_equal(solution.mask, mask)
     np.testing.assert_allclose(solution.weight, expected, rtol=1e-8, atol=1e-10)
@@ -43,7 +47,9 @@ def test_the_update_for_a_given_mask_is_the_papers(block: int) -> None:
     gram, weight = problem(60, seed=1)
     mask = np.random.default_rng(2).random(weight.shape) < 0.4
     method = SparseGPT(block=block, damping=0.05)
-    solution = method.solve(method.prepare(jnp.asarray(gram)), jnp.asarray(weight), jnp.asarray(mask))
+    solution = method.solve(
+        method.prepare(jnp.asarray(gram)), jnp.asarray(weight), jnp.asarray(mask)
+    )
     expected, _ = oracles.sparsegpt(gram, weight, "", 0, block=block, damping=0.05, mask=mask)
     np.testing.assert_array_equal(solution.mask, mask)
     np.testing.assert_allclose(solution.weight, expected, rtol=1e-8, atol=1e-10)
@@ -60,7 +66,8 @@ def test_the_block_is_a_matter_of_speed_under_a_given_mask() -> None:
 
 
 def test_updating_under_its_own_mask_changes_nothing() -> None:
-    # The mask of a block is selected as the block is entered, and what came before depends on its own mask only.
+    # The mask of a block is selected as the block is entered, and what came before depends on its
+    # own mask only.
     gram, weight = problem(48, seed=5)
     method = SparseGPT(block=16)
     prepared = method.prepare(jnp.asarray(gram))
@@ -73,7 +80,9 @@ def test_dead_inputs_are_pruned_first_and_change_nothing_else() -> None:
     gram, weight = problem(48, seed=6)
     gram[5] = gram[:, 5] = 0
     method = SparseGPT(block=16)
-    solution = method.solve(method.prepare(jnp.asarray(gram)), jnp.asarray(weight), parse_pattern("unstructured", 0.5))
+    solution = method.solve(
+        method.prepare(jnp.asarray(gram)), jnp.asarray(weight), parse_pattern("unstructured", 0.5)
+    )
     expected, mask = oracles.sparsegpt(gram, weight, "unstructured", 0.5, block=16)
     np.testing.assert_array_equal(solution.mask, mask)
     assert not solution.mask[5].any()
@@ -84,7 +93,9 @@ def test_float32_is_close_to_float64() -> None:
     gram, weight = problem(60, seed=7)
     method = SparseGPT(block=16)
     solution = method.solve(
-        method.prepare(jnp.asarray(gram, jnp.float32)), jnp.asarray(weight, jnp.float32), parse_pattern("2:4")
+        method.prepare(jnp.asarray(gram, jnp.float32)),
+        jnp.asarray(weight, jnp.float32),
+        parse_pattern("2:4"),
     )
     expected, mask = oracles.sparsegpt(gram, weight, "2:4", 0.5, block=16)
     assert solution.weight.dtype == jnp.float32

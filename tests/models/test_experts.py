@@ -12,8 +12,11 @@ CASES = [(1, 1, 1), (64, 4, 16), (300, 2, 3)]
 """Tokens, experts a token takes, experts."""
 
 
-def routed(tokens: int, k: int, experts: int, *, uneven: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Chosen experts and shares; where uneven, the first expert gets all it can, and the last one nothing."""
+def routed(
+    tokens: int, k: int, experts: int, *, uneven: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Chosen experts and shares; where uneven, the first expert gets all it can, and the last one
+    nothing."""
     generator = np.random.default_rng(0)
     scores = generator.normal(size=(tokens, experts)) - uneven * 100 * np.arange(experts)
     chosen = np.argsort(-scores, axis=1)[:, :k].astype(np.int32)
@@ -22,7 +25,9 @@ def routed(tokens: int, k: int, experts: int, *, uneven: bool = False) -> tuple[
 
 @pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize(("tokens", "k", "experts"), CASES)
-def test_every_choice_has_a_row_of_its_expert(tokens: int, k: int, experts: int, uneven: bool) -> None:
+def test_every_choice_has_a_row_of_its_expert(
+    tokens: int, k: int, experts: int, uneven: bool
+) -> None:
     chosen, _ = routed(tokens, k, experts, uneven=uneven)
     way = jax.device_get(plan(jnp.asarray(chosen), experts))
     rows = way.choice.reshape(-1)
@@ -50,8 +55,12 @@ def test_a_mixture_and_its_gradients_are_those_of_a_loop(tokens: int, k: int, ex
         return jnp.sum(jnp.sin(jnp.sum(y * share[:, :, None], axis=1)))
 
     arguments = jnp.asarray(x), jnp.asarray(kernels), jnp.asarray(share, jnp.float64)
-    found, expected = (jax.value_and_grad(one, argnums=(0, 1, 2))(*arguments) for one in (by_blocks, by_loop))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), found, expected)
+    found, expected = (
+        jax.value_and_grad(one, argnums=(0, 1, 2))(*arguments) for one in (by_blocks, by_loop)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), found, expected
+    )
 
 
 @pytest.mark.parametrize(("first", "count"), [(0, 5), (1, 2), (4, 1)])
@@ -67,4 +76,6 @@ def test_gram_matrices_of_experts_are_those_of_their_tokens(first: int, count: i
     for expert in range(first, first + count):
         weights = np.where(chosen == expert, share, 0).sum(axis=1) ** 2
         expected = x.T @ (weights[:, None] * x)
-        np.testing.assert_allclose(gram.symmetric(found[expert - first]), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            gram.symmetric(found[expert - first]), expected, rtol=1e-5, atol=1e-5
+        )

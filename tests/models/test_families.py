@@ -1,4 +1,5 @@
-"""Every family against transformers, on tiny random checkpoints: one battery for all files of `models`."""
+"""Every family against transformers, on tiny random checkpoints: one battery for all files of
+`models`."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ SOONER = ("gemma3_text", "phi3")
 
 def often(*often: str) -> list[Any]:
     """The variants of all families, those of most of them for `JAXPRUNE_SLOW`."""
-    return [case if case[0] in often else pytest.param(*case, marks=pytest.mark.slow) for case in FIRST]
+    return [
+        case if case[0] in often else pytest.param(*case, marks=pytest.mark.slow) for case in FIRST
+    ]
 
 
 def test_every_family_is_tried() -> None:
@@ -59,20 +62,25 @@ def test_logits_in_bfloat16_are_near(family: str, variant: str, tmp_path: Path) 
         expected = reference.double()(torch.tensor(tokens)).logits.numpy()
         theirs = reference.bfloat16()(torch.tensor(tokens)).logits.double().numpy()
     found = load(tmp_path, dtype=jnp.bfloat16).logits(tokens.astype(np.int32)).astype(np.float64)
-    # Where two experts score nearly alike, rounding decides which is taken: some tokens are far from float64's.
+    # Where two experts score nearly alike, rounding decides which is taken: some tokens are far
+    # from float64's.
     share = 0.75 if load(tmp_path).architecture.config.routing else 1.0
     far, as_far = (
-        np.quantile(np.abs(one - expected).max(axis=-1), share) / np.ptp(expected) for one in (found, theirs)
+        np.quantile(np.abs(one - expected).max(axis=-1), share) / np.ptp(expected)
+        for one in (found, theirs)
     )
     assert far < max(2e-2, 1.5 * as_far)
 
 
 @pytest.mark.parametrize(("family", "variant"), often(*SOONER))
 def test_packed_texts_are_as_if_alone(family: str, variant: str, tmp_path: Path) -> None:
-    """Two texts, the first with two continuations, all longer than the window of layers that have one."""
+    """Two texts, the first with two continuations, all longer than the window of layers that have
+    one."""
     families.save(tmp_path, families.config(family, variant))
     model, generator = load(tmp_path), np.random.default_rng(0)
-    first, one, other, second = (generator.integers(0, 300, (1, n), np.int32) for n in (30, 25, 9, 40))
+    first, one, other, second = (
+        generator.integers(0, 300, (1, n), np.int32) for n in (30, 25, 9, 40)
+    )
     places = [np.arange(30), np.arange(30, 55), np.arange(30, 39), np.arange(40)]
     numbers = [np.full(len(place), number) for number, place in enumerate(places)]
     whole, position, number = (
@@ -84,14 +92,17 @@ def test_packed_texts_are_as_if_alone(family: str, variant: str, tmp_path: Path)
     for text, rows in (((first, one), (0, 1)), ((first, other), (0, 2)), ((second,), (3,))):
         (alone,) = model.final_states(np.concatenate(text, axis=1))
         found = packed.array[0, np.isin(number, rows)]
-        np.testing.assert_allclose(found, alone.array[0], rtol=1e-4, atol=1e-4 * np.abs(alone.array).max())
+        np.testing.assert_allclose(
+            found, alone.array[0], rtol=1e-4, atol=1e-4 * np.abs(alone.array).max()
+        )
 
 
 @pytest.mark.parametrize(
     ("family", "variant"), often(*SOONER, "llama", "cohere2", "mixtral", "gpt_oss", "qwen3_5_text")
 )
 def test_gradients_are_those_of_torch(family: str, variant: str, tmp_path: Path) -> None:
-    """By the outputs of all linear layers: squared and summed over tokens, as `sensitivity` has them."""
+    """By the outputs of all linear layers: squared and summed over tokens, as `sensitivity` has
+    them."""
     reference = families.save(tmp_path, families.config(family, variant)).double()
     tokens = np.random.default_rng(0).integers(0, 300, (2, 40), np.int32)
     ids = torch.tensor(tokens.astype(np.int64))
@@ -104,10 +115,14 @@ def test_gradients_are_those_of_torch(family: str, variant: str, tmp_path: Path)
         for index, layer in enumerate(measure_sensitivity(load(tmp_path), tokens))
         for path, square in layer.outputs.items()
     }
-    unused = {name for name, square in found.items() if not square.any()}  # of experts that no token takes
-    assert found.keys() - unused == squares.keys() - unused  # every linear layer of transformers' module is pruned
+    # of experts that no token takes
+    unused = {name for name, square in found.items() if not square.any()}
+    # every linear layer of transformers' module is pruned
+    assert found.keys() - unused == squares.keys() - unused
     for name, expected in squares.items():
-        np.testing.assert_allclose(found[name], expected, rtol=1e-3, atol=1e-4 * expected.max(), err_msg=name)
+        np.testing.assert_allclose(
+            found[name], expected, rtol=1e-3, atol=1e-4 * expected.max(), err_msg=name
+        )
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])
@@ -122,13 +137,19 @@ def test_rows_that_no_token_has_are_zero(family: str, tmp_path: Path) -> None:
     assert len(routed) == 3
     for tap in routed:
         empty = np.asarray(tap.plan.choice) == EMPTY
-        assert empty.any() and np.asarray(tap.x)[~empty].any() and not np.asarray(tap.x)[empty].any()
+        assert (
+            empty.any() and np.asarray(tap.x)[~empty].any() and not np.asarray(tap.x)[empty].any()
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "variant"), often("qwen3_moe"))
 def test_a_run_that_was_stopped_goes_on_to_a_model_of_transformers(
-    family: str, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    family: str,
+    variant: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -136,7 +157,10 @@ def test_a_run_that_was_stopped_goes_on_to_a_model_of_transformers(
     families.save(Path("dense"), families.config(family, variant))
     np.save("ids.npy", np.random.default_rng(0).integers(0, 300, (4, 40)))
     text = ["--eval", "ppl", "--eval-text", "ids.npy", "--eval-seqlen", "40"]
-    line = "--ckpt dense --preset best --sparsity 0.6 --calib ids.npy --nsamples 4 --seqlen 40 --out pruned".split()
+    line = (
+        "--ckpt dense --preset best --sparsity 0.6 --calib ids.npy --nsamples 4 --seqlen 40 --out "
+        "pruned"
+    ).split()
     with monkeypatch.context() as patch:
         patch.setattr(layer, "prune_and_round", failing(layer.prune_and_round, 9))
         assert prune([*line, *text]) == 2

@@ -1,4 +1,5 @@
-"""Modules that predict tokens further on lie beside the model: they go through a run bit for bit."""
+"""Modules that predict tokens further on lie beside the model: they go through a run bit for
+bit."""
 
 import json
 from pathlib import Path
@@ -29,7 +30,10 @@ pytestmark = needs_torch
 def test_they_do_not_make_names_older() -> None:
     """Of a text model inside another, names before transformers 5 are told by what is beside it."""
     config = {"model_type": "qwen3_5_text", "inside": "qwen3_5"}
-    for vision, prefix in (("model.visual.x", "model.language_model."), ("visual.x", "language_model.model.")):
+    for vision, prefix in (
+        ("model.visual.x", "model.language_model."),
+        ("visual.x", "language_model.model."),
+    ):
         naming = naming_of(config, [vision, "mtp.fc.weight", f"{prefix}norm.weight"])
         assert naming.prefix == prefix and naming.bare("mtp.fc.weight") == "beside.mtp.fc.weight"
         assert naming.hf_name(naming.bare("mtp.fc.weight")) == "mtp.fc.weight"
@@ -64,21 +68,31 @@ def test_quantized_ones_are_dequantized_as_they_lie(tmp_path: Path) -> None:
     families.save(tmp_path, families.config("glm4_moe", "plain"), dtype="bfloat16")
     config = json.loads((tmp_path / "config.json").read_text())
     quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"quantization_config": quantization})
+    )
     values = torch.arange(24 * 32, dtype=torch.float32).reshape(24, 32).to(torch.float8_e4m3fn)
     tensors = torch_load(tmp_path / "model.safetensors")
-    tensors[NAMES["glm4_moe"]], tensors[NAMES["glm4_moe"] + "_scale_inv"] = values, torch.full((1, 1), 0.5)
+    tensors[NAMES["glm4_moe"]], tensors[NAMES["glm4_moe"] + "_scale_inv"] = (
+        values,
+        torch.full((1, 1), 0.5),
+    )
     torch_save(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     path = f"beside.{NAMES['glm4_moe']}"
     found = open_checkpoint(tmp_path).read([path])[path]
     np.testing.assert_array_equal(found.astype(np.float32), values.float().numpy() / 2)
 
 
-NAMES = {"qwen3_next": "mtp.layers.0.mlp.experts.0.up_proj.weight", "glm4_moe": "model.layers.3.eh_proj.weight"}
+NAMES = {
+    "qwen3_next": "mtp.layers.0.mlp.experts.0.up_proj.weight",
+    "glm4_moe": "model.layers.3.eh_proj.weight",
+}
 
 
 @pytest.mark.parametrize("family", [pytest.param("qwen3_next", marks=pytest.mark.slow), "glm4_moe"])
-def test_they_go_through_a_run(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_go_through_a_run(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoModelForCausalLM
 
     monkeypatch.chdir(tmp_path)
@@ -91,8 +105,13 @@ def test_they_go_through_a_run(family: str, tmp_path: Path, monkeypatch: pytest.
     assert verify(["pruned", "--against", "dense"]) == 0
     assert convert(["pruned", "orbax", "--to", "orbax"]) == 0 and convert(["orbax", "back"]) == 0
     back = load_file("back/model.safetensors")
-    assert all(np.array_equal(back[name], tensor) for name, tensor in load_file("pruned/model.safetensors").items())
-    np.testing.assert_array_equal(load_file("pruned/model.safetensors")[NAMES[family]], tensors[NAMES[family]])
+    assert all(
+        np.array_equal(back[name], tensor)
+        for name, tensor in load_file("pruned/model.safetensors").items()
+    )
+    np.testing.assert_array_equal(
+        load_file("pruned/model.safetensors")[NAMES[family]], tensors[NAMES[family]]
+    )
     loaded, info = AutoModelForCausalLM.from_pretrained("pruned", output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"]
     experts = [module for name, module in loaded.named_modules() if name.endswith(".experts")]

@@ -27,12 +27,16 @@ VISION = {
 
 @pytest.fixture(params=["newer", "older"])
 def gemma3(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A Gemma3ForConditionalGeneration, its tensors named as transformers 5 names them, or as on the hub."""
+    """A Gemma3ForConditionalGeneration, its tensors named as transformers 5 names them, or as on
+    the hub."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     text = families.config("gemma3_text", "plain")
     config = Gemma3Config(
-        text_config=text.to_dict(), vision_config=VISION, mm_tokens_per_image=4, image_token_index=299
+        text_config=text.to_dict(),
+        vision_config=VISION,
+        mm_tokens_per_image=4,
+        image_token_index=299,
     )
     torch.manual_seed(0)
     model = Gemma3ForConditionalGeneration(config)
@@ -42,9 +46,15 @@ def gemma3(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     folder = tmp_path / "gemma3"
     model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Gemma3ImageProcessor"}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "Gemma3ImageProcessor"})
+    )
     tensors = load_file(folder / "model.safetensors")
-    moved = {"model.language_model.": "language_model.model.", "model.": ""} if request.param == "older" else {}
+    moved = (
+        {"model.language_model.": "language_model.model.", "model.": ""}
+        if request.param == "older"
+        else {}
+    )
     for before, after in moved.items():
         tensors = {
             after + name.removeprefix(before) if name.startswith(before) else name: tensor
@@ -62,10 +72,15 @@ def test_the_text_model_is_pruned_and_the_rest_goes_through(
     monkeypatch.chdir(tmp_path)
     tokens = np.random.default_rng(0).integers(0, 299, (4, 40))
     np.save("ids.npy", tokens)
-    line = "--ckpt gemma3 --method wanda --pattern 2:4 --calib ids.npy --nsamples 4 --seqlen 40 --eval ppl --eval-text"
+    line = (
+        "--ckpt gemma3 --method wanda --pattern 2:4 --calib ids.npy --nsamples 4 --seqlen 40 "
+        "--eval ppl --eval-text"
+    )
     assert prune([*line.split(), "ids.npy", "--out", "pruned", "--save-masks", "masks"]) == 0
     assert verify(["pruned", "--against", "gemma3"]) == 0
-    dense, pruned = (load_file(Path(folder) / "model.safetensors") for folder in ("gemma3", "pruned"))
+    dense, pruned = (
+        load_file(Path(folder) / "model.safetensors") for folder in ("gemma3", "pruned")
+    )
     assert dense.keys() == pruned.keys()
     kernels = {name for name in dense if "language_model" in name and name.endswith("_proj.weight")}
     assert len(kernels) == 3 * 7 and load_file("masks").keys() == kernels
@@ -87,7 +102,9 @@ def test_the_text_model_is_pruned_and_the_rest_goes_through(
 def test_orbax_and_back_is_bit_for_bit(gemma3: Path, tmp_path: Path) -> None:
     assert convert([str(gemma3), str(tmp_path / "orbax"), "--to", "orbax"]) == 0
     assert convert([str(tmp_path / "orbax"), str(tmp_path / "back")]) == 0
-    before, after = (load_file(folder / "model.safetensors") for folder in (gemma3, tmp_path / "back"))
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (gemma3, tmp_path / "back")
+    )
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         np.testing.assert_array_equal(tensor, after[name], err_msg=name)

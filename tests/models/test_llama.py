@@ -17,7 +17,12 @@ from tests.helpers import tiny
 from tests.helpers.logits import logits
 from tests.helpers.optional import needs_torch, torch
 
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "multi-head": {"num_key_value_heads": 4},
@@ -32,7 +37,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "relu squared": {"hidden_act": "relu2"},
     "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
-    "dynamic short": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+    "dynamic short": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    },
     "llama3": {
         "rope_parameters": {
             "rope_type": "llama3",
@@ -44,8 +51,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         }
     },
     "yarn": {"rope_parameters": YARN},
-    "yarn options": {"rope_parameters": YARN | {"beta_fast": 16, "beta_slow": 2, "attention_factor": 0.8}},
-    "yarn mscale": {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.5, "truncate": False}},
+    "yarn options": {
+        "rope_parameters": YARN | {"beta_fast": 16, "beta_slow": 2, "attention_factor": 0.8}
+    },
+    "yarn mscale": {
+        "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.5, "truncate": False}
+    },
 }
 
 
@@ -85,9 +96,15 @@ def test_configurations_of_transformers_4_are_understood(tmp_path: Path) -> None
     tiny.save(tmp_path, tiny.config(rope_parameters=rope))
     config = json.loads((tmp_path / "config.json").read_text())
     del config["rope_parameters"], config["dtype"]
-    old = {"rope_theta": 20000.0, "rope_scaling": {"type": "linear", "factor": 2.0}, "torch_dtype": "float32"}
+    old = {
+        "rope_theta": 20000.0,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "torch_dtype": "float32",
+    }
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
+    (tmp_path / "old" / "model.safetensors").write_bytes(
+        (tmp_path / "model.safetensors").read_bytes()
+    )
     (tmp_path / "old" / "config.json").write_text(json.dumps(config | old))
     new, read = (load(p).architecture.config for p in (tmp_path, tmp_path / "old"))
     ropes = [config.kinds[0].rope for config in (new, read)]
@@ -118,7 +135,9 @@ def test_submodules_and_taps_are_those_of_transformers(checkpoint: Path) -> None
     for tap, linears in part.inputs.items():
         for linear in linears:
             np.testing.assert_allclose(taps[tap], inputs[linear], atol=2e-5)
-            np.testing.assert_allclose(taps[tap] @ params[f"{linear}.kernel"], outputs[linear], atol=1e-4)
+            np.testing.assert_allclose(
+                taps[tap] @ params[f"{linear}.kernel"], outputs[linear], atol=1e-4
+            )
     np.testing.assert_allclose(taps["attention_input"], outputs["input_layernorm"], atol=1e-5)
     np.testing.assert_allclose(taps["mlp_input"], outputs["post_attention_layernorm"], atol=1e-5)
 
@@ -127,8 +146,11 @@ def test_submodules_and_taps_are_those_of_transformers(checkpoint: Path) -> None
 @pytest.mark.parametrize("length", [64, 65, 256, 257, 300, 512, 700, 4200])
 def test_attention_in_blocks_is_attention(length: int) -> None:
     generator = np.random.default_rng(0)
-    windows, heads = (1, (2, 1, 1)) if length > 1000 else (2, (4, 2, 2))  # all pairs of tokens take 70 MB a head
-    q, k, v = (jnp.asarray(generator.normal(size=(windows, length, h, 8)), jnp.float32) for h in heads)
+    # all pairs of tokens take 70 MB a head
+    windows, heads = (1, (2, 1, 1)) if length > 1000 else (2, (4, 2, 2))
+    q, k, v = (
+        jnp.asarray(generator.normal(size=(windows, length, h, 8)), jnp.float32) for h in heads
+    )
     expected = jax.jit(partial(jax.nn.dot_product_attention, is_causal=True))(q, k, v)
     np.testing.assert_allclose(jax.jit(causal_attention)(q, k, v), expected, atol=1e-5)
 
@@ -150,12 +172,16 @@ def test_attention_in_blocks_has_the_gradients_of_attention(
 ) -> None:
     generator = np.random.default_rng(0)
     heads = (2, 1, 1, 2) if length > 1000 else (4, 2, 2, 4)
-    q, k, v, cotangent = (jnp.asarray(generator.normal(size=(1, length, h, 8)), dtype) for h in heads)
+    q, k, v, cotangent = (
+        jnp.asarray(generator.normal(size=(1, length, h, 8)), dtype) for h in heads
+    )
     local = None if window is None else (window - 1, 0)
     plain = partial(jax.nn.dot_product_attention, is_causal=True, local_window_size=local)
     exact = [x.astype(jnp.float32) for x in (q, k, v, cotangent)]
     expected = jax.jit(lambda *qkv: jax.vjp(plain, *qkv)[1](exact[3]))(*exact[:3])
-    found = jax.jit(lambda: jax.vjp(partial(causal_attention, window=window), q, k, v)[1](cotangent))()
+    found = jax.jit(
+        lambda: jax.vjp(partial(causal_attention, window=window), q, k, v)[1](cotangent)
+    )()
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == dtype
         np.testing.assert_allclose(one.astype(jnp.float32), other, atol=atol)
@@ -164,7 +190,9 @@ def test_attention_in_blocks_has_the_gradients_of_attention(
 def test_attention_memory_grows_with_the_window_not_its_square() -> None:
     def bytes_at(length: int) -> int:
         x = jax.ShapeDtypeStruct((1, length, 8, 16), jnp.float32)
-        return jax.jit(causal_attention).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+        return (
+            jax.jit(causal_attention).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+        )
 
     assert bytes_at(8192) < 8 * 8192 * 8192 * 4 / 10
     assert bytes_at(8192) < 2.5 * bytes_at(4096)
@@ -182,12 +210,18 @@ def test_what_is_not_implemented_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="'proportional' is not implemented"):
         Rope.from_hf({"rope_type": "proportional"}, 8, 64)
     with pytest.raises(InputError, match="short_factor must have 4 entries, not 1"):
-        long = {"short_factor": [1.0], "long_factor": [1.0] * 4, "original_max_position_embeddings": 32}
+        long = {
+            "short_factor": [1.0],
+            "long_factor": [1.0] * 4,
+            "original_max_position_embeddings": 32,
+        }
         Rope.from_hf({"rope_type": "longrope", "rope_theta": 1e4, **long}, 8, 64)
     with pytest.raises(InputError, match="needs factor"):
         Rope.from_hf({"rope_type": "linear", "rope_theta": 1e4}, 8, 64)
     with pytest.raises(InputError, match="partial_rotary_factor"):
-        Rope.from_hf({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}, 8, 64)
+        Rope.from_hf(
+            {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}, 8, 64
+        )
     tiny.save(tmp_path, tiny.config(hidden_act="tanh"))
     with pytest.raises(InputError, match="activation 'tanh'"):
         load(tmp_path)

@@ -18,11 +18,19 @@ def test_16_bit_products_and_their_gradients(equation: str, platform: str) -> No
     """Whole numbers, so that every sum is exact in bfloat16 and in another order."""
     first, second, result = equation.replace("->", ",").split(",")
     generator = np.random.default_rng(0)
-    a, b, cotangent = (generator.integers(-2, 3, [SIZES[i] for i in part]) for part in (first, second, result))
+    a, b, cotangent = (
+        generator.integers(-2, 3, [SIZES[i] for i in part]) for part in (first, second, result)
+    )
     with writing_for(Hardware(platform)):
-        found, vjp = jax.vjp(lambda a, b: product(equation, a, b), *(jnp.asarray(x, jnp.bfloat16) for x in (a, b)))
+        found, vjp = jax.vjp(
+            lambda a, b: product(equation, a, b), *(jnp.asarray(x, jnp.bfloat16) for x in (a, b))
+        )
         gradients = vjp(jnp.asarray(cotangent, jnp.bfloat16))
     assert {x.dtype for x in (found, *gradients)} == {jnp.dtype("bfloat16")}
     np.testing.assert_array_equal(found, np.einsum(equation, a, b))
-    np.testing.assert_array_equal(gradients[0], np.einsum(f"{result},{second}->{first}", cotangent, b))
-    np.testing.assert_array_equal(gradients[1], np.einsum(f"{first},{result}->{second}", a, cotangent))
+    np.testing.assert_array_equal(
+        gradients[0], np.einsum(f"{result},{second}->{first}", cotangent, b)
+    )
+    np.testing.assert_array_equal(
+        gradients[1], np.einsum(f"{first},{result}->{second}", a, cotangent)
+    )

@@ -1,4 +1,5 @@
-"""The gated delta rule in chunks against plain NumPy, token by token; a convolution; and texts in one window."""
+"""The gated delta rule in chunks against plain NumPy, token by token; a convolution; and texts in
+one window."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,9 @@ def by_hand(given: Inputs) -> np.ndarray:
 @pytest.mark.parametrize("length", [1, 7, 64, 65, 150])
 def test_chunks_are_the_recurrence(length: int) -> None:
     given = inputs(length)
-    np.testing.assert_allclose(jax.jit(gated_delta_rule)(given), by_hand(given), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        jax.jit(gated_delta_rule)(given), by_hand(given), rtol=1e-9, atol=1e-9
+    )
 
 
 def layout(lengths: list[tuple[int, int, int]]) -> Layout:
@@ -46,7 +49,9 @@ def layout(lengths: list[tuple[int, int, int]]) -> Layout:
         rows += [(start + i, group, branch) for i in range(length)]
         if not branch:
             ends[group] = length
-    return Layout(*(np.array(column, np.int32)[None].repeat(2, 0) for column in zip(*rows, strict=True)))
+    return Layout(
+        *(np.array(column, np.int32)[None].repeat(2, 0) for column in zip(*rows, strict=True))
+    )
 
 
 PARTS = [(6, 0, 0), (6, 0, 1), (6, 0, 2), (6, 1, 0), (6, 2, 1), (6, 3, 0), (6, 3, 1)]
@@ -67,12 +72,17 @@ def test_texts_that_share_a_window_are_as_if_alone() -> None:
         alone = gated_delta_rule(jax.tree.map(lambda x, text=text: x[:, text], given))
         np.testing.assert_allclose(found[:, rows], alone[:, len(shared) :], rtol=1e-9, atol=1e-9)
         single = convolve(features[:, text], kernel, None)
-        np.testing.assert_allclose(convolved[:, rows], single[:, len(shared) :], rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(
+            convolved[:, rows], single[:, len(shared) :], rtol=1e-12, atol=1e-12
+        )
 
 
 def test_a_convolution_sees_the_tokens_before() -> None:
     x, kernel = np.arange(10.0).reshape(1, 5, 2), np.array([[1.0, 10, 100], [0, 0, 1]])
     found = convolve(jnp.asarray(x), jnp.asarray(kernel), None)
-    expected = [sum(w * (x[0, t - lag, 0] if t >= lag else 0) for lag, w in enumerate((100, 10, 1))) for t in range(5)]
+    expected = [
+        sum(w * (x[0, t - lag, 0] if t >= lag else 0) for lag, w in enumerate((100, 10, 1)))
+        for t in range(5)
+    ]
     np.testing.assert_allclose(found[0, :, 0], expected)
     np.testing.assert_allclose(found[0, :, 1], x[0, :, 1])

@@ -1,4 +1,5 @@
-"""What the compilers of hardware that is not here make of each program; see the README for what installs them."""
+"""What the compilers of hardware that is not here make of each program; see the README for what
+installs them."""
 
 import re
 from pathlib import Path
@@ -19,7 +20,12 @@ from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.recipe_parts import Tuning
 from tests.helpers import tiny
 
-SIZES = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}
+SIZES = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
 GPUS = r"cusolver|cublas|__triton|TopK|topk|cu_|__cudnn\$fmha"
 """Custom calls that GPUs have."""
 
@@ -30,7 +36,9 @@ def test_every_program_compiles(name: str, method: Method, tmp_path: Path) -> No
     target = target_of(name)
     if not target.has_compiler:
         pytest.skip(f"the compiler of {target.words} is not installed: {target.install}")
-    tiny.config(**SIZES, num_hidden_layers=1, max_position_embeddings=1024).save_pretrained(tmp_path)
+    tiny.config(**SIZES, num_hidden_layers=1, max_position_embeddings=1024).save_pretrained(
+        tmp_path
+    )
     with writing_for(target.hardware), without_cache(), jax.numpy_dtype_promotion("standard"):
         shapes = Shapes(architecture_of(tmp_path, jnp.bfloat16), jnp.bfloat16, target.devices(1))
         every = [*programs.of_pruning(shapes, 16, 1024, method, Unstructured(0.5))]
@@ -42,13 +50,19 @@ def test_every_program_compiles(name: str, method: Method, tmp_path: Path) -> No
         for program in every:
             compiled = program.compiled(target.options)
             text = compiled.as_text() or ""
-            on = {device for one in jax.tree.leaves(compiled.input_shardings) for device in one.device_set}
+            on = {
+                device
+                for one in jax.tree.leaves(compiled.input_shardings)
+                for device in one.device_set
+            }
             assert on <= {shapes.devices.device}, program.name
             libraries = 2**23  # what they ask for besides
             assert program.peak_bytes(compiled) <= program.most_bytes() + libraries, program.name
             assert "f64[" not in text, program.name
             calls = set(re.findall(r'custom_call_target="([^"]*)"', text))
-            assert not [call for call in calls if re.search("lapack|eigen|onednn", call.lower())], calls
+            assert not [call for call in calls if re.search("lapack|eigen|onednn", call.lower())], (
+                calls
+            )
             if name == "h100":
                 assert all(re.search(GPUS, call) for call in calls), calls
             if program.phase in ("gram", "forward") or program.name == "backward":

@@ -59,7 +59,7 @@ ENTRY %main (a: f32[8,128], b: bf16[1,128]) -> f32[8,128] {
   %a = f32[8,128]{1,0} parameter(0)
   %b = bf16[1,128]{1,0} parameter(1)
   %near = f32[8,128]{1,0:T(8,128)S(1)} copy(%a)
-  %two = (f32[8,128]{1,0:T(8,128)}, /*index=1*/f32[8,128]{1,0}) fusion(%near, %b), calls=%fused, metadata={op_name="f"}
+  %two = (f32[8,128]{1,0:T(8,128)}, /*index=1*/f32[8,128]{1,0}) fusion(%near, %b), calls=%fused
   ROOT %result = f32[8,128]{1,0} get-tuple-element(%two), index=0
 }
 """
@@ -69,7 +69,8 @@ def test_what_is_updated_in_place_and_what_lies_near_costs_little() -> None:
     array, row = 4 * 8 * 128, 128
     found = Module(TEXT)
     assert found.entry == "main" and found.instructions() == 11
-    # The copy reads the array; the fusion reads it and a row of 16 bits, overwrites the row, and writes the array.
+    # The copy reads the array; the fusion reads it and a row of 16 bits, overwrites the row, and
+    # writes the array.
     assert found.traffic() == array + (array + 2 * row + 2 * 4 * row + array)
 
 
@@ -78,7 +79,7 @@ def test_what_devices_send_is_counted() -> None:
     text = """
 ENTRY %main (p0: f32[256]) -> f32[1024] {
   %p0 = f32[256]{0} parameter(0)
-  %loop = f32[256]{0} while(%p0), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %loop = f32[256]{0} while(%p0), condition=%c, body=%body, config={"known_trip_count":{"n":"3"}}
   %sum = f32[256]{0} all-reduce(%loop), replica_groups={}, to_apply=%add
   %begun = f32[256]{0} all-reduce-start(%sum), replica_groups={}, to_apply=%add
   %summed = f32[256]{0} all-reduce-done(%begun)
@@ -95,4 +96,6 @@ ENTRY %main (p0: f32[256]) -> f32[1024] {
 }
 """
     part = 4 * 256
-    assert Module(text).exchanged() == 3 * 3 * part + 2 * part + 2 * part + 3 * part + 3 * part + part
+    assert (
+        Module(text).exchanged() == 3 * 3 * part + 2 * part + 2 * part + 3 * part + 3 * part + part
+    )

@@ -1,4 +1,5 @@
-"""What can be said of accelerators without one: all programs of a run lower for them, as accurate as here."""
+"""What can be said of accelerators without one: all programs of a run lower for them, as accurate
+as here."""
 
 import dataclasses
 import re
@@ -46,11 +47,18 @@ def test_16_bit_products_on_cpus_have_float32_results(checkpoint: Path) -> None:
     """XLA's CPU backend multiplies no others in 16 bits: it widens their operands first."""
     shapes = Shapes(load(checkpoint, dtype="bfloat16").architecture, "bfloat16", ONE_DEVICE)
     phases = [programs.of_sensitivity(shapes, 4, 512), programs.of_evaluation(shapes, 4, 512)]
-    phases += [programs.of_distillation(shapes, TuningSteps.of(Tuning(tune_epochs=2), 4, 512), Placement(True, True))]
+    phases += [
+        programs.of_distillation(
+            shapes, TuningSteps.of(Tuning(tune_epochs=2), 4, 512), Placement(True, True)
+        )
+    ]
     lowered = "\n".join(lower(program, "cpu") for phase in phases for program in phase)
     products = re.findall(r"stablehlo.dot_general .*: (.*)", lowered)
     assert len(products) > 20
-    assert all(re.fullmatch(r"\(tensor<\S*xbf16>, tensor<\S*xbf16>\) -> tensor<\S*xf32>", p) for p in products)
+    assert all(
+        re.fullmatch(r"\(tensor<\S*xbf16>, tensor<\S*xbf16>\) -> tensor<\S*xf32>", p)
+        for p in products
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,16 +70,23 @@ def test_16_bit_products_on_cpus_have_float32_results(checkpoint: Path) -> None:
         pytest.param("tpu", "bfloat16", marks=pytest.mark.slow),
     ],
 )
-def test_every_program_lowers_for_accelerators_and_keeps_float32(platform: str, dtype: str, checkpoint: Path) -> None:
+def test_every_program_lowers_for_accelerators_and_keeps_float32(
+    platform: str, dtype: str, checkpoint: Path
+) -> None:
     lowered = [(program, lower(program, platform)) for program in all_programs(checkpoint, dtype)]
     exact = [text for program, text in lowered if dtype == "float32" or program.phase == "solve"]
     others = [text for program, text in lowered if dtype == "bfloat16" and program.phase != "solve"]
     assert not re.search(
-        r"stablehlo.dot_general .*\((tensor<[^>]*xf32>,|tensor<[^>]*>, tensor<[^>]*xf32>)", "\n".join(others)
+        r"stablehlo.dot_general .*\((tensor<[^>]*xf32>,|tensor<[^>]*>, tensor<[^>]*xf32>)",
+        "\n".join(others),
     )
-    products = re.findall(r"stablehlo.dot_general .*\(tensor<[^>]*xf32>, tensor<[^>]*xf32>\)", "\n".join(exact))
+    products = re.findall(
+        r"stablehlo.dot_general .*\(tensor<[^>]*xf32>, tensor<[^>]*xf32>\)", "\n".join(exact)
+    )
     assert len(products) > 20
-    assert [one for one in products if "[HIGHEST, HIGHEST]" not in one and BY_PARTS not in one] == []
+    assert [
+        one for one in products if "[HIGHEST, HIGHEST]" not in one and BY_PARTS not in one
+    ] == []
     assert any(BY_PARTS in one for one in products) == (platform == "cuda")
 
 
@@ -83,7 +98,9 @@ def test_every_program_lowers_for_accelerators_and_keeps_float32(platform: str, 
         ("cpu", "stablehlo.while", ["potrf", "cholesky"]),
     ],
 )
-def test_what_is_lowered_is_what_would_run_there(platform: str, own: str, others: list[str]) -> None:
+def test_what_is_lowered_is_what_would_run_there(
+    platform: str, own: str, others: list[str]
+) -> None:
     matrix = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
     text = lower(Program("solve", "prepare", ADMM().prepare, (matrix,), 1), platform)
     assert own in text and not [other for other in others if other in text]
@@ -93,7 +110,9 @@ def test_what_is_lowered_is_what_would_run_there(platform: str, own: str, others
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_an_inverses_program_does_not_grow_with_the_matrix(platform: str) -> None:
     shapes = [jax.ShapeDtypeStruct((n, n), jnp.float32) for n in (4096, 11008)]
-    small, large = (lower(Program("solve", "prepare", ADMM().prepare, (s,), 1), platform) for s in shapes)
+    small, large = (
+        lower(Program("solve", "prepare", ADMM().prepare, (s,), 1), platform) for s in shapes
+    )
     assert len(large.splitlines()) < 1.05 * len(small.splitlines())
 
 
@@ -110,10 +129,14 @@ def test_an_inverses_program_does_not_grow_with_the_matrix(platform: str) -> Non
         (None, "bfloat16", 512, 128, False),
     ],
 )
-def test_cudnn_gets_what_it_takes(capability: str | None, dtype: str, length: int, width: int, takes: bool) -> None:
+def test_cudnn_gets_what_it_takes(
+    capability: str | None, dtype: str, length: int, width: int, takes: bool
+) -> None:
     query = jnp.zeros((1, length, 2, width), dtype)
     found = Hardware.of(
-        types.SimpleNamespace(platform="gpu", **{"compute_capability": capability} if capability else {})
+        types.SimpleNamespace(
+            platform="gpu", **{"compute_capability": capability} if capability else {}
+        )
     )
     assert found.capability == (float(capability) if capability and capability[0].isdigit() else 0)
     with writing_for(found):

@@ -43,7 +43,17 @@ LLAMA2_70B = {
 
 def test_a_70b_model_needs_no_weights_to_be_planned(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA2_70B))
-    options = ["--ckpt", tmp_path, "--dry-run", "--dtype", "bfloat16", "--out", tmp_path / "out", "--eval", "none"]
+    options = [
+        "--ckpt",
+        tmp_path,
+        "--dry-run",
+        "--dtype",
+        "bfloat16",
+        "--out",
+        tmp_path / "out",
+        "--eval",
+        "none",
+    ]
     options += ["--method", "wanda"]  # whose solve compiles in no time
     start = time.monotonic()
     work = work_of(*options, "--device-memory", 16)
@@ -71,18 +81,36 @@ def test_what_is_needed_grows_as_it_must(checkpoint: Path, monkeypatch: pytest.M
     assert sum(best.flops["solve"].values()) == sum(few.flops["solve"].values())
     assert sum(best.disk.values()) > sum(few.disk.values())
     works = [
-        work_of("--ckpt", checkpoint, "--nsamples", 8, *shared, "--preset", "thorough", "--tune-tokens", tokens)
+        work_of(
+            "--ckpt",
+            checkpoint,
+            "--nsamples",
+            8,
+            *shared,
+            "--preset",
+            "thorough",
+            "--tune-tokens",
+            tokens,
+        )
         for tokens in ("128k", "256k")  # each with 16 measures
     ]
     short, long = map(preflight.need, works)
-    assert short.disk["tuning"] - best.disk["tuning"] == 2 * works[0].pruned_bytes  # the best so far
+    # the best so far
+    assert short.disk["tuning"] - best.disk["tuning"] == 2 * works[0].pruned_bytes
     assert long.disk == short.disk and long.device == short.device
-    assert long.flops["tune"]["float32"] == pytest.approx(2 * short.flops["tune"]["float32"], rel=0.1)
+    assert long.flops["tune"]["float32"] == pytest.approx(
+        2 * short.flops["tune"]["float32"], rel=0.1
+    )
 
 
 def test_the_time_is_by_the_rate_of_each_kind_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight.machine, "matrix_rate", {"float32": 1e11, "bfloat16": 4e11}.__getitem__)
-    flops = {"solve": Flops({"float32": 15 * 10**10}), "tune": Flops({"bfloat16": 18 * 10**11, "float32": 7 * 10**10})}
+    monkeypatch.setattr(
+        preflight.machine, "matrix_rate", {"float32": 1e11, "bfloat16": 4e11}.__getitem__
+    )
+    flops = {
+        "solve": Flops({"float32": 15 * 10**10}),
+        "tune": Flops({"bfloat16": 18 * 10**11, "float32": 7 * 10**10}),
+    }
     need = Need({}, {}, {}, {}, 0, flops)
     assert preflight.seconds(need) == pytest.approx({"solve": 2, "tune": 11})
     several = Devices(Mesh(np.array(8 * jax.devices()[:1]), (AXIS,)))
@@ -100,7 +128,11 @@ def test_the_bound_is_above_the_compilers_count(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("available_memory", 2**20, "GiB of host memory, of which 0.0 are free: lower --nsamples, or lower --seqlen"),
+        (
+            "available_memory",
+            2**20,
+            "GiB of host memory, of which 0.0 are free: lower --nsamples, or lower --seqlen",
+        ),
         ("free_disk", 2**10, "GiB of disk are needed, 0.0 are free there: choose another --out"),
     ],
 )
@@ -115,7 +147,18 @@ def test_what_does_not_fit_is_said_before_the_work(
     capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.setattr(fit, name, lambda *_: value)
-    options = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 4, "--seqlen", 32, "--eval", "none"]
+    options = [
+        "--ckpt",
+        checkpoint,
+        "--calib",
+        text,
+        "--nsamples",
+        4,
+        "--seqlen",
+        32,
+        "--eval",
+        "none",
+    ]
     argv = [*map(str, options), "--out", str(tmp_path / "out")]
     assert main(argv) == 2
     assert message in capsys.readouterr().err
@@ -131,11 +174,16 @@ def test_where_a_tuning_needs_too_much_only_what_would_be_enough_is_named(
     need = Need({"tune": 0}, {"tune": 10 * GIB}, {}, {"tune": 2 * GIB}, 0, {})
     monkeypatch.setattr(fit, "free_disk", lambda _: GIB)
     monkeypatch.setattr(fit, "best_step_bytes", lambda _: 4 * GIB)
-    for free, options in ((9, ["tune_epochs", "hidden", "tune_tokens"]), (7, ["tune_epochs", "tune_tokens"])):
+    for free, options in (
+        (9, ["tune_epochs", "hidden", "tune_tokens"]),
+        (7, ["tune_epochs", "tune_tokens"]),
+    ):
         monkeypatch.setattr(fit, "available_memory", lambda free=free: free * GIB)
         (short,) = fit.shortages(need, work)
         assert [*short.options] == options
-        assert "10.0 GiB of host memory, of which" in str(short) and "4.0 of them to keep the weights" in str(short)
+        assert "10.0 GiB of host memory, of which" in str(
+            short
+        ) and "4.0 of them to keep the weights" in str(short)
     monkeypatch.setattr(fit, "available_memory", lambda: 5 * GIB)
     (short,) = fit.shortages(need, work)
     assert short.options == {"tune_tokens": 0} and "weights" not in str(short)
@@ -144,16 +192,38 @@ def test_where_a_tuning_needs_too_much_only_what_would_be_enough_is_named(
 @pytest.mark.slow
 def test_the_memory_of_a_run_is_foreseen(tmp_path: Path) -> None:
     """Host memory of a run that is more than the libraries' own, within a fifth."""
-    size = {"hidden_size": 512, "intermediate_size": 128, "num_attention_heads": 8, "num_hidden_layers": 2}
+    size = {
+        "hidden_size": 512,
+        "intermediate_size": 128,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 2,
+    }
     tiny.save(tmp_path / "dense", tiny.config(**size, max_position_embeddings=4096))
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 300, (192, 512), np.int32))
-    options = ["--ckpt", "dense", "--calib", "ids.npy", "--nsamples", 192, "--seqlen", 512, "--eval", "none"]
+    options = [
+        "--ckpt",
+        "dense",
+        "--calib",
+        "ids.npy",
+        "--nsamples",
+        192,
+        "--seqlen",
+        512,
+        "--eval",
+        "none",
+    ]
     options += ["--method", "magnitude", "--out", "out"]
     foreseen = jaxprune(*options, "--dry-run", cwd=tmp_path)
     assert foreseen.returncode == 0, foreseen.stderr
     (row,) = [line for line in foreseen.stdout.splitlines() if "│ all" in line]
     command = [sys.executable, "-m", "jaxprune.run", *map(str, options)]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    subprocess.run(
+        command,
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
     record = json.loads((tmp_path / "out/jaxprune.json").read_text())
     gib = record["peak_bytes"]["host"] / 2**30
     assert 0.8 * gib < float(row.split("│")[3]) < 1.25 * gib

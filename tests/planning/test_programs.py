@@ -1,4 +1,5 @@
-"""What a run costs, counted beforehand: FLOPs by hand, programs against the run's own, memory against allocation."""
+"""What a run costs, counted beforehand: FLOPs by hand, programs against the run's own, memory
+against allocation."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -39,7 +40,10 @@ def flops(function: object, *shapes: tuple[int, ...]) -> float:
 
 def test_flops_are_those_of_products_and_factorizations() -> None:
     assert flops(lambda a, b: a @ b, (3, 5), (5, 7)) == 2 * 3 * 5 * 7
-    assert flops(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (4, 3, 5), (4, 5, 7)) == 4 * 2 * 3 * 5 * 7
+    assert (
+        flops(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (4, 3, 5), (4, 5, 7))
+        == 4 * 2 * 3 * 5 * 7
+    )
     assert flops(jnp.linalg.cholesky, (6, 6)) == 6**3 / 3
     assert flops(lambda a: a + a, (6, 6)) == 0
 
@@ -76,7 +80,10 @@ def test_cudnns_attention_is_counted(window: int | None, monkeypatch: pytest.Mon
 
     pairs = sum(min(token + 1, window or 512) for token in range(512))
     with writing_for(Hardware("gpu", 9.0, cudnn=True)):
-        forward, both = jax.make_jaxpr(attention)(query, key, key), jax.make_jaxpr(gradient)(query, key)
+        forward, both = (
+            jax.make_jaxpr(attention)(query, key, key),
+            jax.make_jaxpr(gradient)(query, key),
+        )
     assert count_flops(forward) == {"bfloat16": 2 * 2 * 2 * 8 * 64 * pairs}
     assert count_flops(both) == {"bfloat16": 2 * 7 * 2 * 8 * 64 * pairs}
 
@@ -88,13 +95,18 @@ def test_products_by_parts_are_counted_apart() -> None:
     a = jax.ShapeDtypeStruct((4, 4), jnp.float32)
     for capability, kind in ((9.0, BF16X6), (8.9, "float32")):
         with writing_for(Hardware("gpu", capability)):
-            assert Program("solve", "two products", function, (a,), 1).flops() == {kind: 2 * 2 * 4**3}
+            assert Program("solve", "two products", function, (a,), 1).flops() == {
+                kind: 2 * 2 * 4**3
+            }
 
 
 def test_a_layer_is_counted_as_by_hand(checkpoint: Path) -> None:
     model = load(checkpoint).architecture
     length, count = 16, 4
-    found = {p.name: p for p in programs.of_pruning(shapes(checkpoint), count, length, ADMM(), Unstructured(0.5))}
+    found = {
+        p.name: p
+        for p in programs.of_pruning(shapes(checkpoint), count, length, ADMM(), Unstructured(0.5))
+    }
     tokens = length * batch_size(count, length)
     layer = model.layers[0]
     weights = sum(n * m for n, m in layer.kernels.values())
@@ -109,7 +121,8 @@ def test_a_layer_is_counted_as_by_hand(checkpoint: Path) -> None:
 
 
 def test_the_programs_are_those_of_a_run(checkpoint: Path) -> None:
-    """The run compiles nothing that the programs do not name, and calls them with the same shapes."""
+    """The run compiles nothing that the programs do not name, and calls them with the same
+    shapes."""
     model, tokens = load(checkpoint), windows(4, 16)
     named = [*programs.of_pruning(shapes(checkpoint), 4, 16, ADMM(), Unstructured(0.5))]
     named += programs.of_sensitivity(shapes(checkpoint), 4, 16)
@@ -118,7 +131,9 @@ def test_the_programs_are_those_of_a_run(checkpoint: Path) -> None:
         for program in wanted:
             inner = getattr(program.function, "func", program.function)
             if inner is function:
-                jax.block_until_ready(inner(*program.function.args, *jax.tree.map(_zeros, program.arguments)))
+                jax.block_until_ready(
+                    inner(*program.function.args, *jax.tree.map(_zeros, program.arguments))
+                )
 
     for function in (accumulate, apply_layer, backward):
         function.clear_cache()
@@ -137,11 +152,15 @@ def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
 
 def test_a_dense_model_that_goes_along_is_counted(checkpoint: Path) -> None:
     def named(asymmetry: bool) -> dict[str, Program]:
-        every = programs.of_pruning(shapes(checkpoint), 4, 16, ADMM(), Unstructured(0.5), asymmetry=asymmetry)
+        every = programs.of_pruning(
+            shapes(checkpoint), 4, 16, ADMM(), Unstructured(0.5), asymmetry=asymmetry
+        )
         return {program.name: program for program in every}
 
     alone, along = named(False), named(True)
-    targets = {f"target of {name.removeprefix('solve ')}" for name in alone if name.startswith("solve ")}
+    targets = {
+        f"target of {name.removeprefix('solve ')}" for name in alone if name.startswith("solve ")
+    }
     assert targets and along.keys() == alone.keys() | targets
     name = "forward and Gram matrices"
     assert sum(along[name].flops().values()) > 2 * sum(alone[name].flops().values())
@@ -162,14 +181,19 @@ def test_peaks_are_at_least_what_is_alive(method: object, checkpoint: Path) -> N
 def of_distillation(checkpoint: Path, tuning: Tuning) -> list[Program]:
     held_out = windows_held_out(16) if tuning.tune_tokens else 0
     steps = TuningSteps.of(tuning, 8, 16, held_out * 16)
-    return list(programs.of_distillation(shapes(checkpoint), steps, Placement(True, True), (held_out, 16)))
+    return list(
+        programs.of_distillation(shapes(checkpoint), steps, Placement(True, True), (held_out, 16))
+    )
 
 
 def test_measures_of_what_is_held_out_are_counted(checkpoint: Path) -> None:
-    """The dense model's pass over 16 windows of 16 tokens, and three of the pruned model's: before, midway, after."""
+    """The dense model's pass over 16 windows of 16 tokens, and three of the pruned model's: before,
+    midway, after."""
 
     def count(programs_: Iterable[Program], name: str = "") -> float:
-        return sum(sum(p.flops().values()) * p.calls for p in programs_ if not name or p.name == name)
+        return sum(
+            sum(p.flops().values()) * p.calls for p in programs_ if not name or p.name == name
+        )
 
     none, stream, pieces = (
         of_distillation(checkpoint, tuning)
@@ -202,7 +226,11 @@ def test_late_zeros_are_counted(checkpoint: Path) -> None:
     """Of three layers, behind the first six of ten steps."""
 
     def calls(tuning: Tuning, name: str) -> set[float]:
-        return {program.calls for program in of_distillation(checkpoint, tuning) if program.name.startswith(name)}
+        return {
+            program.calls
+            for program in of_distillation(checkpoint, tuning)
+            if program.name.startswith(name)
+        }
 
     none, some = (Tuning(tune_tokens=10 * 16, tune_zeros=share) for share in (0.0, 0.125))
     assert calls(none, "step ") == calls(some, "step ") == {3 * 10}
@@ -211,6 +239,8 @@ def test_late_zeros_are_counted(checkpoint: Path) -> None:
 
 def test_distillation_is_counted(checkpoint: Path) -> None:
     half, once = (of_distillation(checkpoint, Tuning(tune_epochs=share)) for share in (0.5, 1.0))
-    of_half, of_once = (sum(sum(p.flops().values()) * p.calls for p in every) for every in (half, once))
+    of_half, of_once = (
+        sum(sum(p.flops().values()) * p.calls for p in every) for every in (half, once)
+    )
     assert of_once == pytest.approx(2 * of_half)
     assert all(np.isfinite(p.peak_bytes()) for p in once)

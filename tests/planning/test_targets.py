@@ -13,7 +13,18 @@ from jaxprune.planning.targets import TARGETS, Target, target_of
 
 
 def line(checkpoint: Path, target: str) -> list[str]:
-    return ["--ckpt", str(checkpoint), "--nsamples", "4", "--seqlen", "32", "--eval", "none", "--target", target]
+    return [
+        "--ckpt",
+        str(checkpoint),
+        "--nsamples",
+        "4",
+        "--seqlen",
+        "32",
+        "--eval",
+        "none",
+        "--target",
+        target,
+    ]
 
 
 def test_a_program_takes_as_long_as_its_products_or_what_it_moves() -> None:
@@ -27,30 +38,50 @@ def test_a_program_takes_as_long_as_its_products_or_what_it_moves() -> None:
 def test_without_a_compiler_a_plan_counts(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    without = {name: dataclasses.replace(one, extra=("plan-x", "no_such_module")) for name, one in TARGETS.items()}
+    without = {
+        name: dataclasses.replace(one, extra=("plan-x", "no_such_module"))
+        for name, one in TARGETS.items()
+    }
     monkeypatch.setattr(targets, "TARGETS", without)
     assert main(line(checkpoint, "h100,v5e")) == 0
     out = capsys.readouterr().out
-    assert "pip install 'jaxprune[plan-x]'" in out and "1 × NVIDIA H100" in out and "1 × TPU v5e" in out
+    assert (
+        "pip install 'jaxprune[plan-x]'" in out
+        and "1 × NVIDIA H100" in out
+        and "1 × TPU v5e" in out
+    )
     assert out.count("│ gram") == 2 and "predictions at the data sheets' rates" in out
     small = dataclasses.replace(without["v5e"], memory=1e5)
     monkeypatch.setattr(targets, "TARGETS", without | {"v5e": small})
     assert main(line(checkpoint, "h100,v5e")) == 1
     out = capsys.readouterr().out
-    assert "may not fit, the compiler would tell: v5e: gram needs" in out and "does not fit" not in out
+    assert (
+        "may not fit, the compiler would tell: v5e: gram needs" in out and "does not fit" not in out
+    )
     assert "lower --seqlen" not in out and "perhaps" in out
     assert main([*line(checkpoint, "v5e"), "--devices", "8"]) == 2
-    assert "several TPU v5e need their compiler: pip install 'jaxprune[plan-x]'" in capsys.readouterr().err
+    assert (
+        "several TPU v5e need their compiler: pip install 'jaxprune[plan-x]'"
+        in capsys.readouterr().err
+    )
 
 
-def test_an_unknown_target_is_one_error(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_target_is_one_error(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(line(checkpoint, "h100,b200")) == 2
-    assert "no hardware is called 'b200': h100, a100, rtx4090, v5e, v5p, v6e are known" in capsys.readouterr().err
+    assert (
+        "no hardware is called 'b200': h100, a100, rtx4090, v5e, v5p, v6e are known"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--device-memory", "16"], "leave --device-memory out"), (["--device", "cpu"], "leave --device out")],
+    [
+        (["--device-memory", "16"], "leave --device-memory out"),
+        (["--device", "cpu"], "leave --device out"),
+    ],
 )
 def test_other_words_on_hardware_do_not_go_with_a_target(
     options: list[str], message: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
@@ -78,7 +109,9 @@ def test_one_and_eight_of_each_are_described(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["h100", "v5e"])
-def test_what_its_compiler_says(name: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_its_compiler_says(
+    name: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = with_compiler(name)
     assert main(line(checkpoint, name)) == 0
     out = capsys.readouterr().out

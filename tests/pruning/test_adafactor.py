@@ -20,7 +20,9 @@ def test_steps_of_16_bit_weights_are_right_in_the_mean(dtype: type) -> None:
         moving = adafactor.step(kernels, {"a": gradient}, jnp.float32(number), rate)
         kernels = kernels._replace(moving=moving)
     found = np.asarray(kernels.moving["a"].value, np.float32)
-    assert kernels.moving["a"].value.dtype == dtype and (found == 0).tolist() == (value == 0).tolist()
+    assert (
+        kernels.moving["a"].value.dtype == dtype and (found == 0).tolist() == (value == 0).tolist()
+    )
     # All gradients have the same size, so a step is the rate in units of the root mean square.
     unit = np.sqrt(np.mean(begin[begin != 0] ** 2))
     np.testing.assert_allclose((begin - found) / unit, 0.1 * np.sign(value), atol=0.01)
@@ -30,7 +32,9 @@ def test_steps_of_16_bit_weights_are_right_in_the_mean(dtype: type) -> None:
 def test_what_needs_no_rounding_is_not_rounded(dtype: type) -> None:
     value = np.asarray(jnp.linspace(-3, 3, 48, dtype=dtype), np.float32).reshape(8, 6)
     kernels = adafactor.init({"a": value}, np.dtype(dtype))
-    moving = adafactor.step(kernels, {"a": jnp.zeros((8, 6), dtype)}, jnp.float32(7), jnp.float32(1))
+    moving = adafactor.step(
+        kernels, {"a": jnp.zeros((8, 6), dtype)}, jnp.float32(7), jnp.float32(1)
+    )
     np.testing.assert_array_equal(np.asarray(moving["a"].value, np.float32), value)
 
 
@@ -40,13 +44,18 @@ def test_a_weight_that_is_no_number_stays_none(bits: int, dtype: type) -> None:
     """Whatever the bits of NaN are: on NVIDIA's GPUs they are all set. The last is infinity."""
     value = jnp.full((8, 6), lax.bitcast_convert_type(jnp.uint32(bits), jnp.float32))
     for number in range(1, 9):
-        assert not np.isfinite(np.asarray(adafactor._dithered(value, np.dtype(dtype), jnp.float32(number)))).any()
+        assert not np.isfinite(
+            np.asarray(adafactor._dithered(value, np.dtype(dtype), jnp.float32(number)))
+        ).any()
 
 
 def test_no_step_is_much_larger_than_the_rate() -> None:
-    """The second expert's last gradient is a hundred times as large as those before it; the third is not tuned."""
+    """The second expert's last gradient is a hundred times as large as those before it; the third
+    is not tuned."""
     generator = np.random.default_rng(0)
-    value = generator.standard_normal((3, 8, 6)).astype(np.float32) * (generator.random((3, 8, 6)) < 0.5)
+    value = generator.standard_normal((3, 8, 6)).astype(np.float32) * (
+        generator.random((3, 8, 6)) < 0.5
+    )
     kernels = adafactor.init({"a": value.astype(np.float32)}, np.dtype(np.float32), {"a": [0, 1]})
     sizes = []
     for number in range(1, 9):
@@ -54,9 +63,19 @@ def test_no_step_is_much_larger_than_the_rate() -> None:
         gradient[1] *= 100 if number == 8 else 1
         before = np.asarray(kernels.moving["a"].value).copy()
         step = jnp.float32(number), jnp.float32(0.01)
-        kernels = kernels._replace(moving=adafactor.step(kernels, {"a": jnp.asarray(gradient)}, *step))
-        moved, unit = np.asarray(kernels.moving["a"].value) - before, [np.sqrt(np.mean(v[v != 0] ** 2)) for v in value]
-        sizes.append([np.sqrt(np.mean(m[v != 0] ** 2)) / u / 0.01 for m, v, u in zip(moved, value, unit, strict=True)])
+        kernels = kernels._replace(
+            moving=adafactor.step(kernels, {"a": jnp.asarray(gradient)}, *step)
+        )
+        moved, unit = (
+            np.asarray(kernels.moving["a"].value) - before,
+            [np.sqrt(np.mean(v[v != 0] ** 2)) for v in value],
+        )
+        sizes.append(
+            [
+                np.sqrt(np.mean(m[v != 0] ** 2)) / u / 0.01
+                for m, v, u in zip(moved, value, unit, strict=True)
+            ]
+        )
     assert np.max(sizes) < 1.1 and np.min(np.array(sizes)[:, :2]) > 0.5  # the last would be 3
     assert sizes[-1][1] > 0.9 and np.max(np.array(sizes)[:, 2]) == 0
 

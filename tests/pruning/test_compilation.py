@@ -39,13 +39,30 @@ sys.exit(status)
 
 @pytest.mark.slow
 def test_a_second_run_compiles_nothing(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    flags = ["--ckpt", checkpoint, "--calib", text, "--nsamples", 2, "--seqlen", 32, "--eval", "none", "--out", "out"]
-    environment = {name: value for name, value in os.environ.items() if "COMPILATION_CACHE" not in name}
+    flags = [
+        "--ckpt",
+        checkpoint,
+        "--calib",
+        text,
+        "--nsamples",
+        2,
+        "--seqlen",
+        32,
+        "--eval",
+        "none",
+        "--out",
+        "out",
+    ]
+    environment = {
+        name: value for name, value in os.environ.items() if "COMPILATION_CACHE" not in name
+    }
     environment |= xla.quick() | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     found = []
     for _ in range(2):
         command = [sys.executable, "-c", COUNTED, *map(str, flags), "--overwrite"]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         found.append(json.loads(done.stdout.splitlines()[-1]))
@@ -68,7 +85,10 @@ def test_the_users_own_folder_is_kept(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
-    ["--method wanda --pattern 2:4 --asymmetry 0.5", "--method magnitude --pattern 16:32 --skip *.down_proj"],
+    [
+        "--method wanda --pattern 2:4 --asymmetry 0.5",
+        "--method magnitude --pattern 16:32 --skip *.down_proj",
+    ],
 )
 def test_compiled_and_eager_prune_alike(flags: str, checkpoint: Path) -> None:
     timing = jit_versus_eager(load(checkpoint), windows(2, 16), recipe_options.parse(flags.split()))

@@ -27,7 +27,11 @@ from tests.helpers.tuning_by_torch import tuned_by_torch
 
 
 def tune(
-    checkpoint: Path, layers: list[LayerResult], tuning: Tuning, seed: int = 0, observer: Observer = SILENT
+    checkpoint: Path,
+    layers: list[LayerResult],
+    tuning: Tuning,
+    seed: int = 0,
+    observer: Observer = SILENT,
 ) -> Iterator[LayerResult]:
     text = of_windows(windows(), tuning, seed)
     return distill(load(checkpoint), text, layers, tuning, observer=observer)
@@ -56,7 +60,9 @@ def test_steps_are_torchs(checkpoint: Path) -> None:
 
 def test_masks_and_all_else_stay(checkpoint: Path) -> None:
     layers = pruned(checkpoint, 0.7)
-    for before, after in zip(layers, tune(checkpoint, layers, Tuning(tune_epochs=1, tune_windows=2)), strict=True):
+    for before, after in zip(
+        layers, tune(checkpoint, layers, Tuning(tune_epochs=1, tune_windows=2)), strict=True
+    ):
         assert before.kernels == after.kernels and before.masks is after.masks
         for path, array in after.params.items():
             assert array.dtype == before.params[path].dtype
@@ -102,7 +108,9 @@ def test_layers_are_run_again_where_little_fits(
     cgroups.limit(tmp_path, monkeypatch, 2**10)
     again = run()
     assert len(calls) == 3 * len(windows())
-    monkeypatch.setattr(distillation, "placement_of", lambda *_, **__: Placement(state=False, results=False))
+    monkeypatch.setattr(
+        distillation, "placement_of", lambda *_, **__: Placement(state=False, results=False)
+    )
     streamed = run()
     assert len(calls) == 6 * len(windows())
     for one, other, third in zip(kept, again, streamed, strict=True):
@@ -128,12 +136,18 @@ def test_a_step_takes_as_many_windows_as_it_is_told(checkpoint: Path) -> None:
     text = of_windows(windows(), Tuning(tune_epochs=2, tune_windows=5), 0)
     found = np.stack(list(text.batches(0)))
     assert found.shape == (5, *text.steps.shape) == (5, 5, windows().shape[1])
-    assert len(np.unique(found.reshape(25, -1)[:12], axis=0)) == text.steps.different == len(windows()) == 12
+    assert (
+        len(np.unique(found.reshape(25, -1)[:12], axis=0))
+        == text.steps.different
+        == len(windows())
+        == 12
+    )
     assert TuningSteps.of(Tuning(tune_epochs=1, tune_windows=99), 12, 32).shape == (12, 32)
 
 
 def test_windows_are_cut_into_pieces(tmp_path: Path) -> None:
-    """Of 32 tokens into three of 10: two are left out. A stream's come in their order, also from a later step on."""
+    """Of 32 tokens into three of 10: two are left out. A stream's come in their order, also from a
+    later step on."""
     ids = np.arange(5 * 32, dtype=np.int32).reshape(5, 32)
     expected = ids[:, :30].reshape(15, 10)
     text = of_windows(ids, Tuning(tune_epochs=1, tune_pieces=3, tune_windows=3), 0)
@@ -173,28 +187,43 @@ def test_impossible_options_are_refused(bad: dict) -> None:
 
 @pytest.mark.parametrize(
     ("divergences", "shares"),
-    [([2.0, 4.0, 0.1], [1, 1, 1]), ([0.6, 0.3, 9.0], [0.8, 0.6, 0.6]), ([0.3, 2.0, 0.1], [0.4, 1, 1])],
+    [
+        ([2.0, 4.0, 0.1], [1, 1, 1]),
+        ([0.6, 0.3, 9.0], [0.8, 0.6, 0.6]),
+        ([0.3, 2.0, 0.1], [0.4, 1, 1]),
+    ],
 )
-def test_what_is_near_the_dense_model_is_tuned_less(divergences: list[float], shares: list[float]) -> None:
+def test_what_is_near_the_dense_model_is_tuned_less(
+    divergences: list[float], shares: list[float]
+) -> None:
     """By the mean divergence of the first two steps, of 2048 tokens, up to 0.75 nats."""
     rate = Rate(0.002, 16, 1024)
     found = [rate.of(number, divergence) for number, divergence in enumerate(divergences, 1)]
     rising = (0.1, 0.55, 1.0)
-    assert found == pytest.approx([0.002 * share * of_step for share, of_step in zip(shares, rising, strict=True)])
+    assert found == pytest.approx(
+        [0.002 * share * of_step for share, of_step in zip(shares, rising, strict=True)]
+    )
 
 
-def test_what_is_not_finite_is_an_error_when_it_is_met(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_finite_is_an_error_when_it_is_met(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the next step, by what is held out, and by the last step's kernels."""
 
     def broken(kernels: adafactor.Kernels, gradients: dict, *_: object) -> dict:
         gradients.clear()
-        return {name: m._replace(value=m.value * np.float32(np.inf)) for name, m in kernels.moving.items()}
+        return {
+            name: m._replace(value=m.value * np.float32(np.inf))
+            for name, m in kernels.moving.items()
+        }
 
     monkeypatch.setattr(adafactor, "step", broken)
     layers = pruned(checkpoint)
     for epochs, match in ((1, "the loss of the"), (1 / len(windows()), "a kernel of the")):
         steps = Steps()
-        with pytest.raises(InputError, match=f"{match} distillation holds NaN or infinity") as error:
+        with pytest.raises(
+            InputError, match=f"{match} distillation holds NaN or infinity"
+        ) as error:
             list(tune(checkpoint, layers, Tuning(tune_epochs=epochs), observer=steps))
         assert error.value.options["tune_rate"] is Change.LOWER and len(steps.told) == 1
     model, held_out = load(checkpoint), windows()[:2]
@@ -209,13 +238,17 @@ def test_what_is_kept_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Journal, "worth_keeping", lambda *_: True)
     value = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
     none, before = adafactor.init({}, value.dtype), adafactor.init({"a.kernel": value}, value.dtype)
-    moving = {"a.kernel": before.moving["a.kernel"]._replace(value=2 * value, rows=np.ones(8, np.float32))}
+    moving = {
+        "a.kernel": before.moving["a.kernel"]._replace(value=2 * value, rows=np.ones(8, np.float32))
+    }
     journal = Journal(tmp_path)
     kept = Kept(3, 0.25, [(64, 0.5)], [{}, {"a.kernel": value.astype(np.float16)}])
     kept_tuning.keep(journal, [none, before._replace(moving=moving)], kept)
     journal.put("tuning/4/1", {"leaf0": value}, {"divergences": []})
     taken: dict[int, Any] = {}
-    found = kept_tuning.restore(journal, [none, before], lambda index, *state: taken.update({index: state}))
+    found = kept_tuning.restore(
+        journal, [none, before], lambda index, *state: taken.update({index: state})
+    )
     assert found and (found.step, found.before, found.curve) == (3, 0.25, [(64, 0.5)])
     assert found.best and found.best[0] == {} and found.best[1]["a.kernel"].dtype == np.float16
     jax.tree.map(np.testing.assert_array_equal, taken, {1: (moving, before.masks)})

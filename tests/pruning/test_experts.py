@@ -1,4 +1,5 @@
-"""Pruning a model with experts: their Gram matrices, those with few tokens, groups of them, and dropping them whole."""
+"""Pruning a model with experts: their Gram matrices, those with few tokens, groups of them, and
+dropping them whole."""
 
 import json
 from pathlib import Path
@@ -68,7 +69,10 @@ def layer_by_hand(model: StreamedModel, x: np.ndarray) -> tuple[dict[str, np.nda
         own = np.flatnonzero((chosen == expert).any(axis=1))
         share = shares[own, expert] / np.take_along_axis(shares, chosen, axis=1)[own].sum(axis=1)
         read = tokens[own]
-        kernels = {name: np.asarray(params[f"mlp.experts.{name}.kernel"][expert], np.float64) for name in NAMES}
+        kernels = {
+            name: np.asarray(params[f"mlp.experts.{name}.kernel"][expert], np.float64)
+            for name in NAMES
+        }
         gate, up = read @ kernels["gate_proj"], read @ kernels["up_proj"]
         hidden = gate / (1 + np.exp(-gate)) * up
         saliency[expert] = np.mean(share * np.linalg.norm(hidden @ kernels["down_proj"], axis=1))
@@ -85,7 +89,9 @@ def test_gram_matrices_are_of_the_tokens_routed_there_by_squared_shares(folder: 
     expected, _ = layer_by_hand(model, hidden.array)
     assert sum(grams.tokens(f"expert_input.{k}") or 0 for k in range(6)) == 2 * WINDOWS.size
     for tap, gram in expected.items():
-        np.testing.assert_allclose(grams.take(tap), gram, rtol=1e-4, atol=1e-4 * np.abs(gram).max(), err_msg=tap)
+        np.testing.assert_allclose(
+            grams.take(tap), gram, rtol=1e-4, atol=1e-4 * np.abs(gram).max(), err_msg=tap
+        )
 
 
 def test_some_experts_at_a_time_give_the_same_bits(
@@ -97,7 +103,9 @@ def test_some_experts_at_a_time_give_the_same_bits(
     layer = model.architecture.layers[0]
     sizes = [len(group) for group in groups(layer, list(layer.inputs), solving.most_bytes())]
     assert len(sizes) > 4 and sum(sizes) == len(layer.inputs)
-    for one, other in zip(whole, prune_layers(model, WINDOWS, ADMM(), Unstructured(0.5)), strict=True):
+    for one, other in zip(
+        whole, prune_layers(model, WINDOWS, ADMM(), Unstructured(0.5)), strict=True
+    ):
         assert one.kernels == other.kernels
         for path, array in one.params.items():
             np.testing.assert_array_equal(array, other.params[path], err_msg=path)
@@ -114,11 +122,21 @@ def test_an_expert_with_few_tokens_is_damped_and_named(folder: Path) -> None:
                 assert kernel.metrics.get("damping_times", 1) >= times > 1
             else:
                 assert "tokens" not in kernel.metrics
-    assert [least_damping(tokens, 64) for tokens in (0, 1, 16, 32, 33, 64, 100)] == [64, 64, 4, 2, 2, 1, 1]
+    assert [least_damping(tokens, 64) for tokens in (0, 1, 16, 32, 33, 64, 100)] == [
+        64,
+        64,
+        4,
+        2,
+        2,
+        1,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5, per_output=True), NM(2, 4)], ids=str)
-def test_an_expert_without_tokens_is_pruned_by_magnitude(folder: Path, pattern: Unstructured | NM) -> None:
+def test_an_expert_without_tokens_is_pruned_by_magnitude(
+    folder: Path, pattern: Unstructured | NM
+) -> None:
     """One token reaches two experts of six."""
     model = load(folder)
     dense, select = open_checkpoint(folder), jax.jit(lambda selector, saliency: selector(saliency))
@@ -139,13 +157,21 @@ def test_every_token_for_every_expert(folder: Path) -> None:
     for one, other in zip(routed, every, strict=True):
         tokens = [k.metrics["tokens"] for k in other.kernels.values() if "tokens" in k.metrics]
         assert tokens == [WINDOWS.size] * (18 if one.index != 1 else 0)
-        same = [one.kernels[path] == kernel for path, kernel in other.kernels.items() if ".experts." not in path]
+        same = [
+            one.kernels[path] == kernel
+            for path, kernel in other.kernels.items()
+            if ".experts." not in path
+        ]
         assert one.index > 0 or all(same)  # before the first experts nothing differs
 
 
 def test_a_router_is_pruned_by_its_own_name_and_skipped_by_any(folder: Path) -> None:
     architecture = load(folder).architecture
-    routers = [which for which in architecture.kernel_shapes(routers=True) if architecture.is_router(*which)]
+    routers = [
+        which
+        for which in architecture.kernel_shapes(routers=True)
+        if architecture.is_router(*which)
+    ]
     for rules, pruned in (
         ([Rule("*", Unstructured(0.5))], []),
         ([Rule("layers.0.*", Unstructured(0.5))], []),
@@ -163,14 +189,32 @@ def test_a_snapshot_has_no_routers(folder: Path) -> None:
 
 
 def test_short_names_are_told_apart() -> None:
-    paths = ["mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj", "mlp.shared_experts.gate_proj", "o_proj"]
+    paths = [
+        "mlp.gate",
+        "mlp.experts.*.gate_proj",
+        "mlp.experts.*.up_proj",
+        "mlp.shared_experts.gate_proj",
+        "o_proj",
+    ]
     assert short_names(paths) == ["mlp.gate", "experts.gate", "up", "shared_experts.gate", "o"]
 
 
-def test_a_run_drops_experts_and_prunes_the_rest(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_drops_experts_and_prunes_the_rest(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from transformers import AutoModelForCausalLM
 
-    line = [*LINE, "--drop-experts", "0.34", "--sparsity", "0.5", "--save-masks", "masks.safetensors", "--out", "out"]
+    line = [
+        *LINE,
+        "--drop-experts",
+        "0.34",
+        "--sparsity",
+        "0.5",
+        "--save-masks",
+        "masks.safetensors",
+        "--out",
+        "out",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(solving, "prune_and_round", failing(solving.prune_and_round, 9))
         assert prune(line) == 2
@@ -180,14 +224,46 @@ def test_a_run_drops_experts_and_prunes_the_rest(here: Path, capsys: pytest.Capt
     kept = kept_experts(load("dense"), WINDOWS, 0.34)
     assert {int(index): experts for index, experts in record["kept_experts"].items()} == kept
     assert all(len(experts) == 4 for experts in kept.values()) and sorted(kept) == [0, 2]
-    loaded, info = AutoModelForCausalLM.from_pretrained("out", output_loading_info=True, experts_implementation="eager")
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        "out", output_loading_info=True, experts_implementation="eager"
+    )
     assert not any(info.values()) and loaded.config.num_experts == 4
     with torch.no_grad():
         expected = loaded.double()(torch.tensor(WINDOWS.astype(np.int64))).logits.numpy()
-    np.testing.assert_allclose(load("out").logits(WINDOWS), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
-    assert prune([*LINE, "--drop-experts", "0.34", "--mask", "from-file:masks.safetensors", "--out", "again"]) == 0
-    assert prune([*LINE, "--drop-experts", "0.5", "--mask", "from-file:masks.safetensors", "--out", "fewer"]) == 2
-    assert "the masks are of more experts than the 3 of layer 0 that stay" in capsys.readouterr().err
+    np.testing.assert_allclose(
+        load("out").logits(WINDOWS), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max()
+    )
+    assert (
+        prune(
+            [
+                *LINE,
+                "--drop-experts",
+                "0.34",
+                "--mask",
+                "from-file:masks.safetensors",
+                "--out",
+                "again",
+            ]
+        )
+        == 0
+    )
+    assert (
+        prune(
+            [
+                *LINE,
+                "--drop-experts",
+                "0.5",
+                "--mask",
+                "from-file:masks.safetensors",
+                "--out",
+                "fewer",
+            ]
+        )
+        == 2
+    )
+    assert (
+        "the masks are of more experts than the 3 of layer 0 that stay" in capsys.readouterr().err
+    )
     for name in ("out", "again"):
         assert verify([name]) == 0
 
@@ -202,10 +278,14 @@ class First(Observer):
 
 
 def test_what_is_left_is_tuned_towards_the_model_with_all_experts(here: Path) -> None:
-    """Before the first step, where hardly a weight is zero, it is as far from that as the dropped experts make it."""
+    """Before the first step, where hardly a weight is zero, it is as far from that as the dropped
+    experts make it."""
     model, seen = load("dense"), First()
     recipe = Recipe(
-        Magnitude(), Unstructured(1e-4), experts=Experts(drop_experts=0.5), tuning=Tuning(tune_epochs=1, tune_windows=4)
+        Magnitude(),
+        Unstructured(1e-4),
+        experts=Experts(drop_experts=0.5),
+        tuning=Tuning(tune_epochs=1, tune_windows=4),
     )
     prune_whole(model, WINDOWS, recipe, "out", observer=seen)
     smaller = model.keeping(kept_experts(model, WINDOWS, 0.5))
@@ -216,14 +296,20 @@ def test_what_is_left_is_tuned_towards_the_model_with_all_experts(here: Path) ->
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_experts_that_stay_dense_are_not_tuned(dtype: type, here: Path) -> None:
-    """Their stack moves, in a computation of 16 bits rounded to them; they are stored as they were."""
+    """Their stack moves, in a computation of 16 bits rounded to them; they are stored as they
+    were."""
     model = load("dense", dtype=dtype)
     rules = (Rule("*.experts.1.*", None),)
-    recipe = Recipe(Magnitude(), Unstructured(0.5), rules=rules, tuning=Tuning(tune_epochs=1, tune_windows=4))
+    recipe = Recipe(
+        Magnitude(), Unstructured(0.5), rules=rules, tuning=Tuning(tune_epochs=1, tune_windows=4)
+    )
     before = model.reader.read([path for path in model.reader.spec if ".experts." in path])
     for layer in prune_model(model, WINDOWS, recipe):
         experts = {path: array for path, array in layer.params.items() if ".experts." in path}
-        same = {path: np.array_equal(array[array != 0], before[path][array != 0]) for path, array in experts.items()}
+        same = {
+            path: np.array_equal(array[array != 0], before[path][array != 0])
+            for path, array in experts.items()
+        }
         assert all(equal == (".experts.1." in path) for path, equal in same.items())
 
 
@@ -237,7 +323,9 @@ def test_dropping_alone_leaves_the_others_as_they_are(here: Path) -> None:
     for path in found.spec:
         np.testing.assert_array_equal(found.read([path])[path], smaller.read([path])[path])
     router = "layers.2.mlp.gate.kernel"
-    np.testing.assert_array_equal(found.read([router])[router], model.reader.read([router])[router][:, kept[2]])
+    np.testing.assert_array_equal(
+        found.read([router])[router], model.reader.read([router])[router][:, kept[2]]
+    )
 
 
 def test_the_experts_that_go_are_those_of_least_saliency(folder: Path) -> None:
@@ -249,15 +337,21 @@ def test_the_experts_that_go_are_those_of_least_saliency(folder: Path) -> None:
 
 
 def test_routers_stay_dense_unless_named(here: Path) -> None:
-    assert prune([*LINE, "--rule", "layers.0.*=0.7", "--rule", "*.2.mlp.gate=0.25", "--out", "out"]) == 0
+    assert (
+        prune([*LINE, "--rule", "layers.0.*=0.7", "--rule", "*.2.mlp.gate=0.25", "--out", "out"])
+        == 0
+    )
     assert verify(["out", "--against", "dense"]) == 0
     zeros = {
         path: int((array == 0).sum())
-        for path, array in open_checkpoint("out").read([f"layers.{index}.mlp.gate.kernel" for index in (0, 2)]).items()
+        for path, array in open_checkpoint("out")
+        .read([f"layers.{index}.mlp.gate.kernel" for index in (0, 2)])
+        .items()
     }
     assert zeros == {"layers.0.mlp.gate.kernel": 0, "layers.2.mlp.gate.kernel": 32 * 6 // 4}
     linears = {
-        layer["index"]: layer["linears"] for layer in json.loads((here / "out/jaxprune.json").read_text())["layers"]
+        layer["index"]: layer["linears"]
+        for layer in json.loads((here / "out/jaxprune.json").read_text())["layers"]
     }
     assert "mlp.gate" in linears[2] and "mlp.gate" not in linears[0]
 

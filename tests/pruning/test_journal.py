@@ -30,7 +30,9 @@ def test_arrays_come_back_as_they_went(tmp_path: Path) -> None:
         np.testing.assert_array_equal(entry.arrays[name], array)
 
 
-def test_states_are_kept_when_the_work_was_worth_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_are_kept_when_the_work_was_worth_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = [0.0]
     monkeypatch.setattr(journal_module.time, "monotonic", lambda: clock[0])
     journal = Journal(tmp_path)

@@ -56,7 +56,9 @@ def tune(
     observer: Observer = SILENT,
 ) -> Iterator[LayerResult]:
     text = of_windows(windows(), tuning, 0)
-    return distill(load(checkpoint), text, layers, tuning, target_of=lambda *_: pattern, observer=observer)
+    return distill(
+        load(checkpoint), text, layers, tuning, target_of=lambda *_: pattern, observer=observer
+    )
 
 
 def own_masks(layer: LayerResult) -> dict[str, np.ndarray]:
@@ -65,21 +67,35 @@ def own_masks(layer: LayerResult) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("pattern", "dtype"),
-    [(Unstructured(0.7), "float16"), (Unstructured(0.7, per_output=True), "float32"), (NM(2, 4), "float16")],
+    [
+        (Unstructured(0.7), "float16"),
+        (Unstructured(0.7, per_output=True), "float32"),
+        (NM(2, 4), "float16"),
+    ],
     ids=str,
 )
-def test_each_kernel_gets_as_many_in_its_pattern(pattern: Pattern, dtype: str, tmp_path: Path) -> None:
+def test_each_kernel_gets_as_many_in_its_pattern(
+    pattern: Pattern, dtype: str, tmp_path: Path
+) -> None:
     path = tiny.save(tmp_path, tiny.config(), dtype=dtype)
     layers = solved(path, pattern)
     for before, after in zip(layers, tune(path, layers, pattern=pattern), strict=True):
         for name in LINEARS:
-            stored, masks = kernel(after, name), [own_masks(layer)[name] for layer in (before, after)]
+            stored, masks = (
+                kernel(after, name),
+                [own_masks(layer)[name] for layer in (before, after)],
+            )
             np.testing.assert_array_equal(stored != 0, masks[1])
             assert stored.dtype == np.dtype(dtype)
             wanted = pattern.zeros(stored.shape)
-            assert np.count_nonzero(stored == 0) == after[name].zeros == after[name].wanted == wanted
+            assert (
+                np.count_nonzero(stored == 0) == after[name].zeros == after[name].wanted == wanted
+            )
             share = 1 if isinstance(pattern, NM) else 0.75
-            assert abs(before[name].zeros - share * wanted) <= 0.5 * stored.shape[1] and before[name].wanted == wanted
+            assert (
+                abs(before[name].zeros - share * wanted) <= 0.5 * stored.shape[1]
+                and before[name].wanted == wanted
+            )
             if isinstance(pattern, NM):
                 assert (masks[1].reshape(-1, 4, stored.shape[1]).sum(1) == 2).all()
             elif pattern.per_output:
@@ -88,8 +104,8 @@ def test_each_kernel_gets_as_many_in_its_pattern(pattern: Pattern, dtype: str, t
 
 
 def test_what_is_kept_matters_most_to_the_loss() -> None:
-    """Whether its weight is large, or the gradients of its input and of its output are; what is zero stays so, also
-    where other weights have no gradient."""
+    """Whether its weight is large, or the gradients of its input and of its output are; what is
+    zero stays so, also where other weights have no gradient."""
     generator = np.random.default_rng(0)
     before = generator.random((24, 16)) < 0.6
     value = (generator.random(before.shape) + 0.1).astype(np.float32) * before
@@ -99,7 +115,9 @@ def test_what_is_kept_matters_most_to_the_loss() -> None:
     moving = adafactor.Moving(*map(jnp.asarray, (value, 0 * rows, 0 * columns, rows, columns)))
     fixed = adafactor.with_mask(np.float32(1), np.packbits(before, axis=0), value)
     for time, zeros in ((0, 173), (1, 192)):
-        now, then = late_zeros.pruned(*jax.tree.map(jnp.array, (moving, fixed)), selector, np.int32(time))
+        now, then = late_zeros.pruned(
+            *jax.tree.map(jnp.array, (moving, fixed)), selector, np.int32(time)
+        )
         kept = np.asarray(adafactor.unpacked(then.mask, 24))
         assert (~kept).sum() == zeros and not (kept & ~before).any()
         moves = kept if time else before
@@ -113,16 +131,27 @@ def test_what_is_kept_matters_most_to_the_loss() -> None:
     now, then = late_zeros.pruned(*jax.tree.map(jnp.array, (moving, fixed)), selector, np.int32(0))
     for_now = before & ~np.asarray(adafactor.unpacked(then.mask, 24)) & (rows[:, None] > 0)
     grown = now._replace(value=jnp.where(for_now, 100, now.value))
-    kept = np.asarray(adafactor.unpacked(late_zeros.pruned(grown, then, selector, np.int32(1))[1].mask, 24))
+    kept = np.asarray(
+        adafactor.unpacked(late_zeros.pruned(grown, then, selector, np.int32(1))[1].mask, 24)
+    )
     assert for_now.any() and kept[for_now].all()
-    unseen = moving._replace(row_shares=jnp.zeros(24, jnp.float32), column_shares=jnp.zeros(16, jnp.float32))
-    kept = np.asarray(adafactor.unpacked(late_zeros.pruned(unseen, fixed, selector, np.int32(1))[1].mask, 24))
+    unseen = moving._replace(
+        row_shares=jnp.zeros(24, jnp.float32), column_shares=jnp.zeros(16, jnp.float32)
+    )
+    kept = np.asarray(
+        adafactor.unpacked(late_zeros.pruned(unseen, fixed, selector, np.int32(1))[1].mask, 24)
+    )
     np.testing.assert_array_equal(kept, value >= np.sort(value, axis=None)[192])
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(0.7), Unstructured(0.7, per_output=True)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [Unstructured(0.7), Unstructured(0.7, per_output=True)], ids=str
+)
 def test_they_come_by_a_cubic(pattern: Unstructured, checkpoint: Path) -> None:
-    (result, *_), late = solved(checkpoint, pattern), late_zeros.LateZeros(lambda *_: pattern, range(1, 5))
+    (result, *_), late = (
+        solved(checkpoint, pattern),
+        late_zeros.LateZeros(lambda *_: pattern, range(1, 5)),
+    )
     found = late.selectors(load(checkpoint).architecture.layers[0], result)
     assert found.keys() == {f"{name}.kernel" for name in LINEARS}
     for name in LINEARS:
@@ -149,14 +178,23 @@ def test_steps_and_zeros_are_torchs(checkpoint: Path, monkeypatch: pytest.Monkey
             one, other = kernel(layer, name), theirs[name]
             both = (one != 0) & (other != 0)
             assert np.count_nonzero((one != 0) != (other != 0)) <= 0.002 * one.size, name
-            difference, far = np.abs(one - other)[both], np.abs(other - kernel(before, name))[both].max()
+            difference, far = (
+                np.abs(one - other)[both],
+                np.abs(other - kernel(before, name))[both].max(),
+            )
             assert difference.mean() < 0.001 * far and difference.max() < 0.02 * far, name
 
 
-def test_it_is_the_same_where_the_host_holds_the_weights(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_the_same_where_the_host_holds_the_weights(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layers, found = solved(checkpoint), []
     for state in (True, False):
-        monkeypatch.setattr(distillation, "placement_of", lambda *_, state=state, **__: Placement(state, results=False))
+        monkeypatch.setattr(
+            distillation,
+            "placement_of",
+            lambda *_, state=state, **__: Placement(state, results=False),
+        )
         found.append(list(tune(checkpoint, layers)))
     for one, other in zip(*found, strict=True):
         for name in LINEARS:
@@ -164,12 +202,14 @@ def test_it_is_the_same_where_the_host_holds_the_weights(checkpoint: Path, monke
 
 
 @pytest.mark.parametrize(
-    ("dtype", "stop"), [pytest.param("float32", 8, marks=pytest.mark.slow), ("bfloat16", 4), ("bfloat16", 11)]
+    ("dtype", "stop"),
+    [pytest.param("float32", 8, marks=pytest.mark.slow), ("bfloat16", 4), ("bfloat16", 11)],
 )
 def test_a_tuning_goes_on_where_it_was_stopped(
     dtype: str, stop: int, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between two times that zeros come, right behind the last one, and behind a measure that is the best."""
+    """Between two times that zeros come, right behind the last one, and behind a measure that is
+    the best."""
     monkeypatch.setattr(tuning_steps, "PRUNINGS", 3)
     monkeypatch.setattr(tuning_steps, "BETWEEN", 1)
     tuning = Tuning(tune_tokens=12 * 32, tune_rate=0.02, tune_zeros=0.25)
@@ -191,15 +231,19 @@ def test_a_tuning_goes_on_where_it_was_stopped(
     journal.close()
 
 
-def test_measures_count_with_all_zeros(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The start is the best of seventeen measures, but ten of them lack zeros. The first of the others is the best of
-    those; four more end it."""
+def test_measures_count_with_all_zeros(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start is the best of seventeen measures, but ten of them lack zeros. The first of the
+    others is the best of those; four more end it."""
     monkeypatch.setattr(tuning_steps, "BETWEEN", 1)
     monkeypatch.setattr(Student, "divergence", lambda *_: float(len(seen.held_out)))
     tuning, seen = Tuning(tune_tokens=32 * 2 * 32, tune_windows=2, tune_zeros=0.25), Steps()
     text, layers = of_stream(of_ids(tmp_path), tuning), solved(checkpoint)
     assert text.steps.last_pruning == 19
-    found = list(distill(load(checkpoint), text, layers, tuning, target_of=lambda *_: MOST, observer=seen))
+    found = list(
+        distill(load(checkpoint), text, layers, tuning, target_of=lambda *_: MOST, observer=seen)
+    )
     assert [tokens // 64 for tokens, _ in seen.held_out] == [*range(0, 29, 2)]
     for one in found:
         for name in LINEARS:
@@ -216,7 +260,9 @@ def test_rules_and_dense_experts_stay(tmp_path: Path) -> None:
     recipe = Recipe(Magnitude(), Unstructured(0.6), rules=rules, tuning=LATE)
     tokens, different = windows() % 300, 0
     own = Recipe(Magnitude(), Unstructured(0.6), rules=rules)
-    for before, after in zip(prune_model(model, tokens, own), prune_model(model, tokens, recipe), strict=True):
+    for before, after in zip(
+        prune_model(model, tokens, own), prune_model(model, tokens, recipe), strict=True
+    ):
         assert before.masks.keys() == after.masks.keys()
         for path in before.kernels:
             first, last = (kernel(layer, path) for layer in (before, after))
@@ -224,7 +270,12 @@ def test_rules_and_dense_experts_stay(tmp_path: Path) -> None:
                 np.testing.assert_array_equal(first, last)
                 continue
             different += np.count_nonzero((last != 0) & (first == 0))
-            assert np.count_nonzero(last == 0) == after[path].zeros == after[path].wanted == before[path].wanted
+            assert (
+                np.count_nonzero(last == 0)
+                == after[path].zeros
+                == after[path].wanted
+                == before[path].wanted
+            )
             if path == other:
                 assert (np.count_nonzero(last.reshape(-1, 4, last.shape[1]), axis=1) == 2).all()
     assert different > 50
@@ -233,7 +284,9 @@ def test_rules_and_dense_experts_stay(tmp_path: Path) -> None:
 def test_kernels_may_become_wholly_zero(checkpoint: Path) -> None:
     """Those of the fewest weights, for their numbers of zeros are rounded."""
     model = load(checkpoint)
-    sizes = {path: math.prod(shape) for (_, path), shape in model.architecture.kernel_shapes().items()}
+    sizes = {
+        path: math.prod(shape) for (_, path), shape in model.architecture.kernel_shapes().items()
+    }
     few, many = min(sizes.values()), max(sizes.values())
     pattern = Unstructured(1 - 0.45 / few)
     for layer in prune_model(model, windows(), Recipe(Magnitude(), pattern, tuning=LATE)):
@@ -252,13 +305,19 @@ def test_the_solves_leave_a_share_of_what_is_above_one_half(flags: str, checkpoi
         for path in LINEARS:
             assert before[path].zeros < before[path].wanted == after[path].zeros
             assert not np.any(kernel(after, path)[kernel(before, path) == 0])
-            first, last, size = first + before[path].zeros, last + after[path].zeros, size + after[path].size
+            first, last, size = (
+                first + before[path].zeros,
+                last + after[path].zeros,
+                size + after[path].size,
+            )
     assert (first, last) == (pytest.approx(0.6 * size, abs=21), pytest.approx(0.7 * size, abs=21))
 
 
 def test_up_to_one_half_they_make_all(checkpoint: Path) -> None:
     lines = [f"--tune-epochs 1 --tune-zeros {share}".split() for share in (0, 0.5)]
-    for layers in zip(*(prune_model(load(checkpoint), windows(), parse(line)) for line in lines), strict=True):
+    for layers in zip(
+        *(prune_model(load(checkpoint), windows(), parse(line)) for line in lines), strict=True
+    ):
         for path in LINEARS:
             np.testing.assert_array_equal(*(kernel(layer, path) for layer in layers))
 
@@ -269,9 +328,12 @@ def test_zeros_come_late_in_patterns(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "mask", "reason"), [(None, "from-file:masks", "the given masks decide"), (NM(2, 4), None, "the solves")]
+    ("pattern", "mask", "reason"),
+    [(None, "from-file:masks", "the given masks decide"), (NM(2, 4), None, "the solves")],
 )
-def test_late_zeros_are_refused_where_none_can_come(pattern: NM | None, mask: str | None, reason: str) -> None:
+def test_late_zeros_are_refused_where_none_can_come(
+    pattern: NM | None, mask: str | None, reason: str
+) -> None:
     with pytest.raises(InputError, match=f"tune_zeros changes nothing, for .*{reason}") as error:
         Recipe(pattern=pattern, mask=mask, tuning=LATE)
     assert error.value.options == {"tune_zeros": Change.OMIT}
@@ -287,21 +349,37 @@ def test_a_run_keeps_and_records_the_masks_of_its_end(
     tensors["model.layers.1.mlp.down_proj.weight"][3] = 0.0
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 300, (40, 32), np.int32))
-    line = ["--ckpt", dense, "--calib", tmp_path / "ids.npy", "--nsamples", 4, "--seqlen", 32, "--eval", "none"]
+    line = [
+        "--ckpt",
+        dense,
+        "--calib",
+        tmp_path / "ids.npy",
+        "--nsamples",
+        4,
+        "--seqlen",
+        32,
+        "--eval",
+        "none",
+    ]
     line += ["--tune-tokens", 12 * 32, "--tune-zeros", 0.75, "--tune-rate", 0.05, "--tune-to-end"]
     line += ["--pattern", "per-output", "--sparsity", 0.75]
     assert prune([str(word) for word in (*line, "--save-masks", file, "--out", out)]) == 0
     measured = re.findall(
-        r"tuned on (\d+) tokens: KL divergence \S+ nats on text held out(,?)", " ".join(capsys.readouterr().out.split())
+        r"tuned on (\d+) tokens: KL divergence \S+ nats on text held out(,?)",
+        " ".join(capsys.readouterr().out.split()),
     )
     assert measured[0][0] == "0" and measured[-1][0] == str(12 * 32)
-    assert [bool(to_come) for _, to_come in measured] == [int(tokens) < 0.6 * 12 * 32 for tokens, _ in measured]
+    assert [bool(to_come) for _, to_come in measured] == [
+        int(tokens) < 0.6 * 12 * 32 for tokens, _ in measured
+    ]
     assert verify([str(out), "--against", str(dense)]) == 0
     record = json.loads((out / "jaxprune.json").read_text())
     stored, masks = open_checkpoint(out), from_file(file)
     for layer in record["layers"]:
         for path, linear in layer["linears"].items():
-            kernel = stored.read([f"layers.{layer['index']}.{path}.kernel"])[f"layers.{layer['index']}.{path}.kernel"]
+            kernel = stored.read([f"layers.{layer['index']}.{path}.kernel"])[
+                f"layers.{layer['index']}.{path}.kernel"
+            ]
             np.testing.assert_array_equal(masks(layer["index"], path).read(), kernel != 0)
             dead = len(kernel) // 4 * ((layer["index"], path) == (1, "mlp.down_proj"))
             assert linear["zeros"] == np.count_nonzero(kernel == 0) == linear["wanted"] + dead

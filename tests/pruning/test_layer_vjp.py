@@ -17,21 +17,38 @@ from jaxprune.pruning.layer_vjp import forward_and_vjp, pull_back
 from tests.helpers import families
 
 
-def example(folder: Path, family: str, shape: tuple[int, int], dtype: Any) -> tuple[Layer, dict, dict, jax.Array]:
+def example(
+    folder: Path, family: str, shape: tuple[int, int], dtype: Any
+) -> tuple[Layer, dict, dict, jax.Array]:
     """Returns a family's last layer, its kernels, its other params, and inputs."""
     families.config(family, next(iter(families.VARIANTS[family]))).save_pretrained(folder)
     architecture = architecture_of(folder, dtype)
     layer, generator = architecture.layers[-1], np.random.default_rng(0)
-    rest = {path: jnp.asarray(0.3 * generator.standard_normal(s.shape), s.dtype) for path, s in layer.spec.items()}
-    kernels = {name: rest.pop(name).astype(dtype) for name in adafactor.shapes(layer, np.dtype(dtype)).values}
-    return layer, kernels, rest, jnp.asarray(generator.standard_normal((*shape, architecture.width)), dtype)
+    rest = {
+        path: jnp.asarray(0.3 * generator.standard_normal(s.shape), s.dtype)
+        for path, s in layer.spec.items()
+    }
+    kernels = {
+        name: rest.pop(name).astype(dtype)
+        for name in adafactor.shapes(layer, np.dtype(dtype)).values
+    }
+    return (
+        layer,
+        kernels,
+        rest,
+        jnp.asarray(generator.standard_normal((*shape, architecture.width)), dtype),
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "qwen3_next"])
-def test_gradients_are_those_of_jax_vjp_and_no_kernel_is_saved(family: str, dtype: Any, tmp_path: Path) -> None:
+def test_gradients_are_those_of_jax_vjp_and_no_kernel_is_saved(
+    family: str, dtype: Any, tmp_path: Path
+) -> None:
     layer, kernels, rest, x = example(tmp_path, family, (2, 8), dtype)
-    forward = jax.jit(lambda kernels, rest, x: jax.vjp(lambda k, x: layer({**rest, **k}, x)[0], kernels, x))
+    forward = jax.jit(
+        lambda kernels, rest, x: jax.vjp(lambda k, x: layer({**rest, **k}, x)[0], kernels, x)
+    )
     plain_output, plain_vjp = forward(kernels, rest, x)
     output, vjp = forward_and_vjp(layer, kernels, rest, x)
     cotangent = jnp.flip(x)
@@ -42,15 +59,23 @@ def test_gradients_are_those_of_jax_vjp_and_no_kernel_is_saved(family: str, dtyp
     def copies(vjp: Any) -> set[str]:
         """Returns the kernels whose numbers are a saved value, in whatever order and dtype."""
         saved = [np.sort(np.asarray(leaf, np.float32), None) for leaf in jax.tree.leaves(vjp)]
-        numbers = {name: np.sort(np.asarray(kernel, np.float32), None) for name, kernel in kernels.items()}
-        return {name for name, own in numbers.items() if any(np.array_equal(own, other) for other in saved)}
+        numbers = {
+            name: np.sort(np.asarray(kernel, np.float32), None) for name, kernel in kernels.items()
+        }
+        return {
+            name
+            for name, own in numbers.items()
+            if any(np.array_equal(own, other) for other in saved)
+        }
 
     assert copies(plain_vjp) == kernels.keys() and copies(vjp) == set()
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(one)) for one in (plain_vjp, kernels, vjp)]
     assert sizes[0] == sizes[1] + sizes[2]
 
 
-def _ignores_saveable_args(function: Callable[..., Any], *args: Any, saveable_args: Any = True) -> Any:
+def _ignores_saveable_args(
+    function: Callable[..., Any], *args: Any, saveable_args: Any = True
+) -> Any:
     return REAL(function, *args)
 
 
@@ -69,7 +94,9 @@ def _has_a_tuple(function: Callable[..., Any], *args: Any) -> Any:
 REAL = jax.vjp
 
 
-@pytest.mark.parametrize("other", [_ignores_saveable_args, _has_no_args_res, _has_neither, _has_a_tuple])
+@pytest.mark.parametrize(
+    "other", [_ignores_saveable_args, _has_no_args_res, _has_neither, _has_a_tuple]
+)
 def test_another_interface_of_jax_vjp_is_one_line(
     other: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,5 @@
-"""The streamed run against a plain one: transformers' forward, NumPy's solver, one linear after another."""
+"""The streamed run against a plain one: transformers' forward, NumPy's solver, one linear after
+another."""
 
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def watch(layer: Any) -> dict[str, np.ndarray]:
 
 
 def reference(tokens: np.ndarray, sparsity: float) -> list[dict[str, np.ndarray]]:
-    """Prunes the random model of the `checkpoint` fixture in torch and NumPy; kernels [in, out] by layer."""
+    """Prunes the random model of the `checkpoint` fixture in torch and NumPy; kernels [in, out] by
+    layer."""
     model = tiny.model(tiny.config())
     pruned = []
     for layer in model.model.layers:
@@ -62,7 +64,13 @@ def reference(tokens: np.ndarray, sparsity: float) -> list[dict[str, np.ndarray]
             x = inputs[name].astype(np.float64)
             weight = layer.get_submodule(name).weight.detach().numpy().T.astype(np.float64)
             kernels[name], _ = oracles.admm(
-                x.T @ x, weight, "unstructured", sparsity, schedule="cubic", iterations=20, selections=15
+                x.T @ x,
+                weight,
+                "unstructured",
+                sparsity,
+                schedule="cubic",
+                iterations=20,
+                selections=15,
             )
         with torch.no_grad():
             for name, kernel in kernels.items():
@@ -87,7 +95,9 @@ def test_streamed_pruning_is_plain_pruning(checkpoint: Path) -> None:
 @needs_torch
 def test_errors_are_those_of_the_stored_weights(checkpoint: Path) -> None:
     tokens = windows()
-    (first, *_) = prune_layers(load(checkpoint), tokens, Wanda(), Unstructured(0.5, per_output=True))
+    (first, *_) = prune_layers(
+        load(checkpoint), tokens, Wanda(), Unstructured(0.5, per_output=True)
+    )
     model = tiny.model(tiny.config())
     layer = model.model.layers[0]
     captured = watch(layer)
@@ -117,14 +127,18 @@ def test_only_the_pruned_kernels_change(checkpoint: Path) -> None:
     reader = open_checkpoint(checkpoint)
     for layer in run(checkpoint):
         dense = reader.read(layer.params)
-        assert layer.params.keys() == {p for p in reader.spec if part_of(p) == f"layers.{layer.index}"}
+        assert layer.params.keys() == {
+            p for p in reader.spec if part_of(p) == f"layers.{layer.index}"
+        }
         for path, array in layer.params.items():
             assert array.dtype == dense[path].dtype
             assert np.array_equal(array, dense[path]) != path.endswith(".kernel"), path
 
 
 def test_one_compilation_serves_all_layers(tmp_path: Path) -> None:
-    path = tiny.save(tmp_path, tiny.config(num_hidden_layers=6, hidden_size=40, intermediate_size=72))
+    path = tiny.save(
+        tmp_path, tiny.config(num_hidden_layers=6, hidden_size=40, intermediate_size=72)
+    )
     counts = [f._cache_size() for f in (accumulate, apply_layer)]
     run(path)
     assert [f._cache_size() for f in (accumulate, apply_layer)] == [count + 1 for count in counts]
@@ -192,7 +206,10 @@ def test_the_exported_checkpoint_is_the_pruned_model(checkpoint: Path, tmp_path:
             writer.write(layer.params)
         for paths in other_params(reader.spec):
             writer.write(reader.read(paths))
-    dense, pruned = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    dense, pruned = (
+        load_file(checkpoint / "model.safetensors"),
+        load_file(tmp_path / "out/model.safetensors"),
+    )
     assert dense.keys() == pruned.keys()
     for name, tensor in pruned.items():
         if "_proj" in name:
@@ -220,7 +237,8 @@ def test_nan_in_the_weights_names_layer_and_tensor(value: float, tmp_path: Path)
     stored["model.layers.1.mlp.up_proj.weight"][0, 0] = value
     save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        DamagedError, match=r"layers\.1\.mlp\.up_proj\.kernel\[0, 0\]: it holds a number that is not finite"
+        DamagedError,
+        match=r"layers\.1\.mlp\.up_proj\.kernel\[0, 0\]: it holds a number that is not finite",
     ):
         run(path)
 
@@ -231,7 +249,9 @@ def test_overflowing_activations_are_named(tmp_path: Path) -> None:
     stored["model.layers.1.mlp.up_proj.weight"] *= 1e30
     stored["model.layers.1.mlp.gate_proj.weight"] *= 1e30
     save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="layer 1: the activations hold NaN or infinity in mlp_hidden"):
+    with pytest.raises(
+        InputError, match="layer 1: the activations hold NaN or infinity in mlp_hidden"
+    ):
         run(path)
 
 
@@ -239,7 +259,9 @@ def test_hidden_states_are_updated_in_place_batch_by_batch() -> None:
     hidden = HiddenStates((6, 3, 2), np.dtype(np.float32), batch=2)
     hidden.replace(lambda rows: jnp.full((2, 3, 2), rows.start, jnp.float32))
     hidden.update(lambda x, rows: x + 1)
-    np.testing.assert_array_equal(np.concatenate(list(hidden.batches()))[:, 0, 0], [1, 1, 3, 3, 5, 5])
+    np.testing.assert_array_equal(
+        np.concatenate(list(hidden.batches()))[:, 0, 0], [1, 1, 3, 3, 5, 5]
+    )
     with pytest.raises(ValueError, match="does not divide"):
         HiddenStates((6, 3, 2), np.dtype(np.float32), batch=4)
 
@@ -254,17 +276,25 @@ def test_batches_divide_the_windows(count: int, length: int, expected: int) -> N
 
 @needs_torch
 def test_a_linear_makes_up_for_its_inputs_drift(checkpoint: Path) -> None:
-    """Behind a pruned layer, aiming at the dense model's outputs brings the last hidden states nearer to them."""
+    """Behind a pruned layer, aiming at the dense model's outputs brings the last hidden states
+    nearer to them."""
     tokens, streamed = windows(), load(checkpoint)
     model = tiny.model(tiny.config())
     with torch.no_grad():
-        dense = model.model(torch.tensor(tokens, dtype=torch.long), output_hidden_states=True).hidden_states[2].numpy()
+        dense = (
+            model.model(torch.tensor(tokens, dtype=torch.long), output_hidden_states=True)
+            .hidden_states[2]
+            .numpy()
+        )
 
     def distance(asymmetry: float) -> tuple[float, float]:
         """Of the first layer's, and of the second layer's outputs."""
         hidden = streamed.embed(tokens)
         for layer in prune_layers(streamed, tokens, ADMM(), Unstructured(0.5), asymmetry=asymmetry):
-            params = {p.removeprefix(f"layers.{layer.index}."): jnp.asarray(a) for p, a in layer.params.items()}
+            params = {
+                p.removeprefix(f"layers.{layer.index}."): jnp.asarray(a)
+                for p, a in layer.params.items()
+            }
             streamed.forward(layer.index, params, hidden)
             if layer.index == 0:
                 first = float(np.abs(hidden.array).sum())
@@ -280,35 +310,55 @@ def test_a_linear_makes_up_for_its_inputs_drift(checkpoint: Path) -> None:
 def test_inputs_do_not_drift_behind_dense_layers(checkpoint: Path) -> None:
     def second(asymmetry: float) -> LayerResult:
         dense_first = with_rules(Unstructured(0.5), {(0, path): None for path in LINEARS})
-        _, layer, *_ = prune_layers(load(checkpoint), windows(), ADMM(), dense_first, asymmetry=asymmetry)
+        _, layer, *_ = prune_layers(
+            load(checkpoint), windows(), ADMM(), dense_first, asymmetry=asymmetry
+        )
         return layer
 
     plain, aimed = second(0.0), second(0.5)
     for path, kernel in plain.kernels.items():
-        if path.startswith("self_attn.") and path != "self_attn.o_proj":  # nothing is pruned before them
+        # nothing is pruned before them
+        if path.startswith("self_attn.") and path != "self_attn.o_proj":
             assert aimed[path].error == pytest.approx(kernel.error, rel=1e-3), path
 
 
 def test_damping_is_raised_where_a_solve_fails(checkpoint: Path) -> None:
-    """Five tokens a Gram matrix: next to no damping makes SparseGPT's factorization fail in float32."""
+    """Five tokens a Gram matrix: next to no damping makes SparseGPT's factorization fail in
+    float32."""
     few = windows(1, 5)
     results = run(checkpoint, tokens=few, method=SparseGPT(damping=1e-12))
-    times = {path: linear.metrics.get("damping_times") for layer in results for path, linear in layer.kernels.items()}
+    times = {
+        path: linear.metrics.get("damping_times")
+        for layer in results
+        for path, linear in layer.kernels.items()
+    }
     assert {10.0} <= set(times.values()) <= {None, 10.0}
     assert all(np.isfinite(linear.error) for layer in results for linear in layer.kernels.values())
     assert "damping raised" in layer_line(results[0], 3)
     plain = run(checkpoint, tokens=few, method=SparseGPT())
-    assert all("damping_times" not in linear.metrics for layer in plain for linear in layer.kernels.values())
+    assert all(
+        "damping_times" not in linear.metrics
+        for layer in plain
+        for linear in layer.kernels.values()
+    )
 
 
-def test_damping_is_not_raised_without_end(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damping_is_not_raised_without_end(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("jaxprune.pruning.layer.DAMPING", (1,))
-    with pytest.raises(InputError, match=r"layer 0: .*q_proj.* cannot be solved, even with 1 times the damping"):
+    with pytest.raises(
+        InputError, match=r"layer 0: .*q_proj.* cannot be solved, even with 1 times the damping"
+    ):
         run(checkpoint, tokens=windows(1, 5), method=SparseGPT(damping=1e-30))
 
 
 def test_more_damping_reaches_all_methods() -> None:
-    crossed = Crossed(SparseGPT(damping=0.01), Finished(ADMM(damping=0.0), Exact(steps=3, damping=0.1)))
+    crossed = Crossed(
+        SparseGPT(damping=0.01), Finished(ADMM(damping=0.0), Exact(steps=3, damping=0.1))
+    )
     more = with_more_damping(crossed, 10)
-    assert more == Crossed(SparseGPT(damping=0.1), Finished(ADMM(damping=1e-6 * 10), Exact(steps=3, damping=1.0)))
+    assert more == Crossed(
+        SparseGPT(damping=0.1), Finished(ADMM(damping=1e-6 * 10), Exact(steps=3, damping=1.0))
+    )
     assert with_more_damping(Magnitude(), 10) == Magnitude()

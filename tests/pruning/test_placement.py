@@ -24,10 +24,15 @@ def test_what_fits_stays_on_the_device(checkpoint: Path) -> None:
     found = [placement_of(architecture, (1, 64), device_bytes=free) for free in (0, 1e6, 1e7)]
     assert found[0] == Placement(state=False, results=False)
     assert found[-1] == Placement(state=True, results=True)
-    assert placement_of(architecture, (1, 64), device_bytes=4.0 * weights) == Placement(state=False, results=False)
+    assert placement_of(architecture, (1, 64), device_bytes=4.0 * weights) == Placement(
+        state=False, results=False
+    )
     assert placement_of(architecture, (1, 64)) == Placement(state=True, results=True)
     # What stays leaves room for a batch of the dense model.
-    fits = [placement_of(architecture, (1, 64), device_bytes=1e7, batch_tokens=n).state for n in (64, 2**20)]
+    fits = [
+        placement_of(architecture, (1, 64), device_bytes=1e7, batch_tokens=n).state
+        for n in (64, 2**20)
+    ]
     assert fits == [True, False]
 
 
@@ -41,19 +46,30 @@ def test_results_do_not_stay_where_a_container_has_little_memory(
 
 
 def test_a_model_that_drops_experts_leaves_room_for_the_dense_one(tmp_path: Path) -> None:
-    families.config("qwen3_moe", "mixed", num_local_experts=64, moe_intermediate_size=1024).save_pretrained(tmp_path)
+    families.config(
+        "qwen3_moe", "mixed", num_local_experts=64, moe_intermediate_size=1024
+    ).save_pretrained(tmp_path)
     dense = architecture_of(tmp_path, jnp.float32)
     fewer = without_experts(dense, 0.75)
     fits = [
-        tuple(placement_of(fewer, (1, 8), teacher=t, device_bytes=size, batch_tokens=8).state for t in (None, dense))
+        tuple(
+            placement_of(fewer, (1, 8), teacher=t, device_bytes=size, batch_tokens=8).state
+            for t in (None, dense)
+        )
         for size in (2.8e7, 3.6e7, 1e8)
     ]
     assert fits == [(False, False), (True, False), (True, True)]
 
 
-@pytest.mark.parametrize("wanted", [Placement(state=True, results=False), Placement(state=True, results=True)])
-def test_what_just_fits_a_device_fits_as_runs_are_planned(wanted: Placement, tmp_path: Path) -> None:
-    tiny.config(hidden_size=1024, intermediate_size=4096, num_hidden_layers=80).save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    "wanted", [Placement(state=True, results=False), Placement(state=True, results=True)]
+)
+def test_what_just_fits_a_device_fits_as_runs_are_planned(
+    wanted: Placement, tmp_path: Path
+) -> None:
+    tiny.config(hidden_size=1024, intermediate_size=4096, num_hidden_layers=80).save_pretrained(
+        tmp_path
+    )
     architecture = architecture_of(tmp_path, jnp.bfloat16)
     steps = TuningSteps.of(Tuning(tune_epochs=2), 8, 512)
 

@@ -1,4 +1,5 @@
-"""What a run does to the user's files: its journal and its result, without the numbers; and command lines."""
+"""What a run does to the user's files: its journal and its result, without the numbers; and command
+lines."""
 
 import hashlib
 import json
@@ -27,7 +28,13 @@ from jaxprune.streaming.hidden_states import HiddenStates
 from tests.helpers.checkpoints import content
 from tests.helpers.command import failing, killed
 
-IDENTITY = {"schema": 3, "checkpoint": "c", "computation": "float32", "seed": 0, "calibration": {"windows": [4, 3]}}
+IDENTITY = {
+    "schema": 3,
+    "checkpoint": "c",
+    "computation": "float32",
+    "seed": 0,
+    "calibration": {"windows": [4, 3]},
+}
 
 
 def save_plainly(folder: Path, arrays: Params) -> None:
@@ -41,14 +48,20 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Entries without Orbax, whose threads no fork survives."""
     monkeypatch.setattr(journal_module, "save_tree", save_plainly)
     monkeypatch.setattr(
-        journal_module, "load_tree", lambda folder: {p.stem: np.load(p) for p in (folder / "d").iterdir()}
+        journal_module,
+        "load_tree",
+        lambda folder: {p.stem: np.load(p) for p in (folder / "d").iterdir()},
     )
 
 
-def work(out: Path, masks: Path | None = None, *, overwrite: bool = False, text: str = "new") -> str:
+def work(
+    out: Path, masks: Path | None = None, *, overwrite: bool = False, text: str = "new"
+) -> str:
     """A run of two layers, as `run` makes it; how it ended."""
     place = destination(out, "out", overwrite=overwrite)
-    masks_place = destination(masks, "save_masks", overwrite=overwrite, folder=False) if masks else None
+    masks_place = (
+        destination(masks, "save_masks", overwrite=overwrite, folder=False) if masks else None
+    )
     identity = IDENTITY | {"text": text}
     run = resume.run_of(identity)
     if resume.check(place, masks_place):
@@ -85,7 +98,9 @@ def work(out: Path, masks: Path | None = None, *, overwrite: bool = False, text:
 @pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning", "ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_run_killed_at_any_file_operation_goes_on_to_the_same_files(step: int, old: bool, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_file_operation_goes_on_to_the_same_files(
+    step: int, old: bool, tmp_path: Path
+) -> None:
     number, died, ends = 0, True, set()
     while died:
         place = tmp_path / "place"
@@ -96,11 +111,16 @@ def test_a_run_killed_at_any_file_operation_goes_on_to_the_same_files(step: int,
             work(out, masks, text="old")
         died = killed(lambda out=out, masks=masks: work(out, masks, overwrite=old), number)  # type: ignore[misc]
         if old:
-            assert (out / "model").read_text() in ("old", "new") and masks.read_text()[-3:] in ("old", "new")
+            assert (out / "model").read_text() in ("old", "new") and masks.read_text()[-3:] in (
+                "old",
+                "new",
+            )
         if died:
             ends.add(work(out, masks, overwrite=old))
         assert (out / "model").read_text() == "new" and masks.read_text().endswith("new")
-        assert sorted(p.name for p in place.iterdir()) == ["masks", "out", "out.unfinished.txt"], number
+        assert sorted(p.name for p in place.iterdir()) == ["masks", "out", "out.unfinished.txt"], (
+            number
+        )
         assert sorted(p.name for p in out.iterdir()) == [MARKER, "model"]
         shutil.rmtree(place)
         number += step
@@ -121,8 +141,12 @@ def stopped(tmp_path: Path, plain: None, monkeypatch: pytest.MonkeyPatch) -> Pat
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize("name", ["notes", "pruned/notes", "pruned/1/notes", "pruned/7/notes", "result/notes"])
-def test_somebody_elses_file_in_a_journal_is_refused_at_the_start_and_kept(name: str, stopped: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["notes", "pruned/notes", "pruned/1/notes", "pruned/7/notes", "result/notes"]
+)
+def test_somebody_elses_file_in_a_journal_is_refused_at_the_start_and_kept(
+    name: str, stopped: Path
+) -> None:
     file = stopped.with_name("out.unfinished") / name
     file.parent.mkdir(exist_ok=True)
     file.write_text("mine")
@@ -167,7 +191,11 @@ def test_a_journals_name_that_is_taken_is_refused_at_the_start(what: str, tmp_pa
 @pytest.mark.parametrize("name", ["notes", "pruned/0/notes", "lock.txt"])
 @pytest.mark.parametrize("fails", [False, True])
 def test_files_that_appear_in_a_journal_stay(
-    name: str, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    name: str,
+    fails: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     real = publishing.finish
 
@@ -187,9 +215,11 @@ def test_files_that_appear_in_a_journal_stay(
     assert (tmp_path / "out.unfinished" / name).read_text() == "mine"
     if not fails:
         assert f"left in {tmp_path}/out.unfinished" in caplog.text
-        assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file() and "out/" not in str(p)] == [
-            f"out.unfinished/{name}"
-        ]
+        assert [
+            str(p.relative_to(tmp_path))
+            for p in tmp_path.rglob("*")
+            if p.is_file() and "out/" not in str(p)
+        ] == [f"out.unfinished/{name}"]
 
 
 @pytest.mark.parametrize("damaged", ["pruned/0.json", "pruned/0/d/w.npy", "pruned/states.2/x"])
@@ -221,7 +251,9 @@ def test_a_result_whose_place_was_taken_is_published_by_the_same_command(
 
     with monkeypatch.context() as patch:
         patch.setattr(Destination, "publish", taken)
-        with pytest.raises(OccupiedError, match="put there by the same command once the place is free"):
+        with pytest.raises(
+            OccupiedError, match="put there by the same command once the place is free"
+        ):
             work(out, masks)
     assert content(out) == {"theirs": b"kept"}
     with pytest.raises(OccupiedError, match="already exists"):
@@ -242,7 +274,8 @@ def test_of_two_runs_for_one_place_one_works(tmp_path: Path) -> None:
 
 
 def old_journal(folder: Path) -> None:
-    """Rewrites a journal as version 0.1.0 had it: no marker, states that hold their own digests, an empty lock."""
+    """Rewrites a journal as version 0.1.0 had it: no marker, states that hold their own digests, an
+    empty lock."""
     marker = json.loads((folder / MARKER).read_text())
     (folder / MARKER).unlink()
     shutil.rmtree(folder / f"work-{marker['token']}", ignore_errors=True)
@@ -251,7 +284,9 @@ def old_journal(folder: Path) -> None:
         digests = {}
         for name, form in figures.items():
             start = f"{form['dtype']} {tuple(form['shape'])};".encode()
-            digests[name] = hashlib.sha256(start + (note.with_suffix("") / name).read_bytes()).hexdigest()
+            digests[name] = hashlib.sha256(
+                start + (note.with_suffix("") / name).read_bytes()
+            ).hexdigest()
         (note.with_suffix("") / "digests.json").write_text(json.dumps(digests))
         note.unlink()
 
@@ -262,7 +297,13 @@ def test_a_journal_of_version_0_1_0_is_finished(
     folder = stopped.with_name("out.unfinished")
     old_journal(folder)
     assert sorted(p.name for p in folder.iterdir()) == ["lock", "pruned", "run.json"]
-    assert sorted(p.name for p in (folder / "pruned").iterdir()) == ["0", "0.json", "1", "1.json", "states.2"]
+    assert sorted(p.name for p in (folder / "pruned").iterdir()) == [
+        "0",
+        "0.json",
+        "1",
+        "1.json",
+        "states.2",
+    ]
     with monkeypatch.context() as patch:
         patch.setattr(journal_module, "save_tree", None)  # nothing is made again
         assert work(stopped) == "done"
@@ -270,10 +311,17 @@ def test_a_journal_of_version_0_1_0_is_finished(
     assert "left in" not in caplog.text
 
 
-def test_what_is_not_ours_in_a_journal_of_version_0_1_0_stays(stopped: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_not_ours_in_a_journal_of_version_0_1_0_stays(
+    stopped: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = stopped.with_name("out.unfinished")
     old_journal(folder)
-    theirs = {"notes": b"mine", "result/model": b"half", "pruned/1/notes": b"mine", "lock.txt": b"x"}
+    theirs = {
+        "notes": b"mine",
+        "result/model": b"half",
+        "pruned/1/notes": b"mine",
+        "lock.txt": b"x",
+    }
     for name, text in theirs.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(text)
@@ -283,8 +331,11 @@ def test_what_is_not_ours_in_a_journal_of_version_0_1_0_stays(stopped: Path, cap
 
 
 @pytest.fixture
-def line(checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """A short command line without --out, in a folder with the user's files, which stay as they are."""
+def line(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[str]]:
+    """A short command line without --out, in a folder with the user's files, which stay as they
+    are."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(checkpoint, "ckpt")
     shutil.copy(text, "text.jsonl")
@@ -293,7 +344,9 @@ def line(checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.Monke
     Path("link").symlink_to("nowhere")
     Path("hardly").symlink_to("data")
     before = content(tmp_path)
-    yield "--ckpt ckpt --calib text.jsonl --nsamples 4 --seqlen 32 --eval none --method magnitude".split()
+    yield (
+        "--ckpt ckpt --calib text.jsonl --nsamples 4 --seqlen 32 --eval none --method magnitude"
+    ).split()
     after = content(tmp_path)
     assert {name: after.get(name) for name in before} == before
 
@@ -344,7 +397,18 @@ def test_a_run_replaces_its_own_result_only(
     assert main(argv) == 0
     assert main(argv) == 2
     assert main([*argv, "--overwrite", "--sparsity", "0.6"]) == 0
-    for command in (["--eval-text", "text.jsonl", "--eval", "ppl", "--eval-seqlen", "32", "--eval-windows", "2"],):
+    for command in (
+        [
+            "--eval-text",
+            "text.jsonl",
+            "--eval",
+            "ppl",
+            "--eval-seqlen",
+            "32",
+            "--eval-windows",
+            "2",
+        ],
+    ):
         for out in ("out", "data", ".", "link", "ckpt/evaluation"):
             capsys.readouterr()
             assert evaluate(["ckpt", *command, "--out", out, "--overwrite"]) == 2
@@ -363,7 +427,9 @@ def test_a_run_replaces_its_own_result_only(
     tuned = Path("out/model.safetensors").read_bytes()
     assert main([*argv, "--overwrite"]) == 2
     assert Path("out/model.safetensors").read_bytes() == tuned
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith((".", "out", "masks"))) == ["masks", "out"]
+    assert sorted(
+        p.name for p in tmp_path.iterdir() if p.name.startswith((".", "out", "masks"))
+    ) == ["masks", "out"]
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
@@ -387,10 +453,15 @@ def test_what_appears_at_the_place_of_a_run_stays(
         patch.setattr(layer, "prune_and_round", meanwhile)
         assert main([*line, "--out", "out"]) == 2
     said = capsys.readouterr().err
-    assert "the finished result is kept in" in said and "by the same command" in said and "Traceback" not in said
+    assert (
+        "the finished result is kept in" in said
+        and "by the same command" in said
+        and "Traceback" not in said
+    )
     assert Path("out").read_text() == "theirs" if kind == "file" else Path("out").exists()
     Path("out").rename("aside")
     with monkeypatch.context() as patch:
-        patch.setattr(layer, "prune_and_round", failing(layer.prune_and_round, 1))  # nothing is pruned anew
+        # nothing is pruned anew
+        patch.setattr(layer, "prune_and_round", failing(layer.prune_and_round, 1))
         assert main([*line, "--out", "out"]) == 0
     assert Path("out/model.safetensors").exists() and not Path("out.unfinished").exists()

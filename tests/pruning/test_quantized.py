@@ -28,7 +28,8 @@ LINE = "--sparsity 0.6 --tune-epochs 1 --tune-windows 3 --rule *.q_proj=2:4 --sk
 
 @pytest.fixture(scope="module")
 def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of which down_proj, with 48 inputs, comes in no whole blocks of 32, and all else does."""
+    """A checkpoint of which down_proj, with 48 inputs, comes in no whole blocks of 32, and all else
+    does."""
     folder = tmp_path_factory.mktemp("blocks")
     tiny.save(folder, tiny.config())
     return folder
@@ -41,7 +42,10 @@ def by_recipe(checkpoint: Path, line: str, journal: Journal | None = None) -> li
 def test_zeros_stay_and_all_else_is_on_the_grid(blocks: Path) -> None:
     pruned, found = by_recipe(blocks, LINE), by_recipe(blocks, f"{LINE} --quantize q4_0")
     for before, after in zip(pruned, found, strict=True):
-        assert before.params.keys() == after.params.keys() and before.masks.keys() == after.masks.keys()
+        assert (
+            before.params.keys() == after.params.keys()
+            and before.masks.keys() == after.masks.keys()
+        )
         for name, array in after.params.items():
             path = name.removeprefix(f"layers.{after.index}.").removesuffix(".kernel")
             if not name.endswith(".kernel") or path == "mlp.down_proj":
@@ -52,7 +56,10 @@ def test_zeros_stay_and_all_else_is_on_the_grid(blocks: Path) -> None:
             integers = array / np.where(scales > 0, scales, 1)
             np.testing.assert_allclose(integers, np.round(integers), atol=1e-6, err_msg=name)
             kernel = after[path]
-            assert kernel.zeros == np.count_nonzero(array == 0) and kernel.wanted == before[path].wanted
+            assert (
+                kernel.zeros == np.count_nonzero(array == 0)
+                and kernel.wanted == before[path].wanted
+            )
             assert kernel.error == before[path].error and 1e-4 < kernel.metrics[ERROR] < 0.03
 
 
@@ -61,10 +68,15 @@ def test_kernels_of_experts_are_on_the_grid(tmp_path: Path) -> None:
     families.save(tmp_path, families.config("olmoe", "plain"))
     for layer in by_recipe(tmp_path, "--method wanda --sparsity 0.5 --quantize q4_0"):
         path = "mlp.experts.3.up_proj"
-        assert off_grid(layer.params[f"layers.{layer.index}.{path}.kernel"], 4) == 0 and layer[path].metrics[ERROR] > 0
+        assert (
+            off_grid(layer.params[f"layers.{layer.index}.{path}.kernel"], 4) == 0
+            and layer[path].metrics[ERROR] > 0
+        )
 
 
-def test_it_is_taken_up_where_it_stopped(blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_taken_up_where_it_stopped(
+    blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     line = f"{LINE} --quantize q4_0"
     expected = by_recipe(blocks, line)
 
@@ -90,8 +102,33 @@ def test_it_is_taken_up_where_it_stopped(blocks: Path, tmp_path: Path, monkeypat
 def test_a_gguf_file_holds_the_checkpoint_bit_for_bit(
     blocks: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    run = ["prune", "--ckpt", blocks, "--calib", text, "--nsamples", 4, "--seqlen", 64, "--eval", "none"]
-    assert main([*map(str, run), "--pattern", "2:4", "--quantize", "q4_0", "--out", str(tmp_path / "out")]) == 0
+    run = [
+        "prune",
+        "--ckpt",
+        blocks,
+        "--calib",
+        text,
+        "--nsamples",
+        4,
+        "--seqlen",
+        64,
+        "--eval",
+        "none",
+    ]
+    assert (
+        main(
+            [
+                *map(str, run),
+                "--pattern",
+                "2:4",
+                "--quantize",
+                "q4_0",
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
     assert main(["verify", str(tmp_path / "out")]) == 0
     assert "on the grid of Q4_0" in capsys.readouterr().out
     assert convert([str(tmp_path / "out"), str(tmp_path / "again.gguf"), "--type", "q8_0"]) == 0
@@ -108,17 +145,39 @@ def test_a_gguf_file_holds_the_checkpoint_bit_for_bit(
     card = (tmp_path / "out/README.md").read_text()
     assert "quantized to Q4_0" in card and "FILE.gguf --type q4_0" in card
     assert "| not quantized | 3 linear layers" in card  # the down_proj of each layer has 48 inputs
-    assert "Relative error of the quantization by layer" in (tmp_path / "out/report.html").read_text()
-    again = ["prune", "--config", str(tmp_path / "out/jaxprune.json"), "--out", str(tmp_path / "again")]
+    assert (
+        "Relative error of the quantization by layer" in (tmp_path / "out/report.html").read_text()
+    )
+    again = [
+        "prune",
+        "--config",
+        str(tmp_path / "out/jaxprune.json"),
+        "--out",
+        str(tmp_path / "again"),
+    ]
     assert main(again) == 0
-    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again"))
+    first, second = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")
+    )
     assert first == second
 
 
 def test_a_weight_off_the_grid_is_found(
     blocks: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    run = ["prune", "--ckpt", blocks, "--calib", text, "--nsamples", 2, "--seqlen", 64, "--eval", "none"]
+    run = [
+        "prune",
+        "--ckpt",
+        blocks,
+        "--calib",
+        text,
+        "--nsamples",
+        2,
+        "--seqlen",
+        64,
+        "--eval",
+        "none",
+    ]
     line = ["--method", "magnitude", "--quantize", "q5_0", "--out", str(tmp_path / "out")]
     assert main([*map(str, run), *line]) == 0
     stored = load_file(tmp_path / "out/model.safetensors")
@@ -126,7 +185,9 @@ def test_a_weight_off_the_grid_is_found(
     kernel[3, np.flatnonzero(kernel[3])[0]] *= 1.01
     save_file(stored, tmp_path / "out/model.safetensors", metadata={"format": "pt"})
     assert main(["verify", str(tmp_path / "out")]) == 1
-    assert "layers.1.mlp.up_proj.kernel has 1 weights off the grid of Q5_0" in capsys.readouterr().out
+    assert (
+        "layers.1.mlp.up_proj.kernel has 1 weights off the grid of Q5_0" in capsys.readouterr().out
+    )
 
 
 def test_a_model_without_whole_blocks_is_refused(tmp_path: Path) -> None:

@@ -60,8 +60,11 @@ def die() -> None:
     time.sleep(60)
 
 
-def work(argv: list[str], log: Path, where: tuple[str, str, int, bool] | None, after: float | None) -> None:
-    """A child process: a command line that dies at a call of a function, before or after it, or after some seconds."""
+def work(
+    argv: list[str], log: Path, where: tuple[str, str, int, bool] | None, after: float | None
+) -> None:
+    """A child process: a command line that dies at a call of a function, before or after it, or
+    after some seconds."""
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -90,13 +93,19 @@ def work(argv: list[str], log: Path, where: tuple[str, str, int, bool] | None, a
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., multiprocessing.process.BaseProcess]:
+def start(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., multiprocessing.process.BaseProcess]:
     """Starts a command line in a process whose imports are done and whose programs are compiled."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.pruning.test_resume", "jaxprune.run", "orbax.checkpoint.v1", "transformers"])
+    context.set_forkserver_preload(
+        ["tests.pruning.test_resume", "jaxprune.run", "orbax.checkpoint.v1", "transformers"]
+    )
     log = tmp_path_factory.mktemp("log") / "log"
 
-    def started(argv: list[str], where: Any = None, after: float | None = None) -> multiprocessing.process.BaseProcess:
+    def started(
+        argv: list[str], where: Any = None, after: float | None = None
+    ) -> multiprocessing.process.BaseProcess:
         process = context.Process(target=work, args=(argv, log, where, after))
         process.start()
         return process
@@ -108,13 +117,28 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., multiproces
 def line(text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("deep")
     tiny.save(folder, tiny.config(num_hidden_layers=5))
-    return ["--ckpt", str(folder), "--calib", str(text), "--nsamples", "6", "--seqlen", "64", "--eval", "none"]
+    return [
+        "--ckpt",
+        str(folder),
+        "--calib",
+        str(text),
+        "--nsamples",
+        "6",
+        "--seqlen",
+        "64",
+        "--eval",
+        "none",
+    ]
 
 
 def digests(folder: Path) -> dict[str, str]:
     """Of all files but those that tell the time."""
     told = {"jaxprune.json", "report.html", "README.md", MARKER}
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.name not in told}
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.iterdir()
+        if p.name not in told
+    }
 
 
 def finish(start: Callable, argv: list[str]) -> None:
@@ -140,11 +164,31 @@ def whole(
 
 
 KILLS = [("best", "tuning", 12)]  # tests/crash kills at file operations
-KILLS += [("plain", "reading", 4), ("plain", "commit", 3), ("plain", "rename", 1), ("plain", "tidying", 2)]
+KILLS += [
+    ("plain", "reading", 4),
+    ("plain", "commit", 3),
+    ("plain", "rename", 1),
+    ("plain", "tidying", 2),
+]
 KILLS += [("plain", "solve", 17), ("best", "sensitivity", 4)]
-KILLS += [("plain", "Gram, asymmetric", 3), ("plain", "export", 3), ("plain", "forward", 2), ("plain", "states", 2)]
-KILLS += [("plain", "record", 1), ("plain", "random", 0), ("plain", "random", 1), ("best", "commit", 4)]
-KILLS += [("best", "Gram", 3), ("best", "tuning", 22), ("best", "rename", 1), ("stream", "tuning", 52)]
+KILLS += [
+    ("plain", "Gram, asymmetric", 3),
+    ("plain", "export", 3),
+    ("plain", "forward", 2),
+    ("plain", "states", 2),
+]
+KILLS += [
+    ("plain", "record", 1),
+    ("plain", "random", 0),
+    ("plain", "random", 1),
+    ("best", "commit", 4),
+]
+KILLS += [
+    ("best", "Gram", 3),
+    ("best", "tuning", 22),
+    ("best", "rename", 1),
+    ("stream", "tuning", 52),
+]
 KILLS += [("quantized", "solve", 50), ("quantized", "commit", 13), ("quantized", "random", 0)]
 KILLS += [("best", "random", number) for number in range(2)]
 
@@ -152,7 +196,13 @@ KILLS += [("best", "random", number) for number in range(2)]
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "moment", "number"), KILLS)
 def test_a_killed_run_goes_on_to_the_same_bytes(
-    name: str, moment: str, number: int, start: Callable, whole: Callable, line: list[str], tmp_path: Path
+    name: str,
+    moment: str,
+    number: int,
+    start: Callable,
+    whole: Callable,
+    line: list[str],
+    tmp_path: Path,
 ) -> None:
     argv = [*line, *LINES[name].split(), "--out", str(tmp_path / "out")]
     expected, seconds = whole(name)
@@ -171,12 +221,19 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 
 
 @pytest.fixture(scope="module")
-def stopped_once(line: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
-    """A command line without --out, and a folder with the result of a whole run and the journal of a stopped one."""
-    argv, folder = [*line, "--sparsity", "0.7", "--weigh-outputs"], tmp_path_factory.mktemp("stopped")
+def stopped_once(
+    line: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[str], Path]:
+    """A command line without --out, and a folder with the result of a whole run and the journal of
+    a stopped one."""
+    argv, folder = (
+        [*line, "--sparsity", "0.7", "--weigh-outputs"],
+        tmp_path_factory.mktemp("stopped"),
+    )
     assert main([*argv, "--out", str(folder / "whole")]) == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(journal_module, "PATIENCE", 0)  # hidden states are kept, however slow the disk is
+        # hidden states are kept, however slow the disk is
+        patch.setattr(journal_module, "PATIENCE", 0)
         patch.setattr(layer, "prune_and_round", failing(layer.prune_and_round, 30))
         assert main([*argv, "--out", str(folder / "out")]) == 2
     assert not (folder / "out").exists()
@@ -184,11 +241,18 @@ def stopped_once(line: list[str], tmp_path_factory: pytest.TempPathFactory) -> t
 
 
 @pytest.fixture
-def stopped(stopped_once: tuple[list[str], Path], tmp_path: Path) -> tuple[list[str], Path, dict[str, str]]:
-    """The command line of a run that stopped in its last layer, its journal, and the digests it should end with."""
+def stopped(
+    stopped_once: tuple[list[str], Path], tmp_path: Path
+) -> tuple[list[str], Path, dict[str, str]]:
+    """The command line of a run that stopped in its last layer, its journal, and the digests it
+    should end with."""
     argv, folder = stopped_once
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    return [*argv, "--out", str(tmp_path / "out")], tmp_path / "out.unfinished", digests(folder / "whole")
+    return (
+        [*argv, "--out", str(tmp_path / "out")],
+        tmp_path / "out.unfinished",
+        digests(folder / "whole"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -203,7 +267,10 @@ def stopped(stopped_once: tuple[list[str], Path], tmp_path: Path) -> tuple[list[
     ],
 )
 def test_what_is_damaged_is_done_again(
-    what: str, how: str, stopped: tuple[list[str], Path, dict[str, str]], capsys: pytest.CaptureFixture
+    what: str,
+    how: str,
+    stopped: tuple[list[str], Path, dict[str, str]],
+    capsys: pytest.CaptureFixture,
 ) -> None:
     argv, journal, expected = stopped
     (folder,) = journal.glob(what)
@@ -232,7 +299,10 @@ def test_another_run_is_refused(
         "pattern.sparsity: 0.7 then, 0.6 now": ["--sparsity", "0.6"],
         "seed: 0 then, 1 now": ["--seed", "1"],
         "calibration.sha256: ": ["--seed", "1"],
-        "layers.4.mlp.up_proj.kernel: before this run was stopped": ["--ckpt", str(tmp_path / "other")],
+        "layers.4.mlp.up_proj.kernel: before this run was stopped": [
+            "--ckpt",
+            str(tmp_path / "other"),
+        ],
         "method.options.damping: 0.1 then, 0.2 now": ["--damping", "0.2"],
     }
     for difference, change in changes.items():
@@ -271,7 +341,11 @@ def interruptible() -> Iterator[None]:
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
 def test_a_signal_stops_a_run_cleanly(
-    signal_name: str, line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    signal_name: str,
+    line: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     argv = [*line, "--out", str(tmp_path / "out"), "--save-masks", str(tmp_path / "masks")]
     real, calls = layer.prune_and_round, []
@@ -310,7 +384,8 @@ def test_a_damaged_checkpoint_is_pruned_further_once_it_is_replaced(
     assert main(argv) == 2
     note, error = capsys.readouterr().err.splitlines()[-2:]
     assert note == (
-        f"finished work is saved in {tmp_path}/out.unfinished: once the file is replaced, the same command continues "
+        f"finished work is saved in {tmp_path}/out.unfinished: once the file is replaced, the same "
+        "command continues "
         "from it"
     )
     assert error.startswith(f"error: {damaged}: norm.scale[3]: ")
@@ -323,7 +398,10 @@ def test_an_error_that_another_try_meets_again_suggests_none(
     line: list[str], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     large = shutil.copytree(checkpoint, tmp_path / "large")
-    edited(large, lambda tensors: tensors["model.layers.2.input_layernorm.weight"].__imul__(np.float32(1e30)))
+    edited(
+        large,
+        lambda tensors: tensors["model.layers.2.input_layernorm.weight"].__imul__(np.float32(1e30)),
+    )
     argv = [*line, "--ckpt", str(large), "--out", str(tmp_path / "out")]
     assert main(argv) == 2
     said = capsys.readouterr().err
@@ -332,14 +410,19 @@ def test_an_error_that_another_try_meets_again_suggests_none(
 
 
 def test_an_error_of_the_evaluation_says_how_to_use_what_is_pruned(
-    line: list[str], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    line: list[str],
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     argv = [*line, "--out", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
         patch.setattr("jaxprune.evaluation.quality.text_quality", failing(lambda *a, **k: None, 1))
         assert main([*argv, "--eval", "ppl", "--eval-text", str(text), "--eval-windows", "2"]) == 2
     assert capsys.readouterr().err.splitlines()[-2:] == [
-        f"finished work is saved in {tmp_path}/out.unfinished: with other options of the evaluation, or without it, "
+        f"finished work is saved in {tmp_path}/out.unfinished: with other options of the "
+        "evaluation, or without it, "
         "the same command continues from it",
         "error: stopped here",
     ]
@@ -361,7 +444,8 @@ def test_a_journal_goes_when_nothing_is_written_into_it(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's own threads
+# of Orbax's own threads
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
 def test_a_full_disk_is_an_error_after_which_a_run_goes_on(
     stopped: tuple[list[str], Path, dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture
@@ -376,11 +460,14 @@ def test_a_full_disk_is_an_error_after_which_a_run_goes_on(
         assert main(argv) == 2
         assert "GiB of disk are needed" in capsys.readouterr().err
         assert list(disk.iterdir()) == []
-        for factor in (0.5, 1.6):  # whether an entry, states or the checkpoint finds no room depends on the time
+        # whether an entry, states or the checkpoint finds no room depends on the time
+        for factor in (0.5, 1.6):
             subprocess.run(["mount", "-o", f"remount,size={int(factor * size)}", disk], check=True)
             assert main([*argv, "--unchecked"]) == 2
             fault = capsys.readouterr().err
-            assert "no room for" in fault or "cannot be written" in fault or "cannot write" in fault, (factor, fault)
+            assert (
+                "no room for" in fault or "cannot be written" in fault or "cannot write" in fault
+            ), (factor, fault)
             assert not (disk / "out").exists()
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
         assert main(argv) == 0

@@ -21,7 +21,15 @@ from jaxprune.reporting import reading
 from tests.helpers import families
 from tests.helpers.shapes import windows
 
-LINE = ["--skip", "layers.0.*", "--skip", "*.o_proj", "--rule", "*.q_proj=0.75", "--rule=layers.[12].mlp.down_proj=2:4"]
+LINE = [
+    "--skip",
+    "layers.0.*",
+    "--skip",
+    "*.o_proj",
+    "--rule",
+    "*.q_proj=0.75",
+    "--rule=layers.[12].mlp.down_proj=2:4",
+]
 
 
 @pytest.fixture
@@ -40,14 +48,31 @@ def test_the_last_rule_that_names_a_linear_layer_counts(checkpoint: Path) -> Non
 
 def test_a_rule_that_names_nothing_is_an_error_with_the_nearest_names(checkpoint: Path) -> None:
     recipe = Recipe(Wanda(), rules=(Rule("layers.1.mlp.dwn_proj"),))
-    with pytest.raises(InputError, match="no linear layer is named .*dwn_proj.*layers.1.mlp.down_proj"):
+    with pytest.raises(
+        InputError, match="no linear layer is named .*dwn_proj.*layers.1.mlp.down_proj"
+    ):
         prune_model(load(checkpoint), windows(), recipe)
 
 
-@pytest.mark.parametrize("preset", [[], ["--preset", "fast", "--sparsity", "0.3"]], ids=["plain", "spread"])
+@pytest.mark.parametrize(
+    "preset", [[], ["--preset", "fast", "--sparsity", "0.3"]], ids=["plain", "spread"]
+)
 def test_a_run_with_rules(preset: list[str], checkpoint: Path, ids: Path, tmp_path: Path) -> None:
     out, masks = tmp_path / "out", tmp_path / "masks"
-    line = ["--ckpt", checkpoint, "--calib", ids, "--nsamples", 4, "--seqlen", 32, "--eval", "none", *LINE, *preset]
+    line = [
+        "--ckpt",
+        checkpoint,
+        "--calib",
+        ids,
+        "--nsamples",
+        4,
+        "--seqlen",
+        32,
+        "--eval",
+        "none",
+        *LINE,
+        *preset,
+    ]
     assert main([*map(str, line), "--out", str(out), "--save-masks", str(masks)]) == 0
     dense, pruned = (load_file(folder / "model.safetensors") for folder in (checkpoint, out))
     zeros, total, size = {}, 0, 0
@@ -57,11 +82,16 @@ def test_a_run_with_rules(preset: list[str], checkpoint: Path, ids: Path, tmp_pa
             total, size = total + int((kernel == 0).sum()), size + kernel.size
     for name, share in zeros.items():
         if name.startswith("layers.0.") or name.endswith("o_proj"):
-            np.testing.assert_array_equal(pruned[f"model.{name}.weight"], dense[f"model.{name}.weight"], err_msg=name)
+            np.testing.assert_array_equal(
+                pruned[f"model.{name}.weight"], dense[f"model.{name}.weight"], err_msg=name
+            )
         elif name.endswith("q_proj"):
             assert share == 0.75
         elif name.endswith("down_proj"):
-            assert share == 0.5 and ((pruned[f"model.{name}.weight"].reshape(-1, 4) == 0).sum(1) == 2).all()
+            assert (
+                share == 0.5
+                and ((pruned[f"model.{name}.weight"].reshape(-1, 4) == 0).sum(1) == 2).all()
+            )
     record = json.loads((out / "jaxprune.json").read_text())
     assert record["sparsity"] == total / size
     if preset:
@@ -81,7 +111,10 @@ def test_a_run_with_rules(preset: list[str], checkpoint: Path, ids: Path, tmp_pa
         ("--rule *.q_proj=much", "much is no finite number"),
         ("--rule *.q_proj=1", "sparsity must be at least 0 and below 1"),
         ("--rule *.q_proj=4:2", "0 < N < M"),
-        ("--mask from-file:m --update exact --rule *.q_proj=0.5", "masks that were made elsewhere decide"),
+        (
+            "--mask from-file:m --update exact --rule *.q_proj=0.5",
+            "masks that were made elsewhere decide",
+        ),
     ],
 )
 def test_rules_that_cannot_be(line: str, message: str) -> None:
@@ -92,7 +125,9 @@ def test_rules_that_cannot_be(line: str, message: str) -> None:
 @pytest.fixture
 def no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reverse pass of the dense model is an error."""
-    monkeypatch.setattr(whole_model, "measure_sensitivity", lambda *_, **__: pytest.fail("a reverse pass"))
+    monkeypatch.setattr(
+        whole_model, "measure_sensitivity", lambda *_, **__: pytest.fail("a reverse pass")
+    )
 
 
 @pytest.mark.parametrize("command", [["prune"], ["prune", "--dry-run"], ["plan"]])
@@ -100,7 +135,20 @@ def no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rules_that_leave_too_few_weights_are_an_error(
     command: list[str], checkpoint: Path, ids: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    line = ["--ckpt", checkpoint, "--calib", ids, "--nsamples", 4, "--seqlen", 32, "--eval", "none", "--preset", "fast"]
+    line = [
+        "--ckpt",
+        checkpoint,
+        "--calib",
+        ids,
+        "--nsamples",
+        4,
+        "--seqlen",
+        32,
+        "--eval",
+        "none",
+        "--preset",
+        "fast",
+    ]
     line += ["--sparsity", 0.7, "--skip", "*.mlp.*", "--out", ids.parent / "out"]
     assert jaxprune([*command, *map(str, line)]) == 2
     assert "leaves 16128 zeros for the 9216 weights that no rule names" in capsys.readouterr().err
@@ -119,20 +167,27 @@ def pruned(line: str, checkpoint: Path, ids: Path) -> Path:
 
 
 @pytest.mark.usefixtures("no_gradients")
-def test_nothing_is_done_where_all_stay_dense(checkpoint: Path, ids: Path, capsys: pytest.CaptureFixture) -> None:
+def test_nothing_is_done_where_all_stay_dense(
+    checkpoint: Path, ids: Path, capsys: pytest.CaptureFixture
+) -> None:
     out = pruned("--preset best --asymmetry 0.5 --skip *", checkpoint, ids)
     assert "0.0000 % zeros, * dense, 30 other tensors" in " ".join(capsys.readouterr().out.split())
     dense, found = (load_file(folder / "model.safetensors") for folder in (checkpoint, out))
-    assert found.keys() == dense.keys() and all(np.array_equal(found[name], dense[name]) for name in dense)
+    assert found.keys() == dense.keys() and all(
+        np.array_equal(found[name], dense[name]) for name in dense
+    )
     record = json.loads((out / "jaxprune.json").read_text())
     assert record["sparsity"] == 0 and not {"sensitivity", "tune"} & record["seconds"].keys()
-    assert record["importance"]["spread"] == 0.3 and record["tuning"]["tune_epochs"] == 2  # as asked
+    # as asked
+    assert record["importance"]["spread"] == 0.3 and record["tuning"]["tune_epochs"] == 2
     run = reading.run_of(out)
     assert run
     assert (run.pattern_text, run.method_text) == ("* dense", "best: linear layers left dense")
     card, report = (out / "README.md").read_text(), (out / "report.html").read_text()
     assert (
-        "linear layers left dense\n" in card and "pruned" not in card and "sparse" not in card.replace("sparsity", "")
+        "linear layers left dense\n" in card
+        and "pruned" not in card
+        and "sparse" not in card.replace("sparsity", "")
     )
     assert "50 %" not in card + report and "in total" not in card + report
 
@@ -147,7 +202,9 @@ def test_what_stays_dense_is_quantized(checkpoint: Path, ids: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", ["fast", "best"])
-def test_rules_that_name_every_linear_layer_decide(preset: str, checkpoint: Path, ids: Path) -> None:
+def test_rules_that_name_every_linear_layer_decide(
+    preset: str, checkpoint: Path, ids: Path
+) -> None:
     """As the same sparsity of all does, of which no part is left to the tuning."""
     rules = "--rule *.self_attn.*=0.7 --rule *.mlp.*=0.7"
     out = pruned(f"--preset {preset} {rules}", checkpoint, ids)
@@ -158,7 +215,8 @@ def test_rules_that_name_every_linear_layer_decide(preset: str, checkpoint: Path
     assert (
         found
         == (
-            pruned(f"--preset {preset} --sparsity 0.7 --uniform --tune-zeros 0", checkpoint, ids) / "model.safetensors"
+            pruned(f"--preset {preset} --sparsity 0.7 --uniform --tune-zeros 0", checkpoint, ids)
+            / "model.safetensors"
         ).read_bytes()
     )
 
@@ -174,7 +232,10 @@ def test_a_recipe_of_the_library_lets_the_rules_decide(checkpoint: Path) -> None
     recipe, model = dataclasses.replace(PRESETS["best"].at(0.7), rules=rules), load(checkpoint)
     tokens = windows(2, 16)
     for layer, params in zip(prune_model(model, tokens, recipe), model.layers(), strict=True):
-        assert all(np.array_equal(array, params[name.split(".", 2)[2]]) for name, array in layer.params.items())
+        assert all(
+            np.array_equal(array, params[name.split(".", 2)[2]])
+            for name, array in layer.params.items()
+        )
     assert effective_recipe(model.architecture, recipe) == Recipe(
         recipe.method, recipe.pattern, preset="best", rules=rules
     )

@@ -23,7 +23,10 @@ from jaxprune.sparsity.patterns import InSections, by_section, in_sections
 from tests.helpers import tiny
 from tests.helpers.shapes import windows
 
-FUSED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
+FUSED = {
+    "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "mlp.gate_up_proj": ("gate_proj", "up_proj"),
+}
 TOKENS = windows(4, 32) % 300
 
 
@@ -31,8 +34,14 @@ def fused(folder: Path, apart: Path) -> Path:
     """The same model as a checkpoint of phi3, whose projections of one input are one tensor."""
     config, tensors = tiny.config(), load_file(apart / "model.safetensors")
     tiny.save(folder, config)
-    same = {name: getattr(config, name) for name in tiny.config().to_dict() if hasattr(Phi3Config(), name)}
-    made = Phi3Config(**{**same, "model_type": "phi3", "pad_token_id": 0, "architectures": ["Phi3ForCausalLM"]})
+    same = {
+        name: getattr(config, name)
+        for name in tiny.config().to_dict()
+        if hasattr(Phi3Config(), name)
+    }
+    made = Phi3Config(
+        **{**same, "model_type": "phi3", "pad_token_id": 0, "architectures": ["Phi3ForCausalLM"]}
+    )
     made.save_pretrained(folder)
     for layer in range(config.num_hidden_layers):
         for path, names in FUSED.items():
@@ -62,8 +71,12 @@ def kernels(layer: LayerResult) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("method", [ADMM(), SparseGPT()], ids=lambda m: type(m).__name__)
-def test_fused_linear_layers_are_pruned_as_those_they_are(pair: tuple[Path, Path], method: Any) -> None:
-    alone, together = (next(iter(prune_layers(load(path), TOKENS, method, Unstructured(0.625)))) for path in pair)
+def test_fused_linear_layers_are_pruned_as_those_they_are(
+    pair: tuple[Path, Path], method: Any
+) -> None:
+    alone, together = (
+        next(iter(prune_layers(load(path), TOKENS, method, Unstructured(0.625)))) for path in pair
+    )
     one, other = kernels(alone), kernels(together)
     assert one.keys() == other.keys()
     for path, kernel in one.items():
@@ -79,10 +92,14 @@ def test_late_zeros_are_those_of_their_sections(pair: tuple[Path, Path]) -> None
     before = list(prune_layers(load(pair[1]), TOKENS, ADMM(), Unstructured(0.625)))
     for one, other in zip(before, prune_model(load(pair[1]), TOKENS, recipe), strict=True):
         for path in one.kernels:
-            first, last = (layer.params[f"layers.{layer.index}.{path}.kernel"] == 0 for layer in (one, other))
+            first, last = (
+                layer.params[f"layers.{layer.index}.{path}.kernel"] == 0 for layer in (one, other)
+            )
             sections = load(pair[1]).architecture.layers[one.index].sections.get(path, ())
             assert not np.array_equal(first, last)
-            assert by_section(last.sum(axis=0), sections) == other[path].sections == one[path].sections
+            assert (
+                by_section(last.sum(axis=0), sections) == other[path].sections == one[path].sections
+            )
 
 
 def test_a_snapshot_knows_them(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -90,17 +107,26 @@ def test_a_snapshot_knows_them(pair: tuple[Path, Path], tmp_path: Path) -> None:
     snapshots.save(tmp_path / "layer.safetensors", made)
     read = snapshots.load(tmp_path / "layer.safetensors")
     assert dict(read.sections) == dict(made.sections) and len(read.sections) == 2
-    found = {path: result.sections for path, result, _, _ in snapshots.solve(read, ADMM(), Unstructured(0.5))}
+    found = {
+        path: result.sections
+        for path, result, _, _ in snapshots.solve(read, ADMM(), Unstructured(0.5))
+    }
     assert found["mlp.gate_up_proj"] == {"gate": 768, "up": 768} and not found["mlp.down_proj"]
     assert read.only("mlp.down_proj").sections == {}
 
 
 def test_zeros_that_moved_to_another_section_are_noticed(
-    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     np.save("ids.npy", TOKENS)
-    line = f"--ckpt {pair[1]} --method magnitude --calib ids.npy --nsamples 4 --seqlen 32 --eval none --out pruned"
+    line = (
+        f"--ckpt {pair[1]} --method magnitude --calib ids.npy --nsamples 4 --seqlen 32 --eval none "
+        "--out pruned"
+    )
     assert prune(line.split()) == 0 and verify(["pruned"]) == 0
     record = json.loads(Path("pruned/jaxprune.json").read_text())["layers"][0]["linears"]
     assert record["self_attn.qkv_proj"]["sections"] == {"query": 512, "key": 256, "value": 256}
@@ -113,7 +139,9 @@ def test_zeros_that_moved_to_another_section_are_noticed(
     save_file(tensors, "pruned/model.safetensors", metadata={"format": "pt"})
     assert verify(["pruned"]) == 1
     printed = capsys.readouterr()
-    assert "{'gate': 767, 'up': 769} zeros, not {'gate': 768, 'up': 768}" in printed.out + printed.err
+    assert (
+        "{'gate': 767, 'up': 769} zeros, not {'gate': 768, 'up': 768}" in printed.out + printed.err
+    )
 
 
 @pytest.mark.parametrize(
@@ -126,7 +154,10 @@ def test_each_section_has_its_share(widths: tuple[int, ...], outputs: int, spars
     pattern = in_sections(Unstructured(sparsity), sections)
     assert isinstance(pattern, InSections)
     steps = [0.1, 0.5, 0.9, 1.0]
-    selector, owner = pattern.selector(scores.shape, steps), np.repeat(np.arange(len(widths)), widths)
+    selector, owner = (
+        pattern.selector(scores.shape, steps),
+        np.repeat(np.arange(len(widths)), widths),
+    )
     select = jax.jit(lambda selector, scores, step: selector(scores, step))
     before = np.zeros(len(widths), int)
     for step in range(len(steps)):
@@ -142,8 +173,11 @@ def test_each_section_has_its_share(widths: tuple[int, ...], outputs: int, spars
     assert sum(zeros.values()) == round(sparsity * scores.size) == pattern.zeros(scores.shape)
     within = np.diff(np.asarray(selector.zeros), axis=0, prepend=0)
     room = (
-        np.diff(steps, prepend=0)[:, None] * 10 * np.array([np.resize(owner, outputs) == i for i in set(owner)]).sum(1)
+        np.diff(steps, prepend=0)[:, None]
+        * 10
+        * np.array([np.resize(owner, outputs) == i for i in set(owner)]).sum(1)
     )
-    assert (within <= np.round(room)).all()  # no step wants more than the inputs that it is about have
+    # no step wants more than the inputs that it is about have
+    assert (within <= np.round(room)).all()
     added = np.cumsum(np.asarray(selector.increments().zeros), axis=0)
     np.testing.assert_array_equal(added, np.asarray(selector.zeros))

@@ -29,11 +29,18 @@ def reference(tokens: np.ndarray) -> list[Sensitivity]:
             layer.get_submodule(path).register_forward_hook(hook)
     ids = torch.tensor(tokens, dtype=torch.long)
     scores = model(ids).logits[:, :-1]
-    torch.nn.functional.cross_entropy(scores.reshape(-1, 300), ids[:, 1:].reshape(-1), reduction="sum").backward()
-    squares = {which: output.grad.numpy().astype(np.float64) ** 2 for which, output in outputs.items()}
+    torch.nn.functional.cross_entropy(
+        scores.reshape(-1, 300), ids[:, 1:].reshape(-1), reduction="sum"
+    ).backward()
+    squares = {
+        which: output.grad.numpy().astype(np.float64) ** 2 for which, output in outputs.items()
+    }
     return [
         Sensitivity(
-            {tap: sum(squares[index, path].sum(-1) for path in paths) for tap, paths in INPUTS.items()},
+            {
+                tap: sum(squares[index, path].sum(-1) for path in paths)
+                for tap, paths in INPUTS.items()
+            },
             {path: squares[index, path].sum((0, 1)) for paths in INPUTS.values() for path in paths},
             {tap: (inputs[index, paths[0]] ** 2).sum((0, 1)) for tap, paths in INPUTS.items()},
             {},
@@ -47,7 +54,9 @@ def assert_close(found: list[Sensitivity], expected: list[Sensitivity], rtol: fl
         for own, other in zip(mine, theirs, strict=True):
             assert own.keys() == other.keys()
             for name, array in own.items():
-                np.testing.assert_allclose(array, other[name], rtol=rtol, atol=1e-6 * other[name].max(), err_msg=name)
+                np.testing.assert_allclose(
+                    array, other[name], rtol=rtol, atol=1e-6 * other[name].max(), err_msg=name
+                )
 
 
 @needs_torch
@@ -58,7 +67,8 @@ def test_gradients_are_torchs(checkpoint: Path) -> None:
 
 def test_groups_of_windows_add_up(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, model = windows(5, 40, 3), load(checkpoint)
-    window = 4 * 40 * 32 * 4  # inputs of three layers and the output, 40 tokens of width 32, float32
+    # inputs of three layers and the output, 40 tokens of width 32, float32
+    window = 4 * 40 * 32 * 4
     whole = measure_sensitivity(model, tokens)
     for host_bytes in (2.5 * window, 0):
         monkeypatch.setattr(sensitivity, "HOST_BYTES", host_bytes)
@@ -78,18 +88,24 @@ def test_what_was_kept_of_other_groups_is_not_taken(
 
 
 def test_weights_are_normalised_powers() -> None:
-    energy, outputs = np.array([[1.0, 4.0], [9.0, 16.0]], np.float32), np.array([0.0, 2.0, 6.0], np.float32)
+    energy, outputs = (
+        np.array([[1.0, 4.0], [9.0, 16.0]], np.float32),
+        np.array([0.0, 2.0, 6.0], np.float32),
+    )
     layer = Sensitivity({"tap": energy}, {"linear": outputs}, {"tap": np.ones(3, np.float32)}, {})
     found = weights(layer, Importance(token_power=0.5, weigh_outputs=True))
     np.testing.assert_allclose(found.tokens["tap"], np.sqrt(energy) / 2.5, rtol=1e-6)
     np.testing.assert_allclose(found.outputs["linear"][1:] ** 2, outputs[1:] * 3 / 8, rtol=1e-6)
-    assert 0 < found.outputs["linear"][0] < 1e-5  # a column must stay a number when it is divided by its weight
+    # a column must stay a number when it is divided by its weight
+    assert 0 < found.outputs["linear"][0] < 1e-5
     assert weights(layer, Importance(token_power=0.5)).outputs == {}
     assert weights(layer, Importance(weigh_outputs=True)).tokens == {}
 
 
 def test_no_gradient_at_all_weighs_all_the_same() -> None:
-    nothing = Sensitivity({"tap": np.zeros((2, 3), np.float32)}, {"linear": np.zeros(4, np.float32)}, {}, {})
+    nothing = Sensitivity(
+        {"tap": np.zeros((2, 3), np.float32)}, {"linear": np.zeros(4, np.float32)}, {}, {}
+    )
     found = weights(nothing, Importance(token_power=0.5, weigh_outputs=True))
     assert (found.tokens["tap"] == 1).all() and (found.outputs["linear"] == 1).all()
 

@@ -1,4 +1,5 @@
-"""A layer's snapshot in a file: it is the one that a run meets, and solving it is what the run does."""
+"""A layer's snapshot in a file: it is the one that a run meets, and solving it is what the run
+does."""
 
 import dataclasses
 import re
@@ -62,7 +63,8 @@ class Pruned(Observer):
 
 
 def assert_solved_as_in_the_run(folder: Path, line: str, layer: int, file: Path) -> Snapshot:
-    """Compares a layer of a run, before its tuning, with its snapshot solved by the run's method and patterns."""
+    """Compares a layer of a run, before its tuning, with its snapshot solved by the run's method
+    and patterns."""
     recipe, run = parse(line.split()), Pruned()
     model, smaller = load(folder), load(folder)
     if recipe.experts.drop_experts:
@@ -91,10 +93,13 @@ def assert_solved_as_in_the_run(folder: Path, line: str, layer: int, file: Path)
         "--mask wanda --pattern 2:4 --token-power 0.5 --weigh-outputs",
         "--asymmetry 0.5 --quantize q4_0",
         "--asymmetry 0.5 --skip layers.0.*",
-        "--sparsity 0.6 --spread 0.2 --rule layers.1.*=0.8 --rule layers.2.*_proj=1:4 --skip *.o_proj",
+        "--sparsity 0.6 --spread 0.2 --rule layers.1.*=0.8 --rule layers.2.*_proj=1:4 --skip "
+        "*.o_proj",
     ],
 )
-def test_solving_the_snapshot_is_what_the_run_does(line: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_solving_the_snapshot_is_what_the_run_does(
+    line: str, checkpoint: Path, tmp_path: Path
+) -> None:
     assert_solved_as_in_the_run(checkpoint, line, 2, tmp_path / "layer.safetensors")
 
 
@@ -106,7 +111,9 @@ def test_solving_the_snapshot_is_what_the_run_does(line: str, checkpoint: Path, 
         "--sparsity 0.6 --rule *.mlp.gate=0.5",
     ],
 )
-def test_solving_the_snapshot_of_a_layer_with_experts_is_what_the_run_does(line: str, tmp_path: Path) -> None:
+def test_solving_the_snapshot_of_a_layer_with_experts_is_what_the_run_does(
+    line: str, tmp_path: Path
+) -> None:
     families.save(tmp_path / "dense", families.config("qwen3_moe", "mixed"))
     found = assert_solved_as_in_the_run(tmp_path / "dense", line, 2, tmp_path / "layer.safetensors")
     assert found.tokens.keys() == {tap for tap in found.inputs if tap.startswith("expert_")}
@@ -128,7 +135,9 @@ def test_the_run_decides_the_patterns_of_a_snapshot(checkpoint: Path) -> None:
 
 def test_the_layers_before_may_stay_dense(checkpoint: Path, snapshot: Snapshot) -> None:
     model, recipe = load(checkpoint), Recipe(Magnitude(), Unstructured(0.5))
-    first, last = (snapshots.capture(model, tokens(), layer, recipe, prune_before=False) for layer in (0, 2))
+    first, last = (
+        snapshots.capture(model, tokens(), layer, recipe, prune_before=False) for layer in (0, 2)
+    )
     assert (first.layer, last.layer) == (0, 2)
     assert not np.allclose(last.grams["mlp_input"], snapshot.grams["mlp_input"], rtol=1e-2)
     pruned = next(prune_layers(model, tokens(), Magnitude(), Unstructured(0.5)))
@@ -136,23 +145,33 @@ def test_the_layers_before_may_stay_dense(checkpoint: Path, snapshot: Snapshot) 
         assert result == pruned[linear]
     drifting = dataclasses.replace(recipe, asymmetry=0.5)
     moved = snapshots.capture(model, tokens(), 2, drifting, prune_before=False)
-    assert moved.drifts.keys() == moved.grams.keys() and not any(drift.any() for drift in moved.drifts.values())
+    assert moved.drifts.keys() == moved.grams.keys() and not any(
+        drift.any() for drift in moved.drifts.values()
+    )
 
 
 def test_a_layer_that_has_no_snapshot(checkpoint: Path) -> None:
     model = load(checkpoint)
-    with pytest.raises(InputError, match="there is no layer 7: the checkpoint has 3 layers, from 0"):
+    with pytest.raises(
+        InputError, match="there is no layer 7: the checkpoint has 3 layers, from 0"
+    ):
         snapshots.capture(model, tokens(), 7, Recipe())
     with pytest.raises(InputError, match="the rules leave layer 1 dense"):
         snapshots.capture(model, tokens(), 1, Recipe(rules=(Rule("layers.1.*"),)))
 
 
 def test_a_snapshot_comes_back_as_it_was_saved(snapshot: Snapshot, tmp_path: Path) -> None:
-    half = {linear: kernel.astype(ml_dtypes.bfloat16) for linear, kernel in snapshot.kernels.items()}
+    half = {
+        linear: kernel.astype(ml_dtypes.bfloat16) for linear, kernel in snapshot.kernels.items()
+    }
     saved = snapshot._replace(
         kernels=half,
-        patterns=snapshot.patterns | {"mlp.up_proj": NM(2, 4), "mlp.gate_proj": partly(Unstructured(0.7), 0.1)},
-        outputs={linear: np.arange(1, kernel.shape[1] + 1, dtype=np.float32) for linear, kernel in half.items()},
+        patterns=snapshot.patterns
+        | {"mlp.up_proj": NM(2, 4), "mlp.gate_proj": partly(Unstructured(0.7), 0.1)},
+        outputs={
+            linear: np.arange(1, kernel.shape[1] + 1, dtype=np.float32)
+            for linear, kernel in half.items()
+        },
         tokens={"mlp_input": 3},
         drifts={tap: -gram for tap, gram in snapshot.grams.items()},
         asymmetry=0.1,
@@ -169,8 +188,12 @@ def test_a_snapshot_comes_back_as_it_was_saved(snapshot: Snapshot, tmp_path: Pat
             assert mine[key].dtype == other[key].dtype
             np.testing.assert_array_equal(mine[key], other[key])
     one = loaded.only("mlp.up_proj")
-    assert one.inputs == {"mlp_input": ("mlp.up_proj",)} and one.patterns == {"mlp.up_proj": NM(2, 4)}
-    assert one.outputs.keys() == one.kernels.keys() and one.drifts.keys() == one.tokens.keys() == {"mlp_input"}
+    assert one.inputs == {"mlp_input": ("mlp.up_proj",)} and one.patterns == {
+        "mlp.up_proj": NM(2, 4)
+    }
+    assert one.outputs.keys() == one.kernels.keys() and one.drifts.keys() == one.tokens.keys() == {
+        "mlp_input"
+    }
 
 
 def test_one_linear_layer_of_a_snapshot(snapshot: Snapshot) -> None:
@@ -211,23 +234,37 @@ def test_the_command_line(file: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     ],
 )
 def test_bad_input_is_one_error(
-    line: str, message: str, file: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    line: str,
+    message: str,
+    file: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     snapshot = snapshots.load(file)
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(file.read_bytes()[:-1000])
-    bad = {"nan": snapshot.kernels["mlp.down_proj"].copy(), "misshapen": snapshot.kernels["mlp.down_proj"][:-4]}
+    bad = {
+        "nan": snapshot.kernels["mlp.down_proj"].copy(),
+        "misshapen": snapshot.kernels["mlp.down_proj"][:-4],
+    }
     bad["nan"][3, 3] = np.nan
     for name, kernel in bad.items():
         snapshots.save(
-            tmp_path / f"{name}.safetensors", snapshot._replace(kernels=snapshot.kernels | {"mlp.down_proj": kernel})
+            tmp_path / f"{name}.safetensors",
+            snapshot._replace(kernels=snapshot.kernels | {"mlp.down_proj": kernel}),
         )
     tiny.save(tmp_path / "other", tiny.config(hidden_size=40))
     stored = {n: t * (t > 0) for n, t in load_file(tmp_path / "other/model.safetensors").items()}
     save_file(stored, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
     names = {name: tmp_path / f"{name}.safetensors" for name in bad}
     before = file.read_bytes()
-    places = names | {"file": file, "folder": tmp_path, "cut": cut, "model": checkpoint / "model.safetensors"}
+    places = names | {
+        "file": file,
+        "folder": tmp_path,
+        "cut": cut,
+        "model": checkpoint / "model.safetensors",
+    }
     capsys.readouterr()  # transformers' progress bar
     assert main(line.format(**places).split()) == 2
     error = capsys.readouterr().err
@@ -247,10 +284,34 @@ def test_bad_input_is_one_error(
         ({"inputs": '{"mlp_input": ["mlp.upper"]}'}, "mlp.upper.kernel: a tensor is missing"),
         ({"format": "something"}, "holds no layer's snapshot"),
         ({"format": "jaxprune layer 1"}, "holds no layer's snapshot"),
-        ({"patterns": '{"mlp.gate_proj": {"pattern": {"kind": "nm", "n": 2, "m": 4}, "share": 1}}'}, "or unknown"),
-        ({"patterns": '{"mlp.up_proj": {"pattern": {"kind": "nm", "n": 2, "m": 5}, "share": 1}}'}, "divisible by 5"),
-        ({"patterns": '{"mlp.up_proj": {"pattern": {"kind": "nm", "n": 2, "m": 4}, "share": 2}}'}, "patterns"),
-        ({"patterns": '{"mlp.up_proj": {"pattern": {"kind": "given", "mask": "x"}, "share": 1}}'}, "patterns"),
+        (
+            {
+                "patterns": '{"mlp.gate_proj": {"pattern": {"kind": "nm", "n": 2, "m": 4}, '
+                '"share": 1}}'
+            },
+            "or unknown",
+        ),
+        (
+            {
+                "patterns": '{"mlp.up_proj": {"pattern": {"kind": "nm", "n": 2, "m": 5}, "share": '
+                "1}}"
+            },
+            "divisible by 5",
+        ),
+        (
+            {
+                "patterns": '{"mlp.up_proj": {"pattern": {"kind": "nm", "n": 2, "m": 4}, "share": '
+                "2}}"
+            },
+            "patterns",
+        ),
+        (
+            {
+                "patterns": '{"mlp.up_proj": {"pattern": {"kind": "given", "mask": "x"}, "share": '
+                "1}}"
+            },
+            "patterns",
+        ),
         ({"tokens": '{"mlp_output": 3}'}, "tokens: there are no such inputs, found ['mlp_output']"),
         ({"tokens": '{"mlp_input": -3}'}, "tokens"),
         ({"asymmetry": "1.5"}, "asymmetry"),
@@ -258,7 +319,9 @@ def test_bad_input_is_one_error(
         ({"asymmetry": "0.5"}, "drift.mlp_input: a tensor is missing"),
     ],
 )
-def test_a_damaged_header_is_an_error(change: dict[str, str], message: str, file: Path, tmp_path: Path) -> None:
+def test_a_damaged_header_is_an_error(
+    change: dict[str, str], message: str, file: Path, tmp_path: Path
+) -> None:
     good = {"format": snapshots.FORMAT, "layer": "0", "inputs": '{"mlp_input": ["mlp.up_proj"]}'}
     save_file(load_file(file), tmp_path / "x.safetensors", metadata=good | change)
     with pytest.raises(UserError, match=re.escape(message)):
@@ -270,16 +333,28 @@ def test_a_damaged_header_is_an_error(change: dict[str, str], message: str, file
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"outputs.mlp.up_proj": np.ones(47, np.float32)}, "the number of weights is wrong, found [47], wanted [48]"),
+        (
+            {"outputs.mlp.up_proj": np.ones(47, np.float32)},
+            "the number of weights is wrong, found [47], wanted [48]",
+        ),
         ({"outputs.mlp.up_proj": np.ones(48, np.float16)}, "a tensor's dtype cannot be used"),
-        ({"outputs.mlp.up_proj": np.zeros(48, np.float32)}, "a weight of an output is not positive"),
-        ({"outputs.mlp.up_proj": np.full(48, np.nan, np.float32)}, "outputs.mlp.up_proj: it holds NaN or infinity"),
+        (
+            {"outputs.mlp.up_proj": np.zeros(48, np.float32)},
+            "a weight of an output is not positive",
+        ),
+        (
+            {"outputs.mlp.up_proj": np.full(48, np.nan, np.float32)},
+            "outputs.mlp.up_proj: it holds NaN or infinity",
+        ),
         ({"outputs.mlp.up_proj": None}, "outputs.mlp.up_proj: a tensor is missing"),
         (
             {"drift.mlp_input": np.ones((32, 31), np.float32)},
             "drift.mlp_input: its shape is wrong, found [32, 31], wanted [32, 32]",
         ),
-        ({"drift.mlp_input": np.full((32, 32), np.inf, np.float32)}, "drift.mlp_input: it holds NaN or infinity"),
+        (
+            {"drift.mlp_input": np.full((32, 32), np.inf, np.float32)},
+            "drift.mlp_input: it holds NaN or infinity",
+        ),
     ],
 )
 def test_damaged_weights_and_drifts_are_an_error(
@@ -290,7 +365,9 @@ def test_damaged_weights_and_drifts_are_an_error(
     snapshots.save(file, snapshots.capture(load(checkpoint), tokens(), 0, recipe))
     with safe_open(file, framework="numpy") as opened:
         metadata = opened.metadata()
-    arrays = {name: array for name, array in (load_file(file) | change).items() if array is not None}
+    arrays = {
+        name: array for name, array in (load_file(file) | change).items() if array is not None
+    }
     save_file(arrays, file, metadata=metadata)
     with pytest.raises(UserError, match=re.escape(message)):
         snapshots.load(file)
@@ -333,17 +410,23 @@ def test_what_a_gram_matrix_is_not() -> None:
     assert snapshots.why_no_gram((indefinite + indefinite.T) / 2)
     values[0] = -2e-2 * values[-1]
     indefinite = np.float32(vectors * values @ vectors.T)
-    assert "not positive semidefinite: pivot" in snapshots.why_no_gram((indefinite + indefinite.T) / 2)
+    assert "not positive semidefinite: pivot" in snapshots.why_no_gram(
+        (indefinite + indefinite.T) / 2
+    )
 
 
 def test_what_cannot_be_solved_is_no_result(snapshot: Snapshot) -> None:
     tap = "mlp_input"
     bad = snapshot._replace(grams=snapshot.grams | {tap: -snapshot.grams[tap]})
-    with pytest.raises(InputError, match="cannot be solved, its weights come out as NaN or infinity"):
+    with pytest.raises(
+        InputError, match="cannot be solved, its weights come out as NaN or infinity"
+    ):
         list(solve(bad.only("mlp.up_proj"), ADMM(), Unstructured(0.6)))
 
 
 def test_other_sizes(tmp_path: Path) -> None:
-    path = tiny.save(tmp_path, tiny.config(num_hidden_layers=1, hidden_size=40, intermediate_size=56))
+    path = tiny.save(
+        tmp_path, tiny.config(num_hidden_layers=1, hidden_size=40, intermediate_size=56)
+    )
     found = snapshots.capture(load(path), tokens(), 0, Recipe())
     assert found.kernels["mlp.down_proj"].shape == (56, 40)

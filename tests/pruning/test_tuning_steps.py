@@ -19,8 +19,10 @@ def test_there_are_as_many_measures_as_the_text_has_room_for(tokens: int, count:
 @pytest.mark.parametrize(
     ("tuning", "length", "groups"),
     [
-        (Tuning(tune_tokens=10**6, tune_pieces=2), 2048, [*15 * [64], 17]),  # 61 steps from one measure to the next
-        (Tuning(tune_tokens=10**6, tune_windows=8), 2048, [*15 * [32], 8]),  # 4 steps of one batch each
+        # 61 steps from one measure to the next
+        (Tuning(tune_tokens=10**6, tune_pieces=2), 2048, [*15 * [64], 17]),
+        # 4 steps of one batch each
+        (Tuning(tune_tokens=10**6, tune_windows=8), 2048, [*15 * [32], 8]),
         (Tuning(tune_tokens=10**6), 512, [*15 * [128], 33]),
         (Tuning(tune_epochs=2), 2048, [128]),
         (Tuning(tune_epochs=2), 4096, 4 * [64]),  # 2 GiB
@@ -29,5 +31,7 @@ def test_there_are_as_many_measures_as_the_text_has_room_for(tokens: int, count:
 )
 def test_groups_are_of_whole_batches(tuning: Tuning, length: int, groups: list[int]) -> None:
     """Of LLaMA-7B in 16 bits, on a GPU, which takes 16384 tokens at a time; but for the last."""
-    steps = TuningSteps.of(tuning, 128, length, windows_held_out(length) * length if tuning.tune_tokens else 0)
+    steps = TuningSteps.of(
+        tuning, 128, length, windows_held_out(length) * length if tuning.tune_tokens else 0
+    )
     assert steps.groups(2 * 4096, 16384) == groups

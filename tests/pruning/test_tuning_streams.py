@@ -19,13 +19,15 @@ from tests.helpers.shapes import LINEARS, windows
 from tests.helpers.tuning import Steps, kept_at, kernel, of_ids, pruned
 
 
-def test_too_short_a_text_is_said_before_the_work(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_too_short_a_text_is_said_before_the_work(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     of_stream(of_ids(tmp_path), Tuning(tune_tokens=76 * 32))
     assert not caplog.text
     of_stream(of_ids(tmp_path), Tuning(tune_tokens=152 * 32))
     assert (
-        "about 2,432 tokens beside those that are held out, and the tuning takes 4,864: it sees them 2.0 times"
-        in caplog.text
+        "about 2,432 tokens beside those that are held out, and the tuning takes 4,864: it sees "
+        "them 2.0 times" in caplog.text
     )
 
 
@@ -33,8 +35,8 @@ def test_too_short_a_text_is_said_before_the_work(tmp_path: Path, caplog: pytest
 def test_the_best_step_on_what_is_held_out_is_kept(
     to_end: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the start and sixteen measures the fifth is least; four behind it the tuning stops, unless it is told not
-    to."""
+    """Of the start and sixteen measures the fifth is least; four behind it the tuning stops, unless
+    it is told not to."""
     monkeypatch.setattr(tuning_steps, "BETWEEN", 1)
     layers, seen = pruned(checkpoint), Steps()
     tuning = Tuning(tune_tokens=32 * 2 * 32, tune_windows=2, tune_to_end=to_end)
@@ -51,13 +53,16 @@ def test_the_best_step_on_what_is_held_out_is_kept(
     found = list(distill(load(checkpoint), text, layers, tuning, observer=seen))
     np.testing.assert_array_equal(kernel(found[0], LINEARS[0]), at_fifth[0])
     assert text.steps.count == 32 and len(seen.told) == (32 if to_end else 16)
-    assert [tokens for tokens, _ in seen.held_out] == [64 * 2 * n for n in range(17 if to_end else 9)]
+    assert [tokens for tokens, _ in seen.held_out] == [
+        64 * 2 * n for n in range(17 if to_end else 9)
+    ]
 
 
 def test_a_stream_is_met_between_two_measures(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The dense model's predictions are computed for as much of the text as is tuned on until the next measure."""
+    """The dense model's predictions are computed for as much of the text as is tuned on until the
+    next measure."""
     monkeypatch.setattr(tuning_steps, "BETWEEN", 1)
     passes, seen, states_of = [], Steps(), StreamedModel.final_states
 
@@ -67,19 +72,30 @@ def test_a_stream_is_met_between_two_measures(
 
     monkeypatch.setattr(StreamedModel, "final_states", counted)
     tuning = Tuning(tune_tokens=8 * 2 * 4 * 32, tune_windows=2, tune_to_end=True)
-    list(distill(load(checkpoint), of_stream(of_ids(tmp_path), tuning), pruned(checkpoint), tuning, observer=seen))
+    list(
+        distill(
+            load(checkpoint),
+            of_stream(of_ids(tmp_path), tuning),
+            pruned(checkpoint),
+            tuning,
+            observer=seen,
+        )
+    )
     assert len(seen.held_out) == 17 and passes[0] == ((4, 32), 0)  # what is held out
     assert passes[1:] == [((4, 32), 2 * n) for n in range(16)]
 
 
 def test_the_divergence_is_that_of_the_models(checkpoint: Path, tmp_path: Path) -> None:
-    """Before a step moves anything, a step's own divergence and the measured one are those of the two models."""
+    """Before a step moves anything, a step's own divergence and the measured one are those of the
+    two models."""
     model, layers = load(checkpoint), pruned(checkpoint)
     tokens = of_ids(tmp_path).held_out
     own = Student(model, layers, Placement(True, True))
     (dense,) = model.final_states(tokens)
     measured = own.divergence(tokens, dense)
-    assert measured == pytest.approx(own.step(tokens, dense.read(slice(None)), 1, lambda _: 0.0), rel=1e-5)
+    assert measured == pytest.approx(
+        own.step(tokens, dense.read(slice(None)), 1, lambda _: 0.0), rel=1e-5
+    )
     assert 0.001 < measured < 10
 
 
@@ -89,7 +105,9 @@ def test_a_kernel_that_is_not_finite_is_not_kept(
     """Also where no held-out token comes to it, as to an expert's."""
     layers, tuning, stored = pruned(checkpoint), Tuning(tune_tokens=4 * 32), Student.stored
     monkeypatch.setattr(
-        Student, "stored", lambda *one: {name: np.full_like(kernel, np.nan) for name, kernel in stored(*one).items()}
+        Student,
+        "stored",
+        lambda *one: {name: np.full_like(kernel, np.nan) for name, kernel in stored(*one).items()},
     )
     with pytest.raises(InputError, match="a kernel of the distillation holds NaN"):
         list(distill(load(checkpoint), of_stream(of_ids(tmp_path), tuning), layers, tuning))
@@ -121,12 +139,17 @@ def test_a_stream_goes_on_where_it_was_stopped(
 def test_a_run_that_goes_on_computes_the_dense_model_for_the_same_windows_together(
     of: str, stop: int, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The shape of a product decides how it is rounded, most of all in bfloat16. It is what plans count, too."""
+    """The shape of a product decides how it is rounded, most of all in bfloat16. It is what plans
+    count, too."""
     layers, states_of, model = pruned(checkpoint), StreamedModel.final_states, load(checkpoint)
     state = model.architecture.state_bytes
     monkeypatch.setattr(tuning_steps, "DENSE_BYTES", 5 * 32 * state)
     tuning = Tuning(tune_epochs=1.5) if of == "windows" else Tuning(tune_tokens=18 * 32)
-    text = of_windows(windows()[:, :32], tuning, 0) if of == "windows" else of_stream(of_ids(tmp_path, 2), tuning)
+    text = (
+        of_windows(windows()[:, :32], tuning, 0)
+        if of == "windows"
+        else of_stream(of_ids(tmp_path, 2), tuning)
+    )
     passes: list[np.ndarray] = []
 
     def counted(model: StreamedModel, windows: np.ndarray) -> Any:
@@ -136,7 +159,12 @@ def test_a_run_that_goes_on_computes_the_dense_model_for_the_same_windows_togeth
     monkeypatch.setattr(StreamedModel, "final_states", counted)
     expected, whole = list(distill(model, text, layers, tuning)), passes[of == "stream" :]
     together = text.steps.together(state)
-    assert together == 5 and [len(found) for found in whole] == text.steps.groups(state) == [5, 5, 5, 3]
+    assert together == 5 and [len(found) for found in whole] == text.steps.groups(state) == [
+        5,
+        5,
+        5,
+        3,
+    ]
     journal = Journal(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(InputError, match="stopped here"):
         patch.setattr(Student, "step", failing(Student.step, stop))
@@ -158,13 +186,17 @@ def test_a_run_that_goes_on_computes_the_dense_model_for_the_same_windows_togeth
     journal.close()
 
 
-def test_a_run_that_was_stopped_after_its_tuning_tells_its_measures_again(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_after_its_tuning_tells_its_measures_again(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     recipe = Recipe(Magnitude(), Unstructured(0.5), tuning=Tuning(tune_tokens=16 * 32))
     (tmp_path / "journal").mkdir()
     journal, first, again = Journal(tmp_path / "journal"), Steps(), Steps()
     model, stream = load(checkpoint), of_ids(tmp_path)
     for observer in (first, again):
-        list(prune_model(model, windows(), recipe, stream=stream, journal=journal, observer=observer))
+        list(
+            prune_model(model, windows(), recipe, stream=stream, journal=journal, observer=observer)
+        )
     assert len(first.told) == 16 and len(first.held_out) > 1
     assert again.told == [] and again.held_out == first.held_out
     journal.close()

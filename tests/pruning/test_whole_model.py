@@ -75,7 +75,9 @@ def test_all_parts_together(checkpoint: Path) -> None:
     pattern = Unstructured(0.6)
     patterns = allocate(model, sensitivity, 0.6, 0.2, late=late_sparsity(recipe.tuning, pattern))
     weighing = [weights(layer, recipe.importance) for layer in sensitivity]
-    layers = list(prune_layers(model, tokens, recipe.method, lambda *which: patterns[which], weights=weighing))
+    layers = list(
+        prune_layers(model, tokens, recipe.method, lambda *which: patterns[which], weights=weighing)
+    )
     text = of_windows(tokens, recipe.tuning, 7)
     expected = list(distill(model, text, layers, recipe.tuning, target_of=lambda *_: pattern))
     told = Told()
@@ -84,12 +86,15 @@ def test_all_parts_together(checkpoint: Path) -> None:
     assert told.seconds.keys() == {"sensitivity", "tune"} and told.steps == [*range(1, 13)]
     assert_same(told.layers, layers)
     zeros, sizes = (
-        sum(getattr(one, n) for layer in found for one in layer.kernels.values()) for n in ("zeros", "size")
+        sum(getattr(one, n) for layer in found for one in layer.kernels.values())
+        for n in ("zeros", "size")
     )
     assert zeros == round(0.6 * sizes)
 
 
-def test_tuned_layers_are_taken_up_or_where_one_is_damaged_made_again(checkpoint: Path, tmp_path: Path) -> None:
+def test_tuned_layers_are_taken_up_or_where_one_is_damaged_made_again(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     def kept() -> tuple[list[LayerResult], list[int]]:
         told = Told()
         with contextlib.closing(Journal(tmp_path)) as journal:
@@ -110,9 +115,13 @@ def test_tuned_layers_are_taken_up_or_where_one_is_damaged_made_again(checkpoint
 
 
 def test_a_tuning_that_begins_again_mixes_no_layers(
-    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Stopped when the first tuned layer was kept, by a version whose optimizer had another state."""
+    """Stopped when the first tuned layer was kept, by a version whose optimizer had another
+    state."""
     monkeypatch.setattr(Journal, "worth_keeping", lambda *_: True)
     line = "--sparsity 0.6 --tune-epochs 1 --tune-windows 3"
     with contextlib.closing(Journal(tmp_path)) as journal:
@@ -120,7 +129,11 @@ def test_a_tuning_that_begins_again_mixes_no_layers(
         entry = journal.get("tuning/4/0")
         assert entry
         journal.drop("tuning/4/0")
-        journal.put("tuning/4/0", {f"{path}.second": array for path, array in entry.arrays.items()}, entry.metadata)
+        journal.put(
+            "tuning/4/0",
+            {f"{path}.second": array for path, array in entry.arrays.items()},
+            entry.metadata,
+        )
         monkeypatch.setattr(whole_model.distillation, "FAR", 1e9)  # it tunes otherwise
         found = by_recipe(checkpoint, line, journal=journal)
         kept = [Results(journal, "tuned", 3).require(index) for index in range(3)]
@@ -130,7 +143,10 @@ def test_a_tuning_that_begins_again_mixes_no_layers(
 
 def test_weights_change_the_mask_but_not_an_outputs_own_update(checkpoint: Path) -> None:
     model, tokens = load(checkpoint), windows()
-    weighing = [weights(layer, Importance(weigh_outputs=True)) for layer in measure_sensitivity(model, tokens)]
+    weighing = [
+        weights(layer, Importance(weigh_outputs=True))
+        for layer in measure_sensitivity(model, tokens)
+    ]
 
     def first(per_output: bool, weighing: list[Weights] | None) -> np.ndarray:
         pattern = Unstructured(0.5, per_output=per_output)
@@ -147,7 +163,9 @@ def test_tokens_weigh_in_the_gram_matrix(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["--pattern 3:5", "--mask from-file:nowhere"])
-def test_what_does_not_fit_is_refused_before_work(line: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_refused_before_work(
+    line: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(whole_model, "measure_sensitivity", None)
     with pytest.raises(InputError):
         prune_model(load(checkpoint), windows(), parse(f"--preset fast {line}".split()))
@@ -158,8 +176,16 @@ def test_tokens_of_another_vocabulary_are_refused_before_work(checkpoint: Path) 
         prune_model(load(checkpoint), windows() + 300, parse(["--preset", "fast"]))
 
 
-def test_options_that_no_record_can_hold_are_refused_before_work(checkpoint: Path, tmp_path: Path) -> None:
+def test_options_that_no_record_can_hold_are_refused_before_work(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     for value in ({"a": 1}, tmp_path):
         with pytest.raises(InputError, match="config.note: an entry cannot be used"):
-            prune(load(checkpoint), windows(2, 16), Recipe(Magnitude()), tmp_path / "out", config={"note": value})
+            prune(
+                load(checkpoint),
+                windows(2, 16),
+                Recipe(Magnitude()),
+                tmp_path / "out",
+                config={"note": value},
+            )
     assert not any(tmp_path.iterdir())

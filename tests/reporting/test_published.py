@@ -15,10 +15,16 @@ FILE = Path(published.__file__).with_suffix(".json")
 
 def test_the_ratios_are_those_of_the_documentation() -> None:
     with open(ROOT / "docs/results/presets.csv") as file:
-        rows = {(row["row"], row["pattern"]): float(row["perplexity"]) for row in csv.DictReader(file)}
+        rows = {
+            (row["row"], row["pattern"]): float(row["perplexity"]) for row in csv.DictReader(file)
+        }
     found = json.loads(FILE.read_text())
-    expected = {f"{percent} %": rows[found["preset"], str(percent / 100)] for percent in (50, 60, 70, 80)}
-    assert found["ratios"] == {name: round(value / rows["dense", ""], 4) for name, value in expected.items()}
+    expected = {
+        f"{percent} %": rows[found["preset"], str(percent / 100)] for percent in (50, 60, 70, 80)
+    }
+    assert found["ratios"] == {
+        name: round(value / rows["dense", ""], 4) for name, value in expected.items()
+    }
 
 
 @pytest.mark.parametrize(

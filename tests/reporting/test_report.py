@@ -20,7 +20,9 @@ from jaxprune.reporting.schema import Record
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 
 
-def quality(perplexity: float | None, kl: float | None = None, acc: float | None = None) -> dict[str, Any]:
+def quality(
+    perplexity: float | None, kl: float | None = None, acc: float | None = None
+) -> dict[str, Any]:
     text: dict[str, Any] = {"windows": [4, 128], "perplexity": perplexity}
     if kl is not None:
         text |= {"ratio": (perplexity or 1.0) / 10.0, "kl": kl, "top1": 0.5}
@@ -28,13 +30,20 @@ def quality(perplexity: float | None, kl: float | None = None, acc: float | None
     if acc is not None:
         made["tasks"] = {
             "boolq": {"acc": acc, "acc_stderr": 0.02},
-            "hellaswag": {"acc": acc / 2, "acc_stderr": 0.02, "acc_norm": acc / 1.5, "acc_norm_stderr": 0.02},
+            "hellaswag": {
+                "acc": acc / 2,
+                "acc_stderr": 0.02,
+                "acc_norm": acc / 1.5,
+                "acc_norm_stderr": 0.02,
+            },
         }
         made["mean_accuracy"] = {"acc": 0.75 * acc, "acc_stderr": 0.014}
     return made
 
 
-def run_record(out: str = "pruned", method: str = "admm", pattern: str = "50 %", **changes: Any) -> dict[str, Any]:
+def run_record(
+    out: str = "pruned", method: str = "admm", pattern: str = "50 %", **changes: Any
+) -> dict[str, Any]:
     kind = {"kind": "nm", "n": 2, "m": 4} if pattern == "2:4" else {"kind": "unstructured"}
     if pattern != "2:4":
         kind["sparsity"] = float(pattern.removesuffix(" %")) / 100
@@ -66,7 +75,9 @@ def run_record(out: str = "pruned", method: str = "admm", pattern: str = "50 %",
     }
 
 
-def evaluation_record(checkpoints: dict[str, Any], against: str | None = "llama-7b") -> dict[str, Any]:
+def evaluation_record(
+    checkpoints: dict[str, Any], against: str | None = "llama-7b"
+) -> dict[str, Any]:
     config = {"out": "evaluation"}
     record = {"schema": 2, "kind": "evaluation", "config": config, "against": against}
     return record | {"checkpoints": checkpoints, "hardware": "a GPU"}
@@ -90,7 +101,9 @@ def several() -> list[dict[str, Any]]:
                 "pruned": quality(20 * sparsity**-1, kl=kl / sparsity, acc=0.5),
             }
             name = f"out/{method}-{pattern.replace(' %', '').replace(':', 'of')}"
-            records.append(run_record(name, method, pattern, sparsity=sparsity, evaluation=measured))
+            records.append(
+                run_record(name, method, pattern, sparsity=sparsity, evaluation=measured)
+            )
     records[-1]["evaluation"]["pruned"] = quality(None, kl=9.0, acc=0.3)
     return records
 
@@ -100,7 +113,12 @@ def test_a_run_is_a_dense_and_a_pruned_entry() -> None:
     assert (dense.name, dense.dense, dense.label) == ("llama-7b", True, "llama-7b (dense)")
     assert dense.accuracy == pytest.approx(0.525)
     assert dense.sparsity is None  # nobody counted its zeros
-    assert (pruned.label, pruned.method, pruned.pattern, pruned.sparsity) == ("pruned", "admm", "50 %", 0.5)
+    assert (pruned.label, pruned.method, pruned.pattern, pruned.sparsity) == (
+        "pruned",
+        "admm",
+        "50 %",
+        0.5,
+    )
     assert pruned.quality.texts["wikitext2"].kl == 0.25 and pruned.text("c4") is None
 
 
@@ -112,7 +130,9 @@ def test_records_of_one_checkpoint_are_merged() -> None:
         "elsewhere/pruned": {"sparsity": 0.5, "run": run, "quality": quality(13.0, kl=0.2)},
         "elsewhere/other": {"sparsity": 0.41, "run": None, "quality": quality(15.0)},
     }
-    found = report.entries(parsed(run, evaluation_record(both), run_record(evaluation={"dense": quality(10.0)})))
+    found = report.entries(
+        parsed(run, evaluation_record(both), run_record(evaluation={"dense": quality(10.0)}))
+    )
     assert [(entry.label, entry.dense) for entry in found] == [
         ("llama-7b (dense)", True), ("pruned", False), ("other", False),
     ]  # fmt: skip
@@ -122,7 +142,9 @@ def test_records_of_one_checkpoint_are_merged() -> None:
 
 
 def test_the_zeros_of_a_dense_checkpoint_are_those_that_were_counted() -> None:
-    counted = evaluation_record({"llama-7b": {"sparsity": 0.0003, "run": None, "quality": quality(10.0)}})
+    counted = evaluation_record(
+        {"llama-7b": {"sparsity": 0.0003, "run": None, "quality": quality(10.0)}}
+    )
     for records in ((run_record(), counted), (counted, run_record())):
         assert report.entries(parsed(*records))[0].sparsity == 0.0003
 
@@ -148,7 +170,11 @@ def test_the_mean_is_that_of_the_merged_tasks() -> None:
 
 def test_checkpoints_of_one_name_are_told_apart() -> None:
     records = [run_record("a/out", method="admm"), run_record("b/out", method="wanda")]
-    assert [entry.label for entry in report.entries(parsed(*records))] == ["llama-7b (dense)", "a/out", "b/out"]
+    assert [entry.label for entry in report.entries(parsed(*records))] == [
+        "llama-7b (dense)",
+        "a/out",
+        "b/out",
+    ]
 
 
 def headings(page: str) -> list[str]:
@@ -157,11 +183,21 @@ def headings(page: str) -> list[str]:
 
 def test_what_was_measured_is_in_the_page() -> None:
     page = page_of(run_record())
-    for text in ("13.00", "10.00", "0.2500", "50.00 %", "45.00", "Measured on 2 cores", "50.0000 %"):
+    for text in (
+        "13.00",
+        "10.00",
+        "0.2500",
+        "50.00 %",
+        "45.00",
+        "Measured on 2 cores",
+        "50.0000 %",
+    ):
         assert text in page, text
     assert "Time by phase" in headings(page) and "Sparsity against quality" not in headings(page)
     page = page_of(*several())
-    assert {"Sparsity against quality", "KL divergence on wikitext2 by sparsity"} <= set(headings(page))
+    assert {"Sparsity against quality", "KL divergence on wikitext2 by sparsity"} <= set(
+        headings(page)
+    )
     assert "∞" in page
 
 
@@ -176,10 +212,14 @@ def test_measures_before_all_zeros_are_there_are_marked() -> None:
     points = [[tokens, 0.5] for tokens in (0, 500, 700, 1000)]
 
     def dotted(pattern: str = "60 %", **tuning: float) -> int:
-        found = report.entries(parsed(run_record(pattern=pattern, divergences=points, tuning=tuning)))[1:]
+        found = report.entries(
+            parsed(run_record(pattern=pattern, divergences=points, tuning=tuning))
+        )[1:]
         return figures.divergence_by_tokens(found).svg.count("stroke-dasharray")
 
-    assert dotted(tune_tokens=1000, tune_zeros=0.5) == dotted(tune_tokens=10**400, tune_zeros=0.5) == 1
+    assert (
+        dotted(tune_tokens=1000, tune_zeros=0.5) == dotted(tune_tokens=10**400, tune_zeros=0.5) == 1
+    )
     assert not dotted(tune_tokens=1000) and not dotted(tune_tokens=0, tune_zeros=0.5)
     assert not dotted("50 %", tune_tokens=1000, tune_zeros=0.5)
 
@@ -192,7 +232,9 @@ def test_one_sparsity_makes_no_curve() -> None:
 def test_files_are_named_by_the_end_of_their_path() -> None:
     record = run_record()
     for measured in record["evaluation"].values():
-        measured["texts"] = {"/home/someone/data/wiki/validation.jsonl": measured["texts"]["wikitext2"]}
+        measured["texts"] = {
+            "/home/someone/data/wiki/validation.jsonl": measured["texts"]["wikitext2"]
+        }
     page = page_of(record)
     assert "Perplexity of wiki/validation" in headings(page)
     assert "/home/someone" not in page.partition("<h2>Details")[0]
@@ -200,7 +242,10 @@ def test_files_are_named_by_the_end_of_their_path() -> None:
 
 def test_a_run_without_evaluation_has_a_report() -> None:
     page = page_of(run_record(evaluation={}))
-    assert headings(page)[:2] == ["What was done", "Summary"] and "Relative error by layer" in headings(page)
+    assert headings(page)[:2] == [
+        "What was done",
+        "Summary",
+    ] and "Relative error by layer" in headings(page)
     assert "perplexity" not in page.partition("<h2>Details")[0].partition("</style>")[2]
 
 
@@ -240,12 +285,19 @@ def test_names_cannot_inject_markup() -> None:
 )
 def test_no_name_keeps_a_report_from_being_drawn(name: str) -> None:
     """Names are text, never mathtext; what the font lacks is a box, and no warning."""
-    records = [run_record(f"out/{name}"), run_record(f"more/{name}x", method="wanda"), run_record(name, pattern="2:4")]
+    records = [
+        run_record(f"out/{name}"),
+        run_record(f"more/{name}x", method="wanda"),
+        run_record(name, pattern="2:4"),
+    ]
     for record in records:
         record["config"] |= {"ckpt": name, "calib": name}
         for measured in record["evaluation"].values():
             measured["texts"] = {name: measured["texts"]["wikitext2"]}
-            measured["tasks"] = {name: measured["tasks"]["boolq"], f"{name}2": measured["tasks"]["boolq"]}
+            measured["tasks"] = {
+                name: measured["tasks"]["boolq"],
+                f"{name}2": measured["tasks"]["boolq"],
+            }
         record["seconds"] = {name: 1.0, "total": 1.0}
         record["layers"][0]["linears"] = {name: record["layers"][0]["linears"][LINEARS[0]]}
     page = page_of(*records)
@@ -257,7 +309,10 @@ def test_no_number_keeps_a_plot_from_being_drawn(number: float | None) -> None:
     """Not finite (null), 0, one value, equal values, values of all sizes."""
     records = [run_record(out, pattern=pattern) for out, pattern in (("a", "50 %"), ("b", "70 %"))]
     for record in records:
-        record["evaluation"]["pruned"]["texts"]["wikitext2"] |= {"perplexity": number or None, "kl": number}
+        record["evaluation"]["pruned"]["texts"]["wikitext2"] |= {
+            "perplexity": number or None,
+            "kl": number,
+        }
         for layer in record["layers"]:
             for linear in layer["linears"].values():
                 linear["error"] = number
@@ -265,7 +320,11 @@ def test_no_number_keeps_a_plot_from_being_drawn(number: float | None) -> None:
     found = report.entries(parsed(*records))
     runs = found[1:]
     plots = [figures.perplexities(found, "wikitext2"), figures.divergences(runs, "wikitext2")]
-    plots += [figures.error_by_layer(runs), figures.error_by_layer(runs[:1]), figures.error_by_linear(runs)]
+    plots += [
+        figures.error_by_layer(runs),
+        figures.error_by_layer(runs[:1]),
+        figures.error_by_linear(runs),
+    ]
     plots.append(figures.time_by_phase(runs))
     assert all("<path" in plot.svg for plot in plots)
 
@@ -278,10 +337,15 @@ def test_no_number_keeps_a_plot_from_being_drawn(number: float | None) -> None:
         ("[]", "cannot be used, found \\[\\]"),
         ('{"kind": "run"}', "config: an entry is missing"),
         ('{"config": {}, "method": {}}', "kind: an entry is missing"),
-        ('{"kind": "run", "schema": 3}', "schema: it was written by another version of jaxprune, found 3, wanted 2"),
+        (
+            '{"kind": "run", "schema": 3}',
+            "schema: it was written by another version of jaxprune, found 3, wanted 2",
+        ),
     ],
 )
-def test_a_folder_without_a_record_is_one_error(content: str | None, message: str, tmp_path: Path) -> None:
+def test_a_folder_without_a_record_is_one_error(
+    content: str | None, message: str, tmp_path: Path
+) -> None:
     if content is not None:
         (tmp_path / "jaxprune.json").write_text(content)
     with pytest.raises(UserError, match=message):
@@ -306,7 +370,9 @@ def browser() -> Iterator[Any]:
     """Headless Chromium, from the system."""
     from playwright.sync_api import sync_playwright
 
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    path = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if path is None:
         if os.environ.get("CI"):
             pytest.fail("CI must have a browser")
@@ -330,18 +396,28 @@ def test_a_browser_shows_it(
     messages: list[str] = []
     page.on("console", lambda message: messages.append(message.text))
     page.on("pageerror", lambda error: messages.append(str(error)))
-    page.on("request", lambda request: messages.append(request.url) if not request.url.startswith("file:") else None)
+    page.on(
+        "request",
+        lambda request: (
+            messages.append(request.url) if not request.url.startswith("file:") else None
+        ),
+    )
     page.goto((tmp_path / "report.html").as_uri())
     assert [m for m in messages if not m.startswith("data:")] == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    sizes = page.evaluate("[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect().toJSON())")
+    sizes = page.evaluate(
+        "[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect().toJSON())"
+    )
     assert len(sizes) >= 7
     assert all(100 < size["height"] and 250 < size["width"] <= width for size in sizes)
     shown = page.evaluate(
         "[...document.querySelectorAll('body, figure, td, h1, figure svg path')].map(e => "
-        "[getComputedStyle(e).backgroundColor, getComputedStyle(e).color, getComputedStyle(e).fill])"
+        "[getComputedStyle(e).backgroundColor, getComputedStyle(e).color, "
+        "getComputedStyle(e).fill])"
     )
-    bright = [sum(map(int, re.findall(r"\d+", color)[:3])) > 382 for color in (shown[0][0], shown[0][1])]
+    bright = [
+        sum(map(int, re.findall(r"\d+", color)[:3])) > 382 for color in (shown[0][0], shown[0][1])
+    ]
     assert bright == ([True, False] if scheme == "light" else [False, True])
     first_column = page.evaluate("document.querySelector('tbody td').getBoundingClientRect().width")
     assert first_column >= 100
@@ -373,7 +449,10 @@ def test_a_verdict_and_sizes_on_disk_are_shown() -> None:
     }
     head = {"schema": 2, "kind": "evaluation", "config": {}, "against": "dense"}
     page = report.page([reading.read(json.dumps(head | {"checkpoints": checkpoints}), "x")])
-    sentence = "pruned, 50 % zeros: on wikitext2 its perplexity is 1.30 times the dense model&#39;s, and at 50 % of"
+    sentence = (
+        "pruned, 50 % zeros: on wikitext2 its perplexity is 1.30 times the dense model&#39;s, and "
+        "at 50 % of"
+    )
     assert sentence in page and "dense, " not in page.partition("<main>")[0]
     assert "Perplexity of wikitext2 by size" in page
     for sizes in ("200 MB</td><td>60 MB", "200 MB</td><td>400 MB", "150 MB</td><td>150 MB"):

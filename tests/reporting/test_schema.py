@@ -86,7 +86,8 @@ def test_a_damaged_entry_is_one_line(kind: str, wrong: str) -> None:
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_all_that_is_no_damage_is_shown(wrong: str) -> None:
-    """A record with a strange value wherever the schema allows it: pages are drawn and verify reads it."""
+    """A record with a strange value wherever the schema allows it: pages are drawn and verify reads
+    it."""
     record = run()
     for way in [way for way in places(record) if way not in (("schema",), ("kind",))]:
         with contextlib.suppress(UserError, KeyError, IndexError, TypeError):
@@ -121,7 +122,10 @@ def test_no_entry_of_the_record_is_read_unchecked() -> None:
             b'{"kind": "walk"}',
             "jaxprune.json: kind: an entry cannot be used, found 'walk', wanted 'run' or",
         ),
-        (b'{"kind": "run", "schema": 3}', "jaxprune.json: schema: it was written by another version of jaxprune"),
+        (
+            b'{"kind": "run", "schema": 3}',
+            "jaxprune.json: schema: it was written by another version of jaxprune",
+        ),
     ],
 )
 def test_what_is_no_record_is_one_error(content: bytes, message: str) -> None:
@@ -146,7 +150,9 @@ def test_what_is_written_is_json_whatever_is_in_it() -> None:
     assert json.loads(written) == {"a": [1, None, [None, "b"]], "name\\udcff": "\\udc80 \\ud800"}
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 1e-07, 1 / 3, 0.5, 0.57, 0.6666667, 0.6666666666666666, 0.9999999999999999])
+@pytest.mark.parametrize(
+    "sparsity", [0.0, 1e-07, 1 / 3, 0.5, 0.57, 0.6666667, 0.6666666666666666, 0.9999999999999999]
+)
 def test_words_have_all_digits(sparsity: float) -> None:
     words = percent(sparsity)
     assert "e" not in words and float(f"{words}e-2") == sparsity

@@ -48,12 +48,20 @@ def test_a_record_is_what_this_version_would_have_written(name: str) -> None:
 def test_reports_are_drawn_of_them() -> None:
     names = [*FLAGS, "evaluation"]
     page = report.page([reading.load(RECORDS / f"{name}.json") for name in names])
-    for words in ("66.6667 %", "60 % per output", "2:4", "70 % in total", "the mask from-file:masks.safetensors"):
+    for words in (
+        "66.6667 %",
+        "60 % per output",
+        "2:4",
+        "70 % in total",
+        "the mask from-file:masks.safetensors",
+    ):
         assert words in page
 
 
 @pytest.mark.parametrize("name", FLAGS)
-def test_checkpoints_are_verified_by_them(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_checkpoints_are_verified_by_them(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     folder = tiny.save(tmp_path / "pruned", tiny.config(num_hidden_layers=2))
     shutil.copy(RECORDS / f"{name}.json", folder / "jaxprune.json")
     run = reading.load(folder)
@@ -81,14 +89,17 @@ def _zero(weight: Any, zeros: int, pattern: PatternRecord) -> None:
 
 
 def test_digits_that_prose_lost_are_no_difference() -> None:
-    """At 0.6666667, 4096 × 11008 weights have 14 zeros fewer than at the 0.666667 of "66.6667 %"."""
+    """At 0.6666667, 4096 × 11008 weights have 14 zeros fewer than at the 0.666667 of "66.6667
+    %"."""
     record = json.loads((RECORDS / "unstructured.json").read_text())
     size = 4096 * 11008
 
     def wanted(zeros: int, pattern: str = "66.6667 %") -> int:
         linear = {"error": 0.1, "zeros": zeros, "size": size, "stats": {}}
         layers = [{"index": 0, "seconds": {}, "linears": {"mlp.up_proj": linear}}]
-        run = reading.read(json.dumps(record | {"layers": layers, "pattern": pattern}), "jaxprune.json")
+        run = reading.read(
+            json.dumps(record | {"layers": layers, "pattern": pattern}), "jaxprune.json"
+        )
         assert isinstance(run, schema.Run)
         return run.layers[0].linears["mlp.up_proj"].wanted
 
@@ -101,9 +112,10 @@ def test_digits_that_prose_lost_are_no_difference() -> None:
 @pytest.mark.parametrize(
     ("entry", "value"),
     [
-        ("pattern", "50"), ("pattern", "50 % or so"), ("pattern", "100 %"), ("pattern", "2:4 "), ("pattern", "4:2"),
-        ("pattern", "1e9999 %"), ("pattern", "٥٠ %"), ("pattern", 0.5), ("method", {"name": "admm"}),
-        ("method", {"name": "x", "mask": {"name": "wanda"}}), ("layers", [{}]), ("sparsity", float("nan")),
+        ("pattern", "50"), ("pattern", "50 % or so"), ("pattern", "100 %"), ("pattern", "2:4 "),
+        ("pattern", "4:2"), ("pattern", "1e9999 %"), ("pattern", "٥٠ %"), ("pattern", 0.5),
+        ("method", {"name": "admm"}), ("method", {"name": "x", "mask": {"name": "wanda"}}),
+        ("layers", [{}]), ("sparsity", float("nan")),
     ],
 )  # fmt: skip
 def test_what_version_1_never_wrote_is_one_error(entry: str, value: object) -> None:
@@ -123,11 +135,21 @@ def test_the_identity_of_a_journal_is_what_version_1_wrote(line: str) -> None:
 
 
 def test_layers_of_a_journal_are_taken_up(checkpoint: Path, tmp_path: Path) -> None:
-    linears = {path: {"error": 0.1, "zeros": 7, "size": 9, "stats": {"cg_steps": 3.0}} for path in ("a.b", "c")}
+    linears = {
+        path: {"error": 0.1, "zeros": 7, "size": 9, "stats": {"cg_steps": 3.0}}
+        for path in ("a.b", "c")
+    }
     journal = Journal(tmp_path)
-    arrays = {"params.layers.0.a.b.kernel": np.ones(3, np.float32), "masks.a.b": np.ones((1, 3), np.uint8)}
+    arrays = {
+        "params.layers.0.a.b.kernel": np.ones(3, np.float32),
+        "masks.a.b": np.ones((1, 3), np.uint8),
+    }
     journal.put("pruned/0", arrays, {"index": 0, "seconds": {"solve": 1.5}, "linears": linears})
-    journal.put("pruned/1", arrays, {"index": 1, "seconds": {"solve": 1.5}, "linears": {"a": {"error": "much"}}})
+    journal.put(
+        "pruned/1",
+        arrays,
+        {"index": 1, "seconds": {"solve": 1.5}, "linears": {"a": {"error": "much"}}},
+    )
     results = Results(journal, "pruned", 2)
     layer = results.get(0)
     assert layer and layer.resumed and layer.seconds == {"solve": 1.5}

@@ -27,7 +27,9 @@ def bench(*flags: object, cwd: Path) -> dict:
 
 
 @needs_torch
-@pytest.mark.parametrize("name", sorted(file.stem for file in SCRIPTS.glob("*.py") if file.stem != "__main__"))
+@pytest.mark.parametrize(
+    "name", sorted(file.stem for file in SCRIPTS.glob("*.py") if file.stem != "__main__")
+)
 def test_what_a_benchmark_imports_is_there(name: str) -> None:
     importlib.import_module(name)
 
@@ -45,7 +47,18 @@ def test_a_kernel_is_measured(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_70b_layer_is_counted_without_running(tmp_path: Path) -> None:
-    size = ["--size", "llama2-70b", "--dtype", "bfloat16", "--windows", 8, "--length", 2048, "--layers", 1]
+    size = [
+        "--size",
+        "llama2-70b",
+        "--dtype",
+        "bfloat16",
+        "--windows",
+        8,
+        "--length",
+        2048,
+        "--layers",
+        1,
+    ]
     found = bench(*size, "--count-only", cwd=tmp_path)
     peaks = {one["phase"]: one["peak"] for one in found["totals"]}
     assert peaks.keys() == {"gram", "solve", "forward", "part", "all"}
@@ -61,7 +74,15 @@ def test_the_pytorch_way_is_the_papers() -> None:
     x, weight = oracles.correlated(generator, 100, 24), generator.normal(size=(24, 10))
     gram = x.T @ x
     expected, _ = oracles.admm(
-        gram, weight, "unstructured", 0.6, schedule="constant", iterations=20, selections=15, damping=0.1, rho=1.0
+        gram,
+        weight,
+        "unstructured",
+        0.6,
+        schedule="constant",
+        iterations=20,
+        selections=15,
+        damping=0.1,
+        rho=1.0,
     )
     found = admm(torch.tensor(gram), torch.tensor(weight), 0.6)
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
@@ -73,10 +94,25 @@ def test_the_pytorch_way_is_the_papers() -> None:
 @needs_torch
 @pytest.mark.slow
 def test_other_ways_prune_alike(tmp_path: Path) -> None:
-    size = ["--size", "smollm2-135m", "--stored", "float32", "--layers", 1, "--windows", 1, "--length", 128]
+    size = [
+        "--size",
+        "smollm2-135m",
+        "--stored",
+        "float32",
+        "--layers",
+        1,
+        "--windows",
+        1,
+        "--length",
+        128,
+    ]
     found = bench(*size, "--against", "torch", "op-by-op", "--repeat", 1, cwd=tmp_path)
     assert found["seconds"].keys() == {"jaxprune", "torch", "op-by-op"}
-    rows = [line.split("|") for line in found["printed"].splitlines() if line.startswith(("| torch", "| op-by-op"))]
+    rows = [
+        line.split("|")
+        for line in found["printed"].splitlines()
+        if line.startswith(("| torch", "| op-by-op"))
+    ]
     assert len(rows) == 2
     for row in rows:
         assert float(row[-3].strip(" %")) > 99

@@ -1,4 +1,5 @@
-"""The driver of the paper's experiments on a tiny checkpoint: cells, tables, pictures, going on where it stopped."""
+"""The driver of the paper's experiments on a tiny checkpoint: cells, tables, pictures, going on
+where it stopped."""
 
 import csv
 import dataclasses
@@ -19,26 +20,47 @@ from jaxprune.pruning.student import Student
 from tests.helpers import rows as task_rows
 
 SCRIPTS = Path(__file__).parents[2] / "scripts/experiments"
-SIZES = ["--nsamples", "4", "--seqlen", "32", "--eval-seqlen", "32", "--eval-windows", "4", "--pack"]
+SIZES = [
+    "--nsamples",
+    "4",
+    "--seqlen",
+    "32",
+    "--eval-seqlen",
+    "32",
+    "--eval-windows",
+    "4",
+    "--pack",
+]
 
 
 @pytest.fixture(scope="module")
 def modules() -> dict[str, ModuleType]:
     sys.path.insert(0, str(SCRIPTS))
     try:
-        return {name: importlib.import_module(name) for name in ("experiments", "tables", "pictures", "reproduce")}
+        return {
+            name: importlib.import_module(name)
+            for name in ("experiments", "tables", "pictures", "reproduce")
+        }
     finally:
         sys.path.remove(str(SCRIPTS))
 
 
 @pytest.fixture
 def driver(
-    modules: dict[str, ModuleType], checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    modules: dict[str, ModuleType],
+    checkpoint: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[ModuleType, list[str]]:
     """The driver's module with shortened experiments, and the flags of a run."""
     reproduce = modules["reproduce"]
     for name, experiment in reproduce.EXPERIMENTS.items():
-        rows = {row: flags for row, flags in experiment.rows.items() if "rate 0.003" not in row and "alps" not in flags}
+        rows = {
+            row: flags
+            for row, flags in experiment.rows.items()
+            if "rate 0.003" not in row and "alps" not in flags
+        }
         patterns = tuple(p for p in experiment.patterns if p in ("0.5", "0.6", "2:4"))
         steps = experiment.steps and (1, 10)
         linears = {0.7: ("mlp.up_proj", "mlp.down_proj")} if experiment.linears else {}
@@ -57,7 +79,8 @@ def run(reproduce: ModuleType, monkeypatch: pytest.MonkeyPatch, *args: str) -> N
 
 
 SLOW = [
-    pytest.param(name, marks=pytest.mark.slow) for name in ("fig2", "table1", "table2", "table3", "presets", "table4")
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("fig2", "table1", "table2", "table3", "presets", "table4")
 ]
 
 
@@ -71,11 +94,17 @@ def test_an_experiment_leaves_a_table_and_a_picture(
     rows = list(csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines()))
     expected = sum(len(experiment.steps) if "{k}" in f else 1 for f in experiment.rows.values())
     expected *= len(experiment.patterns) * (2 if experiment.linears else 1)
-    expected -= sum("--uniform" in flags for flags in experiment.rows.values())  # 2:4 is uniform anyway
+    # 2:4 is uniform anyway
+    expected -= sum("--uniform" in flags for flags in experiment.rows.values())
     assert len(rows) == expected + (experiment.measure in ("perplexity", "accuracy"))
     kept = [load(folder) for folder in tmp_path.glob("checkpoints/*")]
     assert len(kept) == expected * (experiment.measure == "accuracy")
-    figure = {"perplexity": "perplexity", "error": "relative_error", "seconds": "seconds_solve", "accuracy": "acc mean"}
+    figure = {
+        "perplexity": "perplexity",
+        "error": "relative_error",
+        "seconds": "seconds_solve",
+        "accuracy": "acc mean",
+    }
     assert all(float(row[figure[experiment.measure]]) > 0 for row in rows)
     table = (tmp_path / f"{name}.md").read_text()
     assert all(row in table for row in experiment.rows)
@@ -119,10 +148,13 @@ def test_what_there_is_by_now_is_shown(
     driver: tuple[ModuleType, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reproduce, flags = driver
-    run(reproduce, monkeypatch, "table2", *flags)  # table1's cells of Wanda's mask, SparseGPT and ADMM-Grad at 60 %
+    # table1's cells of Wanda's mask, SparseGPT and ADMM-Grad at 60 %
+    run(reproduce, monkeypatch, "table2", *flags)
     monkeypatch.setattr(reproduce.Bench, "_perplexity", None)
     run(reproduce, monkeypatch, "table1", *flags, "--only-measured")
-    rows = {line.split(" | ")[0]: line for line in (tmp_path / "table1.md").read_text().splitlines()}
+    rows = {
+        line.split(" | ")[0]: line for line in (tmp_path / "table1.md").read_text().splitlines()
+    }
     assert rows["| ADMM1"].count("not run") == 2
     assert "| Wanda" not in rows
     assert len((tmp_path / "table1.csv").read_text().splitlines()) == 1 + 4
@@ -173,22 +205,33 @@ def test_a_cell_that_tunes_on_a_text_goes_on(
     monkeypatch.setattr(Student, "step", counted)
     with pytest.raises(KeyboardInterrupt):
         run(reproduce, monkeypatch, "budgets", *flags)
-    assert [path.suffix for path in sorted((tmp_path / "cells").iterdir())] == [".json", ".unfinished"]
+    assert [path.suffix for path in sorted((tmp_path / "cells").iterdir())] == [
+        ".json",
+        ".unfinished",
+    ]
     run(reproduce, monkeypatch, "budgets", *flags)
     assert len(steps) == 4 + 8 - 3
     assert {path.suffix for path in (tmp_path / "cells").iterdir()} == {".json"}
     (row,) = (
-        row for row in csv.DictReader((tmp_path / "budgets.csv").read_text().splitlines()) if row["row"] == "thorough"
+        row
+        for row in csv.DictReader((tmp_path / "budgets.csv").read_text().splitlines())
+        if row["row"] == "thorough"
     )
     assert float(row["perplexity"]) > 1 and not row["seconds_tune"]
-    (cell,) = (json.loads(path.read_text())["result"] for path in (tmp_path / "cells").glob("*-thorough-*"))
+    (cell,) = (
+        json.loads(path.read_text())["result"] for path in (tmp_path / "cells").glob("*-thorough-*")
+    )
     assert [tokens for tokens, _ in cell["divergences"]] == [0, 128, 256] and cell["resumed"]
 
 
-def test_the_papers_numbers_stand_beside_ours_where_the_model_is_the_papers(modules: dict[str, ModuleType]) -> None:
+def test_the_papers_numbers_stand_beside_ours_where_the_model_is_the_papers(
+    modules: dict[str, ModuleType],
+) -> None:
     reproduce, tables = modules["reproduce"], modules["tables"]
     experiment = reproduce.EXPERIMENTS["table5"]
-    results = [(cell, {"perplexity": 7.0, "error": 0.1}) for cell in reproduce.cells(experiment, 32)]
+    results = [
+        (cell, {"perplexity": 7.0, "error": 0.1}) for cell in reproduce.cells(experiment, 32)
+    ]
     lines = "\n".join(tables._tables(experiment, "llama2-13b", results))
     for number in (4.57, 5.52, 7.75, 94.23, 8.27, 2000):
         assert f"7.00 (paper {number:g})" in lines
@@ -203,14 +246,25 @@ def test_rows_are_compared_with_the_better_of_some(modules: dict[str, ModuleType
     experiment = reproduce.EXPERIMENTS["presets"]
     figures = {"ADMM-Grad, constant": (50, 10), "ALPS": (40, 20), "best": (30, 55)}
     results = [
-        (cell, {"perplexity": float(figures[cell.row][0]), "error": 0.1, "seconds": {"gram": figures[cell.row][1]}})
+        (
+            cell,
+            {
+                "perplexity": float(figures[cell.row][0]),
+                "error": 0.1,
+                "seconds": {"gram": figures[cell.row][1]},
+            },
+        )
         for cell in reproduce.cells(experiment, 30)
         if cell.row in figures
     ]
     lines = tables._by_pattern(
-        experiment, "smollm2-135m", [(reproduce.Cell("dense", "", None, None), {"perplexity": 9.0}), *results]
+        experiment,
+        "smollm2-135m",
+        [(reproduce.Cell("dense", "", None, None), {"perplexity": 9.0}), *results],
     )
-    assert f"| best |{' 0.750 |' * 5}" in lines and f"| ADMM-Grad, constant |{' 1.250 |' * 5}" in lines
+    assert (
+        f"| best |{' 0.750 |' * 5}" in lines and f"| ADMM-Grad, constant |{' 1.250 |' * 5}" in lines
+    )
     assert f"| best |{' 55 s (5.50) |' * 5}" in lines
 
 
@@ -221,7 +275,8 @@ def test_gains_are_drawn_of_what_there_is(modules: dict[str, ModuleType]) -> Non
     results = [
         (cell, {"perplexity": figures[cell.row]})
         for cell in reproduce.cells(experiment, 30)
-        if cell.row in figures and (cell.pattern == "0.7" or (cell.pattern, cell.row) == ("2:4", "best"))
+        if cell.row in figures
+        and (cell.pattern == "0.7" or (cell.pattern, cell.row) == ("2:4", "best"))
     ]
     figure, _ = pictures._gains(experiment, results)
     (axis,) = figure.axes
@@ -230,26 +285,37 @@ def test_gains_are_drawn_of_what_there_is(modules: dict[str, ModuleType]) -> Non
     assert (points.get_label(), list(points.get_xdata())) == ("70 %", [1.25, 1.0, 0.8, 0.75])
 
 
-def test_quality_by_minutes_places_rows_at_their_median_time(modules: dict[str, ModuleType]) -> None:
+def test_quality_by_minutes_places_rows_at_their_median_time(
+    modules: dict[str, ModuleType],
+) -> None:
     reproduce, pictures = modules["reproduce"], modules["pictures"]
     experiment = reproduce.EXPERIMENTS["budgets"]
     cells = {(cell.row, cell.pattern): cell for cell in reproduce.cells(experiment, 30)}
     found = {("dense", ""): (20.0, 0)}
-    found |= {("fast", pattern): (40.0, 60 * m) for pattern, m in (("0.5", 2), ("0.7", 3), ("0.8", 9))}
+    found |= {
+        ("fast", pattern): (40.0, 60 * m) for pattern, m in (("0.5", 2), ("0.7", 3), ("0.8", 9))
+    }
     found |= {("best", "0.7"): (35.0, 360)}
     results = [
-        (cells[key], {"perplexity": value, "seconds": {"gram": 0.75 * seconds, "tune": 0.25 * seconds}})
+        (
+            cells[key],
+            {"perplexity": value, "seconds": {"gram": 0.75 * seconds, "tune": 0.25 * seconds}},
+        )
         for key, (value, seconds) in found.items()
     ]
-    resumed = {"perplexity": 30.0, "seconds": {"tune": 1.0}, "resumed": True}  # by how much is not known
+    # by how much is not known
+    resumed = {"perplexity": 30.0, "seconds": {"tune": 1.0}, "resumed": True}
     resumed["divergences"] = [[0, 1.2], [1000, 0.8]]
     results.append((cells["thorough, a million tokens", "0.7"], resumed))
-    results.insert(1, (cells["best", "0.5"], {"perplexity": 31.0, "seconds": {"tune": 360}}))  # before those of fast
+    # before those of fast
+    results.insert(1, (cells["best", "0.5"], {"perplexity": 31.0, "seconds": {"tune": 360}}))
     figure, _ = pictures._quality_by_minutes(experiment, results)
     axis, below = figure.axes
     (curve,) = below.lines
     assert (list(curve.get_xdata()), list(curve.get_ydata())) == ([0, 1000], [1.2, 0.8])
-    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines}
+    lines = {
+        line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines
+    }
     assert lines["70 %"] == ([3.0, 6.0], [40.0, 35.0]) and lines["80 %"] == ([3.0], [40.0])
     assert [label.get_text() for label in axis.get_xticklabels()] == ["3\nfast", "6\nbest"]
 
@@ -260,9 +326,14 @@ def test_every_row_of_every_experiment_is_a_recipe(modules: dict[str, ModuleType
         assert len({(c.row, c.pattern, c.step, c.linear) for c in made}) == len(made)
         for pattern in experiment.patterns:
             assert any(c.pattern == pattern for c in made)
-        for key in {key for numbers in experiment.paper.values() for key in numbers} - {("dense", "")}:
+        for key in {key for numbers in experiment.paper.values() for key in numbers} - {
+            ("dense", "")
+        }:
             assert key[0] in experiment.rows and key[1] in experiment.patterns
-        small = {(c.row, c.pattern, c.step, c.linear) for c in modules["reproduce"].cells(experiment, 30, small=True)}
+        small = {
+            (c.row, c.pattern, c.step, c.linear)
+            for c in modules["reproduce"].cells(experiment, 30, small=True)
+        }
         assert small <= {(c.row, c.pattern, c.step, c.linear) for c in made}
 
 

@@ -15,7 +15,15 @@ from convert.errors import DamagedError, UserError
 from jaxprune import Exact, InputError, Magnitude, StreamedModel, Unstructured, Wanda, prune_layers
 from jaxprune.pruning.loop import other_params
 from jaxprune.sparsity import masks as mask_module
-from jaxprune.sparsity.masks import FORMAT, MaskWriter, from_checkpoint, from_file, is_stored, pack, unpack
+from jaxprune.sparsity.masks import (
+    FORMAT,
+    MaskWriter,
+    from_checkpoint,
+    from_file,
+    is_stored,
+    pack,
+    unpack,
+)
 from tests.helpers import tiny
 
 
@@ -24,7 +32,9 @@ def test_bits_are_those_of_the_format(shape: tuple[int, int]) -> None:
     mask = np.random.default_rng(0).random(shape) < 0.5
     packed = np.asarray(pack(jnp.asarray(mask)))
     assert packed.shape == (shape[1], -(-shape[0] // 8))
-    np.testing.assert_array_equal(np.unpackbits(packed, axis=1, count=shape[0], bitorder="little"), mask.T)
+    np.testing.assert_array_equal(
+        np.unpackbits(packed, axis=1, count=shape[0], bitorder="little"), mask.T
+    )
     np.testing.assert_array_equal(unpack(packed, shape[0]), mask)
 
 
@@ -37,9 +47,13 @@ def pruned(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     """A pruned checkpoint, and its masks in a file."""
     folder = tmp_path_factory.mktemp("masks")
     reader = open_checkpoint(checkpoint)
-    masks = MaskWriter(folder / "masks.safetensors", StreamedModel(reader).architecture.kernel_shapes())
+    masks = MaskWriter(
+        folder / "masks.safetensors", StreamedModel(reader).architecture.kernel_shapes()
+    )
     with create_checkpoint(folder / "pruned", reader.spec, reader.assets) as out:
-        for layer in prune_layers(StreamedModel(reader), tokens(), Wanda(), Unstructured(0.6, per_output=True)):
+        for layer in prune_layers(
+            StreamedModel(reader), tokens(), Wanda(), Unstructured(0.6, per_output=True)
+        ):
             out.write(layer.params)
             masks.write(layer.index, layer.masks)
         for paths in other_params(reader.spec):
@@ -63,18 +77,31 @@ def test_a_mask_file_is_readable_without_jaxprune(pruned: tuple[Path, Path]) -> 
 
 def test_masks_from_a_file_and_from_the_checkpoint_agree(pruned: tuple[Path, Path]) -> None:
     checkpoint, file = pruned
-    by_checkpoint, by_file = mask_module.load(f"from-checkpoint:{checkpoint}"), mask_module.load(f"from-file:{file}")
-    for (index, linear), shape in StreamedModel(open_checkpoint(checkpoint)).architecture.kernel_shapes().items():
+    by_checkpoint, by_file = (
+        mask_module.load(f"from-checkpoint:{checkpoint}"),
+        mask_module.load(f"from-file:{file}"),
+    )
+    for (index, linear), shape in (
+        StreamedModel(open_checkpoint(checkpoint)).architecture.kernel_shapes().items()
+    ):
         one, other = by_checkpoint(index, linear), by_file(index, linear)
         assert one.shape == other.shape == shape
         np.testing.assert_array_equal(one.read(), other.read())
     assert is_stored("from-file:x") and is_stored("from-checkpoint:x") and not is_stored("wanda")
 
 
-def test_weights_rewound_under_a_checkpoints_mask(checkpoint: Path, pruned: tuple[Path, Path]) -> None:
+def test_weights_rewound_under_a_checkpoints_mask(
+    checkpoint: Path, pruned: tuple[Path, Path]
+) -> None:
     reader, path = open_checkpoint(checkpoint), pruned[0]
-    original = list(prune_layers(StreamedModel(reader), tokens(), Wanda(), Unstructured(0.6, per_output=True)))
-    rewound = list(prune_layers(StreamedModel(reader), tokens(), Exact(), from_checkpoint(open_checkpoint(path))))
+    original = list(
+        prune_layers(StreamedModel(reader), tokens(), Wanda(), Unstructured(0.6, per_output=True))
+    )
+    rewound = list(
+        prune_layers(
+            StreamedModel(reader), tokens(), Exact(), from_checkpoint(open_checkpoint(path))
+        )
+    )
     for before, after in zip(original, rewound, strict=True):
         for linear, packed in before.masks.items():
             np.testing.assert_array_equal(after.masks[linear], packed)
@@ -84,7 +111,10 @@ def test_weights_rewound_under_a_checkpoints_mask(checkpoint: Path, pruned: tupl
 
 
 def test_a_dense_checkpoint_gives_no_mask(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has 0 % zeros at most in its first, middle and last layer: it is not pruned"):
+    with pytest.raises(
+        InputError,
+        match="has 0 % zeros at most in its first, middle and last layer: it is not pruned",
+    ):
         mask_module.load(f"from-checkpoint:{checkpoint}")
     rounded = tiny.save(tmp_path, tiny.config())
     stored_weights = load_file(rounded / "model.safetensors")
@@ -94,22 +124,29 @@ def test_a_dense_checkpoint_gives_no_mask(checkpoint: Path, tmp_path: Path) -> N
         mask_module.load(f"from-checkpoint:{rounded}")
     with pytest.raises(CheckpointError, match="no checkpoint"):
         mask_module.load("from-checkpoint:nowhere-at-all")
-    stored_weights["model.layers.2.mlp.up_proj.weight"][:] = 0  # by a run that left the first layers dense
+    # by a run that left the first layers dense
+    stored_weights["model.layers.2.mlp.up_proj.weight"][:] = 0
     save_file(stored_weights, rounded / "model.safetensors", metadata={"format": "pt"})
     assert not mask_module.load(f"from-checkpoint:{rounded}")(2, "mlp.up_proj").read().any()
 
 
-def test_masks_of_another_model_are_refused(checkpoint: Path, pruned: tuple[Path, Path], tmp_path: Path) -> None:
+def test_masks_of_another_model_are_refused(
+    checkpoint: Path, pruned: tuple[Path, Path], tmp_path: Path
+) -> None:
     other = open_checkpoint(tiny.save(tmp_path / "wide", tiny.config(intermediate_size=64)))
     deep = open_checkpoint(tiny.save(tmp_path / "deep", tiny.config(num_hidden_layers=4)))
     for masks in (from_checkpoint(open_checkpoint(pruned[0])), from_file(pruned[1])):
-        with pytest.raises(InputError, match=r"mask of layers.0.mlp.gate_proj is \[32, 48\], but its kernel"):
+        with pytest.raises(
+            InputError, match=r"mask of layers.0.mlp.gate_proj is \[32, 48\], but its kernel"
+        ):
             prune_layers(StreamedModel(other), tokens(), Magnitude(), masks)
         with pytest.raises(InputError, match="layers.3.self_attn.q_proj"):
             prune_layers(StreamedModel(deep), tokens(), Magnitude(), masks)
 
 
-def test_files_that_are_no_mask_files_are_refused(checkpoint: Path, pruned: tuple[Path, Path], tmp_path: Path) -> None:
+def test_files_that_are_no_mask_files_are_refused(
+    checkpoint: Path, pruned: tuple[Path, Path], tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match="it is missing"):
         from_file(tmp_path / "missing.safetensors")
     with pytest.raises(InputError, match="it is a folder, wanted a regular file"):
@@ -134,7 +171,9 @@ def test_files_that_are_no_mask_files_are_refused(checkpoint: Path, pruned: tupl
         metadata = opened.metadata()
     name = "model.layers.1.mlp.up_proj.weight"
     save_file(arrays | {name: arrays[name][:, :-1].copy()}, cut, metadata=metadata)
-    with pytest.raises(DamagedError, match="its masks and their shapes disagree: model.layers.1.mlp.up_proj"):
+    with pytest.raises(
+        DamagedError, match="its masks and their shapes disagree: model.layers.1.mlp.up_proj"
+    ):
         from_file(cut)
     del arrays[name]
     save_file(arrays, cut, metadata=metadata)
@@ -146,7 +185,9 @@ def test_files_that_are_no_mask_files_are_refused(checkpoint: Path, pruned: tupl
     "shapes",
     ["", "[]", "1", '{"a": [1]}', '{"a": [1, 2, 3]}', '{"a": [0, 2]}', '{"a": [1, 2.5]}', None],
 )
-def test_a_mask_files_header_has_a_schema(shapes: str | None, pruned: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_mask_files_header_has_a_schema(
+    shapes: str | None, pruned: tuple[Path, Path], tmp_path: Path
+) -> None:
     metadata = {"format": FORMAT} | ({} if shapes is None else {"shapes": shapes})
     save_file(load_file(pruned[1]), tmp_path / "x.safetensors", metadata=metadata)
     with pytest.raises(DamagedError, match=r"__metadata__\.shapes"):
@@ -168,7 +209,9 @@ def test_masks_that_were_never_written_are_missed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_kept_weight_that_is_zero_in_the_dense_model_is_still_kept_in_the_file(dtype: str, tmp_path: Path) -> None:
+def test_a_kept_weight_that_is_zero_in_the_dense_model_is_still_kept_in_the_file(
+    dtype: str, tmp_path: Path
+) -> None:
     path = tiny.save(tmp_path, tiny.config(num_hidden_layers=1), dtype=dtype)
     mask = np.ones((32, 32), bool)
     reader = open_checkpoint(path)

@@ -24,21 +24,29 @@ def scores_of(kind: str, shape: tuple[int, int]) -> np.ndarray:
         "equal": lambda: np.ones(shape),
         "zero": lambda: np.zeros(shape),
         "extreme": lambda: 10.0 ** generator.integers(-300, 300, shape),
-        "clustered": lambda: np.where(generator.random(shape) < 0.5, 1 + 1e-6 * generator.random(shape), 1e30),
+        "clustered": lambda: np.where(
+            generator.random(shape) < 0.5, 1 + 1e-6 * generator.random(shape), 1e30
+        ),
     }[kind]()
 
 
 @pytest.mark.parametrize("kind", ["distinct", "tied", "equal", "zero", "extreme", "clustered"])
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize(("shape", "dtype"), [*zip(SHAPES, (np.float32, np.float64, np.float32), strict=True)])
-def test_mask_equals_that_of_a_sort(kind: str, pattern: str, shape: tuple[int, int], dtype: type) -> None:
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [*zip(SHAPES, (np.float32, np.float64, np.float32), strict=True)]
+)
+def test_mask_equals_that_of_a_sort(
+    kind: str, pattern: str, shape: tuple[int, int], dtype: type
+) -> None:
     if ":" in pattern and shape[0] % int(pattern[-1]):
         pytest.skip("the pattern does not divide the inputs")
     with np.errstate(over="ignore"):
         scores = np.minimum(scores_of(kind, shape).astype(dtype), np.finfo(dtype).max)
     for sparsity in (0.0, 0.3, 0.5, 0.99) if ":" not in pattern else (0.5,):
         progress = (0.1, 0.6, 1.0)
-        selector = parse_pattern(pattern, None if ":" in pattern else sparsity).selector(shape, progress)
+        selector = parse_pattern(pattern, None if ":" in pattern else sparsity).selector(
+            shape, progress
+        )
         for step, fraction in enumerate(progress):
             mask = select(selector, jnp.asarray(scores), jnp.asarray(step))
             np.testing.assert_array_equal(mask, oracles.select(scores, pattern, fraction, sparsity))

@@ -23,7 +23,10 @@ FAMILIES = ["llama", "gemma2", "gpt_oss", "qwen3_next", "opt", "mixtral"]
 @needs_torch
 @pytest.mark.parametrize(
     "family",
-    [one if one in FAMILIES else pytest.param(one, marks=pytest.mark.slow) for one in families.VARIANTS],
+    [
+        one if one in FAMILIES else pytest.param(one, marks=pytest.mark.slow)
+        for one in families.VARIANTS
+    ],
 )
 def test_continuations_are_those_of_whole_passes(family: str, tmp_path: Path) -> None:
     families.save(tmp_path / "hf", families.config(family, next(iter(families.VARIANTS[family]))))
@@ -32,7 +35,8 @@ def test_continuations_are_those_of_whole_passes(family: str, tmp_path: Path) ->
     prompts = [generator.integers(1, 300, length).tolist() for length in (3, 25, 7)]
     found = generate(model, prompts, [5, 5, 5], lambda number, made: False)
     assert [len(made) for made in found] == [5, 5, 5]
-    # One pass over all of them: a token is the most probable one behind those before it, and what fills up comes later.
+    # One pass over all of them: a token is the most probable one behind those before it, and what
+    # fills up comes later.
     whole = np.zeros((3, 30), np.int32)
     for row, prompt, made in zip(whole, prompts, found, strict=True):
         row[: len(prompt) + 5] = prompt + made
@@ -46,13 +50,21 @@ def test_texts_end_where_they_are_told(checkpoint: Path) -> None:
     prompts = [[1, 2, 3], [4], [5, 6]]
     whole = generate(model, prompts, [6, 6, 6], lambda number, made: False)
     assert [len(one) for one in whole] == [6, 6, 6]
-    assert generate(model, prompts, [2, 0, 4], lambda number, made: False) == [whole[0][:2], [], whole[2][:4]]
+    assert generate(model, prompts, [2, 0, 4], lambda number, made: False) == [
+        whole[0][:2],
+        [],
+        whole[2][:4],
+    ]
     stop = whole[1][1]
-    found = generate(model, prompts, [6, 6, 6], lambda number, made: number == 1 and made[-1] == stop)
+    found = generate(
+        model, prompts, [6, 6, 6], lambda number, made: number == 1 and made[-1] == stop
+    )
     assert found[1] == whole[1][: whole[1].index(stop) + 1]
 
 
-def test_it_does_not_matter_what_has_room(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_does_not_matter_what_has_room(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load(checkpoint)
     prompts = [[1, 2, 3], [4], [5, 6]]
     expected = generate(model, prompts, [4, 4, 4], lambda number, made: False)
@@ -69,9 +81,14 @@ def test_batches_are_smaller_where_a_container_has_little_memory(
         return list(in_batches(model, prompts, [4] * 4, lambda number, made: False))
 
     (expected,) = batches()
-    size = sum(p.size * p.dtype.itemsize for layer in model.architecture.layers for p in layer.spec.values())
+    size = sum(
+        p.size * p.dtype.itemsize
+        for layer in model.architecture.layers
+        for p in layer.spec.values()
+    )
     text = generation._bytes_of_text(model.architecture, generation.BLOCK)
-    cgroups.limit(tmp_path, monkeypatch, (size + 5 * text) * 3 // 2)  # room for five texts, half of which they get
+    # room for five texts, half of which they get
+    cgroups.limit(tmp_path, monkeypatch, (size + 5 * text) * 3 // 2)
     found = batches()
     assert [len(batch) for batch in found] == [2, 2]
     assert {number: new for batch in found for number, new in batch.items()} == expected
@@ -82,10 +99,18 @@ def test_layers_stay_where_they_fit_though_few_texts_do(
     more: int, times: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, reads = load(checkpoint), []
-    layers = sum(p.size * p.dtype.itemsize for layer in model.architecture.layers for p in layer.spec.values())
+    layers = sum(
+        p.size * p.dtype.itemsize
+        for layer in model.architecture.layers
+        for p in layer.spec.values()
+    )
     monkeypatch.setattr(generation, "_memory", lambda: layers / generation.STAY + more)
     read = StreamedModel._read_layer
-    monkeypatch.setattr(StreamedModel, "_read_layer", lambda self, index: (reads.append(index), read(self, index))[1])
+    monkeypatch.setattr(
+        StreamedModel,
+        "_read_layer",
+        lambda self, index: (reads.append(index), read(self, index))[1],
+    )
     generate(model, [[1, 2, 3]], [5], lambda number, made: False)
     assert sorted(reads) == sorted([0, 1, 2] * times)
 
@@ -100,11 +125,14 @@ def test_more_tokens_than_positions_are_refused(tmp_path: Path) -> None:
 
 
 def test_tokens_are_drawn_as_the_model_has_them(checkpoint: Path) -> None:
-    """A text has those of its seed and place, whatever else is written; they are as frequent as they are probable."""
+    """A text has those of its seed and place, whatever else is written; they are as frequent as
+    they are probable."""
     model = load(checkpoint)
 
     def drawn(most: list[int], seed: int) -> list[list[int]]:
-        batches = in_batches(model, [[1, 2, 3]] * len(most), most, lambda number, made: False, seed=seed)
+        batches = in_batches(
+            model, [[1, 2, 3]] * len(most), most, lambda number, made: False, seed=seed
+        )
         made = {number: new for batch in batches for number, new in batch.items()}
         return [made[number] for number in range(len(most))]
 
@@ -124,7 +152,9 @@ class Same(nnx.Module):
         return states
 
 
-@pytest.mark.parametrize(("share", "expected"), [(0.01, 1), (0.24, 1), (0.26, 2), (np.nextafter(np.float32(1), 0), 2)])
+@pytest.mark.parametrize(
+    ("share", "expected"), [(0.01, 1), (0.24, 1), (0.26, 2), (np.nextafter(np.float32(1), 0), 2)]
+)
 def test_a_share_draws_the_token_that_passes_it(share: float, expected: int) -> None:
     """Of four tokens with probabilities 0, 1/4, 3/4 and 0."""
     states = jnp.log(jnp.array([[0, 1, 3, 0]], jnp.float32) + 1e-30)
@@ -134,9 +164,14 @@ def test_a_share_draws_the_token_that_passes_it(share: float, expected: int) -> 
 
 @pytest.mark.parametrize("shares", [None, np.full(3, 0.5, np.float32)])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_predictions_that_are_no_numbers_are_an_error(bad: float, shares: Any, checkpoint: Path) -> None:
+def test_predictions_that_are_no_numbers_are_an_error(
+    bad: float, shares: Any, checkpoint: Path
+) -> None:
     model = load(checkpoint)
-    head, states = model.params_of(model.architecture.head), np.zeros((3, model.architecture.width), np.float32)
+    head, states = (
+        model.params_of(model.architecture.head),
+        np.zeros((3, model.architecture.width), np.float32),
+    )
     assert len(model.next_tokens(head, states, shares)) == 3
     states[1, 2] = bad
     with pytest.raises(InputError, match="NaN or infinity"):

@@ -34,7 +34,9 @@ def test_states_are_updated_in_place(place: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(states.array, expected)
     np.testing.assert_array_equal(states.read(np.array([5, 1])), expected[[5, 1]])
     np.testing.assert_array_equal(np.concatenate(list(states.batches())), expected)
-    np.testing.assert_array_equal(states.pick(np.array([5, 1]), np.array([0, 2])), expected[[5, 1], [0, 2]])
+    np.testing.assert_array_equal(
+        states.pick(np.array([5, 1]), np.array([0, 2])), expected[[5, 1], [0, 2]]
+    )
 
 
 OF_SEVERAL = """
@@ -71,9 +73,17 @@ np.testing.assert_array_equal(states.pick(some, np.array([0, 2, 1])), expected[s
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_of_several_processes_each_keeps_its_windows(processes: int) -> None:
     address = f"localhost:{free_port()}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    lines = [[sys.executable, "-c", OF_SEVERAL, address, str(processes), str(number)] for number in range(processes)]
-    every = [subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True) for line in lines]
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+    }
+    lines = [
+        [sys.executable, "-c", OF_SEVERAL, address, str(processes), str(number)]
+        for number in range(processes)
+    ]
+    every = [
+        subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True) for line in lines
+    ]
     for process in every:
         _, printed = process.communicate(timeout=200)
         assert process.returncode == 0, printed[-3000:]
@@ -125,9 +135,14 @@ def test_a_run_on_disk_ends_with_the_same_bytes(line: list[str], tmp_path: Path)
     scratch.mkdir()
     line += ["--preset", "best", "--sparsity", "0.6", "--asymmetry", "0.25"]
     assert main([*line, "--out", str(tmp_path / "a")]) == 0
-    assert main([*line, "--out", str(tmp_path / "b"), "--hidden", "disk", "--scratch", str(scratch)]) == 0
+    assert (
+        main([*line, "--out", str(tmp_path / "b"), "--hidden", "disk", "--scratch", str(scratch)])
+        == 0
+    )
     assert not list(scratch.iterdir())
-    first, second = (hashlib.sha256((tmp_path / o / "model.safetensors").read_bytes()).digest() for o in "ab")
+    first, second = (
+        hashlib.sha256((tmp_path / o / "model.safetensors").read_bytes()).digest() for o in "ab"
+    )
     assert first == second
 
 
@@ -135,7 +150,10 @@ def test_a_run_on_disk_ends_with_the_same_bytes(line: list[str], tmp_path: Path)
     ("options", "message"),
     [
         (["--scratch", "."], "--scratch is for --hidden disk"),
-        (["--hidden", "disk", "--scratch", "nowhere"], "nowhere: it is not a folder that can be written into"),
+        (
+            ["--hidden", "disk", "--scratch", "nowhere"],
+            "nowhere: it is not a folder that can be written into",
+        ),
     ],
 )
 def test_scratch_must_be_of_use(
@@ -150,8 +168,26 @@ def test_what_goes_to_the_disk_needs_no_memory(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "peak_bytes", lambda: {"host": 0})
-    sizes = ["--nsamples", 8, "--seqlen", 64, "--eval", "none", "--preset", "fast", "--out", tmp_path / "out"]
-    memory, disk = need_of("--ckpt", checkpoint, *sizes), need_of("--ckpt", checkpoint, *sizes, "--hidden", "disk")
+    sizes = [
+        "--nsamples",
+        8,
+        "--seqlen",
+        64,
+        "--eval",
+        "none",
+        "--preset",
+        "fast",
+        "--out",
+        tmp_path / "out",
+    ]
+    memory, disk = (
+        need_of("--ckpt", checkpoint, *sizes),
+        need_of("--ckpt", checkpoint, *sizes, "--hidden", "disk"),
+    )
     state = 8 * 64 * 32 * 4
     assert memory.host["gram"] - disk.host["gram"] == state == disk.scratch["gram"]
-    assert disk.scratch["sensitivity"] == memory.host["sensitivity"] - disk.host["sensitivity"] == 6 * state
+    assert (
+        disk.scratch["sensitivity"]
+        == memory.host["sensitivity"] - disk.host["sensitivity"]
+        == 6 * state
+    )

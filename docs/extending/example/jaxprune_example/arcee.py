@@ -22,8 +22,12 @@ class MLP(nnx.Module):
     """Feed-forward network; returns its output and its tap."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        self.up_proj = linear(config, config.hidden_size, config.intermediate_size, rngs, bias=config.mlp_bias)
-        self.down_proj = linear(config, config.intermediate_size, config.hidden_size, rngs, bias=config.mlp_bias)
+        self.up_proj = linear(
+            config, config.hidden_size, config.intermediate_size, rngs, bias=config.mlp_bias
+        )
+        self.down_proj = linear(
+            config, config.intermediate_size, config.hidden_size, rngs, bias=config.mlp_bias
+        )
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:

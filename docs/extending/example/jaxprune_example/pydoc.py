@@ -19,4 +19,6 @@ def docstrings(file: Path) -> str:
     """Returns the docstrings of a module, its classes and functions."""
     nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    return "\n\n".join(text for node in nodes if isinstance(node, documented) and (text := ast.get_docstring(node)))
+    return "\n\n".join(
+        text for node in nodes if isinstance(node, documented) and (text := ast.get_docstring(node))
+    )

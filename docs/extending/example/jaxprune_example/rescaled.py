@@ -1,6 +1,8 @@
-"""Wanda's mask, and the kept weights of each output times the factor that brings its output nearest to the dense one.
+"""Wanda's mask, and the kept weights of each output times the factor that brings its output nearest
+to the dense one.
 
-For an output with dense weights w and kept weights v, the error ‖X(w − a·v)‖² is smallest at a = vᵀHw / vᵀHv, H = XᵀX.
+For an output with dense weights w and kept weights v, the error ‖X(w − a·v)‖² is smallest at a =
+vᵀHw / vᵀHv, H = XᵀX.
 """
 
 import dataclasses
