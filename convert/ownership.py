@@ -44,13 +44,11 @@ class Listed(Schema):
 
     Attributes:
         size: bytes.
-        sha256: of `prefix` and its content.
-        prefix: text before the content.
+        sha256: of its content.
     """
 
     size: int
     sha256: str
-    prefix: str = ""
 
 
 class Marker(Schema):
@@ -78,38 +76,34 @@ class Marker(Schema):
         return files
 
 
-def digest(path: Path, prefix: str = "") -> str:
-    """Returns the SHA-256 of a text and a regular file's bytes after it.
+def digest(path: Path) -> str:
+    """Returns the SHA-256 of a regular file.
 
     Raises:
         CheckpointError: it cannot be read.
     """
     with open_regular(path) as file:
-        signature = _signature(os.fstat(file.fileno()), prefix)
+        signature = _signature(os.fstat(file.fileno()))
         if signature not in _digests:
-            whole = hashlib.sha256(prefix.encode())
             with failing(path, "read"):
-                hashed = hashlib.file_digest(file, lambda: whole).hexdigest()
-            remember(path, hashed, prefix, signature)
+                hashed = hashlib.file_digest(file, "sha256").hexdigest()
+            remember(path, hashed, signature)
         return _digests[signature]
 
 
-def remember(
-    path: Path, hashed: str, prefix: str = "", signature: tuple[int, ...] | None = None
-) -> None:
+def remember(path: Path, hashed: str, signature: tuple[int, ...] | None = None) -> None:
     """Says what a file's digest is, where that is known from writing it; `digest` need not read
     it."""
-    _digests[signature or _signature(os.stat(path), prefix)] = hashed
+    _digests[signature or _signature(os.stat(path))] = hashed
 
 
-def _signature(found: os.stat_result, prefix: str) -> tuple[int, ...]:
+def _signature(found: os.stat_result) -> tuple[int, ...]:
     return (
         found.st_dev,
         found.st_ino,
         found.st_size,
         found.st_mtime_ns,
         found.st_ctime_ns,
-        hash(prefix),
     )
 
 
@@ -212,7 +206,7 @@ def unchanged(path: Path, file: Listed) -> bool:
         return (
             stat.S_ISREG(found.st_mode)
             and found.st_size == file.size
-            and digest(path, file.prefix) == file.sha256
+            and digest(path) == file.sha256
         )
     except (OSError, UserError):
         return False

@@ -115,14 +115,8 @@ class Tuning:
             raise InputError(f"tune_pieces must be at least 1, not {self.tune_pieces}")
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the fields; later ones only where they are set, so that runs of earlier versions
-        go on."""
-        later = {"tune_tokens": 0, "tune_to_end": False, "tune_pieces": 1, "tune_zeros": 0.0}
-        return {
-            name: value
-            for name, value in dataclasses.asdict(self).items()
-            if value != later.get(name)
-        }
+        """Returns the fields."""
+        return dataclasses.asdict(self)
 
     def without(self, names: Collection[str]) -> "Tuning":
         """Returns the same with these fields deciding nothing."""

@@ -188,9 +188,6 @@ def prune(
     with resume.open_journal(
         place.path,
         wanted,
-        of_version_1=lambda: identity.of_version_1(
-            reader, model.architecture, record.asked_of_version_1() | stored, seed
-        ),
         resume=resume_only,
     ) as journal:
         if publishing.is_finished(journal, place.path, masks_at):

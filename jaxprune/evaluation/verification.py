@@ -305,9 +305,7 @@ def _violations(
     elif isinstance(pattern, Unstructured):
         least = pattern.zeros(kept.shape)
         if pattern.per_output:
-            # A record of version 1 has six digits of the sparsity: what it counted decides where
-            # they are too few.
-            least = min(least, least if wanted is None else wanted) // kept.shape[1]
+            least //= kept.shape[1]
             short = np.flatnonzero((~kept).sum(axis=0) < least)
             if len(short):
                 yield (

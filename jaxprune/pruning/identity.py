@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from convert import Params, Reader, Spec, parts, schema
+from convert import Reader, Spec, parts, schema
 from convert.checked import ChangedError, CheckedReader, Signature, digest
 from jaxprune.errors import Change
-from jaxprune.models import Architecture
 from jaxprune.pruning.journal import WEIGHTS, AnotherRunError, Journal
 
 SCHEMA = 3
@@ -140,47 +139,8 @@ def sample(reader: Reader) -> dict[str, str]:
     return {path: digest(reader.read([path])[path])}
 
 
-def of_version_1(
-    reader: Reader, architecture: Architecture, asked: Mapping[str, Any], seed: int
-) -> dict[str, Any]:
-    """Returns the same as the first version wrote it, whose journals are still taken up; `asked` in
-    its form."""
-    log.warning(
-        "what is finished is an earlier version's, which kept digests of the first and last layers "
-        "only; whether the "
-        "other weights are still the same is not known"
-    )
-    grouped = parts(reader.spec)
-    layers = [part for part in grouped if part.startswith("layers.")]
-    content = reader.read(
-        [
-            path
-            for part in {layers[0], layers[-1], "norm"} & grouped.keys()
-            for path in grouped[part]
-        ]
-    )
-    checkpoint = hashlib.sha256(_headers(reader.spec) + _digest(content).encode()).hexdigest()
-    return {
-        "checkpoint": checkpoint,
-        "computation": np.dtype(architecture.config.dtype).name,
-        "seed": seed,
-        **asked,
-    }
-
-
 def _headers(spec: Spec) -> bytes:
     """Returns all names, shapes and dtypes, to be digested."""
     return json.dumps(
         {path: [list(t.shape), t.dtype.name] for path, t in sorted(spec.items())}
     ).encode()
-
-
-def _digest(arrays: Params) -> str:
-    """Returns the digest of version 1: of arrays in their logical order."""
-    whole = hashlib.sha256()
-    for name in sorted(arrays):
-        # ascontiguousarray makes 1-d arrays of 0-d ones
-        array = np.asarray(arrays[name], order="C")
-        whole.update(f"{name} {array.dtype.name} {array.shape};".encode())
-        whole.update(array.reshape(-1).view(np.uint8).data)
-    return whole.hexdigest()

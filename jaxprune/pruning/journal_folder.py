@@ -18,7 +18,6 @@ from convert import CheckpointError, ownership, schema
 from convert.errors import Change, OccupiedError, UserError
 from convert.ownership import MARKER, Marker
 from convert.schema import Schema
-from jaxprune.pruning import adoption
 from jaxprune.pruning.journal import Journal
 
 IDENTITY, LOCK, FINISHED, RESULT, MASKS = "run.json", "lock", "finished.json", "result", "masks"
@@ -33,11 +32,9 @@ class JournalMarker(Marker):
 
     Attributes:
         token: random, in the names of the folders that are the journal's whatever they hold.
-        others: relative paths of what was there before the journal had a marker, and stays.
     """
 
     token: Token
-    others: list[str] = []
 
 
 class Masks(Schema):
@@ -106,7 +103,7 @@ def look(out: Path) -> Finished | None:
         )
     marker = marker_of(folder)
     if marker is None:
-        if is_new(folder) or adoption.is_journal(folder):
+        if is_new(folder):
             return None
         names = sorted(name for name in os.listdir(folder) if name != LOCK)
         if names != [FINISHED]:
@@ -144,7 +141,6 @@ def require_listed(folder: Path, marker: JournalMarker) -> None:
         IDENTITY,
         FINISHED,
         *marker.files,
-        *marker.others,
         *journal.files(),
     }
     own = {journal.work.name, journal.aside.name}

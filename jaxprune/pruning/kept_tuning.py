@@ -118,8 +118,7 @@ def restore(
             }
             take(index, moving, {name: arrays[f"{name}/{MASK}"] for name in moving})
         curve = [(int(n), float(kl)) for n, kl in metadata.get("curve", [])]
-        before = metadata.get("before", 1.0)  # by which an earlier version tuned everything
-        return Kept(step, before, curve, best if any(best) else None)
+        return Kept(step, metadata.get("before", 1.0), curve, best if any(best) else None)
     return None
 
 

@@ -135,18 +135,16 @@ class Results:
 class _Kernel(Schema):
     error: float | None
     zeros: Count
-    wanted: Count | None = None
+    wanted: Count
     size: Count
     stats: dict[str, float | None]
     sections: dict[str, Count] = {}
 
     def result(self) -> KernelResult:
-        """Returns what became of a kernel. A journal of version 1 says what was found only, which
-        counts as wanted."""
-        wanted = self.zeros if self.wanted is None else self.wanted
+        """Returns what became of a kernel."""
         metrics = {name: _number(value) for name, value in self.stats.items()}
         return KernelResult(
-            _number(self.error), self.zeros, wanted, self.size, metrics, self.sections
+            _number(self.error), self.zeros, self.wanted, self.size, metrics, self.sections
         )
 
 

@@ -9,7 +9,7 @@ import logging
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from convert.schema import decode
 from convert.writing import failing
 from jaxprune.errors import InputError
 from jaxprune.processes.collective import flat, is_first_process, on_first_process
-from jaxprune.pruning import adoption
 from jaxprune.pruning.journal import AnotherRunError, Journal
 from jaxprune.pruning.journal_folder import (
     IDENTITY,
@@ -87,7 +86,6 @@ def open_journal(
     out: Path,
     identity: Mapping[str, Any],
     *,
-    of_version_1: Callable[[], Mapping[str, Any]] = dict,
     resume: bool = False,
 ) -> Iterator[Journal]:
     """Yields the journal of a run; empty, or what an earlier process of the same run left.
@@ -95,8 +93,6 @@ def open_journal(
     Args:
         out: the folder that the run makes.
         identity: all that decides its outcome, as JSON.
-        of_version_1: gives the same as version 1 wrote it, in whose journals `identity` is looked
-            for.
         resume: whether there must be something to go on with.
 
     Raises:
@@ -106,7 +102,7 @@ def open_journal(
     """
     folder = journal_folder(out)
     with contextlib.ExitStack() as stack:
-        token = on_first_process(lambda: _take(folder, out, identity, of_version_1, resume, stack))
+        token = on_first_process(lambda: _take(folder, out, identity, resume, stack))
         try:
             with contextlib.closing(Journal(folder, folder / work_name(token))) as journal:
                 if is_first_process() and journal.files():
@@ -125,7 +121,6 @@ def _take(
     folder: Path,
     out: Path,
     identity: Mapping[str, Any],
-    of_version_1: Callable[[], Mapping[str, Any]],
     resume: bool,
     stack: contextlib.ExitStack,
 ) -> str:
@@ -150,7 +145,7 @@ def _take(
         _leave(folder)
         raise
     if (folder / IDENTITY).exists():
-        _require_same(folder, identity, of_version_1)
+        _require_same(folder, identity)
     elif finished and finished.run != run_of(identity):
         raise InputError(f"{folder} was left by another run", options=OTHER)
     return marker.token
@@ -166,25 +161,16 @@ def run_of(identity: Mapping[str, Any]) -> str:
 
 
 def _begin(folder: Path, identity: str) -> JournalMarker:
-    """Writes the marker of a journal, which adopts what is there of an earlier version's."""
-    old = None
+    """Writes the marker of a journal."""
     # all but the last two files were removed
     if (finished := finished_of(folder, None)) is not None:
         marker = JournalMarker(kind=KIND, files={}, token=finished.token)
-    elif adoption.is_journal(folder):
-        old = adoption.adopted(folder)
-        files = old.files | old.states
-        marker = JournalMarker(
-            kind=KIND, files=files, token=secrets.token_hex(8), others=old.others
-        )
     else:
         content = identity.encode()
         listed = Listed(size=len(content), sha256=hashlib.sha256(content).hexdigest())
         marker = JournalMarker(kind=KIND, files={IDENTITY: listed}, token=secrets.token_hex(8))
     ownership.remove_own(folder / NEW_MARKER)
     writing.put_text(folder / MARKER, marker.model_dump_json(), folder / NEW_MARKER)
-    if old:
-        ownership.remove_listed(folder, old.states)
     return marker
 
 
@@ -234,26 +220,10 @@ def _leave(folder: Path) -> bool:
     return kept
 
 
-def _require_same(
-    folder: Path, identity: Mapping[str, Any], of_version_1: Callable[[], Mapping[str, Any]]
-) -> None:
+def _require_same(folder: Path, identity: Mapping[str, Any]) -> None:
     """Raises AnotherRunError where a journal is another run's, and says what differs."""
     written = decode(read_bytes(folder / IDENTITY), file=folder / IDENTITY)
-    wanted = json.loads(json.dumps(identity if "schema" in written else of_version_1()))
-    if written.get("schema") == 2:  # it kept the configuration as the model's modules had it then
-        log.warning(
-            "%s is an earlier version's: whether config.json is still the same is not known", folder
-        )
-        for identity_ in (written, wanted):
-            for name in ("schema", "model", "config.json", "computation"):
-                identity_.pop(name, None)
-    if "masks" in wanted and "masks" not in written:
-        log.warning(
-            "%s is an earlier version's: whether the given masks are still the same is not known",
-            folder,
-        )
-        del wanted["masks"]
-    found, wanted = flat(written), flat(wanted)
+    found, wanted = flat(written), flat(json.loads(json.dumps(identity)))
     differences = [
         f"{name}: {found.get(name, 'nothing')} then, {wanted.get(name, 'nothing')} now"
         for name in sorted(found.keys() | wanted.keys())

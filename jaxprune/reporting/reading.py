@@ -1,4 +1,4 @@
-"""Records read, whichever version of jaxprune wrote them."""
+"""Records read."""
 
 import os
 from pathlib import Path
@@ -10,17 +10,16 @@ from convert.errors import DamagedError
 from convert.files import read_bytes
 from convert.paths import paths_of
 from convert.schema import Schema, parse
-from jaxprune.reporting import version1
 from jaxprune.reporting.schema import RECORD, RECORD_BYTES, VERSION, Evaluation, Record, Run
 
 
 class _Head(Schema):
-    version: PositiveInt = Field(default=1, alias="schema")
+    version: PositiveInt = Field(alias="schema")
     kind: Literal["run", "evaluation"]
 
 
 def load(path: Path) -> Record:
-    """Reads the record in a folder, or in a file; one of version 1 as if it were written today.
+    """Reads the record in a folder, or in a file.
 
     Raises:
         UserError: there is none, or it is none that this version of jaxprune reads.
@@ -32,15 +31,13 @@ def load(path: Path) -> Record:
 def read(content: str | bytes, file: str | Path) -> Record:
     """Reads a record's JSON; errors as for `load`."""
     head = parse(_Head, content, file=file)
-    if head.version == 1:
-        return version1.upgraded(content, head.kind, file)
     if head.version != VERSION:
         raise DamagedError(
             "it was written by another version of jaxprune",
             file=file,
             entry="schema",
             found=head.version,
-            wanted="2",
+            wanted=str(VERSION),
         )
     return (
         parse(Run, content, file=file)

@@ -23,7 +23,7 @@ from jaxprune.planning.machine import describe_hardware, peak_bytes
 from jaxprune.planning.timing import Timing
 from jaxprune.pruning.results import LayerResult
 from jaxprune.recipe import Recipe
-from jaxprune.reporting import reading, schema, version1
+from jaxprune.reporting import reading, schema
 from jaxprune.reporting.schema import RECORD, REPORT
 from jaxprune.streaming.observer import Observer
 
@@ -128,10 +128,6 @@ class Record(Observer):
         """Returns the recipe, and what it was applied to, as JSON."""
         text = {"tuning_text": self.stream.as_json()} if self.stream else {}
         return self.recipe.as_json() | {"calibration": self._calibration(), **text}
-
-    def asked_of_version_1(self) -> dict[str, Any]:
-        """Returns the same as a journal of version 1 has it."""
-        return version1.recipe_as_json(self.recipe) | {"calibration": self._calibration()}
 
     def _calibration(self) -> dict[str, Any]:
         ids = np.ascontiguousarray(self.tokens, np.int32)

@@ -1,7 +1,6 @@
 """What jaxprune.json holds, version 2.
 
-Numbers are numbers: words for people are made from them and never read back. `reading` reads files
-of this version and, through `version1`, those of the first.
+Numbers are numbers: words for people are made from them and never read back.
 """
 
 from typing import Any, Literal
@@ -33,14 +32,13 @@ class Calibration(Schema):
 
 class TuningText(Schema):
     """The digest of the text that was tuned on, and what decides which windows it gave: their
-    length, the seed of their order, how many were held out, and the digest of those. Earlier
-    versions kept the first and the fourth."""
+    length, the seed of their order, how many were held out, and the digest of those."""
 
     sha256: str
-    length: Count | None = None
-    seed: int | None = None
+    length: Count
+    seed: int
     held_out: Count
-    held_out_sha256: str | None = None
+    held_out_sha256: str
 
 
 class TextQuality(Schema):

@@ -1,8 +1,6 @@
 """What a run does to the user's files: its journal and its result, without the numbers; and command
 lines."""
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -271,63 +269,6 @@ def test_of_two_runs_for_one_place_one_works(tmp_path: Path) -> None:
             work(tmp_path / "out")
     assert work(tmp_path / "out") == "done"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def old_journal(folder: Path) -> None:
-    """Rewrites a journal as version 0.1.0 had it: no marker, states that hold their own digests, an
-    empty lock."""
-    marker = json.loads((folder / MARKER).read_text())
-    (folder / MARKER).unlink()
-    shutil.rmtree(folder / f"work-{marker['token']}", ignore_errors=True)
-    for note in folder.rglob("states.*.json"):
-        figures = json.loads(note.read_text())["figures"]
-        digests = {}
-        for name, form in figures.items():
-            start = f"{form['dtype']} {tuple(form['shape'])};".encode()
-            digests[name] = hashlib.sha256(
-                start + (note.with_suffix("") / name).read_bytes()
-            ).hexdigest()
-        (note.with_suffix("") / "digests.json").write_text(json.dumps(digests))
-        note.unlink()
-
-
-def test_a_journal_of_version_0_1_0_is_finished(
-    stopped: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = stopped.with_name("out.unfinished")
-    old_journal(folder)
-    assert sorted(p.name for p in folder.iterdir()) == ["lock", "pruned", "run.json"]
-    assert sorted(p.name for p in (folder / "pruned").iterdir()) == [
-        "0",
-        "0.json",
-        "1",
-        "1.json",
-        "states.2",
-    ]
-    with monkeypatch.context() as patch:
-        patch.setattr(journal_module, "save_tree", None)  # nothing is made again
-        assert work(stopped) == "done"
-    assert sorted(p.name for p in stopped.parent.iterdir()) == ["out"]
-    assert "left in" not in caplog.text
-
-
-def test_what_is_not_ours_in_a_journal_of_version_0_1_0_stays(
-    stopped: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = stopped.with_name("out.unfinished")
-    old_journal(folder)
-    theirs = {
-        "notes": b"mine",
-        "result/model": b"half",
-        "pruned/1/notes": b"mine",
-        "lock.txt": b"x",
-    }
-    for name, text in theirs.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(text)
-    assert work(stopped) == "done"
-    assert {name: data for name, data in content(folder).items() if data != "folder"} == theirs
-    assert "left in" in caplog.text
 
 
 @pytest.fixture

@@ -203,7 +203,13 @@ def test_what_was_measured_is_in_the_page() -> None:
 
 def test_what_a_tuning_did_is_a_curve() -> None:
     title = "KL divergence on text held out"
-    text = {"sha256": "0" * 64, "held_out": 16}
+    text = {
+        "sha256": "0" * 64,
+        "length": 32,
+        "seed": 0,
+        "held_out": 16,
+        "held_out_sha256": "0" * 64,
+    }
     assert title in page_of(run_record(divergences=[[1024, 0.5], [2048, 0.4]], tuning_text=text))
     assert title not in page_of(run_record())
 
@@ -335,11 +341,15 @@ def test_no_number_keeps_a_plot_from_being_drawn(number: float | None) -> None:
         (None, "jaxprune.json: it is missing"),
         ("{", "it is not valid JSON"),
         ("[]", "cannot be used, found \\[\\]"),
-        ('{"kind": "run"}', "config: an entry is missing"),
-        ('{"config": {}, "method": {}}', "kind: an entry is missing"),
+        ('{"kind": "run", "schema": 2}', "method: an entry is missing"),
+        ('{"schema": 2, "method": {}}', "kind: an entry is missing"),
         (
             '{"kind": "run", "schema": 3}',
             "schema: it was written by another version of jaxprune, found 3, wanted 2",
+        ),
+        (
+            '{"kind": "run"}',
+            "schema: an entry is missing",
         ),
     ],
 )

@@ -5,17 +5,22 @@ import copy
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from convert.command import worded
 from convert.errors import UserError
 from convert.schema import to_text
+from jaxprune.commands.recipe_options import parse
+from jaxprune.commands.verify import main as verify
 from jaxprune.reporting import reading, report, schema
-from jaxprune.sparsity.patterns import percent
+from jaxprune.sparsity.patterns import NMRecord, PatternRecord, percent
+from tests.helpers import tiny
 
 RECORDS = Path(__file__).parent / "records"
 WRONG = {
@@ -36,6 +41,80 @@ WRONG = {
     "control characters": '"\\u0000\\u001b[2J\\n</script><b>"',
 }
 """JSON texts that stand in an entry's place."""
+
+
+FLAGS = {
+    "unstructured": "--sparsity 0.666667",
+    "per-output": "--method wanda --sparsity 0.6",
+    "2of4": "--mask wanda --update admm --pattern 2:4 --finish-steps 3 --asymmetry 0.25",
+    "best": "--preset best --sparsity 0.7 --tune-windows 2 --tune-zeros 0",
+    "given": "--mask from-file:masks.safetensors --update exact",
+}
+"""What the runs of the records were asked for."""
+
+
+TEXTS = {
+    "unstructured": ("admm", "66.6667 %"),
+    "per-output": ("wanda", "60 % per output"),
+    "2of4": ("wanda mask, admm update, 3 steps to finish, asymmetry 0.25", "2:4"),
+    "best": (
+        "best: admm, outputs weighed, sparsities within 0.3, 2 epochs of tuning",
+        "70 % in total",
+    ),
+    "given": ("exact", "the mask from-file:masks.safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_record_has_the_recipe_that_was_asked_for(name: str) -> None:
+    run = reading.load(RECORDS / f"{name}.json")
+    assert isinstance(run, schema.Run)
+    assert run.recipe() == parse(FLAGS[name].split())
+    assert (run.method_text, run.pattern_text) == TEXTS[name]
+    assert reading.read(to_text(schema.as_json(run)), "again") == run
+
+
+def test_reports_are_drawn_of_them() -> None:
+    names = [*FLAGS, "evaluation"]
+    page = report.page([reading.load(RECORDS / f"{name}.json") for name in names])
+    for words in (
+        "66.6667 %",
+        "60 % per output",
+        "2:4",
+        "70 % in total",
+        "the mask from-file:masks.safetensors",
+    ):
+        assert words in page
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_checkpoints_are_verified_by_them(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tiny.save(tmp_path / "pruned", tiny.config(num_hidden_layers=2))
+    shutil.copy(RECORDS / f"{name}.json", folder / "jaxprune.json")
+    run = reading.load(folder)
+    assert isinstance(run, schema.Run)
+    stored = load_file(folder / "model.safetensors")
+    for layer in run.layers:
+        for path, linear in layer.linears.items():
+            _zero(stored[f"model.layers.{layer.index}.{path}.weight"], linear.zeros, run.pattern)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    assert verify([str(folder)]) == 0, capsys.readouterr().out
+    stored["model.layers.1.mlp.up_proj.weight"].fill_(1.0)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    assert verify([str(folder)]) == 1
+    assert "layers.1.mlp.up_proj.kernel has 0 zeros, not" in capsys.readouterr().out
+
+
+def _zero(weight: Any, zeros: int, pattern: PatternRecord) -> None:
+    """Makes so many zeros of a weight [out, in] as a pattern has them."""
+    if isinstance(pattern, NMRecord):
+        weight.view(-1, pattern.m)[:, pattern.n :] = 0
+    elif pattern.kind == "per-output":
+        weight[:, : zeros // len(weight)] = 0
+    else:
+        weight.view(-1)[:zeros] = 0
 
 
 def run() -> dict[str, Any]:
@@ -119,7 +198,7 @@ def test_no_entry_of_the_record_is_read_unchecked() -> None:
         (b"\xff\xfe{}", "jaxprune.json: it is not valid JSON"),
         (b"", "jaxprune.json: it is not valid JSON"),
         (
-            b'{"kind": "walk"}',
+            b'{"schema": 2, "kind": "walk"}',
             "jaxprune.json: kind: an entry cannot be used, found 'walk', wanted 'run' or",
         ),
         (
