@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from convert import ownership, writing
 from convert.destination import Destination
 from convert.errors import Change, OccupiedError, UserError, joined
@@ -213,7 +215,9 @@ def _leave(folder: Path) -> bool:
         journal = Journal(folder, folder / work_name(marker.token if marker else ""))
         finished = finished_of(folder, marker) is not None
         kept = finished or bool(journal.files())
-        if marker and not finished:
+        # The other processes of the run may be reading the result: they are to end with this one's
+        # error, and not with a file that is missing.
+        if marker and not finished and not (kept and jax.process_count() > 1):
             ownership.remove_own(journal.work)
         if not kept:
             remove(journal)
