@@ -18,7 +18,7 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +37,8 @@ UNSEALED = SEAL.decode() + 64 * "0"
 _HEAD = 4096
 _digests: dict[tuple[int, ...], str] = {}
 """What `digest` found before: a file whose inode, size and times are the same is not read again."""
+_whole: set[tuple[int, ...]] = set()
+"""The files of `remember`, likewise."""
 
 
 class Listed(Schema):
@@ -87,14 +89,8 @@ def digest(path: Path) -> str:
         if signature not in _digests:
             with failing(path, "read"):
                 hashed = hashlib.file_digest(file, "sha256").hexdigest()
-            remember(path, hashed, signature)
+            _digests[signature] = hashed
         return _digests[signature]
-
-
-def remember(path: Path, hashed: str, signature: tuple[int, ...] | None = None) -> None:
-    """Says what a file's digest is, where that is known from writing it; `digest` need not read
-    it."""
-    _digests[signature or _signature(os.stat(path))] = hashed
 
 
 def _signature(found: os.stat_result) -> tuple[int, ...]:
@@ -172,31 +168,19 @@ def prove(folder: Path) -> Marker:
 def require_listed(folder: Path, names: Collection[str]) -> None:
     """Raises OccupiedError for the first file, link or folder that is neither among the names nor
     holds one of them."""
-    for name in strange(folder, names):
-        raise OccupiedError(
-            "jaxprune did not write it, so its folder is neither replaced nor removed: move it "
-            "away",
-            file=folder / name,
-        )
-
-
-def strange(folder: Path, names: Collection[str]) -> Iterator[str]:
-    """Yields the relative paths of what is neither among the names nor a folder that leads to one
-    of them, in order."""
     holding = {str(parent) for name in names for parent in Path(name).parents}
     for place, folders, files in os.walk(folder, onerror=require_readable):
         folders.sort()
         inside = Path(place).relative_to(folder)
-        for name in sorted(files):
-            if str(inside / name) not in names:
-                yield str(inside / name)
-        for name in list(folders):
+        for name in sorted(files) + folders:
             path = str(inside / name)
-            if path in names:
-                folders.remove(name)
-            elif os.path.islink(folder / path) or path not in holding:
-                yield path
-                folders.remove(name)
+            leads = name in folders and path in holding and not os.path.islink(folder / path)
+            if path not in names and not leads:
+                raise OccupiedError(
+                    "jaxprune did not write it, so its folder is neither replaced nor removed: "
+                    "move it away",
+                    file=folder / path,
+                )
 
 
 def unchanged(path: Path, file: Listed) -> bool:
@@ -238,24 +222,6 @@ def remove_empties(folder: Path) -> None:
             remove_empty(Path(place))
 
 
-def is_hollow(folder: Path) -> bool:
-    """Returns whether a path is a folder without a file in it, at any depth."""
-    if folder.is_symlink() or not folder.is_dir():
-        return False
-    return not any(
-        files or any(os.path.islink(Path(p) / n) for n in inner)
-        for p, inner, files in os.walk(folder)
-    )
-
-
-def remove_hollow(folder: Path) -> bool:
-    """Removes a folder without a file in it, at any depth; whether it was one."""
-    if not is_hollow(folder):
-        return False
-    remove_empties(folder)
-    return remove_empty(folder)
-
-
 def remove_folder(folder: Path) -> None:
     """Removes a folder that holds nothing but what its marker lists; the marker goes last, so that
     a kill leaves proof.
@@ -295,9 +261,16 @@ def seal(path: Path) -> None:
 def sealed(path: Path) -> bool:
     """Returns whether a file is as it was when it was sealed."""
     with open_regular(path) as file:
+        if _signature(os.fstat(file.fileno())) in _whole:
+            return True
         head = file.read(_HEAD)
     place = head.find(SEAL) + len(SEAL)
     return place >= len(SEAL) and head[place : place + 64] == _sealed_digest(path, place).encode()
+
+
+def remember(path: Path) -> None:
+    """Says that a file is known to be as it was sealed: `sealed` need not read it again."""
+    _whole.add(_signature(os.stat(path)))
 
 
 def remove_sealed(path: Path) -> None:
@@ -307,7 +280,7 @@ def remove_sealed(path: Path) -> None:
         OccupiedError: it is not as it was when it was sealed.
         CheckpointError: it cannot be read.
     """
-    if not sealed(path):
+    if path.is_symlink() or not sealed(path):
         raise OccupiedError("it has changed since jaxprune wrote it", file=path)
     with failing(path, "removed"):
         path.unlink()

@@ -20,10 +20,15 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from convert.errors import CheckpointError
-from convert.writing import failed, failing, reserve, sync, write_text
+from convert.writing import failing, reserve, sync, write_text
 
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-STORED = DTYPES | {"uint8": "U8"}
+STORED = DTYPES | {"bool": "BOOL"}
+STORED |= {
+    f"{kind}int{bits}": f"{sign}{bits}"
+    for kind, sign in (("", "I"), ("u", "U"))
+    for bits in (8, 16, 32, 64)
+}
 MAX_SHARD_SIZE = 5_000_000_000
 INDEX = "model.safetensors.index.json"
 
@@ -36,6 +41,9 @@ class TensorFile:
         spec: name -> shape and dtype of each tensor.
         metadata: strings for the header.
 
+    Attributes:
+        path: as given.
+
     Raises:
         CheckpointError: not enough disk space.
     """
@@ -43,7 +51,7 @@ class TensorFile:
     def __init__(
         self, path: Path, spec: Mapping[str, jax.ShapeDtypeStruct], metadata: Mapping[str, str]
     ) -> None:
-        self._path, self._spec = path, spec
+        self.path, self._spec = path, spec
         self._written: set[str] = set()
         # Wide dtypes first: every tensor then starts at a multiple of its item size.
         names = sorted(spec, key=lambda name: (-spec[name].dtype.itemsize, name))
@@ -73,13 +81,19 @@ class TensorFile:
                 f"{name} was announced as {tensor.dtype.name}{list(tensor.shape)} but is "
                 f"{array.dtype.name}{list(array.shape)}"
             )
-        try:
-            with self._path.open("r+b") as file:
-                file.seek(self._starts[name])
-                file.write(np.ascontiguousarray(array).tobytes())
-        except OSError as error:
-            raise failed(error, self._path) from error
+        self._put(self._starts[name], array)
         self._written.add(name)
+
+    def write_rows(self, name: str, first: int, rows: np.ndarray) -> None:
+        """Writes rows of a tensor, from the first one's index on; the last ones make it whole."""
+        self._put(self._starts[name] + first * _nbytes(rows) // len(rows), rows)
+        if first + len(rows) == self._spec[name].shape[0]:
+            self._written.add(name)
+
+    def _put(self, start: int, array: np.ndarray) -> None:
+        with failing(self.path), self.path.open("r+b") as file:
+            file.seek(start)
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     def finish(self) -> None:
         """Makes sure that every tensor was written and is on the disk.
@@ -89,10 +103,10 @@ class TensorFile:
         """
         if missing := sorted(self._spec.keys() - self._written):
             raise CheckpointError(
-                f"{self._path.name} is incomplete, never written: {', '.join(missing[:5])}"
+                f"{self.path.name} is incomplete, never written: {', '.join(missing[:5])}"
             )
-        with failing(self._path):
-            sync(self._path)
+        with failing(self.path):
+            sync(self.path)
 
 
 class ShardWriter:
@@ -141,5 +155,5 @@ class ShardWriter:
             file.finish()
 
 
-def _nbytes(tensor: jax.ShapeDtypeStruct) -> int:
+def _nbytes(tensor: jax.ShapeDtypeStruct | np.ndarray) -> int:
     return int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize
