@@ -138,8 +138,8 @@ def made(tree: Path, folder: Path, name: str, line: str) -> dict[str, Any]:
     words = [*line.split(), *WINDOWS.split(), *TEXT.split(), "--out", out]
     spent = 0.0
     if "kill" in name:
-        kept = folder / f"{out}.unfinished" / "pruned"
-        spent += run(tree, folder, words, lambda: len(list(kept.glob("*.json"))) > 1)
+        saved = folder / f"{out}.unfinished" / "pruned"  # a file each, NAME.json or .safetensors
+        spent += run(tree, folder, words, lambda: sum(map(Path.is_file, saved.glob("*"))) > 1)
         if not (folder / f"{out}.unfinished").exists():
             raise RuntimeError(f"{name}: the run was over before it could be killed")
     spent += run(tree, folder, words)

@@ -17,15 +17,11 @@ from jaxprune.calibration.mix import interleaved
 from jaxprune.calibration.texts import Texts
 from jaxprune.errors import Change, InputError
 from jaxprune.evaluation.samples import CUT
-from jaxprune.pruning import identity, publishing, resume
-from jaxprune.pruning.journal import Journal
-from jaxprune.pruning.journal_folder import journal_folder
+from jaxprune.pruning import identity, opening, publishing
+from jaxprune.pruning.store import TEXTS, RunStore
 from jaxprune.streaming.generation import in_batches
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
-
-TEXTS = "texts"
-"""The stage of a journal with whose name those of its entries begin."""
 
 
 def generate(
@@ -47,8 +43,8 @@ def generate(
     Args:
         model: writes them. It does not end them: behind a text's end begins another.
         tokens: of all texts, at least.
-        out: a .jsonl file to make of them. What is finished is kept in `OUT.unfinished` until then,
-            and the same call goes on from there; None: no file is made.
+        out: a .jsonl file to make of them. What is finished is saved in `OUT.unfinished` until
+            then, and the same call goes on from there; None: no file is made.
         length: tokens of a text, those of its prompt among them.
         prompts: a source as for `calibration_windows`, with whose documents the texts begin, in an
             order that the seed fixes; None: they begin with the token that texts begin with.
@@ -86,17 +82,17 @@ def generate(
         "begun": hashlib.sha256(json.dumps(begun).encode()).hexdigest(),
     }
     wanted = identity.of_run(reader, model.hf_config, model.dtype, {TEXTS: asked}, seed)
-    with resume.open_journal(place.path, wanted) as journal:
-        known = identity.KnownWeights(reader, journal)
-        if len(kept := _kept(journal)) < len(begun):
+    with opening.open_store(place.path, wanted) as store:
+        known = identity.KnownWeights(reader, store)
+        if len(saved := _saved(store)) < len(begun):
             place.check()
-        made = _decoded(model, _written(model, begun, kept, length, seed, observer, journal))
+        made = _decoded(model, _written(model, begun, saved, length, seed, observer, store))
         content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in made)
         if not _holds(place.path, content.encode()):  # else there is only to tidy up
             known.require_unchanged()
             with staged(place) as file:
                 write_text(file, content)
-        publishing.remove(journal)
+        publishing.remove(store)
     return made
 
 
@@ -133,18 +129,18 @@ def file_of(out: str | Path | Destination) -> Destination:
             file=place.path,
             wanted="FILE.jsonl",
         )
-    if not (os.path.lexists(place.path) and os.path.lexists(journal_folder(place.path))):
+    if not (os.path.lexists(place.path) and os.path.lexists(opening.store_folder(place.path))):
         place.check()  # else a run may have been stopped when its file was there already
     return place
 
 
-def _kept(journal: Journal) -> dict[int, list[int]]:
-    """Returns the number of each text that a journal has -> its tokens."""
-    entries = [entry for name in journal.names(TEXTS) if (entry := journal.get(f"{TEXTS}/{name}"))]
+def _saved(store: RunStore) -> dict[int, list[int]]:
+    """Returns the number of each text that a run store has -> its tokens."""
+    found = [saved for name in store.names(TEXTS) if (saved := store.get(f"{TEXTS}/{name}"))]
     return {
         int(number): row.tolist()
-        for entry in entries
-        for number, row in zip(entry.arrays["numbers"], entry.arrays["ids"], strict=True)
+        for saved in found
+        for number, row in zip(saved.arrays["numbers"], saved.arrays["ids"], strict=True)
     }
 
 
@@ -155,7 +151,7 @@ def _written(
     length: int,
     seed: int,
     observer: Observer,
-    journal: Journal | None = None,
+    store: RunStore | None = None,
 ) -> list[list[int]]:
     """Returns the tokens of texts that begin with these; those that there are already are not
     written again."""
@@ -165,13 +161,13 @@ def _written(
         model, begun, most, lambda *_: False, observer, seed=seed, made=set(texts)
     ):
         texts |= (made := {number: [*begun[number], *new] for number, new in batch.items()})
-        if journal:
+        if store:
             numbers, ids = (
                 np.array([*values], np.int32) for values in (made.keys(), made.values())
             )
-            journal.put(f"{TEXTS}/{numbers.min()}", {"numbers": numbers, "ids": ids}, {})
-    if journal:
-        journal.wait()
+            store.put(f"{TEXTS}/{numbers.min()}", {"numbers": numbers, "ids": ids}, {})
+    if store:
+        store.wait()
     return [texts[number] for number in range(len(begun))]
 
 

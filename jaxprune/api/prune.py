@@ -44,13 +44,12 @@ from jaxprune.processes.collective import (
     on_first_process,
     require_same,
 )
-from jaxprune.pruning import identity, publishing, resume
+from jaxprune.pruning import identity, opening, publishing
 from jaxprune.pruning.experts import kept_experts, without_experts
-from jaxprune.pruning.journal import Journal
-from jaxprune.pruning.journal_folder import journal_folder, masks_file, result_folder
 from jaxprune.pruning.loop import other_params
 from jaxprune.pruning.results import LayerResult
 from jaxprune.pruning.rules import by_rules, effective_recipe
+from jaxprune.pruning.store import RunStore
 from jaxprune.pruning.whole_model import prune_model, require_recipe, require_stream
 from jaxprune.recipe import Recipe
 from jaxprune.reporting import reading, schema
@@ -115,7 +114,7 @@ def prune(
     """Prunes a checkpoint into a folder, in Hugging Face's format, with a record, a model card and
     a report.
 
-    What is finished is kept in `OUT.unfinished` until the end: the same call goes on with a run
+    What is finished is saved in `OUT.unfinished` until the end: the same call goes on with a run
     that was stopped, and ends in the same bytes.
 
     Args:
@@ -158,7 +157,7 @@ def prune(
     if masks_place:
         masks_place.inputs = place.inputs
     require_stream(recipe, stream)
-    emptied = resume.check(place, masks_place)
+    emptied = opening.check(place, masks_place)
     asked = {"ckpt": model.name, "calib": "token ids", "out": str(place.path), "seed": seed}
     record = Record(asked | dict(config or {}), recipe, windows, stream)
     check(schema.RunConfig, plain(record.config), file="", entry="config", error=InputError)
@@ -180,24 +179,20 @@ def prune(
         observer.planned(
             fit.require_fit(_work(model, saved.reader.spec, windows, recipe, place, evaluator))
         )
-    run, masks_at = resume.run_of(wanted), masks_place.path if masks_place else None
+    masks_at = masks_place.path if masks_place else None
     if broadcast(emptied):
-        if on_first_process(lambda: resume.tidy_up(place.path, run, masks_at)):
+        if on_first_process(lambda: opening.tidy_up(place.path, wanted, masks_at)):
             return _finished(place.path)
         place.check()
-    with resume.open_journal(
-        place.path,
-        wanted,
-        resume=resume_only,
-    ) as journal:
-        if publishing.is_finished(journal, place.path, masks_at):
-            publishing.publish(journal, place, masks_place)
+    with opening.open_store(place.path, wanted, resume=resume_only) as store:
+        if publishing.is_finished(store, place.path, masks_at):
+            publishing.publish(store, place, masks_place)
             return _finished(place.path)
-        weights = identity.KnownWeights(reader, journal)
+        weights = identity.KnownWeights(reader, store)
         if recipe.experts.drop_experts:
             with _timed(observer, "experts"):
                 record.kept_experts = kept_experts(
-                    model, windows, recipe.experts.drop_experts, journal
+                    model, windows, recipe.experts.drop_experts, store
                 )
                 saved = saved.keeping(record.kept_experts)
         if timing:
@@ -210,29 +205,29 @@ def prune(
             stream=stream,
             seed=seed,
             teacher=model,
-            journal=journal,
+            store=store,
             observer=observer,
         )
         files, packed = _write_checkpoint(
-            saved, layers, recipe, journal, masks_at is not None, observer
+            saved, layers, recipe, store, masks_at is not None, observer
         )
         if evaluator:
             with _timed(observer, "evaluate"), _continued_otherwise():
-                pruned = model.sibling(result_folder(journal), f"pruned {model.short_name}")
+                pruned = model.sibling(store.result, f"pruned {model.short_name}")
                 for which, quality in evaluator.measure(
                     {"dense": model, "pruned": pruned}, against="dense"
                 ):
                     record.evaluation[which] = quality
         record.seconds["total"] = time.perf_counter() - begun
-        made_of = {"dense": reader, "pruned": open_checkpoint(result_folder(journal), check=False)}
+        made_of = {"dense": reader, "pruned": open_checkpoint(store.result, check=False)}
         record.disk_bytes = {which: disk_bytes(reader) for which, reader in made_of.items()}
         record.parameters = {which: parameters(reader.spec) for which, reader in made_of.items()}
         record.converted_bytes = _converted_bytes(made_of["pruned"], packed)
         weights.require_unchanged()
         require_same(lambda: {"weights": dict(reader.digests)})
-        made, names, fault = _describe(record, result_folder(journal))
-        publishing.finish(journal, files | names, run, masks_at)
-        publishing.publish(journal, place, masks_place)
+        made, names, fault = _describe(record, store.result)
+        publishing.finish(store, files | names, masks_at)
+        publishing.publish(store, place, masks_place)
     result = PruningResult(place.path, made, record.evaluation)
     observer.finished(result)
     if fault:
@@ -327,7 +322,7 @@ def require_separate(
     """
     read = {name: list(paths) for name, paths in inputs.items()}
     read["mask"] = [given] if (given := source_of(recipe.mask or "")) else []
-    outputs = {"out": out.path, "out.unfinished": journal_folder(out.path)}
+    outputs = {"out": out.path, "out.unfinished": opening.store_folder(out.path)}
     if masks:
         outputs["save_masks"] = masks.path
     apart = read | {"scratch": paths_of(str(scratch)) if scratch else []}
@@ -339,18 +334,18 @@ def _write_checkpoint(
     model: StreamedModel,
     layers: Iterator[LayerResult],
     recipe: Recipe,
-    journal: Journal,
+    store: RunStore,
     with_masks: bool,
     observer: Observer,
 ) -> tuple[set[str], int]:
-    """Writes checkpoint and masks to where the journal wants them; returns the checkpoint's files,
+    """Writes checkpoint and masks to where the run store has them; returns the checkpoint's files,
     and about how many bytes its params would take packed."""
     packed = 0
     writer: Writer | None = None
     mask_writer: MaskWriter | None = None
     with contextlib.ExitStack() as stack:
         if is_first_process():
-            folder = result_folder(journal)
+            folder = store.result
             with failing(folder):
                 folder.mkdir(parents=True)
             writer = stack.enter_context(
@@ -360,7 +355,7 @@ def _write_checkpoint(
             )
             if with_masks:
                 mask_writer = MaskWriter(
-                    masks_file(journal),
+                    store.masks,
                     _pruned_shapes(model, recipe),
                     naming_in(model.hf_config, model.reader.spec),
                 )

@@ -13,7 +13,7 @@ from jaxprune.commands.progress import Progress
 from jaxprune.commands.prune import source_paths
 from jaxprune.commands.terminal import choose_devices, console, keep_memory, run_main
 from jaxprune.errors import InputError
-from jaxprune.pruning.journal_folder import journal_folder
+from jaxprune.pruning.opening import store_folder
 
 EXAMPLES = """Examples:
 
@@ -71,7 +71,7 @@ def _main(argv: Sequence[str]) -> None:
     )
     inputs = {"a checkpoint": inputs_of(model.source), "prompts": source_paths(wanted.prompts)}
     require_apart(
-        inputs, {"out": place.path, "out.unfinished": journal_folder(place.path)}, error=InputError
+        inputs, {"out": place.path, "out.unfinished": store_folder(place.path)}, error=InputError
     )
     with Progress() as progress:
         made = generate(

@@ -131,7 +131,7 @@ def _checked_paths(
     """
     from convert.paths import paths_of
     from jaxprune.api.prune import places, require_separate
-    from jaxprune.pruning import resume
+    from jaxprune.pruning import opening
 
     assert config.out and config.calib
     place, masks_place = places(config.out, config.save_masks, overwrite=config.overwrite)
@@ -143,7 +143,7 @@ def _checked_paths(
     require_separate(
         place, masks_place, recipe, inputs | {"ckpt": paths_of(config.ckpt)}, config.scratch
     )
-    resume.check(place, masks_place)
+    opening.check(place, masks_place)
     return place, masks_place, inputs
 
 

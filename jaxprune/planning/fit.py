@@ -12,7 +12,7 @@ from jaxprune.hardware import HEADROOM, device_memory
 from jaxprune.planning.machine import available_memory
 from jaxprune.planning.preflight import best_step_bytes, need
 from jaxprune.planning.work import GIB, Need, Work
-from jaxprune.pruning.journal_folder import journal_folder
+from jaxprune.pruning.opening import store_folder
 
 
 class Shortage(InputError):
@@ -109,5 +109,5 @@ def _host_and_disk(need: Need, work: Work) -> Iterator[Shortage]:
 
 def free_disk(work: Work) -> int:
     """Returns the bytes that the output's disk has free, with what the run has there already."""
-    own = sum(path.stat().st_size for path in journal_folder(work.out).rglob("*") if path.is_file())
+    own = sum(path.stat().st_size for path in store_folder(work.out).rglob("*") if path.is_file())
     return shutil.disk_usage(existing_parent(work.out)).free + own

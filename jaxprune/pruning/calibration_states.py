@@ -5,8 +5,8 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxprune import hardware
-from jaxprune.pruning import kept_states
-from jaxprune.pruning.results import Results
+from jaxprune.pruning.results import LayerResult
+from jaxprune.pruning.store import Stage
 from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.model import StreamedModel, inside_layer
 
@@ -31,7 +31,7 @@ class CalibrationStates:
     def __init__(
         self, model: StreamedModel, tokens: Int[np.ndarray, "w t"], *, with_dense: bool
     ) -> None:
-        self._model, self._tokens = model, tokens
+        self._model = model
         self._position = 0  # number of layers that the states are behind
         self._fresh = True
         routing, at_a_time = model.architecture.config.routing, None
@@ -42,29 +42,28 @@ class CalibrationStates:
         self.pruned = model.embed(tokens, at_a_time=at_a_time)
         self.dense = model.embed(tokens) if with_dense else None
 
-    def passed(self, index: int, finished: Results) -> None:
-        """Says that the states moved through a layer; keeps them in the journal where that is worth
-        its time."""
+    def passed(self, index: int, saved: Stage[LayerResult]) -> None:
+        """Says that the states moved through a layer; saves them where that is worth its time."""
         self._position = index + 1
-        if finished.journal and self._position < self._model.num_layers:
-            kept_states.keep(finished.journal, finished.stage, self._position, self._named())
+        if saved.store and self._position < self._model.num_layers:
+            saved.store.put_rows(f"{saved.name}/states", self._named(), self._position)
 
-    def catch_up(self, index: int, finished: Results) -> None:
+    def catch_up(self, index: int, saved: Stage[LayerResult]) -> None:
         """Moves the states on to a layer's input, through layers that an earlier process of the run
         pruned.
 
         Args:
             index: the index of the layer.
-            finished: the layers that are pruned already.
+            saved: the layers that are pruned already.
 
         Raises:
             InputError: one of them was damaged meanwhile.
         """
         if self._fresh:
             self._fresh = False
-            self._restore(index, finished)
+            self._restore(index, saved)
         for before in range(self._position, index):
-            layer = finished.require(before)
+            layer = saved.require(before)
             part = self._model.architecture.layers[before]
             params = self._model.put_layer(before, part.stack(inside_layer(before, layer.params)))
             self._model.forward(before, params, self.pruned)
@@ -74,19 +73,13 @@ class CalibrationStates:
                 self._model.forward(before, self._model.put_layer(before, stored), self.dense)
         self._position = index
 
-    def _restore(self, index: int, finished: Results) -> None:
-        """Takes up the states that the journal kept, where they are of use for a layer."""
-        position = (
-            kept_states.position(finished.journal, finished.stage) if finished.journal else None
-        )
-        if finished.journal is None or position is None or position > index:
-            return
-        if kept_states.restore(finished.journal, finished.stage, self._named()):
-            self._position = position
-            return
-        self._model.embed(self._tokens, into=self.pruned)
-        if self.dense:
-            self._model.embed(self._tokens, into=self.dense)
+    def _restore(self, index: int, saved: Stage[LayerResult]) -> None:
+        """Takes up the states that are saved, where they are of use for a layer."""
+        name = f"{saved.name}/states"
+        position = saved.store.position(name) if saved.store else None
+        if saved.store and position is not None and position <= index:
+            if saved.store.fill(name, self._named()):
+                self._position = position
 
     def _named(self) -> dict[str, HiddenStates]:
         return {"pruned": self.pruned} | ({"dense": self.dense} if self.dense else {})

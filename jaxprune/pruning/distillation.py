@@ -29,14 +29,14 @@ from jaxtyping import Float, Int
 
 from jaxprune.calibration.stream import TextStream
 from jaxprune.errors import InputError
-from jaxprune.pruning import kept_tuning
+from jaxprune.pruning import saved_tuning
 from jaxprune.pruning.held_out import HeldOut
-from jaxprune.pruning.journal import Journal
-from jaxprune.pruning.kept_tuning import Kept
 from jaxprune.pruning.late_zeros import LateZeros
 from jaxprune.pruning.placement import placement_of
 from jaxprune.pruning.results import LayerResult
 from jaxprune.pruning.rules import TargetOf
+from jaxprune.pruning.saved_tuning import Progress
+from jaxprune.pruning.store import RunStore
 from jaxprune.pruning.student import Student, require_finite
 from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.recipe_parts import Tuning
@@ -113,7 +113,7 @@ def distill(
     *,
     target_of: TargetOf | None = None,
     teacher: StreamedModel | None = None,
-    journal: Journal | None = None,
+    store: RunStore | None = None,
     observer: Observer = SILENT,
 ) -> Iterator[LayerResult]:
     """Tunes pruned layers. Masks and what became of the kernels stay as their solves have them,
@@ -126,8 +126,8 @@ def distill(
         tuning: how.
         target_of: (layer index, path of the linear layer) -> its pattern, where zeros come late.
         teacher: the model towards which is tuned; None: the one that was pruned.
-        journal: where the state is kept now and then, and taken from where it is kept already;
-            None: nothing is kept.
+        store: where the state is saved now and then, and taken from where it is saved already;
+            None: nothing is saved.
         observer: is told each step, and each measure of the divergence on what is held out.
 
     Raises:
@@ -154,7 +154,7 @@ def distill(
     all_there = steps.last_pruning * steps.tokens
     held_out = HeldOut(teacher, text.held_out, all_there) if text.held_out is not None else None
     observer.started("tuning", steps.count, "steps")
-    begin = _begun(journal, student, rate, held_out, observer)
+    begin = _begun(store, student, rate, held_out, observer)
     for number, (tokens, dense) in enumerate(_with_dense(teacher, text, begin), begin + 1):
         divergence = student.step(tokens, dense, number, partial(rate.of, number))
         observer.step_done(number, steps.count, divergence)
@@ -164,9 +164,9 @@ def distill(
             if not (tuning.tune_to_end or held_out.falls):
                 break
         measured = (held_out.curve, held_out.best) if held_out else ([], None)
-        kept_tuning.keep(journal, student.state, Kept(number, rate.before, *measured))
+        saved_tuning.save(store, student.state, Progress(number, rate.before, *measured))
         del measured  # there is to be one best at a time
-    kept_tuning.keep_curve(journal, held_out.curve if held_out else [])
+    saved_tuning.save_curve(store, held_out.curve if held_out else [])
     best = held_out.best if held_out else None
     require_finite(best or (kernels.values for kernels in student.state))
     for index in range(model.num_layers):
@@ -174,25 +174,25 @@ def distill(
 
 
 def _begun(
-    journal: Journal | None,
+    store: RunStore | None,
     student: Student,
     rate: "Rate",
     held_out: HeldOut | None,
     observer: Observer,
 ) -> int:
-    """Takes up what was kept of a tuning, or measures what is held out before the first step;
+    """Takes up what was saved of a tuning, or measures what is held out before the first step;
     returns the number of the steps that were made."""
-    kept = kept_tuning.restore(journal, student.state, student.restore)
-    if kept:
-        observer.tuning_resumed(kept.step)
-        rate.before = kept.before
-    if held_out and kept:
-        held_out.curve, held_out.best = kept.curve, kept.best
-        for point in kept.curve:
+    saved = saved_tuning.restore(store, student.state, student.restore)
+    if saved:
+        observer.tuning_resumed(saved.step)
+        rate.before = saved.before
+    if held_out and saved:
+        held_out.curve, held_out.best = saved.curve, saved.best
+        for point in saved.curve:
             observer.divergence_measured(*point)
     elif held_out:
         observer.divergence_measured(0, held_out.measure(student, 0))
-    return kept.step if kept else 0
+    return saved.step if saved else 0
 
 
 class Rate:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from jaxprune.errors import Change, InputError
 from jaxprune.models import Architecture, Layer
 from jaxprune.models.experts import OUTPUT_TAP
-from jaxprune.pruning.journal import EXPERTS, Journal
+from jaxprune.pruning.store import EXPERTS, RunStore
 from jaxprune.sharding import fetch
 from jaxprune.streaming.model import StreamedModel
 
@@ -28,7 +28,7 @@ def kept_experts(
     model: StreamedModel,
     tokens: Int[np.ndarray, "w t"],
     share: float,
-    journal: Journal | None = None,
+    store: RunStore | None = None,
 ) -> dict[int, list[int]]:
     """Returns the experts that stay when a share of those of least saliency goes from every layer.
 
@@ -36,8 +36,8 @@ def kept_experts(
         model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
         share: of the experts of each layer, rounded to the nearest whole number.
-        journal: where the saliencies are kept, and taken from where they are kept already; None:
-            nothing is kept.
+        store: where the saliencies are saved, and taken from where they are saved already; None:
+            nothing is saved.
 
     Returns:
         Layer index -> experts in order, of the layers that have them.
@@ -47,7 +47,7 @@ def kept_experts(
     """
     count = require_experts(model.architecture, share)
     found = {}
-    for index, saliency in _saliencies(model, tokens, journal).items():
+    for index, saliency in _saliencies(model, tokens, store).items():
         order = np.argsort(-saliency, kind="stable")
         found[index] = sorted(int(expert) for expert in order[: len(saliency) - count])
     return found
@@ -83,11 +83,11 @@ def without_experts(architecture: Architecture, share: float) -> Architecture:
 
 
 def _saliencies(
-    model: StreamedModel, tokens: Int[np.ndarray, "w t"], journal: Journal | None
+    model: StreamedModel, tokens: Int[np.ndarray, "w t"], store: RunStore | None
 ) -> dict[int, Float[np.ndarray, "e"]]:
     name = f"{EXPERTS}/0"
-    if journal and (entry := journal.get(name)):
-        return {int(index): saliency for index, saliency in entry.arrays.items()}
+    if store and (saved := store.get(name)):
+        return {int(index): saliency for index, saliency in saved.arrays.items()}
     hidden, found = model.embed(tokens), {}
     for index, params in enumerate(model.layers()):
         layer, own = model.architecture.layers[index], model.put_layer(index, params)
@@ -100,8 +100,8 @@ def _saliencies(
         if index + 1 < model.num_layers:
             model.forward(index, own, hidden)
         del own  # before the next is there
-    if journal:
-        journal.put(name, {str(index): saliency for index, saliency in found.items()}, {})
+    if store:
+        store.put(name, {str(index): saliency for index, saliency in found.items()}, {})
     return found
 
 

@@ -1,8 +1,8 @@
-"""Whose a journal is: all that decides a run's outcome, and the weights that it met.
+"""Whose a run store is: all that decides a run's outcome, and the weights that it met.
 
 What is known at once (options, calibration windows, configuration, names, shapes and dtypes of all
 tensors) is compared before any work. Contents are compared as they are read: a run keeps the digest
-of every tensor beside its journal, and when it goes on, no tensor may have another. Tensors of
+of every tensor in its store, and when it goes on, no tensor may have another. Tensors of
 layers that are pruned already are read again only where the system's own account of the files
 (size, times, inode) has changed.
 """
@@ -19,7 +19,8 @@ import numpy as np
 from convert import Reader, Spec, parts, schema
 from convert.checked import ChangedError, CheckedReader, Signature, digest
 from jaxprune.errors import Change
-from jaxprune.pruning.journal import WEIGHTS, AnotherRunError, Journal
+from jaxprune.pruning.opening import AnotherRunError
+from jaxprune.pruning.store import WEIGHTS, RunStore
 
 SCHEMA = 3
 UNREAD = ("transformers_version", "_name_or_path", "architectures", "use_cache")
@@ -28,11 +29,11 @@ log = logging.getLogger(__name__)
 
 
 class Weights(schema.Schema):
-    """What a journal keeps of its checkpoint's weights, a part in each note.
+    """What a run store has of its checkpoint's weights, a part in each saved result.
 
     Attributes:
         files: `CheckedReader.signature` when the tensors were read.
-        digests: path -> digest of tensors that were read since the note before.
+        digests: path -> digest of tensors that were read since the one before.
     """
 
     files: dict[str, list[int]]
@@ -44,31 +45,31 @@ class KnownWeights:
 
     Args:
         reader: the reader of the dense checkpoint.
-        journal: the journal of the run; it keeps what becomes known.
+        store: the store of the run; it saves what becomes known.
 
     Raises:
         AnotherRunError: a tensor has changed since the run met it.
-        DamagedError: the journal's notes of them are damaged.
+        DamagedError: what is saved of them is damaged.
     """
 
-    def __init__(self, reader: CheckedReader, journal: Journal) -> None:
-        self._reader, self._journal = reader, journal
+    def __init__(self, reader: CheckedReader, store: RunStore) -> None:
+        self._reader, self._store = reader, store
         self._signature = reader.signature()
-        notes = [
-            schema.check(Weights, note, file=journal.folder, entry=WEIGHTS)
-            for note in journal.weights()
+        saved = [
+            schema.check(Weights, figures, file=store.folder, entry=WEIGHTS)
+            for figures in store.weights()
         ]
-        known = {path: found for note in notes for path, found in note.digests.items()}
+        known = {path: found for one in saved for path, found in one.digests.items()}
         reader.remember(known)
-        self._kept = set(known)
-        if any(note.files != self._signature for note in notes):
+        self._known = set(known)
+        if any(one.files != self._signature for one in saved):
             self._require({}, "before this run was stopped it met another tensor there")
-        journal.newly_known = self._newly_known
+        store.newly_known = self._newly_known
 
     def _newly_known(self) -> dict[str, Any] | None:
         digests = dict(self._reader.digests)
-        new = {path: found for path, found in digests.items() if path not in self._kept}
-        self._kept |= new.keys()
+        new = {path: found for path, found in digests.items() if path not in self._known}
+        self._known |= new.keys()
         return Weights(files=self._signature, digests=new).model_dump() if new else None
 
     def require_unchanged(self) -> None:
@@ -82,7 +83,7 @@ class KnownWeights:
             where = f"{error.file}, from which layers were pruned already"
             raise AnotherRunError(
                 f"{what}: give the checkpoint as it was in {where}",
-                file=self._journal.folder,
+                file=self._store.folder,
                 entry=error.entry,
                 found=error.found,
                 wanted=error.wanted,

@@ -16,9 +16,10 @@ from jaxprune.methods import Method
 from jaxprune.models import Architecture
 from jaxprune.pruning.calibration_states import CalibrationStates
 from jaxprune.pruning.layer import SolvedLayer, Solver, timed
-from jaxprune.pruning.results import LayerResult, Results
+from jaxprune.pruning.results import LayerResult, saved_layers
 from jaxprune.pruning.rules import TargetOf, by_rules, with_rules
 from jaxprune.pruning.sensitivity import Weights
+from jaxprune.pruning.store import Stage
 from jaxprune.sparsity.masks import StoredMask
 from jaxprune.sparsity.patterns import Pattern
 from jaxprune.streaming.model import StreamedModel, in_checkpoint
@@ -32,7 +33,7 @@ def prune_layers(
     *,
     weights: Sequence[Weights] | None = None,
     asymmetry: float = 0.0,
-    finished: Results | None = None,
+    saved: Stage[LayerResult] | None = None,
 ) -> Iterator[LayerResult]:
     """Prunes a model layer by layer; nothing is written.
 
@@ -44,8 +45,8 @@ def prune_layers(
             mask made elsewhere.
         weights: the weights of the layers' tokens and outputs; see `sensitivity.weights`.
         asymmetry: see `Solver`. Above 0 the dense model goes along: another forward pass.
-        finished: where layers are kept as soon as they are pruned, and taken from where they are
-            kept already.
+        saved: where layers are saved as soon as they are pruned, and taken from where they are
+            saved already.
 
     Returns:
         An iterator over the layers' results. A layer is pruned when its result is asked for.
@@ -56,11 +57,14 @@ def prune_layers(
     """
     solver = Solver(method, targets_for(model.architecture, target), weights, asymmetry)
     states = CalibrationStates(model, tokens, with_dense=asymmetry > 0)
-    return visit_layers(model, states, solver, finished or Results(None, "", model.num_layers))
+    return visit_layers(model, states, solver, saved or saved_layers(None, ""))
 
 
 def visit_layers(
-    model: StreamedModel, states: CalibrationStates, solver: Solver, finished: Results
+    model: StreamedModel,
+    states: CalibrationStates,
+    solver: Solver,
+    saved: Stage[LayerResult],
 ) -> Iterator[LayerResult]:
     """Yields the pruned layers, in order; when a layer is yielded, the states are those before the
     next one.
@@ -69,22 +73,22 @@ def visit_layers(
         model: the dense model.
         states: the states before the first layer.
         solver: how layers are pruned.
-        finished: see `prune_layers`.
+        saved: see `prune_layers`.
     """
-    unfinished = [index for index in range(model.num_layers) if index not in finished]
+    unfinished = [index for index in range(model.num_layers) if index not in saved]
     read_ahead = model.layers(unfinished)
     for index in range(model.num_layers):
-        if kept := finished.get(index):
-            yield kept
+        if found := saved.get(index):
+            yield found
             continue
         seconds: dict[str, float] = {}
         with timed(seconds, "read"):
             stored = next(read_ahead if index in unfinished else model.layers([index]))
-            states.catch_up(index, finished)
+            states.catch_up(index, saved)
         result = solve_layer(model, index, stored, states, solver, seconds)
         del stored
-        finished.put(result)
-        states.passed(index, finished)
+        saved.put(index, result)
+        states.passed(index, saved)
         yield result
         del result
 

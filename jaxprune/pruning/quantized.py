@@ -16,8 +16,9 @@ from jaxprune.pruning.calibration_states import CalibrationStates
 from jaxprune.pruning.kernel import KernelResult
 from jaxprune.pruning.layer import Solver
 from jaxprune.pruning.loop import solve_layer
-from jaxprune.pruning.results import LayerResult, Results
+from jaxprune.pruning.results import LayerResult
 from jaxprune.pruning.rules import Target
+from jaxprune.pruning.store import Stage
 from jaxprune.sparsity.masks import StoredMask, unpack
 from jaxprune.sparsity.patterns import Unstructured
 from jaxprune.streaming.model import StreamedModel, inside_layer
@@ -32,7 +33,7 @@ def quantize_layers(
     tokens: Int[np.ndarray, "w t"],
     pruned: Callable[[int], LayerResult],
     quantization: str,
-    finished: Results,
+    saved: Stage[LayerResult],
 ) -> Iterator[LayerResult]:
     """Brings layers to a grid, one after another: their zeros stay, also those of linear layers
     that are dense.
@@ -42,7 +43,7 @@ def quantize_layers(
         tokens: calibration windows, [windows, length] token ids.
         pruned: the index of a layer -> it, pruned.
         quantization: the type, of `methods.quantization.BITS`.
-        finished: where layers are kept as soon as they are done, and taken from where they are kept
+        saved: where layers are saved as soon as they are done, and taken from where they are saved
             already.
 
     Yields:
@@ -51,11 +52,11 @@ def quantize_layers(
     """
     states = CalibrationStates(model, tokens, with_dense=False)
     for index, part in enumerate(model.architecture.layers):
-        if kept := finished.get(index):
-            yield kept
+        if found := saved.get(index):
+            yield found
             continue
         layer = pruned(index)
-        states.catch_up(index, finished)
+        states.catch_up(index, saved)
         solver = Solver(Magnitude(), partial(_target, part, layer.masks), quantization=quantization)
         stored = part.stack(inside_layer(index, layer.params))
         solved = solve_layer(model, index, stored, states, solver, {})
@@ -66,8 +67,8 @@ def quantize_layers(
         result = dataclasses.replace(
             layer, params=solved.params, kernels=kernels, seconds=seconds, resumed=False
         )
-        finished.put(result)
-        states.passed(index, finished)
+        saved.put(index, result)
+        states.passed(index, saved)
         yield result
 
 

@@ -1,7 +1,6 @@
-"""Pruned layers, and those that a run has finished already."""
+"""Pruned layers, and how a run saves them."""
 
 import dataclasses
-import logging
 import math
 from typing import Any
 
@@ -9,12 +8,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from convert import Params
-from convert.errors import DamagedError
 from convert.schema import Count, Schema, check, plain
-from jaxprune.pruning.journal import DamagedEntryError, Journal
 from jaxprune.pruning.kernel import KernelResult
-
-log = logging.getLogger(__name__)
+from jaxprune.pruning.store import RunStore, Saved, Stage, flat, grouped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +42,7 @@ class LayerResult:
         return dataclasses.replace(self, params={}, masks={})
 
     def as_json(self) -> dict[str, Any]:
-        """Returns all but the arrays, as journals and records keep it; see
+        """Returns all but the arrays, as run stores and records have it; see
         `reporting.schema.Layer`."""
         kernels = {}
         for path, kernel in self.kernels.items():
@@ -57,79 +53,6 @@ class LayerResult:
             if not kernel.sections:
                 del kernels[path]["sections"]
         return plain({"index": self.index, "seconds": self.seconds, "linears": kernels})
-
-
-class Results:
-    """The layers of one stage of a run in its journal.
-
-    Args:
-        journal: the journal of the run; None: nothing is kept.
-        stage: a name.
-        count: number of the model's layers.
-    """
-
-    def __init__(self, journal: Journal | None, stage: str, count: int) -> None:
-        self.journal, self.stage, self._count = journal, stage, count
-
-    def __contains__(self, index: int) -> bool:
-        return self.journal is not None and f"{self.stage}/{index}" in self.journal
-
-    def whole(self) -> bool:
-        """Returns whether all layers are there, each as it was written."""
-        every = range(self._count)
-        return all(index in self for index in every) and all(
-            self.get(index) is not None for index in every
-        )
-
-    def require(self, index: int) -> LayerResult:
-        """Returns a layer that the run has finished.
-
-        Raises:
-            DamagedEntryError: it was damaged meanwhile.
-        """
-        if layer := self.get(index):
-            return layer
-        raise DamagedEntryError(
-            f"layer {index} was damaged on the disk while it was used: run the same command again"
-        )
-
-    def put(self, layer: LayerResult) -> None:
-        """Commits a layer, unless it is there."""
-        if self.journal and layer.index not in self:
-            arrays = {f"params.{path}": array for path, array in layer.params.items()}
-            arrays |= {f"masks.{path}": mask for path, mask in layer.masks.items()}
-            self.journal.put(f"{self.stage}/{layer.index}", arrays, layer.as_json())
-
-    def get(self, index: int) -> LayerResult | None:
-        """Returns a layer; None where it is missing or damaged. A damaged one is removed."""
-        if self.journal is None or index not in self:
-            return None
-        name = f"{self.stage}/{index}"
-        entry = self.journal.get(name)
-        found = entry and self._checked(entry.metadata, name)
-        if entry is None or found is None:
-            self.journal.drop(name)
-            return None
-        arrays: dict[str, Params] = {"params": {}, "masks": {}}
-        for path, array in entry.arrays.items():
-            kind, _, rest = path.partition(".")
-            arrays[kind][rest] = array
-        kernels = {path: kernel.result() for path, kernel in found.linears.items()}
-        return LayerResult(
-            index, arrays["params"], kernels, arrays["masks"], found.seconds, resumed=True
-        )
-
-    def _checked(self, metadata: dict[str, Any], name: str) -> "_Layer | None":
-        """Returns what `LayerResult.as_json` gave; None where it is something else, which is
-        said."""
-        assert self.journal
-        try:
-            return check(
-                _Layer, metadata, file=self.journal.folder / f"{name}.json", entry="figures"
-            )
-        except DamagedError as error:
-            log.warning("%s; it will be made again", error)
-            return None
 
 
 class _Kernel(Schema):
@@ -151,6 +74,24 @@ class _Kernel(Schema):
 class _Layer(Schema):
     seconds: dict[str, float]
     linears: dict[str, _Kernel]
+
+
+def saved_layers(store: RunStore | None, stage: str) -> Stage[LayerResult]:
+    """Returns the layers that a stage of a run saves; none where there is no store."""
+    return Stage(store, stage, _save, _load)
+
+
+def _save(layer: LayerResult) -> Saved:
+    return Saved(flat(params=layer.params, masks=layer.masks), layer.as_json())
+
+
+def _load(index: int, saved: Saved) -> LayerResult:
+    found = check(_Layer, saved.figures, file=f"layer {index}", entry="figures")
+    kernels = {path: kernel.result() for path, kernel in found.linears.items()}
+    arrays = grouped(saved.arrays)
+    return LayerResult(
+        index, arrays["params"], kernels, arrays["masks"], found.seconds, resumed=True
+    )
 
 
 def _number(value: float | None) -> float:

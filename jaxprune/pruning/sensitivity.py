@@ -30,8 +30,7 @@ from jaxprune import hardware
 from jaxprune.errors import InputError
 from jaxprune.models import Layer, Part
 from jaxprune.models.blocks import Routed
-from jaxprune.pruning import kept_states
-from jaxprune.pruning.journal import SENSITIVITY, Journal
+from jaxprune.pruning.store import SENSITIVITY, RunStore, Saved, Stage, flat, grouped
 from jaxprune.recipe_parts import Importance
 from jaxprune.sharding import fetch
 from jaxprune.streaming.head import exponentials, in_chunks, logits
@@ -108,25 +107,25 @@ def measure_sensitivity(
     model: StreamedModel,
     tokens: Int[np.ndarray, "w t"],
     *,
-    journal: Journal | None = None,
+    store: RunStore | None = None,
 ) -> list[Sensitivity]:
     """Measures the sensitivities of all layers, in order.
 
     Args:
         model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
-        journal: where each layer's is kept, and taken from where it is kept already; None: nothing
-            is kept.
+        store: where each layer's is saved, and taken from where it is saved already; None: nothing
+            is saved.
 
     Raises:
         InputError: model and tokens do not fit together, or the loss has no finite gradient.
     """
     each = [
-        _reverse(model, tokens[rows], journal, f"{SENSITIVITY}/{rows.start}-{rows.stop}")
+        _reverse(model, tokens[rows], _saved(store, f"{rows.start}-{rows.stop}"))
         for rows in _groups(model, tokens)
     ]
-    if journal:
-        journal.wait()
+    if store:
+        store.wait()
     return [_of_windows(layer) for layer in zip(*each, strict=True)]
 
 
@@ -157,16 +156,16 @@ def _groups(model: StreamedModel, tokens: Int[np.ndarray, "w t"]) -> Iterator[sl
 
 
 def _reverse(
-    model: StreamedModel, tokens: Int[np.ndarray, "w t"], journal: Journal | None, stage: str
+    model: StreamedModel, tokens: Int[np.ndarray, "w t"], saved: Stage[Sensitivity]
 ) -> list[Sensitivity]:
-    """Returns the sensitivities of all layers for some tokens; those that are kept already are
+    """Returns the sensitivities of all layers for some tokens; those that are saved already are
     taken as they are."""
     count = model.num_layers
-    found = {index: kept for index in range(count) if (kept := _kept(journal, stage, index))}
+    found = {index: one for index in range(count) if (one := saved.get(index))}
     missing = [index for index in reversed(range(count)) if index not in found]
     if not missing:
         return [found[index] for index in range(count)]
-    top, kept_gradient = _kept_gradient(model, tokens, journal, stage, missing[0])
+    top, gradient = _saved_gradient(model, tokens, saved, missing[0])
     inputs: list[HiddenStates] = []
     (states,) = model.final_states(
         tokens,
@@ -174,57 +173,49 @@ def _reverse(
         at_a_time=tokens_per_batch(),
         visit=lambda index, states: inputs.append(states[0].copy()),
     )
-    if kept_gradient:
-        states = kept_gradient
+    if gradient:
+        states = gradient
     else:
         _differentiate_loss(model, states, tokens)
     order = range(top)[::-1]
     for index, params in zip(order, model.layers(order), strict=True):
         layer = _reverse_layer(model, index, model.put_layer(index, params), inputs.pop(), states)
         _require_finite(layer)
-        if journal and index not in found:
-            arrays = {
-                f"{kind}.{name}": array
-                for kind, part in layer._asdict().items()
-                for name, array in part.items()
-            }
-            journal.put(f"{stage}/{index}", arrays, {})
-            kept_states.keep(journal, stage, index, {"gradient": states})
+        if saved.store and index not in found:
+            saved.put(index, layer)
+            saved.store.put_rows(f"{saved.name}/states", {"gradient": states}, index)
         found[index] = layer
     return [found[index] for index in range(count)]
 
 
-def _kept_gradient(
-    model: StreamedModel,
-    tokens: Int[np.ndarray, "w t"],
-    journal: Journal | None,
-    stage: str,
-    missing: int,
+def _saved_gradient(
+    model: StreamedModel, tokens: Int[np.ndarray, "w t"], saved: Stage[Sensitivity], missing: int
 ) -> tuple[int, HiddenStates | None]:
-    """Returns the number of layers below the kept gradient, and it; all layers and None where none
+    """Returns the number of layers below the saved gradient, and it; all layers and None where none
     is of use.
 
     Args:
-        model, tokens, journal, stage: as for `_reverse`.
+        model, tokens, saved: as for `_reverse`.
         missing: index of the last layer whose sensitivity is missing.
     """
-    position = kept_states.position(journal, stage) if journal else None
-    if journal and position is not None and missing < position:
+    name = f"{saved.name}/states"
+    position = saved.store.position(name) if saved.store else None
+    if saved.store and position is not None and missing < position:
         gradient = model.embed(tokens, at_a_time=tokens_per_batch())
-        if kept_states.restore(journal, stage, {"gradient": gradient}):
+        if saved.store.fill(name, {"gradient": gradient}):
             return position, gradient
     return model.num_layers, None
 
 
-def _kept(journal: Journal | None, stage: str, index: int) -> Sensitivity | None:
-    entry = journal.get(f"{stage}/{index}") if journal else None
-    if entry is None:
-        return None
-    parts: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in Sensitivity._fields}
-    for name, array in entry.arrays.items():
-        kind, _, path = name.partition(".")
-        parts[kind][path] = array
-    return Sensitivity(**parts)
+def _saved(store: RunStore | None, windows: str) -> Stage[Sensitivity]:
+    """Returns where the sensitivities for some windows are saved."""
+
+    def load(_: int, saved: Saved) -> Sensitivity:
+        groups = grouped(saved.arrays)
+        return Sensitivity(*(groups[kind] for kind in Sensitivity._fields))
+
+    name = f"{SENSITIVITY}/{windows}"
+    return Stage(store, name, lambda layer: Saved(flat(**layer._asdict()), {}), load)
 
 
 def _differentiate_loss(

@@ -49,7 +49,7 @@ from jaxprune.pruning.experts import kept_experts, without_experts
 from jaxprune.pruning.kernel import KernelResult
 from jaxprune.pruning.layer import Inputs, Linear, Solver, layer_inputs, solve_kernels
 from jaxprune.pruning.loop import require_fit, visit_layers
-from jaxprune.pruning.results import Results
+from jaxprune.pruning.results import saved_layers
 from jaxprune.pruning.rules import effective_recipe, with_rules
 from jaxprune.pruning.whole_model import require_recipe, solving
 from jaxprune.recipe import Recipe
@@ -168,9 +168,7 @@ def capture(
     before = (
         solver if prune_before else dataclasses.replace(solver, target_of=lambda index, path: None)
     )
-    for _ in itertools.islice(
-        visit_layers(model, states, before, Results(None, "", model.num_layers)), layer
-    ):
+    for _ in itertools.islice(visit_layers(model, states, before, saved_layers(None, "")), layer):
         pass  # the states move
     return _of_layer(model, states, solver, layer)
 

@@ -12,17 +12,26 @@ from jaxprune.calibration.stream import TextStream
 from jaxprune.errors import Change, InputError
 from jaxprune.methods.quantization import has_grid
 from jaxprune.models import Architecture
-from jaxprune.pruning import distillation, kept_tuning
+from jaxprune.pruning import distillation, saved_tuning
 from jaxprune.pruning.allocation import allocate, zeros_to_allocate
 from jaxprune.pruning.calibration_states import CalibrationStates
 from jaxprune.pruning.distillation import Text, distill
-from jaxprune.pruning.journal import CURVE, PRUNED, QUANTIZED, SENSITIVITY, TUNED, TUNING, Journal
 from jaxprune.pruning.layer import Solver
 from jaxprune.pruning.loop import targets_for, visit_layers
 from jaxprune.pruning.quantized import quantize_layers
-from jaxprune.pruning.results import LayerResult, Results
+from jaxprune.pruning.results import LayerResult, saved_layers
 from jaxprune.pruning.rules import TargetOf, by_rules, count_weights, effective_recipe, with_rules
 from jaxprune.pruning.sensitivity import Weights, measure_sensitivity, weights
+from jaxprune.pruning.store import (
+    CURVE,
+    PRUNED,
+    QUANTIZED,
+    SENSITIVITY,
+    TUNED,
+    TUNING,
+    RunStore,
+    Stage,
+)
 from jaxprune.recipe import Recipe
 from jaxprune.recipe_parts import Importance, Tuning, effective_tuning, late_sparsity
 from jaxprune.sparsity.patterns import Pattern, Unstructured, partly
@@ -41,7 +50,7 @@ def prune_model(
     stream: TextStream | None = None,
     seed: int = 0,
     teacher: StreamedModel | None = None,
-    journal: Journal | None = None,
+    store: RunStore | None = None,
     observer: Observer = SILENT,
 ) -> Iterator[LayerResult]:
     """Yields the layers as they are to be stored, in order; no checkpoint is written.
@@ -53,8 +62,8 @@ def prune_model(
         stream: the text that is tuned on, where the recipe takes tokens of one.
         seed: the seed of the order of calibration windows in the distillation.
         teacher: the model towards which is tuned: with all of its experts; None: the same.
-        journal: where all that is finished is kept, and taken from where it is kept already; None:
-            nothing is kept.
+        store: where all that is finished is saved, and taken from where it is saved already; None:
+            nothing is saved.
         observer: is told each layer as soon as it is pruned, which with distillation is long before
             it is yielded, and again when it is quantized; each step; and the seconds of each phase
             but those in the layers' results.
@@ -72,14 +81,12 @@ def prune_model(
         text = distillation.of_stream(stream, tuning)
     elif tuning.tune_epochs:
         text = distillation.of_windows(tokens, tuning, seed)
-    layers = _pruned(model, tokens, recipe, targets, journal, observer)
+    layers = _pruned(model, tokens, recipe, targets, store, observer)
     if text:
         layers = _distilled(
-            model, teacher, text, layers, tuning, with_rules(*targets), journal, observer
+            model, teacher, text, layers, tuning, with_rules(*targets), store, observer
         )
-    return (
-        _quantized(model, tokens, layers, recipe, journal, observer) if recipe.quantize else layers
-    )
+    return _quantized(model, tokens, layers, recipe, store, observer) if recipe.quantize else layers
 
 
 def require_stream(recipe: Recipe, stream: TextStream | None) -> None:
@@ -148,11 +155,11 @@ def _pruned(
     tokens: Int[np.ndarray, "w t"],
     recipe: Recipe,
     targets: Targets,
-    journal: Journal | None,
+    store: RunStore | None,
     observer: Observer,
 ) -> Iterator[LayerResult]:
-    visited, states, solver = solving(model, tokens, recipe, targets, journal, observer)
-    for layer in visit_layers(visited, states, solver, Results(journal, PRUNED, model.num_layers)):
+    visited, states, solver = solving(model, tokens, recipe, targets, store, observer)
+    for layer in visit_layers(visited, states, solver, saved_layers(store, PRUNED)):
         observer.layer_done(layer)
         yield layer
 
@@ -162,19 +169,19 @@ def solving(
     tokens: Int[np.ndarray, "w t"],
     recipe: Recipe,
     targets: Targets,
-    journal: Journal | None = None,
+    store: RunStore | None = None,
     observer: Observer = SILENT,
 ) -> tuple[StreamedModel, CalibrationStates, Solver]:
     """Returns what `visit_layers` takes to prune a model by a recipe, before any tuning.
 
     Args:
-        model, tokens, recipe, journal, observer: as for `prune_model`.
+        model, tokens, recipe, store, observer: as for `prune_model`.
         targets: as `require_recipe` returns them.
     """
     target, named = targets
     late = late_sparsity(recipe.tuning, recipe.pattern)
     target, layer_weights = _by_importance(
-        model, tokens, recipe.importance, target, late, named, journal, observer
+        model, tokens, recipe.importance, target, late, named, store, observer
     )
     target_of = targets_for(model.architecture, with_rules(target, named))
     solver = Solver(recipe.method, target_of, layer_weights, recipe.asymmetry)
@@ -189,15 +196,15 @@ def _distilled(
     layers: Iterator[LayerResult],
     tuning: Tuning,
     target_of: TargetOf,
-    journal: Journal | None,
+    store: RunStore | None,
     observer: Observer,
 ) -> Iterator[LayerResult]:
-    finished = Results(journal, TUNED, model.num_layers)
-    if finished.whole():
-        yield from _told(finished, model, observer)
+    saved = saved_layers(store, TUNED)
+    if saved.whole(model.num_layers):
+        yield from _told(saved, model, observer)
         return
-    if journal:  # of a tuning that is done again all layers are kept, and its measures
-        journal.drop(TUNED, CURVE)
+    if store:  # of a tuning that is done again all layers are saved, and its measures
+        store.drop(TUNED, CURVE)
     every = list(layers)
     start = time.perf_counter()
     released = (every.pop(0) for _ in range(len(every)))
@@ -208,17 +215,17 @@ def _distilled(
         tuning,
         target_of=target_of,
         teacher=teacher,
-        journal=journal,
+        store=store,
         observer=observer,
     )
     for layer in tuned:
         observer.phase_timed("tune", time.perf_counter() - start)
         observer.layer_tuned(layer)
-        finished.put(layer)
+        saved.put(layer.index, layer)
         yield layer
         start = time.perf_counter()
-    if journal:
-        journal.drop(SENSITIVITY, PRUNED, TUNING)
+    if store:
+        store.drop(SENSITIVITY, PRUNED, TUNING)
 
 
 def _quantized(
@@ -226,37 +233,39 @@ def _quantized(
     tokens: Int[np.ndarray, "w t"],
     layers: Iterator[LayerResult],
     recipe: Recipe,
-    journal: Journal | None,
+    store: RunStore | None,
     observer: Observer,
 ) -> Iterator[LayerResult]:
     assert recipe.quantize
-    finished = Results(journal, QUANTIZED, model.num_layers)
-    if finished.whole():
-        yield from _told(finished, model, observer)
+    saved = saved_layers(store, QUANTIZED)
+    if saved.whole(model.num_layers):
+        yield from _told(saved, model, observer)
         return
-    if journal:
+    if store:
         for _ in layers:
             pass  # to the end, so that all that those stages hold is let go
-        journal.wait()
-        earlier = Results(journal, TUNED if recipe.tuning.tunes else PRUNED, model.num_layers)
+        store.wait()
+        earlier = saved_layers(store, TUNED if recipe.tuning.tunes else PRUNED)
         pruned: Callable[[int], LayerResult] = earlier.require
     else:
         pruned = {layer.index: layer for layer in layers}.__getitem__
     observer.started("quantizing", model.num_layers)
     routed = model.routing_all() if recipe.experts.route_all else model
-    for layer in quantize_layers(routed, tokens, pruned, recipe.quantize, finished):
+    for layer in quantize_layers(routed, tokens, pruned, recipe.quantize, saved):
         observer.layer_done(layer)
         yield layer
-    if journal:
-        journal.drop(SENSITIVITY, PRUNED, TUNED)
+    if store:
+        store.drop(SENSITIVITY, PRUNED, TUNED)
 
 
-def _told(finished: Results, model: StreamedModel, observer: Observer) -> Iterator[LayerResult]:
+def _told(
+    saved: Stage[LayerResult], model: StreamedModel, observer: Observer
+) -> Iterator[LayerResult]:
     """Yields the layers of a stage that an earlier process ended, of which the observer is told."""
-    for point in kept_tuning.curve(finished.journal):
+    for point in saved_tuning.curve(saved.store):
         observer.divergence_measured(*point)
     for index in range(model.num_layers):
-        layer = finished.require(index)
+        layer = saved.require(index)
         observer.layer_done(layer)
         yield layer
 
@@ -268,7 +277,7 @@ def _by_importance(
     target: Pattern | TargetOf,
     late: float,
     named: Mapping[tuple[int, str], Pattern | None],
-    journal: Journal | None,
+    store: RunStore | None,
     observer: Observer,
 ) -> tuple[Pattern | TargetOf, list[Weights] | None]:
     """Returns the target of each kernel that no rule names, without the sparsity that comes late,
@@ -281,7 +290,7 @@ def _by_importance(
     start = time.perf_counter()
     count = importance.windows_of(len(tokens))
     some = tokens[np.arange(count) * len(tokens) // count]
-    sensitivity = measure_sensitivity(model, some, journal=journal)
+    sensitivity = measure_sensitivity(model, some, store=store)
     if importance.spread:
         assert isinstance(target, Unstructured)
         patterns = allocate(model, sensitivity, target.sparsity, importance.spread, named, late)

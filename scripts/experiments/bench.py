@@ -29,9 +29,9 @@ from jaxprune.evaluation.tasks import ZERO_SHOT
 from jaxprune.evaluation.text import perplexity, perplexity_of_states
 from jaxprune.planning.machine import describe_hardware
 from jaxprune.pruning import snapshot as snapshots
-from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.loop import other_params
 from jaxprune.pruning.results import LayerResult
+from jaxprune.pruning.store import RunStore
 from jaxprune.recipe import Recipe
 from jaxprune.reporting import schema
 from jaxprune.reporting.record import Record, environment
@@ -225,17 +225,17 @@ class Bench:
         stream, config = self._stream(recipe), dataclasses.replace(self.options, out=recipe.slug)
         account = Record(dataclasses.asdict(config), recipe, self.calibration, stream)
         with contextlib.ExitStack() as stack:
-            journal = None
+            store = None
             if stream:  # hours
                 _unfinished(file).mkdir(parents=True, exist_ok=True)
-                journal = stack.enter_context(contextlib.closing(Journal(_unfinished(file))))
+                store = stack.enter_context(contextlib.closing(RunStore(_unfinished(file))))
             for layer in prune_model(
                 self.model,
                 self.calibration,
                 recipe,
                 stream=stream,
                 seed=self.args.seed,
-                journal=journal,
+                store=store,
                 observer=account,
             ):
                 watch(layer)

@@ -10,7 +10,7 @@ from jaxprune import calibration_windows, generate, load
 from jaxprune.commands.generate import main
 from jaxprune.commands.progress import Progress
 from jaxprune.pruning import publishing
-from jaxprune.pruning.journal_folder import journal_folder
+from jaxprune.pruning.opening import store_folder
 from jaxprune.streaming import generation
 from tests.helpers.command import failing
 from tests.helpers.tiny import write_text
@@ -29,7 +29,7 @@ def test_what_a_model_writes_is_text_to_prune_it_on(checkpoint: Path, tmp_path: 
     )
     assert len(texts_of(file)) == 9 and len(set(texts_of(file))) == 9
     model = load(checkpoint)
-    assert not journal_folder(file).exists()
+    assert not store_folder(file).exists()
     assert generate(model, 200, length=LENGTH) == texts_of(file)
     assert generate(model, 3 * LENGTH, length=LENGTH) == texts_of(file)[:3]
     assert generate(model, 200, length=LENGTH, seed=1) != texts_of(file)
@@ -92,7 +92,7 @@ def test_what_is_written_is_kept_until_all_is(
     monkeypatch.setattr(Progress, "layer_visited", lambda self, index: taken.append(index))
     assert main(argv) == 0
     assert len(taken) == 2 * (LENGTH - 1)  # of nine texts, four were written
-    assert f"going on with what is finished in {journal_folder(file)}" in capsys.readouterr().err
+    assert f"going on with what is finished in {store_folder(file)}" in capsys.readouterr().err
     assert generate(load(checkpoint), 200, length=LENGTH) == texts_of(file)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 

@@ -33,7 +33,7 @@ PHASES = {
     "masks": r"masks",
     "export": r"model.*safetensors|(config|tokenizer\S*|index)\.json|notes\.md",
     "reading": r"^read models",
-    "journal": r"unfinished",
+    "store": r"unfinished",
 }
 """Phase -> what its operations look like; the first that fits."""
 

@@ -31,11 +31,11 @@ def _linked_result(world: World) -> None:
     world.out.symlink_to("elsewhere")
 
 
-def _linked_journal(world: World) -> None:
+def _linked_store(world: World) -> None:
     (world.work / "out.unfinished").symlink_to("models")
 
 
-def _used_journal(world: World) -> None:
+def _used_store(world: World) -> None:
     (world.work / "out.unfinished/result").mkdir(parents=True)
     (world.work / "out.unfinished/result/data").write_text("the user's")
     (world.work / "out.unfinished/notes").write_text("the user's")
@@ -92,8 +92,8 @@ PLACES: dict[str, tuple[str, Callable[[World], None], Callable[[World], Prepared
         lambda w: make("dangling link", w.out),
         lambda w: ("quick", {}, None),
     ),
-    "files in OUT.unfinished": ("quick", _used_journal, lambda w: ("quick", {}, None)),
-    "OUT.unfinished a link": ("quick", _linked_journal, lambda w: ("quick", {}, None)),
+    "files in OUT.unfinished": ("quick", _used_store, lambda w: ("quick", {}, None)),
+    "OUT.unfinished a link": ("quick", _linked_store, lambda w: ("quick", {}, None)),
     "masks in OUT": ("quick", _nothing, lambda w: ("quick", {"masks": w.out / "masks"}, None)),
     "masks at OUT": ("quick", _nothing, lambda w: ("quick", {"masks": w.out}, None)),
     "masks at a file of the user's": (

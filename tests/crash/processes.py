@@ -13,7 +13,7 @@ from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from typing import Any
 
-from jaxprune.pruning import journal
+from jaxprune.pruning import store
 from tests.crash.operations import Answer, install, supervise
 
 PRELOADED = [
@@ -130,7 +130,7 @@ def _run(
     send_handle(connection, listener, parent)
     os.close(listener)
     connection.recv()
-    journal.PATIENCE = 0  # states are kept at every opportunity, whatever the machine's speed
+    store.PATIENCE = 0  # states are saved at every opportunity, whatever the machine's speed
     status = main(argv)
     sys.stdout.flush()
     sys.stderr.flush()

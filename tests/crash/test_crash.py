@@ -35,7 +35,7 @@ def middle(worlds: Worlds, name: str, phase: str, wanted: cases.Wanted = cases.c
 KILLS = [("overwrite", "export")]
 KILLS += [("convert-over", "tidying")]
 MORE = [
-    ("overwrite", phase) for phase in ("reading", "states", "layer", "masks", "journal", "record")
+    ("overwrite", phase) for phase in ("reading", "states", "layer", "masks", "store", "record")
 ]
 MORE += [("best", "sensitivity"), ("best", "tuning"), ("best", "tuned layer")]
 

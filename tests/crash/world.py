@@ -19,7 +19,7 @@ TIMES = {"jaxprune.json", "report.html", "README.md", ".jaxprune-files.json"}
 """Files of a result that tell the time, or the digests of those that do."""
 HALF = re.compile(r"work/\.out\.\w{8}\.partial(/|$)")
 """What a conversion leaves that is killed: nobody can prove whose it is, so it stays. A run's are
-in its journal."""
+in its store."""
 RUN, CONVERT = "jaxprune.run", "convert.__main__"
 
 

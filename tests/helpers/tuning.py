@@ -36,7 +36,7 @@ class Steps(Observer):
 
 
 def kept_at(number: int) -> Callable[..., bool]:
-    """For `Journal.worth_keeping`, which asks the clock: the step of that number from now is kept,
+    """For `RunStore.worth_saving`, which asks the clock: the step of that number from now is saved,
     and no other."""
     steps = itertools.count(1)
     return lambda *_: next(steps) == number

@@ -163,9 +163,9 @@ def pruned(dense: str) -> Callable[[Case, Path], None]:
                 require(
                     array.tobytes() == expected.tobytes(), f"{name} is not the dense checkpoint's"
                 )
-        # what has changed in a journal stays, and a warning says so
+        # what has changed in a run store stays, and a warning says so
         damaged = case.target == "resume" and case.edits
-        require(damaged or not Path("out.unfinished").exists(), "a journal is left")
+        require(damaged or not Path("out.unfinished").exists(), "a run store is left")
         loads(Path("out/jaxprune.json"))
         if dense == "hf" and all(any(name in edit.file for name in NEUTRAL) for edit in case.edits):
             weights = Path("out/model.safetensors").read_bytes()

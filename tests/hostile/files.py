@@ -79,7 +79,7 @@ def build(base: Path) -> None:
 
 
 def _interrupted(line: list[str]) -> None:
-    """A run that is stopped when all of it is written: its journal is left."""
+    """A run that is stopped when all of it is written: its store is left."""
     from jaxprune.commands.prune import main as run
 
     with (
@@ -87,4 +87,4 @@ def _interrupted(line: list[str]) -> None:
         open(os.devnull, "w") as null,
     ):
         with contextlib.redirect_stderr(null):
-            require(run(line) == 130 and Path("out.unfinished").exists(), "no journal is left")
+            require(run(line) == 130 and Path("out.unfinished").exists(), "no store is left")

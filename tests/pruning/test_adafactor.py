@@ -81,7 +81,7 @@ def test_no_step_is_much_larger_than_the_rate() -> None:
 
 
 def test_the_state_does_not_depend_on_where_a_run_was_stopped() -> None:
-    """What a reader gives is transposed in memory, what a journal gives is not."""
+    """What a reader gives is transposed in memory, what a run store gives is not."""
     kernels = np.random.default_rng(0).standard_normal((20, 300, 200)).astype(np.float32)
     cases = [*((kernel, {}) for kernel in kernels), (kernels, {"kernel": range(20)})]
     for value, experts in cases:

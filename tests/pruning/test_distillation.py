@@ -11,12 +11,12 @@ import pytest
 
 from jaxprune import InputError, Observer, Tuning, load
 from jaxprune.errors import Change
-from jaxprune.pruning import adafactor, distillation, kept_tuning, student
+from jaxprune.pruning import adafactor, distillation, saved_tuning, student
 from jaxprune.pruning.distillation import Rate, distill, of_stream, of_windows
-from jaxprune.pruning.journal import Journal
-from jaxprune.pruning.kept_tuning import Kept
 from jaxprune.pruning.placement import Placement
 from jaxprune.pruning.results import LayerResult
+from jaxprune.pruning.saved_tuning import Progress
+from jaxprune.pruning.store import RunStore
 from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.streaming.observer import SILENT
 from tests.helpers import cgroups, tiny
@@ -233,24 +233,24 @@ def test_what_is_not_finite_is_an_error_when_it_is_met(
         own.divergence(held_out, model.final_states(held_out)[0])
 
 
-def test_what_is_kept_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer without kernels has no entry; what another version kept is passed over."""
-    monkeypatch.setattr(Journal, "worth_keeping", lambda *_: True)
+def test_what_is_saved_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer without kernels has no saved result; another version's is passed over."""
+    monkeypatch.setattr(RunStore, "worth_saving", lambda *_: True)
     value = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
     none, before = adafactor.init({}, value.dtype), adafactor.init({"a.kernel": value}, value.dtype)
     moving = {
         "a.kernel": before.moving["a.kernel"]._replace(value=2 * value, rows=np.ones(8, np.float32))
     }
-    journal = Journal(tmp_path)
-    kept = Kept(3, 0.25, [(64, 0.5)], [{}, {"a.kernel": value.astype(np.float16)}])
-    kept_tuning.keep(journal, [none, before._replace(moving=moving)], kept)
-    journal.put("tuning/4/1", {"leaf0": value}, {"divergences": []})
+    store = RunStore(tmp_path)
+    progress = Progress(3, 0.25, [(64, 0.5)], [{}, {"a.kernel": value.astype(np.float16)}])
+    saved_tuning.save(store, [none, before._replace(moving=moving)], progress)
+    store.put("tuning/4/1", {"leaf0": value}, {"divergences": []})
     taken: dict[int, Any] = {}
-    found = kept_tuning.restore(
-        journal, [none, before], lambda index, *state: taken.update({index: state})
+    found = saved_tuning.restore(
+        store, [none, before], lambda index, *state: taken.update({index: state})
     )
     assert found and (found.step, found.before, found.curve) == (3, 0.25, [(64, 0.5)])
     assert found.best and found.best[0] == {} and found.best[1]["a.kernel"].dtype == np.float16
     jax.tree.map(np.testing.assert_array_equal, taken, {1: (moving, before.masks)})
-    assert kept_tuning.restore(None, [none, before], lambda *_: None) is None
-    journal.close()
+    assert saved_tuning.restore(None, [none, before], lambda *_: None) is None
+    store.close()

@@ -21,9 +21,9 @@ from jaxprune.commands.verify import main as verify
 from jaxprune.errors import Change
 from jaxprune.pruning import adafactor, distillation, late_zeros, tuning_steps
 from jaxprune.pruning.distillation import Rate, distill, of_stream, of_windows
-from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.placement import Placement
 from jaxprune.pruning.results import LayerResult
+from jaxprune.pruning.store import RunStore
 from jaxprune.pruning.student import Student
 from jaxprune.pruning.whole_model import prune_model
 from jaxprune.recipe_parts import Rule
@@ -217,18 +217,18 @@ def test_a_tuning_goes_on_where_it_was_stopped(
     layers = solved(checkpoint)
     assert text.steps.prunings == [3, 5, 7] and text.steps.measured == [*range(1, 13)]
     expected = list(distill(model, text, layers, tuning, target_of=lambda *_: MOST))
-    journal = Journal(tmp_path)
+    store = RunStore(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(InputError, match="stopped here"):
         patch.setattr(Student, "step", failing(Student.step, stop))
-        patch.setattr(Journal, "worth_keeping", kept_at(stop - 1))
-        list(distill(model, text, layers, tuning, target_of=lambda *_: MOST, journal=journal))
-    found = list(distill(model, text, layers, tuning, target_of=lambda *_: MOST, journal=journal))
+        patch.setattr(RunStore, "worth_saving", kept_at(stop - 1))
+        list(distill(model, text, layers, tuning, target_of=lambda *_: MOST, store=store))
+    found = list(distill(model, text, layers, tuning, target_of=lambda *_: MOST, store=store))
     for one, other in zip(found, expected, strict=True):
         assert one.kernels == other.kernels
         for arrays in ("params", "masks"):
             for path, array in getattr(one, arrays).items():
                 np.testing.assert_array_equal(array, getattr(other, arrays)[path])
-    journal.close()
+    store.close()
 
 
 def test_measures_count_with_all_zeros(

@@ -1,4 +1,4 @@
-"""What a run does to the user's files: its journal and its result, without the numbers; and command
+"""What a run does to the user's files: its store and its result, without the numbers; and command
 lines."""
 
 import os
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert import Params, ownership
+from convert import ownership
 from convert.destination import Destination, destination
 from convert.errors import OccupiedError
 from convert.ownership import MARKER, UNSEALED
@@ -19,9 +19,7 @@ from jaxprune import InputError
 from jaxprune.commands.evaluate import main as evaluate
 from jaxprune.commands.prune import main
 from jaxprune.commands.report import main as report_main
-from jaxprune.pruning import journal as journal_module
-from jaxprune.pruning import kept_states, layer, publishing, resume
-from jaxprune.pruning.journal_folder import masks_file, result_folder
+from jaxprune.pruning import layer, opening, publishing
 from jaxprune.streaming.hidden_states import HiddenStates
 from tests.helpers.checkpoints import content
 from tests.helpers.command import failing, killed
@@ -35,23 +33,6 @@ IDENTITY = {
 }
 
 
-def save_plainly(folder: Path, arrays: Params) -> None:
-    (folder / "d").mkdir(parents=True)
-    for name, array in arrays.items():
-        np.save(folder / "d" / f"{name}.npy", array)
-
-
-@pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Entries without Orbax, whose threads no fork survives."""
-    monkeypatch.setattr(journal_module, "save_tree", save_plainly)
-    monkeypatch.setattr(
-        journal_module,
-        "load_tree",
-        lambda folder: {p.stem: np.load(p) for p in (folder / "d").iterdir()},
-    )
-
-
 def work(
     out: Path, masks: Path | None = None, *, overwrite: bool = False, text: str = "new"
 ) -> str:
@@ -61,37 +42,33 @@ def work(
         destination(masks, "save_masks", overwrite=overwrite, folder=False) if masks else None
     )
     identity = IDENTITY | {"text": text}
-    run = resume.run_of(identity)
-    if resume.check(place, masks_place):
-        if resume.tidy_up(out, run, masks):
+    if opening.check(place, masks_place):
+        if opening.tidy_up(out, identity, masks):
             return "bare"
         place.check()
-    with resume.open_journal(out, identity) as journal:
-        if publishing.is_finished(journal, out, masks):
-            publishing.publish(journal, place, masks_place)
+    with opening.open_store(out, identity) as store:
+        if publishing.is_finished(store, out, masks):
+            publishing.publish(store, place, masks_place)
             return "finished"
         states = HiddenStates((4, 3, 2), np.dtype(np.float32), batch=2)
         for layer in range(2):
             name = f"pruned/{layer}"
-            entry = journal.get(name) if name in journal else None
-            if entry is None:
+            if store.get(name) is None:
                 states.array[...] = layer
-                journal.put(name, {"w": np.full(5, layer)}, {"layer": layer})
-                journal.wait()
-                journal._last_kept = -1e9  # long ago
-                kept_states.keep(journal, "pruned", layer + 1, {"x": states})
-        folder = result_folder(journal)
-        folder.mkdir(parents=True)
-        write_text(folder / "model", text)
+                store.put(name, {"w": np.full(5, layer)}, {"layer": layer})
+                store.wait()
+                store._last_saved = -1e9  # long ago
+                store.put_rows("pruned/states", {"x": states}, layer + 1)
+        store.result.mkdir(parents=True)
+        write_text(store.result / "model", text)
         if masks:
-            write_text(masks_file(journal), f"{UNSEALED}{text}")
-            ownership.seal(masks_file(journal))
-        publishing.finish(journal, {"model"}, run, masks)
-        publishing.publish(journal, place, masks_place)
+            write_text(store.masks, f"{UNSEALED}{text}")
+            ownership.seal(store.masks)
+        publishing.finish(store, {"model"}, masks)
+        publishing.publish(store, place, masks_place)
     return "done"
 
 
-@pytest.mark.usefixtures("plain")
 @pytest.mark.forks
 @pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning", "ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("old", [False, True])
@@ -126,7 +103,7 @@ def test_a_run_killed_at_any_file_operation_goes_on_to_the_same_files(
 
 
 @pytest.fixture
-def stopped(tmp_path: Path, plain: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """OUT of a run that stopped when its layers were finished."""
 
     def stop(*_: Any) -> None:
@@ -135,14 +112,14 @@ def stopped(tmp_path: Path, plain: None, monkeypatch: pytest.MonkeyPatch) -> Pat
     with monkeypatch.context() as patch, pytest.raises(InputError, match="stopped here"):
         patch.setattr(publishing, "finish", stop)
         work(tmp_path / "out")
-    assert (tmp_path / "out.unfinished/pruned/1.json").exists()
+    assert (tmp_path / "out.unfinished/pruned/1.safetensors").exists()
     return tmp_path / "out"
 
 
 @pytest.mark.parametrize(
     "name", ["notes", "pruned/notes", "pruned/1/notes", "pruned/7/notes", "result/notes"]
 )
-def test_somebody_elses_file_in_a_journal_is_refused_at_the_start_and_kept(
+def test_somebody_elses_file_in_a_run_store_is_refused_at_the_start_and_kept(
     name: str, stopped: Path
 ) -> None:
     file = stopped.with_name("out.unfinished") / name
@@ -167,9 +144,8 @@ def test_a_lock_that_is_no_file_is_refused_and_kept(stopped: Path) -> None:
     assert lock.is_fifo() and not stopped.exists()
 
 
-@pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize("what", ["file", "link", "folder with a file", "dangling link"])
-def test_a_journals_name_that_is_taken_is_refused_at_the_start(what: str, tmp_path: Path) -> None:
+def test_a_run_stores_name_that_is_taken_is_refused_at_the_start(what: str, tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/file").write_text("mine")
     place = tmp_path / "out.unfinished"
@@ -185,10 +161,9 @@ def test_a_journals_name_that_is_taken_is_refused_at_the_start(what: str, tmp_pa
     assert content(tmp_path) == before
 
 
-@pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize("name", ["notes", "pruned/0/notes", "lock.txt"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_files_that_appear_in_a_journal_stay(
+def test_files_that_appear_in_a_run_store_stay(
     name: str,
     fails: bool,
     tmp_path: Path,
@@ -198,6 +173,7 @@ def test_files_that_appear_in_a_journal_stay(
     real = publishing.finish
 
     def meanwhile(*args: Any) -> None:
+        (tmp_path / "out.unfinished" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "out.unfinished" / name).write_text("mine")
         if fails:
             raise InputError("stopped here")
@@ -220,11 +196,11 @@ def test_files_that_appear_in_a_journal_stay(
         ] == [f"out.unfinished/{name}"]
 
 
-@pytest.mark.parametrize("damaged", ["pruned/0.json", "pruned/0/d/w.npy", "pruned/states.2/x"])
-def test_what_has_changed_in_a_journal_is_made_again_and_not_deleted(
+@pytest.mark.parametrize("damaged", ["pruned/0", "pruned/states"])
+def test_what_has_changed_in_a_run_store_is_made_again_and_not_deleted(
     damaged: str, stopped: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    file = stopped.with_name("out.unfinished") / damaged
+    file = stopped.with_name("out.unfinished") / f"{damaged}.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"!")
     changed = file.read_bytes()
     assert work(stopped) == "done"
@@ -234,7 +210,6 @@ def test_what_has_changed_in_a_journal_is_made_again_and_not_deleted(
     assert "left in" in caplog.text
 
 
-@pytest.mark.usefixtures("plain")
 def test_a_result_whose_place_was_taken_is_published_by_the_same_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,9 +237,8 @@ def test_a_result_whose_place_was_taken_is_published_by_the_same_command(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["aside", "masks", "out"]
 
 
-@pytest.mark.usefixtures("plain")
 def test_of_two_runs_for_one_place_one_works(tmp_path: Path) -> None:
-    with resume.open_journal(tmp_path / "out", IDENTITY | {"text": "new"}):
+    with opening.open_store(tmp_path / "out", IDENTITY | {"text": "new"}):
         with pytest.raises(InputError, match="another process is working on"):
             work(tmp_path / "out")
     assert work(tmp_path / "out") == "done"

@@ -15,9 +15,9 @@ from jaxprune.__main__ import main
 from jaxprune.commands.recipe_options import parse
 from jaxprune.methods.quantization import off_grid
 from jaxprune.pruning import quantized
-from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.quantized import ERROR
 from jaxprune.pruning.results import LayerResult
+from jaxprune.pruning.store import RunStore
 from tests.helpers import families, tiny
 from tests.helpers.command import failing
 from tests.helpers.optional import needs_torch
@@ -35,8 +35,8 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def by_recipe(checkpoint: Path, line: str, journal: Journal | None = None) -> list[LayerResult]:
-    return list(prune_model(load(checkpoint), windows(), parse(line.split()), journal=journal))
+def by_recipe(checkpoint: Path, line: str, store: RunStore | None = None) -> list[LayerResult]:
+    return list(prune_model(load(checkpoint), windows(), parse(line.split()), store=store))
 
 
 def test_zeros_stay_and_all_else_is_on_the_grid(blocks: Path) -> None:
@@ -81,8 +81,8 @@ def test_it_is_taken_up_where_it_stopped(
     expected = by_recipe(blocks, line)
 
     def kept() -> list[LayerResult]:
-        with contextlib.closing(Journal(tmp_path)) as journal:
-            return by_recipe(blocks, line, journal)
+        with contextlib.closing(RunStore(tmp_path)) as store:
+            return by_recipe(blocks, line, store)
 
     with monkeypatch.context() as patch:
         patch.setattr(quantized, "solve_layer", failing(quantized.solve_layer, 3))

@@ -23,11 +23,12 @@ from safetensors.numpy import load_file, save_file
 
 from convert.ownership import MARKER
 from jaxprune.commands.prune import main
-from jaxprune.pruning import journal as journal_module
 from jaxprune.pruning import layer
+from jaxprune.pruning import store as store_module
+from jaxprune.pruning.store import RunStore
 from tests.helpers import tiny
 from tests.helpers.command import failing
-from tests.helpers.damage import biggest, damage
+from tests.helpers.damage import damage
 
 LINES = {
     "plain": "--method admm --asymmetry 0.25",
@@ -41,8 +42,8 @@ MOMENTS = {
     "Gram, asymmetric": ("jaxprune.pruning.gram_matrices", "accumulate_drift"),
     "solve": ("jaxprune.pruning.layer", "prune_and_round"),
     "forward": ("jaxprune.streaming.model", "StreamedModel.forward"),
-    "commit": ("jaxprune.pruning.journal", "save_tree"),
-    "states": ("jaxprune.pruning.kept_states", "_write"),
+    "commit": ("jaxprune.pruning.store", "RunStore._move"),
+    "states": ("convert.shards", "TensorFile.write_rows"),
     "sensitivity": ("jaxprune.pruning.sensitivity", "backward"),
     "tuning": ("jaxprune.pruning.student", "pull_back"),
     "export": ("convert.hf", "Writer.write"),
@@ -224,7 +225,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 def stopped_once(
     line: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[list[str], Path]:
-    """A command line without --out, and a folder with the result of a whole run and the journal of
+    """A command line without --out, and a folder with the result of a whole run and the store of
     a stopped one."""
     argv, folder = (
         [*line, "--sparsity", "0.7", "--weigh-outputs"],
@@ -233,7 +234,7 @@ def stopped_once(
     assert main([*argv, "--out", str(folder / "whole")]) == 0
     with pytest.MonkeyPatch.context() as patch:
         # hidden states are kept, however slow the disk is
-        patch.setattr(journal_module, "PATIENCE", 0)
+        patch.setattr(store_module, "PATIENCE", 0)
         patch.setattr(layer, "prune_and_round", failing(layer.prune_and_round, 30))
         assert main([*argv, "--out", str(folder / "out")]) == 2
     assert not (folder / "out").exists()
@@ -244,7 +245,7 @@ def stopped_once(
 def stopped(
     stopped_once: tuple[list[str], Path], tmp_path: Path
 ) -> tuple[list[str], Path, dict[str, str]]:
-    """The command line of a run that stopped in its last layer, its journal, and the digests it
+    """The command line of a run that stopped in its last layer, its store, and the digests it
     should end with."""
     argv, folder = stopped_once
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
@@ -259,10 +260,10 @@ def stopped(
     ("what", "how"),
     [
         ("pruned/1", "truncated"),
-        ("pruned/states.[0-9]", "bit-flipped"),
+        ("pruned/states", "bit-flipped"),
         ("sensitivity/0-*/2", "truncated"),
         pytest.param("pruned/1", "bit-flipped", marks=pytest.mark.slow),
-        pytest.param("pruned/states.[0-9]", "truncated", marks=pytest.mark.slow),
+        pytest.param("pruned/states", "truncated", marks=pytest.mark.slow),
         pytest.param("sensitivity/0-*/2", "bit-flipped", marks=pytest.mark.slow),
     ],
 )
@@ -272,29 +273,29 @@ def test_what_is_damaged_is_done_again(
     stopped: tuple[list[str], Path, dict[str, str]],
     capsys: pytest.CaptureFixture,
 ) -> None:
-    argv, journal, expected = stopped
-    (folder,) = journal.glob(what)
-    damage(biggest(folder), how)
+    argv, store, expected = stopped
+    (file,) = store.glob(f"{what}.safetensors")
+    damage(file, how)
     capsys.readouterr()
     assert main([*argv, "--resume"]) == 0
     printed, warned = capsys.readouterr()
-    assert "is damaged" in warned and folder.name in warned
+    assert "is damaged" in warned and file.name in warned
     redone = [text for text in printed.splitlines() if text.startswith("layer ")]
     assert len(redone) == 5
-    assert digests(journal.with_name("out")) == expected
-    record = json.loads((journal.with_name("out") / "jaxprune.json").read_text())
+    assert digests(store.with_name("out")) == expected
+    record = json.loads((store.with_name("out") / "jaxprune.json").read_text())
     assert record["resumed_layers"] == (3 if what == "pruned/1" else 4)
 
 
 def test_another_run_is_refused(
     stopped: tuple[list[str], Path, dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    argv, journal, expected = stopped
+    argv, store, expected = stopped
     tiny.save(tmp_path / "other", tiny.config(num_hidden_layers=5, rms_norm_eps=1e-5))
     stored = load_file(tmp_path / "other/model.safetensors")
     stored["model.layers.4.mlp.up_proj.weight"][3, 3] += 1
     save_file(stored, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
-    before = {p: p.read_bytes() for p in journal.rglob("*") if p.is_file()}
+    before = {p: p.read_bytes() for p in store.rglob("*") if p.is_file()}
     changes = {
         "pattern.sparsity: 0.7 then, 0.6 now": ["--sparsity", "0.6"],
         "seed: 0 then, 1 now": ["--seed", "1"],
@@ -309,23 +310,23 @@ def test_another_run_is_refused(
         capsys.readouterr()
         assert main([*argv, *change]) == 2
         assert difference in capsys.readouterr().err
-        assert {p: p.read_bytes() for p in journal.rglob("*") if p.is_file()} == before
+        assert {p: p.read_bytes() for p in store.rglob("*") if p.is_file()} == before
     assert main(argv) == 0
-    assert digests(journal.with_name("out")) == expected
+    assert digests(store.with_name("out")) == expected
 
 
 def test_there_must_be_something_to_resume(
     stopped: tuple[list[str], Path, dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    argv, journal, _ = stopped
+    argv, store, _ = stopped
     assert main([*argv[:-1], str(tmp_path / "elsewhere"), "--resume"]) == 2
     assert "nothing to go on with" in capsys.readouterr().err
     assert not (tmp_path / "elsewhere.unfinished").exists()
-    with (journal / "lock").open("r+") as lock:
+    with (store / "lock").open("r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(argv) == 2
     assert "another process is working on" in capsys.readouterr().err
-    (journal / "run.json").write_text("{")
+    (store / "run.json").write_text("{")
     assert main(argv) == 2
     assert "run.json: it is not valid JSON" in capsys.readouterr().err
 
@@ -362,7 +363,7 @@ def test_a_signal_stops_a_run_cleanly(
     said = capsys.readouterr().err
     assert "the same command continues from it" in said and said.endswith("stopped\n")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.unfinished"]
-    kept = [MARKER, "lock", "pruned", "run.json", "weights"]
+    kept = ["lock", "pruned", "run.json", "weights"]
     assert sorted(p.name for p in (tmp_path / "out.unfinished").iterdir()) == kept
     assert main(argv) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["masks", "out"]
@@ -430,22 +431,20 @@ def test_an_error_of_the_evaluation_says_how_to_use_what_is_pruned(
     assert "going on with what is finished" in capsys.readouterr().err
 
 
-def test_a_journal_goes_when_nothing_is_written_into_it(
+def test_a_run_store_goes_when_nothing_is_written_into_it(
     line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = journal_module.save_tree
+    real = RunStore._move
 
-    def slow(folder: Path, arrays: Any) -> None:
+    def slow(*args: Any) -> None:
         time.sleep(0.5)  # longer than all that comes behind the last layer
-        real(folder, arrays)
+        real(*args)
 
-    monkeypatch.setattr(journal_module, "save_tree", slow)
+    monkeypatch.setattr(RunStore, "_move", slow)
     assert main([*line, "--sparsity", "0.7", "--out", str(tmp_path / "out")]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-# of Orbax's own threads
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
 def test_a_full_disk_is_an_error_after_which_a_run_goes_on(
     stopped: tuple[list[str], Path, dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture
@@ -460,7 +459,7 @@ def test_a_full_disk_is_an_error_after_which_a_run_goes_on(
         assert main(argv) == 2
         assert "GiB of disk are needed" in capsys.readouterr().err
         assert list(disk.iterdir()) == []
-        # whether an entry, states or the checkpoint finds no room depends on the time
+        # whether a layer, states or the checkpoint finds no room depends on the time
         for factor in (0.5, 1.6):
             subprocess.run(["mount", "-o", f"remount,size={int(factor * size)}", disk], check=True)
             assert main([*argv, "--unchecked"]) == 2

@@ -9,8 +9,8 @@ from safetensors.numpy import load_file, save_file
 
 from jaxprune import Importance, InputError, load
 from jaxprune.pruning import sensitivity
-from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.sensitivity import Sensitivity, measure_sensitivity, weights
+from jaxprune.pruning.store import RunStore
 from tests.helpers import tiny
 from tests.helpers.optional import needs_torch, torch
 from tests.helpers.shapes import INPUTS, windows
@@ -79,12 +79,12 @@ def test_what_was_kept_of_other_groups_is_not_taken(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when a run that was stopped goes on with its hidden states on a disk."""
-    tokens, model, journal = windows(5, 40, 3), load(checkpoint), Journal(tmp_path)
+    tokens, model, store = windows(5, 40, 3), load(checkpoint), RunStore(tmp_path)
     whole = measure_sensitivity(model, tokens)
     for host_bytes in (0, sensitivity.HOST_BYTES):
         monkeypatch.setattr(sensitivity, "HOST_BYTES", host_bytes)
-        assert_close(measure_sensitivity(model, tokens, journal=journal), whole, 1e-4)
-    journal.close()
+        assert_close(measure_sensitivity(model, tokens, store=store), whole, 1e-4)
+    store.close()
 
 
 def test_weights_are_normalised_powers() -> None:

@@ -9,8 +9,8 @@ import pytest
 from jaxprune import InputError, Magnitude, Recipe, Tuning, Unstructured, load
 from jaxprune.pruning import tuning_steps
 from jaxprune.pruning.distillation import distill, of_stream, of_windows
-from jaxprune.pruning.journal import Journal
 from jaxprune.pruning.placement import Placement
+from jaxprune.pruning.store import RunStore
 from jaxprune.pruning.student import Student
 from jaxprune.pruning.whole_model import prune_model
 from jaxprune.streaming.model import StreamedModel
@@ -121,18 +121,18 @@ def test_a_stream_goes_on_where_it_was_stopped(
     text, whole, rest = of_stream(of_ids(tmp_path), tuning), Steps(), Steps()
     model = load(checkpoint, dtype=dtype)
     expected = list(distill(model, text, layers, tuning, observer=whole))
-    journal = Journal(tmp_path)
+    store = RunStore(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(InputError, match="stopped here"):
         patch.setattr(Student, "step", failing(Student.step, 10))
-        patch.setattr(Journal, "worth_keeping", kept_at(9))
-        list(distill(model, text, layers, tuning, journal=journal))
-    found = list(distill(model, text, layers, tuning, journal=journal, observer=rest))
+        patch.setattr(RunStore, "worth_saving", kept_at(9))
+        list(distill(model, text, layers, tuning, store=store))
+    found = list(distill(model, text, layers, tuning, store=store, observer=rest))
     assert rest.told == whole.told[9:] and rest.held_out == whole.held_out
     assert (whole.resumed, rest.resumed) == ([], [9])
     for one, other in zip(found, expected, strict=True):
         for path, array in one.params.items():
             np.testing.assert_array_equal(array, other.params[path])
-    journal.close()
+    store.close()
 
 
 @pytest.mark.parametrize(("of", "stop"), [("stream", 3), ("windows", 7), ("stream", 12)])
@@ -165,14 +165,14 @@ def test_a_run_that_goes_on_computes_the_dense_model_for_the_same_windows_togeth
         5,
         3,
     ]
-    journal = Journal(tmp_path)
+    store = RunStore(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(InputError, match="stopped here"):
         patch.setattr(Student, "step", failing(Student.step, stop))
-        patch.setattr(Journal, "worth_keeping", kept_at(stop - 1))
-        list(distill(model, text, layers, tuning, journal=journal))
+        patch.setattr(RunStore, "worth_saving", kept_at(stop - 1))
+        list(distill(model, text, layers, tuning, store=store))
     passes.clear()
-    monkeypatch.setattr(Journal, "worth_keeping", kept_at(18 - (stop - 1)))
-    found = list(distill(model, text, layers, tuning, journal=journal))
+    monkeypatch.setattr(RunStore, "worth_saving", kept_at(18 - (stop - 1)))
+    found = list(distill(model, text, layers, tuning, store=store))
     again = passes[of == "stream" :]
     assert len(again) == 4 - (stop - 1) // together
     for one, other in zip(again, whole[-len(again) :], strict=True):
@@ -181,22 +181,20 @@ def test_a_run_that_goes_on_computes_the_dense_model_for_the_same_windows_togeth
         for path, array in one.params.items():
             np.testing.assert_array_equal(array, other.params[path])
     passes.clear()
-    list(distill(model, text, layers, tuning, journal=journal))  # all steps are kept
+    list(distill(model, text, layers, tuning, store=store))  # all steps are kept
     assert len(passes) == (of == "stream")
-    journal.close()
+    store.close()
 
 
 def test_a_run_that_was_stopped_after_its_tuning_tells_its_measures_again(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     recipe = Recipe(Magnitude(), Unstructured(0.5), tuning=Tuning(tune_tokens=16 * 32))
-    (tmp_path / "journal").mkdir()
-    journal, first, again = Journal(tmp_path / "journal"), Steps(), Steps()
+    (tmp_path / "store").mkdir()
+    store, first, again = RunStore(tmp_path / "store"), Steps(), Steps()
     model, stream = load(checkpoint), of_ids(tmp_path)
     for observer in (first, again):
-        list(
-            prune_model(model, windows(), recipe, stream=stream, journal=journal, observer=observer)
-        )
+        list(prune_model(model, windows(), recipe, stream=stream, store=store, observer=observer))
     assert len(first.told) == 16 and len(first.held_out) > 1
     assert again.told == [] and again.held_out == first.held_out
-    journal.close()
+    store.close()

@@ -24,11 +24,11 @@ from jaxprune.commands.recipe_options import parse
 from jaxprune.pruning import whole_model
 from jaxprune.pruning.allocation import allocate
 from jaxprune.pruning.distillation import distill, of_windows
-from jaxprune.pruning.journal import Journal
-from jaxprune.pruning.results import LayerResult, Results
+from jaxprune.pruning.results import LayerResult, saved_layers
 from jaxprune.pruning.sensitivity import Weights, measure_sensitivity, weights
+from jaxprune.pruning.store import RunStore
 from jaxprune.recipe_parts import late_sparsity
-from tests.helpers.damage import biggest, damage
+from tests.helpers.damage import damage
 from tests.helpers.shapes import windows
 
 
@@ -97,17 +97,17 @@ def test_tuned_layers_are_taken_up_or_where_one_is_damaged_made_again(
 ) -> None:
     def kept() -> tuple[list[LayerResult], list[int]]:
         told = Told()
-        with contextlib.closing(Journal(tmp_path)) as journal:
+        with contextlib.closing(RunStore(tmp_path)) as store:
             line = "--sparsity 0.6 --tune-epochs 1 --tune-windows 3"
-            layers = by_recipe(checkpoint, line, journal=journal, observer=told)
+            layers = by_recipe(checkpoint, line, store=store, observer=told)
         return layers, [layer.index for layer in told.layers]
 
     first, told = kept()
     again, told_again = kept()
     assert told == told_again == [0, 1, 2]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tuned", "work"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tuned", "work-0"]
     assert all(layer.resumed for layer in again) and not any(layer.resumed for layer in first)
-    damage(biggest(tmp_path / "tuned/1"), "truncated")
+    damage(tmp_path / "tuned/1.safetensors", "truncated")
     third, _ = kept()
     assert not any(layer.resumed for layer in third)
     for layers in (again, third):
@@ -122,21 +122,21 @@ def test_a_tuning_that_begins_again_mixes_no_layers(
 ) -> None:
     """Stopped when the first tuned layer was kept, by a version whose optimizer had another
     state."""
-    monkeypatch.setattr(Journal, "worth_keeping", lambda *_: True)
+    monkeypatch.setattr(RunStore, "worth_saving", lambda *_: True)
     line = "--sparsity 0.6 --tune-epochs 1 --tune-windows 3"
-    with contextlib.closing(Journal(tmp_path)) as journal:
-        next(prune_model(load(checkpoint), windows(), parse(line.split()), journal=journal))
-        entry = journal.get("tuning/4/0")
-        assert entry
-        journal.drop("tuning/4/0")
-        journal.put(
+    with contextlib.closing(RunStore(tmp_path)) as store:
+        next(prune_model(load(checkpoint), windows(), parse(line.split()), store=store))
+        saved = store.get("tuning/4/0")
+        assert saved
+        store.drop("tuning/4/0")
+        store.put(
             "tuning/4/0",
-            {f"{path}.second": array for path, array in entry.arrays.items()},
-            entry.metadata,
+            {f"{path}.second": array for path, array in saved.arrays.items()},
+            saved.figures,
         )
         monkeypatch.setattr(whole_model.distillation, "FAR", 1e9)  # it tunes otherwise
-        found = by_recipe(checkpoint, line, journal=journal)
-        kept = [Results(journal, "tuned", 3).require(index) for index in range(3)]
+        found = by_recipe(checkpoint, line, store=store)
+        kept = [saved_layers(store, "tuned").require(index) for index in range(3)]
     assert_same(kept, found)
     assert "the tuning begins again" in caplog.text
 

@@ -15,7 +15,7 @@ import pytest
 from convert.errors import UserError
 from jaxprune import InputError, load
 from jaxprune.commands.recipe_options import parse
-from jaxprune.pruning.journal import Journal
+from jaxprune.pruning.store import RunStore
 from jaxprune.pruning.student import Student
 from tests.helpers import rows as task_rows
 
@@ -193,7 +193,7 @@ def test_a_cell_that_tunes_on_a_text_goes_on(
         against=(),
     )
     monkeypatch.setitem(reproduce.EXPERIMENTS, "budgets", short)
-    monkeypatch.setattr(Journal, "worth_keeping", lambda *_: True)
+    monkeypatch.setattr(RunStore, "worth_saving", lambda *_: True)
     step, steps = Student.step, []
 
     def counted(*args: object) -> float:

@@ -45,8 +45,7 @@ from pathlib import Path
 import jax
 import numpy as np
 jax.distributed.initialize(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
-from jaxprune.pruning import kept_states
-from jaxprune.pruning.journal import Journal
+from jaxprune.pruning.store import RunStore
 from jaxprune.sharding import Devices, fetch
 from jaxprune.streaming.hidden_states import HiddenStates
 
@@ -67,18 +66,30 @@ for found in (states, twin):
 some = np.array([10, 0, 7])
 np.testing.assert_array_equal(states.read(some), expected[some])
 np.testing.assert_array_equal(states.pick(some, np.array([0, 2, 1])), expected[some, [0, 2, 1]])
+store = RunStore(Path(sys.argv[4]))
+store._last_saved = -1e9  # long ago
+store.put_rows("pruned/states", {"x": states}, 5)
+store.put("pruned/4", {"a": values}, {"of": 4})
+saved, other = store.get("pruned/4"), HiddenStates((11, 3, 2), np.dtype(np.float32), 1, devices)
+np.testing.assert_array_equal(saved.arrays["a"], values)
+assert saved.figures == {"of": 4} and store.names("pruned") == ["4", "states"]
+assert store.position("pruned/states") == 5 and store.fill("pruned/states", {"x": other})
+np.testing.assert_array_equal(other.read(some), expected[some])
+if number == 0:
+    store.path("pruned/4").write_bytes(b"damaged")
+assert store.get("pruned/4") is None and store.get("pruned/5") is None
 """
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_of_several_processes_each_keeps_its_windows(processes: int) -> None:
+def test_of_several_processes_each_keeps_its_windows(processes: int, tmp_path: Path) -> None:
     address = f"localhost:{free_port()}"
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "JAX_PLATFORMS": "cpu",
     }
     lines = [
-        [sys.executable, "-c", OF_SEVERAL, address, str(processes), str(number)]
+        [sys.executable, "-c", OF_SEVERAL, address, str(processes), str(number), str(tmp_path)]
         for number in range(processes)
     ]
     every = [

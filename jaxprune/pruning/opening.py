@@ -1,0 +1,304 @@
+"""Opening the run store OUT.unfinished beside the checkpoint to be: whose it is, what may be in it,
+and who may write it.
+
+The folder holds run.json, with the run's identity and a random token; a lock; saved results (see
+`store`); and work-TOKEN, where all is made: results that are being saved, and the checkpoint.
+finished.json says that the checkpoint is complete; from then on it is only moved to its place.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from convert import CheckpointError, ownership, schema, writing
+from convert.destination import Destination
+from convert.errors import Change, OccupiedError, UserError, joined
+from convert.schema import Schema
+from convert.writing import failing
+from jaxprune.errors import InputError
+from jaxprune.processes.collective import flat, is_first_process, on_first_process
+from jaxprune.pruning.publishing import (
+    FINISHED,
+    LOCK,
+    NEW_RUN,
+    RUN,
+    Finished,
+    Token,
+    finished_of,
+    remove,
+)
+from jaxprune.pruning.store import RunStore, contents, is_result
+
+OTHER = {"out": Change.OTHER}
+log = logging.getLogger(__name__)
+
+
+class AnotherRunError(InputError):
+    """What a run store holds was made from something else than what there is now."""
+
+
+class Run(Schema):
+    """What run.json says, in a file that is sealed.
+
+    Attributes:
+        token: random, in the names of the folders that are the store's whatever they hold.
+        identity: all that decides the run's outcome.
+    """
+
+    token: Token
+    identity: dict[str, Any]
+
+
+def store_folder(out: Path) -> Path:
+    """Returns where the store of the run that makes `out` is."""
+    return out.with_name(f"{out.name}.unfinished")
+
+
+def digest_of(identity: Mapping[str, Any]) -> str:
+    """Returns a digest of a run's identity."""
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def check(place: Destination, masks_place: Destination | None) -> bool:
+    """Makes sure that a run may make what it makes, unless an earlier process of it did.
+
+    Returns:
+        Whether its store is as a kill right before its end leaves it: nothing is in it, and the
+        result is at its place.
+
+    Raises:
+        CheckpointError: see `Destination.check` and `look`.
+    """
+    finished, folder = look(place.path), store_folder(place.path)
+    if os.path.lexists(folder) and _is_new(folder) and ownership.marker_of(place.path):
+        return True
+    if masks_place and not (
+        finished and finished.made(masks_place.path) and finished.masks_are_published()
+    ):
+        masks_place.check()
+    if not (finished and finished.is_published(place.path)):
+        place.check()
+    return False
+
+
+def tidy_up(out: Path, identity: Mapping[str, Any], masks_at: Path | None) -> bool:
+    """Removes such a store, if result and masks are this run's, as far as can be known; returns
+    whether they are."""
+    made = ownership.prove(out).kind == f"run {digest_of(identity)}"
+    if not made or (masks_at and not ownership.sealed(masks_at)):
+        return False
+    remove(RunStore(store_folder(out)))
+    return True
+
+
+@contextlib.contextmanager
+def open_store(
+    out: Path, identity: Mapping[str, Any], *, resume: bool = False
+) -> Iterator[RunStore]:
+    """Yields the store of a run; empty, or what an earlier process of the same run left.
+
+    Args:
+        out: the folder that the run makes.
+        identity: all that decides its outcome, as JSON.
+        resume: whether there must be something to go on with.
+
+    Raises:
+        InputError: the store belongs to another run, or another process works on it, or there is
+            none to resume.
+        CheckpointError: it cannot be written.
+    """
+    folder = store_folder(out)
+    with contextlib.ExitStack() as stack:
+        token = on_first_process(lambda: _take(out, identity, resume, stack))
+        try:
+            with contextlib.closing(RunStore(folder, token, digest_of(identity))) as store:
+                if is_first_process() and store.files():
+                    log.warning("going on with what is finished in %s", folder)
+                yield store
+        except BaseException as error:
+            # a stop or a defect says nothing against running again
+            again = getattr(error, "again", "")
+            if is_first_process() and _leave(folder) and again is not None:
+                when = f"{again} the same command continues from it".lstrip()
+                error.add_note(f"finished work is saved in {folder}: {when}")
+            raise
+
+
+def look(out: Path) -> Finished | None:
+    """Makes sure that a run may use its store, before it does anything; writes nothing.
+
+    Args:
+        out: the folder that the run makes.
+
+    Returns:
+        What an earlier process of the run finished.
+
+    Raises:
+        OccupiedError: something of somebody else's is where the store is to be, or in it.
+    """
+    folder = store_folder(out)
+    try:
+        found = os.lstat(folder)
+    except FileNotFoundError:
+        return None
+    except OSError as problem:
+        raise CheckpointError(
+            f"it cannot be used ({problem.strerror})", file=folder, options=OTHER
+        ) from None
+    if not stat.S_ISDIR(found.st_mode):
+        kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "a file"
+        raise OccupiedError(
+            f"it is {kind}, where the run keeps what is finished", file=folder, options=OTHER
+        )
+    run, finished = _run_of(folder), finished_of(folder)
+    # another process works there, as the lock will tell
+    with contextlib.suppress(FileNotFoundError):
+        for path in () if _is_new(folder) else contents(folder):
+            if not _is_own(folder, path, run or finished):
+                raise OccupiedError(
+                    "jaxprune did not write it, and the run's folder for what is finished is to be "
+                    "removed in the end: move it away",
+                    file=folder / path,
+                    options=OTHER,
+                )
+    if run and finished and run.token != finished.token:
+        raise OccupiedError("it is another run's: move it away", file=folder / FINISHED)
+    return finished
+
+
+def _is_own(folder: Path, path: Path, own: Run | Finished | None) -> bool:
+    """Returns whether a store of this token keeps a regular file at a path."""
+    top, *inside = path.parts
+    folders = (f"work-{own.token}", f"quarantine-{own.token}") if own else ()
+    if str(path) == LOCK or (inside and top in folders):
+        return True
+    known = str(path) in (RUN, NEW_RUN, FINISHED) or (isinstance(own, Run) and is_result(path))
+    return known and stat.S_ISREG((folder / path).lstat().st_mode)
+
+
+def _is_new(folder: Path) -> bool:
+    """Returns whether a folder is as a store's first moments leave it."""
+    names = set(os.listdir(folder)) - {NEW_RUN}
+    return not names or (names == {LOCK} and (folder / LOCK).lstat().st_size == 0)
+
+
+def _run_of(folder: Path) -> Run | None:
+    """Returns what run.json says; None where there is none."""
+    path = folder / RUN
+    if not os.path.lexists(path):
+        return None
+    run = schema.read(Run, path, error=OccupiedError)
+    if not ownership.sealed(path):
+        raise OccupiedError(
+            "it is not, or not any more, as jaxprune wrote it: move its folder away",
+            file=path,
+            options=OTHER,
+        )
+    return run
+
+
+def _take(out: Path, identity: Mapping[str, Any], resume: bool, stack: contextlib.ExitStack) -> str:
+    """Locks the folder of a store and tidies it up; its token. Errors as for `open_store`."""
+    folder = store_folder(out)
+    if look(out) is None and resume and not (folder / RUN).exists():
+        raise InputError(
+            f"there is nothing to go on with at {folder}", options={"resume": Change.OMIT}
+        )
+    with failing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(_locked(folder))
+    finished, run = look(out), _run_of(folder)
+    if run:
+        _require_same(folder, run.identity, identity)
+    elif finished and finished.run != digest_of(identity):
+        raise InputError(f"{folder} was left by another run", options=OTHER)
+    try:
+        run = run or _begin(folder, finished.token if finished else secrets.token_hex(8), identity)
+        if not finished:
+            ownership.remove_own(folder / f"work-{run.token}")
+    except UserError:
+        _leave(folder)
+        raise
+    return run.token
+
+
+def _begin(folder: Path, token: str, identity: Mapping[str, Any]) -> Run:
+    """Writes run.json."""
+    new, run = folder / NEW_RUN, Run(token=token, identity=dict(identity))
+    ownership.remove_own(new)
+    content = {"seal": ownership.UNSEALED} | run.model_dump()
+    writing.write_text(new, json.dumps(content, indent=1) + "\n")
+    ownership.seal(new)
+    writing.put(new, folder / RUN)
+    return run
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a store.
+
+    Raises:
+        InputError: another process does.
+        CheckpointError: it cannot be written.
+    """
+    path = folder / LOCK
+    with failing(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OccupiedError(
+                "it is no regular file, where the run keeps its lock", file=path, options=OTHER
+            )
+        with failing(path):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                gone = not os.path.samestat(os.fstat(descriptor), os.stat(path))
+            except (BlockingIOError, FileNotFoundError):
+                gone = True
+        if gone:
+            raise InputError(
+                f"another process is working on {folder}: let it finish", options=OTHER
+            )
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _leave(folder: Path) -> bool:
+    """Removes a store that holds nothing; returns whether something is saved."""
+    saved = False
+    with contextlib.suppress(UserError, OSError):  # on a disk that is read-only by now, all stays
+        run = _run_of(folder)
+        store = RunStore(folder, run.token) if run else RunStore(folder)
+        finished = os.path.lexists(folder / FINISHED)
+        saved = finished or bool(store.files())
+        if run and not finished:
+            ownership.remove_own(store.work)
+        if not saved:
+            remove(store)
+    return saved
+
+
+def _require_same(folder: Path, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raises AnotherRunError where a store is another run's, and says what differs."""
+    found, wanted = flat(saved), flat(json.loads(json.dumps(identity)))
+    differences = [
+        f"{name}: {found.get(name, 'nothing')} then, {wanted.get(name, 'nothing')} now"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+    if differences:
+        raise AnotherRunError(
+            f"it was left by another run, whose options were others: {joined(differences)}; it "
+            "goes on where they are given again; for a new one",
+            file=folder,
+            options=OTHER,
+        )

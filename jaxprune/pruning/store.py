@@ -1,0 +1,445 @@
+"""The run store: what a run has finished, on disk, one file for each saved result.
+
+A saved result is named `STAGE/NAME` and lies in `STAGE/NAME.safetensors`: arrays, and in the
+header's metadata figures as JSON, the run's token, the result's name and the file's checksum (see
+`convert.ownership`). It is made in a work folder, synced, and renamed to its place. So it is there
+whole or not at all, and shows by itself which run wrote it and whether it has changed since. What
+has changed is quarantined: moved to a folder that stays when the store is removed.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import jax
+import pydantic
+from safetensors import SafetensorError, safe_open
+
+from convert import CheckpointError, Params, ownership, schema, writing
+from convert.errors import DamagedError, UserError
+from convert.shards import TensorFile
+from convert.writing import failing, require_readable
+from jaxprune.errors import InputError
+from jaxprune.processes.collective import broadcast, is_first_process, on_first_process
+from jaxprune.streaming.hidden_states import HiddenStates
+
+EXPERTS, SENSITIVITY, PRUNED, QUANTIZED = "experts", "sensitivity", "pruned", "quantized"
+TUNING, TUNED = "tuning", "tuned"
+CURVE = "curve"
+"""The measures of a tuning that has ended."""
+TEXTS = "texts"
+WEIGHTS = "weights"
+"""What is known of the dense weights; see `identity.KnownWeights`."""
+STAGES = {EXPERTS, SENSITIVITY, PRUNED, QUANTIZED, TUNING, TUNED, CURVE, TEXTS, WEIGHTS}
+"""With which the names of saved results begin."""
+SUFFIX = ".safetensors"
+PATIENCE = 20
+"""Large states are saved when the work since the last time took so many times longer than saving
+them."""
+_BYTES_PER_SECOND = 5e8  # assumed of a disk until it has been seen
+log = logging.getLogger(__name__)
+
+
+class DamagedResultError(InputError):
+    """A saved result was damaged while the run used it."""
+
+    again = "without what is damaged,"
+
+
+def damaged(what: str) -> DamagedResultError:
+    """Returns the error of a saved result that was there, and is not there any more."""
+    return DamagedResultError(
+        f"{what} was damaged on the disk while it was used: run the same command again"
+    )
+
+
+class Saved(NamedTuple):
+    """A saved result.
+
+    Attributes:
+        arrays: name -> array, C-contiguous.
+        figures: JSON.
+    """
+
+    arrays: Params
+    figures: dict[str, Any]
+
+
+class _Metadata(schema.Schema):
+    run: str
+    name: str
+    figures: pydantic.Json[dict[str, Any]]
+
+
+class RunStore:
+    """The saved results of a run, written in the background; `opening.open_store` yields it.
+
+    Of several processes the first writes, and all read; all have to call the methods.
+
+    Args:
+        folder: the folder of the store; it exists.
+        token: the run's, random.
+        run: the digest of the run's identity.
+
+    Attributes:
+        folder, token, run: as given.
+        newly_known: returns figures that the next result depends on, which are saved before it;
+            None: nothing is new.
+    """
+
+    def __init__(self, folder: Path, token: str = "0", run: str = "") -> None:
+        self.folder, self.token, self.run = folder, token, run
+        self.newly_known: Callable[[], Mapping[str, Any] | None] = lambda: None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._pending: Future[None] | None = None
+        self._last_saved, self._cost = time.monotonic(), 0.0
+
+    @property
+    def work(self) -> Path:
+        """The folder of what is being made; all in it is the run's own."""
+        return self.folder / f"work-{self.token}"
+
+    @property
+    def quarantine(self) -> Path:
+        """The folder of what was found changed; it stays when the store goes."""
+        return self.folder / f"quarantine-{self.token}"
+
+    @property
+    def result(self) -> Path:
+        """The folder that the checkpoint is made at."""
+        return self.work / "result"
+
+    @property
+    def masks(self) -> Path:
+        """The file that the masks are made at."""
+        return self.work / "masks"
+
+    def path(self, name: str) -> Path:
+        """Returns the file of a saved result."""
+        return self.folder / f"{name}{SUFFIX}"
+
+    def files(self) -> list[Path]:
+        """Returns the files at places of saved results."""
+        return [self.folder / path for path in contents(self.folder) if is_result(path)]
+
+    def names(self, stage: str) -> list[str]:
+        """Returns the names of a stage's saved results, without `STAGE/` before them."""
+        return broadcast(sorted(self._names(stage)))
+
+    def _names(self, stage: str) -> list[str]:
+        found = contents(self.folder / stage)
+        return [str(path).removesuffix(SUFFIX) for path in found if path.suffix == SUFFIX]
+
+    def __contains__(self, name: str) -> bool:
+        return broadcast(self.path(name).is_file())
+
+    def put(self, name: str, arrays: Params, figures: Mapping[str, Any]) -> None:
+        """Saves a result in the background, as soon as the one before it is saved. It takes the
+        place of one of the same name.
+
+        Args:
+            name: STAGE/NAME.
+            arrays: name -> array, of a dtype of `convert.shards.STORED`.
+            figures: JSON.
+
+        Raises:
+            CheckpointError: the one before it could not be written.
+        """
+        self.wait()
+        if jax.process_count() > 1:
+            on_first_process(lambda: self._save(name, arrays, figures))
+        else:
+            self._pending = self._pool.submit(self._save, name, arrays, figures)
+
+    def wait(self) -> None:
+        """Returns when all results are saved.
+
+        Raises:
+            CheckpointError: one could not be written.
+        """
+        if self._pending:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """Saves what is not yet saved."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+    def get(self, name: str, only: Collection[str] | None = None) -> Saved | None:
+        """Returns a saved result; None where there is none, or where it is damaged, which is
+        reported and quarantined.
+
+        Args:
+            name: STAGE/NAME.
+            only: names of arrays to read; None: all.
+
+        Raises:
+            CheckpointError: not all processes can read it.
+        """
+        self.wait()
+        if name not in self:
+            return None
+        saved = None
+        try:
+            with self._opened(name) as (file, figures):
+                wanted = file.keys() if only is None else only
+                saved = Saved({array: file.get_tensor(array) for array in wanted}, figures)
+        except UserError as error:
+            self.reject(name, error)
+        if broadcast(saved is not None) and saved is None:
+            raise CheckpointError(f"{self.folder} must be on a disk that all hosts see")
+        return saved
+
+    def weights(self) -> list[dict[str, Any]]:
+        """Returns what is known of the dense weights.
+
+        Raises:
+            DamagedError: it has changed since it was written.
+        """
+        found = []
+        for number in self.names(WEIGHTS):
+            with self._opened(f"{WEIGHTS}/{number}") as (_, figures):
+                found.append(figures)
+        return found
+
+    def put_rows(self, name: str, states: Mapping[str, HiddenStates], position: int) -> None:
+        """Saves hidden states block by block, for they may be larger than memory, if the work since
+        states were last saved was long enough.
+
+        Args:
+            name: STAGE/NAME.
+            states: the states by name.
+            position: how far they are, of the stage's own choice; see `position`.
+
+        Raises:
+            CheckpointError: they cannot be written.
+        """
+        size = sum(math.prod(one.shape) * one.dtype.itemsize for one in states.values())
+        if not self.worth_saving(size):
+            return
+        self.wait()  # what they follow is saved first
+        with self.saving():
+            figures = {"position": position, "states": _specs(states)}
+            file = self._file(name, states, figures) if is_first_process() else None
+            for kind, one in states.items():
+                for rows in one.slices():
+                    block = one.read(rows)  # each process has some of them
+                    if file:
+                        file.write_rows(kind, rows.start, block)
+            if file:
+                self._place(name, file)
+
+    def position(self, name: str) -> int | None:
+        """Returns how far saved hidden states are; None where there are none."""
+        found = self.get(name, only=())
+        return found and found.figures["position"]
+
+    def fill(self, name: str, states: Mapping[str, HiddenStates]) -> bool:
+        """Fills hidden states with saved ones of the same shapes and dtypes, block by block;
+        returns False where there are none, and leaves the states as they are."""
+        found = self.get(name, only=())
+        if not found or found.figures["states"] != _specs(states):
+            return False
+        with self._opened(name) as (file, _):
+            for kind, one in states.items():
+                saved = file.get_slice(kind)
+                for rows in one.slices():
+                    one.write(rows, saved[rows.start : rows.stop])
+        return True
+
+    def worth_saving(self, size: int) -> bool:
+        """Returns whether so much has been done since states were last saved that saving so many
+        bytes costs little."""
+        cost = self._cost or size / _BYTES_PER_SECOND
+        return broadcast(time.monotonic() - self._last_saved > PATIENCE * cost)
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Measures what the saving of states inside it costs."""
+        start = time.monotonic()
+        yield
+        self._last_saved = time.monotonic()
+        self._cost = self._last_saved - start
+
+    def drop(self, *names: str) -> None:
+        """Removes saved results, or all of stages; those that have changed are quarantined."""
+        self.wait()
+        for name in names if is_first_process() else ():
+            for inner in (name, *(f"{name}/{one}" for one in self._names(name))):
+                self._evict(inner)
+            ownership.remove_empties(self.folder / name)
+            ownership.remove_empty(self.folder / name)
+
+    def reject(self, name: str, error: UserError) -> None:
+        """Reports that a saved result is damaged, and removes it from its place."""
+        if is_first_process():
+            log.warning("%s is damaged and will be made again: %s", self.path(name), error)
+            self._evict(name)
+
+    def _evict(self, name: str) -> None:
+        """Makes room at the place of a saved result. What is there is removed, or quarantined where
+        it is not as it was written."""
+        path = self.path(name)
+        if not os.path.lexists(path):
+            return
+        with contextlib.suppress(UserError):
+            ownership.remove_sealed(path)
+            return
+        number = 0
+        while os.path.lexists(place := self.quarantine / f"{name}{SUFFIX}.{number}"):
+            number += 1
+        writing.put(path, place)
+
+    def _save(self, name: str, arrays: Params, figures: Mapping[str, Any]) -> None:
+        file = self._file(name, arrays, figures)
+        for array in arrays:
+            file.write(array, arrays[array])
+        self._place(name, file)
+
+    def _file(self, name: str, arrays: Mapping[str, Any], figures: Mapping[str, Any]) -> TensorFile:
+        """Returns a new file in the work folder, for arrays, or states, of these shapes."""
+        path = self.work / f"{name}{SUFFIX}"
+        with failing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"seal": ownership.UNSEALED, "run": self.token, "name": name}
+        return TensorFile(path, _shapes(arrays), metadata | {"figures": json.dumps(figures)})
+
+    def _place(self, name: str, file: TensorFile) -> None:
+        """Moves a file to its place, behind what it depends on."""
+        if known := self.newly_known():
+            number = f"{WEIGHTS}/{len(self._names(WEIGHTS))}"
+            self._move(number, self._file(number, {}, known))
+        self._move(name, file)
+
+    def _move(self, name: str, file: TensorFile) -> None:
+        file.finish()
+        ownership.seal(file.path)
+        self._evict(name)
+        writing.put(file.path, self.path(name))
+        ownership.remember(self.path(name))
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """Yields an open file that is as it was written, and its figures.
+
+        Raises:
+            UserError: it is not, or cannot be read.
+        """
+        path = self.path(name)
+        if not ownership.sealed(path):
+            raise DamagedError("it has changed since it was written", file=path)
+        ownership.remember(path)
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = schema.check(_Metadata, file.metadata(), file=path, entry="metadata")
+                if (metadata.run, metadata.name) != (self.token, name):
+                    raise DamagedError("it is another run's, or another result", file=path)
+                yield file, metadata.figures
+        except (OSError, SafetensorError) as error:
+            raise DamagedError(f"it cannot be read ({error})", file=path) from error
+
+
+def contents(folder: Path) -> Iterator[Path]:
+    """Yields the relative paths of all that a folder holds at any depth, but for folders; nothing
+    where there is none. CheckpointError: it cannot be looked through."""
+    if folder.is_dir():
+        for place, folders, files in os.walk(folder, onerror=require_readable):
+            links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+            yield from (Path(place, name).relative_to(folder) for name in files + links)
+
+
+def is_result(path: Path) -> bool:
+    """Returns whether a relative path is one at which a store keeps a saved result."""
+    return path.suffix == SUFFIX and path.parts[0].removesuffix(SUFFIX) in STAGES
+
+
+def _shapes(arrays: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(one.shape, one.dtype) for name, one in arrays.items()}
+
+
+def _specs(states: Mapping[str, HiddenStates]) -> dict[str, Any]:
+    return {kind: [one.dtype.name, *one.shape] for kind, one in states.items()}
+
+
+def flat(**groups: Params) -> Params:
+    """Returns the arrays of groups by `GROUP/NAME`."""
+    return {f"{group}/{name}": a for group, arrays in groups.items() for name, a in arrays.items()}
+
+
+def grouped(arrays: Params) -> defaultdict[str, dict[str, Any]]:
+    """Returns the groups of `flat`; without arrays, any is empty."""
+    groups: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+    for path, array in arrays.items():
+        group, _, name = path.partition("/")
+        groups[group][name] = array
+    return groups
+
+
+T = TypeVar("T")
+
+
+class Stage(Generic[T]):
+    """The saved results of one stage, by index.
+
+    Args:
+        store: the store of the run; None: nothing is saved.
+        name: the stage's.
+        save: a result -> what of it is saved.
+        load: the index of a result, what is saved of it -> the result. DamagedError: it is not what
+            `save` gives.
+    """
+
+    def __init__(
+        self,
+        store: RunStore | None,
+        name: str,
+        save: Callable[[T], Saved],
+        load: Callable[[int, Saved], T],
+    ) -> None:
+        self.store, self.name, self._save, self._load = store, name, save, load
+
+    def __contains__(self, index: int) -> bool:
+        return self.store is not None and f"{self.name}/{index}" in self.store
+
+    def put(self, index: int, result: T) -> None:
+        """Saves a result, unless it is there."""
+        if self.store and index not in self:
+            self.store.put(f"{self.name}/{index}", *self._save(result))
+
+    def get(self, index: int) -> T | None:
+        """Returns a result; None where it is missing or damaged."""
+        store, name = self.store, f"{self.name}/{index}"
+        saved = store.get(name) if store else None
+        if store is None or saved is None:
+            return None
+        try:
+            return self._load(index, saved)
+        except DamagedError as error:
+            store.reject(name, error)
+            return None
+
+    def require(self, index: int) -> T:
+        """Returns a result that the run has finished.
+
+        Raises:
+            DamagedResultError: it was damaged meanwhile.
+        """
+        if (found := self.get(index)) is not None:
+            return found
+        raise damaged(f"layer {index}")
+
+    def whole(self, count: int) -> bool:
+        """Returns whether the first results, so many, are there, each as it was written."""
+        store, names = self.store, (f"{self.name}/{index}" for index in range(count))
+        return store is not None and all(store.get(name, only=()) for name in names)
