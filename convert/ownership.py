@@ -139,6 +139,14 @@ def marker_of(folder: Path) -> str | None:
         return None
 
 
+def kind_of(folder: Path) -> str | None:
+    """Returns the kind that a folder's marker says; None where there is none."""
+    try:
+        return schema.read(Marker, folder / MARKER).kind
+    except UserError:
+        return None
+
+
 def prove(folder: Path) -> Marker:
     """Returns the marker of a folder that holds nothing but what jaxprune wrote.
 

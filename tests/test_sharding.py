@@ -256,7 +256,7 @@ def test_two_processes_do_as_one(killed: bool, line: list[object], tmp_path: Pat
     if killed:
         processes = pair(argv)
         deadline = time.monotonic() + 300
-        while not (tmp_path / "out.unfinished/pruned/0.json").exists():
+        while not (tmp_path / "out.unfinished/pruned/0.safetensors").exists():
             assert time.monotonic() < deadline and all(
                 process.poll() is None for process in processes
             )

@@ -184,8 +184,8 @@ def prune(
         if on_first_process(lambda: opening.tidy_up(place.path, wanted, masks_at)):
             return _finished(place.path)
         place.check()
-    with opening.open_store(place.path, wanted, resume=resume_only) as store:
-        if publishing.is_finished(store, place.path, masks_at):
+    with opening.open_store(place.path, wanted, masks_at, resume=resume_only) as store:
+        if store.finished:
             publishing.publish(store, place, masks_place)
             return _finished(place.path)
         weights = identity.KnownWeights(reader, store)
@@ -226,7 +226,7 @@ def prune(
         weights.require_unchanged()
         require_same(lambda: {"weights": dict(reader.digests)})
         made, names, fault = _describe(record, store.result)
-        publishing.finish(store, files | names, masks_at)
+        publishing.finish(store, files | names, masks=masks_at is not None)
         publishing.publish(store, place, masks_place)
     result = PruningResult(place.path, made, record.evaluation)
     observer.finished(result)

@@ -3,7 +3,6 @@ and who may write it.
 
 The folder holds run.json, with the run's identity and a random token; a lock; saved results (see
 `store`); and work-TOKEN, where all is made: results that are being saved, and the checkpoint.
-finished.json says that the checkpoint is complete; from then on it is only moved to its place.
 """
 
 import contextlib
@@ -16,7 +15,10 @@ import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import jax
+from pydantic import Field
 
 from convert import CheckpointError, ownership, schema, writing
 from convert.destination import Destination
@@ -25,16 +27,7 @@ from convert.schema import Schema
 from convert.writing import failing
 from jaxprune.errors import InputError
 from jaxprune.processes.collective import flat, is_first_process, on_first_process
-from jaxprune.pruning.publishing import (
-    FINISHED,
-    LOCK,
-    NEW_RUN,
-    RUN,
-    Finished,
-    Token,
-    finished_of,
-    remove,
-)
+from jaxprune.pruning.publishing import LOCK, NEW_RUN, RUN, remove, unpublished
 from jaxprune.pruning.store import RunStore, contents, is_result
 
 OTHER = {"out": Change.OTHER}
@@ -53,7 +46,7 @@ class Run(Schema):
         identity: all that decides the run's outcome.
     """
 
-    token: Token
+    token: Annotated[str, Field(pattern="^[0-9a-f]{1,64}$")]
     identity: dict[str, Any]
 
 
@@ -77,14 +70,15 @@ def check(place: Destination, masks_place: Destination | None) -> bool:
     Raises:
         CheckpointError: see `Destination.check` and `look`.
     """
-    finished, folder = look(place.path), store_folder(place.path)
-    if os.path.lexists(folder) and _is_new(folder) and ownership.marker_of(place.path):
+    out, folder = place.path, store_folder(place.path)
+    run, masks_at = look(out), masks_place.path if masks_place else None
+    if os.path.lexists(folder) and _is_new(folder) and ownership.marker_of(out):
         return True
-    if masks_place and not (
-        finished and finished.made(masks_place.path) and finished.masks_are_published()
-    ):
+    store = run and RunStore(folder, run.token, digest_of(run.identity))
+    result, masks = (store and unpublished(store, out, masks_at)) or (True, True)
+    if masks_place and masks:
         masks_place.check()
-    if not (finished and finished.is_published(place.path)):
+    if result:
         place.check()
     return False
 
@@ -92,7 +86,7 @@ def check(place: Destination, masks_place: Destination | None) -> bool:
 def tidy_up(out: Path, identity: Mapping[str, Any], masks_at: Path | None) -> bool:
     """Removes such a store, if result and masks are this run's, as far as can be known; returns
     whether they are."""
-    made = ownership.prove(out).kind == f"run {digest_of(identity)}"
+    made = ownership.prove(out).kind.startswith(f"run {digest_of(identity)} ")
     if not made or (masks_at and not ownership.sealed(masks_at)):
         return False
     remove(RunStore(store_folder(out)))
@@ -101,13 +95,14 @@ def tidy_up(out: Path, identity: Mapping[str, Any], masks_at: Path | None) -> bo
 
 @contextlib.contextmanager
 def open_store(
-    out: Path, identity: Mapping[str, Any], *, resume: bool = False
+    out: Path, identity: Mapping[str, Any], masks_at: Path | None = None, *, resume: bool = False
 ) -> Iterator[RunStore]:
     """Yields the store of a run; empty, or what an earlier process of the same run left.
 
     Args:
         out: the folder that the run makes.
         identity: all that decides its outcome, as JSON.
+        masks_at: where its masks are to be; None: none are made.
         resume: whether there must be something to go on with.
 
     Raises:
@@ -117,29 +112,30 @@ def open_store(
     """
     folder = store_folder(out)
     with contextlib.ExitStack() as stack:
-        token = on_first_process(lambda: _take(out, identity, resume, stack))
+        opened = on_first_process(lambda: _take(out, identity, masks_at, stack, resume=resume))
+        store = RunStore(folder, opened["token"], opened["run"], finished=opened["finished"])
         try:
-            with contextlib.closing(RunStore(folder, token, digest_of(identity))) as store:
+            with contextlib.closing(store):
                 if is_first_process() and store.files():
                     log.warning("going on with what is finished in %s", folder)
                 yield store
         except BaseException as error:
             # a stop or a defect says nothing against running again
             again = getattr(error, "again", "")
-            if is_first_process() and _leave(folder) and again is not None:
+            if is_first_process() and _leave(out) and again is not None:
                 when = f"{again} the same command continues from it".lstrip()
                 error.add_note(f"finished work is saved in {folder}: {when}")
             raise
 
 
-def look(out: Path) -> Finished | None:
+def look(out: Path) -> Run | None:
     """Makes sure that a run may use its store, before it does anything; writes nothing.
 
     Args:
         out: the folder that the run makes.
 
     Returns:
-        What an earlier process of the run finished.
+        What its run.json says; None where there is none.
 
     Raises:
         OccupiedError: something of somebody else's is where the store is to be, or in it.
@@ -158,30 +154,29 @@ def look(out: Path) -> Finished | None:
         raise OccupiedError(
             f"it is {kind}, where the run keeps what is finished", file=folder, options=OTHER
         )
-    run, finished = _run_of(folder), finished_of(folder)
+    run = _run_of(folder)
     # another process works there, as the lock will tell
     with contextlib.suppress(FileNotFoundError):
         for path in () if _is_new(folder) else contents(folder):
-            if not _is_own(folder, path, run or finished):
+            if not _is_own(folder, path, run):
                 raise OccupiedError(
                     "jaxprune did not write it, and the run's folder for what is finished is to be "
                     "removed in the end: move it away",
                     file=folder / path,
                     options=OTHER,
                 )
-    if run and finished and run.token != finished.token:
-        raise OccupiedError("it is another run's: move it away", file=folder / FINISHED)
-    return finished
+    return run
 
 
-def _is_own(folder: Path, path: Path, own: Run | Finished | None) -> bool:
-    """Returns whether a store of this token keeps a regular file at a path."""
+def _is_own(folder: Path, path: Path, run: Run | None) -> bool:
+    """Returns whether the store of a run has a regular file at a path."""
     top, *inside = path.parts
-    folders = (f"work-{own.token}", f"quarantine-{own.token}") if own else ()
-    if str(path) == LOCK or (inside and top in folders):
+    if str(path) == LOCK:
         return True
-    known = str(path) in (RUN, NEW_RUN, FINISHED) or (isinstance(own, Run) and is_result(path))
-    return known and stat.S_ISREG((folder / path).lstat().st_mode)
+    if run and inside and top in (f"work-{run.token}", f"quarantine-{run.token}"):
+        return True
+    known = run and (str(path) in (RUN, NEW_RUN) or is_result(path))
+    return bool(known) and stat.S_ISREG((folder / path).lstat().st_mode)
 
 
 def _is_new(folder: Path) -> bool:
@@ -205,40 +200,47 @@ def _run_of(folder: Path) -> Run | None:
     return run
 
 
-def _take(out: Path, identity: Mapping[str, Any], resume: bool, stack: contextlib.ExitStack) -> str:
-    """Locks the folder of a store and tidies it up; its token. Errors as for `open_store`."""
+def _take(
+    out: Path,
+    identity: Mapping[str, Any],
+    masks_at: Path | None,
+    stack: contextlib.ExitStack,
+    *,
+    resume: bool,
+) -> dict[str, Any]:
+    """Locks the folder of a store and tidies it up; what `RunStore` takes. Errors as for
+    `open_store`."""
     folder = store_folder(out)
-    if look(out) is None and resume and not (folder / RUN).exists():
+    if look(out) is None and resume:
         raise InputError(
             f"there is nothing to go on with at {folder}", options={"resume": Change.OMIT}
         )
     with failing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     stack.enter_context(_locked(folder))
-    finished, run = look(out), _run_of(folder)
-    if run:
+    if run := look(out):
         _require_same(folder, run.identity, identity)
-    elif finished and finished.run != digest_of(identity):
-        raise InputError(f"{folder} was left by another run", options=OTHER)
     try:
-        run = run or _begin(folder, finished.token if finished else secrets.token_hex(8), identity)
+        token = run.token if run else _begin(folder, identity)
+        store = RunStore(folder, token, digest_of(identity))
+        finished = unpublished(store, out, masks_at) is not None
         if not finished:
-            ownership.remove_own(folder / f"work-{run.token}")
+            ownership.remove_own(store.work)
     except UserError:
-        _leave(folder)
+        _leave(out)
         raise
-    return run.token
+    return {"token": token, "run": digest_of(identity), "finished": finished}
 
 
-def _begin(folder: Path, token: str, identity: Mapping[str, Any]) -> Run:
-    """Writes run.json."""
-    new, run = folder / NEW_RUN, Run(token=token, identity=dict(identity))
+def _begin(folder: Path, identity: Mapping[str, Any]) -> str:
+    """Writes run.json; returns its token."""
+    new, run = folder / NEW_RUN, Run(token=secrets.token_hex(8), identity=dict(identity))
     ownership.remove_own(new)
     content = {"seal": ownership.UNSEALED} | run.model_dump()
     writing.write_text(new, json.dumps(content, indent=1) + "\n")
     ownership.seal(new)
     writing.put(new, folder / RUN)
-    return run
+    return run.token
 
 
 @contextlib.contextmanager
@@ -272,15 +274,18 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _leave(folder: Path) -> bool:
+def _leave(out: Path) -> bool:
     """Removes a store that holds nothing; returns whether something is saved."""
-    saved = False
+    folder, saved = store_folder(out), False
     with contextlib.suppress(UserError, OSError):  # on a disk that is read-only by now, all stays
         run = _run_of(folder)
-        store = RunStore(folder, run.token) if run else RunStore(folder)
-        finished = os.path.lexists(folder / FINISHED)
+        store = RunStore(folder, run.token, digest_of(run.identity)) if run else RunStore(folder)
+        kinds = [ownership.kind_of(place) or "" for place in (store.result, out)]
+        finished = any(kind.startswith(store.kind) for kind in kinds)
         saved = finished or bool(store.files())
-        if run and not finished:
+        # The other processes of the run may be reading the result: they are to end with this one's
+        # error, and not with a file that is missing.
+        if run and not finished and not (saved and jax.process_count() > 1):
             ownership.remove_own(store.work)
         if not saved:
             remove(store)

@@ -88,15 +88,20 @@ class RunStore:
         folder: the folder of the store; it exists.
         token: the run's, random.
         run: the digest of the run's identity.
+        finished: whether the result only has to be published.
 
     Attributes:
-        folder, token, run: as given.
+        folder, token, finished: as given.
+        kind: with which the kind in the marker of the run's result begins; see `publishing`.
         newly_known: returns figures that the next result depends on, which are saved before it;
             None: nothing is new.
     """
 
-    def __init__(self, folder: Path, token: str = "0", run: str = "") -> None:
-        self.folder, self.token, self.run = folder, token, run
+    def __init__(
+        self, folder: Path, token: str = "0", run: str = "", *, finished: bool = False
+    ) -> None:
+        self.folder, self.token, self.kind = folder, token, f"run {run} {token}"
+        self.finished = finished
         self.newly_known: Callable[[], Mapping[str, Any] | None] = lambda: None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._pending: Future[None] | None = None

@@ -47,7 +47,7 @@ def stopped(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
     with monkeypatch.context() as patch:
         patch.setattr(layer, "prune_and_round", failing(layer.prune_and_round, 25))
         assert main(argv) == 2
-    assert (tmp_path / "out.unfinished/pruned/2.json").exists()
+    assert (tmp_path / "out.unfinished/pruned/2.safetensors").exists()
     return argv
 
 

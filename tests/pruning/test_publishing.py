@@ -46,8 +46,8 @@ def work(
         if opening.tidy_up(out, identity, masks):
             return "bare"
         place.check()
-    with opening.open_store(out, identity) as store:
-        if publishing.is_finished(store, out, masks):
+    with opening.open_store(out, identity, masks) as store:
+        if store.finished:
             publishing.publish(store, place, masks_place)
             return "finished"
         states = HiddenStates((4, 3, 2), np.dtype(np.float32), batch=2)
@@ -64,7 +64,7 @@ def work(
         if masks:
             write_text(store.masks, f"{UNSEALED}{text}")
             ownership.seal(store.masks)
-        publishing.finish(store, {"model"}, masks)
+        publishing.finish(store, {"model"}, masks=masks is not None)
         publishing.publish(store, place, masks_place)
     return "done"
 
@@ -106,7 +106,7 @@ def test_a_run_killed_at_any_file_operation_goes_on_to_the_same_files(
 def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """OUT of a run that stopped when its layers were finished."""
 
-    def stop(*_: Any) -> None:
+    def stop(*_: Any, **__: Any) -> None:
         raise InputError("stopped here")
 
     with monkeypatch.context() as patch, pytest.raises(InputError, match="stopped here"):
@@ -172,12 +172,12 @@ def test_files_that_appear_in_a_run_store_stay(
 ) -> None:
     real = publishing.finish
 
-    def meanwhile(*args: Any) -> None:
+    def meanwhile(*args: Any, **options: Any) -> None:
         (tmp_path / "out.unfinished" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "out.unfinished" / name).write_text("mine")
         if fails:
             raise InputError("stopped here")
-        real(*args)
+        real(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(publishing, "finish", meanwhile)

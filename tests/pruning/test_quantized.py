@@ -88,10 +88,10 @@ def test_it_is_taken_up_where_it_stopped(
         patch.setattr(quantized, "solve_layer", failing(quantized.solve_layer, 3))
         with pytest.raises(InputError):
             kept()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["quantized", "tuned", "work"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["quantized", "tuned", "work-0"]
     again, third = kept(), kept()
     assert [layer.resumed for layer in again] == [True, True, False]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["quantized", "work"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["quantized", "work-0"]
     for layers in (again, third):
         for mine, theirs in zip(layers, expected, strict=True):
             assert mine.kernels == theirs.kernels
