@@ -177,21 +177,6 @@ def save_tree(path: Path, arrays: Params) -> None:
         raise CheckpointError(f"it cannot be written ({str(error)[:200]})", file=path) from error
 
 
-def load_tree(path: Path) -> Params:
-    """Returns the arrays that `save_tree` saved, by dotted path.
-
-    Raises:
-        CheckpointError: they cannot be read.
-    """
-    _size(path)
-    with _reading(path) as readable:
-        tree = _orbax().load(readable)
-        return {
-            name: np.asarray(array)
-            for name, array in traverse_util.flatten_dict(tree, sep=".").items()
-        }
-
-
 def _size(folder: Path) -> int:
     """Returns the bytes of a pytree's files; all that Orbax may open is looked at first, so that
     nothing makes it wait.

@@ -45,8 +45,8 @@ class CalibrationStates:
     def passed(self, index: int, saved: Stage[LayerResult]) -> None:
         """Says that the states moved through a layer; saves them where that is worth its time."""
         self._position = index + 1
-        if saved.store and self._position < self._model.num_layers:
-            saved.store.put_rows(f"{saved.name}/states", self._named(), self._position)
+        if self._position < self._model.num_layers:
+            saved.put_rows(self._named(), self._position)
 
     def catch_up(self, index: int, saved: Stage[LayerResult]) -> None:
         """Moves the states on to a layer's input, through layers that an earlier process of the run
@@ -61,7 +61,9 @@ class CalibrationStates:
         """
         if self._fresh:
             self._fresh = False
-            self._restore(index, saved)
+            position = saved.position()
+            if position is not None and position <= index and saved.fill(self._named()):
+                self._position = position
         for before in range(self._position, index):
             layer = saved.require(before)
             part = self._model.architecture.layers[before]
@@ -72,14 +74,6 @@ class CalibrationStates:
                 (stored,) = self._model.layers([before])
                 self._model.forward(before, self._model.put_layer(before, stored), self.dense)
         self._position = index
-
-    def _restore(self, index: int, saved: Stage[LayerResult]) -> None:
-        """Takes up the states that are saved, where they are of use for a layer."""
-        name = f"{saved.name}/states"
-        position = saved.store.position(name) if saved.store else None
-        if saved.store and position is not None and position <= index:
-            if saved.store.fill(name, self._named()):
-                self._position = position
 
     def _named(self) -> dict[str, HiddenStates]:
         return {"pruned": self.pruned} | ({"dense": self.dense} if self.dense else {})

@@ -3,17 +3,17 @@ state."""
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from convert import Params
 from jaxprune.pruning.adafactor import Kernels, Moving
-from jaxprune.pruning.store import CURVE, TUNING, RunStore, Saved, damaged, flat, grouped
+from jaxprune.pruning.store import CURVE, TUNING, RunStore, damaged, flat, grouped
 from jaxprune.sharding import fetch
 
 log = logging.getLogger(__name__)
-GROUPS = (*Moving._fields, "mask")
+FIELDS = list(Moving._fields)
 
 
 class Progress(NamedTuple):
@@ -41,14 +41,14 @@ def save(store: RunStore | None, state: Sequence[Kernels], progress: Progress) -
     size = sum(leaf.nbytes for leaf in jax.tree.leaves((changed, progress.best)))
     if not (store and store.worth_saving(size)):
         return
-    figures = {"before": progress.before, "curve": progress.curve}
+    figures = {"fields": FIELDS, "before": progress.before, "curve": progress.curve}
     with store.saving():
         for index, kernels in enumerate(state):
             if kernels.moving:
                 moving, masks = fetch((kernels.moving, kernels.masks))
                 fields = {
                     field: {name: getattr(one, field) for name, one in moving.items()}
-                    for field in Moving._fields
+                    for field in FIELDS
                 }
                 best = progress.best[index] if progress.best else {}
                 arrays = flat(**fields, mask=masks, best=best)
@@ -72,36 +72,33 @@ def restore(
         take: is given a layer's index, what steps changed of it, and the bits of its masks, one
             layer after the other.
     """
-    names = {
-        index: {f"{group}/{name}" for name in kernels.moving for group in GROUPS}
-        for index, kernels in enumerate(state)
-        if kernels.moving
-    }
+    indices = [index for index, kernels in enumerate(state) if kernels.moving]
     for step in _steps(store) if store else ():
         assert store
-        # All are looked at before one is taken, and none stays meanwhile.
-        found = {index: _names(store.get(f"{TUNING}/{step}/{index}")) for index in names}
-        if found != names:
-            if None not in found.values():
-                log.warning(
-                    "the tuning begins again: what was saved of it is of another version of "
-                    "jaxprune"
-                )
+        names = [f"{TUNING}/{step}/{index}" for index in indices]
+        # All are looked at before one is taken.
+        found = [store.get(name, only=()) for name in names]
+        if None in found:
+            continue
+        if any(saved and saved.figures.get("fields") != FIELDS for saved in found):
+            log.warning(
+                "the tuning begins again: what was saved of it is of another version of jaxprune"
+            )
             continue
         best: list[Params] = [{} for _ in state]
-        figures = {}
-        for index in names:
-            saved = store.get(f"{TUNING}/{step}/{index}")
+        figures: dict[str, Any] = {}
+        for index, name in zip(indices, names, strict=True):
+            saved = store.get(name)
             if saved is None:
                 raise damaged("the tuning")
             groups, figures = grouped(saved.arrays), saved.figures
             moving = {
-                name: Moving(*(groups[field][name] for field in Moving._fields))
-                for name in state[index].moving
+                linear: Moving(*(groups[field][linear] for field in FIELDS))
+                for linear in state[index].moving
             }
             best[index] = groups["best"]
             take(index, moving, groups["mask"])
-        curve = [(int(n), float(kl)) for n, kl in figures.get("curve", [])]
+        curve = [(tokens, divergence) for tokens, divergence in figures.get("curve", ())]
         return Progress(step, figures.get("before", 1.0), curve, best if any(best) else None)
     return None
 
@@ -110,10 +107,6 @@ def _steps(store: RunStore) -> list[int]:
     """Returns the steps of which something is saved, the last first."""
     found = {name.partition("/")[0] for name in store.names(TUNING)}
     return sorted((int(step) for step in found if step.isdecimal()), reverse=True)
-
-
-def _names(saved: Saved | None) -> set[str] | None:
-    return saved and {path for path in saved.arrays if not path.startswith("best/")}
 
 
 def save_curve(store: RunStore | None, curve: list[tuple[int, float]]) -> None:

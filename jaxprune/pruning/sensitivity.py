@@ -181,9 +181,9 @@ def _reverse(
     for index, params in zip(order, model.layers(order), strict=True):
         layer = _reverse_layer(model, index, model.put_layer(index, params), inputs.pop(), states)
         _require_finite(layer)
-        if saved.store and index not in found:
+        if index not in found:
             saved.put(index, layer)
-            saved.store.put_rows(f"{saved.name}/states", {"gradient": states}, index)
+            saved.put_rows({"gradient": states}, index)
         found[index] = layer
     return [found[index] for index in range(count)]
 
@@ -198,11 +198,10 @@ def _saved_gradient(
         model, tokens, saved: as for `_reverse`.
         missing: index of the last layer whose sensitivity is missing.
     """
-    name = f"{saved.name}/states"
-    position = saved.store.position(name) if saved.store else None
-    if saved.store and position is not None and missing < position:
+    position = saved.position()
+    if position is not None and missing < position:
         gradient = model.embed(tokens, at_a_time=tokens_per_batch())
-        if saved.store.fill(name, {"gradient": gradient}):
+        if saved.fill({"gradient": gradient}):
             return position, gradient
     return model.num_layers, None
 

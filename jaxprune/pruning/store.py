@@ -434,6 +434,19 @@ class Stage(Generic[T]):
             store.reject(name, error)
             return None
 
+    def put_rows(self, states: Mapping[str, HiddenStates], position: int) -> None:
+        """Saves hidden states of the stage; see `RunStore.put_rows`."""
+        if self.store:
+            self.store.put_rows(f"{self.name}/states", states, position)
+
+    def position(self) -> int | None:
+        """Returns how far saved hidden states are; None where there are none."""
+        return self.store.position(f"{self.name}/states") if self.store else None
+
+    def fill(self, states: Mapping[str, HiddenStates]) -> bool:
+        """Fills hidden states with the saved ones; see `RunStore.fill`."""
+        return self.store is not None and self.store.fill(f"{self.name}/states", states)
+
     def require(self, index: int) -> T:
         """Returns a result that the run has finished.
 

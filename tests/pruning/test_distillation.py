@@ -244,7 +244,7 @@ def test_what_is_saved_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     store = RunStore(tmp_path)
     progress = Progress(3, 0.25, [(64, 0.5)], [{}, {"a.kernel": value.astype(np.float16)}])
     saved_tuning.save(store, [none, before._replace(moving=moving)], progress)
-    store.put("tuning/4/1", {"leaf0": value}, {"divergences": []})
+    store.put("tuning/4/1", {"leaf0": value}, {"fields": ["value"]})
     taken: dict[int, Any] = {}
     found = saved_tuning.restore(
         store, [none, before], lambda index, *state: taken.update({index: state})

@@ -131,8 +131,8 @@ def test_a_tuning_that_begins_again_mixes_no_layers(
         store.drop("tuning/4/0")
         store.put(
             "tuning/4/0",
-            {f"{path}.second": array for path, array in saved.arrays.items()},
-            saved.figures,
+            {f"second/{path}": array for path, array in saved.arrays.items()},
+            saved.figures | {"fields": ["second"]},
         )
         monkeypatch.setattr(whole_model.distillation, "FAR", 1e9)  # it tunes otherwise
         found = by_recipe(checkpoint, line, store=store)
