@@ -27,7 +27,7 @@ from convert.schema import Schema
 from convert.writing import failing
 from jaxprune.errors import InputError
 from jaxprune.processes.collective import flat, is_first_process, on_first_process
-from jaxprune.pruning.publishing import LOCK, NEW_RUN, RUN, remove, unpublished
+from jaxprune.pruning.publishing import LOCK, NEW_RUN, RUN, has_digest, remove, unpublished
 from jaxprune.pruning.store import RunStore, contents, is_result
 
 OTHER = {"out": Change.OTHER}
@@ -84,10 +84,10 @@ def check(place: Destination, masks_place: Destination | None) -> bool:
 
 
 def tidy_up(out: Path, identity: Mapping[str, Any], masks_at: Path | None) -> bool:
-    """Removes such a store, if result and masks are this run's, as far as can be known; returns
-    whether they are."""
-    made = ownership.prove(out).kind.startswith(f"run {digest_of(identity)} ")
-    if not made or (masks_at and not ownership.sealed(masks_at)):
+    """Removes such a store, if result and masks are this run's; returns whether they are."""
+    run, _, masks = ownership.prove(out).kind.rpartition(" ")
+    made = run.startswith(f"run {digest_of(identity)} ")
+    if not made or (masks_at and not has_digest(masks_at, masks)):
         return False
     remove(RunStore(store_folder(out)))
     return True

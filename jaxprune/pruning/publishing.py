@@ -51,14 +51,15 @@ def unpublished(store: RunStore, out: Path, masks_at: Path | None) -> tuple[bool
         if not published:
             kind = ownership.prove(store.result).kind
         run, _, masks = kind.rpartition(" ")
-        there = masks_at is None or _has(masks_at, masks)
-        whole = run == store.kind and (there or _has(store.masks, masks))
+        there = masks_at is None or has_digest(masks_at, masks)
+        whole = run == store.kind and (there or has_digest(store.masks, masks))
     except UserError:
         return None
     return (not published, not there) if whole else None
 
 
-def _has(path: Path, sha256: str) -> bool:
+def has_digest(path: Path, sha256: str) -> bool:
+    """Returns whether a file is there that has a digest."""
     try:
         return ownership.digest(path) == sha256
     except UserError:
