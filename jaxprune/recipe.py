@@ -277,7 +277,7 @@ class RecipeRecord(Schema):
     tuning: Tuning = Tuning()
     rules: list[RuleRecord] = []
     experts: Experts = Experts()
-    quantize: str | None = None
+    quantize: str | None = Field(default=None, pattern=f"^({'|'.join(BITS)})$")
 
     def recipe(self) -> Recipe:
         """Returns the recipe.
