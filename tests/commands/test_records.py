@@ -1,0 +1,157 @@
+"""Records that this installation cannot repeat: they are shown and verified all the same."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxprune.commands.prune import main as prune
+from jaxprune.commands.report import main as report
+from jaxprune.commands.verify import main as verify
+from jaxprune.reporting import reading, schema
+from tests.helpers import families, tiny
+from tests.helpers.optional import needs_torch
+
+RECORD = Path(__file__).parents[1] / "reporting/records/unstructured.json"
+ELSEWHERE = {"kind": "method", "name": "elsewhere", "options": {"largest": 2.0}}
+ADMM = {"kind": "method", "name": "admm", "options": {}}
+METHODS: dict[str, dict[str, Any]] = {
+    "alone": ELSEWHERE,
+    "mask": {"kind": "crossed", "mask": ELSEWHERE, "update": ADMM},
+    "update": {"kind": "crossed", "mask": ADMM, "update": ELSEWHERE},
+    "finished": {"kind": "finished", "method": ELSEWHERE, "finish": {"steps": 3}},
+}
+"""Methods of a package that is not installed."""
+NM = {"pattern": {"kind": "nm", "n": 2, "m": 4}}
+GIVEN = {"pattern": {"kind": "given", "mask": "from-file:masks"}}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "an option of no method": (
+        {"method": ADMM | {"options": {"largest": 2.0}}},
+        "largest",
+    ),
+    "an option out of range": ({"method": ADMM | {"options": {"damping": -1.0}}}, "damping"),
+    "tuning without steps": ({"tuning": {"tune_rate": 0.01}}, "tuning"),
+    "pieces without tuning": ({"tuning": {"tune_pieces": 4}}, "tuning"),
+    "steps by epochs and tokens": (
+        {"tuning": {"tune_epochs": 1.0, "tune_tokens": 1000}},
+        "tun",
+    ),
+    "windows that measure nothing": (
+        {"importance": {"sensitivity_windows": 4}},
+        "sensitivity",
+    ),
+    "N:M with a spread": (NM | {"importance": {"spread": 0.3}}, "spread"),
+    "N:M with late zeros": (
+        NM | {"tuning": {"tune_epochs": 1.0, "tune_zeros": 0.3}},
+        "tune.zeros",
+    ),
+    "outputs weighed within each": (
+        {
+            "pattern": {"kind": "per-output", "sparsity": 2 / 3},
+            "importance": {"weigh_outputs": True},
+        },
+        "weigh.outputs",
+    ),
+    "given masks with a rule": (
+        GIVEN | {"rules": [{"names": "*.q_proj"} | NM]},
+        "rule",
+    ),
+    "an unknown grid": ({"quantize": "q9_9"}, "q9_9"),
+    "an unknown preset": ({"preset": "gone"}, "gone"),
+}
+"""What a record of another version may say -> its parts, and a word of the error."""
+
+
+@pytest.fixture
+def pruned(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint with a record that can be repeated, beside all that its run takes; the current
+    folder is theirs."""
+    monkeypatch.chdir(tmp_path)
+    tiny.save(tmp_path / "dense", tiny.config(num_hidden_layers=2))
+    shutil.copy(text, tmp_path / "text.jsonl")
+    folder = shutil.copytree(tmp_path / "dense", tmp_path / "pruned")
+    shutil.copy(RECORD, folder / "jaxprune.json")
+    stored = load_file(folder / "model.safetensors")
+    run = reading.load(folder)
+    assert isinstance(run, schema.Run) and run.config.ckpt == "dense"
+    for layer in run.layers:
+        for path, linear in layer.linears.items():
+            weight = stored[f"model.layers.{layer.index}.{path}.weight"]
+            weight.reshape(-1)[: linear.zeros] = 0
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def change(folder: Path, **parts: Any) -> None:
+    """Changes parts of a record."""
+    file = folder / "jaxprune.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | parts))
+
+
+def require_one_line(folder: Path, word: str, capsys: pytest.CaptureFixture, *flags: str) -> None:
+    """Makes sure that a record's run is refused before it makes anything."""
+    before = sorted(folder.parent.rglob("*"))
+    capsys.readouterr()
+    assert prune(["--config", str(folder / "jaxprune.json"), "--out", "again", *flags]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert word.replace(".", "_") in said or word.replace(".", "-") in said
+    assert sorted(folder.parent.rglob("*")) == before
+
+
+def require_read_or_refused(status: int, words: str, capsys: pytest.CaptureFixture) -> None:
+    """Makes sure that a command either showed a record or said in one line what it does not
+    read."""
+    printed, said = capsys.readouterr()
+    if status == 2:
+        assert said.startswith("error: ") and said.count("\n") == 1
+        assert "pruned/jaxprune.json" in said and printed == ""
+    else:
+        assert status in (0, 1) and words in " ".join(printed.split()) and said == ""
+
+
+def test_the_record_can_be_repeated_before_it_is_changed(pruned: Path) -> None:
+    assert prune(["--config", "pruned/jaxprune.json", "--out", "again"]) == 0
+
+
+@pytest.mark.parametrize("where", METHODS)
+def test_a_method_that_is_not_installed_is_shown(
+    where: str, pruned: Path, capsys: pytest.CaptureFixture
+) -> None:
+    change(pruned, method=METHODS[where])
+    run = reading.load(pruned)
+    assert isinstance(run, schema.Run) and "elsewhere" in run.method_text
+    assert report(["pruned", "--out", "page.html"]) == 0
+    assert run.method_text in Path("page.html").read_text()
+    assert verify(["pruned", "--against", "dense"]) == 0
+    assert "verified: pruned" in " ".join(capsys.readouterr().out.split())
+    require_one_line(pruned, "elsewhere", capsys)
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_recipe_that_is_refused_today_is_one_line(
+    what: str, pruned: Path, capsys: pytest.CaptureFixture
+) -> None:
+    parts, word = REFUSED[what]
+    change(pruned, **parts)
+    require_read_or_refused(report(["pruned", "--out", "page.html"]), "page.html", capsys)
+    status = verify(["pruned"])
+    # zeros of another pattern are problems
+    assert status in (0, 2) or "pattern" in parts
+    require_read_or_refused(status, "verified" if status != 1 else "not verified", capsys)
+    require_one_line(pruned, word, capsys)
+
+
+@needs_torch
+def test_asymmetry_with_experts_is_refused_before_any_work(
+    pruned: Path, capsys: pytest.CaptureFixture
+) -> None:
+    families.save(pruned.parent / "experts", families.config("qwen3_moe", "mixed"))
+    change(pruned, asymmetry=0.5, experts={"drop_experts": 0.5, "route_all": False})
+    assert report(["pruned", "--out", "page.html"]) == 0
+    assert "asymmetry 0.5" in Path("page.html").read_text()
+    assert verify(["pruned"]) == 0
+    require_one_line(pruned, "asymmetry", capsys, "--ckpt", "experts")
