@@ -7,18 +7,20 @@ digest of the masks, so that it shows whether what is at their places is this ru
 import contextlib
 import hashlib
 import logging
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from convert import ownership
 from convert.destination import Destination
-from convert.errors import UserError, joined
+from convert.errors import OccupiedError, UserError, joined
 from convert.ownership import Listed
 from jaxprune.processes.collective import on_first_process
 from jaxprune.pruning.store import RunStore, contents
 
 RUN, NEW_RUN, LOCK = "run.json", ".jaxprune-run.json.new", "lock"
 """The files of a store beside its saved results."""
+EMPTY = Listed(size=0, sha256=hashlib.sha256().hexdigest())
 log = logging.getLogger(__name__)
 
 
@@ -92,7 +94,11 @@ def _publish(store: RunStore, place: Destination, masks_place: Destination | Non
 
 def remove(store: RunStore) -> None:
     """Removes all of a store that is its own; run.json goes last, so that a kill before leaves no
-    doubt."""
+    doubt.
+
+    Raises:
+        CheckpointError: the disk became read-only. The same command removes the rest.
+    """
     folder = store.folder
     with contextlib.suppress(UserError):  # what was replaced
         ownership.remove_folder(store.result)
@@ -102,9 +108,11 @@ def remove(store: RunStore) -> None:
     ownership.remove_empties(folder)
     left = sorted(map(str, {*contents(folder)} - {Path(name) for name in (RUN, NEW_RUN, LOCK)}))
     ownership.remove_own(folder / NEW_RUN)
-    with contextlib.suppress(UserError):
-        ownership.remove_sealed(folder / RUN)
-    ownership.remove_listed(folder, {LOCK: Listed(size=0, sha256=hashlib.sha256().hexdigest())})
+    with contextlib.suppress(OccupiedError):  # somebody changed it
+        if os.path.lexists(folder / RUN):
+            ownership.remove_sealed(folder / RUN)
+    if ownership.unchanged(folder / LOCK, EMPTY):
+        ownership.remove_own(folder / LOCK)
     if not ownership.remove_empty(folder) and left:
         log.warning(
             "left in %s, as jaxprune did not write it, or it has changed: %s", folder, joined(left)
