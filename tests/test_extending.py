@@ -31,16 +31,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of installed packages that holds the example alone."""
     folder = tmp_path_factory.mktemp("installed")
     source = shutil.copytree(EXAMPLE, tmp_path_factory.mktemp("source") / "example")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "--target",
-    ]
+    command = [sys.executable, *"-m pip install -q --no-deps --no-build-isolation --target".split()]
     done = subprocess.run([*command, folder, source], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
@@ -80,10 +71,7 @@ def test_a_package_of_somebody_else_prunes(
     text = "--eval-text pydoc --eval-seqlen 32 --eval-windows 2 --out pruned"
     command = [
         sys.executable,
-        "-m",
-        "jaxprune",
-        "prune",
-        "--ckpt",
+        *"-m jaxprune prune --ckpt".split(),
         str(arcee),
         *flags.split(),
         *text.split(),

@@ -324,12 +324,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
         folder,
         "--calib",
         folder / "ids.npy",
-        "--nsamples",
-        8,
-        "--seqlen",
-        32,
-        "--device",
-        "cpu",
+        *"--nsamples 8 --seqlen 32 --device cpu".split(),
     ]
     options += ["--preset", "best", "--sparsity", 0.6, "--tune-epochs", 0.5, "--devices", 1]
     return [*options, "--eval-text", folder / "ids.npy", "--eval-windows", 2]

@@ -51,16 +51,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
 
 RECIPES = {
     "best": [
-        "--preset",
-        "best",
-        "--sparsity",
-        0.6,
-        "--asymmetry",
-        0.25,
-        "--token-power",
-        0.5,
-        "--tune-epochs",
-        0.4,
+        *"--preset best --sparsity 0.6 --asymmetry 0.25 --token-power 0.5 --tune-epochs 0.4".split()
     ],
     "Wanda": ["--method", "wanda", "--pattern", "2:4", "--finish-steps", 2],
 }
@@ -134,10 +125,7 @@ def test_experts_on_four_devices_do_as_on_one(recipe: str, tmp_path: Path) -> No
         tmp_path / "dense",
         "--calib",
         tmp_path / "ids.npy",
-        "--nsamples",
-        11,
-        "--seqlen",
-        64,
+        *"--nsamples 11 --seqlen 64".split(),
     ]
     line += ["--eval", "none", "--device", "cpu", *recipe.split()]
     run_all([*line, "--out", tmp_path / "one"])
@@ -227,11 +215,7 @@ def test_two_processes_tune_on_a_text_as_one(line: list[object], tmp_path: Path)
     np.save(tmp_path / "text.npy", np.random.default_rng(1).integers(0, 300, (40, 64), np.int32))
     own = [
         *line,
-        "--preset",
-        "best",
-        "--sparsity",
-        0.6,
-        "--tune-tokens",
+        *"--preset best --sparsity 0.6 --tune-tokens".split(),
         3 * 8 * 64,
         "--tune-windows",
         8,

@@ -197,17 +197,7 @@ def test_a_panic_of_a_tokenizer_is_one_line(
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("the cat " + "a" * 60 + "b")
-    options = [
-        "--nsamples",
-        "1",
-        "--seqlen",
-        "16",
-        "--pack",
-        "--eval",
-        "none",
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    options = [*"--nsamples 1 --seqlen 16 --pack --eval none --out".split(), str(tmp_path / "out")]
     assert main(["--ckpt", str(panicking), "--calib", str(prompts), *options]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.fullmatch(f"error: {re.escape(str(tmp_path))}/{PANIC}", line), line

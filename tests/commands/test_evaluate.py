@@ -36,11 +36,7 @@ def pruned(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactor
         checkpoint,
         "--out",
         out,
-        "--method",
-        "wanda",
-        "--sparsity",
-        0.6,
-        "--calib",
+        *"--method wanda --sparsity 0.6 --calib".split(),
         text,
     ]
     run(*parse_run([*map(str, flags), "--nsamples", "4", "--seqlen", "32", "--eval", "none"]))
@@ -148,21 +144,11 @@ def test_a_run_ends_with_an_evaluation(
         checkpoint,
         "--out",
         tmp_path / "out",
-        "--method",
-        "magnitude",
-        "--sparsity",
-        0.9,
-        "--calib",
+        *"--method magnitude --sparsity 0.9 --calib".split(),
         text,
     ]
     flags += [
-        "--nsamples",
-        4,
-        "--seqlen",
-        32,
-        "--eval",
-        "ppl,zero-shot",
-        "--eval-text",
+        *"--nsamples 4 --seqlen 32 --eval ppl,zero-shot --eval-text".split(),
         text,
         "--eval-windows",
         3,
@@ -197,10 +183,7 @@ def test_several_texts_have_rows_of_their_own(
         "ppl",
         "--eval-text",
         f"{text},{other}",
-        "--eval-seqlen",
-        32,
-        "--eval-windows",
-        3,
+        *"--eval-seqlen 32 --eval-windows 3".split(),
     ]
     flags += ["--against", checkpoint, "--out", tmp_path / "out"]
     assert main([str(pruned), *map(str, flags)]) == 0

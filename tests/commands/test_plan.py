@@ -27,17 +27,7 @@ def test_what_a_run_would_refuse_a_plan_refuses(
 def test_what_stays_dense_need_not_fit_the_pattern(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = [
-        "plan",
-        "--ckpt",
-        str(checkpoint),
-        "--seqlen",
-        "32",
-        "--eval",
-        "none",
-        "--method",
-        "wanda",
-    ]
+    line = ["plan", "--ckpt", str(checkpoint), *"--seqlen 32 --eval none --method wanda".split()]
     assert commands.main([*line, "--pattern", "16:32"]) == 2
     assert "a kernel has 48" in capsys.readouterr().err
     assert commands.main([*line, "--pattern", "16:32", "--skip", "*.down_proj"]) == 0
@@ -56,17 +46,7 @@ def test_a_plan_says_where_bfloat16_is_faster(
 ) -> None:
     monkeypatch.setattr(plan, "matrix_rate", {"float32": 1e11, "bfloat16": gain * 1e11}.__getitem__)
     dtype = ["--dtype", *flags] if flags else []
-    options = [
-        "--nsamples",
-        "4",
-        "--seqlen",
-        "32",
-        "--eval",
-        "none",
-        "--method",
-        "magnitude",
-        *dtype,
-    ]
+    options = [*"--nsamples 4 --seqlen 32 --eval none --method magnitude".split(), *dtype]
     assert commands.main(["plan", "--ckpt", str(checkpoint), *options]) == 0
     assert ("2.0 times as fast: --dtype bfloat16" in capsys.readouterr().out) == said
 
@@ -75,17 +55,7 @@ def test_every_text_is_counted_and_what_is_not_is_named(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def planned(*flags: str) -> tuple[float, str]:
-        options = [
-            "--nsamples",
-            "4",
-            "--seqlen",
-            "32",
-            "--eval-windows",
-            "4",
-            "--device-memory",
-            "16",
-            *flags,
-        ]
+        options = [*"--nsamples 4 --seqlen 32 --eval-windows 4 --device-memory 16".split(), *flags]
         assert commands.main(["plan", "--ckpt", str(checkpoint), *options]) == 0
         printed = capsys.readouterr().out
         [row] = [line for line in printed.splitlines() if "evaluate" in line]
@@ -118,17 +88,7 @@ def test_a_plan_is_a_table_and_an_exit_status(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options = [
-        "--ckpt",
-        str(checkpoint),
-        "--nsamples",
-        "4",
-        "--seqlen",
-        "32",
-        "--eval",
-        "none",
-        "--out",
-    ]
+    options = ["--ckpt", str(checkpoint), *"--nsamples 4 --seqlen 32 --eval none --out".split()]
     memory = ["--device-memory", *device] if device else []
     assert commands.main([*command, *options, str(tmp_path / "out"), *memory]) == status
     out = capsys.readouterr().out

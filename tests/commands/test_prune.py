@@ -43,11 +43,7 @@ def finished(
         checkpoint,
         "--calib",
         text,
-        "--nsamples",
-        6,
-        "--seqlen",
-        64,
-        "--eval-text",
+        *"--nsamples 6 --seqlen 64 --eval-text".split(),
         text,
     ]
     done = jaxprune(*options, "--eval-windows", 5, "--out", "out", "--seed", 3, cwd=cwd)
@@ -145,12 +141,7 @@ def test_what_is_tuned_on_may_be_another_text(checkpoint: Path, text: Path, tmp_
         checkpoint,
         "--calib",
         text,
-        "--method",
-        "magnitude",
-        "--nsamples",
-        4,
-        "--seqlen",
-        32,
+        *"--method magnitude --nsamples 4 --seqlen 32".split(),
     ]
     line += ["--tune-tokens", 64, "--eval", "none"]
     found = {}
@@ -182,12 +173,7 @@ def test_the_same_seed_gives_the_same_bytes(
         checkpoint,
         "--calib",
         text,
-        "--nsamples",
-        6,
-        "--seqlen",
-        64,
-        "--eval",
-        "none",
+        *"--nsamples 6 --seqlen 64 --eval none".split(),
     ]
     assert jaxprune(*options, "--out", "again", "--seed", 3, cwd=tmp_path).returncode == 0
     assert (tmp_path / "again/model.safetensors").read_bytes() == (
@@ -212,12 +198,7 @@ def test_a_report_that_cannot_be_drawn_costs_nothing_else(
         checkpoint,
         "--calib",
         text,
-        "--nsamples",
-        2,
-        "--seqlen",
-        16,
-        "--eval",
-        "none",
+        *"--nsamples 2 --seqlen 16 --eval none".split(),
     ]
     assert main([*map(str, options), "--method", "magnitude", "--out", str(out)]) == 70
     said = capsys.readouterr()
@@ -243,12 +224,7 @@ def test_two_of_four_with_another_methods_mask(
         checkpoint,
         "--calib",
         text,
-        "--nsamples",
-        4,
-        "--seqlen",
-        32,
-        "--eval",
-        "none",
+        *"--nsamples 4 --seqlen 32 --eval none".split(),
     ]
     done = here(*options, "--mask", "wanda", "--pattern", "2:4", "--out", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -273,11 +249,7 @@ def test_the_best_preset(
         checkpoint,
         "--calib",
         text,
-        "--nsamples",
-        6,
-        "--seqlen",
-        64,
-        "--eval-text",
+        *"--nsamples 6 --seqlen 64 --eval-text".split(),
         text,
     ]
     options += ["--eval-windows", 5, "--seed", 3]
@@ -327,12 +299,7 @@ def test_masks_are_saved_and_taken_up_again(
         checkpoint,
         "--calib",
         text,
-        "--nsamples",
-        6,
-        "--seqlen",
-        64,
-        "--eval",
-        "none",
+        *"--nsamples 6 --seqlen 64 --eval none".split(),
     ]
     options += ["--seed", 3]
     done = here(

@@ -242,10 +242,7 @@ def test_what_reads_a_float16_result_finds_the_same(here: Path, text: Path) -> N
         "ppl",
         "--eval-text",
         str(text),
-        "--eval-seqlen",
-        "16",
-        "--eval-windows",
-        "1",
+        *"--eval-seqlen 16 --eval-windows 1".split(),
     ]
     assert main(["evaluate", "out", "--against", "q.gguf", *evaluation]) == 0
     assert main(["snapshot", "layer.safetensors", "--layer", "1", *RUN[:-2]]) == 0
@@ -296,14 +293,7 @@ def test_dropped_experts_and_a_cast_go_together(here: Path) -> None:
     run = [
         "prune",
         *RUN,
-        "--ckpt",
-        "experts",
-        "--drop-experts",
-        "0.5",
-        "--save-dtype",
-        "bfloat16",
-        "--out",
-        "out",
+        *"--ckpt experts --drop-experts 0.5 --save-dtype bfloat16 --out out".split(),
     ]
     assert main(run) == 0
     config = json.loads(Path("out/config.json").read_text())

@@ -129,12 +129,7 @@ def test_masks_decide_what_stays_and_are_not_replaced(
         str(checkpoint),
         "--calib",
         str(text),
-        "--nsamples",
-        "2",
-        "--seqlen",
-        "16",
-        "--eval",
-        "none",
+        *"--nsamples 2 --seqlen 16 --eval none".split(),
     ]
     assert prune.main([*flags, "--method", "magnitude", "--out", "out", "--save-masks", "m"]) == 0
     before = Path("m").read_bytes()

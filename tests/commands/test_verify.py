@@ -290,18 +290,7 @@ def test_an_outlier_is_found_without_a_record(
 def test_a_linear_that_stays_dense_is_the_dense_one(
     checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    flags = [
-        "--ckpt",
-        checkpoint,
-        "--calib",
-        text,
-        "--nsamples",
-        1,
-        "--seqlen",
-        8,
-        "--eval",
-        "none",
-    ]
+    flags = ["--ckpt", checkpoint, "--calib", text, *"--nsamples 1 --seqlen 8 --eval none".split()]
     flags += ["--method", "magnitude", "--skip", "*.up_proj", "--out", tmp_path / "out"]
     assert run(list(map(str, flags))) == 0
     assert main([str(tmp_path / "out"), "--against", str(checkpoint)]) == 0

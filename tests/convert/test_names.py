@@ -120,12 +120,7 @@ def test_a_bit_flipped_in_the_cache_is_found(
         "llama-7b",
         "--calib",
         str(text),
-        "--nsamples",
-        "2",
-        "--seqlen",
-        "32",
-        "--eval",
-        "none",
+        *"--nsamples 2 --seqlen 32 --eval none".split(),
     ]
     assert main([*argv, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err

@@ -234,11 +234,7 @@ print([main(sys.argv[1:]), main([*sys.argv[1:], "--overwrite", "--backend", "tor
 def test_the_jax_backend_needs_no_torch(checkpoint: Path, tmp_path: Path) -> None:
     data = rows.write(tmp_path / "rows")
     options = [
-        "--eval",
-        "zero-shot",
-        "--tasks",
-        "openbookqa",
-        "--tasks-data",
+        *"--eval zero-shot --tasks openbookqa --tasks-data".split(),
         data,
         "--out",
         tmp_path / "out",
@@ -295,12 +291,7 @@ def test_lm_evals_own_command_line_knows_the_model(
         'doc_to_text: question_stem\ndoc_to_target: 2\ndoc_to_choice: "{{choices.text}}"\n'
     )
     command = [
-        "run",
-        "--model",
-        "jaxprune",
-        "--tasks",
-        "mine",
-        "--model_args",
+        *"run --model jaxprune --tasks mine --model_args".split(),
         f"pretrained={checkpoint}",
     ]
     command += ["--include_path", str(task), "--output_path", str(tmp_path)]

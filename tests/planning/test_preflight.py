@@ -46,10 +46,7 @@ def test_a_70b_model_needs_no_weights_to_be_planned(tmp_path: Path) -> None:
     options = [
         "--ckpt",
         tmp_path,
-        "--dry-run",
-        "--dtype",
-        "bfloat16",
-        "--out",
+        *"--dry-run --dtype bfloat16 --out".split(),
         tmp_path / "out",
         "--eval",
         "none",
@@ -152,12 +149,7 @@ def test_what_does_not_fit_is_said_before_the_work(
         checkpoint,
         "--calib",
         text,
-        "--nsamples",
-        4,
-        "--seqlen",
-        32,
-        "--eval",
-        "none",
+        *"--nsamples 4 --seqlen 32 --eval none".split(),
     ]
     argv = [*map(str, options), "--out", str(tmp_path / "out")]
     assert main(argv) == 2
@@ -200,18 +192,7 @@ def test_the_memory_of_a_run_is_foreseen(tmp_path: Path) -> None:
     }
     tiny.save(tmp_path / "dense", tiny.config(**size, max_position_embeddings=4096))
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 300, (192, 512), np.int32))
-    options = [
-        "--ckpt",
-        "dense",
-        "--calib",
-        "ids.npy",
-        "--nsamples",
-        192,
-        "--seqlen",
-        512,
-        "--eval",
-        "none",
-    ]
+    options = "--ckpt dense --calib ids.npy --nsamples 192 --seqlen 512 --eval none".split()
     options += ["--method", "magnitude", "--out", "out"]
     foreseen = jaxprune(*options, "--dry-run", cwd=tmp_path)
     assert foreseen.returncode == 0, foreseen.stderr

@@ -16,13 +16,7 @@ def line(checkpoint: Path, target: str) -> list[str]:
     return [
         "--ckpt",
         str(checkpoint),
-        "--nsamples",
-        "4",
-        "--seqlen",
-        "32",
-        "--eval",
-        "none",
-        "--target",
+        *"--nsamples 4 --seqlen 32 --eval none --target".split(),
         target,
     ]
 

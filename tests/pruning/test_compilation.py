@@ -44,14 +44,7 @@ def test_a_second_run_compiles_nothing(checkpoint: Path, text: Path, tmp_path: P
         checkpoint,
         "--calib",
         text,
-        "--nsamples",
-        2,
-        "--seqlen",
-        32,
-        "--eval",
-        "none",
-        "--out",
-        "out",
+        *"--nsamples 2 --seqlen 32 --eval none --out out".split(),
     ]
     environment = {
         name: value for name, value in os.environ.items() if "COMPILATION_CACHE" not in name

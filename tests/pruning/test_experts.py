@@ -206,14 +206,7 @@ def test_a_run_drops_experts_and_prunes_the_rest(
 
     line = [
         *LINE,
-        "--drop-experts",
-        "0.34",
-        "--sparsity",
-        "0.5",
-        "--save-masks",
-        "masks.safetensors",
-        "--out",
-        "out",
+        *"--drop-experts 0.34 --sparsity 0.5 --save-masks masks.safetensors --out out".split(),
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(solving, "prune_and_round", failing(solving.prune_and_round, 9))
@@ -235,30 +228,12 @@ def test_a_run_drops_experts_and_prunes_the_rest(
     )
     assert (
         prune(
-            [
-                *LINE,
-                "--drop-experts",
-                "0.34",
-                "--mask",
-                "from-file:masks.safetensors",
-                "--out",
-                "again",
-            ]
+            [*LINE, *"--drop-experts 0.34 --mask from-file:masks.safetensors --out again".split()]
         )
         == 0
     )
     assert (
-        prune(
-            [
-                *LINE,
-                "--drop-experts",
-                "0.5",
-                "--mask",
-                "from-file:masks.safetensors",
-                "--out",
-                "fewer",
-            ]
-        )
+        prune([*LINE, *"--drop-experts 0.5 --mask from-file:masks.safetensors --out fewer".split()])
         == 2
     )
     assert (

@@ -38,10 +38,7 @@ def stopped(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
         str(tmp_path / "dense"),
         "--calib",
         str(text),
-        "--nsamples",
-        "6",
-        "--seqlen",
-        "64",
+        *"--nsamples 6 --seqlen 64".split(),
     ]
     argv += ["--eval", "none", "--sparsity", "0.60000001", "--out", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
@@ -164,12 +161,7 @@ def test_a_tensor_that_changes_while_the_run_works_is_noticed(
         str(dense),
         "--calib",
         str(text),
-        "--nsamples",
-        "2",
-        "--seqlen",
-        "32",
-        "--eval",
-        "none",
+        *"--nsamples 2 --seqlen 32 --eval none".split(),
     ]
     assert main([*argv, "--method", "magnitude", "--out", str(tmp_path / "out")]) == 2
     assert "it changed while the run went on" in capsys.readouterr().err
@@ -193,12 +185,7 @@ def test_numbers_that_are_not_finite_end_a_run_wherever_they_are(
         str(dense),
         "--calib",
         str(text),
-        "--nsamples",
-        "2",
-        "--seqlen",
-        "32",
-        "--eval",
-        "none",
+        *"--nsamples 2 --seqlen 32 --eval none".split(),
     ]
     assert main([*argv, "--method", "magnitude", "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
@@ -222,16 +209,7 @@ def test_changed_masks_are_noticed(
     monkeypatch.chdir(tmp_path)
     tiny.save(tmp_path / "dense", tiny.config(num_hidden_layers=2))
     line = f"--ckpt dense --calib {text} --nsamples 2 --seqlen 32 --eval none".split()
-    given = [
-        *line,
-        "--method",
-        "magnitude",
-        "--out",
-        "given",
-        "--save-masks",
-        "masks",
-        "--overwrite",
-    ]
+    given = [*line, *"--method magnitude --out given --save-masks masks --overwrite".split()]
     asked = [*line, "--mask", source, "--update", "exact", "--out", "out"]
     assert main(given) == 0
     with monkeypatch.context() as patch:

@@ -354,12 +354,7 @@ def test_a_run_keeps_and_records_the_masks_of_its_end(
         dense,
         "--calib",
         tmp_path / "ids.npy",
-        "--nsamples",
-        4,
-        "--seqlen",
-        32,
-        "--eval",
-        "none",
+        *"--nsamples 4 --seqlen 32 --eval none".split(),
     ]
     line += ["--tune-tokens", 12 * 32, "--tune-zeros", 0.75, "--tune-rate", 0.05, "--tune-to-end"]
     line += ["--pattern", "per-output", "--sparsity", 0.75]

@@ -312,18 +312,7 @@ def test_a_run_replaces_its_own_result_only(
     assert main(argv) == 0
     assert main(argv) == 2
     assert main([*argv, "--overwrite", "--sparsity", "0.6"]) == 0
-    for command in (
-        [
-            "--eval-text",
-            "text.jsonl",
-            "--eval",
-            "ppl",
-            "--eval-seqlen",
-            "32",
-            "--eval-windows",
-            "2",
-        ],
-    ):
+    for command in ("--eval-text text.jsonl --eval ppl --eval-seqlen 32 --eval-windows 2".split(),):
         for out in ("out", "data", ".", "link", "ckpt/evaluation"):
             capsys.readouterr()
             assert evaluate(["ckpt", *command, "--out", out, "--overwrite"]) == 2

@@ -108,24 +108,11 @@ def test_a_gguf_file_holds_the_checkpoint_bit_for_bit(
         blocks,
         "--calib",
         text,
-        "--nsamples",
-        4,
-        "--seqlen",
-        64,
-        "--eval",
-        "none",
+        *"--nsamples 4 --seqlen 64 --eval none".split(),
     ]
     assert (
         main(
-            [
-                *map(str, run),
-                "--pattern",
-                "2:4",
-                "--quantize",
-                "q4_0",
-                "--out",
-                str(tmp_path / "out"),
-            ]
+            [*map(str, run), *"--pattern 2:4 --quantize q4_0 --out".split(), str(tmp_path / "out")]
         )
         == 0
     )
@@ -171,12 +158,7 @@ def test_a_weight_off_the_grid_is_found(
         blocks,
         "--calib",
         text,
-        "--nsamples",
-        2,
-        "--seqlen",
-        64,
-        "--eval",
-        "none",
+        *"--nsamples 2 --seqlen 64 --eval none".split(),
     ]
     line = ["--method", "magnitude", "--quantize", "q5_0", "--out", str(tmp_path / "out")]
     assert main([*map(str, run), *line]) == 0

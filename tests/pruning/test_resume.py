@@ -123,12 +123,7 @@ def line(text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         str(folder),
         "--calib",
         str(text),
-        "--nsamples",
-        "6",
-        "--seqlen",
-        "64",
-        "--eval",
-        "none",
+        *"--nsamples 6 --seqlen 64 --eval none".split(),
     ]
 
 

@@ -22,13 +22,8 @@ from tests.helpers import families
 from tests.helpers.shapes import windows
 
 LINE = [
-    "--skip",
-    "layers.0.*",
-    "--skip",
-    "*.o_proj",
-    "--rule",
-    "*.q_proj=0.75",
-    "--rule=layers.[12].mlp.down_proj=2:4",
+    *"--skip layers.0.* --skip *.o_proj".split(),
+    *"--rule *.q_proj=0.75 --rule=layers.[12].mlp.down_proj=2:4".split(),
 ]
 
 
@@ -64,12 +59,7 @@ def test_a_run_with_rules(preset: list[str], checkpoint: Path, ids: Path, tmp_pa
         checkpoint,
         "--calib",
         ids,
-        "--nsamples",
-        4,
-        "--seqlen",
-        32,
-        "--eval",
-        "none",
+        *"--nsamples 4 --seqlen 32 --eval none".split(),
         *LINE,
         *preset,
     ]
@@ -140,14 +130,7 @@ def test_rules_that_leave_too_few_weights_are_an_error(
         checkpoint,
         "--calib",
         ids,
-        "--nsamples",
-        4,
-        "--seqlen",
-        32,
-        "--eval",
-        "none",
-        "--preset",
-        "fast",
+        *"--nsamples 4 --seqlen 32 --eval none --preset fast".split(),
     ]
     line += ["--sparsity", 0.7, "--skip", "*.mlp.*", "--out", ids.parent / "out"]
     assert jaxprune([*command, *map(str, line)]) == 2

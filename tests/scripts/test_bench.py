@@ -47,18 +47,7 @@ def test_a_kernel_is_measured(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_70b_layer_is_counted_without_running(tmp_path: Path) -> None:
-    size = [
-        "--size",
-        "llama2-70b",
-        "--dtype",
-        "bfloat16",
-        "--windows",
-        8,
-        "--length",
-        2048,
-        "--layers",
-        1,
-    ]
+    size = "--size llama2-70b --dtype bfloat16 --windows 8 --length 2048 --layers 1".split()
     found = bench(*size, "--count-only", cwd=tmp_path)
     peaks = {one["phase"]: one["peak"] for one in found["totals"]}
     assert peaks.keys() == {"gram", "solve", "forward", "part", "all"}
@@ -94,18 +83,7 @@ def test_the_pytorch_way_is_the_papers() -> None:
 @needs_torch
 @pytest.mark.slow
 def test_other_ways_prune_alike(tmp_path: Path) -> None:
-    size = [
-        "--size",
-        "smollm2-135m",
-        "--stored",
-        "float32",
-        "--layers",
-        1,
-        "--windows",
-        1,
-        "--length",
-        128,
-    ]
+    size = "--size smollm2-135m --stored float32 --layers 1 --windows 1 --length 128".split()
     found = bench(*size, "--against", "torch", "op-by-op", "--repeat", 1, cwd=tmp_path)
     assert found["seconds"].keys() == {"jaxprune", "torch", "op-by-op"}
     rows = [

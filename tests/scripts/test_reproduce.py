@@ -20,17 +20,7 @@ from jaxprune.pruning.student import Student
 from tests.helpers import rows as task_rows
 
 SCRIPTS = Path(__file__).parents[2] / "scripts/experiments"
-SIZES = [
-    "--nsamples",
-    "4",
-    "--seqlen",
-    "32",
-    "--eval-seqlen",
-    "32",
-    "--eval-windows",
-    "4",
-    "--pack",
-]
+SIZES = "--nsamples 4 --seqlen 32 --eval-seqlen 32 --eval-windows 4 --pack".split()
 
 
 @pytest.fixture(scope="module")

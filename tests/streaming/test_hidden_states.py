@@ -179,18 +179,7 @@ def test_what_goes_to_the_disk_needs_no_memory(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "peak_bytes", lambda: {"host": 0})
-    sizes = [
-        "--nsamples",
-        8,
-        "--seqlen",
-        64,
-        "--eval",
-        "none",
-        "--preset",
-        "fast",
-        "--out",
-        tmp_path / "out",
-    ]
+    sizes = [*"--nsamples 8 --seqlen 64 --eval none --preset fast --out".split(), tmp_path / "out"]
     memory, disk = (
         need_of("--ckpt", checkpoint, *sizes),
         need_of("--ckpt", checkpoint, *sizes, "--hidden", "disk"),
