@@ -53,23 +53,6 @@ def reserve(path: Path, size: int) -> None:
         ) from error
 
 
-def put_text(path: Path, text: str, work: Path) -> None:
-    """Writes a file that appears whole, and replaces nothing.
-
-    Args:
-        path: the path of the file.
-        text: its content.
-        work: where it is made first, under a name of ours on the same disk.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    with failing(work):
-        work.parent.mkdir(parents=True, exist_ok=True)
-    write_text(work, text)
-    put(work, path)
-
-
 def put(work: Path, path: Path) -> None:
     """Renames what is finished to its place, and replaces nothing.
 

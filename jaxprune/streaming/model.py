@@ -215,7 +215,6 @@ class StreamedModel:
     def embed(
         self,
         tokens: Int[np.ndarray, "w t"],
-        into: HiddenStates | None = None,
         *,
         layout: Layout | None = None,
         at_a_time: int | None = None,
@@ -225,8 +224,7 @@ class StreamedModel:
         Args:
             tokens: token ids.
             layout: the layout of all windows, on the host, where they hold several texts.
-            into: states of this shape, which are overwritten; None: new ones.
-            at_a_time: tokens that new ones bring to the device at a time; None: what suits it.
+            at_a_time: tokens that they bring to the device at a time; None: what suits it.
 
         Raises:
             InputError: see `require_tokens`.
@@ -236,7 +234,7 @@ class StreamedModel:
         params = self.params_of(self.architecture.embed)
         batch = batch_size(windows, length, at_a_time, self.devices.count)
         shape = windows, length, self.architecture.width
-        hidden = into or HiddenStates(shape, self.dtype, batch, self.devices, self.scratch)
+        hidden = HiddenStates(shape, self.dtype, batch, self.devices, self.scratch)
 
         def step(rows: slice) -> Array:
             ids = self.devices.shard_first(tokens[rows].astype(np.int32))
