@@ -20,6 +20,7 @@ from jaxprune.commands.evaluate import main as evaluate
 from jaxprune.commands.prune import main
 from jaxprune.commands.report import main as report_main
 from jaxprune.pruning import layer, opening, publishing
+from jaxprune.pruning.results import saved_layers
 from jaxprune.streaming.hidden_states import HiddenStates
 from tests.helpers.checkpoints import content
 from tests.helpers.command import failing, killed
@@ -47,7 +48,7 @@ def work(
             return "bare"
         place.check()
     with opening.open_store(out, identity, masks) as store:
-        if store.finished:
+        if store.unpublished:
             publishing.publish(store, place, masks_place)
             return "finished"
         states = HiddenStates((4, 3, 2), np.dtype(np.float32), batch=2)
@@ -58,7 +59,7 @@ def work(
                 store.put(name, {"w": np.full(5, layer)}, {"layer": layer})
                 store.wait()
                 store._last_saved = -1e9  # long ago
-                store.put_rows("pruned/states", {"x": states}, layer + 1)
+                saved_layers(store, "pruned").put_states({"x": states}, layer + 1)
         store.result.mkdir(parents=True)
         write_text(store.result / "model", text)
         if masks:
