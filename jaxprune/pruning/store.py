@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 import pydantic
 from safetensors import SafetensorError, safe_open
 
@@ -92,6 +93,10 @@ class RunStore:
 
     Attributes:
         folder, token: as given.
+        work: the folder of what is being made; all in it is the run's own.
+        quarantine: the folder of what was found changed; it stays when the store goes.
+        result: the folder that the checkpoint is made at.
+        masks: the file that the masks are made at.
         kind: with which the kind in the marker of the run's result begins; see `publishing`.
         unpublished: whether the finished result, and the masks, are still to be moved to their
             places; None: they are not finished.
@@ -101,31 +106,13 @@ class RunStore:
 
     def __init__(self, folder: Path, token: str = "0", run: str = "") -> None:
         self.folder, self.token, self.kind = folder, token, f"run {run} {token}"
+        self.work, self.quarantine = folder / f"work-{token}", folder / f"quarantine-{token}"
+        self.result, self.masks = self.work / "result", self.work / "masks"
         self.unpublished: tuple[bool, bool] | None = None
         self.newly_known: Callable[[], Mapping[str, Any] | None] = lambda: None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._pending: Future[None] | None = None
         self._last_saved, self._cost = time.monotonic(), 0.0
-
-    @property
-    def work(self) -> Path:
-        """The folder of what is being made; all in it is the run's own."""
-        return self.folder / f"work-{self.token}"
-
-    @property
-    def quarantine(self) -> Path:
-        """The folder of what was found changed; it stays when the store goes."""
-        return self.folder / f"quarantine-{self.token}"
-
-    @property
-    def result(self) -> Path:
-        """The folder that the checkpoint is made at."""
-        return self.work / "result"
-
-    @property
-    def masks(self) -> Path:
-        """The file that the masks are made at."""
-        return self.work / "masks"
 
     def path(self, name: str) -> Path:
         """Returns the file of a saved result."""
@@ -228,19 +215,7 @@ class RunStore:
             return
         self.wait()  # what they follow is saved first
         start = time.monotonic()
-        file = self._file(name, states, figures) if is_first_process() else None
-        for kind, one in states.items():
-            if isinstance(one, HiddenStates):
-                for rows in one.slices():
-                    block = one.read(rows)
-                    if file:
-                        file.write_rows(kind, rows.start, block)
-            else:
-                array = fetch(one)
-                if file:
-                    file.write(kind, array)
-        if file:
-            self._place(name, file)
+        self._save(name, states, figures)
         self._last_saved = time.monotonic()
         self._cost = self._last_saved - start
 
@@ -283,11 +258,18 @@ class RunStore:
         self._quarantine(name)
         return False
 
-    def _save(self, name: str, arrays: Params, figures: Mapping[str, Any]) -> None:
-        file = self._file(name, arrays, figures)
-        for array in arrays:
-            file.write(array, arrays[array])
-        self._place(name, file)
+    def _save(self, name: str, arrays: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+        file = self._file(name, arrays, figures) if is_first_process() else None
+        for array, values in arrays.items():
+            for first, block in _blocks(values):
+                if not file:
+                    continue
+                if first is None:
+                    file.write(array, block)
+                else:
+                    file.write_rows(array, first, block)
+        if file:
+            self._place(name, file)
 
     def _file(self, name: str, arrays: Mapping[str, Any], figures: Mapping[str, Any]) -> TensorFile:
         """Returns a new file in the work folder, for arrays, or states, of these shapes."""
@@ -295,7 +277,7 @@ class RunStore:
         with failing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"seal": ownership.UNSEALED, "run": self.token, "name": name}
-        return TensorFile(path, _shapes(arrays), metadata | {"figures": json.dumps(figures)})
+        return TensorFile(path, arrays, metadata | {"figures": json.dumps(figures)})
 
     def _place(self, name: str, file: TensorFile) -> None:
         """Moves a file to its place, behind what it depends on."""
@@ -339,8 +321,13 @@ def is_result(path: str) -> bool:
     return path.endswith(SUFFIX) and Path(path).parts[0].removesuffix(SUFFIX) in STAGES
 
 
-def _shapes(arrays: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    return {name: jax.ShapeDtypeStruct(one.shape, one.dtype) for name, one in arrays.items()}
+def _blocks(values: Any) -> Iterator[tuple[int | None, np.ndarray]]:
+    """Yields hidden states as blocks of rows, each with the index of its first row; an array as a
+    whole, with None."""
+    if isinstance(values, HiddenStates):
+        yield from ((rows.start, values.read(rows)) for rows in values.slices())
+    else:
+        yield None, fetch(values)
 
 
 def _specs(states: Mapping[str, HiddenStates]) -> dict[str, Any]:

@@ -211,6 +211,20 @@ def test_what_has_changed_in_a_run_store_is_made_again_and_not_deleted(
     assert "left in" in caplog.text
 
 
+def test_a_file_that_appears_in_the_finished_result_keeps_no_run_from_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = publishing.finish
+
+    def meanwhile(store: Any, *args: Any, **options: Any) -> None:
+        (store.result / ".nfs0").write_text("of the system's")
+        real(store, *args, **options)
+
+    monkeypatch.setattr(publishing, "finish", meanwhile)
+    assert work(tmp_path / "out") == "done"
+    assert content(tmp_path / "out").keys() == {MARKER, "model", ".nfs0"}
+
+
 def test_a_result_whose_place_was_taken_is_published_by_the_same_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
