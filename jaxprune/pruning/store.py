@@ -289,11 +289,14 @@ class RunStore:
     def _move(self, name: str, file: TensorFile) -> None:
         file.finish()
         ownership.seal(file.path)
+        place = self.path(name)
         if self._is_whole(name):
-            ownership.replace(file.path, self.path(name), ownership.remove_sealed)
+            with failing(place):
+                ownership.replace(file.path, place, ownership.remove_sealed)
+                writing.sync(place.parent)
         else:
-            writing.put(file.path, self.path(name))
-        ownership.remember(self.path(name))
+            writing.put(file.path, place)
+        ownership.remember(place)
 
     @contextlib.contextmanager
     def opened(self, name: str) -> Iterator[tuple[Any, dict[str, Any]]]:
