@@ -204,13 +204,6 @@ def unchanged(path: Path, file: Listed) -> bool:
         return False
 
 
-def remove_listed(path: Path, file: Listed) -> None:
-    """Removes a file that is as it was; any other stays, which the caller sees."""
-    with contextlib.suppress(OSError):
-        if unchanged(path, file):
-            path.unlink()
-
-
 def remove_empties(folder: Path) -> None:
     """Removes a folder, and those inside it, that hold nothing, or only such folders."""
     for place, _, _ in os.walk(folder, topdown=False):
@@ -233,7 +226,9 @@ def remove_folder(folder: Path) -> None:
     """
     files = prove(folder).files
     for name, file in files.items():
-        remove_listed(folder / name, file)
+        with contextlib.suppress(OSError):  # then it stays, and its folder
+            if unchanged(folder / name, file):
+                (folder / name).unlink()
     if not any(os.path.lexists(folder / name) for name in files):
         with contextlib.suppress(OSError):
             (folder / MARKER).unlink()
