@@ -154,5 +154,5 @@ class ShardWriter:
             file.finish()
 
 
-def _nbytes(tensor: jax.ShapeDtypeStruct | np.ndarray) -> int:
+def _nbytes(tensor: Any) -> int:
     return int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize
