@@ -139,7 +139,7 @@ def fill_checkpoint(
     writer = writer_for(to, options)(place, spec, assets)
     if not is_file(to):
         copy_assets(assets, place, changes)
-        writer.files |= names(place)
+        writer.files.update(names(place))
     yield writer
     writer.finish()
 

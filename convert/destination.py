@@ -19,6 +19,7 @@ from convert.ownership import (
     remove_folder,
     remove_own,
     remove_sealed,
+    replace,
     sealed,
 )
 from convert.writing import failing, sync
@@ -139,7 +140,10 @@ class Destination:
             with failing(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self._near(finished) as near:
-                    self._exchange(near) if os.path.lexists(self.path) else self._put(near)
+                    if os.path.lexists(self.path):
+                        replace(near, self.path, remove_folder if self.folder else remove_sealed)
+                    else:
+                        self._put(near)
                 sync(self.path.parent)
         except UserError as error:
             if not os.path.lexists(finished):
@@ -174,14 +178,6 @@ class Destination:
             raise self.occupied(
                 "something appeared there meanwhile, which is not replaced"
             ) from problem
-
-    def _exchange(self, finished: Path) -> None:
-        renaming.exchange(finished, self.path)
-        try:  # what was there may have been touched between the check and the exchange
-            remove_folder(finished) if self.folder else remove_sealed(finished)
-        except OccupiedError:
-            renaming.exchange(finished, self.path)
-            raise
 
 
 def destination(

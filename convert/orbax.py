@@ -151,10 +151,7 @@ class Writer:
 
 
 def save_tree(path: Path, arrays: Params) -> None:
-    """Saves arrays as one pytree, which appears at `path` by a rename; what was there is replaced.
-
-    Where a run has several processes all of them must call it: Orbax makes them wait for each
-    other.
+    """Saves arrays as one pytree, which appears at `path` by a rename.
 
     Args:
         path: absolute.
@@ -168,7 +165,7 @@ def save_tree(path: Path, arrays: Params) -> None:
     )
     try:
         with _spelled_for_tensorstore(path) as writable, _patient():
-            _orbax().save(writable, tree, overwrite=True)
+            _orbax().save(writable, tree)
     # tensorstore reports a full disk as a ValueError, at length
     except (OSError, ValueError, RuntimeError) as error:
         full = os.strerror(errno.ENOSPC)

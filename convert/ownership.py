@@ -18,13 +18,13 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Literal
 
 import pydantic
 
-from convert import schema
+from convert import renaming, schema
 from convert.errors import OccupiedError, UserError
 from convert.files import open_regular
 from convert.schema import Schema
@@ -204,16 +204,10 @@ def unchanged(path: Path, file: Listed) -> bool:
         return False
 
 
-def remove_listed(folder: Path, files: Mapping[str, Listed]) -> None:
-    """Removes those of the files that are as they were, and then the folders inside that are
-    empty."""
-    for name, file in files.items():
-        with contextlib.suppress(OSError):  # then it stays, which the caller sees
-            if unchanged(folder / name, file):
-                (folder / name).unlink()
-    for inner in sorted({parent for name in files for parent in Path(name).parents}, reverse=True):
-        if inner != Path("."):
-            remove_empty(folder / inner)
+def remove_empties(folder: Path) -> None:
+    """Removes a folder, and those inside it, that hold nothing, or only such folders."""
+    for place, _, _ in os.walk(folder, topdown=False):
+        remove_empty(Path(place))
 
 
 def remove_empty(folder: Path) -> bool:
@@ -221,13 +215,6 @@ def remove_empty(folder: Path) -> bool:
     with contextlib.suppress(OSError):
         folder.rmdir()
     return not os.path.lexists(folder)
-
-
-def remove_empties(folder: Path) -> None:
-    """Removes the folders inside a folder that hold nothing, or only such folders."""
-    for place, _, _ in os.walk(folder, topdown=False):
-        if Path(place) != folder:
-            remove_empty(Path(place))
 
 
 def remove_folder(folder: Path) -> None:
@@ -238,11 +225,30 @@ def remove_folder(folder: Path) -> None:
         OccupiedError: see `prove`.
     """
     files = prove(folder).files
-    remove_listed(folder, files)
+    for name, file in files.items():
+        with contextlib.suppress(OSError):  # then it stays, and its folder
+            if unchanged(folder / name, file):
+                (folder / name).unlink()
     if not any(os.path.lexists(folder / name) for name in files):
         with contextlib.suppress(OSError):
             (folder / MARKER).unlink()
-        remove_empty(folder)
+    remove_empties(folder)
+
+
+def replace(finished: Path, place: Path, remove: Callable[[Path], None]) -> None:
+    """Puts a finished result in the place of an earlier one, which is removed.
+
+    Args:
+        finished: a folder with its marker, or a file with its seal, on the same disk.
+        place: something is there.
+        remove: removes what was there; OccupiedError: it is not ours, and stays.
+    """
+    renaming.exchange(finished, place)
+    try:  # it may have been touched between the check and the exchange
+        remove(finished)
+    except OccupiedError:
+        renaming.exchange(finished, place)
+        raise
 
 
 def remove_own(path: Path) -> None:

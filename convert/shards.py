@@ -14,6 +14,7 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,7 +39,7 @@ class TensorFile:
 
     Args:
         path: the path of the file; its folder exists.
-        spec: name -> shape and dtype of each tensor.
+        spec: name -> what has the shape and the dtype of each tensor.
         metadata: strings for the header.
 
     Attributes:
@@ -48,9 +49,7 @@ class TensorFile:
         CheckpointError: not enough disk space.
     """
 
-    def __init__(
-        self, path: Path, spec: Mapping[str, jax.ShapeDtypeStruct], metadata: Mapping[str, str]
-    ) -> None:
+    def __init__(self, path: Path, spec: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
         self.path, self._spec = path, spec
         self._written: set[str] = set()
         # Wide dtypes first: every tensor then starts at a multiple of its item size.
@@ -155,5 +154,5 @@ class ShardWriter:
             file.finish()
 
 
-def _nbytes(tensor: jax.ShapeDtypeStruct | np.ndarray) -> int:
+def _nbytes(tensor: Any) -> int:
     return int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize

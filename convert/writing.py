@@ -14,12 +14,15 @@ from convert.errors import CheckpointError, NoRoomError, OccupiedError
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def names(folder: Path) -> set[str]:
-    """Returns the relative paths of all files in a folder."""
-    found = set()
-    for place, _, files in os.walk(folder, onerror=require_readable):
-        found |= {str((Path(place) / name).relative_to(folder)) for name in files}
-    return found
+def names(folder: Path) -> list[str]:
+    """Returns the sorted relative paths of all that a folder holds at any depth, but for folders;
+    none where there is no such folder. CheckpointError: it cannot be looked through."""
+    found: list[str] = []
+    walked = os.walk(folder, onerror=require_readable) if folder.is_dir() else ()
+    for place, folders, files in walked:
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        found += [os.path.relpath(os.path.join(place, name), folder) for name in files + links]
+    return sorted(found)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -301,7 +301,7 @@ sys.exit(main(sys.argv[3:]))
 PHASES = {
     "opening": "jaxprune.api.load/load",
     "text": "jaxprune.calibration/calibration_windows",
-    "store": "jaxprune.pruning.opening/_take",
+    "store": "jaxprune.pruning.opening/_begin",
     "reverse pass": "jaxprune.pruning.whole_model/measure_sensitivity",
     "pruning": "jaxprune.pruning.layer/solve_kernels",
     "tuning": "jaxprune.pruning.student/Student/step",

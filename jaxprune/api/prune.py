@@ -185,7 +185,7 @@ def prune(
             return _finished(place.path)
         place.check()
     with opening.open_store(place.path, wanted, masks_at, resume=resume_only) as store:
-        if store.finished:
+        if store.unpublished:
             publishing.publish(store, place, masks_place)
             return _finished(place.path)
         weights = identity.KnownWeights(reader, store)

@@ -98,13 +98,20 @@ def differences(asked: Sequence[Mapping[str, Any]]) -> list[str]:
         asked: what each process was asked, by its number; nested mappings are compared entry by
             entry.
     """
-    first, *others = map(flat, asked)
     return [
-        f"{name}: {first.get(name, 'nothing')} in process 0, {other.get(name, 'nothing')} in "
-        f"process {number}"
-        for number, other in enumerate(others, 1)
-        for name in sorted(first.keys() | other.keys())
-        if first.get(name) != other.get(name)
+        f"{name}: {first} in process 0, {other} in process {number}"
+        for number, one in enumerate(asked)
+        for name, first, other in differing(asked[0], one)
+    ]
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Returns where nested mappings differ: name, the one's value, the other's."""
+    one, other = flat(one), flat(other)
+    return [
+        (name, one.get(name, "nothing"), other.get(name, "nothing"))
+        for name in sorted(one.keys() | other.keys())
+        if one.get(name) != other.get(name)
     ]
 
 

@@ -46,7 +46,7 @@ class CalibrationStates:
         """Says that the states moved through a layer; saves them where that is worth its time."""
         self._position = index + 1
         if self._position < self._model.num_layers:
-            saved.put_rows(self._named(), self._position)
+            saved.put_states(self._named(), self._position)
 
     def catch_up(self, index: int, saved: Stage[LayerResult]) -> None:
         """Moves the states on to a layer's input, through layers that an earlier process of the run
@@ -61,9 +61,8 @@ class CalibrationStates:
         """
         if self._fresh:
             self._fresh = False
-            position = saved.position()
-            if position is not None and position <= index and saved.fill(self._named()):
-                self._position = position
+            if found := saved.states(lambda position: position <= index, self._named):
+                self._position, _ = found
         for before in range(self._position, index):
             layer = saved.require(before)
             part = self._model.architecture.layers[before]

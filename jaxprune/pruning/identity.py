@@ -20,7 +20,7 @@ from convert import Reader, Spec, parts, schema
 from convert.checked import ChangedError, CheckedReader, Signature, digest
 from jaxprune.errors import Change
 from jaxprune.pruning.opening import AnotherRunError
-from jaxprune.pruning.store import WEIGHTS, RunStore
+from jaxprune.pruning.store import STAGES, WEIGHTS, RunStore
 
 SCHEMA = 3
 UNREAD = ("transformers_version", "_name_or_path", "architectures", "use_cache")
@@ -49,16 +49,20 @@ class KnownWeights:
 
     Raises:
         AnotherRunError: a tensor has changed since the run met it.
-        DamagedError: what is saved of them is damaged.
     """
 
     def __init__(self, reader: CheckedReader, store: RunStore) -> None:
         self._reader, self._store = reader, store
         self._signature = reader.signature()
-        saved = [
-            schema.check(Weights, figures, file=store.folder, entry=WEIGHTS)
-            for figures in store.weights()
-        ]
+        saved: list[Weights] = []
+        for number in store.names(WEIGHTS):
+            found = store.get(f"{WEIGHTS}/{number}")
+            if found is None:  # nobody knows any more which weights the results were made of
+                log.warning("all that is saved in %s will be made again", store.folder)
+                store.drop(*STAGES)
+                saved = []
+                break
+            saved.append(schema.check(Weights, found.figures, file=store.folder, entry=WEIGHTS))
         known = {path: found for one in saved for path, found in one.digests.items()}
         reader.remember(known)
         self._known = set(known)

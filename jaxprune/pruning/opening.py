@@ -26,9 +26,9 @@ from convert.errors import Change, OccupiedError, UserError, joined
 from convert.schema import Schema
 from convert.writing import failing
 from jaxprune.errors import InputError
-from jaxprune.processes.collective import flat, is_first_process, on_first_process
+from jaxprune.processes.collective import differing, is_first_process, on_first_process
 from jaxprune.pruning.publishing import LOCK, NEW_RUN, RUN, has_digest, remove, unpublished
-from jaxprune.pruning.store import RunStore, contents, is_result
+from jaxprune.pruning.store import RunStore, is_result
 
 OTHER = {"out": Change.OTHER}
 log = logging.getLogger(__name__)
@@ -60,6 +60,12 @@ def digest_of(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
+def _store(out: Path, run: Run | None = None) -> RunStore:
+    """Returns the store of a run by its run.json; without one, for what is a store's anyway."""
+    folder = store_folder(out)
+    return RunStore(folder, run.token, digest_of(run.identity)) if run else RunStore(folder)
+
+
 def check(place: Destination, masks_place: Destination | None) -> bool:
     """Makes sure that a run may make what it makes, unless an earlier process of it did.
 
@@ -70,12 +76,11 @@ def check(place: Destination, masks_place: Destination | None) -> bool:
     Raises:
         CheckpointError: see `Destination.check` and `look`.
     """
-    out, folder = place.path, store_folder(place.path)
-    run, masks_at = look(out), masks_place.path if masks_place else None
+    out, masks_at = place.path, masks_place.path if masks_place else None
+    run, folder = look(out), store_folder(out)
     if os.path.lexists(folder) and _is_new(folder) and ownership.marker_of(out):
         return True
-    store = run and RunStore(folder, run.token, digest_of(run.identity))
-    result, masks = (store and unpublished(store, out, masks_at)) or (True, True)
+    result, masks = unpublished(_store(out, run), out, masks_at) or (True, True)
     if masks_place and masks:
         masks_place.check()
     if result:
@@ -89,7 +94,7 @@ def tidy_up(out: Path, identity: Mapping[str, Any], masks_at: Path | None) -> bo
     made = run.startswith(f"run {digest_of(identity)} ")
     if not made or (masks_at and not has_digest(masks_at, masks)):
         return False
-    remove(RunStore(store_folder(out)))
+    remove(_store(out))
     return True
 
 
@@ -110,21 +115,22 @@ def open_store(
             none to resume.
         CheckpointError: it cannot be written.
     """
-    folder = store_folder(out)
     with contextlib.ExitStack() as stack:
-        opened = on_first_process(lambda: _take(out, identity, masks_at, stack, resume=resume))
-        store = RunStore(folder, opened["token"], opened["run"], finished=opened["finished"])
+        on_first_process(lambda: _lock(out, identity, stack, resume=resume))
         try:
+            token, left = on_first_process(lambda: _begin(out, identity, masks_at))
+            store = _store(out, Run(token=token, identity=dict(identity)))
+            store.unpublished = left
             with contextlib.closing(store):
                 if is_first_process() and store.files():
-                    log.warning("going on with what is finished in %s", folder)
+                    log.warning("going on with what is finished in %s", store.folder)
                 yield store
         except BaseException as error:
             # a stop or a defect says nothing against running again
             again = getattr(error, "again", "")
-            if is_first_process() and _leave(out) and again is not None:
+            if is_first_process() and _leave(out, masks_at) and again is not None:
                 when = f"{again} the same command continues from it".lstrip()
-                error.add_note(f"finished work is saved in {folder}: {when}")
+                error.add_note(f"finished work is saved in {store_folder(out)}: {when}")
             raise
 
 
@@ -157,7 +163,7 @@ def look(out: Path) -> Run | None:
     run = _run_of(folder)
     # another process works there, as the lock will tell
     with contextlib.suppress(FileNotFoundError):
-        for path in () if _is_new(folder) else contents(folder):
+        for path in () if _is_new(folder) else writing.names(folder):
             if not _is_own(folder, path, run):
                 raise OccupiedError(
                     "jaxprune did not write it, and the run's folder for what is finished is to be "
@@ -168,15 +174,14 @@ def look(out: Path) -> Run | None:
     return run
 
 
-def _is_own(folder: Path, path: Path, run: Run | None) -> bool:
+def _is_own(folder: Path, path: str, run: Run | None) -> bool:
     """Returns whether the store of a run has a regular file at a path."""
-    top, *inside = path.parts
-    if str(path) == LOCK:
+    if path == LOCK or not run:
+        return path == LOCK
+    if path.startswith((f"work-{run.token}/", f"quarantine-{run.token}/")):
         return True
-    if run and inside and top in (f"work-{run.token}", f"quarantine-{run.token}"):
-        return True
-    known = run and (str(path) in (RUN, NEW_RUN) or is_result(path))
-    return bool(known) and stat.S_ISREG((folder / path).lstat().st_mode)
+    known = path in (RUN, NEW_RUN) or is_result(path)
+    return known and stat.S_ISREG((folder / path).lstat().st_mode)
 
 
 def _is_new(folder: Path) -> bool:
@@ -200,16 +205,10 @@ def _run_of(folder: Path) -> Run | None:
     return run
 
 
-def _take(
-    out: Path,
-    identity: Mapping[str, Any],
-    masks_at: Path | None,
-    stack: contextlib.ExitStack,
-    *,
-    resume: bool,
-) -> dict[str, Any]:
-    """Locks the folder of a store and tidies it up; what `RunStore` takes. Errors as for
-    `open_store`."""
+def _lock(
+    out: Path, identity: Mapping[str, Any], stack: contextlib.ExitStack, *, resume: bool
+) -> None:
+    """Makes the folder of a store, and locks it; errors as for `open_store`."""
     folder = store_folder(out)
     if look(out) is None and resume:
         raise InputError(
@@ -220,27 +219,25 @@ def _take(
     stack.enter_context(_locked(folder))
     if run := look(out):
         _require_same(folder, run.identity, identity)
-    try:
-        token = run.token if run else _begin(folder, identity)
-        store = RunStore(folder, token, digest_of(identity))
-        finished = unpublished(store, out, masks_at) is not None
-        if not finished:
-            ownership.remove_own(store.work)
-    except UserError:
-        _leave(out)
-        raise
-    return {"token": token, "run": digest_of(identity), "finished": finished}
 
 
-def _begin(folder: Path, identity: Mapping[str, Any]) -> str:
-    """Writes run.json; returns its token."""
-    new, run = folder / NEW_RUN, Run(token=secrets.token_hex(8), identity=dict(identity))
-    ownership.remove_own(new)
-    content = {"seal": ownership.UNSEALED} | run.model_dump()
-    writing.write_text(new, json.dumps(content, indent=1) + "\n")
-    ownership.seal(new)
-    writing.put(new, folder / RUN)
-    return run.token
+def _begin(
+    out: Path, identity: Mapping[str, Any], masks_at: Path | None
+) -> tuple[str, tuple[bool, bool] | None]:
+    """Writes run.json, or tidies up after an earlier process; returns the store's token, and
+    `RunStore.unpublished`."""
+    run, folder = _run_of(store_folder(out)), store_folder(out)
+    if run is None:
+        run, new = Run(token=secrets.token_hex(8), identity=dict(identity)), folder / NEW_RUN
+        ownership.remove_own(new)
+        content = {"seal": ownership.UNSEALED} | run.model_dump()
+        writing.write_text(new, json.dumps(content, indent=1) + "\n")
+        ownership.seal(new)
+        writing.put(new, folder / RUN)
+    store = _store(out, run)
+    if (left := unpublished(store, out, masks_at)) is None:
+        ownership.remove_own(store.work)
+    return run.token, left
 
 
 @contextlib.contextmanager
@@ -274,18 +271,16 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _leave(out: Path) -> bool:
+def _leave(out: Path, masks_at: Path | None) -> bool:
     """Removes a store that holds nothing; returns whether something is saved."""
-    folder, saved = store_folder(out), False
+    saved = False
     with contextlib.suppress(UserError, OSError):  # on a disk that is read-only by now, all stays
-        run = _run_of(folder)
-        store = RunStore(folder, run.token, digest_of(run.identity)) if run else RunStore(folder)
-        kinds = [ownership.kind_of(place) or "" for place in (store.result, out)]
-        finished = any(kind.startswith(store.kind) for kind in kinds)
+        store = _store(out, _run_of(store_folder(out)))
+        finished = unpublished(store, out, masks_at) is not None
         saved = finished or bool(store.files())
         # The other processes of the run may be reading the result: they are to end with this one's
         # error, and not with a file that is missing.
-        if run and not finished and not (saved and jax.process_count() > 1):
+        if not finished and not (saved and jax.process_count() > 1):
             ownership.remove_own(store.work)
         if not saved:
             remove(store)
@@ -294,12 +289,8 @@ def _leave(out: Path) -> bool:
 
 def _require_same(folder: Path, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Raises AnotherRunError where a store is another run's, and says what differs."""
-    found, wanted = flat(saved), flat(json.loads(json.dumps(identity)))
-    differences = [
-        f"{name}: {found.get(name, 'nothing')} then, {wanted.get(name, 'nothing')} now"
-        for name in sorted(found.keys() | wanted.keys())
-        if found.get(name) != wanted.get(name)
-    ]
+    now = json.loads(json.dumps(identity))
+    differences = [f"{name}: {one} then, {other} now" for name, one, other in differing(saved, now)]
     if differences:
         raise AnotherRunError(
             f"it was left by another run, whose options were others: {joined(differences)}; it "

@@ -15,8 +15,9 @@ from convert import ownership
 from convert.destination import Destination
 from convert.errors import OccupiedError, UserError, joined
 from convert.ownership import Listed
+from convert.writing import names
 from jaxprune.processes.collective import on_first_process
-from jaxprune.pruning.store import RunStore, contents
+from jaxprune.pruning.store import RunStore
 
 RUN, NEW_RUN, LOCK = "run.json", ".jaxprune-run.json.new", "lock"
 """The files of a store beside its saved results."""
@@ -42,6 +43,7 @@ def finish(store: RunStore, files: Iterable[str], *, masks: bool) -> None:
 
     store.wait()
     on_first_process(mark)
+    store.unpublished = True, masks
 
 
 def unpublished(store: RunStore, out: Path, masks_at: Path | None) -> tuple[bool, bool] | None:
@@ -79,16 +81,12 @@ def publish(store: RunStore, place: Destination, masks_place: Destination | None
 
 
 def _publish(store: RunStore, place: Destination, masks_place: Destination | None) -> None:
-    left = unpublished(store, place.path, masks_place.path if masks_place else None)
-    assert left
-    result, masks = left
-    again = "is put there by the same command once the place is free"
-    if masks_place and masks:
-        masks_place.again = again
-        masks_place.publish(store.masks)
-    if result:
-        place.again = again
-        place.publish(store.result)
+    assert store.unpublished
+    result, masks = store.unpublished
+    for missing, one, made in ((masks, masks_place, store.masks), (result, place, store.result)):
+        if missing and one:
+            one.again = "is put there by the same command once the place is free"
+            one.publish(made)
     remove(store)
 
 
@@ -106,7 +104,7 @@ def remove(store: RunStore) -> None:
         with contextlib.suppress(UserError):
             ownership.remove_sealed(path)
     ownership.remove_empties(folder)
-    left = sorted(map(str, {*contents(folder)} - {Path(name) for name in (RUN, NEW_RUN, LOCK)}))
+    left = [name for name in names(folder) if name not in (RUN, NEW_RUN, LOCK)]
     ownership.remove_own(folder / NEW_RUN)
     with contextlib.suppress(OccupiedError):  # somebody changed it
         if os.path.lexists(folder / RUN):

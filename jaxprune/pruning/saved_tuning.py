@@ -5,12 +5,9 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
-
 from convert import Params
 from jaxprune.pruning.adafactor import Kernels, Moving
-from jaxprune.pruning.store import CURVE, TUNING, RunStore, damaged, flat, grouped
-from jaxprune.sharding import fetch
+from jaxprune.pruning.store import CURVE, TUNING, RunStore, damaged, grouped
 
 log = logging.getLogger(__name__)
 FIELDS = list(Moving._fields)
@@ -37,25 +34,17 @@ class Progress(NamedTuple):
 def save(store: RunStore | None, state: Sequence[Kernels], progress: Progress) -> None:
     """Saves what steps changed of each layer's kernels, and their masks, if the work since the last
     time was long enough."""
-    changed = [(kernels.moving, kernels.masks) for kernels in state]
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves((changed, progress.best)))
-    if not (store and store.worth_saving(size)):
+    if store is None:
         return
-    figures = {"fields": FIELDS, "before": progress.before, "curve": progress.curve}
-    with store.saving():
-        for index, kernels in enumerate(state):
-            if kernels.moving:
-                moving, masks = fetch((kernels.moving, kernels.masks))
-                fields = {
-                    field: {name: getattr(one, field) for name, one in moving.items()}
-                    for field in FIELDS
-                }
-                best = progress.best[index] if progress.best else {}
-                arrays = flat(**fields, mask=masks, best=best)
-                store.put(f"{TUNING}/{progress.step}/{index}", arrays, figures)
-        store.wait()
-    others = (step for step in _steps(store) if step != progress.step)
-    store.drop(*(f"{TUNING}/{step}" for step in others))
+    arrays: dict[str, Any] = {}
+    for index, kernels in enumerate(state):
+        for linear, moving in kernels.moving.items():
+            arrays |= {f"{index}/{field}/{linear}": getattr(moving, field) for field in FIELDS}
+            arrays[f"{index}/mask/{linear}"] = kernels.masks[linear]
+    for index, best in enumerate(progress.best or ()):
+        arrays |= {f"{index}/best/{linear}": kernel for linear, kernel in best.items()}
+    figures = progress._replace(best=None)._asdict()
+    store.put_states(TUNING, arrays, {"fields": FIELDS} | figures)
 
 
 def restore(
@@ -72,41 +61,29 @@ def restore(
         take: is given a layer's index, what steps changed of it, and the bits of its masks, one
             layer after the other.
     """
-    indices = [index for index, kernels in enumerate(state) if kernels.moving]
-    for step in _steps(store) if store else ():
-        assert store
-        names = [f"{TUNING}/{step}/{index}" for index in indices]
-        # All are looked at before one is taken.
-        found = [store.get(name, only=()) for name in names]
-        if None in found:
-            continue
-        if any(saved and saved.figures.get("fields") != FIELDS for saved in found):
-            log.warning(
-                "the tuning begins again: what was saved of it is of another version of jaxprune"
-            )
-            continue
-        best: list[Params] = [{} for _ in state]
-        figures: dict[str, Any] = {}
-        for index, name in zip(indices, names, strict=True):
-            saved = store.get(name)
-            if saved is None:
+    saved = store.get(TUNING, None) if store else None
+    if store is None or saved is None:
+        return None
+    figures = saved.figures
+    if figures["fields"] != FIELDS:
+        log.warning(
+            "the tuning begins again: what was saved of it is of another version of jaxprune"
+        )
+        return None
+    best: list[Params] = [{} for _ in state]
+    for index, kernels in enumerate(state):
+        if kernels.moving:
+            if (saved := store.get(TUNING, f"{index}/")) is None:
                 raise damaged("the tuning")
-            groups, figures = grouped(saved.arrays), saved.figures
+            groups = grouped(saved.arrays)
             moving = {
                 linear: Moving(*(groups[field][linear] for field in FIELDS))
-                for linear in state[index].moving
+                for linear in kernels.moving
             }
             best[index] = groups["best"]
             take(index, moving, groups["mask"])
-        curve = [(tokens, divergence) for tokens, divergence in figures.get("curve", ())]
-        return Progress(step, figures.get("before", 1.0), curve, best if any(best) else None)
-    return None
-
-
-def _steps(store: RunStore) -> list[int]:
-    """Returns the steps of which something is saved, the last first."""
-    found = {name.partition("/")[0] for name in store.names(TUNING)}
-    return sorted((int(step) for step in found if step.isdecimal()), reverse=True)
+    curve = [(tokens, divergence) for tokens, divergence in figures["curve"]]
+    return Progress(figures["step"], figures["before"], curve, best if any(best) else None)
 
 
 def save_curve(store: RunStore | None, curve: list[tuple[int, float]]) -> None:

@@ -183,7 +183,7 @@ def _reverse(
         _require_finite(layer)
         if index not in found:
             saved.put(index, layer)
-            saved.put_rows({"gradient": states}, index)
+            saved.put_states({"gradient": states}, index)
         found[index] = layer
     return [found[index] for index in range(count)]
 
@@ -198,12 +198,11 @@ def _saved_gradient(
         model, tokens, saved: as for `_reverse`.
         missing: index of the last layer whose sensitivity is missing.
     """
-    position = saved.position()
-    if position is not None and missing < position:
-        gradient = model.embed(tokens, at_a_time=tokens_per_batch())
-        if saved.fill({"gradient": gradient}):
-            return position, gradient
-    return model.num_layers, None
+    found = saved.states(
+        lambda position: missing < position,
+        lambda: {"gradient": model.embed(tokens, at_a_time=tokens_per_batch())},
+    )
+    return (found[0], found[1]["gradient"]) if found else (model.num_layers, None)
 
 
 def _saved(store: RunStore | None, windows: str) -> Stage[Sensitivity]:

@@ -271,7 +271,7 @@ def save(place: str | Path | Destination, snapshot: Snapshot) -> None:
     with staged(destination(place, folder=False)) as path:
         file = TensorFile(
             path,
-            {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()},
+            arrays,
             {"seal": UNSEALED, "format": FORMAT}
             | {name: json.dumps(value) for name, value in header.items()},
         )

@@ -14,21 +14,23 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 import pydantic
 from safetensors import SafetensorError, safe_open
 
 from convert import CheckpointError, Params, ownership, schema, writing
 from convert.errors import DamagedError, UserError
 from convert.shards import TensorFile
-from convert.writing import failing, require_readable
+from convert.writing import failing
 from jaxprune.errors import InputError
 from jaxprune.processes.collective import broadcast, is_first_process, on_first_process
+from jaxprune.sharding import fetch
 from jaxprune.streaming.hidden_states import HiddenStates
 
 EXPERTS, SENSITIVITY, PRUNED, QUANTIZED = "experts", "sensitivity", "pruned", "quantized"
@@ -88,44 +90,29 @@ class RunStore:
         folder: the folder of the store; it exists.
         token: the run's, random.
         run: the digest of the run's identity.
-        finished: whether the result only has to be published.
 
     Attributes:
-        folder, token, finished: as given.
+        folder, token: as given.
+        work: the folder of what is being made; all in it is the run's own.
+        quarantine: the folder of what was found changed; it stays when the store goes.
+        result: the folder that the checkpoint is made at.
+        masks: the file that the masks are made at.
         kind: with which the kind in the marker of the run's result begins; see `publishing`.
+        unpublished: whether the finished result, and the masks, are still to be moved to their
+            places; None: they are not finished.
         newly_known: returns figures that the next result depends on, which are saved before it;
             None: nothing is new.
     """
 
-    def __init__(
-        self, folder: Path, token: str = "0", run: str = "", *, finished: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, token: str = "0", run: str = "") -> None:
         self.folder, self.token, self.kind = folder, token, f"run {run} {token}"
-        self.finished = finished
+        self.work, self.quarantine = folder / f"work-{token}", folder / f"quarantine-{token}"
+        self.result, self.masks = self.work / "result", self.work / "masks"
+        self.unpublished: tuple[bool, bool] | None = None
         self.newly_known: Callable[[], Mapping[str, Any] | None] = lambda: None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._pending: Future[None] | None = None
         self._last_saved, self._cost = time.monotonic(), 0.0
-
-    @property
-    def work(self) -> Path:
-        """The folder of what is being made; all in it is the run's own."""
-        return self.folder / f"work-{self.token}"
-
-    @property
-    def quarantine(self) -> Path:
-        """The folder of what was found changed; it stays when the store goes."""
-        return self.folder / f"quarantine-{self.token}"
-
-    @property
-    def result(self) -> Path:
-        """The folder that the checkpoint is made at."""
-        return self.work / "result"
-
-    @property
-    def masks(self) -> Path:
-        """The file that the masks are made at."""
-        return self.work / "masks"
 
     def path(self, name: str) -> Path:
         """Returns the file of a saved result."""
@@ -133,15 +120,15 @@ class RunStore:
 
     def files(self) -> list[Path]:
         """Returns the files at places of saved results."""
-        return [self.folder / path for path in contents(self.folder) if is_result(path)]
+        return [self.folder / path for path in writing.names(self.folder) if is_result(path)]
 
     def names(self, stage: str) -> list[str]:
         """Returns the names of a stage's saved results, without `STAGE/` before them."""
-        return broadcast(sorted(self._names(stage)))
+        return broadcast(self._names(stage))
 
     def _names(self, stage: str) -> list[str]:
-        found = contents(self.folder / stage)
-        return [str(path).removesuffix(SUFFIX) for path in found if path.suffix == SUFFIX]
+        found = writing.names(self.folder / stage)
+        return [path.removesuffix(SUFFIX) for path in found if path.endswith(SUFFIX)]
 
     def __contains__(self, name: str) -> bool:
         return broadcast(self.path(name).is_file())
@@ -181,13 +168,14 @@ class RunStore:
         finally:
             self._pool.shutdown()
 
-    def get(self, name: str, only: Collection[str] | None = None) -> Saved | None:
+    def get(self, name: str, prefix: str | None = "") -> Saved | None:
         """Returns a saved result; None where there is none, or where it is damaged, which is
         reported and quarantined.
 
         Args:
             name: STAGE/NAME.
-            only: names of arrays to read; None: all.
+            prefix: with which the names of the wanted arrays begin, which are returned without it;
+                None: none is wanted.
 
         Raises:
             CheckpointError: not all processes can read it.
@@ -197,71 +185,39 @@ class RunStore:
             return None
         saved = None
         try:
-            with self._opened(name) as (file, figures):
-                wanted = file.keys() if only is None else only
-                saved = Saved({array: file.get_tensor(array) for array in wanted}, figures)
+            with self.opened(name) as (file, figures):
+                wanted = [] if prefix is None else [n for n in file.keys() if n.startswith(prefix)]
+                arrays = {n.removeprefix(prefix or ""): file.get_tensor(n) for n in wanted}
+                saved = Saved(arrays, figures)
         except UserError as error:
             self.reject(name, error)
-        if broadcast(saved is not None) and saved is None:
+        if not broadcast(saved is not None):
+            return None
+        if saved is None:
             raise CheckpointError(f"{self.folder} must be on a disk that all hosts see")
         return saved
 
-    def weights(self) -> list[dict[str, Any]]:
-        """Returns what is known of the dense weights.
-
-        Raises:
-            DamagedError: it has changed since it was written.
-        """
-        found = []
-        for number in self.names(WEIGHTS):
-            with self._opened(f"{WEIGHTS}/{number}") as (_, figures):
-                found.append(figures)
-        return found
-
-    def put_rows(self, name: str, states: Mapping[str, HiddenStates], position: int) -> None:
-        """Saves hidden states block by block, for they may be larger than memory, if the work since
-        states were last saved was long enough.
+    def put_states(self, name: str, states: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+        """Saves large states at once, if the work since states were last saved was long enough.
 
         Args:
             name: STAGE/NAME.
-            states: the states by name.
-            position: how far they are, of the stage's own choice; see `position`.
+            states: name -> hidden states, written block by block, for they may be larger than
+                memory; or an array, on devices or the host. Each process has some of them.
+            figures: JSON.
 
         Raises:
             CheckpointError: they cannot be written.
         """
-        size = sum(math.prod(one.shape) * one.dtype.itemsize for one in states.values())
-        if not self.worth_saving(size):
+        if not self.worth_saving(
+            sum(math.prod(one.shape) * one.dtype.itemsize for one in states.values())
+        ):
             return
         self.wait()  # what they follow is saved first
-        with self.saving():
-            figures = {"position": position, "states": _specs(states)}
-            file = self._file(name, states, figures) if is_first_process() else None
-            for kind, one in states.items():
-                for rows in one.slices():
-                    block = one.read(rows)  # each process has some of them
-                    if file:
-                        file.write_rows(kind, rows.start, block)
-            if file:
-                self._place(name, file)
-
-    def position(self, name: str) -> int | None:
-        """Returns how far saved hidden states are; None where there are none."""
-        found = self.get(name, only=())
-        return found and found.figures["position"]
-
-    def fill(self, name: str, states: Mapping[str, HiddenStates]) -> bool:
-        """Fills hidden states with saved ones of the same shapes and dtypes, block by block;
-        returns False where there are none, and leaves the states as they are."""
-        found = self.get(name, only=())
-        if not found or found.figures["states"] != _specs(states):
-            return False
-        with self._opened(name) as (file, _):
-            for kind, one in states.items():
-                saved = file.get_slice(kind)
-                for rows in one.slices():
-                    one.write(rows, saved[rows.start : rows.stop])
-        return True
+        start = time.monotonic()
+        self._save(name, states, figures)
+        self._last_saved = time.monotonic()
+        self._cost = self._last_saved - start
 
     def worth_saving(self, size: int) -> bool:
         """Returns whether so much has been done since states were last saved that saving so many
@@ -269,48 +225,51 @@ class RunStore:
         cost = self._cost or size / _BYTES_PER_SECOND
         return broadcast(time.monotonic() - self._last_saved > PATIENCE * cost)
 
-    @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
-        """Measures what the saving of states inside it costs."""
-        start = time.monotonic()
-        yield
-        self._last_saved = time.monotonic()
-        self._cost = self._last_saved - start
-
     def drop(self, *names: str) -> None:
         """Removes saved results, or all of stages; those that have changed are quarantined."""
         self.wait()
         for name in names if is_first_process() else ():
             for inner in (name, *(f"{name}/{one}" for one in self._names(name))):
-                self._evict(inner)
+                if self._is_whole(inner):
+                    ownership.remove_sealed(self.path(inner))
             ownership.remove_empties(self.folder / name)
-            ownership.remove_empty(self.folder / name)
 
     def reject(self, name: str, error: UserError) -> None:
-        """Reports that a saved result is damaged, and removes it from its place."""
+        """Reports that a saved result is damaged, and quarantines it."""
         if is_first_process():
             log.warning("%s is damaged and will be made again: %s", self.path(name), error)
-            self._evict(name)
+            self._quarantine(name)
 
-    def _evict(self, name: str) -> None:
-        """Makes room at the place of a saved result. What is there is removed, or quarantined where
-        it is not as it was written."""
-        path = self.path(name)
-        if not os.path.lexists(path):
-            return
-        with contextlib.suppress(UserError):
-            ownership.remove_sealed(path)
-            return
+    def _quarantine(self, name: str) -> None:
         number = 0
         while os.path.lexists(place := self.quarantine / f"{name}{SUFFIX}.{number}"):
             number += 1
-        writing.put(path, place)
+        writing.put(self.path(name), place)
 
-    def _save(self, name: str, arrays: Params, figures: Mapping[str, Any]) -> None:
-        file = self._file(name, arrays, figures)
-        for array in arrays:
-            file.write(array, arrays[array])
-        self._place(name, file)
+    def _is_whole(self, name: str) -> bool:
+        """Returns whether a saved result is there, as it was written; what else is at its place is
+        quarantined."""
+        path = self.path(name)
+        if not os.path.lexists(path):
+            return False
+        with contextlib.suppress(UserError):
+            if ownership.sealed(path) and not path.is_symlink():
+                return True
+        self._quarantine(name)
+        return False
+
+    def _save(self, name: str, arrays: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+        file = self._file(name, arrays, figures) if is_first_process() else None
+        for array, values in arrays.items():
+            for first, block in _blocks(values):
+                if not file:
+                    continue
+                if first is None:
+                    file.write(array, block)
+                else:
+                    file.write_rows(array, first, block)
+        if file:
+            self._place(name, file)
 
     def _file(self, name: str, arrays: Mapping[str, Any], figures: Mapping[str, Any]) -> TensorFile:
         """Returns a new file in the work folder, for arrays, or states, of these shapes."""
@@ -318,7 +277,7 @@ class RunStore:
         with failing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"seal": ownership.UNSEALED, "run": self.token, "name": name}
-        return TensorFile(path, _shapes(arrays), metadata | {"figures": json.dumps(figures)})
+        return TensorFile(path, arrays, metadata | {"figures": json.dumps(figures)})
 
     def _place(self, name: str, file: TensorFile) -> None:
         """Moves a file to its place, behind what it depends on."""
@@ -330,12 +289,17 @@ class RunStore:
     def _move(self, name: str, file: TensorFile) -> None:
         file.finish()
         ownership.seal(file.path)
-        self._evict(name)
-        writing.put(file.path, self.path(name))
-        ownership.remember(self.path(name))
+        place = self.path(name)
+        if self._is_whole(name):
+            with failing(place):
+                ownership.replace(file.path, place, ownership.remove_sealed)
+                writing.sync(place.parent)
+        else:
+            writing.put(file.path, place)
+        ownership.remember(place)
 
     @contextlib.contextmanager
-    def _opened(self, name: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    def opened(self, name: str) -> Iterator[tuple[Any, dict[str, Any]]]:
         """Yields an open file that is as it was written, and its figures.
 
         Raises:
@@ -355,22 +319,18 @@ class RunStore:
             raise DamagedError(f"it cannot be read ({error})", file=path) from error
 
 
-def contents(folder: Path) -> Iterator[Path]:
-    """Yields the relative paths of all that a folder holds at any depth, but for folders; nothing
-    where there is none. CheckpointError: it cannot be looked through."""
-    if folder.is_dir():
-        for place, folders, files in os.walk(folder, onerror=require_readable):
-            links = [name for name in folders if os.path.islink(os.path.join(place, name))]
-            yield from (Path(place, name).relative_to(folder) for name in files + links)
-
-
-def is_result(path: Path) -> bool:
+def is_result(path: str) -> bool:
     """Returns whether a relative path is one at which a store keeps a saved result."""
-    return path.suffix == SUFFIX and path.parts[0].removesuffix(SUFFIX) in STAGES
+    return path.endswith(SUFFIX) and Path(path).parts[0].removesuffix(SUFFIX) in STAGES
 
 
-def _shapes(arrays: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    return {name: jax.ShapeDtypeStruct(one.shape, one.dtype) for name, one in arrays.items()}
+def _blocks(values: Any) -> Iterator[tuple[int | None, np.ndarray]]:
+    """Yields hidden states as blocks of rows, each with the index of its first row; an array as a
+    whole, with None."""
+    if isinstance(values, HiddenStates):
+        yield from ((rows.start, values.read(rows)) for rows in values.slices())
+    else:
+        yield None, fetch(values)
 
 
 def _specs(states: Mapping[str, HiddenStates]) -> dict[str, Any]:
@@ -434,18 +394,40 @@ class Stage(Generic[T]):
             store.reject(name, error)
             return None
 
-    def put_rows(self, states: Mapping[str, HiddenStates], position: int) -> None:
-        """Saves hidden states of the stage; see `RunStore.put_rows`."""
+    def put_states(self, states: Mapping[str, HiddenStates], position: int) -> None:
+        """Saves hidden states of the stage, if the work since the last time was long enough.
+
+        Args:
+            states: the states by name.
+            position: how far they are, of the stage's own choice.
+        """
         if self.store:
-            self.store.put_rows(f"{self.name}/states", states, position)
+            figures = {"position": position, "states": _specs(states)}
+            self.store.put_states(f"{self.name}/states", states, figures)
 
-    def position(self) -> int | None:
-        """Returns how far saved hidden states are; None where there are none."""
-        return self.store.position(f"{self.name}/states") if self.store else None
+    def states(
+        self, usable: Callable[[int], bool], empty: Callable[[], Mapping[str, HiddenStates]]
+    ) -> tuple[int, Mapping[str, HiddenStates]] | None:
+        """Returns how far the saved hidden states are, and them; None where none are usable.
 
-    def fill(self, states: Mapping[str, HiddenStates]) -> bool:
-        """Fills hidden states with the saved ones; see `RunStore.fill`."""
-        return self.store is not None and self.store.fill(f"{self.name}/states", states)
+        Args:
+            usable: whether states of a position are.
+            empty: returns the states to fill, block by block; saved ones of other shapes or dtypes
+                are not usable.
+        """
+        name = f"{self.name}/states"
+        found = self.store.get(name, None) if self.store else None
+        if not self.store or not found or not usable(found.figures["position"]):
+            return None
+        states = empty()
+        if found.figures["states"] != _specs(states):
+            return None
+        with self.store.opened(name) as (file, _):
+            for kind, one in states.items():
+                saved = file.get_slice(kind)
+                for rows in one.slices():
+                    one.write(rows, saved[rows.start : rows.stop])
+        return found.figures["position"], states
 
     def require(self, index: int) -> T:
         """Returns a result that the run has finished.
@@ -460,4 +442,4 @@ class Stage(Generic[T]):
     def whole(self, count: int) -> bool:
         """Returns whether the first results, so many, are there, each as it was written."""
         store, names = self.store, (f"{self.name}/{index}" for index in range(count))
-        return store is not None and all(store.get(name, only=()) for name in names)
+        return store is not None and all(store.get(name, None) for name in names)

@@ -234,7 +234,7 @@ def test_what_is_not_finite_is_an_error_when_it_is_met(
 
 
 def test_what_is_saved_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer without kernels has no saved result; another version's is passed over."""
+    """A layer without kernels has nothing saved; another version's is passed over."""
     monkeypatch.setattr(RunStore, "worth_saving", lambda *_: True)
     value = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
     none, before = adafactor.init({}, value.dtype), adafactor.init({"a.kernel": value}, value.dtype)
@@ -244,7 +244,6 @@ def test_what_is_saved_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     store = RunStore(tmp_path)
     progress = Progress(3, 0.25, [(64, 0.5)], [{}, {"a.kernel": value.astype(np.float16)}])
     saved_tuning.save(store, [none, before._replace(moving=moving)], progress)
-    store.put("tuning/4/1", {"leaf0": value}, {"fields": ["value"]})
     taken: dict[int, Any] = {}
     found = saved_tuning.restore(
         store, [none, before], lambda index, *state: taken.update({index: state})
@@ -253,4 +252,6 @@ def test_what_is_saved_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found.best and found.best[0] == {} and found.best[1]["a.kernel"].dtype == np.float16
     jax.tree.map(np.testing.assert_array_equal, taken, {1: (moving, before.masks)})
     assert saved_tuning.restore(None, [none, before], lambda *_: None) is None
+    store.put("tuning", {"leaf0": value}, {"fields": ["value"]})
+    assert saved_tuning.restore(store, [none, before], lambda *_: None) is None
     store.close()

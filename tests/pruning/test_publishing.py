@@ -20,6 +20,7 @@ from jaxprune.commands.evaluate import main as evaluate
 from jaxprune.commands.prune import main
 from jaxprune.commands.report import main as report_main
 from jaxprune.pruning import layer, opening, publishing
+from jaxprune.pruning.results import saved_layers
 from jaxprune.streaming.hidden_states import HiddenStates
 from tests.helpers.checkpoints import content
 from tests.helpers.command import failing, killed
@@ -47,7 +48,7 @@ def work(
             return "bare"
         place.check()
     with opening.open_store(out, identity, masks) as store:
-        if store.finished:
+        if store.unpublished:
             publishing.publish(store, place, masks_place)
             return "finished"
         states = HiddenStates((4, 3, 2), np.dtype(np.float32), batch=2)
@@ -58,7 +59,7 @@ def work(
                 store.put(name, {"w": np.full(5, layer)}, {"layer": layer})
                 store.wait()
                 store._last_saved = -1e9  # long ago
-                store.put_rows("pruned/states", {"x": states}, layer + 1)
+                saved_layers(store, "pruned").put_states({"x": states}, layer + 1)
         store.result.mkdir(parents=True)
         write_text(store.result / "model", text)
         if masks:
@@ -208,6 +209,20 @@ def test_what_has_changed_in_a_run_store_is_made_again_and_not_deleted(
     left = [path for path in stopped.with_name("out.unfinished").rglob("*") if path.is_file()]
     assert changed in [path.read_bytes() for path in left]
     assert "left in" in caplog.text
+
+
+def test_a_file_that_appears_in_the_finished_result_keeps_no_run_from_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = publishing.finish
+
+    def meanwhile(store: Any, *args: Any, **options: Any) -> None:
+        (store.result / ".nfs0").write_text("of the system's")
+        real(store, *args, **options)
+
+    monkeypatch.setattr(publishing, "finish", meanwhile)
+    assert work(tmp_path / "out") == "done"
+    assert content(tmp_path / "out").keys() == {MARKER, "model", ".nfs0"}
 
 
 def test_a_result_whose_place_was_taken_is_published_by_the_same_command(

@@ -257,6 +257,7 @@ def stopped(
         ("pruned/1", "truncated"),
         ("pruned/states", "bit-flipped"),
         ("sensitivity/0-*/2", "truncated"),
+        ("weights/0", "bit-flipped"),
         pytest.param("pruned/1", "bit-flipped", marks=pytest.mark.slow),
         pytest.param("pruned/states", "truncated", marks=pytest.mark.slow),
         pytest.param("sensitivity/0-*/2", "bit-flipped", marks=pytest.mark.slow),
@@ -279,7 +280,8 @@ def test_what_is_damaged_is_done_again(
     assert len(redone) == 5
     assert digests(store.with_name("out")) == expected
     record = json.loads((store.with_name("out") / "jaxprune.json").read_text())
-    assert record["resumed_layers"] == (3 if what == "pruned/1" else 4)
+    # without the digests of weights nobody knows what the results were made of
+    assert record["resumed_layers"] == {"pruned/1": 3, "weights/0": 0}.get(what, 4)
 
 
 def test_another_run_is_refused(

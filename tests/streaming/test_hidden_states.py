@@ -45,7 +45,7 @@ from pathlib import Path
 import jax
 import numpy as np
 jax.distributed.initialize(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
-from jaxprune.pruning.store import RunStore
+from jaxprune.pruning.store import RunStore, Stage
 from jaxprune.sharding import Devices, fetch
 from jaxprune.streaming.hidden_states import HiddenStates
 
@@ -68,12 +68,13 @@ np.testing.assert_array_equal(states.read(some), expected[some])
 np.testing.assert_array_equal(states.pick(some, np.array([0, 2, 1])), expected[some, [0, 2, 1]])
 store = RunStore(Path(sys.argv[4]))
 store._last_saved = -1e9  # long ago
-store.put_rows("pruned/states", {"x": states}, 5)
+stage = Stage(store, "pruned", None, None)
+stage.put_states({"x": states}, 5)
 store.put("pruned/4", {"a": values}, {"of": 4})
 saved, other = store.get("pruned/4"), HiddenStates((11, 3, 2), np.dtype(np.float32), 1, devices)
 np.testing.assert_array_equal(saved.arrays["a"], values)
 assert saved.figures == {"of": 4} and store.names("pruned") == ["4", "states"]
-assert store.position("pruned/states") == 5 and store.fill("pruned/states", {"x": other})
+assert stage.states(lambda position: position == 5, lambda: {"x": other}) == (5, {"x": other})
 np.testing.assert_array_equal(other.read(some), expected[some])
 if number == 0:
     store.path("pruned/4").write_bytes(b"damaged")
