@@ -5,6 +5,7 @@ import functools
 import hashlib
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -19,16 +20,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from convert.ownership import MARKER
+from jaxprune import InputError, Observer, Recipe, load, methods, prune
 from jaxprune.commands.prune import main
 from jaxprune.pruning import layer
 from jaxprune.pruning import store as store_module
 from jaxprune.pruning.store import RunStore
+from jaxprune.reporting import reading, schema
 from tests.helpers import tiny
 from tests.helpers.command import failing
 from tests.helpers.damage import damage
+from tests.helpers.shapes import windows
 
 LINES = {
     "plain": "--method admm --asymmetry 0.25",
@@ -471,3 +476,71 @@ def test_a_full_disk_is_an_error_after_which_a_run_goes_on(
         assert [path.name for path in disk.iterdir()] == ["out"]
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+UNMEASURED = '''
+import dataclasses
+
+import jax.numpy as jnp
+
+from jaxprune.methods.magnitude import Magnitude
+
+
+@dataclasses.dataclass(frozen=True)
+class Unmeasured(Magnitude):
+    """Magnitude pruning, with metrics that are not finite."""
+
+    def solve(self, prepared, weight, pattern):
+        metrics = {"undefined": jnp.array(jnp.nan), "endless": jnp.array(jnp.inf)}
+        return super().solve(prepared, weight, pattern)._replace(metrics=metrics)
+'''
+
+
+class Stopping(Observer):
+    """Remembers the layers, and stops the run behind one of them."""
+
+    def __init__(self, last: int | None = None) -> None:
+        self.last = last
+        self.layers: list[Any] = []
+
+    def layer_done(self, result: Any) -> None:
+        self.layers.append(result)
+        if result.index == self.last:
+            raise InputError("stopped here")
+
+
+@pytest.mark.parametrize("quantize", [None, "q4_0"])
+def test_metrics_that_are_not_finite_are_none_after_a_stop_too(
+    quantize: str | None, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The method is another package's, for all of ours have finite metrics."""
+    (tmp_path / "unmeasured.py").write_text(UNMEASURED)
+    about = tmp_path / "unmeasured-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: unmeasured\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[jaxprune.methods]\nunmeasured = unmeasured\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = Recipe(methods.load("unmeasured")(), quantize=quantize)
+    out, seen = tmp_path / "out", Stopping()
+    with pytest.raises(InputError, match="stopped here"):
+        prune(load(checkpoint), windows(), recipe, out, observer=Stopping(last=1))
+    saved = list((tmp_path / "out.unfinished").rglob("*.safetensors"))
+    assert {file.name for file in saved} >= {"0.safetensors", "1.safetensors"}
+    for file in saved:
+        with safe_open(file, framework="numpy") as opened:
+            json.loads(opened.metadata()["figures"], parse_constant=pytest.fail)
+    prune(load(checkpoint), windows(), recipe, out, observer=seen)
+    assert [result.resumed for result in seen.layers[:3]] == [True, True, False]
+    for result in seen.layers:
+        for kernel in result.kernels.values():
+            # all that is no number is one null
+            undefined, endless = (kernel.metrics[name] for name in ("undefined", "endless"))
+            assert math.isnan(undefined) and not math.isfinite(endless)
+            assert math.isnan(endless) or not result.resumed
+    record = json.loads((out / "jaxprune.json").read_text(), parse_constant=pytest.fail)
+    assert len(record["layers"]) == 3
+    for one in record["layers"]:
+        for linear in one["linears"].values():
+            assert linear["stats"].items() >= {"undefined": None, "endless": None}.items()
+    run = reading.load(out)
+    assert isinstance(run, schema.Run) and run.resumed_layers == (0 if quantize else 2)
