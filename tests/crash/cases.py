@@ -115,6 +115,54 @@ def full(worlds: Worlds, name: str, which: str, error: int = errno.ENOSPC) -> li
     return _hindered(worlds, name, At(which, error, lasting=True), 2, "error: ")
 
 
+class WithoutRenameat2:
+    """The answers of a disk, such as NFS, that knows neither renames that replace nothing nor
+    exchanges; two calls then make a rename, the first of which claims the name.
+
+    Args:
+        number: the rename into the folder of what is finished that is killed between its two calls;
+            None: none is.
+
+    Attributes:
+        refused: how often the disk was asked for such a rename.
+        met: whether there were so many.
+    """
+
+    def __init__(self, number: int | None = None) -> None:
+        self._number, self._paths, self._calls, self._into = number, set[str](), 0, 0
+        self.refused, self.met = 0, False
+
+    def __call__(self, operation: Operation) -> int | None:
+        if operation.call == "renameat2":
+            self.refused += 1
+            if re.search(r"-> work/out\.unfinished/(?!work-)", str(operation)):
+                self._into += 1
+                if self._into == self._number:
+                    self._paths = set(operation.paths)
+            return errno.EINVAL
+        self._calls += operation.changes and not self._paths.isdisjoint(operation.paths)
+        self.met = self.met or self._calls == 2
+        return -signal.SIGKILL if self._calls == 2 else None
+
+
+def elsewhere(worlds: Worlds, name: str) -> list[str]:
+    """A command on a disk without `renameat2`."""
+    world, answer = worlds.new(name), WithoutRenameat2()
+    command = world.start(LINES[name], answer)
+    faults = [f"exit status {status}: {command.printed()}"] if (status := command.wait()) else []
+    faults += [] if answer.refused else ["the disk was asked for no such rename"]
+    return faults + world.unfinished(*worlds.reference(name)[:2])
+
+
+def killed_elsewhere(worlds: Worlds, name: str, number: int) -> list[str]:
+    """Kills a command on such a disk in the middle of a rename, the one of this number."""
+    world, answer = worlds.new(name), WithoutRenameat2(number)
+    status = world.start(LINES[name], answer).wait()
+    faults = [] if answer.met and status == -signal.SIGKILL else ["it was not killed"]
+    faults += world.faults() + world.half_replaced(worlds.reference(name).result)
+    return faults + goes_on(world, name, worlds.reference(name), answer=WithoutRenameat2())
+
+
 def stopped(
     worlds: Worlds, name: str, which: str, number: int = signal.SIGTERM
 ) -> list[str] | None:
@@ -263,12 +311,19 @@ def leapt(worlds: Worlds, name: str, which: str, years: float) -> list[str] | No
     return faults + [f"{phase} took {seconds} s" for phase, seconds in spent.items() if seconds < 0]
 
 
-def goes_on(world: World, name: str, reference: Reference, *, tidy: bool = True) -> list[str]:
+def goes_on(
+    world: World,
+    name: str,
+    reference: Reference,
+    *,
+    tidy: bool = True,
+    answer: Answer = lambda operation: None,
+) -> list[str]:
     """The same command again, where it is not yet finished: its result is that of one that nothing
     happened to."""
     wanted = reference.result, reference.masks
     if world.unfinished(*wanted):
-        command = world.start(LINES[name])
+        command = world.start(LINES[name], answer)
         if status := command.wait():
             return [f"the same command again: exit status {status}: {command.printed()[-1000:]}"]
     faults = world.unfinished(*wanted)

@@ -97,6 +97,19 @@ def test_a_folder_that_cannot_be_written_is_one_line(worlds: Worlds) -> None:
     assert cases.goes_on(world, "quick", worlds.reference("quick")) == []
 
 
+@pytest.mark.parametrize("name", ["quick", pytest.param("overwrite", marks=pytest.mark.slow)])
+def test_a_disk_without_such_renames_holds_a_result(worlds: Worlds, name: str) -> None:
+    assert cases.elsewhere(worlds, name) == []
+
+
+# of run.json and of saved results
+@pytest.mark.parametrize(
+    "number", [5, *(pytest.param(one, marks=pytest.mark.slow) for one in (1, 2, 3, 4))]
+)
+def test_a_killed_command_goes_on_there(worlds: Worlds, number: int) -> None:
+    assert cases.killed_elsewhere(worlds, "quick", number) == []
+
+
 @pytest.mark.parametrize("years", [-30, pytest.param(3, marks=pytest.mark.slow)])
 def test_clocks_may_leap(worlds: Worlds, years: float) -> None:
     assert cases.leapt(worlds, "quick", middle(worlds, "quick", "export"), years) == []
