@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from convert.ownership import MARKER
 from tests.crash.operations import Answer, Operation
 from tests.crash.processes import Command, clock
 from tests.crash.world import LINES, Reference, World, Worlds, contents, digest, timeless
@@ -161,6 +162,38 @@ def killed_elsewhere(worlds: Worlds, name: str, number: int) -> list[str]:
     faults = [] if answer.met and status == -signal.SIGKILL else ["it was not killed"]
     faults += world.faults() + world.half_replaced(worlds.reference(name).result)
     return faults + goes_on(world, name, worlds.reference(name), answer=WithoutRenameat2())
+
+
+def unfinished_states(worlds: Worlds, name: str, folder: Path) -> list[Path]:
+    """Copies of what kills of a command leave in OUT.unfinished, until its result is finished.
+
+    Args:
+        worlds: makes a world.
+        name: of the command line.
+        folder: the copies go into folders in it.
+    """
+    world, found = worlds.new(name), list[Path]()
+    unfinished, seen = world.out.with_name("out.unfinished"), list[dict[str, str]]()
+    # what is half-written there is removed before anything is read
+    half, finished = shutil.ignore_patterns("work-*"), False
+
+    def answer(operation: Operation) -> None:
+        nonlocal finished
+        finished = finished or MARKER in operation.where
+        if finished or not operation.changes or not unfinished.is_dir():
+            return
+        if not re.search(r"work/out\.unfinished/(?!work-)", operation.where):
+            return
+        copy = folder / f"{len(found)}/out.unfinished"
+        shutil.copytree(unfinished, copy, ignore=half)
+        if (content := contents(copy)) in seen:
+            shutil.rmtree(copy.parent)
+        else:
+            seen.append(content)
+            found.append(copy.parent)
+
+    assert world.start(LINES[name], answer).wait() == 0
+    return found
 
 
 def stopped(

@@ -2,15 +2,19 @@
 and go on."""
 
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from jaxprune.commands.prune import main as prune
 from tests.crash import cases, places
 from tests.crash.operations import available
-from tests.crash.world import LINES, Worlds
+from tests.crash.world import LINES, Worlds, contents, timeless
 from tests.helpers import xla
 
 pytestmark = pytest.mark.skipif(bool(available()), reason=available())
@@ -53,6 +57,36 @@ def test_a_kill_while_publishing_leaves_the_earlier_result_or_the_new_one(
 ) -> None:
     for operation in cases.points(worlds.reference(name), cases.changes)["publish"]:
         assert cases.killed(worlds, name, str(operation)) == []
+
+
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_no_layer_is_saved_before_the_digests_of_its_weights(
+    worlds: Worlds, index: int, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A layer of the checkpoint changes after a kill, at whatever moment: either the same command
+    says so, or it makes what the changed checkpoint gives."""
+    world = worlds.new("quick")
+    changed = shutil.copytree(world.checkpoint, tmp_path / "changed")
+    tensors = load_file(changed / "model.safetensors")
+    tensors[f"model.layers.{index}.mlp.up_proj.weight"] *= 2
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+
+    def run(folder: Path) -> int:
+        paths = {"ckpt": changed, "out": folder / "out", "masks": folder / "masks"}
+        return prune(world.argv(LINES["quick"], **paths))
+
+    assert run(tmp_path / "whole") == 0
+    expected = timeless(contents(tmp_path / "whole/out"))
+    outcomes = []
+    for state in cases.unfinished_states(worlds, "quick", tmp_path / "states"):
+        capsys.readouterr()
+        outcomes.append(run(state))
+        if outcomes[-1]:
+            said = capsys.readouterr().err
+            assert f"layers.{index}.mlp.up_proj" in said and "pruned already" in said
+        else:
+            assert timeless(contents(state / "out")) == expected, state
+    assert outcomes.count(2) >= 2 and outcomes[0] == 0
 
 
 def test_kills_in_a_chain(worlds: Worlds) -> None:
