@@ -3,9 +3,10 @@
     python scripts/unchanged.py REVISION --ckpt smollm2-135m --layers 3
 
 A checkpoint of the first layers of another one is pruned in many ways by both, each in processes of
-its own. Compared are the SHA-256 of all weights and masks, and the numbers of the records: errors
-and zeros of every linear, and what was evaluated. Both have to run on one machine, for bytes differ
-between processors. The exit status is 1 where any differs.
+its own; so are two tiny random ones, one of them with experts. Compared are the SHA-256 of all
+weights and masks, and the numbers of the records: errors and zeros of every linear, and what was
+evaluated. Both have to run on one machine, for bytes differ between processors. The exit status is
+1 where any differs.
 """
 
 import argparse
@@ -23,8 +24,36 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CKPT = "checkpoint"
+TINY = {
+    "tiny-dense": ("llama", {}),
+    "tiny-experts": (
+        "qwen3_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+}
+"""Random checkpoint -> its family, and what its configuration says beside `SIZES`."""
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
 WINDOWS = "--calib wikipedia --nsamples 8 --seqlen 128"
 TEXT = "--eval ppl --eval-text wikipedia --eval-seqlen 256 --eval-windows 4"
+IDS = "--calib ids.npy --nsamples 8 --seqlen 128"
+IDS += " --eval ppl --eval-text ids.npy --eval-seqlen 128 --eval-windows 4"
+"""What tiny checkpoints are pruned and measured on, in half the time that a text takes."""
 CASES = {
     "admm 50 %": f"--ckpt {CKPT} --method admm --sparsity 0.5",
     "alps 50 %": f"--ckpt {CKPT} --method alps --sparsity 0.5",
@@ -47,6 +76,19 @@ CASES = {
     "masks from a checkpoint": f"--ckpt {CKPT} --mask from-checkpoint:wanda-50 --update exact",
     "resumed after a kill": f"--ckpt {CKPT} --preset best --sparsity 0.7",
     "8 CPU devices": f"--ckpt {CKPT} --sparsity 0.5 --devices 8",
+    "experts": "--ckpt tiny-experts --sparsity 0.5",
+    "experts dropped": "--ckpt tiny-experts --drop-experts 0.25 --route-all --method wanda "
+    "--save-masks masks-of-experts",
+    "experts, best 70 %, on a grid": "--ckpt tiny-experts --preset best --sparsity 0.7 "
+    "--quantize q4_0",
+    "on a grid": "--ckpt tiny-dense --method sparsegpt --sparsity 0.5 --quantize q5_0",
+    "fast 70 %, on a grid": "--ckpt tiny-dense --preset fast --sparsity 0.7 --quantize q4_0",
+    "asymmetry": "--ckpt tiny-dense --sparsity 0.6 --asymmetry 0.5",
+    "rules": "--ckpt tiny-dense --preset fast --sparsity 0.6 --rule *.q_proj=2:4 "
+    "--skip layers.1.mlp.*",
+    "per output": "--ckpt tiny-dense --method admm --pattern per-output --sparsity 0.6",
+    "stored in bfloat16": "--ckpt tiny-dense --sparsity 0.6 --save-dtype bfloat16",
+    "alps 2:4": "--ckpt tiny-dense --method alps --pattern 2:4",
 }
 """What is made -> its command line; the output's folder has the name."""
 
@@ -75,6 +117,65 @@ def shortened(source: str, layers: int, folder: Path) -> None:
                 for paths in parts(spec).values():
                     writer.write(reader.read(paths))
     _shard(folder)
+
+
+def random_checkpoint(folder: Path, family: str, entries: dict[str, Any]) -> None:
+    """Writes a random checkpoint of a few small layers, without a tokenizer.
+
+    Args:
+        folder: the folder to make.
+        family: as transformers calls it.
+        entries: what its configuration says beside `SIZES`.
+    """
+    import numpy as np
+    from safetensors.numpy import save_file
+    from transformers import AutoConfig
+
+    folder.mkdir()
+    config = AutoConfig.for_model(family, **SIZES, **entries, dtype="float32")
+    config.save_pretrained(folder)
+    generator = np.random.default_rng(0)
+    tensors = {
+        name: (("norm" in name) + 0.1 * generator.normal(size=shape)).astype(np.float32)
+        for name, shape in shapes(config).items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def random_ids(file: Path) -> None:
+    """Writes token ids of such a checkpoint's vocabulary."""
+    import numpy as np
+
+    np.save(file, np.random.default_rng(0).integers(0, SIZES["vocab_size"], (16, 128)))
+
+
+def shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Returns the names and shapes of the tensors of such a checkpoint."""
+    width, head = config.hidden_size, config.head_dim
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    found: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, width),
+        "model.norm.weight": (width,),
+    }
+    for index in range(config.num_hidden_layers):
+        layer = f"model.layers.{index}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            found[f"{layer}.{norm}.weight"] = (width,)
+        for name, outputs in {"q": queries, "k": keys, "v": keys}.items():
+            found[f"{layer}.self_attn.{name}_proj.weight"] = (outputs, width)
+        found[f"{layer}.self_attn.o_proj.weight"] = (width, queries)
+        mlps, inner = ["mlp"], config.intermediate_size
+        if config.model_type == "qwen3_moe":
+            found |= {f"{layer}.self_attn.{name}_norm.weight": (head,) for name in "qk"}
+            if index not in config.mlp_only_layers:
+                found[f"{layer}.mlp.gate.weight"] = (config.num_experts, width)
+                mlps = [f"mlp.experts.{expert}" for expert in range(config.num_experts)]
+                inner = config.moe_intermediate_size
+        for mlp in mlps:
+            found[f"{layer}.{mlp}.gate_proj.weight"] = (inner, width)
+            found[f"{layer}.{mlp}.up_proj.weight"] = (inner, width)
+            found[f"{layer}.{mlp}.down_proj.weight"] = (width, inner)
+    return found
 
 
 def _shard(folder: Path) -> None:
@@ -135,7 +236,8 @@ def run(tree: Path, folder: Path, line: list[str], wait: Callable[[], bool] | No
 def made(tree: Path, folder: Path, name: str, line: str) -> dict[str, Any]:
     """What a case makes: digests of files, numbers of the record, and the seconds it took."""
     out = "-".join(name.replace("%", "").replace(":", "of").replace(",", "").split())
-    words = [*line.split(), *WINDOWS.split(), *TEXT.split(), "--out", out]
+    data = IDS if "tiny-" in line else f"{WINDOWS} {TEXT}"
+    words = [*line.split(), *data.split(), "--out", out]
     spent = 0.0
     if "kill" in name:
         saved = folder / f"{out}.unfinished" / "pruned"  # a file each, NAME.json or .safetensors
@@ -146,13 +248,33 @@ def made(tree: Path, folder: Path, name: str, line: str) -> dict[str, Any]:
     files = sorted(folder.joinpath(out).rglob("*.safetensors"))
     if "--save-masks" in words:
         files.append(folder / words[words.index("--save-masks") + 1])
-    record = json.loads((folder / out / "jaxprune.json").read_text())
     return {
         "files": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
-        "linears": [layer["linears"] for layer in record["layers"]],
-        "sparsity": record["sparsity"],
-        "evaluation": {which: one["texts"] for which, one in record["evaluation"].items()},
+        "numbers": numbers(json.loads((folder / out / "jaxprune.json").read_text())),
         "seconds": spent,
+    }
+
+
+def numbers(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns the numbers of a record that are compared: these entries, and no others.
+
+    Nothing else here reads records. If revisions name an entry differently, look for both names
+    here.
+    """
+    figures = ("error", "zeros", "wanted", "size", "stats")
+    measures = ("windows", "perplexity", "ratio", "kl", "top1")
+    return {
+        "sparsity": record["sparsity"],
+        "kernels": {
+            f"layers.{layer['index']}.{path}": [kernel.get(name) for name in figures]
+            for layer in record["layers"]
+            for path, kernel in (layer.get("kernels") or layer["linears"]).items()
+        },
+        "evaluation": {
+            f"{which}, {text}": [found.get(name) for name in measures]
+            for which, quality in record["evaluation"].items()
+            for text, found in quality["texts"].items()
+        },
     }
 
 
@@ -170,8 +292,8 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=3, help="so many (default: %(default)s)")
     parser.add_argument("--only", default="", help="cases with this in their name")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="jaxprune-unchanged-") as name:
-        base, same = Path(name), True
+    with tempfile.TemporaryDirectory(prefix="jaxprune-unchanged-") as place:
+        base, same = Path(place), True
         git = ["git", "-C", ROOT, "worktree"]
         subprocess.run([*git, "add", "-q", "--detach", base / "tree", args.revision], check=True)
         try:
@@ -179,9 +301,12 @@ def main() -> int:
             for which in trees:
                 (base / which).mkdir()
             shortened(args.ckpt, args.layers, base / "then")
-            for checkpoint in (CKPT, "orbax", "sharded"):
+            for name, (family, entries) in TINY.items():
+                random_checkpoint(base / "then" / name, family, entries)
+            random_ids(base / "then/ids.npy")
+            for made_of in (CKPT, "orbax", "sharded", *TINY, "ids.npy"):
                 subprocess.run(
-                    ["cp", "-a", base / "then" / checkpoint, base / "now" / checkpoint], check=True
+                    ["cp", "-a", base / "then" / made_of, base / "now" / made_of], check=True
                 )
             print("| | weights | numbers | seconds then | now |\n|---|---|---|---|---|")
             for case, line in CASES.items():
@@ -190,12 +315,9 @@ def main() -> int:
                     then, now = (
                         made(tree, base / which, case, line) for which, tree in trees.items()
                     )
-                    files = then["files"] == now["files"]
-                    numbers = all(
-                        then[key] == now[key] for key in ("linears", "sparsity", "evaluation")
-                    )
-                    same &= files and numbers
-                    words = ["the same" if equal else "OTHERS" for equal in (files, numbers)]
+                    equal = [then[what] == now[what] for what in ("files", "numbers")]
+                    same &= all(equal)
+                    words = ["the same" if one else "OTHERS" for one in equal]
                     seconds = f"{then['seconds']:.1f} | {now['seconds']:.1f}"
                     print(f"| {case} | {words[0]} | {words[1]} | {seconds} |", flush=True)
         finally:
