@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Literal
 
 from convert.hub import DESCRIPTIONS
+from jaxprune.errors import InputError
 from jaxprune.evaluation.tasks import mean_accuracy
+from jaxprune.evaluation.text import short_name
 from jaxprune.recipe import RecipeRecord
 from jaxprune.reporting.card import sizes_text
 from jaxprune.reporting.schema import MeanAccuracy, Quality, Record, Run, TextQuality
 from jaxprune.sparsity.masks import LEAST_ZEROS
 from jaxprune.sparsity.patterns import NMRecord
 
+SAME = 0.01
+"""The most by which two perplexities of a checkpoint on the same windows differ, relatively: what
+dtypes and hardware change."""
 WHICH: tuple[Literal["dense", "pruned"], ...] = ("dense", "pruned")
 
 
@@ -27,7 +32,7 @@ class Entry:
         dense: whether it is the one that others were made from or are compared with.
         method, pattern: how it was pruned, in words; "" where that is not known.
         sparsity: zeros of the linear layers over their weights; None where nobody counted.
-        quality: what was measured.
+        quality: what was measured; texts have the names that `_with_labels` gives them.
         run: the record of the run that made it, or None.
         disk_bytes: of its files; None where nobody looked.
         parameters: numbers in it; None where nobody counted.
@@ -93,32 +98,36 @@ class Entry:
 
 def entries(records: Sequence[Record]) -> list[Entry]:
     """Returns the checkpoints of records, dense ones first; a checkpoint in several records is one
-    entry."""
+    entry.
+
+    Raises:
+        InputError: a dense checkpoint has two perplexities on the same windows.
+    """
     found: dict[str, Entry] = {}
-    for record in records:
-        for entry in _entries(record):
-            before = found.get(entry.key)
-            if before is None:
-                found[entry.key] = entry
-            else:
-                tasks = {**before.quality.tasks, **entry.quality.tasks}
-                groups = sorted({*before.quality.groups, *entry.quality.groups})
-                quality = Quality(
-                    texts={**before.quality.texts, **entry.quality.texts},
-                    tasks=tasks,
-                    groups=groups,
-                    mean_accuracy=MeanAccuracy(**mean_accuracy(_finite(tasks), groups)),
-                    samples=entry.quality.samples or before.quality.samples,
-                )
-                main = before if before.run or not entry.run else entry
-                found[entry.key] = dataclasses.replace(
-                    main,
-                    sparsity=entry.sparsity if main.sparsity is None else main.sparsity,
-                    quality=quality,
-                    dense=before.dense or entry.dense,
-                    disk_bytes=before.disk_bytes or entry.disk_bytes,
-                    parameters=before.parameters or entry.parameters,
-                )
+    for entry in _with_labels([entry for record in records for entry in _entries(record)]):
+        before = found.get(entry.key)
+        if before is None:
+            found[entry.key] = entry
+        else:
+            _require_same_texts(before, entry)
+            tasks = {**before.quality.tasks, **entry.quality.tasks}
+            groups = sorted({*before.quality.groups, *entry.quality.groups})
+            quality = Quality(
+                texts={**before.quality.texts, **entry.quality.texts},
+                tasks=tasks,
+                groups=groups,
+                mean_accuracy=MeanAccuracy(**mean_accuracy(_finite(tasks), groups)),
+                samples=entry.quality.samples or before.quality.samples,
+            )
+            main = before if before.run or not entry.run else entry
+            found[entry.key] = dataclasses.replace(
+                main,
+                sparsity=entry.sparsity if main.sparsity is None else main.sparsity,
+                quality=quality,
+                dense=before.dense or entry.dense,
+                disk_bytes=before.disk_bytes or entry.disk_bytes,
+                parameters=before.parameters or entry.parameters,
+            )
     ordered = sorted(found.values(), key=lambda entry: not entry.dense)
     labels = [entry.label for entry in ordered]
     first = sum(entry.dense for entry in ordered)
@@ -130,6 +139,48 @@ def entries(records: Sequence[Record]) -> list[Entry]:
         )
         for place, entry in enumerate(ordered)
     ]
+
+
+def _with_labels(found: Sequence[Entry]) -> list[Entry]:
+    """Returns entries whose texts have unique short names, a name for each shape of windows: what
+    was measured on other windows cannot be compared."""
+    measured = dict.fromkeys(
+        (name, text.windows) for entry in found for name, text in entry.quality.texts.items()
+    )
+    names = [name for name, _ in measured]
+    short = {name: short_name(name) for name in names}
+
+    def label(name: str, windows: tuple[int, int]) -> str:
+        own = short[name] if [*short.values()].count(short[name]) == 1 else name
+        return own if names.count(name) == 1 else f"{own} ({windows[0]} × {windows[1]} tokens)"
+
+    return [
+        dataclasses.replace(
+            entry,
+            quality=entry.quality.model_copy(
+                update={
+                    "texts": {
+                        label(name, text.windows): text
+                        for name, text in entry.quality.texts.items()
+                    }
+                }
+            ),
+        )
+        for entry in found
+    ]
+
+
+def _require_same_texts(one: Entry, other: Entry) -> None:
+    """Raises InputError where a dense checkpoint, with which others are compared, has two
+    perplexities on the same windows: the content of the text was another."""
+    for name, text in other.quality.texts.items():
+        values = [found and found.perplexity for found in (one.text(name), text)]
+        low, high = sorted(value or 0.0 for value in values)
+        if one.dense and low and high / low > 1 + SAME:
+            raise InputError(
+                f"the records disagree about the perplexity of {one.name} on {name}, {low:.4g} and "
+                f"{high:.4g}: make a report of those with the same text and dense checkpoint"
+            )
 
 
 def _entries(record: Record) -> list[Entry]:

@@ -8,7 +8,6 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from jaxprune.evaluation.text import short_name
 from jaxprune.pruning.quantized import ERROR
 from jaxprune.pruning.tuning_steps import all_zeros_there
 from jaxprune.recipe_parts import Tuning, effective_tuning
@@ -180,7 +179,7 @@ def perplexities(entries: Sequence[Entry], text: str) -> Figure:
     return _measured(
         entries,
         values,
-        f"Perplexity of {short_name(text)}",
+        f"Perplexity of {text}",
         "perplexity (lower is better)",
         log=True,
     )
@@ -191,7 +190,7 @@ def divergences(entries: Sequence[Entry], text: str) -> Figure:
     return _measured(
         entries,
         values,
-        f"KL divergence from the dense model, {short_name(text)}",
+        f"KL divergence from the dense model, {text}",
         "nats a token (lower is better)",
     )
 

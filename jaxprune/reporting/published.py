@@ -6,14 +6,14 @@ from importlib import resources
 
 
 def compared(ratio: float) -> str:
-    """Returns where a perplexity, over the dense model's, stands among those of the published runs,
-    as a sentence."""
+    """Returns how a perplexity, over the dense model's, compares with the nearest of the published
+    runs, as a sentence."""
     published = json.loads((resources.files(__package__) / "published.json").read_text())
-    ratios, source = (
-        published["ratios"],
-        f"{published['model']}, as published, with the preset {published['preset']}",
-    )
+    ratios = published["ratios"]
     below = {pattern: found for pattern, found in ratios.items() if found <= ratio}
     pattern = max(below, key=ratios.get) if below else min(ratios, key=ratios.get)
-    how = "no better" if below else "better"
-    return f"That is {how} than {source} at {pattern} zeros ({ratios[pattern]:.2f} times)."
+    return (
+        f"That is {'no less' if below else 'less'} than the {ratios[pattern]:.2f} times that the "
+        f"documentation reports for {published['model']} with {pattern} zeros and --preset "
+        f"{published['preset']}."
+    )

@@ -75,17 +75,15 @@ def _figures(
         measured = [entry for entry in everything if entry.text(text)]
         quality.append(figures.perplexities(measured, text))
         value_of = _value_of(text, "perplexity")
-        by_sparsity(f"Perplexity of {short_name(text)}", "perplexity", value_of)
+        by_sparsity(f"Perplexity of {text}", "perplexity", value_of)
         trade.append(
             figures.quality_by_size(
-                measured, f"Perplexity of {short_name(text)} by size", "perplexity", value_of
+                measured, f"Perplexity of {text} by size", "perplexity", value_of
             )
         )
         if compared := [entry for entry in measured if _value_of(text, "kl")(entry) is not None]:
             quality.append(figures.divergences(compared, text))
-            by_sparsity(
-                f"KL divergence on {short_name(text)}", "nats a token", _value_of(text, "kl")
-            )
+            by_sparsity(f"KL divergence on {text}", "nats a token", _value_of(text, "kl"))
     if tested := [entry for entry in everything if entry.accuracy is not None]:
         quality.append(figures.accuracies(tested))
         by_sparsity("Mean accuracy", "mean accuracy (acc)", lambda entry: entry.accuracy, log=False)
@@ -121,7 +119,7 @@ def _verdicts(everything: Sequence[Entry], texts: Sequence[str]) -> Iterator[str
                     f"{100 * found.top1:.0f} % of the tokens",
                 )
                 yield (
-                    f"{entry.label}{zeros}: on {short_name(text)} its perplexity is {times}, and "
+                    f"{entry.label}{zeros}: on {text} its perplexity is {times}, and "
                     f"at {same} both "
                     f"find the same next one the most probable. {compared(found.ratio)}"
                 )
@@ -162,7 +160,8 @@ def _title(everything: Sequence[Entry]) -> str:
     if len(pruned) == 1:
         (one,) = pruned
         return f"{one.label}: {one.method}, {one.pattern}" if one.method else one.label
-    return f"{len(everything)} checkpoints"
+    count, kind = (len(pruned), "pruned") if pruned else (len(everything), "dense")
+    return f"{count} {kind} checkpoint{'s' * (count > 1)}"
 
 
 def _source(record: Record) -> str:

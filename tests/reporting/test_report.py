@@ -177,6 +177,56 @@ def test_checkpoints_of_one_name_are_told_apart() -> None:
     ]
 
 
+def on_windows(windows: list[int], dense: float, pruned: float, **changes: Any) -> dict[str, Any]:
+    """A run whose qualities were measured on windows of a shape."""
+    measured = {"dense": quality(dense), "pruned": quality(pruned, kl=0.25)}
+    for one in measured.values():
+        one["texts"]["wikitext2"]["windows"] = windows
+    measured["pruned"]["texts"]["wikitext2"]["ratio"] = pruned / dense
+    return run_record(evaluation=measured, **changes)
+
+
+def test_measures_on_other_windows_have_columns_of_their_own() -> None:
+    records = [
+        on_windows([32, 512], 21.41, 42.17, out="short"),
+        on_windows([4, 2048], 15.0, 26.98, out="long"),
+    ]
+    page = page_of(*records)
+    rows = {
+        cells[0]: cells[4:12]
+        for row in re.findall(r"<tr><td>.*?</tr>", page, re.DOTALL)
+        if len(cells := re.findall(r"<td.*?>(.*?)</td>", row, re.DOTALL)) >= 12
+    }
+    none = ["–"] * 4
+    measured = ["0.2500", "50.00 %"]
+    assert rows == {
+        "llama-7b (dense)": ["21.41", "–", "–", "–", "15.00", "–", "–", "–"],
+        "short": ["42.17", "1.970", *measured, *none],
+        "long": [*none, "26.98", "1.799", *measured],
+    }
+    for windows, length in ((32, 512), (4, 2048)):
+        assert f"<br>wikitext2 ({windows} × {length} tokens)</th>" in page
+        assert f"{windows} windows of {length} tokens" in page
+        assert f"Perplexity of wikitext2 ({windows} × {length} tokens)" in headings(page)
+    same = page_of(records[0], on_windows([32, 512], 21.42, 30.0, out="other"))
+    assert same.count("perplexity<br>wikitext2</th>") == 1
+
+
+def test_dense_perplexities_that_disagree_are_refused() -> None:
+    records = [on_windows([4, 128], dense, 20.0, out=str(dense)) for dense in (10.0, 12.0)]
+    with pytest.raises(UserError, match=r"perplexity of llama-7b on wikitext2, 10 and 12"):
+        page_of(*records)
+
+
+def test_a_title_counts_the_pruned_checkpoints() -> None:
+    alone = {"llama-7b": {"sparsity": 0.0, "run": None, "quality": quality(10.0)}}
+    for records, title in (
+        (several(), "6 pruned checkpoints"),
+        ([evaluation_record(alone)], "1 dense checkpoint"),
+    ):
+        assert f"<h1>{title}</h1>" in page_of(*records)
+
+
 def headings(page: str) -> list[str]:
     return re.findall(r"<h[23]>(.*?)</h[23]>", page)
 
