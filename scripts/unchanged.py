@@ -128,18 +128,22 @@ def random_checkpoint(folder: Path, family: str, entries: dict[str, Any]) -> Non
         entries: what its configuration says beside `SIZES`.
     """
     import numpy as np
-    from safetensors.numpy import save_file
     from transformers import AutoConfig
 
-    folder.mkdir()
-    config = AutoConfig.for_model(family, **SIZES, **entries, dtype="float32")
-    config.save_pretrained(folder)
+    from convert import create_checkpoint
+    from jaxprune.models import architecture_of
+
     generator = np.random.default_rng(0)
-    tensors = {
-        name: (("norm" in name) + 0.1 * generator.normal(size=shape)).astype(np.float32)
-        for name, shape in shapes(config).items()
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with tempfile.TemporaryDirectory() as name:
+        assets = Path(name)
+        AutoConfig.for_model(family, **SIZES, **entries, dtype="float32").save_pretrained(assets)
+        spec = architecture_of(assets, np.float32).spec
+        params = {
+            path: (("norm" in path) + 0.1 * generator.normal(size=one.shape)).astype(np.float32)
+            for path, one in spec.items()
+        }
+        with create_checkpoint(folder, spec, assets) as writer:
+            writer.write(params)
 
 
 def random_ids(file: Path) -> None:
@@ -147,35 +151,6 @@ def random_ids(file: Path) -> None:
     import numpy as np
 
     np.save(file, np.random.default_rng(0).integers(0, SIZES["vocab_size"], (16, 128)))
-
-
-def shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Returns the names and shapes of the tensors of such a checkpoint."""
-    width, head = config.hidden_size, config.head_dim
-    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    found: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, width),
-        "model.norm.weight": (width,),
-    }
-    for index in range(config.num_hidden_layers):
-        layer = f"model.layers.{index}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            found[f"{layer}.{norm}.weight"] = (width,)
-        for name, outputs in {"q": queries, "k": keys, "v": keys}.items():
-            found[f"{layer}.self_attn.{name}_proj.weight"] = (outputs, width)
-        found[f"{layer}.self_attn.o_proj.weight"] = (width, queries)
-        mlps, inner = ["mlp"], config.intermediate_size
-        if config.model_type == "qwen3_moe":
-            found |= {f"{layer}.self_attn.{name}_norm.weight": (head,) for name in "qk"}
-            if index not in config.mlp_only_layers:
-                found[f"{layer}.mlp.gate.weight"] = (config.num_experts, width)
-                mlps = [f"mlp.experts.{expert}" for expert in range(config.num_experts)]
-                inner = config.moe_intermediate_size
-        for mlp in mlps:
-            found[f"{layer}.{mlp}.gate_proj.weight"] = (inner, width)
-            found[f"{layer}.{mlp}.up_proj.weight"] = (inner, width)
-            found[f"{layer}.{mlp}.down_proj.weight"] = (width, inner)
-    return found
 
 
 def _shard(folder: Path) -> None:

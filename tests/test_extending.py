@@ -22,6 +22,7 @@ from jaxprune.reporting import reading, schema
 from tests.helpers import tiny, xla
 from tests.helpers.logits import logits
 from tests.helpers.optional import needs_torch, torch
+from tests.helpers.plugins import install_method
 
 EXAMPLE = Path(__file__).parents[1] / "docs/extending/example"
 
@@ -133,11 +134,7 @@ def test_an_option_of_a_runs_name_is_one_line(
 ) -> None:
     """Neither the method nor the run is given the other's value; a command without such a flag
     takes the method."""
-    (tmp_path / "noisy.py").write_text(NOISY)
-    about = tmp_path / "noisy-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: noisy\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[jaxprune.methods]\nnoisy = noisy\n")
+    install_method(tmp_path, "noisy", NOISY)
     monkeypatch.syspath_prepend(tmp_path)
     lines = ["prune --ckpt x", "plan --ckpt x", "snapshot file --layer 0 --ckpt x", "prune"]
     for line in lines:

@@ -61,7 +61,7 @@ def digest_of(identity: Mapping[str, Any]) -> str:
 
 
 def _store(out: Path, run: Run | None = None) -> RunStore:
-    """Returns the store of a run by its run.json; without one, for what is a store's anyway."""
+    """Returns the store of a run by its run.json; without one, a store that nothing belongs to."""
     folder = store_folder(out)
     return RunStore(folder, run.token, digest_of(run.identity)) if run else RunStore(folder)
 

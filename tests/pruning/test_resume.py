@@ -33,6 +33,7 @@ from jaxprune.reporting import reading, schema
 from tests.helpers import tiny
 from tests.helpers.command import failing
 from tests.helpers.damage import damage
+from tests.helpers.plugins import install_method
 from tests.helpers.shapes import windows
 
 LINES = {
@@ -497,7 +498,7 @@ class Unmeasured(Magnitude):
 
 
 class Stopping(Observer):
-    """Remembers the layers, and stops the run behind one of them."""
+    """Remembers the layers, and stops the run after one of them."""
 
     def __init__(self, last: int | None = None) -> None:
         self.last = last
@@ -514,11 +515,7 @@ def test_metrics_that_are_not_finite_are_none_after_a_stop_too(
     quantize: str | None, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The method is another package's, for all of ours have finite metrics."""
-    (tmp_path / "unmeasured.py").write_text(UNMEASURED)
-    about = tmp_path / "unmeasured-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: unmeasured\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[jaxprune.methods]\nunmeasured = unmeasured\n")
+    install_method(tmp_path, "unmeasured", UNMEASURED)
     monkeypatch.syspath_prepend(tmp_path)
     recipe = Recipe(methods.load("unmeasured")(), quantize=quantize)
     out, seen = tmp_path / "out", Stopping()
