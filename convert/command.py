@@ -3,6 +3,7 @@ for one of ours."""
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -11,12 +12,13 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from convert.errors import Change, DamagedError, NoRoomError, UserError
 
-USER_ERROR, DEFECT, STOPPED = 2, 70, 130
-"""Exit statuses beside 0 and 1; 1 says "not verified" or "does not fit"."""
+USER_ERROR, DEFECT, STOPPED, UNREAD = 2, 70, 130, 141
+"""Exit statuses beside 0 and 1; 1 says "not verified" or "does not fit". `UNREAD`: the output was
+closed, as the shell says of a program that SIGPIPE ends."""
 MOST = 2000
 """Characters of an error's line."""
 
@@ -58,7 +60,7 @@ def _run(
     _quiet_libraries()
     before = signal.signal(signal.SIGTERM, terminate)
     try:
-        with shown_warnings():
+        with shown_warnings(), flushed():
             return command(sys.argv[1:] if argv is None else argv) or 0, ""
     except UserError as error:
         _print_notes(error)
@@ -70,6 +72,8 @@ def _run(
         print("stopped", file=sys.stderr)
         return STOPPED, "it was stopped"
     except Exception as error:
+        if is_of_output(error):
+            return end_output(error)
         traceback.print_exc()
         print(
             "this is a defect of jaxprune, and nothing that you did: please report it, with the "
@@ -80,6 +84,34 @@ def _run(
         return DEFECT, f"a defect of jaxprune ({one_line(repr(error))}), see its output"
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def flushed() -> Iterator[None]:
+    """Writes in the end what was printed; raises OSError where that is not possible."""
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+
+
+def is_of_output(error: BaseException) -> TypeGuard[OSError]:
+    """Returns whether an error says that what was printed cannot be written; the system's errors
+    of files are worded where they occur."""
+    lost = errno.EPIPE, errno.ENOSPC, errno.EIO
+    return isinstance(error, OSError) and error.filename is None and error.errno in lost
+
+
+def end_output(error: OSError) -> tuple[int, str]:
+    """Lets nothing more be printed on stdout; returns the exit status, and the error's line."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    if error.errno == errno.EPIPE:
+        return UNREAD, "nobody reads its output"
+    text = f"the output cannot be written ({error.strerror})"
+    print(f"error: {text}", file=sys.stderr)
+    return USER_ERROR, text
 
 
 def _print_notes(error: BaseException) -> None:

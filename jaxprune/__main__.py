@@ -34,11 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     first = given[0] if given else "--help"
     if first in ("-h", "--help"):
-        print(usage())
-        return 0
+        return _printed(usage())
     if first == "--version":
-        print(f"jaxprune {version('jaxprune')}")
-        return 0
+        return _printed(f"jaxprune {version('jaxprune')}")
     name, rest = ("prune", given) if first.startswith("-") else (first, given[1:])
     if name not in (known := names()):
         near = difflib.get_close_matches(name, known, n=1)
@@ -46,6 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: no command {ascii(name)}: {hint}", file=sys.stderr)
         return 2
     return importlib.import_module(f"jaxprune.commands.{name.replace('-', '_')}").main(rest)
+
+
+def _printed(text: str) -> int:
+    """Prints a text; returns the exit status."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        from convert.command import end_output  # which imports more than a help needs
+
+        return end_output(error)[0]
+    return 0
 
 
 def names() -> list[str]:

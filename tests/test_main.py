@@ -1,11 +1,14 @@
 """The one table of commands."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from jaxprune import __main__ as commands
+from tests.helpers import tiny
 
 
 def test_the_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,3 +64,35 @@ def test_importing_it_imports_nothing_heavy() -> None:
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     assert commands.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("jaxprune 0.")
+
+
+@pytest.mark.parametrize("line", ["--help", "--version", "verify --help", "verify ."])
+@pytest.mark.parametrize(
+    ("output", "status", "said"),
+    [
+        ("closed", 141, ""),
+        ("/dev/full", 2, "error: the output cannot be written (No space left on device)\n"),
+    ],
+)
+def test_output_that_cannot_be_written(
+    line: str, output: str, status: int, said: str, tmp_path: Path
+) -> None:
+    """One line and a status of its own, which is not that of an answer or of a defect."""
+    tiny.save(tmp_path, tiny.config())
+    if output == "closed":
+        read, write = os.pipe()
+        os.close(read)
+    else:
+        write = os.open(output, os.O_WRONLY)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "jaxprune", *line.split()],
+            cwd=tmp_path,
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (status, said)

@@ -24,6 +24,7 @@ from cyclopts.config import Dict
 
 from convert.files import expand
 from jaxprune.commands import config_file
+from jaxprune.commands.terminal import console
 from jaxprune.errors import InputError, UserError
 
 FlagOf = Callable[[str], str | None]
@@ -143,6 +144,7 @@ class CommandLine:
             version_flags=[],
             help_epilogue=examples,
             help_format="plaintext",
+            console=console,
             end_of_options_delimiter="",
             config=Dict(self._stored, source=str(self._file), use_commands_as_keys=False),
         )

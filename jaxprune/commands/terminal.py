@@ -34,7 +34,16 @@ CACHE_BYTES = 2**30
 REASON_SECONDS = 5
 """How long a process with an unexpected error waits to learn that another process is the reason."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8  # of glibc's malloc.h
-console = Console(highlight=False, soft_wrap=True, markup=False)
+
+
+class _Console(Console):
+    """rich's, which leaves a closed output to `convert.command`."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # noqa: PLE0704  it is called where the error is handled
+
+
+console = _Console(highlight=False, soft_wrap=True, markup=False)
 
 
 def run_main(
