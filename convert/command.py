@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -59,8 +60,11 @@ def _run(
             stream.reconfigure(errors="backslashreplace")
     _quiet_libraries()
     before = signal.signal(signal.SIGTERM, terminate)
+    interrupt = signal.getsignal(signal.SIGINT)
+    if interrupt is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with shown_warnings(), flushed():
+        with stopped_for_sure(), shown_warnings(), flushed():
             return command(sys.argv[1:] if argv is None else argv) or 0, ""
     except UserError as error:
         _print_notes(error)
@@ -84,6 +88,7 @@ def _run(
         return DEFECT, f"a defect of jaxprune ({one_line(repr(error))}), see its output"
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 @contextlib.contextmanager
@@ -123,6 +128,25 @@ def _print_notes(error: BaseException) -> None:
 def terminate(*_: object) -> NoReturn:
     """Stops a command as Ctrl-C does; a signal's handler."""
     raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def stopped_for_sure() -> Iterator[None]:
+    """Stops a command again where Python ignores that it is to stop: a signal may arrive while a
+    finalizer or the garbage collector's callback runs."""
+    before = sys.unraisablehook
+
+    def again(ignored: Any) -> None:
+        if issubclass(ignored.exc_type, KeyboardInterrupt):
+            threading.Timer(0.01, signal.raise_signal, [signal.SIGTERM]).start()
+        else:
+            before(ignored)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def worded(error: UserError) -> str:

@@ -5,6 +5,7 @@ import ast
 import difflib
 import importlib
 import pkgutil
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -31,6 +32,8 @@ ORDER = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns its exit status. One that begins with a flag is `jaxprune
     prune`'s."""
+    if argv is None:
+        stop_at_once()
     given = list(sys.argv[1:] if argv is None else argv)
     first = given[0] if given else "--help"
     if first in ("-h", "--help"):
@@ -44,6 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: no command {ascii(name)}: {hint}", file=sys.stderr)
         return 2
     return importlib.import_module(f"jaxprune.commands.{name.replace('-', '_')}").main(rest)
+
+
+def stop_at_once() -> None:
+    """Lets Ctrl-C end this process until `convert.command` takes over: what is imported meanwhile
+    swallows Python's exception, or crashes of it."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _printed(text: str) -> int:

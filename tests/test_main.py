@@ -1,14 +1,18 @@
 """The one table of commands."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from jaxprune import __main__ as commands
 from tests.helpers import tiny
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_the_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,3 +100,24 @@ def test_output_that_cannot_be_written(
     finally:
         os.close(write)
     assert (done.returncode, done.stderr) == (status, said)
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.5, 1.0, 1.5, 2.0, 2.5])
+@pytest.mark.parametrize("module", ["jaxprune", "jaxprune.run"])
+def test_an_early_signal_ends_the_process(module: str, seconds: float, tmp_path: Path) -> None:
+    """While libraries are imported too, which swallow exceptions or crash of them."""
+    tiny.save(tmp_path, tiny.config())
+    line = f"{module} --ckpt . --calib none.txt --out out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", *line.split()],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    # 2: it was over before, for there is no such text
+    assert process.returncode in (2, 130, -signal.SIGINT) and "Traceback" not in said, said

@@ -2,12 +2,13 @@
 
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
 
-from convert.command import run
+from convert.command import STOPPED, run
 
 
 def test_a_warning_is_one_line_whatever_handlers_libraries_install(
@@ -41,3 +42,19 @@ def test_what_orbax_leaves_behind_is_passed_over_and_nothing_else(
     for found in [SimpleNamespace(exc_value=RuntimeError("Event loop is closed")), *others]:
         sys.unraisablehook(found)  # type: ignore[arg-type]
     assert passed_on == others and capsys.readouterr().err == ""
+
+
+def test_a_stop_that_python_ignores_is_tried_again(capsys: pytest.CaptureFixture[str]) -> None:
+    """As where a signal arrives while the garbage collector's callback runs."""
+
+    class Finalized:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    def command(argv: Sequence[str]) -> int:
+        Finalized()
+        time.sleep(60)
+        return 0
+
+    assert run(command, []) == STOPPED
+    assert capsys.readouterr().err == "stopped\n"

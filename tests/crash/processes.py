@@ -69,6 +69,7 @@ class Command:
         )
         with _FORKING:
             self._process.start()
+        theirs.close()  # a process that ends early is an error here
         listener = recv_handle(ours)
         self._thread = threading.Thread(target=self._supervise, args=(listener, folder, answer))
         self._thread.start()
