@@ -243,11 +243,11 @@ def replace(finished: Path, place: Path, remove: Callable[[Path], None]) -> None
         place: something is there.
         remove: removes what was there; OccupiedError: it is not ours, and stays.
     """
-    renaming.exchange(finished, place)
+    moved = renaming.exchange(finished, place)
     try:  # it may have been touched between the check and the exchange
-        remove(finished)
+        remove(moved)
     except OccupiedError:
-        renaming.exchange(finished, place)
+        renaming.exchange_back(finished, place, moved)
         raise
 
 

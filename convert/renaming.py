@@ -15,8 +15,8 @@ _UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 def rename_new(source: Path, target: Path) -> None:
     """Renames a file or a folder to where nothing is.
 
-    Where the disk (NFS, for example) has no such call, the name is claimed first: by an empty
-    folder, over which only a folder can be renamed, or by a second link of the file.
+    Where the disk (NFS, for example) has no such call, a file gets a second link first. A folder is
+    renamed: at most, that replaces an empty folder that appears in the same instant.
 
     Raises:
         FileExistsError: something is there.
@@ -25,28 +25,54 @@ def rename_new(source: Path, target: Path) -> None:
     if _rename(source, target, _NEW):
         return
     if source.is_dir():
-        target.mkdir()
-        source.rename(target)
+        _move(source, target)
     else:
         os.link(source, target, follow_symlinks=False)
         source.unlink()
 
 
-def exchange(one: Path, other: Path) -> None:
+def old(one: Path) -> Path:
+    """Returns where `exchange` moves the other of two, on a disk that has no such call."""
+    return one.with_name(f"{one.name}.old")
+
+
+def exchange(one: Path, other: Path) -> Path:
     """Exchanges two files or two folders.
 
-    Where the disk has no such call, `other` is moved aside first; a kill between leaves it there,
-    as NAME.old beside `one`.
+    Where the disk has no such call, `other` moves to `old(one)` first, and stays there. A kill
+    between leaves nothing at `other`, and both beside each other.
+
+    Args:
+        one: in a folder that nobody else uses.
+        other: of the same kind.
+
+    Returns:
+        Where `other` is.
 
     Raises:
         OSError: they cannot be exchanged.
     """
     if _rename(one, other, _EXCHANGE):
-        return
-    aside = one.with_name(f"{one.name}.old")
-    rename_new(other, aside)
+        return one
+    _move(other, old(one))
     rename_new(one, other)
-    rename_new(aside, one)
+    return old(one)
+
+
+def exchange_back(one: Path, other: Path, moved: Path) -> None:
+    """Undoes `exchange`, which returned `moved`."""
+    if moved == one:
+        exchange(one, other)
+    else:
+        rename_new(other, one)
+        rename_new(moved, other)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Renames in one step, unless something is there already."""
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    source.rename(target)
 
 
 def _rename(source: Path, target: Path, flag: int) -> bool:

@@ -15,6 +15,7 @@ from convert import ownership
 from convert.destination import Destination
 from convert.errors import OccupiedError, UserError, joined
 from convert.ownership import Listed
+from convert.renaming import old
 from convert.writing import names
 from jaxprune.processes.collective import on_first_process
 from jaxprune.pruning.store import RunStore
@@ -98,9 +99,10 @@ def remove(store: RunStore) -> None:
         CheckpointError: the disk became read-only. The same command removes the rest.
     """
     folder = store.folder
-    with contextlib.suppress(UserError):  # what was replaced
-        ownership.remove_folder(store.result)
-    for path in (*store.files(), store.masks):
+    for path in (store.result, old(store.result)):
+        with contextlib.suppress(UserError):  # what was replaced
+            ownership.remove_folder(path)
+    for path in (*store.files(), store.masks, old(store.masks)):
         with contextlib.suppress(UserError):
             ownership.remove_sealed(path)
     ownership.remove_empties(folder)
