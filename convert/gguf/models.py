@@ -137,19 +137,16 @@ def _gemma(fields: Fields) -> Entries:
 
 
 def _gemma3(fields: Fields) -> Entries:
-    full: Entries = {"rope_type": "default", "rope_theta": fields.rope_base}
-    if fields.scaling == "linear":
-        full |= {"rope_type": "linear", "factor": fields.scaling_factor}
-    local = {"rope_type": "default", "rope_theta": 10000.0}
-    return _gemma(fields) | {
-        "rope_parameters": {"full_attention": full, "sliding_attention": local}
-    }
+    return _gemma(fields) | {"rope_local_base_freq": 10000.0}
 
 
 def _phi3(fields: Fields) -> Entries:
     share = (fields.rope_size or fields.size_of_head) / fields.size_of_head
-    rope = {"rope_type": "default", "rope_theta": fields.rope_base, "partial_rotary_factor": share}
-    return {"sliding_window": fields.window, "rope_parameters": rope, "pad_token_id": None}
+    return {
+        "sliding_window": fields.window,
+        "partial_rotary_factor": share,
+        "pad_token_id": None,
+    }
 
 
 def _granite(fields: Fields) -> Entries:

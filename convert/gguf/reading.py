@@ -315,9 +315,12 @@ class Reader:
                 f"its tokenizer cannot be read ({reason})", file=self._path
             ) from error
         # transformers 4 does not know the class name that transformers 5 writes; both know this
-        # one.
+        # one. By default that class has token types in transformers 4.
         file = folder / "tokenizer_config.json"
-        settings = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        settings = json.loads(file.read_text()) | {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
         file.write_text(json.dumps(settings, indent=2) + "\n")
 
     def _fields(self, schema: type[S], names: list[str], prefix: str = "") -> S:
@@ -351,35 +354,39 @@ class Reader:
             "attention_bias": "layers.0.self_attn.q_proj.bias" in self.spec,
             "mlp_bias": "layers.0.mlp.up_proj.bias" in self.spec,
             "tie_word_embeddings": "lm_head.kernel" not in self.spec,
-            "rope_parameters": self._rope(),
+            # transformers 4 knows these two entries alone, and transformers 5 too
+            "rope_theta": of.rope_base,
+            "rope_scaling": self._rope_scaling(),
         } | self._model.entries(of)
         for name, field in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
             config[f"{name}_token_id"] = self._header.get(f"tokenizer.ggml.{field}_token_id")
         check(DecoderConfig, config, file=self._path)
         return config
 
-    def _rope(self) -> dict[str, Any]:
+    def _rope_scaling(self) -> dict[str, Any] | None:
         of = self._of
-        rope: dict[str, Any] = {"rope_theta": of.rope_base, "rope_type": "default"}
         if self._factors is not None:
             factors = self._dequantized(self._factors).reshape(-1)
             # The file has the outcome, not the recipe: all published Llama 3 models use this one
             # but for its factor.
-            rope |= {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0}
+            rope = {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0}
             rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
             # no number of such a formula is near what is not finite
             with np.errstate(all="ignore"):
-                known = np.allclose(factors, settings.llama3_factors(len(factors), rope), rtol=1e-3)
+                wanted = settings.llama3_factors(len(factors), rope | {"rope_theta": of.rope_base})
+                known = np.allclose(factors, wanted, rtol=1e-3)
             if not known:
                 raise CheckpointError(
                     "its rope factors are not Llama 3's; use the original checkpoint",
                     file=self._path,
                     entry=ROPE_FACTORS,
                 )
-        elif of.scaling != "none":
-            rope |= {"rope_type": of.scaling, "factor": of.scaling_factor}
-            if of.scaling == "yarn":
-                rope["original_max_position_embeddings"] = of.original_context
+            return rope
+        if of.scaling == "none":
+            return None
+        rope = {"rope_type": of.scaling, "factor": of.scaling_factor}
+        if of.scaling == "yarn":
+            rope["original_max_position_embeddings"] = of.original_context
         return rope
 
 

@@ -1,5 +1,6 @@
 """GGUF files against what transformers loads from them."""
 
+import json
 import os
 import struct
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from convert import CheckpointError, open_checkpoint
 from convert.__main__ import main
@@ -51,6 +52,14 @@ def test_tensors_and_tokens_are_those_of_transformers(
     StreamedModel(open_checkpoint(path))
 
 
+def test_assets_have_the_entries_that_transformers_4_reads(tmp_path: Path) -> None:
+    reader = open_checkpoint(write_gguf(tmp_path / "a.gguf", tiny.config(), Q.F32))
+    config = read_config(reader.assets)
+    assert config["rope_theta"] == 10000.0 and "rope_parameters" not in config
+    tokenizer = json.loads((reader.assets / "tokenizer_config.json").read_text())
+    assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
+
+
 def test_llama3_rope_factors_become_the_configuration(tmp_path: Path) -> None:
     config = tiny.config(head_dim=64, rope_parameters=LLAMA3_ROPE)
     plain = Rope.from_hf(
@@ -58,7 +67,7 @@ def test_llama3_rope_factors_become_the_configuration(tmp_path: Path) -> None:
     ).inverse_frequencies(8)[0]
     scaled = Rope.from_hf(LLAMA3_ROPE, 64, 1024).inverse_frequencies(8)[0]
     reader = open_checkpoint(write_gguf(tmp_path / "a.gguf", config, Q.F32, factors=plain / scaled))
-    assert read_config(reader.assets)["rope_parameters"] == LLAMA3_ROPE
+    assert AutoConfig.from_pretrained(reader.assets).rope_parameters == LLAMA3_ROPE
     other = write_gguf(
         tmp_path / "b.gguf", config, Q.F32, factors=np.linspace(1, 9, 32, dtype=np.float32)
     )
