@@ -297,8 +297,7 @@ def load_tokenizer(assets: Path) -> Any:
     except BaseException as error:  # transformers and tokenizers raise anything
         if not isinstance(error, Exception) and not is_panic(error):
             raise
-        reason = f"{type(error).__name__}: {error}"[:300]
-        raise CheckpointError(f"the tokenizer cannot be read ({reason})", file=assets) from error
+        raise _unusable_tokenizer(assets, f"{type(error).__name__}: {error}"[:300]) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     token, most = max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
@@ -312,6 +311,20 @@ def load_tokenizer(assets: Path) -> Any:
             "%s: the tokenizer adds tokens up to id %d; the model knows %d", assets, most, size
         )
     return tokenizer
+
+
+def _unusable_tokenizer(assets: Path, reason: str) -> CheckpointError:
+    """Returns the error of a tokenizer that transformers cannot make."""
+    path, remedy = assets / "tokenizer.json", "take the one that the model's authors publish"
+    if not path.exists():
+        return CheckpointError(
+            f"it is missing, and the other files make no tokenizer: {remedy}", file=path
+        )
+    try:
+        decode(read_bytes(path, TOKENIZER_BYTES), file=path)
+    except CheckpointError as error:
+        return error
+    return CheckpointError(f"it makes no tokenizer ({reason}): {remedy}", file=path)
 
 
 def encode(tokenizer: Any, text: str, **options: Any) -> Any:

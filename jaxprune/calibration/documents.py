@@ -131,6 +131,18 @@ def whole(file: BufferedIOBase, path: Path) -> bytes:
     return content
 
 
+def require_utf8(content: bytes, path: Path, entry: str = "") -> None:
+    """Raises InputError for what is not UTF-8."""
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            "it is not UTF-8: convert it, for example with `iconv -f LATIN1 -t UTF-8`",
+            file=path,
+            entry=entry or f"byte {error.start}",
+        ) from None
+
+
 @contextlib.contextmanager
 def seekable(file: BufferedIOBase, path: Path) -> Iterator[BufferedIOBase]:
     """Yields a file whose places can be reached at once: itself, or, where it is packed, a

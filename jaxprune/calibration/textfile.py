@@ -19,7 +19,14 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from convert import schema
-from jaxprune.calibration.documents import COMPRESSED, Conversations, Documents, unpacked, whole
+from jaxprune.calibration.documents import (
+    COMPRESSED,
+    Conversations,
+    Documents,
+    require_utf8,
+    unpacked,
+    whole,
+)
 from jaxprune.calibration.rows import S, json_rows, parquet_rows
 from jaxprune.errors import InputError
 
@@ -136,10 +143,8 @@ def _texts(path: Path) -> Iterator[str]:
 
 def _txt(file: BufferedIOBase, path: Path) -> str:
     content = whole(file, path)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError("it is not UTF-8", file=path, entry=f"byte {error.start}") from None
+    require_utf8(content, path)
+    text = content.decode("utf-8-sig")
     if (at := text.find("\0")) >= 0:
         raise InputError("it is no text, it holds a null byte", file=path, entry=f"character {at}")
     return text.replace("\r\n", "\n").replace("\r", "\n")

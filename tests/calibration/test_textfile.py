@@ -62,8 +62,9 @@ GOOD = b'{"text": "a cat"}\n'
         ("a.jsonl", GOOD + b'{"text": "a"', "line 2: it is not valid JSON"),
         ("a.jsonl", GOOD + b"{" * 100_000, "line 2: it is not valid JSON"),
         ("a.jsonl", GOOD + b'{"text": "\\ud800"}', "line 2: it is not valid JSON"),
-        ("a.jsonl", GOOD + b'{"text": "\xff"}', "line 2: it is not valid JSON"),
-        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "line 1: it is not valid JSON"),
+        ("a.jsonl", GOOD + b'{"text": "\xff"}', "line 2: it is not UTF-8: convert it"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "line 1: it is not UTF-8"),
+        ("a.json", b'[{"text": "\xff"}]', "byte 11: it is not UTF-8"),
         (
             "a.json",
             b'[{"text": "a"}, {"text": null}]',

@@ -388,6 +388,23 @@ def test_damaged_tokenizers_are_one_error(file: str, text: str, folder: Path) ->
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, "it is missing, and the other files make no tokenizer: take the one"),
+        ("garbage", r"it is not valid JSON \(expected value"),
+        ("{}", r"it makes no tokenizer \(KeyError: 'added_tokens'\): take the one"),
+    ],
+)
+def test_what_keeps_a_tokenizer_from_being_read_is_named(
+    text: str | None, problem: str, folder: Path
+) -> None:
+    path = folder / "tokenizer.json"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(CheckpointError, match=rf"tokenizer\.json: {problem}"):
+        load_tokenizer(folder)
+
+
 def test_a_panic_is_an_error_and_a_stop_is_none(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
