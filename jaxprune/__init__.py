@@ -2,7 +2,13 @@
 used."""
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
+
+if (_spec := importlib.util.find_spec("convert")) and not _spec.submodule_search_locations:
+    raise ImportError(
+        f"{_spec.origin} hides jaxprune's package of the name convert: rename it, or work elsewhere"
+    )
 
 _EXPORTS = {
     "ADMM": "jaxprune.methods.admm",

@@ -121,3 +121,19 @@ def test_an_early_signal_ends_the_process(module: str, seconds: float, tmp_path:
     _, said = process.communicate(timeout=60)
     # 2: it was over before, for there is no such text
     assert process.returncode in (2, 130, -signal.SIGINT) and "Traceback" not in said, said
+
+
+@pytest.mark.parametrize("module", ["jaxprune", "jaxprune.run"])
+def test_a_file_that_hides_convert_is_named(module: str, tmp_path: Path) -> None:
+    (tmp_path / "convert.py").write_text("raise SystemExit('it ran')")
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--ckpt", "."],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    said = f"ImportError: {tmp_path}/convert.py hides jaxprune's package of the name convert: "
+    assert done.stderr.splitlines()[-1].startswith(said)

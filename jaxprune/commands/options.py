@@ -255,7 +255,6 @@ def _parameter(
         show_default=False,
         converter=_convert(converter) if converter else None,
         allow_leading_hyphen=kind in (int, float),
-        allow_repeating=True,
     )
     required = field.default is dataclasses.MISSING
     return inspect.Parameter(

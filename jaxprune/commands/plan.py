@@ -11,7 +11,7 @@ from convert.errors import InputError
 from convert.files import expand
 from jaxprune.commands.config import Config, group_of, read
 from jaxprune.commands.progress import longest
-from jaxprune.commands.prune import require_typed
+from jaxprune.commands.prune import require_suitable
 from jaxprune.commands.terminal import choose_devices, console, duration, print_table, run_main
 from jaxprune.hardware import writing_for
 from jaxprune.planning import fit, preflight
@@ -58,7 +58,7 @@ def plan(config: Config, recipe: Recipe, sparsity: float | None = None) -> int:
     if config.target:
         return _plan_for_targets(config, recipe, sparsity)
     devices = choose_devices(config.device, config.devices, config.meeting(recipe))
-    require_typed(config, recipe, sparsity)
+    require_suitable(config, recipe, sparsity)
     work = work_of(config, recipe, devices)
     need = preflight.need(work)
     times = {} if work.device_bytes else preflight.seconds(need, work.devices)
@@ -96,7 +96,7 @@ def _plan_for_targets(config: Config, recipe: Recipe, sparsity: float | None) ->
     ):
         if given:
             raise InputError(f"--target says what the hardware is: leave --{name} out")
-    require_typed(config, recipe, sparsity)
+    require_suitable(config, recipe, sparsity)
     names = [name.strip() for name in (config.target or "").split(",")]
     targets, count = {name: target_of(name) for name in names}, config.devices or 1
     for target in targets.values():

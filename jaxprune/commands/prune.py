@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from convert.destination import Destination
     from jaxprune.api.prune import PruningResult
     from jaxprune.calibration.stream import TextStream
+    from jaxprune.models import Architecture
     from jaxprune.streaming.model import StreamedModel
 
 
@@ -72,9 +73,9 @@ def run(config: Config, recipe: Recipe, sparsity: float | None = None) -> "Pruni
     if recipe.importance.measured or recipe.tuning.tunes:
         keep_memory(large=True)  # both make logits
     devices = choose_devices(config.device, config.devices, config.meeting(recipe))
-    require_typed(config, recipe, sparsity)
     measures = config.plan()
     _ = measures.loaded  # before a model is fetched
+    require_suitable(config, recipe, sparsity)
     console.print(f"opening {config.ckpt}")
     model = load(config.ckpt, dtype=config.computation_dtype, devices=devices, scratch=scratch)
     asked = {"calibration": config.calib, "tuning": config.tune_text}
@@ -143,28 +144,37 @@ def _checked_paths(
     require_separate(
         place, masks_place, recipe, inputs | {"ckpt": paths_of(config.ckpt)}, config.scratch
     )
-    opening.check(place, masks_place)
+    if not opening.check(place, masks_place) and config.resume:
+        opening.require_begun(place.path)
     return place, masks_place, inputs
 
 
-def require_typed(config: Config, recipe: Recipe, sparsity: float | None) -> None:
-    """Raises InputError where rules miss the sparsity that the user typed; config.json is enough to
-    know.
+def require_suitable(config: Config, recipe: Recipe, sparsity: float | None) -> "Architecture":
+    """Makes sure that a recipe is one for the checkpoint; config.json is enough to know.
 
     Args:
         config: the options of the run; its devices are chosen already.
         recipe: its recipe.
-        sparsity: the sparsity; None: none was typed.
+        sparsity: the sparsity that the user typed; None: none was typed.
+
+    Returns:
+        The checkpoint's architecture.
+
+    Raises:
+        InputError: the recipe is none for it, or rules miss the sparsity.
+        CheckpointError: the checkpoint cannot be read.
     """
     from jaxprune.planning.preflight import shapes_of
     from jaxprune.pruning.experts import without_experts
     from jaxprune.pruning.rules import require_sparsity
+    from jaxprune.pruning.whole_model import require_recipe
 
+    *_, architecture = shapes_of(config.ckpt, config.computation_dtype)
+    left = without_experts(architecture, recipe.experts.drop_experts)
+    require_recipe(left, recipe)
     if sparsity is not None and recipe.rules:
-        *_, architecture = shapes_of(config.ckpt, config.computation_dtype)
-        require_sparsity(
-            without_experts(architecture, recipe.experts.drop_experts), recipe, sparsity
-        )
+        require_sparsity(left, recipe, sparsity)
+    return architecture
 
 
 def source_paths(sources: str | None) -> list[Path]:

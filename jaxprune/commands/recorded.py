@@ -50,7 +50,7 @@ def recorded(content: bytes, path: Path, given: Mapping[str, str]) -> Mapping[st
             raise InputError(
                 "this version of jaxprune has no such part of a recipe", file=path, entry=entry
             )
-    wanted, made = record.recipe(), parse([*words(of_recipe(record))])
+    wanted, made = record.recipe(), parse([*words(dict(of_recipe(record)).items())])
     if lost := [name for name, value in vars(wanted).items() if value != getattr(made, name)]:
         raise InputError("no options make this part of its recipe", file=path, entry=lost[0])
     options = record.config.model_dump() | dict(of_recipe(record, given))

@@ -11,7 +11,7 @@ from convert.paths import inputs_of, require_apart
 from jaxprune.api.load import load
 from jaxprune.commands.config import read
 from jaxprune.commands.options import Section, make, require_at_least
-from jaxprune.commands.prune import require_typed, source_paths, windows_of
+from jaxprune.commands.prune import require_suitable, source_paths, windows_of
 from jaxprune.commands.terminal import choose_devices, console, keep_memory, run_main
 from jaxprune.errors import Change, InputError
 from jaxprune.pruning import snapshot as snapshots
@@ -65,7 +65,8 @@ def _main(argv: Sequence[str]) -> None:
     if recipe.importance.measured:
         keep_memory(large=True)  # it makes logits
     devices = choose_devices(config.device, config.devices)
-    require_typed(config, recipe, sparsity)
+    architecture = require_suitable(config, recipe, sparsity)
+    snapshots.require_layer(architecture, wanted.layer)
     model = load(config.ckpt, dtype=config.computation_dtype, devices=devices, scratch=scratch)
     if dtype := saving_dtype(model.reader, config.save_dtype):
         model = model.saved_as(dtype)

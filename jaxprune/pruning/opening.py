@@ -88,6 +88,16 @@ def check(place: Destination, masks_place: Destination | None) -> bool:
     return False
 
 
+def require_begun(out: Path) -> None:
+    """Raises InputError where there is no store of a run that was stopped; else errors as for
+    `look`."""
+    if look(out) is None:
+        raise InputError(
+            f"there is nothing to go on with at {store_folder(out)}",
+            options={"resume": Change.OMIT},
+        )
+
+
 def tidy_up(out: Path, identity: Mapping[str, Any], masks_at: Path | None) -> bool:
     """Removes such a store, if result and masks are this run's; returns whether they are."""
     run, _, masks = ownership.prove(out).kind.rpartition(" ")
@@ -210,10 +220,8 @@ def _lock(
 ) -> None:
     """Makes the folder of a store, and locks it; errors as for `open_store`."""
     folder = store_folder(out)
-    if look(out) is None and resume:
-        raise InputError(
-            f"there is nothing to go on with at {folder}", options={"resume": Change.OMIT}
-        )
+    if resume:
+        require_begun(out)
     with failing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     stack.enter_context(_locked(folder))

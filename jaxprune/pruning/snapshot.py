@@ -44,6 +44,7 @@ from convert.ownership import UNSEALED, seal
 from convert.shards import TensorFile
 from jaxprune.errors import Change, InputError
 from jaxprune.methods import Method
+from jaxprune.models import Architecture
 from jaxprune.pruning.calibration_states import CalibrationStates
 from jaxprune.pruning.experts import kept_experts, without_experts
 from jaxprune.pruning.kernel import KernelResult
@@ -124,6 +125,12 @@ class Snapshot(NamedTuple):
         return arrays | {f"{linear}.kernel": kernel for linear, kernel in self.kernels.items()}
 
 
+def require_layer(architecture: Architecture, layer: int) -> None:
+    """Raises InputError where a model has no layer of an index."""
+    if layer >= (count := len(architecture.layers)):
+        raise InputError(f"there is no layer {layer}: the checkpoint has {count} layers, from 0")
+
+
 def capture(
     model: StreamedModel,
     tokens: Int[np.ndarray, "w t"],
@@ -146,10 +153,7 @@ def capture(
         InputError: there is no such layer, or it stays dense, or model, tokens and recipe do not
             fit together.
     """
-    if layer >= model.num_layers:
-        raise InputError(
-            f"there is no layer {layer}: the checkpoint has {model.num_layers} layers, from 0"
-        )
+    require_layer(model.architecture, layer)
     model.require_tokens(tokens)
     dropped = recipe.experts.drop_experts
     targets = require_recipe(without_experts(model.architecture, dropped), recipe)

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -444,3 +445,26 @@ def test_bad_input_is_one_error_and_harms_nothing(
         == (tmp_path / "out.unfinished").exists()
         == (name == "nan")
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("--skip nothing", "no linear layer is named 'nothing'"),
+        ("--rule nothing=0.5", "no linear layer is named 'nothing'"),
+        ("--pattern 2:5", "pattern 2:5 needs a number of inputs divisible by 5"),
+        ("--mask from-file:nope", "nope: it is missing"),
+        ("--resume", "there is nothing to go on with at "),
+        ("--route-all", "the model has no experts"),
+        ("--sparsity 0.5 --sparsity 0.6", "--sparsity specified multiple times"),
+    ],
+)
+def test_what_cannot_be_is_said_before_the_weights_are_opened(
+    line: str, problem: str, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("jaxprune.api.load.load", None)
+    options = ["--ckpt", checkpoint, "--calib", text, "--out", "out", *line.split()]
+    done = here(*options, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
+    assert problem in done.stderr and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -30,7 +30,8 @@ from tests.helpers.plans import need_of
 Q = gguf.GGMLQuantizationType
 CONFIG: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
 WINDOWS = np.random.default_rng(0).integers(0, 300, (2, 32)).astype(np.int32)
-RUN = "--ckpt q.gguf --calib ids.npy --nsamples 2 --seqlen 32 --method wanda --eval none".split()
+OPTIONS = "--calib ids.npy --nsamples 2 --seqlen 32 --method wanda --eval none".split()
+RUN = ["--ckpt", "q.gguf", *OPTIONS]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_kernels_are_solved_from_rounded_weights(here: Path) -> None:
     with create_checkpoint("half", dense.spec, dense.assets) as writer:
         writer.write(dense.read(dense.spec))
     assert main(["prune", *RUN, "--out", "out"]) == 0
-    assert main(["prune", *RUN, "--ckpt", "half", "--out", "of-half"]) == 0
+    assert main(["prune", *OPTIONS, "--ckpt", "half", "--out", "of-half"]) == 0
     for name, array in tensors(here / "out").items():
         np.testing.assert_array_equal(array, tensors(here / "of-half")[name], err_msg=name)
 
@@ -109,7 +110,7 @@ def test_a_file_decides_the_dtype_of_its_results(
     kind: gguf.GGMLQuantizationType, dtype: str, here: Path, capsys: pytest.CaptureFixture
 ) -> None:
     write_gguf(here / "a.gguf", tiny.config(**CONFIG), kind)
-    assert main(["prune", *RUN, "--ckpt", "a.gguf", "--out", "out"]) == 0
+    assert main(["prune", *OPTIONS, "--ckpt", "a.gguf", "--out", "out"]) == 0
     assert dtypes(here / "out") == {dtype} and dtype_in_config(here / "out") == dtype
     assert main(["verify", "out", "--against", "a.gguf"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
@@ -141,7 +142,7 @@ def test_a_default_is_repeated_with_its_checkpoint_only(here: Path, checkpoint: 
 
 
 def test_any_checkpoint_can_be_cast(here: Path, checkpoint: Path) -> None:
-    run = ["prune", *RUN, "--ckpt", str(checkpoint)]
+    run = ["prune", *OPTIONS, "--ckpt", str(checkpoint)]
     assert main([*run, "--save-dtype", "bfloat16", "--out", "half"]) == 0
     assert dtypes(here / "half") == {"bfloat16"}
     assert main(["verify", "half", "--against", str(checkpoint)]) == 0
@@ -169,7 +170,7 @@ def test_a_number_beyond_the_range_is_one_error(here: Path, capsys: pytest.Captu
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny, "weights", lambda config: tiny_weights)
         write_gguf(here / "large.gguf", tiny.config(**CONFIG), Q.Q8_0)
-    run = ["prune", *RUN, "--ckpt", "large.gguf"]
+    run = ["prune", *OPTIONS, "--ckpt", "large.gguf"]
     assert main([*run, "--out", "out"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert (
@@ -292,7 +293,7 @@ def test_dropped_experts_and_a_cast_go_together(here: Path) -> None:
     families.save(here / "experts", families.config("qwen3_moe", "mixed"))
     run = [
         "prune",
-        *RUN,
+        *OPTIONS,
         *"--ckpt experts --drop-experts 0.5 --save-dtype bfloat16 --out out".split(),
     ]
     assert main(run) == 0

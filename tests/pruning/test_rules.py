@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from jaxprune import NM, InputError, Recipe, Rule, Unstructured, load, prune_model
 from jaxprune.__main__ import main as jaxprune
 from jaxprune.commands.config import COMMAND, parse, read
-from jaxprune.commands.prune import main, require_typed
+from jaxprune.commands.prune import main, require_suitable
 from jaxprune.commands.verify import main as verify
 from jaxprune.methods.wanda import Wanda
 from jaxprune.pruning import whole_model
@@ -275,7 +275,7 @@ def test_a_typed_sparsity_that_rules_miss_is_an_error_before_any_work(
 def test_a_typed_sparsity_that_rules_give(line: str, typed: float | None, checkpoint: Path) -> None:
     asked = read(["--ckpt", str(checkpoint), *line.split()], *COMMAND)
     assert asked.sparsity == typed
-    require_typed(asked.config, asked.recipe, asked.sparsity)
+    require_suitable(asked.config, asked.recipe, asked.sparsity)
 
 
 def test_a_records_sparsity_is_not_typed() -> None:
