@@ -363,8 +363,12 @@ def run_processes(
             count,
             "--process-id",
             number,
-            *(own if number == who else ()),
         ]
+        for flag, value in zip(own[::2], own[1::2], strict=True):
+            if number == who and flag in options:
+                options[options.index(flag) + 1] = value
+            elif number == who:
+                options += [flag, value]
         argv = [sys.executable, "-c", CODE, *hooks, *map(str, options)]
         environment = os.environ | xla.quick() | {"HF_HUB_OFFLINE": "1"}
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}

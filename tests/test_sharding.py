@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -80,23 +81,31 @@ def single(name: str, line: list[object], folder: Path) -> Path:
     return folder / "single"
 
 
-def assert_close(out: Path, single: Path, far: float = 2e-4) -> None:
-    """Same masks; weights equal to float32 rounding, by `far` of the largest of a kernel."""
+def pairs(out: Path, single: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yields name and both tensors of two checkpoints."""
     found, expected = (load_file(folder / "model.safetensors") for folder in (out, single))
     assert found.keys() == expected.keys()
-    for name, weight in expected.items():
-        assert ((found[name] == 0) == (weight == 0)).all(), name
+    yield from ((name, found[name], expected[name]) for name in expected)
+
+
+def assert_close(out: Path, single: Path, far: float = 2e-4) -> None:
+    """Same masks; weights equal to float32 rounding, by `far` of the largest of a kernel."""
+    for name, found, expected in pairs(out, single):
+        assert ((found == 0) == (expected == 0)).all(), name
         np.testing.assert_allclose(
-            found[name], weight, rtol=2e-3, atol=far * np.abs(weight).max(), err_msg=name
+            found, expected, rtol=2e-3, atol=far * np.abs(expected).max(), err_msg=name
         )
 
 
 @pytest.mark.slow
 def test_eight_devices_do_as_one(line: list[object], tmp_path: Path) -> None:
     run_all([*line, *RECIPES["best"], "--devices", 8, "--out", tmp_path / "out"])
-    # A gradient near zero may have another sign, and the first steps are as long whatever a
-    # gradient's size.
-    assert_close(tmp_path / "out", single("best", line, tmp_path), far=2e-3)
+    # Devices add in an order that depends on the machine's load. A gradient near zero may have
+    # another sign, and the first steps are as long whatever a gradient's size: of two weights
+    # that matter alike, the other one may become zero.
+    for name, found, expected in pairs(tmp_path / "out", single("best", line, tmp_path)):
+        assert ((found == 0) == (expected == 0)).mean() > 0.999, name
+        assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected), name
 
 
 @needs_torch
