@@ -23,7 +23,7 @@ from jaxprune.processes import control
 from jaxprune.processes.collective import differences, on_first_process, require_same
 from jaxprune.processes.control import LOST, Control, Failure, Group
 from tests.helpers import tiny, xla
-from tests.helpers.command import free_port
+from tests.helpers.command import changed, free_port
 
 WITHIN = 30
 """Seconds in which every process has to end once one has failed."""
@@ -364,11 +364,7 @@ def run_processes(
             "--process-id",
             number,
         ]
-        for flag, value in zip(own[::2], own[1::2], strict=True):
-            if number == who and flag in options:
-                options[options.index(flag) + 1] = value
-            elif number == who:
-                options += [flag, value]
+        options = changed(options, *own) if number == who else options
         argv = [sys.executable, "-c", CODE, *hooks, *map(str, options)]
         environment = os.environ | xla.quick() | {"HF_HUB_OFFLINE": "1"}
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}

@@ -77,7 +77,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         (b"", "it holds no rows"),
         (b"not json\n", "line 1: it is not valid JSON"),
         (b"[1, 2]\n", "an entry cannot be used"),
-        (b'"\xff"\n', "line 1: it is not valid JSON"),
+        (b'"\xff"\n', "line 1: it is not UTF-8"),
     ):
         (tmp_path / "boolq.jsonl").write_bytes(content)
         with pytest.raises(UserError, match=message):

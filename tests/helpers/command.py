@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +77,14 @@ def free_port() -> int:
             with contextlib.suppress(OSError, OverflowError):
                 other.bind(("localhost", port + 1))
                 return port
+
+
+def changed(argv: Sequence[Any], *options: Any) -> list[Any]:
+    """A command line with other values of flags that it has, or has not."""
+    found = [*argv]
+    for flag, value in zip(options[::2], options[1::2], strict=True):
+        if flag in found:
+            found[found.index(flag) + 1] = value
+        else:
+            found += [flag, value]
+    return found

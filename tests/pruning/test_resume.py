@@ -31,7 +31,7 @@ from jaxprune.pruning import store as store_module
 from jaxprune.pruning.store import RunStore
 from jaxprune.reporting import reading, schema
 from tests.helpers import tiny
-from tests.helpers.command import failing
+from tests.helpers.command import changed, failing
 from tests.helpers.damage import damage
 from tests.helpers.plugins import install_method
 from tests.helpers.shapes import windows
@@ -311,7 +311,7 @@ def test_another_run_is_refused(
     }
     for difference, change in changes.items():
         capsys.readouterr()
-        assert main([*argv, *change]) == 2
+        assert main(changed(argv, *change)) == 2
         assert difference in capsys.readouterr().err
         assert {p: p.read_bytes() for p in store.rglob("*") if p.is_file()} == before
     assert main(argv) == 0
@@ -384,7 +384,7 @@ def test_a_damaged_checkpoint_is_pruned_further_once_it_is_replaced(
 ) -> None:
     damaged = shutil.copytree(checkpoint, tmp_path / "damaged")
     edited(damaged, lambda tensors: tensors["model.norm.weight"].__setitem__(3, np.nan))
-    argv = [*line, "--ckpt", str(damaged), "--out", str(tmp_path / "out")]
+    argv = changed(line, "--ckpt", str(damaged), "--out", str(tmp_path / "out"))
     assert main(argv) == 2
     note, error = capsys.readouterr().err.splitlines()[-2:]
     assert note == (
@@ -406,7 +406,7 @@ def test_an_error_that_another_try_meets_again_suggests_none(
         large,
         lambda tensors: tensors["model.layers.2.input_layernorm.weight"].__imul__(np.float32(1e30)),
     )
-    argv = [*line, "--ckpt", str(large), "--out", str(tmp_path / "out")]
+    argv = changed(line, "--ckpt", str(large), "--out", str(tmp_path / "out"))
     assert main(argv) == 2
     said = capsys.readouterr().err
     assert "error: layer 2: the activations hold NaN or infinity" in said
@@ -423,7 +423,8 @@ def test_an_error_of_the_evaluation_says_how_to_use_what_is_pruned(
     argv = [*line, "--out", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
         patch.setattr("jaxprune.evaluation.quality.text_quality", failing(lambda *a, **k: None, 1))
-        assert main([*argv, "--eval", "ppl", "--eval-text", str(text), "--eval-windows", "2"]) == 2
+        measured = ("--eval", "ppl", "--eval-text", str(text), "--eval-windows", "2")
+        assert main(changed(argv, *measured)) == 2
     assert capsys.readouterr().err.splitlines()[-2:] == [
         f"finished work is saved in {tmp_path}/out.unfinished: with other options of the "
         "evaluation, or without it, "
