@@ -1,10 +1,12 @@
 """One schema for each file that comes from elsewhere: what lies behind `parse` has the types and
 ranges it declares.
 
-Schemas are pydantic models: its errors name the place, what was found and what was wanted as data,
-its parser refuses NaN, bounds depth, and is the one that most Python projects have already.
+Schemas are pydantic models, for files of others, or plain dataclasses, for our own data. pydantic's
+errors name the place, what was found and what was wanted as data; its parser refuses NaN, bounds
+depth, and is the one that most Python projects have already.
 """
 
+import functools
 import json
 import math
 import re
@@ -18,7 +20,7 @@ import pydantic_core
 from convert.errors import MISSING, DamagedError, UserError
 from convert.files import JSON_BYTES, read_bytes
 
-_CHOICE = r"(constrained-\w+|list\[.*\]|dict\[.*\])$"
+_CHOICE = r"(constrained-\w+|list\[.*\]|dict\[.*\]|is-\w+)$"
 """What pydantic calls the alternatives of a type, among an entry's steps."""
 
 
@@ -31,9 +33,40 @@ class Schema(pydantic.BaseModel):
     )
 
 
-S = TypeVar("S", bound=pydantic.BaseModel)
+S = TypeVar("S")
+OWN = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+"""For `__pydantic_config__` of dataclasses that decide something: an unknown entry is an error."""
 Count = Annotated[int, pydantic.Field(ge=0, le=2**53)]
 """A number of things, exact as a float too."""
+Measured = Annotated[
+    float,
+    pydantic.BeforeValidator(lambda value: math.nan if value is None else value),
+    pydantic.PlainSerializer(lambda value: value if math.isfinite(value) else None),
+]
+"""A number that need not be finite: null in JSON, and NaN where it is read."""
+FiniteOrNull = Annotated[
+    float | None,
+    pydantic.PlainSerializer(
+        lambda value: value if value is not None and math.isfinite(value) else None
+    ),
+]
+"""A number that need not be known: null in JSON where it is not, or is not finite."""
+
+
+@functools.cache
+def _adapter(schema: Any) -> pydantic.TypeAdapter:
+    return pydantic.TypeAdapter(schema)
+
+
+def dump(value: Any, schema: Any = None) -> Any:
+    """Returns JSON of a value, from which `check` makes an equal one.
+
+    Args:
+        value: a dataclass, or what a type says.
+        schema: that type; None: the value's own.
+    """
+    adapter = _adapter(type(value) if schema is None else schema)  # type: ignore[arg-type]
+    return adapter.dump_python(value, mode="json", by_alias=True)
 
 
 def read(
@@ -57,15 +90,23 @@ def read(
 def decode(
     content: str | bytes, *, file: str | Path, error: type[UserError] = DamagedError
 ) -> dict[str, Any]:
-    """Returns a JSON object of bounded depth, without NaN; for files whose entries are checked one
-    at a time."""
+    """Returns a JSON object of bounded depth, whose numbers are finite; for files whose entries are
+    checked one at a time."""
     try:
         value = pydantic_core.from_json(content, allow_inf_nan=False)
     except ValueError as problem:
         raise error(f"it is not valid JSON ({str(problem)[:200]})", file=file) from None
     if not isinstance(value, dict):
         raise error("it is no JSON object", file=file, found=value)
+    if not _finite(value):
+        raise error("it is not valid JSON (a number is infinite)", file=file)
     return value
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return all(map(_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def parse(
@@ -77,8 +118,11 @@ def parse(
     error: type[UserError] = DamagedError,
 ) -> S:
     """Returns JSON text as its schema has it; errors as for `read`."""
+    if not (isinstance(schema, type) and issubclass(schema, pydantic.BaseModel)):
+        decode(content, file=file, error=error)  # a model looks at each number itself
     try:
-        return schema.model_validate_json(content)
+        adapter = _adapter(schema)  # type: ignore[arg-type]
+        return adapter.validate_json(content, strict=True)
     except pydantic.ValidationError as problem:
         raise refused(problem, file=file, entry=entry, error=error) from None
 
@@ -93,7 +137,9 @@ def check(
 ) -> S:
     """Returns a decoded value as its schema has it; errors as for `read`."""
     try:
-        return schema.model_validate(value)
+        if isinstance(schema, type) and issubclass(schema, pydantic.BaseModel):
+            return schema.model_validate(value)
+        return parse(schema, json.dumps(value), file=file, entry=entry, error=error)
     except (pydantic.ValidationError, RecursionError) as problem:
         if isinstance(problem, RecursionError):
             raise error("it is nested too deeply", file=file, entry=entry) from None
@@ -108,14 +154,20 @@ def refused(
     error: type[UserError] = DamagedError,
 ) -> UserError:
     """Returns the first of pydantic's errors as one of ours."""
-    first = problem.errors(include_url=False, include_context=False)[0]
+    first = problem.errors(include_url=False)[0]
     steps = [str(step) for step in first["loc"] if not re.match(_CHOICE, str(step))]
     place = ".".join([entry] * bool(entry) + steps)
     if first["type"] == "json_invalid":
         reason = first["msg"].removeprefix("Invalid JSON: ")
         return error(f"it is not valid JSON ({reason})", file=file, entry=place)
-    if first["type"] == "missing":
+    if first["type"] in ("missing", "missing_argument"):
         return error("an entry is missing", file=file, entry=place)
+    if first["type"] == "union_tag_invalid":
+        return error("an entry cannot be used", file=file, entry=place, found=first["input"])
+    if first["type"] == "unexpected_keyword_argument":
+        return error("there is no such entry", file=file, entry=place)
+    if isinstance(cause := first.get("ctx", {}).get("error"), UserError):  # of a dataclass
+        return error(cause.problem, file=file, entry=place)
     more = f" ({problem.error_count()} entries are)" if problem.error_count() > 1 else ""
     # of no use to show all of it
     whole = first["type"] == "value_error" and isinstance(first["input"], dict)

@@ -43,6 +43,8 @@ _EXPORTS = {
     "prune_kernel": "jaxprune.api.load",
     "generate": "jaxprune.api.generate",
     "prune": "jaxprune.api.prune",
+    "RunOptions": "jaxprune.api.prune",
+    "Context": "jaxprune.pruning.context",
     "evaluate": "jaxprune.api.evaluate",
     "verify": "jaxprune.api.verify",
     "CheckpointError": "jaxprune.errors",
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from jaxprune.api.generate import generate as generate
     from jaxprune.api.load import load as load
     from jaxprune.api.load import prune_kernel as prune_kernel
+    from jaxprune.api.prune import RunOptions as RunOptions
     from jaxprune.api.prune import prune as prune
     from jaxprune.api.verify import verify as verify
     from jaxprune.calibration import calibration_windows as calibration_windows
@@ -74,6 +77,7 @@ if TYPE_CHECKING:
     from jaxprune.methods.magnitude import Magnitude as Magnitude
     from jaxprune.methods.sparsegpt import SparseGPT as SparseGPT
     from jaxprune.methods.wanda import Wanda as Wanda
+    from jaxprune.pruning.context import Context as Context
     from jaxprune.pruning.loop import prune_layers as prune_layers
     from jaxprune.pruning.whole_model import prune_model as prune_model
     from jaxprune.recipe import PRESETS as PRESETS

@@ -4,36 +4,31 @@ A recipe is equal to another of the same values, hashable, and goes to JSON and 
 """
 
 import dataclasses
-import json
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Any
 
-from pydantic import Field
-
-from convert.schema import Schema, check, parse
+from convert.schema import OWN, decode, dump, parse, to_text
 from jaxprune import methods
 from jaxprune.errors import Change, InputError
-from jaxprune.methods import Method
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.combine import Crossed, Finished
 from jaxprune.methods.quantization import BITS
-from jaxprune.methods.records import MethodRecord, method_as_json
+from jaxprune.methods.stored import StoredMethod, text_of
 from jaxprune.recipe_parts import Experts, Importance, Rule, Tuning, late_sparsity, without_effect
 from jaxprune.sparsity import masks
 from jaxprune.sparsity.patterns import (
     NM,
-    GivenRecord,
-    NMRecord,
+    Given,
+    OwnPattern,
     Pattern,
-    PatternRecord,
+    RecipePattern,
     Unstructured,
-    UnstructuredRecord,
     parse_pattern,
     percent,
 )
 
-VERSION = 2
+VERSION = 3
 """Of the JSON."""
 
 
@@ -43,9 +38,7 @@ class Recipe:
 
     Attributes:
         method: selects masks and updates weights, or only updates where the masks are given.
-        pattern: the pattern of every linear layer; None: the masks are given.
-        mask: name of the given masks, `from-checkpoint:DIR` or `from-file:FILE`; None where there
-            is a pattern.
+        pattern: the pattern of every linear layer, or given masks.
         importance: what is weighed by the loss's gradients.
         tuning: what is done when all linear layers are pruned.
         preset: the name of the preset that it was made from, or None.
@@ -63,9 +56,8 @@ class Recipe:
         InputError: values that exclude each other.
     """
 
-    method: Method = ADMM()
-    pattern: Pattern | None = Unstructured(0.5)
-    mask: str | None = None
+    method: StoredMethod = ADMM()
+    pattern: RecipePattern = Unstructured(0.5)
     importance: Importance = Importance()
     tuning: Tuning = Tuning()
     preset: str | None = None
@@ -73,11 +65,10 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     experts: Experts = Experts()
     quantize: str | None = None
+    __pydantic_config__ = OWN
 
     def __post_init__(self) -> None:
-        if (self.pattern is None) == (self.mask is None):
-            raise InputError("a recipe has either a pattern or masks that were made elsewhere")
-        if self.pattern is None and any(rule.pattern for rule in self.rules):
+        if isinstance(self.pattern, Given) and any(rule.pattern for rule in self.rules):
             raise InputError(
                 "a rule gives a pattern, where masks that were made elsewhere decide what stays"
             )
@@ -92,8 +83,13 @@ class Recipe:
                     f"{field} changes nothing, for {reason}", options={field: Change.OMIT}
                 )
 
+    @property
+    def mask(self) -> str | None:
+        """The name of the given masks; None where there is a pattern."""
+        return self.pattern.mask if isinstance(self.pattern, Given) else None
+
     def at(
-        self, pattern: Pattern | str | float | None = None, sparsity: float | None = None
+        self, pattern: OwnPattern | str | float | None = None, sparsity: float | None = None
     ) -> "Recipe":
         """Returns the recipe with another pattern; what would have no effect under it is left out.
 
@@ -120,9 +116,7 @@ class Recipe:
         found = parse_pattern(pattern, sparsity) if isinstance(pattern, str) else pattern
         useless = without_effect(found)
         importance, tuning = self.importance.without(useless), self.tuning.without(useless)
-        return dataclasses.replace(
-            self, pattern=found, mask=None, importance=importance, tuning=tuning
-        )
+        return dataclasses.replace(self, pattern=found, importance=importance, tuning=tuning)
 
     def target(self) -> Pattern | masks.Masks:
         """Returns the pattern, or the masks that were made elsewhere.
@@ -130,54 +124,47 @@ class Recipe:
         Raises:
             InputError, CheckpointError: they cannot be read.
         """
-        return masks.load(self.mask) if self.mask is not None else self.pattern  # type: ignore[return-value]
-
-    def as_json(self) -> dict[str, Any]:
-        """Returns the content of `RecipeRecord`."""
-        pattern = (
-            {"kind": "given", "mask": self.mask} if self.pattern is None else self.pattern.as_json()
-        )
-        return {
-            "method": method_as_json(self.method),
-            "pattern": pattern,
-            "preset": self.preset,
-            "asymmetry": self.asymmetry,
-            "importance": dataclasses.asdict(self.importance),
-            "tuning": self.tuning.as_json(),
-            **({"rules": [rule.as_json() for rule in self.rules]} if self.rules else {}),
-            **({"experts": dataclasses.asdict(self.experts)} if self.experts != Experts() else {}),
-            **({"quantize": self.quantize} if self.quantize else {}),
-        }
+        return masks.load(self.pattern.mask) if isinstance(self.pattern, Given) else self.pattern
 
     def to_json(self) -> str:
         """Returns the recipe as JSON text, from which `from_json` makes an equal one."""
-        return json.dumps({"schema": VERSION} | self.as_json(), indent=1)
+        return to_text({"schema": VERSION} | dump(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
         """Returns the recipe of a JSON text.
 
         Raises:
-            InputError: it is no recipe, or of another version; a method or one of its options is
-                not known.
+            InputError: it is no recipe, or of another version. A method that is not there is a
+                `NotInstalled`.
         """
-        return parse(VersionedRecord, text, file="", error=InputError).recipe()
+        content = decode(text, file="", error=InputError)
+        if (version := content.pop("schema", None)) != VERSION:
+            raise InputError(
+                "it is no recipe of this version",
+                entry="schema",
+                found=version,
+                wanted=f"{VERSION}",
+            )
+        return parse(cls, to_text(content), file="", error=InputError)
 
     @property
-    def record(self) -> "RecipeRecord":
-        """The recipe as records keep it."""
-        parts = {"importance": self.importance, "tuning": self.tuning, "experts": self.experts}
-        return check(RecipeRecord, self.as_json() | parts, file="")
+    def patterns_of_all(self) -> frozenset[OwnPattern | None]:
+        """The patterns that rules give, where they are known to name every linear layer: of the
+        last rule `*`, and of those after it. None: dense. Empty: some linear layers may have the
+        recipe's pattern."""
+        every = [place for place, rule in enumerate(self.rules) if rule.names == "*"]
+        return frozenset(one.pattern for one in self.rules[every[-1] :]) if every else frozenset()
 
     @property
     def pattern_text(self) -> str:
         """The pattern or the masks' source, in words."""
-        return self.record.pattern_text
+        return pattern_text(self, self.patterns_of_all)
 
     @property
     def method_text(self) -> str:
         """The method and what is done beside it, in words."""
-        return self.record.method_text
+        return method_text(self, self.patterns_of_all)
 
     @property
     def slug(self) -> str:
@@ -192,11 +179,11 @@ class Recipe:
         crossed = [method.selector, method.updater] if isinstance(method, Crossed) else [method]
         how = "-".join(map(methods.name_of, crossed))
         dropped = f"-without-{percent(self.experts.drop_experts)}" * (self.experts.drop_experts > 0)
-        patterns = self.record.patterns_of_all
+        patterns = self.patterns_of_all
         if patterns and not any(patterns):
             return f"experts{dropped}" if dropped else "dense"
         how += dropped
-        if self.pattern is None:
+        if isinstance(self.pattern, Given):
             return f"{how}-given-mask"
         if self.preset:
             uniform = (
@@ -206,7 +193,7 @@ class Recipe:
         if len(patterns) > 1:
             return f"{how}-rules"
         pattern = next(iter(patterns), self.pattern)
-        assert pattern is not None
+        assert isinstance(pattern, Unstructured | NM)
         return (
             f"{how}-{pattern.n}of{pattern.m}"
             if isinstance(pattern, NM)
@@ -231,9 +218,7 @@ sparsity of its own and tune the kept weights; best tunes them for longer than f
 a text of its own."""
 
 
-def decided_by(
-    patterns: Collection[Pattern | None], recipe: "Recipe | RecipeRecord"
-) -> dict[str, Any]:
+def decided_by(patterns: Collection[Pattern | None], recipe: Recipe) -> dict[str, Any]:
     """Returns the fields of a recipe that have other values, because rules name every linear layer.
 
     No sparsity is allocated then, and no zeros are left to the tuning. Where all linear layers stay
@@ -251,111 +236,40 @@ def decided_by(
     }
 
 
-class RuleRecord(Schema):
-    """The JSON of a rule."""
+def effective(recipe: Recipe, patterns: Collection[Pattern | None]) -> Recipe:
+    """Returns a recipe without what changes nothing, because rules name every linear layer.
 
-    names: str
-    pattern: UnstructuredRecord | NMRecord | None
-
-    def rule(self) -> Rule:
-        """Returns the rule that it is the JSON of."""
-        return Rule(self.names, self.pattern.pattern() if self.pattern else None)
-
-    def __str__(self) -> str:
-        return f"{self.names} {self.pattern or 'dense'}"
+    Args:
+        recipe: the recipe.
+        patterns: those that the rules give; empty where they do not name every linear layer.
+    """
+    return dataclasses.replace(recipe, **decided_by(patterns, recipe)) if patterns else recipe
 
 
-class RecipeRecord(Schema):
-    """The JSON of a recipe. It is read without the methods that it names, which need not be
-    installed."""
-
-    method: MethodRecord
-    pattern: PatternRecord
-    preset: str | None = None
-    asymmetry: float = Field(default=0.0, ge=0, le=1)
-    importance: Importance = Importance()
-    tuning: Tuning = Tuning()
-    rules: list[RuleRecord] = []
-    experts: Experts = Experts()
-    quantize: str | None = Field(default=None, pattern=f"^({'|'.join(BITS)})$")
-
-    def recipe(self) -> Recipe:
-        """Returns the recipe.
-
-        Raises:
-            InputError: a method or one of its options is not there, or has another type or range.
-        """
-        mask = self.pattern.mask if isinstance(self.pattern, GivenRecord) else None
-        return Recipe(
-            self.method.method(),
-            self.pattern.pattern(),
-            mask,
-            self.importance,
-            self.tuning,
-            self.preset,
-            self.asymmetry,
-            tuple(rule.rule() for rule in self.rules),
-            self.experts,
-            self.quantize,
-        )
-
-    @property
-    def patterns_of_all(self) -> frozenset[Pattern | None]:
-        """The patterns that rules give, where they are known to name every linear layer: of the
-        last rule `*`, and of those after it. None: dense. Empty: some linear layers may have the
-        recipe's pattern."""
-        every = [place for place, rule in enumerate(self.rules) if rule.names == "*"]
-        return (
-            frozenset(one.rule().pattern for one in self.rules[every[-1] :])
-            if every
-            else frozenset()
-        )
-
-    @property
-    def effective(self) -> Self:
-        """The recipe without what changes nothing, because rules name every linear layer."""
-        patterns = self.patterns_of_all
-        return self.model_copy(update=decided_by(patterns, self)) if patterns else self
-
-    @property
-    def all_dense(self) -> bool:
-        """Whether rules are known to leave every linear layer dense."""
-        return self.patterns_of_all == {None}
-
-    @property
-    def pattern_text(self) -> str:
-        """The pattern or the masks' source, in words; the rules alone where they name every linear
-        layer."""
-        total = f"{self.pattern}" + " in total" * (self.importance.spread > 0)
-        return ", ".join([*[total] * (not self.patterns_of_all), *map(str, self.rules)])
-
-    @property
-    def method_text(self) -> str:
-        """The method and what is done beside it, in words."""
-        return self.effective._method_text()
-
-    def _method_text(self) -> str:
-        late = late_sparsity(self.tuning, self.pattern.pattern())
-        words = [
-            "linear layers left dense" if self.all_dense else str(self.method),
-            *["tokens weighed"] * (self.importance.token_power > 0),
-            *["outputs weighed"] * self.importance.weigh_outputs,
-            *[f"sparsities within {self.importance.spread:g}"] * (self.importance.spread > 0),
-            *[f"asymmetry {self.asymmetry:g}"] * (self.asymmetry > 0),
-            *[f"{self.tuning.tune_epochs:g} epochs of tuning"] * (self.tuning.tune_epochs > 0),
-            *[f"tuned on {self.tuning.tune_tokens:,} tokens"] * (self.tuning.tune_tokens > 0),
-            *[f"the last {100 * late:g} % of the weights go meanwhile"] * (late > 0),
-            *[f"windows in {self.tuning.tune_pieces} pieces"]
-            * (self.tuning.tunes and self.tuning.tune_pieces > 1),
-            *[f"{percent(self.experts.drop_experts)} % of experts dropped"]
-            * (self.experts.drop_experts > 0),
-            *["all tokens to all experts"] * self.experts.route_all,
-            *[f"quantized to {(self.quantize or '').upper()}"] * (self.quantize is not None),
-        ]
-        return f"{self.preset}: " * (self.preset is not None) + ", ".join(words)
+def pattern_text(recipe: Recipe, patterns: Collection[Pattern | None]) -> str:
+    """Returns the pattern or the masks' source, in words; the rules alone where they name every
+    linear layer. Arguments as for `effective`."""
+    total = f"{recipe.pattern}" + " in total" * (recipe.importance.spread > 0)
+    return ", ".join([*[total] * (not patterns), *map(str, recipe.rules)])
 
 
-class VersionedRecord(RecipeRecord):
-    """The JSON of a recipe that stands alone."""
-
-    version: Literal[2] = Field(alias="schema")
+def method_text(recipe: Recipe, patterns: Collection[Pattern | None]) -> str:
+    """Returns the method and what is done beside it, in words. Arguments as for `effective`."""
+    recipe = effective(recipe, patterns)
+    importance, tuning, experts = recipe.importance, recipe.tuning, recipe.experts
+    late = late_sparsity(tuning, recipe.pattern)
+    words = [
+        "linear layers left dense" if {*patterns} == {None} else text_of(recipe.method),
+        *["tokens weighed"] * (importance.token_power > 0),
+        *["outputs weighed"] * importance.weigh_outputs,
+        *[f"sparsities within {importance.spread:g}"] * (importance.spread > 0),
+        *[f"asymmetry {recipe.asymmetry:g}"] * (recipe.asymmetry > 0),
+        *[f"{tuning.tune_epochs:g} epochs of tuning"] * (tuning.tune_epochs > 0),
+        *[f"tuned on {tuning.tune_tokens:,} tokens"] * (tuning.tune_tokens > 0),
+        *[f"the last {100 * late:g} % of the weights go meanwhile"] * (late > 0),
+        *[f"windows in {tuning.tune_pieces} pieces"] * (tuning.tunes and tuning.tune_pieces > 1),
+        *[f"{percent(experts.drop_experts)} % of experts dropped"] * (experts.drop_experts > 0),
+        *["all tokens to all experts"] * experts.route_all,
+        *[f"quantized to {(recipe.quantize or '').upper()}"] * (recipe.quantize is not None),
+    ]
+    return f"{recipe.preset}: " * (recipe.preset is not None) + ", ".join(words)

@@ -6,14 +6,16 @@ import math
 from collections.abc import Collection
 from typing import Any
 
+from convert.schema import OWN
 from jaxprune.errors import Change, InputError
-from jaxprune.sparsity.patterns import NM, Pattern, Unstructured
+from jaxprune.sparsity.patterns import NM, Given, OwnPattern, RecipePattern, Unstructured
 
 
 @dataclasses.dataclass(frozen=True)
 class Importance:
     """What a reverse pass of the dense model decides."""
 
+    __pydantic_config__ = OWN
     token_power: float = 0.0
     """Weigh each token in a linear layer's Gram matrix by the squared gradient of the loss by the
     layer's outputs, to this power; 0 weighs all the same."""
@@ -67,6 +69,7 @@ class Importance:
 class Tuning:
     """Distillation: the kept weights tuned together at the end."""
 
+    __pydantic_config__ = OWN
     tune_epochs: float = 0.0
     """Tune the kept weights of all layers together at the end, towards the dense model's
     predictions, visiting each calibration window so many times; half an epoch visits half of them,
@@ -114,10 +117,6 @@ class Tuning:
         if self.tune_pieces < 1:
             raise InputError(f"tune_pieces must be at least 1, not {self.tune_pieces}")
 
-    def as_json(self) -> dict[str, Any]:
-        """Returns the fields."""
-        return dataclasses.asdict(self)
-
     def without(self, names: Collection[str]) -> "Tuning":
         """Returns the same with these fields deciding nothing."""
         return dataclasses.replace(self, **_defaults(Tuning, names))
@@ -142,19 +141,19 @@ class Tuning:
         return windows * each, length // each
 
 
-def late_sparsity(tuning: Tuning, pattern: Pattern | None) -> float:
+def late_sparsity(tuning: Tuning, pattern: RecipePattern) -> float:
     """Returns the sparsity that the solves leave to the tuning; see `Tuning.tune_zeros`.
 
     Args:
         tuning: how it is done.
-        pattern: that of the linear layers; None: their masks are given.
+        pattern: that of the linear layers.
     """
     if not isinstance(pattern, Unstructured) or not tuning.tunes:
         return 0.0
     return tuning.tune_zeros * max(0.0, pattern.sparsity - 0.5)
 
 
-def effective_tuning(tuning: Tuning, pattern: Pattern | None) -> Tuning:
+def effective_tuning(tuning: Tuning, pattern: RecipePattern) -> Tuning:
     """Returns a tuning, with no late zeros where the solves make all."""
     return tuning if late_sparsity(tuning, pattern) else tuning.without(["tune_zeros"])
 
@@ -167,6 +166,7 @@ HOW_TUNED = tuple(name for name in vars(Tuning()) if name not in ("tune_epochs",
 class Experts:
     """What is done to a model's experts beside pruning their linear layers."""
 
+    __pydantic_config__ = OWN
     drop_experts: float = 0.0
     """Before anything else, drop this share of the experts of every layer: those of least saliency,
     which is the mean over an expert's tokens of its share in the output times the norm of its own
@@ -186,10 +186,10 @@ def _defaults(part: type[Importance | Tuning], names: Collection[str]) -> dict[s
     return {field.name: field.default for field in dataclasses.fields(part) if field.name in names}
 
 
-def without_effect(pattern: Pattern | None) -> dict[str, str]:
-    """Returns the fields of `Importance` and `Tuning` that change nothing under a pattern (None:
-    given masks), with the reason."""
-    if pattern is None:
+def without_effect(pattern: RecipePattern) -> dict[str, str]:
+    """Returns the fields of `Importance` and `Tuning` that change nothing under a pattern, with the
+    reason."""
+    if isinstance(pattern, Given):
         return dict.fromkeys(
             ("spread", "weigh_outputs", "tune_zeros"), "the given masks decide which weights stay"
         )
@@ -198,7 +198,7 @@ def without_effect(pattern: Pattern | None) -> dict[str, str]:
             "spread": f"pattern {pattern} is the same for every linear layer",
             "tune_zeros": f"pattern {pattern} has all its zeros from the solves",
         }
-    if isinstance(pattern, Unstructured) and pattern.per_output:
+    if pattern.per_output:
         return dict.fromkeys(
             ("spread", "weigh_outputs"), "per-output patterns compare within each output only"
         )
@@ -216,13 +216,13 @@ class Rule:
     """
 
     names: str
-    pattern: Pattern | None = None
+    pattern: OwnPattern | None = None
+    __pydantic_config__ = OWN
 
     def matches(self, index: int, path: str) -> bool:
         """Returns whether it names a linear layer, given by its decoder layer's index and its path
         there."""
         return fnmatch.fnmatchcase(f"layers.{index}.{path}", self.names)
 
-    def as_json(self) -> dict[str, Any]:
-        """Returns the content of `RuleRecord`."""
-        return {"names": self.names, "pattern": self.pattern and self.pattern.as_json()}
+    def __str__(self) -> str:
+        return f"{self.names} {self.pattern or 'dense'}"

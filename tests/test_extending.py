@@ -1,6 +1,7 @@
 """The example of docs/extending, installed by pip as a package of somebody else: a method, a
 family, a text source."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,11 +15,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import ArceeConfig, ArceeForCausalLM
 
+from convert.schema import dump, to_text
 from jaxprune import NM, Unstructured, gram, load
 from jaxprune.__main__ import main as jaxprune
 from jaxprune.commands.solve import parse as parse_solve
 from jaxprune.methods.wanda import Wanda
-from jaxprune.reporting import reading, schema
+from jaxprune.reporting import reading
 from tests.helpers import tiny, xla
 from tests.helpers.logits import logits
 from tests.helpers.optional import needs_torch, torch
@@ -83,7 +85,10 @@ def test_a_package_of_somebody_else_prunes(
     )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "pruned/jaxprune.json").read_text())
-    assert (record["method"]["name"], record["method"]["options"]) == ("rescaled", {"largest": 2.0})
+    assert (record["recipe"]["method"]["name"], record["recipe"]["method"]["options"]) == (
+        "rescaled",
+        {"largest": 2.0},
+    )
     tensors = load_file(tmp_path / "pruned/model.safetensors")
     kernels = [name for name in tensors if name.endswith("_proj.weight")]
     assert len(kernels) == 3 * 6
@@ -149,8 +154,8 @@ def test_an_option_of_a_runs_name_is_one_line(
     _, _, recipe, _ = parse_solve(["file", "--method", "noisy", "--seed", "3"])
     assert recipe.method.seed == 3  # type: ignore[attr-defined]
     records = Path(__file__).parent / "reporting/records"
-    record = schema.as_json(reading.load(records / "unstructured.json")) | recipe.as_json()
-    (tmp_path / "jaxprune.json").write_text(json.dumps(record))
+    record = dataclasses.replace(reading.load(records / "unstructured.json"), recipe=recipe)
+    (tmp_path / "jaxprune.json").write_text(to_text(dump(record)))
     assert (
         jaxprune(["--config", str(tmp_path / "jaxprune.json"), "--out", str(tmp_path / "out")]) == 2
     )

@@ -208,7 +208,7 @@ def errors(out: Path) -> dict[str, float]:
     return {
         f"{layer['index']}.{path}": one["error"]
         for layer in layers
-        for path, one in layer["linears"].items()
+        for path, one in layer["kernels"].items()
     }
 
 

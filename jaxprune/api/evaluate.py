@@ -11,6 +11,7 @@ from convert import disk_bytes, ownership, parameters
 from convert.destination import Destination, destination, staged
 from convert.hub import resolve
 from convert.paths import inputs_of, require_apart
+from convert.schema import check, plain
 from jaxprune.api.load import load
 from jaxprune.errors import InputError
 from jaxprune.evaluation.quality import Evaluator, Measures, Quality, table
@@ -125,29 +126,25 @@ def evaluate(
             preflight.need_of_evaluation(some.reader.spec, some.architecture, texts_of, len(models))
         )
     sparsity = {name: _share(zeros(model).values()) for name, model in models.items()}
-    record = {
-        "schema": schema.VERSION,
-        "kind": "evaluation",
-        "config": dict(config or {}),
-        "against": first,
-    }
-    found: dict[str, Any] = {}
+    asked = check(schema.Config, plain(config or {}), file="", entry="config", error=InputError)
+    found: dict[str, schema.Measured] = {}
     qualities, fault = {}, None
     for name, quality in evaluator.measure(models, first):
-        qualities[name], run = quality, runs[name]
-        found[name] = {
-            "sparsity": sparsity[name],
-            "disk_bytes": disk_bytes(models[name].reader),
-            "parameters": parameters(models[name].reader.spec),
-            "run": run and schema.as_json(run),
-            "quality": quality.as_json(),
-        }
+        qualities[name] = quality
+        found[name] = schema.Measured(
+            sparsity=sparsity[name],
+            disk_bytes=disk_bytes(models[name].reader),
+            parameters=parameters(models[name].reader.spec),
+            run=runs[name],
+            quality=quality,
+        )
         if place:  # what is measured is kept, whatever becomes of the rest
             with staged(place) as folder:
                 named = {_file_name(one): quality for one, quality in qualities.items()}
-                files, fault = write_record(
-                    folder, record | {"checkpoints": found} | environment(), named
+                record = schema.Evaluation(
+                    config=asked, against=first, checkpoints=found, **environment()
                 )
+                files, fault = write_record(folder, record, named)
                 ownership.mark(folder, "evaluation", files)
     result = Evaluation(qualities, sparsity)
     observer.finished(result)

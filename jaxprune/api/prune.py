@@ -6,7 +6,6 @@ import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from jaxtyping import DTypeLike, Int
 
 from convert import (
     Reader,
-    Spec,
     Writer,
     disk_bytes,
     fill_checkpoint,
@@ -45,9 +43,10 @@ from jaxprune.processes.collective import (
     require_same,
 )
 from jaxprune.pruning import identity, opening, publishing
+from jaxprune.pruning.context import Context
 from jaxprune.pruning.experts import kept_experts, without_experts
 from jaxprune.pruning.loop import other_params
-from jaxprune.pruning.results import LayerResult
+from jaxprune.pruning.results import LayerFigures, LayerResult
 from jaxprune.pruning.rules import by_rules, effective_recipe
 from jaxprune.pruning.store import RunStore
 from jaxprune.pruning.whole_model import prune_model, require_recipe, require_stream
@@ -85,10 +84,48 @@ class PruningResult:
         return self.record.sparsity
 
     @property
-    def layers(self) -> Sequence[schema.Layer]:
+    def layers(self) -> Sequence[LayerFigures]:
         """The results of the layers; `layers[3]["mlp.down_proj"].error` is a kernel's relative
         error."""
         return self.record.layers
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """How a checkpoint is pruned into a folder, beside what is done to it.
+
+    Attributes:
+        masks: a file to make with the masks; None: none is made.
+        stream: the text that is tuned on, where the recipe takes tokens of one.
+        seed: the seed of the order of calibration windows in the distillation.
+        save_dtype: the dtype that the weights of the result are stored in, float16, bfloat16 or
+            float32; None: as the checkpoint stores them, float16 for a quantized GGUF file.
+        evaluator: measures the dense and the pruned checkpoint; None: nothing is measured.
+        timing: first prune the first layer compiled and under `jax.disable_jit`, and record the
+            seconds of both.
+        overwrite: replace `out` and `masks` if they are earlier results that nobody changed.
+        resume_only: insist on going on with a run that was stopped.
+        unchecked: begin even where the run would not fit, and without comparing weights of the hub
+            with their digests.
+        config: what was asked for, texts and numbers for the record; None: names of the checkpoint
+            and of the folder.
+        inputs: what else is read, by the name of its option: neither `out` nor `masks` may lie
+            there.
+        begun: `time.perf_counter()` when the work began that led here; None: now.
+    """
+
+    masks: str | Path | Destination | None = None
+    stream: TextStream | None = None
+    seed: int = 0
+    save_dtype: DTypeLike | None = None
+    evaluator: Evaluator | None = None
+    timing: bool = False
+    overwrite: bool = False
+    resume_only: bool = False
+    unchecked: bool = False
+    config: Mapping[str, Any] | None = None
+    inputs: Mapping[str, Iterable[Path]] = dataclasses.field(default_factory=dict)
+    begun: float | None = None
 
 
 def prune(
@@ -96,19 +133,7 @@ def prune(
     windows: Int[np.ndarray, "w t"],
     recipe: Recipe,
     out: str | Path | Destination,
-    *,
-    masks: str | Path | Destination | None = None,
-    stream: TextStream | None = None,
-    overwrite: bool = False,
-    resume_only: bool = False,
-    seed: int = 0,
-    save_dtype: DTypeLike | None = None,
-    evaluator: Evaluator | None = None,
-    timing: bool = False,
-    unchecked: bool = False,
-    config: Mapping[str, Any] | None = None,
-    inputs: Mapping[str, Iterable[Path]] = MappingProxyType({}),
-    begun: float | None = None,
+    options: RunOptions = RunOptions(),
     observer: Observer = SILENT,
 ) -> PruningResult | None:
     """Prunes a checkpoint into a folder, in Hugging Face's format, with a record, a model card and
@@ -122,23 +147,7 @@ def prune(
         windows: calibration windows, [windows, length] token ids.
         recipe: what to do.
         out: the folder to make.
-        masks: a file to make with the masks; None: none is made.
-        stream: the text that is tuned on, where the recipe takes tokens of one.
-        overwrite: replace `out` and `masks` if they are earlier results that nobody changed.
-        resume_only: insist on going on with a run that was stopped.
-        seed: the seed of the order of calibration windows in the distillation.
-        save_dtype: the dtype that the weights of the result are stored in, float16, bfloat16 or
-            float32; None: as the checkpoint stores them, float16 for a quantized GGUF file.
-        evaluator: measures the dense and the pruned checkpoint; None: nothing is measured.
-        timing: first prune the first layer compiled and under `jax.disable_jit`, and record the
-            seconds of both.
-        unchecked: begin even where the run would not fit, and without comparing weights of the hub
-            with their digests.
-        config: what was asked for, texts and numbers for the record; None: names of the checkpoint
-            and of the folder.
-        inputs: what else is read, by the name of its option: neither `out` nor `masks` may lie
-            there.
-        begun: `time.perf_counter()` when the work began that led here; None: now.
+        options: how.
         observer: is told what happens.
 
     Returns:
@@ -148,87 +157,35 @@ def prune(
         InputError, CheckpointError: something cannot be used; nothing that was there before has
             changed.
     """
-    begun = time.perf_counter() if begun is None else begun
-    reader = identity.checked(model.reader)
-    place, masks_place = places(out, masks, overwrite=overwrite)
-    place.inputs = require_separate(
-        place, masks_place, recipe, {"ckpt": inputs_of(model.source), **inputs}, model.scratch
-    )
-    if masks_place:
-        masks_place.inputs = place.inputs
-    require_stream(recipe, stream)
-    emptied = opening.check(place, masks_place)
-    asked = {"ckpt": model.name, "calib": "token ids", "out": str(place.path), "seed": seed}
-    record = Record(asked | dict(config or {}), recipe, windows, stream)
-    check(schema.RunConfig, plain(record.config), file="", entry="config", error=InputError)
-    observer = Observers(record, observer)
-    model.require_tokens(windows)
-    dtype = saving_dtype(reader, save_dtype)
-    require_recipe(without_experts(model.architecture, recipe.experts.drop_experts), recipe)
-    saved = model if dtype is None else model.saved_as(dtype)
-    stored = {} if dtype is None else {"save_dtype": dtype.name}
-    record.save_dtype = stored.get("save_dtype")
-    given = {"masks": {"sha256": digest_of(recipe.mask)}} if recipe.mask else {}
-    wanted = identity.of_run(
-        reader, model.hf_config, model.dtype, record.asked() | given | stored, seed
-    )
-    require_same(lambda: wanted | {"weights": identity.sample(reader)})
+    begun = time.perf_counter() if options.begun is None else options.begun
+    run = _checked(model, windows, recipe, out, options)
+    emptied = opening.check(run.place, run.masks)
+    require_same(lambda: {**run.identity, "weights": identity.sample(model.reader)})
+    observer = Observers(run.record, observer)
     observer.phase_timed("setup", time.perf_counter() - begun)
-    if not unchecked:
-        require_whole(reader.files)
-        observer.planned(
-            fit.require_fit(_work(model, saved.reader.spec, windows, recipe, place, evaluator))
-        )
-    masks_at = masks_place.path if masks_place else None
+    if not options.unchecked:
+        require_whole(model.reader.files)
+        observer.planned(fit.require_fit(run.work()))
+    folder, masks_at = run.place.path, run.masks_at
     if broadcast(emptied):
-        if on_first_process(lambda: opening.tidy_up(place.path, wanted, masks_at)):
-            return _finished(place.path)
-        place.check()
-    with opening.open_store(place.path, wanted, masks_at, resume=resume_only) as store:
+        if on_first_process(lambda: opening.tidy_up(folder, run.identity, masks_at)):
+            return _finished(folder)
+        run.place.check()
+    with opening.open_store(folder, run.identity, masks_at, resume=options.resume_only) as store:
         if store.unpublished:
-            publishing.publish(store, place, masks_place)
-            return _finished(place.path)
-        weights = identity.KnownWeights(reader, store)
-        if recipe.experts.drop_experts:
-            with _timed(observer, "experts"):
-                record.kept_experts = kept_experts(
-                    model, windows, recipe.experts.drop_experts, store
-                )
-                saved = saved.keeping(record.kept_experts)
-        if timing:
-            with _timed(observer, "timing"):
-                record.timing = jit_versus_eager(saved, windows, recipe)
-        layers = prune_model(
-            saved,
-            windows,
-            recipe,
-            stream=stream,
-            seed=seed,
-            teacher=model,
-            store=store,
-            observer=observer,
-        )
-        files, packed = _write_checkpoint(
-            saved, layers, recipe, store, masks_at is not None, observer
-        )
-        if evaluator:
-            with _timed(observer, "evaluate"), _continued_otherwise():
-                pruned = model.sibling(store.result, f"pruned {model.short_name}")
-                for which, quality in evaluator.measure(
-                    {"dense": model, "pruned": pruned}, against="dense"
-                ):
-                    record.evaluation[which] = quality
-        record.seconds["total"] = time.perf_counter() - begun
-        made_of = {"dense": reader, "pruned": open_checkpoint(store.result, check=False)}
-        record.disk_bytes = {which: disk_bytes(reader) for which, reader in made_of.items()}
-        record.parameters = {which: parameters(reader.spec) for which, reader in made_of.items()}
-        record.converted_bytes = _converted_bytes(made_of["pruned"], packed)
+            publishing.publish(store, run.place, run.masks)
+            return _finished(folder)
+        weights = identity.KnownWeights(identity.checked(model.reader), store)
+        files, packed = run.prune(store, observer)
+        run.evaluate(store, observer)
+        run.record.seconds["total"] = time.perf_counter() - begun
+        run.measure_sizes(open_checkpoint(store.result, check=False), packed)
         weights.require_unchanged()
-        require_same(lambda: {"weights": dict(reader.digests)})
-        made, names, fault = _describe(record, store.result)
+        require_same(lambda: {"weights": dict(weights.reader.digests)})
+        made, names, fault = _describe(run.record, store.result)
         publishing.finish(store, files | names, masks=masks_at is not None)
-        publishing.publish(store, place, masks_place)
-    result = PruningResult(place.path, made, record.evaluation)
+        publishing.publish(store, run.place, run.masks)
+    result = PruningResult(folder, made, run.record.evaluation)
     observer.finished(result)
     if fault:
         raise fault
@@ -241,12 +198,11 @@ def _describe(record: Record, folder: Path) -> tuple[schema.Run, set[str], Excep
     Returns:
         The record, the names of the files, and what kept the report from being drawn.
     """
-    content = record.as_json()
-    run = schema.run_of_json(content)
+    run = record.run()
     if not is_first_process():
         return run, set(), None
-    writing.write_text(folder / "README.md", as_text(model_card(run, record.evaluation)))
-    names, fault = write_record(folder, content, record.evaluation)
+    writing.write_text(folder / "README.md", as_text(model_card(run)))
+    names, fault = write_record(folder, run, record.evaluation)
     return run, names | {"README.md"}, fault
 
 
@@ -255,29 +211,128 @@ def _finished(folder: Path) -> PruningResult | None:
     return PruningResult(folder, run, repeated=True) if run else None
 
 
-def _work(
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A run whose parts are known to fit together, before any of its work.
+
+    Attributes:
+        model, windows, recipe, options: as for `prune`.
+        place, masks: where the result and the masks are to be; None: no masks.
+        saved: the model as its weights are to be stored.
+        record: what happens is written down there.
+        identity: all that decides the outcome.
+    """
+
+    model: StreamedModel
+    windows: Int[np.ndarray, "w t"]
+    recipe: Recipe
+    options: RunOptions
+    place: Destination
+    masks: Destination | None
+    saved: StreamedModel
+    record: Record
+    identity: Mapping[str, Any]
+
+    def work(self) -> Work:
+        """Returns what has to fit this machine."""
+        model, evaluator = self.model, self.options.evaluator
+        architecture = model.architecture
+        left = without_experts(architecture, self.recipe.experts.drop_experts)
+        if architecture.config.routing:
+            architecture = architecture.routed(mesh=None)
+        return Work(
+            spec=model.reader.spec,
+            saved=self.saved.reader.spec,
+            architecture=architecture,
+            recipe=effective_recipe(left, self.recipe),
+            windows=len(self.windows),
+            length=self.windows.shape[1],
+            texts=[one.shape for one in evaluator.windows.values()] if evaluator else [],
+            out=self.place.path,
+            scratch=model.scratch,
+            devices=model.devices,
+        )
+
+    @property
+    def masks_at(self) -> Path | None:
+        return self.masks.path if self.masks else None
+
+    def prune(self, store: RunStore, observer: Observer) -> tuple[set[str], int]:
+        """Writes the pruned checkpoint into the store; returns as `_write_checkpoint`."""
+        context, record, saved = Context(store, observer), self.record, self.saved
+        if share := self.recipe.experts.drop_experts:
+            with context.timed("experts"):
+                record.kept_experts = kept_experts(self.model, self.windows, share, store)
+                saved = saved.keeping(record.kept_experts)
+        if self.options.timing:
+            with context.timed("timing"):
+                record.timing = jit_versus_eager(saved, self.windows, self.recipe)
+        stream, seed = self.options.stream, self.options.seed
+        layers = prune_model(
+            saved, self.windows, self.recipe, stream=stream, seed=seed, context=context
+        )
+        return _write_checkpoint(saved, layers, self.recipe, context, masks=self.masks is not None)
+
+    def evaluate(self, store: RunStore, observer: Observer) -> None:
+        """Measures the dense and the pruned checkpoint, where that is asked for."""
+        if evaluator := self.options.evaluator:
+            with Context(store, observer).timed("evaluate"), _continued_otherwise():
+                pruned = self.model.sibling(store.result, f"pruned {self.model.short_name}")
+                models = {"dense": self.model, "pruned": pruned}
+                for which, quality in evaluator.measure(models, against="dense"):
+                    self.record.evaluation[which] = quality
+
+    def measure_sizes(self, result: Reader, packed: int) -> None:
+        """Records what the checkpoints take.
+
+        Args:
+            result: the pruned one.
+            packed: about how many bytes its params would take packed.
+        """
+        record, made_of = self.record, {"dense": self.model.reader, "pruned": result}
+        record.disk_bytes = {which: disk_bytes(reader) for which, reader in made_of.items()}
+        record.parameters = {which: parameters(reader.spec) for which, reader in made_of.items()}
+        record.converted_bytes = _converted_bytes(result, packed)
+
+
+def _checked(
     model: StreamedModel,
-    saved: Spec,
     windows: Int[np.ndarray, "w t"],
     recipe: Recipe,
-    place: Destination,
-    evaluator: Evaluator | None,
-) -> Work:
-    architecture = model.architecture
-    recipe = effective_recipe(without_experts(architecture, recipe.experts.drop_experts), recipe)
-    if architecture.config.routing:
-        architecture = architecture.routed(mesh=None)
-    return Work(
-        model.reader.spec,
-        saved,
-        architecture,
-        recipe,
-        len(windows),
-        windows.shape[1],
-        [tokens.shape for tokens in evaluator.windows.values()] if evaluator else [],
-        place.path,
-        model.scratch,
-        model.devices,
+    out: str | Path | Destination,
+    options: RunOptions,
+) -> _Run:
+    """Returns a run, once model, windows, recipe and places fit together; errors as for `prune`."""
+    reader = identity.checked(model.reader)
+    place, masks = places(out, options.masks, overwrite=options.overwrite)
+    inputs = {"ckpt": inputs_of(model.source), **options.inputs}
+    read = require_separate(place, masks, recipe, inputs, model.scratch)
+    place = dataclasses.replace(place, inputs=read)
+    masks = masks and dataclasses.replace(masks, inputs=read)
+    require_stream(recipe, options.stream)
+    asked = {"ckpt": model.name, "calib": "token ids", "out": str(place.path)}
+    config = asked | {"seed": options.seed} | dict(options.config or {})
+    check(schema.RunConfig, plain(config), file="", entry="config", error=InputError)
+    model.require_tokens(windows)
+    dtype = saving_dtype(reader, options.save_dtype)
+    require_recipe(without_experts(model.architecture, recipe.experts.drop_experts), recipe)
+    record = Record(config, recipe, windows, options.stream, save_dtype=dtype and dtype.name)
+    given = {"masks": {"sha256": digest_of(recipe.mask)}} if recipe.mask else {}
+    stored = {} if dtype is None else {"save_dtype": dtype.name}
+    wanted = identity.of_run(
+        reader, model.hf_config, model.dtype, record.asked() | given | stored, options.seed
+    )
+    saved = model if dtype is None else model.saved_as(dtype)
+    return _Run(
+        model=model,
+        windows=windows,
+        recipe=recipe,
+        options=options,
+        place=place,
+        masks=masks,
+        saved=saved,
+        record=record,
+        identity=wanted,
     )
 
 
@@ -334,13 +389,14 @@ def _write_checkpoint(
     model: StreamedModel,
     layers: Iterator[LayerResult],
     recipe: Recipe,
-    store: RunStore,
-    with_masks: bool,
-    observer: Observer,
+    context: Context,
+    *,
+    masks: bool,
 ) -> tuple[set[str], int]:
     """Writes checkpoint and masks to where the run store has them; returns the checkpoint's files,
     and about how many bytes its params would take packed."""
-    packed = 0
+    store, packed = context.store, 0
+    assert store
     writer: Writer | None = None
     mask_writer: MaskWriter | None = None
     with contextlib.ExitStack() as stack:
@@ -353,22 +409,22 @@ def _write_checkpoint(
                     folder, model.reader.spec, model.reader.assets, changes=model.changes
                 )
             )
-            if with_masks:
+            if masks:
                 mask_writer = MaskWriter(
                     store.masks,
                     _pruned_shapes(model, recipe),
                     naming_in(model.hf_config, model.reader.spec),
                 )
-        observer.started("pruning", model.num_layers)
+        context.observer.started("pruning", model.num_layers)
         for layer in layers:
-            with _timed(observer, "write"):
+            with context.timed("write"):
                 if writer:
                     writer.write(layer.params)
                     packed += estimated_bytes(layer.params)
                 if mask_writer:
                     mask_writer.write(layer.index, layer.masks)
         if writer:
-            with _timed(observer, "write"):
+            with context.timed("write"):
                 for paths in other_params(model.reader.spec):
                     params = model.reader.read(paths)
                     writer.write(params)
@@ -406,10 +462,3 @@ def _continued_otherwise() -> Iterator[None]:
     except UserError as error:
         error.again = error.again or "with other options of the evaluation, or without it,"
         raise
-
-
-@contextlib.contextmanager
-def _timed(observer: Observer, phase: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    observer.phase_timed(phase, time.perf_counter() - start)

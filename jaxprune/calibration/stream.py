@@ -1,6 +1,7 @@
 """A text as a stream of windows, in an order that a seed fixes: what a model is tuned on, however
 much that is."""
 
+import dataclasses
 import hashlib
 import logging
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from convert.schema import Count
 from jaxprune.calibration import open_source, sources_of
 from jaxprune.calibration.ids import load_windows
 from jaxprune.calibration.mix import interleaved, shares
@@ -25,6 +27,25 @@ LEAST_HELD_OUT = 4
 AHEAD = 16
 """Windows that are made before they are asked for."""
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningText:
+    """A text that is tuned on, and what decides which windows it gives.
+
+    Attributes:
+        sha256: of the text.
+        length: tokens of a window.
+        seed: of the windows' order.
+        held_out: windows that are not tuned on.
+        held_out_sha256: of those.
+    """
+
+    sha256: str
+    length: Count
+    seed: int
+    held_out: Count
+    held_out_sha256: str
 
 
 class TextStream:
@@ -92,13 +113,17 @@ class TextStream:
             int(self._sources[name].tokens * whole / share) for name, share in self._weights.items()
         )
 
-    def as_json(self) -> dict[str, Any]:
-        """Returns all that decides the windows, as `reporting.schema.TuningText` has it."""
-        held_out = hashlib.sha256(
-            np.ascontiguousarray(self.held_out, np.int32).tobytes()
-        ).hexdigest()
-        found = {"sha256": self.digest, "length": self.length, "seed": self._seed}
-        return found | {"held_out": len(self.held_out), "held_out_sha256": held_out}
+    @property
+    def identity(self) -> TuningText:
+        """All that decides the windows."""
+        held_out = np.ascontiguousarray(self.held_out, np.int32)
+        return TuningText(
+            self.digest,
+            self.length,
+            self._seed,
+            len(held_out),
+            hashlib.sha256(held_out.tobytes()).hexdigest(),
+        )
 
     def windows(self, begin: int = 0) -> Iterator[Int[np.ndarray, "t"]]:
         """Yields windows without end, from the one of a number on."""

@@ -15,6 +15,6 @@ HELPERS = (
         "progress",
         "recipe_options",
     ),
-    *("recorded", "terminal"),
+    "terminal",
 )
 """Modules that hold no command."""

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from convert.hub import known_names
+from convert.schema import check, dump
 from jaxprune import calibration
-from jaxprune.commands.eval_options import FLAGS, EvalOptions, with_defaults
+from jaxprune.commands.eval_options import FLAGS, MEASURE_OF, EvalOptions, split, with_defaults
 from jaxprune.commands.options import (
     CommandLine,
     Section,
-    make,
     require_at_least,
     require_positive,
     whole,
 )
 from jaxprune.commands.recipe_options import RecipeOptions
-from jaxprune.commands.recorded import recorded
 from jaxprune.errors import InputError
 from jaxprune.processes.control import Group
 from jaxprune.recipe import Recipe
@@ -110,7 +109,7 @@ class Config(EvalOptions):
             for name, value in dataclasses.asdict(self).items()
             if name not in OF_A_PROCESS
         }
-        asked = {**options, **recipe.as_json(), "versions": versions()}
+        asked = {**options, "recipe": dump(recipe), "versions": versions()}
         return Group.of(self.coordinator, self.processes, self.process_id), asked
 
     def resolved(self, recipe: Recipe) -> "Config":
@@ -169,7 +168,7 @@ def group_of(argv: Sequence[str]) -> Group | None:
     """Returns the processes of a command line that need not be valid otherwise; None: it does not
     say them."""
     try:
-        line = CommandLine(argv, recorded)
+        line = CommandLine(argv, records=True)
         coordinator = line.value("coordinator")
         texts = [line.value(name) for name in ("processes", "process_id")]
         processes, number = (whole(text) if text else None for text in texts)
@@ -264,10 +263,11 @@ def read(
         UserError: a flag or a value that cannot be used.
         SystemExit: after --help.
     """
-    line = CommandLine(argv, recorded)
+    line = CommandLine(argv, records=True)
     chosen = RecipeOptions(line)
     first, calibration_, *others = (
-        Section(title, Config, only=names) for title, names in GROUPS.items()
+        Section(title, Config, only=names, defaults=line.repeated)
+        for title, names in GROUPS.items()
     )
     sections = [*own, first, *chosen.sections(), calibration_, *others]
     given = line.read(
@@ -279,5 +279,36 @@ def read(
         elsewhere=chosen.elsewhere,
     )
     recipe = chosen.recipe(given)
-    sparsity = given.get("sparsity") if line.typed("sparsity") else None
-    return Asked(given, make(Config, given).resolved(recipe), recipe, sparsity)
+    config = _amended(line, given, recipe).resolved(recipe)
+    return Asked(given, config, recipe, given.get("sparsity"))
+
+
+NOT_REPEATED = (
+    *("out", "overwrite", "resume", "save_masks", "scratch", "dry_run"),
+    *("coordinator", "processes", "process_id"),
+)
+"""Options of a record's run that say where it was made, not what."""
+
+
+def _amended(line: CommandLine, given: Mapping[str, Any], recipe: Recipe) -> Config:
+    """Returns the options that flags give, beside those of a record's run, without what means
+    nothing then."""
+    names = {field.name for field in dataclasses.fields(Config)}
+    values = {name: value for name, value in given.items() if name in names}
+    if line.record is None:
+        return Config(**values)
+    unset = {*NOT_REPEATED}
+    if "eval" in given:
+        measures = split(given["eval"])
+        unset |= {name for name, measure in MEASURE_OF.items() if measure not in measures}
+    if "target" in given:
+        unset.add("device")
+    if not recipe.tuning.tune_tokens:
+        unset.add("tune_text")
+    base = dict(line.repeated)
+    if line.record.save_dtype:
+        base["save_dtype"] = line.record.save_dtype
+    if "ckpt" in given:  # another checkpoint may have another default
+        unset.add("save_dtype")
+    base = {name: value for name, value in base.items() if name not in unset}
+    return check(Config, base | values, file=given["config"], entry="config", error=InputError)

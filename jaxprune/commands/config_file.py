@@ -1,9 +1,9 @@
 """Files of options: what --config names."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -11,10 +11,11 @@ from convert.files import read_bytes
 from convert.schema import decode, plain
 from jaxprune.errors import InputError
 
+if TYPE_CHECKING:
+    from jaxprune.reporting.schema import Run
+
 YAML_BYTES, JSON_BYTES = 2**20, 64 * 2**20
 """The most that such a file may hold; .json, as a record, that of a thousand layers."""
-Recorded = Callable[[bytes, Path], Mapping[str, Any]]
-"""The content of a record and its path -> the options of its run."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -26,12 +27,12 @@ class _Loader(yaml.SafeLoader):
     }
 
 
-def load(path: Path, recorded: Recorded | None) -> dict[str, Any]:
-    """Returns the options of a file, by their names in Python's spelling.
+def load(path: Path, *, records: bool) -> "dict[str, Any] | Run":
+    """Returns the options of a file, by their names in Python's spelling, or the record of a run.
 
     Args:
         path: the path of the file.
-        recorded: reads a record; None: a record is refused.
+        records: whether a record may be given.
 
     Raises:
         InputError: the file holds no options.
@@ -53,13 +54,20 @@ def load(path: Path, recorded: Recorded | None) -> dict[str, Any]:
             "it holds no options", file=path, wanted="names and values, such as sparsity: 0.7"
         )
     if found.get("kind") in ("run", "evaluation"):
-        if recorded is None:
+        if not records:
             raise InputError(
                 "it is a record, which only prune, plan and snapshot repeat",
                 file=path,
                 wanted="options",
             )
-        found = recorded(content, path)
+        from jaxprune.reporting import reading  # with all that a run consists of
+
+        record = reading.read(content, path)
+        if not isinstance(record, reading.Run):
+            raise InputError(
+                "it is the record of an evaluation", file=path, wanted="that of a run, or options"
+            )
+        return record
     return dict(_texts(found, path))
 
 

@@ -88,7 +88,9 @@ def _main(argv: Sequence[str]) -> int:
     place.inputs = tuple(inputs_of(source))
     require_apart({"the source": place.inputs}, {"the target": place.path}, error=CheckpointError)
     reader = open_checkpoint(source)
-    quantization = made.quantize if to == "gguf" and (made := reading.run_of(source)) else None
+    quantization = (
+        made.recipe.quantize if to == "gguf" and (made := reading.run_of(source)) else None
+    )
     if quantization:
         options.setdefault("type", quantization)
         if options["type"].lower() not in EXACT | {quantization}:

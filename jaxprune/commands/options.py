@@ -16,7 +16,6 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Group, MissingArgumentError, Parameter, UnknownOptionError
@@ -29,9 +28,6 @@ from jaxprune.errors import InputError, UserError
 
 FlagOf = Callable[[str], str | None]
 """A field's name -> the flag's name without dashes, in Python's spelling; None: no flag."""
-Recorded = Callable[[bytes, Path, Mapping[str, str]], Mapping[str, Any]]
-"""The content of a record, its path, and flag -> value of those beside it -> the options of its
-run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +57,17 @@ class CommandLine:
 
     Args:
         argv: the words.
-        recorded: reads a file that holds a record; None: the command takes no record.
+        records: whether the file may be the record of a run.
+
+    Attributes:
+        record: that record; None: there is none.
 
     Raises:
         InputError: the file holds no options.
         CheckpointError: it cannot be read.
     """
 
-    def __init__(self, argv: Sequence[str], recorded: Recorded | None = None) -> None:
+    def __init__(self, argv: Sequence[str], *, records: bool = False) -> None:
         self._argv = list(argv)
         self._given: dict[str, str] = {}
         for word, following in itertools.zip_longest(self._argv, self._argv[1:], fillvalue=""):
@@ -76,21 +75,14 @@ class CommandLine:
                 flag, equals, value = word[2:].partition("=")
                 self._given[flag.replace("-", "_")] = value if equals else following
         self._file = expand(name) if (name := self._given.get("config")) else None
-        self._repeats = False
+        found = config_file.load(self._file, records=records) if self._file else {}
+        self._stored = found if isinstance(found, dict) else {}
+        self.record = None if isinstance(found, dict) else found
 
-        def repeated(content: bytes, path: Path) -> Mapping[str, Any]:
-            assert recorded
-            self._repeats = True
-            return recorded(content, path, self._given)
-
-        self._stored = (
-            config_file.load(self._file, repeated if recorded else None) if self._file else {}
-        )
-
-    def typed(self, flag: str) -> bool:
-        """Returns whether the user gave a flag, on the command line or in a file of options, which
-        no record is."""
-        return flag in self._given or (flag in self._stored and not self._repeats)
+    @property
+    def repeated(self) -> Mapping[str, Any]:
+        """The options of the record's run, by name; empty without a record."""
+        return self.record.config.model_dump() if self.record else {}
 
     def value(self, flag: str) -> str | None:
         """Returns a flag's value without reading the rest; None where it is not given."""
@@ -256,7 +248,7 @@ def _parameter(
         converter=_convert(converter) if converter else None,
         allow_leading_hyphen=kind in (int, float),
     )
-    required = field.default is dataclasses.MISSING
+    required = default is dataclasses.MISSING
     return inspect.Parameter(
         flag,
         inspect.Parameter.KEYWORD_ONLY,

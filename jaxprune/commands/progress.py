@@ -15,12 +15,12 @@ from jaxprune.commands.terminal import console, duration, keep_memory, print_tab
 from jaxprune.evaluation.quality import Quality, table
 from jaxprune.models.parts import every_expert
 from jaxprune.planning.preflight import seconds
+from jaxprune.planning.timing import Timing
 from jaxprune.planning.work import Need
 from jaxprune.pruning.quantized import ERROR
 from jaxprune.pruning.results import LayerResult
 from jaxprune.pruning.tuning_steps import all_zeros_there
 from jaxprune.recipe_parts import Tuning
-from jaxprune.reporting import schema
 from jaxprune.reporting.card import summary
 from jaxprune.sharding import ONE_DEVICE, Devices
 from jaxprune.streaming.observer import Observer
@@ -174,7 +174,7 @@ def layer_line(layer: LayerResult, count: int) -> str:
     """Returns one line on a finished layer: relative errors in percent, sparsity, seconds."""
     every: dict[str, list[float]] = {}
     for path, kernel in layer.kernels.items():
-        every.setdefault(every_expert(path), []).append(kernel.metrics.get(ERROR, kernel.error))
+        every.setdefault(every_expert(path), []).append(kernel.stats.get(ERROR, kernel.error))
     labels = short_names(list(every))
     errors = "  ".join(
         f"{label} {100 * sum(found) / len(found):.3g}"
@@ -184,16 +184,16 @@ def layer_line(layer: LayerResult, count: int) -> str:
         sum(getattr(kernel, name) for kernel in layer.kernels.values())
         for name in ("zeros", "size")
     )
-    seconds = "  ".join(f"{phase} {value:.1f}" for phase, value in layer.seconds.items())
+    seconds = "  ".join(f"{phase} {value:.1f}" for phase, value in layer.figures.seconds.items())
     few = {path: kernel for path, kernel in layer.kernels.items() if kernel.few_tokens}
-    least = min((kernel.metrics["tokens"] for kernel in few.values()), default=0)
+    least = min((kernel.stats["tokens"] for kernel in few.values()), default=0)
     seconds += (
         f"  {len(few)} linear layers of experts were given fewer tokens than they have inputs"
         * bool(few)
     )
     seconds += f", at least {least:g}" * bool(few)
     others = [
-        kernel.metrics.get("damping_times", 1)
+        kernel.stats.get("damping_times", 1)
         for path, kernel in layer.kernels.items()
         if path not in few
     ]
@@ -218,7 +218,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
     ]
 
 
-def timing_table(timing: schema.Timing) -> tuple[list[str], list[list[str]]]:
+def timing_table(timing: Timing) -> tuple[list[str], list[list[str]]]:
     """Returns header and rows of a table: a phase each."""
     header = [
         "first layer",

@@ -63,7 +63,7 @@ def run(config: Config, recipe: Recipe, sparsity: float | None = None) -> "Pruni
     begun = time.perf_counter()
     # Here, for they take a second, which --help and a mistyped flag need not wait for.
     from jaxprune.api.load import load
-    from jaxprune.api.prune import prune
+    from jaxprune.api.prune import RunOptions, prune
     from jaxprune.commands.progress import Progress
     from jaxprune.evaluation.quality import Evaluator
 
@@ -92,18 +92,20 @@ def run(config: Config, recipe: Recipe, sparsity: float | None = None) -> "Pruni
             windows,
             recipe,
             place,
-            masks=masks_place,
-            stream=stream_of(config, recipe, model),
-            resume_only=config.resume,
-            seed=config.seed,
-            save_dtype=config.save_dtype,
-            evaluator=Evaluator(measures, model, progress) if measures else None,
-            timing=config.timing is not None,
-            unchecked=config.unchecked,
-            config=dataclasses.asdict(config),
-            inputs=inputs,
-            begun=begun,
-            observer=progress,
+            RunOptions(
+                masks=masks_place,
+                stream=stream_of(config, recipe, model),
+                resume_only=config.resume,
+                seed=config.seed,
+                save_dtype=config.save_dtype,
+                evaluator=Evaluator(measures, model, progress) if measures else None,
+                timing=config.timing is not None,
+                unchecked=config.unchecked,
+                config=dataclasses.asdict(config),
+                inputs=inputs,
+                begun=begun,
+            ),
+            progress,
         )
     if result is None or result.repeated:
         console.print(f"{place.path} was finished already")

@@ -3,19 +3,21 @@ recipe."""
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 from jaxprune import methods
-from jaxprune.commands.options import CommandLine, Section, make, real
+from jaxprune.commands.options import CommandLine, Section, real
 from jaxprune.errors import Change, InputError
-from jaxprune.methods import Method
+from jaxprune.methods import Method, NotInstalled
 from jaxprune.methods.combine import Crossed, Finished
 from jaxprune.methods.exact import Exact
 from jaxprune.recipe import PRESETS, Recipe
 from jaxprune.recipe_parts import HOW_TUNED, Experts, Importance, Rule, Tuning, without_effect
 from jaxprune.sparsity import masks
-from jaxprune.sparsity.patterns import Pattern, Unstructured, parse_pattern
+from jaxprune.sparsity.patterns import NM, Given, RecipePattern, Unstructured, parse_pattern
+
+Part = TypeVar("Part", Experts, Importance)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +71,6 @@ class WholeModel:
     linear layer the later counts. Where sparsities are spread, the others make up for it, so that
     --sparsity holds in total. Rules that name every linear layer decide alone."""
 
-    def rules(self, pattern: Pattern | None) -> tuple[Rule, ...]:
-        """Returns the rules beside a pattern; skipped linear layers stay dense whatever else names
-        them.
-
-        Raises:
-            InputError: a rule has no pattern.
-        """
-        per_output = isinstance(pattern, Unstructured) and pattern.per_output
-        return (*(_rule(text, per_output) for text in self.rule), *map(Rule, self.skip))
-
 
 def _rule(text: str, per_output: bool) -> Rule:
     names, equals, pattern = text.rpartition("=")
@@ -96,31 +88,59 @@ class RecipeOptions:
     """The recipe's part of a command line. The methods that it names decide which flags there are.
 
     Args:
-        line: the command line, of which only the methods' names are looked at.
+        line: the command line, of which only the names of methods and preset are looked at. Where
+            it has a record, its recipe is amended.
         whole_model: whether a whole model is pruned, so that the options which need one are
             offered.
 
     Attributes:
-        classes: role, mask or update, -> the method's class; one that does both is in the role of
-            update.
+        parts: role, mask or update, -> the method, before its flags are read; one that does both is
+            in the role of update.
 
     Raises:
         InputError: there is no such method, or methods that contradict each other.
     """
 
     def __init__(self, line: CommandLine, *, whole_model: bool = True) -> None:
-        method, mask, update = (line.value(name) for name in ("method", "mask", "update"))
-        if method and mask and update:
+        self._whole_model, self._record = whole_model, line.record and line.record.recipe
+        self._preset = line.value("preset")
+        self._base = PRESETS.get(self._preset or "", self._record or Recipe())
+        names = [line.value(name) for name in ("method", "mask", "update")]
+        if all(names):
             raise InputError(
                 "--mask and --update together say all that --method does: leave one of the three "
                 "out"
             )
-        self._whole_model, self._preset_name = whole_model, line.value("preset")
-        self._mask, self._update = mask or method or "admm", update or method or "admm"
-        self._given_mask = masks.is_stored(self._mask)
-        self.classes: dict[str, type] = {"update": methods.load(self._update)}
-        if not self._given_mask and self._mask != self._update:
-            self.classes = {"mask": methods.load(self._mask)} | self.classes
+        self._set_parts(*names)
+
+    def _set_parts(self, method: str | None, mask: str | None, update: str | None) -> None:
+        """Chooses the methods: those that flags name, else the base's."""
+        own: Method = self._base.method
+        own = own.method if isinstance(own, Finished) else own
+        parts, crossed = {"update": own}, isinstance(own, Crossed)
+        if isinstance(own, Crossed):
+            parts = {"mask": own.selector, "update": own.updater}
+        self.mask = self._record.mask if self._record else None
+        mask = mask or (None if self.mask else method)
+        update = update or method
+        if mask:
+            self.mask = mask if masks.is_stored(mask) else None
+
+        def named(role: str, name: str | None) -> Method:
+            known = [parts.get(role, own), *parts.values()]
+            cls: Any = methods.load(name) if name else type(known[0])
+            return next((one for one in known if type(one) is cls), None) or cls()
+
+        self.parts: dict[str, Any] = {"update": named("update", update)}
+        if not self.mask:
+            selector = named("mask", mask)
+            if type(selector) is not type(self.parts["update"]) or (
+                crossed and not (mask and update)
+            ):
+                self.parts = {"mask": selector} | self.parts
+        for part in self.parts.values():
+            if isinstance(part, NotInstalled):
+                raise InputError(part.reason)
 
     def sections(self) -> Iterator[Section]:
         """Yields the flags, by heading."""
@@ -128,7 +148,7 @@ class RecipeOptions:
             f"Methods: {', '.join(methods.names())}; --method NAME --help shows a method's own "
             "options."
         )
-        own = self._preset(self._preset_name, {}) if self._preset_name in PRESETS else {}
+        base = vars(self._base.importance) | vars(self._base.tuning)
         yield Section("Pruning", Flags, help=names)
         if self._whole_model:
             presets = (
@@ -136,14 +156,17 @@ class RecipeOptions:
                 "defaults."
             )
             yield Section("The whole model", WholeModel, help=presets)
-            yield Section("Importance, by the gradients of the loss", Importance, defaults=own)
-            yield Section("Tuning, towards the dense model's predictions", Tuning, defaults=own)
+            yield Section("Importance, by the gradients of the loss", Importance, defaults=base)
+            yield Section("Tuning, towards the dense model's predictions", Tuning, defaults=base)
             yield Section("Experts", Experts)
-        for role, cls in self.classes.items():
-            about = " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
-            yield Section(
-                f"Method {self._name(role)}", cls, self.flag_of(role), about, defaults=own
-            )
+        for role in self._plain():
+            part, flag_of = self.parts[role], self.flag_of(role)
+            about = " ".join((inspect.getdoc(part) or "").partition("\n\n")[0].split())
+            own = {flag: value for name, value in vars(part).items() if (flag := flag_of(name))}
+            title = f"Method {methods.name_of(part)}"
+            if len({type(part) for part in self.parts.values()}) < len(self.parts):
+                title += f", {role}"
+            yield Section(title, type(part), flag_of, about, defaults=own)
 
     @staticmethod
     def elsewhere(flag: str) -> str:
@@ -162,53 +185,42 @@ class RecipeOptions:
         Raises:
             InputError: values that cannot be used, or contradict each other.
         """
-        values = {**self._preset(given.get("preset"), given), **given}
-        return self._recipe(make(WholeModel, values), given, values)
+        if self._preset and self._preset not in PRESETS:
+            raise InputError(f"--preset takes {', '.join(PRESETS)}, not {self._preset!r}")
+        base, method = self._record or self._base, self._method(given)
+        pattern = self._pattern(given, method)
+        useless = without_effect(pattern)
+        if given.get("uniform"):
+            useless["spread"] = "--uniform wants one sparsity for every linear layer"
+        if asked := [name for name in useless if given.get(name)]:
+            raise InputError(f"{useless[asked[0]]}: leave --{asked[0].replace('_', '-')} out")
+        importance = _amended_importance(self._base.importance, given, useless)
+        tuning = _amended_tuning(self._base.tuning.without(useless), given, self._preset)
+        _require_use(given, self._base.preset, importance, tuning)
+        return Recipe(
+            method,
+            pattern,
+            importance,
+            tuning,
+            self._base.preset,
+            given.get("asymmetry", self._base.asymmetry),
+            _amended_rules(base.rules, given, pattern),
+            _replaced(base.experts, given),
+            given.get("quantize", base.quantize),
+        )
 
-    def _preset(self, name: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the flags that a preset sets.
-
-        Raises:
-            InputError: there is no such preset; a tuning is left out that it has not.
-        """
-        if name is None:
-            return {}
-        if name not in PRESETS:
-            raise InputError(f"--preset takes {', '.join(PRESETS)}, not {name!r}")
-        preset = PRESETS[name]
-        flags = {"asymmetry": preset.asymmetry} | _set(preset.importance) | _set(preset.tuning)
-        if given.get("token_power"):  # needs all windows
-            del flags["sensitivity_windows"]
-        for one, other in (("tune_epochs", "tune_tokens"), ("tune_tokens", "tune_epochs")):
-            if one in given and other in flags and other not in given:
-                if not given[one]:
-                    kind = one.removeprefix("tune_")
-                    raise InputError(
-                        f"the tuning of --preset {name} has no {kind}",
-                        options={other: 0, one: Change.OMIT},
-                    )
-                del flags[other]
-        if not any({**flags, **given}.get(name) for name in ("tune_epochs", "tune_tokens")):
-            flags = {name: value for name, value in flags.items() if name not in HOW_TUNED}
-        for role in self.classes:
-            flag_of = self.flag_of(role)
-            if isinstance(preset.method, self.classes[role]):
-                flags |= {
-                    flag: value
-                    for field, value in _set(preset.method).items()
-                    if (flag := flag_of(field))
-                }
-        return flags
-
-    def _name(self, role: str) -> str:
-        return self._mask if role == "mask" else self._update
+    def _plain(self) -> list[str]:
+        """Returns the roles whose methods have flags: those that are not made of others."""
+        return [
+            role for role, part in self.parts.items() if not isinstance(part, Crossed | Finished)
+        ]
 
     def _fields(self, role: str) -> set[str]:
         """Returns a method's options that matter in its role."""
-        does = {role} if self._given_mask or len(self.classes) > 1 else {"mask", "update"}
+        does = {role} if self.mask or len(self.parts) > 1 else {"mask", "update"}
         return {
             f.name
-            for f in dataclasses.fields(self.classes[role])
+            for f in dataclasses.fields(self.parts[role])
             if {f.metadata.get("only", role)} & does
         }
 
@@ -216,72 +228,125 @@ class RecipeOptions:
         """Returns field -> flag of the method in a role; flags that both methods have are told
         apart by their role."""
         fields = self._fields(role)
-        shared = set().union(*(self._fields(other) for other in self.classes if other != role))
+        shared = set().union(*(self._fields(other) for other in self._plain() if other != role))
         return lambda field: (
             (f"{role}_{field}" if field in shared else field) if field in fields else None
         )
 
-    def _recipe(
-        self, whole: WholeModel, given: Mapping[str, Any], values: Mapping[str, Any]
-    ) -> Recipe:
-        """Returns the recipe of what was given, and of all values: those and the preset's."""
-        flags, importance, tuning = (
-            make(Flags, values),
-            make(Importance, values),
-            make(Tuning, values),
-        )
-        _require_use(whole, given, importance, tuning)
-        made = {role: make(cls, values, self.flag_of(role)) for role, cls in self.classes.items()}
-        method: Method = made["update"]
-        if "mask" in made:
-            method = Crossed(made["mask"], method)
-        if flags.finish_steps < 0:
-            raise InputError(f"--finish-steps must not be negative, not {flags.finish_steps}")
-        if flags.finish_steps:
-            method = Finished(method, Exact(steps=flags.finish_steps))
-        if self._given_mask:
-            if flags.pattern is not None or flags.sparsity is not None:
+    def _method(self, given: Mapping[str, Any]) -> Method:
+        parts = dict(self.parts)
+        for role in self._plain():
+            flag_of = self.flag_of(role)
+            flags = {name: flag for name in vars(parts[role]) if (flag := flag_of(name))}
+            values = {name: getattr(parts[role], name) for name in flags}
+            values |= {name: given[flag] for name, flag in flags.items() if flag in given}
+            parts[role] = type(parts[role])(**values)
+        method: Method = parts["update"]
+        if "mask" in parts:
+            method = Crossed(parts["mask"], method)
+        steps, own = given.get("finish_steps"), self._base.method
+        if steps is not None and steps < 0:
+            raise InputError(f"--finish-steps must not be negative, not {steps}")
+        if steps is None and isinstance(own, Finished):
+            return Finished(method, own.finish)
+        if steps:
+            finish = own.finish if isinstance(own, Finished) else Exact()
+            return Finished(method, dataclasses.replace(finish, steps=steps))
+        return method
+
+    def _pattern(self, given: Mapping[str, Any], method: Method) -> RecipePattern:
+        kind, sparsity = given.get("pattern"), given.get("sparsity")
+        if self.mask:
+            if kind is not None or sparsity is not None:
                 raise InputError(
-                    f"--mask {self._mask} decides which weights stay: leave --pattern and "
+                    f"--mask {self.mask} decides which weights stay: leave --pattern and "
                     "--sparsity out"
                 )
-            pattern, useless = None, without_effect(None)
-        else:
-            pattern = parse_pattern(
-                flags.pattern or ("per-output" if method.per_output else "unstructured"),
-                flags.sparsity,
-            )
-            useless = (
-                {"spread": "--uniform wants one sparsity for every linear layer"}
-                if whole.uniform
-                else {}
-            )
-            useless |= without_effect(pattern)
-        if asked := [name for name in useless if given.get(name)]:
-            raise InputError(f"{useless[asked[0]]}: leave --{asked[0].replace('_', '-')} out")
-        # what a preset sets
-        importance, tuning = importance.without(useless), tuning.without(useless)
-        mask = self._mask if self._given_mask else None
-        rules = whole.rules(pattern)
-        parts = whole.preset, whole.asymmetry, rules, make(Experts, values), whole.quantize
-        return Recipe(method, pattern, mask, importance, tuning, *parts)
+            return Given(self.mask)
+        usual = "per-output" if method.per_output else "unstructured"
+        base = self._record.pattern if self._record else None
+        if isinstance(base, Given | None):
+            return parse_pattern(kind or usual, sparsity)
+        if isinstance(base, NM):
+            if kind is None and (sparsity is None or abs(sparsity - base.sparsity) <= 1e-6):
+                return base
+            return parse_pattern(kind or usual, sparsity)
+        if kind is None:
+            return base if sparsity is None else dataclasses.replace(base, sparsity=sparsity)
+        return parse_pattern(
+            kind, base.sparsity if sparsity is None and ":" not in kind else sparsity
+        )
 
 
-def _set(values: Any) -> dict[str, Any]:
-    """Returns the fields of a dataclass that have other values than their defaults."""
-    found = {
-        field.name: (getattr(values, field.name), field.default)
-        for field in dataclasses.fields(values)
-    }
-    return {name: value for name, (value, default) in found.items() if value != default}
+def _replaced(part: Part, given: Mapping[str, Any]) -> Part:
+    """Returns a dataclass with the fields that flags of their names give."""
+    return dataclasses.replace(part, **{name: given[name] for name in vars(part) if name in given})
+
+
+def _amended_importance(
+    base: Importance, given: Mapping[str, Any], useless: Collection[str]
+) -> Importance:
+    """Returns the base's importance with the fields that flags give, without what changes nothing
+    then."""
+    if given.get("token_power"):  # needs all windows
+        base = dataclasses.replace(base, sensitivity_windows=None)
+    found = _replaced(base, given).without(useless)
+    if "sensitivity_windows" in given:  # which alone is an error
+        found = dataclasses.replace(found, sensitivity_windows=given["sensitivity_windows"])
+    return found
+
+
+def _amended_tuning(base: Tuning, given: Mapping[str, Any], preset: str | None) -> Tuning:
+    """Returns the base's tuning with the fields that flags give: epochs take the place of tokens,
+    and tokens of epochs.
+
+    Raises:
+        InputError: a flag wants no epochs where there are tokens, or the reverse.
+    """
+    values = vars(base) | {name: given[name] for name in vars(base) if name in given}
+    for one, other in (("tune_epochs", "tune_tokens"), ("tune_tokens", "tune_epochs")):
+        if one in given and other not in given and getattr(base, other):
+            if not given[one]:
+                kind = one.removeprefix("tune_")
+                of = f" of --preset {preset}" if preset else ""
+                raise InputError(
+                    f"the tuning{of} has no {kind}", options={other: 0, one: Change.OMIT}
+                )
+            values[other] = 0
+    useless = [] if values["tune_tokens"] else ["tune_to_end"]
+    if not (values["tune_epochs"] or values["tune_tokens"]):
+        useless += HOW_TUNED
+    unset = {f.name: f.default for f in dataclasses.fields(Tuning) if f.name in useless}
+    return Tuning(**values | {name: given.get(name, value) for name, value in unset.items()})
+
+
+def _amended_rules(
+    base: Sequence[Rule], given: Mapping[str, Any], pattern: RecipePattern
+) -> tuple[Rule, ...]:
+    """Returns the base's rules with those that flags give in place of their like; skipped linear
+    layers stay dense whatever else names them.
+
+    Raises:
+        InputError: a rule has no pattern.
+    """
+    per_output = isinstance(pattern, Unstructured) and pattern.per_output
+    own = [] if isinstance(pattern, Given) else [rule for rule in base if rule.pattern]
+    dense = [rule for rule in base if not rule.pattern]
+    if not {"rule", "skip"} & given.keys():
+        return tuple(rule for rule in base if rule in own or rule in dense)
+    if "rule" in given:
+        own = [_rule(text, per_output) for text in given["rule"]]
+    if "skip" in given:
+        dense = [Rule(names) for names in given["skip"]]
+    return (*own, *dense)
 
 
 def _require_use(
-    whole: "WholeModel", given: Mapping[str, Any], importance: Importance, tuning: Tuning
+    given: Mapping[str, Any], preset: str | None, importance: Importance, tuning: Tuning
 ) -> None:
     """Raises InputError for flags that only matter beside others which are not there."""
     alone = {
-        "uniform": ("--preset", whole.preset is not None),
+        "uniform": ("--preset", preset is not None),
         "sensitivity_windows": ("--preset, --weigh-outputs or --spread", importance.measured),
         **dict.fromkeys(HOW_TUNED, ("--tune-epochs or --tune-tokens", tuning.tunes)),
         "tune_to_end": ("--tune-tokens", tuning.tune_tokens > 0),

@@ -94,7 +94,7 @@ def _run(argv: Sequence[str]) -> None:
         kernels[path] = np.asarray(kernel)
         shape = " × ".join(map(str, kernel.shape))
         sparsity = f"{100 * result.zeros / result.size:.2f} %"
-        metrics = ", ".join(f"{name} {value:.3g}" for name, value in result.metrics.items())
+        metrics = ", ".join(f"{name} {value:.3g}" for name, value in result.stats.items())
         print(
             columns.format(path, shape, f"{result.error:.6f}", sparsity, f"{seconds:.2f}", metrics),
             flush=True,

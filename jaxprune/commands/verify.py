@@ -88,9 +88,9 @@ def _main(argv: Sequence[str]) -> int:
         pattern = parse_pattern(wanted.pattern or "unstructured", wanted.sparsity)
     source = resolve(name)
     run = reading.run_of(source)
-    by_pattern = run is not None and not run.importance.spread and not run.patterns_of_all
-    recorded = run.pattern.pattern() if run and by_pattern else None
-    claimed = pattern or recorded
+    recipe = run.recipe if run and not run.patterns_of_all else None
+    by_pattern = recipe is not None and not recipe.importance.spread and not recipe.mask
+    claimed = pattern or (recipe.pattern if recipe and by_pattern else None)
     verdict = verify(source, against=wanted.against, pattern=pattern, zeros_of=wanted.zeros_of)
     print_table(_rows(verdict.kernels, wanted.all), ("linear layer", "tensors", "zeros", "pattern"))
     for problem in verdict.problems[:MOST_PROBLEMS]:
@@ -107,8 +107,8 @@ def _main(argv: Sequence[str]) -> int:
     if wanted.against:
         facts += f", {verdict.compared} other tensors compared with {wanted.against}"
         facts += f" in {verdict.dtype.name}" if verdict.dtype else ""
-    if run and run.quantize and not verdict.problems:
-        facts += f", on the grid of {run.quantize.upper()}"
+    if run and run.recipe.quantize and not verdict.problems:
+        facts += f", on the grid of {run.recipe.quantize.upper()}"
     facts += f", all zeros of {wanted.zeros_of} kept" * bool(
         wanted.zeros_of and not verdict.problems
     )

@@ -2,14 +2,15 @@
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
+from convert.schema import FiniteOrNull
 from jaxprune import calibration
 from jaxprune.errors import Change, InputError
 from jaxprune.evaluation.samples import Prompts, Sample, samples
@@ -71,7 +72,6 @@ class Quality:
 
     Attributes:
         texts: text -> what the model makes of it.
-        windows: text -> windows, tokens a window.
         tasks: task -> metric -> value; see `tasks.summarize`.
         groups: the names in it that are groups of tasks.
         samples: prompts and what the model makes of them.
@@ -80,36 +80,23 @@ class Quality:
     """
 
     texts: dict[str, TextQuality] = dataclasses.field(default_factory=dict)
-    windows: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
-    tasks: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    tasks: dict[str, dict[str, FiniteOrNull]] = dataclasses.field(default_factory=dict)
     groups: list[str] = dataclasses.field(default_factory=list)
     samples: list[Sample] = dataclasses.field(default_factory=list)
-    lm_eval: dict[str, Any] | None = None
+    lm_eval: Annotated[dict[str, Any] | None, Field(exclude=True)] = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
-        """Returns the content of `reporting.schema.Quality`; infinite perplexities are null."""
-        texts = {}
-        for name, found in self.texts.items():
-            values = {key: value for key, value in found._asdict().items() if value is not None}
-            finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-            texts[name] = {"windows": list(self.windows[name])} | finite
-        mean = mean_accuracy(self.tasks, self.groups)
-        return {
-            "texts": texts,
-            "tasks": self.tasks,
-            **({"groups": self.groups} if self.groups else {}),
-            **({"mean_accuracy": mean} if mean else {}),
-            **({"samples": [sample._asdict() for sample in self.samples]} if self.samples else {}),
-            "seconds": self.seconds,
-        }
+    @property
+    def mean_accuracy(self) -> dict[str, float]:
+        """The mean over the tasks; see `tasks.mean_accuracy`."""
+        return mean_accuracy(self.tasks, self.groups)
 
     def summary(self) -> dict[str, str]:
         """Returns what was measured -> its value, in words."""
         rows = {}
         shorter = [*map(short_name, self.texts)]
         for (full, text), own in zip(self.texts.items(), shorter, strict=True):
-            windows, length = self.windows[full]
+            windows, length = text.windows
             name = own if shorter.count(own) == 1 else full
             rows[f"perplexity of {name} ({windows} x {length} tokens)"] = f"{text.perplexity:.7g}"
             if text.kl is not None and text.ratio is not None and text.top1 is not None:
@@ -122,12 +109,12 @@ class Quality:
                     name, _, filtered = metric.partition(",")
                     error = metrics.get(f"{name}_stderr{',' * bool(filtered)}{filtered}")
                     rows[f"{task}, {metric}"] = with_error(value, error)
-        if mean := mean_accuracy(self.tasks, self.groups):
+        if mean := self.mean_accuracy:
             rows["mean acc"] = with_error(mean["acc"], mean.get("acc_stderr"))
         return rows
 
 
-def table(qualities: Mapping[str, Quality]) -> tuple[list[str], list[list[str]]]:
+def table(qualities: Mapping[Any, Quality]) -> tuple[list[str], list[list[str]]]:
     """Returns header and rows of a table: a column for each checkpoint."""
     columns = {name: quality.summary() for name, quality in qualities.items()}
     labels = dict.fromkeys(label for column in columns.values() for label in column)
@@ -217,7 +204,6 @@ class Evaluator:
                 found = text_quality(group, tokens, name=text, observer=self._observer)
                 for name, quality in zip((first, *others), found, strict=True):
                     qualities[name].texts[text] = quality
-                    qualities[name].windows[text] = tokens.shape
                     qualities[name].seconds[f"perplexity, {text}"] = time.perf_counter() - start
         return qualities
 

@@ -1,10 +1,11 @@
 """Prompts continued by models, for people to read: numbers do not tell whether a pruned model is of
 use, text does."""
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from convert.assets import encode
 from convert.files import expand
@@ -38,7 +39,8 @@ CUT = "\ufffd"
 """Stands for bytes that are no whole character yet."""
 
 
-class Sample(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Sample:
     """A prompt and its continuation.
 
     Attributes:

@@ -102,10 +102,10 @@ class Tasks:
         return evaluate(lm=model, task_dict=loaded, limit=self.limit, bootstrap_iters=1000)
 
 
-def summarize(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def summarize(results: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     """Returns task or group -> metric -> value, with `<metric>_stderr` beside it, from lm-eval's
     results."""
-    summary: dict[str, dict[str, float]] = {}
+    summary: dict[str, dict[str, float | None]] = {}
     for task, values in results["results"].items():
         metrics = {
             key: value
@@ -124,7 +124,7 @@ def groups_of(results: Mapping[str, Any]) -> list[str]:
 
 
 def mean_accuracy(
-    summary: Mapping[str, Mapping[str, float]], groups: Collection[str] = ()
+    summary: Mapping[str, Mapping[str, float | None]], groups: Collection[str] = ()
 ) -> dict[str, float]:
     """Returns the plain mean of `acc` over the tasks that have it, as in the paper's table 4, and
     its standard error.
@@ -136,14 +136,14 @@ def mean_accuracy(
     Returns:
         `acc`, and `acc_stderr` where all tasks have one; empty without any accuracy.
     """
-    tasks = [values for name, values in summary.items() if "acc" in values and name not in groups]
+    tasks = [values for name, values in summary.items() if name not in groups]
+    tasks = [values for values in tasks if values.get("acc") is not None]
     if not tasks:
         return {}
-    mean = {"acc": sum(values["acc"] for values in tasks) / len(tasks)}
-    if all("acc_stderr" in values for values in tasks):
-        mean["acc_stderr"] = math.sqrt(sum(values["acc_stderr"] ** 2 for values in tasks)) / len(
-            tasks
-        )
+    mean = {"acc": sum(values["acc"] or 0.0 for values in tasks) / len(tasks)}
+    errors = [error for values in tasks if (error := values.get("acc_stderr")) is not None]
+    if len(errors) == len(tasks):
+        mean["acc_stderr"] = math.sqrt(sum(error**2 for error in errors)) / len(errors)
     return mean
 
 
@@ -153,8 +153,9 @@ def samples(options: Mapping[str, Any]) -> bool:
     return options["do_sample"] and options.get("temperature", 1.0) > 0
 
 
-def with_error(value: float, error: float | None) -> str:
+def with_error(value: float | None, error: float | None) -> str:
     """Returns a value and its standard error, where there is one."""
+    value = math.nan if value is None else value
     return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 

@@ -4,17 +4,20 @@ streaming.
 Each model visits the device layer by layer; none need fit it, nor the host.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from pydantic import Field
 
+from convert.schema import Count, FiniteOrNull
 from jaxprune.errors import InputError
 from jaxprune.models import Part
 from jaxprune.streaming.head import exponentials, in_chunks, kl_divergence, logits
@@ -23,10 +26,12 @@ from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
 
 
-class TextQuality(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class TextQuality:
     """How well a model predicts a text.
 
     Attributes:
+        windows: windows, tokens a window.
         perplexity: exp of the mean loss over all tokens but each window's first; inf where it
             overflows, NaN where the model's predictions are.
         ratio: perplexity over the dense model's.
@@ -35,10 +40,11 @@ class TextQuality(NamedTuple):
         top1: share of the tokens at which both models find the same next token the most probable.
     """
 
-    perplexity: float
-    ratio: float | None = None
-    kl: float | None = None
-    top1: float | None = None
+    windows: tuple[Count, Count]
+    perplexity: Annotated[FiniteOrNull, Field(gt=0)] = None
+    ratio: FiniteOrNull = None
+    kl: FiniteOrNull = None
+    top1: FiniteOrNull = None
 
 
 def text_quality(
@@ -85,16 +91,20 @@ def text_quality(
 
 def perplexity(model: StreamedModel, tokens: Int[np.ndarray, "w t"]) -> float:
     """Computes a single model's perplexity; see `text_quality`."""
-    return text_quality([model], tokens)[0].perplexity
+    return _known(text_quality([model], tokens)[0])
 
 
 def perplexity_of_states(
     model: StreamedModel, hidden: HiddenStates, tokens: Int[np.ndarray, "w t"]
 ) -> float:
     """Computes the perplexity from the last layer's output."""
-    return _compare([model], (model.params_of(model.architecture.head),), [hidden], tokens)[
-        0
-    ].perplexity
+    head = model.params_of(model.architecture.head)
+    return _known(_compare([model], (head,), [hidden], tokens)[0])
+
+
+def _known(quality: TextQuality) -> float:
+    assert quality.perplexity is not None
+    return quality.perplexity
 
 
 def _size(model: StreamedModel) -> tuple[int, int]:
@@ -131,13 +141,12 @@ def _compare(
     count = tokens.shape[0] * (tokens.shape[1] - 1)
     # A model pruned to rubble may have a mean loss whose exponential overflows.
     perplexities = [math.inf if mean >= 700 else math.exp(mean) for mean in losses / count]
-    first, *others = [TextQuality(value) for value in perplexities]
+    windows = tokens.shape
+    first, *others = perplexities
     return [
-        first,
+        TextQuality(windows, first),
         *(
-            TextQuality(
-                own.perplexity, own.perplexity / first.perplexity, kl / count, agreed / count
-            )
+            TextQuality(windows, own, own / first, float(kl / count), float(agreed / count))
             for own, kl, agreed in zip(others, divergences[1:], agreements[1:], strict=True)
         ),
     ]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from jaxtyping import Array, Bool, Float
 
 from convert import plugins
+from jaxprune.errors import InputError
 from jaxprune.sparsity.patterns import Pattern
 
 SELECTS = {"only": "mask"}
@@ -20,7 +21,7 @@ line does not offer it where it only updates."""
 UPDATES = {"only": "update"}
 """Metadata of a method's option that matters only where the method updates the weights."""
 
-HELPERS = ("combine", "gram", "linalg", "quantization", "records")
+HELPERS = ("combine", "gram", "linalg", "quantization", "stored")
 """Modules that hold no method of their own."""
 
 Gram = Float[Array, "n n"]
@@ -76,6 +77,35 @@ class Method(Protocol):
         ...
 
 
+Scalar = bool | int | float | str | None
+"""The value of a method's option."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NotInstalled:
+    """A method that a recipe names and that cannot be made here: it is read and printed, not used.
+
+    Attributes:
+        name: its name.
+        options: (name, value) of its options.
+        reason: why it cannot be made.
+    """
+
+    name: str
+    options: tuple[tuple[str, Scalar], ...]
+    reason: str = dataclasses.field(compare=False)
+
+    @property
+    def per_output(self) -> bool:
+        return False
+
+    def prepare(self, gram: Gram) -> Any:
+        raise InputError(self.reason)
+
+    def solve(self, prepared: Any, weight: Kernel, pattern: Pattern | Mask) -> Solution:
+        raise InputError(self.reason)
+
+
 def names() -> list[str]:
     """Returns the names of all methods."""
     return plugins.names(sys.modules[__name__])
@@ -83,6 +113,8 @@ def names() -> list[str]:
 
 def name_of(method: Any) -> str:
     """Returns a method's name: its file's, or that of its entry point."""
+    if isinstance(method, NotInstalled):
+        return method.name
     return plugins.name_of(sys.modules[__name__], type(method).__module__)
 
 

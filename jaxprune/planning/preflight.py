@@ -32,7 +32,7 @@ from jaxprune.pruning.experts import without_experts
 from jaxprune.pruning.sensitivity import HOST_BYTES
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import ONE_DEVICE, Devices
-from jaxprune.sparsity.patterns import Unstructured
+from jaxprune.sparsity.patterns import Given, Pattern, Unstructured
 
 SHARE_OF_RATE = {"sensitivity": 0.6, "tune": 0.7, "evaluate": 0.5}
 """Share of the matrix rate that the float32 products of a phase reach; 0.75 where not named. These
@@ -154,7 +154,9 @@ def programs_of(work: Work) -> Iterator[Program]:
         work.device_bytes,
     )
     recipe, shapes = work.recipe, dataclasses.replace(whole, stored=stored_dtype(work.saved))
-    pattern = recipe.pattern or Unstructured(0.5)  # a given mask takes no more than selecting one
+    # a given mask takes no more than selecting one
+    own = recipe.pattern
+    pattern: Pattern = Unstructured(0.5) if isinstance(own, Given) else own
     if share := recipe.experts.drop_experts:
         yield from programs.of_experts(whole, work.windows, work.length)
         shapes = dataclasses.replace(shapes, architecture=without_experts(work.architecture, share))

@@ -77,7 +77,7 @@ def of_pruning(
                 size_of([total for total in totals.values() if isinstance(total, ExpertTotals)]),
             )
             add: Any = gram_matrices.accumulate_drift if asymmetry else gram_matrices.accumulate
-            arguments = params, *[x] * models, {}, *[totals] * models
+            arguments = params, *[x] * models, {}, [totals] * models if asymmetry else totals
             yield Program(
                 "gram",
                 "forward and Gram matrices",
@@ -85,7 +85,7 @@ def of_pruning(
                 arguments,
                 count * passes * groups,
                 in_flight * models,
-                donated=tuple(range(len(arguments)))[-models:],
+                donated=(len(arguments) - 1,),
                 beside=sums.flops(shapes, x.shape[0] * length),
             )
         yield from _of_solves(shapes, layer, count, params, stack, method, pattern, kind, asymmetry)

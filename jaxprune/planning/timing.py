@@ -1,13 +1,14 @@
 """What compilation brings: the first layer pruned with and without it, on the run's own weights and
 text."""
 
+import dataclasses
 import time
-from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
+from convert.schema import Measured
 from jaxprune.pruning.loop import prune_layers
 from jaxprune.pruning.results import LayerResult
 from jaxprune.pruning.rules import with_rules
@@ -16,7 +17,8 @@ from jaxprune.recipe import Recipe
 from jaxprune.streaming.model import StreamedModel
 
 
-class Timing(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Timing:
     """Seconds by phase of the first layer; `read` is left out.
 
     Attributes:
@@ -29,7 +31,7 @@ class Timing(NamedTuple):
     first: dict[str, float]
     jit: dict[str, float]
     eager: dict[str, float]
-    equal: float
+    equal: Measured
 
 
 def jit_versus_eager(
@@ -48,8 +50,9 @@ def jit_versus_eager(
         layers = prune_layers(model, tokens, recipe.method, target, asymmetry=recipe.asymmetry)
         start = time.perf_counter()
         layer = next(layers)
-        seconds = {phase: spent for phase, spent in layer.seconds.items() if phase != "read"}
-        return layer, seconds | {"all": time.perf_counter() - start - layer.seconds["read"]}
+        seconds = dict(layer.figures.seconds)
+        total = time.perf_counter() - start - seconds.pop("read")
+        return layer, seconds | {"all": total}
 
     (_, first), (compiled, jit) = once(), once()
     with jax.disable_jit():

@@ -5,8 +5,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxprune import hardware
-from jaxprune.pruning.results import LayerResult
-from jaxprune.pruning.store import Stage
+from jaxprune.pruning.results import SavedLayers
 from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.model import StreamedModel, inside_layer
 
@@ -19,8 +18,10 @@ class CalibrationStates:
         model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
         with_dense: whether states behind the dense layers go along.
+        saved: where the layers that they pass are saved, and the states with them; None: nowhere.
 
     Attributes:
+        model, saved: as given.
         pruned: states behind the layers as pruned.
         dense: states behind the dense layers; None where they were not asked for.
 
@@ -29,9 +30,14 @@ class CalibrationStates:
     """
 
     def __init__(
-        self, model: StreamedModel, tokens: Int[np.ndarray, "w t"], *, with_dense: bool
+        self,
+        model: StreamedModel,
+        tokens: Int[np.ndarray, "w t"],
+        *,
+        with_dense: bool,
+        saved: SavedLayers | None = None,
     ) -> None:
-        self._model = model
+        self.model, self.saved = model, saved
         self._position = 0  # number of layers that the states are behind
         self._fresh = True
         routing, at_a_time = model.architecture.config.routing, None
@@ -42,36 +48,37 @@ class CalibrationStates:
         self.pruned = model.embed(tokens, at_a_time=at_a_time)
         self.dense = model.embed(tokens) if with_dense else None
 
-    def passed(self, index: int, saved: Stage[LayerResult]) -> None:
+    def passed(self, index: int) -> None:
         """Says that the states moved through a layer; saves them where that is worth its time."""
         self._position = index + 1
-        if self._position < self._model.num_layers:
-            saved.put_states(self._named(), self._position)
+        if self.saved and self._position < self.model.num_layers:
+            self.saved.put_states(self._named(), self._position)
 
-    def catch_up(self, index: int, saved: Stage[LayerResult]) -> None:
+    def catch_up(self, index: int) -> None:
         """Moves the states on to a layer's input, through layers that an earlier process of the run
         pruned.
 
         Args:
             index: the index of the layer.
-            saved: the layers that are pruned already.
 
         Raises:
             InputError: one of them was damaged meanwhile.
         """
+        if self.saved is None:
+            return
         if self._fresh:
             self._fresh = False
-            if found := saved.states(lambda position: position <= index, self._named):
+            if found := self.saved.states(lambda position: position <= index, self._named):
                 self._position, _ = found
         for before in range(self._position, index):
-            layer = saved.require(before)
-            part = self._model.architecture.layers[before]
-            params = self._model.put_layer(before, part.stack(inside_layer(before, layer.params)))
-            self._model.forward(before, params, self.pruned)
+            layer = self.saved.require(before)
+            part = self.model.architecture.layers[before]
+            params = self.model.put_layer(before, part.stack(inside_layer(before, layer.params)))
+            self.model.forward(before, params, self.pruned)
             del params  # before the next are there
             if self.dense:
-                (stored,) = self._model.layers([before])
-                self._model.forward(before, self._model.put_layer(before, stored), self.dense)
+                (stored,) = self.model.layers([before])
+                self.model.forward(before, self.model.put_layer(before, stored), self.dense)
         self._position = index
 
     def _named(self) -> dict[str, HiddenStates]:

@@ -30,18 +30,17 @@ from jaxtyping import Float, Int
 from jaxprune.calibration.stream import TextStream
 from jaxprune.errors import InputError
 from jaxprune.pruning import saved_tuning
+from jaxprune.pruning.context import NOWHERE, Context
 from jaxprune.pruning.held_out import HeldOut
 from jaxprune.pruning.late_zeros import LateZeros
 from jaxprune.pruning.placement import placement_of
 from jaxprune.pruning.results import LayerResult
 from jaxprune.pruning.rules import TargetOf
 from jaxprune.pruning.saved_tuning import Progress
-from jaxprune.pruning.store import RunStore
 from jaxprune.pruning.student import Student, require_finite
 from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.recipe_parts import Tuning
 from jaxprune.streaming.model import StreamedModel
-from jaxprune.streaming.observer import SILENT, Observer
 
 log = logging.getLogger(__name__)
 FAR = 0.75
@@ -112,29 +111,25 @@ def distill(
     tuning: Tuning,
     *,
     target_of: TargetOf | None = None,
-    teacher: StreamedModel | None = None,
-    store: RunStore | None = None,
-    observer: Observer = SILENT,
+    context: Context = NOWHERE,
 ) -> Iterator[LayerResult]:
     """Tunes pruned layers. Masks and what became of the kernels stay as their solves have them,
     unless zeros come late.
 
     Args:
-        model: what was pruned.
+        model: what was pruned; its teacher is the model towards which is tuned.
         text: what is tuned on.
         layers: all layers, as `loop.prune_layers` gives them; each is let go when it is taken up.
         tuning: how.
         target_of: (layer index, path of the linear layer) -> its pattern, where zeros come late.
-        teacher: the model towards which is tuned; None: the one that was pruned.
-        store: where the state is saved now and then, and taken from where it is saved already;
-            None: nothing is saved.
-        observer: is told each step, and each measure of the divergence on what is held out.
+        context: its store has the state now and then; its observer is told each step, and each
+            measure of the divergence on what is held out.
 
     Raises:
         InputError: the loss is not finite, or a kernel in the end; zeros are to come late, but in
             no pattern.
     """
-    steps, teacher = text.steps, teacher or model
+    steps, teacher, observer = text.steps, model.teacher, context.observer
     late, devices = None, model.devices.count
     placement = placement_of(
         model.architecture,
@@ -154,7 +149,7 @@ def distill(
     all_there = steps.last_pruning * steps.tokens
     held_out = HeldOut(teacher, text.held_out, all_there) if text.held_out is not None else None
     observer.started("tuning", steps.count, "steps")
-    begin = _begun(store, student, rate, held_out, observer)
+    begin = _begun(context, student, rate, held_out)
     for number, (tokens, dense) in enumerate(_with_dense(teacher, text, begin), begin + 1):
         divergence = student.step(tokens, dense, number, partial(rate.of, number))
         observer.step_done(number, steps.count, divergence)
@@ -164,25 +159,20 @@ def distill(
             if not (tuning.tune_to_end or held_out.falls):
                 break
         measured = (held_out.curve, held_out.best) if held_out else ([], None)
-        saved_tuning.save(store, student.state, Progress(number, rate.before, *measured))
+        saved_tuning.save(context.store, student.state, Progress(number, rate.before, *measured))
         del measured  # there is to be one best at a time
-    saved_tuning.save_curve(store, held_out.curve if held_out else [])
+    saved_tuning.save_curve(context.store, held_out.curve if held_out else [])
     best = held_out.best if held_out else None
     require_finite(best or (kernels.values for kernels in student.state))
     for index in range(model.num_layers):
         yield student.result(index, best[index] if best else student.stored(index))
 
 
-def _begun(
-    store: RunStore | None,
-    student: Student,
-    rate: "Rate",
-    held_out: HeldOut | None,
-    observer: Observer,
-) -> int:
+def _begun(context: Context, student: Student, rate: "Rate", held_out: HeldOut | None) -> int:
     """Takes up what was saved of a tuning, or measures what is held out before the first step;
     returns the number of the steps that were made."""
-    saved = saved_tuning.restore(store, student.state, student.restore)
+    observer = context.observer
+    saved = saved_tuning.restore(context.store, student.state, student.restore)
     if saved:
         observer.tuning_resumed(saved.step)
         rate.before = saved.before

@@ -16,12 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from convert import Params
 from jaxprune.errors import Change, InputError
 from jaxprune.models import Architecture, Layer
 from jaxprune.models.experts import OUTPUT_TAP
 from jaxprune.pruning.store import EXPERTS, RunStore
 from jaxprune.sharding import fetch
 from jaxprune.streaming.model import StreamedModel
+from jaxprune.streaming.sweep import sweep
 
 
 def kept_experts(
@@ -88,18 +90,20 @@ def _saliencies(
     name = f"{EXPERTS}/0"
     if store and (saved := store.get(name)):
         return {int(index): saliency for index, saliency in saved.arrays.items()}
-    hidden, found = model.embed(tokens), {}
-    for index, params in enumerate(model.layers()):
+    hidden = model.embed(tokens)
+
+    def visit(index: int, params: Params, _: dict[str, float]) -> Float[np.ndarray, "e"] | None:
         layer, own = model.architecture.layers[index], model.put_layer(index, params)
-        if layer.experts:
-            sums = [fetch(norms(layer, own, x)) for x in hidden.batches()]
-            total, given = (
-                np.sum(one, axis=0, dtype=np.float64) for one in zip(*sums, strict=True)
-            )
-            found[index] = total / np.maximum(given, 1)
+        sums = [fetch(norms(layer, own, x)) for x in hidden.batches()] if layer.experts else []
         if index + 1 < model.num_layers:
             model.forward(index, own, hidden)
-        del own  # before the next is there
+        if not sums:
+            return None
+        total, given = (np.sum(one, axis=0, dtype=np.float64) for one in zip(*sums, strict=True))
+        return total / np.maximum(given, 1)
+
+    each = sweep(range(model.num_layers), model.layers, visit)
+    found = {index: saliency for index, saliency in enumerate(each) if saliency is not None}
     if store:
         store.put(name, {str(index): saliency for index, saliency in found.items()}, {})
     return found

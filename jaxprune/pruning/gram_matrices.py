@@ -20,9 +20,8 @@ from jaxprune.errors import InputError
 from jaxprune.methods import gram
 from jaxprune.models import Layer, Part
 from jaxprune.models.blocks import Routed, around, on_each
+from jaxprune.pruning.calibration_states import CalibrationStates
 from jaxprune.sharding import ONE_DEVICE, Devices, fetch
-from jaxprune.streaming.hidden_states import HiddenStates
-from jaxprune.streaming.model import StreamedModel
 
 SHARE = 0.25
 """The most of a device's memory for experts' Gram matrices; see `hardware.cpu_budget` for a CPU."""
@@ -132,36 +131,32 @@ def most_bytes(device_bytes: float | None = None) -> float:
 
 
 def gram_matrices(
-    model: StreamedModel,
+    states: CalibrationStates,
     index: int,
     params: Mapping[str, Array],
-    hidden: HiddenStates,
-    dense: HiddenStates | None = None,
     weights: Mapping[str, Float[np.ndarray, "w t"]] | None = None,
     taps: Sequence[str] | None = None,
 ) -> tuple[Grams, dict[str, Float[Array, "n n"]]]:
     """Sums the Gram matrices of a layer's linears' inputs, XᵀX or Xᵀ diag(w) X, float32.
 
     Args:
-        model: the model that the layer belongs to.
+        states: the model, and its states before the layer, of which the dense model's move on.
         index: the index of the layer.
         params: the params of the dense layer, on the device.
-        hidden: states before the layer.
-        dense: states before the layer of the dense model, which move on to those behind it; None:
-            there are none.
         weights: tap -> w, one weight a token; taps that are not in it weigh all tokens the same.
         taps: the inputs whose Gram matrices are wanted; None: all.
 
     Returns:
         The Gram matrices, and the drifts X̂ᵀ(X − X̂) of the inputs X̂ from those of the dense
-        model, X; no drifts where `dense` is None. An expert's have the tokens that are routed to
-        it, each weighed by the square of its share in the layer's output.
+        model, X; no drifts where there are no states of that. An expert's have the tokens that
+        are routed to it, each weighed by the square of its share in the layer's output.
 
     Raises:
         InputError: NaN or infinity in the layer's activations; weights are looked at when they are
             read.
     """
-    devices, layer = model.devices, model.architecture.layers[index]
+    devices, layer = states.model.devices, states.model.architecture.layers[index]
+    hidden, dense = states.pruned, states.dense
     wanted = layer.programs_of(layer.inputs if taps is None else taps)
     weights = {tap: weight for tap, weight in (weights or {}).items() if tap in wanted}
     experts = {
@@ -185,12 +180,10 @@ def gram_matrices(
     def weights_of(rows: slice) -> dict[str, Array]:
         return {tap: devices.shard_first(weight[rows]) for tap, weight in weights.items()}
 
-    def move_dense(states: Array, rows: slice) -> Array:
+    def move_dense(before: Array, rows: slice) -> Array:
         x = hidden.batch(rows)
-        parts, grams, drifts = totals_for(rows)
-        after, *sums[parts] = accumulate_drift(
-            layer, params, x, states, weights_of(rows), grams, drifts
-        )
+        parts, *totals = totals_for(rows)
+        after, sums[parts] = accumulate_drift(layer, params, x, before, weights_of(rows), totals)
         return after
 
     if dense:
@@ -292,18 +285,18 @@ def _add_around(
     return around(total, jnp.int32(0), turn)[0]
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=(5, 6))
+@partial(jax.jit, static_argnums=0, donate_argnums=5)
 def accumulate_drift(
     layer: Part,
     params: Mapping[str, Array],
     x: Float[Array, "b t d"],
     dense: Float[Array, "b t d"],
     weights: Mapping[str, Float[Array, "b t"]],
-    grams: dict[str, Array],
-    drifts: dict[str, Array],
-) -> tuple[Float[Array, "b t d"], dict[str, Array], dict[str, Array]]:
+    sums: Sequence[Totals],
+) -> tuple[Float[Array, "b t d"], tuple[Totals, Totals]]:
     """Does the same for the states behind pruned layers, x, and those behind dense ones, which move
-    on."""
+    on; the sums are Gram matrices and drifts."""
+    grams, drifts = sums
     (_, taps), (after, dense_taps) = layer(params, x), layer(params, dense)
     grams = {
         tap: _add(gram.add_gram, total, taps[tap], weights.get(tap)) for tap, total in grams.items()
@@ -312,7 +305,7 @@ def accumulate_drift(
         tap: _add(gram.add_drift, total, taps[tap], dense_taps[tap], weights.get(tap))
         for tap, total in drifts.items()
     }
-    return after, grams, drifts
+    return after, (grams, drifts)
 
 
 def _add(add: Callable[..., Array], total: Array, *arrays: Array | None) -> Array:

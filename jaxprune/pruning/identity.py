@@ -47,12 +47,15 @@ class KnownWeights:
         reader: the reader of the dense checkpoint.
         store: the store of the run; it saves what becomes known.
 
+    Attributes:
+        reader: as given.
+
     Raises:
         AnotherRunError: a tensor has changed since the run met it.
     """
 
     def __init__(self, reader: CheckedReader, store: RunStore) -> None:
-        self._reader, self._store = reader, store
+        self.reader, self._store = reader, store
         self._signature = reader.signature()
         saved: list[Weights] = []
         for number in store.names(WEIGHTS):
@@ -71,7 +74,7 @@ class KnownWeights:
         store.newly_known = self._newly_known
 
     def _newly_known(self) -> dict[str, Any] | None:
-        digests = dict(self._reader.digests)
+        digests = dict(self.reader.digests)
         new = {path: found for path, found in digests.items() if path not in self._known}
         self._known |= new.keys()
         return Weights(files=self._signature, digests=new).model_dump() if new else None
@@ -82,7 +85,7 @@ class KnownWeights:
 
     def _require(self, signature: Signature, what: str) -> None:
         try:
-            self._reader.require_unchanged(signature)
+            self.reader.require_unchanged(signature)
         except ChangedError as error:
             where = f"{error.file}, from which layers were pruned already"
             raise AnotherRunError(

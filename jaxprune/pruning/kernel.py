@@ -1,15 +1,16 @@
 """One kernel pruned and rounded to its stored dtype, its mask, and what it lost."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float
+from pydantic import Field
 
+from convert.schema import Count, Measured
 from jaxprune.methods import Mask, Method, gram
 from jaxprune.methods.quantization import BITS, quantize
 from jaxprune.sharding import ONE_DEVICE, Devices, fetch
@@ -17,7 +18,8 @@ from jaxprune.sparsity.masks import StoredMask
 from jaxprune.sparsity.patterns import Pattern, Sections, by_section, in_sections
 
 
-class KernelResult(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class KernelResult:
     """What became of one kernel.
 
     Attributes:
@@ -27,23 +29,27 @@ class KernelResult(NamedTuple):
         wanted: zeros that the pattern or the given mask wants; a weight that it keeps may be zero
             all the same.
         size: weights of the kernel.
-        metrics: what the method reports; of an expert also how many tokens it was given, and its
+        stats: what the method reports; of an expert also how many tokens it was given, and its
             inputs.
         sections: zeros of each of the linear layers that lie side by side in it; none where it is
             one.
     """
 
-    error: float
-    zeros: int
-    wanted: int
-    size: int
-    metrics: dict[str, float]
-    sections: Mapping[str, int] = MappingProxyType({})
+    error: Measured
+    zeros: Count
+    wanted: Count
+    size: Annotated[int, Field(ge=1, le=2**53)]
+    stats: dict[str, Measured] = dataclasses.field(default_factory=dict)
+    sections: dict[str, Count] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if max(self.zeros, self.wanted) > self.size:
+            raise ValueError("no more zeros than weights")
 
     @property
     def few_tokens(self) -> bool:
         """Whether it is an expert's that was given fewer tokens than it has inputs."""
-        return self.metrics.get("tokens", 0.0) < self.metrics.get("inputs", 0.0)
+        return self.stats.get("tokens", 0.0) < self.stats.get("inputs", 0.0)
 
 
 def dense_result(kernel: Float[Array, "n m"], sections: Sections = ()) -> KernelResult:
@@ -112,7 +118,7 @@ def prune_and_round(
         zeros=int(found.sum()),
         wanted=zeros,
         size=kernel.size,
-        metrics={name: float(value) for name, value in values.items()},
+        stats={name: float(value) for name, value in values.items()},
         sections=by_section(found, sections),
     )
     return stored, mask, result

@@ -159,5 +159,8 @@ def with_own_masks(layer: Layer, result: LayerResult) -> LayerResult:
         zeros = np.count_nonzero(~kept, axis=0)
         masks[path] = fetch(pack(jnp.asarray(kept)))
         sections = by_section(zeros, layer.sections.get(path, ()))
-        kernels[path] = kernels[path]._replace(zeros=int(zeros.sum()), sections=sections)
-    return dataclasses.replace(result, masks=masks, kernels=kernels)
+        kernels[path] = dataclasses.replace(
+            kernels[path], zeros=int(zeros.sum()), sections=sections
+        )
+    figures = dataclasses.replace(result.figures, kernels=kernels)
+    return dataclasses.replace(result, masks=masks, figures=figures)

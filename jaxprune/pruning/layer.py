@@ -1,10 +1,8 @@
 """One layer pruned: Gram matrices of its inputs -> solves -> kernels on the host, for some inputs
 after others."""
 
-import contextlib
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -18,6 +16,7 @@ from convert import Params
 from jaxprune.errors import Change, InputError
 from jaxprune.methods import Method, gram, with_more_damping
 from jaxprune.models import Layer
+from jaxprune.pruning.calibration_states import CalibrationStates
 from jaxprune.pruning.gram_matrices import gram_matrices, groups, most_bytes
 from jaxprune.pruning.kernel import KernelResult, dense_result, prune_and_round
 from jaxprune.pruning.rules import TargetOf
@@ -25,8 +24,7 @@ from jaxprune.pruning.sensitivity import Weights
 from jaxprune.sharding import ONE_DEVICE, Devices, fetch
 from jaxprune.sparsity.masks import StoredMask, pack
 from jaxprune.sparsity.patterns import Pattern, Sections
-from jaxprune.streaming.hidden_states import HiddenStates
-from jaxprune.streaming.model import StreamedModel
+from jaxprune.streaming.sweep import timed
 
 DAMPING = 1, 10, 100, 1000
 """A solve that fails is tried again with so many times the damping."""
@@ -65,79 +63,77 @@ class Solver:
         return self.weights[index].outputs if self.weights else {}
 
 
-class SolvedLayer:
-    """A layer whose kernels are pruned.
-
-    Args:
-        model: the model that the layer belongs to.
-        index: the index of the layer.
-        params: the params of the dense layer, on the device.
-        states: before the layer, behind pruned layers and, where there are any, behind dense ones,
-            which move on.
-        solver: how.
-        seconds: to which those by phase are added.
+class SolvedLayer(NamedTuple):
+    """The kernels of a layer, pruned.
 
     Attributes:
         kernels: name of a kernel as in a checkpoint, inside the layer -> the pruned kernel in its
             stored dtype, on the host.
         masks: path of the linear layer -> its packed mask; none of one that stays dense.
         results: path -> what became of its kernel.
+    """
+
+    kernels: Params
+    masks: dict[str, UInt8[np.ndarray, "m _"]]
+    results: dict[str, KernelResult]
+
+
+def solve_linears(
+    states: CalibrationStates,
+    solver: Solver,
+    index: int,
+    params: Mapping[str, Array],
+    seconds: dict[str, float],
+) -> SolvedLayer:
+    """Prunes the kernels of a layer.
+
+    Args:
+        states: the model, and its states before the layer, of which those behind dense layers move
+            on.
+        solver: how.
+        index: the index of the layer.
+        params: the params of the dense layer, on the device.
+        seconds: to which those by phase are added.
 
     Raises:
         InputError: a Gram matrix is too nearly singular, whatever the damping, or not finite.
     """
-
-    def __init__(
-        self,
-        model: StreamedModel,
-        index: int,
-        params: Mapping[str, Array],
-        states: tuple[HiddenStates, HiddenStates | None],
-        solver: Solver,
-        seconds: dict[str, float],
-    ) -> None:
-        self.kernels: Params = {}
-        self.masks: dict[str, UInt8[np.ndarray, "m _"]] = {}
-        self.results: dict[str, KernelResult] = {}
-        part, outputs = model.architecture.layers[index], solver.outputs(index)
-        solve = partial(
-            solve_kernels,
-            method=solver.method,
-            asymmetry=solver.asymmetry,
-            quantization=solver.quantization,
-            devices=model.devices,
-        )
-        for tap, inputs in layer_inputs(model, index, params, states, solver, seconds):
-            linears = {
-                path: Linear(
-                    partial(part.sources[path].of, params, ".kernel"),
-                    target,
-                    outputs.get(path),
-                    sections,
-                )
-                for path in part.inputs[tap]
-                if (target := solver.target_of(index, path)) is not None
-                for sections in [part.sections.get(path, ())]
-            }
-            with timed(seconds, "solve"):
-                for path, kernel, mask, result in solve(inputs, linears):
-                    self.kernels[f"{path}.kernel"], self.masks[path], self.results[path] = (
-                        kernel,
-                        mask,
-                        result,
-                    )
-            if bad := [path for path in linears if not math.isfinite(self.results[path].error)]:
-                raise InputError(
-                    f"layer {index}: {', '.join(bad)} cannot be solved, even with {DAMPING[-1]} "
-                    "times the damping",
-                    options={"nsamples": Change.RAISE, "damping": Change.RAISE},
-                )
-            del inputs, linears  # before the next are made
-        for path in part.kernels:
-            if solver.target_of(index, path) is None and path not in part.routers:
-                dense = part.sources[path].of(params, ".kernel")
-                self.results[path] = dense_result(dense, part.sections.get(path, ()))
-        self.results = {path: self.results[path] for path in part.kernels if path in self.results}
+    kernels, masks, results = SolvedLayer({}, {}, {})
+    part, outputs = states.model.architecture.layers[index], solver.outputs(index)
+    solve = partial(
+        solve_kernels,
+        method=solver.method,
+        asymmetry=solver.asymmetry,
+        quantization=solver.quantization,
+        devices=states.model.devices,
+    )
+    for tap, inputs in layer_inputs(states, solver, index, params, seconds):
+        linears = {
+            path: Linear(
+                partial(part.sources[path].of, params, ".kernel"),
+                target,
+                outputs.get(path),
+                part.sections.get(path, ()),
+            )
+            for path in part.inputs[tap]
+            if (target := solver.target_of(index, path)) is not None
+        }
+        with timed(seconds, "solve"):
+            for path, kernel, mask, result in solve(inputs, linears):
+                kernels[f"{path}.kernel"], masks[path], results[path] = kernel, mask, result
+        if bad := [path for path in linears if not math.isfinite(results[path].error)]:
+            raise InputError(
+                f"layer {index}: {', '.join(bad)} cannot be solved, even with {DAMPING[-1]} "
+                "times the damping",
+                options={"nsamples": Change.RAISE, "damping": Change.RAISE},
+            )
+        del inputs, linears  # before the next are made
+    for path in part.kernels:
+        if solver.target_of(index, path) is None and path not in part.routers:
+            dense = part.sources[path].of(params, ".kernel")
+            results[path] = dense_result(dense, part.sections.get(path, ()))
+    ordered = {path: results[path] for path in part.kernels if path in results}
+    return SolvedLayer(kernels, masks, ordered)
 
 
 class Inputs(NamedTuple):
@@ -171,33 +167,30 @@ class Linear(NamedTuple):
 
 
 def layer_inputs(
-    model: StreamedModel,
+    states: CalibrationStates,
+    solver: Solver,
     index: int,
     params: Mapping[str, Array],
-    states: tuple[HiddenStates, HiddenStates | None],
-    solver: Solver,
     seconds: dict[str, float],
 ) -> Iterator[tuple[str, Inputs]]:
     """Yields the inputs of a layer's pruned linear layers by their taps: all that its solves know
     of the model.
 
-    Args: as for `SolvedLayer`.
+    Args: as for `solve_linears`.
 
     Raises:
         InputError: a Gram matrix is not finite.
     """
-    part, tokens = (
-        model.architecture.layers[index],
-        solver.weights[index].tokens if solver.weights else None,
-    )
+    model, part = states.model, states.model.architecture.layers[index]
+    tokens = solver.weights[index].tokens if solver.weights else None
     taps = list(solver.taps(index, part))
     # no Gram matrices are summed, which otherwise moves the dense states
-    if not taps and states[1]:
-        model.forward(index, params, states[1])
+    if not taps and states.dense:
+        model.forward(index, params, states.dense)
     for group in groups(part, taps, most_bytes(), model.devices):
         with timed(seconds, "gram"):
             try:
-                grams, drifts = gram_matrices(model, index, params, *states, tokens, group)
+                grams, drifts = gram_matrices(states, index, params, tokens, group)
                 jax.block_until_ready((grams.totals, drifts))
             except InputError as error:
                 error.problem = f"layer {index}: {error.problem}"
@@ -265,7 +258,7 @@ def solve_kernels(
             solved = fetch((pruned, pack(mask)))
             del kernel, pruned, mask  # before the next
             finite &= math.isfinite(result.error)
-            yield path, *solved, result._replace(metrics=result.metrics | found)
+            yield path, *solved, dataclasses.replace(result, stats=result.stats | found)
         if finite:
             return
         del prepared  # before it is made again
@@ -286,11 +279,3 @@ def least_damping(tokens: int, inputs: int) -> int:
     """Returns how many times the damping is taken for an expert: 1, or more where its tokens are
     fewer than its inputs, as many times as they are fewer, in powers of 2."""
     return min(DAMPING[-1], 2 ** math.ceil(math.log2(max(1.0, inputs / max(1, tokens)))))
-
-
-@contextlib.contextmanager
-def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Adds the seconds of what is done to those of a phase."""
-    start = time.perf_counter()
-    yield
-    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start

@@ -5,6 +5,7 @@ tokens -> embed -> hidden states (host)
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import jax
 import numpy as np
@@ -15,14 +16,14 @@ from jaxprune.errors import InputError
 from jaxprune.methods import Method
 from jaxprune.models import Architecture
 from jaxprune.pruning.calibration_states import CalibrationStates
-from jaxprune.pruning.layer import SolvedLayer, Solver, timed
-from jaxprune.pruning.results import LayerResult, saved_layers
+from jaxprune.pruning.layer import Solver, solve_linears
+from jaxprune.pruning.results import LayerFigures, LayerResult
 from jaxprune.pruning.rules import TargetOf, by_rules, with_rules
 from jaxprune.pruning.sensitivity import Weights
-from jaxprune.pruning.store import Stage
 from jaxprune.sparsity.masks import StoredMask
 from jaxprune.sparsity.patterns import Pattern
 from jaxprune.streaming.model import StreamedModel, in_checkpoint
+from jaxprune.streaming.sweep import sweep, timed
 
 
 def prune_layers(
@@ -33,7 +34,6 @@ def prune_layers(
     *,
     weights: Sequence[Weights] | None = None,
     asymmetry: float = 0.0,
-    saved: Stage[LayerResult] | None = None,
 ) -> Iterator[LayerResult]:
     """Prunes a model layer by layer; nothing is written.
 
@@ -45,8 +45,6 @@ def prune_layers(
             mask made elsewhere.
         weights: the weights of the layers' tokens and outputs; see `sensitivity.weights`.
         asymmetry: see `Solver`. Above 0 the dense model goes along: another forward pass.
-        saved: where layers are saved as soon as they are pruned, and taken from where they are
-            saved already.
 
     Returns:
         An iterator over the layers' results. A layer is pruned when its result is asked for.
@@ -56,72 +54,49 @@ def prune_layers(
             layer.
     """
     solver = Solver(method, targets_for(model.architecture, target), weights, asymmetry)
-    states = CalibrationStates(model, tokens, with_dense=asymmetry > 0)
-    return visit_layers(model, states, solver, saved or saved_layers(None, ""))
+    return sweep_layers(CalibrationStates(model, tokens, with_dense=asymmetry > 0), solver)
 
 
-def visit_layers(
-    model: StreamedModel,
-    states: CalibrationStates,
-    solver: Solver,
-    saved: Stage[LayerResult],
-) -> Iterator[LayerResult]:
-    """Yields the pruned layers, in order; when a layer is yielded, the states are those before the
-    next one.
+def sweep_layers(states: CalibrationStates, solver: Solver) -> Iterator[LayerResult]:
+    """Yields the pruned layers, in order.
 
     Args:
-        model: the dense model.
-        states: the states before the first layer.
+        states: the model, its states before the first layer, and where layers are saved.
         solver: how layers are pruned.
-        saved: see `prune_layers`.
     """
-    unfinished = [index for index in range(model.num_layers) if index not in saved]
-    read_ahead = model.layers(unfinished)
-    for index in range(model.num_layers):
-        if found := saved.get(index):
-            yield found
-            continue
-        seconds: dict[str, float] = {}
-        with timed(seconds, "read"):
-            stored = next(read_ahead if index in unfinished else model.layers([index]))
-            states.catch_up(index, saved)
-        result = solve_layer(model, index, stored, states, solver, seconds)
-        del stored
-        saved.put(index, result)
-        states.passed(index, saved)
-        yield result
-        del result
+    order, source = range(states.model.num_layers), states.model.layers
+    visit = partial(solve_layer, states, solver)
+    return sweep(order, source, visit, saved=states.saved, states=states)
 
 
 def solve_layer(
-    model: StreamedModel,
-    index: int,
-    stored: Params,
     states: CalibrationStates,
     solver: Solver,
+    index: int,
+    stored: Params,
     seconds: dict[str, float],
 ) -> LayerResult:
     """Solves the kernels of a layer and moves the hidden states through it.
 
     Args:
-        model: the model that the layer belongs to.
+        states: the model, and its states before the layer.
+        solver: how.
         index: the index of the layer.
         stored: its params, on the host, as its program takes them.
-        states: the states before it.
-        solver: how.
         seconds: those spent on it so far, by phase.
     """
-    part = model.architecture.layers[index]
+    model, part = states.model, states.model.architecture.layers[index]
     with timed(seconds, "read"):
         params = jax.block_until_ready(model.put_layer(index, stored))
-    solved = SolvedLayer(model, index, params, (states.pruned, states.dense), solver, seconds)
+    solved = solve_linears(states, solver, index, params, seconds)
     del params
     # Only kernels changed; the rest goes out exactly as it came in.
     pruned = part.unstack(stored) | solved.kernels
     with timed(seconds, "forward"):
         if index + 1 < model.num_layers:  # nothing reads the last layer's output
             model.forward(index, model.put_layer(index, part.stack(pruned)), states.pruned)
-    return LayerResult(index, in_checkpoint(index, pruned), solved.results, solved.masks, seconds)
+    figures = LayerFigures(index, seconds, solved.results)
+    return LayerResult(figures, in_checkpoint(index, pruned), solved.masks)
 
 
 def targets_for(architecture: Architecture, target: Pattern | TargetOf) -> TargetOf:

@@ -2,11 +2,8 @@
 they are on it."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-
-import numpy as np
-from jaxtyping import Int
 
 from convert import Params
 from jaxprune.methods.magnitude import Magnitude
@@ -16,12 +13,12 @@ from jaxprune.pruning.calibration_states import CalibrationStates
 from jaxprune.pruning.kernel import KernelResult
 from jaxprune.pruning.layer import Solver
 from jaxprune.pruning.loop import solve_layer
-from jaxprune.pruning.results import LayerResult
+from jaxprune.pruning.results import LayerFigures, LayerResult
 from jaxprune.pruning.rules import Target
-from jaxprune.pruning.store import Stage
 from jaxprune.sparsity.masks import StoredMask, unpack
 from jaxprune.sparsity.patterns import Unstructured
-from jaxprune.streaming.model import StreamedModel, inside_layer
+from jaxprune.streaming.model import inside_layer
+from jaxprune.streaming.sweep import sweep
 
 ERROR = "quantization_error"
 """The metric that says what a kernel's outputs lost on the way to the grid, as `KernelResult.error`
@@ -29,47 +26,37 @@ says of pruning."""
 
 
 def quantize_layers(
-    model: StreamedModel,
-    tokens: Int[np.ndarray, "w t"],
-    pruned: Callable[[int], LayerResult],
-    quantization: str,
-    saved: Stage[LayerResult],
+    states: CalibrationStates, pruned: Callable[[int], LayerResult], quantization: str
 ) -> Iterator[LayerResult]:
     """Brings layers to a grid, one after another: their zeros stay, also those of linear layers
     that are dense.
 
     Args:
-        model: the dense model.
-        tokens: calibration windows, [windows, length] token ids.
+        states: the dense model, its states before the first layer, and where layers are saved.
         pruned: the index of a layer -> it, pruned.
         quantization: the type, of `methods.quantization.BITS`.
-        saved: where layers are saved as soon as they are done, and taken from where they are saved
-            already.
 
-    Yields:
+    Returns:
         The layers; kernels that come in no whole blocks are as they were. Zeros are counted again,
         `ERROR` is among the metrics, and the seconds are those spent here.
     """
-    states = CalibrationStates(model, tokens, with_dense=False)
-    for index, part in enumerate(model.architecture.layers):
-        if found := saved.get(index):
-            yield found
-            continue
-        layer = pruned(index)
-        states.catch_up(index, saved)
+    model = states.model
+
+    def visit(index: int, layer: LayerResult, _: dict[str, float]) -> LayerResult:
+        part = model.architecture.layers[index]
         solver = Solver(Magnitude(), partial(_target, part, layer.masks), quantization=quantization)
         stored = part.stack(inside_layer(index, layer.params))
-        solved = solve_layer(model, index, stored, states, solver, {})
+        solved = solve_layer(states, solver, index, stored, {})
         kernels = dict(layer.kernels)
         for path in kernels.keys() & solved.masks.keys():
             kernels[path] = _merged(kernels[path], solved.kernels[path])
-        seconds = {"quantize": sum(solved.seconds.values())}
-        result = dataclasses.replace(
-            layer, params=solved.params, kernels=kernels, seconds=seconds, resumed=False
-        )
-        saved.put(index, result)
-        states.passed(index, saved)
-        yield result
+        seconds = {"quantize": sum(solved.figures.seconds.values())}
+        return LayerResult(LayerFigures(index, seconds, kernels), solved.params, layer.masks)
+
+    def source(indices: Sequence[int]) -> Iterator[LayerResult]:
+        return map(pruned, indices)
+
+    return sweep(range(model.num_layers), source, visit, saved=states.saved, states=states)
 
 
 def _target(part: Layer, masks: Params, _: int, path: str) -> Target:
@@ -87,5 +74,7 @@ def _target(part: Layer, masks: Params, _: int, path: str) -> Target:
 
 
 def _merged(pruned: KernelResult, quantized: KernelResult) -> KernelResult:
-    metrics = pruned.metrics | {ERROR: quantized.error}
-    return pruned._replace(zeros=quantized.zeros, sections=quantized.sections, metrics=metrics)
+    stats = pruned.stats | {ERROR: quantized.error}
+    return dataclasses.replace(
+        pruned, zeros=quantized.zeros, sections=quantized.sections, stats=stats
+    )

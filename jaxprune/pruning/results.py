@@ -1,16 +1,44 @@
 """Pruned layers, and how a run saves them."""
 
 import dataclasses
-import math
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import UInt8
+from pydantic import Field
 
 from convert import Params
-from convert.schema import Count, Schema, check, plain
+from convert.schema import Count, check, dump
 from jaxprune.pruning.kernel import KernelResult
 from jaxprune.pruning.store import RunStore, Saved, Stage, flat, grouped
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerFigures:
+    """What became of a layer; `layer["mlp.down_proj"]` is what became of a kernel.
+
+    Attributes:
+        index: the index of the layer, from 0.
+        seconds: the seconds by phase; `read` is the time spent waiting for the reader.
+        kernels: path of the linear layer inside the decoder layer -> what became of its kernel.
+    """
+
+    index: Count
+    seconds: dict[str, float]
+    kernels: Annotated[dict[str, KernelResult], Field(min_length=1)]
+
+    def __getitem__(self, path: str) -> KernelResult:
+        return self.kernels[path]
+
+    @property
+    def zeros(self) -> int:
+        """Zeros of the layer's kernels."""
+        return sum(kernel.zeros for kernel in self.kernels.values())
+
+    @property
+    def size(self) -> int:
+        """Weights of the layer's kernels."""
+        return sum(kernel.size for kernel in self.kernels.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,81 +46,43 @@ class LayerResult:
     """One pruned layer; `layer["mlp.down_proj"]` is what became of a kernel.
 
     Attributes:
-        index: the index of the layer, from 0.
+        figures: what became of it.
         params: all params of the layer, on the host, as they are to be stored; paths as in the
             checkpoint.
-        kernels: path of the linear layer inside the decoder layer -> what became of its kernel.
         masks: path of the linear layer -> its mask, packed as in a mask file; see `sparsity.masks`.
-        seconds: the seconds by phase; `read` is the time spent waiting for the reader.
         resumed: whether an earlier process of the same run pruned it.
     """
 
-    index: int
+    figures: LayerFigures
     params: Params
-    kernels: dict[str, KernelResult]
     masks: dict[str, UInt8[np.ndarray, "m _"]]
-    seconds: dict[str, float]
     resumed: bool = False
 
     def __getitem__(self, path: str) -> KernelResult:
-        return self.kernels[path]
+        return self.figures[path]
 
-    def without_arrays(self) -> "LayerResult":
-        """Returns the same without params and masks."""
-        return dataclasses.replace(self, params={}, masks={})
+    @property
+    def index(self) -> int:
+        return self.figures.index
 
-    def as_json(self) -> dict[str, Any]:
-        """Returns all but the arrays, as run stores and records have it; see
-        `reporting.schema.Layer`."""
-        kernels = {}
-        for path, kernel in self.kernels.items():
-            values = kernel._asdict().items()
-            kernels[path] = {
-                "stats" if name == "metrics" else name: value for name, value in values
-            }
-            if not kernel.sections:
-                del kernels[path]["sections"]
-        return plain({"index": self.index, "seconds": self.seconds, "linears": kernels})
+    @property
+    def kernels(self) -> dict[str, KernelResult]:
+        return self.figures.kernels
 
 
-class _Kernel(Schema):
-    error: float | None
-    zeros: Count
-    wanted: Count
-    size: Count
-    stats: dict[str, float | None]
-    sections: dict[str, Count] = {}
-
-    def result(self) -> KernelResult:
-        """Returns what became of a kernel."""
-        metrics = {name: _number(value) for name, value in self.stats.items()}
-        return KernelResult(
-            _number(self.error), self.zeros, self.wanted, self.size, metrics, self.sections
-        )
+SavedLayers = Stage[LayerResult]
 
 
-class _Layer(Schema):
-    seconds: dict[str, float]
-    linears: dict[str, _Kernel]
-
-
-def saved_layers(store: RunStore | None, stage: str) -> Stage[LayerResult]:
-    """Returns the layers that a stage of a run saves; none where there is no store."""
+def saved_layers(store: RunStore, stage: str) -> SavedLayers:
+    """Returns the layers that a stage of a run saves."""
     return Stage(store, stage, _save, _load)
 
 
 def _save(layer: LayerResult) -> Saved:
-    return Saved(flat(params=layer.params, masks=layer.masks), layer.as_json())
+    return Saved(flat(params=layer.params, masks=layer.masks), dump(layer.figures))
 
 
 def _load(index: int, saved: Saved) -> LayerResult:
-    found = check(_Layer, saved.figures, file=f"layer {index}", entry="figures")
-    kernels = {path: kernel.result() for path, kernel in found.linears.items()}
+    figures = check(LayerFigures, saved.figures, file=f"layer {index}", entry="figures")
     arrays = grouped(saved.arrays)
-    return LayerResult(
-        index, arrays["params"], kernels, arrays["masks"], found.seconds, resumed=True
-    )
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+    return LayerResult(figures, arrays["params"], arrays["masks"], resumed=True)

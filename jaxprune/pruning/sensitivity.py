@@ -36,6 +36,7 @@ from jaxprune.sharding import fetch
 from jaxprune.streaming.head import exponentials, in_chunks, logits
 from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.model import StreamedModel
+from jaxprune.streaming.sweep import Results
 
 HOST_BYTES = 8e9
 """The most memory for the layers' inputs; more windows are taken in groups, each of which reads the
@@ -156,7 +157,7 @@ def _groups(model: StreamedModel, tokens: Int[np.ndarray, "w t"]) -> Iterator[sl
 
 
 def _reverse(
-    model: StreamedModel, tokens: Int[np.ndarray, "w t"], saved: Stage[Sensitivity]
+    model: StreamedModel, tokens: Int[np.ndarray, "w t"], saved: Results[Sensitivity]
 ) -> list[Sensitivity]:
     """Returns the sensitivities of all layers for some tokens; those that are saved already are
     taken as they are."""
@@ -189,7 +190,7 @@ def _reverse(
 
 
 def _saved_gradient(
-    model: StreamedModel, tokens: Int[np.ndarray, "w t"], saved: Stage[Sensitivity], missing: int
+    model: StreamedModel, tokens: Int[np.ndarray, "w t"], saved: Results[Sensitivity], missing: int
 ) -> tuple[int, HiddenStates | None]:
     """Returns the number of layers below the saved gradient, and it; all layers and None where none
     is of use.
@@ -205,8 +206,10 @@ def _saved_gradient(
     return (found[0], found[1]["gradient"]) if found else (model.num_layers, None)
 
 
-def _saved(store: RunStore | None, windows: str) -> Stage[Sensitivity]:
+def _saved(store: RunStore | None, windows: str) -> Results[Sensitivity]:
     """Returns where the sensitivities for some windows are saved."""
+    if store is None:
+        return Results()
 
     def load(_: int, saved: Saved) -> Sensitivity:
         groups = grouped(saved.arrays)

@@ -16,7 +16,6 @@ of its zeros that the solve makes.
 """
 
 import dataclasses
-import itertools
 import json
 import math
 import time
@@ -35,7 +34,7 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from scipy.linalg.lapack import spotrf
 
-from convert import schema
+from convert import Params, schema
 from convert.assets import Size
 from convert.destination import Destination, destination, staged
 from convert.errors import DamagedError
@@ -46,18 +45,19 @@ from jaxprune.errors import Change, InputError
 from jaxprune.methods import Method
 from jaxprune.models import Architecture
 from jaxprune.pruning.calibration_states import CalibrationStates
+from jaxprune.pruning.context import NOWHERE
 from jaxprune.pruning.experts import kept_experts, without_experts
 from jaxprune.pruning.kernel import KernelResult
 from jaxprune.pruning.layer import Inputs, Linear, Solver, layer_inputs, solve_kernels
-from jaxprune.pruning.loop import require_fit, visit_layers
-from jaxprune.pruning.results import saved_layers
-from jaxprune.pruning.rules import effective_recipe, with_rules
-from jaxprune.pruning.whole_model import require_recipe, solving
+from jaxprune.pruning.loop import require_fit, solve_layer
+from jaxprune.pruning.rules import with_rules
+from jaxprune.pruning.whole_model import Phases, require_recipe
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import fetch
 from jaxprune.sparsity.masks import StoredMask
-from jaxprune.sparsity.patterns import NMRecord, Partly, Pattern, Sections, UnstructuredRecord
+from jaxprune.sparsity.patterns import OwnPattern, Partly, Pattern, Sections
 from jaxprune.streaming.model import StreamedModel
+from jaxprune.streaming.sweep import sweep
 
 FORMAT = "jaxprune layer 2"
 
@@ -166,32 +166,30 @@ def capture(
             f"the rules leave layer {layer} dense",
             options=dict.fromkeys(("layer", "skip"), Change.OTHER),
         )
-    model, states, solver = solving(
-        model, tokens, effective_recipe(model.architecture, recipe), targets
-    )
+    states, solver = Phases.of(model, tokens, recipe, NOWHERE).solving()
     before = (
         solver if prune_before else dataclasses.replace(solver, target_of=lambda index, path: None)
     )
-    for _ in itertools.islice(visit_layers(model, states, before, saved_layers(None, "")), layer):
-        pass  # the states move
-    return _of_layer(model, states, solver, layer)
+
+    def visit(index: int, stored: Params, seconds: dict[str, float]) -> Snapshot | None:
+        if index == layer:
+            return _of_layer(states, solver, index, stored)
+        solve_layer(states, before, index, stored, seconds)
+        return None
+
+    *_, snapshot = sweep(range(layer + 1), states.model.layers, visit, states=states)
+    assert snapshot
+    return snapshot
 
 
-def _of_layer(
-    model: StreamedModel, states: CalibrationStates, solver: Solver, index: int
-) -> Snapshot:
+def _of_layer(states: CalibrationStates, solver: Solver, index: int, stored: Params) -> Snapshot:
     """Returns the snapshot of the layer that the states have reached."""
-    part, (stored,) = model.architecture.layers[index], model.layers([index])
-    params, own, taps = (
-        model.put_layer(index, stored),
-        part.unstack(stored),
-        solver.taps(index, part),
-    )
+    model, part = states.model, states.model.architecture.layers[index]
+    params, own = model.put_layer(index, stored), part.unstack(stored)
+    taps = solver.taps(index, part)
     paths = [path for some in taps.values() for path in some]
     grams, drifts, tokens = {}, {}, {}
-    for tap, inputs in layer_inputs(
-        model, index, params, (states.pruned, states.dense), solver, {}
-    ):
+    for tap, inputs in layer_inputs(states, solver, index, params, {}):
         grams[tap] = fetch(inputs.gram)
         if inputs.drift is not None:
             drifts[tap] = fetch(inputs.drift)
@@ -267,7 +265,7 @@ def save(place: str | Path | Destination, snapshot: Snapshot) -> None:
         "inputs": snapshot.inputs,
         "sections": {path: dict(sections) for path, sections in snapshot.sections.items()},
         "patterns": {
-            path: _pattern_as_json(pattern) for path, pattern in snapshot.patterns.items()
+            path: _Pattern.of(pattern).model_dump() for path, pattern in snapshot.patterns.items()
         },
         "tokens": dict(snapshot.tokens),
         "asymmetry": snapshot.asymmetry,
@@ -288,21 +286,18 @@ def save(place: str | Path | Destination, snapshot: Snapshot) -> None:
 class _Pattern(schema.Schema):
     """The pattern of a linear layer."""
 
-    pattern: Annotated[UnstructuredRecord | NMRecord, pydantic.Field(discriminator="kind")]
+    pattern: OwnPattern
     share: float = pydantic.Field(ge=0, le=1)
+
+    @classmethod
+    def of(cls, pattern: Pattern) -> "_Pattern":
+        if isinstance(pattern, Partly):
+            return cls.model_construct(pattern=pattern.pattern, share=pattern.share)
+        return cls.model_construct(pattern=pattern, share=1.0)
 
     def made(self) -> Pattern:
         """Returns the pattern that the solve takes."""
-        pattern = self.pattern.pattern()
-        return pattern if self.share == 1 else Partly(pattern, self.share)
-
-
-def _pattern_as_json(pattern: Pattern) -> dict[str, Any]:
-    """Returns the content of `_Pattern`."""
-    return {
-        "pattern": pattern.as_json(),
-        "share": pattern.share if isinstance(pattern, Partly) else 1.0,
-    }
+        return self.pattern if self.share == 1 else Partly(self.pattern, self.share)
 
 
 class _Metadata(schema.Schema):

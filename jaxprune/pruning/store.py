@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -32,6 +32,7 @@ from jaxprune.errors import InputError
 from jaxprune.processes.collective import broadcast, is_first_process, on_first_process
 from jaxprune.sharding import fetch
 from jaxprune.streaming.hidden_states import HiddenStates
+from jaxprune.streaming.sweep import Results
 
 EXPERTS, SENSITIVITY, PRUNED, QUANTIZED = "experts", "sensitivity", "pruned", "quantized"
 TUNING, TUNED = "tuning", "tuned"
@@ -354,11 +355,11 @@ def grouped(arrays: Params) -> defaultdict[str, dict[str, Any]]:
 T = TypeVar("T")
 
 
-class Stage(Generic[T]):
+class Stage(Results[T]):
     """The saved results of one stage, by index.
 
     Args:
-        store: the store of the run; None: nothing is saved.
+        store: the store of the run.
         name: the stage's.
         save: a result -> what of it is saved.
         load: the index of a result, what is saved of it -> the result. DamagedError: it is not what
@@ -367,7 +368,7 @@ class Stage(Generic[T]):
 
     def __init__(
         self,
-        store: RunStore | None,
+        store: RunStore,
         name: str,
         save: Callable[[T], Saved],
         load: Callable[[int, Saved], T],
@@ -375,49 +376,29 @@ class Stage(Generic[T]):
         self.store, self.name, self._save, self._load = store, name, save, load
 
     def __contains__(self, index: int) -> bool:
-        return self.store is not None and f"{self.name}/{index}" in self.store
+        return f"{self.name}/{index}" in self.store
 
     def put(self, index: int, result: T) -> None:
-        """Saves a result, unless it is there."""
-        if self.store and index not in self:
+        if index not in self:
             self.store.put(f"{self.name}/{index}", *self._save(result))
 
     def get(self, index: int) -> T | None:
-        """Returns a result; None where it is missing or damaged."""
-        store, name = self.store, f"{self.name}/{index}"
-        saved = store.get(name) if store else None
-        if store is None or saved is None:
-            return None
+        saved = self.store.get(name := f"{self.name}/{index}")
         try:
-            return self._load(index, saved)
+            return saved and self._load(index, saved)
         except DamagedError as error:
-            store.reject(name, error)
+            self.store.reject(name, error)
             return None
 
     def put_states(self, states: Mapping[str, HiddenStates], position: int) -> None:
-        """Saves hidden states of the stage, if the work since the last time was long enough.
-
-        Args:
-            states: the states by name.
-            position: how far they are, of the stage's own choice.
-        """
-        if self.store:
-            figures = {"position": position, "states": _specs(states)}
-            self.store.put_states(f"{self.name}/states", states, figures)
+        figures = {"position": position, "states": _specs(states)}
+        self.store.put_states(f"{self.name}/states", states, figures)
 
     def states(
         self, usable: Callable[[int], bool], empty: Callable[[], Mapping[str, HiddenStates]]
     ) -> tuple[int, Mapping[str, HiddenStates]] | None:
-        """Returns how far the saved hidden states are, and them; None where none are usable.
-
-        Args:
-            usable: whether states of a position are.
-            empty: returns the states to fill, block by block; saved ones of other shapes or dtypes
-                are not usable.
-        """
-        name = f"{self.name}/states"
-        found = self.store.get(name, None) if self.store else None
-        if not self.store or not found or not usable(found.figures["position"]):
+        found = self.store.get(name := f"{self.name}/states", None)
+        if not found or not usable(found.figures["position"]):
             return None
         states = empty()
         if found.figures["states"] != _specs(states):
@@ -441,5 +422,4 @@ class Stage(Generic[T]):
 
     def whole(self, count: int) -> bool:
         """Returns whether the first results, so many, are there, each as it was written."""
-        store, names = self.store, (f"{self.name}/{index}" for index in range(count))
-        return store is not None and all(store.get(name, None) for name in names)
+        return all(self.store.get(f"{self.name}/{index}", None) for index in range(count))

@@ -1,7 +1,7 @@
 """A recipe on a whole model: sensitivities -> sparsities -> the loop over layers -> distillation ->
 quantization."""
 
-import time
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -15,28 +15,19 @@ from jaxprune.models import Architecture
 from jaxprune.pruning import distillation, saved_tuning
 from jaxprune.pruning.allocation import allocate, zeros_to_allocate
 from jaxprune.pruning.calibration_states import CalibrationStates
+from jaxprune.pruning.context import NOWHERE, Context
 from jaxprune.pruning.distillation import Text, distill
 from jaxprune.pruning.layer import Solver
-from jaxprune.pruning.loop import targets_for, visit_layers
+from jaxprune.pruning.loop import sweep_layers, targets_for
 from jaxprune.pruning.quantized import quantize_layers
-from jaxprune.pruning.results import LayerResult, saved_layers
+from jaxprune.pruning.results import LayerResult, SavedLayers
 from jaxprune.pruning.rules import TargetOf, by_rules, count_weights, effective_recipe, with_rules
 from jaxprune.pruning.sensitivity import Weights, measure_sensitivity, weights
-from jaxprune.pruning.store import (
-    CURVE,
-    PRUNED,
-    QUANTIZED,
-    SENSITIVITY,
-    TUNED,
-    TUNING,
-    RunStore,
-    Stage,
-)
+from jaxprune.pruning.store import CURVE, PRUNED, QUANTIZED, SENSITIVITY, TUNED, TUNING
 from jaxprune.recipe import Recipe
-from jaxprune.recipe_parts import Importance, Tuning, effective_tuning, late_sparsity
+from jaxprune.recipe_parts import effective_tuning, late_sparsity
 from jaxprune.sparsity.patterns import Pattern, Unstructured, partly
 from jaxprune.streaming.model import StreamedModel
-from jaxprune.streaming.observer import SILENT, Observer
 
 Targets = tuple[Pattern | TargetOf, Mapping[tuple[int, str], Pattern | None]]
 """The target of linear layers, and that of those that rules name."""
@@ -49,9 +40,7 @@ def prune_model(
     *,
     stream: TextStream | None = None,
     seed: int = 0,
-    teacher: StreamedModel | None = None,
-    store: RunStore | None = None,
-    observer: Observer = SILENT,
+    context: Context = NOWHERE,
 ) -> Iterator[LayerResult]:
     """Yields the layers as they are to be stored, in order; no checkpoint is written.
 
@@ -61,32 +50,25 @@ def prune_model(
         recipe: what to do.
         stream: the text that is tuned on, where the recipe takes tokens of one.
         seed: the seed of the order of calibration windows in the distillation.
-        teacher: the model towards which is tuned: with all of its experts; None: the same.
-        store: where all that is finished is saved, and taken from where it is saved already; None:
-            nothing is saved.
-        observer: is told each layer as soon as it is pruned, which with distillation is long before
-            it is yielded, and again when it is quantized; each step; and the seconds of each phase
-            but those in the layers' results.
+        context: its observer is told each layer as soon as it is pruned, which with distillation is
+            long before it is yielded, and again when it is quantized; each step; and the seconds of
+            each phase but those in the layers' results.
 
     Raises:
         InputError, CheckpointError: recipe, model and tokens do not fit together.
     """
-    targets = require_recipe(model.architecture, recipe)
-    model.require_tokens(tokens)
+    phases = Phases.of(model, tokens, recipe, context)
     require_stream(recipe, stream)
-    recipe = effective_recipe(model.architecture, recipe)
-    tuning, text = effective_tuning(recipe.tuning, recipe.pattern), None
+    tuning, text = effective_tuning(phases.recipe.tuning, recipe.pattern), None
     if stream and tuning.tunes:
         model.require_tokens(stream.held_out)
         text = distillation.of_stream(stream, tuning)
     elif tuning.tune_epochs:
         text = distillation.of_windows(tokens, tuning, seed)
-    layers = _pruned(model, tokens, recipe, targets, store, observer)
+    layers = phases.pruned()
     if text:
-        layers = _distilled(
-            model, teacher, text, layers, tuning, with_rules(*targets), store, observer
-        )
-    return _quantized(model, tokens, layers, recipe, store, observer) if recipe.quantize else layers
+        layers = phases.tuned(layers, text)
+    return phases.quantized(layers) if recipe.quantize else layers
 
 
 def require_stream(recipe: Recipe, stream: TextStream | None) -> None:
@@ -150,157 +132,133 @@ def _require_masks_of_kept(architecture: Architecture, masks: TargetOf) -> None:
             )
 
 
-def _pruned(
-    model: StreamedModel,
-    tokens: Int[np.ndarray, "w t"],
-    recipe: Recipe,
-    targets: Targets,
-    store: RunStore | None,
-    observer: Observer,
-) -> Iterator[LayerResult]:
-    visited, states, solver = solving(model, tokens, recipe, targets, store, observer)
-    for layer in visit_layers(visited, states, solver, saved_layers(store, PRUNED)):
-        observer.layer_done(layer)
-        yield layer
+@dataclasses.dataclass(frozen=True)
+class Phases:
+    """The phases of a recipe on a model.
 
-
-def solving(
-    model: StreamedModel,
-    tokens: Int[np.ndarray, "w t"],
-    recipe: Recipe,
-    targets: Targets,
-    store: RunStore | None = None,
-    observer: Observer = SILENT,
-) -> tuple[StreamedModel, CalibrationStates, Solver]:
-    """Returns what `visit_layers` takes to prune a model by a recipe, before any tuning.
-
-    Args:
-        model, tokens, recipe, store, observer: as for `prune_model`.
+    Attributes:
+        model, tokens, context: as for `prune_model`.
+        recipe: without what changes nothing, since rules name every linear layer.
         targets: as `require_recipe` returns them.
     """
-    target, named = targets
-    late = late_sparsity(recipe.tuning, recipe.pattern)
-    target, layer_weights = _by_importance(
-        model, tokens, recipe.importance, target, late, named, store, observer
-    )
-    target_of = targets_for(model.architecture, with_rules(target, named))
-    solver = Solver(recipe.method, target_of, layer_weights, recipe.asymmetry)
-    visited = model.routing_all() if recipe.experts.route_all else model
-    return visited, CalibrationStates(visited, tokens, with_dense=recipe.asymmetry > 0), solver
 
+    model: StreamedModel
+    tokens: Int[np.ndarray, "w t"]
+    recipe: Recipe
+    targets: Targets
+    context: Context
 
-def _distilled(
-    model: StreamedModel,
-    teacher: StreamedModel | None,
-    text: Text,
-    layers: Iterator[LayerResult],
-    tuning: Tuning,
-    target_of: TargetOf,
-    store: RunStore | None,
-    observer: Observer,
-) -> Iterator[LayerResult]:
-    saved = saved_layers(store, TUNED)
-    if saved.whole(model.num_layers):
-        yield from _told(saved, model, observer)
-        return
-    if store:  # of a tuning that is done again all layers are saved, and its measures
-        store.drop(TUNED, CURVE)
-    every = list(layers)
-    start = time.perf_counter()
-    released = (every.pop(0) for _ in range(len(every)))
-    tuned = distill(
-        model,
-        text,
-        released,
-        tuning,
-        target_of=target_of,
-        teacher=teacher,
-        store=store,
-        observer=observer,
-    )
-    for layer in tuned:
-        observer.phase_timed("tune", time.perf_counter() - start)
-        observer.layer_tuned(layer)
-        saved.put(layer.index, layer)
-        yield layer
-        start = time.perf_counter()
-    if store:
-        store.drop(SENSITIVITY, PRUNED, TUNING)
+    @classmethod
+    def of(
+        cls, model: StreamedModel, tokens: Int[np.ndarray, "w t"], recipe: Recipe, context: Context
+    ) -> "Phases":
+        """Returns the phases; arguments and errors as for `prune_model`."""
+        targets = require_recipe(model.architecture, recipe)
+        model.require_tokens(tokens)
+        return cls(model, tokens, effective_recipe(model.architecture, recipe), targets, context)
 
+    def solving(self, saved: SavedLayers | None = None) -> tuple[CalibrationStates, Solver]:
+        """Returns what `sweep_layers` takes to prune the model, before any tuning.
 
-def _quantized(
-    model: StreamedModel,
-    tokens: Int[np.ndarray, "w t"],
-    layers: Iterator[LayerResult],
-    recipe: Recipe,
-    store: RunStore | None,
-    observer: Observer,
-) -> Iterator[LayerResult]:
-    assert recipe.quantize
-    saved = saved_layers(store, QUANTIZED)
-    if saved.whole(model.num_layers):
-        yield from _told(saved, model, observer)
-        return
-    if store:
-        for _ in layers:
-            pass  # to the end, so that all that those stages hold is let go
-        store.wait()
-        earlier = saved_layers(store, TUNED if recipe.tuning.tunes else PRUNED)
-        pruned: Callable[[int], LayerResult] = earlier.require
-    else:
-        pruned = {layer.index: layer for layer in layers}.__getitem__
-    observer.started("quantizing", model.num_layers)
-    routed = model.routing_all() if recipe.experts.route_all else model
-    for layer in quantize_layers(routed, tokens, pruned, recipe.quantize, saved):
-        observer.layer_done(layer)
-        yield layer
-    if store:
-        store.drop(SENSITIVITY, PRUNED, TUNED)
+        Args:
+            saved: where pruned layers are saved.
+        """
+        target, layer_weights = self._by_importance()
+        target_of = targets_for(self.model.architecture, with_rules(target, self.targets[1]))
+        asymmetry = self.recipe.asymmetry
+        states = CalibrationStates(self._routed, self.tokens, with_dense=asymmetry > 0, saved=saved)
+        return states, Solver(self.recipe.method, target_of, layer_weights, asymmetry)
 
+    @property
+    def _routed(self) -> StreamedModel:
+        return self.model.routing_all() if self.recipe.experts.route_all else self.model
 
-def _told(
-    saved: Stage[LayerResult], model: StreamedModel, observer: Observer
-) -> Iterator[LayerResult]:
-    """Yields the layers of a stage that an earlier process ended, of which the observer is told."""
-    for point in saved_tuning.curve(saved.store):
-        observer.divergence_measured(*point)
-    for index in range(model.num_layers):
-        layer = saved.require(index)
-        observer.layer_done(layer)
-        yield layer
+    def pruned(self) -> Iterator[LayerResult]:
+        """Yields pruned layers."""
+        for layer in sweep_layers(*self.solving(self.context.layers(PRUNED))):
+            self.context.observer.layer_done(layer)
+            yield layer
 
+    def tuned(self, layers: Iterator[LayerResult], text: Text) -> Iterator[LayerResult]:
+        """Yields pruned layers tuned on a text."""
+        context, saved = self.context, self.context.layers(TUNED)
+        if saved and saved.whole(self.model.num_layers):
+            yield from self._told(saved)
+            return
+        # of a tuning that is done again all layers are saved, and its measures
+        context.drop(TUNED, CURVE)
+        every = list(layers)
+        released = (every.pop(0) for _ in range(len(every)))
+        target_of, tuning = with_rules(*self.targets), self.recipe.tuning
+        tuned = distill(self.model, text, released, tuning, target_of=target_of, context=context)
+        for _ in range(self.model.num_layers):
+            with context.timed("tune"):
+                layer = next(tuned)
+            context.observer.layer_tuned(layer)
+            if saved:
+                saved.put(layer.index, layer)
+            yield layer
+        context.drop(SENSITIVITY, PRUNED, TUNING)
 
-def _by_importance(
-    model: StreamedModel,
-    tokens: Int[np.ndarray, "w t"],
-    importance: Importance,
-    target: Pattern | TargetOf,
-    late: float,
-    named: Mapping[tuple[int, str], Pattern | None],
-    store: RunStore | None,
-    observer: Observer,
-) -> tuple[Pattern | TargetOf, list[Weights] | None]:
-    """Returns the target of each kernel that no rule names, without the sparsity that comes late,
-    and the weights of each layer."""
-    if late and not importance.spread:
-        assert isinstance(target, Unstructured)
-        target = partly(target, late)
-    if not importance.measured:
-        return target, None
-    start = time.perf_counter()
-    count = importance.windows_of(len(tokens))
-    some = tokens[np.arange(count) * len(tokens) // count]
-    sensitivity = measure_sensitivity(model, some, store=store)
-    if importance.spread:
-        assert isinstance(target, Unstructured)
-        patterns = allocate(model, sensitivity, target.sparsity, importance.spread, named, late)
+    def quantized(self, layers: Iterator[LayerResult]) -> Iterator[LayerResult]:
+        """Yields pruned or tuned layers on the recipe's grid."""
+        context, saved = self.context, self.context.layers(QUANTIZED)
+        if saved and saved.whole(self.model.num_layers):
+            yield from self._told(saved)
+            return
+        earlier = context.layers(TUNED if self.recipe.tuning.tunes else PRUNED)
+        if context.store and earlier:
+            for _ in layers:
+                pass  # to the end, so that all that those stages hold is let go
+            context.store.wait()
+            pruned: Callable[[int], LayerResult] = earlier.require
+        else:
+            pruned = {layer.index: layer for layer in layers}.__getitem__
+        context.observer.started("quantizing", self.model.num_layers)
+        states = CalibrationStates(self._routed, self.tokens, with_dense=False, saved=saved)
+        assert self.recipe.quantize
+        for layer in quantize_layers(states, pruned, self.recipe.quantize):
+            context.observer.layer_done(layer)
+            yield layer
+        context.drop(SENSITIVITY, PRUNED, TUNED)
 
-        def own(index: int, path: str) -> Pattern:
-            return patterns[index, path]
+    def _told(self, saved: SavedLayers) -> Iterator[LayerResult]:
+        """Yields the layers of a stage that an earlier process ended, of which the observer is
+        told."""
+        observer = self.context.observer
+        for point in saved_tuning.curve(saved.store):
+            observer.divergence_measured(*point)
+        for index in range(self.model.num_layers):
+            layer = saved.require(index)
+            observer.layer_done(layer)
+            yield layer
 
-        target = own
-    observer.phase_timed("sensitivity", time.perf_counter() - start)
-    layer_weights = (
-        [weights(layer, importance) for layer in sensitivity] if importance.weighs else None
-    )
-    return target, layer_weights
+    def _by_importance(self) -> tuple[Pattern | TargetOf, list[Weights] | None]:
+        """Returns the target of each kernel that no rule names, without the sparsity that comes
+        late, and the weights of each layer."""
+        target, named = self.targets
+        importance, late = (
+            self.recipe.importance,
+            late_sparsity(self.recipe.tuning, self.recipe.pattern),
+        )
+        if late and not importance.spread:
+            assert isinstance(target, Unstructured)
+            target = partly(target, late)
+        if not importance.measured:
+            return target, None
+        with self.context.timed("sensitivity"):
+            count = importance.windows_of(len(self.tokens))
+            some = self.tokens[np.arange(count) * len(self.tokens) // count]
+            found = measure_sensitivity(self.model, some, store=self.context.store)
+            if importance.spread:
+                assert isinstance(target, Unstructured)
+                patterns = allocate(
+                    self.model, found, target.sparsity, importance.spread, named, late
+                )
+
+                def own(index: int, path: str) -> Pattern:
+                    return patterns[index, path]
+
+                target = own
+        of_layers = [weights(layer, importance) for layer in found] if importance.weighs else None
+        return target, of_layers

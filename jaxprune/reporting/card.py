@@ -1,11 +1,11 @@
 """The model card of a pruned checkpoint: what was done to which model, and how good it is."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from convert.hub import repository_of
-from jaxprune.evaluation.quality import Quality, table
+from jaxprune.evaluation.quality import table
 from jaxprune.evaluation.text import short_name
 from jaxprune.pruning.quantized import ERROR
 from jaxprune.reporting.schema import RECORD, Run
@@ -27,10 +27,8 @@ def summary(run: Run) -> list[tuple[str, str]]:
         ),
         ("sparsity of the linear layers", f"{100 * run.sparsity:.4f} %"),
     ]
-    if run.quantize and (
-        count := sum(
-            ERROR not in linear.stats for layer in run.layers for linear in layer.linears.values()
-        )
+    if run.recipe.quantize and (
+        count := sum(ERROR not in kernel.stats for kernel in run.kernels.values())
     ):
         rows.append(("not quantized", f"{count} linear layers, whose inputs are no multiple of 32"))
     if run.resumed_layers:
@@ -81,23 +79,18 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:.3g} MB" if size < 1e8 else f"{size / 1e6:,.0f} MB"
 
 
-def model_card(run: Run, evaluation: Mapping[str, Quality]) -> str:
-    """Returns the card as Markdown.
-
-    Args:
-        run: the record of the run.
-        evaluation: checkpoint -> what was measured of it.
-    """
+def model_card(run: Run) -> str:
+    """Returns the card as Markdown."""
     ckpt, rows = run.config.ckpt, "".join(map(_row, summary(run)))
     measured = ""
-    if evaluation:
-        header, cells = table(evaluation)
+    if run.evaluation:
+        header, cells = table(run.evaluation)
         measured = "\n" + "".join(map(_row, [header, ["---"] * len(header), *cells]))
     quantized = ""
-    if run.quantize:
-        to = f"`jaxprune convert FOLDER FILE.gguf --type {run.quantize}`"
+    if run.recipe.quantize:
+        to = f"`jaxprune convert FOLDER FILE.gguf --type {run.recipe.quantize}`"
         quantized = (
-            f"The linear layers lie on the grid of {run.quantize.upper()}, "
+            f"The linear layers lie on the grid of {run.recipe.quantize.upper()}, "
             f"so that {to} writes them as they are.\n"
         )
     rounded = f", rounded to {run.save_dtype}" if run.save_dtype else ""
@@ -107,7 +100,7 @@ def model_card(run: Run, evaluation: Mapping[str, Quality]) -> str:
         'for Pruned Large Language Models" (arXiv 2401.02938). The weights are ordinary dense '
         "tensors with exact zeros."
     )
-    if run.all_dense:
+    if run.patterns_of_all == {None}:
         tags, heading = ["jaxprune"], "linear layers left dense"
         did = "written by jaxprune, which left its linear layers dense."
     base = f"base_model: {repository}\n" if (repository := repository_of(ckpt)) else ""

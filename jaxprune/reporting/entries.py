@@ -1,20 +1,18 @@
 """The checkpoints of a report, from the records that speak of them."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from convert.hub import DESCRIPTIONS
 from jaxprune.errors import InputError
-from jaxprune.evaluation.tasks import mean_accuracy
-from jaxprune.evaluation.text import short_name
-from jaxprune.recipe import RecipeRecord
+from jaxprune.evaluation.quality import Quality
+from jaxprune.evaluation.text import TextQuality, short_name
 from jaxprune.reporting.card import sizes_text
-from jaxprune.reporting.schema import MeanAccuracy, Quality, Record, Run, TextQuality
+from jaxprune.reporting.schema import Record, Run
 from jaxprune.sparsity.masks import LEAST_ZEROS
-from jaxprune.sparsity.patterns import NMRecord
+from jaxprune.sparsity.patterns import NM
 
 SAME = 0.01
 """The most by which two perplexities of a checkpoint on the same windows differ, relatively: what
@@ -60,15 +58,13 @@ class Entry:
         """What says that two records speak of one checkpoint: how it was made, or its name."""
         if not self.run:
             return self.name
-        made = {*RecipeRecord.model_fields, "calibration", "save_dtype"}
-        return json.dumps(
-            [self.label, self.run.config.ckpt, self.run.model_dump(include=made)], sort_keys=True
-        )
+        made = self.run.recipe, self.run.calibration, self.run.save_dtype
+        return repr((self.label, self.run.config.ckpt, *made))
 
     @property
     def accuracy(self) -> float | None:
         """The mean over the tasks, as a fraction."""
-        return self.quality.mean_accuracy.acc
+        return self.quality.mean_accuracy.get("acc")
 
     @property
     def seconds(self) -> Mapping[str, float]:
@@ -93,7 +89,7 @@ class Entry:
     @property
     def grouped(self) -> bool:
         """Whether its pattern is N:M."""
-        return self.run is not None and isinstance(self.run.pattern, NMRecord)
+        return self.run is not None and isinstance(self.run.recipe.pattern, NM)
 
 
 def entries(records: Sequence[Record]) -> list[Entry]:
@@ -110,13 +106,10 @@ def entries(records: Sequence[Record]) -> list[Entry]:
             found[entry.key] = entry
         else:
             _require_same_texts(before, entry)
-            tasks = {**before.quality.tasks, **entry.quality.tasks}
-            groups = sorted({*before.quality.groups, *entry.quality.groups})
             quality = Quality(
                 texts={**before.quality.texts, **entry.quality.texts},
-                tasks=tasks,
-                groups=groups,
-                mean_accuracy=MeanAccuracy(**mean_accuracy(_finite(tasks), groups)),
+                tasks={**before.quality.tasks, **entry.quality.tasks},
+                groups=sorted({*before.quality.groups, *entry.quality.groups}),
                 samples=entry.quality.samples or before.quality.samples,
             )
             main = before if before.run or not entry.run else entry
@@ -157,13 +150,11 @@ def _with_labels(found: Sequence[Entry]) -> list[Entry]:
     return [
         dataclasses.replace(
             entry,
-            quality=entry.quality.model_copy(
-                update={
-                    "texts": {
-                        label(name, text.windows): text
-                        for name, text in entry.quality.texts.items()
-                    }
-                }
+            quality=dataclasses.replace(
+                entry.quality,
+                texts={
+                    label(name, text.windows): text for name, text in entry.quality.texts.items()
+                },
             ),
         )
         for entry in found
@@ -237,13 +228,6 @@ def _pruned(
 ) -> Entry:
     how = run.method_text, run.pattern_text
     return Entry(name, Path(name).name, False, *how, run.sparsity, quality, run, size, parameters)
-
-
-def _finite(tasks: Mapping[str, Mapping[str, float | None]]) -> dict[str, dict[str, float]]:
-    return {
-        task: {name: value for name, value in metrics.items() if value is not None}
-        for task, metrics in tasks.items()
-    }
 
 
 def _shortened(name: str) -> str:

@@ -1,6 +1,7 @@
 """A report's plots, as SVG that takes its colours from the page, so that they follow its light or
 dark look."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -8,9 +9,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from jaxprune.models.parts import every_expert
+from jaxprune.pruning.kernel import KernelResult
 from jaxprune.pruning.quantized import ERROR
+from jaxprune.pruning.results import LayerFigures
 from jaxprune.pruning.tuning_steps import all_zeros_there
-from jaxprune.recipe_parts import Tuning, effective_tuning
+from jaxprune.recipe import Recipe
+from jaxprune.recipe_parts import effective_tuning
 from jaxprune.reporting.drawing import (
     AXIS,
     DENSE,
@@ -25,7 +30,6 @@ from jaxprune.reporting.drawing import (
     words,
 )
 from jaxprune.reporting.entries import Entry
-from jaxprune.reporting.schema import Kernel, Layer
 
 LEAST_SPAN = 5
 """Percent of zeros that an axis has room for at least."""
@@ -41,7 +45,7 @@ def error_by_layer(entries: Sequence[Entry], *, of_quantization: bool = False) -
         of_quantization: what was lost on the way to the grid, instead of what pruning lost.
     """
 
-    def error_of(kernel: Kernel) -> float | None:
+    def error_of(kernel: KernelResult) -> float | None:
         return kernel.stats.get(ERROR) if of_quantization else kernel.error
 
     def plot(axis: Axes) -> None:
@@ -49,7 +53,7 @@ def error_by_layer(entries: Sequence[Entry], *, of_quantization: bool = False) -
             layers = _layers(entries[0])
             for number, name in enumerate(_linears(entries)):
                 errors = [
-                    error_of(la.linears[name]) if name in la.linears else None for la in layers
+                    error_of(la.kernels[name]) if name in la.kernels else None for la in layers
                 ]
                 axis.plot(
                     _numbers(layers), _percents(errors), label=_short(name), **series_style(number)
@@ -57,7 +61,7 @@ def error_by_layer(entries: Sequence[Entry], *, of_quantization: bool = False) -
         else:
             for entry in entries:
                 means = [
-                    _mean(error_of(linear) for linear in layer.linears.values())
+                    _mean(error_of(linear) for linear in layer.kernels.values())
                     for layer in _layers(entry)
                 ]
                 axis.plot(
@@ -86,9 +90,9 @@ def error_by_linear(entries: Sequence[Entry]) -> Figure:
             style, means, places = _style_of(entry), [], []
             for place, name in enumerate(names):
                 found = [
-                    layer.linears[name].error for layer in _layers(entry) if name in layer.linears
+                    layer.kernels[name].error for layer in _layers(entry) if name in layer.kernels
                 ]
-                if errors := _percents(error for error in found if error is not None):
+                if errors := _percents(error for error in found if math.isfinite(error)):
                     axis.hlines(
                         place + shift, min(errors), max(errors), color=style["color"], lw=1.2
                     )
@@ -108,7 +112,7 @@ def sparsity_by_layer(entries: Sequence[Entry]) -> Figure:
         every = []
         for entry in entries:
             for layer in _layers(entry):
-                shares = [100 * linear.zeros / linear.size for linear in layer.linears.values()]
+                shares = [100 * linear.zeros / linear.size for linear in layer.kernels.values()]
                 every += shares
                 if len(entries) == 1:
                     axis.plot([layer.index + 1] * len(shares), shares, ".", color=DENSE, ms=3)
@@ -132,8 +136,8 @@ def divergence_by_tokens(entries: Sequence[Entry]) -> Figure:
         late = False
         for entry in entries:
             points = entry.run.divergences if entry.run else []
-            run = entry.run and entry.run.effective
-            tuning = effective_tuning(run.tuning, run.pattern.pattern()) if run else Tuning()
+            recipe = entry.run.effective if entry.run else Recipe()
+            tuning = effective_tuning(recipe.tuning, recipe.pattern)
             whole = [point for point in points if all_zeros_there(tuning, point[0])]
             before = points[: len(points) - len(whole) + 1] if whole != points else []
             late |= bool(before)
@@ -239,7 +243,7 @@ def accuracies(entries: Sequence[Entry]) -> Figure:
         for number, entry in enumerate(entries):
             shift = 0.7 * ((number + 0.5) / len(entries) - 0.5)
             found = [entry.quality.tasks.get(task, {}) for task in tasks] + [
-                entry.quality.mean_accuracy.model_dump()
+                entry.quality.mean_accuracy
             ]
             known = {
                 place: metrics
@@ -346,18 +350,36 @@ def _label(entry: Entry) -> str:
     return words(entry.label)
 
 
-def _layers(entry: Entry) -> Sequence[Layer]:
-    return [layer.with_experts_together() for layer in entry.run.layers] if entry.run else []
+def _layers(entry: Entry) -> Sequence[LayerFigures]:
+    return [_with_experts_together(layer) for layer in entry.run.layers] if entry.run else []
 
 
-def _numbers(layers: Sequence[Layer]) -> list[int]:
+def _with_experts_together(layer: LayerFigures) -> LayerFigures:
+    """Returns a layer with the linear layers of all experts that are called the same as one: mean
+    errors."""
+    grouped: dict[str, list[KernelResult]] = {}
+    for path, kernel in layer.kernels.items():
+        grouped.setdefault(every_expert(path), []).append(kernel)
+    kernels = {path: _together(ones) for path, ones in grouped.items()}
+    return dataclasses.replace(layer, kernels=kernels)
+
+
+def _together(kernels: Sequence[KernelResult]) -> KernelResult:
+    if len(kernels) == 1:
+        return kernels[0]
+    errors = [kernel.error for kernel in kernels if math.isfinite(kernel.error)]
+    counts = (sum(getattr(one, name) for one in kernels) for name in ("zeros", "wanted", "size"))
+    return KernelResult(sum(errors) / len(errors) if errors else math.nan, *counts)
+
+
+def _numbers(layers: Sequence[LayerFigures]) -> list[int]:
     return [layer.index + 1 for layer in layers]
 
 
 def _linears(entries: Sequence[Entry]) -> list[str]:
     return list(
         dict.fromkeys(
-            name for entry in entries for layer in _layers(entry) for name in layer.linears
+            name for entry in entries for layer in _layers(entry) for name in layer.kernels
         )
     )
 
@@ -370,7 +392,7 @@ def _plain(value: float | None) -> float:
 
 
 def _mean(values: Iterable[float | None]) -> float:
-    known = [_plain(value) for value in values if value is not None]
+    known = [_plain(value) for value in values if value is not None and not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
 
 

@@ -22,7 +22,6 @@ from jaxprune.reporting import reading
 from jaxprune.reporting.card import escaped
 from jaxprune.reporting.schema import RECORD, RECORD_BYTES, REPORT, Quality, Run
 from jaxprune.sparsity.masks import FROM_CHECKPOINT
-from jaxprune.sparsity.patterns import GivenRecord
 
 CARD = "README.md"
 TASKS = "lm-eval-*.json"
@@ -117,7 +116,7 @@ def _paths(run: Run, base: str | None) -> dict[str, str]:
         run: the record.
         base: a repository, which a folder here may be called after.
     """
-    ckpt, mask = run.config.ckpt, run.pattern.mask if isinstance(run.pattern, GivenRecord) else ""
+    ckpt, mask = run.config.ckpt, run.recipe.mask or ""
     texts = [value for value in run.config.model_dump().values() if isinstance(value, str)]
     texts += [text for quality in run.evaluation.values() for text in quality.texts]
     words = {word for text in texts for word in re.split(r"[,:]", text)}

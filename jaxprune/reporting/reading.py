@@ -39,11 +39,9 @@ def read(content: str | bytes, file: str | Path) -> Record:
             found=head.version,
             wanted=str(VERSION),
         )
-    return (
-        parse(Run, content, file=file)
-        if head.kind == "run"
-        else parse(Evaluation, content, file=file)
-    )
+    if head.kind == "run":
+        return parse(Run, content, file=file)
+    return parse(Evaluation, content, file=file)
 
 
 def run_of(checkpoint: str | Path) -> Run | None:

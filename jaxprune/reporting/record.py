@@ -13,15 +13,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert import schema as convert_schema
 from convert.hub import described
+from convert.schema import as_text, check, dump, plain, to_text
 from convert.writing import write_text
 from jaxprune.calibration.stream import TextStream
 from jaxprune.evaluation.quality import Quality
 from jaxprune.evaluation.tasks import without_samples
 from jaxprune.planning.machine import describe_hardware, peak_bytes
 from jaxprune.planning.timing import Timing
-from jaxprune.pruning.results import LayerResult
+from jaxprune.pruning.results import LayerFigures, LayerResult
 from jaxprune.recipe import Recipe
 from jaxprune.reporting import reading, schema
 from jaxprune.reporting.schema import RECORD, REPORT
@@ -43,7 +43,7 @@ PACKAGES = (
 
 @dataclasses.dataclass
 class Record(Observer):
-    """The account of a run; it is told what happens, and `as_json` is what jaxprune.json holds.
+    """The account of a run as it goes on; it is told what happens, and `run` is the record.
 
     Attributes:
         config: what was asked for, with at least `ckpt`, `calib` and `out`.
@@ -52,7 +52,9 @@ class Record(Observer):
         stream: the text that is tuned on, beside them; None: there is none.
         divergences: tokens that were tuned on, and then the divergence on text held out, of each
             measure.
-        layers: results of the layers so far, without arrays.
+        layers: what became of the layers so far.
+        resumed: layers that an earlier process of the run pruned; what else it spent its time on is
+            not counted.
         seconds: the seconds by phase.
         evaluation: "dense" and "pruned" -> what was measured; empty without evaluation.
         timing: the timing of the first layer with and without compilation, where that was asked
@@ -72,7 +74,8 @@ class Record(Observer):
     tokens: np.ndarray
     stream: TextStream | None = None
     divergences: list[tuple[int, float]] = dataclasses.field(default_factory=list)
-    layers: list[LayerResult] = dataclasses.field(default_factory=list)
+    layers: list[LayerFigures] = dataclasses.field(default_factory=list)
+    resumed: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     evaluation: dict[str, Quality] = dataclasses.field(default_factory=dict)
     timing: Timing | None = None
@@ -84,18 +87,18 @@ class Record(Observer):
     save_dtype: str | None = None
 
     def layer_done(self, result: LayerResult) -> None:
-        """Keeps a layer's result without its arrays; of one that is quantized in place of the one
-        before."""
-        self.layers[result.index : result.index + 1] = [result.without_arrays()]
+        """Keeps what became of a layer; of one that is quantized in place of the one before."""
+        self.layers[result.index : result.index + 1] = [result.figures]
+        self.resumed += result.resumed
         for path, kernel in result.kernels.items():
             if kernel.few_tokens:
-                self.few_tokens[f"layers.{result.index}.{path}"] = int(kernel.metrics["tokens"])
-        for phase, seconds in result.seconds.items():
+                self.few_tokens[f"layers.{result.index}.{path}"] = int(kernel.stats["tokens"])
+        for phase, seconds in result.figures.seconds.items():
             self.phase_timed(phase, seconds)
 
     def layer_tuned(self, result: LayerResult) -> None:
         """Keeps what became of a layer's kernels, which is another where zeros came late."""
-        self.layers[result.index] = result.without_arrays()
+        self.layers[result.index] = result.figures
 
     def divergence_measured(self, tokens: int, divergence: float) -> None:
         """Keeps a measure."""
@@ -105,75 +108,47 @@ class Record(Observer):
         """Adds to the seconds of a phase."""
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
-    @property
-    def checkpoint(self) -> str:
-        """The dense checkpoint, and what it is where its name does not say."""
-        return described(self.config["ckpt"])
-
-    @property
-    def sparsity(self) -> float:
-        """Zeros of all pruned kernels over their weights."""
-        kernels = [kernel for layer in self.layers for kernel in layer.kernels.values()]
-        return sum(kernel.zeros for kernel in kernels) / max(
-            1, sum(kernel.size for kernel in kernels)
-        )
-
-    @property
-    def resumed(self) -> int:
-        """Layers that an earlier process of the run pruned; what else it spent its time on is not
-        counted."""
-        return sum(layer.resumed for layer in self.layers)
-
     def asked(self) -> dict[str, Any]:
         """Returns the recipe, and what it was applied to, as JSON."""
-        text = {"tuning_text": self.stream.as_json()} if self.stream else {}
-        return self.recipe.as_json() | {"calibration": self._calibration(), **text}
+        text = {"tuning_text": dump(self.stream.identity)} if self.stream else {}
+        calibration = schema.Calibration.of(self.tokens)
+        return {"recipe": dump(self.recipe), "calibration": dump(calibration)} | text
 
-    def _calibration(self) -> dict[str, Any]:
-        ids = np.ascontiguousarray(self.tokens, np.int32)
-        return {
-            "windows": list(self.tokens.shape),
-            "sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
-        }
-
-    def as_json(self) -> dict[str, Any]:
-        """Returns the content of `schema.Run`."""
-        return {
-            "schema": schema.VERSION,
-            "kind": "run",
-            "config": dict(self.config),
-            "checkpoint": self.checkpoint,
-            **self.asked(),
-            **({"save_dtype": self.save_dtype} if self.save_dtype else {}),
-            "sparsity": self.sparsity,
-            "evaluation": {which: quality.as_json() for which, quality in self.evaluation.items()},
-            "seconds": self.seconds,
-            **({"timing": self.timing._asdict()} if self.timing else {}),
-            **(
-                {"divergences": [list(point) for point in self.divergences]}
-                if self.divergences
-                else {}
-            ),
-            **({"kept_experts": self.kept_experts} if self.kept_experts else {}),
-            **({"few_tokens": self.few_tokens} if self.few_tokens else {}),
-            "peak_bytes": peak_bytes(),
-            **({"disk_bytes": self.disk_bytes} if self.disk_bytes else {}),
-            **({"parameters": self.parameters} if self.parameters else {}),
-            **({"converted_bytes": self.converted_bytes} if self.converted_bytes else {}),
-            "layers": [layer.as_json() for layer in self.layers],
-            "resumed_layers": self.resumed,
+    def run(self) -> schema.Run:
+        """Returns the record of the run so far."""
+        zeros, size = (sum(getattr(one, name) for one in self.layers) for name in ("zeros", "size"))
+        return schema.Run(
+            config=check(schema.RunConfig, plain(self.config), file="", entry="config"),
+            checkpoint=described(self.config["ckpt"]),
+            recipe=self.recipe,
+            calibration=schema.Calibration.of(self.tokens),
+            tuning_text=self.stream.identity if self.stream else None,
+            save_dtype=self.save_dtype,
+            sparsity=zeros / max(1, size),
+            evaluation=self.evaluation,
+            seconds=self.seconds,
+            timing=self.timing,
+            divergences=self.divergences,
+            kept_experts={str(index): kept for index, kept in self.kept_experts.items()},
+            few_tokens=self.few_tokens,
+            peak_bytes=peak_bytes(),
+            disk_bytes=self.disk_bytes,
+            parameters=self.parameters,
+            converted_bytes=self.converted_bytes,
+            layers=self.layers,
+            resumed_layers=self.resumed,
             **environment(),
-        }
+        )
 
 
 def write_record(
-    folder: Path, record: Mapping[str, Any], qualities: Mapping[str, Quality]
+    folder: Path, record: schema.Record, qualities: Mapping[str, Quality]
 ) -> tuple[set[str], Exception | None]:
     """Writes jaxprune.json, lm-eval's results where there are any, and report.html.
 
     Args:
         folder: the folder that is being made.
-        record: the content of `schema.Run` or `schema.Evaluation`.
+        record: the content of jaxprune.json.
         qualities: checkpoint -> what was measured of it.
 
     Returns:
@@ -182,17 +157,14 @@ def write_record(
     """
     from jaxprune.reporting import report  # with matplotlib, which is slow to import
 
-    content = convert_schema.to_text(record)
-    files = {RECORD: content}
+    files = {RECORD: to_text(dump(record))}
     for name, quality in qualities.items():
         if quality.lm_eval:
-            files[lm_eval_file(name)] = convert_schema.to_text(
-                json.loads(without_samples(quality.lm_eval))
-            )
+            files[lm_eval_file(name)] = to_text(json.loads(without_samples(quality.lm_eval)))
     for name, text in files.items():
         write_text(folder / name, text)
     try:
-        page = report.page([reading.read(content, folder / RECORD)])
+        page = report.page([reading.read(files[RECORD], folder / RECORD)])
     # a defect of ours, which must not cost what took hours: the caller raises it later
     except Exception as error:
         return set(files), error
@@ -201,7 +173,7 @@ def write_record(
 
 
 def environment() -> dict[str, Any]:
-    """Returns the content of `schema.Environment`: what software and hardware this process runs
+    """Returns the fields of `schema.Environment`: what software and hardware this process runs
     on."""
     return {
         "versions": versions(),
@@ -226,7 +198,7 @@ def _version(package: str) -> str | None:
 def lm_eval_file(name: str) -> str:
     """Returns the name of the file of lm-eval's results; one of a very long name is told apart by a
     digest."""
-    name = convert_schema.as_text(name).replace("/", "-")
+    name = as_text(name).replace("/", "-")
     if len(name.encode()) > 200:
         name = f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     return f"lm-eval-{name}.json"

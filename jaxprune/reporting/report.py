@@ -13,9 +13,10 @@ import jinja2
 
 from convert.destination import Destination, staged
 from convert.ownership import UNSEALED, seal
+from convert.schema import dump
 from convert.writing import write_text
 from jaxprune.evaluation.text import short_name
-from jaxprune.reporting import drawing, figures, schema
+from jaxprune.reporting import drawing, figures
 from jaxprune.reporting.card import megabytes
 from jaxprune.reporting.entries import Entry, entries
 from jaxprune.reporting.published import compared
@@ -39,7 +40,7 @@ def page(records: Sequence[Record]) -> str:
         megabytes=megabytes,
         short=short_name,
         details=[
-            (_source(record), json.dumps(_without_layers(schema.as_json(record)), indent=1))
+            (_source(record), json.dumps(_without_layers(dump(record)), indent=1))
             for record in records
         ],
         hardware=sorted({record.hardware for record in records if record.hardware}),
@@ -97,7 +98,7 @@ def _figures(
             figures.time_by_phase,
         )
         pruning = [plot(runs) for plot in plots]
-    if quantized := [entry for entry in runs if entry.run and entry.run.quantize]:
+    if quantized := [entry for entry in runs if entry.run and entry.run.recipe.quantize]:
         pruning.append(figures.error_by_layer(quantized, of_quantization=True))
     if tuned := [entry for entry in runs if entry.run and entry.run.divergences]:
         pruning.append(figures.divergence_by_tokens(tuned))
@@ -128,7 +129,7 @@ def _verdicts(everything: Sequence[Entry], texts: Sequence[str]) -> Iterator[str
 def _samples(everything: Sequence[Entry]) -> list[tuple[str, list[tuple[Entry, str, str]]]]:
     """Returns prompts, each with the checkpoints that continued it: what is the same as the dense
     one's, if that is the first of them, and the rest."""
-    found: dict[str, list[tuple[Entry, list[str]]]] = {}
+    found: dict[str, list[tuple[Entry, Sequence[str]]]] = {}
     for entry in everything:
         for sample in entry.quality.samples:
             found.setdefault(sample.prompt, []).append((entry, sample.pieces))

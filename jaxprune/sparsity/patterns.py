@@ -9,15 +9,14 @@ import itertools
 import re
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
-import pydantic
 from jaxtyping import Int
-from pydantic import Field
+from pydantic import Discriminator, Tag
 
-from convert.schema import Schema
+from convert.schema import OWN
 from jaxprune.errors import Change, InputError
 from jaxprune.sparsity.selection import (
     KeepInGroups,
@@ -70,10 +69,6 @@ class Pattern(Protocol):
         `selector`."""
         ...
 
-    def as_json(self) -> dict[str, Any]:
-        """Returns the kind and numbers, as records keep them; see `schema.Pattern`."""
-        ...
-
 
 @dataclasses.dataclass(frozen=True)
 class Unstructured:
@@ -88,6 +83,7 @@ class Unstructured:
 
     sparsity: float
     per_output: bool = False
+    __pydantic_config__ = OWN
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
@@ -106,12 +102,6 @@ class Unstructured:
         if self.per_output:
             return round(self.sparsity * shape[0]) * shape[1]
         return round(self.sparsity * (shape[0] * shape[1]))
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "kind": "per-output" if self.per_output else "unstructured",
-            "sparsity": self.sparsity,
-        }
 
     def __str__(self) -> str:
         return f"{percent(self.sparsity)} %" + " per output" * self.per_output
@@ -133,9 +123,6 @@ class _Within:
 
     def zeros(self, shape: tuple[int, ...]) -> int:
         return self.pattern.zeros(shape)
-
-    def as_json(self) -> dict[str, Any]:
-        return self.pattern.as_json()
 
     def __str__(self) -> str:
         return str(self.pattern)
@@ -214,9 +201,10 @@ class NM:
 
     n: int
     m: int
+    __pydantic_config__ = OWN
 
     def __post_init__(self) -> None:
-        if not 0 < self.n < self.m:
+        if not 0 < self.n < self.m <= 2**31:
             raise InputError(
                 f"an N:M pattern keeps N of every M weights, 0 < N < M; {self.n}:{self.m} is not "
                 "one"
@@ -241,11 +229,43 @@ class NM:
             )
         return shape[0] // self.m * (self.m - self.n) * shape[1]
 
-    def as_json(self) -> dict[str, Any]:
-        return {"kind": "nm", "n": self.n, "m": self.m}
-
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """Masks that were made elsewhere decide which weights are kept.
+
+    Attributes:
+        mask: their name, `from-checkpoint:DIR` or `from-file:FILE`; see `masks.load`.
+    """
+
+    mask: str
+    __pydantic_config__ = OWN
+
+    def __str__(self) -> str:
+        return f"the mask {self.mask}"
+
+
+def _kind(value: Any) -> str:
+    fields = value if isinstance(value, dict) else getattr(value, "__dict__", ())
+    return next((kind for name, kind in _KINDS.items() if name in fields), "is-unstructured")
+
+
+_KINDS = {"mask": "is-given", "n": "is-nm"}
+OwnPattern = Annotated[
+    Annotated[Unstructured, Tag("is-unstructured")] | Annotated[NM, Tag("is-nm")],
+    Discriminator(_kind),
+]
+"""A pattern that a rule may give."""
+RecipePattern = Annotated[
+    Annotated[Unstructured, Tag("is-unstructured")]
+    | Annotated[NM, Tag("is-nm")]
+    | Annotated[Given, Tag("is-given")],
+    Discriminator(_kind),
+]
+"""A pattern that a recipe may have."""
 
 
 def cubic(steps: int) -> list[float]:
@@ -254,7 +274,7 @@ def cubic(steps: int) -> list[float]:
     return [1 - (1 - (i + 1) / steps) ** 3 for i in range(steps)]
 
 
-def parse_pattern(text: str, sparsity: float | None = None) -> Pattern:
+def parse_pattern(text: str, sparsity: float | None = None) -> OwnPattern:
     """Returns the pattern of a name: `unstructured`, `per-output` or `N:M`.
 
     Args:
@@ -275,56 +295,3 @@ def parse_pattern(text: str, sparsity: float | None = None) -> Pattern:
             )
         return pattern
     raise InputError(f"unknown pattern {text!r}: use unstructured, per-output, or N:M such as 2:4")
-
-
-class UnstructuredRecord(Schema):
-    """The JSON of `Unstructured`."""
-
-    kind: Literal["unstructured", "per-output"]
-    sparsity: float = Field(ge=0, lt=1)
-
-    def pattern(self) -> Unstructured:
-        """Returns the pattern that it is the JSON of."""
-        return Unstructured(self.sparsity, per_output=self.kind == "per-output")
-
-    def __str__(self) -> str:
-        return str(self.pattern())
-
-
-class NMRecord(Schema):
-    """The JSON of `NM`."""
-
-    kind: Literal["nm"]
-    n: int = Field(ge=1, le=2**31)
-    m: int = Field(ge=1, le=2**31)
-
-    @pydantic.model_validator(mode="after")
-    def _some_go(self) -> "NMRecord":
-        if self.n >= self.m:
-            raise ValueError("n below m")
-        return self
-
-    def pattern(self) -> NM:
-        """Returns the pattern that it is the JSON of."""
-        return NM(self.n, self.m)
-
-    def __str__(self) -> str:
-        return str(self.pattern())
-
-
-class GivenRecord(Schema):
-    """The JSON of masks that were made elsewhere; `mask` is their name, as `masks.load` takes
-    it."""
-
-    kind: Literal["given"]
-    mask: str
-
-    def pattern(self) -> None:
-        """Returns None: there is no pattern."""
-        return None
-
-    def __str__(self) -> str:
-        return f"the mask {self.mask}"
-
-
-PatternRecord = Annotated[UnstructuredRecord | NMRecord | GivenRecord, Field(discriminator="kind")]

@@ -25,6 +25,7 @@ from jaxprune.sharding import ONE_DEVICE, Devices, fetch
 from jaxprune.streaming.head import TokenScores, drawn, in_chunks, most_probable, score
 from jaxprune.streaming.hidden_states import HiddenStates, batch_size
 from jaxprune.streaming.kept_experts import KeptExperts
+from jaxprune.streaming.sweep import sweep
 
 
 class StreamedModel:
@@ -42,6 +43,7 @@ class StreamedModel:
 
     Attributes:
         reader, devices, scratch, name, source, changes: as given.
+        teacher: the model that it was made of by `keeping` or `saved_as`; else itself.
         architecture: its parts and shapes.
 
     Raises:
@@ -67,6 +69,7 @@ class StreamedModel:
         if architecture.config.routing and devices.mesh:
             architecture = architecture.routed(mesh=devices.mesh)
         self.architecture: Architecture = architecture
+        self.teacher = self
 
     def sibling(self, folder: Path, name: str = "") -> "StreamedModel":
         """Opens another checkpoint of the same architecture on the same devices; see the class for
@@ -86,10 +89,7 @@ class StreamedModel:
         changes = dict(self.changes) | {
             name: count for name in EXPERT_COUNTS if name in self.hf_config
         }
-        reader = KeptExperts(self.reader, kept, routers)
-        return StreamedModel(
-            reader, self.dtype, self.devices, self.scratch, self.name, self.source, changes
-        )
+        return self._made_of(KeptExperts(self.reader, kept, routers), changes)
 
     def saved_as(self, dtype: DTypeLike) -> "StreamedModel":
         """Returns the model with weights that are stored in another dtype; the dtype of the
@@ -106,9 +106,14 @@ class StreamedModel:
         reader.require_range()
         names = [name for name in DTYPE_ENTRIES if name in self.hf_config] or DTYPE_ENTRIES[:1]
         changes = dict(self.changes) | dict.fromkeys(names, np.dtype(dtype).name)
-        return StreamedModel(
+        return self._made_of(reader, changes)
+
+    def _made_of(self, reader: Reader, changes: Mapping[str, Any]) -> "StreamedModel":
+        made = StreamedModel(
             reader, self.dtype, self.devices, self.scratch, self.name, self.source, changes
         )
+        made.teacher = self.teacher
+        return made
 
     def routing_all(self) -> "StreamedModel":
         """Returns the model with taps of experts that hold every token for every expert; its
@@ -296,13 +301,15 @@ class StreamedModel:
             self.embed(windows, layout=layout, at_a_time=at_a_time)
             for windows, layout in zip(tokens, every, strict=True)
         ]
-        order = range(self.num_layers if layers is None else layers)
-        for index, params in zip(order, self.layers(order), strict=True):
+
+        def move(index: int, params: Params, _: dict[str, float]) -> None:
             visit(index, states)
             own = self.put_layer(index, params)
             for hidden, layout in zip(states, every, strict=True):
                 self.forward(index, own, hidden, layout)
-            del own  # before the next is there
+
+        for _ in sweep(range(self.num_layers if layers is None else layers), self.layers, move):
+            pass
         return states
 
     def logits(self, tokens: Int[np.ndarray, "w t"]) -> Shaped[np.ndarray, "w t v"]:

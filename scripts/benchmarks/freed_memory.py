@@ -20,7 +20,7 @@ import numpy as np
 from alone import alone
 from markdown import markdown
 
-from jaxprune import Magnitude, Observer, Tuning, Unstructured, load, prune_layers
+from jaxprune import Context, Magnitude, Observer, Tuning, Unstructured, load, prune_layers
 from jaxprune.commands.terminal import keep_compilations, keep_memory
 from jaxprune.planning.machine import describe_hardware
 from jaxprune.pruning.distillation import distill, of_windows
@@ -64,7 +64,9 @@ def measure(ckpt: str, length: int, steps: int, keep: bool) -> Found:
     layers = prune_layers(model, tokens, Magnitude(), Unstructured(0.5))
     steps_done = Moments()
     tuning = Tuning(tune_epochs=steps)
-    for _ in distill(model, of_windows(tokens, tuning, 0), layers, tuning, observer=steps_done):
+    for _ in distill(
+        model, of_windows(tokens, tuning, 0), layers, tuning, context=Context(observer=steps_done)
+    ):
         pass
     counted = [
         (b[0] - a[0], b[1] - a[1])

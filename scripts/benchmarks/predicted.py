@@ -20,7 +20,7 @@ from alone import alone
 from markdown import markdown
 from sizes import Size, write_checkpoint
 
-from jaxprune import PRESETS, Evaluator, Measures, load, prune
+from jaxprune import PRESETS, Evaluator, Measures, RunOptions, load, prune
 from jaxprune.commands.terminal import keep_memory
 from jaxprune.planning import machine, preflight
 from jaxprune.planning.work import Work
@@ -52,7 +52,9 @@ def run(ckpt: str, args: argparse.Namespace) -> Run:
         for _ in range(2):  # the first one compiles
             rates = [_rate()]
             evaluator = Evaluator(Measures((str(text),), args.length), model)
-            result = prune(model, tokens, recipe, out, evaluator=evaluator, overwrite=True)
+            result = prune(
+                model, tokens, recipe, out, RunOptions(evaluator=evaluator, overwrite=True)
+            )
             rates.append(_rate())
     flops = {phase: float(sum(each.values())) for phase, each in need.flops.items()}
     return Run(flops, dict(result.record.seconds), statistics.mean(rates))

@@ -23,9 +23,10 @@ import numpy as np
 from jax import Array
 from markdown import markdown
 
-from jaxprune import Evaluator, Measures, Recipe, calibration_windows, load, prune
+from jaxprune import Evaluator, Measures, Recipe, RunOptions, calibration_windows, load, prune
 from jaxprune.methods import admm, alps, gradient, gram, linalg, sparsegpt
 from jaxprune.methods.gram import relative_error
+from jaxprune.pruning.calibration_states import CalibrationStates
 from jaxprune.pruning.gram_matrices import gram_matrices
 from jaxprune.sparsity.patterns import NM, Pattern, Unstructured
 
@@ -78,16 +79,16 @@ def problems(args: argparse.Namespace) -> Iterator[tuple[np.ndarray, np.ndarray]
     """Yields Gram matrices of the dense model's layers and the kernels that read them."""
     model = load(args.ckpt)
     tokens = windows(args, 0)
-    hidden = model.embed(tokens)
+    states = CalibrationStates(model, tokens, with_dense=False)
     for index, params in enumerate(model.layers(range(max(args.layers) + 1))):
         own, layer = model.put_layer(index, params), model.architecture.layers[index]
         if index in args.layers:
-            grams, _ = gram_matrices(model, index, own, hidden)
+            grams, _ = gram_matrices(states, index, own)
             for tap, paths in layer.reads.items():
                 matrix = np.asarray(grams.take(tap))
                 for path in paths:
                     yield matrix, np.asarray(own[f"{path}.kernel"], np.float32)
-        model.forward(index, own, hidden)
+        model.forward(index, own, states.pruned)
 
 
 def windows(args: argparse.Namespace, seed: int) -> np.ndarray:
@@ -159,9 +160,8 @@ def table_of_models(args: argparse.Namespace) -> list[str]:
             recipe = Recipe(METHODS["admm"], pattern=PATTERNS["50 %"])
             with tempfile.TemporaryDirectory() as folder:
                 out, evaluator = Path(folder) / "out", Evaluator(measures, model)
-                result = prune(
-                    model, windows(args, seed), recipe, out, seed=seed, evaluator=evaluator
-                )
+                options = RunOptions(seed=seed, evaluator=evaluator)
+                result = prune(model, windows(args, seed), recipe, out, options)
             (text,) = result.evaluation["pruned"].texts.values()
             first = first or text.perplexity
             rows.append(

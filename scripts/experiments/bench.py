@@ -20,8 +20,9 @@ from experiments import Experiment
 
 from convert import create_checkpoint
 from convert.destination import destination, staged
+from convert.schema import dump
 from convert.writing import write_text
-from jaxprune import Magnitude, TextStream, Unstructured, calibration, load, prune_model
+from jaxprune import Context, Magnitude, TextStream, Unstructured, calibration, load, prune_model
 from jaxprune.commands.config import Config
 from jaxprune.commands.prune import stream_of, windows_of
 from jaxprune.evaluation.quality import Evaluator, Quality
@@ -130,9 +131,9 @@ class Bench:
         if cell.recipe is None:
             identity["recipe"] = "dense"
         else:
-            identity |= cell.recipe.as_json()
+            identity["recipe"] = dump(cell.recipe)
             if stream := self._stream(cell.recipe):
-                identity["tuning_text"] = stream.as_json()
+                identity["tuning_text"] = dump(stream.identity)
         if cell.linear:
             identity["linear"] = list(cell.linear)
         name = "dense" if cell.recipe is None else cell.recipe.slug
@@ -181,7 +182,7 @@ class Bench:
         it."""
         if cell.recipe is None:
             ((_, quality),) = self._evaluator.measure({self.ckpt: self.model})
-            one = {"sparsity": 0.0, "run": None, "quality": quality.as_json()}
+            one = {"sparsity": 0.0, "run": None, "quality": dump(quality)}
             record = {
                 "schema": schema.VERSION,
                 "kind": "evaluation",
@@ -191,7 +192,7 @@ class Bench:
             record |= {"checkpoints": {self.ckpt: one}, **environment()}
             return {
                 "perplexity": _only_perplexity(quality),
-                "quality": one["quality"],
+                "quality": _with_mean(quality),
                 "record": record,
             }
         reader = self.model.reader
@@ -211,8 +212,8 @@ class Bench:
         quality = account.evaluation["pruned"]
         found = {
             "perplexity": _only_perplexity(quality),
-            "quality": quality.as_json(),
-            "record": account.as_json(),
+            "quality": _with_mean(quality),
+            "record": dump(account.run()),
         }
         return found | _figures(account)
 
@@ -235,8 +236,7 @@ class Bench:
                 recipe,
                 stream=stream,
                 seed=self.args.seed,
-                store=store,
-                observer=account,
+                context=Context(store, account),
             ):
                 watch(layer)
         # Medians leave out the first layer's compilation and the machine's hiccups.
@@ -284,6 +284,11 @@ def _figures(account: Record) -> dict[str, Any]:
 def _unfinished(file: Path) -> Path:
     """Where a cell's long tuning is kept until the cell's file is there."""
     return file.with_suffix(".unfinished")
+
+
+def _with_mean(quality: Quality) -> dict[str, Any]:
+    """What was measured, as JSON, and the mean accuracy."""
+    return {**dump(quality), "mean_accuracy": quality.mean_accuracy}
 
 
 def _only_perplexity(quality: Quality) -> float:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from convert.errors import UserError
+from convert.schema import dump, to_text
 from jaxprune import InputError
 from jaxprune.commands import evaluate, solve
 from jaxprune.commands.config import Config, parse
-from jaxprune.commands.recorded import of_recipe, words
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.combine import Crossed, Finished
 from jaxprune.methods.exact import Exact
@@ -23,6 +23,7 @@ from jaxprune.recipe_parts import Importance, Rule
 from jaxprune.reporting import reading, schema
 from jaxprune.sparsity.patterns import Unstructured
 
+RECORDS = Path(__file__).parents[1] / "reporting/records"
 RECIPES = [
     "",
     "--sparsity 0.6",
@@ -53,10 +54,20 @@ RECIPES = [
 ]
 
 
+def record(folder: Path, config: Config, recipe: Recipe) -> Path:
+    """Writes the record of a run with these options and this recipe."""
+    run = reading.load(RECORDS / "unstructured.json")
+    assert isinstance(run, schema.Run)
+    asked = schema.RunConfig(**dataclasses.asdict(config))
+    changed = dataclasses.replace(run, config=asked, recipe=recipe)
+    (folder / "jaxprune.json").write_text(to_text(dump(changed)))
+    return folder / "jaxprune.json"
+
+
 @pytest.mark.parametrize("flags", RECIPES)
-def test_options_of_a_recipe_make_it_again(flags: str) -> None:
-    _, recipe = parse(["--ckpt", "model", *flags.split()])
-    assert parse(["--ckpt", "model", *words(of_recipe(recipe.record))])[1] == recipe
+def test_a_record_makes_its_recipe_again(flags: str, tmp_path: Path) -> None:
+    config, recipe = parse(["--ckpt", "model", *flags.split()])
+    assert parse(["--config", str(record(tmp_path, config, recipe))])[1] == recipe
 
 
 def test_every_option_of_a_recipe_is_among_them() -> None:
@@ -81,7 +92,7 @@ def test_every_option_of_a_recipe_is_among_them() -> None:
 
 @pytest.mark.parametrize("name", ["2of4", "best", "given", "per-output", "unstructured"])
 def test_records_are_run_again(name: str, tmp_path: Path) -> None:
-    record = Path(__file__).parents[1] / f"reporting/records/{name}.json"
+    record = RECORDS / f"{name}.json"
     config, recipe = parse(["--config", str(record), "--out", str(tmp_path / "again")])
     run = reading.read(record.read_bytes(), record)
     assert isinstance(run, schema.Run)
@@ -176,54 +187,31 @@ def test_flags_win_over_a_record(flags: str, beside: str, same: str, tmp_path: P
         return parse(["--ckpt", "model", "--out", "out", *line.split()])
 
     config, recipe = parsed(flags)
-    file = Path(__file__).parents[1] / "reporting/records/unstructured.json"
-    record = schema.as_json(reading.read(file.read_bytes(), file)) | {
-        "config": dataclasses.asdict(config)
-    }
-    (tmp_path / "jaxprune.json").write_text(json.dumps(record | recipe.as_json()))
-    assert parsed(f"--config {tmp_path / 'jaxprune.json'} {beside}") == parsed(same)
+    assert parsed(f"--config {record(tmp_path, config, recipe)} {beside}") == parsed(same)
 
 
-ONLY_IN_PYTHON = {
-    "rules": [
-        Recipe(rules=(Rule("layers.0.*"), Rule("*.q_proj", Unstructured(0.75)))),
-        Recipe(rules=(Rule("*.q_proj", Unstructured(0.75, per_output=True)),)),
-    ],
-    "importance": [
-        dataclasses.replace(
-            PRESETS["fast"], importance=Importance(spread=0.3, sensitivity_windows=8)
-        ),
-        dataclasses.replace(PRESETS["fast"], importance=Importance(weigh_outputs=True, spread=0.3)),
-    ],
-    "method": [
-        Recipe(Finished(ADMM(), Exact(steps=3, damping=0.5))),
-        Recipe(Crossed(ADMM(), ADMM(damping=0.5))),
-        Recipe(Crossed(Crossed(Wanda(), ADMM()), SparseGPT())),
-    ],
-}
+ONLY_IN_PYTHON = [
+    Recipe(rules=(Rule("layers.0.*"), Rule("*.q_proj", Unstructured(0.75)))),
+    Recipe(rules=(Rule("*.q_proj", Unstructured(0.75, per_output=True)),)),
+    dataclasses.replace(PRESETS["fast"], importance=Importance(spread=0.3, sensitivity_windows=8)),
+    dataclasses.replace(PRESETS["fast"], importance=Importance(weigh_outputs=True, spread=0.3)),
+    Recipe(Finished(ADMM(), Exact(steps=3, damping=0.5))),
+    Recipe(Crossed(ADMM(), ADMM(damping=0.5))),
+    Recipe(Crossed(Crossed(Wanda(), ADMM()), SparseGPT())),
+]
 
 
-@pytest.mark.parametrize(
-    ("part", "recipe"), [(part, one) for part, ones in ONLY_IN_PYTHON.items() for one in ones]
-)
-def test_recipes_that_no_options_make_are_not_repeated(
-    part: str, recipe: Recipe, tmp_path: Path
-) -> None:
-    file = Path(__file__).parents[1] / "reporting/records/unstructured.json"
-    record = schema.as_json(reading.read(file.read_bytes(), file))
-    (tmp_path / "jaxprune.json").write_text(json.dumps(record | recipe.as_json()))
-    with pytest.raises(InputError, match=f"jaxprune.json: {part}: no options make this part"):
-        parse(["--config", str(tmp_path / "jaxprune.json")])
+@pytest.mark.parametrize("recipe", ONLY_IN_PYTHON)
+def test_recipes_that_no_options_make_are_repeated(recipe: Recipe, tmp_path: Path) -> None:
+    config, _ = parse(["--ckpt", "model"])
+    assert parse(["--config", str(record(tmp_path, config, recipe))])[1] == recipe
 
 
 def test_recipes_of_another_version_are_not_repeated_in_part(tmp_path: Path) -> None:
-    file = Path(__file__).parents[1] / "reporting/records/unstructured.json"
-    record = schema.as_json(reading.read(file.read_bytes(), file))
-    record["tuning"] |= {"tune_otherwise": 0.5}
-    (tmp_path / "jaxprune.json").write_text(json.dumps(record))
-    with pytest.raises(
-        InputError, match="tuning.tune_otherwise: this version of jaxprune has no such part"
-    ):
+    content = json.loads((RECORDS / "unstructured.json").read_text())
+    content["recipe"]["tuning"] |= {"tune_otherwise": 0.5}
+    (tmp_path / "jaxprune.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="recipe.tuning.tune_otherwise: there is no such entry"):
         parse(["--config", str(tmp_path / "jaxprune.json")])
 
 
@@ -288,6 +276,6 @@ def test_every_command_takes_options_from_a_file(tmp_path: Path) -> None:
     file.write_text("mask: wanda\nupdate: exact\nsparsity: 0.7\n")
     _, _, recipe, is_given = solve.parse(["layer.safetensors", "--config", str(file)])
     assert recipe.slug == "wanda-exact-70" and is_given
-    record.write_bytes((Path(__file__).parents[1] / "reporting/records/best.json").read_bytes())
+    record.write_bytes((RECORDS / "best.json").read_bytes())
     with pytest.raises(InputError, match="only prune, plan and snapshot repeat"):
         evaluate.parse(["model", "--config", str(record)])

@@ -19,6 +19,7 @@ from jaxprune.commands.evaluate import Config, main, parse
 from jaxprune.commands.prune import run
 from jaxprune.evaluation.tasks import ZERO_SHOT
 from jaxprune.evaluation.text import perplexity
+from jaxprune.reporting import reading, schema
 from tests.helpers import rows, tiny
 from tests.helpers.optional import needs_torch
 
@@ -83,8 +84,8 @@ def test_several_checkpoints_are_measured_against_the_dense_one(
     record = json.loads((tmp_path / "out/jaxprune.json").read_text())
     assert list(record["checkpoints"]) == [str(checkpoint), str(pruned), str(tmp_path / "orbax")]
     found = {Path(name).name: one for name, one in record["checkpoints"].items()}
-    assert record["schema"] == found["pruned"]["run"]["schema"] == 2
-    assert found["pruned"]["run"]["pattern"] == {"kind": "per-output", "sparsity": 0.6}
+    assert record["schema"] == found["pruned"]["run"]["schema"] == 3
+    assert found["pruned"]["run"]["recipe"]["pattern"] == {"sparsity": 0.6, "per_output": True}
     assert found["orbax"]["run"] is None
     assert (
         found["pruned"]["sparsity"] == pytest.approx(0.6, abs=0.02)
@@ -101,9 +102,11 @@ def test_several_checkpoints_are_measured_against_the_dense_one(
     assert ours == theirs | {"ratio": 1.0, "kl": 0.0, "top1": 1.0}
     assert same["tasks"] == found[checkpoint.name]["quality"]["tasks"]
     assert same["tasks"].keys() == {"openbookqa", "boolq", "arc_easy"}
-    assert same["mean_accuracy"]["acc"] == pytest.approx(
-        sum(m["acc"] for m in same["tasks"].values()) / 3
-    )
+    mean = sum(values["acc"] for values in same["tasks"].values()) / 3
+    evaluation = reading.load(tmp_path / "out")
+    assert isinstance(evaluation, schema.Evaluation)
+    read = evaluation.checkpoints[str(tmp_path / "orbax")].quality
+    assert read.mean_accuracy["acc"] == pytest.approx(mean)
     for name in found:
         lm_eval = json.loads((tmp_path / f"out/lm-eval-{name}.json").read_text())
         assert (

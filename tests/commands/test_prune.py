@@ -100,10 +100,9 @@ def test_the_record_repeats_what_happened(finished: tuple[Path, str]) -> None:
     out, printed = finished
     record = json.loads((out / "jaxprune.json").read_text())
     assert record["config"]["seed"] == 3
-    assert record["schema"] == 2
-    assert record["pattern"] == {"kind": "unstructured", "sparsity": 0.5}
-    assert record["method"] == {
-        "kind": "method",
+    assert record["schema"] == 3
+    assert record["recipe"]["pattern"] == {"sparsity": 0.5, "per_output": False}
+    assert record["recipe"]["method"] == {
         "name": "admm",
         "options": {
             "schedule": "cubic",
@@ -234,12 +233,9 @@ def test_two_of_four_with_another_methods_mask(
             groups = (tensor != 0).reshape(tensor.shape[0], -1, 4).sum(axis=2)
             assert (groups == 2).all(), name
     record = json.loads((tmp_path / "out/jaxprune.json").read_text())
-    assert record["pattern"] == {"kind": "nm", "n": 2, "m": 4}
-    assert record["method"]["kind"] == "crossed"
-    assert (record["method"]["mask"]["name"], record["method"]["update"]["name"]) == (
-        "wanda",
-        "admm",
-    )
+    assert record["recipe"]["pattern"] == {"n": 2, "m": 4}
+    method = record["recipe"]["method"]
+    assert (method["mask"]["name"], method["update"]["name"]) == ("wanda", "admm")
 
 
 def test_the_best_preset(
@@ -267,10 +263,13 @@ def test_the_best_preset(
     assert done.returncode == 0, done.stderr
     assert "tuning, steps 10 to 12 of 12: KL divergence" in done.stdout
     record = json.loads((tmp_path / "out/jaxprune.json").read_text())
-    assert record["preset"] == "best" and record["method"]["name"] == "admm"
-    assert record["importance"]["weigh_outputs"] and record["tuning"]["tune_epochs"] > 0
+    assert record["recipe"]["preset"] == "best" and record["recipe"]["method"]["name"] == "admm"
+    assert (
+        record["recipe"]["importance"]["weigh_outputs"]
+        and record["recipe"]["tuning"]["tune_epochs"] > 0
+    )
     assert {"sensitivity", "gram", "solve", "forward", "tune"} <= record["seconds"].keys()
-    linears = [linear for layer in record["layers"] for linear in layer["linears"].values()]
+    linears = [linear for layer in record["layers"] for linear in layer["kernels"].values()]
     assert 2 * sum(linear["zeros"] for linear in linears) == sum(
         linear["size"] for linear in linears
     )
@@ -324,12 +323,12 @@ def test_masks_are_saved_and_taken_up_again(
             if "_proj" in name:
                 np.testing.assert_array_equal(tensor == 0, first[name] == 0, name)
         record = json.loads((tmp_path / out / "jaxprune.json").read_text())
-        assert record["pattern"] == {"kind": "given", "mask": mask}
+        assert record["recipe"]["pattern"] == {"mask": mask}
         assert mask in (tmp_path / out / "README.md").read_text()
-        errors[out] = [x["error"] for layer in record["layers"] for x in layer["linears"].values()]
+        errors[out] = [x["error"] for layer in record["layers"] for x in layer["kernels"].values()]
     assert errors["by-file"] == errors["by-checkpoint"]
     record = json.loads((tmp_path / "first/jaxprune.json").read_text())
-    before = [x["error"] for layer in record["layers"] for x in layer["linears"].values()]
+    before = [x["error"] for layer in record["layers"] for x in layer["kernels"].values()]
     # The first layer's inputs are the same in both runs; behind it each run has its own.
     assert all(after <= x for after, x in zip(errors["by-file"][:7], before[:7], strict=True))
     assert sum(errors["by-file"]) <= sum(before)

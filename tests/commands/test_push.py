@@ -1,5 +1,6 @@
 """A checkpoint goes to a hub on this machine: what is sent, and what is not."""
 
+import dataclasses
 import html
 import json
 import os
@@ -13,7 +14,7 @@ from huggingface_hub import constants
 
 from jaxprune.commands.prune import main as prune
 from jaxprune.commands.push import main
-from jaxprune.reporting import reading
+from jaxprune.reporting import reading, schema
 from jaxprune.reporting.card import model_card
 from tests.helpers.hub_server import Hub, serving
 
@@ -86,7 +87,7 @@ def test_no_path_of_this_machine_is_sent(pruned: Path, hub: Hub, tmp_path: Path)
         "out": "/pre",
     }
     record["config"] |= named
-    record["pattern"] = {"kind": "given", "mask": "from-checkpoint:/secret/me/mask"}
+    record["recipe"]["pattern"] = {"mask": "from-checkpoint:/secret/me/mask"}
     text = json.dumps(record)
     tasks = {
         "configs": {
@@ -95,10 +96,10 @@ def test_no_path_of_this_machine_is_sent(pruned: Path, hub: Hub, tmp_path: Path)
     }
     (tmp_path / "copy/jaxprune.json").write_text(text)
     (tmp_path / "copy/report.html").write_text(f"<pre>{html.escape(text)}</pre>")
-    card = reading.read(text, "").model_copy(update={"evaluation": {}})
-    (tmp_path / "copy/README.md").write_text(
-        model_card(card, {}) + os.path.expanduser("~/secret/dense")
-    )
+    run = reading.read(text, "")
+    assert isinstance(run, schema.Run)
+    card = model_card(dataclasses.replace(run, evaluation={}))
+    (tmp_path / "copy/README.md").write_text(card + os.path.expanduser("~/secret/dense"))
     (tmp_path / "copy/lm-eval-pruned.json").write_text(json.dumps(tasks))
     assert main([str(tmp_path / "copy"), "me/tiny"]) == 0
     files = hub.repositories["me/tiny"][1]
@@ -107,7 +108,7 @@ def test_no_path_of_this_machine_is_sent(pruned: Path, hub: Hub, tmp_path: Path)
     assert files["report.html"].endswith(b"</pre>")
     sent = json.loads(files["jaxprune.json"])
     assert (
-        sent["pattern"]["mask"] == "from-checkpoint:mask"
+        sent["recipe"]["pattern"]["mask"] == "from-checkpoint:mask"
         and sent["config"]["calib"] == "c4:3,café & [b].jsonl:1"
     )
     assert json.loads(files["lm-eval-pruned.json"])["configs"]["rte"]["dataset_kwargs"][
@@ -130,9 +131,8 @@ def test_the_card_names_the_repository_of_the_dense_model(
 ) -> None:
     run = reading.run_of(pruned)
     assert run
-    card = model_card(
-        run.model_copy(update={"config": run.config.model_copy(update={"ckpt": ckpt})}), {}
-    )
+    config = run.config.model_copy(update={"ckpt": ckpt})
+    card = model_card(dataclasses.replace(run, config=config, evaluation={}))
     assert metadata(card.encode()).get("base_model") == base
 
 

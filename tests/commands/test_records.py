@@ -1,5 +1,6 @@
 """Records that this installation cannot repeat: they are shown and verified all the same."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jaxprune.commands.config import parse
 from jaxprune.commands.prune import main as prune
 from jaxprune.commands.report import main as report
 from jaxprune.commands.verify import main as verify
@@ -16,32 +18,26 @@ from tests.helpers import families, tiny
 from tests.helpers.optional import needs_torch
 
 RECORD = Path(__file__).parents[1] / "reporting/records/unstructured.json"
-ELSEWHERE = {"kind": "method", "name": "elsewhere", "options": {"largest": 2.0}}
-ADMM = {"kind": "method", "name": "admm", "options": {}}
+ELSEWHERE = {"name": "elsewhere", "options": {"largest": 2.0}}
+ADMM = {"name": "admm", "options": {}}
 METHODS: dict[str, dict[str, Any]] = {
     "alone": ELSEWHERE,
-    "mask": {"kind": "crossed", "mask": ELSEWHERE, "update": ADMM},
-    "update": {"kind": "crossed", "mask": ADMM, "update": ELSEWHERE},
-    "finished": {"kind": "finished", "method": ELSEWHERE, "finish": {"steps": 3}},
+    "mask": {"mask": ELSEWHERE, "update": ADMM},
+    "update": {"mask": ADMM, "update": ELSEWHERE},
+    "finished": {"method": ELSEWHERE, "finish": {"steps": 3}},
 }
 """Methods of a package that is not installed."""
-NM = {"pattern": {"kind": "nm", "n": 2, "m": 4}}
-GIVEN = {"pattern": {"kind": "given", "mask": "from-file:masks"}}
+NM = {"pattern": {"n": 2, "m": 4}}
+GIVEN = {"pattern": {"mask": "from-file:masks"}}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an option of no method": (
         {"method": ADMM | {"options": {"largest": 2.0}}},
         "largest",
     ),
     "an option out of range": ({"method": ADMM | {"options": {"damping": -1.0}}}, "damping"),
-    "tuning without steps": ({"tuning": {"tune_rate": 0.01}}, "tuning"),
-    "pieces without tuning": ({"tuning": {"tune_pieces": 4}}, "tuning"),
     "steps by epochs and tokens": (
         {"tuning": {"tune_epochs": 1.0, "tune_tokens": 1000}},
         "tun",
-    ),
-    "windows that measure nothing": (
-        {"importance": {"sensitivity_windows": 4}},
-        "sensitivity",
     ),
     "N:M with a spread": (NM | {"importance": {"spread": 0.3}}, "spread"),
     "N:M with late zeros": (
@@ -50,7 +46,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "outputs weighed within each": (
         {
-            "pattern": {"kind": "per-output", "sparsity": 2 / 3},
+            "pattern": {"sparsity": 2 / 3, "per_output": True},
             "importance": {"weigh_outputs": True},
         },
         "weigh.outputs",
@@ -60,9 +56,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "rule",
     ),
     "an unknown grid": ({"quantize": "q9_9"}, "q9_9"),
-    "an unknown preset": ({"preset": "gone"}, "gone"),
 }
 """What a record of another version may say -> its parts, and a word of the error."""
+WITHOUT_EFFECT: dict[str, dict[str, Any]] = {
+    "tuning without steps": {"tuning": {"tune_rate": 0.01}},
+    "pieces without tuning": {"tuning": {"tune_pieces": 4}},
+    "windows that measure nothing": {"importance": {"sensitivity_windows": 4}},
+    "an unknown preset": {"preset": "gone"},
+}
+"""Parts that decide nothing, as a recipe from Python may have them."""
 
 
 @pytest.fixture
@@ -78,17 +80,19 @@ def pruned(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     run = reading.load(folder)
     assert isinstance(run, schema.Run) and run.config.ckpt == "dense"
     for layer in run.layers:
-        for path, linear in layer.linears.items():
+        for path, kernel in layer.kernels.items():
             weight = stored[f"model.layers.{layer.index}.{path}.weight"]
-            weight.reshape(-1)[: linear.zeros] = 0
+            weight.reshape(-1)[: kernel.zeros] = 0
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
 def change(folder: Path, **parts: Any) -> None:
-    """Changes parts of a record."""
+    """Changes parts of a record's recipe."""
     file = folder / "jaxprune.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | parts))
+    record = json.loads(file.read_text())
+    record["recipe"] |= parts
+    file.write_text(json.dumps(record))
 
 
 def require_one_line(folder: Path, word: str, capsys: pytest.CaptureFixture, *flags: str) -> None:
@@ -143,6 +147,16 @@ def test_a_recipe_that_is_refused_today_is_one_line(
     assert status in (0, 2) or "pattern" in parts
     require_read_or_refused(status, "verified" if status != 1 else "not verified", capsys)
     require_one_line(pruned, word, capsys)
+
+
+@pytest.mark.parametrize("what", WITHOUT_EFFECT)
+def test_parts_that_decide_nothing_change_nothing(what: str, pruned: Path) -> None:
+    argv = ["--config", "pruned/jaxprune.json", "--out", "again"]
+    _, before = parse(argv)
+    change(pruned, **WITHOUT_EFFECT[what])
+    _, recipe = parse(argv)
+    preset = WITHOUT_EFFECT[what].get("preset")
+    assert recipe == dataclasses.replace(before, preset=preset)
 
 
 @needs_torch

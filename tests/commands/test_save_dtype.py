@@ -76,7 +76,7 @@ def test_a_result_is_float16_with_exact_zeros(here: Path) -> None:
     assert dtypes(here / "out") == {"float16"} and dtype_in_config(here / "out") == "float16"
     dense, pruned = read(here / "q.gguf"), read(here / "out")
     for index, layer in enumerate(result.layers):
-        for path, kernel in layer.linears.items():
+        for path, kernel in layer.kernels.items():
             found = int(np.count_nonzero(pruned[f"layers.{index}.{path}.kernel"] == 0))
             assert found == kernel.zeros == kernel.size // 2
     for name in (
@@ -195,7 +195,7 @@ def test_only_some_dtypes_can_be_stored(here: Path) -> None:
     with pytest.raises(
         jp.InputError, match="no result can be stored in int8: float16, bfloat16, float32"
     ):
-        jp.prune(jp.load("q.gguf"), WINDOWS, recipe, "out", save_dtype=np.int8)
+        jp.prune(jp.load("q.gguf"), WINDOWS, recipe, "out", jp.RunOptions(save_dtype=np.int8))
 
 
 def test_a_run_is_not_resumed_in_another_dtype(

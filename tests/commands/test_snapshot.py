@@ -82,7 +82,7 @@ def test_a_run_is_repeated_up_to_a_layer(
     assert solve.main(["l", "--damping", "0.03"]) == 0
     *_, shown = capsys.readouterr().out.partition("patterns of its run")
     errors = {row.split()[0]: row.split()[4] for row in shown.splitlines()[2:]}
-    record = json.loads(Path("run/jaxprune.json").read_text())["layers"][1]["linears"]
+    record = json.loads(Path("run/jaxprune.json").read_text())["layers"][1]["kernels"]
     assert errors == {path: f"{kernel['error']:.6f}" for path, kernel in record.items()}
 
 

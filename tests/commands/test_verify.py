@@ -45,7 +45,7 @@ def make(out: Path, dense: Path, pattern: Pattern, *, record: bool = False) -> P
         for paths in other_params(model.reader.spec):
             writer.write(model.reader.read(paths))
         if record:
-            write_record(writer.place, account.as_json(), {})
+            write_record(writer.place, account.run(), {})
     return out
 
 
@@ -129,15 +129,15 @@ def test_what_a_gguf_file_rounds_is_compared_as_it_rounds_it(
 
 def test_a_total_is_all_that_unequal_linears_must_have(pruned: dict[str, Path]) -> None:
     record = json.loads((pruned["50 %"] / "jaxprune.json").read_text())
-    record["importance"]["spread"] = 0.3
+    record["recipe"]["importance"]["spread"] = 0.3
 
     def wanted(sparsity: float) -> dict[str, Any]:
-        record["pattern"]["sparsity"] = sparsity
+        record["recipe"]["pattern"]["sparsity"] = sparsity
         run = reading.read(json.dumps(record), "jaxprune.json")
         assert isinstance(run, schema.Run)
         return expected(run)
 
-    size = sum(linear["size"] for layer in record["layers"] for linear in layer["linears"].values())
+    size = sum(linear["size"] for layer in record["layers"] for linear in layer["kernels"].values())
     assert wanted(0.5)["pattern"] is None and wanted(0.5)["total"] == size // 2
     model = load(pruned["50 %"])
     assert verify(model, **wanted(0.5)).problems == []
@@ -162,8 +162,8 @@ def test_a_sparsity_of_seven_digits_is_verified(
     assert main([str(tmp_path / "out"), "--against", str(dense)]) == 0
     assert "zeros, 66.66667 %, 5 other tensors" in " ".join(capsys.readouterr().out.split())
     record = json.loads((tmp_path / "out/jaxprune.json").read_text())
-    assert record["pattern"] == {"kind": "unstructured", "sparsity": 0.6666667}
-    linear = record["layers"][0]["linears"]["mlp.up_proj"]
+    assert record["recipe"]["pattern"] == {"sparsity": 0.6666667, "per_output": False}
+    linear = record["layers"][0]["kernels"]["mlp.up_proj"]
     assert linear["wanted"] == linear["zeros"] == round(0.6666667 * size)
     name = "model.layers.0.mlp.up_proj.weight"
 

@@ -116,7 +116,7 @@ def test_the_mean_is_that_of_tasks_and_not_of_their_groups() -> None:
     quality = Quality(tasks=summarize(results), groups=groups_of(results))
     assert quality.groups == ["mmlu"] and quality.summary()["mmlu, acc"] == "0.5000"
     assert quality.summary()["mean acc"] == "0.6000"
-    assert quality.as_json()["mean_accuracy"] == pytest.approx({"acc": 0.6})
+    assert quality.mean_accuracy == pytest.approx({"acc": 0.6})
 
 
 def test_filters_are_part_of_a_metrics_name() -> None:

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from jaxprune import InputError, load
-from jaxprune.evaluation.text import perplexity, text_quality
+from jaxprune.evaluation.text import TextQuality, perplexity, text_quality
 from jaxprune.streaming import head
 from tests.helpers import tiny
 from tests.helpers.optional import needs_torch, torch
@@ -64,12 +64,8 @@ def test_divergence_is_that_of_the_whole_distributions(
         others.append(tmp_path / str(seed))
     found = text_quality([load(folder) for folder in (checkpoint, *others)], tokens)
     p = logits(checkpoint, tokens)
-    assert found[0] == (
-        pytest.approx(perplexity_by_transformers(checkpoint, tokens), rel=1e-5),
-        None,
-        None,
-        None,
-    )
+    expected = perplexity_by_transformers(checkpoint, tokens)
+    assert found[0] == TextQuality((6, 40), pytest.approx(expected, rel=1e-5))
     for one, folder in zip(found[1:], others, strict=True):
         q = logits(folder, tokens)
         assert one.perplexity == pytest.approx(perplexity_by_transformers(folder, tokens), rel=1e-5)
@@ -82,7 +78,7 @@ def test_divergence_is_that_of_the_whole_distributions(
 def test_a_model_agrees_with_itself(checkpoint: Path) -> None:
     tokens = np.random.default_rng(0).integers(0, 300, (2, 30)).astype(np.int32)
     _, same = text_quality([load(checkpoint)] * 2, tokens)
-    assert same[1:] == (1.0, 0.0, 1.0)
+    assert (same.ratio, same.kl, same.top1) == (1.0, 0.0, 1.0)
 
 
 def test_models_of_another_depth_are_refused(checkpoint: Path, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from jaxprune.commands import recipe_options
 from jaxprune.commands.progress import timing_table
 from jaxprune.commands.terminal import keep_compilations
 from jaxprune.planning.timing import jit_versus_eager
-from jaxprune.reporting import schema
 from tests.helpers import xla
 from tests.helpers.shapes import windows
 
@@ -88,7 +87,7 @@ def test_compiled_and_eager_prune_alike(flags: str, checkpoint: Path) -> None:
     assert timing.equal == 1.0
     assert set(timing.jit) == {"gram", "solve", "forward", "all"}
     assert timing.first["all"] > timing.jit["all"] > 0
-    header, rows = timing_table(schema.Timing(**timing._asdict()))
+    header, rows = timing_table(timing)
     assert [row[0] for row in rows] == list(timing.jit)
     assert all(len(row) == len(header) for row in rows)
     assert float(rows[-1][-1]) == pytest.approx(timing.eager["all"] / timing.jit["all"], abs=0.01)

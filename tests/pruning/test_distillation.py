@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxprune import InputError, Observer, Tuning, load
+from jaxprune import Context, InputError, Observer, Tuning, load
 from jaxprune.errors import Change
 from jaxprune.pruning import adafactor, distillation, saved_tuning, student
 from jaxprune.pruning.distillation import Rate, distill, of_stream, of_windows
@@ -34,7 +34,7 @@ def tune(
     observer: Observer = SILENT,
 ) -> Iterator[LayerResult]:
     text = of_windows(windows(), tuning, seed)
-    return distill(load(checkpoint), text, layers, tuning, observer=observer)
+    return distill(load(checkpoint), text, layers, tuning, context=Context(observer=observer))
 
 
 @needs_torch

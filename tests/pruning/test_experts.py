@@ -20,6 +20,7 @@ from jaxprune.methods.admm import ADMM
 from jaxprune.methods.wanda import Wanda
 from jaxprune.pruning import gram_matrices
 from jaxprune.pruning import layer as solving
+from jaxprune.pruning.calibration_states import CalibrationStates
 from jaxprune.pruning.experts import kept_experts
 from jaxprune.pruning.gram_matrices import groups
 from jaxprune.pruning.layer import least_damping
@@ -83,10 +84,10 @@ def layer_by_hand(model: StreamedModel, x: np.ndarray) -> tuple[dict[str, np.nda
 
 def test_gram_matrices_are_of_the_tokens_routed_there_by_squared_shares(folder: Path) -> None:
     model = load(folder)
-    hidden = model.embed(WINDOWS)
+    states = CalibrationStates(model, WINDOWS, with_dense=False)
     (params,) = model.layers([0])
-    grams, _ = gram_matrices.gram_matrices(model, 0, model.put_layer(0, params), hidden)
-    expected, _ = layer_by_hand(model, hidden.array)
+    grams, _ = gram_matrices.gram_matrices(states, 0, model.put_layer(0, params))
+    expected, _ = layer_by_hand(model, states.pruned.array)
     assert sum(grams.tokens(f"expert_input.{k}") or 0 for k in range(6)) == 2 * WINDOWS.size
     for tap, gram in expected.items():
         np.testing.assert_allclose(
@@ -118,10 +119,10 @@ def test_an_expert_with_few_tokens_is_damped_and_named(folder: Path) -> None:
             assert np.isfinite(kernel.error) and kernel.zeros == kernel.wanted
             if ".experts." in path:
                 inputs = model.architecture.layers[layer.index].kernels[path][0]
-                times = least_damping(int(kernel.metrics["tokens"]), inputs)
-                assert kernel.metrics.get("damping_times", 1) >= times > 1
+                times = least_damping(int(kernel.stats["tokens"]), inputs)
+                assert kernel.stats.get("damping_times", 1) >= times > 1
             else:
-                assert "tokens" not in kernel.metrics
+                assert "tokens" not in kernel.stats
     assert [least_damping(tokens, 64) for tokens in (0, 1, 16, 32, 33, 64, 100)] == [
         64,
         64,
@@ -141,7 +142,7 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude(
     model = load(folder)
     dense, select = open_checkpoint(folder), jax.jit(lambda selector, saliency: selector(saliency))
     layer = next(iter(prune_layers(model, WINDOWS[:1, :1], Wanda(), pattern)))
-    unseen = [path for path, kernel in layer.kernels.items() if kernel.metrics.get("tokens") == 0]
+    unseen = [path for path, kernel in layer.kernels.items() if kernel.stats.get("tokens") == 0]
     assert len(unseen) == 4 * 3
     for path in unseen:
         name = f"layers.0.{path}.kernel"
@@ -155,7 +156,7 @@ def test_every_token_for_every_expert(folder: Path) -> None:
     routed = list(prune_layers(model, WINDOWS, ADMM(), Unstructured(0.5)))
     every = list(prune_layers(model.routing_all(), WINDOWS, ADMM(), Unstructured(0.5)))
     for one, other in zip(routed, every, strict=True):
-        tokens = [k.metrics["tokens"] for k in other.kernels.values() if "tokens" in k.metrics]
+        tokens = [k.stats["tokens"] for k in other.kernels.values() if "tokens" in k.stats]
         assert tokens == [WINDOWS.size] * (18 if one.index != 1 else 0)
         same = [
             one.kernels[path] == kernel
@@ -325,7 +326,7 @@ def test_routers_stay_dense_unless_named(here: Path) -> None:
     }
     assert zeros == {"layers.0.mlp.gate.kernel": 0, "layers.2.mlp.gate.kernel": 32 * 6 // 4}
     linears = {
-        layer["index"]: layer["linears"]
+        layer["index"]: layer["kernels"]
         for layer in json.loads((here / "out/jaxprune.json").read_text())["layers"]
     }
     assert "mlp.gate" in linears[2] and "mlp.gate" not in linears[0]

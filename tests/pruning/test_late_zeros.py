@@ -14,7 +14,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import open_checkpoint
-from jaxprune import ADMM, InputError, Magnitude, Recipe, Tuning, Unstructured, load, prune_layers
+from jaxprune import (
+    ADMM,
+    Context,
+    InputError,
+    Magnitude,
+    Recipe,
+    Tuning,
+    Unstructured,
+    load,
+    prune_layers,
+)
 from jaxprune.commands.prune import main as prune
 from jaxprune.commands.recipe_options import parse
 from jaxprune.commands.verify import main as verify
@@ -28,7 +38,7 @@ from jaxprune.pruning.student import Student
 from jaxprune.pruning.whole_model import prune_model
 from jaxprune.recipe_parts import Rule
 from jaxprune.sparsity.masks import from_file, unpack
-from jaxprune.sparsity.patterns import NM, Pattern, cubic, partly
+from jaxprune.sparsity.patterns import NM, Given, Pattern, cubic, partly
 from jaxprune.streaming.observer import SILENT, Observer
 from tests.helpers import families, tiny
 from tests.helpers.command import failing
@@ -57,7 +67,12 @@ def tune(
 ) -> Iterator[LayerResult]:
     text = of_windows(windows(), tuning, 0)
     return distill(
-        load(checkpoint), text, layers, tuning, target_of=lambda *_: pattern, observer=observer
+        load(checkpoint),
+        text,
+        layers,
+        tuning,
+        target_of=lambda *_: pattern,
+        context=Context(observer=observer),
     )
 
 
@@ -221,8 +236,12 @@ def test_a_tuning_goes_on_where_it_was_stopped(
     with monkeypatch.context() as patch, pytest.raises(InputError, match="stopped here"):
         patch.setattr(Student, "step", failing(Student.step, stop))
         patch.setattr(RunStore, "worth_saving", kept_at(stop - 1))
-        list(distill(model, text, layers, tuning, target_of=lambda *_: MOST, store=store))
-    found = list(distill(model, text, layers, tuning, target_of=lambda *_: MOST, store=store))
+        list(
+            distill(model, text, layers, tuning, target_of=lambda *_: MOST, context=Context(store))
+        )
+    found = list(
+        distill(model, text, layers, tuning, target_of=lambda *_: MOST, context=Context(store))
+    )
     for one, other in zip(found, expected, strict=True):
         assert one.kernels == other.kernels
         for arrays in ("params", "masks"):
@@ -242,7 +261,14 @@ def test_measures_count_with_all_zeros(
     text, layers = of_stream(of_ids(tmp_path), tuning), solved(checkpoint)
     assert text.steps.last_pruning == 19
     found = list(
-        distill(load(checkpoint), text, layers, tuning, target_of=lambda *_: MOST, observer=seen)
+        distill(
+            load(checkpoint),
+            text,
+            layers,
+            tuning,
+            target_of=lambda *_: MOST,
+            context=Context(observer=seen),
+        )
     )
     assert [tokens // 64 for tokens, _ in seen.held_out] == [*range(0, 29, 2)]
     for one in found:
@@ -299,7 +325,11 @@ def test_kernels_may_become_wholly_zero(checkpoint: Path) -> None:
 def test_the_solves_leave_a_share_of_what_is_above_one_half(flags: str, checkpoint: Path) -> None:
     """Of all linear layers together, where one threshold is over them; what is zero stays so."""
     line, seen = f"--sparsity 0.7 --tune-epochs 1 --tune-zeros 0.5 {flags}", Steps()
-    layers = list(prune_model(load(checkpoint), windows(), parse(line.split()), observer=seen))
+    layers = list(
+        prune_model(
+            load(checkpoint), windows(), parse(line.split()), context=Context(observer=seen)
+        )
+    )
     first, last, size = 0, 0, 0
     for before, after in zip(seen.layers, layers, strict=True):
         for path in LINEARS:
@@ -328,14 +358,12 @@ def test_zeros_come_late_in_patterns(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "mask", "reason"),
-    [(None, "from-file:masks", "the given masks decide"), (NM(2, 4), None, "the solves")],
+    ("pattern", "reason"),
+    [(Given("from-file:masks"), "the given masks decide"), (NM(2, 4), "the solves")],
 )
-def test_late_zeros_are_refused_where_none_can_come(
-    pattern: NM | None, mask: str | None, reason: str
-) -> None:
+def test_late_zeros_are_refused_where_none_can_come(pattern: NM | Given, reason: str) -> None:
     with pytest.raises(InputError, match=f"tune_zeros changes nothing, for .*{reason}") as error:
-        Recipe(pattern=pattern, mask=mask, tuning=LATE)
+        Recipe(pattern=pattern, tuning=LATE)
     assert error.value.options == {"tune_zeros": Change.OMIT}
 
 
@@ -371,7 +399,7 @@ def test_a_run_keeps_and_records_the_masks_of_its_end(
     record = json.loads((out / "jaxprune.json").read_text())
     stored, masks = open_checkpoint(out), from_file(file)
     for layer in record["layers"]:
-        for path, linear in layer["linears"].items():
+        for path, linear in layer["kernels"].items():
             kernel = stored.read([f"layers.{layer['index']}.{path}.kernel"])[
                 f"layers.{layer['index']}.{path}.kernel"
             ]

@@ -190,7 +190,7 @@ def test_every_linear_may_have_its_own_pattern(checkpoint: Path) -> None:
 
 def test_each_phase_is_timed(checkpoint: Path) -> None:
     first = next(prune_layers(load(checkpoint), windows(), Magnitude(), Unstructured(0.5)))
-    assert list(first.seconds) == ["read", "gram", "solve", "forward"]
+    assert list(first.figures.seconds) == ["read", "gram", "solve", "forward"]
 
 
 def test_layers_are_pruned_when_asked_for(checkpoint: Path) -> None:
@@ -328,7 +328,7 @@ def test_damping_is_raised_where_a_solve_fails(checkpoint: Path) -> None:
     few = windows(1, 5)
     results = run(checkpoint, tokens=few, method=SparseGPT(damping=1e-12))
     times = {
-        path: linear.metrics.get("damping_times")
+        path: linear.stats.get("damping_times")
         for layer in results
         for path, linear in layer.kernels.items()
     }
@@ -337,9 +337,7 @@ def test_damping_is_raised_where_a_solve_fails(checkpoint: Path) -> None:
     assert "damping raised" in layer_line(results[0], 3)
     plain = run(checkpoint, tokens=few, method=SparseGPT())
     assert all(
-        "damping_times" not in linear.metrics
-        for layer in plain
-        for linear in layer.kernels.values()
+        "damping_times" not in linear.stats for layer in plain for linear in layer.kernels.values()
     )
 
 

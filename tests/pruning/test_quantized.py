@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert import open_checkpoint
 from convert.__main__ import main as convert
-from jaxprune import InputError, Recipe, load, prune_model
+from jaxprune import Context, InputError, Recipe, load, prune_model
 from jaxprune.__main__ import main
 from jaxprune.commands.recipe_options import parse
 from jaxprune.methods.quantization import off_grid
@@ -36,7 +36,9 @@ def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_recipe(checkpoint: Path, line: str, store: RunStore | None = None) -> list[LayerResult]:
-    return list(prune_model(load(checkpoint), windows(), parse(line.split()), store=store))
+    return list(
+        prune_model(load(checkpoint), windows(), parse(line.split()), context=Context(store))
+    )
 
 
 def test_zeros_stay_and_all_else_is_on_the_grid(blocks: Path) -> None:
@@ -60,7 +62,7 @@ def test_zeros_stay_and_all_else_is_on_the_grid(blocks: Path) -> None:
                 kernel.zeros == np.count_nonzero(array == 0)
                 and kernel.wanted == before[path].wanted
             )
-            assert kernel.error == before[path].error and 1e-4 < kernel.metrics[ERROR] < 0.03
+            assert kernel.error == before[path].error and 1e-4 < kernel.stats[ERROR] < 0.03
 
 
 @needs_torch
@@ -70,7 +72,7 @@ def test_kernels_of_experts_are_on_the_grid(tmp_path: Path) -> None:
         path = "mlp.experts.3.up_proj"
         assert (
             off_grid(layer.params[f"layers.{layer.index}.{path}.kernel"], 4) == 0
-            and layer[path].metrics[ERROR] > 0
+            and layer[path].stats[ERROR] > 0
         )
 
 
@@ -128,7 +130,7 @@ def test_a_gguf_file_holds_the_checkpoint_bit_for_bit(
         if name.endswith(".kernel") and "down_proj" not in name and name.startswith("layers."):
             np.testing.assert_array_equal(file.read([name])[name], array, err_msg=name)
     record = json.loads((tmp_path / "out/jaxprune.json").read_text())
-    assert record["quantize"] == "q4_0" and record["seconds"]["quantize"] > 0
+    assert record["recipe"]["quantize"] == "q4_0" and record["seconds"]["quantize"] > 0
     card = (tmp_path / "out/README.md").read_text()
     assert "quantized to Q4_0" in card and "FILE.gguf --type q4_0" in card
     assert "| not quantized | 3 linear layers" in card  # the down_proj of each layer has 48 inputs

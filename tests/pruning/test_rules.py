@@ -162,7 +162,10 @@ def test_nothing_is_done_where_all_stay_dense(
     record = json.loads((out / "jaxprune.json").read_text())
     assert record["sparsity"] == 0 and not {"sensitivity", "tune"} & record["seconds"].keys()
     # as asked
-    assert record["importance"]["spread"] == 0.3 and record["tuning"]["tune_epochs"] == 2
+    assert (
+        record["recipe"]["importance"]["spread"] == 0.3
+        and record["recipe"]["tuning"]["tune_epochs"] == 2
+    )
     run = reading.run_of(out)
     assert run
     assert (run.pattern_text, run.method_text) == ("* dense", "best: linear layers left dense")

@@ -128,9 +128,9 @@ def test_zeros_that_moved_to_another_section_are_noticed(
         "--out pruned"
     )
     assert prune(line.split()) == 0 and verify(["pruned"]) == 0
-    record = json.loads(Path("pruned/jaxprune.json").read_text())["layers"][0]["linears"]
+    record = json.loads(Path("pruned/jaxprune.json").read_text())["layers"][0]["kernels"]
     assert record["self_attn.qkv_proj"]["sections"] == {"query": 512, "key": 256, "value": 256}
-    assert "sections" not in record["mlp.down_proj"]
+    assert record["mlp.down_proj"]["sections"] == {}
     tensors = load_file("pruned/model.safetensors")
     gate, up = np.split(tensors["model.layers.0.mlp.gate_up_proj.weight"], 2)
     where, to = np.argwhere(gate == 0)[0], np.argwhere(up != 0)[0]

@@ -16,6 +16,7 @@ from jaxprune import (
     ADMM,
     NM,
     CheckpointError,
+    Context,
     InputError,
     Magnitude,
     Observer,
@@ -69,7 +70,7 @@ def assert_solved_as_in_the_run(folder: Path, line: str, layer: int, file: Path)
     model, smaller = load(folder), load(folder)
     if recipe.experts.drop_experts:
         smaller = model.keeping(kept_experts(model, tokens(), recipe.experts.drop_experts))
-    for _ in prune_model(smaller, tokens(), recipe, teacher=model, observer=run):
+    for _ in prune_model(smaller, tokens(), recipe, context=Context(observer=run)):
         pass
     snapshots.save(file, snapshots.capture(model, tokens(), layer, recipe))
     found = snapshots.load(file)
@@ -285,31 +286,19 @@ def test_bad_input_is_one_error(
         ({"format": "something"}, "holds no layer's snapshot"),
         ({"format": "jaxprune layer 1"}, "holds no layer's snapshot"),
         (
-            {
-                "patterns": '{"mlp.gate_proj": {"pattern": {"kind": "nm", "n": 2, "m": 4}, '
-                '"share": 1}}'
-            },
+            {"patterns": '{"mlp.gate_proj": {"pattern": {"n": 2, "m": 4}, "share": 1}}'},
             "or unknown",
         ),
         (
-            {
-                "patterns": '{"mlp.up_proj": {"pattern": {"kind": "nm", "n": 2, "m": 5}, "share": '
-                "1}}"
-            },
+            {"patterns": '{"mlp.up_proj": {"pattern": {"n": 2, "m": 5}, "share": 1}}'},
             "divisible by 5",
         ),
         (
-            {
-                "patterns": '{"mlp.up_proj": {"pattern": {"kind": "nm", "n": 2, "m": 4}, "share": '
-                "2}}"
-            },
+            {"patterns": '{"mlp.up_proj": {"pattern": {"n": 2, "m": 4}, "share": 2}}'},
             "patterns",
         ),
         (
-            {
-                "patterns": '{"mlp.up_proj": {"pattern": {"kind": "given", "mask": "x"}, "share": '
-                "1}}"
-            },
+            {"patterns": '{"mlp.up_proj": {"pattern": {"mask": "x"}, "share": 1}}'},
             "patterns",
         ),
         ({"tokens": '{"mlp_output": 3}'}, "tokens: there are no such inputs, found ['mlp_output']"),

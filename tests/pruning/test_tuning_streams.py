@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxprune import InputError, Magnitude, Recipe, Tuning, Unstructured, load
+from jaxprune import Context, InputError, Magnitude, Recipe, Tuning, Unstructured, load
 from jaxprune.pruning import tuning_steps
 from jaxprune.pruning.distillation import distill, of_stream, of_windows
 from jaxprune.pruning.placement import Placement
@@ -50,7 +50,7 @@ def test_the_best_step_on_what_is_held_out_is_kept(
         return 1 + abs(number - 5) / 10
 
     monkeypatch.setattr(Student, "divergence", measured)
-    found = list(distill(load(checkpoint), text, layers, tuning, observer=seen))
+    found = list(distill(load(checkpoint), text, layers, tuning, context=Context(observer=seen)))
     np.testing.assert_array_equal(kernel(found[0], LINEARS[0]), at_fifth[0])
     assert text.steps.count == 32 and len(seen.told) == (32 if to_end else 16)
     assert [tokens for tokens, _ in seen.held_out] == [
@@ -78,7 +78,7 @@ def test_a_stream_is_met_between_two_measures(
             of_stream(of_ids(tmp_path), tuning),
             pruned(checkpoint),
             tuning,
-            observer=seen,
+            context=Context(observer=seen),
         )
     )
     assert len(seen.held_out) == 17 and passes[0] == ((4, 32), 0)  # what is held out
@@ -120,13 +120,13 @@ def test_a_stream_goes_on_where_it_was_stopped(
     layers, tuning = pruned(checkpoint), Tuning(tune_tokens=16 * 32)
     text, whole, rest = of_stream(of_ids(tmp_path), tuning), Steps(), Steps()
     model = load(checkpoint, dtype=dtype)
-    expected = list(distill(model, text, layers, tuning, observer=whole))
+    expected = list(distill(model, text, layers, tuning, context=Context(observer=whole)))
     store = RunStore(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(InputError, match="stopped here"):
         patch.setattr(Student, "step", failing(Student.step, 10))
         patch.setattr(RunStore, "worth_saving", kept_at(9))
-        list(distill(model, text, layers, tuning, store=store))
-    found = list(distill(model, text, layers, tuning, store=store, observer=rest))
+        list(distill(model, text, layers, tuning, context=Context(store)))
+    found = list(distill(model, text, layers, tuning, context=Context(store, rest)))
     assert rest.told == whole.told[9:] and rest.held_out == whole.held_out
     assert (whole.resumed, rest.resumed) == ([], [9])
     for one, other in zip(found, expected, strict=True):
@@ -169,10 +169,10 @@ def test_a_run_that_goes_on_computes_the_dense_model_for_the_same_windows_togeth
     with monkeypatch.context() as patch, pytest.raises(InputError, match="stopped here"):
         patch.setattr(Student, "step", failing(Student.step, stop))
         patch.setattr(RunStore, "worth_saving", kept_at(stop - 1))
-        list(distill(model, text, layers, tuning, store=store))
+        list(distill(model, text, layers, tuning, context=Context(store)))
     passes.clear()
     monkeypatch.setattr(RunStore, "worth_saving", kept_at(18 - (stop - 1)))
-    found = list(distill(model, text, layers, tuning, store=store))
+    found = list(distill(model, text, layers, tuning, context=Context(store)))
     again = passes[of == "stream" :]
     assert len(again) == 4 - (stop - 1) // together
     for one, other in zip(again, whole[-len(again) :], strict=True):
@@ -181,7 +181,7 @@ def test_a_run_that_goes_on_computes_the_dense_model_for_the_same_windows_togeth
         for path, array in one.params.items():
             np.testing.assert_array_equal(array, other.params[path])
     passes.clear()
-    list(distill(model, text, layers, tuning, store=store))  # all steps are kept
+    list(distill(model, text, layers, tuning, context=Context(store)))  # all steps are kept
     assert len(passes) == (of == "stream")
     store.close()
 
@@ -194,7 +194,7 @@ def test_a_run_that_was_stopped_after_its_tuning_tells_its_measures_again(
     store, first, again = RunStore(tmp_path / "store"), Steps(), Steps()
     model, stream = load(checkpoint), of_ids(tmp_path)
     for observer in (first, again):
-        list(prune_model(model, windows(), recipe, stream=stream, store=store, observer=observer))
+        list(prune_model(model, windows(), recipe, stream=stream, context=Context(store, observer)))
     assert len(first.told) == 16 and len(first.held_out) > 1
     assert again.told == [] and again.held_out == first.held_out
     store.close()

@@ -8,11 +8,13 @@ import pytest
 
 from jaxprune import (
     ADMM,
+    Context,
     Importance,
     InputError,
     Magnitude,
     Observer,
     Recipe,
+    RunOptions,
     Unstructured,
     Wanda,
     load,
@@ -81,7 +83,7 @@ def test_all_parts_together(checkpoint: Path) -> None:
     text = of_windows(tokens, recipe.tuning, 7)
     expected = list(distill(model, text, layers, recipe.tuning, target_of=lambda *_: pattern))
     told = Told()
-    found = by_recipe(checkpoint, line, seed=7, observer=told)
+    found = by_recipe(checkpoint, line, seed=7, context=Context(observer=told))
     assert_same(found, expected)
     assert told.seconds.keys() == {"sensitivity", "tune"} and told.steps == [*range(1, 13)]
     assert_same(told.layers, layers)
@@ -99,7 +101,7 @@ def test_tuned_layers_are_taken_up_or_where_one_is_damaged_made_again(
         told = Told()
         with contextlib.closing(RunStore(tmp_path)) as store:
             line = "--sparsity 0.6 --tune-epochs 1 --tune-windows 3"
-            layers = by_recipe(checkpoint, line, store=store, observer=told)
+            layers = by_recipe(checkpoint, line, context=Context(store, told))
         return layers, [layer.index for layer in told.layers]
 
     first, told = kept()
@@ -125,7 +127,7 @@ def test_a_tuning_that_begins_again_mixes_no_layers(
     monkeypatch.setattr(RunStore, "worth_saving", lambda *_: True)
     line = "--sparsity 0.6 --tune-epochs 1 --tune-windows 3"
     with contextlib.closing(RunStore(tmp_path)) as store:
-        next(prune_model(load(checkpoint), windows(), parse(line.split()), store=store))
+        next(prune_model(load(checkpoint), windows(), parse(line.split()), context=Context(store)))
         saved = store.get("tuning")
         assert saved
         store.put(
@@ -134,7 +136,7 @@ def test_a_tuning_that_begins_again_mixes_no_layers(
             saved.figures | {"fields": ["second"]},
         )
         monkeypatch.setattr(whole_model.distillation, "FAR", 1e9)  # it tunes otherwise
-        found = by_recipe(checkpoint, line, store=store)
+        found = by_recipe(checkpoint, line, context=Context(store))
         kept = [saved_layers(store, "tuned").require(index) for index in range(3)]
     assert_same(kept, found)
     assert "the tuning begins again" in caplog.text
@@ -179,12 +181,12 @@ def test_options_that_no_record_can_hold_are_refused_before_work(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     for value in ({"a": 1}, tmp_path):
-        with pytest.raises(InputError, match="config.note: an entry cannot be used"):
+        with pytest.raises(InputError, match=r"config\.note\S*: an entry cannot be used"):
             prune(
                 load(checkpoint),
                 windows(2, 16),
                 Recipe(Magnitude()),
                 tmp_path / "out",
-                config={"note": value},
+                RunOptions(config={"note": value}),
             )
     assert not any(tmp_path.iterdir())

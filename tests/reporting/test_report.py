@@ -37,32 +37,33 @@ def quality(
                 "acc_norm_stderr": 0.02,
             },
         }
-        made["mean_accuracy"] = {"acc": 0.75 * acc, "acc_stderr": 0.014}
     return made
 
 
 def run_record(
     out: str = "pruned", method: str = "admm", pattern: str = "50 %", **changes: Any
 ) -> dict[str, Any]:
-    kind = {"kind": "nm", "n": 2, "m": 4} if pattern == "2:4" else {"kind": "unstructured"}
+    kind: dict[str, Any] = {"n": 2, "m": 4}
     if pattern != "2:4":
-        kind["sparsity"] = float(pattern.removesuffix(" %")) / 100
+        kind = {"sparsity": float(pattern.removesuffix(" %")) / 100}
+    recipe = {"method": {"name": method, "options": {}}, "pattern": kind} | changes.pop(
+        "recipe", {}
+    )
     linear = {"zeros": 50, "wanted": 50, "size": 100, "stats": {}}
     layers = [
         {
             "index": index,
             "seconds": {"gram": 1.0},
-            "linears": {name: {"error": 0.01 * (index + 1)} | linear for name in LINEARS},
+            "kernels": {name: {"error": 0.01 * (index + 1)} | linear for name in LINEARS},
         }
         for index in range(6)
     ]
     return {
-        "schema": 2,
+        "schema": 3,
         "kind": "run",
         "config": {"ckpt": "llama-7b", "out": out, "calib": "c4"},
         "checkpoint": "llama-7b",
-        "method": {"kind": "method", "name": method, "options": {}},
-        "pattern": kind,
+        "recipe": recipe,
         "calibration": {"windows": [16, 512], "sha256": "0" * 64},
         "sparsity": 0.5,
         "evaluation": {"dense": quality(10.0, acc=0.7), "pruned": quality(13.0, kl=0.25, acc=0.6)},
@@ -79,7 +80,7 @@ def evaluation_record(
     checkpoints: dict[str, Any], against: str | None = "llama-7b"
 ) -> dict[str, Any]:
     config = {"out": "evaluation"}
-    record = {"schema": 2, "kind": "evaluation", "config": config, "against": against}
+    record = {"schema": 3, "kind": "evaluation", "config": config, "against": against}
     return record | {"checkpoints": checkpoints, "hardware": "a GPU"}
 
 
@@ -154,7 +155,6 @@ def test_the_mean_is_that_of_the_merged_tasks() -> None:
         "texts": {},
         "tasks": {"glue": {"acc": 0.2}, "rte": {"acc": 0.9, "acc_stderr": 0.03}},
         "groups": ["glue"],
-        "mean_accuracy": {"acc": 0.9},
         "seconds": {},
     }
     (dense,) = report.entries(
@@ -269,7 +269,7 @@ def test_measures_before_all_zeros_are_there_are_marked() -> None:
 
     def dotted(pattern: str = "60 %", **tuning: float) -> int:
         found = report.entries(
-            parsed(run_record(pattern=pattern, divergences=points, tuning=tuning))
+            parsed(run_record(pattern=pattern, divergences=points, recipe={"tuning": tuning}))
         )[1:]
         return figures.divergence_by_tokens(found).svg.count("stroke-dasharray")
 
@@ -355,7 +355,7 @@ def test_no_name_keeps_a_report_from_being_drawn(name: str) -> None:
                 f"{name}2": measured["tasks"]["boolq"],
             }
         record["seconds"] = {name: 1.0, "total": 1.0}
-        record["layers"][0]["linears"] = {name: record["layers"][0]["linears"][LINEARS[0]]}
+        record["layers"][0]["kernels"] = {name: record["layers"][0]["kernels"][LINEARS[0]]}
     page = page_of(*records)
     assert page.count("<svg") >= 8 and page.count("<html") == 1
 
@@ -370,7 +370,7 @@ def test_no_number_keeps_a_plot_from_being_drawn(number: float | None) -> None:
             "kl": number,
         }
         for layer in record["layers"]:
-            for linear in layer["linears"].values():
+            for linear in layer["kernels"].values():
                 linear["error"] = number
         record["seconds"] = {"solve": number}
     found = report.entries(parsed(*records))
@@ -391,11 +391,11 @@ def test_no_number_keeps_a_plot_from_being_drawn(number: float | None) -> None:
         (None, "jaxprune.json: it is missing"),
         ("{", "it is not valid JSON"),
         ("[]", "cannot be used, found \\[\\]"),
-        ('{"kind": "run", "schema": 2}', "method: an entry is missing"),
-        ('{"schema": 2, "method": {}}', "kind: an entry is missing"),
+        ('{"kind": "run", "schema": 3}', "config: an entry is missing"),
+        ('{"schema": 3, "method": {}}', "kind: an entry is missing"),
         (
-            '{"kind": "run", "schema": 3}',
-            "schema: it was written by another version of jaxprune, found 3, wanted 2",
+            '{"kind": "run", "schema": 4}',
+            "schema: it was written by another version of jaxprune, found 4, wanted 3",
         ),
         (
             '{"kind": "run"}',
@@ -507,7 +507,7 @@ def test_a_verdict_and_sizes_on_disk_are_shown() -> None:
         "pruned": measured(400_000_000, 100_000_000, perplexity=13.0, kl=0.25),
         "fewer": measured(150_000_000, 75_000_000, perplexity=13.0, kl=0.25),
     }
-    head = {"schema": 2, "kind": "evaluation", "config": {}, "against": "dense"}
+    head = {"schema": 3, "kind": "evaluation", "config": {}, "against": "dense"}
     page = report.page([reading.read(json.dumps(head | {"checkpoints": checkpoints}), "x")])
     sentence = (
         "pruned, 50 % zeros: on wikitext2 its perplexity is 1.30 times the dense model&#39;s, and "

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from convert.command import worded
 from convert.errors import UserError
-from convert.schema import to_text
+from convert.schema import dump, to_text
 from jaxprune.commands.recipe_options import parse
 from jaxprune.commands.verify import main as verify
 from jaxprune.reporting import reading, report, schema
-from jaxprune.sparsity.patterns import NMRecord, PatternRecord, percent
+from jaxprune.sparsity.patterns import NM, RecipePattern, Unstructured, percent
 from tests.helpers import tiny
 
 RECORDS = Path(__file__).parent / "records"
@@ -69,9 +69,9 @@ TEXTS = {
 def test_a_record_has_the_recipe_that_was_asked_for(name: str) -> None:
     run = reading.load(RECORDS / f"{name}.json")
     assert isinstance(run, schema.Run)
-    assert run.recipe() == parse(FLAGS[name].split())
+    assert run.recipe == parse(FLAGS[name].split())
     assert (run.method_text, run.pattern_text) == TEXTS[name]
-    assert reading.read(to_text(schema.as_json(run)), "again") == run
+    assert reading.read(to_text(dump(run)), "again") == run
 
 
 def test_reports_are_drawn_of_them() -> None:
@@ -97,8 +97,9 @@ def test_checkpoints_are_verified_by_them(
     assert isinstance(run, schema.Run)
     stored = load_file(folder / "model.safetensors")
     for layer in run.layers:
-        for path, linear in layer.linears.items():
-            _zero(stored[f"model.layers.{layer.index}.{path}.weight"], linear.zeros, run.pattern)
+        for path, kernel in layer.kernels.items():
+            weight = stored[f"model.layers.{layer.index}.{path}.weight"]
+            _zero(weight, kernel.zeros, run.recipe.pattern)
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     assert verify([str(folder)]) == 0, capsys.readouterr().out
     stored["model.layers.1.mlp.up_proj.weight"].fill_(1.0)
@@ -107,22 +108,22 @@ def test_checkpoints_are_verified_by_them(
     assert "layers.1.mlp.up_proj.kernel has 0 zeros, not" in capsys.readouterr().out
 
 
-def _zero(weight: Any, zeros: int, pattern: PatternRecord) -> None:
+def _zero(weight: Any, zeros: int, pattern: RecipePattern) -> None:
     """Makes so many zeros of a weight [out, in] as a pattern has them."""
-    if isinstance(pattern, NMRecord):
+    if isinstance(pattern, NM):
         weight.view(-1, pattern.m)[:, pattern.n :] = 0
-    elif pattern.kind == "per-output":
+    elif isinstance(pattern, Unstructured) and pattern.per_output:
         weight[:, : zeros // len(weight)] = 0
     else:
         weight.view(-1)[:zeros] = 0
 
 
 def run() -> dict[str, Any]:
-    return schema.as_json(reading.load(RECORDS / "unstructured.json"))
+    return dump(reading.load(RECORDS / "unstructured.json"))
 
 
 def evaluation() -> dict[str, Any]:
-    return schema.as_json(reading.load(RECORDS / "evaluation.json"))
+    return dump(reading.load(RECORDS / "evaluation.json"))
 
 
 def places(tree: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -160,7 +161,7 @@ def test_a_damaged_entry_is_one_line(kind: str, wrong: str) -> None:
         except UserError as error:
             assert "\n" not in worded(error) and str(error).startswith("jaxprune.json: "), way
         else:
-            assert reading.read(to_text(schema.as_json(found)), "again") == found
+            assert reading.read(to_text(dump(found)), "again") == found
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -198,11 +199,11 @@ def test_no_entry_of_the_record_is_read_unchecked() -> None:
         (b"\xff\xfe{}", "jaxprune.json: it is not valid JSON"),
         (b"", "jaxprune.json: it is not valid JSON"),
         (
-            b'{"schema": 2, "kind": "walk"}',
+            b'{"schema": 3, "kind": "walk"}',
             "jaxprune.json: kind: an entry cannot be used, found 'walk', wanted 'run' or",
         ),
         (
-            b'{"kind": "run", "schema": 3}',
+            b'{"kind": "run", "schema": 4}',
             "jaxprune.json: schema: it was written by another version of jaxprune",
         ),
     ],
