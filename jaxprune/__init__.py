@@ -42,6 +42,7 @@ _EXPORTS = {
     "load": "jaxprune.api.load",
     "prune_kernel": "jaxprune.api.load",
     "generate": "jaxprune.api.generate",
+    "OwnText": "jaxprune.api.generate",
     "prune": "jaxprune.api.prune",
     "RunOptions": "jaxprune.api.prune",
     "Context": "jaxprune.pruning.context",
@@ -55,6 +56,7 @@ __all__ = sorted(_EXPORTS)  # noqa: PLE0605
 
 if TYPE_CHECKING:
     from jaxprune.api.evaluate import evaluate as evaluate
+    from jaxprune.api.generate import OwnText as OwnText
     from jaxprune.api.generate import generate as generate
     from jaxprune.api.load import load as load
     from jaxprune.api.load import prune_kernel as prune_kernel

@@ -1,11 +1,9 @@
 """Checkpoints measured, and what was found written down."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-from jaxtyping import DTypeLike
 
 from convert import disk_bytes, ownership, parameters
 from convert.destination import Destination, destination, staged
@@ -14,7 +12,7 @@ from convert.paths import inputs_of, require_apart
 from convert.schema import check, plain
 from jaxprune.api.load import load
 from jaxprune.errors import InputError
-from jaxprune.evaluation.quality import Evaluator, Measures, Quality, table
+from jaxprune.evaluation.quality import Evaluator, LoadedMeasures, Measures, Quality, table
 from jaxprune.evaluation.verification import zeros
 from jaxprune.planning import preflight
 from jaxprune.reporting import reading, schema
@@ -56,17 +54,9 @@ class Evaluation:
 def evaluate(
     *checkpoints: str | Path | StreamedModel,
     against: str | Path | StreamedModel | None = None,
-    measures: Measures | None = None,
-    texts: Sequence[str] = (),
-    tasks: Sequence[str] = (),
-    seqlen: int = 2048,
-    windows: int | None = None,
-    limit: int | None = None,
+    measures: Measures | LoadedMeasures,
     out: str | Path | Destination | None = None,
     config: Mapping[str, Any] | None = None,
-    inputs: Iterable[Path] = (),
-    dtype: DTypeLike | None = None,
-    scratch: Path | None = None,
     observer: Observer = SILENT,
 ) -> Evaluation:
     """Measures checkpoints, dense or pruned: perplexity and KL divergence on texts, accuracy on
@@ -75,24 +65,15 @@ def evaluate(
     Args:
         checkpoints: models, or names as for `load`.
         against: the dense model, with which the others are compared; None: they are not compared.
-        measures: what to measure; None: what the next five say.
-        texts: names of texts, or files.
-        tasks: names of lm-eval's tasks.
-        seqlen: tokens of a window of text.
-        windows: the most windows of a text; None: all.
-        limit: the most rows of a task; None: all.
+        measures: what to measure.
         out: a folder to make with a record and a report, written anew after each checkpoint; None:
             none is made.
         config: what was asked for, for the record.
-        inputs: paths that must not be replaced, besides the checkpoints.
-        dtype: the dtype of the computation of checkpoints that are given by name.
-        scratch: the folder for the hidden states of checkpoints that are given by name.
         observer: is told what happens.
 
     Raises:
         InputError, CheckpointError: something cannot be used.
     """
-    measures = measures or Measures(tuple(texts), seqlen, windows, tuple(tasks), limit=limit)
     given = [*([against] if against is not None else []), *checkpoints]
     names = list(
         dict.fromkeys(one.name if isinstance(one, StreamedModel) else str(one) for one in given)
@@ -105,12 +86,12 @@ def evaluate(
     for one in given:
         if isinstance(one, StreamedModel) and opened.setdefault(one.name, one) is not one:
             raise InputError(f"two models of the same name cannot be told apart: {one.name}")
-    _ = measures.loaded  # before a model is fetched
+    loaded = measures.load()  # before a model is fetched
     place = None
     if out is not None:
         sources = [opened[name].source if name in opened else resolve(name) for name in names]
-        place = _place(out, [*inputs, *(path for source in sources for path in inputs_of(source))])
-    models = {name: opened.get(name) or load(name, dtype=dtype, scratch=scratch) for name in names}
+        place = _place(out, [path for source in sources for path in inputs_of(source)])
+    models = {name: opened.get(name) or load(name) for name in names}
     runs = {name: reading.run_of(model.source) for name, model in models.items()}
     first = (
         against.name
@@ -119,7 +100,7 @@ def evaluate(
         if against is None
         else str(against)
     )
-    evaluator = Evaluator(measures, models[names[0]], observer)
+    evaluator = Evaluator(loaded, models[names[0]], observer)
     if texts_of := [tokens.shape for tokens in evaluator.windows.values()]:
         some = models[names[0]]
         observer.planned(
@@ -156,7 +137,7 @@ def evaluate(
 def _place(out: str | Path | Destination, inputs: Iterable[Path]) -> Destination:
     """Returns where the record is to be; errors where something would be lost there."""
     place = destination(out, "out")
-    place.inputs = tuple(inputs)
+    place = dataclasses.replace(place, inputs=(*place.inputs, *inputs))
     require_apart({"a checkpoint": place.inputs}, {"out": place.path}, error=InputError)
     place.check()
     if reading.run_of(place.path):

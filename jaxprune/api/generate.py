@@ -1,5 +1,6 @@
 """Text that a model writes itself, to prune it on where there is too little other text."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -24,15 +25,44 @@ from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnText:
+    """What a model is to write."""
+
+    tokens: int = 1_100_000
+    """Tokens of all texts, at least, such as 250k or 1M; by default what the preset thorough tunes
+    on, and what it holds out."""
+    length: int = 256
+    """Tokens of a text, those of its beginning among them."""
+    prompts: str | None = None
+    """A text whose documents give the beginnings, named as calibration text is (default: the model
+    begins by itself)."""
+    prompt_tokens: int = 16
+    """Tokens of a beginning that a document gives."""
+    seed: int = 0
+    """Decides which tokens are drawn, text by text, and the order of the documents."""
+
+    @property
+    def beginning(self) -> int:
+        """The tokens of a beginning."""
+        return 1 if self.prompts is None else self.prompt_tokens
+
+    def check(self) -> None:
+        """Raises InputError for numbers that no text can have."""
+        if not 0 < self.beginning < self.length:
+            given = {} if self.prompts is None else {"prompt_tokens": Change.LOWER}
+            raise InputError(
+                f"texts of {self.length} tokens cannot begin with {self.beginning}",
+                options={"length": Change.RAISE} | given,
+            )
+        if self.tokens < 1:
+            raise InputError(f"tokens must be at least 1, not {self.tokens}")
+
+
 def generate(
     model: StreamedModel,
-    tokens: int,
+    text: OwnText,
     out: str | Path | Destination | None = None,
-    *,
-    length: int = 256,
-    prompts: str | None = None,
-    prompt_tokens: int = 16,
-    seed: int = 0,
     observer: Observer = SILENT,
 ) -> list[str]:
     """Returns texts drawn from a model's own distribution, of one length in tokens.
@@ -42,14 +72,9 @@ def generate(
 
     Args:
         model: writes them. It does not end them: behind a text's end begins another.
-        tokens: of all texts, at least.
+        text: what it writes.
         out: a .jsonl file to make of them. What is finished is saved in `OUT.unfinished` until
             then, and the same call goes on from there; None: no file is made.
-        length: tokens of a text, those of its prompt among them.
-        prompts: a source as for `calibration_windows`, with whose documents the texts begin, in an
-            order that the seed fixes; None: they begin with the token that texts begin with.
-        prompt_tokens: of a document.
-        seed: of the tokens, which text by text it fixes.
         observer: is told each token of all texts.
 
     Raises:
@@ -57,37 +82,30 @@ def generate(
         CheckpointError: the file cannot be made.
     """
     place = file_of(out) if out is not None else None
-    beginning = 1 if prompts is None else prompt_tokens
-    if not 0 < beginning < length:
-        options = {"length": Change.RAISE} | (
-            {} if prompts is None else {"prompt_tokens": Change.LOWER}
-        )
-        raise InputError(f"texts of {length} tokens cannot begin with {beginning}", options=options)
-    if tokens < 1:
-        raise InputError(f"tokens must be at least 1, not {tokens}")
-    begun = [[model.first_token]] * -(-tokens // length)
-    if prompts is not None:
-        weights = sources_of(prompts)
+    text.check()
+    begun = [[model.first_token]] * -(-text.tokens // text.length)
+    if text.prompts is not None:
+        weights = sources_of(text.prompts)
         beginnings = {
-            name: _beginnings(_documents(name, model), begun[0], prompt_tokens, seed)
+            name: _beginnings(_documents(name, model), begun[0], text.prompt_tokens, text.seed)
             for name in weights
         }
         begun = [next(beginnings[name]) for name in islice(interleaved(weights), len(begun))]
     if not place:
-        return _decoded(model, _written(model, begun, {}, length, seed, observer))
+        return _decoded(model, _written(model, begun, {}, text, observer))
     reader = identity.checked(model.reader)
     asked = {
-        "tokens": tokens,
-        "length": length,
+        "tokens": text.tokens,
+        "length": text.length,
         "begun": hashlib.sha256(json.dumps(begun).encode()).hexdigest(),
     }
-    wanted = identity.of_run(reader, model.hf_config, model.dtype, {TEXTS: asked}, seed)
+    wanted = identity.of_run(reader, model.hf_config, model.dtype, {TEXTS: asked}, text.seed)
     with opening.open_store(place.path, wanted) as store:
         known = identity.KnownWeights(reader, store)
         if len(saved := _saved(store)) < len(begun):
             place.check()
-        made = _decoded(model, _written(model, begun, saved, length, seed, observer, store))
-        content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in made)
+        made = _decoded(model, _written(model, begun, saved, text, observer, store))
+        content = "".join(json.dumps({"text": one}, ensure_ascii=False) + "\n" for one in made)
         if not _holds(place.path, content.encode()):  # else there is only to tidy up
             known.require_unchanged()
             with staged(place) as file:
@@ -148,17 +166,16 @@ def _written(
     model: StreamedModel,
     begun: Sequence[Sequence[int]],
     texts: Mapping[int, list[int]],
-    length: int,
-    seed: int,
+    wanted: OwnText,
     observer: Observer,
     store: RunStore | None = None,
 ) -> list[list[int]]:
     """Returns the tokens of texts that begin with these; those that there are already are not
     written again."""
     texts = dict(texts)
-    most = [length - len(one) for one in begun]
+    most = [wanted.length - len(one) for one in begun]
     for batch in in_batches(
-        model, begun, most, lambda *_: False, observer, seed=seed, made=set(texts)
+        model, begun, most, lambda *_: False, observer, seed=wanted.seed, made=set(texts)
     ):
         texts |= (made := {number: [*begun[number], *new] for number, new in batch.items()})
         if store:

@@ -1,14 +1,14 @@
 """A pruned checkpoint held against its record, a pattern, and the dense checkpoint."""
 
+import dataclasses
 from pathlib import Path
-from typing import Any
 
 from convert import open_checkpoint
 from convert.hub import resolve
 from jaxprune.api.load import load
 from jaxprune.errors import Change
 from jaxprune.evaluation import verification
-from jaxprune.evaluation.verification import Verdict
+from jaxprune.evaluation.verification import Claims, Verdict
 from jaxprune.reporting import reading, schema
 from jaxprune.sparsity import masks
 from jaxprune.sparsity.patterns import Pattern
@@ -43,14 +43,15 @@ def verify(
         source = resolve(checkpoint)
         model = StreamedModel(open_checkpoint(source, check=False), source=source)
     dense = against if isinstance(against, StreamedModel) or against is None else load(against)
-    expected: dict[str, Any] = {}
+    claims = Claims()
     if run := reading.run_of(model.source):
-        expected = schema.expected(run)
+        claims = schema.expected(run)
         if dense and run.kept_experts:
             dense = dense.keeping({int(index): kept for index, kept in run.kept_experts.items()})
     if pattern is not None:
-        expected |= {"pattern": pattern, "wanted": None, "own": {}}
+        claims = dataclasses.replace(claims, pattern=pattern, wanted=None, own={})
     if zeros_of is not None:
         other = {"zeros_of": Change.OTHER}
-        expected["masks"] = masks.from_checkpoint(open_checkpoint(zeros_of), str(zeros_of), other)
-    return verification.verify(model, against=dense, **expected)
+        zeros = masks.from_checkpoint(open_checkpoint(zeros_of), str(zeros_of), other)
+        claims = dataclasses.replace(claims, masks=zeros)
+    return verification.verify(model, claims, dense)

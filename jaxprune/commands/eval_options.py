@@ -73,10 +73,10 @@ class EvalOptions(ComputationOptions):
         """Returns what to measure, as the library takes it; defaults are filled in."""
         texts, tasks = (split(found) for found in (self.eval_text, self.tasks))
         return Measures(
-            texts=tuple(texts) if "ppl" in self.measures else (),
+            texts=texts if "ppl" in self.measures else [],
             seqlen=self.eval_seqlen or 2048,
             windows=self.eval_windows,
-            tasks=tuple(tasks) if "zero-shot" in self.measures else (),
+            tasks=tasks if "zero-shot" in self.measures else [],
             tasks_data=self.tasks_data,
             limit=self.limit,
             backend=self.backend,

@@ -11,6 +11,7 @@ from convert.paths import inputs_of, paths_of, require_apart
 from jaxprune import calibration
 from jaxprune.api import evaluate as api
 from jaxprune.api.evaluate import Evaluation
+from jaxprune.api.load import load
 from jaxprune.commands.eval_options import FLAGS, EvalOptions, with_defaults
 from jaxprune.commands.options import CommandLine, Section, make
 from jaxprune.commands.progress import Progress
@@ -59,7 +60,7 @@ def evaluate(config: Config, names: Sequence[str]) -> Evaluation:
     place = destination(config.out, "out", overwrite=config.overwrite)
     place.check()
     scratch, measures = config.scratch_folder(config.out), config.plan()
-    _ = measures.loaded  # before a model is fetched
+    loaded = measures.load()  # before a model is fetched
     choose_devices(config.device)
     texts = (config.eval_text or "").split(",")
     given = [*([config.against] if config.against else []), *names]
@@ -71,18 +72,19 @@ def evaluate(config: Config, names: Sequence[str]) -> Evaluation:
     }
     apart = inputs | {"scratch": paths_of(config.scratch)}
     require_apart(apart, {"out": place.path}, error=InputError, around="scratch")
+    read = tuple(path for ones in inputs.values() for path in ones)
+    place = dataclasses.replace(place, inputs=read)
+    models = {}
     for name in dict.fromkeys(given):
         console.print(f"opening {name}")
+        models[name] = load(name, dtype=config.computation_dtype, scratch=scratch)
     with Progress(tasks=bool(measures.tasks)) as progress:
         found = api.evaluate(
-            *names,
-            against=config.against,
-            measures=measures,
+            *(models[name] for name in names),
+            against=models[config.against] if config.against else None,
+            measures=loaded,
             out=place,
             config=dataclasses.asdict(config),
-            inputs=[path for ones in inputs.values() for path in ones],
-            dtype=config.computation_dtype,
-            scratch=scratch,
             observer=progress,
         )
     console.print(f"{os.path.relpath(place.path)}: {RECORD}, {REPORT}")

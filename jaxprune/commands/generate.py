@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from convert.paths import inputs_of, require_apart
-from jaxprune.api.generate import file_of, generate
+from jaxprune.api.generate import OwnText, file_of, generate
 from jaxprune.api.load import load
 from jaxprune.commands.computation_options import ComputationOptions
 from jaxprune.commands.options import CommandLine, Section, make, require_at_least, require_positive
@@ -23,24 +23,12 @@ EXAMPLES = """Examples:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(ComputationOptions):
-    """What is written."""
+class Options(OwnText, ComputationOptions):
+    """What is written, and where."""
 
     out: str
     """The file to make: rows of JSON, for --calib and --tune-text. It is there when all of it is
     written; until then OUT.unfinished keeps what is, and the same command goes on from there."""
-    tokens: int = 1_100_000
-    """Of all texts, such as 250k or 1M; by default what --preset thorough tunes on, and what it
-    holds out."""
-    length: int = 256
-    """Tokens of a text."""
-    prompts: str | None = None
-    """A text whose documents give the beginnings, as for --calib (default: the model begins by
-    itself)."""
-    prompt_tokens: int = 16
-    """Tokens of a beginning."""
-    seed: int = 0
-    """Of what is drawn."""
 
 
 MACHINE = tuple(field.name for field in dataclasses.fields(ComputationOptions))
@@ -74,16 +62,7 @@ def _main(argv: Sequence[str]) -> None:
         inputs, {"out": place.path, "out.unfinished": store_folder(place.path)}, error=InputError
     )
     with Progress() as progress:
-        made = generate(
-            model,
-            wanted.tokens,
-            place,
-            length=wanted.length,
-            prompts=wanted.prompts,
-            prompt_tokens=wanted.prompt_tokens,
-            seed=wanted.seed,
-            observer=progress,
-        )
+        made = generate(model, wanted, place, progress)
     texts = "1 text" if len(made) == 1 else f"{len(made)} texts"
     console.print(f"{wanted.out}: {texts} of {wanted.length} tokens")
 

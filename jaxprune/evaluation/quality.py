@@ -1,9 +1,8 @@
 """A checkpoint's quality: all that is measured of it."""
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,10 +36,10 @@ class Measures:
         prompts: the file of the prompts; None: the dozen of `samples.PROMPTS`.
     """
 
-    texts: tuple[str, ...] = ()
+    texts: Sequence[str] = ()
     seqlen: int = 2048
     windows: int | None = None
-    tasks: tuple[str, ...] = ()
+    tasks: Sequence[str] = ()
     tasks_data: str | Path | None = None
     limit: int | None = None
     backend: Literal["jax", "torch"] = "jax"
@@ -51,10 +50,8 @@ class Measures:
     def __bool__(self) -> bool:
         return bool(self.texts or self.tasks or self.samples)
 
-    @functools.cached_property
-    def loaded(self) -> tuple[Tasks | None, Prompts | None]:
-        """The tasks and the prompts, where there are any, read once: no model is needed to know
-        that they are sound.
+    def load(self) -> "LoadedMeasures":
+        """Returns the same with tasks and prompts: no model is needed to know that they are sound.
 
         Raises:
             InputError: they cannot be used.
@@ -63,7 +60,25 @@ class Measures:
         tasks = (
             Tasks(self.tasks, self.tasks_data, self.limit, greedy=greedy) if self.tasks else None
         )
-        return tasks, Prompts(self.prompts) if self.samples else None
+        return LoadedMeasures(self, tasks, Prompts(self.prompts) if self.samples else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedMeasures:
+    """What is measured, and what it was read from.
+
+    Attributes:
+        asked: what is measured.
+        tasks: lm-eval's tasks; None without any.
+        prompts: what is continued; None without samples.
+    """
+
+    asked: Measures
+    tasks: Tasks | None
+    prompts: Prompts | None
+
+    def load(self) -> "LoadedMeasures":
+        return self
 
 
 @dataclasses.dataclass
@@ -143,18 +158,22 @@ class Evaluator:
     """
 
     def __init__(
-        self, measures: Measures, model: StreamedModel, observer: Observer = SILENT
+        self,
+        measures: Measures | LoadedMeasures,
+        model: StreamedModel,
+        observer: Observer = SILENT,
     ) -> None:
-        self._measures, self._model, self._observer = measures, model, observer
-        self._tasks, self._prompts = measures.loaded
+        loaded = measures.load()
+        self._measures, self._model, self._observer = loaded.asked, model, observer
+        self._tasks, self._prompts = loaded.tasks, loaded.prompts
         self.windows = self._windows_of(model)
         for tokens in self.windows.values():
             model.require_tokens(tokens)
         if self._prompts:
-            self._prompts.ids(model, measures.samples)
+            self._prompts.ids(model, self._measures.samples)
         if self._tasks:
             _ = model.tokenizer  # which the tasks need
-            self._lm_of = _backend(measures, observer)
+            self._lm_of = _backend(self._measures, observer)
 
     def measure(
         self, models: Mapping[str, StreamedModel], against: str | None = None

@@ -1,5 +1,6 @@
 """Proof from the stored tensors of what a pruned checkpoint claims."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -62,24 +63,11 @@ class Verdict(NamedTuple):
     dtype: np.dtype | None = None
 
 
-def verify(
-    model: StreamedModel,
-    *,
-    against: StreamedModel | None = None,
-    pattern: Pattern | None = None,
-    own: Mapping[Which, Pattern | None] = MappingProxyType({}),
-    counts: Mapping[Which, int] | None = None,
-    wanted: Mapping[Which, int] | None = None,
-    sections: Mapping[Which, Mapping[str, int]] = MappingProxyType({}),
-    total: int | None = None,
-    masks: Masks | None = None,
-    quantization: str | None = None,
-) -> Verdict:
-    """Reads every tensor, one at a time, and says what is not as it should be.
+@dataclasses.dataclass(frozen=True)
+class Claims:
+    """What a checkpoint is to be.
 
-    Args:
-        model: pruned.
-        against: the dense one.
+    Attributes:
         pattern: the pattern that every kernel must have. None: an N:M, if nine in ten kernels have
             it and there is no `total`.
         own: kernels that need not have it, but another one; None: they stay dense.
@@ -91,6 +79,27 @@ def verify(
         masks: where every kernel must be zero at least.
         quantization: the type of GGUF files that must hold every kernel as it is, if it comes in
             whole blocks.
+    """
+
+    pattern: Pattern | None = None
+    own: Mapping[Which, Pattern | None] = dataclasses.field(default_factory=dict)
+    counts: Mapping[Which, int] | None = None
+    wanted: Mapping[Which, int] | None = None
+    sections: Mapping[Which, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    total: int | None = None
+    masks: Masks | None = None
+    quantization: str | None = None
+
+
+def verify(
+    model: StreamedModel, claims: Claims = Claims(), against: StreamedModel | None = None
+) -> Verdict:
+    """Reads every tensor, one at a time, and says what is not as it should be.
+
+    Args:
+        model: pruned.
+        claims: what it is to be.
+        against: the dense one.
 
     Raises:
         InputError, CheckpointError: the checkpoint cannot be read, or is no model.
@@ -103,7 +112,7 @@ def verify(
     names = {name_of(which): which for which in model.architecture.kernel_shapes()}
     every = model.architecture.kernel_shapes(routers=True)
     # routers that were pruned, too
-    names |= {name_of(which): which for which in counts or {} if which in every}
+    names |= {name_of(which): which for which in claims.counts or {} if which in every}
     problems = _differences(reader, dense, dtype) if dense else []
     kernels: dict[Which, StoredKernel] = {}
     compared = 0
@@ -116,22 +125,10 @@ def verify(
             kernels[which] = _examine(
                 array, model.architecture.layers[which[0]].sections.get(which[1], ())
             )
-            its = own[which] if which in own else pattern
             problems += [
-                f"{name} {problem}"
-                for problem in _violations(array, its, (wanted or {}).get(which))
+                f"{name} {fault}" for fault in _faults(array, which, claims, finite=not bad)
             ]
-            problems += [f"{name} {problem}" for problem in _moved(array, masks and masks(*which))]
-            if (
-                quantization
-                and not bad
-                and has_grid(len(array))
-                and (count := off_grid(array, BITS[quantization]))
-            ):
-                problems.append(
-                    f"{name} has {count} weights off the grid of {quantization.upper()}"
-                )
-            if quantization or which not in own or its is not None:
+            if claims.quantization or which not in claims.own or claims.own[which] is not None:
                 continue
         compared += dense is not None
         if dense and name in dense.spec:
@@ -142,19 +139,30 @@ def verify(
                 how = f"rounded to {dtype.name}" if dtype else "bit for bit"
                 how = "as its type rounds it" if rounding(reader) else how
                 problems.append(f"{name} is not the dense checkpoint's, {how}")
-    if counts is not None:
-        problems += _miscounted(kernels, counts)
-        problems += _misplaced(kernels, sections)
+    if claims.counts is not None:
+        problems += _miscounted(kernels, claims.counts)
+        problems += _misplaced(kernels, claims.sections)
     found = sum(kernel.zeros for kernel in kernels.values())
-    if total is not None and found < total:
-        problems.append(
-            f"the kernels have {found} zeros in total, {total - found} fewer than were wanted"
-        )
-    if pattern is None and total is None:
+    if claims.total is not None and found < claims.total:
+        fewer = claims.total - found
+        problems.append(f"the kernels have {found} zeros in total, {fewer} fewer than were wanted")
+    if claims.pattern is None and claims.total is None:
         problems += _outliers(
-            {which: kernel for which, kernel in kernels.items() if which not in own}
+            {which: kernel for which, kernel in kernels.items() if which not in claims.own}
         )
     return Verdict(kernels, problems, compared, tokenizer, dtype)
+
+
+def _faults(
+    array: Shaped[np.ndarray, "n m"], which: Which, claims: Claims, *, finite: bool
+) -> Iterator[str]:
+    """Yields what a kernel is not as it is to be."""
+    pattern = claims.own.get(which, claims.pattern)
+    yield from _violations(array, pattern, (claims.wanted or {}).get(which))
+    yield from _moved(array, claims.masks and claims.masks(*which))
+    if (kind := claims.quantization) and finite and has_grid(len(array)):
+        if count := off_grid(array, BITS[kind]):
+            yield f"has {count} weights off the grid of {kind.upper()}"
 
 
 def zeros(model: StreamedModel) -> dict[Which, tuple[int, int]]:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -88,7 +88,7 @@ def of_pruning(
                 donated=(len(arguments) - 1,),
                 beside=sums.flops(shapes, x.shape[0] * length),
             )
-        yield from _of_solves(shapes, layer, count, params, stack, method, pattern, kind, asymmetry)
+        yield from _of_solves(shapes, layer, count, stack, method, pattern, kind, asymmetry)
         # nothing reads the last layer's output
         calls = passes * (count - (layer is shapes.architecture.layers[-1]))
         forward = partial(apply_layer, layer)
@@ -146,7 +146,6 @@ def _of_solves(
     shapes: Shapes,
     layer: Layer,
     count: int,
-    params: Mapping[str, Shape],
     stack: int,
     method: Method,
     pattern: Pattern,
@@ -159,7 +158,6 @@ def _of_solves(
         shapes, method, pattern, kind, asymmetry: as for `of_pruning`.
         layer: of that kind.
         count: the number of layers.
-        params: of a layer.
         stack: bytes of experts' Gram matrices that wait for their solves.
     """
     reads = {
@@ -181,7 +179,10 @@ def _of_solves(
         )
         plain = [one for name, one in waiting.items() if reads[name][0] not in layer.experts]
         shared = (
-            size_of(params) + size_of(plain) * (1 + asymmetry) + size_of(gram) * asymmetry + stack
+            size_of(shapes.layer_params(layer))
+            + size_of(plain) * (1 + asymmetry)
+            + size_of(gram) * asymmetry
+            + stack
         )
         alive = shared + size_of(gram) + size_of(prepared)
         yield Program("solve", f"prepare {tap}", method.prepare, (gram,), times, shared)

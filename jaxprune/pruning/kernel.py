@@ -1,7 +1,8 @@
 """One kernel pruned and rounded to its stored dtype, its mask, and what it lost."""
 
 import dataclasses
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,16 +59,31 @@ def dense_result(kernel: Float[Array, "n m"], sections: Sections = ()) -> Kernel
     return KernelResult(0.0, int(zeros.sum()), 0, kernel.size, {}, by_section(zeros, sections))
 
 
+class Linear(NamedTuple):
+    """What the solve of one linear layer starts from, beside its inputs.
+
+    Attributes:
+        kernel: returns the dense kernel [n_in, n_out], on the device.
+        target: its pattern, or its mask.
+        outputs: √c, one weight an output; None: all weigh the same.
+        sections: the linear layers that lie side by side in it, each of which gets its share of an
+            unstructured pattern's zeros; none where it is one.
+    """
+
+    kernel: Callable[[], Float[Array, "n m"]]
+    target: Pattern | StoredMask
+    outputs: Float[np.ndarray, "m"] | None = None
+    sections: Sections = ()
+
+
 def prune_and_round(
     method: Method,
     prepared: Any,
     gram_matrix: Float[Array, "n n"],
     kernel: Float[Array, "n m"],
-    target: Pattern | StoredMask,
+    linear: Linear,
     *,
-    outputs: Float[np.ndarray, "m"] | None = None,
     wanted: Float[Array, "n m"] | None = None,
-    sections: Sections = (),
     quantization: str | None = None,
     devices: Devices = ONE_DEVICE,
 ) -> tuple[Float[Array, "n m"], Mask, KernelResult]:
@@ -81,11 +97,8 @@ def prune_and_round(
         prepared: what it made of the Gram matrix.
         gram_matrix: the Gram matrix of the kernel's inputs, float32.
         kernel: the dense kernel, in the dtype it is to be stored in.
-        target: a pattern, or a mask made elsewhere.
-        outputs: √c, one weight an output; None: all weigh the same.
+        linear: what else is known of its linear layer.
         wanted: the kernel whose outputs are wanted; None: the dense kernel's own.
-        sections: the linear layers that lie side by side in it, each of which gets its share of an
-            unstructured pattern's zeros; none where it is one.
         quantization: the type, of `quantization.BITS`, on whose grid the pruned weights are to lie;
             None: on none.
         devices: the devices that the outputs are sharded over.
@@ -94,12 +107,15 @@ def prune_and_round(
         The stored kernel, its mask, and what became of it.
     """
     choice: Pattern | Mask
-    if isinstance(target, StoredMask):
-        given = target.read()
+    if isinstance(linear.target, StoredMask):
+        given = linear.target.read()
         choice, zeros = devices.shard_outputs(given), given.size - int(np.count_nonzero(given))
     else:
-        choice, zeros = in_sections(target, sections), target.zeros(kernel.shape)
-    scale = None if outputs is None else np.asarray(outputs, gram_matrix.dtype)[None, :]
+        choice = in_sections(linear.target, linear.sections)
+        zeros = linear.target.zeros(kernel.shape)
+    scale = None
+    if linear.outputs is not None:
+        scale = np.asarray(linear.outputs, gram_matrix.dtype)[None, :]
     kernel = devices.shard_outputs(kernel)
     weight = kernel.astype(gram_matrix.dtype) if wanted is None else wanted
     # nothing that is as large as a kernel stays longer than it is needed
@@ -119,7 +135,7 @@ def prune_and_round(
         wanted=zeros,
         size=kernel.size,
         stats={name: float(value) for name, value in values.items()},
-        sections=by_section(found, sections),
+        sections=by_section(found, linear.sections),
     )
     return stored, mask, result
 

@@ -3,7 +3,7 @@ after others."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -18,12 +18,11 @@ from jaxprune.methods import Method, gram, with_more_damping
 from jaxprune.models import Layer
 from jaxprune.pruning.calibration_states import CalibrationStates
 from jaxprune.pruning.gram_matrices import gram_matrices, groups, most_bytes
-from jaxprune.pruning.kernel import KernelResult, dense_result, prune_and_round
+from jaxprune.pruning.kernel import KernelResult, Linear, dense_result, prune_and_round
 from jaxprune.pruning.rules import TargetOf
 from jaxprune.pruning.sensitivity import Weights
 from jaxprune.sharding import ONE_DEVICE, Devices, fetch
-from jaxprune.sparsity.masks import StoredMask, pack
-from jaxprune.sparsity.patterns import Pattern, Sections
+from jaxprune.sparsity.masks import pack
 from jaxprune.streaming.sweep import timed
 
 DAMPING = 1, 10, 100, 1000
@@ -150,22 +149,6 @@ class Inputs(NamedTuple):
     drift: Float[Array, "n n"] | None
 
 
-class Linear(NamedTuple):
-    """What the solve of one linear layer starts from, beside its inputs.
-
-    Attributes:
-        kernel: returns the dense kernel [n_in, n_out], on the device.
-        target: its pattern, or its mask.
-        outputs: see `prune_and_round`.
-        sections: see `prune_and_round`.
-    """
-
-    kernel: Callable[[], Float[Array, "n m"]]
-    target: Pattern | StoredMask
-    outputs: Float[np.ndarray, "m"] | None = None
-    sections: Sections = ()
-
-
 def layer_inputs(
     states: CalibrationStates,
     solver: Solver,
@@ -248,10 +231,8 @@ def solve_kernels(
                 prepared,
                 inputs.gram,
                 kernel,
-                linear.target,
-                outputs=linear.outputs,
+                linear,
                 wanted=_wanted(kernel, inputs, asymmetry),
-                sections=linear.sections,
                 quantization=quantization,
                 devices=devices,
             )

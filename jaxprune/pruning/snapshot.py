@@ -47,8 +47,8 @@ from jaxprune.models import Architecture
 from jaxprune.pruning.calibration_states import CalibrationStates
 from jaxprune.pruning.context import NOWHERE
 from jaxprune.pruning.experts import kept_experts, without_experts
-from jaxprune.pruning.kernel import KernelResult
-from jaxprune.pruning.layer import Inputs, Linear, Solver, layer_inputs, solve_kernels
+from jaxprune.pruning.kernel import KernelResult, Linear
+from jaxprune.pruning.layer import Inputs, Solver, layer_inputs, solve_kernels
 from jaxprune.pruning.loop import require_fit, solve_layer
 from jaxprune.pruning.rules import with_rules
 from jaxprune.pruning.whole_model import Phases, require_recipe

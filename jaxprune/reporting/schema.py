@@ -6,7 +6,7 @@ Numbers are numbers: words for people are made from them and never read back.
 import dataclasses
 import hashlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 import numpy as np
 import pydantic
@@ -16,6 +16,7 @@ from pydantic import Field
 from convert.schema import Count
 from jaxprune.calibration.stream import TuningText
 from jaxprune.evaluation.quality import Quality
+from jaxprune.evaluation.verification import Claims
 from jaxprune.methods import Scalar
 from jaxprune.planning.timing import Timing
 from jaxprune.pruning.kernel import KernelResult
@@ -191,21 +192,18 @@ class Evaluation(Environment):
 Record = Run | Evaluation
 
 
-def expected(run: Run) -> dict[str, Any]:
-    """Returns what a run's record says of its checkpoint, as `evaluation.verification.verify` takes
-    it."""
+def expected(run: Run) -> Claims:
+    """Returns what a run's record says of its checkpoint."""
     kernels, pattern, total = run.kernels, run.recipe.pattern, None
     if run.effective.importance.spread:  # every kernel had a sparsity of its own
         assert not isinstance(pattern, Given)
         total = round(pattern.sparsity * sum(kernel.size for kernel in kernels.values()))
-    return {
-        "pattern": None if total or isinstance(pattern, Given) else pattern,
-        "own": run.named,
-        "counts": {which: kernel.zeros for which, kernel in kernels.items()},
-        "wanted": {which: kernel.wanted for which, kernel in kernels.items()},
-        "sections": {
-            which: kernel.sections for which, kernel in kernels.items() if kernel.sections
-        },
-        "total": total,
-        "quantization": run.recipe.quantize,
-    }
+    return Claims(
+        pattern=None if total or isinstance(pattern, Given) else pattern,
+        own=run.named,
+        counts={which: kernel.zeros for which, kernel in kernels.items()},
+        wanted={which: kernel.wanted for which, kernel in kernels.items()},
+        sections={which: kernel.sections for which, kernel in kernels.items() if kernel.sections},
+        total=total,
+        quantization=run.recipe.quantize,
+    )

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from convert import create_checkpoint, open_checkpoint
-from jaxprune import InputError, evaluate, load
+from jaxprune import InputError, Measures, evaluate, load
 from jaxprune.__main__ import main as jaxprune
 from jaxprune.calibration import evaluation_windows
 from jaxprune.commands.config import parse as parse_run
@@ -46,13 +46,12 @@ def pruned(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactor
 
 def test_two_models_of_one_name_are_not_taken_for_one(checkpoint: Path, text: Path) -> None:
     model, other = load(checkpoint), load(checkpoint)
+    measures = Measures([str(text)], seqlen=32, windows=1)
     with pytest.raises(
         InputError, match=f"two models of the same name cannot be told apart: {checkpoint}"
     ):
-        evaluate(model, against=other, texts=[str(text)], seqlen=32, windows=1)
-    assert list(evaluate(model, model, texts=[str(text)], seqlen=32, windows=1).qualities) == [
-        str(checkpoint)
-    ]
+        evaluate(model, against=other, measures=measures)
+    assert list(evaluate(model, model, measures=measures).qualities) == [str(checkpoint)]
 
 
 @pytest.mark.slow

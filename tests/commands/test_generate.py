@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxprune import calibration_windows, generate, load
+from jaxprune import OwnText, calibration_windows, generate, load
 from jaxprune.commands.generate import main
 from jaxprune.commands.progress import Progress
 from jaxprune.pruning import publishing
@@ -30,9 +30,9 @@ def test_what_a_model_writes_is_text_to_prune_it_on(checkpoint: Path, tmp_path: 
     assert len(texts_of(file)) == 9 and len(set(texts_of(file))) == 9
     model = load(checkpoint)
     assert not store_folder(file).exists()
-    assert generate(model, 200, length=LENGTH) == texts_of(file)
-    assert generate(model, 3 * LENGTH, length=LENGTH) == texts_of(file)[:3]
-    assert generate(model, 200, length=LENGTH, seed=1) != texts_of(file)
+    assert generate(model, OwnText(tokens=200, length=LENGTH)) == texts_of(file)
+    assert generate(model, OwnText(tokens=3 * LENGTH, length=LENGTH)) == texts_of(file)[:3]
+    assert generate(model, OwnText(tokens=200, length=LENGTH, seed=1)) != texts_of(file)
     windows = calibration_windows(str(file), model.tokenizer, count=4, length=16, pack=True)
     assert windows.shape == (4, 16)
 
@@ -93,7 +93,7 @@ def test_what_is_written_is_kept_until_all_is(
     assert main(argv) == 0
     assert len(taken) == 2 * (LENGTH - 1)  # of nine texts, four were written
     assert f"going on with what is finished in {store_folder(file)}" in capsys.readouterr().err
-    assert generate(load(checkpoint), 200, length=LENGTH) == texts_of(file)
+    assert generate(load(checkpoint), OwnText(tokens=200, length=LENGTH)) == texts_of(file)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
@@ -160,7 +160,10 @@ def test_prompts_of_two_texts_take_turns(checkpoint: Path, tmp_path: Path) -> No
         row = json.dumps({"text": f"{name} {name} {name} {name} {name}"})
         (tmp_path / f"{name}.jsonl").write_text(f"{row}\n")
     prompts = f"{tmp_path}/a.jsonl:2,{tmp_path}/b.jsonl:1"
-    texts = generate(load(checkpoint), 6 * LENGTH, length=LENGTH, prompts=prompts, prompt_tokens=3)
+    texts = generate(
+        load(checkpoint),
+        OwnText(tokens=6 * LENGTH, length=LENGTH, prompts=prompts, prompt_tokens=3),
+    )
     assert sorted(text.strip()[0] for text in texts) == ["a"] * 4 + ["b"] * 2
 
 

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +11,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import create_checkpoint
-from jaxprune import NM, Magnitude, Recipe, Unstructured, evaluate, load, prune_layers
+from jaxprune import NM, Magnitude, Measures, Recipe, Unstructured, evaluate, load, prune_layers
 from jaxprune.commands.convert import main as convert
 from jaxprune.commands.prune import main as run
 from jaxprune.commands.verify import main
-from jaxprune.evaluation.verification import verify, zeros
+from jaxprune.evaluation.verification import Claims, verify, zeros
 from jaxprune.pruning.loop import other_params
 from jaxprune.reporting import reading, schema
 from jaxprune.reporting.record import Record, write_record
@@ -77,10 +76,10 @@ def test_what_was_pruned_is_verified(
     assert f"zeros, {name}" in printed and "9 other tensors compared with" in printed
     assert ("2:4 along the inputs (columns of the stored [out, in])" in printed) == (name == "2:4")
     wanted = expected(reading.load(pruned[name]))
-    counts = wanted["counts"]
-    assert counts == wanted["wanted"] and wanted["total"] is None
-    assert wanted["pattern"] == PATTERNS[name] and len(counts) == 21
-    verdict = verify(load(pruned[name]), **wanted)
+    counts = wanted.counts
+    assert counts == wanted.wanted and wanted.total is None
+    assert wanted.pattern == PATTERNS[name] and len(counts) == 21
+    verdict = verify(load(pruned[name]), wanted)
     assert {which: kernel.zeros for which, kernel in verdict.kernels.items()} == counts
     assert {which: count for which, (count, _) in zeros(load(pruned[name])).items()} == counts
 
@@ -93,7 +92,7 @@ def test_what_is_on_the_hub_has_its_record_too(
     said = capsys.readouterr().out
     assert "verified: me/tiny" in said and "2:4" in said and "without a record" not in said
     out = hub.with_name("evaluation")
-    evaluate("me/tiny", texts=[str(text)], seqlen=16, windows=1, out=out)
+    evaluate("me/tiny", measures=Measures([str(text)], seqlen=16, windows=1), out=out)
     measured = reading.load(out)
     assert isinstance(measured, schema.Evaluation) and measured.checkpoints["me/tiny"].run
 
@@ -131,17 +130,17 @@ def test_a_total_is_all_that_unequal_linears_must_have(pruned: dict[str, Path]) 
     record = json.loads((pruned["50 %"] / "jaxprune.json").read_text())
     record["recipe"]["importance"]["spread"] = 0.3
 
-    def wanted(sparsity: float) -> dict[str, Any]:
+    def wanted(sparsity: float) -> Claims:
         record["recipe"]["pattern"]["sparsity"] = sparsity
         run = reading.read(json.dumps(record), "jaxprune.json")
         assert isinstance(run, schema.Run)
         return expected(run)
 
     size = sum(linear["size"] for layer in record["layers"] for linear in layer["kernels"].values())
-    assert wanted(0.5)["pattern"] is None and wanted(0.5)["total"] == size // 2
+    assert wanted(0.5).pattern is None and wanted(0.5).total == size // 2
     model = load(pruned["50 %"])
-    assert verify(model, **wanted(0.5)).problems == []
-    (problem,) = verify(model, **wanted(0.5 + 1 / size)).problems
+    assert verify(model, wanted(0.5)).problems == []
+    (problem,) = verify(model, wanted(0.5 + 1 / size)).problems
     assert problem == f"the kernels have {size // 2} zeros in total, 1 fewer than were wanted"
 
 
@@ -179,9 +178,9 @@ def test_a_sparsity_of_seven_digits_is_verified(
 
 def test_a_record_of_another_checkpoint_is_noticed(pruned: dict[str, Path]) -> None:
     wanted = expected(reading.load(pruned["50 %"]))
-    counts = wanted["counts"]
+    counts = wanted.counts
     counts[3, "mlp.up_proj"] = counts.pop((1, "mlp.up_proj"))
-    assert verify(load(pruned["50 %"]), **wanted).problems == [
+    assert verify(load(pruned["50 %"]), wanted).problems == [
         "layers.1.mlp.up_proj.kernel is not in the record",
         "layers.3.mlp.up_proj.kernel is missing: the record has it",
     ]
@@ -284,7 +283,7 @@ def test_an_outlier_is_found_without_a_record(
         "layers.1.mlp.up_proj.kernel is not 2:4 along its inputs, as 20 others are"
         in capsys.readouterr().out
     )
-    assert verify(load(folder), total=1).problems == []  # only a sparsity is claimed
+    assert verify(load(folder), Claims(total=1)).problems == []  # only a sparsity is claimed
 
 
 def test_a_linear_that_stays_dense_is_the_dense_one(

@@ -156,8 +156,8 @@ def test_tasks_that_would_fail_once_the_model_is_there_are_refused_before(tmp_pa
     with pytest.raises(
         InputError, match="generates greedily, but task gsm8k_cot_self_consistency samples"
     ):
-        _ = measures.loaded
-    assert dataclasses.replace(measures, backend="torch").loaded[0]
+        measures.load()
+    assert dataclasses.replace(measures, backend="torch").load().tasks
     row = {"input_prompt": "a", "reference_output": "b", "metadata": "{}"}
     (tmp_path / "longproc_pseudo_to_code_0.5k.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(

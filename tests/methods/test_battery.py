@@ -17,7 +17,7 @@ from jaxprune.methods import gram as stats
 from jaxprune.methods.combine import Crossed, Finished
 from jaxprune.methods.exact import Exact
 from jaxprune.methods.sparsegpt import SparseGPT
-from jaxprune.pruning.kernel import prune_and_round
+from jaxprune.pruning.kernel import Linear, prune_and_round
 from jaxprune.sparsity.patterns import Pattern, Unstructured, parse_pattern
 from tests.helpers import oracles
 
@@ -97,7 +97,9 @@ def test_16_bit_activations_and_weights(method: Method, pattern: str) -> None:
     x = jnp.asarray(oracles.correlated(generator, 200, N), jnp.bfloat16)
     kernel = jnp.asarray(generator.normal(size=(N, M)), jnp.bfloat16)
     gram, wanted = stats.gram(x), parse_pattern(pattern, 0.5)
-    stored, mask, result = prune_and_round(method, method.prepare(gram), gram, kernel, wanted)
+    stored, mask, result = prune_and_round(
+        method, method.prepare(gram), gram, kernel, Linear(lambda: kernel, wanted)
+    )
     assert stored.dtype == jnp.bfloat16
     np.testing.assert_array_equal(stored != 0, mask)
     require_exact(np.asarray(mask), wanted)
