@@ -220,11 +220,11 @@ def check_files(assets: Path) -> None:
 def copy_assets(
     source: Path, target: Path, changes: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
-    """Copies configuration and tokenizer files; weights, their index and model cards stay behind.
+    """Copies configuration and tokenizer files, but no weights, index or model card.
 
     In config.json the entries of `changes` get their values, and that on quantization is left out.
-    A link to a file outside the checkpoint is not followed, a file whose name is no text stays
-    behind, and a warning says so.
+    Links to files outside the checkpoint are not followed, and files whose names are no text are
+    not copied: a warning says so.
 
     Raises:
         CheckpointError: a file is no regular one, tokenizer.json is damaged, or nothing can be

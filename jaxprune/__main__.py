@@ -26,7 +26,7 @@ ORDER = (
     "push",
     "lm-eval",
 )
-"""In which the help names commands; others come behind."""
+"""In which the help names commands; others come after."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -183,7 +183,7 @@ for count in (1, 8):
 
 
 def test_a_steps_gradients_are_those_of_one_device(line: list[object], tmp_path: Path) -> None:
-    """Eight windows, one a device; the zeros that come behind it are the same, but for ties by
+    """Eight windows, one a device; the zeros that come after it are the same, but for ties by
     rounding."""
     flags = f"{xla.quick()['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     run_code(GRADIENTS, line[1], tmp_path, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")

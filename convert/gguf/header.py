@@ -179,7 +179,7 @@ class Header:
         return _Array(item, count, start)
 
     def _after_strings(self, count: int) -> int:
-        """Returns the offset behind so many strings."""
+        """Returns the offset after so many strings."""
         at, last, data, length = (
             self._at,
             self._size - 8,
@@ -207,7 +207,7 @@ class Header:
         return name, shape, self._number("<I"), self._number("<Q")
 
     def _places(self, infos: list[tuple[str, tuple[int, ...], int, int]]) -> Iterator[Tensor]:
-        """Checks that the tensors lie in the file, one behind the other."""
+        """Checks that the tensors lie in the file, one after the other."""
         alignment = self._fields.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
         if (
             type(alignment) is not int

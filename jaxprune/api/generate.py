@@ -71,7 +71,7 @@ def generate(
     whole texts. See Liu et al., "LLM-QAT" (arXiv 2305.17888).
 
     Args:
-        model: writes them. It does not end them: behind a text's end begins another.
+        model: writes them. It does not end them: after a text's end begins another.
         text: what it writes.
         out: a .jsonl file to make of them. What is finished is saved in `OUT.unfinished` until
             then, and the same call goes on from there; None: no file is made.

@@ -111,7 +111,7 @@ class Texts:
 
         Args:
             index: of the document.
-            begins_answer: whether what begins the model's answer stands behind a conversation.
+            begins_answer: whether what begins the model's answer stands after a conversation.
 
         Raises:
             InputError: the template takes no such conversation.

@@ -96,7 +96,7 @@ def in_pieces(
 
 
 def _filled(text: str, source: Iterator[str], size: int) -> str:
-    """Returns the text with enough of the source behind it to be longer than `size`, or all of
+    """Returns the text with enough of the source after it to be longer than `size`, or all of
     it."""
     parts, length = [text], len(text)
     while length <= size and (part := next(source, None)) is not None:

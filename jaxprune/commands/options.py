@@ -274,7 +274,7 @@ def make(cls: Any, given: Mapping[str, Any], flag_of: FlagOf = str) -> Any:
 
 
 def whole(text: str) -> int:
-    """Reads a whole number that fits 32 bits, as sizes and seeds have to; k behind it are
+    """Reads a whole number that fits 32 bits, as sizes and seeds have to; k after it are
     thousands, M millions.
 
     Raises:

@@ -3,7 +3,7 @@ the brim.
 
 A multiple-choice question asks for the probability of each answer after the same context. Scored
 one by one, the context is computed once an answer, and short rows are padded to the longest. Here a
-context is laid down once, its answers behind it, and several such groups in one window;
+context is laid down once, its answers after it, and several such groups in one window;
 `models.Layout` tells the attention which tokens see which.
 """
 

@@ -126,7 +126,7 @@ def add_drift(
     weights: Float[Array, "*tokens"] | None = None,
 ) -> Float[Array, "n n"]:
     """Returns the total with X̂ᵀ(X − X̂), or X̂ᵀ diag(w) (X − X̂), added: how far the inputs X̂
-    behind pruned layers are from X.
+    after pruned layers are from X.
 
     Args:
         total: float32, or float64 for float64 inputs.

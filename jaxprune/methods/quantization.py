@@ -39,7 +39,7 @@ BITS: Mapping[str, int] = MappingProxyType({"q4_0": 4, "q5_0": 5})
 BLOCK = 32
 """Consecutive inputs of an output that share a scale."""
 AT_ONCE = 4
-"""Blocks behind which the gradient of all inputs is brought up to date, in one product."""
+"""Blocks after which the gradient of all inputs is brought up to date, in one product."""
 SIGNIFICANT = 8
 """Significant bits of bfloat16, the least of the dtypes that checkpoints are stored in."""
 FACTORS = np.linspace(0.7, 1.2, 21)

@@ -3,7 +3,7 @@ to come.
 
 With H = XᵀX, damped, and R the upper Cholesky factor of H⁻¹ = RᵀR, inputs are visited in order.
 Pruning input j of an output leaves the error e = (w_j − m_j·w_j)/R_jj, which the later inputs make
-good: w_k −= R_jk·e. Inputs come in blocks: within one the later inputs are updated at once, behind
+good: w_k −= R_jk·e. Inputs come in blocks: within one the later inputs are updated at once, after
 it in one product. A block's mask is selected as it is entered, by w_j²/R²_jj (the loss of removing
 a weight on its own), over all outputs together; N:M patterns select each group as it is entered.
 Weights of inputs already visited are final.

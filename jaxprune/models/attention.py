@@ -61,7 +61,7 @@ def causal_attention(
         if layout.before is not None:
             return _attend_cached(query, key, value, layout, how._replace(window=window), sinks)
         layout.keep(tuple(_padded(_by_head(x), layout.capacity) for x in (key, value)))
-        layout = None  # what lies behind a text's end is seen by nothing of it
+        layout = None  # what lies after a text's end is seen by nothing of it
     if layout is None and softcap is None and sinks is None and cudnn_takes(query):
         local = None if window is None or window >= t else (window - 1, 0)
         return jax.nn.dot_product_attention(

@@ -41,7 +41,7 @@ class Plan(NamedTuple):
     not.
 
     Attributes:
-        owner: the expert of each block; of those that are empty, behind all others, as many as
+        owner: the expert of each block; of those that are empty, after all others, as many as
             there are experts.
         choice: of each row, token·k + number of its choice; `EMPTY` where a row is empty.
         row: of each choice.

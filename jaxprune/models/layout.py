@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int
 class Layout(NamedTuple):
     """How several texts lie in one window, and how some of them share their beginning.
 
-    A group is a common beginning and its continuations, one behind the other. A token sees the
+    A group is a common beginning and its continuations, one after the other. A token sees the
     tokens before it of its own continuation and of the beginning of its group, as if its text stood
     alone.
 
@@ -34,7 +34,7 @@ class Layout(NamedTuple):
 class Cache(Layout):
     """What a layer keeps of texts, token by token; it takes a cache in the place of a layout.
 
-    The first tokens of all texts come in one window each, behind which there is padding; after that
+    The first tokens of all texts come in one window each, after which there is padding; after that
     comes one token of each at a time. What an operation of the layer keeps (keys and values, the
     memory of a recurrence) it finds again by the order in which operations come.
 

@@ -1,4 +1,4 @@
-"""OLMo 2: norms behind the blocks instead of before them, and of all queries and keys together
+"""OLMo 2: norms after the blocks instead of before them, and of all queries and keys together
 (Hugging Face's Olmo2ForCausalLM).
 
 References:
@@ -28,7 +28,7 @@ class Config(configuration.Config):
 
 
 class DecoderLayer(nnx.Module):
-    """A layer with norms behind the attention and the feed-forward network."""
+    """A layer with norms after the attention and the feed-forward network."""
 
     def __init__(self, config: configuration.Config, kind: Kind, rngs: nnx.Rngs):
         self.self_attn = Attention(config, kind, rngs)

@@ -54,7 +54,7 @@ class Config(configuration.Config):
     Attributes:
         embedding_size: features of the embedding and of the head, which others are made of by a
             projection.
-        norm_before: whether norms come before the blocks, and not behind them.
+        norm_before: whether norms come before the blocks, and not after them.
         final_norm: whether there is one before the head.
     """
 
@@ -126,7 +126,7 @@ class Attention(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """A layer with norms before its blocks, or, in the model of 350 million weights, behind
+    """A layer with norms before its blocks, or, in the model of 350 million weights, after
     them."""
 
     def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):

@@ -184,7 +184,7 @@ def _updates(user: Instruction, name: str) -> bool:
 
 
 def _parsed(root: bool, name: str, rest: str) -> Instruction:
-    """Returns an instruction of a line, behind the name of its result."""
+    """Returns an instruction of a line, after the name of its result."""
     end = _closing(rest) + 1 if rest.startswith("(") else len(re.match(r"\S*", rest)[0])  # type: ignore[index]
     shape, rest = rest[:end], rest[end:].lstrip()
     opcode, _, rest = rest.partition("(")

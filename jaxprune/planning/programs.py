@@ -55,7 +55,7 @@ def of_pruning(
         length: tokens of a window.
         method: prunes each kernel.
         pattern: the pattern of each kernel.
-        kind: the type on whose grid kernels come behind that; None: on none.
+        kind: the type on whose grid kernels come after that; None: on none.
         asymmetry: whether the dense model goes along, and kernels make up for what their inputs
             lost.
     """

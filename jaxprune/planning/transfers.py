@@ -40,7 +40,7 @@ def transfers(work: Work, phases: Collection[str]) -> dict[str, float]:
     # values for the forward pass; then up, with masks, and down
     if steps.count and not work.placement.state:
         found["tune"] += (3 * steps.count + measures) * work.tuned_bytes
-        # While zeros are to come masks go up for the forward pass, too, and down behind those that
+        # While zeros are to come masks go up for the forward pass, too, and down after those that
         # bring some.
         masks = steps.count + steps.last_pruning + steps.measured_early + len(steps.prunings)
         found["tune"] += masks * work.mask_bytes

@@ -11,19 +11,19 @@ from jaxprune.streaming.model import StreamedModel, inside_layer
 
 
 class CalibrationStates:
-    """Hidden states behind the pruned layers, and where they are asked for those behind the dense
+    """Hidden states after the pruned layers, and where they are asked for those after the dense
     layers.
 
     Args:
         model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
-        with_dense: whether states behind the dense layers go along.
+        with_dense: whether states after the dense layers go along.
         saved: where the layers that they pass are saved, and the states with them; None: nowhere.
 
     Attributes:
         model, saved: as given.
-        pruned: states behind the layers as pruned.
-        dense: states behind the dense layers; None where they were not asked for.
+        pruned: states after the layers as pruned.
+        dense: states after the dense layers; None where they were not asked for.
 
     Raises:
         InputError: see `StreamedModel.embed`.
@@ -38,7 +38,7 @@ class CalibrationStates:
         saved: SavedLayers | None = None,
     ) -> None:
         self.model, self.saved = model, saved
-        self._position = 0  # number of layers that the states are behind
+        self._position = 0  # number of layers that the states went through
         self._fresh = True
         routing, at_a_time = model.architecture.config.routing, None
         if routing and routing.route_all:  # as many rows as when each token takes a few experts

@@ -294,7 +294,7 @@ def accumulate_drift(
     weights: Mapping[str, Float[Array, "b t"]],
     sums: Sequence[Totals],
 ) -> tuple[Float[Array, "b t d"], tuple[Totals, Totals]]:
-    """Does the same for the states behind pruned layers, x, and those behind dense ones, which move
+    """Does the same for the states after pruned layers, x, and those after dense ones, which move
     on; the sums are Gram matrices and drifts."""
     grams, drifts = sums
     (_, taps), (after, dense_taps) = layer(params, x), layer(params, dense)

@@ -11,7 +11,7 @@ from jaxprune.pruning.student import Student
 from jaxprune.streaming.model import StreamedModel
 
 PATIENCE = 4
-"""So many measures behind the best one, the divergence no longer falls."""
+"""So many measures after the best one, the divergence no longer falls."""
 
 
 class HeldOut:

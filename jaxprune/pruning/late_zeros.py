@@ -45,7 +45,7 @@ class LateZeros(NamedTuple):
 
     Attributes:
         target_of: (layer index, path of the linear layer) -> its pattern in the end.
-        after: the numbers of the steps behind which they come.
+        after: the numbers of the steps after which they come.
     """
 
     target_of: TargetOf

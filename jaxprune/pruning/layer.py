@@ -87,7 +87,7 @@ def solve_linears(
     """Prunes the kernels of a layer.
 
     Args:
-        states: the model, and its states before the layer, of which those behind dense layers move
+        states: the model, and its states before the layer, of which those after dense layers move
             on.
         solver: how.
         index: the index of the layer.

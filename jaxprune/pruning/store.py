@@ -281,7 +281,7 @@ class RunStore:
         return TensorFile(path, arrays, metadata | {"figures": json.dumps(figures)})
 
     def _place(self, name: str, file: TensorFile) -> None:
-        """Moves a file to its place, behind what it depends on."""
+        """Moves a file to its place, after what it depends on."""
         if known := self.newly_known():
             number = f"{WEIGHTS}/{len(self._names(WEIGHTS))}"
             self._move(number, self._file(number, {}, known))

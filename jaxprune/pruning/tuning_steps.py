@@ -10,7 +10,7 @@ from jaxprune.errors import Change, InputError
 from jaxprune.recipe_parts import Tuning
 
 MEASURES = 16
-"""How often the divergence on held-out windows is measured at most, behind the first time, before
+"""How often the divergence on held-out windows is measured at most, after the first time, before
 the first step."""
 BETWEEN = 5
 """What is tuned on between two measures, at least, in tokens over those of the windows that are
@@ -95,7 +95,7 @@ class TuningSteps:
 
     @property
     def last_pruning(self) -> int:
-        """The number of the step behind which no more zeros come; 0: none do."""
+        """The number of the step after which no more zeros come; 0: none do."""
         return self.prunings[-1] if self.prunings else 0
 
     @property

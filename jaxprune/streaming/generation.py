@@ -247,7 +247,7 @@ def begin(
     Args:
         layer: the layer.
         params: its params.
-        x: the hidden states of windows, a text each, with padding behind it.
+        x: the hidden states of windows, a text each, with padding after it.
         lengths: the texts' tokens.
         capacity: tokens of the longest text in the end.
     """

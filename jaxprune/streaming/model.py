@@ -291,7 +291,7 @@ class StreamedModel:
             visit: is called with each layer's index and the hidden states before it.
 
         Returns:
-            The hidden states behind the last of the layers, for each of `tokens`.
+            The hidden states after the last of the layers, for each of `tokens`.
 
         Raises:
             InputError: see `require_tokens`.

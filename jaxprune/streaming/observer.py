@@ -32,11 +32,11 @@ class Observer:
         """A phase took so many more seconds; those of a single layer are in its result."""
 
     def tuning_resumed(self, step: int) -> None:
-        """The tuning goes on behind a step that an earlier process made; its measures are told
+        """The tuning goes on after a step that an earlier process made; its measures are told
         again."""
 
     def layer_tuned(self, result: Any) -> None:
-        """A layer's kernels are tuned; `result` is its `pruning.results.LayerResult` behind
+        """A layer's kernels are tuned; `result` is its `pruning.results.LayerResult` after
         that."""
 
     def finished(self, result: Any) -> None:

@@ -39,7 +39,7 @@ def prune_layers(
 
     Args:
         layers: in order.
-        states: hidden states [1, t, d] of each window; replaced by those behind the layers.
+        states: hidden states [1, t, d] of each window; replaced by those after the layers.
         rotary: the model's rotary embedding.
         sparsity: of every linear.
     """

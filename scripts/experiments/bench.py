@@ -259,7 +259,7 @@ class Bench:
 
     @functools.cached_property
     def _snapshots(self) -> dict[int, snapshots.Snapshot]:
-        """The wanted layers' snapshots, behind dense layers."""
+        """The wanted layers' snapshots, after dense layers."""
         recipe = Recipe(Magnitude(), Unstructured(0.0))
         return {
             layer: snapshots.capture(

@@ -329,7 +329,7 @@ def test_masks_are_saved_and_taken_up_again(
     assert errors["by-file"] == errors["by-checkpoint"]
     record = json.loads((tmp_path / "first/jaxprune.json").read_text())
     before = [x["error"] for layer in record["layers"] for x in layer["kernels"].values()]
-    # The first layer's inputs are the same in both runs; behind it each run has its own.
+    # The first layer's inputs are the same in both runs; after it each run has its own.
     assert all(after <= x for after, x in zip(errors["by-file"][:7], before[:7], strict=True))
     assert sum(errors["by-file"]) <= sum(before)
     again = here(*options, "--out", "second", "--save-masks", "m.safetensors", cwd=tmp_path)

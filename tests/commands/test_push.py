@@ -187,7 +187,7 @@ def test_a_hub_that_refuses_is_one_line(
     hub.refuses = status
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     assert main([str(pruned), "me/tiny", "--public"]) == 2
-    *_, said = capsys.readouterr().err.splitlines()  # behind the bar of the upload
+    *_, said = capsys.readouterr().err.splitlines()  # after the bar of the upload
     assert said.startswith("error: me/tiny: the hub refused it")
     assert ("hf auth login" in said) == (status < 500)
 

@@ -212,7 +212,7 @@ def test_arrays_cost_nothing_until_they_are_asked_for(tmp_path: Path) -> None:
 )
 def test_fields_are_checked(name: str, value: bytes, message: str, tmp_path: Path) -> None:
     content = bytearray(write_gguf(tmp_path / "x.gguf", tiny.config(), Q.F32).read_bytes())
-    at = content.index(text(name)) + len(text(name)) + 4  # behind the type
+    at = content.index(text(name)) + len(text(name)) + 4  # after the type
     content[at : at + 4] = value
     (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(CheckpointError, match=message):

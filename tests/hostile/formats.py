@@ -127,7 +127,7 @@ def _safetensors_apply(content: bytes, kind: str, place: str) -> bytes:
 @functools.lru_cache(4)
 def _spans(content: bytes) -> tuple[list[tuple[str, int, int, bool]], int, int]:
     """The pieces of a GGUF file's header, as (name, offset, size, whether it begins an entry), and
-    where the header and the padding behind it end.
+    where the header and the padding after it end.
     """
     import gguf
 

@@ -120,7 +120,7 @@ class _Worker:
         assert self._process.pid
         self.pipe.close()
         if self.case is None:
-            # it goes when nobody is at the other end, and leaves nothing behind
+            # it goes when nobody is at the other end, and leaves no processes
             self._process.join(2)
         if self._process.is_alive():
             with contextlib.suppress(ProcessLookupError):

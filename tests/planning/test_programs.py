@@ -223,7 +223,7 @@ def test_pieces_take_a_step_each(checkpoint: Path) -> None:
 
 
 def test_late_zeros_are_counted(checkpoint: Path) -> None:
-    """Of three layers, behind the first six of ten steps."""
+    """Of three layers, after the first six of ten steps."""
 
     def calls(tuning: Tuning, name: str) -> set[float]:
         return {

@@ -223,7 +223,7 @@ def test_it_is_the_same_where_the_host_holds_the_weights(
 def test_a_tuning_goes_on_where_it_was_stopped(
     dtype: str, stop: int, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between two times that zeros come, right behind the last one, and behind a measure that is
+    """Between two times that zeros come, right after the last one, and after a measure that is
     the best."""
     monkeypatch.setattr(tuning_steps, "PRUNINGS", 3)
     monkeypatch.setattr(tuning_steps, "BETWEEN", 1)

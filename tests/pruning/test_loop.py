@@ -276,7 +276,7 @@ def test_batches_divide_the_windows(count: int, length: int, expected: int) -> N
 
 @needs_torch
 def test_a_linear_makes_up_for_its_inputs_drift(checkpoint: Path) -> None:
-    """Behind a pruned layer, aiming at the dense model's outputs brings the last hidden states
+    """After a pruned layer, aiming at the dense model's outputs brings the last hidden states
     nearer to them."""
     tokens, streamed = windows(), load(checkpoint)
     model = tiny.model(tiny.config())

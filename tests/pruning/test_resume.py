@@ -441,7 +441,7 @@ def test_a_run_store_goes_when_nothing_is_written_into_it(
     real = RunStore._move
 
     def slow(*args: Any) -> None:
-        time.sleep(0.5)  # longer than all that comes behind the last layer
+        time.sleep(0.5)  # longer than all that comes after the last layer
         real(*args)
 
     monkeypatch.setattr(RunStore, "_move", slow)

@@ -43,7 +43,7 @@ def tokens() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def snapshot(checkpoint: Path) -> Snapshot:
-    """The last layer's, behind layers pruned by ADMM."""
+    """The last layer's, after layers pruned by ADMM."""
     return snapshots.capture(load(checkpoint), tokens(), 2, Recipe(ADMM(), Unstructured(0.6)))
 
 

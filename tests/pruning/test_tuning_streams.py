@@ -35,7 +35,7 @@ def test_too_short_a_text_is_said_before_the_work(
 def test_the_best_step_on_what_is_held_out_is_kept(
     to_end: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the start and sixteen measures the fifth is least; four behind it the tuning stops, unless
+    """Of the start and sixteen measures the fifth is least; four after it the tuning stops, unless
     it is told not to."""
     monkeypatch.setattr(tuning_steps, "BETWEEN", 1)
     layers, seen = pruned(checkpoint), Steps()

@@ -35,7 +35,7 @@ def test_continuations_are_those_of_whole_passes(family: str, tmp_path: Path) ->
     prompts = [generator.integers(1, 300, length).tolist() for length in (3, 25, 7)]
     found = generate(model, prompts, [5, 5, 5], lambda number, made: False)
     assert [len(made) for made in found] == [5, 5, 5]
-    # One pass over all of them: a token is the most probable one behind those before it, and what
+    # One pass over all of them: a token is the most probable one after those before it, and what
     # fills up comes later.
     whole = np.zeros((3, 30), np.int32)
     for row, prompt, made in zip(whole, prompts, found, strict=True):
