@@ -219,7 +219,7 @@ class _Run:
         model, windows, recipe, options: as for `prune`.
         place, masks: where the result and the masks are to be; None: no masks.
         saved: the model as its weights are to be stored.
-        record: what happens is written down there.
+        record: the observer that becomes jaxprune.json.
         identity: all that decides the outcome.
     """
 

@@ -179,7 +179,8 @@ def _fill(
                     places += [
                         (asker, row, c, target) for c, target in zip(columns, targets, strict=True)
                     ]
-        for field, values in zip((tokens, *layout), np.array(flat, np.int32).T, strict=True):
+        fields = tokens, layout.positions, layout.group, layout.branch
+        for field, values in zip(fields, np.array(flat, np.int32).T, strict=True):
             field[row, : len(flat)] = values
     request, rows, columns, targets = np.array(places, np.int64).T
     return Packed(tokens, layout, request, rows, columns, targets.astype(np.int32))

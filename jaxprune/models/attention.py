@@ -258,7 +258,7 @@ def _visible(
     visible = visible[None, None]
     if layout is None:
         return visible
-    layout = Layout(*(jnp.asarray(field)[:, : keys[1]] for field in layout))
+    layout = jax.tree.map(lambda field: jnp.asarray(field)[:, : keys[1]], layout)
 
     def of_queries(x: Array) -> Array:
         return lax.dynamic_slice_in_dim(x, start, count, axis=1)[:, None, :, None]

@@ -1,14 +1,18 @@
 """How texts lie in windows, and what is kept of texts that are continued."""
 
+import dataclasses
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
 
-class Layout(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(eq=False)
+class Layout:
     """How several texts lie in one window, and how some of them share their beginning.
 
     A group is a common beginning and its continuations, one after the other. A token sees the
@@ -49,23 +53,18 @@ class Cache(Layout):
         after: what is kept when the layer returns.
     """
 
-    lengths: Int[Array, "b"]
-    _capacity: int
-    before: list[Any] | None
-    after: list[Any]
-
-    def __new__(
-        cls,
+    def __init__(
+        self,
         positions: Int[Array, "b t"],
         lengths: Int[Array, "b"],
         capacity: int,
         before: Iterable[Any] | None = None,
-    ) -> "Cache":
+    ) -> None:
         nothing = jnp.zeros_like(positions)
-        made = super().__new__(cls, positions, nothing, nothing)
-        made.lengths, made._capacity = lengths, capacity
-        made.before, made.after = None if before is None else list(before), []
-        return made
+        super().__init__(positions, nothing, nothing)
+        self.lengths, self._capacity = lengths, capacity
+        self.before: list[Any] | None = None if before is None else list(before)
+        self.after: list[Any] = []
 
     @property
     def capacity(self) -> int:

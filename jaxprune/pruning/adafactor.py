@@ -3,7 +3,7 @@
 A kernel's step is in units of the root mean square of its kept weights, so that one rate serves all
 of them, and all models. It goes along the gradient over the root of its second moment. Of that the
 means over the kept weights of each row and of each column are kept, r and c, of which the moment of
-a weight is r_i·c_j / mean; of the gradients themselves no mean is. So a text unlike those before it
+a weight is r_i·c_j / mean; there is no momentum. So a text unlike those before it
 would make a step several times as large as others, from which a very sparse model is long to
 recover: where the root mean square of a step is above 1, the step is divided by it.
 

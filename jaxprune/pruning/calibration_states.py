@@ -48,7 +48,7 @@ class CalibrationStates:
         self.pruned = model.embed(tokens, at_a_time=at_a_time)
         self.dense = model.embed(tokens) if with_dense else None
 
-    def passed(self, index: int) -> None:
+    def layer_done(self, index: int) -> None:
         """Says that the states moved through a layer; saves them where that is worth its time."""
         self._position = index + 1
         if self.saved and self._position < self.model.num_layers:

@@ -9,8 +9,8 @@ Adafactor to minimise, over tokens of text, the mean of
 p and q the next-token distributions of the dense and of the pruned model. Norms, embedding and head
 stay, and what is zero does. A share of the zeros may come over the first part of the steps: see
 `late_zeros`. The text is that of the calibration windows, or a stream of its own. Of a stream some
-windows are held out, and what is kept in the end is the step at which the divergence on those was
-least, of those after which no more zeros came.
+windows are held out: the kept weights are those of the step with the lowest divergence on them, of
+the steps after the last pruning.
 
 References:
     Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), for the loss.

@@ -21,7 +21,7 @@ from jaxprune.sparsity.patterns import Pattern, Sections, by_section, in_section
 
 @dataclasses.dataclass(frozen=True)
 class KernelResult:
-    """What became of one kernel.
+    """Statistics of one pruned kernel.
 
     Attributes:
         error: ‖XW − XŴ‖² / ‖XW‖² of the weights as solved and stored, before any distillation, on

@@ -99,7 +99,8 @@ def require_begun(out: Path) -> None:
 
 
 def tidy_up(out: Path, identity: Mapping[str, Any], masks_at: Path | None) -> bool:
-    """Removes such a store, if result and masks are this run's; returns whether they are."""
+    """Removes the store of a run that was killed right before its end, if result and masks are this
+    run's; returns whether they are."""
     run, _, masks = ownership.prove(out).kind.rpartition(" ")
     made = run.startswith(f"run {digest_of(identity)} ")
     if not made or (masks_at and not has_digest(masks_at, masks)):

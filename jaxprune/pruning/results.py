@@ -15,7 +15,7 @@ from jaxprune.pruning.store import RunStore, Saved, Stage, flat, grouped
 
 @dataclasses.dataclass(frozen=True)
 class LayerFigures:
-    """What became of a layer; `layer["mlp.down_proj"]` is what became of a kernel.
+    """Statistics of one pruned layer; `layer["mlp.down_proj"]` is what became of a kernel.
 
     Attributes:
         index: the index of the layer, from 0.

@@ -231,7 +231,7 @@ class RunStore:
         self.wait()
         for name in names if is_first_process() else ():
             for inner in (name, *(f"{name}/{one}" for one in self._names(name))):
-                if self._is_whole(inner):
+                if self._is_intact(inner):
                     ownership.remove_sealed(self.path(inner))
             ownership.remove_empties(self.folder / name)
 
@@ -247,7 +247,7 @@ class RunStore:
             number += 1
         writing.put(self.path(name), place)
 
-    def _is_whole(self, name: str) -> bool:
+    def _is_intact(self, name: str) -> bool:
         """Returns whether a saved result is there, as it was written; what else is at its place is
         quarantined."""
         path = self.path(name)
@@ -291,7 +291,7 @@ class RunStore:
         file.finish()
         ownership.seal(file.path)
         place = self.path(name)
-        if self._is_whole(name):
+        if self._is_intact(name):
             with failing(place):
                 ownership.replace(file.path, place, ownership.remove_sealed)
                 writing.sync(place.parent)
@@ -420,6 +420,6 @@ class Stage(Results[T]):
             return found
         raise damaged(f"layer {index}")
 
-    def whole(self, count: int) -> bool:
-        """Returns whether the first results, so many, are there, each as it was written."""
+    def complete(self, count: int) -> bool:
+        """Returns whether results 0 to count − 1 are saved and undamaged."""
         return all(self.store.get(f"{self.name}/{index}", None) for index in range(count))

@@ -182,10 +182,10 @@ class Phases:
     def tuned(self, layers: Iterator[LayerResult], text: Text) -> Iterator[LayerResult]:
         """Yields pruned layers tuned on a text."""
         context, saved = self.context, self.context.layers(TUNED)
-        if saved and saved.whole(self.model.num_layers):
-            yield from self._told(saved)
+        if saved and saved.complete(self.model.num_layers):
+            yield from self._replay(saved)
             return
-        # of a tuning that is done again all layers are saved, and its measures
+        # the tuning is repeated: its curve and the layers that it saved are of another one
         context.drop(TUNED, CURVE)
         every = list(layers)
         released = (every.pop(0) for _ in range(len(every)))
@@ -203,13 +203,13 @@ class Phases:
     def quantized(self, layers: Iterator[LayerResult]) -> Iterator[LayerResult]:
         """Yields pruned or tuned layers on the recipe's grid."""
         context, saved = self.context, self.context.layers(QUANTIZED)
-        if saved and saved.whole(self.model.num_layers):
-            yield from self._told(saved)
+        if saved and saved.complete(self.model.num_layers):
+            yield from self._replay(saved)
             return
         earlier = context.layers(TUNED if self.recipe.tuning.tunes else PRUNED)
         if context.store and earlier:
             for _ in layers:
-                pass  # to the end, so that all that those stages hold is let go
+                pass  # to the end, so that all that those stages hold is freed
             context.store.wait()
             pruned: Callable[[int], LayerResult] = earlier.require
         else:
@@ -222,9 +222,8 @@ class Phases:
             yield layer
         context.drop(SENSITIVITY, PRUNED, TUNED)
 
-    def _told(self, saved: SavedLayers) -> Iterator[LayerResult]:
-        """Yields the layers of a stage that an earlier process ended, of which the observer is
-        told."""
+    def _replay(self, saved: SavedLayers) -> Iterator[LayerResult]:
+        """Yields the saved layers of a finished stage, and reports each to the observer."""
         observer = self.context.observer
         for point in saved_tuning.curve(saved.store):
             observer.divergence_measured(*point)

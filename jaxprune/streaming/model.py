@@ -269,7 +269,7 @@ class StreamedModel:
 
     def _layout_of(self, layout: Layout | None, rows: slice) -> Layout | None:
         """Returns the layout of some windows, on the device."""
-        return layout and Layout(*(self.devices.shard_first(field[rows]) for field in layout))
+        return jax.tree.map(lambda field: self.devices.shard_first(field[rows]), layout)
 
     def final_states(
         self,

@@ -52,8 +52,8 @@ class States(Protocol):
     def catch_up(self, index: int) -> None:
         """Moves the states to a layer's input, through layers whose results are saved."""
 
-    def passed(self, index: int) -> None:
-        """Says that a visit moved the states through a layer, and that its result is saved."""
+    def layer_done(self, index: int) -> None:
+        """Is called after a layer's result was saved: the states are now the layer's output."""
 
 
 def sweep(
@@ -91,7 +91,7 @@ def sweep(
         del given
         saved.put(index, result)
         if states:
-            states.passed(index)
+            states.layer_done(index)
         yield result
         del result
 
