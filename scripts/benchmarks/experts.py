@@ -78,7 +78,7 @@ def seconds(folder: Path, tokens: np.ndarray) -> dict[str, float]:
     found = dict.fromkeys(PHASES, 0.0)
     for layer in prune_layers(load(folder), tokens, ADMM(), Unstructured(0.5)):
         for phase in PHASES:
-            found[phase] += layer.seconds[phase]
+            found[phase] += layer.figures.seconds[phase]
     return found | {"rest": time.perf_counter() - start - sum(found.values())}
 
 

@@ -92,7 +92,7 @@ def jaxprune_way(task: Task) -> Outcome:
     pattern = importlib.import_module("jaxprune.sparsity.patterns").Unstructured(SPARSITY)
     layers = loop.prune_layers(model, task.tokens, method, pattern)
     for layer in itertools.islice(layers, task.layers):
-        for phase, seconds in layer.seconds.items():
+        for phase, seconds in layer.figures.seconds.items():
             spent[phase] = spent.get(phase, 0.0) + seconds
         kernels |= {path: array for path, array in layer.params.items() if path.endswith(".kernel")}
     return Outcome(spent | {"all": time.perf_counter() - start}, kernels)

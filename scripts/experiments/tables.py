@@ -61,9 +61,10 @@ def _compared(result: dict[str, Any]) -> dict[str, str | None]:
     if "quality" not in result:
         return {}
     (text,) = result["quality"]["texts"].values()
+    top1 = text.get("top1")
     return {
         "kl": _digits(text.get("kl")),
-        "top1": _digits(100 * text["top1"] if "top1" in text else None),
+        "top1": _digits(None if top1 is None else 100 * top1),
     }
 
 
@@ -221,7 +222,9 @@ def _zero_shot(experiment: Experiment, ckpt: str, results: Results) -> list[str]
         rows.append([pattern_name(cell.pattern) if cell.pattern else "", cell.row, *values])
         for text in quality["texts"].values():
             compared = (
-                [f"{text['kl']:.4f}", f"{100 * text['top1']:.2f} %"] if "kl" in text else ["", ""]
+                ["", ""]
+                if text["kl"] is None
+                else [f"{text['kl']:.4f}", f"{100 * text['top1']:.2f} %"]
             )
             texts.append([*rows[-1][:2], f"{text['perplexity']:.2f}", *compared])
     return [
