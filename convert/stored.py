@@ -289,8 +289,8 @@ def tensors_of(paths: Iterable[str], naming: Naming) -> dict[str, list[str]]:
         if parts is None:
             found[naming.hf_name(path)] = [path]
         else:
-            experts, _, behind = parts
-            module, _, leaf = behind.partition(".")
+            experts, _, rest = parts
+            module, _, leaf = rest.partition(".")
             found.setdefault(
                 f"{naming.prefix}{experts}.{module}{'_bias' * (leaf == 'bias')}", []
             ).append(path)

@@ -42,17 +42,13 @@ class OwnText:
     seed: int = 0
     """Decides which tokens are drawn, text by text, and the order of the documents."""
 
-    @property
-    def beginning(self) -> int:
-        """The tokens of a beginning."""
-        return 1 if self.prompts is None else self.prompt_tokens
-
     def check(self) -> None:
         """Raises InputError for numbers that no text can have."""
-        if not 0 < self.beginning < self.length:
+        beginning = 1 if self.prompts is None else self.prompt_tokens
+        if not 0 < beginning < self.length:
             given = {} if self.prompts is None else {"prompt_tokens": Change.LOWER}
             raise InputError(
-                f"texts of {self.length} tokens cannot begin with {self.beginning}",
+                f"texts of {self.length} tokens cannot begin with {beginning}",
                 options={"length": Change.RAISE} | given,
             )
         if self.tokens < 1:

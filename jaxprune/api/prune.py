@@ -48,7 +48,6 @@ from jaxprune.pruning.experts import kept_experts, without_experts
 from jaxprune.pruning.loop import other_params
 from jaxprune.pruning.results import LayerFigures, LayerResult
 from jaxprune.pruning.rules import by_rules, effective_recipe
-from jaxprune.pruning.store import RunStore
 from jaxprune.pruning.whole_model import prune_model, require_recipe, require_stream
 from jaxprune.recipe import Recipe
 from jaxprune.reporting import reading, schema
@@ -176,8 +175,9 @@ def prune(
             publishing.publish(store, run.place, run.masks)
             return _finished(folder)
         weights = identity.KnownWeights(identity.checked(model.reader), store)
-        files, packed = run.prune(store, observer)
-        run.evaluate(store, observer)
+        context = Context(store, observer)
+        files, packed = run.prune(context)
+        run.evaluate(context)
         run.record.seconds["total"] = time.perf_counter() - begun
         run.measure_sizes(open_checkpoint(store.result, check=False), packed)
         weights.require_unchanged()
@@ -257,12 +257,12 @@ class _Run:
     def masks_at(self) -> Path | None:
         return self.masks.path if self.masks else None
 
-    def prune(self, store: RunStore, observer: Observer) -> tuple[set[str], int]:
+    def prune(self, context: Context) -> tuple[set[str], int]:
         """Writes the pruned checkpoint into the store; returns as `_write_checkpoint`."""
-        context, record, saved = Context(store, observer), self.record, self.saved
+        record, saved = self.record, self.saved
         if share := self.recipe.experts.drop_experts:
             with context.timed("experts"):
-                record.kept_experts = kept_experts(self.model, self.windows, share, store)
+                record.kept_experts = kept_experts(self.model, self.windows, share, context.store)
                 saved = saved.keeping(record.kept_experts)
         if self.options.timing:
             with context.timed("timing"):
@@ -273,11 +273,12 @@ class _Run:
         )
         return _write_checkpoint(saved, layers, self.recipe, context, masks=self.masks is not None)
 
-    def evaluate(self, store: RunStore, observer: Observer) -> None:
+    def evaluate(self, context: Context) -> None:
         """Measures the dense and the pruned checkpoint, where that is asked for."""
         if evaluator := self.options.evaluator:
-            with Context(store, observer).timed("evaluate"), _continued_otherwise():
-                pruned = self.model.sibling(store.result, f"pruned {self.model.short_name}")
+            assert context.store
+            with context.timed("evaluate"), _continued_otherwise():
+                pruned = self.model.sibling(context.store.result, f"pruned {self.model.short_name}")
                 models = {"dense": self.model, "pruned": pruned}
                 for which, quality in evaluator.measure(models, against="dense"):
                     self.record.evaluation[which] = quality

@@ -131,10 +131,10 @@ def whole(file: BufferedIOBase, path: Path) -> bytes:
     return content
 
 
-def require_utf8(content: bytes, path: Path, entry: str = "") -> None:
-    """Raises InputError for what is not UTF-8."""
+def decoded(content: bytes, path: Path, entry: str = "") -> str:
+    """Returns the text of bytes; raises InputError for what is not UTF-8."""
     try:
-        content.decode()
+        return content.decode()
     except UnicodeDecodeError as error:
         raise InputError(
             "it is not UTF-8: convert it, for example with `iconv -f LATIN1 -t UTF-8`",

@@ -9,7 +9,7 @@ import pydantic
 
 from convert import schema
 from convert.errors import UserError
-from jaxprune.calibration.documents import lines, require_utf8, seekable, whole
+from jaxprune.calibration.documents import decoded, lines, seekable, whole
 from jaxprune.errors import InputError
 
 S = TypeVar("S", bound=pydantic.BaseModel)
@@ -29,14 +29,19 @@ def json_rows(row: type[S], file: BufferedIOBase, path: Path) -> Iterator[S]:
     for place, (number, line) in enumerate(lines(file, path)):
         if place == 0 and line.lstrip().startswith(b"["):
             line += whole(file, path)
-            require_utf8(line, path)
             try:
                 yield from pydantic.TypeAdapter(list[row]).validate_json(line)  # type: ignore[valid-type]
             except pydantic.ValidationError as problem:
+                decoded(line, path)  # which the parser calls invalid JSON
                 raise schema.refused(problem, file=path, error=InputError) from None
             return
-        require_utf8(line, path, f"line {number}")
-        yield schema.parse(row, line, file=path, entry=f"line {number}", error=InputError)
+        entry = f"line {number}"
+        try:
+            found = schema.parse(row, line, file=path, entry=entry, error=InputError)
+        except InputError:
+            decoded(line, path, entry)
+            raise
+        yield found
 
 
 def parquet_rows(row: type[S], file: BufferedIOBase, path: Path) -> Iterator[S]:

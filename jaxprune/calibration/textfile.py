@@ -23,7 +23,7 @@ from jaxprune.calibration.documents import (
     COMPRESSED,
     Conversations,
     Documents,
-    require_utf8,
+    decoded,
     unpacked,
     whole,
 )
@@ -142,9 +142,7 @@ def _texts(path: Path) -> Iterator[str]:
 
 
 def _txt(file: BufferedIOBase, path: Path) -> str:
-    content = whole(file, path)
-    require_utf8(content, path)
-    text = content.decode("utf-8-sig")
+    text = decoded(whole(file, path), path).removeprefix("\ufeff")
     if (at := text.find("\0")) >= 0:
         raise InputError("it is no text, it holds a null byte", file=path, entry=f"character {at}")
     return text.replace("\r\n", "\n").replace("\r", "\n")

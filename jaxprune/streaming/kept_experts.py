@@ -60,8 +60,8 @@ class KeptExperts:
         kept, parts = self._kept.get(_layer_of(path)), split_expert(path)
         if kept is None or parts is None:
             return path
-        before, number, behind = parts
-        return f"{before}.{kept.index(number)}.{behind}" if number in kept else None
+        before, number, rest = parts
+        return f"{before}.{kept.index(number)}.{rest}" if number in kept else None
 
     def _experts_of(self, path: str) -> Sequence[int] | None:
         """Returns the experts of which a router's param has outputs; None: it is no router's."""
