@@ -35,8 +35,8 @@ _EXPORTS = {
     "Observer": "jaxprune.streaming.observer",
     "Evaluator": "jaxprune.evaluation.quality",
     "Measures": "jaxprune.evaluation.quality",
-    "prune_layers": "jaxprune.pruning.loop",
-    "prune_model": "jaxprune.pruning.whole_model",
+    "prune_layers": "jaxprune.loop",
+    "prune_model": "jaxprune.phases",
     "calibration_windows": "jaxprune.calibration",
     "TextStream": "jaxprune.calibration.stream",
     "load": "jaxprune.api.load",
@@ -45,7 +45,7 @@ _EXPORTS = {
     "OwnText": "jaxprune.api.generate",
     "prune": "jaxprune.api.prune",
     "RunOptions": "jaxprune.api.prune",
-    "Context": "jaxprune.pruning.context",
+    "Context": "jaxprune.run_store.context",
     "evaluate": "jaxprune.api.evaluate",
     "verify": "jaxprune.api.verify",
     "CheckpointError": "jaxprune.errors",
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from jaxprune.errors import InputError as InputError
     from jaxprune.evaluation.quality import Evaluator as Evaluator
     from jaxprune.evaluation.quality import Measures as Measures
+    from jaxprune.loop import prune_layers as prune_layers
     from jaxprune.methods.admm import ADMM as ADMM
     from jaxprune.methods.alps import ALPS as ALPS
     from jaxprune.methods.combine import Crossed as Crossed
@@ -79,15 +80,14 @@ if TYPE_CHECKING:
     from jaxprune.methods.magnitude import Magnitude as Magnitude
     from jaxprune.methods.sparsegpt import SparseGPT as SparseGPT
     from jaxprune.methods.wanda import Wanda as Wanda
-    from jaxprune.pruning.context import Context as Context
-    from jaxprune.pruning.loop import prune_layers as prune_layers
-    from jaxprune.pruning.whole_model import prune_model as prune_model
+    from jaxprune.phases import prune_model as prune_model
     from jaxprune.recipe import PRESETS as PRESETS
     from jaxprune.recipe import Recipe as Recipe
     from jaxprune.recipe_parts import Experts as Experts
     from jaxprune.recipe_parts import Importance as Importance
     from jaxprune.recipe_parts import Rule as Rule
     from jaxprune.recipe_parts import Tuning as Tuning
+    from jaxprune.run_store.context import Context as Context
     from jaxprune.sharding import Devices as Devices
     from jaxprune.sparsity.finetuning import keep_zeros as keep_zeros
     from jaxprune.sparsity.patterns import NM as NM

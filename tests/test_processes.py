@@ -301,13 +301,13 @@ sys.exit(main(sys.argv[3:]))
 PHASES = {
     "opening": "jaxprune.api.load/load",
     "text": "jaxprune.calibration/calibration_windows",
-    "store": "jaxprune.pruning.opening/_begin",
-    "reverse pass": "jaxprune.pruning.whole_model/measure_sensitivity",
-    "pruning": "jaxprune.pruning.layer/solve_kernels",
-    "tuning": "jaxprune.pruning.student/Student/step",
+    "store": "jaxprune.run_store.opening/_begin",
+    "reverse pass": "jaxprune.phases/measure_sensitivity",
+    "pruning": "jaxprune.solve.layer/solve_kernels",
+    "tuning": "jaxprune.distill.student/Student/step",
     "writing": "jaxprune.sparsity.masks/MaskWriter/write",
     "evaluation": "jaxprune.evaluation.quality/Evaluator/measure",
-    "publishing": "jaxprune.pruning.publishing/_publish",
+    "publishing": "jaxprune.run_store.publishing/_publish",
 }
 """Phase -> module and name of a function that belongs to it."""
 OF_THE_FIRST = ("store", "writing", "publishing")

@@ -150,11 +150,11 @@ import sys
 import numpy as np
 from jaxprune import load
 from jaxprune.methods.magnitude import Magnitude
-from jaxprune.pruning import adafactor
-from jaxprune.pruning.late_zeros import LateZeros
-from jaxprune.pruning.loop import prune_layers
-from jaxprune.pruning.placement import Placement
-from jaxprune.pruning.student import Student
+from jaxprune.distill import adafactor
+from jaxprune.distill.gradual_pruning import LateZeros
+from jaxprune.loop import prune_layers
+from jaxprune.distill.placement import Placement
+from jaxprune.distill.student import Student
 from jaxprune.sharding import Devices, fetch
 from jaxprune.sparsity.patterns import Unstructured, partly
 

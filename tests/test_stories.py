@@ -9,12 +9,12 @@ from transformers import AutoModelForCausalLM
 from convert import create_checkpoint
 from jaxprune import Unstructured, load, prune_layers
 from jaxprune.evaluation.text import perplexity
+from jaxprune.loop import other_params
 from jaxprune.methods import Method
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.combine import Crossed
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.wanda import Wanda
-from jaxprune.pruning.loop import other_params
 from jaxprune.sparsity.patterns import Pattern
 from tests.helpers.optional import needs_torch, torch
 

@@ -18,8 +18,8 @@ from jaxprune.calibration.mix import interleaved
 from jaxprune.calibration.texts import Texts
 from jaxprune.errors import Change, InputError
 from jaxprune.evaluation.samples import CUT
-from jaxprune.pruning import identity, opening, publishing
-from jaxprune.pruning.store import TEXTS, RunStore
+from jaxprune.run_store import identity, opening, publishing
+from jaxprune.run_store.store import TEXTS, RunStore
 from jaxprune.streaming.generation import in_batches
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer

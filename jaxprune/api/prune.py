@@ -32,6 +32,8 @@ from convert.writing import failing
 from jaxprune.calibration.stream import TextStream
 from jaxprune.errors import CheckpointError, InputError, UserError
 from jaxprune.evaluation.quality import Evaluator, Quality
+from jaxprune.loop import other_params
+from jaxprune.phases import prune_model, require_recipe, require_stream
 from jaxprune.planning import fit
 from jaxprune.planning.timing import jit_versus_eager
 from jaxprune.planning.work import Work
@@ -42,17 +44,15 @@ from jaxprune.processes.collective import (
     on_first_process,
     require_same,
 )
-from jaxprune.pruning import identity, opening, publishing
-from jaxprune.pruning.context import Context
-from jaxprune.pruning.experts import kept_experts, without_experts
-from jaxprune.pruning.loop import other_params
-from jaxprune.pruning.results import LayerFigures, LayerResult
-from jaxprune.pruning.rules import by_rules, effective_recipe
-from jaxprune.pruning.whole_model import prune_model, require_recipe, require_stream
 from jaxprune.recipe import Recipe
 from jaxprune.reporting import reading, schema
 from jaxprune.reporting.card import model_card
 from jaxprune.reporting.record import Record, write_record
+from jaxprune.run_store import identity, opening, publishing
+from jaxprune.run_store.context import Context
+from jaxprune.solve.expert_removal import kept_experts, without_experts
+from jaxprune.solve.layer_result import LayerFigures, LayerResult
+from jaxprune.solve.targets import by_rules, effective_recipe
 from jaxprune.sparsity.masks import MaskWriter, digest_of, source_of
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer, Observers

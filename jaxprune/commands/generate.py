@@ -13,7 +13,7 @@ from jaxprune.commands.progress import Progress
 from jaxprune.commands.prune import source_paths
 from jaxprune.commands.terminal import choose_devices, console, keep_memory, run_main
 from jaxprune.errors import InputError
-from jaxprune.pruning.opening import store_folder
+from jaxprune.run_store.opening import store_folder
 
 EXAMPLES = """Examples:
 

@@ -14,15 +14,15 @@ from jaxprune.commands.progress import longest
 from jaxprune.commands.prune import require_suitable
 from jaxprune.commands.terminal import choose_devices, console, duration, print_table, run_main
 from jaxprune.hardware import writing_for
+from jaxprune.phases import require_recipe
 from jaxprune.planning import fit, preflight
 from jaxprune.planning.machine import describe_hardware, matrix_rate
 from jaxprune.planning.targets import Target, target_of, without_cache
 from jaxprune.planning.work import GIB, Need, Work
-from jaxprune.pruning.experts import without_experts
-from jaxprune.pruning.rules import effective_recipe
-from jaxprune.pruning.whole_model import require_recipe
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import Devices
+from jaxprune.solve.expert_removal import without_experts
+from jaxprune.solve.targets import effective_recipe
 
 DESCRIPTION = (
     "Say what a run would need, and whether it fits; it takes the flags of jaxprune prune."

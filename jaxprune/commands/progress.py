@@ -12,17 +12,17 @@ from rich.progress import TaskID
 from jaxprune.api.evaluate import Evaluation
 from jaxprune.api.prune import PruningResult
 from jaxprune.commands.terminal import console, duration, keep_memory, print_table, progress_bar
+from jaxprune.distill.schedule import all_zeros_there
 from jaxprune.evaluation.quality import Quality, table
 from jaxprune.models.parts import every_expert
 from jaxprune.planning.preflight import seconds
 from jaxprune.planning.timing import Timing
 from jaxprune.planning.work import Need
-from jaxprune.pruning.quantized import ERROR
-from jaxprune.pruning.results import LayerResult
-from jaxprune.pruning.tuning_steps import all_zeros_there
 from jaxprune.recipe_parts import Tuning
 from jaxprune.reporting.card import summary
 from jaxprune.sharding import ONE_DEVICE, Devices
+from jaxprune.solve.layer_result import LayerResult
+from jaxprune.solve.quantized_layers import ERROR
 from jaxprune.streaming.observer import Observer
 
 MOST_COLUMNS = 6

@@ -114,8 +114,8 @@ def run(config: Config, recipe: Recipe, sparsity: float | None = None) -> "Pruni
 
 def _tuning_of(recipe: Recipe, model: "StreamedModel") -> Tuning:
     """Returns the tuning of a recipe without what changes nothing on a model."""
-    from jaxprune.pruning.experts import without_experts
-    from jaxprune.pruning.rules import effective_recipe
+    from jaxprune.solve.expert_removal import without_experts
+    from jaxprune.solve.targets import effective_recipe
 
     pruned = without_experts(model.architecture, recipe.experts.drop_experts)
     return effective_tuning(effective_recipe(pruned, recipe).tuning, recipe.pattern)
@@ -134,7 +134,7 @@ def _checked_paths(
     """
     from convert.paths import paths_of
     from jaxprune.api.prune import places, require_separate
-    from jaxprune.pruning import opening
+    from jaxprune.run_store import opening
 
     assert config.out and config.calib
     place, masks_place = places(config.out, config.save_masks, overwrite=config.overwrite)
@@ -166,10 +166,10 @@ def require_suitable(config: Config, recipe: Recipe, sparsity: float | None) -> 
         InputError: the recipe is none for it, or rules miss the sparsity.
         CheckpointError: the checkpoint cannot be read.
     """
+    from jaxprune.phases import require_recipe
     from jaxprune.planning.preflight import shapes_of
-    from jaxprune.pruning.experts import without_experts
-    from jaxprune.pruning.rules import require_sparsity
-    from jaxprune.pruning.whole_model import require_recipe
+    from jaxprune.solve.expert_removal import without_experts
+    from jaxprune.solve.targets import require_sparsity
 
     *_, architecture = shapes_of(config.ckpt, config.computation_dtype)
     left = without_experts(architecture, recipe.experts.drop_experts)

@@ -8,13 +8,13 @@ from typing import Any
 from convert.casting import saving_dtype
 from convert.destination import destination
 from convert.paths import inputs_of, require_apart
+from jaxprune.api import snapshot as snapshots
 from jaxprune.api.load import load
 from jaxprune.commands.config import read
 from jaxprune.commands.options import Section, make, require_at_least
 from jaxprune.commands.prune import require_suitable, source_paths, windows_of
 from jaxprune.commands.terminal import choose_devices, console, keep_memory, run_main
 from jaxprune.errors import Change, InputError
-from jaxprune.pruning import snapshot as snapshots
 from jaxprune.sparsity.masks import source_of
 
 DESCRIPTION = (

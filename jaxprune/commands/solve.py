@@ -10,11 +10,11 @@ import numpy as np
 from convert.destination import destination
 from convert.files import expand
 from convert.paths import require_apart
+from jaxprune.api import snapshot as snapshots
 from jaxprune.commands.options import CommandLine, Section, make
 from jaxprune.commands.recipe_options import RecipeOptions
 from jaxprune.commands.terminal import run_main
 from jaxprune.errors import InputError
-from jaxprune.pruning import snapshot as snapshots
 from jaxprune.recipe import Recipe
 from jaxprune.sparsity import masks
 

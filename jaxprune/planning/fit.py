@@ -12,7 +12,7 @@ from jaxprune.hardware import HEADROOM, device_memory
 from jaxprune.planning.machine import available_memory
 from jaxprune.planning.preflight import best_step_bytes, need
 from jaxprune.planning.work import GIB, Need, Work
-from jaxprune.pruning.opening import store_folder
+from jaxprune.run_store.opening import store_folder
 
 
 class Shortage(InputError):

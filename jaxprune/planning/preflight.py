@@ -28,10 +28,10 @@ from jaxprune.planning.machine import peak_bytes
 from jaxprune.planning.program import Flops, Program, Shapes, outside_bytes
 from jaxprune.planning.transfers import transfers
 from jaxprune.planning.work import GIB, Cost, Need, Work
-from jaxprune.pruning.experts import without_experts
-from jaxprune.pruning.sensitivity import HOST_BYTES
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import ONE_DEVICE, Devices
+from jaxprune.solve.expert_removal import without_experts
+from jaxprune.solve.sensitivity import HOST_BYTES
 from jaxprune.sparsity.patterns import Given, Pattern, Unstructured
 
 SHARE_OF_RATE = {"sensitivity": 0.6, "tune": 0.7, "evaluate": 0.5}

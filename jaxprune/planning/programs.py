@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct as Shape
 
+from jaxprune.distill import adafactor, gradual_pruning, layer_vjp, student
+from jaxprune.distill.placement import Placement
+from jaxprune.distill.schedule import TuningSteps
 from jaxprune.evaluation import text
 from jaxprune.methods import Method, gram
 from jaxprune.methods.gram import drifted_target
@@ -18,20 +21,9 @@ from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.quantization import BITS, quantize
 from jaxprune.models import Layer
 from jaxprune.planning.program import Flops, Program, Shapes, size_of
-from jaxprune.pruning import (
-    adafactor,
-    experts,
-    gram_matrices,
-    kernel,
-    late_zeros,
-    layer_vjp,
-    sensitivity,
-    student,
-)
-from jaxprune.pruning.gram_matrices import ExpertTotals
-from jaxprune.pruning.placement import Placement
-from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.sharding import Devices
+from jaxprune.solve import expert_removal, gram_matrices, kernel, sensitivity
+from jaxprune.solve.gram_matrices import ExpertTotals
 from jaxprune.sparsity.patterns import Pattern, Unstructured, cubic
 from jaxprune.streaming.head import rows_at_a_time
 from jaxprune.streaming.model import apply_layer
@@ -233,7 +225,7 @@ def of_experts(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:
             yield Program(
                 "experts",
                 "norms of outputs",
-                partial(experts.norms, layer),
+                partial(expert_removal.norms, layer),
                 arguments,
                 calls,
                 2 * size_of(x),
@@ -456,7 +448,7 @@ def _of_pruning_on(
     return Program(
         "tune",
         f"late zeros of {name}",
-        late_zeros.pruned,
+        gradual_pruning.pruned,
         arguments,
         calls,
         resident,

@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Int
 
 from convert.schema import Measured
-from jaxprune.pruning.loop import prune_layers
-from jaxprune.pruning.results import LayerResult
-from jaxprune.pruning.rules import with_rules
-from jaxprune.pruning.whole_model import require_recipe
+from jaxprune.loop import prune_layers
+from jaxprune.phases import require_recipe
 from jaxprune.recipe import Recipe
+from jaxprune.solve.layer_result import LayerResult
+from jaxprune.solve.targets import with_rules
 from jaxprune.streaming.model import StreamedModel
 
 

@@ -11,17 +11,17 @@ import numpy as np
 from convert import Spec
 from jaxprune import hardware
 from jaxprune.calibration.stream import windows_held_out
+from jaxprune.distill import adafactor
+from jaxprune.distill.placement import Placement, placement_of
+from jaxprune.distill.schedule import TuningSteps
 from jaxprune.hardware import Hardware
 from jaxprune.models import Architecture, stored_dtype
 from jaxprune.planning.program import Flops
 from jaxprune.planning.targets import Target
-from jaxprune.pruning import adafactor
-from jaxprune.pruning.experts import without_experts
-from jaxprune.pruning.placement import Placement, placement_of
-from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.recipe import Recipe
 from jaxprune.recipe_parts import effective_tuning
 from jaxprune.sharding import ONE_DEVICE, Devices
+from jaxprune.solve.expert_removal import without_experts
 
 GIB = 2**30
 

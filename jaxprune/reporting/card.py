@@ -7,8 +7,8 @@ from pathlib import Path
 from convert.hub import repository_of
 from jaxprune.evaluation.quality import table
 from jaxprune.evaluation.text import short_name
-from jaxprune.pruning.quantized import ERROR
 from jaxprune.reporting.schema import RECORD, Run
+from jaxprune.solve.quantized_layers import ERROR
 
 
 def summary(run: Run) -> list[tuple[str, str]]:

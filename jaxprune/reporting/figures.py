@@ -9,11 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from jaxprune.distill.schedule import all_zeros_there
 from jaxprune.models.parts import every_expert
-from jaxprune.pruning.kernel import KernelResult
-from jaxprune.pruning.quantized import ERROR
-from jaxprune.pruning.results import LayerFigures
-from jaxprune.pruning.tuning_steps import all_zeros_there
 from jaxprune.recipe import Recipe
 from jaxprune.recipe_parts import effective_tuning
 from jaxprune.reporting.drawing import (
@@ -30,6 +27,9 @@ from jaxprune.reporting.drawing import (
     words,
 )
 from jaxprune.reporting.entries import Entry
+from jaxprune.solve.kernel import KernelResult
+from jaxprune.solve.layer_result import LayerFigures
+from jaxprune.solve.quantized_layers import ERROR
 
 LEAST_SPAN = 5
 """Percent of zeros that an axis has room for at least."""

@@ -21,10 +21,10 @@ from jaxprune.evaluation.quality import Quality
 from jaxprune.evaluation.tasks import without_samples
 from jaxprune.planning.machine import describe_hardware, peak_bytes
 from jaxprune.planning.timing import Timing
-from jaxprune.pruning.results import LayerFigures, LayerResult
 from jaxprune.recipe import Recipe
 from jaxprune.reporting import reading, schema
 from jaxprune.reporting.schema import RECORD, REPORT
+from jaxprune.solve.layer_result import LayerFigures, LayerResult
 from jaxprune.streaming.observer import Observer
 
 PACKAGES = (

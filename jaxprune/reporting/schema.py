@@ -19,9 +19,9 @@ from jaxprune.evaluation.quality import Quality
 from jaxprune.evaluation.verification import Claims
 from jaxprune.methods import Scalar
 from jaxprune.planning.timing import Timing
-from jaxprune.pruning.kernel import KernelResult
-from jaxprune.pruning.results import LayerFigures
 from jaxprune.recipe import Recipe, effective, method_text, pattern_text
+from jaxprune.solve.kernel import KernelResult
+from jaxprune.solve.layer_result import LayerFigures
 from jaxprune.sparsity.patterns import Given, OwnPattern
 
 RECORD, REPORT = "jaxprune.json", "report.html"

@@ -24,11 +24,11 @@ from safetensors.numpy import save_file
 from convert.names import TEXT
 from convert.stored import tensors_of, to_tensor
 from jaxprune import load
+from jaxprune.loop import prune_layers
 from jaxprune.methods.admm import ADMM
 from jaxprune.models import architecture_of
 from jaxprune.planning import programs
 from jaxprune.planning.program import Shapes
-from jaxprune.pruning.loop import prune_layers
 from jaxprune.sharding import ONE_DEVICE
 from jaxprune.sparsity.patterns import Unstructured
 

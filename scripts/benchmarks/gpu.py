@@ -27,13 +27,13 @@ from rates import Rate, timed
 from sizes import SIZES, model
 
 from jaxprune import PRESETS, hardware
+from jaxprune.distill.placement import placement_of
+from jaxprune.distill.schedule import TuningSteps
 from jaxprune.methods.admm import ADMM
 from jaxprune.planning import hlo, machine, programs
 from jaxprune.planning.machine import square_product
 from jaxprune.planning.program import BF16X6, Program, Shapes
 from jaxprune.planning.targets import TARGETS, Target
-from jaxprune.pruning.placement import placement_of
-from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.sharding import ONE_DEVICE
 from jaxprune.sparsity.patterns import Unstructured
 

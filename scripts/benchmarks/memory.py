@@ -23,7 +23,7 @@ import numpy as np
 from convert import create_checkpoint
 from jaxprune import ADMM, Unstructured, load, prune_layers
 from jaxprune.commands.terminal import keep_memory
-from jaxprune.pruning.loop import other_params
+from jaxprune.loop import other_params
 
 keep_memory()
 source, target = sys.argv[1:]

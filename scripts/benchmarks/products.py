@@ -26,8 +26,8 @@ from markdown import markdown
 from jaxprune import Evaluator, Measures, Recipe, RunOptions, calibration_windows, load, prune
 from jaxprune.methods import admm, alps, gradient, gram, linalg, sparsegpt
 from jaxprune.methods.gram import relative_error
-from jaxprune.pruning.calibration_states import CalibrationStates
-from jaxprune.pruning.gram_matrices import gram_matrices
+from jaxprune.solve.calibration_states import CalibrationStates
+from jaxprune.solve.gram_matrices import gram_matrices
 from jaxprune.sparsity.patterns import NM, Pattern, Unstructured
 
 METHODS = {"admm": admm.ADMM(), "alps": alps.ALPS(), "sparsegpt": sparsegpt.SparseGPT()}

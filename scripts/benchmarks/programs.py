@@ -41,13 +41,13 @@ from convert.destination import destination, staged
 from convert.writing import write_text
 from jaxprune.calibration.stream import HELD_OUT
 from jaxprune.commands.terminal import keep_memory
+from jaxprune.distill.placement import Placement
+from jaxprune.distill.schedule import TuningSteps
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.gram import gram
 from jaxprune.planning import programs
 from jaxprune.planning.machine import describe_hardware
 from jaxprune.planning.program import Flops, Program, Shape, Shapes
-from jaxprune.pruning.placement import Placement
-from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.recipe import PRESETS
 from jaxprune.sharding import ONE_DEVICE
 from jaxprune.sparsity.patterns import Unstructured

@@ -83,7 +83,7 @@ class Floor(NamedTuple):
 def jaxprune_way(task: Task) -> Outcome:
     keep_memory()  # as the command line does
     # looked up now, for `op_by_op` replaces it
-    loop = importlib.import_module("jaxprune.pruning.loop")
+    loop = importlib.import_module("jaxprune.loop")
     model = importlib.import_module("jaxprune.api.load").load(task.ckpt, dtype=task.dtype)
     spent: dict[str, float] = {}
     kernels = {}
@@ -138,7 +138,7 @@ def op_by_op_way(task: Task) -> Outcome:
     for name in [name for name in sys.modules if name.partition(".")[0] == "jaxprune"]:
         del sys.modules[name]
     real, jax.jit = jax.jit, leave
-    for name in ("pruning.loop", "methods.admm", "models.decoder", "api.load"):
+    for name in ("loop", "methods.admm", "models.decoder", "api.load"):
         importlib.import_module(f"jaxprune.{name}")
     jax.jit = real
     return jaxprune_way(task)

@@ -23,19 +23,19 @@ from convert.destination import destination, staged
 from convert.schema import dump
 from convert.writing import write_text
 from jaxprune import Context, Magnitude, TextStream, Unstructured, calibration, load, prune_model
+from jaxprune.api import snapshot as snapshots
 from jaxprune.commands.config import Config
 from jaxprune.commands.prune import stream_of, windows_of
 from jaxprune.evaluation.quality import Evaluator, Quality
 from jaxprune.evaluation.tasks import ZERO_SHOT
 from jaxprune.evaluation.text import perplexity, perplexity_of_states
+from jaxprune.loop import other_params
 from jaxprune.planning.machine import describe_hardware
-from jaxprune.pruning import snapshot as snapshots
-from jaxprune.pruning.loop import other_params
-from jaxprune.pruning.results import LayerResult
-from jaxprune.pruning.store import RunStore
 from jaxprune.recipe import Recipe
 from jaxprune.reporting import schema
 from jaxprune.reporting.record import Record, environment
+from jaxprune.run_store.store import RunStore
+from jaxprune.solve.layer_result import LayerResult
 from jaxprune.streaming.model import inside_layer
 
 SMALL = {

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
 
-from jaxprune.pruning.tuning_steps import all_zeros_there
+from jaxprune.distill.schedule import all_zeros_there
 from jaxprune.recipe_parts import effective_tuning
 
 STYLE = {

@@ -9,8 +9,8 @@ import pytest
 from jaxprune import OwnText, calibration_windows, generate, load
 from jaxprune.commands.generate import main
 from jaxprune.commands.progress import Progress
-from jaxprune.pruning import publishing
-from jaxprune.pruning.opening import store_folder
+from jaxprune.run_store import publishing
+from jaxprune.run_store.opening import store_folder
 from jaxprune.streaming import generation
 from tests.helpers.command import failing
 from tests.helpers.tiny import write_text

@@ -18,9 +18,9 @@ from convert.casting import CastReader, cast
 from convert.gguf.header import Header
 from convert.packed import Reader as Packed
 from jaxprune.__main__ import main
-from jaxprune.pruning import layer as solving
-from jaxprune.pruning.snapshot import load as load_snapshot
+from jaxprune.api.snapshot import load as load_snapshot
 from jaxprune.reporting import reading
+from jaxprune.solve import layer as solving
 from tests.helpers import families, tiny
 from tests.helpers.checkpoints import content, tensors, write_gguf
 from tests.helpers.command import failing

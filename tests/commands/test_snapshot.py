@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxprune.api import snapshot as snapshots
 from jaxprune.commands import prune, snapshot, solve
-from jaxprune.pruning import snapshot as snapshots
 from jaxprune.streaming import hidden_states
 
 

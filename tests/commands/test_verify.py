@@ -16,7 +16,7 @@ from jaxprune.commands.convert import main as convert
 from jaxprune.commands.prune import main as run
 from jaxprune.commands.verify import main
 from jaxprune.evaluation.verification import Claims, verify, zeros
-from jaxprune.pruning.loop import other_params
+from jaxprune.loop import other_params
 from jaxprune.reporting import reading, schema
 from jaxprune.reporting.record import Record, write_record
 from jaxprune.reporting.schema import expected

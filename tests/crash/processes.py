@@ -13,7 +13,7 @@ from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from typing import Any
 
-from jaxprune.pruning import store
+from jaxprune.run_store import store
 from tests.crash.operations import Answer, install, supervise
 
 PRELOADED = [

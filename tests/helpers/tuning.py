@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxprune import ADMM, Observer, Unstructured, load, prune_layers
 from jaxprune.calibration.stream import TextStream
-from jaxprune.pruning.results import LayerResult
+from jaxprune.solve.layer_result import LayerResult
 from tests.helpers.shapes import windows
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.pruning.adafactor import DECAY, EPSILON, SHARES_DECAY
-from jaxprune.pruning.results import LayerResult
+from jaxprune.distill.adafactor import DECAY, EPSILON, SHARES_DECAY
+from jaxprune.solve.layer_result import LayerResult
 from tests.helpers import tiny
 from tests.helpers.optional import torch
 from tests.helpers.shapes import LINEARS

@@ -96,7 +96,7 @@ def masks(path: str) -> None:
 
 
 def problem(path: str) -> None:
-    from jaxprune.pruning import snapshot as snapshots
+    from jaxprune.api import snapshot as snapshots
 
     found = snapshots.load(Path(path))
     require(found.layer >= 0 and found.kernels and found.grams, "an empty problem")
@@ -202,7 +202,7 @@ def measured(case: Case, base: Path) -> None:
 
 
 def solved(case: Case, base: Path) -> None:
-    from jaxprune.pruning import snapshot as snapshots
+    from jaxprune.api import snapshot as snapshots
     from jaxprune.sparsity.patterns import Partly
 
     layer = snapshots.load(Path("out"))

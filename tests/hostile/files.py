@@ -23,9 +23,9 @@ def build(base: Path) -> None:
 
     from convert.__main__ import main as convert
     from jaxprune import Importance, Magnitude, Recipe, load
+    from jaxprune.api import snapshot as snapshots
     from jaxprune.commands.evaluate import main as evaluate
     from jaxprune.commands.prune import main as run
-    from jaxprune.pruning import snapshot as snapshots
     from tests.helpers import expert_files, tiny
     from tests.helpers import rows as task_rows
     from tests.helpers.checkpoints import write_gguf

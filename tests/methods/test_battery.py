@@ -17,7 +17,7 @@ from jaxprune.methods import gram as stats
 from jaxprune.methods.combine import Crossed, Finished
 from jaxprune.methods.exact import Exact
 from jaxprune.methods.sparsegpt import SparseGPT
-from jaxprune.pruning.kernel import Linear, prune_and_round
+from jaxprune.solve.kernel import Linear, prune_and_round
 from jaxprune.sparsity.patterns import Pattern, Unstructured, parse_pattern
 from tests.helpers import oracles
 

@@ -16,8 +16,8 @@ from jaxprune.commands.prune import main as prune
 from jaxprune.commands.verify import main as verify
 from jaxprune.models import Layout
 from jaxprune.models.blocks import EMPTY, Routed
-from jaxprune.pruning import layer
-from jaxprune.pruning.sensitivity import measure_sensitivity
+from jaxprune.solve import layer
+from jaxprune.solve.sensitivity import measure_sensitivity
 from tests.helpers import families
 from tests.helpers.command import failing
 from tests.helpers.logits import logits

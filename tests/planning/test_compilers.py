@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import pytest
 
 from jaxprune import ADMM, SparseGPT, Unstructured
+from jaxprune.distill.placement import Placement
+from jaxprune.distill.schedule import TuningSteps
 from jaxprune.hardware import writing_for
 from jaxprune.methods import Method
 from jaxprune.models import architecture_of
 from jaxprune.planning import programs
 from jaxprune.planning.program import Shapes
 from jaxprune.planning.targets import target_of, without_cache
-from jaxprune.pruning.placement import Placement
-from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.recipe_parts import Tuning
 from tests.helpers import tiny
 

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import pytest
 
 from jaxprune import ADMM, load, methods
+from jaxprune.distill.placement import Placement
+from jaxprune.distill.schedule import TuningSteps
 from jaxprune.hardware import Hardware, writing_for
 from jaxprune.models.attention import cudnn_takes
 from jaxprune.planning import programs
 from jaxprune.planning.program import Program, Shapes
-from jaxprune.pruning.placement import Placement
-from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.recipe_parts import Tuning
 from jaxprune.sharding import ONE_DEVICE
 from jaxprune.sparsity.patterns import NM, Unstructured

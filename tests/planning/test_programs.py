@@ -13,17 +13,17 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from jaxprune import ADMM, ALPS, Unstructured, load, prune_layers
 from jaxprune.calibration.stream import HELD_OUT, windows_held_out
+from jaxprune.distill.placement import Placement
+from jaxprune.distill.schedule import TuningSteps
 from jaxprune.hardware import Hardware, writing_for
 from jaxprune.methods.linalg import matmul
 from jaxprune.models.attention import causal_attention
 from jaxprune.planning import programs
 from jaxprune.planning.program import BF16X6, Program, Shapes, count_flops
-from jaxprune.pruning.gram_matrices import accumulate
-from jaxprune.pruning.placement import Placement
-from jaxprune.pruning.sensitivity import backward, measure_sensitivity
-from jaxprune.pruning.tuning_steps import TuningSteps
 from jaxprune.recipe_parts import Tuning
 from jaxprune.sharding import ONE_DEVICE
+from jaxprune.solve.gram_matrices import accumulate
+from jaxprune.solve.sensitivity import backward, measure_sensitivity
 from jaxprune.streaming.hidden_states import batch_size
 from jaxprune.streaming.model import apply_layer
 from tests.helpers.shapes import windows

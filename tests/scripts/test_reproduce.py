@@ -15,8 +15,8 @@ import pytest
 from convert.errors import UserError
 from jaxprune import InputError, load
 from jaxprune.commands.recipe_options import parse
-from jaxprune.pruning.store import RunStore
-from jaxprune.pruning.student import Student
+from jaxprune.distill.student import Student
+from jaxprune.run_store.store import RunStore
 from tests.helpers import rows as task_rows
 
 SCRIPTS = Path(__file__).parents[2] / "scripts/experiments"

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from convert import CheckpointError, create_checkpoint, open_checkpoint
 from convert.errors import DamagedError, UserError
 from jaxprune import Exact, InputError, Magnitude, StreamedModel, Unstructured, Wanda, prune_layers
-from jaxprune.pruning.loop import other_params
+from jaxprune.loop import other_params
 from jaxprune.sparsity import masks as mask_module
 from jaxprune.sparsity.masks import (
     FORMAT,

@@ -45,7 +45,7 @@ from pathlib import Path
 import jax
 import numpy as np
 jax.distributed.initialize(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
-from jaxprune.pruning.store import RunStore, Stage
+from jaxprune.run_store.store import RunStore, Stage
 from jaxprune.sharding import Devices, fetch
 from jaxprune.streaming.hidden_states import HiddenStates
 

@@ -1,0 +1,484 @@
+"""A snapshot of a layer in a file: what the solves of its linear layers start from.
+
+For research on methods without a model, and for bug reports. The file is safetensors:
+
+| tensor | shape | what |
+|---|---|---|
+| `gram.<tap>` | [n, n] | Gram matrix of the inputs, weighed as in the run |
+| `drift.<tap>` | [n, n] | drift of the inputs, where `asymmetry` is above 0; see `gram_matrices` |
+| `<linear>.kernel` | [n, m] | dense kernel, in its stored dtype |
+| `outputs.<linear>` | [m] | weights of the outputs, where they are weighed; see `prune_and_round` |
+
+All but kernels are float32. The metadata's `inputs` says which linear layers read which tap, its
+`tokens` how many tokens an expert was given, its `sections` which linear layers are several side by
+side, as name -> outputs of each, and its `patterns` the pattern of each in the run, with the share
+of its zeros that the solve makes.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  teaches numpy, and with it safetensors, bfloat16
+import numpy as np
+import pydantic
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from scipy.linalg.lapack import spotrf
+
+from convert import Params, schema
+from convert.assets import Size
+from convert.destination import Destination, destination, staged
+from convert.errors import DamagedError
+from convert.files import require_regular
+from convert.ownership import UNSEALED, seal
+from convert.shards import TensorFile
+from jaxprune.errors import Change, InputError
+from jaxprune.methods import Method
+from jaxprune.models import Architecture
+from jaxprune.phases import Phases, require_recipe
+from jaxprune.recipe import Recipe
+from jaxprune.run_store.context import NOWHERE
+from jaxprune.sharding import fetch
+from jaxprune.solve.calibration_states import CalibrationStates
+from jaxprune.solve.expert_removal import kept_experts, without_experts
+from jaxprune.solve.kernel import KernelResult, Linear
+from jaxprune.solve.layer import Inputs, Solver, layer_inputs, solve_kernels, solve_layer
+from jaxprune.solve.targets import require_fit, with_rules
+from jaxprune.sparsity.masks import StoredMask
+from jaxprune.sparsity.patterns import OwnPattern, Partly, Pattern, Sections
+from jaxprune.streaming.model import StreamedModel
+from jaxprune.streaming.sweep import sweep
+
+FORMAT = "jaxprune layer 2"
+
+
+class Snapshot(NamedTuple):
+    """What pruning a layer starts from.
+
+    Attributes:
+        layer: index of the layer.
+        inputs: tap -> linear layers whose input it is.
+        grams: tap -> Gram matrix of what it taps.
+        kernels: linear layer -> dense kernel [n_in, n_out].
+        sections: linear layer that is several side by side -> those; see `patterns.Sections`.
+        patterns: linear layer -> its pattern in the run; empty where masks were given.
+        outputs: linear layer -> weights of its outputs; empty where all weigh the same. See
+            `prune_and_round`.
+        tokens: tap of an expert -> number of tokens that it was given.
+        drifts: tap -> drift of its inputs; empty where `asymmetry` is 0. See `gram_matrices`.
+        asymmetry: see `layer.Solver`.
+    """
+
+    layer: int
+    inputs: dict[str, tuple[str, ...]]
+    grams: dict[str, Float[np.ndarray, "n n"]]
+    kernels: dict[str, Float[np.ndarray, "n m"]]
+    sections: Mapping[str, Sections] = MappingProxyType({})
+    patterns: Mapping[str, Pattern] = MappingProxyType({})
+    outputs: Mapping[str, Float[np.ndarray, "m"]] = MappingProxyType({})
+    tokens: Mapping[str, int] = MappingProxyType({})
+    drifts: Mapping[str, Float[np.ndarray, "n n"]] = MappingProxyType({})
+    asymmetry: float = 0.0
+
+    def only(self, path: str) -> "Snapshot":
+        """Returns the snapshot of one linear layer.
+
+        Raises:
+            InputError: there is no such linear layer.
+        """
+        if path not in self.kernels:
+            raise InputError(
+                f"there is no linear layer {path!r}: the file has {', '.join(self.kernels)}"
+            )
+        (tap,) = (tap for tap, paths in self.inputs.items() if path in paths)
+
+        def one(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: values[name]} if name in values else {}
+
+        return self._replace(
+            inputs={tap: (path,)},
+            grams=one(tap, self.grams),
+            kernels=one(path, self.kernels),
+            sections=one(path, self.sections),
+            patterns=one(path, self.patterns),
+            outputs=one(path, self.outputs),
+            tokens=one(tap, self.tokens),
+            drifts=one(tap, self.drifts),
+        )
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The tensors of the file, by name."""
+        arrays = {f"gram.{tap}": gram for tap, gram in self.grams.items()}
+        arrays |= {f"drift.{tap}": drift for tap, drift in self.drifts.items()}
+        arrays |= {f"outputs.{linear}": weights for linear, weights in self.outputs.items()}
+        return arrays | {f"{linear}.kernel": kernel for linear, kernel in self.kernels.items()}
+
+
+def require_layer(architecture: Architecture, layer: int) -> None:
+    """Raises InputError where a model has no layer of an index."""
+    if layer >= (count := len(architecture.layers)):
+        raise InputError(f"there is no layer {layer}: the checkpoint has {count} layers, from 0")
+
+
+def capture(
+    model: StreamedModel,
+    tokens: Int[np.ndarray, "w t"],
+    layer: int,
+    recipe: Recipe,
+    *,
+    prune_before: bool = True,
+) -> Snapshot:
+    """Returns what the solves of a layer start from in a run; what follows them, such as tuning, is
+    not done.
+
+    Args:
+        model: the dense model.
+        tokens: calibration windows, [windows, length] token ids.
+        layer: the index of the layer.
+        recipe: that of the run.
+        prune_before: False: the layers before stay dense.
+
+    Raises:
+        InputError: there is no such layer, or it stays dense, or model, tokens and recipe do not
+            fit together.
+    """
+    require_layer(model.architecture, layer)
+    model.require_tokens(tokens)
+    dropped = recipe.experts.drop_experts
+    targets = require_recipe(without_experts(model.architecture, dropped), recipe)
+    if dropped:
+        model = model.keeping(kept_experts(model, tokens, dropped))
+    if not Solver(recipe.method, with_rules(*targets)).taps(
+        layer, model.architecture.layers[layer]
+    ):
+        raise InputError(
+            f"the rules leave layer {layer} dense",
+            options=dict.fromkeys(("layer", "skip"), Change.OTHER),
+        )
+    states, solver = Phases.of(model, tokens, recipe, NOWHERE).solving()
+    before = (
+        solver if prune_before else dataclasses.replace(solver, target_of=lambda index, path: None)
+    )
+
+    def visit(index: int, stored: Params, seconds: dict[str, float]) -> Snapshot | None:
+        if index == layer:
+            return _of_layer(states, solver, index, stored)
+        solve_layer(states, before, index, stored, seconds)
+        return None
+
+    *_, snapshot = sweep(range(layer + 1), states.model.layers, visit, states=states)
+    assert snapshot
+    return snapshot
+
+
+def _of_layer(states: CalibrationStates, solver: Solver, index: int, stored: Params) -> Snapshot:
+    """Returns the snapshot of the layer that the states have reached."""
+    model, part = states.model, states.model.architecture.layers[index]
+    params, own = model.put_layer(index, stored), part.unstack(stored)
+    taps = solver.taps(index, part)
+    paths = [path for some in taps.values() for path in some]
+    grams, drifts, tokens = {}, {}, {}
+    for tap, inputs in layer_inputs(states, solver, index, params, {}):
+        grams[tap] = fetch(inputs.gram)
+        if inputs.drift is not None:
+            drifts[tap] = fetch(inputs.drift)
+        if inputs.tokens is not None:
+            tokens[tap] = inputs.tokens
+        del inputs  # before the next are made
+    targets = {path: solver.target_of(index, path) for path in paths}
+    return Snapshot(
+        index,
+        taps,
+        grams,
+        kernels={path: np.asarray(own[f"{path}.kernel"]) for path in paths},
+        sections={path: part.sections[path] for path in paths if path in part.sections},
+        patterns={path: target for path, target in targets.items() if isinstance(target, Pattern)},
+        outputs={path: weights for path, weights in solver.outputs(index).items() if path in paths},
+        tokens=tokens,
+        drifts=drifts,
+        asymmetry=solver.asymmetry,
+    )
+
+
+def solve(
+    snapshot: Snapshot, method: Method, target: Pattern | Callable[[int, str], Pattern | StoredMask]
+) -> Iterator[tuple[str, KernelResult, float, Float[np.ndarray, "n m"]]]:
+    """Prunes the kernels of a snapshot: yields each one's path, result, seconds and pruned kernel.
+
+    The time of preparation (once an input) is counted to the first linear layer that has the input.
+
+    Args:
+        snapshot: the snapshot.
+        method: the pruning method.
+        target: a pattern for all linear layers, or (layer index, path) -> its own or its mask.
+
+    Raises:
+        InputError: the pattern or the mask does not fit the kernels, or one cannot be solved.
+    """
+    linears = {}
+    for path, kernel in snapshot.kernels.items():
+        wanted = target(snapshot.layer, path) if callable(target) else target
+        require_fit(wanted, snapshot.layer, path, kernel.shape)
+        weights, sections = snapshot.outputs.get(path), snapshot.sections.get(path, ())
+        linears[path] = Linear(partial(jnp.asarray, kernel), wanted, weights, sections)
+    for tap, paths in snapshot.inputs.items():
+        found: dict[str, tuple[KernelResult, Float[np.ndarray, "n m"]]] = {}
+        seconds, start = dict.fromkeys(paths, 0.0), time.perf_counter()
+        given = {"gram": snapshot.grams[tap], "drift": snapshot.drifts.get(tap)}
+        inputs = Inputs(snapshot.tokens.get(tap), **jax.tree.map(jnp.asarray, given))
+        some = {path: linears[path] for path in paths}
+        for path, stored, _, result in solve_kernels(
+            inputs, some, method, asymmetry=snapshot.asymmetry
+        ):
+            found[path] = result, stored
+            seconds[path] += time.perf_counter() - start
+            start = time.perf_counter()
+        for path, (result, stored) in found.items():
+            if not math.isfinite(result.error):
+                raise InputError(
+                    f"{path} cannot be solved, its weights come out as NaN or infinity",
+                    options={"damping": Change.RAISE},
+                )
+            yield path, result, seconds[path], stored
+
+
+def save(place: str | Path | Destination, snapshot: Snapshot) -> None:
+    """Writes a snapshot's file.
+
+    Raises:
+        CheckpointError: there is something that is not replaced, or it cannot be written.
+    """
+    arrays = snapshot.arrays
+    header = {
+        "layer": snapshot.layer,
+        "inputs": snapshot.inputs,
+        "sections": {path: dict(sections) for path, sections in snapshot.sections.items()},
+        "patterns": {
+            path: _Pattern.of(pattern).model_dump() for path, pattern in snapshot.patterns.items()
+        },
+        "tokens": dict(snapshot.tokens),
+        "asymmetry": snapshot.asymmetry,
+    }
+    with staged(destination(place, folder=False)) as path:
+        file = TensorFile(
+            path,
+            arrays,
+            {"seal": UNSEALED, "format": FORMAT}
+            | {name: json.dumps(value) for name, value in header.items()},
+        )
+        for name, array in arrays.items():
+            file.write(name, array)
+        file.finish()
+        seal(path)
+
+
+class _Pattern(schema.Schema):
+    """The pattern of a linear layer."""
+
+    pattern: OwnPattern
+    share: float = pydantic.Field(ge=0, le=1)
+
+    @classmethod
+    def of(cls, pattern: Pattern) -> "_Pattern":
+        if isinstance(pattern, Partly):
+            return cls.model_construct(pattern=pattern.pattern, share=pattern.share)
+        return cls.model_construct(pattern=pattern, share=1.0)
+
+    def made(self) -> Pattern:
+        """Returns the pattern that the solve takes."""
+        return self.pattern if self.share == 1 else Partly(self.pattern, self.share)
+
+
+class _Metadata(schema.Schema):
+    """What the header says beside the tensors."""
+
+    layer: Annotated[str, pydantic.Field(pattern="^[0-9]{1,9}$")]
+    inputs: pydantic.Json[dict[str, list[str]]]
+    sections: pydantic.Json[dict[str, dict[str, Size]]] = {}
+    patterns: pydantic.Json[dict[str, _Pattern]] = {}
+    tokens: pydantic.Json[dict[str, schema.Count]] = {}
+    asymmetry: pydantic.Json[Annotated[float, pydantic.Field(ge=0, le=1)]] = 0.0
+
+
+def load(path: Path) -> Snapshot:
+    """Reads a snapshot's file.
+
+    Raises:
+        InputError: it is no such file, or a Gram matrix is none: not symmetric, not finite, not
+            positive semidefinite.
+        DamagedError: its header and its tensors disagree.
+    """
+    require_regular(path, InputError)
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            metadata = opened.metadata() or {}
+            if metadata.pop("format", None) != FORMAT:
+                raise InputError(
+                    "it holds no layer's snapshot",
+                    file=path,
+                    wanted="one that `jaxprune snapshot` made",
+                )
+            header = schema.check(_Metadata, metadata, file=path, entry="__metadata__")
+            slices = {name: opened.get_slice(name) for name in opened.keys()}
+            names = _require_shapes(path, header, slices)
+            snapshot = _read(header, {name: opened.get_tensor(name) for name in names})
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"it cannot be read ({error})", file=path) from error
+    for name, array in snapshot.arrays.items():
+        if not np.isfinite(np.asarray(array, np.float32)).all():
+            raise InputError("it holds NaN or infinity", file=path, entry=name)
+    for tap, gram in snapshot.grams.items():
+        if reason := why_no_gram(gram):
+            raise InputError(f"it is no Gram matrix, {reason}", file=path, entry=f"gram.{tap}")
+    for linear, weights in snapshot.outputs.items():
+        if not (weights > 0).all():
+            raise InputError(
+                "a weight of an output is not positive", file=path, entry=f"outputs.{linear}"
+            )
+    return snapshot
+
+
+def _read(header: _Metadata, tensors: Mapping[str, np.ndarray]) -> Snapshot:
+    """Returns the snapshot of a file whose header and tensors agree."""
+    linears = [linear for paths in header.inputs.values() for linear in paths]
+    return Snapshot(
+        int(header.layer),
+        {tap: tuple(paths) for tap, paths in header.inputs.items()},
+        grams={tap: tensors[f"gram.{tap}"] for tap in header.inputs},
+        kernels={linear: tensors[f"{linear}.kernel"] for linear in linears},
+        sections={linear: tuple(those.items()) for linear, those in header.sections.items()},
+        patterns={linear: record.made() for linear, record in header.patterns.items()},
+        outputs={
+            linear: tensors[f"outputs.{linear}"]
+            for linear in linears
+            if f"outputs.{linear}" in tensors
+        },
+        tokens=header.tokens,
+        drifts={tap: tensors[f"drift.{tap}"] for tap in header.inputs if header.asymmetry},
+        asymmetry=header.asymmetry,
+    )
+
+
+def _require_shapes(path: Path, header: _Metadata, slices: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the snapshot's tensors; raises DamagedError where one is missing, or
+    does not fit."""
+    linears = [linear for paths in header.inputs.values() for linear in paths]
+    if not linears or len(set(linears)) < len(linears):
+        raise DamagedError(
+            "linear layers are missing, or there twice", file=path, entry="inputs", found=linears
+        )
+    if header.patterns and header.patterns.keys() != set(linears):
+        raise DamagedError(
+            "linear layers are missing, or unknown",
+            file=path,
+            entry="patterns",
+            found=header.patterns,
+        )
+    if unknown := header.tokens.keys() - header.inputs.keys():
+        raise DamagedError(
+            "there are no such inputs", file=path, entry="tokens", found=sorted(unknown)
+        )
+    names = [
+        f"{kind}.{tap}"
+        for kind in ("gram", *["drift"] * (header.asymmetry > 0))
+        for tap in header.inputs
+    ]
+    outputs = [f"outputs.{linear}" for linear in linears]
+    names += [f"{linear}.kernel" for linear in linears] + outputs * any(
+        name in slices for name in outputs
+    )
+    if missing := [name for name in names if name not in slices]:
+        raise DamagedError("a tensor is missing", file=path, entry=missing[0])
+    for name in names:
+        dtype = slices[name].get_dtype()
+        if dtype not in (("F32", "F16", "BF16") if name.endswith(".kernel") else ("F32",)):
+            raise DamagedError(
+                "a tensor's dtype cannot be used", file=path, entry=name, found=dtype
+            )
+    for tap, paths in header.inputs.items():
+        gram = slices[f"gram.{tap}"].get_shape()
+        if len(gram) != 2 or gram[0] != gram[1] or not gram[0]:
+            raise DamagedError(
+                "a Gram matrix is not square", file=path, entry=f"gram.{tap}", found=gram
+            )
+        if f"drift.{tap}" in names and (drift := slices[f"drift.{tap}"].get_shape()) != gram:
+            raise DamagedError(
+                "its shape is wrong", file=path, entry=f"drift.{tap}", found=drift, wanted=f"{gram}"
+            )
+        for linear in paths:
+            _require_linear(path, header, linear, gram[0], slices)
+    return names
+
+
+def _require_linear(
+    path: Path, header: _Metadata, linear: str, inputs: int, slices: Mapping[str, Any]
+) -> None:
+    """Raises DamagedError where what the file holds of a linear layer does not fit its number of
+    inputs."""
+    kernel = slices[f"{linear}.kernel"].get_shape()
+    if len(kernel) != 2 or kernel[0] != inputs or not kernel[1]:
+        wanted = f"[{inputs}, outputs], as the Gram matrix of its inputs has it"
+        raise DamagedError(
+            "a kernel's shape is wrong", file=path, entry=linear, found=kernel, wanted=wanted
+        )
+    name = f"outputs.{linear}"
+    if name in slices and (weights := slices[name].get_shape()) != [kernel[1]]:
+        wanted = f"[{kernel[1]}], one of each output"
+        raise DamagedError(
+            "the number of weights is wrong", file=path, entry=name, found=weights, wanted=wanted
+        )
+    widths = list(header.sections.get(linear, {}).values())
+    if linear in header.sections and (not widths or kernel[1] % sum(widths)):
+        wanted = f"outputs that sum to a divisor of {kernel[1]}"
+        raise DamagedError(
+            "sections do not fit", file=path, entry=linear, found=widths, wanted=wanted
+        )
+    try:
+        if linear in header.patterns:
+            header.patterns[linear].made().zeros(tuple(kernel))
+    except InputError as error:
+        raise DamagedError(error.problem, file=path, entry=f"patterns.{linear}") from None
+
+
+def why_no_gram(gram: Float[np.ndarray, "n n"]) -> str:
+    """Returns why a finite float32 matrix cannot be a sum of products x xᵀ; "" where it can, up to
+    rounding.
+
+    With a diagonal of ones (the inputs' norms divided out) all entries lie between -1 and 1, and
+    after a small ridge a Cholesky factorization exists. Rounding of all entries by a few units
+    moves eigenvalues by some √n of them.
+    """
+    n = len(gram)
+    tolerance = np.float32(32 * np.sqrt(n) * np.finfo(np.float32).eps)
+    diagonal = np.diagonal(gram)
+    if diagonal.min() < 0:
+        at = int(diagonal.argmin())
+        return f"its diagonal is negative at {at}: {diagonal[at]:.3g}"
+    scale = np.maximum(np.sqrt(diagonal), np.sqrt(np.finfo(np.float32).tiny))
+    scaled = gram / scale[:, None]
+    scaled /= scale[None, :]
+    for start in range(0, n, 512):
+        rows = slice(start, start + 512)
+        difference = np.abs(scaled[rows] - scaled[:, rows].T)
+        if difference.max() > tolerance:
+            row, column = (int(i) for i in np.unravel_index(difference.argmax(), difference.shape))
+            return f"it is not symmetric at [{start + row}, {column}]"
+        if np.abs(scaled[rows]).max() > 1 + tolerance:
+            row, column = (
+                int(i) for i in np.unravel_index(np.abs(scaled[rows]).argmax(), difference.shape)
+            )
+            return f"its entry [{start + row}, {column}] is larger than the diagonal allows"
+    scaled[np.diag_indices(n)] = 1 + tolerance
+    # its transpose is Fortran's, and so not copied
+    _, pivot = spotrf(scaled.T, lower=True, overwrite_a=True)
+    return f"it is not positive semidefinite: pivot {pivot - 1} is negative" if pivot else ""

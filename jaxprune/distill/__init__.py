@@ -1,0 +1,1 @@
+"""The tuning: a pruned student learns from the dense model."""

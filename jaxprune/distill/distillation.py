@@ -1,0 +1,238 @@
+r"""Distillation: the kept weights tuned against the dense model's predictions, end to end.
+
+Layer by layer, pruning keeps each linear layer's own output; what remains is an error that grows
+through the depth of the model. Here the kept weights of all linear layers are tuned together by
+Adafactor to minimise, over tokens of text, the mean of
+
+    KL(p‖q) = Σ_v p_v (log p_v − log q_v),
+
+p and q the next-token distributions of the dense and of the pruned model. Norms, embedding and head
+stay, and what is zero does. A share of the zeros may come over the first part of the steps: see
+`late_zeros`. The text is that of the calibration windows, or a stream of its own. Of a stream some
+windows are held out: the kept weights are those of the step with the lowest divergence on them, of
+the steps after the last pruning.
+
+References:
+    Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), for the loss.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain, islice
+from typing import NamedTuple
+
+import numpy as np
+import optax
+from jaxtyping import Float, Int
+
+from jaxprune.calibration.stream import TextStream
+from jaxprune.distill import saved_tuning
+from jaxprune.distill.gradual_pruning import LateZeros
+from jaxprune.distill.held_out import HeldOut
+from jaxprune.distill.placement import placement_of
+from jaxprune.distill.saved_tuning import Progress
+from jaxprune.distill.schedule import TuningSteps
+from jaxprune.distill.student import Student, require_finite
+from jaxprune.errors import InputError
+from jaxprune.recipe_parts import Tuning
+from jaxprune.run_store.context import NOWHERE, Context
+from jaxprune.solve.layer_result import LayerResult
+from jaxprune.solve.targets import TargetOf
+from jaxprune.streaming.model import StreamedModel
+
+log = logging.getLogger(__name__)
+FAR = 0.75
+"""Nats from the dense model, from which on the rate is all that it may be."""
+FIRST = 2048
+"""Tokens of the first steps, by whose divergence the rate is chosen."""
+
+
+class Text(NamedTuple):
+    """What is tuned on.
+
+    Attributes:
+        steps: how many steps there are, and of what size.
+        batches: the number of a step -> the windows of that step and of those after it.
+        held_out: windows that no step sees; None: there are none.
+    """
+
+    steps: TuningSteps
+    batches: Callable[[int], Iterator[Int[np.ndarray, "b t"]]]
+    held_out: Int[np.ndarray, "h t"] | None
+
+
+def of_windows(tokens: Int[np.ndarray, "w t"], tuning: Tuning, seed: int) -> Text:
+    """Returns the calibration windows as what is tuned on: every epoch visits all, in an order of
+    its own, and the last may end early."""
+    steps = TuningSteps.of(tuning, *tokens.shape)
+    tokens, visits = _pieces(tokens, tuning), steps.count * steps.windows
+    generator = np.random.default_rng(seed)
+    epochs = [generator.permutation(len(tokens)) for _ in range(math.ceil(visits / len(tokens)))]
+    rows = np.concatenate(epochs)[:visits].reshape(steps.count, steps.windows)
+    return Text(steps, lambda begin: (tokens[chosen] for chosen in rows[begin:]), None)
+
+
+def of_stream(stream: TextStream, tuning: Tuning) -> Text:
+    """Returns a stream as what is tuned on."""
+    steps = TuningSteps.of(tuning, 1, stream.length, stream.held_out.size)
+    if stream.tokens < steps.count * steps.tokens:
+        log.warning(
+            "the text to tune on has about %s tokens beside those that are held out, and the "
+            "tuning takes %s: it sees "
+            "them %.1f times (more text would bring more)",
+            f"{stream.tokens:,}",
+            f"{steps.count * steps.tokens:,}",
+            steps.count * steps.tokens / max(1, stream.tokens),
+        )
+    count, (each, _) = steps.windows, tuning.pieces(1, stream.length)
+
+    def batches(begin: int) -> Iterator[np.ndarray]:
+        windows = stream.windows(begin * count // each)
+        pieces = chain.from_iterable(_pieces(window[None], tuning) for window in windows)
+        rest = islice(pieces, begin * count % each, None)
+        for _ in range(begin, steps.count):
+            yield np.stack(list(islice(rest, count)))
+
+    return Text(steps, batches, stream.held_out if len(stream.held_out) else None)
+
+
+def _pieces(tokens: Int[np.ndarray, "w t"], tuning: Tuning) -> Int[np.ndarray, "p s"]:
+    """Cuts windows into pieces; what is left of a window is left out."""
+    pieces, length = tuning.pieces(*tokens.shape)
+    return tokens[:, : pieces // len(tokens) * length].reshape(pieces, length)
+
+
+def distill(
+    model: StreamedModel,
+    text: Text,
+    layers: Iterable[LayerResult],
+    tuning: Tuning,
+    *,
+    target_of: TargetOf | None = None,
+    context: Context = NOWHERE,
+) -> Iterator[LayerResult]:
+    """Tunes pruned layers. Masks and what became of the kernels stay as their solves have them,
+    unless zeros come late.
+
+    Args:
+        model: what was pruned; its teacher is the model towards which is tuned.
+        text: what is tuned on.
+        layers: all layers, as `loop.prune_layers` gives them; each is let go when it is taken up.
+        tuning: how.
+        target_of: (layer index, path of the linear layer) -> its pattern, where zeros come late.
+        context: its store has the state now and then; its observer is told each step, and each
+            measure of the divergence on what is held out.
+
+    Raises:
+        InputError: the loss is not finite, or a kernel in the end; zeros are to come late, but in
+            no pattern.
+    """
+    steps, teacher, observer = text.steps, model.teacher, context.observer
+    late, devices = None, model.devices.count
+    placement = placement_of(
+        model.architecture,
+        steps.shape,
+        devices,
+        late_zeros=bool(steps.prunings),
+        teacher=teacher.architecture,
+    )
+    if steps.prunings:
+        if target_of is None:
+            raise InputError(
+                "zeros come late in patterns: give them as target_of", options={"tune_zeros": 0}
+            )
+        late = LateZeros(target_of, steps.prunings)
+    student = Student(model, layers, placement, late)
+    rate = Rate(tuning.tune_rate, steps.count, steps.tokens)
+    all_there = steps.last_pruning * steps.tokens
+    held_out = HeldOut(teacher, text.held_out, all_there) if text.held_out is not None else None
+    observer.started("tuning", steps.count, "steps")
+    begin = _begun(context, student, rate, held_out)
+    for number, (tokens, dense) in enumerate(_with_dense(teacher, text, begin), begin + 1):
+        divergence = student.step(tokens, dense, number, partial(rate.of, number))
+        observer.step_done(number, steps.count, divergence)
+        if held_out and number in steps.measured:
+            seen = number * steps.tokens
+            observer.divergence_measured(seen, held_out.measure(student, seen))
+            if not (tuning.tune_to_end or held_out.falls):
+                break
+        measured = (held_out.curve, held_out.best) if held_out else ([], None)
+        saved_tuning.save(context.store, student.state, Progress(number, rate.before, *measured))
+        del measured  # there is to be one best at a time
+    saved_tuning.save_curve(context.store, held_out.curve if held_out else [])
+    best = held_out.best if held_out else None
+    require_finite(best or (kernels.values for kernels in student.state))
+    for index in range(model.num_layers):
+        yield student.result(index, best[index] if best else student.stored(index))
+
+
+def _begun(context: Context, student: Student, rate: "Rate", held_out: HeldOut | None) -> int:
+    """Takes up what was saved of a tuning, or measures what is held out before the first step;
+    returns the number of the steps that were made."""
+    observer = context.observer
+    saved = saved_tuning.restore(context.store, student.state, student.restore)
+    if saved:
+        observer.tuning_resumed(saved.step)
+        rate.before = saved.before
+    if held_out and saved:
+        held_out.curve, held_out.best = saved.curve, saved.best
+        for point in saved.curve:
+            observer.divergence_measured(*point)
+    elif held_out:
+        observer.divergence_measured(0, held_out.measure(student, 0))
+    return saved.step if saved else 0
+
+
+class Rate:
+    """The learning rate: it rises over the first eighth of the steps and then falls along a cosine.
+
+    The highest is `rate` where the pruned model is `FAR` from the dense one, or more, and in
+    proportion less where it is nearer: what has little to make good is soon past it.
+
+    Args:
+        rate: the highest of all.
+        steps: how many there are.
+        tokens: of a step.
+
+    Attributes:
+        before: the mean divergence of the first steps so far, nats.
+    """
+
+    def __init__(self, rate: float, steps: int, tokens: int) -> None:
+        rising = math.ceil(steps / 8)
+        self._of_steps = optax.warmup_cosine_decay_schedule(
+            rate / 10, rate, min(rising, steps - 1), steps, rate / 20
+        )
+        self._first = min(rising, math.ceil(FIRST / tokens))
+        self.before = 0.0
+
+    def of(self, number: int, divergence: float) -> float:
+        """Returns the rate of a step by its number, from 1, and its divergence."""
+        if number <= self._first:
+            self.before += (divergence - self.before) / number
+        return float(self._of_steps(number - 1)) * min(1.0, self.before / FAR)
+
+
+def _with_dense(
+    model: StreamedModel, text: Text, begin: int
+) -> Iterator[tuple[Int[np.ndarray, "b t"], Float[np.ndarray, "b t d"]]]:
+    """Yields the windows of a step and of those after it, with the dense model's last hidden states
+    of them. These are computed for whole groups of steps, see `TuningSteps.together`, in a group
+    for equal windows once."""
+    together = text.steps.together(model.architecture.state_bytes)
+    first = begin // together * together
+    batches = text.batches(first) if begin < text.steps.count else iter(())
+    while group := list(islice(batches, together)):
+        numbers: dict[bytes, int] = {}
+        chosen = [
+            [numbers.setdefault(window.tobytes(), len(numbers)) for window in batch]
+            for batch in group
+        ]
+        windows = np.stack([np.frombuffer(window, group[0].dtype) for window in numbers])
+        (dense,) = model.final_states(windows)
+        for rows in chosen[max(0, begin - first) :]:
+            yield windows[rows], dense.read(np.array(rows))
+        first += together
+        del dense  # before the next group's

@@ -1,0 +1,70 @@
+"""The loop over layers, from top to bottom as the method goes.
+
+tokens -> embed -> hidden states (host)
+  layer i:  read -> taps -> Gram matrices -> solve -> store -> forward -> write
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import numpy as np
+from jaxtyping import Int
+
+from convert import Spec, parts
+from jaxprune.methods import Method
+from jaxprune.solve.calibration_states import CalibrationStates
+from jaxprune.solve.layer import Solver, solve_layer
+from jaxprune.solve.layer_result import LayerResult
+from jaxprune.solve.sensitivity import Weights
+from jaxprune.solve.targets import TargetOf, targets_for
+from jaxprune.sparsity.patterns import Pattern
+from jaxprune.streaming.model import StreamedModel
+from jaxprune.streaming.sweep import sweep
+
+
+def prune_layers(
+    model: StreamedModel,
+    tokens: Int[np.ndarray, "w t"],
+    method: Method,
+    target: Pattern | TargetOf,
+    *,
+    weights: Sequence[Weights] | None = None,
+    asymmetry: float = 0.0,
+) -> Iterator[LayerResult]:
+    """Prunes a model layer by layer; nothing is written.
+
+    Args:
+        model: the dense model.
+        tokens: calibration windows, [windows, length] token ids.
+        method: the pruning method.
+        target: a pattern for all linear layers, or (layer index, path) -> its own, which may be a
+            mask made elsewhere.
+        weights: the weights of the layers' tokens and outputs; see `sensitivity.weights`.
+        asymmetry: see `Solver`. Above 0 the dense model goes along: another forward pass.
+
+    Returns:
+        An iterator over the layers' results. A layer is pruned when its result is asked for.
+
+    Raises:
+        InputError: model, tokens and target do not fit together; raised here, before the first
+            layer.
+    """
+    solver = Solver(method, targets_for(model.architecture, target), weights, asymmetry)
+    return sweep_layers(CalibrationStates(model, tokens, with_dense=asymmetry > 0), solver)
+
+
+def sweep_layers(states: CalibrationStates, solver: Solver) -> Iterator[LayerResult]:
+    """Yields the pruned layers, in order.
+
+    Args:
+        states: the model, its states before the first layer, and where layers are saved.
+        solver: how layers are pruned.
+    """
+    order, source = range(states.model.num_layers), states.model.layers
+    visit = partial(solve_layer, states, solver)
+    return sweep(order, source, visit, saved=states.saved, states=states)
+
+
+def other_params(spec: Spec) -> Iterator[list[str]]:
+    """Yields the paths of each part that pruning leaves alone: embedding, final norm, head."""
+    return (paths for part, paths in parts(spec).items() if not part.startswith("layers."))

@@ -1,0 +1,270 @@
+"""A recipe on a whole model: sensitivities -> sparsities -> the loop over layers -> distillation ->
+quantization."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+from jaxtyping import Int
+
+from convert.names import expert_path
+from jaxprune.calibration.stream import TextStream
+from jaxprune.distill import distillation, saved_tuning
+from jaxprune.distill.distillation import Text, distill
+from jaxprune.errors import Change, InputError
+from jaxprune.loop import sweep_layers
+from jaxprune.methods.quantization import has_grid
+from jaxprune.models import Architecture
+from jaxprune.recipe import Recipe
+from jaxprune.recipe_parts import effective_tuning, late_sparsity
+from jaxprune.run_store.context import NOWHERE, Context
+from jaxprune.run_store.store import CURVE, PRUNED, QUANTIZED, SENSITIVITY, TUNED, TUNING
+from jaxprune.solve.allocation import allocate, zeros_to_allocate
+from jaxprune.solve.calibration_states import CalibrationStates
+from jaxprune.solve.layer import Solver
+from jaxprune.solve.layer_result import LayerResult, SavedLayers, saved_layers
+from jaxprune.solve.quantized_layers import quantize_layers
+from jaxprune.solve.sensitivity import Weights, measure_sensitivity, weights
+from jaxprune.solve.targets import (
+    TargetOf,
+    by_rules,
+    count_weights,
+    effective_recipe,
+    targets_for,
+    with_rules,
+)
+from jaxprune.sparsity.patterns import Pattern, Unstructured, partly
+from jaxprune.streaming.model import StreamedModel
+
+Targets = tuple[Pattern | TargetOf, Mapping[tuple[int, str], Pattern | None]]
+"""The target of linear layers, and that of those that rules name."""
+
+
+def prune_model(
+    model: StreamedModel,
+    tokens: Int[np.ndarray, "w t"],
+    recipe: Recipe,
+    *,
+    stream: TextStream | None = None,
+    seed: int = 0,
+    context: Context = NOWHERE,
+) -> Iterator[LayerResult]:
+    """Yields the layers as they are to be stored, in order; no checkpoint is written.
+
+    Args:
+        model: the dense model, or what is left of it when experts are dropped.
+        tokens: calibration windows, [windows, length] token ids.
+        recipe: what to do.
+        stream: the text that is tuned on, where the recipe takes tokens of one.
+        seed: the seed of the order of calibration windows in the distillation.
+        context: its observer is told each layer as soon as it is pruned, which with distillation is
+            long before it is yielded, and again when it is quantized; each step; and the seconds of
+            each phase but those in the layers' results.
+
+    Raises:
+        InputError, CheckpointError: recipe, model and tokens do not fit together.
+    """
+    phases = Phases.of(model, tokens, recipe, context)
+    require_stream(recipe, stream)
+    tuning, text = effective_tuning(phases.recipe.tuning, recipe.pattern), None
+    if stream and tuning.tunes:
+        model.require_tokens(stream.held_out)
+        text = distillation.of_stream(stream, tuning)
+    elif tuning.tune_epochs:
+        text = distillation.of_windows(tokens, tuning, seed)
+    layers = phases.pruned()
+    if text:
+        layers = phases.tuned(layers, text)
+    return phases.quantized(layers) if recipe.quantize else layers
+
+
+def require_stream(recipe: Recipe, stream: TextStream | None) -> None:
+    """Raises InputError where there is no text that the recipe tunes on tokens of, or one that it
+    does not use."""
+    if recipe.tuning.tune_tokens and stream is None:
+        raise InputError(
+            "the recipe tunes on tokens of a text: give it as stream",
+            options={"tune_epochs": Change.OTHER},
+        )
+    if stream is not None and not recipe.tuning.tune_tokens:
+        raise InputError(
+            "the recipe tunes on no stream of text: leave stream out, or set the tokens to tune on"
+        )
+
+
+def require_recipe(architecture: Architecture, recipe: Recipe) -> Targets:
+    """Returns the target of linear layers, and that of those that rules name; errors as for
+    `prune_model`."""
+    target, named = recipe.target(), by_rules(architecture, recipe.rules)
+    targets_for(architecture, with_rules(target, named))
+    if recipe.importance.spread:
+        assert isinstance(target, Unstructured)
+        zeros_to_allocate(count_weights(architecture, named), target.sparsity)
+    if recipe.asymmetry and architecture.config.routing:
+        raise InputError(
+            "asymmetry is not implemented for models with experts",
+            options={"asymmetry": Change.OMIT},
+        )
+    if recipe.experts.route_all and not architecture.config.routing:
+        raise InputError(
+            "the model has no experts to route tokens to", options={"route_all": Change.OMIT}
+        )
+    if recipe.quantize and not any(
+        has_grid(shape[0]) for shape in architecture.kernel_shapes().values()
+    ):
+        raise InputError(
+            f"{recipe.quantize} has blocks of 32 inputs, and no linear layer comes in whole blocks "
+            "of 32",
+            options={"quantize": Change.OMIT},
+        )
+    if recipe.experts.drop_experts and callable(target):
+        _require_masks_of_kept(architecture, target)
+    return target, named
+
+
+def _require_masks_of_kept(architecture: Architecture, masks: TargetOf) -> None:
+    """Raises InputError for masks of more experts than stay: which of them would be whose is not
+    known."""
+    for index, layer in enumerate(architecture.layers):
+        for path, count in layer.experts.items():
+            try:
+                masks(index, expert_path(path, count))
+            except InputError:
+                continue  # as it should be
+            raise InputError(
+                f"the masks are of more experts than the {count} of layer {index} that stay: drop "
+                "experts first, and "
+                "give the result as checkpoint",
+                options={"drop_experts": Change.OMIT},
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Phases:
+    """The phases of a recipe on a model.
+
+    Attributes:
+        model, tokens, context: as for `prune_model`.
+        recipe: without what changes nothing, since rules name every linear layer.
+        targets: as `require_recipe` returns them.
+    """
+
+    model: StreamedModel
+    tokens: Int[np.ndarray, "w t"]
+    recipe: Recipe
+    targets: Targets
+    context: Context
+
+    @classmethod
+    def of(
+        cls, model: StreamedModel, tokens: Int[np.ndarray, "w t"], recipe: Recipe, context: Context
+    ) -> "Phases":
+        """Returns the phases; arguments and errors as for `prune_model`."""
+        targets = require_recipe(model.architecture, recipe)
+        model.require_tokens(tokens)
+        return cls(model, tokens, effective_recipe(model.architecture, recipe), targets, context)
+
+    def solving(self, saved: SavedLayers | None = None) -> tuple[CalibrationStates, Solver]:
+        """Returns what `sweep_layers` takes to prune the model, before any tuning.
+
+        Args:
+            saved: where pruned layers are saved.
+        """
+        target, layer_weights = self._by_importance()
+        target_of = targets_for(self.model.architecture, with_rules(target, self.targets[1]))
+        asymmetry = self.recipe.asymmetry
+        states = CalibrationStates(self._routed, self.tokens, with_dense=asymmetry > 0, saved=saved)
+        return states, Solver(self.recipe.method, target_of, layer_weights, asymmetry)
+
+    @property
+    def _routed(self) -> StreamedModel:
+        return self.model.routing_all() if self.recipe.experts.route_all else self.model
+
+    def pruned(self) -> Iterator[LayerResult]:
+        """Yields pruned layers."""
+        for layer in sweep_layers(*self.solving(saved_layers(self.context.store, PRUNED))):
+            self.context.observer.layer_done(layer)
+            yield layer
+
+    def tuned(self, layers: Iterator[LayerResult], text: Text) -> Iterator[LayerResult]:
+        """Yields pruned layers tuned on a text."""
+        context, saved = self.context, saved_layers(self.context.store, TUNED)
+        if saved and saved.complete(self.model.num_layers):
+            yield from self._replay(saved)
+            return
+        # the tuning is repeated: its curve and the layers that it saved are of another one
+        context.drop(TUNED, CURVE)
+        every = list(layers)
+        released = (every.pop(0) for _ in range(len(every)))
+        target_of, tuning = with_rules(*self.targets), self.recipe.tuning
+        tuned = distill(self.model, text, released, tuning, target_of=target_of, context=context)
+        for _ in range(self.model.num_layers):
+            with context.timed("tune"):
+                layer = next(tuned)
+            context.observer.layer_tuned(layer)
+            if saved:
+                saved.put(layer.index, layer)
+            yield layer
+        context.drop(SENSITIVITY, PRUNED, TUNING)
+
+    def quantized(self, layers: Iterator[LayerResult]) -> Iterator[LayerResult]:
+        """Yields pruned or tuned layers on the recipe's grid."""
+        context, saved = self.context, saved_layers(self.context.store, QUANTIZED)
+        if saved and saved.complete(self.model.num_layers):
+            yield from self._replay(saved)
+            return
+        earlier = saved_layers(context.store, TUNED if self.recipe.tuning.tunes else PRUNED)
+        if context.store and earlier:
+            for _ in layers:
+                pass  # to the end, so that all that those stages hold is freed
+            context.store.wait()
+            pruned: Callable[[int], LayerResult] = earlier.require
+        else:
+            pruned = {layer.index: layer for layer in layers}.__getitem__
+        context.observer.started("quantizing", self.model.num_layers)
+        states = CalibrationStates(self._routed, self.tokens, with_dense=False, saved=saved)
+        assert self.recipe.quantize
+        for layer in quantize_layers(states, pruned, self.recipe.quantize):
+            context.observer.layer_done(layer)
+            yield layer
+        context.drop(SENSITIVITY, PRUNED, TUNED)
+
+    def _replay(self, saved: SavedLayers) -> Iterator[LayerResult]:
+        """Yields the saved layers of a finished stage, and reports each to the observer."""
+        observer = self.context.observer
+        for point in saved_tuning.curve(saved.store):
+            observer.divergence_measured(*point)
+        for index in range(self.model.num_layers):
+            layer = saved.require(index)
+            observer.layer_done(layer)
+            yield layer
+
+    def _by_importance(self) -> tuple[Pattern | TargetOf, list[Weights] | None]:
+        """Returns the target of each kernel that no rule names, without the sparsity that comes
+        late, and the weights of each layer."""
+        target, named = self.targets
+        importance, late = (
+            self.recipe.importance,
+            late_sparsity(self.recipe.tuning, self.recipe.pattern),
+        )
+        if late and not importance.spread:
+            assert isinstance(target, Unstructured)
+            target = partly(target, late)
+        if not importance.measured:
+            return target, None
+        with self.context.timed("sensitivity"):
+            count = importance.windows_of(len(self.tokens))
+            some = self.tokens[np.arange(count) * len(self.tokens) // count]
+            found = measure_sensitivity(self.model, some, store=self.context.store)
+            if importance.spread:
+                assert isinstance(target, Unstructured)
+                patterns = allocate(
+                    self.model, found, target.sparsity, importance.spread, named, late
+                )
+
+                def own(index: int, path: str) -> Pattern:
+                    return patterns[index, path]
+
+                target = own
+        of_layers = [weights(layer, importance) for layer in found] if importance.weighs else None
+        return target, of_layers

@@ -1,0 +1,1 @@
+"""One layer: its Gram matrices, the target of each kernel, the solve, and what it gives."""

@@ -1,0 +1,85 @@
+"""The hidden states of the calibration windows on their way through the layers, and through those
+pruned already."""
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxprune import hardware
+from jaxprune.solve.layer_result import SavedLayers
+from jaxprune.streaming.hidden_states import HiddenStates
+from jaxprune.streaming.model import StreamedModel, inside_layer
+
+
+class CalibrationStates:
+    """Hidden states after the pruned layers, and where they are asked for those after the dense
+    layers.
+
+    Args:
+        model: the dense model.
+        tokens: calibration windows, [windows, length] token ids.
+        with_dense: whether states after the dense layers go along.
+        saved: where the layers that they pass are saved, and the states with them; None: nowhere.
+
+    Attributes:
+        model, saved: as given.
+        pruned: states after the layers as pruned.
+        dense: states after the dense layers; None where they were not asked for.
+
+    Raises:
+        InputError: see `StreamedModel.embed`.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        tokens: Int[np.ndarray, "w t"],
+        *,
+        with_dense: bool,
+        saved: SavedLayers | None = None,
+    ) -> None:
+        self.model, self.saved = model, saved
+        self._position = 0  # number of layers that the states went through
+        self._fresh = True
+        routing, at_a_time = model.architecture.config.routing, None
+        if routing and routing.route_all:  # as many rows as when each token takes a few experts
+            at_a_time = max(
+                1, hardware.current().tokens_per_batch * routing.per_token // routing.experts
+            )
+        self.pruned = model.embed(tokens, at_a_time=at_a_time)
+        self.dense = model.embed(tokens) if with_dense else None
+
+    def layer_done(self, index: int) -> None:
+        """Says that the states moved through a layer; saves them where that is worth its time."""
+        self._position = index + 1
+        if self.saved and self._position < self.model.num_layers:
+            self.saved.put_states(self._named(), self._position)
+
+    def catch_up(self, index: int) -> None:
+        """Moves the states on to a layer's input, through layers that an earlier process of the run
+        pruned.
+
+        Args:
+            index: the index of the layer.
+
+        Raises:
+            InputError: one of them was damaged meanwhile.
+        """
+        if self.saved is None:
+            return
+        if self._fresh:
+            self._fresh = False
+            if found := self.saved.states(lambda position: position <= index, self._named):
+                self._position, _ = found
+        for before in range(self._position, index):
+            layer = self.saved.require(before)
+            part = self.model.architecture.layers[before]
+            params = self.model.put_layer(before, part.stack(inside_layer(before, layer.params)))
+            self.model.forward(before, params, self.pruned)
+            del params  # before the next are there
+            if self.dense:
+                (stored,) = self.model.layers([before])
+                self.model.forward(before, self.model.put_layer(before, stored), self.dense)
+        self._position = index
+
+    def _named(self) -> dict[str, HiddenStates]:
+        return {"pruned": self.pruned} | ({"dense": self.dense} if self.dense else {})

@@ -1,0 +1,331 @@
+"""The Gram matrices of a layer's inputs, summed over the calibration windows in one pass of the
+dense layer.
+
+Those of experts are stacked, and where there are too many of them for the device, some experts' are
+summed at a time.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxprune import hardware
+from jaxprune.errors import InputError
+from jaxprune.methods import gram
+from jaxprune.models import Layer, Part
+from jaxprune.models.blocks import Routed, around, on_each
+from jaxprune.sharding import ONE_DEVICE, Devices, fetch
+from jaxprune.solve.calibration_states import CalibrationStates
+
+SHARE = 0.25
+"""The most of a device's memory for experts' Gram matrices; see `hardware.cpu_budget` for a CPU."""
+
+
+class ExpertTotals(NamedTuple):
+    """Sums for some experts of a layer.
+
+    Attributes:
+        gram: their Gram matrices, complete up to the diagonal.
+        tokens: how many tokens each was given.
+        first: the index of the first of them; those that follow are next to it.
+    """
+
+    gram: Float[Array, "g n n"]
+    tokens: Int[Array, "g"]
+    first: Int[Array, ""]
+
+
+Totals = dict[str, Any]
+"""Tap of the program -> [n, n], each device's on its own [devices, n, n], or `ExpertTotals`."""
+
+
+class Grams:
+    """The Gram matrices of a layer's inputs, until they are taken.
+
+    Args:
+        layer: the layer.
+        totals: the sums.
+
+    Attributes:
+        totals: those that are left.
+    """
+
+    def __init__(self, layer: Layer, totals: Totals) -> None:
+        self.totals, self._sources = totals, layer.sources
+        self._tokens = {
+            tap: (int(total.first), fetch(total.tokens))
+            for tap, total in totals.items()
+            if isinstance(total, ExpertTotals)
+        }
+
+    def tokens(self, tap: str) -> int | None:
+        """Returns how many tokens an expert was given; None where all tokens are."""
+        name, expert = self._sources[tap]
+        if expert is None:
+            return None
+        first, counts = self._tokens[name]
+        return int(counts[expert - first])
+
+    def take(self, tap: str) -> Float[Array, "n n"]:
+        """Returns a Gram matrix, which can be taken once."""
+        name, expert = self._sources[tap]
+        if expert is None:
+            return self.totals.pop(name)
+        return gram.symmetric(self.totals[name].gram[expert - self._tokens[name][0]])
+
+
+def groups(
+    layer: Layer, taps: Sequence[str], most: float, devices: Devices = ONE_DEVICE
+) -> Iterator[list[str]]:
+    """Yields taps whose Gram matrices are summed together: experts' within `most` bytes, from the
+    first to the last of a group, though one is always taken, and all others with the first group.
+
+    On several devices, which hold the sums of some experts each, those of all experts are summed
+    together.
+
+    Args:
+        layer: the layer.
+        taps: the inputs whose Gram matrices are wanted.
+        most: bytes for experts' Gram matrices on a device.
+        devices: those of the run.
+    """
+    if devices.count > 1:
+        most = math.inf
+    group, spans = (
+        [tap for tap in taps if layer.sources[tap].expert is None],
+        dict[str, tuple[int, int]](),
+    )
+    for tap in taps:
+        name, expert = layer.sources[tap]
+        if expert is None:
+            continue
+        wider = spans | {name: (spans.get(name, (expert, expert))[0], expert)}
+        size = sum(
+            4 * layer.features(own) ** 2 * (last + 1 - first)
+            for own, (first, last) in wider.items()
+        )
+        if spans and size > most:
+            yield group
+            group, wider = [], {name: (expert, expert)}
+        group.append(tap)
+        spans = wider
+    if group:
+        yield group
+
+
+def most_bytes(device_bytes: float | None = None) -> float:
+    """Returns the bytes for experts' Gram matrices on a device.
+
+    Args:
+        device_bytes: its memory; None: as this machine's device has it.
+    """
+    if device_bytes is None:
+        device_bytes = hardware.device_memory()
+    return hardware.cpu_budget() if device_bytes is None else SHARE * device_bytes
+
+
+def gram_matrices(
+    states: CalibrationStates,
+    index: int,
+    params: Mapping[str, Array],
+    weights: Mapping[str, Float[np.ndarray, "w t"]] | None = None,
+    taps: Sequence[str] | None = None,
+) -> tuple[Grams, dict[str, Float[Array, "n n"]]]:
+    """Sums the Gram matrices of a layer's linears' inputs, XᵀX or Xᵀ diag(w) X, float32.
+
+    Args:
+        states: the model, and its states before the layer, of which the dense model's move on.
+        index: the index of the layer.
+        params: the params of the dense layer, on the device.
+        weights: tap -> w, one weight a token; taps that are not in it weigh all tokens the same.
+        taps: the inputs whose Gram matrices are wanted; None: all.
+
+    Returns:
+        The Gram matrices, and the drifts X̂ᵀ(X − X̂) of the inputs X̂ from those of the dense
+        model, X; no drifts where there are no states of that. An expert's have the tokens that
+        are routed to it, each weighed by the square of its share in the layer's output.
+
+    Raises:
+        InputError: NaN or infinity in the layer's activations; weights are looked at when they are
+            read.
+    """
+    devices, layer = states.model.devices, states.model.architecture.layers[index]
+    hidden, dense = states.pruned, states.dense
+    wanted = layer.programs_of(layer.inputs if taps is None else taps)
+    weights = {tap: weight for tap, weight in (weights or {}).items() if tap in wanted}
+    experts = {
+        tap: expert_totals(layer, tap, some, devices) for tap, some in wanted.items() if some
+    }
+    widths = {tap: layer.features(tap) for tap, some in wanted.items() if some is None}
+    sums: dict[int, tuple[Totals, Totals]] = {}
+
+    def totals_for(rows: slice) -> tuple[int, Totals, Totals]:
+        """Returns sums on each device where the rows can be split over all of them, else one."""
+        parts = 1 if (rows.stop - rows.start) % devices.count else devices.count
+        if parts not in sums:
+            shapes = {tap: (n, n) if parts == 1 else (parts, n, n) for tap, n in widths.items()}
+            zeros = [
+                {tap: devices.zeros(shape) for tap, shape in shapes.items()}
+                for _ in range(1 + bool(dense))
+            ]
+            sums[parts] = zeros[0], zeros[1] if dense else {}
+        return parts, *sums.pop(parts)
+
+    def weights_of(rows: slice) -> dict[str, Array]:
+        return {tap: devices.shard_first(weight[rows]) for tap, weight in weights.items()}
+
+    def move_dense(before: Array, rows: slice) -> Array:
+        x = hidden.batch(rows)
+        parts, *totals = totals_for(rows)
+        after, sums[parts] = accumulate_drift(layer, params, x, before, weights_of(rows), totals)
+        return after
+
+    if dense:
+        dense.update(move_dense)
+    else:
+        for rows, x in zip(hidden.slices(), hidden.batches(), strict=True):
+            parts, totals, _ = totals_for(rows)
+            totals = accumulate(layer, params, x, weights_of(rows), totals | experts)
+            experts = {tap: totals.pop(tap) for tap in experts}
+            sums[parts] = totals, {}
+    plain, drifts = devices.replicate(_total(list(sums.values()))) if devices.count > 1 else sums[1]
+    del sums
+    found = {tap: gram.symmetric(plain.pop(tap)) for tap in list(plain)} | experts
+    if bad := [tap for tap, good in fetch(_finite(found)).items() if not good]:
+        raise InputError(
+            f"the activations hold NaN or infinity in {', '.join(sorted(bad))}, by odd calibration "
+            "text or too narrow "
+            "a dtype",
+            options={"dtype": "float32"},
+        )
+    return Grams(layer, found), drifts
+
+
+def summed(layer: Layer, tap: str, experts: Sequence[int], devices: Devices) -> range:
+    """Returns the experts that there are sums for, where those of some are wanted: all from the
+    first to the last; on several devices, over which all of a layer are spread evenly, all."""
+    return (
+        range(layer.experts[layer.reads[tap][0]])
+        if devices.count > 1
+        else range(min(experts), max(experts) + 1)
+    )
+
+
+def expert_totals(layer: Layer, tap: str, experts: Sequence[int], devices: Devices) -> ExpertTotals:
+    """Returns empty sums, of `summed`."""
+    n, every = layer.features(tap), summed(layer, tap, experts, devices)
+    tokens, first = devices.replicate((np.zeros(len(every), np.int32), np.int32(every.start)))
+    return ExpertTotals(devices.zeros((len(every), n, n)), tokens, first)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=4)
+def accumulate(
+    layer: Part,
+    params: Mapping[str, Array],
+    x: Float[Array, "b t d"],
+    weights: Mapping[str, Float[Array, "b t"]],
+    totals: Totals,
+) -> Totals:
+    """Adds what a batch brings to the Gram matrices; see `Totals`.
+
+    They are complete up to the diagonal only; see `gram.add_gram`.
+    """
+    _, taps = layer(params, x)
+    return {
+        tap: _add_routed(total, taps[tap], weights.get(tap))
+        if isinstance(total, ExpertTotals)
+        else _add(gram.add_gram, total, taps[tap], weights.get(tap))
+        for tap, total in totals.items()
+    }
+
+
+def _add_routed(total: ExpertTotals, tap: Routed, weights: Array | None) -> ExpertTotals:
+    """Adds the rows of experts, weighed by their share in the layer's output, squared, and by their
+    tokens' weights."""
+    of_rows = tap.weights()
+    if weights is not None:
+        of_rows = of_rows * tap.rows_of_tokens(weights)
+    group = _group(tap.plan.owner, total.first, len(total.tokens))
+    own = jnp.arange(len(total.tokens), dtype=jnp.int32)[:, None] == group[None, :]
+    filled = tap.filled().astype(jnp.int32)[:, 0]
+    tokens = total.tokens + jnp.sum(
+        jnp.where(own, filled[None, :], jnp.int32(0)), axis=1, dtype=jnp.int32
+    )
+    if tap.mesh is None:
+        return total._replace(
+            gram=gram.add_grouped(total.gram, tap.x, of_rows, group), tokens=tokens
+        )
+    added = on_each(tap.mesh, _add_around)(total.gram, tap.x, of_rows, tap.plan.owner)
+    return total._replace(gram=added, tokens=tokens)
+
+
+def _group(owner: Int[Array, "N"], first: Array, count: int) -> Int[Array, "N"]:
+    """Returns which of the experts from the first on a block belongs to; -1: none."""
+    group = owner - first
+    return jnp.where(group < count, group, jnp.int32(-1))
+
+
+def _add_around(
+    total: Float[Array, "e n n"],
+    x: Float[Array, "N B n"],
+    weights: Float[Array, "N B"],
+    owner: Int[Array, "N"],
+) -> Float[Array, "e n n"]:
+    """Adds each device's rows to the sums of all experts, which go around."""
+
+    def turn(total: Array, first: Array, other: Array) -> tuple[Array, Array]:
+        return gram.add_grouped(total, x, weights, _group(owner, first, len(total))), other
+
+    return around(total, jnp.int32(0), turn)[0]
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=5)
+def accumulate_drift(
+    layer: Part,
+    params: Mapping[str, Array],
+    x: Float[Array, "b t d"],
+    dense: Float[Array, "b t d"],
+    weights: Mapping[str, Float[Array, "b t"]],
+    sums: Sequence[Totals],
+) -> tuple[Float[Array, "b t d"], tuple[Totals, Totals]]:
+    """Does the same for the states after pruned layers, x, and those after dense ones, which move
+    on; the sums are Gram matrices and drifts."""
+    grams, drifts = sums
+    (_, taps), (after, dense_taps) = layer(params, x), layer(params, dense)
+    grams = {
+        tap: _add(gram.add_gram, total, taps[tap], weights.get(tap)) for tap, total in grams.items()
+    }
+    drifts = {
+        tap: _add(gram.add_drift, total, taps[tap], dense_taps[tap], weights.get(tap))
+        for tap, total in drifts.items()
+    }
+    return after, (grams, drifts)
+
+
+def _add(add: Callable[..., Array], total: Array, *arrays: Array | None) -> Array:
+    """Adds the product of all tokens, or of each device's to its own, as `total` has them."""
+    if total.ndim == 2:
+        return add(total, *arrays)
+    parts = [None if a is None else a.reshape(len(total), -1, *a.shape[1:]) for a in arrays]
+    return jax.vmap(add)(total, *parts)
+
+
+@jax.jit
+def _total(sums: Sequence[tuple[Totals, Totals]]) -> tuple[Totals, Totals]:
+    """Returns the sums over all devices and all batches."""
+    whole = jax.tree.map(lambda total: total if total.ndim == 2 else jnp.sum(total, axis=0), sums)
+    return jax.tree.map(lambda *totals: sum(totals[1:], totals[0]), *whole)
+
+
+@jax.jit
+def _finite(totals: Totals) -> dict[str, Array]:
+    return {
+        tap: jnp.all(jnp.isfinite(total.gram if isinstance(total, ExpertTotals) else total))
+        for tap, total in totals.items()
+    }

@@ -1,0 +1,88 @@
+"""Pruned layers, and how a run saves them."""
+
+import dataclasses
+from typing import Annotated
+
+import numpy as np
+from jaxtyping import UInt8
+from pydantic import Field
+
+from convert import Params
+from convert.schema import Count, check, dump
+from jaxprune.run_store.store import RunStore, Saved, Stage, flat, grouped
+from jaxprune.solve.kernel import KernelResult
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerFigures:
+    """Statistics of one pruned layer; `layer["mlp.down_proj"]` is what became of a kernel.
+
+    Attributes:
+        index: the index of the layer, from 0.
+        seconds: the seconds by phase; `read` is the time spent waiting for the reader.
+        kernels: path of the linear layer inside the decoder layer -> what became of its kernel.
+    """
+
+    index: Count
+    seconds: dict[str, float]
+    kernels: Annotated[dict[str, KernelResult], Field(min_length=1)]
+
+    def __getitem__(self, path: str) -> KernelResult:
+        return self.kernels[path]
+
+    @property
+    def zeros(self) -> int:
+        """Zeros of the layer's kernels."""
+        return sum(kernel.zeros for kernel in self.kernels.values())
+
+    @property
+    def size(self) -> int:
+        """Weights of the layer's kernels."""
+        return sum(kernel.size for kernel in self.kernels.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerResult:
+    """One pruned layer; `layer["mlp.down_proj"]` is what became of a kernel.
+
+    Attributes:
+        figures: what became of it.
+        params: all params of the layer, on the host, as they are to be stored; paths as in the
+            checkpoint.
+        masks: path of the linear layer -> its mask, packed as in a mask file; see `sparsity.masks`.
+        resumed: whether an earlier process of the same run pruned it.
+    """
+
+    figures: LayerFigures
+    params: Params
+    masks: dict[str, UInt8[np.ndarray, "m _"]]
+    resumed: bool = False
+
+    def __getitem__(self, path: str) -> KernelResult:
+        return self.figures[path]
+
+    @property
+    def index(self) -> int:
+        return self.figures.index
+
+    @property
+    def kernels(self) -> dict[str, KernelResult]:
+        return self.figures.kernels
+
+
+SavedLayers = Stage[LayerResult]
+
+
+def saved_layers(store: RunStore | None, stage: str) -> SavedLayers | None:
+    """Returns the layers that a stage of a run saves; None where nothing is saved."""
+    return Stage(store, stage, _save, _load) if store else None
+
+
+def _save(layer: LayerResult) -> Saved:
+    return Saved(flat(params=layer.params, masks=layer.masks), dump(layer.figures))
+
+
+def _load(index: int, saved: Saved) -> LayerResult:
+    figures = check(LayerFigures, saved.figures, file=f"layer {index}", entry="figures")
+    arrays = grouped(saved.arrays)
+    return LayerResult(figures, arrays["params"], arrays["masks"], resumed=True)
