@@ -100,9 +100,8 @@ def assert_close(out: Path, single: Path, far: float = 2e-4) -> None:
 @pytest.mark.slow
 def test_eight_devices_do_as_one(line: list[object], tmp_path: Path) -> None:
     run_all([*line, *RECIPES["best"], "--devices", 8, "--out", tmp_path / "out"])
-    # Devices add in an order that depends on the machine's load. A gradient near zero may have
-    # another sign, and the first steps are as long whatever a gradient's size: of two weights
-    # that matter alike, the other one may become zero.
+    # Devices add in an order that depends on the machine's load. Of two weights that matter alike,
+    # the other one may become zero.
     for name, found, expected in pairs(tmp_path / "out", single("best", line, tmp_path)):
         assert ((found == 0) == (expected == 0)).mean() > 0.999, name
         assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected), name

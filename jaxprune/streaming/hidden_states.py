@@ -145,7 +145,12 @@ class HiddenStates:
         self.release()
 
     def _store(self, rows: slice, values: jax.Array) -> None:
-        """Sets some windows to what lies on this process's devices."""
+        """Sets some windows to what lies on this process's devices.
+
+        JAX may read the windows where they lie on the host, and of windows that all devices were
+        given one device's result is enough for `fetch`: the others may not have read theirs yet.
+        """
+        jax.block_until_ready(values)
         if jax.process_count() > 1:
             for shard in self._devices.shard_first(values).addressable_shards:
                 self.array[self._place[rows][shard.index[0]]] = np.asarray(shard.data)

@@ -101,6 +101,61 @@ def test_of_several_processes_each_keeps_its_windows(processes: int, tmp_path: P
         assert process.returncode == 0, printed[-3000:]
 
 
+SLOW_DEVICE = """
+from functools import partial
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxprune.sharding import AXIS, Devices
+from jaxprune.streaming.hidden_states import HiddenStates
+
+devices = Devices.first()
+spec = PartitionSpec()
+
+@jax.jit
+@partial(jax.shard_map, mesh=devices.mesh, in_specs=spec, out_specs=(spec, spec), check_vma=False)
+def late(x):
+    turns = jnp.where(jax.lax.axis_index(AXIS) == 0, 0, 30_000_000)
+    waited = jax.lax.fori_loop(0, turns, lambda i, a: a * jnp.float32(1.5) % 7, jnp.float32(1))
+    return x + waited * 0 + 1, x + waited * 0
+
+states = HiddenStates((3, 4, 8), np.dtype(np.float32), 1, devices)
+room = np.empty(states.array.nbytes + 64, np.uint8)
+start = -room.ctypes.data % 64  # JAX reads an array in place where it begins like this
+states.array = room[start : start + states.array.nbytes].view(np.float32).reshape(3, 4, 8)
+states.array[:] = 5
+seen = []
+
+def step(x, rows):
+    after, before = late(x)
+    seen.append(before)
+    return after
+
+states.update(step)
+assert (states.array == 6).all(), states.array
+for batch in seen:
+    for shard in batch.addressable_shards:
+        np.testing.assert_array_equal(shard.data, 5)
+"""
+
+
+def test_states_stay_until_every_device_has_read_them() -> None:
+    """Three windows on two devices: both are given the last one, and the second is late."""
+    environment = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW_DEVICE],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def mapped() -> int:
     """Bytes of files in this process's memory."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
