@@ -14,7 +14,7 @@ from jaxprune.api.prune import PruningResult
 from jaxprune.commands.terminal import console, duration, keep_memory, print_table, progress_bar
 from jaxprune.distill.schedule import all_zeros_there
 from jaxprune.evaluation.quality import Quality, table
-from jaxprune.models.parts import every_expert
+from jaxprune.models.common.functional_modules import every_expert
 from jaxprune.planning.preflight import seconds
 from jaxprune.planning.timing import Timing
 from jaxprune.planning.work import Need

@@ -10,7 +10,7 @@ from jaxprune.api.verify import verify
 from jaxprune.commands.options import CommandLine, Section, make
 from jaxprune.commands.terminal import console, print_table, run_main
 from jaxprune.evaluation.verification import StoredKernel, Which, name_of
-from jaxprune.models.parts import every_expert
+from jaxprune.models.common.functional_modules import every_expert
 from jaxprune.reporting import reading
 from jaxprune.sparsity.patterns import NM, parse_pattern
 

@@ -13,7 +13,7 @@ A family file exposes
 - `inputs(config, kind)`, the linear layers to prune: the name of a tap -> the linear layers whose
   input it is.
 
-`configuration`, `activations`, `decoder` and `experts` hold what most families share.
+`common` holds what families share.
 """
 
 import dataclasses
@@ -36,24 +36,11 @@ from convert.errors import UserError, joined
 from convert.names import BESIDE
 from jaxprune import hardware
 from jaxprune.errors import InputError
-from jaxprune.models.layout import Layout
-from jaxprune.models.parts import Layer, Part
+from jaxprune.models.common.functional_modules import Layer, Part
+from jaxprune.models.common.packed_windows import Layout
 
-HELPERS = (
-    "activations",
-    "attention",
-    "blocks",
-    "configuration",
-    "decoder",
-    "experts",
-    "layout",
-    "parts",
-    "products",
-    "recurrent",
-    "rope",
-    "shared_experts",
-)
-"""Modules that hold no family."""
+HELPERS = ("common",)
+"""What holds no family."""
 __all__ = ["Architecture", "Layer", "Layout", "Part", "architecture_of", "build", "stored_dtype"]
 
 

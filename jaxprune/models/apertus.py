@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from jaxprune.models import configuration
-from jaxprune.models.configuration import Kind
-from jaxprune.models.decoder import (
+from jaxprune.models.common import configuration
+from jaxprune.models.common.configuration import Kind
+from jaxprune.models.common.decoder import (
     ATTENTION_INPUTS,
     Attention,
     Embed,
@@ -26,7 +26,7 @@ from jaxprune.models.decoder import (
     in_turn,
     linear,
 )
-from jaxprune.models.layout import Layout
+from jaxprune.models.common.packed_windows import Layout
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 

@@ -12,10 +12,10 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from convert.assets import Positive
-from jaxprune.models import configuration, decoder
-from jaxprune.models.configuration import SLIDING, Kind
-from jaxprune.models.decoder import Attention, Embed, GatedMLP, LayerNorm, Taps
-from jaxprune.models.layout import Layout
+from jaxprune.models.common import configuration, decoder
+from jaxprune.models.common.configuration import SLIDING, Kind
+from jaxprune.models.common.decoder import Attention, Embed, GatedMLP, LayerNorm, Taps
+from jaxprune.models.common.packed_windows import Layout
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from jaxtyping import DTypeLike
 
-from jaxprune.models import configuration
-from jaxprune.models.configuration import SLIDING
-from jaxprune.models.decoder import Embed, Head, inputs
+from jaxprune.models.common import configuration
+from jaxprune.models.common.configuration import SLIDING
+from jaxprune.models.common.decoder import Embed, Head, inputs
 from jaxprune.models.olmo2 import DecoderLayer
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]

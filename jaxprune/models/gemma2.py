@@ -13,10 +13,10 @@ from jaxtyping import Array, DTypeLike, Float
 
 from convert.assets import Positive
 from jaxprune.errors import InputError
-from jaxprune.models import configuration, decoder
-from jaxprune.models.configuration import Kind
-from jaxprune.models.decoder import Embed, GatedMLP, Head, RMSNorm, Taps, in_turn, inputs
-from jaxprune.models.layout import Layout
+from jaxprune.models.common import configuration, decoder
+from jaxprune.models.common.configuration import Kind
+from jaxprune.models.common.decoder import Embed, GatedMLP, Head, RMSNorm, Taps, in_turn, inputs
+from jaxprune.models.common.packed_windows import Layout
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from jaxtyping import DTypeLike
 
-from jaxprune.models import configuration, gemma2
-from jaxprune.models.decoder import Embed, Head, inputs
+from jaxprune.models import gemma2
+from jaxprune.models.common import configuration
+from jaxprune.models.common.decoder import Embed, Head, inputs
 from jaxprune.models.gemma2 import DecoderLayer
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]

@@ -11,9 +11,9 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from jaxprune.models import configuration
-from jaxprune.models.configuration import Kind
-from jaxprune.models.decoder import (
+from jaxprune.models.common import configuration
+from jaxprune.models.common.configuration import Kind
+from jaxprune.models.common.decoder import (
     ATTENTION_INPUTS,
     Attention,
     Embed,
@@ -23,7 +23,7 @@ from jaxprune.models.decoder import (
     Taps,
     in_turn,
 )
-from jaxprune.models.layout import Layout
+from jaxprune.models.common.packed_windows import Layout
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 

@@ -18,10 +18,10 @@ from jaxtyping import Array, DTypeLike, Float
 from convert import schema
 from convert.assets import Count, Positive, Size
 from jaxprune.errors import InputError
-from jaxprune.models import configuration, decoder
-from jaxprune.models.configuration import Kind, Routing
-from jaxprune.models.decoder import Embed, GatedMLP, Head, Taps
-from jaxprune.models.experts import GatedExperts, mixture, routing_of
+from jaxprune.models.common import configuration, decoder
+from jaxprune.models.common.configuration import Kind, Routing
+from jaxprune.models.common.decoder import Embed, GatedMLP, Head, Taps
+from jaxprune.models.common.experts import GatedExperts, mixture, routing_of
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from jaxprune.models import configuration, decoder
-from jaxprune.models.activations import ACTIVATIONS
-from jaxprune.models.configuration import Kind
-from jaxprune.models.decoder import LayerNorm, Taps, fused, in_turn, linear
-from jaxprune.models.layout import Layout
-from jaxprune.models.products import times_embedding
+from jaxprune.models.common import configuration, decoder
+from jaxprune.models.common.activations import ACTIVATIONS
+from jaxprune.models.common.configuration import Kind
+from jaxprune.models.common.decoder import LayerNorm, Taps, fused, in_turn, linear
+from jaxprune.models.common.matmul import times_embedding
+from jaxprune.models.common.packed_windows import Layout
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 

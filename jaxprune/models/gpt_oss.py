@@ -17,10 +17,10 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from convert.assets import Count, Positive
-from jaxprune.models import configuration, decoder
-from jaxprune.models.configuration import Kind, Routing
-from jaxprune.models.decoder import ATTENTION_INPUTS, Embed, Head, Taps, linear
-from jaxprune.models.experts import ROUTER_TAP, ExpertLinear, Rows, mixture, routing_of
+from jaxprune.models.common import configuration, decoder
+from jaxprune.models.common.configuration import Kind, Routing
+from jaxprune.models.common.decoder import ATTENTION_INPUTS, Embed, Head, Taps, linear
+from jaxprune.models.common.experts import ROUTER_TAP, ExpertLinear, Rows, mixture, routing_of
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 

@@ -10,8 +10,8 @@ from typing import Any
 from jaxtyping import DTypeLike
 
 from convert.assets import Positive
-from jaxprune.models import configuration
-from jaxprune.models.decoder import DecoderLayer, Embed, Head, inputs
+from jaxprune.models.common import configuration
+from jaxprune.models.common.decoder import DecoderLayer, Embed, Head, inputs
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 

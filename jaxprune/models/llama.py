@@ -5,7 +5,7 @@ References:
     Touvron et al., arXiv 2302.13971 and 2307.09288.
 """
 
-from jaxprune.models.configuration import Config
-from jaxprune.models.decoder import DecoderLayer, Embed, Head, inputs
+from jaxprune.models.common.configuration import Config
+from jaxprune.models.common.decoder import DecoderLayer, Embed, Head, inputs
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]

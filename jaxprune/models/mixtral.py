@@ -11,11 +11,19 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from convert.assets import Count
-from jaxprune.models import configuration
-from jaxprune.models.configuration import Kind, Routing
-from jaxprune.models.decoder import ATTENTION_INPUTS, Attention, Embed, Head, RMSNorm, Taps, in_turn
-from jaxprune.models.experts import ROUTER_TAP, SparseMLP
-from jaxprune.models.layout import Layout
+from jaxprune.models.common import configuration
+from jaxprune.models.common.configuration import Kind, Routing
+from jaxprune.models.common.decoder import (
+    ATTENTION_INPUTS,
+    Attention,
+    Embed,
+    Head,
+    RMSNorm,
+    Taps,
+    in_turn,
+)
+from jaxprune.models.common.experts import ROUTER_TAP, SparseMLP
+from jaxprune.models.common.packed_windows import Layout
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 

@@ -10,10 +10,19 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from jaxprune.models import configuration
-from jaxprune.models.configuration import Kind
-from jaxprune.models.decoder import Attention, Embed, GatedMLP, Head, RMSNorm, Taps, in_turn, inputs
-from jaxprune.models.layout import Layout
+from jaxprune.models.common import configuration
+from jaxprune.models.common.configuration import Kind
+from jaxprune.models.common.decoder import (
+    Attention,
+    Embed,
+    GatedMLP,
+    Head,
+    RMSNorm,
+    Taps,
+    in_turn,
+    inputs,
+)
+from jaxprune.models.common.packed_windows import Layout
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from jaxtyping import DTypeLike
 
-from jaxprune.models import configuration
-from jaxprune.models.decoder import Embed, Head, inputs
+from jaxprune.models.common import configuration
+from jaxprune.models.common.decoder import Embed, Head, inputs
 from jaxprune.models.olmo2 import DecoderLayer
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]

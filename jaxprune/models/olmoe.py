@@ -11,9 +11,9 @@ from jaxtyping import DTypeLike
 
 from convert.assets import Count
 from jaxprune.errors import InputError
-from jaxprune.models import configuration
-from jaxprune.models.configuration import Routing
-from jaxprune.models.decoder import DecoderLayer, Embed, Head, inputs
+from jaxprune.models.common import configuration
+from jaxprune.models.common.configuration import Routing
+from jaxprune.models.common.decoder import DecoderLayer, Embed, Head, inputs
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 

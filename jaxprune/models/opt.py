@@ -17,12 +17,12 @@ from pydantic import Field
 from convert.assets import Count, Positions, Size, Vocabulary
 from convert.schema import Schema
 from jaxprune.errors import InputError
-from jaxprune.models import configuration, decoder
-from jaxprune.models.activations import ACTIVATIONS, require_activation
-from jaxprune.models.configuration import Kind
-from jaxprune.models.decoder import ATTENTION_INPUTS, LayerNorm, linear
-from jaxprune.models.layout import Layout
-from jaxprune.models.products import times_embedding
+from jaxprune.models.common import configuration, decoder
+from jaxprune.models.common.activations import ACTIVATIONS, require_activation
+from jaxprune.models.common.configuration import Kind
+from jaxprune.models.common.decoder import ATTENTION_INPUTS, LayerNorm, linear
+from jaxprune.models.common.matmul import times_embedding
+from jaxprune.models.common.packed_windows import Layout
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 OFFSET = 2

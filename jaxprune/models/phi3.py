@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
-from jaxprune.models import configuration, decoder
-from jaxprune.models.configuration import Kind
-from jaxprune.models.decoder import Embed, FusedMLP, Head, fused, linear
-from jaxprune.models.layout import Layout
+from jaxprune.models.common import configuration, decoder
+from jaxprune.models.common.configuration import Kind
+from jaxprune.models.common.decoder import Embed, FusedMLP, Head, fused, linear
+from jaxprune.models.common.packed_windows import Layout
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 

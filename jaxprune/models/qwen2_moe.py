@@ -11,9 +11,10 @@ from jaxtyping import DTypeLike
 from pydantic import Field
 
 from convert.assets import Size
-from jaxprune.models import configuration, qwen3_moe
-from jaxprune.models.decoder import Embed, Head
-from jaxprune.models.shared_experts import DecoderLayer, inputs
+from jaxprune.models import qwen3_moe
+from jaxprune.models.common import configuration
+from jaxprune.models.common.decoder import Embed, Head
+from jaxprune.models.common.shared_experts import DecoderLayer, inputs
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 

@@ -17,13 +17,22 @@ from jaxtyping import Array, DTypeLike, Float
 
 from convert.assets import Count, Size
 from jaxprune.errors import InputError
-from jaxprune.models import configuration, decoder
-from jaxprune.models.activations import ACTIVATIONS
-from jaxprune.models.configuration import FULL, Kind
-from jaxprune.models.decoder import Embed, GatedMLP, Head, RMSNorm, Taps, fused, in_turn, linear
-from jaxprune.models.experts import SparseMLP
-from jaxprune.models.layout import Layout
-from jaxprune.models.recurrent import Inputs, convolve, gated_delta_rule
+from jaxprune.models.common import configuration, decoder
+from jaxprune.models.common.activations import ACTIVATIONS
+from jaxprune.models.common.configuration import FULL, Kind
+from jaxprune.models.common.decoder import (
+    Embed,
+    GatedMLP,
+    Head,
+    RMSNorm,
+    Taps,
+    fused,
+    in_turn,
+    linear,
+)
+from jaxprune.models.common.experts import SparseMLP
+from jaxprune.models.common.gated_delta_rule import Inputs, convolve, gated_delta_rule
+from jaxprune.models.common.packed_windows import Layout
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 RECURRENT = "linear_attention"

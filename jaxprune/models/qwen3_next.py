@@ -14,10 +14,11 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from convert.assets import Size
-from jaxprune.models import configuration, qwen3_5_text, qwen3_moe, shared_experts
-from jaxprune.models.configuration import Kind
-from jaxprune.models.decoder import Embed, Head, fused
-from jaxprune.models.shared_experts import SharedMLP
+from jaxprune.models import qwen3_5_text, qwen3_moe
+from jaxprune.models.common import configuration, shared_experts
+from jaxprune.models.common.configuration import Kind
+from jaxprune.models.common.decoder import Embed, Head, fused
+from jaxprune.models.common.shared_experts import SharedMLP
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 

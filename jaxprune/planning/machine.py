@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.lax import DotAlgorithmPreset
 
 from jaxprune import hardware
-from jaxprune.models.products import product
+from jaxprune.models.common.matmul import product
 from jaxprune.planning.program import BF16X6
 
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from jaxprune.distill.schedule import all_zeros_there
-from jaxprune.models.parts import every_expert
+from jaxprune.models.common.functional_modules import every_expert
 from jaxprune.recipe import Recipe
 from jaxprune.recipe_parts import effective_tuning
 from jaxprune.reporting.drawing import (

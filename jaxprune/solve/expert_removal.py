@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from convert import Params
 from jaxprune.errors import Change, InputError
 from jaxprune.models import Architecture, Layer
-from jaxprune.models.experts import OUTPUT_TAP
+from jaxprune.models.common.experts import OUTPUT_TAP
 from jaxprune.run_store.store import EXPERTS, RunStore
 from jaxprune.sharding import fetch
 from jaxprune.streaming.model import StreamedModel

@@ -19,7 +19,7 @@ from jaxprune import hardware
 from jaxprune.errors import InputError
 from jaxprune.methods import gram
 from jaxprune.models import Layer, Part
-from jaxprune.models.blocks import Routed, around, on_each
+from jaxprune.models.common.expert_dispatch import Routed, around, on_each
 from jaxprune.sharding import ONE_DEVICE, Devices, fetch
 from jaxprune.solve.calibration_states import CalibrationStates
 

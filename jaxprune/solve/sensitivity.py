@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 from jaxprune import hardware
 from jaxprune.errors import InputError
 from jaxprune.models import Layer, Part
-from jaxprune.models.blocks import Routed
+from jaxprune.models.common.expert_dispatch import Routed
 from jaxprune.recipe_parts import Importance
 from jaxprune.run_store.store import SENSITIVITY, RunStore, Saved, Stage, flat, grouped
 from jaxprune.sharding import fetch

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune import hardware
 from jaxprune.models import Architecture, Layout, Part
-from jaxprune.models.layout import Cache
+from jaxprune.models.common.cache import Cache
 from jaxprune.sharding import fetch
 from jaxprune.streaming.model import StreamedModel, apply
 from jaxprune.streaming.observer import SILENT, Observer

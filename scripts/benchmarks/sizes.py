@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import DTypeLike
 
 from jaxprune.models import Architecture, build
-from jaxprune.models.configuration import Config, Kind
-from jaxprune.models.rope import Rope
+from jaxprune.models.common.configuration import Config, Kind
+from jaxprune.models.common.rope import Rope
 
 
 class Size(NamedTuple):

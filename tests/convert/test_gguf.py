@@ -18,7 +18,7 @@ from convert.__main__ import main
 from convert.assets import load_tokenizer, read_config
 from convert.gguf.header import ELEMENTS, Header
 from jaxprune import StreamedModel
-from jaxprune.models.rope import Rope
+from jaxprune.models.common.rope import Rope
 from tests.helpers import tiny
 from tests.helpers.checkpoints import write_gguf
 from tests.helpers.gguf_files import LLAMA3_ROPE

@@ -15,7 +15,7 @@ from jaxprune.commands.evaluate import main as evaluate
 from jaxprune.commands.prune import main as prune
 from jaxprune.commands.verify import main as verify
 from jaxprune.models import Layout
-from jaxprune.models.blocks import EMPTY, Routed
+from jaxprune.models.common.expert_dispatch import EMPTY, Routed
 from jaxprune.solve import layer
 from jaxprune.solve.sensitivity import measure_sensitivity
 from tests.helpers import families

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from jaxprune import InputError, load
-from jaxprune.models.attention import causal_attention
-from jaxprune.models.rope import Rope
+from jaxprune.models.common.attention import causal_attention
+from jaxprune.models.common.rope import Rope
 from tests.helpers import tiny
 from tests.helpers.logits import logits
 from tests.helpers.optional import needs_torch, torch

@@ -15,7 +15,7 @@ from jaxprune import ADMM, load, methods
 from jaxprune.distill.placement import Placement
 from jaxprune.distill.schedule import TuningSteps
 from jaxprune.hardware import Hardware, writing_for
-from jaxprune.models.attention import cudnn_takes
+from jaxprune.models.common.attention import cudnn_takes
 from jaxprune.planning import programs
 from jaxprune.planning.program import Program, Shapes
 from jaxprune.recipe_parts import Tuning

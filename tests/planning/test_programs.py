@@ -17,7 +17,7 @@ from jaxprune.distill.placement import Placement
 from jaxprune.distill.schedule import TuningSteps
 from jaxprune.hardware import Hardware, writing_for
 from jaxprune.methods.linalg import matmul
-from jaxprune.models.attention import causal_attention
+from jaxprune.models.common.attention import causal_attention
 from jaxprune.planning import programs
 from jaxprune.planning.program import BF16X6, Program, Shapes, count_flops
 from jaxprune.recipe_parts import Tuning

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxprune.models import decoder
-from jaxprune.models.activations import ACTIVATIONS
-from jaxprune.models.configuration import Config, Kind
-from jaxprune.models.decoder import ATTENTION_INPUTS, Embed, Head, Taps, linear
+from jaxprune.models.common import decoder
+from jaxprune.models.common.activations import ACTIVATIONS
+from jaxprune.models.common.configuration import Config, Kind
+from jaxprune.models.common.decoder import ATTENTION_INPUTS, Embed, Head, Taps, linear
 
 __all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 

@@ -6,11 +6,11 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxprune.models import decoder
-from jaxprune.models.configuration import Config, Kind
-from jaxprune.models.decoder import GatedMLP, Taps, linear
-from jaxprune.models.experts import SparseMLP, routing_of
-from jaxprune.models.parts import ROUTER_TAP
+from jaxprune.models.common import decoder
+from jaxprune.models.common.configuration import Config, Kind
+from jaxprune.models.common.decoder import GatedMLP, Taps, linear
+from jaxprune.models.common.experts import SparseMLP, routing_of
+from jaxprune.models.common.functional_modules import ROUTER_TAP
 
 
 class SharedMLP(SparseMLP):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxprune.hardware import Hardware, writing_for
-from jaxprune.models.products import product
+from jaxprune.models.common.matmul import product
 
 SIZES = {"a": 2, "b": 3, "d": 8, "k": 2, "m": 5, "n": 7, "q": 6, "s": 4, "v": 9}
 EQUATIONS = ["abn,nm->abm", "abd,vd->abv", "bkqd,bksd->bkqs", "bkqs,bksd->bkqd", "nm,bn->bm"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jaxtyping import DTypeLike
 
-from jaxprune.models.activations import ACTIVATIONS, gated
+from jaxprune.models.common.activations import ACTIVATIONS, gated
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxprune.models.activations import gated
-from jaxprune.models.attention import causal_attention
-from jaxprune.models.configuration import Config, Kind
-from jaxprune.models.experts import EXPERT_INPUTS, SparseMLP
-from jaxprune.models.layout import Layout
-from jaxprune.models.products import all_but_kernels, times_embedding, times_kernel
+from jaxprune.models.common.activations import gated
+from jaxprune.models.common.attention import causal_attention
+from jaxprune.models.common.configuration import Config, Kind
+from jaxprune.models.common.experts import EXPERT_INPUTS, SparseMLP
+from jaxprune.models.common.matmul import all_but_kernels, times_embedding, times_kernel
+from jaxprune.models.common.packed_windows import Layout
 
 Transform = Callable[[Array], Array]
 Taps = dict[str, Any]

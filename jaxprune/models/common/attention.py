@@ -11,8 +11,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxprune import hardware
-from jaxprune.models.layout import Cache, Layout
-from jaxprune.models.products import product
+from jaxprune.models.common.cache import Cache
+from jaxprune.models.common.matmul import product
+from jaxprune.models.common.packed_windows import Layout
 
 SEGMENTS_ON_CPU, SEGMENTS = 16, 4
 """A window has so many segments at most; a segment's queries are multiplied with the keys up to its

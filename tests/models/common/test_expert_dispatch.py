@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from jaxprune.methods import gram
-from jaxprune.models.blocks import EMPTY, Routed, block_size, collect, dispatch, grouped, plan
+from jaxprune.models.common.expert_dispatch import (
+    EMPTY,
+    Routed,
+    block_size,
+    collect,
+    dispatch,
+    grouped,
+    plan,
+)
 
 CASES = [(1, 1, 1), (64, 4, 16), (300, 2, 3)]
 """Tokens, experts a token takes, experts."""

@@ -21,7 +21,8 @@ from jax import lax
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxprune.models.layout import Cache, Layout
+from jaxprune.models.common.cache import Cache
+from jaxprune.models.common.packed_windows import Layout
 
 CHUNK = 64
 """Tokens of a chunk."""

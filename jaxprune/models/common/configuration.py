@@ -12,8 +12,8 @@ from convert.assets import Count, Positions, Positive, Size, Vocabulary
 from convert.errors import CheckpointError
 from convert.schema import Schema, check
 from jaxprune.errors import InputError
-from jaxprune.models.activations import require_activation
-from jaxprune.models.rope import Rope
+from jaxprune.models.common.activations import require_activation
+from jaxprune.models.common.rope import Rope
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Types of layers, as configurations name them."""

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.models.layout import Layout
-from jaxprune.models.recurrent import Inputs, convolve, gated_delta_rule
+from jaxprune.models.common.gated_delta_rule import Inputs, convolve, gated_delta_rule
+from jaxprune.models.common.packed_windows import Layout
 
 
 def inputs(length: int, seed: int = 0) -> Inputs:

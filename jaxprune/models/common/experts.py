@@ -14,10 +14,18 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jaxprune.models.activations import gated
-from jaxprune.models.blocks import EMPTY, Plan, Routed, collect, dispatch, grouped, plan
-from jaxprune.models.configuration import Config, Routing
-from jaxprune.models.parts import ROUTER_TAP
+from jaxprune.models.common.activations import gated
+from jaxprune.models.common.configuration import Config, Routing
+from jaxprune.models.common.expert_dispatch import (
+    EMPTY,
+    Plan,
+    Routed,
+    collect,
+    dispatch,
+    grouped,
+    plan,
+)
+from jaxprune.models.common.functional_modules import ROUTER_TAP
 from jaxprune.sparsity.patterns import Sections
 
 GATED = "gate_proj", "up_proj", "down_proj"

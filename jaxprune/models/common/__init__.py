@@ -1,0 +1,1 @@
+"""What families share: the modules that decoders are made of, and what they compute."""
