@@ -38,7 +38,7 @@ class Evaluation:
         header, rows = table(
             {_file_name(name): quality for name, quality in self.qualities.items()}
         )
-        zeros = [f"{100 * share:.4f} %" for share in self.sparsity.values()]
+        zeros = [f"{100 * sparsity:.4f} %" for sparsity in self.sparsity.values()]
         return header, [["zeros of the linear layers", *zeros], *rows]
 
     def table(self) -> str:
@@ -74,39 +74,22 @@ def evaluate(
     Raises:
         InputError, CheckpointError: something cannot be used.
     """
-    given = [*([against] if against is not None else []), *checkpoints]
-    names = list(
-        dict.fromkeys(one.name if isinstance(one, StreamedModel) else str(one) for one in given)
-    )
-    if len(short := {_file_name(name) for name in names}) < len(names):
-        raise InputError(
-            f"checkpoints of the same name cannot be told apart: {', '.join(sorted(short))}"
-        )
-    opened: dict[str, StreamedModel] = {}
-    for one in given:
-        if isinstance(one, StreamedModel) and opened.setdefault(one.name, one) is not one:
-            raise InputError(f"two models of the same name cannot be told apart: {one.name}")
+    opened = _by_name([*([] if against is None else [against]), *checkpoints])
     loaded = measures.load()  # before a model is fetched
     place = None
     if out is not None:
-        sources = [opened[name].source if name in opened else resolve(name) for name in names]
+        sources = [model.source if model else resolve(name) for name, model in opened.items()]
         place = _place(out, [path for source in sources for path in inputs_of(source)])
-    models = {name: opened.get(name) or load(name) for name in names}
+    models = {name: model or load(name) for name, model in opened.items()}
     runs = {name: reading.run_of(model.source) for name, model in models.items()}
-    first = (
-        against.name
-        if isinstance(against, StreamedModel)
-        else None
-        if against is None
-        else str(against)
-    )
-    evaluator = Evaluator(loaded, models[names[0]], observer)
+    first = None if against is None else _name_of(against)
+    some = next(iter(models.values()))
+    evaluator = Evaluator(loaded, some, observer)
     if texts_of := [tokens.shape for tokens in evaluator.windows.values()]:
-        some = models[names[0]]
         observer.planned(
             preflight.need_of_evaluation(some.reader.spec, some.architecture, texts_of, len(models))
         )
-    sparsity = {name: _share(zeros(model).values()) for name, model in models.items()}
+    sparsity = {name: _sparsity(zeros(model).values()) for name, model in models.items()}
     asked = check(schema.Config, plain(config or {}), file="", entry="config", error=InputError)
     found: dict[str, schema.Measured] = {}
     qualities, fault = {}, None
@@ -119,7 +102,7 @@ def evaluate(
             run=runs[name],
             quality=quality,
         )
-        if place:  # what is measured is kept, whatever becomes of the rest
+        if place:  # this result is saved even if a later measurement fails
             with staged(place) as folder:
                 named = {_file_name(one): quality for one, quality in qualities.items()}
                 record = schema.Evaluation(
@@ -134,6 +117,31 @@ def evaluate(
     return result
 
 
+def _name_of(checkpoint: str | Path | StreamedModel) -> str:
+    return checkpoint.name if isinstance(checkpoint, StreamedModel) else str(checkpoint)
+
+
+def _by_name(
+    checkpoints: Iterable[str | Path | StreamedModel],
+) -> dict[str, StreamedModel | None]:
+    """Returns name -> model, None where it is to be loaded.
+
+    Raises:
+        InputError: two have the same name.
+    """
+    opened: dict[str, StreamedModel | None] = {}
+    for one in checkpoints:
+        name, model = _name_of(one), one if isinstance(one, StreamedModel) else None
+        if model and (opened.get(name) or model) is not model:
+            raise InputError(f"two models of the same name cannot be distinguished: {name}")
+        opened[name] = model or opened.get(name)
+    if len(short := {_file_name(name) for name in opened}) < len(opened):
+        raise InputError(
+            f"checkpoints of the same name cannot be distinguished: {', '.join(sorted(short))}"
+        )
+    return opened
+
+
 def _place(out: str | Path | Destination, inputs: Iterable[Path]) -> Destination:
     """Returns where the record is to be; errors where something would be lost there."""
     place = destination(out, "out")
@@ -145,7 +153,7 @@ def _place(out: str | Path | Destination, inputs: Iterable[Path]) -> Destination
     return place
 
 
-def _share(counts: Iterable[tuple[int, int]]) -> float:
+def _sparsity(counts: Iterable[tuple[int, int]]) -> float:
     zeros, sizes = zip(*counts, strict=True)
     return sum(zeros) / sum(sizes)
 

@@ -179,27 +179,16 @@ def _search(
         w, kept, dual, support = lax.fori_loop(0, turns, iterate, current)
 
         changes = jnp.sum(support != state.support, dtype=jnp.int32)
-        share = changes.astype(rho.dtype) / jnp.maximum(count, jnp.ones_like(count)).astype(
-            rho.dtype
-        )
-        settling = state.settling | (share > 0.005)
-        some = changes > 0
-        growth = jnp.where(
-            share > 0.1, 1.3, jnp.where(share > 0.005, 1.2, jnp.where(some, 1.1, 1.0))
-        )
-        factor = jnp.where(settling, growth, 0.2).astype(rho.dtype)
-        # Too large a penalty holds the first support fast: start over with a smaller one.
-        again = ~settling & some
-        settled = (done_before + turns >= SETTLES) & (share < 0.0003)
+        penalty = _next_penalty(state, changes, count, done_before + turns)
         return State(
-            weight=jnp.where(again, dense, w),
-            kept=jnp.where(again, masked(first, dense), kept),
-            dual=masked(jnp.broadcast_to(~again, dual.shape), dual),
+            weight=jnp.where(penalty.restart, dense, w),
+            kept=jnp.where(penalty.restart, masked(first, dense), kept),
+            dual=masked(jnp.broadcast_to(~penalty.restart, dual.shape), dual),
             support=support,
-            rho=jnp.clip(rho * factor, jnp.asarray(1e-8, rho.dtype), jnp.asarray(1e6, rho.dtype)),
-            settling=settling,
+            rho=penalty.rho,
+            settling=penalty.settling,
             checks=state.checks + jnp.ones_like(state.checks),
-            done=(settling & ~some) | settled,
+            done=penalty.done,
         )
 
     start = State(
@@ -218,6 +207,48 @@ def _search(
     mask = select(jnp.abs(end.weight))
     metrics = {"rho": end.rho, "checks": end.checks.astype(dense.dtype)}
     return masked(mask, end.weight) / scale, mask, metrics
+
+
+class _Penalty(NamedTuple):
+    """The penalty after a check; see `State` for the fields that are not described here.
+
+    Attributes:
+        restart: whether the search starts over.
+    """
+
+    rho: Float[Array, ""]
+    settling: Bool[Array, ""]
+    restart: Bool[Array, ""]
+    done: Bool[Array, ""]
+
+
+def _next_penalty(
+    state: State, changes: Int[Array, ""], count: Int[Array, ""], iterations: Int[Array, ""]
+) -> _Penalty:
+    """Returns the penalty after a check: it grows by how much of the support has changed.
+
+    Args:
+        state: before the iterations that the check follows.
+        changes: entries of the support that have changed since the check before.
+        count: entries of the support.
+        iterations: so far.
+    """
+    rho = state.rho
+    changed = changes.astype(rho.dtype) / jnp.maximum(count, jnp.ones_like(count)).astype(rho.dtype)
+    settling = state.settling | (changed > 0.005)
+    some = changes > 0
+    growth = jnp.where(
+        changed > 0.1, 1.3, jnp.where(changed > 0.005, 1.2, jnp.where(some, 1.1, 1.0))
+    )
+    factor = jnp.where(settling, growth, 0.2).astype(rho.dtype)
+    settled = (iterations >= SETTLES) & (changed < 0.0003)
+    return _Penalty(
+        rho=jnp.clip(rho * factor, jnp.asarray(1e-8, rho.dtype), jnp.asarray(1e6, rho.dtype)),
+        settling=settling,
+        # Too large a penalty fixes the first support: start over with a smaller one.
+        restart=~settling & some,
+        done=(settling & ~some) | settled,
+    )
 
 
 @jax.jit

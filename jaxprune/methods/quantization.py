@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.methods import Gram, Kernel, Mask
 from jaxprune.methods.linalg import Scalar, masked, matmul
@@ -113,23 +113,6 @@ def quantize(
         jnp.pad(array, ((0, padding), (0, 0))) for array in (start, gradient, mask)
     )
     scales, largest = _first_scales(jnp.diagonal(gram), weight, bits)
-    one = jnp.asarray(1, gram.dtype)
-
-    def visit_inputs(
-        first: Array, square: Array, weight: Array, gradient: Array, scale: Array
-    ) -> Array:
-        """Visits a block's inputs one after another; returns its weights."""
-        kept = lax.dynamic_slice_in_dim(mask, first, BLOCK)
-        at = largest[first // BLOCK]
-
-        def visit(j: int | Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-            weight, gradient = state
-            row = square[j]
-            best = weight[j] - gradient[j] / jnp.where(row[j] > 0, row[j], one)
-            value = masked(kept[j], _nearest(best, scale, at == j, bits))
-            return weight.at[j].set(value), gradient + row[:, None] * (value - weight[j])[None, :]
-
-        return lax.fori_loop(0, BLOCK, visit, (weight, gradient))[0]
 
     def visit_blocks(sweep: int | Array, number: int | Array, state: _State) -> _State:
         """Visits some blocks, and then brings the gradient of all inputs up to date."""
@@ -147,9 +130,10 @@ def quantize(
             scale = inner.scales[block]
             moved = jnp.where(sweep > 0, _moved(scale, own, before, gradient, bits), scale)
             scaled = before * (moved / scale)[None, :]
-            after = visit_inputs(
-                block * BLOCK, own, scaled, gradient + matmul(own, scaled - before), moved
-            )
+            kept = lax.dynamic_slice_in_dim(mask, block * BLOCK, BLOCK)
+            visit = partial(_visit_input, own, kept, largest[block], moved, bits)
+            start = scaled, gradient + matmul(own, scaled - before)
+            after, _ = lax.fori_loop(0, BLOCK, visit, start)
             return _State(
                 lax.dynamic_update_slice_in_dim(inner.weight, after, i * BLOCK, axis=0),
                 inner.gradient + matmul(columns, after - before),
@@ -170,6 +154,33 @@ def quantize(
         return lax.fori_loop(0, (n + padding) // size, partial(visit_blocks, sweep), state)
 
     return lax.fori_loop(0, sweeps, visit_all, _State(weight, gradient, scales)).weight[:n]
+
+
+def _visit_input(
+    gram: Float[Array, "b b"],
+    mask: Bool[Array, "b m"],
+    largest: Int[Array, "m"],
+    scale: Float[Array, "m"],
+    bits: int,
+    j: int | Array,
+    state: tuple[Array, Array],
+) -> tuple[Array, Array]:
+    """Moves an input's weights to the grid.
+
+    Args:
+        gram: that of a block's inputs.
+        mask: of the block.
+        largest: the input of the block whose weight is the largest, of each output.
+        scale: of the block, of each output.
+        bits: of the integers.
+        j: the input.
+        state: the block's weights, and the gradient by them.
+    """
+    weight, gradient = state
+    row = gram[j]
+    best = weight[j] - gradient[j] / jnp.where(row[j] > 0, row[j], jnp.asarray(1, gram.dtype))
+    value = masked(mask[j], _nearest(best, scale, largest == j, bits))
+    return weight.at[j].set(value), gradient + row[:, None] * (value - weight[j])[None, :]
 
 
 def _nearest(value: Array, scale: Array, held: Array, bits: int) -> Array:

@@ -112,7 +112,6 @@ def _solve(
         if isinstance(select, Selector)
         else jnp.pad(select, ((0, padding), (0, 0)))
     )
-    within = jnp.arange(block, dtype=jnp.int32)
 
     def visit_block(number: int | Array, state: tuple[Kernel, Mask]) -> tuple[Kernel, Mask]:
         weight, mask = state
@@ -135,20 +134,8 @@ def _solve(
                     mask, select(scores, start // group + index), index * group, axis=0
                 )
 
-            def visit_input(
-                offset: int | Array, state: tuple[Kernel, Kernel]
-            ) -> tuple[Kernel, Kernel]:
-                values, errors = state
-                j = index * group + offset
-                row = lax.dynamic_index_in_dim(square, j, keepdims=False)
-                value = lax.dynamic_index_in_dim(values, j, keepdims=False)
-                kept = lax.dynamic_index_in_dim(mask, j, keepdims=False)
-                error = masked(~kept, value) / row[j]
-                later = masked(within > j, row)
-                values = values - later[:, None] * error[None, :]
-                return values, lax.dynamic_update_index_in_dim(errors, error, j, axis=0)
-
-            values, errors = lax.fori_loop(0, group, visit_input, (values, errors))
+            visit = partial(_visit_input, square, mask, index * group)
+            values, errors = lax.fori_loop(0, group, visit, (values, errors))
             return values, mask, errors
 
         values = lax.dynamic_slice_in_dim(weight, start, block)
@@ -156,11 +143,38 @@ def _solve(
         values, block_mask, errors = lax.fori_loop(
             0, block // group, visit_group, (values, block_mask, jnp.zeros_like(values))
         )
-        behind = jnp.arange(n + padding, dtype=jnp.int32) >= start + block
-        later = masked(jnp.broadcast_to(behind[None, :], rows.shape), rows)
+        after = jnp.arange(n + padding, dtype=jnp.int32) >= start + block
+        later = masked(jnp.broadcast_to(after[None, :], rows.shape), rows)
         weight = weight - matmul(later.T, errors)
         weight = lax.dynamic_update_slice_in_dim(weight, masked(block_mask, values), start, axis=0)
         return weight, lax.dynamic_update_slice_in_dim(mask, block_mask, start, axis=0)
 
     weight, mask = lax.fori_loop(0, (n + padding) // block, visit_block, (weight, mask))
     return Solution(weight[:n], mask[:n], {})
+
+
+def _visit_input(
+    factor: Float[Array, "b b"],
+    mask: Mask,
+    first: Array,
+    offset: int | Array,
+    state: tuple[Kernel, Kernel],
+) -> tuple[Kernel, Kernel]:
+    """Prunes an input and corrects those after it in the block.
+
+    Args:
+        factor: the block's part of R.
+        mask: of the block.
+        first: where the input's group begins in the block.
+        offset: of the input in its group.
+        state: the block's weights, and the errors of the inputs pruned so far.
+    """
+    values, errors = state
+    j = first + offset
+    row = lax.dynamic_index_in_dim(factor, j, keepdims=False)
+    value = lax.dynamic_index_in_dim(values, j, keepdims=False)
+    kept = lax.dynamic_index_in_dim(mask, j, keepdims=False)
+    error = masked(~kept, value) / row[j]
+    later = masked(jnp.arange(len(row), dtype=jnp.int32) > j, row)
+    values = values - later[:, None] * error[None, :]
+    return values, lax.dynamic_update_index_in_dim(errors, error, j, axis=0)

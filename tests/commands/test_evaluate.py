@@ -48,7 +48,7 @@ def test_two_models_of_one_name_are_not_taken_for_one(checkpoint: Path, text: Pa
     model, other = load(checkpoint), load(checkpoint)
     measures = Measures([str(text)], seqlen=32, windows=1)
     with pytest.raises(
-        InputError, match=f"two models of the same name cannot be told apart: {checkpoint}"
+        InputError, match=f"two models of the same name cannot be distinguished: {checkpoint}"
     ):
         evaluate(model, against=other, measures=measures)
     assert list(evaluate(model, model, measures=measures).qualities) == [str(checkpoint)]
@@ -313,7 +313,7 @@ def bad(name: str, checkpoint: Path, text: Path, folder: Path) -> list[object]:
         ("too little text", "tokens to evaluate on, less than one window"),
         ("short windows", "fewer than 32: pass --eval-seqlen 20"),
         ("other tokenizer", "have different tokenizers"),
-        ("same name", "cannot be told apart"),
+        ("same name", "cannot be distinguished"),
         ("unknown task", "no task 'bolq': did you mean boolq"),
         ("option for nothing", "--limit is for --eval zero-shot"),
     ],
