@@ -17,7 +17,7 @@ from jaxprune.methods.quantization import has_grid
 from jaxprune.models import Architecture
 from jaxprune.recipe import Recipe
 from jaxprune.recipe_parts import effective_tuning, late_sparsity
-from jaxprune.run_store.context import NOWHERE, Context
+from jaxprune.run_store.context import NO_STORE, Context
 from jaxprune.run_store.store import CURVE, PRUNED, QUANTIZED, SENSITIVITY, TUNED, TUNING
 from jaxprune.solve.allocation import allocate, zeros_to_allocate
 from jaxprune.solve.calibration_states import CalibrationStates
@@ -47,7 +47,7 @@ def prune_model(
     *,
     stream: TextStream | None = None,
     seed: int = 0,
-    context: Context = NOWHERE,
+    context: Context = NO_STORE,
 ) -> Iterator[LayerResult]:
     """Yields the layers as they are to be stored, in order; no checkpoint is written.
 

@@ -97,7 +97,7 @@ def generate(
     }
     wanted = identity.of_run(reader, model.hf_config, model.dtype, {TEXTS: asked}, text.seed)
     with opening.open_store(place.path, wanted) as store:
-        known = identity.KnownWeights(reader, store)
+        known = identity.SavedDigests(reader, store)
         if len(saved := _saved(store)) < len(begun):
             place.check()
         made = _decoded(model, _written(model, begun, saved, text, observer, store))

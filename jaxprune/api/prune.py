@@ -51,7 +51,7 @@ from jaxprune.reporting.record import Record, write_record
 from jaxprune.run_store import identity, opening, publishing
 from jaxprune.run_store.context import Context
 from jaxprune.solve.expert_removal import kept_experts, without_experts
-from jaxprune.solve.layer_result import LayerFigures, LayerResult
+from jaxprune.solve.layer_result import LayerResult, LayerSummary
 from jaxprune.solve.targets import by_rules, effective_recipe
 from jaxprune.sparsity.masks import MaskWriter, digest_of, source_of
 from jaxprune.streaming.model import StreamedModel
@@ -83,7 +83,7 @@ class PruningResult:
         return self.record.sparsity
 
     @property
-    def layers(self) -> Sequence[LayerFigures]:
+    def layers(self) -> Sequence[LayerSummary]:
         """The results of the layers; `layers[3]["mlp.down_proj"].error` is a kernel's relative
         error."""
         return self.record.layers
@@ -158,7 +158,7 @@ def prune(
     """
     begun = time.perf_counter() if options.begun is None else options.begun
     run = _checked(model, windows, recipe, out, options)
-    emptied = opening.check(run.place, run.masks)
+    emptied = opening.require_free(run.place, run.masks)
     require_same(lambda: {**run.identity, "weights": identity.sample(model.reader)})
     observer = Observers(run.record, observer)
     observer.phase_timed("setup", time.perf_counter() - begun)
@@ -167,14 +167,14 @@ def prune(
         observer.planned(fit.require_fit(run.work()))
     folder, masks_at = run.place.path, run.masks_at
     if broadcast(emptied):
-        if on_first_process(lambda: opening.tidy_up(folder, run.identity, masks_at)):
+        if on_first_process(lambda: opening.remove_finished(folder, run.identity, masks_at)):
             return _finished(folder)
         run.place.check()
     with opening.open_store(folder, run.identity, masks_at, resume=options.resume_only) as store:
-        if store.unpublished:
+        if store.to_publish:
             publishing.publish(store, run.place, run.masks)
             return _finished(folder)
-        weights = identity.KnownWeights(identity.checked(model.reader), store)
+        weights = identity.SavedDigests(identity.checked(model.reader), store)
         context = Context(store, observer)
         files, packed = run.prune(context)
         run.evaluate(context)

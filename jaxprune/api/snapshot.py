@@ -46,7 +46,7 @@ from jaxprune.methods import Method
 from jaxprune.models import Architecture
 from jaxprune.phases import Phases, require_recipe
 from jaxprune.recipe import Recipe
-from jaxprune.run_store.context import NOWHERE
+from jaxprune.run_store.context import NO_STORE
 from jaxprune.sharding import fetch
 from jaxprune.solve.calibration_states import CalibrationStates
 from jaxprune.solve.expert_removal import kept_experts, without_experts
@@ -165,7 +165,7 @@ def capture(
             f"the rules leave layer {layer} dense",
             options=dict.fromkeys(("layer", "skip"), Change.OTHER),
         )
-    states, solver = Phases.of(model, tokens, recipe, NOWHERE).solving()
+    states, solver = Phases.of(model, tokens, recipe, NO_STORE).solving()
     before = (
         solver if prune_before else dataclasses.replace(solver, target_of=lambda index, path: None)
     )

@@ -146,7 +146,7 @@ def _checked_paths(
     require_separate(
         place, masks_place, recipe, inputs | {"ckpt": paths_of(config.ckpt)}, config.scratch
     )
-    if not opening.check(place, masks_place) and config.resume:
+    if not opening.require_free(place, masks_place) and config.resume:
         opening.require_begun(place.path)
     return place, masks_place, inputs
 

@@ -37,7 +37,7 @@ from jaxprune.distill.schedule import TuningSteps
 from jaxprune.distill.student import Student, require_finite
 from jaxprune.errors import InputError
 from jaxprune.recipe_parts import Tuning
-from jaxprune.run_store.context import NOWHERE, Context
+from jaxprune.run_store.context import NO_STORE, Context
 from jaxprune.solve.layer_result import LayerResult
 from jaxprune.solve.targets import TargetOf
 from jaxprune.streaming.model import StreamedModel
@@ -111,7 +111,7 @@ def distill(
     tuning: Tuning,
     *,
     target_of: TargetOf | None = None,
-    context: Context = NOWHERE,
+    context: Context = NO_STORE,
 ) -> Iterator[LayerResult]:
     """Tunes pruned layers. Masks and what became of the kernels stay as their solves have them,
     unless zeros come late.

@@ -28,7 +28,7 @@ from jaxprune.reporting.drawing import (
 )
 from jaxprune.reporting.entries import Entry
 from jaxprune.solve.kernel import KernelResult
-from jaxprune.solve.layer_result import LayerFigures
+from jaxprune.solve.layer_result import LayerSummary
 from jaxprune.solve.quantized_layers import ERROR
 
 LEAST_SPAN = 5
@@ -350,11 +350,11 @@ def _label(entry: Entry) -> str:
     return words(entry.label)
 
 
-def _layers(entry: Entry) -> Sequence[LayerFigures]:
+def _layers(entry: Entry) -> Sequence[LayerSummary]:
     return [_with_experts_together(layer) for layer in entry.run.layers] if entry.run else []
 
 
-def _with_experts_together(layer: LayerFigures) -> LayerFigures:
+def _with_experts_together(layer: LayerSummary) -> LayerSummary:
     """Returns a layer with the linear layers of all experts that are called the same as one: mean
     errors."""
     grouped: dict[str, list[KernelResult]] = {}
@@ -372,7 +372,7 @@ def _together(kernels: Sequence[KernelResult]) -> KernelResult:
     return KernelResult(sum(errors) / len(errors) if errors else math.nan, *counts)
 
 
-def _numbers(layers: Sequence[LayerFigures]) -> list[int]:
+def _numbers(layers: Sequence[LayerSummary]) -> list[int]:
     return [layer.index + 1 for layer in layers]
 
 

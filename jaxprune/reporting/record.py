@@ -24,7 +24,7 @@ from jaxprune.planning.timing import Timing
 from jaxprune.recipe import Recipe
 from jaxprune.reporting import reading, schema
 from jaxprune.reporting.schema import RECORD, REPORT
-from jaxprune.solve.layer_result import LayerFigures, LayerResult
+from jaxprune.solve.layer_result import LayerResult, LayerSummary
 from jaxprune.streaming.observer import Observer
 
 PACKAGES = (
@@ -74,7 +74,7 @@ class Record(Observer):
     tokens: np.ndarray
     stream: TextStream | None = None
     divergences: list[tuple[int, float]] = dataclasses.field(default_factory=list)
-    layers: list[LayerFigures] = dataclasses.field(default_factory=list)
+    layers: list[LayerSummary] = dataclasses.field(default_factory=list)
     resumed: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     evaluation: dict[str, Quality] = dataclasses.field(default_factory=dict)

@@ -21,7 +21,7 @@ from jaxprune.methods import Scalar
 from jaxprune.planning.timing import Timing
 from jaxprune.recipe import Recipe, effective, method_text, pattern_text
 from jaxprune.solve.kernel import KernelResult
-from jaxprune.solve.layer_result import LayerFigures
+from jaxprune.solve.layer_result import LayerSummary
 from jaxprune.sparsity.patterns import Given, OwnPattern
 
 RECORD, REPORT = "jaxprune.json", "report.html"
@@ -120,7 +120,7 @@ class Run(Environment):
     disk_bytes: Mapping[str, Count] = dataclasses.field(default_factory=dict)
     parameters: Mapping[str, Count] = dataclasses.field(default_factory=dict)
     converted_bytes: dict[str, Count] = dataclasses.field(default_factory=dict)
-    layers: list[LayerFigures]
+    layers: list[LayerSummary]
     resumed_layers: Count = 0
 
     @property

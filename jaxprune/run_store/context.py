@@ -1,4 +1,4 @@
-"""What a run carries beside its model and recipe."""
+"""The store and the observer of a run, which every phase takes."""
 
 import contextlib
 import dataclasses
@@ -11,12 +11,11 @@ from jaxprune.streaming.sweep import timed
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Where a run saves what it finishes, and whom it tells.
+    """The store and the observer of a run.
 
     Attributes:
-        store: where all that is finished is saved, and taken from where it is saved already; None:
-            nothing is saved.
-        observer: is told what happens.
+        store: where finished work is saved and looked up; None: nothing is saved.
+        observer: is notified of progress.
     """
 
     store: RunStore | None = None
@@ -29,12 +28,12 @@ class Context:
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Tells the observer the seconds of what is done."""
+        """Notifies the observer of the seconds that a block takes."""
         seconds: dict[str, float] = {}
         with timed(seconds, phase):
             yield
         self.observer.phase_timed(phase, seconds[phase])
 
 
-NOWHERE = Context()
-"""Nothing is saved, and nobody told."""
+NO_STORE = Context()
+"""Saves nothing and notifies nobody."""

@@ -1,10 +1,9 @@
-"""Whose a run store is: all that decides a run's outcome, and the weights that it met.
+"""The identity of a run: everything that decides its outcome.
 
-What is known at once (options, calibration windows, configuration, names, shapes and dtypes of all
-tensors) is compared before any work. Contents are compared as they are read: a run keeps the digest
-of every tensor in its store, and when it goes on, no tensor may have another. Tensors of
-layers that are pruned already are read again only where the system's own account of the files
-(size, times, inode) has changed.
+Options, calibration windows, configuration, and the names, shapes and dtypes of all tensors are
+compared before any work. Contents are compared when they are read: the store has the digest of
+every tensor, and a resumed run refuses a tensor with another digest. Tensors of pruned layers are
+read again only if size, times or inode of their files have changed.
 """
 
 import hashlib
@@ -24,34 +23,34 @@ from jaxprune.run_store.store import STAGES, WEIGHTS, RunStore
 
 SCHEMA = 3
 UNREAD = ("transformers_version", "_name_or_path", "architectures", "use_cache")
-"""Entries of config.json that decide nothing here."""
+"""Entries of config.json that do not change the outcome."""
 log = logging.getLogger(__name__)
 
 
 class Weights(schema.Schema):
-    """What a run store has of its checkpoint's weights, a part in each saved result.
+    """Digests of a checkpoint's weights, as one saved result has them.
 
     Attributes:
         files: `CheckedReader.signature` when the tensors were read.
-        digests: path -> digest of tensors that were read since the one before.
+        digests: path -> digest, of the tensors read since the previous saved result.
     """
 
     files: dict[str, list[int]]
     digests: dict[str, str]
 
 
-class KnownWeights:
-    """The weights that a run has met, held against those that it met before it was stopped.
+class SavedDigests:
+    """The digests of the dense weights that a run has read, compared with those saved in its store.
 
     Args:
         reader: the reader of the dense checkpoint.
-        store: the store of the run; it saves what becomes known.
+        store: the store of the run; it saves new digests.
 
     Attributes:
         reader: as given.
 
     Raises:
-        AnotherRunError: a tensor has changed since the run met it.
+        AnotherRunError: a tensor has changed since the run read it.
     """
 
     def __init__(self, reader: CheckedReader, store: RunStore) -> None:
@@ -60,7 +59,7 @@ class KnownWeights:
         saved: list[Weights] = []
         for number in store.names(WEIGHTS):
             found = store.get(f"{WEIGHTS}/{number}")
-            if found is None:  # nobody knows any more which weights the results were made of
+            if found is None:  # the weights that the results were made from are unknown
                 log.warning("all that is saved in %s will be made again", store.folder)
                 store.drop(*STAGES)
                 saved = []
@@ -70,8 +69,8 @@ class KnownWeights:
         reader.remember(known)
         self._known = set(known)
         if any(one.files != self._signature for one in saved):
-            self._require({}, "before this run was stopped it met another tensor there")
-        store.newly_known = self._newly_known
+            self._require({}, "the tensor has changed since this run was stopped")
+        store.new_digests = self._newly_known
 
     def _newly_known(self) -> dict[str, Any] | None:
         digests = dict(self.reader.digests)
@@ -80,8 +79,8 @@ class KnownWeights:
         return Weights(files=self._signature, digests=new).model_dump() if new else None
 
     def require_unchanged(self) -> None:
-        """Raises AnotherRunError where a tensor has changed since this process met it."""
-        self._require(self._signature, "it changed while the run went on")
+        """Raises AnotherRunError if a tensor has changed since this process read it."""
+        self._require(self._signature, "the tensor changed during the run")
 
     def _require(self, signature: Signature, what: str) -> None:
         try:
@@ -99,15 +98,14 @@ class KnownWeights:
 
 
 def checked(reader: Reader) -> CheckedReader:
-    """Returns the reader of a model whose files may be made something of.
+    """Returns a model's reader, which must check weights when it reads them.
 
     Raises:
-        TypeError: it does not look at weights when it reads them.
+        TypeError: it does not.
     """
     if not isinstance(reader, CheckedReader):
         raise TypeError(
-            "files are made of a model of jaxprune.load, whose weights are looked at when they are "
-            "read"
+            "open the model with jaxprune.load: only its reader checks weights when it reads them"
         )
     return reader
 
@@ -115,13 +113,13 @@ def checked(reader: Reader) -> CheckedReader:
 def of_run(
     reader: Reader, config: Mapping[str, Any], dtype: np.dtype, asked: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:
-    """Returns all that decides a run's outcome and is known before it begins, as JSON.
+    """Returns the identity of a run as JSON, without the contents of tensors.
 
     Args:
         reader: the reader of the dense checkpoint.
         config: the content of its config.json.
         dtype: the dtype of the computation.
-        asked: the recipe and what it is applied to, as JSON.
+        asked: the recipe and its inputs, as JSON.
         seed: the seed of the run.
     """
     return {
@@ -135,8 +133,8 @@ def of_run(
 
 
 def sample(reader: Reader) -> dict[str, str]:
-    """Returns the digest of the smallest tensor beside the layers, the final norm: fine-tuned
-    checkpoints of the same shapes have others."""
+    """Returns the digest of the smallest tensor outside the layers, the final norm. It differs
+    between fine-tuned checkpoints of the same shapes."""
     beside = [
         path
         for part, paths in parts(reader.spec).items()
@@ -148,7 +146,7 @@ def sample(reader: Reader) -> dict[str, str]:
 
 
 def _headers(spec: Spec) -> bytes:
-    """Returns all names, shapes and dtypes, to be digested."""
+    """Returns the names, shapes and dtypes of all tensors as bytes."""
     return json.dumps(
         {path: [list(t.shape), t.dtype.name] for path, t in sorted(spec.items())}
     ).encode()

@@ -1,7 +1,7 @@
-"""The end of a run: its result is complete, is moved to its place, and the run store is removed.
+"""The end of a run: the finished result is moved to its place, and the run store is removed.
 
-A result is complete once its marker is written. The marker's kind names the store and has the
-digest of the masks, so that it shows whether what is at their places is this run's.
+A result is complete once its marker is written. The marker names the store and has the digest of
+the masks, so it shows whether the files at the final places come from this run.
 """
 
 import contextlib
@@ -18,16 +18,14 @@ from convert.ownership import Listed
 from convert.renaming import old
 from convert.writing import names
 from jaxprune.processes.collective import on_first_process
-from jaxprune.run_store.store import RunStore
+from jaxprune.run_store.store import LOCK, NEW_RUN, RUN, RunStore
 
-RUN, NEW_RUN, LOCK = "run.json", ".jaxprune-run.json.new", "lock"
-"""The files of a store beside its saved results."""
 EMPTY = Listed(size=0, sha256=hashlib.sha256().hexdigest())
 log = logging.getLogger(__name__)
 
 
 def finish(store: RunStore, files: Iterable[str], *, masks: bool) -> None:
-    """Says that the result is complete, once nothing is still being written.
+    """Marks the result as complete, after all pending writes.
 
     Args:
         store: the store of the run.
@@ -44,12 +42,14 @@ def finish(store: RunStore, files: Iterable[str], *, masks: bool) -> None:
 
     store.wait()
     on_first_process(mark)
-    store.unpublished = True, masks
+    store.to_publish = True, masks
 
 
-def unpublished(store: RunStore, out: Path, masks_at: Path | None) -> tuple[bool, bool] | None:
-    """Returns whether the result, and the masks, that an earlier process made are still to be moved
-    to their places; None where they are not whole, or not what is asked for."""
+def left_to_publish(store: RunStore, out: Path, masks_at: Path | None) -> tuple[bool, bool] | None:
+    """Returns whether the finished result, and the masks, must still be moved to their places.
+
+    Returns None if they are incomplete, or do not match this run.
+    """
     try:
         kind = ownership.kind_of(out) or ""
         published = kind.startswith(store.kind)
@@ -64,7 +64,7 @@ def unpublished(store: RunStore, out: Path, masks_at: Path | None) -> tuple[bool
 
 
 def has_digest(path: Path, sha256: str) -> bool:
-    """Returns whether a file is there that has a digest."""
+    """Returns whether a file exists and has a digest."""
     try:
         return ownership.digest(path) == sha256
     except UserError:
@@ -75,15 +75,15 @@ def publish(store: RunStore, place: Destination, masks_place: Destination | None
     """Moves the finished masks and the result to their places, and removes the store.
 
     Raises:
-        OccupiedError: something appeared there. What is finished stays, and the same command
-            continues from there.
+        OccupiedError: something else appeared there. The finished result stays in the store, and
+            the same command publishes it later.
     """
     on_first_process(lambda: _publish(store, place, masks_place))
 
 
 def _publish(store: RunStore, place: Destination, masks_place: Destination | None) -> None:
-    assert store.unpublished
-    result, masks = store.unpublished
+    assert store.to_publish
+    result, masks = store.to_publish
     for missing, one, made in ((masks, masks_place, store.masks), (result, place, store.result)):
         if missing and one:
             one.again = "is put there by the same command once the place is free"
@@ -92,15 +92,15 @@ def _publish(store: RunStore, place: Destination, masks_place: Destination | Non
 
 
 def remove(store: RunStore) -> None:
-    """Removes all of a store that is its own; run.json goes last, so that a kill before leaves no
-    doubt.
+    """Removes the files that the store wrote. run.json goes last: until then a killed run leaves
+    a store that can be identified.
 
     Raises:
         CheckpointError: the disk became read-only. The same command removes the rest.
     """
     folder = store.folder
     for path in (store.result, old(store.result)):
-        with contextlib.suppress(UserError):  # what was replaced
+        with contextlib.suppress(UserError):  # not as the run wrote it
             ownership.remove_folder(path)
     for path in (*store.files(), store.masks, old(store.masks)):
         with contextlib.suppress(UserError):
@@ -108,7 +108,7 @@ def remove(store: RunStore) -> None:
     ownership.remove_empties(folder)
     left = [name for name in names(folder) if name not in (RUN, NEW_RUN, LOCK)]
     ownership.remove_own(folder / NEW_RUN)
-    with contextlib.suppress(OccupiedError):  # somebody changed it
+    with contextlib.suppress(OccupiedError):  # it has changed
         if os.path.lexists(folder / RUN):
             ownership.remove_sealed(folder / RUN)
     if ownership.unchanged(folder / LOCK, EMPTY):

@@ -1,10 +1,10 @@
-"""The run store: what a run has finished, on disk, one file for each saved result.
+"""The run store: the finished work of a run on disk, one file for each saved result.
 
-A saved result is named `STAGE/NAME` and lies in `STAGE/NAME.safetensors`: arrays, and in the
-header's metadata figures as JSON, the run's token, the result's name and the file's checksum (see
-`convert.ownership`). It is made in a work folder, synced, and renamed to its place. So it is there
-whole or not at all, and shows by itself which run wrote it and whether it has changed since. What
-has changed is quarantined: moved to a folder that stays when the store is removed.
+A saved result is named `STAGE/NAME` and lies in `STAGE/NAME.safetensors`. The file has arrays. Its
+metadata has figures as JSON, the run's token, the result's name and the file's checksum (see
+`convert.ownership`). The store writes it in a work folder, syncs it and renames it, so a saved
+result is complete or absent, and it identifies its run. Files that have changed since are
+quarantined: moved to a folder that stays when the store is removed.
 """
 
 import contextlib
@@ -40,9 +40,11 @@ CURVE = "curve"
 """The measures of a tuning that has ended."""
 TEXTS = "texts"
 WEIGHTS = "weights"
-"""What is known of the dense weights; see `identity.KnownWeights`."""
+"""Digests of the dense weights; see `identity.SavedDigests`."""
 STAGES = {EXPERTS, SENSITIVITY, PRUNED, QUANTIZED, TUNING, TUNED, CURVE, TEXTS, WEIGHTS}
-"""With which the names of saved results begin."""
+"""The first part of the names of saved results."""
+RUN, NEW_RUN, LOCK = "run.json", ".jaxprune-run.json.new", "lock"
+"""The files of a store beside its saved results."""
 SUFFIX = ".safetensors"
 PATIENCE = 20
 """Large states are saved when the work since the last time took so many times longer than saving
@@ -58,7 +60,7 @@ class DamagedResultError(InputError):
 
 
 def damaged(what: str) -> DamagedResultError:
-    """Returns the error of a saved result that was there, and is not there any more."""
+    """Returns the error of a saved result that was damaged during the run."""
     return DamagedResultError(
         f"{what} was damaged on the disk while it was used: run the same command again"
     )
@@ -85,7 +87,7 @@ class _Metadata(schema.Schema):
 class RunStore:
     """The saved results of a run, written in the background; `opening.open_store` yields it.
 
-    Of several processes the first writes, and all read; all have to call the methods.
+    With several processes, all call each method. The first one writes, and all read.
 
     Args:
         folder: the folder of the store; it exists.
@@ -94,23 +96,23 @@ class RunStore:
 
     Attributes:
         folder, token: as given.
-        work: the folder of what is being made; all in it is the run's own.
-        quarantine: the folder of what was found changed; it stays when the store goes.
-        result: the folder that the checkpoint is made at.
-        masks: the file that the masks are made at.
-        kind: with which the kind in the marker of the run's result begins; see `publishing`.
-        unpublished: whether the finished result, and the masks, are still to be moved to their
+        work: the folder of unfinished files, all written by the run.
+        quarantine: the folder of files that have changed; it stays when the store is removed.
+        result: the folder where the checkpoint is written.
+        masks: the file where the masks are written.
+        kind: the first words of the marker of the run's result; see `publishing`.
+        to_publish: whether the finished result, and the masks, must still be moved to their
             places; None: they are not finished.
-        newly_known: returns figures that the next result depends on, which are saved before it;
-            None: nothing is new.
+        new_digests: returns the digests of weights that were read since the last call, which are
+            saved before the next result; None: there are none.
     """
 
     def __init__(self, folder: Path, token: str = "0", run: str = "") -> None:
         self.folder, self.token, self.kind = folder, token, f"run {run} {token}"
         self.work, self.quarantine = folder / f"work-{token}", folder / f"quarantine-{token}"
         self.result, self.masks = self.work / "result", self.work / "masks"
-        self.unpublished: tuple[bool, bool] | None = None
-        self.newly_known: Callable[[], Mapping[str, Any] | None] = lambda: None
+        self.to_publish: tuple[bool, bool] | None = None
+        self.new_digests: Callable[[], Mapping[str, Any] | None] = lambda: None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._pending: Future[None] | None = None
         self._last_saved, self._cost = time.monotonic(), 0.0
@@ -135,8 +137,7 @@ class RunStore:
         return broadcast(self.path(name).is_file())
 
     def put(self, name: str, arrays: Params, figures: Mapping[str, Any]) -> None:
-        """Saves a result in the background, as soon as the one before it is saved. It takes the
-        place of one of the same name.
+        """Saves a result in the background, after the previous one; replaces one of its name.
 
         Args:
             name: STAGE/NAME.
@@ -144,7 +145,7 @@ class RunStore:
             figures: JSON.
 
         Raises:
-            CheckpointError: the one before it could not be written.
+            CheckpointError: the previous one could not be written.
         """
         self.wait()
         if jax.process_count() > 1:
@@ -163,20 +164,18 @@ class RunStore:
             pending.result()
 
     def close(self) -> None:
-        """Saves what is not yet saved."""
+        """Waits for the last save and stops the background thread."""
         try:
             self.wait()
         finally:
             self._pool.shutdown()
 
     def get(self, name: str, prefix: str | None = "") -> Saved | None:
-        """Returns a saved result; None where there is none, or where it is damaged, which is
-        reported and quarantined.
+        """Returns a saved result, or None. A damaged one is reported and quarantined.
 
         Args:
             name: STAGE/NAME.
-            prefix: with which the names of the wanted arrays begin, which are returned without it;
-                None: none is wanted.
+            prefix: returns the arrays whose names have this prefix, without it; None: no arrays.
 
         Raises:
             CheckpointError: not all processes can read it.
@@ -199,11 +198,11 @@ class RunStore:
         return saved
 
     def put_states(self, name: str, states: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
-        """Saves large states at once, if the work since states were last saved was long enough.
+        """Saves large states, if enough time has passed since states were last saved.
 
         Args:
             name: STAGE/NAME.
-            states: name -> hidden states, written block by block, for they may be larger than
+            states: name -> hidden states, written block by block because they may be larger than
                 memory; or an array, on devices or the host. Each process has some of them.
             figures: JSON.
 
@@ -221,8 +220,7 @@ class RunStore:
         self._cost = self._last_saved - start
 
     def worth_saving(self, size: int) -> bool:
-        """Returns whether so much has been done since states were last saved that saving so many
-        bytes costs little."""
+        """Returns whether saving so many bytes takes little of the time since the last save."""
         cost = self._cost or size / _BYTES_PER_SECOND
         return broadcast(time.monotonic() - self._last_saved > PATIENCE * cost)
 
@@ -248,8 +246,7 @@ class RunStore:
         writing.put(self.path(name), place)
 
     def _is_intact(self, name: str) -> bool:
-        """Returns whether a saved result is there, as it was written; what else is at its place is
-        quarantined."""
+        """Returns whether a saved result exists unchanged; quarantines anything else there."""
         path = self.path(name)
         if not os.path.lexists(path):
             return False
@@ -281,8 +278,8 @@ class RunStore:
         return TensorFile(path, arrays, metadata | {"figures": json.dumps(figures)})
 
     def _place(self, name: str, file: TensorFile) -> None:
-        """Moves a file to its place, after what it depends on."""
-        if known := self.newly_known():
+        """Moves a file to its place, after the digests of the weights that it was made from."""
+        if known := self.new_digests():
             number = f"{WEIGHTS}/{len(self._names(WEIGHTS))}"
             self._move(number, self._file(number, {}, known))
         self._move(name, file)
@@ -301,10 +298,10 @@ class RunStore:
 
     @contextlib.contextmanager
     def opened(self, name: str) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """Yields an open file that is as it was written, and its figures.
+        """Yields an open file whose checksum is right, and its figures.
 
         Raises:
-            UserError: it is not, or cannot be read.
+            UserError: the file has changed, or cannot be read.
         """
         path = self.path(name)
         if not ownership.sealed(path):
@@ -321,7 +318,7 @@ class RunStore:
 
 
 def is_result(path: str) -> bool:
-    """Returns whether a relative path is one at which a store keeps a saved result."""
+    """Returns whether a relative path is that of a saved result."""
     return path.endswith(SUFFIX) and Path(path).parts[0].removesuffix(SUFFIX) in STAGES
 
 
@@ -361,9 +358,9 @@ class Stage(Results[T]):
     Args:
         store: the store of the run.
         name: the stage's.
-        save: a result -> what of it is saved.
-        load: the index of a result, what is saved of it -> the result. DamagedError: it is not what
-            `save` gives.
+        save: result -> arrays and figures to save.
+        load: index of a result, its arrays and figures -> the result. It raises DamagedError if
+            `save` cannot have made them.
     """
 
     def __init__(

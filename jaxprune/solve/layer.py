@@ -20,7 +20,7 @@ from jaxprune.sharding import ONE_DEVICE, Devices, fetch
 from jaxprune.solve.calibration_states import CalibrationStates
 from jaxprune.solve.gram_matrices import gram_matrices, groups, most_bytes
 from jaxprune.solve.kernel import KernelResult, Linear, dense_result, prune_and_round
-from jaxprune.solve.layer_result import LayerFigures, LayerResult
+from jaxprune.solve.layer_result import LayerResult, LayerSummary
 from jaxprune.solve.sensitivity import Weights
 from jaxprune.solve.targets import TargetOf
 from jaxprune.sparsity.masks import pack
@@ -105,7 +105,7 @@ def solve_layer(
     with timed(seconds, "forward"):
         if index + 1 < model.num_layers:  # nothing reads the last layer's output
             model.forward(index, model.put_layer(index, part.stack(pruned)), states.pruned)
-    figures = LayerFigures(index, seconds, solved.results)
+    figures = LayerSummary(index, seconds, solved.results)
     return LayerResult(figures, in_checkpoint(index, pruned), solved.masks)
 
 

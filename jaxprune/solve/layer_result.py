@@ -14,7 +14,7 @@ from jaxprune.solve.kernel import KernelResult
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerFigures:
+class LayerSummary:
     """Statistics of one pruned layer; `layer["mlp.down_proj"]` is what became of a kernel.
 
     Attributes:
@@ -53,7 +53,7 @@ class LayerResult:
         resumed: whether an earlier process of the same run pruned it.
     """
 
-    figures: LayerFigures
+    figures: LayerSummary
     params: Params
     masks: dict[str, UInt8[np.ndarray, "m _"]]
     resumed: bool = False
@@ -83,6 +83,6 @@ def _save(layer: LayerResult) -> Saved:
 
 
 def _load(index: int, saved: Saved) -> LayerResult:
-    figures = check(LayerFigures, saved.figures, file=f"layer {index}", entry="figures")
+    figures = check(LayerSummary, saved.figures, file=f"layer {index}", entry="figures")
     arrays = grouped(saved.arrays)
     return LayerResult(figures, arrays["params"], arrays["masks"], resumed=True)

@@ -12,7 +12,7 @@ from jaxprune.models import Layer
 from jaxprune.solve.calibration_states import CalibrationStates
 from jaxprune.solve.kernel import KernelResult
 from jaxprune.solve.layer import Solver, solve_layer
-from jaxprune.solve.layer_result import LayerFigures, LayerResult
+from jaxprune.solve.layer_result import LayerResult, LayerSummary
 from jaxprune.solve.targets import Target
 from jaxprune.sparsity.masks import StoredMask, unpack
 from jaxprune.sparsity.patterns import Unstructured
@@ -50,7 +50,7 @@ def quantize_layers(
         for path in kernels.keys() & solved.masks.keys():
             kernels[path] = _merged(kernels[path], solved.kernels[path])
         seconds = {"quantize": sum(solved.figures.seconds.values())}
-        return LayerResult(LayerFigures(index, seconds, kernels), solved.params, layer.masks)
+        return LayerResult(LayerSummary(index, seconds, kernels), solved.params, layer.masks)
 
     def source(indices: Sequence[int]) -> Iterator[LayerResult]:
         return map(pruned, indices)

@@ -92,7 +92,7 @@ def test_what_is_written_is_kept_until_all_is(
     monkeypatch.setattr(Progress, "layer_visited", lambda self, index: taken.append(index))
     assert main(argv) == 0
     assert len(taken) == 2 * (LENGTH - 1)  # of nine texts, four were written
-    assert f"going on with what is finished in {store_folder(file)}" in capsys.readouterr().err
+    assert f"resuming from the results saved in {store_folder(file)}" in capsys.readouterr().err
     assert generate(load(checkpoint), OwnText(tokens=200, length=LENGTH)) == texts_of(file)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 

@@ -453,7 +453,7 @@ def test_bad_input_is_one_error_and_harms_nothing(
         ("--rule nothing=0.5", "no linear layer is named 'nothing'"),
         ("--pattern 2:5", "pattern 2:5 needs a number of inputs divisible by 5"),
         ("--mask from-file:nope", "nope: it is missing"),
-        ("--resume", "there is nothing to go on with at "),
+        ("--resume", "there is nothing to resume at "),
         ("--route-all", "the model has no experts"),
         ("--sparsity 0.5 --sparsity 0.6", "--sparsity specified multiple times"),
     ],

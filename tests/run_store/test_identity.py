@@ -164,7 +164,7 @@ def test_a_tensor_that_changes_while_the_run_works_is_noticed(
         *"--nsamples 2 --seqlen 32 --eval none".split(),
     ]
     assert main([*argv, "--method", "magnitude", "--out", str(tmp_path / "out")]) == 2
-    assert "it changed while the run went on" in capsys.readouterr().err
+    assert "the tensor changed during the run" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

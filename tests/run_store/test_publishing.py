@@ -44,12 +44,12 @@ def work(
         destination(masks, "save_masks", overwrite=overwrite, folder=False) if masks else None
     )
     identity = IDENTITY | {"text": text}
-    if opening.check(place, masks_place):
-        if opening.tidy_up(out, identity, masks):
+    if opening.require_free(place, masks_place):
+        if opening.remove_finished(out, identity, masks):
             return "bare"
         place.check()
     with opening.open_store(out, identity, masks) as store:
-        if store.unpublished:
+        if store.to_publish:
             publishing.publish(store, place, masks_place)
             return "finished"
         states = HiddenStates((4, 3, 2), np.dtype(np.float32), batch=2)

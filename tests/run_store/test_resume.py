@@ -303,7 +303,7 @@ def test_another_run_is_refused(
         "pattern.sparsity: 0.7 then, 0.6 now": ["--sparsity", "0.6"],
         "seed: 0 then, 1 now": ["--seed", "1"],
         "calibration.sha256: ": ["--seed", "1"],
-        "layers.4.mlp.up_proj.kernel: before this run was stopped": [
+        "layers.4.mlp.up_proj.kernel: the tensor has changed since this run was stopped": [
             "--ckpt",
             str(tmp_path / "other"),
         ],
@@ -323,7 +323,7 @@ def test_there_must_be_something_to_resume(
 ) -> None:
     argv, store, _ = stopped
     assert main([*argv[:-1], str(tmp_path / "elsewhere"), "--resume"]) == 2
-    assert "nothing to go on with" in capsys.readouterr().err
+    assert "nothing to resume" in capsys.readouterr().err
     assert not (tmp_path / "elsewhere.unfinished").exists()
     with (store / "lock").open("r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -395,7 +395,7 @@ def test_a_damaged_checkpoint_is_pruned_further_once_it_is_replaced(
     assert error.startswith(f"error: {damaged}: norm.scale[3]: ")
     shutil.copyfile(checkpoint / "model.safetensors", damaged / "model.safetensors")
     assert main(argv) == 0
-    assert "going on with what is finished" in capsys.readouterr().err
+    assert "resuming from the results saved" in capsys.readouterr().err
 
 
 def test_an_error_that_another_try_meets_again_suggests_none(
@@ -432,7 +432,7 @@ def test_an_error_of_the_evaluation_says_how_to_use_what_is_pruned(
         "error: stopped here",
     ]
     assert main(argv) == 0
-    assert "going on with what is finished" in capsys.readouterr().err
+    assert "resuming from the results saved" in capsys.readouterr().err
 
 
 def test_a_run_store_goes_when_nothing_is_written_into_it(
