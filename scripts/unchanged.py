@@ -224,10 +224,19 @@ def made(tree: Path, folder: Path, name: str, line: str) -> dict[str, Any]:
     if "--save-masks" in words:
         files.append(folder / words[words.index("--save-masks") + 1])
     return {
-        "files": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
+        "files": {file.name: digest(file) for file in files},
         "numbers": numbers(json.loads((folder / out / "jaxprune.json").read_text())),
         "seconds": spent,
     }
+
+
+def digest(file: Path) -> str:
+    """Returns the SHA-256 of a safetensors file without its metadata, which has no weights."""
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header.pop("__metadata__", None)
+    return hashlib.sha256(json.dumps(header).encode() + content[end:]).hexdigest()
 
 
 def numbers(record: dict[str, Any]) -> dict[str, Any]:
