@@ -1,7 +1,8 @@
-"""Pruning methods, one a file. A method knows one kernel and the Gram matrix of its inputs, nothing
-else.
+"""Pruning methods, one per file.
 
-`combine` makes methods of methods: one's mask with another's update, or any method with a finish.
+A method prunes one kernel, given the Gram matrix of its inputs. It does not depend on models, files
+or devices. `combine` builds methods from other methods: one method's mask with another's update, or
+any method with a finish.
 """
 
 import dataclasses
@@ -15,14 +16,14 @@ from jaxprune.errors import InputError
 from jaxprune.sparsity.patterns import Pattern
 
 SELECTS = {"only": "mask"}
-"""Metadata of a method's option that matters only where the method selects the mask; the command
-line does not offer it where it only updates."""
+"""Metadata of an option that matters only if the method selects the mask. The command line does not
+offer it for a method that only updates weights."""
 
 UPDATES = {"only": "update"}
-"""Metadata of a method's option that matters only where the method updates the weights."""
+"""Metadata of an option that matters only if the method updates weights."""
 
 HELPERS = ("combine", "gram", "linalg", "quantization", "stored")
-"""Modules that hold no method of their own."""
+"""Modules that define no method."""
 
 Gram = Float[Array, "n n"]
 Kernel = Float[Array, "n m"]
@@ -35,7 +36,7 @@ class Solution(NamedTuple):
     Attributes:
         weight: [n, m], zero where the mask is False.
         mask: [n, m], True = kept.
-        metrics: scalars that the method reports.
+        metrics: scalars to report.
     """
 
     weight: Kernel
@@ -45,23 +46,24 @@ class Solution(NamedTuple):
 
 @runtime_checkable
 class Method(Protocol):
-    """A frozen dataclass (so hashable); its fields become flags.
+    """A pruning method: a frozen dataclass, hence hashable. Its fields become command-line flags.
 
-    `solve` runs under no jit of its own: it may look at the pattern with plain Python and calls
-    jitted functions.
+    `solve` itself is not jitted: it inspects the pattern in plain Python and calls jitted
+    functions.
     """
 
     @property
     def per_output(self) -> bool:
-        """Whether the published method compares scores within each output; used where the user does
-        not say."""
+        """Whether scores are compared within each output, as published, if the user does not
+        choose."""
         ...
 
     def prepare(self, gram: Gram) -> Any:
-        """Returns what depends on the inputs alone, made once for all kernels that share them.
+        """Computes everything that depends only on the inputs, once for all kernels that share
+        them.
 
         Args:
-            gram: XᵀX, float32.
+            gram: [n, n], XᵀX, float32.
         """
         ...
 
@@ -69,10 +71,10 @@ class Method(Protocol):
         """Prunes one kernel.
 
         Args:
-            prepared: what `prepare` gave.
-            weight: the dense kernel, in the Gram matrix's dtype.
-            pattern: a pattern that the method selects a mask of, or the mask itself, under which it
-                only updates.
+            prepared: the result of `prepare`.
+            weight: [n, m], the dense kernel, in the Gram matrix's dtype.
+            pattern: a pattern for which the method selects a mask, or the [n, m] mask itself, under
+                which it only updates weights.
         """
         ...
 
@@ -83,12 +85,14 @@ Scalar = bool | int | float | str | None
 
 @dataclasses.dataclass(frozen=True)
 class NotInstalled:
-    """A method that a recipe names and that cannot be made here: it is read and printed, not used.
+    """A method that a recipe names but that cannot be created here, such as a missing plugin.
+
+    It can be read, compared and printed; using it raises InputError.
 
     Attributes:
-        name: its name.
-        options: (name, value) of its options.
-        reason: why it cannot be made.
+        name: the method's name.
+        options: (name, value) of each option.
+        reason: why it cannot be created.
     """
 
     name: str
@@ -112,17 +116,17 @@ def names() -> list[str]:
 
 
 def name_of(method: Any) -> str:
-    """Returns a method's name: its file's, or that of its entry point."""
+    """Returns a method's name: the name of its file or entry point."""
     if isinstance(method, NotInstalled):
         return method.name
     return plugins.name_of(sys.modules[__name__], type(method).__module__)
 
 
 def load(name: str) -> type:
-    """Returns the method class of a file of this package.
+    """Returns the class of a method by its name.
 
     Raises:
-        InputError: there is no such method.
+        InputError: no method has this name.
     """
     module = plugins.load(sys.modules[__name__], name)
     (method,) = (
@@ -137,10 +141,12 @@ def load(name: str) -> type:
 
 
 def with_more_damping(method: Any, times: float) -> Any:
-    """Returns the method with all its dampings so many times as large, those of the methods it is
-    made of included.
+    """Returns a copy of a method with larger damping, including the methods that it contains.
 
-    A damping counts as at least 1e-6 of the mean diagonal here: below, float32 does not see it.
+    Args:
+        method: a method, or a dataclass that contains methods.
+        times: the factor. It applies to at least 1e-6 (of the mean diagonal), because float32 does
+            not resolve less.
     """
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(method):

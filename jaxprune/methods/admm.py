@@ -48,7 +48,7 @@ LinearSolve = Literal["inverse", "cholesky"]
 
 
 class Prepared(NamedTuple):
-    """What all kernels with the same inputs share.
+    """Computed once for all kernels with the same inputs.
 
     Attributes:
         scale: d_j = √H_jj + 1e-8, the diagonal of D.
@@ -61,21 +61,20 @@ class Prepared(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ADMM:
-    """Selects the mask gradually while it re-solves the kept weights; with a given mask it only
-    re-solves."""
+    """Selects the mask gradually while it re-optimizes the kept weights; under a given mask it only
+    re-optimizes."""
 
     schedule: Literal["cubic", "constant"] = dataclasses.field(default="cubic", metadata=SELECTS)
-    """How the sparsity of a gradually selected mask grows: cubic, as the paper writes it, or
-    constant (the final sparsity at every selection), as its published code runs for unstructured
-    patterns."""
+    """How the sparsity grows while the mask is selected: cubic, as in the paper, or constant (the
+    final sparsity at every selection), as in its published code for unstructured patterns."""
     iterations: int = 20
-    """ADMM iterations (k in the paper)."""
+    """Number of ADMM iterations (k in the paper)."""
     selections: int = dataclasses.field(default=15, metadata=SELECTS)
-    """Iterations that select the mask anew, from the first (k_s in the paper); at most all, and the
-    rest keep the last mask. 0 selects it once, from the dense weights."""
+    """Number of iterations, from the first, that select a new mask (k_s in the paper). Later
+    iterations keep the last mask. 0 selects the mask once, from the dense weights."""
     damping: float = 0.1
-    """Ridge towards the dense weights, in units of the mean diagonal of the scaled Gram matrix
-    (lambda)."""
+    """Ridge towards the dense weights (lambda), as a fraction of the mean diagonal of the scaled
+    Gram matrix."""
     rho: float = 1.0
     """ADMM penalty factor."""
     linear_solve: LinearSolve = "inverse"
@@ -142,8 +141,8 @@ def _solve(
     selections: int,
     linear_solve: LinearSolve,
 ) -> Solution:
-    """Iterates under a given mask, or under one that a selector selects anew in the first
-    `selections` iterations."""
+    """Iterates under a given mask, or under a mask that a selector renews in the first `selections`
+    iterations."""
     scale = prepared.scale[:, None]
     rho = jnp.asarray(rho, weight.dtype)
     dense = scale * weight
@@ -154,7 +153,7 @@ def _solve(
         return cho_solve((prepared.operator, True), rhs)
 
     def sum_of(moved: Kernel, v: Kernel, mask: Mask) -> Kernel:
-        """Returns W + U, from W − W₀ and those before."""
+        """Returns W + U, from W − W₀ and the previous V and M."""
         return dense + moved + masked(~mask, v)
 
     def iterate(v: Kernel, mask: Mask) -> tuple[Kernel, Kernel, Mask]:

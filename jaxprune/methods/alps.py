@@ -1,23 +1,24 @@
-r"""ALPS: ADMM with a growing penalty until the support settles, then conjugate gradients on it.
+r"""ALPS: ADMM with a growing penalty until the support settles, then conjugate gradients.
 
-In scaled coordinates (G = D⁻¹(H + ridge)D⁻¹ with unit diagonal, W₀ ← DW₀, B = GW₀), P keeping the
-largest by magnitude, from D = P(W₀), V = 0 and ρ = 0.1 an iteration is
+The problem is scaled to unit diagonal: G = D⁻¹(H + ridge)D⁻¹, W₀ ← DW₀ and B = GW₀. P keeps the
+largest entries by magnitude. From D = P(W₀), V = 0 and ρ = 0.1 each iteration is
 
     W = (G + ρI)⁻¹ (B − V + ρD)
     D = P(W + V/ρ)
     V = V + ρ(W − D)
 
-Every third iteration ρ grows, the more the more of the support changed, until nothing changes. The
-support of P(W) is the mask, and at most ten steps of conjugate gradients on it finish the weights.
+Every third iteration increases ρ, by a larger factor if more of the support has changed. The
+iterations end when the support no longer changes. The support of P(W) is the mask, and at most ten
+steps of conjugate gradients on it finish the weights.
 
 G = QΛQᵀ is computed once for all kernels that share their inputs, so (G + ρI)⁻¹ = Q(Λ + ρ)⁻¹Qᵀ for
-any ρ. It is formed once per ρ, for three products by n·m: 2n³ + 6n²m FLOPs, instead of 12n²m with Q
-and Qᵀ applied one after the other.
+any ρ. The inverse is formed once per ρ, for three products by n·m. This takes 2n³ + 6n²m FLOPs,
+instead of 12n²m for multiplying by Q and Qᵀ in turn.
 
 References:
     Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language
-    Models", NeurIPS 2024 (arXiv 2406.07831), algorithm 1 and its published code, for the numbers of
-    the ρ update.
+    Models", NeurIPS 2024 (arXiv 2406.07831), algorithm 1, and its published code for the constants
+    of the ρ update.
 """
 
 import dataclasses
@@ -43,13 +44,13 @@ from jaxprune.sparsity.patterns import Pattern
 from jaxprune.sparsity.selection import Selector
 
 CHECK = 3
-"""Iterations between two looks at the support."""
+"""Iterations between two checks of the support."""
 SETTLES = 30
-"""Iterations after which a support that hardly changes ends the search."""
+"""Iterations after which the search ends if the support hardly changes."""
 
 
 class Prepared(NamedTuple):
-    """What all kernels with the same inputs share.
+    """Computed once for all kernels with the same inputs.
 
     Attributes:
         scale: √diag of the damped Gram matrix + 1e-8, the diagonal of D.
@@ -65,15 +66,15 @@ class Prepared(NamedTuple):
 
 
 class State(NamedTuple):
-    """Of the search for a support, between two checks.
+    """The state of the search for a support, between two checks.
 
     Attributes:
         weight, kept, dual: W, D, V.
         support: the support of D at the last check.
         rho: the penalty.
-        settling: whether the support has ever changed by more than a little, so that ρ grows.
-        checks: so far.
-        done: the support has settled.
+        settling: whether the support has ever changed by more than 0.5 %; if so, ρ grows.
+        checks: the number of checks so far.
+        done: whether the support has settled.
     """
 
     weight: Kernel
@@ -88,20 +89,20 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ALPS:
-    """Selects the mask by ADMM with a growing penalty, then solves on it; with a given mask it only
-    solves."""
+    """Selects the mask by ADMM with a growing penalty, then solves under it; under a given mask it
+    only solves."""
 
     iterations: int = dataclasses.field(default=300, metadata=SELECTS)
-    """The most ADMM iterations; they end when the mask settles."""
+    """Maximum number of ADMM iterations; they stop when the mask settles."""
     rho: float = dataclasses.field(default=0.1, metadata=SELECTS)
-    """The penalty to start with."""
+    """Initial ADMM penalty factor."""
     cg_steps: int = dataclasses.field(default=10, metadata=UPDATES)
-    """The most conjugate-gradient steps on the mask."""
+    """Maximum number of conjugate-gradient steps under the final mask."""
     cg_tolerance: float = dataclasses.field(default=1e-4, metadata=UPDATES)
-    """Of the gradient of each output, relative to the one at zero weights; conjugate gradients end
-    there."""
+    """Relative tolerance: conjugate gradients stop when the gradient of each output has shrunk to
+    this fraction of its value at zero weights."""
     damping: float = 0.01
-    """Ridge, in units of the mean diagonal of the unscaled Gram matrix."""
+    """Ridge, as a fraction of the mean diagonal of the unscaled Gram matrix."""
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.cg_steps < 0:
@@ -152,7 +153,7 @@ def _search(
     iterations: int | Int[Array, ""],
     rho: Scalar,
 ) -> tuple[Kernel, Mask, dict[str, Array]]:
-    """Returns the support that ADMM settles on, with its weights and figures."""
+    """Returns the weights and the support that ADMM settles on, and metrics."""
     scale = prepared.scale[:, None]
     dense = scale * weight
     target = matmul(prepared.gram, dense)
@@ -210,7 +211,7 @@ def _search(
 
 
 class _Penalty(NamedTuple):
-    """The penalty after a check; see `State` for the fields that are not described here.
+    """The penalty after a check; `State` describes the other fields.
 
     Attributes:
         restart: whether the search starts over.
@@ -225,13 +226,13 @@ class _Penalty(NamedTuple):
 def _next_penalty(
     state: State, changes: Int[Array, ""], count: Int[Array, ""], iterations: Int[Array, ""]
 ) -> _Penalty:
-    """Returns the penalty after a check: it grows by how much of the support has changed.
+    """Returns the penalty after a check; it grows more if more of the support has changed.
 
     Args:
-        state: before the iterations that the check follows.
-        changes: entries of the support that have changed since the check before.
-        count: entries of the support.
-        iterations: so far.
+        state: the state before the iterations that the check follows.
+        changes: number of support entries that have changed since the previous check.
+        count: number of entries in the support.
+        iterations: number of iterations so far.
     """
     rho = state.rho
     changed = changes.astype(rho.dtype) / jnp.maximum(count, jnp.ones_like(count)).astype(rho.dtype)
@@ -245,7 +246,7 @@ def _next_penalty(
     return _Penalty(
         rho=jnp.clip(rho * factor, jnp.asarray(1e-8, rho.dtype), jnp.asarray(1e6, rho.dtype)),
         settling=settling,
-        # Too large a penalty fixes the first support: start over with a smaller one.
+        # Too large an initial penalty freezes the first support: start over with a smaller one.
         restart=~settling & some,
         done=(settling & ~some) | settled,
     )

@@ -1,4 +1,5 @@
-"""Methods made of methods: one's mask with another's update, and a finish for any of them."""
+"""Methods built from other methods: one method's mask with another's update, or any method with a
+finish."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +11,7 @@ from jaxprune.sparsity.patterns import Pattern
 
 @dataclasses.dataclass(frozen=True)
 class Crossed:
-    """One method's mask with another's weight update, from the dense weights.
+    """One method's mask with another method's update of the dense weights.
 
     Attributes:
         selector: the method that selects the mask.
@@ -35,12 +36,12 @@ class Crossed:
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """A method whose weights are brought nearer to the optimum under its mask by conjugate
-    gradients.
+    """A method followed by conjugate gradients, which bring its weights nearer to the optimum under
+    its mask.
 
     Attributes:
-        method: gives the mask and the weights to start from.
-        finish: its steps, tolerance and damping.
+        method: selects the mask and computes the starting weights.
+        finish: the steps, tolerance and damping of the conjugate gradients.
     """
 
     method: Method

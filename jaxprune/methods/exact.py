@@ -1,9 +1,9 @@
-r"""The exact optimum of every column under a given mask, by conjugate gradients on its support.
+r"""The exact optimum of every column under a given mask, by conjugate gradients.
 
-Minimises ‖XW₀ − XW‖²_F over W that are zero outside a mask. Columns don't interact: each is a
+Minimises ‖XW₀ − XW‖²_F over W that are zero outside a mask. Columns are independent: each is a
 least-squares problem on its own kept inputs S, G_SS w_S = (G w₀)_S. Conjugate gradients solve all
-of them at once, each with step lengths of its own, by one product of n·n by n·m a step, and never
-form G_SS. G is scaled to unit diagonal and damped as ADMM's.
+columns at once and never form G_SS. A step takes one product of n·n by n·m, and every column has
+its own step length. G is scaled to unit diagonal and damped as in `admm`.
 
 References:
     Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language
@@ -25,16 +25,17 @@ from jaxprune.sparsity.patterns import Pattern
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """Solves for the kept weights to a tolerance; where no mask is given, it selects Wanda's."""
+    """Solves for the kept weights to a tolerance; selects Wanda's mask if none is given."""
 
     steps: int = dataclasses.field(default=500, metadata=UPDATES)
-    """The most conjugate-gradient steps."""
+    """Maximum number of conjugate-gradient steps."""
     tolerance: float = dataclasses.field(default=1e-4, metadata=UPDATES)
-    """Of the gradient of each output, relative to the one at zero weights."""
+    """Relative tolerance: conjugate gradients stop when the gradient of each output has shrunk to
+    this fraction of its value at zero weights."""
     damping: float = dataclasses.field(default=0.0, metadata=UPDATES)
-    """Ridge towards the dense weights, in units of the mean diagonal of the scaled Gram matrix. 0
-    is the optimum on the calibration tokens; where these are few, a ridge such as ADMM's 0.1 serves
-    other text better."""
+    """Ridge towards the dense weights, as a fraction of the mean diagonal of the scaled Gram
+    matrix. 0 gives the optimum on the calibration tokens. If there are few of them, a ridge such as
+    0.1 works better on other text."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -57,7 +58,7 @@ class Exact:
         return self.refine(prepared, weight, masked(mask, weight), mask)
 
     def refine(self, prepared: Scaled, weight: Kernel, start: Kernel, mask: Mask) -> Solution:
-        """Solves from other weights than the masked dense ones."""
+        """Solves from given starting weights instead of the masked dense ones."""
         return _refine(prepared, weight, start, mask, self.steps, self.tolerance)
 
 

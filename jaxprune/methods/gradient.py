@@ -1,9 +1,8 @@
-r"""Gradient descent on the kept weights, by Adam or SGD: the baselines that ADMM is compared with.
+r"""Gradient descent on the kept weights, by Adam or SGD: the baselines for ADMM.
 
 Minimises tr((W − W₀)ᵀ G (W − W₀)) over W that are zero outside a mask, in ADMM's coordinates
-(scaled and damped, see `admm`), by steps along 2·M ∘ (GW − B), B = GW₀. Weights are counted in
-units of their root mean square, so a learning rate means the same for every kernel and any number
-of tokens.
+(scaled and damped, see `admm`). The gradient is 2·M ∘ (GW − B) with B = GW₀. Weights are divided by
+their root mean square, so a learning rate means the same for every kernel and any number of tokens.
 
 References:
     Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015 (arXiv 1412.6980).
@@ -33,17 +32,18 @@ Optimizer = Literal["adam", "sgd"]
 
 @dataclasses.dataclass(frozen=True)
 class Gradient:
-    """Descends from the masked dense weights; where no mask is given, it selects Wanda's."""
+    """Descends from the masked dense weights; selects Wanda's mask if none is given."""
 
     optimizer: Optimizer = dataclasses.field(default="adam", metadata=UPDATES)
-    """Adam with optax's defaults, or plain gradient descent."""
+    """Optimizer: Adam with optax's defaults, or plain gradient descent."""
     steps: int = dataclasses.field(default=100, metadata=UPDATES)
-    """Steps along the full gradient."""
+    """Number of steps, each with the full gradient."""
     learning_rate: float = dataclasses.field(default=0.01, metadata=UPDATES)
-    """Of the weights in units of their root mean square. SGD diverges above 1 over the largest
-    eigenvalue of the scaled Gram matrix."""
+    """Learning rate, relative to the root mean square of the weights. SGD diverges above 1 over the
+    largest eigenvalue of the scaled Gram matrix."""
     damping: float = dataclasses.field(default=0.1, metadata=UPDATES)
-    """Ridge towards the dense weights, in units of the mean diagonal of the scaled Gram matrix."""
+    """Ridge towards the dense weights, as a fraction of the mean diagonal of the scaled Gram
+    matrix."""
 
     def __post_init__(self) -> None:
         if self.optimizer not in ("adam", "sgd"):

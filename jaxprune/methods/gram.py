@@ -1,4 +1,4 @@
-"""What the pruner measures of a linear: the Gram matrix of its inputs, how far they drifted, its
+"""Statistics of a linear layer: the Gram matrix and activation shift of its inputs, and its
 relative error."""
 
 from functools import partial
@@ -24,17 +24,21 @@ def add_gram(
     x: Float[Array, "*tokens n"],
     weights: Float[Array, "*tokens"] | None = None,
 ) -> Float[Array, "n n"]:
-    """Returns the total with XᵀX, or Xᵀ diag(w) X, added in blocks up to the diagonal; `symmetric`
-    gives the rest.
+    """Adds XᵀX, or Xᵀ diag(w) X, to the blocks of a total up to its diagonal; `symmetric` mirrors
+    them.
 
-    Products of two 16-bit floats are exact in float32, so 16-bit inputs are multiplied as they are,
-    on the matrix units, and only the accumulation is float32. float32 inputs are multiplied with
-    float32's accuracy.
+    Products of two 16-bit floats are exact in float32. So 16-bit inputs are multiplied without a
+    cast, on the matrix units, and accumulated in float32. float32 inputs are multiplied with
+    float32 accuracy.
 
     Args:
-        total: float32, or float64 for float64 inputs.
-        x: activations, any floating dtype; all leading axes are tokens.
-        weights: one non-negative weight a token; the product then runs in float32.
+        total: [n, n], float32, or float64 for float64 inputs.
+        x: [*tokens, n], activations of any floating dtype.
+        weights: [*tokens], non-negative; with them the product is computed in the dtype of the
+            total.
+
+    Returns:
+        The new total.
     """
     left = x = x.reshape(-1, x.shape[-1])
     if weights is not None:
@@ -61,16 +65,18 @@ def add_grouped(
     weights: Float[Array, "blocks rows"],
     group: Int[Array, "blocks"],
 ) -> Float[Array, "g n n"]:
-    """Returns the totals with each block's Xᵀ diag(w) X added to that of its group, up to the
-    diagonal.
+    """Adds each block's Xᵀ diag(w) X to the total of its group, in blocks up to the diagonal.
 
-    Blocks from the first to the last that have a group are visited, the others cost nothing.
+    The loop visits the blocks from the first to the last that has a group; the others cost nothing.
 
     Args:
-        total: float32, or float64 for float64 inputs.
-        x: activations, any floating dtype.
-        weights: one non-negative weight a row.
-        group: which total a block belongs to; below 0: none.
+        total: [g, n, n], float32, or float64 for float64 inputs.
+        x: [blocks, rows, n], activations of any floating dtype.
+        weights: [blocks, rows], non-negative.
+        group: [blocks], the index of each block's total; negative: none.
+
+    Returns:
+        The new totals.
     """
     parts, count = _blocks(total.shape[1]), len(group)
     number = jnp.arange(count, dtype=jnp.int32)
@@ -93,11 +99,11 @@ def add_grouped(
 
 @partial(jax.jit, donate_argnums=0)
 def symmetric(total: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """Returns the symmetric matrix of a total that was added up to its diagonal; the total is
+    """Returns the symmetric matrix of a total that was added up to its diagonal. The total is
     donated.
 
-    A block on the diagonal is mirrored too: not every matrix product gives XᵀX the same rounding on
-    both sides.
+    Blocks on the diagonal are mirrored too, because not every matrix product rounds XᵀX
+    symmetrically.
     """
     for rows in _blocks(len(total)):
         total = total.at[: rows.start, rows].set(total[rows, : rows.start].T)
@@ -107,15 +113,15 @@ def symmetric(total: Float[Array, "n n"]) -> Float[Array, "n n"]:
 
 
 def _blocks(n: int) -> list[slice]:
-    """Returns a symmetric matrix's rows in four blocks, fewer where it is small: those up to the
-    diagonal are 5/8 of it."""
+    """Returns the rows of a symmetric matrix in four blocks, or fewer if it is small. With four,
+    the blocks up to the diagonal are 5/8 of the matrix."""
     count = min(4, max(1, n // 128))
     return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
 
 
 def products(n: int) -> int:
-    """Returns how many products of two numbers `add_gram` and `add_grouped` take for a token of n
-    features."""
+    """Returns the number of multiplications per token of n features in `add_gram` and
+    `add_grouped`."""
     return sum((rows.stop - rows.start) * rows.stop for rows in _blocks(n))
 
 
@@ -125,14 +131,16 @@ def add_drift(
     dense: Float[Array, "*tokens n"],
     weights: Float[Array, "*tokens"] | None = None,
 ) -> Float[Array, "n n"]:
-    """Returns the total with X̂ᵀ(X − X̂), or X̂ᵀ diag(w) (X − X̂), added: how far the inputs X̂
-    after pruned layers are from X.
+    """Adds the activation shift X̂ᵀ(X − X̂), or X̂ᵀ diag(w) (X − X̂), to a total.
 
     Args:
-        total: float32, or float64 for float64 inputs.
-        x: X̂, any floating dtype; all leading axes are tokens.
-        dense: X, the dense model's.
-        weights: one non-negative weight a token.
+        total: [n, n], float32, or float64 for float64 inputs.
+        x: X̂, [*tokens, n], the inputs after pruned layers, of any floating dtype.
+        dense: X, [*tokens, n], the inputs in the dense model.
+        weights: [*tokens], non-negative.
+
+    Returns:
+        The new total.
     """
     x, dense = (a.reshape(-1, a.shape[-1]).astype(total.dtype) for a in (x, dense))
     away = dense - x
@@ -148,17 +156,17 @@ def drifted_target(
     kernel: Float[Array, "n m"],
     share: Scalar,
 ) -> Float[Array, "n m"]:
-    """Returns W + α(Ĝ + λI)⁻¹X̂ᵀ(X − X̂)W: the kernel whose outputs on X̂ make up for a share of
-    what the inputs lost.
+    """Returns W + α(Ĝ + λI)⁻¹X̂ᵀ(X − X̂)W, a kernel that compensates a fraction α of the activation
+    shift.
 
-    Least squares for the outputs X̂W + α(X − X̂)W, of which α = 1 is the dense model's and α = 0
-    the kernel's own. λ is 0.03 in units of the mean diagonal of Ĝ scaled to unit diagonal, towards
-    W.
+    It is the least-squares solution for the outputs X̂W + α(X − X̂)W. With α = 1 these are the
+    dense model's outputs, with α = 0 the kernel's own. λ is a ridge towards W: 0.03 of the mean
+    diagonal of Ĝ scaled to unit diagonal.
 
     Args:
-        gram: Ĝ = X̂ᵀX̂.
-        drift: X̂ᵀ(X − X̂).
-        kernel: W, in the Gram matrix's dtype.
+        gram: Ĝ = X̂ᵀX̂, [n, n].
+        drift: X̂ᵀ(X − X̂), [n, n].
+        kernel: W, [n, m], in the Gram matrix's dtype.
         share: α.
     """
     scale, scaled = precondition(gram, 0.03)
@@ -173,8 +181,7 @@ def drifted_target(
 def relative_error(
     gram: Float[Array, "n n"], dense: Float[Array, "n m"], pruned: Float[Array, "n m"]
 ) -> Float[Array, ""]:
-    """Returns ‖XW − XŴ‖²_F / ‖XW‖²_F from H = XᵀX; 0 where the dense output is zero and so is the
-    pruned one."""
+    """Returns ‖XW − XŴ‖²_F / ‖XW‖²_F from H = XᵀX; 0 if both outputs are zero."""
     dense, pruned = dense.astype(gram.dtype), pruned.astype(gram.dtype)
     loss, scale = quadratic(gram, dense - pruned), quadratic(gram, dense)
     # Rounding can leave a loss that is truly zero slightly negative.

@@ -1,5 +1,5 @@
-"""Matrix products that keep float32 accuracy on every backend, and the least-squares problem that
-methods share."""
+"""Matrix products with float32 accuracy on every backend, and the linear algebra that methods
+share."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,8 +16,8 @@ Scalar = float | Float[Array, ""]
 
 
 def exact_products(dtype: DTypeLike) -> lax.Precision | lax.DotAlgorithmPreset:
-    """Returns how matrices of a dtype are multiplied without the TF32 (GPU) or bfloat16 (TPU)
-    rounding of JAX's default precision."""
+    """Returns the precision for products of a dtype without JAX's default rounding to TF32 (GPU) or
+    bfloat16 (TPU)."""
     return hardware.current().float32_products if dtype == jnp.float32 else lax.Precision.HIGHEST
 
 
@@ -27,14 +27,13 @@ def matmul(a: Float[Array, "*_ n k"], b: Float[Array, "*_ k m"]) -> Float[Array,
 
 
 def quadratic(gram: Float[Array, "n n"], kernel: Float[Array, "n m"]) -> Float[Array, ""]:
-    """Returns tr(kernelᵀ · gram · kernel), which is ‖X·kernel‖²_F where gram = XᵀX."""
-    # Not vdot: it flattens its operands, which gathers kernels that are split over devices, and
-    # runs on one core.
+    """Returns tr(kernelᵀ · gram · kernel), which is ‖X·kernel‖²_F if gram = XᵀX."""
+    # jnp.vdot flattens its operands, which gathers sharded kernels, and runs on one core.
     return jnp.sum(kernel * matmul(gram, kernel))
 
 
 def masked(mask: Bool[Array, "*shape"], values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Returns mask ∘ values, with zeros where the mask is False whatever the value."""
+    """Returns mask ∘ values, with zeros where the mask is False even if the value is not finite."""
     return jnp.where(mask, values, jnp.zeros_like(values))
 
 
@@ -45,10 +44,10 @@ def add_ridge(gram: Float[Array, "n n"], damping: Scalar) -> Float[Array, "n n"]
 
 
 class Scaled(NamedTuple):
-    """A Gram matrix in the coordinates D·W, in which every input has the same norm.
+    """A Gram matrix in the coordinates D·W, in which all inputs have the same norm.
 
     Attributes:
-        scale: d_j = √H_jj + 1e-8, the diagonal of D; a dead input's is 1e-8.
+        scale: d_j = √H_jj + 1e-8, the diagonal of D; 1e-8 for a dead input.
         gram: G = D⁻¹HD⁻¹ + ridge.
     """
 
@@ -67,17 +66,20 @@ Factor = Callable[[Float[Array, "n n"]], Float[Array, "n n"]]
 
 
 def inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """Returns the inverse of a symmetric positive definite matrix, A⁻¹ = L⁻ᵀL⁻¹ with L⁻¹ by halves.
+    """Returns the inverse of a symmetric positive definite matrix, A⁻¹ = L⁻ᵀL⁻¹.
 
-    These are 2n³ FLOPs, nearly all in products. Inverting the quarters themselves would take
-    4/3·n³, but there the errors of one quarter grow with the condition of the next: at a condition
-    of 200 float32 was left with three digits.
+    A recursion on halves computes L⁻¹. In total this takes 2n³ FLOPs, nearly all in matrix
+    products. Inverting the quarters themselves would take 4/3·n³ FLOPs, but the errors of one
+    quarter then grow with the condition number of the next. At a condition number of 200, float32
+    was left with three digits.
 
-    What is not halved any more is factorized as suits the hardware that the program is compiled
-    for. A CPU calls no LAPACK: where other work runs on the machine, OpenBLAS's threads wait for
-    each other a hundred times longer than they work. A GPU's cuSOLVER takes a quarter of the
-    matrix, so that the program is small. A TPU, whose Cholesky factorization is one of 128 × 128,
-    takes an eighth, by blocks in a loop.
+    The factorization of the leaves of the recursion depends on the hardware:
+
+    - A CPU eliminates row by row and calls no LAPACK. If other work runs on the machine, OpenBLAS's
+      threads wait for each other a hundred times longer than they compute.
+    - A GPU calls cuSOLVER for quarters of the matrix, which keeps the program small.
+    - A TPU eliminates eighths of the matrix by blocks in a loop. Its Cholesky factorization is one
+      of 128 × 128.
 
     References:
         Higham, "Accuracy and Stability of Numerical Algorithms", 2nd edition, 13.2 and 14.3.
@@ -91,12 +93,12 @@ def inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
 
 
 def by_halves(matrix: Float[Array, "n n"], leaf: int, factor: Factor) -> Float[Array, "n n"]:
-    """Returns the inverse of a symmetric positive definite matrix; see `inverse`.
+    """Returns the inverse of a symmetric positive definite matrix by recursion; see `inverse`.
 
     Args:
-        matrix: the matrix to be inverted.
-        leaf: the size that is not halved.
-        factor: returns L⁻¹ of A = LLᵀ for a matrix of that size.
+        matrix: [n, n].
+        leaf: the largest size that is not halved.
+        factor: returns L⁻¹ of A = LLᵀ for a matrix of at most that size.
     """
     return _gram_of_triangle(_inverse_factor(matrix, leaf, factor), leaf)
 
@@ -104,14 +106,15 @@ def by_halves(matrix: Float[Array, "n n"], leaf: int, factor: Factor) -> Float[A
 def _inverse_factor(matrix: Float[Array, "n n"], leaf: int, factor: Factor) -> Float[Array, "n n"]:
     """Returns L⁻¹ of A = LLᵀ.
 
-    With A, B, C the quarters of the matrix, P = L⁻¹ of A and K = BᵀPᵀ, the lower right quarter is Q
-    = L⁻¹ of C − KKᵀ, and the lower left one −QKP.
+    Let A, B and C be the upper left, upper right and lower right quarters of the matrix, P = L⁻¹ of
+    A, and K = BᵀPᵀ. The lower right quarter of the result is Q = L⁻¹ of C − KKᵀ, and the lower left
+    one is −QKP.
     """
     n = len(matrix)
     if n <= leaf:
         return factor(matrix)
     half = n // 2
-    # Each quarter is overwritten as soon as it is not needed any more.
+    # Overwriting each quarter after its last use saves memory.
     matrix = matrix.at[:half, :half].set(_inverse_factor(matrix[:half, :half], leaf, factor))
     k = matmul(matrix[half:, :half], matrix[:half, :half].T)
     q = _inverse_factor(matrix[half:, half:] - matmul(k, k.T), leaf, factor)
@@ -125,7 +128,7 @@ def _inverse_factor(matrix: Float[Array, "n n"], leaf: int, factor: Factor) -> F
 
 
 def _gram_of_triangle(factor: Float[Array, "n n"], leaf: int) -> Float[Array, "n n"]:
-    """Returns TᵀT of a lower triangular T, by halves."""
+    """Returns TᵀT of a lower triangular T, by recursion on halves."""
     n, half = len(factor), len(factor) // 2
     if n <= leaf:
         return matmul(factor.T, factor)
@@ -137,23 +140,21 @@ def _gram_of_triangle(factor: Float[Array, "n n"], leaf: int) -> Float[Array, "n
 
 
 def solve_cholesky(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """Returns L⁻¹ of A = LLᵀ, by the factorization and the triangular solve of the backend's
-    library."""
+    """Returns L⁻¹ of A = LLᵀ, by the backend's Cholesky factorization and triangular solve."""
     return solve_triangular(
         jnp.linalg.cholesky(matrix), jnp.eye(len(matrix), dtype=matrix.dtype), lower=True
     )
 
 
 def eliminate_blocks(matrix: Float[Array, "n n"], block: int = 128) -> Float[Array, "n n"]:
-    """Returns L⁻¹ of A = LLᵀ, by elimination of so many rows at a time in a loop, all in products
-    of fixed shapes.
+    """Returns L⁻¹ of A = LLᵀ, by elimination of `block` rows at a time in a loop.
 
-    As in `eliminate` the identity beside the matrix becomes L⁻¹; here it takes the place of the
-    columns that are eliminated. The program is the same whatever n is, for n·n·block FLOPs twice a
-    step, 2n³ in all.
+    As in `eliminate`, an identity beside the matrix becomes L⁻¹; here it takes the place of the
+    eliminated columns. All products have fixed shapes, so the size of the program does not depend
+    on n. A step takes 2·n²·block FLOPs, 2n³ in all.
     """
     n, size = len(matrix), -(-len(matrix) // block) * block
-    rest = jnp.arange(size, dtype=jnp.int32) >= n  # padded by an identity
+    rest = jnp.arange(size, dtype=jnp.int32) >= n  # pad with an identity
     padded = jnp.pad(matrix, (0, size - n)) + jnp.diag(rest.astype(matrix.dtype))
     place = jnp.arange(size, dtype=jnp.int32)
 
@@ -189,11 +190,11 @@ def eliminate(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
 
 
 class Minimum(NamedTuple):
-    """Where conjugate gradients ended.
+    """The result of conjugate gradients.
 
     Attributes:
         weight: [n, m], zero outside the mask.
-        steps: taken.
+        steps: the number of steps taken.
         residual: the largest ‖M ∘ G(W₀ − W)‖₂ / ‖M ∘ GW₀‖₂ of a column.
     """
 
@@ -212,19 +213,18 @@ def conjugate_gradients(
 ) -> Minimum:
     """Minimises tr((W₀ − W)ᵀ G (W₀ − W)) over all W that are zero outside the mask.
 
-    Every column is a problem of its own, with step lengths of its own; all are advanced by the same
-    product of n·n by n·m. Preconditioned by diag G. A column that has reached the tolerance rests.
-    G may be singular: the problem is always consistent, so a minimum is reached, though not a
-    unique one.
+    Each column is an independent problem with its own step lengths; one product of n·n by n·m
+    advances all of them. The preconditioner is diag G. A column that has reached the tolerance no
+    longer changes. G may be singular: the problem is always consistent, so the steps reach a
+    minimum, though not a unique one.
 
     Args:
-        gram: G, symmetric and positive semidefinite.
-        dense: W₀.
-        start: W to begin from; zero outside the mask.
-        mask: True = kept.
-        steps: the most steps.
-        tolerance: the tolerance of the relative residual at which a column is done; 0: all steps
-            are taken.
+        gram: G, [n, n], symmetric and positive semidefinite.
+        dense: W₀, [n, m].
+        start: [n, m], the initial W; zero outside the mask.
+        mask: [n, m], True = kept.
+        steps: the maximum number of steps.
+        tolerance: the relative residual at which a column is done; 0 takes all steps.
 
     References:
         Saad, "Iterative Methods for Sparse Linear Systems", 2003, algorithm 9.1.

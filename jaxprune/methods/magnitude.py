@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest |W_ij| go, the rest stay as they are."""
+"""Magnitude pruning: removes the weights of smallest |W_ij| and leaves the others unchanged."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from jaxprune.sparsity.selection import Selector
 
 @dataclasses.dataclass(frozen=True)
 class Magnitude:
-    """Keeps the largest weights; looks at no activations and updates nothing."""
+    """Keeps the largest weights; ignores activations and updates nothing."""
 
     @property
     def per_output(self) -> bool:

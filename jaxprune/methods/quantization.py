@@ -1,23 +1,24 @@
-r"""Weights on the grid of llama.cpp's Q4_0 or Q5_0, under a mask, by coordinate descent.
+r"""Quantization of pruned weights to the grid of llama.cpp's Q4_0 or Q5_0, by coordinate descent.
 
-Q4_0 stores blocks of 32 consecutive inputs of an output as d·q: a scale d, and integers q from −8
-to 7, of which 0 is an exact zero; Q5_0's integers go from −16 to 15. Rounding to the grid loses
-what neighbours could make good. Here ‖XW₀ − XW‖²_F is minimised over weights that are zero outside
-the mask and on the grid inside it. With G = XᵀX and the gradient R = G(W − W₀), inputs are visited
-in order, all outputs at once, time and again: w_j becomes the value of the grid next to w_j −
-R_j/G_jj, which is the best that it can be while all others stay. Before a block is visited again,
-its scale moves to where the loss is least along the block's weights.
+Q4_0 stores blocks of 32 consecutive inputs of an output as d·q: a scale d and integers q from −8 to
+7. q = 0 is an exact zero. Q5_0's integers go from −16 to 15.
 
-A scale is first the one of 21, around the largest weight over the least integer, under which
-rounding loses least, inputs weighed by G_jj. The largest weight of a block is held at the least
-integer, d·(−8) or d·(−16): so whoever rounds the weights to that type finds d and q again, for that
-is how llama.cpp and the gguf package set the scale. Scales have so few significant bits that each
-d·q is a number of bfloat16, float16 and float32: no dtype that a checkpoint is stored in moves a
-weight off the grid.
+The descent minimises ‖XW₀ − XW‖²_F over weights that are zero outside the mask and on the grid
+inside it. In contrast to rounding, later weights compensate the errors of earlier ones. With G =
+XᵀX and the gradient R = G(W − W₀), each sweep visits the inputs in order, all outputs at once. w_j
+becomes the grid value nearest to w_j − R_j/G_jj, the optimum while all other weights stay fixed.
+Before a block is visited again, its scale moves to the minimum of the loss along the block's
+weights.
+
+The initial scale is the best of 21 values around the largest weight divided by the least integer:
+the one with the smallest rounding loss, weighted by G_jj. The largest weight of a block always has
+the least integer, d·(−8) or d·(−16). llama.cpp and the gguf package derive the scale from this
+weight, so they recover the same d and q. Scales have few significant bits, and each d·q is exact in
+bfloat16, float16 and float32. So a cast to a checkpoint's dtype moves no weight off the grid.
 
 References:
     Behdin et al., "QuantEase: Optimization-based Quantization for Language Models" (arXiv
-    2309.01885), Algorithm 1, of which this is, with fixed zeros and moving scales.
+    2309.01885), Algorithm 1, here with fixed zeros and moving scales.
 """
 
 from collections.abc import Mapping
@@ -35,30 +36,30 @@ from jaxprune.methods import Gram, Kernel, Mask
 from jaxprune.methods.linalg import Scalar, masked, matmul
 
 BITS: Mapping[str, int] = MappingProxyType({"q4_0": 4, "q5_0": 5})
-"""Type of a GGUF file -> bits of its integers."""
+"""GGUF type -> bits of its integers."""
 BLOCK = 32
 """Consecutive inputs of an output that share a scale."""
 AT_ONCE = 4
-"""Blocks after which the gradient of all inputs is brought up to date, in one product."""
+"""Blocks between two updates of the gradient of all inputs; each update is one product."""
 SIGNIFICANT = 8
-"""Significant bits of bfloat16, the least of the dtypes that checkpoints are stored in."""
+"""Significant bits of bfloat16, the fewest of all dtypes that checkpoints are stored in."""
 FACTORS = np.linspace(0.7, 1.2, 21)
-"""Scales that are tried, in units of the largest weight over the least integer."""
+"""Candidates for the initial scale, relative to the largest weight divided by the least integer."""
 
 
 def has_grid(inputs: int) -> bool:
-    """Returns whether a kernel of so many inputs comes in whole blocks; others are stored in
+    """Returns whether the inputs of a kernel fill whole blocks; other kernels are stored in
     float16."""
     return inputs % BLOCK == 0
 
 
 class _State(NamedTuple):
-    """Weights on their way to the grid.
+    """Weights during the descent.
 
     Attributes:
         weight: [n, m].
         gradient: G(W - W0), [n, m].
-        scales: of each block of each output, [n / 32, m].
+        scales: [n / 32, m], one per block and output.
     """
 
     weight: Kernel
@@ -67,8 +68,7 @@ class _State(NamedTuple):
 
 
 def off_grid(weight: Float[np.ndarray, "n m"], bits: int) -> int:
-    """Counts the weights of a kernel that a file with integers of so many bits would not hold as
-    they are."""
+    """Returns how many weights of a kernel a file with integers of `bits` bits would change."""
     blocks, least = (
         np.asarray(weight, np.float32).reshape(-1, BLOCK, weight.shape[1]),
         np.float32(-(2 ** (bits - 1))),
@@ -89,19 +89,19 @@ def quantize(
     sweeps: int = 10,
     damping: Scalar = 0.3,
 ) -> Kernel:
-    """Moves pruned weights to a grid; outputs don't interact.
+    """Moves pruned weights to a grid; outputs are independent of each other.
 
     Args:
-        gram: XᵀX, float32.
-        wanted: the kernel whose outputs are wanted, W₀.
-        start: the pruned weights, zero where the mask is False; their inputs are a multiple of 32.
-        mask: True = kept. A kept weight may become zero, for that is on the grid.
-        bits: of the integers.
-        sweeps: how often every input is visited.
-        damping: ridge of every input towards W₀, in units of its own diagonal element.
+        gram: [n, n], XᵀX, float32.
+        wanted: W₀, [n, m], the kernel whose outputs are approximated.
+        start: [n, m], the pruned weights, zero where the mask is False; n is a multiple of 32.
+        mask: [n, m], True = kept. A kept weight may become zero, which is on the grid.
+        bits: the bits of the integers.
+        sweeps: the number of visits to every input.
+        damping: ridge of every input towards W₀, relative to its own diagonal element.
 
     Returns:
-        Weights on the grid.
+        Weights [n, m] on the grid.
     """
     n, size = len(start), BLOCK * AT_ONCE
     padding = -n % size
@@ -115,7 +115,7 @@ def quantize(
     scales, largest = _first_scales(jnp.diagonal(gram), weight, bits)
 
     def visit_blocks(sweep: int | Array, number: int | Array, state: _State) -> _State:
-        """Visits some blocks, and then brings the gradient of all inputs up to date."""
+        """Visits `AT_ONCE` blocks, then updates the gradient of all inputs."""
         first = number * size
         rows = lax.dynamic_slice_in_dim(gram, first, size)
         square = lax.dynamic_slice_in_dim(rows, first, size, axis=1)
@@ -168,13 +168,13 @@ def _visit_input(
     """Moves an input's weights to the grid.
 
     Args:
-        gram: that of a block's inputs.
-        mask: of the block.
-        largest: the input of the block whose weight is the largest, of each output.
-        scale: of the block, of each output.
-        bits: of the integers.
-        j: the input.
-        state: the block's weights, and the gradient by them.
+        gram: [b, b], of the block's inputs.
+        mask: [b, m], of the block.
+        largest: [m], the input of the block with the largest weight of each output.
+        scale: [m], the block's scale of each output.
+        bits: the bits of the integers.
+        j: the index of the input in the block.
+        state: the block's weights and their gradient, each [b, m].
     """
     weight, gradient = state
     row = gram[j]
@@ -184,15 +184,15 @@ def _visit_input(
 
 
 def _nearest(value: Array, scale: Array, held: Array, bits: int) -> Array:
-    """Returns the numbers of the grid next to values; of those that are held, the one with the
-    least integer."""
+    """Returns the grid values nearest to some values; a held weight always gets the least
+    integer."""
     least = jnp.asarray(-(2 ** (bits - 1)), value.dtype)
     integer = jnp.clip(jnp.round(value / scale), least, -jnp.ones_like(least) - least)
     return jnp.where(held, least, integer) * scale
 
 
 def _rounded(scale: Array, bits: int) -> Array:
-    """Returns scales of so few bits that their products with the integers are exact in bfloat16 and
+    """Rounds scales to so few bits that their products with the integers are exact in bfloat16 and
     float16."""
     rounded = lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=SIGNIFICANT - bits)
     smallest = jnp.asarray(2.0 ** (bits - SIGNIFICANT - 16), scale.dtype)  # float16's step is 2^-24
@@ -202,8 +202,8 @@ def _rounded(scale: Array, bits: int) -> Array:
 
 
 def _first_scales(diagonal: Float[Array, "n"], weight: Kernel, bits: int) -> tuple[Array, Array]:
-    """Returns the scales under which rounding loses least, [b, m], and where blocks have their
-    largest weight."""
+    """Returns the scales of least rounding loss and the index of the largest weight of each block,
+    both [b, m]."""
     blocks, importance = weight.reshape(-1, BLOCK, weight.shape[1]), diagonal.reshape(-1, BLOCK, 1)
     at = jnp.argmax(jnp.abs(blocks), axis=1).astype(jnp.int32)
     usual = jnp.take_along_axis(blocks, at[:, None, :], axis=1)[:, 0] / -(2 ** (bits - 1))
@@ -222,8 +222,8 @@ def _first_scales(diagonal: Float[Array, "n"], weight: Kernel, bits: int) -> tup
 
 
 def _moved(scale: Array, square: Array, weight: Array, gradient: Array, bits: int) -> Array:
-    """Returns a block's scales where the loss along its weights is least; as they are where
-    rounding spoils that."""
+    """Returns a block's scales that minimise the loss along its weights; unchanged if their
+    rounding would increase the loss."""
     along, curvature = (
         jnp.sum(weight * gradient, axis=0),
         jnp.sum(weight * matmul(square, weight), axis=0),

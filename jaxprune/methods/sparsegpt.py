@@ -1,16 +1,15 @@
-r"""SparseGPT: inputs are pruned one after another, and each error is spread over the inputs still
-to come.
+r"""SparseGPT: prunes inputs one after another and lets later inputs compensate each error.
 
 With H = XᵀX, damped, and R the upper Cholesky factor of H⁻¹ = RᵀR, inputs are visited in order.
-Pruning input j of an output leaves the error e = (w_j − m_j·w_j)/R_jj, which the later inputs make
-good: w_k −= R_jk·e. Inputs come in blocks: within one the later inputs are updated at once, after
-it in one product. A block's mask is selected as it is entered, by w_j²/R²_jj (the loss of removing
-a weight on its own), over all outputs together; N:M patterns select each group as it is entered.
-Weights of inputs already visited are final.
+Pruning input j of an output leaves the error e = (w_j − m_j·w_j)/R_jj. Later inputs compensate it
+by w_k −= R_jk·e. Inputs come in blocks: an error updates the rest of its block at once, and all
+later blocks in one product at the end of the block. A block's mask is selected when the block is
+reached, over all outputs together, by w_j²/R²_jj: the loss of removing a weight alone. N:M patterns
+select each group when it is reached. Weights of inputs already visited are final.
 
-The factor 2/N of the published H cancels in R_jk/R_jj and in the order of scores, and is left out;
-the diagonal that a dead input (H_jj = 0) gets is the mean one instead of 1, so that nothing depends
-on the unit of the activations.
+The factor 2/N of the published H cancels in R_jk/R_jj and in the order of scores, and is left out.
+The diagonal of a dead input (H_jj = 0) becomes the mean diagonal instead of 1, so nothing depends
+on the scale of the activations.
 
 References:
     Frantar & Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
@@ -36,11 +35,11 @@ from jaxprune.sparsity.selection import Selector
 
 
 class Prepared(NamedTuple):
-    """What all kernels with the same inputs share.
+    """Computed once for all kernels with the same inputs.
 
     Attributes:
         factor: R, upper triangular.
-        alive: inputs that are ever non-zero.
+        alive: whether an input is ever non-zero.
     """
 
     factor: Float[Array, "n n"]
@@ -49,13 +48,14 @@ class Prepared(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SparseGPT:
-    """Prunes input by input and lets later inputs make good the error; with a given mask it only
-    updates."""
+    """Prunes input by input and compensates each error with later inputs; under a given mask it
+    only updates."""
 
     block: int = 128
-    """Inputs whose mask is selected at once (N:M patterns: the nearest multiple of M below)."""
+    """Number of inputs whose mask is selected at once; for N:M patterns, rounded down to a multiple
+    of M."""
     damping: float = 0.01
-    """Ridge, in units of the mean diagonal of the Gram matrix."""
+    """Ridge, as a fraction of the mean diagonal of the Gram matrix."""
 
     def __post_init__(self) -> None:
         if self.block < 1:
@@ -76,7 +76,7 @@ class SparseGPT:
             return _solve(prepared, weight, pattern, min(self.block, n), min(self.block, n))
         group = pattern.group or min(self.block, n)
         block = max(min(self.block, n) // group, 1) * group
-        # A group's zeros are its share of the kernel's, rounded so that they add up.
+        # Differences of rounded cumulative counts: the zeros of all groups add up exactly.
         ends = [min(start + group, n) for start in range(0, -(-n // block) * block, group)]
         selector = pattern.selector(weight.shape, [end / n for end in ends]).increments()
         return _solve(prepared, weight, selector, block, group)
@@ -88,8 +88,8 @@ def _prepare(gram: Gram, damping: Scalar) -> Prepared:
     mean = jnp.mean(jnp.diagonal(gram))
     mean = jnp.where(mean > 0, mean, jnp.ones_like(mean))
     damped = add_ridge(gram, damping) + jnp.diag(jnp.where(alive, jnp.zeros_like(mean), mean))
-    # H = UUᵀ with U upper triangular is the Cholesky factorization of H turned end for end; then R
-    # = U⁻¹.
+    # With rows and columns reversed, the Cholesky factorization gives H = UUᵀ with U upper
+    # triangular; then R = U⁻¹.
     upper = jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
     return Prepared(solve_triangular(upper, jnp.eye(len(gram), dtype=gram.dtype)), alive)
 
@@ -103,7 +103,7 @@ def _solve(
     padding = -n % block
     weight = masked(jnp.broadcast_to(prepared.alive[:, None], weight.shape), weight)
     weight = jnp.pad(weight, ((0, padding), (0, 0)))
-    # Padded inputs have R_jj = 1 and nothing else: they neither receive errors nor cause any.
+    # Padded inputs have R_jj = 1 and zeros elsewhere, so they neither receive nor cause errors.
     factor = jnp.pad(prepared.factor, (0, padding)) + jnp.diag(
         (jnp.arange(n + padding) >= n).astype(weight.dtype)
     )
@@ -160,13 +160,13 @@ def _visit_input(
     offset: int | Array,
     state: tuple[Kernel, Kernel],
 ) -> tuple[Kernel, Kernel]:
-    """Prunes an input and corrects those after it in the block.
+    """Prunes an input and corrects the later inputs of its block.
 
     Args:
-        factor: the block's part of R.
-        mask: of the block.
-        first: where the input's group begins in the block.
-        offset: of the input in its group.
+        factor: [b, b], the block's part of R.
+        mask: [b, m], of the block.
+        first: the index in the block of the first input of the group.
+        offset: the index of the input in its group.
         state: the block's weights, and the errors of the inputs pruned so far.
     """
     values, errors = state

@@ -1,4 +1,4 @@
-"""The JSON of methods, as recipes and records keep it."""
+"""Methods as JSON, in recipes and records."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from jaxprune.methods.exact import Exact
 
 
 def method_as_json(method: Method) -> dict[str, Any]:
-    """Returns JSON from which `method_of_json` makes an equal method."""
+    """Returns a method as JSON; `method_of_json` creates an equal method from it."""
     if isinstance(method, Crossed):
         return {
             "mask": method_as_json(method.selector),
@@ -32,10 +32,10 @@ def method_as_json(method: Method) -> dict[str, Any]:
 
 
 def method_of_json(value: Any) -> Method:
-    """Returns the method of a JSON value; `NotInstalled` where it cannot be made here.
+    """Returns the method that JSON describes, or `NotInstalled` if it cannot be created here.
 
     Raises:
-        ValueError: it is the JSON of no method.
+        ValueError: the value does not describe a method.
     """
     if isinstance(value, Method):
         return value
@@ -55,7 +55,7 @@ def method_of_json(value: Any) -> Method:
 
 
 def text_of(method: Method) -> str:
-    """Returns a method in words."""
+    """Returns a method's description for people."""
     if isinstance(method, Crossed):
         return f"{text_of(method.selector)} mask, {text_of(method.updater)} update"
     if isinstance(method, Finished):
@@ -66,11 +66,12 @@ def text_of(method: Method) -> str:
 StoredMethod = Annotated[
     Method, pydantic.PlainValidator(method_of_json), pydantic.PlainSerializer(method_as_json)
 ]
-"""A method, as a field of a dataclass that goes to JSON."""
+"""The type of a dataclass field that holds a method and is stored as JSON."""
 
 
 def _made(cls: type, options: Mapping[str, Any]) -> Any:
-    """Returns a method with options of the types that it declares; else raises InputError."""
+    """Creates a method from options, without converting their types; raises InputError if they do
+    not fit."""
     if unknown := options.keys() - {field.name for field in dataclasses.fields(cls)}:
         raise InputError(f"{cls.__name__} has no option {min(unknown)}")
     try:

@@ -1,4 +1,4 @@
-"""Wanda: the smallest |W_ij|·‖X_i‖₂ of each output go, the rest stay as they are.
+"""Wanda: removes the smallest |W_ij|·‖X_i‖₂ of each output and leaves the other weights unchanged.
 
 References:
     Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024
@@ -37,7 +37,7 @@ class Wanda:
 
 
 def select(norms: Float[Array, "n"], weight: Kernel, pattern: Pattern) -> Mask:
-    """Returns Wanda's mask of one kernel; methods that only update select so where no mask is
+    """Returns Wanda's mask of a kernel. Methods that only update weights use it if no mask is
     given."""
     return _select(norms, weight, pattern.selector(weight.shape))
 
