@@ -1,14 +1,13 @@
 """A checkpoint read as if its weights were stored in another dtype."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import DTypeLike, Shaped
 
-from convert.checkpoint import Params, Reader, Spec, preferred_dtype
+from convert.checkpoint import DerivedReader, Params, Reader, Spec, preferred_dtype
 from convert.errors import Change, InputError
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -17,7 +16,7 @@ WIDER = {"float16": "bfloat16", "bfloat16": "float32"}
 """Dtype -> one with a wider range."""
 
 
-class CastReader:
+class CastReader(DerivedReader):
     """Reads a checkpoint's params in another dtype; params that are not floating-point numbers stay
     as they are.
 
@@ -27,16 +26,7 @@ class CastReader:
     """
 
     def __init__(self, reader: Reader, dtype: DTypeLike) -> None:
-        self._reader = reader
-        self.spec: Spec = cast_spec(reader.spec, dtype)
-
-    @property
-    def assets(self) -> Path:
-        return self._reader.assets
-
-    @property
-    def files(self) -> list[Path]:
-        return self._reader.files
+        super().__init__(reader, cast_spec(reader.spec, dtype))
 
     def read(self, paths: Iterable[str]) -> Params:
         """Returns the named parameters, in memory; errors as the reader's.

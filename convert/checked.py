@@ -10,7 +10,15 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 
-from convert.checkpoint import Params, Reader, Rounding, Spec, parts, preferred_dtype, rounding
+from convert.checkpoint import (
+    DerivedReader,
+    Params,
+    Reader,
+    Rounding,
+    parts,
+    preferred_dtype,
+    rounding,
+)
 from convert.errors import DamagedError, UserError
 from convert.names import BESIDE
 
@@ -25,7 +33,7 @@ class ChangedError(UserError):
     """A tensor is not what it was when layers were pruned from it."""
 
 
-class CheckedReader:
+class CheckedReader(DerivedReader):
     """A reader whose tensors are known to be finite.
 
     Args:
@@ -37,21 +45,12 @@ class CheckedReader:
     """
 
     def __init__(self, reader: Reader) -> None:
-        self._reader = reader
+        super().__init__(reader, reader.spec)
         self._finite: set[str] = set()
         self._met: set[str] = set()
         self._remembers = False
         self._lock = threading.Lock()  # layers are read in a thread of their own
         self.digests: dict[str, str] = {}
-        self.spec: Spec = reader.spec
-
-    @property
-    def assets(self) -> Path:
-        return self._reader.assets
-
-    @property
-    def files(self) -> list[Path]:
-        return self._reader.files
 
     @property
     def held(self) -> Rounding | None:

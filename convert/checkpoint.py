@@ -8,7 +8,9 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from jaxtyping import Shaped
 
+from convert.errors import CheckpointError, joined
 from convert.names import EMBEDDINGS, HEADS
 
 Params = dict[str, np.ndarray]
@@ -80,6 +82,26 @@ class Writer(Protocol):
         ...
 
 
+class DerivedReader:
+    """A reader of another one's checkpoint, with its files and assets.
+
+    Args:
+        reader: reads the checkpoint.
+        spec: shapes and dtypes of what this one reads.
+    """
+
+    def __init__(self, reader: Reader, spec: Spec) -> None:
+        self._reader, self.spec = reader, spec
+
+    @property
+    def assets(self) -> Path:
+        return self._reader.assets
+
+    @property
+    def files(self) -> list[Path]:
+        return self._reader.files
+
+
 def rounding(reader: Reader) -> Rounding | None:
     """Returns what a reader's format makes of an array, by the param's path; None: it holds every
     array as it is."""
@@ -100,6 +122,23 @@ def disk_bytes(reader: Reader) -> int:
 def parameters(spec: Spec) -> int:
     """Returns how many numbers the params of a checkpoint are."""
     return sum(tensor.size for tensor in spec.values())
+
+
+def transposed(path: str, array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+    """Returns a param as its tensor has it, or the reverse: a kernel is [in, out], its tensor
+    [out, in]; all others are the same."""
+    return array.T if path.endswith(".kernel") else array
+
+
+def transposed_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of what `transposed` returns."""
+    return shape[::-1] if path.endswith(".kernel") else shape
+
+
+def require_written(missing: Iterable[str], place: Path) -> None:
+    """Raises CheckpointError where tensors or parts of a file or folder were never written."""
+    if names := sorted(missing):
+        raise CheckpointError(f"it is incomplete, never written: {joined(names)}", file=place)
 
 
 def part_of(path: str) -> str:

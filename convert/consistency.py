@@ -6,7 +6,6 @@ decoder.
 
 import re
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -100,24 +99,24 @@ def _shapes(spec: Spec, part: str, paths: list[str]) -> dict[str, tuple[int, ...
     return {path.removeprefix(f"{part}."): spec[path].shape for path in paths}
 
 
-def check_paths(paths: Iterable[str], file: Path) -> None:
-    """Makes sure that paths of params can be nested, and can name files:
-    `layers.3.mlp.up_proj.kernel`.
+def ordered(spec: Spec, file: Path) -> Spec:
+    """Returns the spec of a whole checkpoint in reading order. Makes sure that its paths can be
+    nested, and can name files: `layers.3.mlp.up_proj.kernel`.
 
     Args:
-        paths: the paths of a whole checkpoint.
+        spec: shapes and dtypes.
         file: the file that they come from.
 
     Raises:
         DamagedError: a name is none of a model's, or one is the beginning of another.
     """
-    known = set(paths)
-    for path in known:
+    for path in spec:
         if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+", path) or len(path) > 200:
             raise DamagedError("no tensor of a model has such a name", file=file, found=path)
         steps = path.split(".")
         for count in range(1, len(steps)):
-            if (shorter := ".".join(steps[:count])) in known:
+            if (shorter := ".".join(steps[:count])) in spec:
                 raise DamagedError(
                     f"a tensor's name is the beginning of another: {shorter}", file=file, entry=path
                 )
+    return {path: spec[path] for paths in parts(spec).values() for path in paths}

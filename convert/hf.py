@@ -14,8 +14,8 @@ import numpy as np
 
 from convert import stored
 from convert.assets import check_files, quantization, read_config
-from convert.checkpoint import Params, Spec, parts
-from convert.consistency import check_paths
+from convert.checkpoint import Params, Spec, transposed_shape
+from convert.consistency import ordered
 from convert.errors import CheckpointError, DamagedError, joined
 from convert.files import read_bytes, require_inside
 from convert.names import Naming, flax_path, naming_in, naming_of
@@ -43,7 +43,7 @@ class Reader:
     """
 
     def __init__(self, path: Path) -> None:
-        self._folder = path
+        self.assets = path
         config = read_config(path)
         check_files(path)
         self._files = _headers(path)
@@ -74,9 +74,8 @@ class Reader:
                 self._params[flax] = param
         if problems:
             raise CheckpointError(f"it cannot be used: {joined(problems)}", file=path)
-        check_paths(self._params, path)
-        spec = {path: param.spec for path, param in self._params.items()}
-        self.spec: Spec = {p: spec[p] for paths in parts(spec).values() for p in paths}
+        self.spec = ordered({name: param.spec for name, param in self._params.items()}, path)
+        self.files = sorted({file for file, _ in self._files.values()})
 
     def _params_of(
         self, name: str, bare: str, naming: Naming, quantized: stored.Fp8 | stored.MxFp4 | None
@@ -91,22 +90,11 @@ class Reader:
             return
         elif isinstance(quantized, stored.Fp8) and tensor.dtype == "F8_E4M3":
             _, scales = self._files.get(name + stored.SCALES, (None, None))
-            path, blocks = flax_path(bare, 2), quantized.weight_block_size
-            yield (
-                path,
-                stored.fp8(name, tensor, scales, blocks, transposed=path.endswith(".kernel")),
-            )
+            path = flax_path(bare, 2)
+            yield path, stored.fp8(path, name, tensor, scales, quantized.weight_block_size)
         else:
             path = flax_path(bare, len(tensor.shape))
-            yield path, stored.plain(name, tensor, transposed=path.endswith(".kernel"))
-
-    @property
-    def assets(self) -> Path:
-        return self._folder
-
-    @property
-    def files(self) -> list[Path]:
-        return sorted({file for file, *_ in self._files.values()})
+            yield path, stored.plain(path, name, tensor)
 
     @staticmethod
     def accepts(path: Path) -> bool:
@@ -127,12 +115,12 @@ class Writer:
         self.files: set[str] = set()
         shapes = {}
         for name, paths in stored.tensors_of(spec, naming).items():
-            shape, alone = spec[paths[0]].shape, naming.hf_name(paths[0]) == name
-            if paths[0].endswith(".kernel") and alone:
-                shape = shape[::-1]
-            shapes[name] = jax.ShapeDtypeStruct(
-                shape if alone else (len(paths), *shape), spec[paths[0]].dtype
-            )
+            one = spec[paths[0]]
+            if naming.hf_name(paths[0]) == name:
+                shape = transposed_shape(paths[0], one.shape)
+            else:
+                shape = len(paths), *one.shape
+            shapes[name] = jax.ShapeDtypeStruct(shape, one.dtype)
         self._shards = ShardWriter(folder, shapes)
 
     def write(self, params: Mapping[str, np.ndarray]) -> None:

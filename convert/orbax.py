@@ -22,8 +22,8 @@ from pydantic import Field
 
 from convert import schema
 from convert.assets import check_files
-from convert.checkpoint import Params, Spec, part_of, parts
-from convert.consistency import check_paths
+from convert.checkpoint import Params, Spec, part_of, parts, require_written
+from convert.consistency import ordered
 from convert.errors import CheckpointError, DamagedError, NoRoomError, joined
 from convert.files import require_regular
 from convert.schema import Schema
@@ -55,24 +55,23 @@ class Reader:
     """
 
     def __init__(self, path: Path) -> None:
-        self._folder = path.resolve()  # Orbax takes no relative path
+        self.assets = path.resolve()  # Orbax takes no relative path
         found = schema.read(_Manifest, path / MARK).parts
         check_files(path)
-        self.spec: Spec = {}
+        spec: Spec = {}
         problems = []
         for part in found:
             try:
-                self.spec |= self._headers(part)
+                spec |= self._headers(part)
             except CheckpointError as error:
                 problems.append(str(error))
         if problems:
             raise DamagedError(f"it is incomplete: {joined(problems)}", file=path)
-        check_paths(self.spec, path)
-        self.spec = {p: self.spec[p] for paths in parts(self.spec).values() for p in paths}
+        self.spec = ordered(spec, path)
 
     def _headers(self, part: str) -> Spec:
         """Returns the shapes and dtypes of a part's params, held against the bytes on the disk."""
-        folder = self._folder / "params" / part
+        folder = self.assets / "params" / part
         stored = _size(folder)
         with _reading(folder) as readable:
             tree = _orbax().metadata(readable).metadata
@@ -92,12 +91,8 @@ class Reader:
         return leaves
 
     @property
-    def assets(self) -> Path:
-        return self._folder
-
-    @property
     def files(self) -> list[Path]:
-        return sorted(path for path in (self._folder / "params").rglob("*") if path.is_file())
+        return sorted(path for path in (self.assets / "params").rglob("*") if path.is_file())
 
     @staticmethod
     def accepts(path: Path) -> bool:
@@ -107,7 +102,7 @@ class Reader:
         params: Params = {}
         wanted = dict.fromkeys(paths)
         for part in dict.fromkeys(map(part_of, wanted)):
-            folder = self._folder / "params" / part
+            folder = self.assets / "params" / part
             shapes = {path: t for path, t in self.spec.items() if part_of(path) == part}
             abstract = traverse_util.unflatten_dict(
                 {
@@ -142,10 +137,7 @@ class Writer:
             self._missing.discard(part)
 
     def finish(self) -> None:
-        if self._missing:
-            raise CheckpointError(
-                f"the checkpoint is incomplete, never written: {', '.join(sorted(self._missing))}"
-            )
+        require_written(self._missing, self.place)
         write_text(self.place / MARK, json.dumps({"parts": list(self._parts)}, indent=2) + "\n")
         self.files.add(MARK)
 

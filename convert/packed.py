@@ -19,9 +19,16 @@ from pydantic import Field
 
 from convert import packing, planes, schema
 from convert.assets import check_files, read_config
-from convert.checkpoint import Params, Spec, parts
+from convert.checkpoint import (
+    Params,
+    Spec,
+    parts,
+    require_written,
+    transposed,
+    transposed_shape,
+)
 from convert.checkpoint import Reader as AnyReader
-from convert.consistency import check_paths
+from convert.consistency import ordered
 from convert.errors import Change, CheckpointError, DamagedError, joined
 from convert.files import open_regular, require_inside
 from convert.names import flax_path, naming_in, naming_of
@@ -118,7 +125,7 @@ class Reader:
     """
 
     def __init__(self, path: Path) -> None:
-        self._folder = path
+        self.assets = path
         config = read_config(path)
         check_files(path)
         tensors = schema.read(_Index, path / MARK).tensors
@@ -141,26 +148,18 @@ class Reader:
             self._tensors[param] = name, tensor
         if problems:
             raise DamagedError(f"it is incomplete or damaged: {joined(problems)}", file=path)
-        check_paths(self._tensors, path)
         spec = {
             param: jax.ShapeDtypeStruct(
-                tensor.shape[:: -1 if _transposed(param) else 1], np.dtype(tensor.dtype)
+                transposed_shape(param, tensor.shape), np.dtype(tensor.dtype)
             )
             for param, (_, tensor) in self._tensors.items()
         }
-        self.spec: Spec = {p: spec[p] for paths in parts(spec).values() for p in paths}
+        self.spec = ordered(spec, path)
+        self.files = [path / file for file in self._headers]
 
     def _header(self, file: str) -> dict[str, Stored]:
-        require_inside(self._folder / file, self._folder)
-        return header(self._folder / file)
-
-    @property
-    def assets(self) -> Path:
-        return self._folder
-
-    @property
-    def files(self) -> list[Path]:
-        return [self._folder / file for file in self._headers]
+        require_inside(self.assets / file, self.assets)
+        return header(self.assets / file)
 
     @staticmethod
     def accepts(path: Path) -> bool:
@@ -182,7 +181,7 @@ class Reader:
 
     def _read(self, path: str) -> Shaped[np.ndarray, "..."]:
         name, tensor = self._tensors[path]
-        file, stored = self._folder / tensor.file, self._headers[tensor.file]
+        file, stored = self.assets / tensor.file, self._headers[tensor.file]
         try:
             with open_regular(file) as opened:
                 arrays = [
@@ -199,7 +198,7 @@ class Reader:
             raise DamagedError(f"it cannot be read ({error})", file=file, entry=name) from error
         if _digest(array) != tensor.sha256:
             raise DamagedError("it is not what was packed", file=file, entry=name)
-        return array.T if _transposed(path) else array
+        return transposed(path, array)
 
 
 class Writer:
@@ -238,15 +237,14 @@ class Writer:
             arrays: dict[str, np.ndarray] = {}
             for path in paths:
                 name = self._naming.hf_name(path)
-                array = np.ascontiguousarray(params[path].T if _transposed(path) else params[path])
-                places = packing.places_of(array) if _transposed(path) else None
-                digest = _digest(array)
+                array = np.ascontiguousarray(transposed(path, params[path]))
+                places = _places_of(path, array)
                 self._tensors[name] = _Tensor(
                     file=file,
                     dtype=array.dtype.name,
                     shape=array.shape,
                     layout=_layout(places),
-                    sha256=digest,
+                    sha256=_digest(array),
                 )
                 for key, one in zip(
                     self._tensors[name].arrays(name), _parts(array, places), strict=True
@@ -263,12 +261,9 @@ class Writer:
             self.files.add(file)
 
     def finish(self) -> None:
-        if missing := sorted(
-            path for path in self._spec if self._naming.hf_name(path) not in self._tensors
-        ):
-            raise CheckpointError(
-                f"the checkpoint is incomplete, never written: {', '.join(missing[:5])}"
-            )
+        require_written(
+            set(map(self._naming.hf_name, self._spec)) - self._tensors.keys(), self.place
+        )
         index = _Index(tensors=self._tensors)
         write_text(self.place / MARK, index.model_dump_json(indent=1) + "\n")
         write_text(self.place / "README.md", Path(__file__).with_suffix(".md").read_text("utf-8"))
@@ -286,11 +281,11 @@ def estimated_bytes(params: Params, zstd: int = 3) -> int:
     """
     total = 0.0
     for path, param in params.items():
-        array = param.T if _transposed(path) else param
+        array = transposed(path, param)
         some = np.ascontiguousarray(
             array[:: -(-array.size // SAMPLED)] if array.size > SAMPLED else array
         )
-        places = packing.places_of(some) if _transposed(path) else None
+        places = _places_of(path, some)
         arrays = [
             one for part in _parts(some, places) for one in planes.split("", part, zstd).values()
         ]
@@ -310,9 +305,9 @@ def _digest(array: Shaped[np.ndarray, "..."]) -> str:
     return sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
 
 
-def _transposed(path: str) -> bool:
-    """Returns whether a param is a kernel, [in, out]; its tensor is [out, in]."""
-    return path.endswith(".kernel")
+def _places_of(path: str, array: Shaped[np.ndarray, "..."]) -> Places | None:
+    """Returns how a tensor takes the fewest bytes; None: as it is, as all but kernels are."""
+    return packing.places_of(array) if path.endswith(".kernel") else None
 
 
 def _layout(places: Places | None) -> _Whole | _Mask | _Groups:

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
+from convert.checkpoint import require_written
 from convert.errors import CheckpointError
 from convert.writing import failing, reserve, sync, write_text
 
@@ -100,10 +101,7 @@ class TensorFile:
         Raises:
             CheckpointError: some were not.
         """
-        if missing := sorted(self._spec.keys() - self._written):
-            raise CheckpointError(
-                f"{self.path.name} is incomplete, never written: {', '.join(missing[:5])}"
-            )
+        require_written(self._spec.keys() - self._written, self.path)
         with failing(self.path):
             sync(self.path)
 

@@ -26,7 +26,7 @@ from jaxtyping import Float, Shaped, UInt8
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
-from convert.checkpoint import Params
+from convert.checkpoint import Params, transposed, transposed_shape
 from convert.errors import CheckpointError, DamagedError
 from convert.files import require_regular
 from convert.names import Naming, expert_path, split_expert
@@ -117,12 +117,10 @@ class Param(NamedTuple):
 
     Attributes:
         spec: its shape and dtype.
-        tensors: names of the tensors that it is made of.
-        read: makes it of them.
+        read: makes it of the tensors.
     """
 
     spec: jax.ShapeDtypeStruct
-    tensors: tuple[str, ...]
     read: Callable[[Tensors], Shaped[np.ndarray, "..."]]
 
 
@@ -139,17 +137,14 @@ def read_all(
         return {path: params[path].read(tensors) for path in paths}
 
 
-def plain(name: str, stored: Stored, *, transposed: bool) -> Param:
+def plain(path: str, name: str, stored: Stored) -> Param:
     """Returns the param of a tensor that is stored as it is.
 
     Raises:
         CheckpointError: its dtype is none of ours.
     """
-    shape = stored.shape[::-1] if transposed else stored.shape
-    spec = jax.ShapeDtypeStruct(shape, dtype_of(name, stored))
-    return Param(
-        spec, (name,), lambda tensors: tensors.get(name).T if transposed else tensors.get(name)
-    )
+    spec = jax.ShapeDtypeStruct(transposed_shape(path, stored.shape), dtype_of(name, stored))
+    return Param(spec, lambda tensors: transposed(path, tensors.get(name)))
 
 
 def dtype_of(name: str, stored: Stored) -> np.dtype:
@@ -162,16 +157,16 @@ def dtype_of(name: str, stored: Stored) -> np.dtype:
 
 
 def fp8(
-    name: str, weight: Stored, scales: Stored | None, blocks: Sequence[int], *, transposed: bool
+    path: str, name: str, weight: Stored, scales: Stored | None, blocks: Sequence[int]
 ) -> Param:
     """Returns the param of a tensor in fp8 and its block scales.
 
     Args:
+        path: the param's.
         name: the tensor's.
         weight: what its header says, [n_out, n_in].
         scales: what the header says of the scales, one a block.
         blocks: outputs and inputs of a block.
-        transposed: whether it is a kernel, [n_in, n_out].
 
     Raises:
         CheckpointError: the scales are missing, or are not as many as the blocks.
@@ -194,10 +189,9 @@ def fp8(
 
     def read(tensors: Tensors) -> Shaped[np.ndarray, "n m"]:
         values = from_fp8(tensors.get(name), tensors.get(name + SCALES), blocks)
-        return values.T if transposed else values
+        return transposed(path, values)
 
-    shape = weight.shape[::-1] if transposed else weight.shape
-    return Param(jax.ShapeDtypeStruct(shape, BFLOAT16), (name, name + SCALES), read)
+    return Param(jax.ShapeDtypeStruct(transposed_shape(path, weight.shape), BFLOAT16), read)
 
 
 def from_fp8(
@@ -254,11 +248,7 @@ def stacked(
             yield path, _mxfp4(name, name.removesuffix(BLOCKS) + EXPONENTS, files, expert)
         else:
             spec = jax.ShapeDtypeStruct(stored.shape[1:], dtype_of(name, stored))
-            yield path, Param(spec, (name,), partial(_of_stack, name, expert))
-
-
-def _of_stack(name: str, expert: int, tensors: Tensors) -> Shaped[np.ndarray, "..."]:
-    return tensors.get(name, expert)
+            yield path, Param(spec, partial(Tensors.get, name=name, index=expert))
 
 
 def _mxfp4(name: str, scales: str, files: Mapping[str, tuple[Path, Stored]], expert: int) -> Param:
@@ -274,7 +264,7 @@ def _mxfp4(name: str, scales: str, files: Mapping[str, tuple[Path, Stored]], exp
     def read(tensors: Tensors) -> Shaped[np.ndarray, "n m"]:
         return from_mxfp4(tensors.get(name, expert), tensors.get(scales, expert)).T
 
-    return Param(spec, (name, scales), read)
+    return Param(spec, read)
 
 
 STACKED = re.compile(r"(.*\.experts)\.([^.]+?)(_bias|_blocks|_scales)?")
@@ -309,4 +299,4 @@ def to_tensor(
     if naming.stacked and split_expert(paths[0]):
         return np.stack([params[path] for path in paths])
     (path,) = paths
-    return params[path].T if path.endswith(".kernel") else params[path]
+    return transposed(path, params[path])

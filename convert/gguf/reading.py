@@ -28,7 +28,8 @@ from jaxtyping import Float, Shaped
 from pydantic import Field, model_validator
 
 from convert.assets import DecoderConfig, is_panic
-from convert.checkpoint import Params, Spec, parts
+from convert.checkpoint import Params, Spec, transposed
+from convert.consistency import ordered
 from convert.errors import CheckpointError, DamagedError, joined
 from convert.gguf import models, settings
 from convert.gguf.header import Header, Tensor
@@ -110,7 +111,7 @@ class Reader:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._header = path, Header(path)
+        self._path, self.files, self._header = path, [path], Header(path)
         architecture = self._header.get("general.architecture")
         prefix = f"{architecture}."
         experts = (
@@ -125,7 +126,7 @@ class Reader:
         self._names = self._model.names()
         self._tensors: dict[str, tuple[Tensor, int | None]] = {}
         self._factors: Tensor | None = None
-        self.spec: Spec = {}
+        spec: Spec = {}
         unknown = []
         for tensor in self._header.tensors:
             if tensor.name == ROPE_FACTORS and self._model.model_type == "llama":
@@ -136,16 +137,14 @@ class Reader:
                 unknown.append(tensor.name)
             for flax, expert in found:
                 self._tensors[flax] = tensor, expert
-                self.spec[flax] = jax.ShapeDtypeStruct(
-                    self._shape(flax, tensor, expert), np.float32
-                )
+                spec[flax] = jax.ShapeDtypeStruct(self._shape(flax, tensor, expert), np.float32)
         if unknown:
             raise CheckpointError(
                 f"no {self._model.model_type} model has such tensors: {joined(unknown)}", file=path
             )
-        if "embed_tokens.embedding" not in self.spec:
+        if "embed_tokens.embedding" not in spec:
             raise DamagedError("a tensor is missing", file=path, entry="token_embd.weight")
-        self.spec = {p: self.spec[p] for paths in parts(self.spec).values() for p in paths}
+        self.spec = ordered(spec, path)
         self.config = self._config()
         self._tokenizer = (
             self._tokenizer_fields() if "tokenizer.ggml.model" in self._header else None
@@ -221,10 +220,6 @@ class Reader:
                 f"layers.{match[1]}.{module}." + ("kernel" if match[3] == "weight" else "bias"),
                 None,
             )
-
-    @property
-    def files(self) -> list[Path]:
-        return [self._path]
 
     def _dequantized(self, tensor: Tensor) -> np.ndarray:
         try:
@@ -394,7 +389,7 @@ def to_file(
     model: models.Model, path: str, array: Shaped[np.ndarray, "..."]
 ) -> Float[np.ndarray, "..."]:
     """Returns a param as llama.cpp has it, in float32, but for the order of its rows."""
-    array = (array.T if path.endswith(".kernel") else array).astype(np.float32)
+    array = transposed(path, array).astype(np.float32)
     return array + np.float32(model.offset) if model.offset and path.endswith(".scale") else array
 
 
@@ -404,7 +399,7 @@ def from_file(
     """Returns the param that `to_file` made so."""
     if model.offset and path.endswith(".scale"):
         array = array - np.float32(model.offset)
-    return array.T if path.endswith(".kernel") else array
+    return transposed(path, array)
 
 
 def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from jaxtyping import Float, Shaped
 from convert import ownership
 from convert.assets import load_config
 from convert.checkpoint import Reader as AnyReader
-from convert.checkpoint import Spec
+from convert.checkpoint import Spec, require_written, transposed_shape
 from convert.errors import Change, CheckpointError
 from convert.gguf import models, reading, settings, tokenizers
 from convert.names import BESIDE, split_expert
@@ -157,10 +157,7 @@ class Writer:
             file.write(content.tobytes())
 
     def finish(self) -> None:
-        if self._missing:
-            raise CheckpointError(
-                f"the file is incomplete, never written: {', '.join(sorted(self._missing)[:5])}"
-            )
+        require_written(self._missing, self.place)
         with failing(self.place):
             sync(self.place)
 
@@ -224,7 +221,7 @@ def _kind_of(
 
 def _shape(spec: Spec, paths: list[str]) -> tuple[int, ...]:
     """Returns the shape of a tensor, the fastest axis last."""
-    shape = spec[paths[0]].shape[:: -1 if paths[0].endswith(".kernel") else 1]
+    shape = transposed_shape(paths[0], spec[paths[0]].shape)
     return (len(paths), *shape) if split_expert(paths[0]) else shape
 
 

@@ -1,16 +1,16 @@
 """A checkpoint without some of its experts, as if it had never had them."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from convert import Params, Reader, Spec
+from convert import Params, Reader
+from convert.checkpoint import DerivedReader
 from convert.names import split_expert
 
 
-class KeptExperts:
+class KeptExperts(DerivedReader):
     """Reads a checkpoint's params but for those of some experts; the others are numbered anew, and
     routers with them.
 
@@ -26,9 +26,9 @@ class KeptExperts:
         kept: Mapping[int, Sequence[int]],
         routers: Mapping[int, Collection[str]],
     ) -> None:
-        self._reader, self._kept, self._routers = reader, kept, routers
+        super().__init__(reader, {})
+        self._kept, self._routers = kept, routers
         self._paths: dict[str, str] = {}
-        self.spec: Spec = {}
         for path, tensor in reader.spec.items():
             new = self._renamed(path)
             if new is None:
@@ -36,14 +36,6 @@ class KeptExperts:
             experts = self._experts_of(path)
             shape = tensor.shape if experts is None else (*tensor.shape[:-1], len(experts))
             self._paths[new], self.spec[new] = path, jax.ShapeDtypeStruct(shape, tensor.dtype)
-
-    @property
-    def assets(self) -> Path:
-        return self._reader.assets
-
-    @property
-    def files(self) -> list[Path]:
-        return self._reader.files
 
     def read(self, paths: Iterable[str]) -> Params:
         """Returns the named parameters, in memory; errors as the reader's."""
