@@ -158,7 +158,6 @@ def test_every_command_line_is_taken(
         monkeypatch.setattr(
             "jaxprune.commands.terminal.run", lambda command, argv, ended: command(argv)
         )
-        monkeypatch.setattr("jaxprune.commands.convert.run", lambda command, argv: command(argv))
         with pytest.raises(Parsed):
             importlib.import_module(f"jaxprune.commands.{name}").main(rest)
 

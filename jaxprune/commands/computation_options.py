@@ -1,9 +1,14 @@
 """How a model is computed, as the user says it."""
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
+
+from convert.files import existing_parent, expand
+from jaxprune.errors import Change, InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,3 +25,42 @@ class ComputationOptions:
     def computation_dtype(self) -> np.dtype | None:
         """The dtype of the computation; None: as `StreamedModel` chooses."""
         return None if self.dtype == "auto" else np.dtype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamingOptions(ComputationOptions):
+    """Options of every command that moves hidden states through a model.
+
+    Raises:
+        InputError: a folder for hidden states that are in memory.
+    """
+
+    hidden: Literal["memory", "disk"] = "memory"
+    """Where hidden states are between layers: in host memory, or in files of --scratch that take
+    none of it."""
+    scratch: str | None = None
+    """A folder for --hidden disk (default: where --out is made). Nothing stays in it."""
+
+    def __post_init__(self) -> None:
+        if self.scratch and self.hidden != "disk":
+            raise InputError("--scratch is for --hidden disk: pass both, or neither")
+
+    def scratch_folder(self, out: str) -> Path | None:
+        """Returns where hidden states are kept; None: in memory.
+
+        Args:
+            out: the run's own folder.
+
+        Raises:
+            InputError: nothing can be written there.
+        """
+        if self.hidden == "memory":
+            return None
+        folder = expand(self.scratch) if self.scratch else existing_parent(expand(out))
+        if not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+            raise InputError(
+                "it is not a folder that can be written into",
+                file=folder,
+                options={"scratch": Change.OTHER},
+            )
+        return folder

@@ -4,16 +4,20 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from convert.hub import known_names
 from convert.schema import check, dump
 from jaxprune import calibration
-from jaxprune.commands.eval_options import FLAGS, MEASURE_OF, EvalOptions, split, with_defaults
+from jaxprune.commands.computation_options import StreamingOptions
+from jaxprune.commands.eval_options import MEASURE_OF, EvalOptions, split, with_defaults
 from jaxprune.commands.options import (
     CommandLine,
     Section,
+    fields_in,
+    make,
     require_at_least,
     require_positive,
     whole,
@@ -26,13 +30,15 @@ from jaxprune.sharding import MOST_DEVICES
 
 MOST_PORT = 2**16 - 1
 """The port after the coordinator's is used as well."""
+PRUNE = "jaxprune.commands.prune"
+"""The module of the command whose options these are."""
 OF_A_PROCESS = ("coordinator", "process_id", "scratch")
 """Options that may differ between the processes of a run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(EvalOptions):
-    """Everything that decides a run's outcome, but for the recipe."""
+class ResultOptions:
+    """Where a run reads and writes."""
 
     ckpt: str
     """The dense checkpoint: a known name such as llama-7b, a folder, a .gguf file, or owner/name on
@@ -47,32 +53,17 @@ class Config(EvalOptions):
     """Insist on going on with a run that was stopped. The same command goes on by itself wherever
     there is something to go on with: what is finished is kept in OUT.unfinished until the run
     ends."""
-    devices: int | None = None
-    """Devices of each process (default: all there are; on a CPU, which can be divided, 1)."""
-    coordinator: str | None = None
-    """One run on several hosts: host:port of the first process, with --processes and --process-id;
-    or auto, which asks SLURM, Open MPI or a TPU pod. The port after it is used as well. All hosts
-    must see --ckpt and --out."""
-    processes: int | None = None
-    """How many processes there are, usually one a host."""
-    process_id: int | None = None
-    """The number of this one, from 0."""
-    dry_run: bool = False
-    """Only say what the run would need (device and host memory, disk, FLOPs, time), and whether it
-    fits. config.json and the headers of the weights are enough, or config.json alone."""
-    device_memory: float | None = None
-    """GiB of a device, instead of what this machine's device has: to plan for another one."""
-    target: str | None = None
-    """Plan for hardware that need not be here, with its own compiler where that is installed: h100,
-    a100, rtx4090, v5e, v5p, v6e, or several of them. --devices says how many."""
-    unchecked: bool = False
-    """Begin even where the run would not fit by our count, and without comparing weights from the
-    hub with their digests."""
     save_dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """The dtype that --out is stored in (default: the checkpoint's; float16 for a quantized GGUF
     file)."""
     save_masks: str | None = None
     """A file for the masks, packed bits in safetensors, for fine-tuning that keeps them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """The text of a run."""
+
     calib: str | None = None
     """Calibration text: c4, wikitext2, wikipedia, a file (.jsonl, .json.gz, .parquet, .txt, or .npy
     of token ids [count, length]), or a folder laid out as on the hub (default: c4; wikipedia for
@@ -89,9 +80,47 @@ class Config(EvalOptions):
     """Join documents to fill calibration windows, instead of skipping those shorter than one."""
     seed: int = 0
     """Decides which calibration windows are taken; a run is deterministic in it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MachineOptions(StreamingOptions):
+    """What a run is computed on."""
+
+    devices: int | None = None
+    """Devices of each process (default: all there are; on a CPU, which can be divided, 1)."""
+    coordinator: str | None = None
+    """One run on several hosts: host:port of the first process, with --processes and --process-id;
+    or auto, which asks SLURM, Open MPI or a TPU pod. The port after it is used as well. All hosts
+    must see --ckpt and --out."""
+    processes: int | None = None
+    """How many processes there are, usually one a host."""
+    process_id: int | None = None
+    """The number of this one, from 0."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What is asked before a run."""
+
+    dry_run: bool = False
+    """Only say what the run would need (device and host memory, disk, FLOPs, time), and whether it
+    fits. config.json and the headers of the weights are enough, or config.json alone."""
+    device_memory: float | None = None
+    """GiB of a device, instead of what this machine's device has: to plan for another one."""
+    target: str | None = None
+    """Plan for hardware that need not be here, with its own compiler where that is installed: h100,
+    a100, rtx4090, v5e, v5p, v6e, or several of them. --devices says how many."""
+    unchecked: bool = False
+    """Begin even where the run would not fit by our count, and without comparing weights from the
+    hub with their digests."""
     timing: Literal["jit-vs-eager"] | None = None
     """First prune the first layer compiled and under jax.disable_jit, and show the seconds of
     both."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(PlanOptions, MachineOptions, EvalOptions, CalibrationOptions, ResultOptions):
+    """Everything that decides a run's outcome, but for the recipe."""
 
     def meeting(self, recipe: Recipe) -> tuple[Group, dict[str, Any]] | None:
         """Returns the processes of the run, and what all of them have to be asked alike; None: this
@@ -178,41 +207,6 @@ def group_of(argv: Sequence[str]) -> Group | None:
         return None
 
 
-GROUPS = {
-    "Checkpoint and result": ("ckpt", "out", "overwrite", "resume", "save_dtype", "save_masks"),
-    "Calibration": ("calib", "tune_text", "nsamples", "seqlen", "pack", "seed"),
-    "Evaluation": FLAGS,
-    "Machine": (
-        "dtype",
-        "device",
-        "devices",
-        "hidden",
-        "scratch",
-        "coordinator",
-        "processes",
-        "process_id",
-    ),
-    "Before the run": ("dry_run", "device_memory", "target", "unchecked", "timing"),
-}
-"""Heading of the help -> its flags."""
-EXAMPLES = f"""Examples:
-
-    jaxprune prune --ckpt smollm2-135m --sparsity 0.5 --nsamples 32 --seqlen 512
-    jaxprune prune --ckpt llama-7b --preset best --sparsity 0.7 --out pruned
-    jaxprune prune --ckpt ./model --method wanda --pattern 2:4 --calib text.jsonl
-    jaxprune prune --config pruned/jaxprune.json --out again
-
-Known checkpoints: {", ".join(known_names())}."""
-
-
-COMMAND = (
-    "jaxprune prune",
-    "Prune a checkpoint in one shot, layer by layer, and measure what it cost.",
-    EXAMPLES,
-)
-"""Name, description and examples."""
-
-
 class Asked(NamedTuple):
     """A command line that takes the options of a run.
 
@@ -237,25 +231,21 @@ def parse(argv: Sequence[str]) -> tuple[Config, Recipe]:
         UserError: a flag or a value that cannot be used.
         SystemExit: after --help.
     """
-    asked = read(argv, *COMMAND)
+    asked = read(argv, PRUNE)
     return asked.config, asked.recipe
 
 
 def read(
     argv: Sequence[str],
-    command: str,
-    description: str,
-    examples: str,
+    module: str,
     own: Sequence[Section] = (),
-    positionals: Mapping[str, str] | None = None,
+    positionals: Mapping[str, str] = MappingProxyType({}),
 ) -> Asked:
     """Reads a command line that takes the options of a run.
 
     Args:
         argv: the command line.
-        command: its name, such as `jaxprune plan`.
-        description: what it does.
-        examples: shown below the help.
+        module: the name of the command's module.
         own: flags of its own.
         positionals: name -> help text of what comes without a flag.
 
@@ -263,19 +253,18 @@ def read(
         UserError: a flag or a value that cannot be used.
         SystemExit: after --help.
     """
-    line = CommandLine(argv, records=True)
+    line = CommandLine(argv, module, records=True)
     chosen = RecipeOptions(line)
-    first, calibration_, *others = (
-        Section(title, Config, only=names, defaults=line.repeated)
-        for title, names in GROUPS.items()
-    )
-    sections = [*own, first, *chosen.sections(), calibration_, *others]
+    section = partial(Section, defaults=line.repeated)
     given = line.read(
-        command,
-        description,
-        sections,
+        *own,
+        section("Checkpoint and result", ResultOptions),
+        *chosen.sections(),
+        section("Calibration", CalibrationOptions),
+        section("Evaluation", EvalOptions),
+        section("Machine", MachineOptions),
+        section("Before the run", PlanOptions),
         positionals=positionals,
-        examples=examples,
         elsewhere=chosen.elsewhere,
     )
     recipe = chosen.recipe(given)
@@ -283,21 +272,26 @@ def read(
     return Asked(given, config, recipe, given.get("sparsity"))
 
 
-NOT_REPEATED = (
-    *("out", "overwrite", "resume", "save_masks", "scratch", "dry_run"),
-    *("coordinator", "processes", "process_id"),
-)
+NOT_REPEATED = {
+    "out",
+    "overwrite",
+    "resume",
+    "save_masks",
+    "scratch",
+    "dry_run",
+    "coordinator",
+    "processes",
+    "process_id",
+}
 """Options of a record's run that say where it was made, not what."""
 
 
 def _amended(line: CommandLine, given: Mapping[str, Any], recipe: Recipe) -> Config:
     """Returns the options that flags give, beside those of a record's run, without what means
     nothing then."""
-    names = {field.name for field in dataclasses.fields(Config)}
-    values = {name: value for name, value in given.items() if name in names}
     if line.record is None:
-        return Config(**values)
-    unset = {*NOT_REPEATED}
+        return make(Config, given)
+    unset = set(NOT_REPEATED)
     if "eval" in given:
         measures = split(given["eval"])
         unset |= {name for name, measure in MEASURE_OF.items() if measure not in measures}
@@ -311,4 +305,5 @@ def _amended(line: CommandLine, given: Mapping[str, Any], recipe: Recipe) -> Con
     if "ckpt" in given:  # another checkpoint may have another default
         unset.add("save_dtype")
     base = {name: value for name, value in base.items() if name not in unset}
-    return check(Config, base | values, file=given["config"], entry="config", error=InputError)
+    values = base | fields_in(given, Config)
+    return check(Config, values, file=given["config"], entry="config", error=InputError)

@@ -1,8 +1,7 @@
-"""Convert a checkpoint between formats, one part at a time."""
+"""Convert a checkpoint between formats, one decoder layer at a time."""
 
 import dataclasses
 import logging
-import sys
 from collections.abc import Sequence
 
 from rich.filesize import decimal
@@ -17,7 +16,6 @@ from convert import (
     writer_for,
 )
 from convert.assets import read_config
-from convert.command import run
 from convert.consistency import check
 from convert.destination import destination
 from convert.errors import CheckpointError
@@ -25,7 +23,8 @@ from convert.files import leads_outside, read_bytes
 from convert.hub import resolve
 from convert.paths import inputs_of, require_apart
 from convert.writing import write_text
-from jaxprune.commands.options import CommandLine, Section, make
+from jaxprune.commands.options import CHECKPOINT, CommandLine, Section, make
+from jaxprune.commands.terminal import command
 from jaxprune.reporting import reading
 from jaxprune.reporting.schema import RECORD
 
@@ -57,22 +56,12 @@ class Options:
     """Replace an earlier result that nobody changed."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit status."""
-    return run(_main, argv)
-
-
-def _main(argv: Sequence[str]) -> int:
-    given = CommandLine(argv).read(
-        "jaxprune convert",
-        "Convert a checkpoint between formats, one decoder layer at a time.",
-        [Section("Result", Options)],
-        positionals={
-            "source": "A folder, a .gguf file, a known name such as llama-7b, or owner/name of a "
-            "hub.",
-            "target": "The folder to make; of GGUF the file.",
-        },
-        examples=EXAMPLES,
+@command
+def main(argv: Sequence[str]) -> int:
+    """Runs a command line."""
+    given = CommandLine(argv, __name__).read(
+        Section("Result", Options),
+        positionals={"source": CHECKPOINT, "target": "The folder to make; of GGUF the file."},
     )
     wanted = make(Options, given)
     to = wanted.to or ("gguf" if given["target"].endswith(".gguf") else "hf")
@@ -115,7 +104,3 @@ def _main(argv: Sequence[str]) -> int:
         f"files, format {to}"
     )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,24 +1,15 @@
 """What to measure of checkpoints, as the user says it."""
 
 import dataclasses
-import os
-from pathlib import Path
 from typing import Literal, TypeVar
 
-from convert.files import existing_parent, expand
-from jaxprune.commands.computation_options import ComputationOptions
 from jaxprune.commands.options import require_at_least, require_positive
-from jaxprune.errors import Change, InputError
+from jaxprune.errors import InputError
 from jaxprune.evaluation.quality import Measures
 from jaxprune.evaluation.tasks import ZERO_SHOT
 
 MEASURES = ("ppl", "samples", "zero-shot")
 SAMPLE_TOKENS = 48
-FLAGS = (
-    *("eval", "eval_text", "eval_seqlen", "eval_windows", "prompts", "sample_tokens"),
-    *("tasks", "limit", "tasks_data", "backend"),
-)
-"""What to measure, in the order of the help."""
 MEASURE_OF = {
     **dict.fromkeys(("eval_text", "eval_seqlen", "eval_windows"), "ppl"),
     **dict.fromkeys(("prompts", "sample_tokens"), "samples"),
@@ -28,7 +19,7 @@ MEASURE_OF = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalOptions(ComputationOptions):
+class EvalOptions:
     """Options of every command that evaluates."""
 
     eval: str | None = None
@@ -58,19 +49,18 @@ class EvalOptions(ComputationOptions):
     backend: Literal["jax", "torch"] = "jax"
     """What runs the tasks: jax streams the model layer by layer; torch holds all of it, in
     lm-eval's HFLM."""
-    hidden: Literal["memory", "disk"] = "memory"
-    """Where hidden states are between layers: in host memory, or in files of --scratch that take
-    none of it."""
-    scratch: str | None = None
-    """A folder for --hidden disk (default: where --out is made). Nothing stays in it."""
 
     @property
     def measures(self) -> list[str]:
         """What to measure: of `MEASURES`."""
         return [] if self.eval == "none" else split(self.eval)
 
-    def plan(self) -> Measures:
-        """Returns what to measure, as the library takes it; defaults are filled in."""
+    def plan(self, device: str = "auto") -> Measures:
+        """Returns what to measure, as the library takes it; defaults are filled in.
+
+        Args:
+            device: the kind of device that the torch backend runs on.
+        """
         texts, tasks = (split(found) for found in (self.eval_text, self.tasks))
         return Measures(
             texts=texts if "ppl" in self.measures else [],
@@ -80,37 +70,15 @@ class EvalOptions(ComputationOptions):
             tasks_data=self.tasks_data,
             limit=self.limit,
             backend=self.backend,
-            device=self.device,
+            device=device,
             samples=(self.sample_tokens or SAMPLE_TOKENS) if "samples" in self.measures else 0,
             prompts=self.prompts,
         )
-
-    def scratch_folder(self, out: str) -> Path | None:
-        """Returns where hidden states are kept; None: in memory.
-
-        Args:
-            out: the run's own folder.
-
-        Raises:
-            InputError: nothing can be written there.
-        """
-        if self.hidden == "memory":
-            return None
-        folder = expand(self.scratch) if self.scratch else existing_parent(expand(out))
-        if not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
-            raise InputError(
-                "it is not a folder that can be written into",
-                file=folder,
-                options={"scratch": Change.OTHER},
-            )
-        return folder
 
     def check(self) -> None:
         """Raises InputError for options that contradict each other or mean nothing."""
         require_positive(self, "eval_windows", "limit", "sample_tokens")
         require_at_least(self, 2, "eval_seqlen")  # the first token of a window is not predicted
-        if self.scratch and self.hidden != "disk":
-            raise InputError("--scratch is for --hidden disk: pass both, or neither")
         if unknown := [name for name in self.measures if name not in MEASURES]:
             raise InputError(
                 f"--eval takes {', '.join(MEASURES)} or none, not {unknown[0]!r}; tasks go to "

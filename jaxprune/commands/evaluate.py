@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import sys
 from collections.abc import Sequence
 
 from convert.destination import destination
@@ -12,17 +11,18 @@ from jaxprune import calibration
 from jaxprune.api import evaluate as api
 from jaxprune.api.evaluate import Evaluation
 from jaxprune.api.load import load
-from jaxprune.commands.eval_options import FLAGS, EvalOptions, with_defaults
+from jaxprune.commands.computation_options import StreamingOptions
+from jaxprune.commands.eval_options import EvalOptions, with_defaults
 from jaxprune.commands.options import CommandLine, Section, make
 from jaxprune.commands.progress import Progress
-from jaxprune.commands.terminal import choose_devices, console, keep_memory, run_main
+from jaxprune.commands.terminal import choose_devices, command, console, keep_memory
 from jaxprune.errors import InputError
 from jaxprune.reporting.schema import RECORD, REPORT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(EvalOptions):
-    """Options of an evaluation."""
+class ResultOptions:
+    """What is compared, and where the result goes."""
 
     against: str | None = None
     """The dense checkpoint, for KL divergence and its own figures (default: the others are not
@@ -33,12 +33,11 @@ class Config(EvalOptions):
     """Replace an evaluation that is there already, if nobody changed it."""
 
 
-GROUPS = {
-    "Checkpoints and result": ("against", "out", "overwrite"),
-    "What to measure": FLAGS,
-    "Machine": ("dtype", "device", "hidden", "scratch"),
-}
-"""Heading of the help -> its flags."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(StreamingOptions, EvalOptions, ResultOptions):
+    """Options of an evaluation."""
+
+
 EXAMPLES = """Examples:
 
     jaxprune evaluate ./pruned --against llama-7b
@@ -59,7 +58,7 @@ def evaluate(config: Config, names: Sequence[str]) -> Evaluation:
     """
     place = destination(config.out, "out", overwrite=config.overwrite)
     place.check()
-    scratch, measures = config.scratch_folder(config.out), config.plan()
+    scratch, measures = config.scratch_folder(config.out), config.plan(config.device)
     loaded = measures.load()  # before a model is fetched
     choose_devices(config.device)
     texts = (config.eval_text or "").split(",")
@@ -97,13 +96,12 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
     Raises:
         UserError: a flag or a value that cannot be used.
     """
-    given = CommandLine(argv).read(
-        "jaxprune evaluate",
-        "Measure perplexity, KL divergence and zero-shot accuracy of checkpoints, dense or pruned.",
-        [Section(title, Config, only=names) for title, names in GROUPS.items()],
+    given = CommandLine(argv, __name__).read(
+        Section("Checkpoints and result", ResultOptions),
+        Section("What to measure", EvalOptions),
+        Section("Machine", StreamingOptions),
         positionals={"checkpoints": "Folders, .gguf files, known names, or owner/name of a hub."},
         several=True,
-        examples=EXAMPLES,
     )
     names = given["checkpoints"]
     text = (
@@ -117,15 +115,8 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
     return config, names
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit status."""
-    return run_main(_main, argv)
-
-
-def _main(argv: Sequence[str]) -> None:
+@command
+def main(argv: Sequence[str]) -> None:
+    """Runs a command line."""
     keep_memory(large=True)
     evaluate(*parse(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,17 +1,23 @@
 """Let a checkpoint write text, to prune it on where there is too little other text."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 
 from convert.paths import inputs_of, require_apart
 from jaxprune.api.generate import OwnText, file_of, generate
 from jaxprune.api.load import load
 from jaxprune.commands.computation_options import ComputationOptions
-from jaxprune.commands.options import CommandLine, Section, make, require_at_least, require_positive
+from jaxprune.commands.options import (
+    CHECKPOINT,
+    CommandLine,
+    Section,
+    make,
+    require_at_least,
+    require_positive,
+)
 from jaxprune.commands.progress import Progress
 from jaxprune.commands.prune import source_paths
-from jaxprune.commands.terminal import choose_devices, console, keep_memory, run_main
+from jaxprune.commands.terminal import choose_devices, command, console, keep_memory
 from jaxprune.errors import InputError
 from jaxprune.run_store.opening import store_folder
 
@@ -23,7 +29,7 @@ EXAMPLES = """Examples:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(OwnText, ComputationOptions):
+class TextOptions(OwnText):
     """What is written, and where."""
 
     out: str
@@ -31,21 +37,18 @@ class Options(OwnText, ComputationOptions):
     written; until then OUT.unfinished keeps what is, and the same command goes on from there."""
 
 
-MACHINE = tuple(field.name for field in dataclasses.fields(ComputationOptions))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(TextOptions, ComputationOptions):
+    """Options of a text that is written."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit status."""
-    return run_main(_main, argv)
-
-
-def _main(argv: Sequence[str]) -> None:
-    given = CommandLine(argv).read(
-        "jaxprune generate",
-        "Let a checkpoint write text, to prune it on where there is too little other text.",
-        [Section("Text", Options), Section("Machine", Options, only=MACHINE)],
-        positionals={"checkpoint": "A folder, a .gguf file, a known name, or owner/name of a hub."},
-        examples=EXAMPLES,
+@command
+def main(argv: Sequence[str]) -> None:
+    """Runs a command line."""
+    given = CommandLine(argv, __name__).read(
+        Section("Text", TextOptions),
+        Section("Machine", ComputationOptions),
+        positionals={"checkpoint": CHECKPOINT},
     )
     wanted = make(Options, given)
     require_positive(wanted, "tokens", "length", "prompt_tokens")
@@ -65,7 +68,3 @@ def _main(argv: Sequence[str]) -> None:
         made = generate(model, wanted, place, progress)
     texts = "1 text" if len(made) == 1 else f"{len(made)} texts"
     console.print(f"{wanted.out}: {texts} of {wanted.length} tokens")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,17 +6,14 @@ jaxprune lm-eval run --model jaxprune --model_args pretrained=DIR --tasks boolq,
 import sys
 from collections.abc import Sequence
 
-from jaxprune.commands.terminal import keep_memory, run_main
+from jaxprune.commands.terminal import command, keep_memory
 from jaxprune.errors import InputError
 from jaxprune.evaluation.tasks import not_installed
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs lm-eval's command line; returns the exit status."""
-    return run_main(_main, argv)
-
-
-def _main(argv: Sequence[str]) -> None:
+@command
+def main(argv: Sequence[str]) -> None:
+    """Runs a command line."""
     sys.argv[1:] = argv  # lm-eval reads the command line itself
     keep_memory(large=True)
     try:
@@ -34,7 +31,3 @@ def _main(argv: Sequence[str]) -> None:
             "jaxprune evaluate "
             "--tasks-data read a task's rows from a folder"
         ) from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,26 +6,29 @@ of ours), it leaves out what was not given (so that what a preset sets can tell)
 groups; all three read dataclasses.
 """
 
-import ast
 import dataclasses
 import functools
 import inspect
 import itertools
 import math
-import textwrap
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Group, MissingArgumentError, Parameter, UnknownOptionError
 from cyclopts.config import Dict
+from docstring_parser import parse_from_object
 
 from convert.files import expand
 from jaxprune.commands import config_file
 from jaxprune.commands.terminal import console
 from jaxprune.errors import InputError, UserError
 
+CHECKPOINT = "A folder, a .gguf file, a known name such as llama-7b, or owner/name of a hub."
+"""Help of a positional argument that names a checkpoint."""
 FlagOf = Callable[[str], str | None]
 """A field's name -> the flag's name without dashes, in Python's spelling; None: no flag."""
 
@@ -39,8 +42,6 @@ class Section:
         options: a dataclass.
         flag_of: names of the flags; by default the fields'.
         help: below the heading.
-        only: the fields of this section; None: all that no other section of the same dataclass has
-            named.
         defaults: of flags, where they are not their fields'.
     """
 
@@ -48,7 +49,6 @@ class Section:
     options: type
     flag_of: FlagOf = str
     help: str = ""
-    only: tuple[str, ...] | None = None
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -57,6 +57,7 @@ class CommandLine:
 
     Args:
         argv: the words.
+        module: the name of the command's module, for its help.
         records: whether the file may be the record of a run.
 
     Attributes:
@@ -67,8 +68,10 @@ class CommandLine:
         CheckpointError: it cannot be read.
     """
 
-    def __init__(self, argv: Sequence[str], *, records: bool = False) -> None:
+    def __init__(self, argv: Sequence[str], module: str = "", *, records: bool = False) -> None:
         self._argv = list(argv)
+        self._module = sys.modules.get(module)
+        self._command = f"jaxprune {module.rpartition('.')[2]}"
         self._given: dict[str, str] = {}
         for word, following in itertools.zip_longest(self._argv, self._argv[1:], fillvalue=""):
             if word.startswith("--"):
@@ -91,24 +94,17 @@ class CommandLine:
 
     def read(
         self,
-        command: str,
-        description: str,
-        sections: Iterable[Section],
-        *,
-        positionals: Mapping[str, str] | None = None,
+        *sections: Section,
+        positionals: Mapping[str, str] = MappingProxyType({}),
         several: bool = False,
-        examples: str = "",
         elsewhere: Callable[[str], str] = lambda flag: "",
     ) -> dict[str, Any]:
         """Reads it.
 
         Args:
-            command: its name, such as `jaxprune prune`.
-            description: what it does.
             sections: its flags.
             positionals: name -> help text of what comes without a flag.
             several: whether there may be several of the last of them.
-            examples: shown below the help.
             elsewhere: an unknown flag -> where there is such a flag, "" for nowhere.
 
         Returns:
@@ -118,7 +114,6 @@ class CommandLine:
             UserError: a flag or a value that cannot be used, or two flags have one name.
             SystemExit: after --help.
         """
-        positionals = positionals or {}
 
         def collect(*args: Any, **kwargs: Any) -> None:
             del args, kwargs
@@ -127,14 +122,14 @@ class CommandLine:
             _positional(name, text, several and name == [*positionals][-1])
             for name, text in positionals.items()
         ]
-        flags = _flags(command, positionals, [*sections, Section("Options", ConfigFile)])
+        flags = _flags(self._command, positionals, [*sections, Section("Options", ConfigFile)])
         collect.__signature__ = inspect.Signature([*words, *flags])  # type: ignore[attr-defined]
-        collect.__doc__ = description
+        collect.__doc__ = getattr(self._module, "__doc__", None)
         app = App(
-            name=command,
+            name=self._command,
             help_flags=[],
             version_flags=[],
-            help_epilogue=examples,
+            help_epilogue=getattr(self._module, "EXAMPLES", ""),
             help_format="plaintext",
             console=console,
             end_of_options_delimiter="",
@@ -147,15 +142,18 @@ class CommandLine:
         try:
             _, bound, _ = app.parse_args(self._argv, exit_on_error=False, print_error=False)
         except CycloptsError as error:
-            text = f"{_said(error, elsewhere)} ({command} --help lists what there is)"
+            text = self._with_hint(_said(error, elsewhere))
             raise UserError(text, file=self._file if _is_stored(error) else None) from None
         found = dict(zip(positionals, bound.args, strict=False))
         if several:
             *_, name = positionals
             found[name] = list(bound.args[len(positionals) - 1 :])
             if not found[name]:
-                raise UserError(f"{name.upper()} is missing ({command} --help lists what there is)")
+                raise UserError(self._with_hint(f"{name.upper()} is missing"))
         return found | bound.kwargs
+
+    def _with_hint(self, problem: str) -> str:
+        return f"{problem} ({self._command} --help lists what there is)"
 
 
 def _said(error: CycloptsError, elsewhere: Callable[[str], str]) -> str:
@@ -204,16 +202,10 @@ def _flags(
             reads the flags of each command with each of our methods.
     """
     titles = dict.fromkeys(["help", *positionals], command)
-    claimed = {(section.options, name) for section in sections for name in section.only or ()}
     for number, section in enumerate(sections, 1):
         group = Group(section.title, help=section.help, sort_key=number)
         for field in dataclasses.fields(section.options):
-            wanted = (
-                field.name in section.only
-                if section.only
-                else (section.options, field.name) not in claimed
-            )
-            if wanted and (flag := section.flag_of(field.name)):
+            if flag := section.flag_of(field.name):
                 if flag in titles:
                     both = f"one of {titles[flag]!r} and one of {section.title!r}"
                     raise InputError(
@@ -261,16 +253,14 @@ def _convert(function: Callable[[str], Any]) -> Callable[[Any, Sequence[Any]], A
     return lambda kind, tokens: function(tokens[0].value)
 
 
-def make(cls: Any, given: Mapping[str, Any], flag_of: FlagOf = str) -> Any:
+def make(cls: Any, given: Mapping[str, Any]) -> Any:
     """Makes a dataclass of what `read` returned."""
-    flags = {field.name: flag_of(field.name) for field in dataclasses.fields(cls)}
-    return cls(
-        **{
-            field: given[flag]
-            for field, flag in flags.items()
-            if flag is not None and flag in given
-        }
-    )
+    return cls(**fields_in(given, cls))
+
+
+def fields_in(given: Mapping[str, Any], cls: Any) -> dict[str, Any]:
+    """Returns what is given for the fields of a dataclass."""
+    return {f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given}
 
 
 def whole(text: str) -> int:
@@ -338,13 +328,7 @@ def require_at_least(options: Any, least: int, *names: str) -> None:
 def field_docs(cls: type) -> dict[str, str]:
     """Returns field name -> the docstring under it, inherited fields included."""
     docs = {}
-    for own in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(own))).body
-        assert isinstance(body, ast.ClassDef)
-        for field, after in zip(body.body, body.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant), (
-                    field.target.id
-                )
-                docs[field.target.id] = " ".join(str(after.value.value).split())
+    for own in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        for field in parse_from_object(own).params:
+            docs[field.arg_name] = " ".join((field.description or "").split())
     return docs

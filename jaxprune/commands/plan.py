@@ -1,7 +1,10 @@
-"""Say what a run would need, and whether it fits; config.json alone is enough."""
+"""Say what a run would need, and whether it fits; config.json alone is enough.
 
-import sys
+It takes the flags of jaxprune prune. Exit status: 0 if the run fits, else 1.
+"""
+
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from convert.files import expand
 from jaxprune.commands.config import Config, group_of, read
 from jaxprune.commands.progress import longest
 from jaxprune.commands.prune import require_suitable
-from jaxprune.commands.terminal import choose_devices, console, duration, print_table, run_main
+from jaxprune.commands.terminal import choose_devices, command, console, duration, print_table
 from jaxprune.hardware import writing_for
 from jaxprune.phases import require_recipe
 from jaxprune.planning import fit, preflight
@@ -24,9 +27,6 @@ from jaxprune.sharding import Devices
 from jaxprune.solve.expert_removal import without_experts
 from jaxprune.solve.targets import effective_recipe
 
-DESCRIPTION = (
-    "Say what a run would need, and whether it fits; it takes the flags of jaxprune prune."
-)
 EXAMPLES = """Examples:
 
     jaxprune plan --ckpt llama2-70b --device-memory 16 --dtype bfloat16
@@ -37,11 +37,11 @@ WORTH_A_WORD = 1.3
 """How many times as fast products in bfloat16 are at least for a hint."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit status: 0 if the run fits, else 1."""
-    return run_main(
-        lambda argv: plan(*read(argv, "jaxprune plan", DESCRIPTION, EXAMPLES)[1:]), argv, group_of
-    )
+@partial(command, group_of=group_of)
+def main(argv: Sequence[str]) -> int:
+    """Runs a command line."""
+    _, config, recipe, sparsity = read(argv, __name__)
+    return plan(config, recipe, sparsity)
 
 
 def plan(config: Config, recipe: Recipe, sparsity: float | None = None) -> int:
@@ -235,7 +235,3 @@ def _tera(count: int) -> str:
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.2f}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

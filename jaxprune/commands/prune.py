@@ -1,15 +1,16 @@
-"""Prune a checkpoint, layer by layer, and measure what it cost."""
+"""Prune a checkpoint in one shot, layer by layer, and measure what it cost."""
 
 import dataclasses
-import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.errors import InputError
-from jaxprune.commands.config import COMMAND, Config, group_of, read
-from jaxprune.commands.terminal import choose_devices, console, keep_memory, run_main
+from convert.hub import known_names
+from jaxprune.commands.config import Config, group_of, read
+from jaxprune.commands.terminal import choose_devices, command, console, keep_memory
 from jaxprune.recipe import Recipe
 from jaxprune.recipe_parts import Tuning, effective_tuning
 
@@ -22,14 +23,20 @@ if TYPE_CHECKING:
     from jaxprune.models import Architecture
     from jaxprune.streaming.model import StreamedModel
 
+EXAMPLES = f"""Examples:
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit status."""
-    return run_main(_main, argv, group_of)
+    jaxprune prune --ckpt smollm2-135m --sparsity 0.5 --nsamples 32 --seqlen 512
+    jaxprune prune --ckpt llama-7b --preset best --sparsity 0.7 --out pruned
+    jaxprune prune --ckpt ./model --method wanda --pattern 2:4 --calib text.jsonl
+    jaxprune prune --config pruned/jaxprune.json --out again
+
+Known checkpoints: {", ".join(known_names())}."""
 
 
-def _main(argv: Sequence[str]) -> int:
-    _, config, recipe, sparsity = read(argv, *COMMAND)
+@partial(command, group_of=group_of)
+def main(argv: Sequence[str]) -> int:
+    """Runs a command line."""
+    _, config, recipe, sparsity = read(argv, __name__)
     for name in ("device_memory", "target"):
         if getattr(config, name) is not None and not config.dry_run:
             raise InputError(
@@ -73,7 +80,7 @@ def run(config: Config, recipe: Recipe, sparsity: float | None = None) -> "Pruni
     if recipe.importance.measured or recipe.tuning.tunes:
         keep_memory(large=True)  # both make logits
     devices = choose_devices(config.device, config.devices, config.meeting(recipe))
-    measures = config.plan()
+    measures = config.plan(config.device)
     loaded = measures.load()  # before a model is fetched
     require_suitable(config, recipe, sparsity)
     console.print(f"opening {config.ckpt}")
@@ -234,7 +241,3 @@ def _tokenizer_for(sources: str, model: "StreamedModel") -> Any:
     return (
         None if all(source.endswith(".npy") for source in sources_of(sources)) else model.tokenizer
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,6 @@
 """Send a checkpoint to the hub, with its model card."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from convert.errors import Change, CheckpointError
 from convert.files import expand
 from convert.hub import http_errors
 from jaxprune.commands.options import CommandLine, Section, make
-from jaxprune.commands.terminal import console, print_table, run_main
+from jaxprune.commands.terminal import command, console, print_table
 from jaxprune.reporting.publication import Publication, publication, require_repository
 
 EXAMPLES = """Examples:
@@ -45,18 +44,12 @@ class Options:
     """Say what would be sent, and send nothing."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit status."""
-    return run_main(_main, argv)
-
-
-def _main(argv: Sequence[str]) -> None:
-    given = CommandLine(argv).read(
-        "jaxprune push",
-        "Send a checkpoint to the hub, with its model card.",
-        [Section("The repository", Options)],
+@command
+def main(argv: Sequence[str]) -> None:
+    """Runs a command line."""
+    given = CommandLine(argv, __name__).read(
+        Section("The repository", Options),
         positionals={"checkpoint": "A folder.", "repository": "owner/name."},
-        examples=EXAMPLES,
     )
     wanted = make(Options, given)
     folder, repository = expand(given["checkpoint"]), given["repository"]
@@ -139,7 +132,3 @@ def _send(content: Publication, repository: str, wanted: Options) -> str:
             else f"the hub cannot be reached ({reason})"
         )
         raise CheckpointError(problem, file=repository) from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())

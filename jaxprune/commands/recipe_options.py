@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from jaxprune import methods
-from jaxprune.commands.options import CommandLine, Section, real
+from jaxprune.commands.options import CommandLine, Section, fields_in, real
 from jaxprune.errors import Change, InputError
 from jaxprune.methods import Method, NotInstalled
 from jaxprune.methods.combine import Crossed, Finished
@@ -280,7 +280,7 @@ class RecipeOptions:
 
 def _replaced(part: Part, given: Mapping[str, Any]) -> Part:
     """Returns a dataclass with the fields that flags of their names give."""
-    return dataclasses.replace(part, **{name: given[name] for name in vars(part) if name in given})
+    return dataclasses.replace(part, **fields_in(given, part))
 
 
 def _amended_importance(
@@ -303,7 +303,7 @@ def _amended_tuning(base: Tuning, given: Mapping[str, Any], preset: str | None) 
     Raises:
         InputError: a flag wants no epochs where there are tokens, or the reverse.
     """
-    values = vars(base) | {name: given[name] for name in vars(base) if name in given}
+    values = vars(base) | fields_in(given, base)
     for one, other in (("tune_epochs", "tune_tokens"), ("tune_tokens", "tune_epochs")):
         if one in given and other not in given and getattr(base, other):
             if not given[one]:
@@ -366,4 +366,4 @@ def parse(argv: Sequence[str]) -> Recipe:
     """
     line = CommandLine(argv)
     chosen = RecipeOptions(line)
-    return chosen.recipe(line.read("jaxprune", "", chosen.sections()))
+    return chosen.recipe(line.read(*chosen.sections()))

@@ -1,7 +1,9 @@
-"""Save what pruning one layer starts from, its Gram matrices and kernels, for `jaxprune solve`."""
+"""Save what pruning one layer starts from, its Gram matrices and kernels, for `jaxprune solve`.
+
+That is what the run with these flags starts from, before any tuning.
+"""
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,14 +15,10 @@ from jaxprune.api.load import load
 from jaxprune.commands.config import read
 from jaxprune.commands.options import Section, make, require_at_least
 from jaxprune.commands.prune import require_suitable, source_paths, windows_of
-from jaxprune.commands.terminal import choose_devices, console, keep_memory, run_main
+from jaxprune.commands.terminal import choose_devices, command, console, keep_memory
 from jaxprune.errors import Change, InputError
 from jaxprune.sparsity.masks import source_of
 
-DESCRIPTION = (
-    "Save what pruning one layer starts from in the run with these flags, before any tuning: see "
-    "jaxprune solve."
-)
 EXAMPLES = """Examples:
 
     jaxprune snapshot layer5.safetensors --layer 5 --ckpt smollm2-135m --nsamples 32 --seqlen 512
@@ -46,16 +44,11 @@ class Options:
     """Leave the layers before it dense, instead of pruning them as the run would."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit status."""
-    return run_main(_main, argv)
-
-
-def _main(argv: Sequence[str]) -> None:
+@command
+def main(argv: Sequence[str]) -> None:
+    """Runs a command line."""
     own, positionals = [Section("Layer", Options)], {"file": "The file to make."}
-    given, config, recipe, sparsity = read(
-        argv, "jaxprune snapshot", DESCRIPTION, EXAMPLES, own, positionals
-    )
+    given, config, recipe, sparsity = read(argv, __name__, own, positionals)
     wanted = make(Options, given)
     require_at_least(wanted, 0, "layer")
     _require_known(argv, given)
@@ -93,7 +86,3 @@ def _require_known(argv: Sequence[str], given: Mapping[str, Any]) -> None:
         if any(word.partition("=")[0] == flag for word in argv):
             raise InputError(reason, options={name: Change.OMIT})
         raise InputError(f"{reason}: remove this entry", file=given["config"], entry=name)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

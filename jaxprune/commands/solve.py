@@ -1,7 +1,10 @@
-"""Prune one layer from a file of its Gram matrices and kernels, without the model."""
+"""Prune one layer from a file of its Gram matrices and kernels, without the model.
+
+`jaxprune snapshot` makes the file. Without --pattern, --sparsity and masks of your own, each linear
+layer gets its pattern of the snapshot's run.
+"""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,10 +16,14 @@ from convert.paths import require_apart
 from jaxprune.api import snapshot as snapshots
 from jaxprune.commands.options import CommandLine, Section, make
 from jaxprune.commands.recipe_options import RecipeOptions
-from jaxprune.commands.terminal import run_main
+from jaxprune.commands.terminal import command
 from jaxprune.errors import InputError
 from jaxprune.recipe import Recipe
 from jaxprune.sparsity import masks
+
+EXAMPLES = """Examples:
+
+    jaxprune solve layer5.safetensors --mask wanda --update exact"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +38,6 @@ class Options:
     """Replace --out if it is an earlier result that nobody changed."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit status."""
-    return run_main(_run, argv)
-
-
 def parse(argv: Sequence[str]) -> tuple[Path, Options, Recipe, bool]:
     """Reads a command line.
 
@@ -45,17 +47,12 @@ def parse(argv: Sequence[str]) -> tuple[Path, Options, Recipe, bool]:
     Raises:
         UserError: a flag or a value that cannot be used.
     """
-    line = CommandLine(argv)
+    line = CommandLine(argv, __name__)
     chosen = RecipeOptions(line, whole_model=False)
     given = line.read(
-        "jaxprune solve",
-        "Prune one layer from a file of its Gram matrices and kernels, which `jaxprune snapshot` "
-        "makes. Without "
-        "--pattern, --sparsity and masks of your own, each linear layer gets its pattern of the "
-        "snapshot's run.",
-        [Section("Layer and result", Options), *chosen.sections()],
+        Section("Layer and result", Options),
+        *chosen.sections(),
         positionals={"file": "The layer's file."},
-        examples="Examples:\n\n    jaxprune solve layer5.safetensors --mask wanda --update exact",
         elsewhere=chosen.elsewhere,
     )
     recipe = chosen.recipe(given)
@@ -63,7 +60,9 @@ def parse(argv: Sequence[str]) -> tuple[Path, Options, Recipe, bool]:
     return Path(given["file"]), make(Options, given), recipe, is_given
 
 
-def _run(argv: Sequence[str]) -> None:
+@command
+def main(argv: Sequence[str]) -> None:
+    """Runs a command line."""
     file, asked, recipe, is_given = parse(argv)
     file = expand(file)
     place = (
@@ -101,7 +100,3 @@ def _run(argv: Sequence[str]) -> None:
         )
     if place:
         snapshots.save(place, snapshot._replace(kernels=kernels))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

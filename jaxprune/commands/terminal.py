@@ -1,12 +1,14 @@
 """What all command lines share: output, progress bars, exit status."""
 
 import ctypes
+import functools
 import os
 import platform
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import jax
@@ -46,26 +48,26 @@ class _Console(Console):
 console = _Console(highlight=False, soft_wrap=True, markup=False)
 
 
-def run_main(
-    command: Callable[[Sequence[str]], int | None],
-    argv: Sequence[str] | None,
-    group_of: Callable[[Sequence[str]], control.Group | None] = lambda argv: None,
-) -> int:
-    """Runs a command line; returns the exit status, see `convert.command`. Several processes of one
-    run end together.
+Run = Callable[[Sequence[str]], int | None]
+"""Takes the arguments; makes this process one of several by `choose_devices`."""
+
+
+def command(
+    run_line: Run, group_of: Callable[[Sequence[str]], control.Group | None] = lambda argv: None
+) -> Callable[..., int]:
+    """Returns the `main` of a command: takes the arguments, by default this process's own, and
+    returns the exit status, see `convert.command`. Several processes of one run end together.
 
     Args:
-        command: takes the arguments; makes this process one of several by `choose_devices`.
-        argv: the arguments; None: this process's own.
-        group_of: the arguments of a command that failed before that -> the processes that wait for
-            this one.
+        run_line: runs a command line; returns the exit status, None for 0.
+        group_of: the arguments of a command that failed before it joined the processes of its run
+            -> the processes that wait for this one.
     """
-    words = sys.argv[1:] if argv is None else argv
 
     def prepared(argv: Sequence[str]) -> int | None:
         keep_compilations()
         try:
-            return command(argv)
+            return run_line(argv)
         except UserError:
             raise
         except Exception as error:
@@ -76,19 +78,24 @@ def run_main(
                 )
             raise
 
-    def ended(status: int, text: str) -> None:
+    def ended(argv: Sequence[str], status: int, text: str) -> None:
         if control.is_joined():
             # 1 without an error is an answer: "does not fit"
             control.leave(status if text else 0, text)
             if text:
                 _exit(status)  # JAX would wait for the others
-        elif text and (group := group_of(words)):
+        elif text and (group := group_of(argv)):
             control.refuse(group, status, text)
 
-    keep_memory()
-    # the filter adds notes to errors, which users would read
-    jax.config.update("jax_traceback_filtering", "off")
-    return run(prepared, words, ended)
+    @functools.wraps(run_line)
+    def main(argv: Sequence[str] | None = None) -> int:
+        words = sys.argv[1:] if argv is None else argv
+        keep_memory()
+        # the filter adds notes to errors, which users would read
+        jax.config.update("jax_traceback_filtering", "off")
+        return run(prepared, words, partial(ended, words))
+
+    return main
 
 
 def end_with(failure: control.Failure) -> NoReturn:

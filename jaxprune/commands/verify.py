@@ -1,14 +1,13 @@
 """Prove from the stored tensors what a pruned checkpoint claims. Exit status: 0 verified, 1 not."""
 
 import dataclasses
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from convert.hub import resolve
 from jaxprune.api.verify import verify
-from jaxprune.commands.options import CommandLine, Section, make
-from jaxprune.commands.terminal import console, print_table, run_main
+from jaxprune.commands.options import CHECKPOINT, CommandLine, Section, make
+from jaxprune.commands.terminal import command, console, print_table
 from jaxprune.evaluation.verification import StoredKernel, Which, name_of
 from jaxprune.models.common.functional_modules import every_expert
 from jaxprune.reporting import reading
@@ -67,20 +66,11 @@ def _rows(
         )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit status: 0 if the checkpoint is what it should be, else
-    1."""
-    return run_main(_main, argv)
-
-
-def _main(argv: Sequence[str]) -> int:
-    given = CommandLine(argv).read(
-        "jaxprune verify",
-        "Prove from the stored tensors what a pruned checkpoint claims. Exit status: 0 verified, 1 "
-        "not.",
-        [Section("What it has to be", Options)],
-        positionals={"checkpoint": "A folder, a .gguf file, a known name, or owner/name of a hub."},
-        examples=EXAMPLES,
+@command
+def main(argv: Sequence[str]) -> int:
+    """Runs a command line."""
+    given = CommandLine(argv, __name__).read(
+        Section("What it has to be", Options), positionals={"checkpoint": CHECKPOINT}
     )
     wanted = make(Options, given)
     name, pattern = given["checkpoint"], None
@@ -126,7 +116,3 @@ def _main(argv: Sequence[str]) -> int:
         f"{'read' if nothing else 'verified'}: {name}: {facts}; every value is finite, {loads}"
     )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

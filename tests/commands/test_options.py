@@ -28,27 +28,22 @@ class Text:
     """The length of the text."""
 
 
-@pytest.mark.parametrize("only", [None, ("seed",)])
 @pytest.mark.parametrize("positional", ["file", "seed"])
-def test_two_flags_of_one_name_are_an_error(only: tuple[str, ...] | None, positional: str) -> None:
-    """Also where a section names its fields, which leave the sections of the same dataclass
-    alone."""
-    sections = [Section("Noise", Noise), Section("Text", Text, only=only)]
-    first = "and one of 'Text'" if positional == "file" else "one of 'draw' and one of 'Noise'"
+def test_two_flags_of_one_name_are_an_error(positional: str) -> None:
+    first = (
+        "and one of 'Text'" if positional == "file" else "one of 'jaxprune draw' and one of 'Noise'"
+    )
     with pytest.raises(
-        InputError, match=f"two flags of draw have the name --seed, .*{first}: rename"
+        InputError, match=f"two flags of jaxprune draw have the name --seed, .*{first}: rename"
     ):
-        CommandLine(["x", "--seed", "3"]).read(
-            "draw", "", sections, positionals={positional: "A file."}
+        CommandLine(["x", "--seed", "3"], "draw").read(
+            Section("Noise", Noise), Section("Text", Text), positionals={positional: "A file."}
         )
 
 
-def test_a_section_without_names_has_the_fields_that_others_of_its_dataclass_leave() -> None:
-    sections = [Section("First", Text, only=("length",)), Section("Rest", Text)]
-    assert CommandLine(["--length", "3", "--seed=4"]).read("draw", "", sections) == {
-        "length": 3,
-        "seed": 4,
-    }
+def test_what_is_given_arrives_and_nothing_else() -> None:
+    found = CommandLine(["--length", "3"]).read(Section("Text", Text))
+    assert found == {"length": 3}
 
 
 @pytest.mark.parametrize("name", methods.names())

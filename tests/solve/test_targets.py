@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from jaxprune import NM, InputError, Recipe, Rule, Unstructured, load, phases, prune_model
 from jaxprune.__main__ import main as jaxprune
-from jaxprune.commands.config import COMMAND, parse, read
+from jaxprune.commands.config import PRUNE, parse, read
 from jaxprune.commands.prune import main, require_suitable
 from jaxprune.commands.verify import main as verify
 from jaxprune.methods.wanda import Wanda
@@ -275,16 +275,16 @@ def test_a_typed_sparsity_that_rules_miss_is_an_error_before_any_work(
     ],
 )
 def test_a_typed_sparsity_that_rules_give(line: str, typed: float | None, checkpoint: Path) -> None:
-    asked = read(["--ckpt", str(checkpoint), *line.split()], *COMMAND)
+    asked = read(["--ckpt", str(checkpoint), *line.split()], PRUNE)
     assert asked.sparsity == typed
     require_suitable(asked.config, asked.recipe, asked.sparsity)
 
 
 def test_a_records_sparsity_is_not_typed() -> None:
     record = Path(__file__).parents[1] / "reporting/records/best.json"
-    asked = read(["--config", str(record), "--skip", "*"], *COMMAND)
+    asked = read(["--config", str(record), "--skip", "*"], PRUNE)
     assert asked.sparsity is None and asked.recipe.pattern
-    assert read(["--config", str(record), "--sparsity", "0.6"], *COMMAND).sparsity == 0.6
+    assert read(["--config", str(record), "--sparsity", "0.6"], PRUNE).sparsity == 0.6
 
 
 def test_routers_count_where_a_rule_gives_them_a_pattern(tmp_path: Path) -> None:
