@@ -3,9 +3,10 @@
 It takes the flags of jaxprune prune. Exit status: 0 if the run fits, else 1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -62,8 +63,11 @@ def plan(config: Config, recipe: Recipe, sparsity: float | None = None) -> int:
     work = work_of(config, recipe, devices)
     need = preflight.need(work)
     times = {} if work.device_bytes else preflight.seconds(need, work.devices)
-    header, rows = table(need, work, times)
-    print_table(rows, header)
+    host = {phase: need.host[phase] + work.on_cpu * device for phase, device in need.device.items()}
+    columns = [_device_column(need), Column("host, GiB", host, max, _gib), _flops_column(need)]
+    if times:
+        columns.append(Column("about", times, sum, duration))
+    _print_phases(need.device, columns)
     disk = ", ".join(f"{what} {size / GIB:.2f}" for what, size in need.disk.items() if size)
     console.print(f"disk, GiB, at most: {disk}; kept in the end: {need.kept / GIB:.2f}")
     if work.scratch:
@@ -115,9 +119,8 @@ def _plan_for_targets(config: Config, recipe: Recipe, sparsity: float | None) ->
         with writing_for(target.hardware), without_cache():
             work = work_of(config, recipe, devices, target)
             need = preflight.need(work)
-        header, rows = target_table(need)
         console.print(f"{count} × {target.words}")
-        print_table(rows, header)
+        _print_phases(need.flops, _target_columns(need))
         short = list(fit.device_shortages(need, work))
         if target.has_compiler:
             fits = "no" if short else "yes"
@@ -142,43 +145,6 @@ def _plan_for_targets(config: Config, recipe: Recipe, sparsity: float | None) ->
 def _say_uncounted(config: Config) -> None:
     if uncounted := [name for name in config.measures if name != "ppl"]:
         console.print(f"not counted: --eval {','.join(uncounted)}")
-
-
-def target_table(need: Need) -> tuple[list[str], list[list[str]]]:
-    """Returns header and rows: what each phase needs and takes on a target."""
-    several = sum(need.exchanged.values()) > 0
-    rows = [
-        [
-            phase,
-            _gib(need.device[phase]),
-            _tera(sum(flops.values())),
-            f"{need.traffic[phase] / 1e12:.4g}" if phase in need.traffic else "",
-            *[f"{need.exchanged.get(phase, 0.0) / 1e9:.4g}"] * several,
-            f"{need.transfers[phase] / 1e9:.4g}",
-            duration(need.seconds[phase]),
-        ]
-        for phase, flops in need.flops.items()
-    ]
-    every = sum(sum(flops.values()) for flops in need.flops.values())
-    moved = [sum(one.values()) for one in (need.traffic, need.transfers)]
-    last = [
-        "all",
-        _gib(max(need.device.values())),
-        _tera(every),
-        f"{moved[0] / 1e12:.4g}" * bool(need.traffic),
-    ]
-    sent = [f"{sum(need.exchanged.values()) / 1e9:.4g}"] * several
-    rows.append([*last, *sent, f"{moved[1] / 1e9:.4g}", duration(sum(need.seconds.values()))])
-    others = ["sent to others, GB"] * several
-    return [
-        "",
-        "device, GiB",
-        "TFLOP",
-        "in its memory, TB",
-        *others,
-        "from and to the host, GB",
-        "at least",
-    ], rows
 
 
 def work_of(config: Config, recipe: Recipe, devices: Devices, target: Target | None = None) -> Work:
@@ -213,24 +179,61 @@ def work_of(config: Config, recipe: Recipe, devices: Devices, target: Target | N
     )
 
 
-def table(need: Need, work: Work, times: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
-    """Returns header and rows: what each phase needs, and how many seconds it takes, where that is
-    known."""
-    rows = []
-    for phase, device in need.device.items():
-        row = [phase, _gib(device), _gib(need.host[phase] + work.on_cpu * device)]
-        row.append(_tera(sum(need.flops[phase].values())))
-        rows.append([*row, duration(times[phase])] if times else row)
-    every = sum(sum(flops.values()) for flops in need.flops.values())
-    most = max(need.host[phase] + work.on_cpu * device for phase, device in need.device.items())
-    rows.append(["all", _gib(max(need.device.values())), _gib(most), _tera(every)])
-    rows[-1] += [duration(sum(times.values()))] * bool(times)
-    return ["", "device, GiB", "host, GiB", "TFLOP", *["about"] * bool(times)], rows
+class Column(NamedTuple):
+    """A column of the table of phases.
+
+    Attributes:
+        heading: the heading.
+        values: phase -> value; one that is not known is left out.
+        total: all values -> the value of the last row.
+        text: writes a value.
+    """
+
+    heading: str
+    values: Mapping[str, float]
+    total: Callable[[Iterable[float]], float]
+    text: Callable[[float], str]
 
 
-def _tera(count: int) -> str:
+def _print_phases(phases: Iterable[str], columns: Sequence[Column]) -> None:
+    """Prints a row for each phase, and one for all."""
+    rows = [
+        [phase, *(one.text(one.values[phase]) if phase in one.values else "" for one in columns)]
+        for phase in phases
+    ]
+    totals = (one.text(one.total(one.values.values())) if one.values else "" for one in columns)
+    print_table([*rows, ["all", *totals]], ["", *(one.heading for one in columns)])
+
+
+def _target_columns(need: Need) -> list[Column]:
+    """Returns what each phase needs and takes on a target."""
+    sent = {phase: need.exchanged.get(phase, 0.0) for phase in need.flops}
+    return [
+        _device_column(need),
+        _flops_column(need),
+        Column("in its memory, TB", need.traffic, sum, lambda count: f"{count / 1e12:.4g}"),
+        *([Column("sent to others, GB", sent, sum, _giga)] if any(sent.values()) else []),
+        Column("from and to the host, GB", need.transfers, sum, _giga),
+        Column("at least", need.seconds, sum, duration),
+    ]
+
+
+def _device_column(need: Need) -> Column:
+    return Column("device, GiB", need.device, max, _gib)
+
+
+def _flops_column(need: Need) -> Column:
+    flops = {phase: sum(by_dtype.values()) for phase, by_dtype in need.flops.items()}
+    return Column("TFLOP", flops, sum, _tera)
+
+
+def _tera(count: float) -> str:
     """Returns TFLOP, four digits or more."""
     return f"{count / 1e12:,.0f}" if count >= 1e15 else f"{count / 1e12:.4g}"
+
+
+def _giga(count: float) -> str:
+    return f"{count / 1e9:.4g}"
 
 
 def _gib(size: float) -> str:

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.progress import Progress as Bar
 from rich.progress import TaskID
@@ -128,13 +127,11 @@ class Progress(Observer):
         if self._bar:
             self._bar.update(self._task, completed=number)
             if number * 4 // steps > (number - 1) * 4 // steps:
-                mean, first = (
-                    sum(self._divergences) / len(self._divergences),
-                    number - len(self._divergences) + 1,
-                )
-                of = f"tuning, steps {first} to {number} of {steps}"
+                count = len(self._divergences)
+                mean = sum(self._divergences) / count
                 self._bar.console.print(
-                    f"{of}: KL divergence {mean:.4f} nats on the text that is tuned on"
+                    f"tuning, steps {number - count + 1} to {number} of {steps}: KL divergence "
+                    f"{mean:.4f} nats on the text that is tuned on"
                 )
                 self._divergences = []
 
@@ -144,9 +141,9 @@ class Progress(Observer):
             line = (
                 f"tuned on {tokens:,} tokens: KL divergence {divergence:.4f} nats on text held out"
             )
-            self._bar.console.print(
-                line + ", zeros are still to come" * (not all_zeros_there(self._tuning, tokens))
-            )
+            if not all_zeros_there(self._tuning, tokens):
+                line += ", zeros are still to come"
+            self._bar.console.print(line)
 
 
 def print_samples(qualities: Mapping[str, Quality]) -> None:
@@ -185,23 +182,21 @@ def layer_line(layer: LayerResult, count: int) -> str:
         for name in ("zeros", "size")
     )
     seconds = "  ".join(f"{phase} {value:.1f}" for phase, value in layer.figures.seconds.items())
-    few = {path: kernel for path, kernel in layer.kernels.items() if kernel.few_tokens}
-    least = min((kernel.stats["tokens"] for kernel in few.values()), default=0)
-    seconds += (
-        f"  {len(few)} linear layers of experts were given fewer tokens than they have inputs"
-        * bool(few)
-    )
-    seconds += f", at least {least:g}" * bool(few)
-    others = [
-        kernel.stats.get("damping_times", 1)
-        for path, kernel in layer.kernels.items()
-        if path not in few
-    ]
-    seconds += f"  damping raised {max(others):g} times" * (max(others, default=1) > 1)
-    return (
+    line = (
         f"layer {layer.index + 1}/{count}  error %: {errors}  sparsity {100 * zeros / size:.2f} %  "
         f"s: {seconds}"
     )
+    few = [kernel.stats["tokens"] for kernel in layer.kernels.values() if kernel.few_tokens]
+    if few:
+        line += (
+            f"  {len(few)} linear layers of experts were given fewer tokens than they have inputs, "
+            f"at least {min(few):g}"
+        )
+    enough = [kernel for kernel in layer.kernels.values() if not kernel.few_tokens]
+    raised = max((kernel.stats.get("damping_times", 1) for kernel in enough), default=1)
+    if raised > 1:
+        line += f"  damping raised {raised:g} times"
+    return line
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
@@ -220,22 +215,11 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 def timing_table(timing: Timing) -> tuple[list[str], list[list[str]]]:
     """Returns header and rows of a table: a phase each."""
-    header = [
-        "first layer",
-        "compiled, first time, s",
-        "compiled, s",
-        "eager, s",
-        "eager / compiled",
-    ]
+    times = "compiled, first time, s", "compiled, s", "eager, s"
     rows = []
-    for phase, jit in timing.jit.items():
-        first, eager = timing.first[phase], timing.eager[phase]
-        values: Sequence[Any] = (first or 0.0, jit or 0.0, eager or 0.0)
-        rows.append(
-            [
-                phase,
-                *(f"{value:.2f}" for value in values),
-                f"{values[2] / max(values[1], 1e-9):.2f}",
-            ]
-        )
-    return header, rows
+    for phase in timing.jit:
+        found = timing.first[phase], timing.jit[phase], timing.eager[phase]
+        first, jit, eager = (value or 0.0 for value in found)
+        values = first, jit, eager, eager / max(jit, 1e-9)
+        rows.append([phase, *(f"{value:.2f}" for value in values)])
+    return ["first layer", *times, "eager / compiled"], rows

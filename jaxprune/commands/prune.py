@@ -238,6 +238,6 @@ def _tokenizer_for(sources: str, model: "StreamedModel") -> Any:
     """Returns the model's tokenizer; None where all that is read are token ids."""
     from jaxprune.calibration import sources_of
 
-    return (
-        None if all(source.endswith(".npy") for source in sources_of(sources)) else model.tokenizer
-    )
+    if all(source.endswith(".npy") for source in sources_of(sources)):
+        return None
+    return model.tokenizer

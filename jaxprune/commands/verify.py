@@ -8,10 +8,11 @@ from convert.hub import resolve
 from jaxprune.api.verify import verify
 from jaxprune.commands.options import CHECKPOINT, CommandLine, Section, make
 from jaxprune.commands.terminal import command, console, print_table
-from jaxprune.evaluation.verification import StoredKernel, Which, name_of
+from jaxprune.evaluation.verification import StoredKernel, Verdict, Which, name_of
 from jaxprune.models.common.functional_modules import every_expert
 from jaxprune.reporting import reading
-from jaxprune.sparsity.patterns import NM, parse_pattern
+from jaxprune.reporting.schema import Run
+from jaxprune.sparsity.patterns import NM, RecipePattern, parse_pattern
 
 EXAMPLES = """Examples:
 
@@ -68,7 +69,7 @@ def _rows(
 
 @command
 def main(argv: Sequence[str]) -> int:
-    """Runs a command line."""
+    """Runs a command line; the exit status is 0 if the checkpoint is what it should be, else 1."""
     given = CommandLine(argv, __name__).read(
         Section("What it has to be", Options), positionals={"checkpoint": CHECKPOINT}
     )
@@ -78,41 +79,58 @@ def main(argv: Sequence[str]) -> int:
         pattern = parse_pattern(wanted.pattern or "unstructured", wanted.sparsity)
     source = resolve(name)
     run = reading.run_of(source)
-    recipe = run.recipe if run and not run.patterns_of_all else None
-    by_pattern = recipe is not None and not recipe.importance.spread and not recipe.mask
-    claimed = pattern or (recipe.pattern if recipe and by_pattern else None)
+    claimed = pattern or (_pattern_of(run) if run else None)
     verdict = verify(source, against=wanted.against, pattern=pattern, zeros_of=wanted.zeros_of)
     print_table(_rows(verdict.kernels, wanted.all), ("linear layer", "tensors", "zeros", "pattern"))
     for problem in verdict.problems[:MOST_PROBLEMS]:
         console.print(f"problem: {problem}")
     if (more := len(verdict.problems) - MOST_PROBLEMS) > 0:
         console.print(f"and {more} problems more")
-    total = [
-        sum(getattr(kernel, of) for kernel in verdict.kernels.values()) for of in ("zeros", "size")
-    ]
-    facts = f"{len(verdict.kernels)} linear layers, {100 * total[0] / total[1]:.4f} % zeros"
-    words = str(claimed) if claimed else run.pattern_text if run else ""
-    facts += f", {words}" * bool(words)
-    facts += " along the inputs (columns of the stored [out, in])" * isinstance(claimed, NM)
-    if wanted.against:
-        facts += f", {verdict.compared} other tensors compared with {wanted.against}"
-        facts += f" in {verdict.dtype.name}" if verdict.dtype else ""
-    if run and run.recipe.quantize and not verdict.problems:
-        facts += f", on the grid of {run.recipe.quantize.upper()}"
-    facts += f", all zeros of {wanted.zeros_of} kept" * bool(
-        wanted.zeros_of and not verdict.problems
-    )
+    facts = ", ".join(_facts(verdict, wanted, run, claimed))
     if verdict.problems:
         console.print(f"not verified, {len(verdict.problems)} problems: {name}: {facts}")
         return 1
+    verb = "verified"
+    if not (run or claimed or wanted.against or wanted.zeros_of):
+        verb, facts = "read", f"{facts}, without a record of a run or a --pattern to prove"
     loads = (
         "configuration and tokenizer load"
         if verdict.tokenizer
         else "the configuration loads, there is no tokenizer"
     )
-    nothing = not (run or claimed or wanted.against or wanted.zeros_of)
-    facts += ", without a record of a run or a --pattern to prove" * nothing
-    console.print(
-        f"{'read' if nothing else 'verified'}: {name}: {facts}; every value is finite, {loads}"
-    )
+    console.print(f"{verb}: {name}: {facts}; every value is finite, {loads}")
     return 0
+
+
+def _pattern_of(run: Run) -> RecipePattern | None:
+    """Returns the pattern that a run's record claims of all linear layers; None: there is none."""
+    recipe = run.recipe
+    if run.patterns_of_all or recipe.importance.spread or recipe.mask:
+        return None
+    return recipe.pattern
+
+
+def _facts(
+    verdict: Verdict, wanted: Options, run: Run | None, claimed: RecipePattern | None
+) -> Iterator[str]:
+    """Yields what was found, and what it was compared with."""
+    zeros, size = (
+        sum(getattr(kernel, of) for kernel in verdict.kernels.values()) for of in ("zeros", "size")
+    )
+    yield f"{len(verdict.kernels)} linear layers"
+    yield f"{100 * zeros / size:.4f} % zeros"
+    if isinstance(claimed, NM):
+        yield f"{claimed} along the inputs (columns of the stored [out, in])"
+    elif claimed:
+        yield str(claimed)
+    elif run:
+        yield run.pattern_text
+    if wanted.against:
+        dtype = f" in {verdict.dtype.name}" if verdict.dtype else ""
+        yield f"{verdict.compared} other tensors compared with {wanted.against}{dtype}"
+    if verdict.problems:
+        return
+    if run and run.recipe.quantize:
+        yield f"on the grid of {run.recipe.quantize.upper()}"
+    if wanted.zeros_of:
+        yield f"all zeros of {wanted.zeros_of} kept"

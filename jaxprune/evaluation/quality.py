@@ -251,9 +251,8 @@ class Evaluator:
                 for source in self._measures.texts
             }
         except InputError as error:
-            error.options = {
-                "eval_" * (name == "seqlen") + name: value for name, value in error.options.items()
-            }
+            if "seqlen" in error.options:  # which is calibration's
+                error.options["eval_seqlen"] = error.options.pop("seqlen")
             raise
 
 

@@ -1,7 +1,7 @@
 """What happens while a model is pruned or measured, for whoever wants to know: progress bars,
 records, callbacks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ class Observer:
         """
 
     def layer_done(self, result: Any) -> None:
-        """A layer is pruned, or later quantized; `result` is its `pruning.results.LayerResult`."""
+        """A layer is pruned, or later quantized; `result` is a `solve.layer_result.LayerResult`."""
 
     def layer_visited(self, index: int) -> None:
         """One of the layers, steps or batches of what was started last is done."""
@@ -36,7 +36,7 @@ class Observer:
         again."""
 
     def layer_tuned(self, result: Any) -> None:
-        """A layer's kernels are tuned; `result` is its `pruning.results.LayerResult` after
+        """A layer's kernels are tuned; `result` is its `solve.layer_result.LayerResult` after
         that."""
 
     def finished(self, result: Any) -> None:
@@ -60,15 +60,15 @@ class Observers(Observer):
     """
 
     def __init__(self, *observers: Observer) -> None:
-        for name in vars(Observer):
-            if not name.startswith("_"):
-                setattr(self, name, partial(_tell, observers, name))
+        methods = [name for name in vars(Observer) if not name.startswith("_")]
+        for name in methods:
+            setattr(self, name, partial(_call_all, [getattr(one, name) for one in observers]))
 
 
-def _tell(observers: Sequence[Observer], name: str, *args: Any, **kwargs: Any) -> None:
-    for one in observers:
-        getattr(one, name)(*args, **kwargs)
+def _call_all(methods: Sequence[Callable[..., None]], *args: Any, **kwargs: Any) -> None:
+    for method in methods:
+        method(*args, **kwargs)
 
 
 SILENT = Observer()
-"""Nobody who wants to know."""
+"""An observer that does nothing."""
