@@ -23,7 +23,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from jaxprune import load, prune
-from jaxprune.evaluation.text import perplexity
+from jaxprune.evaluation.perplexity import perplexity
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.sparsegpt import SparseGPT
 from jaxprune.methods.wanda import Wanda

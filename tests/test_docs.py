@@ -22,9 +22,9 @@ from convert.wheels import SMOLLM2_135M, fetch
 from jaxprune import load
 from jaxprune.__main__ import names
 from jaxprune.calibration import evaluation_windows
-from jaxprune.commands import config
-from jaxprune.commands.options import CommandLine
-from jaxprune.evaluation.text import perplexity
+from jaxprune.commands import run_options
+from jaxprune.commands.command_line import CommandLine
+from jaxprune.evaluation.perplexity import perplexity
 from jaxprune.sparsity.masks import MaskWriter
 from tests.helpers import xla
 from tests.helpers.checkpoints import same, tensors
@@ -145,7 +145,7 @@ def test_every_command_line_is_taken(
     name, rest = ("prune", words) if words[0].startswith("-") else (words[0], words[1:])
     assert name in names()
     if name == "prune" and "--help" not in rest:
-        config.parse(rest)
+        run_options.parse(rest)
     # lm-eval's flags are its own
     elif name != "lm-eval" and "--help" not in rest and words != ["--version"]:
         plain = CommandLine.read

@@ -11,7 +11,7 @@ import pytest
 from jaxprune import load
 from jaxprune.__main__ import main
 from jaxprune.calibration import evaluation_windows
-from jaxprune.evaluation.text import perplexity
+from jaxprune.evaluation.perplexity import perplexity
 from tests.helpers import tiny, xla
 from tests.helpers.checkpoints import tensors
 from tests.helpers.optional import needs_torch

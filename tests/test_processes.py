@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from jaxprune import InputError
-from jaxprune.commands.config import group_of
+from jaxprune.commands.run_options import group_of
 from jaxprune.processes import control
 from jaxprune.processes.collective import differences, on_first_process, require_same
 from jaxprune.processes.control import LOST, Control, Failure, Group

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from convert import create_checkpoint
 from jaxprune import Unstructured, load, prune_layers
-from jaxprune.evaluation.text import perplexity
+from jaxprune.evaluation.perplexity import perplexity
 from jaxprune.loop import other_params
 from jaxprune.methods import Method
 from jaxprune.methods.admm import ADMM

@@ -15,8 +15,8 @@ from jaxprune.errors import InputError
 from jaxprune.evaluation.quality import Evaluator, LoadedMeasures, Measures, Quality, table
 from jaxprune.evaluation.verification import zeros
 from jaxprune.planning import preflight
-from jaxprune.reporting import reading, schema
-from jaxprune.reporting.record import environment, write_record
+from jaxprune.reporting import record as records
+from jaxprune.reporting.recording_observer import environment, write_record
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
 
@@ -81,7 +81,7 @@ def evaluate(
         sources = [model.source if model else resolve(name) for name, model in opened.items()]
         place = _place(out, [path for source in sources for path in inputs_of(source)])
     models = {name: model or load(name) for name, model in opened.items()}
-    runs = {name: reading.run_of(model.source) for name, model in models.items()}
+    runs = {name: records.run_of(model.source) for name, model in models.items()}
     first = None if against is None else _name_of(against)
     some = next(iter(models.values()))
     evaluator = Evaluator(loaded, some, observer)
@@ -90,12 +90,12 @@ def evaluate(
             preflight.need_of_evaluation(some.reader.spec, some.architecture, texts_of, len(models))
         )
     sparsity = {name: _sparsity(zeros(model).values()) for name, model in models.items()}
-    asked = check(schema.Config, plain(config or {}), file="", entry="config", error=InputError)
-    found: dict[str, schema.Measured] = {}
+    asked = check(records.Config, plain(config or {}), file="", entry="config", error=InputError)
+    found: dict[str, records.Measured] = {}
     qualities, fault = {}, None
     for name, quality in evaluator.measure(models, first):
         qualities[name] = quality
-        found[name] = schema.Measured(
+        found[name] = records.Measured(
             sparsity=sparsity[name],
             disk_bytes=disk_bytes(models[name].reader),
             parameters=parameters(models[name].reader.spec),
@@ -105,7 +105,7 @@ def evaluate(
         if place:  # this result is saved even if a later measurement fails
             with staged(place) as folder:
                 named = {_file_name(one): quality for one, quality in qualities.items()}
-                record = schema.Evaluation(
+                record = records.Evaluation(
                     config=asked, against=first, checkpoints=found, **environment()
                 )
                 files, fault = write_record(folder, record, named)
@@ -148,7 +148,7 @@ def _place(out: str | Path | Destination, inputs: Iterable[Path]) -> Destination
     place = dataclasses.replace(place, inputs=(*place.inputs, *inputs))
     require_apart({"a checkpoint": place.inputs}, {"out": place.path}, error=InputError)
     place.check()
-    if reading.run_of(place.path):
+    if records.run_of(place.path):
         raise place.occupied("it is a run's folder, whose record would be replaced")
     return place
 

@@ -27,7 +27,7 @@ from convert.hub import require_whole
 from convert.names import naming_in
 from convert.packed import estimated_bytes
 from convert.paths import inputs_of, paths_of, require_apart
-from convert.schema import as_text, check, plain
+from convert.schema import as_text
 from convert.writing import failing
 from jaxprune.calibration.stream import TextStream
 from jaxprune.errors import CheckpointError, InputError, UserError
@@ -45,9 +45,9 @@ from jaxprune.processes.collective import (
     require_same,
 )
 from jaxprune.recipe import Recipe
-from jaxprune.reporting import reading, schema
-from jaxprune.reporting.card import model_card
-from jaxprune.reporting.record import Record, write_record
+from jaxprune.reporting import record as records
+from jaxprune.reporting.model_card import model_card
+from jaxprune.reporting.recording_observer import RecordingObserver, write_record
 from jaxprune.run_store import identity, opening, publishing
 from jaxprune.run_store.context import Context
 from jaxprune.solve.expert_removal import kept_experts, without_experts
@@ -73,7 +73,7 @@ class PruningResult:
     """
 
     folder: Path
-    record: schema.Run
+    record: records.Run
     evaluation: Mapping[str, Quality] = dataclasses.field(default_factory=dict)
     repeated: bool = False
 
@@ -160,7 +160,7 @@ def prune(
     run = _checked(model, windows, recipe, out, options)
     emptied = opening.require_free(run.place, run.masks)
     require_same(lambda: {**run.identity, "weights": identity.sample(model.reader)})
-    observer = Observers(run.record, observer)
+    observer = Observers(run.recorder, observer)
     observer.phase_timed("setup", time.perf_counter() - begun)
     if not options.unchecked:
         require_whole(model.reader.files)
@@ -178,36 +178,38 @@ def prune(
         context = Context(store, observer)
         files, packed = run.prune(context)
         run.evaluate(context)
-        run.record.seconds["total"] = time.perf_counter() - begun
+        run.recorder.record.seconds["total"] = time.perf_counter() - begun
         run.measure_sizes(open_checkpoint(store.result, check=False), packed)
         weights.require_unchanged()
         require_same(lambda: {"weights": dict(weights.reader.digests)})
-        made, names, fault = _describe(run.record, store.result)
+        made, names, fault = _describe(run.recorder, store.result)
         publishing.finish(store, files | names, masks=masks_at is not None)
         publishing.publish(store, run.place, run.masks)
-    result = PruningResult(folder, made, run.record.evaluation)
+    result = PruningResult(folder, made, made.evaluation)
     observer.finished(result)
     if fault:
         raise fault
     return result
 
 
-def _describe(record: Record, folder: Path) -> tuple[schema.Run, set[str], Exception | None]:
+def _describe(
+    recorder: RecordingObserver, folder: Path
+) -> tuple[records.Run, set[str], Exception | None]:
     """Writes the record, the model card and the report into the result.
 
     Returns:
         The record, the names of the files, and what kept the report from being drawn.
     """
-    run = record.run()
+    run = recorder.run()
     if not is_first_process():
         return run, set(), None
     writing.write_text(folder / "README.md", as_text(model_card(run)))
-    names, fault = write_record(folder, run, record.evaluation)
+    names, fault = write_record(folder, run, run.evaluation)
     return run, names | {"README.md"}, fault
 
 
 def _finished(folder: Path) -> PruningResult | None:
-    run = reading.run_of(folder)
+    run = records.run_of(folder)
     return PruningResult(folder, run, repeated=True) if run else None
 
 
@@ -219,7 +221,7 @@ class _Run:
         model, windows, recipe, options: as for `prune`.
         place, masks: where the result and the masks are to be; None: no masks.
         saved: the model as its weights are to be stored.
-        record: the observer that becomes jaxprune.json.
+        recorder: the observer whose record becomes jaxprune.json.
         identity: all that decides the outcome.
     """
 
@@ -230,7 +232,7 @@ class _Run:
     place: Destination
     masks: Destination | None
     saved: StreamedModel
-    record: Record
+    recorder: RecordingObserver
     identity: Mapping[str, Any]
 
     def work(self) -> Work:
@@ -259,11 +261,12 @@ class _Run:
 
     def prune(self, context: Context) -> tuple[set[str], int]:
         """Writes the pruned checkpoint into the store; returns as `_write_checkpoint`."""
-        record, saved = self.record, self.saved
+        record, saved = self.recorder.record, self.saved
         if share := self.recipe.experts.drop_experts:
             with context.timed("experts"):
-                record.kept_experts = kept_experts(self.model, self.windows, share, context.store)
-                saved = saved.keeping(record.kept_experts)
+                kept = kept_experts(self.model, self.windows, share, context.store)
+                record.kept_experts = {str(index): experts for index, experts in kept.items()}
+                saved = saved.keeping(kept)
         if self.options.timing:
             with context.timed("timing"):
                 record.timing = jit_versus_eager(saved, self.windows, self.recipe)
@@ -281,7 +284,7 @@ class _Run:
                 pruned = self.model.sibling(context.store.result, f"pruned {self.model.short_name}")
                 models = {"dense": self.model, "pruned": pruned}
                 for which, quality in evaluator.measure(models, against="dense"):
-                    self.record.evaluation[which] = quality
+                    self.recorder.record.evaluation[which] = quality
 
     def measure_sizes(self, result: Reader, packed: int) -> None:
         """Records what the checkpoints take.
@@ -290,7 +293,7 @@ class _Run:
             result: the pruned one.
             packed: about how many bytes its params would take packed.
         """
-        record, made_of = self.record, {"dense": self.model.reader, "pruned": result}
+        record, made_of = self.recorder.record, {"dense": self.model.reader, "pruned": result}
         record.disk_bytes = {which: disk_bytes(reader) for which, reader in made_of.items()}
         record.parameters = {which: parameters(reader.spec) for which, reader in made_of.items()}
         record.converted_bytes = _converted_bytes(result, packed)
@@ -313,15 +316,14 @@ def _checked(
     require_stream(recipe, options.stream)
     asked = {"ckpt": model.name, "calib": "token ids", "out": str(place.path)}
     config = asked | {"seed": options.seed} | dict(options.config or {})
-    check(schema.RunConfig, plain(config), file="", entry="config", error=InputError)
     model.require_tokens(windows)
     dtype = saving_dtype(reader, options.save_dtype)
     require_recipe(without_experts(model.architecture, recipe.experts.drop_experts), recipe)
-    record = Record(config, recipe, windows, options.stream, save_dtype=dtype and dtype.name)
+    recorder = RecordingObserver(config, recipe, windows, options.stream, dtype and dtype.name)
     given = {"masks": {"sha256": digest_of(recipe.mask)}} if recipe.mask else {}
     stored = {} if dtype is None else {"save_dtype": dtype.name}
     wanted = identity.of_run(
-        reader, model.hf_config, model.dtype, record.asked() | given | stored, options.seed
+        reader, model.hf_config, model.dtype, recorder.asked() | given | stored, options.seed
     )
     saved = model if dtype is None else model.saved_as(dtype)
     return _Run(
@@ -332,7 +334,7 @@ def _checked(
         place=place,
         masks=masks,
         saved=saved,
-        record=record,
+        recorder=recorder,
         identity=wanted,
     )
 
@@ -437,7 +439,7 @@ def _write_checkpoint(
 
 
 def _converted_bytes(reader: Reader, packed: int) -> dict[str, int]:
-    """Returns what a pruned checkpoint takes in other formats, see `schema.Run.converted_bytes`."""
+    """Returns what a pruned checkpoint takes in other formats: `Run.converted_bytes`."""
     stored = sum(tensor.size * tensor.dtype.itemsize for tensor in reader.spec.values())
     sizes = {"packed": packed} if packed < stored else {}
     with contextlib.suppress(CheckpointError):  # llama.cpp does not have every model

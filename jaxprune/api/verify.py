@@ -9,7 +9,7 @@ from jaxprune.api.load import load
 from jaxprune.errors import Change
 from jaxprune.evaluation import verification
 from jaxprune.evaluation.verification import Claims, Verdict
-from jaxprune.reporting import reading, schema
+from jaxprune.reporting import record as records
 from jaxprune.sparsity import masks
 from jaxprune.sparsity.patterns import Pattern
 from jaxprune.streaming.model import StreamedModel
@@ -44,8 +44,8 @@ def verify(
         model = StreamedModel(open_checkpoint(source, check=False), source=source)
     dense = against if isinstance(against, StreamedModel) or against is None else load(against)
     claims = Claims()
-    if run := reading.run_of(model.source):
-        claims = schema.expected(run)
+    if run := records.run_of(model.source):
+        claims = records.expected(run)
         if dense and run.kept_experts:
             dense = dense.keeping({int(index): kept for index, kept in run.kept_experts.items()})
     if pattern is not None:

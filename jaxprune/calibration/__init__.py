@@ -22,7 +22,7 @@ from jaxprune.calibration.mix import shares, weights_of
 from jaxprune.calibration.texts import Texts
 from jaxprune.errors import Change, InputError
 
-HELPERS = ("documents", "hub", "ids", "mix", "rows", "stream", "textfile", "texts", "tokens")
+HELPERS = ("documents", "hub", "ids", "mix", "row_files", "stream", "textfile", "texts", "tokens")
 """Modules that hold no source."""
 
 

@@ -27,7 +27,7 @@ from jaxprune.calibration.documents import (
     unpacked,
     whole,
 )
-from jaxprune.calibration.rows import S, json_rows, parquet_rows
+from jaxprune.calibration.row_files import S, json_rows, parquet_rows
 from jaxprune.errors import InputError
 
 FORMATS = (".jsonl", ".json", ".parquet", ".txt")

@@ -6,13 +6,13 @@ says of it, and the first sentence what `jaxprune --help` says; `EXAMPLES` stand
 """
 
 HELPERS = (
+    "command_line",
     "computation_options",
-    "config",
     "config_file",
     "eval_options",
-    "options",
     "progress",
     "recipe_options",
+    "run_options",
     "terminal",
 )
 """Modules that hold no command."""

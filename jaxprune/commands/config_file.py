@@ -12,7 +12,7 @@ from convert.schema import decode, plain
 from jaxprune.errors import InputError
 
 if TYPE_CHECKING:
-    from jaxprune.reporting.schema import Run
+    from jaxprune.reporting.record import Run
 
 YAML_BYTES, JSON_BYTES = 2**20, 64 * 2**20
 """The most that such a file may hold; .json, as a record, that of a thousand layers."""
@@ -27,12 +27,12 @@ class _Loader(yaml.SafeLoader):
     }
 
 
-def load(path: Path, *, records: bool) -> "dict[str, Any] | Run":
+def load(path: Path, *, may_be_record: bool) -> "dict[str, Any] | Run":
     """Returns the options of a file, by their names in Python's spelling, or the record of a run.
 
     Args:
         path: the path of the file.
-        records: whether a record may be given.
+        may_be_record: whether a record may be given.
 
     Raises:
         InputError: the file holds no options.
@@ -54,16 +54,16 @@ def load(path: Path, *, records: bool) -> "dict[str, Any] | Run":
             "it holds no options", file=path, wanted="names and values, such as sparsity: 0.7"
         )
     if found.get("kind") in ("run", "evaluation"):
-        if not records:
+        if not may_be_record:
             raise InputError(
                 "it is a record, which only prune, plan and snapshot repeat",
                 file=path,
                 wanted="options",
             )
-        from jaxprune.reporting import reading  # with all that a run consists of
+        from jaxprune.reporting import record as records  # with all that a run consists of
 
-        record = reading.read(content, path)
-        if not isinstance(record, reading.Run):
+        record = records.read(content, path)
+        if not isinstance(record, records.Run):
             raise InputError(
                 "it is the record of an evaluation", file=path, wanted="that of a run, or options"
             )

@@ -23,10 +23,10 @@ from convert.files import leads_outside, read_bytes
 from convert.hub import resolve
 from convert.paths import inputs_of, require_apart
 from convert.writing import write_text
-from jaxprune.commands.options import CHECKPOINT, CommandLine, Section, make
+from jaxprune.commands.command_line import CHECKPOINT, CommandLine, Section, make
 from jaxprune.commands.terminal import command
-from jaxprune.reporting import reading
-from jaxprune.reporting.schema import RECORD
+from jaxprune.reporting import record as records
+from jaxprune.reporting.record import RECORD
 
 log = logging.getLogger(__name__)
 EXACT = {"f32", "f16", "bf16"}
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     require_apart({"the source": place.inputs}, {"the target": place.path}, error=CheckpointError)
     reader = open_checkpoint(source)
     quantization = (
-        made.recipe.quantize if to == "gguf" and (made := reading.run_of(source)) else None
+        made.recipe.quantize if to == "gguf" and (made := records.run_of(source)) else None
     )
     if quantization:
         options.setdefault("type", quantization)

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal, TypeVar
 
-from jaxprune.commands.options import require_at_least, require_positive
+from jaxprune.commands.command_line import require_at_least, require_positive
 from jaxprune.errors import InputError
 from jaxprune.evaluation.quality import Measures
 from jaxprune.evaluation.tasks import ZERO_SHOT

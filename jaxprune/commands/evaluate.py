@@ -11,13 +11,13 @@ from jaxprune import calibration
 from jaxprune.api import evaluate as api
 from jaxprune.api.evaluate import Evaluation
 from jaxprune.api.load import load
+from jaxprune.commands.command_line import CommandLine, Section, make
 from jaxprune.commands.computation_options import StreamingOptions
 from jaxprune.commands.eval_options import EvalOptions, with_defaults
-from jaxprune.commands.options import CommandLine, Section, make
 from jaxprune.commands.progress import Progress
 from jaxprune.commands.terminal import choose_devices, command, console, keep_memory
 from jaxprune.errors import InputError
-from jaxprune.reporting.schema import RECORD, REPORT
+from jaxprune.reporting.record import RECORD, REPORT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

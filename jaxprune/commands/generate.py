@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from convert.paths import inputs_of, require_apart
 from jaxprune.api.generate import OwnText, file_of, generate
 from jaxprune.api.load import load
-from jaxprune.commands.computation_options import ComputationOptions
-from jaxprune.commands.options import (
+from jaxprune.commands.command_line import (
     CHECKPOINT,
     CommandLine,
     Section,
@@ -15,6 +14,7 @@ from jaxprune.commands.options import (
     require_at_least,
     require_positive,
 )
+from jaxprune.commands.computation_options import ComputationOptions
 from jaxprune.commands.progress import Progress
 from jaxprune.commands.prune import source_paths
 from jaxprune.commands.terminal import choose_devices, command, console, keep_memory

@@ -13,9 +13,9 @@ import numpy as np
 from convert.command import worded
 from convert.errors import InputError
 from convert.files import expand
-from jaxprune.commands.config import Config, group_of, read
 from jaxprune.commands.progress import longest
 from jaxprune.commands.prune import require_suitable
+from jaxprune.commands.run_options import Config, group_of, read
 from jaxprune.commands.terminal import choose_devices, command, console, duration, print_table
 from jaxprune.hardware import writing_for
 from jaxprune.phases import require_recipe

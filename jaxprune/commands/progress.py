@@ -18,7 +18,7 @@ from jaxprune.planning.preflight import seconds
 from jaxprune.planning.timing import Timing
 from jaxprune.planning.work import Need
 from jaxprune.recipe_parts import Tuning
-from jaxprune.reporting.card import summary
+from jaxprune.reporting.model_card import summary
 from jaxprune.sharding import ONE_DEVICE, Devices
 from jaxprune.solve.layer_result import LayerResult
 from jaxprune.solve.quantized_layers import ERROR

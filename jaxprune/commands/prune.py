@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert.errors import InputError
 from convert.hub import known_names
-from jaxprune.commands.config import Config, group_of, read
+from jaxprune.commands.run_options import Config, group_of, read
 from jaxprune.commands.terminal import choose_devices, command, console, keep_memory
 from jaxprune.recipe import Recipe
 from jaxprune.recipe_parts import Tuning, effective_tuning

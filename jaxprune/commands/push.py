@@ -10,9 +10,9 @@ from convert import open_checkpoint
 from convert.errors import Change, CheckpointError
 from convert.files import expand
 from convert.hub import http_errors
-from jaxprune.commands.options import CommandLine, Section, make
+from jaxprune.commands.command_line import CommandLine, Section, make
 from jaxprune.commands.terminal import command, console, print_table
-from jaxprune.reporting.publication import Publication, publication, require_repository
+from jaxprune.reporting.hub_upload import Publication, publication, require_repository
 
 EXAMPLES = """Examples:
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from jaxprune import methods
-from jaxprune.commands.options import CommandLine, Section, fields_in, real
+from jaxprune.commands.command_line import CommandLine, Section, fields_in, real
 from jaxprune.errors import Change, InputError
 from jaxprune.methods import Method, NotInstalled
 from jaxprune.methods.combine import Crossed, Finished

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from convert.destination import destination
 from convert.paths import require_apart
-from jaxprune.commands.options import CommandLine, Section, make
+from jaxprune.commands.command_line import CommandLine, Section, make
 from jaxprune.commands.terminal import command, console
 from jaxprune.errors import InputError
-from jaxprune.reporting import reading
+from jaxprune.reporting import record as records
+from jaxprune.reporting.record import RECORD
 from jaxprune.reporting.report import page, save
-from jaxprune.reporting.schema import RECORD
 
 EXAMPLES = """Examples:
 
@@ -45,5 +45,5 @@ def main(argv: Sequence[str]) -> None:
         error=InputError,
     )
     place.check()
-    save(place, page([reading.load(folder) for folder in folders]))
+    save(place, page([records.load(folder) for folder in folders]))
     console.print(os.path.relpath(place.path))

@@ -12,9 +12,9 @@ from convert.destination import destination
 from convert.paths import inputs_of, require_apart
 from jaxprune.api import snapshot as snapshots
 from jaxprune.api.load import load
-from jaxprune.commands.config import read
-from jaxprune.commands.options import Section, make, require_at_least
+from jaxprune.commands.command_line import Section, make, require_at_least
 from jaxprune.commands.prune import require_suitable, source_paths, windows_of
+from jaxprune.commands.run_options import read
 from jaxprune.commands.terminal import choose_devices, command, console, keep_memory
 from jaxprune.errors import Change, InputError
 from jaxprune.sparsity.masks import source_of

@@ -14,7 +14,7 @@ from convert.destination import destination
 from convert.files import expand
 from convert.paths import require_apart
 from jaxprune.api import snapshot as snapshots
-from jaxprune.commands.options import CommandLine, Section, make
+from jaxprune.commands.command_line import CommandLine, Section, make
 from jaxprune.commands.recipe_options import RecipeOptions
 from jaxprune.commands.terminal import command
 from jaxprune.errors import InputError

@@ -1,7 +1,6 @@
 """What all command lines share: output, progress bars, exit status."""
 
 import ctypes
-import functools
 import os
 import platform
 import signal
@@ -87,7 +86,6 @@ def command(
         elif text and (group := group_of(argv)):
             control.refuse(group, status, text)
 
-    @functools.wraps(run_line)
     def main(argv: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else argv
         keep_memory()

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from convert.hub import resolve
 from jaxprune.api.verify import verify
-from jaxprune.commands.options import CHECKPOINT, CommandLine, Section, make
+from jaxprune.commands.command_line import CHECKPOINT, CommandLine, Section, make
 from jaxprune.commands.terminal import command, console, print_table
 from jaxprune.evaluation.verification import StoredKernel, Verdict, Which, name_of
 from jaxprune.models.common.functional_modules import every_expert
-from jaxprune.reporting import reading
-from jaxprune.reporting.schema import Run
+from jaxprune.reporting import record as records
+from jaxprune.reporting.record import Run
 from jaxprune.sparsity.patterns import NM, RecipePattern, parse_pattern
 
 EXAMPLES = """Examples:
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     if wanted.pattern is not None or wanted.sparsity is not None:
         pattern = parse_pattern(wanted.pattern or "unstructured", wanted.sparsity)
     source = resolve(name)
-    run = reading.run_of(source)
+    run = records.run_of(source)
     claimed = pattern or (_pattern_of(run) if run else None)
     verdict = verify(source, against=wanted.against, pattern=pattern, zeros_of=wanted.zeros_of)
     print_table(_rows(verdict.kernels, wanted.all), ("linear layer", "tensors", "zeros", "pattern"))

@@ -12,9 +12,9 @@ from pydantic import Field
 from convert.schema import FiniteOrNull
 from jaxprune import calibration
 from jaxprune.errors import Change, InputError
+from jaxprune.evaluation.perplexity import TextQuality, short_name, text_quality
 from jaxprune.evaluation.samples import Prompts, Sample, samples
 from jaxprune.evaluation.tasks import Tasks, groups_of, mean_accuracy, summarize, with_error
-from jaxprune.evaluation.text import TextQuality, short_name, text_quality
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
 

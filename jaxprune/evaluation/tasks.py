@@ -18,7 +18,7 @@ from convert.cache import hub_cache, require_cache, warn_without_cache
 from convert.errors import CheckpointError
 from convert.files import expand
 from jaxprune.errors import InputError
-from jaxprune.evaluation.rows import SCHEMAS, require_rows
+from jaxprune.evaluation.task_rows import SCHEMAS, require_rows
 
 ZERO_SHOT = {
     "boolq": "super_glue/boolq",

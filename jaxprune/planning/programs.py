@@ -14,7 +14,7 @@ from jax import ShapeDtypeStruct as Shape
 from jaxprune.distill import adafactor, gradual_pruning, layer_vjp, student
 from jaxprune.distill.placement import Placement
 from jaxprune.distill.schedule import TuningSteps
-from jaxprune.evaluation import text
+from jaxprune.evaluation import perplexity
 from jaxprune.methods import Method, gram
 from jaxprune.methods.gram import drifted_target
 from jaxprune.methods.magnitude import Magnitude
@@ -506,7 +506,7 @@ def of_evaluation(
         Shape((chunk, architecture.width), architecture.config.dtype),
         Shape((chunk,), jnp.int32),
     )
-    divergence = partial(text.divergence, (architecture.head, architecture.head))
+    divergence = partial(perplexity.divergence, (architecture.head, architecture.head))
     chunks = windows * (length - 1) / chunk
     yield Program(
         "evaluate", "divergence", divergence, ((head, head), (states, states), targets), chunks

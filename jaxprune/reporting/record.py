@@ -1,204 +1,254 @@
-"""The account of a run as it goes on, and the files that it and an evaluation leave: jaxprune.json,
-report.html."""
+"""What jaxprune.json holds, version 3, and reading it.
+
+Numbers are numbers: words for people are made from them and never read back.
+"""
 
 import dataclasses
 import hashlib
-import importlib.metadata
-import json
-import platform
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Final, Literal
 
-import jax
 import numpy as np
+import pydantic
+from jaxtyping import Int
+from pydantic import Field, PositiveInt
 
-from convert.hub import described
-from convert.schema import as_text, check, dump, plain, to_text
-from convert.writing import write_text
-from jaxprune.calibration.stream import TextStream
+from convert.errors import DamagedError
+from convert.files import read_bytes
+from convert.paths import paths_of
+from convert.schema import Count, Schema, parse
+from jaxprune.calibration.stream import TuningText
 from jaxprune.evaluation.quality import Quality
-from jaxprune.evaluation.tasks import without_samples
-from jaxprune.planning.machine import describe_hardware, peak_bytes
+from jaxprune.evaluation.verification import Claims
+from jaxprune.methods import Scalar
 from jaxprune.planning.timing import Timing
-from jaxprune.recipe import Recipe
-from jaxprune.reporting import reading, schema
-from jaxprune.reporting.schema import RECORD, REPORT
-from jaxprune.solve.layer_result import LayerResult, LayerSummary
-from jaxprune.streaming.observer import Observer
+from jaxprune.recipe import Recipe, effective, method_text, pattern_text
+from jaxprune.solve.kernel import KernelResult
+from jaxprune.solve.layer_result import LayerSummary
+from jaxprune.sparsity.patterns import Given, OwnPattern
 
-PACKAGES = (
-    "jaxprune",
-    "jax",
-    "jaxlib",
-    "flax",
-    "numpy",
-    "safetensors",
-    "transformers",
-    "tokenizers",
-    "gguf",
-    "lm_eval",
-)
+RECORD, REPORT = "jaxprune.json", "report.html"
+VERSION: Final = 3
+RECORD_BYTES = 64 * 2**20
+"""The most that a record may hold; one of a thousand layers has some megabytes."""
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
-@dataclasses.dataclass
-class Record(Observer):
-    """The account of a run as it goes on; it is told what happens, and `run` is the record.
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """The shape of the windows of token ids, and their digest."""
+
+    windows: tuple[Count, Count]
+    sha256: str
+
+    @classmethod
+    def of(cls, tokens: Int[np.ndarray, "w t"]) -> "Calibration":
+        ids = np.ascontiguousarray(tokens, np.int32)
+        windows, length = tokens.shape
+        return cls((windows, length), hashlib.sha256(ids.tobytes()).hexdigest())
+
+
+class Config(pydantic.BaseModel):
+    """The options; those that the report shows by name, and all others as they were."""
+
+    model_config = pydantic.ConfigDict(strict=True, frozen=True, extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, Scalar] = Field(init=False)
+
+    out: str | None = None
+
+
+class RunConfig(Config):
+    ckpt: str
+    calib: str | None = None
+    tune_text: str | None = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class Environment:
+    """What software and hardware it ran on."""
+
+    versions: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    machine: str = ""
+    devices: list[str] = dataclasses.field(default_factory=list)
+    hardware: str = ""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run(Environment):
+    """The record of a run.
 
     Attributes:
-        config: what was asked for, with at least `ckpt`, `calib` and `out`.
-        recipe: what is done to the model.
-        tokens: calibration windows.
-        stream: the text that is tuned on, beside them; None: there is none.
-        divergences: tokens that were tuned on, and then the divergence on text held out, of each
-            measure.
-        layers: what became of the layers so far.
-        resumed: layers that an earlier process of the run pruned; what else it spent its time on is
-            not counted.
-        seconds: the seconds by phase.
-        evaluation: "dense" and "pruned" -> what was measured; empty without evaluation.
-        timing: the timing of the first layer with and without compilation, where that was asked
-            for.
-        kept_experts: layer index -> the experts that stayed, where some were dropped.
-        disk_bytes: "dense" and "pruned" -> bytes of the checkpoint's files.
-        parameters: "dense" and "pruned" -> numbers in the checkpoint.
-        converted_bytes: see `schema.Run`.
+        config: what was asked for beside the recipe.
+        checkpoint: the dense checkpoint, and what it is where its name does not say.
+        recipe: what was done.
+        calibration: the windows of token ids.
+        tuning_text: the text that was tuned on, beside them; None: there was none.
         save_dtype: the dtype that the weights were cast to; None: each param has the dense
             checkpoint's.
+        sparsity: zeros of all pruned kernels over their weights.
+        evaluation: what was measured; empty where nothing was.
+        seconds: by phase.
+        timing: of the first layer with and without compilation, where that was asked for.
+        divergences: tokens that were tuned on, and then the divergence on text held out, of each
+            measure.
+        kept_experts: layer index -> the experts that stayed, where some were dropped.
         few_tokens: linear layer of an expert -> how many tokens it was given, where these are fewer
             than its inputs.
+        peak_bytes: of the host's memory and the device's.
+        disk_bytes: of the files that hold the weights.
+        parameters: numbers in the checkpoint, which compare sizes at one dtype.
+        converted_bytes: `packed`, or the type of a GGUF file -> about how many bytes the pruned
+            checkpoint takes so, without the tokenizer.
+        layers: what became of each layer.
+        resumed_layers: layers that an earlier process of the run pruned.
     """
 
-    config: Mapping[str, Any]
+    schema: Literal[3] = VERSION
+    kind: Literal["run"] = "run"
+    config: RunConfig
+    checkpoint: str = ""
     recipe: Recipe
-    tokens: np.ndarray
-    stream: TextStream | None = None
-    divergences: list[tuple[int, float]] = dataclasses.field(default_factory=list)
-    layers: list[LayerSummary] = dataclasses.field(default_factory=list)
-    resumed: int = 0
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    evaluation: dict[str, Quality] = dataclasses.field(default_factory=dict)
-    timing: Timing | None = None
-    kept_experts: dict[int, list[int]] = dataclasses.field(default_factory=dict)
-    few_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
-    disk_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
-    parameters: dict[str, int] = dataclasses.field(default_factory=dict)
-    converted_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+    calibration: Calibration
+    tuning_text: TuningText | None = None
     save_dtype: str | None = None
+    sparsity: Share = 0.0
+    evaluation: dict[str, Quality] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    timing: Timing | None = None
+    divergences: list[tuple[Count, float]] = dataclasses.field(default_factory=list)
+    kept_experts: dict[str, list[Count]] = dataclasses.field(default_factory=dict)
+    few_tokens: dict[str, Count] = dataclasses.field(default_factory=dict)
+    peak_bytes: dict[str, Count] = dataclasses.field(default_factory=dict)
+    disk_bytes: dict[str, Count] = dataclasses.field(default_factory=dict)
+    parameters: dict[str, Count] = dataclasses.field(default_factory=dict)
+    converted_bytes: dict[str, Count] = dataclasses.field(default_factory=dict)
+    layers: list[LayerSummary] = dataclasses.field(default_factory=list)
+    resumed_layers: Count = 0
 
-    def layer_done(self, result: LayerResult) -> None:
-        """Keeps what became of a layer; of one that is quantized in place of the one before."""
-        self.layers[result.index : result.index + 1] = [result.figures]
-        self.resumed += result.resumed
-        for path, kernel in result.kernels.items():
-            if kernel.few_tokens:
-                self.few_tokens[f"layers.{result.index}.{path}"] = int(kernel.stats["tokens"])
-        for phase, seconds in result.figures.seconds.items():
-            self.phase_timed(phase, seconds)
+    @property
+    def kernels(self) -> dict[tuple[int, str], KernelResult]:
+        """(layer index, path of the linear layer) -> what became of its kernel."""
+        return {
+            (layer.index, path): kernel
+            for layer in self.layers
+            for path, kernel in layer.kernels.items()
+        }
 
-    def layer_tuned(self, result: LayerResult) -> None:
-        """Keeps what became of a layer's kernels, which is another where zeros came late."""
-        self.layers[result.index] = result.figures
+    @property
+    def named(self) -> dict[tuple[int, str], OwnPattern | None]:
+        """(layer index, path of the linear layer) -> the pattern of the last rule that names it;
+        None: it is dense."""
+        return {
+            which: rule.pattern
+            for rule in self.recipe.rules
+            for which in self.kernels
+            if rule.matches(*which)
+        }
 
-    def divergence_measured(self, tokens: int, divergence: float) -> None:
-        """Keeps a measure."""
-        self.divergences.append((tokens, divergence))
+    @property
+    def patterns_of_all(self) -> frozenset[OwnPattern | None]:
+        """The patterns that rules give where they name every linear layer of the model; else
+        empty."""
+        named = self.named
+        return frozenset(named.values()) if len(named) == len(self.kernels) else frozenset()
 
-    def phase_timed(self, phase: str, seconds: float) -> None:
-        """Adds to the seconds of a phase."""
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+    @property
+    def effective(self) -> Recipe:
+        """The recipe without what changed nothing."""
+        return effective(self.recipe, self.patterns_of_all)
 
-    def asked(self) -> dict[str, Any]:
-        """Returns the recipe, and what it was applied to, as JSON."""
-        text = {"tuning_text": dump(self.stream.identity)} if self.stream else {}
-        calibration = schema.Calibration.of(self.tokens)
-        return {"recipe": dump(self.recipe), "calibration": dump(calibration)} | text
+    @property
+    def method_text(self) -> str:
+        """The method and what was done beside it, in words."""
+        return method_text(self.recipe, self.patterns_of_all)
 
-    def run(self) -> schema.Run:
-        """Returns the record of the run so far."""
-        zeros, size = (sum(getattr(one, name) for one in self.layers) for name in ("zeros", "size"))
-        return schema.Run(
-            config=check(schema.RunConfig, plain(self.config), file="", entry="config"),
-            checkpoint=described(self.config["ckpt"]),
-            recipe=self.recipe,
-            calibration=schema.Calibration.of(self.tokens),
-            tuning_text=self.stream.identity if self.stream else None,
-            save_dtype=self.save_dtype,
-            sparsity=zeros / max(1, size),
-            evaluation=self.evaluation,
-            seconds=self.seconds,
-            timing=self.timing,
-            divergences=self.divergences,
-            kept_experts={str(index): kept for index, kept in self.kept_experts.items()},
-            few_tokens=self.few_tokens,
-            peak_bytes=peak_bytes(),
-            disk_bytes=self.disk_bytes,
-            parameters=self.parameters,
-            converted_bytes=self.converted_bytes,
-            layers=self.layers,
-            resumed_layers=self.resumed,
-            **environment(),
-        )
+    @property
+    def pattern_text(self) -> str:
+        """The pattern or the masks' source, in words."""
+        return pattern_text(self.recipe, self.patterns_of_all)
 
 
-def write_record(
-    folder: Path, record: schema.Record, qualities: Mapping[str, Quality]
-) -> tuple[set[str], Exception | None]:
-    """Writes jaxprune.json, lm-eval's results where there are any, and report.html.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A checkpoint of an evaluation; `run` is the record of the run that made it, where there is
+    one."""
 
-    Args:
-        folder: the folder that is being made.
-        record: the content of jaxprune.json.
-        qualities: checkpoint -> what was measured of it.
+    sparsity: Share
+    disk_bytes: Count | None = None
+    parameters: Count | None = None
+    run: Run | None
+    quality: Quality
 
-    Returns:
-        The files' names, and what kept the report from being drawn, for the caller to raise when
-        all else is in its place.
+
+@dataclasses.dataclass(kw_only=True)
+class Evaluation(Environment):
+    """The record of an evaluation."""
+
+    schema: Literal[3] = VERSION
+    kind: Literal["evaluation"] = "evaluation"
+    config: Config
+    against: str | None
+    checkpoints: Mapping[str, Measured]
+
+
+Record = Run | Evaluation
+
+
+def expected(run: Run) -> Claims:
+    """Returns what a run's record says of its checkpoint."""
+    kernels, pattern, total = run.kernels, run.recipe.pattern, None
+    if run.effective.importance.spread:  # every kernel had a sparsity of its own
+        assert not isinstance(pattern, Given)
+        total = round(pattern.sparsity * sum(kernel.size for kernel in kernels.values()))
+    return Claims(
+        pattern=None if total or isinstance(pattern, Given) else pattern,
+        own=run.named,
+        counts={which: kernel.zeros for which, kernel in kernels.items()},
+        wanted={which: kernel.wanted for which, kernel in kernels.items()},
+        sections={which: kernel.sections for which, kernel in kernels.items() if kernel.sections},
+        total=total,
+        quantization=run.recipe.quantize,
+    )
+
+
+class _Head(Schema):
+    version: PositiveInt = Field(alias="schema")
+    kind: Literal["run", "evaluation"]
+
+
+def load(path: Path) -> Record:
+    """Reads the record in a folder, or in a file.
+
+    Raises:
+        UserError: there is none, or it is none that this version of jaxprune reads.
     """
-    from jaxprune.reporting import report  # with matplotlib, which is slow to import
-
-    files = {RECORD: to_text(dump(record))}
-    for name, quality in qualities.items():
-        if quality.lm_eval:
-            files[lm_eval_file(name)] = to_text(json.loads(without_samples(quality.lm_eval)))
-    for name, text in files.items():
-        write_text(folder / name, text)
-    try:
-        page = report.page([reading.read(files[RECORD], folder / RECORD)])
-    # a defect of ours, which must not cost what took hours: the caller raises it later
-    except Exception as error:
-        return set(files), error
-    write_text(folder / REPORT, page)
-    return {*files, REPORT}, None
+    file = path / RECORD if os.path.isdir(path) else path
+    return read(read_bytes(file, RECORD_BYTES), file)
 
 
-def environment() -> dict[str, Any]:
-    """Returns the fields of `schema.Environment`: what software and hardware this process runs
-    on."""
-    return {
-        "versions": versions(),
-        "machine": platform.machine(),
-        "devices": sorted({d.device_kind for d in jax.local_devices()}),
-        "hardware": describe_hardware(),
-    }
+def read(content: str | bytes, file: str | Path) -> Record:
+    """Reads a record's JSON; errors as for `load`."""
+    head = parse(_Head, content, file=file)
+    if head.version != VERSION:
+        raise DamagedError(
+            "it was written by another version of jaxprune",
+            file=file,
+            entry="schema",
+            found=head.version,
+            wanted=str(VERSION),
+        )
+    if head.kind == "run":
+        return parse(Run, content, file=file)
+    return parse(Evaluation, content, file=file)
 
 
-def versions() -> dict[str, str | None]:
-    """Returns the versions of what results depend on; None: it is not installed."""
-    return {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+def run_of(checkpoint: str | Path) -> Run | None:
+    """Reads the record of the run that made a checkpoint; None where it has none; errors as for
+    `load`."""
+    folder = next(iter(paths_of(str(checkpoint))), None)
+    if folder is None or not os.path.lexists(folder / RECORD):
         return None
-
-
-def lm_eval_file(name: str) -> str:
-    """Returns the name of the file of lm-eval's results; one of a very long name is told apart by a
-    digest."""
-    name = as_text(name).replace("/", "-")
-    if len(name.encode()) > 200:
-        name = f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-    return f"lm-eval-{name}.json"
+    record = load(folder)
+    return record if isinstance(record, Run) else None

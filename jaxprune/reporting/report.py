@@ -15,28 +15,32 @@ from convert.destination import Destination, staged
 from convert.ownership import UNSEALED, seal
 from convert.schema import dump
 from convert.writing import write_text
-from jaxprune.evaluation.text import short_name
-from jaxprune.reporting import drawing, figures
-from jaxprune.reporting.card import megabytes
-from jaxprune.reporting.entries import Entry, entries
-from jaxprune.reporting.published import compared
-from jaxprune.reporting.schema import Record, Run
+from jaxprune.evaluation.perplexity import short_name
+from jaxprune.reporting import plots, svg
+from jaxprune.reporting.checkpoints import Checkpoint, checkpoints_of
+from jaxprune.reporting.documented_runs import compared
+from jaxprune.reporting.model_card import megabytes
+from jaxprune.reporting.record import Record, Run
 
 
 def page(records: Sequence[Record]) -> str:
     """Returns the report's HTML."""
-    everything = entries(records)
-    texts = list(dict.fromkeys(text for entry in everything for text in entry.quality.texts))
+    everything = checkpoints_of(records)
+    texts = list(
+        dict.fromkeys(text for checkpoint in everything for text in checkpoint.quality.texts)
+    )
     return _template().render(
         title=_title(everything),
-        entries=everything,
-        runs=[entry for entry in everything if entry.run],
+        checkpoints=everything,
+        runs=[checkpoint for checkpoint in everything if checkpoint.run],
         texts=texts,
-        tasks=list(dict.fromkeys(task for entry in everything for task in entry.quality.tasks)),
+        tasks=list(
+            dict.fromkeys(task for checkpoint in everything for task in checkpoint.quality.tasks)
+        ),
         figures=_figures(everything, texts),
         samples=_samples(everything),
         verdicts=list(_verdicts(everything, texts)),
-        number=drawing.format_number,
+        number=svg.format_number,
         megabytes=megabytes,
         short=short_name,
         details=[
@@ -57,89 +61,106 @@ def _template() -> jinja2.Template:
 
 
 def _figures(
-    everything: Sequence[Entry], texts: Sequence[str]
-) -> list[tuple[str, list[drawing.Figure]]]:
+    everything: Sequence[Checkpoint], texts: Sequence[str]
+) -> list[tuple[str, list[svg.Figure]]]:
     """Returns headings and the plots below them."""
-    quality: list[drawing.Figure] = []
-    trade: list[drawing.Figure | None] = []
+    quality: list[svg.Figure] = []
+    trade: list[svg.Figure | None] = []
 
     def by_sparsity(
-        title: str, label: str, value_of: Callable[[Entry], float | None], log: bool = True
+        title: str, label: str, value_of: Callable[[Checkpoint], float | None], log: bool = True
     ) -> None:
         trade.append(
-            figures.quality_by_sparsity(
-                everything, f"{title} by sparsity", label, value_of, log=log
-            )
+            plots.quality_by_sparsity(everything, f"{title} by sparsity", label, value_of, log=log)
         )
 
     for text in texts:
-        measured = [entry for entry in everything if entry.text(text)]
-        quality.append(figures.perplexities(measured, text))
+        measured = [checkpoint for checkpoint in everything if checkpoint.text(text)]
+        quality.append(plots.perplexities(measured, text))
         value_of = _value_of(text, "perplexity")
         by_sparsity(f"Perplexity of {text}", "perplexity", value_of)
         trade.append(
-            figures.quality_by_size(
-                measured, f"Perplexity of {text} by size", "perplexity", value_of
-            )
+            plots.quality_by_size(measured, f"Perplexity of {text} by size", "perplexity", value_of)
         )
-        if compared := [entry for entry in measured if _value_of(text, "kl")(entry) is not None]:
-            quality.append(figures.divergences(compared, text))
+        if compared := [
+            checkpoint for checkpoint in measured if _value_of(text, "kl")(checkpoint) is not None
+        ]:
+            quality.append(plots.divergences(compared, text))
             by_sparsity(f"KL divergence on {text}", "nats a token", _value_of(text, "kl"))
-    if tested := [entry for entry in everything if entry.accuracy is not None]:
-        quality.append(figures.accuracies(tested))
-        by_sparsity("Mean accuracy", "mean accuracy (acc)", lambda entry: entry.accuracy, log=False)
-    runs = [entry for entry in everything if entry.run and entry.run.layers]
+    if tested := [checkpoint for checkpoint in everything if checkpoint.accuracy is not None]:
+        quality.append(plots.accuracies(tested))
+        by_sparsity(
+            "Mean accuracy",
+            "mean accuracy (acc)",
+            lambda checkpoint: checkpoint.accuracy,
+            log=False,
+        )
+    runs = [checkpoint for checkpoint in everything if checkpoint.run and checkpoint.run.layers]
     pruning = []
     if runs:
-        plots = (
-            figures.error_by_layer,
-            figures.error_by_linear,
-            figures.sparsity_by_layer,
-            figures.time_by_phase,
-        )
-        pruning = [plot(runs) for plot in plots]
-    if quantized := [entry for entry in runs if entry.run and entry.run.recipe.quantize]:
-        pruning.append(figures.error_by_layer(quantized, of_quantization=True))
-    if tuned := [entry for entry in runs if entry.run and entry.run.divergences]:
-        pruning.append(figures.divergence_by_tokens(tuned))
-    sections: dict[str, Sequence[drawing.Figure | None]]
+        pruning = [
+            plots.error_by_layer(runs),
+            plots.error_by_linear(runs),
+            plots.sparsity_by_layer(runs),
+            plots.time_by_phase(runs),
+        ]
+    if quantized := [
+        checkpoint for checkpoint in runs if checkpoint.run and checkpoint.run.recipe.quantize
+    ]:
+        pruning.append(plots.error_by_layer(quantized, of_quantization=True))
+    if tuned := [
+        checkpoint for checkpoint in runs if checkpoint.run and checkpoint.run.divergences
+    ]:
+        pruning.append(plots.divergence_by_tokens(tuned))
+    sections: dict[str, Sequence[svg.Figure | None]]
     sections = {"Quality": quality, "Sparsity against quality": trade, "Pruning": pruning}
-    kept = {heading: [plot for plot in plots if plot] for heading, plots in sections.items()}
-    return [(heading, plots) for heading, plots in kept.items() if plots]
+    drawn = {heading: [one for one in found if one] for heading, found in sections.items()}
+    return [(heading, found) for heading, found in drawn.items() if found]
 
 
-def _verdicts(everything: Sequence[Entry], texts: Sequence[str]) -> Iterator[str]:
+def _verdicts(everything: Sequence[Checkpoint], texts: Sequence[str]) -> Iterator[str]:
     """Yields a sentence on each checkpoint that was compared with the dense one."""
-    for entry in everything:
+    for checkpoint in everything:
         for text in texts:
-            found = entry.text(text)
-            if found and found.ratio is not None and found.top1 is not None and not entry.dense:
-                zeros = "" if entry.sparsity is None else f", {100 * entry.sparsity:.0f} % zeros"
+            found = checkpoint.text(text)
+            if (
+                found
+                and found.ratio is not None
+                and found.top1 is not None
+                and not checkpoint.dense
+            ):
+                zeros = (
+                    ""
+                    if checkpoint.sparsity is None
+                    else f", {100 * checkpoint.sparsity:.0f} % zeros"
+                )
                 times, same = (
                     f"{found.ratio:.2f} times the dense model's",
                     f"{100 * found.top1:.0f} % of the tokens",
                 )
                 yield (
-                    f"{entry.label}{zeros}: on {text} its perplexity is {times}, and "
+                    f"{checkpoint.label}{zeros}: on {text} its perplexity is {times}, and "
                     f"at {same} both "
                     f"find the same next one the most probable. {compared(found.ratio)}"
                 )
 
 
-def _samples(everything: Sequence[Entry]) -> list[tuple[str, list[tuple[Entry, str, str]]]]:
+def _samples(
+    everything: Sequence[Checkpoint],
+) -> list[tuple[str, list[tuple[Checkpoint, str, str]]]]:
     """Returns prompts, each with the checkpoints that continued it: what is the same as the dense
     one's, if that is the first of them, and the rest."""
-    found: dict[str, list[tuple[Entry, Sequence[str]]]] = {}
-    for entry in everything:
-        for sample in entry.quality.samples:
-            found.setdefault(sample.prompt, []).append((entry, sample.pieces))
+    found: dict[str, list[tuple[Checkpoint, Sequence[str]]]] = {}
+    for checkpoint in everything:
+        for sample in checkpoint.quality.samples:
+            found.setdefault(sample.prompt, []).append((checkpoint, sample.pieces))
     rows = []
     for prompt, ones in found.items():
         first = ones[0][1]
         cuts = [_common(first, pieces) if ones[0][0].dense else len(pieces) for _, pieces in ones]
         sides = [
-            (entry, "".join(pieces[:cut]), "".join(pieces[cut:]))
-            for (entry, pieces), cut in zip(ones, cuts, strict=True)
+            (checkpoint, "".join(pieces[:cut]), "".join(pieces[cut:]))
+            for (checkpoint, pieces), cut in zip(ones, cuts, strict=True)
         ]
         rows.append((prompt, sides))
     return rows
@@ -152,12 +173,12 @@ def _common(a: Sequence[str], b: Sequence[str]) -> int:
     )
 
 
-def _value_of(text: str, name: str) -> Callable[[Entry], float | None]:
-    return lambda entry: getattr(entry.text(text), name, None)
+def _value_of(text: str, name: str) -> Callable[[Checkpoint], float | None]:
+    return lambda checkpoint: getattr(checkpoint.text(text), name, None)
 
 
-def _title(everything: Sequence[Entry]) -> str:
-    pruned = [entry for entry in everything if not entry.dense]
+def _title(everything: Sequence[Checkpoint]) -> str:
+    pruned = [checkpoint for checkpoint in everything if not checkpoint.dense]
     if len(pruned) == 1:
         (one,) = pruned
         return f"{one.label}: {one.method}, {one.pattern}" if one.method else one.label

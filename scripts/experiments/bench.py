@@ -24,16 +24,16 @@ from convert.schema import dump
 from convert.writing import write_text
 from jaxprune import Context, Magnitude, TextStream, Unstructured, calibration, load, prune_model
 from jaxprune.api import snapshot as snapshots
-from jaxprune.commands.config import Config
 from jaxprune.commands.prune import stream_of, windows_of
+from jaxprune.commands.run_options import Config
+from jaxprune.evaluation.perplexity import perplexity, perplexity_of_states
 from jaxprune.evaluation.quality import Evaluator, Quality
 from jaxprune.evaluation.tasks import ZERO_SHOT
-from jaxprune.evaluation.text import perplexity, perplexity_of_states
 from jaxprune.loop import other_params
 from jaxprune.planning.machine import describe_hardware
 from jaxprune.recipe import Recipe
-from jaxprune.reporting import schema
-from jaxprune.reporting.record import Record, environment
+from jaxprune.reporting import record as records
+from jaxprune.reporting.recording_observer import RecordingObserver, environment
 from jaxprune.run_store.store import RunStore
 from jaxprune.solve.layer_result import LayerResult
 from jaxprune.streaming.model import inside_layer
@@ -170,12 +170,12 @@ class Bench:
 
         account = self._prune(cell.recipe, watch, file)
         return {"perplexity": perplexity_of_states(self.model, hidden, self.evaluation)} | _figures(
-            account
+            account.record
         )
 
     def _seconds(self, cell: Cell, file: Path) -> dict[str, Any]:
         assert cell.recipe is not None
-        return _figures(self._prune(cell.recipe, lambda layer: None, file))
+        return _figures(self._prune(cell.recipe, lambda layer: None, file).record)
 
     def _accuracy(self, cell: Cell, file: Path) -> dict[str, Any]:
         """Accuracies and perplexity; and for the report a record as a run or an evaluation leaves
@@ -184,7 +184,7 @@ class Bench:
             ((_, quality),) = self._evaluator.measure({self.ckpt: self.model})
             one = {"sparsity": 0.0, "run": None, "quality": dump(quality)}
             record = {
-                "schema": schema.VERSION,
+                "schema": records.VERSION,
                 "kind": "evaluation",
                 "config": dataclasses.asdict(self.options),
                 "against": self.ckpt,
@@ -205,26 +205,28 @@ class Bench:
                 for paths in other_params(reader.spec):
                     writer.write(reader.read(paths))
             pruned = self.model.sibling(place)
-            account.evaluation = self._evaluator.measure_texts(
+            account.record.evaluation = self._evaluator.measure_texts(
                 {"dense": self.model, "pruned": pruned}, "dense"
             )
-            self._evaluator.measure_alone(pruned, account.evaluation["pruned"])
-        quality = account.evaluation["pruned"]
+            self._evaluator.measure_alone(pruned, account.record.evaluation["pruned"])
+        quality = account.record.evaluation["pruned"]
         found = {
             "perplexity": _only_perplexity(quality),
             "quality": _with_mean(quality),
             "record": dump(account.run()),
         }
-        return found | _figures(account)
+        return found | _figures(account.record)
 
     @functools.cached_property
     def _evaluator(self) -> Evaluator:
         return Evaluator(self.options.plan(), self.model)
 
-    def _prune(self, recipe: Recipe, watch: Callable[[LayerResult], None], file: Path) -> Record:
+    def _prune(
+        self, recipe: Recipe, watch: Callable[[LayerResult], None], file: Path
+    ) -> RecordingObserver:
         """Prunes the model; `watch` is given each layer."""
         stream, config = self._stream(recipe), dataclasses.replace(self.options, out=recipe.slug)
-        account = Record(dataclasses.asdict(config), recipe, self.calibration, stream)
+        account = RecordingObserver(dataclasses.asdict(config), recipe, self.calibration, stream)
         with contextlib.ExitStack() as stack:
             store = None
             if stream:  # hours
@@ -240,9 +242,9 @@ class Bench:
             ):
                 watch(layer)
         # Medians leave out the first layer's compilation and the machine's hiccups.
-        layers = account.layers
+        layers = account.record.layers
         for phase in layers[0].seconds:
-            account.seconds[phase] = statistics.median(
+            account.record.seconds[phase] = statistics.median(
                 layer.seconds[phase] for layer in layers
             ) * len(layers)
         return account
@@ -269,15 +271,15 @@ class Bench:
         }
 
 
-def _figures(account: Record) -> dict[str, Any]:
+def _figures(record: records.Run) -> dict[str, Any]:
     """What is kept of a pruning."""
     kernels = {
         f"{layer.index}.{path}": kernel
-        for layer in account.layers
+        for layer in record.layers
         for path, kernel in layer.kernels.items()
     }
     errors = {name: kernel.error for name, kernel in kernels.items()}
-    figures = {"seconds": account.seconds, "divergences": account.divergences}
+    figures = {"seconds": record.seconds, "divergences": record.divergences}
     return {"error": statistics.mean(errors.values()), "errors": errors} | figures
 
 

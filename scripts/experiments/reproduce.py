@@ -27,7 +27,8 @@ from jaxprune import InputError, calibration
 from jaxprune.commands import recipe_options
 from jaxprune.commands.terminal import keep_compilations, keep_memory
 from jaxprune.recipe import Recipe
-from jaxprune.reporting import reading, report
+from jaxprune.reporting import record as records
+from jaxprune.reporting import report
 
 
 def cells(experiment: Experiment, layers: int, *, small: bool = False) -> Iterator[Cell]:
@@ -165,7 +166,7 @@ def run(name: str, experiment: Experiment, bench: Bench) -> None:
         )
     for file in write(name, experiment, bench, results):
         print(file)
-    if records := [result["record"] for _, result in results if "record" in result]:
+    if found := [result["record"] for _, result in results if "record" in result]:
         page = bench.out / f"{name}.html"
-        write_text(page, report.page([reading.read(to_text(record), page) for record in records]))
+        write_text(page, report.page([records.read(to_text(record), page) for record in found]))
         print(page)

@@ -9,7 +9,7 @@ from typing import Any
 from experiments import Experiment, pattern_name
 from pictures import Results, draw, seconds_of
 
-from jaxprune.evaluation.text import short_name
+from jaxprune.evaluation.perplexity import short_name
 
 PHASES = ("gram", "solve", "forward", "sensitivity", "tune")
 REACHED = 10

@@ -12,7 +12,7 @@ from convert.errors import UserError
 from convert.schema import dump, to_text
 from jaxprune import InputError
 from jaxprune.commands import evaluate, solve
-from jaxprune.commands.config import Config, parse
+from jaxprune.commands.run_options import Config, parse
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.combine import Crossed, Finished
 from jaxprune.methods.exact import Exact
@@ -20,7 +20,7 @@ from jaxprune.methods.sparsegpt import SparseGPT
 from jaxprune.methods.wanda import Wanda
 from jaxprune.recipe import PRESETS, Recipe
 from jaxprune.recipe_parts import Importance, Rule
-from jaxprune.reporting import reading, schema
+from jaxprune.reporting import record as records
 from jaxprune.sparsity.patterns import Unstructured
 
 RECORDS = Path(__file__).parents[1] / "reporting/records"
@@ -56,9 +56,9 @@ RECIPES = [
 
 def record(folder: Path, config: Config, recipe: Recipe) -> Path:
     """Writes the record of a run with these options and this recipe."""
-    run = reading.load(RECORDS / "unstructured.json")
-    assert isinstance(run, schema.Run)
-    asked = schema.RunConfig(**dataclasses.asdict(config))
+    run = records.load(RECORDS / "unstructured.json")
+    assert isinstance(run, records.Run)
+    asked = records.RunConfig(**dataclasses.asdict(config))
     changed = dataclasses.replace(run, config=asked, recipe=recipe)
     (folder / "jaxprune.json").write_text(to_text(dump(changed)))
     return folder / "jaxprune.json"
@@ -94,8 +94,8 @@ def test_every_option_of_a_recipe_is_among_them() -> None:
 def test_records_are_run_again(name: str, tmp_path: Path) -> None:
     record = RECORDS / f"{name}.json"
     config, recipe = parse(["--config", str(record), "--out", str(tmp_path / "again")])
-    run = reading.read(record.read_bytes(), record)
-    assert isinstance(run, schema.Run)
+    run = records.read(record.read_bytes(), record)
+    assert isinstance(run, records.Run)
     assert (recipe.pattern_text, recipe.method_text) == (run.pattern_text, run.method_text)
     assert (config.ckpt, config.nsamples, config.seed) == (
         run.config.ckpt,

@@ -14,12 +14,12 @@ from convert import create_checkpoint, open_checkpoint
 from jaxprune import InputError, Measures, evaluate, load
 from jaxprune.__main__ import main as jaxprune
 from jaxprune.calibration import evaluation_windows
-from jaxprune.commands.config import parse as parse_run
 from jaxprune.commands.evaluate import Config, main, parse
 from jaxprune.commands.prune import run
+from jaxprune.commands.run_options import parse as parse_run
+from jaxprune.evaluation.perplexity import perplexity
 from jaxprune.evaluation.tasks import ZERO_SHOT
-from jaxprune.evaluation.text import perplexity
-from jaxprune.reporting import reading, schema
+from jaxprune.reporting import record as records
 from tests.helpers import rows, tiny
 from tests.helpers.optional import needs_torch
 
@@ -102,8 +102,8 @@ def test_several_checkpoints_are_measured_against_the_dense_one(
     assert same["tasks"] == found[checkpoint.name]["quality"]["tasks"]
     assert same["tasks"].keys() == {"openbookqa", "boolq", "arc_easy"}
     mean = sum(values["acc"] for values in same["tasks"].values()) / 3
-    evaluation = reading.load(tmp_path / "out")
-    assert isinstance(evaluation, schema.Evaluation)
+    evaluation = records.load(tmp_path / "out")
+    assert isinstance(evaluation, records.Evaluation)
     read = evaluation.checkpoints[str(tmp_path / "orbax")].quality
     assert read.mean_accuracy["acc"] == pytest.approx(mean)
     for name in found:

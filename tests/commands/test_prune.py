@@ -17,7 +17,7 @@ from jaxprune import TextStream, load
 from jaxprune.commands.prune import main
 from jaxprune.commands.report import main as report_main
 from jaxprune.commands.verify import main as verify
-from jaxprune.evaluation.text import perplexity
+from jaxprune.evaluation.perplexity import perplexity
 from jaxprune.reporting import report
 from jaxprune.sparsity.masks import from_file
 from tests.helpers import tiny

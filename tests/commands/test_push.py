@@ -14,8 +14,8 @@ from huggingface_hub import constants
 
 from jaxprune.commands.prune import main as prune
 from jaxprune.commands.push import main
-from jaxprune.reporting import reading, schema
-from jaxprune.reporting.card import model_card
+from jaxprune.reporting import record as records
+from jaxprune.reporting.model_card import model_card
 from tests.helpers.hub_server import Hub, serving
 
 # huggingface_hub's own
@@ -96,8 +96,8 @@ def test_no_path_of_this_machine_is_sent(pruned: Path, hub: Hub, tmp_path: Path)
     }
     (tmp_path / "copy/jaxprune.json").write_text(text)
     (tmp_path / "copy/report.html").write_text(f"<pre>{html.escape(text)}</pre>")
-    run = reading.read(text, "")
-    assert isinstance(run, schema.Run)
+    run = records.read(text, "")
+    assert isinstance(run, records.Run)
     card = model_card(dataclasses.replace(run, evaluation={}))
     (tmp_path / "copy/README.md").write_text(card + os.path.expanduser("~/secret/dense"))
     (tmp_path / "copy/lm-eval-pruned.json").write_text(json.dumps(tasks))
@@ -129,7 +129,7 @@ def test_no_path_of_this_machine_is_sent(pruned: Path, hub: Hub, tmp_path: Path)
 def test_the_card_names_the_repository_of_the_dense_model(
     ckpt: str, base: str | None, pruned: Path
 ) -> None:
-    run = reading.run_of(pruned)
+    run = records.run_of(pruned)
     assert run
     config = run.config.model_copy(update={"ckpt": ckpt})
     card = model_card(dataclasses.replace(run, config=config, evaluation={}))

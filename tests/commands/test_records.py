@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxprune.commands.config import parse
 from jaxprune.commands.prune import main as prune
 from jaxprune.commands.report import main as report
+from jaxprune.commands.run_options import parse
 from jaxprune.commands.verify import main as verify
-from jaxprune.reporting import reading, schema
+from jaxprune.reporting import record as records
 from tests.helpers import families, tiny
 from tests.helpers.optional import needs_torch
 
@@ -77,8 +77,8 @@ def pruned(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = shutil.copytree(tmp_path / "dense", tmp_path / "pruned")
     shutil.copy(RECORD, folder / "jaxprune.json")
     stored = load_file(folder / "model.safetensors")
-    run = reading.load(folder)
-    assert isinstance(run, schema.Run) and run.config.ckpt == "dense"
+    run = records.load(folder)
+    assert isinstance(run, records.Run) and run.config.ckpt == "dense"
     for layer in run.layers:
         for path, kernel in layer.kernels.items():
             weight = stored[f"model.layers.{layer.index}.{path}.weight"]
@@ -126,8 +126,8 @@ def test_a_method_that_is_not_installed_is_shown(
     where: str, pruned: Path, capsys: pytest.CaptureFixture
 ) -> None:
     change(pruned, method=METHODS[where])
-    run = reading.load(pruned)
-    assert isinstance(run, schema.Run) and "elsewhere" in run.method_text
+    run = records.load(pruned)
+    assert isinstance(run, records.Run) and "elsewhere" in run.method_text
     assert report(["pruned", "--out", "page.html"]) == 0
     assert run.method_text in Path("page.html").read_text()
     assert verify(["pruned", "--against", "dense"]) == 0

@@ -19,7 +19,7 @@ from convert.gguf.header import Header
 from convert.packed import Reader as Packed
 from jaxprune.__main__ import main
 from jaxprune.api.snapshot import load as load_snapshot
-from jaxprune.reporting import reading
+from jaxprune.reporting import record as records
 from jaxprune.solve import layer as solving
 from tests.helpers import families, tiny
 from tests.helpers.checkpoints import content, tensors, write_gguf
@@ -266,7 +266,7 @@ def test_a_gguf_file_of_a_result_is_verified(kind: str, dtype: str, here: Path) 
 
 def test_records_and_reports_say_what_a_result_takes(here: Path) -> None:
     assert main(["prune", *RUN, "--out", "out"]) == 0
-    run = reading.run_of(here / "out")
+    run = records.run_of(here / "out")
     assert run and run.disk_bytes["dense"] == Path("q.gguf").stat().st_size
     assert run.disk_bytes["pruned"] == Path("out/model.safetensors").stat().st_size
     count = sum(array.size for array in tensors(here / "out").values())

@@ -17,9 +17,9 @@ from jaxprune.commands.prune import main as run
 from jaxprune.commands.verify import main
 from jaxprune.evaluation.verification import Claims, verify, zeros
 from jaxprune.loop import other_params
-from jaxprune.reporting import reading, schema
-from jaxprune.reporting.record import Record, write_record
-from jaxprune.reporting.schema import expected
+from jaxprune.reporting import record as records
+from jaxprune.reporting.record import expected
+from jaxprune.reporting.recording_observer import RecordingObserver, write_record
 from jaxprune.sparsity.patterns import Pattern
 from tests.helpers import tiny
 from tests.helpers.checkpoints import cache
@@ -36,7 +36,7 @@ def make(out: Path, dense: Path, pattern: Pattern, *, record: bool = False) -> P
     model = load(dense)
     tokens = np.random.default_rng(0).integers(0, 300, (2, 16)).astype(np.int32)
     recipe = Recipe(Magnitude(), pattern)
-    account = Record({"ckpt": str(dense), "calib": "", "out": str(out)}, recipe, tokens)
+    account = RecordingObserver({"ckpt": str(dense), "calib": "", "out": str(out)}, recipe, tokens)
     with create_checkpoint(out, model.reader.spec, model.reader.assets) as writer:
         for layer in prune_layers(model, tokens, Magnitude(), pattern):
             writer.write(layer.params)
@@ -75,7 +75,7 @@ def test_what_was_pruned_is_verified(
     assert "verified:" in printed and "21 linear layers, " in printed
     assert f"zeros, {name}" in printed and "9 other tensors compared with" in printed
     assert ("2:4 along the inputs (columns of the stored [out, in])" in printed) == (name == "2:4")
-    wanted = expected(reading.load(pruned[name]))
+    wanted = expected(records.load(pruned[name]))
     counts = wanted.counts
     assert counts == wanted.wanted and wanted.total is None
     assert wanted.pattern == PATTERNS[name] and len(counts) == 21
@@ -93,8 +93,8 @@ def test_what_is_on_the_hub_has_its_record_too(
     assert "verified: me/tiny" in said and "2:4" in said and "without a record" not in said
     out = hub.with_name("evaluation")
     evaluate("me/tiny", measures=Measures([str(text)], seqlen=16, windows=1), out=out)
-    measured = reading.load(out)
-    assert isinstance(measured, schema.Evaluation) and measured.checkpoints["me/tiny"].run
+    measured = records.load(out)
+    assert isinstance(measured, records.Evaluation) and measured.checkpoints["me/tiny"].run
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -132,8 +132,8 @@ def test_a_total_is_all_that_unequal_linears_must_have(pruned: dict[str, Path]) 
 
     def wanted(sparsity: float) -> Claims:
         record["recipe"]["pattern"]["sparsity"] = sparsity
-        run = reading.read(json.dumps(record), "jaxprune.json")
-        assert isinstance(run, schema.Run)
+        run = records.read(json.dumps(record), "jaxprune.json")
+        assert isinstance(run, records.Run)
         return expected(run)
 
     size = sum(linear["size"] for layer in record["layers"] for linear in layer["kernels"].values())
@@ -177,7 +177,7 @@ def test_a_sparsity_of_seven_digits_is_verified(
 
 
 def test_a_record_of_another_checkpoint_is_noticed(pruned: dict[str, Path]) -> None:
-    wanted = expected(reading.load(pruned["50 %"]))
+    wanted = expected(records.load(pruned["50 %"]))
     counts = wanted.counts
     counts[3, "mlp.up_proj"] = counts.pop((1, "mlp.up_proj"))
     assert verify(load(pruned["50 %"]), wanted).problems == [
@@ -377,5 +377,5 @@ def test_a_packed_checkpoint_is_verified_by_its_record(
     pruned: dict[str, Path], tmp_path: Path
 ) -> None:
     assert convert([str(pruned["50 %"]), str(tmp_path / "packed"), "--to", "packed"]) == 0
-    assert reading.run_of(str(tmp_path / "packed"))
+    assert records.run_of(str(tmp_path / "packed"))
     assert main([str(tmp_path / "packed")]) == 0

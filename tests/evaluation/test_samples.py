@@ -10,7 +10,7 @@ import pytest
 from jaxprune import InputError, load
 from jaxprune.commands.evaluate import main
 from jaxprune.evaluation.samples import PROMPTS, Prompts, samples
-from jaxprune.reporting import reading
+from jaxprune.reporting import record as records
 from tests.helpers import tiny
 from tests.helpers.zeros import pruned
 
@@ -95,7 +95,7 @@ def test_a_report_shows_them_side_by_side(
         f"{tmp_path / 'mine.txt'}"
     )
     assert main([*line.split(), "--out", str(tmp_path / "out")]) == 0
-    record = reading.load(tmp_path / "out")
+    record = records.load(tmp_path / "out")
     found = {name: measured.quality.samples for name, measured in record.checkpoints.items()}
     assert [len(ones) for ones in found.values()] == [2, 2]
     page = (tmp_path / "out" / "report.html").read_text()

@@ -1,7 +1,7 @@
 """What runs of command lines need."""
 
-from jaxprune.commands.config import parse
 from jaxprune.commands.plan import work_of as work_of_options
+from jaxprune.commands.run_options import parse
 from jaxprune.planning.preflight import need
 from jaxprune.planning.work import Need, Work
 from jaxprune.sharding import ONE_DEVICE

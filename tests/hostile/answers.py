@@ -117,12 +117,12 @@ def problem(path: str) -> None:
 
 
 def record(path: str) -> None:
-    from jaxprune.reporting import reading, schema
-    from jaxprune.reporting.entries import entries
+    from jaxprune.reporting import record as records
+    from jaxprune.reporting.checkpoints import checkpoints_of
 
-    entries([reading.load(Path(path))])  # the figures take a second: the command draws them
-    if run := reading.run_of(Path(path)):
-        schema.expected(run)
+    checkpoints_of([records.load(Path(path))])  # the figures take a second: the command draws them
+    if run := records.run_of(Path(path)):
+        records.expected(run)
 
 
 def rows(path: str) -> None:

@@ -13,9 +13,10 @@ import pytest
 
 from convert.errors import UserError
 from jaxprune.commands.report import main as report_main
-from jaxprune.evaluation.text import short_name
-from jaxprune.reporting import figures, reading, report
-from jaxprune.reporting.schema import Record
+from jaxprune.evaluation.perplexity import short_name
+from jaxprune.reporting import plots, report
+from jaxprune.reporting import record as records
+from jaxprune.reporting.record import Record
 
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 
@@ -85,7 +86,7 @@ def evaluation_record(
 
 
 def parsed(*records: dict[str, Any]) -> list[Record]:
-    return [reading.read(json.dumps(record), "jaxprune.json") for record in records]
+    return [records.read(json.dumps(record), "jaxprune.json") for record in records]
 
 
 def page_of(*records: dict[str, Any]) -> str:
@@ -110,7 +111,7 @@ def several() -> list[dict[str, Any]]:
 
 
 def test_a_run_is_a_dense_and_a_pruned_entry() -> None:
-    dense, pruned = report.entries(parsed(run_record()))
+    dense, pruned = report.checkpoints_of(parsed(run_record()))
     assert (dense.name, dense.dense, dense.label) == ("llama-7b", True, "llama-7b (dense)")
     assert dense.accuracy == pytest.approx(0.525)
     assert dense.sparsity is None  # nobody counted its zeros
@@ -131,7 +132,7 @@ def test_records_of_one_checkpoint_are_merged() -> None:
         "elsewhere/pruned": {"sparsity": 0.5, "run": run, "quality": quality(13.0, kl=0.2)},
         "elsewhere/other": {"sparsity": 0.41, "run": None, "quality": quality(15.0)},
     }
-    found = report.entries(
+    found = report.checkpoints_of(
         parsed(run, evaluation_record(both), run_record(evaluation={"dense": quality(10.0)}))
     )
     assert [(entry.label, entry.dense) for entry in found] == [
@@ -146,8 +147,8 @@ def test_the_zeros_of_a_dense_checkpoint_are_those_that_were_counted() -> None:
     counted = evaluation_record(
         {"llama-7b": {"sparsity": 0.0003, "run": None, "quality": quality(10.0)}}
     )
-    for records in ((run_record(), counted), (counted, run_record())):
-        assert report.entries(parsed(*records))[0].sparsity == 0.0003
+    for given in ((run_record(), counted), (counted, run_record())):
+        assert report.checkpoints_of(parsed(*given))[0].sparsity == 0.0003
 
 
 def test_the_mean_is_that_of_the_merged_tasks() -> None:
@@ -157,7 +158,7 @@ def test_the_mean_is_that_of_the_merged_tasks() -> None:
         "groups": ["glue"],
         "seconds": {},
     }
-    (dense,) = report.entries(
+    (dense,) = report.checkpoints_of(
         parsed(
             *(
                 evaluation_record({"llama-7b": {"sparsity": 0.0, "run": None, "quality": one}})
@@ -170,7 +171,7 @@ def test_the_mean_is_that_of_the_merged_tasks() -> None:
 
 def test_checkpoints_of_one_name_are_told_apart() -> None:
     records = [run_record("a/out", method="admm"), run_record("b/out", method="wanda")]
-    assert [entry.label for entry in report.entries(parsed(*records))] == [
+    assert [entry.label for entry in report.checkpoints_of(parsed(*records))] == [
         "llama-7b (dense)",
         "a/out",
         "b/out",
@@ -220,11 +221,11 @@ def test_dense_perplexities_that_disagree_are_refused() -> None:
 
 def test_a_title_counts_the_pruned_checkpoints() -> None:
     alone = {"llama-7b": {"sparsity": 0.0, "run": None, "quality": quality(10.0)}}
-    for records, title in (
+    for given, title in (
         (several(), "6 pruned checkpoints"),
         ([evaluation_record(alone)], "1 dense checkpoint"),
     ):
-        assert f"<h1>{title}</h1>" in page_of(*records)
+        assert f"<h1>{title}</h1>" in page_of(*given)
 
 
 def headings(page: str) -> list[str]:
@@ -268,10 +269,10 @@ def test_measures_before_all_zeros_are_there_are_marked() -> None:
     points = [[tokens, 0.5] for tokens in (0, 500, 700, 1000)]
 
     def dotted(pattern: str = "60 %", **tuning: float) -> int:
-        found = report.entries(
+        found = report.checkpoints_of(
             parsed(run_record(pattern=pattern, divergences=points, recipe={"tuning": tuning}))
         )[1:]
-        return figures.divergence_by_tokens(found).svg.count("stroke-dasharray")
+        return plots.divergence_by_tokens(found).svg.count("stroke-dasharray")
 
     assert (
         dotted(tune_tokens=1000, tune_zeros=0.5) == dotted(tune_tokens=10**400, tune_zeros=0.5) == 1
@@ -373,16 +374,16 @@ def test_no_number_keeps_a_plot_from_being_drawn(number: float | None) -> None:
             for linear in layer["kernels"].values():
                 linear["error"] = number
         record["seconds"] = {"solve": number}
-    found = report.entries(parsed(*records))
+    found = report.checkpoints_of(parsed(*records))
     runs = found[1:]
-    plots = [figures.perplexities(found, "wikitext2"), figures.divergences(runs, "wikitext2")]
-    plots += [
-        figures.error_by_layer(runs),
-        figures.error_by_layer(runs[:1]),
-        figures.error_by_linear(runs),
+    drawn = [plots.perplexities(found, "wikitext2"), plots.divergences(runs, "wikitext2")]
+    drawn += [
+        plots.error_by_layer(runs),
+        plots.error_by_layer(runs[:1]),
+        plots.error_by_linear(runs),
     ]
-    plots.append(figures.time_by_phase(runs))
-    assert all("<path" in plot.svg for plot in plots)
+    drawn.append(plots.time_by_phase(runs))
+    assert all("<path" in plot.svg for plot in drawn)
 
 
 @pytest.mark.parametrize(
@@ -409,7 +410,7 @@ def test_a_folder_without_a_record_is_one_error(
     if content is not None:
         (tmp_path / "jaxprune.json").write_text(content)
     with pytest.raises(UserError, match=message):
-        reading.load(tmp_path)
+        records.load(tmp_path)
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -508,7 +509,7 @@ def test_a_verdict_and_sizes_on_disk_are_shown() -> None:
         "fewer": measured(150_000_000, 75_000_000, perplexity=13.0, kl=0.25),
     }
     head = {"schema": 3, "kind": "evaluation", "config": {}, "against": "dense"}
-    page = report.page([reading.read(json.dumps(head | {"checkpoints": checkpoints}), "x")])
+    page = report.page([records.read(json.dumps(head | {"checkpoints": checkpoints}), "x")])
     sentence = (
         "pruned, 50 % zeros: on wikitext2 its perplexity is 1.30 times the dense model&#39;s, and "
         "at 50 % of"
@@ -518,9 +519,9 @@ def test_a_verdict_and_sizes_on_disk_are_shown() -> None:
     for sizes in ("200 MB</td><td>60 MB", "200 MB</td><td>400 MB", "150 MB</td><td>150 MB"):
         assert f"<td>{sizes}</td>" in page
     del checkpoints["fewer"]  # the others have as many parameters, and only their files differ
-    page = report.page([reading.read(json.dumps(head | {"checkpoints": checkpoints}), "x")])
+    page = report.page([records.read(json.dumps(head | {"checkpoints": checkpoints}), "x")])
     assert "by size" not in page and "<td>200 MB</td><td>400 MB</td>" in page
     for one in checkpoints.values():
         del one["parameters"]  # as earlier versions wrote it
-    page = report.page([reading.read(json.dumps(head | {"checkpoints": checkpoints}), "x")])
+    page = report.page([records.read(json.dumps(head | {"checkpoints": checkpoints}), "x")])
     assert "by size" not in page and "16 bits" not in page

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 from convert.ownership import MARKER
 from jaxprune import InputError, Observer, Recipe, load, methods, prune
 from jaxprune.commands.prune import main
-from jaxprune.reporting import reading, schema
+from jaxprune.reporting import record as records
 from jaxprune.run_store import store as store_module
 from jaxprune.run_store.store import RunStore
 from jaxprune.solve import layer
@@ -540,5 +540,5 @@ def test_metrics_that_are_not_finite_are_none_after_a_stop_too(
     for one in record["layers"]:
         for linear in one["kernels"].values():
             assert linear["stats"].items() >= {"undefined": None, "endless": None}.items()
-    run = reading.load(out)
-    assert isinstance(run, schema.Run) and run.resumed_layers == 2
+    run = records.load(out)
+    assert isinstance(run, records.Run) and run.resumed_layers == 2

@@ -10,12 +10,12 @@ from safetensors.numpy import load_file
 
 from jaxprune import NM, InputError, Recipe, Rule, Unstructured, load, phases, prune_model
 from jaxprune.__main__ import main as jaxprune
-from jaxprune.commands.config import PRUNE, parse, read
 from jaxprune.commands.prune import main, require_suitable
+from jaxprune.commands.run_options import PRUNE, parse, read
 from jaxprune.commands.verify import main as verify
 from jaxprune.methods.wanda import Wanda
 from jaxprune.recipe import PRESETS
-from jaxprune.reporting import reading
+from jaxprune.reporting import record as records
 from jaxprune.solve.targets import by_rules, count_weights, effective_recipe, require_sparsity
 from tests.helpers import families
 from tests.helpers.shapes import windows
@@ -165,7 +165,7 @@ def test_nothing_is_done_where_all_stay_dense(
         record["recipe"]["importance"]["spread"] == 0.3
         and record["recipe"]["tuning"]["tune_epochs"] == 2
     )
-    run = reading.run_of(out)
+    run = records.run_of(out)
     assert run
     assert (run.pattern_text, run.method_text) == ("* dense", "best: linear layers left dense")
     card, report = (out / "README.md").read_text(), (out / "report.html").read_text()
@@ -182,7 +182,7 @@ def test_what_stays_dense_is_quantized(checkpoint: Path, ids: Path) -> None:
     out = pruned("--preset fast --skip * --quantize q4_0", checkpoint, ids)
     name = "model.layers.1.self_attn.q_proj.weight"
     assert len(np.unique(load_file(out / "model.safetensors")[name][0])) <= 16
-    run = reading.run_of(out)
+    run = records.run_of(out)
     assert run and run.method_text == "fast: linear layers left dense, quantized to Q4_0"
 
 
@@ -193,7 +193,7 @@ def test_rules_that_name_every_linear_layer_decide(
     """As the same sparsity of all does, of which no part is left to the tuning."""
     rules = "--rule *.self_attn.*=0.7 --rule *.mlp.*=0.7"
     out = pruned(f"--preset {preset} {rules}", checkpoint, ids)
-    found, run = (out / "model.safetensors").read_bytes(), reading.run_of(out)
+    found, run = (out / "model.safetensors").read_bytes(), records.run_of(out)
     assert run and run.pattern_text == "*.self_attn.* 70 %, *.mlp.* 70 %"
     assert "sparsities within" not in run.method_text and "go meanwhile" not in run.method_text
     assert "outputs weighed" in run.method_text and "epochs of tuning" in run.method_text

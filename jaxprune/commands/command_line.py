@@ -58,7 +58,7 @@ class CommandLine:
     Args:
         argv: the words.
         module: the name of the command's module, for its help.
-        records: whether the file may be the record of a run.
+        may_be_record: whether the file may be the record of a run.
 
     Attributes:
         record: that record; None: there is none.
@@ -68,7 +68,9 @@ class CommandLine:
         CheckpointError: it cannot be read.
     """
 
-    def __init__(self, argv: Sequence[str], module: str = "", *, records: bool = False) -> None:
+    def __init__(
+        self, argv: Sequence[str], module: str = "", *, may_be_record: bool = False
+    ) -> None:
         self._argv = list(argv)
         self._module = sys.modules.get(module)
         self._command = f"jaxprune {module.rpartition('.')[2]}"
@@ -78,7 +80,7 @@ class CommandLine:
                 flag, equals, value = word[2:].partition("=")
                 self._given[flag.replace("-", "_")] = value if equals else following
         self._file = expand(name) if (name := self._given.get("config")) else None
-        found = config_file.load(self._file, records=records) if self._file else {}
+        found = config_file.load(self._file, may_be_record=may_be_record) if self._file else {}
         self._stored = found if isinstance(found, dict) else {}
         self.record = None if isinstance(found, dict) else found
 

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from jaxprune import InputError, load
-from jaxprune.evaluation.text import TextQuality, perplexity, text_quality
+from jaxprune.evaluation.perplexity import TextQuality, perplexity, text_quality
 from jaxprune.streaming import head
 from tests.helpers import tiny
 from tests.helpers.optional import needs_torch, torch

@@ -11,9 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from convert.schema import check, dump
 from jaxprune import calibration
-from jaxprune.commands.computation_options import StreamingOptions
-from jaxprune.commands.eval_options import MEASURE_OF, EvalOptions, split, with_defaults
-from jaxprune.commands.options import (
+from jaxprune.commands.command_line import (
     CommandLine,
     Section,
     fields_in,
@@ -22,6 +20,8 @@ from jaxprune.commands.options import (
     require_positive,
     whole,
 )
+from jaxprune.commands.computation_options import StreamingOptions
+from jaxprune.commands.eval_options import MEASURE_OF, EvalOptions, split, with_defaults
 from jaxprune.commands.recipe_options import RecipeOptions
 from jaxprune.errors import InputError
 from jaxprune.processes.control import Group
@@ -131,7 +131,7 @@ class Config(PlanOptions, MachineOptions, EvalOptions, CalibrationOptions, Resul
         """
         if self.coordinator is None:
             return None
-        from jaxprune.reporting.record import versions  # takes a second to import
+        from jaxprune.reporting.recording_observer import versions  # takes a second to import
 
         options = {
             name: value
@@ -197,7 +197,7 @@ def group_of(argv: Sequence[str]) -> Group | None:
     """Returns the processes of a command line that need not be valid otherwise; None: it does not
     say them."""
     try:
-        line = CommandLine(argv, records=True)
+        line = CommandLine(argv, may_be_record=True)
         coordinator = line.value("coordinator")
         texts = [line.value(name) for name in ("processes", "process_id")]
         processes, number = (whole(text) if text else None for text in texts)
@@ -253,7 +253,7 @@ def read(
         UserError: a flag or a value that cannot be used.
         SystemExit: after --help.
     """
-    line = CommandLine(argv, module, records=True)
+    line = CommandLine(argv, module, may_be_record=True)
     chosen = RecipeOptions(line)
     section = partial(Section, defaults=line.repeated)
     given = line.read(

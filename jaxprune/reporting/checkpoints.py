@@ -7,10 +7,10 @@ from typing import Literal
 
 from convert.hub import DESCRIPTIONS
 from jaxprune.errors import InputError
+from jaxprune.evaluation.perplexity import TextQuality, short_name
 from jaxprune.evaluation.quality import Quality
-from jaxprune.evaluation.text import TextQuality, short_name
-from jaxprune.reporting.card import sizes_text
-from jaxprune.reporting.schema import Record, Run
+from jaxprune.reporting.model_card import sizes_text
+from jaxprune.reporting.record import Record, Run
 from jaxprune.sparsity.masks import LEAST_ZEROS
 from jaxprune.sparsity.patterns import NM
 
@@ -21,7 +21,7 @@ WHICH: tuple[Literal["dense", "pruned"], ...] = ("dense", "pruned")
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class Checkpoint:
     """One checkpoint of a report.
 
     Attributes:
@@ -92,53 +92,59 @@ class Entry:
         return self.run is not None and isinstance(self.run.recipe.pattern, NM)
 
 
-def entries(records: Sequence[Record]) -> list[Entry]:
+def checkpoints_of(records: Sequence[Record]) -> list[Checkpoint]:
     """Returns the checkpoints of records, dense ones first; a checkpoint in several records is one
     entry.
 
     Raises:
         InputError: a dense checkpoint has two perplexities on the same windows.
     """
-    found: dict[str, Entry] = {}
-    for entry in _with_labels([entry for record in records for entry in _entries(record)]):
-        before = found.get(entry.key)
+    found: dict[str, Checkpoint] = {}
+    for checkpoint in _with_labels(
+        [checkpoint for record in records for checkpoint in _of_record(record)]
+    ):
+        before = found.get(checkpoint.key)
         if before is None:
-            found[entry.key] = entry
+            found[checkpoint.key] = checkpoint
         else:
-            _require_same_texts(before, entry)
+            _require_same_texts(before, checkpoint)
             quality = Quality(
-                texts={**before.quality.texts, **entry.quality.texts},
-                tasks={**before.quality.tasks, **entry.quality.tasks},
-                groups=sorted({*before.quality.groups, *entry.quality.groups}),
-                samples=entry.quality.samples or before.quality.samples,
+                texts={**before.quality.texts, **checkpoint.quality.texts},
+                tasks={**before.quality.tasks, **checkpoint.quality.tasks},
+                groups=sorted({*before.quality.groups, *checkpoint.quality.groups}),
+                samples=checkpoint.quality.samples or before.quality.samples,
             )
-            main = before if before.run or not entry.run else entry
-            found[entry.key] = dataclasses.replace(
+            main = before if before.run or not checkpoint.run else checkpoint
+            found[checkpoint.key] = dataclasses.replace(
                 main,
-                sparsity=entry.sparsity if main.sparsity is None else main.sparsity,
+                sparsity=checkpoint.sparsity if main.sparsity is None else main.sparsity,
                 quality=quality,
-                dense=before.dense or entry.dense,
-                disk_bytes=before.disk_bytes or entry.disk_bytes,
-                parameters=before.parameters or entry.parameters,
+                dense=before.dense or checkpoint.dense,
+                disk_bytes=before.disk_bytes or checkpoint.disk_bytes,
+                parameters=before.parameters or checkpoint.parameters,
             )
-    ordered = sorted(found.values(), key=lambda entry: not entry.dense)
-    labels = [entry.label for entry in ordered]
-    first = sum(entry.dense for entry in ordered)
+    ordered = sorted(found.values(), key=lambda checkpoint: not checkpoint.dense)
+    labels = [checkpoint.label for checkpoint in ordered]
+    first = sum(checkpoint.dense for checkpoint in ordered)
     return [
         dataclasses.replace(
-            entry,
-            label=entry.label if labels.count(entry.label) == 1 else _shortened(entry.name),
+            checkpoint,
+            label=checkpoint.label
+            if labels.count(checkpoint.label) == 1
+            else _shortened(checkpoint.name),
             number=max(0, place - first),
         )
-        for place, entry in enumerate(ordered)
+        for place, checkpoint in enumerate(ordered)
     ]
 
 
-def _with_labels(found: Sequence[Entry]) -> list[Entry]:
-    """Returns entries whose texts have unique short names, a name for each shape of windows: what
+def _with_labels(found: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Returns checkpoints whose texts have unique short names, one for each shape of windows: what
     was measured on other windows cannot be compared."""
     measured = dict.fromkeys(
-        (name, text.windows) for entry in found for name, text in entry.quality.texts.items()
+        (name, text.windows)
+        for checkpoint in found
+        for name, text in checkpoint.quality.texts.items()
     )
     names = [name for name, _ in measured]
     short = {name: short_name(name) for name in names}
@@ -149,19 +155,20 @@ def _with_labels(found: Sequence[Entry]) -> list[Entry]:
 
     return [
         dataclasses.replace(
-            entry,
+            checkpoint,
             quality=dataclasses.replace(
-                entry.quality,
+                checkpoint.quality,
                 texts={
-                    label(name, text.windows): text for name, text in entry.quality.texts.items()
+                    label(name, text.windows): text
+                    for name, text in checkpoint.quality.texts.items()
                 },
             ),
         )
-        for entry in found
+        for checkpoint in found
     ]
 
 
-def _require_same_texts(one: Entry, other: Entry) -> None:
+def _require_same_texts(one: Checkpoint, other: Checkpoint) -> None:
     """Raises InputError where a dense checkpoint, with which others are compared, has two
     perplexities on the same windows: the content of the text was another."""
     for name, text in other.quality.texts.items():
@@ -174,7 +181,7 @@ def _require_same_texts(one: Entry, other: Entry) -> None:
             )
 
 
-def _entries(record: Record) -> list[Entry]:
+def _of_record(record: Record) -> list[Checkpoint]:
     if isinstance(record, Run):
         measured = record.evaluation
         sizes = {
@@ -205,11 +212,11 @@ def _bare(
     quality: Quality,
     size: int | None,
     parameters: int | None,
-) -> Entry:
+) -> Checkpoint:
     """Returns a checkpoint of whose making nothing is known."""
     pattern = "" if dense or sparsity is None else f"{100 * sparsity:.1f} %"
     label = Path(name).name + (" (dense)" if dense else "")
-    return Entry(
+    return Checkpoint(
         name,
         label,
         dense,
@@ -225,9 +232,11 @@ def _bare(
 
 def _pruned(
     name: str, run: Run, quality: Quality, size: int | None, parameters: int | None
-) -> Entry:
+) -> Checkpoint:
     how = run.method_text, run.pattern_text
-    return Entry(name, Path(name).name, False, *how, run.sparsity, quality, run, size, parameters)
+    return Checkpoint(
+        name, Path(name).name, False, *how, run.sparsity, quality, run, size, parameters
+    )
 
 
 def _shortened(name: str) -> str:

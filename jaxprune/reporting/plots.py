@@ -13,7 +13,8 @@ from jaxprune.distill.schedule import all_zeros_there
 from jaxprune.models.common.functional_modules import every_expert
 from jaxprune.recipe import Recipe
 from jaxprune.recipe_parts import effective_tuning
-from jaxprune.reporting.drawing import (
+from jaxprune.reporting.checkpoints import Checkpoint
+from jaxprune.reporting.svg import (
     AXIS,
     DENSE,
     LEAST,
@@ -26,22 +27,21 @@ from jaxprune.reporting.drawing import (
     series_style,
     words,
 )
-from jaxprune.reporting.entries import Entry
 from jaxprune.solve.kernel import KernelResult
 from jaxprune.solve.layer_result import LayerSummary
 from jaxprune.solve.quantized_layers import ERROR
 
 LEAST_SPAN = 5
 """Percent of zeros that an axis has room for at least."""
-ValueOf = Callable[[Entry], float | None]
+ValueOf = Callable[[Checkpoint], float | None]
 """What of a checkpoint is plotted; None where it was not measured."""
 
 
-def error_by_layer(entries: Sequence[Entry], *, of_quantization: bool = False) -> Figure:
+def error_by_layer(checkpoints: Sequence[Checkpoint], *, of_quantization: bool = False) -> Figure:
     """Returns a plot: of one run every linear's error, of several the mean over linear layers.
 
     Args:
-        entries: runs.
+        checkpoints: runs.
         of_quantization: what was lost on the way to the grid, instead of what pruning lost.
     """
 
@@ -49,9 +49,9 @@ def error_by_layer(entries: Sequence[Entry], *, of_quantization: bool = False) -
         return kernel.stats.get(ERROR) if of_quantization else kernel.error
 
     def plot(axis: Axes) -> None:
-        if len(entries) == 1:
-            layers = _layers(entries[0])
-            for number, name in enumerate(_linears(entries)):
+        if len(checkpoints) == 1:
+            layers = _layers(checkpoints[0])
+            for number, name in enumerate(_linears(checkpoints)):
                 errors = [
                     error_of(la.kernels[name]) if name in la.kernels else None for la in layers
                 ]
@@ -59,16 +59,16 @@ def error_by_layer(entries: Sequence[Entry], *, of_quantization: bool = False) -
                     _numbers(layers), _percents(errors), label=_short(name), **series_style(number)
                 )
         else:
-            for entry in entries:
+            for checkpoint in checkpoints:
                 means = [
                     _mean(error_of(linear) for linear in layer.kernels.values())
-                    for layer in _layers(entry)
+                    for layer in _layers(checkpoint)
                 ]
                 axis.plot(
-                    _numbers(_layers(entry)),
+                    _numbers(_layers(checkpoint)),
                     _percents(means),
-                    label=_label(entry),
-                    **_style_of(entry),
+                    label=_label(checkpoint),
+                    **_style_of(checkpoint),
                 )
         logarithmic(axis.yaxis)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -80,17 +80,19 @@ def error_by_layer(entries: Sequence[Entry], *, of_quantization: bool = False) -
     )
 
 
-def error_by_linear(entries: Sequence[Entry]) -> Figure:
+def error_by_linear(checkpoints: Sequence[Checkpoint]) -> Figure:
     """Returns a plot of the mean over the layers, and the range from the least to the largest."""
-    names = _linears(entries)
+    names = _linears(checkpoints)
 
     def plot(axis: Axes) -> None:
-        for number, entry in enumerate(entries):
-            shift = 0.7 * ((number + 0.5) / len(entries) - 0.5)
-            style, means, places = _style_of(entry), [], []
+        for number, checkpoint in enumerate(checkpoints):
+            shift = 0.7 * ((number + 0.5) / len(checkpoints) - 0.5)
+            style, means, places = _style_of(checkpoint), [], []
             for place, name in enumerate(names):
                 found = [
-                    layer.kernels[name].error for layer in _layers(entry) if name in layer.kernels
+                    layer.kernels[name].error
+                    for layer in _layers(checkpoint)
+                    if name in layer.kernels
                 ]
                 if errors := _percents(error for error in found if math.isfinite(error)):
                     axis.hlines(
@@ -98,52 +100,59 @@ def error_by_linear(entries: Sequence[Entry]) -> Figure:
                     )
                     means.append(sum(errors) / len(errors))
                     places.append(place + shift)
-            axis.plot(means, places, **style, ls="", label=_label(entry))
+            axis.plot(means, places, **style, ls="", label=_label(checkpoint))
         axis.set_yticks(range(len(names)), [_short(name) for name in names])
         axis.invert_yaxis()
         logarithmic(axis.xaxis)
         axis.set_xlabel("relative error of the output, %: mean and range over the layers")
 
-    return draw("Relative error by linear", max(2.8, 1.2 + 0.16 * len(names) * len(entries)), plot)
+    return draw(
+        "Relative error by linear", max(2.8, 1.2 + 0.16 * len(names) * len(checkpoints)), plot
+    )
 
 
-def sparsity_by_layer(entries: Sequence[Entry]) -> Figure:
+def sparsity_by_layer(checkpoints: Sequence[Checkpoint]) -> Figure:
     def plot(axis: Axes) -> None:
         every = []
-        for entry in entries:
-            for layer in _layers(entry):
+        for checkpoint in checkpoints:
+            for layer in _layers(checkpoint):
                 shares = [100 * linear.zeros / linear.size for linear in layer.kernels.values()]
                 every += shares
-                if len(entries) == 1:
+                if len(checkpoints) == 1:
                     axis.plot([layer.index + 1] * len(shares), shares, ".", color=DENSE, ms=3)
-            means = [100 * layer.zeros / layer.size for layer in _layers(entry)]
-            axis.plot(_numbers(_layers(entry)), means, label=_label(entry), **_style_of(entry))
+            means = [100 * layer.zeros / layer.size for layer in _layers(checkpoint)]
+            axis.plot(
+                _numbers(_layers(checkpoint)),
+                means,
+                label=_label(checkpoint),
+                **_style_of(checkpoint),
+            )
         axis.set_ylim(max(0, min(every) - 5), min(100, max(every) + 5))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel("layer")
         axis.set_ylabel(
-            "zeros, % (dots: single linear layers)" if len(entries) == 1 else "zeros, %"
+            "zeros, % (dots: single linear layers)" if len(checkpoints) == 1 else "zeros, %"
         )
 
     return draw("Sparsity by layer", 3.0, plot)
 
 
-def divergence_by_tokens(entries: Sequence[Entry]) -> Figure:
+def divergence_by_tokens(checkpoints: Sequence[Checkpoint]) -> Figure:
     """Returns a plot of the divergence on text held out against the tokens that were tuned on;
     dotted where zeros are still to come."""
 
     def plot(axis: Axes) -> None:
         late = False
-        for entry in entries:
-            points = entry.run.divergences if entry.run else []
-            recipe = entry.run.effective if entry.run else Recipe()
+        for checkpoint in checkpoints:
+            points = checkpoint.run.divergences if checkpoint.run else []
+            recipe = checkpoint.run.effective if checkpoint.run else Recipe()
             tuning = effective_tuning(recipe.tuning, recipe.pattern)
             whole = [point for point in points if all_zeros_there(tuning, point[0])]
             before = points[: len(points) - len(whole) + 1] if whole != points else []
             late |= bool(before)
-            for part, style in ((before, {"ls": ":"}), (whole, {"label": _label(entry)})):
+            for part, style in ((before, {"ls": ":"}), (whole, {"label": _label(checkpoint)})):
                 x, y = ([_plain(point[place]) for point in part] for place in (0, 1))
-                axis.plot(x, y, **style, **_style_of(entry))
+                axis.plot(x, y, **style, **_style_of(checkpoint))
         axis.set_xlim(left=0)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.set_xlabel("tokens tuned on" + " (dotted: zeros are still to come)" * late)
@@ -152,17 +161,19 @@ def divergence_by_tokens(entries: Sequence[Entry]) -> Figure:
     return draw("KL divergence on text held out", 3.0, plot)
 
 
-def time_by_phase(entries: Sequence[Entry]) -> Figure:
+def time_by_phase(checkpoints: Sequence[Checkpoint]) -> Figure:
     phases = list(
-        dict.fromkeys(phase for entry in entries for phase in entry.seconds if phase != "total")
+        dict.fromkeys(
+            phase for checkpoint in checkpoints for phase in checkpoint.seconds if phase != "total"
+        )
     )
 
     def plot(axis: Axes) -> None:
-        start = [0.0] * len(entries)
+        start = [0.0] * len(checkpoints)
         for number, phase in enumerate(phases):
-            values = [_plain(entry.seconds.get(phase, 0.0)) for entry in entries]
+            values = [_plain(checkpoint.seconds.get(phase, 0.0)) for checkpoint in checkpoints]
             axis.barh(
-                range(len(entries)),
+                range(len(checkpoints)),
                 values,
                 left=start,
                 label=words(phase),
@@ -171,17 +182,17 @@ def time_by_phase(entries: Sequence[Entry]) -> Figure:
             start = [a + b for a, b in zip(start, values, strict=True)]
         for place, total in enumerate(start):
             axis.text(total, place, f"  {total:.0f} s", va="center", fontsize=8)
-        _rows(axis, entries)
+        _rows(axis, checkpoints)
         axis.set_xlim(0, 1.2 * max(*start, 1e-3))
         axis.set_xlabel("seconds")
 
-    return draw("Time by phase", 1.6 + 0.35 * len(entries), plot)
+    return draw("Time by phase", 1.6 + 0.35 * len(checkpoints), plot)
 
 
-def perplexities(entries: Sequence[Entry], text: str) -> Figure:
-    values = [getattr(entry.text(text), "perplexity", None) for entry in entries]
+def perplexities(checkpoints: Sequence[Checkpoint], text: str) -> Figure:
+    values = [getattr(checkpoint.text(text), "perplexity", None) for checkpoint in checkpoints]
     return _measured(
-        entries,
+        checkpoints,
         values,
         f"Perplexity of {text}",
         "perplexity (lower is better)",
@@ -189,10 +200,10 @@ def perplexities(entries: Sequence[Entry], text: str) -> Figure:
     )
 
 
-def divergences(entries: Sequence[Entry], text: str) -> Figure:
-    values = [getattr(entry.text(text), "kl", None) for entry in entries]
+def divergences(checkpoints: Sequence[Checkpoint], text: str) -> Figure:
+    values = [getattr(checkpoint.text(text), "kl", None) for checkpoint in checkpoints]
     return _measured(
-        entries,
+        checkpoints,
         values,
         f"KL divergence from the dense model, {text}",
         "nats a token (lower is better)",
@@ -200,7 +211,7 @@ def divergences(entries: Sequence[Entry], text: str) -> Figure:
 
 
 def _measured(
-    entries: Sequence[Entry],
+    checkpoints: Sequence[Checkpoint],
     values: Sequence[float | None],
     title: str,
     label: str,
@@ -213,9 +224,9 @@ def _measured(
         known = [_plain(value) for value in values if value is not None]
         high = max([*known, 1e-9]) if known else 1.0
         low = max(min(known) / 1.25, 1e-9) if log and known else 0.0
-        for place, (entry, value) in enumerate(zip(entries, values, strict=True)):
+        for place, (checkpoint, value) in enumerate(zip(checkpoints, values, strict=True)):
             style, end = (
-                _style_of(entry) | {"marker": "o", "ms": 7},
+                _style_of(checkpoint) | {"marker": "o", "ms": 7},
                 high if value is None else max(low, _plain(value)),
             )
             if value is not None:
@@ -225,25 +236,28 @@ def _measured(
         axis.set_xlim(low, high * (high / low) ** 0.25 if log and known else 1.2 * high)
         if log:
             logarithmic(axis.xaxis)
-        _rows(axis, entries)
+        _rows(axis, checkpoints)
         axis.set_xlabel(label)
 
-    return draw(title, 1.3 + 0.3 * len(entries), plot)
+    return draw(title, 1.3 + 0.3 * len(checkpoints), plot)
 
 
-def accuracies(entries: Sequence[Entry]) -> Figure:
+def accuracies(checkpoints: Sequence[Checkpoint]) -> Figure:
     """Returns a plot of the accuracy by task, with standard errors, and the mean."""
     tasks = list(
         dict.fromkeys(
-            task for entry in entries for task, m in entry.quality.tasks.items() if "acc" in m
+            task
+            for checkpoint in checkpoints
+            for task, m in checkpoint.quality.tasks.items()
+            if "acc" in m
         )
     )
 
     def plot(axis: Axes) -> None:
-        for number, entry in enumerate(entries):
-            shift = 0.7 * ((number + 0.5) / len(entries) - 0.5)
-            found = [entry.quality.tasks.get(task, {}) for task in tasks] + [
-                entry.quality.mean_accuracy
+        for number, checkpoint in enumerate(checkpoints):
+            shift = 0.7 * ((number + 0.5) / len(checkpoints) - 0.5)
+            found = [checkpoint.quality.tasks.get(task, {}) for task in tasks] + [
+                checkpoint.quality.mean_accuracy
             ]
             known = {
                 place: metrics
@@ -254,32 +268,38 @@ def accuracies(entries: Sequence[Entry]) -> Figure:
             values = _percents(metrics["acc"] for metrics in known.values())
             errors = _percents(abs(metrics.get("acc_stderr") or 0.0) for metrics in known.values())
             axis.errorbar(
-                values, places, xerr=errors, label=_label(entry), **_style_of(entry) | {"ls": ""}
+                values,
+                places,
+                xerr=errors,
+                label=_label(checkpoint),
+                **_style_of(checkpoint) | {"ls": ""},
             )
         axis.set_yticks(range(len(tasks) + 1), [*map(words, tasks), "mean"])
         axis.axhline(len(tasks) - 0.5, color=AXIS, lw=0.6)
         axis.invert_yaxis()
         axis.set_xlabel("accuracy (acc), %, with standard errors")
 
-    return draw("Zero-shot accuracy", 1.4 + (0.12 + 0.13 * len(entries)) * (len(tasks) + 1), plot)
+    return draw(
+        "Zero-shot accuracy", 1.4 + (0.12 + 0.13 * len(checkpoints)) * (len(tasks) + 1), plot
+    )
 
 
 def quality_by_sparsity(
-    entries: Sequence[Entry], title: str, label: str, value_of: ValueOf, *, log: bool
+    checkpoints: Sequence[Checkpoint], title: str, label: str, value_of: ValueOf, *, log: bool
 ) -> Figure | None:
     """Returns a line a method (a point of a checkpoint without one) over the sparsities; None where
     these are one."""
     pruned = [
-        (entry, value)
-        for entry in entries
-        if not entry.dense and (value := value_of(entry)) is not None
+        (checkpoint, value)
+        for checkpoint in checkpoints
+        if not checkpoint.dense and (value := value_of(checkpoint)) is not None
     ]
     if len({(round(e.sparsity, 3), e.grouped) for e, _ in pruned if e.sparsity is not None}) < 2:
         return None
 
     def plot(axis: Axes) -> None:
         for number, method in enumerate(
-            dict.fromkeys(entry.method or entry.label for entry, _ in pruned)
+            dict.fromkeys(checkpoint.method or checkpoint.label for checkpoint, _ in pruned)
         ):
             same = [(e, value) for e, value in pruned if (e.method or e.label) == method]
             own = [(e.sparsity, value, e) for e, value in same if e.sparsity is not None]
@@ -296,8 +316,8 @@ def quality_by_sparsity(
             if grouped:
                 style |= {"ls": "", "mfc": "none", "ms": 6}
                 axis.plot(*zip(*grouped, strict=True), label=f"{words(method, 60)}, N:M", **style)
-        for entry in entries:
-            if entry.dense and (value := value_of(entry)) is not None:
+        for checkpoint in checkpoints:
+            if checkpoint.dense and (value := value_of(checkpoint)) is not None:
                 axis.axhline(_plain(value), color=DENSE, ls="--", lw=1, label="dense")
         if log:
             logarithmic(axis.yaxis)
@@ -311,22 +331,22 @@ def quality_by_sparsity(
 
 
 def quality_by_size(
-    entries: Sequence[Entry], title: str, label: str, value_of: ValueOf
+    checkpoints: Sequence[Checkpoint], title: str, label: str, value_of: ValueOf
 ) -> Figure | None:
     """Returns a point a checkpoint by its size in 16 bits; None where all are as large, or nobody
     counted."""
     known = [
-        (entry, entry.bytes_in_16_bits, value)
-        for entry in entries
-        if (value := value_of(entry)) is not None
+        (checkpoint, checkpoint.bytes_in_16_bits, value)
+        for checkpoint in checkpoints
+        if (value := value_of(checkpoint)) is not None
     ]
-    points = [(entry, size / 1e6, _plain(value)) for entry, size, value in known if size]
+    points = [(checkpoint, size / 1e6, _plain(value)) for checkpoint, size, value in known if size]
     if len({round(size, 1) for _, size, _ in points}) < 2:
         return None
 
     def plot(axis: Axes) -> None:
-        for entry, size, value in points:
-            axis.plot(size, value, label=_label(entry), **(_style_of(entry) | {"ls": ""}))
+        for checkpoint, size, value in points:
+            axis.plot(size, value, label=_label(checkpoint), **(_style_of(checkpoint) | {"ls": ""}))
         logarithmic(axis.yaxis)
         axis.set_xlabel("weights in 16 bits, MB")
         axis.set_ylabel(label)
@@ -334,24 +354,26 @@ def quality_by_size(
     return draw(title, 3.4, plot)
 
 
-def _rows(axis: Axes, entries: Sequence[Entry]) -> None:
+def _rows(axis: Axes, checkpoints: Sequence[Checkpoint]) -> None:
     """Gives the axis one row a checkpoint, from the top."""
-    axis.set_yticks(range(len(entries)), [_label(entry) for entry in entries])
-    axis.set_ylim(len(entries) - 0.4, -0.6)
+    axis.set_yticks(range(len(checkpoints)), [_label(checkpoint) for checkpoint in checkpoints])
+    axis.set_ylim(len(checkpoints) - 0.4, -0.6)
     axis.grid(axis="y", visible=False)
 
 
-def _style_of(entry: Entry) -> dict[str, Any]:
+def _style_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """Returns how a checkpoint looks, the same in all plots."""
-    return {"color": DENSE, "marker": "o"} if entry.dense else series_style(entry.number)
+    return {"color": DENSE, "marker": "o"} if checkpoint.dense else series_style(checkpoint.number)
 
 
-def _label(entry: Entry) -> str:
-    return words(entry.label)
+def _label(checkpoint: Checkpoint) -> str:
+    return words(checkpoint.label)
 
 
-def _layers(entry: Entry) -> Sequence[LayerSummary]:
-    return [_with_experts_together(layer) for layer in entry.run.layers] if entry.run else []
+def _layers(checkpoint: Checkpoint) -> Sequence[LayerSummary]:
+    return (
+        [_with_experts_together(layer) for layer in checkpoint.run.layers] if checkpoint.run else []
+    )
 
 
 def _with_experts_together(layer: LayerSummary) -> LayerSummary:
@@ -376,10 +398,13 @@ def _numbers(layers: Sequence[LayerSummary]) -> list[int]:
     return [layer.index + 1 for layer in layers]
 
 
-def _linears(entries: Sequence[Entry]) -> list[str]:
+def _linears(checkpoints: Sequence[Checkpoint]) -> list[str]:
     return list(
         dict.fromkeys(
-            name for entry in entries for layer in _layers(entry) for name in layer.kernels
+            name
+            for checkpoint in checkpoints
+            for layer in _layers(checkpoint)
+            for name in layer.kernels
         )
     )
 

@@ -7,10 +7,10 @@ import pytest
 
 from convert.errors import UserError
 from jaxprune import methods
-from jaxprune.commands.config import Config, parse
-from jaxprune.commands.options import field_docs
+from jaxprune.commands.command_line import field_docs
 from jaxprune.commands.prune import main
 from jaxprune.commands.recipe_options import Flags, WholeModel
+from jaxprune.commands.run_options import Config, parse
 from jaxprune.errors import Change, InputError
 from jaxprune.methods import Method
 from jaxprune.methods.admm import ADMM

@@ -18,9 +18,9 @@ from convert import packed
 from convert.errors import CheckpointError
 from convert.files import read_bytes, require_inside, require_regular
 from convert.hub import repository_of
-from jaxprune.reporting import reading
-from jaxprune.reporting.card import escaped
-from jaxprune.reporting.schema import RECORD, RECORD_BYTES, REPORT, Quality, Run
+from jaxprune.reporting import record as records
+from jaxprune.reporting.model_card import escaped
+from jaxprune.reporting.record import RECORD, RECORD_BYTES, REPORT, Quality, Run
 from jaxprune.sparsity.masks import FROM_CHECKPOINT
 
 CARD = "README.md"
@@ -74,7 +74,7 @@ def publication(
             require_inside(path, folder)
             require_regular(path)
             files[name.as_posix()] = path
-    run = reading.run_of(folder)
+    run = records.run_of(folder)
     own = _paths(run, base) if run else {}
 
     def shown(text: str) -> str:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from convert.hub import repository_of
+from jaxprune.evaluation.perplexity import short_name
 from jaxprune.evaluation.quality import table
-from jaxprune.evaluation.text import short_name
-from jaxprune.reporting.schema import RECORD, Run
+from jaxprune.reporting.record import RECORD, Run
 from jaxprune.solve.quantized_layers import ERROR
 
 

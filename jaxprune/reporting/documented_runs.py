@@ -8,7 +8,7 @@ from importlib import resources
 def compared(ratio: float) -> str:
     """Returns how a perplexity, over the dense model's, compares with the nearest of the published
     runs, as a sentence."""
-    published = json.loads((resources.files(__package__) / "published.json").read_text())
+    published = json.loads((resources.files(__package__) / "documented_runs.json").read_text())
     ratios = published["ratios"]
     below = {pattern: found for pattern, found in ratios.items() if found <= ratio}
     pattern = max(below, key=ratios.get) if below else min(ratios, key=ratios.get)

@@ -7,7 +7,7 @@ import pytest
 
 from jaxprune import InputError, methods
 from jaxprune.__main__ import main
-from jaxprune.commands.options import CommandLine, Section, real, whole
+from jaxprune.commands.command_line import CommandLine, Section, real, whole
 
 
 @dataclasses.dataclass(frozen=True)

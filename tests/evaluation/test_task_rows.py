@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from convert.errors import UserError
-from jaxprune.evaluation.rows import SCHEMAS, require_rows
+from jaxprune.evaluation.task_rows import SCHEMAS, require_rows
 from jaxprune.evaluation.tasks import ZERO_SHOT, Tasks
 from tests.helpers import rows
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxprune.reporting import published
-from jaxprune.reporting.published import compared
+from jaxprune.reporting.documented_runs import compared
 
 ROOT = Path(__file__).parents[2]
 FILE = Path(published.__file__).with_suffix(".json")

@@ -18,7 +18,8 @@ from convert.errors import UserError
 from convert.schema import dump, to_text
 from jaxprune.commands.recipe_options import parse
 from jaxprune.commands.verify import main as verify
-from jaxprune.reporting import reading, report, schema
+from jaxprune.reporting import record as records
+from jaxprune.reporting import report
 from jaxprune.sparsity.patterns import NM, RecipePattern, Unstructured, percent
 from tests.helpers import tiny
 
@@ -67,16 +68,16 @@ TEXTS = {
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_record_has_the_recipe_that_was_asked_for(name: str) -> None:
-    run = reading.load(RECORDS / f"{name}.json")
-    assert isinstance(run, schema.Run)
+    run = records.load(RECORDS / f"{name}.json")
+    assert isinstance(run, records.Run)
     assert run.recipe == parse(FLAGS[name].split())
     assert (run.method_text, run.pattern_text) == TEXTS[name]
-    assert reading.read(to_text(dump(run)), "again") == run
+    assert records.read(to_text(dump(run)), "again") == run
 
 
 def test_reports_are_drawn_of_them() -> None:
     names = [*FLAGS, "evaluation"]
-    page = report.page([reading.load(RECORDS / f"{name}.json") for name in names])
+    page = report.page([records.load(RECORDS / f"{name}.json") for name in names])
     for words in (
         "66.6667 %",
         "60 % per output",
@@ -93,8 +94,8 @@ def test_checkpoints_are_verified_by_them(
 ) -> None:
     folder = tiny.save(tmp_path / "pruned", tiny.config(num_hidden_layers=2))
     shutil.copy(RECORDS / f"{name}.json", folder / "jaxprune.json")
-    run = reading.load(folder)
-    assert isinstance(run, schema.Run)
+    run = records.load(folder)
+    assert isinstance(run, records.Run)
     stored = load_file(folder / "model.safetensors")
     for layer in run.layers:
         for path, kernel in layer.kernels.items():
@@ -119,11 +120,11 @@ def _zero(weight: Any, zeros: int, pattern: RecipePattern) -> None:
 
 
 def run() -> dict[str, Any]:
-    return dump(reading.load(RECORDS / "unstructured.json"))
+    return dump(records.load(RECORDS / "unstructured.json"))
 
 
 def evaluation() -> dict[str, Any]:
-    return dump(reading.load(RECORDS / "evaluation.json"))
+    return dump(records.load(RECORDS / "evaluation.json"))
 
 
 def places(tree: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -157,11 +158,11 @@ def test_a_damaged_entry_is_one_line(kind: str, wrong: str) -> None:
     record = run() if kind == "run" else evaluation()
     for way in places(record):
         try:
-            found = reading.read(changed(record, way, WRONG[wrong]), "jaxprune.json")
+            found = records.read(changed(record, way, WRONG[wrong]), "jaxprune.json")
         except UserError as error:
             assert "\n" not in worded(error) and str(error).startswith("jaxprune.json: "), way
         else:
-            assert reading.read(to_text(dump(found)), "again") == found
+            assert records.read(to_text(dump(found)), "again") == found
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -172,10 +173,10 @@ def test_all_that_is_no_damage_is_shown(wrong: str) -> None:
     for way in [way for way in places(record) if way not in (("schema",), ("kind",))]:
         with contextlib.suppress(UserError, KeyError, IndexError, TypeError):
             text = changed(record, way, WRONG[wrong])
-            reading.read(text, "jaxprune.json")
+            records.read(text, "jaxprune.json")
             record = json.loads(text)
-    found = reading.read(json.dumps(record), "jaxprune.json")
-    assert isinstance(found, schema.Run) and schema.expected(found)
+    found = records.read(json.dumps(record), "jaxprune.json")
+    assert isinstance(found, records.Run) and records.expected(found)
     page = report.page([found])
     assert "<b>" not in page and page.count("</script>") == 0
     page.encode()
@@ -190,7 +191,7 @@ def test_no_entry_of_the_record_is_read_unchecked() -> None:
             value = value[part]
         if way[0] != "config" and not isinstance(value, dict | list) and value is not None:
             with pytest.raises(UserError):
-                reading.read(changed(record, way, "[[]]"), "jaxprune.json")
+                records.read(changed(record, way, "[[]]"), "jaxprune.json")
 
 
 @pytest.mark.parametrize(
@@ -210,19 +211,19 @@ def test_no_entry_of_the_record_is_read_unchecked() -> None:
 )
 def test_what_is_no_record_is_one_error(content: bytes, message: str) -> None:
     with pytest.raises(UserError) as raised:
-        reading.read(content, "jaxprune.json")
+        records.read(content, "jaxprune.json")
     assert str(raised.value).startswith(message)
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "jaxprune.json")
     with pytest.raises(UserError, match="it is a FIFO, wanted a regular file"):
-        reading.run_of(tmp_path)
+        records.run_of(tmp_path)
     (tmp_path / "loop").mkdir()
     (tmp_path / "loop/jaxprune.json").symlink_to("jaxprune.json")
     with pytest.raises(UserError, match="it cannot be read"):
-        reading.run_of(tmp_path / "loop")
-    assert reading.run_of(tmp_path / "nowhere") is None
+        records.run_of(tmp_path / "loop")
+    assert records.run_of(tmp_path / "nowhere") is None
 
 
 def test_what_is_written_is_json_whatever_is_in_it() -> None:
