@@ -74,8 +74,7 @@ def open_checkpoint(name: str | Path, *, check: bool = True) -> Reader:
             return CheckedReader(module.Reader(path)) if check else module.Reader(path)
     raise CheckpointError(
         f"{path} is no checkpoint: expected a folder with config.json and *.safetensors, a .gguf "
-        "file, "
-        "or a folder that `jaxprune convert --to orbax` or `--to packed` wrote"
+        "file, or a folder that `jaxprune convert --to orbax` or `--to packed` wrote"
     )
 
 

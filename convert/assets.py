@@ -277,8 +277,7 @@ def load_tokenizer(assets: Path) -> Any:
     if not has_tokenizer(assets):
         raise CheckpointError(
             f"{assets} has no tokenizer: add the model's tokenizer files, or give the calibration "
-            "text as token "
-            "ids in a .npy file"
+            "text as token ids in a .npy file"
         )
     size = read_config(assets)["vocab_size"]
     check_files(assets)
@@ -349,8 +348,7 @@ def encode(tokenizer: Any, text: str, **options: Any) -> Any:
         begin = repr(text[:40])
         raise CheckpointError(
             f"its tokenizer fails at a text that begins with {begin} ({str(error)[:200]}): take "
-            "the tokenizer files "
-            "that the model's authors publish, or leave that text out",
+            "the tokenizer files that the model's authors publish, or leave that text out",
             file=tokenizer.name_or_path,
         ) from error
 

@@ -81,8 +81,7 @@ def _run(
         traceback.print_exc()
         print(
             "this is a defect of jaxprune, and nothing that you did: please report it, with the "
-            "lines above and the "
-            "command",
+            "lines above and the command",
             file=sys.stderr,
         )
         return DEFECT, f"a defect of jaxprune ({one_line(repr(error))}), see its output"

@@ -111,8 +111,7 @@ class Destination:
             elif not sealed(self.path):
                 raise OccupiedError(
                     "it is not, or not any more, a file as jaxprune wrote it, so it is not "
-                    "replaced: move or remove it "
-                    "yourself",
+                    "replaced: move or remove it yourself",
                     file=self.path,
                 )
         except OccupiedError as error:

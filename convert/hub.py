@@ -96,8 +96,7 @@ def resolve(name: str | Path, *, weights: bool = True) -> Path:
     hint = f" Did you mean {near[0]}?" if near else ""
     raise CheckpointError(
         f"no checkpoint {text!r}: give a folder, a .gguf file, a hub repository owner/name, or one "
-        "of "
-        f"{', '.join(known_names())}.{hint}"
+        f"of {', '.join(known_names())}.{hint}"
     )
 
 
@@ -189,8 +188,7 @@ def _snapshot(repository: str, weights: bool) -> Path:
     except GatedRepoError as error:
         raise CheckpointError(
             f"{repository} asks for its licence to be accepted: open its page on the hub, accept "
-            "it there, then run "
-            "`hf auth login`"
+            "it there, then run `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
@@ -205,10 +203,8 @@ def _snapshot(repository: str, weights: bool) -> Path:
             raise _cache_error(repository, error) from error
         raise CheckpointError(
             f"there is no folder {repository}, it is not complete in the hub's cache, and the hub "
-            "cannot be reached. "
-            "Connect to it once; or download the repository elsewhere and pass its folder; or try "
-            "smollm2-135m, which "
-            "needs no hub"
+            "cannot be reached. Connect to it once; or download the repository elsewhere and pass "
+            "its folder; or try smollm2-135m, which needs no hub"
         ) from error
 
 

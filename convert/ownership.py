@@ -157,8 +157,7 @@ def prove(folder: Path) -> Marker:
     if not os.path.lexists(folder / MARKER):
         raise OccupiedError(
             "it carries no list of the files that jaxprune wrote, as a folder of somebody else's, "
-            "or of an earlier "
-            "version, so it is not replaced (move or remove it yourself)",
+            "or of an earlier version, so it is not replaced (move or remove it yourself)",
             file=folder,
         )
     marker = schema.read(Marker, folder / MARKER, error=OccupiedError)

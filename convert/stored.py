@@ -68,8 +68,7 @@ def require_known(entry: Mapping[str, Any], file: Path) -> Fp8 | MxFp4:
     if not isinstance(method, str) or method not in known:
         raise CheckpointError(
             f"the checkpoint is quantized ({method}), which cannot be read; take the unquantized "
-            "checkpoint, or one in "
-            "fp8 with block scales, in MXFP4, or a GGUF file",
+            "checkpoint, or one in fp8 with block scales, in MXFP4, or a GGUF file",
             file=file,
         )
     return check(

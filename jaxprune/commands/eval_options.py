@@ -88,8 +88,7 @@ class EvalOptions:
             if getattr(self, name) not in (None, "jax") and measure not in self.measures:
                 raise InputError(
                     f"--{name.replace('_', '-')} is for --eval {measure}, but --eval is "
-                    f"{self.eval}: "
-                    f"pass --eval {','.join([*self.measures, measure])}"
+                    f"{self.eval}: pass --eval {','.join([*self.measures, measure])}"
                 )
 
 

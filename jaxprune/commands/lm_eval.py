@@ -28,6 +28,5 @@ def main(argv: Sequence[str]) -> None:
         reason = str(error).partition("\n")[0]
         raise InputError(
             f"what lm-eval needs cannot be fetched ({reason}): connect to the hub once, or have "
-            "jaxprune evaluate "
-            "--tasks-data read a task's rows from a folder"
+            "jaxprune evaluate --tasks-data read a task's rows from a folder"
         ) from error

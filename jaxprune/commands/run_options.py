@@ -197,7 +197,7 @@ def group_of(argv: Sequence[str]) -> Group | None:
     """Returns the processes of a command line that need not be valid otherwise; None: it does not
     say them."""
     try:
-        line = CommandLine(argv, may_be_record=True)
+        line = CommandLine(argv, repeats=True)
         coordinator = line.value("coordinator")
         texts = [line.value(name) for name in ("processes", "process_id")]
         processes, number = (whole(text) if text else None for text in texts)
@@ -253,7 +253,7 @@ def read(
         UserError: a flag or a value that cannot be used.
         SystemExit: after --help.
     """
-    line = CommandLine(argv, module, may_be_record=True)
+    line = CommandLine(argv, module, repeats=True)
     chosen = RecipeOptions(line)
     section = partial(Section, defaults=line.repeated)
     given = line.read(

@@ -214,8 +214,7 @@ class Evaluator:
                 ]:
                     raise InputError(
                         f"{different[0]} splits {text} into other tokens than {first}: they have "
-                        "different tokenizers, "
-                        "so that their predictions cannot be compared",
+                        "different tokenizers, so that their predictions cannot be compared",
                         options={"against": Change.OMIT},
                     )
                 start = time.perf_counter()
