@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from convert import stored
-from convert.errors import CheckpointError, DamagedError
-from convert.files import leads_outside, read_bytes, require_inside, require_regular
+from convert.errors import CheckpointError, DamagedError, is_panic, reason
+from convert.files import leads_outside, require_inside, require_regular
 from convert.names import INSIDE
-from convert.schema import Schema, as_text, check, decode
-from convert.writing import failing
+from convert.schema import Schema, as_text, check, read_object
+from convert.writing import failing, write_json
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def read_config(assets: Path) -> dict[str, Any]:
     """
     path = assets / "config.json"
     require_inside(path, assets)
-    config = decode(read_bytes(path, CONFIG_BYTES), file=path)
+    config = read_object(path, CONFIG_BYTES)
     config.pop(INSIDE, None)
     if config.get("model_type") in TEXT_INSIDE:
         config = _text_config(config, path)
@@ -140,20 +140,14 @@ def quantization(assets: Path) -> stored.Fp8 | stored.MxFp4 | None:
     """Returns how the weights of a checkpoint are quantized; None: they are not. Errors as for
     `read_config`."""
     path = assets / "config.json"
-    entry = decode(read_bytes(path, CONFIG_BYTES), file=path).get("quantization_config")
+    entry = read_object(path, CONFIG_BYTES).get("quantization_config")
     return stored.require_known(entry, path) if isinstance(entry, dict) else None
 
 
 def _text_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """Returns the configuration of the text model inside another one, and that one's model type
     under `INSIDE`."""
-    from transformers import CONFIG_MAPPING
-
-    try:
-        text = CONFIG_MAPPING[config["model_type"]].from_dict(config).text_config.to_dict()
-    except Exception as error:  # transformers validates with errors of many kinds
-        reason = f"{type(error).__name__}: {error}"[:300]
-        raise CheckpointError(f"it cannot be used ({reason})", file=path) from error
+    text = _checked_by_transformers(config, path).text_config.to_dict()
     given = {
         name: config[name] for name in (*DTYPE_ENTRIES, "tie_word_embeddings") if name in config
     }
@@ -172,20 +166,18 @@ def load_config(assets: Path, changes: Mapping[str, Any] = MappingProxyType({}))
     Raises:
         CheckpointError: as for `read_config`, or transformers refuses it.
     """
+    return _checked_by_transformers(read_config(assets) | dict(changes), assets / "config.json")
+
+
+def _checked_by_transformers(config: dict[str, Any], path: Path) -> Any:
     from transformers import CONFIG_MAPPING
 
-    config = read_config(assets) | dict(changes)
     if config["model_type"] not in CONFIG_MAPPING:
-        raise CheckpointError(
-            "an unknown model type", file=assets / "config.json", found=config["model_type"]
-        )
+        raise CheckpointError("an unknown model type", file=path, found=config["model_type"])
     try:
         return CONFIG_MAPPING[config["model_type"]].from_dict(config)
     except Exception as error:  # transformers validates with errors of many kinds
-        reason = f"{type(error).__name__}: {error}"[:300]
-        raise CheckpointError(
-            f"it cannot be used ({reason})", file=assets / "config.json"
-        ) from error
+        raise CheckpointError(f"it cannot be used ({reason(error)})", file=path) from error
 
 
 def check_files(assets: Path) -> None:
@@ -210,11 +202,11 @@ def check_files(assets: Path) -> None:
                 "it is too large", file=path, found=size, wanted=f"at most {TOKENIZER_BYTES} bytes"
             )
         if path.name in SETTINGS:
-            settings = decode(read_bytes(path, TOKENIZER_BYTES), file=path)
+            settings = read_object(path, TOKENIZER_BYTES)
             if path.name == "tokenizer_config.json":
                 check(TokenizerConfig, settings, file=path)
         if path.name == "generation_config.json":
-            check(GenerationConfig, decode(read_bytes(path, CONFIG_BYTES), file=path), file=path)
+            check(GenerationConfig, read_object(path, CONFIG_BYTES), file=path)
 
 
 def copy_assets(
@@ -245,18 +237,14 @@ def copy_assets(
             continue
         require_regular(path)
         if path.name == "tokenizer.json":
-            decode(read_bytes(path, TOKENIZER_BYTES), file=path)
+            read_object(path, TOKENIZER_BYTES)
         # Files in a hub cache are links to blobs; copyfile copies what they point to, with this
         # user's mode.
         with failing(target / path.name):
             shutil.copyfile(path, target / path.name)
-    config = decode(read_bytes(source / "config.json", CONFIG_BYTES), file=source / "config.json")
+    config = read_object(source / "config.json", CONFIG_BYTES)
     if config.pop("quantization_config", None) is not None or changes:
-        config |= changes
-        with failing(target / "config.json"):
-            (target / "config.json").write_text(
-                json.dumps(config, indent=2) + "\n", encoding="utf-8"
-            )
+        write_json(target / "config.json", config | dict(changes))
 
 
 def has_tokenizer(assets: Path) -> bool:
@@ -294,9 +282,7 @@ def load_tokenizer(assets: Path) -> Any:
         tokenizer("a b")  # some settings are only looked at here
         vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
     except BaseException as error:  # transformers and tokenizers raise anything
-        if not isinstance(error, Exception) and not is_panic(error):
-            raise
-        raise _unusable_tokenizer(assets, f"{type(error).__name__}: {error}"[:300]) from error
+        raise _unusable_tokenizer(assets, reason(error)) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     token, most = max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
@@ -312,7 +298,7 @@ def load_tokenizer(assets: Path) -> Any:
     return tokenizer
 
 
-def _unusable_tokenizer(assets: Path, reason: str) -> CheckpointError:
+def _unusable_tokenizer(assets: Path, problem: str) -> CheckpointError:
     """Returns the error of a tokenizer that transformers cannot make."""
     path, remedy = assets / "tokenizer.json", "take the one that the model's authors publish"
     if not path.exists():
@@ -320,10 +306,10 @@ def _unusable_tokenizer(assets: Path, reason: str) -> CheckpointError:
             f"it is missing, and the other files make no tokenizer: {remedy}", file=path
         )
     try:
-        decode(read_bytes(path, TOKENIZER_BYTES), file=path)
+        read_object(path, TOKENIZER_BYTES)
     except CheckpointError as error:
         return error
-    return CheckpointError(f"it makes no tokenizer ({reason}): {remedy}", file=path)
+    return CheckpointError(f"it makes no tokenizer ({problem}): {remedy}", file=path)
 
 
 def encode(tokenizer: Any, text: str, **options: Any) -> Any:
@@ -351,12 +337,6 @@ def encode(tokenizer: Any, text: str, **options: Any) -> Any:
             "the tokenizer files that the model's authors publish, or leave that text out",
             file=tokenizer.name_or_path,
         ) from error
-
-
-def is_panic(error: BaseException) -> bool:
-    """Returns whether an error is a panic of a library in Rust: no Exception, of a class that
-    cannot be imported."""
-    return type(error).__name__ == "PanicException"
 
 
 def _others(folder: Path) -> Iterator[Path]:

@@ -102,6 +102,20 @@ class OccupiedError(CheckpointError):
     again = "once that place is free,"
 
 
+def is_panic(error: BaseException) -> bool:
+    """Returns whether an error is a panic of a library in Rust: no Exception, of a class that
+    cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
+def reason(error: BaseException) -> str:
+    """Returns what the error of a library says, which may be of any kind, a panic included. Raises
+    what is no error, such as KeyboardInterrupt."""
+    if not isinstance(error, Exception) and not is_panic(error):
+        raise error
+    return f"{type(error).__name__}: {error}"[:300]
+
+
 def joined(problems: list[str], most: int = 8) -> str:
     """Returns several problems as one clause; the later ones are only counted."""
     more = f"; and {len(problems) - most} more" if len(problems) > most else ""

@@ -17,10 +17,10 @@ from convert.assets import check_files, quantization, read_config
 from convert.checkpoint import Params, Spec, transposed_shape
 from convert.consistency import ordered
 from convert.errors import CheckpointError, DamagedError, joined
-from convert.files import read_bytes, require_inside
+from convert.files import require_inside
 from convert.names import Naming, flax_path, naming_in, naming_of
 from convert.safetensors_header import Stored, header
-from convert.schema import Schema, check, decode
+from convert.schema import Schema, check, read_object
 from convert.shards import INDEX, ShardWriter
 
 log = logging.getLogger(__name__)
@@ -140,15 +140,15 @@ class _Index(Schema):
 
 def _weight_map(path: Path) -> dict[str, str]:
     """Returns tensor name -> file name in the same folder."""
-    index = check(_Index, decode(read_bytes(path, INDEX_BYTES), file=path), file=path)
+    index = check(_Index, read_object(path, INDEX_BYTES), file=path)
     for name, file in index.weight_map.items():
         if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]{1,200}\.safetensors", file):
-            entry, wanted = (
-                f"weight_map.{name}",
-                "the name of a safetensors file beside it, none outside the folder",
-            )
             raise DamagedError(
-                "a shard's name cannot be used", file=path, entry=entry, found=file, wanted=wanted
+                "a shard's name cannot be used",
+                file=path,
+                entry=f"weight_map.{name}",
+                found=file,
+                wanted="the name of a safetensors file beside it, none outside the folder",
             )
     return index.weight_map
 

@@ -154,20 +154,18 @@ def http_errors() -> tuple[type[Exception], ...]:
 
 
 def _snapshot(repository: str, weights: bool) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    """Returns the folder of a repository in the hub's cache. A complete copy there needs no
+    network: asking an unreachable hub first would cost half a minute."""
+    hub_cache(repository)
+    return _cached(repository) or _downloaded(repository, weights)
+
+
+def _cached(repository: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     from convert import open_checkpoint
 
-    hub_cache(repository)
-    # A complete copy in the cache needs no network: asking an unreachable hub first would cost half
-    # a minute.
     try:
         cached = Path(snapshot_download(repository, allow_patterns=FILES, local_files_only=True))
         open_checkpoint(cached, check=False)
@@ -178,9 +176,20 @@ def _snapshot(repository: str, weights: bool) -> Path:
             f"no folder, and no name that a hub repository can have ({reason})", file=repository
         ) from None
     except (LocalEntryNotFoundError, CheckpointError):
-        pass
+        return None
     except OSError as error:
         raise _cache_error(repository, error) from error
+
+
+def _downloaded(repository: str, weights: bool) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
     try:
         if not weights:
             return Path(hf_hub_download(repository, "config.json")).parent

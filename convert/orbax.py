@@ -7,7 +7,6 @@ beside it.
 
 import contextlib
 import errno
-import json
 import math
 import os
 import tempfile
@@ -24,11 +23,11 @@ from convert import schema
 from convert.assets import check_files
 from convert.checkpoint import Params, Spec, part_of, parts, require_written
 from convert.consistency import ordered
-from convert.errors import CheckpointError, DamagedError, NoRoomError, joined
+from convert.errors import CheckpointError, DamagedError, NoRoomError, joined, reason
 from convert.files import require_regular
 from convert.schema import Schema
 from convert.shards import DTYPES
-from convert.writing import names, write_text
+from convert.writing import names, write_json
 
 MARK = "params.json"
 MOST_FILES = 10_000
@@ -138,7 +137,7 @@ class Writer:
 
     def finish(self) -> None:
         require_written(self._missing, self.place)
-        write_text(self.place / MARK, json.dumps({"parts": list(self._parts)}, indent=2) + "\n")
+        write_json(self.place / MARK, {"parts": list(self._parts)})
         self.files.add(MARK)
 
 
@@ -195,8 +194,7 @@ def _reading(folder: Path) -> Iterator[Path]:
     except CheckpointError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"[:200]
-        raise DamagedError(f"it cannot be read ({reason})", file=folder) from error
+        raise DamagedError(f"it cannot be read ({reason(error)})", file=folder) from error
 
 
 @contextlib.contextmanager

@@ -87,6 +87,11 @@ def read(
     return parse(schema, read_bytes(path, most), file=path, error=error)
 
 
+def read_object(path: Path, most: int) -> dict[str, Any]:
+    """Returns a JSON file that is an object; see `read` and `decode`."""
+    return decode(read_bytes(path, most), file=path)
+
+
 def decode(
     content: str | bytes, *, file: str | Path, error: type[UserError] = DamagedError
 ) -> dict[str, Any]:

@@ -3,10 +3,11 @@ is."""
 
 import contextlib
 import errno
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from convert import renaming
 from convert.errors import CheckpointError, NoRoomError, OccupiedError
@@ -35,6 +36,11 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def reserve(path: Path, size: int) -> None:

@@ -27,15 +27,16 @@ from gguf import GGMLQuantizationType
 from jaxtyping import Float, Shaped
 from pydantic import Field, model_validator
 
-from convert.assets import DecoderConfig, is_panic
+from convert.assets import DecoderConfig
 from convert.checkpoint import Params, Spec, transposed
 from convert.consistency import ordered
-from convert.errors import CheckpointError, DamagedError, joined
+from convert.errors import CheckpointError, DamagedError, joined, reason
 from convert.gguf import models, settings
 from convert.gguf.header import Header, Tensor
 from convert.gguf.models import Fields
 from convert.names import expert_path
 from convert.schema import S, Schema, check
+from convert.writing import write_json
 
 TOP = {
     "token_embd.weight": "embed_tokens.embedding",
@@ -264,7 +265,7 @@ class Reader:
         """A temporary folder with the configuration and the tokenizer that the file holds."""
         folder = Path(tempfile.mkdtemp(prefix="jaxprune-gguf-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        write_json(folder / "config.json", self.config)
         if self._tokenizer is not None:
             self._save_tokenizer(folder, self._tokenizer)
         return folder
@@ -303,12 +304,8 @@ class Reader:
             )
             tokenizer.save_pretrained(folder)
         except BaseException as error:  # tokenizers raises anything
-            if not isinstance(error, Exception) and not is_panic(error):
-                raise
-            reason = f"{type(error).__name__}: {error}"[:200]
-            raise DamagedError(
-                f"its tokenizer cannot be read ({reason})", file=self._path
-            ) from error
+            problem = f"its tokenizer cannot be read ({reason(error)})"
+            raise DamagedError(problem, file=self._path) from error
         # transformers 4 does not know the class name that transformers 5 writes; both know this
         # one. By default that class has token types in transformers 4.
         file = folder / "tokenizer_config.json"
@@ -316,7 +313,7 @@ class Reader:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_input_names": ["input_ids", "attention_mask"],
         }
-        file.write_text(json.dumps(settings, indent=2) + "\n")
+        write_json(file, settings)
 
     def _fields(self, schema: type[S], names: list[str], prefix: str = "") -> S:
         """Returns the named fields that are there, as a schema has them."""
