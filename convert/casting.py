@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import DTypeLike, Shaped
+from jaxtyping import DTypeLike
 
 from convert.checkpoint import DerivedReader, Params, Reader, Spec, preferred_dtype
 from convert.errors import Change, InputError
@@ -60,9 +60,7 @@ def cast_spec(spec: Spec, dtype: DTypeLike) -> Spec:
     }
 
 
-def cast(
-    path: str, array: Shaped[np.ndarray, "..."], dtype: DTypeLike
-) -> Shaped[np.ndarray, "..."]:
+def cast(path: str, array: np.ndarray, dtype: DTypeLike) -> np.ndarray:
     """Returns an array in another dtype, each number rounded to the nearest.
 
     Args:

@@ -133,7 +133,7 @@ class CheckedReader(DerivedReader):
         return found
 
 
-def require_finite(path: str, array: Shaped[np.ndarray, "..."], file: Path | None = None) -> None:
+def require_finite(path: str, array: np.ndarray, file: Path | None = None) -> None:
     """Raises DamagedError with the place of the first NaN or infinity."""
     bits = _flat(array).view(f"u{array.itemsize}")
     exponent = {
@@ -157,7 +157,7 @@ def require_finite(path: str, array: Shaped[np.ndarray, "..."], file: Path | Non
             )
 
 
-def digest(array: Shaped[np.ndarray, "..."]) -> str:
+def digest(array: np.ndarray) -> str:
     """Returns the SHA-256 of an array's dtype, shape, order and bytes, as they lie in memory."""
     order = "C" if array.flags.c_contiguous else "F"
     whole = hashlib.sha256(f"{array.dtype.name} {array.shape} {order};".encode())
@@ -165,7 +165,7 @@ def digest(array: Shaped[np.ndarray, "..."]) -> str:
     return whole.hexdigest()
 
 
-def _flat(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "_"]:
+def _flat(array: np.ndarray) -> Shaped[np.ndarray, "_"]:
     """Returns the elements in the order in which they lie in memory: a kernel is a stored tensor's
     transpose, not a copy."""
     return np.asarray(array if array.flags.c_contiguous else array.T, order="C").reshape(-1)

@@ -8,7 +8,6 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Shaped
 
 from convert.errors import CheckpointError, joined
 from convert.names import EMBEDDINGS, HEADS
@@ -124,7 +123,7 @@ def parameters(spec: Spec) -> int:
     return sum(tensor.size for tensor in spec.values())
 
 
-def transposed(path: str, array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+def transposed(path: str, array: np.ndarray) -> np.ndarray:
     """Returns a param as its tensor has it, or the reverse: a kernel is [in, out], its tensor
     [out, in]; all others are the same."""
     return array.T if path.endswith(".kernel") else array

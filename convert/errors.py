@@ -73,7 +73,7 @@ class UserError(ValueError):
         text = f"{place}: {self.problem}" if place else self.problem
         if self.found is not MISSING:
             text += f", found {_brief(self.found)}"
-        return text + f", wanted {self.wanted}" * bool(self.wanted)
+        return f"{text}, wanted {self.wanted}" if self.wanted else text
 
 
 class InputError(UserError):

@@ -14,7 +14,6 @@ from typing import Annotated, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Shaped
 from pydantic import Field
 
 from convert import packing, planes, schema
@@ -179,7 +178,7 @@ class Reader:
     def read(self, paths: Iterable[str]) -> Params:
         return {path: self._read(path) for path in paths}
 
-    def _read(self, path: str) -> Shaped[np.ndarray, "..."]:
+    def _read(self, path: str) -> np.ndarray:
         name, tensor = self._tensors[path]
         file, stored = self.assets / tensor.file, self._headers[tensor.file]
         try:
@@ -293,19 +292,17 @@ def estimated_bytes(params: Params, zstd: int = 3) -> int:
     return round(total)
 
 
-def _parts(
-    array: Shaped[np.ndarray, "..."], places: Places | None
-) -> tuple[Shaped[np.ndarray, "..."], ...]:
+def _parts(array: np.ndarray, places: Places | None) -> tuple[np.ndarray, ...]:
     """Returns the arrays that make a tensor."""
     return (array,) if places is None else packing.pack(array, places)
 
 
-def _digest(array: Shaped[np.ndarray, "..."]) -> str:
+def _digest(array: np.ndarray) -> str:
     """Returns the SHA-256 of an array's bytes in C order."""
     return sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
 
 
-def _places_of(path: str, array: Shaped[np.ndarray, "..."]) -> Places | None:
+def _places_of(path: str, array: np.ndarray) -> Places | None:
     """Returns how a tensor takes the fewest bytes; None: as it is, as all but kernels are."""
     return packing.places_of(array) if path.endswith(".kernel") else None
 

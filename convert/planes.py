@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from io import BufferedReader
 
 import numpy as np
-from jaxtyping import Shaped, UInt8
+from jaxtyping import UInt8
 
 from convert.errors import DamagedError
 from convert.safetensors_header import Stored
@@ -26,9 +26,7 @@ LEVELS = range(0, 23)
 """Of zstd; 0: nothing is compressed."""
 
 
-def split(
-    name: str, array: Shaped[np.ndarray, "..."], level: int
-) -> dict[str, Shaped[np.ndarray, "..."]]:
+def split(name: str, array: np.ndarray, level: int) -> dict[str, np.ndarray]:
     """Returns the tensors that hold an array.
 
     Args:
@@ -88,7 +86,7 @@ def join(
     shape: tuple[int, ...],
     dtype: np.dtype,
     stored: Mapping[str, Stored],
-) -> Shaped[np.ndarray, "..."]:
+) -> np.ndarray:
     """Returns an array.
 
     Args:

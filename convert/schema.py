@@ -161,7 +161,7 @@ def refused(
     """Returns the first of pydantic's errors as one of ours."""
     first = problem.errors(include_url=False)[0]
     steps = [str(step) for step in first["loc"] if not re.match(_CHOICE, str(step))]
-    place = ".".join([entry] * bool(entry) + steps)
+    place = ".".join([entry, *steps] if entry else steps)
     if first["type"] == "json_invalid":
         reason = first["msg"].removeprefix("Invalid JSON: ")
         return error(f"it is not valid JSON ({reason})", file=file, entry=place)

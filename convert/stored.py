@@ -90,7 +90,7 @@ class Tensors:
         self._files, self._stack = files, stack
         self._open: dict[Path, Any] = {}
 
-    def get(self, name: str, index: int | None = None) -> Shaped[np.ndarray, "..."]:
+    def get(self, name: str, index: int | None = None) -> np.ndarray:
         """Returns a tensor, or what it has at an index of its first axis; fp8 as the bytes that it
         is.
 
@@ -120,7 +120,7 @@ class Param(NamedTuple):
     """
 
     spec: jax.ShapeDtypeStruct
-    read: Callable[[Tensors], Shaped[np.ndarray, "..."]]
+    read: Callable[[Tensors], np.ndarray]
 
 
 def read_all(
@@ -291,9 +291,7 @@ def _expert_of(path: str) -> int:
     return parts[1] if parts else 0
 
 
-def to_tensor(
-    paths: Sequence[str], params: Mapping[str, Shaped[np.ndarray, "..."]], naming: Naming
-) -> np.ndarray:
+def to_tensor(paths: Sequence[str], params: Mapping[str, np.ndarray], naming: Naming) -> np.ndarray:
     """Returns a tensor of the params that it holds, as `tensors_of` names them."""
     if naming.stacked and split_expert(paths[0]):
         return np.stack([params[path] for path in paths])

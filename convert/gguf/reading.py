@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from gguf import GGMLQuantizationType
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from pydantic import Field, model_validator
 
 from convert.assets import DecoderConfig
@@ -172,7 +172,7 @@ class Reader:
             params[path] = from_file(self._model, path, array)
         return params
 
-    def held(self, path: str, array: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    def held(self, path: str, array: np.ndarray) -> Float[np.ndarray, "..."]:
         """Returns what the file would hold of a param, in the type that it has for it.
 
         Raises:
@@ -382,9 +382,7 @@ class Reader:
         return rope
 
 
-def to_file(
-    model: models.Model, path: str, array: Shaped[np.ndarray, "..."]
-) -> Float[np.ndarray, "..."]:
+def to_file(model: models.Model, path: str, array: np.ndarray) -> Float[np.ndarray, "..."]:
     """Returns a param as llama.cpp has it, in float32, but for the order of its rows."""
     array = transposed(path, array).astype(np.float32)
     return array + np.float32(model.offset) if model.offset and path.endswith(".scale") else array

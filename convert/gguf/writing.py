@@ -12,7 +12,7 @@ from typing import Any
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, LlamaFileType
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 
 from convert import ownership
 from convert.assets import load_config
@@ -130,13 +130,13 @@ class Writer:
                 "config.json: " + ", ".join(different)
             )
 
-    def write(self, params: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
+    def write(self, params: Mapping[str, np.ndarray]) -> None:
         for name in dict.fromkeys(self._names[path] for path in params):
             arrays = [self._in_file(path, params[path]) for path in self._tensors[name]]
             self._put(name, np.stack(arrays) if split_expert(self._tensors[name][0]) else arrays[0])
             self._missing.discard(name)
 
-    def _in_file(self, path: str, array: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    def _in_file(self, path: str, array: np.ndarray) -> Float[np.ndarray, "..."]:
         """Returns a param as llama.cpp has it, in float32."""
         return settings.permuted(
             self._model, self._config, path, reading.to_file(self._model, path, array)

@@ -1,7 +1,6 @@
 """A checkpoint's quality: all that is measured of it."""
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +16,7 @@ from jaxprune.evaluation.samples import Prompts, Sample, samples
 from jaxprune.evaluation.tasks import Tasks, groups_of, mean_accuracy, summarize, with_error
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
+from jaxprune.streaming.sweep import timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +121,8 @@ class Quality:
         for task, metrics in self.tasks.items():
             for metric, value in metrics.items():
                 if "_stderr" not in metric:
-                    name, _, filtered = metric.partition(",")
-                    error = metrics.get(f"{name}_stderr{',' * bool(filtered)}{filtered}")
+                    name, comma, filtered = metric.partition(",")
+                    error = metrics.get(f"{name}_stderr{comma}{filtered}")
                     rows[f"{task}, {metric}"] = with_error(value, error)
         if mean := self.mean_accuracy:
             rows["mean acc"] = with_error(mean["acc"], mean.get("acc_stderr"))
@@ -217,25 +217,25 @@ class Evaluator:
                         "different tokenizers, so that their predictions cannot be compared",
                         options={"against": Change.OMIT},
                     )
-                start = time.perf_counter()
-                group = [models[name] for name in (first, *others)]
-                found = text_quality(group, tokens, name=text, observer=self._observer)
+                group, seconds = [models[name] for name in (first, *others)], {}
+                with timed(seconds, f"perplexity, {text}"):
+                    found = text_quality(group, tokens, name=text, observer=self._observer)
                 for name, quality in zip((first, *others), found, strict=True):
                     qualities[name].texts[text] = quality
-                    qualities[name].seconds[f"perplexity, {text}"] = time.perf_counter() - start
+                    qualities[name].seconds |= seconds
         return qualities
 
     def measure_alone(self, model: StreamedModel, quality: Quality) -> None:
         """Adds what a checkpoint makes of the prompts and of the tasks."""
         if self._prompts:
-            start = time.perf_counter()
-            quality.samples = samples(model, self._prompts, self._measures.samples, self._observer)
-            quality.seconds["samples"] = time.perf_counter() - start
+            count = self._measures.samples
+            with timed(quality.seconds, "samples"):
+                quality.samples = samples(model, self._prompts, count, self._observer)
         if self._tasks:
-            start = time.perf_counter()
-            quality.lm_eval = self._tasks.run(self._lm_of(model))
-            quality.tasks, quality.groups = summarize(quality.lm_eval), groups_of(quality.lm_eval)
-            quality.seconds[f"zero-shot, {self._measures.backend}"] = time.perf_counter() - start
+            with timed(quality.seconds, f"zero-shot, {self._measures.backend}"):
+                results = self._tasks.run(self._lm_of(model))
+            quality.lm_eval = results
+            quality.tasks, quality.groups = summarize(results), groups_of(results)
 
     def _windows_of(self, model: StreamedModel) -> dict[str, np.ndarray]:
         try:

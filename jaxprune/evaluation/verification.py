@@ -218,11 +218,11 @@ def _dtype_of_both(reader: Reader, dense: Reader) -> np.dtype | None:
 
 def _as_stored(
     name: str,
-    array: Shaped[np.ndarray, "..."],
+    array: np.ndarray,
     reader: Reader,
     dense: Reader,
     dtype: np.dtype | None,
-) -> Iterator[Shaped[np.ndarray, "..."]]:
+) -> Iterator[np.ndarray]:
     """Yields a dense tensor as the pruned checkpoint may have it. A file of a format that rounds is
     made from the dense tensor, or from that tensor in the dtype that runs save."""
     if held := rounding(reader):
@@ -259,7 +259,7 @@ def _differences(reader: Reader, dense: Reader, dtype: np.dtype | None) -> list[
     return problems
 
 
-def _same(a: Shaped[np.ndarray, "..."], b: Shaped[np.ndarray, "..."]) -> bool:
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 

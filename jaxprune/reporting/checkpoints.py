@@ -1,9 +1,8 @@
 """The checkpoints of a report, from the records that speak of them."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 from convert.hub import DESCRIPTIONS
 from jaxprune.errors import InputError
@@ -17,7 +16,6 @@ from jaxprune.sparsity.patterns import NM
 SAME = 0.01
 """The most by which two perplexities of a checkpoint on the same windows differ, relatively: what
 dtypes and hardware change."""
-WHICH: tuple[Literal["dense", "pruned"], ...] = ("dense", "pruned")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,62 +179,40 @@ def _require_same_texts(one: Checkpoint, other: Checkpoint) -> None:
             )
 
 
-def _of_record(record: Record) -> list[Checkpoint]:
+def _of_record(record: Record) -> Iterator[Checkpoint]:
+    """Yields the checkpoints of a record."""
     if isinstance(record, Run):
-        measured = record.evaluation
-        sizes = {
-            which: (record.disk_bytes.get(which), record.parameters.get(which)) for which in WHICH
-        }
-        pruned = _pruned(
-            record.config.out or "", record, measured.get("pruned", Quality()), *sizes["pruned"]
-        )
-        if "dense" not in measured:
-            return [pruned]
-        return [_bare(record.config.ckpt, True, None, measured["dense"], *sizes["dense"]), pruned]
-    found = []
+        for which, name in (("dense", record.config.ckpt), ("pruned", record.config.out or "")):
+            quality, run = record.evaluation.get(which), record if which == "pruned" else None
+            if run or quality:
+                sizes = record.disk_bytes.get(which), record.parameters.get(which)
+                yield _checkpoint(name, not run, run, None, quality or Quality(), *sizes)
+        return
     for name, one in record.checkpoints.items():
-        is_dense = name == record.against or (not one.run and one.sparsity < LEAST_ZEROS)
-        if one.run and not is_dense:
-            found.append(_pruned(name, one.run, one.quality, one.disk_bytes, one.parameters))
-        else:
-            found.append(
-                _bare(name, is_dense, one.sparsity, one.quality, one.disk_bytes, one.parameters)
-            )
-    return found
+        dense = name == record.against or (not one.run and one.sparsity < LEAST_ZEROS)
+        run, sizes = None if dense else one.run, (one.disk_bytes, one.parameters)
+        yield _checkpoint(name, dense, run, one.sparsity, one.quality, *sizes)
 
 
-def _bare(
+def _checkpoint(
     name: str,
     dense: bool,
+    run: Run | None,
     sparsity: float | None,
     quality: Quality,
     size: int | None,
     parameters: int | None,
 ) -> Checkpoint:
-    """Returns a checkpoint of whose making nothing is known."""
-    pattern = "" if dense or sparsity is None else f"{100 * sparsity:.1f} %"
-    label = Path(name).name + (" (dense)" if dense else "")
-    return Checkpoint(
-        name,
-        label,
-        dense,
-        DESCRIPTIONS.get(name, ""),
-        pattern,
-        sparsity,
-        quality,
-        None,
-        size,
-        parameters,
-    )
-
-
-def _pruned(
-    name: str, run: Run, quality: Quality, size: int | None, parameters: int | None
-) -> Checkpoint:
-    how = run.method_text, run.pattern_text
-    return Checkpoint(
-        name, Path(name).name, False, *how, run.sparsity, quality, run, size, parameters
-    )
+    label = Path(name).name
+    if run:
+        method, pattern, sparsity = run.method_text, run.pattern_text, run.sparsity
+    else:  # of whose making nothing is known
+        method, pattern = DESCRIPTIONS.get(name, ""), ""
+        if dense:
+            label += " (dense)"
+        elif sparsity is not None:
+            pattern = f"{100 * sparsity:.1f} %"
+    return Checkpoint(name, label, dense, method, pattern, sparsity, quality, run, size, parameters)
 
 
 def _shortened(name: str) -> str:

@@ -75,9 +75,8 @@ def error_by_layer(checkpoints: Sequence[Checkpoint], *, of_quantization: bool =
         axis.set_xlabel("layer")
         axis.set_ylabel("relative error of the output, %")
 
-    return draw(
-        "Relative error" + " of the quantization" * of_quantization + " by layer", 3.6, plot
-    )
+    title = "Relative error of the quantization" if of_quantization else "Relative error"
+    return draw(f"{title} by layer", 3.6, plot)
 
 
 def error_by_linear(checkpoints: Sequence[Checkpoint]) -> Figure:
@@ -155,7 +154,8 @@ def divergence_by_tokens(checkpoints: Sequence[Checkpoint]) -> Figure:
                 axis.plot(x, y, **style, **_style_of(checkpoint))
         axis.set_xlim(left=0)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.set_xlabel("tokens tuned on" + " (dotted: zeros are still to come)" * late)
+        dotted = " (dotted: zeros are still to come)" if late else ""
+        axis.set_xlabel(f"tokens tuned on{dotted}")
         axis.set_ylabel("nats a token (lower is better)")
 
     return draw("KL divergence on text held out", 3.0, plot)
@@ -189,46 +189,19 @@ def time_by_phase(checkpoints: Sequence[Checkpoint]) -> Figure:
     return draw("Time by phase", 1.6 + 0.35 * len(checkpoints), plot)
 
 
-def perplexities(checkpoints: Sequence[Checkpoint], text: str) -> Figure:
-    values = [getattr(checkpoint.text(text), "perplexity", None) for checkpoint in checkpoints]
-    return _measured(
-        checkpoints,
-        values,
-        f"Perplexity of {text}",
-        "perplexity (lower is better)",
-        log=True,
-    )
-
-
-def divergences(checkpoints: Sequence[Checkpoint], text: str) -> Figure:
-    values = [getattr(checkpoint.text(text), "kl", None) for checkpoint in checkpoints]
-    return _measured(
-        checkpoints,
-        values,
-        f"KL divergence from the dense model, {text}",
-        "nats a token (lower is better)",
-    )
-
-
-def _measured(
-    checkpoints: Sequence[Checkpoint],
-    values: Sequence[float | None],
-    title: str,
-    label: str,
-    *,
-    log: bool = False,
+def quality_by_checkpoint(
+    checkpoints: Sequence[Checkpoint], title: str, label: str, value_of: ValueOf, *, log: bool
 ) -> Figure:
-    """Returns a point and its value for each checkpoint; None stands for infinity."""
+    """Returns a plot of a point and its value for each checkpoint; None stands for infinity."""
+    values = [value_of(checkpoint) for checkpoint in checkpoints]
 
     def plot(axis: Axes) -> None:
         known = [_plain(value) for value in values if value is not None]
         high = max([*known, 1e-9]) if known else 1.0
         low = max(min(known) / 1.25, 1e-9) if log and known else 0.0
         for place, (checkpoint, value) in enumerate(zip(checkpoints, values, strict=True)):
-            style, end = (
-                _style_of(checkpoint) | {"marker": "o", "ms": 7},
-                high if value is None else max(low, _plain(value)),
-            )
+            style = _style_of(checkpoint) | {"marker": "o", "ms": 7}
+            end = high if value is None else max(low, _plain(value))
             if value is not None:
                 axis.plot([low, end], [place, place], color=style["color"], lw=1.2)
                 axis.plot(end, place, **style)
@@ -285,7 +258,12 @@ def accuracies(checkpoints: Sequence[Checkpoint]) -> Figure:
 
 
 def quality_by_sparsity(
-    checkpoints: Sequence[Checkpoint], title: str, label: str, value_of: ValueOf, *, log: bool
+    checkpoints: Sequence[Checkpoint],
+    title: str,
+    label: str,
+    value_of: ValueOf,
+    *,
+    log: bool = True,
 ) -> Figure | None:
     """Returns a line a method (a point of a checkpoint without one) over the sparsities; None where
     these are one."""
@@ -301,21 +279,19 @@ def quality_by_sparsity(
         for number, method in enumerate(
             dict.fromkeys(checkpoint.method or checkpoint.label for checkpoint, _ in pruned)
         ):
-            same = [(e, value) for e, value in pruned if (e.method or e.label) == method]
-            own = [(e.sparsity, value, e) for e, value in same if e.sparsity is not None]
-            points = sorted(
-                (100 * sparsity, _plain(value)) for sparsity, value, e in own if not e.grouped
-            )
-            grouped = sorted(
-                (100 * sparsity, _plain(value)) for sparsity, value, e in own if e.grouped
-            )
-            style = series_style(number)
-            axis.plot(
-                *zip(*points, strict=True) if points else ([], []), label=words(method, 60), **style
-            )
-            if grouped:
-                style |= {"ls": "", "mfc": "none", "ms": 6}
-                axis.plot(*zip(*grouped, strict=True), label=f"{words(method, 60)}, N:M", **style)
+            own = [(e, value) for e, value in pruned if (e.method or e.label) == method]
+            for grouped, name, style in (
+                (False, words(method, 60), {}),
+                (True, f"{words(method, 60)}, N:M", {"ls": "", "mfc": "none", "ms": 6}),
+            ):
+                points = sorted(
+                    (100 * e.sparsity, _plain(value))
+                    for e, value in own
+                    if e.sparsity is not None and e.grouped == grouped
+                )
+                if points or not grouped:
+                    x, y = [point[0] for point in points], [point[1] for point in points]
+                    axis.plot(x, y, label=name, **series_style(number) | style)
         for checkpoint in checkpoints:
             if checkpoint.dense and (value := value_of(checkpoint)) is not None:
                 axis.axhline(_plain(value), color=DENSE, ls="--", lw=1, label="dense")

@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jinja2
@@ -64,58 +65,55 @@ def _figures(
     everything: Sequence[Checkpoint], texts: Sequence[str]
 ) -> list[tuple[str, list[svg.Figure]]]:
     """Returns headings and the plots below them."""
-    quality: list[svg.Figure] = []
-    trade: list[svg.Figure | None] = []
-
-    def by_sparsity(
-        title: str, label: str, value_of: Callable[[Checkpoint], float | None], log: bool = True
-    ) -> None:
-        trade.append(
-            plots.quality_by_sparsity(everything, f"{title} by sparsity", label, value_of, log=log)
-        )
-
-    for text in texts:
-        measured = [checkpoint for checkpoint in everything if checkpoint.text(text)]
-        quality.append(plots.perplexities(measured, text))
-        value_of = _value_of(text, "perplexity")
-        by_sparsity(f"Perplexity of {text}", "perplexity", value_of)
-        trade.append(
-            plots.quality_by_size(measured, f"Perplexity of {text} by size", "perplexity", value_of)
-        )
-        if compared := [
-            checkpoint for checkpoint in measured if _value_of(text, "kl")(checkpoint) is not None
-        ]:
-            quality.append(plots.divergences(compared, text))
-            by_sparsity(f"KL divergence on {text}", "nats a token", _value_of(text, "kl"))
-    if tested := [checkpoint for checkpoint in everything if checkpoint.accuracy is not None]:
-        quality.append(plots.accuracies(tested))
-        by_sparsity(
-            "Mean accuracy",
-            "mean accuracy (acc)",
-            lambda checkpoint: checkpoint.accuracy,
-            log=False,
-        )
-    runs = [checkpoint for checkpoint in everything if checkpoint.run and checkpoint.run.layers]
-    pruning = []
-    if runs:
-        pruning = [
-            plots.error_by_layer(runs),
-            plots.error_by_linear(runs),
-            plots.sparsity_by_layer(runs),
-            plots.time_by_phase(runs),
-        ]
-    if quantized := [
-        checkpoint for checkpoint in runs if checkpoint.run and checkpoint.run.recipe.quantize
-    ]:
-        pruning.append(plots.error_by_layer(quantized, of_quantization=True))
-    if tuned := [
-        checkpoint for checkpoint in runs if checkpoint.run and checkpoint.run.divergences
-    ]:
-        pruning.append(plots.divergence_by_tokens(tuned))
-    sections: dict[str, Sequence[svg.Figure | None]]
-    sections = {"Quality": quality, "Sparsity against quality": trade, "Pruning": pruning}
+    sections: dict[str, Iterator[svg.Figure | None]] = {
+        "Quality": _quality_plots(everything, texts),
+        "Sparsity against quality": _trade_off_plots(everything, texts),
+        "Pruning": _pruning_plots(everything),
+    }
     drawn = {heading: [one for one in found if one] for heading, found in sections.items()}
     return [(heading, found) for heading, found in drawn.items() if found]
+
+
+def _quality_plots(everything: Sequence[Checkpoint], texts: Sequence[str]) -> Iterator[svg.Figure]:
+    by_checkpoint = plots.quality_by_checkpoint
+    for text in texts:
+        measured = [one for one in everything if one.text(text)]
+        perplexity, divergence = _value_of(text, "perplexity"), _value_of(text, "kl")
+        title = f"Perplexity of {text}"
+        yield by_checkpoint(measured, title, "perplexity (lower is better)", perplexity, log=True)
+        if compared := [one for one in measured if divergence(one) is not None]:
+            title = f"KL divergence from the dense model, {text}"
+            label = "nats a token (lower is better)"
+            yield by_checkpoint(compared, title, label, divergence, log=False)
+    if tested := [one for one in everything if one.accuracy is not None]:
+        yield plots.accuracies(tested)
+
+
+def _trade_off_plots(
+    everything: Sequence[Checkpoint], texts: Sequence[str]
+) -> Iterator[svg.Figure | None]:
+    by_sparsity = partial(plots.quality_by_sparsity, everything)
+    for text in texts:
+        title, value_of = f"Perplexity of {text}", _value_of(text, "perplexity")
+        yield by_sparsity(f"{title} by sparsity", "perplexity", value_of)
+        yield plots.quality_by_size(everything, f"{title} by size", "perplexity", value_of)
+        title = f"KL divergence on {text} by sparsity"
+        yield by_sparsity(title, "nats a token", _value_of(text, "kl"))
+    title, label = "Mean accuracy by sparsity", "mean accuracy (acc)"
+    yield by_sparsity(title, label, lambda one: one.accuracy, log=False)
+
+
+def _pruning_plots(everything: Sequence[Checkpoint]) -> Iterator[svg.Figure]:
+    if not (runs := [one for one in everything if one.run and one.run.layers]):
+        return
+    yield plots.error_by_layer(runs)
+    yield plots.error_by_linear(runs)
+    yield plots.sparsity_by_layer(runs)
+    yield plots.time_by_phase(runs)
+    if quantized := [one for one in runs if one.run and one.run.recipe.quantize]:
+        yield plots.error_by_layer(quantized, of_quantization=True)
+    if tuned := [one for one in runs if one.run and one.run.divergences]:
+        yield plots.divergence_by_tokens(tuned)
 
 
 def _verdicts(everything: Sequence[Checkpoint], texts: Sequence[str]) -> Iterator[str]:
@@ -134,13 +132,9 @@ def _verdicts(everything: Sequence[Checkpoint], texts: Sequence[str]) -> Iterato
                     if checkpoint.sparsity is None
                     else f", {100 * checkpoint.sparsity:.0f} % zeros"
                 )
-                times, same = (
-                    f"{found.ratio:.2f} times the dense model's",
-                    f"{100 * found.top1:.0f} % of the tokens",
-                )
                 yield (
-                    f"{checkpoint.label}{zeros}: on {text} its perplexity is {times}, and "
-                    f"at {same} both "
+                    f"{checkpoint.label}{zeros}: on {text} its perplexity is {found.ratio:.2f} "
+                    f"times the dense model's, and at {100 * found.top1:.0f} % of the tokens both "
                     f"find the same next one the most probable. {compared(found.ratio)}"
                 )
 

@@ -376,7 +376,12 @@ def test_no_number_keeps_a_plot_from_being_drawn(number: float | None) -> None:
         record["seconds"] = {"solve": number}
     found = report.checkpoints_of(parsed(*records))
     runs = found[1:]
-    drawn = [plots.perplexities(found, "wikitext2"), plots.divergences(runs, "wikitext2")]
+    drawn = [
+        plots.quality_by_checkpoint(
+            found, "", "", lambda one: one.text("wikitext2").perplexity, log=True
+        ),
+        plots.quality_by_checkpoint(runs, "", "", lambda one: one.text("wikitext2").kl, log=False),
+    ]
     drawn += [
         plots.error_by_layer(runs),
         plots.error_by_layer(runs[:1]),
