@@ -217,7 +217,8 @@ class Evaluator:
                         "different tokenizers, so that their predictions cannot be compared",
                         options={"against": Change.OMIT},
                     )
-                group, seconds = [models[name] for name in (first, *others)], {}
+                group = [models[name] for name in (first, *others)]
+                seconds: dict[str, float] = {}
                 with timed(seconds, f"perplexity, {text}"):
                     found = text_quality(group, tokens, name=text, observer=self._observer)
                 for name, quality in zip((first, *others), found, strict=True):
