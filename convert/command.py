@@ -1,7 +1,6 @@
 """What all command lines share: one line and exit status 2 for an error of the user's, a traceback
 for one of ours."""
 
-import argparse
 import contextlib
 import errno
 import logging
@@ -22,16 +21,6 @@ USER_ERROR, DEFECT, STOPPED, UNREAD = 2, 70, 130, 141
 closed, as the shell says of a program that SIGPIPE ends."""
 MOST = 2000
 """Characters of an error's line."""
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, whose errors are raised like all others, without abbreviated flags."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False} | options)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; {self.prog} --help lists what there is")
 
 
 def run(

@@ -33,7 +33,7 @@ from convert.files import open_regular, require_inside
 from convert.names import flax_path, naming_in, naming_of
 from convert.packing import Groups, Mask, Places
 from convert.safetensors_header import Stored, header
-from convert.schema import Count, Schema
+from convert.schema import Schema
 from convert.shards import DTYPES, TensorFile
 from convert.writing import write_text
 
@@ -44,17 +44,6 @@ SAMPLED = 2**20
 
 class _Whole(Schema):
     kind: Literal["whole"] = "whole"
-
-
-class _Mask(Schema):
-    kind: Literal["mask"] = "mask"
-    kept: Count
-
-
-class _Groups(Schema):
-    kind: Literal["groups"] = "groups"
-    n: Annotated[int, Field(ge=1, lt=16)]
-    m: Annotated[int, Field(ge=2, le=16)]
 
 
 class _Tensor(Schema):
@@ -75,15 +64,13 @@ class _Tensor(Schema):
     shape: Annotated[
         tuple[Annotated[int, Field(ge=0, le=2**40)], ...], Field(max_length=8, strict=False)
     ]
-    layout: Annotated[_Whole | _Mask | _Groups, Field(discriminator="kind")]
+    layout: Annotated[_Whole | Mask | Groups, Field(discriminator="kind")]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
     @property
     def places(self) -> Places | None:
         """Where the values are; None: everywhere."""
-        if isinstance(self.layout, _Groups):
-            return Groups(self.layout.n, self.layout.m)
-        return Mask(self.layout.kept) if isinstance(self.layout, _Mask) else None
+        return None if isinstance(self.layout, _Whole) else self.layout
 
     def arrays(self, name: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Returns name -> shape and dtype of the arrays that make the tensor; those of the places
@@ -242,7 +229,7 @@ class Writer:
                     file=file,
                     dtype=array.dtype.name,
                     shape=array.shape,
-                    layout=_layout(places),
+                    layout=places or _Whole(),
                     sha256=_digest(array),
                 )
                 for key, one in zip(
@@ -305,9 +292,3 @@ def _digest(array: np.ndarray) -> str:
 def _places_of(path: str, array: np.ndarray) -> Places | None:
     """Returns how a tensor takes the fewest bytes; None: as it is, as all but kernels are."""
     return packing.places_of(array) if path.endswith(".kernel") else None
-
-
-def _layout(places: Places | None) -> _Whole | _Mask | _Groups:
-    if isinstance(places, Groups):
-        return _Groups(n=places.n, m=places.m)
-    return _Mask(kept=places.kept) if isinstance(places, Mask) else _Whole()

@@ -11,9 +11,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
+from typing import Annotated, Literal
 
 import numpy as np
 from jaxtyping import Bool, Shaped, UInt, UInt8
+from pydantic import Field
+
+from convert.schema import OWN, Count
 
 SIZES = (2, 4, 8, 16)
 """Elements of a group, where there are groups."""
@@ -29,7 +33,10 @@ class Mask:
         kept: how many bits are set.
     """
 
-    kept: int
+    __pydantic_config__ = OWN
+
+    kind: Literal["mask"] = dataclasses.field(default="mask", kw_only=True)
+    kept: Count
 
     def count(self, shape: tuple[int, int]) -> int:
         """Returns how many elements are kept."""
@@ -64,8 +71,11 @@ class Groups:
         m: elements of a group.
     """
 
-    n: int
-    m: int
+    __pydantic_config__ = OWN
+
+    kind: Literal["groups"] = dataclasses.field(default="groups", kw_only=True)
+    n: Annotated[int, Field(ge=1, lt=16)]
+    m: Annotated[int, Field(ge=2, le=16)]
 
     def fits(self, shape: tuple[int, int]) -> bool:
         """Returns whether rows of this shape can be grouped so."""

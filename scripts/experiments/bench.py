@@ -26,7 +26,7 @@ from jaxprune import Context, Magnitude, TextStream, Unstructured, calibration, 
 from jaxprune.api import snapshot as snapshots
 from jaxprune.commands.prune import stream_of, windows_of
 from jaxprune.commands.run_options import Config
-from jaxprune.evaluation.perplexity import perplexity, perplexity_of_states
+from jaxprune.evaluation.perplexity import compare, perplexity
 from jaxprune.evaluation.quality import Evaluator, Quality
 from jaxprune.evaluation.tasks import ZERO_SHOT
 from jaxprune.loop import other_params
@@ -169,9 +169,9 @@ class Bench:
             )
 
         account = self._prune(cell.recipe, watch, file)
-        return {"perplexity": perplexity_of_states(self.model, hidden, self.evaluation)} | _figures(
-            account.record
-        )
+        head = self.model.params_of(self.model.architecture.head)
+        (quality,) = compare([self.model], (head,), [hidden], self.evaluation)
+        return {"perplexity": quality.perplexity} | _figures(account.record)
 
     def _seconds(self, cell: Cell, file: Path) -> dict[str, Any]:
         assert cell.recipe is not None
