@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from jaxprune.reporting import published
+from jaxprune.reporting import documented_runs
 from jaxprune.reporting.documented_runs import compared
 
 ROOT = Path(__file__).parents[2]
-FILE = Path(published.__file__).with_suffix(".json")
+FILE = Path(documented_runs.__file__).with_suffix(".json")
 
 
 def test_the_ratios_are_those_of_the_documentation() -> None:

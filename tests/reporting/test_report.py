@@ -15,8 +15,7 @@ from convert.errors import UserError
 from jaxprune.commands.report import main as report_main
 from jaxprune.evaluation.perplexity import short_name
 from jaxprune.reporting import plots, report
-from jaxprune.reporting import record as records
-from jaxprune.reporting.record import Record
+from jaxprune.reporting.record import Record, load, read
 
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 
@@ -86,7 +85,7 @@ def evaluation_record(
 
 
 def parsed(*records: dict[str, Any]) -> list[Record]:
-    return [records.read(json.dumps(record), "jaxprune.json") for record in records]
+    return [read(json.dumps(record), "jaxprune.json") for record in records]
 
 
 def page_of(*records: dict[str, Any]) -> str:
@@ -415,7 +414,7 @@ def test_a_folder_without_a_record_is_one_error(
     if content is not None:
         (tmp_path / "jaxprune.json").write_text(content)
     with pytest.raises(UserError, match=message):
-        records.load(tmp_path)
+        load(tmp_path)
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -514,7 +513,7 @@ def test_a_verdict_and_sizes_on_disk_are_shown() -> None:
         "fewer": measured(150_000_000, 75_000_000, perplexity=13.0, kl=0.25),
     }
     head = {"schema": 3, "kind": "evaluation", "config": {}, "against": "dense"}
-    page = report.page([records.read(json.dumps(head | {"checkpoints": checkpoints}), "x")])
+    page = report.page([read(json.dumps(head | {"checkpoints": checkpoints}), "x")])
     sentence = (
         "pruned, 50 % zeros: on wikitext2 its perplexity is 1.30 times the dense model&#39;s, and "
         "at 50 % of"
@@ -524,9 +523,9 @@ def test_a_verdict_and_sizes_on_disk_are_shown() -> None:
     for sizes in ("200 MB</td><td>60 MB", "200 MB</td><td>400 MB", "150 MB</td><td>150 MB"):
         assert f"<td>{sizes}</td>" in page
     del checkpoints["fewer"]  # the others have as many parameters, and only their files differ
-    page = report.page([records.read(json.dumps(head | {"checkpoints": checkpoints}), "x")])
+    page = report.page([read(json.dumps(head | {"checkpoints": checkpoints}), "x")])
     assert "by size" not in page and "<td>200 MB</td><td>400 MB</td>" in page
     for one in checkpoints.values():
         del one["parameters"]  # as earlier versions wrote it
-    page = report.page([records.read(json.dumps(head | {"checkpoints": checkpoints}), "x")])
+    page = report.page([read(json.dumps(head | {"checkpoints": checkpoints}), "x")])
     assert "by size" not in page and "16 bits" not in page
