@@ -80,8 +80,8 @@ class Destination:
         self._require_replaceable()
         self._require_writable()
 
-    def occupied(self, problem: str, file: Path | None = None) -> OccupiedError:
-        return OccupiedError(problem, file=file or self.path, options=self._other())
+    def occupied(self, problem: str) -> OccupiedError:
+        return OccupiedError(problem, file=self.path, options=self._other())
 
     def _other(self) -> dict[str, object]:
         return {self.option: Change.OTHER} if self.option else {}

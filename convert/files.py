@@ -77,16 +77,14 @@ def open_regular(path: str | Path, error: type[UserError] = CheckpointError) -> 
         raise error(f"it cannot be read ({problem.strerror})", file=path) from problem
 
 
-def read_bytes(
-    path: str | Path, most: int = JSON_BYTES, error: type[UserError] = CheckpointError
-) -> bytes:
+def read_bytes(path: str | Path, most: int = JSON_BYTES) -> bytes:
     """Returns the content of a regular file that holds at most so many bytes; errors as for
     `require_regular`."""
-    with open_regular(path, error) as file:
+    with open_regular(path) as file:
         try:
             content = file.read(most + 1)
-        except OSError as problem:
-            raise error(f"it cannot be read ({problem.strerror})", file=path) from problem
+        except OSError as error:
+            raise CheckpointError(f"it cannot be read ({error.strerror})", file=path) from error
     if len(content) > most:
         raise DamagedError(
             "it is larger than such a file can be", file=path, wanted=f"at most {most} bytes"

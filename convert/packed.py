@@ -38,6 +38,8 @@ from convert.shards import DTYPES, TensorFile
 from convert.writing import write_text
 
 MARK, FOLDER = "packed.json", "packed"
+LEVEL = 3
+"""Of zstd, where none is asked for."""
 SAMPLED = 2**20
 """Elements of a tensor of which `estimated_bytes` packs all."""
 
@@ -197,7 +199,7 @@ class Writer:
         zstd: level of zstd, 1 to 22, at which planes of bytes are compressed; 0: none is.
     """
 
-    def __init__(self, folder: Path, spec: Spec, assets: Path, *, zstd: int = 3) -> None:
+    def __init__(self, folder: Path, spec: Spec, assets: Path, *, zstd: int = LEVEL) -> None:
         if zstd not in planes.LEVELS:
             problem = f"zstd has levels up to {planes.LEVELS[-1]}, not {zstd}"
             raise CheckpointError(problem, options={"zstd": Change.OTHER})
@@ -256,14 +258,13 @@ class Writer:
         self.files |= {MARK, "README.md"}
 
 
-def estimated_bytes(params: Params, zstd: int = 3) -> int:
+def estimated_bytes(params: Params) -> int:
     """Returns about how many bytes params take packed, without what the files say of them.
 
     Of a tensor with more than `SAMPLED` elements some rows, evenly spaced, stand for all.
 
     Args:
         params: params of a checkpoint.
-        zstd: as for `Writer`.
     """
     total = 0.0
     for path, param in params.items():
@@ -273,7 +274,7 @@ def estimated_bytes(params: Params, zstd: int = 3) -> int:
         )
         places = _places_of(path, some)
         arrays = [
-            one for part in _parts(some, places) for one in planes.split("", part, zstd).values()
+            one for part in _parts(some, places) for one in planes.split("", part, LEVEL).values()
         ]
         total += sum(one.nbytes for one in arrays) * (array.size / max(1, some.size))
     return round(total)

@@ -18,7 +18,7 @@ import pydantic
 import pydantic_core
 
 from convert.errors import MISSING, DamagedError, UserError
-from convert.files import JSON_BYTES, read_bytes
+from convert.files import read_bytes
 
 _CHOICE = r"(constrained-\w+|list\[.*\]|dict\[.*\]|is-\w+)$"
 """What pydantic calls the alternatives of a type, among an entry's steps."""
@@ -58,33 +58,25 @@ def _adapter(schema: Any) -> pydantic.TypeAdapter:
     return pydantic.TypeAdapter(schema)
 
 
-def dump(value: Any, schema: Any = None) -> Any:
-    """Returns JSON of a value, from which `check` makes an equal one.
-
-    Args:
-        value: a dataclass, or what a type says.
-        schema: that type; None: the value's own.
-    """
-    adapter = _adapter(type(value) if schema is None else schema)  # type: ignore[arg-type]
+def dump(value: Any) -> Any:
+    """Returns JSON of a dataclass, from which `check` makes an equal one."""
+    adapter = _adapter(type(value))  # type: ignore[arg-type]
     return adapter.dump_python(value, mode="json", by_alias=True)
 
 
-def read(
-    schema: type[S], path: Path, *, most: int = JSON_BYTES, error: type[UserError] = DamagedError
-) -> S:
+def read(schema: type[S], path: Path, *, error: type[UserError] = DamagedError) -> S:
     """Returns a JSON file as its schema has it.
 
     Args:
         schema: what it has to be.
         path: the path of the file.
-        most: the most bytes that it may hold.
         error: the class to raise where the content is not what it has to be.
 
     Raises:
         UserError: it cannot be read, is no JSON, or is not what the schema says; entry, found and
             wanted say where.
     """
-    return parse(schema, read_bytes(path, most), file=path, error=error)
+    return parse(schema, read_bytes(path), file=path, error=error)
 
 
 def read_object(path: Path, most: int) -> dict[str, Any]:

@@ -29,8 +29,6 @@ from jaxprune.errors import InputError, UserError
 
 CHECKPOINT = "A folder, a .gguf file, a known name such as llama-7b, or owner/name of a hub."
 """Help of a positional argument that names a checkpoint."""
-FlagOf = Callable[[str], str | None]
-"""A field's name -> the flag's name without dashes, in Python's spelling; None: no flag."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +38,15 @@ class Section:
     Attributes:
         title: the heading.
         options: a dataclass.
-        flag_of: names of the flags; by default the fields'.
+        flags: field -> its flag's name without dashes, in Python's spelling; other fields have no
+            flag. None: the fields' own names.
         help: below the heading.
         defaults: of flags, where they are not their fields'.
     """
 
     title: str
     options: type
-    flag_of: FlagOf = str
+    flags: Mapping[str, str] | None = None
     help: str = ""
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -205,7 +204,8 @@ def _flags(
     for number, section in enumerate(sections, 1):
         group = Group(section.title, help=section.help, sort_key=number)
         for field in dataclasses.fields(section.options):
-            if flag := section.flag_of(field.name):
+            flag = field.name if section.flags is None else section.flags.get(field.name)
+            if flag:
                 if flag in titles:
                     both = f"one of {titles[flag]!r} and one of {section.title!r}"
                     raise InputError(

@@ -3,7 +3,7 @@ recipe."""
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from jaxprune import methods
@@ -160,13 +160,13 @@ class RecipeOptions:
             yield Section("Tuning, towards the dense model's predictions", Tuning, defaults=base)
             yield Section("Experts", Experts)
         for role in self._plain():
-            part, flag_of = self.parts[role], self.flag_of(role)
+            part, flags = self.parts[role], self.flags_of(role)
             about = " ".join((inspect.getdoc(part) or "").partition("\n\n")[0].split())
-            own = {flag: value for name, value in vars(part).items() if (flag := flag_of(name))}
+            own = {flag: getattr(part, name) for name, flag in flags.items()}
             title = f"Method {methods.name_of(part)}"
             if len({type(part) for part in self.parts.values()}) < len(self.parts):
                 title += f", {role}"
-            yield Section(title, type(part), flag_of, about, defaults=own)
+            yield Section(title, type(part), flags, about, defaults=own)
 
     @staticmethod
     def elsewhere(flag: str) -> str:
@@ -224,23 +224,18 @@ class RecipeOptions:
             if {f.metadata.get("only", role)} & does
         }
 
-    def flag_of(self, role: str) -> Callable[[str], str | None]:
+    def flags_of(self, role: str) -> dict[str, str]:
         """Returns field -> flag of the method in a role; flags that both methods have are told
         apart by their role."""
-        fields = self._fields(role)
         shared = set().union(*(self._fields(other) for other in self._plain() if other != role))
-        return lambda field: (
-            (f"{role}_{field}" if field in shared else field) if field in fields else None
-        )
+        return {name: f"{role}_{name}" if name in shared else name for name in self._fields(role)}
 
     def _method(self, given: Mapping[str, Any]) -> Method:
         parts = dict(self.parts)
         for role in self._plain():
-            flag_of = self.flag_of(role)
-            flags = {name: flag for name in vars(parts[role]) if (flag := flag_of(name))}
-            values = {name: getattr(parts[role], name) for name in flags}
-            values |= {name: given[flag] for name, flag in flags.items() if flag in given}
-            parts[role] = type(parts[role])(**values)
+            part, flags = parts[role], self.flags_of(role)
+            values = {name: given.get(flag, getattr(part, name)) for name, flag in flags.items()}
+            parts[role] = type(part)(**values)
         method: Method = parts["update"]
         if "mask" in parts:
             method = Crossed(parts["mask"], method)
