@@ -31,7 +31,7 @@ def check(spec: Spec, config: dict[str, Any]) -> None:
     """
     grouped = parts(spec)
     layers = {
-        part: _shapes(spec, part, paths)
+        part: {path.removeprefix(f"{part}."): spec[path].shape for path in paths}
         for part, paths in grouped.items()
         if part.startswith("layers.")
     }
@@ -93,10 +93,6 @@ def _odd_ones(layers: dict[str, dict[str, tuple[int, ...]]]) -> list[str]:
                 f"surplus: {part}.{leaf} {list(shapes[leaf])}, which the other layers lack"
             )
     return problems
-
-
-def _shapes(spec: Spec, part: str, paths: list[str]) -> dict[str, tuple[int, ...]]:
-    return {path.removeprefix(f"{part}."): spec[path].shape for path in paths}
 
 
 def ordered(spec: Spec, file: Path) -> Spec:

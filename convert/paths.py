@@ -75,18 +75,13 @@ def _require_apart(
 
 def contains(folder: Path, path: Path) -> bool:
     """Returns whether a path is a folder's (or the folder itself), as the disk has them."""
-    anchor, rest = _anchored(folder)
+    anchor, rest = next(_ways(folder))
     for place, more in _ways(path):
         if os.path.samefile(place, anchor):
             if not _minds_case(anchor):
                 rest, more = [name.casefold() for name in rest], [name.casefold() for name in more]
             return more[: len(rest)] == rest
     return False
-
-
-def _anchored(path: Path) -> tuple[Path, list[str]]:
-    """Returns the nearest folder that exists, and the names that lead on from it."""
-    return next(_ways(path))
 
 
 def _ways(path: Path) -> Iterator[tuple[Path, list[str]]]:

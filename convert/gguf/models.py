@@ -9,6 +9,7 @@ References:
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
@@ -89,6 +90,10 @@ class Model:
     entries: Callable[[Fields], Entries] = _nothing
     permuted: bool = False
     offset: float = 0.0
+
+    def permutes(self, path: str) -> bool:
+        """Returns whether the rows of a param lie as llama.cpp rotates them."""
+        return self.permuted and re.search(r"\.(q|k)_proj\.", path) is not None
 
     def names(self) -> Mapping[str, str]:
         """Returns the name of a tensor inside a layer -> the module that it belongs to.
@@ -222,7 +227,7 @@ MIXTRAL = Model(
 """What a file of a llama model with experts holds."""
 
 
-def model_of(architecture: object, experts: int, path: Any) -> Model:
+def model_of(architecture: object, experts: int | None, path: Any) -> Model:
     """Returns the model of a file's architecture.
 
     Raises:

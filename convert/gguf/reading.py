@@ -115,11 +115,7 @@ class Reader:
         self._path, self.files, self._header = path, [path], Header(path)
         architecture = self._header.get("general.architecture")
         prefix = f"{architecture}."
-        experts = (
-            self._header.get(f"{prefix}expert_count")
-            if f"{prefix}expert_count" in self._header
-            else 0
-        )
+        experts = self._header.get(f"{prefix}expert_count")
         self._model = models.model_of(architecture, experts, path)
         self._of = self._fields(
             Fields, [str(field.alias) for field in Fields.model_fields.values()], prefix
@@ -167,8 +163,10 @@ class Reader:
                 if tensor.name not in tensors:
                     tensors[tensor.name] = self._dequantized(tensor)
                 array = tensors[tensor.name][expert]
-            if self._model.permuted and re.search(r"\.(q|k)_proj\.", path):
-                array = _unpermute(array, self._heads(path))
+            if self._model.permutes(path):
+                # from llama.cpp's order of a head's rows, pairs side by side, to halves
+                pairs = array.reshape(self._heads(path), -1, 2, *array.shape[1:])
+                array = pairs.swapaxes(1, 2).reshape(array.shape)
             params[path] = from_file(self._model, path, array)
         return params
 
@@ -213,14 +211,11 @@ class Reader:
         if match[2].endswith("_exps"):
             for expert in range(self._of.experts if match[3] == "weight" else 0):
                 yield f"layers.{match[1]}.{expert_path(module, expert)}.kernel", expert
-        elif module.endswith("norm"):
-            if match[3] == "weight":
-                yield f"layers.{match[1]}.{module}.scale", None
-        else:
-            yield (
-                f"layers.{match[1]}.{module}." + ("kernel" if match[3] == "weight" else "bias"),
-                None,
-            )
+        elif match[3] == "weight":
+            leaf = "scale" if module.endswith("norm") else "kernel"
+            yield f"layers.{match[1]}.{module}.{leaf}", None
+        elif not module.endswith("norm"):
+            yield f"layers.{match[1]}.{module}.bias", None
 
     def _dequantized(self, tensor: Tensor) -> np.ndarray:
         try:
@@ -248,15 +243,13 @@ class Reader:
         if len(shape) != wanted:
             problem = f"a tensor of {wanted} axes has {len(shape)}"
             raise DamagedError(problem, file=self._path, entry=tensor.name, found=list(shape))
-        permuted = self._model.permuted and re.search(r"\.(q|k)_proj\.", flax)
-        if permuted and shape[-1] % (2 * self._heads(flax)):
-            wanted_rows = f"a multiple of {2 * self._heads(flax)} rows"
+        if self._model.permutes(flax) and shape[-1] % (2 * self._heads(flax)):
             raise DamagedError(
                 "its rows are not whole heads",
                 file=self._path,
                 entry=tensor.name,
                 found=list(shape),
-                wanted=wanted_rows,
+                wanted=f"a multiple of {2 * self._heads(flax)} rows",
             )
         return shape[::-1] if flax.endswith(".embedding") else shape
 
@@ -395,9 +388,3 @@ def from_file(
     if model.offset and path.endswith(".scale"):
         array = array - np.float32(model.offset)
     return transposed(path, array)
-
-
-def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
-    """Returns the rows of a head from llama.cpp's order (pairs side by side) to Hugging Face's
-    (halves)."""
-    return array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)

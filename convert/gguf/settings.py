@@ -1,7 +1,6 @@
 """What describes a model, of config.json for a GGUF file; and whether the file says the same."""
 
 import math
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,9 +89,9 @@ def rope_factors(config: Any) -> np.ndarray | None:
 
 def permuted(model: Model, config: Any, path: str, array: np.ndarray) -> np.ndarray:
     """Returns a tensor with the rows of queries and keys as llama.cpp rotates them."""
-    if not model.permuted or not (match := re.search(r"\.(q|k)_proj\.", path)):
+    if not model.permutes(path):
         return array
-    heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
+    heads = config.num_attention_heads if ".q_proj." in path else config.num_key_value_heads
     return array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 

@@ -20,7 +20,7 @@ from convert.checkpoint import Reader as AnyReader
 from convert.checkpoint import Spec, require_written, transposed_shape
 from convert.errors import Change, CheckpointError
 from convert.gguf import models, reading, settings, tokenizers
-from convert.names import BESIDE, split_expert
+from convert.names import split_expert
 from convert.writing import failing, reserve, sync
 
 FILES = {
@@ -92,10 +92,8 @@ class Writer:
             _add(writer, f"tokenizer.{name}", value)
         factors = settings.rope_factors(self._config)
         if factors is not None:
-            self._tensors[reading.ROPE_FACTORS], self._kinds[reading.ROPE_FACTORS] = (
-                [],
-                GGMLQuantizationType.F32,
-            )
+            self._tensors[reading.ROPE_FACTORS] = []
+            self._kinds[reading.ROPE_FACTORS] = GGMLQuantizationType.F32
         sizes = {}
         for name, paths in self._tensors.items():
             shape = _shape(spec, paths) if paths or factors is None else factors.shape
@@ -194,17 +192,13 @@ def _name_of(path: str, model: models.Model, modules: Mapping[str, str]) -> str:
     """Returns the name of the tensor that holds a param."""
     if path in TOP:
         return TOP[path]
-    layer, parts = path.split(".", 2), split_expert(path)
-    if parts:
-        module, leaf = (
-            f"{parts[0]}.{parts[2].rpartition('.')[0]}".split(".", 2)[2],
-            parts[2].rpartition(".")[2],
-        )
-    else:
-        module, _, leaf = layer[-1].rpartition(".")
-    if path.startswith(f"{BESIDE}.") or layer[0] != "layers" or module not in modules:
+    expert = split_expert(path)
+    layers, _, inside = (f"{expert[0]}.{expert[2]}" if expert else path).partition(".")
+    index, _, inside = inside.partition(".")
+    module, _, leaf = inside.rpartition(".")
+    if layers != "layers" or module not in modules:
         raise CheckpointError(f"a GGUF file of a {model.model_type} model has no place for {path}")
-    return f"blk.{layer[1]}.{modules[module]}.{'bias' if leaf == 'bias' else 'weight'}"
+    return f"blk.{index}.{modules[module]}.{'bias' if leaf == 'bias' else 'weight'}"
 
 
 def _kind_of(
