@@ -22,37 +22,39 @@ from convert.schema import Schema
 
 
 class Fields(Schema):
-    """The fields that describe a model, under their names in the file without the
+    """The fields that describe a model, in the order of llama.cpp's converter: under the names of
+    config.json, where it has such an entry, and as aliases those of the file without the
     architecture's."""
 
-    hidden: Size = Field(alias="embedding_length")
-    intermediate: Size | None = Field(None, alias="feed_forward_length")
-    layers: Count = Field(alias="block_count")
-    heads: Count = Field(alias="attention.head_count")
-    kv_heads: Count | None = Field(None, alias="attention.head_count_kv")
+    max_position_embeddings: Positions = Field(alias="context_length")
+    hidden_size: Size = Field(alias="embedding_length")
+    num_hidden_layers: Count = Field(alias="block_count")
+    intermediate_size: Size | None = Field(None, alias="feed_forward_length")
+    num_attention_heads: Count = Field(alias="attention.head_count")
+    num_key_value_heads: Count | None = Field(None, alias="attention.head_count_kv")
     head_dim: Size | None = Field(None, alias="attention.key_length")
-    context: Positions = Field(alias="context_length")
-    epsilon: Positive = Field(alias="attention.layer_norm_rms_epsilon")
-    window: Positions | None = Field(None, alias="attention.sliding_window")
-    rope_base: Positive = Field(10000.0, alias="rope.freq_base")
+    value_size: Size | None = Field(None, alias="attention.value_length")
+    rms_norm_eps: Positive = Field(alias="attention.layer_norm_rms_epsilon")
+    rope_theta: Positive = Field(10000.0, alias="rope.freq_base")
     rope_size: Size | None = Field(None, alias="rope.dimension_count")
-    scaling: Literal["none", "linear", "yarn"] = Field("none", alias="rope.scaling.type")
-    scaling_factor: Positive = Field(1.0, alias="rope.scaling.factor")
+    rope_kind: Literal["none", "linear", "yarn"] = Field("none", alias="rope.scaling.type")
+    rope_factor: Positive = Field(1.0, alias="rope.scaling.factor")
     original_context: Positions | None = Field(None, alias="rope.scaling.original_context_length")
-    score_cap: Positive | None = Field(None, alias="attn_logit_softcapping")
-    logit_cap: Positive | None = Field(None, alias="final_logit_softcapping")
-    score_scale: Positive | None = Field(None, alias="attention.scale")
-    embedding_scale: Positive | None = Field(None, alias="embedding_scale")
-    residual_scale: Positive | None = Field(None, alias="residual_scale")
-    logit_scale: Positive | None = Field(None, alias="logit_scale")
+    sliding_window: Positions | None = Field(None, alias="attention.sliding_window")
+    attn_logit_softcapping: Positive | None = Field(None, alias="attn_logit_softcapping")
+    final_logit_softcapping: Positive | None = Field(None, alias="final_logit_softcapping")
+    attention_multiplier: Positive | None = Field(None, alias="attention.scale")
+    embedding_multiplier: Positive | None = Field(None, alias="embedding_scale")
+    residual_multiplier: Positive | None = Field(None, alias="residual_scale")
+    logits_scaling: Positive | None = Field(None, alias="logit_scale")
+    num_experts_per_tok: Count | None = Field(None, alias="expert_used_count")
+    moe_intermediate_size: Size | None = Field(None, alias="expert_feed_forward_length")
     experts: Annotated[int, Field(ge=0, le=2**12)] = Field(0, alias="expert_count")
-    experts_per_token: Count | None = Field(None, alias="expert_used_count")
-    expert_size: Size | None = Field(None, alias="expert_feed_forward_length")
 
     @property
     def size_of_head(self) -> int:
         """Features of a head."""
-        return self.head_dim or self.hidden // self.heads
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 Entries = dict[str, Any]
@@ -112,16 +114,16 @@ class Model:
 def _mixtral(fields: Fields) -> Entries:
     return {
         "num_local_experts": fields.experts,
-        "num_experts_per_tok": fields.experts_per_token,
-        "sliding_window": fields.window,
+        "num_experts_per_tok": fields.num_experts_per_tok,
+        "sliding_window": fields.sliding_window,
     }
 
 
 def _qwen3_moe(fields: Fields) -> Entries:
     return {
         "num_experts": fields.experts,
-        "num_experts_per_tok": fields.experts_per_token,
-        "moe_intermediate_size": fields.expert_size or fields.intermediate,
+        "num_experts_per_tok": fields.num_experts_per_tok,
+        "moe_intermediate_size": fields.moe_intermediate_size or fields.intermediate_size,
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
@@ -131,13 +133,15 @@ def _qwen3_moe(fields: Fields) -> Entries:
 def _gemma(fields: Fields) -> Entries:
     """Of the largest of both families, llama.cpp takes the scale of scores from the width of a
     head's share."""
-    largest = fields.layers in (46, 62)
+    width = fields.size_of_head
+    if fields.num_hidden_layers in (46, 62):
+        width = fields.hidden_size // fields.num_attention_heads
     return {
         "hidden_activation": "gelu_pytorch_tanh",
-        "sliding_window": fields.window,
-        "query_pre_attn_scalar": fields.hidden // fields.heads if largest else fields.size_of_head,
-        "attn_logit_softcapping": fields.score_cap,
-        "final_logit_softcapping": fields.logit_cap,
+        "sliding_window": fields.sliding_window,
+        "query_pre_attn_scalar": width,
+        "attn_logit_softcapping": fields.attn_logit_softcapping,
+        "final_logit_softcapping": fields.final_logit_softcapping,
     }
 
 
@@ -148,7 +152,7 @@ def _gemma3(fields: Fields) -> Entries:
 def _phi3(fields: Fields) -> Entries:
     share = (fields.rope_size or fields.size_of_head) / fields.size_of_head
     return {
-        "sliding_window": fields.window,
+        "sliding_window": fields.sliding_window,
         "partial_rotary_factor": share,
         "pad_token_id": None,
     }
@@ -156,10 +160,10 @@ def _phi3(fields: Fields) -> Entries:
 
 def _granite(fields: Fields) -> Entries:
     return {
-        "attention_multiplier": fields.score_scale or fields.size_of_head**-0.5,
-        "embedding_multiplier": fields.embedding_scale or 1.0,
-        "residual_multiplier": fields.residual_scale or 1.0,
-        "logits_scaling": fields.logit_scale or 1.0,
+        "attention_multiplier": fields.attention_multiplier or fields.size_of_head**-0.5,
+        "embedding_multiplier": fields.embedding_multiplier or 1.0,
+        "residual_multiplier": fields.residual_multiplier or 1.0,
+        "logits_scaling": fields.logits_scaling or 1.0,
     }
 
 

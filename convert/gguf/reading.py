@@ -316,7 +316,9 @@ class Reader:
         return check(schema, found, file=self._path, entry=prefix.rstrip("."))
 
     def _heads(self, path: str) -> int:
-        return self._of.heads if ".q_proj." in path else self._of.kv_heads or self._of.heads
+        of = self._of
+        grouped = None if ".q_proj." in path else of.num_key_value_heads
+        return grouped or of.num_attention_heads
 
     def _config(self) -> dict[str, Any]:
         of = self._of
@@ -325,22 +327,22 @@ class Reader:
             "model_type": self._model.model_type,
             "dtype": "float32",
             "vocab_size": self.spec["embed_tokens.embedding"].shape[0],
-            "hidden_size": of.hidden,
-            "intermediate_size": of.intermediate or of.expert_size,
-            "num_hidden_layers": of.layers,
-            "num_attention_heads": of.heads,
-            "num_key_value_heads": of.kv_heads or of.heads,
+            "hidden_size": of.hidden_size,
+            "intermediate_size": of.intermediate_size or of.moe_intermediate_size,
+            "num_hidden_layers": of.num_hidden_layers,
+            "num_attention_heads": of.num_attention_heads,
+            "num_key_value_heads": of.num_key_value_heads or of.num_attention_heads,
             "head_dim": of.size_of_head,
-            "max_position_embeddings": of.context,
+            "max_position_embeddings": of.max_position_embeddings,
             # Stored as float32; the shortest decimal that rounds to it is what the model's authors
             # wrote.
-            "rms_norm_eps": float(str(np.float32(of.epsilon))),
+            "rms_norm_eps": float(str(np.float32(of.rms_norm_eps))),
             "hidden_act": "silu",
             "attention_bias": "layers.0.self_attn.q_proj.bias" in self.spec,
             "mlp_bias": "layers.0.mlp.up_proj.bias" in self.spec,
             "tie_word_embeddings": "lm_head.kernel" not in self.spec,
             # transformers 4 knows these two entries alone, and transformers 5 too
-            "rope_theta": of.rope_base,
+            "rope_theta": of.rope_theta,
             "rope_scaling": self._rope_scaling(),
         } | self._model.entries(of)
         for name, field in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
@@ -358,7 +360,7 @@ class Reader:
             rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
             # no number of such a formula is near what is not finite
             with np.errstate(all="ignore"):
-                wanted = settings.llama3_factors(len(factors), rope | {"rope_theta": of.rope_base})
+                wanted = settings.llama3_factors(len(factors), rope | {"rope_theta": of.rope_theta})
                 known = np.allclose(factors, wanted, rtol=1e-3)
             if not known:
                 raise CheckpointError(
@@ -367,10 +369,10 @@ class Reader:
                     entry=ROPE_FACTORS,
                 )
             return rope
-        if of.scaling == "none":
+        if of.rope_kind == "none":
             return None
-        rope = {"rope_type": of.scaling, "factor": of.scaling_factor}
-        if of.scaling == "yarn":
+        rope = {"rope_type": of.rope_kind, "factor": of.rope_factor}
+        if of.rope_kind == "yarn":
             rope["original_max_position_embeddings"] = of.original_context
         return rope
 

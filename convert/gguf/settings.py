@@ -7,66 +7,44 @@ from typing import Any
 import numpy as np
 
 from convert.errors import CheckpointError
-from convert.gguf.models import Entries, Model
+from convert.gguf.models import Entries, Fields, Model
 from convert.names import EXPERT_COUNTS
 
 
-def fields_of(model: Model, config: Any) -> Entries:
+def fields_of(config: Any) -> Entries:
     """Returns the fields that describe a model, under their names without the architecture's.
 
     Args:
-        model: what the file holds.
         config: of transformers.
 
     Raises:
         CheckpointError: its rotary embedding has no place in a GGUF file.
     """
-    head = _size_of_head(config)
-    rope = _rope_of(config)
-    fields: Entries = {
-        "vocab_size": config.vocab_size,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": getattr(config, "num_key_value_heads", None)
+    head, rope = _size_of_head(config), _rope_of(config)
+    counts = [getattr(config, name, None) for name in EXPERT_COUNTS]
+    own: Entries = {
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None)
         or config.num_attention_heads,
-        "attention.key_length": head,
-        "attention.value_length": head,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.freq_base": float(rope["rope_theta"]),
-        "rope.dimension_count": int(head * rope.get("partial_rotary_factor", 1.0)),
+        "head_dim": head,
+        "value_size": head,
+        "rms_norm_eps": float(config.rms_norm_eps),
+        "rope_theta": float(rope["rope_theta"]),
+        "rope_size": int(head * rope.get("partial_rotary_factor", 1.0)),
+        "experts": next(filter(None, counts), None),
     }
     kind = rope.get("rope_type", "default")
     if kind in ("linear", "yarn"):
-        fields |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+        own |= {"rope_kind": kind, "rope_factor": float(rope["factor"])}
         if kind == "yarn":
-            fields["rope.scaling.original_context_length"] = rope[
-                "original_max_position_embeddings"
-            ]
+            own["original_context"] = rope["original_max_position_embeddings"]
     elif kind not in ("default", "llama3"):
         raise CheckpointError(f"a GGUF file has no place for a rotary embedding of the kind {kind}")
-    optional = {
-        "attention.sliding_window": "sliding_window",
-        "attn_logit_softcapping": "attn_logit_softcapping",
-        "final_logit_softcapping": "final_logit_softcapping",
-        "attention.scale": "attention_multiplier",
-        "embedding_scale": "embedding_multiplier",
-        "residual_scale": "residual_multiplier",
-        "logit_scale": "logits_scaling",
-        "expert_used_count": "num_experts_per_tok",
-        "expert_feed_forward_length": "moe_intermediate_size",
+    values = {
+        str(field.alias): own[name] if name in own else getattr(config, name, None)
+        for name, field in Fields.model_fields.items()
     }
-    fields |= {
-        name: found
-        for name, entry in optional.items()
-        if (found := getattr(config, entry, None)) is not None
-    }
-    count = next(
-        (getattr(config, name) for name in EXPERT_COUNTS if getattr(config, name, None)), None
-    )
-    return fields | ({"expert_count": count} if count else {})
+    given = {name: value for name, value in values.items() if value is not None}
+    return {"vocab_size": config.vocab_size} | given
 
 
 def _size_of_head(config: Any) -> int:

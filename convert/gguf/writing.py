@@ -86,7 +86,7 @@ class Writer:
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_file_type(FILES[self._kind])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for name, value in settings.fields_of(self._model, self._config).items():
+        for name, value in settings.fields_of(self._config).items():
             _add(writer, f"{prefix}.{name}", value)
         for name, value in tokenizers.fields_of(assets, self._config.vocab_size).items():
             _add(writer, f"tokenizer.{name}", value)
