@@ -178,7 +178,9 @@ class Recipe:
         method = self.method.method if isinstance(self.method, Finished) else self.method
         crossed = [method.selector, method.updater] if isinstance(method, Crossed) else [method]
         how = "-".join(map(methods.name_of, crossed))
-        dropped = f"-without-{percent(self.experts.drop_experts)}" * (self.experts.drop_experts > 0)
+        dropped = ""
+        if self.experts.drop_experts:
+            dropped = f"-without-{percent(self.experts.drop_experts)}"
         patterns = self.patterns_of_all
         if patterns and not any(patterns):
             return f"experts{dropped}" if dropped else "dense"
@@ -186,10 +188,9 @@ class Recipe:
         if isinstance(self.pattern, Given):
             return f"{how}-given-mask"
         if self.preset:
-            uniform = (
-                self.pattern == Unstructured(self.pattern.sparsity) and not self.importance.spread
-            )
-            how = self.preset + "-uniform" * uniform + dropped
+            how = self.preset + dropped
+            if self.pattern == Unstructured(self.pattern.sparsity) and not self.importance.spread:
+                how = f"{self.preset}-uniform{dropped}"
         if len(patterns) > 1:
             return f"{how}-rules"
         pattern = next(iter(patterns), self.pattern)
@@ -249,8 +250,11 @@ def effective(recipe: Recipe, patterns: Collection[Pattern | None]) -> Recipe:
 def pattern_text(recipe: Recipe, patterns: Collection[Pattern | None]) -> str:
     """Returns the pattern or the masks' source, in words; the rules alone where they name every
     linear layer. Arguments as for `effective`."""
-    total = f"{recipe.pattern}" + " in total" * (recipe.importance.spread > 0)
-    return ", ".join([*[total] * (not patterns), *map(str, recipe.rules)])
+    words = [str(rule) for rule in recipe.rules]
+    if not patterns:
+        scope = " in total" if recipe.importance.spread else ""
+        words.insert(0, f"{recipe.pattern}{scope}")
+    return ", ".join(words)
 
 
 def method_text(recipe: Recipe, patterns: Collection[Pattern | None]) -> str:
@@ -258,18 +262,20 @@ def method_text(recipe: Recipe, patterns: Collection[Pattern | None]) -> str:
     recipe = effective(recipe, patterns)
     importance, tuning, experts = recipe.importance, recipe.tuning, recipe.experts
     late = late_sparsity(tuning, recipe.pattern)
-    words = [
-        "linear layers left dense" if {*patterns} == {None} else text_of(recipe.method),
-        *["tokens weighed"] * (importance.token_power > 0),
-        *["outputs weighed"] * importance.weigh_outputs,
-        *[f"sparsities within {importance.spread:g}"] * (importance.spread > 0),
-        *[f"asymmetry {recipe.asymmetry:g}"] * (recipe.asymmetry > 0),
-        *[f"{tuning.tune_epochs:g} epochs of tuning"] * (tuning.tune_epochs > 0),
-        *[f"tuned on {tuning.tune_tokens:,} tokens"] * (tuning.tune_tokens > 0),
-        *[f"the last {100 * late:g} % of the weights go meanwhile"] * (late > 0),
-        *[f"windows in {tuning.tune_pieces} pieces"] * (tuning.tunes and tuning.tune_pieces > 1),
-        *[f"{percent(experts.drop_experts)} % of experts dropped"] * (experts.drop_experts > 0),
-        *["all tokens to all experts"] * experts.route_all,
-        *[f"quantized to {(recipe.quantize or '').upper()}"] * (recipe.quantize is not None),
-    ]
-    return f"{recipe.preset}: " * (recipe.preset is not None) + ", ".join(words)
+    method = "linear layers left dense" if {*patterns} == {None} else text_of(recipe.method)
+    done = {
+        method: True,
+        "tokens weighed": importance.token_power,
+        "outputs weighed": importance.weigh_outputs,
+        f"sparsities within {importance.spread:g}": importance.spread,
+        f"asymmetry {recipe.asymmetry:g}": recipe.asymmetry,
+        f"{tuning.tune_epochs:g} epochs of tuning": tuning.tune_epochs,
+        f"tuned on {tuning.tune_tokens:,} tokens": tuning.tune_tokens,
+        f"the last {100 * late:g} % of the weights go meanwhile": late,
+        f"windows in {tuning.tune_pieces} pieces": tuning.tunes and tuning.tune_pieces > 1,
+        f"{percent(experts.drop_experts)} % of experts dropped": experts.drop_experts,
+        "all tokens to all experts": experts.route_all,
+        f"quantized to {(recipe.quantize or '').upper()}": recipe.quantize,
+    }
+    text = ", ".join(words for words, applies in done.items() if applies)
+    return text if recipe.preset is None else f"{recipe.preset}: {text}"

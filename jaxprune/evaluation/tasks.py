@@ -105,16 +105,14 @@ class Tasks:
 def summarize(results: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     """Returns task or group -> metric -> value, with `<metric>_stderr` beside it, from lm-eval's
     results."""
-    summary: dict[str, dict[str, float | None]] = {}
-    for task, values in results["results"].items():
-        metrics = {
-            key: value
+    return {
+        task: {  # lm-eval writes metric,filter; none is the usual filter
+            key.removesuffix(",none"): float(value)
             for key, value in values.items()
             if "," in key and isinstance(value, int | float)
         }
-        # lm-eval writes metric,filter; none is the usual filter.
-        summary[task] = {key.removesuffix(",none"): float(value) for key, value in metrics.items()}
-    return summary
+        for task, values in results["results"].items()
+    }
 
 
 def groups_of(results: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ import fnmatch
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,35 +156,25 @@ def _complete(
         data.base_model = base
     if run and "pruned" in run.evaluation:
         data.model_name = repository.partition("/")[2]
-        data.eval_results = list(_results(run.evaluation["pruned"]))
+        data.eval_results = _results(run.evaluation["pruned"])
 
 
-def _results(quality: Quality) -> Iterator[EvalResult]:
-    """Yields what was measured, in the hub's terms."""
+def _results(quality: Quality) -> list[EvalResult]:
+    """Returns what was measured, in the hub's terms."""
+    found: list[tuple[str, str, str, float | None, str]] = []
     for name, text in quality.texts.items():
         windows, length = text.windows
-        for metric, value in (("perplexity", text.perplexity), ("kl_divergence", text.kl)):
-            if value is not None:
-                yield EvalResult(
-                    task_type="text-generation",
-                    dataset_type=re.split(r"[/.]", name)[0],
-                    dataset_name=f"{name}, {windows} windows of {length} tokens",
-                    metric_type=metric,
-                    metric_name="perplexity"
-                    if metric == "perplexity"
-                    else "KL divergence from the dense model, nats",
-                    metric_value=value,
-                )
+        kind, dataset = re.split(r"[/.]", name)[0], f"{name}, {windows} windows of {length} tokens"
+        divergence = "KL divergence from the dense model, nats"
+        found.append((kind, dataset, "perplexity", text.perplexity, "perplexity"))
+        found.append((kind, dataset, "kl_divergence", text.kl, divergence))
     for task, metrics in quality.tasks.items():
-        if (value := metrics.get("acc")) is not None:
-            yield EvalResult(
-                task_type="text-generation",
-                dataset_type=task,
-                dataset_name=f"{task}, zero-shot",
-                metric_type="accuracy",
-                metric_name="accuracy",
-                metric_value=value,
-            )
+        found.append((task, f"{task}, zero-shot", "accuracy", metrics.get("acc"), "accuracy"))
+    return [
+        EvalResult("text-generation", kind, dataset, metric, value, metric_name=name)
+        for kind, dataset, metric, value, name in found
+        if value is not None
+    ]
 
 
 def require_repository(name: str) -> None:

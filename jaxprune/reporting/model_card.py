@@ -14,19 +14,18 @@ from jaxprune.solve.quantized_layers import ERROR
 def summary(run: Run) -> list[tuple[str, str]]:
     """Returns what a run did and took, as rows of a table."""
     windows, length = run.calibration.windows
-    text = [short_name(run.config.calib)] if run.config.calib else []
+    calibration = f"{windows} windows of {length} tokens"
+    if run.config.calib:
+        calibration += f", {short_name(run.config.calib)}"
     rows = [
         ("checkpoint", run.checkpoint),
         ("method", run.method_text),
         ("pattern", run.pattern_text),
-        ("calibration", ", ".join([f"{windows} windows of {length} tokens", *text])),
-        *(
-            [("text of the tuning", short_name(run.config.tune_text))]
-            if run.config.tune_text
-            else []
-        ),
-        ("sparsity of the linear layers", f"{100 * run.sparsity:.4f} %"),
+        ("calibration", calibration),
     ]
+    if run.config.tune_text:
+        rows.append(("text of the tuning", short_name(run.config.tune_text)))
+    rows.append(("sparsity of the linear layers", f"{100 * run.sparsity:.4f} %"))
     if run.recipe.quantize and (
         count := sum(ERROR not in kernel.stats for kernel in run.kernels.values())
     ):
@@ -38,13 +37,9 @@ def summary(run: Run) -> list[tuple[str, str]]:
     if run.kept_experts:
         rows.append(("experts kept", f"{len(next(iter(run.kept_experts.values())))} a layer"))
     if run.few_tokens:
-        rows.append(
-            (
-                "experts' linear layers with fewer tokens than inputs",
-                f"{len(run.few_tokens)}, named in {RECORD}",
-            )
-        )
-    rows += [(what, size) for what, size in sizes(run).items()]
+        what = "experts' linear layers with fewer tokens than inputs"
+        rows.append((what, f"{len(run.few_tokens)}, named in {RECORD}"))
+    rows += sizes(run).items()
     rows += [(f"time, {phase}", f"{seconds or 0:.1f} s") for phase, seconds in run.seconds.items()]
     rows += [
         (f"peak memory, {where}", f"{size / 1e9:.2f} GB") for where, size in run.peak_bytes.items()

@@ -104,7 +104,8 @@ class Unstructured:
         return round(self.sparsity * (shape[0] * shape[1]))
 
     def __str__(self) -> str:
-        return f"{percent(self.sparsity)} %" + " per output" * self.per_output
+        share = f"{percent(self.sparsity)} %"
+        return f"{share} per output" if self.per_output else share
 
 
 @dataclasses.dataclass(frozen=True)
