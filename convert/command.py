@@ -23,27 +23,13 @@ MOST = 2000
 """Characters of an error's line."""
 
 
-def run(
-    command: Callable[[Sequence[str]], int | None],
-    argv: Sequence[str] | None,
-    ended: Callable[[int, str], None] = lambda status, text: None,
-) -> int:
-    """Runs a command line; returns its exit status.
+def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> tuple[int, str]:
+    """Runs a command line; returns its exit status, and the error's line, "" where there is none.
 
     Args:
         command: takes the arguments; returns the exit status, None for 0.
-        argv: the arguments; None: this process's own.
-        ended: takes the exit status and the error's line, "" where there is none, once that is
-            printed.
+        argv: the arguments.
     """
-    status, text = _run(command, argv)
-    ended(status, text)
-    return status
-
-
-def _run(
-    command: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None
-) -> tuple[int, str]:
     for stream in (sys.stdout, sys.stderr):  # a file's name need not be text
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -54,7 +40,7 @@ def _run(
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with stopped_for_sure(), shown_warnings(), flushed():
-            return command(sys.argv[1:] if argv is None else argv) or 0, ""
+            return command(argv) or 0, ""
     except UserError as error:
         _print_notes(error)
         text = worded(error)

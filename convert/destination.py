@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from convert import renaming
@@ -45,6 +45,11 @@ class Destination:
     inputs: tuple[Path, ...] = ()
     again: str = "can be moved there once the place is free"
     _made: str | None = None
+
+    def with_inputs(self, inputs: Mapping[str, Iterable[Path]]) -> "Destination":
+        """Returns the same place for work that also reads these paths, by option."""
+        paths = (path for ones in inputs.values() for path in ones)
+        return dataclasses.replace(self, inputs=(*self.inputs, *paths))
 
     def check(self) -> None:
         """Makes sure that the result may be put there.

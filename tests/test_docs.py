@@ -156,7 +156,7 @@ def test_every_command_line_is_taken(
 
         monkeypatch.setattr(CommandLine, "read", read_then_stop)
         monkeypatch.setattr(
-            "jaxprune.commands.terminal.run", lambda command, argv, ended: command(argv)
+            "jaxprune.commands.terminal.run", lambda command, argv: (command(argv), "")
         )
         with pytest.raises(Parsed):
             importlib.import_module(f"jaxprune.commands.{name}").main(rest)

@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     place = destination(given["target"], overwrite=wanted.overwrite, folder=not is_file(to))
     place.check()
     source = resolve(given["source"])
-    place = dataclasses.replace(place, inputs=tuple(inputs_of(source)))
+    place = place.with_inputs({"the source": inputs_of(source)})
     require_apart({"the source": place.inputs}, {"the target": place.path}, error=CheckpointError)
     reader = open_checkpoint(source)
     quantization = (

@@ -1,8 +1,10 @@
 """What to measure of checkpoints, as the user says it."""
 
 import dataclasses
+from pathlib import Path
 from typing import Literal, TypeVar
 
+from convert.paths import paths_of
 from jaxprune.commands.command_line import require_at_least, require_positive
 from jaxprune.errors import InputError
 from jaxprune.evaluation.quality import Measures
@@ -74,6 +76,14 @@ class EvalOptions:
             samples=(self.sample_tokens or SAMPLE_TOKENS) if "samples" in self.measures else 0,
             prompts=self.prompts,
         )
+
+    def inputs(self) -> dict[str, list[Path]]:
+        """Returns option -> the paths that it names."""
+        return {
+            "eval_text": [path for text in split(self.eval_text) for path in paths_of(text)],
+            "prompts": paths_of(self.prompts),
+            "tasks_data": paths_of(self.tasks_data),
+        }
 
     def check(self) -> None:
         """Raises InputError for options that contradict each other or mean nothing."""

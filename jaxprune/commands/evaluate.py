@@ -61,18 +61,13 @@ def evaluate(config: Config, names: Sequence[str]) -> Evaluation:
     scratch, measures = config.scratch_folder(config.out), config.plan(config.device)
     loaded = measures.load()  # before a model is fetched
     choose_devices(config.device)
-    texts = (config.eval_text or "").split(",")
     given = [*([config.against] if config.against else []), *names]
     inputs = {
         "a checkpoint": [path for name in given for path in inputs_of(resolve(name))],
-        "eval_text": [path for text in texts for path in paths_of(text)],
-        "prompts": paths_of(config.prompts),
-        "tasks_data": paths_of(config.tasks_data),
+        **config.inputs(),
     }
     apart = inputs | {"scratch": paths_of(config.scratch)}
     require_apart(apart, {"out": place.path}, error=InputError, around="scratch")
-    read = tuple(path for ones in inputs.values() for path in ones)
-    place = dataclasses.replace(place, inputs=read)
     models = {}
     for name in dict.fromkeys(given):
         console.print(f"opening {name}")
@@ -82,7 +77,7 @@ def evaluate(config: Config, names: Sequence[str]) -> Evaluation:
             *(models[name] for name in names),
             against=models[config.against] if config.against else None,
             measures=loaded,
-            out=place,
+            out=place.with_inputs(inputs),
             config=dataclasses.asdict(config),
             observer=progress,
         )

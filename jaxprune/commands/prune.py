@@ -145,11 +145,8 @@ def _checked_paths(
 
     assert config.out and config.calib
     place, masks_place = places(config.out, config.save_masks, overwrite=config.overwrite)
-    inputs = {"prompts": paths_of(config.prompts), "tasks_data": paths_of(config.tasks_data)}
+    inputs = config.inputs()
     inputs |= {"calib": source_paths(config.calib), "tune_text": source_paths(config.tune_text)}
-    inputs["eval_text"] = [
-        path for text in (config.eval_text or "").split(",") for path in paths_of(text)
-    ]
     require_separate(
         place, masks_place, recipe, inputs | {"ckpt": paths_of(config.ckpt)}, config.scratch
     )

@@ -66,13 +66,11 @@ def main(argv: Sequence[str]) -> None:
     inputs = {"ckpt": inputs_of(model.source), "calib": source_paths(config.calib)}
     inputs["mask"] = [given_mask] if (given_mask := source_of(recipe.mask or "")) else []
     require_apart(inputs, {"the file": place.path}, error=InputError)
-    read_from = tuple(path for paths in inputs.values() for path in paths)
-    place = dataclasses.replace(place, inputs=read_from)
     windows = windows_of(config, model)
     snapshot = snapshots.capture(
         model, windows, wanted.layer, recipe, prune_before=not wanted.dense_before
     )
-    snapshots.save(place, snapshot)
+    snapshots.save(place.with_inputs(inputs), snapshot)
     console.print(f"{given['file']}: {', '.join(snapshot.kernels)}")
 
 

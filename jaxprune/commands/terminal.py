@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, NoReturn
 
 import jax
@@ -47,18 +46,16 @@ class _Console(Console):
 console = _Console(highlight=False, soft_wrap=True, markup=False)
 
 
-Run = Callable[[Sequence[str]], int | None]
-"""Takes the arguments; makes this process one of several by `choose_devices`."""
-
-
 def command(
-    run_line: Run, group_of: Callable[[Sequence[str]], control.Group | None] = lambda argv: None
+    run_line: Callable[[Sequence[str]], int | None],
+    group_of: Callable[[Sequence[str]], control.Group | None] = lambda argv: None,
 ) -> Callable[..., int]:
     """Returns the `main` of a command: takes the arguments, by default this process's own, and
     returns the exit status, see `convert.command`. Several processes of one run end together.
 
     Args:
-        run_line: runs a command line; returns the exit status, None for 0.
+        run_line: takes the arguments; returns the exit status, None for 0. It makes this process
+            one of several by `choose_devices`.
         group_of: the arguments of a command that failed before it joined the processes of its run
             -> the processes that wait for this one.
     """
@@ -77,21 +74,20 @@ def command(
                 )
             raise
 
-    def ended(argv: Sequence[str], status: int, text: str) -> None:
-        if control.is_joined():
-            # 1 without an error is an answer: "does not fit"
-            control.leave(status if text else 0, text)
-            if text:
-                _exit(status)  # JAX would wait for the others
-        elif text and (group := group_of(argv)):
-            control.refuse(group, status, text)
-
     def main(argv: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else argv
         keep_memory()
         # the filter adds notes to errors, which users would read
         jax.config.update("jax_traceback_filtering", "off")
-        return run(prepared, words, partial(ended, words))
+        status, text = run(prepared, words)
+        if control.is_joined():
+            # 1 without an error is an answer: "does not fit"
+            control.leave(status if text else 0, text)
+            if text:
+                _exit(status)  # JAX would wait for the others
+        elif text and (group := group_of(words)):
+            control.refuse(group, status, text)
+        return status
 
     return main
 

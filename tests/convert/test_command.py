@@ -22,7 +22,7 @@ def test_a_warning_is_one_line_whatever_handlers_libraries_install(
 
     try:
         for _ in range(2):
-            assert run(command, ["x"]) == 0
+            assert run(command, ["x"]) == (0, "")
             assert capsys.readouterr().err == "warning: x is odd; \\x1b[2J\n"
     finally:
         logging.getLogger().removeHandler(other)
@@ -34,7 +34,7 @@ def test_what_orbax_leaves_behind_is_passed_over_and_nothing_else(
     passed_on = []
     monkeypatch.setattr(sys, "unraisablehook", passed_on.append)
     for _ in range(2):
-        assert run(lambda argv: 0, []) == 0
+        assert run(lambda argv: 0, []) == (0, "")
     others = [
         SimpleNamespace(exc_value=error)
         for error in (RuntimeError("x"), ValueError("Event loop is closed"))
@@ -56,5 +56,5 @@ def test_a_stop_that_python_ignores_is_tried_again(capsys: pytest.CaptureFixture
         time.sleep(60)
         return 0
 
-    assert run(command, []) == STOPPED
+    assert run(command, [])[0] == STOPPED
     assert capsys.readouterr().err == "stopped\n"
