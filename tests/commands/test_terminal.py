@@ -74,8 +74,8 @@ def test_large_arrays_are_kept_where_asked_for(which: str, size: int, held: bool
 
 CHOOSE = """
 import sys
-from jaxprune.commands.terminal import choose_devices, run_main
-sys.exit(run_main(lambda argv: choose_devices(argv[0]) and None, sys.argv[1:]))
+from jaxprune.commands.terminal import choose_devices, command
+sys.exit(command(lambda argv: choose_devices(argv[0]) and None)(sys.argv[1:]))
 """
 
 
@@ -95,8 +95,8 @@ def test_a_device_that_is_not_there_is_one_line(device: str) -> None:
 
 CACHED = """
 import sys, jax
-from jaxprune.commands.terminal import run_main
-sys.exit(run_main(lambda argv: print(jax.jit(lambda x: x + 1)(1)), []))
+from jaxprune.commands.terminal import command
+sys.exit(command(lambda argv: print(jax.jit(lambda x: x + 1)(1)))([]))
 """
 
 
@@ -180,14 +180,14 @@ def test_what_needs_the_hubs_cache_says_what_to_set(
 
 TRACED = """
 import sys, jax
-from jaxprune.commands.terminal import run_main
+from jaxprune.commands.terminal import command
 from jaxprune.errors import UserError
 
 @jax.jit
 def traced(x):
     raise UserError("it cannot be used")
 
-sys.exit(run_main(lambda argv: traced(1), []))
+sys.exit(command(lambda argv: traced(1))([]))
 """
 
 
