@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from convert.names import expert_path
-from jaxprune.calibration.stream import TextStream
+from jaxprune.calibration.text_stream import TextStream
 from jaxprune.distill import distillation, saved_tuning
 from jaxprune.distill.distillation import Text, distill
 from jaxprune.errors import Change, InputError

@@ -14,8 +14,8 @@ from convert.destination import Destination, destination, staged
 from convert.files import read_bytes
 from convert.writing import write_text
 from jaxprune.calibration import open_source, sources_of
-from jaxprune.calibration.mix import interleaved
-from jaxprune.calibration.texts import Texts
+from jaxprune.calibration.source_weights import interleaved
+from jaxprune.calibration.tokenized_texts import Texts
 from jaxprune.errors import Change, InputError
 from jaxprune.evaluation.samples import CUT
 from jaxprune.run_store import identity, opening, publishing

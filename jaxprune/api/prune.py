@@ -29,7 +29,7 @@ from convert.packed import estimated_bytes
 from convert.paths import inputs_of, paths_of, require_apart
 from convert.schema import as_text
 from convert.writing import failing
-from jaxprune.calibration.stream import TextStream
+from jaxprune.calibration.text_stream import TextStream
 from jaxprune.errors import CheckpointError, InputError, UserError
 from jaxprune.evaluation.quality import Evaluator, Quality
 from jaxprune.loop import other_params

@@ -16,13 +16,23 @@ from jaxtyping import Int
 from convert import plugins
 from convert.files import expand
 from convert.paths import paths_of
-from jaxprune.calibration.ids import load_windows
-from jaxprune.calibration.ids import require_ids as require_ids
-from jaxprune.calibration.mix import shares, weights_of
-from jaxprune.calibration.texts import Texts
+from jaxprune.calibration.source_weights import shares, weights_of
+from jaxprune.calibration.token_id_files import load_windows
+from jaxprune.calibration.token_id_files import require_ids as require_ids
+from jaxprune.calibration.tokenized_texts import Texts
 from jaxprune.errors import Change, InputError
 
-HELPERS = ("documents", "hub", "ids", "mix", "row_files", "stream", "textfile", "texts", "tokens")
+HELPERS = (
+    "documents",
+    "hub_datasets",
+    "row_files",
+    "source_weights",
+    "text_files",
+    "text_stream",
+    "token_id_files",
+    "tokenization",
+    "tokenized_texts",
+)
 """Modules that hold no source."""
 
 
@@ -50,7 +60,7 @@ def calibration_windows(
     instead, and cut into windows.
 
     Args:
-        source: a source's name, or a path that `textfile` can read; .npy holds windows of token
+        source: a source's name, or a path that `text_files` can read; .npy holds windows of token
             ids. Several are separated by commas, and share the windows evenly or as they say:
             `c4:3,chats.jsonl:1`.
         tokenizer: a transformers tokenizer; not used for .npy.
@@ -156,9 +166,9 @@ def open_source(source: str, split: str, tokenizer: Any) -> Texts:
         InputError: no such source, or it cannot be read.
     """
     if path := path_of_source(source):
-        from jaxprune.calibration import textfile
+        from jaxprune.calibration import text_files
 
-        return Texts(source, textfile.documents(path, split), tokenizer)
+        return Texts(source, text_files.documents(path, split), tokenizer)
     module = plugins.load(sys.modules[__name__], source)
     return Texts(source, module.documents(split), tokenizer, pack=getattr(module, "PACK", False))
 

@@ -8,7 +8,7 @@ References:
 
 from collections.abc import Sequence
 
-from jaxprune.calibration import hub, textfile
+from jaxprune.calibration import hub_datasets, text_files
 
 FILES = {
     "train": "en/c4-train.00000-of-01024.json.gz",
@@ -17,6 +17,6 @@ FILES = {
 
 
 def documents(split: str) -> Sequence[str]:
-    return textfile.documents(
-        hub.fetch("allenai/c4", FILES[split]), split, None if split == "train" else 1100
+    return text_files.documents(
+        hub_datasets.fetch("allenai/c4", FILES[split]), split, None if split == "train" else 1100
     )

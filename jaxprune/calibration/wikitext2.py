@@ -6,12 +6,14 @@ References:
 
 from collections.abc import Sequence
 
-from jaxprune.calibration import hub, textfile
-from jaxprune.calibration.texts import JOIN
+from jaxprune.calibration import hub_datasets, text_files
+from jaxprune.calibration.tokenized_texts import JOIN
 
 PACK = True
 
 
 def documents(split: str) -> Sequence[str]:
-    path = hub.fetch("Salesforce/wikitext", f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet")
-    return [JOIN.join(textfile.documents(path, split))]
+    path = hub_datasets.fetch(
+        "Salesforce/wikitext", f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet"
+    )
+    return [JOIN.join(text_files.documents(path, split))]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from convert.destination import Destination
     from jaxprune.api.prune import PruningResult
-    from jaxprune.calibration.stream import TextStream
+    from jaxprune.calibration.text_stream import TextStream
     from jaxprune.models import Architecture
     from jaxprune.streaming.model import StreamedModel
 
@@ -219,9 +219,9 @@ def stream_of(config: Config, recipe: Recipe, model: "StreamedModel") -> "TextSt
     """Opens the text that a run tunes on; None where it takes none beside the calibration windows.
 
     Raises:
-        InputError: see `calibration.stream.TextStream`.
+        InputError: see `calibration.text_stream.TextStream`.
     """
-    from jaxprune.calibration.stream import TextStream
+    from jaxprune.calibration.text_stream import TextStream
 
     if not recipe.tuning.tune_tokens:
         return None

@@ -27,7 +27,7 @@ import numpy as np
 import optax
 from jaxtyping import Float, Int
 
-from jaxprune.calibration.stream import TextStream
+from jaxprune.calibration.text_stream import TextStream
 from jaxprune.distill import saved_tuning
 from jaxprune.distill.gradual_pruning import LateZeros
 from jaxprune.distill.held_out import HeldOut

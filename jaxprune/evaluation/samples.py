@@ -10,8 +10,8 @@ from typing import Any
 from convert.assets import encode
 from convert.files import expand
 from jaxprune.calibration.documents import Conversations
-from jaxprune.calibration.textfile import documents, kind_of
-from jaxprune.calibration.texts import Texts
+from jaxprune.calibration.text_files import documents, kind_of
+from jaxprune.calibration.tokenized_texts import Texts
 from jaxprune.errors import Change, InputError
 from jaxprune.streaming.generation import generate
 from jaxprune.streaming.model import StreamedModel

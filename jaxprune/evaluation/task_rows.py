@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from convert.schema import Schema
-from jaxprune.calibration.textfile import read_rows
+from jaxprune.calibration.text_files import read_rows
 from jaxprune.errors import InputError
 
 Text = Annotated[str, pydantic.Field(min_length=1)]

@@ -10,7 +10,7 @@ import numpy as np
 
 from convert import Spec
 from jaxprune import hardware
-from jaxprune.calibration.stream import windows_held_out
+from jaxprune.calibration.text_stream import windows_held_out
 from jaxprune.distill import adafactor
 from jaxprune.distill.placement import Placement, placement_of
 from jaxprune.distill.schedule import TuningSteps

@@ -19,7 +19,7 @@ from convert.errors import DamagedError
 from convert.files import read_bytes
 from convert.paths import paths_of
 from convert.schema import Count, Schema, parse
-from jaxprune.calibration.stream import TuningText
+from jaxprune.calibration.text_stream import TuningText
 from jaxprune.evaluation.quality import Quality
 from jaxprune.evaluation.verification import Claims
 from jaxprune.methods import Scalar

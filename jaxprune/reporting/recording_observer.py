@@ -16,7 +16,7 @@ import numpy as np
 from convert.hub import described
 from convert.schema import as_text, check, dump, plain, to_text
 from convert.writing import write_text
-from jaxprune.calibration.stream import TextStream
+from jaxprune.calibration.text_stream import TextStream
 from jaxprune.errors import InputError
 from jaxprune.evaluation.quality import Quality
 from jaxprune.evaluation.tasks import without_samples

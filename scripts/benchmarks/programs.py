@@ -39,7 +39,7 @@ from sizes import SIZES, model
 
 from convert.destination import destination, staged
 from convert.writing import write_text
-from jaxprune.calibration.stream import HELD_OUT
+from jaxprune.calibration.text_stream import HELD_OUT
 from jaxprune.commands.terminal import keep_memory
 from jaxprune.distill.placement import Placement
 from jaxprune.distill.schedule import TuningSteps

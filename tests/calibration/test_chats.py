@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from jaxprune import InputError, calibration
-from jaxprune.calibration.mix import interleaved, shares, weights_of
-from jaxprune.calibration.stream import TextStream
+from jaxprune.calibration.source_weights import interleaved, shares, weights_of
+from jaxprune.calibration.text_stream import TextStream
 from tests.helpers import tiny
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"

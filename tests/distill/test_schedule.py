@@ -3,7 +3,7 @@
 import pytest
 
 from jaxprune import Tuning
-from jaxprune.calibration.stream import windows_held_out
+from jaxprune.calibration.text_stream import windows_held_out
 from jaxprune.distill.schedule import TuningSteps
 
 

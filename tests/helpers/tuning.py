@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxprune import ADMM, Observer, Unstructured, load, prune_layers
-from jaxprune.calibration.stream import TextStream
+from jaxprune.calibration.text_stream import TextStream
 from jaxprune.solve.layer_result import LayerResult
 from tests.helpers.shapes import windows
 

@@ -12,7 +12,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from jaxprune import ADMM, ALPS, Unstructured, load, prune_layers
-from jaxprune.calibration.stream import HELD_OUT, windows_held_out
+from jaxprune.calibration.text_stream import HELD_OUT, windows_held_out
 from jaxprune.distill.placement import Placement
 from jaxprune.distill.schedule import TuningSteps
 from jaxprune.hardware import Hardware, writing_for

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxprune.calibration.documents import Conversations
-from jaxprune.calibration.tokens import in_pieces, token_ids
+from jaxprune.calibration.tokenization import ids_in_chunks, token_ids
 from jaxprune.errors import InputError
 
 JOIN = "\n\n"
@@ -79,7 +79,7 @@ class Texts:
 
     def whole(self) -> Iterator[Int[np.ndarray, "_"]]:
         """Yields the token ids of all documents as one text."""
-        return in_pieces(self._tokenizer, self._fragments(), special=not self._chat)
+        return ids_in_chunks(self._tokenizer, self._fragments(), special=not self._chat)
 
     def measure(self) -> tuple[str, int]:
         """Returns the SHA-256 of all of the text, and its characters.

@@ -19,14 +19,14 @@ from convert.errors import UserError
 from convert.zstd import zstd
 from jaxprune import calibration
 from jaxprune.calibration import documents as _documents
-from jaxprune.calibration import textfile
+from jaxprune.calibration import text_files
 from jaxprune.calibration.documents import Documents
 from tests.helpers import tiny
 
 
 def refused(message: str, path: Path, split: str = "train") -> None:
     with pytest.raises(UserError) as caught:
-        textfile.documents(path, split)
+        text_files.documents(path, split)
     assert re.search(message, line := worded(caught.value)), line
 
 
@@ -129,36 +129,36 @@ def test_a_later_file_without_text_says_what_it_has(tmp_path: Path) -> None:
 def test_a_name_is_taken_literally(name: str, tmp_path: Path) -> None:
     (tmp_path / "a1.jsonl").write_bytes(b'{"text": "another"}\n')
     (tmp_path / name).write_bytes(GOOD)
-    assert list(textfile.documents(tmp_path / name, "train")) == ["a cat"]
+    assert list(text_files.documents(tmp_path / name, "train")) == ["a cat"]
     folder = tmp_path / name.removesuffix(".jsonl")
     folder.mkdir()
     (folder / name).write_bytes(GOOD)
-    assert list(textfile.documents(folder, "train")) == ["a cat"]
+    assert list(text_files.documents(folder, "train")) == ["a cat"]
 
 
 def test_marks_and_line_ends_of_other_systems(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a\\r\\nb"}\r\n\r\n{"text": "c"}\r\n')
-    assert list(textfile.documents(tmp_path / "a.jsonl", "train")) == ["a\r\nb", "c"]
+    assert list(text_files.documents(tmp_path / "a.jsonl", "train")) == ["a\r\nb", "c"]
     (tmp_path / "a.txt").write_bytes("\ufeffa\r\nb\rc".encode())
-    assert list(textfile.documents(tmp_path / "a.txt", "train")) == ["a\nb\nc"]
+    assert list(text_files.documents(tmp_path / "a.txt", "train")) == ["a\nb\nc"]
     (tmp_path / "a.json").write_text(
         json.dumps([{"text": "a"}, {"text": "b", "score": None}], indent=1)
     )
-    assert list(textfile.documents(tmp_path / "a.json", "train")) == ["a", "b"]
+    assert list(text_files.documents(tmp_path / "a.json", "train")) == ["a", "b"]
     (tmp_path / "b.json").write_text('\n\n[{"text": "a"},\n{"text": "b"}]')
-    assert list(textfile.documents(tmp_path / "b.json", "train")) == ["a", "b"]
+    assert list(text_files.documents(tmp_path / "b.json", "train")) == ["a", "b"]
 
 
 @pytest.mark.parametrize("pack", [bz2, gzip, lzma, zstd])
 def test_packed_files(pack: Any, tmp_path: Path) -> None:
     suffix = {bz2: "bz2", gzip: "gz", lzma: "xz", zstd: "zst"}[pack]
     (tmp_path / f"a.jsonl.{suffix}").write_bytes(pack.compress(GOOD * 3) + pack.compress(GOOD))
-    assert list(textfile.documents(tmp_path / f"a.jsonl.{suffix}", "train")) == ["a cat"] * 4
+    assert list(text_files.documents(tmp_path / f"a.jsonl.{suffix}", "train")) == ["a cat"] * 4
     parquet.write_table(pyarrow.table({"text": ["a", "b"]}), tmp_path / "a.parquet")
     (tmp_path / f"a.parquet.{suffix}").write_bytes(
         pack.compress((tmp_path / "a.parquet").read_bytes())
     )
-    assert list(textfile.documents(tmp_path / f"a.parquet.{suffix}", "train")) == ["a", "b"]
+    assert list(text_files.documents(tmp_path / f"a.parquet.{suffix}", "train")) == ["a", "b"]
 
 
 def test_what_unpacks_to_too_much_is_refused(
@@ -225,11 +225,11 @@ def test_the_splits_of_a_folder(tmp_path: Path) -> None:
     write("data/.hidden-test.jsonl")
     refused("it has no test split, it has train", tmp_path, "test")
     write("data/validation.jsonl")
-    assert list(textfile.documents(tmp_path, "test")) == ["data/validation.jsonl"]
+    assert list(text_files.documents(tmp_path, "test")) == ["data/validation.jsonl"]
     write("data/test.jsonl")
-    assert list(textfile.documents(tmp_path, "test")) == ["data/test.jsonl"]
+    assert list(text_files.documents(tmp_path, "test")) == ["data/test.jsonl"]
     ordered = ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"]
-    assert list(textfile.documents(tmp_path, "train")) == ordered
+    assert list(text_files.documents(tmp_path, "train")) == ordered
     write("more/latest.jsonl")  # no word of it is a split's
     refused("its train split lies in several folders, found", tmp_path)
     (tmp_path / "more/latest.jsonl").unlink()
@@ -237,11 +237,11 @@ def test_the_splits_of_a_folder(tmp_path: Path) -> None:
     refused("its train split has files of several kinds", tmp_path)
     (tmp_path / "train").mkdir()
     (tmp_path / "train/a.jsonl").write_bytes(GOOD)
-    assert list(textfile.documents(tmp_path / "train", "train")) == ["a cat"]
+    assert list(text_files.documents(tmp_path / "train", "train")) == ["a cat"]
 
 
 def test_too_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(textfile, "MOST_FILES", 3)
+    monkeypatch.setattr(text_files, "MOST_FILES", 3)
     for number in range(4):
         (tmp_path / f"{number}.jsonl").write_bytes(GOOD)
     refused("it holds too many files, wanted at most 3", tmp_path)

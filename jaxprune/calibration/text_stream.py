@@ -15,9 +15,9 @@ from jaxtyping import Int
 
 from convert.schema import Count
 from jaxprune.calibration import open_source, sources_of
-from jaxprune.calibration.ids import load_windows
-from jaxprune.calibration.mix import interleaved, shares
-from jaxprune.calibration.texts import Texts
+from jaxprune.calibration.source_weights import interleaved, shares
+from jaxprune.calibration.token_id_files import load_windows
+from jaxprune.calibration.tokenized_texts import Texts
 from jaxprune.errors import Change, InputError
 
 HELD_OUT = 16

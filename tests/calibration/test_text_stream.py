@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxprune import InputError, calibration_windows
-from jaxprune.calibration.stream import TextStream
+from jaxprune.calibration.text_stream import TextStream
 from tests.helpers import tiny
 
 

@@ -1,4 +1,4 @@
-"""Long texts in pieces: the ids of the whole, whatever the tokenizer, and memory that does not grow
+"""Long texts in chunks: the ids of the whole, whatever the tokenizer, and memory that does not grow
 with the text."""
 
 import json
@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from convert import CheckpointError, open_checkpoint
 from convert.assets import load_tokenizer
 from jaxprune import load
-from jaxprune.calibration import tokens as _tokens
+from jaxprune.calibration import tokenization
 from jaxprune.commands.prune import main
 from jaxprune.errors import InputError
 from jaxprune.evaluation.samples import Prompts
@@ -107,37 +107,37 @@ def smollm() -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("make", [tiny.tokenizer, llama, unigram, smollm])
-def test_pieces_give_the_ids_of_the_whole(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_give_the_ids_of_the_whole(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, generator = make(), random.Random(0)
     for number in range(6):
         overlap = generator.choice([128, 256, 512])
-        monkeypatch.setattr(_tokens, "OVERLAP", overlap)
-        monkeypatch.setattr(_tokens, "PIECE", generator.randint(4, 8) * overlap)
+        monkeypatch.setattr(tokenization, "OVERLAP", overlap)
+        monkeypatch.setattr(tokenization, "CHUNK", generator.randint(4, 8) * overlap)
         content = text(generator, 1500)
         whole = tokenizer(content, add_special_tokens=bool(number % 2), verbose=False)["input_ids"]
         cuts = sorted(generator.sample(range(len(content)), 20))
         fragments = [content[a:b] for a, b in zip([0, *cuts], [*cuts, len(content)], strict=True)]
-        pieces = list(_tokens.in_pieces(tokenizer, fragments, special=bool(number % 2)))
-        assert len(pieces) > 1
-        np.testing.assert_array_equal(np.concatenate(pieces), whole)
+        chunks = list(tokenization.ids_in_chunks(tokenizer, fragments, special=bool(number % 2)))
+        assert len(chunks) > 1
+        np.testing.assert_array_equal(np.concatenate(chunks), whole)
         np.testing.assert_array_equal(
-            _tokens.token_ids(tokenizer, content, special=bool(number % 2)), whole
+            tokenization.token_ids(tokenizer, content, special=bool(number % 2)), whole
         )
 
 
-def test_where_nothing_can_be_cut_the_piece_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tokens, "OVERLAP", 64)
-    monkeypatch.setattr(_tokens, "PIECE", 512)
+def test_where_nothing_can_be_cut_the_chunk_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenization, "OVERLAP", 64)
+    monkeypatch.setattr(tokenization, "CHUNK", 512)
     tokenizer = tiny.tokenizer()
     content = "a cat " * 200 + "a" * 5000 + " the cat" * 200
     np.testing.assert_array_equal(
-        _tokens.token_ids(tokenizer, content), tokenizer(content)["input_ids"]
+        tokenization.token_ids(tokenizer, content), tokenizer(content)["input_ids"]
     )
-    monkeypatch.setattr(_tokens, "LONGEST", 2048)
+    monkeypatch.setattr(tokenization, "LONGEST", 2048)
     with pytest.raises(
         InputError, match="no white space at which it can be cut, wanted at most 2048 characters"
     ):
-        _tokens.token_ids(tokenizer, content)
+        tokenization.token_ids(tokenizer, content)
 
 
 def test_a_tokenizer_that_does_not_say_where_tokens_lie_gets_the_whole(
@@ -147,11 +147,11 @@ def test_a_tokenizer_that_does_not_say_where_tokens_lie_gets_the_whole(
         def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
             return {"input_ids": [ord(c) for c in text]}
 
-    monkeypatch.setattr(_tokens, "PIECE", 512)
-    monkeypatch.setattr(_tokens, "LONGEST", 2048)
-    assert _tokens.token_ids(Slow(), "a" * 2048).tolist() == [97] * 2048
-    with pytest.raises(InputError, match="cannot take it in pieces"):
-        _tokens.token_ids(Slow(), "a" * 2049)
+    monkeypatch.setattr(tokenization, "CHUNK", 512)
+    monkeypatch.setattr(tokenization, "LONGEST", 2048)
+    assert tokenization.token_ids(Slow(), "a" * 2048).tolist() == [97] * 2048
+    with pytest.raises(InputError, match="cannot take it in chunks"):
+        tokenization.token_ids(Slow(), "a" * 2049)
 
 
 @pytest.fixture
@@ -181,15 +181,15 @@ PANIC = (
 )
 
 
-@pytest.mark.parametrize("size", [_tokens.PIECE, 20])
+@pytest.mark.parametrize("size", [tokenization.CHUNK, 20])
 def test_a_panic_of_a_tokenizer_is_an_error(
     size: int, panicking: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_tokens, "PIECE", size)
+    monkeypatch.setattr(tokenization, "CHUNK", size)
     tokenizer = load_tokenizer(panicking)
-    assert len(_tokens.token_ids(tokenizer, "the cat"))
+    assert len(tokenization.token_ids(tokenizer, "the cat"))
     with pytest.raises(CheckpointError, match="its tokenizer fails at a text that begins with"):
-        _tokens.token_ids(tokenizer, "the cat " + "a" * 60 + "b")
+        tokenization.token_ids(tokenizer, "the cat " + "a" * 60 + "b")
 
 
 def test_a_panic_of_a_tokenizer_is_one_line(
@@ -214,4 +214,4 @@ def test_a_stop_while_a_text_is_tokenized_is_none(
     tokenizer = load_tokenizer(panicking)
     monkeypatch.setattr(type(tokenizer), "__call__", stop)
     with pytest.raises(KeyboardInterrupt):
-        _tokens.token_ids(tokenizer, "the cat")
+        tokenization.token_ids(tokenizer, "the cat")

@@ -1,12 +1,12 @@
-"""Text -> token ids, in pieces: memory that depends on the pieces' size, and the ids of the whole.
+"""Text -> token ids, in chunks: memory that depends on the chunks' size, and the ids of the whole.
 
-A tokenizer keeps some 100 bytes a character until it is done. Here it sees pieces of `PIECE`
-characters. Each begins `OVERLAP` characters before the place where the piece before it ends, and
+A tokenizer keeps some 100 bytes a character until it is done. Here it sees chunks of `CHUNK`
+characters. Each begins `OVERLAP` characters before the place where the chunk before it ends, and
 that place, a seam, is one at which both say the same: a token ends there, and the `AGREE` tokens
 before it and after it are equal and lie at the same characters. What a tokenizer finds depends on
 the text through the state at a token's end and a few characters ahead (pre-tokenizers match from
 the left; a merge, or a path through a unigram lattice, cannot cross a place that no token crosses),
-so that from a seam on both pieces and the whole text agree.
+so that from a seam on both chunks and the whole text agree.
 """
 
 import re
@@ -19,22 +19,22 @@ from jaxtyping import Int
 from convert.assets import encode
 from jaxprune.errors import InputError
 
-PIECE = 2**18
-"""Characters of a piece; shorter texts are tokenized whole."""
+CHUNK = 2**18
+"""Characters of a chunk; shorter texts are tokenized whole."""
 LONGEST = 2**24
-"""Characters of the longest piece, where no seam is found before; it takes some 2 GB."""
+"""Characters of the longest chunk, where no seam is found before; it takes some 2 GB."""
 OVERLAP = 1024
-"""Characters that two pieces have in common before a seam, and at least so many after it."""
+"""Characters that two chunks have in common before a seam, and at least so many after it."""
 AGREE = 8
-"""Tokens on either side of a seam that both pieces must have."""
+"""Tokens on either side of a seam that both chunks must have."""
 TRIES = 8
-"""Places that are tried as a seam before the piece is enlarged."""
+"""Places that are tried as a seam before the chunk is enlarged."""
 _PLACES = re.compile(r"(?<=[^\s])[ \n](?=[^\s])|(?<=\n)(?=[^\s])")
 """Where tokens usually end: before a single space or line break, and after line breaks."""
 
 
 class _Tokens(NamedTuple):
-    """The tokens of a piece: ids, and the characters of the text at which each begins and ends."""
+    """The tokens of a chunk: ids, and the characters of the text at which each begins and ends."""
 
     ids: Int[np.ndarray, "n"]
     starts: Int[np.ndarray, "n"]
@@ -44,8 +44,8 @@ class _Tokens(NamedTuple):
 def token_ids(tokenizer: Any, text: str, *, special: bool = True) -> Int[np.ndarray, "n"]:
     """Returns a text's token ids, int32.
 
-    Takes memory for the ids and for one piece's tokens, some 100 bytes a character. Where there is
-    no seam the piece grows, up to `LONGEST` characters; a tokenizer that does not say where tokens
+    Takes memory for the ids and for one chunk's tokens, some 100 bytes a character. Where there is
+    no seam the chunk grows, up to `LONGEST` characters; a tokenizer that does not say where tokens
     lie gets texts of so many at once.
 
     Args:
@@ -56,36 +56,36 @@ def token_ids(tokenizer: Any, text: str, *, special: bool = True) -> Int[np.ndar
     Raises:
         InputError: the text is longer than that and cannot be cut.
     """
-    return np.concatenate(list(in_pieces(tokenizer, [text], special=special)))
+    return np.concatenate(list(ids_in_chunks(tokenizer, [text], special=special)))
 
 
-def in_pieces(
+def ids_in_chunks(
     tokenizer: Any, fragments: Iterable[str], *, special: bool = True
 ) -> Iterator[Int[np.ndarray, "_"]]:
     """Yields the token ids of the text that the fragments make together, from its beginning;
     arguments as for `token_ids`."""
-    source = (text[at : at + PIECE] for text in fragments for at in range(0, len(text), PIECE))
-    size = PIECE
+    source = (text[at : at + CHUNK] for text in fragments for at in range(0, len(text), CHUNK))
+    size = CHUNK
     text = _filled("", source, size)
     # it does not say where its tokens lie
     if len(text) > size and not getattr(tokenizer, "is_fast", False):
         text = _filled(text, source, LONGEST)
         if len(text) > LONGEST:
-            raise _too_long("and its tokenizer cannot take it in pieces")
+            raise _too_long("and its tokenizer cannot take it in chunks")
         size = len(text)
     if len(text) <= size:
         yield _whole(tokenizer, text, special)
         return
     begin, tokens = 0, _encode(tokenizer, text[:size], special)
-    while len(text := _filled(text, source, size + PIECE)) > size:
+    while len(text := _filled(text, source, size + CHUNK)) > size:
         seam = None
         for start in _starts(text, size):
-            following = _encode(tokenizer, text[start : start + PIECE], special)
+            following = _encode(tokenizer, text[start : start + CHUNK], special)
             if seam := _seam(tokens, following, start):
                 break
         if seam:
             yield tokens.ids[begin : seam[0]]
-            begin, size, tokens, text = seam[1], PIECE, following, text[start:]
+            begin, size, tokens, text = seam[1], CHUNK, following, text[start:]
         elif size < LONGEST:
             size *= 2
             text = _filled(text, source, size)
@@ -106,8 +106,8 @@ def _filled(text: str, source: Iterator[str], size: int) -> str:
 
 
 def _starts(text: str, size: int) -> Iterator[int]:
-    """Yields beginnings of a following piece, `OVERLAP` characters before a seam in the last
-    quarter of a piece."""
+    """Yields beginnings of a following chunk, `OVERLAP` characters before a seam in the last
+    quarter of a chunk."""
     found = [
         match.start()
         for match in _PLACES.finditer(text, max(OVERLAP, size * 3 // 4), size - OVERLAP)
@@ -116,7 +116,7 @@ def _starts(text: str, size: int) -> Iterator[int]:
 
 
 def _seam(tokens: _Tokens, following: _Tokens, start: int) -> tuple[int, int] | None:
-    """Returns the numbers of the first tokens at or after a seam in two pieces that agree around
+    """Returns the numbers of the first tokens at or after a seam in two chunks that agree around
     it; None: they do not."""
     place = start + OVERLAP
     one, other = (
