@@ -116,9 +116,8 @@ def _windows_of(
             )
         return windows[np.sort(generator.permutation(len(windows))[:count])].astype(np.int32)
     texts = open_source(source, "train", tokenizer)
-    order = generator.permutation(len(texts))
     sample = _packed if pack or texts.pack else _one_a_document
-    return sample(source, texts, order, count, length, generator)
+    return sample(texts, count, length, generator)
 
 
 def evaluation_windows(
@@ -202,21 +201,17 @@ def sources_of(text: str) -> dict[str, float]:
 
 
 def _one_a_document(
-    source: str,
-    texts: Texts,
-    order: np.ndarray,
-    count: int,
-    length: int,
-    generator: np.random.Generator,
+    texts: Texts, count: int, length: int, generator: np.random.Generator
 ) -> np.ndarray:
+    """Returns a window each of documents that are longer than one."""
     if count > len(texts):
         raise InputError(
-            f"{source} has {len(texts)} documents, but {count} windows are wanted, each from a "
-            "document of its own",
+            f"{texts.source} has {len(texts)} documents, but {count} windows are wanted, each from "
+            "a document of its own",
             options={"nsamples": Change.LOWER, "pack": True},
         )
     windows: list[np.ndarray] = []
-    for index in order:
+    for index in generator.permutation(len(texts)):
         ids = texts.ids(int(index))
         if len(ids) <= length:
             continue
@@ -225,27 +220,22 @@ def _one_a_document(
         if len(windows) == count:
             return np.stack(windows)
     raise InputError(
-        f"{source} has {len(windows)} documents longer than {length} tokens, but {count} windows "
-        "are wanted",
-        options={
-            **({"nsamples": len(windows)} if windows else {}),
-            "seqlen": Change.LOWER,
-            "pack": True,
-        },
+        f"{texts.source} has {len(windows)} documents longer than {length} tokens, but {count} "
+        "windows are wanted",
+        options=_fewer(len(windows)) | {"seqlen": Change.LOWER, "pack": True},
     )
 
 
-def _packed(
-    source: str,
-    texts: Texts,
-    order: np.ndarray,
-    count: int,
-    length: int,
-    generator: np.random.Generator,
-) -> np.ndarray:
+def _fewer(windows: int) -> dict[str, Any]:
+    """Returns the option that asks for as many windows as there are; none where there are none."""
+    return {"nsamples": windows} if windows else {}
+
+
+def _packed(texts: Texts, count: int, length: int, generator: np.random.Generator) -> np.ndarray:
+    """Returns windows of documents that are joined."""
     found: list[np.ndarray] = []
     total = 0
-    for index in order:
+    for index in generator.permutation(len(texts)):
         if total >= count * length:
             break
         found.append(texts.joined(int(index)))
@@ -253,8 +243,8 @@ def _packed(
     available = total // length
     if available < count:
         raise InputError(
-            f"{source} gives {available} windows of {length} tokens, but {count} are wanted",
-            options={**({"nsamples": available} if available else {}), "seqlen": Change.LOWER},
+            f"{texts.source} gives {available} windows of {length} tokens, but {count} are wanted",
+            options=_fewer(available) | {"seqlen": Change.LOWER},
         )
     windows = np.concatenate(found)[: available * length].reshape(available, length)
     return windows[np.sort(generator.permutation(available)[:count])]

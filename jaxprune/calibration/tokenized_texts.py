@@ -40,6 +40,7 @@ class Texts:
         pack: whether documents are to be joined always.
 
     Attributes:
+        source: as given.
         pack: as given; conversations always are.
 
     Raises:
@@ -49,7 +50,7 @@ class Texts:
     def __init__(
         self, source: str, documents: Sequence[str], tokenizer: Any, *, pack: bool = False
     ) -> None:
-        self._source, self._documents, self._tokenizer = source, documents, tokenizer
+        self.source, self._documents, self._tokenizer = source, documents, tokenizer
         self._chat = isinstance(documents, Conversations)
         self.pack = pack or self._chat
         self._template = ""
@@ -130,6 +131,6 @@ class Texts:
         except (*_REFUSED, jinja2.TemplateError) as error:
             raise InputError(
                 f"the checkpoint's chat template takes no such conversation ({error})",
-                file=self._source,
+                file=self.source,
                 entry=f"conversation {index + 1}",
             ) from error
