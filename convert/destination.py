@@ -65,7 +65,7 @@ class Destination:
             self._require_writable()
             return
         except (OSError, ValueError) as problem:
-            reason = problem.strerror if isinstance(problem, OSError) else problem
+            reason = getattr(problem, "strerror", problem)
             raise CheckpointError(
                 f"nothing can be made there ({reason})", file=path, options=self._other()
             ) from None

@@ -55,7 +55,7 @@ def require_regular(path: str | Path, error: type[UserError] = CheckpointError) 
     except FileNotFoundError:
         raise error("it is missing", file=path) from None
     except (OSError, ValueError) as problem:  # ValueError: a null byte in the name
-        reason = problem.strerror if isinstance(problem, OSError) else problem
+        reason = getattr(problem, "strerror", problem)
         raise error(f"it cannot be read ({reason})", file=path) from None
     if not stat.S_ISREG(found.st_mode):
         raise error(f"it is {_kind(found.st_mode)}", file=path, wanted="a regular file")

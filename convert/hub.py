@@ -114,7 +114,7 @@ def _is_there(path: Path) -> bool:
             raise CheckpointError("it is a link to nothing", file=path) from None
         return False
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = getattr(error, "strerror", error)
         shown = str(path) if len(str(path)) < 500 else f"{str(path)[:60]}…"
         raise CheckpointError(f"no checkpoint can be read there ({reason})", file=shown) from None
     return True

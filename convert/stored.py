@@ -229,13 +229,8 @@ def stacked(
         CheckpointError: it cannot be such a tensor.
     """
     stored = files[name][1]
-    kind, axes = (
-        (BLOCKS, 4)
-        if bare.endswith(BLOCKS)
-        else ("_bias", 2)
-        if bare.endswith("_bias")
-        else ("", 3)
-    )
+    kind = next((end for end in (BLOCKS, "_bias") if bare.endswith(end)), "")
+    axes = {BLOCKS: 4, "_bias": 2, "": 3}[kind]
     if len(stored.shape) != axes:
         raise CheckpointError(
             f"{name} is {list(stored.shape)}, must have {axes} axes, experts first"

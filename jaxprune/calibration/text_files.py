@@ -153,14 +153,10 @@ def _files(folder: Path, split: str) -> list[Path]:
     found: dict[str, list[Path]] = {}
     for file in _text_files(folder):
         found.setdefault(_split_of(file.relative_to(folder)), []).append(file)
-    chosen = (
-        split
-        if split in found
-        else "validation"
-        if split == "test" and "validation" in found
-        else None
-    )
-    if chosen is None:
+    chosen = split
+    if split == "test" and split not in found:
+        chosen = "validation"
+    if chosen not in found:
         there = (
             f"it has {', '.join(sorted(found))}"
             if found

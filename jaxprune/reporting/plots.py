@@ -52,28 +52,18 @@ def error_by_layer(checkpoints: Sequence[Checkpoint], *, of_quantization: bool =
         if len(checkpoints) == 1:
             layers = _layers(checkpoints[0])
             for number, name in enumerate(_linears(checkpoints)):
-                errors = [
-                    error_of(la.kernels[name]) if name in la.kernels else None for la in layers
-                ]
-                axis.plot(
-                    _numbers(layers), _percents(errors), label=_short(name), **series_style(number)
-                )
+                kernels = [layer.kernels.get(name) for layer in layers]
+                errors = [error_of(kernel) if kernel else None for kernel in kernels]
+                style = {"label": _short(name), **series_style(number)}
+                axis.plot(_numbers(layers), _percents(errors), **style)
         else:
             for checkpoint in checkpoints:
-                means = [
-                    _mean(error_of(linear) for linear in layer.kernels.values())
-                    for layer in _layers(checkpoint)
-                ]
-                axis.plot(
-                    _numbers(_layers(checkpoint)),
-                    _percents(means),
-                    label=_label(checkpoint),
-                    **_style_of(checkpoint),
-                )
+                layers = _layers(checkpoint)
+                means = [_mean(map(error_of, layer.kernels.values())) for layer in layers]
+                style = {"label": _label(checkpoint), **_style_of(checkpoint)}
+                axis.plot(_numbers(layers), _percents(means), **style)
         logarithmic(axis.yaxis)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_xlabel("layer")
-        axis.set_ylabel("relative error of the output, %")
+        _label_layers(axis, "relative error of the output, %")
 
     title = "Relative error of the quantization" if of_quantization else "Relative error"
     return draw(f"{title} by layer", 3.6, plot)
@@ -127,11 +117,8 @@ def sparsity_by_layer(checkpoints: Sequence[Checkpoint]) -> Figure:
                 **_style_of(checkpoint),
             )
         axis.set_ylim(max(0, min(every) - 5), min(100, max(every) + 5))
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_xlabel("layer")
-        axis.set_ylabel(
-            "zeros, % (dots: single linear layers)" if len(checkpoints) == 1 else "zeros, %"
-        )
+        dots = " (dots: single linear layers)" if len(checkpoints) == 1 else ""
+        _label_layers(axis, f"zeros, %{dots}")
 
     return draw("Sparsity by layer", 3.0, plot)
 
@@ -328,6 +315,13 @@ def quality_by_size(
         axis.set_ylabel(label)
 
     return draw(title, 3.4, plot)
+
+
+def _label_layers(axis: Axes, label: str) -> None:
+    """Gives the axes whole numbers of layers, and what is plotted by layer."""
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_xlabel("layer")
+    axis.set_ylabel(label)
 
 
 def _rows(axis: Axes, checkpoints: Sequence[Checkpoint]) -> None:
