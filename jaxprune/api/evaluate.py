@@ -12,7 +12,7 @@ from convert.paths import inputs_of, require_apart
 from convert.schema import check, plain
 from jaxprune.api.load import load
 from jaxprune.errors import InputError
-from jaxprune.evaluation.quality import Evaluator, LoadedMeasures, Measures, Quality, table
+from jaxprune.evaluation.quality import Evaluator, Measures, Quality, table
 from jaxprune.evaluation.verification import zeros
 from jaxprune.planning import preflight
 from jaxprune.reporting import record as records
@@ -54,7 +54,7 @@ class Evaluation:
 def evaluate(
     *checkpoints: str | Path | StreamedModel,
     against: str | Path | StreamedModel | None = None,
-    measures: Measures | LoadedMeasures,
+    measures: Measures,
     out: str | Path | Destination | None = None,
     config: Mapping[str, Any] | None = None,
     observer: Observer = SILENT,
@@ -75,7 +75,7 @@ def evaluate(
         InputError, CheckpointError: something cannot be used.
     """
     opened = _by_name([*([] if against is None else [against]), *checkpoints])
-    loaded = measures.load()  # before a model is fetched
+    measures.load()  # before a model is fetched
     place = None
     if out is not None:
         sources = [model.source if model else resolve(name) for name, model in opened.items()]
@@ -84,7 +84,7 @@ def evaluate(
     runs = {name: records.run_of(model.source) for name, model in models.items()}
     first = None if against is None else _name_of(against)
     some = next(iter(models.values()))
-    evaluator = Evaluator(loaded, some, observer)
+    evaluator = Evaluator(measures, some, observer)
     if texts_of := [tokens.shape for tokens in evaluator.windows.values()]:
         observer.planned(
             preflight.need_of_evaluation(some.reader.spec, some.architecture, texts_of, len(models))

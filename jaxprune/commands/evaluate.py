@@ -59,7 +59,7 @@ def evaluate(config: Config, names: Sequence[str]) -> Evaluation:
     place = destination(config.out, "out", overwrite=config.overwrite)
     place.check()
     scratch, measures = config.scratch_folder(config.out), config.plan(config.device)
-    loaded = measures.load()  # before a model is fetched
+    measures.load()  # before a model is fetched
     choose_devices(config.device)
     given = [*([config.against] if config.against else []), *names]
     inputs = {
@@ -76,7 +76,7 @@ def evaluate(config: Config, names: Sequence[str]) -> Evaluation:
         found = api.evaluate(
             *(models[name] for name in names),
             against=models[config.against] if config.against else None,
-            measures=loaded,
+            measures=measures,
             out=place.with_inputs(inputs),
             config=dataclasses.asdict(config),
             observer=progress,

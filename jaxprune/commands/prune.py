@@ -81,7 +81,7 @@ def run(config: Config, recipe: Recipe, sparsity: float | None = None) -> "Pruni
         keep_memory(large=True)  # both make logits
     devices = choose_devices(config.device, config.devices, config.meeting(recipe))
     measures = config.plan(config.device)
-    loaded = measures.load()  # before a model is fetched
+    measures.load()  # before a model is fetched
     require_suitable(config, recipe, sparsity)
     console.print(f"opening {config.ckpt}")
     model = load(config.ckpt, dtype=config.computation_dtype, devices=devices, scratch=scratch)
@@ -105,7 +105,7 @@ def run(config: Config, recipe: Recipe, sparsity: float | None = None) -> "Pruni
                 resume_only=config.resume,
                 seed=config.seed,
                 save_dtype=config.save_dtype,
-                evaluator=Evaluator(loaded, model, progress) if measures else None,
+                evaluator=Evaluator(measures, model, progress) if measures else None,
                 timing=config.timing is not None,
                 unchecked=config.unchecked,
                 config=dataclasses.asdict(config),

@@ -1,6 +1,7 @@
 """A checkpoint's quality: all that is measured of it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -50,35 +51,25 @@ class Measures:
     def __bool__(self) -> bool:
         return bool(self.texts or self.tasks or self.samples)
 
-    def load(self) -> "LoadedMeasures":
-        """Returns the same with tasks and prompts: no model is needed to know that they are sound.
+    @functools.cached_property
+    def loaded_tasks(self) -> Tasks | None:
+        """lm-eval's tasks; None without any. InputError: they cannot be used."""
+        if not self.tasks:
+            return None
+        return Tasks(self.tasks, self.tasks_data, self.limit, greedy=self.backend == "jax")
+
+    @functools.cached_property
+    def loaded_prompts(self) -> Prompts | None:
+        """What is continued; None without samples. InputError: it cannot be used."""
+        return Prompts(self.prompts) if self.samples else None
+
+    def load(self) -> None:
+        """Loads tasks and prompts: no model is needed to know that they are sound.
 
         Raises:
             InputError: they cannot be used.
         """
-        greedy = self.backend == "jax"
-        tasks = (
-            Tasks(self.tasks, self.tasks_data, self.limit, greedy=greedy) if self.tasks else None
-        )
-        return LoadedMeasures(self, tasks, Prompts(self.prompts) if self.samples else None)
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedMeasures:
-    """What is measured, and what it was read from.
-
-    Attributes:
-        asked: what is measured.
-        tasks: lm-eval's tasks; None without any.
-        prompts: what is continued; None without samples.
-    """
-
-    asked: Measures
-    tasks: Tasks | None
-    prompts: Prompts | None
-
-    def load(self) -> "LoadedMeasures":
-        return self
+        _ = self.loaded_tasks, self.loaded_prompts
 
 
 @dataclasses.dataclass
@@ -159,13 +150,12 @@ class Evaluator:
 
     def __init__(
         self,
-        measures: Measures | LoadedMeasures,
+        measures: Measures,
         model: StreamedModel,
         observer: Observer = SILENT,
     ) -> None:
-        loaded = measures.load()
-        self._measures, self._model, self._observer = loaded.asked, model, observer
-        self._tasks, self._prompts = loaded.tasks, loaded.prompts
+        self._measures, self._model, self._observer = measures, model, observer
+        self._tasks, self._prompts = measures.loaded_tasks, measures.loaded_prompts
         self.windows = self._windows_of(model)
         for tokens in self.windows.values():
             model.require_tokens(tokens)

@@ -157,7 +157,7 @@ def test_tasks_that_would_fail_once_the_model_is_there_are_refused_before(tmp_pa
         InputError, match="generates greedily, but task gsm8k_cot_self_consistency samples"
     ):
         measures.load()
-    assert dataclasses.replace(measures, backend="torch").load().tasks
+    assert dataclasses.replace(measures, backend="torch").loaded_tasks
     row = {"input_prompt": "a", "reference_output": "b", "metadata": "{}"}
     (tmp_path / "longproc_pseudo_to_code_0.5k.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(
