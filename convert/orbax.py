@@ -102,14 +102,12 @@ class Reader:
         wanted = dict.fromkeys(paths)
         for part in dict.fromkeys(map(part_of, wanted)):
             folder = self.assets / "params" / part
-            shapes = {path: t for path, t in self.spec.items() if part_of(path) == part}
-            abstract = traverse_util.unflatten_dict(
-                {
-                    path.removeprefix(f"{part}."): np.empty(t.shape, t.dtype)
-                    for path, t in shapes.items()
-                },
-                sep=".",
-            )
+            leaves = {
+                path.removeprefix(f"{part}."): np.empty(t.shape, t.dtype)
+                for path, t in self.spec.items()
+                if part_of(path) == part
+            }
+            abstract = traverse_util.unflatten_dict(leaves, sep=".")
             _size(folder)
             with _reading(folder) as readable:
                 tree = _orbax().load(readable, abstract)

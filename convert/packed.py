@@ -173,15 +173,12 @@ class Reader:
         try:
             with open_regular(file) as opened:
                 arrays = [
-                    planes.join(opened, planes.tensors_of(array, *whole, stored), *whole, stored)
+                    planes.join(opened, array, *whole, stored)
                     for array, whole in tensor.arrays(name).items()
                 ]
-            places = tensor.places
-            array = (
-                arrays[0]
-                if places is None
-                else packing.unpack(arrays[0], arrays[1], places, tensor.matrix)
-            )
+            array = arrays[-1]
+            if tensor.places:
+                array = packing.unpack(arrays[0], array, tensor.places, tensor.matrix)
         except (OSError, ValueError) as error:
             raise DamagedError(f"it cannot be read ({error})", file=file, entry=name) from error
         if _digest(array) != tensor.sha256:

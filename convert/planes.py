@@ -82,7 +82,7 @@ def tensors_of(
 
 def join(
     file: BufferedReader,
-    names: tuple[str, ...],
+    name: str,
     shape: tuple[int, ...],
     dtype: np.dtype,
     stored: Mapping[str, Stored],
@@ -91,33 +91,30 @@ def join(
 
     Args:
         file: open.
-        names: the tensors that hold it, by `tensors_of`.
+        name: the array's.
         shape: the array's.
         dtype: the array's.
         stored: the tensors of the file.
 
     Raises:
+        DamagedError: see `tensors_of`.
         ValueError: a frame is none, or holds something else.
     """
     count = int(np.prod(shape, dtype=np.int64))
-    if len(names) == 1 and not names[0].endswith(".zst"):
-        return _read(file, stored[names[0]], count * dtype.itemsize).view(dtype).reshape(shape)
+    if name in stored:
+        return _read(file, stored[name]).view(dtype).reshape(shape)
     planes = np.empty((count, dtype.itemsize), np.uint8)
-    for number, name in enumerate(names):
-        if name.endswith(".zst"):
-            planes[:, number] = _decompressed(
-                _read(file, stored[name], stored[name].shape[0]), count
-            )
-        else:
-            planes[:, number] = _read(file, stored[name], count)
+    for number, plane in enumerate(tensors_of(name, shape, dtype, stored)):
+        content = _read(file, stored[plane])
+        planes[:, number] = _decompressed(content, count) if plane.endswith(".zst") else content
     return planes.reshape(-1).view(dtype).reshape(shape)
 
 
-def _read(file: BufferedReader, stored: Stored, nbytes: int) -> UInt8[np.ndarray, "_"]:
+def _read(file: BufferedReader, stored: Stored) -> UInt8[np.ndarray, "_"]:
     file.seek(stored.start)
-    found = np.fromfile(file, np.uint8, nbytes)
-    if len(found) < nbytes:
-        raise ValueError(f"it ends after {len(found)} bytes of {nbytes}")
+    found = np.fromfile(file, np.uint8, stored.nbytes)
+    if len(found) < stored.nbytes:
+        raise ValueError(f"it ends after {len(found)} bytes of {stored.nbytes}")
     return found
 
 

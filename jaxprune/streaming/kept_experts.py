@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from convert import Params, Reader
-from convert.checkpoint import DerivedReader
+from convert.checkpoint import DerivedReader, part_of
 from convert.names import split_expert
 
 
@@ -27,7 +27,10 @@ class KeptExperts(DerivedReader):
         routers: Mapping[int, Collection[str]],
     ) -> None:
         super().__init__(reader, {})
-        self._kept, self._routers = kept, routers
+        self._kept = {f"layers.{index}": experts for index, experts in kept.items()}
+        self._routers = {
+            f"layers.{index}.{path}" for index, paths in routers.items() for path in paths
+        }
         self._paths: dict[str, str] = {}
         for path, tensor in reader.spec.items():
             new = self._renamed(path)
@@ -49,7 +52,7 @@ class KeptExperts(DerivedReader):
 
     def _renamed(self, path: str) -> str | None:
         """Returns the path of a param among those that stay; None: it goes."""
-        kept, parts = self._kept.get(_layer_of(path)), split_expert(path)
+        kept, parts = self._kept.get(part_of(path)), split_expert(path)
         if kept is None or parts is None:
             return path
         before, number, rest = parts
@@ -57,12 +60,5 @@ class KeptExperts(DerivedReader):
 
     def _experts_of(self, path: str) -> Sequence[int] | None:
         """Returns the experts of which a router's param has outputs; None: it is no router's."""
-        index = _layer_of(path)
-        module = path.rpartition(".")[0].removeprefix(f"layers.{index}.")
-        return self._kept.get(index) if module in self._routers.get(index, ()) else None
-
-
-def _layer_of(path: str) -> int:
-    first, _, rest = path.partition(".")
-    number = rest.partition(".")[0]
-    return int(number) if first == "layers" and number.isdecimal() else -1
+        is_router = path.rpartition(".")[0] in self._routers
+        return self._kept.get(part_of(path)) if is_router else None
