@@ -53,13 +53,8 @@ class UserError(ValueError):
         wanted: str = "",
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.problem, self.file, self.entry, self.found, self.wanted = (
-            problem,
-            file,
-            entry,
-            found,
-            wanted,
-        )
+        self.problem, self.file, self.entry = problem, file, entry
+        self.found, self.wanted = found, wanted
         self.options = dict(options or {})
         super().__init__(problem)
 

@@ -180,12 +180,8 @@ class Header:
 
     def _after_strings(self, count: int) -> int:
         """Returns the offset after so many strings."""
-        at, last, data, length = (
-            self._at,
-            self._size - 8,
-            self._data,
-            struct.Struct("<Q").unpack_from,
-        )
+        at, last, data = self._at, self._size - 8, self._data
+        length = struct.Struct("<Q").unpack_from
         for _ in range(count):
             if at > last:
                 break

@@ -176,10 +176,8 @@ class _Source:
         ids, taken = np.zeros(0, np.int32), 0
         while len(self._order) and (not taken or len(ids) < held_out * length):
             document, self._order = int(self._order[0]), self._order[1:]
-            ids, taken = (
-                np.concatenate([ids, documents.joined(document)]),
-                taken + documents.size_of(document),
-            )
+            ids = np.concatenate([ids, documents.joined(document)])
+            taken += documents.size_of(document)
         # What the last of them leaves is tuned on where it is a book, or all that there is, as of a
         # .txt file.
         rest = ids[held_out * length :]

@@ -219,10 +219,8 @@ def _flags(
 def _parameter(
     section: Section, field: dataclasses.Field, flag: str, group: Group
 ) -> inspect.Parameter:
-    kind, text = (
-        typing.get_type_hints(section.options)[field.name],
-        field_docs(section.options)[field.name],
-    )
+    kind = typing.get_type_hints(section.options)[field.name]
+    text = field_docs(section.options)[field.name]
     default = section.defaults.get(flag, field.default)
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         kind = next(k for k in typing.get_args(kind) if k is not type(None))

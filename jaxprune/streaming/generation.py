@@ -81,19 +81,18 @@ def in_batches(
     """
     layers = _Layers(model)
     batches = [*_batches(model, prompts, most, made, TEXTS * layers.room)]
-    count, longest = (
-        sum(map(len, batches)),
-        max((most[number] for numbers in batches for number in numbers), default=0),
-    )
-    what = f"generating {count} texts of at most {longest} tokens with {model.short_name}"
-    observer.started(
-        what, sum(max(most[number] for number in numbers) for numbers in batches), "steps"
-    )
+    steps = [max(most[number] for number in numbers) for numbers in batches]
+    what = f"generating {sum(map(len, batches))} texts of at most {max(steps, default=0)} tokens"
+    observer.started(f"{what} with {model.short_name}", sum(steps), "steps")
     for numbers in batches:
         ends = {number: most[number] for number in numbers if most[number] > 0}
         longest = max(len(prompts[number]) + most[number] for number in numbers)
-        shares = None if seed is None else _shares(seed, numbers, max(ends.values(), default=0))
-        tokens = _continued(model, layers, [prompts[number] for number in numbers], longest, shares)
+        uniform = (
+            None if seed is None else _uniform_numbers(seed, numbers, max(ends.values(), default=0))
+        )
+        tokens = _continued(
+            model, layers, [prompts[number] for number in numbers], longest, uniform
+        )
         new: dict[int, list[int]] = {number: [] for number in numbers}
         while ends:
             observer.layer_visited(0)
@@ -105,7 +104,7 @@ def in_batches(
         yield new
 
 
-def _shares(seed: int, numbers: Sequence[int], count: int) -> Float[np.ndarray, "c n"]:
+def _uniform_numbers(seed: int, numbers: Sequence[int], count: int) -> Float[np.ndarray, "c n"]:
     """Returns numbers from 0 to 1, a row for each token, by which those of some prompts are
     drawn."""
     return np.stack(
@@ -199,7 +198,7 @@ def _continued(
     layers: _Layers,
     prompts: Sequence[Sequence[int]],
     longest: int,
-    shares: Float[np.ndarray, "c n"] | None,
+    uniform: Float[np.ndarray, "c n"] | None,
 ) -> Iterator[list[int]]:
     """Yields the next token of each prompt, then the one after that, and so on."""
     architecture, devices = model.architecture, model.devices
@@ -221,7 +220,9 @@ def _continued(
         kept.append(own)
     x = jnp.take_along_axis(x, jnp.asarray(lengths)[:, None, None] - 1, axis=1)
     for number in range(capacity):
-        tokens = model.next_tokens(head, fetch(x[:, 0]), None if shares is None else shares[number])
+        tokens = model.next_tokens(
+            head, fetch(x[:, 0]), None if uniform is None else uniform[number]
+        )
         yield tokens.tolist()
         places = devices.shard_first(np.minimum(lengths + number, capacity - 1)[:, None])
         at = Layout(places, jnp.zeros_like(places), jnp.zeros_like(places))

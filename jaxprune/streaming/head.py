@@ -137,11 +137,11 @@ def most_probable(
 
 @partial(jax.jit, static_argnums=0)
 def drawn(
-    head: Part, params: Mapping[str, Array], states: Float[Array, "n d"], shares: Float[Array, "n"]
+    head: Part, params: Mapping[str, Array], states: Float[Array, "n d"], uniform: Float[Array, "n"]
 ) -> tuple[Int[Array, "n"], Bool[Array, "n"]]:
     """Returns the ids of next tokens as their probabilities have them: of each row the first id
-    that has, together with those before it, more than a share, from 0 to 1, of the probability; and
+    that has, together with those before it, more of the probability than a number from 0 to 1; and
     whether the logits are finite."""
     sums = jnp.cumsum(exponentials(logits(head, params, states)).values, axis=1)
-    ids = jnp.minimum(jnp.sum(sums <= shares[:, None] * sums[:, -1:], axis=1), sums.shape[1] - 1)
+    ids = jnp.minimum(jnp.sum(sums <= uniform[:, None] * sums[:, -1:], axis=1), sums.shape[1] - 1)
     return ids, jnp.isfinite(sums[:, -1])

@@ -352,19 +352,19 @@ class StreamedModel:
         self,
         head: Mapping[str, Array],
         states: Shaped[np.ndarray, "n d"],
-        shares: Float[np.ndarray, "n"] | None = None,
+        uniform: Float[np.ndarray, "n"] | None = None,
     ) -> Int[np.ndarray, "n"]:
         """Returns the ids of next tokens.
 
         Args:
             head: params of the head, on the device.
             states: the last layer's output where each token is predicted.
-            shares: numbers from 0 to 1 by which they are drawn; None: the most probable ones.
+            uniform: numbers from 0 to 1 by which they are drawn; None: the most probable ones.
 
         Raises:
             InputError: the predictions hold NaN or infinity.
         """
-        function, given = (most_probable, []) if shares is None else (drawn, [shares])
+        function, given = (most_probable, []) if uniform is None else (drawn, [uniform])
         ids, finite = in_chunks(
             self.devices, partial(function, self.architecture.head, head), states, *given
         )

@@ -162,17 +162,17 @@ def test_a_share_draws_the_token_that_passes_it(share: float, expected: int) -> 
     assert ids.tolist() == [expected] and finite.all()
 
 
-@pytest.mark.parametrize("shares", [None, np.full(3, 0.5, np.float32)])
+@pytest.mark.parametrize("uniform", [None, np.full(3, 0.5, np.float32)])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_predictions_that_are_no_numbers_are_an_error(
-    bad: float, shares: Any, checkpoint: Path
+    bad: float, uniform: Any, checkpoint: Path
 ) -> None:
     model = load(checkpoint)
     head, states = (
         model.params_of(model.architecture.head),
         np.zeros((3, model.architecture.width), np.float32),
     )
-    assert len(model.next_tokens(head, states, shares)) == 3
+    assert len(model.next_tokens(head, states, uniform)) == 3
     states[1, 2] = bad
     with pytest.raises(InputError, match="NaN or infinity"):
-        model.next_tokens(head, states, shares)
+        model.next_tokens(head, states, uniform)
