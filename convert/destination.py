@@ -120,13 +120,8 @@ class Destination:
                     file=self.path,
                 )
         except OccupiedError as error:
-            raise OccupiedError(
-                error.problem,
-                file=error.file,
-                entry=error.entry,
-                found=error.found,
-                options=self._other(),
-            ) from None
+            error.options = self._other()
+            raise
 
     def publish(self, finished: Path) -> None:
         """Puts a finished result in its place; what it replaces is removed.

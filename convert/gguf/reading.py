@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import gguf
 import jax
@@ -35,7 +35,7 @@ from convert.gguf import models, settings
 from convert.gguf.header import Header, Tensor
 from convert.gguf.models import Fields
 from convert.names import expert_path
-from convert.schema import S, Schema, check
+from convert.schema import Schema, check
 from convert.writing import write_json
 
 TOP = {
@@ -52,6 +52,7 @@ PLAIN = {
     GGMLQuantizationType.BF16: np.dtype(jnp.bfloat16),
 }
 """Types whose numbers are those of a dtype."""
+S = TypeVar("S", bound=Schema)
 TokenId = Annotated[int, Field(ge=0, lt=2**22)]
 
 
@@ -117,9 +118,7 @@ class Reader:
         prefix = f"{architecture}."
         experts = self._header.get(f"{prefix}expert_count")
         self._model = models.model_of(architecture, experts, path)
-        self._of = self._fields(
-            Fields, [str(field.alias) for field in Fields.model_fields.values()], prefix
-        )
+        self._of = self._fields(Fields, prefix)
         self._names = self._model.names()
         self._tensors: dict[str, tuple[Tensor, int | None]] = {}
         self._factors: Tensor | None = None
@@ -264,7 +263,7 @@ class Reader:
         return folder
 
     def _tokenizer_fields(self) -> _Tokenizer:
-        found = self._fields(_Tokenizer, list(_Tokenizer.model_fields), "tokenizer.ggml.")
+        found = self._fields(_Tokenizer, "tokenizer.ggml.")
         if len(found.tokens) > (size := self.spec["embed_tokens.embedding"].shape[0]):
             entry, wanted = "tokenizer.ggml.tokens", f"at most the model's vocabulary of {size}"
             raise DamagedError(
@@ -308,8 +307,9 @@ class Reader:
         }
         write_json(file, settings)
 
-    def _fields(self, schema: type[S], names: list[str], prefix: str = "") -> S:
-        """Returns the named fields that are there, as a schema has them."""
+    def _fields(self, schema: type[S], prefix: str) -> S:
+        """Returns the fields of a schema that are there, under their names after the prefix."""
+        names = [field.alias or name for name, field in schema.model_fields.items()]
         found = {
             name: self._header.get(prefix + name) for name in names if prefix + name in self._header
         }

@@ -83,10 +83,9 @@ def text_quality(
         states += model.final_states(
             tokens, visit=lambda index, states: observer.layer_visited(index)
         )
-    heads = tuple(model.params_of(model.architecture.head) for model in models)
     what = "KL divergence from" if len(models) > 1 else "log-likelihoods by"
     observer.started(f"{what} {models[0].short_name} {on}", len(states[0].slices()), "batches")
-    return compare(models, heads, states, tokens, observer)
+    return compare(models, states, tokens, observer)
 
 
 def perplexity(model: StreamedModel, tokens: Int[np.ndarray, "w t"]) -> float:
@@ -102,13 +101,13 @@ def _size(model: StreamedModel) -> tuple[int, int]:
 
 def compare(
     models: Sequence[StreamedModel],
-    heads: tuple[Mapping[str, Array], ...],
     states: Sequence[HiddenStates],
     tokens: Int[np.ndarray, "w t"],
     observer: Observer = SILENT,
 ) -> list[TextQuality]:
-    """Does what `text_quality` does, from the outputs of the last layers and the heads' params."""
+    """Does what `text_quality` does, from the outputs of the last layers."""
     parts = tuple(model.architecture.head for model in models)
+    heads = tuple(model.params_of(model.architecture.head) for model in models)
     losses, divergences, agreements = np.zeros((3, len(models)))
     for number, rows in enumerate(states[0].slices()):
         targets = tokens[rows, 1:].reshape(-1).astype(np.int32)

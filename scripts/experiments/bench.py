@@ -169,8 +169,7 @@ class Bench:
             )
 
         account = self._prune(cell.recipe, watch, file)
-        head = self.model.params_of(self.model.architecture.head)
-        (quality,) = compare([self.model], (head,), [hidden], self.evaluation)
+        (quality,) = compare([self.model], [hidden], self.evaluation)
         return {"perplexity": quality.perplexity} | _figures(account.record)
 
     def _seconds(self, cell: Cell, file: Path) -> dict[str, Any]:
