@@ -9,7 +9,7 @@ from .api.prune import RunOptions as RunOptions
 from .api.prune import prune as prune
 from .api.verify import verify as verify
 from .calibration import calibration_windows as calibration_windows
-from .calibration.stream import TextStream as TextStream
+from .calibration.text_stream import TextStream as TextStream
 from .errors import CheckpointError as CheckpointError
 from .errors import InputError as InputError
 from .evaluation.quality import Evaluator as Evaluator
