@@ -1,26 +1,13 @@
-"""Model families, one a file, named as Hugging Face's `model_type`. A family knows names and
-shapes.
+"""Model families, named as Hugging Face's `model_type`. A family knows names and shapes.
 
-A family file exposes
-
-- `Config` with `from_hf(hf_config, dtype)`, a frozen dataclass with at least `kinds` (one for each
-  layer, hashable: layers of one kind share a module and its compiled programs), `vocab_size`,
-  `max_positions` (of a window; None: no limit) and `dtype` (of the computation);
-- the flax.nnx modules `Embed` and `Head`, made from `(config, rngs)`, and `DecoderLayer`, made from
-  `(config, kind, rngs)`, with attributes named as in the checkpoint. The embedding and the layer
-  take a `Layout` or None beside tokens and hidden states; the layer returns its output and its
-  taps;
-- `inputs(config, kind)`, the linear layers to prune: the name of a tap -> the linear layers whose
-  input it is.
-
+A family is a row of `llama_like.py`, or a file that exposes `FAMILY`; see `common.family.Family`.
 `common` holds what families share.
 """
 
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -36,12 +23,26 @@ from convert.errors import UserError, joined
 from convert.names import BESIDE
 from jaxprune import hardware
 from jaxprune.errors import InputError
+from jaxprune.models import llama_like
+from jaxprune.models.common.family import Family
 from jaxprune.models.common.functional_modules import Layer, Part
 from jaxprune.models.common.packed_windows import Layout
 
-HELPERS = ("common",)
-"""What holds no family."""
+HELPERS = ("common", "llama_like")
+"""What is not a family."""
 __all__ = ["Architecture", "Layer", "Layout", "Part", "architecture_of", "build", "stored_dtype"]
+
+
+def names() -> list[str]:
+    """Returns the names of all families, in alphabetical order."""
+    return sorted({*llama_like.CONFIGS, *plugins.names(sys.modules[__name__])})
+
+
+def family_of(name: str) -> Family:
+    """Returns a family; errors as for `plugins.load`."""
+    if name in llama_like.CONFIGS:
+        return Family(llama_like.CONFIGS[name])
+    return plugins.load(sys.modules[__name__], name).FAMILY
 
 
 class Architecture:
@@ -57,19 +58,21 @@ class Architecture:
     """
 
     def __init__(self, name: str, config: Any) -> None:
-        self._name, family = name, plugins.load(sys.modules[__name__], name)
+        self._name, family = name, family_of(name)
         # float32 means float32: the default precision would be TF32 on a GPU and bfloat16 on a TPU.
         precision = "highest" if jax.numpy.dtype(config.dtype) == jax.numpy.float32 else None
 
-        def part(module: type) -> Part:
+        def part(module: Callable[[Any, nnx.Rngs], nnx.Module]) -> Part:
             return Part(lambda: module(config, nnx.Rngs(0)), precision)
 
         def layer(kind: Any) -> Layer:
-            make = partial(family.DecoderLayer, config, kind)
-            return Layer(lambda: make(nnx.Rngs(0)), precision, family.inputs(config, kind))
+            def make() -> nnx.Module:
+                return family.layer(config, kind, nnx.Rngs(0))
+
+            return Layer(make, precision, family.inputs_of(config, kind))
 
         self.config = config
-        self.embed, self.head = part(family.Embed), part(family.Head)
+        self.embed, self.head = part(family.embed), part(family.head)
         kinds = {kind: layer(kind) for kind in dict.fromkeys(config.kinds)}
         self.layers = tuple(kinds[kind] for kind in config.kinds)
         self.width: int = jax.eval_shape(
@@ -143,18 +146,17 @@ def architecture_of(
             that do not fit; all of them in one message.
     """
     model_type = read_config(assets)["model_type"]
-    known = plugins.names(sys.modules[__name__])
+    known = names()
     if model_type not in known:
         page = "docs/extending/family.md says how to add one"
         raise InputError(
             f"model type {model_type!r} is not supported; supported: {', '.join(known)}; {page}"
         )
-    family = plugins.load(sys.modules[__name__], model_type)
     if dtype is None:
         assert spec is not None
         dtype = jax.numpy.float32 if hardware.current().on_cpu else stored_dtype(spec)
     try:
-        config = family.Config.from_hf(load_config(assets, changes), jax.numpy.dtype(dtype))
+        config = family_of(model_type).config(load_config(assets, changes), jax.numpy.dtype(dtype))
     except UserError as error:
         error.file = error.file or assets / "config.json"
         raise

@@ -6,50 +6,17 @@ References:
     2411.13010).
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, Float
 
-from jaxprune.models.common import configuration
-from jaxprune.models.common.configuration import Kind
-from jaxprune.models.common.decoder import (
-    ATTENTION_INPUTS,
-    Attention,
-    Embed,
-    Head,
-    RMSNorm,
-    Taps,
-    in_turn,
-    linear,
-)
-from jaxprune.models.common.packed_windows import Layout
-
-__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
-
-
-class Entries(configuration.Entries):
-    """The entries of config.json that the family reads."""
-
-    hidden_act: Literal["xielu"]
-
-
-class Config(configuration.Config):
-    """See `configuration.Config`."""
-
-    @classmethod
-    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
-        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
-        read = configuration.entries(Entries, hf)
-        return cls.of(read, dtype, qk_norm="head", activation=read.hidden_act)
-
-
-def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
-    """Returns the linear layers to prune: tap -> those that read it."""
-    return {**ATTENTION_INPUTS, "mlp_input": ("mlp.up_proj",), "mlp_hidden": ("mlp.down_proj",)}
+from jaxprune.models.common.configuration import Config, Entry, reader
+from jaxprune.models.common.decoder import ATTENTION_INPUTS, DecoderLayer, Taps, linear
+from jaxprune.models.common.family import Family
 
 
 class XIELU(nnx.Module):
@@ -84,17 +51,12 @@ class MLP(nnx.Module):
         return self.down_proj(y), {"mlp_hidden": y}
 
 
-class DecoderLayer(nnx.Module):
-    """LLaMA's layer with that network, and other names of the norms."""
-
-    def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
-        self.attention_layernorm = RMSNorm(config, rngs)
-        self.self_attn = Attention(config, kind, rngs)
-        self.feedforward_layernorm = RMSNorm(config, rngs)
-        self.mlp = MLP(config, rngs)
-
-    def __call__(
-        self, x: Float[Array, "b t d"], layout: Layout | None = None
-    ) -> tuple[Float[Array, "b t d"], Taps]:
-        before = self.attention_layernorm, self.feedforward_layernorm
-        return in_turn(x, layout, self.self_attn, self.mlp, before=before)
+FAMILY = Family(
+    reader(
+        qk_norm="head",
+        activation=Entry("hidden_act", Literal["xielu"]),
+        norms_before=("attention_layernorm", "feedforward_layernorm"),
+    ),
+    inputs={**ATTENTION_INPUTS, "mlp_input": ("mlp.up_proj",), "mlp_hidden": ("mlp.down_proj",)},
+    layer=partial(DecoderLayer, feed_forward=MLP),
+)

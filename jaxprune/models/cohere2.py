@@ -5,64 +5,44 @@ References:
     Cohere, "Command A" (arXiv 2504.00698).
 """
 
-from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, Float
 
 from convert.assets import Positive
-from jaxprune.models.common import configuration, decoder
-from jaxprune.models.common.configuration import SLIDING, Kind
-from jaxprune.models.common.decoder import Attention, Embed, GatedMLP, LayerNorm, Taps
+from jaxprune.models.common.configuration import (
+    SLIDING,
+    Config,
+    Entry,
+    Kind,
+    LayerEntries,
+    Rotation,
+    reader,
+)
+from jaxprune.models.common.decoder import Attention, GatedMLP, Head, LayerNorm, LinearInputs, Taps
+from jaxprune.models.common.family import Family
 from jaxprune.models.common.packed_windows import Layout
 
-__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
-
-
-class Entries(configuration.LayerEntries):
-    """The entries of config.json that the family reads."""
-
-    logit_scale: Positive
-
-
-class Config(configuration.Config):
-    """See `configuration.Config`."""
-
-    @classmethod
-    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
-        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
-        read = configuration.entries(Entries, hf)
-        rope = configuration.rope_of(read, interleaved=True)
-        return cls.of(
-            read,
-            dtype,
-            rope=lambda kind: rope if kind == SLIDING else None,
-            logit_scale=read.logit_scale,
-        )
-
-
-def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
-    """Returns the linear layers to prune: tap -> those that read it."""
-    reading = (
+NORM = partial(LayerNorm, use_bias=False)
+INPUTS: LinearInputs = {
+    "input": (
         "self_attn.q_proj",
         "self_attn.k_proj",
         "self_attn.v_proj",
         "mlp.gate_proj",
         "mlp.up_proj",
-    )
-    return {
-        "input": reading,
-        "attention_output": ("self_attn.o_proj",),
-        "mlp_hidden": ("mlp.down_proj",),
-    }
+    ),
+    "attention_output": ("self_attn.o_proj",),
+    "mlp_hidden": ("mlp.down_proj",),
+}
 
 
 class DecoderLayer(nnx.Module):
     """A layer whose attention and feed-forward network read the same norm."""
 
     def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
-        self.input_layernorm = LayerNorm(config, rngs, use_bias=False)
+        self.input_layernorm = NORM(config, rngs)
         self.self_attn = Attention(config, kind, rngs)
         self.mlp = GatedMLP(config, rngs)
 
@@ -75,8 +55,13 @@ class DecoderLayer(nnx.Module):
         return x + attended + fed, {"input": y, "attention_output": attention_output, **own}
 
 
-class Head(decoder.Head):
-    """See `decoder.Head`."""
-
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        super().__init__(config, rngs, LayerNorm(config, rngs, use_bias=False))
+FAMILY = Family(
+    reader(
+        LayerEntries,
+        rope=Rotation((SLIDING,), interleaved=True),
+        logit_scale=Entry("logit_scale", Positive),
+    ),
+    inputs=INPUTS,
+    layer=DecoderLayer,
+    head=partial(Head, norm=NORM),
+)

@@ -10,24 +10,15 @@ from typing import Any
 from jaxtyping import DTypeLike
 
 from jaxprune.models import gemma2
-from jaxprune.models.common import configuration
-from jaxprune.models.common.decoder import Embed, Head, inputs
-from jaxprune.models.gemma2 import DecoderLayer
-
-__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
+from jaxprune.models.common.configuration import Config, Rotation, entries
+from jaxprune.models.common.family import Family
 
 
-class Config(configuration.Config):
-    """See `configuration.Config`."""
+def config(hf: Any, dtype: DTypeLike) -> Config:
+    """Reads a transformers configuration; errors as for `Config.of`."""
+    read = entries(gemma2.Entries, hf)
+    rope = Rotation(by_type=True)
+    return Config.of(read, dtype, rope=rope, qk_norm="head", **gemma2.options(read))
 
-    @classmethod
-    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
-        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
-        read = configuration.entries(gemma2.Entries, hf)
-        return cls.of(
-            read,
-            dtype,
-            rope=configuration.rope_by_type(read),
-            qk_norm="head",
-            **gemma2.options(read),
-        )
+
+FAMILY = Family(config)

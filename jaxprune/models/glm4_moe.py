@@ -7,7 +7,7 @@ References:
     2.1.2.
 """
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,11 +19,10 @@ from convert import schema
 from convert.assets import Count, Positive, Size
 from jaxprune.errors import InputError
 from jaxprune.models.common import configuration, decoder
-from jaxprune.models.common.configuration import Kind, Routing
-from jaxprune.models.common.decoder import Embed, GatedMLP, Head, Taps
+from jaxprune.models.common.configuration import Config, Kind, Rotation, Routing, entries
+from jaxprune.models.common.decoder import DecoderLayer, GatedMLP, LinearInputs, Taps, gated_inputs
 from jaxprune.models.common.experts import GatedExperts, mixture, routing_of
-
-__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
+from jaxprune.models.common.family import Family
 
 
 class Entries(configuration.Entries):
@@ -41,42 +40,36 @@ class Entries(configuration.Entries):
     use_qk_norm: bool
 
 
-class Config(configuration.Config):
-    """See `configuration.Config`."""
+def config(hf: Any, dtype: DTypeLike) -> Config:
+    """Reads a transformers configuration; errors as for `Config.of`."""
+    read = entries(Entries, hf)
+    for name, value in (("n_group", read.n_group), ("topk_group", read.topk_group)):
+        if value != 1:
+            raise InputError(f"{name} {value} is not implemented; experts in one group are")
+    routing = Routing(
+        read.n_routed_experts,
+        read.num_experts_per_tok,
+        read.moe_intermediate_size,
+        read.norm_topk_prob,
+        shared=read.n_shared_experts * read.moe_intermediate_size,
+        sigmoid=True,
+        scale=read.routed_scaling_factor,
+    )
+    return Config.of(
+        read,
+        dtype,
+        rope=Rotation(partial=True),
+        qk_norm="head" if read.use_qk_norm else None,
+        output_bias=False,
+        routing=routing,
+        dense=range(read.first_k_dense_replace),
+    )
 
-    @classmethod
-    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
-        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
-        read = configuration.entries(Entries, hf)
-        for name, value in (("n_group", read.n_group), ("topk_group", read.topk_group)):
-            if value != 1:
-                raise InputError(f"{name} {value} is not implemented; experts in one group are")
-        rope = configuration.rope_of(read, partial=True)
-        qk_norm = "head" if read.use_qk_norm else None
-        routing = Routing(
-            read.n_routed_experts,
-            read.num_experts_per_tok,
-            read.moe_intermediate_size,
-            read.norm_topk_prob,
-            shared=read.n_shared_experts * read.moe_intermediate_size,
-            one_by_one=True,
-            scale=read.routed_scaling_factor,
-        )
-        config = cls.of(read, dtype, rope=lambda _: rope, qk_norm=qk_norm, output_bias=False)
-        return configuration.with_experts(config, routing, range(read.first_k_dense_replace))
 
-
-def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
-    """Returns the linear layers of `Attention`, and of `GatedMLP` or `MLP`: tap -> those that read
-    it."""
+def inputs(config: Config, kind: Kind) -> LinearInputs:
+    """Returns the inputs of `Attention`, and of `GatedMLP` or `MLP`."""
     usual = decoder.inputs(config, kind)
-    if not kind.experts:
-        return usual
-    shared = {
-        "mlp_input": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
-        "mlp_hidden": ("mlp.shared_experts.down_proj",),
-    }
-    return {**usual, **shared}
+    return {**usual, **gated_inputs("mlp.shared_experts")} if kind.experts else usual
 
 
 class Router(nnx.Linear):
@@ -105,7 +98,4 @@ class MLP(nnx.Module):
         return y + shared, taps | own
 
 
-class DecoderLayer(decoder.DecoderLayer):
-    """LLaMA's layer, with experts beside one that all tokens take."""
-
-    experts = MLP
+FAMILY = Family(config, inputs=inputs, layer=partial(DecoderLayer, experts=MLP))

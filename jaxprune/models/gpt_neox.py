@@ -5,57 +5,33 @@ References:
     Black et al., "GPT-NeoX-20B" (arXiv 2204.06745); Biderman et al., "Pythia" (arXiv 2304.01373).
 """
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Float, Int
 
-from jaxprune.models.common import configuration, decoder
 from jaxprune.models.common.activations import ACTIVATIONS
-from jaxprune.models.common.configuration import Kind
-from jaxprune.models.common.decoder import LayerNorm, Taps, fused, in_turn, linear
+from jaxprune.models.common.configuration import Config, Entry, Kind, Rotation, reader
+from jaxprune.models.common.decoder import (
+    DecoderLayer,
+    LayerNorm,
+    LinearInputs,
+    Taps,
+    attend,
+    fused,
+    linear,
+)
+from jaxprune.models.common.family import Family
 from jaxprune.models.common.matmul import times_embedding
 from jaxprune.models.common.packed_windows import Layout
 
-__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
-
-
-class Entries(configuration.Entries):
-    """The entries of config.json that the family reads."""
-
-    use_parallel_residual: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(configuration.Config):
-    """See `configuration.Config`.
-
-    Attributes:
-        parallel: whether the feed-forward network reads the layer's input, and not what the
-            attention made of it.
-    """
-
-    parallel: bool
-
-    @classmethod
-    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
-        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
-        read = configuration.entries(Entries, hf)
-        rope = configuration.rope_of(read, partial=True)
-        return cls.of(read, dtype, rope=lambda _: rope, parallel=read.use_parallel_residual)
-
-
-def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
-    """Returns the linear layers to prune: tap -> those that read it."""
-    return {
-        "attention_input": ("attention.query_key_value",),
-        "attention_output": ("attention.dense",),
-        "mlp_input": ("mlp.dense_h_to_4h",),
-        "mlp_hidden": ("mlp.dense_4h_to_h",),
-    }
+INPUTS: LinearInputs = {
+    "attention_input": ("attention.query_key_value",),
+    "attention_output": ("attention.dense",),
+    "mlp_input": ("mlp.dense_h_to_4h",),
+    "mlp_hidden": ("mlp.dense_4h_to_h",),
+}
 
 
 class Attention(nnx.Module):
@@ -76,7 +52,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t h"]]:
         heads = self.query_key_value(x).reshape(*x.shape[:2], self.config.num_heads, -1)
         query, key, value = jnp.split(heads, 3, axis=-1)
-        y = decoder.attend(self.config, self.kind, query, key, value, layout)
+        y = attend(self.config, self.kind, query, key, value, layout)
         return self.dense(y), y
 
 
@@ -95,24 +71,6 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
         y = ACTIVATIONS[self.activation](self.dense_h_to_4h(x))
         return self.dense_4h_to_h(y), {"mlp_hidden": y}
-
-
-class DecoderLayer(nnx.Module):
-    """A layer whose attention and feed-forward network have norms of their own, and mostly the same
-    input."""
-
-    def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
-        self.input_layernorm = LayerNorm(config, rngs)
-        self.attention = Attention(config, kind, rngs)
-        self.post_attention_layernorm = LayerNorm(config, rngs)
-        self.mlp = MLP(config, rngs)
-        self.parallel = config.parallel
-
-    def __call__(
-        self, x: Float[Array, "b t d"], layout: Layout | None = None
-    ) -> tuple[Float[Array, "b t d"], Taps]:
-        before = self.input_layernorm, self.post_attention_layernorm
-        return in_turn(x, layout, self.attention, self.mlp, before=before, parallel=self.parallel)
 
 
 class Embed(nnx.Module):
@@ -143,3 +101,18 @@ class Head(nnx.Module):
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         x = self.final_layer_norm(x)
         return times_embedding(x, self.embed_in.embedding[...]) if self.tied else self.embed_out(x)
+
+
+FAMILY = Family(
+    reader(rope=Rotation(partial=True), parallel=Entry("use_parallel_residual", bool)),
+    inputs=INPUTS,
+    embed=Embed,
+    layer=partial(
+        DecoderLayer,
+        attention=Attention,
+        feed_forward=MLP,
+        norm=LayerNorm,
+        names=("attention", "mlp"),
+    ),
+    head=Head,
+)

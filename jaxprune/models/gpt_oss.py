@@ -8,7 +8,7 @@ References:
 """
 
 import dataclasses
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,15 +17,14 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from convert.assets import Count, Positive
-from jaxprune.models.common import configuration, decoder
-from jaxprune.models.common.configuration import Kind, Routing
-from jaxprune.models.common.decoder import ATTENTION_INPUTS, Embed, Head, Taps, linear
+from jaxprune.models.common import configuration
+from jaxprune.models.common.configuration import LayerEntries, Routing, entries
+from jaxprune.models.common.decoder import ATTENTION_INPUTS, DecoderLayer, Taps, linear
 from jaxprune.models.common.experts import ROUTER_TAP, ExpertLinear, Rows, mixture, routing_of
+from jaxprune.models.common.family import Family
 
-__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
-
-class Entries(configuration.LayerEntries):
+class Entries(LayerEntries):
     """The entries of config.json that the family reads."""
 
     num_local_experts: Count
@@ -46,23 +45,13 @@ class Config(configuration.Config):
     alpha: float
     limit: float
 
-    @classmethod
-    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
-        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
-        read = configuration.entries(Entries, hf)
-        routing = Routing(read.num_local_experts, read.num_experts_per_tok, read.intermediate_size)
-        config = cls.of(read, dtype, sinks=True, alpha=read.swiglu_alpha, limit=read.swiglu_limit)
-        return configuration.with_experts(config, routing)
 
-
-def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
-    """Returns the linear layers to prune: tap -> those that read it."""
-    return {
-        **ATTENTION_INPUTS,
-        ROUTER_TAP: ("mlp.router",),
-        "expert_input": ("mlp.experts.gate_up_proj",),
-        "expert_hidden": ("mlp.experts.down_proj",),
-    }
+def config(hf: Any, dtype: DTypeLike) -> Config:
+    """Reads a transformers configuration; errors as for `Config.of`."""
+    read = entries(Entries, hf)
+    routing = Routing(read.num_local_experts, read.num_experts_per_tok, read.intermediate_size)
+    alpha, limit = read.swiglu_alpha, read.swiglu_limit
+    return Config.of(read, dtype, sinks=True, routing=routing, alpha=alpha, limit=limit)
 
 
 class Experts(nnx.Module):
@@ -101,7 +90,13 @@ class MLP(nnx.Module):
         return mixture(self.config, self.router, self.experts, x)
 
 
-class DecoderLayer(decoder.DecoderLayer):
-    """LLaMA's layer with sinks and experts."""
-
-    experts = MLP
+FAMILY = Family(
+    config,
+    inputs={
+        **ATTENTION_INPUTS,
+        ROUTER_TAP: ("mlp.router",),
+        "expert_input": ("mlp.experts.gate_up_proj",),
+        "expert_hidden": ("mlp.experts.down_proj",),
+    },
+    layer=partial(DecoderLayer, experts=MLP),
+)

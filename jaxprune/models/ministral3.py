@@ -13,21 +13,19 @@ from typing import Any
 
 from jaxtyping import DTypeLike
 
-from jaxprune.models import mistral
-from jaxprune.models.common import configuration
-from jaxprune.models.common.decoder import DecoderLayer, Embed, Head, inputs
-
-__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
+from jaxprune.models.common.configuration import Config, Entries, entries
+from jaxprune.models.common.family import Family
 
 
-class Config(mistral.Config):
-    """See `configuration.Config`."""
+def config(hf: Any, dtype: DTypeLike) -> Config:
+    """Reads a transformers configuration; errors as for `Config.of`."""
+    read = entries(Entries, hf)
+    made = Config.of(read, dtype, window=read.sliding_window)
+    rope = made.kinds[0].rope
+    assert rope is not None
+    longest = read.max_position_embeddings
+    first = dict(rope.parameters).get("original_max_position_embeddings", longest)
+    return dataclasses.replace(made, max_positions=min(first, longest))
 
-    @classmethod
-    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
-        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
-        config = super().from_hf(hf, dtype)
-        rope = config.kinds[0].rope
-        assert rope is not None and config.max_positions is not None
-        first = dict(rope.parameters).get("original_max_position_embeddings", config.max_positions)
-        return dataclasses.replace(config, max_positions=min(first, config.max_positions))
+
+FAMILY = Family(config)

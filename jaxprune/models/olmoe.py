@@ -12,10 +12,8 @@ from jaxtyping import DTypeLike
 from convert.assets import Count
 from jaxprune.errors import InputError
 from jaxprune.models.common import configuration
-from jaxprune.models.common.configuration import Routing
-from jaxprune.models.common.decoder import DecoderLayer, Embed, Head, inputs
-
-__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
+from jaxprune.models.common.configuration import Config, Routing, entries
+from jaxprune.models.common.family import Family
 
 
 class Entries(configuration.Entries):
@@ -27,16 +25,15 @@ class Entries(configuration.Entries):
     clip_qkv: float | None = None
 
 
-class Config(configuration.Config):
-    """See `configuration.Config`."""
+def config(hf: Any, dtype: DTypeLike) -> Config:
+    """Reads a transformers configuration; errors as for `Config.of`."""
+    read = entries(Entries, hf)
+    if read.clip_qkv is not None:
+        raise InputError(f"clip_qkv {read.clip_qkv:g} is not implemented; null is")
+    routing = Routing(
+        read.num_experts, read.num_experts_per_tok, read.intermediate_size, read.norm_topk_prob
+    )
+    return Config.of(read, dtype, qk_norm="all", routing=routing)
 
-    @classmethod
-    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
-        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
-        read = configuration.entries(Entries, hf)
-        if read.clip_qkv is not None:
-            raise InputError(f"clip_qkv {read.clip_qkv:g} is not implemented; null is")
-        routing = Routing(
-            read.num_experts, read.num_experts_per_tok, read.intermediate_size, read.norm_topk_prob
-        )
-        return configuration.with_experts(cls.of(read, dtype, qk_norm="all"), routing)
+
+FAMILY = Family(config)

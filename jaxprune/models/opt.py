@@ -6,7 +6,6 @@ References:
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -17,14 +16,14 @@ from pydantic import Field
 from convert.assets import Count, Positions, Size, Vocabulary
 from convert.schema import Schema
 from jaxprune.errors import InputError
-from jaxprune.models.common import configuration, decoder
+from jaxprune.models.common import configuration
 from jaxprune.models.common.activations import ACTIVATIONS, require_activation
-from jaxprune.models.common.configuration import Kind
-from jaxprune.models.common.decoder import ATTENTION_INPUTS, LayerNorm, linear
+from jaxprune.models.common.configuration import Kind, entries
+from jaxprune.models.common.decoder import ATTENTION_INPUTS, LayerNorm, Taps, attend, linear
+from jaxprune.models.common.family import Family
 from jaxprune.models.common.matmul import times_embedding
 from jaxprune.models.common.packed_windows import Layout
 
-__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 OFFSET = 2
 """Rows of the table of positions before the first position's."""
 
@@ -62,47 +61,41 @@ class Config(configuration.Config):
     norm_before: bool
     final_norm: bool
 
-    @classmethod
-    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
-        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
-        read = configuration.entries(Entries, hf)
-        head_dim, rest = divmod(read.hidden_size, read.num_attention_heads)
-        if rest:
-            raise InputError(
-                f"{read.hidden_size} features cannot be split into {read.num_attention_heads} heads"
-            )
-        require_activation(read.activation_function)
-        return cls(
-            vocab_size=read.vocab_size,
-            hidden_size=read.hidden_size,
-            intermediate_size=read.ffn_dim,
-            kinds=(Kind(None),) * read.num_hidden_layers,
-            num_heads=read.num_attention_heads,
-            num_kv_heads=read.num_attention_heads,
-            head_dim=head_dim,
-            max_positions=read.max_position_embeddings,
-            norm_eps=1e-5,
-            activation=read.activation_function,
-            tied=read.tie_word_embeddings,
-            dtype=dtype,
-            qkv_bias=read.enable_bias,
-            output_bias=read.enable_bias,
-            mlp_bias=read.enable_bias,
-            embedding_size=read.word_embed_proj_dim,
-            norm_before=read.do_layer_norm_before,
-            final_norm=read.do_layer_norm_before and not read.removed_norm,
+
+def config(hf: Any, dtype: DTypeLike) -> Config:
+    """Reads a transformers configuration.
+
+    Raises:
+        CheckpointError: an entry is missing, of the wrong type, or out of range.
+        InputError: something in it is not implemented.
+    """
+    read = entries(Entries, hf)
+    head_dim, rest = divmod(read.hidden_size, read.num_attention_heads)
+    if rest:
+        raise InputError(
+            f"{read.hidden_size} features cannot be split into {read.num_attention_heads} heads"
         )
-
-
-def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
-    """Returns the linear layers to prune: tap -> those that read it."""
-    output = ("self_attn.out_proj",)
-    return {
-        **ATTENTION_INPUTS,
-        "attention_output": output,
-        "mlp_input": ("fc1",),
-        "mlp_hidden": ("fc2",),
-    }
+    require_activation(read.activation_function)
+    return Config(
+        vocab_size=read.vocab_size,
+        hidden_size=read.hidden_size,
+        intermediate_size=read.ffn_dim,
+        kinds=(Kind(None),) * read.num_hidden_layers,
+        num_heads=read.num_attention_heads,
+        num_kv_heads=read.num_attention_heads,
+        head_dim=head_dim,
+        max_positions=read.max_position_embeddings,
+        norm_eps=1e-5,
+        activation=read.activation_function,
+        tied=read.tie_word_embeddings,
+        dtype=dtype,
+        qkv_bias=read.enable_bias,
+        output_bias=read.enable_bias,
+        mlp_bias=read.enable_bias,
+        embedding_size=read.word_embed_proj_dim,
+        norm_before=read.do_layer_norm_before,
+        final_norm=read.do_layer_norm_before and not read.removed_norm,
+    )
 
 
 class Attention(nnx.Module):
@@ -121,7 +114,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t h"]]:
         projected = (proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))
         query, key, value = (y.reshape(*x.shape[:2], -1, self.config.head_dim) for y in projected)
-        y = decoder.attend(self.config, self.kind, query, key, value, layout)
+        y = attend(self.config, self.kind, query, key, value, layout)
         return self.out_proj(y), y
 
 
@@ -143,7 +136,7 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "b t d"], layout: Layout | None = None
-    ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
+    ) -> tuple[Float[Array, "b t d"], Taps]:
         attention_input = self.self_attn_layer_norm(x) if self.norm_before else x
         y, attention_output = self.self_attn(attention_input, layout)
         x = x + y if self.norm_before else self.self_attn_layer_norm(x + y)
@@ -213,3 +206,17 @@ class Head(nnx.Module):
             if self.config.tied
             else self.lm_head(x)
         )
+
+
+FAMILY = Family(
+    config,
+    inputs={
+        **ATTENTION_INPUTS,
+        "attention_output": ("self_attn.out_proj",),
+        "mlp_input": ("fc1",),
+        "mlp_hidden": ("fc2",),
+    },
+    embed=Embed,
+    layer=DecoderLayer,
+    head=Head,
+)

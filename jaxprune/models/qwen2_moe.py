@@ -5,6 +5,7 @@ References:
     Yang et al., "Qwen2 Technical Report" (arXiv 2407.10671), section 2.2.2.
 """
 
+from functools import partial
 from typing import Annotated, Any
 
 from jaxtyping import DTypeLike
@@ -12,14 +13,13 @@ from pydantic import Field
 
 from convert.assets import Size
 from jaxprune.models import qwen3_moe
-from jaxprune.models.common import configuration
-from jaxprune.models.common.decoder import Embed, Head
-from jaxprune.models.common.shared_experts import DecoderLayer, inputs
+from jaxprune.models.common.configuration import Config, LayerEntries, entries
+from jaxprune.models.common.decoder import DecoderLayer
+from jaxprune.models.common.family import Family
+from jaxprune.models.common.shared_experts import SharedMLP, inputs
 
-__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
-
-class Entries(qwen3_moe.Entries, configuration.LayerEntries):
+class Entries(qwen3_moe.Entries, LayerEntries):
     """The entries of config.json that the family reads. Where no window is used, transformers gives
     one of 0 tokens."""
 
@@ -28,13 +28,17 @@ class Entries(qwen3_moe.Entries, configuration.LayerEntries):
     sliding_window: Annotated[int, Field(ge=0)] | None = None
 
 
-class Config(configuration.Config):
-    """See `configuration.Config`."""
+def config(hf: Any, dtype: DTypeLike) -> Config:
+    """Reads a transformers configuration; errors as for `Config.of`."""
+    read = entries(Entries, hf)
+    return Config.of(
+        read,
+        dtype,
+        qkv_bias=read.qkv_bias,
+        output_bias=False,
+        routing=read.routing(shared=read.shared_expert_intermediate_size),
+        dense=read.dense_layers(),
+    )
 
-    @classmethod
-    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
-        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
-        read = configuration.entries(Entries, hf)
-        config = cls.of(read, dtype, qkv_bias=read.qkv_bias, output_bias=False)
-        routing = read.routing(shared=read.shared_expert_intermediate_size)
-        return configuration.with_experts(config, routing, read.dense_layers())
+
+FAMILY = Family(config, inputs=inputs, layer=partial(DecoderLayer, experts=SharedMLP))

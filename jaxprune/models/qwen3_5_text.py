@@ -7,7 +7,7 @@ References:
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,29 +19,22 @@ from convert.assets import Count, Size
 from jaxprune.errors import InputError
 from jaxprune.models.common import configuration, decoder
 from jaxprune.models.common.activations import ACTIVATIONS
-from jaxprune.models.common.configuration import FULL, Kind
-from jaxprune.models.common.decoder import (
-    Embed,
-    GatedMLP,
-    Head,
-    RMSNorm,
-    Taps,
-    fused,
-    in_turn,
-    linear,
-)
+from jaxprune.models.common.configuration import FULL, Kind, LayerEntries, Rotation, entries
+from jaxprune.models.common.decoder import DecoderLayer, LinearInputs, fused, linear
 from jaxprune.models.common.experts import SparseMLP
+from jaxprune.models.common.family import Family
 from jaxprune.models.common.gated_delta_rule import Inputs, convolve, gated_delta_rule
 from jaxprune.models.common.packed_windows import Layout
 
-__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 RECURRENT = "linear_attention"
 """The type of layers with the delta rule."""
+PROJECTIONS = tuple(f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a"))
 
 
-class Entries(configuration.LayerEntries):
+class Entries(LayerEntries):
     """The entries of config.json that the family reads."""
 
+    TYPES = (FULL, RECURRENT)
     linear_conv_kernel_dim: Count
     linear_key_head_dim: Size
     linear_value_head_dim: Size
@@ -65,56 +58,53 @@ class Config(configuration.Config):
     value_size: int
     convolved: int
 
-    @classmethod
-    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
-        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
-        read = configuration.entries(Entries, hf)
-        types = read.layer_types or []
-        if unknown := sorted({*types} - {FULL, RECURRENT}):
-            raise InputError(
-                f"layer type {unknown[0]!r} is not implemented; {FULL} and {RECURRENT} are"
-            )
-        if read.linear_num_value_heads % read.linear_num_key_heads:
-            raise InputError(
-                f"{read.linear_num_key_heads} key heads cannot serve {read.linear_num_value_heads} "
-                "value heads"
-            )
-        # Of text alone, the three rotations of images are one.
-        given = {
-            name: value
-            for name, value in read.rope_parameters.items()
-            if not name.startswith("mrope")
-        }
-        read = read.model_copy(update={"rope_parameters": given, "layer_types": None})
-        rope = configuration.rope_of(read, partial=True)
-        config = cls.of(
-            read,
-            dtype,
-            rope=lambda _: rope,
-            qk_norm="head",
-            norm_offset=1.0,
-            key_heads=read.linear_num_key_heads,
-            key_size=read.linear_key_head_dim,
-            value_heads=read.linear_num_value_heads,
-            value_size=read.linear_value_head_dim,
-            convolved=read.linear_conv_kernel_dim,
-        )
-        if len(types) != len(config.kinds):
-            raise InputError(f"layer_types has {len(types)} entries for {len(config.kinds)} layers")
-        kinds = (
-            Kind(None) if one == RECURRENT else kind
-            for one, kind in zip(types, config.kinds, strict=True)
-        )
-        return dataclasses.replace(config, kinds=tuple(kinds))
+
+def config(hf: Any, dtype: DTypeLike) -> Config:
+    """Reads a transformers configuration; errors as for `Config.of`."""
+    return config_of(entries(Entries, hf), dtype)
 
 
-def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
-    """Returns the linear layers to prune: tap -> those that read it."""
-    usual = decoder.inputs(config, kind)
+def config_of(read: Entries, dtype: DTypeLike, **options: Any) -> Config:
+    """Makes a configuration of checked entries; options and errors as for `Config.of`."""
+    if read.linear_num_value_heads % read.linear_num_key_heads:
+        raise InputError(
+            f"{read.linear_num_key_heads} key heads cannot serve {read.linear_num_value_heads} "
+            "value heads"
+        )
+    # Of text alone, the three rotations of images are one.
+    rope = {
+        name: value for name, value in read.rope_parameters.items() if not name.startswith("mrope")
+    }
+    return Config.of(
+        read.model_copy(update={"rope_parameters": rope}),
+        dtype,
+        rope=Rotation((FULL,), partial=True),
+        qk_norm="head",
+        norm_offset=1.0,
+        key_heads=read.linear_num_key_heads,
+        key_size=read.linear_key_head_dim,
+        value_heads=read.linear_num_value_heads,
+        value_size=read.linear_value_head_dim,
+        convolved=read.linear_conv_kernel_dim,
+        **options,
+    )
+
+
+def inputs(
+    config: Config,
+    kind: Kind,
+    usual: Callable[[Config, Kind], LinearInputs] = decoder.inputs,
+    projections: tuple[str, ...] = PROJECTIONS,
+) -> LinearInputs:
+    """Returns the inputs of a layer: those of one with attention, and the projections of the delta
+    rule in its place."""
     if kind.rope is not None:
-        return usual
-    projections = tuple(f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a"))
-    return {**usual, "attention_input": projections, "attention_output": ("linear_attn.out_proj",)}
+        return usual(config, kind)
+    return {
+        **usual(config, kind),
+        "attention_input": projections,
+        "attention_output": ("linear_attn.out_proj",),
+    }
 
 
 class Attention(decoder.Attention):
@@ -175,7 +165,7 @@ class GatedNorm(nnx.Module):
 class DeltaNet(nnx.Module):
     """The gated delta rule with its projections; returns its output and the input of out_proj."""
 
-    def __init__(self, config: Config, rngs: nnx.Rngs):
+    def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
         keys, values = config.key_heads * config.key_size, config.value_heads * config.value_size
         self.config, self.keys, self.values = config, keys, values
         self.projections(rngs)
@@ -229,26 +219,19 @@ def _normalized(x: Float[Array, "b t h d"]) -> Float[Array, "b t h d"]:
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + jnp.float32(1e-6))
 
 
-class DecoderLayer(nnx.Module):
-    """LLaMA's layer, with the delta rule or attention; a family with other modules names their
-    classes."""
+def layer(
+    config: Config,
+    kind: Kind,
+    rngs: nnx.Rngs,
+    *,
+    recurrence: type = DeltaNet,
+    experts: type = SparseMLP,
+) -> DecoderLayer:
+    """Makes LLaMA's layer, with the delta rule or attention."""
+    if kind.rope is not None:
+        return DecoderLayer(config, kind, rngs, attention=Attention, experts=experts)
+    names = "linear_attn", "mlp"
+    return DecoderLayer(config, kind, rngs, attention=recurrence, experts=experts, names=names)
 
-    recurrence: type = DeltaNet
-    experts: type = SparseMLP
 
-    def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config, rngs)
-        self.recurrent = kind.rope is None
-        if self.recurrent:
-            self.linear_attn = self.recurrence(config, rngs)
-        else:
-            self.self_attn = Attention(config, kind, rngs)
-        self.post_attention_layernorm = RMSNorm(config, rngs)
-        self.mlp = (self.experts if kind.experts else GatedMLP)(config, rngs)
-
-    def __call__(
-        self, x: Float[Array, "b t d"], layout: Layout | None = None
-    ) -> tuple[Float[Array, "b t d"], Taps]:
-        before = self.input_layernorm, self.post_attention_layernorm
-        mixing = self.linear_attn if self.recurrent else self.self_attn
-        return in_turn(x, layout, mixing, self.mlp, before=before)
+FAMILY = Family(config, inputs=inputs, layer=layer)

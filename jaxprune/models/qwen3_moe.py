@@ -10,10 +10,8 @@ from jaxtyping import DTypeLike
 
 from convert.assets import Count, Size
 from jaxprune.models.common import configuration
-from jaxprune.models.common.configuration import Routing
-from jaxprune.models.common.decoder import DecoderLayer, Embed, Head, inputs
-
-__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
+from jaxprune.models.common.configuration import Config, Routing, entries
+from jaxprune.models.common.family import Family
 
 
 class Entries(configuration.Entries):
@@ -37,12 +35,17 @@ class Entries(configuration.Entries):
         return {i for i in every if i in self.mlp_only_layers or (i + 1) % self.decoder_sparse_step}
 
 
-class Config(configuration.Config):
-    """See `configuration.Config`."""
+def config(hf: Any, dtype: DTypeLike) -> Config:
+    """Reads a transformers configuration; errors as for `Config.of`."""
+    read = entries(Entries, hf)
+    return Config.of(
+        read,
+        dtype,
+        window=read.sliding_window,
+        qk_norm="head",
+        routing=read.routing(),
+        dense=read.dense_layers(),
+    )
 
-    @classmethod
-    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
-        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
-        read = configuration.entries(Entries, hf)
-        config = configuration.with_window(cls.of(read, dtype, qk_norm="head"), read.sliding_window)
-        return configuration.with_experts(config, read.routing(), read.dense_layers())
+
+FAMILY = Family(config)

@@ -6,7 +6,7 @@ References:
     (arXiv 2412.06464).
 """
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,38 +15,28 @@ from jaxtyping import Array, DTypeLike, Float
 
 from convert.assets import Size
 from jaxprune.models import qwen3_5_text, qwen3_moe
-from jaxprune.models.common import configuration, shared_experts
-from jaxprune.models.common.configuration import Kind
-from jaxprune.models.common.decoder import Embed, Head, fused
+from jaxprune.models.common import shared_experts
+from jaxprune.models.common.configuration import entries
+from jaxprune.models.common.decoder import fused
+from jaxprune.models.common.family import Family
 from jaxprune.models.common.shared_experts import SharedMLP
 
-__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
 
-
-class Entries(qwen3_moe.Entries):
+class Entries(qwen3_moe.Entries, qwen3_5_text.Entries):
     """The entries of config.json that the family reads."""
 
     shared_expert_intermediate_size: Size
 
 
-class Config(qwen3_5_text.Config):
-    """See `qwen3_5_text.Config`."""
-
-    @classmethod
-    def from_hf(cls, hf: Any, dtype: DTypeLike) -> configuration.Config:
-        """Reads a transformers configuration; errors as for `configuration.Config.from_hf`."""
-        read = configuration.entries(Entries, hf)
-        routing = read.routing(shared=read.shared_expert_intermediate_size)
-        return configuration.with_experts(super().from_hf(hf, dtype), routing, read.dense_layers())
-
-
-def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
-    """Returns the linear layers to prune: tap -> those that read it."""
-    usual = shared_experts.inputs(config, kind)
-    if kind.rope is not None:
-        return usual
-    projections = "linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"
-    return {**usual, "attention_input": projections, "attention_output": ("linear_attn.out_proj",)}
+def config(hf: Any, dtype: DTypeLike) -> qwen3_5_text.Config:
+    """Reads a transformers configuration; errors as for `Config.of`."""
+    read = entries(Entries, hf)
+    return qwen3_5_text.config_of(
+        read,
+        dtype,
+        routing=read.routing(shared=read.shared_expert_intermediate_size),
+        dense=read.dense_layers(),
+    )
 
 
 class DeltaNet(qwen3_5_text.DeltaNet):
@@ -89,8 +79,12 @@ class DeltaNet(qwen3_5_text.DeltaNet):
         )
 
 
-class DecoderLayer(qwen3_5_text.DecoderLayer):
-    """LLaMA's layer, with the delta rule or attention, and experts."""
-
-    recurrence = DeltaNet
-    experts = SharedMLP
+FAMILY = Family(
+    config,
+    inputs=partial(
+        qwen3_5_text.inputs,
+        usual=shared_experts.inputs,
+        projections=("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"),
+    ),
+    layer=partial(qwen3_5_text.layer, recurrence=DeltaNet, experts=SharedMLP),
+)

@@ -138,7 +138,7 @@ def op_by_op_way(task: Task) -> Outcome:
     for name in [name for name in sys.modules if name.partition(".")[0] == "jaxprune"]:
         del sys.modules[name]
     real, jax.jit = jax.jit, leave
-    for name in ("loop", "methods.admm", "models.decoder", "api.load"):
+    for name in ("loop", "methods.admm", "models.common.decoder", "api.load"):
         importlib.import_module(f"jaxprune.{name}")
     jax.jit = real
     return jaxprune_way(task)

@@ -1,5 +1,4 @@
-"""Every family against transformers, on tiny random checkpoints: one battery for all files of
-`models`."""
+"""Every family against transformers, on tiny random checkpoints: one battery for all."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert import plugins
 from jaxprune import load, models
 from jaxprune.commands.evaluate import main as evaluate
 from jaxprune.commands.prune import main as prune
@@ -38,7 +36,7 @@ def often(*often: str) -> list[Any]:
 
 
 def test_every_family_is_tried() -> None:
-    assert plugins.names(models) == sorted(families.VARIANTS)
+    assert models.names() == sorted(families.VARIANTS)
 
 
 @pytest.mark.parametrize(("family", "variant"), families.CASES)

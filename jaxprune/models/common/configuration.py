@@ -1,9 +1,10 @@
-"""What the modules that most decoders share need of a checkpoint's configuration."""
+"""What the modules of most decoders take from config.json."""
 
 import dataclasses
 from collections.abc import Callable, Collection
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
+import pydantic
 from jax.sharding import Mesh
 from jaxtyping import DTypeLike
 from pydantic import Field
@@ -42,9 +43,11 @@ class Entries(Schema):
 
 
 class LayerEntries(Entries):
-    """The same, and the types of layers, of families that heed them: others pass over that entry,
-    as transformers does."""
+    """The same, and the types of layers. Families that have one type pass over `layer_types`, as
+    transformers does."""
 
+    TYPES: ClassVar[tuple[str, str]] = (FULL, SLIDING)
+    """The types that are implemented."""
     layer_types: list[str] | None = None
 
 
@@ -64,6 +67,25 @@ def entries(schema: type[E], hf: Any) -> E:
     names = (field.alias or name for name, field in schema.model_fields.items())
     found = {name: value for name in names if (value := getattr(hf, name, None)) is not None}
     return check(schema, found, file="", error=CheckpointError)
+
+
+class Rotation(NamedTuple):
+    """How a family rotates queries and keys.
+
+    Attributes:
+        layers: the types of layers that do; None: all.
+        by_type: whether `rope_parameters` has an entry for each type of layer.
+        interleaved, partial: see `Rope.from_hf`.
+    """
+
+    layers: tuple[str, ...] | None = None
+    by_type: bool = False
+    interleaved: bool = False
+    partial: bool = False
+
+
+ROTATED = Rotation()
+"""LLaMA's: all layers rotate alike."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +111,10 @@ class Routing:
         experts: how many there are.
         per_token: how many a token takes.
         size: the hidden features of an expert.
-        normalized: whether the shares of the experts that a token takes are made to sum to 1.
-        shared: the hidden features of the expert that all tokens take; 0: there is none.
-        one_by_one: whether each expert has a share of its own, by the logistic function, and not
-            all of them one.
-        scale: factor of the shares.
+        normalized: whether a token's routing weights are divided by their sum.
+        shared: the hidden features of the shared expert, which all tokens take; 0: there is none.
+        sigmoid: whether routing weights are sigmoids of the scores, and not their softmax.
+        scale: factor of the routing weights.
         route_all: whether taps hold every token for every expert, whatever the router chooses.
         mesh: the devices that experts and windows are spread over; None: one.
     """
@@ -103,7 +124,7 @@ class Routing:
     size: int
     normalized: bool = True
     shared: int = 0
-    one_by_one: bool = False
+    sigmoid: bool = False
     scale: float = 1.0
     route_all: bool = False
     mesh: Mesh | None = None
@@ -125,6 +146,11 @@ class Config:
         embedding_scale, residual_scale, logit_scale: factors of the embedding, of what is added to
             the hidden states, and of the logits.
         norm_offset: what is added to a norm's weight.
+        norms_before: names of the norms before the attention and before the feed-forward network,
+            as in the checkpoint; None: there are none.
+        norms_after: names of the norms after them.
+        parallel: whether the feed-forward network reads the layer's input, and not what the
+            attention made of it.
         routing: how tokens are sent to experts; None: there are none.
         dtype: the dtype of the computation; parameters may be stored in another.
 
@@ -155,21 +181,10 @@ class Config:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     norm_offset: float = 0.0
+    norms_before: tuple[str, str] | None = ("input_layernorm", "post_attention_layernorm")
+    norms_after: tuple[str, str] | None = None
+    parallel: bool = False
     routing: Routing | None = None
-
-    @classmethod
-    def from_hf(cls, hf: Any, dtype: DTypeLike) -> "Config":
-        """Reads a transformers configuration, as LLaMA's is.
-
-        Args:
-            hf: the configuration.
-            dtype: the dtype of the computation.
-
-        Raises:
-            CheckpointError: an entry is missing, of the wrong type, or out of range.
-            InputError: something in it is not implemented.
-        """
-        return cls.of(entries(Entries, hf), dtype)
 
     @classmethod
     def of(
@@ -177,24 +192,31 @@ class Config:
         hf: Entries,
         dtype: DTypeLike,
         *,
-        rope: Callable[[str], Rope | None] | None = None,
+        rope: Rotation = ROTATED,
+        window: int | None = None,
+        routing: Routing | None = None,
+        dense: Collection[int] = (),
         **options: Any,
-    ) -> "Config":
+    ) -> Self:
         """Makes a configuration of checked entries.
 
         Args:
             hf: the entries.
             dtype: the dtype of the computation.
-            rope: a layer's type -> its rotation; None: `rope_parameters` are for all layers.
-            options: attributes that differ from LLaMA's.
+            rope: how queries and keys are rotated.
+            window: how many tokens a query sees at most, its own included, in layers of the type
+                full_attention; None: all before it.
+            routing: how tokens are sent to experts; None: there are none.
+            dense: indices of the layers without experts.
+            options: other attributes of `Config` that differ from LLaMA's.
 
         Raises:
             InputError: something in it is not implemented.
         """
         activation = hf.hidden_activation or hf.hidden_act
-        norm_eps = options.get("norm_eps") or hf.rms_norm_eps or hf.layer_norm_eps
         if "activation" not in options:
             require_activation(activation)
+        norm_eps = hf.rms_norm_eps or hf.layer_norm_eps
         if norm_eps is None:
             raise InputError("rms_norm_eps is missing in the model's configuration")
         kv_heads = hf.num_key_value_heads or hf.num_attention_heads
@@ -202,8 +224,15 @@ class Config:
             raise InputError(
                 f"{hf.num_attention_heads} attention heads cannot share {kv_heads} key-value heads"
             )
-        every = None if rope else rope_of(hf)
-        kinds = layer_kinds(hf, rope or (lambda _: every))
+        kinds = tuple(
+            dataclasses.replace(kind, experts=routing is not None and index not in dense)
+            for index, kind in enumerate(_kinds(hf, rope, window))
+        )
+        if routing is not None and routing.per_token > routing.experts:
+            raise InputError(
+                f"num_experts_per_tok is {routing.per_token}, but there are {routing.experts} "
+                "experts"
+            )
         stretches = any(kind.rope is not None and kind.rope.stretches for kind in kinds)
         usual: dict[str, Any] = {
             "vocab_size": hf.vocab_size,
@@ -212,7 +241,7 @@ class Config:
             "kinds": kinds,
             "num_heads": hf.num_attention_heads,
             "num_kv_heads": kv_heads,
-            "head_dim": head_size(hf),
+            "head_dim": _head_size(hf),
             "max_positions": None if stretches else hf.max_position_embeddings,
             "norm_eps": norm_eps,
             "activation": activation,
@@ -221,13 +250,10 @@ class Config:
             "output_bias": hf.attention_bias,
             "mlp_bias": hf.mlp_bias,
         }
-        return cls(dtype=dtype, **usual | options)
+        return cls(dtype=dtype, routing=routing, **usual | options)
 
 
-C = TypeVar("C", bound=Config)
-
-
-def head_size(hf: Entries) -> int:
+def _head_size(hf: Entries) -> int:
     """Returns the features of a head.
 
     Raises:
@@ -242,73 +268,78 @@ def head_size(hf: Entries) -> int:
     return hf.head_dim or size
 
 
-def with_window(config: C, window: int | None) -> C:
-    """Returns the configuration with one window for all layers."""
-    kinds = tuple(dataclasses.replace(kind, window=window) for kind in config.kinds)
-    return dataclasses.replace(config, kinds=kinds)
-
-
-def with_experts(config: C, routing: Routing, dense: Collection[int] = ()) -> C:
-    """Returns the configuration with experts in all layers but some, which are given by their
-    indices.
-
-    Raises:
-        InputError: a token takes more experts than there are.
-    """
-    if routing.per_token > routing.experts:
-        raise InputError(
-            f"num_experts_per_tok is {routing.per_token}, but there are {routing.experts} experts"
-        )
-    kinds = (
-        dataclasses.replace(kind, experts=index not in dense)
-        for index, kind in enumerate(config.kinds)
-    )
-    return dataclasses.replace(config, kinds=tuple(kinds), routing=routing)
-
-
-def layer_kinds(hf: Entries, rope: Callable[[str], Rope | None]) -> tuple[Kind, ...]:
-    """Returns the kinds of all layers: their rotation, and their window where they attend to one.
-
-    Args:
-        hf: the entries.
-        rope: a layer's type -> its rotation.
-
-    Raises:
-        InputError: a type of layer that is not implemented, or types of another number of layers.
-    """
-    types = types_of(hf)
+def _kinds(hf: Entries, rope: Rotation, window: int | None) -> list[Kind]:
+    """Returns the kinds of all layers by their types; errors as for `Config.of`."""
+    named = hf.layer_types if isinstance(hf, LayerEntries) else None
+    types = named or [FULL] * hf.num_hidden_layers
+    ropes = _ropes(hf, rope, sorted({*types}))
     if len(types) != hf.num_hidden_layers:
         raise InputError(f"layer_types has {len(types)} entries for {hf.num_hidden_layers} layers")
-    if unknown := sorted({*types} - {FULL, SLIDING}):
-        raise InputError(f"layer type {unknown[0]!r} is not implemented; {FULL} and {SLIDING} are")
+    known = hf.TYPES if isinstance(hf, LayerEntries) else (FULL,)
+    if unknown := sorted({*types} - {*known}):
+        raise InputError(f"layer type {unknown[0]!r} is not implemented; {' and '.join(known)} are")
     if SLIDING in types and not hf.sliding_window:
         raise InputError(
             f"layers of type {SLIDING} need sliding_window in the model's configuration"
         )
-    return tuple(Kind(rope(one), hf.sliding_window if one == SLIDING else None) for one in types)
+    windows = {SLIDING: hf.sliding_window, FULL: window}
+    return [Kind(ropes[one], windows.get(one)) for one in types]
 
 
-def types_of(hf: Entries) -> list[str]:
-    """Returns the types of all layers, as a configuration names them."""
-    named = hf.layer_types if isinstance(hf, LayerEntries) else None
-    return named or [FULL] * hf.num_hidden_layers
+def _ropes(hf: Entries, rotation: Rotation, types: list[str]) -> dict[str, Rope | None]:
+    """Returns types of layers -> their rotation; errors as for `Rope.from_hf`, and for a type
+    without an entry."""
 
+    def read(parameters: dict[str, Any]) -> Rope:
+        return Rope.from_hf(
+            parameters,
+            _head_size(hf),
+            hf.max_position_embeddings,
+            interleaved=rotation.interleaved,
+            partial=rotation.partial,
+        )
 
-def rope_by_type(hf: Entries) -> Callable[[str], Rope | None]:
-    """Returns a layer's type -> its rotation, where `rope_parameters` has an entry for each type.
-
-    Raises:
-        InputError: a rotation that is not implemented, or a type without one.
-    """
-    ropes = {}
-    for kind in sorted({*types_of(hf)}):
-        parameters = hf.rope_parameters.get(kind)
+    if not rotation.by_type:
+        every, layers = read(hf.rope_parameters), rotation.layers or types
+        return {one: every if one in layers else None for one in types}
+    ropes: dict[str, Rope | None] = {}
+    for one in types:
+        parameters = hf.rope_parameters.get(one)
         if not isinstance(parameters, dict):
-            raise InputError(f"rope_parameters has no entry for layers of type {kind!r}")
-        ropes[kind] = Rope.from_hf(parameters, head_size(hf), hf.max_position_embeddings)
-    return lambda kind: ropes[kind]
+            raise InputError(f"rope_parameters has no entry for layers of type {one!r}")
+        ropes[one] = read(parameters)
+    return ropes
 
 
-def rope_of(hf: Entries, **options: bool) -> Rope:
-    """Returns the rotation of all layers; options and errors as for `Rope.from_hf`."""
-    return Rope.from_hf(hf.rope_parameters, head_size(hf), hf.max_position_embeddings, **options)
+class Entry(NamedTuple):
+    """An entry of config.json that gives an option of `Config.of`.
+
+    Attributes:
+        name: of the entry.
+        type: its type and range; None: as the schema has it.
+        value: the entry -> the option.
+    """
+
+    name: str
+    type: Any = None
+    value: Callable[[Any], Any] = lambda entry: entry
+
+
+def reader(schema: type[Entries] = Entries, **options: Any) -> Callable[[Any, DTypeLike], Config]:
+    """Makes the function that reads a family's configuration: (transformers' object, dtype of the
+    computation) -> `Config`.
+
+    Args:
+        schema: the entries that it reads beside those that `options` name.
+        options: of `Config.of`: what differs from LLaMA; each a value, or an `Entry` that gives it.
+    """
+    given = {name: option for name, option in options.items() if isinstance(option, Entry)}
+    own: dict[str, Any] = {one.name: (one.type, ...) for one in given.values() if one.type}
+    whole = pydantic.create_model(schema.__name__, __base__=schema, **own)
+
+    def read(hf: Any, dtype: DTypeLike) -> Config:
+        found = entries(whole, hf)
+        values = {name: one.value(getattr(found, one.name)) for name, one in given.items()}
+        return Config.of(found, dtype, **options | values)
+
+    return read

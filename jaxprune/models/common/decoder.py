@@ -23,9 +23,10 @@ from jaxprune.models.common.experts import EXPERT_INPUTS, SparseMLP
 from jaxprune.models.common.matmul import all_but_kernels, times_embedding, times_kernel
 from jaxprune.models.common.packed_windows import Layout
 
-Transform = Callable[[Array], Array]
 Taps = dict[str, Any]
-"""Tap -> what it taps: an array, or that of experts (`experts.Routed`)."""
+"""Tap -> what it taps: an array, or that of experts (`expert_dispatch.Routed`)."""
+LinearInputs = Mapping[str, tuple[str, ...]]
+"""Tap -> the linear layers that read it."""
 
 
 class RMSNorm(nnx.Module):
@@ -202,93 +203,93 @@ class FusedMLP(nnx.Module):
         return self.down_proj(y), {"mlp_hidden": y}
 
 
-ATTENTION_INPUTS: Mapping[str, tuple[str, ...]] = {
+ATTENTION_INPUTS: LinearInputs = {
     "attention_input": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attention_output": ("self_attn.o_proj",),
 }
-"""Tap -> the linear layers of `Attention` that read it."""
+"""Of `Attention`."""
 
 
-def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
-    """Returns the linear layers of `Attention`, and of `GatedMLP` or `SparseMLP`: tap -> those that
-    read it."""
-    if kind.experts:
-        return {**ATTENTION_INPUTS, **EXPERT_INPUTS}
+def gated_inputs(path: str = "mlp") -> LinearInputs:
+    """Returns the inputs of a `GatedMLP` at a path."""
     return {
-        **ATTENTION_INPUTS,
-        "mlp_input": ("mlp.gate_proj", "mlp.up_proj"),
-        "mlp_hidden": ("mlp.down_proj",),
+        "mlp_input": (f"{path}.gate_proj", f"{path}.up_proj"),
+        "mlp_hidden": (f"{path}.down_proj",),
     }
 
 
-def same(x: Array) -> Array:
-    """Returns x."""
-    return x
-
-
-def in_turn(
-    x: Float[Array, "b t d"],
-    layout: Layout | None,
-    attention: Callable[[Array, Layout | None], tuple[Array, Array]],
-    mlp: Callable[[Array], tuple[Array, Taps]],
-    *,
-    before: tuple[Transform, Transform] = (same, same),
-    after: tuple[Transform, Transform] = (same, same),
-    parallel: bool = False,
-) -> tuple[Float[Array, "b t d"], Taps]:
-    """Adds the attention's output to the hidden states, then the feed-forward network's.
-
-    Args:
-        x: hidden states.
-        layout: of the window.
-        attention: returns its output and the input of its last linear layer.
-        mlp: returns its output and its own taps.
-        before: what their inputs go through, such as norms.
-        after: what their outputs go through.
-        parallel: whether the network reads the layer's input, too.
-
-    Returns:
-        The hidden states, and the taps of `inputs`.
-    """
-    attention_input = before[0](x)
-    y, attention_output = attention(attention_input, layout)
-    before_attention, x = x, x + after[0](y)
-    mlp_input = before[1](before_attention if parallel else x)
-    y, own = mlp(mlp_input)
-    taps = {
-        "attention_input": attention_input,
-        "attention_output": attention_output,
-        "mlp_input": mlp_input,
-    }
-    return x + after[1](y), taps | own
+def inputs(config: Config, kind: Kind) -> LinearInputs:
+    """Returns the inputs of `Attention`, and of `GatedMLP` or `SparseMLP`."""
+    return {**ATTENTION_INPUTS, **(EXPERT_INPUTS if kind.experts else gated_inputs())}
 
 
 class DecoderLayer(nnx.Module):
-    """LLaMA's layer: a norm before the attention, and one before the feed-forward network, or the
-    experts.
+    """LLaMA's layer: adds the attention's output to the hidden states, then that of the
+    feed-forward network or the experts, with norms where the configuration has them.
 
-    A family whose layer has other modules in their places names their classes.
+    Args:
+        config: of the model.
+        kind: of the layer.
+        rngs: for the parameters' values.
+        attention: class of the attention, made from `(config, kind, rngs)`; returns its output and
+            the input of its last linear layer.
+        feed_forward: class of the feed-forward network, made from `(config, rngs)`; returns its
+            output and its own taps.
+        experts: the same of layers with experts.
+        norm: class of the norms.
+        names: a checkpoint's names of the attention and of what comes after it.
     """
 
-    attention: type = Attention
-    feed_forward: type = GatedMLP
-    experts: type = SparseMLP
-
-    def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config, rngs)
-        self.self_attn = self.attention(config, kind, rngs)
-        self.post_attention_layernorm = RMSNorm(config, rngs)
-        self.mlp = (self.experts if kind.experts else self.feed_forward)(config, rngs)
-        self.scale = config.residual_scale
+    def __init__(
+        self,
+        config: Config,
+        kind: Kind,
+        rngs: nnx.Rngs,
+        *,
+        attention: Callable[..., Any] = Attention,
+        feed_forward: Callable[..., Any] = GatedMLP,
+        experts: Callable[..., Any] = SparseMLP,
+        norm: Callable[..., Any] = RMSNorm,
+        names: tuple[str, str] = ("self_attn", "mlp"),
+    ):
+        for name in (*(config.norms_before or ()), *(config.norms_after or ())):
+            setattr(self, name, norm(config, rngs))
+        setattr(self, names[0], attention(config, kind, rngs))
+        setattr(self, names[1], (experts if kind.experts else feed_forward)(config, rngs))
+        self.config, self.names = config, names
 
     def __call__(
         self, x: Float[Array, "b t d"], layout: Layout | None = None
     ) -> tuple[Float[Array, "b t d"], Taps]:
-        def scaled(y: Array) -> Array:
-            return y if self.scale == 1 else y * y.dtype.type(self.scale)
+        attention, mlp = self._modules(self.names)
+        before_attention, before_mlp = self._modules(self.config.norms_before)
+        after_attention, after_mlp = self._modules(self.config.norms_after)
+        attention_input = before_attention(x)
+        y, attention_output = attention(attention_input, layout)
+        attended = x + self._scaled(after_attention(y))
+        mlp_input = before_mlp(x if self.config.parallel else attended)
+        y, own = mlp(mlp_input)
+        taps = {
+            "attention_input": attention_input,
+            "attention_output": attention_output,
+            "mlp_input": mlp_input,
+        }
+        return attended + self._scaled(after_mlp(y)), taps | own
 
-        before = self.input_layernorm, self.post_attention_layernorm
-        return in_turn(x, layout, self.self_attn, self.mlp, before=before, after=(scaled, scaled))
+    def _modules(self, names: tuple[str, str] | None) -> tuple[Any, Any]:
+        """Returns the modules of these names; without names, functions that return what they
+        take."""
+        if names is None:
+            return _same, _same
+        return getattr(self, names[0]), getattr(self, names[1])
+
+    def _scaled(self, y: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        scale = self.config.residual_scale
+        return y if scale == 1 else y * y.dtype.type(scale)
+
+
+def _same(x: Array) -> Array:
+    return x
 
 
 class Embed(nnx.Module):
@@ -311,8 +312,10 @@ class Head(nnx.Module):
     """Hidden states [b, t, hidden] -> logits [b, t, vocabulary]; a tied head is the embedding,
     transposed."""
 
-    def __init__(self, config: Config, rngs: nnx.Rngs, norm: nnx.Module | None = None):
-        self.norm = norm or RMSNorm(config, rngs)
+    def __init__(
+        self, config: Config, rngs: nnx.Rngs, norm: Callable[[Config, nnx.Rngs], Any] = RMSNorm
+    ):
+        self.norm = norm(config, rngs)
         if config.tied:
             self.embed_tokens = Embed(config, rngs).embed_tokens
         else:

@@ -120,7 +120,7 @@ def mixture(
     """
     routing, tokens = routing_of(config), x.reshape(-1, x.shape[-1])
     scores = router(x).reshape(len(tokens), -1).astype(jnp.float32)
-    shares = jax.nn.sigmoid(scores) if routing.one_by_one else jax.nn.softmax(scores, axis=-1)
+    shares = jax.nn.sigmoid(scores) if routing.sigmoid else jax.nn.softmax(scores, axis=-1)
     if correction is None:
         share, chosen = lax.top_k(shares, routing.per_token)
     else:

@@ -1,14 +1,12 @@
 """Experts of which each token takes a few, beside one that all tokens take."""
 
-from collections.abc import Mapping
-
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxprune.models.common import decoder
 from jaxprune.models.common.configuration import Config, Kind
-from jaxprune.models.common.decoder import GatedMLP, Taps, linear
+from jaxprune.models.common.decoder import GatedMLP, LinearInputs, Taps, gated_inputs, linear
 from jaxprune.models.common.experts import SparseMLP, routing_of
 from jaxprune.models.common.functional_modules import ROUTER_TAP
 
@@ -28,21 +26,10 @@ class SharedMLP(SparseMLP):
         return y + jax.nn.sigmoid(self.shared_expert_gate(x)) * shared, taps | own
 
 
-def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
-    """Returns the linear layers of `Attention`, and of `GatedMLP` or `SharedMLP`: tap -> those that
-    read it."""
+def inputs(config: Config, kind: Kind) -> LinearInputs:
+    """Returns the inputs of `Attention`, and of `GatedMLP` or `SharedMLP`."""
     usual = decoder.inputs(config, kind)
     if not kind.experts:
         return usual
-    return {
-        **usual,
-        ROUTER_TAP: ("mlp.gate", "mlp.shared_expert_gate"),
-        "mlp_input": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
-        "mlp_hidden": ("mlp.shared_expert.down_proj",),
-    }
-
-
-class DecoderLayer(decoder.DecoderLayer):
-    """LLaMA's layer, with experts beside one that all tokens take."""
-
-    experts = SharedMLP
+    routers = {ROUTER_TAP: ("mlp.gate", "mlp.shared_expert_gate")}
+    return {**usual, **routers, **gated_inputs("mlp.shared_expert")}

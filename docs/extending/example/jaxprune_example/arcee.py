@@ -1,21 +1,14 @@
 """Arcee: LLaMA whose feed-forward network has no gate (Hugging Face's ArceeForCausalLM)."""
 
-from collections.abc import Mapping
+from functools import partial
 
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxprune.models.common import decoder
 from jaxprune.models.common.activations import ACTIVATIONS
-from jaxprune.models.common.configuration import Config, Kind
-from jaxprune.models.common.decoder import ATTENTION_INPUTS, Embed, Head, Taps, linear
-
-__all__ = ["Config", "DecoderLayer", "Embed", "Head", "inputs"]
-
-
-def inputs(config: Config, kind: Kind) -> Mapping[str, tuple[str, ...]]:
-    """Returns the linear layers to prune: tap -> those that read it."""
-    return {**ATTENTION_INPUTS, "mlp_input": ("mlp.up_proj",), "mlp_hidden": ("mlp.down_proj",)}
+from jaxprune.models.common.configuration import Config
+from jaxprune.models.common.decoder import ATTENTION_INPUTS, DecoderLayer, Taps, linear
+from jaxprune.models.common.family import Family
 
 
 class MLP(nnx.Module):
@@ -35,7 +28,7 @@ class MLP(nnx.Module):
         return self.down_proj(hidden), {"mlp_hidden": hidden}
 
 
-class DecoderLayer(decoder.DecoderLayer):
-    """LLaMA's layer with that network; the names of its taps are LLaMA's."""
-
-    feed_forward = MLP
+FAMILY = Family(
+    inputs={**ATTENTION_INPUTS, "mlp_input": ("mlp.up_proj",), "mlp_hidden": ("mlp.down_proj",)},
+    layer=partial(DecoderLayer, feed_forward=MLP),
+)
