@@ -134,17 +134,23 @@ class Routing:
 class Config:
     """What the shared modules need of a checkpoint's configuration.
 
+    Those with defaults are options of families; the defaults are LLaMA's.
+
     Attributes:
         kinds: of the layers, from the first.
-        max_positions: the longest window; None where there is no limit.
-        qkv_bias, output_bias, mlp_bias: whether those linear layers have one.
+        max_positions: the longest window; None: there is no limit.
+        dtype: the dtype of the computation; parameters may be stored in another.
+        qkv_bias: whether the projections of queries, keys and values have biases.
+        output_bias: whether the attention's output projection has one.
+        mlp_bias: whether the linear layers of the feed-forward network have biases.
         qk_norm: over what queries and keys are normalized: each head, all heads together, or None.
         attention_scale: of the scores; None: 1/√head_dim.
-        attention_softcap, logit_softcap: c of c·tanh(x/c), for scores and logits; None: they are
-            taken as they are.
-        sinks: whether each head has the score of a token that is not there.
-        embedding_scale, residual_scale, logit_scale: factors of the embedding, of what is added to
-            the hidden states, and of the logits.
+        attention_softcap: c of c·tanh(score/c); None: scores are not capped.
+        logit_softcap: c of c·tanh(logit/c); None: logits are not capped.
+        sinks: whether each head has an attention sink: a learned score without a value.
+        embedding_scale: factor of the embedding.
+        residual_scale: factor of what is added to the hidden states.
+        logit_scale: factor of the logits.
         norm_offset: what is added to a norm's weight.
         norms_before: names of the norms before the attention and before the feed-forward network,
             as in the checkpoint; None: there are none.
@@ -152,9 +158,6 @@ class Config:
         parallel: whether the feed-forward network reads the layer's input, and not what the
             attention made of it.
         routing: how tokens are sent to experts; None: there are none.
-        dtype: the dtype of the computation; parameters may be stored in another.
-
-    Those that have defaults are families' own.
     """
 
     vocab_size: int
