@@ -1,1 +1,1 @@
-"""One layer: its Gram matrices, the target of each kernel, the solve, and what it gives."""
+"""Prunes one layer: Gram matrices, targets of its kernels, and the solves."""

@@ -1,10 +1,10 @@
-r"""A sparsity of its own for every linear, by one threshold over all of them.
+r"""Allocates a sparsity to each linear layer by one threshold over the whole model.
 
-The saliency of a weight is W²_ij · Σ_t x²_ti · c_j: what zeroing it alone costs the model's loss,
-to second order and with the diagonals of both Kronecker factors of its curvature (see
-`sensitivity`). In these units linear layers are comparable, so one threshold over the whole model
-says how many weights each of them loses. A linear stays within a distance of the target, and the
-total is exact.
+The saliency of a weight is W²_ij · Σ_t x²_ti · c_j. It estimates to second order how much the loss
+grows if this weight alone becomes zero. It uses the diagonals of both Kronecker factors of the
+curvature (see `sensitivity`). Saliencies of different linear layers are comparable, so one
+threshold decides how many weights each layer loses. A maximum deviation bounds how far a layer's
+sparsity is from the target. The total number of zeros is exact.
 
 References:
     LeCun et al., "Optimal Brain Damage", NeurIPS 1989, for the saliency.
@@ -26,11 +26,11 @@ from jaxprune.sparsity.patterns import Pattern, Unstructured, partly
 from jaxprune.streaming.model import StreamedModel
 
 BIN_BITS = 16
-"""Of a float32 saliency; weights whose leading 16 bits agree (within 1/128) are told apart by
-interpolation."""
+"""Low bits of a float32 saliency that the histogram drops. Saliencies whose upper 16 bits agree
+(within 1/128) share a bin; zeros are interpolated inside a bin."""
 Histogram = tuple[int, Int[np.ndarray, "_"]]
-"""How many weights have which saliency: the first bin, the least salient, and the counts from there
-on."""
+"""Histogram of saliencies: the index of the first bin (the smallest saliency), and the counts from
+there on."""
 
 
 def allocate(
@@ -41,19 +41,22 @@ def allocate(
     named: Mapping[tuple[int, str], Pattern | None] = MappingProxyType({}),
     late: float = 0.0,
 ) -> dict[tuple[int, str], Pattern]:
-    """Returns (layer index, path of the linear) -> its pattern, of all that have none of their own.
+    """Allocates patterns to the linear layers that no rule names.
 
     Args:
         model: the dense model.
-        sensitivity: the sensitivity of its layers.
-        sparsity: the sparsity of all linear layers together; zeros are rounded to the nearest whole
-            weight.
-        spread: the most by which a linear's sparsity may differ from what the others have to have
-            for it.
-        named: linear layers with a pattern of their own, or None: those stay dense. The others make
-            up for them.
-        late: of that sparsity what is not to be there yet: a linear has those zeros by now that a
-            threshold for the rest of it gives.
+        sensitivity: the sensitivity of each layer.
+        sparsity: the sparsity of all linear layers together. The number of zeros is rounded to the
+            nearest integer.
+        spread: the maximum deviation of a layer's sparsity from the average over the layers that no
+            rule names.
+        named: linear layers that rules name -> pattern, or None if they stay dense. The other
+            layers compensate for them.
+        late: the part of `sparsity` that gradual pruning adds later. The zeros that a layer has
+            until then come from a threshold for the remaining part.
+
+    Returns:
+        (layer index, path of the linear layer) -> pattern.
 
     Raises:
         InputError: as for `zeros_to_allocate`.
@@ -88,22 +91,23 @@ def allocate(
 
 
 def zeros_to_allocate(counts: Counts, sparsity: float) -> int:
-    """Returns the number of zeros that linear layers which no rule names have to have together; 0
-    where there are none.
+    """Returns the total number of zeros of the linear layers that no rule names.
+
+    The number is 0 if rules name every linear layer.
 
     Args:
-        counts: of the model and the rules.
+        counts: counts of the model under the rules.
         sparsity: the sparsity of all linear layers together.
 
     Raises:
-        InputError: they cannot have so few or so many.
+        InputError: the number is negative, or leaves no weight.
     """
     zeros, weights = round(sparsity * counts.weights) - counts.zeros, sum(counts.unnamed.values())
     if not counts.unnamed:
         return 0
     if not 0 <= zeros < weights:
         raise InputError(
-            f"a sparsity of {sparsity:g} in total leaves {zeros} zeros for the {weights} weights "
+            f"a total sparsity of {sparsity:g} needs {zeros} zeros among the {weights} weights "
             "that no rule names",
             options={"sparsity": Change.OTHER},
         )
@@ -111,31 +115,36 @@ def zeros_to_allocate(counts: Counts, sparsity: float) -> int:
 
 
 def _used(histogram: Int[np.ndarray, "bins"]) -> Histogram:
-    """Returns the part of a histogram that is not empty: a model may have many experts."""
+    """Trims empty bins at both ends of a histogram: a model may have many experts."""
     filled = np.flatnonzero(histogram)
     return int(filled[0]), histogram[filled[0] : filled[-1] + 1].copy()
 
 
 def _share_of_tokens(layer: Sensitivity, tap: str, source: str) -> np.float32:
-    """Returns how many times more tokens all are than those of an expert: Σ x² Σ g² over T tokens
-    is T times Σ x²g²."""
+    """Returns the number of all tokens over the number of an expert's tokens.
+
+    The product Σ x² Σ g² over T tokens is about T times Σ x²g², so the saliencies of experts need
+    this factor.
+    """
     if tap not in layer.given:
         return np.float32(1)
     return np.float32(layer.tokens[source].size) / np.maximum(layer.given[tap][0], np.float32(1))
 
 
 def share_zeros(histograms: Sequence[Histogram], zeros: int, spread: float) -> Int[np.ndarray, "l"]:
-    """Returns the zeros of each linear: its weights below one threshold, within bounds, so that the
-    total is exact. One weight of each stays, unless that leaves too few zeros.
+    """Returns the number of zeros of each linear layer.
+
+    They are the weights below one threshold, within bounds, with an exact total. Each layer keeps
+    at least one weight, unless that leaves too few zeros.
 
     Args:
-        histograms: of each linear.
-        zeros: the number of zeros in total.
+        histograms: the histogram of each linear layer.
+        zeros: the total number of zeros.
         spread: see `allocate`.
     """
     sizes = np.array([counts.sum(dtype=np.int64) for _, counts in histograms])
     target = zeros / sizes.sum()
-    # Rounding must not leave the target itself out of reach.
+    # Rounding must not exclude the target itself.
     least = np.minimum(
         np.ceil(np.maximum(target - spread, 0) * sizes), np.floor(target * sizes)
     ).astype(np.int64)
@@ -145,7 +154,7 @@ def share_zeros(histograms: Sequence[Histogram], zeros: int, spread: float) -> I
     most = most.astype(np.int64)
     first = min(start for start, _ in histograms)
     bins = max(start + len(counts) for start, counts in histograms) - first
-    below = np.zeros(bins + 1, np.int64)  # how many zeros all have if those before a bin are
+    below = np.zeros(bins + 1, np.int64)  # total zeros if the bins before are zeroed
     for (start, counts), low, high in zip(histograms, least, most, strict=True):
         own = np.zeros(bins + 1, np.int64)
         own[start - first + 1 : start - first + 1 + len(counts)] = counts
@@ -167,8 +176,7 @@ def share_zeros(histograms: Sequence[Histogram], zeros: int, spread: float) -> I
 def _top_up(
     start: Int[np.ndarray, "l"], end: Int[np.ndarray, "l"], total: int
 ) -> Int[np.ndarray, "l"]:
-    """Returns whole numbers between start and end at the same fraction of the way, with this
-    total."""
+    """Interpolates between `start` and `end` at one fraction, in integers with this total."""
     missing, room = total - int(start.sum()), end - start
     exact = room * (missing / max(1, int(room.sum())))
     added = np.floor(exact).astype(np.int64)
@@ -185,6 +193,6 @@ def _histogram(
 ) -> Int[Array, "bins"]:
     scales = jnp.sqrt(inputs)[:, None] * jnp.sqrt(outputs)[None, :]
     saliency = jnp.abs(kernel.astype(jnp.float32)) * scales
-    # The bits of a non-negative float order like an integer.
+    # The bits of non-negative floats sort like integers.
     bins = jax.lax.bitcast_convert_type(saliency, jnp.int32) >> BIN_BITS
     return jnp.bincount(bins.reshape(-1), length=1 << (31 - BIN_BITS))

@@ -1,5 +1,4 @@
-"""The hidden states of the calibration windows on their way through the layers, and through those
-pruned already."""
+"""Hidden states of the calibration windows as they move through the pruned and dense layers."""
 
 import numpy as np
 from jaxtyping import Int
@@ -11,19 +10,18 @@ from jaxprune.streaming.model import StreamedModel, inside_layer
 
 
 class CalibrationStates:
-    """Hidden states after the pruned layers, and where they are asked for those after the dense
-    layers.
+    """Hidden states after the pruned layers and, optionally, after the dense layers.
 
     Args:
         model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
-        with_dense: whether states after the dense layers go along.
-        saved: where the layers that they pass are saved, and the states with them; None: nowhere.
+        with_dense: whether to compute states after the dense layers too.
+        saved: where pruned layers and states are saved; None: nothing is saved.
 
     Attributes:
         model, saved: as given.
-        pruned: states after the layers as pruned.
-        dense: states after the dense layers; None where they were not asked for.
+        pruned: states after the pruned layers.
+        dense: states after the dense layers; None without `with_dense`.
 
     Raises:
         InputError: see `StreamedModel.embed`.
@@ -38,10 +36,10 @@ class CalibrationStates:
         saved: SavedLayers | None = None,
     ) -> None:
         self.model, self.saved = model, saved
-        self._position = 0  # number of layers that the states went through
+        self._position = 0  # number of layers that the states have passed
         self._fresh = True
         routing, at_a_time = model.architecture.config.routing, None
-        if routing and routing.route_all:  # as many rows as when each token takes a few experts
+        if routing and routing.route_all:  # keeps the rows per batch of top-k routing
             at_a_time = max(
                 1, hardware.current().tokens_per_batch * routing.per_token // routing.experts
             )
@@ -49,20 +47,19 @@ class CalibrationStates:
         self.dense = model.embed(tokens) if with_dense else None
 
     def layer_done(self, index: int) -> None:
-        """Says that the states moved through a layer; saves them where that is worth its time."""
+        """Records that the states passed a layer, and saves them if enough time has passed."""
         self._position = index + 1
         if self.saved and self._position < self.model.num_layers:
             self.saved.put_states(self._named(), self._position)
 
     def catch_up(self, index: int) -> None:
-        """Moves the states on to a layer's input, through layers that an earlier process of the run
-        pruned.
+        """Moves the states to a layer's input, through layers that an earlier process pruned.
 
         Args:
             index: the index of the layer.
 
         Raises:
-            InputError: one of them was damaged meanwhile.
+            InputError: a saved layer was damaged during the run.
         """
         if self.saved is None:
             return
@@ -75,7 +72,7 @@ class CalibrationStates:
             part = self.model.architecture.layers[before]
             params = self.model.put_layer(before, part.stack(inside_layer(before, layer.params)))
             self.model.forward(before, params, self.pruned)
-            del params  # before the next are there
+            del params  # frees memory before the next are loaded
             if self.dense:
                 (stored,) = self.model.layers([before])
                 self.model.forward(before, self.model.put_layer(before, stored), self.dense)

@@ -1,7 +1,7 @@
-"""Which experts of a model matter least, so that they can be dropped whole.
+"""Selects the least important experts, which are removed as a whole.
 
-The saliency of an expert is the mean, over the tokens that are routed to it, of its share in the
-layer's output times the norm of its own output.
+The saliency of an expert is a mean over the tokens that are routed to it: its routing weight times
+the norm of its output.
 
 References:
     Lasby et al., "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression" (arXiv
@@ -32,17 +32,19 @@ def kept_experts(
     share: float,
     store: RunStore | None = None,
 ) -> dict[int, list[int]]:
-    """Returns the experts that stay when a share of those of least saliency goes from every layer.
+    """Returns the experts that remain after a fraction of each layer's experts is removed.
+
+    The experts with the smallest saliency are removed.
 
     Args:
         model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
-        share: of the experts of each layer, rounded to the nearest whole number.
-        store: where the saliencies are saved, and taken from where they are saved already; None:
-            nothing is saved.
+        share: the fraction of each layer's experts to remove. The number is rounded to the nearest
+            integer.
+        store: where saliencies are saved and looked up; None: nothing is saved.
 
     Returns:
-        Layer index -> experts in order, of the layers that have them.
+        Layer index -> sorted indices of the kept experts. Layers without experts are missing.
 
     Raises:
         InputError: see `require_experts`.
@@ -56,10 +58,10 @@ def kept_experts(
 
 
 def require_experts(architecture: Architecture, share: float) -> int:
-    """Returns how many experts go from each layer.
+    """Returns how many experts are removed from each layer.
 
     Raises:
-        InputError: the model has no experts, or not as many would be left as a token takes.
+        InputError: the model has no experts, or fewer would remain than each token needs.
     """
     routing = architecture.config.routing
     if routing is None or not any(layer.experts for layer in architecture.layers):
@@ -67,17 +69,15 @@ def require_experts(architecture: Architecture, share: float) -> int:
     count = round(share * routing.experts)
     if routing.experts - count < routing.per_token:
         raise InputError(
-            f"of {routing.experts} experts {routing.experts - count} would be left, but a token "
-            "takes "
-            f"{routing.per_token}",
+            f"{routing.experts - count} of {routing.experts} experts would remain, but each token "
+            f"needs {routing.per_token}",
             options={"drop_experts": Change.LOWER},
         )
     return count
 
 
 def without_experts(architecture: Architecture, share: float) -> Architecture:
-    """Returns the architecture when a share of the experts is dropped; errors as for
-    `require_experts`."""
+    """Returns the architecture after the removal of experts; raises as `require_experts`."""
     if not share:
         return architecture
     count = require_experts(architecture, share)
@@ -113,8 +113,13 @@ def _saliencies(
 def norms(
     layer: Layer, params: Mapping[str, Array], x: Float[Array, "b t d"]
 ) -> tuple[Float[Array, "e"], Float[Array, "e"]]:
-    """Returns each expert's sum of shares times norms of outputs over its tokens, and how many
-    these are."""
+    """Returns sums of routing weights times output norms, and token counts, by expert.
+
+    Args:
+        layer: the layer; static.
+        params: its params.
+        x: its input, [batch, tokens, width].
+    """
     _, taps = layer(params, x)
     output, experts = taps[OUTPUT_TAP], max(layer.experts.values())
     rows = jnp.linalg.norm(output.x.astype(jnp.float32), axis=-1) * jnp.sqrt(output.weights())

@@ -1,8 +1,7 @@
-"""The Gram matrices of a layer's inputs, summed over the calibration windows in one pass of the
-dense layer.
+"""Sums the Gram matrices of a layer's inputs over the calibration windows.
 
-Those of experts are stacked, and where there are too many of them for the device, some experts' are
-summed at a time.
+One forward pass of the dense layer suffices, except for experts whose Gram matrices do not fit the
+device together: these take one pass for each group. Gram matrices of experts are stacked.
 """
 
 import math
@@ -24,16 +23,17 @@ from jaxprune.sharding import ONE_DEVICE, Devices, fetch
 from jaxprune.solve.calibration_states import CalibrationStates
 
 SHARE = 0.25
-"""The most of a device's memory for experts' Gram matrices; see `hardware.cpu_budget` for a CPU."""
+"""Maximum fraction of a device's memory for experts' Gram matrices. For a CPU, see
+`hardware.cpu_budget`."""
 
 
 class ExpertTotals(NamedTuple):
-    """Sums for some experts of a layer.
+    """Sums for consecutive experts of a layer.
 
     Attributes:
-        gram: their Gram matrices, complete up to the diagonal.
-        tokens: how many tokens each was given.
-        first: the index of the first of them; those that follow are next to it.
+        gram: their Gram matrices; only the lower blocks, up to the diagonal, are complete.
+        tokens: number of tokens routed to each expert.
+        first: index of the first expert.
     """
 
     gram: Float[Array, "g n n"]
@@ -42,18 +42,19 @@ class ExpertTotals(NamedTuple):
 
 
 Totals = dict[str, Any]
-"""Tap of the program -> [n, n], each device's on its own [devices, n, n], or `ExpertTotals`."""
+"""Captured activation of the program -> [n, n], [devices, n, n] with one partial sum per device, or
+`ExpertTotals`."""
 
 
 class Grams:
-    """The Gram matrices of a layer's inputs, until they are taken.
+    """The Gram matrices of a layer's inputs.
 
     Args:
         layer: the layer.
         totals: the sums.
 
     Attributes:
-        totals: those that are left.
+        totals: the sums that `take` has not returned yet.
     """
 
     def __init__(self, layer: Layer, totals: Totals) -> None:
@@ -65,7 +66,7 @@ class Grams:
         }
 
     def tokens(self, tap: str) -> int | None:
-        """Returns how many tokens an expert was given; None where all tokens are."""
+        """Returns the number of tokens routed to an expert; None if all tokens contribute."""
         name, expert = self._sources[tap]
         if expert is None:
             return None
@@ -73,7 +74,7 @@ class Grams:
         return int(counts[expert - first])
 
     def take(self, tap: str) -> Float[Array, "n n"]:
-        """Returns a Gram matrix, which can be taken once."""
+        """Returns a Gram matrix. Each can be taken only once, which frees its memory."""
         name, expert = self._sources[tap]
         if expert is None:
             return self.totals.pop(name)
@@ -83,17 +84,17 @@ class Grams:
 def groups(
     layer: Layer, taps: Sequence[str], most: float, devices: Devices = ONE_DEVICE
 ) -> Iterator[list[str]]:
-    """Yields taps whose Gram matrices are summed together: experts' within `most` bytes, from the
-    first to the last of a group, though one is always taken, and all others with the first group.
+    """Yields groups of captured activations whose Gram matrices are summed in one pass.
 
-    On several devices, which hold the sums of some experts each, those of all experts are summed
-    together.
+    The Gram matrices of a group's experts, from the first to the last, take at most `most` bytes. A
+    group has at least one expert. Activations outside experts are in the first group. On several
+    devices each holds the sums of some experts, so all experts form one group.
 
     Args:
         layer: the layer.
-        taps: the inputs whose Gram matrices are wanted.
+        taps: the captured activations whose Gram matrices are needed.
         most: bytes for experts' Gram matrices on a device.
-        devices: those of the run.
+        devices: the devices of the run.
     """
     if devices.count > 1:
         most = math.inf
@@ -120,10 +121,10 @@ def groups(
 
 
 def most_bytes(device_bytes: float | None = None) -> float:
-    """Returns the bytes for experts' Gram matrices on a device.
+    """Returns the memory budget for experts' Gram matrices on a device, in bytes.
 
     Args:
-        device_bytes: its memory; None: as this machine's device has it.
+        device_bytes: the memory of the device; None: that of this machine's device.
     """
     if device_bytes is None:
         device_bytes = hardware.device_memory()
@@ -137,23 +138,26 @@ def gram_matrices(
     weights: Mapping[str, Float[np.ndarray, "w t"]] | None = None,
     taps: Sequence[str] | None = None,
 ) -> tuple[Grams, dict[str, Float[Array, "n n"]]]:
-    """Sums the Gram matrices of a layer's linears' inputs, XᵀX or Xᵀ diag(w) X, float32.
+    """Sums the Gram matrices XᵀX or Xᵀ diag(w) X of a layer's inputs, in float32.
+
+    The Gram matrix of an expert covers the tokens that are routed to it. Each token counts with its
+    squared routing weight.
 
     Args:
-        states: the model, and its states before the layer, of which the dense model's move on.
+        states: the model and its states before the layer. The dense model's states move to the
+            layer's output.
         index: the index of the layer.
         params: the params of the dense layer, on the device.
-        weights: tap -> w, one weight a token; taps that are not in it weigh all tokens the same.
-        taps: the inputs whose Gram matrices are wanted; None: all.
+        weights: captured activation -> w, one weight per token. Tokens of other activations have
+            weight 1.
+        taps: the captured activations whose Gram matrices are needed; None: all.
 
     Returns:
-        The Gram matrices, and the drifts X̂ᵀ(X − X̂) of the inputs X̂ from those of the dense
-        model, X; no drifts where there are no states of that. An expert's have the tokens that
-        are routed to it, each weighed by the square of its share in the layer's output.
+        The Gram matrices and the activation shifts X̂ᵀ(X − X̂). X̂ are the inputs after pruned
+        layers and X those of the dense model. There are no shifts without dense states.
 
     Raises:
-        InputError: NaN or infinity in the layer's activations; weights are looked at when they are
-            read.
+        InputError: an activation is NaN or infinite. Weights are checked when they are read.
     """
     devices, layer = states.model.devices, states.model.architecture.layers[index]
     hidden, dense = states.pruned, states.dense
@@ -166,7 +170,7 @@ def gram_matrices(
     sums: dict[int, tuple[Totals, Totals]] = {}
 
     def totals_for(rows: slice) -> tuple[int, Totals, Totals]:
-        """Returns sums on each device where the rows can be split over all of them, else one."""
+        """Returns one sum per device if the rows can be split over all devices, else one sum."""
         parts = 1 if (rows.stop - rows.start) % devices.count else devices.count
         if parts not in sums:
             shapes = {tap: (n, n) if parts == 1 else (parts, n, n) for tap, n in widths.items()}
@@ -199,17 +203,19 @@ def gram_matrices(
     found = {tap: gram.symmetric(plain.pop(tap)) for tap in list(plain)} | experts
     if bad := [tap for tap, good in fetch(_finite(found)).items() if not good]:
         raise InputError(
-            f"the activations hold NaN or infinity in {', '.join(sorted(bad))}, by odd calibration "
-            "text or too narrow "
-            "a dtype",
+            f"activations are NaN or infinite in {', '.join(sorted(bad))}: the calibration text is "
+            "unusual or the dtype too narrow",
             options={"dtype": "float32"},
         )
     return Grams(layer, found), drifts
 
 
 def summed(layer: Layer, tap: str, experts: Sequence[int], devices: Devices) -> range:
-    """Returns the experts that there are sums for, where those of some are wanted: all from the
-    first to the last; on several devices, over which all of a layer are spread evenly, all."""
+    """Returns the experts that get sums when some are needed.
+
+    These are all from the first to the last needed expert. On several devices they are all experts,
+    because each device holds an equal number of them.
+    """
     return (
         range(layer.experts[layer.reads[tap][0]])
         if devices.count > 1
@@ -218,7 +224,7 @@ def summed(layer: Layer, tap: str, experts: Sequence[int], devices: Devices) -> 
 
 
 def expert_totals(layer: Layer, tap: str, experts: Sequence[int], devices: Devices) -> ExpertTotals:
-    """Returns empty sums, of `summed`."""
+    """Returns zero-initialized sums for the experts that `summed` returns."""
     n, every = layer.features(tap), summed(layer, tap, experts, devices)
     tokens, first = devices.replicate((np.zeros(len(every), np.int32), np.int32(every.start)))
     return ExpertTotals(devices.zeros((len(every), n, n)), tokens, first)
@@ -232,9 +238,9 @@ def accumulate(
     weights: Mapping[str, Float[Array, "b t"]],
     totals: Totals,
 ) -> Totals:
-    """Adds what a batch brings to the Gram matrices; see `Totals`.
+    """Adds a batch to the Gram matrices; see `Totals`.
 
-    They are complete up to the diagonal only; see `gram.add_gram`.
+    Only the lower blocks, up to the diagonal, are complete; see `gram.add_gram`.
     """
     _, taps = layer(params, x)
     return {
@@ -246,8 +252,7 @@ def accumulate(
 
 
 def _add_routed(total: ExpertTotals, tap: Routed, weights: Array | None) -> ExpertTotals:
-    """Adds the rows of experts, weighed by their share in the layer's output, squared, and by their
-    tokens' weights."""
+    """Adds rows of experts, weighted by squared routing weights and by token weights."""
     of_rows = tap.weights()
     if weights is not None:
         of_rows = of_rows * tap.rows_of_tokens(weights)
@@ -266,7 +271,7 @@ def _add_routed(total: ExpertTotals, tap: Routed, weights: Array | None) -> Expe
 
 
 def _group(owner: Int[Array, "N"], first: Array, count: int) -> Int[Array, "N"]:
-    """Returns which of the experts from the first on a block belongs to; -1: none."""
+    """Returns the index of each block's expert among `count` experts from `first`; -1: none."""
     group = owner - first
     return jnp.where(group < count, group, jnp.int32(-1))
 
@@ -277,7 +282,7 @@ def _add_around(
     weights: Float[Array, "N B"],
     owner: Int[Array, "N"],
 ) -> Float[Array, "e n n"]:
-    """Adds each device's rows to the sums of all experts, which go around."""
+    """Adds each device's rows to the sums of all experts in a ring pass."""
 
     def turn(total: Array, first: Array, other: Array) -> tuple[Array, Array]:
         return gram.add_grouped(total, x, weights, _group(owner, first, len(total))), other
@@ -294,8 +299,19 @@ def accumulate_drift(
     weights: Mapping[str, Float[Array, "b t"]],
     sums: Sequence[Totals],
 ) -> tuple[Float[Array, "b t d"], tuple[Totals, Totals]]:
-    """Does the same for the states after pruned layers, x, and those after dense ones, which move
-    on; the sums are Gram matrices and drifts."""
+    """Adds a batch to the Gram matrices and to the activation shifts.
+
+    Args:
+        layer: the layer; static.
+        params: its params.
+        x: the input after pruned layers.
+        dense: the input after dense layers.
+        weights: as for `gram_matrices`.
+        sums: Gram matrices and activation shifts; donated.
+
+    Returns:
+        The layer's output for `dense`, and the new sums.
+    """
     grams, drifts = sums
     (_, taps), (after, dense_taps) = layer(params, x), layer(params, dense)
     grams = {
@@ -309,7 +325,7 @@ def accumulate_drift(
 
 
 def _add(add: Callable[..., Array], total: Array, *arrays: Array | None) -> Array:
-    """Adds the product of all tokens, or of each device's to its own, as `total` has them."""
+    """Adds the product over all tokens, or each device's product to its own partial sum."""
     if total.ndim == 2:
         return add(total, *arrays)
     parts = [None if a is None else a.reshape(len(total), -1, *a.shape[1:]) for a in arrays]
@@ -318,7 +334,7 @@ def _add(add: Callable[..., Array], total: Array, *arrays: Array | None) -> Arra
 
 @jax.jit
 def _total(sums: Sequence[tuple[Totals, Totals]]) -> tuple[Totals, Totals]:
-    """Returns the sums over all devices and all batches."""
+    """Returns the sums over all devices and batches."""
     whole = jax.tree.map(lambda total: total if total.ndim == 2 else jnp.sum(total, axis=0), sums)
     return jax.tree.map(lambda *totals: sum(totals[1:], totals[0]), *whole)
 

@@ -1,4 +1,4 @@
-"""One kernel pruned and rounded to its stored dtype, its mask, and what it lost."""
+"""Prunes one kernel, rounds it to its stored dtype and measures the error."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,16 +24,13 @@ class KernelResult:
     """Statistics of one pruned kernel.
 
     Attributes:
-        error: ‖XW − XŴ‖² / ‖XW‖² of the weights as solved and stored, before any distillation, on
-            the calibration tokens as the solve weighs them.
+        error: ‖XW − XŴ‖² / ‖XW‖² of the stored weights after the solve and before distillation, on
+            the calibration tokens with the weights of the solve.
         zeros: exact zeros of the stored kernel.
-        wanted: zeros that the pattern or the given mask wants; a weight that it keeps may be zero
-            all the same.
-        size: weights of the kernel.
-        stats: what the method reports; of an expert also how many tokens it was given, and its
-            inputs.
-        sections: zeros of each of the linear layers that lie side by side in it; none where it is
-            one.
+        wanted: zeros that the pattern or the given mask requires. Kept weights may also be zero.
+        size: number of weights of the kernel.
+        stats: metrics of the method. Those of an expert include its number of tokens and of inputs.
+        sections: zeros of each of the fused projections; empty for a single projection.
     """
 
     error: Measured
@@ -49,25 +46,25 @@ class KernelResult:
 
     @property
     def few_tokens(self) -> bool:
-        """Whether it is an expert's that was given fewer tokens than it has inputs."""
+        """Whether the kernel belongs to an expert with fewer tokens than inputs."""
         return self.stats.get("tokens", 0.0) < self.stats.get("inputs", 0.0)
 
 
 def dense_result(kernel: Float[Array, "n m"], sections: Sections = ()) -> KernelResult:
-    """Returns what became of a kernel that stays dense: nothing."""
+    """Returns the statistics of a kernel that stays dense."""
     zeros = fetch(jnp.sum(kernel == 0, axis=0, dtype=jnp.int32))
     return KernelResult(0.0, int(zeros.sum()), 0, kernel.size, {}, by_section(zeros, sections))
 
 
 class Linear(NamedTuple):
-    """What the solve of one linear layer starts from, beside its inputs.
+    """The kernel of a linear layer and its target.
 
     Attributes:
         kernel: returns the dense kernel [n_in, n_out], on the device.
-        target: its pattern, or its mask.
-        outputs: √c, one weight an output; None: all weigh the same.
-        sections: the linear layers that lie side by side in it, each of which gets its share of an
-            unstructured pattern's zeros; none where it is one.
+        target: its pattern or mask.
+        outputs: √c, one weight per output; None: all are 1.
+        sections: the fused projections, which share an unstructured pattern's zeros in proportion
+            to their sizes; empty for a single projection.
     """
 
     kernel: Callable[[], Float[Array, "n m"]]
@@ -87,24 +84,24 @@ def prune_and_round(
     quantization: str | None = None,
     devices: Devices = ONE_DEVICE,
 ) -> tuple[Float[Array, "n m"], Mask, KernelResult]:
-    """Prunes one kernel and rounds it to the dtype that it is stored in.
+    """Prunes one kernel and rounds it to its stored dtype.
 
-    With weights c of the outputs the method solves for W C^½, C = diag(c). Each output's update
-    stays the same, but a mask over the whole kernel goes where the loss is sensitive.
+    With weights c of the outputs, the method optimizes W C^½, C = diag(c). The update of each
+    output is unchanged, but a mask over the whole kernel follows the sensitivity of the loss.
 
     Args:
         method: the pruning method.
-        prepared: what it made of the Gram matrix.
+        prepared: the result of the method's `prepare`.
         gram_matrix: the Gram matrix of the kernel's inputs, float32.
-        kernel: the dense kernel, in the dtype it is to be stored in.
-        linear: what else is known of its linear layer.
-        wanted: the kernel whose outputs are wanted; None: the dense kernel's own.
-        quantization: the type, of `quantization.BITS`, on whose grid the pruned weights are to lie;
-            None: on none.
-        devices: the devices that the outputs are sharded over.
+        kernel: the dense kernel, in its stored dtype.
+        linear: its target, output weights and fused projections.
+        wanted: the kernel whose outputs are the target of the solve; None: the dense kernel.
+        quantization: a type of `quantization.BITS`, to whose grid the pruned weights are rounded;
+            None: no grid.
+        devices: the devices over which the outputs are sharded.
 
     Returns:
-        The stored kernel, its mask, and what became of it.
+        The stored kernel, its mask and its statistics.
     """
     choice: Pattern | Mask
     if isinstance(linear.target, StoredMask):
@@ -118,7 +115,7 @@ def prune_and_round(
         scale = np.asarray(linear.outputs, gram_matrix.dtype)[None, :]
     kernel = devices.shard_outputs(kernel)
     weight = kernel.astype(gram_matrix.dtype) if wanted is None else wanted
-    # nothing that is as large as a kernel stays longer than it is needed
+    # frees arrays of a kernel's size as soon as possible
     wanted = weight if quantization else None
     weight, mask, metrics = method.solve(
         prepared, weight if scale is None else weight * scale, choice
@@ -142,8 +139,11 @@ def prune_and_round(
 
 @jax.jit
 def store(gram_matrix: Array, dense: Array, weight: Array) -> tuple[Array, dict[str, Array]]:
-    """Rounds a kernel to the dense one's dtype; measures what the layer's output lost by it, and
-    zeros by output."""
+    """Rounds a kernel to the dtype of the dense one.
+
+    Returns:
+        The rounded kernel; the relative error of the layer's output, and the zeros of each output.
+    """
     stored = round_kernel(weight, weight != 0, dense.dtype)
     zeros = jnp.sum(stored == 0, axis=0, dtype=jnp.int32)
     return stored, {"error": gram.relative_error(gram_matrix, dense, stored), "zeros": zeros}
@@ -152,8 +152,11 @@ def store(gram_matrix: Array, dense: Array, weight: Array) -> tuple[Array, dict[
 def round_kernel(
     weight: Float[Array, "*e n m"], kept: Bool[Array, "*e n m"], dtype: DTypeLike
 ) -> Float[Array, "*e n m"]:
-    """Rounds a kernel to a dtype; no kept weight rounds to zero, so that the count of zeros stays
-    exact."""
+    """Rounds a kernel to a dtype without new zeros.
+
+    Kept weights that would become zero get the smallest magnitude instead, which keeps the count of
+    zeros exact.
+    """
     stored = weight.astype(dtype)
     least = jnp.asarray(_smallest(stored.dtype), dtype)
     return jnp.where(kept & (stored == 0), jnp.where(weight < 0, -least, least), stored)

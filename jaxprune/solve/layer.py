@@ -1,5 +1,8 @@
-"""One layer pruned: Gram matrices of its inputs -> solves -> kernels on the host, for some inputs
-after others."""
+"""Prunes one layer.
+
+The Gram matrices of some inputs are summed, their kernels pruned and moved to the host. Then the
+next inputs follow.
+"""
 
 import dataclasses
 import math
@@ -28,18 +31,18 @@ from jaxprune.streaming.model import in_checkpoint
 from jaxprune.streaming.sweep import timed
 
 DAMPING = 1, 10, 100, 1000
-"""A solve that fails is tried again with so many times the damping."""
+"""A solve that fails is repeated with the damping times these factors."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """How the kernels of a layer are pruned.
+    """How to prune the kernels of a layer.
 
     Attributes:
         method: the pruning method.
         target_of: (layer index, path of the linear layer) -> pattern or mask; None: it stays dense.
-        weights: the weights of each layer's tokens and outputs; None: all weigh the same.
-        asymmetry: share of the inputs' drift from the dense model's that a kernel makes up for; see
+        weights: the weights of each layer's tokens and outputs; None: all are 1.
+        asymmetry: the fraction of the activation shift that a kernel compensates; see
             `gram.drifted_target`.
         quantization: see `prune_and_round`.
     """
@@ -51,7 +54,7 @@ class Solver:
     quantization: str | None = None
 
     def taps(self, index: int, layer: Layer) -> dict[str, tuple[str, ...]]:
-        """Returns the taps of a layer that its pruned linear layers read, with these."""
+        """Returns captured activations -> pruned linear layers that read them."""
         pruned = {
             tap: tuple(path for path in paths if self.target_of(index, path) is not None)
             for tap, paths in layer.inputs.items()
@@ -59,19 +62,18 @@ class Solver:
         return {tap: paths for tap, paths in pruned.items() if paths}
 
     def outputs(self, index: int) -> Mapping[str, Float[np.ndarray, "m"]]:
-        """Returns the weights of a layer's outputs, by the path of the linear layer; none where all
-        weigh the same."""
+        """Returns path of the linear layer -> weights of its outputs; empty if all are 1."""
         return self.weights[index].outputs if self.weights else {}
 
 
 class SolvedLayer(NamedTuple):
-    """The kernels of a layer, pruned.
+    """The pruned kernels of a layer.
 
     Attributes:
-        kernels: name of a kernel as in a checkpoint, inside the layer -> the pruned kernel in its
-            stored dtype, on the host.
-        masks: path of the linear layer -> its packed mask; none of one that stays dense.
-        results: path -> what became of its kernel.
+        kernels: name in the checkpoint, relative to the layer -> pruned kernel in its stored dtype,
+            on the host.
+        masks: path of the linear layer -> packed mask. Layers that stay dense have none.
+        results: path -> statistics of the kernel.
     """
 
     kernels: Params
@@ -86,24 +88,24 @@ def solve_layer(
     stored: Params,
     seconds: dict[str, float],
 ) -> LayerResult:
-    """Solves the kernels of a layer and moves the hidden states through it.
+    """Prunes the kernels of a layer and moves the hidden states through it.
 
     Args:
         states: the model, and its states before the layer.
-        solver: how.
+        solver: how to prune.
         index: the index of the layer.
-        stored: its params, on the host, as its program takes them.
-        seconds: those spent on it so far, by phase.
+        stored: the layer's params on the host, in the form that its program takes.
+        seconds: seconds by phase so far; those of this call are added.
     """
     model, part = states.model, states.model.architecture.layers[index]
     with timed(seconds, "read"):
         params = jax.block_until_ready(model.put_layer(index, stored))
     solved = solve_linears(states, solver, index, params, seconds)
     del params
-    # Only kernels changed; the rest goes out exactly as it came in.
+    # Other params keep their stored bytes.
     pruned = part.unstack(stored) | solved.kernels
     with timed(seconds, "forward"):
-        if index + 1 < model.num_layers:  # nothing reads the last layer's output
+        if index + 1 < model.num_layers:  # the last layer's output is not needed
             model.forward(index, model.put_layer(index, part.stack(pruned)), states.pruned)
     figures = LayerSummary(index, seconds, solved.results)
     return LayerResult(figures, in_checkpoint(index, pruned), solved.masks)
@@ -119,15 +121,15 @@ def solve_linears(
     """Prunes the kernels of a layer.
 
     Args:
-        states: the model, and its states before the layer, of which those after dense layers move
-            on.
-        solver: how.
+        states: the model, and its states before the layer. States of the dense model move to its
+            output.
+        solver: how to prune.
         index: the index of the layer.
         params: the params of the dense layer, on the device.
-        seconds: to which those by phase are added.
+        seconds: seconds by phase so far; those of this call are added.
 
     Raises:
-        InputError: a Gram matrix is too nearly singular, whatever the damping, or not finite.
+        InputError: a Gram matrix is not finite, or nearly singular even with the largest damping.
     """
     kernels, masks, results = SolvedLayer({}, {}, {})
     part, outputs = states.model.architecture.layers[index], solver.outputs(index)
@@ -158,7 +160,7 @@ def solve_linears(
                 "times the damping",
                 options={"nsamples": Change.RAISE, "damping": Change.RAISE},
             )
-        del inputs, linears  # before the next are made
+        del inputs, linears  # frees memory before the next are made
     for path in part.kernels:
         if solver.target_of(index, path) is None and path not in part.routers:
             dense = part.sources[path].of(params, ".kernel")
@@ -168,12 +170,12 @@ def solve_linears(
 
 
 class Inputs(NamedTuple):
-    """What is known of the inputs that some linear layers share.
+    """The inputs that some linear layers share.
 
     Attributes:
-        tokens: how many an expert was given; None: all.
+        tokens: number of tokens routed to an expert; None: all tokens.
         gram: their Gram matrix.
-        drift: see `gram_matrices`.
+        drift: their activation shift; see `gram_matrices`.
     """
 
     tokens: int | None
@@ -188,8 +190,9 @@ def layer_inputs(
     params: Mapping[str, Array],
     seconds: dict[str, float],
 ) -> Iterator[tuple[str, Inputs]]:
-    """Yields the inputs of a layer's pruned linear layers by their taps: all that its solves know
-    of the model.
+    """Yields captured activations and inputs of a layer's pruned linear layers.
+
+    The solves depend on the model only through these.
 
     Args: as for `solve_linears`.
 
@@ -199,7 +202,7 @@ def layer_inputs(
     model, part = states.model, states.model.architecture.layers[index]
     tokens = solver.weights[index].tokens if solver.weights else None
     taps = list(solver.taps(index, part))
-    # no Gram matrices are summed, which otherwise moves the dense states
+    # Otherwise the pass for the Gram matrices moves the dense states.
     if not taps and states.dense:
         model.forward(index, params, states.dense)
     for group in groups(part, taps, most_bytes(), model.devices):
@@ -219,7 +222,7 @@ def layer_inputs(
                     drifts.pop(tap, None),
                 ),
             )
-        del grams, drifts  # before those of the next group are made
+        del grams, drifts  # frees memory before the next group
 
 
 def solve_kernels(
@@ -231,8 +234,7 @@ def solve_kernels(
     quantization: str | None = None,
     devices: Devices = ONE_DEVICE,
 ) -> Iterator[tuple[str, Float[np.ndarray, "n m"], UInt8[np.ndarray, "m _"], KernelResult]]:
-    """Prunes the kernels of the linear layers that share an input, with as much damping as they
-    need.
+    """Prunes the kernels of linear layers that share an input, with sufficient damping.
 
     Args:
         inputs: the inputs.
@@ -243,12 +245,12 @@ def solve_kernels(
         devices: see `prune_and_round`.
 
     Yields:
-        Path, pruned kernel in its stored dtype, packed mask, and result. If an error is not finite,
-        all paths follow again with more damping; use the last result of each path. Its error is not
-        finite if no damping is enough.
+        Path, pruned kernel in its stored dtype, packed mask, and statistics. If an error is not
+        finite, all paths follow again with more damping; use the last result of each path. Its
+        error is not finite if no damping suffices.
     """
     least = 1 if inputs.tokens is None else least_damping(inputs.tokens, len(inputs.gram))
-    if inputs.tokens == 0:  # nothing is known: all inputs count the same
+    if inputs.tokens == 0:  # without tokens, all inputs count equally
         inputs = inputs._replace(gram=jnp.eye(len(inputs.gram), dtype=inputs.gram.dtype))
     for times in (least * raised for raised in DAMPING):
         damped = method if times == 1 else with_more_damping(method, times)
@@ -269,18 +271,18 @@ def solve_kernels(
                 devices=devices,
             )
             solved = fetch((pruned, pack(mask)))
-            del kernel, pruned, mask  # before the next
+            del kernel, pruned, mask  # frees memory before the next
             finite &= math.isfinite(result.error)
             yield path, *solved, dataclasses.replace(result, stats=result.stats | found)
         if finite:
             return
-        del prepared  # before it is made again
+        del prepared  # frees memory before the next attempt
 
 
 def _wanted(
     kernel: Float[Array, "n m"], inputs: Inputs, asymmetry: float
 ) -> Float[Array, "n m"] | None:
-    """Returns the kernel whose outputs are wanted; None: the dense one."""
+    """Returns the kernel whose outputs are the target of the solve; None: the dense one."""
     if inputs.drift is None:
         return None
     return gram.drifted_target(
@@ -289,6 +291,8 @@ def _wanted(
 
 
 def least_damping(tokens: int, inputs: int) -> int:
-    """Returns how many times the damping is taken for an expert: 1, or more where its tokens are
-    fewer than its inputs, as many times as they are fewer, in powers of 2."""
+    """Returns the factor of the damping for an expert: a power of 2, from 1 to 1000.
+
+    It is 1 with at least as many tokens as inputs, else about the ratio of inputs to tokens.
+    """
     return min(DAMPING[-1], 2 ** math.ceil(math.log2(max(1.0, inputs / max(1, tokens)))))

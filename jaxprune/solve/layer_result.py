@@ -1,4 +1,4 @@
-"""Pruned layers, and how a run saves them."""
+"""The results of pruned layers, and how the run store saves them."""
 
 import dataclasses
 from typing import Annotated
@@ -15,12 +15,12 @@ from jaxprune.solve.kernel import KernelResult
 
 @dataclasses.dataclass(frozen=True)
 class LayerSummary:
-    """Statistics of one pruned layer; `layer["mlp.down_proj"]` is what became of a kernel.
+    """Statistics of one pruned layer; `layer["mlp.down_proj"]` are those of a kernel.
 
     Attributes:
         index: the index of the layer, from 0.
-        seconds: the seconds by phase; `read` is the time spent waiting for the reader.
-        kernels: path of the linear layer inside the decoder layer -> what became of its kernel.
+        seconds: seconds by phase; `read` is the time spent waiting for the reader.
+        kernels: path of the linear layer inside the decoder layer -> statistics of its kernel.
     """
 
     index: Count
@@ -37,17 +37,17 @@ class LayerSummary:
 
     @property
     def size(self) -> int:
-        """Weights of the layer's kernels."""
+        """Number of weights of the layer's kernels."""
         return sum(kernel.size for kernel in self.kernels.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerResult:
-    """One pruned layer; `layer["mlp.down_proj"]` is what became of a kernel.
+    """One pruned layer; `layer["mlp.down_proj"]` are the statistics of a kernel.
 
     Attributes:
-        figures: what became of it.
-        params: all params of the layer, on the host, as they are to be stored; paths as in the
+        figures: the layer's statistics.
+        params: all params of the layer in their stored dtypes, on the host, by their paths in the
             checkpoint.
         masks: path of the linear layer -> its mask, packed as in a mask file; see `sparsity.masks`.
         resumed: whether an earlier process of the same run pruned it.
@@ -74,7 +74,7 @@ SavedLayers = Stage[LayerResult]
 
 
 def saved_layers(store: RunStore | None, stage: str) -> SavedLayers | None:
-    """Returns the layers that a stage of a run saves; None where nothing is saved."""
+    """Returns the saved layers of a stage; None without a store."""
     return Stage(store, stage, _save, _load) if store else None
 
 

@@ -1,5 +1,4 @@
-"""Pruned layers brought to a grid, in a loop of their own: hidden states go through the layers as
-they are on it."""
+"""Quantizes pruned layers in a sweep of its own, with the activations of quantized layers."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -20,24 +19,23 @@ from jaxprune.streaming.model import inside_layer
 from jaxprune.streaming.sweep import sweep
 
 ERROR = "quantization_error"
-"""The metric that says what a kernel's outputs lost on the way to the grid, as `KernelResult.error`
-says of pruning."""
+"""The metric of a kernel's relative output error from quantization; `KernelResult.error` is that
+from pruning."""
 
 
 def quantize_layers(
     states: CalibrationStates, pruned: Callable[[int], LayerResult], quantization: str
 ) -> Iterator[LayerResult]:
-    """Brings layers to a grid, one after another: their zeros stay, also those of linear layers
-    that are dense.
+    """Quantizes layers one after another; all zeros stay, also those of dense linear layers.
 
     Args:
         states: the dense model, its states before the first layer, and where layers are saved.
-        pruned: the index of a layer -> it, pruned.
+        pruned: index of a layer -> pruned layer.
         quantization: the type, of `methods.quantization.BITS`.
 
     Returns:
-        The layers; kernels that come in no whole blocks are as they were. Zeros are counted again,
-        `ERROR` is among the metrics, and the seconds are those spent here.
+        The layers. Kernels whose inputs do not form whole blocks are unchanged. Zeros are counted
+        again, metrics include `ERROR`, and seconds are those of the quantization.
     """
     model = states.model
 
@@ -59,8 +57,7 @@ def quantize_layers(
 
 
 def _target(part: Layer, masks: Params, _: int, path: str) -> Target:
-    """Returns the mask of a pruned kernel, under which it is brought to a grid; None: it stays as
-    it is."""
+    """Returns the mask under which a kernel is quantized; None: it is not quantized."""
     inputs, outputs = part.kernels[path]
     if path in part.routers or not has_grid(inputs):
         return None

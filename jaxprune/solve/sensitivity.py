@@ -1,15 +1,15 @@
-r"""What matters to the model's loss: one streamed reverse pass of the dense model over the
-calibration windows.
+r"""Measures the sensitivity of the loss to each layer, in one streamed reverse pass.
 
-With g the gradients of the next-token loss ℓ (summed over tokens) by the outputs of a linear, X its
-inputs, the curvature of the loss in its kernel is about A ⊗ C (K-FAC): A = Xᵀ diag(w) X with w_t =
-(Σ_j g²_tj)^p, and C = diag(c) with c_j = Σ_t g²_tj. Only ratios of these numbers are used, so the
-scale of the loss does not matter.
+The pass goes through the dense model over the calibration windows. Let ℓ be the next-token loss
+(summed over tokens), g its gradients with respect to the outputs of a linear layer, and X the
+layer's inputs. The curvature of the loss in the kernel is about A ⊗ C (K-FAC): A = Xᵀ diag(w) X
+with w_t = (Σ_j g²_tj)^p, and C = diag(c) with c_j = Σ_t g²_tj. Only ratios of these numbers matter,
+so the scale of the loss is irrelevant.
 
-Layer inputs are kept on the host, and each layer is run again under `jax.vjp`, from the last to the
-first, so that the device holds one layer, as in the forward direction. Gradients of kernels are not
-needed: a pass costs three forward passes (forward, forward again, and the products with the
-transposed kernels) and the head's.
+Layer inputs stay on the host. Each layer runs again under `jax.vjp`, from the last to the first, so
+the device holds one layer at a time. Gradients of kernels are not computed. A pass costs three
+forward passes (forward, forward again, and the products with the transposed kernels), plus the
+head.
 
 References:
     Martens and Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature",
@@ -39,21 +39,21 @@ from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.sweep import Results
 
 HOST_BYTES = 8e9
-"""The most memory for the layers' inputs; more windows are taken in groups, each of which reads the
-model again."""
+"""Maximum memory for the layers' inputs. More windows are split into groups, each of which reads
+the model again."""
 
 
 class Sensitivity(NamedTuple):
-    """Of one layer of the dense model, over all calibration tokens. float32.
+    """The sensitivity of one dense layer, summed over all calibration tokens, in float32.
 
-    In a program's result experts' are stacked.
+    Programs return the arrays of experts stacked.
 
     Attributes:
-        tokens: tap -> [windows, length], Σ_j g²_tj over the outputs j of all linear layers that
-            read the tap; those of experts together.
-        outputs: linear -> [m], c_j = Σ_t g²_tj.
-        inputs: tap -> [n], Σ_t x²_ti.
-        given: tap of an expert -> [1], how many tokens it was given.
+        tokens: captured activation -> [windows, length], Σ_j g²_tj over the outputs j of all linear
+            layers that read it. Those of experts are summed.
+        outputs: linear layer -> [m], c_j = Σ_t g²_tj.
+        inputs: captured activation -> [n], Σ_t x²_ti.
+        given: captured activation of an expert -> [1], number of tokens routed to the expert.
     """
 
     tokens: dict[str, Float[Array | np.ndarray, "w t"]]
@@ -63,12 +63,12 @@ class Sensitivity(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What the solves of one layer weigh. float32.
+    """The weights of tokens and outputs in the solves of one layer, in float32.
 
     Attributes:
-        tokens: tap -> w, [windows, length], of mean 1; its Gram matrix is Xᵀ diag(w) X. Empty: all
-            are 1.
-        outputs: linear -> √c, [m], of mean square 1. Empty: all are 1.
+        tokens: captured activation -> w, [windows, length], with mean 1. The Gram matrix is Xᵀ
+            diag(w) X. Empty: all are 1.
+        outputs: linear layer -> √c, [m], with mean square 1. Empty: all are 1.
     """
 
     tokens: dict[str, Float[np.ndarray, "w t"]]
@@ -76,14 +76,14 @@ class Weights(NamedTuple):
 
 
 def weights(layer: Sensitivity, importance: Importance) -> Weights:
-    """Returns the weights that sensitivities give: w_t = (Σ_j g²_tj)^p and √c_j, normalised.
+    """Returns the normalized weights w_t = (Σ_j g²_tj)^p and √c_j of a layer.
 
-    An output that the loss does not depend on, such as one that only feeds dead units, gets a
-    millionth of the root mean square, not zero: its kernel's column is divided by its weight again.
+    An output that does not affect the loss, such as one that only feeds dead units, gets a
+    millionth of the root mean square. It must not be zero because the solve divides by it.
 
     Args:
-        layer: its sensitivity.
-        importance: what to weigh.
+        layer: the sensitivity of the layer.
+        importance: which weights to use.
     """
 
     def normalised(values: np.ndarray, power: float) -> np.ndarray:
@@ -115,11 +115,10 @@ def measure_sensitivity(
     Args:
         model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
-        store: where each layer's is saved, and taken from where it is saved already; None: nothing
-            is saved.
+        store: where sensitivities are saved and looked up; None: nothing is saved.
 
     Raises:
-        InputError: model and tokens do not fit together, or the loss has no finite gradient.
+        InputError: model and tokens do not fit together, or a gradient of the loss is not finite.
     """
     each = [
         _reverse(model, tokens[rows], _saved(store, f"{rows.start}-{rows.stop}"))
@@ -139,18 +138,21 @@ def _of_windows(parts: Sequence[Sensitivity]) -> Sensitivity:
 
 
 def tokens_per_batch(forward: int | None = None) -> int:
-    """Returns how many tokens are on the device at a time: a vjp holds about four times what a
-    forward pass holds.
+    """Returns the number of tokens on the device at a time in the reverse pass.
+
+    It is a quarter of the forward pass's, because a vjp takes about four times the memory.
 
     Args:
-        forward: as many in a forward pass; None: what suits the device.
+        forward: the number in a forward pass; None: the device's default.
     """
     return max(1, (forward or hardware.current().tokens_per_batch) // 4)
 
 
 def _groups(model: StreamedModel, tokens: Int[np.ndarray, "w t"]) -> Iterator[slice]:
-    """Yields the rows whose inputs of all layers fit `HOST_BYTES` together, one at least; on a
-    disk, all."""
+    """Yields groups of windows whose layer inputs fit `HOST_BYTES`, at least one window each.
+
+    With a scratch folder on disk, all windows form one group.
+    """
     window = (model.num_layers + 1) * tokens.shape[1] * model.architecture.state_bytes
     count = len(tokens) if model.scratch else max(1, int(min(len(tokens), HOST_BYTES / window)))
     return (slice(start, min(start + count, len(tokens))) for start in range(0, len(tokens), count))
@@ -159,8 +161,7 @@ def _groups(model: StreamedModel, tokens: Int[np.ndarray, "w t"]) -> Iterator[sl
 def _reverse(
     model: StreamedModel, tokens: Int[np.ndarray, "w t"], saved: Results[Sensitivity]
 ) -> list[Sensitivity]:
-    """Returns the sensitivities of all layers for some tokens; those that are saved already are
-    taken as they are."""
+    """Returns the sensitivities of all layers for some tokens; saved ones are reused."""
     count = model.num_layers
     found = {index: one for index in range(count) if (one := saved.get(index))}
     missing = [index for index in reversed(range(count)) if index not in found]
@@ -192,8 +193,9 @@ def _reverse(
 def _saved_gradient(
     model: StreamedModel, tokens: Int[np.ndarray, "w t"], saved: Results[Sensitivity], missing: int
 ) -> tuple[int, HiddenStates | None]:
-    """Returns the number of layers below the saved gradient, and it; all layers and None where none
-    is of use.
+    """Returns the number of layers below the saved gradient, and the gradient.
+
+    Without a usable one, returns the number of all layers, and None.
 
     Args:
         model, tokens, saved: as for `_reverse`.
@@ -207,7 +209,7 @@ def _saved_gradient(
 
 
 def _saved(store: RunStore | None, windows: str) -> Results[Sensitivity]:
-    """Returns where the sensitivities for some windows are saved."""
+    """Returns the saved sensitivities of some windows."""
     if store is None:
         return Results()
 
@@ -222,14 +224,14 @@ def _saved(store: RunStore | None, windows: str) -> Results[Sensitivity]:
 def _differentiate_loss(
     model: StreamedModel, states: HiddenStates, tokens: Int[np.ndarray, "w t"]
 ) -> None:
-    """Replaces the last layer's output by the gradient of the loss by it."""
+    """Replaces the last layer's output with the gradient of the loss with respect to it."""
     head = model.params_of(model.architecture.head, cast=True)
     step = partial(loss_gradient, model.architecture.head, head)
     for rows in states.slices():
         last, targets = states.read(rows), tokens[rows, 1:].reshape(-1).astype(np.int32)
         predicting = last[:, :-1].reshape(len(targets), -1)
         (gradient,) = in_chunks(model.devices, step, predicting, targets)
-        gradients = np.zeros_like(last)  # nothing follows the last token
+        gradients = np.zeros_like(last)  # the last token predicts nothing
         gradients[:, :-1] = gradient.reshape(last[:, :-1].shape)
         states.write(rows, gradients)
 
@@ -241,7 +243,7 @@ def _reverse_layer(
     inputs: HiddenStates,
     gradients: HiddenStates,
 ) -> Sensitivity:
-    """Moves the gradients through one layer, from its output to its input."""
+    """Moves the gradients from one layer's output to its input."""
     layer = model.architecture.layers[index]
     batches: list[Sensitivity] = []
 
@@ -258,8 +260,8 @@ def _reverse_layer(
 def _require_finite(layer: Sensitivity) -> None:
     if not all(np.isfinite(array).all() for part in layer for array in part.values()):
         raise InputError(
-            "the gradients of the loss hold NaN or infinity, by odd calibration text or too narrow "
-            "a dtype",
+            "gradients of the loss are NaN or infinite: the calibration text is unusual or the "
+            "dtype too narrow",
             options={"dtype": "float32"},
         )
 
@@ -268,8 +270,10 @@ def _require_finite(layer: Sensitivity) -> None:
 def loss_gradient(
     head: Part, params: Mapping[str, Array], states: Float[Array, "n d"], targets: Int[Array, "n"]
 ) -> tuple[Float[Array, "n d"]]:
-    """Returns the gradient of Σ −log softmax(scores)[target]: by the scores, softmax(scores) less
-    one at the target."""
+    """Returns the gradient of Σ −log softmax(logits)[target] with respect to the states.
+
+    With respect to the logits it is softmax(logits) − onehot(target).
+    """
     scores, vjp = jax.vjp(lambda states: logits(head, params, states), states)
     exponential = exponentials(scores)
     wanted = jnp.arange(scores.shape[1], dtype=targets.dtype)[None, :] == targets[:, None]
@@ -283,8 +287,7 @@ def backward(
     x: Float[Array, "b t d"],
     gradient: Float[Array, "b t d"],
 ) -> tuple[Float[Array, "b t d"], Sensitivity]:
-    """Returns the gradient by the layer's input, and the batch's sensitivity (its arrays on the
-    device)."""
+    """Returns the gradient with respect to the layer's input, and the batch's sensitivity."""
     tapped = jax.eval_shape(lambda params, x: layer(params, x)[1], params, x)
     probes = {
         path: jnp.zeros((*_rows(tapped[tap]).shape[:-1], layer.linears[path][-1]), x.dtype)

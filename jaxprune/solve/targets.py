@@ -1,5 +1,4 @@
-"""Rules by name on a model: which linear layers stay dense, and which have a pattern of their
-own."""
+"""Applies rules by name to a model: which linear layers stay dense or have their own pattern."""
 
 import dataclasses
 import difflib
@@ -15,7 +14,7 @@ from jaxprune.sparsity.masks import StoredMask
 from jaxprune.sparsity.patterns import Pattern
 
 Target = Pattern | StoredMask | None
-"""A linear layer's pattern, or its mask where that was made elsewhere; None: it stays dense."""
+"""A pattern, or a mask from elsewhere; None: the linear layer stays dense."""
 TargetOf = Callable[[int, str], Target]
 """(layer index, path of the linear layer) -> its target."""
 
@@ -23,10 +22,10 @@ TargetOf = Callable[[int, str], Target]
 def by_rules(
     architecture: Architecture, rules: Sequence[Rule]
 ) -> Mapping[tuple[int, str], Pattern | None]:
-    """Returns the linear layers that rules name, with their patterns; the last rule that names one
-    counts.
+    """Returns the linear layers that rules name, with their patterns.
 
-    Routers stay dense unless a rule gives their own name and a pattern, such as `*.mlp.gate`.
+    If several rules name a layer, the last one applies. Routers stay dense unless a rule with a
+    pattern names them explicitly, such as `*.mlp.gate`.
 
     Raises:
         InputError: a rule names no linear layer.
@@ -37,7 +36,7 @@ def by_rules(
     }
     for rule in rules:
         named = [which for which in every if rule.matches(*which)]
-        # all that is below a name is no name of a router
+        # a trailing wildcard does not name a router explicitly
         if rule.pattern and rule.names.endswith("*"):
             named = [which for which in named if not architecture.is_router(*which)]
         if not named:
@@ -54,11 +53,11 @@ def by_rules(
 def with_rules(
     target: Pattern | TargetOf, named: Mapping[tuple[int, str], Pattern | None]
 ) -> TargetOf:
-    """Returns the target of each linear layer: its own where a rule names it.
+    """Returns a function that gives the target of each linear layer under rules.
 
     Args:
-        target: of the others.
-        named: as `by_rules` gives it.
+        target: the target of layers that no rule names.
+        named: the result of `by_rules`.
     """
 
     def target_of(index: int, path: str) -> Target:
@@ -70,8 +69,7 @@ def with_rules(
 
 
 def targets_for(architecture: Architecture, target: Pattern | TargetOf) -> TargetOf:
-    """Returns the target of each linear layer, once it is known to fit; errors as for
-    `require_fit`."""
+    """Returns the target of each linear layer; raises as `require_fit` if one does not fit."""
     target_of = (
         with_rules(target, by_rules(architecture, ())) if isinstance(target, Pattern) else target
     )
@@ -84,28 +82,29 @@ def targets_for(architecture: Architecture, target: Pattern | TargetOf) -> Targe
 def require_fit(
     target: Pattern | StoredMask, index: int, path: str, shape: tuple[int, ...]
 ) -> None:
-    """Raises InputError where a pattern is impossible for a kernel's shape, or a mask has
-    another."""
+    """Checks that a pattern or mask fits a kernel.
+
+    Raises:
+        InputError: the pattern is impossible for the shape, or the mask has another shape.
+    """
     if isinstance(target, Pattern):
         target.selector(shape)
     elif target.shape != shape:
         raise InputError(
             f"the mask of layers.{index}.{path} is {list(target.shape)}, but its kernel [in, out] "
-            f"is {list(shape)}: "
-            "the mask was made for another model"
+            f"is {list(shape)}: the mask was made for another model"
         )
 
 
 class Counts(NamedTuple):
-    """Weights of linear layers by shapes alone; a router counts only where a rule gives it a
-    pattern.
+    """Numbers of weights of linear layers. A router counts only if a rule gives it a pattern.
 
     Attributes:
-        weights: of all linear layers.
-        zeros: that rules give.
-        rounding: the most that `zeros` differs from the rules' fractions by rounding to whole
-            weights.
-        unnamed: linear layers that no rule names -> their weights.
+        weights: weights of all linear layers.
+        zeros: zeros that rules require.
+        rounding: the maximum difference of `zeros` from the rules' fractions, which comes from
+            rounding to integers.
+        unnamed: linear layers that no rule names -> number of weights.
     """
 
     weights: int
@@ -117,11 +116,11 @@ class Counts(NamedTuple):
 def count_weights(
     architecture: Architecture, named: Mapping[tuple[int, str], Pattern | None]
 ) -> Counts:
-    """Counts the weights of linear layers, and the zeros that rules give.
+    """Counts the weights of linear layers, and the zeros that rules require.
 
     Args:
         architecture: the architecture of the model.
-        named: as `by_rules` gives it.
+        named: the result of `by_rules`.
     """
     weights, zeros, rounding, unnamed = 0, 0, 0.0, {}
     for which, shape in architecture.kernel_shapes(routers=True).items():
@@ -138,27 +137,29 @@ def count_weights(
 
 
 def require_sparsity(architecture: Architecture, recipe: Recipe, sparsity: float) -> None:
-    """Raises InputError where rules name every linear layer and miss the sparsity that the user
-    asked for.
+    """Checks a requested sparsity against rules that name every linear layer.
 
     Args:
         architecture: the architecture of the model.
-        recipe: its rules decide.
-        sparsity: the fraction of zeros of all linear layers together.
+        recipe: the recipe with the rules.
+        sparsity: the requested fraction of zeros of all linear layers together.
+
+    Raises:
+        InputError: rules name every linear layer and give another sparsity.
     """
     counts = count_weights(architecture, by_rules(architecture, recipe.rules))
     if not counts.unnamed and abs(counts.zeros - sparsity * counts.weights) > counts.rounding + 0.5:
         raise InputError(
-            "the rules name every linear layer and give a sparsity of "
-            f"{counts.zeros / counts.weights} in total, "
-            f"not {sparsity}",
+            "the rules name every linear layer and give a total sparsity of "
+            f"{counts.zeros / counts.weights}, not {sparsity}",
             options={"sparsity": Change.OMIT},
         )
 
 
 def effective_recipe(architecture: Architecture, recipe: Recipe) -> Recipe:
-    """Returns the recipe without what changes nothing on a model, because rules name every linear
-    layer.
+    """Returns the recipe without fields that have no effect on a model.
+
+    If rules name every linear layer, some fields of the recipe have no effect.
 
     Raises:
         InputError: a rule names no linear layer.

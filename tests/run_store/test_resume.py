@@ -409,7 +409,7 @@ def test_an_error_that_another_try_meets_again_suggests_none(
     argv = changed(line, "--ckpt", str(large), "--out", str(tmp_path / "out"))
     assert main(argv) == 2
     said = capsys.readouterr().err
-    assert "error: layer 2: the activations hold NaN or infinity" in said
+    assert "error: layer 2: activations are NaN or infinite" in said
     assert (tmp_path / "out.unfinished").exists() and "the same command" not in said
 
 

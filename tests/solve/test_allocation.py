@@ -90,7 +90,7 @@ def test_what_is_left_for_the_others(sparsity: float, zeros: int) -> None:
         assert zeros_to_allocate(counts, sparsity) == zeros
     else:
         with pytest.raises(
-            InputError, match=f"leaves {zeros} zeros for the 10 weights that no rule names"
+            InputError, match=f"needs {zeros} zeros among the 10 weights that no rule names"
         ):
             zeros_to_allocate(counts, sparsity)
 

@@ -238,7 +238,7 @@ def test_a_run_drops_experts_and_prunes_the_rest(
         == 2
     )
     assert (
-        "the masks are of more experts than the 3 of layer 0 that stay" in capsys.readouterr().err
+        "the masks cover more experts than the 3 of layer 0 that remain" in capsys.readouterr().err
     )
     for name in ("out", "again"):
         assert verify([name]) == 0
@@ -335,7 +335,7 @@ def test_routers_stay_dense_unless_named(here: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--drop-experts", "0.9"], "a token takes 2"),
+        (["--drop-experts", "0.9"], "each token needs 2"),
         (["--drop-experts", "1"], "below 1"),
         (["--drop-experts", "-0.1"], "at least 0"),
         (["--asymmetry", "0.5"], "experts"),

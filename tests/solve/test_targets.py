@@ -133,7 +133,7 @@ def test_rules_that_leave_too_few_weights_are_an_error(
     ]
     line += ["--sparsity", 0.7, "--skip", "*.mlp.*", "--out", ids.parent / "out"]
     assert jaxprune([*command, *map(str, line)]) == 2
-    assert "leaves 16128 zeros for the 9216 weights that no rule names" in capsys.readouterr().err
+    assert "needs 16128 zeros among the 9216 weights that no rule names" in capsys.readouterr().err
     assert [path.name for path in ids.parent.iterdir()] == ["ids.npy"]
 
 
@@ -258,7 +258,7 @@ def test_a_typed_sparsity_that_rules_miss_is_an_error_before_any_work(
     options = "--ckpt model --calib ids.npy --nsamples 1 --seqlen 4 --eval none"
     assert jaxprune([*command.split(), *options.split(), *line.split()]) == 2
     error = capsys.readouterr().err
-    assert f"the rules name every linear layer and give a sparsity of {given}" in error
+    assert f"the rules name every linear layer and give a total sparsity of {given}" in error
     assert error.endswith("leave --sparsity out\n") and error.count("\n") == 1
 
 
