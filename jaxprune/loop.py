@@ -1,7 +1,7 @@
-"""The loop over layers, from top to bottom as the method goes.
+"""The loop over layers, from first to last.
 
 tokens -> embed -> hidden states (host)
-  layer i:  read -> taps -> Gram matrices -> solve -> store -> forward -> write
+  layer i:  read -> captured activations -> Gram matrices -> solve -> store -> forward -> write
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,22 +31,22 @@ def prune_layers(
     weights: Sequence[Weights] | None = None,
     asymmetry: float = 0.0,
 ) -> Iterator[LayerResult]:
-    """Prunes a model layer by layer; nothing is written.
+    """Prunes a model layer by layer; writes no files.
 
     Args:
         model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
         method: the pruning method.
-        target: a pattern for all linear layers, or (layer index, path) -> its own, which may be a
-            mask made elsewhere.
-        weights: the weights of the layers' tokens and outputs; see `sensitivity.weights`.
-        asymmetry: see `Solver`. Above 0 the dense model goes along: another forward pass.
+        target: a pattern for all linear layers, or (layer index, path) -> pattern or mask of each.
+        weights: the weights of each layer's tokens and outputs; see `sensitivity.weights`.
+        asymmetry: see `Solver`. Above 0, each layer needs another forward pass, for the dense
+            model.
 
     Returns:
-        An iterator over the layers' results. A layer is pruned when its result is asked for.
+        An iterator over the layers' results, which prunes lazily.
 
     Raises:
-        InputError: model, tokens and target do not fit together; raised here, before the first
+        InputError: model, tokens and target do not fit together. This is raised before the first
             layer.
     """
     solver = Solver(method, targets_for(model.architecture, target), weights, asymmetry)
@@ -58,7 +58,7 @@ def sweep_layers(states: CalibrationStates, solver: Solver) -> Iterator[LayerRes
 
     Args:
         states: the model, its states before the first layer, and where layers are saved.
-        solver: how layers are pruned.
+        solver: how to prune.
     """
     order, source = range(states.model.num_layers), states.model.layers
     visit = partial(solve_layer, states, solver)
@@ -66,5 +66,5 @@ def sweep_layers(states: CalibrationStates, solver: Solver) -> Iterator[LayerRes
 
 
 def other_params(spec: Spec) -> Iterator[list[str]]:
-    """Yields the paths of each part that pruning leaves alone: embedding, final norm, head."""
+    """Yields the paths of each part that is not pruned: embedding, final norm, head."""
     return (paths for part, paths in parts(spec).items() if not part.startswith("layers."))

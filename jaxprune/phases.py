@@ -1,5 +1,4 @@
-"""A recipe on a whole model: sensitivities -> sparsities -> the loop over layers -> distillation ->
-quantization."""
+"""Applies a recipe to a model: sensitivity, sparsities, pruning, distillation, quantization."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +36,7 @@ from jaxprune.sparsity.patterns import Pattern, Unstructured, partly
 from jaxprune.streaming.model import StreamedModel
 
 Targets = tuple[Pattern | TargetOf, Mapping[tuple[int, str], Pattern | None]]
-"""The target of linear layers, and that of those that rules name."""
+"""The target of linear layers that no rule names, and the patterns of those that rules name."""
 
 
 def prune_model(
@@ -49,17 +48,17 @@ def prune_model(
     seed: int = 0,
     context: Context = NO_STORE,
 ) -> Iterator[LayerResult]:
-    """Yields the layers as they are to be stored, in order; no checkpoint is written.
+    """Yields the final layers in order; writes no checkpoint.
 
     Args:
-        model: the dense model, or what is left of it when experts are dropped.
+        model: the dense model, after any removal of experts.
         tokens: calibration windows, [windows, length] token ids.
-        recipe: what to do.
-        stream: the text that is tuned on, where the recipe takes tokens of one.
-        seed: the seed of the order of calibration windows in the distillation.
-        context: its observer is told each layer as soon as it is pruned, which with distillation is
-            long before it is yielded, and again when it is quantized; each step; and the seconds of
-            each phase but those in the layers' results.
+        recipe: how to prune.
+        stream: the text to tune on, if the recipe tunes on a stream.
+        seed: seed for the order of calibration windows in the distillation.
+        context: its store saves finished work. Its observer is notified of each pruned layer, each
+            tuning step and each quantized layer. It also gets the seconds of phases that layers'
+            results do not include. With distillation, a layer is pruned long before it is yielded.
 
     Raises:
         InputError, CheckpointError: recipe, model and tokens do not fit together.
@@ -79,22 +78,24 @@ def prune_model(
 
 
 def require_stream(recipe: Recipe, stream: TextStream | None) -> None:
-    """Raises InputError where there is no text that the recipe tunes on tokens of, or one that it
-    does not use."""
+    """Checks that a stream is given if and only if the recipe tunes on one.
+
+    Raises:
+        InputError: the stream is missing, or the recipe does not use it.
+    """
     if recipe.tuning.tune_tokens and stream is None:
         raise InputError(
-            "the recipe tunes on tokens of a text: give it as stream",
+            "the recipe tunes on a stream of text: pass stream",
             options={"tune_epochs": Change.OTHER},
         )
     if stream is not None and not recipe.tuning.tune_tokens:
         raise InputError(
-            "the recipe tunes on no stream of text: leave stream out, or set the tokens to tune on"
+            "the recipe tunes on no stream of text: omit stream, or set the tokens to tune on"
         )
 
 
 def require_recipe(architecture: Architecture, recipe: Recipe) -> Targets:
-    """Returns the target of linear layers, and that of those that rules name; errors as for
-    `prune_model`."""
+    """Returns the targets of a recipe on a model; raises as `prune_model`."""
     target, named = recipe.target(), by_rules(architecture, recipe.rules)
     targets_for(architecture, with_rules(target, named))
     if recipe.importance.spread:
@@ -113,8 +114,8 @@ def require_recipe(architecture: Architecture, recipe: Recipe) -> Targets:
         has_grid(shape[0]) for shape in architecture.kernel_shapes().values()
     ):
         raise InputError(
-            f"{recipe.quantize} has blocks of 32 inputs, and no linear layer comes in whole blocks "
-            "of 32",
+            f"{recipe.quantize} has blocks of 32 inputs, but no linear layer's inputs form whole "
+            "blocks",
             options={"quantize": Change.OMIT},
         )
     if recipe.experts.drop_experts and callable(target):
@@ -123,18 +124,22 @@ def require_recipe(architecture: Architecture, recipe: Recipe) -> Targets:
 
 
 def _require_masks_of_kept(architecture: Architecture, masks: TargetOf) -> None:
-    """Raises InputError for masks of more experts than stay: which of them would be whose is not
-    known."""
+    """Checks that masks cover only the experts that remain.
+
+    Masks of more experts would be ambiguous: which experts remain is not known yet.
+
+    Raises:
+        InputError: masks cover more experts.
+    """
     for index, layer in enumerate(architecture.layers):
         for path, count in layer.experts.items():
             try:
                 masks(index, expert_path(path, count))
             except InputError:
-                continue  # as it should be
+                continue  # there is no mask of a further expert
             raise InputError(
-                f"the masks are of more experts than the {count} of layer {index} that stay: drop "
-                "experts first, and "
-                "give the result as checkpoint",
+                f"the masks cover more experts than the {count} of layer {index} that remain: "
+                "remove experts first, and pass the result as checkpoint",
                 options={"drop_experts": Change.OMIT},
             )
 
@@ -145,8 +150,8 @@ class Phases:
 
     Attributes:
         model, tokens, context: as for `prune_model`.
-        recipe: without what changes nothing, since rules name every linear layer.
-        targets: as `require_recipe` returns them.
+        recipe: the recipe, without fields that have no effect; see `effective_recipe`.
+        targets: the result of `require_recipe`.
     """
 
     model: StreamedModel
@@ -165,7 +170,7 @@ class Phases:
         return cls(model, tokens, effective_recipe(model.architecture, recipe), targets, context)
 
     def solving(self, saved: SavedLayers | None = None) -> tuple[CalibrationStates, Solver]:
-        """Returns what `sweep_layers` takes to prune the model, before any tuning.
+        """Returns the arguments of `sweep_layers` that prune the model, without tuning.
 
         Args:
             saved: where pruned layers are saved.
@@ -187,12 +192,12 @@ class Phases:
             yield layer
 
     def tuned(self, layers: Iterator[LayerResult], text: Text) -> Iterator[LayerResult]:
-        """Yields pruned layers tuned on a text."""
+        """Yields pruned layers after tuning on a text."""
         context, saved = self.context, saved_layers(self.context.store, TUNED)
         if saved and saved.complete(self.model.num_layers):
             yield from self._replay(saved)
             return
-        # the tuning is repeated: its curve and the layers that it saved are of another one
+        # The tuning is repeated: the saved curve and layers are from an earlier one.
         context.drop(TUNED, CURVE)
         every = list(layers)
         released = (every.pop(0) for _ in range(len(every)))
@@ -208,7 +213,7 @@ class Phases:
         context.drop(SENSITIVITY, PRUNED, TUNING)
 
     def quantized(self, layers: Iterator[LayerResult]) -> Iterator[LayerResult]:
-        """Yields pruned or tuned layers on the recipe's grid."""
+        """Yields pruned or tuned layers after quantization."""
         context, saved = self.context, saved_layers(self.context.store, QUANTIZED)
         if saved and saved.complete(self.model.num_layers):
             yield from self._replay(saved)
@@ -216,7 +221,7 @@ class Phases:
         earlier = saved_layers(context.store, TUNED if self.recipe.tuning.tunes else PRUNED)
         if context.store and earlier:
             for _ in layers:
-                pass  # to the end, so that all that those stages hold is freed
+                pass  # runs earlier stages to the end, which frees their memory
             context.store.wait()
             pruned: Callable[[int], LayerResult] = earlier.require
         else:
@@ -230,7 +235,7 @@ class Phases:
         context.drop(SENSITIVITY, PRUNED, TUNED)
 
     def _replay(self, saved: SavedLayers) -> Iterator[LayerResult]:
-        """Yields the saved layers of a finished stage, and reports each to the observer."""
+        """Yields the saved layers of a finished stage, and notifies the observer of each."""
         observer = self.context.observer
         for point in saved_tuning.curve(saved.store):
             observer.divergence_measured(*point)
@@ -240,8 +245,10 @@ class Phases:
             yield layer
 
     def _by_importance(self) -> tuple[Pattern | TargetOf, list[Weights] | None]:
-        """Returns the target of each kernel that no rule names, without the sparsity that comes
-        late, and the weights of each layer."""
+        """Returns the target of each kernel that no rule names, and the weights of each layer.
+
+        Targets exclude the sparsity that gradual pruning adds.
+        """
         target, named = self.targets
         importance, late = (
             self.recipe.importance,

@@ -139,7 +139,7 @@ def test_a_tuning_that_begins_again_mixes_no_layers(
         found = by_recipe(checkpoint, line, context=Context(store))
         kept = [saved_layers(store, "tuned").require(index) for index in range(3)]
     assert_same(kept, found)
-    assert "the tuning begins again" in caplog.text
+    assert "the tuning starts over" in caplog.text
 
 
 def test_weights_change_the_mask_but_not_an_outputs_own_update(checkpoint: Path) -> None:

@@ -1,1 +1,1 @@
-"""The tuning: a pruned student learns from the dense model."""
+"""Distillation: tunes the pruned model towards the dense model's predictions."""

@@ -1,21 +1,23 @@
-"""The kernels of a layer under Adafactor: initialization, a step, rounding.
+"""Adafactor for the kernels of a layer: initialization, a step, rounding.
 
-A kernel's step is in units of the root mean square of its kept weights, so that one rate serves all
-of them, and all models. It goes along the gradient over the root of its second moment. Of that the
-means over the kept weights of each row and of each column are kept, r and c, of which the moment of
-a weight is r_i·c_j / mean; there is no momentum. So a text unlike those before it
-would make a step several times as large as others, from which a very sparse model is long to
-recover: where the root mean square of a step is above 1, the step is divided by it.
+The step of a kernel is relative to the root mean square (rms) of its kept weights. One learning
+rate therefore serves all kernels and models. The direction is the gradient over the root of its
+second moment. We store row and column means of the second moment over the kept weights, r and c.
+The second moment of a weight is r_i·c_j / mean(r).
 
-In a computation in 16 bits the weights have 16 bits, too: a step is hardly larger than their
-spacing, in bfloat16 far smaller, so it is rounded up as often as it is near the value above. So the
-state is the weights' own 2 bytes; with Adam's moments, in float32, it would be 12, for a few tenths
-of a percent of the divergence at most: see docs/notes/quality.md.
+There is no momentum. An unusual text could make a step several times larger than others, and a very
+sparse model recovers slowly from it. Therefore a step whose rms is above 1 is divided by its rms.
+
+In a 16-bit computation the weights have 16 bits, too. A step is hardly larger than the spacing of
+the weights, and in bfloat16 far smaller. Rounding is therefore dithered: over many steps a weight
+is rounded up as often as it is near the value above. The state is thus the weights' own 2 bytes.
+With Adam's moments in float32 it would be 12 bytes, and the divergence would fall by at most a few
+tenths of a percent: see docs/notes/quality.md.
 
 References:
     Shazeer and Stern, "Adafactor" (arXiv 1804.04235). Roberts, "The unreasonable effectiveness of
-    quasirandom sequences" (2018), for the additive sequence in three dimensions by which is
-    rounded.
+    quasirandom sequences" (2018), for the additive sequence in three dimensions that dithers the
+    rounding.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,27 +38,28 @@ from jaxprune.sharding import Devices
 from jaxprune.solve.kernel import round_kernel
 
 DECAY = 0.9
-"""Of the second moment, a step. There are tens of steps, or a few thousand, so its memory is
-short."""
+"""Decay of the second moment per step. It is short because a tuning has tens to a few thousand
+steps."""
 SHARES_DECAY = 0.98
-"""Of the shares by which is chosen what is kept where zeros come late, a step. Each step counts the
-same in them, however large its gradients are; otherwise one text unlike the others decides."""
+"""Decay per step of the relative squared gradients that gradual pruning ranks weights by. Each step
+has equal weight in them, so one unusual text with large gradients does not decide."""
 EPSILON = 1e-30
-"""Beside the squares of the gradients."""
+"""Added to squared gradients."""
 SEQUENCE = tuple(round(2**32 / 1.2207440846057596**k) for k in (1, 2, 3))
-"""Of a kernel's inputs, its outputs, and steps: powers of the root of x⁴ = x + 1, over 2³². What
-they add up to, modulo 1, fills the interval evenly along each of them."""
+"""Increments of the dither per input, output and step: powers of the root of x⁴ = x + 1, times 2³².
+Their sums modulo 2³² fill the interval evenly along each axis."""
 
 
 class Moving(NamedTuple):
-    """What a step changes of one kernel.
+    """The part of a kernel's state that steps change.
 
     Attributes:
-        value: [n, m] float32, bfloat16 or float16, or experts' stacked, [e, n, m].
-        rows: mean of the gradients' squares over the kept weights of each input.
-        columns: over those of each output.
-        row_shares: what an input's were over the mean of the kernel, in the mean of more steps.
-        column_shares: what an output's were.
+        value: [n, m] float32, bfloat16 or float16; experts' kernels are stacked, [e, n, m].
+        rows: second moment, the mean over the kept weights of each input.
+        columns: the same of each output.
+        row_shares: average over more steps of each input's mean squared gradient, relative to that
+            of the kernel.
+        column_shares: the same of each output.
     """
 
     value: Float[Array | np.ndarray, "*e n m"]
@@ -67,16 +70,16 @@ class Moving(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """What no step changes of one kernel, but where zeros come late.
+    """The part of a kernel's state that only gradual pruning changes.
 
     Attributes:
-        mask: bits of the weights that are kept, eight inputs a byte, [ceil(n / 8), m]: TPUs unpack
-            them so as they go. All that move, unless zeros are still to come: then what is masked
-            moves along, and may be kept again.
-        row_counts: how many weights of each input move.
-        column_counts: of each output.
-        unit: root mean square of the weights that were kept at first; of experts one each, [e, 1,
-            1], 0 for those that do not move.
+        mask: bits of the kept weights, eight inputs per byte, [ceil(n / 8), m], a layout that TPUs
+            unpack quickly. All kept weights are trained. During gradual pruning masked weights are
+            trained too, and may be kept again later.
+        row_counts: number of trained weights of each input.
+        column_counts: number of trained weights of each output.
+        unit: rms of the weights that were kept at first. Experts have one each, [e, 1, 1]; 0 for
+            those that are not trained.
     """
 
     mask: UInt8[Array | np.ndarray, "*e _ m"]
@@ -89,8 +92,8 @@ class Kernels(NamedTuple):
     """The kernels of one layer's pruned linear layers under Adafactor, by name.
 
     Attributes:
-        moving: what steps change.
-        fixed: what they do not; see `Fixed`.
+        moving: the parts that steps change.
+        fixed: the parts that they do not change; see `Fixed`.
     """
 
     moving: dict[str, Moving]
@@ -98,12 +101,12 @@ class Kernels(NamedTuple):
 
     @property
     def values(self) -> dict[str, Any]:
-        """Name -> the kernel, with what is masked and moves along."""
+        """Name -> kernel, including masked weights that are still trained."""
         return {name: moving.value for name, moving in self.moving.items()}
 
     @property
     def masks(self) -> dict[str, Any]:
-        """Name -> the bits of its mask."""
+        """Name -> bits of the mask."""
         return {name: fixed.mask for name, fixed in self.fixed.items()}
 
 
@@ -112,15 +115,14 @@ def init(
     dtype: np.dtype,
     experts: Mapping[str, Sequence[int | None]] = MappingProxyType({}),
 ) -> Kernels:
-    """Initializes a layer's pruned kernels before the first step, on the host.
+    """Initializes the state of a layer's pruned kernels, on the host.
 
     Args:
-        kernels: name -> the kernel; experts' are stacked.
-        dtype: of the computation.
-        experts: name -> the experts whose kernels are tuned, where they are stacked; the others do
-            not move.
+        kernels: name -> kernel; experts' kernels are stacked.
+        dtype: the dtype of the computation.
+        experts: name of stacked kernels -> the experts that are tuned; the others are fixed.
     """
-    # In one order in memory, which decides how sums are rounded, wherever a run was stopped.
+    # The memory order decides how sums are rounded: one order makes resumed runs identical.
     values = {name: kernel.astype(np.float32, order="C") for name, kernel in kernels.items()}
     fixed = {
         name: _fixed(value, experts[name] if value.ndim == 3 else ())
@@ -137,7 +139,7 @@ def init(
 
 
 def shapes(layer: Layer, dtype: np.dtype) -> Kernels:
-    """Returns shapes and dtypes of what `init` makes of a layer's kernels, all but its routers'."""
+    """Returns shapes and dtypes of `init` for all kernels of a layer except its routers'."""
 
     def array(*shape: int, dtype: Any = np.float32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -170,12 +172,12 @@ def _fixed(value: Float[np.ndarray, "*e n m"], tuned: Sequence[int | None]) -> F
 def with_mask(
     unit: Any, mask: UInt8[np.ndarray, "*e _ m"], value: Float[np.ndarray, "*e n m"]
 ) -> Fixed:
-    """Returns what no step changes of a kernel with such a mask, on the host.
+    """Returns the fixed part of a kernel's state for a mask, on the host.
 
     Args:
         unit: see `Fixed`.
-        mask: its bits.
-        value: the kernel; what is not zero of it moves.
+        mask: bits of the mask.
+        value: the kernel; its nonzero weights are trained.
     """
     moves = value != 0
     return Fixed(mask, moves.sum(-1, dtype=np.float32), moves.sum(-2, dtype=np.float32), unit)
@@ -203,10 +205,10 @@ def step(
     """Takes a step along the gradients, kernel by kernel.
 
     Args:
-        kernels: before the step; what is on the device is not to be used again.
-        gradients: by the kernels' values; empty when this returns.
+        kernels: the state before the step; its arrays on the device are donated.
+        gradients: name -> gradient; emptied by this call.
         number: the number of the step, from 1.
-        rate: the rate of the step.
+        rate: the learning rate of the step.
     """
     return {
         name: step_one(moving, kernels.fixed[name], gradients.pop(name), number, rate)
@@ -225,11 +227,11 @@ def step_one(
     """Takes a step with one kernel.
 
     Args:
-        kernel: before the step.
-        fixed: what stays of it.
-        gradient: by its values.
-        number: of the step, from 1.
-        rate: of the step.
+        kernel: the state before the step; donated.
+        fixed: the fixed part of the state.
+        gradient: the gradient with respect to the kernel.
+        number: the number of the step, from 1.
+        rate: the learning rate of the step.
     """
     gradient = masked(kernel.value != 0, gradient.astype(jnp.float32))
     square, count = gradient * gradient + EPSILON, jnp.sum(fixed.row_counts, axis=-1, keepdims=True)
@@ -243,15 +245,15 @@ def step_one(
     columns = DECAY * kernel.columns + (1 - DECAY) * of_columns
     warm, mean = 1 - DECAY**number, jnp.maximum(mean_of(rows, fixed.row_counts), EPSILON)
     step = gradient * lax.rsqrt(rows / warm)[..., :, None] * lax.rsqrt(columns / mean)[..., None, :]
-    # Its mean square, as if the squares of the gradient, too, were of_rows·of_columns / their mean.
+    # The mean square of the step, with the squared gradient factored like the second moment.
     ratios = mean_of(of_rows / rows, fixed.row_counts) * mean_of(
         of_columns / columns, fixed.column_counts
     )
     of_all = jnp.maximum(mean_of(of_rows, fixed.row_counts), EPSILON)
     size = ratios * warm * mean / of_all
     rate = rate * lax.rsqrt(jnp.maximum(1, size))[..., None]
-    value = kernel.value.astype(jnp.float32) - rate * fixed.unit * step  # 0 where nothing is kept
-    # an expert may have no tokens
+    value = kernel.value.astype(jnp.float32) - rate * fixed.unit * step  # 0 where no weight is kept
+    # An expert may have no tokens.
     weight = (1 - SHARES_DECAY) * (of_all > 2 * EPSILON).astype(jnp.float32)
     row_shares = kernel.row_shares + weight * (of_rows / of_all - kernel.row_shares)
     column_shares = kernel.column_shares + weight * (of_columns / of_all - kernel.column_shares)
@@ -263,8 +265,7 @@ def step_one(
 def _dithered(
     value: Float[Array, "*e n m"], dtype: np.dtype, number: Float[Array, ""]
 ) -> Float[Array, "*e n m"]:
-    """Rounds to a dtype, away from zero or towards it, so that the values of many steps are right
-    in the mean."""
+    """Rounds up or down to a dtype with dither, so the mean over many steps is unbiased."""
     dropped = jnp.finfo(value.dtype).nmant - jnp.finfo(dtype).nmant
     if not dropped:
         return value
@@ -275,7 +276,7 @@ def _dithered(
     dither = of_row * row + of_column * column + of_step * number.astype(jnp.uint32)
     bits = lax.bitcast_convert_type(value, jnp.uint32) + (dither >> jnp.uint32(32 - dropped))
     kept = lax.bitcast_convert_type(bits & jnp.uint32(2**32 - 2**dropped), jnp.float32)
-    # the bits of a NaN may become those of 0
+    # Dither may turn the bits of a NaN into those of 0.
     return jnp.where(jnp.isnan(value), value, kept).astype(dtype)
 
 
@@ -286,18 +287,17 @@ def _mean(total: Float[Array, "*s"], count: Float[Array, "*s"]) -> Float[Array, 
 def rounded(
     kernels: Kernels, name: str, dtype: np.dtype, devices: Devices
 ) -> Float[Array, "*e n m"]:
-    """Rounds a kernel to the dtype that it is stored in; every weight that is kept stays other than
-    zero."""
+    """Rounds a kernel to its stored dtype; no kept weight becomes zero."""
     value, mask = devices.shard_outputs((kernels.moving[name].value, kernels.fixed[name].mask))
     return round_kernel(value, unpacked(mask, value.shape[-2]), dtype)
 
 
 @jax.jit
 def kept(value: Float[Array, "*e n m"], mask: UInt8[Array, "*e _ m"]) -> Float[Array, "*e n m"]:
-    """Returns a kernel without what is masked of it."""
+    """Returns a kernel with masked weights zeroed."""
     return masked(unpacked(mask, value.shape[-2]), value)
 
 
 def unpacked(bits: UInt8[Array | np.ndarray, "*e _ m"], count: int) -> Bool[Array, "*e n m"]:
-    """Returns the mask of so many inputs of its bits."""
+    """Unpacks the bits of a mask of `count` inputs."""
     return jnp.unpackbits(bits, axis=-2, count=count).astype(bool)

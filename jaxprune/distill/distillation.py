@@ -1,16 +1,16 @@
-r"""Distillation: the kept weights tuned against the dense model's predictions, end to end.
+r"""Distillation: tunes the kept weights end to end towards the dense model's predictions.
 
-Layer by layer, pruning keeps each linear layer's own output; what remains is an error that grows
-through the depth of the model. Here the kept weights of all linear layers are tuned together by
-Adafactor to minimise, over tokens of text, the mean of
+Pruning preserves the output of each linear layer separately, and the remaining error grows with
+depth. Distillation tunes the kept weights of all linear layers together with Adafactor. It
+minimizes the mean over tokens of text of
 
     KL(p‖q) = Σ_v p_v (log p_v − log q_v),
 
-p and q the next-token distributions of the dense and of the pruned model. Norms, embedding and head
-stay, and what is zero does. A share of the zeros may come over the first part of the steps: see
-`late_zeros`. The text is that of the calibration windows, or a stream of its own. Of a stream some
-windows are held out: the kept weights are those of the step with the lowest divergence on them, of
-the steps after the last pruning.
+where p and q are the next-token distributions of the dense and of the pruned model. Norms,
+embedding, head and zeros are fixed. Gradual pruning may add a part of the zeros over the first
+steps: see `gradual_pruning`. The text is that of the calibration windows, or a separate stream.
+Some windows of a stream are held out. The result is the step with the lowest divergence on them,
+among the steps after the last pruning.
 
 References:
     Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), for the loss.
@@ -44,18 +44,18 @@ from jaxprune.streaming.model import StreamedModel
 
 log = logging.getLogger(__name__)
 FAR = 0.75
-"""Nats from the dense model, from which on the rate is all that it may be."""
+"""Divergence from the dense model, in nats, from which the learning rate is the highest."""
 FIRST = 2048
-"""Tokens of the first steps, by whose divergence the rate is chosen."""
+"""Tokens of the first steps, whose divergence scales the learning rate."""
 
 
 class Text(NamedTuple):
-    """What is tuned on.
+    """The text to tune on.
 
     Attributes:
-        steps: how many steps there are, and of what size.
-        batches: the number of a step -> the windows of that step and of those after it.
-        held_out: windows that no step sees; None: there are none.
+        steps: the number of steps and their size.
+        batches: number of completed steps -> windows of each later step.
+        held_out: windows for evaluation only; None: there are none.
     """
 
     steps: TuningSteps
@@ -64,8 +64,10 @@ class Text(NamedTuple):
 
 
 def of_windows(tokens: Int[np.ndarray, "w t"], tuning: Tuning, seed: int) -> Text:
-    """Returns the calibration windows as what is tuned on: every epoch visits all, in an order of
-    its own, and the last may end early."""
+    """Returns the calibration windows as text to tune on.
+
+    Each epoch visits all windows in a random order. The last epoch may be incomplete.
+    """
     steps = TuningSteps.of(tuning, *tokens.shape)
     tokens, visits = _pieces(tokens, tuning), steps.count * steps.windows
     generator = np.random.default_rng(seed)
@@ -75,13 +77,12 @@ def of_windows(tokens: Int[np.ndarray, "w t"], tuning: Tuning, seed: int) -> Tex
 
 
 def of_stream(stream: TextStream, tuning: Tuning) -> Text:
-    """Returns a stream as what is tuned on."""
+    """Returns a stream as text to tune on."""
     steps = TuningSteps.of(tuning, 1, stream.length, stream.held_out.size)
     if stream.tokens < steps.count * steps.tokens:
         log.warning(
-            "the text to tune on has about %s tokens beside those that are held out, and the "
-            "tuning takes %s: it sees "
-            "them %.1f times (more text would bring more)",
+            "the text to tune on has about %s tokens that are not held out, and the tuning takes "
+            "%s: it reads the text %.1f times (more text would improve the result)",
             f"{stream.tokens:,}",
             f"{steps.count * steps.tokens:,}",
             steps.count * steps.tokens / max(1, stream.tokens),
@@ -99,7 +100,7 @@ def of_stream(stream: TextStream, tuning: Tuning) -> Text:
 
 
 def _pieces(tokens: Int[np.ndarray, "w t"], tuning: Tuning) -> Int[np.ndarray, "p s"]:
-    """Cuts windows into pieces; what is left of a window is left out."""
+    """Cuts windows into chunks and drops the remainder of each window."""
     pieces, length = tuning.pieces(*tokens.shape)
     return tokens[:, : pieces // len(tokens) * length].reshape(pieces, length)
 
@@ -113,21 +114,22 @@ def distill(
     target_of: TargetOf | None = None,
     context: Context = NO_STORE,
 ) -> Iterator[LayerResult]:
-    """Tunes pruned layers. Masks and what became of the kernels stay as their solves have them,
-    unless zeros come late.
+    """Tunes pruned layers.
+
+    Masks and statistics stay as the solves made them, unless gradual pruning changes them.
 
     Args:
-        model: what was pruned; its teacher is the model towards which is tuned.
-        text: what is tuned on.
-        layers: all layers, as `loop.prune_layers` gives them; each is let go when it is taken up.
-        tuning: how.
-        target_of: (layer index, path of the linear layer) -> its pattern, where zeros come late.
-        context: its store has the state now and then; its observer is told each step, and each
-            measure of the divergence on what is held out.
+        model: the dense model that was pruned. Its `teacher` makes the target predictions.
+        text: the text to tune on.
+        layers: all layers, as `loop.prune_layers` yields them. Each is released once its kernels
+            are copied.
+        tuning: how to tune.
+        target_of: (layer index, path of the linear layer) -> pattern; required for gradual pruning.
+        context: its store saves the state periodically. Its observer is notified of each step and
+            of each divergence on held-out windows.
 
     Raises:
-        InputError: the loss is not finite, or a kernel in the end; zeros are to come late, but in
-            no pattern.
+        InputError: the loss or a final kernel is not finite, or gradual pruning has no pattern.
     """
     steps, teacher, observer = text.steps, model.teacher, context.observer
     late, devices = None, model.devices.count
@@ -141,7 +143,7 @@ def distill(
     if steps.prunings:
         if target_of is None:
             raise InputError(
-                "zeros come late in patterns: give them as target_of", options={"tune_zeros": 0}
+                "gradual pruning needs patterns: pass target_of", options={"tune_zeros": 0}
             )
         late = LateZeros(target_of, steps.prunings)
     student = Student(model, layers, placement, late)
@@ -160,7 +162,7 @@ def distill(
                 break
         measured = (held_out.curve, held_out.best) if held_out else ([], None)
         saved_tuning.save(context.store, student.state, Progress(number, rate.before, *measured))
-        del measured  # there is to be one best at a time
+        del measured  # frees the best kernels once `held_out` replaces them
     saved_tuning.save_curve(context.store, held_out.curve if held_out else [])
     best = held_out.best if held_out else None
     require_finite(best or (kernels.values for kernels in student.state))
@@ -169,8 +171,11 @@ def distill(
 
 
 def _begun(context: Context, student: Student, rate: "Rate", held_out: HeldOut | None) -> int:
-    """Takes up what was saved of a tuning, or measures what is held out before the first step;
-    returns the number of the steps that were made."""
+    """Restores a saved tuning, or measures the divergence before the first step.
+
+    Returns:
+        The number of completed steps.
+    """
     observer = context.observer
     saved = saved_tuning.restore(context.store, student.state, student.restore)
     if saved:
@@ -186,18 +191,19 @@ def _begun(context: Context, student: Student, rate: "Rate", held_out: HeldOut |
 
 
 class Rate:
-    """The learning rate: it rises over the first eighth of the steps and then falls along a cosine.
+    """The learning rate: linear warmup over the first eighth of the steps, then cosine decay.
 
-    The highest is `rate` where the pruned model is `FAR` from the dense one, or more, and in
-    proportion less where it is nearer: what has little to make good is soon past it.
+    The peak is `rate` if the pruned model starts at a divergence of `FAR` or more. It is
+    proportionally lower if the divergence is smaller, because a model that is closer overshoots
+    soon.
 
     Args:
-        rate: the highest of all.
-        steps: how many there are.
-        tokens: of a step.
+        rate: the highest peak.
+        steps: the number of steps.
+        tokens: tokens of a step.
 
     Attributes:
-        before: the mean divergence of the first steps so far, nats.
+        before: the mean divergence of the first steps so far, in nats.
     """
 
     def __init__(self, rate: float, steps: int, tokens: int) -> None:
@@ -209,7 +215,7 @@ class Rate:
         self.before = 0.0
 
     def of(self, number: int, divergence: float) -> float:
-        """Returns the rate of a step by its number, from 1, and its divergence."""
+        """Returns the learning rate of a step from its number, from 1, and its divergence."""
         if number <= self._first:
             self.before += (divergence - self.before) / number
         return float(self._of_steps(number - 1)) * min(1.0, self.before / FAR)
@@ -218,9 +224,11 @@ class Rate:
 def _with_dense(
     model: StreamedModel, text: Text, begin: int
 ) -> Iterator[tuple[Int[np.ndarray, "b t"], Float[np.ndarray, "b t d"]]]:
-    """Yields the windows of a step and of those after it, with the dense model's last hidden states
-    of them. These are computed for whole groups of steps, see `TuningSteps.together`, in a group
-    for equal windows once."""
+    """Yields the windows of each remaining step with the dense model's last hidden states.
+
+    The states are computed for groups of steps; see `TuningSteps.together`. Equal windows of a
+    group are computed once.
+    """
     together = text.steps.together(model.architecture.state_bytes)
     first = begin // together * together
     batches = text.batches(first) if begin < text.steps.count else iter(())
@@ -235,4 +243,4 @@ def _with_dense(
         for rows in chosen[max(0, begin - first) :]:
             yield windows[rows], dense.read(np.array(rows))
         first += together
-        del dense  # before the next group's
+        del dense  # frees memory before the next group

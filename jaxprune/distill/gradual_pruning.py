@@ -1,17 +1,19 @@
-"""Late zeros: those that a kernel's solve leaves, and that come while the kernels are tuned.
+"""Gradual pruning: adds the zeros that the solves leave to the tuning.
 
-They come a few times over the first part of the steps, fewer each time: after a share t of these
-times 1 − (1 − t)³ of them are there. A kernel then keeps those weights w_ij for which w_ij²·r_i·c_j
-is largest, r and c the shares of the inputs and of the outputs in the gradients' squares over some
-tens of steps: what the loss would lose without them, to the second order. Until the last time,
-those that it does not keep move along the gradient as if it did, and are judged anew each time;
-what its solve made zero stays so. In the end it has as many zeros as its pattern wants. Counts are
-each kernel's own, so that it is pruned where its step is taken.
+Zeros are added several times over the first part of the steps. After a fraction t of these times,
+the fraction 1 − (1 − t)³ of them is present. A kernel then keeps the weights w_ij with the largest
+saliency w_ij²·r_i·c_j. Here r and c are the relative squared gradients of inputs and outputs,
+averaged over some tens of steps. The saliency estimates to second order how much the loss grows
+without the weight.
+
+Until the last time, masked weights are still trained, along the gradient of the masked model, and
+ranked again each time. Zeros of the solves are permanent. The final number of zeros is that of the
+pattern. Each kernel has its own counts, so it can be pruned right after its own update.
 
 References:
     LeCun, Denker and Solla, "Optimal Brain Damage" (NIPS 1989), for the saliency. Zhu and Gupta,
     "To prune, or not to prune" (arXiv 1710.01878), for the schedule. Lin et al., "Dynamic Model
-    Pruning with Feedback" (arXiv 2006.07253), for masked weights that move along.
+    Pruning with Feedback" (arXiv 2006.07253), for training masked weights.
 """
 
 import dataclasses
@@ -36,28 +38,27 @@ from jaxprune.sparsity.patterns import Unstructured, by_section, cubic, in_secti
 from jaxprune.sparsity.selection import Selector
 
 Selectors = Mapping[str, Sequence[Selector | None]]
-"""Name of a kernel -> what prunes it on, or the experts that are stacked in it; None: it stays as
-it is."""
+"""Name of a kernel -> its selector, or those of its stacked experts; None: it is not pruned
+further."""
 
 
 class LateZeros(NamedTuple):
-    """Zeros that come late.
+    """The schedule of gradual pruning.
 
     Attributes:
-        target_of: (layer index, path of the linear layer) -> its pattern in the end.
-        after: the numbers of the steps after which they come.
+        target_of: (layer index, path of the linear layer) -> final pattern.
+        after: the numbers of the steps after which zeros are added.
     """
 
     target_of: TargetOf
     after: Sequence[int]
 
     def selectors(self, layer: Layer, result: LayerResult) -> Selectors:
-        """Returns what prunes a layer on: in the end as many zeros as were wanted of each kernel,
-        in its pattern.
+        """Returns selectors that prune a layer's kernels to the final number of zeros.
 
         Args:
-            layer: its kind.
-            result: what became of it, with the zeros that its solves made.
+            layer: the layer.
+            result: its result after the solves.
         """
         found: dict[str, list[Selector | None]] = {}
         for path, shape in layer.kernels.items():
@@ -67,7 +68,7 @@ class LateZeros(NamedTuple):
                 if (late := kept - (kernel.size - kernel.wanted)) > 0:
                     pattern = self.target_of(result.index, path)
                     assert isinstance(pattern, Unstructured)
-                    if not pattern.per_output:  # its sparsity may be `allocate`'s
+                    if not pattern.per_output:  # `allocate` may have changed its sparsity
                         pattern = Unstructured(
                             min(kernel.wanted / kernel.size, math.nextafter(1, 0))
                         )
@@ -82,12 +83,12 @@ class LateZeros(NamedTuple):
 
 
 def prune(kernels: Kernels, selectors: Selectors, time: int) -> Kernels:
-    """Returns a layer's kernels with more zeros; on the device.
+    """Returns a layer's kernels with more zeros, on the device.
 
     Args:
-        kernels: not to be used again.
-        selectors: name -> what prunes it, or its experts.
-        time: how often zeros came before.
+        kernels: the kernels; donated.
+        selectors: name -> selectors of the kernel or of its experts.
+        time: how many times zeros were added before.
     """
     moving, fixed = dict(kernels.moving), dict(kernels.fixed)
     for name in moving:
@@ -96,8 +97,8 @@ def prune(kernels: Kernels, selectors: Selectors, time: int) -> Kernels:
             if selector is not None:
                 which = np.int32(expert) if one[0].value.ndim == 3 else None
                 one = pruned(*one, selector, np.int32(time), which)
-        # One kernel at a time: several processes would wait for each other in different ones, for
-        # they exchange counts.
+        # One kernel at a time: kernels exchange counts between processes, which could otherwise
+        # deadlock on different kernels.
         moving[name], fixed[name] = jax.block_until_ready(one)
     return Kernels(moving, fixed)
 
@@ -110,15 +111,16 @@ def pruned(
     time: Int[Array | np.ndarray, ""],
     expert: Int[Array | np.ndarray, ""] | None = None,
 ) -> tuple[Moving, Fixed]:
-    """Returns a kernel with a mask of the weights that matter most to the loss; the last time
-    without the others.
+    """Returns a kernel with a mask of the weights that matter most to the loss.
+
+    The last time, the other weights become zero.
 
     Args:
-        kernel: what steps change of it; not to be used again.
-        fixed: what they do not; neither.
-        selector: how many zeros it is to have each time, and in which pattern.
-        time: how often zeros came before.
-        expert: whose kernel of those that are stacked in it is meant; None: none are.
+        kernel: the part of its state that steps change; donated.
+        fixed: the fixed part; donated.
+        selector: the number of zeros at each time, and their pattern.
+        time: how many times zeros were added before.
+        expert: the index of the expert in a stack; None: the kernel is not stacked.
     """
     if expert is None:
         return _pruned(kernel, fixed, selector, time)
@@ -135,10 +137,10 @@ def _pruned(
 ) -> tuple[Moving, Fixed]:
     moves = kernel.value != 0
     of_gradients = kernel.row_shares[:, None] * kernel.column_shares[None, :]
-    # There may have been no gradient yet: an expert may have had no tokens.
+    # There is no gradient yet if an expert had no tokens.
     of_gradients = jnp.where(jnp.any(of_gradients > 0), of_gradients, jnp.float32(1))
     saliency = jnp.square(kernel.value.astype(jnp.float32)) * of_gradients
-    # What is zero goes first, whatever else matters as little.
+    # Zeros are masked first, before weights with an equally small saliency.
     kept = moves & selector(masked(moves, jnp.maximum(saliency, jnp.finfo(jnp.float32).tiny)), time)
     moves = jnp.where(time + 1 == len(selector.zeros), kept, moves)
     rows, columns = (jnp.sum(moves, axis=axis, dtype=jnp.float32) for axis in (-1, -2))
@@ -147,11 +149,11 @@ def _pruned(
 
 
 def with_own_masks(layer: Layer, result: LayerResult) -> LayerResult:
-    """Returns a layer with the masks that its kernels have now, and with their zeros.
+    """Returns a layer with masks and zeros counted from its current kernels.
 
     Args:
-        layer: its kind.
-        result: what became of it, with the masks of its solves.
+        layer: the layer.
+        result: its result, with the masks of its solves.
     """
     masks, kernels = {}, dict(result.kernels)
     for path in result.masks:

@@ -1,5 +1,4 @@
-"""Windows that a tuning does not see: the divergence on them, the step at which it was least, and
-when to stop."""
+"""Measures the divergence on held-out windows, finds the best step and decides when to stop."""
 
 from collections.abc import Sequence
 
@@ -11,21 +10,21 @@ from jaxprune.distill.student import Student
 from jaxprune.streaming.model import StreamedModel
 
 PATIENCE = 4
-"""So many measures after the best one, the divergence no longer falls."""
+"""The tuning stops after this many measurements without a new minimum."""
 
 
 class HeldOut:
-    """The divergence of a student on windows that it is not tuned on.
+    """The divergence of a student on held-out windows.
 
     Args:
         model: the dense model.
         windows: token ids, [windows, length].
-        begin: measures after so many tokens count, and after more: before, the student has too few
-            zeros.
+        begin: number of tuned tokens from which measurements count; the student has too few zeros
+            before.
 
     Attributes:
-        curve: (tokens that were tuned on, divergence) of each measure.
-        best: of each layer, name -> the kernel as it is to be stored from the best measure that
+        curve: (tuned tokens, divergence) of each measurement.
+        best: for each layer, name -> kernel in its stored dtype at the best measurement that
             counts; None: there is none.
     """
 
@@ -36,11 +35,11 @@ class HeldOut:
         self.best: Sequence[Params] | None = None
 
     def measure(self, student: Student, tokens: int) -> float:
-        """Measures the divergence after so many tokens; keeps the student's kernels where it
-        counts, and none was as small."""
+        """Measures the divergence after `tokens` tuned tokens; keeps the kernels if it is
+        lowest."""
         divergence = student.divergence(self._windows, self._dense)
         if tokens >= self._begin and all(divergence < other for other in self._counting()):
-            self.best = None  # so that there is never more than one
+            self.best = None  # frees the previous one first
             self.best = [student.stored(index) for index in range(len(student.state))]
         self.curve.append((tokens, divergence))
         return divergence
@@ -50,6 +49,6 @@ class HeldOut:
 
     @property
     def falls(self) -> bool:
-        """Whether the divergence still falls, or no measure counts yet."""
+        """Whether the divergence still falls, or no measurement counts yet."""
         divergences = self._counting()
         return not divergences or len(divergences) - int(np.argmin(divergences)) <= PATIENCE

@@ -1,4 +1,4 @@
-"""A layer's backward pass, apart from its forward pass."""
+"""Splits a layer's `jax.vjp` into a forward and a backward pass that run separately."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -12,20 +12,19 @@ from jaxprune.errors import UserError
 from jaxprune.models import Part
 
 TESTED = "0.10 to 0.12"
-"""The versions of JAX whose VJP objects are known to work."""
+"""Versions of JAX whose VJP objects are known to work."""
 
 
 @partial(jax.jit, static_argnums=0)
 def forward_and_vjp(
     part: Part, values: Mapping[str, Array], rest: Mapping[str, Array], x: Float[Array, "b t d"]
 ) -> tuple[Float[Array, "b t d"], Any]:
-    """Computes a layer's output, and the function from its cotangent to those of the kernels and of
-    the input.
+    """Computes a layer's output and its vjp function.
 
-    That function does not hold the kernels: `pull_back` adds them again.
+    The vjp function does not hold the kernels: `pull_back` adds them again.
 
     Raises:
-        UserError: this version of JAX cannot leave them out.
+        UserError: the installed version of JAX cannot leave them out.
     """
     return _vjp_without_kernels(lambda values, x: part({**rest, **values}, x)[0], dict(values), x)
 
@@ -33,7 +32,7 @@ def forward_and_vjp(
 def _vjp_without_kernels(
     function: Callable[[Any, Any], Any], kernels: dict[str, Array], x: Float[Array, "b t d"]
 ) -> tuple[Float[Array, "b t d"], Any]:
-    """Returns the function's output and its `jax.vjp`, with the kernels left out of `args_res`.
+    """Returns the function's output and its `jax.vjp`, without the kernels in `args_res`.
 
     JAX 0.11 added `saveable_args` and documented `args_res`:
     https://docs.jax.dev/en/latest/301/vjp-objects.html. JAX 0.10 has the same `args_res`,
@@ -48,9 +47,8 @@ def _vjp_without_kernels(
     own = {id(kernel) for kernel in kernels.values()}
     if not _has_args_res(vjp) or any(id(leaf) in own for leaf in jax.tree.leaves(vjp)):
         raise UserError(
-            f"the jax.vjp of JAX {jax.__version__} does not leave kernels out of its saved state, "
-            "as distillation "
-            f"needs: install JAX {TESTED}"
+            f"the jax.vjp of JAX {jax.__version__} saves kernels, but distillation needs one that "
+            f"leaves them out: install JAX {TESTED}"
         )
     return output, vjp
 
@@ -69,8 +67,7 @@ def pull_back(
     vjp: Any,
     cotangent: Float[Array, "b t d"],
 ) -> tuple[dict[str, Array], Float[Array, "b t d"]]:
-    """Computes the gradients of a layer's kernels, in the dtype of the computation, and the
-    cotangent of its input.
+    """Computes gradients of a layer's kernels, in the dtype of the computation, and of its input.
 
     Args:
         part: the layer.

@@ -1,4 +1,4 @@
-"""What of a tuning stays on the device, by what fits beside it."""
+"""Decides which arrays of a tuning stay on the device, by its memory."""
 
 from collections import Counter
 from functools import partial
@@ -15,11 +15,11 @@ from jaxprune.streaming.head import CHUNK
 
 
 class Placement(NamedTuple):
-    """What stays on the device.
+    """What stays on the device between layers.
 
     Attributes:
-        state: whether the kernels do; else they stay on the host.
-        results: whether a step's intermediate results do; else each layer's forward pass is run
+        state: whether the kernels and their state stay on the device, not on the host.
+        results: whether a step's intermediate results stay; else each layer's forward pass runs
             again before its vjp.
     """
 
@@ -37,18 +37,19 @@ def placement_of(
     device_bytes: float | None = None,
     batch_tokens: int | None = None,
 ) -> Placement:
-    """Returns what fits a device, beside what a layer takes while it is visited, and while a batch
-    goes through the dense model.
+    """Returns what fits a device during a tuning step and during the dense model's forward pass.
 
     Args:
-        architecture: of the model whose kernels are tuned.
-        window: windows of a step, and their length.
-        devices: how many the kernels are spread over.
-        late_zeros: whether a layer's kernels are there without what is masked, too.
-        teacher: of the dense model; None: the same.
-        device_bytes: the memory of a device; None: what this machine's has, a CPU all that the host
-            has.
-        batch_tokens: tokens of such a batch on each device; None: as this machine's takes them.
+        architecture: the architecture of the tuned model.
+        window: (windows of a step, tokens of a window).
+        devices: the number of devices over which the kernels are sharded.
+        late_zeros: whether gradual pruning needs a second copy of a layer's kernels, with masked
+            weights zeroed.
+        teacher: the architecture of the dense model; None: `architecture`.
+        device_bytes: the memory of a device; None: that of this machine's device, which for a CPU
+            is the host's memory.
+        batch_tokens: tokens of a batch of the dense model on each device; None: the device's
+            default.
     """
     windows = window[0] if window[0] % devices else window[0] // devices
     step = _Step.of(architecture, windows, window[1], late_zeros)
@@ -71,13 +72,13 @@ def placement_of(
 
 
 class _Step(NamedTuple):
-    """Bytes of a step of a tuning.
+    """Memory of a tuning step, in bytes.
 
     Attributes:
         state: all kernels, with their masks.
-        largest: those of one layer, at most.
+        largest: the largest layer's kernels, with their masks.
         results: the intermediate results of all layers.
-        visit: what a layer takes in its backward pass, at most, beside its kernels.
+        visit: the most that a layer's backward pass takes, beside its kernels.
     """
 
     state: int
@@ -98,14 +99,17 @@ class _Step(NamedTuple):
             )
             own, weights = _bytes(kernels), sum(value.size for value in kernels.values.values())
             state, results, largest = state + count * own, results + count * kept, max(largest, own)
-            # gradients are as large
+            # Gradients are as large as the results.
             visit = max(visit, 2 * kept + (1 + late_zeros) * weights * dtype.itemsize)
         return cls(state, largest, results, visit)
 
 
 def _batch(architecture: Architecture, tokens: int) -> int:
-    """Returns the bytes of a layer of most weights, and of a batch on its way through the widest
-    one: hidden states before and after, gate, up and their product."""
+    """Returns the bytes of the dense model's forward pass: a layer and a batch.
+
+    They are the weights of the largest layer, and the widest layer's activations: hidden states
+    before and after, gate, up and their product.
+    """
     routing = architecture.config.routing
     weights = widest = 0
     for layer in set(architecture.layers):

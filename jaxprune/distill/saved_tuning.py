@@ -1,5 +1,7 @@
-"""How a run saves a tuning: its state, and its measures. Layers without pruned kernels have no
-state."""
+"""Saves and restores a tuning: its state and its measurements.
+
+Layers without pruned kernels have no state.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -14,15 +16,14 @@ FIELDS = list(Moving._fields)
 
 
 class Progress(NamedTuple):
-    """What a tuning continues with.
+    """The progress of a tuning that a later process continues.
 
     Attributes:
         step: the number of the last step.
         before: the mean divergence of the first steps so far.
-        curve: the divergence on held-out windows so far: (tokens that were tuned on, divergence) of
-            each measure.
-        best: of each layer, name -> the kernel as it is to be stored from the best step so far;
-            None: there is none.
+        curve: (tuned tokens, divergence on held-out windows) of each measurement so far.
+        best: for each layer, name -> kernel in its stored dtype from the best step so far; None:
+            there is none.
     """
 
     step: int
@@ -32,8 +33,10 @@ class Progress(NamedTuple):
 
 
 def save(store: RunStore | None, state: Sequence[Kernels], progress: Progress) -> None:
-    """Saves what steps changed of each layer's kernels, and their masks, if the work since the last
-    time was long enough."""
+    """Saves the changing state of each layer's kernels, and their masks.
+
+    Nothing is saved if too little time has passed since the last save.
+    """
     if store is None:
         return
     arrays: dict[str, Any] = {}
@@ -52,23 +55,22 @@ def restore(
     state: Sequence[Kernels],
     take: Callable[[int, dict[str, Moving], Params], None],
 ) -> Progress | None:
-    """Returns what was saved of a tuning; None where nothing was. What a version with another
-    optimizer saved is passed over, which is reported.
+    """Restores a saved tuning; returns None if there is none.
+
+    A tuning that a version with another optimizer saved is ignored with a warning.
 
     Args:
         store: where it was saved; None: nowhere.
         state: the kernels of each layer before the first step.
-        take: is given a layer's index, what steps changed of it, and the bits of its masks, one
-            layer after the other.
+        take: is called for each layer with its index, the changing state of its kernels and the
+            bits of their masks.
     """
     saved = store.get(TUNING, None) if store else None
     if store is None or saved is None:
         return None
     figures = saved.figures
     if figures["fields"] != FIELDS:
-        log.warning(
-            "the tuning begins again: what was saved of it is of another version of jaxprune"
-        )
+        log.warning("the tuning starts over: its saved state is from another version of jaxprune")
         return None
     best: list[Params] = [{} for _ in state]
     for index, kernels in enumerate(state):
@@ -87,12 +89,15 @@ def restore(
 
 
 def save_curve(store: RunStore | None, curve: list[tuple[int, float]]) -> None:
-    """Saves the measures of a tuning that has ended; its state goes once all layers are tuned."""
+    """Saves the measurements of a finished tuning.
+
+    The tuning's state is removed once all layers are tuned.
+    """
     if store and curve:
         store.put(CURVE, {}, {"curve": curve})
 
 
 def curve(store: RunStore | None) -> list[tuple[int, float]]:
-    """Returns the measures of a tuning that has ended; none where none was saved."""
+    """Returns the measurements of a finished tuning; an empty list if none were saved."""
     saved = store.get(CURVE) if store else None
     return [(tokens, divergence) for tokens, divergence in saved.figures["curve"]] if saved else []

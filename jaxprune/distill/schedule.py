@@ -1,5 +1,4 @@
-"""The steps of a tuning, in numbers: what it takes at a time, and when it looks at what is held
-out."""
+"""The schedule of a tuning: number and size of its steps, measurements and prunings."""
 
 import dataclasses
 import math
@@ -10,23 +9,23 @@ from jaxprune.errors import Change, InputError
 from jaxprune.recipe_parts import Tuning
 
 MEASURES = 16
-"""How often the divergence on held-out windows is measured at most, after the first time, before
-the first step."""
+"""Maximum number of divergence measurements on held-out windows, after the one before the first
+step."""
 BETWEEN = 5
-"""What is tuned on between two measures, at least, in tokens over those of the windows that are
-held out: a measure takes a quarter of a step's time a token, so all take about a twentieth, more
-where the text is short."""
+"""Minimum number of tuned tokens between two measurements, relative to the held-out tokens. Per
+token a measurement takes a quarter of a step's time, so measurements take about a twentieth of the
+time, or more if the text is short."""
 PRUNINGS = 8
-"""How often late zeros come, at most."""
+"""Maximum number of times that gradual pruning adds zeros."""
 PRUNING = 0.6
-"""Over this share of the steps, from the first on, they come."""
+"""Fraction of the steps, from the first, during which gradual pruning adds zeros."""
 DENSE_BYTES = 2**31
-"""The most of the dense model's hidden states that are kept at a time: of LLaMA-7B those of 128
-windows of 2048 tokens in 16 bits."""
+"""Maximum size of the dense model's hidden states that are kept at a time: 128 windows of 2048
+tokens of LLaMA-7B in 16 bits."""
 
 
 def all_zeros_there(tuning: Tuning, tokens: int) -> bool:
-    """Returns whether all zeros are there, to within a step, after so many tokens of a stream."""
+    """Returns whether gradual pruning is complete after `tokens` tokens, to within a step."""
     late = tuning.tune_zeros and tuning.tune_tokens
     return not late or tokens / tuning.tune_tokens >= PRUNING
 
@@ -36,14 +35,14 @@ class TuningSteps:
     """The steps of a tuning.
 
     Attributes:
-        count: how many there are.
-        windows: of a step, or pieces of windows.
-        length: tokens of one.
-        different: how many of those are visited, each counted once.
+        count: the number of steps.
+        windows: windows, or chunks of windows, per step.
+        length: tokens of a window or chunk.
+        different: number of distinct windows that are visited.
         measured: the numbers of the steps, from 1, after which the divergence on held-out windows
-            is measured; the last is one of them. Empty where nothing is held out.
-        prunings: those after which late zeros come; see `late_zeros`. Empty where the solves made
-            all.
+            is measured. The last step is one of them. Empty without held-out windows.
+        prunings: the numbers of the steps after which gradual pruning adds zeros; see
+            `gradual_pruning`. Empty without gradual pruning.
     """
 
     count: int
@@ -55,24 +54,24 @@ class TuningSteps:
 
     @classmethod
     def of(cls, tuning: Tuning, windows: int, length: int, held_out: int = 0) -> "TuningSteps":
-        """Counts the steps of a tuning.
+        """Computes the steps of a tuning.
 
         Args:
-            tuning: how it is done.
+            tuning: how to tune.
             windows: the number of calibration windows.
             length: tokens of a window.
-            held_out: tokens of the windows that are held out.
+            held_out: tokens of all held-out windows.
 
         Raises:
-            InputError: a step takes more tokens than there are to be; a piece would have one token.
+            InputError: a step takes more tokens than the tuning, or a chunk would have one token.
         """
         pieces, length = tuning.pieces(windows, length)
         if tuning.tune_tokens:
             each = tuning.tune_windows
             if each * length > tuning.tune_tokens:
                 raise InputError(
-                    f"a step of the tuning takes {each * length:,} tokens, more than the "
-                    f"{tuning.tune_tokens:,} of all",
+                    f"a tuning step takes {each * length:,} tokens, more than the "
+                    f"{tuning.tune_tokens:,} of the whole tuning",
                     options={"tune_tokens": Change.RAISE, "tune_windows": Change.LOWER},
                 )
             count = max(1, round(tuning.tune_tokens / (each * length)))
@@ -90,17 +89,17 @@ class TuningSteps:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Windows of a step, and tokens of one."""
+        """(windows of a step, tokens of a window)."""
         return self.windows, self.length
 
     @property
     def last_pruning(self) -> int:
-        """The number of the step after which no more zeros come; 0: none do."""
+        """The number of the last step that adds zeros; 0: none does."""
         return self.prunings[-1] if self.prunings else 0
 
     @property
     def measured_early(self) -> int:
-        """How many measures are taken between the first step and the last zeros."""
+        """Number of measurements between the first step and the last pruning."""
         return sum(number < self.last_pruning for number in self.measured)
 
     @property
@@ -109,22 +108,21 @@ class TuningSteps:
         return self.windows * self.length
 
     def together(self, state_bytes: int, batch_tokens: int | None = None) -> int:
-        """Returns of how many steps, from the first on, the dense model's hidden states are
-        computed together.
+        """Returns for how many steps the dense model's hidden states are computed together.
 
-        A run that goes on computes them in the same groups, for the shape of a product decides how
-        it is rounded. Of a stream a group lasts about as long as from one measure to the next, so
-        that a run that goes on computes little again.
+        Groups start at the first step, also in a resumed run, because the shape of a product
+        decides how it is rounded. A group of a stream lasts about as long as the interval between
+        two measurements, so a resumed run recomputes little.
 
         Args:
-            state_bytes: of a token's hidden state.
-            batch_tokens: tokens that a layer takes at a time; None: as this machine's device does.
+            state_bytes: bytes of a token's hidden state.
+            batch_tokens: tokens that a layer takes at a time; None: the device's default.
         """
         most = DENSE_BYTES // (self.length * state_bytes)
         if not self.measured and self.different <= most:
             return max(1, self.count)
         batch = max(1, (batch_tokens or hardware.current().tokens_per_batch) // self.length)
-        whole = batch // math.gcd(batch, self.windows)  # steps whose windows make whole batches
+        whole = batch // math.gcd(batch, self.windows)  # steps whose windows form whole batches
         steps = max(1, most // self.windows)
         steps = steps // whole * whole or steps
         if self.measured:
@@ -133,14 +131,15 @@ class TuningSteps:
         return steps
 
     def groups(self, state_bytes: int, batch_tokens: int | None = None) -> list[int]:
-        """Returns of how many windows, at most, those hidden states are computed for each such
-        group; see `together`."""
+        """Returns the maximum number of windows of each group of steps; see `together`."""
         steps = self.together(state_bytes, batch_tokens)
         sizes = [min(steps, self.count - begin) for begin in range(0, self.count, steps)]
         return [min(size * self.windows, self.different) for size in sizes]
 
 
 def _parts(count: int, parts: int) -> Sequence[int]:
-    """Returns the last number of each of so many parts, about equal, of the numbers from 1; fewer
-    where there are fewer."""
+    """Splits the numbers 1 to `count` into about equal parts, and returns the last number of each.
+
+    There are fewer than `parts` parts if there are fewer numbers.
+    """
     return sorted({math.ceil(count * (number + 1) / parts) for number in range(parts)})

@@ -1,10 +1,12 @@
-"""The pruned model while it is tuned towards the dense one: a step, and how far it still is.
+"""The student: the pruned model while it is tuned towards the dense one.
 
-The model streams as in pruning: a step's forward pass keeps each layer's input on the host; from
-the last layer to the first, each is run again under `jax.vjp` and updated at once. The kernels, 2
-bytes a pruned weight in 16 bits, stay on the device where they fit; else the host holds them, and
-the device one layer's with its gradients, the one that comes next, and the one that goes. So do a
-step's intermediate results of all layers, which saves a second forward pass.
+The model streams as in pruning. A step's forward pass keeps each layer's input on the host. From
+the last layer to the first, each layer runs again under `jax.vjp` and is updated at once.
+
+Kernels take 2 bytes per pruned weight in 16 bits. They stay on the device if they fit. Otherwise
+the host holds them, and the device holds one layer's kernels and gradients. The next layer's
+kernels are loaded and the previous layer's are stored meanwhile. A step's intermediate results of
+all layers also stay on the device if they fit, which saves the second forward pass.
 """
 
 import dataclasses
@@ -34,16 +36,17 @@ from jaxprune.streaming.model import StreamedModel, apply, apply_layer, in_check
 
 
 class Student:
-    """A pruned model whose kernels move.
+    """A pruned model whose kernels are tuned.
 
     Args:
-        model: what was pruned.
-        layers: all layers, as `loop.prune_layers` gives them; each is let go when it is taken up.
+        model: the model that was pruned.
+        layers: all layers, as `loop.prune_layers` yields them. Each is released once its kernels
+            are copied.
         placement: what stays on the device.
-        late: zeros that come late; None: none do.
+        late: the schedule of gradual pruning; None: there is none.
 
     Attributes:
-        state: of each layer, on the device where it fits.
+        state: the kernels of each layer, on the device if they fit.
     """
 
     def __init__(
@@ -56,24 +59,24 @@ class Student:
         architecture = model.architecture
         self._model, self._placement = model, placement
         self._results: list[LayerResult] = []
-        # what is not tuned, on the device where the state stays
+        # params that are not tuned, on the device if the state is
         self._rest: list[dict[str, Any]] = []
         self._dtypes: list[dict[str, np.dtype]] = []
         self._late, self._zeros_to_come = late, False
-        self._selectors: list[Selectors] = []  # where zeros come late
+        self._selectors: list[Selectors] = []  # empty without gradual pruning
         self.state: list[Kernels] = []
         for result in layers:
             layer = architecture.layers[result.index]
             own = inside_layer(result.index, result.params)
             params = layer.stack(own)
-            experts: dict[str, list[int | None]] = {}  # others stay dense
+            experts: dict[str, list[int | None]] = {}  # the others stay dense
             for path in result.masks:
                 experts.setdefault(f"{layer.sources[path].name}.kernel", []).append(
                     layer.sources[path].expert
                 )
             kernels = {name: params.pop(name) for name in experts}
-            # Experts that stay dense go with their stack, in the computation's dtype, but are
-            # stored as they were.
+            # The program takes dense experts in their stack, in the computation's dtype, but they
+            # are stored unchanged.
             dense = layer.unstack(kernels).keys() - {f"{path}.kernel" for path in result.masks}
             beside = in_checkpoint(result.index, {path: own[path] for path in dense})
             self._results.append(dataclasses.replace(result, params=beside))
@@ -87,7 +90,7 @@ class Student:
         )
 
     def place(self, kernels: Kernels) -> Kernels:
-        """Puts a layer's kernels to where they stay between steps."""
+        """Moves a layer's kernels to where they stay between steps."""
         return (
             self._model.devices.shard_outputs(kernels)
             if self._placement.state
@@ -95,7 +98,7 @@ class Student:
         )
 
     def restore(self, index: int, moving: dict[str, Moving], masks: Mapping[str, Any]) -> None:
-        """Takes up what steps changed of a layer before, and the bits of its masks."""
+        """Restores the changing state of a layer's kernels, and the bits of their masks."""
         units = {name: fetch(one.unit) for name, one in self.state[index].fixed.items()}
         fixed = {
             name: adafactor.with_mask(unit, masks[name], moving[name].value)
@@ -110,13 +113,13 @@ class Student:
         number: int,
         rate: Callable[[float], float],
     ) -> float:
-        """Moves the kernels by some windows; returns their mean divergence, before.
+        """Updates the kernels on some windows; returns the mean divergence before the update.
 
         Args:
-            tokens: the windows.
-            dense: the dense model's last hidden states of them.
+            tokens: the windows, [windows, length] token ids.
+            dense: the dense model's last hidden states of the windows.
             number: the number of the step, from 1.
-            rate: the mean divergence -> its rate.
+            rate: mean divergence -> learning rate.
 
         Raises:
             InputError: the divergence is not finite.
@@ -125,18 +128,18 @@ class Student:
         after = self._late.after if self._late else ()
         self._zeros_to_come = number <= max(after, default=0)
         x = apply(architecture.embed, self._embed, devices.shard_first(tokens))
-        vjps: list[Any] = []  # of the layers, or their inputs
+        vjps: list[Any] = []  # vjps of the layers, or their inputs
         for layer, values, others in zip(
             architecture.layers, self._kept_of_layers(), self._rest, strict=True
         ):
             if self._placement.results:
                 x, vjp = forward_and_vjp(layer, values, others, x)
             else:
-                vjp = np.array(fetch(x))  # a copy, for x is donated
+                vjp = np.array(fetch(x))  # a copy, because x is donated
                 x = apply_layer(layer, others | values, x)
             vjps.append(vjp)
             del vjp
-        del values, others  # the last layer's, which may be copies
+        del values, others  # frees the last layer's, which may be copies
         divergence, gradient = self._divergence(fetch(x), dense, head_divergence)
         mean = _finite_mean(divergence)
         of_step = jnp.float32(number), jnp.float32(rate(mean))
@@ -161,25 +164,27 @@ class Student:
         return mean
 
     def _kept(self, values: dict[str, Array], masks: dict[str, Array]) -> dict[str, Array]:
-        """Returns kernels on the device as the model has them: without what is masked and moves
-        along."""
+        """Returns kernels on the device with masked but still trained weights zeroed."""
         if not self._zeros_to_come:
             return values
         return {name: adafactor.kept(value, masks[name]) for name, value in values.items()}
 
     def _kept_of_layers(self) -> Iterator[dict[str, Array]]:
-        """Yields those of each layer."""
+        """Yields these kernels of each layer."""
         state = (
             (kernels.values, kernels.masks if self._zeros_to_come else {}) for kernels in self.state
         )
         return itertools.starmap(self._kept, _ahead(state, self._model.devices.shard_outputs))
 
     def divergence(self, tokens: Int[np.ndarray, "w t"], dense: HiddenStates) -> float:
-        """Returns the mean divergence of windows; `dense` are the dense model's last hidden states
-        of them.
+        """Returns the mean divergence on windows.
+
+        Args:
+            tokens: the windows, [windows, length] token ids.
+            dense: the dense model's last hidden states of the windows.
 
         Raises:
-            InputError: it is not finite.
+            InputError: the divergence is not finite.
         """
         states = self._model.embed(tokens)
         for index, (values, others) in enumerate(
@@ -198,8 +203,7 @@ class Student:
         dense: Float[np.ndarray, "b t d"],
         function: Callable[..., Any],
     ) -> list[np.ndarray]:
-        """Returns what a function of the head, its params, and rows of hidden states gives for all
-        tokens."""
+        """Applies a function of head, params and hidden states to all tokens, in chunks."""
         head = self._model.architecture.head
         rows = [array.reshape(-1, array.shape[-1]) for array in (states, dense)]
         return in_chunks(
@@ -207,7 +211,7 @@ class Student:
         )
 
     def stored(self, index: int) -> Params:
-        """Returns a layer's kernels as they are to be stored, on the host."""
+        """Returns a layer's kernels in their stored dtypes, on the host."""
         kernels, devices = self.state[index], self._model.devices
         return {
             name: fetch(adafactor.rounded(kernels, name, dtype, devices))
@@ -215,7 +219,7 @@ class Student:
         }
 
     def result(self, index: int, stored: Params) -> LayerResult:
-        """Returns a layer with such kernels."""
+        """Returns the result of a layer with these kernels."""
         layer = self._model.architecture.layers[index]
         params = layer.unstack(fetch(self._rest[index]) | stored)
         params = in_checkpoint(index, params) | self._results[index].params
@@ -224,8 +228,11 @@ class Student:
 
 
 def require_finite(layers: Iterable[Mapping[str, Any]]) -> None:
-    """Raises InputError where a layer's kernels hold NaN or infinity: those of experts may be in no
-    loss."""
+    """Checks that all kernels are finite. Kernels of experts may not affect the loss.
+
+    Raises:
+        InputError: a kernel is NaN or infinite.
+    """
     for kernels in layers:
         if not all(jnp.isfinite(kernel).all() for kernel in kernels.values()):
             raise _not_finite("a kernel")
@@ -239,16 +246,16 @@ def _finite_mean(divergence: Float[np.ndarray, "_"]) -> float:
 
 def _not_finite(what: str) -> InputError:
     options = {"tune_rate": Change.LOWER, "dtype": "float32"}
-    return InputError(f"{what} of the distillation holds NaN or infinity", options=options)
+    return InputError(f"{what} of the distillation is NaN or infinite", options=options)
 
 
 def _on_host(tree: Any) -> Any:
-    """Returns arrays on the host, where they may lie already."""
+    """Moves arrays to the host if they are not there."""
     return jax.tree.map(lambda leaf: fetch(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
 
 
 def _ahead(items: Iterable[Any], put: Callable[[Any], Any]) -> Iterator[Any]:
-    """Yields items on the device, where the next one is on its way already; what is there stays."""
+    """Yields items on the device, and transfers the next one meanwhile."""
     before = None
     for item in items:
         here = put(item)
@@ -259,10 +266,10 @@ def _ahead(items: Iterable[Any], put: Callable[[Any], Any]) -> Iterator[Any]:
 
 
 class _Going:
-    """Kernels on their way to the host while the next ones are computed.
+    """Asynchronous transfers of kernels to the host.
 
     Args:
-        state: where they go.
+        state: the destination.
     """
 
     def __init__(self, state: list[Kernels]) -> None:
@@ -270,15 +277,14 @@ class _Going:
         self._pending: tuple[int, dict[str, Any]] | None = None
 
     def send(self, index: int, changed: dict[str, Any]) -> None:
-        """Sends what has changed of a layer's, by the field, once those before them have
-        arrived."""
+        """Starts the transfer of a layer's changed fields, and waits for the previous transfer."""
         for leaf in jax.tree.leaves(changed):
             leaf.copy_to_host_async()
         self.arrive()
         self._pending = index, changed
 
     def arrive(self) -> None:
-        """Returns when they are there."""
+        """Waits for the pending transfer."""
         if self._pending:
             index, changed = self._pending
             self._state[index] = self._state[index]._replace(**fetch(changed))
@@ -289,8 +295,14 @@ class _Going:
 def head_divergence(
     head: Part, params: Mapping[str, Array], states: Float[Array, "n d"], dense: Float[Array, "n d"]
 ) -> tuple[Float[Array, "n"], Float[Array, "n d"]]:
-    """Computes KL divergences of tokens, and the gradient of their sum by the pruned model's last
-    states."""
+    """Computes each token's KL divergence and its gradient with respect to `states`.
+
+    Args:
+        head: the head of the model; static.
+        params: its params.
+        states: last hidden states of the pruned model.
+        dense: last hidden states of the dense model.
+    """
     scores, vjp = jax.vjp(lambda states: logits(head, params, states), states)
     p, q = exponentials(logits(head, params, dense)), exponentials(scores)
     (gradient,) = vjp(q.values / q.total - p.values / p.total)
@@ -301,5 +313,5 @@ def head_divergence(
 def divergence_alone(
     head: Part, params: Mapping[str, Array], states: Float[Array, "n d"], dense: Float[Array, "n d"]
 ) -> tuple[Float[Array, "n"]]:
-    """Computes KL divergences of tokens."""
+    """Computes each token's KL divergence."""
     return (kl_divergence(*(exponentials(logits(head, params, own)) for own in (dense, states))),)

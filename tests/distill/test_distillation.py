@@ -221,9 +221,7 @@ def test_what_is_not_finite_is_an_error_when_it_is_met(
     layers = pruned(checkpoint)
     for epochs, match in ((1, "the loss of the"), (1 / len(windows()), "a kernel of the")):
         steps = Steps()
-        with pytest.raises(
-            InputError, match=f"{match} distillation holds NaN or infinity"
-        ) as error:
+        with pytest.raises(InputError, match=f"{match} distillation is NaN or infinite") as error:
             list(tune(checkpoint, layers, Tuning(tune_epochs=epochs), observer=steps))
         assert error.value.options["tune_rate"] is Change.LOWER and len(steps.told) == 1
     model, held_out = load(checkpoint), windows()[:2]

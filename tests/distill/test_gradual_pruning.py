@@ -355,7 +355,7 @@ def test_up_to_one_half_they_make_all(checkpoint: Path) -> None:
 
 
 def test_zeros_come_late_in_patterns(checkpoint: Path) -> None:
-    with pytest.raises(InputError, match="give them as target_of"):
+    with pytest.raises(InputError, match="pass target_of"):
         list(distill(load(checkpoint), of_windows(windows(), LATE, 0), [], LATE))
 
 

@@ -26,8 +26,8 @@ def test_too_short_a_text_is_said_before_the_work(
     assert not caplog.text
     of_stream(of_ids(tmp_path), Tuning(tune_tokens=152 * 32))
     assert (
-        "about 2,432 tokens beside those that are held out, and the tuning takes 4,864: it sees "
-        "them 2.0 times" in caplog.text
+        "about 2,432 tokens that are not held out, and the tuning takes 4,864: it reads the text "
+        "2.0 times" in caplog.text
     )
 
 
@@ -109,7 +109,7 @@ def test_a_kernel_that_is_not_finite_is_not_kept(
         "stored",
         lambda *one: {name: np.full_like(kernel, np.nan) for name, kernel in stored(*one).items()},
     )
-    with pytest.raises(InputError, match="a kernel of the distillation holds NaN"):
+    with pytest.raises(InputError, match="a kernel of the distillation is NaN"):
         list(distill(load(checkpoint), of_stream(of_ids(tmp_path), tuning), layers, tuning))
 
 
