@@ -1,2 +1,1 @@
-"""What the commands call, and `jaxprune` exports: a model is loaded, pruned, evaluated and
-verified."""
+"""The Python API that `jaxprune` exports: loads, prunes, evaluates and verifies models."""

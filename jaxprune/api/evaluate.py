@@ -1,4 +1,4 @@
-"""Checkpoints measured, and what was found written down."""
+"""Measures checkpoints, and writes records and reports of the measurements."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -23,18 +23,18 @@ from jaxprune.streaming.observer import SILENT, Observer
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What was measured of checkpoints.
+    """Measurements of checkpoints.
 
     Attributes:
-        qualities: checkpoint -> what was measured of it.
-        sparsity: checkpoint -> zeros of its kernels over their weights.
+        qualities: checkpoint -> its measurements.
+        sparsity: checkpoint -> fraction of zeros in its kernels.
     """
 
     qualities: Mapping[str, Quality]
     sparsity: Mapping[str, float]
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
-        """Returns header and rows of a table: a column for each checkpoint."""
+        """Returns the header and rows of a table with a column for each checkpoint."""
         header, rows = table(
             {_file_name(name): quality for name, quality in self.qualities.items()}
         )
@@ -42,7 +42,7 @@ class Evaluation:
         return header, [["zeros of the linear layers", *zeros], *rows]
 
     def table(self) -> str:
-        """Returns the same as text."""
+        """Returns this table as text."""
         header, rows = self.rows()
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         return "\n".join(
@@ -59,23 +59,22 @@ def evaluate(
     config: Mapping[str, Any] | None = None,
     observer: Observer = SILENT,
 ) -> Evaluation:
-    """Measures checkpoints, dense or pruned: perplexity and KL divergence on texts, accuracy on
-    tasks.
+    """Measures dense or pruned checkpoints: perplexity, KL divergence, and accuracy on tasks.
 
     Args:
         checkpoints: models, or names as for `load`.
-        against: the dense model, with which the others are compared; None: they are not compared.
+        against: the dense model to compare with; None: no comparison.
         measures: what to measure.
-        out: a folder to make with a record and a report, written anew after each checkpoint; None:
-            none is made.
-        config: what was asked for, for the record.
-        observer: is told what happens.
+        out: a folder to create with a record and a report, which is updated after each checkpoint;
+            None: no folder.
+        config: the options of the call, for the record.
+        observer: is notified of progress.
 
     Raises:
-        InputError, CheckpointError: something cannot be used.
+        InputError, CheckpointError: an argument, checkpoint or folder cannot be used.
     """
     opened = _by_name([*([] if against is None else [against]), *checkpoints])
-    measures.load()  # before a model is fetched
+    measures.load()  # fails before a model is downloaded
     place = None
     if out is not None:
         sources = [model.source if model else resolve(name) for name, model in opened.items()]
@@ -124,10 +123,10 @@ def _name_of(checkpoint: str | Path | StreamedModel) -> str:
 def _by_name(
     checkpoints: Iterable[str | Path | StreamedModel],
 ) -> dict[str, StreamedModel | None]:
-    """Returns name -> model, None where it is to be loaded.
+    """Returns name -> model; None for a checkpoint to load.
 
     Raises:
-        InputError: two have the same name.
+        InputError: two models or checkpoints have the same name.
     """
     opened: dict[str, StreamedModel | None] = {}
     for one in checkpoints:
@@ -143,7 +142,7 @@ def _by_name(
 
 
 def _place(out: str | Path | Destination, inputs: Iterable[Path]) -> Destination:
-    """Returns where the record is to be; errors where something would be lost there."""
+    """Returns where the record is written; raises if files there would be lost."""
     place = destination(out, "out")
     place = dataclasses.replace(place, inputs=(*place.inputs, *inputs))
     require_apart({"a checkpoint": place.inputs}, {"out": place.path}, error=InputError)

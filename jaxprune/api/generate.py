@@ -1,4 +1,4 @@
-"""Text that a model writes itself, to prune it on where there is too little other text."""
+"""Generates text from a model, for pruning it where other text is scarce."""
 
 import dataclasses
 import hashlib
@@ -27,23 +27,27 @@ from jaxprune.streaming.observer import SILENT, Observer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OwnText:
-    """What a model is to write."""
+    """The text that a model generates."""
 
     tokens: int = 1_100_000
-    """Tokens of all texts, at least, such as 250k or 1M; by default what the preset thorough tunes
-    on, and what it holds out."""
+    """Minimum number of tokens of all texts, such as 250k or 1M; the default suffices for the
+    preset thorough, including held-out text."""
     length: int = 256
-    """Tokens of a text, those of its beginning among them."""
+    """Tokens of a text, including its prompt."""
     prompts: str | None = None
-    """A text whose documents give the beginnings, named as calibration text is (default: the model
-    begins by itself)."""
+    """A text whose documents give the prompts, named like calibration text (default: no
+    prompts)."""
     prompt_tokens: int = 16
-    """Tokens of a beginning that a document gives."""
+    """Tokens of a prompt."""
     seed: int = 0
-    """Decides which tokens are drawn, text by text, and the order of the documents."""
+    """Seed of the sampled tokens and of the order of the documents."""
 
     def check(self) -> None:
-        """Raises InputError for numbers that no text can have."""
+        """Checks the numbers.
+
+        Raises:
+            InputError: no text can have them.
+        """
         beginning = 1 if self.prompts is None else self.prompt_tokens
         if not 0 < beginning < self.length:
             given = {} if self.prompts is None else {"prompt_tokens": Change.LOWER}
@@ -61,21 +65,22 @@ def generate(
     out: str | Path | Destination | None = None,
     observer: Observer = SILENT,
 ) -> list[str]:
-    """Returns texts drawn from a model's own distribution, of one length in tokens.
+    """Returns texts sampled from a model's own distribution, of equal length in tokens.
 
-    Over such text the divergence that `jaxprune.prune` tunes by is the one between the two models'
-    whole texts. See Liu et al., "LLM-QAT" (arXiv 2305.17888).
+    Over such text, the divergence that the tuning of `jaxprune.prune` minimizes is the divergence
+    between the two models' distributions of whole texts. See Liu et al., "LLM-QAT" (arXiv
+    2305.17888).
 
     Args:
-        model: writes them. It does not end them: after a text's end begins another.
-        text: what it writes.
-        out: a .jsonl file to make of them. What is finished is saved in `OUT.unfinished` until
-            then, and the same call goes on from there; None: no file is made.
-        observer: is told each token of all texts.
+        model: the model that generates. After an end-of-text token it starts another text.
+        text: the size and the prompts of the texts.
+        out: a .jsonl file to create. Progress is saved in `OUT.unfinished`, and the same call
+            resumes from there; None: no file.
+        observer: is notified of each generated token.
 
     Raises:
-        InputError: no such source, or the model was made for shorter texts.
-        CheckpointError: the file cannot be made.
+        InputError: the source of prompts does not exist, or the model does not support this length.
+        CheckpointError: the file cannot be created.
     """
     place = file_of(out) if out is not None else None
     text.check()
@@ -102,7 +107,7 @@ def generate(
             place.check()
         made = _decoded(model, _written(model, begun, saved, text, observer, store))
         content = "".join(json.dumps({"text": one}, ensure_ascii=False) + "\n" for one in made)
-        if not _holds(place.path, content.encode()):  # else there is only to tidy up
+        if not _holds(place.path, content.encode()):  # else only the store is left to remove
             known.require_unchanged()
             with staged(place) as file:
                 write_text(file, content)
@@ -111,7 +116,7 @@ def generate(
 
 
 def _holds(path: Path, content: bytes) -> bool:
-    """Returns whether a file is there that has this content."""
+    """Returns whether a file with this content exists."""
     if not os.path.lexists(path) or path.lstat().st_size != len(content):
         return False
     return read_bytes(path, len(content)) == content
@@ -119,37 +124,37 @@ def _holds(path: Path, content: bytes) -> bool:
 
 def _documents(source: str, model: StreamedModel) -> Texts:
     if source.endswith(".npy"):
-        raise InputError("it holds token ids: texts begin with documents of text", file=source)
+        raise InputError("it has token ids, but prompts need documents of text", file=source)
     return open_source(source, "train", model.tokenizer)
 
 
 def _beginnings(texts: Texts, empty: list[int], tokens: int, seed: int) -> Iterator[list[int]]:
-    """Yields documents' first tokens without end, each once before any comes again."""
+    """Yields the first tokens of documents endlessly, each document once per cycle."""
     order = np.random.default_rng(seed).permutation(len(texts))
     return cycle(texts.ids(int(document))[:tokens].tolist() or empty for document in order)
 
 
 def file_of(out: str | Path | Destination) -> Destination:
-    """Returns where texts are to be.
+    """Returns where the texts are written.
 
     Raises:
-        InputError: calibration would not know what the file holds.
-        CheckpointError: it cannot be made there.
+        InputError: the file's suffix is not .jsonl, from which calibration infers the format.
+        CheckpointError: the file cannot be created.
     """
     place = destination(out, "out", folder=False)
     if place.path.suffix != ".jsonl":
         raise InputError(
-            "texts are rows of JSON, known by their file's name",
+            "the name of a file of texts must end in .jsonl",
             file=place.path,
             wanted="FILE.jsonl",
         )
     if not (os.path.lexists(place.path) and os.path.lexists(opening.store_folder(place.path))):
-        place.check()  # else a run may have been stopped when its file was there already
+        place.check()  # else a stopped run may have created the file
     return place
 
 
 def _saved(store: RunStore) -> dict[int, list[int]]:
-    """Returns the number of each text that a run store has -> its tokens."""
+    """Returns the number of each saved text -> its tokens."""
     found = [saved for name in store.names(TEXTS) if (saved := store.get(f"{TEXTS}/{name}"))]
     return {
         int(number): row.tolist()
@@ -166,8 +171,7 @@ def _written(
     observer: Observer,
     store: RunStore | None = None,
 ) -> list[list[int]]:
-    """Returns the tokens of texts that begin with these; those that there are already are not
-    written again."""
+    """Returns the tokens of texts with these prompts; does not generate saved texts again."""
     texts = dict(texts)
     most = [wanted.length - len(one) for one in begun]
     for batch in in_batches(
@@ -185,5 +189,5 @@ def _written(
 
 
 def _decoded(model: StreamedModel, texts: Sequence[Sequence[int]]) -> list[str]:
-    first = model.first_token  # a tokenizer writes it itself
+    first = model.first_token  # tokenizers add this token when they encode
     return [model.tokenizer.decode(ids[int(ids[0] == first) :]).rstrip(CUT) for ids in texts]

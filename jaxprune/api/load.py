@@ -1,4 +1,4 @@
-"""A checkpoint opened, one kernel pruned: what is done before a whole model, or without one."""
+"""Opens a checkpoint, and prunes a single kernel."""
 
 from pathlib import Path
 
@@ -20,18 +20,18 @@ def load(
     devices: Devices = ONE_DEVICE,
     scratch: str | Path | None = None,
 ) -> StreamedModel:
-    """Opens a checkpoint; its weights are read when they are needed, a layer at a time.
+    """Opens a checkpoint; reads its weights lazily, one layer at a time.
 
     Args:
-        checkpoint: a folder, a .gguf file, a known name such as llama-7b, or owner/name of a hub.
+        checkpoint: a folder, a .gguf file, a known name such as llama-7b, or owner/name on a hub.
         dtype: the dtype of the computation; None: float32 on a CPU, the kernels' stored dtype
             elsewhere.
         devices: the devices that the model runs on.
-        scratch: a folder for hidden states; None: they are kept in memory.
+        scratch: a folder for hidden states; None: they stay in memory.
 
     Raises:
-        CheckpointError: there is no such checkpoint, it is in no known format, or it is incomplete.
-        InputError: its architecture is not implemented, or its tensors do not fit it.
+        CheckpointError: the checkpoint does not exist, has an unknown format, or is incomplete.
+        InputError: its architecture is not implemented, or does not match its tensors.
     """
     source = resolve(checkpoint)
     reader = CheckedReader(open_checkpoint(source, check=False))

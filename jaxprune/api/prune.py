@@ -1,5 +1,4 @@
-"""A checkpoint pruned into a folder: all is checked, pruned, measured, recorded and put in its
-place."""
+"""Prunes a checkpoint into a folder: checks, prunes, evaluates, records and publishes."""
 
 import contextlib
 import dataclasses
@@ -58,7 +57,7 @@ from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer, Observers
 
 GGUF_TYPES = ("f16", "q8_0", "q5_0", "q4_0")
-"""The types of GGUF files that keep zeros, whose sizes a record has."""
+"""Types of GGUF files that preserve zeros. The record has their sizes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +67,8 @@ class PruningResult:
     Attributes:
         folder: the folder of the checkpoint.
         record: the content of its jaxprune.json.
-        evaluation: "dense" and "pruned" -> what was measured; empty where nothing was.
-        repeated: whether it was finished already, so that nothing was done.
+        evaluation: "dense" and "pruned" -> measurements; empty without an evaluation.
+        repeated: whether the run was already finished, and the call did nothing.
     """
 
     folder: Path
@@ -79,38 +78,36 @@ class PruningResult:
 
     @property
     def sparsity(self) -> float:
-        """Zeros of all pruned kernels over their weights."""
+        """Fraction of zeros in all pruned kernels."""
         return self.record.sparsity
 
     @property
     def layers(self) -> Sequence[LayerSummary]:
-        """The results of the layers; `layers[3]["mlp.down_proj"].error` is a kernel's relative
-        error."""
+        """Results by layer; `layers[3]["mlp.down_proj"].error` is a kernel's relative error."""
         return self.record.layers
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """How a checkpoint is pruned into a folder, beside what is done to it.
+    """Options of a run besides the recipe.
 
     Attributes:
-        masks: a file to make with the masks; None: none is made.
-        stream: the text that is tuned on, where the recipe takes tokens of one.
-        seed: the seed of the order of calibration windows in the distillation.
-        save_dtype: the dtype that the weights of the result are stored in, float16, bfloat16 or
-            float32; None: as the checkpoint stores them, float16 for a quantized GGUF file.
-        evaluator: measures the dense and the pruned checkpoint; None: nothing is measured.
-        timing: first prune the first layer compiled and under `jax.disable_jit`, and record the
-            seconds of both.
-        overwrite: replace `out` and `masks` if they are earlier results that nobody changed.
-        resume_only: insist on going on with a run that was stopped.
-        unchecked: begin even where the run would not fit, and without comparing weights of the hub
-            with their digests.
-        config: what was asked for, texts and numbers for the record; None: names of the checkpoint
-            and of the folder.
-        inputs: what else is read, by the name of its option: neither `out` nor `masks` may lie
-            there.
-        begun: `time.perf_counter()` when the work began that led here; None: now.
+        masks: a file to create with the masks; None: no file.
+        stream: the text to tune on, if the recipe tunes on a stream.
+        seed: seed for the order of calibration windows in the distillation.
+        save_dtype: the dtype of the result's weights: float16, bfloat16 or float32; None: that of
+            the checkpoint, float16 for a quantized GGUF file.
+        evaluator: measures the dense and the pruned checkpoint; None: no evaluation.
+        timing: also prune the first layer twice, compiled and under `jax.disable_jit`, and record
+            the seconds of both.
+        overwrite: replace `out` and `masks` if they are unchanged earlier results.
+        resume_only: fail unless there is a stopped run to resume.
+        unchecked: start even if the run would not fit, and without comparing the weights with the
+            hub's digests.
+        config: options as text and numbers, for the record; None: the names of checkpoint and
+            folder.
+        inputs: option -> further paths that are read. Neither `out` nor `masks` may be there.
+        begun: `time.perf_counter()` at the start of the caller's work; None: now.
     """
 
     masks: str | Path | Destination | None = None
@@ -135,26 +132,26 @@ def prune(
     options: RunOptions = RunOptions(),
     observer: Observer = SILENT,
 ) -> PruningResult | None:
-    """Prunes a checkpoint into a folder, in Hugging Face's format, with a record, a model card and
-    a report.
+    """Prunes a checkpoint into a folder in Hugging Face's format.
 
-    What is finished is saved in `OUT.unfinished` until the end: the same call goes on with a run
-    that was stopped, and ends in the same bytes.
+    The folder also has a record, a model card and a report. Progress is saved in `OUT.unfinished`.
+    The same call resumes a stopped run, with byte-identical results.
 
     Args:
         model: the dense model, from `load`.
         windows: calibration windows, [windows, length] token ids.
-        recipe: what to do.
-        out: the folder to make.
-        options: how.
-        observer: is told what happens.
+        recipe: how to prune.
+        out: the folder to create.
+        options: options of the run.
+        observer: is notified of progress.
 
     Returns:
-        The result; None where an earlier process of the run had only to be tidied up after.
+        The result; None if an earlier process finished the run and only removal of its files was
+        left.
 
     Raises:
-        InputError, CheckpointError: something cannot be used; nothing that was there before has
-            changed.
+        InputError, CheckpointError: an argument, checkpoint or folder cannot be used. Existing
+            files are unchanged.
     """
     begun = time.perf_counter() if options.begun is None else options.begun
     run = _checked(model, windows, recipe, out, options)
@@ -198,7 +195,7 @@ def _describe(
     """Writes the record, the model card and the report into the result.
 
     Returns:
-        The record, the names of the files, and what kept the report from being drawn.
+        The record, the names of the files, and the error if the report could not be drawn.
     """
     run = recorder.run()
     if not is_first_process():
@@ -215,14 +212,14 @@ def _finished(folder: Path) -> PruningResult | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """A run whose parts are known to fit together, before any of its work.
+    """A validated run, before any of its work.
 
     Attributes:
         model, windows, recipe, options: as for `prune`.
-        place, masks: where the result and the masks are to be; None: no masks.
-        saved: the model as its weights are to be stored.
+        place, masks: where the result and the masks are written; None: no masks.
+        saved: the model with weights in the dtype of the result.
         recorder: the observer whose record becomes jaxprune.json.
-        identity: all that decides the outcome.
+        identity: everything that decides the outcome.
     """
 
     model: StreamedModel
@@ -236,7 +233,7 @@ class _Run:
     identity: Mapping[str, Any]
 
     def work(self) -> Work:
-        """Returns what has to fit this machine."""
+        """Returns the work that must fit this machine."""
         model, evaluator = self.model, self.options.evaluator
         architecture = model.architecture
         left = without_experts(architecture, self.recipe.experts.drop_experts)
@@ -277,7 +274,7 @@ class _Run:
         return _write_checkpoint(saved, layers, self.recipe, context, masks=self.masks is not None)
 
     def evaluate(self, context: Context) -> None:
-        """Measures the dense and the pruned checkpoint, where that is asked for."""
+        """Evaluates the dense and the pruned checkpoint, if requested."""
         if evaluator := self.options.evaluator:
             assert context.store
             with context.timed("evaluate"), _continued_otherwise():
@@ -287,11 +284,11 @@ class _Run:
                     self.recorder.record.evaluation[which] = quality
 
     def measure_sizes(self, result: Reader, packed: int) -> None:
-        """Records what the checkpoints take.
+        """Records the sizes of the checkpoints.
 
         Args:
-            result: the pruned one.
-            packed: about how many bytes its params would take packed.
+            result: the pruned checkpoint.
+            packed: approximate bytes of its params in packed form.
         """
         record, made_of = self.recorder.record, {"dense": self.model.reader, "pruned": result}
         record.disk_bytes = {which: disk_bytes(reader) for which, reader in made_of.items()}
@@ -306,7 +303,7 @@ def _checked(
     out: str | Path | Destination,
     options: RunOptions,
 ) -> _Run:
-    """Returns a run, once model, windows, recipe and places fit together; errors as for `prune`."""
+    """Returns a run after checks of model, windows, recipe and paths; raises as `prune`."""
     reader = identity.checked(model.reader)
     place, masks = places(out, options.masks, overwrite=options.overwrite)
     inputs = {"ckpt": inputs_of(model.source), **options.inputs}
@@ -345,10 +342,10 @@ def places(
     *,
     overwrite: bool = False,
 ) -> tuple[Destination, Destination | None]:
-    """Returns where the result of a run is to be, and its masks.
+    """Returns where the result of a run and its masks are written.
 
     Raises:
-        CheckpointError: there are no such places.
+        CheckpointError: the folder or the file cannot be created there.
     """
     place = destination(out, "out", overwrite=overwrite)
     return place, masks and destination(
@@ -363,20 +360,20 @@ def require_separate(
     inputs: Mapping[str, Iterable[Path]],
     scratch: str | Path | None = None,
 ) -> tuple[Path, ...]:
-    """Makes sure that a run reads nothing of what it makes.
+    """Checks that a run reads none of its outputs.
 
     Args:
-        out: where the result is to be.
-        masks: where the masks are to be.
+        out: the folder of the result.
+        masks: the file of the masks.
         recipe: the recipe of the run.
-        inputs: option -> what is read for it.
+        inputs: option -> paths that are read.
         scratch: the folder of hidden states.
 
     Returns:
-        All that is read.
+        All paths that are read.
 
     Raises:
-        InputError: it would.
+        InputError: an input and an output overlap.
     """
     read = {name: list(paths) for name, paths in inputs.items()}
     read["mask"] = [given] if (given := source_of(recipe.mask or "")) else []
@@ -396,8 +393,11 @@ def _write_checkpoint(
     *,
     masks: bool,
 ) -> tuple[set[str], int]:
-    """Writes checkpoint and masks to where the run store has them; returns the checkpoint's files,
-    and about how many bytes its params would take packed."""
+    """Writes checkpoint and masks into the run store.
+
+    Returns:
+        The checkpoint's files, and the approximate bytes of its params in packed form.
+    """
     store, packed = context.store, 0
     assert store
     writer: Writer | None = None
@@ -439,16 +439,16 @@ def _write_checkpoint(
 
 
 def _converted_bytes(reader: Reader, packed: int) -> dict[str, int]:
-    """Returns what a pruned checkpoint takes in other formats: `Run.converted_bytes`."""
+    """Returns a pruned checkpoint's sizes in other formats; see `Run.converted_bytes`."""
     stored = sum(tensor.size * tensor.dtype.itemsize for tensor in reader.spec.values())
     sizes = {"packed": packed} if packed < stored else {}
-    with contextlib.suppress(CheckpointError):  # llama.cpp does not have every model
+    with contextlib.suppress(CheckpointError):  # llama.cpp does not support every model
         sizes |= {kind: tensor_bytes(reader.spec, reader.assets, kind) for kind in GGUF_TYPES}
     return sizes
 
 
 def _pruned_shapes(model: StreamedModel, recipe: Recipe) -> dict[tuple[int, str], tuple[int, ...]]:
-    """Returns (layer index, path) -> shape of the kernels that do not stay dense."""
+    """Returns (layer index, path) -> shape, for kernels that do not stay dense."""
     named = by_rules(model.architecture, recipe.rules)
     shapes = model.architecture.kernel_shapes(routers=True).items()
     return {
@@ -458,8 +458,10 @@ def _pruned_shapes(model: StreamedModel, recipe: Recipe) -> dict[tuple[int, str]
 
 @contextlib.contextmanager
 def _continued_otherwise() -> Iterator[None]:
-    """Lets errors of the evaluation say how to use the checkpoint that is finished: its options are
-    not the run's."""
+    """Adds to errors of the evaluation how to continue with the finished checkpoint.
+
+    The evaluation's options are not part of the run's identity, so they can change.
+    """
     try:
         yield
     except UserError as error:

@@ -1,18 +1,23 @@
-"""A snapshot of a layer in a file: what the solves of its linear layers start from.
+"""Saves a snapshot of a layer: the inputs of the solves of its linear layers.
 
-For research on methods without a model, and for bug reports. The file is safetensors:
+It serves research on methods without a model, and bug reports. The file is safetensors:
 
-| tensor | shape | what |
+| tensor | shape | content |
 |---|---|---|
-| `gram.<tap>` | [n, n] | Gram matrix of the inputs, weighed as in the run |
-| `drift.<tap>` | [n, n] | drift of the inputs, where `asymmetry` is above 0; see `gram_matrices` |
+| `gram.<tap>` | [n, n] | Gram matrix of the inputs, weighted as in the run |
+| `drift.<tap>` | [n, n] | activation shift, if `asymmetry` is above 0; see `gram_matrices` |
 | `<linear>.kernel` | [n, m] | dense kernel, in its stored dtype |
-| `outputs.<linear>` | [m] | weights of the outputs, where they are weighed; see `prune_and_round` |
+| `outputs.<linear>` | [m] | weights of the outputs, if they are weighted; see `prune_and_round` |
 
-All but kernels are float32. The metadata's `inputs` says which linear layers read which tap, its
-`tokens` how many tokens an expert was given, its `sections` which linear layers are several side by
-side, as name -> outputs of each, and its `patterns` the pattern of each in the run, with the share
-of its zeros that the solve makes.
+All tensors except kernels are float32. The metadata has these entries:
+
+| entry | content |
+|---|---|
+| `inputs` | captured activation -> linear layers that read it |
+| `tokens` | captured activation of an expert -> number of tokens routed to it |
+| `sections` | linear layer -> its fused projections, as name -> outputs |
+| `patterns` | linear layer -> its pattern, and the fraction of its zeros that the solve makes |
+| `layer`, `asymmetry` | see `Snapshot` |
 """
 
 import dataclasses
@@ -27,7 +32,7 @@ from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  teaches numpy, and with it safetensors, bfloat16
+import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors needs
 import numpy as np
 import pydantic
 from jaxtyping import Float, Int
@@ -62,19 +67,20 @@ FORMAT = "jaxprune layer 2"
 
 
 class Snapshot(NamedTuple):
-    """What pruning a layer starts from.
+    """The inputs of the solves of a layer.
 
     Attributes:
         layer: index of the layer.
-        inputs: tap -> linear layers whose input it is.
-        grams: tap -> Gram matrix of what it taps.
+        inputs: captured activation -> linear layers that read it.
+        grams: captured activation -> Gram matrix.
         kernels: linear layer -> dense kernel [n_in, n_out].
-        sections: linear layer that is several side by side -> those; see `patterns.Sections`.
-        patterns: linear layer -> its pattern in the run; empty where masks were given.
-        outputs: linear layer -> weights of its outputs; empty where all weigh the same. See
-            `prune_and_round`.
-        tokens: tap of an expert -> number of tokens that it was given.
-        drifts: tap -> drift of its inputs; empty where `asymmetry` is 0. See `gram_matrices`.
+        sections: linear layer -> its fused projections; see `patterns.Sections`. Single projections
+            are missing.
+        patterns: linear layer -> its pattern in the run; empty if masks were given.
+        outputs: linear layer -> weights of its outputs; empty if all are 1. See `prune_and_round`.
+        tokens: captured activation of an expert -> number of tokens routed to it.
+        drifts: captured activation -> activation shift; empty if `asymmetry` is 0. See
+            `gram_matrices`.
         asymmetry: see `layer.Solver`.
     """
 
@@ -93,11 +99,11 @@ class Snapshot(NamedTuple):
         """Returns the snapshot of one linear layer.
 
         Raises:
-            InputError: there is no such linear layer.
+            InputError: the linear layer does not exist.
         """
         if path not in self.kernels:
             raise InputError(
-                f"there is no linear layer {path!r}: the file has {', '.join(self.kernels)}"
+                f"there is no linear layer {path!r}: the snapshot has {', '.join(self.kernels)}"
             )
         (tap,) = (tap for tap, paths in self.inputs.items() if path in paths)
 
@@ -117,7 +123,7 @@ class Snapshot(NamedTuple):
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """The tensors of the file, by name."""
+        """Name -> tensor of the file."""
         arrays = {f"gram.{tap}": gram for tap, gram in self.grams.items()}
         arrays |= {f"drift.{tap}": drift for tap, drift in self.drifts.items()}
         arrays |= {f"outputs.{linear}": weights for linear, weights in self.outputs.items()}
@@ -125,7 +131,11 @@ class Snapshot(NamedTuple):
 
 
 def require_layer(architecture: Architecture, layer: int) -> None:
-    """Raises InputError where a model has no layer of an index."""
+    """Checks that a model has a layer of this index.
+
+    Raises:
+        InputError: it has fewer layers.
+    """
     if layer >= (count := len(architecture.layers)):
         raise InputError(f"there is no layer {layer}: the checkpoint has {count} layers, from 0")
 
@@ -138,19 +148,18 @@ def capture(
     *,
     prune_before: bool = True,
 ) -> Snapshot:
-    """Returns what the solves of a layer start from in a run; what follows them, such as tuning, is
-    not done.
+    """Returns the inputs of the solves of a layer in a run, before any tuning.
 
     Args:
         model: the dense model.
         tokens: calibration windows, [windows, length] token ids.
         layer: the index of the layer.
-        recipe: that of the run.
-        prune_before: False: the layers before stay dense.
+        recipe: the recipe of the run.
+        prune_before: whether to prune the layers before; False: they stay dense.
 
     Raises:
-        InputError: there is no such layer, or it stays dense, or model, tokens and recipe do not
-            fit together.
+        InputError: the layer does not exist or stays dense, or model, tokens and recipe do not fit
+            together.
     """
     require_layer(model.architecture, layer)
     model.require_tokens(tokens)
@@ -194,7 +203,7 @@ def _of_layer(states: CalibrationStates, solver: Solver, index: int, stored: Par
             drifts[tap] = fetch(inputs.drift)
         if inputs.tokens is not None:
             tokens[tap] = inputs.tokens
-        del inputs  # before the next are made
+        del inputs  # frees memory before the next are made
     targets = {path: solver.target_of(index, path) for path in paths}
     return Snapshot(
         index,
@@ -213,17 +222,17 @@ def _of_layer(states: CalibrationStates, solver: Solver, index: int, stored: Par
 def solve(
     snapshot: Snapshot, method: Method, target: Pattern | Callable[[int, str], Pattern | StoredMask]
 ) -> Iterator[tuple[str, KernelResult, float, Float[np.ndarray, "n m"]]]:
-    """Prunes the kernels of a snapshot: yields each one's path, result, seconds and pruned kernel.
+    """Prunes the kernels of a snapshot; yields path, result, seconds and pruned kernel of each.
 
-    The time of preparation (once an input) is counted to the first linear layer that has the input.
+    The time of `prepare` (once per input) counts towards the first linear layer of the input.
 
     Args:
         snapshot: the snapshot.
         method: the pruning method.
-        target: a pattern for all linear layers, or (layer index, path) -> its own or its mask.
+        target: a pattern for all linear layers, or (layer index, path) -> pattern or mask of each.
 
     Raises:
-        InputError: the pattern or the mask does not fit the kernels, or one cannot be solved.
+        InputError: the pattern or mask does not fit the kernels, or a kernel cannot be solved.
     """
     linears = {}
     for path, kernel in snapshot.kernels.items():
@@ -246,17 +255,17 @@ def solve(
         for path, (result, stored) in found.items():
             if not math.isfinite(result.error):
                 raise InputError(
-                    f"{path} cannot be solved, its weights come out as NaN or infinity",
+                    f"{path} cannot be solved: its weights would be NaN or infinite",
                     options={"damping": Change.RAISE},
                 )
             yield path, result, seconds[path], stored
 
 
 def save(place: str | Path | Destination, snapshot: Snapshot) -> None:
-    """Writes a snapshot's file.
+    """Writes a snapshot to a file.
 
     Raises:
-        CheckpointError: there is something that is not replaced, or it cannot be written.
+        CheckpointError: a file at this path is not replaced, or the file cannot be written.
     """
     arrays = snapshot.arrays
     header = {
@@ -295,12 +304,12 @@ class _Pattern(schema.Schema):
         return cls.model_construct(pattern=pattern, share=1.0)
 
     def made(self) -> Pattern:
-        """Returns the pattern that the solve takes."""
+        """Returns the pattern for the solve."""
         return self.pattern if self.share == 1 else Partly(self.pattern, self.share)
 
 
 class _Metadata(schema.Schema):
-    """What the header says beside the tensors."""
+    """The metadata of the file."""
 
     layer: Annotated[str, pydantic.Field(pattern="^[0-9]{1,9}$")]
     inputs: pydantic.Json[dict[str, list[str]]]
@@ -311,12 +320,12 @@ class _Metadata(schema.Schema):
 
 
 def load(path: Path) -> Snapshot:
-    """Reads a snapshot's file.
+    """Reads a snapshot from a file.
 
     Raises:
-        InputError: it is no such file, or a Gram matrix is none: not symmetric, not finite, not
-            positive semidefinite.
-        DamagedError: its header and its tensors disagree.
+        InputError: the file is not a snapshot, has NaN or infinite values, or has a Gram matrix
+            that is not symmetric positive semidefinite.
+        DamagedError: its metadata and tensors disagree.
     """
     require_regular(path, InputError)
     try:
@@ -324,7 +333,7 @@ def load(path: Path) -> Snapshot:
             metadata = opened.metadata() or {}
             if metadata.pop("format", None) != FORMAT:
                 raise InputError(
-                    "it holds no layer's snapshot",
+                    "it is not a layer's snapshot",
                     file=path,
                     wanted="one that `jaxprune snapshot` made",
                 )
@@ -336,20 +345,20 @@ def load(path: Path) -> Snapshot:
         raise InputError(f"it cannot be read ({error})", file=path) from error
     for name, array in snapshot.arrays.items():
         if not np.isfinite(np.asarray(array, np.float32)).all():
-            raise InputError("it holds NaN or infinity", file=path, entry=name)
+            raise InputError("it has NaN or infinite values", file=path, entry=name)
     for tap, gram in snapshot.grams.items():
         if reason := why_no_gram(gram):
-            raise InputError(f"it is no Gram matrix, {reason}", file=path, entry=f"gram.{tap}")
+            raise InputError(f"it is not a Gram matrix: {reason}", file=path, entry=f"gram.{tap}")
     for linear, weights in snapshot.outputs.items():
         if not (weights > 0).all():
             raise InputError(
-                "a weight of an output is not positive", file=path, entry=f"outputs.{linear}"
+                "an output weight is not positive", file=path, entry=f"outputs.{linear}"
             )
     return snapshot
 
 
 def _read(header: _Metadata, tensors: Mapping[str, np.ndarray]) -> Snapshot:
-    """Returns the snapshot of a file whose header and tensors agree."""
+    """Returns the snapshot of a file whose metadata and tensors agree."""
     linears = [linear for paths in header.inputs.values() for linear in paths]
     return Snapshot(
         int(header.layer),
@@ -370,24 +379,25 @@ def _read(header: _Metadata, tensors: Mapping[str, np.ndarray]) -> Snapshot:
 
 
 def _require_shapes(path: Path, header: _Metadata, slices: Mapping[str, Any]) -> list[str]:
-    """Returns the names of the snapshot's tensors; raises DamagedError where one is missing, or
-    does not fit."""
+    """Returns the names of the snapshot's tensors.
+
+    Raises:
+        DamagedError: a tensor is missing or has a wrong shape or dtype.
+    """
     linears = [linear for paths in header.inputs.values() for linear in paths]
     if not linears or len(set(linears)) < len(linears):
         raise DamagedError(
-            "linear layers are missing, or there twice", file=path, entry="inputs", found=linears
+            "linear layers are missing or duplicated", file=path, entry="inputs", found=linears
         )
     if header.patterns and header.patterns.keys() != set(linears):
         raise DamagedError(
-            "linear layers are missing, or unknown",
+            "linear layers are missing or unknown",
             file=path,
             entry="patterns",
             found=header.patterns,
         )
     if unknown := header.tokens.keys() - header.inputs.keys():
-        raise DamagedError(
-            "there are no such inputs", file=path, entry="tokens", found=sorted(unknown)
-        )
+        raise DamagedError("unknown inputs", file=path, entry="tokens", found=sorted(unknown))
     names = [
         f"{kind}.{tap}"
         for kind in ("gram", *["drift"] * (header.asymmetry > 0))
@@ -403,7 +413,7 @@ def _require_shapes(path: Path, header: _Metadata, slices: Mapping[str, Any]) ->
         dtype = slices[name].get_dtype()
         if dtype not in (("F32", "F16", "BF16") if name.endswith(".kernel") else ("F32",)):
             raise DamagedError(
-                "a tensor's dtype cannot be used", file=path, entry=name, found=dtype
+                "a tensor's dtype is not supported", file=path, entry=name, found=dtype
             )
     for tap, paths in header.inputs.items():
         gram = slices[f"gram.{tap}"].get_shape()
@@ -423,17 +433,20 @@ def _require_shapes(path: Path, header: _Metadata, slices: Mapping[str, Any]) ->
 def _require_linear(
     path: Path, header: _Metadata, linear: str, inputs: int, slices: Mapping[str, Any]
 ) -> None:
-    """Raises DamagedError where what the file holds of a linear layer does not fit its number of
-    inputs."""
+    """Checks the tensors and metadata of a linear layer against its number of inputs.
+
+    Raises:
+        DamagedError: they do not fit.
+    """
     kernel = slices[f"{linear}.kernel"].get_shape()
     if len(kernel) != 2 or kernel[0] != inputs or not kernel[1]:
-        wanted = f"[{inputs}, outputs], as the Gram matrix of its inputs has it"
+        wanted = f"[{inputs}, outputs], to match the Gram matrix of its inputs"
         raise DamagedError(
             "a kernel's shape is wrong", file=path, entry=linear, found=kernel, wanted=wanted
         )
     name = f"outputs.{linear}"
     if name in slices and (weights := slices[name].get_shape()) != [kernel[1]]:
-        wanted = f"[{kernel[1]}], one of each output"
+        wanted = f"[{kernel[1]}], one for each output"
         raise DamagedError(
             "the number of weights is wrong", file=path, entry=name, found=weights, wanted=wanted
         )
@@ -441,7 +454,7 @@ def _require_linear(
     if linear in header.sections and (not widths or kernel[1] % sum(widths)):
         wanted = f"outputs that sum to a divisor of {kernel[1]}"
         raise DamagedError(
-            "sections do not fit", file=path, entry=linear, found=widths, wanted=wanted
+            "sections do not match the kernel", file=path, entry=linear, found=widths, wanted=wanted
         )
     try:
         if linear in header.patterns:
@@ -451,12 +464,12 @@ def _require_linear(
 
 
 def why_no_gram(gram: Float[np.ndarray, "n n"]) -> str:
-    """Returns why a finite float32 matrix cannot be a sum of products x xᵀ; "" where it can, up to
-    rounding.
+    """Returns why a finite float32 matrix is not a sum of products x xᵀ; "" if it is.
 
-    With a diagonal of ones (the inputs' norms divided out) all entries lie between -1 and 1, and
-    after a small ridge a Cholesky factorization exists. Rounding of all entries by a few units
-    moves eigenvalues by some √n of them.
+    The test allows for rounding. The matrix is scaled to a unit diagonal, which divides by the
+    norms of the inputs. Then all entries are between -1 and 1, and a Cholesky factorization exists
+    after a small ridge. Rounding of all entries by a few units in the last place changes
+    eigenvalues by about √n of them.
     """
     n = len(gram)
     tolerance = np.float32(32 * np.sqrt(n) * np.finfo(np.float32).eps)
@@ -479,6 +492,6 @@ def why_no_gram(gram: Float[np.ndarray, "n n"]) -> str:
             )
             return f"its entry [{start + row}, {column}] is larger than the diagonal allows"
     scaled[np.diag_indices(n)] = 1 + tolerance
-    # its transpose is Fortran's, and so not copied
+    # The transpose has Fortran order, so it is not copied.
     _, pivot = spotrf(scaled.T, lower=True, overwrite_a=True)
     return f"it is not positive semidefinite: pivot {pivot - 1} is negative" if pivot else ""

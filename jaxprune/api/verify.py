@@ -1,4 +1,4 @@
-"""A pruned checkpoint held against its record, a pattern, and the dense checkpoint."""
+"""Verifies a pruned checkpoint against its record, a pattern, and the dense checkpoint."""
 
 import dataclasses
 from pathlib import Path
@@ -22,24 +22,24 @@ def verify(
     pattern: Pattern | None = None,
     zeros_of: str | Path | None = None,
 ) -> Verdict:
-    """Proves from the stored tensors what a pruned checkpoint claims.
+    """Verifies from the stored tensors what a pruned checkpoint claims.
 
     Args:
         checkpoint: a model, or a name as for `load`.
-        against: the dense model: all but the pruned kernels must be the same, bit for bit. Its
-            tensors are first rounded to the pruned checkpoint's dtype; for a GGUF file, to the
+        against: the dense model. All tensors except pruned kernels must be bitwise identical to it.
+            Its tensors are first rounded to the pruned checkpoint's dtype; for a GGUF file, to the
             file's types.
-        pattern: the pattern that every kernel must have; None: what the checkpoint's record says,
-            else an N:M that nearly all have.
-        zeros_of: the name of a pruned checkpoint, whose zeros must be zeros here, as after a
+        pattern: the pattern that every kernel must have; None: that of the checkpoint's record,
+            else an N:M pattern that nearly all kernels have.
+        zeros_of: the name of a pruned checkpoint whose zeros must also be zeros here, as after
             fine-tuning.
 
     Raises:
-        InputError, CheckpointError: a checkpoint cannot be read, or is no model.
+        InputError, CheckpointError: a checkpoint cannot be read, or is not a model.
     """
     if isinstance(checkpoint, StreamedModel):
         model = checkpoint
-    else:  # what is not finite is counted
+    else:  # unchecked: verification counts values that are not finite
         source = resolve(checkpoint)
         model = StreamedModel(open_checkpoint(source, check=False), source=source)
     dense = against if isinstance(against, StreamedModel) or against is None else load(against)

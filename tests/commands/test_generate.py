@@ -177,7 +177,7 @@ def test_prompts_of_two_texts_take_turns(checkpoint: Path, tmp_path: Path) -> No
             "own.jsonl --prompt-tokens 4",
             "--prompt-tokens does nothing by itself: pass --prompts with it",
         ),
-        ("own.jsonl --prompts ids.npy", "it holds token ids"),
+        ("own.jsonl --prompts ids.npy", "it has token ids"),
         ("own.jsonl --prompt-tokens 0", "--prompt-tokens must be at least 1"),
         ("own.txt", "known by their file's name, wanted FILE.jsonl"),
         ("mine.jsonl", "it already exists"),
