@@ -21,11 +21,11 @@ from jaxprune.reporting.svg import (
     MOST,
     SERIES,
     Figure,
+    display_name,
     draw,
     format_number,
     logarithmic,
     series_style,
-    words,
 )
 from jaxprune.solve.kernel import KernelResult
 from jaxprune.solve.layer_result import LayerSummary
@@ -163,7 +163,7 @@ def time_by_phase(checkpoints: Sequence[Checkpoint]) -> Figure:
                 range(len(checkpoints)),
                 values,
                 left=start,
-                label=words(phase),
+                label=display_name(phase),
                 color=SERIES[number % len(SERIES)],
             )
             start = [a + b for a, b in zip(start, values, strict=True)]
@@ -234,7 +234,7 @@ def accuracies(checkpoints: Sequence[Checkpoint]) -> Figure:
                 label=_label(checkpoint),
                 **_style_of(checkpoint) | {"ls": ""},
             )
-        axis.set_yticks(range(len(tasks) + 1), [*map(words, tasks), "mean"])
+        axis.set_yticks(range(len(tasks) + 1), [*map(display_name, tasks), "mean"])
         axis.axhline(len(tasks) - 0.5, color=AXIS, lw=0.6)
         axis.invert_yaxis()
         axis.set_xlabel("accuracy (acc), %, with standard errors")
@@ -268,8 +268,8 @@ def quality_by_sparsity(
         ):
             own = [(e, value) for e, value in pruned if (e.method or e.label) == method]
             for grouped, name, style in (
-                (False, words(method, 60), {}),
-                (True, f"{words(method, 60)}, N:M", {"ls": "", "mfc": "none", "ms": 6}),
+                (False, display_name(method, 60), {}),
+                (True, f"{display_name(method, 60)}, N:M", {"ls": "", "mfc": "none", "ms": 6}),
             ):
                 points = sorted(
                     (100 * e.sparsity, _plain(value))
@@ -337,7 +337,7 @@ def _style_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _label(checkpoint: Checkpoint) -> str:
-    return words(checkpoint.label)
+    return display_name(checkpoint.label)
 
 
 def _layers(checkpoint: Checkpoint) -> Sequence[LayerSummary]:
@@ -396,4 +396,4 @@ def _percents(fractions: Iterable[float | None]) -> list[float]:
 
 
 def _short(linear: str) -> str:
-    return words(linear.rpartition(".")[2].removesuffix("_proj"))
+    return display_name(linear.rpartition(".")[2].removesuffix("_proj"))

@@ -120,7 +120,7 @@ def series_style(number: int) -> dict[str, Any]:
     return {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)]}
 
 
-def words(name: str, most: int = 26) -> str:
+def display_name(name: str, most: int = 26) -> str:
     """Returns a name of somebody else's as a plot bears it: without its middle where it is long, so
     that it leaves room."""
     name = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
