@@ -7,7 +7,7 @@ that `models` has. What the file would say otherwise than the checkpoint is refu
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -41,6 +41,26 @@ LEAST_OF_EMBEDDINGS = GGMLQuantizationType.Q8_0
 """Of the fewest bits that embedding and head are stored in. llama.cpp gives them six and a half."""
 
 
+class _Tensor(NamedTuple):
+    """A tensor of a file.
+
+    Attributes:
+        paths: of the params in it: one, those of all experts in order, or none of the checkpoint's.
+        shape: the fastest axis last.
+        kind: how its elements are stored.
+    """
+
+    paths: list[str]
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that it takes."""
+        block, nbytes = gguf.GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.shape) // block * nbytes
+
+
 class Writer:
     """Writes a GGUF file: its header at once, and each tensor in its place when it comes.
 
@@ -65,13 +85,10 @@ class Writer:
         self.place, self._kind = place, KINDS[type]
         config = load_config(assets)
         self._model, self._config = models.of_type(config.model_type, assets), config
-        self._tensors = _tensors_of(spec, self._model)
-        self._names = {path: name for name, paths in self._tensors.items() for path in paths}
-        self._kinds = {
-            name: _kind_of(name, spec, paths, self._kind) for name, paths in self._tensors.items()
-        }
+        self._tensors = _tensors_of(spec, self._model, self._kind)
+        self._names = {path: name for name, one in self._tensors.items() for path in one.paths}
         self._missing = set(self._tensors)
-        self._write_header(spec, assets)
+        self._write_header(assets)
         self._require_same(spec)
 
     @staticmethod
@@ -79,7 +96,7 @@ class Writer:
         """Raises CheckpointError where llama.cpp has no such model."""
         models.of_type(load_config(reader.assets).model_type, reader.assets)
 
-    def _write_header(self, spec: Spec, assets: Path) -> None:
+    def _write_header(self, assets: Path) -> None:
         prefix = gguf.MODEL_ARCH_NAMES[self._model.arch]
         writer = gguf.GGUFWriter(self.place, prefix)
         writer.add_string("jaxprune.seal", ownership.UNSEALED)  # near the start
@@ -92,14 +109,11 @@ class Writer:
             _add(writer, f"tokenizer.{name}", value)
         factors = settings.rope_factors(self._config)
         if factors is not None:
-            self._tensors[reading.ROPE_FACTORS] = []
-            self._kinds[reading.ROPE_FACTORS] = GGMLQuantizationType.F32
-        sizes = {}
-        for name, paths in self._tensors.items():
-            shape = _shape(spec, paths) if paths or factors is None else factors.shape
-            kind = self._kinds[name]
-            sizes[name] = _nbytes(shape, kind)
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], raw_dtype=kind)
+            kind = GGMLQuantizationType.F32
+            self._tensors[reading.ROPE_FACTORS] = _Tensor([], factors.shape, kind)
+        for name, one in self._tensors.items():
+            dtype = np.dtype(np.float32)
+            writer.add_tensor_info(name, one.shape, dtype, one.nbytes, raw_dtype=one.kind)
         with failing(self.place):
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -107,9 +121,9 @@ class Writer:
             writer.close()
             end = self.place.stat().st_size
         self._starts = {}
-        for name, size in sizes.items():
+        for name, one in self._tensors.items():
             end = self._starts[name] = -(-end // writer.data_alignment) * writer.data_alignment
-            end += size
+            end += one.nbytes
         reserve(self.place, -(-end // writer.data_alignment) * writer.data_alignment)
         if factors is not None:
             self._put(reading.ROPE_FACTORS, factors)
@@ -130,8 +144,9 @@ class Writer:
 
     def write(self, params: Mapping[str, np.ndarray]) -> None:
         for name in dict.fromkeys(self._names[path] for path in params):
-            arrays = [self._in_file(path, params[path]) for path in self._tensors[name]]
-            self._put(name, np.stack(arrays) if split_expert(self._tensors[name][0]) else arrays[0])
+            paths = self._tensors[name].paths
+            arrays = [self._in_file(path, params[path]) for path in paths]
+            self._put(name, np.stack(arrays) if split_expert(paths[0]) else arrays[0])
             self._missing.discard(name)
 
     def _in_file(self, path: str, array: np.ndarray) -> Float[np.ndarray, "..."]:
@@ -141,7 +156,7 @@ class Writer:
         )
 
     def _put(self, name: str, array: Float[np.ndarray, "..."]) -> None:
-        kind = self._kinds[name]
+        kind = self._tensors[name].kind
         if (
             kind == GGMLQuantizationType.F16
             and np.abs(array).max(initial=0) > np.finfo(np.float16).max
@@ -174,17 +189,24 @@ def tensor_bytes(spec: Spec, assets: Path, type: str) -> int:
     Raises:
         CheckpointError: llama.cpp has no such model.
     """
-    tensors = _tensors_of(spec, models.of_type(load_config(assets).model_type, assets))
-    kinds = {name: _kind_of(name, spec, paths, KINDS[type]) for name, paths in tensors.items()}
-    return sum(_nbytes(_shape(spec, paths), kinds[name]) for name, paths in tensors.items())
+    model = models.of_type(load_config(assets).model_type, assets)
+    return sum(one.nbytes for one in _tensors_of(spec, model, KINDS[type]).values())
 
 
-def _tensors_of(spec: Spec, model: models.Model) -> dict[str, list[str]]:
-    """Returns name -> the params in the tensor of that name."""
+def _tensors_of(
+    spec: Spec, model: models.Model, wanted: GGMLQuantizationType
+) -> dict[str, _Tensor]:
+    """Returns the tensors of a file by name, whose matrices are stored as `wanted`."""
     modules = {module: name for name, module in model.names().items()}
-    tensors: dict[str, list[str]] = {}
+    grouped: dict[str, list[str]] = {}
     for path in spec:
-        tensors.setdefault(_name_of(path, model, modules), []).append(path)
+        grouped.setdefault(_name_of(path, model, modules), []).append(path)
+    tensors = {}
+    for name, paths in grouped.items():
+        shape = transposed_shape(paths[0], spec[paths[0]].shape)
+        if split_expert(paths[0]):
+            shape = len(paths), *shape
+        tensors[name] = _Tensor(paths, shape, _kind_of(name, paths[0], shape[-1], wanted))
     return tensors
 
 
@@ -201,27 +223,12 @@ def _name_of(path: str, model: models.Model, modules: Mapping[str, str]) -> str:
     return f"blk.{index}.{modules[module]}.{'bias' if leaf == 'bias' else 'weight'}"
 
 
-def _kind_of(
-    name: str, spec: Spec, paths: list[str], wanted: GGMLQuantizationType
-) -> GGMLQuantizationType:
-    """Returns how a tensor is stored in a file whose matrices are stored as `wanted`."""
-    if not paths[0].endswith((".kernel", ".embedding")) or "ffn_gate_inp" in name:
+def _kind_of(name: str, path: str, row: int, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+    """Returns how a tensor is stored, of the path of a param in it and the elements of a row."""
+    if not path.endswith((".kernel", ".embedding")) or "ffn_gate_inp" in name:
         return GGMLQuantizationType.F32
-    shape = spec[paths[0]].shape
-    row = shape[0] if paths[0].endswith(".kernel") else shape[1]
-    kind = max(wanted, LEAST_OF_EMBEDDINGS, key=_bits_of) if paths[0] in TOP else wanted
+    kind = max(wanted, LEAST_OF_EMBEDDINGS, key=_bits_of) if path in TOP else wanted
     return kind if row % gguf.GGML_QUANT_SIZES[kind][0] == 0 else WIDER
-
-
-def _shape(spec: Spec, paths: list[str]) -> tuple[int, ...]:
-    """Returns the shape of a tensor, the fastest axis last."""
-    shape = transposed_shape(paths[0], spec[paths[0]].shape)
-    return (len(paths), *shape) if split_expert(paths[0]) else shape
-
-
-def _nbytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
-    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
-    return math.prod(shape) // block * nbytes
 
 
 def _bits_of(kind: GGMLQuantizationType) -> float:
