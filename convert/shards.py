@@ -131,24 +131,22 @@ class ShardWriter:
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=max_shard_size,
         )
-        self._files = {
-            file: TensorFile(folder / file, {name: spec[name] for name in names}, {"format": "pt"})
-            for file, names in plan.filename_to_tensors.items()
-        }
-        self._file_of = {
-            name: file for file, names in plan.filename_to_tensors.items() for name in names
-        }
+        self._files: dict[str, TensorFile] = {}
+        for file, names in plan.filename_to_tensors.items():
+            tensors = {name: spec[name] for name in names}
+            made = TensorFile(folder / file, tensors, {"format": "pt"})
+            self._files |= dict.fromkeys(names, made)
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def write(self, name: str, array: np.ndarray) -> None:
         """Writes one tensor at its place."""
-        self._files[self._file_of[name]].write(name, array)
+        self._files[name].write(name, array)
 
     def finish(self) -> None:
         """Raises CheckpointError if a tensor was never written."""
-        for file in self._files.values():
+        for file in dict.fromkeys(self._files.values()):
             file.finish()
 
 
