@@ -179,7 +179,7 @@ def test_prompts_of_two_texts_take_turns(checkpoint: Path, tmp_path: Path) -> No
         ),
         ("own.jsonl --prompts ids.npy", "it has token ids"),
         ("own.jsonl --prompt-tokens 0", "--prompt-tokens must be at least 1"),
-        ("own.txt", "known by their file's name, wanted FILE.jsonl"),
+        ("own.txt", "must end in .jsonl, wanted FILE.jsonl"),
         ("mine.jsonl", "it already exists"),
         ("link.jsonl", "symbolic link"),
         ("folder.jsonl", "it is a folder"),
