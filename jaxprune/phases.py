@@ -2,15 +2,19 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
 from convert.names import expert_path
 from jaxprune.calibration.text_stream import TextStream
-from jaxprune.distill import distillation, saved_tuning
+from jaxprune.costs.phase_costs import PhaseCosts
+from jaxprune.costs.run_sizes import RunSizes
+from jaxprune.distill import distillation, saved_tuning, tuning_costs
 from jaxprune.distill.distillation import Text, distill
 from jaxprune.errors import Change, InputError
+from jaxprune.evaluation import perplexity
 from jaxprune.loop import sweep_layers
 from jaxprune.methods.quantization import has_grid
 from jaxprune.models import Architecture
@@ -18,6 +22,7 @@ from jaxprune.recipe import Recipe
 from jaxprune.recipe_parts import effective_tuning, late_sparsity
 from jaxprune.run_store.context import NO_STORE, Context
 from jaxprune.run_store.store import CURVE, PRUNED, QUANTIZED, SENSITIVITY, TUNED, TUNING
+from jaxprune.solve import expert_removal, layer_costs, sensitivity
 from jaxprune.solve.allocation import allocate, zeros_to_allocate
 from jaxprune.solve.calibration_states import CalibrationStates
 from jaxprune.solve.layer import Solver
@@ -71,10 +76,12 @@ def prune_model(
         text = distillation.of_stream(stream, tuning)
     elif tuning.tune_epochs:
         text = distillation.of_windows(tokens, tuning, seed)
-    layers = phases.pruned()
-    if text:
-        layers = phases.tuned(layers, text)
-    return phases.quantized(layers) if recipe.quantize else layers
+    phases = dataclasses.replace(phases, text=text)
+    layers: Iterator[LayerResult] = iter(())
+    for phase in PHASES:
+        if phase.layers and phase.wanted(phases.recipe):
+            layers = phase.layers(phases, layers)
+    return layers
 
 
 def require_stream(recipe: Recipe, stream: TextStream | None) -> None:
@@ -150,8 +157,9 @@ class Phases:
 
     Attributes:
         model, tokens, context: as for `prune_model`.
-        recipe: the recipe, without fields that have no effect; see `effective_recipe`.
-        targets: the result of `require_recipe`.
+        recipe: without what changes nothing, since rules name every linear layer.
+        targets: as `require_recipe` returns them.
+        text: what is tuned on; None: nothing is tuned.
     """
 
     model: StreamedModel
@@ -159,6 +167,7 @@ class Phases:
     recipe: Recipe
     targets: Targets
     context: Context
+    text: Text | None = None
 
     @classmethod
     def of(
@@ -185,14 +194,14 @@ class Phases:
     def _routed(self) -> StreamedModel:
         return self.model.routing_all() if self.recipe.experts.route_all else self.model
 
-    def pruned(self) -> Iterator[LayerResult]:
-        """Yields pruned layers."""
+    def pruned(self, _: Iterator[LayerResult]) -> Iterator[LayerResult]:
+        """Yields pruned layers; there are none before."""
         for layer in sweep_layers(*self.solving(saved_layers(self.context.store, PRUNED))):
             self.context.observer.layer_done(layer)
             yield layer
 
-    def tuned(self, layers: Iterator[LayerResult], text: Text) -> Iterator[LayerResult]:
-        """Yields pruned layers after tuning on a text."""
+    def tuned(self, layers: Iterator[LayerResult]) -> Iterator[LayerResult]:
+        """Yields pruned layers tuned on the text."""
         context, saved = self.context, saved_layers(self.context.store, TUNED)
         if saved and saved.complete(self.model.num_layers):
             yield from self._replay(saved)
@@ -201,7 +210,8 @@ class Phases:
         context.drop(TUNED, CURVE)
         every = list(layers)
         released = (every.pop(0) for _ in range(len(every)))
-        target_of, tuning = with_rules(*self.targets), self.recipe.tuning
+        target_of, tuning, text = with_rules(*self.targets), self.recipe.tuning, self.text
+        assert text
         tuned = distill(self.model, text, released, tuning, target_of=target_of, context=context)
         for _ in range(self.model.num_layers):
             with context.timed("tune"):
@@ -275,3 +285,29 @@ class Phases:
                 target = own
         of_layers = [weights(layer, importance) for layer in found] if importance.weighs else None
         return target, of_layers
+
+
+class Phase(NamedTuple):
+    """A phase of a run.
+
+    Attributes:
+        wanted: recipe -> whether a run of it has the phase.
+        costs: the sizes of a run -> what the phase costs.
+        layers: the layers of the phase before -> its own; None: it makes no layers.
+    """
+
+    wanted: Callable[[Recipe], bool]
+    costs: Callable[[RunSizes], PhaseCosts]
+    layers: Callable[[Phases, Iterator[LayerResult]], Iterator[LayerResult]] | None = None
+
+
+PHASES = (
+    Phase(lambda recipe: recipe.experts.drop_experts > 0, expert_removal.costs),
+    Phase(lambda recipe: recipe.importance.measured, sensitivity.costs),
+    Phase(lambda recipe: True, layer_costs.pruning, Phases.pruned),
+    Phase(lambda recipe: recipe.tuning.tunes, tuning_costs.costs, Phases.tuned),
+    Phase(lambda recipe: recipe.quantize is not None, layer_costs.quantization, Phases.quantized),
+    Phase(lambda recipe: True, perplexity.costs),
+)
+"""The phases of a run, in order: `prune_model` runs those that make layers, and a plan adds up what
+all of them cost."""

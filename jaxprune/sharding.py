@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
@@ -111,14 +110,6 @@ class Devices:
         """Shards the last axis of arrays over the devices; replicates arrays that cannot be split
         evenly."""
         return jax.tree.map(lambda array: self._shard(array, -1), tree)
-
-    def zeros(self, shape: tuple[int, ...]) -> jax.Array:
-        """Makes float32 zeros; those of three axes are sharded over the first, where it can be
-        split evenly."""
-        if self.mesh is None:
-            return jnp.zeros(shape, jnp.float32)
-        spec = self._spec(shape, 0 if len(shape) == 3 else None)
-        return jnp.zeros(shape, jnp.float32, device=NamedSharding(self.mesh, spec))
 
     def abstract(self, shape: jax.ShapeDtypeStruct, axis: int | None) -> jax.ShapeDtypeStruct:
         """Returns a shape with the sharding that an array of it gets; `axis` is sharded, None: it

@@ -20,9 +20,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from jaxprune import load  # noqa: E402
-from jaxprune.commands.plan import work_of  # noqa: E402
 from jaxprune.commands.run_options import parse  # noqa: E402
-from jaxprune.planning.preflight import need  # noqa: E402
+from jaxprune.commands.plan import sizes_of  # noqa: E402
+from jaxprune.planning.estimate import need  # noqa: E402
 from jaxprune.sharding import ONE_DEVICE  # noqa: E402
 from tests.helpers import families, public  # noqa: E402
 
@@ -61,10 +61,10 @@ def planned(family: str, name: str) -> str:
             "--device-memory",
             "80",
         ]
-        work = work_of(*parse(line), ONE_DEVICE)
-        weights = sum(np.prod(param.shape) for param in work.spec.values()) / 1e9
-        flops = need(work, within=math.inf).flops.values()  # no program is compiled
-        return f"{name} ({weights:.3g} B, {sum(sum(each.values()) for each in flops) / 1e15:.3g})"
+        run = sizes_of(*parse(line), ONE_DEVICE)
+        weights = sum(np.prod(param.shape) for param in run.spec.values()) / 1e9
+        phases = need(run, within=math.inf).phases.values()  # no program is compiled
+        return f"{name} ({weights:.3g} B, {sum(one.flops.total() for one in phases) / 1e15:.3g})"
 
 
 def main() -> None:

@@ -18,13 +18,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jaxprune.commands.plan import work_of  # noqa: E402
 from jaxprune.commands.run_options import parse  # noqa: E402
+from jaxprune.commands.plan import sizes_of  # noqa: E402
 from jaxprune.commands.terminal import duration  # noqa: E402
 from jaxprune.hardware import writing_for  # noqa: E402
-from jaxprune.planning import fit, preflight  # noqa: E402
-from jaxprune.planning.targets import TARGETS, target_of, without_cache  # noqa: E402
-from jaxprune.planning.work import GIB, Need  # noqa: E402
+from jaxprune.planning import fit_check  # noqa: E402
+from jaxprune.planning.estimate import GIB, Need, need  # noqa: E402
+from jaxprune.planning.target_hardware import TARGETS, target_of, without_cache  # noqa: E402
 from tests.helpers.public import PUBLIC, sizes  # noqa: E402
 
 MODELS = {
@@ -73,14 +73,15 @@ def planned(model: str, recipe: str, target_name: str) -> tuple[Need, list[str]]
             "--sparsity",
             "0.7",
         ]
-        work = work_of(
+        run = sizes_of(
             *parse([*line, *RECIPES[recipe].split()]), target.devices(int(count)), target
         )
-        need = preflight.need(work)
-    petaflop = sum(sum(flops.values()) for flops in need.flops.values()) / 1e15
-    moved, peak = sum(need.transfers.values()) / 1e12, max(need.device.values()) / GIB
-    phases = ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in need.seconds.items())
-    fits = "no" if list(fit.device_shortages(need, work)) else "yes"
+        found = need(run, target=target)
+    rows = found.phases.values()
+    petaflop = sum(row.flops.total() for row in rows) / 1e15
+    moved, peak = sum(row.transfers for row in rows) / 1e12, found.device / GIB
+    phases = ", ".join(f"{phase} {duration(row.seconds)}" for phase, row in found.phases.items())
+    fits = "no" if list(fit_check.device_shortages(found, run)) else "yes"
     row = [
         model,
         recipe,
@@ -89,12 +90,12 @@ def planned(model: str, recipe: str, target_name: str) -> tuple[Need, list[str]]
         fits,
         f"{petaflop:.3g}",
     ]
-    sent = sum(need.exchanged.values()) / 1e12
-    return need, [
+    sent = sum(row.exchanged for row in rows) / 1e12
+    return found, [
         *row,
         f"{moved:.3g}",
         f"{sent:.3g}",
-        f"{duration(sum(need.seconds.values()))}: {phases}",
+        f"{duration(found.seconds)}: {phases}",
     ]
 
 

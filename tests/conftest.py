@@ -86,7 +86,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if nextitem and nextitem.path != item.path:
         import jax
 
-        from jaxprune.planning.machine import peak_bytes
+        from jaxprune.planning.this_machine import peak_bytes
 
         if (peak := peak_bytes()["host"]) > forget_at:
             gc.unfreeze()

@@ -13,7 +13,7 @@ from jaxprune import load
 from jaxprune.commands import recipe_options
 from jaxprune.commands.progress import timing_table
 from jaxprune.commands.terminal import keep_compilations
-from jaxprune.planning.timing import jit_versus_eager
+from jaxprune.planning.jit_versus_eager import jit_versus_eager
 from tests.helpers import xla
 from tests.helpers.shapes import windows
 

@@ -14,7 +14,7 @@ from jax.lax import DotAlgorithmPreset, Precision
 from jaxprune import hardware
 from jaxprune.hardware import Hardware, cpu_budget, current, host_memory, writing_for
 from jaxprune.methods import linalg
-from jaxprune.planning.machine import available_memory
+from jaxprune.planning.this_machine import available_memory
 from tests.helpers import cgroups
 
 

@@ -14,7 +14,7 @@ from jaxprune.api.load import load
 from jaxprune.errors import InputError
 from jaxprune.evaluation.quality import Evaluator, Measures, Quality, table
 from jaxprune.evaluation.verification import zeros
-from jaxprune.planning import preflight
+from jaxprune.planning.estimate import need_of_evaluation
 from jaxprune.reporting import record as records
 from jaxprune.reporting.recording_observer import environment, write_record
 from jaxprune.streaming.model import StreamedModel
@@ -86,7 +86,7 @@ def evaluate(
     evaluator = Evaluator(measures, some, observer)
     if texts_of := [tokens.shape for tokens in evaluator.windows.values()]:
         observer.planned(
-            preflight.need_of_evaluation(some.reader.spec, some.architecture, texts_of, len(models))
+            need_of_evaluation(some.reader.spec, some.architecture, texts_of, len(models))
         )
     sparsity = {name: _sparsity(zeros(model).values()) for name, model in models.items()}
     asked = check(records.Config, plain(config or {}), file="", entry="config", error=InputError)

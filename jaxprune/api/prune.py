@@ -29,13 +29,13 @@ from convert.paths import inputs_of, paths_of, require_apart
 from convert.schema import as_text
 from convert.writing import failing
 from jaxprune.calibration.text_stream import TextStream
+from jaxprune.costs.run_sizes import RunSizes
 from jaxprune.errors import CheckpointError, InputError, UserError
 from jaxprune.evaluation.quality import Evaluator, Quality
 from jaxprune.loop import other_params
 from jaxprune.phases import prune_model, require_recipe, require_stream
-from jaxprune.planning import fit
-from jaxprune.planning.timing import jit_versus_eager
-from jaxprune.planning.work import Work
+from jaxprune.planning import fit_check
+from jaxprune.planning.jit_versus_eager import jit_versus_eager
 from jaxprune.processes.collective import (
     barrier,
     broadcast,
@@ -161,7 +161,7 @@ def prune(
     observer.phase_timed("setup", time.perf_counter() - begun)
     if not options.unchecked:
         require_whole(model.reader.files)
-        observer.planned(fit.require_fit(run.work()))
+        observer.planned(fit_check.require_fit(run.sizes()))
     folder, masks_at = run.place.path, run.masks_at
     if broadcast(emptied):
         if on_first_process(lambda: opening.remove_finished(folder, run.identity, masks_at)):
@@ -232,17 +232,18 @@ class _Run:
     recorder: RecordingObserver
     identity: Mapping[str, Any]
 
-    def work(self) -> Work:
-        """Returns the work that must fit this machine."""
+    def sizes(self) -> RunSizes:
+        """Returns what decides whether the run fits this machine."""
         model, evaluator = self.model, self.options.evaluator
         architecture = model.architecture
-        left = without_experts(architecture, self.recipe.experts.drop_experts)
         if architecture.config.routing:
             architecture = architecture.routed(mesh=None)
-        return Work(
+        left = without_experts(architecture, self.recipe.experts.drop_experts)
+        return RunSizes(
             spec=model.reader.spec,
             saved=self.saved.reader.spec,
             architecture=architecture,
+            left=left,
             recipe=effective_recipe(left, self.recipe),
             windows=len(self.windows),
             length=self.windows.shape[1],

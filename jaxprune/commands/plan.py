@@ -17,12 +17,13 @@ from jaxprune.commands.progress import longest
 from jaxprune.commands.prune import require_suitable
 from jaxprune.commands.run_options import Config, group_of, read
 from jaxprune.commands.terminal import choose_devices, command, console, duration, print_table
+from jaxprune.costs.run_sizes import RunSizes
 from jaxprune.hardware import writing_for
 from jaxprune.phases import require_recipe
-from jaxprune.planning import fit, preflight
-from jaxprune.planning.machine import describe_hardware, matrix_rate
-from jaxprune.planning.targets import Target, target_of, without_cache
-from jaxprune.planning.work import GIB, Need, Work
+from jaxprune.planning import estimate, fit_check
+from jaxprune.planning.estimate import GIB, Need
+from jaxprune.planning.this_machine import describe_hardware, matrix_rate
+from jaxprune.planning.target_hardware import Target, target_of, without_cache
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import Devices
 from jaxprune.solve.expert_removal import without_experts
@@ -60,30 +61,30 @@ def plan(config: Config, recipe: Recipe, sparsity: float | None = None) -> int:
         return _plan_for_targets(config, recipe, sparsity)
     devices = choose_devices(config.device, config.devices, config.meeting(recipe))
     require_suitable(config, recipe, sparsity)
-    work = work_of(config, recipe, devices)
-    need = preflight.need(work)
-    times = {} if work.device_bytes else preflight.seconds(need, work.devices)
-    host = {phase: need.host[phase] + work.on_cpu * device for phase, device in need.device.items()}
+    run = sizes_of(config, recipe, devices)
+    need = estimate.need(run)
+    times = {} if run.device_bytes else estimate.seconds(need, run.devices)
+    host = {phase: row.host + run.on_cpu * row.device for phase, row in need.phases.items()}
     columns = [_device_column(need), Column("host, GiB", host, max, _gib), _flops_column(need)]
     if times:
         columns.append(Column("about", times, sum, duration))
-    _print_phases(need.device, columns)
+    _print_phases(need.phases, columns)
     disk = ", ".join(f"{what} {size / GIB:.2f}" for what, size in need.disk.items() if size)
     console.print(f"disk, GiB, at most: {disk}; kept in the end: {need.kept / GIB:.2f}")
-    if work.scratch:
-        console.print(f"scratch, GiB, at most: {max(need.scratch.values()) / GIB:.2f}")
+    if run.scratch:
+        console.print(f"scratch, GiB, at most: {need.states / GIB:.2f}")
     _say_uncounted(config)
     if times:
         console.print(
             f"time: from the matrix rate of {describe_hardware()}, measured now; {longest(times)}"
         )
-        if work.on_cpu and np.dtype(work.architecture.config.dtype) == np.float32:
+        if run.on_cpu and np.dtype(run.architecture.config.dtype) == np.float32:
             gain = matrix_rate("bfloat16") / matrix_rate("float32")
             if gain > WORTH_A_WORD:
                 console.print(
                     f"its products in bfloat16 are {gain:.1f} times as fast: --dtype bfloat16"
                 )
-    problems = list(fit.shortages(need, work))
+    problems = list(fit_check.shortages(need, run))
     for problem in problems:
         console.print(f"does not fit: {worded(problem)}")
     if not problems:
@@ -117,19 +118,19 @@ def _plan_for_targets(config: Config, recipe: Recipe, sparsity: float | None) ->
     for name, target in targets.items():
         devices = target.devices(count) if target.has_compiler else Devices()
         with writing_for(target.hardware), without_cache():
-            work = work_of(config, recipe, devices, target)
-            need = preflight.need(work)
+            run = sizes_of(config, recipe, devices, target)
+            need = estimate.need(run, target=target)
         console.print(f"{count} × {target.words}")
-        _print_phases(need.flops, _target_columns(need))
-        short = list(fit.device_shortages(need, work))
+        _print_phases(need.phases, _target_columns(need))
+        short = list(fit_check.device_shortages(need, run))
         if target.has_compiler:
             fits = "no" if short else "yes"
             problems += [f"does not fit: {name}: {worded(one)}" for one in short]
         else:  # the most that its programs could need
             fits = "perhaps" if short else "yes"
             problems += [f"may not fit, the compiler would tell: {name}: {one}" for one in short]
-        needed = f"{_gib(max(need.device.values()))} of {_gib(target.usable)}"
-        summary.append([name, needed, fits, duration(sum(need.seconds.values()))])
+        needed = f"{_gib(need.device)} of {_gib(target.usable)}"
+        summary.append([name, needed, fits, duration(need.seconds)])
     if len(summary) > 1:
         print_table(summary, ["target", "device, GiB", "fits", "at least"])
     for problem in problems:
@@ -147,35 +148,41 @@ def _say_uncounted(config: Config) -> None:
         console.print(f"not counted: --eval {','.join(uncounted)}")
 
 
-def work_of(config: Config, recipe: Recipe, devices: Devices, target: Target | None = None) -> Work:
-    """Returns what a run is asked to do, from headers or config.json alone.
+def sizes_of(
+    config: Config, recipe: Recipe, devices: Devices, target: Target | None = None
+) -> RunSizes:
+    """Returns the sizes of a run, from headers or config.json alone.
 
     Raises:
         InputError, CheckpointError: there is not even that, or the windows are longer than the
             model takes.
     """
     assert config.out
-    spec, saved, architecture = preflight.shapes_of(
+    spec, saved, architecture = estimate.shapes_of(
         config.ckpt, config.computation_dtype, config.save_dtype
     )
     architecture.require_length(config.seqlen)
-    pruned = without_experts(architecture, recipe.experts.drop_experts)
-    require_recipe(pruned, recipe)
+    left = without_experts(architecture, recipe.experts.drop_experts)
+    require_recipe(left, recipe)
     length = config.eval_seqlen or config.seqlen
     text = config.eval_windows or max(1, EVALUATION_TOKENS // length), length
-    return Work(
-        spec,
-        saved,
-        architecture,
-        effective_recipe(pruned, recipe),
-        config.nsamples,
-        config.seqlen,
-        [text] * len(config.plan().texts),
-        Path(expand(config.out)).absolute(),
-        config.scratch_folder(config.out),
-        devices,
-        target.usable if target else config.device_memory * GIB if config.device_memory else None,
-        target,
+    return RunSizes(
+        spec=spec,
+        saved=saved,
+        architecture=architecture,
+        left=left,
+        recipe=effective_recipe(left, recipe),
+        windows=config.nsamples,
+        length=config.seqlen,
+        texts=[text] * len(config.plan().texts),
+        out=Path(expand(config.out)).absolute(),
+        scratch=config.scratch_folder(config.out),
+        devices=devices,
+        device_bytes=target.usable
+        if target
+        else config.device_memory * GIB
+        if config.device_memory
+        else None,
     )
 
 
@@ -207,24 +214,30 @@ def _print_phases(phases: Iterable[str], columns: Sequence[Column]) -> None:
 
 def _target_columns(need: Need) -> list[Column]:
     """Returns what each phase needs and takes on a target."""
-    sent = {phase: need.exchanged.get(phase, 0.0) for phase in need.flops}
+
+    def column(heading: str, field: str, text: Callable[[float], str]) -> Column:
+        every = {phase: getattr(row, field) for phase, row in need.phases.items()}
+        return Column(heading, every if any(every.values()) else {}, sum, text)
+
+    sent = column("sent to others, GB", "exchanged", _giga)
     return [
         _device_column(need),
         _flops_column(need),
-        Column("in its memory, TB", need.traffic, sum, lambda count: f"{count / 1e12:.4g}"),
-        *([Column("sent to others, GB", sent, sum, _giga)] if any(sent.values()) else []),
-        Column("from and to the host, GB", need.transfers, sum, _giga),
-        Column("at least", need.seconds, sum, duration),
+        column("in its memory, TB", "traffic", lambda count: f"{count / 1e12:.4g}"),
+        *([sent] if sent.values else []),
+        column("from and to the host, GB", "transfers", _giga),
+        column("at least", "seconds", duration),
     ]
 
 
 def _device_column(need: Need) -> Column:
-    return Column("device, GiB", need.device, max, _gib)
+    every = {phase: row.device for phase, row in need.phases.items()}
+    return Column("device, GiB", every, max, _gib)
 
 
 def _flops_column(need: Need) -> Column:
-    flops = {phase: sum(by_dtype.values()) for phase, by_dtype in need.flops.items()}
-    return Column("TFLOP", flops, sum, _tera)
+    every = {phase: row.flops.total() for phase, row in need.phases.items()}
+    return Column("TFLOP", every, sum, _tera)
 
 
 def _tera(count: float) -> str:

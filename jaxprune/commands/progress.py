@@ -14,9 +14,8 @@ from jaxprune.commands.terminal import console, duration, keep_memory, print_tab
 from jaxprune.distill.schedule import all_zeros_there
 from jaxprune.evaluation.quality import Quality, table
 from jaxprune.models.common.functional_modules import every_expert
-from jaxprune.planning.preflight import seconds
-from jaxprune.planning.timing import Timing
-from jaxprune.planning.work import Need
+from jaxprune.planning.estimate import Need, seconds
+from jaxprune.planning.jit_versus_eager import Timing
 from jaxprune.recipe_parts import Tuning
 from jaxprune.reporting.model_card import summary
 from jaxprune.sharding import ONE_DEVICE, Devices

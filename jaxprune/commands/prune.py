@@ -171,7 +171,7 @@ def require_suitable(config: Config, recipe: Recipe, sparsity: float | None) -> 
         CheckpointError: the checkpoint cannot be read.
     """
     from jaxprune.phases import require_recipe
-    from jaxprune.planning.preflight import shapes_of
+    from jaxprune.planning.estimate import shapes_of
     from jaxprune.solve.expert_removal import without_experts
     from jaxprune.solve.targets import require_sparsity
 

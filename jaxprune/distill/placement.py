@@ -1,6 +1,7 @@
 """Decides which arrays of a tuning stay on the device, by its memory."""
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,9 +9,11 @@ import jax
 import numpy as np
 
 from jaxprune import hardware
+from jaxprune.costs.program import size_of
 from jaxprune.distill import adafactor
 from jaxprune.distill.layer_vjp import forward_and_vjp
-from jaxprune.models import Architecture
+from jaxprune.models import Architecture, Layer
+from jaxprune.sharding import ONE_DEVICE, Devices
 from jaxprune.streaming.head import CHUNK
 
 
@@ -71,6 +74,36 @@ def placement_of(
     )
 
 
+class TunedLayer(NamedTuple):
+    """The shapes with which a layer is called in a tuning.
+
+    Attributes:
+        kernels: of its pruned linear layers.
+        rest: its other params.
+        vjp: what its forward pass keeps for its backward pass.
+    """
+
+    kernels: adafactor.Kernels
+    rest: dict[str, Any]
+    vjp: Any
+
+    @classmethod
+    def of(
+        cls, layer: Layer, params: Mapping[str, Any], x: Any, devices: Devices = ONE_DEVICE
+    ) -> "TunedLayer":
+        """Returns the shapes of a layer that has such params and such an input."""
+        kernels = jax.tree.map(
+            lambda leaf: devices.abstract(leaf, -1), adafactor.shapes(layer, np.dtype(x.dtype))
+        )
+        rest = {name: param for name, param in params.items() if name not in kernels.moving}
+        vjp = jax.eval_shape(partial(forward_and_vjp, layer), kernels.values, rest, x)[1]
+
+        def placed(leaf: Any) -> Any:
+            return devices.abstract(leaf, 0 if leaf.shape[:1] == x.shape[:1] else None)
+
+        return cls(kernels, rest, jax.tree.map(placed, vjp))
+
+
 class _Step(NamedTuple):
     """Memory of a tuning step, in bytes.
 
@@ -92,12 +125,9 @@ class _Step(NamedTuple):
         x = jax.ShapeDtypeStruct((windows, length, architecture.width), dtype)
         state = largest = results = visit = 0
         for layer, count in Counter(architecture.layers).items():
-            kernels = adafactor.shapes(layer, dtype)
-            rest = {name: shape for name, shape in layer.spec.items() if name not in kernels.values}
-            kept = _bytes(
-                jax.eval_shape(partial(forward_and_vjp, layer), kernels.values, rest, x)[1]
-            )
-            own, weights = _bytes(kernels), sum(value.size for value in kernels.values.values())
+            tuned = TunedLayer.of(layer, layer.spec, x)
+            kernels, kept = tuned.kernels, size_of(tuned.vjp)
+            own, weights = size_of(kernels), sum(value.size for value in kernels.values.values())
             state, results, largest = state + count * own, results + count * kept, max(largest, own)
             # Gradients are as large as the results.
             visit = max(visit, 2 * kept + (1 + late_zeros) * weights * dtype.itemsize)
@@ -121,7 +151,3 @@ def _batch(architecture: Architecture, tokens: int) -> int:
     return (weights + tokens * (2 * architecture.width + 3 * widest)) * np.dtype(
         architecture.config.dtype
     ).itemsize
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

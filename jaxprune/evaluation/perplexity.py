@@ -6,7 +6,8 @@ Each model visits the device layer by layer; none need fit it, nor the host.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -14,13 +15,18 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import ShapeDtypeStruct as Shape
 from jaxtyping import Array, Float, Int
 from pydantic import Field
 
 from convert.schema import Count, FiniteOrNull
+from jaxprune.costs.phase_costs import PhaseCosts
+from jaxprune.costs.program import Program, size_of
+from jaxprune.costs.run_sizes import RunSizes
+from jaxprune.costs.shapes import Shapes
 from jaxprune.errors import InputError
 from jaxprune.models import Part
-from jaxprune.streaming.head import exponentials, in_chunks, kl_divergence, logits
+from jaxprune.streaming.head import exponentials, in_chunks, kl_divergence, logits, rows_at_a_time
 from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer
@@ -159,6 +165,42 @@ def divergence(
     divergences = [kl_divergence(found[0], one) for one in found]
     agreements = [(one == best[0]).astype(jnp.float32) for one in best]
     return jnp.stack(losses, axis=1), jnp.stack(divergences, axis=1), jnp.stack(agreements, axis=1)
+
+
+def costs(run: RunSizes) -> PhaseCosts:
+    """Returns what measuring the dense and the pruned model on all texts costs."""
+    layers, states = len(run.architecture.layers), [run.states_bytes(*one) for one in run.texts]
+    weights = run.devices.count * (run.dense_bytes + run.stored_bytes("layers."))
+    moved = len(run.texts) * weights + 4 * layers * sum(states)
+    every = (
+        program
+        for windows, length in run.texts
+        for program in programs(run.pruned, windows, length, run.dense)
+    )
+    return PhaseCosts(every, 2 * max(states, default=0), {"evaluate": moved})
+
+
+def programs(
+    shapes: Shapes, windows: int, length: int, dense: Shapes | None = None
+) -> Iterator[Program]:
+    """Yields the programs that compare the pruned model with the dense one on a text.
+
+    Args:
+        shapes: the shapes of the pruned model.
+        windows: the number of windows.
+        length: tokens of a window.
+        dense: the dense model's shapes; None: the same.
+    """
+    x = shapes.batch(windows, length)
+    for layer, count in (Counter(shapes.layers) + Counter((dense or shapes).layers)).items():
+        resident = size_of(shapes.layer_params(layer))
+        yield shapes.forward("evaluate", layer, x, count * windows, resident=resident)
+    tokens, head = windows * (length - 1), shapes.architecture.head
+    chunk = rows_at_a_time(tokens, models=2, devices=shapes.devices.count)
+    params, states = shapes.params(head.spec, shapes.stored), shapes.rows(chunk)
+    arguments = (params, params), (states, states), Shape((chunk,), jnp.int32)
+    function = partial(divergence, (head, head))
+    yield Program("evaluate", "divergence", function, arguments, tokens / chunk)
 
 
 def short_name(text: str) -> str:

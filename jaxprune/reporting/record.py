@@ -23,7 +23,7 @@ from jaxprune.calibration.text_stream import TuningText
 from jaxprune.evaluation.quality import Quality
 from jaxprune.evaluation.verification import Claims
 from jaxprune.methods import Scalar
-from jaxprune.planning.timing import Timing
+from jaxprune.planning.jit_versus_eager import Timing
 from jaxprune.recipe import Recipe, effective, method_text, pattern_text
 from jaxprune.solve.kernel import KernelResult
 from jaxprune.solve.layer_result import LayerSummary

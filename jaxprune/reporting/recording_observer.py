@@ -20,7 +20,7 @@ from jaxprune.calibration.text_stream import TextStream
 from jaxprune.errors import InputError
 from jaxprune.evaluation.quality import Quality
 from jaxprune.evaluation.tasks import without_samples
-from jaxprune.planning.machine import describe_hardware, peak_bytes
+from jaxprune.planning.this_machine import describe_hardware, peak_bytes
 from jaxprune.recipe import Recipe
 from jaxprune.reporting.record import (
     RECORD,

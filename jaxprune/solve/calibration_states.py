@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Int
 
-from jaxprune import hardware
+from jaxprune.costs.shapes import calibration_tokens
 from jaxprune.solve.layer_result import SavedLayers
 from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.model import StreamedModel, inside_layer
@@ -38,12 +38,7 @@ class CalibrationStates:
         self.model, self.saved = model, saved
         self._position = 0  # number of layers that the states have passed
         self._fresh = True
-        routing, at_a_time = model.architecture.config.routing, None
-        if routing and routing.route_all:  # keeps the rows per batch of top-k routing
-            at_a_time = max(
-                1, hardware.current().tokens_per_batch * routing.per_token // routing.experts
-            )
-        self.pruned = model.embed(tokens, at_a_time=at_a_time)
+        self.pruned = model.embed(tokens, at_a_time=calibration_tokens(model.architecture))
         self.dense = model.embed(tokens) if with_dense else None
 
     def layer_done(self, index: int) -> None:

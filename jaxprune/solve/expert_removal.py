@@ -8,7 +8,8 @@ References:
     2510.13999).
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import jax
@@ -17,6 +18,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from convert import Params
+from jaxprune.costs.phase_costs import PhaseCosts
+from jaxprune.costs.program import Program
+from jaxprune.costs.run_sizes import RunSizes
+from jaxprune.costs.shapes import Shapes
 from jaxprune.errors import Change, InputError
 from jaxprune.models import Architecture, Layer
 from jaxprune.models.common.experts import OUTPUT_TAP
@@ -125,3 +130,30 @@ def norms(
     rows = jnp.linalg.norm(output.x.astype(jnp.float32), axis=-1) * jnp.sqrt(output.weights())
     total = output.by_expert(jnp.sum(rows, axis=1, keepdims=True), experts)
     return total[:, 0], output.by_expert(output.filled(), experts)[:, 0]
+
+
+def costs(run: RunSizes) -> PhaseCosts:
+    """Returns what measuring experts costs."""
+    layers, states = len(run.architecture.layers), run.states_bytes(run.windows)
+    moved = run.devices.count * run.dense_bytes + 2 * layers * states
+    every = programs(run.dense, run.windows, run.length)
+    return PhaseCosts(every, states, {"experts": moved})
+
+
+def programs(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:
+    """Yields the programs that measure experts.
+
+    Args:
+        shapes: the shapes of the run.
+        windows: the number of calibration windows.
+        length: tokens of a window.
+    """
+    x = shapes.batch(windows, length)
+    for layer, count in shapes.layers.items():
+        if layer.experts:
+            forward = shapes.forward("experts", layer, x, count * windows)
+            function, arguments = partial(norms, layer), forward.arguments[:2]
+            yield dataclasses.replace(
+                forward, name="norms of outputs", function=function, arguments=arguments
+            )
+            yield forward

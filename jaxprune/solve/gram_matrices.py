@@ -5,13 +5,14 @@ device together: these take one pass for each group. Gram matrices of experts ar
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import ShapeDtypeStruct as Shape
 from jaxtyping import Array, Float, Int
 
 from jaxprune import hardware
@@ -161,25 +162,19 @@ def gram_matrices(
     """
     devices, layer = states.model.devices, states.model.architecture.layers[index]
     hidden, dense = states.pruned, states.dense
-    wanted = layer.programs_of(layer.inputs if taps is None else taps)
-    weights = {tap: weight for tap, weight in (weights or {}).items() if tap in wanted}
-    experts = {
-        tap: expert_totals(layer, tap, some, devices) for tap, some in wanted.items() if some
-    }
-    widths = {tap: layer.features(tap) for tap, some in wanted.items() if some is None}
-    sums: dict[int, tuple[Totals, Totals]] = {}
+    shapes = partial(sums, layer, layer.inputs if taps is None else taps, devices)
+    empty, every = partial(_empty, devices), shapes(1)
+    weights = {tap: weight for tap, weight in (weights or {}).items() if tap in every}
+    experts = {tap: empty(one) for tap, one in every.items() if isinstance(one, ExpertTotals)}
+    sums_of: dict[int, tuple[Totals, Totals]] = {}
 
     def totals_for(rows: slice) -> tuple[int, Totals, Totals]:
         """Returns one sum per device if the rows can be split over all devices, else one sum."""
         parts = 1 if (rows.stop - rows.start) % devices.count else devices.count
-        if parts not in sums:
-            shapes = {tap: (n, n) if parts == 1 else (parts, n, n) for tap, n in widths.items()}
-            zeros = [
-                {tap: devices.zeros(shape) for tap, shape in shapes.items()}
-                for _ in range(1 + bool(dense))
-            ]
-            sums[parts] = zeros[0], zeros[1] if dense else {}
-        return parts, *sums.pop(parts)
+        if parts not in sums_of:
+            plain = {tap: shape for tap, shape in shapes(parts).items() if tap not in experts}
+            sums_of[parts] = empty(plain), empty(plain) if dense else {}
+        return parts, *sums_of.pop(parts)
 
     def weights_of(rows: slice) -> dict[str, Array]:
         return {tap: devices.shard_first(weight[rows]) for tap, weight in weights.items()}
@@ -187,7 +182,7 @@ def gram_matrices(
     def move_dense(before: Array, rows: slice) -> Array:
         x = hidden.batch(rows)
         parts, *totals = totals_for(rows)
-        after, sums[parts] = accumulate_drift(layer, params, x, before, weights_of(rows), totals)
+        after, sums_of[parts] = accumulate_drift(layer, params, x, before, weights_of(rows), totals)
         return after
 
     if dense:
@@ -197,9 +192,12 @@ def gram_matrices(
             parts, totals, _ = totals_for(rows)
             totals = accumulate(layer, params, x, weights_of(rows), totals | experts)
             experts = {tap: totals.pop(tap) for tap in experts}
-            sums[parts] = totals, {}
-    plain, drifts = devices.replicate(_total(list(sums.values()))) if devices.count > 1 else sums[1]
-    del sums
+            sums_of[parts] = totals, {}
+    if devices.count > 1:
+        plain, drifts = devices.replicate(_total(list(sums_of.values())))
+    else:
+        plain, drifts = sums_of[1]
+    del sums_of
     found = {tap: gram.symmetric(plain.pop(tap)) for tap in list(plain)} | experts
     if bad := [tap for tap, good in fetch(_finite(found)).items() if not good]:
         raise InputError(
@@ -210,24 +208,45 @@ def gram_matrices(
     return Grams(layer, found), drifts
 
 
-def summed(layer: Layer, tap: str, experts: Sequence[int], devices: Devices) -> range:
-    """Returns the experts that get sums when some are needed.
+def sums(layer: Layer, taps: Iterable[str], devices: Devices, parts: int) -> Totals:
+    """Returns what the Gram matrices of some taps are summed in, as shapes and dtypes.
 
-    These are all from the first to the last needed expert. On several devices they are all experts,
-    because each device holds an equal number of them.
+    Those of experts are for all from the first to the last that are wanted; on several devices,
+    over which all of a layer are spread evenly, for all. Of `first` this is the number.
+
+    Args:
+        layer: the layer.
+        taps: the inputs whose Gram matrices are wanted.
+        devices: the devices of the run.
+        parts: how many devices sum their own windows apart from the others: all, or 1.
     """
-    return (
-        range(layer.experts[layer.reads[tap][0]])
-        if devices.count > 1
-        else range(min(experts), max(experts) + 1)
-    )
+    found: Totals = {}
+    for tap, experts in layer.programs_of(taps).items():
+        n = layer.features(tap)
+        if experts is None:
+            shape = Shape((n, n) if parts == 1 else (parts, n, n), jnp.float32)
+            found[tap] = devices.abstract(shape, None if parts == 1 else 0)
+            continue
+        every = range(min(experts), max(experts) + 1)
+        if devices.count > 1:
+            every = range(layer.experts[layer.reads[tap][0]])
+        found[tap] = ExpertTotals(
+            devices.abstract(Shape((len(every), n, n), jnp.float32), 0),
+            devices.abstract(Shape((len(every),), jnp.int32), None),
+            np.int32(every.start),
+        )
+    return found
 
 
-def expert_totals(layer: Layer, tap: str, experts: Sequence[int], devices: Devices) -> ExpertTotals:
-    """Returns zero-initialized sums for the experts that `summed` returns."""
-    n, every = layer.features(tap), summed(layer, tap, experts, devices)
-    tokens, first = devices.replicate((np.zeros(len(every), np.int32), np.int32(every.start)))
-    return ExpertTotals(devices.zeros((len(every), n, n)), tokens, first)
+def _empty(devices: Devices, totals: Any) -> Any:
+    """Returns zeros of such shapes, on the devices, and numbers as they are."""
+
+    def zeros(leaf: Any) -> Any:
+        if isinstance(leaf, Shape):
+            return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+        return devices.replicate(leaf)
+
+    return jax.tree.map(zeros, totals)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)

@@ -17,6 +17,7 @@ References:
     empirical Fisher matrix, which this is.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,16 +25,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import ShapeDtypeStruct as Shape
 from jaxtyping import Array, Float, Int
 
 from jaxprune import hardware
+from jaxprune.costs.phase_costs import PhaseCosts
+from jaxprune.costs.program import Program, size_of
+from jaxprune.costs.run_sizes import RunSizes
+from jaxprune.costs.shapes import Shapes
 from jaxprune.errors import InputError
 from jaxprune.models import Layer, Part
 from jaxprune.models.common.expert_dispatch import Routed
 from jaxprune.recipe_parts import Importance
 from jaxprune.run_store.store import SENSITIVITY, RunStore, Saved, Stage, flat, grouped
 from jaxprune.sharding import fetch
-from jaxprune.streaming.head import exponentials, in_chunks, logits
+from jaxprune.streaming.head import exponentials, in_chunks, logits, rows_at_a_time
 from jaxprune.streaming.hidden_states import HiddenStates
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.sweep import Results
@@ -317,6 +323,48 @@ def backward(
             found.tokens[tap], found.inputs[tap] = energy, jnp.sum(inputs, axis=(0, 1))
             found.outputs.update({path: jnp.sum(squares[path], axis=(0, 1)) for path in paths})
     return before, found
+
+
+def costs(run: RunSizes) -> PhaseCosts:
+    """Returns what measuring sensitivities costs."""
+    some, layers = run.sensitivity_windows, len(run.architecture.layers)
+    states = run.states_bytes(some)
+    inputs = (layers + 1) * states
+    kept = 2 * states + (inputs if run.scratch else min(int(HOST_BYTES), inputs))
+    # forward, then back: inputs and gradients up, gradients down
+    moved = 2 * run.devices.count * run.stored_bytes("layers.") + 5 * layers * states
+    every = programs(run.pruned, some, run.length)
+    return PhaseCosts(every, kept, {"sensitivity": moved}, token_bytes(run))
+
+
+def token_bytes(run: RunSizes) -> int:
+    """Returns the bytes of `Sensitivity.tokens` of all layers."""
+    taps = sum(len(layer.reads) for layer in run.architecture.layers)
+    return 4 * taps * run.sensitivity_windows * run.length
+
+
+def programs(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:
+    """Yields the programs of the reverse pass over some windows.
+
+    Args:
+        shapes: the shapes of the run.
+        windows: the number of windows.
+        length: tokens of a window.
+    """
+    x = shapes.batch(windows, length, tokens_per_batch(shapes.tokens))
+    for layer, count in shapes.layers.items():
+        forward = shapes.forward("sensitivity", layer, x, count * windows)
+        yield forward
+        arguments = forward.arguments[0], x, x
+        function = partial(backward, layer)
+        yield dataclasses.replace(forward, name="backward", function=function, arguments=arguments)
+    head, tokens = shapes.architecture.head, windows * (length - 1)
+    chunk = rows_at_a_time(x.shape[0] * (length - 1), devices=shapes.devices.count)
+    states, targets = shapes.rows(chunk), Shape((chunk,), jnp.int32)
+    arguments = shapes.params(head.spec), states, targets
+    resident = 2 * size_of(states)
+    loss = partial(loss_gradient, head)
+    yield Program("sensitivity", "loss", loss, arguments, tokens / chunk, resident)
 
 
 def _rows(tap: Any) -> Any:

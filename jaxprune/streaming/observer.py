@@ -11,7 +11,7 @@ class Observer:
     that it wants."""
 
     def planned(self, need: Any) -> None:
-        """The work is known to fit; `need` is what it takes (`planning.work.Need`)."""
+        """The work is known to fit; `need` is what it takes (`planning.estimate.Need`)."""
 
     def started(self, what: str, count: int, unit: str = "layers") -> None:
         """Work begins that visits layers, or takes steps or batches.

@@ -24,12 +24,12 @@ from safetensors.numpy import save_file
 from convert.names import TEXT
 from convert.stored import tensors_of, to_tensor
 from jaxprune import load
+from jaxprune.costs.shapes import Shapes
 from jaxprune.loop import prune_layers
 from jaxprune.methods.admm import ADMM
 from jaxprune.models import architecture_of
-from jaxprune.planning import programs
-from jaxprune.planning.program import Shapes
 from jaxprune.sharding import ONE_DEVICE
+from jaxprune.solve import layer_costs
 from jaxprune.sparsity.patterns import Unstructured
 
 LAYERS = 3
@@ -119,7 +119,7 @@ def main() -> None:
             outside = total - median["solve"] - median["forward"] - within_gram
             shapes = Shapes(load(folder).architecture, np.float32, ONE_DEVICE)
             flops = {"gram": 0.0, "solve": 0.0, "forward": 0.0}
-            for program in programs.of_pruning(shapes, *tokens.shape, ADMM(), Unstructured(0.5)):
+            for program in layer_costs.programs(shapes, *tokens.shape, ADMM(), Unstructured(0.5)):
                 flops[program.phase] += program.calls * sum(program.flops().values())
             rates = [f"{flops[phase] / 1e9 / median[phase]:.0f}" for phase in flops]
             times = [f"{median[phase]:.2f}" for phase in (*PHASES, "rest")]

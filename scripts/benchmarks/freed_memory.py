@@ -23,7 +23,7 @@ from markdown import markdown
 from jaxprune import Context, Magnitude, Observer, Tuning, Unstructured, load, prune_layers
 from jaxprune.commands.terminal import keep_compilations, keep_memory
 from jaxprune.distill.distillation import distill, of_windows
-from jaxprune.planning.machine import describe_hardware
+from jaxprune.planning.this_machine import describe_hardware
 
 
 class Found(NamedTuple):

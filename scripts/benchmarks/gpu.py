@@ -27,14 +27,18 @@ from rates import Rate, timed
 from sizes import SIZES, model
 
 from jaxprune import PRESETS, hardware
+from jaxprune.costs.flops import BF16X6
+from jaxprune.costs.program import Program
+from jaxprune.costs.shapes import Shapes
+from jaxprune.distill import tuning_costs
 from jaxprune.distill.placement import placement_of
 from jaxprune.distill.schedule import TuningSteps
 from jaxprune.methods.admm import ADMM
-from jaxprune.planning import hlo, machine, programs
-from jaxprune.planning.machine import square_product
-from jaxprune.planning.program import BF16X6, Program, Shapes
-from jaxprune.planning.targets import TARGETS, Target
+from jaxprune.planning.hlo_traffic import Module
+from jaxprune.planning.target_hardware import TARGETS, Target
+from jaxprune.planning.this_machine import describe_hardware, square_product
 from jaxprune.sharding import ONE_DEVICE
+from jaxprune.solve import layer_costs, sensitivity
 from jaxprune.sparsity.patterns import Unstructured
 
 
@@ -58,9 +62,9 @@ def every_program(args: argparse.Namespace) -> list[Program]:
     steps = TuningSteps.of(PRESETS["best"].tuning, *sizes)
     placement = placement_of(shapes.architecture, steps.shape)
     return [
-        *programs.of_pruning(shapes, *sizes, ADMM(), Unstructured(0.7)),
-        *programs.of_sensitivity(shapes, *sizes),
-        *programs.of_distillation(shapes, steps, placement),
+        *layer_costs.programs(shapes, *sizes, ADMM(), Unstructured(0.7)),
+        *sensitivity.programs(shapes, *sizes),
+        *tuning_costs.programs(shapes, steps, placement),
     ]
 
 
@@ -92,10 +96,10 @@ def table_of_programs(every: list[Program], rate: Rate, target: Target | None) -
     for program in every:
         key = str((program.function, program.arguments))
         if key not in seen:
-            moved = hlo.Module(program.compiled().as_text() or "").traffic()
+            moved = Module(program.compiled().as_text() or "").traffic()
             sheet = target.seconds(program.flops(), moved) if target else math.nan
             function = jax.jit(program.function, donate_argnums=program.donated)
-            took = timed(function, *fill(program), donated=program.donated)
+            took = timed(function, *fill(program), donated=tuple(program.donated))
             seen[key] = sheet, rate.floor(program.flops()), took
             times = [f"{1e3 * value:.3g}" for value in seen[key]]
             rows.append([program.phase, program.name, f"{program.calls:.0f}", *times])
@@ -116,7 +120,10 @@ def measure(args: argparse.Namespace) -> list[str]:
     """Returns the lines of the first three tables."""
     target = target_here()
     rate, lines = table_of_rates(target)
-    head = [f"{machine.describe_hardware()}; jax {jax.__version__}; {args.size}, {args.dtype}", ""]
+    head = [
+        f"{describe_hardware()}; jax {jax.__version__}; {args.size}, {args.dtype}",
+        "",
+    ]
     return [*head, *lines, "", *table_of_programs(every_program(args), rate, target)]
 
 

@@ -22,8 +22,9 @@ from sizes import Size, write_checkpoint
 
 from jaxprune import PRESETS, Evaluator, Measures, RunOptions, load, prune
 from jaxprune.commands.terminal import keep_memory
-from jaxprune.planning import machine, preflight
-from jaxprune.planning.work import Work
+from jaxprune.costs.run_sizes import RunSizes
+from jaxprune.planning.estimate import need
+from jaxprune.planning.this_machine import describe_hardware, matrix_rate
 
 OTHER = Size(768, 2048, 10, 12, 4, vocabulary=32000)
 
@@ -45,10 +46,9 @@ def run(ckpt: str, args: argparse.Namespace) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         text, out = Path(folder) / "text.npy", Path(folder) / "out"
         np.save(text, tokens)
-        work = Work(
-            model.reader.spec, model.reader.spec, model.architecture, recipe, *size, [size], out
-        )
-        need = preflight.need(work, within=float("inf"))  # no program is compiled
+        spec, architecture = model.reader.spec, model.architecture
+        sizes = RunSizes(spec, spec, architecture, architecture, recipe, *size, [size], out)
+        needed = need(sizes, within=float("inf"))  # no program is compiled
         for _ in range(2):  # the first one compiles
             rates = [_rate()]
             evaluator = Evaluator(Measures((str(text),), args.length), model)
@@ -56,14 +56,14 @@ def run(ckpt: str, args: argparse.Namespace) -> Run:
                 model, tokens, recipe, out, RunOptions(evaluator=evaluator, overwrite=True)
             )
             rates.append(_rate())
-    flops = {phase: float(sum(each.values())) for phase, each in need.flops.items()}
+    flops = {phase: float(row.flops.total()) for phase, row in needed.phases.items()}
     return Run(flops, dict(result.record.seconds), statistics.mean(rates))
 
 
 def _rate() -> float:
     """Measures the matrix rate as it is now."""
-    machine.matrix_rate.cache_clear()
-    return machine.matrix_rate("float32")
+    matrix_rate.cache_clear()
+    return matrix_rate("float32")
 
 
 def main() -> None:
@@ -95,7 +95,5 @@ def main() -> None:
         "measured, s",
         "predicted / measured",
     ]
-    print(
-        f"{machine.describe_hardware()}, {own.rate / 1e9:.0f} GFLOP/s; {args.ckpt}, {args.preset}\n"
-    )
+    print(f"{describe_hardware()}, {own.rate / 1e9:.0f} GFLOP/s; {args.ckpt}, {args.preset}\n")
     print("\n".join(markdown(head, rows)))

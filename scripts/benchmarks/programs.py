@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 import versus
 from alone import alone
+from jax import ShapeDtypeStruct as Shape
 from markdown import markdown
 from rates import Rate, timed
 from sizes import SIZES, model
@@ -41,15 +42,18 @@ from convert.destination import destination, staged
 from convert.writing import write_text
 from jaxprune.calibration.text_stream import HELD_OUT
 from jaxprune.commands.terminal import keep_memory
+from jaxprune.costs.flops import Flops
+from jaxprune.costs.program import Program
+from jaxprune.costs.shapes import Shapes
+from jaxprune.distill import tuning_costs
 from jaxprune.distill.placement import Placement
 from jaxprune.distill.schedule import TuningSteps
 from jaxprune.methods.admm import ADMM
 from jaxprune.methods.gram import gram
-from jaxprune.planning import programs
-from jaxprune.planning.machine import describe_hardware
-from jaxprune.planning.program import Flops, Program, Shape, Shapes
+from jaxprune.planning.this_machine import describe_hardware
 from jaxprune.recipe import PRESETS
 from jaxprune.sharding import ONE_DEVICE
+from jaxprune.solve import layer_costs, sensitivity
 from jaxprune.sparsity.patterns import Unstructured
 
 METHOD, PATTERN = ADMM(), Unstructured(0.5)
@@ -58,7 +62,7 @@ METHOD, PATTERN = ADMM(), Unstructured(0.5)
 def parts(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:
     """Parts of the programs, to be looked at alone: they are in the totals already."""
     layer = shapes.architecture.layers[0]
-    first = next(programs.of_pruning(shapes, windows, length, METHOD, PATTERN))
+    first = next(layer_costs.programs(shapes, windows, length, METHOD, PATTERN))
     params, x, _, grams = first.arguments
 
     def taps(params: Any, x: jax.Array) -> Any:
@@ -85,7 +89,7 @@ def wanted_programs(args: argparse.Namespace) -> Iterator[Program]:
             prepared = jax.eval_shape(METHOD.prepare, Shape((n, n), jnp.float32))
             weight = Shape((n, m), jnp.float32)
             yield Program("solve", f"prepare {n}", METHOD.prepare, (Shape((n, n), jnp.float32),), 1)
-            solve = partial(programs.solve, METHOD, PATTERN)
+            solve = partial(layer_costs.solve, METHOD, PATTERN)
             yield Program("solve", f"solve {n}x{m}", solve, (prepared, weight), 1)
             select = partial(_select, PATTERN.selector((n, m)))
             yield Program("part", f"mask of {n}x{m}", select, (weight,), len(METHOD.progress()))
@@ -94,16 +98,16 @@ def wanted_programs(args: argparse.Namespace) -> Iterator[Program]:
     of = model(size._replace(layers=args.layers or size.layers), args.dtype)
     tokens = args.batch and args.batch * args.length
     shapes = Shapes(of, jnp.dtype(args.stored), ONE_DEVICE, tokens)
-    yield from programs.of_pruning(shapes, args.windows, args.length, METHOD, PATTERN)
+    yield from layer_costs.programs(shapes, args.windows, args.length, METHOD, PATTERN)
     yield from parts(Shapes(of, jnp.float32, ONE_DEVICE), args.windows, args.length)
     if args.preset:
         preset = PRESETS[args.preset]
         some = preset.importance.windows_of(args.windows)
-        yield from programs.of_sensitivity(shapes, some, args.length)
+        yield from sensitivity.programs(shapes, some, args.length)
         placement = Placement(not args.streamed, not args.streamed)
         held_out = HELD_OUT if preset.tuning.tune_tokens else 0
         steps = TuningSteps.of(preset.tuning, args.windows, args.length, held_out * args.length)
-        yield from programs.of_distillation(shapes, steps, placement, (held_out, args.length))
+        yield from tuning_costs.programs(shapes, steps, placement, (held_out, args.length))
 
 
 def fill(program: Program) -> tuple[Any, ...]:

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.planning.machine import square_product
-from jaxprune.planning.program import Flops
+from jaxprune.costs.flops import Flops
+from jaxprune.planning.this_machine import square_product
 
 
 class Rate:

@@ -17,7 +17,7 @@ from jaxprune.evaluation.lm import StreamedLM
 from jaxprune.evaluation.packing import Request, group, pack
 from jaxprune.evaluation.tasks import ZERO_SHOT, Tasks, summarize
 from jaxprune.evaluation.torch_lm import hflm
-from jaxprune.planning.machine import describe_hardware
+from jaxprune.planning.this_machine import describe_hardware
 
 
 class Counting(StreamedLM):

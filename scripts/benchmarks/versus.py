@@ -25,10 +25,11 @@ from sizes import SIZES, write_checkpoint
 from convert import Reader, open_checkpoint
 from jaxprune import ADMM, Unstructured, calibration, load
 from jaxprune.commands.terminal import keep_memory
+from jaxprune.costs.flops import Flops
+from jaxprune.costs.shapes import Shapes
 from jaxprune.models import stored_dtype
-from jaxprune.planning import programs
-from jaxprune.planning.program import Flops, Shapes
 from jaxprune.sharding import ONE_DEVICE
+from jaxprune.solve import layer_costs
 
 SPARSITY = 0.5
 METHOD = ADMM(schedule="constant")
@@ -165,7 +166,7 @@ def measured(task: Task) -> tuple[Outcome, Floor]:
 def _flops(task: Task) -> Flops:
     model = load(task.ckpt, dtype=task.dtype)
     shapes = Shapes(model.architecture, stored_dtype(model.reader.spec), ONE_DEVICE)
-    counted = programs.of_pruning(shapes, *task.tokens.shape, METHOD, Unstructured(SPARSITY))
+    counted = layer_costs.programs(shapes, *task.tokens.shape, METHOD, Unstructured(SPARSITY))
     flops = Flops()
     for program in counted:
         times = program.calls * task.layers / model.num_layers

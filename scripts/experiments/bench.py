@@ -30,7 +30,7 @@ from jaxprune.evaluation.perplexity import compare, perplexity
 from jaxprune.evaluation.quality import Evaluator, Quality
 from jaxprune.evaluation.tasks import ZERO_SHOT
 from jaxprune.loop import other_params
-from jaxprune.planning.machine import describe_hardware
+from jaxprune.planning.this_machine import describe_hardware
 from jaxprune.recipe import Recipe
 from jaxprune.reporting import record as records
 from jaxprune.reporting.recording_observer import RecordingObserver, environment

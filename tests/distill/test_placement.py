@@ -6,12 +6,13 @@ import jax.numpy as jnp
 import pytest
 
 from jaxprune import load
+from jaxprune.costs.program import size_of
+from jaxprune.costs.shapes import Shapes
+from jaxprune.distill import tuning_costs
 from jaxprune.distill.placement import Placement, placement_of
 from jaxprune.distill.schedule import TuningSteps
 from jaxprune.hardware import HEADROOM
 from jaxprune.models import architecture_of
-from jaxprune.planning import programs
-from jaxprune.planning.program import Shapes, size_of
 from jaxprune.recipe_parts import Tuning
 from jaxprune.sharding import ONE_DEVICE
 from jaxprune.solve.expert_removal import without_experts
@@ -82,5 +83,5 @@ def test_what_just_fits_a_device_fits_as_runs_are_planned(
         low, high = (low, between) if place(between) >= wanted else (between, high)
     assert place(high) == wanted
     shapes = Shapes(architecture, jnp.bfloat16, ONE_DEVICE, 2048, high)
-    for program in programs.of_distillation(shapes, steps, wanted):
+    for program in tuning_costs.programs(shapes, steps, wanted):
         assert program.resident + size_of(program.arguments) < HEADROOM * high, program.name

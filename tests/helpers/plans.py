@@ -1,17 +1,17 @@
 """What runs of command lines need."""
 
-from jaxprune.commands.plan import work_of as work_of_options
 from jaxprune.commands.run_options import parse
-from jaxprune.planning.preflight import need
-from jaxprune.planning.work import Need, Work
+from jaxprune.commands.plan import sizes_of as sizes_of_options
+from jaxprune.costs.run_sizes import RunSizes
+from jaxprune.planning.estimate import Need, need
 from jaxprune.sharding import ONE_DEVICE
 
 
-def work_of(*line: object) -> Work:
+def sizes_of(*line: object) -> RunSizes:
     """What a command line asks for."""
-    return work_of_options(*parse([*map(str, line)]), ONE_DEVICE)
+    return sizes_of_options(*parse([*map(str, line)]), ONE_DEVICE)
 
 
 def need_of(*line: object) -> Need:
     """What its run needs, without compiling anything."""
-    return need(work_of(*line), within=1e12)
+    return need(sizes_of(*line), within=1e12)

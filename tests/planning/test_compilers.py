@@ -9,15 +9,17 @@ import jax.numpy as jnp
 import pytest
 
 from jaxprune import ADMM, SparseGPT, Unstructured
+from jaxprune.costs.shapes import Shapes
+from jaxprune.distill import tuning_costs
 from jaxprune.distill.placement import Placement
 from jaxprune.distill.schedule import TuningSteps
+from jaxprune.evaluation import perplexity
 from jaxprune.hardware import writing_for
 from jaxprune.methods import Method
 from jaxprune.models import architecture_of
-from jaxprune.planning import programs
-from jaxprune.planning.program import Shapes
-from jaxprune.planning.targets import target_of, without_cache
+from jaxprune.planning.target_hardware import target_of, without_cache
 from jaxprune.recipe_parts import Tuning
+from jaxprune.solve import layer_costs, sensitivity
 from tests.helpers import tiny
 
 SIZES = {
@@ -41,15 +43,15 @@ def test_every_program_compiles(name: str, method: Method, tmp_path: Path) -> No
     )
     with writing_for(target.hardware), without_cache(), jax.numpy_dtype_promotion("standard"):
         shapes = Shapes(architecture_of(tmp_path, jnp.bfloat16), jnp.bfloat16, target.devices(1))
-        every = [*programs.of_pruning(shapes, 16, 1024, method, Unstructured(0.5))]
+        every = [*layer_costs.programs(shapes, 16, 1024, method, Unstructured(0.5))]
         if isinstance(method, ADMM):
-            every += programs.of_sensitivity(shapes, 16, 1024)
+            every += sensitivity.programs(shapes, 16, 1024)
             steps = TuningSteps.of(Tuning(tune_epochs=1, tune_zeros=0.5), 16, 1024)
-            every += programs.of_distillation(shapes, steps, Placement(True, True))
-            every += programs.of_evaluation(shapes, 16, 1024)
+            every += tuning_costs.programs(shapes, steps, Placement(True, True))
+            every += perplexity.programs(shapes, 16, 1024)
         for program in every:
             compiled = program.compiled(target.options)
-            text = compiled.as_text() or ""
+            written = compiled.as_text() or ""
             on = {
                 device
                 for one in jax.tree.leaves(compiled.input_shardings)
@@ -58,8 +60,8 @@ def test_every_program_compiles(name: str, method: Method, tmp_path: Path) -> No
             assert on <= {shapes.devices.device}, program.name
             libraries = 2**23  # what they ask for besides
             assert program.peak_bytes(compiled) <= program.most_bytes() + libraries, program.name
-            assert "f64[" not in text, program.name
-            calls = set(re.findall(r'custom_call_target="([^"]*)"', text))
+            assert "f64[" not in written, program.name
+            calls = set(re.findall(r'custom_call_target="([^"]*)"', written))
             assert not [call for call in calls if re.search("lapack|eigen|onednn", call.lower())], (
                 calls
             )

@@ -12,14 +12,17 @@ import jax.numpy as jnp
 import pytest
 
 from jaxprune import ADMM, load, methods
+from jaxprune.costs.program import Program
+from jaxprune.costs.shapes import Shapes
+from jaxprune.distill import tuning_costs
 from jaxprune.distill.placement import Placement
 from jaxprune.distill.schedule import TuningSteps
+from jaxprune.evaluation import perplexity
 from jaxprune.hardware import Hardware, writing_for
 from jaxprune.models.common.attention import cudnn_takes
-from jaxprune.planning import programs
-from jaxprune.planning.program import Program, Shapes
 from jaxprune.recipe_parts import Tuning
 from jaxprune.sharding import ONE_DEVICE
+from jaxprune.solve import layer_costs, sensitivity
 from jaxprune.sparsity.patterns import NM, Unstructured
 
 BY_PARTS = "lhs_precision_type = bf16, rhs_precision_type = bf16, accumulation_type = f32"
@@ -34,21 +37,21 @@ def lower(program: Program, platform: str) -> str:
 def all_programs(checkpoint: Path, dtype: str) -> Iterator[Program]:
     shapes = Shapes(load(checkpoint, dtype=dtype).architecture, dtype, ONE_DEVICE)
     for name in methods.names():
-        yield from programs.of_pruning(shapes, 4, 512, methods.load(name)(), Unstructured(0.5))
-    yield from programs.of_pruning(shapes, 4, 512, ADMM(), NM(2, 4))
-    yield from programs.of_sensitivity(shapes, 4, 512)
+        yield from layer_costs.programs(shapes, 4, 512, methods.load(name)(), Unstructured(0.5))
+    yield from layer_costs.programs(shapes, 4, 512, ADMM(), NM(2, 4))
+    yield from sensitivity.programs(shapes, 4, 512)
     for placement in (Placement(True, True), Placement(True, False), Placement(False, False)):
         steps = TuningSteps.of(Tuning(tune_epochs=2, tune_zeros=0.5), 4, 512)
-        yield from programs.of_distillation(shapes, steps, placement)
-    yield from programs.of_evaluation(shapes, 4, 512)
+        yield from tuning_costs.programs(shapes, steps, placement)
+    yield from perplexity.programs(shapes, 4, 512)
 
 
 def test_16_bit_products_on_cpus_have_float32_results(checkpoint: Path) -> None:
     """XLA's CPU backend multiplies no others in 16 bits: it widens their operands first."""
     shapes = Shapes(load(checkpoint, dtype="bfloat16").architecture, "bfloat16", ONE_DEVICE)
-    phases = [programs.of_sensitivity(shapes, 4, 512), programs.of_evaluation(shapes, 4, 512)]
+    phases = [sensitivity.programs(shapes, 4, 512), perplexity.programs(shapes, 4, 512)]
     phases += [
-        programs.of_distillation(
+        tuning_costs.programs(
             shapes, TuningSteps.of(Tuning(tune_epochs=2), 4, 512), Placement(True, True)
         )
     ]

@@ -14,7 +14,7 @@ import pytest
 from convert.errors import NoRoomError
 from jaxprune.commands.prune import main
 from jaxprune.errors import Change
-from jaxprune.planning import preflight
+from jaxprune.planning import estimate
 from jaxprune.streaming.hidden_states import HiddenStates
 from tests.helpers.command import free_port
 from tests.helpers.plans import need_of
@@ -234,16 +234,14 @@ def test_scratch_must_be_of_use(
 def test_what_goes_to_the_disk_needs_no_memory(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "peak_bytes", lambda: {"host": 0})
+    monkeypatch.setattr(estimate, "peak_bytes", lambda: {"host": 0})
     sizes = [*"--nsamples 8 --seqlen 64 --eval none --preset fast --out".split(), tmp_path / "out"]
     memory, disk = (
         need_of("--ckpt", checkpoint, *sizes),
         need_of("--ckpt", checkpoint, *sizes, "--hidden", "disk"),
     )
     state = 8 * 64 * 32 * 4
-    assert memory.host["gram"] - disk.host["gram"] == state == disk.scratch["gram"]
-    assert (
-        disk.scratch["sensitivity"]
-        == memory.host["sensitivity"] - disk.host["sensitivity"]
-        == 6 * state
-    )
+    assert memory.phases["gram"].host - disk.phases["gram"].host == state
+    assert disk.phases["gram"].states == state
+    more = memory.phases["sensitivity"].host - disk.phases["sensitivity"].host
+    assert disk.phases["sensitivity"].states == more == 6 * state

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from convert.files import existing_parent
+from jaxprune.costs.run_sizes import RunSizes
+from jaxprune.distill.tuning_costs import best_step_bytes
 from jaxprune.errors import Change, InputError
 from jaxprune.hardware import HEADROOM, device_memory
-from jaxprune.planning.machine import available_memory
-from jaxprune.planning.preflight import best_step_bytes, need
-from jaxprune.planning.work import GIB, Need, Work
+from jaxprune.planning.estimate import GIB, Need, need
+from jaxprune.planning.this_machine import available_memory
 from jaxprune.run_store.opening import store_folder
 
 
@@ -19,15 +20,15 @@ class Shortage(InputError):
     """What a run needs more than there is; its options say what would help."""
 
 
-def require_fit(work: Work) -> Need:
+def require_fit(run: RunSizes) -> Need:
     """Returns what a run needs, once it is known to fit.
 
     Raises:
         InputError: it does not; all that is short is named.
     """
-    within = (available_memory() if work.on_cpu else device_memory()) or 0
-    found = need(work, within / 4)
-    if short := list(shortages(found, work)):
+    within = (available_memory() if run.on_cpu else device_memory()) or 0
+    found = need(run, within / 4)
+    if short := list(shortages(found, run)):
         problems = "; ".join(str(one) for one in short)
         options = {name: value for one in short for name, value in one.options.items()}
         raise InputError(
@@ -36,22 +37,23 @@ def require_fit(work: Work) -> Need:
     return found
 
 
-def shortages(need: Need, work: Work) -> Iterator[Shortage]:
+def shortages(need: Need, run: RunSizes) -> Iterator[Shortage]:
     """Yields what does not fit, and what to change."""
-    yield from device_shortages(need, work)
-    yield from _host_and_disk(need, work)
+    yield from device_shortages(need, run)
+    yield from _host_and_disk(need, run)
 
 
-def device_shortages(need: Need, work: Work) -> Iterator[Shortage]:
+def device_shortages(need: Need, run: RunSizes) -> Iterator[Shortage]:
     """Yields what does not fit on a device."""
-    device = work.device_bytes or device_memory()
-    for phase, size in need.device.items():
+    device = run.device_bytes or device_memory()
+    for phase, row in need.phases.items():
+        size = row.device
         if device is not None and size > HEADROOM * device:
             remedies: dict[str, Any] = {"seqlen": Change.LOWER}
             if phase == "solve":
                 remedies = {"devices": Change.RAISE}
             elif phase == "tune":
-                remedies = _untuned(work) | {"seqlen": Change.LOWER}
+                remedies = _untuned(run) | {"seqlen": Change.LOWER}
             yield Shortage(
                 f"{phase} needs {size / GIB:.1f} GiB on a device, of which "
                 f"{HEADROOM * device / GIB:.1f} can be had",
@@ -59,45 +61,45 @@ def device_shortages(need: Need, work: Work) -> Iterator[Shortage]:
             )
 
 
-def _untuned(work: Work) -> dict[str, Any]:
+def _untuned(run: RunSizes) -> dict[str, Any]:
     """Returns the options that leave the distillation out."""
-    return {"tune_tokens" if work.recipe.tuning.tune_tokens else "tune_epochs": 0}
+    return {"tune_tokens" if run.recipe.tuning.tune_tokens else "tune_epochs": 0}
 
 
-def _host_and_disk(need: Need, work: Work) -> Iterator[Shortage]:
+def _host_and_disk(need: Need, run: RunSizes) -> Iterator[Shortage]:
     """Yields what does not fit in host memory, or on a disk."""
     host, phase = max(
-        (size + work.on_cpu * need.device[phase], phase) for phase, size in need.host.items()
+        (row.host + run.on_cpu * row.device, phase) for phase, row in need.phases.items()
     )
     free = available_memory()
     if host > free:
         problem = (
             f"{phase} needs {host / GIB:.1f} GiB of host memory, of which {free / GIB:.1f} are free"
         )
-        in_memory = work.scratch is None  # the hidden states
+        in_memory = run.scratch is None  # the hidden states
         remedies: dict[str, Any] = {}
         if phase == "tune":  # most is weights: only what is enough
-            if host - (best := best_step_bytes(work)) <= free:
+            if host - (best := best_step_bytes(run)) <= free:
                 problem += (
                     f", {best / GIB:.1f} of them to keep the weights of the best step, as epochs "
                     "do not"
                 )
                 remedies["tune_epochs"] = 2
-            if in_memory and host - need.scratch[phase] <= free:
+            if in_memory and host - need.phases[phase].states <= free:
                 remedies["hidden"] = "disk"
-            remedies |= _untuned(work)
+            remedies |= _untuned(run)
         else:
             remedies |= {"nsamples": Change.LOWER, "seqlen": Change.LOWER}
             remedies |= {"hidden": "disk"} if in_memory else {}
         yield Shortage(problem, options=remedies)
-    disk, room = sum(need.disk.values()), free_disk(work)
-    if work.scratch:
-        states, has = max(need.scratch.values()), shutil.disk_usage(work.scratch).free
-        if os.stat(work.scratch).st_dev == os.stat(existing_parent(work.out)).st_dev:
+    disk, room = sum(need.disk.values()), free_disk(run)
+    if run.scratch:
+        states, has = need.states, shutil.disk_usage(run.scratch).free
+        if os.stat(run.scratch).st_dev == os.stat(existing_parent(run.out)).st_dev:
             disk += int(states)
         elif states > has:
             yield Shortage(
-                f"{states / GIB:.1f} GiB are needed in {work.scratch}, {has / GIB:.1f} are free",
+                f"{states / GIB:.1f} GiB are needed in {run.scratch}, {has / GIB:.1f} are free",
                 options={"scratch": Change.OTHER},
             )
     if disk > room:
@@ -107,7 +109,7 @@ def _host_and_disk(need: Need, work: Work) -> Iterator[Shortage]:
         )
 
 
-def free_disk(work: Work) -> int:
+def free_disk(run: RunSizes) -> int:
     """Returns the bytes that the output's disk has free, with what the run has there already."""
-    own = sum(path.stat().st_size for path in store_folder(work.out).rglob("*") if path.is_file())
-    return shutil.disk_usage(existing_parent(work.out)).free + own
+    own = sum(path.stat().st_size for path in store_folder(run.out).rglob("*") if path.is_file())
+    return shutil.disk_usage(existing_parent(run.out)).free + own

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from jaxprune.planning.hlo import Module
+from jaxprune.planning.hlo_traffic import Module
 
 N = 256
 ARRAY = 4 * N * N

@@ -15,15 +15,16 @@ import pytest
 from jax.sharding import Mesh
 
 from jaxprune.commands.prune import main
+from jaxprune.costs.flops import Flops
 from jaxprune.errors import Change
 from jaxprune.hardware import Hardware, writing_for
-from jaxprune.planning import fit, preflight
-from jaxprune.planning.program import Flops
-from jaxprune.planning.work import GIB, Need
+from jaxprune.phases import PHASES
+from jaxprune.planning import estimate, fit_check
+from jaxprune.planning.estimate import GIB, Need, PhaseNeed
 from jaxprune.sharding import AXIS, Devices
 from tests.helpers import tiny
 from tests.helpers.command import jaxprune
-from tests.helpers.plans import need_of, work_of
+from tests.helpers.plans import need_of, sizes_of
 
 LLAMA2_70B = {
     "architectures": ["LlamaForCausalLM"],
@@ -53,32 +54,32 @@ def test_a_70b_model_needs_no_weights_to_be_planned(tmp_path: Path) -> None:
     ]
     options += ["--method", "wanda"]  # whose solve compiles in no time
     start = time.monotonic()
-    work = work_of(*options, "--device-memory", 16)
-    need = preflight.need(work)
+    run = sizes_of(*options, "--device-memory", 16)
+    need = estimate.need(run)
     assert time.monotonic() - start < 120
     assert need.disk["the checkpoint"] == 2 * 68_976_648_192
-    assert not [one for one in fit.shortages(need, work) if "on a device" in str(one)]
-    short = list(fit.shortages(need, dataclasses.replace(work, device_bytes=12 * GIB)))
+    assert not [one for one in fit_check.shortages(need, run) if "on a device" in str(one)]
+    short = list(fit_check.shortages(need, dataclasses.replace(run, device_bytes=12 * GIB)))
     told = re.compile(r"gram needs 13\.\d GiB on a device, of which 11.0 can be had")
     assert any(told.match(str(one)) and one.options == {"seqlen": Change.LOWER} for one in short)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_what_is_needed_grows_as_it_must(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "peak_bytes", lambda: {"host": 0})
+    monkeypatch.setattr(estimate, "peak_bytes", lambda: {"host": 0})
     shared = ["--seqlen", 64, "--eval", "none", "--pattern", "2:4"]
     few, many = (need_of("--ckpt", checkpoint, "--nsamples", count, *shared) for count in (8, 16))
     state = 8 * 64 * 32 * 4
-    assert many.host["gram"] - few.host["gram"] == state
+    assert many.phases["gram"].host - few.phases["gram"].host == state
     assert many.disk["hidden states"] == 2 * few.disk["hidden states"] == 4 * state
-    assert sum(many.flops["gram"].values()) == 2 * sum(few.flops["gram"].values())
-    assert many.flops["solve"] == few.flops["solve"]
+    assert many.phases["gram"].flops.total() == 2 * few.phases["gram"].flops.total()
+    assert many.phases["solve"].flops == few.phases["solve"].flops
     best = need_of("--ckpt", checkpoint, "--nsamples", 8, *shared, "--preset", "best")
-    assert best.device.keys() == {"sensitivity", "gram", "solve", "forward", "tune"}
-    assert sum(best.flops["solve"].values()) == sum(few.flops["solve"].values())
+    assert best.phases.keys() == {"sensitivity", "gram", "solve", "forward", "tune"}
+    assert best.phases["solve"].flops.total() == few.phases["solve"].flops.total()
     assert sum(best.disk.values()) > sum(few.disk.values())
-    works = [
-        work_of(
+    runs = [
+        sizes_of(
             "--ckpt",
             checkpoint,
             "--nsamples",
@@ -91,35 +92,39 @@ def test_what_is_needed_grows_as_it_must(checkpoint: Path, monkeypatch: pytest.M
         )
         for tokens in ("128k", "256k")  # each with 16 measures
     ]
-    short, long = map(preflight.need, works)
+    short, long = map(estimate.need, runs)
     # the best so far
-    assert short.disk["tuning"] - best.disk["tuning"] == 2 * works[0].pruned_bytes
-    assert long.disk == short.disk and long.device == short.device
-    assert long.flops["tune"]["float32"] == pytest.approx(
-        2 * short.flops["tune"]["float32"], rel=0.1
+    assert short.disk["tuning"] - best.disk["tuning"] == 2 * runs[0].pruned_bytes
+    assert long.disk == short.disk and [row.device for row in long.phases.values()] == [
+        row.device for row in short.phases.values()
+    ]
+    assert long.phases["tune"].flops["float32"] == pytest.approx(
+        2 * short.phases["tune"].flops["float32"], rel=0.1
     )
 
 
 def test_the_time_is_by_the_rate_of_each_kind_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        preflight.machine, "matrix_rate", {"float32": 1e11, "bfloat16": 4e11}.__getitem__
+        estimate.this_machine, "matrix_rate", {"float32": 1e11, "bfloat16": 4e11}.__getitem__
     )
     flops = {
         "solve": Flops({"float32": 15 * 10**10}),
         "tune": Flops({"bfloat16": 18 * 10**11, "float32": 7 * 10**10}),
     }
-    need = Need({}, {}, {}, {}, 0, flops)
-    assert preflight.seconds(need) == pytest.approx({"solve": 2, "tune": 11})
+    need = Need({phase: PhaseNeed(flops=one) for phase, one in flops.items()})
+    assert estimate.seconds(need) == pytest.approx({"solve": 2, "tune": 11})
     several = Devices(Mesh(np.array(8 * jax.devices()[:1]), (AXIS,)))
-    assert preflight.seconds(need, several) == preflight.seconds(need)  # eight parts of one CPU
+    assert estimate.seconds(need, several) == estimate.seconds(need)  # eight parts of one CPU
     with writing_for(Hardware("gpu")):
-        assert preflight.seconds(need, several) == pytest.approx({"solve": 0.25, "tune": 11 / 8})
+        assert estimate.seconds(need, several) == pytest.approx({"solve": 0.25, "tune": 11 / 8})
 
 
 def test_the_bound_is_above_the_compilers_count(checkpoint: Path) -> None:
-    work = work_of("--ckpt", checkpoint, "--nsamples", 8, "--seqlen", 64, "--preset", "best")
-    for program in preflight.programs_of(work):
-        assert program.peak_bytes() <= program.most_bytes(), program.name
+    run = sizes_of("--ckpt", checkpoint, "--nsamples", 8, "--seqlen", 64, "--preset", "best")
+    for phase in PHASES:
+        if phase.wanted(run.recipe):
+            for program in phase.costs(run).programs:
+                assert program.peak_bytes() <= program.most_bytes(), program.name
 
 
 @pytest.mark.parametrize(
@@ -143,7 +148,7 @@ def test_what_does_not_fit_is_said_before_the_work(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    monkeypatch.setattr(fit, name, lambda *_: value)
+    monkeypatch.setattr(fit_check, name, lambda *_: value)
     options = [
         "--ckpt",
         checkpoint,
@@ -162,22 +167,22 @@ def test_what_does_not_fit_is_said_before_the_work(
 def test_where_a_tuning_needs_too_much_only_what_would_be_enough_is_named(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = work_of("--ckpt", checkpoint, "--nsamples", 8, "--seqlen", 64, "--tune-tokens", 16 * 64)
-    need = Need({"tune": 0}, {"tune": 10 * GIB}, {}, {"tune": 2 * GIB}, 0, {})
-    monkeypatch.setattr(fit, "free_disk", lambda _: GIB)
-    monkeypatch.setattr(fit, "best_step_bytes", lambda _: 4 * GIB)
+    run = sizes_of("--ckpt", checkpoint, "--nsamples", 8, "--seqlen", 64, "--tune-tokens", 16 * 64)
+    need = Need({"tune": PhaseNeed(host=10 * GIB, states=2 * GIB)})
+    monkeypatch.setattr(fit_check, "free_disk", lambda _: GIB)
+    monkeypatch.setattr(fit_check, "best_step_bytes", lambda _: 4 * GIB)
     for free, options in (
         (9, ["tune_epochs", "hidden", "tune_tokens"]),
         (7, ["tune_epochs", "tune_tokens"]),
     ):
-        monkeypatch.setattr(fit, "available_memory", lambda free=free: free * GIB)
-        (short,) = fit.shortages(need, work)
+        monkeypatch.setattr(fit_check, "available_memory", lambda free=free: free * GIB)
+        (short,) = fit_check.shortages(need, run)
         assert [*short.options] == options
         assert "10.0 GiB of host memory, of which" in str(
             short
         ) and "4.0 of them to keep the weights" in str(short)
-    monkeypatch.setattr(fit, "available_memory", lambda: 5 * GIB)
-    (short,) = fit.shortages(need, work)
+    monkeypatch.setattr(fit_check, "available_memory", lambda: 5 * GIB)
+    (short,) = fit_check.shortages(need, run)
     assert short.options == {"tune_tokens": 0} and "weights" not in str(short)
 
 

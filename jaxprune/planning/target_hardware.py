@@ -19,9 +19,9 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
+from jaxprune.costs.flops import BF16X6
 from jaxprune.errors import Change, InputError
 from jaxprune.hardware import Hardware
-from jaxprune.planning.program import BF16X6
 from jaxprune.sharding import AXIS, Devices
 
 GB, TERA = 1e9, 1e12
@@ -38,7 +38,7 @@ class Target:
         bandwidth: bytes a second between its memory and its compute units.
         link: bytes a second between it and its host, each way.
         network: bytes a second from it to other devices of its host or slice.
-        rates: kind of products, see `program.Flops` -> FLOP/s.
+        rates: kind of products, see `flops.Flops` -> FLOP/s.
         describe: a number of devices -> devices to compile for.
         extra: the extra that brings its compiler, and the module that this is in.
         options: of the compiler.

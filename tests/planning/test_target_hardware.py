@@ -8,8 +8,8 @@ import pytest
 from jaxprune import InputError
 from jaxprune.commands.plan import main
 from jaxprune.commands.prune import main as prune
-from jaxprune.planning import targets
-from jaxprune.planning.targets import TARGETS, Target, target_of
+from jaxprune.planning import target_hardware
+from jaxprune.planning.target_hardware import TARGETS, Target, target_of
 
 
 def line(checkpoint: Path, target: str) -> list[str]:
@@ -36,7 +36,7 @@ def test_without_a_compiler_a_plan_counts(
         name: dataclasses.replace(one, extra=("plan-x", "no_such_module"))
         for name, one in TARGETS.items()
     }
-    monkeypatch.setattr(targets, "TARGETS", without)
+    monkeypatch.setattr(target_hardware, "TARGETS", without)
     assert main(line(checkpoint, "h100,v5e")) == 0
     out = capsys.readouterr().out
     assert (
@@ -46,7 +46,7 @@ def test_without_a_compiler_a_plan_counts(
     )
     assert out.count("│ gram") == 2 and "predictions at the data sheets' rates" in out
     small = dataclasses.replace(without["v5e"], memory=1e5)
-    monkeypatch.setattr(targets, "TARGETS", without | {"v5e": small})
+    monkeypatch.setattr(target_hardware, "TARGETS", without | {"v5e": small})
     assert main(line(checkpoint, "h100,v5e")) == 1
     out = capsys.readouterr().out
     assert (

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.lax import DotAlgorithmPreset
 
 from jaxprune import hardware
+from jaxprune.costs.flops import BF16X6
 from jaxprune.models.common.matmul import product
-from jaxprune.planning.program import BF16X6
 
 
 def describe_hardware() -> str:
@@ -53,7 +53,7 @@ def available_memory() -> int:
 
 
 def square_product(kind: str) -> tuple[Callable[[jax.Array, jax.Array], jax.Array], jax.Array]:
-    """Returns a compiled product of a kind, see `program.Flops`, and an operand large enough for
+    """Returns a compiled product of a kind, see `flops.Flops`, and an operand large enough for
     this device's rate."""
     size = 2048 if hardware.current().on_cpu else 8192
     precision = DotAlgorithmPreset.BF16_BF16_F32_X6.name if kind == BF16X6 else "highest"
@@ -68,7 +68,7 @@ def square_product(kind: str) -> tuple[Callable[[jax.Array, jax.Array], jax.Arra
 @functools.cache
 def matrix_rate(kind: str) -> float:
     """Measures the FLOP/s of this device in square products of a kind, once; see
-    `program.Flops`."""
+    `flops.Flops`."""
     product, x = square_product(kind)
     seconds = []
     for _ in range(3):

@@ -13,15 +13,18 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from jaxprune import ADMM, ALPS, Unstructured, load, prune_layers
 from jaxprune.calibration.text_stream import HELD_OUT, windows_held_out
+from jaxprune.costs.flops import BF16X6, count_flops
+from jaxprune.costs.program import Program
+from jaxprune.costs.shapes import Shapes
+from jaxprune.distill import tuning_costs
 from jaxprune.distill.placement import Placement
 from jaxprune.distill.schedule import TuningSteps
 from jaxprune.hardware import Hardware, writing_for
 from jaxprune.methods.linalg import matmul
 from jaxprune.models.common.attention import causal_attention
-from jaxprune.planning import programs
-from jaxprune.planning.program import BF16X6, Program, Shapes, count_flops
 from jaxprune.recipe_parts import Tuning
 from jaxprune.sharding import ONE_DEVICE
+from jaxprune.solve import layer_costs, sensitivity
 from jaxprune.solve.gram_matrices import accumulate
 from jaxprune.solve.sensitivity import backward, measure_sensitivity
 from jaxprune.streaming.hidden_states import batch_size
@@ -105,7 +108,7 @@ def test_a_layer_is_counted_as_by_hand(checkpoint: Path) -> None:
     length, count = 16, 4
     found = {
         p.name: p
-        for p in programs.of_pruning(shapes(checkpoint), count, length, ADMM(), Unstructured(0.5))
+        for p in layer_costs.programs(shapes(checkpoint), count, length, ADMM(), Unstructured(0.5))
     }
     tokens = length * batch_size(count, length)
     layer = model.layers[0]
@@ -124,8 +127,8 @@ def test_the_programs_are_those_of_a_run(checkpoint: Path) -> None:
     """The run compiles nothing that the programs do not name, and calls them with the same
     shapes."""
     model, tokens = load(checkpoint), windows(4, 16)
-    named = [*programs.of_pruning(shapes(checkpoint), 4, 16, ADMM(), Unstructured(0.5))]
-    named += programs.of_sensitivity(shapes(checkpoint), 4, 16)
+    named = [*layer_costs.programs(shapes(checkpoint), 4, 16, ADMM(), Unstructured(0.5))]
+    named += sensitivity.programs(shapes(checkpoint), 4, 16)
 
     def compile_by_name(function: object, wanted: Iterable[Program]) -> None:
         for program in wanted:
@@ -152,7 +155,7 @@ def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
 
 def test_a_dense_model_that_goes_along_is_counted(checkpoint: Path) -> None:
     def named(asymmetry: bool) -> dict[str, Program]:
-        every = programs.of_pruning(
+        every = layer_costs.programs(
             shapes(checkpoint), 4, 16, ADMM(), Unstructured(0.5), asymmetry=asymmetry
         )
         return {program.name: program for program in every}
@@ -173,7 +176,7 @@ def test_peaks_are_at_least_what_is_alive(method: object, checkpoint: Path) -> N
     layer = load(checkpoint).architecture.layers[0]
     weights = 4 * sum(param.size for param in layer.spec.values())
     grams = 4 * sum(layer.features(tap) ** 2 for tap in layer.reads)
-    for program in programs.of_pruning(shapes(checkpoint), 4, 16, method, Unstructured(0.5)):
+    for program in layer_costs.programs(shapes(checkpoint), 4, 16, method, Unstructured(0.5)):
         alive = weights + (grams if program.phase == "gram" else 0)
         assert alive < program.peak_bytes() < 60 * (weights + grams), program.name
 
@@ -182,7 +185,7 @@ def of_distillation(checkpoint: Path, tuning: Tuning) -> list[Program]:
     held_out = windows_held_out(16) if tuning.tune_tokens else 0
     steps = TuningSteps.of(tuning, 8, 16, held_out * 16)
     return list(
-        programs.of_distillation(shapes(checkpoint), steps, Placement(True, True), (held_out, 16))
+        tuning_costs.programs(shapes(checkpoint), steps, Placement(True, True), (held_out, 16))
     )
 
 

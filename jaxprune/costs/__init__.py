@@ -1,0 +1,2 @@
+"""What the phases of a run cost, as each of them describes it: its compiled programs and what it
+keeps."""
