@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from convert.names import expert_path
 from jaxprune.calibration.text_stream import TextStream
-from jaxprune.costs.phase_costs import PhaseCosts
+from jaxprune.costs.program import PhaseCosts
 from jaxprune.costs.run_sizes import RunSizes
 from jaxprune.distill import distillation, saved_tuning, tuning_costs
 from jaxprune.distill.distillation import Text, distill

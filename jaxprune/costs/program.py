@@ -1,4 +1,5 @@
-"""A compiled program of a run: its FLOPs and its memory, before anything runs.
+"""A compiled program of a run: its FLOPs and its memory, before anything runs; and what a phase
+costs.
 
 Bytes are those of the compiler's own memory analysis. Neither count needs weights, text or the
 device's time.
@@ -7,7 +8,7 @@ device's time.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -90,6 +91,25 @@ class Program:
         if hasattr(function.func, "trace"):
             return function.func.trace(*function.args, *self.arguments, **function.keywords)
         return jax.jit(self.function).trace(*self.arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseCosts:
+    """What a phase of a run costs, beside what all of them need.
+
+    Attributes:
+        programs: its compiled programs. A plan has a row for each `Program.phase`.
+        states: bytes of the hidden states that are on the host at a time, of all processes.
+        transfers: row of the plan -> bytes to all devices and back.
+        host: other bytes in host memory.
+        disk: what -> bytes on the output's disk at most, until the run ends.
+    """
+
+    programs: Iterable[Program]
+    states: int
+    transfers: Mapping[str, float]
+    host: float = 0.0
+    disk: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def outside_bytes(compiled: jax.stages.Compiled) -> int:

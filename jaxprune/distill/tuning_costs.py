@@ -12,8 +12,7 @@ import numpy as np
 from jax import ShapeDtypeStruct as Shape
 
 from jaxprune.calibration.text_stream import windows_held_out
-from jaxprune.costs.phase_costs import PhaseCosts
-from jaxprune.costs.program import Program, size_of
+from jaxprune.costs.program import PhaseCosts, Program, size_of
 from jaxprune.costs.run_sizes import RunSizes
 from jaxprune.costs.shapes import Shapes
 from jaxprune.distill import adafactor, gradual_pruning, student
@@ -231,8 +230,8 @@ class _Tuning:
         calls = count * (2 * self.steps.last_pruning + self.steps.measured_early)
         yield Program("tune", f"kept of {name}", adafactor.kept, masked, calls, alive)
         selector = self.pattern.selector((inputs, outputs), cubic(times))
-        # the time, and which expert
-        arguments = moving, fixed, selector, *[Shape((), jnp.int32)] * (1 + len(experts))
+        number = Shape((), jnp.int32)
+        arguments = moving, fixed, selector, number, number if experts else None
         calls, function = count * times * math.prod(experts), gradual_pruning.pruned
         yield Program("tune", f"late zeros of {name}", function, arguments, calls, alive)
 

@@ -20,8 +20,7 @@ from jaxtyping import Array, Float, Int
 from pydantic import Field
 
 from convert.schema import Count, FiniteOrNull
-from jaxprune.costs.phase_costs import PhaseCosts
-from jaxprune.costs.program import Program, size_of
+from jaxprune.costs.program import PhaseCosts, Program, size_of
 from jaxprune.costs.run_sizes import RunSizes
 from jaxprune.costs.shapes import Shapes
 from jaxprune.errors import InputError

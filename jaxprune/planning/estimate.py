@@ -22,8 +22,7 @@ from convert.casting import cast_spec, saving_dtype
 from convert.hub import resolve
 from jaxprune import hardware
 from jaxprune.costs.flops import Flops
-from jaxprune.costs.phase_costs import PhaseCosts
-from jaxprune.costs.program import Program, outside_bytes
+from jaxprune.costs.program import PhaseCosts, Program, outside_bytes
 from jaxprune.costs.run_sizes import RunSizes
 from jaxprune.costs.shapes import Shapes
 from jaxprune.evaluation import perplexity

@@ -143,12 +143,10 @@ def _environment(target: Target) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _gpu(name: str, words: str, **card: Any) -> Target:
-    """Describes one of NVIDIA's GPUs: `card` has the rest of `Target`, and what the compiler wants
-    to know."""
-    compiler = "jax_cuda12_plugin"
+def _gpu_description(words: str, card: Mapping[str, Any]) -> str:
+    """Returns what XLA's compiler for CUDA wants to know of a card."""
     major, minor = card["capability"].split(".")
-    description = f"""
+    return f"""
         gpu_device_info {{
           threads_per_block_limit: 1024
           threads_per_warp: 32
@@ -174,6 +172,12 @@ def _gpu(name: str, words: str, **card: Any) -> Target:
         runtime_version {{ major: 12 minor: 9 patch: 0 }}
         device_description_str: "{words}"
     """
+
+
+def _gpu(name: str, words: str, **card: Any) -> Target:
+    """Describes one of NVIDIA's GPUs: `card` has the rest of `Target`, and what the compiler wants
+    to know."""
+    compiler, description = "jax_cuda12_plugin", _gpu_description(words, card)
 
     def describe(count: int) -> list[Any]:
         return list(

@@ -18,8 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from convert import Params
-from jaxprune.costs.phase_costs import PhaseCosts
-from jaxprune.costs.program import Program
+from jaxprune.costs.program import PhaseCosts, Program
 from jaxprune.costs.run_sizes import RunSizes
 from jaxprune.costs.shapes import Shapes
 from jaxprune.errors import Change, InputError

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct as Shape
 
 from jaxprune.costs.flops import Flops
-from jaxprune.costs.phase_costs import PhaseCosts
-from jaxprune.costs.program import Program, size_of
+from jaxprune.costs.program import PhaseCosts, Program, size_of
 from jaxprune.costs.run_sizes import RunSizes
 from jaxprune.costs.shapes import Shapes
 from jaxprune.methods import Method

@@ -29,8 +29,7 @@ from jax import ShapeDtypeStruct as Shape
 from jaxtyping import Array, Float, Int
 
 from jaxprune import hardware
-from jaxprune.costs.phase_costs import PhaseCosts
-from jaxprune.costs.program import Program, size_of
+from jaxprune.costs.program import PhaseCosts, Program, size_of
 from jaxprune.costs.run_sizes import RunSizes
 from jaxprune.costs.shapes import Shapes
 from jaxprune.errors import InputError
