@@ -11,20 +11,6 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-BYTES = {
-    "pred": 1,
-    "s4": 0.5,
-    "u4": 0.5,
-    "s8": 1,
-    "u8": 1,
-    "s16": 2,
-    "u16": 2,
-    "bf16": 2,
-    "f16": 2,
-    "s32": 4,
-    "u32": 4,
-}
-BYTES |= {"f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "f8e4m3fn": 1, "f8e5m2": 1}
 FREE = {
     "parameter",
     "constant",
@@ -35,15 +21,9 @@ FREE = {
     "partition-id",
     "replica-id",
     "opt-barrier",
-    "copy-done",
-    "async-done",
     "async-update",
-    "slice-done",
-    "all-gather-done",
-    "all-reduce-done",
-    "collective-permute-done",
 }
-"""Instructions that move nothing themselves."""
+"""Instructions that move nothing themselves; the ends of asynchronous ones do not, either."""
 COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"}
 """Instructions by which devices exchange data."""
 PARTS = {"slice", "dynamic-slice", "gather"}
@@ -137,7 +117,7 @@ class Module:
         )
 
     def _traffic_of(self, one: Instruction, sizes: dict[str, float]) -> float:
-        if one.opcode in FREE:
+        if one.opcode in FREE or one.opcode.endswith("-done"):
             return 0.0
         if one.opcode == "while":
             return one.trips * self.traffic(one.called[0])
@@ -219,7 +199,13 @@ def _size(shape: str) -> float:
     """Returns the bytes of a shape, or of a tuple's arrays, that lie in the device's main
     memory."""
     return sum(
-        BYTES.get(dtype, 0) * math.prod(int(n) for n in axes.split(",") if n)
+        _item_bytes(dtype) * math.prod(int(n) for n in axes.split(",") if n)
         for dtype, axes, layout in _ARRAY.findall(shape)
         if "S(1)" not in layout
     )
+
+
+def _item_bytes(dtype: str) -> float:
+    """Returns the bytes of a number: the name of a dtype holds its bits, as bf16 or f8e4m3fn."""
+    bits = re.search("[0-9]+", dtype)
+    return int(bits[0]) / 8 if bits else float(dtype == "pred")
