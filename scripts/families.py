@@ -20,8 +20,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from jaxprune import load  # noqa: E402
-from jaxprune.commands.run_options import parse  # noqa: E402
 from jaxprune.commands.plan import sizes_of  # noqa: E402
+from jaxprune.commands.run_options import parse  # noqa: E402
 from jaxprune.planning.estimate import need  # noqa: E402
 from jaxprune.sharding import ONE_DEVICE  # noqa: E402
 from tests.helpers import families, public  # noqa: E402

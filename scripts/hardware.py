@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jaxprune.commands.run_options import parse  # noqa: E402
 from jaxprune.commands.plan import sizes_of  # noqa: E402
+from jaxprune.commands.run_options import parse  # noqa: E402
 from jaxprune.commands.terminal import duration  # noqa: E402
 from jaxprune.hardware import writing_for  # noqa: E402
 from jaxprune.planning import fit_check  # noqa: E402

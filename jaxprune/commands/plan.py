@@ -22,8 +22,8 @@ from jaxprune.hardware import writing_for
 from jaxprune.phases import require_recipe
 from jaxprune.planning import estimate, fit_check
 from jaxprune.planning.estimate import GIB, Need
-from jaxprune.planning.this_machine import describe_hardware, matrix_rate
 from jaxprune.planning.target_hardware import Target, target_of, without_cache
+from jaxprune.planning.this_machine import describe_hardware, matrix_rate
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import Devices
 from jaxprune.solve.expert_removal import without_experts

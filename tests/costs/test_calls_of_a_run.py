@@ -13,7 +13,7 @@ import pytest
 from jaxprune import ADMM, Recipe, Unstructured, load, prune_model
 from jaxprune.costs.run_sizes import RunSizes
 from jaxprune.distill import adafactor, gradual_pruning, layer_vjp, student
-from jaxprune.evaluation import text
+from jaxprune.evaluation import perplexity
 from jaxprune.phases import PHASES
 from jaxprune.recipe_parts import Importance, Tuning
 from jaxprune.solve import expert_removal, gram_matrices, kernel, sensitivity
@@ -34,7 +34,7 @@ COMPILED = (
     adafactor.step_one,
     adafactor.kept,
     gradual_pruning.pruned,
-    text.divergence,
+    perplexity.divergence,
 )
 """The functions that a run calls, but for those of its method."""
 RECIPE = Recipe(
@@ -112,6 +112,6 @@ def test_a_run_makes_the_calls_that_its_phases_describe(
     called = recorded(monkeypatch)
     for _ in prune_model(model, tokens, RECIPE):
         pass
-    text.text_quality([model, model], tokens)
+    perplexity.text_quality([model, model], tokens)
     assert {name for name, *_ in called} > {"accumulate", "pull_back", "pruned", "divergence"}
     assert differences(wanted, called) == {}

@@ -1,7 +1,7 @@
 """What runs of command lines need."""
 
-from jaxprune.commands.run_options import parse
 from jaxprune.commands.plan import sizes_of as sizes_of_options
+from jaxprune.commands.run_options import parse
 from jaxprune.costs.run_sizes import RunSizes
 from jaxprune.planning.estimate import Need, need
 from jaxprune.sharding import ONE_DEVICE
