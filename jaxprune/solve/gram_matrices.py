@@ -19,7 +19,7 @@ from jaxprune import hardware
 from jaxprune.errors import InputError
 from jaxprune.methods import gram
 from jaxprune.models import Layer, Part
-from jaxprune.models.common.expert_dispatch import Routed, around, on_each
+from jaxprune.models.common.expert_dispatch import Routed, on_each, ring_pass
 from jaxprune.sharding import ONE_DEVICE, Devices, fetch
 from jaxprune.solve.calibration_states import CalibrationStates
 
@@ -271,11 +271,11 @@ def accumulate(
 
 
 def _add_routed(total: ExpertTotals, tap: Routed, weights: Array | None) -> ExpertTotals:
-    """Adds rows of experts, weighted by squared routing weights and by token weights."""
+    """Adds slots of experts, weighted by squared routing weights and by token weights."""
     of_rows = tap.weights()
     if weights is not None:
-        of_rows = of_rows * tap.rows_of_tokens(weights)
-    group = _group(tap.plan.owner, total.first, len(total.tokens))
+        of_rows = of_rows * tap.slots_of_tokens(weights)
+    group = _group(tap.plan.expert_ids, total.first, len(total.tokens))
     own = jnp.arange(len(total.tokens), dtype=jnp.int32)[:, None] == group[None, :]
     filled = tap.filled().astype(jnp.int32)[:, 0]
     tokens = total.tokens + jnp.sum(
@@ -285,28 +285,28 @@ def _add_routed(total: ExpertTotals, tap: Routed, weights: Array | None) -> Expe
         return total._replace(
             gram=gram.add_grouped(total.gram, tap.x, of_rows, group), tokens=tokens
         )
-    added = on_each(tap.mesh, _add_around)(total.gram, tap.x, of_rows, tap.plan.owner)
+    added = on_each(tap.mesh, _add_by_ring)(total.gram, tap.x, of_rows, tap.plan.expert_ids)
     return total._replace(gram=added, tokens=tokens)
 
 
-def _group(owner: Int[Array, "N"], first: Array, count: int) -> Int[Array, "N"]:
+def _group(expert_ids: Int[Array, "N"], first: Array, count: int) -> Int[Array, "N"]:
     """Returns the index of each block's expert among `count` experts from `first`; -1: none."""
-    group = owner - first
+    group = expert_ids - first
     return jnp.where(group < count, group, jnp.int32(-1))
 
 
-def _add_around(
+def _add_by_ring(
     total: Float[Array, "e n n"],
     x: Float[Array, "N B n"],
     weights: Float[Array, "N B"],
-    owner: Int[Array, "N"],
+    expert_ids: Int[Array, "N"],
 ) -> Float[Array, "e n n"]:
     """Adds each device's rows to the sums of all experts in a ring pass."""
 
-    def turn(total: Array, first: Array, other: Array) -> tuple[Array, Array]:
-        return gram.add_grouped(total, x, weights, _group(owner, first, len(total))), other
+    def step(total: Array, first: Array, carry: Array) -> tuple[Array, Array]:
+        return gram.add_grouped(total, x, weights, _group(expert_ids, first, len(total))), carry
 
-    return around(total, jnp.int32(0), turn)[0]
+    return ring_pass(total, jnp.int32(0), step)[0]
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=5)

@@ -309,7 +309,7 @@ def backward(
         inputs = jnp.square(_rows(taps[tap]).astype(jnp.float32))
         energy = sum(jnp.sum(squares[path], axis=-1) for path in paths)
         if isinstance(taps[tap], Routed):
-            found.tokens[tap] = taps[tap].sum_of_rows(energy).reshape(x.shape[:2])
+            found.tokens[tap] = taps[tap].sum_of_slots(energy).reshape(x.shape[:2])
             by_expert = partial(taps[tap].by_expert, experts=layer.experts[paths[0]])
             found.outputs.update(
                 {path: by_expert(jnp.sum(squares[path], axis=1)) for path in paths}

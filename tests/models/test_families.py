@@ -134,7 +134,7 @@ def test_rows_that_no_token_has_are_zero(family: str, tmp_path: Path) -> None:
     routed = [tap for tap in taps.values() if isinstance(tap, Routed)]
     assert len(routed) == 3
     for tap in routed:
-        empty = np.asarray(tap.plan.choice) == EMPTY
+        empty = np.asarray(tap.plan.assignments) == EMPTY
         assert (
             empty.any() and np.asarray(tap.x)[~empty].any() and not np.asarray(tap.x)[empty].any()
         )

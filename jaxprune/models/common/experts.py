@@ -18,12 +18,12 @@ from jaxprune.models.common.activations import gated
 from jaxprune.models.common.configuration import Config, Routing
 from jaxprune.models.common.expert_dispatch import (
     EMPTY,
-    Plan,
+    DispatchPlan,
     Routed,
     collect,
     dispatch,
+    dispatch_plan,
     grouped,
-    plan,
 )
 from jaxprune.models.common.functional_modules import ROUTER_TAP
 from jaxprune.sparsity.patterns import Sections
@@ -35,14 +35,14 @@ OUTPUT_TAP = "expert_output"
 
 
 class Rows(NamedTuple):
-    """Where the rows that a linear layer of experts reads belong.
+    """Where the slots that a linear layer of experts reads belong.
 
     Attributes:
         plan: which tokens they are of.
         mesh: the devices that tokens and experts are spread over; None: one.
     """
 
-    plan: Plan
+    plan: DispatchPlan
     mesh: Mesh | None
 
 
@@ -58,13 +58,17 @@ class ExpertLinear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((experts, n_out), jnp.float32)) if bias else None
 
     def __call__(self, x: Float[Array, "N B n"], rows: Rows) -> Float[Array, "N B m"]:
-        owner = rows.plan.owner
-        y = grouped(x, self.kernel[...], owner, jax.config.jax_default_matmul_precision, rows.mesh)
+        expert_ids = rows.plan.expert_ids
+        y = grouped(
+            x, self.kernel[...], expert_ids, jax.config.jax_default_matmul_precision, rows.mesh
+        )
         if self.bias is None:
             return y
-        bias = self.bias[...].astype(y.dtype)[owner][:, None, :]
-        # empty rows stay 0
-        return y + jnp.where((rows.plan.choice < EMPTY)[..., None], bias, jnp.zeros((), y.dtype))
+        bias = self.bias[...].astype(y.dtype)[expert_ids][:, None, :]
+        # empty slots stay 0
+        return y + jnp.where(
+            (rows.plan.assignments < EMPTY)[..., None], bias, jnp.zeros((), y.dtype)
+        )
 
 
 class GatedExperts(nnx.Module):
@@ -104,15 +108,15 @@ def mixture(
     correction: Float[Array, "e"] | None = None,
 ) -> tuple[Float[Array, "b t d"], dict[str, Any]]:
     """Sends each token to the experts that its router chooses, and adds up their outputs by their
-    shares.
+    routing weights.
 
     Args:
         config: of the model.
         router: hidden states -> a score of each expert.
-        experts: blocks of rows and their experts -> outputs, and the input of the last linear
+        experts: blocks of slots and their experts -> outputs, and the input of the last linear
             layer.
         x: hidden states.
-        correction: what is added to each expert's share where experts are chosen; None: nothing.
+        correction: what is added to routing weights where experts are chosen; None: nothing.
 
     Returns:
         The sum, and the taps: what the router reads, what experts read, the input of their last
@@ -120,38 +124,38 @@ def mixture(
     """
     routing, tokens = routing_of(config), x.reshape(-1, x.shape[-1])
     scores = router(x).reshape(len(tokens), -1).astype(jnp.float32)
-    shares = jax.nn.sigmoid(scores) if routing.sigmoid else jax.nn.softmax(scores, axis=-1)
+    every = jax.nn.sigmoid(scores) if routing.sigmoid else jax.nn.softmax(scores, axis=-1)
     if correction is None:
-        share, chosen = lax.top_k(shares, routing.per_token)
+        weights, chosen = lax.top_k(every, routing.per_token)
     else:
-        _, chosen = lax.top_k(shares + correction.astype(shares.dtype)[None, :], routing.per_token)
-        share = jnp.take_along_axis(shares, chosen, axis=-1)
+        _, chosen = lax.top_k(every + correction.astype(every.dtype)[None, :], routing.per_token)
+        weights = jnp.take_along_axis(every, chosen, axis=-1)
     total = (
-        jnp.sum(share, axis=-1, keepdims=True)
+        jnp.sum(weights, axis=-1, keepdims=True)
         if routing.normalized
-        else jnp.ones_like(share[:, :1])
+        else jnp.ones_like(weights[:, :1])
     )
     total = total if routing.scale == 1 else total / jnp.float32(routing.scale)
-    share = share / total
+    weights = weights / total
     mesh = mesh_of(routing, len(x))
 
-    def through(chosen: Array, share: Array) -> tuple[Array, dict[str, Any]]:
-        """Returns the outputs of all choices, and the taps."""
-        way = plan(chosen, routing.experts, mesh)
-        rows = dispatch(tokens, way, mesh)
-        y, hidden = experts(rows, Rows(way, mesh))
+    def through(chosen: Array, weights: Array) -> tuple[Array, dict[str, Any]]:
+        """Returns the outputs of all assignments, and the taps."""
+        plan = dispatch_plan(chosen, routing.experts, mesh)
+        rows = dispatch(tokens, plan, mesh)
+        y, hidden = experts(rows, Rows(plan, mesh))
         taps = {"expert_input": rows, "expert_hidden": hidden, OUTPUT_TAP: y}
-        return collect(y, way, mesh), {
-            name: Routed(tap, way, share, mesh) for name, tap in taps.items()
+        return collect(y, plan, mesh), {
+            name: Routed(tap, plan, weights, mesh) for name, tap in taps.items()
         }
 
-    y, taps = through(chosen, share)
+    y, taps = through(chosen, weights)
     if routing.route_all:  # for calibration only: the output does not depend on it
-        every = jnp.broadcast_to(
-            jnp.arange(routing.experts, dtype=jnp.int32)[None, :], shares.shape
+        all_experts = jnp.broadcast_to(
+            jnp.arange(routing.experts, dtype=jnp.int32)[None, :], every.shape
         )
-        _, taps = through(every, shares / total)
-    y = jnp.sum(y * share.astype(y.dtype)[:, :, None], axis=1, dtype=y.dtype)
+        _, taps = through(all_experts, every / total)
+    y = jnp.sum(y * weights.astype(y.dtype)[:, :, None], axis=1, dtype=y.dtype)
     return y.reshape(x.shape), {ROUTER_TAP: x, **taps}
 
 
