@@ -1,4 +1,4 @@
-"""Where a result is to be: looked at before the work, and again when the result is put there."""
+"""Destinations of results, checked before the work and again when the result is published."""
 
 import contextlib
 import dataclasses
@@ -27,15 +27,16 @@ from convert.writing import failing, sync
 
 @dataclasses.dataclass
 class Destination:
-    """Where a result is to be; looked at before the work, and again when the result is put there.
+    """The place of a result, checked before the work and again when the result is published.
 
     Attributes:
-        path: absolute.
-        option: the option that names it; None where no option does.
-        overwrite: whether an earlier result there is replaced.
-        folder: whether the result is one; else a file.
-        inputs: real paths of what the work reads.
-        again: what to do once the place is free, where a finished result could not be put there.
+        path: absolute path.
+        option: the option that names it; None if there is none.
+        overwrite: whether to replace an earlier result.
+        folder: whether the result is a folder or a file.
+        inputs: real paths of the inputs of the work.
+        again: what the user can do if a finished result cannot be published, once the place is
+            free.
     """
 
     path: Path
@@ -52,11 +53,10 @@ class Destination:
         return dataclasses.replace(self, inputs=(*self.inputs, *paths))
 
     def check(self) -> None:
-        """Makes sure that the result may be put there.
+        """Checks that the result may be written there.
 
         Raises:
-            CheckpointError: something is there that may not be replaced, or nothing can be written
-                there.
+            CheckpointError: something there must not be replaced, or the place is not writable.
         """
         path = self.path
         try:
@@ -74,7 +74,7 @@ class Destination:
         if stat.S_ISDIR(found.st_mode) != self.folder:
             kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a file"
             raise self.occupied(
-                f"it is {kind}, and {'a folder' if self.folder else 'a file'} is to be made"
+                f"it is {kind}, but the result is {'a folder' if self.folder else 'a file'}"
             )
         if self._made is not None and self._made == marker_of(path):
             return
@@ -95,13 +95,15 @@ class Destination:
         parent = next(p for p in self.path.parents if os.path.lexists(p))
         if not parent.is_dir():
             raise CheckpointError(
-                "it is no folder, so nothing can be made in it", file=parent, options=self._other()
+                "it is not a folder, so nothing can be made in it",
+                file=parent,
+                options=self._other(),
             )
         if not os.access(parent, os.W_OK | os.X_OK):
             raise CheckpointError("it cannot be written into", file=parent, options=self._other())
 
     def _require_replaceable(self) -> None:
-        """Raises OccupiedError unless what is there is ours."""
+        """Raises OccupiedError unless jaxprune wrote all that is there."""
         real = self.path.resolve()
         if real == Path(real.anchor) or os.path.ismount(real):
             raise self.occupied("it is the root or a mount point, which is not replaced")
@@ -115,8 +117,8 @@ class Destination:
                 prove(self.path)
             elif not sealed(self.path):
                 raise OccupiedError(
-                    "it is not, or not any more, a file as jaxprune wrote it, so it is not "
-                    "replaced: move or remove it yourself",
+                    "jaxprune did not write it, or it has changed since, so it is not replaced: "
+                    "move or remove it yourself",
                     file=self.path,
                 )
         except OccupiedError as error:
@@ -124,15 +126,15 @@ class Destination:
             raise
 
     def publish(self, finished: Path) -> None:
-        """Puts a finished result in its place; what it replaces is removed.
+        """Moves a finished result to its place, and removes the earlier result there.
 
         Args:
-            finished: a folder with its marker, or a file with its seal, on the same disk.
+            finished: a folder with its marker, or a file with its checksum, on the same disk.
 
         Raises:
-            OccupiedError: something that may not be replaced is there, which was not when the work
-                began. The result stays where it is.
-            CheckpointError: it cannot be put there.
+            OccupiedError: something that must not be replaced appeared there during the work. The
+                result stays where it is.
+            CheckpointError: the result cannot be moved there.
         """
         try:
             self.check()
@@ -148,15 +150,15 @@ class Destination:
             if not os.path.lexists(finished):
                 raise
             raise type(error)(
-                f"{error.problem}; the finished result is kept in {finished}, and {self.again}",
+                f"{error.problem}; the finished result is saved in {finished}, and {self.again}",
                 file=error.file,
             ) from error
         self._made = marker_of(self.path)
 
     @contextlib.contextmanager
     def _near(self, finished: Path) -> Iterator[Path]:
-        """Yields the finished result on the disk of its place: a file that is elsewhere is
-        copied."""
+        """Yields the finished result on the disk of its destination; copies a file from another
+        disk."""
         parent = self.path.parent
         if self.folder or os.lstat(finished).st_dev == os.stat(parent).st_dev:
             yield finished
@@ -175,7 +177,7 @@ class Destination:
             renaming.rename_new(finished, self.path)
         except FileExistsError as problem:
             raise self.occupied(
-                "something appeared there meanwhile, which is not replaced"
+                "it appeared there during the work, so it is not replaced"
             ) from problem
 
 
@@ -186,10 +188,11 @@ def destination(
     overwrite: bool = False,
     folder: bool = True,
 ) -> Destination:
-    """Returns a `Destination` at a path as a user gives it, or one as it is.
+    """Returns the `Destination` of a user's path; one that is a `Destination` already is returned
+    as it is.
 
     Raises:
-        CheckpointError: there is no such place.
+        CheckpointError: the path is impossible.
     """
     return (
         path
@@ -199,10 +202,10 @@ def destination(
 
 
 def absolute(path: str | Path) -> Path:
-    """Returns a path of the user's from the root on, with a last part that is a name.
+    """Returns a user's path as an absolute one, whose last part is a name.
 
     Raises:
-        CheckpointError: see `expand`, or it is the root.
+        CheckpointError: see `expand`, or the path is the root.
     """
     found = expand(path).absolute()
     found = found.resolve() if found.name in ("", "..") else found
@@ -213,13 +216,13 @@ def absolute(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def staged(place: Destination) -> Iterator[Path]:
-    """Yields where to make a result, an empty folder or a file that is not there yet; puts it in
-    its place at the end.
+    """Yields a temporary place for a result, and publishes the result when the block ends.
 
-    The block marks or seals it. After an error it is removed.
+    The place is an empty folder, or a file that does not exist yet. The block must write its marker
+    or checksum. After an error the unfinished result is removed.
 
     Raises:
-        CheckpointError: see `Destination`; nothing can be written there.
+        CheckpointError: see `Destination`; or nothing can be written there.
     """
     place.check()
     with failing(place.path.parent):

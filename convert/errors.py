@@ -1,4 +1,4 @@
-"""Errors that a user can mend. They carry fields; only a command line words the remedy and names
+"""Errors that a user can fix. They carry fields; only the command line words the remedy and names
 its flag."""
 
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Change(Enum):
-    """How an option would have to change, where no single value can be named."""
+    """How to change an option, if no single value would fix the error."""
 
     OTHER = "choose another"
     LOWER = "lower"
@@ -21,24 +21,24 @@ class _Missing(Enum):
 
 
 MISSING = _Missing.MISSING
-"""Stands for an entry that is not there; None is a value that JSON knows."""
+"""A missing entry, in contrast to None, which JSON can express."""
 
 
 class UserError(ValueError):
-    """Something of the user's that cannot be used: a file, an option, a machine.
+    """Something from the user cannot be used: a file, an option, a machine.
 
-    `str` of it is one line without remedies that would need an option's name.
+    `str` gives one line, without remedies that need an option's name.
 
     Attributes:
-        problem: what is wrong, as a clause without a full stop.
-        file: the file or folder that is meant, or None.
-        entry: the place in it: a JSON path, a tensor's name, a row; "" for all of it.
-        found: what is there, where that says more than `problem`; `MISSING` where nothing is.
-        wanted: what should be there, in words, or "".
-        options: option's name, as in Python, -> the value that would mend it, or a `Change`.
-        again: when the same command can succeed and use the work that was finished before the
-            error: a clause such as "once there is room,"; None: it cannot. A caller that knows more
-            than the class sets it.
+        problem: the problem, as a clause without a full stop.
+        file: the file or folder, or None.
+        entry: the place in the file: a JSON path, a tensor's name, a row; "" for the whole file.
+        found: the value found, if it adds to `problem`; `MISSING` if there is none.
+        wanted: a description of the expected value, or "".
+        options: option's Python name -> the value that would fix the error, or a `Change`.
+        again: when the same command can succeed and reuse the work finished before the error: a
+            clause such as "once there is room,"; None: never. A caller with more information than
+            the class sets it.
     """
 
     again: str | None = None
@@ -72,27 +72,28 @@ class UserError(ValueError):
 
 
 class InputError(UserError):
-    """An option, a text or a number that cannot be used."""
+    """An option, a text or a number cannot be used."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be found, read or written."""
+    """A checkpoint cannot be found, read or written."""
 
 
 class DamagedError(CheckpointError):
-    """A file whose content cannot be what its author wrote; it has to be fetched or made again."""
+    """A file is damaged: its author cannot have written this content. It must be downloaded or made
+    again."""
 
     again = "once the file is replaced,"
 
 
 class NoRoomError(CheckpointError):
-    """A disk that is full, or a folder that cannot be written."""
+    """A disk is full, or a folder is not writable."""
 
     again = "once there is room,"
 
 
 class OccupiedError(CheckpointError):
-    """A place that is taken by something which is not ours to replace."""
+    """A place is occupied by something that jaxprune must not replace."""
 
     again = "once that place is free,"
 
@@ -112,7 +113,7 @@ def reason(error: BaseException) -> str:
 
 
 def joined(problems: list[str], most: int = 8) -> str:
-    """Returns several problems as one clause; the later ones are only counted."""
+    """Joins problems into one clause; of those after the first `most`, it gives only the number."""
     more = f"; and {len(problems) - most} more" if len(problems) > most else ""
     return "; ".join(problems[:most]) + more
 
@@ -122,6 +123,6 @@ def _brief(value: Any) -> str:
         value = value if len(value) <= 8 else f"{len(value)} entries"
     try:
         text = repr(value)
-    except ValueError:  # Python prints no integer of thousands of digits
+    except ValueError:  # Python refuses to print an integer of thousands of digits
         return "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"

@@ -1,4 +1,4 @@
-"""Opening files of other people: only regular ones, and never more of them than was asked for."""
+"""Opens files from users: only regular ones, and with a limit on the bytes that are read."""
 
 import os
 import stat
@@ -8,15 +8,14 @@ from pathlib import Path
 from convert.errors import CheckpointError, DamagedError, UserError
 
 JSON_BYTES = 256 * 2**20
-"""The most that a JSON file may hold; the largest tokenizers have some tens of MB."""
+"""Maximum size of a JSON file; the largest tokenizers have some tens of MB."""
 
 
 def expand(path: str | Path) -> Path:
-    """Returns the path, with a leading `~` or `~user` as that user's home folder.
+    """Returns a path with a leading `~` or `~user` replaced by that user's home folder.
 
     Raises:
-        CheckpointError: there is no such user, no home folder is known, or no file can have such a
-            name.
+        CheckpointError: the user or home folder is unknown, or no file can have this name.
     """
     if not str(path):
         raise CheckpointError("a path is empty")
@@ -30,25 +29,26 @@ def expand(path: str | Path) -> Path:
     except UnicodeEncodeError:
         impossible = True
     if impossible:
-        raise CheckpointError("no file can have such a name", file=path)
+        raise CheckpointError("no file can have this name", file=path)
     return found
 
 
 def existing_parent(path: Path) -> Path:
-    """Returns the nearest folder above a path that is there."""
+    """Returns the nearest existing folder above a path."""
     return next(parent for parent in path.absolute().parents if os.path.exists(parent))
 
 
 def require_regular(path: str | Path, error: type[UserError] = CheckpointError) -> os.stat_result:
-    """Returns a regular file's status, links followed; nothing is opened, so a FIFO or a device
-    cannot make it wait.
+    """Returns the status of a regular file, after following links.
+
+    The file is not opened, so a FIFO or a device cannot block.
 
     Args:
         path: the path of the file.
         error: the class to raise.
 
     Raises:
-        UserError: it is missing, cannot be looked at, or is something else than a regular file.
+        UserError: the file is missing, unreadable, or not a regular file.
     """
     try:
         found = os.stat(path)
@@ -65,21 +65,21 @@ def require_regular(path: str | Path, error: type[UserError] = CheckpointError) 
 
 
 def open_regular(path: str | Path, error: type[UserError] = CheckpointError) -> BufferedReader:
-    """Opens a regular file for reading; errors as for `require_regular`."""
+    """Opens a regular file for reading; raises as `require_regular` does."""
     require_regular(path, error)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was replaced meanwhile
             os.close(descriptor)
-            raise error("it is no regular file", file=path)
+            raise error("it is not a regular file", file=path)
         return os.fdopen(descriptor, "rb")
     except OSError as problem:
         raise error(f"it cannot be read ({problem.strerror})", file=path) from problem
 
 
 def read_bytes(path: str | Path, most: int = JSON_BYTES) -> bytes:
-    """Returns the content of a regular file that holds at most so many bytes; errors as for
-    `require_regular`."""
+    """Returns the content of a regular file of at most `most` bytes; raises as `require_regular`
+    does, and DamagedError for a larger file."""
     with open_regular(path) as file:
         try:
             content = file.read(most + 1)
@@ -93,13 +93,14 @@ def read_bytes(path: str | Path, most: int = JSON_BYTES) -> bytes:
 
 
 def leads_outside(path: Path, folder: Path) -> bool:
-    """Returns whether a file of a checkpoint's folder is a link to somewhere else.
+    """Returns whether a file in a checkpoint's folder is a link to somewhere else.
 
-    The files of a snapshot in the hub's cache are links to `../../blobs/<hash>`: that is inside.
+    Files of a snapshot in the hub's cache are links to `../../blobs/<hash>`, which counts as
+    inside.
     """
     try:
         target, root = path.resolve(strict=True), folder.resolve()
-    except (OSError, RuntimeError, ValueError):  # nothing is there, or a loop of links
+    except (OSError, RuntimeError, ValueError):  # the file is missing, or links form a loop
         return False
     blobs = (
         [root.parents[1] / "blobs"]
@@ -110,7 +111,8 @@ def leads_outside(path: Path, folder: Path) -> bool:
 
 
 def require_inside(path: Path, folder: Path) -> None:
-    """Raises CheckpointError where `leads_outside` says so."""
+    """Raises CheckpointError for a link that leads outside the checkpoint's folder; see
+    `leads_outside`."""
     if leads_outside(path, folder):
         raise CheckpointError(
             f"it is a link that leads outside the checkpoint's folder, to {path.resolve()}",

@@ -1,16 +1,16 @@
-"""The one place where anything on the user's disks is replaced or deleted; `destination` says where
-results go.
+"""Replaces and deletes files; nothing else in the project does. `destination` decides where results
+go.
 
-jaxprune replaces or removes only what carries its marker and holds nothing but the files that the
-marker lists, each of the size and SHA-256 that it had when it was written. It never replaces an
-input, a folder that holds one, the current or the home folder, the root or a mount point, and
-nothing that appeared while it worked.
+jaxprune replaces or removes only what has its marker and contains nothing but the files that the
+marker lists, each with the size and SHA-256 that it was written with. It never replaces an input, a
+folder that contains one, the current or the home folder, the root or a mount point, or anything
+that appeared while it worked.
 
-A folder's marker is the file `MARKER` in it, which is written last. A single file carries its own:
-a seal near its start, `SEAL` and the SHA-256 of the file with zeros in that place. Files that a
-user has removed from a folder do not matter, for nothing of theirs is lost.
+The marker of a folder is the file `MARKER` in it, which is written last. A single file has a
+checksum near its start instead: `SEAL` and the SHA-256 of the file with zeros in that place. Files
+that a user has removed from a folder are ignored, because nothing of theirs is lost.
 
-What is half-written lies in a folder of its own, with a random name that nobody else uses.
+Unfinished files are written in a folder with a random name that no one else uses.
 """
 
 import contextlib
@@ -33,20 +33,20 @@ from convert.writing import failing, require_readable, sync, write_text
 MARKER = ".jaxprune-files.json"
 SEAL = b"jaxprune-sha256:"
 UNSEALED = SEAL.decode() + 64 * "0"
-"""What a file that is to be sealed has in its first `_HEAD` bytes."""
+"""The placeholder for the checksum, in the first `_HEAD` bytes of a file."""
 _HEAD = 4096
 _digests: dict[tuple[int, ...], str] = {}
-"""What `digest` found before: a file whose inode, size and times are the same is not read again."""
+"""Results of `digest`. A file with the same inode, size and times is not read again."""
 _whole: set[tuple[int, ...]] = set()
-"""The files of `remember`, likewise."""
+"""The files of `remember`, identified likewise."""
 
 
 class Listed(Schema):
-    """A file as it was when it was written.
+    """A file as it was written.
 
     Attributes:
         size: bytes.
-        sha256: of its content.
+        sha256: the SHA-256 of its content.
     """
 
     size: int
@@ -54,7 +54,7 @@ class Listed(Schema):
 
 
 class Marker(Schema):
-    """What a folder's marker says.
+    """The content of a folder's marker.
 
     Attributes:
         version: the version of this schema.
@@ -82,7 +82,7 @@ def digest(path: Path) -> str:
     """Returns the SHA-256 of a regular file.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the file cannot be read.
     """
     with open_regular(path) as file:
         signature = _signature(os.fstat(file.fileno()))
@@ -104,7 +104,7 @@ def _signature(found: os.stat_result) -> tuple[int, ...]:
 
 
 def listed(folder: Path, names: Iterable[str]) -> dict[str, Listed]:
-    """Returns the files of a folder as they are now."""
+    """Returns the current size and SHA-256 of files in a folder."""
     return {
         name: Listed(size=(folder / name).stat().st_size, sha256=digest(folder / name))
         for name in sorted(names)
@@ -112,13 +112,12 @@ def listed(folder: Path, names: Iterable[str]) -> dict[str, Listed]:
 
 
 def mark(folder: Path, kind: str, names: Iterable[str]) -> None:
-    """Writes a finished folder's marker.
+    """Writes the marker of a finished folder.
 
     Args:
-        folder: finished.
+        folder: the finished folder.
         kind: the kind of folder.
-        names: relative paths of the files that were written; what else is there stays somebody
-            else's.
+        names: relative paths of the files that were written; all other files are left to the user.
     """
     with failing(folder):
         files = listed(folder, names)
@@ -131,8 +130,8 @@ def mark(folder: Path, kind: str, names: Iterable[str]) -> None:
 
 
 def marker_of(folder: Path) -> str | None:
-    """Returns the digest of a folder's marker, which stands for the whole folder; None where there
-    is none."""
+    """Returns the digest of a folder's marker, which identifies the whole folder; None if it has
+    none."""
     try:
         return digest(folder / MARKER)
     except UserError:
@@ -140,7 +139,7 @@ def marker_of(folder: Path) -> str | None:
 
 
 def kind_of(folder: Path) -> str | None:
-    """Returns the kind that a folder's marker says; None where there is none."""
+    """Returns the kind in a folder's marker; None if it has none."""
     try:
         return schema.read(Marker, folder / MARKER).kind
     except UserError:
@@ -148,16 +147,16 @@ def kind_of(folder: Path) -> str | None:
 
 
 def prove(folder: Path) -> Marker:
-    """Returns the marker of a folder that holds nothing but what jaxprune wrote.
+    """Verifies that a folder contains only what jaxprune wrote, and returns its marker.
 
     Raises:
-        OccupiedError: something in it is not, or not any more, what jaxprune wrote; the first such
-            file is named.
+        OccupiedError: the folder has no marker, or a file is untracked or has changed; the error
+            names the first such file.
     """
     if not os.path.lexists(folder / MARKER):
         raise OccupiedError(
-            "it carries no list of the files that jaxprune wrote, as a folder of somebody else's, "
-            "or of an earlier version, so it is not replaced (move or remove it yourself)",
+            "it has no list of the files that jaxprune wrote, so it is not replaced: move or "
+            "remove it yourself",
             file=folder,
         )
     marker = schema.read(Marker, folder / MARKER, error=OccupiedError)
@@ -173,8 +172,8 @@ def prove(folder: Path) -> Marker:
 
 
 def require_listed(folder: Path, names: Collection[str]) -> None:
-    """Raises OccupiedError for the first file, link or folder that is neither among the names nor
-    holds one of them."""
+    """Raises OccupiedError for the first untracked file, link or folder: one that is neither in
+    `names` nor a parent of one of them."""
     holding = {str(parent) for name in names for parent in Path(name).parents}
     for place, folders, files in os.walk(folder, onerror=require_readable):
         folders.sort()
@@ -191,7 +190,7 @@ def require_listed(folder: Path, names: Collection[str]) -> None:
 
 
 def unchanged(path: Path, file: Listed) -> bool:
-    """Returns whether a file is a regular one with the size and the content that it had."""
+    """Returns whether a file is still a regular file with the same size and content."""
     try:
         found = os.lstat(path)
         return (
@@ -204,28 +203,28 @@ def unchanged(path: Path, file: Listed) -> bool:
 
 
 def remove_empties(folder: Path) -> None:
-    """Removes a folder, and those inside it, that hold nothing, or only such folders."""
+    """Removes a folder, and the folders in it, if they contain no files."""
     for place, _, _ in os.walk(folder, topdown=False):
         remove_empty(Path(place))
 
 
 def remove_empty(folder: Path) -> bool:
-    """Removes a folder that holds nothing; whether it is gone."""
+    """Removes a folder if it is empty, and returns whether it is gone."""
     with contextlib.suppress(OSError):
         folder.rmdir()
     return not os.path.lexists(folder)
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder that holds nothing but what its marker lists; the marker goes last, so that
-    a kill leaves proof.
+    """Removes a folder that contains only what its marker lists. The marker is removed last, so the
+    folder can still be verified if the removal is interrupted.
 
     Raises:
         OccupiedError: see `prove`.
     """
     files = prove(folder).files
     for name, file in files.items():
-        with contextlib.suppress(OSError):  # then it stays, and its folder
+        with contextlib.suppress(OSError):  # the file then stays, and so does its folder
             if unchanged(folder / name, file):
                 (folder / name).unlink()
     if not any(os.path.lexists(folder / name) for name in files):
@@ -235,15 +234,16 @@ def remove_folder(folder: Path) -> None:
 
 
 def replace(finished: Path, place: Path, remove: Callable[[Path], None]) -> None:
-    """Puts a finished result in the place of an earlier one, which is removed.
+    """Replaces an earlier result with a finished one, and removes the earlier one.
 
     Args:
-        finished: a folder with its marker, or a file with its seal, on the same disk.
-        place: something is there.
-        remove: removes what was there; OccupiedError: it is not ours, and stays.
+        finished: a folder with its marker, or a file with its checksum, on the same disk.
+        place: the path of the earlier result.
+        remove: removes the earlier result, or raises OccupiedError if jaxprune did not write it; it
+            then stays.
     """
     moved = renaming.exchange(finished, place)
-    try:  # it may have been touched between the check and the exchange
+    try:  # it may have changed between the check and the exchange
         remove(moved)
     except OccupiedError:
         renaming.exchange_back(finished, place, moved)
@@ -251,8 +251,8 @@ def replace(finished: Path, place: Path, remove: Callable[[Path], None]) -> None
 
 
 def remove_own(path: Path) -> None:
-    """Removes what lies under a random name that this program made up, half-written files included;
-    or nothing."""
+    """Removes a path with a random name that this program chose, with unfinished files; it may be
+    missing."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     elif os.path.lexists(path):
@@ -261,7 +261,7 @@ def remove_own(path: Path) -> None:
 
 
 def seal(path: Path) -> None:
-    """Puts the digest of a finished file, which was written with `UNSEALED`, into its place."""
+    """Writes the checksum of a finished file over its `UNSEALED` placeholder."""
     with failing(path), path.open("r+b") as file:
         place = file.read(_HEAD).index(UNSEALED.encode()) + len(SEAL)
         hashed = _sealed_digest(path, place)
@@ -272,7 +272,7 @@ def seal(path: Path) -> None:
 
 
 def sealed(path: Path) -> bool:
-    """Returns whether a file is as it was when it was sealed."""
+    """Returns whether a file has the checksum that it was finished with."""
     with open_regular(path) as file:
         if _signature(os.fstat(file.fileno())) in _whole:
             return True
@@ -282,15 +282,16 @@ def sealed(path: Path) -> bool:
 
 
 def remember(path: Path) -> None:
-    """Says that a file is known to be as it was sealed: `sealed` need not read it again."""
+    """Marks a file as verified: `sealed` does not read it again while its inode, size and times
+    stay."""
     _whole.add(_signature(os.stat(path)))
 
 
 def remove_sealed(path: Path) -> None:
-    """Removes a file of ours.
+    """Removes a file that jaxprune wrote.
 
     Raises:
-        OccupiedError: it is not as it was when it was sealed.
+        OccupiedError: its checksum is wrong, or it is a symbolic link.
         CheckpointError: it cannot be read.
     """
     if path.is_symlink() or not sealed(path):

@@ -1,4 +1,4 @@
-"""Paths that must not meet: what a command reads, and what it makes."""
+"""Checks that the inputs and outputs of a command do not overlap."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,19 +14,20 @@ def require_apart(
     error: type[UserError],
     around: str = "",
 ) -> None:
-    """Refuses an output that is, holds or lies in an input or another output. Links are followed,
-    also where the end of a path does not exist yet, and parents compared as what they are, however
-    they are spelled.
+    """Refuses an output that is, contains or lies in an input or another output.
+
+    Links are followed, even if the end of a path does not exist yet. Parents are compared as files
+    on the disk, not by their spelling.
 
     Args:
-        inputs: option -> what is read for it; what does not exist cannot be met.
-        outputs: option -> what is made for it. `x.y` is made on behalf of the option x. Names that
-            are no identifiers are words.
+        inputs: option -> the paths that are read for it; missing ones cannot overlap.
+        outputs: option -> the path that is written for it. `x.y` is written on behalf of the option
+            x. A name that is not an identifier is used only in the text of the error.
         error: the class to raise.
-        around: an input that outputs may lie in, such as a folder for scratch files.
+        around: an input that may contain outputs, such as a folder for scratch files.
 
     Raises:
-        UserError: the first such pair, with both options.
+        UserError: the first overlap, with both options.
     """
     made = list(outputs.items())
     for number, (option, path) in enumerate(made):
@@ -39,7 +40,8 @@ def require_apart(
 
 
 def paths_of(text: str | None) -> list[Path]:
-    """Returns the path that an option names; none where it names something else."""
+    """Returns the existing path that an option names, or an empty list if it names something
+    else."""
     try:
         path = Path(text or "").expanduser()
         return [path] if text and path.exists() else []
@@ -48,8 +50,8 @@ def paths_of(text: str | None) -> list[Path]:
 
 
 def inputs_of(path: Path) -> list[Path]:
-    """Returns what is read when a path is: the path, and what the links in a folder lead to, as in
-    the hub's cache."""
+    """Returns everything that is read for a path: the path, and the links in a folder, as in the
+    hub's cache."""
     found = [path]
     if path.is_dir():
         found += [one for one in path.iterdir() if one.is_symlink()]
@@ -74,7 +76,7 @@ def _require_apart(
 
 
 def contains(folder: Path, path: Path) -> bool:
-    """Returns whether a path is a folder's (or the folder itself), as the disk has them."""
+    """Returns whether a path is a folder or lies in it, according to the disk."""
     anchor, rest = next(_ways(folder))
     for place, more in _ways(path):
         if os.path.samefile(place, anchor):
@@ -85,8 +87,8 @@ def contains(folder: Path, path: Path) -> bool:
 
 
 def _ways(path: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Yields all that exists on the way to a path, from its end on, each with the names that lead
-    on from it."""
+    """Yields the existing paths at and above a path, nearest first, each with the names from there
+    to the path."""
     real = Path(os.path.realpath(path))
     for place in (real, *real.parents):
         if os.path.exists(place):
@@ -94,7 +96,7 @@ def _ways(path: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _minds_case(folder: Path) -> bool:
-    """Returns whether names that differ in case are different names there."""
+    """Returns whether names that differ in case are different in a folder."""
     other = folder.with_name(folder.name.swapcase())
     return other.name == folder.name or not (
         os.path.exists(other) and os.path.samefile(other, folder)

@@ -1,5 +1,4 @@
-"""Files that are being made: written through to the disk, and put in their place where nothing
-is."""
+"""Writes files through to the disk, and moves them into place without replacing anything."""
 
 import contextlib
 import errno
@@ -16,8 +15,13 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def names(folder: Path) -> list[str]:
-    """Returns the sorted relative paths of all that a folder holds at any depth, but for folders;
-    none where there is no such folder. CheckpointError: it cannot be looked through."""
+    """Returns the sorted relative paths of all files and links in a folder, at any depth.
+
+    The list is empty if the folder does not exist.
+
+    Raises:
+        CheckpointError: a folder cannot be listed.
+    """
     found: list[str] = []
     walked = os.walk(folder, onerror=require_readable) if folder.is_dir() else ()
     for place, folders, files in walked:
@@ -27,10 +31,10 @@ def names(folder: Path) -> list[str]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file into a folder that is being made, through to the disk.
+    """Writes a text file and syncs it to the disk.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: the file cannot be written.
     """
     with failing(path), path.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -44,11 +48,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def reserve(path: Path, size: int) -> None:
-    """Takes the disk space that a file will need, so that a disk that is too small is known before
-    any work.
+    """Allocates a file's disk space, which detects a disk that is too small before any work.
 
     Raises:
-        NoRoomError: there is none.
+        NoRoomError: the disk has not enough space.
     """
     try:
         with path.open("r+b") as file:
@@ -63,11 +66,11 @@ def reserve(path: Path, size: int) -> None:
 
 
 def put(work: Path, path: Path) -> None:
-    """Renames what is finished to its place, and replaces nothing.
+    """Moves finished work to its place, and replaces nothing.
 
     Raises:
-        OccupiedError: something is there.
-        CheckpointError: it cannot be renamed.
+        OccupiedError: something is there already.
+        CheckpointError: it cannot be moved.
     """
     with failing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,12 +84,12 @@ def put(work: Path, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Brings a file, or a folder's list of files, to the disk."""
+    """Syncs a file, or a folder's list of files, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as problem:
-        # some disks have no folders to sync
+        # some file systems cannot sync folders
         if problem.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
             raise
     finally:
@@ -94,7 +97,7 @@ def sync(path: Path) -> None:
 
 
 def failed(problem: OSError, path: Path, what: str = "written") -> CheckpointError:
-    """Returns the error of a file that could not be written or read."""
+    """Returns the error for a file that could not be written or read."""
     kind = NoRoomError if problem.errno in _FULL else CheckpointError
     error = kind(f"it cannot be {what} ({problem.strerror or problem})", file=path)
     error.again = error.again or f"once it can be {what},"
@@ -103,7 +106,7 @@ def failed(problem: OSError, path: Path, what: str = "written") -> CheckpointErr
 
 @contextlib.contextmanager
 def failing(path: Path, what: str = "written") -> Iterator[None]:
-    """Turns the system's errors into ours."""
+    """Turns OSError into CheckpointError or NoRoomError."""
     try:
         yield
     except OSError as problem:
@@ -111,7 +114,7 @@ def failing(path: Path, what: str = "written") -> Iterator[None]:
 
 
 def require_readable(problem: OSError) -> NoReturn:
-    """Raises CheckpointError for a folder that cannot be looked through; `os.walk` calls it."""
+    """Raises CheckpointError for a folder that cannot be listed; a callback for `os.walk`."""
     raise CheckpointError(
-        f"it cannot be looked through ({problem.strerror})", file=problem.filename
+        f"it cannot be listed ({problem.strerror})", file=problem.filename
     ) from problem

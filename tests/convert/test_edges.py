@@ -445,7 +445,7 @@ def test_generation_settings_are_checked(
     [
         ("", "the name is empty"),
         ("x" * 5000, "File name too long"),
-        ("a\0b", "no file can have such a name"),
+        ("a\0b", "no file can have this name"),
         ("~nobody-here/model", "no home folder"),
         ("owner--x/na..me", "no name that a hub repository can have"),
         ("ow ner/name", "no checkpoint 'ow ner/name'"),

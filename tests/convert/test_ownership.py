@@ -122,7 +122,7 @@ def test_what_changes_while_we_work_is_not_replaced(
     make(out, "old")
     place = again(out)
     with (
-        pytest.raises(OccupiedError, match="the finished result is kept in") as error,
+        pytest.raises(OccupiedError, match="the finished result is saved in") as error,
         staged(place) as folder,
     ):
         write_text(folder / "model", "new")
@@ -144,7 +144,7 @@ def test_what_appears_while_we_work_is_not_replaced(
     out = tmp_path / "out"
     place = destination(out, "out", overwrite=overwrite)
     with (
-        pytest.raises(OccupiedError, match="the finished result is kept in"),
+        pytest.raises(OccupiedError, match="the finished result is saved in"),
         staged(place) as folder,
     ):
         mark(folder, "test", [])
@@ -206,7 +206,7 @@ def test_a_file_carries_its_own_proof(tmp_path: Path) -> None:
     assert out.read_text().endswith("new") and [p.name for p in tmp_path.iterdir()] == ["out"]
     out.write_text(out.read_text() + "mine")
     before = content(tmp_path)
-    with pytest.raises(OccupiedError, match="not any more, a file as jaxprune wrote it"):
+    with pytest.raises(OccupiedError, match="or it has changed since, so it is not replaced"):
         make_file(again(out, folder=False))
     assert content(tmp_path) == before
     for text in ("", UNSEALED, "x" * 10000):

@@ -378,7 +378,7 @@ def test_what_appears_at_the_place_of_a_run_stays(
         assert main([*line, "--out", "out"]) == 2
     said = capsys.readouterr().err
     assert (
-        "the finished result is kept in" in said
+        "the finished result is saved in" in said
         and "by the same command" in said
         and "Traceback" not in said
     )
