@@ -1,4 +1,4 @@
-"""Errors that a user can mend: of values here, of files in `convert.errors`. They carry fields, and
+"""Errors that a user can fix: in values here, in files in `convert.errors`. They carry fields and
 name no flags."""
 
 from convert.errors import Change as Change

@@ -1,5 +1,4 @@
-"""The hardware that programs are written for: this process's, or another while a run is planned for
-it."""
+"""The hardware that programs are written for: this process's, or the target of a plan."""
 
 import dataclasses
 import os
@@ -10,25 +9,24 @@ from typing import Any
 import jax
 
 HEADROOM = 0.92
-"""Share of a device's memory that a program may use: the rest is fragmentation."""
+"""Fraction of a device's memory that a program may use; the rest is lost to fragmentation."""
 CPU_BYTES = 4e9
-"""The most memory on a CPU for data that can also be computed in parts."""
+"""Maximum bytes on a CPU for data that can also be computed in parts."""
 CPU_FRACTION = 1 / 3
-"""The most of the host's memory for it. It is less than `CPU_BYTES` below 12 GB: machines with 16
-GB, of which the system reserves some, get all of `CPU_BYTES`."""
+"""Maximum fraction of the host's memory for such data. It is less than `CPU_BYTES` below 12 GB, so
+machines with 16 GB, some of it reserved by the system, get all of `CPU_BYTES`."""
 PROC = Path("/proc/self")
 
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """A kind of device, as far as programs are written differently for it.
+    """The properties of a device that change how programs are written.
 
     Attributes:
-        platform: cpu, gpu, tpu, or what else JAX calls it.
-        capability: the compute capability of an NVIDIA GPU, such as 9.0; 0: it is none.
-        cudnn: whether cuDNN is there to be called.
-        stands_in: whether it is a CPU whose compiler stands in for that of a device that is
-            elsewhere.
+        platform: JAX's name for it: cpu, gpu, tpu or another.
+        capability: the compute capability of an NVIDIA GPU, such as 9.0; 0 for other devices.
+        cudnn: whether cuDNN is available.
+        stands_in: whether it is a CPU whose compiler substitutes for that of an absent device.
     """
 
     platform: str
@@ -38,40 +36,41 @@ class Hardware:
 
     @classmethod
     def of(cls, device: Any) -> "Hardware":
-        """Returns that of one of JAX's devices; NVIDIA's come with cuDNN."""
+        """Returns the hardware of one of JAX's devices; NVIDIA's devices have cuDNN."""
         text = getattr(device, "compute_capability", None) or ""  # AMD's say gfx942 and the like
         capability = float(text) if text.replace(".", "").isdigit() else 0.0
         return cls(device.platform, capability, capability > 0)
 
     @property
     def on_cpu(self) -> bool:
-        """Whether it computes on the host, in its memory."""
+        """Whether it computes on the host, in the host's memory."""
         return self.platform == "cpu"
 
     @property
     def float32_results(self) -> bool:
-        """Whether products of 16-bit arrays have float32 results, rounded afterwards: XLA's CPU
-        backend multiplies no others in 16 bits, which AMX and AVX-512 do several times as fast."""
+        """Whether products of 16-bit arrays have float32 results that are rounded afterwards. XLA's
+        CPU backend multiplies only such products in 16 bits, which AMX and AVX-512 do several times
+        faster."""
         return self.on_cpu and not self.stands_in
 
     @property
     def tokens_per_batch(self) -> int:
-        """Tokens on a device at a time. On a CPU, what fits its cache: four times as many take 1.2
-        times as long a token."""
+        """Tokens on a device at a time. On a CPU, a batch that fits its cache: four times as many
+        tokens take 1.2 times as long per token."""
         return 1024 if self.on_cpu else 16384
 
     @property
     def cudnn_attention(self) -> bool:
-        """Whether cuDNN's flash attention runs on it: from Ampere on."""
+        """Whether it runs cuDNN's flash attention, which needs Ampere or later."""
         return self.cudnn and self.capability >= 8
 
     @property
     def float32_products(self) -> jax.lax.Precision | jax.lax.DotAlgorithmPreset:
-        """How float32 matrices are multiplied with float32's accuracy.
+        """The precision that multiplies float32 matrices with float32 accuracy.
 
-        By six products of bfloat16 parts on NVIDIA's data-centre GPUs (8.0, 9.0, 10.x), whose
-        tensor cores are more than six times as fast as their float32 units; those of other cards
-        are not. A TPU's highest precision is that.
+        On NVIDIA's data-centre GPUs (8.0, 9.0, 10.x) it is six products of bfloat16 parts: their
+        tensor cores are more than six times as fast as their float32 units, those of other cards
+        are not. The highest precision of a TPU does the same.
         """
         by_parts = self.capability in (8.0, 9.0) or 10 <= self.capability < 11
         return (
@@ -80,39 +79,42 @@ class Hardware:
 
 
 writing_for = jax.make_user_context()
-"""`with writing_for(hardware):` programs are written for it; JAX traces them anew, whatever it has
-traced before."""
+"""`with writing_for(hardware):` writes programs for other hardware; JAX traces them again, even if
+it has traced them before."""
 
 
 def current() -> Hardware:
-    """Returns the hardware that programs are written for; this process's first device where nothing
-    else is said."""
+    """Returns the hardware that programs are written for, by default this process's first
+    device."""
     return writing_for.value or Hardware.of(jax.local_devices()[0])
 
 
 def device_memory() -> int | None:
-    """Returns the bytes of a device that JAX may use, whatever is in use: what is decided by it is
-    decided alike when a run goes on. None where the device does not say, as of a CPU."""
+    """Returns the bytes of a device that JAX may use, or None if the device does not report them,
+    as on a CPU.
+
+    It does not depend on the memory in use, so a resumed run makes the same decisions.
+    """
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def host_memory() -> int:
-    """Returns the bytes of the host's memory that this process may use: all of it, or less by its
+    """Returns the bytes of the host's memory that this process may use: all, or the limit of its
     control groups.
 
-    It does not depend on what is free, so that a resumed run decides alike.
+    It does not depend on the memory in use, so a resumed run makes the same decisions.
     """
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_cgroup_limits()])
 
 
 def cpu_budget() -> float:
-    """Returns the most bytes on a CPU for data that can also be computed in parts."""
+    """Returns the maximum bytes on a CPU for data that can also be computed in parts."""
     return min(CPU_BYTES, CPU_FRACTION * host_memory())
 
 
 def _cgroup_limits() -> Iterator[int]:
-    """Yields the limits in bytes of this process's control groups, of version 1 or 2, and of the
-    groups above them."""
+    """Yields the limits in bytes of this process's control groups (version 1 or 2) and their
+    parents."""
     groups, mounts = PROC / "cgroup", PROC / "mountinfo"
     if not (groups.exists() and mounts.exists()):  # macOS has none
         return
@@ -129,8 +131,8 @@ def _cgroup_limits() -> Iterator[int]:
         else:
             continue
         path = PurePosixPath(paths.get(controller, "/"))
-        # A container may see its own group as the root of the mount, and read the path outside of
-        # it.
+        # A container may see its own group as the root of the mount, but read the path that it has
+        # outside the container.
         inside = path.relative_to(root) if path.is_relative_to(root) else PurePosixPath()
         for group in (inside, *inside.parents):
             limit = Path(folder) / group / file

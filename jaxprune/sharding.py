@@ -1,9 +1,9 @@
-"""The devices of a run as one mesh, and how arrays lie on it.
+"""The devices of a run as one mesh, and the sharding of arrays over it.
 
-Windows are sharded over the mesh, params are replicated, solves are sharded over outputs.
-Everything that goes to the devices or comes back goes through here. With several hosts each process
-runs the same program on the same host arrays and gives its own devices their shards; what comes
-back is gathered on every host.
+Windows are sharded over the mesh, params are replicated, and solves are sharded over outputs. All
+transfers to and from the devices go through this module. With several hosts, each process runs the
+same program on the same host arrays and gives its own devices their shards. Results are gathered on
+every host.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from jaxprune.errors import Change, InputError
 
 AXIS = "devices"
 MOST_DEVICES = 256
-"""Most devices of a process. A CPU can be divided into any number of them, each of which takes
-memory and threads."""
+"""Maximum number of devices of a process. A CPU can be divided into any number of devices, each of
+which takes memory and threads."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +28,9 @@ class Devices:
     """The devices that a run uses.
 
     Attributes:
-        mesh: a mesh of one axis, over all of them; None: one device alone, where nothing is
-            sharded.
-        device: that one, where programs are compiled for it and it need not be there; None: JAX's
-            default device.
+        mesh: a mesh of one axis over all devices; None: a single device, without sharding.
+        device: the single device to compile programs for, which may be absent; None: JAX's default
+            device.
     """
 
     mesh: Mesh | None = None
@@ -42,10 +41,10 @@ class Devices:
         """Returns the first devices that JAX finds.
 
         Args:
-            count: how many; None: all there are, of all hosts.
+            count: the number of devices; None: all devices of all hosts.
 
         Raises:
-            InputError: there are fewer.
+            InputError: JAX finds fewer devices, or several processes would not use all of theirs.
         """
         there = jax.devices()
         if count is not None and not 1 <= count <= len(there):
@@ -73,7 +72,7 @@ class Devices:
 
     @property
     def processes(self) -> list[int]:
-        """The process of each device in use."""
+        """The process index of each device in use."""
         return (
             [device.process_index for device in self.mesh.devices.flat]
             if self.mesh
@@ -81,24 +80,24 @@ class Devices:
         )
 
     def replicate(self, tree: Any) -> Any:
-        """Puts arrays on every device, whole."""
+        """Copies whole arrays to every device."""
         return self._put(tree, PartitionSpec()) if self.mesh else jax.device_put(tree)
 
     def shard_first(self, tree: Any) -> Any:
-        """Shards the first axis of arrays, windows or experts, over the devices; replicates those
-        that cannot be."""
+        """Shards the first axis of arrays (windows or experts) over the devices; replicates arrays
+        that cannot be split evenly."""
         return jax.tree.map(lambda array: self._shard(array, 0), tree)
 
     def assemble_first(
         self, shape: tuple[int, ...], dtype: np.dtype, part: Callable[[slice], np.ndarray]
     ) -> jax.Array:
-        """Puts an array on the devices as `shard_first` does, of which each process has the parts
-        of its own.
+        """Builds an array, sharded as by `shard_first`, from parts that each process has for its
+        own devices.
 
         Args:
-            shape: of the whole.
-            dtype: of the whole.
-            part: rows -> what they hold.
+            shape: the shape of the whole array.
+            dtype: its dtype.
+            part: returns the values of a slice of rows.
         """
         assert self.mesh is not None
         sharding = NamedSharding(self.mesh, self._spec(shape, 0))
@@ -112,8 +111,12 @@ class Devices:
         return jax.tree.map(lambda array: self._shard(array, -1), tree)
 
     def abstract(self, shape: jax.ShapeDtypeStruct, axis: int | None) -> jax.ShapeDtypeStruct:
-        """Returns a shape with the sharding that an array of it gets; `axis` is sharded, None: it
-        is replicated."""
+        """Returns a shape with the sharding of an array of that shape.
+
+        Args:
+            shape: the shape and dtype.
+            axis: the axis to shard; None: the array is replicated.
+        """
         if self.mesh is None:
             return _placed(shape, self.device)
         sharding = NamedSharding(self.mesh, self._spec(shape.shape, axis))
@@ -140,11 +143,11 @@ class Devices:
 
 
 ONE_DEVICE = Devices()
-"""JAX's default device alone."""
+"""JAX's default device."""
 
 
 def fetch(tree: Any) -> Any:
-    """Returns arrays in host memory, whole, on every host."""
+    """Returns whole arrays in host memory, on every host."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return jax.tree.map(_gather, tree)
@@ -159,7 +162,7 @@ def _placed(shape: jax.ShapeDtypeStruct, device: jax.Device | None) -> jax.Shape
 
 
 def _same(array: jax.Array) -> jax.Array:
-    """Returns the array: one function, so that it is compiled once a shape."""
+    """Returns the array. As one named function it is compiled only once per shape."""
     return array
 
 

@@ -97,7 +97,7 @@ def test_two_processes_of_one_number_are_refused() -> None:
     port = free_port()
     groups = [Group("localhost", port, 3, number) for number in (0, 1, 1)]
     met = [Met(group, {"asked": {}}, 5) for group in groups]
-    assert "there are two processes of this number" in met[0].joined().error
+    assert "two processes have this number" in met[0].joined().error
 
 
 def test_something_else_that_connects_is_passed_over() -> None:

@@ -1,1 +1,1 @@
-"""A run of several processes: they meet, compare what they were asked, and end together."""
+"""Runs of several processes: they connect, compare their options, and end together."""

@@ -1,5 +1,4 @@
-"""What the processes of a run do together, by JAX's collectives: every process has to call these
-functions.
+"""Collective operations of the processes of a run: every process must call these functions.
 
 Each process runs the same program on the same host arrays. The first one writes files.
 """
@@ -18,28 +17,28 @@ from convert.errors import joined
 from jaxprune.errors import InputError, UserError
 
 BROADCAST_BYTES = 2**16
-"""The most that `broadcast` can send: an array of this size goes to all processes, whatever the
-value's length."""
+"""Maximum size of a value for `broadcast`. An array of this size goes to all processes, whatever
+the value's length."""
 
 
 class FirstProcessError(RuntimeError):
-    """What the first process did for all of them failed there, by no error of the user's."""
+    """An action on the first process failed, for a reason that is not a `UserError`."""
 
 
 def is_first_process() -> bool:
-    """Returns whether this process is the one that writes files."""
+    """Returns whether this process is the first, which writes files."""
     return jax.process_index() == 0
 
 
 def broadcast(value: Any) -> Any:
-    """Returns the first process's value, JSON of up to `BROADCAST_BYTES`, on all processes."""
+    """Returns the first process's value on all processes; JSON of at most `BROADCAST_BYTES`."""
     if jax.process_count() == 1:
         return value
     return json.loads(_broadcast_bytes(json.dumps(value).encode() if is_first_process() else b""))
 
 
 def barrier() -> None:
-    """Returns when all processes have called it."""
+    """Waits until all processes have called it."""
     broadcast(None)
 
 
@@ -47,10 +46,10 @@ def on_first_process(action: Callable[[], Any]) -> Any:
     """Runs an action on the first process.
 
     Returns:
-        Its value, JSON, on all processes.
+        The action's value, JSON, on all processes.
 
     Raises:
-        Exception: the action's error, on all processes. Where it is no `UserError`, the others
+        Exception: the action's error, on all processes. If it is not a `UserError`, the others
             raise `FirstProcessError`.
     """
     if jax.process_count() == 1:
@@ -68,13 +67,13 @@ def on_first_process(action: Callable[[], Any]) -> Any:
 
 
 def require_same(inputs: Callable[[], Mapping[str, Any]]) -> None:
-    """Compares what the processes work on.
+    """Checks that all processes have the same inputs.
 
     Args:
-        inputs: returns it as JSON; called only where there are several processes.
+        inputs: returns the inputs as JSON; called only with several processes.
 
     Raises:
-        InputError: it is not the same on all processes, with the differences.
+        InputError: the inputs differ; the message lists the differences.
     """
     if jax.process_count() == 1:
         return
@@ -92,10 +91,10 @@ def require_same(inputs: Callable[[], Mapping[str, Any]]) -> None:
 
 
 def differences(asked: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns where mappings, one a process, differ from the first one's, as clauses.
+    """Returns the differences between each process's mapping and the first one's, as clauses.
 
     Args:
-        asked: what each process was asked, by its number; nested mappings are compared entry by
+        asked: the options of each process, by its number; nested mappings are compared entry by
             entry.
     """
     return [
@@ -106,7 +105,7 @@ def differences(asked: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Returns where nested mappings differ: name, the one's value, the other's."""
+    """Returns the differences of two nested mappings: (name, value in `one`, value in `other`)."""
     one, other = flat(one), flat(other)
     return [
         (name, one.get(name, "nothing"), other.get(name, "nothing"))
@@ -116,7 +115,7 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[st
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested mappings as one, with dotted names."""
+    """Flattens nested mappings into one, with dotted names."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         found |= (
@@ -128,14 +127,14 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _short(value: Any) -> Any:
-    """Returns a value as it is compared: a digest where it is long."""
+    """Returns a value for comparison; a long one is replaced by its digest."""
     text = json.dumps(value, sort_keys=True)
     return value if len(text) <= 200 else f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def _broadcast_bytes(content: bytes) -> bytes:
-    """Returns the first process's bytes on all processes; a length precedes them in an array of
-    fixed size."""
+    """Returns the first process's bytes on all processes, in an array of fixed size that starts
+    with their length."""
     if len(content) > BROADCAST_BYTES:
         raise ValueError(
             f"{len(content)} bytes cannot be sent to the other processes, at most {BROADCAST_BYTES}"

@@ -1,10 +1,10 @@
-"""The connection that makes the processes of a run end together.
+"""Connections that make the processes of a run end together.
 
-JAX aborts a process in which it misses another one, after minutes and with a stack trace. So the
-processes meet first: each connects to the first one, at the port after the coordinator's, and says
-what it was asked. Where all were asked the same, JAX starts, and the connections stay open. A
-process that fails says so, and the connection of one that is killed closes: the first process
-passes that on, and every process ends.
+If a process dies, JAX aborts the others only after minutes, with a stack trace. So the processes
+connect before JAX starts: each one connects to the first, at the port after the coordinator's, and
+sends its options. If all options agree, JAX starts, and the connections stay open. A process that
+fails reports it, and the connection of a killed process closes. The first process forwards the
+failure, and every process ends.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ from jaxprune.errors import Change, InputError
 from jaxprune.processes.collective import differences
 
 MEETING_SECONDS = 300
-"""How long the processes wait for each other at the beginning."""
+"""Seconds that the processes wait for each other at the start."""
 PARTING_SECONDS = 20
-"""How long a process that fails waits for the others to learn of it."""
+"""Seconds that a failed process waits for the others to receive its failure."""
 MESSAGE_BYTES = 2**22
 KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 2}
-"""A host that no longer answers is noticed after 20 s."""
+"""Socket options with which a host that stops answering is noticed after 20 s."""
 LOST = "it ended without saying why: it was killed, or its host or the network failed"
 
 
@@ -40,10 +40,10 @@ class Group(NamedTuple):
     """The processes of a run.
 
     Attributes:
-        host: the first process's host.
-        port: where JAX's coordinator listens on it; this module listens at the port after it.
-        processes: how many there are.
-        number: the number of this one, from 0.
+        host: the host of the first process.
+        port: the port of JAX's coordinator on that host; this module uses the next port.
+        processes: the number of processes.
+        number: the number of this process, from 0.
     """
 
     host: str
@@ -53,11 +53,15 @@ class Group(NamedTuple):
 
     @classmethod
     def of(cls, coordinator: str, processes: int | None, number: int | None) -> "Group":
-        """Returns the group of a coordinator, host:port, or of `auto`: what SLURM, Open MPI or a
-        TPU pod says.
+        """Returns the group of a coordinator.
+
+        Args:
+            coordinator: host:port, or `auto`: detected from SLURM, Open MPI or a TPU pod.
+            processes: the number of processes; None for `auto`.
+            number: the number of this process; None for `auto`.
 
         Raises:
-            InputError: nothing says it.
+            InputError: nothing is detected.
         """
         if coordinator == "auto":
             coordinator, processes, number = _detected()
@@ -70,8 +74,8 @@ class Failure(NamedTuple):
     """The end of a process.
 
     Attributes:
-        process: its number; None: all of them, which do not fit together.
-        status: its exit status; None: it did not say one. 0 is no failure.
+        process: the number of the process; None: all processes, because they do not fit together.
+        status: its exit status; None: unknown. 0 means success.
         text: the reason, on one line.
     """
 
@@ -92,8 +96,8 @@ End = Callable[[Failure], NoReturn]
 
 
 class Control:
-    """The connections of this process: the first process has one to each of the others, those have
-    one to the first.
+    """The connections of this process. The first process is connected to each of the others; each
+    of these only to the first.
 
     Args:
         group: the processes.
@@ -108,14 +112,15 @@ class Control:
         self._leaving = False
 
     def listen(self) -> None:
-        """Starts to listen to the other processes, in threads."""
+        """Listens to the other processes, in background threads."""
         for number, connection in self._connections.items():
             threading.Thread(target=self._listen, args=(number, connection), daemon=True).start()
 
     def leave(self, status: int, text: str) -> None:
-        """Tells the other processes how this one ends, and waits until they have learned of it.
+        """Notifies the other processes how this one ends, and waits until they have received it.
 
-        Where this process succeeded, it waits until all have; the others' failures still end it.
+        After success it waits until all processes have ended; a failure of another process still
+        ends this one.
         """
         with self._changed:
             self._leaving = status != 0
@@ -126,11 +131,11 @@ class Control:
             self._wait(PARTING_SECONDS)
 
     def notice_aborts(self) -> None:
-        """Ends this process in order where JAX aborts it because the first process, its
-        coordinator, is gone.
+        """Ends this process in order if JAX aborts it because the first process, its coordinator,
+        is gone.
 
-        The abort comes from a thread of JAX's at the moment when the connection breaks, so no
-        Python thread is faster. Any other abort takes its course.
+        The abort comes from one of JAX's own threads as soon as the connection breaks, so no Python
+        thread is faster. All other aborts proceed.
         """
 
         def aborted(_: int) -> None:
@@ -141,8 +146,7 @@ class Control:
         ctypes.CDLL(None).signal(signal.SIGABRT, self._handler)
 
     def _is_first_lost(self) -> bool:
-        """Returns whether the connection to the first process is closed, or closes within two
-        seconds."""
+        """Returns whether the connection to the first process closes within two seconds."""
         with socket.socket(fileno=os.dup(self._connections[0].fileno())) as own:
             readable, _, _ = select.select([own], [], [], 2)
             try:
@@ -180,29 +184,28 @@ class Control:
                 connection.send_bytes(json.dumps(failure._asdict()).encode())
 
     def _wait(self, seconds: float | None) -> None:
-        """Waits until each of the other processes has said how it ends, or has closed its
-        connection."""
+        """Waits until each of the other processes has reported its end or closed its connection."""
         with self._changed:
             self._changed.wait_for(lambda: self._connections.keys() <= self._finished, seconds)
 
 
 _control: Control | None = None
-"""One a process, as JAX's own connection to the others is: signals and exit statuses are the
-process's, too."""
+"""One per process, like JAX's own connection, because signals and exit statuses are per process
+too."""
 _meets = False
-"""Whether the meeting has begun, in which the others learn of what goes wrong."""
+"""Whether `join` has started; failures are then reported to the other processes."""
 
 
 def join(group: Group, asked: Mapping[str, Any], end: End) -> None:
-    """Makes this process one of several, each with devices of its own.
+    """Connects this process to the others of its run and starts JAX on all devices.
 
     Args:
         group: the processes.
-        asked: all that this process was asked, as JSON: the same on all.
+        asked: all options of this process, as JSON; they must be the same on all processes.
         end: ends this process when another one has failed; called in a thread.
 
     Raises:
-        InputError: another process does not come, has failed, or was asked something else.
+        InputError: another process does not connect, has failed, or has other options.
     """
     global _control, _meets
     _meets = True
@@ -227,8 +230,8 @@ def join(group: Group, asked: Mapping[str, Any], end: End) -> None:
 
 
 def leave(status: int, text: str) -> None:
-    """Tells the other processes how this one ends, see `Control.leave`; does nothing where it is
-    the only one.
+    """Notifies the other processes how this one ends, see `Control.leave`; does nothing for a
+    single process.
 
     Args:
         status: the exit status.
@@ -239,20 +242,20 @@ def leave(status: int, text: str) -> None:
 
 
 def is_joined() -> bool:
-    """Returns whether this process is one of several, or was about to be."""
+    """Returns whether this process is one of several, or has started to connect to others."""
     return _meets
 
 
 def refuse(group: Group, status: int, text: str) -> None:
-    """Tells processes that wait for this one that it does not come; arguments as for `leave`."""
+    """Notifies waiting processes that this one will not join; arguments as for `leave`."""
     failure = Failure(group.number, status, text)
     meet = _wait_for_others if group.number == 0 else _connect
-    with contextlib.suppress(InputError):  # this failure, or nobody is there
+    with contextlib.suppress(InputError):  # this failure itself, or no process answers
         meet(group, {"failure": failure._asdict()}, PARTING_SECONDS)
 
 
 def _connect(group: Group, hello: Mapping[str, Any], seconds: float) -> dict[int, Connection]:
-    """Connects to the first process, and waits for its answer."""
+    """Connects to the first process and waits for its answer."""
     deadline = time.monotonic() + seconds
     address = group.host, group.port + 1
     while True:
@@ -269,7 +272,7 @@ def _connect(group: Group, hello: Mapping[str, Any], seconds: float) -> dict[int
             time.sleep(0.2)
     with contextlib.suppress(OSError):
         connection.send_bytes(json.dumps({"number": group.number, **hello}).encode())
-    answer = _receive(connection)  # it comes when all processes have met
+    answer = _receive(connection)  # the first process answers after all have connected
     if answer is None:
         raise InputError(str(Failure(0, None, LOST)))
     if failure := answer.get("failure"):
@@ -280,7 +283,7 @@ def _connect(group: Group, hello: Mapping[str, Any], seconds: float) -> dict[int
 def _wait_for_others(
     group: Group, hello: Mapping[str, Any], seconds: float
 ) -> dict[int, Connection]:
-    """Accepts the other processes, compares what all were asked, and answers."""
+    """Accepts the other processes, compares the options of all, and answers."""
     met: dict[int, tuple[Connection, Mapping[str, Any]]] = {}
     failures = [Failure(**hello["failure"])] if "failure" in hello else []
     deadline = time.monotonic() + seconds
@@ -297,11 +300,11 @@ def _wait_for_others(
                 connection.close()  # not a process of this run
                 continue
             if number in met:
-                failures.append(Failure(number, None, "there are two processes of this number"))
+                failures.append(Failure(number, None, "two processes have this number"))
             met[number] = connection, found
             if "failure" in found:
                 failures.append(Failure(**found["failure"]))
-            if failures:  # the others come soon, or not at all
+            if failures:  # processes that have not connected soon will not connect at all
                 deadline = min(deadline, time.monotonic() + PARTING_SECONDS)
     if not failures:
         failures = _disagreements(group, hello, met, seconds)
@@ -321,7 +324,7 @@ def _disagreements(
     met: Mapping[int, tuple[Connection, Mapping[str, Any]]],
     seconds: float,
 ) -> list[Failure]:
-    """Returns why processes that have met cannot work together."""
+    """Returns the reasons why connected processes cannot work together."""
     if missing := [number for number in range(1, group.processes) if number not in met]:
         return [Failure(missing[0], None, f"it did not come within {seconds:g} s")]
     asked = [hello["asked"], *(met[number][1].get("asked", {}) for number in sorted(met))]
@@ -334,10 +337,10 @@ def _disagreements(
 
 
 def _server(port: int) -> socket.socket:
-    """Listens at a port, at all of this host's addresses.
+    """Listens at a port, on all addresses of this host.
 
     Raises:
-        InputError: it cannot.
+        InputError: the port cannot be used.
     """
     both = socket.has_dualstack_ipv6()
     try:
@@ -354,14 +357,14 @@ def _connection(connected: socket.socket) -> Connection:
     connected.settimeout(None)
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in KEEP_ALIVE.items():
-        if option := getattr(socket, name, None):  # macOS has not all of them
+        if option := getattr(socket, name, None):  # macOS lacks some of them
             connected.setsockopt(socket.IPPROTO_TCP, option, value)
     return Connection(connected.detach())
 
 
 def _receive(connection: Connection, seconds: float | None = None) -> dict[str, Any] | None:
-    """Returns a message; None where the connection is closed, or nothing comes in time, or
-    something else."""
+    """Returns a message; None if the connection is closed, nothing arrives in time, or it is not a
+    JSON object."""
     try:
         if seconds is not None and not connection.poll(seconds):
             return None
@@ -372,10 +375,11 @@ def _receive(connection: Connection, seconds: float | None = None) -> dict[str, 
 
 
 def _detected() -> tuple[str, int, int]:
-    """Returns the coordinator, the number of processes and this one's, as JAX finds them in the
-    environment.
+    """Returns the coordinator, the number of processes and this one's number, as JAX detects them
+    in the environment.
 
-    JAX has no public function for it: `jax.distributed.initialize` looks there, and starts at once.
+    JAX has no public function for this: `jax.distributed.initialize` detects them and starts at
+    once.
     """
     from jax._src import clusters
 
