@@ -1,6 +1,6 @@
-"""What is done to a model, as plain data: a recipe, and the presets.
+"""Recipes and presets: how to prune, tune and quantize a model, as plain data.
 
-A recipe is equal to another of the same values, hashable, and goes to JSON and back without loss.
+Recipes compare by value, are hashable, and convert to JSON and back without loss.
 """
 
 import dataclasses
@@ -29,31 +29,29 @@ from jaxprune.sparsity.patterns import (
 )
 
 VERSION = 3
-"""Of the JSON."""
+"""The version of the JSON."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What is done to each linear layer, and to all of them together.
+    """How each linear layer is pruned, and how all of them are tuned together.
 
     Attributes:
-        method: selects masks and updates weights, or only updates where the masks are given.
+        method: selects masks and updates weights, or only updates weights under given masks.
         pattern: the pattern of every linear layer, or given masks.
-        importance: what is weighed by the loss's gradients.
-        tuning: what is done when all linear layers are pruned.
-        preset: the name of the preset that it was made from, or None.
-        asymmetry: the share, from 0 to 1, of what a linear layer's inputs lost in the layers before
-            that its weights make up for. 0 keeps the layer's own output on its pruned inputs, 1
-            aims at the dense model's.
-        rules: linear layers that stay dense, or have a pattern of their own; of several that name
-            one the last counts. Rules that name every linear layer decide alone, whatever the
-            pattern is.
-        experts: what is done to experts as such.
-        quantize: the type, of `methods.quantization.BITS`, on whose grid all linear layers are
-            brought at the very end; None: on none.
+        importance: how the gradients of the loss weigh tokens, outputs and layers.
+        tuning: how the kept weights are tuned after all linear layers are pruned.
+        preset: the name of the preset that the recipe was made from, or None.
+        asymmetry: the fraction of the activation shift, from 0 to 1, that weights compensate. 0
+            preserves a layer's own output on its pruned inputs, 1 targets the dense model's output.
+        rules: exceptions for linear layers: another pattern, or none. The last rule that matches a
+            layer applies. If rules match every linear layer, `pattern` has no effect.
+        experts: how experts are removed and calibrated.
+        quantize: the GGUF type, from `methods.quantization.BITS`, to whose grid all linear layers
+            are quantized at the end; None: no quantization.
 
     Raises:
-        InputError: values that exclude each other.
+        InputError: some values exclude each other.
     """
 
     method: StoredMethod = ADMM()
@@ -70,7 +68,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if isinstance(self.pattern, Given) and any(rule.pattern for rule in self.rules):
             raise InputError(
-                "a rule gives a pattern, where masks that were made elsewhere decide what stays"
+                "a rule gives a pattern, but the given masks decide which weights stay"
             )
         if not 0 <= self.asymmetry <= 1:
             raise InputError(f"asymmetry must lie between 0 and 1, not {self.asymmetry}")
@@ -79,33 +77,32 @@ class Recipe:
         values = vars(self.importance) | vars(self.tuning)
         for field, reason in without_effect(self.pattern).items():
             if values[field]:
-                raise InputError(
-                    f"{field} changes nothing, for {reason}", options={field: Change.OMIT}
-                )
+                raise InputError(f"{field} has no effect: {reason}", options={field: Change.OMIT})
 
     @property
     def mask(self) -> str | None:
-        """The name of the given masks; None where there is a pattern."""
+        """The name of the given masks; None if the recipe has a pattern."""
         return self.pattern.mask if isinstance(self.pattern, Given) else None
 
     def at(
         self, pattern: OwnPattern | str | float | None = None, sparsity: float | None = None
     ) -> "Recipe":
-        """Returns the recipe with another pattern; what would have no effect under it is left out.
+        """Returns the recipe with another pattern, without the options that have no effect under
+        it.
 
         Args:
-            pattern: or its name: unstructured, per-output, or N:M such as 2:4; or a sparsity; None:
-                the recipe's kind.
-            sparsity: fraction of zeros, where the pattern has none; None: 0.5, or what N:M has.
+            pattern: a pattern, its name (unstructured, per-output, or N:M such as 2:4), or a
+                sparsity; None: the kind of the recipe's pattern.
+            sparsity: fraction of zeros, if the pattern does not define it; None: 0.5, or the
+                sparsity of N:M.
 
         Raises:
-            InputError: there is no such pattern, it has another sparsity, or two sparsities are
-                given.
+            InputError: the pattern is unknown or has another sparsity, or two sparsities are given.
         """
         if isinstance(pattern, NM):  # the same rule as for its name
             pattern = str(pattern)
         if not (pattern is None or isinstance(pattern, str) or sparsity is None):
-            raise InputError(f"one sparsity is enough: {pattern} and {sparsity} are given")
+            raise InputError(f"give one sparsity, not both {pattern} and {sparsity}")
         if isinstance(pattern, int | float):
             pattern, sparsity = None, pattern
         if pattern is None and isinstance(self.pattern, NM):
@@ -119,24 +116,24 @@ class Recipe:
         return dataclasses.replace(self, pattern=found, importance=importance, tuning=tuning)
 
     def target(self) -> Pattern | masks.Masks:
-        """Returns the pattern, or the masks that were made elsewhere.
+        """Returns the pattern, or the given masks.
 
         Raises:
-            InputError, CheckpointError: they cannot be read.
+            InputError, CheckpointError: the masks cannot be read.
         """
         return masks.load(self.pattern.mask) if isinstance(self.pattern, Given) else self.pattern
 
     def to_json(self) -> str:
-        """Returns the recipe as JSON text, from which `from_json` makes an equal one."""
+        """Returns the recipe as JSON text; `from_json` creates an equal recipe from it."""
         return to_text({"schema": VERSION} | dump(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
-        """Returns the recipe of a JSON text.
+        """Returns the recipe of a JSON text. A method that is not installed becomes a
+        `NotInstalled`.
 
         Raises:
-            InputError: it is no recipe, or of another version. A method that is not there is a
-                `NotInstalled`.
+            InputError: the text is not a recipe of this version.
         """
         content = decode(text, file="", error=InputError)
         if (version := content.pop("schema", None)) != VERSION:
@@ -150,31 +147,31 @@ class Recipe:
 
     @property
     def patterns_of_all(self) -> frozenset[OwnPattern | None]:
-        """The patterns that rules give, where they are known to name every linear layer: of the
-        last rule `*`, and of those after it. None: dense. Empty: some linear layers may have the
-        recipe's pattern."""
+        """The patterns that rules give if they are known to match every linear layer: those of the
+        last rule `*` and of the rules after it. None in the set means dense. An empty set means
+        that some linear layers may have the recipe's pattern."""
         every = [place for place, rule in enumerate(self.rules) if rule.names == "*"]
         return frozenset(one.pattern for one in self.rules[every[-1] :]) if every else frozenset()
 
     @property
     def pattern_text(self) -> str:
-        """The pattern or the masks' source, in words."""
+        """A description of the pattern or of the masks' source."""
         return pattern_text(self, self.patterns_of_all)
 
     @property
     def method_text(self) -> str:
-        """The method and what is done beside it, in words."""
+        """A description of the method and of all other steps."""
         return method_text(self, self.patterns_of_all)
 
     @property
     def slug(self) -> str:
-        """A short name for files, such as wanda-admm-50 or fast-50-q4_0; different sparsities have
-        different ones."""
+        """A short name for files, such as wanda-admm-50 or fast-50-q4_0; it differs between
+        sparsities."""
         return f"{self._pruning}-{self.quantize}" if self.quantize else self._pruning
 
     @property
     def _pruning(self) -> str:
-        """The short name of what is done before the quantization."""
+        """The part of `slug` without the quantization."""
         method = self.method.method if isinstance(self.method, Finished) else self.method
         crossed = [method.selector, method.updater] if isinstance(method, Crossed) else [method]
         how = "-".join(map(methods.name_of, crossed))
@@ -214,19 +211,19 @@ PRESETS: Mapping[str, Recipe] = MappingProxyType(
         for name, tuning in _TUNINGS.items()
     }
 )
-"""Recipes that serve most: all weigh outputs by the loss's gradients, give every linear layer a
-sparsity of its own and tune the kept weights; best tunes them for longer than fast, and thorough on
-a text of its own."""
+"""Recipes for most uses. All weigh outputs by the gradients of the loss, give every linear layer
+its own sparsity and tune the kept weights. `best` tunes longer than `fast`; `thorough` tunes on a
+text of its own."""
 
 
 def decided_by(patterns: Collection[Pattern | None], recipe: Recipe) -> dict[str, Any]:
-    """Returns the fields of a recipe that have other values, because rules name every linear layer.
+    """Returns the fields of a recipe that change because rules match every linear layer.
 
-    No sparsity is allocated then, and no zeros are left to the tuning. Where all linear layers stay
-    dense, nothing is measured and nothing is tuned.
+    Sparsities are then not allocated, and no zeros are left to gradual pruning. If all linear
+    layers stay dense, there is no reverse pass and no tuning.
 
     Args:
-        patterns: those that the rules give; None: dense.
+        patterns: the patterns that the rules give; None: dense.
         recipe: the recipe.
     """
     if not any(patterns):
@@ -238,18 +235,19 @@ def decided_by(patterns: Collection[Pattern | None], recipe: Recipe) -> dict[str
 
 
 def effective(recipe: Recipe, patterns: Collection[Pattern | None]) -> Recipe:
-    """Returns a recipe without what changes nothing, because rules name every linear layer.
+    """Returns a recipe without the options that have no effect because rules match every linear
+    layer.
 
     Args:
         recipe: the recipe.
-        patterns: those that the rules give; empty where they do not name every linear layer.
+        patterns: the patterns that the rules give; empty if they do not match every linear layer.
     """
     return dataclasses.replace(recipe, **decided_by(patterns, recipe)) if patterns else recipe
 
 
 def pattern_text(recipe: Recipe, patterns: Collection[Pattern | None]) -> str:
-    """Returns the pattern or the masks' source, in words; the rules alone where they name every
-    linear layer. Arguments as for `effective`."""
+    """Returns a description of the pattern or the masks' source, and of the rules; only of the
+    rules if they match every linear layer. Arguments as for `effective`."""
     words = [str(rule) for rule in recipe.rules]
     if not patterns:
         scope = " in total" if recipe.importance.spread else ""
@@ -258,7 +256,7 @@ def pattern_text(recipe: Recipe, patterns: Collection[Pattern | None]) -> str:
 
 
 def method_text(recipe: Recipe, patterns: Collection[Pattern | None]) -> str:
-    """Returns the method and what is done beside it, in words. Arguments as for `effective`."""
+    """Returns a description of the method and of all other steps. Arguments as for `effective`."""
     recipe = effective(recipe, patterns)
     importance, tuning, experts = recipe.importance, recipe.tuning, recipe.experts
     late = late_sparsity(tuning, recipe.pattern)
@@ -271,8 +269,8 @@ def method_text(recipe: Recipe, patterns: Collection[Pattern | None]) -> str:
         f"asymmetry {recipe.asymmetry:g}": recipe.asymmetry,
         f"{tuning.tune_epochs:g} epochs of tuning": tuning.tune_epochs,
         f"tuned on {tuning.tune_tokens:,} tokens": tuning.tune_tokens,
-        f"the last {100 * late:g} % of the weights go meanwhile": late,
-        f"windows in {tuning.tune_pieces} pieces": tuning.tunes and tuning.tune_pieces > 1,
+        f"the last {100 * late:g} % of the weights pruned gradually": late,
+        f"windows in {tuning.tune_pieces} chunks": tuning.tunes and tuning.tune_pieces > 1,
         f"{percent(experts.drop_experts)} % of experts dropped": experts.drop_experts,
         "all tokens to all experts": experts.route_all,
         f"quantized to {(recipe.quantize or '').upper()}": recipe.quantize,

@@ -1,4 +1,4 @@
-"""The parts of a recipe, as plain data: importance, tuning, experts, rules by name."""
+"""The parts of a recipe, as plain data: importance, tuning, experts, and rules by layer name."""
 
 import dataclasses
 import fnmatch
@@ -13,21 +13,21 @@ from jaxprune.sparsity.patterns import NM, Given, OwnPattern, RecipePattern, Uns
 
 @dataclasses.dataclass(frozen=True)
 class Importance:
-    """What a reverse pass of the dense model decides."""
+    """Weights and sparsities that a reverse pass of the dense model determines."""
 
     __pydantic_config__ = OWN
     token_power: float = 0.0
-    """Weigh each token in a linear layer's Gram matrix by the squared gradient of the loss by the
-    layer's outputs, to this power; 0 weighs all the same."""
+    """Weigh each token in a layer's Gram matrix by the squared gradient of the loss with respect to
+    the layer's outputs, to this power. 0 weighs all tokens equally."""
     weigh_outputs: bool = False
-    """Weigh each output of a linear layer by the squared gradient of the loss, so that masks over a
-    whole kernel go where the loss is sensitive."""
+    """Weigh each output of a linear layer by the squared gradient of the loss. Patterns that
+    compare weights over a whole kernel then keep more weights where the loss is sensitive."""
     spread: float = 0.0
-    """Give every linear layer a sparsity of its own, by one threshold over the whole model, this
-    far at most from the one asked for, which holds in total."""
+    """Give every linear layer its own sparsity, by one threshold for the whole model. This is the
+    largest deviation of a layer from the sparsity asked for; the total sparsity stays the same."""
     sensitivity_windows: int | None = None
-    """Take the gradients from so many of the calibration windows, evenly spaced, instead of all,
-    which --token-power needs."""
+    """Compute the gradients on this many calibration windows, evenly spaced, instead of all.
+    --token-power needs all windows."""
 
     def __post_init__(self) -> None:
         if self.sensitivity_windows is not None and self.sensitivity_windows < 1:
@@ -50,7 +50,7 @@ class Importance:
         return self.token_power > 0 or self.weigh_outputs
 
     def windows_of(self, count: int) -> int:
-        """Returns how many of so many calibration windows the gradients are taken from."""
+        """Returns how many of `count` calibration windows the gradients are computed on."""
         return min(self.sensitivity_windows or count, count)
 
     @property
@@ -59,7 +59,7 @@ class Importance:
         return self.weighs or self.spread > 0
 
     def without(self, names: Collection[str]) -> "Importance":
-        """Returns the same with these fields deciding nothing; the default where no reverse pass is
+        """Returns a copy with these fields at their defaults; all fields, if no reverse pass is
         then needed."""
         rest = dataclasses.replace(self, **_defaults(Importance, names))
         return rest if rest.measured else Importance()
@@ -67,36 +67,35 @@ class Importance:
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """Distillation: the kept weights tuned together at the end."""
+    """Tuning of all kept weights together after pruning, by distillation from the dense model."""
 
     __pydantic_config__ = OWN
     tune_epochs: float = 0.0
-    """Tune the kept weights of all layers together at the end, towards the dense model's
-    predictions, visiting each calibration window so many times; half an epoch visits half of them,
-    or of their pieces."""
+    """Tune the kept weights of all layers together after pruning, towards the dense model's
+    predictions. This is the number of passes over the calibration windows; 0.5 uses half of the
+    windows, or of their chunks."""
     tune_rate: float = 0.001
-    """The highest learning rate, in units of the root mean square of a kernel's kept weights, where
-    the tuning begins 0.75 nats of KL divergence from the dense model or more; where it begins
-    nearer, in proportion less. The rate rises over the first eighth of the steps and then falls
-    along a cosine."""
+    """Peak learning rate, relative to the root mean square of a kernel's kept weights. It is
+    reduced in proportion if the KL divergence from the dense model starts below 0.75 nats. The rate
+    rises over the first eighth of the steps and then follows a cosine down."""
     tune_windows: int = 1
-    """How many windows a step takes; with --tune-pieces, how many pieces."""
+    """Number of windows per step; with --tune-pieces, number of chunks."""
     tune_pieces: int = 1
-    """Cut each window that is tuned on into so many pieces, for as many times more steps on as much
-    text. Four pieces take about 1.35 times as long in all; where weights do not fit the device and
-    come from the host, nearly four."""
+    """Cut each tuning window into this many chunks: more steps on the same text. Four chunks take
+    about 1.35 times as long, or nearly 4 times if the weights do not fit on the device and are
+    copied from the host."""
     tune_tokens: int = 0
-    """Tune on so many tokens of the calibration text instead, such as 250k or 1M: all of it in an
-    order drawn from the seed, but for 16 windows, of long ones fewer, on which the divergence is
-    measured."""
+    """Tune on this many tokens of the calibration text, such as 250k or 1M, instead of the
+    calibration windows. The order is random by the seed. 16 windows (fewer if they are long) are
+    held out to measure the divergence."""
     tune_zeros: float = 0.0
-    """Leave this share of the sparsity above one half to the tuning: at 90 % a quarter, 0.25, is 10
-    %, so that the solves prune to 80 %. The other zeros come in up to eight rounds during the first
-    60 % of the steps, fewer each time, where the loss is least sensitive by then (0: the solves
-    make all, as for N:M and for linear layers to which --rule gives a pattern)."""
+    """Gradual pruning: leave this fraction of the sparsity above one half to the tuning. At 90 %
+    sparsity, 0.25 leaves 10 %, and the layers are first pruned to 80 %. The remaining zeros are
+    made in up to eight rounds during the first 60 % of the steps, fewer each round, where the loss
+    is then least sensitive. It has no effect on N:M patterns and on layers with a pattern from
+    --rule."""
     tune_to_end: bool = False
-    """Tune on all --tune-tokens, also when the divergence on the windows that are held out no
-    longer falls."""
+    """Tune on all --tune-tokens, even if the divergence on the held-out windows stops falling."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.tune_epochs < math.inf:
@@ -105,7 +104,7 @@ class Tuning:
             raise InputError(f"tune_tokens must not be negative, not {self.tune_tokens}")
         if self.tune_epochs and self.tune_tokens:
             raise InputError(
-                "a tuning takes the calibration windows or tokens of a text, not both",
+                "tuning uses either the calibration windows or tokens of a text, not both",
                 options={"tune_epochs": 0, "tune_tokens": Change.OMIT},
             )
         if not 0 < self.tune_rate <= 1:
@@ -118,7 +117,7 @@ class Tuning:
             raise InputError(f"tune_pieces must be at least 1, not {self.tune_pieces}")
 
     def without(self, names: Collection[str]) -> "Tuning":
-        """Returns the same with these fields deciding nothing."""
+        """Returns a copy with these fields at their defaults."""
         return dataclasses.replace(self, **_defaults(Tuning, names))
 
     @property
@@ -127,26 +126,30 @@ class Tuning:
         return self.tune_epochs > 0 or self.tune_tokens > 0
 
     def pieces(self, windows: int, length: int) -> tuple[int, int]:
-        """Returns how many pieces windows of a length are cut into, and the length of a piece.
+        """Returns the number of chunks that windows are cut into, and the length of a chunk.
+
+        Args:
+            windows: the number of windows.
+            length: the tokens of a window.
 
         Raises:
-            InputError: a piece would have one token.
+            InputError: a chunk would have one token.
         """
         each = self.tune_pieces if self.tunes else 1
         if each > 1 and length // each < 2:
             raise InputError(
-                f"windows of {length} tokens cannot be cut into {each} pieces of at least two",
+                f"windows of {length} tokens cannot be cut into {each} chunks of at least two",
                 options={"tune_pieces": Change.LOWER, "seqlen": Change.RAISE},
             )
         return windows * each, length // each
 
 
 def late_sparsity(tuning: Tuning, pattern: RecipePattern) -> float:
-    """Returns the sparsity that the solves leave to the tuning; see `Tuning.tune_zeros`.
+    """Returns the sparsity that is left to gradual pruning; see `Tuning.tune_zeros`.
 
     Args:
-        tuning: how it is done.
-        pattern: that of the linear layers.
+        tuning: the tuning.
+        pattern: the pattern of the linear layers.
     """
     if not isinstance(pattern, Unstructured) or not tuning.tunes:
         return 0.0
@@ -154,26 +157,26 @@ def late_sparsity(tuning: Tuning, pattern: RecipePattern) -> float:
 
 
 def effective_tuning(tuning: Tuning, pattern: RecipePattern) -> Tuning:
-    """Returns a tuning, with no late zeros where the solves make all."""
+    """Returns a tuning, without gradual pruning if the pattern does not allow it."""
     return tuning if late_sparsity(tuning, pattern) else tuning.without(["tune_zeros"])
 
 
 HOW_TUNED = tuple(name for name in vars(Tuning()) if name not in ("tune_epochs", "tune_tokens"))
-"""The fields of `Tuning` that matter only where something is tuned."""
+"""The fields of `Tuning` that have an effect only if something is tuned."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """What is done to a model's experts beside pruning their linear layers."""
+    """Removal and calibration of experts; their linear layers are pruned like all others."""
 
     __pydantic_config__ = OWN
     drop_experts: float = 0.0
-    """Before anything else, drop this share of the experts of every layer: those of least saliency,
-    which is the mean over an expert's tokens of its share in the output times the norm of its own
-    output (REAP)."""
+    """Before pruning, remove this fraction of the experts of every layer, those of least saliency
+    (REAP). The saliency of an expert is the mean over its tokens of its routing weight times the
+    norm of its output."""
     route_all: bool = False
-    """In calibration, let every token pass every expert, weighed by what the router would give it;
-    otherwise an expert sees only the tokens that are routed to it."""
+    """During calibration, send every token to every expert, weighted by its routing probability.
+    Otherwise an expert sees only the tokens routed to it."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop_experts < 1:
@@ -187,7 +190,7 @@ def _defaults(part: type[Importance | Tuning], names: Collection[str]) -> dict[s
 
 
 def without_effect(pattern: RecipePattern) -> dict[str, str]:
-    """Returns the fields of `Importance` and `Tuning` that change nothing under a pattern, with the
+    """Returns the fields of `Importance` and `Tuning` that have no effect under a pattern -> the
     reason."""
     if isinstance(pattern, Given):
         return dict.fromkeys(
@@ -196,23 +199,23 @@ def without_effect(pattern: RecipePattern) -> dict[str, str]:
     if isinstance(pattern, NM):
         return {
             "spread": f"pattern {pattern} is the same for every linear layer",
-            "tune_zeros": f"pattern {pattern} has all its zeros from the solves",
+            "tune_zeros": f"pattern {pattern} cannot be pruned gradually during tuning",
         }
     if pattern.per_output:
         return dict.fromkeys(
-            ("spread", "weigh_outputs"), "per-output patterns compare within each output only"
+            ("spread", "weigh_outputs"), "per-output patterns only compare weights of one output"
         )
     return {}
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A pattern of their own for some linear layers.
+    """A pattern for some linear layers.
 
     Attributes:
-        names: which, as a shell pattern of names such as layers.3.mlp.down_proj: `*.q_proj`,
+        names: the layers, as a shell pattern of names such as layers.3.mlp.down_proj: `*.q_proj`,
             `layers.2[0-9].*`.
-        pattern: theirs; None: they stay dense.
+        pattern: their pattern; None: they stay dense.
     """
 
     names: str
@@ -220,8 +223,12 @@ class Rule:
     __pydantic_config__ = OWN
 
     def matches(self, index: int, path: str) -> bool:
-        """Returns whether it names a linear layer, given by its decoder layer's index and its path
-        there."""
+        """Returns whether the rule names a linear layer.
+
+        Args:
+            index: the index of its decoder layer.
+            path: its path in the decoder layer.
+        """
         return fnmatch.fnmatchcase(f"layers.{index}.{path}", self.names)
 
     def __str__(self) -> str:

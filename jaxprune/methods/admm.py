@@ -13,14 +13,14 @@ U = 0 each iteration is
 and the result is D⁻¹(M ∘ (W + U)). G + ρI does not change, so it is factorized once for all kernels
 that share their inputs, and an iteration costs one product of n·n by n·m.
 
-The code keeps V = W + U instead of U. U is then zero where M keeps and V elsewhere, so that Z − U
-is ±V, plus where M keeps, and the result is D⁻¹(M ∘ W). It keeps W − W₀ instead of W: B + ρ(Z − U)
-is (G + ρI)W₀ + ρ(Z − U − W₀), so that
+The code stores V = W + U instead of U. Then U is zero where M keeps and V elsewhere, Z − U is ±V
+(plus where M keeps), and the result is D⁻¹(M ∘ W). The code also stores W − W₀ instead of W. Since
+B + ρ(Z − U) is (G + ρI)W₀ + ρ(Z − U − W₀), an iteration is
 
     W − W₀ = (G + ρI)⁻¹ ρ(Z − U − W₀)
 
-which needs neither B nor G, and does not round what the large eigenvalues of G first blow up and
-then shrink.
+This needs neither B nor G, and avoids the rounding of terms that the large eigenvalues of G first
+amplify and then shrink.
 
 References:
     Boža, "Fast and Effective Weight Update for Pruned Large Language Models", TMLR 2024 (arXiv
@@ -61,8 +61,10 @@ class Prepared(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ADMM:
-    """Selects the mask gradually while it re-optimizes the kept weights; under a given mask it only
-    re-optimizes."""
+    """Selects the mask gradually while it re-optimizes the kept weights.
+
+    Under a given mask it only re-optimizes.
+    """
 
     schedule: Literal["cubic", "constant"] = dataclasses.field(default="cubic", metadata=SELECTS)
     """How the sparsity grows while the mask is selected: cubic, as in the paper, or constant (the

@@ -89,8 +89,10 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ALPS:
-    """Selects the mask by ADMM with a growing penalty, then solves under it; under a given mask it
-    only solves."""
+    """Selects the mask by ADMM with a growing penalty, then solves under it.
+
+    Under a given mask it only solves.
+    """
 
     iterations: int = dataclasses.field(default=300, metadata=SELECTS)
     """Maximum number of ADMM iterations; they stop when the mask settles."""

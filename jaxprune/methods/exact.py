@@ -25,7 +25,10 @@ from jaxprune.sparsity.patterns import Pattern
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """Solves for the kept weights to a tolerance; selects Wanda's mask if none is given."""
+    """Solves for the kept weights to a tolerance.
+
+    It selects Wanda's mask if none is given.
+    """
 
     steps: int = dataclasses.field(default=500, metadata=UPDATES)
     """Maximum number of conjugate-gradient steps."""

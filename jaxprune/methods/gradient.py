@@ -32,7 +32,10 @@ Optimizer = Literal["adam", "sgd"]
 
 @dataclasses.dataclass(frozen=True)
 class Gradient:
-    """Descends from the masked dense weights; selects Wanda's mask if none is given."""
+    """Updates the kept weights by gradient descent.
+
+    It starts from the masked dense weights, under Wanda's mask if none is given.
+    """
 
     optimizer: Optimizer = dataclasses.field(default="adam", metadata=UPDATES)
     """Optimizer: Adam with optax's defaults, or plain gradient descent."""

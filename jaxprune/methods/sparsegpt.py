@@ -48,8 +48,10 @@ class Prepared(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SparseGPT:
-    """Prunes input by input and compensates each error with later inputs; under a given mask it
-    only updates."""
+    """Prunes input by input and compensates each error with later inputs.
+
+    Under a given mask it only updates weights.
+    """
 
     block: int = 128
     """Number of inputs whose mask is selected at once; for N:M patterns, rounded down to a multiple

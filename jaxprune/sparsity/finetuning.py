@@ -1,4 +1,4 @@
-"""A pruned PyTorch model, fine-tuned without losing its zeros."""
+"""Fine-tuning of a pruned PyTorch model without losing its zeros."""
 
 from typing import Any
 
@@ -6,15 +6,14 @@ from jaxprune.sparsity.masks import LEAST_ZEROS
 
 
 def keep_zeros(model: Any) -> dict[str, Any]:
-    """Makes the gradients of pruned weights zero from now on, so that training leaves them where
-    they are: at zero.
+    """Zeroes the gradients of pruned weights, so training leaves these weights at zero.
 
-    Adam, SGD, and weight decay move a weight that is zero by its gradients alone. Optimizers that
-    mix the gradients of several weights, such as Muon and Shampoo, do not keep to that: multiply by
-    the masks after their steps.
+    Adam, SGD and weight decay change a zero weight only through its own gradient. Optimizers that
+    mix the gradients of several weights, such as Muon and Shampoo, do change it: multiply by the
+    masks after each of their steps.
 
     Args:
-        model: a torch.nn.Module, pruned, before an optimizer is made or adapters are added.
+        model: a pruned torch.nn.Module, before an optimizer is created or adapters are added.
 
     Returns:
         Name of each pruned parameter -> its mask, a bool tensor of the parameter's shape, True =

@@ -1,12 +1,12 @@
-"""Masks that come from elsewhere, and masks that outlive a run.
+"""Masks from pruned checkpoints and from files, and the writer of such files.
 
-A mask file is one safetensors file: for every pruned linear layer, under its weight's name in a
-Hugging Face checkpoint, the bits of its mask [out, in] (1 = kept), packed along the inputs, eight a
-byte, the first in the lowest bit:
+A mask file is one safetensors file. It has one tensor per pruned linear layer, under the name of
+its weight in a Hugging Face checkpoint: the bits of its mask [out, in] (1 = kept), packed along the
+inputs, eight per byte, the first in the lowest bit:
 
     numpy.unpackbits(tensor, axis=1, count=n_in, bitorder="little")
 
-The header's metadata holds the shapes [out, in] as JSON.
+The header's metadata has the shapes [out, in] as JSON.
 """
 
 import hashlib
@@ -35,17 +35,17 @@ from jaxprune.errors import InputError
 FORMAT = "jaxprune masks 1"
 _Shape = Annotated[list[pydantic.PositiveInt], pydantic.Field(min_length=2, max_length=2)]
 LEAST_ZEROS = 0.01
-"""The share of zeros from which on weights are taken to be pruned: dense ones have some by chance,
-and those of a model that was rounded to four bits 0.04 %."""
+"""Weights with at least this fraction of zeros count as pruned. Dense weights have a few zeros by
+chance; a model that was rounded to four bits has 0.04 %."""
 FROM_CHECKPOINT, FROM_FILE = "from-checkpoint:", "from-file:"
 
 
 class StoredMask:
-    """The mask of one kernel, read when it is needed.
+    """The mask of one kernel, read on demand.
 
     Args:
         shape: [n_in, n_out].
-        read: gives the mask, bool [n_in, n_out], True = kept.
+        read: returns the mask, bool [n_in, n_out], True = kept.
     """
 
     def __init__(self, shape: tuple[int, ...], read: Callable[[], Bool[np.ndarray, "n m"]]) -> None:
@@ -58,13 +58,13 @@ Masks = Callable[[int, str], StoredMask]
 
 
 def is_stored(name: str) -> bool:
-    """Returns whether a name means masks that were made elsewhere, not a method."""
+    """Returns whether a name refers to existing masks, not to a method."""
     return name.startswith((FROM_CHECKPOINT, FROM_FILE))
 
 
 def source_of(name: str) -> Path | None:
-    """Returns the file or the folder that a mask's name names; None where it names none that is
-    here."""
+    """Returns the file or folder that a mask's name refers to; None if there is none on this
+    machine."""
     found = (
         paths_of(name.removeprefix(FROM_CHECKPOINT).removeprefix(FROM_FILE))
         if is_stored(name)
@@ -74,7 +74,8 @@ def source_of(name: str) -> Path | None:
 
 
 def digest_of(name: str) -> str:
-    """Returns the SHA-256 of all that the masks of a name are read from; errors as for `load`."""
+    """Returns the SHA-256 of all files that the masks of a name are read from; raises as `load`
+    does."""
     if name.startswith(FROM_CHECKPOINT):
         files = sorted(open_checkpoint(name.removeprefix(FROM_CHECKPOINT), check=False).files)
     else:
@@ -86,7 +87,7 @@ def load(name: str) -> Masks:
     """Loads the masks that `from-checkpoint:DIR` or `from-file:FILE` names.
 
     Raises:
-        InputError, CheckpointError: there are none, or they cannot be read.
+        InputError, CheckpointError: there are no masks, or they cannot be read.
     """
     if name.startswith(FROM_CHECKPOINT):
         path = name.removeprefix(FROM_CHECKPOINT)
@@ -105,33 +106,32 @@ def from_checkpoint(
         {"mask": f"{FROM_CHECKPOINT}DIR of a pruned one"}
     ),
 ) -> Masks:
-    """Takes the zeros of a pruned checkpoint as masks.
+    """Returns masks that keep the non-zero weights of a pruned checkpoint.
 
     Args:
         reader: the reader of the pruned checkpoint.
         name: the checkpoint's name, for errors.
-        options: what would mend it that the checkpoint is not pruned; see `UserError`.
+        options: the options to change if the checkpoint is not pruned; see `UserError`.
 
     Raises:
-        InputError: its layers have next to no zeros, so the checkpoint is not pruned.
+        InputError: the layers have almost no zeros, so the checkpoint is not pruned.
     """
     every = list(
         dict.fromkeys(part for part in map(part_of, reader.spec) if part.startswith("layers."))
     )
-    # rules may have left others dense
+    # a run's rules may have left single layers dense
     some = {every[place] for place in (0, len(every) // 2, -1) if every}
     if (share := max((_share_of_zeros(reader, part) for part in some), default=0.0)) < LEAST_ZEROS:
         raise InputError(
             f"{name} has {100 * share:.2g} % zeros at most in its first, middle and last layer: it "
-            "is not pruned, so "
-            "its zeros make no mask",
+            "is not pruned, so its zeros cannot be used as masks",
             options=options,
         )
 
     def mask(index: int, linear: str) -> StoredMask:
         path = f"layers.{index}.{linear}.kernel"
         if path not in reader.spec:
-            raise InputError(f"{name}, which gives the mask, has no {path}")
+            raise InputError(f"{name}, which provides the mask, has no {path}")
         return StoredMask(
             reader.spec[path].shape, lambda: np.asarray(reader.read([path])[path] != 0)
         )
@@ -151,7 +151,7 @@ def _share_of_zeros(reader: Reader, part: str) -> float:
 
 
 class _Metadata(schema.Schema):
-    """What a mask file's header says beside the tensors: shapes [out, in]."""
+    """The metadata in a mask file's header: the shapes [out, in] of the masks."""
 
     shapes: pydantic.Json[dict[str, _Shape]]
 
@@ -160,9 +160,9 @@ def from_file(file: Path) -> Masks:
     """Opens the masks of a file that `MaskWriter` wrote.
 
     Raises:
-        InputError: it is no such file.
-        DamagedError: its header and its tensors disagree; when a mask is read, bits beyond its
-            inputs are set.
+        InputError: the file is not a mask file.
+        DamagedError: the header and the tensors disagree. Reading a mask raises it too, if bits
+            beyond the mask's inputs are set.
     """
     require_regular(file, InputError)
     try:
@@ -173,7 +173,7 @@ def from_file(file: Path) -> Masks:
     except (OSError, SafetensorError) as error:
         raise InputError(f"it cannot be read ({error})", file=file) from error
     if metadata.get("format") != FORMAT:
-        raise InputError("it holds no masks", file=file, wanted="a mask file of a run")
+        raise InputError("it has no masks", file=file, wanted="a mask file of a run")
     header = schema.check(_Metadata, metadata, file=file, entry="__metadata__")
     shapes = {name: (out, n) for name, (out, n) in header.shapes.items()}
     wanted = {name: ("U8", _packed_shape(shape)) for name, shape in shapes.items()}
@@ -209,15 +209,15 @@ def from_file(file: Path) -> Masks:
 
 
 class MaskWriter:
-    """Writes the masks of a run's linear layers, decoder layer by decoder layer.
+    """Writes the masks of a run's linear layers, one decoder layer at a time.
 
     Args:
-        path: the file to be made.
-        shapes: [n_in, n_out] of each linear's kernel, by (layer index, path of the linear).
-        naming: how the checkpoint's tensors are called.
+        path: the file to create.
+        shapes: (layer index, path of the linear layer) -> [n_in, n_out] of its kernel.
+        naming: the names of the checkpoint's tensors.
 
     Raises:
-        CheckpointError: no room.
+        CheckpointError: the disk has no space for the file.
     """
 
     def __init__(
@@ -235,15 +235,15 @@ class MaskWriter:
         self._path = path
 
     def write(self, index: int, masks: Mapping[str, UInt8[np.ndarray, "m _"]]) -> None:
-        """Writes the packed masks of one layer, as its `LayerResult` has them."""
+        """Writes the packed masks of one layer, in the form of `LayerResult`."""
         for linear, packed in masks.items():
             self._file.write(_name(index, linear, self._naming), packed)
 
     def finish(self) -> None:
-        """Seals the file; see `ownership`.
+        """Completes the file and writes its checksum; see `ownership`.
 
         Raises:
-            CheckpointError: masks were never written.
+            CheckpointError: some masks were never written.
         """
         self._file.finish()
         seal(self._path)
@@ -251,12 +251,12 @@ class MaskWriter:
 
 @jax.jit
 def pack(mask: Bool[Array, "n m"]) -> UInt8[Array, "m _"]:
-    """Packs the bits of a mask [n_in, n_out] as a mask file holds them: [n_out, ceil(n_in / 8)]."""
+    """Packs the bits of a mask [n_in, n_out] in a mask file's layout: [n_out, ceil(n_in / 8)]."""
     return jnp.packbits(mask.T, axis=1, bitorder="little")
 
 
 def unpack(packed: UInt8[np.ndarray, "m _"], n: int) -> Bool[np.ndarray, "n m"]:
-    """Unpacks the mask [n_in, n_out] of packed bits."""
+    """Unpacks a mask [n_in, n_out] from its packed bits."""
     return np.unpackbits(packed, axis=1, count=n, bitorder="little").T.astype(bool)
 
 

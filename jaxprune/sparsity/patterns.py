@@ -1,7 +1,7 @@
 """Sparsity patterns: which weights of a kernel may be kept, and how many are zero.
 
-A pattern is what the user asks for (`Unstructured(0.5)`, `NM(2, 4)`). For one kernel shape it makes
-a `Selector`, which selects masks under jit.
+The user asks for a pattern, such as `Unstructured(0.5)` or `NM(2, 4)`. For the shape of a kernel it
+creates a `Selector`, which selects masks under jit.
 """
 
 import dataclasses
@@ -28,13 +28,13 @@ from jaxprune.sparsity.selection import (
 )
 
 Sections = tuple[tuple[str, int], ...]
-"""The linear layers that lie side by side in one: (name, outputs) of each; they repeat until the
-outputs end."""
+"""The fused projections of a linear layer: (name, number of outputs) of each, in order. They repeat
+until the outputs end."""
 
 
 def percent(fraction: float) -> str:
-    """Writes a fraction in percent with all its digits, so that two fractions never read the
-    same."""
+    """Formats a fraction in percent with all its digits, so different fractions get different
+    texts."""
     return f"{(Decimal(repr(float(fraction))) * 100).normalize():f}"
 
 
@@ -49,15 +49,16 @@ class Pattern(Protocol):
 
     @property
     def group(self) -> int | None:
-        """So many consecutive inputs compete with each other only; None: all do."""
+        """The number of consecutive inputs that compete only with each other; None: all inputs
+        compete."""
         ...
 
     def selector(self, shape: tuple[int, ...], progress: Sequence[float] = (1.0,)) -> Selector:
-        """Returns a selector for kernels of this [n_in, n_out] shape.
+        """Returns a selector for kernels of a shape.
 
         Args:
-            shape: the shape of the kernel.
-            progress: fractions of the final sparsity, one a step; the last should be 1.
+            shape: [n_in, n_out].
+            progress: the fraction of the final sparsity at each step; the last should be 1.
 
         Raises:
             InputError: the pattern is impossible for the shape.
@@ -65,19 +66,18 @@ class Pattern(Protocol):
         ...
 
     def zeros(self, shape: tuple[int, ...]) -> int:
-        """Returns the number of zeros of a kernel of this [n_in, n_out] shape; errors as for
-        `selector`."""
+        """Returns the number of zeros of a kernel of shape [n_in, n_out]; raises as `selector`
+        does."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Unstructured:
-    """Any weights; the smallest scores of the whole kernel, or of each output column, go.
+    """Removes the smallest scores of the whole kernel, or of each output.
 
     Attributes:
-        sparsity: fraction of zeros, 0 ≤ sparsity < 1. The count is rounded to the nearest whole
-            weight.
-        per_output: compare scores within each output, as Wanda does, instead of over the whole
+        sparsity: fraction of zeros, 0 ≤ sparsity < 1. The count is rounded to the nearest integer.
+        per_output: compares scores within each output, as Wanda does, instead of over the whole
             kernel.
     """
 
@@ -110,7 +110,7 @@ class Unstructured:
 
 @dataclasses.dataclass(frozen=True)
 class _Within:
-    """A pattern whose zeros are selected in a way of its own; all else of it stays."""
+    """A pattern that selects the zeros of another pattern differently; nothing else changes."""
 
     pattern: Pattern
 
@@ -131,10 +131,10 @@ class _Within:
 
 @dataclasses.dataclass(frozen=True)
 class InSections(_Within):
-    """An unstructured pattern for each of the linear layers that lie side by side in one.
+    """An unstructured pattern for each fused projection of a linear layer.
 
-    Each section has its share of the kernel's zeros: to a weight, what it would have as a linear
-    layer of its own.
+    Each projection gets its part of the kernel's zeros: within one weight, the number that it would
+    have as a separate linear layer.
     """
 
     pattern: Unstructured
@@ -145,22 +145,23 @@ class InSections(_Within):
             round(self.zeros(shape) * part / sum(self.widths))
             for part in itertools.accumulate(self.widths)
         ]
-        # sums to the kernel's, as the sections' own rounded numbers need not
+        # differences of rounded sums: separately rounded counts need not add up to the total
         final = np.diff(ends, prepend=0)
-        # In proportion to the final numbers, no step adds more than the inputs that it is about
-        # have weights.
+        # Each step is proportional to the final counts, so no step asks for more zeros than the
+        # inputs of its group have weights.
         steps = np.array([np.round(p * final) for p in progress], np.int32)
         return Selector(jnp.asarray(steps), KeepInSections(self.widths))
 
 
 @dataclasses.dataclass(frozen=True)
 class Partly(_Within):
-    """A pattern of whose zeros only a share is made yet; `zeros` and `sparsity` are those of the
-    end.
+    """A pattern that makes only a fraction of its zeros, before gradual pruning makes the others.
+
+    `zeros` and `sparsity` are the final ones.
 
     Attributes:
         pattern: the pattern.
-        share: that share.
+        share: the fraction of its zeros.
     """
 
     share: float
@@ -170,13 +171,13 @@ class Partly(_Within):
 
 
 def partly(pattern: Pattern, late: float) -> Pattern:
-    """Returns a pattern without so much of its sparsity yet."""
+    """Returns a pattern that leaves the sparsity `late` to gradual pruning."""
     return Partly(pattern, 1 - late / pattern.sparsity) if late else pattern
 
 
 def in_sections(pattern: Pattern, sections: Sections) -> Pattern:
-    """Returns the pattern of a linear layer that is several side by side; only unstructured ones
-    are another."""
+    """Returns the pattern of a linear layer with fused projections; only unstructured patterns
+    change."""
     if isinstance(pattern, Partly):
         return Partly(in_sections(pattern.pattern, sections), pattern.share)
     if sections and isinstance(pattern, Unstructured) and not pattern.per_output:
@@ -185,7 +186,7 @@ def in_sections(pattern: Pattern, sections: Sections) -> Pattern:
 
 
 def by_section(columns: Int[np.ndarray, "m"], sections: Sections) -> dict[str, int]:
-    """Returns the sum of each section of some numbers, one an output."""
+    """Sums per-output numbers over the outputs of each fused projection."""
     widths = [width for _, width in sections]
     ends = list(itertools.accumulate(widths[:-1]))
     rows = np.split(columns.reshape(-1, sum(widths)), ends, axis=1) if sections else []
@@ -194,10 +195,10 @@ def by_section(columns: Int[np.ndarray, "m"], sections: Sections) -> dict[str, i
 
 @dataclasses.dataclass(frozen=True)
 class NM:
-    """N of every M consecutive inputs of an output are kept (2:4 is n = 2, m = 4).
+    """Keeps N of every M consecutive inputs of an output (2:4 is n = 2, m = 4).
 
-    While a gradual schedule is under way, the N largest of each group are protected and the
-    smallest of all other weights go until the kernel's zeros are as many as the step wants.
+    During a gradual schedule, the N largest of each group are protected. The smallest of all other
+    weights are removed until the kernel has the zeros of the step.
     """
 
     n: int
@@ -207,8 +208,7 @@ class NM:
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m <= 2**31:
             raise InputError(
-                f"an N:M pattern keeps N of every M weights, 0 < N < M; {self.n}:{self.m} is not "
-                "one"
+                f"an N:M pattern keeps N of every M weights, 0 < N < M, not {self.n}:{self.m}"
             )
 
     @property
@@ -236,10 +236,10 @@ class NM:
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """Masks that were made elsewhere decide which weights are kept.
+    """Existing masks decide which weights are kept.
 
     Attributes:
-        mask: their name, `from-checkpoint:DIR` or `from-file:FILE`; see `masks.load`.
+        mask: the name of the masks, `from-checkpoint:DIR` or `from-file:FILE`; see `masks.load`.
     """
 
     mask: str
@@ -270,7 +270,7 @@ RecipePattern = Annotated[
 
 
 def cubic(steps: int) -> list[float]:
-    """Returns the fractions of the final sparsity at steps of a gradual schedule: 1 − (1 −
+    """Returns the fractions of the final sparsity at each step of a cubic schedule: 1 − (1 −
     (i+1)/steps)³."""
     return [1 - (1 - (i + 1) / steps) ** 3 for i in range(steps)]
 
@@ -280,10 +280,10 @@ def parse_pattern(text: str, sparsity: float | None = None) -> OwnPattern:
 
     Args:
         text: the name.
-        sparsity: None: 0.5, or what N:M has.
+        sparsity: fraction of zeros; None: 0.5, or the sparsity of N:M.
 
     Raises:
-        InputError: `text` is none of them, or the pattern is impossible.
+        InputError: `text` is none of these, or the pattern is impossible.
     """
     if text in ("unstructured", "per-output"):
         return Unstructured(0.5 if sparsity is None else sparsity, per_output=text == "per-output")

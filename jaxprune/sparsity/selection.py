@@ -1,9 +1,9 @@
 """Selection of the weights that are kept, with exact counts, under jit.
 
-The numbers of zeros are arrays, so that kernels of one shape and different sparsities share one
-compilation. Selecting the k-th smallest score needs no sort of all: the bits of a non-negative
-float order like an integer, and a threshold among them is found by counting, in four or five
-passes, how many scores lie below some candidates.
+The numbers of zeros are arrays, so kernels of one shape and different sparsities share one
+compilation. Selecting the k-th smallest score needs no full sort. The bits of a non-negative float
+order like an integer, and a search over them finds the threshold in four or five passes: each one
+counts the scores below several candidates.
 """
 
 import dataclasses
@@ -29,50 +29,48 @@ class Selector:
     """Selects the mask of one kernel.
 
     Attributes:
-        zeros: [steps, *sections], numbers of zeros, one a step of a gradual schedule, the last one
-            final. Of the whole kernel, of each output for `per_output` patterns, or one a section
-            of the outputs.
+        zeros: [steps, *sections], the number of zeros at each step of a gradual schedule. It counts
+            the whole kernel, each output (`per_output` patterns), or each fused projection.
         rule: (scores, zeros) -> mask.
     """
 
-    zeros: Any  # as JAX also makes such trees of other things than arrays
+    zeros: Any  # JAX also builds such trees with leaves that are not arrays
     rule: Rule = dataclasses.field(metadata={"static": True})
 
     def __call__(self, scores: Scores, step: int | Int[Array, ""] = -1) -> Mask:
-        """Returns the mask (True = kept) without the smallest non-negative scores; of equal ones
-        the last by index."""
+        """Returns the mask (True = kept) that removes the smallest non-negative scores; among equal
+        ones, the last by index."""
         return self.rule(scores, self.zeros[step])
 
     def increments(self) -> "Selector":
-        """Returns the selector whose steps have the zeros that each step of this one adds to those
-        before it."""
+        """Returns the selector whose steps have only the zeros that each step adds to the previous
+        one."""
         return dataclasses.replace(
             self, zeros=jnp.diff(self.zeros, axis=0, prepend=jnp.zeros_like(self.zeros[:1]))
         )
 
 
 def counts(size: int, fraction: float, progress: Sequence[float]) -> Int[Array, "steps"]:
-    """Returns the zeros of each step of a schedule: fractions of a fraction of the size,
-    rounded."""
+    """Returns the number of zeros at each step of a schedule: round(fraction · progress · size)."""
     return jnp.asarray(np.array([round(fraction * p * size) for p in progress], np.int32))
 
 
 def keep_largest(scores: Scores, zeros: Int[Array, ""]) -> Mask:
-    """Keeps all but the smallest scores of the kernel."""
+    """Keeps all but the `zeros` smallest scores of the kernel."""
     return _keep(scores, zeros, axis=(0, 1))
 
 
 def keep_largest_per_output(scores: Scores, zeros: Int[Array, ""]) -> Mask:
-    """Keeps all but the smallest scores of each output."""
+    """Keeps all but the `zeros` smallest scores of each output."""
     return _keep(scores.T, zeros, axis=(1,)).T  # a row's scores lie together
 
 
 @dataclasses.dataclass(frozen=True)
 class KeepInSections:
-    """Keeps all but the smallest scores of each section of the outputs; see `patterns.InSections`.
+    """Keeps all but the smallest scores of each fused projection; see `patterns.InSections`.
 
     Attributes:
-        widths: outputs of each section, one section after the other; they repeat until the outputs
+        widths: the number of outputs of each projection, in order; they repeat until the outputs
             end.
     """
 
@@ -98,7 +96,7 @@ class KeepInGroups:
     def __call__(self, scores: Scores, zeros: Int[Array, ""]) -> Mask:
         groups = _order(scores).reshape(-1, self.m, scores.shape[1])
         index = jnp.arange(self.m, dtype=jnp.int32)
-        # rank[j] = how many k of the group come before j: larger, or as large and earlier.
+        # rank[j]: the number of scores in the group that are larger, or equal and earlier.
         mine, other = groups[:, :, None, :], groups[:, None, :, :]
         earlier = (index[None, :] < index[:, None])[None, :, :, None]
         rank = jnp.sum((other > mine) | ((other == mine) & earlier), axis=2, dtype=jnp.int32)
@@ -107,8 +105,8 @@ class KeepInGroups:
 
 
 def _order(scores: Scores) -> Int[Array, "n m"]:
-    """Returns integers in the order of the scores; backends that flush subnormal floats still tell
-    them apart."""
+    """Returns integers in the order of the scores; they differ even on backends that flush
+    subnormal floats."""
     return lax.bitcast_convert_type(scores, jnp.int64 if scores.dtype == jnp.float64 else jnp.int32)
 
 
@@ -130,12 +128,13 @@ def _keep(scores: Scores, zeros: Int[Array, ""], axis: tuple[int, ...]) -> Mask:
 
 
 class _Bracket(NamedTuple):
-    """A threshold lies in low ≤ threshold < high. Shapes [1, 1], or [n, 1] for a threshold a row.
+    """A threshold lies in low ≤ threshold < high. Shapes [1, 1], or [n, 1] for one threshold per
+    row.
 
     Attributes:
         low, high: keys.
-        below_low, below_high: how many keys are smaller; at most the wanted number, and more than
-            it.
+        below_low, below_high: how many keys are smaller than each: at most the wanted number for
+            `low`, more for `high`.
     """
 
     low: Array
@@ -147,14 +146,14 @@ class _Bracket(NamedTuple):
 def _threshold(
     keys: Int[Array, "n m"], zeros: Int[Array, "*_"], axis: tuple[int, ...]
 ) -> tuple[Int[Array, "_ 1"], Int[Array, "_ 1"]]:
-    """Returns a threshold below which `zeros` non-negative keys lie, and how many do: fewer only
-    where keys are equal.
+    """Returns a threshold below which `zeros` non-negative keys lie, and how many do: fewer only if
+    keys are equal.
 
     Interpolation search on the counts: a pass over the keys counts below seven candidates at once.
-    The first are quantiles of a sample; the later ones surround the place where the count would be
-    right if keys were evenly spread between the nearest candidates, at multiples of the standard
-    deviation of that guess. One is always the middle, so that each pass at least halves what is
-    left whatever the keys.
+    The first candidates are quantiles of a sample. Later ones surround the place where the count
+    would be right if keys were evenly spread between the nearest candidates, at multiples of the
+    standard deviation of that guess. One candidate is always the middle, so each pass at least
+    halves the remaining range.
     """
     size = keys.size if axis == (0, 1) else keys.shape[1]
     floating = jnp.float64 if keys.dtype == jnp.int64 else jnp.float32
@@ -219,8 +218,8 @@ def _sorted_sample(keys: Int[Array, "n m"], size: int, axis: tuple[int, ...]) ->
 def _counts_below(
     keys: Int[Array, "n m"], candidates: Int[Array, "_ c"], axis: tuple[int, ...]
 ) -> Int[Array, "_ c"]:
-    """Returns how many keys lie below each candidate, in one pass: XLA makes one loop of a
-    reduction of several arrays."""
+    """Returns how many keys lie below each candidate, in one pass: XLA fuses a reduction of several
+    arrays into one loop."""
     below = tuple(
         (keys < candidate).astype(jnp.int32)
         for candidate in jnp.split(candidates, candidates.shape[1], 1)

@@ -230,7 +230,7 @@ def test_the_command_line(file: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         ("{nan}", "mlp.down_proj.kernel: it has NaN or infinite values"),
         ("{misshapen}", "mlp.down_proj: a kernel's shape is wrong, found [44, 32]"),
         ("{file} --pattern 3:7", "divisible by 7"),
-        ("{file} --mask from-file:{model}", "holds no masks"),
+        ("{file} --mask from-file:{model}", "has no masks"),
         ("{file} --mask from-checkpoint:{folder}/other", "the mask was made for another model"),
     ],
 )

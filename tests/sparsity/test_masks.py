@@ -160,7 +160,7 @@ def test_files_that_are_no_mask_files_are_refused(
     (tmp_path / "text.safetensors").write_text("no masks here")
     with pytest.raises(InputError, match="it cannot be read"):
         from_file(tmp_path / "text.safetensors")
-    with pytest.raises(InputError, match="holds no masks"):
+    with pytest.raises(InputError, match="has no masks"):
         from_file(checkpoint / "model.safetensors")
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(pruned[1].read_bytes()[:-100])
