@@ -301,7 +301,7 @@ sys.exit(main(sys.argv[3:]))
 PHASES = {
     "opening": "jaxprune.api.load/load",
     "text": "jaxprune.calibration/calibration_windows",
-    "store": "jaxprune.run_store.opening/_begin",
+    "store": "jaxprune.run_store.opening/_prepare",
     "reverse pass": "jaxprune.phases/measure_sensitivity",
     "pruning": "jaxprune.solve.layer/solve_kernels",
     "tuning": "jaxprune.distill.student/Student/step",
