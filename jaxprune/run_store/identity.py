@@ -70,9 +70,9 @@ class SavedDigests:
         self._known = set(known)
         if any(one.files != self._signature for one in saved):
             self._require({}, "the tensor has changed since this run was stopped")
-        store.new_digests = self._newly_known
+        store.new_digests = self._new_digests
 
-    def _newly_known(self) -> dict[str, Any] | None:
+    def _new_digests(self) -> dict[str, Any] | None:
         digests = dict(self.reader.digests)
         new = {path: found for path, found in digests.items() if path not in self._known}
         self._known |= new.keys()

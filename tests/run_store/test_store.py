@@ -123,7 +123,7 @@ def test_an_error_of_a_save_comes_with_the_next_call(tmp_path: Path) -> None:
     store.close()
 
 
-def test_what_is_newly_known_is_there_before_what_was_made_of_it(tmp_path: Path) -> None:
+def test_new_digests_are_there_before_what_was_made_of_the_weights(tmp_path: Path) -> None:
     store, seen = RunStore(tmp_path), []
     known = iter([{"a": 1}, None, {"b": 2}, {"c": 3}])
     store.new_digests = lambda: seen.append(store.path("stage/0").exists()) or next(known)
