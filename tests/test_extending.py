@@ -20,6 +20,7 @@ from jaxprune import NM, Unstructured, gram, load
 from jaxprune.__main__ import main as jaxprune
 from jaxprune.commands.solve import parse as parse_solve
 from jaxprune.methods.wanda import Wanda
+from jaxprune.reporting.record import load as load_record
 from tests.helpers import tiny, xla
 from tests.helpers.logits import logits
 from tests.helpers.optional import needs_torch, torch
@@ -152,8 +153,8 @@ def test_an_option_of_a_runs_name_is_one_line(
         )
     _, _, recipe, _ = parse_solve(["file", "--method", "noisy", "--seed", "3"])
     assert recipe.method.seed == 3  # type: ignore[attr-defined]
-    records = Path(__file__).parent / "reporting/records"
-    record = dataclasses.replace(records.load(records / "unstructured.json"), recipe=recipe)
+    example = Path(__file__).parent / "reporting/records/unstructured.json"
+    record = dataclasses.replace(load_record(example), recipe=recipe)
     (tmp_path / "jaxprune.json").write_text(to_text(dump(record)))
     assert (
         jaxprune(["--config", str(tmp_path / "jaxprune.json"), "--out", str(tmp_path / "out")]) == 2

@@ -163,7 +163,7 @@ def test_windows_are_cut_into_pieces(tmp_path: Path) -> None:
         found = np.concatenate(list(text.batches(begin)))
         np.testing.assert_array_equal(found, windows[:, :30].reshape(18, 10)[2 * begin : 16])
     assert Tuning(tune_epochs=1).pieces(5, 32) == (5, 32)
-    with pytest.raises(InputError, match="windows of 32 tokens cannot be cut into 17 pieces"):
+    with pytest.raises(InputError, match="windows of 32 tokens cannot be cut into 17 chunks"):
         Tuning(tune_epochs=1, tune_pieces=17).pieces(5, 32)
 
 

@@ -176,7 +176,7 @@ def test_a_weight_off_the_grid_is_found(
 
 def test_a_model_without_whole_blocks_is_refused(tmp_path: Path) -> None:
     tiny.save(tmp_path, tiny.config(hidden_size=40, intermediate_size=72))
-    with pytest.raises(InputError, match="no linear layer .* blocks of 32"):
+    with pytest.raises(InputError, match="blocks of 32 inputs, but no linear layer"):
         prune_model(load(tmp_path), windows(), parse("--quantize q4_0".split()))
 
 
