@@ -110,7 +110,7 @@ def create_checkpoint(
         with fill_checkpoint(made, spec, assets, to=to, options=options) as writer:
             yield writer
         if is_file(to):
-            ownership.seal(made)
+            ownership.add_checksum(made)
         else:
             ownership.mark(made, "checkpoint", writer.files)
 

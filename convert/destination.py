@@ -13,14 +13,14 @@ from convert import renaming
 from convert.errors import Change, CheckpointError, OccupiedError, UserError
 from convert.files import expand
 from convert.ownership import (
+    has_checksum,
     marker_of,
     prove,
     remove_empty,
     remove_folder,
     remove_own,
-    remove_sealed,
+    remove_unchanged,
     replace,
-    sealed,
 )
 from convert.writing import failing, sync
 
@@ -79,7 +79,7 @@ class Destination:
         if self._made is not None and self._made == marker_of(path):
             return
         if not self.overwrite:
-            ours = marker_of(path) if self.folder else sealed(path)
+            ours = marker_of(path) if self.folder else has_checksum(path)
             options = self._other() | ({"overwrite": True} if ours else {})
             raise OccupiedError("it already exists", file=path, options=options)
         self._require_replaceable()
@@ -115,7 +115,7 @@ class Destination:
         try:
             if self.folder:
                 prove(self.path)
-            elif not sealed(self.path):
+            elif not has_checksum(self.path):
                 raise OccupiedError(
                     "jaxprune did not write it, or it has changed since, so it is not replaced: "
                     "move or remove it yourself",
@@ -142,7 +142,7 @@ class Destination:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self._near(finished) as near:
                     if os.path.lexists(self.path):
-                        replace(near, self.path, remove_folder if self.folder else remove_sealed)
+                        replace(near, self.path, remove_folder if self.folder else remove_unchanged)
                     else:
                         self._put(near)
                 sync(self.path.parent)

@@ -7,8 +7,8 @@ folder that contains one, the current or the home folder, the root or a mount po
 that appeared while it worked.
 
 The marker of a folder is the file `MARKER` in it, which is written last. A single file has a
-checksum near its start instead: `SEAL` and the SHA-256 of the file with zeros in that place. Files
-that a user has removed from a folder are ignored, because nothing of theirs is lost.
+checksum near its start instead: `CHECKSUM` and the SHA-256 of the file with zeros in that place.
+Files that a user has removed from a folder are ignored, because nothing of theirs is lost.
 
 Unfinished files are written in a folder with a random name that no one else uses.
 """
@@ -31,8 +31,8 @@ from convert.schema import Schema
 from convert.writing import failing, require_readable, sync, write_text
 
 MARKER = ".jaxprune-files.json"
-SEAL = b"jaxprune-sha256:"
-UNSEALED = SEAL.decode() + 64 * "0"
+CHECKSUM = b"jaxprune-sha256:"
+EMPTY_CHECKSUM = CHECKSUM.decode() + 64 * "0"
 """The placeholder for the checksum, in the first `_HEAD` bytes of a file."""
 _HEAD = 4096
 _digests: dict[tuple[int, ...], str] = {}
@@ -260,25 +260,28 @@ def remove_own(path: Path) -> None:
             path.unlink()
 
 
-def seal(path: Path) -> None:
-    """Writes the checksum of a finished file over its `UNSEALED` placeholder."""
+def add_checksum(path: Path) -> None:
+    """Writes the checksum of a finished file over its `EMPTY_CHECKSUM` placeholder."""
     with failing(path), path.open("r+b") as file:
-        place = file.read(_HEAD).index(UNSEALED.encode()) + len(SEAL)
-        hashed = _sealed_digest(path, place)
+        place = file.read(_HEAD).index(EMPTY_CHECKSUM.encode()) + len(CHECKSUM)
+        hashed = _digest_without_checksum(path, place)
         file.seek(place)
         file.write(hashed.encode())
         file.flush()
         os.fsync(file.fileno())
 
 
-def sealed(path: Path) -> bool:
+def has_checksum(path: Path) -> bool:
     """Returns whether a file has the checksum that it was finished with."""
     with open_regular(path) as file:
         if _signature(os.fstat(file.fileno())) in _whole:
             return True
         head = file.read(_HEAD)
-    place = head.find(SEAL) + len(SEAL)
-    return place >= len(SEAL) and head[place : place + 64] == _sealed_digest(path, place).encode()
+    place = head.find(CHECKSUM) + len(CHECKSUM)
+    return (
+        place >= len(CHECKSUM)
+        and head[place : place + 64] == _digest_without_checksum(path, place).encode()
+    )
 
 
 def remember(path: Path) -> None:
@@ -287,20 +290,20 @@ def remember(path: Path) -> None:
     _whole.add(_signature(os.stat(path)))
 
 
-def remove_sealed(path: Path) -> None:
+def remove_unchanged(path: Path) -> None:
     """Removes a file that jaxprune wrote.
 
     Raises:
         OccupiedError: its checksum is wrong, or it is a symbolic link.
         CheckpointError: it cannot be read.
     """
-    if path.is_symlink() or not sealed(path):
+    if path.is_symlink() or not has_checksum(path):
         raise OccupiedError("it has changed since jaxprune wrote it", file=path)
     with failing(path, "removed"):
         path.unlink()
 
 
-def _sealed_digest(path: Path, place: int) -> str:
+def _digest_without_checksum(path: Path, place: int) -> str:
     with open_regular(path) as file, failing(path, "read"):
         whole = hashlib.sha256(file.read(place) + 64 * b"0")
         file.seek(place + 64)

@@ -19,7 +19,7 @@ from jaxprune.loop import sweep_layers
 from jaxprune.methods.quantization import has_grid
 from jaxprune.models import Architecture
 from jaxprune.recipe import Recipe
-from jaxprune.recipe_parts import effective_tuning, late_sparsity
+from jaxprune.recipe_parts import effective_tuning, gradual_sparsity
 from jaxprune.run_store.context import NO_STORE, Context
 from jaxprune.run_store.store import CURVE, PRUNED, QUANTIZED, SENSITIVITY, TUNED, TUNING
 from jaxprune.solve import expert_removal, layer_costs, sensitivity
@@ -105,7 +105,7 @@ def require_recipe(architecture: Architecture, recipe: Recipe) -> Targets:
     """Returns the targets of a recipe on a model; raises as `prune_model`."""
     target, named = recipe.target(), by_rules(architecture, recipe.rules)
     targets_for(architecture, with_rules(target, named))
-    if recipe.importance.spread:
+    if recipe.importance.max_deviation:
         assert isinstance(target, Unstructured)
         zeros_to_allocate(count_weights(architecture, named), target.sparsity)
     if recipe.asymmetry and architecture.config.routing:
@@ -260,23 +260,23 @@ class Phases:
         Targets exclude the sparsity that gradual pruning adds.
         """
         target, named = self.targets
-        importance, late = (
+        importance, gradual = (
             self.recipe.importance,
-            late_sparsity(self.recipe.tuning, self.recipe.pattern),
+            gradual_sparsity(self.recipe.tuning, self.recipe.pattern),
         )
-        if late and not importance.spread:
+        if gradual and not importance.max_deviation:
             assert isinstance(target, Unstructured)
-            target = partly(target, late)
+            target = partly(target, gradual)
         if not importance.measured:
             return target, None
         with self.context.timed("sensitivity"):
             count = importance.windows_of(len(self.tokens))
             some = self.tokens[np.arange(count) * len(self.tokens) // count]
             found = measure_sensitivity(self.model, some, store=self.context.store)
-            if importance.spread:
+            if importance.max_deviation:
                 assert isinstance(target, Unstructured)
                 patterns = allocate(
-                    self.model, found, target.sparsity, importance.spread, named, late
+                    self.model, found, target.sparsity, importance.max_deviation, named, gradual
                 )
 
                 def own(index: int, path: str) -> Pattern:

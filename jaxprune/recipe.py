@@ -15,7 +15,14 @@ from jaxprune.methods.admm import ADMM
 from jaxprune.methods.combine import Crossed, Finished
 from jaxprune.methods.quantization import BITS
 from jaxprune.methods.stored import StoredMethod, text_of
-from jaxprune.recipe_parts import Experts, Importance, Rule, Tuning, late_sparsity, without_effect
+from jaxprune.recipe_parts import (
+    Experts,
+    Importance,
+    Rule,
+    Tuning,
+    gradual_sparsity,
+    without_effect,
+)
 from jaxprune.sparsity import masks
 from jaxprune.sparsity.patterns import (
     NM,
@@ -186,7 +193,10 @@ class Recipe:
             return f"{how}-given-mask"
         if self.preset:
             how = self.preset + dropped
-            if self.pattern == Unstructured(self.pattern.sparsity) and not self.importance.spread:
+            if (
+                self.pattern == Unstructured(self.pattern.sparsity)
+                and not self.importance.max_deviation
+            ):
                 how = f"{self.preset}-uniform{dropped}"
         if len(patterns) > 1:
             return f"{how}-rules"
@@ -199,11 +209,11 @@ class Recipe:
         )
 
 
-_IMPORTANCE = Importance(weigh_outputs=True, spread=0.3, sensitivity_windows=8)
+_IMPORTANCE = Importance(weigh_outputs=True, max_deviation=0.3, sensitivity_windows=8)
 _TUNINGS = {
-    "fast": Tuning(tune_epochs=0.3125, tune_pieces=4),
-    "best": Tuning(tune_epochs=2.0, tune_zeros=0.25),
-    "thorough": Tuning(tune_tokens=1_000_000, tune_pieces=2, tune_zeros=0.25),
+    "fast": Tuning(tune_epochs=0.3125, tune_chunks=4),
+    "best": Tuning(tune_epochs=2.0, tune_gradual=0.25),
+    "thorough": Tuning(tune_tokens=1_000_000, tune_chunks=2, tune_gradual=0.25),
 }
 PRESETS: Mapping[str, Recipe] = MappingProxyType(
     {
@@ -229,8 +239,8 @@ def decided_by(patterns: Collection[Pattern | None], recipe: Recipe) -> dict[str
     if not any(patterns):
         return {"importance": Importance(), "tuning": Tuning(), "asymmetry": 0.0}
     return {
-        "importance": recipe.importance.without(["spread"]),
-        "tuning": recipe.tuning.without(["tune_zeros"]),
+        "importance": recipe.importance.without(["max_deviation"]),
+        "tuning": recipe.tuning.without(["tune_gradual"]),
     }
 
 
@@ -250,7 +260,7 @@ def pattern_text(recipe: Recipe, patterns: Collection[Pattern | None]) -> str:
     rules if they match every linear layer. Arguments as for `effective`."""
     words = [str(rule) for rule in recipe.rules]
     if not patterns:
-        scope = " in total" if recipe.importance.spread else ""
+        scope = " in total" if recipe.importance.max_deviation else ""
         words.insert(0, f"{recipe.pattern}{scope}")
     return ", ".join(words)
 
@@ -259,18 +269,18 @@ def method_text(recipe: Recipe, patterns: Collection[Pattern | None]) -> str:
     """Returns a description of the method and of all other steps. Arguments as for `effective`."""
     recipe = effective(recipe, patterns)
     importance, tuning, experts = recipe.importance, recipe.tuning, recipe.experts
-    late = late_sparsity(tuning, recipe.pattern)
+    gradual = gradual_sparsity(tuning, recipe.pattern)
     method = "linear layers left dense" if {*patterns} == {None} else text_of(recipe.method)
     done = {
         method: True,
         "tokens weighed": importance.token_power,
         "outputs weighed": importance.weigh_outputs,
-        f"sparsities within {importance.spread:g}": importance.spread,
+        f"sparsities within {importance.max_deviation:g}": importance.max_deviation,
         f"asymmetry {recipe.asymmetry:g}": recipe.asymmetry,
         f"{tuning.tune_epochs:g} epochs of tuning": tuning.tune_epochs,
         f"tuned on {tuning.tune_tokens:,} tokens": tuning.tune_tokens,
-        f"the last {100 * late:g} % of the weights pruned gradually": late,
-        f"windows in {tuning.tune_pieces} chunks": tuning.tunes and tuning.tune_pieces > 1,
+        f"the last {100 * gradual:g} % of the weights pruned gradually": gradual,
+        f"windows in {tuning.tune_chunks} chunks": tuning.tunes and tuning.tune_chunks > 1,
         f"{percent(experts.drop_experts)} % of experts dropped": experts.drop_experts,
         "all tokens to all experts": experts.route_all,
         f"quantized to {(recipe.quantize or '').upper()}": recipe.quantize,

@@ -22,7 +22,7 @@ class Importance:
     weigh_outputs: bool = False
     """Weigh each output of a linear layer by the squared gradient of the loss. Patterns that
     compare weights over a whole kernel then keep more weights where the loss is sensitive."""
-    spread: float = 0.0
+    max_deviation: float = 0.0
     """Give every linear layer its own sparsity, by one threshold for the whole model. This is the
     largest deviation of a layer from the sparsity asked for; the total sparsity stays the same."""
     sensitivity_windows: int | None = None
@@ -41,8 +41,10 @@ class Importance:
             )
         if not 0 <= self.token_power < math.inf:
             raise InputError(f"token_power must be finite and not negative, not {self.token_power}")
-        if not 0 <= self.spread < 1:
-            raise InputError(f"spread must be at least 0 and below 1, not {self.spread}")
+        if not 0 <= self.max_deviation < 1:
+            raise InputError(
+                f"max_deviation must be at least 0 and below 1, not {self.max_deviation}"
+            )
 
     @property
     def weighs(self) -> bool:
@@ -56,7 +58,7 @@ class Importance:
     @property
     def measured(self) -> bool:
         """Whether a reverse pass is needed."""
-        return self.weighs or self.spread > 0
+        return self.weighs or self.max_deviation > 0
 
     def without(self, names: Collection[str]) -> "Importance":
         """Returns a copy with these fields at their defaults; all fields, if no reverse pass is
@@ -79,8 +81,8 @@ class Tuning:
     reduced in proportion if the KL divergence from the dense model starts below 0.75 nats. The rate
     rises over the first eighth of the steps and then follows a cosine down."""
     tune_windows: int = 1
-    """Number of windows per step; with --tune-pieces, number of chunks."""
-    tune_pieces: int = 1
+    """Number of windows per step; with --tune-chunks, number of chunks."""
+    tune_chunks: int = 1
     """Cut each tuning window into this many chunks: more steps on the same text. Four chunks take
     about 1.35 times as long, or nearly 4 times if the weights do not fit on the device and are
     copied from the host."""
@@ -88,7 +90,7 @@ class Tuning:
     """Tune on this many tokens of the calibration text, such as 250k or 1M, instead of the
     calibration windows. The order is random by the seed. 16 windows (fewer if they are long) are
     held out to measure the divergence."""
-    tune_zeros: float = 0.0
+    tune_gradual: float = 0.0
     """Gradual pruning: leave this fraction of the sparsity above one half to the tuning. At 90 %
     sparsity, 0.25 leaves 10 %, and the layers are first pruned to 80 %. The remaining zeros are
     made in up to eight rounds during the first 60 % of the steps, fewer each round, where the loss
@@ -109,12 +111,14 @@ class Tuning:
             )
         if not 0 < self.tune_rate <= 1:
             raise InputError(f"tune_rate must be above 0 and at most 1, not {self.tune_rate}")
-        if not 0 <= self.tune_zeros <= 1:
-            raise InputError(f"tune_zeros must be at least 0 and at most 1, not {self.tune_zeros}")
+        if not 0 <= self.tune_gradual <= 1:
+            raise InputError(
+                f"tune_gradual must be at least 0 and at most 1, not {self.tune_gradual}"
+            )
         if self.tune_windows < 1:
             raise InputError(f"tune_windows must be at least 1, not {self.tune_windows}")
-        if self.tune_pieces < 1:
-            raise InputError(f"tune_pieces must be at least 1, not {self.tune_pieces}")
+        if self.tune_chunks < 1:
+            raise InputError(f"tune_chunks must be at least 1, not {self.tune_chunks}")
 
     def without(self, names: Collection[str]) -> "Tuning":
         """Returns a copy with these fields at their defaults."""
@@ -125,7 +129,7 @@ class Tuning:
         """Whether anything is tuned."""
         return self.tune_epochs > 0 or self.tune_tokens > 0
 
-    def pieces(self, windows: int, length: int) -> tuple[int, int]:
+    def chunks(self, windows: int, length: int) -> tuple[int, int]:
         """Returns the number of chunks that windows are cut into, and the length of a chunk.
 
         Args:
@@ -135,17 +139,17 @@ class Tuning:
         Raises:
             InputError: a chunk would have one token.
         """
-        each = self.tune_pieces if self.tunes else 1
+        each = self.tune_chunks if self.tunes else 1
         if each > 1 and length // each < 2:
             raise InputError(
                 f"windows of {length} tokens cannot be cut into {each} chunks of at least two",
-                options={"tune_pieces": Change.LOWER, "seqlen": Change.RAISE},
+                options={"tune_chunks": Change.LOWER, "seqlen": Change.RAISE},
             )
         return windows * each, length // each
 
 
-def late_sparsity(tuning: Tuning, pattern: RecipePattern) -> float:
-    """Returns the sparsity that is left to gradual pruning; see `Tuning.tune_zeros`.
+def gradual_sparsity(tuning: Tuning, pattern: RecipePattern) -> float:
+    """Returns the sparsity that is left to gradual pruning; see `Tuning.tune_gradual`.
 
     Args:
         tuning: the tuning.
@@ -153,12 +157,12 @@ def late_sparsity(tuning: Tuning, pattern: RecipePattern) -> float:
     """
     if not isinstance(pattern, Unstructured) or not tuning.tunes:
         return 0.0
-    return tuning.tune_zeros * max(0.0, pattern.sparsity - 0.5)
+    return tuning.tune_gradual * max(0.0, pattern.sparsity - 0.5)
 
 
 def effective_tuning(tuning: Tuning, pattern: RecipePattern) -> Tuning:
     """Returns a tuning, without gradual pruning if the pattern does not allow it."""
-    return tuning if late_sparsity(tuning, pattern) else tuning.without(["tune_zeros"])
+    return tuning if gradual_sparsity(tuning, pattern) else tuning.without(["tune_gradual"])
 
 
 HOW_TUNED = tuple(name for name in vars(Tuning()) if name not in ("tune_epochs", "tune_tokens"))
@@ -194,16 +198,18 @@ def without_effect(pattern: RecipePattern) -> dict[str, str]:
     reason."""
     if isinstance(pattern, Given):
         return dict.fromkeys(
-            ("spread", "weigh_outputs", "tune_zeros"), "the given masks decide which weights stay"
+            ("max_deviation", "weigh_outputs", "tune_gradual"),
+            "the given masks decide which weights stay",
         )
     if isinstance(pattern, NM):
         return {
-            "spread": f"pattern {pattern} is the same for every linear layer",
-            "tune_zeros": f"pattern {pattern} cannot be pruned gradually during tuning",
+            "max_deviation": f"pattern {pattern} is the same for every linear layer",
+            "tune_gradual": f"pattern {pattern} cannot be pruned gradually during tuning",
         }
     if pattern.per_output:
         return dict.fromkeys(
-            ("spread", "weigh_outputs"), "per-output patterns only compare weights of one output"
+            ("max_deviation", "weigh_outputs"),
+            "per-output patterns only compare weights of one output",
         )
     return {}
 

@@ -273,7 +273,7 @@ def test_batches_divide_the_windows(count: int, length: int, expected: int) -> N
 
 
 @needs_torch
-def test_a_linear_makes_up_for_its_inputs_drift(checkpoint: Path) -> None:
+def test_a_linear_makes_up_for_its_inputs_shift(checkpoint: Path) -> None:
     """After a pruned layer, aiming at the dense model's outputs brings the last hidden states
     nearer to them."""
     tokens, streamed = windows(), load(checkpoint)
@@ -301,11 +301,11 @@ def test_a_linear_makes_up_for_its_inputs_drift(checkpoint: Path) -> None:
         raise AssertionError
 
     (first, plain), (same, better) = distance(0.0), distance(1.0)
-    assert same == pytest.approx(first, rel=1e-4)  # nothing has drifted before the first layer
+    assert same == pytest.approx(first, rel=1e-4)  # nothing has shifted before the first layer
     assert better < 0.98 * plain
 
 
-def test_inputs_do_not_drift_behind_dense_layers(checkpoint: Path) -> None:
+def test_inputs_do_not_shift_after_dense_layers(checkpoint: Path) -> None:
     def second(asymmetry: float) -> LayerResult:
         dense_first = with_rules(Unstructured(0.5), {(0, path): None for path in LINEARS})
         _, layer, *_ = prune_layers(

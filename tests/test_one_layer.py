@@ -70,7 +70,7 @@ def require_one_at_a_time(folder: Path, text: Path, line: str) -> None:
     "line",
     [
         "--method admm --asymmetry 0.5",
-        "--weigh-outputs --spread 0.2",
+        "--weigh-outputs --max-deviation 0.2",
         "--method wanda --quantize q4_0",
         "--method magnitude --eval ppl --eval-windows 2",
     ],

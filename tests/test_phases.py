@@ -25,7 +25,7 @@ from jaxprune import (
 )
 from jaxprune.commands.recipe_options import parse
 from jaxprune.distill.distillation import distill, of_windows
-from jaxprune.recipe_parts import late_sparsity
+from jaxprune.recipe_parts import gradual_sparsity
 from jaxprune.run_store.store import RunStore
 from jaxprune.solve.allocation import allocate
 from jaxprune.solve.layer_result import LayerResult, saved_layers
@@ -70,12 +70,14 @@ def test_a_plain_recipe_is_the_loop_over_layers(checkpoint: Path) -> None:
 
 def test_all_parts_together(checkpoint: Path) -> None:
     model, tokens = load(checkpoint), windows()
-    line = "--preset best --sparsity 0.6 --spread 0.2 --tune-epochs 1"
+    line = "--preset best --sparsity 0.6 --max-deviation 0.2 --tune-epochs 1"
     recipe = parse(line.split())
     chosen = tokens[[0, 1, 3, 4, 6, 7, 9, 10]]  # eight of twelve, evenly spaced
     sensitivity = measure_sensitivity(model, chosen)
     pattern = Unstructured(0.6)
-    patterns = allocate(model, sensitivity, 0.6, 0.2, late=late_sparsity(recipe.tuning, pattern))
+    patterns = allocate(
+        model, sensitivity, 0.6, 0.2, gradual=gradual_sparsity(recipe.tuning, pattern)
+    )
     weighing = [weights(layer, recipe.importance) for layer in sensitivity]
     layers = list(
         prune_layers(model, tokens, recipe.method, lambda *which: patterns[which], weights=weighing)

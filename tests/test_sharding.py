@@ -150,7 +150,7 @@ import numpy as np
 from jaxprune import load
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.distill import adafactor
-from jaxprune.distill.gradual_pruning import LateZeros
+from jaxprune.distill.gradual_pruning import GradualPruning
 from jaxprune.loop import prune_layers
 from jaxprune.distill.placement import Placement
 from jaxprune.distill.student import Student
@@ -171,7 +171,7 @@ for count in (1, 8):
 
     adafactor.step = keep
     layers = prune_layers(model, tokens, Magnitude(), partly(pattern, 0.15))
-    student = Student(model, layers, Placement(True, True), LateZeros(lambda *_: pattern, [1]))
+    student = Student(model, layers, Placement(True, True), GradualPruning(lambda *_: pattern, [1]))
     (dense,) = model.final_states(tokens)
     found["loss"] = np.float64(student.step(tokens, dense.read(slice(None)), 1, lambda _: 0.001))
     for index, kernels in enumerate(student.state):
@@ -228,7 +228,7 @@ def test_two_processes_tune_on_a_text_as_one(line: list[object], tmp_path: Path)
         "--tune-windows",
         8,
     ]
-    own += ["--tune-zeros", 0.75]
+    own += ["--tune-gradual", 0.75]
     own[own.index("--calib") + 1] = tmp_path / "text.npy"
     finish(*pair([*own, "--out", tmp_path / "out"]))
     run_all([*own, "--out", tmp_path / "single"])

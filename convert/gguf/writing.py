@@ -99,7 +99,7 @@ class Writer:
     def _write_header(self, assets: Path) -> None:
         prefix = gguf.MODEL_ARCH_NAMES[self._model.arch]
         writer = gguf.GGUFWriter(self.place, prefix)
-        writer.add_string("jaxprune.seal", ownership.UNSEALED)  # near the start
+        writer.add_string("jaxprune.checksum", ownership.EMPTY_CHECKSUM)  # near the start
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_file_type(FILES[self._kind])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

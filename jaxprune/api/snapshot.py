@@ -4,8 +4,8 @@ It serves research on methods without a model, and bug reports. The file is safe
 
 | tensor | shape | content |
 |---|---|---|
-| `gram.<tap>` | [n, n] | Gram matrix of the inputs, weighted as in the run |
-| `drift.<tap>` | [n, n] | activation shift, if `asymmetry` is above 0; see `gram_matrices` |
+| `gram.<capture>` | [n, n] | Gram matrix of the inputs, weighted as in the run |
+| `shift.<capture>` | [n, n] | activation shift, if `asymmetry` is above 0; see `gram_matrices` |
 | `<linear>.kernel` | [n, m] | dense kernel, in its stored dtype |
 | `outputs.<linear>` | [m] | weights of the outputs, if they are weighted; see `prune_and_round` |
 
@@ -15,7 +15,7 @@ All tensors except kernels are float32. The metadata has these entries:
 |---|---|
 | `inputs` | captured activation -> linear layers that read it |
 | `tokens` | captured activation of an expert -> number of tokens routed to it |
-| `sections` | linear layer -> its fused projections, as name -> outputs |
+| `projections` | linear layer -> its fused projections, as name -> outputs |
 | `patterns` | linear layer -> its pattern, and the fraction of its zeros that the solve makes |
 | `layer`, `asymmetry` | see `Snapshot` |
 """
@@ -44,7 +44,7 @@ from convert.assets import Size
 from convert.destination import Destination, destination, staged
 from convert.errors import DamagedError
 from convert.files import require_regular
-from convert.ownership import UNSEALED, seal
+from convert.ownership import EMPTY_CHECKSUM, add_checksum
 from convert.shards import TensorFile
 from jaxprune.errors import Change, InputError
 from jaxprune.methods import Method
@@ -59,7 +59,7 @@ from jaxprune.solve.kernel import KernelResult, Linear
 from jaxprune.solve.layer import Inputs, Solver, layer_inputs, solve_kernels, solve_layer
 from jaxprune.solve.targets import require_fit, with_rules
 from jaxprune.sparsity.masks import StoredMask
-from jaxprune.sparsity.patterns import OwnPattern, Partly, Pattern, Sections
+from jaxprune.sparsity.patterns import OwnPattern, Partly, Pattern, Projections
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.sweep import sweep
 
@@ -74,12 +74,12 @@ class Snapshot(NamedTuple):
         inputs: captured activation -> linear layers that read it.
         grams: captured activation -> Gram matrix.
         kernels: linear layer -> dense kernel [n_in, n_out].
-        sections: linear layer -> its fused projections; see `patterns.Sections`. Single projections
-            are missing.
+        projections: linear layer -> its fused projections; see `patterns.Projections`. Single
+            projections are missing.
         patterns: linear layer -> its pattern in the run; empty if masks were given.
         outputs: linear layer -> weights of its outputs; empty if all are 1. See `prune_and_round`.
         tokens: captured activation of an expert -> number of tokens routed to it.
-        drifts: captured activation -> activation shift; empty if `asymmetry` is 0. See
+        shifts: captured activation -> activation shift; empty if `asymmetry` is 0. See
             `gram_matrices`.
         asymmetry: see `layer.Solver`.
     """
@@ -88,11 +88,11 @@ class Snapshot(NamedTuple):
     inputs: dict[str, tuple[str, ...]]
     grams: dict[str, Float[np.ndarray, "n n"]]
     kernels: dict[str, Float[np.ndarray, "n m"]]
-    sections: Mapping[str, Sections] = MappingProxyType({})
+    projections: Mapping[str, Projections] = MappingProxyType({})
     patterns: Mapping[str, Pattern] = MappingProxyType({})
     outputs: Mapping[str, Float[np.ndarray, "m"]] = MappingProxyType({})
     tokens: Mapping[str, int] = MappingProxyType({})
-    drifts: Mapping[str, Float[np.ndarray, "n n"]] = MappingProxyType({})
+    shifts: Mapping[str, Float[np.ndarray, "n n"]] = MappingProxyType({})
     asymmetry: float = 0.0
 
     def only(self, path: str) -> "Snapshot":
@@ -105,27 +105,27 @@ class Snapshot(NamedTuple):
             raise InputError(
                 f"there is no linear layer {path!r}: the snapshot has {', '.join(self.kernels)}"
             )
-        (tap,) = (tap for tap, paths in self.inputs.items() if path in paths)
+        (capture,) = (capture for capture, paths in self.inputs.items() if path in paths)
 
         def one(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
             return {name: values[name]} if name in values else {}
 
         return self._replace(
-            inputs={tap: (path,)},
-            grams=one(tap, self.grams),
+            inputs={capture: (path,)},
+            grams=one(capture, self.grams),
             kernels=one(path, self.kernels),
-            sections=one(path, self.sections),
+            projections=one(path, self.projections),
             patterns=one(path, self.patterns),
             outputs=one(path, self.outputs),
-            tokens=one(tap, self.tokens),
-            drifts=one(tap, self.drifts),
+            tokens=one(capture, self.tokens),
+            shifts=one(capture, self.shifts),
         )
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """Name -> tensor of the file."""
-        arrays = {f"gram.{tap}": gram for tap, gram in self.grams.items()}
-        arrays |= {f"drift.{tap}": drift for tap, drift in self.drifts.items()}
+        arrays = {f"gram.{capture}": gram for capture, gram in self.grams.items()}
+        arrays |= {f"shift.{capture}": shift for capture, shift in self.shifts.items()}
         arrays |= {f"outputs.{linear}": weights for linear, weights in self.outputs.items()}
         return arrays | {f"{linear}.kernel": kernel for linear, kernel in self.kernels.items()}
 
@@ -167,7 +167,7 @@ def capture(
     targets = require_recipe(without_experts(model.architecture, dropped), recipe)
     if dropped:
         model = model.keeping(kept_experts(model, tokens, dropped))
-    if not Solver(recipe.method, with_rules(*targets)).taps(
+    if not Solver(recipe.method, with_rules(*targets)).captures(
         layer, model.architecture.layers[layer]
     ):
         raise InputError(
@@ -194,27 +194,27 @@ def _of_layer(states: CalibrationStates, solver: Solver, index: int, stored: Par
     """Returns the snapshot of the layer that the states have reached."""
     model, part = states.model, states.model.architecture.layers[index]
     params, own = model.put_layer(index, stored), part.unstack(stored)
-    taps = solver.taps(index, part)
-    paths = [path for some in taps.values() for path in some]
-    grams, drifts, tokens = {}, {}, {}
-    for tap, inputs in layer_inputs(states, solver, index, params, {}):
-        grams[tap] = fetch(inputs.gram)
-        if inputs.drift is not None:
-            drifts[tap] = fetch(inputs.drift)
+    captures = solver.captures(index, part)
+    paths = [path for some in captures.values() for path in some]
+    grams, shifts, tokens = {}, {}, {}
+    for capture, inputs in layer_inputs(states, solver, index, params, {}):
+        grams[capture] = fetch(inputs.gram)
+        if inputs.shift is not None:
+            shifts[capture] = fetch(inputs.shift)
         if inputs.tokens is not None:
-            tokens[tap] = inputs.tokens
+            tokens[capture] = inputs.tokens
         del inputs  # frees memory before the next are made
     targets = {path: solver.target_of(index, path) for path in paths}
     return Snapshot(
         index,
-        taps,
+        captures,
         grams,
         kernels={path: np.asarray(own[f"{path}.kernel"]) for path in paths},
-        sections={path: part.sections[path] for path in paths if path in part.sections},
+        projections={path: part.projections[path] for path in paths if path in part.projections},
         patterns={path: target for path, target in targets.items() if isinstance(target, Pattern)},
         outputs={path: weights for path, weights in solver.outputs(index).items() if path in paths},
         tokens=tokens,
-        drifts=drifts,
+        shifts=shifts,
         asymmetry=solver.asymmetry,
     )
 
@@ -238,13 +238,13 @@ def solve(
     for path, kernel in snapshot.kernels.items():
         wanted = target(snapshot.layer, path) if callable(target) else target
         require_fit(wanted, snapshot.layer, path, kernel.shape)
-        weights, sections = snapshot.outputs.get(path), snapshot.sections.get(path, ())
-        linears[path] = Linear(partial(jnp.asarray, kernel), wanted, weights, sections)
-    for tap, paths in snapshot.inputs.items():
+        weights, projections = snapshot.outputs.get(path), snapshot.projections.get(path, ())
+        linears[path] = Linear(partial(jnp.asarray, kernel), wanted, weights, projections)
+    for capture, paths in snapshot.inputs.items():
         found: dict[str, tuple[KernelResult, Float[np.ndarray, "n m"]]] = {}
         seconds, start = dict.fromkeys(paths, 0.0), time.perf_counter()
-        given = {"gram": snapshot.grams[tap], "drift": snapshot.drifts.get(tap)}
-        inputs = Inputs(snapshot.tokens.get(tap), **jax.tree.map(jnp.asarray, given))
+        given = {"gram": snapshot.grams[capture], "shift": snapshot.shifts.get(capture)}
+        inputs = Inputs(snapshot.tokens.get(capture), **jax.tree.map(jnp.asarray, given))
         some = {path: linears[path] for path in paths}
         for path, stored, _, result in solve_kernels(
             inputs, some, method, asymmetry=snapshot.asymmetry
@@ -271,7 +271,9 @@ def save(place: str | Path | Destination, snapshot: Snapshot) -> None:
     header = {
         "layer": snapshot.layer,
         "inputs": snapshot.inputs,
-        "sections": {path: dict(sections) for path, sections in snapshot.sections.items()},
+        "projections": {
+            path: dict(projections) for path, projections in snapshot.projections.items()
+        },
         "patterns": {
             path: _Pattern.of(pattern).model_dump() for path, pattern in snapshot.patterns.items()
         },
@@ -282,13 +284,13 @@ def save(place: str | Path | Destination, snapshot: Snapshot) -> None:
         file = TensorFile(
             path,
             arrays,
-            {"seal": UNSEALED, "format": FORMAT}
+            {"checksum": EMPTY_CHECKSUM, "format": FORMAT}
             | {name: json.dumps(value) for name, value in header.items()},
         )
         for name, array in arrays.items():
             file.write(name, array)
         file.finish()
-        seal(path)
+        add_checksum(path)
 
 
 class _Pattern(schema.Schema):
@@ -313,7 +315,7 @@ class _Metadata(schema.Schema):
 
     layer: Annotated[str, pydantic.Field(pattern="^[0-9]{1,9}$")]
     inputs: pydantic.Json[dict[str, list[str]]]
-    sections: pydantic.Json[dict[str, dict[str, Size]]] = {}
+    projections: pydantic.Json[dict[str, dict[str, Size]]] = {}
     patterns: pydantic.Json[dict[str, _Pattern]] = {}
     tokens: pydantic.Json[dict[str, schema.Count]] = {}
     asymmetry: pydantic.Json[Annotated[float, pydantic.Field(ge=0, le=1)]] = 0.0
@@ -346,9 +348,11 @@ def load(path: Path) -> Snapshot:
     for name, array in snapshot.arrays.items():
         if not np.isfinite(np.asarray(array, np.float32)).all():
             raise InputError("it has NaN or infinite values", file=path, entry=name)
-    for tap, gram in snapshot.grams.items():
+    for capture, gram in snapshot.grams.items():
         if reason := why_no_gram(gram):
-            raise InputError(f"it is not a Gram matrix: {reason}", file=path, entry=f"gram.{tap}")
+            raise InputError(
+                f"it is not a Gram matrix: {reason}", file=path, entry=f"gram.{capture}"
+            )
     for linear, weights in snapshot.outputs.items():
         if not (weights > 0).all():
             raise InputError(
@@ -362,10 +366,10 @@ def _read(header: _Metadata, tensors: Mapping[str, np.ndarray]) -> Snapshot:
     linears = [linear for paths in header.inputs.values() for linear in paths]
     return Snapshot(
         int(header.layer),
-        {tap: tuple(paths) for tap, paths in header.inputs.items()},
-        grams={tap: tensors[f"gram.{tap}"] for tap in header.inputs},
+        {capture: tuple(paths) for capture, paths in header.inputs.items()},
+        grams={capture: tensors[f"gram.{capture}"] for capture in header.inputs},
         kernels={linear: tensors[f"{linear}.kernel"] for linear in linears},
-        sections={linear: tuple(those.items()) for linear, those in header.sections.items()},
+        projections={linear: tuple(those.items()) for linear, those in header.projections.items()},
         patterns={linear: record.made() for linear, record in header.patterns.items()},
         outputs={
             linear: tensors[f"outputs.{linear}"]
@@ -373,7 +377,9 @@ def _read(header: _Metadata, tensors: Mapping[str, np.ndarray]) -> Snapshot:
             if f"outputs.{linear}" in tensors
         },
         tokens=header.tokens,
-        drifts={tap: tensors[f"drift.{tap}"] for tap in header.inputs if header.asymmetry},
+        shifts={
+            capture: tensors[f"shift.{capture}"] for capture in header.inputs if header.asymmetry
+        },
         asymmetry=header.asymmetry,
     )
 
@@ -399,9 +405,9 @@ def _require_shapes(path: Path, header: _Metadata, slices: Mapping[str, Any]) ->
     if unknown := header.tokens.keys() - header.inputs.keys():
         raise DamagedError("unknown inputs", file=path, entry="tokens", found=sorted(unknown))
     names = [
-        f"{kind}.{tap}"
-        for kind in ("gram", *["drift"] * (header.asymmetry > 0))
-        for tap in header.inputs
+        f"{kind}.{capture}"
+        for kind in ("gram", *["shift"] * (header.asymmetry > 0))
+        for capture in header.inputs
     ]
     outputs = [f"outputs.{linear}" for linear in linears]
     names += [f"{linear}.kernel" for linear in linears] + outputs * any(
@@ -415,15 +421,22 @@ def _require_shapes(path: Path, header: _Metadata, slices: Mapping[str, Any]) ->
             raise DamagedError(
                 "a tensor's dtype is not supported", file=path, entry=name, found=dtype
             )
-    for tap, paths in header.inputs.items():
-        gram = slices[f"gram.{tap}"].get_shape()
+    for capture, paths in header.inputs.items():
+        gram = slices[f"gram.{capture}"].get_shape()
         if len(gram) != 2 or gram[0] != gram[1] or not gram[0]:
             raise DamagedError(
-                "a Gram matrix is not square", file=path, entry=f"gram.{tap}", found=gram
+                "a Gram matrix is not square", file=path, entry=f"gram.{capture}", found=gram
             )
-        if f"drift.{tap}" in names and (drift := slices[f"drift.{tap}"].get_shape()) != gram:
+        if (
+            f"shift.{capture}" in names
+            and (shift := slices[f"shift.{capture}"].get_shape()) != gram
+        ):
             raise DamagedError(
-                "its shape is wrong", file=path, entry=f"drift.{tap}", found=drift, wanted=f"{gram}"
+                "its shape is wrong",
+                file=path,
+                entry=f"shift.{capture}",
+                found=shift,
+                wanted=f"{gram}",
             )
         for linear in paths:
             _require_linear(path, header, linear, gram[0], slices)
@@ -450,11 +463,15 @@ def _require_linear(
         raise DamagedError(
             "the number of weights is wrong", file=path, entry=name, found=weights, wanted=wanted
         )
-    widths = list(header.sections.get(linear, {}).values())
-    if linear in header.sections and (not widths or kernel[1] % sum(widths)):
+    widths = list(header.projections.get(linear, {}).values())
+    if linear in header.projections and (not widths or kernel[1] % sum(widths)):
         wanted = f"outputs that sum to a divisor of {kernel[1]}"
         raise DamagedError(
-            "sections do not match the kernel", file=path, entry=linear, found=widths, wanted=wanted
+            "projections do not match the kernel",
+            file=path,
+            entry=linear,
+            found=widths,
+            wanted=wanted,
         )
     try:
         if linear in header.patterns:

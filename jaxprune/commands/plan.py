@@ -107,11 +107,12 @@ def _plan_for_targets(config: Config, recipe: Recipe, sparsity: float | None) ->
     for target in targets.values():
         if not target.has_compiler:
             if count > 1:
-                raise InputError(f"several {target.words} need their compiler: {target.install}")
+                raise InputError(
+                    f"several {target.display_name} need their compiler: {target.install}"
+                )
             console.print(
-                f"the compiler of {target.words} is not installed ({target.install}): memory is "
-                "counted as "
-                "if every intermediate result stayed, and what programs move is not known"
+                f"the compiler of {target.display_name} is not installed ({target.install}): memory "
+                "is counted as if every intermediate result stayed, and what programs move is not known"
             )
     summary: list[list[str]] = []
     problems: list[str] = []
@@ -120,7 +121,7 @@ def _plan_for_targets(config: Config, recipe: Recipe, sparsity: float | None) ->
         with writing_for(target.hardware), without_cache():
             run = sizes_of(config, recipe, devices, target)
             need = estimate.need(run, target=target)
-        console.print(f"{count} × {target.words}")
+        console.print(f"{count} × {target.display_name}")
         _print_phases(need.phases, _target_columns(need))
         short = list(fit_check.device_shortages(need, run))
         if target.has_compiler:

@@ -118,7 +118,7 @@ class Progress(Observer):
     def tuning_resumed(self, step: int) -> None:
         """Says where the tuning goes on."""
         if self._bar:
-            self._bar.console.print(f"the tuning goes on with step {step + 1}")
+            self._bar.console.print(f"the tuning resumes with step {step + 1}")
 
     def step_done(self, number: int, steps: int, divergence: float) -> None:
         """Moves the bar on; says the mean divergence over each quarter of the steps."""
@@ -156,7 +156,7 @@ def print_samples(qualities: Mapping[str, Quality]) -> None:
         console.print(f"\n{json.dumps(row[0][1].prompt, ensure_ascii=False)}")
         for name, sample in row:
             console.print(
-                f"  {Path(name).name}: {json.dumps(''.join(sample.pieces), ensure_ascii=False)}"
+                f"  {Path(name).name}: {json.dumps(''.join(sample.tokens), ensure_ascii=False)}"
             )
 
 
@@ -199,7 +199,7 @@ def layer_line(layer: LayerResult, count: int) -> str:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """Returns the last words of linear layers' paths, as many as tell them apart, such as
+    """Returns the last words of linear layers' paths, as many as distinguish them, such as
     `experts.up`."""
     words = [path.removesuffix("_proj").replace(".*", "").split(".") for path in paths]
     return [

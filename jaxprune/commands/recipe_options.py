@@ -191,7 +191,7 @@ class RecipeOptions:
         pattern = self._pattern(given, method)
         useless = without_effect(pattern)
         if given.get("uniform"):
-            useless["spread"] = "--uniform wants one sparsity for every linear layer"
+            useless["max_deviation"] = "--uniform wants one sparsity for every linear layer"
         if asked := [name for name in useless if given.get(name)]:
             raise InputError(f"{useless[asked[0]]}: leave --{asked[0].replace('_', '-')} out")
         importance = _amended_importance(self._base.importance, given, useless)
@@ -342,7 +342,10 @@ def _require_use(
     """Raises InputError for flags that only matter beside others which are not there."""
     alone = {
         "uniform": ("--preset", preset is not None),
-        "sensitivity_windows": ("--preset, --weigh-outputs or --spread", importance.measured),
+        "sensitivity_windows": (
+            "--preset, --weigh-outputs or --max-deviation",
+            importance.measured,
+        ),
         **dict.fromkeys(HOW_TUNED, ("--tune-epochs or --tune-tokens", tuning.tunes)),
         "tune_to_end": ("--tune-tokens", tuning.tune_tokens > 0),
     }

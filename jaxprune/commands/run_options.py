@@ -50,8 +50,8 @@ class ResultOptions:
     """Replace --out (and --save-masks) if it exists; it is replaced only once the new one is
     complete."""
     resume: bool = False
-    """Insist on going on with a run that was stopped. The same command goes on by itself wherever
-    there is something to go on with: what is finished is kept in OUT.unfinished until the run
+    """Resume a run that was stopped, or fail. The same command goes on by itself wherever
+    there is something to resume: what is finished is kept in OUT.unfinished until the run
     ends."""
     save_dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """The dtype that --out is stored in (default: the checkpoint's; float16 for a quantized GGUF

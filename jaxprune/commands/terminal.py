@@ -111,7 +111,7 @@ def keep_memory(*, large: bool = False) -> None:
     elsewhere.
 
     On a CPU, XLA's programs take and free megabytes in every call. By default glibc returns much of
-    that to the system, which clears every page anew, and keeps the rest in arenas that cannot use
+    that to the system, which clears every page again, and keeps the rest in arenas that cannot use
     each other's. Arenas are made as threads allocate, so this comes before JAX's first computation.
 
     Args:

@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
 def _pattern_of(run: Run) -> RecipePattern | None:
     """Returns the pattern that a run's record claims of all linear layers; None: there is none."""
     recipe = run.recipe
-    if run.patterns_of_all or recipe.importance.spread or recipe.mask:
+    if run.patterns_of_all or recipe.importance.max_deviation or recipe.mask:
         return None
     return recipe.pattern
 

@@ -78,14 +78,14 @@ class Fixed(NamedTuple):
             trained too, and may be kept again later.
         row_counts: number of trained weights of each input.
         column_counts: number of trained weights of each output.
-        unit: rms of the weights that were kept at first. Experts have one each, [e, 1, 1]; 0 for
+        rms: rms of the weights that were kept at first. Experts have one each, [e, 1, 1]; 0 for
             those that are not trained.
     """
 
     mask: UInt8[Array | np.ndarray, "*e _ m"]
     row_counts: Float[Array | np.ndarray, "*e n"]
     column_counts: Float[Array | np.ndarray, "*e m"]
-    unit: Float[Array | np.ndarray, "*u"]
+    rms: Float[Array | np.ndarray, "*u"]
 
 
 class Kernels(NamedTuple):
@@ -165,33 +165,33 @@ def weight_dtype(dtype: np.dtype) -> np.dtype:
 
 
 def _fixed(value: Float[np.ndarray, "*e n m"], tuned: Sequence[int | None]) -> Fixed:
-    unit = _unit(value) if value.ndim == 2 else _units(value, tuned)
-    return with_mask(unit, np.packbits(value != 0, axis=-2), value)
+    rms = _rms(value) if value.ndim == 2 else _rms_of_experts(value, tuned)
+    return with_mask(rms, np.packbits(value != 0, axis=-2), value)
 
 
 def with_mask(
-    unit: Any, mask: UInt8[np.ndarray, "*e _ m"], value: Float[np.ndarray, "*e n m"]
+    rms: Any, mask: UInt8[np.ndarray, "*e _ m"], value: Float[np.ndarray, "*e n m"]
 ) -> Fixed:
     """Returns the fixed part of a kernel's state for a mask, on the host.
 
     Args:
-        unit: see `Fixed`.
+        rms: see `Fixed`.
         mask: bits of the mask.
         value: the kernel; its nonzero weights are trained.
     """
     moves = value != 0
-    return Fixed(mask, moves.sum(-1, dtype=np.float32), moves.sum(-2, dtype=np.float32), unit)
+    return Fixed(mask, moves.sum(-1, dtype=np.float32), moves.sum(-2, dtype=np.float32), rms)
 
 
-def _unit(value: Float[np.ndarray, "n m"]) -> Any:
+def _rms(value: Float[np.ndarray, "n m"]) -> Any:
     return np.sqrt(np.sum(value**2) / np.float32(max(1, (value != 0).sum())))
 
 
-def _units(
+def _rms_of_experts(
     values: Float[np.ndarray, "e n m"], tuned: Sequence[int | None]
 ) -> Float[np.ndarray, "e 1 1"]:
     units = [
-        _unit(value) if expert in tuned else np.float32(0) for expert, value in enumerate(values)
+        _rms(value) if expert in tuned else np.float32(0) for expert, value in enumerate(values)
     ]
     return np.array(units, np.float32)[:, None, None]
 
@@ -252,7 +252,7 @@ def step_one(
     of_all = jnp.maximum(mean_of(of_rows, fixed.row_counts), EPSILON)
     size = ratios * warm * mean / of_all
     rate = rate * lax.rsqrt(jnp.maximum(1, size))[..., None]
-    value = kernel.value.astype(jnp.float32) - rate * fixed.unit * step  # 0 where no weight is kept
+    value = kernel.value.astype(jnp.float32) - rate * fixed.rms * step  # 0 where no weight is kept
     # An expert may have no tokens.
     weight = (1 - SHARES_DECAY) * (of_all > 2 * EPSILON).astype(jnp.float32)
     row_shares = kernel.row_shares + weight * (of_rows / of_all - kernel.row_shares)

@@ -29,7 +29,7 @@ from jaxtyping import Float, Int
 
 from jaxprune.calibration.text_stream import TextStream
 from jaxprune.distill import saved_tuning
-from jaxprune.distill.gradual_pruning import LateZeros
+from jaxprune.distill.gradual_pruning import GradualPruning
 from jaxprune.distill.held_out import HeldOut
 from jaxprune.distill.placement import placement_of
 from jaxprune.distill.saved_tuning import Progress
@@ -69,7 +69,7 @@ def of_windows(tokens: Int[np.ndarray, "w t"], tuning: Tuning, seed: int) -> Tex
     Each epoch visits all windows in a random order. The last epoch may be incomplete.
     """
     steps = TuningSteps.of(tuning, *tokens.shape)
-    tokens, visits = _pieces(tokens, tuning), steps.count * steps.windows
+    tokens, visits = _chunks(tokens, tuning), steps.count * steps.windows
     generator = np.random.default_rng(seed)
     epochs = [generator.permutation(len(tokens)) for _ in range(math.ceil(visits / len(tokens)))]
     rows = np.concatenate(epochs)[:visits].reshape(steps.count, steps.windows)
@@ -87,22 +87,22 @@ def of_stream(stream: TextStream, tuning: Tuning) -> Text:
             f"{steps.count * steps.tokens:,}",
             steps.count * steps.tokens / max(1, stream.tokens),
         )
-    count, (each, _) = steps.windows, tuning.pieces(1, stream.length)
+    count, (each, _) = steps.windows, tuning.chunks(1, stream.length)
 
     def batches(begin: int) -> Iterator[np.ndarray]:
         windows = stream.windows(begin * count // each)
-        pieces = chain.from_iterable(_pieces(window[None], tuning) for window in windows)
-        rest = islice(pieces, begin * count % each, None)
+        chunks = chain.from_iterable(_chunks(window[None], tuning) for window in windows)
+        rest = islice(chunks, begin * count % each, None)
         for _ in range(begin, steps.count):
             yield np.stack(list(islice(rest, count)))
 
     return Text(steps, batches, stream.held_out if len(stream.held_out) else None)
 
 
-def _pieces(tokens: Int[np.ndarray, "w t"], tuning: Tuning) -> Int[np.ndarray, "p s"]:
+def _chunks(tokens: Int[np.ndarray, "w t"], tuning: Tuning) -> Int[np.ndarray, "p s"]:
     """Cuts windows into chunks and drops the remainder of each window."""
-    pieces, length = tuning.pieces(*tokens.shape)
-    return tokens[:, : pieces // len(tokens) * length].reshape(pieces, length)
+    chunks, length = tuning.chunks(*tokens.shape)
+    return tokens[:, : chunks // len(tokens) * length].reshape(chunks, length)
 
 
 def distill(
@@ -132,21 +132,21 @@ def distill(
         InputError: the loss or a final kernel is not finite, or gradual pruning has no pattern.
     """
     steps, teacher, observer = text.steps, model.teacher, context.observer
-    late, devices = None, model.devices.count
+    gradual, devices = None, model.devices.count
     placement = placement_of(
         model.architecture,
         steps.shape,
         devices,
-        late_zeros=bool(steps.prunings),
+        gradual=bool(steps.prunings),
         teacher=teacher.architecture,
     )
     if steps.prunings:
         if target_of is None:
             raise InputError(
-                "gradual pruning needs patterns: pass target_of", options={"tune_zeros": 0}
+                "gradual pruning needs patterns: pass target_of", options={"tune_gradual": 0}
             )
-        late = LateZeros(target_of, steps.prunings)
-    student = Student(model, layers, placement, late)
+        gradual = GradualPruning(target_of, steps.prunings)
+    student = Student(model, layers, placement, gradual)
     rate = Rate(tuning.tune_rate, steps.count, steps.tokens)
     all_there = steps.last_pruning * steps.tokens
     held_out = HeldOut(teacher, text.held_out, all_there) if text.held_out is not None else None

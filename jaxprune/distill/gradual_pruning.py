@@ -34,7 +34,7 @@ from jaxprune.sharding import fetch
 from jaxprune.solve.layer_result import LayerResult
 from jaxprune.solve.targets import TargetOf
 from jaxprune.sparsity.masks import pack
-from jaxprune.sparsity.patterns import Unstructured, by_section, cubic, in_sections
+from jaxprune.sparsity.patterns import Unstructured, by_projection, cubic, in_projections
 from jaxprune.sparsity.selection import Selector
 
 Selectors = Mapping[str, Sequence[Selector | None]]
@@ -42,7 +42,7 @@ Selectors = Mapping[str, Sequence[Selector | None]]
 further."""
 
 
-class LateZeros(NamedTuple):
+class GradualPruning(NamedTuple):
     """The schedule of gradual pruning.
 
     Attributes:
@@ -75,7 +75,7 @@ class LateZeros(NamedTuple):
                     progress = [
                         1 - late / kernel.wanted * (1 - made) for made in cubic(len(self.after))
                     ]
-                    one = in_sections(pattern, layer.sections.get(path, ())).selector(
+                    one = in_projections(pattern, layer.projections.get(path, ())).selector(
                         shape, progress
                     )
             found.setdefault(f"{name}.kernel", []).append(one)
@@ -160,9 +160,9 @@ def with_own_masks(layer: Layer, result: LayerResult) -> LayerResult:
         kept = result.params[f"layers.{result.index}.{path}.kernel"] != 0
         zeros = np.count_nonzero(~kept, axis=0)
         masks[path] = fetch(pack(jnp.asarray(kept)))
-        sections = by_section(zeros, layer.sections.get(path, ()))
+        projections = by_projection(zeros, layer.projections.get(path, ()))
         kernels[path] = dataclasses.replace(
-            kernels[path], zeros=int(zeros.sum()), sections=sections
+            kernels[path], zeros=int(zeros.sum()), projections=projections
         )
     figures = dataclasses.replace(result.figures, kernels=kernels)
     return dataclasses.replace(result, masks=masks, figures=figures)

@@ -35,7 +35,7 @@ def placement_of(
     window: tuple[int, int],
     devices: int = 1,
     *,
-    late_zeros: bool = False,
+    gradual: bool = False,
     teacher: Architecture | None = None,
     device_bytes: float | None = None,
     batch_tokens: int | None = None,
@@ -46,7 +46,7 @@ def placement_of(
         architecture: the architecture of the tuned model.
         window: (windows of a step, tokens of a window).
         devices: the number of devices over which the kernels are sharded.
-        late_zeros: whether gradual pruning needs a second copy of a layer's kernels, with masked
+        gradual: whether gradual pruning needs a second copy of a layer's kernels, with masked
             weights zeroed.
         teacher: the architecture of the dense model; None: `architecture`.
         device_bytes: the memory of a device; None: that of this machine's device, which for a CPU
@@ -55,7 +55,7 @@ def placement_of(
             default.
     """
     windows = window[0] if window[0] % devices else window[0] // devices
-    step = _Step.of(architecture, windows, window[1], late_zeros)
+    step = _Step.of(architecture, windows, window[1], gradual)
     if device_bytes is None and hardware.current().on_cpu:
         return Placement(True, step.results < hardware.cpu_budget())
     outer = sum(
@@ -120,7 +120,7 @@ class _Step(NamedTuple):
     visit: int
 
     @classmethod
-    def of(cls, architecture: Architecture, windows: int, length: int, late_zeros: bool) -> "_Step":
+    def of(cls, architecture: Architecture, windows: int, length: int, gradual: bool) -> "_Step":
         dtype = np.dtype(architecture.config.dtype)
         x = jax.ShapeDtypeStruct((windows, length, architecture.width), dtype)
         state = largest = results = visit = 0
@@ -130,7 +130,7 @@ class _Step(NamedTuple):
             own, weights = size_of(kernels), sum(value.size for value in kernels.values.values())
             state, results, largest = state + count * own, results + count * kept, max(largest, own)
             # Gradients are as large as the results.
-            visit = max(visit, 2 * kept + (1 + late_zeros) * weights * dtype.itemsize)
+            visit = max(visit, 2 * kept + (1 + gradual) * weights * dtype.itemsize)
         return cls(state, largest, results, visit)
 
 

@@ -26,8 +26,8 @@ tokens of LLaMA-7B in 16 bits."""
 
 def all_zeros_there(tuning: Tuning, tokens: int) -> bool:
     """Returns whether gradual pruning is complete after `tokens` tokens, to within a step."""
-    late = tuning.tune_zeros and tuning.tune_tokens
-    return not late or tokens / tuning.tune_tokens >= PRUNING
+    gradual = tuning.tune_gradual and tuning.tune_tokens
+    return not gradual or tokens / tuning.tune_tokens >= PRUNING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class TuningSteps:
         Raises:
             InputError: a step takes more tokens than the tuning, or a chunk would have one token.
         """
-        pieces, length = tuning.pieces(windows, length)
+        chunks, length = tuning.chunks(windows, length)
         if tuning.tune_tokens:
             each = tuning.tune_windows
             if each * length > tuning.tune_tokens:
@@ -77,13 +77,13 @@ class TuningSteps:
             count = max(1, round(tuning.tune_tokens / (each * length)))
             different = count * each
         else:
-            each = min(tuning.tune_windows, pieces)
-            count = max(1, round(tuning.tune_epochs * pieces / each)) if tuning.tunes else 0
-            different = min(count * each, pieces)
+            each = min(tuning.tune_windows, chunks)
+            count = max(1, round(tuning.tune_epochs * chunks / each)) if tuning.tunes else 0
+            different = min(count * each, chunks)
         measures = (
             min(MEASURES, max(2, count * each * length // (BETWEEN * held_out))) if held_out else 0
         )
-        pruning = min(count, max(1, round(PRUNING * count))) if tuning.tune_zeros else 0
+        pruning = min(count, max(1, round(PRUNING * count))) if tuning.tune_gradual else 0
         prunings = _parts(pruning, PRUNINGS if pruning else 0)
         return cls(count, each, length, different, _parts(count, measures), prunings)
 

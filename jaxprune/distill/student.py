@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from convert import Params
 from jaxprune.distill import adafactor, gradual_pruning
 from jaxprune.distill.adafactor import Kernels, Moving
-from jaxprune.distill.gradual_pruning import LateZeros, Selectors
+from jaxprune.distill.gradual_pruning import GradualPruning, Selectors
 from jaxprune.distill.layer_vjp import forward_and_vjp, pull_back
 from jaxprune.distill.placement import Placement
 from jaxprune.errors import Change, InputError
@@ -43,7 +43,7 @@ class Student:
         layers: all layers, as `loop.prune_layers` yields them. Each is released once its kernels
             are copied.
         placement: what stays on the device.
-        late: the schedule of gradual pruning; None: there is none.
+        gradual: the schedule of gradual pruning; None: there is none.
 
     Attributes:
         state: the kernels of each layer, on the device if they fit.
@@ -54,7 +54,7 @@ class Student:
         model: StreamedModel,
         layers: Iterable[LayerResult],
         placement: Placement,
-        late: LateZeros | None = None,
+        gradual: GradualPruning | None = None,
     ) -> None:
         architecture = model.architecture
         self._model, self._placement = model, placement
@@ -62,7 +62,7 @@ class Student:
         # params that are not tuned, on the device if the state is
         self._rest: list[dict[str, Any]] = []
         self._dtypes: list[dict[str, np.dtype]] = []
-        self._late, self._zeros_to_come = late, False
+        self._gradual, self._zeros_to_come = gradual, False
         self._selectors: list[Selectors] = []  # empty without gradual pruning
         self.state: list[Kernels] = []
         for result in layers:
@@ -82,8 +82,8 @@ class Student:
             self._results.append(dataclasses.replace(result, params=beside))
             self._rest.append(model.devices.replicate(params) if placement.state else params)
             self._dtypes.append({name: kernel.dtype for name, kernel in kernels.items()})
-            if late:
-                self._selectors.append(late.selectors(layer, result))
+            if gradual:
+                self._selectors.append(gradual.selectors(layer, result))
             self.state.append(self.place(adafactor.init(kernels, model.dtype, experts)))
         self._embed, self._head = (
             model.params_of(part, cast=True) for part in (architecture.embed, architecture.head)
@@ -99,10 +99,10 @@ class Student:
 
     def restore(self, index: int, moving: dict[str, Moving], masks: Mapping[str, Any]) -> None:
         """Restores the changing state of a layer's kernels, and the bits of their masks."""
-        units = {name: fetch(one.unit) for name, one in self.state[index].fixed.items()}
+        rms_by_name = {name: fetch(one.rms) for name, one in self.state[index].fixed.items()}
         fixed = {
-            name: adafactor.with_mask(unit, masks[name], moving[name].value)
-            for name, unit in units.items()
+            name: adafactor.with_mask(rms, masks[name], moving[name].value)
+            for name, rms in rms_by_name.items()
         }
         self.state[index] = self.place(Kernels(moving, fixed))
 
@@ -125,7 +125,7 @@ class Student:
             InputError: the divergence is not finite.
         """
         devices, architecture = self._model.devices, self._model.architecture
-        after = self._late.after if self._late else ()
+        after = self._gradual.after if self._gradual else ()
         self._zeros_to_come = number <= max(after, default=0)
         x = apply(architecture.embed, self._embed, devices.shard_first(tokens))
         vjps: list[Any] = []  # vjps of the layers, or their inputs

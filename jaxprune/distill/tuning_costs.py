@@ -35,7 +35,7 @@ def costs(run: RunSizes) -> PhaseCosts:
         run.left,
         steps.shape,
         run.devices.count,
-        late_zeros=bool(steps.prunings),
+        gradual=bool(steps.prunings),
         teacher=run.architecture,
         device_bytes=run.device_bytes,
         batch_tokens=run.batch_tokens,
@@ -113,7 +113,7 @@ def programs(
         placement: what stays on the device.
         held_out: windows that are held out, and tokens of one.
         teacher: of the model towards which is tuned; None: the same.
-        pattern: of each kernel, where zeros come late; None: half of the weights.
+        pattern: of each kernel, where pruning is gradual; None: half of the weights.
     """
     x, length = shapes.states(*steps.shape), steps.length
     tuned = {
@@ -224,7 +224,7 @@ class _Tuning:
     def _prunings(
         self, name: str, moving: adafactor.Moving, fixed: adafactor.Fixed, count: int, alive: int
     ) -> Iterator[Program]:
-        """Yields the programs by which zeros of a kernel come late, expert by expert."""
+        """Yields the programs by which zeros of a kernel come gradual, expert by expert."""
         *experts, inputs, outputs = moving.value.shape
         times, masked = len(self.steps.prunings), (moving.value, fixed.mask)
         calls = count * (2 * self.steps.last_pruning + self.steps.measured_early)
@@ -233,7 +233,7 @@ class _Tuning:
         number = Shape((), jnp.int32)
         arguments = moving, fixed, selector, number, number if experts else None
         calls, function = count * times * math.prod(experts), gradual_pruning.pruned
-        yield Program("tune", f"late zeros of {name}", function, arguments, calls, alive)
+        yield Program("tune", f"gradual pruning of {name}", function, arguments, calls, alive)
 
     def divergences(self) -> Iterator[Program]:
         """Yields the programs that compare predictions, of steps and of measures."""

@@ -41,7 +41,7 @@ class StreamedLM(TemplateLM):
             that the model was made for.
         host_gb: the most memory for hidden states, in 10^9 bytes; more requests read the model more
             than once.
-        observer: is told how far the work is.
+        observer: is notified of progress.
         batch_size, max_batch_size, device: lm-eval's command line passes them; batches are chosen
             here, and devices by JAX, so that only their defaults are taken.
 

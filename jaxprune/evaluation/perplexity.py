@@ -68,7 +68,7 @@ def text_quality(
         models: the dense model, then pruned ones.
         tokens: [windows, length] token ids.
         name: the name of the text, for the observer.
-        observer: is told how far the work is.
+        observer: is notified of progress.
 
     Raises:
         InputError: a model or the tokens cannot be used, or the models differ in depth or

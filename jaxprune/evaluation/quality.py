@@ -139,7 +139,7 @@ class Evaluator:
         measures: what to measure.
         model: the model whose tokenizer makes the windows; the dense model where others are
             compared with it.
-        observer: is told how far the work is.
+        observer: is notified of progress.
 
     Attributes:
         windows: text -> the model's windows of it.

@@ -45,12 +45,12 @@ class Sample:
 
     Attributes:
         prompt: as the model was given it.
-        pieces: the continuation, token by token; tokens that make one character together are one
+        tokens: the continuation, token by token; tokens that make one character together are one
             piece.
     """
 
     prompt: str
-    pieces: tuple[str, ...]
+    tokens: tuple[str, ...]
 
 
 class Prompts:
@@ -127,7 +127,7 @@ def samples(
         model: continues them.
         prompts: they.
         count: tokens of a continuation, at most.
-        observer: is told each token.
+        observer: is notified of each token.
     """
     tokenizer, ids = model.tokenizer, prompts.ids(model, count)
     end = tokenizer.eos_token_id
@@ -135,12 +135,12 @@ def samples(
         model, ids, [count] * len(ids), lambda number, tokens: tokens[-1] == end, observer
     )
     return [
-        Sample(text, tuple(_pieces(tokenizer, [token for token in tokens if token != end])))
+        Sample(text, tuple(_chunks(tokenizer, [token for token in tokens if token != end])))
         for text, tokens in zip(prompts.texts(tokenizer), made, strict=True)
     ]
 
 
-def _pieces(tokenizer: Any, tokens: Sequence[int]) -> Iterator[str]:
+def _chunks(tokenizer: Any, tokens: Sequence[int]) -> Iterator[str]:
     before = ""
     for count in range(1, len(tokens) + 1):
         text = tokenizer.decode(tokens[:count])

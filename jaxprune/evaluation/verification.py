@@ -15,7 +15,7 @@ from convert.casting import cast_spec, common_dtype, saving_dtype
 from convert.checkpoint import rounding
 from jaxprune.methods.quantization import BITS, has_grid, off_grid
 from jaxprune.sparsity.masks import Masks, StoredMask
-from jaxprune.sparsity.patterns import NM, Pattern, Sections, Unstructured, by_section
+from jaxprune.sparsity.patterns import NM, Pattern, Projections, Unstructured, by_projection
 from jaxprune.streaming.model import StreamedModel
 
 GROUPS = (2, 4, 8)
@@ -34,13 +34,13 @@ class StoredKernel(NamedTuple):
         size: weights.
         found: (N, M, axis) of each N:M that it has, with N at most half of M: for each axis that of
             the smallest M.
-        sections: zeros of each of the linear layers that lie side by side in it.
+        projections: zeros of each of the linear layers that lie side by side in it.
     """
 
     zeros: int
     size: int
     found: tuple[tuple[int, int, str], ...]
-    sections: Mapping[str, int] = MappingProxyType({})
+    projections: Mapping[str, int] = MappingProxyType({})
 
 
 class Verdict(NamedTuple):
@@ -73,8 +73,8 @@ class Claims:
         own: kernels that need not have it, but another one; None: they stay dense.
         counts: zeros that every kernel was left with; it must have exactly those.
         wanted: zeros that every kernel must have at least.
-        sections: zeros of each of the linear layers that lie side by side in one, which must have
-            exactly those.
+        projections: zeros of each of the linear layers that lie side by side in one, which must
+            have exactly those.
         total: zeros that all kernels together must have at least.
         masks: where every kernel must be zero at least.
         quantization: the type of GGUF files that must hold every kernel as it is, if it comes in
@@ -85,7 +85,7 @@ class Claims:
     own: Mapping[Which, Pattern | None] = dataclasses.field(default_factory=dict)
     counts: Mapping[Which, int] | None = None
     wanted: Mapping[Which, int] | None = None
-    sections: Mapping[Which, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    projections: Mapping[Which, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     total: int | None = None
     masks: Masks | None = None
     quantization: str | None = None
@@ -123,7 +123,7 @@ def verify(
         if name in names:
             which = names[name]
             kernels[which] = _examine(
-                array, model.architecture.layers[which[0]].sections.get(which[1], ())
+                array, model.architecture.layers[which[0]].projections.get(which[1], ())
             )
             problems += [
                 f"{name} {fault}" for fault in _faults(array, which, claims, finite=not bad)
@@ -141,7 +141,7 @@ def verify(
                 problems.append(f"{name} is not the dense checkpoint's, {how}")
     if claims.counts is not None:
         problems += _miscounted(kernels, claims.counts)
-        problems += _misplaced(kernels, claims.sections)
+        problems += _misplaced(kernels, claims.projections)
     found = sum(kernel.zeros for kernel in kernels.values())
     if claims.total is not None and found < claims.total:
         fewer = claims.total - found
@@ -194,10 +194,10 @@ def _miscounted(
 def _misplaced(
     kernels: Mapping[Which, StoredKernel], wanted: Mapping[Which, Mapping[str, int]]
 ) -> Iterator[str]:
-    """Yields the kernels that have as many zeros as a record counted, but not in the sections that
-    it counted them."""
+    """Yields the kernels that have as many zeros as a record counted, but not in the projections
+    that it counted them."""
     for which, counted in wanted.items():
-        found = kernels[which].sections if which in kernels else counted
+        found = kernels[which].projections if which in kernels else counted
         if found != counted and sum(found.values()) == sum(counted.values()):
             yield (
                 f"{name_of(which)} has {dict(found)} zeros, not {dict(counted)} as the record says"
@@ -263,7 +263,7 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
-def _examine(kernel: Shaped[np.ndarray, "n m"], sections: Sections) -> StoredKernel:
+def _examine(kernel: Shaped[np.ndarray, "n m"], projections: Projections) -> StoredKernel:
     kept = kernel != 0
     found = []
     for axis, name in enumerate(AXES):
@@ -273,7 +273,9 @@ def _examine(kernel: Shaped[np.ndarray, "n m"], sections: Sections) -> StoredKer
                 found.append((most, size, name))
                 break
     zeros = np.count_nonzero(~kept, axis=0)
-    return StoredKernel(int(zeros.sum()), kept.size, tuple(found), by_section(zeros, sections))
+    return StoredKernel(
+        int(zeros.sum()), kept.size, tuple(found), by_projection(zeros, projections)
+    )
 
 
 def _most(kept: Shaped[np.ndarray, "n m"], size: int, axis: int) -> int | None:

@@ -125,7 +125,7 @@ def products(n: int) -> int:
     return sum((rows.stop - rows.start) * rows.stop for rows in _blocks(n))
 
 
-def add_drift(
+def add_shift(
     total: Float[Array, "n n"],
     x: Float[Array, "*tokens n"],
     dense: Float[Array, "*tokens n"],
@@ -150,9 +150,9 @@ def add_drift(
 
 
 @jax.jit
-def drifted_target(
+def shifted_target(
     gram: Float[Array, "n n"],
-    drift: Float[Array, "n n"],
+    shift: Float[Array, "n n"],
     kernel: Float[Array, "n m"],
     share: Scalar,
 ) -> Float[Array, "n m"]:
@@ -165,13 +165,13 @@ def drifted_target(
 
     Args:
         gram: Ĝ = X̂ᵀX̂, [n, n].
-        drift: X̂ᵀ(X − X̂), [n, n].
+        shift: X̂ᵀ(X − X̂), [n, n].
         kernel: W, [n, m], in the Gram matrix's dtype.
         share: α.
     """
     scale, scaled = precondition(gram, 0.03)
     factor = jnp.linalg.cholesky(scaled)
-    missing = matmul(drift, kernel) / scale[:, None]
+    missing = matmul(shift, kernel) / scale[:, None]
     return (
         kernel
         + jnp.asarray(share, gram.dtype) * cho_solve((factor, True), missing) / scale[:, None]

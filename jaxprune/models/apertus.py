@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxprune.models.common.configuration import Config, Entry, reader
-from jaxprune.models.common.decoder import ATTENTION_INPUTS, DecoderLayer, Taps, linear
+from jaxprune.models.common.decoder import ATTENTION_INPUTS, Captures, DecoderLayer, linear
 from jaxprune.models.common.family import Family
 
 
@@ -39,14 +39,14 @@ class XIELU(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Feed-forward network; returns its output and its tap."""
+    """Feed-forward network; returns its output and its capture."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.up_proj = linear(config, config.hidden_size, config.intermediate_size, rngs)
         self.down_proj = linear(config, config.intermediate_size, config.hidden_size, rngs)
         self.act_fn = XIELU()
 
-    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
+    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Captures]:
         y = self.act_fn(self.up_proj(x))
         return self.down_proj(y), {"mlp_hidden": y}
 

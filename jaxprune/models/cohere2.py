@@ -20,7 +20,14 @@ from jaxprune.models.common.configuration import (
     Rotation,
     reader,
 )
-from jaxprune.models.common.decoder import Attention, GatedMLP, Head, LayerNorm, LinearInputs, Taps
+from jaxprune.models.common.decoder import (
+    Attention,
+    Captures,
+    GatedMLP,
+    Head,
+    LayerNorm,
+    LinearInputs,
+)
 from jaxprune.models.common.family import Family
 from jaxprune.models.common.packed_windows import Layout
 
@@ -48,7 +55,7 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "b t d"], layout: Layout | None = None
-    ) -> tuple[Float[Array, "b t d"], Taps]:
+    ) -> tuple[Float[Array, "b t d"], Captures]:
         y = self.input_layernorm(x)
         attended, attention_output = self.self_attn(y, layout)
         fed, own = self.mlp(y)

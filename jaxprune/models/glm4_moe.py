@@ -20,7 +20,13 @@ from convert.assets import Count, Positive, Size
 from jaxprune.errors import InputError
 from jaxprune.models.common import configuration, decoder
 from jaxprune.models.common.configuration import Config, Kind, Rotation, Routing, entries
-from jaxprune.models.common.decoder import DecoderLayer, GatedMLP, LinearInputs, Taps, gated_inputs
+from jaxprune.models.common.decoder import (
+    Captures,
+    DecoderLayer,
+    GatedMLP,
+    LinearInputs,
+    gated_inputs,
+)
 from jaxprune.models.common.experts import GatedExperts, mixture, routing_of
 from jaxprune.models.common.family import Family
 
@@ -84,18 +90,18 @@ class Router(nnx.Linear):
 
 class MLP(nnx.Module):
     """Experts of which each token takes a few, beside one that all take; returns its output and its
-    taps."""
+    captures."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.gate, self.experts = Router(config, rngs), GatedExperts(config)
         self.shared_experts = GatedMLP(config, rngs, routing_of(config).shared)
         self.config = config
 
-    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
+    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Captures]:
         correction = self.gate.e_score_correction_bias[...]
-        y, taps = mixture(self.config, self.gate, self.experts, x, correction)
+        y, captures = mixture(self.config, self.gate, self.experts, x, correction)
         shared, own = self.shared_experts(x)
-        return y + shared, taps | own
+        return y + shared, captures | own
 
 
 FAMILY = Family(config, inputs=inputs, layer=partial(DecoderLayer, experts=MLP))

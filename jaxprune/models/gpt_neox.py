@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Int
 from jaxprune.models.common.activations import ACTIVATIONS
 from jaxprune.models.common.configuration import Config, Entry, Kind, Rotation, reader
 from jaxprune.models.common.decoder import (
+    Captures,
     DecoderLayer,
     LayerNorm,
     LinearInputs,
-    Taps,
     attend,
     fused,
     linear,
@@ -40,9 +40,9 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
         width, bias = config.hidden_size, config.qkv_bias
-        sections = dict.fromkeys(("query", "key", "value"), width // config.num_heads)
+        projections = dict.fromkeys(("query", "key", "value"), width // config.num_heads)
         self.query_key_value = fused(
-            config, width, sections, rngs, repeats=config.num_heads, bias=bias
+            config, width, projections, rngs, repeats=config.num_heads, bias=bias
         )
         self.dense = linear(config, width, width, rngs, bias=bias)
         self.config, self.kind = config, kind
@@ -57,7 +57,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Feed-forward network; returns its output and its tap."""
+    """Feed-forward network; returns its output and its capture."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.dense_h_to_4h = linear(
@@ -68,7 +68,7 @@ class MLP(nnx.Module):
         )
         self.activation = config.activation
 
-    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
+    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Captures]:
         y = ACTIVATIONS[self.activation](self.dense_h_to_4h(x))
         return self.dense_4h_to_h(y), {"mlp_hidden": y}
 

@@ -19,8 +19,8 @@ from jaxtyping import Array, DTypeLike, Float
 from convert.assets import Count, Positive
 from jaxprune.models.common import configuration
 from jaxprune.models.common.configuration import LayerEntries, Routing, entries
-from jaxprune.models.common.decoder import ATTENTION_INPUTS, DecoderLayer, Taps, linear
-from jaxprune.models.common.experts import ROUTER_TAP, ExpertLinear, Rows, mixture, routing_of
+from jaxprune.models.common.decoder import ATTENTION_INPUTS, Captures, DecoderLayer, linear
+from jaxprune.models.common.experts import ROUTER_CAPTURE, ExpertLinear, Rows, mixture, routing_of
 from jaxprune.models.common.family import Family
 
 
@@ -61,7 +61,11 @@ class Experts(nnx.Module):
     def __init__(self, config: Config):
         routing, width = routing_of(config), config.hidden_size
         self.gate_up_proj = ExpertLinear(
-            routing.experts, width, 2 * routing.size, bias=True, sections=(("gate", 1), ("up", 1))
+            routing.experts,
+            width,
+            2 * routing.size,
+            bias=True,
+            projections=(("gate", 1), ("up", 1)),
         )
         self.down_proj = ExpertLinear(routing.experts, routing.size, width, bias=True)
         self.alpha, self.limit = config.alpha, config.limit
@@ -77,7 +81,7 @@ class Experts(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """The router and its experts; returns its output and its taps."""
+    """The router and its experts; returns its output and its captures."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.router = linear(
@@ -86,7 +90,7 @@ class MLP(nnx.Module):
         self.experts = Experts(config)
         self.config = config
 
-    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
+    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Captures]:
         return mixture(self.config, self.router, self.experts, x)
 
 
@@ -94,7 +98,7 @@ FAMILY = Family(
     config,
     inputs={
         **ATTENTION_INPUTS,
-        ROUTER_TAP: ("mlp.router",),
+        ROUTER_CAPTURE: ("mlp.router",),
         "expert_input": ("mlp.experts.gate_up_proj",),
         "expert_hidden": ("mlp.experts.down_proj",),
     },

@@ -13,7 +13,7 @@ from convert.assets import Count
 from jaxprune.models.common import configuration
 from jaxprune.models.common.configuration import Config, Routing, entries
 from jaxprune.models.common.decoder import ATTENTION_INPUTS, DecoderLayer
-from jaxprune.models.common.experts import ROUTER_TAP, SparseMLP
+from jaxprune.models.common.experts import ROUTER_CAPTURE, SparseMLP
 from jaxprune.models.common.family import Family
 
 
@@ -35,7 +35,7 @@ FAMILY = Family(
     config,
     inputs={
         **ATTENTION_INPUTS,
-        ROUTER_TAP: ("block_sparse_moe.gate",),
+        ROUTER_CAPTURE: ("block_sparse_moe.gate",),
         "expert_input": ("block_sparse_moe.experts.w1", "block_sparse_moe.experts.w3"),
         "expert_hidden": ("block_sparse_moe.experts.w2",),
     },

@@ -19,7 +19,7 @@ from jaxprune.errors import InputError
 from jaxprune.models.common import configuration
 from jaxprune.models.common.activations import ACTIVATIONS, require_activation
 from jaxprune.models.common.configuration import Kind, entries
-from jaxprune.models.common.decoder import ATTENTION_INPUTS, LayerNorm, Taps, attend, linear
+from jaxprune.models.common.decoder import ATTENTION_INPUTS, Captures, LayerNorm, attend, linear
 from jaxprune.models.common.family import Family
 from jaxprune.models.common.matmul import times_embedding
 from jaxprune.models.common.packed_windows import Layout
@@ -136,7 +136,7 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "b t d"], layout: Layout | None = None
-    ) -> tuple[Float[Array, "b t d"], Taps]:
+    ) -> tuple[Float[Array, "b t d"], Captures]:
         attention_input = self.self_attn_layer_norm(x) if self.norm_before else x
         y, attention_output = self.self_attn(attention_input, layout)
         x = x + y if self.norm_before else self.self_attn_layer_norm(x + y)

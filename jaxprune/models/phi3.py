@@ -39,8 +39,8 @@ class Attention(nnx.Module):
             config.num_heads * config.head_dim,
             config.num_kv_heads * config.head_dim,
         )
-        sections = {"query": self.width, "key": self.kv_width, "value": self.kv_width}
-        self.qkv_proj = fused(config, config.hidden_size, sections, rngs)
+        projections = {"query": self.width, "key": self.kv_width, "value": self.kv_width}
+        self.qkv_proj = fused(config, config.hidden_size, projections, rngs)
         self.o_proj = linear(config, self.width, config.hidden_size, rngs)
         self.config, self.kind = config, kind
 

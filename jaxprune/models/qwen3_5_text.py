@@ -113,11 +113,11 @@ class Attention(decoder.Attention):
 
     def __init__(self, config: Config, kind: Kind, rngs: nnx.Rngs):
         super().__init__(config, kind, rngs)
-        sections = {"query": config.head_dim, "gate": config.head_dim}
+        projections = {"query": config.head_dim, "gate": config.head_dim}
         self.q_proj = fused(
             config,
             config.hidden_size,
-            sections,
+            projections,
             rngs,
             repeats=config.num_heads,
             bias=config.qkv_bias,
@@ -178,8 +178,8 @@ class DeltaNet(nnx.Module):
     def projections(self, rngs: nnx.Rngs) -> None:
         """Makes the linear layers that read the hidden states."""
         config, width = self.config, self.config.hidden_size
-        sections = {"query": self.keys, "key": self.keys, "value": self.values}
-        self.in_proj_qkv = fused(config, width, sections, rngs)
+        projections = {"query": self.keys, "key": self.keys, "value": self.values}
+        self.in_proj_qkv = fused(config, width, projections, rngs)
         self.in_proj_z = linear(config, width, self.values, rngs)
         self.in_proj_b = linear(config, width, config.value_heads, rngs)
         self.in_proj_a = linear(config, width, config.value_heads, rngs)

@@ -48,13 +48,13 @@ class DeltaNet(qwen3_5_text.DeltaNet):
         config, width = self.config, self.config.hidden_size
         shared = config.value_heads // config.key_heads
         values = shared * config.value_size
-        sections = {
+        projections = {
             "query": config.key_size,
             "key": config.key_size,
             "value": values,
             "gate": values,
         }
-        self.in_proj_qkvz = fused(config, width, sections, rngs, repeats=config.key_heads)
+        self.in_proj_qkvz = fused(config, width, projections, rngs, repeats=config.key_heads)
         self.in_proj_ba = fused(
             config, width, {"rate": shared, "decay": shared}, rngs, repeats=config.key_heads
         )

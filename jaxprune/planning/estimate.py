@@ -170,7 +170,7 @@ def need(run: RunSizes, within: float = 0.0, target: Target | None = None) -> Ne
     layers = (run.stored_bytes("layers.") + run.mask_bytes) * min(2, stages)
     found.disk["layers that are finished"] = layers
     elsewhere = here.on_cpu and run.device_bytes is not None
-    # Nothing is written anew for this device: the run would trace and compile it all again.
+    # Nothing is rewritten for this device: the run would trace and compile it all again.
     stand_in = writing_for(dataclasses.replace(here, stands_in=True))
     with stand_in if elsewhere else contextlib.nullcontext():
         for phase in wanted:

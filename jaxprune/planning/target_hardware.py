@@ -32,7 +32,7 @@ class Target:
     """A kind of device.
 
     Attributes:
-        words: its name.
+        display_name: its name.
         hardware: what programs are written for.
         memory: bytes.
         bandwidth: bytes a second between its memory and its compute units.
@@ -44,7 +44,7 @@ class Target:
         options: of the compiler.
     """
 
-    words: str
+    display_name: str
     hardware: Hardware
     memory: float
     bandwidth: float
@@ -143,7 +143,7 @@ def _environment(target: Target) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _gpu_description(words: str, card: Mapping[str, Any]) -> str:
+def _gpu_description(display_name: str, card: Mapping[str, Any]) -> str:
     """Returns what XLA's compiler for CUDA wants to know of a card."""
     major, minor = card["capability"].split(".")
     return f"""
@@ -170,14 +170,14 @@ def _gpu_description(words: str, card: Mapping[str, Any]) -> str:
         platform_name: "CUDA"
         dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
         runtime_version {{ major: 12 minor: 9 patch: 0 }}
-        device_description_str: "{words}"
+        device_description_str: "{display_name}"
     """
 
 
-def _gpu(name: str, words: str, **card: Any) -> Target:
+def _gpu(name: str, display_name: str, **card: Any) -> Target:
     """Describes one of NVIDIA's GPUs: `card` has the rest of `Target`, and what the compiler wants
     to know."""
-    compiler, description = "jax_cuda12_plugin", _gpu_description(words, card)
+    compiler, description = "jax_cuda12_plugin", _gpu_description(display_name, card)
 
     def describe(count: int) -> list[Any]:
         return list(
@@ -190,7 +190,7 @@ def _gpu(name: str, words: str, **card: Any) -> Target:
         )
 
     return Target(
-        words,
+        display_name,
         Hardware(
             "gpu",
             float(card["capability"]),
@@ -207,14 +207,15 @@ def _gpu(name: str, words: str, **card: Any) -> Target:
     )
 
 
-def _tpu(generation: str, words: str, shapes: Mapping[int, str], **chip: float) -> Target:
+def _tpu(generation: str, display_name: str, shapes: Mapping[int, str], **chip: float) -> Target:
     """Describes one of Google's TPUs; float32 products take six of bfloat16."""
 
     def describe(count: int) -> list[Any]:
         if count not in shapes:
             known = ", ".join(map(str, shapes))
             raise InputError(
-                f"{words} is described in {known}, not {count}", options={"devices": Change.OTHER}
+                f"{display_name} is described in {known}, not {count}",
+                options={"devices": Change.OTHER},
             )
         one = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
         name = f"{generation}:{shapes[count]}"
@@ -222,7 +223,7 @@ def _tpu(generation: str, words: str, shapes: Mapping[int, str], **chip: float) 
 
     rates = {"bfloat16": chip["rate"], "float16": chip["rate"], "float32": chip["rate"] / 6}
     return Target(
-        words,
+        display_name,
         Hardware("tpu"),
         chip["memory"],
         chip["bandwidth"],

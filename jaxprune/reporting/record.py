@@ -199,7 +199,7 @@ Record = Run | Evaluation
 def expected(run: Run) -> Claims:
     """Returns what a run's record says of its checkpoint."""
     kernels, pattern, total = run.kernels, run.recipe.pattern, None
-    if run.effective.importance.spread:  # every kernel had a sparsity of its own
+    if run.effective.importance.max_deviation:  # every kernel had a sparsity of its own
         assert not isinstance(pattern, Given)
         total = round(pattern.sparsity * sum(kernel.size for kernel in kernels.values()))
     return Claims(
@@ -207,7 +207,9 @@ def expected(run: Run) -> Claims:
         own=run.named,
         counts={which: kernel.zeros for which, kernel in kernels.items()},
         wanted={which: kernel.wanted for which, kernel in kernels.items()},
-        sections={which: kernel.sections for which, kernel in kernels.items() if kernel.sections},
+        projections={
+            which: kernel.projections for which, kernel in kernels.items() if kernel.projections
+        },
         total=total,
         quantization=run.recipe.quantize,
     )

@@ -95,7 +95,7 @@ class RecordingObserver(Observer):
             self.phase_timed(phase, seconds)
 
     def layer_tuned(self, result: LayerResult) -> None:
-        """Keeps what became of a layer's kernels, which is another where zeros came late."""
+        """Keeps what became of a layer's kernels, which is another where pruning was gradual."""
         self.record.layers[result.index] = result.figures
 
     def divergence_measured(self, tokens: int, divergence: float) -> None:
@@ -177,8 +177,8 @@ def _version(package: str) -> str | None:
 
 
 def lm_eval_file(name: str) -> str:
-    """Returns the name of the file of lm-eval's results; one of a very long name is told apart by a
-    digest."""
+    """Returns the name of the file of lm-eval's results; one of a very long name is distinguished
+    by a digest."""
     name = as_text(name).replace("/", "-")
     if len(name.encode()) > 200:
         name = f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"

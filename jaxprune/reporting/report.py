@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from convert.destination import Destination, staged
-from convert.ownership import UNSEALED, seal
+from convert.ownership import EMPTY_CHECKSUM, add_checksum
 from convert.schema import dump
 from convert.writing import write_text
 from jaxprune.evaluation.perplexity import short_name
@@ -147,21 +147,21 @@ def _samples(
     found: dict[str, list[tuple[Checkpoint, Sequence[str]]]] = {}
     for checkpoint in everything:
         for sample in checkpoint.quality.samples:
-            found.setdefault(sample.prompt, []).append((checkpoint, sample.pieces))
+            found.setdefault(sample.prompt, []).append((checkpoint, sample.tokens))
     rows = []
     for prompt, ones in found.items():
         first = ones[0][1]
-        cuts = [_common(first, pieces) if ones[0][0].dense else len(pieces) for _, pieces in ones]
+        cuts = [_common(first, tokens) if ones[0][0].dense else len(tokens) for _, tokens in ones]
         sides = [
-            (checkpoint, "".join(pieces[:cut]), "".join(pieces[cut:]))
-            for (checkpoint, pieces), cut in zip(ones, cuts, strict=True)
+            (checkpoint, "".join(tokens[:cut]), "".join(tokens[cut:]))
+            for (checkpoint, tokens), cut in zip(ones, cuts, strict=True)
         ]
         rows.append((prompt, sides))
     return rows
 
 
 def _common(a: Sequence[str], b: Sequence[str]) -> int:
-    """Returns how many pieces are the same from the first on."""
+    """Returns how many tokens are the same from the first on."""
     return sum(
         1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(a, b, strict=False))
     )
@@ -201,5 +201,5 @@ def save(place: Destination, html: str) -> None:
     """
     first, rest = html.split("\n", 1)
     with staged(place) as path:
-        write_text(path, f"{first}\n<!-- {UNSEALED} -->\n{rest}")
-        seal(path)
+        write_text(path, f"{first}\n<!-- {EMPTY_CHECKSUM} -->\n{rest}")
+        add_checksum(path)

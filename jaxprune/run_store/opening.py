@@ -208,7 +208,7 @@ def _read_run(folder: Path) -> Run | None:
     if not os.path.lexists(path):
         return None
     run = schema.read(Run, path, error=OccupiedError)
-    if not ownership.sealed(path):
+    if not ownership.has_checksum(path):
         raise OccupiedError(
             "jaxprune did not write it, or it has changed since: move its folder away",
             file=path,
@@ -240,9 +240,9 @@ def _prepare(
     if run is None:
         run, new = Run(token=secrets.token_hex(8), identity=dict(identity)), folder / NEW_RUN
         ownership.remove_own(new)
-        content = {"seal": ownership.UNSEALED} | run.model_dump()
+        content = {"checksum": ownership.EMPTY_CHECKSUM} | run.model_dump()
         writing.write_text(new, json.dumps(content, indent=1) + "\n")
-        ownership.seal(new)
+        ownership.add_checksum(new)
         writing.put(new, folder / RUN)
     store = _store(out, run)
     if (left := left_to_publish(store, out, masks_at)) is None:

@@ -104,13 +104,13 @@ def remove(store: RunStore) -> None:
             ownership.remove_folder(path)
     for path in (*store.files(), store.masks, old(store.masks)):
         with contextlib.suppress(UserError):
-            ownership.remove_sealed(path)
+            ownership.remove_unchanged(path)
     ownership.remove_empties(folder)
     left = [name for name in names(folder) if name not in (RUN, NEW_RUN, LOCK)]
     ownership.remove_own(folder / NEW_RUN)
     with contextlib.suppress(OccupiedError):  # it has changed
         if os.path.lexists(folder / RUN):
-            ownership.remove_sealed(folder / RUN)
+            ownership.remove_unchanged(folder / RUN)
     if ownership.unchanged(folder / LOCK, EMPTY):
         ownership.remove_own(folder / LOCK)
     if not ownership.remove_empty(folder) and left:

@@ -230,7 +230,7 @@ class RunStore:
         for name in names if is_first_process() else ():
             for inner in (name, *(f"{name}/{one}" for one in self._names(name))):
                 if self._is_intact(inner):
-                    ownership.remove_sealed(self.path(inner))
+                    ownership.remove_unchanged(self.path(inner))
             ownership.remove_empties(self.folder / name)
 
     def reject(self, name: str, error: UserError) -> None:
@@ -251,7 +251,7 @@ class RunStore:
         if not os.path.lexists(path):
             return False
         with contextlib.suppress(UserError):
-            if ownership.sealed(path) and not path.is_symlink():
+            if ownership.has_checksum(path) and not path.is_symlink():
                 return True
         self._quarantine(name)
         return False
@@ -274,7 +274,7 @@ class RunStore:
         path = self.work / f"{name}{SUFFIX}"
         with failing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"seal": ownership.UNSEALED, "run": self.token, "name": name}
+        metadata = {"checksum": ownership.EMPTY_CHECKSUM, "run": self.token, "name": name}
         return TensorFile(path, arrays, metadata | {"figures": json.dumps(figures)})
 
     def _place(self, name: str, file: TensorFile) -> None:
@@ -286,11 +286,11 @@ class RunStore:
 
     def _move(self, name: str, file: TensorFile) -> None:
         file.finish()
-        ownership.seal(file.path)
+        ownership.add_checksum(file.path)
         place = self.path(name)
         if self._is_intact(name):
             with failing(place):
-                ownership.replace(file.path, place, ownership.remove_sealed)
+                ownership.replace(file.path, place, ownership.remove_unchanged)
                 writing.sync(place.parent)
         else:
             writing.put(file.path, place)
@@ -304,7 +304,7 @@ class RunStore:
             UserError: the file has changed, or cannot be read.
         """
         path = self.path(name)
-        if not ownership.sealed(path):
+        if not ownership.has_checksum(path):
             raise DamagedError("it has changed since it was written", file=path)
         ownership.remember(path)
         try:

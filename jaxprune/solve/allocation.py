@@ -37,9 +37,9 @@ def allocate(
     model: StreamedModel,
     sensitivity: Sequence[Sensitivity],
     sparsity: float,
-    spread: float,
+    max_deviation: float,
     named: Mapping[tuple[int, str], Pattern | None] = MappingProxyType({}),
-    late: float = 0.0,
+    gradual: float = 0.0,
 ) -> dict[tuple[int, str], Pattern]:
     """Allocates patterns to the linear layers that no rule names.
 
@@ -48,11 +48,11 @@ def allocate(
         sensitivity: the sensitivity of each layer.
         sparsity: the sparsity of all linear layers together. The number of zeros is rounded to the
             nearest integer.
-        spread: the maximum deviation of a layer's sparsity from the average over the layers that no
-            rule names.
+        max_deviation: the maximum deviation of a layer's sparsity from the average over the layers
+            that no rule names.
         named: linear layers that rules name -> pattern, or None if they stay dense. The other
             layers compensate for them.
-        late: the part of `sparsity` that gradual pruning adds later. The zeros that a layer has
+        gradual: the part of `sparsity` that gradual pruning adds later. The zeros that a layer has
             until then come from a threshold for the remaining part.
 
     Returns:
@@ -69,19 +69,21 @@ def allocate(
     histograms: list[Histogram] = []
     for index, (params, layer) in enumerate(zip(model.layers(), sensitivity, strict=True)):
         part = model.architecture.layers[index]
-        for tap, paths in part.inputs.items():
+        for capture, paths in part.inputs.items():
             for path in paths:
                 if (index, path) not in counts.unnamed:
                     continue
                 kernel = model.devices.replicate(part.sources[path].of(params, ".kernel"))
-                inputs = layer.inputs[tap] * _share_of_tokens(layer, tap, part.sources[tap].name)
+                inputs = layer.inputs[capture] * _share_of_tokens(
+                    layer, capture, part.sources[capture].name
+                )
                 histograms.append(_used(fetch(_histogram(kernel, inputs, layer.outputs[path]))))
                 linears.append((index, path))
-    in_the_end = share_zeros(histograms, zeros, spread)
+    in_the_end = share_zeros(histograms, zeros, max_deviation)
     by_now = in_the_end
-    if late:
+    if gradual:
         by_now = np.minimum(
-            share_zeros(histograms, max(0, zeros - round(late * counts.weights)), spread),
+            share_zeros(histograms, max(0, zeros - round(gradual * counts.weights)), max_deviation),
             in_the_end,
         )
     sizes = [counts.unnamed[which] for which in linears]
@@ -120,18 +122,22 @@ def _used(histogram: Int[np.ndarray, "bins"]) -> Histogram:
     return int(filled[0]), histogram[filled[0] : filled[-1] + 1].copy()
 
 
-def _share_of_tokens(layer: Sensitivity, tap: str, source: str) -> np.float32:
+def _share_of_tokens(layer: Sensitivity, capture: str, source: str) -> np.float32:
     """Returns the number of all tokens over the number of an expert's tokens.
 
     The product Σ x² Σ g² over T tokens is about T times Σ x²g², so the saliencies of experts need
     this factor.
     """
-    if tap not in layer.given:
+    if capture not in layer.given:
         return np.float32(1)
-    return np.float32(layer.tokens[source].size) / np.maximum(layer.given[tap][0], np.float32(1))
+    return np.float32(layer.tokens[source].size) / np.maximum(
+        layer.given[capture][0], np.float32(1)
+    )
 
 
-def share_zeros(histograms: Sequence[Histogram], zeros: int, spread: float) -> Int[np.ndarray, "l"]:
+def share_zeros(
+    histograms: Sequence[Histogram], zeros: int, max_deviation: float
+) -> Int[np.ndarray, "l"]:
     """Returns the number of zeros of each linear layer.
 
     They are the weights below one threshold, within bounds, with an exact total. Each layer keeps
@@ -140,16 +146,16 @@ def share_zeros(histograms: Sequence[Histogram], zeros: int, spread: float) -> I
     Args:
         histograms: the histogram of each linear layer.
         zeros: the total number of zeros.
-        spread: see `allocate`.
+        max_deviation: see `allocate`.
     """
     sizes = np.array([counts.sum(dtype=np.int64) for _, counts in histograms])
     target = zeros / sizes.sum()
     # Rounding must not exclude the target itself.
     least = np.minimum(
-        np.ceil(np.maximum(target - spread, 0) * sizes), np.floor(target * sizes)
+        np.ceil(np.maximum(target - max_deviation, 0) * sizes), np.floor(target * sizes)
     ).astype(np.int64)
     most = np.maximum(
-        np.minimum(np.floor((target + spread) * sizes), sizes - 1), np.ceil(target * sizes)
+        np.minimum(np.floor((target + max_deviation) * sizes), sizes - 1), np.ceil(target * sizes)
     )
     most = most.astype(np.int64)
     first = min(start for start, _ in histograms)

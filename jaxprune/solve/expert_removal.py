@@ -23,7 +23,7 @@ from jaxprune.costs.run_sizes import RunSizes
 from jaxprune.costs.shapes import Shapes
 from jaxprune.errors import Change, InputError
 from jaxprune.models import Architecture, Layer
-from jaxprune.models.common.experts import OUTPUT_TAP
+from jaxprune.models.common.experts import OUTPUT_CAPTURE
 from jaxprune.run_store.store import EXPERTS, RunStore
 from jaxprune.sharding import fetch
 from jaxprune.streaming.model import StreamedModel
@@ -124,8 +124,8 @@ def norms(
         params: its params.
         x: its input, [batch, tokens, width].
     """
-    _, taps = layer(params, x)
-    output, experts = taps[OUTPUT_TAP], max(layer.experts.values())
+    _, captures = layer(params, x)
+    output, experts = captures[OUTPUT_CAPTURE], max(layer.experts.values())
     rows = jnp.linalg.norm(output.x.astype(jnp.float32), axis=-1) * jnp.sqrt(output.weights())
     total = output.by_expert(jnp.sum(rows, axis=1, keepdims=True), experts)
     return total[:, 0], output.by_expert(output.filled(), experts)[:, 0]

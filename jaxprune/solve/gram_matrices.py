@@ -61,29 +61,29 @@ class Grams:
     def __init__(self, layer: Layer, totals: Totals) -> None:
         self.totals, self._sources = totals, layer.sources
         self._tokens = {
-            tap: (int(total.first), fetch(total.tokens))
-            for tap, total in totals.items()
+            capture: (int(total.first), fetch(total.tokens))
+            for capture, total in totals.items()
             if isinstance(total, ExpertTotals)
         }
 
-    def tokens(self, tap: str) -> int | None:
+    def tokens(self, capture: str) -> int | None:
         """Returns the number of tokens routed to an expert; None if all tokens contribute."""
-        name, expert = self._sources[tap]
+        name, expert = self._sources[capture]
         if expert is None:
             return None
         first, counts = self._tokens[name]
         return int(counts[expert - first])
 
-    def take(self, tap: str) -> Float[Array, "n n"]:
+    def take(self, capture: str) -> Float[Array, "n n"]:
         """Returns a Gram matrix. Each can be taken only once, which frees its memory."""
-        name, expert = self._sources[tap]
+        name, expert = self._sources[capture]
         if expert is None:
             return self.totals.pop(name)
         return gram.symmetric(self.totals[name].gram[expert - self._tokens[name][0]])
 
 
 def groups(
-    layer: Layer, taps: Sequence[str], most: float, devices: Devices = ONE_DEVICE
+    layer: Layer, captures: Sequence[str], most: float, devices: Devices = ONE_DEVICE
 ) -> Iterator[list[str]]:
     """Yields groups of captured activations whose Gram matrices are summed in one pass.
 
@@ -93,18 +93,18 @@ def groups(
 
     Args:
         layer: the layer.
-        taps: the captured activations whose Gram matrices are needed.
+        captures: the captured activations whose Gram matrices are needed.
         most: bytes for experts' Gram matrices on a device.
         devices: the devices of the run.
     """
     if devices.count > 1:
         most = math.inf
     group, spans = (
-        [tap for tap in taps if layer.sources[tap].expert is None],
+        [capture for capture in captures if layer.sources[capture].expert is None],
         dict[str, tuple[int, int]](),
     )
-    for tap in taps:
-        name, expert = layer.sources[tap]
+    for capture in captures:
+        name, expert = layer.sources[capture]
         if expert is None:
             continue
         wider = spans | {name: (spans.get(name, (expert, expert))[0], expert)}
@@ -115,7 +115,7 @@ def groups(
         if spans and size > most:
             yield group
             group, wider = [], {name: (expert, expert)}
-        group.append(tap)
+        group.append(capture)
         spans = wider
     if group:
         yield group
@@ -137,7 +137,7 @@ def gram_matrices(
     index: int,
     params: Mapping[str, Array],
     weights: Mapping[str, Float[np.ndarray, "w t"]] | None = None,
-    taps: Sequence[str] | None = None,
+    captures: Sequence[str] | None = None,
 ) -> tuple[Grams, dict[str, Float[Array, "n n"]]]:
     """Sums the Gram matrices XᵀX or Xᵀ diag(w) X of a layer's inputs, in float32.
 
@@ -151,7 +151,7 @@ def gram_matrices(
         params: the params of the dense layer, on the device.
         weights: captured activation -> w, one weight per token. Tokens of other activations have
             weight 1.
-        taps: the captured activations whose Gram matrices are needed; None: all.
+        captures: the captured activations whose Gram matrices are needed; None: all.
 
     Returns:
         The Gram matrices and the activation shifts X̂ᵀ(X − X̂). X̂ are the inputs after pruned
@@ -162,27 +162,31 @@ def gram_matrices(
     """
     devices, layer = states.model.devices, states.model.architecture.layers[index]
     hidden, dense = states.pruned, states.dense
-    shapes = partial(sums, layer, layer.inputs if taps is None else taps, devices)
+    shapes = partial(sums, layer, layer.inputs if captures is None else captures, devices)
     empty, every = partial(_empty, devices), shapes(1)
-    weights = {tap: weight for tap, weight in (weights or {}).items() if tap in every}
-    experts = {tap: empty(one) for tap, one in every.items() if isinstance(one, ExpertTotals)}
+    weights = {capture: weight for capture, weight in (weights or {}).items() if capture in every}
+    experts = {
+        capture: empty(one) for capture, one in every.items() if isinstance(one, ExpertTotals)
+    }
     sums_of: dict[int, tuple[Totals, Totals]] = {}
 
     def totals_for(rows: slice) -> tuple[int, Totals, Totals]:
         """Returns one sum per device if the rows can be split over all devices, else one sum."""
         parts = 1 if (rows.stop - rows.start) % devices.count else devices.count
         if parts not in sums_of:
-            plain = {tap: shape for tap, shape in shapes(parts).items() if tap not in experts}
+            plain = {
+                capture: shape for capture, shape in shapes(parts).items() if capture not in experts
+            }
             sums_of[parts] = empty(plain), empty(plain) if dense else {}
         return parts, *sums_of.pop(parts)
 
     def weights_of(rows: slice) -> dict[str, Array]:
-        return {tap: devices.shard_first(weight[rows]) for tap, weight in weights.items()}
+        return {capture: devices.shard_first(weight[rows]) for capture, weight in weights.items()}
 
     def move_dense(before: Array, rows: slice) -> Array:
         x = hidden.batch(rows)
         parts, *totals = totals_for(rows)
-        after, sums_of[parts] = accumulate_drift(layer, params, x, before, weights_of(rows), totals)
+        after, sums_of[parts] = accumulate_shift(layer, params, x, before, weights_of(rows), totals)
         return after
 
     if dense:
@@ -191,46 +195,46 @@ def gram_matrices(
         for rows, x in zip(hidden.slices(), hidden.batches(), strict=True):
             parts, totals, _ = totals_for(rows)
             totals = accumulate(layer, params, x, weights_of(rows), totals | experts)
-            experts = {tap: totals.pop(tap) for tap in experts}
+            experts = {capture: totals.pop(capture) for capture in experts}
             sums_of[parts] = totals, {}
     if devices.count > 1:
-        plain, drifts = devices.replicate(_total(list(sums_of.values())))
+        plain, shifts = devices.replicate(_total(list(sums_of.values())))
     else:
-        plain, drifts = sums_of[1]
+        plain, shifts = sums_of[1]
     del sums_of
-    found = {tap: gram.symmetric(plain.pop(tap)) for tap in list(plain)} | experts
-    if bad := [tap for tap, good in fetch(_finite(found)).items() if not good]:
+    found = {capture: gram.symmetric(plain.pop(capture)) for capture in list(plain)} | experts
+    if bad := [capture for capture, good in fetch(_finite(found)).items() if not good]:
         raise InputError(
             f"activations are NaN or infinite in {', '.join(sorted(bad))}: the calibration text is "
             "unusual or the dtype too narrow",
             options={"dtype": "float32"},
         )
-    return Grams(layer, found), drifts
+    return Grams(layer, found), shifts
 
 
-def sums(layer: Layer, taps: Iterable[str], devices: Devices, parts: int) -> Totals:
-    """Returns what the Gram matrices of some taps are summed in, as shapes and dtypes.
+def sums(layer: Layer, captures: Iterable[str], devices: Devices, parts: int) -> Totals:
+    """Returns what the Gram matrices of some captures are summed in, as shapes and dtypes.
 
     Those of experts are for all from the first to the last that are wanted; on several devices,
     over which all of a layer are spread evenly, for all. Of `first` this is the number.
 
     Args:
         layer: the layer.
-        taps: the inputs whose Gram matrices are wanted.
+        captures: the inputs whose Gram matrices are wanted.
         devices: the devices of the run.
         parts: how many devices sum their own windows apart from the others: all, or 1.
     """
     found: Totals = {}
-    for tap, experts in layer.programs_of(taps).items():
-        n = layer.features(tap)
+    for capture, experts in layer.programs_of(captures).items():
+        n = layer.features(capture)
         if experts is None:
             shape = Shape((n, n) if parts == 1 else (parts, n, n), jnp.float32)
-            found[tap] = devices.abstract(shape, None if parts == 1 else 0)
+            found[capture] = devices.abstract(shape, None if parts == 1 else 0)
             continue
         every = range(min(experts), max(experts) + 1)
         if devices.count > 1:
-            every = range(layer.experts[layer.reads[tap][0]])
-        found[tap] = ExpertTotals(
+            every = range(layer.experts[layer.reads[capture][0]])
+        found[capture] = ExpertTotals(
             devices.abstract(Shape((len(every), n, n), jnp.float32), 0),
             devices.abstract(Shape((len(every),), jnp.int32), None),
             np.int32(every.start),
@@ -261,31 +265,33 @@ def accumulate(
 
     Only the lower blocks, up to the diagonal, are complete; see `gram.add_gram`.
     """
-    _, taps = layer(params, x)
+    _, captures = layer(params, x)
     return {
-        tap: _add_routed(total, taps[tap], weights.get(tap))
+        capture: _add_routed(total, captures[capture], weights.get(capture))
         if isinstance(total, ExpertTotals)
-        else _add(gram.add_gram, total, taps[tap], weights.get(tap))
-        for tap, total in totals.items()
+        else _add(gram.add_gram, total, captures[capture], weights.get(capture))
+        for capture, total in totals.items()
     }
 
 
-def _add_routed(total: ExpertTotals, tap: Routed, weights: Array | None) -> ExpertTotals:
+def _add_routed(total: ExpertTotals, capture: Routed, weights: Array | None) -> ExpertTotals:
     """Adds slots of experts, weighted by squared routing weights and by token weights."""
-    of_rows = tap.weights()
+    of_rows = capture.weights()
     if weights is not None:
-        of_rows = of_rows * tap.slots_of_tokens(weights)
-    group = _group(tap.plan.expert_ids, total.first, len(total.tokens))
+        of_rows = of_rows * capture.slots_of_tokens(weights)
+    group = _group(capture.plan.expert_ids, total.first, len(total.tokens))
     own = jnp.arange(len(total.tokens), dtype=jnp.int32)[:, None] == group[None, :]
-    filled = tap.filled().astype(jnp.int32)[:, 0]
+    filled = capture.filled().astype(jnp.int32)[:, 0]
     tokens = total.tokens + jnp.sum(
         jnp.where(own, filled[None, :], jnp.int32(0)), axis=1, dtype=jnp.int32
     )
-    if tap.mesh is None:
+    if capture.mesh is None:
         return total._replace(
-            gram=gram.add_grouped(total.gram, tap.x, of_rows, group), tokens=tokens
+            gram=gram.add_grouped(total.gram, capture.x, of_rows, group), tokens=tokens
         )
-    added = on_each(tap.mesh, _add_by_ring)(total.gram, tap.x, of_rows, tap.plan.expert_ids)
+    added = on_each(capture.mesh, _add_by_ring)(
+        total.gram, capture.x, of_rows, capture.plan.expert_ids
+    )
     return total._replace(gram=added, tokens=tokens)
 
 
@@ -310,7 +316,7 @@ def _add_by_ring(
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=5)
-def accumulate_drift(
+def accumulate_shift(
     layer: Part,
     params: Mapping[str, Array],
     x: Float[Array, "b t d"],
@@ -331,16 +337,19 @@ def accumulate_drift(
     Returns:
         The layer's output for `dense`, and the new sums.
     """
-    grams, drifts = sums
-    (_, taps), (after, dense_taps) = layer(params, x), layer(params, dense)
+    grams, shifts = sums
+    (_, captures), (after, dense_captures) = layer(params, x), layer(params, dense)
     grams = {
-        tap: _add(gram.add_gram, total, taps[tap], weights.get(tap)) for tap, total in grams.items()
+        capture: _add(gram.add_gram, total, captures[capture], weights.get(capture))
+        for capture, total in grams.items()
     }
-    drifts = {
-        tap: _add(gram.add_drift, total, taps[tap], dense_taps[tap], weights.get(tap))
-        for tap, total in drifts.items()
+    shifts = {
+        capture: _add(
+            gram.add_shift, total, captures[capture], dense_captures[capture], weights.get(capture)
+        )
+        for capture, total in shifts.items()
     }
-    return after, (grams, drifts)
+    return after, (grams, shifts)
 
 
 def _add(add: Callable[..., Array], total: Array, *arrays: Array | None) -> Array:
@@ -361,6 +370,6 @@ def _total(sums: Sequence[tuple[Totals, Totals]]) -> tuple[Totals, Totals]:
 @jax.jit
 def _finite(totals: Totals) -> dict[str, Array]:
     return {
-        tap: jnp.all(jnp.isfinite(total.gram if isinstance(total, ExpertTotals) else total))
-        for tap, total in totals.items()
+        capture: jnp.all(jnp.isfinite(total.gram if isinstance(total, ExpertTotals) else total))
+        for capture, total in totals.items()
     }

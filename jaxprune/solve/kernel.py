@@ -16,7 +16,7 @@ from jaxprune.methods import Mask, Method, gram
 from jaxprune.methods.quantization import BITS, quantize
 from jaxprune.sharding import ONE_DEVICE, Devices, fetch
 from jaxprune.sparsity.masks import StoredMask
-from jaxprune.sparsity.patterns import Pattern, Sections, by_section, in_sections
+from jaxprune.sparsity.patterns import Pattern, Projections, by_projection, in_projections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class KernelResult:
         wanted: zeros that the pattern or the given mask requires. Kept weights may also be zero.
         size: number of weights of the kernel.
         stats: metrics of the method. Those of an expert include its number of tokens and of inputs.
-        sections: zeros of each of the fused projections; empty for a single projection.
+        projections: zeros of each of the fused projections; empty for a single projection.
     """
 
     error: Measured
@@ -38,7 +38,7 @@ class KernelResult:
     wanted: Count
     size: Annotated[int, Field(ge=1, le=2**53)]
     stats: dict[str, Measured] = dataclasses.field(default_factory=dict)
-    sections: dict[str, Count] = dataclasses.field(default_factory=dict)
+    projections: dict[str, Count] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if max(self.zeros, self.wanted) > self.size:
@@ -50,10 +50,12 @@ class KernelResult:
         return self.stats.get("tokens", 0.0) < self.stats.get("inputs", 0.0)
 
 
-def dense_result(kernel: Float[Array, "n m"], sections: Sections = ()) -> KernelResult:
+def dense_result(kernel: Float[Array, "n m"], projections: Projections = ()) -> KernelResult:
     """Returns the statistics of a kernel that stays dense."""
     zeros = fetch(jnp.sum(kernel == 0, axis=0, dtype=jnp.int32))
-    return KernelResult(0.0, int(zeros.sum()), 0, kernel.size, {}, by_section(zeros, sections))
+    return KernelResult(
+        0.0, int(zeros.sum()), 0, kernel.size, {}, by_projection(zeros, projections)
+    )
 
 
 class Linear(NamedTuple):
@@ -63,14 +65,14 @@ class Linear(NamedTuple):
         kernel: returns the dense kernel [n_in, n_out], on the device.
         target: its pattern or mask.
         outputs: √c, one weight per output; None: all are 1.
-        sections: the fused projections, which share an unstructured pattern's zeros in proportion
-            to their sizes; empty for a single projection.
+        projections: the fused projections, which share an unstructured pattern's zeros in
+            proportion to their sizes; empty for a single projection.
     """
 
     kernel: Callable[[], Float[Array, "n m"]]
     target: Pattern | StoredMask
     outputs: Float[np.ndarray, "m"] | None = None
-    sections: Sections = ()
+    projections: Projections = ()
 
 
 def prune_and_round(
@@ -108,7 +110,7 @@ def prune_and_round(
         given = linear.target.read()
         choice, zeros = devices.shard_outputs(given), given.size - int(np.count_nonzero(given))
     else:
-        choice = in_sections(linear.target, linear.sections)
+        choice = in_projections(linear.target, linear.projections)
         zeros = linear.target.zeros(kernel.shape)
     scale = None
     if linear.outputs is not None:
@@ -132,7 +134,7 @@ def prune_and_round(
         wanted=zeros,
         size=kernel.size,
         stats={name: float(value) for name, value in values.items()},
-        sections=by_section(found, linear.sections),
+        projections=by_projection(found, linear.projections),
     )
     return stored, mask, result
 

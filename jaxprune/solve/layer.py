@@ -43,7 +43,7 @@ class Solver:
         target_of: (layer index, path of the linear layer) -> pattern or mask; None: it stays dense.
         weights: the weights of each layer's tokens and outputs; None: all are 1.
         asymmetry: the fraction of the activation shift that a kernel compensates; see
-            `gram.drifted_target`.
+            `gram.shifted_target`.
         quantization: see `prune_and_round`.
     """
 
@@ -53,13 +53,13 @@ class Solver:
     asymmetry: float = 0.0
     quantization: str | None = None
 
-    def taps(self, index: int, layer: Layer) -> dict[str, tuple[str, ...]]:
+    def captures(self, index: int, layer: Layer) -> dict[str, tuple[str, ...]]:
         """Returns captured activations -> pruned linear layers that read them."""
         pruned = {
-            tap: tuple(path for path in paths if self.target_of(index, path) is not None)
-            for tap, paths in layer.inputs.items()
+            capture: tuple(path for path in paths if self.target_of(index, path) is not None)
+            for capture, paths in layer.inputs.items()
         }
-        return {tap: paths for tap, paths in pruned.items() if paths}
+        return {capture: paths for capture, paths in pruned.items() if paths}
 
     def outputs(self, index: int) -> Mapping[str, Float[np.ndarray, "m"]]:
         """Returns path of the linear layer -> weights of its outputs; empty if all are 1."""
@@ -140,15 +140,15 @@ def solve_linears(
         quantization=solver.quantization,
         devices=states.model.devices,
     )
-    for tap, inputs in layer_inputs(states, solver, index, params, seconds):
+    for capture, inputs in layer_inputs(states, solver, index, params, seconds):
         linears = {
             path: Linear(
                 partial(part.sources[path].of, params, ".kernel"),
                 target,
                 outputs.get(path),
-                part.sections.get(path, ()),
+                part.projections.get(path, ()),
             )
-            for path in part.inputs[tap]
+            for path in part.inputs[capture]
             if (target := solver.target_of(index, path)) is not None
         }
         with timed(seconds, "solve"):
@@ -164,7 +164,7 @@ def solve_linears(
     for path in part.kernels:
         if solver.target_of(index, path) is None and path not in part.routers:
             dense = part.sources[path].of(params, ".kernel")
-            results[path] = dense_result(dense, part.sections.get(path, ()))
+            results[path] = dense_result(dense, part.projections.get(path, ()))
     ordered = {path: results[path] for path in part.kernels if path in results}
     return SolvedLayer(kernels, masks, ordered)
 
@@ -175,12 +175,12 @@ class Inputs(NamedTuple):
     Attributes:
         tokens: number of tokens routed to an expert; None: all tokens.
         gram: their Gram matrix.
-        drift: their activation shift; see `gram_matrices`.
+        shift: their activation shift; see `gram_matrices`.
     """
 
     tokens: int | None
     gram: Float[Array, "n n"]
-    drift: Float[Array, "n n"] | None
+    shift: Float[Array, "n n"] | None
 
 
 def layer_inputs(
@@ -201,28 +201,28 @@ def layer_inputs(
     """
     model, part = states.model, states.model.architecture.layers[index]
     tokens = solver.weights[index].tokens if solver.weights else None
-    taps = list(solver.taps(index, part))
+    captures = list(solver.captures(index, part))
     # Otherwise the pass for the Gram matrices moves the dense states.
-    if not taps and states.dense:
+    if not captures and states.dense:
         model.forward(index, params, states.dense)
-    for group in groups(part, taps, most_bytes(), model.devices):
+    for group in groups(part, captures, most_bytes(), model.devices):
         with timed(seconds, "gram"):
             try:
-                grams, drifts = gram_matrices(states, index, params, tokens, group)
-                jax.block_until_ready((grams.totals, drifts))
+                grams, shifts = gram_matrices(states, index, params, tokens, group)
+                jax.block_until_ready((grams.totals, shifts))
             except InputError as error:
                 error.problem = f"layer {index}: {error.problem}"
                 raise
-        for tap in group:
+        for capture in group:
             yield (
-                tap,
+                capture,
                 Inputs(
-                    grams.tokens(tap),
-                    model.devices.replicate(grams.take(tap)),
-                    drifts.pop(tap, None),
+                    grams.tokens(capture),
+                    model.devices.replicate(grams.take(capture)),
+                    shifts.pop(capture, None),
                 ),
             )
-        del grams, drifts  # frees memory before the next group
+        del grams, shifts  # frees memory before the next group
 
 
 def solve_kernels(
@@ -283,10 +283,10 @@ def _wanted(
     kernel: Float[Array, "n m"], inputs: Inputs, asymmetry: float
 ) -> Float[Array, "n m"] | None:
     """Returns the kernel whose outputs are the target of the solve; None: the dense one."""
-    if inputs.drift is None:
+    if inputs.shift is None:
         return None
-    return gram.drifted_target(
-        inputs.gram, inputs.drift, kernel.astype(inputs.gram.dtype), asymmetry
+    return gram.shifted_target(
+        inputs.gram, inputs.shift, kernel.astype(inputs.gram.dtype), asymmetry
     )
 
 

@@ -16,7 +16,7 @@ from jaxprune.costs.program import PhaseCosts, Program, size_of
 from jaxprune.costs.run_sizes import RunSizes
 from jaxprune.costs.shapes import Shapes
 from jaxprune.methods import Method
-from jaxprune.methods.gram import drifted_target, products
+from jaxprune.methods.gram import products, shifted_target
 from jaxprune.methods.magnitude import Magnitude
 from jaxprune.methods.quantization import BITS, quantize
 from jaxprune.models import Layer
@@ -88,7 +88,7 @@ def programs(
             stack = max(stack, size_of([one for one in sums.values() if _of_experts(one)]))
             add: Any = gram_matrices.accumulate
             if asymmetry:
-                add, given = gram_matrices.accumulate_drift, [x, x]
+                add, given = gram_matrices.accumulate_shift, [x, x]
             yield Program(
                 "gram",
                 "forward and Gram matrices",
@@ -107,7 +107,9 @@ def programs(
 def _sums(shapes: Shapes, layer: Layer) -> Counter[tuple[tuple[str, Any], ...]]:
     """Returns what Gram matrices are summed in, as items of `Totals` -> how many groups of a
     layer's inputs are summed in the like."""
-    wanted = [tap for tap, paths in layer.inputs.items() if not layer.routers.issuperset(paths)]
+    wanted = [
+        capture for capture, paths in layer.inputs.items() if not layer.routers.issuperset(paths)
+    ]
     most, devices = gram_matrices.most_bytes(shapes.device_bytes), shapes.devices
     first = devices.abstract(Shape((), jnp.int32), None)
     found: Counter[tuple[tuple[str, Any], ...]] = Counter()
@@ -160,23 +162,30 @@ class _Solves:
         """
         abstract = self.shapes.devices.abstract
         reads = {
-            tap: paths for tap, paths in layer.reads.items() if not layer.routers.issuperset(paths)
+            capture: paths
+            for capture, paths in layer.reads.items()
+            if not layer.routers.issuperset(paths)
         }
         grams = {
-            tap: abstract(Shape((layer.features(tap),) * 2, jnp.float32), None) for tap in reads
+            capture: abstract(Shape((layer.features(capture),) * 2, jnp.float32), None)
+            for capture in reads
         }
-        waiting = {tap: gram for tap, gram in grams.items() if reads[tap][0] not in layer.experts}
+        waiting = {
+            capture: gram
+            for capture, gram in grams.items()
+            if reads[capture][0] not in layer.experts
+        }
         params = size_of(self.shapes.layer_params(layer))
-        for tap, paths in reads.items():
-            gram, times = grams[tap], count * layer.experts.get(paths[0], 1)
-            waiting.pop(tap, None)
+        for capture, paths in reads.items():
+            gram, times = grams[capture], count * layer.experts.get(paths[0], 1)
+            waiting.pop(capture, None)
             made = jax.eval_shape(self.method.prepare, gram)
             prepared = jax.tree.map(lambda leaf: abstract(leaf, None), made)
             resident = params + stack + size_of(waiting)
             if self.asymmetry:
                 resident += size_of((waiting, gram))
             prepare = self.method.prepare
-            yield Program("solve", f"prepare {tap}", prepare, (gram,), times, resident)
+            yield Program("solve", f"prepare {capture}", prepare, (gram,), times, resident)
             for path in paths:
                 weight = abstract(Shape(layer.linears[path][-2:], jnp.float32), -1)
                 for name, function, arguments, more in self._of_kernel(gram, prepared, weight):
@@ -190,7 +199,7 @@ class _Solves:
         of_gram, of_prepared = size_of(gram), size_of(prepared)
         if self.asymmetry:
             arguments: tuple[Any, ...] = gram, gram, weight, Shape((), jnp.float32)
-            yield "target of", drifted_target, arguments, of_prepared - of_gram
+            yield "target of", shifted_target, arguments, of_prepared - of_gram
         fits = not pattern.group or weight.shape[0] % pattern.group == 0
         yield "solve", self.solving[fits], (prepared, weight), of_gram
         mask = devices.abstract(Shape(weight.shape, jnp.bool_), -1)

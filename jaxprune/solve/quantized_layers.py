@@ -72,5 +72,5 @@ def _target(part: Layer, masks: Params, _: int, path: str) -> Target:
 def _merged(pruned: KernelResult, quantized: KernelResult) -> KernelResult:
     stats = pruned.stats | {ERROR: quantized.error}
     return dataclasses.replace(
-        pruned, zeros=quantized.zeros, sections=quantized.sections, stats=stats
+        pruned, zeros=quantized.zeros, projections=quantized.projections, stats=stats
     )

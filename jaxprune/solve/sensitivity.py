@@ -101,7 +101,9 @@ def weights(layer: Sensitivity, importance: Importance) -> Weights:
 
     power = importance.token_power
     tokens = (
-        {tap: normalised(energy, power) for tap, energy in layer.tokens.items()} if power else {}
+        {capture: normalised(energy, power) for capture, energy in layer.tokens.items()}
+        if power
+        else {}
     )
     outputs = layer.outputs if importance.weigh_outputs else {}
     return Weights(
@@ -136,7 +138,10 @@ def measure_sensitivity(
 
 def _of_windows(parts: Sequence[Sensitivity]) -> Sensitivity:
     """Returns a layer's sensitivity over the windows of all parts."""
-    tokens = {tap: np.concatenate([part.tokens[tap] for part in parts]) for tap in parts[0].tokens}
+    tokens = {
+        capture: np.concatenate([part.tokens[capture] for part in parts])
+        for capture in parts[0].tokens
+    }
     return Sensitivity(
         tokens, *jax.tree.map(lambda *arrays: sum(arrays), *(part[1:] for part in parts))
     )
@@ -293,33 +298,33 @@ def backward(
     gradient: Float[Array, "b t d"],
 ) -> tuple[Float[Array, "b t d"], Sensitivity]:
     """Returns the gradient with respect to the layer's input, and the batch's sensitivity."""
-    tapped = jax.eval_shape(lambda params, x: layer(params, x)[1], params, x)
+    captured = jax.eval_shape(lambda params, x: layer(params, x)[1], params, x)
     probes = {
-        path: jnp.zeros((*_rows(tapped[tap]).shape[:-1], layer.linears[path][-1]), x.dtype)
-        for tap, paths in layer.reads.items()
+        path: jnp.zeros((*_rows(captured[capture]).shape[:-1], layer.linears[path][-1]), x.dtype)
+        for capture, paths in layer.reads.items()
         for path in paths
     }
-    _, vjp, taps = jax.vjp(
+    _, vjp, captures = jax.vjp(
         lambda x, probes: layer(params, x, probes=probes), x, probes, has_aux=True
     )
     before, outputs = vjp(gradient)
     squares = {path: jnp.square(g.astype(jnp.float32)) for path, g in outputs.items()}
     found = Sensitivity({}, {}, {}, {})
-    for tap, paths in layer.reads.items():
-        inputs = jnp.square(_rows(taps[tap]).astype(jnp.float32))
+    for capture, paths in layer.reads.items():
+        inputs = jnp.square(_rows(captures[capture]).astype(jnp.float32))
         energy = sum(jnp.sum(squares[path], axis=-1) for path in paths)
-        if isinstance(taps[tap], Routed):
-            found.tokens[tap] = taps[tap].sum_of_slots(energy).reshape(x.shape[:2])
-            by_expert = partial(taps[tap].by_expert, experts=layer.experts[paths[0]])
+        if isinstance(captures[capture], Routed):
+            found.tokens[capture] = captures[capture].sum_of_slots(energy).reshape(x.shape[:2])
+            by_expert = partial(captures[capture].by_expert, experts=layer.experts[paths[0]])
             found.outputs.update(
                 {path: by_expert(jnp.sum(squares[path], axis=1)) for path in paths}
             )
-            found.inputs[tap], found.given[tap] = (
+            found.inputs[capture], found.given[capture] = (
                 by_expert(jnp.sum(inputs, axis=1)),
-                by_expert(taps[tap].filled()),
+                by_expert(captures[capture].filled()),
             )
         else:
-            found.tokens[tap], found.inputs[tap] = energy, jnp.sum(inputs, axis=(0, 1))
+            found.tokens[capture], found.inputs[capture] = energy, jnp.sum(inputs, axis=(0, 1))
             found.outputs.update({path: jnp.sum(squares[path], axis=(0, 1)) for path in paths})
     return before, found
 
@@ -338,8 +343,8 @@ def costs(run: RunSizes) -> PhaseCosts:
 
 def token_bytes(run: RunSizes) -> int:
     """Returns the bytes of `Sensitivity.tokens` of all layers."""
-    taps = sum(len(layer.reads) for layer in run.architecture.layers)
-    return 4 * taps * run.sensitivity_windows * run.length
+    captures = sum(len(layer.reads) for layer in run.architecture.layers)
+    return 4 * captures * run.sensitivity_windows * run.length
 
 
 def programs(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:
@@ -366,5 +371,5 @@ def programs(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:
     yield Program("sensitivity", "loss", loss, arguments, tokens / chunk, resident)
 
 
-def _rows(tap: Any) -> Any:
-    return tap.x if isinstance(tap, Routed) else tap
+def _rows(capture: Any) -> Any:
+    return capture.x if isinstance(capture, Routed) else capture

@@ -27,7 +27,7 @@ from convert import Reader, open_checkpoint, part_of, schema
 from convert.errors import DamagedError
 from convert.files import expand, require_regular
 from convert.names import TEXT, Naming
-from convert.ownership import UNSEALED, digest, seal
+from convert.ownership import EMPTY_CHECKSUM, add_checksum, digest
 from convert.paths import paths_of
 from convert.shards import TensorFile
 from jaxprune.errors import InputError
@@ -230,7 +230,7 @@ class MaskWriter:
             for n, s in stored.items()
         }
         self._file = TensorFile(
-            path, spec, {"seal": UNSEALED, "format": FORMAT, "shapes": json.dumps(stored)}
+            path, spec, {"checksum": EMPTY_CHECKSUM, "format": FORMAT, "shapes": json.dumps(stored)}
         )
         self._path = path
 
@@ -246,7 +246,7 @@ class MaskWriter:
             CheckpointError: some masks were never written.
         """
         self._file.finish()
-        seal(self._path)
+        add_checksum(self._path)
 
 
 @jax.jit

@@ -20,14 +20,14 @@ from convert.schema import OWN
 from jaxprune.errors import Change, InputError
 from jaxprune.sparsity.selection import (
     KeepInGroups,
-    KeepInSections,
+    KeepInProjections,
     Selector,
     counts,
     keep_largest,
     keep_largest_per_output,
 )
 
-Sections = tuple[tuple[str, int], ...]
+Projections = tuple[tuple[str, int], ...]
 """The fused projections of a linear layer: (name, number of outputs) of each, in order. They repeat
 until the outputs end."""
 
@@ -130,7 +130,7 @@ class _Within:
 
 
 @dataclasses.dataclass(frozen=True)
-class InSections(_Within):
+class InProjections(_Within):
     """An unstructured pattern for each fused projection of a linear layer.
 
     Each projection gets its part of the kernel's zeros: within one weight, the number that it would
@@ -150,7 +150,7 @@ class InSections(_Within):
         # Each step is proportional to the final counts, so no step asks for more zeros than the
         # inputs of its group have weights.
         steps = np.array([np.round(p * final) for p in progress], np.int32)
-        return Selector(jnp.asarray(steps), KeepInSections(self.widths))
+        return Selector(jnp.asarray(steps), KeepInProjections(self.widths))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,27 +170,27 @@ class Partly(_Within):
         return self.pattern.selector(shape, [self.share * p for p in progress])
 
 
-def partly(pattern: Pattern, late: float) -> Pattern:
+def partly(pattern: Pattern, gradual: float) -> Pattern:
     """Returns a pattern that leaves the sparsity `late` to gradual pruning."""
-    return Partly(pattern, 1 - late / pattern.sparsity) if late else pattern
+    return Partly(pattern, 1 - gradual / pattern.sparsity) if gradual else pattern
 
 
-def in_sections(pattern: Pattern, sections: Sections) -> Pattern:
+def in_projections(pattern: Pattern, projections: Projections) -> Pattern:
     """Returns the pattern of a linear layer with fused projections; only unstructured patterns
     change."""
     if isinstance(pattern, Partly):
-        return Partly(in_sections(pattern.pattern, sections), pattern.share)
-    if sections and isinstance(pattern, Unstructured) and not pattern.per_output:
-        return InSections(pattern, tuple(width for _, width in sections))
+        return Partly(in_projections(pattern.pattern, projections), pattern.share)
+    if projections and isinstance(pattern, Unstructured) and not pattern.per_output:
+        return InProjections(pattern, tuple(width for _, width in projections))
     return pattern
 
 
-def by_section(columns: Int[np.ndarray, "m"], sections: Sections) -> dict[str, int]:
+def by_projection(columns: Int[np.ndarray, "m"], projections: Projections) -> dict[str, int]:
     """Sums per-output numbers over the outputs of each fused projection."""
-    widths = [width for _, width in sections]
+    widths = [width for _, width in projections]
     ends = list(itertools.accumulate(widths[:-1]))
-    rows = np.split(columns.reshape(-1, sum(widths)), ends, axis=1) if sections else []
-    return {name: int(row.sum()) for (name, _), row in zip(sections, rows, strict=True)}
+    rows = np.split(columns.reshape(-1, sum(widths)), ends, axis=1) if projections else []
+    return {name: int(row.sum()) for (name, _), row in zip(projections, rows, strict=True)}
 
 
 @dataclasses.dataclass(frozen=True)

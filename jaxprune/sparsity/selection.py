@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 Scores = Float[Array, "n m"]
 Mask = Bool[Array, "n m"]
-Rule = Callable[[Scores, Int[Array, "*sections"]], Mask]
+Rule = Callable[[Scores, Int[Array, "*projections"]], Mask]
 
 
 @jax.tree_util.register_dataclass
@@ -29,8 +29,8 @@ class Selector:
     """Selects the mask of one kernel.
 
     Attributes:
-        zeros: [steps, *sections], the number of zeros at each step of a gradual schedule. It counts
-            the whole kernel, each output (`per_output` patterns), or each fused projection.
+        zeros: [steps, *projections], the number of zeros at each step of a gradual schedule. It
+            counts the whole kernel, each output (`per_output` patterns), or each fused projection.
         rule: (scores, zeros) -> mask.
     """
 
@@ -66,8 +66,8 @@ def keep_largest_per_output(scores: Scores, zeros: Int[Array, ""]) -> Mask:
 
 
 @dataclasses.dataclass(frozen=True)
-class KeepInSections:
-    """Keeps all but the smallest scores of each fused projection; see `patterns.InSections`.
+class KeepInProjections:
+    """Keeps all but the smallest scores of each fused projection; see `patterns.InProjections`.
 
     Attributes:
         widths: the number of outputs of each projection, in order; they repeat until the outputs
@@ -76,12 +76,12 @@ class KeepInSections:
 
     widths: tuple[int, ...]
 
-    def __call__(self, scores: Scores, zeros: Int[Array, "sections"]) -> Mask:
+    def __call__(self, scores: Scores, zeros: Int[Array, "projections"]) -> Mask:
         rows = scores.reshape(len(scores), -1, sum(self.widths))
-        sections = jnp.split(rows, list(itertools.accumulate(self.widths[:-1])), axis=2)
+        projections = jnp.split(rows, list(itertools.accumulate(self.widths[:-1])), axis=2)
         masks = [
-            keep_largest(section.reshape(len(scores), -1), count).reshape(section.shape)
-            for section, count in zip(sections, zeros, strict=True)
+            keep_largest(projection.reshape(len(scores), -1), count).reshape(projection.shape)
+            for projection, count in zip(projections, zeros, strict=True)
         ]
         return jnp.concatenate(masks, axis=2).reshape(scores.shape)
 

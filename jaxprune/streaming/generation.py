@@ -71,7 +71,7 @@ def in_batches(
         prompts: token ids, at least one each.
         most: new tokens of each, at most.
         finished: says where one ends.
-        observer: is told each token as a layer that was visited.
+        observer: is notified of each token as a layer that was visited.
         seed: tokens are drawn as the model has them, by numbers that the seed and the prompt's
             place fix; None: each is the most probable one.
         made: numbers of prompts that are left out.

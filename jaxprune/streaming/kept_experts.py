@@ -11,7 +11,7 @@ from convert.names import split_expert
 
 
 class KeptExperts(DerivedReader):
-    """Reads a checkpoint's params but for those of some experts; the others are numbered anew, and
+    """Reads a checkpoint's params but for those of some experts; the others are renumbered, and
     routers with them.
 
     Args:

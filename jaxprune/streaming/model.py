@@ -116,7 +116,7 @@ class StreamedModel:
         return made
 
     def routing_all(self) -> "StreamedModel":
-        """Returns the model with taps of experts that hold every token for every expert; its
+        """Returns the model with captures of experts that hold every token for every expert; its
         outputs are the same."""
         other = copy.copy(self)
         other.architecture = self.architecture.routed(route_all=True)

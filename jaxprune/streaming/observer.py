@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Observer:
-    """Is told what happens; each method does nothing here, so that a subclass defines only those
+    """Is notified of progress; each method does nothing here, so that a subclass defines only those
     that it wants."""
 
     def planned(self, need: Any) -> None:
@@ -56,7 +56,7 @@ class Observers(Observer):
     """Tells several observers.
 
     Args:
-        observers: who are told, in order.
+        observers: those to notify, in order.
     """
 
     def __init__(self, *observers: Observer) -> None:

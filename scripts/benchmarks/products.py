@@ -84,8 +84,8 @@ def problems(args: argparse.Namespace) -> Iterator[tuple[np.ndarray, np.ndarray]
         own, layer = model.put_layer(index, params), model.architecture.layers[index]
         if index in args.layers:
             grams, _ = gram_matrices(states, index, own)
-            for tap, paths in layer.reads.items():
-                matrix = np.asarray(grams.take(tap))
+            for capture, paths in layer.reads.items():
+                matrix = np.asarray(grams.take(capture))
                 for path in paths:
                     yield matrix, np.asarray(own[f"{path}.kernel"], np.float32)
         model.forward(index, own, states.pruned)

@@ -65,13 +65,13 @@ def parts(shapes: Shapes, windows: int, length: int) -> Iterator[Program]:
     first = next(layer_costs.programs(shapes, windows, length, METHOD, PATTERN))
     params, x, _, grams = first.arguments
 
-    def taps(params: Any, x: jax.Array) -> Any:
+    def captures(params: Any, x: jax.Array) -> Any:
         return layer(params, x)[1]
 
-    yield Program("part", "forward with taps", taps, (params, x), first.calls)
-    for tap, total in grams.items():
-        tapped = Shape((*x.shape[:2], len(total)), x.dtype)
-        yield Program("part", f"Gram of {tap}", gram, (tapped,), first.calls)
+    yield Program("part", "forward with captures", captures, (params, x), first.calls)
+    for capture, total in grams.items():
+        captured = Shape((*x.shape[:2], len(total)), x.dtype)
+        yield Program("part", f"Gram of {capture}", gram, (captured,), first.calls)
     selections = len(shapes.architecture.layers) * len(METHOD.progress())
     for path, shape in layer.kernels.items():
         select = partial(_select, PATTERN.selector(shape))

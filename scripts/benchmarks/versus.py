@@ -130,7 +130,7 @@ def eager_way(task: Task) -> Outcome:
 
 
 def op_by_op_way(task: Task) -> Outcome:
-    """With jaxprune imported anew under a jax.jit that does nothing; JAX's own functions stay
+    """With jaxprune imported again under a jax.jit that does nothing; JAX's own functions stay
     compiled."""
 
     def leave(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:

@@ -47,7 +47,7 @@ def cells(experiment: Experiment, layers: int, *, small: bool = False) -> Iterat
         ]
     for pattern in (small and experiment.small_patterns) or experiment.patterns:
         for row, flags in experiment.rows.items():
-            if ":" in pattern and ("--uniform" in flags or "--spread" in flags):
+            if ":" in pattern and ("--uniform" in flags or "--max-deviation" in flags):
                 continue  # N:M is uniform anyway
             steps = experiment.small_steps.get(row, experiment.steps) if small else experiment.steps
             for step in steps if "{k}" in flags else (None,):

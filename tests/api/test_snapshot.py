@@ -88,14 +88,14 @@ def assert_solved_as_in_the_run(folder: Path, line: str, layer: int, file: Path)
     "line",
     [
         "--sparsity 0.6",
-        "--sparsity 0.8 --tune-epochs 0.5 --tune-zeros 0.5",
+        "--sparsity 0.8 --tune-epochs 0.5 --tune-gradual 0.5",
         "--preset fast --sparsity 0.7",
         "--preset best --sparsity 0.7 --tune-epochs 0.5",
         "--mask wanda --pattern 2:4 --token-power 0.5 --weigh-outputs",
         "--asymmetry 0.5 --quantize q4_0",
         "--asymmetry 0.5 --skip layers.0.*",
-        "--sparsity 0.6 --spread 0.2 --rule layers.1.*=0.8 --rule layers.2.*_proj=1:4 --skip "
-        "*.o_proj",
+        "--sparsity 0.6 --max-deviation 0.2 --rule layers.1.*=0.8 --rule layers.2.*_proj=1:4 "
+        "--skip *.o_proj",
     ],
 )
 def test_solving_the_snapshot_is_what_the_run_does(
@@ -117,7 +117,9 @@ def test_solving_the_snapshot_of_a_layer_with_experts_is_what_the_run_does(
 ) -> None:
     families.save(tmp_path / "dense", families.config("qwen3_moe", "mixed"))
     found = assert_solved_as_in_the_run(tmp_path / "dense", line, 2, tmp_path / "layer.safetensors")
-    assert found.tokens.keys() == {tap for tap in found.inputs if tap.startswith("expert_")}
+    assert found.tokens.keys() == {
+        capture for capture in found.inputs if capture.startswith("expert_")
+    }
     assert found.tokens and ("mlp.gate" in found.kernels) == ("--rule" in line)
 
 
@@ -130,7 +132,7 @@ def test_the_run_decides_the_patterns_of_a_snapshot(checkpoint: Path) -> None:
         return {result.zeros / result.size for _, result, _, _ in solved}
 
     assert sparsities("--sparsity 0.75") == {0.75}
-    assert sparsities("--sparsity 0.75 --tune-epochs 1 --tune-zeros 1") == {0.5}
+    assert sparsities("--sparsity 0.75 --tune-epochs 1 --tune-gradual 1") == {0.5}
     assert len(sparsities("--preset fast")) > 1
 
 
@@ -144,10 +146,10 @@ def test_the_layers_before_may_stay_dense(checkpoint: Path, snapshot: Snapshot) 
     pruned = next(prune_layers(model, tokens(), Magnitude(), Unstructured(0.5)))
     for linear, result, _, _ in solve(first, recipe.method, recipe.target()):
         assert result == pruned[linear]
-    drifting = dataclasses.replace(recipe, asymmetry=0.5)
-    moved = snapshots.capture(model, tokens(), 2, drifting, prune_before=False)
-    assert moved.drifts.keys() == moved.grams.keys() and not any(
-        drift.any() for drift in moved.drifts.values()
+    shifting = dataclasses.replace(recipe, asymmetry=0.5)
+    moved = snapshots.capture(model, tokens(), 2, shifting, prune_before=False)
+    assert moved.shifts.keys() == moved.grams.keys() and not any(
+        shift.any() for shift in moved.shifts.values()
     )
 
 
@@ -174,14 +176,14 @@ def test_a_snapshot_comes_back_as_it_was_saved(snapshot: Snapshot, tmp_path: Pat
             for linear, kernel in half.items()
         },
         tokens={"mlp_input": 3},
-        drifts={tap: -gram for tap, gram in snapshot.grams.items()},
+        shifts={capture: -gram for capture, gram in snapshot.grams.items()},
         asymmetry=0.1,
     )
     snapshots.save(tmp_path / "x.safetensors", saved)
     loaded = snapshots.load(tmp_path / "x.safetensors")
     for name, mine in loaded._asdict().items():
         other = getattr(saved, name)
-        if name not in ("grams", "kernels", "outputs", "drifts"):
+        if name not in ("grams", "kernels", "outputs", "shifts"):
             assert mine == other, name
             continue
         assert mine.keys() == other.keys(), name
@@ -192,7 +194,7 @@ def test_a_snapshot_comes_back_as_it_was_saved(snapshot: Snapshot, tmp_path: Pat
     assert one.inputs == {"mlp_input": ("mlp.up_proj",)} and one.patterns == {
         "mlp.up_proj": NM(2, 4)
     }
-    assert one.outputs.keys() == one.kernels.keys() and one.drifts.keys() == one.tokens.keys() == {
+    assert one.outputs.keys() == one.kernels.keys() and one.shifts.keys() == one.tokens.keys() == {
         "mlp_input"
     }
 
@@ -305,7 +307,7 @@ def test_bad_input_is_one_error(
         ({"tokens": '{"mlp_input": -3}'}, "tokens"),
         ({"asymmetry": "1.5"}, "asymmetry"),
         ({"asymmetry": "NaN"}, "asymmetry"),
-        ({"asymmetry": "0.5"}, "drift.mlp_input: a tensor is missing"),
+        ({"asymmetry": "0.5"}, "shift.mlp_input: a tensor is missing"),
     ],
 )
 def test_a_damaged_header_is_an_error(
@@ -337,16 +339,16 @@ def test_a_damaged_header_is_an_error(
         ),
         ({"outputs.mlp.up_proj": None}, "outputs.mlp.up_proj: a tensor is missing"),
         (
-            {"drift.mlp_input": np.ones((32, 31), np.float32)},
-            "drift.mlp_input: its shape is wrong, found [32, 31], wanted [32, 32]",
+            {"shift.mlp_input": np.ones((32, 31), np.float32)},
+            "shift.mlp_input: its shape is wrong, found [32, 31], wanted [32, 32]",
         ),
         (
-            {"drift.mlp_input": np.full((32, 32), np.inf, np.float32)},
-            "drift.mlp_input: it has NaN or infinite values",
+            {"shift.mlp_input": np.full((32, 32), np.inf, np.float32)},
+            "shift.mlp_input: it has NaN or infinite values",
         ),
     ],
 )
-def test_damaged_weights_and_drifts_are_an_error(
+def test_damaged_weights_and_shifts_are_an_error(
     change: dict[str, np.ndarray | None], message: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     recipe = parse(["--weigh-outputs", "--asymmetry", "0.5"])
@@ -405,8 +407,8 @@ def test_what_a_gram_matrix_is_not() -> None:
 
 
 def test_what_cannot_be_solved_is_no_result(snapshot: Snapshot) -> None:
-    tap = "mlp_input"
-    bad = snapshot._replace(grams=snapshot.grams | {tap: -snapshot.grams[tap]})
+    capture = "mlp_input"
+    bad = snapshot._replace(grams=snapshot.grams | {capture: -snapshot.grams[capture]})
     with pytest.raises(InputError, match="cannot be solved: its weights would be NaN or infinite"):
         list(solve(bad.only("mlp.up_proj"), ADMM(), Unstructured(0.6)))
 

@@ -41,15 +41,15 @@ RECIPES = [
     "--preset best --pattern 2:4",
     "--preset fast --tune-epochs 2 --tune-rate 0.002 --damping 0.1",
     "--preset fast --tune-epochs 0",
-    "--preset thorough --tune-zeros 0.25",
+    "--preset thorough --tune-gradual 0.25",
     "--preset thorough --mask from-file:m",
     "--preset best --tune-tokens 1M --tune-windows 2 --tune-to-end --tune-text own.jsonl",
-    "--token-power 0.5 --spread 0.2 --asymmetry 0.3",
+    "--token-power 0.5 --max-deviation 0.2 --asymmetry 0.3",
     "--preset best --sparsity 0.3 --skip layers.0.* --skip *.o_proj --rule *.q_proj=0.75 --rule "
     "layers.1.*=2:4",
     "--method wanda --rule *.q_proj=0.75",
     "--preset fast --quantize q5_0",
-    "--preset fast --tune-pieces 2 --drop-experts 0.25 --route-all",
+    "--preset fast --tune-chunks 2 --drop-experts 0.25 --route-all",
     "--weigh-outputs --sensitivity-windows 3",
 ]
 
@@ -118,16 +118,20 @@ def test_records_are_run_again(name: str, tmp_path: Path) -> None:
         ("--pattern 2:4", "--sparsity 0.50", "--pattern 2:4"),
         ("--sparsity 0.7", "--pattern 2:4", "--pattern 2:4"),
         ("--sparsity 0.7", "--pattern per-output", "--pattern per-output --sparsity 0.7"),
-        ("--sparsity 0.7 --spread 0.2 --sensitivity-windows 2", "--pattern 2:4", "--pattern 2:4"),
-        ("--spread 0.2 --sensitivity-windows 2", "--spread 0", ""),
-        ("--preset fast --spread 0.2", "--uniform", "--preset fast --uniform"),
         (
-            "--spread 0.2 --sensitivity-windows 2",
+            "--sparsity 0.7 --max-deviation 0.2 --sensitivity-windows 2",
+            "--pattern 2:4",
+            "--pattern 2:4",
+        ),
+        ("--max-deviation 0.2 --sensitivity-windows 2", "--max-deviation 0", ""),
+        ("--preset fast --max-deviation 0.2", "--uniform", "--preset fast --uniform"),
+        (
+            "--max-deviation 0.2 --sensitivity-windows 2",
             "--token-power 0.5",
-            "--spread 0.2 --token-power 0.5",
+            "--max-deviation 0.2 --token-power 0.5",
         ),
         (
-            "--sparsity 0.7 --rule *.q_proj=0.8 --spread 0.2",
+            "--sparsity 0.7 --rule *.q_proj=0.8 --max-deviation 0.2",
             "--mask from-file:m",
             "--mask from-file:m",
         ),
@@ -168,10 +172,10 @@ def test_records_are_run_again(name: str, tmp_path: Path) -> None:
             "--mask wanda --update exact --pattern unstructured",
         ),
         ("--tune-epochs 2 --tune-rate 0.1", "--tune-tokens 9k", "--tune-tokens 9k --tune-rate 0.1"),
-        ("--tune-epochs 2 --tune-rate 0.1 --tune-pieces 2", "--tune-epochs 0", ""),
-        ("--tune-epochs 2 --tune-zeros 0.5", "--tune-epochs 0", ""),
+        ("--tune-epochs 2 --tune-rate 0.1 --tune-chunks 2", "--tune-epochs 0", ""),
+        ("--tune-epochs 2 --tune-gradual 0.5", "--tune-epochs 0", ""),
         (
-            "--tune-epochs 2 --tune-zeros 0.5",
+            "--tune-epochs 2 --tune-gradual 0.5",
             "--mask from-file:m",
             "--mask from-file:m --tune-epochs 2",
         ),
@@ -193,8 +197,12 @@ def test_flags_win_over_a_record(flags: str, beside: str, same: str, tmp_path: P
 ONLY_IN_PYTHON = [
     Recipe(rules=(Rule("layers.0.*"), Rule("*.q_proj", Unstructured(0.75)))),
     Recipe(rules=(Rule("*.q_proj", Unstructured(0.75, per_output=True)),)),
-    dataclasses.replace(PRESETS["fast"], importance=Importance(spread=0.3, sensitivity_windows=8)),
-    dataclasses.replace(PRESETS["fast"], importance=Importance(weigh_outputs=True, spread=0.3)),
+    dataclasses.replace(
+        PRESETS["fast"], importance=Importance(max_deviation=0.3, sensitivity_windows=8)
+    ),
+    dataclasses.replace(
+        PRESETS["fast"], importance=Importance(weigh_outputs=True, max_deviation=0.3)
+    ),
     Recipe(Finished(ADMM(), Exact(steps=3, damping=0.5))),
     Recipe(Crossed(ADMM(), ADMM(damping=0.5))),
     Recipe(Crossed(Crossed(Wanda(), ADMM()), SparseGPT())),

@@ -189,7 +189,7 @@ def test_a_report_that_cannot_be_drawn_costs_nothing_else(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """A defect of ours in the drawing: the result is published, then told; drawing it anew needs
+    """A defect of ours in the drawing: the result is published, then told; drawing it again needs
     the record only."""
     monkeypatch.setattr(report, "page", lambda records: 1 // 0)
     out = tmp_path / "$x_{|_%"

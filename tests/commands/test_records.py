@@ -39,10 +39,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"tuning": {"tune_epochs": 1.0, "tune_tokens": 1000}},
         "tun",
     ),
-    "N:M with a spread": (NM | {"importance": {"spread": 0.3}}, "spread"),
-    "N:M with late zeros": (
-        NM | {"tuning": {"tune_epochs": 1.0, "tune_zeros": 0.3}},
-        "tune.zeros",
+    "N:M with a spread": (NM | {"importance": {"max_deviation": 0.3}}, "max_deviation"),
+    "N:M with gradual pruning": (
+        NM | {"tuning": {"tune_epochs": 1.0, "tune_gradual": 0.3}},
+        "tune.gradual",
     ),
     "outputs weighed within each": (
         {
@@ -60,7 +60,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 """What a record of another version may say -> its parts, and a word of the error."""
 WITHOUT_EFFECT: dict[str, dict[str, Any]] = {
     "tuning without steps": {"tuning": {"tune_rate": 0.01}},
-    "pieces without tuning": {"tuning": {"tune_pieces": 4}},
+    "chunks without tuning": {"tuning": {"tune_chunks": 4}},
     "windows that measure nothing": {"importance": {"sensitivity_windows": 4}},
     "an unknown preset": {"preset": "gone"},
 }

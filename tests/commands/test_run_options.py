@@ -48,13 +48,15 @@ def test_every_flag_arrives() -> None:
         "--damping 0.2 --rho 2.5 "
         "--linear-solve cholesky --finish-steps 7 --token-power 0.25 --asymmetry 0.5 --tune-epochs "
         "3 --tune-rate 0.01 "
-        "--tune-windows 5 --tune-pieces 6 --tune-zeros 0.7 --quantize q4_0".split()
+        "--tune-windows 5 --tune-chunks 6 --tune-gradual 0.7 --quantize q4_0".split()
     )
     assert recipe.importance == Importance(token_power=0.25) and recipe.asymmetry == 0.5
     assert recipe.quantize == "q4_0"
-    assert recipe.tuning == Tuning(3, 0.01, 5, 6, tune_zeros=0.7)
-    _, other = parse("--ckpt x --weigh-outputs --spread 0.1 --sensitivity-windows 3".split())
-    assert other.importance == Importance(weigh_outputs=True, spread=0.1, sensitivity_windows=3)
+    assert recipe.tuning == Tuning(3, 0.01, 5, 6, tune_gradual=0.7)
+    _, other = parse("--ckpt x --weigh-outputs --max-deviation 0.1 --sensitivity-windows 3".split())
+    assert other.importance == Importance(
+        weigh_outputs=True, max_deviation=0.1, sensitivity_windows=3
+    )
     assert recipe.method == Finished(ADMM("constant", 30, 4, 0.2, 2.5, "cholesky"), Exact(steps=7))
     assert recipe.pattern == Unstructured(0.7, per_output=True)
     assert config == Config(
@@ -89,7 +91,7 @@ def test_methods_are_chosen_and_crossed() -> None:
     assert parse("--ckpt x --mask wanda".split())[0].out == "x-wanda-admm-50"
 
 
-def test_options_that_both_methods_have_are_told_apart() -> None:
+def test_options_that_both_methods_have_are_distinguished() -> None:
     crossed = method("--mask sparsegpt --update admm --mask-damping 0.3 --update-damping 0.4")
     assert crossed == Crossed(SparseGPT(damping=0.3), ADMM(damping=0.4))
     # Wanda's selection, which the gradient method takes, knows no damping: there is one only.
@@ -108,7 +110,7 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
 
     made = recipe("--sparsity 0.7")
     assert (
-        made.importance.spread == PRESETS[preset].importance.spread == 0.3
+        made.importance.max_deviation == PRESETS[preset].importance.max_deviation == 0.3
         and made.importance.weigh_outputs
     )
     assert made.tuning == PRESETS[preset].tuning
@@ -132,20 +134,20 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
     assert made.method_text.startswith(f"{preset}: admm, ")
     # A quarter of 20 %, which floats make 4.999999999999999 %.
     assert (", the last 5 % of the weights pruned gradually" in made.method_text) == (
-        made.tuning.tune_zeros > 0
+        made.tuning.tune_gradual > 0
     )
-    assert recipe("--tune-epochs 7 --spread 0.05").tuning.tune_epochs == 7
-    assert recipe("--tune-epochs 7 --spread 0.05").importance.spread == 0.05
+    assert recipe("--tune-epochs 7 --max-deviation 0.05").tuning.tune_epochs == 7
+    assert recipe("--tune-epochs 7 --max-deviation 0.05").importance.max_deviation == 0.05
     assert not recipe("--no-weigh-outputs").importance.weigh_outputs
     # N:M is not pruned gradually.
     for line, target, late in (
-        ("--uniform", "50 %", made.tuning.tune_zeros),
+        ("--uniform", "50 %", made.tuning.tune_gradual),
         ("--pattern 2:4", "2:4", 0.0),
     ):
         fixed = recipe(line)
-        assert (fixed.importance.spread, fixed.pattern_text) == (0.0, target)
+        assert (fixed.importance.max_deviation, fixed.pattern_text) == (0.0, target)
         assert fixed.importance.weigh_outputs and fixed.tuning == dataclasses.replace(
-            made.tuning, tune_zeros=late
+            made.tuning, tune_gradual=late
         )
     assert fixed == made.at("2:4")
     own, other = ("tokens", "epochs") if made.tuning.tune_tokens else ("epochs", "tokens")
@@ -156,17 +158,17 @@ def test_what_is_given_beside_a_preset_wins(preset: str) -> None:
         recipe(f"--tune-{other} 0")
     assert error.value.options == {f"tune_{own}": 0, f"tune_{other}": Change.OMIT}
     assert recipe("--tune-tokens 0 --tune-epochs 0").tuning == Tuning()
-    pieces, late = made.tuning.tune_pieces, made.tuning.tune_zeros
+    chunks, late = made.tuning.tune_chunks, made.tuning.tune_gradual
     assert recipe("--tune-tokens 250k").tuning == Tuning(
-        tune_tokens=250_000, tune_pieces=pieces, tune_zeros=late
+        tune_tokens=250_000, tune_chunks=chunks, tune_gradual=late
     )
-    assert (f"windows in {pieces} chunks" in made.method_text) == (pieces > 1)
+    assert (f"windows in {chunks} chunks" in made.method_text) == (chunks > 1)
     for count in (1, 3):
-        assert recipe(f"--tune-pieces {count}").tuning == dataclasses.replace(
-            made.tuning, tune_pieces=count
+        assert recipe(f"--tune-chunks {count}").tuning == dataclasses.replace(
+            made.tuning, tune_chunks=count
         )
     # Given masks have all their zeros.
-    assert recipe("--mask from-file:m").tuning == dataclasses.replace(made.tuning, tune_zeros=0.0)
+    assert recipe("--mask from-file:m").tuning == dataclasses.replace(made.tuning, tune_gradual=0.0)
     # No reverse pass where nothing would come of it.
     assert not recipe("--pattern per-output").importance.measured
     assert not recipe("--mask from-file:m").importance.measured
@@ -248,7 +250,7 @@ def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
             "learning_rate must be finite and positive",
         ),
         ("--ckpt x --method exact --steps 0", "steps must be at least 1"),
-        ("--ckpt x --spread 1", "spread must be at least 0 and below 1"),
+        ("--ckpt x --max-deviation 1", "max_deviation must be at least 0 and below 1"),
         ("--ckpt x --sensitivity-windows 0", "sensitivity_windows must be at least 1"),
         (
             "--ckpt x --token-power 1 --sensitivity-windows 4",
@@ -256,12 +258,12 @@ def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
         ),
         ("--ckpt x --token-power -1", "token_power must be finite and not negative"),
         (
-            "--ckpt x --pattern 2:4 --spread 0.1",
-            "2:4 is the same for every linear layer: leave --spread out",
+            "--ckpt x --pattern 2:4 --max-deviation 0.1",
+            "2:4 is the same for every linear layer: leave --max-deviation out",
         ),
         (
-            "--ckpt x --preset fast --pattern per-output --spread 0.1",
-            "only compare weights of one output: leave --spread",
+            "--ckpt x --preset fast --pattern per-output --max-deviation 0.1",
+            "only compare weights of one output: leave --max-deviation",
         ),
         (
             "--ckpt x --method wanda --weigh-outputs",
@@ -273,27 +275,27 @@ def test_the_model_without_a_hub_gets_text_without_a_hub() -> None:
             "--ckpt x --tune-rate 0.1",
             "--tune-rate does nothing by itself: pass --tune-epochs or --tune-tokens",
         ),
-        ("--ckpt x --preset fast --uniform --spread 0.1", "--uniform wants one sparsity"),
+        ("--ckpt x --preset fast --uniform --max-deviation 0.1", "--uniform wants one sparsity"),
         (
-            "--ckpt x --preset thorough --pattern 2:4 --tune-zeros 0.1",
-            "pruned gradually during tuning: leave --tune-zeros out",
+            "--ckpt x --preset thorough --pattern 2:4 --tune-gradual 0.1",
+            "pruned gradually during tuning: leave --tune-gradual out",
         ),
         (
-            "--ckpt x --tune-epochs 1 --mask from-file:m --tune-zeros 0.1",
-            "weights stay: leave --tune-zeros out",
+            "--ckpt x --tune-epochs 1 --mask from-file:m --tune-gradual 0.1",
+            "weights stay: leave --tune-gradual out",
         ),
         (
-            "--ckpt x --mask from-file:m --spread 0.1",
-            "decide which weights stay: leave --spread out",
+            "--ckpt x --mask from-file:m --max-deviation 0.1",
+            "decide which weights stay: leave --max-deviation out",
         ),
         ("--ckpt x --asymmetry 1.5", "asymmetry must lie between 0 and 1"),
         (
-            "--ckpt x --tune-zeros 0.5",
-            "--tune-zeros does nothing by itself: pass --tune-epochs or --tune-tokens",
+            "--ckpt x --tune-gradual 0.5",
+            "--tune-gradual does nothing by itself: pass --tune-epochs or --tune-tokens",
         ),
         (
-            "--ckpt x --tune-tokens 1k --tune-zeros 1.5",
-            "tune_zeros must be at least 0 and at most 1, not 1.5",
+            "--ckpt x --tune-tokens 1k --tune-gradual 1.5",
+            "tune_gradual must be at least 0 and at most 1, not 1.5",
         ),
         ("--ckpt x --tune-epochs -1", "tune_epochs must be finite and not negative"),
         ("--ckpt x --tune-tokens -1", "tune_tokens must not be negative"),
@@ -372,7 +374,7 @@ def test_impossible_values_are_one_error(line: str, message: str) -> None:
         "--ckpt x --sparsity nan",
         "--ckpt x --asymmetry nan",
         "--ckpt x --tune-epochs 1 --tune-rate nan",
-        "--ckpt x --spread nan",
+        "--ckpt x --max-deviation nan",
         "--ckpt x --token-power inf",
         "--ckpt x --damping nan",
         "--ckpt x --device-memory nan",

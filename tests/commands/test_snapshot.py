@@ -54,7 +54,7 @@ def test_it_is_of_the_run_with_these_flags(
         taken(*line.split())
         return snapshots.load(Path("l")).grams["mlp_input"]
 
-    late = gram("--sparsity 0.75 --tune-epochs 1 --tune-zeros 1")  # 50 % before the tuning
+    late = gram("--sparsity 0.75 --tune-epochs 1 --tune-gradual 1")  # 50 % before the tuning
     np.testing.assert_allclose(late, gram("--sparsity 0.5"), rtol=1e-5)
     assert not np.allclose(late, gram("--sparsity 0.75"), rtol=1e-2)
     in_memory, mapped, folders = taken(), hidden_states._mapped, []

@@ -128,7 +128,7 @@ def test_what_a_gguf_file_rounds_is_compared_as_it_rounds_it(
 
 def test_a_total_is_all_that_unequal_linears_must_have(pruned: dict[str, Path]) -> None:
     record = json.loads((pruned["50 %"] / "jaxprune.json").read_text())
-    record["recipe"]["importance"]["spread"] = 0.3
+    record["recipe"]["importance"]["max_deviation"] = 0.3
 
     def wanted(sparsity: float) -> Claims:
         record["recipe"]["pattern"]["sparsity"] = sparsity

@@ -459,7 +459,7 @@ def test_names_of_no_checkpoint(name: str, message: str) -> None:
     assert len(str(error.value)) < 600
 
 
-def test_links_to_nothing_and_loops_are_told_apart(tmp_path: Path) -> None:
+def test_links_to_nothing_and_loops_are_distinguished(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to("nothing")
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(CheckpointError, match="a link to nothing"):

@@ -13,7 +13,7 @@ from convert import ownership, renaming, writing
 from convert.__main__ import main
 from convert.destination import Destination, destination, staged
 from convert.errors import CheckpointError, NoRoomError, OccupiedError
-from convert.ownership import MARKER, UNSEALED, mark, sealed
+from convert.ownership import EMPTY_CHECKSUM, MARKER, has_checksum, mark
 from convert.writing import write_text
 from tests.helpers.checkpoints import content
 from tests.helpers.command import killed
@@ -33,8 +33,8 @@ def make(place: Destination | Path, text: str = "new") -> None:
 
 def make_file(place: Destination | Path, text: str = "new") -> None:
     with staged(destination(place, folder=False)) as path:
-        write_text(path, f"{UNSEALED}\n{text}")
-        ownership.seal(path)
+        write_text(path, f"{EMPTY_CHECKSUM}\n{text}")
+        ownership.add_checksum(path)
 
 
 def again(path: Path, *, folder: bool = True) -> Destination:
@@ -201,7 +201,7 @@ def test_inputs_and_where_one_stands_are_not_replaced(
 def test_a_file_carries_its_own_proof(tmp_path: Path) -> None:
     out = tmp_path / "out"
     make_file(out, "old")
-    assert sealed(out)
+    assert has_checksum(out)
     make_file(again(out, folder=False))
     assert out.read_text().endswith("new") and [p.name for p in tmp_path.iterdir()] == ["out"]
     out.write_text(out.read_text() + "mine")
@@ -209,9 +209,9 @@ def test_a_file_carries_its_own_proof(tmp_path: Path) -> None:
     with pytest.raises(OccupiedError, match="or it has changed since, so it is not replaced"):
         make_file(again(out, folder=False))
     assert content(tmp_path) == before
-    for text in ("", UNSEALED, "x" * 10000):
+    for text in ("", EMPTY_CHECKSUM, "x" * 10000):
         out.write_text(text)
-        assert not sealed(out)
+        assert not has_checksum(out)
 
 
 @pytest.fixture(params=["the system's calls", "without them"])

@@ -40,8 +40,8 @@ COMPILED = (
 RECIPE = Recipe(
     ADMM(),
     Unstructured(0.7),
-    importance=Importance(weigh_outputs=True, spread=0.1),
-    tuning=Tuning(tune_epochs=1.25, tune_windows=2, tune_zeros=0.25),
+    importance=Importance(weigh_outputs=True, max_deviation=0.1),
+    tuning=Tuning(tune_epochs=1.25, tune_windows=2, tune_gradual=0.25),
     quantize="q4_0",
 )
 

@@ -115,7 +115,7 @@ def test_a_layer_is_counted_as_by_hand(checkpoint: Path) -> None:
     weights = sum(n * m for n, m in layer.kernels.values())
     n, m = layer.kernels["mlp.down_proj"]
     attention = 4 * tokens * length * model.width  # one segment, so the masked half is computed
-    grams = 2 * tokens * sum(layer.features(tap) ** 2 for tap in layer.reads)
+    grams = 2 * tokens * sum(layer.features(capture) ** 2 for capture in layer.reads)
     total = {name: sum(program.flops().values()) for name, program in found.items()}
     assert total["forward"] == 2 * tokens * weights + attention
     assert total["forward and Gram matrices"] == total["forward"] - 2 * tokens * n * m + grams
@@ -175,7 +175,7 @@ def test_a_dense_model_that_goes_along_is_counted(checkpoint: Path) -> None:
 def test_peaks_are_at_least_what_is_alive(method: object, checkpoint: Path) -> None:
     layer = load(checkpoint).architecture.layers[0]
     weights = 4 * sum(param.size for param in layer.spec.values())
-    grams = 4 * sum(layer.features(tap) ** 2 for tap in layer.reads)
+    grams = 4 * sum(layer.features(capture) ** 2 for capture in layer.reads)
     for program in layer_costs.programs(shapes(checkpoint), 4, 16, method, Unstructured(0.5)):
         alive = weights + (grams if program.phase == "gram" else 0)
         assert alive < program.peak_bytes() < 60 * (weights + grams), program.name
@@ -203,7 +203,7 @@ def test_measures_of_what_is_held_out_are_counted(checkpoint: Path) -> None:
         for tuning in (
             Tuning(tune_epochs=1),
             Tuning(tune_tokens=8 * 16),
-            Tuning(tune_tokens=8 * 16, tune_pieces=2, tune_windows=2),
+            Tuning(tune_tokens=8 * 16, tune_chunks=2, tune_windows=2),
         )
     )
     window = count(none, "dense forward") / 8
@@ -216,16 +216,16 @@ def test_measures_of_what_is_held_out_are_counted(checkpoint: Path) -> None:
     assert count(stream) - count(none) == pytest.approx(4 * HELD_OUT * window + heads)
 
 
-def test_pieces_take_a_step_each(checkpoint: Path) -> None:
+def test_chunks_take_a_step_each(checkpoint: Path) -> None:
     def steps(tuning: Tuning) -> list[float]:
         every = of_distillation(checkpoint, tuning)
         return [program.calls for program in every if program.name.startswith("step ")]
 
-    whole, pieces = steps(Tuning(tune_epochs=1)), steps(Tuning(tune_epochs=1, tune_pieces=2))
+    whole, pieces = steps(Tuning(tune_epochs=1)), steps(Tuning(tune_epochs=1, tune_chunks=2))
     assert pieces == [2 * calls for calls in whole]
 
 
-def test_late_zeros_are_counted(checkpoint: Path) -> None:
+def test_gradual_zeros_are_counted(checkpoint: Path) -> None:
     """Of three layers, after the first six of ten steps."""
 
     def calls(tuning: Tuning, name: str) -> set[float]:
@@ -235,9 +235,9 @@ def test_late_zeros_are_counted(checkpoint: Path) -> None:
             if program.name.startswith(name)
         }
 
-    none, some = (Tuning(tune_tokens=10 * 16, tune_zeros=share) for share in (0.0, 0.125))
+    none, some = (Tuning(tune_tokens=10 * 16, tune_gradual=share) for share in (0.0, 0.125))
     assert calls(none, "step ") == calls(some, "step ") == {3 * 10}
-    assert not calls(none, "late zeros of ") and calls(some, "late zeros of ") == {3 * 6}
+    assert not calls(none, "gradual pruning of ") and calls(some, "gradual pruning of ") == {3 * 6}
 
 
 def test_distillation_is_counted(checkpoint: Path) -> None:

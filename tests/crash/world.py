@@ -40,7 +40,7 @@ class Line(NamedTuple):
 QUICK = "--method magnitude --unchecked"
 LINES = {
     "best": Line(
-        RUN, "--preset best --sparsity 0.6 --tune-windows 2 --tune-epochs 2 --tune-zeros 0.5"
+        RUN, "--preset best --sparsity 0.6 --tune-windows 2 --tune-epochs 2 --tune-gradual 0.5"
     ),
     "admm": Line(RUN, "--method admm --asymmetry 0.25"),
     "quick": Line(RUN, QUICK),

@@ -24,8 +24,8 @@ def test_steps_of_16_bit_weights_are_right_in_the_mean(dtype: type) -> None:
         kernels.moving["a"].value.dtype == dtype and (found == 0).tolist() == (value == 0).tolist()
     )
     # All gradients have the same size, so a step is the rate in units of the root mean square.
-    unit = np.sqrt(np.mean(begin[begin != 0] ** 2))
-    np.testing.assert_allclose((begin - found) / unit, 0.1 * np.sign(value), atol=0.01)
+    rms = np.sqrt(np.mean(begin[begin != 0] ** 2))
+    np.testing.assert_allclose((begin - found) / rms, 0.1 * np.sign(value), atol=0.01)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
@@ -66,14 +66,14 @@ def test_no_step_is_much_larger_than_the_rate() -> None:
         kernels = kernels._replace(
             moving=adafactor.step(kernels, {"a": jnp.asarray(gradient)}, *step)
         )
-        moved, unit = (
+        moved, rms = (
             np.asarray(kernels.moving["a"].value) - before,
             [np.sqrt(np.mean(v[v != 0] ** 2)) for v in value],
         )
         sizes.append(
             [
                 np.sqrt(np.mean(m[v != 0] ** 2)) / u / 0.01
-                for m, v, u in zip(moved, value, unit, strict=True)
+                for m, v, u in zip(moved, value, rms, strict=True)
             ]
         )
     assert np.max(sizes) < 1.1 and np.min(np.array(sizes)[:, :2]) > 0.5  # the last would be 3

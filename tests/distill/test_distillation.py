@@ -145,26 +145,26 @@ def test_a_step_takes_as_many_windows_as_it_is_told(checkpoint: Path) -> None:
     assert TuningSteps.of(Tuning(tune_epochs=1, tune_windows=99), 12, 32).shape == (12, 32)
 
 
-def test_windows_are_cut_into_pieces(tmp_path: Path) -> None:
+def test_windows_are_cut_into_chunks(tmp_path: Path) -> None:
     """Of 32 tokens into three of 10: two are left out. A stream's come in their order, also from a
     later step on."""
     ids = np.arange(5 * 32, dtype=np.int32).reshape(5, 32)
     expected = ids[:, :30].reshape(15, 10)
-    text = of_windows(ids, Tuning(tune_epochs=1, tune_pieces=3, tune_windows=3), 0)
+    text = of_windows(ids, Tuning(tune_epochs=1, tune_chunks=3, tune_windows=3), 0)
     assert (text.steps.count, text.steps.shape) == (5, (3, 10))
     visited = np.concatenate(list(text.batches(0)))
     np.testing.assert_array_equal(visited[np.argsort(visited[:, 0])], expected)
 
-    stream, tuning = of_ids(tmp_path), Tuning(tune_tokens=20 * 8, tune_pieces=3, tune_windows=2)
+    stream, tuning = of_ids(tmp_path), Tuning(tune_tokens=20 * 8, tune_chunks=3, tune_windows=2)
     windows = np.stack([*islice(stream.windows(), 6)])
     text = of_stream(stream, tuning)
     assert (text.steps.count, text.steps.shape) == (8, (2, 10)) and text.held_out is stream.held_out
     for begin in range(8):
         found = np.concatenate(list(text.batches(begin)))
         np.testing.assert_array_equal(found, windows[:, :30].reshape(18, 10)[2 * begin : 16])
-    assert Tuning(tune_epochs=1).pieces(5, 32) == (5, 32)
+    assert Tuning(tune_epochs=1).chunks(5, 32) == (5, 32)
     with pytest.raises(InputError, match="windows of 32 tokens cannot be cut into 17 chunks"):
-        Tuning(tune_epochs=1, tune_pieces=17).pieces(5, 32)
+        Tuning(tune_epochs=1, tune_chunks=17).chunks(5, 32)
 
 
 @pytest.mark.parametrize(
@@ -175,9 +175,9 @@ def test_windows_are_cut_into_pieces(tmp_path: Path) -> None:
         {"tune_rate": 0.0},
         {"tune_rate": 1.5},
         {"tune_windows": 0},
-        {"tune_pieces": 0},
-        {"tune_zeros": -0.1},
-        {"tune_zeros": 1.1},
+        {"tune_chunks": 0},
+        {"tune_gradual": -0.1},
+        {"tune_gradual": 1.1},
     ],
 )
 def test_impossible_options_are_refused(bad: dict) -> None:

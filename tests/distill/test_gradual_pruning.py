@@ -47,7 +47,7 @@ from tests.helpers.shapes import LINEARS, windows
 from tests.helpers.tuning import Steps, kept_at, kernel, of_ids
 from tests.helpers.tuning_by_torch import tuned_by_torch
 
-LATE = Tuning(tune_epochs=2, tune_rate=0.02, tune_windows=2, tune_zeros=0.75)
+LATE = Tuning(tune_epochs=2, tune_rate=0.02, tune_windows=2, tune_gradual=0.75)
 """Zeros come after each of the first seven of its twelve steps."""
 MOST = Unstructured(0.75)
 """A quarter of its zeros comes late then."""
@@ -167,7 +167,7 @@ def test_what_is_kept_matters_most_to_the_loss() -> None:
 def test_they_come_by_a_cubic(pattern: Unstructured, checkpoint: Path) -> None:
     (result, *_), late = (
         solved(checkpoint, pattern),
-        gradual_pruning.LateZeros(lambda *_: pattern, range(1, 5)),
+        gradual_pruning.GradualPruning(lambda *_: pattern, range(1, 5)),
     )
     found = late.selectors(load(checkpoint).architecture.layers[0], result)
     assert found.keys() == {f"{name}.kernel" for name in LINEARS}
@@ -181,7 +181,10 @@ def test_they_come_by_a_cubic(pattern: Unstructured, checkpoint: Path) -> None:
 @needs_torch
 def test_steps_and_zeros_are_torchs(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedule, "PRUNINGS", 2)
-    tuning, steps = Tuning(tune_epochs=2, tune_rate=0.01, tune_windows=4, tune_zeros=0.25), Steps()
+    tuning, steps = (
+        Tuning(tune_epochs=2, tune_rate=0.01, tune_windows=4, tune_gradual=0.25),
+        Steps(),
+    )
     layers, tokens = solved(checkpoint), windows()
     found = list(tune(checkpoint, layers, tuning, observer=steps))
     order = np.random.default_rng(0)
@@ -229,7 +232,7 @@ def test_a_tuning_goes_on_where_it_was_stopped(
     the best."""
     monkeypatch.setattr(schedule, "PRUNINGS", 3)
     monkeypatch.setattr(schedule, "BETWEEN", 1)
-    tuning = Tuning(tune_tokens=12 * 32, tune_rate=0.02, tune_zeros=0.25)
+    tuning = Tuning(tune_tokens=12 * 32, tune_rate=0.02, tune_gradual=0.25)
     text, model = of_stream(of_ids(tmp_path, held_out=1), tuning), load(checkpoint, dtype=dtype)
     layers = solved(checkpoint)
     assert text.steps.prunings == [3, 5, 7] and text.steps.measured == [*range(1, 13)]
@@ -259,7 +262,7 @@ def test_measures_count_with_all_zeros(
     others is the best of those; four more end it."""
     monkeypatch.setattr(schedule, "BETWEEN", 1)
     monkeypatch.setattr(Student, "divergence", lambda *_: float(len(seen.held_out)))
-    tuning, seen = Tuning(tune_tokens=32 * 2 * 32, tune_windows=2, tune_zeros=0.25), Steps()
+    tuning, seen = Tuning(tune_tokens=32 * 2 * 32, tune_windows=2, tune_gradual=0.25), Steps()
     text, layers = of_stream(of_ids(tmp_path), tuning), solved(checkpoint)
     assert text.steps.last_pruning == 19
     found = list(
@@ -323,10 +326,10 @@ def test_kernels_may_become_wholly_zero(checkpoint: Path) -> None:
     assert round(pattern.sparsity * few) == few and round(pattern.sparsity * many) < many
 
 
-@pytest.mark.parametrize("flags", ["", "--weigh-outputs --spread 0.2"])
+@pytest.mark.parametrize("flags", ["", "--weigh-outputs --max-deviation 0.2"])
 def test_the_solves_leave_a_share_of_what_is_above_one_half(flags: str, checkpoint: Path) -> None:
     """Of all linear layers together, where one threshold is over them; what is zero stays so."""
-    line, seen = f"--sparsity 0.7 --tune-epochs 1 --tune-zeros 0.5 {flags}", Steps()
+    line, seen = f"--sparsity 0.7 --tune-epochs 1 --tune-gradual 0.5 {flags}", Steps()
     layers = list(
         prune_model(
             load(checkpoint), windows(), parse(line.split()), context=Context(observer=seen)
@@ -346,7 +349,7 @@ def test_the_solves_leave_a_share_of_what_is_above_one_half(flags: str, checkpoi
 
 
 def test_up_to_one_half_they_make_all(checkpoint: Path) -> None:
-    lines = [f"--tune-epochs 1 --tune-zeros {share}".split() for share in (0, 0.5)]
+    lines = [f"--tune-epochs 1 --tune-gradual {share}".split() for share in (0, 0.5)]
     for layers in zip(
         *(prune_model(load(checkpoint), windows(), parse(line)) for line in lines), strict=True
     ):
@@ -363,10 +366,10 @@ def test_zeros_come_late_in_patterns(checkpoint: Path) -> None:
     ("pattern", "reason"),
     [(Given("from-file:masks"), "the given masks decide"), (NM(2, 4), "pruned gradually")],
 )
-def test_late_zeros_are_refused_where_none_can_come(pattern: NM | Given, reason: str) -> None:
-    with pytest.raises(InputError, match=f"tune_zeros has no effect: .*{reason}") as error:
+def test_gradual_zeros_are_refused_where_none_can_come(pattern: NM | Given, reason: str) -> None:
+    with pytest.raises(InputError, match=f"tune_gradual has no effect: .*{reason}") as error:
         Recipe(pattern=pattern, tuning=LATE)
-    assert error.value.options == {"tune_zeros": Change.OMIT}
+    assert error.value.options == {"tune_gradual": Change.OMIT}
 
 
 def test_a_run_keeps_and_records_the_masks_of_its_end(
@@ -386,7 +389,7 @@ def test_a_run_keeps_and_records_the_masks_of_its_end(
         tmp_path / "ids.npy",
         *"--nsamples 4 --seqlen 32 --eval none".split(),
     ]
-    line += ["--tune-tokens", 12 * 32, "--tune-zeros", 0.75, "--tune-rate", 0.05, "--tune-to-end"]
+    line += ["--tune-tokens", 12 * 32, "--tune-gradual", 0.75, "--tune-rate", 0.05, "--tune-to-end"]
     line += ["--pattern", "per-output", "--sparsity", 0.75]
     assert prune([str(word) for word in (*line, "--save-masks", file, "--out", out)]) == 0
     measured = re.findall(

@@ -20,7 +20,7 @@ def test_there_are_as_many_measures_as_the_text_has_room_for(tokens: int, count:
     ("tuning", "length", "groups"),
     [
         # 61 steps from one measure to the next
-        (Tuning(tune_tokens=10**6, tune_pieces=2), 2048, [*15 * [64], 17]),
+        (Tuning(tune_tokens=10**6, tune_chunks=2), 2048, [*15 * [64], 17]),
         # 4 steps of one batch each
         (Tuning(tune_tokens=10**6, tune_windows=8), 2048, [*15 * [32], 8]),
         (Tuning(tune_tokens=10**6), 512, [*15 * [128], 33]),

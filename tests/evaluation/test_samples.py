@@ -31,7 +31,7 @@ def test_pieces_are_the_continuation(checkpoint: Path) -> None:
             if made[-1] == model.tokenizer.eos_token_id:
                 made.pop()
                 break
-        assert "".join(sample.pieces) == model.tokenizer.decode(made)
+        assert "".join(sample.tokens) == model.tokenizer.decode(made)
 
 
 def test_prompts_of_files(
@@ -101,6 +101,6 @@ def test_a_report_shows_them_side_by_side(
     page = (tmp_path / "out" / "report.html").read_text()
     assert "the &lt;b&gt;cat&lt;/b&gt;" in page and "<b>cat" not in page
     assert page.count('class="card sample"') == 2
-    dense, sparse = (["".join(sample.pieces) for sample in ones] for ones in found.values())
+    dense, sparse = (["".join(sample.tokens) for sample in ones] for ones in found.values())
     assert ("<mark>" in page) == (dense != sparse)
     assert '"the <b>cat</b>"' in capsys.readouterr().out

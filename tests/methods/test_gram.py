@@ -54,7 +54,7 @@ def test_relative_error_is_that_of_the_outputs() -> None:
     assert stats.relative_error(jnp.zeros_like(gram), jnp.asarray(w), jnp.asarray(pruned)) == 0
 
 
-def test_a_drifted_target_is_the_damped_least_squares_one() -> None:
+def test_a_shifted_target_is_the_damped_least_squares_one() -> None:
     generator = np.random.default_rng(0)
     dense = generator.normal(size=(200, 6))
     x = dense + 0.3 * generator.normal(size=(200, 6))
@@ -66,8 +66,8 @@ def test_a_drifted_target_is_the_damped_least_squares_one() -> None:
         # diagonal.
         ridge = 0.03 * np.diag(scale**2)
         expected = np.linalg.solve(h + ridge, x.T @ (weights[:, None] * wanted) + ridge @ kernel)
-        moved = stats.add_drift(
+        moved = stats.add_shift(
             jnp.zeros((6, 6)), jnp.asarray(x), jnp.asarray(dense), jnp.asarray(weights)
         )
-        found = stats.drifted_target(jnp.asarray(h), moved, jnp.asarray(kernel), share)
+        found = stats.shifted_target(jnp.asarray(h), moved, jnp.asarray(kernel), share)
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)

@@ -130,13 +130,15 @@ def test_rows_that_no_token_has_are_zero(family: str, tmp_path: Path) -> None:
     model = load(tmp_path)
     layer = model.architecture.layers[0]
     x = jnp.asarray(model.embed(np.random.default_rng(0).integers(0, 300, (2, 40), np.int32)).array)
-    _, taps = jax.jit(layer)(model.put_layer(0, next(model.layers())), x)
-    routed = [tap for tap in taps.values() if isinstance(tap, Routed)]
+    _, captures = jax.jit(layer)(model.put_layer(0, next(model.layers())), x)
+    routed = [capture for capture in captures.values() if isinstance(capture, Routed)]
     assert len(routed) == 3
-    for tap in routed:
-        empty = np.asarray(tap.plan.assignments) == EMPTY
+    for capture in routed:
+        empty = np.asarray(capture.plan.assignments) == EMPTY
         assert (
-            empty.any() and np.asarray(tap.x)[~empty].any() and not np.asarray(tap.x)[empty].any()
+            empty.any()
+            and np.asarray(capture.x)[~empty].any()
+            and not np.asarray(capture.x)[empty].any()
         )
 
 

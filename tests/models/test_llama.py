@@ -112,7 +112,7 @@ def test_configurations_of_transformers_4_are_understood(tmp_path: Path) -> None
 
 
 @needs_torch
-def test_submodules_and_taps_are_those_of_transformers(checkpoint: Path) -> None:
+def test_submodules_and_captures_are_those_of_transformers(checkpoint: Path) -> None:
     streamed = load(checkpoint)
     part, reader = streamed.architecture.layers[1], streamed.reader
     reference = tiny.model(tiny.config())
@@ -131,15 +131,17 @@ def test_submodules_and_taps_are_those_of_transformers(checkpoint: Path) -> None
     with torch.no_grad():
         reference(torch.tensor(tokens))
     params = {p: reader.read([f"layers.1.{p}"])[f"layers.1.{p}"] for p in part.spec}
-    _, taps = part(jax.device_put(params), jnp.asarray(inputs["input_layernorm"]))
-    for tap, linears in part.inputs.items():
+    _, captures = part(jax.device_put(params), jnp.asarray(inputs["input_layernorm"]))
+    for capture, linears in part.inputs.items():
         for linear in linears:
-            np.testing.assert_allclose(taps[tap], inputs[linear], atol=2e-5)
+            np.testing.assert_allclose(captures[capture], inputs[linear], atol=2e-5)
             np.testing.assert_allclose(
-                taps[tap] @ params[f"{linear}.kernel"], outputs[linear], atol=1e-4
+                captures[capture] @ params[f"{linear}.kernel"], outputs[linear], atol=1e-4
             )
-    np.testing.assert_allclose(taps["attention_input"], outputs["input_layernorm"], atol=1e-5)
-    np.testing.assert_allclose(taps["mlp_input"], outputs["post_attention_layernorm"], atol=1e-5)
+    np.testing.assert_allclose(captures["attention_input"], outputs["input_layernorm"], atol=1e-5)
+    np.testing.assert_allclose(
+        captures["mlp_input"], outputs["post_attention_layernorm"], atol=1e-5
+    )
 
 
 # The last one has segments of several blocks.

@@ -37,7 +37,7 @@ GPUS = r"cusolver|cublas|__triton|TopK|topk|cu_|__cudnn\$fmha"
 def test_every_program_compiles(name: str, method: Method, tmp_path: Path) -> None:
     target = target_of(name)
     if not target.has_compiler:
-        pytest.skip(f"the compiler of {target.words} is not installed: {target.install}")
+        pytest.skip(f"the compiler of {target.display_name} is not installed: {target.install}")
     tiny.config(**SIZES, num_hidden_layers=1, max_position_embeddings=1024).save_pretrained(
         tmp_path
     )
@@ -46,7 +46,7 @@ def test_every_program_compiles(name: str, method: Method, tmp_path: Path) -> No
         every = [*layer_costs.programs(shapes, 16, 1024, method, Unstructured(0.5))]
         if isinstance(method, ADMM):
             every += sensitivity.programs(shapes, 16, 1024)
-            steps = TuningSteps.of(Tuning(tune_epochs=1, tune_zeros=0.5), 16, 1024)
+            steps = TuningSteps.of(Tuning(tune_epochs=1, tune_gradual=0.5), 16, 1024)
             every += tuning_costs.programs(shapes, steps, Placement(True, True))
             every += perplexity.programs(shapes, 16, 1024)
         for program in every:

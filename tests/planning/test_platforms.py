@@ -41,7 +41,7 @@ def all_programs(checkpoint: Path, dtype: str) -> Iterator[Program]:
     yield from layer_costs.programs(shapes, 4, 512, ADMM(), NM(2, 4))
     yield from sensitivity.programs(shapes, 4, 512)
     for placement in (Placement(True, True), Placement(True, False), Placement(False, False)):
-        steps = TuningSteps.of(Tuning(tune_epochs=2, tune_zeros=0.5), 4, 512)
+        steps = TuningSteps.of(Tuning(tune_epochs=2, tune_gradual=0.5), 4, 512)
         yield from tuning_costs.programs(shapes, steps, placement)
     yield from perplexity.programs(shapes, 4, 512)
 

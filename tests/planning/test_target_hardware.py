@@ -92,7 +92,7 @@ def test_a_run_takes_what_is_there(checkpoint: Path, capsys: pytest.CaptureFixtu
 def with_compiler(name: str) -> Target:
     target = target_of(name)
     if not target.has_compiler:
-        pytest.skip(f"the compiler of {target.words} is not installed: {target.install}")
+        pytest.skip(f"the compiler of {target.display_name} is not installed: {target.install}")
     return target
 
 
@@ -109,7 +109,7 @@ def test_what_its_compiler_says(
     target = with_compiler(name)
     assert main(line(checkpoint, name)) == 0
     out = capsys.readouterr().out
-    assert "is not installed" not in out and target.words in out
+    assert "is not installed" not in out and target.display_name in out
 
 
 def test_of_a_gpus_memory_jax_takes_a_share(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ FLAGS = {
     "unstructured": "--sparsity 0.666667",
     "per-output": "--method wanda --sparsity 0.6",
     "2of4": "--mask wanda --update admm --pattern 2:4 --finish-steps 3 --asymmetry 0.25",
-    "best": "--preset best --sparsity 0.7 --tune-windows 2 --tune-zeros 0",
+    "best": "--preset best --sparsity 0.7 --tune-windows 2 --tune-gradual 0",
     "given": "--mask from-file:masks.safetensors --update exact",
 }
 """What the runs of the records were asked for."""

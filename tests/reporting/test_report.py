@@ -168,7 +168,7 @@ def test_the_mean_is_that_of_the_merged_tasks() -> None:
     assert dense.accuracy == pytest.approx((0.6 + 0.3 + 0.9) / 3)
 
 
-def test_checkpoints_of_one_name_are_told_apart() -> None:
+def test_checkpoints_of_one_name_are_distinguished() -> None:
     records = [run_record("a/out", method="admm"), run_record("b/out", method="wanda")]
     assert [entry.label for entry in report.checkpoints_of(parsed(*records))] == [
         "llama-7b (dense)",
@@ -274,10 +274,12 @@ def test_measures_before_all_zeros_are_there_are_marked() -> None:
         return plots.divergence_by_tokens(found).svg.count("stroke-dasharray")
 
     assert (
-        dotted(tune_tokens=1000, tune_zeros=0.5) == dotted(tune_tokens=10**400, tune_zeros=0.5) == 1
+        dotted(tune_tokens=1000, tune_gradual=0.5)
+        == dotted(tune_tokens=10**400, tune_gradual=0.5)
+        == 1
     )
-    assert not dotted(tune_tokens=1000) and not dotted(tune_tokens=0, tune_zeros=0.5)
-    assert not dotted("50 %", tune_tokens=1000, tune_zeros=0.5)
+    assert not dotted(tune_tokens=1000) and not dotted(tune_tokens=0, tune_gradual=0.5)
+    assert not dotted("50 %", tune_tokens=1000, tune_gradual=0.5)
 
 
 def test_one_sparsity_makes_no_curve() -> None:

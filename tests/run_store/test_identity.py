@@ -1,4 +1,4 @@
-"""A run that goes on notices whatever has changed."""
+"""A resumed run notices whatever has changed."""
 
 import json
 import os
@@ -114,7 +114,7 @@ def test_a_changed_configuration_is_noticed(
     assert named in capsys.readouterr().err
 
 
-def test_sparsities_are_told_apart_to_the_last_digit(
+def test_sparsities_are_distinguished_to_the_last_digit(
     stopped: list[str], capsys: pytest.CaptureFixture
 ) -> None:
     capsys.readouterr()

@@ -13,7 +13,7 @@ import pytest
 from convert import ownership, renaming
 from convert.destination import Destination, destination
 from convert.errors import OccupiedError
-from convert.ownership import MARKER, UNSEALED
+from convert.ownership import EMPTY_CHECKSUM, MARKER
 from convert.writing import write_text
 from jaxprune import InputError
 from jaxprune.commands.evaluate import main as evaluate
@@ -64,8 +64,8 @@ def work(
         store.result.mkdir(parents=True)
         write_text(store.result / "model", text)
         if masks:
-            write_text(store.masks, f"{UNSEALED}{text}")
-            ownership.seal(store.masks)
+            write_text(store.masks, f"{EMPTY_CHECKSUM}{text}")
+            ownership.add_checksum(store.masks)
         publishing.finish(store, {"model"}, masks=masks is not None)
         publishing.publish(store, place, masks_place)
     return "done"
@@ -385,7 +385,7 @@ def test_what_appears_at_the_place_of_a_run_stays(
     assert Path("out").read_text() == "theirs" if kind == "file" else Path("out").exists()
     Path("out").rename("aside")
     with monkeypatch.context() as patch:
-        # nothing is pruned anew
+        # nothing is pruned again
         patch.setattr(layer, "prune_and_round", failing(layer.prune_and_round, 1))
         assert main([*line, "--out", "out"]) == 0
     assert Path("out/model.safetensors").exists() and not Path("out.unfinished").exists()

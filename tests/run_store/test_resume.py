@@ -45,7 +45,7 @@ LINES = {
 MOMENTS = {
     "reading": ("convert.hf", "Reader.read"),
     "Gram": ("jaxprune.solve.gram_matrices", "accumulate"),
-    "Gram, asymmetric": ("jaxprune.solve.gram_matrices", "accumulate_drift"),
+    "Gram, asymmetric": ("jaxprune.solve.gram_matrices", "accumulate_shift"),
     "solve": ("jaxprune.solve.layer", "prune_and_round"),
     "forward": ("jaxprune.streaming.model", "StreamedModel.forward"),
     "commit": ("jaxprune.run_store.store", "RunStore._move"),

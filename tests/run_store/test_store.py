@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from convert.errors import CheckpointError
-from convert.ownership import sealed
+from convert.ownership import has_checksum
 from jaxprune.run_store import store as store_module
 from jaxprune.run_store.store import RunStore, Saved, Stage
 from jaxprune.streaming.hidden_states import HiddenStates
@@ -166,5 +166,5 @@ def test_states_are_saved_when_the_work_was_worth_it(
     assert stage.states(lambda step: step == 44, lambda: narrow) is None
     assert stage.states(lambda step: step < 44, lambda: empty) is None
     assert Stage(store, "none", *CODEC).states(lambda _: True, lambda: empty) is None
-    assert sealed(store.path("stage/states"))
+    assert has_checksum(store.path("stage/states"))
     store.close()

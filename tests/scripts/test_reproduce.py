@@ -177,7 +177,7 @@ def test_a_cell_that_tunes_on_a_text_goes_on(
     reproduce, flags = driver
     short = dataclasses.replace(
         reproduce.EXPERIMENTS["budgets"],
-        rows={"thorough": "--preset thorough --tune-tokens 256 --tune-pieces 1"},
+        rows={"thorough": "--preset thorough --tune-tokens 256 --tune-chunks 1"},
         patterns=("0.5",),
         measure="perplexity",
         against=(),

@@ -18,18 +18,18 @@ def histograms(linears: int = 5, bins: int = 40, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("spread", [0.0, 0.05, 0.3, 0.99])
+@pytest.mark.parametrize("max_deviation", [0.0, 0.05, 0.3, 0.99])
 @pytest.mark.parametrize("sparsity", [0.0, 0.1234, 0.5, 0.97])
-def test_totals_are_exact_within_bounds(sparsity: float, spread: float, seed: int) -> None:
+def test_totals_are_exact_within_bounds(sparsity: float, max_deviation: float, seed: int) -> None:
     counts = histograms(seed=seed)
     sizes = counts.sum(axis=1)
     zeros = round(sparsity * sizes.sum())
-    found = share_zeros([(3, row) for row in counts], zeros, spread)
+    found = share_zeros([(3, row) for row in counts], zeros, max_deviation)
     assert found.sum() == zeros
     share = zeros / sizes.sum()
     slack = 1 / sizes  # a whole weight
-    assert (found / sizes <= min(share + spread, 1) + slack).all()
-    assert (found / sizes >= max(share - spread, 0) - slack).all()
+    assert (found / sizes <= min(share + max_deviation, 1) + slack).all()
+    assert (found / sizes >= max(share - max_deviation, 0) - slack).all()
 
 
 def test_one_threshold_where_nothing_bounds_it() -> None:
@@ -63,12 +63,12 @@ def test_the_threshold_is_one_of_saliencies(checkpoint: Path) -> None:
     }
     saliencies = {}
     for index, layer in enumerate(sensitivity):
-        for tap, paths in INPUTS.items():
+        for capture, paths in INPUTS.items():
             for path in paths:
                 name = f"layers.{index}.{path}.kernel"
                 kernel = model.reader.read([name])[name].astype(np.float64)
                 saliencies[index, path] = (
-                    kernel**2 * layer.inputs[tap][:, None] * layer.outputs[path][None, :]
+                    kernel**2 * layer.inputs[capture][:, None] * layer.outputs[path][None, :]
                 )
     assert found.keys() == saliencies.keys() == model.architecture.kernel_shapes().keys()
     threshold = np.quantile(np.concatenate([s.reshape(-1) for s in saliencies.values()]), 0.6)

@@ -60,8 +60,8 @@ def layer_by_hand(model: StreamedModel, x: np.ndarray) -> tuple[dict[str, np.nda
     """The Gram matrices of the first layer's experts, and their saliencies, in float64."""
     layer = model.architecture.layers[0]
     (params,) = (p for i, p in enumerate(model.layers([0])) if i == 0)
-    _, taps = jax.jit(layer)(jax.device_put(params), x)
-    tokens = np.asarray(taps["mlp_input"], np.float64).reshape(-1, x.shape[-1])
+    _, captures = jax.jit(layer)(jax.device_put(params), x)
+    tokens = np.asarray(captures["mlp_input"], np.float64).reshape(-1, x.shape[-1])
     scores = tokens @ np.asarray(params["mlp.gate.kernel"], np.float64)
     shares = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
     found, saliency = {}, np.zeros(6)
@@ -77,8 +77,8 @@ def layer_by_hand(model: StreamedModel, x: np.ndarray) -> tuple[dict[str, np.nda
         gate, up = read @ kernels["gate_proj"], read @ kernels["up_proj"]
         hidden = gate / (1 + np.exp(-gate)) * up
         saliency[expert] = np.mean(share * np.linalg.norm(hidden @ kernels["down_proj"], axis=1))
-        for tap, rows in (("expert_input", read), ("expert_hidden", hidden)):
-            found[f"{tap}.{expert}"] = rows.T @ (share[:, None] ** 2 * rows)
+        for name, rows in (("expert_input", read), ("expert_hidden", hidden)):
+            found[f"{name}.{expert}"] = rows.T @ (share[:, None] ** 2 * rows)
     return found, saliency
 
 
@@ -89,9 +89,9 @@ def test_gram_matrices_are_of_the_tokens_routed_there_by_squared_shares(folder: 
     grams, _ = gram_matrices.gram_matrices(states, 0, model.put_layer(0, params))
     expected, _ = layer_by_hand(model, states.pruned.array)
     assert sum(grams.tokens(f"expert_input.{k}") or 0 for k in range(6)) == 2 * WINDOWS.size
-    for tap, gram in expected.items():
+    for name, gram in expected.items():
         np.testing.assert_allclose(
-            grams.take(tap), gram, rtol=1e-4, atol=1e-4 * np.abs(gram).max(), err_msg=tap
+            grams.take(name), gram, rtol=1e-4, atol=1e-4 * np.abs(gram).max(), err_msg=name
         )
 
 
@@ -189,7 +189,7 @@ def test_a_snapshot_has_no_routers(folder: Path) -> None:
     assert len(snapshot.kernels) == 4 + 3 * 6 and "mlp.gate" not in snapshot.kernels
 
 
-def test_short_names_are_told_apart() -> None:
+def test_short_names_are_distinguished() -> None:
     paths = [
         "mlp.gate",
         "mlp.experts.*.gate_proj",

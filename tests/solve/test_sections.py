@@ -19,7 +19,7 @@ from jaxprune.methods.sparsegpt import SparseGPT
 from jaxprune.phases import prune_model
 from jaxprune.recipe import Recipe
 from jaxprune.recipe_parts import Tuning
-from jaxprune.sparsity.patterns import InSections, by_section, in_sections
+from jaxprune.sparsity.patterns import InProjections, by_projection, in_projections
 from tests.helpers import tiny
 from tests.helpers.shapes import windows
 
@@ -55,7 +55,7 @@ def fused(folder: Path, apart: Path) -> Path:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The model with separate linear layers, and with fused ones."""
-    folder = tmp_path_factory.mktemp("sections")
+    folder = tmp_path_factory.mktemp("projections")
     apart = tiny.save(folder / "apart", tiny.config())
     return apart, fused(folder / "fused", apart)
 
@@ -82,12 +82,12 @@ def test_fused_linear_layers_are_pruned_as_those_they_are(
     for path, kernel in one.items():
         np.testing.assert_array_equal(other[path] == 0, kernel == 0, err_msg=path)
         np.testing.assert_allclose(other[path], kernel, rtol=1e-3, atol=1e-4, err_msg=path)
-    assert together["self_attn.qkv_proj"].sections == {"query": 640, "key": 320, "value": 320}
-    assert together["mlp.gate_up_proj"].sections == {"gate": 960, "up": 960}
+    assert together["self_attn.qkv_proj"].projections == {"query": 640, "key": 320, "value": 320}
+    assert together["mlp.gate_up_proj"].projections == {"gate": 960, "up": 960}
 
 
-def test_late_zeros_are_those_of_their_sections(pair: tuple[Path, Path]) -> None:
-    tuning = Tuning(tune_epochs=2, tune_rate=0.05, tune_zeros=0.05)
+def test_gradual_zeros_are_those_of_their_projections(pair: tuple[Path, Path]) -> None:
+    tuning = Tuning(tune_epochs=2, tune_rate=0.05, tune_gradual=0.05)
     recipe = Recipe(ADMM(), Unstructured(0.625), tuning=tuning)
     before = list(prune_layers(load(pair[1]), TOKENS, ADMM(), Unstructured(0.625)))
     for one, other in zip(before, prune_model(load(pair[1]), TOKENS, recipe), strict=True):
@@ -95,10 +95,12 @@ def test_late_zeros_are_those_of_their_sections(pair: tuple[Path, Path]) -> None
             first, last = (
                 layer.params[f"layers.{layer.index}.{path}.kernel"] == 0 for layer in (one, other)
             )
-            sections = load(pair[1]).architecture.layers[one.index].sections.get(path, ())
+            projections = load(pair[1]).architecture.layers[one.index].projections.get(path, ())
             assert not np.array_equal(first, last)
             assert (
-                by_section(last.sum(axis=0), sections) == other[path].sections == one[path].sections
+                by_projection(last.sum(axis=0), projections)
+                == other[path].projections
+                == one[path].projections
             )
 
 
@@ -106,16 +108,16 @@ def test_a_snapshot_knows_them(pair: tuple[Path, Path], tmp_path: Path) -> None:
     made = snapshots.capture(load(pair[1]), TOKENS, 1, Recipe())
     snapshots.save(tmp_path / "layer.safetensors", made)
     read = snapshots.load(tmp_path / "layer.safetensors")
-    assert dict(read.sections) == dict(made.sections) and len(read.sections) == 2
+    assert dict(read.projections) == dict(made.projections) and len(read.projections) == 2
     found = {
-        path: result.sections
+        path: result.projections
         for path, result, _, _ in snapshots.solve(read, ADMM(), Unstructured(0.5))
     }
     assert found["mlp.gate_up_proj"] == {"gate": 768, "up": 768} and not found["mlp.down_proj"]
-    assert read.only("mlp.down_proj").sections == {}
+    assert read.only("mlp.down_proj").projections == {}
 
 
-def test_zeros_that_moved_to_another_section_are_noticed(
+def test_zeros_that_moved_to_another_projection_are_noticed(
     pair: tuple[Path, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -129,8 +131,8 @@ def test_zeros_that_moved_to_another_section_are_noticed(
     )
     assert prune(line.split()) == 0 and verify(["pruned"]) == 0
     record = json.loads(Path("pruned/jaxprune.json").read_text())["layers"][0]["kernels"]
-    assert record["self_attn.qkv_proj"]["sections"] == {"query": 512, "key": 256, "value": 256}
-    assert record["mlp.down_proj"]["sections"] == {}
+    assert record["self_attn.qkv_proj"]["projections"] == {"query": 512, "key": 256, "value": 256}
+    assert record["mlp.down_proj"]["projections"] == {}
     tensors = load_file("pruned/model.safetensors")
     gate, up = np.split(tensors["model.layers.0.mlp.gate_up_proj.weight"], 2)
     where, to = np.argwhere(gate == 0)[0], np.argwhere(up != 0)[0]
@@ -148,11 +150,13 @@ def test_zeros_that_moved_to_another_section_are_noticed(
     ("widths", "outputs", "sparsity"),
     [((8, 4, 4), 16, 0.5), ((4, 4, 4), 24, 0.61), ((1, 1), 10, 0.0), ((3, 5), 8, 0.99)],
 )
-def test_each_section_has_its_share(widths: tuple[int, ...], outputs: int, sparsity: float) -> None:
+def test_each_projection_has_its_share(
+    widths: tuple[int, ...], outputs: int, sparsity: float
+) -> None:
     scores = np.random.default_rng(0).random((10, outputs), np.float32)
-    sections = tuple((f"{index}", width) for index, width in enumerate(widths))
-    pattern = in_sections(Unstructured(sparsity), sections)
-    assert isinstance(pattern, InSections)
+    projections = tuple((f"{index}", width) for index, width in enumerate(widths))
+    pattern = in_projections(Unstructured(sparsity), projections)
+    assert isinstance(pattern, InProjections)
     steps = [0.1, 0.5, 0.9, 1.0]
     selector, owner = (
         pattern.selector(scores.shape, steps),
@@ -162,7 +166,7 @@ def test_each_section_has_its_share(widths: tuple[int, ...], outputs: int, spars
     before = np.zeros(len(widths), int)
     for step in range(len(steps)):
         mask = np.asarray(select(selector, scores, step))
-        zeros = by_section((~mask).sum(axis=0), sections)
+        zeros = by_projection((~mask).sum(axis=0), projections)
         for index, count in enumerate(zeros.values()):
             columns = np.resize(owner, outputs) == index
             assert abs(count - sparsity * steps[step] * 10 * columns.sum()) <= 1

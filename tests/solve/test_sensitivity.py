@@ -38,11 +38,14 @@ def reference(tokens: np.ndarray) -> list[Sensitivity]:
     return [
         Sensitivity(
             {
-                tap: sum(squares[index, path].sum(-1) for path in paths)
-                for tap, paths in INPUTS.items()
+                capture: sum(squares[index, path].sum(-1) for path in paths)
+                for capture, paths in INPUTS.items()
             },
             {path: squares[index, path].sum((0, 1)) for paths in INPUTS.values() for path in paths},
-            {tap: (inputs[index, paths[0]] ** 2).sum((0, 1)) for tap, paths in INPUTS.items()},
+            {
+                capture: (inputs[index, paths[0]] ** 2).sum((0, 1))
+                for capture, paths in INPUTS.items()
+            },
             {},
         )
         for index in range(len(model.model.layers))
@@ -92,9 +95,11 @@ def test_weights_are_normalised_powers() -> None:
         np.array([[1.0, 4.0], [9.0, 16.0]], np.float32),
         np.array([0.0, 2.0, 6.0], np.float32),
     )
-    layer = Sensitivity({"tap": energy}, {"linear": outputs}, {"tap": np.ones(3, np.float32)}, {})
+    layer = Sensitivity(
+        {"capture": energy}, {"linear": outputs}, {"capture": np.ones(3, np.float32)}, {}
+    )
     found = weights(layer, Importance(token_power=0.5, weigh_outputs=True))
-    np.testing.assert_allclose(found.tokens["tap"], np.sqrt(energy) / 2.5, rtol=1e-6)
+    np.testing.assert_allclose(found.tokens["capture"], np.sqrt(energy) / 2.5, rtol=1e-6)
     np.testing.assert_allclose(found.outputs["linear"][1:] ** 2, outputs[1:] * 3 / 8, rtol=1e-6)
     # a column must stay a number when it is divided by its weight
     assert 0 < found.outputs["linear"][0] < 1e-5
@@ -104,13 +109,15 @@ def test_weights_are_normalised_powers() -> None:
 
 def test_no_gradient_at_all_weighs_all_the_same() -> None:
     nothing = Sensitivity(
-        {"tap": np.zeros((2, 3), np.float32)}, {"linear": np.zeros(4, np.float32)}, {}, {}
+        {"capture": np.zeros((2, 3), np.float32)}, {"linear": np.zeros(4, np.float32)}, {}, {}
     )
     found = weights(nothing, Importance(token_power=0.5, weigh_outputs=True))
-    assert (found.tokens["tap"] == 1).all() and (found.outputs["linear"] == 1).all()
+    assert (found.tokens["capture"] == 1).all() and (found.outputs["linear"] == 1).all()
 
 
-@pytest.mark.parametrize("bad", [{"token_power": -1.0}, {"spread": -0.1}, {"spread": 1.0}])
+@pytest.mark.parametrize(
+    "bad", [{"token_power": -1.0}, {"max_deviation": -0.1}, {"max_deviation": 1.0}]
+)
 def test_impossible_options_are_refused(bad: dict) -> None:
     with pytest.raises(InputError, match="must"):
         Importance(**bad)

@@ -49,7 +49,7 @@ def test_a_rule_that_names_nothing_is_an_error_with_the_nearest_names(checkpoint
 
 
 @pytest.mark.parametrize(
-    "preset", [[], ["--preset", "fast", "--sparsity", "0.3"]], ids=["plain", "spread"]
+    "preset", [[], ["--preset", "fast", "--sparsity", "0.3"]], ids=["plain", "max_deviation"]
 )
 def test_a_run_with_rules(preset: list[str], checkpoint: Path, ids: Path, tmp_path: Path) -> None:
     out, masks = tmp_path / "out", tmp_path / "masks"
@@ -162,7 +162,7 @@ def test_nothing_is_done_where_all_stay_dense(
     assert record["sparsity"] == 0 and not {"sensitivity", "tune"} & record["seconds"].keys()
     # as asked
     assert (
-        record["recipe"]["importance"]["spread"] == 0.3
+        record["recipe"]["importance"]["max_deviation"] == 0.3
         and record["recipe"]["tuning"]["tune_epochs"] == 2
     )
     run = records.run_of(out)
@@ -200,7 +200,7 @@ def test_rules_that_name_every_linear_layer_decide(
     assert (
         found
         == (
-            pruned(f"--preset {preset} --sparsity 0.7 --uniform --tune-zeros 0", checkpoint, ids)
+            pruned(f"--preset {preset} --sparsity 0.7 --uniform --tune-gradual 0", checkpoint, ids)
             / "model.safetensors"
         ).read_bytes()
     )
@@ -208,7 +208,7 @@ def test_rules_that_name_every_linear_layer_decide(
 
 @pytest.mark.usefixtures("no_gradients")
 def test_nothing_is_measured_for_an_allocation_of_nothing(checkpoint: Path, ids: Path) -> None:
-    pruned("--spread 0.3 --rule *=0.7", checkpoint, ids)
+    pruned("--max-deviation 0.3 --rule *=0.7", checkpoint, ids)
 
 
 @pytest.mark.usefixtures("no_gradients")

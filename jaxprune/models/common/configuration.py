@@ -115,7 +115,7 @@ class Routing:
         shared: the hidden features of the shared expert, which all tokens take; 0: there is none.
         sigmoid: whether routing weights are sigmoids of the scores, and not their softmax.
         scale: factor of the routing weights.
-        route_all: whether taps hold every token for every expert, whatever the router chooses.
+        route_all: whether captures hold every token for every expert, whatever the router chooses.
         mesh: the devices that experts and windows are spread over; None: one.
     """
 

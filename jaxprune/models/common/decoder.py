@@ -23,10 +23,10 @@ from jaxprune.models.common.experts import EXPERT_INPUTS, SparseMLP
 from jaxprune.models.common.matmul import all_but_kernels, times_embedding, times_kernel
 from jaxprune.models.common.packed_windows import Layout
 
-Taps = dict[str, Any]
-"""Tap -> what it taps: an array, or that of experts (`expert_dispatch.Routed`)."""
+Captures = dict[str, Any]
+"""Capture -> what it captures: an array, or that of experts (`expert_dispatch.Routed`)."""
 LinearInputs = Mapping[str, tuple[str, ...]]
-"""Tap -> the linear layers that read it."""
+"""Capture -> the linear layers that read it."""
 
 
 class RMSNorm(nnx.Module):
@@ -86,7 +86,7 @@ def linear(
 def fused(
     config: Config,
     n_in: int,
-    sections: Mapping[str, int],
+    projections: Mapping[str, int],
     rngs: nnx.Rngs,
     *,
     repeats: int = 1,
@@ -97,14 +97,14 @@ def fused(
     Args:
         config: of the model.
         n_in: the inputs.
-        sections: name -> outputs of each.
+        projections: name -> outputs of each.
         rngs: for the parameters' values.
-        repeats: how many times the sections come, one after the other, as where a head's lie
+        repeats: how many times the projections come, one after the other, as where a head's lie
             together.
         bias: whether it has one.
     """
-    module = linear(config, n_in, repeats * sum(sections.values()), rngs, bias=bias)
-    module.sections = tuple(sections.items())
+    module = linear(config, n_in, repeats * sum(projections.values()), rngs, bias=bias)
+    module.projections = tuple(projections.items())
     return module
 
 
@@ -174,7 +174,7 @@ def attend(
 
 
 class GatedMLP(nnx.Module):
-    """Gated feed-forward network; returns its output and its tap."""
+    """Gated feed-forward network; returns its output and its capture."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs, size: int | None = None):
         size = config.intermediate_size if size is None else size
@@ -183,7 +183,7 @@ class GatedMLP(nnx.Module):
         self.down_proj = linear(config, size, config.hidden_size, rngs, bias=config.mlp_bias)
         self.activation = config.activation
 
-    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
+    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Captures]:
         y = gated(self.activation, self.gate_proj(x), self.up_proj(x))
         return self.down_proj(y), {"mlp_hidden": y}
 
@@ -197,7 +197,7 @@ class FusedMLP(nnx.Module):
         self.down_proj = linear(config, config.intermediate_size, config.hidden_size, rngs)
         self.activation = config.activation
 
-    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
+    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Captures]:
         gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
         y = gated(self.activation, gate, up)
         return self.down_proj(y), {"mlp_hidden": y}
@@ -234,7 +234,7 @@ class DecoderLayer(nnx.Module):
         attention: class of the attention, made from `(config, kind, rngs)`; returns its output and
             the input of its last linear layer.
         feed_forward: class of the feed-forward network, made from `(config, rngs)`; returns its
-            output and its own taps.
+            output and its own captures.
         experts: the same of layers with experts.
         norm: class of the norms.
         names: a checkpoint's names of the attention and of what comes after it.
@@ -260,7 +260,7 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "b t d"], layout: Layout | None = None
-    ) -> tuple[Float[Array, "b t d"], Taps]:
+    ) -> tuple[Float[Array, "b t d"], Captures]:
         attention, mlp = self._modules(self.names)
         before_attention, before_mlp = self._modules(self.config.norms_before)
         after_attention, after_mlp = self._modules(self.config.norms_after)
@@ -269,12 +269,12 @@ class DecoderLayer(nnx.Module):
         attended = x + self._scaled(after_attention(y))
         mlp_input = before_mlp(x if self.config.parallel else attended)
         y, own = mlp(mlp_input)
-        taps = {
+        captures = {
             "attention_input": attention_input,
             "attention_output": attention_output,
             "mlp_input": mlp_input,
         }
-        return attended + self._scaled(after_mlp(y)), taps | own
+        return attended + self._scaled(after_mlp(y)), captures | own
 
     def _modules(self, names: tuple[str, str] | None) -> tuple[Any, Any]:
         """Returns the modules of these names; without names, functions that return what they

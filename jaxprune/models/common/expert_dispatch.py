@@ -58,7 +58,7 @@ class DispatchPlan(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class Routed:
-    """A tap of experts: what their linear layers read.
+    """A capture of experts: what their linear layers read.
 
     Attributes:
         x: [blocks, slots, n]; empty slots are zero.

@@ -25,13 +25,13 @@ from jaxprune.models.common.expert_dispatch import (
     dispatch_plan,
     grouped,
 )
-from jaxprune.models.common.functional_modules import ROUTER_TAP
-from jaxprune.sparsity.patterns import Sections
+from jaxprune.models.common.functional_modules import ROUTER_CAPTURE
+from jaxprune.sparsity.patterns import Projections
 
 GATED = "gate_proj", "up_proj", "down_proj"
 """What most families call the linear layers of a gated feed-forward network."""
-OUTPUT_TAP = "expert_output"
-"""The tap of experts' outputs, which no linear layer reads."""
+OUTPUT_CAPTURE = "expert_output"
+"""The capture of experts' outputs, which no linear layer reads."""
 
 
 class Rows(NamedTuple):
@@ -47,13 +47,19 @@ class Rows(NamedTuple):
 
 
 class ExpertLinear(nnx.Module):
-    """A linear layer of each expert, their kernels stacked; of sections where it is several side by
-    side."""
+    """A linear layer of each expert, their kernels stacked; of projections where it is several
+    side by side."""
 
     def __init__(
-        self, experts: int, n_in: int, n_out: int, *, bias: bool = False, sections: Sections = ()
+        self,
+        experts: int,
+        n_in: int,
+        n_out: int,
+        *,
+        bias: bool = False,
+        projections: Projections = (),
     ):
-        self.sections = sections
+        self.projections = projections
         self.kernel = nnx.Param(jnp.zeros((experts, n_in, n_out), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((experts, n_out), jnp.float32)) if bias else None
 
@@ -119,7 +125,7 @@ def mixture(
         correction: what is added to routing weights where experts are chosen; None: nothing.
 
     Returns:
-        The sum, and the taps: what the router reads, what experts read, the input of their last
+        The sum, and the captures: what the router reads, what experts read, the input of their last
         linear layer, and their outputs.
     """
     routing, tokens = routing_of(config), x.reshape(-1, x.shape[-1])
@@ -140,23 +146,23 @@ def mixture(
     mesh = mesh_of(routing, len(x))
 
     def through(chosen: Array, weights: Array) -> tuple[Array, dict[str, Any]]:
-        """Returns the outputs of all assignments, and the taps."""
+        """Returns the outputs of all assignments, and the captures."""
         plan = dispatch_plan(chosen, routing.experts, mesh)
         rows = dispatch(tokens, plan, mesh)
         y, hidden = experts(rows, Rows(plan, mesh))
-        taps = {"expert_input": rows, "expert_hidden": hidden, OUTPUT_TAP: y}
+        captures = {"expert_input": rows, "expert_hidden": hidden, OUTPUT_CAPTURE: y}
         return collect(y, plan, mesh), {
-            name: Routed(tap, plan, weights, mesh) for name, tap in taps.items()
+            name: Routed(capture, plan, weights, mesh) for name, capture in captures.items()
         }
 
-    y, taps = through(chosen, weights)
+    y, captures = through(chosen, weights)
     if routing.route_all:  # for calibration only: the output does not depend on it
         all_experts = jnp.broadcast_to(
             jnp.arange(routing.experts, dtype=jnp.int32)[None, :], every.shape
         )
-        _, taps = through(all_experts, every / total)
+        _, captures = through(all_experts, every / total)
     y = jnp.sum(y * weights.astype(y.dtype)[:, :, None], axis=1, dtype=y.dtype)
-    return y.reshape(x.shape), {ROUTER_TAP: x, **taps}
+    return y.reshape(x.shape), {ROUTER_CAPTURE: x, **captures}
 
 
 def mesh_of(routing: Routing, windows: int) -> Mesh | None:
@@ -171,16 +177,16 @@ def mesh_of(routing: Routing, windows: int) -> Mesh | None:
 
 
 EXPERT_INPUTS = {
-    ROUTER_TAP: ("mlp.gate",),
+    ROUTER_CAPTURE: ("mlp.gate",),
     "expert_input": ("mlp.experts.gate_proj", "mlp.experts.up_proj"),
     "expert_hidden": ("mlp.experts.down_proj",),
 }
-"""Tap -> the linear layers of `SparseMLP` that read it."""
+"""Capture -> the linear layers of `SparseMLP` that read it."""
 
 
 class SparseMLP(nnx.Module):
     """Gated feed-forward networks, of which each token takes a few; returns its output and its
-    taps."""
+    captures."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs, names: tuple[str, str, str] = GATED):
         self.gate = nnx.Linear(

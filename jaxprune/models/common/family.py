@@ -20,11 +20,11 @@ class Family:
             at least `kinds` (one for each layer, hashable: layers of one kind share a module and
             its compiled programs), `vocab_size`, `max_positions` (of a window; None: no limit) and
             `dtype`. It raises InputError for what is not implemented.
-        inputs: the linear layers to prune, as the name of a tap -> the paths of the linear layers
-            whose input it is; or a function of `(config, kind)` that returns this.
+        inputs: the linear layers to prune, as the name of a capture -> the paths of the linear
+            layers whose input it is; or a function of `(config, kind)` that returns this.
         embed: (config, rngs) -> a module: token ids [b, t], `Layout` or None -> hidden states.
         layer: (config, kind, rngs) -> a module: hidden states [b, t, d], `Layout` or None -> hidden
-            states, taps.
+            states, captures.
         head: (config, rngs) -> a module: hidden states -> logits [b, t, vocabulary].
     """
 

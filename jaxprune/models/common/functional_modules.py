@@ -18,10 +18,10 @@ from jaxtyping import Shaped
 
 from convert import Params, Spec
 from convert.names import expert_path, split_expert
-from jaxprune.sparsity.patterns import Sections
+from jaxprune.sparsity.patterns import Projections
 
-ROUTER_TAP = "router_input"
-"""The tap that routers read: linear layers that stay dense unless a rule names them."""
+ROUTER_CAPTURE = "router_input"
+"""The capture that routers read: linear layers that stay dense unless a rule names them."""
 
 
 class Part:
@@ -34,10 +34,10 @@ class Part:
     def __init__(self, make: Callable[[], nnx.Module], precision: str | None) -> None:
         module = nnx.eval_shape(make)
         self._graph, state = nnx.split(module)
-        self._sections = {
-            ".".join(map(str, path)): m.sections
+        self._projections = {
+            ".".join(map(str, path)): m.projections
             for path, m in nnx.iter_modules(module)
-            if getattr(m, "sections", ())
+            if getattr(m, "projections", ())
         }
         self._precision = precision
         self.spec: Spec = traverse_util.flatten_dict(nnx.to_pure_dict(state), sep=".")
@@ -83,7 +83,7 @@ class Source(NamedTuple):
     program.
 
     Attributes:
-        name: the path of the module, or the tap.
+        name: the path of the module, or the capture.
         expert: the index of the expert; None: there are no experts in it.
     """
 
@@ -104,16 +104,16 @@ class Layer(Part):
         stored: path inside the layer, as in a checkpoint -> shape and dtype, each expert for
             itself.
         linears: path of a module -> shape of its kernel, [n_in, n_out] or [experts, n_in, n_out].
-        reads: tap -> the modules whose input it is.
+        reads: capture -> the modules whose input it is.
         experts: path of a module whose kernels are stacked -> their number.
         kernels: linear layer, as in a checkpoint -> shape [n_in, n_out] of its kernel, for all that
             can be pruned.
-        inputs: tap -> linear layers whose input it is; an expert's taps are its own, such as
-            `expert_input.3`.
-        sources: linear layer or tap, as in a checkpoint -> where the layer's program has it.
+        inputs: capture -> linear layers whose input it is; an expert's captures are its own, such
+            as `expert_input.3`.
+        sources: linear layer or capture, as in a checkpoint -> where the layer's program has it.
         routers: linear layers that stay dense unless a rule names them.
         scorers: those of them that have an output for each expert.
-        sections: linear layer that is several side by side -> those; see `patterns.Sections`.
+        projections: linear layer that is several side by side -> those; see `patterns.Projections`.
     """
 
     def __init__(
@@ -128,23 +128,23 @@ class Layer(Part):
             path: self.spec[f"{path}.kernel"].shape for paths in reads.values() for path in paths
         }
         self.experts = {path: shape[0] for path, shape in self.linears.items() if len(shape) == 3}
-        self.routers = frozenset(reads.get(ROUTER_TAP, ()))
+        self.routers = frozenset(reads.get(ROUTER_CAPTURE, ()))
         count = max(self.experts.values(), default=0)
         self.scorers = frozenset(path for path in self.routers if self.linears[path][-1] == count)
         self.sources: dict[str, Source] = {}
         self.kernels: dict[str, tuple[int, ...]] = {}
         self.inputs: dict[str, tuple[str, ...]] = {}
-        self.sections: dict[str, Sections] = {}
-        for tap, paths in reads.items():
+        self.projections: dict[str, Projections] = {}
+        for capture, paths in reads.items():
             for expert in range(self.experts[paths[0]]) if paths[0] in self.experts else (None,):
-                own = tap if expert is None else f"{tap}.{expert}"
-                self.sources[own] = Source(tap, expert)
+                own = capture if expert is None else f"{capture}.{expert}"
+                self.sources[own] = Source(capture, expert)
                 self.inputs[own] = tuple(expert_path(path, expert) for path in paths)
                 for path in paths:
                     self.sources[expert_path(path, expert)] = Source(path, expert)
                     self.kernels[expert_path(path, expert)] = self.linears[path][-2:]
-                    if path in self._sections:
-                        self.sections[expert_path(path, expert)] = self._sections[path]
+                    if path in self._projections:
+                        self.projections[expert_path(path, expert)] = self._projections[path]
         self._members = {path: self._stored_as(path) for path in self.spec}
         self.stored: Spec = {
             name: self.spec[path] if names == (path,) else _one_of(self.spec[path])
@@ -152,9 +152,9 @@ class Layer(Part):
             for name in names
         }
 
-    def features(self, tap: str) -> int:
-        """Returns the features of a tap of the program."""
-        return self.linears[self.reads[tap][0]][-2]
+    def features(self, capture: str) -> int:
+        """Returns the features of a capture of the program."""
+        return self.linears[self.reads[capture][0]][-2]
 
     def _stored_as(self, path: str) -> tuple[str, ...]:
         """Returns the paths in a checkpoint of a param of the program."""
@@ -182,20 +182,20 @@ class Layer(Part):
         return found
 
     def apart(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns arrays of modules or taps by linear layers or taps as in a checkpoint: experts'
-        are split up."""
+        """Returns arrays of modules or captures by linear layers or captures as in a checkpoint:
+        experts' are split up."""
         return {
             name: source.of(arrays)
             for name, source in self.sources.items()
             if source.name in arrays
         }
 
-    def programs_of(self, taps: Iterable[str]) -> dict[str, list[int] | None]:
-        """Returns the program's taps -> the experts of these taps; None: there are no experts in
-        it."""
+    def programs_of(self, captures: Iterable[str]) -> dict[str, list[int] | None]:
+        """Returns the program's captures -> the experts of these captures; None: there are no
+        experts in it."""
         found: dict[str, list[int] | None] = {}
-        for tap in taps:
-            name, expert = self.sources[tap]
+        for capture in captures:
+            name, expert = self.sources[capture]
             if expert is None:
                 found[name] = None
             else:
@@ -218,7 +218,7 @@ def _one_of(stack: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 def _stacked(arrays: list[Shaped[np.ndarray, "..."]]) -> Shaped[np.ndarray, "e ..."]:
     """Stacks arrays; kernels lie in memory as a checkpoint's tensors do, transposed, and stay that
-    way."""
+    plan."""
     if arrays[0].ndim == 2 and not arrays[0].flags.c_contiguous:
         return np.stack([array.T for array in arrays]).transpose(0, 2, 1)
     return np.stack(arrays)

@@ -78,11 +78,11 @@ def test_gram_matrices_of_experts_are_those_of_their_tokens(first: int, count: i
     chosen, weights = routed(90, 2, 5)
     x = np.random.default_rng(1).normal(size=(90, 7)).astype(np.float32)
     plan = dispatch_plan(jnp.asarray(chosen), 5)
-    tap = Routed(dispatch(jnp.asarray(x), plan, None), plan, jnp.asarray(weights))
+    capture = Routed(dispatch(jnp.asarray(x), plan, None), plan, jnp.asarray(weights))
     group = plan.expert_ids - jnp.int32(first)
     group = jnp.where(group < count, group, jnp.int32(-1))
     zeros = jnp.zeros((count, 7, 7), jnp.float32)
-    found = jax.jit(gram.add_grouped)(zeros, tap.x, tap.weights(), group)
+    found = jax.jit(gram.add_grouped)(zeros, capture.x, capture.weights(), group)
     for expert in range(first, first + count):
         squared = np.where(chosen == expert, weights, 0).sum(axis=1) ** 2
         expected = x.T @ (squared[:, None] * x)

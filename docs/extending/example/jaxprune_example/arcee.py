@@ -7,12 +7,12 @@ from jaxtyping import Array, Float
 
 from jaxprune.models.common.activations import ACTIVATIONS
 from jaxprune.models.common.configuration import Config
-from jaxprune.models.common.decoder import ATTENTION_INPUTS, DecoderLayer, Taps, linear
+from jaxprune.models.common.decoder import ATTENTION_INPUTS, Captures, DecoderLayer, linear
 from jaxprune.models.common.family import Family
 
 
 class MLP(nnx.Module):
-    """Feed-forward network; returns its output and its tap."""
+    """Feed-forward network; returns its output and its capture."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.up_proj = linear(
@@ -23,7 +23,7 @@ class MLP(nnx.Module):
         )
         self.activation = config.activation
 
-    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Taps]:
+    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Captures]:
         hidden = ACTIVATIONS[self.activation](self.up_proj(x))
         return self.down_proj(hidden), {"mlp_hidden": hidden}
 
