@@ -111,8 +111,8 @@ def _plan_for_targets(config: Config, recipe: Recipe, sparsity: float | None) ->
                     f"several {target.display_name} need their compiler: {target.install}"
                 )
             console.print(
-                f"the compiler of {target.display_name} is not installed ({target.install}): memory "
-                "is counted as if every intermediate result stayed, and what programs move is not known"
+                f"The compiler for {target.display_name} is not installed ({target.install}). "
+                "The plan counts every intermediate result in memory and cannot count memory traffic."
             )
     summary: list[list[str]] = []
     problems: list[str] = []
