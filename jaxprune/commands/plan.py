@@ -112,7 +112,7 @@ def _plan_for_targets(config: Config, recipe: Recipe, sparsity: float | None) ->
                 )
             console.print(
                 f"The compiler for {target.display_name} is not installed ({target.install}). "
-                "The plan counts every intermediate result in memory and cannot count memory traffic."
+                "The plan counts every intermediate result in memory and omits memory traffic."
             )
     summary: list[list[str]] = []
     problems: list[str] = []

@@ -224,7 +224,7 @@ class _Tuning:
     def _prunings(
         self, name: str, moving: adafactor.Moving, fixed: adafactor.Fixed, count: int, alive: int
     ) -> Iterator[Program]:
-        """Yields the programs by which zeros of a kernel come gradual, expert by expert."""
+        """Yields the programs that prune a kernel gradually, expert by expert."""
         *experts, inputs, outputs = moving.value.shape
         times, masked = len(self.steps.prunings), (moving.value, fixed.mask)
         calls = count * (2 * self.steps.last_pruning + self.steps.measured_early)
