@@ -15,8 +15,8 @@ from jaxprune.methods import Method
 from jaxprune.solve.calibration_states import CalibrationStates
 from jaxprune.solve.layer import Solver, solve_layer
 from jaxprune.solve.layer_result import LayerResult
+from jaxprune.solve.rules import TargetOf, targets_for
 from jaxprune.solve.sensitivity import Weights
-from jaxprune.solve.targets import TargetOf, targets_for
 from jaxprune.sparsity.patterns import Pattern
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.sweep import sweep

@@ -28,8 +28,7 @@ from jaxprune.solve.calibration_states import CalibrationStates
 from jaxprune.solve.layer import Solver
 from jaxprune.solve.layer_result import LayerResult, SavedLayers, saved_layers
 from jaxprune.solve.quantized_layers import quantize_layers
-from jaxprune.solve.sensitivity import Weights, measure_sensitivity, weights
-from jaxprune.solve.targets import (
+from jaxprune.solve.rules import (
     TargetOf,
     by_rules,
     count_weights,
@@ -37,6 +36,7 @@ from jaxprune.solve.targets import (
     targets_for,
     with_rules,
 )
+from jaxprune.solve.sensitivity import Weights, measure_sensitivity, weights
 from jaxprune.sparsity.patterns import Pattern, Unstructured, partly
 from jaxprune.streaming.model import StreamedModel
 

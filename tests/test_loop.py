@@ -30,7 +30,7 @@ from jaxprune.methods import with_more_damping
 from jaxprune.solve.gram_matrices import accumulate
 from jaxprune.solve.kernel import store
 from jaxprune.solve.layer_result import LayerResult
-from jaxprune.solve.targets import with_rules
+from jaxprune.solve.rules import with_rules
 from jaxprune.streaming.hidden_states import HiddenStates, batch_size
 from jaxprune.streaming.model import apply_layer
 from tests.helpers import oracles, tiny

@@ -51,7 +51,7 @@ from jaxprune.run_store import identity, opening, publishing
 from jaxprune.run_store.context import Context
 from jaxprune.solve.expert_removal import kept_experts, without_experts
 from jaxprune.solve.layer_result import LayerResult, LayerSummary
-from jaxprune.solve.targets import by_rules, effective_recipe
+from jaxprune.solve.rules import by_rules, effective_recipe
 from jaxprune.sparsity.masks import MaskWriter, digest_of, source_of
 from jaxprune.streaming.model import StreamedModel
 from jaxprune.streaming.observer import SILENT, Observer, Observers

@@ -57,7 +57,7 @@ from jaxprune.solve.calibration_states import CalibrationStates
 from jaxprune.solve.expert_removal import kept_experts, without_experts
 from jaxprune.solve.kernel import KernelResult, Linear
 from jaxprune.solve.layer import Inputs, Solver, layer_inputs, solve_kernels, solve_layer
-from jaxprune.solve.targets import require_fit, with_rules
+from jaxprune.solve.rules import require_fit, with_rules
 from jaxprune.sparsity.masks import StoredMask
 from jaxprune.sparsity.patterns import OwnPattern, Partly, Pattern, Projections
 from jaxprune.streaming.model import StreamedModel

@@ -27,7 +27,7 @@ from jaxprune.planning.this_machine import describe_hardware, matrix_rate
 from jaxprune.recipe import Recipe
 from jaxprune.sharding import Devices
 from jaxprune.solve.expert_removal import without_experts
-from jaxprune.solve.targets import effective_recipe
+from jaxprune.solve.rules import effective_recipe
 
 EXAMPLES = """Examples:
 

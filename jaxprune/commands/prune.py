@@ -122,7 +122,7 @@ def run(config: Config, recipe: Recipe, sparsity: float | None = None) -> "Pruni
 def _tuning_of(recipe: Recipe, model: "StreamedModel") -> Tuning:
     """Returns the tuning of a recipe without what changes nothing on a model."""
     from jaxprune.solve.expert_removal import without_experts
-    from jaxprune.solve.targets import effective_recipe
+    from jaxprune.solve.rules import effective_recipe
 
     pruned = without_experts(model.architecture, recipe.experts.drop_experts)
     return effective_tuning(effective_recipe(pruned, recipe).tuning, recipe.pattern)
@@ -173,7 +173,7 @@ def require_suitable(config: Config, recipe: Recipe, sparsity: float | None) -> 
     from jaxprune.phases import require_recipe
     from jaxprune.planning.estimate import shapes_of
     from jaxprune.solve.expert_removal import without_experts
-    from jaxprune.solve.targets import require_sparsity
+    from jaxprune.solve.rules import require_sparsity
 
     *_, architecture = shapes_of(config.ckpt, config.computation_dtype)
     left = without_experts(architecture, recipe.experts.drop_experts)

@@ -39,7 +39,7 @@ from jaxprune.errors import InputError
 from jaxprune.recipe_parts import Tuning
 from jaxprune.run_store.context import NO_STORE, Context
 from jaxprune.solve.layer_result import LayerResult
-from jaxprune.solve.targets import TargetOf
+from jaxprune.solve.rules import TargetOf
 from jaxprune.streaming.model import StreamedModel
 
 log = logging.getLogger(__name__)

@@ -32,7 +32,7 @@ from jaxprune.methods.linalg import masked
 from jaxprune.models import Layer
 from jaxprune.sharding import fetch
 from jaxprune.solve.layer_result import LayerResult
-from jaxprune.solve.targets import TargetOf
+from jaxprune.solve.rules import TargetOf
 from jaxprune.sparsity.masks import pack
 from jaxprune.sparsity.patterns import Unstructured, by_projection, cubic, in_projections
 from jaxprune.sparsity.selection import Selector

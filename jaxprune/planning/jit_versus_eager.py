@@ -13,7 +13,7 @@ from jaxprune.loop import prune_layers
 from jaxprune.phases import require_recipe
 from jaxprune.recipe import Recipe
 from jaxprune.solve.layer_result import LayerResult
-from jaxprune.solve.targets import with_rules
+from jaxprune.solve.rules import with_rules
 from jaxprune.streaming.model import StreamedModel
 
 

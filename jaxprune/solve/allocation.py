@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune.errors import Change, InputError
 from jaxprune.sharding import fetch
+from jaxprune.solve.rules import Counts, count_weights
 from jaxprune.solve.sensitivity import Sensitivity
-from jaxprune.solve.targets import Counts, count_weights
 from jaxprune.sparsity.patterns import Pattern, Unstructured, partly
 from jaxprune.streaming.model import StreamedModel
 

@@ -24,8 +24,8 @@ from jaxprune.solve.calibration_states import CalibrationStates
 from jaxprune.solve.gram_matrices import gram_matrices, groups, most_bytes
 from jaxprune.solve.kernel import KernelResult, Linear, dense_result, prune_and_round
 from jaxprune.solve.layer_result import LayerResult, LayerSummary
+from jaxprune.solve.rules import TargetOf
 from jaxprune.solve.sensitivity import Weights
-from jaxprune.solve.targets import TargetOf
 from jaxprune.sparsity.masks import pack
 from jaxprune.streaming.model import in_checkpoint
 from jaxprune.streaming.sweep import timed

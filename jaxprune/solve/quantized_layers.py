@@ -12,7 +12,7 @@ from jaxprune.solve.calibration_states import CalibrationStates
 from jaxprune.solve.kernel import KernelResult
 from jaxprune.solve.layer import Solver, solve_layer
 from jaxprune.solve.layer_result import LayerResult, LayerSummary
-from jaxprune.solve.targets import Target
+from jaxprune.solve.rules import Target
 from jaxprune.sparsity.masks import StoredMask, unpack
 from jaxprune.sparsity.patterns import Unstructured
 from jaxprune.streaming.model import inside_layer

@@ -7,8 +7,8 @@ import pytest
 
 from jaxprune import InputError, load
 from jaxprune.solve.allocation import allocate, share_zeros, zeros_to_allocate
+from jaxprune.solve.rules import Counts
 from jaxprune.solve.sensitivity import measure_sensitivity
-from jaxprune.solve.targets import Counts
 from tests.helpers.shapes import INPUTS, windows
 
 

@@ -27,7 +27,7 @@ from jaxprune.solve.calibration_states import CalibrationStates
 from jaxprune.solve.expert_removal import kept_experts
 from jaxprune.solve.gram_matrices import groups
 from jaxprune.solve.layer import least_damping
-from jaxprune.solve.targets import by_rules
+from jaxprune.solve.rules import by_rules
 from jaxprune.sparsity.patterns import NM, Unstructured
 from jaxprune.streaming.model import StreamedModel
 from tests.helpers import cgroups, families

@@ -16,7 +16,7 @@ from jaxprune.commands.verify import main as verify
 from jaxprune.methods.wanda import Wanda
 from jaxprune.recipe import PRESETS
 from jaxprune.reporting import record as records
-from jaxprune.solve.targets import by_rules, count_weights, effective_recipe, require_sparsity
+from jaxprune.solve.rules import by_rules, count_weights, effective_recipe, require_sparsity
 from tests.helpers import families
 from tests.helpers.shapes import windows
 
