@@ -10,7 +10,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,20 @@ from convert import create_checkpoint
 from convert.destination import destination, staged
 from convert.schema import dump
 from convert.writing import write_text
-from jaxprune import Context, Magnitude, TextStream, Unstructured, calibration, load, prune_model
+from jaxprune import (
+    Context,
+    InputError,
+    Magnitude,
+    TextStream,
+    Unstructured,
+    calibration,
+    load,
+    prune_model,
+)
 from jaxprune.api import snapshot as snapshots
 from jaxprune.commands.prune import stream_of, windows_of
 from jaxprune.commands.run_options import Config
-from jaxprune.evaluation.perplexity import compare, perplexity
+from jaxprune.evaluation.perplexity import compare, short_name
 from jaxprune.evaluation.quality import Evaluator, Quality
 from jaxprune.evaluation.tasks import ZERO_SHOT
 from jaxprune.loop import other_params
@@ -36,7 +45,8 @@ from jaxprune.reporting import record as records
 from jaxprune.reporting.recording_observer import RecordingObserver, environment
 from jaxprune.run_store.store import RunStore
 from jaxprune.solve.layer_result import LayerResult
-from jaxprune.streaming.model import inside_layer
+from jaxprune.streaming.hidden_states import HiddenStates
+from jaxprune.streaming.model import StreamedModel, inside_layer
 
 SMALL = {
     "nsamples": 16,
@@ -47,6 +57,8 @@ SMALL = {
     "limit": 500,
 }
 """What --small changes: minutes on two cores with a model of 135M weights."""
+RESULTS = Path(__file__).parents[2] / ".ci" / "unchanged-since"
+"""Names the first commit whose results are those of this one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +70,8 @@ class Cell:
     step: int | None
     recipe: Recipe | None
     linear: tuple[int, str] | None = None
+    seed: int = 0
+    """Added to the seed of the command line."""
 
 
 class Bench:
@@ -78,10 +92,13 @@ class Bench:
 
         self.ckpt, self.out, self.args = args.ckpt, Path(args.out), args
         seqlen = setting("seqlen", experiment.seqlen)
+        calib, held_out = args.calib, list[str]()
+        if args.hold_out:
+            calib, *held_out = _split(Path(args.calib), args.hold_out, self.out / "texts")
         # The same options as the command line's, for the records of runs.
         self.options = Config(
             ckpt=args.ckpt,
-            calib=args.calib,
+            calib=calib,
             nsamples=setting("nsamples", 128),
             seqlen=seqlen,
             pack=args.pack or small.get("pack", False),
@@ -99,27 +116,47 @@ class Bench:
         self.model = load(args.ckpt, dtype=self.options.computation_dtype)
         self.depth = self.model.num_layers
         self.layers = sorted({int(share * self.depth) for share in experiment.linears})
-        self.calibration = windows_of(self.options, self.model)
+        self.texts = [args.eval_text, *held_out]
+        self.calibrations: dict[int, np.ndarray] = {}
+        self.dense_states: dict[str, HiddenStates] = {}
+        self.calibration = self.windows(Cell("dense", "", None, None))
+
+    def windows(self, cell: Cell) -> np.ndarray:
+        """The windows that a cell is calibrated on."""
+        if cell.seed not in self.calibrations:
+            self.calibrations[cell.seed] = windows_of(self._options(cell), self.model)
+        return self.calibrations[cell.seed]
+
+    def _options(self, cell: Cell) -> Config:
+        return dataclasses.replace(self.options, seed=self.args.seed + cell.seed)
 
     @functools.cached_property
-    def evaluation(self) -> np.ndarray:
-        text, options = self.args.eval_text, self.options
-        tokenizer = None if text.endswith(".npy") else self.model.tokenizer
-        return calibration.evaluation_windows(
-            text, tokenizer, options.eval_seqlen, options.eval_windows
-        )
+    def evaluation(self) -> dict[str, np.ndarray]:
+        """The windows of each evaluation text."""
+        options, found = self.options, {}
+        for text in self.texts:
+            tokenizer = None if text.endswith(".npy") else self.model.tokenizer
+            found[text] = calibration.evaluation_windows(
+                text, tokenizer, options.eval_seqlen, options.eval_windows
+            )
+        return found
 
-    def setup(self, measure: str) -> dict[str, Any]:
+    def setup(self, measure: str, cell: Cell) -> dict[str, Any]:
         """What decides a cell's outcome beside its recipe."""
-        texts = {"calibration": self.calibration}
-        if measure in ("perplexity", "accuracy"):
-            texts["evaluation"] = self.evaluation
+        texts = {} if cell.recipe is None else {"calibration": self.windows(cell)}
+        if measure in ("perplexity", "quality", "accuracy"):
+            names = self.texts if measure == "quality" else self.texts[:1]
+            texts |= {short_name(name): self.evaluation[name] for name in names}
         setup = {
             "checkpoint": self.ckpt,
             "dtype": str(self.model.dtype),
             "measure": measure,
-            "seed": self.args.seed,
+            "seed": self.args.seed + cell.seed,
+            "results": RESULTS.read_text().strip() if RESULTS.exists() else None,
+            "jax": jax.__version__,
         }
+        if measure == "seconds":
+            setup["hardware"] = describe_hardware()
         setup |= {name: [*tokens.shape, _digest(tokens)] for name, tokens in texts.items()}
         if measure == "accuracy":
             setup |= {name: getattr(self.options, name) for name in ("tasks", "limit", "backend")}
@@ -127,12 +164,12 @@ class Bench:
 
     def measure(self, measure: str, cell: Cell) -> dict[str, Any] | None:
         """A cell's results, from its file or measured now; None where it is not to be measured."""
-        identity = self.setup(measure)
+        identity = self.setup(measure, cell)
         if cell.recipe is None:
             identity["recipe"] = "dense"
         else:
             identity["recipe"] = dump(cell.recipe)
-            if stream := self._stream(cell.recipe):
+            if stream := self._stream(cell):
                 identity["tuning_text"] = dump(stream.identity)
         if cell.linear:
             identity["linear"] = list(cell.linear)
@@ -151,7 +188,7 @@ class Bench:
             start, unfinished = time.perf_counter(), _unfinished(file)
             result = {"resumed": True} if unfinished.exists() else {}
             result |= getattr(self, f"_{measure}")(cell, file)
-            result |= {"wall_seconds": time.perf_counter() - start, "hardware": describe_hardware()}
+            result |= {"wall_seconds": time.perf_counter() - start, **environment()}
             with staged(destination(file, folder=False)) as made:
                 write_text(made, json.dumps({"cell": identity, "result": result}, indent=1) + "\n")
             if unfinished.exists():
@@ -159,22 +196,44 @@ class Bench:
         return json.loads(file.read_text())["result"]
 
     def _perplexity(self, cell: Cell, file: Path) -> dict[str, Any]:
-        if cell.recipe is None:
-            return {"perplexity": perplexity(self.model, self.evaluation)}
-        hidden = self.model.embed(self.evaluation)
+        return self._predictions(cell, file, self.texts[:1], [])
+
+    def _quality(self, cell: Cell, file: Path) -> dict[str, Any]:
+        return self._predictions(cell, file, self.texts, [self.model])
+
+    def _predictions(
+        self, cell: Cell, file: Path, names: Sequence[str], dense: list[StreamedModel]
+    ) -> dict[str, Any]:
+        """The perplexity of the first text; and what each text says, compared with the dense
+        model's predictions where it is given."""
+        hidden = {name: self.model.embed(self.evaluation[name]) for name in names}
 
         def watch(layer: LayerResult) -> None:
-            self.model.forward(
-                layer.index, jax.device_put(inside_layer(layer.index, layer.params)), hidden
-            )
+            params = jax.device_put(inside_layer(layer.index, layer.params))
+            for states in hidden.values():
+                self.model.forward(layer.index, params, states)
 
-        account = self._prune(cell.recipe, watch, file)
-        (quality,) = compare([self.model], [hidden], self.evaluation)
-        return {"perplexity": quality.perplexity} | _figures(account.record)
+        figures = {}
+        if cell.recipe is None:
+            hidden = {name: self._dense_states(name) for name in names}
+        else:
+            figures = _figures(self._prune(cell, watch, file).record)
+        texts = {}
+        for name, states in hidden.items():
+            both = [*(self._dense_states(name) for _ in dense), states]
+            *_, quality = compare([*dense, self.model], both, self.evaluation[name])
+            texts[short_name(name)] = dump(quality)
+        return {"perplexity": next(iter(texts.values()))["perplexity"], "texts": texts} | figures
+
+    def _dense_states(self, name: str) -> HiddenStates:
+        """The dense model's hidden states after its last layer, computed once for each text."""
+        if name not in self.dense_states:
+            (self.dense_states[name],) = self.model.final_states(self.evaluation[name])
+        return self.dense_states[name]
 
     def _seconds(self, cell: Cell, file: Path) -> dict[str, Any]:
         assert cell.recipe is not None
-        return _figures(self._prune(cell.recipe, lambda layer: None, file).record)
+        return _figures(self._prune(cell, lambda layer: None, file).record)
 
     def _accuracy(self, cell: Cell, file: Path) -> dict[str, Any]:
         """Accuracies and perplexity; and for the report a record as a run or an evaluation leaves
@@ -200,7 +259,7 @@ class Bench:
                 self.out / "checkpoints" / file.stem if self.args.keep else Path(folder) / "pruned"
             )
             with create_checkpoint(place, reader.spec, reader.assets, overwrite=True) as writer:
-                account = self._prune(cell.recipe, lambda layer: writer.write(layer.params), file)
+                account = self._prune(cell, lambda layer: writer.write(layer.params), file)
                 for paths in other_params(reader.spec):
                     writer.write(reader.read(paths))
             pruned = self.model.sibling(place)
@@ -221,11 +280,13 @@ class Bench:
         return Evaluator(self.options.plan(), self.model)
 
     def _prune(
-        self, recipe: Recipe, watch: Callable[[LayerResult], None], file: Path
+        self, cell: Cell, watch: Callable[[LayerResult], None], file: Path
     ) -> RecordingObserver:
         """Prunes the model; `watch` is given each layer."""
-        stream, config = self._stream(recipe), dataclasses.replace(self.options, out=recipe.slug)
-        account = RecordingObserver(dataclasses.asdict(config), recipe, self.calibration, stream)
+        recipe, windows, stream = cell.recipe, self.windows(cell), self._stream(cell)
+        assert recipe is not None
+        config = dataclasses.replace(self._options(cell), out=recipe.slug)
+        account = RecordingObserver(dataclasses.asdict(config), recipe, windows, stream)
         with contextlib.ExitStack() as stack:
             store = None
             if stream:  # hours
@@ -233,10 +294,10 @@ class Bench:
                 store = stack.enter_context(contextlib.closing(RunStore(_unfinished(file))))
             for layer in prune_model(
                 self.model,
-                self.calibration,
+                windows,
                 recipe,
                 stream=stream,
-                seed=self.args.seed,
+                seed=config.seed,
                 context=Context(store, account),
             ):
                 watch(layer)
@@ -248,8 +309,8 @@ class Bench:
             ) * len(layers)
         return account
 
-    def _stream(self, recipe: Recipe) -> TextStream | None:
-        return stream_of(self.options, recipe, self.model)
+    def _stream(self, cell: Cell) -> TextStream | None:
+        return cell.recipe and stream_of(self._options(cell), cell.recipe, self.model)
 
     def _error(self, cell: Cell, file: Path) -> dict[str, Any]:
         assert cell.recipe is not None and cell.linear is not None
@@ -270,6 +331,21 @@ class Bench:
         }
 
 
+def _split(file: Path, count: int, folder: Path) -> tuple[str, str]:
+    """Writes the documents of a file but its last, and its last so many; returns both files."""
+    lines = file.read_bytes().splitlines(keepends=True)
+    if not 0 < count < len(lines):
+        raise InputError(
+            f"--hold-out {count}: {file} has {len(lines)} documents, some of which must be left"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {"rest": lines[:-count], "held-out": lines[-count:]}
+    for name, part in parts.items():
+        (folder / f"{name}-{count}-{file.name}").write_bytes(b"".join(part))
+    rest, held_out = (str(folder / f"{name}-{count}-{file.name}") for name in parts)
+    return rest, held_out
+
+
 def _figures(record: records.Run) -> dict[str, Any]:
     """What is kept of a pruning."""
     kernels = {
@@ -277,9 +353,8 @@ def _figures(record: records.Run) -> dict[str, Any]:
         for layer in record.layers
         for path, kernel in layer.kernels.items()
     }
-    errors = {name: kernel.error for name, kernel in kernels.items()}
     figures = {"seconds": record.seconds, "divergences": record.divergences}
-    return {"error": statistics.mean(errors.values()), "errors": errors} | figures
+    return {"error": statistics.mean(kernel.error for kernel in kernels.values())} | figures
 
 
 def _unfinished(file: Path) -> Path:

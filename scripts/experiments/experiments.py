@@ -2,16 +2,17 @@
 (TMLR 2024), as data.
 
 A row is a recipe, written as its flags; {k} in it stands for a number of steps, {schedule} for the
-one that the paper's published code follows: constant for unstructured patterns, cubic for N:M. An
-experiment crosses its rows with its patterns. Numbers of the paper, by checkpoint, row and pattern,
-are WikiText-2 perplexities, or accuracies in percent.
+one that the paper's published code follows: constant for unstructured patterns, cubic for N:M.
+{allocation} and {gradual} stand for a sparsity of its own for every layer and for gradual pruning,
+where the pattern is not N:M. An experiment crosses its rows with its patterns. Numbers of the
+paper, by checkpoint, row and pattern, are WikiText-2 perplexities, or accuracies in percent.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-Measure = Literal["perplexity", "seconds", "error", "accuracy"]
+Measure = Literal["perplexity", "quality", "seconds", "error", "accuracy"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Experiment:
 
     Attributes:
         title: heads the table and the picture.
-        measure: perplexity (a whole checkpoint is pruned), seconds (the same, without evaluation),
+        measure: perplexity (a whole checkpoint is pruned), quality (the same, with the divergence
+            from the dense model, on every evaluation text), seconds (the same, without evaluation),
             accuracy (the same, with lm-eval's tasks), or error (single layers are pruned, with the
             dense layers before them, so that all rows see the same inputs).
         rows: label -> flags of the recipe.
@@ -32,6 +34,9 @@ class Experiment:
             all linears.
         seqlen: tokens of a window, where the paper's are not the usual 2048.
         small_patterns: the patterns under --small, where they are fewer.
+        seeds: row -> the number of calibration seeds that it is measured with, where that is more
+            than one.
+        some_patterns: row -> the patterns that it is measured at, where they are fewer.
         against: rows that the others are compared with, in perplexity and (the first of them) in
             seconds.
         paper: checkpoint -> (row, pattern) -> the paper's perplexity, or its accuracies by task and
@@ -48,6 +53,8 @@ class Experiment:
     linears: Mapping[float, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     seqlen: int = 2048
     small_patterns: tuple[str, ...] = ()
+    seeds: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    some_patterns: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     against: tuple[str, ...] = ()
     paper: Mapping[str, Mapping[tuple[str, str], Any]] = dataclasses.field(default_factory=dict)
 
@@ -75,6 +82,37 @@ GRADIENT = "--mask wanda --update gradient --steps {k}"
 
 BASELINES = {"ADMM-Grad, constant": "--method admm --schedule constant", "ALPS": "--method alps"}
 """What the presets are compared with."""
+
+PUBLISHED = {
+    "magnitude": "--method magnitude",
+    "Wanda": WANDA,
+    "SparseGPT": SPARSEGPT,
+    "ALPS": "--method alps",
+    "ADMM-Grad": ADMM_GRAD,
+}
+"""Methods as they were published: no importance, the same sparsity in every layer, no tuning."""
+# What the presets add to ADMM; they have their own damping and schedule besides.
+IMPORTANCE = "--weigh-outputs --sensitivity-windows 8 {allocation}"
+TUNE_66K = "--tune-epochs 2 {gradual}"
+TUNE_250K = "--tune-tokens 250k --tune-chunks 2 {gradual}"
+COMPARED = {
+    **PUBLISHED,
+    **{f"{row}, importance": f"{flags} {IMPORTANCE}" for row, flags in PUBLISHED.items()},
+    **{f"{row}, tuned 66k": f"{flags} {TUNE_66K}" for row, flags in PUBLISHED.items()},
+    **{
+        f"{row}, importance, tuned 66k": f"{flags} {IMPORTANCE} {TUNE_66K}"
+        for row, flags in PUBLISHED.items()
+    },
+    "fast": "--preset fast",
+    "best": "--preset best",
+    **{
+        f"{row}, importance, tuned 250k": f"{flags} {IMPORTANCE} {TUNE_250K}"
+        for row, flags in PUBLISHED.items()
+    },
+    "thorough, 250k": "--preset thorough --tune-tokens 250k",
+}
+"""Methods with and without what the presets add to ADMM, and the presets."""
+HEADLINES = ("ADMM-Grad", "fast", "best", "thorough, 250k")
 
 ALL_METHODS = {
     "magnitude": "--method magnitude",
@@ -293,6 +331,37 @@ EXPERIMENTS = {
         patterns=("0.5", "0.6", "0.7", "0.8", "0.9", "0.95", "2:4"),
         picture="quality_by_minutes",
         against=("ADMM-Grad, constant",),
+    ),
+    "comparison": Experiment(
+        title="Methods with and without importance and tuning",
+        measure="quality",
+        rows=COMPARED,
+        patterns=("0.7", "0.5", "2:4", "0.8", "0.9"),
+        picture="tuned_alike",
+        seeds={
+            **dict.fromkeys(HEADLINES, 3),
+            **{row: 3 for row in COMPARED if row.endswith("importance, tuned 66k")},
+        },
+        some_patterns={row: ("0.7", "0.5", "2:4") for row in COMPARED if "tuned" in row}
+        | {row: ("0.7", "2:4") for row in COMPARED if row.endswith("importance, tuned 250k")},
+    ),
+    "comparison_tasks": Experiment(
+        title="Accuracy of seven tasks, all rows",
+        measure="accuracy",
+        rows={
+            row: COMPARED[row]
+            for row in ("ADMM-Grad", "SparseGPT, importance, tuned 66k", "best", "thorough, 250k")
+        },
+        patterns=("0.7",),
+        picture="accuracies",
+    ),
+    "comparison_time": Experiment(
+        title="Time to prune, with importance and tuning",
+        measure="seconds",
+        rows={row: COMPARED[row] for row in COMPARED if "250k" not in row}
+        | {"thorough, 250k": COMPARED["thorough, 250k"]},
+        patterns=("0.7",),
+        picture="durations",
     ),
     "ablation": Experiment(
         title="What each part of the presets brings",

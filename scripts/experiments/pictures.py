@@ -44,8 +44,10 @@ PHASES = {
     "gram": "forward pass and Gram matrices",
     "solve": "solver",
     "forward": "second forward pass",
+    "sensitivity": "sensitivity",
+    "tune": "tuning",
 }
-PARTIAL = "quality_by_sparsity", "quality_by_minutes", "gains"
+PARTIAL = "quality_by_sparsity", "quality_by_minutes", "gains", "tuned_alike", "durations"
 """Pictures that can be made of some of an experiment's cells."""
 Results = Sequence[tuple[Any, dict[str, Any]]]
 """Cells and what was measured of them."""
@@ -423,7 +425,7 @@ def _accuracies(experiment: Experiment, results: Results) -> tuple[Figure, str]:
                 places,
                 xerr=errors,
                 fmt=MARKERS[number],
-                color=colors[row],
+                color=colors.get(row, COLORS[number]),
                 label=row,
                 lw=1.3,
             )
@@ -436,14 +438,53 @@ def _accuracies(experiment: Experiment, results: Results) -> tuple[Figure, str]:
     return figure, "Zero-shot accuracy"
 
 
+def _tuned_alike(experiment: Experiment, results: Results) -> tuple[Figure, str]:
+    """A panel a pattern, in it a line a method, over what is added to it."""
+    patterns = [p for p in experiment.patterns if any(c.pattern == p for c, _ in results)]
+    figure, axes = _figure(13, 4 + 3.6 * (len(patterns) > 3), 1 + (len(patterns) > 3), 3)
+    methods = [row for row in experiment.rows if "," not in row and row not in ("fast", "best")]
+    added = ("", ", tuned 66k", ", importance", ", importance, tuned 66k")
+    added += (", importance, tuned 250k",)
+    labels = [name.removeprefix(", ").replace(", ", "\n") or "as\npublished" for name in added]
+    for axis in axes[len(patterns) :]:
+        axis.set_visible(False)
+    for axis, pattern in zip(axes, patterns, strict=False):
+        found = {
+            row: statistics.mean(
+                r["perplexity"] for c, r in results if (c.row, c.pattern) == (row, pattern)
+            )
+            for row in {c.row for c, _ in results if c.pattern == pattern}
+        }
+        for number, method in enumerate(methods):
+            points = [(x, found[method + n]) for x, n in enumerate(added) if method + n in found]
+            if points:
+                style = {"color": COLORS[number], "marker": MARKERS[number]}
+                axis.plot(*zip(*points, strict=True), label=method, lw=1.6, **style)
+        places = {"fast": 3, "best": 3, "thorough, 250k": 4}
+        for (preset, place), marker in zip(places.items(), "<>*", strict=True):
+            if preset in found:
+                axis.plot(place, found[preset], marker, ms=9, color=COLORS[6], label=preset)
+        _dense_line(axis, results)
+        axis.set_yscale("log")
+        _plain(axis.yaxis)
+        _few_ticks(axis, *axis.get_ylim())
+        axis.set_xticks(range(len(added)), labels, fontsize=7.5)
+        axis.set_title(f"{pattern_name(pattern)} zeros", fontsize=10)
+    axes[0].set_ylabel("perplexity (log; lower is better)")
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", fontsize=8.5, frameon=False)
+    return figure, "Methods as published, with importance, and tuned alike"
+
+
 def _durations(experiment: Experiment, results: Results) -> tuple[Figure, str]:
     figure, (axis,) = _figure(9, 3.8)
     names = [c.row for c, _ in results][::-1]
     start = [0.0] * len(names)
-    for (phase, label), color in zip(
-        PHASES.items(), ("#b8c4d6", "#d1495b", "#dde3ec"), strict=True
-    ):
-        values = [r["seconds"][phase] for _, r in results][::-1]
+    colors = ("#b8c4d6", "#d1495b", "#dde3ec", "#7cb342", "#26418f")
+    for (phase, label), color in zip(PHASES.items(), colors, strict=True):
+        values = [r["seconds"].get(phase, 0.0) for _, r in results][::-1]
+        if not any(values):
+            continue
         axis.barh(names, values, left=start, color=color, label=label)
         start = [s + v for s, v in zip(start, values, strict=True)]
     for name, total, (_, result) in zip(names, start, list(results)[::-1], strict=True):

@@ -5,14 +5,18 @@ SVG).
     python scripts/experiments fig1 table3 --ckpt smollm2-135m --small --out results
 
 Experiments: fig1, fig2, table1, table2, table3, table4, table5 of the paper, and ours: over all
-methods, methods (perplexity) and layers (error on the same inputs); presets, what each part of them
-brings, ablation, and what more text brings, budgets. Every cell is kept in OUT/cells as soon as it
-is measured, and measured once: the same command goes on where it stopped, also inside a cell that
-tunes on a text, and experiments share their cells. --patterns 0.7 measures that sparsity only,
---rows best that row, --only-measured nothing: all look at what there is by now of the rest.
+methods, methods (perplexity) and layers (error on the same inputs); presets; comparison, all
+methods with and without what the presets add (with comparison_tasks and comparison_time); what each
+part of the presets brings, ablation, and what more text brings, budgets.
+
+Each cell is saved in OUT/cells when it is measured, and measured once: the same command resumes
+where it stopped, also inside a cell that tunes on a text, and experiments share their cells. Cells
+of other results (see .ci/unchanged-since) or another JAX are not used. --patterns 0.7 measures that
+sparsity only, --rows best that row, and --only-measured nothing; tables show all measured cells.
 """
 
 import argparse
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -30,11 +34,26 @@ from jaxprune.recipe import Recipe
 from jaxprune.reporting import record as records
 from jaxprune.reporting import report
 
+UNSTRUCTURED_SETTINGS = {
+    "schedule": "constant",
+    "allocation": "--pattern unstructured --max-deviation 0.3",
+    "gradual": "--tune-gradual 0.25",
+}
+N_M_SETTINGS = {"schedule": "cubic", "allocation": "", "gradual": ""}
+"""What rows' flags have in braces."""
+
 
 def cells(experiment: Experiment, layers: int, *, small: bool = False) -> Iterator[Cell]:
     """All cells of an experiment, the dense checkpoint first where perplexity is measured."""
-    if experiment.measure in ("perplexity", "accuracy"):
+    if experiment.measure in ("perplexity", "quality", "accuracy"):
         yield Cell("dense", "", None, None)
+    for seed in range(max([1, *experiment.seeds.values()])):
+        for cell in _of_one_seed(experiment, layers, small=small):
+            if seed < experiment.seeds.get(cell.row, 1):
+                yield dataclasses.replace(cell, seed=seed)
+
+
+def _of_one_seed(experiment: Experiment, layers: int, *, small: bool) -> Iterator[Cell]:
     linears: list[tuple[int, str] | None] = [None]
     if experiment.measure == "error":
         names = [f"self_attn.{n}_proj" for n in "qkvo"] + [
@@ -49,10 +68,12 @@ def cells(experiment: Experiment, layers: int, *, small: bool = False) -> Iterat
         for row, flags in experiment.rows.items():
             if ":" in pattern and ("--uniform" in flags or "--max-deviation" in flags):
                 continue  # N:M is uniform anyway
+            if pattern not in experiment.some_patterns.get(row, (pattern,)):
+                continue
             steps = experiment.small_steps.get(row, experiment.steps) if small else experiment.steps
             for step in steps if "{k}" in flags else (None,):
-                schedule = "cubic" if ":" in pattern else "constant"
-                recipe = _recipe(flags.format(k=step, schedule=schedule), pattern)
+                settings = N_M_SETTINGS if ":" in pattern else UNSTRUCTURED_SETTINGS
+                recipe = _recipe(flags.format(k=step, **settings), pattern)
                 for linear in linears:
                     yield Cell(row, pattern, step, recipe, linear)
 
@@ -108,6 +129,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--eval-windows", type=int, help="evaluate on the first so many windows (default: all)"
     )
+    parser.add_argument(
+        "--hold-out",
+        type=int,
+        help="do not calibrate on so many last documents of --calib, but evaluate on them too",
+    )
     parser.add_argument("--limit", type=int, help="rows of each task (default: all)")
     parser.add_argument("--tasks-data", help="folder with the tasks' rows (default: the hub's)")
     parser.add_argument(
@@ -152,13 +178,12 @@ def run(name: str, experiment: Experiment, bench: Bench) -> None:
         results.append((cell, result))
         where = "" if cell.linear is None else f", {'.'.join(map(str, cell.linear))}"
         steps = "" if cell.step is None else f", {cell.step} steps"
+        seed = f", seed {cell.seed}" * (cell.seed > 0)
         value = f"{result.get('perplexity', result.get('error')):.6g}"
         if "quality" in result:
             value += f", accuracy {result['quality']['mean_accuracy']['acc']:.4f}"
-        print(
-            f"{name} {number}/{len(wanted)}: {cell.row}{steps} {cell.pattern}{where}: {value}",
-            flush=True,
-        )
+        what = f"{cell.row}{steps} {cell.pattern}{where}{seed}"
+        print(f"{name} {number}/{len(wanted)}: {what}: {value}", flush=True)
     if not results or (len(results) < len(wanted) and experiment.picture not in PARTIAL):
         raise InputError(
             f"{len(results)} of {name}'s {len(wanted)} cells are measured: leave out what leaves "

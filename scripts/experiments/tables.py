@@ -1,6 +1,7 @@
 """An experiment's cells as a CSV, a Markdown table and a picture."""
 
 import csv
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,7 +12,14 @@ from pictures import Results, draw, seconds_of
 
 from jaxprune.evaluation.perplexity import short_name
 
-PHASES = ("gram", "solve", "forward", "sensitivity", "tune")
+HEADINGS = {
+    "gram": "Gram matrices",
+    "solve": "solver",
+    "forward": "forward",
+    "sensitivity": "sensitivity",
+    "tune": "tuning",
+}
+PHASES = tuple(HEADINGS)
 REACHED = 10
 """ADMM iterations whose error the other updates are to reach, in the table of steps."""
 
@@ -46,6 +54,7 @@ def _record(cell: Any, result: dict[str, Any], paper: float | None) -> dict[str,
         "steps": cell.step,
         "layer": cell.linear and cell.linear[0],
         "linear": cell.linear and cell.linear[1],
+        "seed": cell.seed,
         "perplexity": _digits(result.get("perplexity")),
         "paper": paper,
         **_compared(result),
@@ -56,16 +65,15 @@ def _record(cell: Any, result: dict[str, Any], paper: float | None) -> dict[str,
 
 
 def _compared(result: dict[str, Any]) -> dict[str, str | None]:
-    """What the text says beside the dense model: divergence in nats, and the same most probable
+    """What each text says beside the dense model: divergence in nats, and the same most probable
     tokens in percent."""
-    if "quality" not in result:
-        return {}
-    (text,) = result["quality"]["texts"].values()
-    top1 = text.get("top1")
-    return {
-        "kl": _digits(text.get("kl")),
-        "top1": _digits(None if top1 is None else 100 * top1),
-    }
+    found = {}
+    for name, text in result.get("quality", result).get("texts", {}).items():
+        of_text = f" {name}" if "texts" in result else ""
+        found[f"perplexity{of_text}"] = _digits(text["perplexity"])
+        found[f"kl{of_text}"] = _digits(text["kl"])
+        found[f"top1{of_text}"] = _digits(None if text["top1"] is None else 100 * text["top1"])
+    return found
 
 
 def _accuracies(result: dict[str, Any]) -> dict[str, str | None]:
@@ -98,14 +106,13 @@ def _setting(experiment: Experiment, bench: Any, results: Results) -> str:
     windows, length = bench.calibration.shape
     text = (
         f"{bench.ckpt}, calibrated on {windows} windows of {length} tokens of "
-        f"{short_name(bench.args.calib)}"
+        f"{short_name(bench.options.calib)}"
     )
-    if experiment.measure in ("perplexity", "accuracy"):
-        windows, length = bench.evaluation.shape
-        text += (
-            f"; perplexity of {short_name(bench.args.eval_text)}, {windows} windows of {length} "
-            "tokens"
-        )
+    if experiment.measure in ("perplexity", "quality", "accuracy"):
+        names = bench.texts if experiment.measure == "quality" else bench.texts[:1]
+        for name in names:
+            windows, length = bench.evaluation[name].shape
+            text += f"; perplexity of {short_name(name)}, {windows} windows of {length} tokens"
     if experiment.measure == "accuracy":
         rows = f"the first {bench.options.limit} rows" if bench.options.limit else "all rows"
         text += f"; tasks of lm-eval, {rows} of each, {bench.options.backend} backend"
@@ -118,6 +125,8 @@ def _tables(experiment: Experiment, ckpt: str, results: Results) -> list[str]:
     if experiment.measure == "accuracy":
         quality = _by_pattern(experiment, ckpt, results) if experiment.against else []
         return [*quality, "", *_zero_shot(experiment, ckpt, results)]
+    if experiment.measure == "quality":
+        return _over_seeds(experiment, results)
     if experiment.measure == "error":
         return (
             _convergence(experiment, results) if experiment.steps else _errors(experiment, results)
@@ -205,6 +214,48 @@ def _against(
     ]
 
 
+def _over_seeds(experiment: Experiment, results: Results) -> list[str]:
+    """Means over calibration seeds with their standard deviations, a table for each text and
+    metric."""
+    lines: list[str] = [
+        "Means over the calibration seeds ± the standard deviation of one seed, where there are "
+        "several. KL divergence from the dense model in nats; top-1 agreement in percent."
+    ]
+    dense = next(result for cell, result in results if cell.row == "dense")
+    for text in dense["texts"]:
+        for metric, scale in (("perplexity", 1), ("kl", 1), ("top1", 100)):
+            rows = []
+            for row in experiment.rows:
+                values = [
+                    [
+                        scale * result["texts"][text][metric]
+                        for cell, result in results
+                        if (cell.row, cell.pattern) == (row, pattern)
+                    ]
+                    for pattern in experiment.patterns
+                ]
+                if any(values):
+                    rows.append([row, *map(mean_text, values)])
+            known = f" (dense {dense['texts'][text]['perplexity']:.2f})" * (metric == "perplexity")
+            header = [f"{metric}, {text}{known}", *map(pattern_name, experiment.patterns)]
+            lines += ["", *markdown(header, rows)]
+    return lines
+
+
+def mean_text(values: Sequence[float]) -> str:
+    """A mean and its standard deviation, in as many digits as this allows; empty for no value."""
+    if not values:
+        return ""
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return f"{mean:.3g}"
+    deviation = statistics.stdev(values)
+    digits = max(0, 1 - math.floor(math.log10(deviation))) if deviation else 2
+    if deviation and f"{deviation:.1e}"[0] != "1":
+        digits = max(0, digits - 1)
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
 def _zero_shot(experiment: Experiment, ckpt: str, results: Results) -> list[str]:
     """Accuracies in percent, with standard errors, and the paper's beside them; then what a text
     says."""
@@ -271,15 +322,15 @@ def _by_steps(experiment: Experiment, results: Results) -> list[str]:
 
 def _durations(results: Results) -> list[str]:
     """Seconds by phase."""
-    phases = ("gram", "solve", "forward")
+    phases = [one for one in PHASES if any(one in result["seconds"] for _, result in results)]
     rows = []
     for cell, result in results:
-        seconds = [result["seconds"][phase] for phase in phases]
+        seconds = [result["seconds"].get(phase, 0.0) for phase in phases]
         rows.append([cell.row, *(f"{value:.1f}" for value in (*seconds, sum(seconds)))])
     return [
         "Layers' medians times their number, so without compilation, reading and writing.",
         "",
-        *markdown(["method", "Gram matrices, s", "solver, s", "forward, s", "sum, s"], rows),
+        *markdown(["method", *(f"{HEADINGS[phase]}, s" for phase in phases), "sum, s"], rows),
     ]
 
 

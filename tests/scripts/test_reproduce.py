@@ -172,7 +172,10 @@ def test_what_there_is_by_now_is_shown(
 
 
 def test_a_cell_that_tunes_on_a_text_goes_on(
-    driver: tuple[ModuleType, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    driver: tuple[ModuleType, list[str]],
+    modules: dict[str, ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reproduce, flags = driver
     short = dataclasses.replace(
@@ -313,7 +316,7 @@ def test_quality_by_minutes_places_rows_at_their_median_time(
 def test_every_row_of_every_experiment_is_a_recipe(modules: dict[str, ModuleType]) -> None:
     for experiment in modules["experiments"].EXPERIMENTS.values():
         made = list(modules["reproduce"].cells(experiment, 30))
-        assert len({(c.row, c.pattern, c.step, c.linear) for c in made}) == len(made)
+        assert len({(c.row, c.pattern, c.step, c.linear, c.seed) for c in made}) == len(made)
         for pattern in experiment.patterns:
             assert any(c.pattern == pattern for c in made)
         for key in {key for numbers in experiment.paper.values() for key in numbers} - {
@@ -321,10 +324,54 @@ def test_every_row_of_every_experiment_is_a_recipe(modules: dict[str, ModuleType
         }:
             assert key[0] in experiment.rows and key[1] in experiment.patterns
         small = {
-            (c.row, c.pattern, c.step, c.linear)
+            (c.row, c.pattern, c.step, c.linear, c.seed)
             for c in modules["reproduce"].cells(experiment, 30, small=True)
         }
-        assert small <= {(c.row, c.pattern, c.step, c.linear) for c in made}
+        assert small <= {(c.row, c.pattern, c.step, c.linear, c.seed) for c in made}
+
+
+@pytest.mark.slow
+def test_seeds_are_averaged_on_every_text(
+    driver: tuple[ModuleType, list[str]],
+    modules: dict[str, ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reproduce, flags = driver
+    short = dataclasses.replace(
+        reproduce.EXPERIMENTS["comparison"],
+        rows={"magnitude": "--method magnitude", "Wanda": "--method wanda"},
+        patterns=("0.5", "0.6"),
+        seeds={"Wanda": 2},
+        some_patterns={"Wanda": ("0.6",)},
+    )
+    monkeypatch.setitem(reproduce.EXPERIMENTS, "comparison", short)
+    run(reproduce, monkeypatch, "comparison", *flags, "--hold-out", "3")
+    with (tmp_path / "comparison.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    found = [(row["row"], row["pattern"], row["seed"]) for row in rows]
+    assert found == [
+        ("dense", "", "0"),
+        ("magnitude", "0.5", "0"),
+        ("magnitude", "0.6", "0"),
+        ("Wanda", "0.6", "0"),
+        ("Wanda", "0.6", "1"),
+    ]
+    texts = {key.removeprefix("kl ") for key in rows[0] if key.startswith("kl ")}
+    assert len(texts) == 2 and any("held-out-3" in text for text in texts)
+    one, other = (float(row["perplexity"]) for row in rows[3:])
+    assert one != other  # calibrated on other windows
+    page = (tmp_path / "comparison.md").read_text()
+    mean = modules["tables"].mean_text([one, other])
+    assert f"| Wanda |  | {mean} |" in page and " ± " in mean
+
+
+def test_means_have_the_digits_that_deviations_allow(modules: dict[str, ModuleType]) -> None:
+    text = modules["tables"].mean_text
+    assert text([61.234, 61.9, 60.1]) == "61.1 ± 0.9"
+    assert text([0.6512, 0.6532]) == "0.6522 ± 0.0014"
+    assert text([418.2, 478.9, 360.3]) == "419 ± 59"
+    assert (text([]), text([3.14159]), text([2.0, 2.0])) == ("", "3.14", "2.00 ± 0.00")
 
 
 @pytest.mark.slow
